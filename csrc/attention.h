@@ -1,0 +1,43 @@
+// What attention.cpp hands to the kernels of attention_kernels.cpp, which are compiled per CPU level.
+
+#pragma once
+
+#include <cstdint>
+
+namespace fastgpt {
+
+enum class Element { float32, float16, bfloat16 };
+
+// Queries and keys that a kernel holds at a time, in rows.
+constexpr int64_t kBlockM = 64, kBlockN = 64;
+
+struct AttentionForward {
+  const void *q, *k, *v;      // (B, H, T, D), (B, H_kv, S, D) twice; last dimension contiguous
+  void* out;                  // (B, H, T, D)
+  float* lse;                 // (B, H, T) contiguous, natural log
+  const int32_t* kv_lengths;  // (B,) keys of each sequence, or null for S
+  Element element;            // of q, k, v and out
+  bool causal;                // bottom-right aligned
+  float scale;
+  int64_t B, H, H_kv, T, S, D;
+  // In elements.
+  int64_t q_stride_b, q_stride_h, q_stride_t;
+  int64_t k_stride_b, k_stride_h, k_stride_s;
+  int64_t v_stride_b, v_stride_h, v_stride_s;
+  int64_t out_stride_b, out_stride_h, out_stride_t;
+  int64_t kv_length_stride;
+
+  // The queries of the heads that share a key/value head form one list of `rows`, cut into blocks of kBlockM, so that
+  // keys and values are read once for all of them. A task is one block of one (b, h_kv).
+  int64_t rows() const { return H / H_kv * T; }
+  int64_t blocks() const { return (rows() + kBlockM - 1) / kBlockM; }
+  int64_t tasks() const { return B * H_kv * blocks(); }
+};
+
+// Floats of scratch memory, 64-byte aligned, that a thread needs for head dim D.
+constexpr int64_t attention_workspace(int64_t D) {
+  const int64_t padded = (D + 15) / 16 * 16;
+  return 2 * padded * kBlockM + kBlockM * kBlockN + 2 * kBlockN * padded + 4 * kBlockM;
+}
+
+}  // namespace fastgpt

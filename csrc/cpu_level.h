@@ -1,0 +1,44 @@
+// The instruction sets that the CPU kernels are compiled for, and the choice among them at run time.
+//
+// Files named *_kernels.cpp are compiled once per level, with that level's -m flags and with
+// FASTGPT_CPU_LEVEL defined as its name, and put their functions into a namespace of that name:
+//
+//     namespace fastgpt::FASTGPT_CPU_LEVEL { void scale(float* x, int64_t n, float factor) {...} }
+//
+// The caller, compiled for the baseline, declares and picks:
+//
+//     FASTGPT_DECLARE_PER_CPU_LEVEL(void scale(float* x, int64_t n, float factor);)
+//     FASTGPT_AT_CPU_LEVEL(scale)(x, n, factor);
+//
+// Everything else in a *_kernels.cpp file belongs into an anonymous namespace, templates and inline
+// functions of headers included: the linker keeps one copy of an inline function, and were it the
+// AVX-512 one, the baseline code would crash on it. tests/test_build.py checks this.
+
+#pragma once
+
+#if defined(__x86_64__)
+#define FASTGPT_DECLARE_PER_CPU_LEVEL(...)             \
+  namespace fastgpt::baseline { __VA_ARGS__ }          \
+  namespace fastgpt::avx2 { __VA_ARGS__ }              \
+  namespace fastgpt::avx512 { __VA_ARGS__ }
+#define FASTGPT_AT_CPU_LEVEL(function)                                                     \
+  (::fastgpt::cpu_level() == ::fastgpt::CpuLevel::avx512 ? ::fastgpt::avx512::function     \
+   : ::fastgpt::cpu_level() == ::fastgpt::CpuLevel::avx2 ? ::fastgpt::avx2::function       \
+                                                         : ::fastgpt::baseline::function)
+#else
+#define FASTGPT_DECLARE_PER_CPU_LEVEL(...) namespace fastgpt::baseline { __VA_ARGS__ }
+#define FASTGPT_AT_CPU_LEVEL(function) (::fastgpt::baseline::function)
+#endif
+
+namespace fastgpt {
+
+enum class CpuLevel { baseline, avx2, avx512 };
+
+// The best level that this CPU supports, or the one that the environment variable
+// FASTGPT_CPU_LEVEL names; std::invalid_argument (ValueError in Python) if that is unknown or not
+// supported here. The choice is made once.
+CpuLevel cpu_level();
+
+const char* cpu_level_name(CpuLevel level);
+
+}  // namespace fastgpt

@@ -1,0 +1,22 @@
+"""fastgpt: fused attention and KV-cache kernels for PyTorch, and a decoder that uses them."""
+
+__version__ = "0.1.0"
+
+from fastgpt.cache import KVCache
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.ops.attention import attention, attention_reference
+from fastgpt.ops.explain import explain
+from fastgpt.ops.kv_cache_update import kv_cache_update, kv_cache_update_reference
+from fastgpt.ops.library import build_info
+
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "KVCache",
+    "attention",
+    "attention_reference",
+    "build_info",
+    "explain",
+    "kv_cache_update",
+    "kv_cache_update_reference",
+]

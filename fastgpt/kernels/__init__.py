@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers: pointers and strides, nothing about models."""

@@ -1,0 +1,182 @@
+"""The decoder: GPT-2's architecture, short enough to read in one sitting.
+
+Shapes: B batch, T tokens, C hidden size, H heads, D = C / H head dim, V vocabulary.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from fastgpt import checkpoint
+from fastgpt.cache import KVCache
+from fastgpt.generate import generate
+from fastgpt.ops.attention import attention
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What a decoder is made of.
+
+    dropout applies, in training, to the embeddings and to what each attention and MLP adds to the residual stream.
+    """
+
+    vocab_size: int
+    context_length: int
+    num_layers: int
+    num_heads: int
+    hidden_size: int
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for name in ("vocab_size", "context_length", "num_layers", "num_heads", "hidden_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size: expected a multiple of num_heads={self.num_heads}, got {self.hidden_size}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+class Attention(nn.Module):
+    """Causal self-attention, over the tokens at hand or over a cache that they join."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, cache: KVCache | None):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.config.num_heads, self.config.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
+        y = attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.down = nn.Linear(4 * config.hidden_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x), approximate="tanh"))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache: KVCache | None):
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    """A decoder: `model(ids)` gives logits (B, T, V); with `cache`, ids are the tokens that follow those in it."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)  # also the output matrix
+        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self):
+        """GPT-2's initial weights: N(0, 0.02), and 1/sqrt(2 layers) of that where a block adds to the residual."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 2:
+                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02)
+
+    def forward(self, ids, cache: KVCache | None = None):
+        """ids (B, T) int64 -> logits (B, T, V).
+
+        Raises: TypeError, ValueError for ids that are not (B, T) int64, out of the vocabulary (on CPU), or more than
+            the context or the cache holds.
+        """
+        return self.logits(self.hidden(ids, cache))
+
+    def hidden(self, ids, cache: KVCache | None = None):
+        """The last layer's output, normalised: ids (B, T) -> (B, T, C)."""
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise ValueError(f"ids: expected shape (B, T) with at least one token, got {tuple(ids.shape)}")
+        B, T = ids.shape
+        past = 0 if cache is None else cache.length
+        if past + T > self.config.context_length:
+            raise ValueError(
+                f"ids: expected at most {self.config.context_length} tokens (the context), got {past} cached + {T} new"
+            )
+        try:
+            x = self.token_embedding(ids)  # (B, T, C)
+        except IndexError:
+            limit = self.config.vocab_size - 1
+            raise ValueError(
+                f"ids: expected token ids from 0 to {limit}, got {ids.min().item()} to {ids.max().item()}"
+            ) from None
+        positions = torch.arange(T, device=ids.device) if cache is None else cache.extend(T)  # (T,) or (B, T)
+        x = self.dropout(x + self.position_embedding(positions))
+        for block in self.blocks:
+            x = block(x, cache)
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V)."""
+        return F.linear(hidden, self.token_embedding.weight)
+
+    def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
+        """An empty cache for `capacity` tokens a sequence, the whole context by default."""
+        weight = self.token_embedding.weight
+        return KVCache(
+            num_layers=self.config.num_layers,
+            batch_size=batch_size,
+            num_kv_heads=self.config.num_heads,
+            head_dim=self.config.head_dim,
+            capacity=self.config.context_length if capacity is None else capacity,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    generate = generate
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype=None, device=None) -> "GPT":
+        """A decoder, in evaluation mode, from a folder with `config.json` and `model.safetensors`.
+
+        Args:
+            dtype: of the weights; default as stored.
+
+        Raises: FileNotFoundError, or ValueError that says what is damaged, missing, unexpected or misshapen.
+        """
+        family, fields = checkpoint.read_config(folder)
+        with torch.device("meta"):
+            model = cls(GPTConfig(**fields))
+        return checkpoint.read_weights(model, folder, family, dtype=dtype, device=device).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`, which transformers' GPT-2 reads too."""
+        checkpoint.write(self, folder, "gpt2", asdict(self.config))

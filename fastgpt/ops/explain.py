@@ -1,0 +1,22 @@
+"""`fastgpt.explain`: which implementation a call would use, and why not the others."""
+
+from fastgpt.ops import attention, kv_cache_update
+
+_OPERATIONS = {
+    attention.attention: attention.explain,
+    kv_cache_update.kv_cache_update: kv_cache_update.explain,
+}
+
+
+def explain(operation, *args, **kwargs) -> dict[str, str]:
+    """Says how `operation(*args, **kwargs)` would be served, without running it.
+
+    Args:
+        operation: fastgpt.attention or fastgpt.kv_cache_update; the rest is what it would be called with.
+
+    Returns: implementation -> "chosen", "available" (it could, but another comes first), or why it cannot.
+    Raises: what the call itself would raise for bad input.
+    """
+    if operation not in _OPERATIONS:
+        raise ValueError(f"operation: expected fastgpt.attention or fastgpt.kv_cache_update, got {operation!r}")
+    return _OPERATIONS[operation](*args, **kwargs)

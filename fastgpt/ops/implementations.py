@@ -1,0 +1,34 @@
+"""Choosing among an operation's implementations, and saying why."""
+
+
+def choose(operation: str, implementations: dict, impl: str | None, *call) -> str:
+    """The name of the implementation that serves this call.
+
+    Args:
+        implementations: name -> function of the call's tensors that returns why it refuses them, or None; in order
+            of preference.
+        impl: a name to insist on, or None.
+
+    Raises: ValueError when `impl` is unknown or cannot serve the call.
+    """
+    if impl is None:
+        for name, refuses in implementations.items():
+            if refuses(*call) is None:
+                return name
+        raise ValueError(f"{operation}: no implementation serves this call: {explain_call(implementations, *call)}")
+    if impl not in implementations:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, implementations))} or None, got {impl!r}")
+    reason = implementations[impl](*call)
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} cannot serve this call: {reason}")
+    return impl
+
+
+def explain_call(implementations: dict, *call) -> dict[str, str]:
+    """implementation -> "chosen", "available", or why it refuses the call."""
+    reasons = {name: refuses(*call) for name, refuses in implementations.items()}
+    able = [name for name, reason in reasons.items() if reason is None]
+    return {
+        name: reason if reason is not None else "chosen" if name == able[0] else "available"
+        for name, reason in reasons.items()
+    }

@@ -1,0 +1,37 @@
+"""The `fastgpt::` operator library: schemas are defined in Python, the compiled libraries only add kernels to them."""
+
+from pathlib import Path
+
+import torch
+
+try:
+    from fastgpt import _C
+except ImportError as error:
+    raise ImportError(
+        f"fastgpt's compiled part did not load ({error}). Build it with `pip install --no-build-isolation -e .` "
+        "in a checkout, or reinstall the package."
+    ) from error
+
+build_info = _C.build_info
+build_info()  # raises ValueError for a FASTGPT_CPU_LEVEL that this CPU does not have
+
+library = torch.library.Library("fastgpt", "DEF")
+
+CUDA_LIBRARY = Path(_C.__file__).parent / "libfastgpt_cuda.so"
+
+
+def _load_cuda_library() -> str | None:
+    """Loads the CUDA operations; returns why they are missing, or None."""
+    if torch.version.cuda is None:
+        # The library resolves libtorch_cuda's symbols when it is loaded.
+        return "this torch is a CPU build"
+    if not CUDA_LIBRARY.exists():
+        return "fastgpt was built without its CUDA library, because nvcc was not found or failed"
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:
+        return f"its CUDA library does not load: {error}"
+    return None
+
+
+CUDA_MISSING = _load_cuda_library()

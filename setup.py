@@ -1,0 +1,245 @@
+"""Builds fastgpt._C (CPU operations, pybind11 module) and, where nvcc is found, libfastgpt_cuda.so.
+
+Everything else about the package is in pyproject.toml. Both libraries use PyTorch's stable ABI, so
+a build serves every torch from 2.10 on. The work is one build.ninja under build/, kept between
+builds. Settings, all environment variables:
+
+    FASTGPT_BUILD_CUDA    1: the CUDA part is a must; 0: leave it out; unset: built if nvcc works
+    TORCH_CUDA_ARCH_LIST  GPU architectures, like "8.0;9.0a+PTX"; default: DEFAULT_ARCHS
+    MAX_JOBS              how many compilers run at once
+    CXX                   the C++ compiler (also nvcc's host compiler)
+"""
+
+import importlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CUDA_LIBRARY = "fastgpt.libfastgpt_cuda"
+TARGET_VERSION = "2.10"  # the oldest torch that a build must load on
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0")  # the last also as PTX, for GPUs newer than the compiler
+
+# *_kernels.cpp is compiled once per level and csrc/cpu_level.h picks at run time.
+CPU_LEVELS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CPU_LEVELS["avx512"] = CPU_LEVELS["avx2"] + [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        "-mprefer-vector-width=512",
+    ]
+
+
+def fail(sentence):
+    raise SystemExit(f"fastgpt: {sentence}")
+
+
+def torch_paths():
+    """(include folder, library folder) of the installed torch."""
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as error:
+        fail(
+            f"building needs PyTorch {TARGET_VERSION} or newer ({error}): pip install torch first, "
+            "or build without --no-build-isolation."
+        )
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < tuple(map(int, TARGET_VERSION.split("."))):
+        fail(f"building needs PyTorch {TARGET_VERSION} or newer, found {torch.__version__}.")
+    folder = Path(torch.__file__).parent
+    return folder / "include", folder / "lib"
+
+
+def find_cxx():
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    for command in wanted:
+        if shutil.which(shlex.split(command)[0]):
+            return command
+    fail(f"no C++ compiler found (looked for {', '.join(wanted)}): install g++ or set CXX.")
+
+
+def find_ninja():
+    try:
+        path = shutil.which("ninja", path=importlib.import_module("ninja").BIN_DIR)
+    except ImportError:
+        path = None
+    return path or shutil.which("ninja") or fail("building needs ninja: pip install ninja.")
+
+
+def find_pybind11():
+    try:
+        return importlib.import_module("pybind11").get_include()
+    except ImportError:
+        fail("building needs pybind11: pip install pybind11.")
+
+
+def find_nvcc():
+    """Path of nvcc from CUDA_HOME, PATH or the nvidia-cuda-nvcc wheel, or None."""
+    folders = [Path(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
+    folders += [Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
+    for site in (sysconfig.get_path("purelib"), *sys.path):
+        folders += sorted(Path(site, "nvidia").glob("cu*/bin"))
+    return next(filter(None, (shutil.which("nvcc", path=str(f)) for f in folders)), None)
+
+
+def cuda_archs(nvcc):
+    """Architectures to build for, like ["8.0", "9.0a", "10.0+PTX"]."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if listed:
+        archs = re.split(r"[;,\s]+", listed.strip(" ;,"))
+        for arch in archs:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+                fail(
+                    'TORCH_CUDA_ARCH_LIST: expected entries like "8.0", "9.0a" or "10.0+PTX", '
+                    f"got {arch!r}."
+                )
+        return archs
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    archs = [arch for arch in DEFAULT_ARCHS if "compute_" + arch.replace(".", "") in known]
+    archs = archs or DEFAULT_ARCHS  # and nvcc will say what is wrong with it
+    return [*archs[:-1], archs[-1] + "+PTX"]
+
+
+def gencode(archs):
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class NinjaBuild(build_ext):
+    def get_ext_filename(self, fullname):
+        # Not a Python module, so its name carries no Python version. (Called with and without package.)
+        if fullname.split(".")[-1] == CUDA_LIBRARY.split(".")[-1]:
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extensions(self):
+        self.cxx, self.ninja, self.pybind11 = find_cxx(), find_ninja(), find_pybind11()
+        self.torch_include, self.torch_lib = torch_paths()
+        self.folder = Path("build", f"ninja-{sys.implementation.cache_tag}-{platform.machine()}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+        wish = os.environ.get("FASTGPT_BUILD_CUDA", "")
+        if wish not in ("", "0", "1"):
+            fail(f"FASTGPT_BUILD_CUDA: expected 0, 1 or unset, got {wish!r}.")
+        nvcc = None if wish == "0" else find_nvcc()
+        if wish == "1" and nvcc is None:
+            fail("FASTGPT_BUILD_CUDA=1, but nvcc is not in CUDA_HOME, PATH or an nvidia-cuda-nvcc wheel.")
+        archs = cuda_archs(nvcc) if nvcc else []
+
+        failed = self.compile(nvcc, archs)
+        if failed and archs and wish != "1":
+            # A broken CUDA toolkit is no reason to go without the CPU operations.
+            archs = []
+            failed = self.compile(nvcc, archs)
+            if not failed:
+                print(
+                    "fastgpt: WARNING: the CUDA library was left out, because nvcc failed (see above). "
+                    "FASTGPT_BUILD_CUDA=1 makes that an error, FASTGPT_BUILD_CUDA=0 skips it.",
+                    file=sys.stderr,
+                )
+        if failed:
+            fail("compilation failed; the compiler's message is above.")
+
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
+            if extension.name == CUDA_LIBRARY and not archs:
+                target.unlink(missing_ok=True)  # an earlier build's
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.copy_file(str(self.folder / target.name), str(target))
+
+    def copy_extensions_to_source(self):
+        # For --inplace and editable installs; a CUDA library of an earlier build must not stay.
+        Path(self.get_ext_filename(CUDA_LIBRARY)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+    def compile(self, nvcc, archs):
+        """Builds both libraries into self.folder, the CUDA one only for some archs; True if it failed."""
+        (self.folder / "build.ninja").write_text(self.build_ninja(nvcc, archs))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        command = [self.ninja, "-f", str(self.folder / "build.ninja"), *jobs]
+        return subprocess.run(command).returncode != 0
+
+    def build_ninja(self, nvcc, archs):
+        lines = [f"builddir = {self.folder}"]
+
+        def rule(name, command, depfile=False):
+            lines.extend([f"rule {name}", f"  description = {name} $out", f"  command = {command}"])
+            if depfile:
+                lines.extend(["  depfile = $out.d", "  deps = gcc"])
+
+        def compile_each(rule, sources, flags=(), suffix=".o"):
+            objects = [str(self.folder / (Path(source).name + suffix)) for source in sources]
+            for source, output in zip(sources, objects):
+                lines.extend([f"build {output}: {rule} {source}", f"  flags = {join(flags)}"])
+            return objects
+
+        def link(rule, name, objects):
+            output = self.folder / Path(self.get_ext_filename(name)).name
+            lines.append(f"build {output}: {rule} {' '.join(objects)}")
+
+        major, minor = map(int, TARGET_VERSION.split("."))
+        common = ["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", "-isystem", self.torch_include]
+        common += [f"-DTORCH_TARGET_VERSION={major << 56 | minor << 48:#018x}ULL"]
+        # Contraction: multiply-adds fuse where the level has them, whatever the compiler's default.
+        cxxflags = [*common, "-fPIC", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"]
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        # libtorch_cpu exports some functions of libstdc++ too; the first library named is the one used.
+        torch_cpu = [*(["-lstdc++"] if sys.platform == "linux" else []), f"-L{self.torch_lib}", "-ltorch_cpu"]
+        rule("cxx", f"{self.cxx} $flags {join(cxxflags)} -MD -MF $out.d -c $in -o $out", depfile=True)
+        rule("link", f"{self.cxx} {join(shared)} $in {join(torch_cpu)} -o $out")
+
+        bindings, kernels = "csrc/bindings.cpp", sorted(glob("csrc/*_kernels.cpp"))
+        others = sorted(set(glob("csrc/*.cpp")) - {bindings, *kernels})
+        python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
+        facts = [word for path in (self.pybind11, *sorted(python)) for word in ("-isystem", path)]
+        facts += [f'-DFASTGPT_CUDA_ARCHS="{" ".join(archs)}"']
+        facts += [f'-DFASTGPT_CPU_LEVELS="{" ".join(CPU_LEVELS)}"']
+        objects = compile_each("cxx", [bindings], facts) + compile_each("cxx", others)
+        for level, flags in CPU_LEVELS.items():
+            flags = [f"-DFASTGPT_CPU_LEVEL={level}", *flags]
+            objects += compile_each("cxx", kernels, flags, f".{level}.o")
+        link("link", "fastgpt._C", objects)
+
+        if archs:
+            flags = [*common, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(archs)]
+            if os.environ.get("CXX"):
+                flags += ["-ccbin", [w for w in shlex.split(self.cxx) if not w.startswith("-")][-1]]
+            # libtorch.so is a shell around libtorch_cpu and, in a CUDA build of torch, libtorch_cuda:
+            # the CUDA stream's functions are found through it, and it exists in every build.
+            libraries = ["--cudart=static", "-Xlinker=--no-as-needed", *torch_cpu, "-ltorch"]
+            # The wheels have lib/ where their nvcc looks for lib64/.
+            libraries += [f"-L{Path(nvcc).resolve().parents[1] / 'lib'}"]
+            nvcc = join([nvcc, *flags])
+            rule("nvcc", f"{nvcc} -MD -MF $out.d -c $in -o $out", depfile=True)
+            rule("nvlink", f"{nvcc} -shared $in {join(libraries)} -o $out")
+            link("nvlink", CUDA_LIBRARY, compile_each("nvcc", sorted(glob("csrc/*.cu"))))
+        return "\n".join(lines) + "\n"
+
+
+def join(words):
+    """A command line for build.ninja: quoted for the shell, with ninja's $ escaped."""
+    return shlex.join(map(str, words)).replace("$", "$$")
+
+
+setup(
+    ext_modules=[
+        Extension("fastgpt._C", sorted(glob("csrc/*.cpp"))),
+        Extension(CUDA_LIBRARY, sorted(glob("csrc/*.cu")), optional=True),
+    ],
+    cmdclass={"build_ext": NinjaBuild},
+)

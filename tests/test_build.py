@@ -1,0 +1,250 @@
+"""The build: what it reports about itself, which symbols it needs, and what it says when it cannot work."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULE = Path(_C.__file__)
+CUDA_LIBRARY = MODULE.parent / "libfastgpt_cuda.so"
+TORCH = Path(torch.__file__).parent
+LEVELS = ["baseline", "avx2", "avx512"]
+
+needs_cuda_library = pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="built without libfastgpt_cuda.so")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+needs_nm = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("nm") is None, reason="reads ELF symbols with nm"
+)
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
+
+
+def run_python(*arguments, cwd=None, **environment):
+    environment = {name: str(value) for name, value in environment.items()}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+# What the build reports
+
+
+def test_build_info():
+    info = _C.build_info()
+    assert list(info) == ["compiler", "torch_target_version", "cpu_levels", "cpu_level", "cuda_archs"]
+    assert re.match(r"(gcc|clang) \d+", info["compiler"])
+    assert info["torch_target_version"] == "2.10"
+    assert info["cpu_levels"] in (LEVELS, LEVELS[:1])
+    assert info["cpu_level"] in info["cpu_levels"]
+    assert all(re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch) for arch in info["cuda_archs"])
+
+
+def test_cuda_library_is_there_exactly_when_reported():
+    assert CUDA_LIBRARY.exists() == bool(_C.build_info()["cuda_archs"])
+
+
+PRINT_LEVEL = "import fastgpt; print(fastgpt._C.build_info()['cpu_level'])"
+
+
+def test_cpu_level_can_be_forced_downwards():
+    # Of the levels up to the one that this CPU got by default, each is supported.
+    info = _C.build_info()
+    for level in info["cpu_levels"][: info["cpu_levels"].index(info["cpu_level"]) + 1]:
+        result = run_python("-c", PRINT_LEVEL, FASTGPT_CPU_LEVEL=level)
+        assert result.stdout.split() == [level], result.stderr
+
+
+def test_unknown_cpu_level_is_a_clear_error():
+    result = run_python("-c", PRINT_LEVEL, FASTGPT_CPU_LEVEL="avx1024")
+    assert result.returncode != 0
+    assert re.search(
+        r"ValueError: FASTGPT_CPU_LEVEL: expected one of baseline.* on this CPU, got 'avx1024'", result.stderr
+    )
+
+
+# Which symbols the libraries need
+
+
+def undefined_symbols(library):
+    """Names of undefined symbols, those of the C and C++ runtime libraries left out (they have a version)."""
+    output = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    names = {line.split()[-1] for line in output.stdout.splitlines() if line.split()[-2] == "U"}
+    return {name for name in names if not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_", name)}
+
+
+def is_stable_shim(name):
+    return re.fullmatch(r"(aoti_)?torch_\w+", name) is not None
+
+
+@needs_nm
+def test_module_needs_only_python_and_the_stable_abi():
+    symbols = undefined_symbols(MODULE)
+    assert [name for name in symbols if not is_stable_shim(name) and not re.match("_?Py", name)] == []
+    assert any(map(is_stable_shim, symbols))
+
+
+@needs_nm
+@needs_cuda_library
+def test_cuda_library_needs_only_the_stable_abi():
+    symbols = undefined_symbols(CUDA_LIBRARY)
+    assert [name for name in symbols if not is_stable_shim(name)] == []
+    # A CPU build of torch has all but these: the current stream, and the text of CUDA errors.
+    libtorch_cpu = ctypes.CDLL(str(TORCH / "lib" / "libtorch_cpu.so"))
+    assert {name for name in symbols if not hasattr(libtorch_cpu, name)} <= {
+        "aoti_torch_get_current_cuda_stream",
+        "torch_c10_cuda_check_msg",
+        "torch_c10_cuda_free_error_msg",
+    }
+
+
+@needs_nm
+def test_kernels_of_a_cpu_level_keep_their_code_to_themselves():
+    # An inline function that an AVX-512 file shares with others would crash a CPU without AVX-512.
+    objects = [path for level in LEVELS[1:] for path in ROOT.glob(f"build/ninja-*/*_kernels.cpp.{level}.o")]
+    if not objects:
+        pytest.skip("no *_kernels.cpp objects in build/")
+    for path in objects:
+        level = path.name.split(".")[-2]
+        output = subprocess.run(["nm", "-C", "--defined-only", "--extern-only", path], capture_output=True, text=True)
+        names = [line.split(maxsplit=2)[2] for line in output.stdout.splitlines()]
+        assert names and [name for name in names if f"fastgpt::{level}::" not in name] == []
+
+
+@needs_sources
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*.cu")), ids=lambda path: path.name)
+def test_cuda_source_compiles_without_spills(source, tmp_path):
+    command = ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+    command += ["-isystem", TORCH / "include", "-Xptxas=-v", "-c", source, "-o", tmp_path / "out.o"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    assert spills and set(spills) == {("0", "0")}, result.stderr
+    for arch in ("sm_80", "sm_90a"):
+        assert f"for '{arch}'" in result.stderr
+
+
+# What setup.py does, in a small copy of the project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project with the real setup.py and the least of sources: the module, and one kernel per CPU level."""
+    pytest.importorskip("setuptools", minversion="77")
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("not a source checkout")
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("README.md", "LICENSE"):
+        (folder / name).touch()
+    (folder / "fastgpt").mkdir()
+    (folder / "fastgpt" / "__init__.py").touch()
+    (folder / "csrc").mkdir()
+    for name in ("bindings.cpp", "cpu_level.cpp", "cpu_level.h"):
+        shutil.copy(ROOT / "csrc" / name, folder / "csrc")
+    (folder / "csrc" / "twice_kernels.cpp").write_text(
+        "namespace fastgpt::FASTGPT_CPU_LEVEL { int twice(int x) { return 2 * x; } }\n"
+    )
+    return folder
+
+
+def build(project, **environment):
+    environment = {"FASTGPT_BUILD_CUDA": "0", "PYTHONPATH": "", "CXX": ""} | environment
+    return run_python("setup.py", "-q", "build_ext", "--inplace", cwd=project, **environment)
+
+
+def fake_torch(folder, code):
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text(code)
+    return {"PYTHONPATH": folder}
+
+
+def fake_nvcc(folder, code):
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\n{code}\n")
+    (folder / "bin" / "nvcc").chmod(0o755)
+    return {"CUDA_HOME": folder}
+
+
+def last_line(result):
+    assert result.returncode != 0
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_missing_compiler_is_one_sentence(project):
+    assert last_line(build(project, CXX="/nonexistent/g++")) == (
+        "fastgpt: no C++ compiler found (looked for /nonexistent/g++): install g++ or set CXX."
+    )
+
+
+def test_missing_torch_is_one_sentence(project, tmp_path):
+    code = "raise ModuleNotFoundError(\"No module named 'torch'\")"
+    assert last_line(build(project, **fake_torch(tmp_path, code))) == (
+        "fastgpt: building needs PyTorch 2.10 or newer (No module named 'torch'): pip install torch first, "
+        "or build without --no-build-isolation."
+    )
+
+
+def test_old_torch_is_one_sentence(project, tmp_path):
+    assert last_line(build(project, **fake_torch(tmp_path, "__version__ = '2.9.0'"))) == (
+        "fastgpt: building needs PyTorch 2.10 or newer, found 2.9.0."
+    )
+
+
+def test_wrong_settings_are_one_sentence(project, tmp_path):
+    assert last_line(build(project, FASTGPT_BUILD_CUDA="yes")) == (
+        "fastgpt: FASTGPT_BUILD_CUDA: expected 0, 1 or unset, got 'yes'."
+    )
+    nvcc = fake_nvcc(tmp_path, "exit 1")
+    assert last_line(build(project, FASTGPT_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;Big", **nvcc)) == (
+        'fastgpt: TORCH_CUDA_ARCH_LIST: expected entries like "8.0", "9.0a" or "10.0+PTX", got \'Big\'.'
+    )
+
+
+def test_sdist_holds_the_sources(project):
+    result = run_python("setup.py", "-q", "sdist", cwd=project)
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(next((project / "dist").glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {"csrc/cpu_level.h", "csrc/bindings.cpp", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+
+
+@pytest.mark.slow
+def test_builds_are_incremental(project):
+    result = build(project)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for level in _C.build_info()["cpu_levels"]:
+        assert f"twice_kernels.cpp.{level}.o" in result.stdout
+
+    result = build(project)
+    assert "no work to do" in result.stdout
+
+    (project / "csrc" / "cpu_level.h").touch()
+    result = build(project)
+    assert "cpu_level.cpp.o" in result.stdout and "twice_kernels" not in result.stdout
+
+
+@pytest.mark.slow
+def test_broken_nvcc_costs_the_cuda_library_only(project, tmp_path):
+    (project / "csrc" / "empty.cu").touch()
+    nvcc = fake_nvcc(tmp_path, "echo nvcc is broken >&2; exit 1")
+    result = build(project, FASTGPT_BUILD_CUDA="", **nvcc)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "nvcc is broken" in result.stdout
+    assert "fastgpt: WARNING: the CUDA library was left out, because nvcc failed" in result.stderr
+    assert list((project / "fastgpt").glob("_C.*")) and not (project / "fastgpt" / "libfastgpt_cuda.so").exists()
+
+    result = build(project, FASTGPT_BUILD_CUDA="1", **nvcc)
+    assert last_line(result) == "fastgpt: compilation failed; the compiler's message is above."
