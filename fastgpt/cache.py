@@ -22,7 +22,7 @@ class KVCache:
         shape = (num_layers, batch_size, num_kv_heads, capacity, head_dim)  # (layers, B, H_kv, S, D)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.capacity = capacity
+        self.batch_size, self.capacity = batch_size, capacity
         self.length = 0  # tokens stored for each sequence, known on the host: no synchronisation to check it
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)  # (B,) the same, for the kernels
         self.positions = None  # (B, T) slots of the tokens of the current forward pass

@@ -125,7 +125,11 @@ class GPT(nn.Module):
         """The last layer's output, normalised: ids (B, T) -> (B, T, C)."""
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids: expected shape (B, T) with at least one token, got {tuple(ids.shape)}")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"ids: expected dtype torch.int64 or torch.int32, got {ids.dtype}")
         B, T = ids.shape
+        if cache is not None and cache.batch_size != B:
+            raise ValueError(f"cache: expected one for a batch of {B}, got one for {cache.batch_size}")
         past = 0 if cache is None else cache.length
         if past + T > self.config.context_length:
             raise ValueError(

@@ -38,7 +38,7 @@ SHORT = 16  # up to this many queries, the short tile of a pair
 
 # (head dim padded to a power of two, bytes per element) -> tiles for (more than SHORT queries, up to SHORT).
 TILES = {
-    (16, 2): (Tile(128, 64, 4, 3), Tile(16, 128, 4, 3)),
+    (16, 2): (Tile(128, 64, 4, 3), Tile(16, 64, 4, 3)),
     (32, 2): (Tile(128, 64, 4, 3), Tile(16, 128, 4, 3)),
     (64, 2): (Tile(128, 64, 8, 2), Tile(16, 64, 4, 3)),
     (128, 2): (Tile(128, 64, 8, 3), Tile(16, 64, 4, 3)),
@@ -53,19 +53,17 @@ TILES = {
 
 @triton.jit
 def _load_rows(ptr, stride, offs_row, n_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """A tile (rows, BLOCK_D): rows start at multiples of 16 bytes; zeros past n_rows and past HEAD_DIM."""
+    """A tile (rows, BLOCK_D), zero from n_rows on and past HEAD_DIM. Rows start and end at multiples of 16 bytes."""
     ALIGN: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth  # elements in 16 bytes
     ROW: tl.constexpr = (HEAD_DIM + ALIGN - 1) // ALIGN * ALIGN
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + offs_row[:, None] * tl.multiple_of(tl.cast(stride, tl.int64), ALIGN) + offs_d[None, :]
-    if MASK_ROWS and ROW < BLOCK_D:
-        return tl.load(ptrs, mask=(offs_row[:, None] < n_rows) & (offs_d[None, :] < ROW), other=0.0)
-    elif MASK_ROWS:
-        return tl.load(ptrs, mask=offs_row[:, None] < n_rows, other=0.0)
-    elif ROW < BLOCK_D:
-        return tl.load(ptrs, mask=offs_d[None, :] < ROW, other=0.0)
-    else:
-        return tl.load(ptrs)
+    mask = tl.full([1, 1], True, tl.int1)
+    if MASK_ROWS:
+        mask = mask & (offs_row[:, None] < n_rows)
+    if ROW < BLOCK_D:
+        mask = mask & (offs_d[None, :] < ROW)
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -102,9 +100,11 @@ def _attend(
     return acc, row_sum, row_max_log2
 
 
-# Lengths change from call to call: specialising on them would compile again and gain nothing.
+# Numbers that vary between calls must not compile the kernel again. What specialising would gain, the divisibility
+# of strides, the launcher guarantees and the kernel states.
 @triton.jit(
     do_not_specialize=[
+        "kv_lengths_ptr",
         "stride_qb", "stride_qh", "stride_qm",
         "stride_kb", "stride_kh", "stride_kn",
         "stride_vb", "stride_vh", "stride_vn",
@@ -134,7 +134,7 @@ def _attention_forward(
 
     length = n_keys
     if kv_lengths_ptr is not None:
-        length = tl.maximum(0, tl.minimum(tl.load(kv_lengths_ptr + b), n_keys))
+        length = tl.minimum(tl.load(kv_lengths_ptr + b), n_keys)  # below 0, no key is seen, as at 0
     rows = tl.arange(0, BLOCK_M)  # queries of the tile, counted from start_m
     n_rows = n_queries - start_m
     past = start_m + length - n_queries  # keys before the one at the position of the tile's first query

@@ -15,7 +15,7 @@ from fastgpt.ops.checks import (
 from fastgpt.ops.implementations import choose, explain_call
 from fastgpt.ops.library import library
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -26,7 +26,8 @@ def attention(q, k, v, *, causal=True, scale=None, kv_lengths=None, return_lse=F
         out[b,h,i] = sum_j softmax_j(scale * q[b,h,i]·k[b,h//g,j]) v[b,h//g,j],   g = H // H_kv
 
     Args:
-        q: (B, H, T, D) fp16|bf16|fp32, D <= 256, last dimension contiguous, other strides free.
+        q: (B, H, T, D) fp16|bf16|fp32, D <= 256, last dimension contiguous, other strides free. fp64 too, which only
+            the reference serves.
         k, v: (B, H_kv, S, D), dtype and device of q; H must be a multiple of H_kv.
         causal: bottom-right aligned: query i sees key j when j <= i + L - T, where L is kv_lengths[b] or S.
             T=2, L=5 attends  1 1 1 1 0
@@ -98,7 +99,7 @@ def _check(q, k, v, scale, kv_lengths):
     require_tensor("v", v, 4)
     B, H, T, D = q.shape
     _, H_kv, S, _ = k.shape
-    require_dtype("q", q, DTYPES)
+    require_dtype("q", q, (*KERNEL_DTYPES, torch.float64))
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim from 1 to {MAX_HEAD_DIM}, got {D} in shape {tuple(q.shape)}")
     if H_kv == 0 or H % H_kv:
@@ -125,26 +126,26 @@ def explain(q, k, v, *, causal=True, scale=None, kv_lengths=None, return_lse=Fal
     return explain_call(IMPLEMENTATIONS, q, k, v)
 
 
-def _needs_gradients(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _kernel_refuses(q, k, v):
+    if q.dtype not in KERNEL_DTYPES:
+        return f"it takes fp32, fp16 and bf16, and q is {q.dtype}"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "it has no backward, and q, k or v requires gradients"
+    return None
 
 
 def _triton_refuses(q, k, v):
     if not q.is_cuda:
         return f"it runs on CUDA tensors, and q is on {q.device}"
-    if _needs_gradients(q, k, v):
-        return "it has no backward, and q, k or v requires gradients"
     if not TRITON_INSTALLED:
         return "triton is not installed"
-    return None
+    return _kernel_refuses(q, k, v)
 
 
 def _cpp_refuses(q, k, v):
     if q.device.type != "cpu":
         return f"it runs on CPU tensors, and q is on {q.device}"
-    if _needs_gradients(q, k, v):
-        return "it has no backward, and q, k or v requires gradients"
-    return None
+    return _kernel_refuses(q, k, v)
 
 
 # In order of preference: the first that does not refuse serves the call.

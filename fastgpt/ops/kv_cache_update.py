@@ -12,7 +12,7 @@ from fastgpt.ops.checks import (
 from fastgpt.ops.implementations import choose, explain_call
 from fastgpt.ops.library import CUDA_MISSING, library
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def kv_cache_update(k, v, k_cache, v_cache, positions):
@@ -21,7 +21,8 @@ def kv_cache_update(k, v, k_cache, v_cache, positions):
         k_cache[b,h,p] = k[b,h,t],  v_cache[b,h,p] = v[b,h,t],   p = positions[b,t], for every p >= 0
 
     Args:
-        k, v: (B, H_kv, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free.
+        k, v: (B, H_kv, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free. fp64 too, which only the
+            reference serves.
         k_cache, v_cache: (B, H_kv, S, D), dtype and device of k, strides likewise; written.
         positions: (B, T) int32|int64 on the device: the slot of each token, in tokens. Negative skips the token
             (padding). Where two tokens of a row name the same slot, the last one stays on a CPU; on CUDA either may.
@@ -62,7 +63,7 @@ def _check(k, v, k_cache, v_cache, positions):
     require_tensor("positions", positions, 2)
     B, H_kv, T, D = k.shape
     S = k_cache.shape[2]
-    require_dtype("k", k, DTYPES)
+    require_dtype("k", k, (*KERNEL_DTYPES, torch.float64))
     require_shape("v", v, (B, H_kv, T, D), "(B, H_kv, T, D) to match k")
     require_shape("k_cache", k_cache, (B, H_kv, S, D), "(B, H_kv, S, D) to match k")
     require_shape("v_cache", v_cache, (B, H_kv, S, D), "(B, H_kv, S, D) to match k_cache")
@@ -87,14 +88,20 @@ def explain(k, v, k_cache, v_cache, positions):
     return explain_call(IMPLEMENTATIONS, k)
 
 
+def _kernel_refuses(k):
+    return None if k.dtype in KERNEL_DTYPES else f"it takes fp32, fp16 and bf16, and k is {k.dtype}"
+
+
 def _cuda_refuses(k):
     if not k.is_cuda:
         return f"it runs on CUDA tensors, and k is on {k.device}"
-    return CUDA_MISSING
+    return CUDA_MISSING or _kernel_refuses(k)
 
 
 def _cpp_refuses(k):
-    return None if k.device.type == "cpu" else f"it runs on CPU tensors, and k is on {k.device}"
+    if k.device.type != "cpu":
+        return f"it runs on CPU tensors, and k is on {k.device}"
+    return _kernel_refuses(k)
 
 
 # In order of preference: the first that does not refuse serves the call.

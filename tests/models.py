@@ -1,0 +1,28 @@
+"""Small decoders with random weights, for tests."""
+
+import torch
+
+from fastgpt import GPT, GPTConfig
+
+
+def random_model(*, layers=2, heads=4, width=64, context=96, vocabulary=65, seed=0, **fields) -> GPT:
+    """In evaluation mode. The blocks' weights are large, so that greedy tokens depend on the context and vary."""
+    torch.manual_seed(seed)
+    config = GPTConfig(
+        vocab_size=vocabulary,
+        context_length=context,
+        num_layers=layers,
+        num_heads=heads,
+        hidden_size=width,
+        **fields,
+    )
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(15)
+    return model
+
+
+def random_ids(model: GPT, batch: int, tokens: int, seed=1) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))

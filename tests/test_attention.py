@@ -1,0 +1,250 @@
+"""The attention operation: parity of the CPU kernels, properties, errors, registration."""
+
+import os
+import subprocess
+import sys
+
+import numerics
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastgpt
+from fastgpt import attention, attention_reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# B, H, H_kv, T, S, D: shapes that hurt.
+SHAPES = [
+    (1, 2, 2, 1, 1, 64),
+    (2, 4, 2, 1, 77, 64),  # decode
+    (1, 12, 12, 1, 1000, 64),
+    (2, 6, 2, 5, 200, 40),  # a few queries of three heads share keys
+    (3, 8, 2, 2, 129, 7),
+    (1, 3, 3, 130, 130, 64),  # off-block
+    (1, 1, 1, 200, 333, 128),  # S > T
+    (1, 2, 2, 70, 30, 16),  # S < T: the first rows see no key
+    (1, 2, 1, 64, 64, 80),
+    (1, 2, 2, 66, 300, 256),
+    (1, 6, 2, 3, 128, 96),
+    (1, 1, 1, 5, 9, 1),
+    (2, 2, 2, 3, 0, 16),  # no keys at all
+    (2, 2, 2, 0, 5, 16),  # no queries
+    (0, 2, 2, 3, 5, 16),
+]
+
+
+def make(B, H, H_kv, T, S, D, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    # Token-major storage, as a model has it: strided, last dimension contiguous.
+    q = torch.randn(B, T, H, D, generator=generator).transpose(1, 2).to(dtype)
+    k, v = (torch.randn(B, S, H_kv, D, generator=generator).transpose(1, 2).to(dtype) for _ in range(2))
+    return q, k, v
+
+
+def check_parity(q, k, v, **options):
+    out, lse = attention(q, k, v, impl="cpp", return_lse=True, **options)
+    expected = attention_reference(q.double(), k.double(), v.double(), return_lse=True, **options)
+    low = attention_reference(q, k, v, return_lse=True, **options)
+    numerics.check(out, expected[0], low[0], dtype=q.dtype, name="out")
+    numerics.check(lse, expected[1], low[1], dtype=torch.float32, name="lse")
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape, causal, dtype):
+    check_parity(*make(*shape, dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("T", [1, 3, 70])
+def test_parity_with_lengths_never_reads_past_them(T, causal, dtype):
+    q, k, v = make(4, 4, 2, T, 150, 64, dtype)
+    lengths = torch.tensor([0, 1, 83, 150], dtype=torch.int32)
+    for b, length in enumerate(lengths):
+        k[b, :, length:] = float("nan")
+        v[b, :, length:] = float("nan")
+    check_parity(q, k, v, causal=causal, kv_lengths=lengths)
+
+
+@pytest.mark.parametrize("level", fastgpt.build_info()["cpu_levels"])
+def test_every_cpu_level(level):
+    """The whole table again in a process that is forced to a lower instruction set."""
+    usable = fastgpt.build_info()["cpu_levels"]
+    usable = usable[: usable.index(fastgpt.build_info()["cpu_level"]) + 1]
+    if level not in usable[:-1]:
+        pytest.skip(f"{level} is what this process runs, or more than this CPU has")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "parity", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=os.environ | {"FASTGPT_CPU_LEVEL": level}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_blind_rows_are_zero():
+    q, k, v = make(1, 2, 2, 5, 3, 16)
+    out, lse = attention(q, k, v, return_lse=True)
+    assert torch.equal(out[:, :, :2], torch.zeros(1, 2, 2, 16)) and (lse[:, :, :2] == -torch.inf).all()
+    assert (lse[:, :, 2:] > -torch.inf).all()
+
+
+def test_bottom_right_alignment():
+    """T=2, S=5: the first query sees four keys, the second all five."""
+
+    def row_by_row(q, k, v):
+        rows = [attention_reference(q[:, :, i : i + 1], k[:, :, : 4 + i], v[:, :, : 4 + i], causal=False) for i in (0, 1)]
+        return torch.cat(rows, 2)
+
+    x = make(1, 1, 1, 2, 5, 16)
+    oracle, low = row_by_row(*(tensor.double() for tensor in x)), row_by_row(*x)
+    for impl in ("cpp", "reference"):
+        numerics.check(attention(*x, impl=impl), oracle, low, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+def test_large_scores_do_not_overflow(impl):
+    q, k, v = make(1, 2, 2, 40, 40, 64)
+    out, lse = attention(q * 1e4, k * 1e4, v, impl=impl, return_lse=True)
+    assert out.isfinite().all() and lse.isfinite().all()
+    # The largest score takes all the weight.
+    best = (q @ k.transpose(-2, -1)).masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).argmax(-1)
+    assert torch.equal(out, v.gather(2, best.unsqueeze(-1).expand_as(v)))
+
+
+@pytest.mark.parametrize("T", [1, 40])
+def test_nan_is_not_hidden(T):
+    q, k, v = make(1, 1, 1, T, 40, 64)
+    k[0, 0, 0, 0] = float("nan")
+    assert attention(q, k, v).isnan().all()
+
+
+dims = st.tuples(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 80), st.integers(0, 100), st.integers(1, 70)
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(dims, st.integers(0, 2**16))
+def test_causality(dims, seed):
+    """Changing a later key or value changes nothing before it, bit for bit."""
+    B, H_kv, group, T, extra, D = dims
+    q, k, v = make(B, H_kv * group, H_kv, T, T + extra, D, seed=seed)
+    before = attention(q, k, v)
+    k[:, :, -1] += 1
+    v[:, :, -1] -= 1
+    after = attention(q, k, v)
+    assert torch.equal(before[:, :, :-1], after[:, :, :-1])
+    assert not torch.equal(before[:, :, -1], after[:, :, -1])
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(dims, st.integers(0, 2**16))
+def test_permuting_the_batch_permutes_the_result(dims, seed):
+    B, H_kv, group, T, extra, D = dims
+    q, k, v = make(B, H_kv * group, H_kv, T, T + extra, D, seed=seed)
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(attention(q[order], k[order], v[order]), attention(q, k, v)[order])
+
+
+@pytest.mark.parametrize("T", [1, 70])
+def test_result_does_not_depend_on_threads_or_repetition(T):
+    q, k, v = make(2, 4, 2, T, 3000, 64)
+    expected = attention(q, k, v)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(attention(q, k, v), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_reference_gradients():
+    """Through masks, lengths, shared heads and blind rows."""
+    q, k, v = (x.double().requires_grad_() for x in make(2, 4, 2, 4, 3, 8))
+    lengths = torch.tensor([2, 3], dtype=torch.int32)
+    assert torch.autograd.gradcheck(
+        lambda *x: attention_reference(*x, kv_lengths=lengths, return_lse=False), (q, k, v)
+    )
+
+
+def test_gradients_flow_through_the_public_operation():
+    q, k, v = (x.requires_grad_() for x in make(1, 2, 2, 4, 4, 16))
+    attention(q, k, v).sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
+
+
+# Registration
+
+
+def test_opcheck():
+    q, k, v = make(2, 4, 2, 3, 20, 16)
+    for lengths in (None, torch.tensor([5, 20], dtype=torch.int32)):
+        torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, lengths, True, 0.25))
+
+
+def test_fake_strides_are_real_strides():
+    q, k, v = make(2, 4, 2, 3, 20, 16)
+    real = torch.ops.fastgpt.attention_forward(q, k, v, None, True, 0.25)
+    fake = torch.ops.fastgpt.attention_forward(q.to("meta"), k.to("meta"), v.to("meta"), None, True, 0.25)
+    for a, b in zip(real, fake):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+# Choice of implementation
+
+
+def test_explain_says_what_serves_and_why_not():
+    q, k, v = make(1, 1, 1, 2, 2, 16)
+    assert fastgpt.explain(attention, q, k, v) == {
+        "triton": "it runs on CUDA tensors, and q is on cpu",
+        "cpp": "chosen",
+        "reference": "available",
+    }
+    reasons = fastgpt.explain(attention, q.requires_grad_(), k, v)
+    assert reasons["reference"] == "chosen" and "requires gradients" in reasons["cpp"]
+    with pytest.raises(ValueError, match="operation: expected fastgpt.attention"):
+        fastgpt.explain(print, 1)
+
+
+def test_a_named_implementation_does_not_fall_back():
+    q, k, v = make(1, 1, 1, 2, 2, 16)
+    with pytest.raises(ValueError, match="impl='triton' cannot serve this call: it runs on CUDA tensors"):
+        attention(q, k, v, impl="triton")
+    with pytest.raises(ValueError, match="impl='cpp' cannot serve this call: it has no backward"):
+        attention(q.requires_grad_(), k, v, impl="cpp")
+    with pytest.raises(ValueError, match="impl: expected one of 'triton', 'cpp', 'reference' or None, got 'flash'"):
+        attention(q, k, v, impl="flash")
+
+
+# Errors
+
+Q = torch.zeros(2, 4, 3, 16)
+KV = torch.zeros(2, 2, 5, 16)
+INT = torch.zeros(2, dtype=torch.int32)
+
+BAD = {
+    "not a tensor": ((1, KV, KV), {}, TypeError, "q: expected a torch.Tensor, got int"),
+    "dimensions": ((Q[0], KV, KV), {}, ValueError, r"q: expected 4 dimensions, got shape \(4, 3, 16\)"),
+    "dtype": ((Q.int(), KV, KV), {}, TypeError, "q: expected dtype .*, got torch.int32"),
+    "mixed dtypes": ((Q, KV.half(), KV), {}, TypeError, "k: expected dtype torch.float32, got torch.float16"),
+    "head dim": ((Q.repeat(1, 1, 1, 17), KV, KV), {}, ValueError, "q: expected a head dim from 1 to 256, got 272"),
+    "heads": ((Q[:, :3], KV, KV), {}, ValueError, "k: expected a number of heads that divides q's 3, got 2"),
+    "batch": ((Q, KV[:1], KV), {}, ValueError, r"k: expected shape \(2, 2, 5, 16\) .*, got \(1, 2, 5, 16\)"),
+    "v": ((Q, KV, KV[:, :, :4]), {}, ValueError, r"v: expected shape \(2, 2, 5, 16\) .*, got \(2, 2, 4, 16\)"),
+    "device": ((Q, KV, KV.to("meta")), {}, ValueError, "v: expected device cpu, got meta"),
+    "stride": ((Q, KV, torch.zeros(2, 2, 16, 5).mT), {}, ValueError, "v: expected a contiguous last dimension"),
+    "scale": ((Q, KV, KV), {"scale": "x"}, TypeError, "scale: expected a float or None, got str"),
+    "lengths shape": ((Q, KV, KV), {"kv_lengths": INT[:1]}, ValueError, r"kv_lengths: expected shape \(2,\)"),
+    "lengths dtype": ((Q, KV, KV), {"kv_lengths": INT.long()}, TypeError, "kv_lengths: expected dtype torch.int32"),
+    "lengths device": ((Q, KV, KV), {"kv_lengths": INT.to("meta")}, ValueError, "kv_lengths: expected device cpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors(case):
+    arguments, options, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        attention(*arguments, **options)

@@ -1,0 +1,160 @@
+"""Generation: the cache changes no token; sampling does what its arguments say."""
+
+import pytest
+import torch
+from models import random_ids, random_model
+
+from fastgpt import GPT
+from fastgpt.cli import SHIPPED_MODEL
+from fastgpt.generate import sample, stream
+from fastgpt.text import Tokenizer
+
+SETTINGS = [
+    # layers, heads, width, batch, prompt
+    (1, 1, 16, 1, 1),
+    (2, 2, 32, 3, 5),
+    (3, 4, 64, 2, 17),
+    (2, 8, 128, 4, 1),
+    (4, 3, 96, 1, 40),
+    (2, 1, 80, 2, 64),
+]
+
+
+@pytest.mark.parametrize("layers, heads, width, batch, prompt", SETTINGS)
+def test_cached_and_uncached_tokens_are_identical(layers, heads, width, batch, prompt):
+    for seed in range(3):
+        model = random_model(layers=layers, heads=heads, width=width, context=128, seed=seed)
+        ids = random_ids(model, batch, prompt, seed)
+        cached, uncached = (model.generate(ids, 64, use_cache=use_cache) for use_cache in (True, False))
+        assert torch.equal(cached, uncached)
+        assert cached.shape == (batch, prompt + 64) and torch.equal(cached[:, :prompt], ids)
+        assert len(cached[:, prompt:].unique()) > 3  # a model stuck on a token or two would prove little
+
+
+def test_sampling_with_a_seed_is_the_same_with_and_without_the_cache():
+    model = random_model()
+    ids = random_ids(model, 2, 5)
+    options = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    first, again, uncached, other = (
+        model.generate(ids, 40, seed=seed, use_cache=use_cache, **options)
+        for seed, use_cache in ((7, True), (7, True), (7, False), (8, True))
+    )
+    assert torch.equal(first, again) and torch.equal(first, uncached) and not torch.equal(first, other)
+
+
+def test_without_a_seed_samples_differ():
+    model = random_model()
+    ids = random_ids(model, 1, 5)
+    assert not torch.equal(model.generate(ids, 40, temperature=1.0), model.generate(ids, 40, temperature=1.0))
+
+
+def test_shipped_model_generates_300_identical_tokens():
+    model = GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
+    tokenizer = Tokenizer.load(SHIPPED_MODEL / "tokenizer.json")
+    ids = torch.tensor([tokenizer.encode("ROMEO:\n")])
+    cached, uncached = (model.generate(ids, 300, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+def test_shipped_model_writes_like_a_play():
+    """Sampled text has lines of a play's length and speakers' names before their speeches."""
+    model = GPT.from_pretrained(SHIPPED_MODEL)
+    tokenizer = Tokenizer.load(SHIPPED_MODEL / "tokenizer.json")
+    ids = torch.tensor([tokenizer.encode("\n")] * 8)
+    texts = [tokenizer.decode(row) for row in model.generate(ids, 400, temperature=0.8, seed=0).tolist()]
+    lines = "\n".join(texts).splitlines()
+    speakers = [line for line in lines if line.endswith(":") and line[0].isupper() and len(line) < 30]
+    assert len(speakers) >= 8  # about one in 100 to 400 characters of the corpus
+    spoken = [len(line) for line in lines if line and line not in speakers]
+    assert 20 < sum(spoken) / len(spoken) < 60
+
+
+def test_stream_yields_what_generate_returns_and_leaves_the_mode():
+    model = random_model(dropout=0.3).train()
+    ids = random_ids(model, 2, 4)
+    new = torch.stack(list(stream(model, ids, 10)), dim=1)
+    assert torch.equal(torch.cat([ids, new], dim=1), model.generate(ids, 10)) and model.training
+    abandoned = stream(model, ids, 10)
+    next(abandoned)
+    abandoned.close()
+    assert model.training
+
+
+def test_no_new_tokens():
+    model = random_model()
+    ids = random_ids(model, 2, 4)
+    assert torch.equal(model.generate(ids, 0), ids)
+
+
+def test_the_context_can_be_filled():
+    model = random_model(context=16)
+    assert model.generate(random_ids(model, 1, 4), 12).shape == (1, 16)
+
+
+# Sampling
+
+LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]]))
+
+
+def drawn(**options):
+    generator = torch.Generator().manual_seed(0)
+    tokens = sample(LOGITS.expand(4000, 5), generator=generator, **options)
+    return (torch.bincount(tokens, minlength=5) / 4000).tolist()
+
+
+def expected(probabilities, kept, temperature=1.0):
+    weights = torch.tensor([p ** (1 / temperature) if i in kept else 0.0 for i, p in enumerate(probabilities)])
+    return (weights / weights.sum()).tolist()
+
+
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({"temperature": 1.0}, {0, 1, 2, 3, 4}),
+        ({"temperature": 0.5}, {0, 1, 2, 3, 4}),
+        ({"temperature": 1.0, "top_k": 2}, {1, 3}),
+        ({"temperature": 1.0, "top_k": 1}, {1}),
+        ({"temperature": 1.0, "top_k": 99}, {0, 1, 2, 3, 4}),
+        ({"temperature": 1.0, "top_p": 0.69}, {1, 3}),
+        ({"temperature": 1.0, "top_p": 0.71}, {1, 3, 4}),
+        ({"temperature": 1.0, "top_p": 0.01}, {1}),
+        ({"temperature": 1.0, "top_p": 1.0}, {0, 1, 2, 3, 4}),
+        ({"temperature": 2.0, "top_k": 3, "top_p": 0.7}, {1, 3}),
+    ],
+)
+def test_sampling_distribution(options, kept):
+    """Frequencies of 4,000 draws within five standard deviations."""
+    probabilities = [0.1, 0.4, 0.05, 0.3, 0.15]
+    for got, want in zip(drawn(**options), expected(probabilities, kept, options["temperature"])):
+        assert abs(got - want) <= 5 * (want * (1 - want) / 4000) ** 0.5
+
+
+def test_temperature_zero_takes_the_most_likely():
+    assert sample(LOGITS).tolist() == [1]
+
+
+# Errors
+
+BAD = [
+    ({"ids": [[1]]}, TypeError, "ids: expected a torch.Tensor, got list"),
+    ({"ids": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, "ids: expected shape .* and one token, got .1, 0.$"),
+    ({"ids": torch.zeros(3, dtype=torch.int64)}, ValueError, r"ids: expected shape \(B, T\).*, got \(3,\)"),
+    ({"ids": torch.zeros(1, 3)}, TypeError, "ids: expected dtype torch.int64, got torch.float32"),
+    ({"ids": torch.tensor([[1, 65]])}, ValueError, "ids: expected token ids from 0 to 64, got 65"),
+    ({"ids": torch.tensor([[-1, 5]])}, ValueError, "ids: expected token ids from 0 to 64, got -1"),
+    ({"max_new_tokens": -1}, ValueError, "max_new_tokens: expected an integer >= 0, got -1"),
+    ({"max_new_tokens": 92}, ValueError, "max_new_tokens: expected .* context of 96 tokens, got 5 . 92"),
+    ({"temperature": -0.1}, ValueError, "temperature: expected a number >= 0, got -0.1"),
+    ({"temperature": float("nan")}, ValueError, "temperature: expected a number >= 0, got nan"),
+    ({"top_k": 0}, ValueError, "top_k: expected an integer >= 1 or None, got 0"),
+    ({"top_p": 0.0}, ValueError, "top_p: expected 0 < top_p <= 1 or None, got 0.0"),
+    ({"top_p": 1.5}, ValueError, "top_p: expected 0 < top_p <= 1 or None, got 1.5"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD, ids=[message[:40] for _, _, message in BAD])
+def test_errors(change, error, message):
+    model = random_model()
+    arguments = {"ids": random_ids(model, 1, 5), "max_new_tokens": 4} | change
+    with pytest.raises(error, match=message):
+        model.generate(**arguments)

@@ -1,0 +1,68 @@
+"""Imports point one way, and what is optional or slow to load is loaded late."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import fastgpt
+
+PACKAGE = Path(fastgpt.__file__).parent
+
+# A module imports only what stands below it. Those on one line do not import each other.
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"__init__", "train"},
+    {"model"},
+    {"checkpoint", "generate"},
+    {"cache", "families", "text"},
+    {"ops.explain"},
+    {"ops.attention", "ops.kv_cache_update"},
+    {"kernels.attention", "ops.checks", "ops.implementations", "ops.library"},
+    {"_C", "kernels", "ops"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path):
+    """The package's own modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written absolutely"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            assert top not in ("tests", "benchmarks"), f"{path} imports {name}"
+            if top == "fastgpt":
+                while rest and rest not in LEVEL:  # a name inside a module
+                    rest = rest.rpartition(".")[0]
+                yield rest or "__init__"
+
+
+def test_imports_point_downwards():
+    files = list(PACKAGE.rglob("*.py"))
+    assert len(files) > 10
+    for path in files:
+        importer = module_name(path)
+        assert importer in LEVEL, f"{path} has no layer: add it to LAYERS"
+        for name in imported(path):
+            assert LEVEL[name] > LEVEL[importer], f"{importer} imports {name}"
+
+
+def test_nothing_optional_is_imported():
+    """Beyond what torch imports itself."""
+    program = "import sys, torch; before = set(sys.modules); import fastgpt; print(*(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in result.stdout.split()}
+    assert "fastgpt" in loaded
+    assert not loaded & {"triton", "transformers", "tokenizers", "tqdm", "matplotlib"}
