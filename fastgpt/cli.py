@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import sys
 import time
@@ -92,6 +93,9 @@ def run_generate(options) -> None:
         raise ValueError("prompt: expected at least one character, got an empty prompt")
     ids = torch.tensor([prompt], device=device)
 
+    if options.seed is None:
+        options.seed = int.from_bytes(os.urandom(4), "big")  # one for both ways of --compare-cache
+
     quiet = options.json
     result = timed_generation(model, tokenizer, ids, options, use_cache=not options.no_cache, quiet=quiet)
     report = {
@@ -116,10 +120,10 @@ def run_generate(options) -> None:
     if options.json:
         print(json.dumps(report))
     elif options.compare_cache:
-        print(f"\ncached: {report['decode_tokens_per_second']:,.1f} tok/s")
-        print(f"uncached: {report['uncached_tokens_per_second']:,.1f} tok/s")
-        print(f"speed-up: {report['speed_up']:.1f}x")
-        print(f"tokens: {'the same' if agree else 'DIFFERENT'} with and without the cache")
+        print(f"\ncached: {shown(report['decode_tokens_per_second'])} tok/s")
+        print(f"uncached: {shown(report['uncached_tokens_per_second'])} tok/s")
+        print(f"speed-up: {shown(report['speed_up'])}x")
+        print(f"tokens: {'the same' if agree else 'NOT the same'} with and without the cache")
     if options.compare_cache and not agree:
         sys.exit(1)
 
@@ -139,20 +143,21 @@ class Generation:
 
 def timed_generation(model, tokenizer, ids, options, *, use_cache, quiet) -> Generation:
     """Generates from ids (1, T), timed; unless quiet, text is printed as it comes."""
+    stream_of_tokens = stream(
+        model,
+        ids,
+        options.max_new_tokens,
+        use_cache=use_cache,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
     new, times = [], [time.perf_counter()]
 
     def tokens():
         yield from ids[0].tolist()
-        for token in stream(
-            model,
-            ids,
-            options.max_new_tokens,
-            use_cache=use_cache,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-        ):
+        for token in stream_of_tokens:
             new.append(token.item())  # waits for the device
             times.append(time.perf_counter())
             yield new[-1]
@@ -169,6 +174,10 @@ def timed_generation(model, tokenizer, ids, options, *, use_cache, quiet) -> Gen
 
 def ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
+
+
+def shown(value: float | None) -> str:
+    return "?" if value is None else f"{value:,.1f}"
 
 
 def run_train(options) -> None:

@@ -5,12 +5,19 @@ from collections.abc import Iterator
 import torch
 
 
-@torch.inference_mode()
 def stream(
     model, ids, max_new_tokens, *, use_cache=True, temperature=0.0, top_k=None, top_p=None, seed=None
 ) -> Iterator[torch.Tensor]:
-    """Yields the next token of each sequence, (B,) int64, as soon as it is known; `generate` gives the arguments."""
+    """Yields the next token of each sequence, (B,) int64, as soon as it is known.
+
+    Arguments and errors are those of `generate`; bad input raises here, not at the first token.
+    """
     check_request(model, ids, max_new_tokens, temperature, top_k, top_p)
+    return _stream(model, ids, max_new_tokens, use_cache, temperature, top_k, top_p, seed)
+
+
+@torch.inference_mode()
+def _stream(model, ids, max_new_tokens, use_cache, temperature, top_k, top_p, seed):
     B, T = ids.shape
     generator = None
     if temperature > 0:

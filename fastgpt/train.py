@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import math
+import pickle
 import signal
 import time
 from contextlib import contextmanager
@@ -161,7 +162,7 @@ class Trainer:
             trainer.model.load_state_dict(state["model"])
             trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.step, trainer.best_loss = state["step"], state["best_loss"]
-        except (KeyError, RuntimeError, EOFError) as error:
+        except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"resume: {path} is damaged: {error}") from error
         return trainer
 
@@ -170,7 +171,7 @@ def split(tokens: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tenso
     """The first 90% of the tokens to train on and the last 10%, held out. Raises ValueError when either is too short."""
     held_out = len(tokens) // 10
     if held_out < 2 or len(tokens) - held_out <= context:
-        needed = max(20, math.ceil((context + 1) / 0.9))
+        needed = max(20, context + 1 + context // 9)  # the smallest number that passes
         raise ValueError(f"text: expected at least {needed} tokens for a context of {context}, got {len(tokens)}")
     return tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
 

@@ -1,0 +1,179 @@
+"""The trainer: it learns, resumes to the same numbers, survives Ctrl-C, and refuses what it cannot do."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from models import random_model
+
+from fastgpt import GPT
+from fastgpt.text import Tokenizer
+from fastgpt.train import TrainConfig, Trainer, evaluate, split, train
+
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
+TINY = TrainConfig(layers=1, heads=2, width=32, context=16, batch_size=8, steps=60, warmup=5, eval_interval=20)
+
+
+def weights(trainer):
+    return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+
+
+def test_it_learns(tmp_path):
+    trainer = Trainer(TEXT, replace(TINY, steps=150, learning_rate=5e-3, eval_interval=50))
+    before = trainer.evaluate()
+    train(trainer, tmp_path)
+    assert abs(before - math.log(trainer.tokenizer.vocab_size)) < 0.2
+    assert trainer.best_loss < 0.5 * before
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.json", "training_state.pt"]
+    # What was saved is the model with the lowest held-out loss.
+    model, tokenizer = GPT.from_pretrained(tmp_path), Tokenizer.load(tmp_path / "tokenizer.json")
+    held_out = split(torch.tensor(tokenizer.encode(TEXT)), 16)[1]
+    assert evaluate(model, held_out) == trainer.best_loss
+
+
+def test_resuming_gives_the_numbers_of_an_uninterrupted_run(tmp_path):
+    config = replace(TINY, dropout=0.2)
+    straight = Trainer(TEXT, config)
+    straight.model.train()
+    losses = [straight.train_step() for _ in range(30)]
+
+    first = Trainer(TEXT, config)
+    first.model.train()
+    resumed_losses = [first.train_step() for _ in range(13)]
+    first.save(tmp_path, weights=True)
+    torch.rand(5)  # the global generator's state must not matter
+    second = Trainer.resume(tmp_path, TEXT)
+    second.model.train()
+    resumed_losses += [second.train_step() for _ in range(17)]
+
+    assert losses == resumed_losses
+    assert second.step == 30
+    for name, weight in weights(straight).items():
+        assert torch.equal(weight, weights(second)[name]), name
+
+
+def test_evaluation_and_sampling_do_not_disturb_the_run(tmp_path):
+    """Two runs that differ only in how often they are looked at."""
+    config = replace(TINY, dropout=0.2, steps=12)
+    often, once = (Trainer(TEXT, replace(config, eval_interval=interval)) for interval in (2, 12))
+    train(often, tmp_path / "often")
+    train(once, tmp_path / "once")
+    for name, weight in weights(often).items():
+        assert torch.equal(weight, weights(once)[name]), name
+
+
+def test_weight_decay_is_on_matrices_only():
+    trainer = Trainer(TEXT, TINY)
+    decayed, others = trainer.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decayed["params"])
+    assert others["weight_decay"] == 0.0 and all(p.dim() == 1 for p in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(trainer.model.parameters()))
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    trainer = Trainer(TEXT, replace(TINY, steps=1000, warmup=100, learning_rate=1.0))
+    rates = [trainer.learning_rate(step) for step in range(1000)]
+    assert rates[:100] == pytest.approx([(step + 1) / 100 for step in range(100)])
+    assert rates[550] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1, abs=1e-4)
+    assert rates[99:] == sorted(rates[99:], reverse=True)
+
+
+def test_the_last_tenth_is_held_out():
+    train_tokens, held_out = split(torch.arange(1005), 16)
+    assert torch.equal(torch.cat([train_tokens, held_out]), torch.arange(1005)) and len(held_out) == 100
+
+
+def test_evaluation_counts_every_token_once():
+    model = random_model(context=8)
+    tokens = torch.randint(65, (30,), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for target in range(1, 30):
+        start = (target - 1) // 8 * 8
+        logits = model(tokens[None, start:target])[0, -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, tokens[target]).item())
+    assert evaluate(model, tokens) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "fastgpt", "train", *map(str, arguments)]
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+SMALL = ["--layers", 1, "--heads", 2, "--width", 32, "--context", 16, "--batch-size", 4, "--eval-interval", 1000]
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_generates_and_resumes(text_file, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("--text", text_file, "--out", out, *SMALL, "--steps", 100000)
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    progress = ""
+    while "loss" not in progress:  # the progress bar is on stderr
+        piece = process.stderr.read(50)
+        assert piece, progress
+        progress += piece
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "continue with --resume" in stdout and "held-out loss" in stdout
+
+    generate = [sys.executable, "-m", "fastgpt", "generate", "the ", "--model", str(out), "--max-new-tokens", "8", "--json"]
+    result = subprocess.run(generate, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)["text"].startswith("the ")
+    stopped = Trainer.resume(out, TEXT).step
+    assert 0 < stopped < 100000
+
+
+def test_resuming_on_the_command_line(text_file, tmp_path):
+    out = tmp_path / "run"
+    start = command("--text", text_file, "--out", out, *SMALL, "--steps", 4)
+    subprocess.run(start, capture_output=True, check=True)
+    resume = command("--text", text_file, "--out", out, "--resume")
+    result = subprocess.run(resume, capture_output=True, text=True, check=True)
+    assert "0 steps to go" in result.stdout
+
+    again = subprocess.run(start, capture_output=True, text=True)
+    assert again.returncode == 2 and "holds a run; continue it with --resume" in again.stderr
+    other = subprocess.run([*resume, "--width", "64"], capture_output=True, text=True)
+    assert other.returncode == 2 and "width: expected 32, with which the run" in other.stderr
+
+
+def test_bad_text(tmp_path):
+    with pytest.raises(ValueError, match="text: expected at least 285 tokens for a context of 256, got 45"):
+        Trainer("the quick brown fox jumps over the lazy dog.\n", TrainConfig())
+    trainer = Trainer(TEXT, TINY)
+    trainer.save(tmp_path, weights=False)
+    with pytest.raises(ValueError, match="text: expected the text that the run in .* was started with"):
+        Trainer.resume(tmp_path, TEXT + "more")
+
+
+def test_text_of_just_the_length_that_the_error_asks_for():
+    with pytest.raises(ValueError, match="at least 285 tokens"):
+        split(torch.zeros(284), 256)
+    assert len(split(torch.zeros(285), 256)[0]) == 257
+
+
+def test_bad_state(tmp_path):
+    with pytest.raises(FileNotFoundError, match="resume: expected training_state.pt of an earlier run"):
+        Trainer.resume(tmp_path, TEXT)
+    (tmp_path / "training_state.pt").write_bytes(b"not a state")
+    with pytest.raises(ValueError, match="resume: .*training_state.pt is damaged"):
+        Trainer.resume(tmp_path, TEXT)
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"batch_size": -1}, {"learning_rate": 0.0}, {"grad_clip": math.nan}])
+def test_bad_settings(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        replace(TINY, **change)
