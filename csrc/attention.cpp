@@ -1,11 +1,14 @@
 // attention_forward on the CPU: unpacking, parallel tasks, and the kernels of the CPU's level.
 // Semantics: fastgpt/ops/attention.py.
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <optional>
 #include <tuple>
+#include <utility>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -43,6 +46,23 @@ float* workspace(int64_t floats) {
   return memory.get();
 }
 
+// An uninitialised tensor on the CPU. torch::stable::new_empty goes through the boxed dispatcher: two of them and a
+// transpose cost more than a decode step's attention.
+template <size_t N>
+Tensor empty(const int64_t (&sizes)[N], const int64_t (&strides)[N], int32_t dtype) {
+  AtenTensorHandle handle;
+  STD_TORCH_CHECK(
+      aoti_torch_empty_strided(N, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) == 0,
+      "attention: cannot allocate the output");
+  return Tensor(handle);
+}
+
+int32_t dtype_of(const Tensor& x) {
+  int32_t dtype;
+  STD_TORCH_CHECK(aoti_torch_get_dtype(x.get(), &dtype) == 0, "q: cannot read its dtype");
+  return dtype;
+}
+
 Element element_of(const Tensor& q) {
   switch (q.scalar_type()) {
     case ScalarType::Float: return Element::float32;
@@ -57,6 +77,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optiona
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v: expected 4 dimensions");
   for (const auto& [tensor, name] : {std::pair{&k, "k"}, std::pair{&v, "v"}}) {
     STD_TORCH_CHECK(tensor->scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
+    STD_TORCH_CHECK(tensor->get_device_index() == q.get_device_index(), name, ": expected the device of q");
     STD_TORCH_CHECK(
         tensor->size(0) == q.size(0) && tensor->size(1) == k.size(1) && tensor->size(2) == k.size(2) &&
             tensor->size(3) == q.size(3),
@@ -68,7 +89,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optiona
         tensor->stride(3) == 1 || q.size(3) == 1, name, ": expected a contiguous last dimension");
   }
   STD_TORCH_CHECK(k.size(2) <= INT32_MAX, "k: expected at most 2^31 - 1 keys");
-  STD_TORCH_CHECK(q.size(3) <= 256, "q: expected a head dim of at most 256");
+  STD_TORCH_CHECK(q.size(3) >= 1 && q.size(3) <= 256, "q: expected a head dim from 1 to 256");
   if (kv_lengths) {
     STD_TORCH_CHECK(
         kv_lengths->dim() == 1 && kv_lengths->size(0) == q.size(0) && kv_lengths->scalar_type() == ScalarType::Int &&
@@ -92,16 +113,16 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   args.B = q.size(0), args.H = q.size(1), args.T = q.size(2), args.D = q.size(3);
   args.H_kv = k.size(1), args.S = k.size(2);
 
-  // Token-major storage: the model reads the result as (B, T, H * D) without a copy.
-  Tensor out = torch::stable::transpose(torch::stable::new_empty(q, {args.B, args.T, args.H, args.D}), 1, 2);
-  Tensor lse = torch::stable::new_empty(q, {args.B, args.H, args.T}, ScalarType::Float);
-
   args.q = q.const_data_ptr(), args.k = k.const_data_ptr(), args.v = v.const_data_ptr();
-  args.out = out.mutable_data_ptr(), args.lse = static_cast<float*>(lse.mutable_data_ptr());
   args.q_stride_b = q.stride(0), args.q_stride_h = q.stride(1), args.q_stride_t = q.stride(2);
   args.k_stride_b = k.stride(0), args.k_stride_h = k.stride(1), args.k_stride_s = k.stride(2);
   args.v_stride_b = v.stride(0), args.v_stride_h = v.stride(1), args.v_stride_s = v.stride(2);
+  // Token-major storage: the model reads the result as (B, T, H * D) without a copy.
   args.out_stride_b = args.T * args.H * args.D, args.out_stride_h = args.D, args.out_stride_t = args.H * args.D;
+  Tensor out = empty(
+      {args.B, args.H, args.T, args.D}, {args.out_stride_b, args.out_stride_h, args.out_stride_t, 1}, dtype_of(q));
+  Tensor lse = empty({args.B, args.H, args.T}, {args.H * args.T, args.T, 1}, aoti_torch_dtype_float32());
+  args.out = out.mutable_data_ptr(), args.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (kv_lengths) {
     args.kv_lengths = static_cast<const int32_t*>(kv_lengths->const_data_ptr());
     args.kv_length_stride = kv_lengths->stride(0);

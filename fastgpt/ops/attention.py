@@ -46,14 +46,17 @@ def attention(q, k, v, *, causal=True, scale=None, kv_lengths=None, return_lse=F
     Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, impl): argument, expected, got.
     Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1.
     """
-    _check(q, k, v, scale, kv_lengths)
-    chosen = choose("attention", IMPLEMENTATIONS, impl, q, k, v)
-    if chosen == "reference":
-        return attention_reference(
-            q, k, v, causal=causal, scale=scale, kv_lengths=kv_lengths, return_lse=return_lse
-        )
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    out, lse = torch.ops.fastgpt.attention_forward.default(q, k, v, kv_lengths, causal, scale)
+    try:
+        chosen = choose("attention", IMPLEMENTATIONS, impl, q, k, v)
+        if chosen != "cpp":  # which checks for itself, in a fraction of the time
+            _check(q, k, v, scale, kv_lengths)
+        if chosen == "reference":
+            return attention_reference(q, k, v, causal=causal, scale=scale, kv_lengths=kv_lengths, return_lse=return_lse)
+        scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+        out, lse = torch.ops.fastgpt.attention_forward.default(q, k, v, kv_lengths, causal, scale)
+    except (RuntimeError, AttributeError):
+        _check(q, k, v, scale, kv_lengths)  # raises the error that names the argument
+        raise
     return (out, lse) if return_lse else out
 
 
@@ -111,7 +114,7 @@ def _check(q, k, v, scale, kv_lengths):
         require_device(name, tensor, q.device)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         require_last_dim_contiguous(name, tensor)
-    if scale is not None and not isinstance(scale, (int, float)):
+    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
     if kv_lengths is not None:
         require_tensor("kv_lengths", kv_lengths, 1)
@@ -159,6 +162,7 @@ library.define(
 
 @torch.library.register_fake("fastgpt::attention_forward", lib=library)
 def _attention_forward_fake(q, k, v, kv_lengths, causal, scale):
+    _check(q, k, v, scale, kv_lengths)
     B, H, T, D = q.shape
     # Token-major storage: the model reads the result as (B, T, H * D) without a copy.
     out = q.new_empty(B, T, H, D).transpose(1, 2)

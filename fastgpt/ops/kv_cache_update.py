@@ -33,13 +33,14 @@ def kv_cache_update(k, v, k_cache, v_cache, positions):
         expected, got. Nothing is written then. On CUDA a position >= S is not written and not reported: telling
         would need a synchronisation.
     """
-    _check(k, v, k_cache, v_cache, positions)
-    if choose("kv_cache_update", IMPLEMENTATIONS, None, k) == "reference":
-        return kv_cache_update_reference(k, v, k_cache, v_cache, positions)
     try:
-        torch.ops.fastgpt.kv_cache_update.default(k, v, k_cache, v_cache, positions)
-    except RuntimeError:
-        # The kernel checks positions as it reads them, before it writes; the error that names them is made here.
+        if choose("kv_cache_update", IMPLEMENTATIONS, None, k) == "reference":
+            _check(k, v, k_cache, v_cache, positions)
+            kv_cache_update_reference(k, v, k_cache, v_cache, positions)
+        else:  # which check for themselves, in a fraction of the time, before they write
+            torch.ops.fastgpt.kv_cache_update.default(k, v, k_cache, v_cache, positions)
+    except (RuntimeError, AttributeError):
+        _check(k, v, k_cache, v_cache, positions)  # raises the error that names the argument
         if k.device.type == "cpu":
             _check_positions(positions, k_cache.shape[2])
         raise
@@ -113,4 +114,4 @@ library.define("kv_cache_update(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b
 
 @torch.library.register_fake("fastgpt::kv_cache_update", lib=library)
 def _kv_cache_update_fake(k, v, k_cache, v_cache, positions):
-    return None
+    _check(k, v, k_cache, v_cache, positions)

@@ -1,0 +1,51 @@
+# Two commands are all one needs: `make demo` and `make test`.
+#
+# If python3 has PyTorch 2.10 or newer, everything is installed beside it; otherwise into .venv, which is made first.
+# `make demo VENV=` insists on the environment that is there, `make demo VENV=.venv` on one of its own.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+SUITABLE_TORCH := import torch; v = torch.__version__.split("."); assert (int(v[0]), int(v[1])) >= (2, 10)
+VENV ?= $(shell $(PYTHON) -c '$(SUITABLE_TORCH)' 2>/dev/null || echo .venv)
+# Only as long as nothing that is compiled has changed.
+INSTALLED := $(or $(VENV),build)/.fastgpt-installed
+RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+OUT ?= build/gpu
+
+.PHONY: demo test test-quick bench gpu clean
+
+demo: $(INSTALLED)
+	$(RUN) -m fastgpt generate --compare-cache --temperature 0.8 --seed 1
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+test-quick: $(INSTALLED)
+	$(RUN) -m pytest -m "not slow"
+
+# Times the operations here, and brings the results and README up to date.
+bench: $(INSTALLED)
+	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmark.json
+	$(RUN) -m benchmarks.report build/benchmark.json
+
+# Everything that a GPU machine can tell, on one that has torch, triton, nvcc and pytest. A part that fails does not
+# keep the next from running; logs and results are in $(OUT).
+gpu:
+	mkdir -p $(OUT)
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -e . 2>&1 | tee $(OUT)/build.log
+	-$(PYTHON) -m fastgpt info 2>&1 | tee $(OUT)/info.log
+	-$(PYTHON) -m pytest -m gpu 2>&1 | tee $(OUT)/test_gpu.log
+	-$(PYTHON) -m pytest -m "not gpu" 2>&1 | tee $(OUT)/test.log
+	-$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/benchmark.json 2>&1 | tee $(OUT)/benchmark.log
+
+$(INSTALLED): pyproject.toml setup.py Makefile $(wildcard csrc/*)
+ifneq ($(VENV),)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV) || (echo "make: $(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1)
+	$(RUN) -m pip install --quiet "$(TORCH)"
+endif
+	$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.12"
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test]"
+	mkdir -p $(@D) && touch $@
+
+clean:
+	rm -rf build .venv *.egg-info fastgpt/*.so
