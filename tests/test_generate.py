@@ -1,5 +1,9 @@
 """Generation: the cache changes no token; sampling does what its arguments say."""
 
+import itertools
+import statistics
+import time
+
 import pytest
 import torch
 from models import random_ids, random_model
@@ -54,6 +58,24 @@ def test_shipped_model_generates_300_identical_tokens():
     ids = torch.tensor([tokenizer.encode("ROMEO:\n")])
     cached, uncached = (model.generate(ids, 300, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the bound is for a CPU")
+def test_cached_decoding_is_five_times_as_fast_at_200_tokens():
+    model = GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
+    ids = random_ids(model, 1, 190)
+
+    def seconds_per_token(use_cache):
+        """The median step of those around a context of 200 tokens."""
+        times = []
+        for _ in stream(model, ids, 21, use_cache=use_cache):
+            times.append(time.perf_counter())
+        return statistics.median(after - before for before, after in itertools.pairwise(times))
+
+    seconds_per_token(True), seconds_per_token(False)  # warm up
+    # In turns, so that a busy machine slows both.
+    ratios = [seconds_per_token(False) / seconds_per_token(True) for _ in range(5)]
+    assert statistics.median(ratios) >= 5, ratios
 
 
 def test_shipped_model_writes_like_a_play():

@@ -59,7 +59,7 @@ def assert_parity(q, k, v, *, causal=True, scale=None, kv_lengths=None):
     low_precision = attention_reference(q, k, v, **options)
     assert (out.dtype, lse.dtype) == (q.dtype, torch.float32)
     for name, actual, expected, low in zip(("out", "lse"), (out, lse), oracle, low_precision, strict=True):
-        check(actual, expected, low, dtype=q.dtype, name=name)
+        check(actual, expected, low, dtype=actual.dtype, name=name)
     return out, lse
 
 

@@ -40,13 +40,13 @@ SHORT = 16  # up to this many queries, the short tile of a pair
 TILES = {
     (16, 2): (Tile(128, 64, 4, 3), Tile(16, 64, 4, 3)),
     (32, 2): (Tile(128, 64, 4, 3), Tile(16, 128, 4, 3)),
-    (64, 2): (Tile(128, 64, 8, 2), Tile(16, 64, 4, 3)),
+    (64, 2): (Tile(128, 64, 4, 4), Tile(16, 64, 4, 3)),
     (128, 2): (Tile(128, 64, 8, 3), Tile(16, 64, 4, 3)),
     (256, 2): (Tile(64, 32, 8, 2), Tile(16, 32, 4, 3)),
     (16, 4): (Tile(64, 32, 4, 2), Tile(16, 64, 4, 2)),
-    (32, 4): (Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)),
+    (32, 4): (Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
     (64, 4): (Tile(64, 32, 8, 2), Tile(16, 32, 8, 2)),
-    (128, 4): (Tile(32, 16, 8, 2), Tile(16, 16, 8, 2)),
+    (128, 4): (Tile(32, 16, 8, 3), Tile(16, 16, 8, 2)),
     (256, 4): (Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
 }
 
@@ -134,7 +134,7 @@ def _attention_forward(
 
     length = n_keys
     if kv_lengths_ptr is not None:
-        length = tl.minimum(tl.load(kv_lengths_ptr + b), n_keys)  # below 0, no key is seen, as at 0
+        length = tl.maximum(0, tl.minimum(tl.load(kv_lengths_ptr + b), n_keys))
     rows = tl.arange(0, BLOCK_M)  # queries of the tile, counted from start_m
     n_rows = n_queries - start_m
     past = start_m + length - n_queries  # keys before the one at the position of the tile's first query
