@@ -43,22 +43,31 @@ inline Vector broadcast(float x) { return x - Vector{}; }
 
 inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 
-template <typename Combine>
-inline float reduce(Vector x, Combine combine) {
-  float lanes[kWidth];
-  store(lanes, x);
-  for (int half = kWidth / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+typedef float Quad __attribute__((vector_size(16)));
+
+// One vector's lanes combined pairwise, halves first.
+template <int kLanes, typename Combine>
+inline float reduce(const float* lanes, Combine combine) {
+  if constexpr (kLanes == 4) {
+    Quad x;
+    std::memcpy(&x, lanes, sizeof x);
+    return combine(combine(x[0], x[2]), combine(x[1], x[3]));
+  } else {
+    typedef float Half __attribute__((vector_size(kLanes / 2 * sizeof(float))));
+    Half low, high;
+    std::memcpy(&low, lanes, sizeof low);
+    std::memcpy(&high, lanes + kLanes / 2, sizeof high);
+    low = combine(low, high);
+    return reduce<kLanes / 2>(reinterpret_cast<const float*>(&low), combine);
   }
-  return lanes[0];
 }
 
 inline float sum(Vector x) {
-  return reduce(x, [](float a, float b) { return a + b; });
+  return reduce<kWidth>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a + b; });
 }
 
 inline float maximum(Vector x) {
-  return reduce(x, [](float a, float b) { return a > b ? a : b; });
+  return reduce<kWidth>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x for x <= 0, zero below 2^-126: with y = x · log2(e), 2^y = 2^n · 2^f where n = round(y) and a polynomial for 2^f

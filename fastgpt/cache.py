@@ -22,6 +22,7 @@ class KVCache:
         shape = (num_layers, batch_size, num_kv_heads, capacity, head_dim)  # (layers, B, H_kv, S, D)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = list(zip(self.k, self.v))  # views (B, H_kv, S, D), made once and not at every step
         self.batch_size, self.capacity = batch_size, capacity
         self.length = 0  # tokens stored for each sequence, known on the host: no synchronisation to check it
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)  # (B,) the same, for the kernels
@@ -45,6 +46,6 @@ class KVCache:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Stores k, v (B, H_kv, T, D) of the current tokens and returns their attention, (B, H, T, D)."""
-        k_cache, v_cache = self.k[layer], self.v[layer]
+        k_cache, v_cache = self.layers[layer]
         kv_cache_update(k, v, k_cache, v_cache, self.positions)
         return attention(q, k_cache, v_cache, kv_lengths=self.lengths)
