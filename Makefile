@@ -15,7 +15,7 @@ OUT ?= build/gpu
 .PHONY: demo test test-quick bench gpu clean
 
 demo: $(INSTALLED)
-	$(RUN) -m fastgpt generate --compare-cache --temperature 0.8 --seed 1
+	$(RUN) -m fastgpt generate "ROMEO:" --compare-cache --temperature 0.8 --seed 1
 
 test: $(INSTALLED)
 	$(RUN) -m pytest

@@ -8,6 +8,7 @@ python -m benchmarks.report [BENCHMARK.json]
 import json
 import platform
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -49,13 +50,23 @@ def store(name: str, result: dict) -> None:
 
 
 def condense(output: dict) -> dict:
-    """pytest-benchmark's output to one row for each context: milliseconds a step, median and quartiles of all rounds."""
-    steps = {}
+    """pytest-benchmark's output to one row for each context: quartiles of milliseconds a step, and of the ratio."""
+
+    def quartiles(values):
+        return [round(value, 4) for value in statistics.quantiles(values, n=4)]
+
+    rows = []
     for benchmark in output["benchmarks"]:
-        info, stats = benchmark["extra_info"], benchmark["stats"]
-        quartiles = [round(1000 * stats[name], 4) for name in ("q1", "median", "q3")]
-        steps.setdefault(info["context"], {})[f"{info['kind']}_ms"] = quartiles
-    return {"decode_step": [{"context": context, **step} for context, step in sorted(steps.items())]}
+        uncached, cached = benchmark["stats"]["data"], benchmark["extra_info"]["cached_seconds"]
+        rows.append(
+            {
+                "context": benchmark["extra_info"]["context"],
+                "cached_ms": quartiles([1000 * seconds for seconds in cached]),
+                "uncached_ms": quartiles([1000 * seconds for seconds in uncached]),
+                "speed_up": quartiles([u / c for u, c in zip(uncached, cached, strict=True)]),
+            }
+        )
+    return {"decode_step": rows}
 
 
 def sections() -> dict[str, str]:
@@ -67,11 +78,11 @@ def sections() -> dict[str, str]:
         cached, uncached = step["cached_ms"][1], step["uncached_ms"][1]
         rows.append(
             f"| {step['context']} | {cached:.2f} ms, {1000 / cached:,.0f} tok/s "
-            f"| {uncached:.2f} ms, {1000 / uncached:,.0f} tok/s | {uncached / cached:.1f}x |"
+            f"| {uncached:.2f} ms, {1000 / uncached:,.0f} tok/s | {step['speed_up'][1]:.1f}x |"
         )
     about = generate["machine"]
     caption = (
-        f"One decode step of the shipped model, batch 1, fp32, median; {about['cpu']}, {about['threads']} threads, "
+        f"One decode step of the shipped model, batch 1, fp32, medians; {about['cpu']}, {about['threads']} threads, "
         f"{about['cpu_level']}, torch {about['torch']}."
     )
     return {

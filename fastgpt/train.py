@@ -47,6 +47,8 @@ class TrainConfig:
         for name in ("warmup", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed: expected a number below 2^31, got {self.seed!r}")
         for name in ("learning_rate", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)!r}")
