@@ -1,6 +1,5 @@
 """The trainer: a decoder on one text file, with held-out evaluation, samples, checkpoints and exact resumption."""
 
-import ctypes
 import hashlib
 import math
 import pickle
@@ -208,7 +207,6 @@ def train(trainer: Trainer, folder: Path) -> None:
     Ctrl-C ends it at once.
     """
     config = trainer.config
-    keep_freed_memory()
     trainer.model.train()
     tokens_per_step = config.batch_size * config.context
     with interruptible() as interrupted, tqdm(total=config.steps, initial=trainer.step, unit="step") as bar:
@@ -247,16 +245,3 @@ def interruptible():
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc's allocator not to hand large freed blocks back to the system after every step.
-
-    Otherwise each step's activations are mapped and zeroed page by page again: measured 1.7 to 4 times slower steps
-    on a virtual machine. Elsewhere than glibc it does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

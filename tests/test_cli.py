@@ -1,5 +1,6 @@
 """The command line, run as a user runs it."""
 
+import functools
 import json
 import os
 import pty
@@ -99,7 +100,9 @@ def test_text_streams_as_it_comes():
     """Through a terminal: the first characters are there long before the last."""
     reader, writer = pty.openpty()
     command = [sys.executable, "-m", "fastgpt", "generate", "ROMEO:", "--max-new-tokens", "500", "--no-cache"]
-    process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE)
+    # A shell's background job ignores SIGINT, and so would its children.
+    heed_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, preexec_fn=heed_interrupts)
     os.close(writer)
     first = b""
     while len(first) < 10:
