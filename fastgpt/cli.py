@@ -219,7 +219,7 @@ def run_info(options) -> None:
     print(f"compiled by {build['compiler']} for torch >= {build['torch_target_version']}")
     print(f"CPU: {build['cpu_level']} in use, compiled: {', '.join(build['cpu_levels'])}; {torch.get_num_threads()} threads")
     archs = ", ".join(build["cuda_archs"])
-    print(f"CUDA library: {f'built for {archs}' if archs else 'not built (nvcc was not found or failed)'}")
+    print(f"CUDA library: {f'built for {archs}' if archs else 'not built (no working nvcc was found, or it was left out)'}")
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         devices.append(torch.device("cuda", index))

@@ -26,7 +26,7 @@ def _load_cuda_library() -> str | None:
         # The library resolves libtorch_cuda's symbols when it is loaded.
         return "this torch is a CPU build"
     if not CUDA_LIBRARY.exists():
-        return "fastgpt was built without its CUDA library, because nvcc was not found or failed"
+        return "fastgpt was built without its CUDA library: no working nvcc was found, or it was left out"
     try:
         torch.ops.load_library(str(CUDA_LIBRARY))
     except OSError as error:
