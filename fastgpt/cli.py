@@ -28,18 +28,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the exit's flush complain
     except (ValueError, TypeError, OSError) as error:
-        sys.exit(fail(error))
+        print(f"fastgpt: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nfastgpt: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
-
-
-def fail(error: Exception) -> int:
-    print(f"fastgpt: error: {error}", file=sys.stderr)
-    return 2
 
 
 def parser() -> argparse.ArgumentParser:

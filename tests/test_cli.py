@@ -114,6 +114,14 @@ def test_text_streams_as_it_comes():
     os.close(reader)
 
 
+def test_a_reader_that_leaves_early():
+    command = [sys.executable, "-m", "fastgpt", "generate", "A", "--max-new-tokens", "400"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(1) == b"A"
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == b""
+
+
 ERRORS = [
     (["generate", ""], "prompt: expected at least one character, got an empty prompt"),
     (["generate", "naïve"], "text: expected only the 65 characters .*, got 'ï'"),
