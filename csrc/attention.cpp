@@ -8,15 +8,13 @@
 #include <tuple>
 #include <utility>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "attention.h"
 #include "cpu_level.h"
+#include "tensors.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
     void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace);)
@@ -44,23 +42,6 @@ float* workspace(int64_t floats) {
     size = floats;
   }
   return memory.get();
-}
-
-// An uninitialised tensor on the CPU. torch::stable::new_empty goes through the boxed dispatcher: two of them and a
-// transpose cost more than a decode step's attention.
-template <size_t N>
-Tensor empty(const int64_t (&sizes)[N], const int64_t (&strides)[N], int32_t dtype) {
-  AtenTensorHandle handle;
-  STD_TORCH_CHECK(
-      aoti_torch_empty_strided(N, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) == 0,
-      "attention: cannot allocate the output");
-  return Tensor(handle);
-}
-
-int32_t dtype_of(const Tensor& x) {
-  int32_t dtype;
-  STD_TORCH_CHECK(aoti_torch_get_dtype(x.get(), &dtype) == 0, "q: cannot read its dtype");
-  return dtype;
 }
 
 Element element_of(const Tensor& q) {
@@ -119,9 +100,9 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   args.v_stride_b = v.stride(0), args.v_stride_h = v.stride(1), args.v_stride_s = v.stride(2);
   // Token-major storage: the model reads the result as (B, T, H * D) without a copy.
   args.out_stride_b = args.T * args.H * args.D, args.out_stride_h = args.D, args.out_stride_t = args.H * args.D;
-  Tensor out = empty(
-      {args.B, args.H, args.T, args.D}, {args.out_stride_b, args.out_stride_h, args.out_stride_t, 1}, dtype_of(q));
-  Tensor lse = empty({args.B, args.H, args.T}, {args.H * args.T, args.T, 1}, aoti_torch_dtype_float32());
+  Tensor out = new_empty(
+      q, {args.B, args.H, args.T, args.D}, {args.out_stride_b, args.out_stride_h, args.out_stride_t, 1}, dtype_of(q));
+  Tensor lse = new_empty(q, {args.B, args.H, args.T}, {args.H * args.T, args.T, 1}, aoti_torch_dtype_float32());
   args.out = out.mutable_data_ptr(), args.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (kv_lengths) {
     args.kv_lengths = static_cast<const int32_t*>(kv_lengths->const_data_ptr());

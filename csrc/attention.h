@@ -2,11 +2,9 @@
 
 #pragma once
 
-#include <cstdint>
+#include "elements.h"
 
 namespace fastgpt {
-
-enum class Element { float32, float16, bfloat16 };
 
 // Queries and keys that a kernel holds at a time, in rows.
 constexpr int64_t kBlockM = 64, kBlockN = 64;

@@ -97,45 +97,6 @@ inline Vector exp_nonpositive(Vector natural) {
 
 inline float exp_nonpositive(float x) { return exp_nonpositive(broadcast(x))[0]; }
 
-inline float bits_to_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-inline uint32_t float_to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-inline float half_to_float(uint16_t half) {
-  // Exponents differ by 112; the multiplication does that for subnormal halves too. Infinity and NaN are set apart.
-  const uint32_t magnitude = (half & 0x7fffu) << 13;
-  const float scaled = bits_to_float(magnitude) * 0x1p112f;
-  const uint32_t bits = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : float_to_bits(scaled);
-  return bits_to_float(bits | (half & 0x8000u) << 16);
-}
-
-inline uint16_t float_to_half(float x) {
-  const uint16_t sign = float_to_bits(x) >> 16 & 0x8000u;
-  const float magnitude = bits_to_float(float_to_bits(x) & 0x7fffffffu);
-  if (!(magnitude < 65520.0f)) return sign | (magnitude != magnitude ? 0x7e00u : 0x7c00u);
-  if (magnitude < 0x1p-14f) {  // subnormal: adding 1/2 leaves the rounded multiple of 2^-24 in the low bits
-    return sign | static_cast<uint16_t>(float_to_bits(magnitude + 0.5f) - 0x3f000000u);
-  }
-  const uint32_t bits = float_to_bits(magnitude);
-  return sign | static_cast<uint16_t>((bits - (112u << 23) + 0xfffu + (bits >> 13 & 1u)) >> 13);
-}
-
-inline float bfloat16_to_float(uint16_t x) { return bits_to_float(static_cast<uint32_t>(x) << 16); }
-
-inline uint16_t float_to_bfloat16(float x) {
-  const uint32_t bits = float_to_bits(x);
-  if (x != x) return 0x7fc0u;
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
 // `count` elements of `element`, from index `offset` of `source`, as floats.
 inline void convert(const void* source, int64_t offset, int64_t count, Element element, float* target) {
   if (element == Element::float32) {

@@ -1,123 +1,78 @@
-// What the CPU and CUDA implementations of kv_cache_update share: the checks that keep memory safe,
-// and the arithmetic from (batch, head, token) to addresses. Semantics: fastgpt/ops/kv_cache_update.py.
+// The arguments of kv_cache_update and rope_kv_cache_update as their CPU and CUDA kernels see them, and the arithmetic
+// from a token to its slot. Semantics: fastgpt/ops/kv_cache_update.py.
 
 #pragma once
 
-#include <cstdint>
-
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#if defined(__CUDACC__)
-#define FASTGPT_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FASTGPT_HOST_DEVICE inline
-#endif
+#include "elements.h"
 
 namespace fastgpt {
+
+constexpr int64_t kMaxTransformedDim = 1024;  // largest head dim that is rotated or quantised
 
 // A tensor (B, H, N, D) with contiguous rows of D elements. Strides are in bytes.
 struct Rows {
   char* data;
   int64_t stride_b, stride_h, stride_n;
-
-  FASTGPT_HOST_DEVICE char* row(int64_t b, int64_t h, int64_t n) const {
-    return data + b * stride_b + h * stride_h + n * stride_n;
-  }
 };
 
-// Where each token goes: (B, T), Index is int32_t or int64_t. Strides are in elements.
-template <typename Index>
-struct Positions {
-  const Index* data;
+// A tensor (B, T) of int32 or int64. Strides are in elements.
+struct Indices {
+  const void* data;
+  bool is_int64;
   int64_t stride_b, stride_t;
-
-  FASTGPT_HOST_DEVICE int64_t at(int64_t b, int64_t t) const {
-    return data[b * stride_b + t * stride_t];
-  }
 };
-
-// True if a token at this position is to be stored; negative positions mean "skip".
-FASTGPT_HOST_DEVICE bool is_slot(int64_t position, int64_t capacity) {
-  return position >= 0 && position < capacity;
-}
 
 struct KVCacheUpdate {
-  int64_t batch, heads, tokens, capacity;  // B, H_kv, T, S
-  int64_t row_bytes;                       // D elements
-  Rows k, v, k_cache, v_cache;
+  int64_t B, H_kv, T, D;
+  Element element;              // of q, k and v
+  Rows k, v;                    // (B, H_kv, T, D)
+  Indices slots;                // (B, T): where each token is stored; negative: nowhere
+  // The cache: (B, H_kv, S, D), or with a block table a pool of pages (pages, H_kv, page, D).
+  Element cache_element;        // `element`, int8 or float8_e4m3
+  Rows k_cache, v_cache;
+  Rows k_scale, v_scale;        // (B, H_kv, S) or (pages, H_kv, page) of float; data is null if the cache has none
+  int64_t capacity;             // tokens of a sequence that the cache has slots for
+  const int32_t* block_table;   // (B, capacity / page): the page of each `page` tokens; or null
+  int64_t table_stride_b, table_stride_p;
+  int64_t page, pages;          // tokens in a page, pages in the pool
+  // Rotation; rotary_dim is 0 without. cos, sin: (angles, rotary_dim / 2), a row for each position.
+  int64_t H;                    // heads of q; 0 without rotation
+  Rows q, q_out;                // (B, H, T, D)
+  Indices positions;            // (B, T); a token at a negative position is not rotated
+  const float *cos, *sin;
+  int64_t cos_stride, sin_stride;  // of a row, in elements
+  int64_t angles, rotary_dim;
+  bool interleaved;             // pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2)
 };
 
-inline Rows rows_of(const torch::stable::Tensor& tensor, int64_t itemsize, bool writable) {
-  void* data = writable ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
-  const auto strides = tensor.strides();
-  return {static_cast<char*>(data), strides[0] * itemsize, strides[1] * itemsize, strides[2] * itemsize};
+namespace {
+
+FASTGPT_HOST_DEVICE char* row_of(const Rows& rows, int64_t b, int64_t h, int64_t n) {
+  return rows.data + b * rows.stride_b + h * rows.stride_h + n * rows.stride_n;
 }
 
-// Checks what memory safety needs (the Python wrapper's checks come first and say more) and unpacks.
-inline KVCacheUpdate unpack_kv_cache_update(
-    const torch::stable::Tensor& k,
-    const torch::stable::Tensor& v,
-    const torch::stable::Tensor& k_cache,
-    const torch::stable::Tensor& v_cache,
-    const torch::stable::Tensor& positions) {
-  using torch::headeronly::ScalarType;
-  const ScalarType dtype = k.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-      "k: expected dtype float32, float16 or bfloat16");
-  STD_TORCH_CHECK(k.dim() == 4, "k: expected (B, H_kv, T, D), got ", k.dim(), " dimensions");
-  const auto sizes = k.sizes();
-  const int64_t capacity = k_cache.dim() == 4 ? k_cache.size(2) : 0;
-
-  const auto check = [&](const torch::stable::Tensor& tensor, const char* name, int64_t rows) {
-    STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected the dtype of k");
-    STD_TORCH_CHECK(
-        tensor.get_device_index() == k.get_device_index(), name, ": expected the device of k");
-    const auto shape = tensor.sizes();
-    STD_TORCH_CHECK(
-        shape.size() == 4 && shape[0] == sizes[0] && shape[1] == sizes[1] && shape[2] == rows &&
-            shape[3] == sizes[3],
-        name, ": expected shape (", sizes[0], ", ", sizes[1], ", ", rows, ", ", sizes[3], ")");
-    STD_TORCH_CHECK(
-        tensor.stride(3) == 1 || shape[3] <= 1, name, ": expected a contiguous last dimension");
-  };
-  check(k, "k", sizes[2]);
-  check(v, "v", sizes[2]);
-  check(k_cache, "k_cache", capacity);
-  check(v_cache, "v_cache", capacity);
-
-  const ScalarType index = positions.scalar_type();
-  STD_TORCH_CHECK(
-      index == ScalarType::Int || index == ScalarType::Long,
-      "positions: expected dtype int32 or int64");
-  STD_TORCH_CHECK(
-      positions.dim() == 2 && positions.size(0) == sizes[0] && positions.size(1) == sizes[2],
-      "positions: expected shape (", sizes[0], ", ", sizes[2], ")");
-  STD_TORCH_CHECK(
-      positions.is_cuda() == k.is_cuda() && positions.get_device_index() == k.get_device_index(),
-      "positions: expected the device of k");
-
-  const int64_t itemsize = dtype == ScalarType::Float ? 4 : 2;
-  return {
-      sizes[0],
-      sizes[1],
-      sizes[2],
-      capacity,
-      sizes[3] * itemsize,
-      rows_of(k, itemsize, false),
-      rows_of(v, itemsize, false),
-      rows_of(k_cache, itemsize, true),
-      rows_of(v_cache, itemsize, true)};
+FASTGPT_HOST_DEVICE int64_t index_at(const Indices& indices, int64_t b, int64_t t) {
+  const int64_t i = b * indices.stride_b + t * indices.stride_t;
+  return indices.is_int64 ? static_cast<const int64_t*>(indices.data)[i] : static_cast<const int32_t*>(indices.data)[i];
 }
 
-template <typename Index>
-Positions<Index> positions_of(const torch::stable::Tensor& positions) {
-  return {
-      static_cast<const Index*>(positions.const_data_ptr()),
-      positions.stride(0),
-      positions.stride(1)};
+// Where a token lies in the cache's tensors: index of the first dimension (sequence or page), and of the third.
+struct Slot {
+  int64_t b, n;
+};
+
+constexpr int64_t kSkipped = -1, kOutside = -2, kNoPage = -3;  // a Slot's b where there is no slot
+
+FASTGPT_HOST_DEVICE Slot slot_of(const KVCacheUpdate& u, int64_t b, int64_t t) {
+  const int64_t token = index_at(u.slots, b, t);
+  if (token < 0) return {kSkipped, 0};
+  if (token >= u.capacity) return {kOutside, 0};
+  if (u.block_table == nullptr) return {b, token};
+  const uint32_t token32 = static_cast<uint32_t>(token), page = static_cast<uint32_t>(u.page);
+  const int64_t index = u.block_table[b * u.table_stride_b + token32 / page * u.table_stride_p];
+  if (index < 0 || index >= u.pages) return {kNoPage, 0};
+  return {index, token32 % page};
 }
 
+}  // namespace
 }  // namespace fastgpt

@@ -1,81 +1,64 @@
-// kv_cache_update on the CPU: bytes copied row by row, whole runs of rows where they lie together.
+// kv_cache_update and rope_kv_cache_update on the CPU: checks, parallel parts, and the kernels of the CPU's level.
 
 #include <algorithm>
-#include <cstring>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "kv_cache.h"
+#include "cpu_level.h"
+#include "kv_cache_arguments.h"
+
+FASTGPT_DECLARE_PER_CPU_LEVEL(void kv_cache_store(const KVCacheUpdate& u, int64_t begin, int64_t end);)
 
 namespace fastgpt {
 namespace {
 
-using torch::stable::Tensor;
-
-// Bytes that a thread should have to copy: waking it up costs about as long as copying these.
+// Bytes that a thread should have to move: waking it up costs about as long as copying these.
 constexpr int64_t kGrainBytes = 256 * 1024;
 
-// Copies the rows of one (b, h), in order of t: of two tokens for one slot, the last stays.
-template <typename Index>
-void store(
-    const Rows& source,
-    const Rows& cache,
-    const Positions<Index>& positions,
-    int64_t b,
-    int64_t h,
-    int64_t tokens,
-    int64_t row_bytes) {
-  const bool dense = source.stride_n == row_bytes && cache.stride_n == row_bytes;
-  for (int64_t t = 0; t < tokens;) {
-    const int64_t slot = positions.at(b, t);
-    int64_t run = 1;
-    if (slot >= 0) {
-      while (dense && t + run < tokens && positions.at(b, t + run) == slot + run) ++run;
-      std::memcpy(cache.row(b, h, slot), source.row(b, h, t), run * row_bytes);
+// All slots before the first write, so that a bad one leaves the cache as it was.
+void check_slots(const KVCacheUpdate& u) {
+  for (int64_t b = 0; b < u.B; ++b) {
+    for (int64_t t = 0; t < u.T; ++t) {
+      const int64_t problem = slot_of(u, b, t).b;
+      STD_TORCH_CHECK(problem != kOutside, "positions: expected values < ", u.capacity, " (cache capacity)");
+      STD_TORCH_CHECK(problem != kNoPage, "block_table: expected pages from 0 to ", u.pages - 1);
+      STD_TORCH_CHECK(
+          u.rotary_dim == 0 || index_at(u.positions, b, t) < u.angles,
+          "positions: expected values < ", u.angles, " (rows of cos)");
     }
-    t += run;
   }
 }
 
-template <typename Index>
-void update(const KVCacheUpdate& u, const Positions<Index>& positions) {
-  // All positions before the first write, so that a bad one leaves the cache as it was.
-  for (int64_t b = 0; b < u.batch; ++b) {
-    for (int64_t t = 0; t < u.tokens; ++t) {
-      const int64_t position = positions.at(b, t);
-      STD_TORCH_CHECK(
-          position < u.capacity,
-          "positions: expected values < ", u.capacity, " (cache capacity), got ", position);
-    }
-  }
-  // One item is the K or the V rows of one (b, h); only items of different slots run in parallel.
-  const auto items = [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / 2 / u.heads, h = item / 2 % u.heads;
-      const bool is_k = item % 2 == 0;
-      store(
-          is_k ? u.k : u.v, is_k ? u.k_cache : u.v_cache, positions, b, h, u.tokens, u.row_bytes);
-    }
-  };
-  const int64_t count = 2 * u.batch * u.heads;
-  const int64_t item_bytes = std::max<int64_t>(u.tokens * u.row_bytes, 1);
-  if (count * item_bytes <= kGrainBytes) return items(0, count);
-  torch::stable::parallel_for(0, count, std::max<int64_t>(kGrainBytes / item_bytes, 1), items);
+void run(const KVCacheUpdate& u) {
+  check_slots(u);
+  const auto kernel = FASTGPT_AT_CPU_LEVEL(kv_cache_store);
+  // An item is one head's rows of one sequence; only items of different slots run in parallel.
+  const int64_t items = u.B * (u.H + 2 * u.H_kv);
+  const int64_t item_bytes = std::max<int64_t>(u.T * u.D * size_of(u.element), 1);
+  if (items * item_bytes <= kGrainBytes) return kernel(u, 0, items);
+  torch::stable::parallel_for(
+      0, items, std::max<int64_t>(kGrainBytes / item_bytes, 1),
+      [&](int64_t begin, int64_t end) { kernel(u, begin, end); });
 }
 
 void kv_cache_update_cpu(
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& k_cache,
-    const Tensor& v_cache,
-    const Tensor& positions) {
-  const KVCacheUpdate u = unpack_kv_cache_update(k, v, k_cache, v_cache, positions);
-  if (positions.element_size() == sizeof(int32_t)) {
-    update(u, positions_of<int32_t>(positions));
-  } else {
-    update(u, positions_of<int64_t>(positions));
-  }
+    const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale) {
+  run(kv_cache_arguments(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale));
+}
+
+Tensor rope_kv_cache_update_cpu(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+    const Tensor& positions, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& slots,
+    bool interleaved, const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale) {
+  KVCacheUpdate u = kv_cache_arguments(
+      k, v, k_cache, v_cache, slots ? *slots : positions, block_table, k_scale, v_scale);
+  const Tensor q_out = add_rotation(u, q, k, positions, cos, sin, interleaved);
+  run(u);
+  return q_out;
 }
 
 }  // namespace
@@ -83,4 +66,5 @@ void kv_cache_update_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("kv_cache_update", TORCH_BOX(&fastgpt::kv_cache_update_cpu));
+  m.impl("rope_kv_cache_update", TORCH_BOX(&fastgpt::rope_kv_cache_update_cpu));
 }

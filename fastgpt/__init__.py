@@ -6,7 +6,12 @@ from fastgpt.cache import KVCache
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.attention import attention, attention_reference
 from fastgpt.ops.explain import explain
-from fastgpt.ops.kv_cache_update import kv_cache_update, kv_cache_update_reference
+from fastgpt.ops.kv_cache_update import (
+    kv_cache_update,
+    kv_cache_update_reference,
+    rope_kv_cache_update,
+    rope_kv_cache_update_reference,
+)
 from fastgpt.ops.library import build_info
 
 __all__ = [
@@ -19,4 +24,6 @@ __all__ = [
     "explain",
     "kv_cache_update",
     "kv_cache_update_reference",
+    "rope_kv_cache_update",
+    "rope_kv_cache_update_reference",
 ]

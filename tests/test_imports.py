@@ -19,7 +19,7 @@ LAYERS = [
     {"cache", "families", "text"},
     {"ops.explain"},
     {"ops.attention", "ops.kv_cache_update"},
-    {"kernels.attention", "ops.checks", "ops.implementations", "ops.library"},
+    {"kernels.attention", "ops.checks", "ops.implementations", "ops.library", "ops.quantisation"},
     {"_C", "kernels", "ops"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,12 +1,25 @@
 """kv_cache_update: exact over random shapes, strides and positions; untouched slots keep their sentinel."""
 
+import os
+import subprocess
+import sys
+
+import numerics
 import pytest
 import torch
+from cpu_levels import lower_levels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt
-from fastgpt import kv_cache_update, kv_cache_update_reference
+from fastgpt import (
+    kv_cache_update,
+    kv_cache_update_reference,
+    rope_kv_cache_update,
+    rope_kv_cache_update_reference,
+)
+from fastgpt.ops.kv_cache_update import rope_reference
+from fastgpt.ops.quantisation import dequantise, quantise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SENTINEL = -77.0
@@ -18,7 +31,7 @@ layouts = st.tuples(st.permutations([0, 1, 2]), st.sampled_from([0, 1, 3]))
 def laid_out(x, layout):
     """x with the same values in another memory layout; the last dimension stays contiguous."""
     order, padding = layout
-    storage = torch.full((*(x.shape[i] for i in order), x.shape[3] + padding), SENTINEL, dtype=x.dtype)
+    storage = sentinel((*(x.shape[i] for i in order), x.shape[3] + padding), x.dtype)
     view = storage[..., : x.shape[3]].permute(*(order.index(i) for i in range(3)), 3)
     return view.copy_(x)
 
@@ -27,28 +40,175 @@ def tokens(B, H, T, D, dtype):
     return torch.randn(B, H, T, D).to(dtype)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.data())
-def test_exact(data):
-    B, H, T, S, D = (data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 3), (0, 9), (0, 12), (1, 20)))
+def sentinel(shape, dtype):
+    """A tensor of a value that no update writes."""
+    if dtype == torch.float8_e4m3fn:
+        return torch.full(shape, 0x7F, dtype=torch.uint8).view(dtype)  # NaN
+    return torch.full(shape, int(SENTINEL) if dtype == torch.int8 else SENTINEL, dtype=dtype)
+
+
+def same(a, b):
+    """Equal bit for bit, NaN included."""
+    return a.shape == b.shape and torch.equal(*(x.flatten().clone().view(torch.uint8) for x in (a, b)))
+
+
+def draw_update(data, min_dim=1):
+    """Random arguments of kv_cache_update, as a dict."""
+    B, H, T, S = (data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 3), (0, 9), (1, 12)))
+    D = data.draw(st.integers(min_dim, 40) | st.sampled_from([64, 96, 128]))
     dtype = data.draw(st.sampled_from(DTYPES))
+    cache_dtype = data.draw(st.sampled_from([dtype, torch.int8, torch.float8_e4m3fn]))
     index = data.draw(st.sampled_from([torch.int32, torch.int64]))
+    page = data.draw(st.none() | st.integers(1, 5))
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
-    k, v = (laid_out(tokens(B, H, T, D, dtype), data.draw(layouts)) for _ in range(2))
-    caches = [laid_out(torch.full((B, H, S, D), SENTINEL, dtype=dtype), data.draw(layouts)) for _ in range(2)]
-    expected = [cache.clone() for cache in caches]
+
+    first, rows, block_table = B, S, None
+    if page:
+        pages = -(-S // page)
+        first, rows, S = B * pages + 2, page, pages * page
+        block_table = torch.randperm(first)[: B * pages].view(B, pages).int()  # every sequence has pages of its own
+        if data.draw(st.booleans()):
+            block_table = block_table.mT.contiguous().mT
+    # Numbers of very different size, zeros among them.
+    size = 10.0 ** torch.randint(-6, 4, (B, H, T, 1)) * (torch.rand(B, H, T, 1) < 0.9)
+    k, v = (laid_out(tokens(B, H, T, D, torch.float32).mul(size).to(dtype), data.draw(layouts)) for _ in range(2))
+    caches = [laid_out(sentinel((first, H, rows, D), cache_dtype), data.draw(layouts)) for _ in range(2)]
+    scales = [None, None]
+    if cache_dtype != dtype:
+        scales = [laid_out(torch.full((first, H, rows, 1), SENTINEL), data.draw(layouts))[..., 0] for _ in range(2)]
     # Distinct slots within a row, and some tokens skipped.
     slots = torch.stack([torch.randperm(max(S, T))[:T] for _ in range(B)])
     positions = slots.masked_fill((slots >= S) | (torch.rand(B, T) < 0.2), -1).to(index)
     if data.draw(st.booleans()):
         positions = positions.mT.contiguous().mT
-    kv_cache_update(k, v, *caches, positions)
-    kv_cache_update_reference(k, v, *expected, positions)
-    for cache, reference in zip(caches, expected):
-        assert torch.equal(cache, reference)
-        if S:
-            written = torch.zeros(B, S + 1, dtype=torch.bool).scatter(1, positions.long() % (S + 1), True)[:, :S]
-            assert (cache.transpose(1, 2)[~written] == SENTINEL).all()
+    arguments = {"k": k, "v": v, "k_cache": caches[0], "v_cache": caches[1], "positions": positions}
+    return arguments | {"block_table": block_table, "k_scale": scales[0], "v_scale": scales[1]}
+
+
+WRITTEN = ("k_cache", "v_cache", "k_scale", "v_scale")
+
+
+def with_copies(arguments):
+    """The same arguments with a copy of what is written."""
+    return arguments | {name: x if x is None else x.clone() for name, x in arguments.items() if name in WRITTEN}
+
+
+def assert_same_cache(actual, expected, before, slots):
+    """Every slot, and that only those named by `slots` (B, T) differ from `before`."""
+    for name in WRITTEN:
+        if actual[name] is None:
+            continue
+        assert same(actual[name], expected[name]), name
+        cache, unwritten = actual[name], before[name]
+        touched = torch.zeros(cache.shape[0], cache.shape[2], dtype=torch.bool)
+        for b, row in enumerate(slots.tolist()):
+            for slot in row:
+                if slot >= 0 and actual["block_table"] is not None:
+                    touched[actual["block_table"][b, slot // cache.shape[2]], slot % cache.shape[2]] = True
+                elif slot >= 0:
+                    touched[b, slot] = True
+        assert same(cache.transpose(1, 2)[~touched], unwritten.transpose(1, 2)[~touched]), name
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(st.data())
+def test_exact(data):
+    actual = draw_update(data)
+    expected, before = with_copies(actual), with_copies(actual)
+    kv_cache_update_reference(**expected)
+    kv_cache_update(**actual)
+    assert_same_cache(actual, expected, before, actual["positions"])
+
+
+def angles(positions, pairs):
+    """cos, sin (positions, pairs) as of rotary embedding."""
+    x = torch.arange(positions)[:, None] * 100.0 ** -(torch.arange(pairs) / pairs)
+    return x.cos(), x.sin()
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(st.data())
+def test_rope_exact(data):
+    actual = draw_update(data, min_dim=2)
+    B, H_kv, T, D = actual["k"].shape
+    q = laid_out(tokens(B, H_kv * data.draw(st.integers(1, 3)), T, D, actual["k"].dtype), data.draw(layouts))
+    rotation = {"interleaved": data.draw(st.booleans())}
+    rotation["cos"], rotation["sin"] = angles(70, data.draw(st.integers(1, D // 2)))
+    slots = actual["positions"]
+    elsewhere = {}
+    if data.draw(st.booleans()):  # stored elsewhere than at the position
+        elsewhere["slots"] = slots
+        actual["positions"] = torch.randint(-1, 50, (B, T)).to(data.draw(st.sampled_from([torch.int32, torch.int64])))
+    expected, before = with_copies(actual), with_copies(actual)
+    expected_q = rope_kv_cache_update_reference(q, **expected, **rotation, **elsewhere)
+    actual_q = rope_kv_cache_update(q, **actual, **rotation, **elsewhere)
+    assert_same_cache(actual, expected, before, slots)
+    assert same(actual_q, expected_q) and (T == 0 or actual_q.is_contiguous())
+    # Rotated first and stored afterwards, it is the same cache.
+    apart = with_copies(before)
+    k = rope_reference(before["k"], before["positions"], **rotation)
+    kv_cache_update(**apart | {"k": k, "positions": slots})
+    assert_same_cache(actual, apart, before, slots)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotation_meets_the_numerics_contract(dtype, interleaved):
+    """Against float64: the rotation is what it says, by a rotation matrix rather than by the reference's formula."""
+    torch.manual_seed(0)
+    q, positions = tokens(2, 4, 7, 40, dtype), torch.randint(0, 500, (2, 7))
+    cos, sin = angles(500, 12)  # of the first 24 dimensions
+    matrix = torch.eye(40, dtype=torch.float64).repeat(2, 7, 1, 1)  # (B, T, D, D)
+    for n in range(12):
+        i, j = (2 * n, 2 * n + 1) if interleaved else (n, n + 12)
+        c, s = cos[positions, n].double(), sin[positions, n].double()
+        matrix[:, :, i, i], matrix[:, :, j, j], matrix[:, :, i, j], matrix[:, :, j, i] = c, c, -s, s
+    oracle = torch.einsum("btij,bhtj->bhti", matrix, q.double())
+    cache = torch.zeros(2, 4, 500, 40, dtype=dtype)
+    actual = rope_kv_cache_update(q, q, q, cache, cache.clone(), positions, cos, sin, interleaved=interleaved)
+    low = rope_reference(q, positions, cos, sin, interleaved=interleaved)
+    numerics.check(actual, oracle, low, dtype=dtype)
+    assert same(cache[torch.arange(2)[:, None], :, positions].transpose(1, 2), actual)  # keys are rotated likewise
+
+
+def test_quantisation_of_every_half():
+    """Each fp16 number, among rows of its own size and of larger ones."""
+    x = torch.arange(2**16).to(torch.uint16).view(torch.float16)
+    x = x[x.isfinite()].float().view(-1, 8)
+    x = torch.cat([x, x * 1.7, x.flip(0) + x], 1).view(1, 1, -1, 24)
+    positions = torch.arange(x.shape[2]).unsqueeze(0)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        caches = torch.empty(2, *x.shape, dtype=dtype)
+        scales = torch.empty(2, *x.shape[:3])
+        kv_cache_update(x, -x, *caches, positions, k_scale=scales[0], v_scale=scales[1])
+        for cache, scale, source in zip(caches, scales, (x, -x), strict=True):
+            values, expected = quantise(source, dtype)
+            assert same(cache, values) and same(scale, expected)
+            # Half a step of int8; half a unit of the mantissa's last place, or of the smallest subnormal, of e4m3.
+            error = (dequantise(cache, scale).double() - source.double()).abs()
+            step = scale.unsqueeze(-1).double()
+            bound = step / 2 if dtype == torch.int8 else torch.maximum(source.double().abs() / 16, step * 2**-10)
+            assert (error <= bound * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_rows_that_cannot_be_quantised(dtype):
+    """NaN and infinity are seen by whoever reads the row; what is too small is zero."""
+    x = torch.ones(1, 1, 5, 8)
+    x[0, 0, 0, 3], x[0, 0, 1, 0], x[0, 0, 2], x[0, 0, 3] = torch.nan, -torch.inf, 0.0, 1e-31
+    cache, scale = torch.zeros(1, 1, 5, 8, dtype=dtype), torch.zeros(1, 1, 5)
+    kv_cache_update(x, x, cache, cache.clone(), torch.arange(5)[None], k_scale=scale, v_scale=scale.clone())
+    read = dequantise(cache, scale)[0, 0]
+    assert read[:2].isnan().all() and (read[2:4] == 0).all() and (read[4] == 1).all()
+
+
+@pytest.mark.parametrize("level", lower_levels())
+def test_lower_cpu_levels(level):
+    """The tests of exactness again, in a process that is forced to a lower instruction set."""
+    selected = "exact or every_half or contract"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", selected, "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=os.environ | {"FASTGPT_CPU_LEVEL": level}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

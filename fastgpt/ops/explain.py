@@ -5,6 +5,7 @@ from fastgpt.ops import attention, kv_cache_update
 _OPERATIONS = {
     attention.attention: attention.explain,
     kv_cache_update.kv_cache_update: kv_cache_update.explain,
+    kv_cache_update.rope_kv_cache_update: kv_cache_update.explain_rope,
 }
 
 
@@ -12,11 +13,13 @@ def explain(operation, *args, **kwargs) -> dict[str, str]:
     """Says how `operation(*args, **kwargs)` would be served, without running it.
 
     Args:
-        operation: fastgpt.attention or fastgpt.kv_cache_update; the rest is what it would be called with.
+        operation: fastgpt.attention, fastgpt.kv_cache_update or fastgpt.rope_kv_cache_update; the rest is what it would
+            be called with.
 
     Returns: implementation -> "chosen", "available" (it could, but another comes first), or why it cannot.
     Raises: what the call itself would raise for bad input.
     """
     if operation not in _OPERATIONS:
-        raise ValueError(f"operation: expected fastgpt.attention or fastgpt.kv_cache_update, got {operation!r}")
+        known = ", ".join(f"fastgpt.{function.__name__}" for function in _OPERATIONS)
+        raise ValueError(f"operation: expected one of {known}, got {operation!r}")
     return _OPERATIONS[operation](*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The KV-cache update: contract, input checks, reference, and dispatch to the compiled kernels."""
+"""The KV-cache update, alone and fused with rotary embedding: contract, checks, reference, dispatch to the kernels."""
 
 import torch
 
@@ -11,11 +11,13 @@ from fastgpt.ops.checks import (
 )
 from fastgpt.ops.implementations import choose, explain_call
 from fastgpt.ops.library import CUDA_MISSING, library
+from fastgpt.ops.quantisation import QUANTISED_DTYPES, quantise
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_TRANSFORMED_DIM = 1024
 
 
-def kv_cache_update(k, v, k_cache, v_cache, positions):
+def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
     """Stores new keys and values into a cache, in place.
 
         k_cache[b,h,p] = k[b,h,t],  v_cache[b,h,p] = v[b,h,t],   p = positions[b,t], for every p >= 0
@@ -23,40 +25,149 @@ def kv_cache_update(k, v, k_cache, v_cache, positions):
     Args:
         k, v: (B, H_kv, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free. fp64 too, which only the
             reference serves.
-        k_cache, v_cache: (B, H_kv, S, D), dtype and device of k, strides likewise; written.
+        k_cache, v_cache: (B, H_kv, S, D), or with a block table a pool of pages (num_pages, H_kv, page, D); dtype of
+            k, or int8 or float8_e4m3fn; strides likewise; written.
         positions: (B, T) int32|int64 on the device: the slot of each token, in tokens. Negative skips the token
             (padding). Where two tokens of a row name the same slot, the last one stays on a CPU; on CUDA either may.
+        block_table: (B, pages) int32 on the device. Token p of sequence b lies in row p % page of page
+            block_table[b, p // page]; S is then pages · page. Entries that no token of the call needs may be anything.
+        k_scale, v_scale: for int8 and float8_e4m3fn caches, (B, H_kv, S) or (num_pages, H_kv, page) fp32; written. A
+            row x (D numbers of a token and head) is stored as round(x · limit / max|x|), ties to even, with the scale
+            max|x| / limit that restores it; limit is 127 for int8, 448 for float8_e4m3fn. A row with max|x| < 1e-30
+            is zero; a row that holds infinity or NaN gets scale NaN. D <= 1024.
+        impl: "cuda", "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
 
-    Returns None. Under CUDA it neither synchronises nor allocates, so it can be captured in a CUDA graph.
+    Returns None. Under CUDA it neither synchronises nor allocates, so it can be captured in a CUDA graph. No gradients
+    flow through a cache.
 
-    Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device; on CPU a position >= S): argument,
-        expected, got. Nothing is written then. On CUDA a position >= S is not written and not reported: telling
-        would need a synchronisation.
+    Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, impl; on CPU a position >= S, or a page
+        outside the pool): argument, expected, got. Nothing is written then. On CUDA such a token is not stored and not
+        reported: telling would need a synchronisation.
     """
+    cache = (k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     try:
-        if choose("kv_cache_update", IMPLEMENTATIONS, None, k) == "reference":
-            _check(k, v, k_cache, v_cache, positions)
-            kv_cache_update_reference(k, v, k_cache, v_cache, positions)
+        if choose("kv_cache_update", IMPLEMENTATIONS, impl, k) == "reference":
+            _check(*cache)
+            kv_cache_update_reference(
+                k, v, k_cache, v_cache, positions, block_table=block_table, k_scale=k_scale, v_scale=v_scale
+            )
         else:  # which check for themselves, in a fraction of the time, before they write
-            torch.ops.fastgpt.kv_cache_update.default(k, v, k_cache, v_cache, positions)
+            torch.ops.fastgpt.kv_cache_update.default(*cache)
     except (RuntimeError, AttributeError):
-        _check(k, v, k_cache, v_cache, positions)  # raises the error that names the argument
-        if k.device.type == "cpu":
-            _check_positions(positions, k_cache.shape[2])
+        _check(*cache)  # raises the error that names the argument
+        _check_slots(positions, k_cache, block_table)
         raise
 
 
-def kv_cache_update_reference(k, v, k_cache, v_cache, positions):
+def kv_cache_update_reference(
+    k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None
+):
     """The same function in plain PyTorch, on every device."""
-    if k.device.type == "cpu":
-        _check_positions(positions, k_cache.shape[2])
-    b, t = ((positions >= 0) & (positions < k_cache.shape[2])).nonzero(as_tuple=True)
-    slots = positions[b, t].long()
-    k_cache[b, :, slots] = k[b, :, t]
-    v_cache[b, :, slots] = v[b, :, t]
+    _check_slots(positions, k_cache, block_table)
+    b, t, index, n = _slots_of(positions, k_cache, block_table)
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        rows = x[b, :, t]  # (tokens, H_kv, D)
+        if cache.dtype in QUANTISED_DTYPES:
+            rows, scale[index, :, n] = quantise(rows, cache.dtype)
+        if cache.dtype == torch.float8_e4m3fn:  # for which PyTorch has no indexed assignment
+            rows, cache = rows.view(torch.uint8), cache.view(torch.uint8)
+        cache[index, :, n] = rows
 
 
-def _check(k, v, k_cache, v_cache, positions):
+def rope_kv_cache_update(
+    q, k, v, k_cache, v_cache, positions, cos, sin,
+    *, slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None, impl=None,
+):  # fmt: skip
+    """Rotates queries and keys by their positions, and stores keys and values into a cache, in one pass.
+
+        (x[i], x[j]) becomes (x[i] cos - x[j] sin, x[j] cos + x[i] sin),  cos = cos[p,n], sin = sin[p,n],
+        for the n-th pair (i, j) of the first R = 2 · cos.shape[1] dimensions; p = positions[b,t]
+
+    Pairs are (n, n + R/2), or with `interleaved` (2n, 2n + 1). Dimensions from R on stay as they are.
+
+    Args:
+        q: (B, H, T, D) in the dtype of k, last dimension contiguous, other strides free.
+        k, v, k_cache, v_cache, block_table, k_scale, v_scale, impl: as in `kv_cache_update`; D <= 1024.
+        positions: (B, T) int32|int64 on the device: angle and slot of each token. Negative: not rotated (padding).
+        cos, sin: (positions, R/2) fp32, rows contiguous; 2 <= R <= D. Computed in fp32 and rounded once to q's dtype.
+        slots: (B, T) like positions: where to store tokens, if not at their positions: in a ring, say. Negative: not
+            stored.
+
+    Returns: the rotated q, (B, H, T, D) contiguous.
+    Raises: as `kv_cache_update`; ValueError also for a position past the rows of cos (on CPU; on CUDA the token is then
+        neither rotated nor stored).
+    Source: RoFormer (arXiv 2104.09864); `interleaved=False` is the order of GPT-NeoX and Llama.
+    """
+    cache = (k, v, k_cache, v_cache, positions if slots is None else slots, block_table, k_scale, v_scale)
+    try:
+        if choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, k) == "reference":
+            _check(*cache)
+            _check_rotation(q, k, positions, cos, sin, slots)
+            return rope_kv_cache_update_reference(
+                q, k, v, k_cache, v_cache, positions, cos, sin, slots=slots, interleaved=interleaved,
+                block_table=block_table, k_scale=k_scale, v_scale=v_scale,
+            )  # fmt: skip
+        return torch.ops.fastgpt.rope_kv_cache_update.default(
+            q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale
+        )
+    except (RuntimeError, AttributeError):
+        _check(*cache)
+        _check_rotation(q, k, positions, cos, sin, slots)
+        _check_slots(cache[4], k_cache, block_table)
+        _check_angles(positions, cos)
+        raise
+
+
+def rope_kv_cache_update_reference(
+    q, k, v, k_cache, v_cache, positions, cos, sin,
+    *, slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None, impl=None,
+):  # fmt: skip
+    """The same function in plain PyTorch, on every device: `rope_reference`, then `kv_cache_update_reference`."""
+    slots = positions if slots is None else slots
+    _check_slots(slots, k_cache, block_table)
+    _check_angles(positions, cos)
+    slots = slots.masked_fill(positions >= cos.shape[0], -1)
+    k = rope_reference(k, positions, cos, sin, interleaved=interleaved)
+    kv_cache_update_reference(
+        k, v, k_cache, v_cache, slots, block_table=block_table, k_scale=k_scale, v_scale=v_scale
+    )
+    return rope_reference(q, positions, cos, sin, interleaved=interleaved)
+
+
+def rope_reference(x, positions, cos, sin, *, interleaved=False):
+    """x (B, H, T, D), rotated as in `rope_kv_cache_update`; on every device, differentiable. Returns a new tensor.
+
+    Tokens at positions that are negative, or past the rows of cos, are not rotated.
+    """
+    pairs = cos.shape[1]
+    index = positions.clamp(0, cos.shape[0] - 1).long()
+    c, s = cos[index].unsqueeze(1), sin[index].unsqueeze(1)  # (B, 1, T, R/2)
+    rotary, rest = x[..., : 2 * pairs].to(torch.promote_types(x.dtype, torch.float32)), x[..., 2 * pairs :]
+    if interleaved:
+        a, b = rotary[..., 0::2], rotary[..., 1::2]
+        rotary = torch.stack([a * c - b * s, b * c + a * s], dim=-1).flatten(-2)
+    else:
+        a, b = rotary[..., :pairs], rotary[..., pairs:]
+        rotary = torch.cat([a * c - b * s, b * c + a * s], dim=-1)
+    rotated = torch.cat([rotary.to(x.dtype), rest], dim=-1)
+    return torch.where(((positions >= 0) & (positions < cos.shape[0]))[:, None, :, None], rotated, x)
+
+
+def _slots_of(positions, k_cache, block_table):
+    """Of the tokens that are stored: sequence b, token t, and the first and third index of their slot in the cache."""
+    rows = k_cache.shape[2]
+    capacity = rows if block_table is None else rows * block_table.shape[1]
+    valid = (positions >= 0) & (positions < capacity)
+    if block_table is None:
+        b, t = valid.nonzero(as_tuple=True)
+        return b, t, b, positions[b, t].long()
+    index = positions.clamp(0, max(capacity - 1, 0)).long() // max(rows, 1)
+    pages = block_table.long().gather(1, index) if capacity else torch.full_like(index, -1)  # (B, T)
+    b, t = (valid & (pages >= 0) & (pages < k_cache.shape[0])).nonzero(as_tuple=True)
+    return b, t, pages[b, t], positions[b, t].long() % max(rows, 1)
+
+
+def _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale):
     require_tensor("k", k, 4)
     require_tensor("v", v, 4)
     require_tensor("k_cache", k_cache, 4)
@@ -65,27 +176,108 @@ def _check(k, v, k_cache, v_cache, positions):
     B, H_kv, T, D = k.shape
     S = k_cache.shape[2]
     require_dtype("k", k, (*KERNEL_DTYPES, torch.float64))
-    require_shape("v", v, (B, H_kv, T, D), "(B, H_kv, T, D) to match k")
-    require_shape("k_cache", k_cache, (B, H_kv, S, D), "(B, H_kv, S, D) to match k")
-    require_shape("v_cache", v_cache, (B, H_kv, S, D), "(B, H_kv, S, D) to match k_cache")
-    require_shape("positions", positions, (B, T), "(B, T)")
+    require_dtype("v", v, (k.dtype,))
+    require_dtype("k_cache", k_cache, (k.dtype, *QUANTISED_DTYPES))
+    require_dtype("v_cache", v_cache, (k_cache.dtype,))
     require_dtype("positions", positions, (torch.int32, torch.int64))
-    for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        require_dtype(name, tensor, (k.dtype,))
-    for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("positions", positions)):
+    require_shape("v", v, (B, H_kv, T, D), "(B, H_kv, T, D) to match k")
+    require_shape("positions", positions, (B, T), "(B, T)")
+    tensors = {"v": v, "k_cache": k_cache, "v_cache": v_cache, "positions": positions}
+    if block_table is None:
+        first, meaning = B, "(B, H_kv, S, D)"
+    else:
+        require_tensor("block_table", block_table, 2)
+        require_dtype("block_table", block_table, (torch.int32,))
+        require_shape("block_table", block_table, (B, block_table.shape[1]), "(B, pages)")
+        first, meaning = k_cache.shape[0], "(num_pages, H_kv, page, D)"
+        tensors["block_table"] = block_table
+    require_shape("k_cache", k_cache, (first, H_kv, S, D), f"{meaning} to match k")
+    require_shape("v_cache", v_cache, (first, H_kv, S, D), f"{meaning} to match k_cache")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if k_cache.dtype not in QUANTISED_DTYPES:
+            if scale is not None:
+                raise ValueError(f"{name}: expected None for a cache of {k_cache.dtype}, got a scale")
+            continue
+        if scale is None:
+            raise ValueError(f"{name}: expected a scale for a cache of {k_cache.dtype}, got None")
+        require_tensor(name, scale, 3)
+        require_dtype(name, scale, (torch.float32,))
+        require_shape(name, scale, (first, H_kv, S), f"{meaning.rpartition(',')[0]}) to match k_cache")
+        tensors[name] = scale
+        if not 1 <= D <= MAX_TRANSFORMED_DIM:
+            raise ValueError(
+                f"k: expected a head dim from 1 to {MAX_TRANSFORMED_DIM} for a cache of {k_cache.dtype}, got {D}"
+            )
+    for name, tensor in tensors.items():
         require_device(name, tensor, k.device)
     for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         require_last_dim_contiguous(name, tensor)
 
 
-def _check_positions(positions, capacity):
-    if positions.numel() and (last := positions.max().item()) >= capacity:
+def _check_rotation(q, k, positions, cos, sin, slots):
+    """What rope_kv_cache_update takes beyond what `_check` saw."""
+    require_tensor("q", q, 4)
+    B, _, T, D = k.shape
+    require_dtype("q", q, (k.dtype,))
+    require_shape("q", q, (B, q.shape[1], T, D), "(B, H, T, D) to match k")
+    require_device("q", q, k.device)
+    require_last_dim_contiguous("q", q)
+    if slots is not None:
+        require_tensor("slots", slots, 2)
+        require_dtype("slots", slots, (torch.int32, torch.int64))
+        require_shape("slots", slots, (B, T), "(B, T)")
+        require_device("slots", slots, k.device)
+    require_tensor("positions", positions, 2)
+    require_dtype("positions", positions, (torch.int32, torch.int64))
+    require_shape("positions", positions, (B, T), "(B, T)")
+    require_device("positions", positions, k.device)
+    require_tensor("cos", cos, 2)
+    require_tensor("sin", sin, 2)
+    if not 1 <= cos.shape[1] <= D // 2:
+        raise ValueError(f"cos: expected from 1 to D / 2 = {D // 2} columns, got shape {tuple(cos.shape)}")
+    if D > MAX_TRANSFORMED_DIM:
+        raise ValueError(f"q: expected a head dim up to {MAX_TRANSFORMED_DIM}, got {D}")
+    require_shape("sin", sin, tuple(cos.shape), "to match cos")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        require_dtype(name, tensor, (torch.float32,) if k.dtype != torch.float64 else (torch.float32, torch.float64))
+        require_device(name, tensor, k.device)
+        require_last_dim_contiguous(name, tensor)
+
+
+def _check_slots(positions, k_cache, block_table):
+    """On CPU, raises ValueError for tokens without a slot; on CUDA that would need a synchronisation."""
+    if positions.device.type != "cpu" or positions.numel() == 0:
+        return
+    rows = k_cache.shape[2]
+    capacity = rows if block_table is None else rows * block_table.shape[1]
+    if (last := positions.max().item()) >= capacity:
         raise ValueError(f"positions: expected values below the cache's capacity of {capacity}, got {last}")
+    if block_table is not None and capacity:
+        b, t = (positions >= 0).nonzero(as_tuple=True)
+        pages = block_table[b, positions[b, t].long() // rows]
+        outside = pages[(pages < 0) | (pages >= k_cache.shape[0])]
+        if outside.numel():
+            raise ValueError(f"block_table: expected pages from 0 to {k_cache.shape[0] - 1}, got {outside[0].item()}")
 
 
-def explain(k, v, k_cache, v_cache, positions):
+def _check_angles(positions, cos):
+    if positions.device.type == "cpu" and positions.numel() and (last := positions.max().item()) >= cos.shape[0]:
+        raise ValueError(f"positions: expected values below the {cos.shape[0]} rows of cos, got {last}")
+
+
+def explain(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
     """Implementation -> "chosen", "available", or why it refuses this call."""
-    _check(k, v, k_cache, v_cache, positions)
+    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+    return explain_call(IMPLEMENTATIONS, k)
+
+
+def explain_rope(
+    q, k, v, k_cache, v_cache, positions, cos, sin,
+    *, slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None, impl=None,
+):  # fmt: skip
+    """The same for rope_kv_cache_update."""
+    _check(k, v, k_cache, v_cache, positions if slots is None else slots, block_table, k_scale, v_scale)
+    _check_rotation(q, k, positions, cos, sin, slots)
     return explain_call(IMPLEMENTATIONS, k)
 
 
@@ -109,9 +301,27 @@ def _cpp_refuses(k):
 IMPLEMENTATIONS = {"cuda": _cuda_refuses, "cpp": _cpp_refuses, "reference": lambda k: None}
 
 
-library.define("kv_cache_update(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions) -> ()")
+library.define(
+    "kv_cache_update(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
+    "Tensor? block_table=None, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()"
+)
+library.define(
+    "rope_kv_cache_update(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
+    "Tensor cos, Tensor sin, Tensor? slots=None, bool interleaved=False, Tensor? block_table=None, "
+    "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> Tensor"
+)
 
 
 @torch.library.register_fake("fastgpt::kv_cache_update", lib=library)
-def _kv_cache_update_fake(k, v, k_cache, v_cache, positions):
-    _check(k, v, k_cache, v_cache, positions)
+def _kv_cache_update_fake(k, v, k_cache, v_cache, positions, block_table=None, k_scale=None, v_scale=None):
+    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+
+
+@torch.library.register_fake("fastgpt::rope_kv_cache_update", lib=library)
+def _rope_kv_cache_update_fake(
+    q, k, v, k_cache, v_cache, positions, cos, sin,
+    slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None,
+):  # fmt: skip
+    _check(k, v, k_cache, v_cache, positions if slots is None else slots, block_table, k_scale, v_scale)
+    _check_rotation(q, k, positions, cos, sin, slots)
+    return q.new_empty(q.shape)

@@ -1,0 +1,35 @@
+// What the stable ABI lacks or does slowly.
+
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace fastgpt {
+namespace {
+
+// The dtype's number in the C interface.
+inline int32_t dtype_of(const torch::stable::Tensor& x) {
+  int32_t dtype;
+  STD_TORCH_CHECK(aoti_torch_get_dtype(x.get(), &dtype) == 0, "cannot read a tensor's dtype");
+  return dtype;
+}
+
+// An uninitialised tensor on the device of `like`. torch::stable::new_empty goes through the boxed dispatcher: two of
+// them and a transpose cost more than a decode step's attention.
+template <size_t N>
+torch::stable::Tensor new_empty(
+    const torch::stable::Tensor& like, const int64_t (&sizes)[N], const int64_t (&strides)[N], int32_t dtype) {
+  int32_t device_type, device_index;
+  AtenTensorHandle handle;
+  STD_TORCH_CHECK(
+      aoti_torch_get_device_type(like.get(), &device_type) == 0 &&
+          aoti_torch_get_device_index(like.get(), &device_index) == 0 &&
+          aoti_torch_empty_strided(N, sizes, strides, dtype, device_type, device_index, &handle) == 0,
+      "cannot allocate the output");
+  return torch::stable::Tensor(handle);
+}
+
+}  // namespace
+}  // namespace fastgpt
