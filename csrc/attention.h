@@ -9,19 +9,30 @@ namespace fastgpt {
 // Queries and keys that a kernel holds at a time, in rows.
 constexpr int64_t kBlockM = 64, kBlockN = 64;
 
+// Keys or values: (B, H_kv, S, D), or with a block table a pool of pages (pages, H_kv, page, D). Strides in elements.
+struct Keys {
+  const void* data;
+  int64_t stride_b, stride_h, stride_s;
+  const float* scale;  // (B, H_kv, S) or (pages, H_kv, page) for elements of 8 bits, or null
+  int64_t scale_stride_b, scale_stride_h, scale_stride_s;
+};
+
 struct AttentionForward {
-  const void *q, *k, *v;      // (B, H, T, D), (B, H_kv, S, D) twice; last dimension contiguous
+  const void* q;              // (B, H, T, D), last dimension contiguous
+  Keys k, v;
   void* out;                  // (B, H, T, D)
   float* lse;                 // (B, H, T) contiguous, natural log
   const int32_t* kv_lengths;  // (B,) keys of each sequence, or null for S
-  Element element;            // of q, k, v and out
+  const int32_t* block_table; // (B, S / page) page of each `page` keys, or null
+  int64_t table_stride_b, table_stride_p, page;
+  Element element;            // of q and out
+  Element key_element;        // of k and v
   bool causal;                // bottom-right aligned
+  int64_t window;             // keys that a query sees at most, up to its own position
   float scale;
   int64_t B, H, H_kv, T, S, D;
   // In elements.
   int64_t q_stride_b, q_stride_h, q_stride_t;
-  int64_t k_stride_b, k_stride_h, k_stride_s;
-  int64_t v_stride_b, v_stride_h, v_stride_s;
   int64_t out_stride_b, out_stride_h, out_stride_t;
   int64_t kv_length_stride;
 
@@ -35,7 +46,7 @@ struct AttentionForward {
 // Floats of scratch memory, 64-byte aligned, that a thread needs for head dim D.
 constexpr int64_t attention_workspace(int64_t D) {
   const int64_t padded = (D + 15) / 16 * 16;
-  return 2 * padded * kBlockM + kBlockM * kBlockN + 2 * kBlockN * padded + 4 * kBlockM;
+  return 2 * padded * kBlockM + kBlockM * kBlockN + 2 * kBlockN * padded + 5 * kBlockM;
 }
 
 }  // namespace fastgpt

@@ -101,13 +101,18 @@ inline float exp_nonpositive(float x) { return exp_nonpositive(broadcast(x))[0];
 inline void convert(const void* source, int64_t offset, int64_t count, Element element, float* target) {
   if (element == Element::float32) {
     std::memcpy(target, static_cast<const float*>(source) + offset, count * sizeof(float));
-    return;
-  }
-  const uint16_t* x = static_cast<const uint16_t*>(source) + offset;
-  if (element == Element::float16) {
+  } else if (element == Element::float16) {
+    const uint16_t* x = static_cast<const uint16_t*>(source) + offset;
     for (int64_t i = 0; i < count; ++i) target[i] = half_to_float(x[i]);
-  } else {
+  } else if (element == Element::bfloat16) {
+    const uint16_t* x = static_cast<const uint16_t*>(source) + offset;
     for (int64_t i = 0; i < count; ++i) target[i] = bfloat16_to_float(x[i]);
+  } else if (element == Element::int8) {
+    const int8_t* x = static_cast<const int8_t*>(source) + offset;
+    for (int64_t i = 0; i < count; ++i) target[i] = static_cast<float>(x[i]);
+  } else {
+    const uint8_t* x = static_cast<const uint8_t*>(source) + offset;
+    for (int64_t i = 0; i < count; ++i) target[i] = e4m3_to_float(x[i]);
   }
 }
 
@@ -183,26 +188,30 @@ class Block {
     sum_ = max_ + kBlockM;
     factor_ = sum_ + kBlockM;
     visible_ = reinterpret_cast<int32_t*>(factor_ + kBlockM);
+    hidden_ = visible_ + kBlockM;
   }
 
   void run() {
     std::memset(acc_, 0, D_ * kBlockM * sizeof(float));
-    for (int64_t r = 0; r < kBlockM; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f, visible_[r] = 0;
-    int64_t most = 0, fewest = args_.S;
+    for (int64_t r = 0; r < kBlockM; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f, visible_[r] = hidden_[r] = 0;
+    // Of the keys that rows see: where the first and the last begin, and where the first and the last end.
+    int64_t first_begin = args_.S, last_begin = 0, first_end = args_.S, last_end = 0;
     for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t keys = keys_seen(token(r));
-      most = keys > most ? keys : most, fewest = keys < fewest ? keys : fewest;
-      visible_[r] = static_cast<int32_t>(keys);
+      const int64_t begin = keys_before(token(r)), end = keys_seen(token(r));
+      hidden_[r] = static_cast<int32_t>(begin), visible_[r] = static_cast<int32_t>(end);
+      first_begin = begin < first_begin ? begin : first_begin, last_begin = begin > last_begin ? begin : last_begin;
+      first_end = end < first_end ? end : first_end, last_end = end > last_end ? end : last_end;
     }
     const bool narrow = rows_ <= kNarrowRows;
     load_queries(narrow);
-    for (int64_t n = 0; n < most; n += kBlockN) {
-      const int64_t keys = most - n < kBlockN ? most - n : kBlockN;
-      const bool masked = fewest < n + keys;
+    const int64_t start = first_begin / kBlockN * kBlockN;  // aligned, as pages are
+    for (int64_t n = start; n < last_end; n += kBlockN) {
+      const int64_t keys = last_end - n < kBlockN ? last_end - n : kBlockN;
+      const bool masked = first_end < n + keys || last_begin > n, first = n == start;
       if (narrow) {
-        step_narrow(n, keys, masked);
+        step_narrow(n, keys, masked, first);
       } else {
-        step_wide(n, keys, masked);
+        step_wide(n, keys, masked, first);
       }
     }
     write_results(narrow);
@@ -213,9 +222,13 @@ class Block {
   int64_t token(int64_t r) const { return (first_ + r) % args_.T; }
   int64_t head(int64_t r) const { return h_kv_ * (args_.H / args_.H_kv) + (first_ + r) / args_.T; }
 
-  // How many of the first keys query t sees.
+  // Query t sees the keys from keys_before(t) to keys_seen(t).
   int64_t keys_seen(int64_t t) const {
     const int64_t keys = args_.causal ? length_ - args_.T + t + 1 : length_;
+    return keys < 0 ? 0 : keys < length_ ? keys : length_;
+  }
+  int64_t keys_before(int64_t t) const {
+    const int64_t keys = length_ - args_.T + t + 1 - args_.window;
     return keys < 0 ? 0 : keys < length_ ? keys : length_;
   }
 
@@ -235,43 +248,54 @@ class Block {
     const float* data;
     int64_t stride;
   };
-  Rows block_of(const void* source, int64_t offset, int64_t stride, int64_t keys, float* copy) const {
-    if (args_.element == Element::float32 && args_.D % kWidth == 0) {
-      return {static_cast<const float*>(source) + offset, stride};
-    }
-    for (int64_t n = 0; n < keys; ++n) {
-      convert(source, offset + n * stride, args_.D, args_.element, copy + n * D_);
-      for (int64_t d = args_.D; d < D_; ++d) copy[n * D_ + d] = 0.0f;
+  Rows block_of(const Keys& source, int64_t n, int64_t keys, float* copy) const {
+    for (int64_t i = 0, run; i < keys; i += run) {  // of rows that lie together: up to the end of a page
+      int64_t b = b_, row = n + i;
+      run = keys - i;
+      if (args_.block_table) {
+        b = args_.block_table[b_ * args_.table_stride_b + row / args_.page * args_.table_stride_p];
+        row %= args_.page;
+        run = run < args_.page - row ? run : args_.page - row;
+      }
+      const int64_t offset = b * source.stride_b + h_kv_ * source.stride_h + row * source.stride_s;
+      if (run == keys && args_.key_element == Element::float32 && args_.D % kWidth == 0) {
+        return {static_cast<const float*>(source.data) + offset, source.stride_s};
+      }
+      const float* scale =
+          source.scale + b * source.scale_stride_b + h_kv_ * source.scale_stride_h + row * source.scale_stride_s;
+      for (int64_t j = 0; j < run; ++j) {
+        float* target = copy + (i + j) * D_;
+        convert(source.data, offset + j * source.stride_s, args_.D, args_.key_element, target);
+        if (source.scale) {
+          const float factor = scale[j * source.scale_stride_s];
+          for (int64_t d = 0; d < args_.D; ++d) target[d] *= factor;
+        }
+        for (int64_t d = args_.D; d < D_; ++d) target[d] = 0.0f;
+      }
     }
     return {copy, D_};
-  }
-  Rows k_block(int64_t n, int64_t keys) const {
-    const int64_t offset = b_ * args_.k_stride_b + h_kv_ * args_.k_stride_h + n * args_.k_stride_s;
-    return block_of(args_.k, offset, args_.k_stride_s, keys, k_);
-  }
-  Rows v_block(int64_t n, int64_t keys) const {
-    const int64_t offset = b_ * args_.v_stride_b + h_kv_ * args_.v_stride_h + n * args_.v_stride_s;
-    return block_of(args_.v, offset, args_.v_stride_s, keys, v_);
   }
   // The head dim as loops over vectors see it.
   int64_t vectors() const { return (args_.D + kWidth - 1) / kWidth; }
 
-  void step_wide(int64_t n, int64_t keys, bool masked) {
+  void step_wide(int64_t n, int64_t keys, bool masked, bool first) {
     const int64_t columns = (rows_ + kWidth - 1) / kWidth;  // vectors of queries
-    const Rows k = k_block(n, keys);
+    const Rows k = block_of(args_.k, n, keys, k_);
     // scores[n][m] = k[n] · q[m]
     multiply<kTileRows, kTileVectors>(
         keys, columns, k.data, k.stride, 1, q_, kBlockM, scores_, kBlockM, args_.D, false);
 
     for (int64_t m = 0; m < columns * kWidth; m += kWidth) {
       const Vector before = load(max_ + m);
-      IntVector visible;
+      IntVector visible, hidden;
       std::memcpy(&visible, visible_ + m, sizeof visible);
+      std::memcpy(&hidden, hidden_ + m, sizeof hidden);
       Vector highest = before;
       for (int64_t i = 0; i < keys; ++i) {
         Vector score = load(scores_ + i * kBlockM + m);
         if (masked) {
-          score = static_cast<int32_t>(n + i) < visible ? score : broadcast(-kInfinity);
+          const int32_t key = static_cast<int32_t>(n + i);
+          score = (key < visible) & (key >= hidden) ? score : broadcast(-kInfinity);
           store(scores_ + i * kBlockM + m, score);
         }
         highest = maximum(score, highest);
@@ -290,7 +314,7 @@ class Block {
       store(factor_ + m, factor);
     }
 
-    if (n > 0) {
+    if (!first) {
       for (int64_t d = 0; d < args_.D; ++d) {
         for (int64_t m = 0; m < columns * kWidth; m += kWidth) {
           store(acc_ + d * kBlockM + m, load(acc_ + d * kBlockM + m) * load(factor_ + m));
@@ -298,19 +322,20 @@ class Block {
       }
     }
     // acc[d][m] += sum_n v[n][d] · weight[n][m]
-    const Rows v = v_block(n, keys);
+    const Rows v = block_of(args_.v, n, keys, v_);
     multiply<kTileRows, kTileVectors>(
         args_.D, columns, v.data, 1, v.stride, scores_, kBlockM, acc_, kBlockM, keys, true);
   }
 
-  void step_narrow(int64_t n, int64_t keys, bool masked) {
-    const Rows k = k_block(n, keys), v = v_block(n, keys);
+  void step_narrow(int64_t n, int64_t keys, bool masked, bool first) {
+    const Rows k = block_of(args_.k, n, keys, k_), v = block_of(args_.v, n, keys, v_);
     const int64_t padded = (keys + kWidth - 1) / kWidth * kWidth;
     for (int64_t r = 0; r < rows_; ++r) {
       float* scores = scores_ + r * kBlockN;
-      const int64_t seen = visible_[r] - n;
+      const int64_t seen = visible_[r] - n, unseen = hidden_[r] - n;
       dot_products(k, q_ + r * D_, keys, scores);
       for (int64_t i = masked ? (seen > 0 ? seen : 0) : keys; i < padded; ++i) scores[i] = -kInfinity;
+      for (int64_t i = 0; i < unseen && i < keys; ++i) scores[i] = -kInfinity;
 
       Vector highest_lanes = broadcast(max_[r]);
       for (int64_t i = 0; i < padded; i += kWidth) highest_lanes = maximum(load(scores + i), highest_lanes);
@@ -325,7 +350,7 @@ class Block {
       const float factor = exp_nonpositive(max_[r] - shift);
       max_[r] = highest;
       sum_[r] = sum_[r] * factor + sum(total);
-      if (n > 0) {
+      if (!first) {
         for (int64_t d = 0; d < D_; d += kWidth) store(acc_ + r * D_ + d, load(acc_ + r * D_ + d) * factor);
       }
     }
@@ -371,9 +396,9 @@ class Block {
   const AttentionForward& args_;
   int64_t b_, h_kv_, first_, rows_, length_, D_;  // D_: head dim padded to 16
   float *q_, *acc_, *scores_, *k_, *v_;
-  // Per row: running maximum and sum, factor of the last rescaling, how many of the first keys it sees.
+  // Per row: running maximum and sum, factor of the last rescaling; of how many first keys it sees all but how many.
   float *max_, *sum_, *factor_;
-  int32_t* visible_;
+  int32_t *visible_, *hidden_;
 };
 
 }  // namespace

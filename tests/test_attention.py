@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fastgpt
 from fastgpt import attention, attention_reference
+from fastgpt.ops.quantisation import quantise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -46,7 +47,8 @@ def make(B, H, H_kv, T, S, D, dtype=torch.float32, seed=0):
 
 def check_parity(q, k, v, **options):
     out, lse = attention(q, k, v, impl="cpp", return_lse=True, **options)
-    expected = attention_reference(q.double(), k.double(), v.double(), return_lse=True, **options)
+    exact = (q, k, v) if "k_scale" not in options else (q,)  # 8-bit keys are what they are
+    expected = attention_reference(*(x.double() for x in exact), *(k, v)[len(exact) - 1 :], return_lse=True, **options)
     low = attention_reference(q, k, v, return_lse=True, **options)
     numerics.check(out, expected[0], low[0], dtype=q.dtype, name="out")
     numerics.check(lse, expected[1], low[1], dtype=torch.float32, name="lse")
@@ -70,6 +72,72 @@ def test_parity_with_lengths_never_reads_past_them(T, causal, dtype):
         k[b, :, length:] = float("nan")
         v[b, :, length:] = float("nan")
     check_parity(q, k, v, causal=causal, kv_lengths=lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("window", [1, 2, 60, 64, 200])
+@pytest.mark.parametrize("T", [1, 3, 150])
+def test_parity_with_a_window(T, window, causal, dtype):
+    q, k, v = make(3, 4, 2, T, 150, 40, dtype)
+    check_parity(q, k, v, causal=causal, window=window)
+    check_parity(q, k, v, causal=causal, window=window, kv_lengths=torch.tensor([0, 83, 150], dtype=torch.int32))
+
+
+def paged(x, page, unused=float("nan"), seed=0):
+    """x (B, H, S, ...) as a pool of pages in random order, (pages, H, page, ...), and its block table."""
+    B, H, S = x.shape[:3]
+    pages = -(-S // page)
+    table = torch.randperm(B * pages + 3, generator=torch.Generator().manual_seed(seed))[: B * pages].view(B, pages)
+    pool = torch.full((B * pages + 3, page, H, *x.shape[3:]), unused, dtype=torch.float32).to(x.dtype).transpose(1, 2)
+    for b in range(B):
+        for i in range(pages):
+            rows = x[b, :, i * page : (i + 1) * page]
+            pool[table[b, i], :, : rows.shape[1]] = rows
+    return pool, table.int()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("page", [1, 16, 64, 100])
+@pytest.mark.parametrize("T, window", [(1, None), (1, 20), (3, None), (70, None), (70, 33)])
+def test_parity_paged(T, window, page, dtype):
+    """And with the bits that the contiguous cache gives."""
+    q, k, v = make(3, 4, 2, T, 150, 40, dtype)
+    lengths = torch.tensor([0, 83, 150], dtype=torch.int32)
+    (k_pool, table), (v_pool, _) = paged(k, page), paged(v, page)
+    table[1, -(-83 // page) :] = -7  # nothing is read there
+    table[0] = 1 << 30
+    options = {"kv_lengths": lengths, "window": window}
+    check_parity(q, k_pool, v_pool, block_table=table, **options)
+    assert torch.equal(attention(q, k_pool, v_pool, block_table=table, **options), attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T, page", [(1, None), (3, None), (70, None), (1, 16), (70, 64)])
+def test_parity_quantised(T, page, dtype, kv_dtype):
+    q, k, v = make(3, 4, 2, T, 150, 40, dtype)
+    (k, k_scale), (v, v_scale) = quantise(k, kv_dtype), quantise(v, kv_dtype)
+    options = {"kv_lengths": torch.tensor([0, 83, 150], dtype=torch.int32), "k_scale": k_scale, "v_scale": v_scale}
+    if page is not None:
+        (k, options["block_table"]), (v, _) = paged(k, page, unused=0), paged(v, page, unused=0)
+        options["k_scale"], options["v_scale"] = paged(k_scale, page)[0], paged(v_scale, page)[0]
+    check_parity(q, k, v, **options)
+
+
+def test_window_of_every_key_changes_nothing():
+    q, k, v = make(2, 4, 2, 70, 150, 40)
+    assert torch.equal(attention(q, k, v, window=150), attention(q, k, v))
+
+
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+def test_window_is_the_last_keys_own_position_included(impl):
+    q, k, v = make(1, 1, 1, 2, 5, 16)
+    oracle, low = (
+        torch.cat([attention_reference(q[:, :, i : i + 1], k[:, :, 2 + i : 4 + i], v[:, :, 2 + i : 4 + i]) for i in (0, 1)], 2)
+        for q, k, v in ((q.double(), k.double(), v.double()), (q, k, v))
+    )
+    numerics.check(attention(q, k, v, window=2, impl=impl), oracle, low, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("level", lower_levels())
@@ -178,8 +246,13 @@ def test_gradients_flow_through_the_public_operation():
 
 def test_opcheck():
     q, k, v = make(2, 4, 2, 3, 20, 16)
-    for lengths in (None, torch.tensor([5, 20], dtype=torch.int32)):
-        torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, lengths, True, 0.25))
+    lengths = torch.tensor([5, 20], dtype=torch.int32)
+    for options in ((None, True, 0.25), (lengths, True, 0.25), (lengths, False, 0.25, 7)):
+        torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, *options))
+    (k, k_scale), (v, v_scale) = quantise(k, torch.int8), quantise(v, torch.int8)
+    (k, table), (v, _), (k_scale, _), (v_scale, _) = (paged(x, 8, unused=0) for x in (k, v, k_scale, v_scale))
+    arguments = (q, k, v, lengths, True, 0.25, None, table, k_scale, v_scale)
+    torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, arguments)
 
 
 def test_fake_strides_are_real_strides():
@@ -226,7 +299,7 @@ BAD = {
     "not a tensor": ((1, KV, KV), {}, TypeError, "q: expected a torch.Tensor, got int"),
     "dimensions": ((Q[0], KV, KV), {}, ValueError, r"q: expected 4 dimensions, got shape \(4, 3, 16\)"),
     "dtype": ((Q.int(), KV, KV), {}, TypeError, "q: expected dtype .*, got torch.int32"),
-    "mixed dtypes": ((Q, KV.half(), KV), {}, TypeError, "k: expected dtype torch.float32, got torch.float16"),
+    "mixed dtypes": ((Q, KV.half(), KV), {}, TypeError, "k: expected dtype torch.float32 or .*, got torch.float16"),
     "head dim": ((Q.repeat(1, 1, 1, 17), KV, KV), {}, ValueError, "q: expected a head dim from 1 to 256, got 272"),
     "heads": ((Q[:, :3], KV, KV), {}, ValueError, "k: expected a number of heads that divides q's 3, got 2"),
     "batch": ((Q, KV[:1], KV), {}, ValueError, r"k: expected shape \(2, 2, 5, 16\) .*, got \(1, 2, 5, 16\)"),
@@ -236,6 +309,24 @@ BAD = {
     "scale": ((Q, KV, KV), {"scale": "x"}, TypeError, "scale: expected a float or None, got str"),
     "lengths shape": ((Q, KV, KV), {"kv_lengths": INT[:1]}, ValueError, r"kv_lengths: expected shape \(2,\)"),
     "lengths dtype": ((Q, KV, KV), {"kv_lengths": INT.long()}, TypeError, "kv_lengths: expected dtype torch.int32"),
+    "window": ((Q, KV, KV), {"window": 0}, ValueError, "window: expected an integer >= 1 or None, got 0"),
+    "no scale": ((Q, KV.char(), KV.char()), {"v_scale": KV[..., 0]}, ValueError, "k_scale: expected a scale for .*int8"),
+    "scale not taken": ((Q, KV, KV), {"v_scale": KV[..., 0]}, ValueError, "v_scale: expected None for k and v of"),
+    "scale shape": (
+        (Q, KV.char(), KV.char()),
+        {"k_scale": KV[..., 0], "v_scale": KV[:, :, :4, 0]},
+        ValueError,
+        r"v_scale: expected shape \(2, 2, 5\) \(B, H_kv, S\) to match k, got \(2, 2, 4\)",
+    ),
+    "scale dtype": (
+        (Q, KV.char(), KV.char()),
+        {"k_scale": KV[..., 0].half(), "v_scale": KV[..., 0]},
+        TypeError,
+        "k_scale: expected dtype torch.float32",
+    ),
+    "table shape": ((Q, KV, KV), {"block_table": INT[None]}, ValueError, r"block_table: expected shape \(2, 2\)"),
+    "table dtype": ((Q, KV, KV), {"block_table": INT[:, None].long()}, TypeError, "block_table: expected dtype torch.int32"),
+    "page": ((Q, KV, KV), {"block_table": INT[:, None] + 2}, ValueError, "block_table: expected pages from 0 to 1, got 2"),
     "lengths device": ((Q, KV, KV), {"kv_lengths": INT.to("meta")}, ValueError, "kv_lengths: expected device cpu"),
 }
 

@@ -242,14 +242,44 @@ def test_of_two_tokens_for_one_slot_the_last_stays():
 
 def test_opcheck():
     k, v = tokens(1, 2, 3, 4, torch.float32), tokens(1, 2, 3, 4, torch.float32)
-    arguments = (k, v, torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), torch.tensor([[0, -1, 4]]))
-    torch.library.opcheck(torch.ops.fastgpt.kv_cache_update.default, arguments)
+    positions, table = torch.tensor([[0, -1, 4]]), torch.tensor([[2, 0]], dtype=torch.int32)
+    plain = (torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), positions)
+    paged = (torch.zeros(3, 2, 3, 4, dtype=torch.int8), torch.zeros(3, 2, 3, 4, dtype=torch.int8), positions)
+    options = (table, torch.zeros(3, 2, 3), torch.zeros(3, 2, 3))
+    torch.library.opcheck(torch.ops.fastgpt.kv_cache_update.default, (k, v, *plain))
+    torch.library.opcheck(torch.ops.fastgpt.kv_cache_update.default, (k, v, *paged, *options))
+    q = tokens(1, 4, 3, 4, torch.float32)
+    torch.library.opcheck(torch.ops.fastgpt.rope_kv_cache_update.default, (q, k, v, *plain, *angles(5, 2)))
+    torch.library.opcheck(
+        torch.ops.fastgpt.rope_kv_cache_update.default, (q, k, v, *paged, *angles(5, 2), positions, True, *options)
+    )
 
 
 def test_explain():
     k, positions = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int32)
-    reasons = fastgpt.explain(kv_cache_update, k, k, k.clone(), k.clone(), positions)
-    assert reasons["cpp"] == "chosen" and reasons["reference"] == "available" and "CUDA tensors" in reasons["cuda"]
+    for reasons in (
+        fastgpt.explain(kv_cache_update, k, k, k.clone(), k.clone(), positions),
+        fastgpt.explain(rope_kv_cache_update, k, k, k, k.clone(), k.clone(), positions, *angles(1, 2)),
+    ):
+        assert reasons["cpp"] == "chosen" and reasons["reference"] == "available" and "CUDA tensors" in reasons["cuda"]
+
+
+def test_a_named_implementation_does_not_fall_back():
+    k, cache = torch.ones(1, 1, 1, 4), torch.zeros(2, 1, 1, 1, 4)
+    kv_cache_update(k, k, *cache, torch.zeros(1, 1, dtype=torch.int32), impl="reference")
+    assert (cache == 1).all()
+    with pytest.raises(ValueError, match="impl='cuda' cannot serve this call: it runs on CUDA tensors"):
+        kv_cache_update(k, k, *cache, torch.zeros(1, 1, dtype=torch.int32), impl="cuda")
+    with pytest.raises(ValueError, match="impl='cpp' cannot serve this call: it takes fp32, fp16 and bf16"):
+        kv_cache_update(*[k.double()] * 4, torch.zeros(1, 1, dtype=torch.int32), impl="cpp")
+
+
+def test_rope_reference_gradients():
+    x = torch.randn(2, 3, 4, 10, dtype=torch.float64, requires_grad=True)
+    positions = torch.tensor([[0, 1, 2, 3], [-1, -1, 5, 9]])
+    cos, sin = (table.double() for table in angles(9, 4))
+    for interleaved in (False, True):
+        assert torch.autograd.gradcheck(lambda x: rope_reference(x, positions, cos, sin, interleaved=interleaved), x)
 
 
 # Errors: each names the argument, and nothing is written.
@@ -257,18 +287,23 @@ def test_explain():
 X = torch.ones(2, 3, 2, 8)
 CACHE = (2, 3, 5, 8)
 POSITIONS = torch.tensor([[0, 1], [2, 3]])
+SCALE = torch.zeros(CACHE[:3])
+TABLE = torch.zeros(2, 2, dtype=torch.int32) + torch.tensor([[0], [1]], dtype=torch.int32)
 
 BAD = {
     "not a tensor": ({"k": None}, TypeError, "k: expected a torch.Tensor, got NoneType"),
     "dimensions": ({"v": X[0]}, ValueError, "v: expected 4 dimensions"),
     "dtype": ({"k": X.int()}, TypeError, "k: expected dtype .* got torch.int32"),
     "mixed dtypes": ({"v": X.half()}, TypeError, "v: expected dtype torch.float32, got torch.float16"),
-    "cache dtype": ({"v_cache": torch.zeros(CACHE).half()}, TypeError, "v_cache: expected dtype torch.float32"),
+    "cache dtype": ({"k_cache": torch.zeros(CACHE).half()}, TypeError, "k_cache: expected dtype torch.float32 or .*int8"),
+    "cache dtypes": ({"v_cache": torch.zeros(CACHE).half()}, TypeError, "v_cache: expected dtype torch.float32, got"),
     "heads": ({"k_cache": torch.zeros(2, 4, 5, 8)}, ValueError, r"k_cache: expected shape \(2, 3, 5, 8\)"),
+    "head dim": ({"k_cache": torch.zeros(2, 3, 5, 9)}, ValueError, r"k_cache: expected shape \(2, 3, 5, 8\)"),
     "capacities": ({"v_cache": torch.zeros(2, 3, 6, 8)}, ValueError, r"v_cache: expected shape \(2, 3, 5, 8\)"),
     "v": ({"v": X[:, :, :1]}, ValueError, r"v: expected shape \(2, 3, 2, 8\) .*, got \(2, 3, 1, 8\)"),
     "device": ({"k_cache": torch.zeros(CACHE, device="meta")}, ValueError, "k_cache: expected device cpu, got meta"),
     "stride": ({"k": torch.ones(2, 3, 8, 2).mT}, ValueError, "k: expected a contiguous last dimension"),
+    "cache stride": ({"k_cache": torch.ones(2, 3, 8, 5).mT}, ValueError, "k_cache: expected a contiguous last dimension"),
     "positions shape": ({"positions": POSITIONS[:, :1]}, ValueError, r"positions: expected shape \(2, 2\) \(B, T\)"),
     "positions dtype": ({"positions": POSITIONS.float()}, TypeError, "positions: expected dtype torch.int32 or"),
     "position": (
@@ -276,16 +311,76 @@ BAD = {
         ValueError,
         "positions: expected values below the cache's capacity of 5, got 5",
     ),
+    "no scale": (
+        {"k_cache": torch.zeros(CACHE).char(), "v_cache": torch.zeros(CACHE).char(), "v_scale": SCALE},
+        ValueError,
+        "k_scale: expected a scale for a cache of torch.int8, got None",
+    ),
+    "scale not taken": ({"v_scale": SCALE}, ValueError, "v_scale: expected None for a cache of torch.float32"),
+    "scale shape": (
+        {"k_cache": torch.zeros(CACHE).char(), "v_cache": torch.zeros(CACHE).char(), "k_scale": SCALE, "v_scale": SCALE[:1]},
+        ValueError,
+        r"v_scale: expected shape \(2, 3, 5\) \(B, H_kv, S\) to match k_cache, got \(1, 3, 5\)",
+    ),
+    "scale dtype": (
+        {"k_cache": torch.zeros(CACHE).char(), "v_cache": torch.zeros(CACHE).char(), "k_scale": SCALE.half()},
+        TypeError,
+        "k_scale: expected dtype torch.float32",
+    ),
+    "table dtype": ({"block_table": TABLE.long()}, TypeError, "block_table: expected dtype torch.int32"),
+    "table shape": ({"block_table": TABLE[:1]}, ValueError, r"block_table: expected shape \(2, 2\) \(B, pages\)"),
+    "table dimensions": ({"block_table": TABLE[0]}, ValueError, "block_table: expected 2 dimensions"),
+    "page": ({"block_table": TABLE + 1}, ValueError, "block_table: expected pages from 0 to 1, got 2"),
+    "page below 0": ({"block_table": TABLE - 1}, ValueError, "block_table: expected pages from 0 to 1, got -1"),
+    "position past the table": (
+        {"block_table": TABLE[:, :1], "positions": torch.tensor([[0, 1], [2, 5]])},
+        ValueError,
+        "positions: expected values below the cache's capacity of 5, got 5",
+    ),
 }
 
 
-@pytest.mark.parametrize(
-    "case, update", [*((case, kv_cache_update) for case in BAD), ("position", kv_cache_update_reference)]
-)
-def test_errors(case, update):
+@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("case", BAD)
+def test_errors(case, impl):
     change, error, message = BAD[case]
-    k_cache, v_cache = (torch.full(CACHE, SENTINEL) for _ in range(2))
-    arguments = {"k": X, "v": X, "k_cache": k_cache, "v_cache": v_cache, "positions": POSITIONS} | change
+    arguments = {"k": X, "v": X, "k_cache": torch.zeros(CACHE), "v_cache": torch.zeros(CACHE), "positions": POSITIONS}
+    arguments |= change
+    written = [x for name, x in arguments.items() if name in WRITTEN and x.device.type == "cpu"]
+    before = [x.clone() for x in written]
     with pytest.raises(error, match=message):
-        update(**arguments)
-    assert (k_cache == SENTINEL).all() and (v_cache == SENTINEL).all()
+        kv_cache_update(**arguments, impl=impl)
+    rotation = {"q": X, "cos": torch.ones(9, 4), "sin": torch.ones(9, 4)}
+    with pytest.raises(error, match=message):
+        rope_kv_cache_update(**arguments, **rotation, impl=impl)
+    assert all(map(torch.equal, written, before))
+
+
+ANGLES = torch.ones(6, 4)
+
+BAD_ROTATION = {
+    "q": ({"q": X[0]}, ValueError, "q: expected 4 dimensions"),
+    "q dtype": ({"q": X.half()}, TypeError, "q: expected dtype torch.float32, got torch.float16"),
+    "q shape": ({"q": X[:, :, :1]}, ValueError, r"q: expected shape \(2, 3, 2, 8\) \(B, H, T, D\) to match k"),
+    "q stride": ({"q": torch.ones(2, 3, 8, 2).mT}, ValueError, "q: expected a contiguous last dimension"),
+    "q device": ({"q": X.to("meta")}, ValueError, "q: expected device cpu, got meta"),
+    "cos": ({"cos": None}, TypeError, "cos: expected a torch.Tensor, got NoneType"),
+    "cos columns": ({"cos": torch.ones(6, 5)}, ValueError, r"cos: expected from 1 to D / 2 = 4 columns, got .*\(6, 5\)"),
+    "cos dtype": ({"cos": ANGLES.half()}, TypeError, "cos: expected dtype torch.float32, got torch.float16"),
+    "sin shape": ({"sin": ANGLES[:5]}, ValueError, r"sin: expected shape \(6, 4\) to match cos, got \(5, 4\)"),
+    "sin stride": ({"sin": torch.ones(4, 6).mT}, ValueError, "sin: expected a contiguous last dimension"),
+    "angle": ({"cos": ANGLES[:3], "sin": ANGLES[:3]}, ValueError, "positions: expected values below the 3 rows of cos, got 3"),
+    "slots shape": ({"slots": POSITIONS[:1]}, ValueError, r"slots: expected shape \(2, 2\)"),
+    "slot": ({"slots": POSITIONS + 2}, ValueError, "slots: expected values below the cache's capacity of 5, got 5"),
+}
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("case", BAD_ROTATION)
+def test_rotation_errors(case, impl):
+    change, error, message = BAD_ROTATION[case]
+    caches = torch.full((2, *CACHE), SENTINEL)
+    arguments = {"q": X, "k": X, "v": X, "k_cache": caches[0], "v_cache": caches[1], "positions": POSITIONS}
+    with pytest.raises(error, match=message):
+        rope_kv_cache_update(**arguments | {"cos": ANGLES, "sin": ANGLES} | change, impl=impl)
+    assert (caches == SENTINEL).all()

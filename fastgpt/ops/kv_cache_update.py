@@ -98,11 +98,10 @@ def rope_kv_cache_update(
         neither rotated nor stored).
     Source: RoFormer (arXiv 2104.09864); `interleaved=False` is the order of GPT-NeoX and Llama.
     """
-    cache = (k, v, k_cache, v_cache, positions if slots is None else slots, block_table, k_scale, v_scale)
+    call = (q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
     try:
         if choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, k) == "reference":
-            _check(*cache)
-            _check_rotation(q, k, positions, cos, sin, slots)
+            _check_rope(*call)
             return rope_kv_cache_update_reference(
                 q, k, v, k_cache, v_cache, positions, cos, sin, slots=slots, interleaved=interleaved,
                 block_table=block_table, k_scale=k_scale, v_scale=v_scale,
@@ -111,10 +110,12 @@ def rope_kv_cache_update(
             q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale
         )
     except (RuntimeError, AttributeError):
-        _check(*cache)
-        _check_rotation(q, k, positions, cos, sin, slots)
-        _check_slots(cache[4], k_cache, block_table)
+        _check_rope(*call)
         _check_angles(positions, cos)
+        if slots is None:
+            _check_slots(positions, k_cache, block_table)
+        else:
+            _check_slots(slots, k_cache, block_table, "slots")
         raise
 
 
@@ -123,9 +124,11 @@ def rope_kv_cache_update_reference(
     *, slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None, impl=None,
 ):  # fmt: skip
     """The same function in plain PyTorch, on every device: `rope_reference`, then `kv_cache_update_reference`."""
-    slots = positions if slots is None else slots
-    _check_slots(slots, k_cache, block_table)
     _check_angles(positions, cos)
+    if slots is None:
+        slots = positions
+    else:
+        _check_slots(slots, k_cache, block_table, "slots")
     slots = slots.masked_fill(positions >= cos.shape[0], -1)
     k = rope_reference(k, positions, cos, sin, interleaved=interleaved)
     kv_cache_update_reference(
@@ -167,22 +170,22 @@ def _slots_of(positions, k_cache, block_table):
     return b, t, pages[b, t], positions[b, t].long() % max(rows, 1)
 
 
-def _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale):
+def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_name="positions"):
     require_tensor("k", k, 4)
     require_tensor("v", v, 4)
     require_tensor("k_cache", k_cache, 4)
     require_tensor("v_cache", v_cache, 4)
-    require_tensor("positions", positions, 2)
+    require_tensor(slots_name, slots, 2)
     B, H_kv, T, D = k.shape
     S = k_cache.shape[2]
     require_dtype("k", k, (*KERNEL_DTYPES, torch.float64))
     require_dtype("v", v, (k.dtype,))
     require_dtype("k_cache", k_cache, (k.dtype, *QUANTISED_DTYPES))
     require_dtype("v_cache", v_cache, (k_cache.dtype,))
-    require_dtype("positions", positions, (torch.int32, torch.int64))
+    require_dtype(slots_name, slots, (torch.int32, torch.int64))
     require_shape("v", v, (B, H_kv, T, D), "(B, H_kv, T, D) to match k")
-    require_shape("positions", positions, (B, T), "(B, T)")
-    tensors = {"v": v, "k_cache": k_cache, "v_cache": v_cache, "positions": positions}
+    require_shape(slots_name, slots, (B, T), "(B, T)")
+    tensors = {"v": v, "k_cache": k_cache, "v_cache": v_cache, slots_name: slots}
     if block_table is None:
         first, meaning = B, "(B, H_kv, S, D)"
     else:
@@ -214,7 +217,13 @@ def _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale):
         require_last_dim_contiguous(name, tensor)
 
 
-def _check_rotation(q, k, positions, cos, sin, slots):
+def _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale):
+    stored = ("positions", positions) if slots is None else ("slots", slots)
+    _check(k, v, k_cache, v_cache, stored[1], block_table, k_scale, v_scale, stored[0])
+    _check_rotation(q, k, positions, cos, sin)
+
+
+def _check_rotation(q, k, positions, cos, sin):
     """What rope_kv_cache_update takes beyond what `_check` saw."""
     require_tensor("q", q, 4)
     B, _, T, D = k.shape
@@ -222,11 +231,6 @@ def _check_rotation(q, k, positions, cos, sin, slots):
     require_shape("q", q, (B, q.shape[1], T, D), "(B, H, T, D) to match k")
     require_device("q", q, k.device)
     require_last_dim_contiguous("q", q)
-    if slots is not None:
-        require_tensor("slots", slots, 2)
-        require_dtype("slots", slots, (torch.int32, torch.int64))
-        require_shape("slots", slots, (B, T), "(B, T)")
-        require_device("slots", slots, k.device)
     require_tensor("positions", positions, 2)
     require_dtype("positions", positions, (torch.int32, torch.int64))
     require_shape("positions", positions, (B, T), "(B, T)")
@@ -244,14 +248,14 @@ def _check_rotation(q, k, positions, cos, sin, slots):
         require_last_dim_contiguous(name, tensor)
 
 
-def _check_slots(positions, k_cache, block_table):
+def _check_slots(positions, k_cache, block_table, name="positions"):
     """On CPU, raises ValueError for tokens without a slot; on CUDA that would need a synchronisation."""
     if positions.device.type != "cpu" or positions.numel() == 0:
         return
     rows = k_cache.shape[2]
     capacity = rows if block_table is None else rows * block_table.shape[1]
     if (last := positions.max().item()) >= capacity:
-        raise ValueError(f"positions: expected values below the cache's capacity of {capacity}, got {last}")
+        raise ValueError(f"{name}: expected values below the cache's capacity of {capacity}, got {last}")
     if block_table is not None and capacity:
         b, t = (positions >= 0).nonzero(as_tuple=True)
         pages = block_table[b, positions[b, t].long() // rows]
@@ -276,8 +280,7 @@ def explain_rope(
     *, slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None, impl=None,
 ):  # fmt: skip
     """The same for rope_kv_cache_update."""
-    _check(k, v, k_cache, v_cache, positions if slots is None else slots, block_table, k_scale, v_scale)
-    _check_rotation(q, k, positions, cos, sin, slots)
+    _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
     return explain_call(IMPLEMENTATIONS, k)
 
 
@@ -322,6 +325,5 @@ def _rope_kv_cache_update_fake(
     q, k, v, k_cache, v_cache, positions, cos, sin,
     slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
-    _check(k, v, k_cache, v_cache, positions if slots is None else slots, block_table, k_scale, v_scale)
-    _check_rotation(q, k, positions, cos, sin, slots)
+    _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
     return q.new_empty(q.shape)
