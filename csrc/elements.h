@@ -55,15 +55,22 @@ FASTGPT_HOST_DEVICE float add(float a, float b) {
 }
 
 FASTGPT_HOST_DEVICE float half_to_float(uint16_t half) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(half));
+#else
   // Exponents differ by 112; the multiplication does that for subnormal halves too. Infinity and NaN are set apart.
   const uint32_t magnitude = (half & 0x7fffu) << 13;
   const float scaled = bits_to_float(magnitude) * 0x1p112f;
   const uint32_t bits = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : float_to_bits(scaled);
   return bits_to_float(bits | (half & 0x8000u) << 16);
+#endif
 }
 
 // Without branches, so that loops over it become vector code.
 FASTGPT_HOST_DEVICE uint16_t float_to_half(float x) {
+#if defined(__CUDA_ARCH__)
+  return __half_as_ushort(__float2half_rn(x));
+#else
   const uint32_t magnitude = float_to_bits(x) & 0x7fffffffu;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   // Below 2^-14: adding 1/2 leaves the rounded multiple of 2^-24 in the low bits.
@@ -71,6 +78,7 @@ FASTGPT_HOST_DEVICE uint16_t float_to_half(float x) {
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = magnitude < 113u << 23 ? subnormal : normal;
   return static_cast<uint16_t>((float_to_bits(x) >> 16 & 0x8000u) | (magnitude >= 143u << 23 ? special : finite));
+#endif
 }
 
 FASTGPT_HOST_DEVICE float bfloat16_to_float(uint16_t x) { return bits_to_float(static_cast<uint32_t>(x) << 16); }
@@ -126,7 +134,7 @@ FASTGPT_HOST_DEVICE Quantiser quantiser_of(float largest, Element element) {
 #endif
 }
 
-// The larger magnitude of two; infinity once there was a NaN.
+// The larger magnitude of two; NaN once there was one.
 FASTGPT_HOST_DEVICE float larger_magnitude(float magnitude, float x) {
   const uint32_t a = float_to_bits(magnitude), b = float_to_bits(x) & 0x7fffffffu;  // order as integers, NaN on top
   return bits_to_float(a > b ? a : b);
