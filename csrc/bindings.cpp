@@ -2,11 +2,13 @@
 // The operations are not here; their files register themselves with PyTorch when this library loads.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <sstream>
 #include <string>
 
 #include "cpu_level.h"
+#include "page_allocator.h"
 
 namespace py = pybind11;
 
@@ -36,6 +38,50 @@ py::dict build_info() {
   return info;
 }
 
+using fastgpt::PageAllocator;
+
+py::dict statistics(const PageAllocator& allocator) {
+  const PageAllocator::Statistics numbers = allocator.statistics();
+  py::dict result;
+  result["num_pages"] = allocator.num_pages();
+  result["page_size"] = allocator.page_size();
+  result["used_pages"] = allocator.num_pages() - numbers.free_pages;
+  result["free_pages"] = numbers.free_pages;
+  result["shared_pages"] = numbers.shared_pages;
+  result["sequences"] = numbers.sequences;
+  result["tokens"] = numbers.tokens;
+  return result;
+}
+
+void define_page_allocator(py::module_& module) {
+  py::register_exception<fastgpt::OutOfPages>(module, "OutOfPages", PyExc_RuntimeError).doc() =
+      "A paged cache has too few free pages for a step; nothing has changed.";
+
+  py::class_<PageAllocator::Changes>(module, "PageChanges", "What the caller of PageAllocator.append must do, in order.")
+      .def_readonly("copy_from", &PageAllocator::Changes::copy_from, "pages to copy ...")
+      .def_readonly("copy_to", &PageAllocator::Changes::copy_to, "... and where to")
+      .def_readonly("rows", &PageAllocator::Changes::rows, "block_table[row, column] = page; rows as in the call")
+      .def_readonly("columns", &PageAllocator::Changes::columns)
+      .def_readonly("pages", &PageAllocator::Changes::pages);
+
+  py::class_<PageAllocator>(module, "PageAllocator", R"(Which sequence has which of `num_pages` pages of `page_size` tokens.
+
+Sequences are numbers. Raises ValueError for one that is unknown or was freed.)")
+      .def(py::init<int64_t, int64_t>(), py::arg("num_pages"), py::arg("page_size"))
+      .def("allocate", &PageAllocator::allocate, "A new sequence without tokens. Numbers are never used again.")
+      .def("fork", &PageAllocator::fork, py::arg("sequence"), "A new sequence that shares the pages of another.")
+      .def("free", &PageAllocator::free, py::arg("sequence"), "Forgets a sequence and frees the pages that only it has.")
+      .def("append", &PageAllocator::append, py::arg("sequences"), py::arg("counts"),
+           R"(Makes room for counts[i] more tokens of sequences[i], which are distinct. Returns PageChanges.
+
+A page that is to be written and that others share is replaced by one of its own (copy-on-write).
+Raises OutOfPages before anything has changed.)")
+      .def("length", &PageAllocator::length, py::arg("sequence"), "Tokens of a sequence.")
+      .def("pages", &PageAllocator::pages, py::arg("sequence"), "Pages of a sequence, in order of its tokens.")
+      .def("statistics", &statistics, R"(A dict: num_pages, page_size, used_pages, free_pages, shared_pages (those of
+several sequences), sequences, tokens (of all sequences; those in a shared page count for each).)");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -46,4 +92,5 @@ the instruction sets compiled in; cpu_level: the one in use; cuda_archs: GPU arc
 libfastgpt_cuda.so, [] if that was not built.
 
 Raises ValueError if FASTGPT_CPU_LEVEL names a level that is unknown or that this CPU lacks.)");
+  define_page_allocator(module);
 }

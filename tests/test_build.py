@@ -123,16 +123,20 @@ def test_kernels_of_a_cpu_level_keep_their_code_to_themselves():
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*.cu")), ids=lambda path: path.name)
-def test_cuda_source_compiles_without_spills(source, tmp_path):
+def test_resources_of_cuda_kernels(source, tmp_path):
+    """Nothing spills, and a multiprocessor holds at least four blocks of 256 threads."""
     command = ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
     command += ["-isystem", TORCH / "include", "-Xptxas=-v", "-c", source, "-o", tmp_path / "out.o"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "100")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert spills and set(spills) == {("0", "0")}, result.stderr
-    for arch in ("sm_80", "sm_90a"):
-        assert f"for '{arch}'" in result.stderr
+    report = re.findall(r"Compiling entry function '(\w+)' for '(sm_\w+)'.*?Used (\d+) registers", result.stderr, re.DOTALL)
+    assert sorted({arch for _, arch, _ in report}) == ["sm_100", "sm_80", "sm_90a"] and len(report) == len(spills)
+    for name, arch, registers in report:
+        print(f"{arch} {registers:>3} registers  {name}")
+        assert int(registers) <= 64, (name, arch)
 
 
 # What setup.py does, in a small copy of the project
@@ -152,7 +156,7 @@ def project(tmp_path_factory):
     (folder / "fastgpt").mkdir()
     (folder / "fastgpt" / "__init__.py").touch()
     (folder / "csrc").mkdir()
-    for name in ("bindings.cpp", "cpu_level.cpp", "cpu_level.h"):
+    for name in ("bindings.cpp", "cpu_level.cpp", "cpu_level.h", "page_allocator.cpp", "page_allocator.h"):
         shutil.copy(ROOT / "csrc" / name, folder / "csrc")
     (folder / "csrc" / "twice_kernels.cpp").write_text(
         "namespace fastgpt::FASTGPT_CPU_LEVEL { int twice(int x) { return 2 * x; } }\n"

@@ -1,0 +1,69 @@
+// The pages of a paged KV cache: which sequence has which, and which sequences share them. Only numbers: what is stored
+// in a page is not touched here. Not thread-safe; Python's lock is held by its callers.
+
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace fastgpt {
+
+struct OutOfPages : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+class PageAllocator {
+ public:
+  // What the caller must do after an append, in this order.
+  struct Changes {
+    std::vector<int64_t> copy_from, copy_to;      // pages to copy
+    std::vector<int64_t> rows, columns, pages;    // block_table[row, column] = page; row: index in the append's list
+  };
+
+  struct Statistics {
+    int64_t free_pages, shared_pages, sequences, tokens;
+  };
+
+  PageAllocator(int64_t num_pages, int64_t page_size);
+
+  int64_t num_pages() const { return static_cast<int64_t>(owners_.size()); }
+  int64_t page_size() const { return page_size_; }
+
+  // A new sequence without tokens. Returns its number, which is never used again.
+  int64_t allocate();
+
+  // A new sequence with the tokens of another, whose pages it shares.
+  int64_t fork(int64_t sequence);
+
+  // Forgets a sequence; pages that no other shares become free.
+  void free(int64_t sequence);
+
+  // Makes room for counts[i] more tokens of sequences[i], which are distinct. A page that is to be written and that
+  // others share is replaced by one of its own. Throws OutOfPages before anything has changed.
+  Changes append(const std::vector<int64_t>& sequences, const std::vector<int64_t>& counts);
+
+  int64_t length(int64_t sequence) const { return find(sequence).length; }
+  const std::vector<int64_t>& pages(int64_t sequence) const { return find(sequence).pages; }
+  Statistics statistics() const;
+
+ private:
+  struct Sequence {
+    int64_t length = 0;
+    std::vector<int64_t> pages;
+  };
+
+  const Sequence& find(int64_t sequence) const;
+  Sequence& find(int64_t sequence) { return const_cast<Sequence&>(std::as_const(*this).find(sequence)); }
+  int64_t take();
+
+  int64_t page_size_;
+  std::vector<int64_t> owners_;  // of each page
+  std::vector<int64_t> free_;    // the last one is taken first
+  std::unordered_map<int64_t, Sequence> sequences_;
+  int64_t next_sequence_ = 0;
+};
+
+}  // namespace fastgpt
