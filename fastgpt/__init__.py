@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from fastgpt.cache import KVCache
+from fastgpt.cache import ContiguousCache, KVCache, OutOfPages, PagedCache, PagePool, SlidingCache
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.attention import attention, attention_reference
 from fastgpt.ops.explain import explain
@@ -16,8 +16,13 @@ from fastgpt.ops.library import build_info
 
 __all__ = [
     "GPT",
+    "ContiguousCache",
     "GPTConfig",
     "KVCache",
+    "OutOfPages",
+    "PagePool",
+    "PagedCache",
+    "SlidingCache",
     "attention",
     "attention_reference",
     "build_info",

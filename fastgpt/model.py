@@ -12,9 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fastgpt import checkpoint
-from fastgpt.cache import KVCache
+from fastgpt.cache import ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached
 from fastgpt.generate import generate
-from fastgpt.ops.attention import attention
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, cache: KVCache | None):
+    def forward(self, x, cache: KVCache | Uncached):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.config.num_heads, self.config.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
-        y = attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)  # (B, H, T, D)
+        y = cache.attend(self.layer, q, k, v)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -85,7 +84,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x, cache: KVCache | None):
+    def forward(self, x, cache: KVCache | Uncached):
         x = x + dropout(self.attention(self.attention_norm(x), cache), self.dropout, self.training)
         return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
@@ -93,6 +92,9 @@ class Block(nn.Module):
 def dropout(x, p: float, training: bool):
     """F.dropout, without the 6 µs that it takes a decode step to learn that there is nothing to do."""
     return F.dropout(x, p) if training else x
+
+
+CACHE_KINDS = ("contiguous", "sliding", "paged")
 
 
 class GPT(nn.Module):
@@ -117,27 +119,40 @@ class GPT(nn.Module):
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02)
 
-    def forward(self, ids, cache: KVCache | None = None):
+    def forward(self, ids, cache: KVCache | None = None, new: list[int] | None = None):
         """ids (B, T) int64 -> logits (B, T, V).
+
+        Args:
+            cache: holds the tokens before, and then these too; see `new_cache`. Default: there are none.
+            new: with a cache, how many of the columns, the last ones, are tokens of each sequence; the others are
+                padding, whose logits mean nothing. Default: all.
 
         Raises: TypeError, ValueError for ids that are not (B, T) int64, out of the vocabulary (on CPU), or more than
             the context or the cache holds.
         """
-        return self.logits(self.hidden(ids, cache))
+        return self.logits(self.hidden(ids, cache, new))
 
-    def hidden(self, ids, cache: KVCache | None = None):
+    def hidden(self, ids, cache: KVCache | Uncached | None = None, new: list[int] | None = None):
         """The last layer's output, normalised: ids (B, T) -> (B, T, C)."""
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids: expected shape (B, T) with at least one token, got {tuple(ids.shape)}")
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"ids: expected dtype torch.int64 or torch.int32, got {ids.dtype}")
         B, T = ids.shape
-        if cache is not None and cache.batch_size != B:
-            raise ValueError(f"cache: expected one for a batch of {B}, got one for {cache.batch_size}")
-        past = 0 if cache is None else cache.length
-        if past + T > self.config.context_length:
+        cache = Uncached(device=ids.device) if cache is None else cache
+        if isinstance(cache, Uncached):
+            if new is not None:
+                raise ValueError("new: expected None without a cache, got counts")
+            past, longest = 0, T
+        else:
+            if cache.batch_size != B:
+                raise ValueError(f"cache: expected one for a batch of {B}, got one for {cache.batch_size}")
+            past = cache.length
+            longest = past + T if new is None else max(map(sum, zip(cache.counts, new)))
+        if longest > self.config.context_length:
             raise ValueError(
-                f"ids: expected at most {self.config.context_length} tokens (the context), got {past} cached + {T} new"
+                f"ids: expected at most {self.config.context_length} tokens (the context), "
+                f"got {past} cached + {longest - past} new"
             )
         try:
             x = self.token_embedding(ids)  # (B, T, C)
@@ -146,7 +161,9 @@ class GPT(nn.Module):
             raise ValueError(
                 f"ids: expected token ids from 0 to {limit}, got {ids.min().item()} to {ids.max().item()}"
             ) from None
-        positions = torch.arange(T, device=ids.device) if cache is None else cache.extend(T)  # (T,) or (B, T)
+        positions = cache.extend(T, new)  # (T,) or (B, T)
+        if new is not None:
+            positions = positions.clamp(min=0)  # of padding: any
         x = dropout(x + self.position_embedding(positions), self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, cache)
@@ -156,18 +173,46 @@ class GPT(nn.Module):
         """(..., C) -> (..., V)."""
         return F.linear(hidden, self.token_embedding.weight)
 
-    def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
-        """An empty cache for `capacity` tokens a sequence, the whole context by default."""
+    def new_cache(
+        self, batch_size: int, capacity: int | None = None,
+        *, kind: str = "contiguous", dtype: torch.dtype | None = None, window: int | None = None,
+        page_size: int = 16, num_pages: int | None = None,
+    ) -> KVCache:  # fmt: skip
+        """An empty cache.
+
+        Args:
+            capacity: tokens that each sequence can have; default the whole context.
+            kind: "contiguous", "sliding" (keeps the last `window` tokens only) or "paged".
+            dtype: the weights' (default), torch.int8 or torch.float8_e4m3fn.
+            window: tokens that one attends to, itself included; default all. "sliding" needs it.
+            page_size, num_pages: of a paged cache; default pages for `capacity` tokens of every sequence.
+
+        Raises: TypeError, ValueError, naming the argument.
+        """
         weight = self.token_embedding.weight
-        return KVCache(
-            num_layers=self.config.num_layers,
-            batch_size=batch_size,
-            num_kv_heads=self.config.num_heads,
-            head_dim=self.config.head_dim,
-            capacity=self.config.context_length if capacity is None else capacity,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        capacity = self.config.context_length if capacity is None else capacity
+        options = {"batch_size": batch_size, "capacity": capacity, "window": window}
+        storage = {
+            "num_layers": self.config.num_layers,
+            "num_kv_heads": self.config.num_heads,
+            "head_dim": self.config.head_dim,
+            "dtype": weight.dtype,
+            "cache_dtype": dtype,
+            "device": weight.device,
+        }
+        if kind == "contiguous":
+            return ContiguousCache(**options, **storage)
+        if kind == "sliding":
+            if window is None:
+                raise ValueError("window: expected a number of tokens for a sliding cache, got None")
+            return SlidingCache(**options, **storage)
+        if kind == "paged":
+            if not isinstance(page_size, int) or page_size < 1:
+                raise ValueError(f"page_size: expected an integer >= 1, got {page_size!r}")
+            if num_pages is None:
+                num_pages = batch_size * -(-capacity // page_size)
+            return PagedCache(PagePool(num_pages=num_pages, page_size=page_size, **storage), **options)
+        raise ValueError(f"kind: expected one of {', '.join(map(repr, CACHE_KINDS))}, got {kind!r}")
 
     generate = generate
 

@@ -158,9 +158,13 @@ def test_temperature_zero_takes_the_most_likely():
 # Errors
 
 BAD = [
-    ({"ids": [[1]]}, TypeError, "ids: expected a torch.Tensor, got list"),
-    ({"ids": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, "ids: expected shape .* and one token, got .1, 0.$"),
-    ({"ids": torch.zeros(3, dtype=torch.int64)}, ValueError, r"ids: expected shape \(B, T\).*, got \(3,\)"),
+    ({"ids": "ROMEO"}, TypeError, "ids: expected a torch.Tensor or a list of prompts, got str"),
+    ({"ids": [1, 2]}, ValueError, r"ids: expected at least one sequence, each of at least one token, got shapes \[\(\), \(\)\]"),
+    ({"ids": []}, ValueError, r"ids: expected at least one sequence, .* got shapes \[\]"),
+    ({"ids": [[1], []]}, ValueError, r"ids: .* each of at least one token, got shapes \[\(1,\), \(0,\)\]"),
+    ({"ids": [[1], [65]]}, ValueError, "ids: expected token ids from 0 to 64, got 65"),
+    ({"ids": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, r"ids: .* each of at least one token, got shapes \[\(0,\)\]"),
+    ({"ids": torch.zeros(3, dtype=torch.int64)}, ValueError, r"ids: expected shape \(B, T\).*, got shape \(3,\)"),
     ({"ids": torch.zeros(1, 3)}, TypeError, "ids: expected dtype torch.int64, got torch.float32"),
     ({"ids": torch.tensor([[1, 65]])}, ValueError, "ids: expected token ids from 0 to 64, got 65"),
     ({"ids": torch.tensor([[-1, 5]])}, ValueError, "ids: expected token ids from 0 to 64, got -1"),

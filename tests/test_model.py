@@ -52,11 +52,11 @@ def test_cached_logits_are_the_uncached_ones(chunks):
 def test_the_cache_is_allocated_once():
     model = random_model()
     cache = model.new_cache(1)
-    assert cache.k.shape == (2, 1, 4, 96, 16)
-    before = cache.k.data_ptr(), cache.v.data_ptr(), cache.lengths.data_ptr()
+    assert cache.storage.k.shape == (2, 1, 4, 96, 16)
+    before = cache.storage.k.data_ptr(), cache.storage.v.data_ptr(), cache.lengths.data_ptr()
     for token in random_ids(model, 1, 96).split(1, dim=1):
         model(token, cache=cache)
-    assert before == (cache.k.data_ptr(), cache.v.data_ptr(), cache.lengths.data_ptr())
+    assert before == (cache.storage.k.data_ptr(), cache.storage.v.data_ptr(), cache.lengths.data_ptr())
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def test_compiles_as_one_graph_with_a_cache():
         cache = model.new_cache(2)
         logits = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, cache=cache)
         assert torch.equal(logits, model(ids, cache=model.new_cache(2)))
-        assert cache.length == 8 and cache.k.abs().sum() > 0
+        assert cache.length == 8 and cache.storage.k.abs().sum() > 0
 
 
 # Checkpoints
@@ -254,10 +254,10 @@ def test_a_full_cache_raises_and_stays_as_it_is():
     cache = model.new_cache(1, 4)
     with torch.no_grad():
         model(random_ids(model, 1, 3), cache=cache)
-        k = cache.k.clone()
+        k = cache.storage.k.clone()
         with pytest.raises(ValueError, match="cache: expected at most 4 tokens .its capacity., got 3 stored . 2 new"):
             model(random_ids(model, 1, 2), cache=cache)
-        assert torch.equal(cache.k, k) and cache.length == 3
+        assert torch.equal(cache.storage.k, k) and cache.length == 3
         assert model(random_ids(model, 1, 1), cache=cache).isfinite().all()
 
 
