@@ -3,13 +3,20 @@
 
 #include "kv_cache.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "cpu_level.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Tokens of which all heads are done before the next ones, so that what a projection leaves token by token is read once.
-constexpr int64_t kBlockTokens = 64;
+// Tokens whose rows of one head are copied before those of the next: long runs.
+constexpr int64_t kBlockTokens = 512;
+
+// From so many bytes of keys on, they are written past the caches: more than the second level holds.
+constexpr int64_t kLargeBytes = 4 << 20;
 
 inline void load(const char* source, Element element, int64_t D, float* x) {
   if (element == Element::float32) {
@@ -117,11 +124,41 @@ void store_transformed(
   }
 }
 
+// memcpy, past the caches where the CPU can: memory that is only written need not be read first. For amounts that no
+// cache would hold anyway.
+inline void copy_past_caches(char* target, const char* source, int64_t bytes) {
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  constexpr int64_t kBytes = 64;
+#elif defined(__AVX2__)
+  constexpr int64_t kBytes = 32;
+#else
+  constexpr int64_t kBytes = 16;
+#endif
+  if (reinterpret_cast<uintptr_t>(target) % kBytes == 0 && bytes % kBytes == 0) {
+    for (int64_t i = 0; i < bytes; i += kBytes) {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
+#elif defined(__AVX2__)
+      _mm256_stream_si256(
+          reinterpret_cast<__m256i*>(target + i), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
+#else
+      _mm_stream_si128(
+          reinterpret_cast<__m128i*>(target + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+#endif
+    }
+    return;
+  }
+#endif
+  std::memcpy(target, source, bytes);
+}
+
 // Rows that stay as they are, whole runs of them where they lie together.
 void store_copied(
     const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64_t begin, int64_t end, const Slot* slots) {
   const Rows &source = is_k ? u.k : u.v, &cache = is_k ? u.k_cache : u.v_cache;
   const int64_t row_bytes = u.D * size_of(u.element);
+  const bool large = u.B * u.H_kv * u.T * row_bytes >= kLargeBytes;
   const bool dense = source.stride_n == row_bytes && cache.stride_n == row_bytes;
   for (int64_t t = begin; t < end;) {
     const Slot slot = slots[t - begin];
@@ -129,7 +166,12 @@ void store_copied(
     if (slot.b >= 0) {
       const Slot* after = slots + (t - begin);
       while (dense && t + run < end && after[run].b == slot.b && after[run].n == slot.n + run) ++run;
-      std::memcpy(row_of(cache, slot.b, h, slot.n), row_of(source, b, h, t), run * row_bytes);
+      char* target = row_of(cache, slot.b, h, slot.n);
+      if (large) {
+        copy_past_caches(target, row_of(source, b, h, t), run * row_bytes);
+      } else {
+        std::memcpy(target, row_of(source, b, h, t), run * row_bytes);
+      }
     }
     t += run;
   }
@@ -142,12 +184,16 @@ void store_copied(
 void kv_cache_store(const KVCacheUpdate& u, int64_t begin, int64_t end) {
   const int64_t heads = u.H + 2 * u.H_kv;
   const bool quantised = u.cache_element != u.element;
+  // Rows that are computed on take too long for the CPU to look ahead to the next one, so they are read as they lie in
+  // memory: token by token, if that is how a projection left them.
+  const bool token_major = u.k.stride_n > u.k.stride_h;
+  const int64_t block = token_major && (quantised || u.rotary_dim > 0) ? 1 : token_major ? 64 : kBlockTokens;
   Slot slots[kBlockTokens];
   while (begin < end) {
     const int64_t b = begin / heads, first = begin % heads;
     const int64_t last = first + (end - begin) < heads ? first + (end - begin) : heads;
-    for (int64_t t = 0; t < u.T; t += kBlockTokens) {
-      const int64_t t_end = t + kBlockTokens < u.T ? t + kBlockTokens : u.T;
+    for (int64_t t = 0; t < u.T; t += block) {
+      const int64_t t_end = t + block < u.T ? t + block : u.T;
       for (int64_t i = t; i < t_end; ++i) slots[i - t] = slot_of(u, b, i);
       for (int64_t head = first; head < last; ++head) {
         if (head < u.H) {
@@ -162,6 +208,9 @@ void kv_cache_store(const KVCacheUpdate& u, int64_t begin, int64_t end) {
     }
     begin += last - first;
   }
+#if defined(__SSE2__)
+  _mm_sfence();  // what was written past the caches comes before what this thread writes next
+#endif
 }
 
 }  // namespace fastgpt::FASTGPT_CPU_LEVEL

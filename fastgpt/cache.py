@@ -19,7 +19,10 @@ from fastgpt.ops.attention import attention
 from fastgpt.ops.kv_cache_update import kv_cache_update
 from fastgpt.ops.quantisation import QUANTISED_DTYPES
 
-__all__ = ["ContiguousCache", "KVCache", "OutOfPages", "PagePool", "PagedCache", "SlidingCache", "Uncached"]
+__all__ = ["CACHE_KINDS", "ContiguousCache", "KVCache", "OutOfPages", "PagePool", "PagedCache", "SlidingCache", "Uncached"]
+
+
+CACHE_KINDS = ("contiguous", "sliding", "paged")
 
 
 class Storage:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import fastgpt
+from fastgpt.cache import CACHE_KINDS
 from fastgpt.checkpoint import TOKENIZER
 from fastgpt.generate import stream
 from fastgpt.model import GPT
@@ -20,6 +21,7 @@ from fastgpt.train import TrainConfig, Trainer, train
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"
 DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech
+CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -55,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of total probability P")
     add("--seed", type=int, metavar="S", help="makes sampling repeatable")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=DTYPES, metavar="D", help=f"of weights and cache: {', '.join(DTYPES)} (as stored)")
+    add("--dtype", choices=DTYPES, metavar="D", help=f"of weights: {', '.join(DTYPES)} (as stored)")
+    add("--cache", choices=CACHE_KINDS, default="contiguous", metavar="KIND", help=f"{', '.join(CACHE_KINDS)}")
+    add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"{', '.join(CACHE_DTYPES)} (that of the weights)")
+    add("--window", type=int, metavar="N", help="attend to the last N tokens only; a sliding cache keeps only these")
     add("--no-cache", action="store_true", help="recompute everything at every step")
     add("--compare-cache", action="store_true", help="generate with and without the cache, compare tokens and speed")
     add("--json", action="store_true", help="print one JSON object instead of streaming text")
@@ -120,8 +125,9 @@ def run_generate(options) -> None:
         print(f"\ncached: {shown(report['decode_tokens_per_second'])} tok/s")
         print(f"uncached: {shown(report['uncached_tokens_per_second'])} tok/s")
         print(f"speed-up: {shown(report['speed_up'])}x")
-        print(f"tokens: {'the same' if agree else 'NOT the same'} with and without the cache")
-    if options.compare_cache and not agree:
+        rounded = "" if agree or options.cache_dtype is None else f", which is rounded to {options.cache_dtype}"
+        print(f"tokens: {'the same' if agree else 'NOT the same'} with and without the cache{rounded}")
+    if options.compare_cache and not agree and options.cache_dtype is None:  # rounded to 8 bits, they may differ
         sys.exit(1)
 
 
@@ -145,6 +151,9 @@ def timed_generation(model, tokenizer, ids, options, *, use_cache, quiet) -> Gen
         ids,
         options.max_new_tokens,
         use_cache=use_cache,
+        cache=options.cache,
+        cache_dtype=CACHE_DTYPES.get(options.cache_dtype),
+        window=options.window,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -235,6 +244,9 @@ def serving(device: torch.device) -> dict[str, tuple[str, dict[str, str]]]:
     calls = {
         "attention": fastgpt.explain(fastgpt.attention, x, x, x),
         "kv_cache_update": fastgpt.explain(fastgpt.kv_cache_update, x, x, x, x, positions),
+        "rope_kv_cache_update": fastgpt.explain(
+            fastgpt.rope_kv_cache_update, x, x, x, x, x, positions, x[0, 0, :, :8], x[0, 0, :, :8]
+        ),
     }
     result = {}
     for operation, reasons in calls.items():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgpt.cache import KVCache, PagedCache, Uncached
+from fastgpt.cache import CACHE_KINDS, KVCache, PagedCache, Uncached
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Options:
             optional = name in ("window", "top_k")
             if not (isinstance(value, int) and value >= 1) and not (optional and value is None):
                 raise ValueError(f"{name}: expected an integer >= 1{' or None' if optional else ''}, got {value!r}")
+        if self.cache not in CACHE_KINDS:
+            raise ValueError(f"cache: expected one of {', '.join(map(repr, CACHE_KINDS))}, got {self.cache!r}")
         if not self.temperature >= 0:
             raise ValueError(f"temperature: expected a number >= 0, got {self.temperature!r}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -147,7 +149,7 @@ def new_cache(model, prompts, max_new_tokens: int, options: Options) -> KVCache:
         num_pages = sum(length // page + samples * (-(-(length + new) // page) - length // page) for length in lengths)
     return model.new_cache(
         len(prompts), max(lengths) + new,
-        kind=options.cache, dtype=options.cache_dtype, window=options.window, page_size=page, num_pages=num_pages,
+        kind=options.cache, cache_dtype=options.cache_dtype, window=options.window, page_size=page, num_pages=num_pages,
     )  # fmt: skip
 
 

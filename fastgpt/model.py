@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fastgpt import checkpoint
-from fastgpt.cache import ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached
+from fastgpt.cache import CACHE_KINDS, ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached
 from fastgpt.generate import generate
 
 
@@ -94,9 +94,6 @@ def dropout(x, p: float, training: bool):
     return F.dropout(x, p) if training else x
 
 
-CACHE_KINDS = ("contiguous", "sliding", "paged")
-
-
 class GPT(nn.Module):
     """A decoder: `model(ids)` gives logits (B, T, V); with `cache`, ids are the tokens that follow those in it."""
 
@@ -175,7 +172,7 @@ class GPT(nn.Module):
 
     def new_cache(
         self, batch_size: int, capacity: int | None = None,
-        *, kind: str = "contiguous", dtype: torch.dtype | None = None, window: int | None = None,
+        *, kind: str = "contiguous", cache_dtype: torch.dtype | None = None, window: int | None = None,
         page_size: int = 16, num_pages: int | None = None,
     ) -> KVCache:  # fmt: skip
         """An empty cache.
@@ -183,7 +180,7 @@ class GPT(nn.Module):
         Args:
             capacity: tokens that each sequence can have; default the whole context.
             kind: "contiguous", "sliding" (keeps the last `window` tokens only) or "paged".
-            dtype: the weights' (default), torch.int8 or torch.float8_e4m3fn.
+            cache_dtype: the weights' (default), torch.int8 or torch.float8_e4m3fn.
             window: tokens that one attends to, itself included; default all. "sliding" needs it.
             page_size, num_pages: of a paged cache; default pages for `capacity` tokens of every sequence.
 
@@ -197,7 +194,7 @@ class GPT(nn.Module):
             "num_kv_heads": self.config.num_heads,
             "head_dim": self.config.head_dim,
             "dtype": weight.dtype,
-            "cache_dtype": dtype,
+            "cache_dtype": cache_dtype,
             "device": weight.device,
         }
         if kind == "contiguous":

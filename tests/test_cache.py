@@ -6,13 +6,11 @@ import torch
 from models import random_ids, random_model
 
 from fastgpt import GPT, OutOfPages, PagedCache
-from fastgpt.cache import Uncached
+from fastgpt.cache import CACHE_KINDS, Uncached
 from fastgpt.cli import SHIPPED_MODEL
-from fastgpt.model import CACHE_KINDS
 
 DTYPES = [None, torch.int8, torch.float8_e4m3fn]
 KINDS = [("contiguous", None), ("contiguous", 9), ("sliding", 9), ("sliding", 100), ("paged", None), ("paged", 9)]
-WINDOWS = [None, 1, 9, 100]
 
 
 def new_cache(model, batch, kind, window, **options):
@@ -47,7 +45,7 @@ def test_a_ragged_batch_is_its_sequences_one_by_one(dtype, kind, window):
     model = random_model()
     pieces = [[5, 1, 13], [1, 1, 1], [0, 1, 1], [2, 0, 9], [1, 1, 1], [12, 3, 0]]
     rows = [random_ids(model, 1, sum(counts), seed)[0] for seed, counts in enumerate(zip(*pieces))]
-    cache = new_cache(model, 3, kind, window, dtype=dtype)
+    cache = new_cache(model, 3, kind, window, cache_dtype=dtype)
     logits, starts = [], [0, 0, 0]
     for new in pieces:
         ids = torch.full((3, max(new)), 64)
@@ -60,7 +58,7 @@ def test_a_ragged_batch_is_its_sequences_one_by_one(dtype, kind, window):
 
     def alone(model):
         """The same pieces, each sequence in a cache of its own; in the order in which they came above."""
-        caches = [new_cache(model, 1, kind, window, dtype=dtype) for _ in rows]
+        caches = [new_cache(model, 1, kind, window, cache_dtype=dtype) for _ in rows]
         logits, starts = [], [0, 0, 0]
         for new in pieces:
             for i, count in enumerate(new):
@@ -84,16 +82,16 @@ def test_copies_of_a_sequence_go_on_apart(dtype, kind, window):
     """A fork is what recomputing each copy from the start gives, and leaves the original as it was."""
     model = random_model()
     prompts, after = random_ids(model, 2, 10), random_ids(model, 6, 7, seed=2)
-    cache = new_cache(model, 2, kind, window, dtype=dtype, **({"num_pages": 40} if kind == "paged" else {}))
+    cache = new_cache(model, 2, kind, window, cache_dtype=dtype, **({"num_pages": 40} if kind == "paged" else {}))
     model(prompts, cache=cache)
     fork = cache.fork(3)
     assert fork.batch_size == 6 and fork.counts == [10] * 6
     actual = torch.cat([model(token, cache=fork) for token in after.split(1, dim=1)], dim=1)
-    own = new_cache(model, 6, kind, window, dtype=dtype)
+    own = new_cache(model, 6, kind, window, cache_dtype=dtype)
     model(prompts.repeat_interleave(3, dim=0), cache=own)
     expected = torch.cat([model(token, cache=own) for token in after.split(1, dim=1)], dim=1)
     assert torch.equal(actual, expected)
-    untouched = new_cache(model, 2, kind, window, dtype=dtype)
+    untouched = new_cache(model, 2, kind, window, cache_dtype=dtype)
     model(prompts, cache=untouched)
     assert cache.counts == [10, 10] and torch.equal(model(after[:2], cache=cache), model(after[:2], cache=untouched))
 
@@ -205,7 +203,7 @@ def test_generate_takes_the_pages_that_it_needs(monkeypatch):
 @pytest.mark.parametrize("dtype, share", [(torch.int8, (64 + 4) / 256), (torch.float8_e4m3fn, (64 + 4) / 256)])
 def test_8_bit_caches_are_a_quarter_and_a_scale(dtype, share):
     model = random_model(heads=1, width=64)
-    assert model.new_cache(2, dtype=dtype).nbytes == share * model.new_cache(2).nbytes
+    assert model.new_cache(2, cache_dtype=dtype).nbytes == share * model.new_cache(2).nbytes
 
 
 # 8 bits
@@ -222,7 +220,7 @@ def test_8_bit_caches_hardly_change_the_loss(dtype, limit):
         logits = model(ids[:, :-1], cache=cache)
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
 
-    exact, rounded = loss(None), loss(model.new_cache(4, dtype=dtype))
+    exact, rounded = loss(None), loss(model.new_cache(4, cache_dtype=dtype))
     assert exact != rounded and abs(rounded / exact - 1) < limit
 
 
@@ -264,7 +262,7 @@ BAD = {
     "kind": ({"kind": "ring"}, ValueError, "kind: expected one of 'contiguous', 'sliding', 'paged', got 'ring'"),
     "window": ({"kind": "sliding"}, ValueError, "window: expected a number of tokens for a sliding cache, got None"),
     "window 0": ({"window": 0}, ValueError, "window: expected an integer >= 1, got 0"),
-    "dtype": ({"dtype": torch.float16}, TypeError, "cache_dtype: expected torch.float32 .* or torch.int8 or .*, got torch.float16"),
+    "dtype": ({"cache_dtype": torch.float16}, TypeError, "cache_dtype: expected torch.float32 .* or torch.int8 or .*, got torch.float16"),
     "capacity": ({"capacity": 0}, ValueError, "capacity: expected an integer >= 1, got 0"),
     "page size": ({"kind": "paged", "page_size": 0}, ValueError, "page_size: expected an integer >= 1, got 0"),
     "pages": ({"kind": "paged", "num_pages": -1}, ValueError, "num_pages: expected an integer >= 0, got -1"),

@@ -12,7 +12,7 @@ from fastgpt.ops.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops.implementations import choose, explain_call
+from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.library import library
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, dequantise
 
@@ -217,7 +217,7 @@ def _kernel_refuses(q, k, v):
 
 def _triton_refuses(q, k, v, window, block_table, k_scale, v_scale):
     if not q.is_cuda:
-        return f"it runs on CUDA tensors, and q is on {q.device}"
+        return runs_elsewhere("CUDA", "q", q.device)
     if not TRITON_INSTALLED:
         return "triton is not installed"
     for name, value in (("window", window), ("block_table", block_table), ("k_scale", k_scale)):
@@ -227,8 +227,8 @@ def _triton_refuses(q, k, v, window, block_table, k_scale, v_scale):
 
 
 def _cpp_refuses(q, k, v, window, block_table, k_scale, v_scale):
-    if q.device.type != "cpu":
-        return f"it runs on CPU tensors, and q is on {q.device}"
+    if not q.is_cpu:
+        return runs_elsewhere("CPU", "q", q.device)
     return _kernel_refuses(q, k, v)
 
 

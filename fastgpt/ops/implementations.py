@@ -1,5 +1,15 @@
 """Choosing among an operation's implementations, and saying why."""
 
+import functools
+
+import torch
+
+
+@functools.cache  # formatting a device takes a microsecond
+def runs_elsewhere(kind: str, name: str, device: torch.device) -> str:
+    """Why an implementation refuses a tensor on another kind of device."""
+    return f"it runs on {kind} tensors, and {name} is on {device}"
+
 
 def choose(operation: str, implementations: dict, impl: str | None, *call) -> str:
     """The name of the implementation that serves this call.

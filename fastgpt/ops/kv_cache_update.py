@@ -9,7 +9,7 @@ from fastgpt.ops.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops.implementations import choose, explain_call
+from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.library import CUDA_MISSING, library
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, quantise
 
@@ -290,13 +290,13 @@ def _kernel_refuses(k):
 
 def _cuda_refuses(k):
     if not k.is_cuda:
-        return f"it runs on CUDA tensors, and k is on {k.device}"
+        return runs_elsewhere("CUDA", "k", k.device)
     return CUDA_MISSING or _kernel_refuses(k)
 
 
 def _cpp_refuses(k):
-    if k.device.type != "cpu":
-        return f"it runs on CPU tensors, and k is on {k.device}"
+    if not k.is_cpu:
+        return runs_elsewhere("CPU", "k", k.device)
     return _kernel_refuses(k)
 
 
