@@ -25,6 +25,7 @@ test-quick: $(INSTALLED)
 
 # Times the operations here, and brings the results and README up to date.
 bench: $(INSTALLED)
+	$(RUN) -m pip install --quiet matplotlib
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	$(RUN) -m benchmarks.report build/benchmark.json
 

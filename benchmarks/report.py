@@ -1,8 +1,8 @@
 """Results, and the parts of README that show them.
 
 python -m benchmarks.report [BENCHMARK.json]
-    condenses pytest-benchmark's output, if given, to results/<machine>/generate.json, and writes README's marked parts
-    from the files under results/ of the machine that README shows.
+    condenses pytest-benchmark's output, if given, to results/<machine>/<suite>.json and draws its plots there; then
+    writes README's marked parts from the files under results/ of the machine that README shows.
 """
 
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import fastgpt
+from benchmarks import plots
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -49,14 +50,23 @@ def store(name: str, result: dict) -> None:
     print(f"wrote {path}")
 
 
-def condense(output: dict) -> dict:
-    """pytest-benchmark's output to one row for each context: quartiles of milliseconds a step, and of the ratio."""
-
-    def quartiles(values):
-        return [round(value, 4) for value in statistics.quantiles(values, n=4)]
-
-    rows = []
+def store_suites(output: dict) -> None:
+    """Condenses pytest-benchmark's output and stores a file for each suite, benchmarks/test_<suite>.py."""
+    suites = {}
     for benchmark in output["benchmarks"]:
+        suites.setdefault(re.search(r"test_(\w+)\.py", benchmark["fullname"])[1], []).append(benchmark)
+    for suite, benchmarks in suites.items():
+        store(suite, CONDENSE[suite](benchmarks))
+
+
+def quartiles(values) -> list[float]:
+    return [float(f"{value:.4g}") for value in statistics.quantiles(values, n=4)]
+
+
+def condense_generate(benchmarks: list[dict]) -> dict:
+    """One row for each context: quartiles of milliseconds a step, and of the ratio."""
+    rows = []
+    for benchmark in benchmarks:
         uncached, cached = benchmark["stats"]["data"], benchmark["extra_info"]["cached_seconds"]
         rows.append(
             {
@@ -69,10 +79,51 @@ def condense(output: dict) -> dict:
     return {"decode_step": rows}
 
 
+def condense_in_turns(benchmarks: list[dict]) -> dict:
+    """By what was measured, a row for each case: quartiles of microseconds, and of the others' times over ours."""
+    result = {}
+    for benchmark in benchmarks:
+        info = dict(benchmark["extra_info"])
+        seconds, what = info.pop("seconds"), info.pop("what")
+        info["microseconds"] = {name: quartiles([1e6 * value for value in values]) for name, values in seconds.items()}
+        info["times_ours"] = {
+            name: quartiles([other / ours for other, ours in zip(values, seconds["ours"], strict=True)])
+            for name, values in seconds.items()
+            if name != "ours"
+        }
+        result.setdefault(what, []).append(info)
+    return result
+
+
+CONDENSE = {"generate": condense_generate, "kv_cache": condense_in_turns}
+
+
 def sections() -> dict[str, str]:
     """Marker -> the text that README shows there."""
     folder = RESULTS / SHOWN
-    generate, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("generate", "training"))
+    generate, kv_cache, training = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("generate", "kv_cache", "training")
+    )
+    return {
+        "demo": "```\n" + (folder / "demo.txt").read_text().strip() + "\n```",
+        "cached against uncached": cached_against_uncached(generate),
+        "cache update": cache_update(kv_cache),
+        "8-bit caches": eight_bit_caches(training),
+        "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "
+        f"**{training['validation_loss']:.4f} nats per character** on the last 10% "
+        f"({training['validation_characters']:,} characters)",
+    }
+
+
+INLINE = {"shipped model", "8-bit caches"}  # within a sentence
+
+
+def caption(result: dict, what: str) -> str:
+    about = result["machine"]
+    return f"{what}; {about['cpu']}, {about['threads']} threads, {about['cpu_level']}, torch {about['torch']}."
+
+
+def cached_against_uncached(generate: dict) -> str:
     rows = ["| context (tokens) | cached | uncached | speed-up |", "|---:|---:|---:|---:|"]
     for step in generate["decode_step"]:
         cached, uncached = step["cached_ms"][1], step["uncached_ms"][1]
@@ -80,18 +131,45 @@ def sections() -> dict[str, str]:
             f"| {step['context']} | {cached:.2f} ms, {1000 / cached:,.0f} tok/s "
             f"| {uncached:.2f} ms, {1000 / uncached:,.0f} tok/s | {step['speed_up'][1]:.1f}x |"
         )
-    about = generate["machine"]
-    caption = (
-        f"One decode step of the shipped model, batch 1, fp32, medians; {about['cpu']}, {about['threads']} threads, "
-        f"{about['cpu_level']}, torch {about['torch']}."
-    )
-    return {
-        "demo": "```\n" + (folder / "demo.txt").read_text().strip() + "\n```",
-        "cached against uncached": "\n".join(rows) + "\n\n" + caption,
-        "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "
-        f"**{training['validation_loss']:.4f} nats per character** on the last 10% "
-        f"({training['validation_characters']:,} characters)",
-    }
+    return "\n".join(rows) + "\n\n" + caption(generate, "One decode step of the shipped model, batch 1, fp32, medians")
+
+
+def cache_update(kv_cache: dict) -> str:
+    rows = ["| storing | ours | compared with | ratio |", "|---|---:|---|---:|"]
+
+    def row(what, case, names):
+        for name, shown in names.items():
+            ratio, ours = case["times_ours"][name][1], case["microseconds"]["ours"][1]
+            time = f"{ours:,.1f} µs" if ours < 1000 else f"{ours / 1000:,.1f} ms"
+            rows.append(f"| {what} | {time} | {shown} | {ratio:,.{1 if ratio < 100 else 0}f}x |")
+            what = ""
+
+    for case in kv_cache["one token"]:
+        names = {
+            "transformers dynamic": "transformers' DynamicCache, 1,000 tokens in it",
+            "transformers static": "transformers' StaticCache",
+            "index_copy_": "`index_copy_`, one position for the batch",
+            "reference": "the reference, in PyTorch",
+        }
+        row(f"one token, batch {case['B']}", case, names)
+    for case in kv_cache["prompt"]:
+        if case["layout"] == "token-major":
+            what = f"{case['bytes'] / 1e6:.0f} MB of prompts, {case['kind'].replace('float8_e4m3fn', 'fp8')}"
+            row(what, case, {"copy": "copying as many bytes", "reference": "the reference"})
+    for case in kv_cache["rope"]:
+        tokens = "one token" if case["T"] == 1 else f"{case['T']:,} tokens"
+        row(f"with rotary embedding, {tokens}, batch {case['B']}", case, {"rope, then update": "rotating in PyTorch first"})
+    what = "One layer of 12 heads of 64, fp32, medians of the times and of the ratios: how many times as long the other takes"
+    return "\n".join(rows) + "\n\n" + caption(kv_cache, what)
+
+
+def eight_bit_caches(training: dict) -> str:
+    exact = training["validation_loss"]
+    changes = [
+        f"{100 * (loss / exact - 1):+.3f}% in {name.replace('float8_e4m3fn', 'fp8')}"
+        for name, loss in training["validation_loss_by_cache_dtype"].items()
+    ]
+    return f"the validation loss of the shipped model changes by {' and '.join(changes)}"
 
 
 def rendered(readme: str) -> str:
@@ -101,14 +179,15 @@ def rendered(readme: str) -> str:
         if begin not in readme or end not in readme:
             raise ValueError(f"README.md: expected the markers {begin} and {end}")
         before, rest = readme.split(begin)
-        inline = "" if name == "shipped model" else "\n"
+        inline = "" if name in INLINE else "\n"
         readme = before + begin + inline + text + inline + end + rest.split(end)[1]
     return readme
 
 
 def main() -> None:
     if len(sys.argv) > 1:
-        store("generate", condense(json.loads(Path(sys.argv[1]).read_text())))
+        store_suites(json.loads(Path(sys.argv[1]).read_text()))
+        plots.draw(RESULTS)
     README.write_text(rendered(README.read_text()))
     print(f"wrote {README}")
 

@@ -1,4 +1,4 @@
-"""The validation loss of the shipped model.
+"""The validation loss of the shipped model, also through caches that round keys and values to 8 bits.
 
 python -m benchmarks.shipped_model TEXT     (the file it was trained on; its last 10% was held out)
 """
@@ -10,20 +10,23 @@ import torch
 
 from benchmarks.report import store
 from fastgpt import GPT
-from fastgpt.cli import SHIPPED_MODEL
+from fastgpt.cli import CACHE_DTYPES, SHIPPED_MODEL
 from fastgpt.text import Tokenizer
 from fastgpt.train import evaluate, split
 
 
 def main() -> None:
     text = Path(sys.argv[1]).read_text(encoding="utf-8")
-    model = GPT.from_pretrained(SHIPPED_MODEL)
+    model = GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
     tokens = torch.tensor(Tokenizer.load(SHIPPED_MODEL / "tokenizer.json").encode(text))
     held_out = split(tokens, model.config.context_length)[1]
     result = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "bytes": (SHIPPED_MODEL / "model.safetensors").stat().st_size,
         "validation_loss": evaluate(model, held_out),
+        "validation_loss_by_cache_dtype": {
+            name: evaluate(model, held_out, cache_dtype=dtype) for name, dtype in CACHE_DTYPES.items()
+        },
         "validation_characters": len(held_out),
     }
     print(result)

@@ -178,11 +178,11 @@ def split(tokens: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 @torch.inference_mode()
-def evaluate(model, tokens: torch.Tensor, max_windows: int | None = None) -> float:
+def evaluate(model, tokens: torch.Tensor, max_windows: int | None = None, cache_dtype: torch.dtype | None = None) -> float:
     """Mean loss of predicting each of `tokens` (N,) but the first, in nats per token.
 
     The text is read in windows of the model's context that do not overlap: all of them, or `max_windows` that are
-    spread evenly.
+    spread evenly. With a `cache_dtype`, through a cache of it: what rounding keys and values costs.
     """
     context, device = model.config.context_length, model.token_embedding.weight.device
     starts = list(range(0, len(tokens) - 1, context))
@@ -193,7 +193,9 @@ def evaluate(model, tokens: torch.Tensor, max_windows: int | None = None) -> flo
     total = count = 0
     for start in starts:
         window = tokens[start : start + context + 1].to(device)
-        total += F.cross_entropy(model(window[None, :-1])[0].float(), window[1:], reduction="sum").item()
+        cache = None if cache_dtype is None else model.new_cache(1, cache_dtype=cache_dtype)
+        logits = model(window[None, :-1], cache=cache)[0].float()
+        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
         count += len(window) - 1
     model.train(training)
     return total / count

@@ -1,0 +1,50 @@
+"""Timing several ways of doing the same work in turns: the speed of a shared machine drifts, ratios do not."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def in_turns(
+    benchmark, ours: Callable, others: dict[str, Callable],
+    *, rounds: int, calls: int = 1, prepare: dict[str, Callable] | None = None, **info,
+) -> None:  # fmt: skip
+    """Runs pytest-benchmark on `ours`, and every other before each of its rounds.
+
+    Args:
+        others: name -> what to time beside it. Their seconds, and those of ours, go to extra_info["seconds"].
+        calls: in one timing, after one that is not timed; seconds are those of one call.
+        prepare: name -> what to run, untimed, before that other, which gets its result and is then called once.
+        info: goes to extra_info.
+    """
+    prepare = prepare or {}
+    seconds = {name: [] for name in ("ours", *others)}
+
+    def time_calls(name, function, calls):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronize()
+        seconds[name].append((time.perf_counter() - start) / calls)
+
+    def time_others():
+        for name, other in others.items():
+            if name in prepare:
+                prepared = prepare[name]()
+                time_calls(name, lambda: other(prepared), 1)
+            else:
+                if calls > 1:
+                    other()
+                time_calls(name, other, calls)
+        if calls > 1:
+            ours()
+
+    benchmark.pedantic(lambda: time_calls("ours", ours, calls), setup=time_others, rounds=rounds, warmup_rounds=2)
+    benchmark.extra_info.update(seconds={name: values[-rounds:] for name, values in seconds.items()}, **info)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
