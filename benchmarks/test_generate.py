@@ -28,11 +28,8 @@ def test_uncached_against_cached_step(benchmark, model, context):
     cached_seconds = []
     with torch.inference_mode():
         model(ids[:, :-1], cache=cache)
-        past = cache.length
-
         def cached():
-            cache.length = past  # forget the token of the step before
-            cache.lengths.fill_(past)
+            cache.truncate([context - 1])  # forget the token of the step before
             return model.logits(model.hidden(ids[:, -1:], cache)[:, -1]).argmax(-1)
 
         def uncached():

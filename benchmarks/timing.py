@@ -14,8 +14,9 @@ def in_turns(
 
     Args:
         others: name -> what to time beside it. Their seconds, and those of ours, go to extra_info["seconds"].
-        calls: in one timing, after one that is not timed; seconds are those of one call.
-        prepare: name -> what to run, untimed, before that other, which gets its result and is then called once.
+        calls: in one timing, after as many that are not timed; seconds are those of one call.
+        prepare: name -> what to run, untimed, before that other. If it returns something, that other gets it and is
+            called once.
         info: goes to extra_info.
     """
     prepare = prepare or {}
@@ -29,17 +30,19 @@ def in_turns(
         synchronize()
         seconds[name].append((time.perf_counter() - start) / calls)
 
+    def repeat(function):
+        for _ in range(calls if calls > 1 else 0):
+            function()
+
     def time_others():
         for name, other in others.items():
-            if name in prepare:
-                prepared = prepare[name]()
+            prepared = prepare[name]() if name in prepare else None
+            if prepared is not None:
                 time_calls(name, lambda: other(prepared), 1)
             else:
-                if calls > 1:
-                    other()
+                repeat(other)
                 time_calls(name, other, calls)
-        if calls > 1:
-            ours()
+        repeat(ours)
 
     benchmark.pedantic(lambda: time_calls("ours", ours, calls), setup=time_others, rounds=rounds, warmup_rounds=2)
     benchmark.extra_info.update(seconds={name: values[-rounds:] for name, values in seconds.items()}, **info)

@@ -76,6 +76,8 @@ Sequences are numbers. Raises ValueError for one that is unknown or was freed.)"
 
 A page that is to be written and that others share is replaced by one of its own (copy-on-write).
 Raises OutOfPages before anything has changed.)")
+      .def("truncate", &PageAllocator::truncate, py::arg("sequence"), py::arg("length"),
+           "Forgets all but the first `length` tokens.")
       .def("length", &PageAllocator::length, py::arg("sequence"), "Tokens of a sequence.")
       .def("pages", &PageAllocator::pages, py::arg("sequence"), "Pages of a sequence, in order of its tokens.")
       .def("statistics", &statistics, R"(A dict: num_pages, page_size, used_pages, free_pages, shared_pages (those of

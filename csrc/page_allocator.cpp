@@ -33,10 +33,20 @@ int64_t PageAllocator::fork(int64_t sequence) {
 }
 
 void PageAllocator::free(int64_t sequence) {
-  for (int64_t page : find(sequence).pages) {
-    if (--owners_[page] == 0) free_.push_back(page);  // within the capacity that it once had
-  }
+  for (int64_t page : find(sequence).pages) release(page);
   sequences_.erase(sequence);
+}
+
+void PageAllocator::truncate(int64_t number, int64_t length) {
+  Sequence& sequence = find(number);
+  expect(
+      length >= 0 && length <= sequence.length,
+      "length: expected from 0 to " + std::to_string(sequence.length) + ", got " + std::to_string(length));
+  sequence.length = length;
+  while (static_cast<int64_t>(sequence.pages.size()) > pages_for(length)) {
+    release(sequence.pages.back());
+    sequence.pages.pop_back();
+  }
 }
 
 PageAllocator::Changes PageAllocator::append(
@@ -54,7 +64,6 @@ PageAllocator::Changes PageAllocator::append(
   const auto writes_shared = [&](const Sequence& sequence, int64_t count) {
     return count > 0 && sequence.length % page_size_ != 0 && owners_[sequence.pages.back()] > 1;
   };
-  const auto pages_for = [&](int64_t tokens) { return (tokens + page_size_ - 1) / page_size_; };
   int64_t new_pages = 0;
   std::unordered_map<int64_t, int64_t> writers;  // of shared pages
   for (size_t i = 0; i < sequences.size(); ++i) {
@@ -120,6 +129,10 @@ int64_t PageAllocator::take() {
   free_.pop_back();
   owners_[page] = 1;
   return page;
+}
+
+void PageAllocator::release(int64_t page) {
+  if (--owners_[page] == 0) free_.push_back(page);  // within the capacity that it once had
 }
 
 }  // namespace fastgpt

@@ -45,6 +45,9 @@ class PageAllocator {
   // others share is replaced by one of its own. Throws OutOfPages before anything has changed.
   Changes append(const std::vector<int64_t>& sequences, const std::vector<int64_t>& counts);
 
+  // Forgets all but the first `length` tokens; pages that no other sequence shares become free.
+  void truncate(int64_t sequence, int64_t length);
+
   int64_t length(int64_t sequence) const { return find(sequence).length; }
   const std::vector<int64_t>& pages(int64_t sequence) const { return find(sequence).pages; }
   Statistics statistics() const;
@@ -58,6 +61,8 @@ class PageAllocator {
   const Sequence& find(int64_t sequence) const;
   Sequence& find(int64_t sequence) { return const_cast<Sequence&>(std::as_const(*this).find(sequence)); }
   int64_t take();
+  int64_t pages_for(int64_t tokens) const { return (tokens + page_size_ - 1) / page_size_; }
+  void release(int64_t page);
 
   int64_t page_size_;
   std::vector<int64_t> owners_;  // of each page

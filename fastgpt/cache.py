@@ -162,6 +162,20 @@ class KVCache:
         """Stores k, v (B, H_kv, T, D) of the current tokens and returns their attention, (B, H, T, D)."""
         raise NotImplementedError
 
+    def truncate(self, counts: list[int]) -> None:
+        """Forgets all but the first counts[b] tokens of each sequence b.
+
+        Raises: ValueError for more tokens than there are, or where older ones are gone (a ring that was full).
+        """
+        if len(counts) != self.batch_size or not all(0 <= new <= old for new, old in zip(counts, self.counts)):
+            raise ValueError(f"counts: expected {self.batch_size}, each from 0 to that of {self.counts}, got {counts}")
+        self._give_back(counts)
+        self.counts = list(counts)
+        self.lengths.copy_(torch.tensor(counts, dtype=torch.int32))
+
+    def _give_back(self, counts: list[int]) -> None:
+        """Gives back storage that truncated sequences no longer need; raises before anything changes."""
+
     def fork(self, n: int) -> "KVCache":
         """A cache with n copies of each sequence in a row, which go on apart from each other and from this one."""
         raise NotImplementedError
@@ -212,6 +226,13 @@ class SlidingCache(KVCache):
         self.held = self.lengths.clamp(max=self.window)  # (B,) tokens in the ring
         self.chunk = None if num_tokens == 1 else self._chunk(past_counts, past_lengths, positions)
         return positions
+
+    def _give_back(self, counts):
+        for new, old in zip(counts, self.counts):
+            if new < old and old > self.window:
+                raise ValueError(
+                    f"counts: expected {old} for a sequence whose ring of {self.window} has overwritten older tokens, got {new}"
+                )
 
     def _chunk(self, past_counts, past_lengths, positions):
         """Where the tokens that a pass of several new ones may attend to come from.
@@ -296,6 +317,10 @@ class PagedCache(KVCache):
                 [changes.rows, changes.columns, changes.pages], device=self.block_table.device
             )
             self.block_table[rows, columns] = pages.int()
+
+    def _give_back(self, counts):
+        for sequence, count in zip(self.sequences, counts):
+            self.pool.allocator.truncate(sequence, count)
 
     def attend(self, layer, q, k, v):
         cache = self.storage.layers[layer]

@@ -285,7 +285,7 @@ def test_a_named_implementation_does_not_fall_back():
         attention(q, k, v, impl="triton")
     with pytest.raises(ValueError, match="impl='cpp' cannot serve this call: it has no backward"):
         attention(q.requires_grad_(), k, v, impl="cpp")
-    with pytest.raises(ValueError, match="impl: expected one of 'triton', 'cpp', 'reference' or None, got 'flash'"):
+    with pytest.raises(ValueError, match="impl: expected one of 'cpp', 'triton', 'reference' or None, got 'flash'"):
         attention(q, k, v, impl="flash")
 
 

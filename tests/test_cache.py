@@ -96,6 +96,26 @@ def test_copies_of_a_sequence_go_on_apart(dtype, kind, window):
     assert cache.counts == [10, 10] and torch.equal(model(after[:2], cache=cache), model(after[:2], cache=untouched))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind, window", KINDS)
+def test_tokens_can_be_forgotten(kind, window):
+    model = random_model()
+    ids, other = random_ids(model, 2, 20), random_ids(model, 2, 6, seed=2)
+    cache, expected = (new_cache(model, 2, kind, window) for _ in range(2))
+    model(ids[:, :7], cache=cache), model(ids[:, :7], cache=expected)
+    model(ids[:, 7:8] if window == 9 else ids[:, 7:12], cache=cache)
+    cache.truncate([7, 7])
+    assert cache.counts == [7, 7]
+    assert torch.equal(model(other, cache=cache), model(other, cache=expected))
+    if kind == "paged":
+        assert cache.pool.statistics() == expected.pool.statistics()
+    with pytest.raises(ValueError, match=r"counts: expected 2, each from 0 to that of \[13, 13\], got \[14, 1\]"):
+        cache.truncate([14, 1])
+    if kind == "sliding" and window == 9:
+        with pytest.raises(ValueError, match="counts: expected 13 for a sequence whose ring of 9 has overwritten older"):
+            cache.truncate([13, 12])
+
+
 SETTINGS = [
     # layers, heads, width, prompts
     (2, 2, 32, [5, 5, 5]),

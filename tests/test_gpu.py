@@ -5,42 +5,103 @@ import torch
 from models import random_ids, random_model
 
 import fastgpt
-from fastgpt import GPT, kv_cache_update, kv_cache_update_reference
+from fastgpt import (
+    GPT,
+    kv_cache_update,
+    kv_cache_update_reference,
+    rope_kv_cache_update,
+    rope_kv_cache_update_reference,
+)
+from fastgpt.cache import CACHE_KINDS
 from fastgpt.cli import SHIPPED_MODEL
 
 pytestmark = pytest.mark.gpu
 SENTINEL = -77.0
 
 
-def update_inputs(B, H, T, S, D, dtype, layout="head-major"):
-    def tensor(N, fill=None):
-        shape = (B, H, N, D) if layout == "head-major" else (B, N, H, D)
-        x = torch.randn(shape, device="cuda").to(dtype) if fill is None else torch.full(shape, fill, dtype=dtype, device="cuda")
-        return x if layout == "head-major" else x.transpose(1, 2)
+def update_inputs(B, H, T, S, D, dtype, layout="head-major", cache_dtype=None, page=None):
+    """Random arguments of kv_cache_update on the CPU, as a dict."""
 
+    def tensor(*sizes):
+        B, H, N, D = sizes
+        x = torch.randn(sizes) if layout == "head-major" else torch.randn(B, N, H, D).transpose(1, 2)
+        return x.to(dtype)
+
+    cache_dtype = dtype if cache_dtype is None else cache_dtype
     slots = torch.stack([torch.randperm(S)[:T] for _ in range(B)])
-    positions = slots.masked_fill(torch.rand(B, T) < 0.2, -1).to("cuda", torch.int32)
-    return tensor(T), tensor(T), tensor(S, SENTINEL), tensor(S, SENTINEL), positions
+    arguments = {"k": tensor(B, H, T, D), "v": tensor(B, H, T, D)}
+    arguments["positions"] = slots.masked_fill(torch.rand(B, T) < 0.2, -1).int()
+    first, rows = B, S
+    if page:
+        pages = -(-S // page)
+        first, rows = B * pages + 1, page
+        arguments["block_table"] = torch.randperm(first)[: B * pages].view(B, pages).int()
+    for name in ("k_cache", "v_cache"):
+        arguments[name] = torch.full((first, H, rows, D), SENTINEL).to(cache_dtype)
+    if cache_dtype.itemsize == 1:
+        for name in ("k_scale", "v_scale"):
+            arguments[name] = torch.full((first, H, rows), SENTINEL)
+    return arguments
 
 
+def to_cuda(arguments):
+    return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
+def assert_same_cache(actual, expected):
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        if name in expected:
+            assert torch.equal(actual[name].cpu().view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("page", [None, 5, 16])
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("layout", ["head-major", "token-major"])
-@pytest.mark.parametrize("D", [1, 3, 8, 64, 80])  # accesses of 2, 4, 8 and 16 bytes
+@pytest.mark.parametrize("D", [1, 3, 8, 64, 80, 128])  # accesses of 2, 4, 8 and 16 bytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_kv_cache_update_is_exact(dtype, D, layout):
-    assert fastgpt.explain(kv_cache_update, *update_inputs(1, 1, 1, 1, 1, dtype))["cuda"] == "chosen"
+def test_kv_cache_update_is_exact(dtype, D, layout, cache_dtype, page):
     for B, H, T, S in ((1, 12, 1, 100), (3, 4, 50, 70), (32, 2, 1, 9)):
-        k, v, k_cache, v_cache, positions = update_inputs(B, H, T, S, D, dtype, layout)
-        expected = k_cache.clone(), v_cache.clone()
-        kv_cache_update(k, v, k_cache, v_cache, positions)
-        kv_cache_update_reference(k, v, *expected, positions)
-        assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
+        expected = update_inputs(B, H, T, S, D, dtype, layout, cache_dtype, page)
+        actual = to_cuda(expected)
+        assert fastgpt.explain(kv_cache_update, **actual)["cuda"] == "chosen"
+        kv_cache_update(**actual)
+        kv_cache_update_reference(**expected)
+        assert_same_cache(actual, expected)
 
 
-def test_positions_outside_the_cache_are_not_written():
-    k, v, k_cache, v_cache, _ = update_inputs(1, 2, 3, 4, 8, torch.float32)
-    kv_cache_update(k, v, k_cache, v_cache, torch.tensor([[4, 2**31 - 1, -5]], device="cuda"))
-    torch.cuda.synchronize()
-    assert (k_cache == SENTINEL).all() and (v_cache == SENTINEL).all()
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("D, rotary", [(2, 2), (40, 10), (64, 64), (80, 32), (128, 128), (128, 64), (256, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rope_kv_cache_update_is_exact(dtype, D, rotary, cache_dtype, page, interleaved):
+    for B, H, H_kv, T, S in ((1, 12, 12, 1, 100), (3, 8, 2, 50, 70)):
+        expected = update_inputs(B, H_kv, T, S, D, dtype, "token-major", cache_dtype, page)
+        angles = torch.arange(S)[:, None] * 100.0 ** -(torch.arange(rotary // 2) / (rotary // 2))
+        expected |= {"q": torch.randn(B, T, H, D).transpose(1, 2).to(dtype), "interleaved": interleaved}
+        expected |= {"cos": angles.cos(), "sin": angles.sin()}
+        actual = to_cuda(expected)
+        q = rope_kv_cache_update(**actual)
+        assert torch.equal(q.cpu(), rope_kv_cache_update_reference(**expected))
+        assert_same_cache(actual, expected)
+
+
+@pytest.mark.parametrize("page", [None, 4])
+def test_tokens_outside_the_cache_are_not_written(page):
+    inputs = update_inputs(1, 2, 3, 4, 8, torch.float32, page=page)
+    expected = {name: x.clone() for name, x in inputs.items()}
+    outside = to_cuda(inputs) | {"positions": torch.tensor([[4, 2**31 - 1, -5]], device="cuda")}
+    kv_cache_update(**outside)
+    assert_same_cache(outside, expected)
+    if page:
+        for wrong in (-1, 2, 2**31 - 1):
+            outside = to_cuda(inputs) | {"block_table": torch.tensor([[wrong]], dtype=torch.int32, device="cuda")}
+            kv_cache_update(**outside)
+            assert_same_cache(outside, expected)
+    x, angles = torch.randn(1, 2, 3, 8, device="cuda"), torch.ones(2, 4, device="cuda")
+    outside = to_cuda(inputs) | {"positions": torch.tensor([[2, 3, 900]], device="cuda"), "cos": angles, "sin": angles}
+    assert torch.equal(rope_kv_cache_update(x, **outside), x)
+    assert_same_cache(outside, expected)
 
 
 def test_a_decode_step_can_be_captured_in_a_cuda_graph():
@@ -73,6 +134,9 @@ def test_cached_and_uncached_tokens_are_identical():
     for seed in range(3):
         model = random_model(layers=3, heads=4, width=128, context=256, seed=seed).cuda()
         ids = random_ids(model, 3, 17, seed).cuda()
+        uncached = model.generate(ids, 150, window=100, use_cache=False)
+        for kind in CACHE_KINDS:
+            assert torch.equal(model.generate(ids, 150, window=100, cache=kind), uncached)
         assert torch.equal(model.generate(ids, 150), model.generate(ids, 150, use_cache=False))
     model = GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32, device="cuda")
     ids = torch.zeros(1, 1, dtype=torch.int64, device="cuda")

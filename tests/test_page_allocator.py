@@ -59,7 +59,7 @@ def test_thousands_of_random_operations(num_pages, page_size, seed):
     model = Model(PageAllocator(num_pages, page_size))
     refused = 0
     for _ in range(3000):
-        operation = draw.choice(["allocate", "fork", "free", "append", "append", "append"])
+        operation = draw.choice(["allocate", "fork", "free", "truncate", "append", "append", "append"])
         alive = list(model.tokens)
         if operation == "allocate" or not alive:
             if len(alive) < 12:
@@ -72,6 +72,11 @@ def test_thousands_of_random_operations(num_pages, page_size, seed):
             sequence = draw.choice(alive)
             model.allocator.free(sequence)
             del model.tokens[sequence]
+        elif operation == "truncate":
+            sequence = draw.choice(alive)
+            length = draw.randint(0, len(model.tokens[sequence]))
+            model.allocator.truncate(sequence, length)
+            del model.tokens[sequence][length:]
         else:
             sequences = draw.sample(alive, draw.randint(1, len(alive)))
             counts = [draw.randint(0, 2 * page_size + 1) for _ in sequences]
@@ -124,6 +129,8 @@ def test_errors():
         allocator.append([sequence], [-1])
     with pytest.raises(ValueError, match="sequences: expected distinct ones"):
         allocator.append([sequence, sequence], [1, 1])
+    with pytest.raises(ValueError, match="length: expected from 0 to 0, got 1"):
+        allocator.truncate(sequence, 1)
     allocator.free(sequence)
     with pytest.raises(ValueError, match="sequence: expected one that was allocated and not freed, got 0"):
         allocator.append([sequence], [1])

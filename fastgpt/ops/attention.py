@@ -71,7 +71,7 @@ def attention(
                 k_scale=k_scale, v_scale=v_scale, return_lse=return_lse,
             )  # fmt: skip
         scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-        out, lse = torch.ops.fastgpt.attention_forward.default(
+        out, lse = _attention_forward(
             q, k, v, kv_lengths, causal, scale, window, block_table, k_scale, v_scale
         )
     except (RuntimeError, AttributeError):
@@ -233,13 +233,15 @@ def _cpp_refuses(q, k, v, window, block_table, k_scale, v_scale):
 
 
 # In order of preference: the first that does not refuse serves the call.
-IMPLEMENTATIONS = {"triton": _triton_refuses, "cpp": _cpp_refuses, "reference": lambda *call: None}
+IMPLEMENTATIONS = {"cpp": _cpp_refuses, "triton": _triton_refuses, "reference": lambda *call: None}
 
 
 library.define(
     "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? kv_lengths, bool causal, float scale, SymInt? window=None, "
     "Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)"
 )
+
+_attention_forward = torch.ops.fastgpt.attention_forward.default
 
 
 @torch.library.register_fake("fastgpt::attention_forward", lib=library)

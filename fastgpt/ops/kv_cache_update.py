@@ -44,19 +44,20 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
         outside the pool): argument, expected, got. Nothing is written then. On CUDA such a token is not stored and not
         reported: telling would need a synchronisation.
     """
-    cache = (k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+    if impl is not None:
+        choose("kv_cache_update", IMPLEMENTATIONS, impl, k)
     try:
-        if choose("kv_cache_update", IMPLEMENTATIONS, impl, k) == "reference":
-            _check(*cache)
-            kv_cache_update_reference(
-                k, v, k_cache, v_cache, positions, block_table=block_table, k_scale=k_scale, v_scale=v_scale
-            )
-        else:  # which check for themselves, in a fraction of the time, before they write
-            torch.ops.fastgpt.kv_cache_update.default(*cache)
+        if impl != "reference":  # the kernels check for themselves, in a fraction of the time, before they write
+            return _kv_cache_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     except (RuntimeError, AttributeError):
-        _check(*cache)  # raises the error that names the argument
+        _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)  # raises the error that names the argument
         _check_slots(positions, k_cache, block_table)
-        raise
+        if choose("kv_cache_update", IMPLEMENTATIONS, impl, k) != "reference":
+            raise
+    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+    kv_cache_update_reference(
+        k, v, k_cache, v_cache, positions, block_table=block_table, k_scale=k_scale, v_scale=v_scale
+    )
 
 
 def kv_cache_update_reference(
@@ -98,25 +99,23 @@ def rope_kv_cache_update(
         neither rotated nor stored).
     Source: RoFormer (arXiv 2104.09864); `interleaved=False` is the order of GPT-NeoX and Llama.
     """
-    call = (q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
+    if impl is not None:
+        choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, k)
     try:
-        if choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, k) == "reference":
-            _check_rope(*call)
-            return rope_kv_cache_update_reference(
-                q, k, v, k_cache, v_cache, positions, cos, sin, slots=slots, interleaved=interleaved,
-                block_table=block_table, k_scale=k_scale, v_scale=v_scale,
-            )  # fmt: skip
-        return torch.ops.fastgpt.rope_kv_cache_update.default(
-            q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale
-        )
+        if impl != "reference":
+            return _rope_kv_cache_update(
+                q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale
+            )
     except (RuntimeError, AttributeError):
-        _check_rope(*call)
-        _check_angles(positions, cos)
-        if slots is None:
-            _check_slots(positions, k_cache, block_table)
-        else:
-            _check_slots(slots, k_cache, block_table, "slots")
-        raise
+        _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
+        _check_rope_slots(k_cache, positions, cos, slots, block_table)
+        if choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, k) != "reference":
+            raise
+    _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
+    return rope_kv_cache_update_reference(
+        q, k, v, k_cache, v_cache, positions, cos, sin, slots=slots, interleaved=interleaved,
+        block_table=block_table, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
 
 
 def rope_kv_cache_update_reference(
@@ -124,11 +123,8 @@ def rope_kv_cache_update_reference(
     *, slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None, impl=None,
 ):  # fmt: skip
     """The same function in plain PyTorch, on every device: `rope_reference`, then `kv_cache_update_reference`."""
-    _check_angles(positions, cos)
-    if slots is None:
-        slots = positions
-    else:
-        _check_slots(slots, k_cache, block_table, "slots")
+    _check_rope_slots(k_cache, positions, cos, slots, block_table)
+    slots = positions if slots is None else slots
     slots = slots.masked_fill(positions >= cos.shape[0], -1)
     k = rope_reference(k, positions, cos, sin, interleaved=interleaved)
     kv_cache_update_reference(
@@ -264,9 +260,14 @@ def _check_slots(positions, k_cache, block_table, name="positions"):
             raise ValueError(f"block_table: expected pages from 0 to {k_cache.shape[0] - 1}, got {outside[0].item()}")
 
 
-def _check_angles(positions, cos):
+def _check_rope_slots(k_cache, positions, cos, slots, block_table):
+    """The same for rope_kv_cache_update, and for tokens without angles."""
     if positions.device.type == "cpu" and positions.numel() and (last := positions.max().item()) >= cos.shape[0]:
         raise ValueError(f"positions: expected values below the {cos.shape[0]} rows of cos, got {last}")
+    if slots is None:
+        _check_slots(positions, k_cache, block_table)
+    else:
+        _check_slots(slots, k_cache, block_table, "slots")
 
 
 def explain(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
@@ -301,7 +302,7 @@ def _cpp_refuses(k):
 
 
 # In order of preference: the first that does not refuse serves the call.
-IMPLEMENTATIONS = {"cuda": _cuda_refuses, "cpp": _cpp_refuses, "reference": lambda k: None}
+IMPLEMENTATIONS = {"cpp": _cpp_refuses, "cuda": _cuda_refuses, "reference": lambda k: None}
 
 
 library.define(
@@ -313,6 +314,9 @@ library.define(
     "Tensor cos, Tensor sin, Tensor? slots=None, bool interleaved=False, Tensor? block_table=None, "
     "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> Tensor"
 )
+
+_kv_cache_update = torch.ops.fastgpt.kv_cache_update.default
+_rope_kv_cache_update = torch.ops.fastgpt.rope_kv_cache_update.default
 
 
 @torch.library.register_fake("fastgpt::kv_cache_update", lib=library)
