@@ -184,10 +184,10 @@ void store_copied(
 void kv_cache_store(const KVCacheUpdate& u, int64_t begin, int64_t end) {
   const int64_t heads = u.H + 2 * u.H_kv;
   const bool quantised = u.cache_element != u.element;
-  // Rows that are computed on take too long for the CPU to look ahead to the next one, so they are read as they lie in
-  // memory: token by token, if that is how a projection left them.
+  // What a projection left token by token (the heads of a token together) is read so that it comes from memory in order:
+  // rows that are computed on one token at a time, rows that are only copied in the blocks that were fastest.
   const bool token_major = u.k.stride_n > u.k.stride_h;
-  const int64_t block = token_major && (quantised || u.rotary_dim > 0) ? 1 : token_major ? 64 : kBlockTokens;
+  const int64_t block = !token_major ? kBlockTokens : quantised || u.rotary_dim > 0 ? 1 : 16;
   Slot slots[kBlockTokens];
   while (begin < end) {
     const int64_t b = begin / heads, first = begin % heads;
