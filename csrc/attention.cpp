@@ -106,13 +106,23 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
-    const std::optional<Tensor>& kv_lengths,
     bool causal,
     double scale,
     std::optional<int64_t> window,
+    std::optional<double> softcap,
+    const std::optional<Tensor>& alibi_slopes,
+    const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& kv_lengths,
     const std::optional<Tensor>& block_table,
     const std::optional<Tensor>& k_scale,
-    const std::optional<Tensor>& v_scale) {
+    const std::optional<Tensor>& v_scale,
+    double dropout_p,
+    const std::optional<Tensor>& dropout_seed) {
+  STD_TORCH_CHECK(
+      !softcap && !alibi_slopes && !sinks && !mask && !bias && dropout_p == 0.0 && !dropout_seed,
+      "softcap, alibi_slopes, sinks, mask, bias, dropout: not on the CPU yet");
   AttentionForward args{};
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && !q.is_cuda(), "q, k: expected 4 dimensions, on the CPU");
   args.B = q.size(0), args.H = q.size(1), args.T = q.size(2), args.D = q.size(3);

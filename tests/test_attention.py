@@ -247,18 +247,18 @@ def test_gradients_flow_through_the_public_operation():
 def test_opcheck():
     q, k, v = make(2, 4, 2, 3, 20, 16)
     lengths = torch.tensor([5, 20], dtype=torch.int32)
-    for options in ((None, True, 0.25), (lengths, True, 0.25), (lengths, False, 0.25, 7)):
-        torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, *options))
+    for options in ({}, {"kv_lengths": lengths}, {"kv_lengths": lengths, "window": 7}):
+        torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), options)
     (k, k_scale), (v, v_scale) = quantise(k, torch.int8), quantise(v, torch.int8)
     (k, table), (v, _), (k_scale, _), (v_scale, _) = (paged(x, 8, unused=0) for x in (k, v, k_scale, v_scale))
-    arguments = (q, k, v, lengths, True, 0.25, None, table, k_scale, v_scale)
-    torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, arguments)
+    options = {"kv_lengths": lengths, "block_table": table, "k_scale": k_scale, "v_scale": v_scale}
+    torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), options)
 
 
 def test_fake_strides_are_real_strides():
     q, k, v = make(2, 4, 2, 3, 20, 16)
-    real = torch.ops.fastgpt.attention_forward(q, k, v, None, True, 0.25)
-    fake = torch.ops.fastgpt.attention_forward(q.to("meta"), k.to("meta"), v.to("meta"), None, True, 0.25)
+    real = torch.ops.fastgpt.attention_forward(q, k, v, True, 0.25)
+    fake = torch.ops.fastgpt.attention_forward(q.to("meta"), k.to("meta"), v.to("meta"), True, 0.25)
     for a, b in zip(real, fake):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 

@@ -25,7 +25,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastgpt.kernels import attention as kernel  # noqa: E402
+from fastgpt.kernels import attention_forward as kernel  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
 
 DEVICE = "cpu" if kernel.INTERPRETED else "cuda"
@@ -54,7 +54,7 @@ def assert_parity(q, k, v, *, causal=True, scale=None, kv_lengths=None):
     """Runs the kernel on (q, k, v) and holds out and lse to the numerics contract. Returns both."""
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     options = dict(causal=causal, scale=scale, kv_lengths=kv_lengths, return_lse=True)
-    out, lse = kernel.attention_forward(q, k, v, causal, scale, kv_lengths)
+    out, lse = kernel.attention_forward(q, k, v, causal=causal, scale=scale, kv_lengths=kv_lengths)
     oracle = attention_reference(q.double(), k.double(), v.double(), **options)
     low_precision = attention_reference(q, k, v, **options)
     assert (out.dtype, lse.dtype) == (q.dtype, torch.float32)
@@ -105,7 +105,7 @@ def test_parity(case, dtype):
 @runs_kernel
 def test_queries_without_keys_give_zeros():
     q, k, v = random_inputs(1, 2, 1, 40, 30, 64, torch.float32)
-    out, lse = kernel.attention_forward(q, k, v, True, 0.125, None)
+    out, lse = kernel.attention_forward(q, k, v, scale=0.125)
     assert torch.equal(out[:, :, :10], torch.zeros_like(out[:, :, :10]))
     assert torch.equal(lse[:, :, :10], torch.full_like(lse[:, :, :10], -math.inf))
     assert lse[:, :, 10:].isfinite().all()
@@ -116,8 +116,8 @@ def test_queries_without_keys_give_zeros():
 def test_lengths_are_clamped_to_the_capacity(causal):
     q, k, v = random_inputs(2, 1, 1, 3, 20, 16, torch.float32)
     k, v = k[:, :, :12], v[:, :, :12]
-    beyond = kernel.attention_forward(q, k, v, causal, 0.25, lengths_of((19, -70)))
-    clamped = kernel.attention_forward(q, k, v, causal, 0.25, lengths_of((12, 0)))
+    beyond = kernel.attention_forward(q, k, v, causal=causal, scale=0.25, kv_lengths=lengths_of((19, -70)))
+    clamped = kernel.attention_forward(q, k, v, causal=causal, scale=0.25, kv_lengths=lengths_of((12, 0)))
     for actual, expected in zip(beyond, clamped, strict=True):
         assert torch.equal(actual, expected)
 
@@ -208,14 +208,14 @@ def test_offsets_beyond_32_bits():
 def test_capture_in_a_cuda_graph():
     q, k, v = random_inputs(2, 4, 2, 1, 100, 64, torch.float16)
     kv_lengths = lengths_of((100, 30))
-    kernel.attention_forward(q, k, v, True, 0.125, kv_lengths)  # compiles
+    kernel.attention_forward(q, k, v, scale=0.125, kv_lengths=kv_lengths)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = kernel.attention_forward(q, k, v, True, 0.125, kv_lengths)
+        out, lse = kernel.attention_forward(q, k, v, scale=0.125, kv_lengths=kv_lengths)
     kv_lengths.copy_(lengths_of((7, 90)))
     q.neg_()
     graph.replay()
-    expected_out, expected_lse = kernel.attention_forward(q, k, v, True, 0.125, kv_lengths)
+    expected_out, expected_lse = kernel.attention_forward(q, k, v, scale=0.125, kv_lengths=kv_lengths)
     assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse)
 
 

@@ -2,16 +2,19 @@
 
 import importlib.util
 import math
+from typing import NamedTuple
 
 import torch
 
 from fastgpt.ops.checks import (
+    require_broadcastable,
     require_device,
     require_dtype,
     require_last_dim_contiguous,
     require_shape,
     require_tensor,
 )
+from fastgpt.ops.dropout import keep_mask, seed_tensor
 from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.library import library
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, dequantise
@@ -23,67 +26,110 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 def attention(
     q, k, v,
-    *, causal=True, scale=None, window=None, kv_lengths=None, block_table=None, k_scale=None, v_scale=None,
+    *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None, bias=None,
+    kv_lengths=None, block_table=None, k_scale=None, v_scale=None, dropout_p=0.0, dropout_seed=None,
     return_lse=False, impl=None,
 ):  # fmt: skip
     """Softmax attention over keys and values, computed tile by tile.
 
-        out[b,h,i] = sum_j softmax_j(scale * q[b,h,i]·k[b,h//g,j]) v[b,h//g,j],   g = H // H_kv
+        out[b,h,i] = sum_j softmax_j(score[b,h,i,j]) v[b,h//g,j],   g = H // H_kv
+        score[b,h,i,j] = cap(scale * q[b,h,i]·k[b,h//g,j]) - alibi_slopes[h] |i + L - T - j| + bias[b,h,i,j]
+        cap(x) = softcap * tanh(x / softcap),   L = kv_lengths[b] or S: query i is at position i + L - T
+
+    over the keys j that causal, window, kv_lengths and mask leave to query i.
 
     Args:
         q: (B, H, T, D) fp16|bf16|fp32, D <= 256, last dimension contiguous, other strides free. fp64 too, which only
             the reference serves.
         k, v: (B, H_kv, S, D), or with a block table a pool of pages (num_pages, H_kv, page, D); device of q, and its
             dtype, or int8 or float8_e4m3fn with scales; H must be a multiple of H_kv.
-        causal: bottom-right aligned: query i sees key j when j <= i + L - T, where L is kv_lengths[b] or S.
+        causal: bottom-right aligned: query i sees key j when j <= i + L - T.
             T=2, L=5 attends  1 1 1 1 0
                               1 1 1 1 1
         scale: factor on q·k; default 1 / sqrt(D).
-        window: of these keys, query i sees only those with j > i + L - T - window: the last `window`, that at its own
+        window: query i sees only keys with j > i + L - T - window: if causal, the last `window` ones, that at its own
             position included. window=2 attends  0 0 1 1 0
                                                  0 0 0 1 1
+        softcap: bound on the scaled scores, > 0.
+        alibi_slopes: (H,) fp32, a penalty on distance (arXiv 2108.12409).
+        sinks: (H,), floating point: one more logit a head in the softmax's denominator, which attends to nothing. It
+            counts in lse. Differentiable.
+        mask: bool, broadcastable to (B, H, T, S); where it is False, a query does not see a key.
+        bias: in the dtype of q or fp32, broadcastable to (B, H, T, S), added to the scores. Differentiable.
         kv_lengths: (B,) int32 on q's device, each in [0, S]; keys at and past it are never read. This is how a
             cache of capacity S is attended. A value outside [0, S] is clamped to that range.
         block_table: (B, pages) int32 on q's device. Key j of sequence b lies in row j % page of page
             block_table[b, j // page]; S is then pages · page. Entries past kv_lengths may be anything.
         k_scale, v_scale: (B, H_kv, S), or (num_pages, H_kv, page) with a block table, fp32: key j stands for
             k_scale[b,h,j] · k[b,h,j]. See `kv_cache_update`, which writes them.
-        return_lse: also return the log-sum-exp of each row's scaled scores.
-        impl: "triton" (CUDA), "cpp" (CPU) or "reference"; None picks the first that can serve the call. A named
+        dropout_p: each weight of the softmax is dropped with this probability, the others divided by 1 - dropout_p.
+            lse does not know of it. 0 <= dropout_p < 1.
+        dropout_seed: an integer in [0, 2^63), or a (1,) int64 tensor, that decides which weights, on every device and in
+            every implementation the same; None draws one from PyTorch's CPU generator.
+        return_lse: also return the log-sum-exp of each row's scores. Differentiable.
+        impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call. A named
             one never falls back: it raises ValueError with the reason. `fastgpt.explain` tells without running.
 
     Returns:
         out (B, H, T, D) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log.
-        A row that sees no key gives zeros and lse = -inf.
+        A row that sees no key gives zeros, lse = -inf and zero gradients.
 
-    Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, impl; on CPU a page outside the pool):
-        argument, expected, got.
-    Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1.
+    Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, range, impl; on CPU a page outside the
+        pool): argument, expected, got.
+    Source: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
+
+    >>> q, k, v = torch.randn(1, 8, 3, 64), torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64)
+    >>> attention(q, k, v, window=4).shape
+    torch.Size([1, 8, 3, 64])
     """
-    call = (q, k, v, window, block_table, k_scale, v_scale)
+    call = Call(
+        q, k, v, causal, scale, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale,
+        v_scale, dropout_p, dropout_seed,
+    )  # fmt: skip
     try:
-        chosen = choose("attention", IMPLEMENTATIONS, impl, *call)
+        chosen = choose("attention", IMPLEMENTATIONS, impl, call)
         if chosen != "cpp":  # which checks for itself, in a fraction of the time
-            _check(*call, scale, kv_lengths)
+            _check(call)
+        if dropout_p > 0:
+            call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device))
         if chosen == "reference":
-            return attention_reference(
-                q, k, v, causal=causal, scale=scale, window=window, kv_lengths=kv_lengths, block_table=block_table,
-                k_scale=k_scale, v_scale=v_scale, return_lse=return_lse,
-            )  # fmt: skip
-        scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-        out, lse = _attention_forward(
-            q, k, v, kv_lengths, causal, scale, window, block_table, k_scale, v_scale
-        )
+            return attention_reference(**call._asdict(), return_lse=return_lse)
+        if scale is None:
+            call = call._replace(scale=1.0 / math.sqrt(q.shape[-1]))
+        out, lse = _Attention.apply(*call) if _needs_gradients(call) else _attention_forward(*call)
     except (RuntimeError, AttributeError):
-        _check(*call, scale, kv_lengths)  # raises the error that names the argument
+        _check(call)  # raises the error that names the argument
         _check_pages(k, block_table, kv_lengths)
         raise
     return (out, lse) if return_lse else out
 
 
+class Call(NamedTuple):
+    """The arguments of `attention` that decide what it computes."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    causal: bool = True
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    kv_lengths: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: int | torch.Tensor | None = None
+
+
 def attention_reference(
     q, k, v,
-    *, causal=True, scale=None, window=None, kv_lengths=None, block_table=None, k_scale=None, v_scale=None,
+    *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None, bias=None,
+    kv_lengths=None, block_table=None, k_scale=None, v_scale=None, dropout_p=0.0, dropout_seed=None,
     return_lse=False, impl=None,
 ):  # fmt: skip
     """The same function in plain PyTorch: every device, every float dtype (float64 too), differentiable.
@@ -107,18 +153,35 @@ def attention_reference(
         hidden = (key >= lengths).expand(B, 1, T, S)
         # A key that is never read must not reach the sums, not even as 0 · NaN.
         v = v.masked_fill((key >= lengths).transpose(-2, -1), 0.0)
+    own = query + lengths - T  # the query's position among the keys
     if causal:
-        hidden = hidden | (key > query + lengths - T)
+        hidden = hidden | (key > own)
     if window is not None:
-        hidden = hidden | (key <= query + lengths - T - window)
+        hidden = hidden | (key <= own - window)
+    if mask is not None:
+        hidden = hidden | ~mask
     blind = hidden.all(-1, keepdim=True)  # rows that see no key
     hidden = hidden & ~blind  # softmax over a row of -inf is NaN; such a row is zeroed below instead
 
     if H != H_kv:
         k = k.repeat_interleave(H // H_kv, dim=1)  # (B, H, S, D)
         v = v.repeat_interleave(H // H_kv, dim=1)
-    scores = ((q * scale) @ k.transpose(-2, -1)).masked_fill(hidden, float("-inf"))  # (B, H, T, S)
-    out = (scores.softmax(-1) @ v).masked_fill(blind, 0.0).to(out_dtype)
+    scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, T, S)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(dtype).view(H, 1, 1) * (own - key).abs()
+    if bias is not None:
+        scores = scores + bias.to(dtype)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(dtype).view(H, 1, 1).expand(B, H, T, 1).masked_fill(blind, float("-inf"))
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., :S]
+    if dropout_p > 0:
+        seed = seed_tensor(dropout_seed, q.device)
+        weights = weights * keep_mask(seed, dropout_p, B, H, T, S, q.device) / (1.0 - dropout_p)
+    out = (weights @ v).masked_fill(blind, 0.0).to(out_dtype)
     if not return_lse:
         return out
     return out, scores.logsumexp(-1).masked_fill(blind.squeeze(-1), float("-inf")).to(dtype)
@@ -135,7 +198,8 @@ def _keys(x, scale, block_table, dtype):
     return x.to(dtype) if scale is None else dequantise(x, scale, dtype)
 
 
-def _check(q, k, v, window, block_table, k_scale, v_scale, scale, kv_lengths):
+def _check(call: Call):
+    q, k, v, block_table = call.q, call.k, call.v, call.block_table
     require_tensor("q", q, 4)
     require_tensor("k", k, 4)
     require_tensor("v", v, 4)
@@ -148,17 +212,18 @@ def _check(q, k, v, window, block_table, k_scale, v_scale, scale, kv_lengths):
         raise ValueError(f"k: expected a number of heads that divides q's {H}, got {H_kv}")
     require_dtype("k", k, (q.dtype, *QUANTISED_DTYPES))
     require_dtype("v", v, (k.dtype,))
-    first, meaning = B, "(B, H_kv, S, D)"
+    first, meaning, keys = B, "(B, H_kv, S, D)", S
     tensors = {"k": k, "v": v}
     if block_table is not None:
         require_tensor("block_table", block_table, 2)
         require_dtype("block_table", block_table, (torch.int32,))
         require_shape("block_table", block_table, (B, block_table.shape[1]), "(B, pages)")
-        first, meaning = k.shape[0], "(num_pages, H_kv, page, D)"
+        first, meaning, keys = k.shape[0], "(num_pages, H_kv, page, D)", S * block_table.shape[1]
         tensors["block_table"] = block_table
     require_shape("k", k, (first, H_kv, S, D), f"{meaning} to match q")
     require_shape("v", v, (first, H_kv, S, D), f"{meaning} to match k")
-    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+    for name in ("k_scale", "v_scale"):
+        x = getattr(call, name)
         if (x is None) == (k.dtype in QUANTISED_DTYPES):
             wanted, got = ("a scale", "None") if x is None else ("None", "a scale")
             raise ValueError(f"{name}: expected {wanted} for k and v of {k.dtype}, got {got}")
@@ -167,19 +232,42 @@ def _check(q, k, v, window, block_table, k_scale, v_scale, scale, kv_lengths):
             require_dtype(name, x, (torch.float32,))
             require_shape(name, x, (first, H_kv, S), f"{meaning.rpartition(',')[0]}) to match k")
             tensors[name] = x
-    if kv_lengths is not None:
-        require_tensor("kv_lengths", kv_lengths, 1)
-        require_dtype("kv_lengths", kv_lengths, (torch.int32,))
-        require_shape("kv_lengths", kv_lengths, (B,), "(B,)")
-        tensors["kv_lengths"] = kv_lengths
+    for name, size, dtypes in (
+        ("kv_lengths", B, (torch.int32,)),
+        ("alibi_slopes", H, (torch.float32,)),
+        ("sinks", H, (*KERNEL_DTYPES, torch.float64)),
+    ):
+        x = getattr(call, name)
+        if x is not None:
+            require_tensor(name, x, 1)
+            require_dtype(name, x, dtypes)
+            require_shape(name, x, (size,), "(B,)" if name == "kv_lengths" else "(H,)")
+            tensors[name] = x
+    for name, dtypes in (("mask", (torch.bool,)), ("bias", (q.dtype, torch.float32))):
+        x = getattr(call, name)
+        if x is not None:
+            require_tensor(name, x)
+            require_dtype(name, x, dtypes)
+            require_broadcastable(name, x, (B, H, T, keys), "(B, H, T, S)")
+            tensors[name] = x
     for name, tensor in tensors.items():
         require_device(name, tensor, q.device)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         require_last_dim_contiguous(name, tensor)
-    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
-    if window is not None and (not isinstance(window, (int, torch.SymInt)) or window < 1):
-        raise ValueError(f"window: expected an integer >= 1 or None, got {window!r}")
+    if call.scale is not None and not isinstance(call.scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"scale: expected a float or None, got {type(call.scale).__name__}")
+    if call.window is not None and (not isinstance(call.window, (int, torch.SymInt)) or call.window < 1):
+        raise ValueError(f"window: expected an integer >= 1 or None, got {call.window!r}")
+    if call.softcap is not None and not call.softcap > 0:
+        raise ValueError(f"softcap: expected a number > 0 or None, got {call.softcap!r}")
+    if not 0 <= call.dropout_p < 1:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {call.dropout_p!r}")
+    seed = call.dropout_seed
+    if isinstance(seed, torch.Tensor):
+        require_dtype("dropout_seed", seed, (torch.int64,))
+        require_shape("dropout_seed", seed, (1,), "(1,)")
+    elif seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
+        raise ValueError(f"dropout_seed: expected an integer in [0, 2^63) or None, got {seed!r}")
 
 
 def _check_pages(k, block_table, kv_lengths):
@@ -196,73 +284,141 @@ def _check_pages(k, block_table, kv_lengths):
         raise ValueError(f"block_table: expected pages from 0 to {num_pages - 1}, got {got}")
 
 
-def explain(
-    q, k, v,
-    *, causal=True, scale=None, window=None, kv_lengths=None, block_table=None, k_scale=None, v_scale=None,
-    return_lse=False, impl=None,
-):  # fmt: skip
+def explain(q, k, v, *, return_lse=False, impl=None, **options):
     """Implementation -> "chosen", "available", or why it refuses this call."""
-    call = (q, k, v, window, block_table, k_scale, v_scale)
-    _check(*call, scale, kv_lengths)
-    return explain_call(IMPLEMENTATIONS, *call)
+    call = Call(q, k, v, **options)
+    _check(call)
+    return explain_call(IMPLEMENTATIONS, call)
 
 
-def _kernel_refuses(q, k, v):
-    if q.dtype not in KERNEL_DTYPES:
-        return f"it takes fp32, fp16 and bf16, and q is {q.dtype}"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+def _needs_gradients(call: Call) -> bool:
+    differentiable = (call.q, call.k, call.v, call.bias, call.sinks)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
+
+
+def _triton_refuses(call: Call):
+    if not call.q.is_cuda:
+        return runs_elsewhere("CUDA", "q", call.q.device)
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if call.q.dtype not in KERNEL_DTYPES:
+        return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
+    if _needs_gradients(call) and (call.block_table is not None or call.k_scale is not None):
+        return "it has no backward through a block table or 8-bit keys, and q, k, v, bias or sinks requires gradients"
+    return None
+
+
+def _cpp_refuses(call: Call):
+    if not call.q.is_cpu:
+        return runs_elsewhere("CPU", "q", call.q.device)
+    if call.q.dtype not in KERNEL_DTYPES:
+        return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
+    for name in ("softcap", "alibi_slopes", "sinks", "mask", "bias"):
+        if getattr(call, name) is not None:
+            return f"it does not take {name} yet"
+    if call.dropout_p:
+        return "it does not take dropout_p yet"
+    if _needs_gradients(call):
         return "it has no backward, and q, k or v requires gradients"
     return None
 
 
-def _triton_refuses(q, k, v, window, block_table, k_scale, v_scale):
-    if not q.is_cuda:
-        return runs_elsewhere("CUDA", "q", q.device)
-    if not TRITON_INSTALLED:
-        return "triton is not installed"
-    for name, value in (("window", window), ("block_table", block_table), ("k_scale", k_scale)):
-        if value is not None:
-            return f"it does not take {name} yet"
-    return _kernel_refuses(q, k, v)
-
-
-def _cpp_refuses(q, k, v, window, block_table, k_scale, v_scale):
-    if not q.is_cpu:
-        return runs_elsewhere("CPU", "q", q.device)
-    return _kernel_refuses(q, k, v)
-
-
 # In order of preference: the first that does not refuse serves the call.
-IMPLEMENTATIONS = {"cpp": _cpp_refuses, "triton": _triton_refuses, "reference": lambda *call: None}
+IMPLEMENTATIONS = {"cpp": _cpp_refuses, "triton": _triton_refuses, "reference": lambda call: None}
 
 
 library.define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? kv_lengths, bool causal, float scale, SymInt? window=None, "
-    "Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)"
+    "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, SymInt? window=None, float? softcap=None, "
+    "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? mask=None, Tensor? bias=None, Tensor? kv_lengths=None, "
+    "Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None, float dropout_p=0.0, "
+    "Tensor? dropout_seed=None) -> (Tensor, Tensor)"
 )
-
+library.define(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool needs_dbias, Tensor q, Tensor k, "
+    "Tensor v, bool causal, float scale, SymInt? window=None, float? softcap=None, Tensor? alibi_slopes=None, "
+    "Tensor? sinks=None, Tensor? mask=None, Tensor? bias=None, Tensor? kv_lengths=None, float dropout_p=0.0, "
+    "Tensor? dropout_seed=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _attention_forward = torch.ops.fastgpt.attention_forward.default
+_attention_backward = torch.ops.fastgpt.attention_backward.default
 
 
 @torch.library.register_fake("fastgpt::attention_forward", lib=library)
-def _attention_forward_fake(
-    q, k, v, kv_lengths, causal, scale, window=None, block_table=None, k_scale=None, v_scale=None
-):
-    _check(q, k, v, window, block_table, k_scale, v_scale, scale, kv_lengths)
-    B, H, T, D = q.shape
+def _attention_forward_fake(*arguments):
+    call = Call(*arguments)
+    _check(call)
+    B, H, T, D = call.q.shape
     # Token-major storage: the model reads the result as (B, T, H * D) without a copy.
-    out = q.new_empty(B, T, H, D).transpose(1, 2)
-    return out, q.new_empty(B, H, T, dtype=torch.float32)
+    out = call.q.new_empty(B, T, H, D).transpose(1, 2)
+    return out, call.q.new_empty(B, H, T, dtype=torch.float32)
 
 
-def _attention_forward_triton(
-    q, k, v, kv_lengths, causal, scale, window=None, block_table=None, k_scale=None, v_scale=None
-):
-    from fastgpt.kernels.attention import attention_forward  # Triton is imported only when a CUDA tensor needs it
+@torch.library.register_fake("fastgpt::attention_backward", lib=library)
+def _attention_backward_fake(dout, dlse, out, lse, needs_dbias, q, k, v, *arguments):
+    call = Call(q, k, v, *arguments[:9])
+    dbias = call.bias.new_empty(call.bias.shape) if needs_dbias else q.new_empty(0)
+    dsinks = q.new_empty(0) if call.sinks is None else torch.empty_like(call.sinks)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 
-    if refusal := _triton_refuses(q, k, v, window, block_table, k_scale, v_scale):
-        raise ValueError(f"attention_forward on CUDA: {refusal}")
-    return attention_forward(q, k, v, causal, scale, kv_lengths)
+
+# Queries of one call, those of the heads that share a key/value head together, up to which keys are split among programs.
+DECODE_ROWS = 64
+
+
+def _attention_forward_triton(*arguments):
+    # Triton is imported only when a CUDA tensor needs it.
+    from fastgpt.kernels.attention_decode import attention_decode
+    from fastgpt.kernels.attention_forward import attention_forward
+
+    call = Call(*arguments)._asdict()
+    q, k, v = call.pop("q"), call.pop("k"), call.pop("v")
+    if q.shape[2] * (q.shape[1] // k.shape[1]) <= DECODE_ROWS and call["mask"] is call["bias"] is None:
+        if call["dropout_p"] == 0:
+            for name in ("mask", "bias", "dropout_p", "dropout_seed"):
+                del call[name]
+            return attention_decode(q, k, v, **call)
+    return attention_forward(q, k, v, **call)
+
+
+def _attention_backward_triton(dout, dlse, out, lse, needs_dbias, q, k, v, *arguments):
+    from fastgpt.kernels.attention_backward import attention_backward
+
+    names = (*Call._fields[3:12], "dropout_p", "dropout_seed")
+    options = dict(zip(names, arguments))
+    dq, dk, dv, dbias, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, needs_dbias=needs_dbias, **options)
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsinks is None else dsinks
 
 
 library.impl("attention_forward", _attention_forward_triton, "CUDA")
+library.impl("attention_backward", _attention_backward_triton, "CUDA")
+
+
+class _Attention(torch.autograd.Function):
+    """attention_forward with attention_backward as its gradient, by q, k, v, sinks and bias."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        call = Call(*arguments)
+        out, lse = _attention_forward(*call)
+        tensors = {name: x for name, x in call._asdict().items() if isinstance(x, torch.Tensor)}
+        ctx.options = call._replace(**dict.fromkeys(tensors))
+        ctx.names = list(tensors)
+        ctx.save_for_backward(out, lse, *tensors.values())
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        out, lse, *tensors = ctx.saved_tensors
+        call = ctx.options._replace(**dict(zip(ctx.names, tensors)))
+        dout = torch.zeros_like(out) if dout is None else dout
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        needs_dbias = ctx.needs_input_grad[Call._fields.index("bias")]
+        *grads, dbias, dsinks = _attention_backward(
+            dout, dlse, out, lse, needs_dbias, *call[:12], call.dropout_p, call.dropout_seed
+        )
+        gradients = dict(zip(("q", "k", "v"), grads)) | {"bias": dbias, "sinks": dsinks}
+        return tuple(
+            gradients[name] if needed else None for name, needed in zip(Call._fields, ctx.needs_input_grad)
+        )

@@ -3,10 +3,10 @@
 import torch
 
 
-def require_tensor(name: str, value, ndim: int) -> None:
+def require_tensor(name: str, value, ndim: int | None = None) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dim() != ndim:
+    if ndim is not None and value.dim() != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
 
 
@@ -28,3 +28,9 @@ def require_device(name: str, value: torch.Tensor, device: torch.device) -> None
 def require_last_dim_contiguous(name: str, value: torch.Tensor) -> None:
     if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise ValueError(f"{name}: expected a contiguous last dimension (stride 1), got strides {value.stride()}")
+
+
+def require_broadcastable(name: str, value: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    sizes = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
+    if value.dim() > len(shape) or any(size not in (1, whole) for size, whole in zip(sizes, shape)):
+        raise ValueError(f"{name}: expected a shape that broadcasts to {shape} {meaning}, got {tuple(value.shape)}")

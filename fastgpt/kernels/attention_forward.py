@@ -1,0 +1,446 @@
+"""Attention, forward: one pass over the keys with an online softmax.
+
+    out[b,h,i] = sum_j softmax_j(score[b,h,i,j]) v[b,h//g,j],   g = H // H_kv
+    lse[b,h,i] = log sum_j exp(score[b,h,i,j])
+
+Each program owns BLOCK_M queries of one head and walks over the keys they see, BLOCK_N at a time.
+It holds, per query, the running maximum m and the sum l of exp(score - m), and rescales what it has
+accumulated whenever m grows, so no (T, S) matrix ever exists. Tiles of keys that no query of the
+program sees are skipped, and only those that some query does not see are masked.
+
+Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.attention_tiles import (
+    LN_2,
+    LOG2_E,
+    kept_weights,
+    load_keys,
+    load_rows,
+    modified_scores_log2,
+    page_rows,
+    visible_keys,
+)
+from fastgpt.ops.dropout import keep_threshold
+
+
+class Tile(NamedTuple):
+    """What one program works on, and the warps and pipeline stages it works with."""
+
+    BLOCK_M: int  # queries
+    BLOCK_N: int  # keys per step
+    num_warps: int
+    num_stages: int
+
+
+SHORT = 16  # up to this many queries, the short tile of a pair
+
+# (head dim padded to a power of two, bytes per element) -> tiles for (more than SHORT queries, up to SHORT).
+TILES = {
+    (16, 2): (Tile(128, 64, 4, 3), Tile(16, 64, 4, 3)),
+    (32, 2): (Tile(128, 64, 4, 3), Tile(16, 128, 4, 3)),
+    (64, 2): (Tile(128, 64, 4, 4), Tile(16, 64, 4, 3)),
+    (128, 2): (Tile(128, 64, 8, 3), Tile(16, 64, 4, 3)),
+    (256, 2): (Tile(64, 32, 8, 2), Tile(16, 32, 4, 3)),
+    (16, 4): (Tile(64, 32, 4, 2), Tile(16, 128, 4, 2)),
+    (32, 4): (Tile(64, 64, 8, 2), Tile(16, 32, 4, 2)),
+    (64, 4): (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    (128, 4): (Tile(32, 16, 8, 3), Tile(16, 16, 8, 2)),
+    (256, 4): (Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
+}
+
+# Where scores are more than q·k · scale, or keys are not rows in a row, tiles that leave registers for that.
+RICH_TILES = {
+    (16, 2): Tile(64, 64, 4, 2),
+    (32, 2): Tile(64, 64, 4, 2),
+    (64, 2): Tile(64, 32, 4, 2),
+    (128, 2): Tile(64, 32, 8, 2),
+    (256, 2): Tile(32, 32, 8, 2),
+    (16, 4): Tile(32, 32, 4, 2),
+    (32, 4): Tile(32, 32, 4, 2),
+    (64, 4): Tile(32, 32, 8, 1),
+    (128, 4): Tile(16, 16, 8, 2),
+    (256, 4): Tile(16, 16, 8, 1),
+}
+
+
+@triton.jit
+def _attend(
+    acc, row_sum, row_max_log2, q, k_ptr, v_ptr, begin, stop, end,
+    own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
+    mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
+    stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+    stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys begin..stop-1 into (acc, row_sum, row_max_log2); begin is a multiple of BLOCK_N.
+
+    Unmasked, every query sees every key of that range and stop - begin is a multiple of BLOCK_N.
+    Masked, keys from `end` on are not read, and each query sees what visible_keys and the mask leave to it.
+    """
+    MODIFIED: tl.constexpr = HAS_SOFTCAP or HAS_ALIBI or bias_ptr is not None
+    for start_n in range(begin, stop, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        in_range = offs_n < end
+        if block_table_ptr is not None:
+            pages, key_rows = page_rows(block_table_ptr, stride_tp, offs_n, end, page, n_pages)
+            k = load_keys(k_ptr, stride_kb, stride_kn, pages, key_rows, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
+            k_scales = pages * stride_ksb + key_rows * stride_ksn
+            v_scales = pages * stride_vsb + key_rows * stride_vsn
+        else:
+            k = load_keys(k_ptr, 0, stride_kn, 0, offs_n, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
+            k_scales, v_scales = offs_n * stride_ksn, offs_n * stride_vsn
+        qk = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32, not yet scaled
+        if k_scale_ptr is not None:
+            qk *= tl.load(k_scale_ptr + k_scales, mask=in_range, other=0.0)[None, :]
+        factor = scale * LOG2_E  # what is left to multiply scores with
+        if MODIFIED:
+            bias = 0.0
+            if bias_ptr is not None:
+                ptrs = bias_ptr + rows[:, None] * stride_bias_m + offs_n[None, :] * stride_bias_n
+                within = (rows[:, None] < n_rows) & in_range[None, :]
+                bias = tl.load(ptrs, mask=within, other=0.0).to(tl.float32)
+            qk = modified_scores_log2(
+                qk, scale, softcap, slope, own, offs_n, bias, HAS_SOFTCAP, HAS_ALIBI, bias_ptr is not None
+            )
+            factor = 1.0
+        if MASKED:
+            visible = visible_keys(own, offs_n, end, window, IS_CAUSAL, HAS_WINDOW)
+            if mask_ptr is not None:
+                ptrs = mask_ptr + rows[:, None] * stride_mask_m + offs_n[None, :] * stride_mask_n
+                within = (rows[:, None] < n_rows) & in_range[None, :]
+                visible = visible & (tl.load(ptrs, mask=within, other=0) != 0)
+            qk = tl.where(visible, qk, float("-inf"))
+
+        new_max_log2 = tl.maximum(row_max_log2, tl.max(qk, 1) * factor)
+        # A query that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
+        shift_log2 = tl.where(new_max_log2 == float("-inf"), 0.0, new_max_log2) if MASKED else new_max_log2
+        p = tl.exp2(qk * factor - shift_log2[:, None])
+        rescale = tl.exp2(row_max_log2 - shift_log2)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        row_max_log2 = new_max_log2
+        if seed is not None:
+            keep = kept_weights(seed, threshold, b, head, offs_m, start_n, BLOCK_N)
+            p = tl.where(keep, p * keep_scale, 0.0)
+
+        if block_table_ptr is not None:
+            v = load_keys(v_ptr, stride_vb, stride_vn, pages, key_rows, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
+        else:
+            v = load_keys(v_ptr, 0, stride_vn, 0, offs_n, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
+        if v_scale_ptr is not None:
+            v_scale = tl.load(v_scale_ptr + v_scales, mask=in_range, other=0.0)
+            v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return acc, row_sum, row_max_log2
+
+
+# Numbers that vary between calls must not compile the kernel again. What specialising would gain, the divisibility
+# of strides, the launcher guarantees and the kernel states.
+NUMBERS = [
+    "stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn",
+    "stride_ob", "stride_oh", "stride_om", "stride_lb", "stride_lh",
+    "stride_mask_b", "stride_mask_h", "stride_mask_m", "stride_mask_n",
+    "stride_bias_b", "stride_bias_h", "stride_bias_m", "stride_bias_n",
+    "stride_tb", "stride_tp", "stride_ksb", "stride_ksh", "stride_ksn", "stride_vsb", "stride_vsh", "stride_vsn",
+    "page", "n_pages", "n_heads", "group", "n_queries", "n_keys", "window", "threshold",
+]  # fmt: skip
+POINTERS = ["kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr"]
+POINTERS += ["block_table_ptr", "k_scale_ptr", "v_scale_ptr", "seed_ptr"]
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, *POINTERS])
+def _attention_forward(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr,
+    block_table_ptr, k_scale_ptr, v_scale_ptr, seed_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_om, stride_lb, stride_lh,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    stride_tb, stride_tp, stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
+    page, n_pages, n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head. Strides are in elements; the last dimension's is 1.
+
+    lse (B, H, T) fp32. Packed sequences: cu_q, cu_k (B + 1,) int32 say where each begins, batch strides are 0 and
+    n_queries is that of the longest. What is None has no part in the kernel.
+    """
+    n_tiles = tl.cdiv(n_queries, BLOCK_M)
+    pid = tl.program_id(0)
+    start_m = (n_tiles - 1 - pid % n_tiles) * BLOCK_M  # last queries first: if causal, they have most to do
+    b = tl.cast(pid // n_tiles // n_heads, tl.int64)
+    h = tl.cast(pid // n_tiles % n_heads, tl.int64)
+    h_kv = tl.cast(pid // n_tiles % n_heads // group, tl.int64)
+
+    length = n_keys
+    if kv_lengths_ptr is not None:
+        length = tl.maximum(0, tl.minimum(tl.load(kv_lengths_ptr + b), n_keys))
+    if cu_q_ptr is not None:
+        first_q, first_k = tl.load(cu_q_ptr + b), tl.load(cu_k_ptr + b)
+        n_queries = tl.load(cu_q_ptr + b + 1) - first_q
+        length = tl.load(cu_k_ptr + b + 1) - first_k
+        if start_m >= n_queries:
+            return
+        q_ptr += tl.cast(first_q, tl.int64) * stride_qm
+        out_ptr += tl.cast(first_q, tl.int64) * stride_om
+        lse_ptr += first_q
+        k_ptr += tl.cast(first_k, tl.int64) * stride_kn
+        v_ptr += tl.cast(first_k, tl.int64) * stride_vn
+    rows = tl.arange(0, BLOCK_M)  # queries of the tile, counted from start_m
+    n_rows = n_queries - start_m
+    past = start_m + length - n_queries  # keys before the one at the position of the tile's first query
+    own = past + rows
+
+    # Keys from `end` on and before `begin` are seen by no query of the tile, those from `inner` to `outer` by all.
+    end = tl.minimum(past + tl.minimum(BLOCK_M, n_rows), length) if IS_CAUSAL else length
+    outer = (tl.maximum(past + 1, 0) if IS_CAUSAL else length) // BLOCK_N * BLOCK_N
+    begin = 0
+    inner = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(past + 1 - window, 0) // BLOCK_N * BLOCK_N
+        inner = tl.cdiv(tl.maximum(past + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
+    if mask_ptr is not None:
+        outer = begin
+
+    q_ptr = tl.multiple_of(q_ptr + b * stride_qb + h * stride_qh + tl.cast(start_m, tl.int64) * stride_qm, 16)
+    k_ptr = tl.multiple_of(k_ptr + h_kv * stride_kh, 16)
+    v_ptr = tl.multiple_of(v_ptr + h_kv * stride_vh, 16)
+    if block_table_ptr is not None:
+        block_table_ptr += b * stride_tb
+    else:
+        k_ptr = tl.multiple_of(k_ptr + b * stride_kb, 16)
+        v_ptr = tl.multiple_of(v_ptr + b * stride_vb, 16)
+    if k_scale_ptr is not None:
+        k_scale_ptr += h_kv * stride_ksh
+        v_scale_ptr += h_kv * stride_vsh
+        if block_table_ptr is None:
+            k_scale_ptr += b * stride_ksb
+            v_scale_ptr += b * stride_vsb
+    if mask_ptr is not None:
+        mask_ptr += b * stride_mask_b + h * stride_mask_h + tl.cast(start_m, tl.int64) * stride_mask_m
+    if bias_ptr is not None:
+        bias_ptr += b * stride_bias_b + h * stride_bias_h + tl.cast(start_m, tl.int64) * stride_bias_m
+    slope = tl.zeros([BLOCK_M], tl.float32)
+    if alibi_ptr is not None:
+        slope += tl.load(alibi_ptr + h)
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    head = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
+    offs_m = start_m + rows
+
+    q = load_rows(q_ptr, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max_log2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if HAS_WINDOW:
+        acc, row_sum, row_max_log2 = _attend(
+            acc, row_sum, row_max_log2, q, k_ptr, v_ptr, begin, tl.minimum(inner, end), end,
+            own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
+            mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
+            stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
+            HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASKED=True,
+        )  # fmt: skip
+        begin = inner
+    if mask_ptr is None:
+        acc, row_sum, row_max_log2 = _attend(
+            acc, row_sum, row_max_log2, q, k_ptr, v_ptr, begin, outer, end,
+            own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
+            mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
+            stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
+            HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASKED=False,
+        )  # fmt: skip
+    acc, row_sum, row_max_log2 = _attend(
+        acc, row_sum, row_max_log2, q, k_ptr, v_ptr, tl.maximum(begin, outer), end, end,
+        own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
+        mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
+        stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+        stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
+        HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASKED=True,
+    )  # fmt: skip
+
+    blind = row_sum == 0.0  # no key seen: out 0, lse -inf
+    if sinks_ptr is not None:
+        sink_log2 = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
+        highest_log2 = tl.where(blind, 0.0, tl.maximum(row_max_log2, sink_log2))
+        rescale = tl.exp2(row_max_log2 - highest_log2)
+        row_sum = tl.where(blind, 0.0, row_sum * rescale + tl.exp2(sink_log2 - highest_log2))
+        acc *= rescale[:, None]
+        row_max_log2 = tl.where(blind, row_max_log2, highest_log2)
+    row_sum = tl.where(blind, 1.0, row_sum)
+    lse = (row_max_log2 + tl.log2(row_sum)) * LN_2
+    tl.store(lse_ptr + b * stride_lb + h * stride_lh + start_m + rows, lse, mask=rows < n_rows)
+    out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
+    out_ptr += b * stride_ob + h * stride_oh + tl.cast(start_m, tl.int64) * stride_om
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (rows[:, None] < n_rows) & (offs_d[None, :] < HEAD_DIM)
+    tl.store(out_ptr + rows[:, None] * tl.cast(stride_om, tl.int64) + offs_d[None, :], out, mask=mask)
+
+
+INTERPRETED = not isinstance(_attention_forward, triton.JITFunction)  # TRITON_INTERPRET was set
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal=True, scale, window=None, softcap=None, alibi_slopes=None, sinks=None,
+    mask=None, bias=None, kv_lengths=None, block_table=None, k_scale=None, v_scale=None, dropout_p=0.0,
+    dropout_seed=None, cu_seqlens_q=None, cu_seqlens_k=None, max_q=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches the kernel: one launch, no host sync. Arguments: `fastgpt.attention`, with dropout_seed (1,) int64 on
+    the device.
+
+    Packed sequences: q (1, H, total_q, D), k, v (1, H_kv, total_k, D), and cu_seqlens_q, cu_seqlens_k (B + 1,) int32;
+    max_q is the longest sequence's number of queries.
+
+    Returns:
+        out (B, H, T, D) in q's dtype, contiguous as (B, T, H, D), and lse (B, H, T) fp32, natural log.
+        A query that sees no key gets zeros and -inf.
+    """
+    if INTERPRETED and q.dtype is torch.bfloat16:  # there, tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
+        options = {name: value for name, value in locals().items() if name not in ("q", "k", "v")}
+        k, v = (x.float() if x.dtype is torch.bfloat16 else x for x in (k, v))
+        out, lse = attention_forward(q.float(), k, v, **options)
+        return out.bfloat16(), lse
+
+    B, H, T, D = q.shape
+    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    if scale <= 0.0:  # the kernel takes the maximum before it scales
+        q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
+    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
+
+    extras = Extras(q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
+                    dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
+    n_queries = T if max_q is None else max_q
+    constants = _constants(D, q.element_size(), n_queries <= SHORT, causal, window is not None, softcap is not None, extras.rich)
+    packed = cu_seqlens_q is not None
+    batch = len(cu_seqlens_q) - 1 if packed else B
+    grid = (triton.cdiv(n_queries, constants["BLOCK_M"]) * batch * H,)
+    with torch.cuda.device_of(q):
+        _attention_forward[grid](
+            q, bytes_of(k), bytes_of(v), out, lse, **extras.tensors,
+            **strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed),
+            **strides(out, "o", "bhm", packed), **strides(lse, "l", "bh", packed),
+            **extras.numbers, n_heads=H, group=H // k.shape[1], n_queries=n_queries, scale=scale, **constants,
+        )  # fmt: skip
+    return out, lse
+
+
+class Extras:
+    """Everything that attention can do beyond softmax(scale q·k) v, as the kernels take it."""
+
+    def __init__(self, q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
+                 dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k):  # fmt: skip
+        B, H, T, _ = q.shape
+        S = k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
+        mask = None if mask is None else mask.expand(B, H, T, S).view(torch.uint8)
+        bias = None if bias is None else bias.expand(B, H, T, S)
+        self.tensors = {
+            "kv_lengths_ptr": None if kv_lengths is None else kv_lengths.contiguous(),
+            "cu_q_ptr": None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
+            "cu_k_ptr": None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
+            "alibi_ptr": None if alibi_slopes is None else alibi_slopes.contiguous(),
+            "sinks_ptr": None if sinks is None else sinks.contiguous(),
+            "mask_ptr": mask,
+            "bias_ptr": bias,
+            "block_table_ptr": block_table,
+            "k_scale_ptr": k_scale,
+            "v_scale_ptr": v_scale,
+            "seed_ptr": dropout_seed if dropout_p > 0 else None,
+        }
+        self.numbers = {
+            **strides(mask, "mask_", "bhmn"),
+            **strides(bias, "bias_", "bhmn"),
+            **strides(block_table, "t", "bp"),
+            **strides(k_scale, "ks", "bhn"),
+            **strides(v_scale, "vs", "bhn"),
+            "page": k.shape[2],
+            "n_pages": k.shape[0],
+            "n_keys": S,
+            "window": 0 if window is None else min(window, 2**31 - 1),
+            "softcap": 0.0 if softcap is None else float(softcap),
+            "threshold": keep_threshold(dropout_p),
+            "keep_scale": 1.0 / (1.0 - dropout_p),
+        }
+        # Whether tiles need registers for it.
+        self.rich = softcap is not None or any(
+            self.tensors[name] is not None
+            for name in ("alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr")
+        )
+
+
+def strides(x: Tensor | None, prefix: str, dims: str, packed: bool = False) -> dict[str, int]:
+    """stride_<prefix><dim> of each of the first dimensions, in elements; 0 for none, and for the batch if packed."""
+    values = [0] * len(dims) if x is None else x.stride()
+    return {
+        f"stride_{prefix}{dim}": 0 if packed and dim == "b" else value
+        for dim, value in zip(dims, values)
+    }
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    """x, or its bytes if it is of 8-bit floats, which not every architecture knows."""
+    return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x (B, H, N, D), or a copy, if its rows do not start and end at multiples of 16 bytes as vector loads need."""
+    b, h, n, _ = x.stride()
+    size, D = x.element_size(), x.shape[-1]
+    if (x.data_ptr() | (b | h | n | D) * size) % 16 == 0:
+        return x
+    padded = torch.zeros((*x.shape[:-1], triton.cdiv(D * size, 16) * 16 // size), dtype=x.dtype, device=x.device)
+    padded[..., :D] = x
+    return padded
+
+
+@functools.cache
+def _constants(
+    head_dim: int, element_size: int, short: bool, causal: bool, has_window=False, has_softcap=False, rich=False
+) -> dict:
+    """The kernel's compile-time arguments and options."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    tile = RICH_TILES[block_d, element_size] if rich else TILES[block_d, element_size][short]
+    return dict(
+        HEAD_DIM=head_dim, BLOCK_D=block_d, IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
+        **tile._asdict(), enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def aot_configurations():
+    """Yields (dtype, constants, the pointers that are not None) for kernels that ship, to compile ahead of time.
+
+    Of the head dims that share a tile there are two: one that fills it and one that does not. Of the features, none;
+    all that go together, as they ask for most; and each kind of storage.
+    """
+    features = [
+        ((), {}),
+        (("kv_lengths_ptr",), {"has_window": True}),
+        (("alibi_ptr", "sinks_ptr", "bias_ptr", "seed_ptr"), {"has_window": True, "has_softcap": True, "rich": True}),
+        (("mask_ptr", "bias_ptr", "sinks_ptr"), {"rich": True}),
+        (("kv_lengths_ptr", "block_table_ptr"), {"rich": True, "has_window": True}),
+        (("kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr"), {"rich": True}),
+        (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {"rich": True}),
+    ]
+    for (block_d, element_size), dtype in itertools.product(TILES, (torch.float16, torch.bfloat16, torch.float32)):
+        if dtype.itemsize != element_size:
+            continue
+        for head_dim, short, causal, (pointers, flags) in itertools.product(
+            (block_d, block_d * 5 // 8), (False, True), (True, False), features
+        ):
+            if not (short and flags.get("rich")):
+                yield dtype, _constants(head_dim, element_size, short, causal, **flags), pointers

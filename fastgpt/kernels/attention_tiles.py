@@ -1,0 +1,121 @@
+"""What the attention kernels share: how a tile of keys is read, what becomes of its scores, which of them count.
+
+Names: offs_m are tokens of the query, offs_n keys; own is a query's own position, token + L - T. Scores in base 2 carry
+_log2: exp(x) = 2^(x log2 e), and the hardware's exponential is that of 2.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def load_rows(ptr, stride, offs_row, n_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """A tile (rows, BLOCK_D), zero from n_rows on and past HEAD_DIM. Rows start and end at multiples of 16 bytes."""
+    ALIGN: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth  # elements in 16 bytes
+    offsets = offs_row * tl.multiple_of(tl.cast(stride, tl.int64), ALIGN)
+    return _load_tile(ptr, offsets, offs_row < n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS)
+
+
+@triton.jit
+def _load_tile(ptr, offsets, row_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
+    ALIGN: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    ROW: tl.constexpr = (HEAD_DIM + ALIGN - 1) // ALIGN * ALIGN
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = tl.full([1, 1], True, tl.int1)
+    if MASK_ROWS:
+        mask = mask & row_mask[:, None]
+    if ROW < BLOCK_D:
+        mask = mask & (offs_d[None, :] < ROW)
+    return tl.load(ptr + offsets[:, None] + offs_d[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def page_rows(block_table_ptr, stride_tp, offs_n, end, page, n_pages):
+    """Keys offs_n of a paged sequence: their pages, int64, and their rows in them. From `end` on anything valid."""
+    pages = tl.load(block_table_ptr + offs_n // page * stride_tp, mask=offs_n < end, other=0)
+    return tl.cast(tl.maximum(tl.minimum(pages, n_pages - 1), 0), tl.int64), offs_n % page
+
+
+@triton.jit
+def load_keys(
+    ptr, stride_page, stride_row, pages, rows, end_mask, dtype: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys or values (rows, BLOCK_D) in `dtype`: rows `rows` of pages `pages`. int8 and e4m3 (as uint8) are
+    what their bits say, without their scale."""
+    ALIGN: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    offsets = pages * tl.multiple_of(tl.cast(stride_page, tl.int64), ALIGN)
+    offsets += rows * tl.multiple_of(tl.cast(stride_row, tl.int64), ALIGN)
+    x = _load_tile(ptr, offsets, end_mask, HEAD_DIM, BLOCK_D, MASK_ROWS)
+    return from_8_bits(x, dtype)
+
+
+@triton.jit
+def from_8_bits(x, dtype: tl.constexpr):
+    if x.dtype == tl.uint8:
+        # e4m3 to fp16: exponents differ by 8, which the multiplication adds, for subnormal numbers too.
+        bits = x.to(tl.int16)
+        magnitude = bits & 0x7F
+        half = ((bits & 0x80) << 8 | magnitude << 7).to(tl.float16, bitcast=True) * 256.0
+        x = tl.where(magnitude == 0x7F, float("nan"), half.to(tl.float32)).to(dtype)
+    return x.to(dtype)
+
+
+@triton.jit
+def tanh(x):
+    """Within 2 units of the last place: a polynomial where exp would cancel (Cephes, tanhf.c)."""
+    z = x * x
+    y = -5.70498872745e-3 * z + 2.06390887954e-2
+    y = y * z - 5.37397155531e-2
+    y = y * z + 1.33314422036e-1
+    y = y * z - 3.33332819422e-1
+    small = y * z * x + x
+    large = 1.0 - 2.0 / (tl.exp2(2.0 * LOG2_E * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def modified_scores_log2(
+    qk, scale, softcap, slope, own, offs_n, bias,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Scores in base 2 from q·k (M, N): scale, soft cap, ALiBi and bias, in this order. slope (M,) of each row's head."""
+    x = qk * scale
+    if HAS_SOFTCAP:
+        x = softcap * tanh(x / softcap)
+    if HAS_ALIBI:
+        x -= slope[:, None] * tl.abs(own[:, None] - offs_n[None, :]).to(tl.float32)
+    if HAS_BIAS:
+        x += bias
+    return x * LOG2_E
+
+
+@triton.jit
+def visible_keys(
+    own, offs_n, end, window, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr
+):  # fmt: skip
+    """(M, N): which keys before `end` the mask and the window leave to each query."""
+    visible = offs_n[None, :] <= own[:, None] if IS_CAUSAL else offs_n[None, :] < end
+    if IS_CAUSAL:
+        visible = visible & (offs_n[None, :] < end)
+    if HAS_WINDOW:
+        visible = visible & (offs_n[None, :] > own[:, None] - window)
+    return visible
+
+
+@triton.jit
+def kept_weights(seed, threshold, b, heads, offs_m, start_n, BLOCK_N: tl.constexpr):
+    """(M, BLOCK_N): which weights dropout keeps, see fastgpt/ops/dropout.py. start_n is a multiple of 4; heads, offs_m:
+    (M,) head and token of each row. Every number of a counter is below 2^32."""
+    zero = tl.zeros([1, BLOCK_N // 4], tl.int32) + tl.zeros_like(offs_m).to(tl.int32)[:, None]
+    blocks = zero + (start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.int32)[None, :]
+    rows = zero + offs_m.to(tl.int32)[:, None]
+    heads = zero + heads.to(tl.int32)[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, blocks.to(tl.uint32), rows.to(tl.uint32), heads.to(tl.uint32), (zero + b).to(tl.uint32))
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return (words >> 1).to(tl.int32) >= threshold
