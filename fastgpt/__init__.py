@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from fastgpt.cache import ContiguousCache, KVCache, OutOfPages, PagedCache, PagePool, SlidingCache
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.ops.attention import attention, attention_reference
+from fastgpt.ops.attention import attention, attention_reference, attention_varlen, attention_varlen_reference
 from fastgpt.ops.explain import explain
 from fastgpt.ops.kv_cache_update import (
     kv_cache_update,
@@ -25,6 +25,8 @@ __all__ = [
     "SlidingCache",
     "attention",
     "attention_reference",
+    "attention_varlen",
+    "attention_varlen_reference",
     "build_info",
     "explain",
     "kv_cache_update",

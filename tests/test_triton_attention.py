@@ -4,6 +4,7 @@ Tests that run the kernel need a GPU or Triton's interpreter. The interpreter is
 so it gets a process of its own: `test_under_the_interpreter` runs this file again with TRITON_INTERPRET=1.
 """
 
+import itertools
 import math
 import os
 import re
@@ -17,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numerics import check
+from attention_features import FEATURES, inputs, options
+from numerics import BACKWARD, check
 from packaging.version import Version
 
 triton = pytest.importorskip("triton")
@@ -25,8 +27,10 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from fastgpt.kernels import attention_backward as backward  # noqa: E402
 from fastgpt.kernels import attention_forward as kernel  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
+from fastgpt.ops.quantisation import quantise  # noqa: E402
 
 DEVICE = "cpu" if kernel.INTERPRETED else "cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -167,6 +171,152 @@ def test_parity_at_any_scale(scale):
     assert_parity(q, k, v, scale=scale)
 
 
+# B, H, H_kv, T, S, D
+FEATURE_SHAPES = {
+    "off-block": (2, 4, 2, 37, 70, 40),
+    "short": (2, 3, 1, 3, 33, 64),
+    "S < T": (1, 6, 3, 40, 21, 16),
+}
+
+
+def gradients(function, tensors, douts):
+    """out, lse and the gradients by `tensors` (a dict) of a function that takes them as keywords."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
+    results = function(**leaves)
+    torch.autograd.backward(results, [dout.to(x.dtype) for x, dout in zip(results, douts)])
+    return [x.detach() for x in results], {name: x.grad for name, x in leaves.items()}
+
+
+def backward_parity(q, k, v, options):
+    """The kernels' results and gradients against the reference's, by the numerics contract."""
+    options = {"causal": True, "scale": 1.0 / math.sqrt(q.shape[-1])} | options
+    differentiable = {"q": q, "k": k, "v": v}
+    differentiable |= {name: options[name] for name in ("bias", "sinks") if name in options}
+    others = {name: x for name, x in options.items() if name not in differentiable}
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    dout = torch.randn(q.shape, generator=generator, device=DEVICE).to(q.dtype)
+
+    def reference(**tensors):
+        return attention_reference(**tensors, **others, return_lse=True)
+
+    with torch.no_grad():
+        blind = reference(**differentiable)[1] == -math.inf
+    dlse = torch.randn(q.shape[:3], generator=generator, device=DEVICE).masked_fill(blind, 0.0)
+    low, low_gradients = gradients(reference, differentiable, (dout, dlse))
+    doubled = {name: x.double() for name, x in differentiable.items()}
+    oracle, oracle_gradients = gradients(reference, doubled, (dout, dlse))
+
+    out, lse = kernel.attention_forward(q, k, v, **options)
+    needs_dbias = "bias" in options
+    results = backward.attention_backward(dout, dlse, q, k, v, out, lse, **options, needs_dbias=needs_dbias)
+    again = backward.attention_backward(dout, dlse, q, k, v, out, lse, **options, needs_dbias=needs_dbias)
+    check(out, oracle[0], low[0], dtype=q.dtype, name="out")
+    check(lse, oracle[1], low[1], dtype=torch.float32, name="lse")
+    for name, actual, repeated in zip(("q", "k", "v", "bias", "sinks"), results, again, strict=True):
+        if name in differentiable:
+            assert actual.dtype == differentiable[name].dtype and torch.equal(actual, repeated)
+            check(
+                actual, oracle_gradients[name], low_gradients[name], dtype=actual.dtype, k=BACKWARD, name=f"d{name}"
+            )
+        else:
+            assert actual is None
+
+
+@runs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FEATURE_SHAPES.values(), ids=FEATURE_SHAPES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_and_their_gradients(feature, shape, dtype):
+    if kernel.INTERPRETED and dtype is not torch.float32 and shape != FEATURE_SHAPES["S < T"]:
+        pytest.skip("the interpreter is slow: one shape for 16 bits")
+    B, H, H_kv, T, S, D = shape
+    q, k, v = inputs(*shape, dtype, DEVICE)
+    arguments = options(feature, B, H, T, S, dtype, DEVICE)
+    backward_parity(q, k, v, arguments)
+
+
+@runs_kernel
+@pytest.mark.parametrize("head_dim", (80, 128, 192, 256))
+def test_gradients_at_larger_head_dims(head_dim):
+    q, k, v = inputs(1, 2, 1, 35, 35, head_dim, torch.float32, DEVICE)
+    backward_parity(q, k, v, {})
+
+
+@runs_kernel
+@pytest.mark.parametrize("view", (packed, sequence_first, misaligned, expanded))
+def test_gradients_on_views(view):
+    q, k, v = inputs(2, 4, 2, 21, 35, 33, torch.float16, DEVICE)
+    backward_parity(view(q), view(k), view(v), {"kv_lengths": lengths_of((35, 20))})
+
+
+@runs_kernel
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("kv_dtype", (None, torch.int8, torch.float8_e4m3fn), ids=str)
+@pytest.mark.parametrize("page", (None, 1, 16, 48))
+def test_paged_and_quantised(page, kv_dtype, dtype):
+    q, k, v = inputs(3, 4, 2, 20, 90, 40, dtype, DEVICE)
+    arguments = {"kv_lengths": lengths_of((0, 90, 33)), "causal": True, "scale": 0.2}
+    if kv_dtype is not None:
+        (k, k_scale), (v, v_scale) = quantise(k, kv_dtype), quantise(v, kv_dtype)
+        arguments |= {"k_scale": k_scale, "v_scale": v_scale}
+    if page is not None:
+        pages = -(-90 // page)
+        table = torch.randperm(3 * pages, device=DEVICE).view(3, pages).int()
+
+        def pool(x):
+            pool = torch.zeros(3 * pages, page, *x.shape[1:2], *x.shape[3:], dtype=x.dtype, device=DEVICE).transpose(1, 2)
+            for b in range(3):
+                for i in range(pages):
+                    rows = x[b, :, i * page : (i + 1) * page]
+                    pool[table[b, i], :, : rows.shape[1]] = rows
+            return pool
+
+        k, v = pool(k), pool(v)
+        for name in ("k_scale", "v_scale"):
+            if name in arguments:
+                arguments[name] = pool(arguments[name])
+        table[0] = 1 << 30
+        table[2, -(-33 // page) :] = -1
+        arguments["block_table"] = table
+    out, lse = kernel.attention_forward(q, k, v, **arguments)
+    exact = (k, v) if kv_dtype is not None else (k.double(), v.double())
+    oracle = attention_reference(q.double(), *exact, **arguments, return_lse=True)
+    low = attention_reference(q, k, v, **arguments, return_lse=True)
+    check(out, oracle[0], low[0], dtype=dtype, name="out")
+    check(lse, oracle[1], low[1], dtype=torch.float32, name="lse")
+
+
+@runs_kernel
+def test_packed_sequences_are_their_sequences_one_by_one():
+    lengths_q, lengths_k = (5, 0, 33, 1), (9, 4, 33, 40)
+    H, H_kv, D = 4, 2, 40
+    parts = [inputs(1, H, H_kv, t, s, D, torch.float32, DEVICE, seed=i) for i, (t, s) in enumerate(zip(lengths_q, lengths_k))]
+    q, k, v = (torch.cat(tensors, dim=2) for tensors in zip(*parts))  # (1, heads, total, D)
+    offsets = [lengths_of([0, *itertools.accumulate(lengths)]) for lengths in (lengths_q, lengths_k)]
+    packing = {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1], "max_q": max(lengths_q)}
+    seed = torch.tensor([3], device=DEVICE)
+    common = {"scale": 0.3, "window": 20, "alibi_slopes": torch.rand(H, device=DEVICE), "sinks": torch.randn(H, device=DEVICE)}
+    out, lse = kernel.attention_forward(q, k, v, **common, **packing)
+    dout = torch.randn_like(out)
+    grads = backward.attention_backward(dout, None, q, k, v, out, lse, **common, **packing, max_k=max(lengths_k))
+    at_q = at_k = 0
+    dsinks = torch.zeros(H, device=DEVICE)
+    for part, t, s in zip(parts, lengths_q, lengths_k):
+        rows, keys = slice(at_q, at_q + t), slice(at_k, at_k + s)
+        at_q, at_k = at_q + t, at_k + s
+        expected_out, expected_lse = kernel.attention_forward(*part, **common)
+        expected = backward.attention_backward(dout[:, :, rows], None, *part, expected_out, expected_lse, **common)
+        # The short tile sums in another order, so not bit for bit.
+        torch.testing.assert_close(out[:, :, rows], expected_out, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(lse[:, :, rows], expected_lse, atol=2e-6, rtol=1e-5)
+        for actual, gradient, index in zip(grads, expected, (rows, keys, keys)):
+            torch.testing.assert_close(actual[:, :, index], gradient, atol=5e-6, rtol=1e-4)
+        dsinks += expected[4]
+    torch.testing.assert_close(grads[4], dsinks, atol=1e-5, rtol=1e-4)
+    dropped, _ = kernel.attention_forward(q, k, v, **common, **packing, dropout_p=0.5, dropout_seed=seed)
+    assert not torch.equal(dropped, out)
+
+
 @runs_kernel
 def test_large_scores_do_not_overflow():
     q, k, v = random_inputs(1, 1, 1, 40, 40, 64, torch.float32)
@@ -236,32 +386,40 @@ def test_under_the_interpreter():
 
 # Shared memory a block may use, in bytes. Chips of compute capability 8.6 and 8.9 run the code of 8.0 in 99 KiB.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+ELEMENTS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+OTHERS = {
+    "lse_ptr": "*fp32", "dlse_ptr": "*fp32", "delta_ptr": "*fp32", "alibi_ptr": "*fp32", "k_scale_ptr": "*fp32",
+    "v_scale_ptr": "*fp32", "kv_lengths_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "block_table_ptr": "*i32",
+    "mask_ptr": "*u8", "seed_ptr": "*i64", "scale": "fp32", "softcap": "fp32", "keep_scale": "fp32",
+}  # fmt: skip
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
-def compile_for(arch, dtype, constants, has_lengths):
-    """The kernel as a launch compiles it: tensors start at multiples of 16 bytes, nothing else is specialised."""
+def compile_for(arch, function, dtype, constants, pointers):
+    """A kernel as a launch compiles it: rows start at multiples of 16 bytes, nothing else is specialised.
+
+    pointers: of those that may be None, which are not.
+    """
     constants = dict(constants)
-    options = {name: constants.pop(name) for name in OPTIONS}
-    signature = {name: "i32" for name in kernel._attention_forward.arg_names}
-    signature |= {name: POINTERS[dtype] for name in signature if name.endswith("_ptr")}
-    signature |= {"lse_ptr": "*fp32", "kv_lengths_ptr": "*i32", "scale_log2": "fp32"}
-    if not has_lengths:
-        constants["kv_lengths_ptr"] = None
+    launch_options = {name: constants.pop(name) for name in LAUNCH_OPTIONS}
+    signature = {name: OTHERS.get(name, ELEMENTS[dtype] if name.endswith("_ptr") else "i32") for name in function.arg_names}
+    if "k_scale_ptr" in pointers:
+        signature |= {"k_ptr": "*i8", "v_ptr": "*i8"}
+    constants |= {name: None for name in kernel.POINTERS if name in signature and name not in pointers}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") and name != "kv_lengths_ptr"
+        if kind.startswith("*") and name not in pointers
     }
-    source = ASTSource(kernel._attention_forward, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    source = ASTSource(function, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch_options)
 
 
-def faults_in_machine_code(arch, dtype, constants, has_lengths):
+def faults_in_machine_code(arch, name, dtype, constants, pointers):
     """What is wrong with one compiled kernel, as text; empty if nothing is."""
-    compiled = compile_for(arch, dtype, constants, has_lengths)
+    function = getattr(kernel, name, None) or getattr(backward, name)
+    compiled = compile_for(arch, function, dtype, constants, pointers)
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -275,13 +433,16 @@ def faults_in_machine_code(arch, dtype, constants, has_lengths):
         faults.append(f"spills {stack + local} bytes at {registers} registers")
     if shared > SHARED_MEMORY[arch]:
         faults.append(f"{shared} bytes of shared memory")
-    if dtype.itemsize == 2 and arch == 90 and constants["BLOCK_M"] >= 64 and "wgmma.mma_async" not in ptx:
+    rich = {"alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr"} & set(pointers)  # small tiles
+    if dtype.itemsize == 2 and arch == 90 and constants["BLOCK_M"] >= 64 and not rich and "wgmma.mma_async" not in ptx:
         faults.append("no wgmma")
     if "tf32" in ptx:
         faults.append("fp32 rounded to tf32")
-    if "cp.async.cg" not in ptx or "cp.async.ca" in ptx:
+    plain = name == "_attention_forward" and not set(pointers) - {"kv_lengths_ptr"}
+    if plain and ("cp.async.cg" not in ptx or "cp.async.ca" in ptx):
         faults.append("copies narrower than 16 bytes")
-    return f"sm_{arch} {dtype} {constants} has_lengths={has_lengths}: {', '.join(faults)}" if faults else ""
+    what = f"sm_{arch} {name} {dtype} {constants} {pointers}"
+    return f"{what}: {', '.join(faults)}" if faults else ""
 
 
 def assert_machine_code_is_sound(arch, configurations):
@@ -291,25 +452,36 @@ def assert_machine_code_is_sound(arch, configurations):
     assert not faults, "\n".join(faults)
 
 
-def is_demanding(dtype, constants, has_lengths):
+def configurations():
+    """(name of the kernel, dtype, constants, pointers) of all that ship."""
+    for dtype, constants, pointers in kernel.aot_configurations():
+        yield "_attention_forward", dtype, constants, pointers
+    for function, dtype, constants, pointers in backward.aot_configurations():
+        yield function.__name__, dtype, constants, pointers
+
+
+def is_demanding(name, dtype, constants, pointers):
     """Of each tile, the kernel under the most register pressure: every mask in play."""
     tail = constants["HEAD_DIM"] < constants["BLOCK_D"]
-    return tail and constants["IS_CAUSAL"] and has_lengths and dtype is not torch.bfloat16
+    most = {"kv_lengths_ptr"} == set(pointers) or {"alibi_ptr", "bias_ptr", "seed_ptr"} <= set(pointers)
+    whole_bias = not (constants.get("ONE_ROW") or constants.get("ONE_COLUMN"))
+    return tail and constants["IS_CAUSAL"] and dtype is not torch.bfloat16 and most and whole_bias
 
 
 ahead_of_time = pytest.mark.skipif(kernel.INTERPRETED, reason="the interpreter does not compile")
 
 
-@ahead_of_time
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_machine_code(arch):
-    configurations = [configuration for configuration in kernel.aot_configurations() if is_demanding(*configuration)]
-    assert len(configurations) == 2 * len(kernel.TILES)
-    assert_machine_code_is_sound(arch, configurations)
-
-
 @pytest.mark.slow
 @ahead_of_time
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_machine_code(arch):
+    demanding = [configuration for configuration in configurations() if is_demanding(*configuration)]
+    assert len(demanding) == (2 + 1 + 2 * 2 + 1) * len(kernel.TILES)
+    assert_machine_code_is_sound(arch, demanding)
+
+
+@pytest.mark.skipif("FASTGPT_TEST_ALL_MACHINE_CODE" not in os.environ, reason="takes an hour on two cores")
+@ahead_of_time
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_machine_code_of_every_configuration(arch):
-    assert_machine_code_is_sound(arch, list(kernel.aot_configurations()))
+    assert_machine_code_is_sound(arch, list(configurations()))

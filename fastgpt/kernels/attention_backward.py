@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgpt.kernels.attention_forward import INTERPRETED, NUMBERS, POINTERS, Extras, Tile, aligned_rows, strides
 from fastgpt.kernels.attention_tiles import LOG2_E, kept_weights, load_rows, tanh, visible_keys
 
-# (head dim padded to a power of two, bytes per element) -> tile, the same for both passes.
+# (head dim padded to a power of two, bytes per element) -> tile, the same for all passes.
 TILES = {
     (16, 2): Tile(64, 64, 4, 2),
     (32, 2): Tile(64, 64, 4, 2),
@@ -33,6 +33,21 @@ TILES = {
     (64, 4): Tile(32, 32, 8, 1),
     (128, 4): Tile(16, 16, 8, 1),
     (256, 4): Tile(16, 16, 8, 1),
+}
+
+
+# Where scores are more than q·k · scale, tiles that leave registers for that.
+RICH_TILES = {
+    (16, 2): Tile(64, 32, 8, 1),
+    (32, 2): Tile(64, 32, 8, 1),
+    (64, 2): Tile(32, 32, 8, 1),
+    (128, 2): Tile(32, 16, 8, 1),
+    (256, 2): Tile(32, 16, 8, 1),
+    (16, 4): Tile(64, 32, 8, 1),
+    (32, 4): Tile(32, 64, 8, 1),
+    (64, 4): Tile(32, 32, 8, 1),
+    (128, 4): Tile(32, 16, 8, 1),
+    (256, 4): Tile(32, 16, 8, 1),
 }
 
 
@@ -64,7 +79,7 @@ def _delta(
 
 @triton.jit
 def _weights(
-    qk, lse_log2, rows, n_rows, offs_n, own, end, scale, softcap, slope, window,
+    qk, lse, rows, n_rows, offs_n, own, end, scale, softcap, slope, window,
     mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
@@ -85,14 +100,14 @@ def _weights(
     if mask_ptr is not None:
         ptrs = mask_ptr + rows[:, None] * stride_mask_m + offs_n[None, :] * stride_mask_n
         visible = visible & (tl.load(ptrs, mask=within, other=0) != 0)
-    return tl.where(visible, tl.exp2(x * LOG2_E - lse_log2[:, None]), 0.0), slope_of_cap
+    return tl.where(visible, tl.exp2((x - lse[:, None]) * LOG2_E), 0.0), slope_of_cap
 
 
 @triton.jit
-def _finite_lse_log2(lse_ptr, rows, n_rows):
-    """lse of each row in base 2; 0 for one that sees no key, whose weights are all masked."""
+def _finite_lse(lse_ptr, rows, n_rows):
+    """lse of each row; 0 for one that sees no key, whose weights are all masked."""
     lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=0.0)
-    return tl.where(lse == float("-inf"), 0.0, lse) * LOG2_E
+    return tl.where(lse == float("-inf"), 0.0, lse)
 
 
 @triton.jit
@@ -185,7 +200,7 @@ def _backward_keys(
             if bias_ptr is not None:
                 bias_tile = bias_ptr + b * stride_bias_b + h * stride_bias_h + row * stride_bias_m
             p, slope_of_cap = _weights(
-                tl.dot(q, k.T, input_precision="ieee"), _finite_lse_log2(lse_ptr + at, rows, n_rows),
+                tl.dot(q, k.T, input_precision="ieee"), _finite_lse(lse_ptr + at, rows, n_rows),
                 rows, n_rows, offs_n, own, length, scale, softcap, slope, window,
                 mask_tile, bias_tile, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
                 IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None,
@@ -245,7 +260,7 @@ def _backward_queries(
     q = load_rows(q_ptr, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
     dout = load_rows(dout_ptr, stride_gm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
     at = b * stride_lb + h * stride_lh + row
-    lse_log2 = _finite_lse_log2(lse_ptr + at, rows, n_rows)
+    lse = _finite_lse(lse_ptr + at, rows, n_rows)
     delta = tl.load(delta_ptr + at + rows, mask=rows < n_rows, other=0.0)
     slope = 0.0
     if alibi_ptr is not None:
@@ -267,7 +282,7 @@ def _backward_queries(
         k = load_rows(k_ptr, stride_kn, offs_n, end, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
         v = load_rows(v_ptr, stride_vn, offs_n, end, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
         p, slope_of_cap = _weights(
-            tl.dot(q, k.T, input_precision="ieee"), lse_log2, rows, n_rows, offs_n, own, end, scale, softcap, slope,
+            tl.dot(q, k.T, input_precision="ieee"), lse, rows, n_rows, offs_n, own, end, scale, softcap, slope,
             window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
             IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None,
         )  # fmt: skip
@@ -334,7 +349,7 @@ def _backward_bias(
             q = load_rows(q_tile, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
             dout = load_rows(dout_tile, stride_gm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
             at = b * stride_lb + h * stride_lh + start_m
-            lse_log2 = _finite_lse_log2(lse_ptr + at, rows, n_rows)
+            lse = _finite_lse(lse_ptr + at, rows, n_rows)
             delta = tl.load(delta_ptr + at + rows, mask=rows < n_rows, other=0.0)
             mask_tile = None
             if mask_ptr is not None:
@@ -347,7 +362,7 @@ def _backward_bias(
                 k = load_rows(k_tile, stride_kn, offs_n, length, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
                 v = load_rows(v_tile, stride_vn, offs_n, length, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
                 p, _ = _weights(
-                    tl.dot(q, k.T, input_precision="ieee"), lse_log2, rows, n_rows, offs_n, own, length, scale,
+                    tl.dot(q, k.T, input_precision="ieee"), lse, rows, n_rows, offs_n, own, length, scale,
                     softcap, slope, window, mask_tile, bias_tile,
                     stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
                     IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None,
@@ -405,7 +420,7 @@ def attention_backward(
 
     extras = Extras(q, k, window, softcap, alibi_slopes, None, mask, bias, kv_lengths, None, None, None, dropout_p,
                     dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
-    constants = _constants(D, q.element_size(), causal, window is not None, softcap is not None)
+    constants = _constants(D, q.element_size(), causal, window is not None, softcap is not None, extras.rich)
     tiles = {name: constants[name] for name in ("HEAD_DIM", "BLOCK_D", "BLOCK_M", "num_warps", "enable_fp_fusion")}
     n_queries, n_keys = (T, S) if not packed else (max_q, max_k)
     batch = len(cu_seqlens_q) - 1 if packed else B
@@ -442,18 +457,21 @@ def attention_backward(
     dsinks = None
     if sinks is not None:
         # A row that sees no key has no weights, and gives nothing.
-        weight = (sinks.float().view(-1, 1) - lse).exp().masked_fill(lse == -torch.inf, 0.0)  # (B, H, T)
+        weight = (sinks.double().view(-1, 1) - lse).exp().masked_fill(lse == -torch.inf, 0.0)  # (B, H, T)
         dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
 
 
 @functools.cache
-def _constants(head_dim: int, element_size: int, causal: bool, has_window=False, has_softcap=False) -> dict:
+def _constants(
+    head_dim: int, element_size: int, causal: bool, has_window=False, has_softcap=False, rich=False
+) -> dict:
     """The kernels' compile-time arguments and options."""
     block_d = max(16, triton.next_power_of_2(head_dim))
+    tile = (RICH_TILES if rich else TILES)[block_d, element_size]
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
-        **TILES[block_d, element_size]._asdict(), enable_fp_fusion=True,
+        **tile._asdict(), enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -461,8 +479,13 @@ def aot_configurations():
     """Yields (kernel, dtype, constants, the pointers that are not None), to compile ahead of time."""
     features = [
         ((), {}),
-        (("kv_lengths_ptr", "alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr"), {"has_window": True, "has_softcap": True}),
-        (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {}),
+        (("kv_lengths_ptr",), {"has_window": True}),
+        (("cu_q_ptr", "cu_k_ptr"), {"has_window": True}),
+        (
+            ("kv_lengths_ptr", "alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr"),
+            {"has_window": True, "has_softcap": True, "rich": True},
+        ),
+        (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {"rich": True}),
     ]
     for (block_d, element_size), dtype in itertools.product(TILES, (torch.float16, torch.bfloat16, torch.float32)):
         if dtype.itemsize != element_size:

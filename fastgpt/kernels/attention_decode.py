@@ -2,15 +2,15 @@
 
     out[b,h,i] = sum_j softmax_j(score[b,h,i,j]) v[b,h//g,j],   g = H // H_kv
 
-One token's queries are too few programs to fill a GPU, and the time goes into reading K and V. So the keys of a sequence
-are cut into splits of a fixed number, each a program's own, and the queries of all heads that share K and V are rows of
-that program's tile: K and V are read once. Of each row a split leaves the maximum score m, the sum l of exp(score - m)
-and acc, the sum of exp(score - m) v; a second kernel adds those of all splits,
+One token's queries are too few programs to fill a GPU, and the time goes into reading K and V. So the keys of a
+sequence are cut into splits of a fixed number, each a program's own, and the queries of all heads that share K and V
+are rows of that program's tile: K and V are read once. Of each row a split leaves the maximum score m, the sum l of
+exp(score - m) and acc, the sum of exp(score - m) v; a second kernel adds those of all splits,
 
     out = sum_s exp(m_s - m) acc_s / sum_s exp(m_s - m) l_s,   m = max_s m_s
 
-Lengths are read on the device and where a sequence is cut does not depend on them, nor on the rest of the batch: what is
-returned for a sequence is, bit for bit, what it would be alone or in a larger cache.
+Lengths are read on the device, and where a sequence is cut depends neither on them nor on the rest of the batch: what
+is returned for a sequence is, bit for bit, what it would be alone or in a larger cache.
 
 Source: Flash-Decoding (https://pytorch.org/blog/flash-decoding/), FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 """
@@ -24,17 +24,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.attention_tiles import LN_2, LOG2_E, load_keys, modified_scores_log2, page_rows, visible_keys
+from fastgpt.kernels.attention_tiles import LN_2, LOG2_E, load_keys, modified_scores, page_rows, visible_keys
 
 
 class Tile(NamedTuple):
-    """What one program works on, and the warps and pipeline stages it works with."""
+    """What one program works on, and the warps, pipeline stages and registers it works with."""
 
     BLOCK_M: int  # rows: queries of the heads that share K and V
     BLOCK_N: int  # keys per step
     SPLIT: int  # keys per program, a multiple of BLOCK_N
     num_warps: int
     num_stages: int
+    maxnreg: int | None  # registers a thread may use; left to itself, ptxas spills some for more programs at once
 
 
 FEW = 16  # up to this many rows, the second tile of a pair
@@ -42,21 +43,21 @@ FEW = 16  # up to this many rows, the second tile of a pair
 # (head dim padded to a power of two, bytes per element of q) -> tiles for (more than FEW rows, up to FEW).
 # More rows leave more to combine, so they get longer splits.
 TILES = {
-    (16, 2): (Tile(64, 64, 1024, 4, 3), Tile(16, 128, 256, 4, 3)),
-    (32, 2): (Tile(64, 64, 1024, 4, 3), Tile(16, 128, 256, 4, 3)),
-    (64, 2): (Tile(64, 64, 1024, 4, 3), Tile(16, 64, 256, 4, 4)),
-    (128, 2): (Tile(64, 64, 1024, 4, 3), Tile(16, 64, 256, 4, 3)),
-    (256, 2): (Tile(64, 32, 1024, 8, 2), Tile(16, 32, 256, 4, 3)),
-    (16, 4): (Tile(32, 64, 1024, 4, 2), Tile(16, 64, 256, 4, 2)),
-    (32, 4): (Tile(32, 32, 1024, 4, 2), Tile(16, 32, 256, 4, 2)),
-    (64, 4): (Tile(32, 32, 1024, 8, 2), Tile(16, 32, 256, 8, 2)),
-    (128, 4): (Tile(32, 16, 1024, 8, 2), Tile(16, 16, 256, 8, 2)),
-    (256, 4): (Tile(32, 16, 1024, 8, 2), Tile(16, 16, 256, 4, 2)),
+    (16, 2): (Tile(64, 64, 1024, 4, 3, 255), Tile(16, 64, 256, 4, 3, 168)),
+    (32, 2): (Tile(64, 64, 1024, 4, 3, 255), Tile(16, 64, 256, 4, 3, 168)),
+    (64, 2): (Tile(64, 64, 1024, 4, 3, 255), Tile(16, 64, 256, 4, 4, 168)),
+    (128, 2): (Tile(64, 64, 1024, 8, 3, 255), Tile(16, 64, 256, 4, 3, None)),
+    (256, 2): (Tile(32, 32, 1024, 8, 2, 255), Tile(16, 32, 256, 4, 3, 255)),
+    (16, 4): (Tile(32, 32, 1024, 4, 2, 255), Tile(16, 32, 256, 4, 2, 168)),
+    (32, 4): (Tile(32, 32, 1024, 4, 2, 255), Tile(16, 32, 256, 4, 2, 168)),
+    (64, 4): (Tile(32, 32, 1024, 8, 2, 255), Tile(16, 32, 256, 4, 2, 255)),
+    (128, 4): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 4, 2, 168)),
+    (256, 4): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 8, 2, 255)),
 }
 BLOCK_SPLITS = tl.constexpr(16)  # splits that are added at once
 
-# fp16 has no small numbers, and v_scale is one: weights times v_scale are computed this much too large. Of rows that fp16
-# can hold, v_scale is at most 65504 / 127 if int8, 65504 / 448 if e4m3.
+# fp16 has no small numbers, and v_scale is one: weights times v_scale are computed this much too large. Of rows that
+# fp16 can hold, v_scale is at most 65504 / 127 if int8, 65504 / 448 if e4m3.
 INT8_UNIT, E4M3_UNIT = tl.constexpr(64.0), tl.constexpr(256.0)
 
 
@@ -160,34 +161,34 @@ def _attend_split(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         in_reach = (offs_n >= begin) & (offs_n < end)  # other keys are not read
         if block_table_ptr is not None:
-            pages, places = page_rows(block_table_ptr + b * stride_tb, stride_tp, offs_n, end, page, n_pages)
+            pages, key_rows = page_rows(block_table_ptr + b * stride_tb, stride_tp, offs_n, end, page, n_pages)
         else:
-            pages, places = b, offs_n
+            pages, key_rows = b, offs_n
 
-        k = load_keys(k_ptr, stride_kb, stride_kn, pages, places, in_reach, dtype, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+        k = load_keys(k_ptr, stride_kb, stride_kn, pages, key_rows, in_reach, dtype, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
         qk = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32
         if k_scale_ptr is not None:
-            offsets = pages * stride_ksb + h_kv * stride_ksh + places * tl.cast(stride_ksn, tl.int64)
+            offsets = pages * stride_ksb + h_kv * stride_ksh + key_rows * tl.cast(stride_ksn, tl.int64)
             qk *= tl.load(k_scale_ptr + offsets, mask=in_reach, other=0.0)[None, :]
-        x_log2 = modified_scores_log2(
+        scores = modified_scores(
             qk, scale, softcap, slopes, own, offs_n, None,
             HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_slopes_ptr is not None, HAS_BIAS=False,
         )  # fmt: skip
         visible = visible_keys(own, offs_n, end, window, IS_CAUSAL, HAS_WINDOW=window is not None)
-        x_log2 = tl.where(visible, x_log2, float("-inf"))
+        scores = tl.where(visible, scores, float("-inf"))
 
-        new_max_log2 = tl.maximum(row_max_log2, tl.max(x_log2, 1))
+        new_max_log2 = tl.maximum(row_max_log2, tl.max(scores, 1) * LOG2_E)
         # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
         shift_log2 = tl.where(new_max_log2 == float("-inf"), 0.0, new_max_log2)
-        p = tl.exp2(x_log2 - shift_log2[:, None])
+        p = tl.exp2(scores * LOG2_E - shift_log2[:, None])
         rescale = tl.exp2(row_max_log2 - shift_log2)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         row_max_log2 = new_max_log2
 
         if v_scale_ptr is not None:
-            offsets = pages * stride_vsb + h_kv * stride_vsh + places * tl.cast(stride_vsn, tl.int64)
+            offsets = pages * stride_vsb + h_kv * stride_vsh + key_rows * tl.cast(stride_vsn, tl.int64)
             p *= (tl.load(v_scale_ptr + offsets, mask=in_reach, other=0.0) * V_UNIT)[None, :]
-        v = load_keys(v_ptr, stride_vb, stride_vn, pages, places, in_reach, dtype, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+        v = load_keys(v_ptr, stride_vb, stride_vn, pages, key_rows, in_reach, dtype, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
         acc = tl.dot(p.to(dtype), v, acc * rescale[:, None], input_precision="ieee")
 
     if v_scale_ptr is not None:
@@ -249,7 +250,8 @@ def _combine(
     out, lse = _finish(acc, row_sum, row_max_log2, sinks_ptr, head)
     tl.store(lse_ptr + row + tl.arange(0, 1), lse)
     offsets = ((b * n_queries + token) * n_heads + head) * HEAD_DIM
-    tl.store(out_ptr + offsets[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=offs_d[None, :] < HEAD_DIM)
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets[:, None] + offs_d[None, :], out, mask=offs_d[None, :] < HEAD_DIM)
 
 
 INTERPRETED = not isinstance(_attend_split, triton.JITFunction)  # TRITON_INTERPRET was set
@@ -264,7 +266,7 @@ def attention_decode(
     """Launches the kernels: two, or one where a split holds all keys; no host sync. What it computes, see `attention`.
 
     Args:
-        q: (B, H, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free, D <= 256. Any T; meant for T <= 16.
+        q: (B, H, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free, D <= 256; meant for T <= 16.
         k, v: (B, H_kv, S, D), or with block_table a pool (num_pages, H_kv, page, D), likewise; in q's dtype, or int8 or
             float8_e4m3fn with scales. H_kv divides H. Where rows do not start and end at multiples of 16 bytes (D times
             the size of an element is not one), all of k and v is copied.
@@ -305,7 +307,7 @@ def attention_decode(
     kv_lengths, alibi_slopes, sinks = (x if x is None else x.contiguous() for x in (kv_lengths, alibi_slopes, sinks))
     window = None if window is None else min(window, S)
 
-    constants = _constants(D, q.element_size(), H // H_kv * T <= FEW)
+    constants = _constants(D, q.element_size(), k_scale is not None, H // H_kv * T <= FEW)
     split = constants["SPLIT"]
     n_splits = max(1, triton.cdiv(S, split))
     if window is not None:  # all queries together see at most T + window - 1 keys, wherever these begin
@@ -349,10 +351,12 @@ def _aligned_rows(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _constants(head_dim: int, element_size: int, few: bool) -> dict:
-    """Compile-time arguments and options of `_attend_split` that follow from shapes."""
+def _constants(head_dim: int, element_size: int, is_8_bits: bool, few: bool) -> dict:
+    """Compile-time arguments and options of `_attend_split` that follow from shapes and dtypes."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     tile = TILES[block_d, element_size][few]
+    if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers
+        tile = tile._replace(num_stages=1)
     return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, **tile._asdict(), enable_fp_fusion=True)
 
 
@@ -369,10 +373,10 @@ PARTS = ("acc_ptr", "softmax_ptr")
 
 
 def aot_configurations():
-    """Yields (dtype of q, dtype of the cache, arguments given, constants) of `_attend_split` for kernels to compile ahead
-    of time: of each tile those without features, with all, and those in between that serving a model needs.
+    """Yields (dtype of q, dtype of the cache, arguments given, constants) of `_attend_split`, to compile ahead of time.
 
-    Of the head dims that share a tile there are two: one that fills it and one that does not.
+    Of each tile there are the kernels without features, with all, and those in between that serving a model needs. Of
+    the head dims that share a tile there are two: one that fills it and one that does not.
     """
     for (block_d, element_size), dtype in itertools.product(TILES, (torch.float16, torch.bfloat16, torch.float32)):
         if dtype.itemsize != element_size:
@@ -387,4 +391,5 @@ def aot_configurations():
                 (torch.int8, (*PARTS, *FEATURES)),
                 (torch.float8_e4m3fn, (*FEATURES, "sinks_ptr")),
             ):
-                yield dtype, cache_dtype, given, dict(_constants(head_dim, element_size, few), IS_CAUSAL=True)
+                constants = _constants(head_dim, element_size, cache_dtype != dtype, few)
+                yield dtype, cache_dtype, given, dict(constants, IS_CAUSAL=True)

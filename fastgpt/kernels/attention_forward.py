@@ -26,7 +26,7 @@ from fastgpt.kernels.attention_tiles import (
     kept_weights,
     load_keys,
     load_rows,
-    modified_scores_log2,
+    modified_scores,
     page_rows,
     visible_keys,
 )
@@ -60,14 +60,14 @@ TILES = {
 
 # Where scores are more than q·k · scale, or keys are not rows in a row, tiles that leave registers for that.
 RICH_TILES = {
-    (16, 2): Tile(64, 64, 4, 2),
-    (32, 2): Tile(64, 64, 4, 2),
-    (64, 2): Tile(64, 32, 4, 2),
+    (16, 2): Tile(64, 32, 4, 2),
+    (32, 2): Tile(64, 32, 4, 2),
+    (64, 2): Tile(64, 64, 8, 2),
     (128, 2): Tile(64, 32, 8, 2),
     (256, 2): Tile(32, 32, 8, 2),
-    (16, 4): Tile(32, 32, 4, 2),
-    (32, 4): Tile(32, 32, 4, 2),
-    (64, 4): Tile(32, 32, 8, 1),
+    (16, 4): Tile(64, 64, 8, 2),
+    (32, 4): Tile(64, 64, 8, 2),
+    (64, 4): Tile(64, 32, 8, 2),
     (128, 4): Tile(16, 16, 8, 2),
     (256, 4): Tile(16, 16, 8, 1),
 }
@@ -110,10 +110,10 @@ def _attend(
                 ptrs = bias_ptr + rows[:, None] * stride_bias_m + offs_n[None, :] * stride_bias_n
                 within = (rows[:, None] < n_rows) & in_range[None, :]
                 bias = tl.load(ptrs, mask=within, other=0.0).to(tl.float32)
-            qk = modified_scores_log2(
+            qk = modified_scores(
                 qk, scale, softcap, slope, own, offs_n, bias, HAS_SOFTCAP, HAS_ALIBI, bias_ptr is not None
             )
-            factor = 1.0
+            factor = LOG2_E
         if MASKED:
             visible = visible_keys(own, offs_n, end, window, IS_CAUSAL, HAS_WINDOW)
             if mask_ptr is not None:

@@ -75,16 +75,16 @@ def tanh(x):
     y = y * z + 1.33314422036e-1
     y = y * z - 3.33332819422e-1
     small = y * z * x + x
-    large = 1.0 - 2.0 / (tl.exp2(2.0 * LOG2_E * tl.abs(x)) + 1.0)
+    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
     return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
 
 
 @triton.jit
-def modified_scores_log2(
+def modified_scores(
     qk, scale, softcap, slope, own, offs_n, bias,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2 from q·k (M, N): scale, soft cap, ALiBi and bias, in this order. slope (M,) of each row's head."""
+    """Scores from q·k (M, N): scale, soft cap, ALiBi and bias, in this order. slope (M,) of each row's head."""
     x = qk * scale
     if HAS_SOFTCAP:
         x = softcap * tanh(x / softcap)
@@ -92,7 +92,7 @@ def modified_scores_log2(
         x -= slope[:, None] * tl.abs(own[:, None] - offs_n[None, :]).to(tl.float32)
     if HAS_BIAS:
         x += bias
-    return x * LOG2_E
+    return x
 
 
 @triton.jit

@@ -24,6 +24,37 @@ MAX_HEAD_DIM = 256
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+class Call(NamedTuple):
+    """The arguments of `attention` that decide what it computes."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    causal: bool = True
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    kv_lengths: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: int | torch.Tensor | None = None
+
+
+class Packing(NamedTuple):
+    """Where packed sequences begin and end: the arguments that attention_varlen has beyond those of attention."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_q: int
+    max_k: int
+
+
 def attention(
     q, k, v,
     *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None, bias=None,
@@ -104,37 +135,98 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-class Call(NamedTuple):
-    """The arguments of `attention` that decide what it computes."""
+def attention_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
+    *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, dropout_p=0.0,
+    dropout_seed=None, return_lse=False, impl=None,
+):  # fmt: skip
+    """`attention` of sequences of different lengths, packed one after the other without padding.
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    causal: bool = True
-    scale: float | None = None
-    window: int | None = None
-    softcap: float | None = None
-    alibi_slopes: torch.Tensor | None = None
-    sinks: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    kv_lengths: torch.Tensor | None = None
-    block_table: torch.Tensor | None = None
-    k_scale: torch.Tensor | None = None
-    v_scale: torch.Tensor | None = None
-    dropout_p: float = 0.0
-    dropout_seed: int | torch.Tensor | None = None
+    Args:
+        q: (total_q, H, D); k, v: (total_k, H_kv, D). Sequence b has rows cu_seqlens_q[b] to cu_seqlens_q[b+1] of q,
+            and cu_seqlens_k[b] to cu_seqlens_k[b+1] of k and v.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device, ascending from 0 to total_q and total_k.
+        max_q, max_k: at least the queries and keys of the longest sequence.
+        The rest: as in `attention`, within each sequence.
+
+    Returns: out (total_q, H, D); with return_lse the pair (out, lse), lse (H, total_q) fp32.
+    Raises: TypeError, ValueError as `attention`; on CPU also for cu_seqlens that are not as above.
+    """
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    require_tensor("q", q, 3)
+    require_tensor("k", k, 3)
+    require_tensor("v", v, 3)
+    # (1, heads, total, D): to the checks and the kernels, one sequence whose batch dimension does not count.
+    call = Call(
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), causal, scale, window, softcap, alibi_slopes, sinks,
+        dropout_p=dropout_p, dropout_seed=dropout_seed,
+    )  # fmt: skip
+    _check(call)
+    _check_packing(call, packing)
+    chosen = choose("attention_varlen", VARLEN_IMPLEMENTATIONS, impl, call)
+    if dropout_p > 0:
+        call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device))
+    if scale is None:
+        call = call._replace(scale=1.0 / math.sqrt(q.shape[-1]))
+    if chosen == "reference":
+        out, lse = _varlen_reference(call, packing)
+    else:
+        out, lse = _VarlenAttention.apply(packing, *call)
+    out, lse = out[0].transpose(0, 1), lse[0]  # (total_q, H, D), (H, total_q)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen_reference(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, return_lse=False, impl=None, **options
+):  # fmt: skip
+    """The same function in plain PyTorch: `attention_reference` of one sequence after the other."""
+    call = Call(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), **options)
+    if call.dropout_p > 0:
+        call = call._replace(dropout_seed=seed_tensor(call.dropout_seed, q.device))
+    out, lse = _varlen_reference(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
+    out, lse = out[0].transpose(0, 1), lse[0]
+    return (out, lse) if return_lse else out
+
+
+def _varlen_reference(call: Call, packing: Packing):
+    starts_q, starts_k = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
+    outs, lses = [], []
+    for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:])):
+        part = call._replace(q=call.q[:, :, q0:q1], k=call.k[:, :, k0:k1], v=call.v[:, :, k0:k1])
+        out, lse = attention_reference(**part._asdict(), return_lse=True, dropout_batch=b)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _check_packing(call: Call, packing: Packing):
+    for name, total in (("cu_seqlens_q", call.q.shape[2]), ("cu_seqlens_k", call.k.shape[2])):
+        x = getattr(packing, name)
+        require_tensor(name, x, 1)
+        require_dtype(name, x, (torch.int32,))
+        require_device(name, x, call.q.device)
+        if x.shape != packing.cu_seqlens_q.shape or len(x) < 2:
+            raise ValueError(f"{name}: expected shape (B + 1,), B >= 1, as the other one, got {tuple(x.shape)}")
+        longest = packing.max_q if name == "cu_seqlens_q" else packing.max_k
+        if x.device.type == "cpu":
+            lengths = x.diff()
+            if x[0] != 0 or x[-1] != total or (lengths < 0).any():
+                raise ValueError(f"{name}: expected numbers that ascend from 0 to {total}, got {x.tolist()}")
+            if lengths.max() > longest:
+                limit = "max_q" if name == "cu_seqlens_q" else "max_k"
+                raise ValueError(f"{limit}: expected at least {lengths.max().item()}, the longest sequence, got {longest}")
 
 
 def attention_reference(
     q, k, v,
     *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None, bias=None,
     kv_lengths=None, block_table=None, k_scale=None, v_scale=None, dropout_p=0.0, dropout_seed=None,
-    return_lse=False, impl=None,
+    return_lse=False, impl=None, dropout_batch=0,
 ):  # fmt: skip
     """The same function in plain PyTorch: every device, every float dtype (float64 too), differentiable.
 
-    Scores and softmax are computed in fp32 at least. Holds the (B, H, T, S) scores in memory.
+    Scores and softmax are computed in fp32 at least. Holds the (B, H, T, S) scores in memory. dropout_batch: what the
+    first sequence counts as in dropout's random numbers.
     """
     _check_pages(k, block_table, kv_lengths)
     out_dtype, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
@@ -180,7 +272,7 @@ def attention_reference(
     weights = scores.softmax(-1)[..., :S]
     if dropout_p > 0:
         seed = seed_tensor(dropout_seed, q.device)
-        weights = weights * keep_mask(seed, dropout_p, B, H, T, S, q.device) / (1.0 - dropout_p)
+        weights = weights * keep_mask(seed, dropout_p, B, H, T, S, q.device, dropout_batch) / (1.0 - dropout_p)
     out = (weights @ v).masked_fill(blind, 0.0).to(out_dtype)
     if not return_lse:
         return out
@@ -325,6 +417,11 @@ def _cpp_refuses(call: Call):
 
 # In order of preference: the first that does not refuse serves the call.
 IMPLEMENTATIONS = {"cpp": _cpp_refuses, "triton": _triton_refuses, "reference": lambda call: None}
+VARLEN_IMPLEMENTATIONS = {
+    "cpp": lambda call: "it does not take packed sequences yet",
+    "triton": _triton_refuses,
+    "reference": lambda call: None,
+}
 
 
 library.define(
@@ -338,6 +435,17 @@ library.define(
     "Tensor v, bool causal, float scale, SymInt? window=None, float? softcap=None, Tensor? alibi_slopes=None, "
     "Tensor? sinks=None, Tensor? mask=None, Tensor? bias=None, Tensor? kv_lengths=None, float dropout_p=0.0, "
     "Tensor? dropout_seed=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k"
+library.define(
+    f"attention_varlen_forward({_PACKING}, Tensor q, Tensor k, Tensor v, bool causal, float scale, SymInt? window=None, "
+    "float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None, float dropout_p=0.0, "
+    "Tensor? dropout_seed=None) -> (Tensor, Tensor)"
+)
+library.define(
+    f"attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PACKING}, Tensor q, Tensor k, "
+    "Tensor v, bool causal, float scale, SymInt? window=None, float? softcap=None, Tensor? alibi_slopes=None, "
+    "Tensor? sinks=None, float dropout_p=0.0, Tensor? dropout_seed=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _attention_forward = torch.ops.fastgpt.attention_forward.default
 _attention_backward = torch.ops.fastgpt.attention_backward.default
@@ -422,3 +530,81 @@ class _Attention(torch.autograd.Function):
         return tuple(
             gradients[name] if needed else None for name, needed in zip(Call._fields, ctx.needs_input_grad)
         )
+
+
+# Packed sequences: the same, without what only a batch has.
+_VARLEN_FIELDS = (*Call._fields[:9], "dropout_p", "dropout_seed")
+
+
+def _varlen_arguments(call: Call) -> list:
+    return [getattr(call, name) for name in _VARLEN_FIELDS]
+
+
+@torch.library.register_fake("fastgpt::attention_varlen_forward", lib=library)
+def _attention_varlen_forward_fake(cu_seqlens_q, cu_seqlens_k, max_q, max_k, q, *arguments):
+    _, H, total, D = q.shape
+    out = q.new_empty(1, total, H, D).transpose(1, 2)
+    return out, q.new_empty(1, H, total, dtype=torch.float32)
+
+
+@torch.library.register_fake("fastgpt::attention_varlen_backward", lib=library)
+def _attention_varlen_backward_fake(dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, q, k, v, *arguments):
+    sinks = dict(zip(_VARLEN_FIELDS[3:], arguments)).get("sinks")
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
+
+
+def _attention_varlen_forward_triton(cu_seqlens_q, cu_seqlens_k, max_q, max_k, *arguments):
+    from fastgpt.kernels.attention_forward import attention_forward
+
+    options = dict(zip(_VARLEN_FIELDS, arguments))
+    q, k, v = options.pop("q"), options.pop("k"), options.pop("v")
+    return attention_forward(q, k, v, **options, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_q=max_q)
+
+
+def _attention_varlen_backward_triton(
+    dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, q, k, v, *arguments
+):
+    from fastgpt.kernels.attention_backward import attention_backward
+
+    options = dict(zip(_VARLEN_FIELDS[3:], arguments))
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k)._asdict()
+    dq, dk, dv, _, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, **options, **packing)
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+library.impl("attention_varlen_forward", _attention_varlen_forward_triton, "CUDA")
+library.impl("attention_varlen_backward", _attention_varlen_backward_triton, "CUDA")
+_attention_varlen_forward = torch.ops.fastgpt.attention_varlen_forward.default
+_attention_varlen_backward = torch.ops.fastgpt.attention_varlen_backward.default
+
+
+class _VarlenAttention(torch.autograd.Function):
+    """attention_varlen_forward with attention_varlen_backward as its gradient, by q, k, v and sinks."""
+
+    @staticmethod
+    def forward(ctx, packing, *arguments):
+        call = Call(*arguments)
+        out, lse = _attention_varlen_forward(*packing, *_varlen_arguments(call))
+        ctx.max_q, ctx.max_k = packing.max_q, packing.max_k
+        ctx.options = call._replace(q=None, k=None, v=None, alibi_slopes=None, sinks=None, dropout_seed=None)
+        ctx.save_for_backward(
+            out, lse, packing.cu_seqlens_q, packing.cu_seqlens_k, call.q, call.k, call.v, call.alibi_slopes, call.sinks,
+            call.dropout_seed,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        out, lse, cu_q, cu_k, q, k, v, slopes, sinks, seed = ctx.saved_tensors
+        call = ctx.options._replace(q=q, k=k, v=v, alibi_slopes=slopes, sinks=sinks, dropout_seed=seed)
+        dout = torch.zeros_like(out) if dout is None else dout
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        *grads, dsinks = _attention_varlen_backward(
+            dout, dlse, out, lse, cu_q, cu_k, ctx.max_q, ctx.max_k, *_varlen_arguments(call)
+        )
+        gradients = dict(zip(("q", "k", "v"), grads)) | {"sinks": dsinks}
+        needed = ctx.needs_input_grad[1:]
+        return None, *(gradients[name] if need else None for name, need in zip(Call._fields, needed))

@@ -25,10 +25,10 @@ def keep_threshold(p: float) -> int:
     return min(round(p * 2**31), 2**31 - 1)
 
 
-def keep_mask(seed: torch.Tensor, p: float, B: int, H: int, T: int, S: int, device) -> torch.Tensor:
-    """(B, H, T, S) bool: which weights are kept."""
+def keep_mask(seed: torch.Tensor, p: float, B: int, H: int, T: int, S: int, device, first=0) -> torch.Tensor:
+    """(B, H, T, S) bool: which weights are kept, of the sequences from number `first` on."""
     b, h, i, j = (torch.arange(n, device=device) for n in (B, H, T, -(-S // 4)))
-    counter = (j.view(1, 1, 1, -1), i.view(1, 1, -1, 1), h.view(1, -1, 1, 1), b.view(-1, 1, 1, 1))
+    counter = (j.view(1, 1, 1, -1), i.view(1, 1, -1, 1), h.view(1, -1, 1, 1), (b + first).view(-1, 1, 1, 1))
     words = torch.stack(torch.broadcast_tensors(*philox(seed, *counter)), dim=-1)  # (B, H, T, S/4, 4)
     return words.flatten(-2)[..., :S] >> 1 >= keep_threshold(p)
 

@@ -1,0 +1,61 @@
+"""The features of attention, one by one and together, as arguments for tests and for the table of parity."""
+
+import torch
+
+
+def inputs(B, H, H_kv, T, S, D, dtype, device="cpu", seed=0):
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    return random(B, H, T, D), random(B, H_kv, S, D), random(B, H_kv, S, D)
+
+
+def options(feature, B, H, T, S, dtype, device="cpu"):
+    """The arguments of a feature for inputs of these sizes."""
+    generator = torch.Generator(device).manual_seed(1)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    def mask():
+        return torch.rand((B, 1, T, S), generator=generator, device=device) < 0.6
+
+    slopes = 2.0 ** -torch.arange(1, H + 1, device=device, dtype=torch.float32)
+    lengths = torch.tensor([(S * i + S // 3) // B % (S + 1) for i in range(B)], dtype=torch.int32, device=device)
+    seed = torch.tensor([(7 << 40) + 5], device=device)
+    return {
+        "plain": lambda: {},
+        "not causal": lambda: {"causal": False},
+        "scale": lambda: {"scale": 0.7},
+        "window": lambda: {"window": max(S // 4, 1)},
+        "window, not causal": lambda: {"window": max(S // 4, 1), "causal": False},
+        "softcap": lambda: {"softcap": 1.5, "scale": 0.7},
+        "alibi": lambda: {"alibi_slopes": slopes},
+        "sinks": lambda: {"sinks": random(H)},
+        "mask": lambda: {"mask": mask(), "causal": False},
+        "bias": lambda: {"bias": random(B, H, T, S)},
+        "bias of heads": lambda: {"bias": random(H, T, S)},
+        "bias of keys": lambda: {"bias": random(B, 1, 1, S)},
+        "bias of queries": lambda: {"bias": random(1, H, T, 1)},
+        "lengths": lambda: {"kv_lengths": lengths},
+        "dropout": lambda: {"dropout_p": 0.3, "dropout_seed": seed},
+        "everything": lambda: {
+            "window": S // 2 + 3, "softcap": 3.0, "alibi_slopes": slopes, "sinks": random(H), "mask": mask(),
+            "bias": random(1, H, T, S), "kv_lengths": lengths, "dropout_p": 0.2, "dropout_seed": seed,
+        },
+    }[feature]()  # fmt: skip
+
+
+FEATURES = [
+    "plain", "not causal", "scale", "window", "window, not causal", "softcap", "alibi", "sinks", "mask", "bias",
+    "bias of heads", "bias of keys", "bias of queries", "lengths", "dropout", "everything",
+]  # fmt: skip
+
+
+def in_double(options):
+    """The same options for the oracle: what the reference computes with, in float64."""
+    return {
+        name: x.double() if name in ("bias", "sinks") and x is not None else x for name, x in options.items()
+    }
