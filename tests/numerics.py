@@ -9,6 +9,20 @@ import torch
 FORWARD, BACKWARD = 2, 3
 
 
+def share_of_bound(actual, oracle, low_precision, *, dtype, k=FORWARD) -> tuple[float, float]:
+    """The worst error of one tensor as a share of what the contract allows, and that error. Arguments: `check`."""
+    actual, oracle, low_precision = (tensor.detach().cpu().double() for tensor in (actual, oracle, low_precision))
+    finite = ~oracle.isinf()
+    if not torch.equal(actual[~finite], oracle[~finite]):
+        return torch.inf, torch.inf
+    actual, oracle, low_precision = actual[finite], oracle[finite], low_precision[finite]
+    if oracle.numel() == 0:
+        return 0.0, 0.0
+    error = (actual - oracle).abs().max().item()
+    bound = k * (low_precision - oracle).abs().max().item() + torch.finfo(dtype).eps * oracle.abs().max().item()
+    return error / max(bound, 1e-300), error
+
+
 def check(actual, oracle, low_precision, *, dtype, k=FORWARD, name="result"):
     """Asserts the contract for one tensor.
 
@@ -20,14 +34,6 @@ def check(actual, oracle, low_precision, *, dtype, k=FORWARD, name="result"):
         k: FORWARD or BACKWARD.
     """
     assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, oracle {tuple(oracle.shape)}"
-    actual, oracle, low_precision = (tensor.detach().cpu().double() for tensor in (actual, oracle, low_precision))
-    infinite = oracle.isinf()
-    assert torch.equal(actual[infinite], oracle[infinite]), f"{name}: infinities differ from the oracle's"
-    actual, oracle, low_precision = actual[~infinite], oracle[~infinite], low_precision[~infinite]
-    if oracle.numel() == 0:
-        return
-    eps = torch.finfo(dtype).eps
-    error = (actual - oracle).abs().max().item()
-    bound = k * (low_precision - oracle).abs().max().item() + eps * oracle.abs().max().item()
+    share, error = share_of_bound(actual, oracle, low_precision, dtype=dtype, k=k)
     # Written so that a NaN anywhere fails.
-    assert error <= bound, f"{name}: error {error:.3e} exceeds the bound {bound:.3e} ({error / max(bound, 1e-300):.2f}x)"
+    assert share <= 1, f"{name}: error {error:.3e} exceeds the bound {error / share:.3e} ({share:.2f}x)"

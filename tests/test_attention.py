@@ -1,5 +1,7 @@
 """The attention operation: parity of the CPU kernels, properties, errors, registration."""
 
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -7,12 +9,14 @@ import sys
 import numerics
 import pytest
 import torch
+from attention_features import FEATURES, inputs, options
 from cpu_levels import lower_levels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt
-from fastgpt import attention, attention_reference
+from fastgpt import attention, attention_reference, attention_varlen
+from fastgpt.ops.dropout import keep_mask, philox
 from fastgpt.ops.quantisation import quantise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -226,6 +230,136 @@ def test_result_does_not_depend_on_threads_or_repetition(T):
         torch.set_num_threads(threads)
 
 
+def by_the_formula(q, k, v, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None,
+                   bias=None, kv_lengths=None, dropout_p=0.0, dropout_seed=None):  # fmt: skip
+    """out and lse in float64, one score at a time."""
+    (B, H, T, D), S = q.shape, k.shape[2]
+    scale = D**-0.5 if scale is None else scale
+    out, lse = torch.zeros(B, H, T, D, dtype=torch.float64), torch.full((B, H, T), -torch.inf, dtype=torch.float64)
+    whole = torch.broadcast_to
+    mask = None if mask is None else whole(mask, (B, H, T, S))
+    bias = None if bias is None else whole(bias, (B, H, T, S)).double()
+    kept = keep_mask(dropout_seed, dropout_p, B, H, T, S, "cpu") if dropout_p else torch.ones(B, H, T, S)
+    for b, h, i in itertools.product(range(B), range(H), range(T)):
+        length = S if kv_lengths is None else kv_lengths[b].item()
+        own = i + length - T
+        scores = {}
+        for j in range(length):
+            hidden = causal and j > own or window is not None and j <= own - window
+            if hidden or mask is not None and not mask[b, h, i, j]:
+                continue
+            score = scale * (q[b, h, i].double() @ k[b, h // (H // k.shape[1]), j].double()).item()
+            if softcap is not None:
+                score = softcap * math.tanh(score / softcap)
+            if alibi_slopes is not None:
+                score -= alibi_slopes[h].item() * abs(own - j)
+            scores[j] = score + (0.0 if bias is None else bias[b, h, i, j].item())
+        if not scores:
+            continue
+        total = sum(map(math.exp, scores.values())) + (0.0 if sinks is None else math.exp(sinks[h].item()))
+        lse[b, h, i] = math.log(total)
+        for j, score in scores.items():
+            if kept[b, h, i, j]:
+                out[b, h, i] += math.exp(score) / total / (1 - dropout_p) * v[b, h // (H // k.shape[1]), j].double()
+    return out, lse
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_reference_is_the_formula(feature):
+    shape = (2, 4, 2, 5, 9, 8)
+    q, k, v = inputs(*shape, torch.float64)
+    arguments = options(feature, 2, 4, 5, 9, torch.float64)
+    expected = by_the_formula(q, k, v, **arguments)
+    for actual, wanted in zip(attention_reference(q, k, v, **arguments, return_lse=True), expected):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_through_the_public_operation(feature):
+    """Whatever implementation serves them, forward and backward."""
+    q, k, v = inputs(2, 4, 2, 5, 9, 8, torch.float32)
+    arguments = options(feature, 2, 4, 5, 9, torch.float32)
+    assert torch.equal(*(f(q, k, v, **arguments) for f in (attention, attention_reference))) or feature in (
+        "plain", "not causal", "scale", "window", "window, not causal", "lengths",  # C++ serves these
+    )  # fmt: skip
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attention(q, k, v, **arguments, return_lse=True)
+    gradients = torch.autograd.grad(out.sum() + lse[lse > -torch.inf].sum(), leaves)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_keys_in_parts_merge_by_their_lse():
+    q, k, v = make(2, 4, 2, 3, 50, 16, torch.float64)
+    whole, whole_lse = attention(q, k, v, causal=False, return_lse=True)
+    parts = [attention(q, k[:, :, a:b], v[:, :, a:b], causal=False, return_lse=True) for a, b in ((0, 13), (13, 50))]
+    lse = torch.stack([lse for _, lse in parts])
+    merged = sum(out * (part_lse - lse.logsumexp(0)).exp().unsqueeze(-1) for out, part_lse in parts)
+    torch.testing.assert_close(merged, whole)
+    torch.testing.assert_close(lse.logsumexp(0), whole_lse)
+
+
+def test_philox_is_philox():
+    """Known answers of Random123's kat_vectors for philox4x32-10."""
+
+    def words(counter, seed):
+        return [int(word) for word in philox(torch.tensor(seed), *(torch.tensor(c) for c in counter))]
+
+    assert words((0, 0, 0, 0), 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert words((2**32 - 1,) * 4, -1) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_dropout_drops_its_share_and_is_repeatable():
+    kept = keep_mask(torch.tensor([5]), 0.3, 2, 3, 100, 200, "cpu")
+    assert abs(kept.float().mean().item() - 0.7) < 0.01
+    assert abs((kept[:, :, 1:] == kept[:, :, :-1]).float().mean().item() - 0.58) < 0.01  # rows are independent
+    q, k, v = make(1, 2, 2, 5, 9, 8)
+    first, same, other = (attention(q, k, v, dropout_p=0.5, dropout_seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    torch.manual_seed(0)
+    first = attention(q, k, v, dropout_p=0.5)
+    assert not torch.equal(first, attention(q, k, v, dropout_p=0.5))
+    torch.manual_seed(0)
+    assert torch.equal(first, attention(q, k, v, dropout_p=0.5))
+
+
+CU_Q, CU_K = torch.tensor([0, 3, 3, 8], dtype=torch.int32), torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+
+
+def packed(q, k, v):
+    return (x[0].transpose(0, 1) for x in (q, k, v))  # (total, heads, D)
+
+
+@pytest.mark.parametrize("feature", ["plain", "not causal", "window", "softcap", "alibi", "sinks", "scale"])
+def test_packed_sequences_are_a_loop(feature):
+    q, k, v = inputs(1, 4, 2, 8, 12, 16, torch.float32)
+    arguments = options(feature, 1, 4, 8, 12, torch.float32)
+    out, lse = attention_varlen(*packed(q, k, v), CU_Q, CU_K, 5, 6, **arguments, return_lse=True)
+    assert out.shape == (8, 4, 16) and lse.shape == (4, 8)
+    for b in range(3):
+        rows, keys = slice(CU_Q[b], CU_Q[b + 1]), slice(CU_K[b], CU_K[b + 1])
+        expected = attention_reference(q[:, :, rows], k[:, :, keys], v[:, :, keys], **arguments, return_lse=True)
+        assert torch.equal(out[rows].transpose(0, 1), expected[0][0]) and torch.equal(lse[:, rows], expected[1][0])
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"q": torch.zeros(1, 2, 3, 4)}, ValueError, "q: expected 3 dimensions"),
+        ({"cu_seqlens_q": CU_Q.long()}, TypeError, "cu_seqlens_q: expected dtype torch.int32"),
+        ({"cu_seqlens_k": CU_K[:3]}, ValueError, r"cu_seqlens_k: expected shape \(B \+ 1,\)"),
+        ({"cu_seqlens_k": CU_K + 1}, ValueError, r"cu_seqlens_k: expected numbers that ascend from 0 to 12, got \[1, 6"),
+        ({"max_q": 4}, ValueError, "max_q: expected at least 5, the longest sequence, got 4"),
+        ({"max_k": 5}, ValueError, "max_k: expected at least 6, the longest sequence, got 5"),
+        ({"window": 0}, ValueError, "window: expected an integer >= 1"),
+    ],
+)
+def test_packing_errors(change, error, message):
+    q, k, v = packed(*inputs(1, 4, 2, 8, 12, 16, torch.float32))
+    arguments = {"q": q, "k": k, "v": v, "cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K, "max_q": 5, "max_k": 6}
+    with pytest.raises(error, match=message):
+        attention_varlen(**arguments | change)
+
+
 def test_reference_gradients():
     """Through masks, lengths, shared heads and blind rows."""
     q, k, v = (x.double().requires_grad_() for x in make(2, 4, 2, 4, 3, 8))
@@ -327,6 +461,21 @@ BAD = {
     "table shape": ((Q, KV, KV), {"block_table": INT[None]}, ValueError, r"block_table: expected shape \(2, 2\)"),
     "table dtype": ((Q, KV, KV), {"block_table": INT[:, None].long()}, TypeError, "block_table: expected dtype torch.int32"),
     "page": ((Q, KV, KV), {"block_table": INT[:, None] + 2}, ValueError, "block_table: expected pages from 0 to 1, got 2"),
+    "softcap": ((Q, KV, KV), {"softcap": 0.0}, ValueError, "softcap: expected a number > 0 or None, got 0.0"),
+    "slopes shape": ((Q, KV, KV), {"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \(4,\) \(H,\)"),
+    "slopes dtype": ((Q, KV, KV), {"alibi_slopes": torch.ones(4).half()}, TypeError, "alibi_slopes: expected dtype torch.float32"),
+    "sinks shape": ((Q, KV, KV), {"sinks": torch.ones(2)}, ValueError, r"sinks: expected shape \(4,\) \(H,\), got \(2,\)"),
+    "sinks dtype": ((Q, KV, KV), {"sinks": torch.ones(4).int()}, TypeError, "sinks: expected dtype .*, got torch.int32"),
+    "mask dtype": ((Q, KV, KV), {"mask": torch.ones(3, 5)}, TypeError, "mask: expected dtype torch.bool, got torch.float32"),
+    "mask shape": (
+        (Q, KV, KV), {"mask": torch.ones(3, 4).bool()}, ValueError,
+        r"mask: expected a shape that broadcasts to \(2, 4, 3, 5\) \(B, H, T, S\), got \(3, 4\)",
+    ),
+    "bias shape": ((Q, KV, KV), {"bias": torch.ones(3, 4, 3, 5)}, ValueError, "bias: expected a shape that broadcasts to"),
+    "bias dtype": ((Q, KV, KV), {"bias": torch.ones(5).half()}, TypeError, "bias: expected dtype torch.float32 .*, got torch.float16"),
+    "bias device": ((Q, KV, KV), {"bias": torch.ones(5, device="meta")}, ValueError, "bias: expected device cpu, got meta"),
+    "dropout": ((Q, KV, KV), {"dropout_p": 1.0}, ValueError, "dropout_p: expected 0 <= dropout_p < 1, got 1.0"),
+    "seed": ((Q, KV, KV), {"dropout_p": 0.5, "dropout_seed": -1}, ValueError, r"dropout_seed: expected an integer in \[0, 2\^63\)"),
     "lengths device": ((Q, KV, KV), {"kv_lengths": INT.to("meta")}, ValueError, "kv_lengths: expected device cpu"),
 }
 

@@ -29,6 +29,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fastgpt.kernels import attention_backward as backward  # noqa: E402
 from fastgpt.kernels import attention_forward as kernel  # noqa: E402
+from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
 from fastgpt.ops.quantisation import quantise  # noqa: E402
 
@@ -315,6 +316,82 @@ def test_packed_sequences_are_their_sequences_one_by_one():
     torch.testing.assert_close(grads[4], dsinks, atol=1e-5, rtol=1e-4)
     dropped, _ = kernel.attention_forward(q, k, v, **common, **packing, dropout_p=0.5, dropout_seed=seed)
     assert not torch.equal(dropped, out)
+
+
+@pytest.fixture
+def triton_serves_the_cpu(monkeypatch):
+    """Under the interpreter: the operations' CUDA kernels serve the CPU too."""
+    if not kernel.INTERPRETED:
+        return
+    library = torch.library.Library("fastgpt", "IMPL")
+    for name in ("attention_backward", "attention_varlen_forward", "attention_varlen_backward"):
+        library.impl(name, getattr(ops, f"_{name}_triton"), "CPU")
+    monkeypatch.setattr(ops, "_attention_forward", ops._attention_forward_triton)  # the CPU has one of its own
+    yield
+    library._destroy()
+
+
+@runs_kernel
+@pytest.mark.parametrize("feature", ("plain", "bias of keys", "sinks", "dropout", "mask", "lengths", "alibi"))
+def test_autograd(feature, triton_serves_the_cpu):
+    """The operation with its gradients, as `attention` calls it where Triton serves."""
+    q, k, v = inputs(2, 4, 2, 20, 33, 16, torch.float32, DEVICE)
+    arguments = {"scale": 0.25} | options(feature, 2, 4, 20, 33, torch.float32, DEVICE)
+    differentiable = {"q": q, "k": k, "v": v}
+    differentiable |= {name: arguments.pop(name) for name in ("bias", "sinks") if name in arguments}
+    douts = torch.randn_like(q), torch.zeros(2, 4, 20, device=DEVICE)
+
+    def actual(**tensors):
+        return ops._Attention.apply(*ops.Call(**tensors, **arguments))
+
+    def reference(**tensors):
+        return attention_reference(**tensors, **arguments, return_lse=True)
+
+    doubled = {name: x.double() for name, x in differentiable.items()}
+    (_, got), (_, low) = (gradients(f, differentiable, douts) for f in (actual, reference))
+    oracle = gradients(reference, doubled, douts)[1]
+    for name in differentiable:
+        check(got[name], oracle[name], low[name], dtype=torch.float32, k=BACKWARD, name=f"d{name}")
+
+
+@runs_kernel
+def test_autograd_of_packed_sequences(triton_serves_the_cpu):
+    q, k, v = inputs(1, 4, 2, 20, 33, 16, torch.float32, DEVICE)
+    packing = ops.Packing(lengths_of((0, 5, 5, 20)), lengths_of((0, 9, 20, 33)), 15, 13)
+    arguments = {"scale": 0.25, "dropout_p": 0.2, "dropout_seed": torch.tensor([9], device=DEVICE)}
+    differentiable = {"q": q, "k": k, "v": v, "sinks": torch.randn(4, device=DEVICE)}
+    douts = torch.randn_like(q), torch.randn(1, 4, 20, device=DEVICE)
+
+    def actual(**tensors):
+        return ops._VarlenAttention.apply(packing, *ops.Call(**tensors, **arguments))
+
+    def reference(**tensors):
+        return ops._varlen_reference(ops.Call(**tensors, **arguments), packing)
+
+    doubled = {name: x.double() for name, x in differentiable.items()}
+    results = [gradients(f, x, douts) for f, x in ((actual, differentiable), (reference, doubled), (reference, differentiable))]
+    (out, got), (oracle_out, oracle), (low_out, low) = results
+    for i, name in enumerate(("out", "lse")):
+        check(out[i], oracle_out[i], low_out[i], dtype=torch.float32, name=name)
+    for name in differentiable:
+        check(got[name], oracle[name], low[name], dtype=torch.float32, k=BACKWARD, name=f"d{name}")
+
+
+@runs_kernel
+def test_backward_operations_pass_opcheck(triton_serves_the_cpu):
+    q, k, v = inputs(1, 4, 2, 5, 9, 16, torch.float32, DEVICE)
+    sinks, bias = torch.randn(4, device=DEVICE), torch.randn(4, 1, 9, device=DEVICE)
+    out, lse = kernel.attention_forward(q, k, v, scale=0.25, sinks=sinks, bias=bias)
+    dout = torch.randn_like(out)
+    operations = torch.ops.fastgpt
+    tests = ("test_schema", "test_faketensor")
+    arguments = (dout, None, out, lse, True, q, k, v, True, 0.25, None, None, None, sinks, None, bias)
+    torch.library.opcheck(operations.attention_backward.default, arguments, test_utils=tests)
+    packing = (lengths_of((0, 2, 5)), lengths_of((0, 4, 9)), 3, 5)
+    forward = (*packing, q, k, v, True, 0.25, None, None, None, sinks)
+    torch.library.opcheck(operations.attention_varlen_forward.default, forward, test_utils=tests)
+    arguments = (dout, None, out, lse, *forward)
+    torch.library.opcheck(operations.attention_varlen_backward.default, arguments, test_utils=tests)
 
 
 @runs_kernel

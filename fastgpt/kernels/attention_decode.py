@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     SPLIT: int  # keys per program, a multiple of BLOCK_N
     num_warps: int
     num_stages: int
-    maxnreg: int | None  # registers a thread may use; left to itself, ptxas spills some for more programs at once
+    maxnreg: int  # registers a thread may use; left to itself, ptxas spills some for more programs at once
 
 
 FEW = 16  # up to this many rows, the second tile of a pair
@@ -46,7 +46,7 @@ TILES = {
     (16, 2): (Tile(64, 64, 1024, 4, 3, 255), Tile(16, 64, 256, 4, 3, 168)),
     (32, 2): (Tile(64, 64, 1024, 4, 3, 255), Tile(16, 64, 256, 4, 3, 168)),
     (64, 2): (Tile(64, 64, 1024, 4, 3, 255), Tile(16, 64, 256, 4, 4, 168)),
-    (128, 2): (Tile(64, 64, 1024, 8, 3, 255), Tile(16, 64, 256, 4, 3, None)),
+    (128, 2): (Tile(64, 64, 1024, 8, 3, 255), Tile(16, 64, 256, 4, 3, 255)),
     (256, 2): (Tile(32, 32, 1024, 8, 2, 255), Tile(16, 32, 256, 4, 3, 255)),
     (16, 4): (Tile(32, 32, 1024, 4, 2, 255), Tile(16, 32, 256, 4, 2, 168)),
     (32, 4): (Tile(32, 32, 1024, 4, 2, 255), Tile(16, 32, 256, 4, 2, 168)),
