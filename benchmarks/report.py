@@ -95,19 +95,20 @@ def condense_in_turns(benchmarks: list[dict]) -> dict:
     return result
 
 
-CONDENSE = {"generate": condense_generate, "kv_cache": condense_in_turns}
+CONDENSE = {"generate": condense_generate, "kv_cache": condense_in_turns, "attention": condense_in_turns}
 
 
 def sections() -> dict[str, str]:
     """Marker -> the text that README shows there."""
     folder = RESULTS / SHOWN
-    generate, kv_cache, training = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("generate", "kv_cache", "training")
+    generate, kv_cache, parity, training = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("generate", "kv_cache", "parity", "training")
     )
     return {
         "demo": "```\n" + (folder / "demo.txt").read_text().strip() + "\n```",
         "cached against uncached": cached_against_uncached(generate),
         "cache update": cache_update(kv_cache),
+        "parity": parity_table(parity),
         "8-bit caches": eight_bit_caches(training),
         "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "
         f"**{training['validation_loss']:.4f} nats per character** on the last 10% "
@@ -161,6 +162,32 @@ def cache_update(kv_cache: dict) -> str:
         row(f"with rotary embedding, {tokens}, batch {case['B']}", case, {"rope, then update": "rotating in PyTorch first"})
     what = "One layer of 12 heads of 64, fp32, medians of the times and of the ratios: how many times as long the other takes"
     return "\n".join(rows) + "\n\n" + caption(kv_cache, what)
+
+
+def parity_table(parity: dict) -> str:
+    implementations = [name for name in parity if name != "machine"]
+    triton = implementations[-1]
+    dtypes = list(parity[triton]["plain"])
+    header = [f"C++, {dtype}" for dtype in dtypes] + [f"Triton, {dtype}" for dtype in dtypes]
+    rows = [f"| feature | {' | '.join(header)} |", "|---|" + "---:|" * len(header)]
+
+    def cell(shares):
+        if shares is None:
+            return "–"
+        forward = max(share for name, share in shares.items() if not name.startswith("d"))
+        backward = [share for name, share in shares.items() if name.startswith("d")]
+        return f"{forward:.2f}" + (f" / {max(backward):.2f}" if backward else "")
+
+    for feature in parity[triton]:
+        cells = [
+            cell(parity[name].get(feature, {}).get(dtype)) for name in implementations for dtype in dtypes
+        ]
+        rows.append(f"| {feature} | {' | '.join(cells)} |")
+    how = triton.partition(", ")[2]
+    return "\n".join(rows) + (
+        "\n\nWorst error of out and lse / of the gradients, as a share of the bound: at most 1 passes. "
+        f"The Triton kernels ran {how}; `python tests/parity.py` measures it."
+    )
 
 
 def eight_bit_caches(training: dict) -> str:

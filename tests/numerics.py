@@ -35,5 +35,6 @@ def check(actual, oracle, low_precision, *, dtype, k=FORWARD, name="result"):
     """
     assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, oracle {tuple(oracle.shape)}"
     share, error = share_of_bound(actual, oracle, low_precision, dtype=dtype, k=k)
+    assert share != torch.inf, f"{name}: infinities differ from the oracle's"
     # Written so that a NaN anywhere fails.
     assert share <= 1, f"{name}: error {error:.3e} exceeds the bound {error / share:.3e} ({share:.2f}x)"

@@ -21,7 +21,7 @@ from numerics import BACKWARD, FORWARD, share_of_bound  # noqa: E402
 
 from fastgpt.ops import attention as ops  # noqa: E402
 
-SHAPES = [(2, 4, 2, 37, 70, 40), (2, 6, 3, 3, 33, 64), (1, 6, 3, 40, 21, 16)]  # B, H, H_kv, T, S, D
+SHAPES = [(2, 4, 2, 37, 70, 40), (2, 6, 2, 5, 33, 64), (1, 6, 3, 40, 21, 16)]  # B, H, H_kv, T, S, D
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -144,6 +144,7 @@ def test_window_is_the_last_keys_own_position_included(impl):
     numerics.check(attention(q, k, v, window=2, impl=impl), oracle, low, dtype=torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", lower_levels())
 def test_lower_cpu_levels(level):
     """The parity tests again, in a process that is forced to a lower instruction set."""
@@ -395,6 +396,17 @@ def test_fake_strides_are_real_strides():
     fake = torch.ops.fastgpt.attention_forward(q.to("meta"), k.to("meta"), v.to("meta"), True, 0.25)
     for a, b in zip(real, fake):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+@pytest.mark.parametrize("feature", ["plain", "window", "sinks", "mask", "dropout", "everything"])
+def test_compiles_as_one_graph(feature):
+    q, k, v = inputs(2, 4, 2, 5, 9, 8, torch.float32)
+    arguments = options(feature, 2, 4, 5, 9, torch.float32)
+    torch._dynamo.reset()  # each feature compiles this test's function anew, which is limited
+    compiled = torch.compile(lambda *x: attention(*x, **arguments, return_lse=True), fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(q, k, v), attention(q, k, v, **arguments, return_lse=True)):
+        torch.testing.assert_close(actual, expected)
+    assert compiled(q.requires_grad_(), k, v)[0].requires_grad
 
 
 # Choice of implementation

@@ -206,6 +206,7 @@ def test_rows_that_cannot_be_quantised(dtype):
     assert read[:2].isnan().all() and (read[2:4] == 0).all() and (read[4] == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", lower_levels())
 def test_lower_cpu_levels(level):
     """The tests of exactness again, in a process that is forced to a lower instruction set."""

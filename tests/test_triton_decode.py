@@ -381,6 +381,7 @@ def test_capture_in_a_cuda_graph():
     assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(kernel.INTERPRETED, reason="is itself under the interpreter")
 @pytest.mark.skipif(
     Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
@@ -488,6 +489,7 @@ def is_demanding(dtype, cache_dtype, given, constants):
 ahead_of_time = pytest.mark.skipif(kernel.INTERPRETED, reason="the interpreter does not compile")
 
 
+@pytest.mark.slow
 @ahead_of_time
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_machine_code(arch):
@@ -496,6 +498,7 @@ def test_machine_code(arch):
     assert_machine_code_is_sound(arch, configurations)
 
 
+@pytest.mark.slow
 @ahead_of_time
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_machine_code_of_combine(arch):
@@ -508,7 +511,7 @@ def test_machine_code_of_combine(arch):
         assert spilled == 0, f"head dim {head_dim} spills {spilled} bytes at {registers} registers"
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("FASTGPT_TEST_ALL_MACHINE_CODE" not in os.environ, reason="takes an hour on two cores")
 @ahead_of_time
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_machine_code_of_every_configuration(arch):

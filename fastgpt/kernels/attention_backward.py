@@ -4,8 +4,11 @@
     dv = p^T · dout,   dk = scale ds^T · q,   dq = scale ds · k,   dbias = ds,   dsinks = sum exp(sink - lse) (-delta)
 
 where ds is also multiplied by the soft cap's derivative on its way to dq and dk. A program of the first pass owns
-BLOCK_N keys of one key/value head and walks over the queries that see them, head by head of its group; one of the second
-owns BLOCK_M queries and walks over their keys. Nothing is added atomically, so gradients are the same bits on every run.
+BLOCK_M queries and walks over their keys; one of the second owns BLOCK_N keys of one key/value head and walks over the
+queries that see them, head by head of its group. Nothing is added atomically, so gradients are the same bits on every run.
+
+A large lse is rounded more coarsely than the softmax was, and all weights of a row with it. The first pass, which sees the
+whole row, therefore sums its weights and divides by their sum, and leaves 1 / sum to the second pass.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 """
@@ -25,14 +28,14 @@ from fastgpt.kernels.attention_tiles import LOG2_E, kept_weights, load_rows, tan
 TILES = {
     (16, 2): Tile(64, 64, 4, 2),
     (32, 2): Tile(64, 64, 4, 2),
-    (64, 2): Tile(64, 64, 8, 2),
-    (128, 2): Tile(64, 64, 8, 1),
-    (256, 2): Tile(32, 32, 8, 1),
-    (16, 4): Tile(32, 32, 4, 1),
-    (32, 4): Tile(32, 32, 4, 1),
+    (64, 2): Tile(64, 32, 8, 1),
+    (128, 2): Tile(32, 32, 4, 1),
+    (256, 2): Tile(32, 16, 8, 1),
+    (16, 4): Tile(64, 64, 8, 2),
+    (32, 4): Tile(64, 32, 8, 1),
     (64, 4): Tile(32, 32, 8, 1),
-    (128, 4): Tile(16, 16, 8, 1),
-    (256, 4): Tile(16, 16, 8, 1),
+    (128, 4): Tile(32, 32, 8, 1),
+    (256, 4): Tile(16, 16, 4, 1),
 }
 
 
@@ -135,7 +138,7 @@ BACKWARD_NUMBERS = [
 
 @triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS])
 def _backward_keys(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, norm_ptr, dk_ptr, dv_ptr,
     kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, mask_ptr, bias_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_lb, stride_lh,
@@ -205,6 +208,7 @@ def _backward_keys(
                 mask_tile, bias_tile, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
                 IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None,
             )  # fmt: skip
+            p *= tl.load(norm_ptr + at + rows, mask=rows < n_rows, other=1.0)[:, None]
             dp = tl.dot(dout, v.T, input_precision="ieee")
             kept = p
             if seed_ptr is not None:
@@ -229,8 +233,8 @@ def _backward_keys(
 
 @triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS])
 def _backward_queries(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
-    kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, mask_ptr, bias_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, norm_ptr, dq_ptr,
+    kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, stride_dqb, stride_dqh, stride_dqm,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
@@ -277,6 +281,7 @@ def _backward_queries(
     if HAS_WINDOW:
         begin = tl.maximum(past + 1 - window, 0) // BLOCK_N * BLOCK_N
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, stride_kn, offs_n, end, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
@@ -286,6 +291,7 @@ def _backward_queries(
             window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
             IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None,
         )  # fmt: skip
+        row_sum += tl.sum(p, 1)
         dp = tl.dot(dout, v.T, input_precision="ieee")
         if seed_ptr is not None:
             heads = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
@@ -293,16 +299,21 @@ def _backward_queries(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None]) * slope_of_cap
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    seen = row_sum > 0.0
+    if sinks_ptr is not None:
+        row_sum += tl.exp2((tl.load(sinks_ptr + h).to(tl.float32) - lse) * LOG2_E)
+    norm = tl.where(seen, 1.0 / tl.where(seen, row_sum, 1.0), 1.0)
+    tl.store(norm_ptr + at + rows, norm, mask=rows < n_rows)
     dq_ptr += b * stride_dqb + h * stride_dqh + row * stride_dqm
     offs_d = tl.arange(0, BLOCK_D)
     mask = (rows[:, None] < n_rows) & (offs_d[None, :] < HEAD_DIM)
     offsets = rows[:, None] * tl.cast(stride_dqm, tl.int64) + offs_d[None, :]
-    tl.store(dq_ptr + offsets, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+    tl.store(dq_ptr + offsets, (dq * (norm * scale)[:, None]).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS, "n_batch", "bias_batch", "bias_heads", "m_tiles", "n_tiles"])
 def _backward_bias(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, norm_ptr, dbias_ptr,
     kv_lengths_ptr, alibi_ptr, mask_ptr, bias_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, stride_dbb, stride_dbh, stride_dbm, stride_dbn,
@@ -367,6 +378,7 @@ def _backward_bias(
                     stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
                     IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None,
                 )  # fmt: skip
+                p *= tl.load(norm_ptr + at + rows, mask=rows < n_rows, other=1.0)[:, None]
                 dp = tl.dot(dout, v.T, input_precision="ieee")
                 if seed_ptr is not None:
                     heads = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
@@ -415,13 +427,14 @@ def attention_backward(
     packed = cu_seqlens_q is not None
     q, k, v, dout, out = (aligned_rows(x) for x in (q, k, v, dout, out))
     lse = lse.contiguous()
-    delta = torch.empty_like(lse)
+    sinks = None if sinks is None else sinks.contiguous()
+    delta, norm = torch.empty_like(lse), torch.empty_like(lse)
     dlse = None if dlse is None else dlse.contiguous()
 
     extras = Extras(q, k, window, softcap, alibi_slopes, None, mask, bias, kv_lengths, None, None, None, dropout_p,
                     dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
     constants = _constants(D, q.element_size(), causal, window is not None, softcap is not None, extras.rich)
-    tiles = {name: constants[name] for name in ("HEAD_DIM", "BLOCK_D", "BLOCK_M", "num_warps", "enable_fp_fusion")}
+    tiles = {name: constants[name] for name in ("HEAD_DIM", "BLOCK_D", "BLOCK_M", "num_warps")}
     n_queries, n_keys = (T, S) if not packed else (max_q, max_k)
     batch = len(cu_seqlens_q) - 1 if packed else B
     m_tiles, n_tiles = triton.cdiv(n_queries, constants["BLOCK_M"]), triton.cdiv(n_keys, constants["BLOCK_N"])
@@ -437,19 +450,19 @@ def attention_backward(
             out, dout, dlse, delta, **strides(out, "o", "bhm"), **strides(dout, "g", "bhm"), **strides(lse, "l", "bh"),
             n_heads=H, n_queries=T, **tiles,
         )  # fmt: skip
-        _backward_keys[(n_tiles * batch * H_kv,)](
-            q, k, v, dout, lse, delta, dk, dv, **strides(dk, "dk", "bhn", packed), **strides(dv, "dv", "bhn", packed),
-            **common,
-        )  # fmt: skip
         _backward_queries[(m_tiles * batch * H,)](
-            q, k, v, dout, lse, delta, dq, **strides(dq, "dq", "bhm", packed), **common
+            q, k, v, dout, lse, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common
         )
+        _backward_keys[(n_tiles * batch * H_kv,)](
+            q, k, v, dout, lse, delta, norm, dk, dv, **strides(dk, "dk", "bhn", packed),
+            **strides(dv, "dv", "bhn", packed), **common,
+        )  # fmt: skip
         if needs_dbias:
             shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
             one_row, one_column = shape[2] == 1, shape[3] == 1
             grid = shape[0] * shape[1] * (1 if one_row else m_tiles) * (1 if one_column else n_tiles)
             _backward_bias[(grid,)](
-                q, k, v, dout, lse, delta, dbias, **strides(dbias.view(shape), "db", "bhmn"),
+                q, k, v, dout, lse, delta, norm, dbias, **strides(dbias.view(shape), "db", "bhmn"),
                 n_batch=B, bias_batch=shape[0], bias_heads=shape[1], m_tiles=m_tiles, n_tiles=n_tiles,
                 ONE_ROW=one_row, ONE_COLUMN=one_column,
                 **{name: value for name, value in common.items() if not name.startswith("cu_")},
@@ -458,7 +471,7 @@ def attention_backward(
     if sinks is not None:
         # A row that sees no key has no weights, and gives nothing.
         weight = (sinks.double().view(-1, 1) - lse).exp().masked_fill(lse == -torch.inf, 0.0)  # (B, H, T)
-        dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+        dsinks = -(weight * norm * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
 
 
@@ -471,7 +484,8 @@ def _constants(
     tile = (RICH_TILES if rich else TILES)[block_d, element_size]
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
-        **tile._asdict(), enable_fp_fusion=True,
+        # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
+        **tile._asdict(), enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip
 
 
@@ -482,7 +496,7 @@ def aot_configurations():
         (("kv_lengths_ptr",), {"has_window": True}),
         (("cu_q_ptr", "cu_k_ptr"), {"has_window": True}),
         (
-            ("kv_lengths_ptr", "alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr"),
+            ("kv_lengths_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "seed_ptr"),
             {"has_window": True, "has_softcap": True, "rich": True},
         ),
         (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {"rich": True}),

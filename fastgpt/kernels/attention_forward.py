@@ -42,20 +42,18 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-SHORT = 16  # up to this many queries, the short tile of a pair
-
-# (head dim padded to a power of two, bytes per element) -> tiles for (more than SHORT queries, up to SHORT).
+# (head dim padded to a power of two, bytes per element) -> tile. Few queries are the business of attention_decode.py.
 TILES = {
-    (16, 2): (Tile(128, 64, 4, 3), Tile(16, 64, 4, 3)),
-    (32, 2): (Tile(128, 64, 4, 3), Tile(16, 128, 4, 3)),
-    (64, 2): (Tile(128, 64, 4, 4), Tile(16, 64, 4, 3)),
-    (128, 2): (Tile(128, 64, 8, 3), Tile(16, 64, 4, 3)),
-    (256, 2): (Tile(64, 32, 8, 2), Tile(16, 32, 4, 3)),
-    (16, 4): (Tile(64, 32, 4, 2), Tile(16, 128, 4, 2)),
-    (32, 4): (Tile(64, 64, 8, 2), Tile(16, 32, 4, 2)),
-    (64, 4): (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
-    (128, 4): (Tile(32, 16, 8, 3), Tile(16, 16, 8, 2)),
-    (256, 4): (Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
+    (16, 2): Tile(128, 64, 4, 3),
+    (32, 2): Tile(128, 64, 4, 3),
+    (64, 2): Tile(128, 64, 4, 4),
+    (128, 2): Tile(128, 64, 8, 3),
+    (256, 2): Tile(64, 32, 8, 2),
+    (16, 4): Tile(64, 32, 4, 2),
+    (32, 4): Tile(64, 64, 8, 2),
+    (64, 4): Tile(32, 32, 8, 2),
+    (128, 4): Tile(32, 16, 8, 3),
+    (256, 4): Tile(32, 16, 8, 2),
 }
 
 # Where scores are more than q·k · scale, or keys are not rows in a row, tiles that leave registers for that.
@@ -326,7 +324,7 @@ def attention_forward(
     extras = Extras(q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
                     dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
     n_queries = T if max_q is None else max_q
-    constants = _constants(D, q.element_size(), n_queries <= SHORT, causal, window is not None, softcap is not None, extras.rich)
+    constants = _constants(D, q.element_size(), causal, window is not None, softcap is not None, extras.rich)
     packed = cu_seqlens_q is not None
     batch = len(cu_seqlens_q) - 1 if packed else B
     grid = (triton.cdiv(n_queries, constants["BLOCK_M"]) * batch * H,)
@@ -410,11 +408,11 @@ def aligned_rows(x: Tensor) -> Tensor:
 
 @functools.cache
 def _constants(
-    head_dim: int, element_size: int, short: bool, causal: bool, has_window=False, has_softcap=False, rich=False
+    head_dim: int, element_size: int, causal: bool, has_window=False, has_softcap=False, rich=False
 ) -> dict:
     """The kernel's compile-time arguments and options."""
     block_d = max(16, triton.next_power_of_2(head_dim))
-    tile = RICH_TILES[block_d, element_size] if rich else TILES[block_d, element_size][short]
+    tile = (RICH_TILES if rich else TILES)[block_d, element_size]
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
         **tile._asdict(), enable_fp_fusion=True,
@@ -439,8 +437,7 @@ def aot_configurations():
     for (block_d, element_size), dtype in itertools.product(TILES, (torch.float16, torch.bfloat16, torch.float32)):
         if dtype.itemsize != element_size:
             continue
-        for head_dim, short, causal, (pointers, flags) in itertools.product(
-            (block_d, block_d * 5 // 8), (False, True), (True, False), features
+        for head_dim, causal, (pointers, flags) in itertools.product(
+            (block_d, block_d * 5 // 8), (True, False), features
         ):
-            if not (short and flags.get("rich")):
-                yield dtype, _constants(head_dim, element_size, short, causal, **flags), pointers
+            yield dtype, _constants(head_dim, element_size, causal, **flags), pointers

@@ -469,8 +469,7 @@ def _attention_backward_fake(dout, dlse, out, lse, needs_dbias, q, k, v, *argume
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 
 
-# Queries of one call, those of the heads that share a key/value head together, up to which keys are split among programs.
-DECODE_ROWS = 64
+DECODE_QUERIES = 16  # up to so many a sequence, the keys are split among programs
 
 
 def _attention_forward_triton(*arguments):
@@ -480,12 +479,11 @@ def _attention_forward_triton(*arguments):
 
     call = Call(*arguments)._asdict()
     q, k, v = call.pop("q"), call.pop("k"), call.pop("v")
-    if q.shape[2] * (q.shape[1] // k.shape[1]) <= DECODE_ROWS and call["mask"] is call["bias"] is None:
-        if call["dropout_p"] == 0:
-            for name in ("mask", "bias", "dropout_p", "dropout_seed"):
-                del call[name]
-            return attention_decode(q, k, v, **call)
-    return attention_forward(q, k, v, **call)
+    if q.shape[2] > DECODE_QUERIES or call["mask"] is not None or call["bias"] is not None or call["dropout_p"] > 0:
+        return attention_forward(q, k, v, **call)
+    for name in ("mask", "bias", "dropout_p", "dropout_seed"):
+        del call[name]
+    return attention_decode(q, k, v, **call)
 
 
 def _attention_backward_triton(dout, dlse, out, lse, needs_dbias, q, k, v, *arguments):
