@@ -421,6 +421,9 @@ def test_explain_says_what_serves_and_why_not():
     }
     reasons = fastgpt.explain(attention, q.requires_grad_(), k, v)
     assert reasons["reference"] == "chosen" and "requires gradients" in reasons["cpp"]
+    packed_call = (*packed(*inputs(1, 4, 2, 8, 12, 16, torch.float32)), CU_Q, CU_K, 5, 6)
+    reasons = fastgpt.explain(attention_varlen, *packed_call)
+    assert reasons["reference"] == "chosen" and "packed sequences" in reasons["cpp"]
     with pytest.raises(ValueError, match="operation: expected one of fastgpt.attention"):
         fastgpt.explain(print, 1)
 

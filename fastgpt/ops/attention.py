@@ -153,15 +153,10 @@ def attention_varlen(
     Raises: TypeError, ValueError as `attention`; on CPU also for cu_seqlens that are not as above.
     """
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-    require_tensor("q", q, 3)
-    require_tensor("k", k, 3)
-    require_tensor("v", v, 3)
-    # (1, heads, total, D): to the checks and the kernels, one sequence whose batch dimension does not count.
-    call = Call(
-        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), causal, scale, window, softcap, alibi_slopes, sinks,
+    call = _packed_call(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         dropout_p=dropout_p, dropout_seed=dropout_seed,
     )  # fmt: skip
-    _check(call)
     _check_packing(call, packing)
     chosen = choose("attention_varlen", VARLEN_IMPLEMENTATIONS, impl, call)
     if dropout_p > 0:
@@ -180,12 +175,21 @@ def attention_varlen_reference(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, return_lse=False, impl=None, **options
 ):  # fmt: skip
     """The same function in plain PyTorch: `attention_reference` of one sequence after the other."""
-    call = Call(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), **options)
+    call = _packed_call(q, k, v, **options)
     if call.dropout_p > 0:
         call = call._replace(dropout_seed=seed_tensor(call.dropout_seed, q.device))
     out, lse = _varlen_reference(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
     out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
+
+
+def _packed_call(q, k, v, **options) -> Call:
+    """Checked; q, k, v as (1, heads, total, D): one sequence whose batch dimension does not count."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require_tensor(name, x, 3)
+    call = Call(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), **options)
+    _check(call)
+    return call
 
 
 def _varlen_reference(call: Call, packing: Packing):
@@ -381,6 +385,13 @@ def explain(q, k, v, *, return_lse=False, impl=None, **options):
     call = Call(q, k, v, **options)
     _check(call)
     return explain_call(IMPLEMENTATIONS, call)
+
+
+def explain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, return_lse=False, impl=None, **options):
+    """The same for attention_varlen."""
+    call = _packed_call(q, k, v, **options)
+    _check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
+    return explain_call(VARLEN_IMPLEMENTATIONS, call)
 
 
 def _needs_gradients(call: Call) -> bool:
