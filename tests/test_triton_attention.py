@@ -290,36 +290,6 @@ def test_paged_and_quantised(page, kv_dtype, dtype):
     check(lse, oracle[1], low[1], dtype=torch.float32, name="lse")
 
 
-@runs_kernel
-def test_packed_sequences_are_their_sequences_one_by_one():
-    lengths_q, lengths_k = (5, 0, 33, 1), (9, 4, 33, 40)
-    H, H_kv, D = 4, 2, 40
-    parts = [inputs(1, H, H_kv, t, s, D, torch.float32, DEVICE, seed=i) for i, (t, s) in enumerate(zip(lengths_q, lengths_k))]
-    q, k, v = (torch.cat(tensors, dim=2) for tensors in zip(*parts))  # (1, heads, total, D)
-    offsets = [lengths_of([0, *itertools.accumulate(lengths)]) for lengths in (lengths_q, lengths_k)]
-    packing = {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1], "max_q": max(lengths_q)}
-    seed = torch.tensor([3], device=DEVICE)
-    common = {"scale": 0.3, "window": 20, "alibi_slopes": torch.rand(H, device=DEVICE), "sinks": torch.randn(H, device=DEVICE)}
-    out, lse = kernel.attention_forward(q, k, v, **common, **packing)
-    dout = torch.randn_like(out)
-    grads = backward.attention_backward(dout, None, q, k, v, out, lse, **common, **packing, max_k=max(lengths_k))
-    at_q = at_k = 0
-    dsinks = torch.zeros(H, device=DEVICE)
-    for part, t, s in zip(parts, lengths_q, lengths_k):
-        rows, keys = slice(at_q, at_q + t), slice(at_k, at_k + s)
-        at_q, at_k = at_q + t, at_k + s
-        expected_out, expected_lse = kernel.attention_forward(*part, **common)
-        expected = backward.attention_backward(dout[:, :, rows], None, *part, expected_out, expected_lse, **common)
-        torch.testing.assert_close(out[:, :, rows], expected_out, atol=2e-6, rtol=1e-5)
-        torch.testing.assert_close(lse[:, :, rows], expected_lse, atol=2e-6, rtol=1e-5)
-        for actual, gradient, index in zip(grads, expected, (rows, keys, keys)):
-            torch.testing.assert_close(actual[:, :, index], gradient, atol=5e-6, rtol=1e-4)
-        dsinks += expected[4]
-    torch.testing.assert_close(grads[4], dsinks, atol=1e-5, rtol=1e-4)
-    dropped, _ = kernel.attention_forward(q, k, v, **common, **packing, dropout_p=0.5, dropout_seed=seed)
-    assert not torch.equal(dropped, out)
-
-
 @pytest.fixture
 def triton_serves_the_cpu(monkeypatch):
     """Under the interpreter: the operations' CUDA kernels serve the CPU too."""
@@ -358,13 +328,28 @@ def test_autograd(feature, triton_serves_the_cpu):
         check(got[name], oracle[name], low[name], dtype=torch.float32, k=BACKWARD, name=f"d{name}")
 
 
+PACKED_OPTIONS = {
+    "plain": {},
+    "dropout": {"dropout_p": 0.2, "dropout_seed": 9},
+    "rich": {"window": 9, "alibi_slopes": (0.5, 0.25, 0.1, 0.0), "softcap": 2.0},
+}
+
+
 @runs_kernel
-def test_autograd_of_packed_sequences(triton_serves_the_cpu):
-    q, k, v = inputs(1, 4, 2, 20, 33, 16, torch.float32, DEVICE)
-    packing = ops.Packing(lengths_of((0, 5, 5, 20)), lengths_of((0, 9, 20, 33)), 15, 13)
-    arguments = {"scale": 0.25, "dropout_p": 0.2, "dropout_seed": torch.tensor([9], device=DEVICE)}
+@pytest.mark.parametrize("arguments", PACKED_OPTIONS.values(), ids=PACKED_OPTIONS)
+def test_autograd_of_packed_sequences(arguments, triton_serves_the_cpu):
+    """One of them has no queries, and one fewer keys than queries."""
+    lengths_q, lengths_k = (5, 0, 33, 1, 12), (9, 4, 33, 40, 5)
+    q, k, v = inputs(1, 4, 2, sum(lengths_q), sum(lengths_k), 16, torch.float32, DEVICE)
+    offsets = [lengths_of([0, *itertools.accumulate(lengths)]) for lengths in (lengths_q, lengths_k)]
+    packing = ops.Packing(*offsets, max(lengths_q), max(lengths_k))
+    arguments = {"scale": 0.25} | arguments
+    for name, dtype in (("dropout_seed", torch.int64), ("alibi_slopes", torch.float32)):
+        if name in arguments:
+            arguments[name] = torch.tensor(arguments[name], dtype=dtype, device=DEVICE).view(-1)
     differentiable = {"q": q, "k": k, "v": v, "sinks": torch.randn(4, device=DEVICE)}
-    douts = torch.randn_like(q), torch.randn(1, 4, 20, device=DEVICE)
+    blind = ops._varlen_reference(ops.Call(**differentiable, **arguments), packing)[1] == -math.inf
+    douts = torch.randn_like(q), torch.randn(1, 4, sum(lengths_q), device=DEVICE).masked_fill(blind, 0.0)
 
     def actual(**tensors):
         return ops._VarlenAttention.apply(packing, *ops.Call(**tensors, **arguments))

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.attention_forward import INTERPRETED, NUMBERS, POINTERS, Extras, Tile, aligned_rows, strides
-from fastgpt.kernels.attention_tiles import LOG2_E, kept_weights, load_rows, tanh, visible_keys
+from fastgpt.kernels.attention_forward import INTERPRETED, NUMBERS, POINTERS, Extras, Tile, strides
+from fastgpt.kernels.attention_tiles import LOG2_E, aligned_rows, kept_weights, load_rows, tanh, visible_keys
 
 # (head dim padded to a power of two, bytes per element) -> tile, the same for all passes.
 TILES = {

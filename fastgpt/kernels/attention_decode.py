@@ -24,7 +24,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.attention_tiles import LN_2, LOG2_E, load_keys, modified_scores, page_rows, visible_keys
+from fastgpt.kernels.attention_tiles import (
+    LN_2,
+    LOG2_E,
+    aligned_rows,
+    load_keys,
+    modified_scores,
+    page_rows,
+    visible_keys,
+)
 
 
 class Tile(NamedTuple):
@@ -303,7 +311,7 @@ def attention_decode(
         return out, lse
     if k.dtype is torch.float8_e4m3fn:  # which the kernel decodes itself: not every architecture can
         k, v = k.view(torch.uint8), v.view(torch.uint8)
-    q, k, v = _aligned_rows(q), _aligned_rows(k), _aligned_rows(v)
+    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     kv_lengths, alibi_slopes, sinks = (x if x is None else x.contiguous() for x in (kv_lengths, alibi_slopes, sinks))
     window = None if window is None else min(window, S)
 
@@ -334,20 +342,6 @@ def attention_decode(
                 acc, softmax, out, lse, kv_lengths, sinks, H, T, S, n_splits, window, **_combine_constants(D, split)
             )
     return out, lse
-
-
-def _aligned_rows(x: Tensor) -> Tensor:
-    """x (B, H, N, D), or a copy, if its rows do not start and end at multiples of 16 bytes as vector loads need."""
-    size, D = x.element_size(), x.shape[-1]
-    bits = x.data_ptr() | D * size
-    for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if n > 1:  # else the stride is never taken, and may be any
-            bits |= stride * size
-    if bits % 16 == 0:
-        return x
-    padded = x.new_zeros((*x.shape[:-1], triton.cdiv(D * size, 16) * 16 // size))
-    padded[..., :D] = x
-    return padded
 
 
 @functools.cache

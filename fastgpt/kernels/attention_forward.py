@@ -23,6 +23,7 @@ from torch import Tensor
 from fastgpt.kernels.attention_tiles import (
     LN_2,
     LOG2_E,
+    aligned_rows,
     kept_weights,
     load_keys,
     load_rows,
@@ -393,17 +394,6 @@ def strides(x: Tensor | None, prefix: str, dims: str, packed: bool = False) -> d
 def bytes_of(x: Tensor) -> Tensor:
     """x, or its bytes if it is of 8-bit floats, which not every architecture knows."""
     return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x
-
-
-def aligned_rows(x: Tensor) -> Tensor:
-    """x (B, H, N, D), or a copy, if its rows do not start and end at multiples of 16 bytes as vector loads need."""
-    b, h, n, _ = x.stride()
-    size, D = x.element_size(), x.shape[-1]
-    if (x.data_ptr() | (b | h | n | D) * size) % 16 == 0:
-        return x
-    padded = torch.zeros((*x.shape[:-1], triton.cdiv(D * size, 16) * 16 // size), dtype=x.dtype, device=x.device)
-    padded[..., :D] = x
-    return padded
 
 
 @functools.cache

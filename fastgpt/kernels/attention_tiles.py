@@ -6,8 +6,10 @@ _log2: exp(x) = 2^(x log2 e), and the hardware's exponential is that of 2.
 
 import math
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -119,3 +121,17 @@ def kept_weights(seed, threshold, b, heads, offs_m, start_n, BLOCK_N: tl.constex
     w0, w1, w2, w3 = tl.philox(seed, blocks.to(tl.uint32), rows.to(tl.uint32), heads.to(tl.uint32), (zero + b).to(tl.uint32))
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return (words >> 1).to(tl.int32) >= threshold
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x (B, H, N, D), or a copy, if its rows do not start and end at multiples of 16 bytes as vector loads need."""
+    size, D = x.element_size(), x.shape[-1]
+    bits = x.data_ptr() | D * size
+    for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if n > 1:  # else the stride is never taken, and may be any
+            bits |= stride * size
+    if bits % 16 == 0:
+        return x
+    padded = torch.zeros((*x.shape[:-1], triton.cdiv(D * size, 16) * 16 // size), dtype=x.dtype, device=x.device)
+    padded[..., :D] = x
+    return padded
