@@ -52,10 +52,3 @@ FEATURES = [
     "plain", "not causal", "scale", "window", "window, not causal", "softcap", "alibi", "sinks", "mask", "bias",
     "bias of heads", "bias of keys", "bias of queries", "lengths", "dropout", "everything",
 ]  # fmt: skip
-
-
-def in_double(options):
-    """The same options for the oracle: what the reference computes with, in float64."""
-    return {
-        name: x.double() if name in ("bias", "sinks") and x is not None else x for name, x in options.items()
-    }

@@ -16,12 +16,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from attention_features import FEATURES, in_double, inputs, options  # noqa: E402
-from numerics import BACKWARD, FORWARD, share_of_bound  # noqa: E402
+from attention_features import FEATURES, inputs, options  # noqa: E402
+from attention_parity import compare, run_triton  # noqa: E402
+from numerics import share_of_bound  # noqa: E402
 
 from fastgpt.ops import attention as ops  # noqa: E402
 
-SHAPES = [(2, 4, 2, 37, 70, 40), (2, 6, 2, 5, 33, 64), (1, 6, 3, 40, 21, 16)]  # B, H, H_kv, T, S, D
+SHAPES = [(2, 4, 2, 37, 70, 40), (2, 3, 1, 3, 33, 64), (1, 2, 2, 40, 21, 16)]  # B, H, H_kv, T, S, D
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,44 +45,14 @@ def worst_shares(implementation: str, device: str) -> dict:
     return result
 
 
-def reference(call, douts=None):
-    """out, lse, and the gradients by what is differentiable."""
-    leaves = {name: getattr(call, name) for name in ("q", "k", "v", "bias", "sinks")}
-    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items() if x is not None}
-    out, lse = ops.attention_reference(**call._replace(**leaves)._asdict(), return_lse=True)
-    if douts is None:
-        return {"out": out, "lse": lse}
-    torch.autograd.backward((out, lse), tuple(dout.to(x.dtype) for dout, x in zip(douts, (out, lse))))
-    return {"out": out, "lse": lse} | {f"d{name}": x.grad for name, x in leaves.items()}
-
-
 def shares_of(call, implementation) -> dict[str, float]:
-    doubled = call._replace(**{name: getattr(call, name).double() for name in ("q", "k", "v")})
-    doubled = doubled._replace(**in_double({"bias": call.bias, "sinks": call.sinks}))
-    if implementation == "cpp":
-        actual = dict(zip(("out", "lse"), torch.ops.fastgpt.attention_forward(*call)))
-        douts = None
-    else:
-        from fastgpt.kernels.attention_backward import attention_backward
-        from fastgpt.kernels.attention_forward import attention_forward
+    run = run_triton if implementation == "triton" else run_cpp
+    compared = compare(call, run)
+    return {name: share_of_bound(*tensors, dtype=tensors[0].dtype, k=k)[0] for name, *tensors, k in compared}
 
-        arguments = call._asdict()
-        q, k, v = (arguments.pop(name) for name in "qkv")
-        out, lse = attention_forward(q, k, v, **arguments)
-        douts = torch.randn_like(q), torch.randn_like(lse).masked_fill(lse == -torch.inf, 0.0)
-        for name in ("block_table", "k_scale", "v_scale"):
-            del arguments[name]
-        needed = {"needs_dbias": call.bias is not None}
-        gradients = attention_backward(*douts, q, k, v, out, lse, **arguments, **needed)
-        actual = {"out": out, "lse": lse}
-        actual |= {f"d{name}": x for name, x in zip(("q", "k", "v", "bias", "sinks"), gradients) if x is not None}
-    oracle, low = reference(doubled, douts), reference(call, douts)
-    return {
-        name: share_of_bound(
-            x, oracle[name], low[name], dtype=x.dtype, k=BACKWARD if name.startswith("d") else FORWARD
-        )[0]
-        for name, x in actual.items()
-    }
+
+def run_cpp(call, douts):
+    return dict(zip(("out", "lse"), torch.ops.fastgpt.attention_forward(*call)))
 
 
 def main() -> None:

@@ -233,7 +233,7 @@ def _backward_keys(
 
 @triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS])
 def _backward_queries(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, norm_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, norm_ptr, dq_ptr,
     kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, stride_dqb, stride_dqh, stride_dqm,
@@ -280,8 +280,11 @@ def _backward_queries(
     begin = 0
     if HAS_WINDOW:
         begin = tl.maximum(past + 1 - window, 0) // BLOCK_N * BLOCK_N
+    EXACT: tl.constexpr = q.dtype == tl.float32
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    pk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    mean_dp = tl.zeros([BLOCK_M], tl.float32)
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, stride_kn, offs_n, end, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
@@ -297,13 +300,22 @@ def _backward_queries(
             heads = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
             keep = kept_weights(tl.load(seed_ptr), threshold, b, heads, start_m + rows, start_n, BLOCK_N)
             dp = tl.where(keep, dp * keep_scale, 0.0)
+        mean_dp += tl.sum(p * dp, 1)
         ds = p * (dp - delta[:, None]) * slope_of_cap
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if EXACT:
+            pk = tl.dot(p * slope_of_cap, k, pk, input_precision="ieee")
     seen = row_sum > 0.0
     if sinks_ptr is not None:
         row_sum += tl.exp2((tl.load(sinks_ptr + h).to(tl.float32) - lse) * LOG2_E)
     norm = tl.where(seen, 1.0 / tl.where(seen, row_sum, 1.0), 1.0)
     tl.store(norm_ptr + at + rows, norm, mask=rows < n_rows)
+    mean_dp *= norm
+    if dlse_ptr is not None:
+        mean_dp -= tl.load(dlse_ptr + at + rows, mask=rows < n_rows, other=0.0)
+    tl.store(delta_ptr + at + rows, mean_dp, mask=rows < n_rows)
+    if EXACT:
+        dq -= (mean_dp - delta)[:, None] * pk
     dq_ptr += b * stride_dqb + h * stride_dqh + row * stride_dqm
     offs_d = tl.arange(0, BLOCK_D)
     mask = (rows[:, None] < n_rows) & (offs_d[None, :] < HEAD_DIM)
@@ -451,7 +463,7 @@ def attention_backward(
             n_heads=H, n_queries=T, **tiles,
         )  # fmt: skip
         _backward_queries[(m_tiles * batch * H,)](
-            q, k, v, dout, lse, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common
+            q, k, v, dout, lse, dlse, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common
         )
         _backward_keys[(n_tiles * batch * H_kv,)](
             q, k, v, dout, lse, delta, norm, dk, dv, **strides(dk, "dk", "bhn", packed),

@@ -25,11 +25,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention_tiles import (
-    LN_2,
     LOG2_E,
     aligned_rows,
+    finish_softmax,
     load_keys,
     modified_scores,
+    online_softmax,
     page_rows,
     visible_keys,
 )
@@ -79,22 +80,6 @@ def _reach(kv_lengths_ptr, b, n_keys, n_queries, window):
     if window is not None:
         begin = tl.maximum(0, end - n_queries - window + 1)
     return begin, end
-
-
-@triton.jit
-def _finish(acc, row_sum, row_max_log2, sinks_ptr, heads):
-    """Rows of (out, lse) in fp32 from the sums over all their keys: acc (M, BLOCK_D), the others (M,)."""
-    if sinks_ptr is not None:
-        sink_log2 = tl.load(sinks_ptr + heads).to(tl.float32) * LOG2_E
-        blind = row_max_log2 == float("-inf")  # sees no key, so has no use for the sink either
-        new_max_log2 = tl.where(blind, row_max_log2, tl.maximum(row_max_log2, sink_log2))
-        shift_log2 = tl.where(blind, 0.0, new_max_log2)
-        rescale = tl.exp2(row_max_log2 - shift_log2)
-        row_sum = row_sum * rescale + tl.where(blind, 0.0, tl.exp2(sink_log2 - shift_log2))
-        row_max_log2 = new_max_log2
-        acc *= rescale[:, None]
-    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # no key seen: out 0, lse -inf
-    return acc / row_sum[:, None], (row_max_log2 + tl.log2(row_sum)) * LN_2
 
 
 # Numbers that vary between calls must not compile a kernel again. What specialising would gain, the divisibility of
@@ -161,7 +146,7 @@ def _attend_split(
     q = load_keys(q_ptr, stride_qh, stride_qm, heads, tokens, True, dtype, HEAD_DIM, BLOCK_D, MASK_ROWS=False)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    row_max_log2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     V_UNIT: tl.constexpr = INT8_UNIT if v_ptr.dtype.element_ty == tl.int8 else E4M3_UNIT
 
     first = tl.maximum(start_split, begin // BLOCK_N * BLOCK_N)
@@ -185,14 +170,9 @@ def _attend_split(
         visible = visible_keys(own, offs_n, end, window, IS_CAUSAL, HAS_WINDOW=window is not None)
         scores = tl.where(visible, scores, float("-inf"))
 
-        new_max_log2 = tl.maximum(row_max_log2, tl.max(scores, 1) * LOG2_E)
-        # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
-        shift_log2 = tl.where(new_max_log2 == float("-inf"), 0.0, new_max_log2)
-        p = tl.exp2(scores * LOG2_E - shift_log2[:, None])
-        rescale = tl.exp2(row_max_log2 - shift_log2)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        row_max_log2 = new_max_log2
-
+        p, rescale, row_sum, row_max = online_softmax(
+            scores, row_sum, row_max, LOG2_E, MASKED=True, EXACT=dtype == tl.float32
+        )
         if v_scale_ptr is not None:
             offsets = pages * stride_vsb + h_kv * stride_vsh + key_rows * tl.cast(stride_vsn, tl.int64)
             p *= (tl.load(v_scale_ptr + offsets, mask=in_reach, other=0.0) * V_UNIT)[None, :]
@@ -207,13 +187,13 @@ def _attend_split(
     mask = stored[:, None] & (offs_d[None, :] < HEAD_DIM)
     first_row = (b * n_heads + h_kv * group) * n_queries  # of all B * H * T
     if acc_ptr is None:
-        out, lse = _finish(acc, row_sum, row_max_log2, sinks_ptr, heads)
+        out, lse = finish_softmax(acc, row_sum, row_max, sinks_ptr, heads)
         tl.store(lse_ptr + first_row + rows, lse, mask=stored)
         offsets = ((b * n_queries + tokens) * n_heads + heads) * HEAD_DIM
         tl.store(out_ptr + offsets[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         parts = (first_row + rows) * n_splits + split
-        tl.store(softmax_ptr + 2 * parts, row_max_log2, mask=stored)
+        tl.store(softmax_ptr + 2 * parts, row_max, mask=stored)
         tl.store(softmax_ptr + 2 * parts + 1, row_sum, mask=stored)
         tl.store(acc_ptr + parts[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask)
 
@@ -236,26 +216,26 @@ def _combine(
     written = tl.cdiv(end, SPLIT) - begin // SPLIT
     acc = tl.zeros([1, BLOCK_D], tl.float32)
     row_sum = tl.zeros([1], tl.float32)
-    row_max_log2 = tl.full([1], float("-inf"), tl.float32)
+    row_max = tl.full([1], float("-inf"), tl.float32)
     offs_d = tl.arange(0, BLOCK_D)
     for start in range(0, written, BLOCK_SPLITS):
         offs_s = start + tl.arange(0, BLOCK_SPLITS)
         parts = row * n_splits + offs_s
         mask = offs_s < written
-        max_log2 = tl.load(softmax_ptr + 2 * parts, mask=mask, other=float("-inf"))
+        maxima = tl.load(softmax_ptr + 2 * parts, mask=mask, other=float("-inf"))
         sums = tl.load(softmax_ptr + 2 * parts + 1, mask=mask, other=0.0)
         mask = mask[:, None] & (offs_d[None, :] < HEAD_DIM)
         accs = tl.load(acc_ptr + parts[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
 
-        new_max_log2 = tl.maximum(row_max_log2, tl.max(max_log2, 0))
-        shift_log2 = tl.where(new_max_log2 == float("-inf"), 0.0, new_max_log2)  # as in _attend_split
-        weights = tl.exp2(max_log2 - shift_log2)
-        rescale = tl.exp2(row_max_log2 - shift_log2)
+        new_max = tl.maximum(row_max, tl.max(maxima, 0))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # as in online_softmax
+        weights = tl.exp2((maxima - shift) * LOG2_E)
+        rescale = tl.exp2((row_max - shift) * LOG2_E)
         row_sum = row_sum * rescale + tl.sum(weights * sums, 0)
         acc = acc * rescale[:, None] + tl.sum(weights[:, None] * accs, 0)[None, :]
-        row_max_log2 = new_max_log2
+        row_max = new_max
 
-    out, lse = _finish(acc, row_sum, row_max_log2, sinks_ptr, head)
+    out, lse = finish_softmax(acc, row_sum, row_max, sinks_ptr, head)
     tl.store(lse_ptr + row + tl.arange(0, 1), lse)
     offsets = ((b * n_queries + token) * n_heads + head) * HEAD_DIM
     out = out.to(out_ptr.dtype.element_ty)

@@ -21,13 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention_tiles import (
-    LN_2,
     LOG2_E,
     aligned_rows,
+    finish_softmax,
     kept_weights,
     load_keys,
     load_rows,
     modified_scores,
+    online_softmax,
     page_rows,
     visible_keys,
 )
@@ -74,15 +75,17 @@ RICH_TILES = {
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max_log2, q, k_ptr, v_ptr, begin, stop, end,
-    own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
+    acc, row_sum, row_max, q, k_ptr, v_ptr, begin, stop, end,
+    factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
     mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
     stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
     stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys begin..stop-1 into (acc, row_sum, row_max_log2); begin is a multiple of BLOCK_N.
+    """Fold the keys begin..stop-1 into (acc, row_sum, row_max); begin is a multiple of BLOCK_N.
+
+    row_max is in the units of qk once it is modified, of which `factor` makes scores in base 2.
 
     Unmasked, every query sees every key of that range and stop - begin is a multiple of BLOCK_N.
     Masked, keys from `end` on are not read, and each query sees what visible_keys and the mask leave to it.
@@ -102,7 +105,6 @@ def _attend(
         qk = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32, not yet scaled
         if k_scale_ptr is not None:
             qk *= tl.load(k_scale_ptr + k_scales, mask=in_range, other=0.0)[None, :]
-        factor = scale * LOG2_E  # what is left to multiply scores with
         if MODIFIED:
             bias = 0.0
             if bias_ptr is not None:
@@ -112,7 +114,6 @@ def _attend(
             qk = modified_scores(
                 qk, scale, softcap, slope, own, offs_n, bias, HAS_SOFTCAP, HAS_ALIBI, bias_ptr is not None
             )
-            factor = LOG2_E
         if MASKED:
             visible = visible_keys(own, offs_n, end, window, IS_CAUSAL, HAS_WINDOW)
             if mask_ptr is not None:
@@ -121,13 +122,7 @@ def _attend(
                 visible = visible & (tl.load(ptrs, mask=within, other=0) != 0)
             qk = tl.where(visible, qk, float("-inf"))
 
-        new_max_log2 = tl.maximum(row_max_log2, tl.max(qk, 1) * factor)
-        # A query that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
-        shift_log2 = tl.where(new_max_log2 == float("-inf"), 0.0, new_max_log2) if MASKED else new_max_log2
-        p = tl.exp2(qk * factor - shift_log2[:, None])
-        rescale = tl.exp2(row_max_log2 - shift_log2)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        row_max_log2 = new_max_log2
+        p, rescale, row_sum, row_max = online_softmax(qk, row_sum, row_max, factor, MASKED, EXACT=q.dtype == tl.float32)
         if seed is not None:
             keep = kept_weights(seed, threshold, b, head, offs_m, start_n, BLOCK_N)
             p = tl.where(keep, p * keep_scale, 0.0)
@@ -140,7 +135,7 @@ def _attend(
             v_scale = tl.load(v_scale_ptr + v_scales, mask=in_range, other=0.0)
             v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-    return acc, row_sum, row_max_log2
+    return acc, row_sum, row_max
 
 
 # Numbers that vary between calls must not compile the kernel again. What specialising would gain, the divisibility
@@ -238,15 +233,18 @@ def _attention_forward(
         seed = tl.load(seed_ptr)
     head = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
     offs_m = start_m + rows
+    MODIFIED: tl.constexpr = HAS_SOFTCAP or alibi_ptr is not None or bias_ptr is not None
+    unit = 1.0 if MODIFIED else scale  # what the loop's scores are yet to be multiplied with
+    factor = unit * LOG2_E
 
     q = load_rows(q_ptr, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    row_max_log2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if HAS_WINDOW:
-        acc, row_sum, row_max_log2 = _attend(
-            acc, row_sum, row_max_log2, q, k_ptr, v_ptr, begin, tl.minimum(inner, end), end,
-            own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_ptr, v_ptr, begin, tl.minimum(inner, end), end,
+            factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
             mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
             stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
             stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
@@ -254,39 +252,29 @@ def _attention_forward(
         )  # fmt: skip
         begin = inner
     if mask_ptr is None:
-        acc, row_sum, row_max_log2 = _attend(
-            acc, row_sum, row_max_log2, q, k_ptr, v_ptr, begin, outer, end,
-            own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_ptr, v_ptr, begin, outer, end,
+            factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
             mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
             stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
             stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
             HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASKED=False,
         )  # fmt: skip
-    acc, row_sum, row_max_log2 = _attend(
-        acc, row_sum, row_max_log2, q, k_ptr, v_ptr, tl.maximum(begin, outer), end, end,
-        own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
+    acc, row_sum, row_max = _attend(
+        acc, row_sum, row_max, q, k_ptr, v_ptr, tl.maximum(begin, outer), end, end,
+        factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
         mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
         stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
         stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
         HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASKED=True,
     )  # fmt: skip
 
-    blind = row_sum == 0.0  # no key seen: out 0, lse -inf
-    if sinks_ptr is not None:
-        sink_log2 = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
-        highest_log2 = tl.where(blind, 0.0, tl.maximum(row_max_log2, sink_log2))
-        rescale = tl.exp2(row_max_log2 - highest_log2)
-        row_sum = tl.where(blind, 0.0, row_sum * rescale + tl.exp2(sink_log2 - highest_log2))
-        acc *= rescale[:, None]
-        row_max_log2 = tl.where(blind, row_max_log2, highest_log2)
-    row_sum = tl.where(blind, 1.0, row_sum)
-    lse = (row_max_log2 + tl.log2(row_sum)) * LN_2
+    out, lse = finish_softmax(acc, row_sum, row_max * unit, sinks_ptr, h)
     tl.store(lse_ptr + b * stride_lb + h * stride_lh + start_m + rows, lse, mask=rows < n_rows)
-    out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     out_ptr += b * stride_ob + h * stride_oh + tl.cast(start_m, tl.int64) * stride_om
     offs_d = tl.arange(0, BLOCK_D)
     mask = (rows[:, None] < n_rows) & (offs_d[None, :] < HEAD_DIM)
-    tl.store(out_ptr + rows[:, None] * tl.cast(stride_om, tl.int64) + offs_d[None, :], out, mask=mask)
+    tl.store(out_ptr + rows[:, None] * tl.cast(stride_om, tl.int64) + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 INTERPRETED = not isinstance(_attention_forward, triton.JITFunction)  # TRITON_INTERPRET was set

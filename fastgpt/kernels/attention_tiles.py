@@ -1,7 +1,7 @@
 """What the attention kernels share: how a tile of keys is read, what becomes of its scores, which of them count.
 
-Names: offs_m are tokens of the query, offs_n keys; own is a query's own position, token + L - T. Scores in base 2 carry
-_log2: exp(x) = 2^(x log2 e), and the hardware's exponential is that of 2.
+Names: offs_m are tokens of the query, offs_n keys; own is a query's own position, token + L - T. exp(x) is
+written 2^(x log2 e), the hardware's exponential.
 """
 
 import math
@@ -108,6 +108,42 @@ def visible_keys(
     if HAS_WINDOW:
         visible = visible & (offs_n[None, :] > own[:, None] - window)
     return visible
+
+
+@triton.jit
+def online_softmax(x, row_sum, row_max, factor, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """Folds a tile of scores (M, N) into each row's maximum m and sum l of exp(score - m), (M,) each.
+
+    x and row_max are in units of which `factor` makes scores in base 2. MASKED: some of x may be -inf. EXACT rounds after
+    the subtraction, which itself rounds nothing where it matters; else it is one fused multiply-add, exact enough for
+    weights in 16 bits.
+    Returns the weights exp(score - m), what to multiply with that was summed so far, l and m.
+    """
+    new_max = tl.maximum(row_max, tl.max(x, 1))
+    # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+    if EXACT:
+        p = tl.exp2((x - shift[:, None]) * factor)
+    else:
+        p = tl.exp2(x * factor - (shift * factor)[:, None])
+    rescale = tl.exp2((row_max - shift) * factor)
+    return p, rescale, row_sum * rescale + tl.sum(p, 1), new_max
+
+
+@triton.jit
+def finish_softmax(acc, row_sum, row_max, sinks_ptr, heads):
+    """Rows of (out, lse) in fp32 from the sums over all their keys: acc (M, BLOCK_D), the others (M,), row_max in base e."""
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + heads).to(tl.float32)
+        blind = row_max == float("-inf")  # sees no key, so has no use for the sink either
+        new_max = tl.where(blind, row_max, tl.maximum(row_max, sink))
+        shift = tl.where(blind, 0.0, new_max)
+        rescale = tl.exp2((row_max - shift) * LOG2_E)
+        row_sum = row_sum * rescale + tl.where(blind, 0.0, tl.exp2((sink - shift) * LOG2_E))
+        row_max = new_max
+        acc *= rescale[:, None]
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # no key seen: out 0, lse -inf
+    return acc / row_sum[:, None], row_max + tl.log2(row_sum) * LN_2
 
 
 @triton.jit
