@@ -12,7 +12,7 @@ INSTALLED := $(or $(VENV),build)/.fastgpt-installed
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 OUT ?= build/gpu
 
-.PHONY: demo test test-quick bench gpu clean
+.PHONY: demo test test-quick bench gpu sweep clean
 
 demo: $(INSTALLED)
 	$(RUN) -m fastgpt generate "ROMEO:" --compare-cache --temperature 0.8 --seed 1
@@ -38,6 +38,11 @@ gpu:
 	-$(PYTHON) -m pytest -m gpu 2>&1 | tee $(OUT)/test_gpu.log
 	-$(PYTHON) -m pytest -m "not gpu" 2>&1 | tee $(OUT)/test.log
 	-$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/benchmark.json 2>&1 | tee $(OUT)/benchmark.log
+	-$(PYTHON) tests/parity.py 2>&1 | tee $(OUT)/parity.log
+
+# Times every tile of the Triton attention kernels that fits, on a GPU.
+sweep:
+	$(PYTHON) -m benchmarks.sweep_tiles
 
 $(INSTALLED): pyproject.toml setup.py Makefile $(wildcard csrc/*)
 ifneq ($(VENV),)

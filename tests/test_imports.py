@@ -21,7 +21,7 @@ LAYERS = [
     {"ops.attention", "ops.kv_cache_update"},
     {"kernels.attention_backward", "kernels.attention_decode"},
     {"kernels.attention_forward"},
-    {"kernels.attention_tiles", "ops.checks", "ops.dropout", "ops.implementations", "ops.library", "ops.quantisation"},
+    {"kernels.architecture", "kernels.attention_tiles", "ops.checks", "ops.dropout", "ops.implementations", "ops.library", "ops.quantisation"},
     {"_C", "kernels", "ops"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

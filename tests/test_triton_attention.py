@@ -1,32 +1,20 @@
-"""The Triton attention kernel against the reference, and the machine code that ships, compiled without a GPU.
+"""The Triton attention kernels, forward and backward, against the reference.
 
-Tests that run the kernel need a GPU or Triton's interpreter. The interpreter is chosen when a kernel is decorated,
-so it gets a process of its own: `test_under_the_interpreter` runs this file again with TRITON_INTERPRET=1.
+Tests that run the kernels need a GPU or Triton's interpreter, see interpreter.py.
 """
 
 import itertools
 import math
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from attention_features import FEATURES, inputs, options
 from attention_parity import compare, run_triton
 from numerics import BACKWARD, check
-from packaging.version import Version
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from interpreter import DEVICE, INTERPRETED, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
 from fastgpt.kernels import attention_backward as backward  # noqa: E402
 from fastgpt.kernels import attention_forward as kernel  # noqa: E402
@@ -34,13 +22,8 @@ from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
 from fastgpt.ops.quantisation import quantise  # noqa: E402
 
-DEVICE = "cpu" if kernel.INTERPRETED else "cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAN = float("nan")
-
-
-def runs_kernel(test):
-    return test if kernel.INTERPRETED else pytest.mark.gpu(test)
 
 
 def random_inputs(B, H, H_kv, T, S, D, dtype):
@@ -166,6 +149,26 @@ def test_parity_on_views(view, head_dim):
 
 
 @runs_kernel
+@pytest.mark.parametrize("shape", ((2, 4, 2, 70, 150, 64), (1, 2, 1, 40, 21, 40)), ids=str)
+def test_parity_without_bulk_copies(shape, monkeypatch):
+    """What chips before 9.0 run, forward and backward."""
+    monkeypatch.setattr(kernel, "architecture", lambda device: 80)
+    backward_parity(*inputs(*shape, torch.float16, DEVICE), {})
+
+
+@runs_kernel
+def test_where_bulk_copies_are_taken(monkeypatch):
+    monkeypatch.setattr(kernel, "architecture", lambda device: 90)
+    q, k, v = (kernel.aligned_rows(x) for x in random_inputs(2, 2, 2, 20, 20, 33, torch.float16))
+    assert kernel.have_bulk_copies(q, packed(k), v)
+    assert not kernel.have_bulk_copies(q, k, expanded(v))
+    assert not kernel.have_bulk_copies(q.float(), k.float(), v.float())
+    assert not kernel.have_bulk_copies(q, k[:, :, :0], v[:, :, :0])
+    monkeypatch.setattr(kernel, "architecture", lambda device: 80)
+    assert not kernel.have_bulk_copies(q, k, v)
+
+
+@runs_kernel
 @pytest.mark.parametrize("scale", (3.0, 1.0, 0.0, -0.5))
 def test_parity_at_any_scale(scale):
     q, k, v = random_inputs(1, 2, 1, 30, 40, 64, torch.float32)
@@ -206,7 +209,7 @@ def backward_parity(q, k, v, options):
 @pytest.mark.parametrize("shape", FEATURE_SHAPES.values(), ids=FEATURE_SHAPES)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features_and_their_gradients(feature, shape, dtype):
-    if kernel.INTERPRETED and dtype is not torch.float32 and shape != FEATURE_SHAPES["S < T"]:
+    if INTERPRETED and dtype is not torch.float32 and shape != FEATURE_SHAPES["S < T"]:
         pytest.skip("the interpreter is slow: one shape for 16 bits")
     B, H, H_kv, T, S, D = shape
     q, k, v = inputs(*shape, dtype, DEVICE)
@@ -285,7 +288,7 @@ def test_paged_and_quantised(page, kv_dtype, dtype):
 @pytest.fixture
 def triton_serves_the_cpu(monkeypatch):
     """Under the interpreter: the operations' CUDA kernels serve the CPU too."""
-    if not kernel.INTERPRETED:
+    if not INTERPRETED:
         yield
         return
     library = torch.library.Library("fastgpt", "IMPL")
@@ -427,121 +430,7 @@ def test_capture_in_a_cuda_graph():
     assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse)
 
 
-@pytest.mark.skipif(kernel.INTERPRETED, reason="is itself under the interpreter")
-@pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
-    reason="the interpreter of Triton 3.6 needs NumPy < 2.4: it turns one-element arrays into loop bounds",
-)
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@starts_the_interpreter
 def test_under_the_interpreter(which):
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-m", which]
-    run = subprocess.run(
-        [*command, "-k", "not machine_code", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0 and int(re.search(r"(\d+) passed", run.stdout)[1]) >= len(CASES), run.stdout[-4000:]
-
-
-# Shared memory a block may use, in bytes. Chips of compute capability 8.6 and 8.9 run the code of 8.0 in 99 KiB.
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-ELEMENTS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-OTHERS = {
-    "lse_ptr": "*fp32", "dlse_ptr": "*fp32", "delta_ptr": "*fp32", "norm_ptr": "*fp32", "alibi_ptr": "*fp32", "k_scale_ptr": "*fp32",
-    "v_scale_ptr": "*fp32", "kv_lengths_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "block_table_ptr": "*i32",
-    "mask_ptr": "*u8", "seed_ptr": "*i64", "scale": "fp32", "softcap": "fp32", "keep_scale": "fp32",
-}  # fmt: skip
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-
-
-def compile_for(arch, function, dtype, constants, pointers):
-    """A kernel as a launch compiles it: rows start at multiples of 16 bytes, nothing else is specialised.
-
-    pointers: of those that may be None, which are not.
-    """
-    constants = dict(constants)
-    launch_options = {name: constants.pop(name) for name in LAUNCH_OPTIONS if name in constants}
-    signature = {name: OTHERS.get(name, ELEMENTS[dtype] if name.endswith("_ptr") else "i32") for name in function.arg_names}
-    if "k_scale_ptr" in pointers:
-        signature |= {"k_ptr": "*i8", "v_ptr": "*i8"}
-    constants |= {name: None for name in kernel.POINTERS if name in signature and name not in pointers}
-    signature |= dict.fromkeys(constants, "constexpr")
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") and name not in pointers
-    }
-    source = ASTSource(function, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch_options)
-
-
-def faults_in_machine_code(arch, name, dtype, constants, pointers):
-    """What is wrong with one compiled kernel, as text; empty if nothing is."""
-    function = getattr(kernel, name, None) or getattr(backward, name)
-    compiled = compile_for(arch, function, dtype, constants, pointers)
-    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-
-    faults = []
-    if stack or local:
-        faults.append(f"spills {stack + local} bytes at {registers} registers")
-    if shared > SHARED_MEMORY[arch]:
-        faults.append(f"{shared} bytes of shared memory")
-    rich = {"alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr"} & set(pointers)  # small tiles
-    if dtype.itemsize == 2 and arch == 90 and constants["BLOCK_M"] >= 64 and not rich and "wgmma.mma_async" not in ptx:
-        faults.append("no wgmma")
-    if "tf32" in ptx:
-        faults.append("fp32 rounded to tf32")
-    plain = name == "_attention_forward" and not set(pointers) - {"kv_lengths_ptr"}
-    if plain and ("cp.async.cg" not in ptx or "cp.async.ca" in ptx):
-        faults.append("copies narrower than 16 bytes")
-    what = f"sm_{arch} {name} {dtype} {constants} {pointers}"
-    return f"{what}: {', '.join(faults)}" if faults else ""
-
-
-def assert_machine_code_is_sound(arch, configurations):
-    jobs = [(arch, *configuration) for configuration in configurations]
-    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
-        faults = [fault for fault in pool.map(faults_in_machine_code, *zip(*jobs, strict=True), chunksize=4) if fault]
-    assert not faults, "\n".join(faults)
-
-
-def configurations():
-    """(name of the kernel, dtype, constants, pointers) of all that ship."""
-    for dtype, constants, pointers in kernel.aot_configurations():
-        yield "_attention_forward", dtype, constants, pointers
-    for function, dtype, constants, pointers in backward.aot_configurations():
-        yield function.__name__, dtype, constants, pointers
-
-
-def is_demanding(name, dtype, constants, pointers):
-    """Of each tile, the kernel under the most register pressure: every mask in play."""
-    tail = constants["HEAD_DIM"] < constants["BLOCK_D"]
-    most = {"kv_lengths_ptr"} == set(pointers) or {"alibi_ptr", "bias_ptr", "seed_ptr"} <= set(pointers)
-    whole_bias = not (constants.get("ONE_ROW") or constants.get("ONE_COLUMN"))
-    return tail and constants["IS_CAUSAL"] and dtype is not torch.bfloat16 and most and whole_bias
-
-
-ahead_of_time = pytest.mark.skipif(kernel.INTERPRETED, reason="the interpreter does not compile")
-
-
-@pytest.mark.slow
-@ahead_of_time
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_machine_code(arch):
-    demanding = [configuration for configuration in configurations() if is_demanding(*configuration)]
-    assert len(demanding) == (1 + 1 + 2 * 2 + 1) * len(kernel.TILES)
-    assert_machine_code_is_sound(arch, demanding)
-
-
-@pytest.mark.skipif("FASTGPT_TEST_ALL_MACHINE_CODE" not in os.environ, reason="takes an hour on two cores")
-@ahead_of_time
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_machine_code_of_every_configuration(arch):
-    assert_machine_code_is_sound(arch, list(configurations()))
+    assert passed(__file__, which) >= len(CASES)

@@ -1,43 +1,26 @@
-"""The Triton kernel of attention over a long cache against the reference, and its machine code, compiled without a GPU.
+"""The Triton kernel of attention over a long cache against the reference.
 
-As in test_triton_attention.py, tests that run the kernel need a GPU or Triton's interpreter, which gets a process of
-its own.
+Tests that run the kernel need a GPU or Triton's interpreter, see interpreter.py.
 """
 
 import functools
 import math
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from numerics import check
-from packaging.version import Version
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from interpreter import DEVICE, INTERPRETED, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
 from fastgpt.kernels import attention_decode as kernel  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
 from fastgpt.ops.quantisation import quantise  # noqa: E402
 
-DEVICE = "cpu" if kernel.INTERPRETED else "cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 NAN = float("nan")
-
-
-def runs_kernel(test):
-    return test if kernel.INTERPRETED else pytest.mark.gpu(test)
 
 
 @pytest.fixture
@@ -382,137 +365,6 @@ def test_capture_in_a_cuda_graph():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(kernel.INTERPRETED, reason="is itself under the interpreter")
-@pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
-    reason="the interpreter of Triton 3.6 needs NumPy < 2.4: it turns one-element arrays into loop bounds",
-)
+@starts_the_interpreter
 def test_under_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-k", "not machine_code", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0 and int(re.search(r"(\d+) passed", run.stdout)[1]) >= len(CASES), run.stdout[-4000:]
-
-
-# Shared memory a block may use, in bytes. Chips of compute capability 8.6 and 8.9 run the code of 8.0 in 99 KiB.
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-POINTERS = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8",
-    torch.float8_e4m3fn: "*u8",
-}  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-OPTIONAL = {
-    "acc_ptr": "*fp32", "softmax_ptr": "*fp32", "kv_lengths_ptr": "*i32", "block_table_ptr": "*i32",
-    "alibi_slopes_ptr": "*fp32", "sinks_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32",
-    "softcap": "fp32", "window": "i32",
-}  # fmt: skip
-UNALIGNED = {"kv_lengths_ptr", "block_table_ptr", "alibi_slopes_ptr", "sinks_ptr", "k_scale_ptr", "v_scale_ptr"}
-
-
-def compile_for(arch, fn, types, given, constants):
-    """A kernel as a launch compiles it: tensors start at multiples of 16 bytes, nothing else is specialised."""
-    constants = dict(constants)
-    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
-    constants |= {name: None for name in OPTIONAL if name in fn.arg_names and name not in given}
-    signature = {name: OPTIONAL.get(name, "i32") for name in fn.arg_names} | types
-    signature |= dict.fromkeys(constants, "constexpr")
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") and name not in UNALIGNED
-    }
-    source = ASTSource(fn, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def compile_split(arch, dtype, cache_dtype, given, constants):
-    types = {"lse_ptr": "*fp32", "scale": "fp32"}
-    types |= dict.fromkeys(("q_ptr", "out_ptr"), POINTERS[dtype])
-    types |= dict.fromkeys(("k_ptr", "v_ptr"), POINTERS[cache_dtype])
-    scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
-    return compile_for(arch, kernel._attend_split, types, (*given, *scales), constants)
-
-
-def compile_combine(arch, dtype, head_dim, given):
-    types = {"out_ptr": POINTERS[dtype], "lse_ptr": "*fp32"}
-    constants = kernel._combine_constants(head_dim, 256)
-    return compile_for(arch, kernel._combine, types, (*given, "acc_ptr", "softmax_ptr"), constants)
-
-
-def usage_of(compiled):
-    """Registers a thread, and bytes of memory that a thread uses besides: spills."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
-
-
-def faults_in_machine_code(arch, dtype, cache_dtype, given, constants):
-    """What is wrong with one compiled kernel, as text; empty if nothing is."""
-    compiled = compile_split(arch, dtype, cache_dtype, given, constants)
-    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    registers, spilled = usage_of(compiled)
-    faults = []
-    if spilled:
-        faults.append(f"spills {spilled} bytes at {registers} registers")
-    if shared > SHARED_MEMORY[arch]:
-        faults.append(f"{shared} bytes of shared memory")
-    if "tf32" in ptx:
-        faults.append("fp32 rounded to tf32")
-    if constants["num_stages"] > 1 and "cp.async.cg" not in ptx and cache_dtype == dtype:
-        faults.append("keys are not copied 16 bytes at a time")
-    if "block_table_ptr" not in given and cache_dtype == dtype and "cp.async.ca" in ptx:
-        faults.append("copies narrower than 16 bytes")
-    names = (f"sm_{arch}", str(dtype), str(cache_dtype), *given, str(constants))
-    return f"{' '.join(names)}: {', '.join(faults)}" if faults else ""
-
-
-def assert_machine_code_is_sound(arch, configurations):
-    jobs = [(arch, *configuration) for configuration in configurations]
-    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
-        faults = [fault for fault in pool.map(faults_in_machine_code, *zip(*jobs, strict=True), chunksize=4) if fault]
-    assert not faults, "\n".join(faults)
-
-
-def is_demanding(dtype, cache_dtype, given, constants):
-    """Of each tile, the kernel under the most register pressure: every feature, every mask, and e4m3 to decode."""
-    tail = constants["HEAD_DIM"] < constants["BLOCK_D"]
-    return tail and "sinks_ptr" in given and dtype is not torch.bfloat16
-
-
-ahead_of_time = pytest.mark.skipif(kernel.INTERPRETED, reason="the interpreter does not compile")
-
-
-@pytest.mark.slow
-@ahead_of_time
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_machine_code(arch):
-    configurations = [configuration for configuration in kernel.aot_configurations() if is_demanding(*configuration)]
-    assert len(configurations) == 2 * len(kernel.TILES)
-    assert_machine_code_is_sound(arch, configurations)
-
-
-@pytest.mark.slow
-@ahead_of_time
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_machine_code_of_combine(arch):
-    for head_dim, dtype, given in (
-        (16, torch.float16, ()),
-        (80, torch.bfloat16, ("kv_lengths_ptr", "sinks_ptr")),
-        (256, torch.float32, ("kv_lengths_ptr", "sinks_ptr", "window")),
-    ):
-        registers, spilled = usage_of(compile_combine(arch, dtype, head_dim, given))
-        assert spilled == 0, f"head dim {head_dim} spills {spilled} bytes at {registers} registers"
-
-
-@pytest.mark.skipif("FASTGPT_TEST_ALL_MACHINE_CODE" not in os.environ, reason="takes an hour on two cores")
-@ahead_of_time
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_machine_code_of_every_configuration(arch):
-    assert_machine_code_is_sound(arch, list(kernel.aot_configurations()))
+    assert passed(__file__) >= len(CASES)

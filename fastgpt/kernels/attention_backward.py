@@ -1,14 +1,16 @@
 """Attention, backward: two passes that recompute the weights from the saved log-sum-exp, each writing what it owns.
 
-    p = exp(score - lse),   dp = dout · v^T,   ds = p (dp - delta),   delta = sum_d out · dout - dlse
+    p = exp(score - lse),   dp = dout · v^T,   ds = p (dp - delta),   delta = sum_j p dp - dlse
     dv = p^T · dout,   dk = scale ds^T · q,   dq = scale ds · k,   dbias = ds,   dsinks = sum exp(sink - lse) (-delta)
 
 where ds is also multiplied by the soft cap's derivative on its way to dq and dk. A program of the first pass owns
 BLOCK_M queries and walks over their keys; one of the second owns BLOCK_N keys of one key/value head and walks over the
 queries that see them, head by head of its group. Nothing is added atomically, so gradients are the same bits on every run.
 
-A large lse is rounded more coarsely than the softmax was, and all weights of a row with it. The first pass, which sees the
-whole row, therefore sums its weights and divides by their sum, and leaves 1 / sum to the second pass.
+What is saved is rounded: a large lse more coarsely than the softmax was, and all weights of a row with it; out, whose
+product with dout is delta, to its dtype. The first pass, which sees whole rows, takes them as they are, but sums p and p dp
+as it goes, and from these leaves a better lse (in fp32, the factor 1 / sum p) and delta to what comes after; in fp32 it
+also corrects dq for the difference.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 """
@@ -21,37 +23,67 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.attention_forward import INTERPRETED, NUMBERS, POINTERS, Extras, Tile, strides
-from fastgpt.kernels.attention_tiles import LOG2_E, aligned_rows, kept_weights, load_rows, tanh, visible_keys
+from fastgpt.kernels.architecture import ARCHITECTURES, architecture
+from fastgpt.kernels.attention_forward import INTERPRETED, NUMBERS, POINTERS, Extras, Tile, descriptors, have_bulk_copies, strides
+from fastgpt.kernels.attention_tiles import LOG2_E, aligned_rows, kept_weights, key_ranges, load_rows, store_rows, tanh, visible_keys
 
-# (head dim padded to a power of two, bytes per element) -> tile, the same for all passes.
+# pass -> (head dim padded to a power of two, bytes per element) -> a tile for each of ARCHITECTURES, see attention_forward.py.
+# The rich ones leave registers for scores that are more than q·k · scale; the bias's pass uses that of the queries.
 TILES = {
-    (16, 2): Tile(64, 64, 4, 2),
-    (32, 2): Tile(64, 64, 4, 2),
-    (64, 2): Tile(64, 32, 8, 1),
-    (128, 2): Tile(32, 32, 4, 1),
-    (256, 2): Tile(32, 16, 8, 1),
-    (16, 4): Tile(64, 64, 8, 2),
-    (32, 4): Tile(64, 32, 8, 1),
-    (64, 4): Tile(32, 32, 8, 1),
-    (128, 4): Tile(16, 16, 8, 1),
-    (256, 4): Tile(16, 16, 4, 1),
+    "keys": {
+        (16, 2): (Tile(64, 64, 4, 2), *(Tile(128, 128, 8, 2),) * 2),
+        (32, 2): (Tile(64, 64, 4, 2), *(Tile(128, 128, 8, 2),) * 2),
+        (64, 2): (Tile(64, 32, 8, 1), *(Tile(64, 128, 8, 2),) * 2),
+        (128, 2): (Tile(32, 32, 4, 1), *(Tile(32, 128, 8, 2),) * 2),
+        (256, 2): (Tile(32, 32, 8, 1),) * 3,
+        (16, 4): (Tile(32, 64, 8, 2),) * 3,
+        (32, 4): (Tile(32, 32, 8, 2),) * 3,
+        (64, 4): (Tile(32, 32, 8, 1),) * 3,
+        (128, 4): (Tile(16, 16, 8, 1),) * 3,
+        (256, 4): (Tile(16, 16, 4, 1),) * 3,
+    },
+    "queries": {
+        (16, 2): (Tile(64, 64, 4, 2), *(Tile(128, 128, 8, 2),) * 2),
+        (32, 2): (Tile(64, 64, 4, 2), *(Tile(128, 128, 8, 2),) * 2),
+        (64, 2): (Tile(64, 32, 8, 1), *(Tile(128, 128, 8, 2),) * 2),
+        (128, 2): (Tile(32, 32, 4, 1), *(Tile(128, 32, 8, 2),) * 2),
+        (256, 2): (Tile(32, 16, 8, 1),) * 3,
+        (16, 4): (Tile(64, 32, 8, 2),) * 3,
+        (32, 4): (Tile(64, 32, 8, 1),) * 3,
+        (64, 4): (Tile(32, 32, 8, 1),) * 3,
+        (128, 4): (Tile(16, 16, 8, 1),) * 3,
+        (256, 4): (Tile(16, 16, 8, 1),) * 3,
+    },
+    "rich keys": {
+        (16, 2): (Tile(32, 32, 8, 1),) * 3,
+        (32, 2): (Tile(32, 32, 8, 1),) * 3,
+        (64, 2): (Tile(32, 32, 8, 1),) * 3,
+        (128, 2): (Tile(32, 32, 8, 1),) * 3,
+        (256, 2): (Tile(16, 16, 8, 1),) * 3,
+        (16, 4): (Tile(32, 32, 8, 1),) * 3,
+        (32, 4): (Tile(32, 32, 8, 1),) * 3,
+        (64, 4): (Tile(32, 16, 8, 1),) * 3,
+        (128, 4): (Tile(32, 16, 8, 1),) * 3,
+        (256, 4): (Tile(16, 16, 8, 1),) * 3,
+    },
+    "rich queries": {
+        (16, 2): (Tile(64, 32, 8, 1),) * 3,
+        (32, 2): (Tile(64, 32, 8, 1),) * 3,
+        (64, 2): (Tile(32, 32, 8, 1),) * 3,
+        (128, 2): (Tile(32, 16, 8, 1),) * 3,
+        (256, 2): (Tile(32, 16, 8, 1),) * 3,
+        (16, 4): (Tile(64, 32, 8, 1),) * 3,
+        (32, 4): (Tile(32, 32, 8, 1),) * 3,
+        (64, 4): (Tile(32, 16, 8, 1),) * 3,
+        (128, 4): (Tile(16, 16, 8, 1),) * 3,
+        (256, 4): (Tile(16, 16, 8, 1),) * 3,
+    },
 }
 
 
-# Where scores are more than q·k · scale, tiles that leave registers for that.
-RICH_TILES = {
-    (16, 2): Tile(64, 32, 8, 1),
-    (32, 2): Tile(64, 32, 8, 1),
-    (64, 2): Tile(32, 32, 8, 1),
-    (128, 2): Tile(32, 16, 8, 1),
-    (256, 2): Tile(32, 16, 8, 1),
-    (16, 4): Tile(64, 32, 8, 1),
-    (32, 4): Tile(32, 32, 8, 1),
-    (64, 4): Tile(32, 16, 8, 1),
-    (128, 4): Tile(32, 16, 8, 1),
-    (256, 4): Tile(16, 16, 8, 1),
-}
+DELTA_ROWS = 32
+# Of wider heads, or where scores are more than q·k · scale, a pass over the queries has no registers left for bulk copies.
+BULK_HEAD_DIM = 128
 
 
 @triton.jit
@@ -82,35 +114,51 @@ def _delta(
 
 @triton.jit
 def _weights(
-    qk, lse, rows, n_rows, offs_n, own, end, scale, softcap, slope, window,
+    qk, shift, rows, n_rows, offs_n, own, end, n_keys, scale, softcap, slope, window,
     mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The softmax's weights (M, N) before dropout, zero where a query does not see a key; and d score / d (scale q·k)."""
-    within = (rows[:, None] < n_rows) & (offs_n[None, :] < end)
-    x = qk * scale
+    """The softmax's weights before dropout; and d score / d (scale q·k). MASKED: zero where a query does not see a key, for
+    keys before `end`, or all if it is None.
+
+    qk is (M, N) with shift, rows, own (M, 1) and offs_n (1, N), or all of them transposed. shift is the log-sum-exp, in
+    base e if EXACT (as in online_softmax), else in base 2.
+    """
     slope_of_cap = 1.0
+    factor = scale * LOG2_E  # what is left to multiply qk with for scores in base 2
+    if EXACT or HAS_SOFTCAP or HAS_ALIBI or bias_ptr is not None:
+        qk *= scale
+        factor = LOG2_E
     if HAS_SOFTCAP:
-        capped = tanh(x / softcap)
-        x = softcap * capped
+        capped = tanh(qk / softcap)
+        qk = softcap * capped
         slope_of_cap = 1.0 - capped * capped
     if HAS_ALIBI:
-        x -= slope * tl.abs(own[:, None] - offs_n[None, :]).to(tl.float32)
+        qk -= slope * tl.abs(own - offs_n).to(tl.float32)
     if bias_ptr is not None:
-        ptrs = bias_ptr + rows[:, None] * stride_bias_m + offs_n[None, :] * stride_bias_n
-        x += tl.load(ptrs, mask=within, other=0.0).to(tl.float32)
-    visible = visible_keys(own, offs_n, end, window, IS_CAUSAL, HAS_WINDOW) & (rows[:, None] < n_rows)
-    if mask_ptr is not None:
-        ptrs = mask_ptr + rows[:, None] * stride_mask_m + offs_n[None, :] * stride_mask_n
-        visible = visible & (tl.load(ptrs, mask=within, other=0) != 0)
-    return tl.where(visible, tl.exp2((x - lse[:, None]) * LOG2_E), 0.0), slope_of_cap
+        ptrs = bias_ptr + rows * stride_bias_m + offs_n * stride_bias_n
+        qk += tl.load(ptrs, mask=(rows < n_rows) & (offs_n < n_keys), other=0.0).to(tl.float32)
+    if EXACT:
+        p = tl.exp2((qk - shift) * factor)
+    else:
+        p = tl.exp2(qk * factor - shift)
+    if MASKED:
+        visible = visible_keys(own, offs_n, end, window, IS_CAUSAL, HAS_WINDOW)
+        if HAS_ALIBI:  # of which no row past the last may make an infinity; else its p is finite, and met by zeros
+            visible = visible & (rows < n_rows)
+        if mask_ptr is not None:
+            ptrs = mask_ptr + rows * stride_mask_m + offs_n * stride_mask_n
+            visible = visible & (tl.load(ptrs, mask=(rows < n_rows) & (offs_n < n_keys), other=0) != 0)
+        p = tl.where(visible, p, 0.0)
+    return p, slope_of_cap
 
 
 @triton.jit
-def _finite_lse(lse_ptr, rows, n_rows):
-    """lse of each row; 0 for one that sees no key, whose weights are all masked."""
-    lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=0.0)
-    return tl.where(lse == float("-inf"), 0.0, lse)
+def _load_vector(ptr, rows, n_rows, other, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(ptr + rows, mask=rows < n_rows, other=other)
+    return tl.load(ptr + rows)
 
 
 @triton.jit
@@ -136,9 +184,60 @@ BACKWARD_NUMBERS = [
 ]  # fmt: skip
 
 
+@triton.jit
+def _fold_queries(
+    dk, dv, k, v, q_ptr, dout_ptr, q_desc, dout_desc, desc_b, desc_m, shift_ptr, delta_ptr, norm_ptr, begin, stop, n_queries, length,
+    b, h, start_n, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
+    stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    MASKED: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """What the queries begin..stop-1 of one head add to dk and dv of a tile of keys; pointers are to its first query.
+
+    Everything is transposed, (keys, queries): weights are then the left factors of what they are multiplied with, and
+    stay in registers. Unmasked, every query sees every key of the tile, but those from length on, whose rows the caller
+    discards, and stop - begin is a multiple of BLOCK_M.
+    """
+    EXACT: tl.constexpr = k.dtype == tl.float32
+    offs_n = (start_n + tl.arange(0, BLOCK_N))[:, None]
+    for start_m in range(begin, stop, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        rows = offs_m[None, :]
+        if BULK:
+            q = q_desc.load([desc_b, h, desc_m + start_m, 0]).reshape(BLOCK_M, BLOCK_D)
+            dout = dout_desc.load([desc_b, h, desc_m + start_m, 0]).reshape(BLOCK_M, BLOCK_D)
+        else:
+            q = load_rows(q_ptr, stride_qm, offs_m, n_queries, HEAD_DIM, BLOCK_D, MASKED)
+            dout = load_rows(dout_ptr, stride_gm, offs_m, n_queries, HEAD_DIM, BLOCK_D, MASKED)
+        shift = _load_vector(shift_ptr, offs_m, n_queries, 0.0, MASKED)
+        p, slope_of_cap = _weights(
+            tl.dot(k, q.T, input_precision="ieee"), shift[None, :], rows, n_queries, offs_n, rows + length - n_queries,
+            None, length, scale, softcap, slope, window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m,
+            stride_bias_n, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, MASKED, EXACT,
+        )  # fmt: skip
+        if EXACT:
+            p *= _load_vector(norm_ptr, offs_m, n_queries, 1.0, MASKED)[None, :]
+        if seed is not None:
+            heads = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
+            keep = kept_weights(seed, threshold, b, heads, offs_m, start_n, BLOCK_N).T
+            kept = tl.where(keep, p * keep_scale, 0.0).to(q.dtype)
+        else:
+            kept = p.to(q.dtype)
+            p = kept  # rounded, it takes half the registers until dp is there
+        dv = tl.dot(kept, dout, dv, input_precision="ieee")
+        dp = tl.dot(v, dout.T, input_precision="ieee")
+        if seed is not None:
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        delta = _load_vector(delta_ptr, offs_m, n_queries, 0.0, MASKED)
+        ds = p.to(tl.float32) * (dp - delta[None, :]) * slope_of_cap
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
 @triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS])
 def _backward_keys(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, norm_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, shift_ptr, delta_ptr, norm_ptr, dk_ptr, dv_ptr,
     kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, mask_ptr, bias_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_lb, stride_lh,
@@ -147,7 +246,7 @@ def _backward_keys(
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, q_desc=None, dout_desc=None,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key/value head. Strides are in elements; the last dimension's is 1."""
     n_tiles = tl.cdiv(n_keys, BLOCK_N)
@@ -155,7 +254,7 @@ def _backward_keys(
     start_n = pid % n_tiles * BLOCK_N
     n_kv_heads = n_heads // group
     b = tl.cast(pid // n_tiles // n_kv_heads, tl.int64)
-    h_kv = tl.cast(pid // n_tiles % n_kv_heads, tl.int64)
+    h_kv = pid // n_tiles % n_kv_heads
     n_rows_of_k = n_keys - start_n  # to write
     T, length, first_q, first_k = _sequence(b, n_queries, n_keys, kv_lengths_ptr, cu_q_ptr, cu_k_ptr)
     if cu_q_ptr is not None:
@@ -166,6 +265,9 @@ def _backward_keys(
     cols = tl.arange(0, BLOCK_N)
     offs_n = start_n + cols
     start = first_k + start_n
+    BULK: tl.constexpr = q_desc is not None
+    desc_b = 0 if cu_q_ptr is not None else tl.cast(b, tl.int32)
+    desc_m = tl.cast(first_q, tl.int32)
     k_ptr = tl.multiple_of(k_ptr + b * stride_kb + h_kv * stride_kh + start * stride_kn, 16)
     v_ptr = tl.multiple_of(v_ptr + b * stride_vb + h_kv * stride_vh + start * stride_vn, 16)
     k = load_rows(k_ptr, stride_kn, cols, length - start_n, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
@@ -174,66 +276,105 @@ def _backward_keys(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
     # Tokens that may see a key of the tile: own position, token + length - T, from start_n on if causal, and before
-    # the last key's position + window.
+    # the last key's position + window. Of those, all from `inner` to `outer` see all its keys.
     first = tl.maximum(start_n - (length - T), 0) // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
+    inner = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - (length - T), 0), BLOCK_M) * BLOCK_M if IS_CAUSAL else 0
     last = T
+    outer = T // BLOCK_M * BLOCK_M
     if HAS_WINDOW:
         last = tl.minimum(T, tl.minimum(start_n + BLOCK_N, length) - 1 + window - (length - T))
+        outer = tl.minimum(outer, tl.maximum(start_n + window - (length - T), 0) // BLOCK_M * BLOCK_M)
     if start_n >= length:
         last = 0
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     for i in range(group):
         h = h_kv * group + i
         slope = 0.0
         if alibi_ptr is not None:
             slope = tl.load(alibi_ptr + h)
-        for start_m in range(first, last, BLOCK_M):
-            rows = tl.arange(0, BLOCK_M)
-            n_rows = T - start_m
-            own = start_m + rows + length - T
-            row = first_q + start_m
-            q_tile = tl.multiple_of(q_ptr + b * stride_qb + h * stride_qh + row * stride_qm, 16)
-            dout_tile = tl.multiple_of(dout_ptr + b * stride_gb + h * stride_gh + row * stride_gm, 16)
-            q = load_rows(q_tile, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-            dout = load_rows(dout_tile, stride_gm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-            at = b * stride_lb + h * stride_lh + row
-            mask_tile = None
-            if mask_ptr is not None:
-                mask_tile = mask_ptr + b * stride_mask_b + h * stride_mask_h + row * stride_mask_m
-            bias_tile = None
-            if bias_ptr is not None:
-                bias_tile = bias_ptr + b * stride_bias_b + h * stride_bias_h + row * stride_bias_m
-            p, slope_of_cap = _weights(
-                tl.dot(q, k.T, input_precision="ieee"), _finite_lse(lse_ptr + at, rows, n_rows),
-                rows, n_rows, offs_n, own, length, scale, softcap, slope, window,
-                mask_tile, bias_tile, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None,
+        q_head = tl.multiple_of(q_ptr + b * stride_qb + h * stride_qh + first_q * stride_qm, 16)
+        dout_head = tl.multiple_of(dout_ptr + b * stride_gb + h * stride_gh + first_q * stride_gm, 16)
+        at = b * stride_lb + h * stride_lh + first_q
+        mask_head = None
+        if mask_ptr is not None:
+            mask_head = mask_ptr + b * stride_mask_b + h * stride_mask_h
+        bias_head = None
+        if bias_ptr is not None:
+            bias_head = bias_ptr + b * stride_bias_b + h * stride_bias_h
+        stop = tl.minimum(inner, last) if mask_ptr is None else last
+        if IS_CAUSAL or mask_ptr is not None:
+            dk, dv = _fold_queries(
+                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_m, shift_ptr + at, delta_ptr + at, norm_ptr + at, first, stop, T, length,
+                b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
+                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, BULK and cu_q_ptr is None,
             )  # fmt: skip
-            p *= tl.load(norm_ptr + at + rows, mask=rows < n_rows, other=1.0)[:, None]
-            dp = tl.dot(dout, v.T, input_precision="ieee")
-            kept = p
-            if seed_ptr is not None:
-                heads = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
-                keep = kept_weights(tl.load(seed_ptr), threshold, b, heads, start_m + rows, start_n, BLOCK_N)
-                kept = tl.where(keep, p * keep_scale, 0.0)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            dv = tl.dot(kept.to(dout.dtype).T, dout, dv, input_precision="ieee")
-            delta = tl.load(delta_ptr + at + rows, mask=rows < n_rows, other=0.0)
-            ds = p * (dp - delta[:, None]) * slope_of_cap
-            dk = tl.dot(ds.to(q.dtype).T, q, dk, input_precision="ieee")
-
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (cols[:, None] < n_rows_of_k) & (offs_d[None, :] < HEAD_DIM)
+        if mask_ptr is None:
+            dk, dv = _fold_queries(
+                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_m, shift_ptr + at, delta_ptr + at, norm_ptr + at, inner, tl.minimum(outer, last),
+                T, length, b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
+                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
+            )  # fmt: skip
+            dk, dv = _fold_queries(
+                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_m, shift_ptr + at, delta_ptr + at, norm_ptr + at, tl.maximum(inner, outer), last,
+                T, length, b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
+                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, BULK and cu_q_ptr is None,
+            )  # fmt: skip
+    unread = offs_n[:, None] >= length
     dk_ptr += b * stride_dkb + h_kv * stride_dkh + start * stride_dkn
     dv_ptr += b * stride_dvb + h_kv * stride_dvh + start * stride_dvn
-    offsets = cols[:, None] * tl.cast(stride_dkn, tl.int64) + offs_d[None, :]
-    tl.store(dk_ptr + offsets, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
-    offsets = cols[:, None] * tl.cast(stride_dvn, tl.int64) + offs_d[None, :]
-    tl.store(dv_ptr + offsets, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    store_rows(dk_ptr, stride_dkn, cols, n_rows_of_k, tl.where(unread, 0.0, dk * scale), HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, stride_dvn, cols, n_rows_of_k, tl.where(unread, 0.0, dv), HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _fold_keys(
+    dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, begin, stop, end,
+    own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
+    stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    MASKED: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """What the keys begin..stop-1 add to dq and the sums over a row of weights p: p k, p, p dp.
+
+    Unmasked, every query of the tile sees every key of that range, and stop - begin is a multiple of BLOCK_N.
+    """
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    for start_n in range(begin, stop, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        if BULK:
+            k = k_desc.load([desc_b, desc_h, desc_n + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
+            v = v_desc.load([desc_b, desc_h, desc_n + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            k = load_rows(k_ptr, stride_kn, offs_n, end, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_rows(v_ptr, stride_vn, offs_n, end, HEAD_DIM, BLOCK_D, MASKED)
+        p, slope_of_cap = _weights(
+            tl.dot(q, k.T, input_precision="ieee"), shift[:, None], rows[:, None], n_rows, offs_n[None, :], own[:, None],
+            end, end, scale, softcap, slope, window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m,
+            stride_bias_n, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, MASKED, EXACT,
+        )  # fmt: skip
+        row_sum += tl.sum(p, 1)
+        dp = tl.dot(dout, v.T, input_precision="ieee")
+        if seed is not None:
+            heads = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
+            keep = kept_weights(seed, threshold, b, heads, offs_m, start_n, BLOCK_N)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        mean_dp += tl.sum(p * dp, 1)
+        ds = p * (dp - delta[:, None]) * slope_of_cap
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if EXACT:
+            pk = tl.dot(p * slope_of_cap, k, pk, input_precision="ieee")
+    return dq, pk, row_sum, mean_dp
 
 
 @triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS])
 def _backward_queries(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, norm_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr, shift_ptr, delta_ptr, norm_ptr, dq_ptr,
     kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, stride_dqb, stride_dqh, stride_dqm,
@@ -242,6 +383,7 @@ def _backward_queries(
     n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    q_desc=None, k_desc=None, v_desc=None, dout_desc=None,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head. Strides are in elements; the last dimension's is 1."""
     n_tiles = tl.cdiv(n_queries, BLOCK_M)
@@ -259,13 +401,24 @@ def _backward_queries(
     past = start_m + length - T
     own = past + rows
     row = first_q + start_m
-    q_ptr = tl.multiple_of(q_ptr + b * stride_qb + h * stride_qh + row * stride_qm, 16)
-    dout_ptr = tl.multiple_of(dout_ptr + b * stride_gb + h * stride_gh + row * stride_gm, 16)
-    q = load_rows(q_ptr, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-    dout = load_rows(dout_ptr, stride_gm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+    BULK: tl.constexpr = k_desc is not None
+    desc_b = 0 if cu_k_ptr is not None else tl.cast(b, tl.int32)
+    desc_h = tl.cast(h_kv, tl.int32)
+    desc_n = tl.cast(first_k, tl.int32)
+    if BULK:  # also rows past the last, which are not stored
+        at_m = [desc_b, tl.cast(h, tl.int32), tl.cast(row, tl.int32), 0]
+        q = q_desc.load(at_m).reshape(BLOCK_M, BLOCK_D)
+        dout = dout_desc.load(at_m).reshape(BLOCK_M, BLOCK_D)
+    else:
+        q_ptr = tl.multiple_of(q_ptr + b * stride_qb + h * stride_qh + row * stride_qm, 16)
+        dout_ptr = tl.multiple_of(dout_ptr + b * stride_gb + h * stride_gh + row * stride_gm, 16)
+        q = load_rows(q_ptr, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+        dout = load_rows(dout_ptr, stride_gm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
     at = b * stride_lb + h * stride_lh + row
-    lse = _finite_lse(lse_ptr + at, rows, n_rows)
-    delta = tl.load(delta_ptr + at + rows, mask=rows < n_rows, other=0.0)
+    lse = _load_vector(lse_ptr + at, rows, n_rows, 0.0, True)
+    lse = tl.where(lse == float("-inf"), 0.0, lse)  # sees no key: all its weights are masked
+    shift = lse if q.dtype == tl.float32 else lse * LOG2_E
+    delta = _load_vector(delta_ptr + at, rows, n_rows, 0.0, True)
     slope = 0.0
     if alibi_ptr is not None:
         slope = tl.load(alibi_ptr + h)
@@ -276,40 +429,50 @@ def _backward_queries(
     k_ptr = tl.multiple_of(k_ptr + b * stride_kb + h_kv * stride_kh + first_k * stride_kn, 16)
     v_ptr = tl.multiple_of(v_ptr + b * stride_vb + h_kv * stride_vh + first_k * stride_vn, 16)
 
-    end = tl.minimum(past + tl.minimum(BLOCK_M, n_rows), length) if IS_CAUSAL else length
-    begin = 0
-    if HAS_WINDOW:
-        begin = tl.maximum(past + 1 - window, 0) // BLOCK_N * BLOCK_N
+    begin, inner, outer, end = key_ranges(past, n_rows, length, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)
+    if mask_ptr is not None:
+        outer = begin
     EXACT: tl.constexpr = q.dtype == tl.float32
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     pk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     mean_dp = tl.zeros([BLOCK_M], tl.float32)
-    for start_n in range(begin, end, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, stride_kn, offs_n, end, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-        v = load_rows(v_ptr, stride_vn, offs_n, end, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-        p, slope_of_cap = _weights(
-            tl.dot(q, k.T, input_precision="ieee"), lse, rows, n_rows, offs_n, own, end, scale, softcap, slope,
-            window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-            IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None,
+    offs_m = start_m + rows
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    if HAS_WINDOW:
+        dq, pk, row_sum, mean_dp = _fold_keys(
+            dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, begin, tl.minimum(inner, end), end,
+            own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
+            stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+            BULK and cu_k_ptr is None and kv_lengths_ptr is None,
         )  # fmt: skip
-        row_sum += tl.sum(p, 1)
-        dp = tl.dot(dout, v.T, input_precision="ieee")
-        if seed_ptr is not None:
-            heads = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
-            keep = kept_weights(tl.load(seed_ptr), threshold, b, heads, start_m + rows, start_n, BLOCK_N)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        mean_dp += tl.sum(p * dp, 1)
-        ds = p * (dp - delta[:, None]) * slope_of_cap
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        if EXACT:
-            pk = tl.dot(p * slope_of_cap, k, pk, input_precision="ieee")
+        begin = inner
+    if mask_ptr is None:
+        dq, pk, row_sum, mean_dp = _fold_keys(
+            dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, begin, outer, end,
+            own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
+            stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
+        )  # fmt: skip
+    dq, pk, row_sum, mean_dp = _fold_keys(
+        dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, tl.maximum(begin, outer), end, end,
+        own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
+        stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+            BULK and cu_k_ptr is None and kv_lengths_ptr is None,
+    )  # fmt: skip
     seen = row_sum > 0.0
     if sinks_ptr is not None:
         row_sum += tl.exp2((tl.load(sinks_ptr + h).to(tl.float32) - lse) * LOG2_E)
-    norm = tl.where(seen, 1.0 / tl.where(seen, row_sum, 1.0), 1.0)
+    row_sum = tl.where(seen, row_sum, 1.0)
+    norm = 1.0 / row_sum
     tl.store(norm_ptr + at + rows, norm, mask=rows < n_rows)
+    if not EXACT:
+        shift += tl.log2(row_sum)
+    tl.store(shift_ptr + at + rows, shift, mask=rows < n_rows)
     mean_dp *= norm
     if dlse_ptr is not None:
         mean_dp -= tl.load(dlse_ptr + at + rows, mask=rows < n_rows, other=0.0)
@@ -317,15 +480,12 @@ def _backward_queries(
     if EXACT:
         dq -= (mean_dp - delta)[:, None] * pk
     dq_ptr += b * stride_dqb + h * stride_dqh + row * stride_dqm
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (rows[:, None] < n_rows) & (offs_d[None, :] < HEAD_DIM)
-    offsets = rows[:, None] * tl.cast(stride_dqm, tl.int64) + offs_d[None, :]
-    tl.store(dq_ptr + offsets, (dq * (norm * scale)[:, None]).to(dq_ptr.dtype.element_ty), mask=mask)
+    store_rows(dq_ptr, stride_dqm, rows, n_rows, dq * (norm * scale)[:, None], HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS, "n_batch", "bias_batch", "bias_heads", "m_tiles", "n_tiles"])
 def _backward_bias(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, norm_ptr, dbias_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, shift_ptr, delta_ptr, norm_ptr, dbias_ptr,
     kv_lengths_ptr, alibi_ptr, mask_ptr, bias_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, stride_dbb, stride_dbh, stride_dbm, stride_dbn,
@@ -372,8 +532,8 @@ def _backward_bias(
             q = load_rows(q_tile, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
             dout = load_rows(dout_tile, stride_gm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
             at = b * stride_lb + h * stride_lh + start_m
-            lse = _finite_lse(lse_ptr + at, rows, n_rows)
-            delta = tl.load(delta_ptr + at + rows, mask=rows < n_rows, other=0.0)
+            shift = _load_vector(shift_ptr + at, rows, n_rows, 0.0, True)
+            delta = _load_vector(delta_ptr + at, rows, n_rows, 0.0, True)
             mask_tile = None
             if mask_ptr is not None:
                 mask_tile = mask_ptr + b * stride_mask_b + h * stride_mask_h + start_m * stride_mask_m
@@ -385,12 +545,13 @@ def _backward_bias(
                 k = load_rows(k_tile, stride_kn, offs_n, length, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
                 v = load_rows(v_tile, stride_vn, offs_n, length, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
                 p, _ = _weights(
-                    tl.dot(q, k.T, input_precision="ieee"), lse, rows, n_rows, offs_n, own, length, scale,
-                    softcap, slope, window, mask_tile, bias_tile,
+                    tl.dot(q, k.T, input_precision="ieee"), shift[:, None], rows[:, None], n_rows, offs_n[None, :],
+                    own[:, None], length, length, scale, softcap, slope, window, mask_tile, bias_tile,
                     stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                    IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None,
+                    IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASKED=True, EXACT=q.dtype == tl.float32,
                 )  # fmt: skip
-                p *= tl.load(norm_ptr + at + rows, mask=rows < n_rows, other=1.0)[:, None]
+                if q.dtype == tl.float32:
+                    p *= _load_vector(norm_ptr + at, rows, n_rows, 1.0, True)[:, None]
                 dp = tl.dot(dout, v.T, input_precision="ieee")
                 if seed_ptr is not None:
                     heads = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
@@ -440,43 +601,54 @@ def attention_backward(
     q, k, v, dout, out = (aligned_rows(x) for x in (q, k, v, dout, out))
     lse = lse.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    delta, norm = torch.empty_like(lse), torch.empty_like(lse)
+    delta, norm, shift = (torch.empty_like(lse) for _ in range(3))
     dlse = None if dlse is None else dlse.contiguous()
 
     extras = Extras(q, k, window, softcap, alibi_slopes, None, mask, bias, kv_lengths, None, None, None, dropout_p,
                     dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
-    constants = _constants(D, q.element_size(), causal, window is not None, softcap is not None, extras.rich)
-    tiles = {name: constants[name] for name in ("HEAD_DIM", "BLOCK_D", "BLOCK_M", "num_warps")}
+    rich = "rich " if extras.rich else ""
+    flags = (D, q.element_size(), causal, window is not None, softcap is not None)
+    bulk = have_bulk_copies(q, k, v, dout)
+    of_keys = _constants(rich + "keys", architecture(q.device) if bulk else 80, *flags)
+    tiles = {"q_desc": (q, "BLOCK_M"), "dout_desc": (dout, "BLOCK_M")}
+    bulk_of_keys = descriptors(of_keys, tiles) if bulk else {}
+    bulk = bulk and not rich and D <= BULK_HEAD_DIM
+    of_queries = _constants(rich + "queries", architecture(q.device) if bulk else 80, *flags)
+    tiles |= {"k_desc": (k, "BLOCK_N"), "v_desc": (v, "BLOCK_N")}
+    bulk_of_queries = descriptors(of_queries, tiles) if bulk else {}
     n_queries, n_keys = (T, S) if not packed else (max_q, max_k)
     batch = len(cu_seqlens_q) - 1 if packed else B
-    m_tiles, n_tiles = triton.cdiv(n_queries, constants["BLOCK_M"]), triton.cdiv(n_keys, constants["BLOCK_N"])
+    m_tiles = triton.cdiv(n_queries, of_queries["BLOCK_M"])
     names = ("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr")
     skipped = ("stride_t", "stride_ks", "stride_vs", "page", "n_pages", "n_keys")
     common = {name: extras.tensors[name] for name in names}
     common |= {name: value for name, value in extras.numbers.items() if not name.startswith(skipped)}
     common |= {**strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed)}
     common |= {**strides(dout, "g", "bhm", packed), **strides(lse, "l", "bh", packed)}
-    common |= {"n_heads": H, "group": H // H_kv, "n_queries": n_queries, "n_keys": n_keys, "scale": scale, **constants}
+    common |= {"n_heads": H, "group": H // H_kv, "n_queries": n_queries, "n_keys": n_keys, "scale": scale}
     with torch.cuda.device_of(q):
-        _delta[(triton.cdiv(T, constants["BLOCK_M"]) * B * H,)](
+        _delta[(triton.cdiv(T, DELTA_ROWS) * B * H,)](
             out, dout, dlse, delta, **strides(out, "o", "bhm"), **strides(dout, "g", "bhm"), **strides(lse, "l", "bh"),
-            n_heads=H, n_queries=T, **tiles,
+            n_heads=H, n_queries=T, HEAD_DIM=D, BLOCK_D=of_keys["BLOCK_D"], BLOCK_M=DELTA_ROWS,
         )  # fmt: skip
         _backward_queries[(m_tiles * batch * H,)](
-            q, k, v, dout, lse, dlse, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common
-        )
-        _backward_keys[(n_tiles * batch * H_kv,)](
-            q, k, v, dout, lse, delta, norm, dk, dv, **strides(dk, "dk", "bhn", packed),
-            **strides(dv, "dv", "bhn", packed), **common,
+            q, k, v, dout, lse, dlse, shift, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common,
+            **of_queries, **bulk_of_queries,
+        )  # fmt: skip
+        _backward_keys[(triton.cdiv(n_keys, of_keys["BLOCK_N"]) * batch * H_kv,)](
+            q, k, v, dout, shift, delta, norm, dk, dv, **strides(dk, "dk", "bhn", packed),
+            **strides(dv, "dv", "bhn", packed), **common, **of_keys,
+            **bulk_of_keys,
         )  # fmt: skip
         if needs_dbias:
             shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
             one_row, one_column = shape[2] == 1, shape[3] == 1
+            n_tiles = triton.cdiv(n_keys, of_queries["BLOCK_N"])
             grid = shape[0] * shape[1] * (1 if one_row else m_tiles) * (1 if one_column else n_tiles)
             _backward_bias[(grid,)](
-                q, k, v, dout, lse, delta, norm, dbias, **strides(dbias.view(shape), "db", "bhmn"),
+                q, k, v, dout, shift, delta, norm, dbias, **strides(dbias.view(shape), "db", "bhmn"),
                 n_batch=B, bias_batch=shape[0], bias_heads=shape[1], m_tiles=m_tiles, n_tiles=n_tiles,
-                ONE_ROW=one_row, ONE_COLUMN=one_column,
+                ONE_ROW=one_row, ONE_COLUMN=one_column, **of_queries,
                 **{name: value for name, value in common.items() if not name.startswith("cu_")},
             )  # fmt: skip
     dsinks = None
@@ -489,11 +661,11 @@ def attention_backward(
 
 @functools.cache
 def _constants(
-    head_dim: int, element_size: int, causal: bool, has_window=False, has_softcap=False, rich=False
+    tiles: str, arch: int, head_dim: int, element_size: int, causal: bool, has_window=False, has_softcap=False
 ) -> dict:
-    """The kernels' compile-time arguments and options."""
+    """The compile-time arguments and options of a pass."""
     block_d = max(16, triton.next_power_of_2(head_dim))
-    tile = (RICH_TILES if rich else TILES)[block_d, element_size]
+    tile = TILES[tiles][block_d, element_size][ARCHITECTURES.index(arch)]
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
         # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
@@ -501,27 +673,36 @@ def _constants(
     )  # fmt: skip
 
 
-def aot_configurations():
-    """Yields (kernel, dtype, constants, the pointers that are not None), to compile ahead of time."""
+def aot_configurations(arch: int):
+    """As in attention_forward.py."""
     features = [
         ((), {}),
         (("kv_lengths_ptr",), {"has_window": True}),
         (("cu_q_ptr", "cu_k_ptr"), {"has_window": True}),
         (
             ("kv_lengths_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "seed_ptr"),
-            {"has_window": True, "has_softcap": True, "rich": True},
+            {"has_window": True, "has_softcap": True},
         ),
-        (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {"rich": True}),
+        (("alibi_ptr", "bias_ptr", "seed_ptr"), {"has_softcap": True}),
+        (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {}),
     ]
-    for (block_d, element_size), dtype in itertools.product(TILES, (torch.float16, torch.bfloat16, torch.float32)):
+    for (block_d, element_size), dtype in itertools.product(TILES["keys"], (torch.float16, torch.bfloat16, torch.float32)):
         if dtype.itemsize != element_size:
             continue
-        for head_dim, causal, (pointers, flags) in itertools.product(
+        for head_dim, causal, (given, flags) in itertools.product(
             (block_d, block_d * 5 // 8), (True, False), features
         ):
-            constants = _constants(head_dim, element_size, causal, **flags)
-            yield _backward_keys, dtype, constants, pointers
-            yield _backward_queries, dtype, constants, pointers
-            if "bias_ptr" in pointers:
-                for one_row, one_column in itertools.product((False, True), repeat=2):
-                    yield _backward_bias, dtype, constants | {"ONE_ROW": one_row, "ONE_COLUMN": one_column}, pointers
+            rich = "rich " if "seed_ptr" in given else ""
+            sizes = (head_dim, element_size, causal)
+            for bulk in (False, True) if arch >= 90 and element_size == 2 else (False,):
+                of_keys = _constants(rich + "keys", arch if bulk else 80, *sizes, **flags)
+                yield _backward_keys, dtype, dtype, of_keys, (*given, "q_desc", "dout_desc") if bulk else given
+                if bulk and (rich or head_dim > BULK_HEAD_DIM):
+                    continue
+                of_queries = _constants(rich + "queries", arch if bulk else 80, *sizes, **flags)
+                tiles = ("q_desc", "k_desc", "v_desc", "dout_desc") if bulk else ()
+                yield _backward_queries, dtype, dtype, of_queries, (*given, *tiles)
+                if "bias_ptr" in given:
+                    for one_row, one_column in itertools.product((False, True), repeat=2):
+                        shape = {"ONE_ROW": one_row, "ONE_COLUMN": one_column}
+                        yield _backward_bias, dtype, dtype, of_queries | shape, given

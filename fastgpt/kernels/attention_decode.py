@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention_tiles import (
+    LN_2,
     LOG2_E,
     aligned_rows,
     finish_softmax,
@@ -86,7 +87,7 @@ def _reach(kv_lengths_ptr, b, n_keys, n_queries, window):
 # strides, the launcher guarantees and the kernel states.
 @triton.jit(
     do_not_specialize=[
-        "kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr", "alibi_slopes_ptr", "sinks_ptr",
+        "kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr", "alibi_ptr", "sinks_ptr",
         "stride_qb", "stride_qh", "stride_qm",
         "stride_kb", "stride_kh", "stride_kn",
         "stride_vb", "stride_vh", "stride_vn",
@@ -98,7 +99,7 @@ def _reach(kv_lengths_ptr, b, n_keys, n_queries, window):
 )  # fmt: skip
 def _attend_split(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, acc_ptr, softmax_ptr,
-    kv_lengths_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, alibi_slopes_ptr, sinks_ptr,
+    kv_lengths_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, alibi_ptr, sinks_ptr,
     stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
@@ -137,7 +138,7 @@ def _attend_split(
     heads = h_kv * group + rows // n_queries
     tokens = rows % n_queries
     own = tokens + end - n_queries  # a query's position among the keys
-    slopes = tl.load(alibi_slopes_ptr + heads) if alibi_slopes_ptr is not None else None
+    slopes = tl.load(alibi_ptr + heads) if alibi_ptr is not None else None
 
     q_ptr = tl.multiple_of(q_ptr + b * stride_qb, 16)
     k_ptr = tl.multiple_of(k_ptr + h_kv * stride_kh, 16)
@@ -165,9 +166,9 @@ def _attend_split(
             qk *= tl.load(k_scale_ptr + offsets, mask=in_reach, other=0.0)[None, :]
         scores = modified_scores(
             qk, scale, softcap, slopes, own, offs_n, None,
-            HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_slopes_ptr is not None, HAS_BIAS=False,
+            HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_ptr is not None, HAS_BIAS=False,
         )  # fmt: skip
-        visible = visible_keys(own, offs_n, end, window, IS_CAUSAL, HAS_WINDOW=window is not None)
+        visible = visible_keys(own[:, None], offs_n[None, :], end, window, IS_CAUSAL, HAS_WINDOW=window is not None)
         scores = tl.where(visible, scores, float("-inf"))
 
         p, rescale, row_sum, row_max = online_softmax(
@@ -181,6 +182,8 @@ def _attend_split(
 
     if v_scale_ptr is not None:
         acc *= 1.0 / V_UNIT
+    if dtype != tl.float32:  # see online_softmax
+        row_max *= LN_2
 
     offs_d = tl.arange(0, BLOCK_D)
     stored = offs_r < rows_of_head
@@ -342,12 +345,12 @@ def _combine_constants(head_dim: int, split: int) -> dict:
 
 
 # What a call may bring along, by the kernel's argument that is None without it, and what tells that keys are split.
-FEATURES = ("kv_lengths_ptr", "block_table_ptr", "alibi_slopes_ptr", "softcap", "window")
+FEATURES = ("kv_lengths_ptr", "block_table_ptr", "alibi_ptr", "softcap", "window")
 PARTS = ("acc_ptr", "softmax_ptr")
 
 
-def aot_configurations():
-    """Yields (dtype of q, dtype of the cache, arguments given, constants) of `_attend_split`, to compile ahead of time.
+def aot_configurations(arch: int):
+    """As in attention_forward.py; tiles are the same for every architecture.
 
     Of each tile there are the kernels without features, with all, and those in between that serving a model needs. Of
     the head dims that share a tile there are two: one that fills it and one that does not.
@@ -366,4 +369,8 @@ def aot_configurations():
                 (torch.float8_e4m3fn, (*FEATURES, "sinks_ptr")),
             ):
                 constants = _constants(head_dim, element_size, cache_dtype != dtype, few)
-                yield dtype, cache_dtype, given, dict(constants, IS_CAUSAL=True)
+                scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
+                yield _attend_split, dtype, cache_dtype, dict(constants, IS_CAUSAL=True), (*given, *scales)
+            if few:
+                for given in (PARTS, (*PARTS, "kv_lengths_ptr", "sinks_ptr", "window")):
+                    yield _combine, dtype, dtype, _combine_constants(head_dim, 256), given

@@ -19,17 +19,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastgpt.kernels.architecture import ARCHITECTURES, architecture
 from fastgpt.kernels.attention_tiles import (
+    LN_2,
     LOG2_E,
     aligned_rows,
     finish_softmax,
     kept_weights,
+    key_ranges,
     load_keys,
     load_rows,
     modified_scores,
     online_softmax,
     page_rows,
+    store_rows,
     visible_keys,
 )
 from fastgpt.ops.dropout import keep_threshold
@@ -44,48 +49,48 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (head dim padded to a power of two, bytes per element) -> tile. Few queries are the business of attention_decode.py.
+# (head dim padded to a power of two, bytes per element) -> a tile for each of ARCHITECTURES; that of 80 also wherever tiles
+# cannot be copied in bulk. From benchmarks/sweep_tiles.py: the largest of its list that fits; none has been timed on a GPU.
+# Few queries are the business of attention_decode.py.
 TILES = {
-    (16, 2): Tile(128, 64, 4, 3),
-    (32, 2): Tile(128, 64, 4, 3),
-    (64, 2): Tile(128, 64, 4, 4),
-    (128, 2): Tile(128, 64, 8, 3),
-    (256, 2): Tile(64, 32, 8, 2),
-    (16, 4): Tile(64, 32, 4, 2),
-    (32, 4): Tile(64, 64, 8, 2),
-    (64, 4): Tile(32, 32, 8, 2),
-    (128, 4): Tile(32, 16, 8, 3),
-    (256, 4): Tile(32, 16, 8, 2),
+    (16, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
+    (32, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
+    (64, 2): (Tile(128, 64, 4, 4), *(Tile(128, 128, 8, 3),) * 2),
+    (128, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
+    (256, 2): (Tile(64, 32, 8, 2), *(Tile(64, 64, 8, 2),) * 2),
+    (16, 4): (Tile(64, 32, 4, 2),) * 3,
+    (32, 4): (Tile(64, 64, 8, 2),) * 3,
+    (64, 4): (Tile(32, 32, 8, 2),) * 3,
+    (128, 4): (Tile(32, 16, 8, 3),) * 3,
+    (256, 4): (Tile(16, 16, 8, 2),) * 3,
 }
 
 # Where scores are more than q·k · scale, or keys are not rows in a row, tiles that leave registers for that.
 RICH_TILES = {
-    (16, 2): Tile(64, 32, 4, 2),
-    (32, 2): Tile(64, 32, 4, 2),
-    (64, 2): Tile(64, 64, 8, 2),
-    (128, 2): Tile(64, 32, 8, 2),
-    (256, 2): Tile(32, 32, 8, 2),
-    (16, 4): Tile(64, 64, 8, 2),
-    (32, 4): Tile(64, 64, 8, 2),
-    (64, 4): Tile(64, 32, 8, 2),
-    (128, 4): Tile(16, 16, 8, 2),
-    (256, 4): Tile(16, 16, 8, 1),
+    (16, 2): (Tile(64, 32, 4, 2),) * 3,
+    (32, 2): (Tile(64, 32, 4, 2),) * 3,
+    (64, 2): (Tile(64, 64, 8, 2),) * 3,
+    (128, 2): (Tile(64, 32, 8, 2),) * 3,
+    (256, 2): (Tile(32, 32, 8, 2), *(Tile(16, 32, 8, 1),) * 2),
+    (16, 4): (Tile(64, 64, 8, 2),) * 3,
+    (32, 4): (Tile(32, 32, 8, 2),) * 3,
+    (64, 4): (Tile(32, 32, 8, 1),) * 3,
+    (128, 4): (Tile(16, 16, 8, 2),) * 3,
+    (256, 4): (Tile(16, 16, 8, 1),) * 3,
 }
 
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max, q, k_ptr, v_ptr, begin, stop, end,
+    acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, first_k, begin, stop, end,
     factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
     mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
     stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
     stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys begin..stop-1 into (acc, row_sum, row_max); begin is a multiple of BLOCK_N.
-
-    row_max is in the units of qk once it is modified, of which `factor` makes scores in base 2.
 
     Unmasked, every query sees every key of that range and stop - begin is a multiple of BLOCK_N.
     Masked, keys from `end` on are not read, and each query sees what visible_keys and the mask leave to it.
@@ -94,7 +99,9 @@ def _attend(
     for start_n in range(begin, stop, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         in_range = offs_n < end
-        if block_table_ptr is not None:
+        if BULK:
+            k = k_desc.load([desc_b, desc_h, first_k + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
+        elif block_table_ptr is not None:
             pages, key_rows = page_rows(block_table_ptr, stride_tp, offs_n, end, page, n_pages)
             k = load_keys(k_ptr, stride_kb, stride_kn, pages, key_rows, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
             k_scales = pages * stride_ksb + key_rows * stride_ksn
@@ -115,7 +122,7 @@ def _attend(
                 qk, scale, softcap, slope, own, offs_n, bias, HAS_SOFTCAP, HAS_ALIBI, bias_ptr is not None
             )
         if MASKED:
-            visible = visible_keys(own, offs_n, end, window, IS_CAUSAL, HAS_WINDOW)
+            visible = visible_keys(own[:, None], offs_n[None, :], end, window, IS_CAUSAL, HAS_WINDOW)
             if mask_ptr is not None:
                 ptrs = mask_ptr + rows[:, None] * stride_mask_m + offs_n[None, :] * stride_mask_n
                 within = (rows[:, None] < n_rows) & in_range[None, :]
@@ -127,7 +134,9 @@ def _attend(
             keep = kept_weights(seed, threshold, b, head, offs_m, start_n, BLOCK_N)
             p = tl.where(keep, p * keep_scale, 0.0)
 
-        if block_table_ptr is not None:
+        if BULK:
+            v = v_desc.load([desc_b, desc_h, first_k + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
+        elif block_table_ptr is not None:
             v = load_keys(v_ptr, stride_vb, stride_vn, pages, key_rows, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
         else:
             v = load_keys(v_ptr, 0, stride_vn, 0, offs_n, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
@@ -164,6 +173,7 @@ def _attention_forward(
     page, n_pages, n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    q_desc=None, k_desc=None, v_desc=None,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Strides are in elements; the last dimension's is 1.
 
@@ -178,6 +188,8 @@ def _attention_forward(
     h_kv = tl.cast(pid // n_tiles % n_heads // group, tl.int64)
 
     length = n_keys
+    first_q = 0
+    first_k = 0
     if kv_lengths_ptr is not None:
         length = tl.maximum(0, tl.minimum(tl.load(kv_lengths_ptr + b), n_keys))
     if cu_q_ptr is not None:
@@ -196,14 +208,7 @@ def _attention_forward(
     past = start_m + length - n_queries  # keys before the one at the position of the tile's first query
     own = past + rows
 
-    # Keys from `end` on and before `begin` are seen by no query of the tile, those from `inner` to `outer` by all.
-    end = tl.minimum(past + tl.minimum(BLOCK_M, n_rows), length) if IS_CAUSAL else length
-    outer = (tl.maximum(past + 1, 0) if IS_CAUSAL else length) // BLOCK_N * BLOCK_N
-    begin = 0
-    inner = 0
-    if HAS_WINDOW:
-        begin = tl.maximum(past + 1 - window, 0) // BLOCK_N * BLOCK_N
-        inner = tl.cdiv(tl.maximum(past + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
+    begin, inner, outer, end = key_ranges(past, n_rows, length, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)
     if mask_ptr is not None:
         outer = begin
 
@@ -233,48 +238,56 @@ def _attention_forward(
         seed = tl.load(seed_ptr)
     head = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
     offs_m = start_m + rows
+    desc_b = 0 if cu_k_ptr is not None else tl.cast(b, tl.int32)
+    desc_h = tl.cast(h_kv, tl.int32)
     MODIFIED: tl.constexpr = HAS_SOFTCAP or alibi_ptr is not None or bias_ptr is not None
     unit = 1.0 if MODIFIED else scale  # what the loop's scores are yet to be multiplied with
     factor = unit * LOG2_E
+    BULK: tl.constexpr = k_desc is not None
+    # Bulk copies of a tile of keys read all of it, and where a tensor ends, zeros.
+    WHOLE: tl.constexpr = BULK and kv_lengths_ptr is None and cu_k_ptr is None
 
-    q = load_rows(q_ptr, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+    if q_desc is not None:  # also rows past the last, which are not stored
+        at_m = tl.cast(first_q, tl.int32) + start_m
+        q = q_desc.load([desc_b, tl.cast(h, tl.int32), at_m, 0]).reshape(BLOCK_M, BLOCK_D)
+    else:
+        q = load_rows(q_ptr, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if HAS_WINDOW:
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, k_ptr, v_ptr, begin, tl.minimum(inner, end), end,
+            acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, first_k, begin, tl.minimum(inner, end), end,
             factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
             mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
             stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
             stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASKED=True,
+            HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
         )  # fmt: skip
         begin = inner
     if mask_ptr is None:
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, k_ptr, v_ptr, begin, outer, end,
+            acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, first_k, begin, outer, end,
             factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
             mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
             stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
             stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASKED=False,
+            HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, k_ptr, v_ptr, tl.maximum(begin, outer), end, end,
+        acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, first_k, tl.maximum(begin, outer), end, end,
         factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
         mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
         stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
         stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
-        HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASKED=True,
+        HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
     )  # fmt: skip
 
-    out, lse = finish_softmax(acc, row_sum, row_max * unit, sinks_ptr, h)
+    row_max *= unit if q.dtype == tl.float32 else LN_2  # see online_softmax
+    out, lse = finish_softmax(acc, row_sum, row_max, sinks_ptr, h)
     tl.store(lse_ptr + b * stride_lb + h * stride_lh + start_m + rows, lse, mask=rows < n_rows)
     out_ptr += b * stride_ob + h * stride_oh + tl.cast(start_m, tl.int64) * stride_om
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (rows[:, None] < n_rows) & (offs_d[None, :] < HEAD_DIM)
-    tl.store(out_ptr + rows[:, None] * tl.cast(stride_om, tl.int64) + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    store_rows(out_ptr, stride_om, rows, n_rows, out, HEAD_DIM, BLOCK_D)
 
 
 INTERPRETED = not isinstance(_attention_forward, triton.JITFunction)  # TRITON_INTERPRET was set
@@ -313,13 +326,17 @@ def attention_forward(
     extras = Extras(q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
                     dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
     n_queries = T if max_q is None else max_q
-    constants = _constants(D, q.element_size(), causal, window is not None, softcap is not None, extras.rich)
+    bulk = block_table is None and k.dtype is q.dtype and have_bulk_copies(q, k, v)
+    arch = architecture(q.device) if bulk else 80
+    constants = _constants(D, q.element_size(), arch, causal, window is not None, softcap is not None, extras.rich)
+    tiles = {"q_desc": (q, "BLOCK_M"), "k_desc": (k, "BLOCK_N"), "v_desc": (v, "BLOCK_N")}
     packed = cu_seqlens_q is not None
     batch = len(cu_seqlens_q) - 1 if packed else B
     grid = (triton.cdiv(n_queries, constants["BLOCK_M"]) * batch * H,)
     with torch.cuda.device_of(q):
         _attention_forward[grid](
             q, bytes_of(k), bytes_of(v), out, lse, **extras.tensors,
+            **(descriptors(constants, tiles) if bulk else {}),
             **strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed),
             **strides(out, "o", "bhm", packed), **strides(lse, "l", "bh", packed),
             **extras.numbers, n_heads=H, group=H // k.shape[1], n_queries=n_queries, scale=scale, **constants,
@@ -370,6 +387,27 @@ class Extras:
         )
 
 
+def have_bulk_copies(*tensors: Tensor) -> bool:
+    """Whether the hardware, of 9.0 or later, can copy tiles of these tensors (B, heads, N, D) from aligned_rows in bulk."""
+    return architecture(tensors[0].device) >= 90 and all(
+        x.element_size() == 2
+        and x.numel() > 0
+        and all(0 < step < 2**39 for n, step in zip(x.shape[:3], x.stride()) if n > 1)
+        for x in tensors
+    )
+
+
+def descriptors(constants: dict, tiles: dict[str, tuple[Tensor, str]]) -> dict[str, TensorDescriptor]:
+    """For bulk copies of tiles. tiles: name -> (tensor, the constant that says how many rows a tile has)."""
+    result = {}
+    for name, (x, rows) in tiles.items():
+        # A stride that is never taken has to be a multiple of 16 bytes nevertheless.
+        steps = [128 if n == 1 else step for n, step in zip(x.shape[:3], x.stride())]
+        shape = [*x.shape[:3], constants["HEAD_DIM"]]
+        result[name] = TensorDescriptor(x, shape, [*steps, 1], [1, 1, constants[rows], constants["BLOCK_D"]])
+    return result
+
+
 def strides(x: Tensor | None, prefix: str, dims: str, packed: bool = False) -> dict[str, int]:
     """stride_<prefix><dim> of each of the first dimensions, in elements; 0 for none, and for the batch if packed."""
     values = [0] * len(dims) if x is None else x.stride()
@@ -386,19 +424,21 @@ def bytes_of(x: Tensor) -> Tensor:
 
 @functools.cache
 def _constants(
-    head_dim: int, element_size: int, causal: bool, has_window=False, has_softcap=False, rich=False
+    head_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False, rich=False
 ) -> dict:
     """The kernel's compile-time arguments and options."""
     block_d = max(16, triton.next_power_of_2(head_dim))
-    tile = (RICH_TILES if rich else TILES)[block_d, element_size]
+    tile = (RICH_TILES if rich else TILES)[block_d, element_size][ARCHITECTURES.index(arch)]
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
-        **tile._asdict(), enable_fp_fusion=True,
+        # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
+        **tile._asdict(), enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip
 
 
-def aot_configurations():
-    """Yields (dtype, constants, the pointers that are not None) for kernels that ship, to compile ahead of time.
+def aot_configurations(arch: int):
+    """Yields (kernel, dtype, the cache's dtype, constants, the optional arguments that are given) of what ships, to
+    compile ahead of time for an architecture.
 
     Of the head dims that share a tile there are two: one that fills it and one that does not. Of the features, none;
     all that go together, as they ask for most; and each kind of storage.
@@ -415,7 +455,12 @@ def aot_configurations():
     for (block_d, element_size), dtype in itertools.product(TILES, (torch.float16, torch.bfloat16, torch.float32)):
         if dtype.itemsize != element_size:
             continue
-        for head_dim, causal, (pointers, flags) in itertools.product(
+        for head_dim, causal, (given, flags) in itertools.product(
             (block_d, block_d * 5 // 8), (True, False), features
         ):
-            yield dtype, _constants(head_dim, element_size, causal, **flags), pointers
+            cache_dtype = torch.int8 if "k_scale_ptr" in given else dtype
+            constants = _constants(head_dim, element_size, 80, causal, **flags)
+            yield _attention_forward, dtype, cache_dtype, constants, given
+            if arch >= 90 and element_size == 2 and "block_table_ptr" not in given:
+                constants = _constants(head_dim, element_size, arch, causal, **flags)
+                yield _attention_forward, dtype, cache_dtype, constants, (*given, "q_desc", "k_desc", "v_desc")

@@ -37,6 +37,19 @@ def _load_tile(ptr, offsets, row_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
+def store_rows(ptr, stride, offs_row, n_rows, x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores rows of x (rows, BLOCK_D) where offs_row < n_rows. `stride` is a multiple of HEAD_DIM, as of any dense tensor,
+    and the first row starts at a multiple of that: which is what tells how wide stores can be."""
+    WIDTH: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    POWER: tl.constexpr = HEAD_DIM & -HEAD_DIM  # of two that divides HEAD_DIM
+    UNIT: tl.constexpr = POWER if POWER * WIDTH < 16 else 16 // WIDTH
+    rows = tl.multiple_of(ptr + offs_row * tl.cast(stride, tl.int64), UNIT * WIDTH)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_row < n_rows)[:, None] & (offs_d[None, :] < HEAD_DIM)
+    tl.store(rows[:, None] + offs_d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def page_rows(block_table_ptr, stride_tp, offs_n, end, page, n_pages):
     """Keys offs_n of a paged sequence: their pages, int64, and their rows in them. From `end` on anything valid."""
     pages = tl.load(block_table_ptr + offs_n // page * stride_tp, mask=offs_n < end, other=0)
@@ -98,35 +111,57 @@ def modified_scores(
 
 
 @triton.jit
-def visible_keys(
-    own, offs_n, end, window, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr
-):  # fmt: skip
-    """(M, N): which keys before `end` the mask and the window leave to each query."""
-    visible = offs_n[None, :] <= own[:, None] if IS_CAUSAL else offs_n[None, :] < end
+def visible_keys(own, offs_n, end, window, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Which keys before `end`, or all if it is None, the mask and the window leave to each query: own (M, 1), offs_n (1, N),
+    or transposed."""
+    visible = tl.full([1, 1], True, tl.int1)
+    if end is not None:
+        visible = visible & (offs_n < end)
     if IS_CAUSAL:
-        visible = visible & (offs_n[None, :] < end)
+        visible = visible & (offs_n <= own)
     if HAS_WINDOW:
-        visible = visible & (offs_n[None, :] > own[:, None] - window)
+        visible = visible & (offs_n > own - window)
     return visible
+
+
+@triton.jit
+def key_ranges(
+    past, n_rows, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """(begin, inner, outer, end): no query of a tile sees the keys before begin and from end on, and every one sees those
+    from inner to outer. All but `end` are multiples of BLOCK_N; outer may be less than inner.
+
+    past: keys before the one at the position of the tile's first query; n_rows: queries from that one on.
+    """
+    end = tl.minimum(past + tl.minimum(BLOCK_M, n_rows), length) if IS_CAUSAL else length
+    outer = (tl.maximum(past + 1, 0) if IS_CAUSAL else length) // BLOCK_N * BLOCK_N
+    begin = 0
+    inner = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(past + 1 - window, 0) // BLOCK_N * BLOCK_N
+        inner = tl.cdiv(tl.maximum(past + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
+    return begin, inner, outer, end
 
 
 @triton.jit
 def online_softmax(x, row_sum, row_max, factor, MASKED: tl.constexpr, EXACT: tl.constexpr):
     """Folds a tile of scores (M, N) into each row's maximum m and sum l of exp(score - m), (M,) each.
 
-    x and row_max are in units of which `factor` makes scores in base 2. MASKED: some of x may be -inf. EXACT rounds after
-    the subtraction, which itself rounds nothing where it matters; else it is one fused multiply-add, exact enough for
-    weights in 16 bits.
+    `factor` makes scores in base 2 of x. MASKED: some of x may be -inf. EXACT, for weights in fp32, keeps row_max in the
+    units of x and rounds after the subtraction, which itself rounds nothing where it matters; else row_max is in base 2,
+    and the subtraction one with the scaling.
     Returns the weights exp(score - m), what to multiply with that was summed so far, l and m.
     """
-    new_max = tl.maximum(row_max, tl.max(x, 1))
+    new_max = tl.maximum(row_max, tl.max(x, 1) if EXACT else tl.max(x, 1) * factor)
     # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
     if EXACT:
         p = tl.exp2((x - shift[:, None]) * factor)
+        rescale = tl.exp2((row_max - shift) * factor)
     else:
-        p = tl.exp2(x * factor - (shift * factor)[:, None])
-    rescale = tl.exp2((row_max - shift) * factor)
+        p = tl.exp2(x * factor - shift[:, None])
+        rescale = tl.exp2(row_max - shift)
     return p, rescale, row_sum * rescale + tl.sum(p, 1), new_max
 
 
@@ -143,7 +178,7 @@ def finish_softmax(acc, row_sum, row_max, sinks_ptr, heads):
         row_max = new_max
         acc *= rescale[:, None]
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # no key seen: out 0, lse -inf
-    return acc / row_sum[:, None], row_max + tl.log2(row_sum) * LN_2
+    return acc * (1.0 / row_sum)[:, None], row_max + tl.log2(row_sum) * LN_2
 
 
 @triton.jit

@@ -1,0 +1,101 @@
+"""The machine code of a Triton kernel, compiled for an architecture without a GPU, and what it takes there."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Shared memory a block may use, in bytes. Chips of compute capability 8.6 and 8.9 run the code of 8.0 in 99 KiB.
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+ELEMENTS = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.float8_e4m3fn: "u8",
+}  # fmt: skip
+# Of arguments that are neither 32-bit integers nor of the inputs' dtype.
+TYPES = {
+    "mask_ptr": "*u8", "seed_ptr": "*i64", "scale": "fp32", "softcap": "fp32", "keep_scale": "fp32",
+    **dict.fromkeys(("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "block_table_ptr"), "*i32"),
+    **dict.fromkeys(
+        ("lse_ptr", "dlse_ptr", "shift_ptr", "delta_ptr", "norm_ptr", "alibi_ptr", "k_scale_ptr", "v_scale_ptr", "acc_ptr", "softmax_ptr"),
+        "*fp32",
+    ),
+}  # fmt: skip
+# Where a launch may give None, or what does not start at a multiple of 16 bytes.
+OPTIONAL = {
+    "kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "block_table_ptr",
+    "k_scale_ptr", "v_scale_ptr", "seed_ptr", "q_desc", "dout_desc", "k_desc", "v_desc", "acc_ptr", "softmax_ptr",
+}  # fmt: skip
+
+
+class Usage(NamedTuple):
+    registers: int  # a thread
+    spilled: int  # bytes of a thread's memory
+    shared: int  # bytes of a block
+
+    def faults(self, arch: int) -> list[str]:
+        """What no kernel that ships may do."""
+        spills = [f"spills {self.spilled} bytes at {self.registers} registers"] if self.spilled else []
+        too_much = [f"{self.shared} bytes of shared memory"] if self.shared > SHARED_MEMORY[arch] else []
+        return spills + too_much
+
+
+def compile_for(arch: int, function, dtype: torch.dtype, cache_dtype: torch.dtype, constants: dict, given):
+    """A kernel as a launch compiles it: rows start at multiples of 16 bytes, nothing else is specialised.
+
+    Args: dtype of q, cache_dtype of k and v; constants: compile-time arguments and options; given: names of the optional
+        arguments that are not None.
+    """
+    constants = dict(constants)
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+    optional = OPTIONAL if "HAS_WINDOW" in function.arg_names else OPTIONAL | {"softcap", "window"}
+    constants |= {name: None for name in optional if name in function.arg_names and name not in given}
+    element = ELEMENTS[dtype]
+
+    def type_of(name):
+        if name.endswith("_desc"):
+            rows = constants["BLOCK_N" if name in ("k_desc", "v_desc") else "BLOCK_M"]
+            return f"tensordesc<{element}[1, 1, {rows}, {constants['BLOCK_D']}]>"
+        if name in ("k_ptr", "v_ptr"):
+            return f"*{ELEMENTS[cache_dtype]}"
+        return TYPES.get(name, f"*{element}" if name.endswith("_ptr") else "i32")
+
+    signature = {name: type_of(name) for name in function.arg_names} | dict.fromkeys(constants, "constexpr")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") and (name not in OPTIONAL or name in ("acc_ptr", "softmax_ptr"))
+    }
+    source = ASTSource(function, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def usage_of(compiled) -> Usage:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return Usage(registers, stack + local, compiled.metadata.shared)
+
+
+def is_demanding(name: str, dtype: torch.dtype, cache_dtype: torch.dtype, constants: dict, given: tuple) -> bool:
+    """Whether a kernel is, of its tile and kind of load, under the most register pressure: every mask, every feature."""
+    features = {name for name in given if not name.endswith("_desc")}
+    if dtype is torch.bfloat16:
+        return False
+    if constants["HEAD_DIM"] == constants["BLOCK_D"]:  # a kernel most of whose registers go to its tiles
+        return not features and constants["IS_CAUSAL"] and name not in ("_combine", "_attend_split")
+    if name == "_combine":
+        return "sinks_ptr" in given
+    if name == "_attend_split":
+        return "sinks_ptr" in given or (cache_dtype is dtype and "block_table_ptr" in given)
+    whole_bias = not (constants.get("ONE_ROW") or constants.get("ONE_COLUMN"))
+    most = features == {"kv_lengths_ptr"} or {"alibi_ptr", "bias_ptr", "seed_ptr"} <= features
+    return constants["IS_CAUSAL"] and most and whole_bias

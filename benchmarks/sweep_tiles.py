@@ -1,0 +1,123 @@
+"""Tiles of the Triton attention kernels: which fit, and on a GPU which are fastest. The tables in fastgpt/kernels come from it.
+
+python -m benchmarks.sweep_tiles                      on a GPU: times what fits, writes results/<machine>/tiles.json
+python -m benchmarks.sweep_tiles --arch 90            anywhere: registers, spilled bytes and shared memory of each tile
+python -m benchmarks.sweep_tiles --arch 90 --first    the largest tile that fits, of each table and head dim
+
+A tile fits if no kernel that ships with it, of those under the most register pressure, spills or asks for more shared
+memory than there is.
+"""
+
+import argparse
+import itertools
+
+import torch
+import triton
+
+from benchmarks.machine_code import compile_for, is_demanding, usage_of
+from fastgpt.kernels import attention_backward as backward
+from fastgpt.kernels import attention_forward as forward
+from fastgpt.kernels.architecture import ARCHITECTURES, architecture
+from fastgpt.kernels.attention_forward import Tile
+
+TABLES = {"forward": forward.TILES, "rich forward": forward.RICH_TILES, **backward.TILES}
+OPTIONAL_AND_RICH = {"alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr"}
+PASSES = {
+    "_attention_forward": "forward", "_backward_keys": "keys", "_backward_queries": "queries", "_backward_bias": "queries",
+}  # fmt: skip
+
+
+def candidates():
+    """Larger tiles first, then more stages, then fewer warps. Tiles of 16 rows are for fp32 and wide heads."""
+    sizes = sorted(itertools.product((128, 64, 32, 16), repeat=2), key=lambda size: (-size[0] * size[1], -size[0]))
+    return [Tile(m, n, warps, stages) for (m, n) in sizes for stages in (4, 3, 2, 1) for warps in (4, 8)]
+
+
+def demanding(table: str, key: tuple[int, int], arch: int) -> list:
+    """The kernels that decide whether a tile fits: (kernel, dtype, the cache's dtype, constants, given)."""
+    chosen = []
+    for function, *rest in (*forward.aot_configurations(arch), *backward.aot_configurations(arch)):
+        dtype, _, constants, given = rest
+        rich = "rich " if OPTIONAL_AND_RICH & set(given) else ""
+        of_tile = (constants["BLOCK_D"], dtype.itemsize) == key and rich + PASSES[function.__name__] == table
+        bulk = any(name.endswith("_desc") for name in given)
+        of_tile = of_tile and (bulk or arch == 80 or key[1] == 4 or function is backward._backward_bias)
+        if of_tile and is_demanding(function.__name__, *rest):
+            chosen.append((function, *rest))
+    return chosen
+
+
+def fit(tile: Tile, kernels: list, arch: int) -> tuple[bool, str]:
+    """Whether a tile fits, and what its worst kernel takes."""
+    worst = None
+    for function, dtype, cache_dtype, constants, given in kernels:
+        try:
+            usage = usage_of(compile_for(arch, function, dtype, cache_dtype, constants | tile._asdict(), given))
+        except Exception as error:  # what the compiler throws is not of one kind
+            return False, f"{type(error).__name__} in the compiler"
+        worst = usage if worst is None else max(worst, usage, key=lambda x: (x.spilled, x.registers))
+        if usage.faults(arch):
+            return False, ", ".join(usage.faults(arch))
+    return True, f"{worst.registers} registers, {worst.shared // 1024} KiB"
+
+
+def seconds(table: str, key: tuple[int, int], tile: Tile, arch: int) -> float:
+    """Median time of a causal pass over 8,192 tokens, or 2,048 in fp32, with this tile; of the backward, both passes."""
+    head_dim, size = key
+    entry = TABLES[table][key]
+    i = ARCHITECTURES.index(arch)
+    TABLES[table][key] = (*entry[:i], tile, *entry[i + 1 :])
+    forward._constants.cache_clear()
+    backward._constants.cache_clear()
+    tokens, dtype = (8192, torch.bfloat16) if size == 2 else (2048, torch.float32)
+    q, k, v, dout = (torch.randn(2, 16, tokens, head_dim, device="cuda", dtype=dtype) for _ in range(4))
+    options = {"scale": head_dim**-0.5}
+    if table.startswith("rich"):
+        options["softcap"] = 20.0
+    try:
+        out, lse = forward.attention_forward(q, k, v, **options)
+        if "forward" in table:
+            return triton.testing.do_bench(lambda: forward.attention_forward(q, k, v, **options), return_mode="median") / 1e3
+        run = lambda: backward.attention_backward(dout, None, q, k, v, out, lse, **options)  # noqa: E731
+        return triton.testing.do_bench(run, return_mode="median") / 1e3
+    finally:
+        TABLES[table][key] = entry
+        forward._constants.cache_clear()
+        backward._constants.cache_clear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="compile for it instead of timing")
+    parser.add_argument("--table", choices=TABLES, action="append", help="default: all")
+    parser.add_argument("--head-dim", type=int, choices=(16, 32, 64, 128, 256), action="append", help="default: all")
+    parser.add_argument("--bytes", type=int, choices=(2, 4), action="append", help="of an element; default: both")
+    parser.add_argument("--first", action="store_true", help="stop at the first that fits")
+    args = parser.parse_args()
+    if args.arch is None and not torch.cuda.is_available():
+        parser.error("--arch: expected, as there is no GPU here to time on")
+    arch = args.arch or architecture(torch.device("cuda"))
+    results = []
+    for table, key in itertools.product(args.table or TABLES, forward.TILES):
+        if key[0] not in (args.head_dim or (key[0],)) or key[1] not in (args.bytes or (key[1],)):
+            continue
+        kernels = demanding(table, key, arch)
+        ships = TABLES[table][key][ARCHITECTURES.index(arch)]
+        for tile in candidates():
+            fits, what = fit(tile, kernels, arch)
+            row = {"table": table, "head dim": key[0], "bytes": key[1], "tile": list(tile), "ships": tile == ships, "fits": what}
+            if fits and args.arch is None:
+                row["seconds"] = seconds(table, key, tile, arch)
+            if fits or not args.first:
+                results.append(row)
+                print(*row.values(), sep="\t", flush=True)
+            if fits and args.first:
+                break
+    if args.arch is None:
+        from benchmarks.report import store
+
+        store("tiles", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Tests of Triton kernels need a GPU, or Triton's interpreter. That is chosen when a kernel is decorated, so it gets a
+process of its own, which runs the test file again."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import triton
+from packaging.version import Version
+
+INTERPRETED = "TRITON_INTERPRET" in os.environ
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def runs_kernel(test):
+    """Marks a test that launches kernels."""
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+def starts_the_interpreter(test):
+    """Marks a test that calls `passed`."""
+    broken = Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4")
+    why = "the interpreter of Triton 3.6 needs NumPy < 2.4: it turns one-element arrays into loop bounds"
+    inside = pytest.mark.skipif(INTERPRETED, reason="is itself under the interpreter")
+    return inside(pytest.mark.skipif(broken, reason=why)(test))
+
+
+def passed(file: str, which: str = "") -> int:
+    """How many of the file's tests passed there; fails if any did not. which: as pytest's -m takes it."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-m", which, file],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    return int(re.search(r"(\d+) passed", run.stdout)[1])

@@ -1,0 +1,64 @@
+"""The machine code of the Triton kernels that ship, compiled ahead of time: no GPU is needed."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks.machine_code import SHARED_MEMORY, compile_for, is_demanding, usage_of  # noqa: E402
+
+pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
+BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
+MODULES = [f"fastgpt.kernels.attention_{name}" for name in ("forward", "backward", "decode")]
+
+
+def configurations(module, arch):
+    """(name of the kernel, dtype, the cache's dtype, constants, optional arguments given) of all that ship."""
+    for function, *rest in import_module(module).aot_configurations(arch):
+        yield function.__name__, *rest
+
+
+def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, given):
+    """What is wrong with one compiled kernel, as text; empty if nothing is."""
+    compiled = compile_for(arch, getattr(import_module(module), name), dtype, cache_dtype, constants, given)
+    ptx = compiled.asm["ptx"]
+    faults = usage_of(compiled).faults(arch)
+    if "tf32" in ptx:
+        faults.append("fp32 rounded to tf32")
+    if BULK & set(given) and "cp.async.bulk.tensor" not in ptx:
+        faults.append("no bulk copies")
+    rows = constants.get("BLOCK_N" if name == "_backward_keys" else "BLOCK_M", 0)  # of the matrix units' operands
+    if arch == 90 and cache_dtype.itemsize == 2 and rows >= 64 and "wgmma.mma_async" not in ptx:
+        faults.append("no wgmma")
+    plain = name == "_attention_forward" and not set(given) - {"kv_lengths_ptr"}
+    unpaged = name == "_attend_split" and cache_dtype is dtype and "block_table_ptr" not in given
+    if (plain or unpaged) and ("cp.async.cg" not in ptx or "cp.async.ca" in ptx):
+        faults.append("copies narrower than 16 bytes")
+    what = f"sm_{arch} {name} {dtype} {cache_dtype} {constants} {given}"
+    return f"{what}: {', '.join(faults)}" if faults else ""
+
+
+def assert_sound(arch, module, chosen):
+    jobs = [(arch, module, *configuration) for configuration in chosen]
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
+        faults = [fault for fault in pool.map(faults_in_machine_code, *zip(*jobs, strict=True), chunksize=4) if fault]
+    assert jobs and not faults, "\n".join(faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("module", MODULES)
+def test_demanding_kernels(module, arch):
+    assert_sound(arch, module, [x for x in configurations(module, arch) if is_demanding(*x)])
+
+
+@pytest.mark.skipif("FASTGPT_TEST_ALL_MACHINE_CODE" not in os.environ, reason="takes hours on two cores")
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("module", MODULES)
+def test_every_kernel(module, arch):
+    assert_sound(arch, module, list(configurations(module, arch)))
