@@ -119,7 +119,7 @@ def attention(
     )  # fmt: skip
     try:
         chosen = choose("attention", IMPLEMENTATIONS, impl, call)
-        if chosen != "cpp":  # which checks for itself, in a fraction of the time
+        if chosen != "cpp" or dropout_p > 0:  # cpp checks for itself, in a fraction of the time, all but the seed
             _check(call)
         if dropout_p > 0:
             call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device))
@@ -416,11 +416,6 @@ def _cpp_refuses(call: Call):
         return runs_elsewhere("CPU", "q", call.q.device)
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
-    for name in ("softcap", "alibi_slopes", "sinks", "mask", "bias"):
-        if getattr(call, name) is not None:
-            return f"it does not take {name} yet"
-    if call.dropout_p:
-        return "it does not take dropout_p yet"
     if _needs_gradients(call):
         return "it has no backward, and q, k or v requires gradients"
     return None
@@ -429,7 +424,7 @@ def _cpp_refuses(call: Call):
 # In order of preference: the first that does not refuse serves the call.
 IMPLEMENTATIONS = {"cpp": _cpp_refuses, "triton": _triton_refuses, "reference": lambda call: None}
 VARLEN_IMPLEMENTATIONS = {
-    "cpp": lambda call: "it does not take packed sequences yet",
+    "cpp": _cpp_refuses,
     "triton": _triton_refuses,
     "reference": lambda call: None,
 }

@@ -1,0 +1,238 @@
+// A block of queries and what is between it and its keys, for the forward and the backward kernel: which keys it sees,
+// how they are read, and how products q·k become scores.
+//
+// For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
+
+#pragma once
+
+#include "attention.h"
+#include "attention_vectors.h"
+
+namespace fastgpt::FASTGPT_CPU_LEVEL {
+namespace {
+
+// The layout of a tile of scores, whose lines are kBlockM = kBlockN floats apart: a line is a key and a vector runs along
+// queries, or a line is a query and a vector runs along keys.
+enum class Along { queries, keys };
+
+static_assert(kBlockM == kBlockN, "a tile of scores has lines of one length");
+
+// Up to kBlockM rows, from `first` on, of the list of queries that share a key/value head of sequence b.
+class QueryBlock {
+ public:
+  QueryBlock(const Attention& args, int64_t b, int64_t h_kv, int64_t first)
+      : args_(args), b_(b), h_kv_(h_kv), D_(padded_head_dim(args.D)), T_(args.T), length_(args.S) {
+    if (args.kv_lengths) {
+      const int64_t length = args.kv_lengths[b * args.kv_length_stride];
+      length_ = length < 0 ? 0 : length > args.S ? args.S : length;
+    }
+    if (args.cu_seqlens_q) {
+      first_q_ = args.cu_seqlens_q[b], T_ = args.cu_seqlens_q[b + 1] - first_q_;
+      first_k_ = args.cu_seqlens_k[b], length_ = args.cu_seqlens_k[b + 1] - first_k_;
+    }
+    const int64_t group = args.H / args.H_kv, left = group * T_ - first;
+    rows_ = left < 0 ? 0 : left < kBlockM ? left : kBlockM;
+    first_begin_ = first_end_ = args.S;
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t t = (first + r) % T_, h = h_kv * group + (first + r) / T_, begin = keys_before(t), end = keys_seen(t);
+      token_[r] = static_cast<int32_t>(t), head_[r] = static_cast<int32_t>(h);
+      hidden_[r] = static_cast<int32_t>(begin), visible_[r] = static_cast<int32_t>(end);
+      if (args.alibi_slopes) slope_[r] = args.alibi_slopes[h];
+      first_begin_ = begin < first_begin_ ? begin : first_begin_, last_begin_ = begin > last_begin_ ? begin : last_begin_;
+      first_end_ = end < first_end_ ? end : first_end_, last_end_ = end > last_end_ ? end : last_end_;
+    }
+  }
+
+ protected:
+  // Query t sees the keys from keys_before(t) to keys_seen(t).
+  int64_t keys_seen(int64_t t) const {
+    const int64_t keys = args_.causal ? length_ - T_ + t + 1 : length_;
+    return keys < 0 ? 0 : keys < length_ ? keys : length_;
+  }
+  int64_t keys_before(int64_t t) const {
+    const int64_t keys = length_ - T_ + t + 1 - args_.window;
+    return keys < 0 ? 0 : keys < length_ ? keys : length_;
+  }
+
+  // Index of row r of the block in q, out, their gradients and lse.
+  template <typename Data>
+  int64_t at(const PerQuery<Data>& x, int64_t r) const {
+    return x.at(b_, head_[r], first_q_ + token_[r]);
+  }
+
+  // Vectors that cover the block's rows, and the head dim.
+  int64_t columns() const { return (rows_ + kWidth - 1) / kWidth; }
+  int64_t vectors() const { return (args_.D + kWidth - 1) / kWidth; }
+
+  // Row r, as floats.
+  void load_row(const PerQuery<const void*>& x, int64_t r, float* row) const {
+    convert(x.data, at(x, r), args_.D, args_.element, row);
+  }
+
+  // Some keys or values as floats: where they lie, or a copy padded with zeros to D_.
+  struct Rows {
+    const float* data;
+    int64_t stride;
+  };
+  Rows load_keys(const Keys& source, int64_t n, int64_t keys, float* copy) const {
+    for (int64_t i = 0, run; i < keys; i += run) {  // of rows that lie together: up to the end of a page
+      int64_t b = b_, row = first_k_ + n + i;
+      run = keys - i;
+      if (args_.block_table) {
+        b = args_.block_table[b_ * args_.table_stride_b + row / args_.page * args_.table_stride_p];
+        row %= args_.page;
+        run = run < args_.page - row ? run : args_.page - row;
+      }
+      const int64_t offset = b * source.stride_b + h_kv_ * source.stride_h + row * source.stride_s;
+      if (run == keys && args_.key_element == Element::float32 && args_.D % kWidth == 0) {
+        return {static_cast<const float*>(source.data) + offset, source.stride_s};
+      }
+      const float* scale =
+          source.scale + b * source.scale_stride_b + h_kv_ * source.scale_stride_h + row * source.scale_stride_s;
+      for (int64_t j = 0; j < run; ++j) {
+        float* target = copy + (i + j) * D_;
+        convert(source.data, offset + j * source.stride_s, args_.D, args_.key_element, target);
+        if (source.scale) {
+          const float factor = scale[j * source.scale_stride_s];
+          for (int64_t d = 0; d < args_.D; ++d) target[d] *= factor;
+        }
+        for (int64_t d = args_.D; d < D_; ++d) target[d] = 0.0f;
+      }
+    }
+    return {copy, D_};
+  }
+
+  // The first key of the first tile. Tiles are aligned, as pages are.
+  int64_t start() const { return first_begin_ / kBlockN * kBlockN; }
+  int64_t keys_from(int64_t n) const { return last_end_ - n < kBlockN ? last_end_ - n : kBlockN; }
+
+  // The mask leaves a row of the block one of the keys from n on.
+  bool mask_shows(int64_t n, int64_t keys) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const uint8_t* mask = args_.mask.data + args_.mask.at(b_, head_[r], token_[r]) + n * args_.mask.stride_s;
+      for (int64_t i = 0; i < keys; ++i) {
+        if (mask[i * args_.mask.stride_s]) return true;
+      }
+    }
+    return false;
+  }
+
+  // Turns scale · q·k of the keys from n on into scores, -inf where a query does not see a key. With a softcap,
+  // `cap_slopes` gets the derivatives of its results unless it is null.
+  template <Along kAlong>
+  void finish_scores(float* scores, int64_t n, int64_t keys, float* cap_slopes = nullptr) const {
+    if (args_.softcap > 0.0f) {
+      const float inverse = 1.0f / args_.softcap;
+      each_vector<kAlong>(keys, [&](int64_t line, int64_t lane) {
+        const Vector capped = tanh(load(scores + line * kBlockN + lane) * inverse);
+        store(scores + line * kBlockN + lane, capped * args_.softcap);
+        if (cap_slopes) store(cap_slopes + line * kBlockN + lane, 1.0f - capped * capped);
+      });
+    }
+    if (args_.alibi_slopes) {
+      each_vector<kAlong>(keys, [&](int64_t line, int64_t lane) {
+        const int32_t past = static_cast<int32_t>(length_ - T_ - n);
+        const IntVector ahead = of_rows<kAlong>(token_, line, lane) + past - key<kAlong>(line, lane);
+        const Vector distance = __builtin_convertvector(ahead < 0 ? -ahead : ahead, Vector);
+        float* score = scores + line * kBlockN + lane;
+        store(score, load(score) - of_rows<kAlong>(slope_, line, lane) * distance);
+      });
+    }
+    if (args_.bias.data) add_bias<kAlong>(scores, n, keys);
+    // Where vectors run along keys, the last one's lanes past the last key hold no scores.
+    const bool partial = kAlong == Along::keys && keys % kWidth != 0;
+    if (partial || first_end_ < n + keys || last_begin_ > n) {
+      each_vector<kAlong>(keys, [&](int64_t line, int64_t lane) {
+        const IntVector at = key<kAlong>(line, lane) + static_cast<int32_t>(n);
+        const auto seen = (at < of_rows<kAlong>(visible_, line, lane)) & (at >= of_rows<kAlong>(hidden_, line, lane));
+        float* score = scores + line * kBlockN + lane;
+        store(score, seen ? load(score) : broadcast(-kInfinity));
+      });
+    }
+    if (args_.mask.data) hide_masked<kAlong>(scores, n, keys);
+  }
+
+  // 1 / (1 - p) for the weights that dropout leaves, 0 for the others. Vectors run along queries.
+  void load_keep_factors(float* factors, int64_t n, int64_t keys) const {
+    const Words b = static_cast<uint32_t>(b_) - Words{};
+    for (int64_t m = 0; m < rows_; m += kWidth) {
+      const Words token = reinterpret_cast<Words>(load(token_ + m)), head = reinterpret_cast<Words>(load(head_ + m));
+      for (int64_t i = 0; i < keys; i += 4) {
+        const Words block = static_cast<uint32_t>((n + i) / 4) - Words{};
+        const PhiloxWords words = philox(static_cast<uint64_t>(*args_.dropout_seed), block, token, head, b);
+        for (int64_t j = 0; j < 4 && i + j < keys; ++j) {
+          const auto kept = words.word[j] >> 1 >= args_.keep_threshold;
+          store(factors + (i + j) * kBlockM + m, kept ? broadcast(args_.keep_scale) : Vector{});
+        }
+      }
+    }
+  }
+
+  // Where the score of row r and the i-th key is in a tile.
+  template <Along kAlong>
+  static int64_t index(int64_t r, int64_t i) {
+    return kAlong == Along::queries ? i * kBlockM + r : r * kBlockN + i;
+  }
+
+  const Attention& args_;
+  int64_t b_, h_kv_, rows_, D_;  // D_: head dim padded to 16
+  int64_t T_, length_;           // queries and keys of the sequence
+  int64_t first_q_ = 0, first_k_ = 0;  // rows where it begins, if packed
+  // Of the keys that rows see: where the first and the last begin, and where the first and the last end.
+  int64_t first_begin_, last_begin_ = 0, first_end_, last_end_ = 0;
+  // Per row: its query and head, and that it sees the keys from hidden_ to visible_. Zero past rows_.
+  int32_t token_[kBlockM] = {}, head_[kBlockM] = {}, visible_[kBlockM] = {}, hidden_[kBlockM] = {};
+  float slope_[kBlockM] = {};
+
+ private:
+  template <Along kAlong, typename Function>
+  void each_vector(int64_t keys, Function function) const {
+    const int64_t lines = kAlong == Along::queries ? keys : rows_, lanes = kAlong == Along::queries ? rows_ : keys;
+    for (int64_t line = 0; line < lines; ++line) {
+      for (int64_t lane = 0; lane < lanes; lane += kWidth) function(line, lane);
+    }
+  }
+
+  // The rows' numbers, and which keys counted from the tile's first, in the lanes of a vector.
+  template <Along kAlong, typename T>
+  static auto of_rows(const T* numbers, int64_t line, int64_t lane) {
+    return kAlong == Along::queries ? load(numbers + lane) : broadcast(numbers[line]);
+  }
+  template <Along kAlong>
+  static IntVector key(int64_t line, int64_t lane) {
+    if constexpr (kAlong == Along::queries) return broadcast(static_cast<int32_t>(line));
+    IntVector keys;
+    for (int i = 0; i < kWidth; ++i) keys[i] = static_cast<int32_t>(lane) + i;
+    return keys;
+  }
+
+  template <Along kAlong>
+  void add_bias(float* scores, int64_t n, int64_t keys) const {
+    const auto& bias = args_.bias;
+    float row[kBlockN];
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t offset = bias.at(b_, head_[r], token_[r]) + n * bias.stride_s;
+      if (bias.stride_s == 1) {
+        convert(bias.data, offset, keys, bias.element, row);
+      } else {
+        for (int64_t i = 0; i < keys; ++i) convert(bias.data, offset + i * bias.stride_s, 1, bias.element, row + i);
+      }
+      for (int64_t i = 0; i < keys; ++i) scores[index<kAlong>(r, i)] += row[i];
+    }
+  }
+
+  template <Along kAlong>
+  void hide_masked(float* scores, int64_t n, int64_t keys) const {
+    const auto& mask = args_.mask;
+    for (int64_t r = 0; r < rows_; ++r) {
+      const uint8_t* row = mask.data + mask.at(b_, head_[r], token_[r]) + n * mask.stride_s;
+      for (int64_t i = 0; i < keys; ++i) {
+        float& score = scores[index<kAlong>(r, i)];
+        score = row[i * mask.stride_s] ? score : -kInfinity;
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastgpt::FASTGPT_CPU_LEVEL
