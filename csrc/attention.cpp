@@ -6,20 +6,16 @@
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "attention_arguments.h"
 #include "cpu_level.h"
-#include "scratch.h"
+#include "parallel.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
     void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace);)
 
 namespace fastgpt {
 namespace {
-
-// Multiply-adds that a thread should have to do: waking it up costs some microseconds.
-constexpr int64_t kGrain = 1 << 19;
 
 // This thread's scratch memory: grows to the largest head dim seen, and stays.
 float* workspace(int64_t floats) {
@@ -55,12 +51,7 @@ std::tuple<Tensor, Tensor> run(AttentionForward& args, const Tensor& q) {
 
   const auto kernel = FASTGPT_AT_CPU_LEVEL(attention_forward);
   const auto tasks = [&](int64_t begin, int64_t end) { kernel(args, begin, end, workspace(attention_workspace(D))); };
-  const int64_t task_work = 2 * D * args.S * std::min(args.H / args.H_kv * args.T, kBlockM) + 1;
-  if (args.tasks() * task_work <= kGrain) {
-    tasks(0, args.tasks());
-  } else {
-    torch::stable::parallel_for(0, args.tasks(), std::max<int64_t>(kGrain / task_work, 1), tasks);
-  }
+  for_tasks(args.tasks(), 2 * D * args.S * std::min(args.H / args.H_kv * args.T, kBlockM) + 1, tasks);
   return {out, lse};
 }
 

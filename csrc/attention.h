@@ -59,12 +59,12 @@ struct Attention {
   const int64_t* dropout_seed;  // null for no dropout
   uint32_t keep_threshold;      // weights with a smaller random number of 31 bits are dropped
   float keep_scale;             // 1 / (1 - dropout_p)
-  PerQuery<float*> lse;         // natural log
   int64_t B, H, H_kv, T, S, D;  // T and S: of the longest sequence
 };
 
 struct AttentionForward : Attention {
   PerQuery<void*> out;
+  PerQuery<float*> lse;  // natural log
 
   // The queries of the heads that share a key/value head form one list of rows, cut into blocks of kBlockM, so that
   // keys and values are read once for all of them. A task is one block of one (b, h_kv).
@@ -77,6 +77,34 @@ constexpr int64_t padded_head_dim(int64_t D) { return (D + 15) / 16 * 16; }
 // Floats of scratch memory, 64-byte aligned, that a thread needs for head dim D.
 constexpr int64_t attention_workspace(int64_t D) {
   return 2 * padded_head_dim(D) * (kBlockM + kBlockN) + 2 * kBlockM * kBlockN + 3 * kBlockM;
+}
+
+// Gradients of keys or values: (B, H_kv, S, D). Strides in elements.
+struct KeyGradients {
+  void* data;
+  int64_t stride_b, stride_h, stride_s;
+};
+
+struct AttentionBackward : Attention {
+  PerQuery<const float*> lse;
+  PerQuery<const void*> dout;
+  PerQuery<const float*> dlse;  // or null
+  PerQuery<void*> dq;
+  KeyGradients dk, dv;
+  PerScore<float*> dbias;       // zeros, to be added to; or null
+  PerQuery<float*> dsinks;      // (B, H, T) what each query adds to its head's; or null
+
+  // A task is all queries and keys of one (b, h_kv), or of all b or h_kv that share a number of dbias.
+  int64_t batch_tasks() const { return dbias.data && dbias.stride_b == 0 ? B > 0 : B; }
+  int64_t head_tasks() const { return dbias.data && dbias.stride_h == 0 ? 1 : H_kv; }
+};
+
+// Floats of scratch memory, 64-byte aligned, that a thread needs: gradients of all keys and values of a head, and what is
+// between a block of queries and all keys.
+inline int64_t attention_backward_workspace(const Attention& args) {
+  const int64_t D = padded_head_dim(args.D), S = (args.S + kBlockN - 1) / kBlockN * kBlockN;
+  const int64_t panels = 2 + (args.softcap > 0.0f) + (args.dropout_seed != nullptr);
+  return S * (2 * D + panels * kBlockM) + D * (5 * kBlockM + 2 * kBlockN) + 5 * kBlockM;
 }
 
 }  // namespace fastgpt

@@ -17,24 +17,30 @@ enum class Along { queries, keys };
 
 static_assert(kBlockM == kBlockN, "a tile of scores has lines of one length");
 
+// Queries and keys of a sequence, and the rows where they begin: 0 unless sequences are packed.
+struct Sequence {
+  int64_t queries, keys, first_q, first_k;
+};
+
+inline Sequence sequence_of(const Attention& args, int64_t b) {
+  if (args.cu_seqlens_q) {
+    const int64_t first_q = args.cu_seqlens_q[b], first_k = args.cu_seqlens_k[b];
+    return {args.cu_seqlens_q[b + 1] - first_q, args.cu_seqlens_k[b + 1] - first_k, first_q, first_k};
+  }
+  const int64_t length = args.kv_lengths ? args.kv_lengths[b * args.kv_length_stride] : args.S;
+  return {args.T, length < 0 ? 0 : length > args.S ? args.S : length, 0, 0};
+}
+
 // Up to kBlockM rows, from `first` on, of the list of queries that share a key/value head of sequence b.
 class QueryBlock {
  public:
   QueryBlock(const Attention& args, int64_t b, int64_t h_kv, int64_t first)
-      : args_(args), b_(b), h_kv_(h_kv), D_(padded_head_dim(args.D)), T_(args.T), length_(args.S) {
-    if (args.kv_lengths) {
-      const int64_t length = args.kv_lengths[b * args.kv_length_stride];
-      length_ = length < 0 ? 0 : length > args.S ? args.S : length;
-    }
-    if (args.cu_seqlens_q) {
-      first_q_ = args.cu_seqlens_q[b], T_ = args.cu_seqlens_q[b + 1] - first_q_;
-      first_k_ = args.cu_seqlens_k[b], length_ = args.cu_seqlens_k[b + 1] - first_k_;
-    }
-    const int64_t group = args.H / args.H_kv, left = group * T_ - first;
+      : args_(args), b_(b), h_kv_(h_kv), D_(padded_head_dim(args.D)), sequence_(sequence_of(args, b)) {
+    const int64_t T = sequence_.queries, group = args.H / args.H_kv, left = group * T - first;
     rows_ = left < 0 ? 0 : left < kBlockM ? left : kBlockM;
     first_begin_ = first_end_ = args.S;
     for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t t = (first + r) % T_, h = h_kv * group + (first + r) / T_, begin = keys_before(t), end = keys_seen(t);
+      const int64_t t = (first + r) % T, h = h_kv * group + (first + r) / T, begin = keys_before(t), end = keys_seen(t);
       token_[r] = static_cast<int32_t>(t), head_[r] = static_cast<int32_t>(h);
       hidden_[r] = static_cast<int32_t>(begin), visible_[r] = static_cast<int32_t>(end);
       if (args.alibi_slopes) slope_[r] = args.alibi_slopes[h];
@@ -46,18 +52,18 @@ class QueryBlock {
  protected:
   // Query t sees the keys from keys_before(t) to keys_seen(t).
   int64_t keys_seen(int64_t t) const {
-    const int64_t keys = args_.causal ? length_ - T_ + t + 1 : length_;
-    return keys < 0 ? 0 : keys < length_ ? keys : length_;
+    const int64_t length = sequence_.keys, keys = args_.causal ? length - sequence_.queries + t + 1 : length;
+    return keys < 0 ? 0 : keys < length ? keys : length;
   }
   int64_t keys_before(int64_t t) const {
-    const int64_t keys = length_ - T_ + t + 1 - args_.window;
-    return keys < 0 ? 0 : keys < length_ ? keys : length_;
+    const int64_t length = sequence_.keys, keys = length - sequence_.queries + t + 1 - args_.window;
+    return keys < 0 ? 0 : keys < length ? keys : length;
   }
 
   // Index of row r of the block in q, out, their gradients and lse.
   template <typename Data>
   int64_t at(const PerQuery<Data>& x, int64_t r) const {
-    return x.at(b_, head_[r], first_q_ + token_[r]);
+    return x.at(b_, head_[r], sequence_.first_q + token_[r]);
   }
 
   // Vectors that cover the block's rows, and the head dim.
@@ -76,7 +82,7 @@ class QueryBlock {
   };
   Rows load_keys(const Keys& source, int64_t n, int64_t keys, float* copy) const {
     for (int64_t i = 0, run; i < keys; i += run) {  // of rows that lie together: up to the end of a page
-      int64_t b = b_, row = first_k_ + n + i;
+      int64_t b = b_, row = sequence_.first_k + n + i;
       run = keys - i;
       if (args_.block_table) {
         b = args_.block_table[b_ * args_.table_stride_b + row / args_.page * args_.table_stride_p];
@@ -131,7 +137,7 @@ class QueryBlock {
     }
     if (args_.alibi_slopes) {
       each_vector<kAlong>(keys, [&](int64_t line, int64_t lane) {
-        const int32_t past = static_cast<int32_t>(length_ - T_ - n);
+        const int32_t past = static_cast<int32_t>(sequence_.keys - sequence_.queries - n);
         const IntVector ahead = of_rows<kAlong>(token_, line, lane) + past - key<kAlong>(line, lane);
         const Vector distance = __builtin_convertvector(ahead < 0 ? -ahead : ahead, Vector);
         float* score = scores + line * kBlockN + lane;
@@ -175,9 +181,9 @@ class QueryBlock {
   }
 
   const Attention& args_;
-  int64_t b_, h_kv_, rows_, D_;  // D_: head dim padded to 16
-  int64_t T_, length_;           // queries and keys of the sequence
-  int64_t first_q_ = 0, first_k_ = 0;  // rows where it begins, if packed
+  const int64_t b_, h_kv_, D_;  // D_: head dim padded to 16
+  int64_t rows_;
+  const Sequence sequence_;
   // Of the keys that rows see: where the first and the last begin, and where the first and the last end.
   int64_t first_begin_, last_begin_ = 0, first_end_, last_end_ = 0;
   // Per row: its query and head, and that it sees the keys from hidden_ to visible_. Zero past rows_.

@@ -16,7 +16,7 @@ constexpr int64_t kNarrowRows = kWidth / 4 < 2 ? 2 : kWidth / 4;
 class ForwardBlock : QueryBlock {
  public:
   ForwardBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, float* workspace)
-      : QueryBlock(args, b, h_kv, first), out_(args.out) {
+      : QueryBlock(args, b, h_kv, first), results_(args) {
     q_ = workspace;
     acc_ = q_ + D_ * kBlockM;
     scores_ = acc_ + D_ * kBlockM;
@@ -163,16 +163,16 @@ class ForwardBlock : QueryBlock {
         total = total * rescale + exp_nonpositive(sink - highest);
       }
       const float factor = blind ? 0.0f : rescale / total;
-      const int64_t offset = at(out_, r);
+      const int64_t offset = at(results_.out, r);
       for (int64_t d = 0; d < args_.D; ++d) {
         const float sum = narrow ? acc_[r * D_ + d] : acc_[d * kBlockM + r];
-        write(sum * factor, out_.data, offset + d, args_.element);
+        write(sum * factor, results_.out.data, offset + d, args_.element);
       }
-      args_.lse.data[at(args_.lse, r)] = blind ? -kInfinity : highest + __builtin_logf(total);
+      results_.lse.data[at(results_.lse, r)] = blind ? -kInfinity : highest + __builtin_logf(total);
     }
   }
 
-  const PerQuery<void*>& out_;
+  const AttentionForward& results_;
   float *q_, *acc_, *scores_, *factors_, *k_, *v_;
   float *max_, *sum_, *rescale_;  // per row: running maximum and sum, factor of the last rescaling
 };

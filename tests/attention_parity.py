@@ -67,6 +67,20 @@ def in_double(call):
     return call._replace(**{name: x.double() for name, x in tensors.items() if x is not None and name not in exact})
 
 
+def run_cpp(call, douts) -> dict[str, torch.Tensor]:
+    """The C++ kernels, forward and, of what has one, backward."""
+    out, lse = torch.ops.fastgpt.attention_forward(*call)
+    results = {"out": out, "lse": lse}
+    if call.block_table is None and call.k_scale is None:
+        gradients = torch.ops.fastgpt.attention_backward(
+            *douts, out, lse, call.bias is not None, *call[:12], call.dropout_p, call.dropout_seed
+        )
+        results |= {
+            f"d{name}": x for name, x in zip(DIFFERENTIABLE, gradients) if getattr(call, name) is not None
+        }
+    return results
+
+
 def run_triton(call, douts) -> dict[str, torch.Tensor]:
     """The Triton kernels, forward and backward."""
     from fastgpt.kernels.attention_backward import attention_backward

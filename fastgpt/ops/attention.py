@@ -406,9 +406,7 @@ def _triton_refuses(call: Call):
         return "triton is not installed"
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
-    if _needs_gradients(call) and (call.block_table is not None or call.k_scale is not None):
-        return "it has no backward through a block table or 8-bit keys, and q, k, v, bias or sinks requires gradients"
-    return None
+    return _has_no_backward(call)
 
 
 def _cpp_refuses(call: Call):
@@ -416,8 +414,12 @@ def _cpp_refuses(call: Call):
         return runs_elsewhere("CPU", "q", call.q.device)
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
-    if _needs_gradients(call):
-        return "it has no backward, and q, k or v requires gradients"
+    return _has_no_backward(call)
+
+
+def _has_no_backward(call: Call):
+    if _needs_gradients(call) and (call.block_table is not None or call.k_scale is not None):
+        return "it has no backward through a block table or 8-bit keys, and q, k, v, bias or sinks requires gradients"
     return None
 
 

@@ -1,0 +1,231 @@
+// The gradients of attention on the CPU, compiled once per CPU level, in fp32:
+//
+//     p = exp(score - lse),   dp = dout · v^T,   ds = p (dp - delta),   delta = sum p dp - dlse
+//     dv = p^T · dout,   dk = scale ds^T · q,   dq = scale ds · k,   dbias = ds,   dsinks = -sum exp(sink - lse) delta
+//
+// where ds is also multiplied by the soft cap's derivative on its way to dq and dk. A block of queries walks over its keys
+// twice. The first time leaves p and dp of the whole block in scratch memory, for all keys, and their sums: a large lse is
+// rounded more coarsely than the softmax was, so weights are divided by their sum, and delta is that of these weights. The
+// second time adds to the gradients; those of keys and values are kept in scratch memory until the last block of queries
+// was there. The order of all sums is fixed, so gradients are the same bits on every run.
+//
+// As in the forward kernel, tiles of scores have a line per key and vectors along queries.
+//
+// Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
+
+#include "attention_block.h"
+
+namespace fastgpt::FASTGPT_CPU_LEVEL {
+namespace {
+
+// A thread's scratch memory. See attention_backward_workspace.
+struct Workspace {
+  Workspace(const Attention& args, float* memory) {
+    const int64_t D = padded_head_dim(args.D), S = (args.S + kBlockN - 1) / kBlockN * kBlockN;
+    const auto take = [&](int64_t floats) {
+      float* taken = memory;
+      memory += floats;
+      return taken;
+    };
+    dk = take(S * D), dv = take(S * D);
+    weights = take(S * kBlockM), dweights = take(S * kBlockM);
+    cap_slopes = args.softcap > 0.0f ? take(S * kBlockM) : nullptr;
+    keep_factors = args.dropout_seed ? take(S * kBlockM) : nullptr;
+    q = take(kBlockM * D), dout = take(kBlockM * D);
+    q_columns = take(D * kBlockM), dout_columns = take(D * kBlockM), dq = take(D * kBlockM);
+    k = take(kBlockN * D), v = take(kBlockN * D);
+    lse = take(kBlockM), sum = take(kBlockM), product = take(kBlockM), norm = take(kBlockM), delta = take(kBlockM);
+  }
+
+  float *dk, *dv;                                            // (S, D) of all keys
+  float *weights, *dweights, *cap_slopes, *keep_factors;     // (S, kBlockM), a tile after the other
+  float *q, *dout, *q_columns, *dout_columns, *dq;           // (kBlockM, D); columns and dq: (D, kBlockM)
+  float *k, *v;                                              // (kBlockN, D)
+  float *lse, *sum, *product, *norm, *delta;                 // (kBlockM,): sums of p and of p dp, 1 / the sum of p
+};
+
+// One block of queries against all its keys.
+class BackwardBlock : QueryBlock {
+ public:
+  BackwardBlock(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t first, const Workspace& workspace)
+      : QueryBlock(args, b, h_kv, first), grads_(args), w_(workspace) {}
+
+  void run() {
+    load_queries();
+    each_tile([this](int64_t n, int64_t keys) { weigh(n, keys); });
+    finish_rows();
+    each_tile([this](int64_t n, int64_t keys) { add_gradients(n, keys); });
+    write_dq();
+  }
+
+ private:
+  template <typename Function>
+  void each_tile(Function function) const {
+    for (int64_t n = start(); n < last_end_; n += kBlockN) {
+      const int64_t keys = keys_from(n);
+      if (!args_.mask.data || mask_shows(n, keys)) function(n, keys);
+    }
+  }
+
+  // q · scale and dout, as rows and transposed. What lies beyond is zero.
+  void load_queries() {
+    std::memset(w_.q, 0, 5 * D_ * kBlockM * sizeof(float));  // up to dq
+    std::memset(w_.lse, 0, 5 * kBlockM * sizeof(float));     // up to delta
+    for (int64_t r = 0; r < rows_; ++r) {
+      float *q = w_.q + r * D_, *dout = w_.dout + r * D_;
+      load_row(args_.q, r, q);
+      load_row(grads_.dout, r, dout);
+      for (int64_t d = 0; d < args_.D; ++d) {
+        q[d] *= args_.scale;
+        w_.q_columns[d * kBlockM + r] = q[d], w_.dout_columns[d * kBlockM + r] = dout[d];
+      }
+      const float lse = grads_.lse.data[at(grads_.lse, r)];
+      w_.lse[r] = lse == -kInfinity ? 0.0f : lse;  // it sees no key
+    }
+  }
+
+  // Where the tile of the keys from n on is in a panel (S, kBlockM).
+  float* tile(float* panel, int64_t n) const { return panel + n * kBlockM; }
+
+  // p, which is not normalised yet, dp, and their sums.
+  void weigh(int64_t n, int64_t keys) {
+    float *weights = tile(w_.weights, n), *dweights = tile(w_.dweights, n);
+    const Rows k = load_keys(args_.k, n, keys, w_.k), v = load_keys(args_.v, n, keys, w_.v);
+    multiply<kTileRows, kTileVectors>(
+        keys, columns(), k.data, k.stride, 1, w_.q_columns, kBlockM, weights, kBlockM, args_.D, false);
+    finish_scores<Along::queries>(weights, n, keys, w_.cap_slopes ? tile(w_.cap_slopes, n) : nullptr);
+    multiply<kTileRows, kTileVectors>(
+        keys, columns(), v.data, v.stride, 1, w_.dout_columns, kBlockM, dweights, kBlockM, args_.D, false);
+    if (w_.keep_factors) {
+      load_keep_factors(tile(w_.keep_factors, n), n, keys);
+      scale_tile(dweights, tile(w_.keep_factors, n), keys);
+    }
+    for (int64_t m = 0; m < rows_; m += kWidth) {
+      const Vector lse = load(w_.lse + m);
+      Vector sum{}, product{};
+      for (int64_t i = 0; i < keys; ++i) {
+        const Vector weight = exp_nonpositive(load(weights + i * kBlockM + m) - lse);
+        store(weights + i * kBlockM + m, weight);
+        sum += weight;
+        product += weight * load(dweights + i * kBlockM + m);
+      }
+      store(w_.sum + m, load(w_.sum + m) + sum);
+      store(w_.product + m, load(w_.product + m) + product);
+    }
+  }
+
+  void scale_tile(float* tile, const float* factors, int64_t keys) const {
+    for (int64_t i = 0; i < keys * kBlockM; i += kWidth) store(tile + i, load(tile + i) * load(factors + i));
+  }
+
+  // Of each row, 1 / its sum and delta, and what it adds to the gradient of its head's sink. A row that sees no key has
+  // zeros.
+  void finish_rows() {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const bool blind = w_.sum[r] == 0.0f;
+      const float sink = args_.sinks && !blind ? exp_nonpositive(args_.sinks[head_[r]] - w_.lse[r]) : 0.0f;
+      const float dlse = grads_.dlse.data && !blind ? grads_.dlse.data[at(grads_.dlse, r)] : 0.0f;
+      w_.norm[r] = blind ? 0.0f : 1.0f / (w_.sum[r] + sink);
+      w_.delta[r] = w_.product[r] * w_.norm[r] - dlse;
+      if (args_.sinks) grads_.dsinks.data[at(grads_.dsinks, r)] = -sink * w_.norm[r] * w_.delta[r];
+    }
+  }
+
+  void add_gradients(int64_t n, int64_t keys) {
+    float *weights = tile(w_.weights, n), *ds = tile(w_.dweights, n);
+    for (int64_t m = 0; m < rows_; m += kWidth) {
+      const Vector norm = load(w_.norm + m), delta = load(w_.delta + m);
+      for (int64_t i = 0; i < keys; ++i) {
+        const Vector weight = load(weights + i * kBlockM + m) * norm;
+        store(weights + i * kBlockM + m, weight);
+        store(ds + i * kBlockM + m, weight * (load(ds + i * kBlockM + m) - delta));
+      }
+    }
+    if (grads_.dbias.data) add_bias_gradients(ds, n, keys);
+    if (w_.cap_slopes) scale_tile(ds, tile(w_.cap_slopes, n), keys);
+    if (w_.keep_factors) scale_tile(weights, tile(w_.keep_factors, n), keys);
+
+    // dq[d][m] += sum_n k[n][d] · ds[n][m]
+    const Rows k = load_keys(args_.k, n, keys, w_.k);
+    multiply<kTileRows, kTileVectors>(
+        args_.D, columns(), k.data, 1, k.stride, ds, kBlockM, w_.dq, kBlockM, keys, true);
+    // dk[n][d] += sum_m ds[n][m] · q[m][d], dv likewise
+    multiply<kTileRows, kTileVectors>(
+        keys, vectors(), ds, kBlockM, 1, w_.q, D_, w_.dk + n * D_, D_, rows_, true);
+    multiply<kTileRows, kTileVectors>(
+        keys, vectors(), weights, kBlockM, 1, w_.dout, D_, w_.dv + n * D_, D_, rows_, true);
+  }
+
+  // Rows of ds that belong to the same row of the bias are summed before they are added to it.
+  void add_bias_gradients(const float* ds, int64_t n, int64_t keys) const {
+    const auto& dbias = grads_.dbias;
+    float total[kBlockN] = {};
+    float* target = nullptr;
+    const auto add_total = [&] {
+      float sum = 0.0f;
+      for (int64_t i = 0; i < keys; ++i) {
+        if (dbias.stride_s) target[i * dbias.stride_s] += total[i];
+        sum += total[i];
+        total[i] = 0.0f;
+      }
+      if (!dbias.stride_s) *target += sum;
+    };
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* row = dbias.data + dbias.at(b_, head_[r], token_[r]) + n * dbias.stride_s;
+      if (target && row != target) add_total();
+      target = row;
+      for (int64_t i = 0; i < keys; ++i) total[i] += ds[index<Along::queries>(r, i)];
+    }
+    add_total();
+  }
+
+  void write_dq() const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t offset = at(grads_.dq, r);
+      for (int64_t d = 0; d < args_.D; ++d) {
+        write(w_.dq[d * kBlockM + r] * args_.scale, grads_.dq.data, offset + d, args_.element);
+      }
+    }
+  }
+
+  const AttentionBackward& grads_;
+  const Workspace& w_;
+};
+
+// Gradients of `rows` keys or values, of which those past `seen` have none.
+void write_key_gradients(
+    const AttentionBackward& args, const KeyGradients& target, int64_t b, int64_t h_kv, int64_t first, int64_t rows,
+    int64_t seen, const float* source) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t offset = b * target.stride_b + h_kv * target.stride_h + (first + i) * target.stride_s;
+    for (int64_t d = 0; d < args.D; ++d) {
+      write(i < seen ? source[i * padded_head_dim(args.D) + d] : 0.0f, target.data, offset + d, args.element);
+    }
+  }
+}
+
+// One key/value head of one sequence, and its queries.
+void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, const Workspace& workspace) {
+  const Sequence sequence = sequence_of(args, b);
+  const int64_t D = padded_head_dim(args.D), queries = args.H / args.H_kv * sequence.queries;
+  std::memset(workspace.dk, 0, sequence.keys * D * sizeof(float));
+  std::memset(workspace.dv, 0, sequence.keys * D * sizeof(float));
+  for (int64_t first = 0; first < queries; first += kBlockM) BackwardBlock(args, b, h_kv, first, workspace).run();
+  const int64_t rows = args.cu_seqlens_q ? sequence.keys : args.S;
+  write_key_gradients(args, args.dk, b, h_kv, sequence.first_k, rows, sequence.keys, workspace.dk);
+  write_key_gradients(args, args.dv, b, h_kv, sequence.first_k, rows, sequence.keys, workspace.dv);
+}
+
+}  // namespace
+
+void attention_backward(const AttentionBackward& args, int64_t begin, int64_t end, float* workspace) {
+  const Workspace w(args, workspace);
+  const int64_t batches = args.batch_tasks(), heads = args.head_tasks();
+  for (int64_t task = begin; task < end; ++task) {
+    for (int64_t b = task / heads; b < args.B; b += batches) {
+      for (int64_t h_kv = task % heads; h_kv < args.H_kv; h_kv += heads) run_head(args, b, h_kv, w);
+    }
+  }
+}
+
+}  // namespace fastgpt::FASTGPT_CPU_LEVEL
