@@ -18,6 +18,9 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
+// Long sums are made of sums of so many terms, which halves their rounding errors.
+constexpr int64_t kPart = 8;
+
 // A thread's scratch memory. See attention_backward_workspace.
 struct Workspace {
   Workspace(const Attention& args, float* memory) {
@@ -91,11 +94,9 @@ class BackwardBlock : QueryBlock {
   void weigh(int64_t n, int64_t keys) {
     float *weights = tile(w_.weights, n), *dweights = tile(w_.dweights, n);
     const Rows k = load_keys(args_.k, n, keys, w_.k), v = load_keys(args_.v, n, keys, w_.v);
-    multiply<kTileRows, kTileVectors>(
-        keys, columns(), k.data, k.stride, 1, w_.q_columns, kBlockM, weights, kBlockM, args_.D, false);
+    dot_products(k, keys, w_.q_columns, weights);
     finish_scores<Along::queries>(weights, n, keys, w_.cap_slopes ? tile(w_.cap_slopes, n) : nullptr);
-    multiply<kTileRows, kTileVectors>(
-        keys, columns(), v.data, v.stride, 1, w_.dout_columns, kBlockM, dweights, kBlockM, args_.D, false);
+    dot_products(v, keys, w_.dout_columns, dweights);
     if (w_.keep_factors) {
       load_keep_factors(tile(w_.keep_factors, n), n, keys);
       scale_tile(dweights, tile(w_.keep_factors, n), keys);
@@ -103,14 +104,29 @@ class BackwardBlock : QueryBlock {
     for (int64_t m = 0; m < rows_; m += kWidth) {
       const Vector lse = load(w_.lse + m);
       Vector sum{}, product{};
-      for (int64_t i = 0; i < keys; ++i) {
-        const Vector weight = exp_nonpositive(load(weights + i * kBlockM + m) - lse);
-        store(weights + i * kBlockM + m, weight);
-        sum += weight;
-        product += weight * load(dweights + i * kBlockM + m);
+      for (int64_t i = 0; i < keys;) {
+        Vector part_of_sum{}, part_of_product{};
+        for (const int64_t end = i + kPart < keys ? i + kPart : keys; i < end; ++i) {
+          const Vector weight = exp_nonpositive(load(weights + i * kBlockM + m) - lse);
+          store(weights + i * kBlockM + m, weight);
+          part_of_sum += weight;
+          part_of_product += weight * load(dweights + i * kBlockM + m);
+        }
+        sum += part_of_sum, product += part_of_product;
       }
       store(w_.sum + m, load(w_.sum + m) + sum);
       store(w_.product + m, load(w_.product + m) + product);
+    }
+  }
+
+  // tile[n][m] = rows[n] · columns[m]. Of few queries, errors do not average out and PyTorch's matrix-vector products are
+  // accurate; there is time then to sum in parts.
+  void dot_products(const Rows& rows, int64_t keys, const float* columns, float* tile) const {
+    const int64_t part = this->columns() == 1 ? kPart : args_.D;
+    for (int64_t d = 0; d < args_.D; d += part) {
+      const int64_t terms = args_.D - d < part ? args_.D - d : part;
+      multiply<kTileRows, kTileVectors>(
+          keys, this->columns(), rows.data + d, rows.stride, 1, columns + d * kBlockM, kBlockM, tile, kBlockM, terms, d > 0);
     }
   }
 
