@@ -365,7 +365,6 @@ def test_memory_is_linear_in_the_number_of_tokens():
     result = subprocess.run([sys.executable, "-c", PEAK, str(T)], capture_output=True, text=True, check=True)
     tensor = 4 * T * 64 * 4  # bytes: q, k, v and dout are there before, out, dq, dk and dv come
     assert 4 * tensor <= int(result.stdout) <= 1.5 * 8 * tensor - 4 * tensor + 2**24
-    print(int(result.stdout) / tensor)
 
 
 def by_the_formula(q, k, v, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None,
