@@ -86,7 +86,6 @@ struct KeyGradients {
 };
 
 struct AttentionBackward : Attention {
-  PerQuery<const float*> lse;
   PerQuery<const void*> dout;
   PerQuery<const float*> dlse;  // or null
   PerQuery<void*> dq;

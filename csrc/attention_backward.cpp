@@ -36,13 +36,12 @@ struct Gradients {
 
 // Of a call whose arguments are all set but these.
 Gradients run(
-    AttentionBackward& args, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& lse, const Tensor& q,
-    const Tensor& k, const Tensor& v, const std::optional<Tensor>& sinks) {
+    AttentionBackward& args, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const std::optional<Tensor>& sinks) {
   const int64_t H = q.size(1), T = q.size(2);
   const bool packed = args.cu_seqlens_q != nullptr;
   Gradients grads{empty_like(q), empty_like(k), empty_like(v), new_empty(q, {0}, {1}, dtype_of(q))};
   args.dout = queries_of(dout, "dout", q);
-  args.lse = numbers_of(lse, "lse", q);
   if (dlse) args.dlse = numbers_of(*dlse, "dlse", q);
   check_rows(grads.dq, "q");
   args.dq = {grads.dq.mutable_data_ptr(), grads.dq.stride(0), grads.dq.stride(1), grads.dq.stride(2)};
@@ -53,7 +52,7 @@ Gradients run(
     args.dsinks = {dsinks_of_queries.data(), H * T, T, 1};
   }
   if (packed) {
-    args.dout.stride_b = args.lse.stride_b = args.dlse.stride_b = args.dsinks.stride_b = 0;
+    args.dout.stride_b = args.dlse.stride_b = args.dsinks.stride_b = 0;
     args.dq.stride_b = args.dk.stride_b = args.dv.stride_b = 0;
   }
 
@@ -83,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor& dout,
     const std::optional<Tensor>& dlse,
     const Tensor& /*out*/,
-    const Tensor& lse,
+    const Tensor& /*lse*/,
     bool needs_dbias,
     const Tensor& q,
     const Tensor& k,
@@ -114,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     args.dbias = {static_cast<float*>(dbias.mutable_data_ptr()), Element::float32,
                   layout.stride_b, layout.stride_h, layout.stride_t, layout.stride_s};
   }
-  Gradients grads = run(args, dout, dlse, lse, q, k, v, sinks);
+  Gradients grads = run(args, dout, dlse, q, k, v, sinks);
   if (needs_dbias) dbias = torch::stable::to(dbias, bias->scalar_type());
   return {grads.dq, grads.dk, grads.dv, dbias, grads.dsinks};
 }
@@ -123,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward_cpu(
     const Tensor& dout,
     const std::optional<Tensor>& dlse,
     const Tensor& /*out*/,
-    const Tensor& lse,
+    const Tensor& /*lse*/,
     const Tensor& cu_seqlens_q,
     const Tensor& cu_seqlens_k,
     int64_t /*max_q*/,
@@ -146,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward_cpu(
   args.v = keys_of(v, "v", args.element, std::nullopt, {args.B, args.H_kv, args.S, args.D});
   const Tensor starts_q = torch::stable::contiguous(cu_seqlens_q), starts_k = torch::stable::contiguous(cu_seqlens_k);
   set_packing(args, starts_q, starts_k);
-  Gradients grads = run(args, dout, dlse, lse, q, k, v, sinks);
+  Gradients grads = run(args, dout, dlse, q, k, v, sinks);
   return {grads.dq, grads.dk, grads.dv, grads.dsinks};
 }
 

@@ -1,13 +1,13 @@
 // The gradients of attention on the CPU, compiled once per CPU level, in fp32:
 //
-//     p = exp(score - lse),   dp = dout · v^T,   ds = p (dp - delta),   delta = sum p dp - dlse
-//     dv = p^T · dout,   dk = scale ds^T · q,   dq = scale ds · k,   dbias = ds,   dsinks = -sum exp(sink - lse) delta
+//     p = softmax(score),   dp = dout · v^T,   ds = p (dp - mean + dlse),   mean = sum p dp
+//     dv = p^T · dout,   dk = scale ds^T · q,   dq = scale ds · k,   dbias = ds,   dsinks = sum p_sink (dlse - mean)
 //
 // where ds is also multiplied by the soft cap's derivative on its way to dq and dk. A block of queries walks over its keys
-// twice. The first time leaves p and dp of the whole block in scratch memory, for all keys, and their sums: a large lse is
-// rounded more coarsely than the softmax was, so weights are divided by their sum, and delta is that of these weights. The
-// second time adds to the gradients; those of keys and values are kept in scratch memory until the last block of queries
-// was there. The order of all sums is fixed, so gradients are the same bits on every run.
+// twice. The first time leaves scores and dp of the whole block in scratch memory, for all keys, so that the softmax is
+// taken from its maximum and sum: exp(score - lse) would carry the rounding of lse, and sum out dout instead of the mean
+// that of out. The second time adds to the gradients; those of keys and values are kept in scratch memory until the last
+// block of queries was there. The order of all sums is fixed, so gradients are the same bits on every run.
 //
 // As in the forward kernel, tiles of scores have a line per key and vectors along queries.
 //
@@ -37,14 +37,14 @@ struct Workspace {
     q = take(kBlockM * D), dout = take(kBlockM * D);
     q_columns = take(D * kBlockM), dout_columns = take(D * kBlockM), dq = take(D * kBlockM);
     k = take(kBlockN * D), v = take(kBlockN * D);
-    lse = take(kBlockM), sum = take(kBlockM), product = take(kBlockM), norm = take(kBlockM), delta = take(kBlockM);
+    max = take(kBlockM), sum = take(kBlockM), mean = take(kBlockM), norm = take(kBlockM), dlse = take(kBlockM);
   }
 
   float *dk, *dv;                                            // (S, D) of all keys
   float *weights, *dweights, *cap_slopes, *keep_factors;     // (S, kBlockM), a tile after the other
   float *q, *dout, *q_columns, *dout_columns, *dq;           // (kBlockM, D); columns and dq: (D, kBlockM)
   float *k, *v;                                              // (kBlockN, D)
-  float *lse, *sum, *product, *norm, *delta;                 // (kBlockM,): sums of p and of p dp, 1 / the sum of p
+  float *max, *sum, *mean, *norm, *dlse;                     // (kBlockM,) of scores, of weights; norm is 1 / sum
 };
 
 // One block of queries against all its keys.
@@ -55,8 +55,10 @@ class BackwardBlock : QueryBlock {
 
   void run() {
     load_queries();
+    each_tile([this](int64_t n, int64_t keys) { score(n, keys); });
+    start_sums();
     each_tile([this](int64_t n, int64_t keys) { weigh(n, keys); });
-    finish_rows();
+    finish_sums();
     each_tile([this](int64_t n, int64_t keys) { add_gradients(n, keys); });
     write_dq();
   }
@@ -73,7 +75,7 @@ class BackwardBlock : QueryBlock {
   // q · scale and dout, as rows and transposed. What lies beyond is zero.
   void load_queries() {
     std::memset(w_.q, 0, 5 * D_ * kBlockM * sizeof(float));  // up to dq
-    std::memset(w_.lse, 0, 5 * kBlockM * sizeof(float));     // up to delta
+    for (int64_t r = 0; r < kBlockM; ++r) w_.max[r] = -kInfinity;
     for (int64_t r = 0; r < rows_; ++r) {
       float *q = w_.q + r * D_, *dout = w_.dout + r * D_;
       load_row(args_.q, r, q);
@@ -82,32 +84,52 @@ class BackwardBlock : QueryBlock {
         q[d] *= args_.scale;
         w_.q_columns[d * kBlockM + r] = q[d], w_.dout_columns[d * kBlockM + r] = dout[d];
       }
-      const float lse = grads_.lse.data[at(grads_.lse, r)];
-      w_.lse[r] = lse == -kInfinity ? 0.0f : lse;  // it sees no key
     }
   }
 
   // Where the tile of the keys from n on is in a panel (S, kBlockM).
   float* tile(float* panel, int64_t n) const { return panel + n * kBlockM; }
 
-  // p, which is not normalised yet, dp, and their sums.
-  void weigh(int64_t n, int64_t keys) {
-    float *weights = tile(w_.weights, n), *dweights = tile(w_.dweights, n);
+  // Scores, dp, and the rows' largest scores.
+  void score(int64_t n, int64_t keys) {
+    float *scores = tile(w_.weights, n), *dweights = tile(w_.dweights, n);
     const Rows k = load_keys(args_.k, n, keys, w_.k), v = load_keys(args_.v, n, keys, w_.v);
-    dot_products(k, keys, w_.q_columns, weights);
-    finish_scores<Along::queries>(weights, n, keys, w_.cap_slopes ? tile(w_.cap_slopes, n) : nullptr);
+    dot_products(k, keys, w_.q_columns, scores);
+    finish_scores<Along::queries>(scores, n, keys, w_.cap_slopes ? tile(w_.cap_slopes, n) : nullptr);
     dot_products(v, keys, w_.dout_columns, dweights);
     if (w_.keep_factors) {
       load_keep_factors(tile(w_.keep_factors, n), n, keys);
       scale_tile(dweights, tile(w_.keep_factors, n), keys);
     }
     for (int64_t m = 0; m < rows_; m += kWidth) {
-      const Vector lse = load(w_.lse + m);
+      Vector highest = load(w_.max + m);
+      for (int64_t i = 0; i < keys; ++i) highest = maximum(load(scores + i * kBlockM + m), highest);
+      store(w_.max + m, highest);
+    }
+  }
+
+  // What the sums of weights are relative to: the largest score, or 0 in a row that sees no key.
+  void start_sums() {
+    std::memset(w_.sum, 0, 4 * kBlockM * sizeof(float));  // up to dlse
+    for (int64_t r = 0; r < kBlockM; ++r) {
+      if (w_.max[r] == -kInfinity) {
+        w_.max[r] = 0.0f;
+      } else if (r < rows_ && args_.sinks && args_.sinks[head_[r]] > w_.max[r]) {
+        w_.max[r] = args_.sinks[head_[r]];
+      }
+    }
+  }
+
+  // Weights that are not normalised yet, and the sums of p and p dp.
+  void weigh(int64_t n, int64_t keys) {
+    float *weights = tile(w_.weights, n), *dweights = tile(w_.dweights, n);
+    for (int64_t m = 0; m < rows_; m += kWidth) {
+      const Vector highest = load(w_.max + m);
       Vector sum{}, product{};
       for (int64_t i = 0; i < keys;) {
         Vector part_of_sum{}, part_of_product{};
         for (const int64_t end = i + kPart < keys ? i + kPart : keys; i < end; ++i) {
-          const Vector weight = exp_nonpositive(load(weights + i * kBlockM + m) - lse);
+          const Vector weight = exp_nonpositive(load(weights + i * kBlockM + m) - highest);
           store(weights + i * kBlockM + m, weight);
           part_of_sum += weight;
           part_of_product += weight * load(dweights + i * kBlockM + m);
@@ -115,7 +137,7 @@ class BackwardBlock : QueryBlock {
         sum += part_of_sum, product += part_of_product;
       }
       store(w_.sum + m, load(w_.sum + m) + sum);
-      store(w_.product + m, load(w_.product + m) + product);
+      store(w_.mean + m, load(w_.mean + m) + product);
     }
   }
 
@@ -134,27 +156,26 @@ class BackwardBlock : QueryBlock {
     for (int64_t i = 0; i < keys * kBlockM; i += kWidth) store(tile + i, load(tile + i) * load(factors + i));
   }
 
-  // Of each row, 1 / its sum and delta, and what it adds to the gradient of its head's sink. A row that sees no key has
-  // zeros.
-  void finish_rows() {
+  // And what each row adds to the gradient of its head's sink. A row that sees no key has zeros.
+  void finish_sums() {
     for (int64_t r = 0; r < rows_; ++r) {
       const bool blind = w_.sum[r] == 0.0f;
-      const float sink = args_.sinks && !blind ? exp_nonpositive(args_.sinks[head_[r]] - w_.lse[r]) : 0.0f;
-      const float dlse = grads_.dlse.data && !blind ? grads_.dlse.data[at(grads_.dlse, r)] : 0.0f;
+      const float sink = args_.sinks && !blind ? exp_nonpositive(args_.sinks[head_[r]] - w_.max[r]) : 0.0f;
       w_.norm[r] = blind ? 0.0f : 1.0f / (w_.sum[r] + sink);
-      w_.delta[r] = w_.product[r] * w_.norm[r] - dlse;
-      if (args_.sinks) grads_.dsinks.data[at(grads_.dsinks, r)] = -sink * w_.norm[r] * w_.delta[r];
+      w_.mean[r] *= w_.norm[r];
+      if (grads_.dlse.data && !blind) w_.dlse[r] = grads_.dlse.data[at(grads_.dlse, r)];
+      if (args_.sinks) grads_.dsinks.data[at(grads_.dsinks, r)] = sink * w_.norm[r] * (w_.dlse[r] - w_.mean[r]);
     }
   }
 
   void add_gradients(int64_t n, int64_t keys) {
     float *weights = tile(w_.weights, n), *ds = tile(w_.dweights, n);
     for (int64_t m = 0; m < rows_; m += kWidth) {
-      const Vector norm = load(w_.norm + m), delta = load(w_.delta + m);
+      const Vector norm = load(w_.norm + m), mean = load(w_.mean + m), dlse = load(w_.dlse + m);
       for (int64_t i = 0; i < keys; ++i) {
         const Vector weight = load(weights + i * kBlockM + m) * norm;
         store(weights + i * kBlockM + m, weight);
-        store(ds + i * kBlockM + m, weight * (load(ds + i * kBlockM + m) - delta));
+        store(ds + i * kBlockM + m, weight * (load(ds + i * kBlockM + m) - mean + dlse));
       }
     }
     if (grads_.dbias.data) add_bias_gradients(ds, n, keys);
