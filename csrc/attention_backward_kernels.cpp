@@ -21,6 +21,8 @@ namespace {
 // Long sums are made of sums of so many terms, which halves their rounding errors.
 constexpr int64_t kPart = 8;
 
+constexpr int64_t kFewRows = 16;
+
 // A thread's scratch memory. See attention_backward_workspace.
 struct Workspace {
   Workspace(const Attention& args, float* memory) {
@@ -144,7 +146,7 @@ class BackwardBlock : QueryBlock {
   // tile[n][m] = rows[n] · columns[m]. Of few queries, errors do not average out and PyTorch's matrix-vector products are
   // accurate; there is time then to sum in parts.
   void dot_products(const Rows& rows, int64_t keys, const float* columns, float* tile) const {
-    const int64_t part = this->columns() == 1 ? kPart : args_.D;
+    const int64_t part = rows_ <= kFewRows ? kPart : args_.D;
     for (int64_t d = 0; d < args_.D; d += part) {
       const int64_t terms = args_.D - d < part ? args_.D - d : part;
       multiply<kTileRows, kTileVectors>(
