@@ -195,6 +195,16 @@ class BackwardBlock : QueryBlock {
         keys, vectors(), weights, kBlockM, 1, w_.dout, D_, w_.dv + n * D_, D_, rows_, true);
   }
 
+  // kWidth columns of a tile as rows.
+  static void transpose_columns(const float* columns, int64_t keys, float (&rows)[kWidth][kBlockN]) {
+    for (int64_t n = 0; n < keys; n += kWidth) {
+      Vector block[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) block[i] = load(columns + (n + i) * kBlockM);
+      transpose(block);
+      for (int64_t r = 0; r < kWidth; ++r) store(rows[r] + n, block[r]);
+    }
+  }
+
   // Rows of ds that belong to the same row of the bias are summed before they are added to it.
   void add_bias_gradients(const float* ds, int64_t n, int64_t keys) const {
     const auto& dbias = grads_.dbias;
@@ -209,11 +219,13 @@ class BackwardBlock : QueryBlock {
       }
       if (!dbias.stride_s) *target += sum;
     };
+    float rows[kWidth][kBlockN];
     for (int64_t r = 0; r < rows_; ++r) {
+      if (r % kWidth == 0) transpose_columns(ds + r, keys, rows);
       float* row = dbias.data + dbias.at(b_, head_[r], token_[r]) + n * dbias.stride_s;
       if (target && row != target) add_total();
       target = row;
-      for (int64_t i = 0; i < keys; ++i) total[i] += ds[index<Along::queries>(r, i)];
+      for (int64_t i = 0; i < keys; ++i) total[i] += rows[r % kWidth][i];
     }
     add_total();
   }

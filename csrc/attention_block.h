@@ -112,10 +112,14 @@ class QueryBlock {
   int64_t start() const { return first_begin_ / kBlockN * kBlockN; }
   int64_t keys_from(int64_t n) const { return last_end_ - n < kBlockN ? last_end_ - n : kBlockN; }
 
+  const uint8_t* mask_row(int64_t r, int64_t n) const {
+    return args_.mask.data + args_.mask.at(b_, head_[r], token_[r]) + n * args_.mask.stride_s;
+  }
+
   // The mask leaves a row of the block one of the keys from n on.
   bool mask_shows(int64_t n, int64_t keys) const {
     for (int64_t r = 0; r < rows_; ++r) {
-      const uint8_t* mask = args_.mask.data + args_.mask.at(b_, head_[r], token_[r]) + n * args_.mask.stride_s;
+      const uint8_t* mask = mask_row(r, n);
       for (int64_t i = 0; i < keys; ++i) {
         if (mask[i * args_.mask.stride_s]) return true;
       }
@@ -144,7 +148,15 @@ class QueryBlock {
         store(score, load(score) - of_rows<kAlong>(slope_, line, lane) * distance);
       });
     }
-    if (args_.bias.data) add_bias<kAlong>(scores, n, keys);
+    if (args_.bias.data) {
+      const auto& bias = args_.bias;
+      const auto load_bias = [&](int64_t r, float* row) {
+        const int64_t offset = bias.at(b_, head_[r], token_[r]) + n * bias.stride_s;
+        if (bias.stride_s == 1) return convert(bias.data, offset, keys, bias.element, row);
+        for (int64_t i = 0; i < keys; ++i) convert(bias.data, offset + i * bias.stride_s, 1, bias.element, row + i);
+      };
+      combine_rows<kAlong>(scores, keys, load_bias, [](Vector score, Vector added) { return score + added; });
+    }
     // Where vectors run along keys, the last one's lanes past the last key hold no scores.
     const bool partial = kAlong == Along::keys && keys % kWidth != 0;
     if (partial || first_end_ < n + keys || last_begin_ > n) {
@@ -155,7 +167,15 @@ class QueryBlock {
         store(score, seen ? load(score) : broadcast(-kInfinity));
       });
     }
-    if (args_.mask.data) hide_masked<kAlong>(scores, n, keys);
+    if (args_.mask.data) {
+      const auto load_mask = [&](int64_t r, float* row) {
+        const uint8_t* mask = mask_row(r, n);
+        for (int64_t i = 0; i < keys; ++i) row[i] = static_cast<float>(mask[i * args_.mask.stride_s]);
+      };
+      combine_rows<kAlong>(scores, keys, load_mask, [](Vector score, Vector shown) {
+        return shown > 0.0f ? score : broadcast(-kInfinity);
+      });
+    }
   }
 
   // 1 / (1 - p) for the weights that dropout leaves, 0 for the others. Vectors run along queries.
@@ -172,12 +192,6 @@ class QueryBlock {
         }
       }
     }
-  }
-
-  // Where the score of row r and the i-th key is in a tile.
-  template <Along kAlong>
-  static int64_t index(int64_t r, int64_t i) {
-    return kAlong == Along::queries ? i * kBlockM + r : r * kBlockN + i;
   }
 
   const Attention& args_;
@@ -212,29 +226,20 @@ class QueryBlock {
     return keys;
   }
 
-  template <Along kAlong>
-  void add_bias(float* scores, int64_t n, int64_t keys) const {
-    const auto& bias = args_.bias;
-    float row[kBlockN];
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t offset = bias.at(b_, head_[r], token_[r]) + n * bias.stride_s;
-      if (bias.stride_s == 1) {
-        convert(bias.data, offset, keys, bias.element, row);
-      } else {
-        for (int64_t i = 0; i < keys; ++i) convert(bias.data, offset + i * bias.stride_s, 1, bias.element, row + i);
-      }
-      for (int64_t i = 0; i < keys; ++i) scores[index<kAlong>(r, i)] += row[i];
-    }
-  }
-
-  template <Along kAlong>
-  void hide_masked(float* scores, int64_t n, int64_t keys) const {
-    const auto& mask = args_.mask;
-    for (int64_t r = 0; r < rows_; ++r) {
-      const uint8_t* row = mask.data + mask.at(b_, head_[r], token_[r]) + n * mask.stride_s;
-      for (int64_t i = 0; i < keys; ++i) {
-        float& score = scores[index<kAlong>(r, i)];
-        score = row[i * mask.stride_s] ? score : -kInfinity;
+  // scores = combine(scores, numbers), where load(r, row) gives the numbers of row r, a key after the other.
+  template <Along kAlong, typename Load, typename Combine>
+  void combine_rows(float* scores, int64_t keys, Load load_numbers, Combine combine) const {
+    float numbers[kWidth][kBlockN] = {};
+    for (int64_t m = 0; m < rows_; m += kWidth) {
+      const int64_t rows = rows_ - m < kWidth ? rows_ - m : kWidth;
+      for (int64_t r = 0; r < rows; ++r) load_numbers(m + r, numbers[r]);
+      for (int64_t n = 0; n < keys; n += kWidth) {
+        Vector block[kWidth];
+        for (int64_t r = 0; r < kWidth; ++r) block[r] = load(numbers[r] + n);
+        if constexpr (kAlong == Along::queries) transpose(block);
+        const int64_t lines = kAlong == Along::keys ? rows : keys - n < kWidth ? keys - n : kWidth;
+        float* score = scores + (kAlong == Along::queries ? n * kBlockM + m : m * kBlockN + n);
+        for (int64_t i = 0; i < lines; ++i, score += kBlockN) store(score, combine(load(score), block[i]));
       }
     }
   }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstring>
+#include <utility>
 
 #include "cpu_level.h"
 #include "elements.h"
@@ -74,6 +75,28 @@ inline float sum(Vector x) {
 
 inline float maximum(Vector x) {
   return reduce<kWidth>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// Exchanges the lanes of a whose number has the bit kBit for those of b whose number lacks it.
+template <int kBit, size_t... kLanes>
+inline void exchange(Vector& a, Vector& b, std::index_sequence<kLanes...>) {
+#if defined(__clang__)
+  const Vector low = __builtin_shufflevector(a, b, (kLanes & kBit ? kWidth + kLanes - kBit : kLanes)...);
+  b = __builtin_shufflevector(a, b, (kLanes & kBit ? kWidth + kLanes : kLanes + kBit)...);
+#else
+  const Vector low = __builtin_shuffle(a, b, IntVector{(kLanes & kBit ? kWidth + kLanes - kBit : kLanes)...});
+  b = __builtin_shuffle(a, b, IntVector{(kLanes & kBit ? kWidth + kLanes : kLanes + kBit)...});
+#endif
+  a = low;
+}
+
+// Lane j of vector i goes to lane i of vector j, bit by bit of i and j.
+template <int kBit = kWidth / 2>
+inline void transpose(Vector (&rows)[kWidth]) {
+  for (int i = 0; i < kWidth; ++i) {
+    if (!(i & kBit)) exchange<kBit>(rows[i], rows[i + kBit], std::make_index_sequence<kWidth>());
+  }
+  if constexpr (kBit > 1) transpose<kBit / 2>(rows);
 }
 
 // e^x for x <= 0, zero below 2^-126: with y = x · log2(e), 2^y = 2^n · 2^f where n = round(y) and a polynomial for 2^f
