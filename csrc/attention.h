@@ -60,15 +60,18 @@ struct Attention {
   uint32_t keep_threshold;      // weights with a smaller random number of 31 bits are dropped
   float keep_scale;             // 1 / (1 - dropout_p)
   int64_t B, H, H_kv, T, S, D;  // T and S: of the longest sequence
+
+  // The queries of the heads that share a key/value head form one list of rows, cut into blocks of kBlockM, so that
+  // keys and values are read once for all of them. Keys are cut into tiles of kBlockN.
+  int64_t blocks() const { return (H / H_kv * T + kBlockM - 1) / kBlockM; }
+  int64_t tiles() const { return (S + kBlockN - 1) / kBlockN; }
 };
 
 struct AttentionForward : Attention {
   PerQuery<void*> out;
   PerQuery<float*> lse;  // natural log
 
-  // The queries of the heads that share a key/value head form one list of rows, cut into blocks of kBlockM, so that
-  // keys and values are read once for all of them. A task is one block of one (b, h_kv).
-  int64_t blocks() const { return (H / H_kv * T + kBlockM - 1) / kBlockM; }
+  // A task is one block of queries of one (b, h_kv).
   int64_t tasks() const { return B * H_kv * blocks(); }
 };
 
@@ -98,12 +101,10 @@ struct AttentionBackward : Attention {
   int64_t head_tasks() const { return dbias.data && dbias.stride_h == 0 ? 1 : H_kv; }
 };
 
-// Floats of scratch memory, 64-byte aligned, that a thread needs: gradients of all keys and values of a head, and what is
-// between a block of queries and all keys.
+// Floats of scratch memory, 64-byte aligned, for one block of queries and all keys.
 inline int64_t attention_backward_workspace(const Attention& args) {
-  const int64_t D = padded_head_dim(args.D), S = (args.S + kBlockN - 1) / kBlockN * kBlockN;
   const int64_t panels = 2 + (args.softcap > 0.0f) + (args.dropout_seed != nullptr);
-  return S * (2 * D + panels * kBlockM) + D * (5 * kBlockM + 2 * kBlockN) + 5 * kBlockM;
+  return args.tiles() * kBlockN * panels * kBlockM + padded_head_dim(args.D) * (5 * kBlockM + 2 * kBlockN) + 5 * kBlockM;
 }
 
 }  // namespace fastgpt

@@ -1,6 +1,7 @@
 // attention_backward and attention_varlen_backward on the CPU: unpacking, parallel tasks, and the kernels of the CPU's
 // level. Semantics: fastgpt/ops/attention.py.
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -12,7 +13,15 @@
 #include "parallel.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
-    void attention_backward(const AttentionBackward& args, int64_t begin, int64_t end, float* workspace);)
+    // dq of a block of queries, dbias and dsinks; leaves in `workspace` what the next needs.
+    void attention_backward_queries(
+        const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace);
+    // Adds the block's share to the gradients (S, padded D) of some tiles of keys and values.
+    void attention_backward_keys(
+        const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, int64_t first_tile, int64_t last_tile,
+        float* workspace, float* dk, float* dv);
+    void attention_backward_write_keys(
+        const AttentionBackward& args, int64_t b, int64_t h_kv, const float* dk, const float* dv);)
 
 namespace fastgpt {
 namespace {
@@ -28,6 +37,60 @@ PerQuery<const float*> numbers_of(const Tensor& x, const char* name, const Tenso
 KeyGradients gradients_of(const Tensor& x) {
   check_rows(x, "k, v");
   return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// All gradients of one key/value head of one sequence. `threads` blocks of queries are in work at a time, through
+// for_each(tasks, run).
+template <typename ForEach>
+void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t threads, float* memory, ForEach for_each) {
+  const int64_t keys_size = args.tiles() * kBlockN * padded_head_dim(args.D), size = attention_backward_workspace(args);
+  float *dk = memory, *dv = dk + keys_size, *workspaces = dv + keys_size;
+  std::fill(dk, workspaces, 0.0f);
+  for (int64_t first = 0; first < args.blocks(); first += threads) {
+    const int64_t count = std::min(threads, args.blocks() - first);
+    for_each(count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        FASTGPT_AT_CPU_LEVEL(attention_backward_queries)(args, b, h_kv, first + i, workspaces + i * size);
+      }
+    });
+    for_each(args.tiles(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < count; ++i) {
+        FASTGPT_AT_CPU_LEVEL(attention_backward_keys)(
+            args, b, h_kv, first + i, begin, end, workspaces + i * size, dk, dv);
+      }
+    });
+  }
+  FASTGPT_AT_CPU_LEVEL(attention_backward_write_keys)(args, b, h_kv, dk, dv);
+}
+
+// Heads in parallel; or one after the other, with blocks of queries and tiles of keys in parallel, where there are fewer
+// heads than threads. (Blocks of queries may share numbers of dbias.)
+void run_heads(const AttentionBackward& args) {
+  const int64_t keys_size = 2 * args.tiles() * kBlockN * padded_head_dim(args.D);
+  const int64_t size = attention_backward_workspace(args);
+  const int64_t batches = args.batch_tasks(), heads = args.head_tasks(), tasks = batches * heads;
+  if (tasks == 0) return;
+  const int64_t work = 5 * args.B * args.H * args.T * args.S * args.D / tasks + 1;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (tasks < threads && work > kGrain && !args.dbias.data) {
+    const Scratch memory = scratch(keys_size + threads * size);
+    const auto for_each = [](int64_t count, const auto& run) { torch::stable::parallel_for(0, count, 1, run); };
+    for (int64_t b = 0; b < args.B; ++b) {
+      for (int64_t h_kv = 0; h_kv < args.H_kv; ++h_kv) run_head(args, b, h_kv, threads, memory.get(), for_each);
+    }
+    return;
+  }
+  for_tasks(tasks, work, [&](int64_t begin, int64_t end) {
+    const Scratch memory = scratch(keys_size + size);
+    const auto for_each = [](int64_t count, const auto& run) { run(0, count); };
+    for (int64_t task = begin; task < end; ++task) {
+      for (int64_t b = task / heads; b < args.B; b += batches) {
+        for (int64_t h_kv = task % heads; h_kv < args.H_kv; h_kv += heads) {
+          run_head(args, b, h_kv, 1, memory.get(), for_each);
+        }
+      }
+    }
+  });
 }
 
 struct Gradients {
@@ -56,12 +119,7 @@ Gradients run(
     args.dq.stride_b = args.dk.stride_b = args.dv.stride_b = 0;
   }
 
-  const auto kernel = FASTGPT_AT_CPU_LEVEL(attention_backward);
-  const auto tasks = [&](int64_t begin, int64_t end) {
-    kernel(args, begin, end, scratch(attention_backward_workspace(args)).get());
-  };
-  const int64_t count = args.batch_tasks() * args.head_tasks();
-  if (count > 0) for_tasks(count, 5 * args.B * H * args.T * args.S * args.D / count + 1, tasks);
+  run_heads(args);
 
   if (sinks) {
     Tensor dsinks = new_empty(q, {H}, {1}, aoti_torch_dtype_float32());

@@ -6,8 +6,10 @@
 // where ds is also multiplied by the soft cap's derivative on its way to dq and dk. A block of queries walks over its keys
 // twice. The first time leaves scores and dp of the whole block in scratch memory, for all keys, so that the softmax is
 // taken from its maximum and sum: exp(score - lse) would carry the rounding of lse, and sum out dout instead of the mean
-// that of out. The second time adds to the gradients; those of keys and values are kept in scratch memory until the last
-// block of queries was there. The order of all sums is fixed, so gradients are the same bits on every run.
+// that of out. The second time turns them into weights and ds, and sums dq. They stay there until the gradients of keys and
+// values, in scratch memory too, have got their share.
+//
+// The order of all sums is fixed: gradients are the same bits on every run, whatever is done in parallel.
 //
 // As in the forward kernel, tiles of scores have a line per key and vectors along queries.
 //
@@ -23,16 +25,15 @@ constexpr int64_t kPart = 8;
 
 constexpr int64_t kFewRows = 16;
 
-// A thread's scratch memory. See attention_backward_workspace.
+// The scratch memory of a block of queries. See attention_backward_workspace.
 struct Workspace {
   Workspace(const Attention& args, float* memory) {
-    const int64_t D = padded_head_dim(args.D), S = (args.S + kBlockN - 1) / kBlockN * kBlockN;
+    const int64_t D = padded_head_dim(args.D), S = args.tiles() * kBlockN;
     const auto take = [&](int64_t floats) {
       float* taken = memory;
       memory += floats;
       return taken;
     };
-    dk = take(S * D), dv = take(S * D);
     weights = take(S * kBlockM), dweights = take(S * kBlockM);
     cap_slopes = args.softcap > 0.0f ? take(S * kBlockM) : nullptr;
     keep_factors = args.dropout_seed ? take(S * kBlockM) : nullptr;
@@ -42,7 +43,6 @@ struct Workspace {
     max = take(kBlockM), sum = take(kBlockM), mean = take(kBlockM), norm = take(kBlockM), dlse = take(kBlockM);
   }
 
-  float *dk, *dv;                                            // (S, D) of all keys
   float *weights, *dweights, *cap_slopes, *keep_factors;     // (S, kBlockM), a tile after the other
   float *q, *dout, *q_columns, *dout_columns, *dq;           // (kBlockM, D); columns and dq: (D, kBlockM)
   float *k, *v;                                              // (kBlockN, D)
@@ -52,8 +52,8 @@ struct Workspace {
 // One block of queries against all its keys.
 class BackwardBlock : QueryBlock {
  public:
-  BackwardBlock(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t first, const Workspace& workspace)
-      : QueryBlock(args, b, h_kv, first), grads_(args), w_(workspace) {}
+  BackwardBlock(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace)
+      : QueryBlock(args, b, h_kv, block * kBlockM), grads_(args), w_(args, workspace) {}
 
   void run() {
     load_queries();
@@ -61,8 +61,19 @@ class BackwardBlock : QueryBlock {
     start_sums();
     each_tile([this](int64_t n, int64_t keys) { weigh(n, keys); });
     finish_sums();
-    each_tile([this](int64_t n, int64_t keys) { add_gradients(n, keys); });
+    each_tile([this](int64_t n, int64_t keys) { add_to_dq(n, keys); });
     write_dq();
+  }
+
+  // After run(): adds to the gradients of the keys from n on, one tile of them.
+  void add_to_keys(int64_t n, float* dk, float* dv) const {
+    const int64_t keys = keys_from(n);
+    if (n < start() || keys <= 0 || (args_.mask.data && !mask_shows(n, keys))) return;
+    // dk[n][d] += sum_m ds[n][m] · q[m][d], dv likewise
+    multiply<kTileRows, kTileVectors>(
+        keys, vectors(), tile(w_.dweights, n), kBlockM, 1, w_.q, D_, dk + n * D_, D_, rows_, true);
+    multiply<kTileRows, kTileVectors>(
+        keys, vectors(), tile(w_.weights, n), kBlockM, 1, w_.dout, D_, dv + n * D_, D_, rows_, true);
   }
 
  private:
@@ -170,7 +181,7 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  void add_gradients(int64_t n, int64_t keys) {
+  void add_to_dq(int64_t n, int64_t keys) {
     float *weights = tile(w_.weights, n), *ds = tile(w_.dweights, n);
     for (int64_t m = 0; m < rows_; m += kWidth) {
       const Vector norm = load(w_.norm + m), mean = load(w_.mean + m), dlse = load(w_.dlse + m);
@@ -188,11 +199,6 @@ class BackwardBlock : QueryBlock {
     const Rows k = load_keys(args_.k, n, keys, w_.k);
     multiply<kTileRows, kTileVectors>(
         args_.D, columns(), k.data, 1, k.stride, ds, kBlockM, w_.dq, kBlockM, keys, true);
-    // dk[n][d] += sum_m ds[n][m] · q[m][d], dv likewise
-    multiply<kTileRows, kTileVectors>(
-        keys, vectors(), ds, kBlockM, 1, w_.q, D_, w_.dk + n * D_, D_, rows_, true);
-    multiply<kTileRows, kTileVectors>(
-        keys, vectors(), weights, kBlockM, 1, w_.dout, D_, w_.dv + n * D_, D_, rows_, true);
   }
 
   // kWidth columns of a tile as rows.
@@ -240,7 +246,7 @@ class BackwardBlock : QueryBlock {
   }
 
   const AttentionBackward& grads_;
-  const Workspace& w_;
+  const Workspace w_;
 };
 
 // Gradients of `rows` keys or values, of which those past `seen` have none.
@@ -255,28 +261,26 @@ void write_key_gradients(
   }
 }
 
-// One key/value head of one sequence, and its queries.
-void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, const Workspace& workspace) {
-  const Sequence sequence = sequence_of(args, b);
-  const int64_t D = padded_head_dim(args.D), queries = args.H / args.H_kv * sequence.queries;
-  std::memset(workspace.dk, 0, sequence.keys * D * sizeof(float));
-  std::memset(workspace.dv, 0, sequence.keys * D * sizeof(float));
-  for (int64_t first = 0; first < queries; first += kBlockM) BackwardBlock(args, b, h_kv, first, workspace).run();
-  const int64_t rows = args.cu_seqlens_q ? sequence.keys : args.S;
-  write_key_gradients(args, args.dk, b, h_kv, sequence.first_k, rows, sequence.keys, workspace.dk);
-  write_key_gradients(args, args.dv, b, h_kv, sequence.first_k, rows, sequence.keys, workspace.dv);
-}
-
 }  // namespace
 
-void attention_backward(const AttentionBackward& args, int64_t begin, int64_t end, float* workspace) {
-  const Workspace w(args, workspace);
-  const int64_t batches = args.batch_tasks(), heads = args.head_tasks();
-  for (int64_t task = begin; task < end; ++task) {
-    for (int64_t b = task / heads; b < args.B; b += batches) {
-      for (int64_t h_kv = task % heads; h_kv < args.H_kv; h_kv += heads) run_head(args, b, h_kv, w);
-    }
-  }
+void attention_backward_queries(
+    const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace) {
+  BackwardBlock(args, b, h_kv, block, workspace).run();
+}
+
+void attention_backward_keys(
+    const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, int64_t first_tile, int64_t last_tile,
+    float* workspace, float* dk, float* dv) {
+  const BackwardBlock queries(args, b, h_kv, block, workspace);
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) queries.add_to_keys(tile * kBlockN, dk, dv);
+}
+
+void attention_backward_write_keys(
+    const AttentionBackward& args, int64_t b, int64_t h_kv, const float* dk, const float* dv) {
+  const Sequence sequence = sequence_of(args, b);
+  const int64_t rows = args.cu_seqlens_q ? sequence.keys : args.S;
+  write_key_gradients(args, args.dk, b, h_kv, sequence.first_k, rows, sequence.keys, dk);
+  write_key_gradients(args, args.dv, b, h_kv, sequence.first_k, rows, sequence.keys, dv);
 }
 
 }  // namespace fastgpt::FASTGPT_CPU_LEVEL

@@ -326,11 +326,12 @@ def test_result_does_not_depend_on_threads_or_repetition(T):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("feature", ["plain", "bias of heads", "bias of keys", "everything"])
-def test_gradients_do_not_depend_on_threads_or_repetition(feature):
-    q, k, v = inputs(2, 4, 2, 150, 300, 64, torch.float32)
-    call = ops.Call(q, k, v, **{"scale": 0.125} | options(feature, 2, 4, 150, 300, torch.float32))
-    douts = torch.randn(2, 4, 150, 64), torch.randn(2, 4, 150)
+@pytest.mark.parametrize("feature", ["plain", "mask", "dropout", "bias of heads", "bias of keys", "everything"])
+@pytest.mark.parametrize("B, H_kv", [(2, 2), (1, 1)])  # as many heads as threads, and fewer
+def test_gradients_do_not_depend_on_threads_or_repetition(B, H_kv, feature):
+    q, k, v = inputs(B, 4, H_kv, 150, 300, 64, torch.float32)
+    call = ops.Call(q, k, v, **{"scale": 0.125} | options(feature, B, 4, 150, 300, torch.float32))
+    douts = torch.randn(B, 4, 150, 64), torch.randn(B, 4, 150)
     expected = run_cpp(call, douts)
     threads = torch.get_num_threads()
     try:
