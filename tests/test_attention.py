@@ -547,6 +547,16 @@ def test_reference_gradients():
     )
 
 
+def test_second_derivatives_are_the_references():
+    q, k, v = (x.requires_grad_() for x in make(1, 2, 2, 4, 4, 16))
+    (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+    (dq,) = torch.autograd.grad(attention(q, k, v, impl="reference").square().sum(), q, create_graph=True)
+    dq.sum().backward()
+    assert q.grad.isfinite().all()
+
+
 # Registration
 
 
@@ -592,10 +602,14 @@ def test_compiles_as_one_graph(feature):
     q, k, v = inputs(2, 4, 2, 5, 9, 8, torch.float32)
     arguments = options(feature, 2, 4, 5, 9, torch.float32)
     torch._dynamo.reset()  # each feature compiles this test's function anew, which is limited
-    compiled = torch.compile(lambda *x: attention(*x, **arguments, return_lse=True), fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(compiled(q, k, v), attention(q, k, v, **arguments, return_lse=True)):
-        torch.testing.assert_close(actual, expected)
-    assert compiled(q.requires_grad_(), k, v)[0].requires_grad
+
+    def eager(*x):
+        return attention(*x, **arguments, return_lse=True)
+
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), eager(q, k, v))
+    q.requires_grad_()
+    torch.testing.assert_close(*(torch.autograd.grad(f(q, k, v)[0].sum(), q) for f in (compiled, eager)))
 
 
 # Choice of implementation

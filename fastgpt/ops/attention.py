@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastgpt.ops.checks import (
     require_broadcastable,
@@ -99,7 +100,8 @@ def attention(
             every implementation the same; None draws one from PyTorch's CPU generator.
         return_lse: also return the log-sum-exp of each row's scores. Differentiable.
         impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call. A named
-            one never falls back: it raises ValueError with the reason. `fastgpt.explain` tells without running.
+            one never falls back: it raises ValueError with the reason. `fastgpt.explain` tells without running. The
+            reference can be differentiated twice, the others once.
 
     Returns:
         out (B, H, T, D) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log.
@@ -522,6 +524,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse):
         out, lse, *tensors = ctx.saved_tensors
         call = ctx.options._replace(**dict(zip(ctx.names, tensors)))
@@ -602,6 +605,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse):
         out, lse, cu_q, cu_k, q, k, v, slopes, sinks, seed = ctx.saved_tensors
         call = ctx.options._replace(q=q, k=k, v=v, alibi_slopes=slopes, sinks=sinks, dropout_seed=seed)
