@@ -20,10 +20,8 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Long sums are made of sums of so many terms, which halves their rounding errors.
-constexpr int64_t kPart = 8;
-
-constexpr int64_t kFewRows = 16;
+// Terms of a part of a sum, and up to how many queries dot products are summed in parts.
+constexpr int64_t kPart = 8, kFewRows = 16;
 
 // The scratch memory of a block of queries. See attention_backward_workspace.
 struct Workspace {
@@ -56,6 +54,7 @@ class BackwardBlock : QueryBlock {
       : QueryBlock(args, b, h_kv, block * kBlockM), grads_(args), w_(args, workspace) {}
 
   void run() {
+    if (rows_ == 0) return;  // a shorter sequence than the longest
     load_queries();
     each_tile([this](int64_t n, int64_t keys) { score(n, keys); });
     start_sums();
@@ -154,8 +153,8 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  // tile[n][m] = rows[n] · columns[m]. Of few queries, errors do not average out and PyTorch's matrix-vector products are
-  // accurate; there is time then to sum in parts.
+  // tile[n][m] = rows[n] · columns[m]. Summed in parts they have half the rounding error, and take longer. That matters
+  // for few queries, whose errors do not average out, and which PyTorch multiplies as vectors, more accurately.
   void dot_products(const Rows& rows, int64_t keys, const float* columns, float* tile) const {
     const int64_t part = rows_ <= kFewRows ? kPart : args_.D;
     for (int64_t d = 0; d < args_.D; d += part) {

@@ -29,6 +29,7 @@ class ForwardBlock : QueryBlock {
   }
 
   void run() {
+    if (rows_ == 0) return;  // a shorter sequence than the longest
     std::memset(acc_, 0, D_ * kBlockM * sizeof(float));
     for (int64_t r = 0; r < kBlockM; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f;
     // Dropout's random numbers come for vectors of queries.
