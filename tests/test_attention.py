@@ -706,3 +706,32 @@ def test_errors(case):
     arguments, options, error, message = BAD[case]
     with pytest.raises(error, match=message):
         attention(*arguments, **options)
+
+
+def test_operators_check_what_memory_safety_needs():
+    """Called directly, without the public function's checks."""
+    q, k, v = make(1, 4, 2, 8, 12, 16)
+    out, lse = torch.ops.fastgpt.attention_forward(q, k, v, True, 0.25)
+
+    def backward(dout=out, dlse=None, needs_dbias=False, **options):
+        torch.ops.fastgpt.attention_backward(dout, dlse, out, lse, needs_dbias, q, k, v, True, 0.25, **options)
+
+    def packed_forward(starts_q, starts_k):
+        starts = (torch.tensor(starts, dtype=torch.int32) for starts in (starts_q, starts_k))
+        torch.ops.fastgpt.attention_varlen_forward(*starts, 8, 12, q, k, v, True, 0.25)
+
+    for call, message in (
+        (lambda: backward(dout=out[:, :, :7]), "dout: unexpected shape"),
+        (lambda: backward(dout=out.half()), "dout: expected the dtype of q"),
+        (lambda: backward(dout=torch.zeros(1, 4, 16, 8).mT), "dout: expected a contiguous last dimension"),
+        (lambda: backward(dlse=lse[:, :3]), "dlse: unexpected shape"),
+        (lambda: backward(needs_dbias=True), "bias: expected a tensor"),
+        (lambda: backward(bias=torch.zeros(8, 11)), "bias: expected a shape that broadcasts"),
+        (lambda: backward(dropout_p=0.5), "dropout_seed: expected a tensor"),
+        (lambda: packed_forward([0, 9, 8], [0, 5, 12]), "cu_seqlens_q: expected numbers that ascend from 0 to 8"),
+        (lambda: packed_forward([0, 3, 8], [0, 5, 13]), "cu_seqlens_k: expected numbers that ascend from 0 to 12"),
+        (lambda: packed_forward([0, 3, 8], [0, 12]), "cu_seqlens_k: unexpected shape"),
+        (lambda: packed_forward([0], [0]), "cu_seqlens_q: expected"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
