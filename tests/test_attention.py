@@ -11,13 +11,13 @@ import numerics
 import pytest
 import torch
 from attention_features import FEATURES, inputs, options
-from attention_parity import compare, run_cpp
+from attention_parity import compare, run_cpp, run_cpp_packed
 from cpu_levels import lower_levels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt
-from fastgpt import attention, attention_reference, attention_varlen, attention_varlen_reference
+from fastgpt import attention, attention_reference, attention_varlen
 from fastgpt.ops import attention as ops
 from fastgpt.ops.dropout import keep_mask, philox
 from fastgpt.ops.quantisation import quantise
@@ -69,9 +69,9 @@ def test_parity(shape, causal, dtype):
     check_parity(*make(*shape, dtype), causal=causal)
 
 
-def check_all(call):
+def check_all(call, run=run_cpp, packing=None):
     """Parity of the C++ kernels, forward and backward."""
-    for name, actual, oracle, low, k in compare(call, run_cpp):
+    for name, actual, oracle, low, k in compare(call, run, packing):
         dtype = torch.float32 if name == "lse" else call.q.dtype
         numerics.check(actual, oracle, low, dtype=dtype, k=k, name=name)
 
@@ -493,30 +493,10 @@ def test_packed_sequences_are_a_loop(feature, impl):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature", PACKED_FEATURES)
 def test_parity_of_packed_sequences(feature, dtype):
-    starts = torch.tensor([0, 70, 70, 75, 205], dtype=torch.int32), torch.tensor([0, 90, 93, 98, 300], dtype=torch.int32)
-    q, k, v = packed(*inputs(1, 4, 2, 205, 300, 40, dtype))
-    arguments = options(feature, 1, 4, 205, 300, dtype)
-    sinks = arguments.pop("sinks", None)
-    douts = torch.randn(205, 4, 40), torch.randn(4, 205)
-
-    def results(function, dtype, **arguments):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v) if x is not None]
-        if sinks is not None:
-            leaves.append(sinks.to(dtype).requires_grad_())
-            arguments["sinks"] = leaves[-1]
-        out, lse = function(*leaves[:3], *starts, 130, 202, **arguments, return_lse=True)
-        blind = lse == -torch.inf
-        gradients = torch.autograd.grad(
-            (out, lse), leaves, (douts[0].to(out.dtype), douts[1].to(lse.dtype).masked_fill(blind, 0.0))
-        )
-        return out, lse, *gradients
-
-    actual = results(attention_varlen, dtype, **arguments, impl="cpp")
-    oracle = results(attention_varlen_reference, torch.float64, **arguments)
-    low = results(attention_varlen_reference, dtype, **arguments)
-    for name, *tensors in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), actual, oracle, low):
-        k_factor = numerics.BACKWARD if name.startswith("d") else numerics.FORWARD
-        numerics.check(*tensors, dtype=torch.float32 if name == "lse" else dtype, k=k_factor, name=name)
+    starts = ([0, 70, 70, 75, 205], [0, 90, 93, 98, 300])
+    packing = ops.Packing(*(torch.tensor(numbers, dtype=torch.int32) for numbers in starts), 130, 202)
+    call = ops.Call(*inputs(1, 4, 2, 205, 300, 40, dtype), **{"scale": 0.15} | options(feature, 1, 4, 205, 300, dtype))
+    check_all(call, lambda call, douts: run_cpp_packed(call, packing, douts), packing)
 
 
 @pytest.mark.parametrize(
