@@ -1,4 +1,4 @@
-// What attention.cpp hands to the kernels of attention_kernels.cpp, which are compiled per CPU level.
+// What attention.cpp and attention_backward.cpp hand to their kernels, which are compiled per CPU level.
 
 #pragma once
 
@@ -9,6 +9,16 @@ namespace fastgpt {
 // Queries and keys that a kernel holds at a time, in rows.
 constexpr int64_t kBlockM = 64, kBlockN = 64;
 
+// One row of D numbers per query: (B, H, T, D), last dimension contiguous; or one number per query, (B, H, T). Strides
+// in elements.
+template <typename Data>
+struct PerQuery {
+  Data data;
+  int64_t stride_b, stride_h, stride_t;
+
+  int64_t at(int64_t b, int64_t h, int64_t t) const { return b * stride_b + h * stride_h + t * stride_t; }
+};
+
 // Keys or values: (B, H_kv, S, D), or with a block table a pool of pages (pages, H_kv, page, D). Strides in elements.
 struct Keys {
   const void* data;
@@ -17,36 +27,84 @@ struct Keys {
   int64_t scale_stride_b, scale_stride_h, scale_stride_s;
 };
 
-struct AttentionForward {
-  const void* q;              // (B, H, T, D), last dimension contiguous
-  Keys k, v;
-  void* out;                  // (B, H, T, D)
-  float* lse;                 // (B, H, T) contiguous, natural log
-  const int32_t* kv_lengths;  // (B,) keys of each sequence, or null for S
-  const int32_t* block_table; // (B, S / page) page of each `page` keys, or null
-  int64_t table_stride_b, table_stride_p, page;
-  Element element;            // of q and out
-  Element key_element;        // of k and v
-  bool causal;                // bottom-right aligned
-  int64_t window;             // keys that a query sees at most, up to its own position
-  float scale;
-  int64_t B, H, H_kv, T, S, D;
-  // In elements.
-  int64_t q_stride_b, q_stride_h, q_stride_t;
-  int64_t out_stride_b, out_stride_h, out_stride_t;
-  int64_t kv_length_stride;
+// One number per score: (B, H, T, S), or null. Strides in elements, 0 in dimensions of size 1.
+template <typename Data>
+struct PerScore {
+  Data data;
+  Element element;
+  int64_t stride_b, stride_h, stride_t, stride_s;
 
-  // The queries of the heads that share a key/value head form one list of `rows`, cut into blocks of kBlockM, so that
-  // keys and values are read once for all of them. A task is one block of one (b, h_kv).
-  int64_t rows() const { return H / H_kv * T; }
-  int64_t blocks() const { return (rows() + kBlockM - 1) / kBlockM; }
+  int64_t at(int64_t b, int64_t h, int64_t t) const { return b * stride_b + h * stride_h + t * stride_t; }
+};
+
+// What the forward and the backward pass take. Sequences may be packed one after the other: strides over B are then 0.
+struct Attention {
+  PerQuery<const void*> q;
+  Keys k, v;
+  const int32_t* kv_lengths;    // (B,) keys of each sequence, or null for S
+  int64_t kv_length_stride;
+  const int32_t* block_table;   // (B, S / page) page of each `page` keys, or null
+  int64_t table_stride_b, table_stride_p, page;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (B + 1,) where packed sequences begin and end, or null
+  Element element;              // of q and out
+  Element key_element;          // of k and v
+  bool causal;                  // bottom-right aligned
+  int64_t window;               // keys that a query sees at most, up to its own position
+  float scale;
+  float softcap;                // 0 for none
+  const float* alibi_slopes;    // (H,) or null
+  const float* sinks;           // (H,) or null
+  PerScore<const uint8_t*> mask;    // 0 where a query does not see a key
+  PerScore<const void*> bias;
+  const int64_t* dropout_seed;  // null for no dropout
+  uint32_t keep_threshold;      // weights with a smaller random number of 31 bits are dropped
+  float keep_scale;             // 1 / (1 - dropout_p)
+  int64_t B, H, H_kv, T, S, D;  // T and S: of the longest sequence
+
+  // The queries of the heads that share a key/value head form one list of rows, cut into blocks of kBlockM, so that
+  // keys and values are read once for all of them. Keys are cut into tiles of kBlockN.
+  int64_t blocks() const { return (H / H_kv * T + kBlockM - 1) / kBlockM; }
+  int64_t tiles() const { return (S + kBlockN - 1) / kBlockN; }
+};
+
+struct AttentionForward : Attention {
+  PerQuery<void*> out;
+  PerQuery<float*> lse;  // natural log
+
+  // A task is one block of queries of one (b, h_kv).
   int64_t tasks() const { return B * H_kv * blocks(); }
 };
 
+constexpr int64_t padded_head_dim(int64_t D) { return (D + 15) / 16 * 16; }
+
 // Floats of scratch memory, 64-byte aligned, that a thread needs for head dim D.
 constexpr int64_t attention_workspace(int64_t D) {
-  const int64_t padded = (D + 15) / 16 * 16;
-  return 2 * padded * kBlockM + kBlockM * kBlockN + 2 * kBlockN * padded + 5 * kBlockM;
+  return 2 * padded_head_dim(D) * (kBlockM + kBlockN) + 2 * kBlockM * kBlockN + 3 * kBlockM;
+}
+
+// Gradients of keys or values: (B, H_kv, S, D). Strides in elements.
+struct KeyGradients {
+  void* data;
+  int64_t stride_b, stride_h, stride_s;
+};
+
+struct AttentionBackward : Attention {
+  PerQuery<const void*> dout;
+  PerQuery<const float*> dlse;  // or null
+  PerQuery<void*> dq;
+  KeyGradients dk, dv;
+  PerScore<float*> dbias;       // zeros, to be added to; or null
+  PerQuery<float*> dsinks;      // (B, H, T) what each query adds to its head's; or null
+
+  // A task is all queries and keys of one (b, h_kv), or of all b or h_kv that share a number of dbias.
+  int64_t batch_tasks() const { return dbias.data && dbias.stride_b == 0 ? B > 0 : B; }
+  int64_t head_tasks() const { return dbias.data && dbias.stride_h == 0 ? 1 : H_kv; }
+};
+
+// Floats of scratch memory, 64-byte aligned, for one block of queries and all keys.
+inline int64_t attention_backward_workspace(const Attention& args) {
+  const int64_t panels = 2 + (args.softcap > 0.0f) + (args.dropout_seed != nullptr);
+  return args.tiles() * kBlockN * panels * kBlockM + padded_head_dim(args.D) * (5 * kBlockM + 2 * kBlockN) + 5 * kBlockM;
 }
 
 }  // namespace fastgpt

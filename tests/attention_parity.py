@@ -5,7 +5,7 @@ import math
 import torch
 from numerics import BACKWARD, FORWARD
 
-from fastgpt.ops.attention import attention_reference
+from fastgpt.ops import attention as ops
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 
@@ -15,19 +15,20 @@ DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 FEW = 16
 
 
-def compare(call, run):
+def compare(call, run, packing=None):
     """Yields (name, actual, oracle, low precision, k) of every result and gradient, as numerics.check takes them.
 
     Args:
         call: fastgpt.ops.attention.Call, with a scale.
         run: takes a call and the gradients (dout, dlse), returns name -> tensor: "out", "lse" and, if it has a backward,
             "dq", "dk", "dv", "dbias", "dsinks".
+        packing: fastgpt.ops.attention.Packing of a call on packed sequences.
 
     A gradient of fewer than FEW numbers is a stack of several, each of other dout.
     """
     generator = torch.Generator(call.q.device).manual_seed(2)
     with torch.no_grad():
-        blind = reference(call)["lse"] == -math.inf
+        blind = reference(call, packing)["lse"] == -math.inf
 
     def draw():
         dout, dlse = (torch.randn(shape, generator=generator, device=call.q.device) for shape in (call.q.shape, blind.shape))
@@ -35,7 +36,7 @@ def compare(call, run):
         actual = run(call, douts)
         if "dq" not in actual:
             douts = None
-        return actual, reference(in_double(call), douts), reference(call, douts)
+        return actual, reference(in_double(call), packing, douts), reference(call, packing, douts)
 
     first = draw()
     more = []
@@ -48,11 +49,15 @@ def compare(call, run):
         yield name, *(torch.stack([results[name] for results in column]) for column in zip(*draws)), k
 
 
-def reference(call, douts=None) -> dict[str, torch.Tensor]:
+def reference(call, packing=None, douts=None) -> dict[str, torch.Tensor]:
     """The reference's results, and given their gradients those of what is differentiable."""
     leaves = {name: getattr(call, name) for name in DIFFERENTIABLE}
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items() if x is not None and x.is_floating_point()}
-    out, lse = attention_reference(**call._replace(**leaves)._asdict(), return_lse=True)
+    call = call._replace(**leaves)
+    if packing is None:
+        out, lse = ops.attention_reference(**call._asdict(), return_lse=True)
+    else:
+        out, lse = ops._varlen_reference(call, packing)
     results = {"out": out, "lse": lse}
     if douts is not None:
         torch.autograd.backward((out, lse), tuple(dout.to(x.dtype) for dout, x in zip(douts, (out, lse))))
@@ -65,6 +70,29 @@ def in_double(call):
     tensors = {name: getattr(call, name) for name in DIFFERENTIABLE}
     exact = ("k", "v") if call.k_scale is not None else ()
     return call._replace(**{name: x.double() for name, x in tensors.items() if x is not None and name not in exact})
+
+
+def run_cpp(call, douts) -> dict[str, torch.Tensor]:
+    """The C++ kernels, forward and, of what has one, backward."""
+    out, lse = torch.ops.fastgpt.attention_forward(*call)
+    results = {"out": out, "lse": lse}
+    if call.block_table is None and call.k_scale is None:
+        gradients = torch.ops.fastgpt.attention_backward(
+            *douts, out, lse, call.bias is not None, *call[:12], call.dropout_p, call.dropout_seed
+        )
+        results |= {
+            f"d{name}": x for name, x in zip(DIFFERENTIABLE, gradients) if getattr(call, name) is not None
+        }
+    return results
+
+
+def run_cpp_packed(call, packing, douts) -> dict[str, torch.Tensor]:
+    """The same on packed sequences."""
+    arguments = ops._varlen_arguments(call)
+    out, lse = torch.ops.fastgpt.attention_varlen_forward(*packing, *arguments)
+    gradients = torch.ops.fastgpt.attention_varlen_backward(*douts, out, lse, *packing, *arguments)
+    names = ("dq", "dk", "dv") if call.sinks is None else ("dq", "dk", "dv", "dsinks")
+    return {"out": out, "lse": lse} | dict(zip(names, gradients))
 
 
 def run_triton(call, douts) -> dict[str, torch.Tensor]:

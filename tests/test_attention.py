@@ -5,17 +5,20 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numerics
 import pytest
 import torch
 from attention_features import FEATURES, inputs, options
+from attention_parity import compare, run_cpp, run_cpp_packed
 from cpu_levels import lower_levels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt
 from fastgpt import attention, attention_reference, attention_varlen
+from fastgpt.ops import attention as ops
 from fastgpt.ops.dropout import keep_mask, philox
 from fastgpt.ops.quantisation import quantise
 
@@ -64,6 +67,98 @@ def check_parity(q, k, v, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parity(shape, causal, dtype):
     check_parity(*make(*shape, dtype), causal=causal)
+
+
+def check_all(call, run=run_cpp, packing=None):
+    """Parity of the C++ kernels, forward and backward."""
+    for name, actual, oracle, low, k in compare(call, run, packing):
+        dtype = torch.float32 if name == "lse" else call.q.dtype
+        numerics.check(actual, oracle, low, dtype=dtype, k=k, name=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity_of_gradients(shape, dtype):
+    check_all(ops.Call(*make(*shape, dtype), scale=shape[-1] ** -0.5))
+
+
+# B, H, H_kv, T, S, D
+FEATURE_SHAPES = [
+    (2, 4, 2, 37, 70, 40),
+    (2, 3, 1, 3, 33, 64),  # a few queries of heads that share keys
+    (1, 2, 2, 40, 21, 16),  # S < T
+    (1, 4, 2, 130, 130, 64),  # off-block
+    (2, 2, 2, 1, 77, 64),
+    (1, 2, 1, 66, 300, 80),
+    (1, 2, 2, 65, 66, 7),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("shape", FEATURE_SHAPES, ids=str)
+def test_parity_of_features(shape, feature, dtype):
+    B, H, _, T, S, D = shape
+    call = ops.Call(*inputs(*shape, dtype), **options(feature, B, H, T, S, dtype))
+    check_all(call._replace(scale=D**-0.5 if call.scale is None else call.scale))
+
+
+@pytest.mark.parametrize(
+    "shape", [(9,), (1, 9), (5, 1), (3, 1, 9), (2, 1, 1, 1), (1, 3, 1, 9), (2, 1, 5, 9), (1, 1, 1, 1), ()], ids=str
+)
+def test_parity_with_a_bias_that_broadcasts(shape):
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    check_all(ops.Call(*inputs(2, 3, 3, 5, 9, 8, torch.float32), scale=0.35, bias=bias))
+
+
+def test_parity_with_a_bias_in_float32():
+    bias = torch.randn(2, 1, 5, 9, generator=torch.Generator().manual_seed(5))
+    check_all(ops.Call(*inputs(2, 4, 2, 5, 9, 8, torch.float16), scale=0.35, bias=bias))
+
+
+@pytest.mark.parametrize("T", [2, 70])
+def test_masks_biases_and_gradients_may_have_any_strides(T):
+    q, k, v = inputs(2, 4, 2, T, 90, 16, torch.float32)
+    mask, bias = (torch.rand(90, 4, T, 2) < 0.5).permute(3, 1, 2, 0), torch.randn(90, 4, T, 2).permute(3, 1, 2, 0)
+    dout, dlse = torch.randn(T, 2, 4, 16).permute(1, 2, 0, 3), torch.randn(1, 4, 1).expand(2, 4, T)
+    strided = run_cpp(ops.Call(q, k, v, scale=0.25, mask=mask, bias=bias), (dout, dlse))
+    mask, bias, dout, dlse = (x.contiguous() for x in (mask, bias, dout, dlse))
+    dense = run_cpp(ops.Call(q, k, v, scale=0.25, mask=mask, bias=bias), (dout, dlse))
+    assert all(torch.equal(strided[name], dense[name]) for name in dense)
+
+
+def test_keys_past_the_lengths_are_never_read_backward_and_get_zeros():
+    q, k, v = make(3, 4, 2, 70, 150, 64)
+    lengths = torch.tensor([0, 83, 150], dtype=torch.int32)
+    for b, length in enumerate(lengths):
+        k[b, :, length:] = v[b, :, length:] = float("nan")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    dq, dk, dv = torch.autograd.grad(attention(*leaves, kv_lengths=lengths, impl="cpp").sum(), leaves)
+    assert dq.isfinite().all() and dq[0].eq(0).all()
+    for b, length in enumerate(lengths):
+        assert dk[b, :, length:].eq(0).all() and dv[b, :, length:].eq(0).all()
+        assert length == 0 or (dk[b, :, :length].ne(0).any() and dv[b, :, :length].ne(0).all())
+
+
+def test_tanh_is_within_two_units_in_the_last_place():
+    """The log-sum-exp of one key is its score: with softcap=1, tanh(q)."""
+    q = torch.cat([torch.logspace(-30, 1.5, 20001), torch.linspace(0.4, 9, 20001)])
+    q = torch.cat([q, -q, torch.zeros(1), torch.full((1,), torch.inf)]).view(1, 1, -1, 1)
+    one = torch.ones(1, 1, 1, 1)
+    _, lse = attention(q, one, one, causal=False, scale=1.0, softcap=1.0, return_lse=True, impl="cpp")
+    expected = q[..., 0].double().tanh()
+    unit = torch.nextafter(expected.abs().float(), torch.tensor(torch.inf)).double() - expected.abs().float().double()
+    assert ((lse.double() - expected).abs() <= 2 * unit).all()
+
+
+@pytest.mark.parametrize("T", [1, 70])
+def test_dropout_drops_exactly_the_weights_that_the_reference_drops(T):
+    S = 130
+    q, k, _ = inputs(2, 4, 2, T, S, 130, torch.float32)
+    seed = torch.tensor([(123 << 40) + 45])
+    v = torch.eye(S).expand(2, 2, S, S)  # out is then the weights
+    out = attention(q, k, v, causal=False, dropout_p=0.4, dropout_seed=seed, impl="cpp")
+    assert torch.equal(out != 0, keep_mask(seed, 0.4, 2, 4, T, S, "cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -231,6 +326,48 @@ def test_result_does_not_depend_on_threads_or_repetition(T):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("feature", ["plain", "mask", "dropout", "bias of heads", "bias of keys", "everything"])
+@pytest.mark.parametrize("B, H_kv", [(2, 2), (1, 1)])  # as many heads as threads, and fewer
+def test_gradients_do_not_depend_on_threads_or_repetition(B, H_kv, feature):
+    q, k, v = inputs(B, 4, H_kv, 150, 300, 64, torch.float32)
+    call = ops.Call(q, k, v, **{"scale": 0.125} | options(feature, B, 4, 150, 300, torch.float32))
+    douts = torch.randn(B, 4, 150, 64), torch.randn(B, 4, 150)
+    expected = run_cpp(call, douts)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count)
+            actual = run_cpp(call, douts)
+            assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+PEAK = """
+import re, sys, torch
+from fastgpt import attention
+
+def peak():  # bytes; resource's ru_maxrss would count the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
+
+T = int(sys.argv[1])
+torch.set_num_threads(2)
+q, k, v, dout = (torch.randn(1, 4, T, 64, requires_grad=True) for _ in range(4))
+before = peak()
+torch.autograd.grad(attention(q, k, v, impl="cpp"), (q, k, v), dout)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_is_linear_in_the_number_of_tokens():
+    """Forward and backward take 1.5 times what inputs, outputs and gradients do, where scores alone would take 4 GiB."""
+    T = 16384
+    result = subprocess.run([sys.executable, "-c", PEAK, str(T)], capture_output=True, text=True, check=True)
+    tensor = 4 * T * 64 * 4  # bytes: q, k, v and dout are there before, out, dq, dk and dv come
+    assert 4 * tensor <= int(result.stdout) <= 1.5 * 8 * tensor - 4 * tensor + 2**24
+
+
 def by_the_formula(q, k, v, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None,
                    bias=None, kv_lengths=None, dropout_p=0.0, dropout_seed=None):  # fmt: skip
     """out and lse in float64, one score at a time."""
@@ -277,16 +414,16 @@ def test_reference_is_the_formula(feature):
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features_through_the_public_operation(feature):
-    """Whatever implementation serves them, forward and backward."""
-    q, k, v = inputs(2, 4, 2, 5, 9, 8, torch.float32)
-    arguments = options(feature, 2, 4, 5, 9, torch.float32)
-    assert torch.equal(*(f(q, k, v, **arguments) for f in (attention, attention_reference))) or feature in (
-        "plain", "not causal", "scale", "window", "window, not causal", "lengths",  # C++ serves these
-    )  # fmt: skip
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out, lse = attention(q, k, v, **arguments, return_lse=True)
-    gradients = torch.autograd.grad(out.sum() + lse[lse > -torch.inf].sum(), leaves)
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    """Forward and backward, the same numbers as through the operators."""
+    call = ops.Call(*inputs(2, 4, 2, 5, 9, 8, torch.float32), **{"scale": 0.35} | options(feature, 2, 4, 5, 9, torch.float32))
+    leaves = {name: getattr(call, name) for name in ("q", "k", "v", "bias", "sinks")}
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items() if x is not None}
+    out, lse = attention(**call._replace(**leaves)._asdict(), return_lse=True, impl="cpp")
+    douts = torch.randn(out.shape), torch.randn(lse.shape)
+    gradients = torch.autograd.grad((out, lse), list(leaves.values()), douts)
+    expected = run_cpp(call, douts)
+    assert torch.equal(out, expected["out"]) and torch.equal(lse, expected["lse"])
+    assert all(torch.equal(x, expected[f"d{name}"]) for name, x in zip(leaves, gradients))
 
 
 def test_keys_in_parts_merge_by_their_lse():
@@ -330,16 +467,36 @@ def packed(q, k, v):
     return (x[0].transpose(0, 1) for x in (q, k, v))  # (total, heads, D)
 
 
-@pytest.mark.parametrize("feature", ["plain", "not causal", "window", "softcap", "alibi", "sinks", "scale"])
-def test_packed_sequences_are_a_loop(feature):
-    q, k, v = inputs(1, 4, 2, 8, 12, 16, torch.float32)
-    arguments = options(feature, 1, 4, 8, 12, torch.float32)
-    out, lse = attention_varlen(*packed(q, k, v), CU_Q, CU_K, 5, 6, **arguments, return_lse=True)
+PACKED_FEATURES = ["plain", "not causal", "window", "softcap", "alibi", "sinks", "scale", "dropout"]
+
+
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+@pytest.mark.parametrize("feature", PACKED_FEATURES[:-1])  # dropout counts sequences
+def test_packed_sequences_are_a_loop(feature, impl):
+    """The same bits, and gradients."""
+    leaves = [x.requires_grad_() for x in inputs(1, 4, 2, 8, 12, 16, torch.float32)]
+    arguments = options(feature, 1, 4, 8, 12, torch.float32) | {"impl": impl, "return_lse": True}
+    out, lse = attention_varlen(*packed(*leaves), CU_Q, CU_K, 5, 6, **arguments)
     assert out.shape == (8, 4, 16) and lse.shape == (4, 8)
+    dout = torch.randn(out.shape)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    q, k, v = leaves
     for b in range(3):
         rows, keys = slice(CU_Q[b], CU_Q[b + 1]), slice(CU_K[b], CU_K[b + 1])
-        expected = attention_reference(q[:, :, rows], k[:, :, keys], v[:, :, keys], **arguments, return_lse=True)
+        expected = attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], **arguments)
         assert torch.equal(out[rows].transpose(0, 1), expected[0][0]) and torch.equal(lse[:, rows], expected[1][0])
+        wanted = torch.autograd.grad(expected[0], leaves, dout[rows].transpose(0, 1).unsqueeze(0))
+        for part, x, y in zip((rows, keys, keys), gradients, wanted):
+            assert torch.equal(x[:, :, part], y[:, :, part])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", PACKED_FEATURES)
+def test_parity_of_packed_sequences(feature, dtype):
+    starts = ([0, 70, 70, 75, 205], [0, 90, 93, 98, 300])
+    packing = ops.Packing(*(torch.tensor(numbers, dtype=torch.int32) for numbers in starts), 130, 202)
+    call = ops.Call(*inputs(1, 4, 2, 205, 300, 40, dtype), **{"scale": 0.15} | options(feature, 1, 4, 205, 300, dtype))
+    check_all(call, lambda call, douts: run_cpp_packed(call, packing, douts), packing)
 
 
 @pytest.mark.parametrize(
@@ -370,10 +527,14 @@ def test_reference_gradients():
     )
 
 
-def test_gradients_flow_through_the_public_operation():
+def test_second_derivatives_are_the_references():
     q, k, v = (x.requires_grad_() for x in make(1, 2, 2, 4, 4, 16))
-    attention(q, k, v).sum().backward()
-    assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
+    (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+    (dq,) = torch.autograd.grad(attention(q, k, v, impl="reference").square().sum(), q, create_graph=True)
+    dq.sum().backward()
+    assert q.grad.isfinite().all()
 
 
 # Registration
@@ -390,6 +551,24 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), options)
 
 
+@pytest.mark.parametrize("feature", ["plain", "lengths", "bias of queries", "everything"])
+def test_opcheck_of_gradients(feature):
+    call = ops.Call(*make(2, 4, 2, 3, 20, 16), **{"scale": 0.25} | options(feature, 2, 4, 3, 20, torch.float32))
+    torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, tuple(call))
+    out, lse = torch.ops.fastgpt.attention_forward(*call)
+    arguments = (out, lse, out, lse, call.bias is not None, *call[:12], call.dropout_p, call.dropout_seed)
+    torch.library.opcheck(torch.ops.fastgpt.attention_backward.default, arguments)
+
+
+def test_opcheck_of_packed_sequences():
+    q, k, v = make(1, 4, 2, 8, 12, 16)
+    packing, options = (CU_Q, CU_K, 5, 6), {"sinks": torch.ones(4)}
+    torch.library.opcheck(torch.ops.fastgpt.attention_varlen_forward.default, (*packing, q, k, v, True, 0.25), options)
+    out, lse = torch.ops.fastgpt.attention_varlen_forward(*packing, q, k, v, True, 0.25, **options)
+    arguments = (out, None, out, lse, *packing, q, k, v, True, 0.25)
+    torch.library.opcheck(torch.ops.fastgpt.attention_varlen_backward.default, arguments, options)
+
+
 def test_fake_strides_are_real_strides():
     q, k, v = make(2, 4, 2, 3, 20, 16)
     real = torch.ops.fastgpt.attention_forward(q, k, v, True, 0.25)
@@ -403,10 +582,14 @@ def test_compiles_as_one_graph(feature):
     q, k, v = inputs(2, 4, 2, 5, 9, 8, torch.float32)
     arguments = options(feature, 2, 4, 5, 9, torch.float32)
     torch._dynamo.reset()  # each feature compiles this test's function anew, which is limited
-    compiled = torch.compile(lambda *x: attention(*x, **arguments, return_lse=True), fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(compiled(q, k, v), attention(q, k, v, **arguments, return_lse=True)):
-        torch.testing.assert_close(actual, expected)
-    assert compiled(q.requires_grad_(), k, v)[0].requires_grad
+
+    def eager(*x):
+        return attention(*x, **arguments, return_lse=True)
+
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), eager(q, k, v))
+    q.requires_grad_()
+    torch.testing.assert_close(*(torch.autograd.grad(f(q, k, v)[0].sum(), q) for f in (compiled, eager)))
 
 
 # Choice of implementation
@@ -419,11 +602,14 @@ def test_explain_says_what_serves_and_why_not():
         "cpp": "chosen",
         "reference": "available",
     }
-    reasons = fastgpt.explain(attention, q.requires_grad_(), k, v)
-    assert reasons["reference"] == "chosen" and "requires gradients" in reasons["cpp"]
+    assert fastgpt.explain(attention, q.requires_grad_(), k, v)["cpp"] == "chosen"
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    reasons = fastgpt.explain(attention, q, k, v, block_table=table)
+    assert reasons["reference"] == "chosen" and "no backward through a block table" in reasons["cpp"]
+    reasons = fastgpt.explain(attention, *(x.double() for x in (q, k, v)))
+    assert reasons["reference"] == "chosen" and "q is torch.float64" in reasons["cpp"]
     packed_call = (*packed(*inputs(1, 4, 2, 8, 12, 16, torch.float32)), CU_Q, CU_K, 5, 6)
-    reasons = fastgpt.explain(attention_varlen, *packed_call)
-    assert reasons["reference"] == "chosen" and "packed sequences" in reasons["cpp"]
+    assert fastgpt.explain(attention_varlen, *packed_call)["cpp"] == "chosen"
     with pytest.raises(ValueError, match="operation: expected one of fastgpt.attention"):
         fastgpt.explain(print, 1)
 
@@ -432,8 +618,8 @@ def test_a_named_implementation_does_not_fall_back():
     q, k, v = make(1, 1, 1, 2, 2, 16)
     with pytest.raises(ValueError, match="impl='triton' cannot serve this call: it runs on CUDA tensors"):
         attention(q, k, v, impl="triton")
-    with pytest.raises(ValueError, match="impl='cpp' cannot serve this call: it has no backward"):
-        attention(q.requires_grad_(), k, v, impl="cpp")
+    with pytest.raises(ValueError, match="impl='cpp' cannot serve this call: it has no backward through a block table"):
+        attention(q.requires_grad_(), k, v, impl="cpp", block_table=torch.zeros(1, 1, dtype=torch.int32))
     with pytest.raises(ValueError, match="impl: expected one of 'cpp', 'triton', 'reference' or None, got 'flash'"):
         attention(q, k, v, impl="flash")
 
@@ -500,3 +686,32 @@ def test_errors(case):
     arguments, options, error, message = BAD[case]
     with pytest.raises(error, match=message):
         attention(*arguments, **options)
+
+
+def test_operators_check_what_memory_safety_needs():
+    """Called directly, without the public function's checks."""
+    q, k, v = make(1, 4, 2, 8, 12, 16)
+    out, lse = torch.ops.fastgpt.attention_forward(q, k, v, True, 0.25)
+
+    def backward(dout=out, dlse=None, needs_dbias=False, **options):
+        torch.ops.fastgpt.attention_backward(dout, dlse, out, lse, needs_dbias, q, k, v, True, 0.25, **options)
+
+    def packed_forward(starts_q, starts_k):
+        starts = (torch.tensor(starts, dtype=torch.int32) for starts in (starts_q, starts_k))
+        torch.ops.fastgpt.attention_varlen_forward(*starts, 8, 12, q, k, v, True, 0.25)
+
+    for call, message in (
+        (lambda: backward(dout=out[:, :, :7]), "dout: unexpected shape"),
+        (lambda: backward(dout=out.half()), "dout: expected the dtype of q"),
+        (lambda: backward(dout=torch.zeros(1, 4, 16, 8).mT), "dout: expected a contiguous last dimension"),
+        (lambda: backward(dlse=lse[:, :3]), "dlse: unexpected shape"),
+        (lambda: backward(needs_dbias=True), "bias: expected a tensor"),
+        (lambda: backward(bias=torch.zeros(8, 11)), "bias: expected a shape that broadcasts"),
+        (lambda: backward(dropout_p=0.5), "dropout_seed: expected a tensor"),
+        (lambda: packed_forward([0, 9, 8], [0, 5, 12]), "cu_seqlens_q: expected numbers that ascend from 0 to 8"),
+        (lambda: packed_forward([0, 3, 8], [0, 5, 13]), "cu_seqlens_k: expected numbers that ascend from 0 to 12"),
+        (lambda: packed_forward([0, 3, 8], [0, 12]), "cu_seqlens_k: unexpected shape"),
+        (lambda: packed_forward([0], [0]), "cu_seqlens_q: expected"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()

@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastgpt.ops.checks import (
     require_broadcastable,
@@ -99,7 +100,8 @@ def attention(
             every implementation the same; None draws one from PyTorch's CPU generator.
         return_lse: also return the log-sum-exp of each row's scores. Differentiable.
         impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call. A named
-            one never falls back: it raises ValueError with the reason. `fastgpt.explain` tells without running.
+            one never falls back: it raises ValueError with the reason. `fastgpt.explain` tells without running. The
+            reference can be differentiated twice, the others once.
 
     Returns:
         out (B, H, T, D) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log.
@@ -119,7 +121,7 @@ def attention(
     )  # fmt: skip
     try:
         chosen = choose("attention", IMPLEMENTATIONS, impl, call)
-        if chosen != "cpp":  # which checks for itself, in a fraction of the time
+        if chosen != "cpp" or dropout_p > 0:  # cpp checks for itself, in a fraction of the time, all but the seed
             _check(call)
         if dropout_p > 0:
             call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device))
@@ -406,9 +408,7 @@ def _triton_refuses(call: Call):
         return "triton is not installed"
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
-    if _needs_gradients(call) and (call.block_table is not None or call.k_scale is not None):
-        return "it has no backward through a block table or 8-bit keys, and q, k, v, bias or sinks requires gradients"
-    return None
+    return _has_no_backward(call)
 
 
 def _cpp_refuses(call: Call):
@@ -416,20 +416,19 @@ def _cpp_refuses(call: Call):
         return runs_elsewhere("CPU", "q", call.q.device)
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
-    for name in ("softcap", "alibi_slopes", "sinks", "mask", "bias"):
-        if getattr(call, name) is not None:
-            return f"it does not take {name} yet"
-    if call.dropout_p:
-        return "it does not take dropout_p yet"
-    if _needs_gradients(call):
-        return "it has no backward, and q, k or v requires gradients"
+    return _has_no_backward(call)
+
+
+def _has_no_backward(call: Call):
+    if _needs_gradients(call) and (call.block_table is not None or call.k_scale is not None):
+        return "it has no backward through a block table or 8-bit keys, and q, k, v, bias or sinks requires gradients"
     return None
 
 
 # In order of preference: the first that does not refuse serves the call.
 IMPLEMENTATIONS = {"cpp": _cpp_refuses, "triton": _triton_refuses, "reference": lambda call: None}
 VARLEN_IMPLEMENTATIONS = {
-    "cpp": lambda call: "it does not take packed sequences yet",
+    "cpp": _cpp_refuses,
     "triton": _triton_refuses,
     "reference": lambda call: None,
 }
@@ -525,6 +524,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse):
         out, lse, *tensors = ctx.saved_tensors
         call = ctx.options._replace(**dict(zip(ctx.names, tensors)))
@@ -605,6 +605,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse):
         out, lse, cu_q, cu_k, q, k, v, slopes, sinks, seed = ctx.saved_tensors
         call = ctx.options._replace(q=q, k=k, v=v, alibi_slopes=slopes, sinks=sinks, dropout_seed=seed)

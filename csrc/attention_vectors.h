@@ -1,0 +1,236 @@
+// Vectors for the attention kernels: arithmetic on kWidth floats at a time (GCC's vector extension, which Clang shares),
+// e^x and tanh, dropout's random numbers, conversion from and to stored elements, and the matrix product.
+//
+// For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
+
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#include "cpu_level.h"
+#include "elements.h"
+
+namespace fastgpt::FASTGPT_CPU_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers accumulate
+#elif defined(__AVX2__)
+constexpr int kWidth = 8, kTileRows = 6, kTileVectors = 2;  // 12 of 16
+#else
+constexpr int kWidth = 4, kTileRows = 6, kTileVectors = 2;  // 12 of 16 (SSE2) or of 32 (NEON)
+#endif
+
+typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
+typedef int32_t IntVector __attribute__((vector_size(kWidth * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(kWidth * sizeof(float))));
+typedef uint64_t LongWords __attribute__((vector_size(kWidth * sizeof(float))));
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2e = 1.44269504088896340736f;
+
+inline Vector load(const float* source) {
+  Vector x;
+  std::memcpy(&x, source, sizeof x);
+  return x;
+}
+
+inline void store(float* target, Vector x) { std::memcpy(target, &x, sizeof x); }
+
+inline IntVector load(const int32_t* source) {
+  IntVector x;
+  std::memcpy(&x, source, sizeof x);
+  return x;
+}
+
+inline Vector broadcast(float x) { return x - Vector{}; }
+
+inline IntVector broadcast(int32_t x) { return x - IntVector{}; }
+
+inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
+
+typedef float Quad __attribute__((vector_size(16)));
+
+// One vector's lanes combined pairwise, halves first.
+template <int kLanes, typename Combine>
+inline float reduce(const float* lanes, Combine combine) {
+  if constexpr (kLanes == 4) {
+    Quad x;
+    std::memcpy(&x, lanes, sizeof x);
+    return combine(combine(x[0], x[2]), combine(x[1], x[3]));
+  } else {
+    typedef float Half __attribute__((vector_size(kLanes / 2 * sizeof(float))));
+    Half low, high;
+    std::memcpy(&low, lanes, sizeof low);
+    std::memcpy(&high, lanes + kLanes / 2, sizeof high);
+    low = combine(low, high);
+    return reduce<kLanes / 2>(reinterpret_cast<const float*>(&low), combine);
+  }
+}
+
+inline float sum(Vector x) {
+  return reduce<kWidth>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a + b; });
+}
+
+inline float maximum(Vector x) {
+  return reduce<kWidth>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// Exchanges the lanes of a whose number has the bit kBit for those of b whose number lacks it.
+template <int kBit, size_t... kLanes>
+inline void exchange(Vector& a, Vector& b, std::index_sequence<kLanes...>) {
+#if defined(__clang__)
+  const Vector low = __builtin_shufflevector(a, b, (kLanes & kBit ? kWidth + kLanes - kBit : kLanes)...);
+  b = __builtin_shufflevector(a, b, (kLanes & kBit ? kWidth + kLanes : kLanes + kBit)...);
+#else
+  const Vector low = __builtin_shuffle(a, b, IntVector{(kLanes & kBit ? kWidth + kLanes - kBit : kLanes)...});
+  b = __builtin_shuffle(a, b, IntVector{(kLanes & kBit ? kWidth + kLanes : kLanes + kBit)...});
+#endif
+  a = low;
+}
+
+// Lane j of vector i goes to lane i of vector j, bit by bit of i and j.
+template <int kBit = kWidth / 2>
+inline void transpose(Vector (&rows)[kWidth]) {
+  for (int i = 0; i < kWidth; ++i) {
+    if (!(i & kBit)) exchange<kBit>(rows[i], rows[i + kBit], std::make_index_sequence<kWidth>());
+  }
+  if constexpr (kBit > 1) transpose<kBit / 2>(rows);
+}
+
+// e^x for x <= 0, zero below 2^-126: with y = x · log2(e), 2^y = 2^n · 2^f where n = round(y) and a polynomial for 2^f
+// on [-1/2, 1/2], fitted for least relative error (1.9e-9 before rounding). Scores stay in natural units until here: the
+// rounding of y then matters least for the largest weights, while scores in base 2 would all carry it at full size.
+inline Vector exp_nonpositive(Vector natural) {
+  const Vector x = natural * kLog2e;
+  const Vector lowest = broadcast(-126.0f), clamped = x < lowest ? lowest : x;
+  const Vector shifter = broadcast(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer in the low bits
+  const Vector shifted = clamped + shifter;
+  const Vector f = clamped - (shifted - shifter);
+  Vector y = broadcast(1.534581097e-04f);
+  y = y * f + 1.339993090e-03f;
+  y = y * f + 9.618489072e-03f;
+  y = y * f + 5.550328642e-02f;
+  y = y * f + 2.402264625e-01f;
+  y = y * f + 6.931471825e-01f;
+  y = y * f + 1.0f;
+  IntVector n, bits;
+  std::memcpy(&n, &shifted, sizeof n);
+  std::memcpy(&bits, &y, sizeof bits);
+  bits += n << 23;  // the shifter's own bits are shifted out
+  std::memcpy(&y, &bits, sizeof y);
+  y = x == x ? y : x;  // NaN stays
+  return x < lowest ? Vector{} : y;
+}
+
+inline float exp_nonpositive(float x) { return exp_nonpositive(broadcast(x))[0]; }
+
+// Below 0.625 an odd polynomial (that of Cephes' tanhf), as 1 - e^-2x cancels there: within 2 units in the last place.
+inline Vector tanh(Vector x) {
+  const Vector magnitude = x < 0.0f ? -x : x, square = x * x;
+  Vector y = broadcast(-5.70498872745e-03f);
+  y = y * square + 2.06390887954e-02f;
+  y = y * square - 5.37397155531e-02f;
+  y = y * square + 1.33314422036e-01f;
+  y = y * square - 3.33332819422e-01f;
+  const Vector small = y * square * x + x;
+  const Vector e = exp_nonpositive(-2.0f * magnitude), large = (1.0f - e) / (1.0f + e);
+  return magnitude < 0.625f ? small : x < 0.0f ? -large : large;
+}
+
+// The four words of Philox4x32-10, as in fastgpt/ops/dropout.py, for the counter (c0, c1, c2, c3) in each lane.
+struct PhiloxWords {
+  Words word[4];
+};
+
+inline PhiloxWords philox(uint64_t seed, Words c0, Words c1, Words c2, Words c3) {
+  // The upper halves of the products of each lane and a constant: of even lanes and of odd ones.
+  const auto high_product = [](Words x, uint64_t factor) {
+    LongWords pairs;
+    std::memcpy(&pairs, &x, sizeof pairs);
+    pairs = ((pairs & 0xffffffffu) * factor >> 32) | ((pairs >> 32) * factor & 0xffffffff00000000u);
+    std::memcpy(&x, &pairs, sizeof x);
+    return x;
+  };
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const Words a = high_product(c0, 0xD2511F53u), b = high_product(c2, 0xCD9E8D57u);
+    const Words low_a = c0 * 0xD2511F53u, low_b = c2 * 0xCD9E8D57u;
+    c0 = b ^ c1 ^ k0, c1 = low_b, c2 = a ^ c3 ^ k1, c3 = low_a;
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// `count` elements of `element`, from index `offset` of `source`, as floats.
+inline void convert(const void* source, int64_t offset, int64_t count, Element element, float* target) {
+  if (element == Element::float32) {
+    std::memcpy(target, static_cast<const float*>(source) + offset, count * sizeof(float));
+  } else if (element == Element::float16) {
+    const uint16_t* x = static_cast<const uint16_t*>(source) + offset;
+    for (int64_t i = 0; i < count; ++i) target[i] = half_to_float(x[i]);
+  } else if (element == Element::bfloat16) {
+    const uint16_t* x = static_cast<const uint16_t*>(source) + offset;
+    for (int64_t i = 0; i < count; ++i) target[i] = bfloat16_to_float(x[i]);
+  } else if (element == Element::int8) {
+    const int8_t* x = static_cast<const int8_t*>(source) + offset;
+    for (int64_t i = 0; i < count; ++i) target[i] = static_cast<float>(x[i]);
+  } else {
+    const uint8_t* x = static_cast<const uint8_t*>(source) + offset;
+    for (int64_t i = 0; i < count; ++i) target[i] = e4m3_to_float(x[i]);
+  }
+}
+
+inline void write(float x, void* target, int64_t offset, Element element) {
+  if (element == Element::float32) {
+    static_cast<float*>(target)[offset] = x;
+  } else {
+    static_cast<uint16_t*>(target)[offset] = element == Element::float16 ? float_to_half(x) : float_to_bfloat16(x);
+  }
+}
+
+// c[i][j] (+)= sum_k a[i][k] · b[k][j] for i < kRows and j < kVectors vectors. Strides in floats. What c held joins last,
+// so that the rounding of a long sum grows with the number of blocks, not of terms.
+template <int kRows, int kVectors>
+inline void multiply_tile(
+    const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row, int64_t K,
+    bool accumulate) {
+  Vector total[kRows][kVectors] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    Vector row[kVectors];
+    for (int j = 0; j < kVectors; ++j) row[j] = load(b + k * b_k + j * kWidth);
+    for (int i = 0; i < kRows; ++i) {
+      const Vector factor = broadcast(a[i * a_row + k * a_k]);
+      for (int j = 0; j < kVectors; ++j) total[i][j] += factor * row[j];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) {
+      float* target = c + i * c_row + j * kWidth;
+      store(target, accumulate ? load(target) + total[i][j] : total[i][j]);
+    }
+  }
+}
+
+// The same for any number of rows and vectors, tile by tile.
+template <int kRows, int kVectors>
+inline void multiply(
+    int64_t rows, int64_t vectors, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c,
+    int64_t c_row, int64_t K, bool accumulate) {
+  for (; rows >= kRows; rows -= kRows, a += kRows * a_row, c += kRows * c_row) {
+    int64_t j = 0;
+    for (; j + kVectors <= vectors; j += kVectors) {
+      multiply_tile<kRows, kVectors>(a, a_row, a_k, b + j * kWidth, b_k, c + j * kWidth, c_row, K, accumulate);
+    }
+    for (; j < vectors; ++j) {
+      multiply_tile<kRows, 1>(a, a_row, a_k, b + j * kWidth, b_k, c + j * kWidth, c_row, K, accumulate);
+    }
+  }
+  if constexpr (kRows > 1) {
+    if (rows) multiply<kRows - 1, kVectors>(rows, vectors, a, a_row, a_k, b, b_k, c, c_row, K, accumulate);
+  }
+}
+
+}  // namespace
+}  // namespace fastgpt::FASTGPT_CPU_LEVEL
