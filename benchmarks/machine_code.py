@@ -11,6 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastgpt.kernels.attention_forward import Tile
+
 # Shared memory a block may use, in bytes. Chips of compute capability 8.6 and 8.9 run the code of 8.0 in 99 KiB.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
@@ -85,17 +87,34 @@ def usage_of(compiled) -> Usage:
     return Usage(registers, stack + local, compiled.metadata.shared)
 
 
-def is_demanding(name: str, dtype: torch.dtype, cache_dtype: torch.dtype, constants: dict, given: tuple) -> bool:
-    """Whether a kernel is, of its tile and kind of load, under the most register pressure: every mask, every feature."""
-    features = {name for name in given if not name.endswith("_desc")}
-    if dtype is torch.bfloat16:
-        return False
-    if constants["HEAD_DIM"] == constants["BLOCK_D"]:  # a kernel most of whose registers go to its tiles
-        return not features and constants["IS_CAUSAL"] and name not in ("_combine", "_attend_split")
+def demanding(configurations) -> list:
+    """Of each tile, the kernels under the most register pressure: every mask, every feature; and, as most of their registers
+    go to the tile, those of nothing but a whole head dim. With bulk copies, where a call may have them.
+
+    configurations: (kernel, or its name, dtype, the cache's dtype, constants, optional arguments given), as of
+    aot_configurations.
+    """
+    chosen = {}
+    for configuration in configurations:
+        function, dtype, cache_dtype, constants, given = configuration
+        name = getattr(function, "__name__", function)
+        features = frozenset(name for name in given if not name.endswith("_desc"))
+        if dtype is torch.bfloat16 or not _presses(name, constants, features):
+            continue
+        key = (name, dtype, cache_dtype, features, tuple(constants[n] for n in constants if n not in Tile._fields))
+        if key not in chosen or len(given) > len(features):
+            chosen[key] = configuration
+    return list(chosen.values())
+
+
+def _presses(name: str, constants: dict, features: frozenset) -> bool:
     if name == "_combine":
-        return "sinks_ptr" in given
+        return "sinks_ptr" in features and constants["HEAD_DIM"] == constants["BLOCK_D"]
+    if constants["HEAD_DIM"] == constants["BLOCK_D"]:
+        return not features and constants["IS_CAUSAL"] and name != "_attend_split"
     if name == "_attend_split":
-        return "sinks_ptr" in given or (cache_dtype is dtype and "block_table_ptr" in given)
-    whole_bias = not (constants.get("ONE_ROW") or constants.get("ONE_COLUMN"))
-    most = features == {"kv_lengths_ptr"} or {"alibi_ptr", "bias_ptr", "seed_ptr"} <= features
-    return constants["IS_CAUSAL"] and most and whole_bias
+        return "sinks_ptr" in features
+    if not constants["IS_CAUSAL"] or constants.get("ONE_ROW") or constants.get("ONE_COLUMN"):
+        return False
+    rich = {"bias_ptr", "seed_ptr", "mask_ptr" if name.startswith("_backward") else "alibi_ptr"}
+    return features == {"kv_lengths_ptr"} or rich <= features

@@ -14,14 +14,14 @@ import itertools
 import torch
 import triton
 
-from benchmarks.machine_code import compile_for, is_demanding, usage_of
+from benchmarks.machine_code import compile_for, demanding, usage_of
 from fastgpt.kernels import attention_backward as backward
 from fastgpt.kernels import attention_forward as forward
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
 from fastgpt.kernels.attention_forward import Tile
 
 TABLES = {"forward": forward.TILES, "rich forward": forward.RICH_TILES, **backward.TILES}
-OPTIONAL_AND_RICH = {"alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr"}
+RICH = {"alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr"}
 PASSES = {
     "_attention_forward": "forward", "_backward_keys": "keys", "_backward_queries": "queries", "_backward_bias": "queries",
 }  # fmt: skip
@@ -33,17 +33,14 @@ def candidates():
     return [Tile(m, n, warps, stages) for (m, n) in sizes for stages in (4, 3, 2, 1) for warps in (4, 8)]
 
 
-def demanding(table: str, key: tuple[int, int], arch: int) -> list:
-    """The kernels that decide whether a tile fits: (kernel, dtype, the cache's dtype, constants, given)."""
+def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
+    """The kernels that decide whether a tile fits, as machine_code.demanding gives them."""
     chosen = []
-    for function, *rest in (*forward.aot_configurations(arch), *backward.aot_configurations(arch)):
-        dtype, _, constants, given = rest
-        rich = "rich " if OPTIONAL_AND_RICH & set(given) else ""
-        of_tile = (constants["BLOCK_D"], dtype.itemsize) == key and rich + PASSES[function.__name__] == table
-        bulk = any(name.endswith("_desc") for name in given)
-        of_tile = of_tile and (bulk or arch == 80 or key[1] == 4 or function is backward._backward_bias)
-        if of_tile and is_demanding(function.__name__, *rest):
-            chosen.append((function, *rest))
+    for configuration in demanding([*forward.aot_configurations(arch), *backward.aot_configurations(arch)]):
+        function, dtype, _, constants, given = configuration
+        rich = "rich " if RICH & set(given) else ""
+        if (constants["BLOCK_D"], dtype.itemsize) == key and rich + PASSES[function.__name__] == table:
+            chosen.append(configuration)
     return chosen
 
 
@@ -101,7 +98,7 @@ def main() -> None:
     for table, key in itertools.product(args.table or TABLES, forward.TILES):
         if key[0] not in (args.head_dim or (key[0],)) or key[1] not in (args.bytes or (key[1],)):
             continue
-        kernels = demanding(table, key, arch)
+        kernels = kernels_of(table, key, arch)
         ships = TABLES[table][key][ARCHITECTURES.index(arch)]
         for tile in candidates():
             fits, what = fit(tile, kernels, arch)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.machine_code import SHARED_MEMORY, compile_for, is_demanding, usage_of  # noqa: E402
+from benchmarks.machine_code import SHARED_MEMORY, compile_for, demanding, usage_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
@@ -54,7 +54,9 @@ def assert_sound(arch, module, chosen):
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("module", MODULES)
 def test_demanding_kernels(module, arch):
-    assert_sound(arch, module, [x for x in configurations(module, arch) if is_demanding(*x)])
+    """Those in fp32, which use the same instructions everywhere, for one architecture."""
+    chosen = demanding(configurations(module, arch))
+    assert_sound(arch, module, [x for x in chosen if x[1] is not torch.float32 or arch == 90])
 
 
 @pytest.mark.skipif("FASTGPT_TEST_ALL_MACHINE_CODE" not in os.environ, reason="takes hours on two cores")
