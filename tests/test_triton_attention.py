@@ -11,6 +11,8 @@ import torch
 from attention_features import FEATURES, inputs, options
 from attention_parity import compare, run_triton
 from numerics import BACKWARD, check
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
@@ -229,6 +231,29 @@ def test_gradients_are_the_same_bits_on_every_run(feature, shape):
     results, again = run_triton(call, douts), run_triton(call, douts)
     for name, x in results.items():
         assert torch.equal(x, again[name]), name
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes that any result of PyTorch has, while it is on."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return result
+
+
+@runs_kernel
+def test_no_matrix_of_scores_is_held():
+    T = 192
+    call = ops.Call(*inputs(1, 2, 1, T, T, 16, torch.float32, DEVICE), scale=0.25, sinks=torch.zeros(2, device=DEVICE))
+    douts = torch.randn_like(call.q), torch.randn(1, 2, T, device=DEVICE)
+    with Allocations() as allocations:
+        run_triton(call, douts)
+    assert 0 < allocations.largest <= call.q.nbytes
 
 
 @pytest.mark.slow

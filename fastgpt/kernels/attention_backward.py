@@ -31,10 +31,10 @@ from fastgpt.kernels.attention_tiles import LOG2_E, aligned_rows, kept_weights, 
 # The rich ones leave registers for scores that are more than q·k · scale; the bias's pass uses that of the queries.
 TILES = {
     "keys": {
-        (16, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
-        (32, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
-        (64, 2): (Tile(64, 32, 8, 1), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
-        (128, 2): (Tile(32, 32, 4, 1), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+        (16, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
+        (32, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
+        (64, 2): (Tile(64, 32, 8, 1), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
+        (128, 2): (Tile(32, 32, 4, 1), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         (256, 2): (Tile(32, 32, 8, 1),) * 3,
         (16, 4): (Tile(32, 64, 8, 2),) * 3,
         (32, 4): (Tile(32, 32, 8, 2),) * 3,
