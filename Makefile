@@ -9,10 +9,10 @@ SUITABLE_TORCH := import torch; v = torch.__version__.split("."); assert (int(v[
 VENV ?= $(shell $(PYTHON) -c '$(SUITABLE_TORCH)' 2>/dev/null || echo .venv)
 # Only as long as nothing that is compiled has changed.
 INSTALLED := $(or $(VENV),build)/.fastgpt-installed
-RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+RUN := $(if $(VENV),$(abspath $(VENV))/bin/python,$(PYTHON))
 OUT ?= build/gpu
 
-.PHONY: demo test test-quick bench gpu sweep clean
+.PHONY: demo test test-quick sanitize bench gpu sweep clean
 
 demo: $(INSTALLED)
 	$(RUN) -m fastgpt generate "ROMEO:" --compare-cache --temperature 0.8 --seed 1
@@ -22,6 +22,19 @@ test: $(INSTALLED)
 
 test-quick: $(INSTALLED)
 	$(RUN) -m pytest -m "not slow"
+
+# The CPU operations under AddressSanitizer and UBSan, at every CPU level: a copy of the project is built and tested in
+# build/sanitize. libstdc++ is preloaded because the sanitizer looks there for what throws exceptions.
+SANITIZED := CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+PRELOADED := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
+sanitize: $(INSTALLED)
+	rm -rf build/sanitize/csrc build/sanitize/fastgpt build/sanitize/tests
+	mkdir -p build/sanitize
+	cp -rp setup.py pyproject.toml README.md LICENSE csrc fastgpt tests build/sanitize
+	rm -f build/sanitize/fastgpt/*.so
+	cd build/sanitize && $(SANITIZED) FASTGPT_BUILD_CUDA=0 $(RUN) setup.py -q build_ext --inplace
+	cd build/sanitize && $(PRELOADED) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -x \
+	    tests/test_attention.py tests/test_cache.py tests/test_kv_cache_update.py tests/test_page_allocator.py
 
 # Times the operations here, and brings the results and README up to date.
 bench: $(INSTALLED)
