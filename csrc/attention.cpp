@@ -12,7 +12,9 @@
 #include "parallel.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
-    void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace);)
+    void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace);
+    // Joins the splits of B · H_kv blocks of queries.
+    void attention_forward_join(const AttentionForward& args, int64_t begin, int64_t end, float* workspace);)
 
 namespace fastgpt {
 namespace {
@@ -49,9 +51,20 @@ std::tuple<Tensor, Tensor> run(AttentionForward& args, const Tensor& q) {
   args.out = {out.mutable_data_ptr(), packed ? 0 : T * H * D, D, H * D};
   args.lse = {static_cast<float*>(lse.mutable_data_ptr()), packed ? 0 : H * T, T, 1};
 
-  const auto kernel = FASTGPT_AT_CPU_LEVEL(attention_forward);
-  const auto tasks = [&](int64_t begin, int64_t end) { kernel(args, begin, end, workspace(attention_workspace(D))); };
-  for_tasks(args.tasks(), 2 * D * args.S * std::min(args.H / args.H_kv * args.T, kBlockM) + 1, tasks);
+  const auto run_tasks = [&](auto kernel, int64_t tasks, int64_t keys) {
+    const int64_t work = 2 * D * keys * std::min(args.H / args.H_kv * args.T, kBlockM) + 1;
+    for_tasks(tasks, work, [&](int64_t begin, int64_t end) {
+      kernel(args, begin, end, workspace(attention_workspace(D)));
+    });
+  };
+  const int64_t splits = args.splits();
+  Scratch partial;
+  if (splits > 1) {
+    partial = scratch(args.tasks() * args.split_size());
+    args.partial = partial.get();
+  }
+  run_tasks(FASTGPT_AT_CPU_LEVEL(attention_forward), args.tasks(), splits > 1 ? kSplit : args.S);
+  if (splits > 1) run_tasks(FASTGPT_AT_CPU_LEVEL(attention_forward_join), args.B * args.H_kv, splits);
   return {out, lse};
 }
 

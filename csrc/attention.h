@@ -9,6 +9,14 @@ namespace fastgpt {
 // Queries and keys that a kernel holds at a time, in rows.
 constexpr int64_t kBlockM = 64, kBlockN = 64;
 
+// With up to kFewQueries that share a key/value head, as in decoding, a task takes kSplit keys only: there may be fewer
+// heads than threads. What belongs to which split depends on the shape alone.
+constexpr int64_t kFewQueries = 8, kSplit = 2048;
+
+constexpr int64_t kMaxHeadDim = 256;
+
+constexpr int64_t padded_head_dim(int64_t D) { return (D + 15) / 16 * 16; }
+
 // One row of D numbers per query: (B, H, T, D), last dimension contiguous; or one number per query, (B, H, T). Strides
 // in elements.
 template <typename Data>
@@ -70,12 +78,15 @@ struct Attention {
 struct AttentionForward : Attention {
   PerQuery<void*> out;
   PerQuery<float*> lse;  // natural log
+  float* partial;        // split_size() floats for each (b, h_kv, split), if there is more than one split
 
-  // A task is one block of queries of one (b, h_kv).
-  int64_t tasks() const { return B * H_kv * blocks(); }
+  bool few_queries() const { return H / H_kv * T <= kFewQueries && !dropout_seed; }
+  int64_t splits() const { return few_queries() && S > kSplit ? (S + kSplit - 1) / kSplit : 1; }
+  int64_t split_size() const { return H / H_kv * T * (padded_head_dim(D) + 2); }
+
+  // A task is one block of queries of one (b, h_kv), and one split of its keys.
+  int64_t tasks() const { return B * H_kv * blocks() * splits(); }
 };
-
-constexpr int64_t padded_head_dim(int64_t D) { return (D + 15) / 16 * 16; }
 
 // Floats of scratch memory, 64-byte aligned, that a thread needs for head dim D.
 constexpr int64_t attention_workspace(int64_t D) {

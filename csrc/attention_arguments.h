@@ -124,7 +124,7 @@ inline void set_queries(Attention& args, const Tensor& q, const Tensor& k, Featu
   args.B = q.size(0), args.H = q.size(1), args.T = q.size(2), args.D = q.size(3);
   args.H_kv = k.size(1), args.S = k.size(2);
   STD_TORCH_CHECK(args.H_kv > 0 && args.H % args.H_kv == 0, "k: expected a number of heads that divides q's");
-  STD_TORCH_CHECK(args.D >= 1 && args.D <= 256, "q: expected a head dim from 1 to 256");
+  STD_TORCH_CHECK(args.D >= 1 && args.D <= kMaxHeadDim, "q: expected a head dim from 1 to 256");
   STD_TORCH_CHECK(args.T <= INT32_MAX, "q: expected at most 2^31 - 1 queries");
   args.element = element_of(q, "q"), args.key_element = element_of(k, "k");
   STD_TORCH_CHECK(size_of(args.element) > 1, "q: expected dtype float32, float16 or bfloat16");

@@ -92,11 +92,10 @@ class BackwardBlock : QueryBlock {
       float *q = w_.q + r * D_, *dout = w_.dout + r * D_;
       load_row(args_.q, r, q);
       load_row(grads_.dout, r, dout);
-      for (int64_t d = 0; d < args_.D; ++d) {
-        q[d] *= args_.scale;
-        w_.q_columns[d * kBlockM + r] = q[d], w_.dout_columns[d * kBlockM + r] = dout[d];
-      }
+      for (int64_t d = 0; d < args_.D; ++d) q[d] *= args_.scale;
     }
+    to_columns(w_.q, w_.q_columns);
+    to_columns(w_.dout, w_.dout_columns);
   }
 
   // Where the tile of the keys from n on is in a panel (S, kBlockM).
@@ -236,11 +235,12 @@ class BackwardBlock : QueryBlock {
   }
 
   void write_dq() const {
+    float* rows = w_.q_columns;  // not in use any more
+    to_rows(w_.dq, rows);
     for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t offset = at(grads_.dq, r);
-      for (int64_t d = 0; d < args_.D; ++d) {
-        write(w_.dq[d * kBlockM + r] * args_.scale, grads_.dq.data, offset + d, args_.element);
-      }
+      float* row = rows + r * D_;
+      for (int64_t d = 0; d < args_.D; ++d) row[d] *= args_.scale;
+      write(row, args_.D, grads_.dq.data, at(grads_.dq, r), args_.element);
     }
   }
 
@@ -252,11 +252,10 @@ class BackwardBlock : QueryBlock {
 void write_key_gradients(
     const AttentionBackward& args, const KeyGradients& target, int64_t b, int64_t h_kv, int64_t first, int64_t rows,
     int64_t seen, const float* source) {
+  const float zeros[kMaxHeadDim] = {};
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t offset = b * target.stride_b + h_kv * target.stride_h + (first + i) * target.stride_s;
-    for (int64_t d = 0; d < args.D; ++d) {
-      write(i < seen ? source[i * padded_head_dim(args.D) + d] : 0.0f, target.data, offset + d, args.element);
-    }
+    write(i < seen ? source + i * padded_head_dim(args.D) : zeros, args.D, target.data, offset, args.element);
   }
 }
 

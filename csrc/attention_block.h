@@ -81,32 +81,46 @@ class QueryBlock {
     int64_t stride;
   };
   Rows load_keys(const Keys& source, int64_t n, int64_t keys, float* copy) const {
-    for (int64_t i = 0, run; i < keys; i += run) {  // of rows that lie together: up to the end of a page
-      int64_t b = b_, row = sequence_.first_k + n + i;
-      run = keys - i;
-      if (args_.block_table) {
-        b = args_.block_table[b_ * args_.table_stride_b + row / args_.page * args_.table_stride_p];
-        row %= args_.page;
-        run = run < args_.page - row ? run : args_.page - row;
+    Rows rows{copy, D_};
+    each_run(source, n, keys, [&](int64_t i, int64_t count, int64_t offset, const float* scale) {
+      if (count == keys && args_.key_element == Element::float32 && args_.D % kWidth == 0) {
+        rows = {static_cast<const float*>(source.data) + offset, source.stride_s};
+        return;
       }
-      const int64_t offset = b * source.stride_b + h_kv_ * source.stride_h + row * source.stride_s;
-      if (run == keys && args_.key_element == Element::float32 && args_.D % kWidth == 0) {
-        return {static_cast<const float*>(source.data) + offset, source.stride_s};
-      }
-      const float* scale =
-          source.scale + b * source.scale_stride_b + h_kv_ * source.scale_stride_h + row * source.scale_stride_s;
-      for (int64_t j = 0; j < run; ++j) {
+      for (int64_t j = 0; j < count; ++j) {
         float* target = copy + (i + j) * D_;
         convert(source.data, offset + j * source.stride_s, args_.D, args_.key_element, target);
-        if (source.scale) {
+        if (scale) {
           const float factor = scale[j * source.scale_stride_s];
           for (int64_t d = 0; d < args_.D; ++d) target[d] *= factor;
         }
         for (int64_t d = args_.D; d < D_; ++d) target[d] = 0.0f;
       }
-    }
-    return {copy, D_};
+    });
+    return rows;
   }
+
+  // Keys or values from n on in runs that lie together, up to the end of a page. function(first, count, offset, scale)
+  // gets the number of a run's first key counted from n, the index of its first element, and its scale or null.
+  template <typename Function>
+  void each_run(const Keys& source, int64_t n, int64_t keys, const Function& function) const {
+    for (int64_t i = 0, count; i < keys; i += count) {
+      int64_t b = b_, row = sequence_.first_k + n + i;
+      count = keys - i;
+      if (args_.block_table) {
+        b = args_.block_table[b_ * args_.table_stride_b + row / args_.page * args_.table_stride_p];
+        row %= args_.page;
+        count = count < args_.page - row ? count : args_.page - row;
+      }
+      const float* scale = source.scale ? source.scale + b * source.scale_stride_b + h_kv_ * source.scale_stride_h +
+              row * source.scale_stride_s : nullptr;
+      function(i, count, b * source.stride_b + h_kv_ * source.stride_h + row * source.stride_s, scale);
+    }
+  }
+
+  // The block's rows (kBlockM, D_) to columns (D_, kBlockM), and back. Whole vectors of them.
+  void to_columns(const float* rows, float* columns) const { transpose_all(rows, D_, rows_, columns, kBlockM, D_); }
+  void to_rows(const float* columns, float* rows) const { transpose_all(columns, kBlockM, D_, rows, D_, rows_); }
 
   // The first key of the first tile. Tiles are aligned, as pages are.
   int64_t start() const { return first_begin_ / kBlockN * kBlockN; }
@@ -205,6 +219,18 @@ class QueryBlock {
   float slope_[kBlockM] = {};
 
  private:
+  static void transpose_all(
+      const float* source, int64_t source_stride, int64_t lines, float* target, int64_t target_stride, int64_t lanes) {
+    for (int64_t i = 0; i < lines; i += kWidth) {
+      for (int64_t j = 0; j < lanes; j += kWidth) {
+        Vector block[kWidth];
+        for (int64_t l = 0; l < kWidth; ++l) block[l] = load(source + (i + l) * source_stride + j);
+        transpose(block);
+        for (int64_t l = 0; l < kWidth; ++l) store(target + (j + l) * target_stride + i, block[l]);
+      }
+    }
+  }
+
   template <Along kAlong, typename Function>
   void each_vector(int64_t keys, Function function) const {
     const int64_t lines = kAlong == Along::queries ? keys : rows_, lanes = kAlong == Along::queries ? rows_ : keys;

@@ -3,20 +3,23 @@
 // Many queries ("wide"): everything is held transposed, a vector running along the queries. Scores are then
 // K · Q^T and outputs V^T · P^T, in which K and V are the operands that are broadcast from where they lie, so neither is
 // packed, and the softmax runs along the vectors' lanes without horizontal sums.
-// Few queries ("narrow", decoding): a vector runs along the head dim, and each key is read once from memory.
+// Few queries ("narrow", decoding): a vector runs along the head dim, and keys are read once from memory, as they are
+// stored: they turn into floats on their way to the arithmetic.
 
 #include "attention_block.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kNarrowRows = kWidth / 4 < 2 ? 2 : kWidth / 4;
+// Queries at a time that share a value's way from memory.
+constexpr int64_t kNarrowRows = 4;
 
-// One block of queries against all its keys.
+// One block of queries against all its keys, or one split of them.
 class ForwardBlock : QueryBlock {
  public:
-  ForwardBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, float* workspace)
-      : QueryBlock(args, b, h_kv, first), results_(args) {
+  ForwardBlock(
+      const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block, int64_t split, float* workspace)
+      : QueryBlock(args, b, h_kv, block * kBlockM), results_(args), narrow_(rows_ <= kFewQueries && !args.dropout_seed) {
     q_ = workspace;
     acc_ = q_ + D_ * kBlockM;
     scores_ = acc_ + D_ * kBlockM;
@@ -26,38 +29,71 @@ class ForwardBlock : QueryBlock {
     max_ = v_ + kBlockN * D_;
     sum_ = max_ + kBlockM;
     rescale_ = sum_ + kBlockM;
+    begin_ = start(), end_ = last_end_;
+    if (args.splits() > 1) {
+      partial_ = args.partial + ((b * args.H_kv + h_kv) * args.splits() + split) * args.split_size();
+      begin_ = begin_ > split * kSplit ? begin_ : split * kSplit;
+      end_ = end_ < (split + 1) * kSplit ? end_ : (split + 1) * kSplit;
+    }
   }
 
   void run() {
     if (rows_ == 0) return;  // a shorter sequence than the longest
-    std::memset(acc_, 0, D_ * kBlockM * sizeof(float));
-    for (int64_t r = 0; r < kBlockM; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f;
-    // Dropout's random numbers come for vectors of queries.
-    const bool narrow = rows_ <= kNarrowRows && !args_.dropout_seed;
-    load_queries(narrow);
+    load_queries();
+    clear();
     bool first = true;
-    for (int64_t n = start(); n < last_end_; n += kBlockN) {
+    for (int64_t n = begin_; n < end_; n += kBlockN) {
       const int64_t keys = keys_from(n);
       if (args_.mask.data && !mask_shows(n, keys)) continue;
-      if (narrow) {
+      if (narrow_) {
         step_narrow(n, keys, first);
       } else {
         step_wide(n, keys, first);
       }
       first = false;
     }
-    write_results(narrow);
+    if (partial_) {
+      write_partial();
+    } else {
+      write_results();
+    }
+  }
+
+  // Of a block that was made for the first split, when all splits have run.
+  void join() {
+    if (rows_ == 0) return;
+    clear();
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (int64_t s = 0; s < results_.splits(); ++s) {
+        const float highest = partial(s, r)[D_];
+        max_[r] = highest > max_[r] ? highest : max_[r];
+      }
+      const float shift = max_[r] > -kInfinity ? max_[r] : 0.0f;  // as in step_wide
+      for (int64_t s = 0; s < results_.splits(); ++s) {
+        const float *part = partial(s, r), factor = exp_nonpositive(part[D_] - shift);
+        for (int64_t d = 0; d < D_; ++d) acc_[r * D_ + d] += part[d] * factor;
+        sum_[r] += part[D_ + 1] * factor;
+      }
+    }
+    write_results();
   }
 
  private:
+  void clear() {
+    std::memset(acc_, 0, D_ * kBlockM * sizeof(float));
+    for (int64_t r = 0; r < kBlockM; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f;
+  }
+
   // q · scale: (rows, D_) when narrow, transposed to (D_, kBlockM) when wide. What lies beyond is zero.
-  void load_queries(bool narrow) {
-    std::memset(q_, 0, D_ * kBlockM * sizeof(float));
-    float* row = scores_;  // not in use yet, and large enough: D_ <= 256
+  void load_queries() {
+    float* rows = narrow_ ? q_ : acc_;  // which is not in use yet
+    std::memset(rows, 0, D_ * kBlockM * sizeof(float));
     for (int64_t r = 0; r < rows_; ++r) {
+      float* row = rows + r * D_;
       load_row(args_.q, r, row);
-      for (int64_t d = 0; d < args_.D; ++d) (narrow ? q_[r * D_ + d] : q_[d * kBlockM + r]) = row[d] * args_.scale;
+      for (int64_t d = 0; d < args_.D; ++d) row[d] *= args_.scale;
     }
+    if (!narrow_) to_columns(rows, q_);
   }
 
   void step_wide(int64_t n, int64_t keys, bool first) {
@@ -106,10 +142,12 @@ class ForwardBlock : QueryBlock {
   }
 
   void step_narrow(int64_t n, int64_t keys, bool first) {
-    const Rows k = load_keys(args_.k, n, keys, k_), v = load_keys(args_.v, n, keys, v_);
-    const int64_t padded = (keys + kWidth - 1) / kWidth * kWidth;
-    for (int64_t r = 0; r < rows_; ++r) dot_products(k, q_ + r * D_, keys, scores_ + r * kBlockN);
+    each_stored_run(args_.k, n, keys, k_, [&](int64_t i, int64_t count, const auto* k, int64_t stride, const float* scale) {
+      dot_products(n + i, k, stride, count, scores_ + i);
+      if (scale) scale_keys(args_.k, scale, count, scores_ + i);
+    });
     finish_scores<Along::keys>(scores_, n, keys);
+    const int64_t padded = (keys + kWidth - 1) / kWidth * kWidth;
     for (int64_t r = 0; r < rows_; ++r) {
       float* scores = scores_ + r * kBlockN;
       Vector highest_lanes = broadcast(max_[r]);
@@ -130,30 +168,86 @@ class ForwardBlock : QueryBlock {
       }
     }
     // acc[r][d] += sum_n weight[r][n] · v[n][d]
-    multiply<kNarrowRows, kTileVectors>(
-        rows_, vectors(), scores_, kBlockN, 1, v.data, v.stride, acc_, D_, keys, true);
-  }
-
-  // scores[n] = k[n] · q, four keys at a time so that their sums do not wait for each other.
-  void dot_products(const Rows& k, const float* q, int64_t keys, float* scores) const {
-    constexpr int kKeys = 4;
-    int64_t n = 0;
-    for (; n + kKeys <= keys; n += kKeys) {
-      Vector total[kKeys] = {};
-      for (int64_t j = 0; j < vectors() * kWidth; j += kWidth) {
-        const Vector query = load(q + j);
-        for (int i = 0; i < kKeys; ++i) total[i] += query * load(k.data + (n + i) * k.stride + j);
+    each_stored_run(args_.v, n, keys, v_, [&](int64_t i, int64_t count, const auto* v, int64_t stride, const float* scale) {
+      if (scale) scale_keys(args_.v, scale, count, scores_ + i);
+      for (int64_t j = 0; j < count; j += kWidth) {
+        prefetch(args_.v, n + i + j + kBlockN, kWidth);
+        multiply<kNarrowRows, kTileVectors>(
+            rows_, vectors(), scores_ + i + j, kBlockN, 1, v + j * stride, stride, acc_, D_,
+            count - j < kWidth ? count - j : kWidth, true);
       }
-      for (int i = 0; i < kKeys; ++i) scores[n + i] = sum(total[i]);
+    });
+  }
+
+  // each_run with a pointer to the stored elements and their stride; or, where vectors do not divide D, once for a copy.
+  template <typename Function>
+  void each_stored_run(const Keys& source, int64_t n, int64_t keys, float* copy, const Function& function) const {
+    if (args_.D % kWidth != 0) {
+      load_keys(source, n, keys, copy);
+      return function(0, keys, static_cast<const float*>(copy), D_, nullptr);
     }
-    for (; n < keys; ++n) {
-      Vector total{};
-      for (int64_t j = 0; j < vectors() * kWidth; j += kWidth) total += load(q + j) * load(k.data + n * k.stride + j);
-      scores[n] = sum(total);
+    as_elements(source.data, args_.key_element, [&](const auto* elements) {
+      each_run(source, n, keys, [&](int64_t i, int64_t count, int64_t offset, const float* scale) {
+        function(i, count, elements + offset, source.stride_s, scale);
+      });
+    });
+  }
+
+  void scale_keys(const Keys& source, const float* scale, int64_t count, float* scores) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (int64_t i = 0; i < count; ++i) scores[r * kBlockN + i] *= scale[i * source.scale_stride_s];
     }
   }
 
-  void write_results(bool narrow) const {
+  // scores[r][i] = k[i] · q[r], for keys from n on: as many at a time as a vector has lanes for their sums.
+  template <typename Stored>
+  void dot_products(int64_t n, const Stored* k, int64_t stride, int64_t count, float* scores) const {
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) {
+      prefetch(args_.k, n + i + kBlockN, kWidth);
+      for (int64_t r = 0; r < rows_; ++r) {
+        Vector total[kWidth] = {};
+        for (int64_t j = 0; j < args_.D; j += kWidth) {
+          const Vector query = load(q_ + r * D_ + j);
+          for (int64_t l = 0; l < kWidth; ++l) total[l] += query * load(k + (i + l) * stride + j);
+        }
+        store(scores + r * kBlockN + i, sums(total));
+      }
+    }
+    for (; i < count; ++i) {
+      for (int64_t r = 0; r < rows_; ++r) {
+        Vector total{};
+        for (int64_t j = 0; j < args_.D; j += kWidth) total += load(q_ + r * D_ + j) * load(k + i * stride + j);
+        scores[r * kBlockN + i] = sum(total);
+      }
+    }
+  }
+
+  // Asks memory for keys of the next tile, a few at a time: the hardware's own prefetching stops at every 4 KiB.
+  void prefetch(const Keys& source, int64_t n, int64_t keys) const {
+    const int64_t size = size_of(args_.key_element), row_size = args_.D * size;
+    each_run(source, n, keys < end_ - n ? keys : end_ - n, [&](int64_t, int64_t count, int64_t offset, const float*) {
+      const char* row = static_cast<const char*>(source.data) + offset * size;
+      for (int64_t i = 0; i < count; ++i, row += source.stride_s * size) {
+        for (int64_t byte = 0; byte < row_size; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+      }
+    });
+  }
+
+  float* partial(int64_t split, int64_t r) const { return partial_ + split * results_.split_size() + r * (D_ + 2); }
+
+  // A row is its sum of values, its highest score and its sum of weights.
+  void write_partial() const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* row = partial(0, r);
+      std::memcpy(row, acc_ + r * D_, D_ * sizeof(float));
+      row[D_] = max_[r], row[D_ + 1] = sum_[r];
+    }
+  }
+
+  void write_results() const {
+    float* rows = narrow_ ? acc_ : q_;  // which is not in use any more
+    if (!narrow_) to_rows(acc_, rows);
     for (int64_t r = 0; r < rows_; ++r) {
       const bool blind = sum_[r] == 0.0f;  // it sees no key
       float highest = max_[r], total = sum_[r], rescale = 1.0f;
@@ -164,28 +258,36 @@ class ForwardBlock : QueryBlock {
         total = total * rescale + exp_nonpositive(sink - highest);
       }
       const float factor = blind ? 0.0f : rescale / total;
-      const int64_t offset = at(results_.out, r);
-      for (int64_t d = 0; d < args_.D; ++d) {
-        const float sum = narrow ? acc_[r * D_ + d] : acc_[d * kBlockM + r];
-        write(sum * factor, results_.out.data, offset + d, args_.element);
-      }
+      float* row = rows + r * D_;
+      for (int64_t d = 0; d < args_.D; ++d) row[d] *= factor;
+      write(row, args_.D, results_.out.data, at(results_.out, r), args_.element);
       results_.lse.data[at(results_.lse, r)] = blind ? -kInfinity : highest + __builtin_logf(total);
     }
   }
 
   const AttentionForward& results_;
+  const bool narrow_;  // not with dropout, whose random numbers come for vectors of queries
   float *q_, *acc_, *scores_, *factors_, *k_, *v_;
   float *max_, *sum_, *rescale_;  // per row: running maximum and sum, factor of the last rescaling
+  float* partial_ = nullptr;      // where a split leaves its rows
+  int64_t begin_, end_;           // keys to walk over
 };
 
 }  // namespace
 
 void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
-  const int64_t blocks = args.blocks();
+  const int64_t blocks = args.blocks(), splits = args.splits();  // one of them is 1
   for (int64_t task = begin; task < end; ++task) {
+    const int64_t head = task / blocks / splits;
     // From both ends in turn: early and late queries of a causal mask cost differently, and threads get equal shares.
     const int64_t index = task % blocks, block = index % 2 ? blocks - 1 - index / 2 : index / 2;
-    ForwardBlock(args, task / blocks / args.H_kv, task / blocks % args.H_kv, block * kBlockM, workspace).run();
+    ForwardBlock(args, head / args.H_kv, head % args.H_kv, block, task % splits, workspace).run();
+  }
+}
+
+void attention_forward_join(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
+  for (int64_t head = begin; head < end; ++head) {
+    ForwardBlock(args, head / args.H_kv, head % args.H_kv, 0, 0, workspace).join();
   }
 }
 

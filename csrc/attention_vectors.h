@@ -8,6 +8,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "cpu_level.h"
 #include "elements.h"
 
@@ -99,6 +103,17 @@ inline void transpose(Vector (&rows)[kWidth]) {
   if constexpr (kBit > 1) transpose<kBit / 2>(rows);
 }
 
+// The sum of each vector's lanes, that of vector i in lane i.
+template <int kBit = kWidth / 2>
+inline Vector sums(Vector (&rows)[kWidth]) {
+  for (int i = 0; i < kBit; ++i) {
+    exchange<kBit>(rows[i], rows[i + kBit], std::make_index_sequence<kWidth>());
+    rows[i] += rows[i + kBit];
+  }
+  if constexpr (kBit > 1) sums<kBit / 2>(rows);
+  return rows[0];
+}
+
 // e^x for x <= 0, zero below 2^-126: with y = x · log2(e), 2^y = 2^n · 2^f where n = round(y) and a polynomial for 2^f
 // on [-1/2, 1/2], fitted for least relative error (1.9e-9 before rounding). Scores stay in natural units until here: the
 // rounding of y then matters least for the largest weights, while scores in base 2 would all carry it at full size.
@@ -163,38 +178,115 @@ inline PhiloxWords philox(uint64_t seed, Words c0, Words c1, Words c2, Words c3)
   return {{c0, c1, c2, c3}};
 }
 
+// Elements as memory holds them, so that pointers to them tell how to load.
+struct Half {
+  uint16_t bits;
+  operator float() const { return half_to_float(bits); }
+};
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const { return bfloat16_to_float(bits); }
+};
+struct Float8 {
+  uint8_t bits;
+  operator float() const { return e4m3_to_float(bits); }
+};
+
+// read(elements), with `data` as a pointer to elements of the type that it holds.
+template <typename Read>
+inline void as_elements(const void* data, Element element, const Read& read) {
+  switch (element) {
+    case Element::float32: return read(static_cast<const float*>(data));
+    case Element::float16: return read(static_cast<const Half*>(data));
+    case Element::bfloat16: return read(static_cast<const BFloat16*>(data));
+    case Element::int8: return read(static_cast<const int8_t*>(data));
+    case Element::float8_e4m3: return read(static_cast<const Float8*>(data));
+  }
+}
+
+// kWidth numbers as 32-bit ones. From __builtin_convertvector, GCC 12 makes twice to three times the instructions. (Masks
+// of all lanes, because its headers warn of the plain forms.)
+#if defined(__AVX512F__)
+inline __m128i load_16_bytes(const void* source) { return _mm_loadu_si128(static_cast<const __m128i*>(source)); }
+inline __m256i load_32_bytes(const void* source) { return _mm256_loadu_si256(static_cast<const __m256i*>(source)); }
+inline IntVector widen(const int8_t* source) {
+  return reinterpret_cast<IntVector>(_mm512_maskz_cvtepi8_epi32(0xffff, load_16_bytes(source)));
+}
+inline IntVector widen(const uint8_t* source) {
+  return reinterpret_cast<IntVector>(_mm512_maskz_cvtepu8_epi32(0xffff, load_16_bytes(source)));
+}
+inline IntVector widen(const uint16_t* source) {
+  return reinterpret_cast<IntVector>(_mm512_maskz_cvtepu16_epi32(0xffff, load_32_bytes(source)));
+}
+inline Vector load(const Half* source) { return _mm512_maskz_cvtph_ps(0xffff, load_32_bytes(source)); }
+#elif defined(__AVX2__)
+inline __m128i load_8_bytes(const void* source) { return _mm_loadl_epi64(static_cast<const __m128i*>(source)); }
+inline __m128i load_16_bytes(const void* source) { return _mm_loadu_si128(static_cast<const __m128i*>(source)); }
+inline IntVector widen(const int8_t* source) {
+  return reinterpret_cast<IntVector>(_mm256_cvtepi8_epi32(load_8_bytes(source)));
+}
+inline IntVector widen(const uint8_t* source) {
+  return reinterpret_cast<IntVector>(_mm256_cvtepu8_epi32(load_8_bytes(source)));
+}
+inline IntVector widen(const uint16_t* source) {
+  return reinterpret_cast<IntVector>(_mm256_cvtepu16_epi32(load_16_bytes(source)));
+}
+inline Vector load(const Half* source) { return _mm256_cvtph_ps(load_16_bytes(source)); }
+#else
+template <typename Number>
+inline IntVector widen(const Number* source) {
+  IntVector x;
+  for (int i = 0; i < kWidth; ++i) x[i] = source[i];
+  return x;
+}
+inline Vector load(const Half* source) {
+  Vector x;
+  for (int i = 0; i < kWidth; ++i) x[i] = source[i];
+  return x;
+}
+#endif
+
+inline Vector load(const BFloat16* source) {
+  const IntVector bits = widen(&source->bits) << 16;
+  return reinterpret_cast<Vector>(bits);
+}
+
+inline Vector load(const int8_t* source) { return __builtin_convertvector(widen(source), Vector); }
+
+// As e4m3_to_float.
+inline Vector load(const Float8* source) {
+  const IntVector bits = widen(&source->bits), magnitude = bits & 0x7f, shifted = magnitude << 20;
+  const Vector scaled = reinterpret_cast<Vector>(shifted) * 0x1p120f;
+  const IntVector number = magnitude == 0x7f ? broadcast(0x7fc00000) : reinterpret_cast<IntVector>(scaled);
+  return reinterpret_cast<Vector>(number | (bits & 0x80) << 24);
+}
+
 // `count` elements of `element`, from index `offset` of `source`, as floats.
 inline void convert(const void* source, int64_t offset, int64_t count, Element element, float* target) {
+  as_elements(source, element, [&](const auto* elements) {
+    elements += offset;
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) store(target + i, load(elements + i));
+    for (; i < count; ++i) target[i] = elements[i];
+  });
+}
+
+// `count` floats as elements of q's dtype, from index `offset` of `target` on.
+inline void write(const float* source, int64_t count, void* target, int64_t offset, Element element) {
   if (element == Element::float32) {
-    std::memcpy(target, static_cast<const float*>(source) + offset, count * sizeof(float));
+    std::memcpy(static_cast<float*>(target) + offset, source, count * sizeof(float));
   } else if (element == Element::float16) {
-    const uint16_t* x = static_cast<const uint16_t*>(source) + offset;
-    for (int64_t i = 0; i < count; ++i) target[i] = half_to_float(x[i]);
-  } else if (element == Element::bfloat16) {
-    const uint16_t* x = static_cast<const uint16_t*>(source) + offset;
-    for (int64_t i = 0; i < count; ++i) target[i] = bfloat16_to_float(x[i]);
-  } else if (element == Element::int8) {
-    const int8_t* x = static_cast<const int8_t*>(source) + offset;
-    for (int64_t i = 0; i < count; ++i) target[i] = static_cast<float>(x[i]);
+    for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(target)[offset + i] = float_to_half(source[i]);
   } else {
-    const uint8_t* x = static_cast<const uint8_t*>(source) + offset;
-    for (int64_t i = 0; i < count; ++i) target[i] = e4m3_to_float(x[i]);
+    for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(target)[offset + i] = float_to_bfloat16(source[i]);
   }
 }
 
-inline void write(float x, void* target, int64_t offset, Element element) {
-  if (element == Element::float32) {
-    static_cast<float*>(target)[offset] = x;
-  } else {
-    static_cast<uint16_t*>(target)[offset] = element == Element::float16 ? float_to_half(x) : float_to_bfloat16(x);
-  }
-}
-
-// c[i][j] (+)= sum_k a[i][k] · b[k][j] for i < kRows and j < kVectors vectors. Strides in floats. What c held joins last,
+// c[i][j] (+)= sum_k a[i][k] · b[k][j] for i < kRows and j < kVectors vectors. Strides in elements. What c held joins last,
 // so that the rounding of a long sum grows with the number of blocks, not of terms.
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, typename Stored>
 inline void multiply_tile(
-    const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row, int64_t K,
+    const float* a, int64_t a_row, int64_t a_k, const Stored* b, int64_t b_k, float* c, int64_t c_row, int64_t K,
     bool accumulate) {
   Vector total[kRows][kVectors] = {};
   for (int64_t k = 0; k < K; ++k) {
@@ -214,9 +306,9 @@ inline void multiply_tile(
 }
 
 // The same for any number of rows and vectors, tile by tile.
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, typename Stored>
 inline void multiply(
-    int64_t rows, int64_t vectors, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c,
+    int64_t rows, int64_t vectors, const float* a, int64_t a_row, int64_t a_k, const Stored* b, int64_t b_k, float* c,
     int64_t c_row, int64_t K, bool accumulate) {
   for (; rows >= kRows; rows -= kRows, a += kRows * a_row, c += kRows * c_row) {
     int64_t j = 0;
