@@ -179,12 +179,13 @@ class ForwardBlock : QueryBlock {
     });
   }
 
-  // each_run with a pointer to the stored elements and their stride; or, where vectors do not divide D, once for a copy.
+  // each_run with a pointer to the stored elements and their stride; or once for a copy, where vectors do not divide D or
+  // a page, so that pages change no bits.
   template <typename Function>
   void each_stored_run(const Keys& source, int64_t n, int64_t keys, float* copy, const Function& function) const {
-    if (args_.D % kWidth != 0) {
-      load_keys(source, n, keys, copy);
-      return function(0, keys, static_cast<const float*>(copy), D_, nullptr);
+    if (args_.D % kWidth != 0 || (args_.block_table && args_.page % kWidth != 0)) {
+      const Rows rows = load_keys(source, n, keys, copy);
+      return function(0, keys, rows.data, rows.stride, nullptr);
     }
     as_elements(source.data, args_.key_element, [&](const auto* elements) {
       each_run(source, n, keys, [&](int64_t i, int64_t count, int64_t offset, const float* scale) {

@@ -198,10 +198,10 @@ def paged(x, page, unused=float("nan"), seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("page", [1, 16, 64, 100])
-@pytest.mark.parametrize("T, window", [(1, None), (1, 20), (3, None), (70, None), (70, 33)])
-def test_parity_paged(T, window, page, dtype):
+@pytest.mark.parametrize("T, window, D", [(1, None, 64), (1, 20, 40), (3, None, 64), (70, None, 40), (70, 33, 64)])
+def test_parity_paged(T, window, D, page, dtype):
     """And with the bits that the contiguous cache gives."""
-    q, k, v = make(3, 4, 2, T, 150, 40, dtype)
+    q, k, v = make(3, 4, 2, T, 150, D, dtype)
     lengths = torch.tensor([0, 83, 150], dtype=torch.int32)
     (k_pool, table), (v_pool, _) = paged(k, page), paged(v, page)
     table[1, -(-83 // page) :] = -7  # nothing is read there
@@ -213,15 +213,28 @@ def test_parity_paged(T, window, page, dtype):
 
 @pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [40, 64])
 @pytest.mark.parametrize("T, page", [(1, None), (3, None), (70, None), (1, 16), (70, 64)])
-def test_parity_quantised(T, page, dtype, kv_dtype):
-    q, k, v = make(3, 4, 2, T, 150, 40, dtype)
+def test_parity_quantised(T, page, D, dtype, kv_dtype):
+    q, k, v = make(3, 4, 2, T, 150, D, dtype)
     (k, k_scale), (v, v_scale) = quantise(k, kv_dtype), quantise(v, kv_dtype)
     options = {"kv_lengths": torch.tensor([0, 83, 150], dtype=torch.int32), "k_scale": k_scale, "v_scale": v_scale}
     if page is not None:
         (k, options["block_table"]), (v, _) = paged(k, page, unused=0), paged(v, page, unused=0)
         options["k_scale"], options["v_scale"] = paged(k_scale, page)[0], paged(v_scale, page)[0]
     check_parity(q, k, v, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T, window", [(1, None), (4, None), (1, 2500)])
+def test_parity_with_splits_of_the_keys(T, window, dtype):
+    """Also where all keys are in the first, and with the bits of only those."""
+    q, k, v = make(3, 4, 2, T, 5000, 64, dtype)
+    lengths = torch.tensor([0, 83, 5000], dtype=torch.int32)
+    options = {"window": window, "sinks": torch.ones(4), "kv_lengths": lengths}
+    check_parity(q, k, v, **options)
+    first = attention(q[:2], k[:2, :, :100], v[:2, :, :100], **options | {"kv_lengths": lengths[:2]})
+    assert torch.equal(attention(q, k, v, **options)[:2], first)
 
 
 def test_window_of_every_key_changes_nothing():
