@@ -95,19 +95,26 @@ def condense_in_turns(benchmarks: list[dict]) -> dict:
     return result
 
 
-CONDENSE = {"generate": condense_generate, "kv_cache": condense_in_turns, "attention": condense_in_turns}
+CONDENSE = {
+    "generate": condense_generate,
+    "kv_cache": condense_in_turns,
+    "attention": condense_in_turns,
+    "attention_cpu": condense_in_turns,
+}
 
 
 def sections() -> dict[str, str]:
     """Marker -> the text that README shows there."""
     folder = RESULTS / SHOWN
-    generate, kv_cache, parity, training = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("generate", "kv_cache", "parity", "training")
+    generate, kv_cache, attention, parity, training = (
+        json.loads((folder / f"{name}.json").read_text())
+        for name in ("generate", "kv_cache", "attention_cpu", "parity", "training")
     )
     return {
         "demo": "```\n" + (folder / "demo.txt").read_text().strip() + "\n```",
         "cached against uncached": cached_against_uncached(generate),
         "cache update": cache_update(kv_cache),
+        "attention on the CPU": attention_on_the_cpu(attention),
         "parity": parity_table(parity),
         "8-bit caches": eight_bit_caches(training),
         "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "
@@ -162,6 +169,35 @@ def cache_update(kv_cache: dict) -> str:
         row(f"with rotary embedding, {tokens}, batch {case['B']}", case, {"rope, then update": "rotating in PyTorch first"})
     what = "One layer of 12 heads of 64, fp32, medians of the times and of the ratios: how many times as long the other takes"
     return "\n".join(rows) + "\n\n" + caption(kv_cache, what)
+
+
+def attention_on_the_cpu(attention: dict) -> str:
+    rows = ["| fp32 unless said | ours | compared with | ratio | of the limit |", "|---|---:|---|---:|---:|"]
+
+    def row(what, case, other, shown):
+        kind = "flops" if "flops" in case else "bytes"
+        limit = "matrix product" if kind == "flops" else "reading"
+        speed = case[kind] / case["microseconds"]["ours"][1] / 1000
+        share = case["times_ours"][limit][1] * case[kind] / case[f"limit_{kind}"]
+        unit = "GFLOP/s" if kind == "flops" else "GB/s"
+        rows.append(f"| {what} | {speed:.1f} {unit} | {shown} | {case['times_ours'][other][1]:.2f}x | {share:.0%} |")
+
+    for case in attention["prefill"]:
+        row(f"causal, {case['T']:,} tokens", case, "SDPA", "SDPA")
+    for case in attention["forward and backward"]:
+        row(f"causal, forward and backward, {case['T']:,} tokens", case, "SDPA", "SDPA")
+    for case in attention["window"]:
+        row(f"window of {case['window']:,}, {case['T']:,} tokens", case, "SDPA", "SDPA with a mask")
+    for case in attention["decode"]:
+        shown = "SDPA" if "share" not in case["heads"] else "SDPA, `enable_gqa`"
+        row(f"one token, {case['heads']}, {case['keys']:,} keys", case, "SDPA", shown)
+    for case in attention["cache"]:
+        row(f"one token, {case['keys']:,} keys, {case['kind'].replace('float8_e4m3fn', 'fp8')}", case, "fp32", "ours, fp32")
+    what = (
+        "Batch 1, 12 heads of 64; medians. Limits, timed in the same rounds: the rate of a matrix product of 1,536 by "
+        "1,536 for prefill, reading 0.5 GB for one token"
+    )
+    return "\n".join(rows) + "\n\n" + caption(attention, what)
 
 
 def parity_table(parity: dict) -> str:

@@ -1,6 +1,6 @@
 """Attention against PyTorch's: scaled_dot_product_attention, every backend that the device has, and FlexAttention.
 
-Prefill forward, forward and backward, and decode over a cache. On a CPU the shapes are small.
+Prefill forward, forward and backward, and decode over a cache, on a GPU. test_attention_cpu.py is for the CPU.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.timing import in_turns
 from fastgpt import attention, attention_reference
 
-CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-BATCH, HEADS = (4, 16) if CUDA else (1, 12)
-LENGTHS = [2048, 4096, 8192, 16384] if CUDA else [128, 512, 2048]
-HEAD_DIMS = [64, 128] if CUDA else [64]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICE, DTYPE = "cuda", torch.bfloat16
+BATCH, HEADS = 4, 16
+LENGTHS = [2048, 4096, 8192, 16384]
+HEAD_DIMS = [64, 128]
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
@@ -41,13 +41,10 @@ def peers(q, k, v, causal):
     grouped = q.shape[1] != k.shape[1]
     sdpa = partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal, enable_gqa=grouped)
     result = {}
-    for backend in BACKENDS if CUDA else []:
+    for backend in BACKENDS:
         with contextlib.suppress(RuntimeError):
             within(backend, sdpa)
             result[f"SDPA, {backend.name.removesuffix('_ATTENTION').lower()}"] = partial(within, backend, sdpa)
-    if not CUDA:
-        result["SDPA"] = sdpa
-        return result
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     flex = torch.compile(flex_attention)
@@ -65,7 +62,7 @@ def check(q, k, v, causal):
     tail = q[:1, :, -512:]
     expected = attention_reference(tail.float(), k[:1].float(), v[:1].float(), causal=causal)
     out = attention(q, k, v, causal=causal)[:1, :, -512:]
-    torch.testing.assert_close(out.float(), expected, atol=2e-2 if CUDA else 1e-4, rtol=2e-2 if CUDA else 1e-4)
+    torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
 
 
 def flops(q, k, causal):
@@ -85,7 +82,6 @@ def test_prefill(benchmark, D, T):
         )  # fmt: skip
 
 
-@pytest.mark.skipif(not CUDA, reason="the CPU has no backward kernel yet")
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_backward(benchmark, D, T):
@@ -111,9 +107,7 @@ DECODE = {"multi-head": (12, 12, 64), "8 heads share": (32, 4, 128)}
 def test_decode(benchmark, heads, keys):
     """One query a sequence; the bytes are those of the keys and values."""
     H, H_kv, D = DECODE[heads]
-    if not CUDA and keys > 8192:
-        pytest.skip("takes a GPU's memory bandwidth")
-    q, k, v = inputs(8 if CUDA else 1, H, H_kv, 1, keys, D)
+    q, k, v = inputs(8, H, H_kv, 1, keys, D)
     check(q, k, v, False)
     with torch.inference_mode():
         target = torch.empty_like(k)
