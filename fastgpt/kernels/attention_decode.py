@@ -51,7 +51,7 @@ class Tile(NamedTuple):
 FEW = 16  # up to this many rows, the second tile of a pair
 
 # (head dim padded to a power of two, bytes per element of q) -> tiles for (more than FEW rows, up to FEW).
-# More rows leave more to combine, so they get longer splits.
+# More rows leave more to combine, so they get longer splits. The same for every architecture: memory sets the pace.
 TILES = {
     (16, 2): (Tile(64, 64, 1024, 4, 3, 255), Tile(16, 64, 256, 4, 3, 168)),
     (32, 2): (Tile(64, 64, 1024, 4, 3, 255), Tile(16, 64, 256, 4, 3, 168)),

@@ -50,8 +50,8 @@ class Tile(NamedTuple):
 
 
 # (head dim padded to a power of two, bytes per element) -> a tile for each of ARCHITECTURES; that of 80 also wherever tiles
-# cannot be copied in bulk. From benchmarks/sweep_tiles.py: the largest of its list that fits; none has been timed on a GPU.
-# Few queries are the business of attention_decode.py.
+# cannot be copied in bulk. Each fits, as benchmarks/sweep_tiles.py has it; which is fastest, that would tell on a GPU, where
+# none has been timed. Few queries are the business of attention_decode.py.
 TILES = {
     (16, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
     (32, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
