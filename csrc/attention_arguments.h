@@ -9,8 +9,6 @@
 #include <optional>
 #include <vector>
 
-#include <torch/headeronly/core/ScalarType.h>
-
 #include "attention.h"
 #include "tensors.h"
 
@@ -19,17 +17,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline Element element_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Element::float32;
-    case ScalarType::Half: return Element::float16;
-    case ScalarType::BFloat16: return Element::bfloat16;
-    case ScalarType::Char: return Element::int8;
-    case ScalarType::Float8_e4m3fn: return Element::float8_e4m3;
-    default: STD_TORCH_CHECK(false, name, ": unexpected dtype");
-  }
-}
 
 inline void check_sizes(const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
   bool same = x.dim() == static_cast<int64_t>(sizes.size());

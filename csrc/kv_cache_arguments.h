@@ -5,8 +5,6 @@
 
 #include <optional>
 
-#include <torch/headeronly/core/ScalarType.h>
-
 #include "kv_cache.h"
 #include "tensors.h"
 
@@ -15,17 +13,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline Element element_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Element::float32;
-    case ScalarType::Half: return Element::float16;
-    case ScalarType::BFloat16: return Element::bfloat16;
-    case ScalarType::Char: return Element::int8;
-    case ScalarType::Float8_e4m3fn: return Element::float8_e4m3;
-    default: STD_TORCH_CHECK(false, name, ": unexpected dtype");
-  }
-}
 
 // What the checks need to know of a tensor, each read once: every read is a call through PyTorch's C interface.
 struct Facts {

@@ -1,10 +1,13 @@
-// What the stable ABI lacks or does slowly.
+// Tensors as the kernels take them, and what the stable ABI lacks or does slowly.
 
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include "elements.h"
 
 namespace fastgpt {
 namespace {
@@ -14,6 +17,18 @@ inline int32_t dtype_of(const torch::stable::Tensor& x) {
   int32_t dtype;
   STD_TORCH_CHECK(aoti_torch_get_dtype(x.get(), &dtype) == 0, "cannot read a tensor's dtype");
   return dtype;
+}
+
+inline Element element_of(const torch::stable::Tensor& x, const char* name) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Element::float32;
+    case ScalarType::Half: return Element::float16;
+    case ScalarType::BFloat16: return Element::bfloat16;
+    case ScalarType::Char: return Element::int8;
+    case ScalarType::Float8_e4m3fn: return Element::float8_e4m3;
+    default: STD_TORCH_CHECK(false, name, ": unexpected dtype");
+  }
 }
 
 // An uninitialised tensor on the device of `like`. torch::stable::new_empty goes through the boxed dispatcher: two of
