@@ -7,12 +7,10 @@
 // stored: they turn into floats on their way to the arithmetic.
 
 #include "attention_block.h"
+#include "attention_narrow.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
-
-// Queries at a time that share a value's way from memory.
-constexpr int64_t kNarrowRows = 4;
 
 // One block of queries against all its keys, or one split of them.
 class ForwardBlock : QueryBlock {
@@ -46,7 +44,7 @@ class ForwardBlock : QueryBlock {
       const int64_t keys = keys_from(n);
       if (args_.mask.data && !mask_shows(n, keys)) continue;
       if (narrow_) {
-        step_narrow(n, keys, first);
+        step_narrow(n, keys);
       } else {
         step_wide(n, keys, first);
       }
@@ -79,15 +77,17 @@ class ForwardBlock : QueryBlock {
   }
 
  private:
+  int64_t held_rows() const { return narrow_ ? rows_ : kBlockM; }
+
   void clear() {
-    std::memset(acc_, 0, D_ * kBlockM * sizeof(float));
+    std::memset(acc_, 0, D_ * held_rows() * sizeof(float));
     for (int64_t r = 0; r < kBlockM; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f;
   }
 
   // q · scale: (rows, D_) when narrow, transposed to (D_, kBlockM) when wide. What lies beyond is zero.
   void load_queries() {
     float* rows = narrow_ ? q_ : acc_;  // which is not in use yet
-    std::memset(rows, 0, D_ * kBlockM * sizeof(float));
+    std::memset(rows, 0, D_ * held_rows() * sizeof(float));
     for (int64_t r = 0; r < rows_; ++r) {
       float* row = rows + r * D_;
       load_row(args_.q, r, row);
@@ -141,97 +141,83 @@ class ForwardBlock : QueryBlock {
     for (int64_t i = 0; i < keys * kBlockM; i += kWidth) store(scores_ + i, load(scores_ + i) * load(factors_ + i));
   }
 
-  void step_narrow(int64_t n, int64_t keys, bool first) {
-    each_stored_run(args_.k, n, keys, k_, [&](int64_t i, int64_t count, const auto* k, int64_t stride, const float* scale) {
-      dot_products(n + i, k, stride, count, scores_ + i);
-      if (scale) scale_keys(args_.k, scale, count, scores_ + i);
+  void step_narrow(int64_t n, int64_t keys) {
+    with_stored(args_.k, n, keys, k_, args_.v, n, [&](const auto& k) {
+      multiply_keys(rows_, q_, D_, k, vectors() * kWidth, scores_);
+      if (k.scaled) scale_scores(rows_, k, scores_);
     });
     finish_scores<Along::keys>(scores_, n, keys);
-    const int64_t padded = (keys + kWidth - 1) / kWidth * kWidth;
-    for (int64_t r = 0; r < rows_; ++r) {
-      float* scores = scores_ + r * kBlockN;
-      Vector highest_lanes = broadcast(max_[r]);
-      for (int64_t i = 0; i < padded; i += kWidth) highest_lanes = maximum(load(scores + i), highest_lanes);
-      const float highest = maximum(highest_lanes);
-      const float shift = highest > -kInfinity ? highest : 0.0f;  // as above
-      Vector total{};
-      for (int64_t i = 0; i < padded; i += kWidth) {
-        const Vector weight = exp_nonpositive(load(scores + i) - shift);
-        store(scores + i, weight);
-        total += weight;
-      }
-      const float factor = exp_nonpositive(max_[r] - shift);
-      max_[r] = highest;
-      sum_[r] = sum_[r] * factor + sum(total);
-      if (!first) {
-        for (int64_t d = 0; d < D_; d += kWidth) store(acc_ + r * D_ + d, load(acc_ + r * D_ + d) * factor);
-      }
-    }
-    // acc[r][d] += sum_n weight[r][n] · v[n][d]
-    each_stored_run(args_.v, n, keys, v_, [&](int64_t i, int64_t count, const auto* v, int64_t stride, const float* scale) {
-      if (scale) scale_keys(args_.v, scale, count, scores_ + i);
-      for (int64_t j = 0; j < count; j += kWidth) {
-        prefetch(args_.v, n + i + j + kBlockN, kWidth);
-        multiply<kNarrowRows, kTileVectors>(
-            rows_, vectors(), scores_ + i + j, kBlockN, 1, v + j * stride, stride, acc_, D_,
-            count - j < kWidth ? count - j : kWidth, true);
-      }
+    weigh_keys(keys);
+    with_stored(args_.v, n, keys, v_, args_.k, n + keys, [&](const auto& v) {
+      if (v.scaled) scale_scores(rows_, v, scores_);
+      add_values(rows_, scores_, v, vectors() * kWidth, rescale_, acc_, D_);
     });
   }
 
-  // each_run with a pointer to the stored elements and their stride; or once for a copy, where vectors do not divide D or
-  // a page, so that pages change no bits.
+  // Turns the scores of a tile into weights, kWidth rows at a time. Past the last key they are -inf and 0.
+  void weigh_keys(int64_t keys) {
+    for (int64_t m = 0; m < rows_; m += kWidth) {
+      const int64_t rows = rows_ - m < kWidth ? rows_ - m : kWidth;
+      float* scores = scores_ + m * kBlockN;
+      Vector highest_lanes[kWidth], totals[kWidth] = {};
+      for (int64_t r = 0; r < kWidth; ++r) highest_lanes[r] = broadcast(-kInfinity);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < keys; i += kWidth) {
+          highest_lanes[r] = maximum(load(scores + r * kBlockN + i), highest_lanes[r]);
+        }
+      }
+      const Vector before = load(max_ + m), highest = maximum(maxima(highest_lanes), before);
+      const Vector shift = highest > broadcast(-kInfinity) ? highest : Vector{};  // as above
+      float shifts[kWidth];
+      store(shifts, shift);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < keys; i += kWidth) {
+          const Vector weight = exp_nonpositive(load(scores + r * kBlockN + i) - shifts[r]);
+          store(scores + r * kBlockN + i, weight);
+          totals[r] += weight;
+        }
+      }
+      const Vector factor = exp_nonpositive(before - shift);
+      store(max_ + m, highest);
+      store(sum_ + m, load(sum_ + m) * factor + sums(totals));
+      store(rescale_ + m, factor);
+    }
+  }
+
+  // function(rows): keys or values from n on as they are stored, while those of `next` from next_n on are prefetched; or a
+  // copy, where vectors do not divide D or a page, so that pages change no bits.
   template <typename Function>
-  void each_stored_run(const Keys& source, int64_t n, int64_t keys, float* copy, const Function& function) const {
+  void with_stored(
+      const Keys& source, int64_t n, int64_t keys, float* copy, const Keys& next, int64_t next_n,
+      const Function& function) const {
+    const auto group_size = [&](int64_t i) { return keys - i < kWidth ? keys - i : kWidth; };
     if (args_.D % kWidth != 0 || (args_.block_table && args_.page % kWidth != 0)) {
       const Rows rows = load_keys(source, n, keys, copy);
-      return function(0, keys, rows.data, rows.stride, nullptr);
+      StoredRows<float> stored;
+      stored.stride = rows.stride, stored.count = keys, stored.scaled = false;
+      for (int64_t i = 0; i < keys; i += kWidth) {
+        stored.group[i / kWidth] = rows.data + i * rows.stride;
+        stored.ahead[i / kWidth] = nullptr;
+      }
+      return function(stored);
     }
     as_elements(source.data, args_.key_element, [&](const auto* elements) {
-      each_run(source, n, keys, [&](int64_t i, int64_t count, int64_t offset, const float* scale) {
-        function(i, count, elements + offset, source.stride_s, scale);
-      });
-    });
-  }
-
-  void scale_keys(const Keys& source, const float* scale, int64_t count, float* scores) const {
-    for (int64_t r = 0; r < rows_; ++r) {
-      for (int64_t i = 0; i < count; ++i) scores[r * kBlockN + i] *= scale[i * source.scale_stride_s];
-    }
-  }
-
-  // scores[r][i] = k[i] · q[r], for keys from n on: as many at a time as a vector has lanes for their sums.
-  template <typename Stored>
-  void dot_products(int64_t n, const Stored* k, int64_t stride, int64_t count, float* scores) const {
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) {
-      prefetch(args_.k, n + i + kBlockN, kWidth);
-      for (int64_t r = 0; r < rows_; ++r) {
-        Vector total[kWidth] = {};
-        for (int64_t j = 0; j < args_.D; j += kWidth) {
-          const Vector query = load(q_ + r * D_ + j);
-          for (int64_t l = 0; l < kWidth; ++l) total[l] += query * load(k + (i + l) * stride + j);
-        }
-        store(scores + r * kBlockN + i, sums(total));
+      StoredRows<std::remove_const_t<std::remove_pointer_t<decltype(elements)>>> stored;
+      const int64_t size = sizeof *elements;
+      stored.stride = source.stride_s, stored.ahead_stride = next.stride_s * size;
+      stored.count = keys, stored.scaled = source.scale != nullptr;
+      for (int64_t i = 0; i < keys; i += kWidth) {
+        each_run(source, n + i, group_size(i), [&](int64_t, int64_t count, int64_t offset, const float* scale) {
+          stored.group[i / kWidth] = elements + offset;
+          for (int64_t l = 0; scale && l < count; ++l) stored.scale[i + l] = scale[l * source.scale_stride_s];
+        });
+        stored.ahead[i / kWidth] = nullptr;
+        if (next_n + i >= end_) continue;
+        each_run(next, next_n + i, 1, [&](int64_t, int64_t, int64_t offset, const float*) {
+          stored.ahead[i / kWidth] = static_cast<const char*>(next.data) + offset * size;
+        });
       }
-    }
-    for (; i < count; ++i) {
-      for (int64_t r = 0; r < rows_; ++r) {
-        Vector total{};
-        for (int64_t j = 0; j < args_.D; j += kWidth) total += load(q_ + r * D_ + j) * load(k + i * stride + j);
-        scores[r * kBlockN + i] = sum(total);
-      }
-    }
-  }
-
-  // Asks memory for keys of the next tile, a few at a time: the hardware's own prefetching stops at every 4 KiB.
-  void prefetch(const Keys& source, int64_t n, int64_t keys) const {
-    const int64_t size = size_of(args_.key_element), row_size = args_.D * size;
-    each_run(source, n, keys < end_ - n ? keys : end_ - n, [&](int64_t, int64_t count, int64_t offset, const float*) {
-      const char* row = static_cast<const char*>(source.data) + offset * size;
-      for (int64_t i = 0; i < count; ++i, row += source.stride_s * size) {
-        for (int64_t byte = 0; byte < row_size; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-      }
+      function(stored);
     });
   }
 

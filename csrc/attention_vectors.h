@@ -103,15 +103,23 @@ inline void transpose(Vector (&rows)[kWidth]) {
   if constexpr (kBit > 1) transpose<kBit / 2>(rows);
 }
 
-// The sum of each vector's lanes, that of vector i in lane i.
-template <int kBit = kWidth / 2>
-inline Vector sums(Vector (&rows)[kWidth]) {
+// Each vector's lanes combined, those of vector i in lane i.
+template <int kBit = kWidth / 2, typename Combine>
+inline Vector combine_lanes(Vector (&rows)[kWidth], Combine combine) {
   for (int i = 0; i < kBit; ++i) {
     exchange<kBit>(rows[i], rows[i + kBit], std::make_index_sequence<kWidth>());
-    rows[i] += rows[i + kBit];
+    rows[i] = combine(rows[i], rows[i + kBit]);
   }
-  if constexpr (kBit > 1) sums<kBit / 2>(rows);
+  if constexpr (kBit > 1) combine_lanes<kBit / 2>(rows, combine);
   return rows[0];
+}
+
+inline Vector sums(Vector (&rows)[kWidth]) {
+  return combine_lanes(rows, [](Vector a, Vector b) { return a + b; });
+}
+
+inline Vector maxima(Vector (&rows)[kWidth]) {
+  return combine_lanes(rows, [](Vector a, Vector b) { return maximum(a, b); });
 }
 
 // e^x for x <= 0, zero below 2^-126: with y = x · log2(e), 2^y = 2^n · 2^f where n = round(y) and a polynomial for 2^f
