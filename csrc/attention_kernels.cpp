@@ -6,17 +6,24 @@
 // Few queries ("narrow", decoding): a vector runs along the head dim, and keys are read once from memory, as they are
 // stored: they turn into floats on their way to the arithmetic.
 
+#include <optional>
+
 #include "attention_block.h"
 #include "attention_narrow.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
+// Blocks of few queries that a thread may hold at a time, and floats between the running maxima of one and the next.
+constexpr int64_t kBlocks = 16, kBlockLanes = 16;
+static_assert(kFewQueries <= kBlockLanes && kBlockLanes % kWidth == 0);
+
 // One block of queries against all its keys, or one split of them.
 class ForwardBlock : QueryBlock {
  public:
   ForwardBlock(
-      const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block, int64_t split, float* workspace)
+      const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block, int64_t split, float* workspace,
+      int64_t place = 0)
       : QueryBlock(args, b, h_kv, block * kBlockM), results_(args), narrow_(rows_ <= kFewQueries && !args.dropout_seed) {
     q_ = workspace;
     acc_ = q_ + D_ * kBlockM;
@@ -27,6 +34,13 @@ class ForwardBlock : QueryBlock {
     max_ = v_ + kBlockN * D_;
     sum_ = max_ + kBlockM;
     rescale_ = sum_ + kBlockM;
+    if (narrow_) {  // which needs no factors
+      q_ += place * rows_ * D_;
+      acc_ += place * rows_ * D_;
+      max_ = factors_ + place * 3 * kBlockLanes;
+      sum_ = max_ + kBlockLanes;
+      rescale_ = sum_ + kBlockLanes;
+    }
     begin_ = start(), end_ = last_end_;
     if (args.splits() > 1) {
       partial_ = args.partial + ((b * args.H_kv + h_kv) * args.splits() + split) * args.split_size();
@@ -35,25 +49,22 @@ class ForwardBlock : QueryBlock {
     }
   }
 
-  void run() {
-    if (rows_ == 0) return;  // a shorter sequence than the longest
-    load_queries();
-    clear();
-    bool first = true;
-    for (int64_t n = begin_; n < end_; n += kBlockN) {
-      const int64_t keys = keys_from(n);
-      if (args_.mask.data && !mask_shows(n, keys)) continue;
-      if (narrow_) {
-        step_narrow(n, keys);
-      } else {
-        step_wide(n, keys, first);
-      }
-      first = false;
+  // Runs blocks that see the same keys, each of which has its own place in the workspace, tile by tile.
+  static void run(std::optional<ForwardBlock>* blocks, int64_t count) {
+    if (blocks[0]->rows_ == 0) return;  // a shorter sequence than the longest
+    for (int64_t i = 0; i < count; ++i) {
+      blocks[i]->load_queries();
+      blocks[i]->clear();
     }
-    if (partial_) {
-      write_partial();
-    } else {
-      write_results();
+    for (int64_t n = blocks[0]->begin_; n < blocks[0]->end_; n += kBlockN) {
+      for (int64_t i = 0; i < count; ++i) blocks[i]->step(n);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (blocks[i]->partial_) {
+        blocks[i]->write_partial();
+      } else {
+        blocks[i]->write_results();
+      }
     }
   }
 
@@ -81,7 +92,7 @@ class ForwardBlock : QueryBlock {
 
   void clear() {
     std::memset(acc_, 0, D_ * held_rows() * sizeof(float));
-    for (int64_t r = 0; r < kBlockM; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f;
+    for (int64_t r = 0; r < (narrow_ ? kBlockLanes : kBlockM); ++r) max_[r] = -kInfinity, sum_[r] = 0.0f;
   }
 
   // q · scale: (rows, D_) when narrow, transposed to (D_, kBlockM) when wide. What lies beyond is zero.
@@ -94,6 +105,17 @@ class ForwardBlock : QueryBlock {
       for (int64_t d = 0; d < args_.D; ++d) row[d] *= args_.scale;
     }
     if (!narrow_) to_columns(rows, q_);
+  }
+
+  void step(int64_t n) {
+    const int64_t keys = keys_from(n);
+    if (args_.mask.data && !mask_shows(n, keys)) return;
+    if (narrow_) {
+      step_narrow(n, keys);
+    } else {
+      step_wide(n, keys, first_);
+    }
+    first_ = false;
   }
 
   void step_wide(int64_t n, int64_t keys, bool first) {
@@ -258,17 +280,31 @@ class ForwardBlock : QueryBlock {
   float *max_, *sum_, *rescale_;  // per row: running maximum and sum, factor of the last rescaling
   float* partial_ = nullptr;      // where a split leaves its rows
   int64_t begin_, end_;           // keys to walk over
+  bool first_ = true;             // no tile has been seen
 };
 
 }  // namespace
 
 void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
-  const int64_t blocks = args.blocks(), splits = args.splits();  // one of them is 1
+  std::optional<ForwardBlock> blocks[kBlocks];
+  const int64_t count = args.blocks(), splits = args.splits();  // one of them is 1
+  if (args.block_table && args.few_queries()) {
+    // The heads of a page lie side by side, and small pages are read much faster if their heads are read together.
+    for (int64_t task = begin, heads; task < end; task += heads) {
+      const int64_t head = task % args.H_kv, split = task / args.H_kv % splits, b = task / args.H_kv / splits;
+      heads = kBlockM / (args.H / args.H_kv * args.T);
+      for (int64_t limit : {kBlocks, args.H_kv - head, end - task}) heads = limit < heads ? limit : heads;
+      for (int64_t i = 0; i < heads; ++i) blocks[i].emplace(args, b, head + i, 0, split, workspace, i);
+      ForwardBlock::run(blocks, heads);
+    }
+    return;
+  }
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task / blocks / splits;
+    const int64_t head = task / count / splits;
     // From both ends in turn: early and late queries of a causal mask cost differently, and threads get equal shares.
-    const int64_t index = task % blocks, block = index % 2 ? blocks - 1 - index / 2 : index / 2;
-    ForwardBlock(args, head / args.H_kv, head % args.H_kv, block, task % splits, workspace).run();
+    const int64_t index = task % count, block = index % 2 ? count - 1 - index / 2 : index / 2;
+    blocks[0].emplace(args, head / args.H_kv, head % args.H_kv, block, task % splits, workspace);
+    ForwardBlock::run(blocks, 1);
   }
 }
 
