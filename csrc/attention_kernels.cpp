@@ -49,9 +49,16 @@ class ForwardBlock : QueryBlock {
     }
   }
 
-  // Runs blocks that see the same keys, each of which has its own place in the workspace, tile by tile.
+  void run() {
+    if (rows_ == 0) return;  // a shorter sequence than the longest
+    load_queries();
+    clear();
+    for (int64_t n = begin_; n < end_; n += kBlockN) step(n);
+    finish();
+  }
+
+  // Runs blocks that see the same keys, each at its own place in the workspace, tile by tile.
   static void run(std::optional<ForwardBlock>* blocks, int64_t count) {
-    if (blocks[0]->rows_ == 0) return;  // a shorter sequence than the longest
     for (int64_t i = 0; i < count; ++i) {
       blocks[i]->load_queries();
       blocks[i]->clear();
@@ -59,13 +66,7 @@ class ForwardBlock : QueryBlock {
     for (int64_t n = blocks[0]->begin_; n < blocks[0]->end_; n += kBlockN) {
       for (int64_t i = 0; i < count; ++i) blocks[i]->step(n);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      if (blocks[i]->partial_) {
-        blocks[i]->write_partial();
-      } else {
-        blocks[i]->write_results();
-      }
-    }
+    for (int64_t i = 0; i < count; ++i) blocks[i]->finish();
   }
 
   // Of a block that was made for the first split, when all splits have run.
@@ -243,6 +244,14 @@ class ForwardBlock : QueryBlock {
     });
   }
 
+  void finish() const {
+    if (partial_) {
+      write_partial();
+    } else {
+      write_results();
+    }
+  }
+
   float* partial(int64_t split, int64_t r) const { return partial_ + split * results_.split_size() + r * (D_ + 2); }
 
   // A row is its sum of values, its highest score and its sum of weights.
@@ -283,28 +292,31 @@ class ForwardBlock : QueryBlock {
   bool first_ = true;             // no tile has been seen
 };
 
+// The heads of a page lie side by side, and small pages are read much faster if their heads are read together. Tasks go
+// through the heads first.
+void few_queries_of_pages(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
+  const int64_t splits = args.splits(), most = kBlockM / (args.H / args.H_kv * args.T);
+  std::optional<ForwardBlock> blocks[kBlocks];
+  for (int64_t task = begin, heads; task < end; task += heads) {
+    const int64_t head = task % args.H_kv, split = task / args.H_kv % splits, b = task / args.H_kv / splits;
+    heads = most < kBlocks ? most : kBlocks;
+    if (heads > args.H_kv - head) heads = args.H_kv - head;
+    if (heads > end - task) heads = end - task;
+    for (int64_t i = 0; i < heads; ++i) blocks[i].emplace(args, b, head + i, 0, split, workspace, i);
+    ForwardBlock::run(blocks, heads);
+  }
+}
+
 }  // namespace
 
 void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
-  std::optional<ForwardBlock> blocks[kBlocks];
-  const int64_t count = args.blocks(), splits = args.splits();  // one of them is 1
-  if (args.block_table && args.few_queries()) {
-    // The heads of a page lie side by side, and small pages are read much faster if their heads are read together.
-    for (int64_t task = begin, heads; task < end; task += heads) {
-      const int64_t head = task % args.H_kv, split = task / args.H_kv % splits, b = task / args.H_kv / splits;
-      heads = kBlockM / (args.H / args.H_kv * args.T);
-      for (int64_t limit : {kBlocks, args.H_kv - head, end - task}) heads = limit < heads ? limit : heads;
-      for (int64_t i = 0; i < heads; ++i) blocks[i].emplace(args, b, head + i, 0, split, workspace, i);
-      ForwardBlock::run(blocks, heads);
-    }
-    return;
-  }
+  if (args.block_table && args.few_queries()) return few_queries_of_pages(args, begin, end, workspace);
+  const int64_t blocks = args.blocks(), splits = args.splits();  // one of them is 1
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task / count / splits;
+    const int64_t head = task / blocks / splits;
     // From both ends in turn: early and late queries of a causal mask cost differently, and threads get equal shares.
-    const int64_t index = task % count, block = index % 2 ? count - 1 - index / 2 : index / 2;
-    blocks[0].emplace(args, head / args.H_kv, head % args.H_kv, block, task % splits, workspace);
-    ForwardBlock::run(blocks, 1);
+    const int64_t index = task % blocks, block = index % 2 ? blocks - 1 - index / 2 : index / 2;
+    ForwardBlock(args, head / args.H_kv, head % args.H_kv, block, task % splits, workspace).run();
   }
 }
 

@@ -1,6 +1,5 @@
 // Arithmetic of a few queries against keys and values as they are stored: a vector runs along the head dim, every row is
-// read once, and each row that is read prefetches one that will be needed next, which spreads the waiting for memory evenly
-// over the work.
+// read once, and reading it prefetches one of those that come next. That spreads the memory's work evenly over ours.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -153,7 +152,8 @@ inline void add_columns(
   }
 }
 
-// acc[r] = acc[r] · rescale[r] + sum_i weights[r][i] · v[i], of `width` numbers, whole vectors. Lines of weights are kBlockN apart.
+// acc[r] = acc[r] · rescale[r] + sum_i weights[r][i] · v[i], of `width` numbers, whole vectors. Lines of weights are
+// kBlockN apart.
 template <typename Stored>
 inline void add_values(
     int64_t rows, const float* weights, const StoredRows<Stored>& v, int64_t width, const float* rescale, float* acc,
