@@ -31,7 +31,8 @@ UNFUSED = "csrc/kv_cache_update_kernels.cpp"
 TARGET_VERSION = "2.10"  # the oldest torch that a build must load on
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")  # the last also as PTX, for GPUs newer than the compiler
 
-# *_kernels.cpp is compiled once per level and csrc/cpu_level.h picks at run time.
+# *_kernels.cpp is compiled once per level and csrc/cpu_level.h picks at run time. Without exceptions, whose tables would
+# share a symbol between levels.
 CPU_LEVELS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -39,6 +40,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
         "-mprefer-vector-width=512",
     ]
+    CPU_LEVELS["amx"] = CPU_LEVELS["avx512"] + ["-mamx-tile", "-mamx-bf16"]
 
 
 def fail(sentence):
@@ -213,7 +215,7 @@ class NinjaBuild(build_ext):
         facts += [f'-DFASTGPT_CPU_LEVELS="{" ".join(CPU_LEVELS)}"']
         objects = compile_each("cxx", [bindings], facts) + compile_each("cxx", others)
         for level, flags in CPU_LEVELS.items():
-            flags = [f"-DFASTGPT_CPU_LEVEL={level}", *flags]
+            flags = [f"-DFASTGPT_CPU_LEVEL={level}", "-fno-exceptions", *flags]
             objects += compile_each("cxx", kernels, flags, f".{level}.o")
         link("link", "fastgpt._C", objects)
 

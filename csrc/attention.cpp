@@ -12,6 +12,8 @@
 #include "parallel.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
+    // Floats of scratch memory, 64-byte aligned, that a thread needs for `group` blocks.
+    int64_t attention_workspace(int64_t D, int64_t group);
     void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace);
     // Joins the splits of B · H_kv blocks of queries.
     void attention_forward_join(const AttentionForward& args, int64_t begin, int64_t end, float* workspace);)
@@ -51,11 +53,13 @@ std::tuple<Tensor, Tensor> run(AttentionForward& args, const Tensor& q) {
   args.out = {out.mutable_data_ptr(), packed ? 0 : T * H * D, D, H * D};
   args.lse = {static_cast<float*>(lse.mutable_data_ptr()), packed ? 0 : H * T, T, 1};
 
+  // Four tasks for a thread, if there is so much to do. Results do not depend on it.
+  const int64_t share = args.B * args.H_kv * args.blocks() / (4 * torch::stable::get_num_threads());
+  args.group = std::max<int64_t>(std::min(share, kGroup), 1);
+  const int64_t floats = FASTGPT_AT_CPU_LEVEL(attention_workspace)(D, args.group);
   const auto run_tasks = [&](auto kernel, int64_t tasks, int64_t keys) {
-    const int64_t work = 2 * D * keys * std::min(args.H / args.H_kv * args.T, kBlockM) + 1;
-    for_tasks(tasks, work, [&](int64_t begin, int64_t end) {
-      kernel(args, begin, end, workspace(attention_workspace(D)));
-    });
+    const int64_t work = 2 * D * keys * std::min(args.H / args.H_kv * args.T, args.group * kBlockM) + 1;
+    for_tasks(tasks, work, [&](int64_t begin, int64_t end) { kernel(args, begin, end, workspace(floats)); });
   };
   const int64_t splits = args.splits();
   Scratch partial;

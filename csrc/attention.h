@@ -9,6 +9,9 @@ namespace fastgpt {
 // Queries and keys that a kernel holds at a time, in rows.
 constexpr int64_t kBlockM = 64, kBlockN = 64;
 
+// Up to kGroup blocks of queries walk over the keys together.
+constexpr int64_t kGroup = 4;
+
 // With up to kFewQueries that share a key/value head, as in decoding, a task takes kSplit keys only: there may be fewer
 // heads than threads. What belongs to which split depends on the shape alone.
 constexpr int64_t kFewQueries = 8, kSplit = 2048;
@@ -79,19 +82,16 @@ struct AttentionForward : Attention {
   PerQuery<void*> out;
   PerQuery<float*> lse;  // natural log
   float* partial;        // split_size() floats for each (b, h_kv, split), if there is more than one split
+  int64_t group;         // blocks of queries that a task takes, up to kGroup
 
   bool few_queries() const { return H / H_kv * T <= kFewQueries && !dropout_seed; }
   int64_t splits() const { return few_queries() && S > kSplit ? (S + kSplit - 1) / kSplit : 1; }
   int64_t split_size() const { return H / H_kv * T * (padded_head_dim(D) + 2); }
 
-  // A task is one block of queries of one (b, h_kv), and one split of its keys.
-  int64_t tasks() const { return B * H_kv * blocks() * splits(); }
+  // A task is one group of blocks of one (b, h_kv), and one split of its keys.
+  int64_t groups() const { return (blocks() + group - 1) / group; }
+  int64_t tasks() const { return B * H_kv * groups() * splits(); }
 };
-
-// Floats of scratch memory, 64-byte aligned, that a thread needs for head dim D.
-constexpr int64_t attention_workspace(int64_t D) {
-  return 2 * padded_head_dim(D) * (kBlockM + kBlockN) + 2 * kBlockM * kBlockN + 3 * kBlockM;
-}
 
 // Gradients of keys or values: (B, H_kv, S, D). Strides in elements.
 struct KeyGradients {

@@ -1,14 +1,15 @@
-// Arithmetic of a few queries against keys and values as they are stored: a vector runs along the head dim, every row is
-// read once, and reading it prefetches one of those that come next. That spreads the memory's work evenly over ours.
+// Attention for few queries, as in decoding, against keys and values as they are stored: a vector runs along the head dim,
+// every row is read once, and reading it prefetches one of those that come next. That spreads the memory's work evenly over
+// ours.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
 #pragma once
 
+#include <optional>
 #include <type_traits>
 
-#include "attention.h"
-#include "attention_vectors.h"
+#include "attention_forward.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -178,6 +179,222 @@ inline void scale_scores(int64_t rows, const StoredRows<Stored>& stored, float* 
     for (int64_t i = 0; i < stored.count; i += kWidth) {
       store(scores + r * kBlockN + i, load(scores + r * kBlockN + i) * load(stored.scale + i));
     }
+  }
+}
+
+// Blocks of few queries that a thread may hold at a time, and floats between the running maxima of one and the next.
+constexpr int64_t kBlocks = 16, kBlockLanes = 16;
+static_assert(kFewQueries <= kBlockLanes && kBlockLanes % kWidth == 0);
+
+// Memory that blocks share, and that a block of `rows` queries has.
+struct NarrowShared {
+  NarrowShared(int64_t head_dim, Parts& parts) {
+    const int64_t D = padded_head_dim(head_dim);
+    scores = parts.take(kFewQueries * kBlockN), k = parts.take(kBlockN * D), v = parts.take(kBlockN * D);
+  }
+
+  float *scores, *k, *v;  // (kFewQueries, kBlockN); (kBlockN, D), copies where they are needed
+};
+struct NarrowMemory {
+  NarrowMemory(int64_t head_dim, int64_t rows, Parts& parts) {
+    const int64_t D = padded_head_dim(head_dim);
+    q = parts.take(rows * D), acc = parts.take(rows * D);
+    max = parts.take(kBlockLanes), sum = parts.take(kBlockLanes), rescale = parts.take(kBlockLanes);
+  }
+
+  float *q, *acc, *max, *sum, *rescale;  // q, acc: (rows, D); max, sum, rescale: (kBlockLanes,)
+};
+
+// All keys, or one split of them.
+class NarrowBlock : public ForwardBlock {
+ public:
+  NarrowBlock(
+      const AttentionForward& args, int64_t b, int64_t h_kv, int64_t split, const NarrowShared& shared, Parts& parts)
+      : ForwardBlock(args, b, h_kv, 0), w_(shared), begin_(start()), end_(last_end_) {
+    const NarrowMemory memory(args.D, rows_, parts);
+    q_ = memory.q, acc_ = memory.acc, max_ = memory.max, sum_ = memory.sum, rescale_ = memory.rescale;
+    std::memset(acc_, 0, rows_ * D_ * sizeof(float));
+    for (int64_t r = 0; r < kBlockLanes; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f;
+    if (args.splits() > 1) {
+      partial_ = args.partial + ((b * args.H_kv + h_kv) * args.splits() + split) * args.split_size();
+      begin_ = larger(begin_, split * kSplit), end_ = smaller(end_, (split + 1) * kSplit);
+    }
+  }
+
+  // Runs blocks that see the same keys, tile by tile.
+  static void run(std::optional<NarrowBlock>* blocks, int64_t count) {
+    if (blocks[0]->rows_ == 0) return;  // a shorter sequence than the longest
+    for (int64_t i = 0; i < count; ++i) blocks[i]->load_queries();
+    for (int64_t n = blocks[0]->begin_; n < blocks[0]->end_; n += kBlockN) {
+      for (int64_t i = 0; i < count; ++i) blocks[i]->step(n);
+    }
+    for (int64_t i = 0; i < count; ++i) blocks[i]->finish();
+  }
+
+  // Of a block that was made for the first split, when all splits have run.
+  void join() {
+    if (rows_ == 0) return;
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (int64_t s = 0; s < results_.splits(); ++s) {
+        const float highest = partial(s, r)[D_];
+        max_[r] = highest > max_[r] ? highest : max_[r];
+      }
+      const float shift = max_[r] > -kInfinity ? max_[r] : 0.0f;  // as in WideBlock
+      for (int64_t s = 0; s < results_.splits(); ++s) {
+        const float *part = partial(s, r), factor = exp_nonpositive(part[D_] - shift);
+        for (int64_t d = 0; d < D_; ++d) acc_[r * D_ + d] += part[d] * factor;
+        sum_[r] += part[D_ + 1] * factor;
+      }
+    }
+    write_results(acc_);
+  }
+
+ private:
+  // q · scale: (rows, D_). What lies beyond is zero.
+  void load_queries() {
+    std::memset(q_, 0, rows_ * D_ * sizeof(float));
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* row = q_ + r * D_;
+      load_row(args_.q, r, row);
+      for (int64_t d = 0; d < args_.D; ++d) row[d] *= args_.scale;
+    }
+  }
+
+  void step(int64_t n) {
+    const int64_t keys = keys_from(n);
+    if (args_.mask.data && !mask_shows(n, keys)) return;
+    with_stored(args_.k, n, keys, w_.k, args_.v, n, [&](const auto& k) {
+      multiply_keys(rows_, q_, D_, k, vectors() * kWidth, w_.scores);
+      if (k.scaled) scale_scores(rows_, k, w_.scores);
+    });
+    finish_scores<Along::keys>(w_.scores, n, keys);
+    weigh_keys(keys);
+    with_stored(args_.v, n, keys, w_.v, args_.k, n + keys, [&](const auto& v) {
+      if (v.scaled) scale_scores(rows_, v, w_.scores);
+      add_values(rows_, w_.scores, v, vectors() * kWidth, rescale_, acc_, D_);
+    });
+  }
+
+  // Turns the scores of a tile into weights, kWidth rows at a time. Past the last key they are -inf and 0.
+  void weigh_keys(int64_t keys) {
+    for (int64_t m = 0; m < rows_; m += kWidth) {
+      const int64_t rows = rows_ - m < kWidth ? rows_ - m : kWidth;
+      float* scores = w_.scores + m * kBlockN;
+      Vector highest_lanes[kWidth], totals[kWidth] = {};
+      for (int64_t r = 0; r < kWidth; ++r) highest_lanes[r] = broadcast(-kInfinity);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < keys; i += kWidth) {
+          highest_lanes[r] = maximum(load(scores + r * kBlockN + i), highest_lanes[r]);
+        }
+      }
+      const Vector before = load(max_ + m), highest = maximum(maxima(highest_lanes), before);
+      const Vector shift = highest > broadcast(-kInfinity) ? highest : Vector{};  // as in WideBlock
+      float shifts[kWidth];
+      store(shifts, shift);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < keys; i += kWidth) {
+          const Vector weight = exp_nonpositive(load(scores + r * kBlockN + i) - shifts[r]);
+          store(scores + r * kBlockN + i, weight);
+          totals[r] += weight;
+        }
+      }
+      const Vector factor = exp_nonpositive(before - shift);
+      store(max_ + m, highest);
+      store(sum_ + m, load(sum_ + m) * factor + sums(totals));
+      store(rescale_ + m, factor);
+    }
+  }
+
+  // function(rows): keys or values from n on as they are stored, while those of `next` from next_n on are prefetched; or a
+  // copy, where vectors do not divide D or a page, so that pages change no bits.
+  template <typename Function>
+  void with_stored(
+      const Keys& source, int64_t n, int64_t keys, float* copy, const Keys& next, int64_t next_n,
+      const Function& function) const {
+    const auto group_size = [&](int64_t i) { return keys - i < kWidth ? keys - i : kWidth; };
+    if (args_.D % kWidth != 0 || (args_.block_table && args_.page % kWidth != 0)) {
+      const Rows rows = load_keys(source, n, keys, copy);
+      StoredRows<float> stored;
+      stored.stride = rows.stride, stored.count = keys, stored.scaled = false;
+      for (int64_t i = 0; i < keys; i += kWidth) {
+        stored.group[i / kWidth] = rows.data + i * rows.stride;
+        stored.ahead[i / kWidth] = nullptr;
+      }
+      return function(stored);
+    }
+    as_elements(source.data, args_.key_element, [&](const auto* elements) {
+      StoredRows<std::remove_const_t<std::remove_pointer_t<decltype(elements)>>> stored;
+      const int64_t size = sizeof *elements;
+      stored.stride = source.stride_s, stored.ahead_stride = next.stride_s * size;
+      stored.count = keys, stored.scaled = source.scale != nullptr;
+      for (int64_t i = 0; i < keys; i += kWidth) {
+        each_run(source, n + i, group_size(i), [&](int64_t, int64_t count, int64_t offset, const float* scale) {
+          stored.group[i / kWidth] = elements + offset;
+          for (int64_t l = 0; scale && l < count; ++l) stored.scale[i + l] = scale[l * source.scale_stride_s];
+        });
+        stored.ahead[i / kWidth] = nullptr;
+        if (next_n + i >= end_) continue;
+        each_run(next, next_n + i, 1, [&](int64_t, int64_t, int64_t offset, const float*) {
+          stored.ahead[i / kWidth] = static_cast<const char*>(next.data) + offset * size;
+        });
+      }
+      function(stored);
+    });
+  }
+
+  void finish() const {
+    if (partial_) {
+      write_partial();
+    } else {
+      write_results(acc_);
+    }
+  }
+
+  float* partial(int64_t split, int64_t r) const { return partial_ + split * results_.split_size() + r * (D_ + 2); }
+
+  // A row is its sum of values, its highest score and its sum of weights.
+  void write_partial() const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* row = partial(0, r);
+      std::memcpy(row, acc_ + r * D_, D_ * sizeof(float));
+      row[D_] = max_[r], row[D_ + 1] = sum_[r];
+    }
+  }
+
+  const NarrowShared& w_;
+  float *q_, *rescale_;       // rescale: factor of the last rescaling
+  float* partial_ = nullptr;  // where a split leaves its rows
+  int64_t begin_, end_;       // keys to walk over
+};
+
+inline int64_t narrow_workspace(int64_t D) {
+  Parts parts(nullptr);
+  NarrowShared(D, parts);
+  for (int64_t i = 0; i < kBlocks; ++i) NarrowMemory(D, kBlockM / kBlocks, parts);
+  return parts.taken();
+}
+
+// One split of the keys of `heads` heads, tile by tile.
+inline void run_narrow(
+    const AttentionForward& args, int64_t b, int64_t h_kv, int64_t heads, int64_t split, float* workspace) {
+  Parts parts(workspace);
+  const NarrowShared shared(args.D, parts);
+  std::optional<NarrowBlock> blocks[kBlocks];
+  for (int64_t i = 0; i < heads; ++i) blocks[i].emplace(args, b, h_kv + i, split, shared, parts);
+  NarrowBlock::run(blocks, heads);
+}
+
+// Tasks go through the splits first, or with a block table through the heads: those of a page lie side by side, and small
+// pages are read much faster if their heads are read together, up to kBlockM rows of them.
+inline void run_narrow_tasks(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
+  const int64_t splits = args.splits(), rows = larger(args.H / args.H_kv * args.T, 1);
+  const int64_t together = args.block_table ? smaller(kBlocks, kBlockM / rows) : 1;
+  for (int64_t task = begin, heads; task < end; task += heads) {
+    const int64_t b = task / (args.H_kv * splits);
+    const int64_t h_kv = args.block_table ? task % args.H_kv : task / splits % args.H_kv;
+    const int64_t split = args.block_table ? task / args.H_kv % splits : task % splits;
+    heads = smaller(smaller(together, args.H_kv - h_kv), end - task);
+    run_narrow(args, b, h_kv, heads, split, workspace);
   }
 }
 

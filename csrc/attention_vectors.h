@@ -125,12 +125,11 @@ inline Vector maxima(Vector (&rows)[kWidth]) {
 // e^x for x <= 0, zero below 2^-126: with y = x · log2(e), 2^y = 2^n · 2^f where n = round(y) and a polynomial for 2^f
 // on [-1/2, 1/2], fitted for least relative error (1.9e-9 before rounding). Scores stay in natural units until here: the
 // rounding of y then matters least for the largest weights, while scores in base 2 would all carry it at full size.
-inline Vector exp_nonpositive(Vector natural) {
+[[gnu::always_inline]] inline Vector exp_nonpositive(Vector natural) {
   const Vector x = natural * kLog2e;
-  const Vector lowest = broadcast(-126.0f), clamped = x < lowest ? lowest : x;
   const Vector shifter = broadcast(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer in the low bits
-  const Vector shifted = clamped + shifter;
-  const Vector f = clamped - (shifted - shifter);
+  const Vector shifted = x + shifter;
+  const Vector f = x - (shifted - shifter);
   Vector y = broadcast(1.534581097e-04f);
   y = y * f + 1.339993090e-03f;
   y = y * f + 9.618489072e-03f;
@@ -143,8 +142,7 @@ inline Vector exp_nonpositive(Vector natural) {
   std::memcpy(&bits, &y, sizeof bits);
   bits += n << 23;  // the shifter's own bits are shifted out
   std::memcpy(&y, &bits, sizeof y);
-  y = x == x ? y : x;  // NaN stays
-  return x < lowest ? Vector{} : y;
+  return x >= broadcast(-126.0f) ? y : maximum(Vector{}, x);  // which is 0, or NaN where x is
 }
 
 inline float exp_nonpositive(float x) { return exp_nonpositive(broadcast(x))[0]; }
@@ -290,12 +288,13 @@ inline void write(const float* source, int64_t count, void* target, int64_t offs
   }
 }
 
-// c[i][j] (+)= sum_k a[i][k] · b[k][j] for i < kRows and j < kVectors vectors. Strides in elements. What c held joins last,
-// so that the rounding of a long sum grows with the number of blocks, not of terms.
-template <int kRows, int kVectors, typename Stored>
+// c[i][j] (+)= sum_k a[i][k] · b[k][j] for i < kRows and j < kVectors vectors, and c[i][j] · factors[j] in place of c[i][j]
+// if there are factors. Strides in elements. What c held joins last, so that the rounding of a long sum grows with the
+// number of blocks, not of terms.
+template <int kRows, int kVectors>
 inline void multiply_tile(
-    const float* a, int64_t a_row, int64_t a_k, const Stored* b, int64_t b_k, float* c, int64_t c_row, int64_t K,
-    bool accumulate) {
+    const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row, int64_t K,
+    bool accumulate, const float* factors) {
   Vector total[kRows][kVectors] = {};
   for (int64_t k = 0; k < K; ++k) {
     Vector row[kVectors];
@@ -308,27 +307,32 @@ inline void multiply_tile(
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kVectors; ++j) {
       float* target = c + i * c_row + j * kWidth;
-      store(target, accumulate ? load(target) + total[i][j] : total[i][j]);
+      if (factors) {
+        total[i][j] += load(target) * load(factors + j * kWidth);
+      } else if (accumulate) {
+        total[i][j] += load(target);
+      }
+      store(target, total[i][j]);
     }
   }
 }
 
 // The same for any number of rows and vectors, tile by tile.
-template <int kRows, int kVectors, typename Stored>
+template <int kRows, int kVectors>
 inline void multiply(
-    int64_t rows, int64_t vectors, const float* a, int64_t a_row, int64_t a_k, const Stored* b, int64_t b_k, float* c,
-    int64_t c_row, int64_t K, bool accumulate) {
+    int64_t rows, int64_t vectors, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c,
+    int64_t c_row, int64_t K, bool accumulate, const float* factors = nullptr) {
   for (; rows >= kRows; rows -= kRows, a += kRows * a_row, c += kRows * c_row) {
+    const auto tile = [&](auto count, int64_t j) {
+      multiply_tile<kRows, decltype(count)::value>(
+          a, a_row, a_k, b + j, b_k, c + j, c_row, K, accumulate, factors ? factors + j : nullptr);
+    };
     int64_t j = 0;
-    for (; j + kVectors <= vectors; j += kVectors) {
-      multiply_tile<kRows, kVectors>(a, a_row, a_k, b + j * kWidth, b_k, c + j * kWidth, c_row, K, accumulate);
-    }
-    for (; j < vectors; ++j) {
-      multiply_tile<kRows, 1>(a, a_row, a_k, b + j * kWidth, b_k, c + j * kWidth, c_row, K, accumulate);
-    }
+    for (; j + kVectors <= vectors; j += kVectors) tile(std::integral_constant<int, kVectors>(), j * kWidth);
+    for (; j < vectors; ++j) tile(std::integral_constant<int, 1>(), j * kWidth);
   }
   if constexpr (kRows > 1) {
-    if (rows) multiply<kRows - 1, kVectors>(rows, vectors, a, a_row, a_k, b, b_k, c, c_row, K, accumulate);
+    if (rows) multiply<kRows - 1, kVectors>(rows, vectors, a, a_row, a_k, b, b_k, c, c_row, K, accumulate, factors);
   }
 }
 

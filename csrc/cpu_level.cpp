@@ -4,10 +4,29 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastgpt {
 namespace {
 
-constexpr CpuLevel kLevels[] = {CpuLevel::baseline, CpuLevel::avx2, CpuLevel::avx512};
+constexpr CpuLevel kLevels[] = {CpuLevel::baseline, CpuLevel::avx2, CpuLevel::avx512, CpuLevel::amx};
+
+// The CPU has tiles and multiplies them as bfloat16, and Linux lets this process use them when asked.
+bool supports_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;   // of leaf 7's edx
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBFloat16) && (edx & kTiles) &&
+      syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 // Counts the operating system's support too: without it the registers' upper halves are lost.
 bool supported(CpuLevel level) {
@@ -21,7 +40,13 @@ bool supported(CpuLevel level) {
 #else
   const bool avx2 = false, avx512 = false;
 #endif
-  return level == CpuLevel::baseline || (level == CpuLevel::avx2 ? avx2 : avx512);
+  switch (level) {
+    case CpuLevel::baseline: return true;
+    case CpuLevel::avx2: return avx2;
+    case CpuLevel::avx512: return avx512;
+    case CpuLevel::amx: return avx512 && supports_tiles();
+  }
+  return false;
 }
 
 CpuLevel choose() {
@@ -48,7 +73,8 @@ CpuLevel cpu_level() {
 }
 
 const char* cpu_level_name(CpuLevel level) {
-  return level == CpuLevel::avx512 ? "avx512" : level == CpuLevel::avx2 ? "avx2" : "baseline";
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
+  return kNames[static_cast<int>(level)];
 }
 
 }  // namespace fastgpt

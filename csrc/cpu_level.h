@@ -20,9 +20,11 @@
 #define FASTGPT_DECLARE_PER_CPU_LEVEL(...)             \
   namespace fastgpt::baseline { __VA_ARGS__ }          \
   namespace fastgpt::avx2 { __VA_ARGS__ }              \
-  namespace fastgpt::avx512 { __VA_ARGS__ }
+  namespace fastgpt::avx512 { __VA_ARGS__ }            \
+  namespace fastgpt::amx { __VA_ARGS__ }
 #define FASTGPT_AT_CPU_LEVEL(function)                                                     \
-  (::fastgpt::cpu_level() == ::fastgpt::CpuLevel::avx512 ? ::fastgpt::avx512::function     \
+  (::fastgpt::cpu_level() == ::fastgpt::CpuLevel::amx ? ::fastgpt::amx::function           \
+   : ::fastgpt::cpu_level() == ::fastgpt::CpuLevel::avx512 ? ::fastgpt::avx512::function   \
    : ::fastgpt::cpu_level() == ::fastgpt::CpuLevel::avx2 ? ::fastgpt::avx2::function       \
                                                          : ::fastgpt::baseline::function)
 #else
@@ -32,7 +34,8 @@
 
 namespace fastgpt {
 
-enum class CpuLevel { baseline, avx2, avx512 };
+// The last has tiles of bfloat16 besides AVX-512.
+enum class CpuLevel { baseline, avx2, avx512, amx };
 
 // The best level that this CPU supports, or the one that the environment variable
 // FASTGPT_CPU_LEVEL names; std::invalid_argument (ValueError in Python) if that is unknown or not

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULE = Path(_C.__file__)
 CUDA_LIBRARY = MODULE.parent / "libfastgpt_cuda.so"
 TORCH = Path(torch.__file__).parent
-LEVELS = ["baseline", "avx2", "avx512"]
+LEVELS = ["baseline", "avx2", "avx512", "amx"]
 
 needs_cuda_library = pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="built without libfastgpt_cuda.so")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
