@@ -71,6 +71,16 @@ def find_cxx():
     fail(f"no C++ compiler found (looked for {', '.join(wanted)}): install g++ or set CXX.")
 
 
+def cpu_levels(cxx):
+    """Those of CPU_LEVELS that the compiler knows: GCC has AMX since version 11."""
+
+    def compiles(flags):
+        command = [*shlex.split(cxx), *flags, "-E", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    return {level: flags for level, flags in CPU_LEVELS.items() if compiles(flags)}
+
+
 def find_ninja():
     try:
         path = shutil.which("ninja", path=importlib.import_module("ninja").BIN_DIR)
@@ -200,7 +210,9 @@ class NinjaBuild(build_ext):
         major, minor = map(int, TARGET_VERSION.split("."))
         common = ["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", "-isystem", self.torch_include]
         common += [f"-DTORCH_TARGET_VERSION={major << 56 | minor << 48:#018x}ULL"]
+        levels = cpu_levels(self.cxx)
         cxxflags = [*common, "-fPIC", "-fvisibility=hidden", "-Wall"]
+        cxxflags += ["-DFASTGPT_HAS_AMX"] if "amx" in levels else []
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
         # libtorch_cpu exports some functions of libstdc++ too; the first library named is the one used.
         torch_cpu = [*(["-lstdc++"] if sys.platform == "linux" else []), f"-L{self.torch_lib}", "-ltorch_cpu"]
@@ -212,9 +224,9 @@ class NinjaBuild(build_ext):
         python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
         facts = [word for path in (self.pybind11, *sorted(python)) for word in ("-isystem", path)]
         facts += [f'-DFASTGPT_CUDA_ARCHS="{" ".join(archs)}"']
-        facts += [f'-DFASTGPT_CPU_LEVELS="{" ".join(CPU_LEVELS)}"']
+        facts += [f'-DFASTGPT_CPU_LEVELS="{" ".join(levels)}"']
         objects = compile_each("cxx", [bindings], facts) + compile_each("cxx", others)
-        for level, flags in CPU_LEVELS.items():
+        for level, flags in levels.items():
             flags = [f"-DFASTGPT_CPU_LEVEL={level}", "-fno-exceptions", *flags]
             objects += compile_each("cxx", kernels, flags, f".{level}.o")
         link("link", "fastgpt._C", objects)

@@ -184,6 +184,8 @@ def attention_on_the_cpu(attention: dict) -> str:
 
     for case in attention["prefill"]:
         row(f"causal, {case['T']:,} tokens", case, "SDPA", "SDPA")
+    for case in attention["prefill of 16 bits"]:
+        row(f"causal, {case['T']:,} tokens, {case['dtype']}", case, "SDPA", "SDPA")
     for case in attention["forward and backward"]:
         row(f"causal, forward and backward, {case['T']:,} tokens", case, "SDPA", "SDPA")
     for case in attention["window"]:

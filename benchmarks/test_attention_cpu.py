@@ -37,13 +37,16 @@ def inputs(T, S, heads=H, kv_heads=H, head_dim=D):
 
 def check(actual, expected):
     """Equality before timing."""
-    rtol = max(1e-4, torch.finfo(actual.dtype).eps)
-    torch.testing.assert_close(actual.float(), expected.float(), atol=2e-5, rtol=rtol)
+    eps = torch.finfo(actual.dtype).eps
+    torch.testing.assert_close(actual.float(), expected.float(), atol=max(2e-5, eps), rtol=max(1e-4, eps))
 
 
-@pytest.mark.parametrize("T", [128, 512, 2048, 8192])
-def test_prefill(benchmark, matrix_product, T):
-    q, k, v = inputs(T, T)
+@pytest.mark.parametrize(
+    "T, dtype", [*((T, torch.float32) for T in (128, 512, 2048, 8192)), (2048, torch.float16), (2048, torch.bfloat16)]
+)
+def test_prefill(benchmark, matrix_product, T, dtype):
+    q, k, v = (x.to(dtype) for x in inputs(T, T))
+    what = "prefill" if dtype == torch.float32 else "prefill of 16 bits"
 
     def sdpa():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -52,9 +55,9 @@ def test_prefill(benchmark, matrix_product, T):
     limit, info = matrix_product
     with torch.inference_mode():
         in_turns(
-            benchmark, lambda: attention(q, k, v), {"SDPA": sdpa, **limit},
+            benchmark, lambda: attention(q, k, v), {"SDPA": sdpa}, limits=limit,
             rounds=21 if T < 8192 else 7, calls=max(1, 2048 // T),
-            what="prefill", T=T, flops=2 * H * T * T * D, **info,
+            what=what, T=T, dtype=str(dtype).removeprefix("torch."), flops=2 * H * T * T * D, **info,
         )  # fmt: skip
 
 
@@ -77,7 +80,7 @@ def test_forward_and_backward(benchmark, matrix_product):
         check(actual, expected)
     limit, info = matrix_product
     in_turns(
-        benchmark, ours, {"SDPA": sdpa, **limit}, rounds=11,
+        benchmark, ours, {"SDPA": sdpa}, limits=limit, rounds=11,
         what="forward and backward", T=T, flops=7 * H * T * T * D, **info,
     )  # fmt: skip
 
@@ -95,7 +98,7 @@ def test_window(benchmark, matrix_product):
     limit, info = matrix_product
     with torch.inference_mode():
         in_turns(
-            benchmark, lambda: attention(q, k, v, window=window), {"SDPA": sdpa, **limit}, rounds=5,
+            benchmark, lambda: attention(q, k, v, window=window), {"SDPA": sdpa}, limits=limit, rounds=5,
             what="window", T=T, window=window, flops=4 * H * int(mask.sum()) * D, **info,
         )  # fmt: skip
 
@@ -115,7 +118,7 @@ def test_decode(benchmark, reading, heads, keys):
     limit, info = reading
     with torch.inference_mode():
         in_turns(
-            benchmark, lambda: attention(q, k, v), {"SDPA": sdpa, **limit},
+            benchmark, lambda: attention(q, k, v), {"SDPA": sdpa}, limits=limit,
             rounds=21, calls=max(1, 16384 // keys),
             what="decode", heads=heads, keys=keys, bytes=2 * k.nbytes, **info,
         )  # fmt: skip
@@ -147,6 +150,6 @@ def test_cache(benchmark, reading, kind):
     limit, info = reading
     with torch.inference_mode():
         in_turns(
-            benchmark, lambda: attention(*held, **options), {"fp32": lambda: attention(q, k, v), **limit}, rounds=15,
+            benchmark, lambda: attention(*held, **options), {"fp32": lambda: attention(q, k, v)}, limits=limit, rounds=15,
             what="cache", kind=kind, keys=keys, bytes=sum(x.nbytes for x in (*held[1:], *options.values())), **info,
         )  # fmt: skip

@@ -8,7 +8,8 @@ import torch
 
 def in_turns(
     benchmark, ours: Callable, others: dict[str, Callable],
-    *, rounds: int, calls: int = 1, prepare: dict[str, Callable] | None = None, **info,
+    *, rounds: int, calls: int = 1, prepare: dict[str, Callable] | None = None, limits: dict[str, Callable] | None = None,
+    **info,
 ) -> None:  # fmt: skip
     """Runs pytest-benchmark on `ours`, and every other before each of its rounds.
 
@@ -17,10 +18,12 @@ def in_turns(
         calls: in one timing, after as many that are not timed; seconds are those of one call.
         prepare: name -> what to run, untimed, before that other. If it returns something, that other gets it and is
             called once.
+        limits: name -> what shows a limit of the machine, timed first in each round. Everything else is called once
+            after them, untimed: nothing finds the caches as they left them.
         info: goes to extra_info.
     """
-    prepare = prepare or {}
-    seconds = {name: [] for name in ("ours", *others)}
+    prepare, limits = prepare or {}, limits or {}
+    seconds = {name: [] for name in ("ours", *others, *limits)}
 
     def time_calls(name, function, calls):
         synchronize()
@@ -35,6 +38,10 @@ def in_turns(
             function()
 
     def time_others():
+        for name, limit in limits.items():
+            time_calls(name, limit, calls)
+        for function in (ours, *others.values()) if limits else ():
+            function()
         for name, other in others.items():
             prepared = prepare[name]() if name in prepare else None
             if prepared is not None:

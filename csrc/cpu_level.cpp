@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(FASTGPT_HAS_AMX) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -17,7 +17,7 @@ constexpr CpuLevel kLevels[] = {CpuLevel::baseline, CpuLevel::avx2, CpuLevel::av
 
 // The CPU has tiles and multiplies them as bfloat16, and Linux lets this process use them when asked.
 bool supports_tiles() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(FASTGPT_HAS_AMX) && defined(__linux__)
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;   // of leaf 7's edx
   constexpr int kRequestPermission = 0x1023, kTileData = 18;    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned eax, ebx, ecx, edx;

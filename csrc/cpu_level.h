@@ -16,15 +16,23 @@
 
 #pragma once
 
+#if defined(FASTGPT_HAS_AMX)
+#define FASTGPT_DECLARE_FOR_AMX(...) namespace fastgpt::amx { __VA_ARGS__ }
+#define FASTGPT_IF_AMX(function) ::fastgpt::cpu_level() == ::fastgpt::CpuLevel::amx ? ::fastgpt::amx::function :
+#else
+#define FASTGPT_DECLARE_FOR_AMX(...)
+#define FASTGPT_IF_AMX(function)
+#endif
+
 #if defined(__x86_64__)
 #define FASTGPT_DECLARE_PER_CPU_LEVEL(...)             \
   namespace fastgpt::baseline { __VA_ARGS__ }          \
   namespace fastgpt::avx2 { __VA_ARGS__ }              \
   namespace fastgpt::avx512 { __VA_ARGS__ }            \
-  namespace fastgpt::amx { __VA_ARGS__ }
+  FASTGPT_DECLARE_FOR_AMX(__VA_ARGS__)
 #define FASTGPT_AT_CPU_LEVEL(function)                                                     \
-  (::fastgpt::cpu_level() == ::fastgpt::CpuLevel::amx ? ::fastgpt::amx::function           \
-   : ::fastgpt::cpu_level() == ::fastgpt::CpuLevel::avx512 ? ::fastgpt::avx512::function   \
+  (FASTGPT_IF_AMX(function)                                                                \
+   ::fastgpt::cpu_level() == ::fastgpt::CpuLevel::avx512 ? ::fastgpt::avx512::function     \
    : ::fastgpt::cpu_level() == ::fastgpt::CpuLevel::avx2 ? ::fastgpt::avx2::function       \
                                                          : ::fastgpt::baseline::function)
 #else

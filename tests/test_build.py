@@ -43,7 +43,7 @@ def test_build_info():
     assert list(info) == ["compiler", "torch_target_version", "cpu_levels", "cpu_level", "cuda_archs"]
     assert re.match(r"(gcc|clang) \d+", info["compiler"])
     assert info["torch_target_version"] == "2.10"
-    assert info["cpu_levels"] in (LEVELS, LEVELS[:1])
+    assert info["cpu_levels"] in (LEVELS, LEVELS[:3], LEVELS[:1])  # an old compiler has no AMX
     assert info["cpu_level"] in info["cpu_levels"]
     assert all(re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch) for arch in info["cuda_archs"])
 
