@@ -12,7 +12,7 @@ from numerics import check
 
 triton = pytest.importorskip("triton")
 
-from interpreter import DEVICE, INTERPRETED, passed, runs_kernel, starts_the_interpreter  # noqa: E402
+from interpreter import DEVICE, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
 from fastgpt.kernels import attention_decode as kernel  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
