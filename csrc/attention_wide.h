@@ -90,7 +90,6 @@ class WideBlock : public ForwardBlock {
 
   // Has the keys and values from n on prefetched during the next step.
   void prefetch(int64_t n, int64_t keys) {
-    if (rows_ == 0) return;  // a shorter sequence than the longest
     const int64_t size = size_of(args_.key_element);
     ahead_.start(2 * keys, args_.D * size, columns() * kBlockN / 2);
     for (const Keys* source : {&args_.k, &args_.v}) {
@@ -109,9 +108,14 @@ class WideBlock : public ForwardBlock {
         left_of_columns(v.data, v.stride, args_.D, keys, pieces_, w_.v_operand)};
   }
 
+  // Whether a query sees one of the keys from n on.
+  bool sees(int64_t n) const {
+    const int64_t keys = keys_from(n);
+    return n >= start() && keys > 0 && (!args_.mask.data || mask_shows(n, keys));
+  }
+
   void step(const Tile& tile) {
     const int64_t n = tile.n, keys = keys_from(n);
-    if (n < start() || keys <= 0 || (args_.mask.data && !mask_shows(n, keys))) return;
     float* const scores = w_.scores;
     const auto each_panel = [&](auto function) {
       for (int64_t m = 0; m < rows_; m += kPanel) {
@@ -232,8 +236,10 @@ inline void run_wide(
     begin = smaller(begin, block.begin()), end = larger(end, block.end());
   }
   for (int64_t n = begin; n < end; n += kBlockN) {
-    const Tile tile = blocks[0]->load_tile(n, smaller(kBlockN, end - n));
+    Tile tile{-1, {}, {}};
     for (int64_t i = 0; i < count; ++i) {
+      if (!blocks[i]->sees(n)) continue;
+      if (tile.n != n) tile = blocks[i]->load_tile(n, smaller(kBlockN, end - n));
       // The next tile on its way meanwhile, a part for each block.
       const int64_t from = n + kBlockN + i * kBlockN / count, to = n + kBlockN + (i + 1) * kBlockN / count;
       blocks[i]->prefetch(from, larger(smaller(to, end) - from, 0));
