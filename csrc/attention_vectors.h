@@ -137,7 +137,7 @@ inline Vector maxima(Vector (&rows)[kWidth]) {
   y = y * f + 2.402264625e-01f;
   y = y * f + 6.931471825e-01f;
   y = y * f + 1.0f;
-  IntVector n, bits;
+  Words n, bits;  // unsigned: below -126 they wrap around, to no use
   std::memcpy(&n, &shifted, sizeof n);
   std::memcpy(&bits, &y, sizeof bits);
   bits += n << 23;  // the shifter's own bits are shifted out
