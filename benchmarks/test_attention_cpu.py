@@ -37,8 +37,8 @@ def inputs(T, S, heads=H, kv_heads=H, head_dim=D):
 
 def check(actual, expected):
     """Equality before timing."""
-    eps = torch.finfo(actual.dtype).eps
-    torch.testing.assert_close(actual.float(), expected.float(), atol=max(2e-5, eps), rtol=max(1e-4, eps))
+    rtol = max(1e-4, torch.finfo(actual.dtype).eps)
+    torch.testing.assert_close(actual.float(), expected.float(), atol=2e-5, rtol=rtol)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,11 @@ def test_prefill(benchmark, matrix_product, T, dtype):
     def sdpa():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    check(attention(q, k, v), sdpa())
+    if dtype == torch.float32:
+        check(attention(q, k, v), sdpa())
+    else:  # both round; ours errs no more than twice as much
+        exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+        assert (attention(q, k, v) - exact).abs().max() <= 2 * (sdpa() - exact).abs().max()
     limit, info = matrix_product
     with torch.inference_mode():
         in_turns(
