@@ -1,0 +1,40 @@
+"""What a machine can do: the rates that operations are measured against, each timed in the same run as they are."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Limit(NamedTuple):
+    """A rate of the machine: `run()` moves or does `amount` of `unit`."""
+
+    name: str
+    unit: str  # "bytes" or "flops"
+    amount: int
+    run: Callable[[], object]
+
+
+def reading(device="cpu") -> Limit:
+    """Memory read: the sum of more numbers than caches hold."""
+    x = torch.ones(_numbers(device), device=device)
+    return Limit("reading", "bytes", x.nbytes, x.sum)
+
+
+def copying(device="cpu") -> Limit:
+    """Memory read and written: a copy of more numbers than caches hold."""
+    source = torch.ones(_numbers(device), device=device)
+    target = torch.empty_like(source)
+    return Limit("copying", "bytes", 2 * source.nbytes, lambda: target.copy_(source))
+
+
+def matrix_product(device="cpu", dtype=torch.float32) -> Limit:
+    """Arithmetic: the product of two square matrices, PyTorch's."""
+    n = 1536 if torch.device(device).type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.float32).to(dtype)
+    return Limit("matrix product", "flops", 2 * n**3, lambda: a @ b)
+
+
+def _numbers(device) -> int:
+    """Float32 numbers: 0.5 GB on a CPU, 4 GB on a GPU."""
+    return (128 << 20) if torch.device(device).type == "cpu" else (1 << 30)
