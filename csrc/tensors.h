@@ -33,17 +33,22 @@ inline Element element_of(const torch::stable::Tensor& x, const char* name) {
 
 // An uninitialised tensor on the device of `like`. torch::stable::new_empty goes through the boxed dispatcher: two of
 // them and a transpose cost more than a decode step's attention.
-template <size_t N>
-torch::stable::Tensor new_empty(
-    const torch::stable::Tensor& like, const int64_t (&sizes)[N], const int64_t (&strides)[N], int32_t dtype) {
+inline torch::stable::Tensor new_empty(
+    const torch::stable::Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   int32_t device_type, device_index;
   AtenTensorHandle handle;
   STD_TORCH_CHECK(
       aoti_torch_get_device_type(like.get(), &device_type) == 0 &&
           aoti_torch_get_device_index(like.get(), &device_index) == 0 &&
-          aoti_torch_empty_strided(N, sizes, strides, dtype, device_type, device_index, &handle) == 0,
+          aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle) == 0,
       "cannot allocate the output");
   return torch::stable::Tensor(handle);
+}
+
+template <size_t N>
+torch::stable::Tensor new_empty(
+    const torch::stable::Tensor& like, const int64_t (&sizes)[N], const int64_t (&strides)[N], int32_t dtype) {
+  return new_empty(like, N, sizes, strides, dtype);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ from fastgpt.ops.kv_cache_update import (
     rope_kv_cache_update_reference,
 )
 from fastgpt.ops.library import build_info
+from fastgpt.ops.linear import linear, linear_reference
 
 __all__ = [
     "GPT",
@@ -31,6 +32,8 @@ __all__ = [
     "explain",
     "kv_cache_update",
     "kv_cache_update_reference",
+    "linear",
+    "linear_reference",
     "rope_kv_cache_update",
     "rope_kv_cache_update_reference",
 ]

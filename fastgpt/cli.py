@@ -247,6 +247,7 @@ def serving(device: torch.device) -> dict[str, tuple[str, dict[str, str]]]:
         "rope_kv_cache_update": fastgpt.explain(
             fastgpt.rope_kv_cache_update, x, x, x, x, x, positions, x[0, 0, :, :8], x[0, 0, :, :8]
         ),
+        "linear": fastgpt.explain(fastgpt.linear, x, x[0, 0]),
     }
     result = {}
     for operation, reasons in calls.items():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fastgpt import checkpoint
 from fastgpt.cache import CACHE_KINDS, ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached
 from fastgpt.generate import generate
+from fastgpt.ops.linear import linear
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,15 @@ class GPTConfig:
         return self.hidden_size // self.num_heads
 
 
+def project(x, layer: nn.Linear, norm: nn.LayerNorm | None = None, **options):
+    """`layer`, after `norm` if there is one; options: what `linear` does after it."""
+    if norm is not None:
+        options |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
+    return linear(x, layer.weight, layer.bias, **options)
+
+
 class Attention(nn.Module):
-    """Causal self-attention, over the tokens at hand or over a cache that they join."""
+    """x + out(attention(qkv(norm(x)))): causal, over the tokens at hand or over a cache that they join."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -55,43 +63,39 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, cache: KVCache | Uncached):
+    def forward(self, x, norm: nn.LayerNorm, cache: KVCache | Uncached):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.config.num_heads, self.config.head_dim)
+        qkv = project(x, self.qkv, norm).view(B, T, 3, self.config.num_heads, self.config.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
         y = cache.attend(self.layer, q, k, v)  # (B, H, T, D)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return project(y, self.out, residual=x, dropout_p=self.config.dropout if self.training else 0.0)
 
 
 class MLP(nn.Module):
+    """x + down(gelu(up(norm(x))))."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.dropout = config.dropout
         self.up = nn.Linear(config.hidden_size, 4 * config.hidden_size)
         self.down = nn.Linear(4 * config.hidden_size, config.hidden_size)
 
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x), approximate="tanh"))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+    def forward(self, x, norm: nn.LayerNorm):
+        y = project(x, self.up, norm, activation="gelu_tanh")  # (B, T, C) -> (B, T, 4C)
+        return project(y, self.down, residual=x, dropout_p=self.dropout if self.training else 0.0)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config, layer)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
-        self.dropout = config.dropout
 
     def forward(self, x, cache: KVCache | Uncached):
-        x = x + dropout(self.attention(self.attention_norm(x), cache), self.dropout, self.training)
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
-
-
-def dropout(x, p: float, training: bool):
-    """F.dropout, without the 6 µs that it takes a decode step to learn that there is nothing to do."""
-    return F.dropout(x, p) if training else x
+        return self.mlp(self.attention(x, self.attention_norm, cache), self.mlp_norm)
 
 
 class GPT(nn.Module):
@@ -161,14 +165,16 @@ class GPT(nn.Module):
         positions = cache.extend(T, new)  # (T,) or (B, T)
         if new is not None:
             positions = positions.clamp(min=0)  # of padding: any
-        x = dropout(x + self.position_embedding(positions), self.config.dropout, self.training)
+        x = x + self.position_embedding(positions)
+        if self.training:
+            x = F.dropout(x, self.config.dropout)
         for block in self.blocks:
             x = block(x, cache)
         return self.norm(x)
 
     def logits(self, hidden):
         """(..., C) -> (..., V)."""
-        return F.linear(hidden, self.token_embedding.weight)
+        return linear(hidden, self.token_embedding.weight)
 
     def new_cache(
         self, batch_size: int, capacity: int | None = None,

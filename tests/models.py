@@ -1,8 +1,11 @@
 """Small decoders with random weights, for tests."""
 
+import contextlib
+from unittest import mock
+
 import torch
 
-from fastgpt import GPT, GPTConfig
+from fastgpt import GPT, GPTConfig, attention_reference, cache, linear_reference, model
 
 
 def random_model(*, layers=2, heads=4, width=64, context=96, vocabulary=65, seed=0, **fields) -> GPT:
@@ -26,3 +29,10 @@ def random_model(*, layers=2, heads=4, width=64, context=96, vocabulary=65, seed
 
 def random_ids(model: GPT, batch: int, tokens: int, seed=1) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def reference_operations():
+    """Within it, decoders compute by the references: what an error in low precision is measured against."""
+    with mock.patch.object(model, "linear", linear_reference), mock.patch.object(cache, "attention", attention_reference):
+        yield

@@ -18,10 +18,13 @@ LAYERS = [
     {"checkpoint", "generate"},
     {"cache", "families", "text"},
     {"ops.explain"},
-    {"ops.attention", "ops.kv_cache_update"},
+    {"ops.attention", "ops.kv_cache_update", "ops.linear"},
     {"kernels.attention_backward", "kernels.attention_decode"},
     {"kernels.attention_forward"},
-    {"kernels.architecture", "kernels.attention_tiles", "ops.checks", "ops.dropout", "ops.implementations", "ops.library", "ops.quantisation"},
+    {
+        "kernels.architecture", "kernels.attention_tiles", "limits", "ops.checks", "ops.dropout", "ops.implementations",
+        "ops.library", "ops.quantisation",
+    },  # fmt: skip
     {"_C", "kernels", "ops"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

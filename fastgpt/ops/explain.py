@@ -1,12 +1,13 @@
 """`fastgpt.explain`: which implementation a call would use, and why not the others."""
 
-from fastgpt.ops import attention, kv_cache_update
+from fastgpt.ops import attention, kv_cache_update, linear
 
 _OPERATIONS = {
     attention.attention: attention.explain,
     attention.attention_varlen: attention.explain_varlen,
     kv_cache_update.kv_cache_update: kv_cache_update.explain,
     kv_cache_update.rope_kv_cache_update: kv_cache_update.explain_rope,
+    linear.linear: linear.explain,
 }
 
 
@@ -14,8 +15,8 @@ def explain(operation, *args, **kwargs) -> dict[str, str]:
     """Says how `operation(*args, **kwargs)` would be served, without running it.
 
     Args:
-        operation: fastgpt.attention, attention_varlen, kv_cache_update or rope_kv_cache_update; the rest is what it
-            would be called with.
+        operation: fastgpt.attention, attention_varlen, kv_cache_update, rope_kv_cache_update or linear; the rest
+            is what it would be called with.
 
     Returns: implementation -> "chosen", "available" (it could, but another comes first), or why it cannot.
     Raises: what the call itself would raise for bad input.

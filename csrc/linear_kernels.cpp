@@ -1,0 +1,147 @@
+// `linear` for few rows of x. Such a product reads every weight once, from memory; all else must hide behind that.
+
+#include <algorithm>
+
+#include "attention_vectors.h"
+#include "linear.h"
+
+namespace fastgpt::FASTGPT_CPU_LEVEL {
+namespace {
+
+// Weight rows that are read side by side: the CPU fetches ahead within a page of memory, so one row alone is read 20%
+// slower than several.
+constexpr int kMostStreams = 4;
+constexpr int kMostRows = 4;  // of x, multiplied with them at a time
+
+// The last `count` elements of a row, filled up with zeros.
+template <typename T>
+Vector load_part(const T* source, int64_t count) {
+  T part[kWidth] = {};
+  std::memcpy(part, source, count * sizeof(T));
+  return load(part);
+}
+
+// dots[i][s] = sum_c x[i][c] · weight[s][c] for kRows rows of x and kStreams of weights. If `next` is not 0, the weights
+// that many bytes on are fetched into the caches.
+template <int kRows, int kStreams, typename T>
+void multiply_rows(
+    const float* x, int64_t x_row, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
+  // One row alone has two sums for each stream: multiply-adds take 4 cycles, and there are two a cycle.
+  constexpr int kSums = kRows == 1 ? 2 : 1;
+  Vector total[kRows][kStreams][kSums] = {};
+  int64_t c = 0;
+  const auto step = [&](int part, auto load_weights) {
+    Vector row[kRows];
+    for (int i = 0; i < kRows; ++i) row[i] = load(x + i * x_row + c);
+    for (int s = 0; s < kStreams; ++s) {
+      const Vector w = load_weights(weight + s * in + c);
+      for (int i = 0; i < kRows; ++i) total[i][s][part] += row[i] * w;
+    }
+    c += kWidth;
+  };
+  const auto whole = [&](const T* w) {
+    if (next) __builtin_prefetch(reinterpret_cast<const char*>(w) + next);
+    return load(w);
+  };
+  while (c + kSums * kWidth <= in) {
+    for (int part = 0; part < kSums; ++part) step(part, whole);
+  }
+  while (c + kWidth <= in) step(0, whole);
+  if (c < in) step(0, [&](const T* w) { return load_part(w, in - c); });
+  for (int i = 0; i < kRows; ++i) {
+    for (int s = 0; s < kStreams; ++s) {
+      for (int part = 1; part < kSums; ++part) total[i][s][0] += total[i][s][part];
+      dots[i * dots_row + s] = sum(total[i][s][0]);
+    }
+  }
+}
+
+// The same for any number of rows of x.
+template <int kRows, int kStreams, typename T>
+void multiply_blocks(
+    const float* x, int64_t x_row, int64_t rows, const T* weight, int64_t in, int64_t next, float* dots,
+    int64_t dots_row) {
+  for (; rows >= kRows; rows -= kRows, x += kRows * x_row, dots += kRows * dots_row, next = 0) {
+    multiply_rows<kRows, kStreams>(x, x_row, weight, in, next, dots, dots_row);
+  }
+  if constexpr (kRows > 1) {
+    if (rows) multiply_blocks<kRows - 1, kStreams>(x, x_row, rows, weight, in, next, dots, dots_row);
+  }
+}
+
+inline Vector gelu_tanh(Vector x) {
+  return 0.5f * x * (1.0f + tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+}
+
+template <typename T>
+void outputs(const Linear& l, const float* x, const T* weight, int64_t begin, int64_t end) {
+  alignas(64) float dots[kMaxRows][kFeatures] = {}, other[kFeatures] = {};
+  for (int64_t first = begin; first < end; first += kFeatures) {
+    const int64_t count = end - first < kFeatures ? end - first : kFeatures;
+    const auto multiply = [&](auto streams, int64_t n) {
+      constexpr int kStreams = decltype(streams)::value;
+      multiply_blocks<kMostRows, kStreams>(
+          x, l.padded(), l.rows, weight + (first + n) * l.in, l.in, kStreams * l.in * sizeof(T), &dots[0][n], kFeatures);
+    };
+    int64_t n = 0;
+    for (; n + kMostStreams <= count; n += kMostStreams) multiply(std::integral_constant<int, kMostStreams>(), n);
+    for (; n < count; ++n) multiply(std::integral_constant<int, 1>(), n);
+    for (int64_t r = 0; r < l.rows; ++r) {
+      const auto add = [&](const void* source, int64_t offset) {
+        convert(source, offset + first, count, l.element, other);
+        for (int64_t j = 0; j < count; j += kWidth) store(dots[r] + j, load(dots[r] + j) + load(other + j));
+      };
+      if (l.bias) add(l.bias, 0);
+      if (l.gelu) {
+        for (int64_t j = 0; j < count; j += kWidth) store(dots[r] + j, gelu_tanh(load(dots[r] + j)));
+      }
+      if (l.residual) add(l.residual, r * l.out_features);
+      write(dots[r], count, l.out, r * l.out_features + first, l.element);
+    }
+  }
+}
+
+}  // namespace
+
+// Output features begin to end, of all rows.
+void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end) {
+  switch (l.element) {
+    case Element::float32: return outputs(l, x, static_cast<const float*>(l.weight), begin, end);
+    case Element::float16: return outputs(l, x, static_cast<const Half*>(l.weight), begin, end);
+    default: return outputs(l, x, static_cast<const BFloat16*>(l.weight), begin, end);
+  }
+}
+
+// Rows of x as floats, normalised, filled up with zeros: (rows, padded()), and two more of scratch.
+void linear_inputs(const Linear& l, float* x) {
+  const int64_t padded = l.padded();
+  const auto read = [&](const void* source, int64_t row, float* target) {
+    convert(source, row * l.in, l.in, l.element, target);
+    std::fill(target + l.in, target + padded, 0.0f);
+  };
+  for (int64_t r = 0; r < l.rows; ++r) read(l.x, r, x + r * padded);
+  if (!l.norm_weight) return;
+  float *weight = x + l.rows * padded, *bias = weight + padded;
+  read(l.norm_weight, 0, weight);
+  if (l.norm_bias) read(l.norm_bias, 0, bias);
+  for (int64_t r = 0; r < l.rows; ++r, x += padded) {
+    Vector total = {}, rest = {}, squares = {};
+    for (int64_t c = 0; c < padded; c += kWidth) total += load(x + c);
+    const Vector mean = broadcast(sum(total) / l.in);
+    for (int64_t c = 0; c < padded; c += kWidth) store(x + c, load(x + c) - mean);
+    std::fill(x + l.in, x + padded, 0.0f);
+    for (int64_t c = 0; c < padded; c += kWidth) {
+      const Vector centred = load(x + c);
+      rest += centred, squares += centred * centred;
+    }
+    const float shift = sum(rest) / l.in;  // what rounding left of the mean
+    const float factor = 1.0f / __builtin_sqrtf(sum(squares) / l.in - shift * shift + l.norm_eps);
+    for (int64_t c = 0; c < padded; c += kWidth) {
+      Vector y = (load(x + c) - shift) * factor * load(weight + c);
+      if (l.norm_bias) y += load(bias + c);
+      store(x + c, y);
+    }
+  }
+}
+
+}  // namespace fastgpt::FASTGPT_CPU_LEVEL

@@ -1,0 +1,145 @@
+"""A linear layer with what surrounds it in a decoder, for few tokens: contract, checks, reference, dispatch."""
+
+import torch
+import torch.nn.functional as F
+
+from fastgpt.ops.checks import require_device, require_dtype, require_last_dim_contiguous, require_shape, require_tensor
+from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
+from fastgpt.ops.library import library
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_ROWS = 16  # of the kernel; csrc/linear.h
+ACTIVATIONS = (None, "gelu_tanh")
+
+
+def linear(
+    x, weight, bias=None,
+    *, norm_weight=None, norm_bias=None, norm_eps=1e-5, activation=None, residual=None, dropout_p=0.0, impl=None,
+):  # fmt: skip
+    """A linear layer, with layer norm before it and activation, dropout and residual after it, each where it is given.
+
+        out = residual + dropout(activation(norm(x) weight^T + bias)),   norm(x) = (x - mean) / sqrt(variance + eps) · w + b
+
+    Decoding multiplies one token with every weight: the time is that of reading them, once it is done in one pass.
+
+    Args:
+        x: (..., C) fp16|bf16|fp32|fp64.
+        weight: (N, C), last dimension contiguous; dtype of x, as all that follow (under autocast: any).
+        bias: (N,).
+        norm_weight, norm_bias: (C,), w and b; no norm_weight, no norm. Statistics are taken over the last dimension.
+        norm_eps: added to the variance.
+        activation: None or "gelu_tanh", x/2 · (1 + tanh(sqrt(2/pi) · (x + 0.044715 x^3))).
+        residual: (..., N).
+        dropout_p: probability of zeroing a number; what stays is divided by 1 - dropout_p.
+        impl: "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`. The kernel takes
+            up to 16 rows (all dimensions of x but the last, multiplied) on a CPU, and computes in fp32.
+
+    Returns: (..., N) in the dtype of x. Gradients flow through the reference, which serves every call that needs them.
+    Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, activation, impl): argument, expected, got.
+    """
+    call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
+    try:
+        if impl in (None, "cpp") and activation in ACTIVATIONS and _cpp_refuses(*call) is None:
+            # The kernel checks the rest for itself, in a fraction of the time.
+            return _linear(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, activation is not None)
+    except (RuntimeError, AttributeError, TypeError, IndexError):
+        _check(*call, activation)  # raises the error that names the argument
+        raise
+    _check(*call, activation)
+    choose("linear", IMPLEMENTATIONS, impl, *call)
+    return linear_reference(
+        x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, activation=activation,
+        residual=residual, dropout_p=dropout_p,
+    )  # fmt: skip
+
+
+def linear_reference(
+    x, weight, bias=None,
+    *, norm_weight=None, norm_bias=None, norm_eps=1e-5, activation=None, residual=None, dropout_p=0.0, impl=None,
+):  # fmt: skip
+    """The same function in plain PyTorch, on every device, differentiable."""
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    x = F.linear(x, weight, bias)
+    if activation is not None:
+        x = F.gelu(x, approximate="tanh")
+    if dropout_p > 0:
+        x = F.dropout(x, dropout_p)
+    return x if residual is None else residual + x
+
+
+def _check(x, weight, bias, norm_weight, norm_bias, residual, dropout_p, activation):
+    require_tensor("x", x)
+    require_dtype("x", x, DTYPES)
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., C), got a scalar")
+    require_tensor("weight", weight, 2)
+    N, C = weight.shape[0], x.shape[-1]
+    shapes = {
+        "weight": (weight, (N, C), "(N, C)"),
+        "bias": (bias, (N,), "(N,)"),
+        "norm_weight": (norm_weight, (C,), "(C,)"),
+        "norm_bias": (norm_bias, (C,), "(C,)"),
+        "residual": (residual, (*x.shape[:-1], N), "(..., N)"),
+    }
+    for name, (tensor, shape, meaning) in shapes.items():
+        if tensor is not None:
+            require_tensor(name, tensor)
+            require_shape(name, tensor, shape, meaning)
+            if not torch.is_autocast_enabled(x.device.type):
+                require_dtype(name, tensor, (x.dtype,))
+            require_device(name, tensor, x.device)
+    require_last_dim_contiguous("weight", weight)
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p!r}")
+
+
+def explain(
+    x, weight, bias=None,
+    *, norm_weight=None, norm_bias=None, norm_eps=1e-5, activation=None, residual=None, dropout_p=0.0, impl=None,
+):  # fmt: skip
+    """Implementation -> "chosen", "available", or why it refuses this call."""
+    call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
+    _check(*call, activation)
+    return explain_call(IMPLEMENTATIONS, *call)
+
+
+def _cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
+    if not x.is_cpu:
+        return runs_elsewhere("CPU", "x", x.device)
+    if x.dtype is torch.float64:
+        return "it takes fp32, fp16 and bf16, and x is torch.float64"
+    if (rows := x.numel()) > MAX_ROWS * x.shape[-1]:
+        return f"it takes up to {MAX_ROWS} rows, and x has {rows // x.shape[-1]}"
+    if dropout_p > 0:
+        return "it has no dropout"
+    if torch.is_autocast_enabled("cpu"):
+        return "it knows no autocast, which is on"
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, norm_weight, norm_bias, residual)
+    ):
+        return "it has no backward pass, and a gradient is asked for"
+    if not weight.is_contiguous():
+        return "it takes a contiguous weight"
+    return None
+
+
+# In order of preference: the first that does not refuse serves the call.
+IMPLEMENTATIONS = {"cpp": _cpp_refuses, "reference": lambda *call: None}
+
+library.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? norm_weight=None, "
+    "Tensor? norm_bias=None, float norm_eps=1e-5, bool gelu=False) -> Tensor"
+)
+
+_linear = torch.ops.fastgpt.linear.default
+
+
+@torch.library.register_fake("fastgpt::linear", lib=library)
+def _linear_fake(x, weight, bias=None, residual=None, norm_weight=None, norm_bias=None, norm_eps=1e-5, gelu=False):
+    _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, None)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

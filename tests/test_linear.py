@@ -1,0 +1,185 @@
+"""linear: the kernel against the reference, and what it says to bad input."""
+
+import os
+import subprocess
+import sys
+
+import numerics
+import pytest
+import torch
+from cpu_levels import lower_levels
+
+import fastgpt
+from fastgpt import linear, linear_reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(40, 65), (33, 7), (768, 300), (3072, 64), (5, 23)]  # C, N
+
+
+def tensors(rows, C, N, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    named = {
+        "x": random(rows, C) + 1,
+        "weight": random(N, C) / C**0.5,
+        "bias": random(N),
+        "norm_weight": random(C),
+        "norm_bias": random(C),
+        "residual": random(rows, N),
+    }
+    return {name: tensor.to(dtype) for name, tensor in named.items()}
+
+
+FEATURES = {
+    "plain": (),
+    "bias": ("bias",),
+    "norm": ("norm_weight",),
+    "norm and bias": ("norm_weight", "norm_bias", "bias"),
+    "gelu": ("bias", "activation"),
+    "residual": ("residual",),
+    "everything": ("bias", "norm_weight", "norm_bias", "activation", "residual"),
+}
+
+
+def call_of(feature, rows, C, N, dtype):
+    named = tensors(rows, C, N, dtype) | {"activation": "gelu_tanh"}
+    return {name: named[name] for name in ("x", "weight", *FEATURES[feature])}
+
+
+def in_float64(call):
+    return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C, N", SHAPES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_contract(feature, C, N, dtype):
+    """Judged over all numbers of rows together: of a few numbers, either side's worst error is luck."""
+    calls = [call_of(feature, rows, C, N, dtype) for rows in (1, 2, 3, 4, 7, 16)]
+    actual = torch.cat([linear(**call, impl="cpp") for call in calls])
+    oracle = torch.cat([linear_reference(**in_float64(call)) for call in calls])
+    assert actual.dtype == dtype
+    numerics.check(actual, oracle, torch.cat([linear_reference(**call) for call in calls]), dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", lower_levels())
+def test_lower_cpu_levels(level):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "contract", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=os.environ | {"FASTGPT_CPU_LEVEL": level}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_large_means_do_not_cancel():
+    """Numbers far from zero: the variance is taken about the mean, of a row with padding too."""
+    for C in (64, 70):
+        call = call_of("norm", 2, C, 8, torch.float32)
+        call["x"] = call["x"] + 1000
+        expected = linear_reference(**in_float64(call))
+        numerics.check(linear(**call, impl="cpp"), expected, linear_reference(**call), dtype=torch.float32)
+
+
+def test_any_leading_dimensions_and_strides():
+    call = call_of("everything", 6, 40, 65, torch.float32)
+    expected = linear(**call, impl="cpp")
+    x, residual = call.pop("x"), call.pop("residual")
+    shaped = linear(x.view(2, 3, 40), residual=residual.view(2, 3, 65), **call)
+    assert torch.equal(shaped, expected.view(2, 3, 65))
+    apart = torch.zeros(6, 80)[:, ::2].copy_(x)
+    assert torch.equal(linear(apart, residual=torch.zeros(65, 6).t().copy_(residual), **call), expected)
+    assert torch.equal(linear(x[0], residual=residual[0], **call), linear(x[:1], residual=residual[:1], **call)[0])
+    assert linear(x[:0], residual=residual[:0], **call).shape == (0, 65)
+
+
+def test_a_row_gives_the_same_bits_in_any_batch_and_on_any_number_of_threads():
+    call = call_of("everything", 16, 768, 1000, torch.float32)
+    whole, threads = linear(**call), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(linear(**call), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_infinities_and_nan_stay_in_their_row():
+    call = call_of("norm and bias", 4, 40, 65, torch.float32)
+    expected = linear(**call)
+    call["x"] = call["x"].clone()
+    call["x"][1, 3], call["x"][2, 3] = torch.nan, torch.inf
+    actual = linear(**call)
+    assert actual[1].isnan().all() and actual[2].isnan().all()
+    assert torch.equal(actual[[0, 3]], expected[[0, 3]])
+
+
+def test_gradients_and_many_rows_are_served_by_the_reference():
+    call = call_of("everything", 16, 40, 65, torch.float32)
+    many = call | {"x": call["x"].repeat(2, 1), "residual": call["residual"].repeat(2, 1)}
+    assert torch.equal(linear(**many), linear_reference(**many))
+    call["weight"].requires_grad_()
+    reasons = fastgpt.explain(linear, **call)
+    assert reasons == {"cpp": "it has no backward pass, and a gradient is asked for", "reference": "chosen"}
+    (gradient,) = torch.autograd.grad(linear(**call).sum(), call["weight"])
+    (expected,) = torch.autograd.grad(linear_reference(**call).sum(), call["weight"])
+    assert torch.equal(gradient, expected)
+    with torch.no_grad():
+        assert fastgpt.explain(linear, **call)["cpp"] == "chosen"
+
+
+def test_dropout_drops_what_is_added_to_the_residual():
+    call = call_of("everything", 4, 40, 65, torch.float32)
+    torch.manual_seed(0)
+    out = linear(**call, dropout_p=0.5) - call["residual"]
+    kept = linear(**call) - call["residual"]
+    dropped = out.abs() < 1e-6
+    assert 0.3 < dropped.float().mean() < 0.7
+    torch.testing.assert_close(out[~dropped], 2 * kept[~dropped], rtol=1e-4, atol=1e-5)
+
+
+def test_autocast():
+    call = call_of("everything", 4, 40, 65, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = linear(call["x"], call["weight"])
+        assert half.dtype == torch.bfloat16
+        assert linear(half, call["weight"].new_ones(3, 65)).dtype == torch.bfloat16
+
+
+def test_opcheck():
+    call = call_of("everything", 3, 40, 65, torch.float32)
+    order = ("x", "weight", "bias", "residual", "norm_weight", "norm_bias")
+    torch.library.opcheck(torch.ops.fastgpt.linear.default, (*(call[name] for name in order), 1e-5, True))
+    torch.library.opcheck(torch.ops.fastgpt.linear.default, (call["x"], call["weight"]))
+
+
+x, weight = torch.zeros(2, 8), torch.zeros(3, 8)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": [1.0]}, TypeError, "x: expected a torch.Tensor, got list"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x: expected shape \(..., C\), got a scalar"),
+        ({"x": x.int()}, TypeError, "x: expected dtype .*, got torch.int32"),
+        ({"weight": weight[0]}, ValueError, r"weight: expected 2 dimensions, got shape \(8,\)"),
+        ({"weight": torch.zeros(3, 9)}, ValueError, r"weight: expected shape \(3, 8\) \(N, C\), got \(3, 9\)"),
+        ({"weight": weight.double()}, TypeError, "weight: expected dtype torch.float32, got torch.float64"),
+        ({"weight": weight.to("meta")}, ValueError, "weight: expected device cpu, got meta"),
+        ({"weight": torch.zeros(8, 3).t()}, ValueError, "weight: expected a contiguous last dimension"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias: expected shape \(3,\) \(N,\), got \(4,\)"),
+        ({"bias": 1.0}, TypeError, "bias: expected a torch.Tensor, got float"),
+        ({"norm_weight": torch.zeros(3)}, ValueError, r"norm_weight: expected shape \(8,\)"),
+        ({"norm_bias": torch.zeros(8)}, ValueError, "norm_bias: expected None without norm_weight, got a tensor"),
+        ({"residual": torch.zeros(2, 8)}, ValueError, r"residual: expected shape \(2, 3\) \(..., N\), got \(2, 8\)"),
+        ({"activation": "relu"}, ValueError, "activation: expected one of None, 'gelu_tanh', got 'relu'"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p: expected 0 <= dropout_p < 1, got 1.0"),
+        ({"impl": "cuda"}, ValueError, "impl: expected one of 'cpp', 'reference' or None, got 'cuda'"),
+        ({"x": torch.zeros(17, 8), "impl": "cpp"}, ValueError, "impl='cpp' cannot serve .*up to 16 rows, and x has 17"),
+        ({"x": x.double(), "weight": weight.double(), "impl": "cpp"}, ValueError, "cannot serve .* torch.float64"),
+    ],
+    ids=str,
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        linear(**({"x": x, "weight": weight} | change))
