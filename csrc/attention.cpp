@@ -2,6 +2,7 @@
 // Semantics: fastgpt/ops/attention.py.
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -10,6 +11,7 @@
 #include "attention_arguments.h"
 #include "cpu_level.h"
 #include "parallel.h"
+#include "plan.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
     // Floats of scratch memory, 64-byte aligned, that a thread needs for `group` blocks.
@@ -43,8 +45,18 @@ void check_pages(const Attention& args, int64_t pages) {
   }
 }
 
+void run_tasks(const AttentionForward& args, int64_t D) {
+  const int64_t floats = FASTGPT_AT_CPU_LEVEL(attention_workspace)(D, args.group), splits = args.splits();
+  const auto tasks = [&](auto kernel, int64_t count, int64_t keys) {
+    const int64_t work = 2 * D * keys * std::min(args.H / args.H_kv * args.T, args.group * kBlockM) + 1;
+    for_tasks(count, work, [&](int64_t begin, int64_t end) { kernel(args, begin, end, workspace(floats)); });
+  };
+  tasks(FASTGPT_AT_CPU_LEVEL(attention_forward), args.tasks(), splits > 1 ? kSplit : args.S);
+  if (splits > 1) tasks(FASTGPT_AT_CPU_LEVEL(attention_forward_join), args.B * args.H_kv, splits);
+}
+
 // (out, lse) of a call whose arguments are all set but these.
-std::tuple<Tensor, Tensor> run(AttentionForward& args, const Tensor& q) {
+std::tuple<Tensor, Tensor> run(AttentionForward args, const Tensor& q) {
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D = q.size(3);
   const bool packed = args.cu_seqlens_q != nullptr;
   // Token-major storage: the model reads the result as (B, T, H * D) without a copy.
@@ -56,19 +68,10 @@ std::tuple<Tensor, Tensor> run(AttentionForward& args, const Tensor& q) {
   // Four tasks for a thread, if there is so much to do. Results do not depend on it.
   const int64_t share = args.B * args.H_kv * args.blocks() / (4 * torch::stable::get_num_threads());
   args.group = std::max<int64_t>(std::min(share, kGroup), 1);
-  const int64_t floats = FASTGPT_AT_CPU_LEVEL(attention_workspace)(D, args.group);
-  const auto run_tasks = [&](auto kernel, int64_t tasks, int64_t keys) {
-    const int64_t work = 2 * D * keys * std::min(args.H / args.H_kv * args.T, args.group * kBlockM) + 1;
-    for_tasks(tasks, work, [&](int64_t begin, int64_t end) { kernel(args, begin, end, workspace(floats)); });
-  };
-  const int64_t splits = args.splits();
-  Scratch partial;
-  if (splits > 1) {
-    partial = scratch(args.tasks() * args.split_size());
-    args.partial = partial.get();
-  }
-  run_tasks(FASTGPT_AT_CPU_LEVEL(attention_forward), args.tasks(), splits > 1 ? kSplit : args.S);
-  if (splits > 1) run_tasks(FASTGPT_AT_CPU_LEVEL(attention_forward_join), args.B * args.H_kv, splits);
+  std::shared_ptr<float> partial;
+  if (args.splits() > 1) partial = scratch(args.tasks() * args.split_size());
+  args.partial = partial.get();
+  perform([args, D, partial] { run_tasks(args, D); });
   return {out, lse};
 }
 

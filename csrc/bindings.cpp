@@ -9,6 +9,7 @@
 
 #include "cpu_level.h"
 #include "page_allocator.h"
+#include "plan.h"
 
 namespace py = pybind11;
 
@@ -84,6 +85,16 @@ Raises OutOfPages before anything has changed.)")
 several sequences), sequences, tokens (of all sequences; those in a shared page count for each).)");
 }
 
+void define_plan(py::module_& module) {
+  using fastgpt::Plan;
+  py::class_<Plan>(module, "Plan", "Operations on the CPU, recorded to run again on the same tensors: fastgpt/capture.py.")
+      .def(py::init<>())
+      .def("record", &Plan::record, "From now on this thread's operations join the plan. RuntimeError if another does it.")
+      .def("finish", &Plan::finish)
+      .def("run", &Plan::run, py::call_guard<py::gil_scoped_release>())
+      .def("__len__", &Plan::size);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -95,4 +106,5 @@ libfastgpt_cuda.so, [] if that was not built.
 
 Raises ValueError if FASTGPT_CPU_LEVEL names a level that is unknown or that this CPU lacks.)");
   define_page_allocator(module);
+  define_plan(module);
 }

@@ -7,6 +7,7 @@
 
 #include "cpu_level.h"
 #include "kv_cache_arguments.h"
+#include "plan.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(void kv_cache_store(const KVCacheUpdate& u, int64_t begin, int64_t end);)
 
@@ -46,7 +47,8 @@ void kv_cache_update_cpu(
     const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions,
     const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale) {
-  run(kv_cache_arguments(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale));
+  const KVCacheUpdate u = kv_cache_arguments(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale);
+  perform([u] { run(u); });
 }
 
 Tensor rope_kv_cache_update_cpu(
@@ -57,7 +59,7 @@ Tensor rope_kv_cache_update_cpu(
   KVCacheUpdate u = kv_cache_arguments(
       k, v, k_cache, v_cache, slots ? *slots : positions, block_table, k_scale, v_scale);
   const Tensor q_out = add_rotation(u, q, k, positions, cos, sin, interleaved);
-  run(u);
+  perform([u] { run(u); });
   return q_out;
 }
 

@@ -9,6 +9,7 @@
 #include "cpu_level.h"
 #include "linear.h"
 #include "parallel.h"
+#include "plan.h"
 #include "tensors.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(void linear_inputs(const Linear& l, float* x);
@@ -75,7 +76,9 @@ Tensor linear_cpu(
   l.residual = optional(residual, "residual", shape);
   Tensor out = new_empty(x, dims, shape.data(), strides.data(), dtype);
   l.out = out.mutable_data_ptr();
-  run(l, scratch((l.rows + 2) * l.padded() + 1).get());
+  const std::shared_ptr<float> memory = scratch((l.rows + 2) * l.padded() + 1);
+  const auto operation = [l, memory] { run(l, memory.get()); };
+  held.empty() ? perform(operation) : operation();  // a copy is not what a plan should read again
   return out;
 }
 

@@ -107,6 +107,11 @@ class KVCache:
         self.counts = [0] * batch_size
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.positions = None  # (B, T) int32: of the tokens of the current pass; negative for padding
+        self._make_steady()
+
+    def _make_steady(self) -> None:
+        """Tensors that passes of one token write to: a captured step (fastgpt/capture.py) finds them in place."""
+        self._next = torch.zeros_like(self.lengths).unsqueeze(1)  # (B, 1) positions
 
     @property
     def batch_size(self) -> int:
@@ -143,8 +148,12 @@ class KVCache:
                 )
         self._take(counts)
         self.counts = [stored + count for stored, count in zip(self.counts, counts)]
-        steps = torch.arange(num_tokens, dtype=torch.int32, device=self.lengths.device)
         past = self.lengths.unsqueeze(1)
+        if num_tokens == 1 and new is None:
+            self.positions = self._next.copy_(past)
+            self.lengths += 1
+            return self.positions
+        steps = torch.arange(num_tokens, dtype=torch.int32, device=self.lengths.device)
         if new is None:
             self.positions = past + steps
             self.lengths += num_tokens
@@ -186,6 +195,7 @@ class KVCache:
         result.__dict__.update(self.__dict__)
         result.counts = [count for count in self.counts for _ in range(n)]
         result.lengths = self.lengths.repeat_interleave(n)
+        result._make_steady()
         return result
 
 
@@ -217,7 +227,17 @@ class SlidingCache(KVCache):
         super().__init__(batch_size, capacity, window, storage.get("device"))
         self.storage = Storage(batch_size, window, **storage)
 
+    def _make_steady(self):
+        super()._make_steady()
+        self._slot, self._held = torch.zeros_like(self._next), torch.zeros_like(self.lengths)
+
     def extend(self, num_tokens, new=None):
+        if num_tokens == 1 and new is None:
+            positions = super().extend(1)
+            self.slots = torch.remainder(positions, self.window, out=self._slot)
+            self.held = torch.clamp(self.lengths, max=self.window, out=self._held)
+            self.chunk = None
+            return positions
         past_counts, past_lengths = self.counts, self.lengths.clone()
         positions = super().extend(num_tokens, new)
         # Only the last `window` tokens of each sequence are stored.

@@ -116,9 +116,9 @@ def _cached_steps(model, prompts, cache: KVCache, num_samples: int) -> Generator
         if isinstance(whole, PagedCache):
             whole.free()
         logits = logits.repeat_interleave(num_samples, dim=0)
+    step = model.decoding(cache)
     while True:
-        token = yield logits
-        logits = model.logits(model.hidden(token.unsqueeze(1), cache)[:, -1])
+        logits = step((yield logits))
 
 
 def _uncached_steps(model, prompts, max_new_tokens, options) -> Generator[torch.Tensor, torch.Tensor, None]:

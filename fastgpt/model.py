@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, C hidden size, H heads, D = C / H head dim, V vocabul
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from fastgpt import checkpoint
 from fastgpt.cache import CACHE_KINDS, ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached
+from fastgpt.capture import Captured
 from fastgpt.generate import generate
 from fastgpt.ops.linear import linear
 
@@ -134,13 +136,39 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids, cache, new))
 
     def hidden(self, ids, cache: KVCache | Uncached | None = None, new: list[int] | None = None):
-        """The last layer's output, normalised: ids (B, T) -> (B, T, C)."""
+        """The last block's output, which `logits` takes: ids (B, T) -> (B, T, C)."""
+        cache = Uncached(device=ids.device) if cache is None else cache
+        return self.transform(self.embed(ids, cache, new), cache)
+
+    def logits(self, hidden):
+        """The final norm and the output matrix: (..., C) -> (..., V)."""
+        norm = self.norm
+        return linear(
+            hidden, self.token_embedding.weight, norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps
+        )
+
+    def decoding(self, cache: KVCache) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function of each sequence's next token, (B,) int64, that lets it join the cache -> its logits (B, V).
+
+        It is captured at its first call, where all of it runs in fastgpt's CPU operations; so logits may be overwritten
+        by the next call, and what changes in the model's modules afterwards is not seen.
+        """
+
+        def step(x):
+            return self.logits(self.transform(x, cache)[:, -1])
+
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        if not hooked:  # hooks want to be called at every step
+            step = Captured(step)
+        return lambda token: step(self.embed(token.unsqueeze(1), cache))
+
+    def embed(self, ids, cache: KVCache | Uncached, new: list[int] | None = None):
+        """Makes room for ids (B, T) in the cache and embeds them: (B, T, C)."""
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids: expected shape (B, T) with at least one token, got {tuple(ids.shape)}")
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"ids: expected dtype torch.int64 or torch.int32, got {ids.dtype}")
         B, T = ids.shape
-        cache = Uncached(device=ids.device) if cache is None else cache
         if isinstance(cache, Uncached):
             if new is not None:
                 raise ValueError("new: expected None without a cache, got counts")
@@ -168,13 +196,13 @@ class GPT(nn.Module):
         x = x + self.position_embedding(positions)
         if self.training:
             x = F.dropout(x, self.config.dropout)
+        return x
+
+    def transform(self, x, cache: KVCache | Uncached):
+        """The blocks, one after the other: (B, T, C) -> (B, T, C)."""
         for block in self.blocks:
             x = block(x, cache)
-        return self.norm(x)
-
-    def logits(self, hidden):
-        """(..., C) -> (..., V)."""
-        return linear(hidden, self.token_embedding.weight)
+        return x
 
     def new_cache(
         self, batch_size: int, capacity: int | None = None,

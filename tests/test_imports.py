@@ -16,7 +16,7 @@ LAYERS = [
     {"__init__", "train"},
     {"model"},
     {"checkpoint", "generate"},
-    {"cache", "families", "text"},
+    {"cache", "capture", "families", "text"},
     {"ops.explain"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear"},
     {"kernels.attention_backward", "kernels.attention_decode"},

@@ -12,7 +12,7 @@ except ImportError as error:
         "in a checkout, or reinstall the package."
     ) from error
 
-build_info = _C.build_info
+build_info, Plan = _C.build_info, _C.Plan
 build_info()  # raises ValueError for a FASTGPT_CPU_LEVEL that this CPU does not have
 
 library = torch.library.Library("fastgpt", "DEF")
