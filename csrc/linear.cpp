@@ -13,7 +13,8 @@
 #include "tensors.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(void linear_inputs(const Linear& l, float* x);
-                              void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end);)
+                              void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end);
+                              void gelu_elements(void* x, Element element, int64_t begin, int64_t end);)
 
 namespace fastgpt {
 namespace {
@@ -82,7 +83,18 @@ Tensor linear_cpu(
   return out;
 }
 
+void gelu_cpu(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_contiguous(), "x: expected a contiguous tensor");
+  const Element element = element_of(x, "x");
+  const auto kernel = FASTGPT_AT_CPU_LEVEL(gelu_elements);
+  // An element costs about as much as 32 multiply-adds.
+  for_tasks(x.numel(), 32, [&](int64_t begin, int64_t end) { kernel(x.mutable_data_ptr(), element, begin, end); });
+}
+
 }  // namespace
 }  // namespace fastgpt
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) { m.impl("linear", TORCH_BOX(&fastgpt::linear_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("linear", TORCH_BOX(&fastgpt::linear_cpu));
+  m.impl("gelu_", TORCH_BOX(&fastgpt::gelu_cpu));
+}

@@ -112,6 +112,17 @@ void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end)
   }
 }
 
+// GELU of elements begin to end, in place.
+void gelu_elements(void* x, Element element, int64_t begin, int64_t end) {
+  alignas(64) float part[kFeatures] = {};
+  for (int64_t first = begin; first < end; first += kFeatures) {
+    const int64_t count = end - first < kFeatures ? end - first : kFeatures;
+    convert(x, first, count, element, part);
+    for (int64_t j = 0; j < count; j += kWidth) store(part + j, gelu_tanh(load(part + j)));
+    write(part, count, x, first, element);
+  }
+}
+
 // Rows of x as floats, normalised, filled up with zeros: (rows, padded()), and two more of scratch.
 void linear_inputs(const Linear& l, float* x) {
   const int64_t padded = l.padded();

@@ -8,7 +8,7 @@ from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.library import library
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_ROWS = 16  # of the kernel; csrc/linear.h
+MAX_ROWS = 16  # that the kernel multiplies; csrc/linear.h
 ACTIVATIONS = (None, "gelu_tanh")
 
 
@@ -31,8 +31,9 @@ def linear(
         activation: None or "gelu_tanh", x/2 · (1 + tanh(sqrt(2/pi) · (x + 0.044715 x^3))).
         residual: (..., N).
         dropout_p: probability of zeroing a number; what stays is divided by 1 - dropout_p.
-        impl: "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`. The kernel takes
-            up to 16 rows (all dimensions of x but the last, multiplied) on a CPU, and computes in fp32.
+        impl: "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`. On a CPU, up to 16
+            rows (all dimensions of x but the last, multiplied) are computed in fp32 and rounded once; more are PyTorch's
+            matrix product.
 
     Returns: (..., N) in the dtype of x. Gradients flow through the reference, which serves every call that needs them.
     Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, activation, impl): argument, expected, got.
@@ -40,6 +41,9 @@ def linear(
     call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
     try:
         if impl in (None, "cpp") and activation in ACTIVATIONS and _cpp_refuses(*call) is None:
+            if x.numel() > MAX_ROWS * x.shape[-1]:
+                _check(*call, activation)
+                return _matrix_product(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, activation)
             # The kernel checks the rest for itself, in a fraction of the time.
             return _linear(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, activation is not None)
     except (RuntimeError, AttributeError, TypeError, IndexError):
@@ -51,6 +55,16 @@ def linear(
         x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, activation=activation,
         residual=residual, dropout_p=dropout_p,
     )  # fmt: skip
+
+
+def _matrix_product(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, activation):
+    """Of many rows: the product and the norm are PyTorch's, and what follows happens in place."""
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    x = F.linear(x, weight, bias)
+    if activation is not None:
+        _gelu_(x)
+    return x if residual is None else x.add_(residual)
 
 
 def linear_reference(
@@ -113,8 +127,6 @@ def _cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
         return runs_elsewhere("CPU", "x", x.device)
     if x.dtype is torch.float64:
         return "it takes fp32, fp16 and bf16, and x is torch.float64"
-    if (rows := x.numel()) > MAX_ROWS * x.shape[-1]:
-        return f"it takes up to {MAX_ROWS} rows, and x has {rows // x.shape[-1]}"
     if dropout_p > 0:
         return "it has no dropout"
     if torch.is_autocast_enabled("cpu"):
@@ -136,10 +148,17 @@ library.define(
     "Tensor? norm_bias=None, float norm_eps=1e-5, bool gelu=False) -> Tensor"
 )
 
-_linear = torch.ops.fastgpt.linear.default
+library.define("gelu_(Tensor(a!) x) -> ()")
+
+_linear, _gelu_ = torch.ops.fastgpt.linear.default, torch.ops.fastgpt.gelu_.default
 
 
 @torch.library.register_fake("fastgpt::linear", lib=library)
 def _linear_fake(x, weight, bias=None, residual=None, norm_weight=None, norm_bias=None, norm_eps=1e-5, gelu=False):
     _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, None)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("fastgpt::gelu_", lib=library)
+def _gelu_fake(x):
+    pass
