@@ -14,7 +14,7 @@
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(void linear_inputs(const Linear& l, float* x);
                               void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end);
-                              void gelu_elements(void* x, Element element, int64_t begin, int64_t end);)
+                              void linear_finish(const Linear& l, int64_t begin, int64_t end);)
 
 namespace fastgpt {
 namespace {
@@ -39,56 +39,79 @@ void run(const Linear& l, float* x) {
   });
 }
 
+// Checks tensors and hands out their memory; copies what is not contiguous.
+class Memory {
+ public:
+  explicit Memory(const Tensor& x) : dtype_(dtype_of(x)) {}
+
+  const void* of(const Tensor& tensor) {
+    STD_TORCH_CHECK(dtype_of(tensor) == dtype_, "expected tensors of one dtype");
+    if (tensor.is_contiguous()) return tensor.const_data_ptr();
+    return copies_.emplace_back(torch::stable::contiguous(tensor)).const_data_ptr();
+  }
+
+  const void* of(const std::optional<Tensor>& tensor, const char* name, const std::vector<int64_t>& shape) {
+    if (!tensor) return nullptr;
+    const auto sizes = tensor->sizes();
+    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name, ": unexpected shape");
+    return of(*tensor);
+  }
+
+  bool copied() const { return !copies_.empty(); }
+
+ private:
+  int32_t dtype_;
+  std::vector<Tensor> copies_;
+};
+
+std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+
 Tensor linear_cpu(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
     const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double norm_eps, bool gelu) {
   const int64_t dims = x.dim();
   STD_TORCH_CHECK(dims >= 1 && weight.dim() == 2, "x, weight: expected (..., C) and (N, C)");
-  const int32_t dtype = dtype_of(x);
+  STD_TORCH_CHECK(weight.size(1) == x.size(dims - 1), "weight: expected as many columns as x has");
+  STD_TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: expected none without norm_weight");
   Linear l{};
   l.element = element_of(x, "x");
-  l.in = x.size(dims - 1), l.out_features = weight.size(0);
+  l.in = weight.size(1), l.out_features = weight.size(0);
   l.norm_eps = norm_eps, l.gelu = gelu;
-
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end()), strides(dims, 1);
+  std::vector<int64_t> shape = shape_of(x), strides(dims, 1);
   shape.back() = l.out_features;
   l.rows = 1;
   for (int64_t i = dims - 1; i-- > 0;) strides[i] = strides[i + 1] * shape[i + 1], l.rows *= shape[i];
   STD_TORCH_CHECK(l.rows <= kMaxRows, "x: expected at most ", kMaxRows, " rows");
-  STD_TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: expected none without norm_weight");
 
-  std::vector<Tensor> held;
-  const auto data = [&](const Tensor& tensor) {
-    STD_TORCH_CHECK(dtype_of(tensor) == dtype, "expected tensors of one dtype");
-    return tensor.is_contiguous() ? tensor.const_data_ptr()
-                                  : held.emplace_back(torch::stable::contiguous(tensor)).const_data_ptr();
-  };
-  const auto optional = [&](const std::optional<Tensor>& tensor, const char* name, const std::vector<int64_t>& expected) {
-    if (!tensor) return static_cast<const void*>(nullptr);
-    const auto sizes = tensor->sizes();
-    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, ": unexpected shape");
-    return data(*tensor);
-  };
-  STD_TORCH_CHECK(weight.size(1) == l.in, "weight: expected as many columns as x has");
-  l.x = data(x), l.weight = data(weight);
-  l.bias = optional(bias, "bias", {l.out_features});
-  l.norm_weight = optional(norm_weight, "norm_weight", {l.in});
-  l.norm_bias = optional(norm_bias, "norm_bias", {l.in});
-  l.residual = optional(residual, "residual", shape);
-  Tensor out = new_empty(x, dims, shape.data(), strides.data(), dtype);
+  Memory memory(x);
+  l.x = memory.of(x), l.weight = memory.of(weight);
+  l.bias = memory.of(bias, "bias", {l.out_features});
+  l.residual = memory.of(residual, "residual", shape);
+  l.norm_weight = memory.of(norm_weight, "norm_weight", {l.in});
+  l.norm_bias = memory.of(norm_bias, "norm_bias", {l.in});
+  Tensor out = new_empty(x, dims, shape.data(), strides.data(), dtype_of(x));
   l.out = out.mutable_data_ptr();
-  const std::shared_ptr<float> memory = scratch((l.rows + 2) * l.padded() + 1);
-  const auto operation = [l, memory] { run(l, memory.get()); };
-  held.empty() ? perform(operation) : operation();  // a copy is not what a plan should read again
+  const std::shared_ptr<float> floats = scratch((l.rows + 2) * l.padded() + 1);
+  const auto operation = [l, floats] { run(l, floats.get()); };
+  memory.copied() ? operation() : perform(operation);  // a copy is not what a plan should read again
   return out;
 }
 
-void gelu_cpu(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_contiguous(), "x: expected a contiguous tensor");
-  const Element element = element_of(x, "x");
-  const auto kernel = FASTGPT_AT_CPU_LEVEL(gelu_elements);
-  // An element costs about as much as 32 multiply-adds.
-  for_tasks(x.numel(), 32, [&](int64_t begin, int64_t end) { kernel(x.mutable_data_ptr(), element, begin, end); });
+void linear_finish_cpu(
+    const Tensor& out, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool gelu) {
+  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: expected a contiguous tensor (..., N)");
+  Linear l{};
+  l.element = element_of(out, "out");
+  l.out_features = out.size(out.dim() - 1), l.gelu = gelu;
+  l.out = out.mutable_data_ptr();
+  Memory memory(out);
+  l.bias = memory.of(bias, "bias", {l.out_features});
+  l.residual = memory.of(residual, "residual", shape_of(out));
+  const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_finish);
+  // A number takes about as long as 16 multiply-adds.
+  for_tasks(out.numel() / std::max<int64_t>(l.out_features, 1), 16 * l.out_features + 1, [&](int64_t begin, int64_t end) {
+    kernel(l, begin, end);
+  });
 }
 
 }  // namespace
@@ -96,5 +119,5 @@ void gelu_cpu(const Tensor& x) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("linear", TORCH_BOX(&fastgpt::linear_cpu));
-  m.impl("gelu_", TORCH_BOX(&fastgpt::gelu_cpu));
+  m.impl("linear_finish_", TORCH_BOX(&fastgpt::linear_finish_cpu));
 }

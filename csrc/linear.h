@@ -1,4 +1,5 @@
-// The arguments of the CPU kernels of `linear`: out = activation(norm(x) weight^T + bias) + residual, for few rows of x.
+// The arguments of the CPU kernels of `linear`: out = activation(norm(x) weight^T + bias) + residual. Of many rows of x, the
+// product is PyTorch's, and the kernels do what follows it.
 
 #pragma once
 
@@ -8,7 +9,7 @@
 
 namespace fastgpt {
 
-constexpr int64_t kMaxRows = 16;   // more are a matrix product, which is PyTorch's
+constexpr int64_t kMaxRows = 16;   // that the kernels multiply
 constexpr int64_t kFeatures = 64;  // that are finished at a time
 
 // Everything is contiguous and of one element type; what may be null is left out.

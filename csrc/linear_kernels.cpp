@@ -73,9 +73,25 @@ inline Vector gelu_tanh(Vector x) {
   return 0.5f * x * (1.0f + tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
 }
 
+// What follows the product, for up to kFeatures of a row's output features, from `first` on.
+void finish(const Linear& l, int64_t row, int64_t first, int64_t count, float* y) {
+  const int64_t offset = row * l.out_features + first;
+  const auto add = [&](const void* source, int64_t from) {
+    alignas(64) float other[kFeatures] = {};
+    convert(source, from, count, l.element, other);
+    for (int64_t j = 0; j < count; j += kWidth) store(y + j, load(y + j) + load(other + j));
+  };
+  if (l.bias) add(l.bias, first);
+  if (l.gelu) {
+    for (int64_t j = 0; j < count; j += kWidth) store(y + j, gelu_tanh(load(y + j)));
+  }
+  if (l.residual) add(l.residual, offset);
+  write(y, count, l.out, offset, l.element);
+}
+
 template <typename T>
 void outputs(const Linear& l, const float* x, const T* weight, int64_t begin, int64_t end) {
-  alignas(64) float dots[kMaxRows][kFeatures] = {}, other[kFeatures] = {};
+  alignas(64) float dots[kMaxRows][kFeatures] = {};
   for (int64_t first = begin; first < end; first += kFeatures) {
     const int64_t count = end - first < kFeatures ? end - first : kFeatures;
     const auto multiply = [&](auto streams, int64_t n) {
@@ -86,18 +102,7 @@ void outputs(const Linear& l, const float* x, const T* weight, int64_t begin, in
     int64_t n = 0;
     for (; n + kMostStreams <= count; n += kMostStreams) multiply(std::integral_constant<int, kMostStreams>(), n);
     for (; n < count; ++n) multiply(std::integral_constant<int, 1>(), n);
-    for (int64_t r = 0; r < l.rows; ++r) {
-      const auto add = [&](const void* source, int64_t offset) {
-        convert(source, offset + first, count, l.element, other);
-        for (int64_t j = 0; j < count; j += kWidth) store(dots[r] + j, load(dots[r] + j) + load(other + j));
-      };
-      if (l.bias) add(l.bias, 0);
-      if (l.gelu) {
-        for (int64_t j = 0; j < count; j += kWidth) store(dots[r] + j, gelu_tanh(load(dots[r] + j)));
-      }
-      if (l.residual) add(l.residual, r * l.out_features);
-      write(dots[r], count, l.out, r * l.out_features + first, l.element);
-    }
+    for (int64_t r = 0; r < l.rows; ++r) finish(l, r, first, count, dots[r]);
   }
 }
 
@@ -112,14 +117,15 @@ void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end)
   }
 }
 
-// GELU of elements begin to end, in place.
-void gelu_elements(void* x, Element element, int64_t begin, int64_t end) {
-  alignas(64) float part[kFeatures] = {};
-  for (int64_t first = begin; first < end; first += kFeatures) {
-    const int64_t count = end - first < kFeatures ? end - first : kFeatures;
-    convert(x, first, count, element, part);
-    for (int64_t j = 0; j < count; j += kWidth) store(part + j, gelu_tanh(load(part + j)));
-    write(part, count, x, first, element);
+// What follows the product, of rows begin to end whose products are in `out`.
+void linear_finish(const Linear& l, int64_t begin, int64_t end) {
+  alignas(64) float y[kFeatures] = {};
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t first = 0; first < l.out_features; first += kFeatures) {
+      const int64_t count = l.out_features - first < kFeatures ? l.out_features - first : kFeatures;
+      convert(l.out, r * l.out_features + first, count, l.element, y);
+      finish(l, r, first, count, y);
+    }
   }
 }
 

@@ -156,7 +156,7 @@ def test_opcheck():
     order = ("x", "weight", "bias", "residual", "norm_weight", "norm_bias")
     torch.library.opcheck(torch.ops.fastgpt.linear.default, (*(call[name] for name in order), 1e-5, True))
     torch.library.opcheck(torch.ops.fastgpt.linear.default, (call["x"], call["weight"]))
-    torch.library.opcheck(torch.ops.fastgpt.gelu_.default, (call["x"],))
+    torch.library.opcheck(torch.ops.fastgpt.linear_finish_.default, (call["residual"], call["bias"], None, True))
 
 
 x, weight = torch.zeros(2, 8), torch.zeros(3, 8)

@@ -58,13 +58,13 @@ def linear(
 
 
 def _matrix_product(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, activation):
-    """Of many rows: the product and the norm are PyTorch's, and what follows happens in place."""
+    """Of many rows: the norm and the product are PyTorch's, and what follows is one pass over the result."""
     if norm_weight is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
-    x = F.linear(x, weight, bias)
-    if activation is not None:
-        _gelu_(x)
-    return x if residual is None else x.add_(residual)
+    out = F.linear(x, weight)
+    if bias is not None or activation is not None or residual is not None:
+        _finish(out, bias, residual, activation is not None)
+    return out
 
 
 def linear_reference(
@@ -148,9 +148,10 @@ library.define(
     "Tensor? norm_bias=None, float norm_eps=1e-5, bool gelu=False) -> Tensor"
 )
 
-library.define("gelu_(Tensor(a!) x) -> ()")
+library.define("linear_finish_(Tensor(a!) out, Tensor? bias=None, Tensor? residual=None, bool gelu=False) -> ()")
 
-_linear, _gelu_ = torch.ops.fastgpt.linear.default, torch.ops.fastgpt.gelu_.default
+_linear = torch.ops.fastgpt.linear.default
+_finish = torch.ops.fastgpt.linear_finish_.default
 
 
 @torch.library.register_fake("fastgpt::linear", lib=library)
@@ -159,6 +160,6 @@ def _linear_fake(x, weight, bias=None, residual=None, norm_weight=None, norm_bia
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake("fastgpt::gelu_", lib=library)
-def _gelu_fake(x):
+@torch.library.register_fake("fastgpt::linear_finish_", lib=library)
+def _finish_fake(out, bias=None, residual=None, gelu=False):
     pass
