@@ -9,7 +9,7 @@
 
 namespace fastgpt {
 
-constexpr int64_t kMaxRows = 16;   // that the kernels multiply
+constexpr int64_t kMaxRows = 32;   // that the kernels multiply
 constexpr int64_t kFeatures = 64;  // that are finished at a time
 
 // Everything is contiguous and of one element type; what may be null is left out.

@@ -11,47 +11,32 @@ namespace {
 // Weight rows that are read side by side: the CPU fetches ahead within a page of memory, so one row alone is read 20%
 // slower than several.
 constexpr int kMostStreams = 4;
-constexpr int kMostRows = 4;  // of x, multiplied with them at a time
-
-// The last `count` elements of a row, filled up with zeros.
-template <typename T>
-Vector load_part(const T* source, int64_t count) {
-  T part[kWidth] = {};
-  std::memcpy(part, source, count * sizeof(T));
-  return load(part);
-}
+constexpr int kMostRows = kWidth == 16 ? 4 : 2;  // of x, multiplied with them at a time; registers hold all sums
 
 // dots[i][s] = sum_c x[i][c] · weight[s][c] for kRows rows of x and kStreams of weights. If `next` is not 0, the weights
 // that many bytes on are fetched into the caches.
 template <int kRows, int kStreams, typename T>
 void multiply_rows(
     const float* x, int64_t x_row, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
-  // One row alone has two sums for each stream: multiply-adds take 4 cycles, and there are two a cycle.
-  constexpr int kSums = kRows == 1 ? 2 : 1;
-  Vector total[kRows][kStreams][kSums] = {};
+  Vector total[kRows][kStreams] = {};
   int64_t c = 0;
-  const auto step = [&](int part, auto load_weights) {
-    Vector row[kRows];
-    for (int i = 0; i < kRows; ++i) row[i] = load(x + i * x_row + c);
+  for (; c + kWidth <= in; c += kWidth) {
     for (int s = 0; s < kStreams; ++s) {
-      const Vector w = load_weights(weight + s * in + c);
-      for (int i = 0; i < kRows; ++i) total[i][s][part] += row[i] * w;
+      const T* source = weight + s * in + c;
+      if (next) __builtin_prefetch(reinterpret_cast<const char*>(source) + next);
+      const Vector w = load(source);
+      for (int i = 0; i < kRows; ++i) total[i][s] += load(x + i * x_row + c) * w;
     }
-    c += kWidth;
-  };
-  const auto whole = [&](const T* w) {
-    if (next) __builtin_prefetch(reinterpret_cast<const char*>(w) + next);
-    return load(w);
-  };
-  while (c + kSums * kWidth <= in) {
-    for (int part = 0; part < kSums; ++part) step(part, whole);
   }
-  while (c + kWidth <= in) step(0, whole);
-  if (c < in) step(0, [&](const T* w) { return load_part(w, in - c); });
+  alignas(64) float lanes[kRows][kStreams][kWidth];
+  for (int i = 0; i < kRows; ++i) {
+    for (int s = 0; s < kStreams; ++s) store(lanes[i][s], total[i][s]);
+  }
   for (int i = 0; i < kRows; ++i) {
     for (int s = 0; s < kStreams; ++s) {
-      for (int part = 1; part < kSums; ++part) total[i][s][0] += total[i][s][part];
-      dots[i * dots_row + s] = sum(total[i][s][0]);
+      float dot = sum(load(lanes[i][s]));
+      for (int64_t rest = c; rest < in; ++rest) dot += x[i * x_row + rest] * static_cast<float>(weight[s * in + rest]);
+      dots[i * dots_row + s] = dot;
     }
   }
 }

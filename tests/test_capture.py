@@ -43,11 +43,11 @@ def captured(step):
 
 @torch.inference_mode()
 def test_it_is_captured_where_it_can_be():
-    model, few, many = random_model(), random_ids(random_model(), 16, 1)[:, 0], random_ids(random_model(), 17, 1)[:, 0]
-    step = model.decoding(model.new_cache(16))
+    model, few, many = random_model(), random_ids(random_model(), 32, 1)[:, 0], random_ids(random_model(), 33, 1)[:, 0]
+    step = model.decoding(model.new_cache(32))
     step(few)
     assert captured(step).refused is None and len(captured(step).plan) == 2 * 6 + 1
-    step = model.decoding(model.new_cache(17))  # more rows than the linear kernel takes
+    step = model.decoding(model.new_cache(33))  # more rows than the linear kernel takes
     step(many)
     assert "is not one of fastgpt's operations" in captured(step).refused
 

@@ -58,7 +58,7 @@ def in_float64(call):
 @pytest.mark.parametrize("feature", FEATURES)
 def test_contract(feature, C, N, dtype):
     """Judged over all numbers of rows together: of a few numbers, either side's worst error is luck."""
-    calls = [call_of(feature, rows, C, N, dtype) for rows in (1, 2, 3, 4, 7, 16, 17)]
+    calls = [call_of(feature, rows, C, N, dtype) for rows in (1, 2, 3, 4, 7, 32, 33)]
     actual = torch.cat([linear(**call, impl="cpp") for call in calls])
     oracle = torch.cat([linear_reference(**in_float64(call)) for call in calls])
     assert actual.dtype == dtype

@@ -8,7 +8,7 @@ from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.library import library
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_ROWS = 16  # that the kernel multiplies; csrc/linear.h
+MAX_ROWS = 32  # that the kernel multiplies; csrc/linear.h
 ACTIVATIONS = (None, "gelu_tanh")
 
 
@@ -31,7 +31,7 @@ def linear(
         activation: None or "gelu_tanh", x/2 · (1 + tanh(sqrt(2/pi) · (x + 0.044715 x^3))).
         residual: (..., N).
         dropout_p: probability of zeroing a number; what stays is divided by 1 - dropout_p.
-        impl: "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`. On a CPU, up to 16
+        impl: "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`. On a CPU, up to 32
             rows (all dimensions of x but the last, multiplied) are computed in fp32 and rounded once; more are PyTorch's
             matrix product.
 
