@@ -35,7 +35,8 @@ sanitize: $(INSTALLED)
 	rm -f build/sanitize/fastgpt/*.so
 	cd build/sanitize && $(SANITIZED) FASTGPT_BUILD_CUDA=0 $(RUN) setup.py -q build_ext --inplace
 	cd build/sanitize && $(PRELOADED) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -x -k "not memory_is_linear" \
-	    tests/test_attention.py tests/test_cache.py tests/test_kv_cache_update.py tests/test_page_allocator.py
+	    tests/test_attention.py tests/test_cache.py tests/test_capture.py tests/test_kv_cache_update.py tests/test_linear.py \
+	    tests/test_page_allocator.py
 
 # Times the operations here, and brings the results and README up to date.
 bench: $(INSTALLED)

@@ -15,6 +15,7 @@ Sequences of a batch may differ in length: the new tokens of a pass are then pad
 import torch
 
 from fastgpt._C import OutOfPages, PageAllocator
+from fastgpt import memory
 from fastgpt.ops.attention import attention
 from fastgpt.ops.kv_cache_update import kv_cache_update
 from fastgpt.ops.quantisation import QUANTISED_DTYPES
@@ -44,8 +45,7 @@ class Storage:
                 f"got {cache_dtype}"
             )
         shape = (num_layers, N, num_kv_heads, rows, head_dim)
-        self.k = torch.zeros(shape, dtype=cache_dtype, device=device)
-        self.v = torch.zeros(shape, dtype=cache_dtype, device=device)
+        self.k, self.v = (memory.empty(shape, dtype=cache_dtype, device=device).zero_() for _ in range(2))
         self.k_scale = self.v_scale = None
         if cache_dtype in QUANTISED_DTYPES:
             self.k_scale, self.v_scale = (torch.zeros(shape[:-1], device=device) for _ in range(2))
@@ -168,7 +168,8 @@ class KVCache:
         """Takes what storage the new tokens need; raises before anything changes."""
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Stores k, v (B, H_kv, T, D) of the current tokens and returns their attention, (B, H, T, D)."""
+        """Stores k, v (B, H_kv, T, D) of the current tokens; returns the attention of q (B, H, T, D), or of the last of
+        them only."""
         raise NotImplementedError
 
     def truncate(self, counts: list[int]) -> None:
@@ -278,7 +279,7 @@ class SlidingCache(KVCache):
         for name, x in cache.items():
             chunk[name] = None
             if x is not None:
-                chunk[name] = x.new_zeros(*x.shape[:2], before + q.shape[2], *x.shape[3:])
+                chunk[name] = x.new_zeros(*x.shape[:2], before + k.shape[2], *x.shape[3:])
                 index = ring.view(self.batch_size, 1, before, *[1] * (x.dim() - 3)).expand(-1, x.shape[1], -1, *x.shape[3:])
                 _bytes(chunk[name])[:, :, :before] = _bytes(x).gather(2, index)
         store(k, v, chunk, slots)

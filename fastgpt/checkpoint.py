@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastgpt import memory
 from fastgpt.families import FAMILIES, Family
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -59,8 +60,8 @@ def read_weights(model, folder: str | Path, family: Family, *, dtype=None, devic
                         f"{tuple(expected[::-1] if transposed else expected)}, "
                         f"got {tuple(weight.shape[::-1] if transposed else weight.shape)}"
                     )
-                weight = weight.to(dtype=dtype, device=device).contiguous()
-                setattr(model.get_submodule(module), attribute, torch.nn.Parameter(weight))
+                parameter = memory.empty(expected, dtype=dtype or weight.dtype, device=device).copy_(weight)
+                setattr(model.get_submodule(module), attribute, torch.nn.Parameter(parameter))
     except SafetensorError as error:
         raise ValueError(f"model: {path} is damaged: {error}") from error
     return model

@@ -110,7 +110,8 @@ def _cached_steps(model, prompts, cache: KVCache, num_samples: int) -> Generator
     ids = prompts[0].new_zeros(len(prompts), max(lengths))
     for row, prompt in zip(ids, prompts):
         row[len(row) - len(prompt) :] = prompt
-    logits = model.logits(model.hidden(ids, cache, lengths if min(lengths) < max(lengths) else None)[:, -1])
+    new = lengths if min(lengths) < max(lengths) else None
+    logits = model.logits(model.hidden(ids, cache, new, last_only=True)[:, -1])
     if num_samples > 1:
         whole, cache = cache, cache.fork(num_samples)
         if isinstance(whole, PagedCache):

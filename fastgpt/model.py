@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastgpt import checkpoint
+from fastgpt import checkpoint, memory
 from fastgpt.cache import CACHE_KINDS, ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached
 from fastgpt.capture import Captured
 from fastgpt.generate import generate
@@ -65,12 +65,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, norm: nn.LayerNorm, cache: KVCache | Uncached):
+    def forward(self, x, norm: nn.LayerNorm, cache: KVCache | Uncached, last_only: bool):
         B, T, C = x.shape
         qkv = project(x, self.qkv, norm).view(B, T, 3, self.config.num_heads, self.config.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
-        y = cache.attend(self.layer, q, k, v)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        if last_only:
+            q, x = q[:, :, -1:], x[:, -1:]
+        y = cache.attend(self.layer, q, k, v)  # as q
+        y = y.transpose(1, 2).reshape(x.shape)
         return project(y, self.out, residual=x, dropout_p=self.config.dropout if self.training else 0.0)
 
 
@@ -96,8 +98,9 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache: KVCache | Uncached):
-        return self.mlp(self.attention(x, self.attention_norm, cache), self.mlp_norm)
+    def forward(self, x, cache: KVCache | Uncached, last_only: bool = False):
+        """x (B, T, C) -> the same, or (B, 1, C) of the last token, which still looks back at all."""
+        return self.mlp(self.attention(x, self.attention_norm, cache, last_only), self.mlp_norm)
 
 
 class GPT(nn.Module):
@@ -121,6 +124,7 @@ class GPT(nn.Module):
             elif parameter.dim() == 2:
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02)
+        memory.collapse(self.parameters())
 
     def forward(self, ids, cache: KVCache | None = None, new: list[int] | None = None):
         """ids (B, T) int64 -> logits (B, T, V).
@@ -135,10 +139,10 @@ class GPT(nn.Module):
         """
         return self.logits(self.hidden(ids, cache, new))
 
-    def hidden(self, ids, cache: KVCache | Uncached | None = None, new: list[int] | None = None):
-        """The last block's output, which `logits` takes: ids (B, T) -> (B, T, C)."""
+    def hidden(self, ids, cache: KVCache | Uncached | None = None, new: list[int] | None = None, last_only=False):
+        """The last block's output, which `logits` takes: ids (B, T) -> (B, T, C), or with last_only (B, 1, C)."""
         cache = Uncached(device=ids.device) if cache is None else cache
-        return self.transform(self.embed(ids, cache, new), cache)
+        return self.transform(self.embed(ids, cache, new), cache, last_only)
 
     def logits(self, hidden):
         """The final norm and the output matrix: (..., C) -> (..., V)."""
@@ -198,10 +202,11 @@ class GPT(nn.Module):
             x = F.dropout(x, self.config.dropout)
         return x
 
-    def transform(self, x, cache: KVCache | Uncached):
-        """The blocks, one after the other: (B, T, C) -> (B, T, C)."""
+    def transform(self, x, cache: KVCache | Uncached, last_only: bool = False):
+        """The blocks, one after the other: (B, T, C) -> (B, T, C). With last_only the last block computes no other token's
+        output: (B, 1, C)."""
         for block in self.blocks:
-            x = block(x, cache)
+            x = block(x, cache, last_only and block is self.blocks[-1])
         return x
 
     def new_cache(

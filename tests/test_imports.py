@@ -22,7 +22,7 @@ LAYERS = [
     {"kernels.attention_backward", "kernels.attention_decode"},
     {"kernels.attention_forward"},
     {
-        "kernels.architecture", "kernels.attention_tiles", "limits", "ops.checks", "ops.dropout", "ops.implementations",
+        "kernels.architecture", "kernels.attention_tiles", "limits", "memory", "ops.checks", "ops.dropout", "ops.implementations",
         "ops.library", "ops.quantisation",
     },  # fmt: skip
     {"_C", "kernels", "ops"},

@@ -49,6 +49,23 @@ def test_cached_logits_are_the_uncached_ones(chunks):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"kind": "sliding", "window": 9}, {"kind": "paged", "page_size": 4}], ids=str)
+def test_the_last_token_alone(options):
+    """The same logits and the same cache, whether the last block computes all tokens or one, of prompts of any length."""
+    model = random_model()
+    ids = random_ids(model, 3, 20)
+    for new in (None, [20, 1, 13]):
+        whole, alone = model.new_cache(3, **options), model.new_cache(3, **options)
+        expected = model.hidden(ids, whole, new)[:, -1:]
+        actual = model.hidden(ids, alone, new, last_only=True)
+        oracle = model.double().hidden(ids, model.new_cache(3, **options), new)[:, -1:]
+        numerics.check(actual, oracle, expected, dtype=torch.float32)
+        model.float()
+        token = random_ids(model, 3, 1, seed=2)
+        assert torch.equal(model(token, cache=alone), model(token, cache=whole))
+
+
+@torch.no_grad()
 def test_the_cache_is_allocated_once():
     model = random_model()
     cache = model.new_cache(1)
