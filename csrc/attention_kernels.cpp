@@ -7,6 +7,10 @@ namespace fastgpt::FASTGPT_CPU_LEVEL {
 
 int64_t attention_workspace(int64_t D, int64_t group) { return larger(wide_workspace(D, group), narrow_workspace(D)); }
 
+void attention_forward_block(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace) {
+  run_wide(args, b, h_kv, block, 1, workspace);
+}
+
 void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
   if (args.few_queries()) return run_narrow_tasks(args, begin, end, workspace);
   const int64_t groups = args.groups();
