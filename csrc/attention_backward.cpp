@@ -13,6 +13,8 @@
 #include "parallel.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
+    // Floats of scratch memory, 64-byte aligned, for one block of queries and all keys.
+    int64_t attention_backward_workspace(const Attention& args);
     // dq of a block of queries, dbias and dsinks; leaves in `workspace` what the next needs.
     void attention_backward_queries(
         const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace);
@@ -43,7 +45,8 @@ KeyGradients gradients_of(const Tensor& x) {
 // for_each(tasks, run).
 template <typename ForEach>
 void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t threads, float* memory, ForEach for_each) {
-  const int64_t keys_size = args.tiles() * kBlockN * padded_head_dim(args.D), size = attention_backward_workspace(args);
+  const int64_t keys_size = args.tiles() * kBlockN * padded_head_dim(args.D);
+  const int64_t size = FASTGPT_AT_CPU_LEVEL(attention_backward_workspace)(args);
   float *dk = memory, *dv = dk + keys_size, *workspaces = dv + keys_size;
   std::fill(dk, workspaces, 0.0f);
   for (int64_t first = 0; first < args.blocks(); first += threads) {
@@ -67,7 +70,7 @@ void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t th
 // heads than threads. (Blocks of queries may share numbers of dbias.)
 void run_heads(const AttentionBackward& args) {
   const int64_t keys_size = 2 * args.tiles() * kBlockN * padded_head_dim(args.D);
-  const int64_t size = attention_backward_workspace(args);
+  const int64_t size = FASTGPT_AT_CPU_LEVEL(attention_backward_workspace)(args);
   const int64_t batches = args.batch_tasks(), heads = args.head_tasks(), tasks = batches * heads;
   if (tasks == 0) return;
   const int64_t work = 5 * args.B * args.H * args.T * args.S * args.D / tasks + 1;

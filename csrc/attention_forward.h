@@ -12,22 +12,6 @@ namespace {
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Hands out parts of a piece of memory, 64-byte aligned as that is. Of null, it measures how much they take.
-class Parts {
- public:
-  explicit Parts(float* memory) : begin_(memory), next_(memory) {}
-
-  float* take(int64_t floats) {
-    float* taken = next_;
-    next_ += (floats + 15) / 16 * 16;
-    return taken;
-  }
-  int64_t taken() const { return next_ - begin_; }
-
- private:
-  float *begin_, *next_;
-};
-
 class ForwardBlock : protected QueryBlock {
  public:
   ForwardBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block)
