@@ -140,30 +140,14 @@ Gradients run(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& dout,
-    const std::optional<Tensor>& dlse,
-    const Tensor& /*out*/,
-    const Tensor& /*lse*/,
-    bool needs_dbias,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    bool causal,
-    double scale,
-    std::optional<int64_t> window,
-    std::optional<double> softcap,
-    const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sinks,
-    const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& kv_lengths,
-    double dropout_p,
-    const std::optional<Tensor>& dropout_seed) {
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& /*out*/, const Tensor& /*lse*/,
+    bool needs_dbias, const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
+    std::optional<int64_t> window, std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes,
+    const std::optional<Tensor>& sinks, const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& kv_lengths, double dropout_p, const std::optional<Tensor>& dropout_seed) {
   AttentionBackward args{};
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed};
-  set_queries(args, q, k, features);
-  args.k = keys_of(k, "k", args.element, std::nullopt, {args.B, args.H_kv, args.S, args.D});
-  args.v = keys_of(v, "v", args.element, std::nullopt, {args.B, args.H_kv, args.S, args.D});
+  set_inputs(args, q, k, v, features);
   set_lengths(args, kv_lengths);
   set_mask_and_bias(args, mask, bias);
   Tensor dbias = new_empty(q, {0}, {1}, dtype_of(q));
@@ -180,30 +164,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward_cpu(
-    const Tensor& dout,
-    const std::optional<Tensor>& dlse,
-    const Tensor& /*out*/,
-    const Tensor& /*lse*/,
-    const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k,
-    int64_t /*max_q*/,
-    int64_t /*max_k*/,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    bool causal,
-    double scale,
-    std::optional<int64_t> window,
-    std::optional<double> softcap,
-    const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sinks,
-    double dropout_p,
-    const std::optional<Tensor>& dropout_seed) {
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& /*out*/, const Tensor& /*lse*/,
+    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t /*max_q*/, int64_t /*max_k*/, const Tensor& q,
+    const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
+    std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    double dropout_p, const std::optional<Tensor>& dropout_seed) {
   AttentionBackward args{};
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed};
-  set_queries(args, q, k, features);
-  args.k = keys_of(k, "k", args.element, std::nullopt, {args.B, args.H_kv, args.S, args.D});
-  args.v = keys_of(v, "v", args.element, std::nullopt, {args.B, args.H_kv, args.S, args.D});
+  set_inputs(args, q, k, v, features);
   const Tensor starts_q = torch::stable::contiguous(cu_seqlens_q), starts_k = torch::stable::contiguous(cu_seqlens_k);
   set_packing(args, starts_q, starts_k);
   Gradients grads = run(args, dout, dlse, q, k, v, sinks);

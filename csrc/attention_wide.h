@@ -13,9 +13,9 @@
 #include "attention_products.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
-    // One block of many queries.
-    void attention_forward_block(
-        const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace);)
+    // See run_wide.
+    void attention_forward_blocks(
+        const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, int64_t count, float* workspace);)
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -255,9 +255,9 @@ inline void run_wide(
   [[maybe_unused]] bool finite[kGroup];
   for (int64_t i = 0; i < count; ++i) finite[i] = blocks[i]->finish();
 #if defined(__AMX_BF16__)
-  // Pieces make NaN of what is infinite, or almost: floats tell what it is. (They take less memory.)
+  // Pieces make NaN of what is infinite, or almost. Floats, in less memory, make of it what it is.
   for (int64_t i = 0; i < count; ++i) {
-    if (!finite[i]) avx512::attention_forward_block(args, b, h_kv, first + i, workspace);
+    if (!finite[i]) avx512::attention_forward_blocks(args, b, h_kv, first + i, 1, workspace);
   }
 #endif
 }
