@@ -76,64 +76,28 @@ std::tuple<Tensor, Tensor> run(AttentionForward args, const Tensor& q) {
 }
 
 std::tuple<Tensor, Tensor> attention_forward_cpu(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    bool causal,
-    double scale,
-    std::optional<int64_t> window,
-    std::optional<double> softcap,
-    const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sinks,
-    const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& kv_lengths,
-    const std::optional<Tensor>& block_table,
-    const std::optional<Tensor>& k_scale,
-    const std::optional<Tensor>& v_scale,
-    double dropout_p,
-    const std::optional<Tensor>& dropout_seed) {
+    const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
+    std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& bias, const std::optional<Tensor>& kv_lengths,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale, double dropout_p, const std::optional<Tensor>& dropout_seed) {
   AttentionForward args{};
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed};
-  set_queries(args, q, k, features);
-  int64_t first = args.B;
-  if (block_table) {
-    STD_TORCH_CHECK(block_table->dim() == 2, "block_table: expected (B, pages)");
-    check_sizes(*block_table, "block_table", {args.B, block_table->size(1)});
-    args.block_table = int32_data(*block_table, "block_table");
-    args.table_stride_b = block_table->stride(0), args.table_stride_p = block_table->stride(1);
-    first = k.size(0), args.page = k.size(2), args.S = args.page * block_table->size(1);
-  }
-  STD_TORCH_CHECK(args.S <= INT32_MAX, "k: expected at most 2^31 - 1 keys");
-  args.k = keys_of(k, "k", args.key_element, k_scale, {first, args.H_kv, k.size(2), args.D});
-  args.v = keys_of(v, "v", args.key_element, v_scale, {first, args.H_kv, k.size(2), args.D});
+  set_inputs(args, q, k, v, features, block_table, k_scale, v_scale);
   set_lengths(args, kv_lengths);
-  if (block_table) check_pages(args, first);
+  if (block_table) check_pages(args, k.size(0));
   set_mask_and_bias(args, mask, bias);
   return run(args, q);
 }
 
 std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(
-    const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k,
-    int64_t /*max_q*/,
-    int64_t /*max_k*/,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    bool causal,
-    double scale,
-    std::optional<int64_t> window,
-    std::optional<double> softcap,
-    const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sinks,
-    double dropout_p,
-    const std::optional<Tensor>& dropout_seed) {
+    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t /*max_q*/, int64_t /*max_k*/, const Tensor& q,
+    const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
+    std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    double dropout_p, const std::optional<Tensor>& dropout_seed) {
   AttentionForward args{};
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed};
-  set_queries(args, q, k, features);
-  args.k = keys_of(k, "k", args.element, std::nullopt, {args.B, args.H_kv, args.S, args.D});
-  args.v = keys_of(v, "v", args.element, std::nullopt, {args.B, args.H_kv, args.S, args.D});
+  set_inputs(args, q, k, v, features);
   const Tensor starts_q = torch::stable::contiguous(cu_seqlens_q), starts_k = torch::stable::contiguous(cu_seqlens_k);
   set_packing(args, starts_q, starts_k);
   return run(args, q);

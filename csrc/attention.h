@@ -112,10 +112,4 @@ struct AttentionBackward : Attention {
   int64_t head_tasks() const { return dbias.data && dbias.stride_h == 0 ? 1 : H_kv; }
 };
 
-// Floats of scratch memory, 64-byte aligned, for one block of queries and all keys.
-inline int64_t attention_backward_workspace(const Attention& args) {
-  const int64_t panels = 2 + (args.softcap > 0.0f) + (args.dropout_seed != nullptr);
-  return args.tiles() * kBlockN * panels * kBlockM + padded_head_dim(args.D) * (5 * kBlockM + 2 * kBlockN) + 5 * kBlockM;
-}
-
 }  // namespace fastgpt

@@ -105,8 +105,11 @@ struct Features {
   std::vector<float> slopes_of_heads = {}, sinks_of_heads = {};
 };
 
-// Sizes, q and features; the caller sets k, v and what else its operation takes.
-inline void set_queries(Attention& args, const Tensor& q, const Tensor& k, Features& features) {
+// Sizes, q, k, v and features; the caller sets what else its operation takes.
+inline void set_inputs(
+    Attention& args, const Tensor& q, const Tensor& k, const Tensor& v, Features& features,
+    const std::optional<Tensor>& block_table = {}, const std::optional<Tensor>& k_scale = {},
+    const std::optional<Tensor>& v_scale = {}) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && !q.is_cuda(), "q, k: expected 4 dimensions, on the CPU");
   args.B = q.size(0), args.H = q.size(1), args.T = q.size(2), args.D = q.size(3);
   args.H_kv = k.size(1), args.S = k.size(2);
@@ -118,6 +121,17 @@ inline void set_queries(Attention& args, const Tensor& q, const Tensor& k, Featu
   STD_TORCH_CHECK(
       args.key_element == args.element || size_of(args.key_element) == 1, "k: expected the dtype of q, or 8 bits");
   args.q = queries_of(q, "q", q);
+  int64_t first = args.B;
+  if (block_table) {
+    STD_TORCH_CHECK(block_table->dim() == 2, "block_table: expected (B, pages)");
+    check_sizes(*block_table, "block_table", {args.B, block_table->size(1)});
+    args.block_table = int32_data(*block_table, "block_table");
+    args.table_stride_b = block_table->stride(0), args.table_stride_p = block_table->stride(1);
+    first = k.size(0), args.page = k.size(2), args.S = args.page * block_table->size(1);
+  }
+  STD_TORCH_CHECK(args.S <= INT32_MAX, "k: expected at most 2^31 - 1 keys");
+  args.k = keys_of(k, "k", args.key_element, k_scale, {first, args.H_kv, k.size(2), args.D});
+  args.v = keys_of(v, "v", args.key_element, v_scale, {first, args.H_kv, k.size(2), args.D});
 
   args.causal = features.causal;
   args.scale = static_cast<float>(features.scale);

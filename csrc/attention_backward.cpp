@@ -13,6 +13,8 @@
 #include "parallel.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
+    // Floats of scratch memory, 64-byte aligned, for one block of queries and all keys.
+    int64_t attention_backward_workspace(const Attention& args);
     // dq of a block of queries, dbias and dsinks; leaves in `workspace` what the next needs.
     void attention_backward_queries(
         const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace);
@@ -43,7 +45,8 @@ KeyGradients gradients_of(const Tensor& x) {
 // for_each(tasks, run).
 template <typename ForEach>
 void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t threads, float* memory, ForEach for_each) {
-  const int64_t keys_size = args.tiles() * kBlockN * padded_head_dim(args.D), size = attention_backward_workspace(args);
+  const int64_t keys_size = args.tiles() * kBlockN * padded_head_dim(args.D);
+  const int64_t size = FASTGPT_AT_CPU_LEVEL(attention_backward_workspace)(args);
   float *dk = memory, *dv = dk + keys_size, *workspaces = dv + keys_size;
   std::fill(dk, workspaces, 0.0f);
   for (int64_t first = 0; first < args.blocks(); first += threads) {
@@ -67,7 +70,7 @@ void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t th
 // heads than threads. (Blocks of queries may share numbers of dbias.)
 void run_heads(const AttentionBackward& args) {
   const int64_t keys_size = 2 * args.tiles() * kBlockN * padded_head_dim(args.D);
-  const int64_t size = attention_backward_workspace(args);
+  const int64_t size = FASTGPT_AT_CPU_LEVEL(attention_backward_workspace)(args);
   const int64_t batches = args.batch_tasks(), heads = args.head_tasks(), tasks = batches * heads;
   if (tasks == 0) return;
   const int64_t work = 5 * args.B * args.H * args.T * args.S * args.D / tasks + 1;
@@ -137,30 +140,14 @@ Gradients run(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& dout,
-    const std::optional<Tensor>& dlse,
-    const Tensor& /*out*/,
-    const Tensor& /*lse*/,
-    bool needs_dbias,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    bool causal,
-    double scale,
-    std::optional<int64_t> window,
-    std::optional<double> softcap,
-    const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sinks,
-    const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& kv_lengths,
-    double dropout_p,
-    const std::optional<Tensor>& dropout_seed) {
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& /*out*/, const Tensor& /*lse*/,
+    bool needs_dbias, const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
+    std::optional<int64_t> window, std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes,
+    const std::optional<Tensor>& sinks, const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& kv_lengths, double dropout_p, const std::optional<Tensor>& dropout_seed) {
   AttentionBackward args{};
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed};
-  set_queries(args, q, k, features);
-  args.k = keys_of(k, "k", args.element, std::nullopt, {args.B, args.H_kv, args.S, args.D});
-  args.v = keys_of(v, "v", args.element, std::nullopt, {args.B, args.H_kv, args.S, args.D});
+  set_inputs(args, q, k, v, features);
   set_lengths(args, kv_lengths);
   set_mask_and_bias(args, mask, bias);
   Tensor dbias = new_empty(q, {0}, {1}, dtype_of(q));
@@ -177,30 +164,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward_cpu(
-    const Tensor& dout,
-    const std::optional<Tensor>& dlse,
-    const Tensor& /*out*/,
-    const Tensor& /*lse*/,
-    const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k,
-    int64_t /*max_q*/,
-    int64_t /*max_k*/,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    bool causal,
-    double scale,
-    std::optional<int64_t> window,
-    std::optional<double> softcap,
-    const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sinks,
-    double dropout_p,
-    const std::optional<Tensor>& dropout_seed) {
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& /*out*/, const Tensor& /*lse*/,
+    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t /*max_q*/, int64_t /*max_k*/, const Tensor& q,
+    const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
+    std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    double dropout_p, const std::optional<Tensor>& dropout_seed) {
   AttentionBackward args{};
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed};
-  set_queries(args, q, k, features);
-  args.k = keys_of(k, "k", args.element, std::nullopt, {args.B, args.H_kv, args.S, args.D});
-  args.v = keys_of(v, "v", args.element, std::nullopt, {args.B, args.H_kv, args.S, args.D});
+  set_inputs(args, q, k, v, features);
   const Tensor starts_q = torch::stable::contiguous(cu_seqlens_q), starts_k = torch::stable::contiguous(cu_seqlens_k);
   set_packing(args, starts_q, starts_k);
   Gradients grads = run(args, dout, dlse, q, k, v, sinks);

@@ -23,15 +23,10 @@ namespace {
 // Terms of a part of a sum, and up to how many queries dot products are summed in parts.
 constexpr int64_t kPart = 8, kFewRows = 16;
 
-// The scratch memory of a block of queries. See attention_backward_workspace.
-struct Workspace {
-  Workspace(const Attention& args, float* memory) {
+// The scratch memory of a block of queries.
+struct Workspace : Parts {
+  Workspace(const Attention& args, float* memory) : Parts(memory) {
     const int64_t D = padded_head_dim(args.D), S = args.tiles() * kBlockN;
-    const auto take = [&](int64_t floats) {
-      float* taken = memory;
-      memory += floats;
-      return taken;
-    };
     weights = take(S * kBlockM), dweights = take(S * kBlockM);
     cap_slopes = args.softcap > 0.0f ? take(S * kBlockM) : nullptr;
     keep_factors = args.dropout_seed ? take(S * kBlockM) : nullptr;
@@ -260,6 +255,8 @@ void write_key_gradients(
 }
 
 }  // namespace
+
+int64_t attention_backward_workspace(const Attention& args) { return Workspace(args, nullptr).taken(); }
 
 void attention_backward_queries(
     const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace) {

@@ -1,5 +1,5 @@
 // A block of queries and what is between it and its keys, for the forward and the backward kernel: which keys it sees,
-// how they are read, and how products q·k become scores.
+// how they are read, and how products q·k become scores. And how kernels divide their memory.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -16,6 +16,22 @@ namespace {
 enum class Along { queries, keys };
 
 static_assert(kBlockM == kBlockN, "a tile of scores has lines of one length");
+
+// Hands out parts of a piece of memory, 64-byte aligned as that is. Of null, it measures how much they take.
+class Parts {
+ public:
+  explicit Parts(float* memory) : begin_(memory), next_(memory) {}
+
+  float* take(int64_t floats) {
+    float* taken = next_;
+    next_ += (floats + 15) / 16 * 16;
+    return taken;
+  }
+  int64_t taken() const { return next_ - begin_; }
+
+ private:
+  float *begin_, *next_;
+};
 
 // Queries and keys of a sequence, and the rows where they begin: 0 unless sequences are packed.
 struct Sequence {

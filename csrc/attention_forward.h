@@ -12,30 +12,15 @@ namespace {
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Hands out parts of a piece of memory, 64-byte aligned as that is. Of null, it measures how much they take.
-class Parts {
- public:
-  explicit Parts(float* memory) : begin_(memory), next_(memory) {}
-
-  float* take(int64_t floats) {
-    float* taken = next_;
-    next_ += (floats + 15) / 16 * 16;
-    return taken;
-  }
-  int64_t taken() const { return next_ - begin_; }
-
- private:
-  float *begin_, *next_;
-};
-
 class ForwardBlock : protected QueryBlock {
  public:
   ForwardBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block)
       : QueryBlock(args, b, h_kv, block * kBlockM), results_(args) {}
 
  protected:
-  // `rows`: sums of values (rows, D_), changed on the way.
-  void write_results(float* rows) const {
+  // `rows`: sums of values (rows, D_), changed on the way. Returns whether all results are finite.
+  bool write_results(float* rows) const {
+    Vector zeros{};  // NaN from the first result on that is not finite
     for (int64_t r = 0; r < rows_; ++r) {
       const bool blind = sum_[r] == 0.0f;  // it sees no key
       float highest = max_[r], total = sum_[r], rescale = 1.0f;
@@ -47,10 +32,15 @@ class ForwardBlock : protected QueryBlock {
       }
       const float factor = blind ? 0.0f : rescale / total;
       float* row = rows + r * D_;
-      for (int64_t d = 0; d < args_.D; ++d) row[d] *= factor;
+      for (int64_t d = 0; d < D_; d += kWidth) {
+        const Vector result = load(row + d) * factor;
+        store(row + d, result);
+        zeros += result * 0.0f;
+      }
       write(row, args_.D, results_.out.data, at(results_.out, r), args_.element);
       results_.lse.data[at(results_.lse, r)] = blind ? -kInfinity : highest + __builtin_logf(total);
     }
+    return sum(zeros) == 0.0f;
   }
 
   const AttentionForward& results_;

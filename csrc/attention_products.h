@@ -3,8 +3,8 @@
 //
 // Where the CPU multiplies tiles of bfloat16 (AMX), numbers are split: bfloat16 has 8 significant bits, so float16 is the
 // sum of 2 such pieces and float32 of 3, and the product of two numbers is that of their pieces: 1, 4, or 6 without those
-// below the last bit. Summed in float32 they have no more error than products of floats. Infinities come out as NaN there,
-// unless there is one piece only, and numbers below 2^-126 count as zero.
+// below the last bit. Summed in float32 they have no more error than products of floats. What is infinite, or so
+// large that a piece of it is, leaves nothing finite (see run_wide); numbers below 2^-126 count as zero.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -68,11 +68,12 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
 };
 
-// Takes the next piece off x, and returns it in the upper halves of the lanes. The last piece of three is what is left.
+// Takes the next piece off x, and returns it in the upper halves of the lanes. The last of several is what is left, cut off
+// to its upper half: rounding makes zero of some NaN.
 template <bool kLast, int kPieces>
 inline Words take_piece(Vector& x) {
   Words bits = reinterpret_cast<Words>(x);
-  if constexpr (kLast && kPieces == 3) return bits & 0xffff0000u;
+  if constexpr (kLast && kPieces > 1) return bits & 0xffff0000u;
   bits = (bits + 0x8000u) & 0xffff0000u;
   x -= reinterpret_cast<Vector>(bits);
   return bits;

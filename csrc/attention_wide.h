@@ -12,6 +12,11 @@
 #include "attention_forward.h"
 #include "attention_products.h"
 
+FASTGPT_DECLARE_PER_CPU_LEVEL(
+    // See run_wide.
+    void attention_forward_blocks(
+        const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, int64_t count, float* workspace);)
+
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
@@ -142,19 +147,20 @@ class WideBlock : public ForwardBlock {
     });
   }
 
-  void finish() const {
+  // Returns whether all results are finite.
+  bool finish() const {
     to_rows(acc_, q_);  // whose queries are not in use any more
-    write_results(q_);
+    return write_results(q_);
   }
 
  private:
   // q · scale, transposed to (D_, kBlockM). What lies beyond is zero.
   void load_queries(float* operand) {
     float* const rows = acc_;  // which is not in use yet
-    // Fewer than all pieces hold q alone, unless the scale is a power of two.
-    const bool late = pieces_ < pieces_of(Element::float32) && (float_to_bits(args_.scale) & 0x7fffffu) != 0;
-    const float scale = late ? 1.0f : args_.scale;
-    late_scale_ = late ? args_.scale : 1.0f;
+    // Fewer than all pieces hold q times a power of two: what the scale is besides is left to the scores.
+    const bool all = pieces_ == pieces_of(Element::float32);
+    const float scale = all ? args_.scale : bits_to_float(float_to_bits(args_.scale) & 0xff800000u);
+    late_scale_ = scale == args_.scale ? 1.0f : args_.scale / scale;
     std::memset(rows, 0, D_ * kBlockM * sizeof(float));
     for (int64_t r = 0; r < rows_; ++r) {
       float* row = rows + r * D_;
@@ -246,7 +252,14 @@ inline void run_wide(
       blocks[i]->step(tile);
     }
   }
-  for (int64_t i = 0; i < count; ++i) blocks[i]->finish();
+  [[maybe_unused]] bool finite[kGroup];
+  for (int64_t i = 0; i < count; ++i) finite[i] = blocks[i]->finish();
+#if defined(__AMX_BF16__)
+  // Pieces make NaN of what is infinite, or almost. Floats, in less memory, make of it what it is.
+  for (int64_t i = 0; i < count; ++i) {
+    if (!finite[i]) avx512::attention_forward_blocks(args, b, h_kv, first + i, 1, workspace);
+  }
+#endif
 }
 
 }  // namespace

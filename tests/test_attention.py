@@ -143,14 +143,32 @@ def test_keys_past_the_lengths_are_never_read_backward_and_get_zeros():
 def test_tanh_is_within_two_units_in_the_last_place():
     """The log-sum-exp of one key is its score: with softcap=1, tanh(q)."""
     q = torch.cat([torch.logspace(-30, 1.5, 20001), torch.linspace(0.4, 9, 20001)])
-    # Infinity is NaN where float32 is multiplied in pieces.
-    largest = torch.full((1,), 1e30 if fastgpt.build_info()["cpu_level"] == "amx" else torch.inf)
-    q = torch.cat([q, -q, torch.zeros(1), largest]).view(1, 1, -1, 1)
+    q = torch.cat([q, -q, torch.tensor([0.0, torch.inf])]).view(1, 1, -1, 1)
     one = torch.ones(1, 1, 1, 1)
     _, lse = attention(q, one, one, causal=False, scale=1.0, softcap=1.0, return_lse=True, impl="cpp")
     expected = q[..., 0].double().tanh()
     unit = torch.nextafter(expected.abs().float(), torch.tensor(torch.inf)).double() - expected.abs().float().double()
     assert ((lse.double() - expected).abs() <= 2 * unit).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("number", ["inf", "-inf", "NaN", "largest"])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("T", [1, 70])
+def test_parity_with_a_number_that_is_not_finite(T, where, number, softcap, dtype):
+    """Or that is the largest: the same results are NaN or infinite, and the others right."""
+    q, k, v = make(1, 4, 2, T, 150, 40, dtype)
+    q[..., 3] = q[..., 3].abs()  # with -inf a key gets scores of -inf, and no weight
+    nan = torch.full((), -1, dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)  # all bits set
+    numbers = {"inf": torch.inf, "-inf": -torch.inf, "NaN": nan, "largest": torch.finfo(dtype).max}
+    {"q": q, "k": k, "v": v}[where][0, 0, min(T - 1, 50), 3] = numbers[number]
+    out = attention(q, k, v, softcap=softcap, impl="cpp")
+    oracle = attention_reference(*(x.double() for x in (q, k, v)), softcap=softcap)
+    low = attention_reference(q, k, v, softcap=softcap)
+    known = ~oracle.isnan()
+    assert torch.equal(~out.isnan(), known)
+    numerics.check(out[known], oracle[known], low[known], dtype=dtype)
 
 
 @pytest.mark.parametrize("T", [1, 70])
@@ -257,8 +275,8 @@ def test_window_is_the_last_keys_own_position_included(impl):
 @pytest.mark.slow
 @pytest.mark.parametrize("level", lower_levels())
 def test_lower_cpu_levels(level):
-    """The parity tests again, in a process that is forced to a lower instruction set."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "parity", "-p", "no:cacheprovider", __file__]
+    """The tests of parity and tanh again, in a process that is forced to a lower instruction set."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "parity or tanh", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env=os.environ | {"FASTGPT_CPU_LEVEL": level}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 

@@ -105,7 +105,7 @@ def attention(
 
     Returns:
         out (B, H, T, D) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log.
-        A row that sees no key gives zeros, lse = -inf and zero gradients. Infinities in q, k or v may come out as NaN.
+        A row that sees no key gives zeros, lse = -inf and zero gradients.
 
     Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, range, impl; on CPU a page outside the
         pool): argument, expected, got.
