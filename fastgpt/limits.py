@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from fastgpt import memory
+from fastgpt.ops.linear import linear
+
 
 class Limit(NamedTuple):
     """A rate of the machine: `run()` moves or does `amount` of `unit`."""
@@ -16,8 +19,12 @@ class Limit(NamedTuple):
 
 
 def reading(device="cpu") -> Limit:
-    """Memory read: the sum of more numbers than caches hold."""
-    x = torch.ones(_numbers(device), device=device)
+    """Memory read: more numbers than caches hold, in the fastest way known. On a CPU that is `linear` of one vector, on
+    huge pages: up to 1.3 times as fast as their sum, which does it on a GPU."""
+    x = memory.empty((_numbers(device) // 1024, 1024), device=device).fill_(1)
+    if x.device.type == "cpu":
+        vector = torch.ones(1, 1024)
+        return Limit("reading", "bytes", x.nbytes, lambda: linear(vector, x, impl="cpp"))
     return Limit("reading", "bytes", x.nbytes, x.sum)
 
 

@@ -16,13 +16,13 @@ LAYERS = [
     {"__init__", "train"},
     {"model"},
     {"checkpoint", "generate"},
-    {"cache", "capture", "families", "text"},
+    {"cache", "capture", "families", "limits", "text"},
     {"ops.explain"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear"},
     {"kernels.attention_backward", "kernels.attention_decode"},
     {"kernels.attention_forward"},
     {
-        "kernels.architecture", "kernels.attention_tiles", "limits", "memory", "ops.checks", "ops.dropout", "ops.implementations",
+        "kernels.architecture", "kernels.attention_tiles", "memory", "ops.checks", "ops.dropout", "ops.implementations",
         "ops.library", "ops.quantisation",
     },  # fmt: skip
     {"_C", "kernels", "ops"},
