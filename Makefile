@@ -37,11 +37,11 @@ sanitize: $(INSTALLED)
 	cd build/sanitize && $(PRELOADED) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -x -k "not memory_is_linear" \
 	    tests/test_attention.py tests/test_cache.py tests/test_kv_cache_update.py tests/test_page_allocator.py
 
-# Times the operations here, and brings the results and README up to date.
+# Times everything here within ten minutes, and writes tables and plots; FULL=1 takes all cases and its time, SUITE="decode
+# kv_cache" only some suites. Other libraries are compared with if they are there: pip install .[bench] brings them.
 bench: $(INSTALLED)
 	$(RUN) -m pip install --quiet matplotlib
-	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmark.json
-	$(RUN) -m benchmarks.report build/benchmark.json
+	$(RUN) -m benchmarks $(if $(FULL),--full) $(SUITE)
 
 # Everything that a GPU machine can tell, on one that has torch, triton, nvcc and pytest. A part that fails does not
 # keep the next from running; logs and results are in $(OUT).

@@ -1,0 +1,81 @@
+"""Runs the suites, each in a process of its own, and writes the report. This is `make bench`.
+
+python -m benchmarks [SUITE ...] [--full] [--minutes N] [--out FOLDER]
+
+Ctrl-C, or the end of the time, stops the suite that runs; the report is made from what there is and names what is not.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import report
+
+HERE = Path(__file__).parent
+SUITES = ("generate", "decode", "attention", "kv_cache")  # what matters most comes first, as time may end
+MINUTES = 9.5  # of ten: the report takes a while, too
+
+
+def run(suite: str, output: Path, seconds: float | None) -> str | None:
+    """Leaves pytest-benchmark's JSON of a suite in `output`. Returns what went wrong, if anything did."""
+    output.unlink(missing_ok=True)
+    command = [
+        sys.executable, "-m", "pytest", str(HERE / f"test_{suite}.py"), "-v", "-rs", "--tb=short", "--no-header",
+        "--benchmark-only", "--benchmark-quiet", f"--benchmark-json={output.absolute()}",
+    ]  # fmt: skip
+    # A session of its own keeps a terminal's Ctrl-C from pytest, which is to get it once, from here.
+    process = subprocess.Popen(command, cwd=HERE.parent, start_new_session=True)
+    try:
+        status = process.wait(seconds)
+        return f"pytest ended with status {status}" if status else None
+    except subprocess.TimeoutExpired:
+        problem = "out of time"
+    except KeyboardInterrupt:
+        problem = "interrupted"
+    try:
+        process.send_signal(signal.SIGINT)  # it writes what it has
+        process.wait()
+    finally:
+        process.kill()
+    return problem
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all, in this order")
+    parser.add_argument("--full", action="store_true", help="every case, instead of what ten minutes on two cores allow")
+    parser.add_argument("--minutes", type=float, help=f"when to stop; default: {MINUTES}, or with --full never")
+    parser.add_argument("--out", type=Path, default="build/benchmarks", help="for pytest-benchmark's JSON; default: %(default)s")
+    args = parser.parse_args()
+    if unknown := [suite for suite in args.suites if suite not in SUITES]:
+        parser.error(f"SUITE: expected {', '.join(SUITES)}, got {', '.join(unknown)}")
+    if args.minutes is None and not args.full:
+        args.minutes = MINUTES
+    end = time.monotonic() + 60 * args.minutes if args.minutes is not None else None
+    os.environ["FASTGPT_BENCH_FULL"] = "1" if args.full else "0"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops a run from outside, such as `timeout`
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    problems, outputs = {}, []
+    for suite in args.suites or SUITES:
+        left = end - time.monotonic() if end else None
+        if "interrupted" in problems.values() or (end and left <= 0):
+            problems[suite] = "not reached"
+            continue
+        output = args.out / f"{suite}.json"
+        problems[suite] = run(suite, output, left)
+        if output.exists():
+            outputs.append(output)
+    report.update(outputs)
+    for suite, problem in problems.items():
+        if problem:
+            print(f"{suite}: {problem}")
+    sys.exit(any(problem not in (None, "out of time", "not reached") for problem in problems.values()))
+
+
+if __name__ == "__main__":
+    main()
