@@ -61,11 +61,11 @@ def card(result: dict, title: str, panels: int, height: float = 3.3, **options):
     figure = Figure(figsize=(9, height), layout="constrained", linewidth=2)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.03)
     figure.suptitle(title, x=0.012, ha="left", fontsize=11, weight="bold")
-    figure.supxlabel(textwrap.fill(about(result), 150), x=0.012, ha="left", fontsize=7, color=LIMIT)
+    figure.supxlabel(textwrap.fill(about(result), 175), x=0.012, ha="left", fontsize=7, color=LIMIT)
     return figure, figure.subplots(1, panels, squeeze=False, **options)[0]
 
 
-def curves(axis, lines: dict[str, list[tuple]], label: str, unit: str, colours: dict, scale: str = "log") -> None:
+def curves(axis, lines: dict[str, list[tuple]], unit: str, label: str, colours: dict, scale: str = "log") -> None:
     """Draws lines over lengths, each named at its end.
 
     Args:
@@ -95,14 +95,16 @@ def curves(axis, lines: dict[str, list[tuple]], label: str, unit: str, colours: 
         axis.annotate(name, (1.03, place), xycoords="axes fraction", color=colour, fontsize=8, va="center")
 
 
-def rates(cases: list[dict], length: str, work: str) -> dict[str, list[tuple]]:
-    """name -> points (length, work in a second, in units of 1e9), of ours, the limit and the peers."""
+def rates(cases: list[dict], length: str, work: str) -> tuple[dict[str, list[tuple]], str]:
+    """name -> points (length, work in a second), of the limit, ours and the peers; and the unit."""
     lines = {"limit": [], "ours": []}
     for case in cases:
         for name in case["microseconds"]:
             line, amount = ("limit", case[f"limit_{work}"]) if name == case["limit"] else (name, case[work])
             lines.setdefault(line, []).append((case[length], amount / median(case, name) / 1000))
-    return lines
+    scale, prefix = (1000, "T") if max(rate for _, rate in lines["limit"]) > 3000 else (1, "G")
+    unit = prefix + {"bytes": "B/s", "flops": "FLOP/s"}[work]
+    return {name: [(x, rate / scale) for x, rate in points] for name, points in lines.items()}, unit
 
 
 def cached_against_uncached(result: dict):
@@ -135,11 +137,13 @@ def cached_against_uncached(result: dict):
 
 def against_peers(result: dict):
     """Tokens per second by context, a panel for each size of weights, with what reading them once allows."""
-    cases = compared_first(result, "decode")
-    sizes = {}  # bytes of a weight -> name -> context -> bytes that a step reads
+    cases = sorted(compared_first(result, "decode"), key=lambda case: case["context"])
+    own_size = 4 if cases[0]["dtype"] == "float32" else 2
+    size_of, sizes = {}, {}  # bytes of a weight, by name; and name -> context -> bytes that a step reads, by it
     for case in cases:
         for name, amount in {"ours": case["bytes"], **case["peer_bytes"]}.items():
-            size = min((4, 2, 1), key=lambda size: abs(math.log(4 * amount / case["bytes"] / size)))
+            sizes_apart = {size: abs(math.log(own_size * amount / case["bytes"] / size)) for size in (4, 2, 1)}
+            size = size_of.setdefault(name, min(sizes_apart, key=sizes_apart.get))  # at the least context, all but weights
             sizes.setdefault(size, {}).setdefault(name, {})[case["context"]] = amount
     rate = statistics.median(case["limit_bytes"] / median(case, case["limit"]) for case in cases)  # bytes/µs
     figure, axes = card(result, f"Decoding {cases[0]['model']}, batch {cases[0]['batch']}", len(sizes), 3.5)
@@ -151,7 +155,7 @@ def against_peers(result: dict):
             lines["limit"].append((case["context"], 1e6 * rate / least))
             for name in amounts.keys() & case["microseconds"]:
                 lines[name].append((case["context"], 1e6 / median(case, name)))
-        curves(axis, lines, "context (tokens)", "tokens per second" if axis is axes[0] else "", colours, "linear")
+        curves(axis, lines, "tokens per second" if axis is axes[0] else "", "context (tokens)", colours, "linear")
         axis.set(title=f"weights of {8 * size} bits", xlim=0)
     return figure
 
@@ -166,7 +170,7 @@ def attention(result: dict):
     title = f"Causal attention of batch {first['batch']}, {first['heads']} heads"
     figure, axes = card(result, title, min(3, len(panels)))
     for axis, ((dtype, head_dim), cases) in zip(axes, panels.items()):
-        curves(axis, rates(cases, "T", "flops"), "length (tokens)", "GFLOP/s", colours)
+        curves(axis, *rates(cases, "T", "flops"), "length (tokens)", colours)
         axis.set(title=f"{dtype}, heads of {head_dim}")
     return figure
 
@@ -176,12 +180,13 @@ def attention_over_caches(result: dict):
     first = result["decode"][0]
     usual = [case for case in result["decode"] if (case["batch"], case["kv_heads"]) == (first["batch"], first["kv_heads"])]
     figure, axes = card(result, f"Attention of one token over a cache, {first['heads']} heads of {first['head_dim']}", 2)
-    curves(axes[0], rates([c for c in usual if c["kind"] == first["kind"]], "keys", "bytes"), "keys", "GB/s", {})
+    curves(axes[0], *rates([case for case in usual if case["kind"] == first["kind"]], "keys", "bytes"), "keys", {})
     axes[0].set(title=first["kind"])
-    kinds = [case for case in usual if case["keys"] == 8192]
-    of_kinds = rates(kinds, "kind", "bytes")
+    keys = statistics.mode(case["keys"] for case in usual)
+    kinds = [case for case in usual if case["keys"] == keys]
+    of_kinds, unit = rates(kinds, "kind", "bytes")
     values, limit = ([rate for _, rate in of_kinds[name]] for name in ("ours", "limit"))
-    bars(axes[1], [case["kind"] for case in kinds], {"ours": values}, "GB/s, 8,192 keys", limit)
+    bars(axes[1], [case["kind"] for case in kinds], {"ours": values}, f"{unit}, {keys:,} keys", limit)
     return figure
 
 
@@ -189,8 +194,10 @@ def cache_update(result: dict):
     """Rate of reading and writing keys and values of prompts, by the kind of cache."""
     cases = [case for case in result["prompt"] if case["layout"] == "token-major"]
     figure, (axis,) = card(result, f"Storing the keys and values of prompts, {cases[0]['bytes'] / 1e6:.0f} MB in and out", 1)
-    lines = {name: [rate for _, rate in points] for name, points in rates(cases, "kind", "bytes").items()}
-    bars(axis, [case["kind"] for case in cases], {name: lines[name] for name in ("ours", "reference")}, "GB/s", lines["limit"])
+    lines, unit = rates(cases, "kind", "bytes")
+    values = {name: [rate for _, rate in lines[name]] for name in ("ours", "reference", "limit")}
+    limit = values.pop("limit")
+    bars(axis, [case["kind"] for case in cases], values, unit, limit)
     return figure
 
 
