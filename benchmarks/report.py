@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import fastgpt
-from benchmarks import pages, plots
+from benchmarks import numerics_table, pages, plots
 
 STORED = Path(__file__).parent / "results"
 RESULTS = Path(os.environ.get("FASTGPT_RESULTS") or STORED)
@@ -191,7 +191,7 @@ def sections() -> dict[str, str]:
     folder = STORED / SHOWN
     results = pages.results_in(folder)
     parts = pages.parts(folder, results, within(folder))
-    if missing := {*pages.PARTS, "parity", "training"} - parts.keys() - results.keys():
+    if missing := {*pages.PARTS, "numerics", "training"} - parts.keys() - results.keys():
         raise FileNotFoundError(f"{folder}: expected results for all that README shows, got none for {', '.join(sorted(missing))}")
     training = results["training"]
     gpus = [path for path in machines() if path != folder and "gpu" in next(iter(pages.results_in(path).values()))["machine"]]
@@ -201,7 +201,7 @@ def sections() -> dict[str, str]:
         "machine": f"Measured on {pages.about(results['generate'])}.",
         **parts,
         "on a GPU": "\n\n".join(on_a_gpu(path) for path in gpus) or NO_GPU,
-        "parity": parity_table(results["parity"]),
+        "parity": numerics_table.markdown(results["numerics"]),
         "8-bit caches": eight_bit_caches(training),
         "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "
         f"**{training['validation_loss']:.4f} nats per character** on the last 10% "
@@ -225,33 +225,6 @@ def on_a_gpu(folder: Path) -> str:
     about = next(results[suite] for suite in pages.SUITES if suite in results)
     lines = [f"### {about['machine']['gpu']}", f"{pages.about(about)}. [Every case]({within(folder)}README.md)."]
     return "\n\n".join([*lines, *pages.parts(folder, results, within(folder)).values()])
-
-
-def parity_table(parity: dict) -> str:
-    implementations = [name for name in parity if name != "machine"]
-    triton = implementations[-1]
-    dtypes = list(parity[triton]["plain"])
-    header = [f"C++, {dtype}" for dtype in dtypes] + [f"Triton, {dtype}" for dtype in dtypes]
-    rows = [f"| feature | {' | '.join(header)} |", "|---|" + "---:|" * len(header)]
-
-    def cell(shares):
-        if shares is None:
-            return "–"
-        forward = max(share for name, share in shares.items() if not name.startswith("d"))
-        backward = [share for name, share in shares.items() if name.startswith("d")]
-        return f"{forward:.2f}" + (f" / {max(backward):.2f}" if backward else "")
-
-    for feature in parity[triton]:
-        cells = [
-            cell(parity[name].get(feature, {}).get(dtype)) for name in implementations for dtype in dtypes
-        ]
-        rows.append(f"| {feature} | {' | '.join(cells)} |")
-    how = triton.partition(", ")[2]
-    return "\n".join(rows) + (
-        "\n\nWorst error of out and lse / of the gradients, as a share of the bound: at most 1 passes. "
-        f"The Triton kernels ran {how}; `python tests/parity.py` measures it. Gradients of fewer than 16 numbers are "
-        "judged over several draws of dout."
-    )
 
 
 def eight_bit_caches(training: dict) -> str:
