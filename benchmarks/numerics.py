@@ -35,6 +35,8 @@ import attention_parity as parity  # noqa: E402
 from attention_features import FEATURES, PACKED_FEATURES, inputs, options, paged  # noqa: E402
 from cache_updates import angles, differing, on, update_inputs  # noqa: E402
 from cpu_levels import lower_levels  # noqa: E402
+from linear_features import FEATURES as LINEAR_FEATURES  # noqa: E402
+from linear_features import call_of, in_float64  # noqa: E402
 from numerics import share_of_bound  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,6 +44,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(2, 4, 2, 37, 70, 40), (2, 3, 1, 3, 33, 64), (1, 2, 2, 40, 21, 16), (1, 4, 1, 300, 700, 80)]
 DECODE_SHAPES = [(3, 4, 2, 1, 600, 64), (3, 6, 2, 3, 99, 40), (3, 8, 2, 1, 5000, 128)]
 UPDATE_SHAPES = [(1, 12, 1, 100, 64), (3, 4, 50, 70, 40), (32, 2, 1, 9, 128)]  # B, H_kv, T, S, D
+LINEAR_SHAPES = [(40, 65), (768, 300), (3072, 64)]  # C, N
 PAGE = 16
 # Kinds of caches: (dtype, page).
 KINDS = {
@@ -127,6 +130,15 @@ def rope_kv_cache_update(kind, dtype, device, implementation, shape):
     yield "q", *share_of_bound(rotated, oracle, low, dtype=dtype)
 
 
+def linear(feature, dtype, device, implementation, shape):
+    """Of few rows and of many, judged together."""
+    calls = [call_of(feature, rows, *shape, dtype) for rows in (1, 2, 3, 4, 7, 32, 33)]
+    actual = torch.cat([fastgpt.linear(**call, impl=implementation) for call in calls])
+    low = torch.cat([fastgpt.linear_reference(**call) for call in calls])
+    oracle = torch.cat([fastgpt.linear_reference(**in_float64(call)) for call in calls])
+    yield "out", *share_of_bound(actual, oracle, low, dtype=dtype)
+
+
 ATTENTION = {
     attention: (FEATURES, SHAPES),
     attention_varlen: (PACKED_FEATURES, SHAPES),
@@ -136,7 +148,7 @@ UPDATES = {
     kv_cache_update: (list(KINDS), UPDATE_SHAPES),
     rope_kv_cache_update: ([*KINDS, "interleaved", "half of the dimensions"], UPDATE_SHAPES),
 }
-OPERATIONS = {"cpp": ATTENTION | UPDATES, "triton": ATTENTION, "cuda": UPDATES}
+OPERATIONS = {"cpp": ATTENTION | UPDATES | {linear: (LINEAR_FEATURES, LINEAR_SHAPES)}, "triton": ATTENTION, "cuda": UPDATES}
 
 
 def cases(implementation: str, chosen: list[str] | None):
@@ -190,7 +202,7 @@ def measure(implementation: str, chosen: list[str] | None, environment: dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levels", action="store_true", help="the C++ kernels at every CPU level")
-    parser.add_argument("--operation", action="append", choices=[operation.__name__ for operation in ATTENTION | UPDATES])
+    parser.add_argument("--operation", action="append", choices=[operation.__name__ for operation in OPERATIONS["cpp"]])
     parser.add_argument("--only", choices=OPERATIONS, help=argparse.SUPPRESS)  # what a process of its own measures
     args = parser.parse_args()
     if args.only:

@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compare
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Calls it with results or paths of files; returns the exit status and what it printed."""
-    monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.delitem(sys.modules, "benchmarks", raising=False)
-    from benchmarks import compare
-
     def run(*paths):
         monkeypatch.setattr(sys, "argv", ["compare", *map(str, paths)])
         with pytest.raises(SystemExit) as exit:
