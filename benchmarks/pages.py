@@ -166,7 +166,7 @@ def attention_over_caches(result: dict) -> str:
     return with_notes(table([what, *COMPARED], rows), result)
 
 
-COMPARED = ["fastgpt", "", "of the limit", "fastest other", "ratio"]
+COMPARED = ["fastgpt", "rate", "of the limit", "fastest other", "ratio"]
 
 
 def compared(case: dict) -> list[str]:
@@ -241,7 +241,7 @@ def every(cases: list[dict]) -> str:
     parameters = [name for name in dict.fromkeys(name for case in cases for name in case) if name not in MEASURED]
     differing = [name for name in parameters if len({case.get(name) for case in cases}) > 1]
     others = list(dict.fromkeys(name for case in cases if timed for name in peers(case)))
-    header = [*differing, *(["fastgpt", "", "of the limit", *others] if timed else ["MB"])]
+    header = [*differing, *(["fastgpt", "rate", "of the limit", *others] if timed else ["MB"])]
     rows = []
     for case in cases:
         values = (case.get(name, "–") for name in differing)
