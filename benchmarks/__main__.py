@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all, in this order")
     parser.add_argument("--full", action="store_true", help="every case, instead of what ten minutes on two cores allow")
     parser.add_argument("--minutes", type=float, help=f"when to stop; default: {MINUTES}, or with --full never")
-    parser.add_argument("--out", type=Path, default="build/benchmarks", help="for pytest-benchmark's JSON; default: %(default)s")
+    parser.add_argument("--out", type=Path, default="build/benchmarks", help="for what was timed; default: %(default)s")
     args = parser.parse_args()
     if unknown := [suite for suite in args.suites if suite not in SUITES]:
         parser.error(f"SUITE: expected {', '.join(SUITES)}, got {', '.join(unknown)}")

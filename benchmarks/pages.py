@@ -14,7 +14,7 @@ SUITES = {  # in the order of a page
     "generate": "Generation", "attention": "Attention", "decode": "Attention over caches", "kv_cache": "Caches",
 }  # fmt: skip
 PLOTS = {  # name -> suite, the cases that it needs, what it shows
-    "cached_against_uncached": ("generate", "cached against uncached", "Time of a token by context, with and without the cache"),
+    "cached_against_uncached": ("generate", "cached against uncached", "Time of a token by context, cached and uncached"),
     "against_peers": ("generate", "decode", "Tokens per second by context, beside other libraries and the limits of memory"),
     "attention": ("attention", "prefill", "Rate of causal attention by length, beside others and a matrix product"),
     "attention_over_caches": ("decode", "decode", "Rate of attention over caches by number of keys and kind of cache"),
@@ -48,7 +48,7 @@ def figures(value: float, digits: int = 3) -> str:
 
 
 def time(microseconds: float) -> str:
-    unit, size = next((unit, size) for unit, size in (("s", 1e6), ("ms", 1e3), ("µs", 1)) if microseconds >= size or size == 1)
+    unit, size = ("s", 1e6) if microseconds >= 1e6 else ("ms", 1e3) if microseconds >= 1e3 else ("µs", 1)
     return f"{figures(microseconds / size)} {unit}"
 
 
@@ -73,6 +73,10 @@ def of_limit(case: dict) -> str:
     return f"{'≈' * (case['limit'] in case['noisy'])}{case['of_limit'][1]:.0%}" if "limit" in case else "–"
 
 
+def named(model: str) -> str:
+    return {"gpt2-124m": "GPT-2 124M", "shipped": "the shipped model"}.get(model, model)
+
+
 def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
     """So many columns to the left, the others to the right, as figures are."""
     lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *rows]
@@ -83,7 +87,8 @@ def about(result: dict) -> str:
     """The machine and the versions."""
     machine = result["machine"]
     processor = f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['cpu_level']}"
-    versions = {"torch": machine["torch"], **machine.get("peers", {}), "fastgpt": f"{machine['fastgpt']} ({machine['commit']})"}
+    own = f"{machine['fastgpt']} ({machine['commit']})"
+    versions = {"torch": machine["torch"], **machine["peers"], "fastgpt": own}
     parts = [machine.get("gpu"), processor, ", ".join(f"{name} {version}" for name, version in versions.items())]
     return "; ".join(part for part in parts if part)
 
@@ -100,39 +105,42 @@ def with_notes(text: str, result: dict, *notes: str) -> str:
     return f"{text}\n\n{' '.join(notes)}" if notes else text
 
 
-def of_smallest_batch(cases: list[dict]) -> list[dict]:
-    return [case for case in cases if case["batch"] == min(case["batch"] for case in cases)]
+def of_first(cases: list[dict]) -> list[dict]:
+    """Those of the smallest batch, in the dtype of the first."""
+    batch = min((case["batch"] for case in cases), default=0)
+    return [case for case in cases if (case["batch"], case["dtype"]) == (batch, cases[0]["dtype"])]
 
 
 def cached_against_uncached(result: dict) -> str:
-    cases = {(case["model"], case["context"]): case for case in of_smallest_batch(result["cached against uncached"])}
+    measured = of_first(result["cached against uncached"])
+    cases = {(case["model"], case["context"]): case for case in measured}
     models = list(dict.fromkeys(model for model, _ in cases))
     rows = []
     for context in sorted({context for _, context in cases}):
         rows.append([f"{context:,}"])
-        for case in (cases.get((model, context)) for model in models):
+        for model in models:
+            case = cases.get((model, context))
             rows[-1] += [time(median(case)), time(median(case, "uncached")), ratio(case, "uncached")] if case else ["–"] * 3
-    header = ["context (tokens)", *(head for model in models for head in (f"{model}, cached", "uncached", "speed-up"))]
-    growth = [
-        f"Each token of context adds {time(line['cached']['slope'])} to a token of {line['model']} with the cache, and "
-        f"{time(line['uncached']['slope'])} without."
-        for line in of_smallest_batch(result["growth"])
-    ]
-    return with_notes(table(header, rows, 0), result, *growth)
-
-
-def compared_first(result: dict, what: str) -> list[dict]:
-    """Generation by the first model and dtype, of the smallest batch."""
-    first = result["decode"][0]
-    cases = [case for case in result.get(what, []) if (case["model"], case["dtype"]) == (first["model"], first["dtype"])]
-    return of_smallest_batch(cases)
+    header = ["context (tokens)"]
+    for model in models:
+        header += [f"{named(model)}, cached", "uncached", "speed-up"]
+    notes = ["Time of a token, batch {batch}, {dtype}.".format(**measured[0])]
+    for line in of_first(result["growth"]):
+        cached, uncached = (time(line[name]["slope"]) for name in ("cached", "uncached"))
+        one = f"Each token of context adds {cached} to a cached token of {named(line['model'])}"
+        notes.append(f"{one}, {uncached} to an uncached one.")
+    if memory := {case["mode"]: case for case in of_first(result.get("memory", []))}:
+        cached, uncached = (figures(memory[mode]["bytes"] / 1e6) for mode in ("cached", "uncached"))
+        one = f"With {memory['cached']['context']:,} tokens, {named(memory['cached']['model'])} takes up to {cached} MB"
+        notes.append(f"{one} beyond its weights cached, {uncached} MB uncached.")
+    return with_notes(table(header, rows, 0), result, *notes)
 
 
 def against_peers(result: dict) -> str:
-    decode, prefill = (compared_first(result, what) for what in ("decode", "prefill"))
+    decode, prefill = (of_first(result.get(what, [])) for what in ("decode", "prefill"))
     first, cases = decode[0], decode + prefill
     names = list(dict.fromkeys(name for case in cases for name in peers(case)))
-    header = [first["model"], *(f"at {case['context']:,}" for case in decode), *(f"prefill of {case['T']:,}" for case in prefill)]
+    header = [named(first["model"]), *(f"at {c['context']:,}" for c in decode), *(f"prefill of {c['T']:,}" for c in prefill)]
     ours = [f"**{figures(1e6 / median(c))} tok/s**" for c in decode] + [f"**{time(median(c))}**" for c in prefill]
     rows = [[f"**fastgpt**, {first['dtype']}", *ours], ["of the limit", *map(of_limit, cases)]]
     rows += [[name, *(ratio(case, name) for case in cases)] for name in names]
@@ -143,7 +151,8 @@ def attention(result: dict) -> str:
     """Over many tokens: one head dim; all lengths in the first dtype, and 2,048 in others."""
     first = result["prefill"][0]
     rows = []
-    for what, name in (("prefill", "causal"), ("forward and backward", "with gradients"), ("window", "window of {window:,}")):
+    names = {"prefill": "causal", "forward and backward": "with gradients", "window": "window of {window:,}"}
+    for what, name in names.items():
         for case in result.get(what, []):
             usual = case["dtype"] == first["dtype"]
             if case["head_dim"] == first["head_dim"] and (usual or what == "prefill" and case["T"] == 2048):
@@ -181,10 +190,11 @@ def compared(case: dict) -> list[str]:
 def cache_updates(result: dict) -> str:
     """Tokens and prompts of the layout that a decoder has, against all that they were compared with."""
     rows = []
-    for what, name in (
-        ("one token", "one token, batch {batch}"), ("prompt", "prompts of {tokens}, {kind}"),
-        ("rope", "with rotary embedding, {tokens}, batch {batch}"),
-    ):  # fmt: skip
+    names = {
+        "one token": "one token, batch {batch}", "prompt": "prompts of {tokens}, {kind}",
+        "rope": "with rotary embedding, {tokens}, batch {batch}",
+    }  # fmt: skip
+    for what, name in names.items():
         for case in result.get(what, []):
             if case.get("layout") in (None, "token-major"):
                 tokens = "one token" if case.get("T") == 1 else f"{case.get('T', 0):,} tokens"
@@ -215,7 +225,8 @@ def page(folder: Path, results: dict[str, dict]) -> str:
     """Every case of every suite."""
     suites = {suite: results[suite] for suite in SUITES if suite in results}
     machine = next(iter(suites.values()))["machine"]
-    lines = [f"# {machine.get('gpu') or machine['cpu']}", RATIOS, "Made by `python -m benchmarks.report` from the JSON files here."]
+    made = "Made by `python -m benchmarks.report` from the JSON files here."
+    lines = [f"# {machine.get('gpu') or machine['cpu']}", RATIOS, made]
     for suite, result in suites.items():
         lines += [f"## {SUITES[suite]}", f"{about(result)}."]
         for kind, reasons in (("Absent", result["machine"]["absent"]), ("Left out", result["left_out"])):
@@ -261,9 +272,10 @@ def every(cases: list[dict]) -> str:
 
 def growth(lines: list[dict]) -> str:
     """Least-squares lines through the times of a token over contexts."""
-    header = ["model", "batch", "contexts", "cached", "for each token of context", "uncached", "for each token of context"]
+    each = "for each token of context"
     rows = []
     for line in lines:
         fits = [part for name in ("cached", "uncached") for part in (line[name]["start"], line[name]["slope"])]
-        rows.append([line["model"], str(line["batch"]), "{} to {}".format(*line["contexts"]), *map(time, fits)])
-    return table(header, rows)
+        contexts = "{} to {}".format(*line["contexts"])
+        rows.append([line["model"], line["dtype"], str(line["batch"]), contexts, *map(time, fits)])
+    return table(["model", "dtype", "batch", "contexts", "cached", each, "uncached", each], rows, 4)

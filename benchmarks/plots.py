@@ -7,7 +7,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from benchmarks.pages import PLOTS, about, compared_first, figures, median, of_smallest_batch
+from benchmarks.pages import PLOTS, about, figures, median, named, of_first
 
 OURS, LIMIT, INK, FAINT = "#0969da", "#6e7781", "#1f2328", "#d0d7de"
 OTHERS = ("#d1661a", "#1a7f64", "#a13ea1", "#a8841a", "#c4314b")  # a colour for each family of peers
@@ -15,8 +15,8 @@ MARKERS = "osD^v"
 STYLE = {
     "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.edgecolor": LIMIT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
-    "axes.axisbelow": True, "grid.color": "#eaeef2", "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False,
-    "legend.fontsize": 8, "lines.linewidth": 1.6, "lines.markersize": 4.5, "svg.hashsalt": "fastgpt",
+    "axes.axisbelow": True, "axes.titlesize": 9, "axes.titlelocation": "left", "grid.color": "#eaeef2",
+    "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.6, "lines.markersize": 4.5, "svg.hashsalt": "fastgpt",
 }  # fmt: skip
 
 
@@ -108,9 +108,9 @@ def rates(cases: list[dict], length: str, work: str) -> tuple[dict[str, list[tup
 
 
 def cached_against_uncached(result: dict):
-    """Milliseconds of a token by context, of the smallest batch: measured points, fitted lines, and the ratio at each context."""
-    measured = of_smallest_batch(result["cached against uncached"])
-    fits = {line["model"]: line for line in of_smallest_batch(result["growth"])}
+    """Milliseconds of a token by context: measured points, fitted lines, and the ratio at each context."""
+    measured = of_first(result["cached against uncached"])
+    fits = {line["model"]: line for line in of_first(result["growth"])}
     models = list(dict.fromkeys(case["model"] for case in measured))
     figure, axes = card(result, f"Cached against uncached: the time of a token, batch {measured[0]['batch']}", len(models))
     for axis, model in zip(axes, models):
@@ -131,13 +131,13 @@ def cached_against_uncached(result: dict):
                     f"{figures(case['times_ours']['uncached'][1], 2)}x", place, (-5, 3), textcoords="offset points",
                     ha="right", fontsize=8,
                 )  # fmt: skip
-        axis.set(title=model, xlabel="context (tokens)", ylabel="ms per token", xlim=0, ylim=(0, 1.1 * top))
+        axis.set(title=named(model), xlabel="context (tokens)", ylabel="ms per token", xlim=0, ylim=(0, 1.1 * top))
     return figure
 
 
 def against_peers(result: dict):
     """Tokens per second by context, a panel for each size of weights, with what reading them once allows."""
-    cases = sorted(compared_first(result, "decode"), key=lambda case: case["context"])
+    cases = sorted(of_first(result["decode"]), key=lambda case: case["context"])
     own_size = 4 if cases[0]["dtype"] == "float32" else 2
     size_of, sizes = {}, {}  # bytes of a weight, by name; and name -> context -> bytes that a step reads, by it
     for case in cases:
@@ -146,7 +146,7 @@ def against_peers(result: dict):
             size = size_of.setdefault(name, min(sizes_apart, key=sizes_apart.get))  # at the least context, all but weights
             sizes.setdefault(size, {}).setdefault(name, {})[case["context"]] = amount
     rate = statistics.median(case["limit_bytes"] / median(case, case["limit"]) for case in cases)  # bytes/µs
-    figure, axes = card(result, f"Decoding {cases[0]['model']}, batch {cases[0]['batch']}", len(sizes), 3.5)
+    figure, axes = card(result, f"Decoding with {named(cases[0]['model'])}, batch {cases[0]['batch']}", len(sizes), 3.5)
     colours = {}
     for axis, (size, amounts) in zip(axes, sorted(sizes.items(), reverse=True)):
         lines = {"limit": [], **{name: [] for name in amounts}}
@@ -209,12 +209,12 @@ def kinds_of_cache(result: dict):
     figure, axes = card(result, title, 2, sharey=True)
     needed = first["tokens"] * first["token_bytes"] / 1e6
     bars(axes[0], names, {"ours": [case["cache_bytes"] / 1e6 for case in cases]}, "MB", [needed], "what the tokens need")
-    bars(axes[1], names, {"ours": [median(case) / 1000 for case in cases]}, "ms for a decode step's cache updates and attention")
+    bars(axes[1], names, {"ours": [median(case) / 1000 for case in cases]}, "ms for a step's updates and attention")
     return figure
 
 
-def bars(axis, labels: list[str], series: dict[str, list[float]], unit: str, limit: list[float] = (), named: str = "limit") -> None:
-    """Bars with their values, the first at the top, those of several series beside each other; a line at the limit's median."""
+def bars(axis, labels, series: dict[str, list[float]], unit: str, limit: list[float] = (), limit_name: str = "limit") -> None:
+    """Bars with their values, the first at the top, those of several series together; a line at the limit's median."""
     height = 0.84 / len(series)
     for i, (name, values) in enumerate(series.items()):
         places = [row + (i - (len(series) - 1) / 2) * height for row in range(len(labels))]
@@ -222,14 +222,14 @@ def bars(axis, labels: list[str], series: dict[str, list[float]], unit: str, lim
         for place, value in zip(places, values):  # within the bar, where it is long enough
             within = value > 0.15 * max(map(max, series.values()))
             axis.annotate(
-                figures(value, 2), (value, place), (-4 if within else 4, 0), textcoords="offset points", va="center_baseline",
-                ha="right" if within else "left", color="white" if within else INK, fontsize=8,
+                figures(value, 2), (value, place), (-4 if within else 4, 0), textcoords="offset points", fontsize=8,
+                va="center_baseline", ha="right" if within else "left", color="white" if within else INK,
             )  # fmt: skip
     axis.set(xlabel=unit, yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
     axis.grid(False)
     if limit:
         at = statistics.median(limit)
-        axis.axvline(at, color=LIMIT, linestyle=":", zorder=0.5, label=f"{named}, {figures(at)}")
+        axis.axvline(at, color=LIMIT, linestyle=":", zorder=0.5, label=f"{limit_name}, {figures(at)}")
     if limit or len(series) > 1:
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
 

@@ -74,19 +74,20 @@ def store(name: str, result: dict, about: dict | None = None) -> Path:
 
 
 def store_suites(output: dict) -> set[Path]:
-    """Condenses pytest-benchmark's output and stores a file for each suite, benchmarks/test_<suite>.py. Returns their folders."""
+    """Condenses pytest-benchmark's output and stores a file for each suite, test_<suite>.py. Returns their folders."""
     infos, left_out, folders = {}, {}, set()
     for benchmark in output["benchmarks"]:
         infos.setdefault(suite_of(benchmark["fullname"]), []).append(benchmark["extra_info"])
     for nodeid, reason in output["left_out"].items():
         left_out.setdefault(suite_of(nodeid), {})[nodeid.partition("::")[2]] = reason
     for suite, of_suite in infos.items():
-        absent, result = condense(of_suite)
-        about = output["machine"] | {"absent": absent}
+        named, result = condense(of_suite)
+        absent, about = named["absent"], output["machine"]
+        about = about | {"peers": about["peers"] | named["peers"], "absent": absent}
         folders.add(store(suite, {"left_out": left_out.get(suite, {}), **result}, about).parent)
         noisy = [case["noisy"] for cases in result.values() for case in cases if case.get("noisy")]
         if noisy:
-            print(f"{suite}: too noisy to be known to 10%: {sum(map(len, noisy))} ratios of {len(noisy)} cases, marked with ≈")
+            print(f"{suite}: {sum(map(len, noisy))} ratios of {len(noisy)} cases are too noisy to be known to 10%: marked ≈")
         if absent:
             print(f"{suite}: absent: {pages.listed(absent.items())}")
     for suite, reasons in left_out.items():
@@ -99,18 +100,19 @@ def suite_of(nodeid: str) -> str:
 
 
 def condense(infos: list[dict]) -> tuple[dict, dict]:
-    """What benchmarks put into extra_info -> who was nowhere timed, and why; and the cases by what was measured."""
-    result, absent, timed = {}, {}, set()
+    """What benchmarks put into extra_info -> versions of `peers` and who was `absent` from all of them; and the cases."""
+    result, versions, absent, timed = {}, {}, {}, set()
     for info in infos:
-        shared = {name: value for name, value in info.items() if name != "cases"} if "cases" in info else {}
-        for case in info.get("cases", [info]):
-            case = shared | case
+        info = dict(info)
+        versions |= info.pop("peers", {})
+        for case in info.pop("cases", [{}]):
+            case = info | case
             absent |= case.get("absent", {})
             timed |= case.get("seconds", {}).keys()
             result.setdefault(case.pop("what"), []).append(condense_case(case) if "seconds" in case else case)
     if "cached against uncached" in result:
         result["growth"] = growth(result["cached against uncached"])
-    return {name: why for name, why in absent.items() if name not in timed}, result
+    return {"peers": versions, "absent": {name: why for name, why in absent.items() if name not in timed}}, result
 
 
 def condense_case(case: dict) -> dict:
@@ -149,14 +151,16 @@ def uncertainty(values) -> float:
 
 
 def growth(cases: list[dict]) -> list[dict]:
-    """Least-squares lines through the microseconds of a token over contexts, for each model and batch."""
+    """Least-squares lines through the microseconds of a token over contexts, for each model, dtype and batch."""
+    series = {}
+    for case in cases:
+        series.setdefault((case["model"], case["dtype"], case["batch"]), []).append(case)
     lines = []
-    for model, batch in dict.fromkeys((case["model"], case["batch"]) for case in cases):
-        own = [case for case in cases if (case["model"], case["batch"]) == (model, batch)]
+    for (model, dtype, batch), own in series.items():
         contexts = [case["context"] for case in own]
         if len(set(contexts)) < 3:
             continue
-        line = {"model": model, "batch": batch, "contexts": [min(contexts), max(contexts)]}
+        line = {"model": model, "dtype": dtype, "batch": batch, "contexts": [min(contexts), max(contexts)]}
         for name, key in (("cached", "ours"), ("uncached", "uncached")):
             slope, start = np.polyfit(contexts, [case["microseconds"][key][1] / batch for case in own], 1)
             line[name] = {"start": float(f"{start:.4g}"), "slope": float(f"{slope:.4g}")}
@@ -165,7 +169,7 @@ def growth(cases: list[dict]) -> list[dict]:
 
 
 def update(outputs: list[Path]) -> None:
-    """Stores pytest-benchmark's outputs, and brings what shows results up to date: that of all machines if there are none."""
+    """Stores pytest-benchmark's outputs and brings what shows them up to date; without outputs, that of all machines."""
     folders = set().union(*(store_suites(json.loads(path.read_text())) for path in outputs))
     for folder in sorted(folders) if outputs else machines():
         try:
@@ -192,15 +196,16 @@ def sections() -> dict[str, str]:
     results = pages.results_in(folder)
     parts = pages.parts(folder, results, within(folder))
     if missing := {*pages.PARTS, "numerics", "training"} - parts.keys() - results.keys():
-        raise FileNotFoundError(f"{folder}: expected results for all that README shows, got none for {', '.join(sorted(missing))}")
+        raise FileNotFoundError(f"{folder}: README shows {', '.join(sorted(missing))}, of which there are no results")
     training = results["training"]
-    gpus = [path for path in machines() if path != folder and "gpu" in next(iter(pages.results_in(path).values()))["machine"]]
+    others = {path: pages.results_in(path) for path in machines() if path != folder}
+    gpus = [on_a_gpu(path, of_it) for path, of_it in others.items() if "gpu" in next(iter(of_it.values()))["machine"]]
     return {
         "demo": "```\n" + (folder / "demo.txt").read_text().strip() + "\n```",
         "kinds of cache": pages.plot(folder, "kinds_of_cache", within(folder)),
         "machine": f"Measured on {pages.about(results['generate'])}.",
         **parts,
-        "on a GPU": "\n\n".join(on_a_gpu(path) for path in gpus) or NO_GPU,
+        "on a GPU": "\n\n".join(gpus) or NO_GPU,
         "parity": numerics_table.markdown(results["numerics"]),
         "8-bit caches": eight_bit_caches(training),
         "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "
@@ -211,8 +216,8 @@ def sections() -> dict[str, str]:
 
 INLINE = {"machine", "shipped model", "8-bit caches"}  # within a sentence
 NO_GPU = (
-    "The GPU kernels are compiled and checked for sm_80, sm_90 and sm_100 by the tests, which also run the Triton kernels in "
-    "Triton's interpreter and the CUDA kernels as C++; none has been timed on a GPU yet."
+    "The GPU kernels are compiled and checked for sm_80, sm_90 and sm_100 by the tests, which also run the Triton kernels "
+    "in Triton's interpreter and the CUDA kernels as C++; none has been timed on a GPU yet."
 )
 
 
@@ -220,8 +225,7 @@ def within(folder: Path) -> str:
     return f"{os.path.relpath(folder, README.parent)}/"
 
 
-def on_a_gpu(folder: Path) -> str:
-    results = pages.results_in(folder)
+def on_a_gpu(folder: Path, results: dict[str, dict]) -> str:
     about = next(results[suite] for suite in pages.SUITES if suite in results)
     lines = [f"### {about['machine']['gpu']}", f"{pages.about(about)}. [Every case]({within(folder)}README.md)."]
     return "\n\n".join([*lines, *pages.parts(folder, results, within(folder)).values()])

@@ -16,8 +16,8 @@ from benchmarks import pages, plots, report
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {
-    "cpu": "Some(R) CPU", "cpu_level": "avx2", "threads": 2, "python": "3.11", "torch": "2.13", "peers": {"transformers": "5.1"},
-    "fastgpt": "0.1", "commit": "abc1234",
+    "cpu": "Some(R) CPU", "cpu_level": "avx2", "threads": 2, "python": "3.11", "torch": "2.13",
+    "peers": {"transformers": "5.1"}, "fastgpt": "0.1", "commit": "abc1234",
 }  # fmt: skip
 
 
@@ -25,15 +25,16 @@ def prefill(T, ours=(0.001,) * 9, **others):
     """Attention that does 1e9 FLOPs beside a product that does 4e9 in 2 ms."""
     seconds = {"ours": ours, "matrix product": [2 * x for x in ours], **others}
     return {
-        "what": "prefill", "dtype": "float32", "batch": 1, "heads": 12, "head_dim": 64, "T": T, "seconds": seconds, "flops": 1e9,
-        "limit": "matrix product", "limit_flops": 4e9,
+        "what": "prefill", "dtype": "float32", "batch": 1, "heads": 12, "head_dim": 64, "T": T, "seconds": seconds,
+        "flops": 1e9, "limit": "matrix product", "limit_flops": 4e9,
     }  # fmt: skip
 
 
 def step(context, batch=1, cached=1e-3, uncached=0.1):
     """Decoding whose cached token takes 1 ms + 2 µs for each token of context, and an uncached one 0.1 ms of them."""
     seconds = {"ours": [batch * (cached + 2e-6 * context)] * 9, "uncached": [batch * uncached * 1e-3 * context] * 9}
-    return {"what": "cached against uncached", "model": "small", "batch": batch, "context": context, "seconds": seconds}
+    what = {"what": "cached against uncached", "model": "shipped", "dtype": "float32"}
+    return what | {"batch": batch, "context": context, "seconds": seconds}
 
 
 def output(*infos, suite="attention", left_out=(), **machine):
@@ -73,8 +74,9 @@ def test_seconds_that_are_no_pairs_are_refused():
 
 
 def test_cases_of_one_benchmark_share_what_is_beside_them():
-    _, result = report.condense([{"model": "small", "cases": [{"what": "memory", "bytes": 1}, {"what": "memory", "bytes": 2}]}])
-    assert result == {"memory": [{"model": "small", "bytes": 1}, {"model": "small", "bytes": 2}]}
+    cases = [{"what": "memory", "bytes": 1}, {"what": "memory", "bytes": 2}]
+    _, result = report.condense([{"model": "shipped", "cases": cases}])
+    assert result == {"memory": [{"model": "shipped", "bytes": 1}, {"model": "shipped", "bytes": 2}]}
 
 
 def test_uncertainty_is_that_of_order_statistics():
@@ -102,7 +104,7 @@ def test_growth_of_known_lines():
     _, result = report.condense(cases)
     one, four = result["growth"]  # two contexts make no line
     assert one == {
-        "model": "small", "batch": 1, "contexts": [32, 512], "cached": {"start": 1000, "slope": 2},
+        "model": "shipped", "dtype": "float32", "batch": 1, "contexts": [32, 512], "cached": {"start": 1000, "slope": 2},
         "uncached": {"start": pytest.approx(0, abs=1e-6), "slope": 100},
     }  # fmt: skip
     assert (four["batch"], four["cached"]) == (4, one["cached"])  # of a token, not of a step
@@ -152,6 +154,12 @@ def test_noisy_figures_are_marked_and_explained(stored):
         assert "≈1.50x" in text and pages.NOISY in text and "≈50%" not in text
     _, results = stored(output(prefill(128, SDPA=[0.002] * 9)))
     assert "≈" not in pages.attention(results["attention"])
+
+
+def test_versions_of_peers_that_ran_are_of_the_machine(stored):
+    _, results = stored(output(prefill(128) | {"peers": {"ctranslate2": "4.8"}}))
+    assert results["attention"]["machine"]["peers"] == {"transformers": "5.1", "ctranslate2": "4.8"}
+    assert "transformers 5.1, ctranslate2 4.8" in pages.about(results["attention"])
 
 
 def test_results_of_a_gpu_have_a_folder_of_its_name():
