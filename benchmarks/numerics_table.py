@@ -1,5 +1,9 @@
 """What benchmarks.numerics stores, as tables."""
 
+NOTE = (
+    "The worst error of results / of gradients, as a share of the bound: at most 1 passes. Exact: what is stored is, bit for "
+    "bit, what the reference stores. Gradients of fewer than 16 numbers are judged over several draws of dout."
+)
 IMPLEMENTATIONS = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
 
 
@@ -32,8 +36,5 @@ def markdown(numerics: dict) -> str:
     """For README: the worst of all features."""
     header, *table = rows(numerics, by_feature=False)
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *([f"`{name}`", *cells] for name, *cells in table)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
-        "\n\nThe worst error of results / of gradients over all features, as a share of the bound: at most 1 passes. Exact: what "
-        "is stored is, bit for bit, what the reference stores. `python -m benchmarks.numerics` measures it and shows every "
-        "feature. Gradients of fewer than 16 numbers are judged over several draws of dout."
-    )
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{text}\n\n{NOTE} Over all features; `python -m benchmarks.numerics` measures it and shows each."

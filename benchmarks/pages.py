@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from benchmarks import numerics_table
+
 RATIOS = (
     "Times are medians. A ratio is how many times as long the other takes as fastgpt: the median over rounds in which both "
     "were timed, one after the other. So is the share of a limit of the machine, which is what its memory or its arithmetic "
@@ -235,6 +237,9 @@ def page(folder: Path, results: dict[str, dict]) -> str:
         for what, cases in result.items():
             if isinstance(cases, list):
                 lines += [f"### {what[0].upper()}{what[1:]}", growth(cases) if what == "growth" else every(cases)]
+    if "numerics" in results:
+        header, *rows = numerics_table.rows(results["numerics"], by_feature=True)
+        lines += ["## Numerics", f"{about(results['numerics'])}. {numerics_table.NOTE}", table(header, rows, 3)]
     return "\n\n".join(lines) + "\n"
 
 

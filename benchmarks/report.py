@@ -206,7 +206,7 @@ def sections() -> dict[str, str]:
         "machine": f"Measured on {pages.about(results['generate'])}.",
         **parts,
         "on a GPU": "\n\n".join(gpus) or NO_GPU,
-        "parity": numerics_table.markdown(results["numerics"]),
+        "numerics": numerics_table.markdown(results["numerics"]),
         "8-bit caches": eight_bit_caches(training),
         "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "
         f"**{training['validation_loss']:.4f} nats per character** on the last 10% "
