@@ -12,7 +12,7 @@ INSTALLED := $(or $(VENV),build)/.fastgpt-installed
 RUN := $(if $(VENV),$(abspath $(VENV))/bin/python,$(PYTHON))
 OUT ?= build/gpu
 
-.PHONY: demo test test-quick sanitize bench gpu sweep clean
+.PHONY: demo test test-quick sanitize bench bench-compare gpu sweep clean
 
 demo: $(INSTALLED)
 	$(RUN) -m fastgpt generate "ROMEO:" --compare-cache --temperature 0.8 --seed 1
@@ -38,22 +38,21 @@ sanitize: $(INSTALLED)
 	    tests/test_attention.py tests/test_cache.py tests/test_capture.py tests/test_kv_cache_update.py tests/test_linear.py \
 	    tests/test_page_allocator.py
 
-# Times the operations here, and brings the results and README up to date.
+# Times everything here within ten minutes, and writes tables and plots; FULL=1 takes all cases and its time, SUITE="decode
+# kv_cache" only some suites. Other libraries are compared with if they are there: pip install .[bench] brings them.
 bench: $(INSTALLED)
 	$(RUN) -m pip install --quiet matplotlib
-	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmark.json
-	$(RUN) -m benchmarks.report build/benchmark.json
+	$(RUN) -m benchmarks $(if $(FULL),--full) $(SUITE)
 
-# Everything that a GPU machine can tell, on one that has torch, triton, nvcc and pytest. A part that fails does not
-# keep the next from running; logs and results are in $(OUT).
+# Against earlier results: make bench-compare BASE=old.json, or a folder of them; NEW is what is compared, by default this
+# machine's. Fails if a case is more than 10% slower.
+bench-compare: $(INSTALLED)
+	@$(RUN) -m benchmarks.compare $(BASE) $(NEW)
+
+# Everything that a GPU machine can tell, on one that has torch, triton, nvcc and pytest, within 9 minutes: parts that
+# fail or hang are reported at the end. Logs and results are in $(OUT). DRY=1 needs no GPU: a little of each part.
 gpu:
-	mkdir -p $(OUT)
-	$(PYTHON) -m pip install --no-build-isolation --no-deps -e . 2>&1 | tee $(OUT)/build.log
-	-$(PYTHON) -m fastgpt info 2>&1 | tee $(OUT)/info.log
-	-$(PYTHON) -m pytest -m gpu 2>&1 | tee $(OUT)/test_gpu.log
-	-$(PYTHON) -m pytest -m "not gpu" 2>&1 | tee $(OUT)/test.log
-	-$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/benchmark.json 2>&1 | tee $(OUT)/benchmark.log
-	-$(PYTHON) tests/parity.py 2>&1 | tee $(OUT)/parity.log
+	@$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(DRY),--dry-run)
 
 # Times every tile of the Triton attention kernels that fits, on a GPU.
 sweep:

@@ -1,81 +1,244 @@
-"""Plots of the results, as SVG beside them."""
+"""Plots of the results, as SVG and PNG beside them: light cards, which can be read on light and dark pages."""
 
+import hashlib
 import json
+import math
+import statistics
+import textwrap
 from pathlib import Path
 
-COLOURS = {"memory": "#4c78a8", "time": "#f58518"}
+from benchmarks.pages import PLOTS, about, figures, median, named, of_first
+
+OURS, LIMIT, INK, FAINT = "#0969da", "#6e7781", "#1f2328", "#d0d7de"
+OTHERS = ("#d1661a", "#1a7f64", "#a13ea1", "#a8841a", "#c4314b")  # a colour for each family of peers
+MARKERS = "osD^v"
+STYLE = {
+    "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.edgecolor": LIMIT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.axisbelow": True, "axes.titlesize": 9, "axes.titlelocation": "left", "grid.color": "#eaeef2",
+    "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.6, "lines.markersize": 4.5, "svg.hashsalt": "fastgpt",
+}  # fmt: skip
 
 
-def draw(results: Path) -> None:
-    """Draws the plots of every machine under `results`."""
-    for name, plot in (("kv_cache", kinds_of_cache), ("attention_cpu", attention_on_the_cpu)):
-        for path in results.glob(f"*/{name}.json"):
-            plot(json.loads(path.read_text()), path.with_suffix(".svg"))
+def draw(folder: Path) -> None:
+    """Draws what the results in `folder` have the cases for, and removes what they no longer have them for."""
+    import matplotlib
+
+    for name, (suite, what, _) in PLOTS.items():
+        path = folder / f"{suite}.json"
+        result = json.loads(path.read_text()) if path.exists() else {}
+        for image in (folder / f"{name}.svg", folder / f"{name}.png"):
+            image.unlink(missing_ok=True)
+            if what in result:
+                with matplotlib.rc_context(STYLE):
+                    figure = FUNCTIONS[name](result)
+                    # The digest is for the test that a plot is not stale; without a date, equal results give equal files.
+                    metadata = {"Description": digest(path)} | ({"Date": None} if image.suffix == ".svg" else {})
+                    figure.savefig(image, metadata=metadata, facecolor="white", edgecolor=FAINT, dpi=150)
+                    print(f"wrote {image}")
 
 
-def kinds_of_cache(result: dict, path: Path) -> None:
-    """Memory and time of a decode step, by kind of cache."""
-    from matplotlib import pyplot
-
-    cases = result["kind"]
-    names = [case["kind"] for case in cases]
-    panels = {
-        "memory": ("memory (MB)", [case["cache_bytes"] / 1e6 for case in cases]),
-        "time": ("time of a decode step (ms)", [case["microseconds"]["ours"][1] / 1000 for case in cases]),
-    }
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 2.8), sharey=True, layout="constrained")
-    for axis, (name, (label, values)) in zip(axes, panels.items()):
-        bars = axis.barh(names, values, color=COLOURS[name])
-        axis.bar_label(bars, [f"{value:.0f}" if value >= 10 else f"{value:.1f}" for value in values], padding=3)
-        axis.set_xlabel(label)
-        axis.margins(x=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-    needed = cases[0]["tokens"] * cases[0]["token_bytes"] / 1e6
-    axes[0].axvline(needed, color="grey", linestyle=":", linewidth=1)
-    axes[0].annotate("what the tokens need", (needed, -0.45), (4, 0), textcoords="offset points", color="grey", fontsize=8)
-    axes[0].invert_yaxis()
-    about = result["machine"]
-    figure.suptitle(
-        f"64 sequences of 20 to 1,000 tokens, one layer of 12 heads of 64, fp32; {about['cpu']}, "
-        f"{about['threads']} threads",
-        fontsize=9,
-    )
-    save(figure, path)
+def stale(folder: Path) -> list[str]:
+    """The plots in `folder` that are not those of its results."""
+    images = []
+    for name, (suite, what, _) in PLOTS.items():
+        path = folder / f"{suite}.json"
+        drawable = path.exists() and what in json.loads(path.read_text())
+        for image in (folder / f"{name}.svg", folder / f"{name}.png"):
+            if image.exists() != drawable or drawable and digest(path).encode() not in image.read_bytes():
+                images.append(image.name)
+    return images
 
 
-def attention_on_the_cpu(result: dict, path: Path) -> None:
-    """Speed by length, of causal attention and of one token, beside scaled_dot_product_attention and the limits."""
-    from matplotlib import pyplot
+def digest(path: Path) -> str:
+    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
-    heads = result["decode"][0]["heads"]
-    panels = {
-        "causal attention (GFLOP/s)": (result["prefill"], "T", "flops", "matrix product", "tokens"),
-        "one token (GB/s)": (
-            [case for case in result["decode"] if case["heads"] == heads], "keys", "bytes", "reading", "keys",
-        ),
-    }  # fmt: skip
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for axis, (title, (cases, length, work, limit, label)) in zip(axes, panels.items()):
-        lengths = [case[length] for case in cases]
-        for name, colour in (("ours", COLOURS["memory"]), ("SDPA", COLOURS["time"]), (limit, "grey")):
-            amount = f"limit_{work}" if name == limit else work
-            speeds = [case[amount] / case["microseconds"][name][1] / 1000 for case in cases]
-            style = {"linestyle": ":"} if name == limit else {"marker": "o"}
-            axis.plot(lengths, speeds, color=colour, label=name, **style)
-        axis.set(xscale="log", xlabel=label, ylabel=title, ylim=0)
-        axis.set_xticks(lengths, [f"{number:,}" for number in lengths], minor=False)
+
+def card(result: dict, title: str, panels: int, height: float = 3.3, **options):
+    """A figure with a title, its axes in a row, and below them what was measured where."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height), layout="constrained", linewidth=2)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.03)
+    figure.suptitle(title, x=0.012, ha="left", fontsize=11, weight="bold")
+    figure.supxlabel(textwrap.fill(about(result), 175), x=0.012, ha="left", fontsize=7, color=LIMIT)
+    return figure, figure.subplots(1, panels, squeeze=False, **options)[0]
+
+
+def curves(axis, lines: dict[str, list[tuple]], unit: str, label: str, colours: dict, scale: str = "log") -> None:
+    """Draws lines over lengths, each named at its end.
+
+    Args:
+        lines: name -> points (length, value).
+        colours: of families of names, which share their first word; families that are new are added.
+    """
+    lines = {name: sorted(points) for name, points in lines.items() if points}
+    lengths = sorted({length for points in lines.values() for length, _ in points})
+    axis.set(xlabel=label, ylabel=unit, xscale=scale)
+    if scale == "log":
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
-    about = result["machine"]
-    figure.suptitle(f"Batch 1, {heads}, fp32; {about['cpu']}, {about['threads']} threads", fontsize=9)
-    save(figure, path)
+    drawn, ends = [], []
+    for name, points in lines.items():
+        family = name.replace(",", " ").split()[0]
+        colour = {"ours": OURS, "limit": LIMIT}.get(family) or colours.setdefault(family, OTHERS[len(colours) % len(OTHERS)])
+        look = {"linestyle": ":"} if name == "limit" else {"marker": MARKERS[drawn.count(family) % len(MARKERS)]}
+        axis.plot(*zip(*points), color=colour, **look, **{"linewidth": 2.6, "zorder": 3} if name == "ours" else {})
+        drawn.append(family)
+        ends.append((points[-1][1], shown(name), colour))
+    top = 1.06 * max(value for points in lines.values() for _, value in points)
+    axis.set_ylim(0, top)
+    lowest = 0.0  # names must not touch: each is put above the one below it
+    for value, name, colour in sorted(ends):
+        place = max(value / top, lowest)
+        lowest = place + 0.065
+        axis.annotate(name, (1.03, place), xycoords="axes fraction", color=colour, fontsize=8, va="center")
 
 
-def save(figure, path: Path) -> None:
-    from matplotlib import pyplot
+def rates(cases: list[dict], length: str, work: str) -> tuple[dict[str, list[tuple]], str]:
+    """name -> points (length, work in a second), of the limit, ours and the peers; and the unit."""
+    lines = {"limit": [], "ours": []}
+    for case in cases:
+        for name in case["microseconds"]:
+            line, amount = ("limit", case[f"limit_{work}"]) if name == case["limit"] else (name, case[work])
+            lines.setdefault(line, []).append((case[length], amount / median(case, name) / 1000))
+    scale, prefix = (1000, "T") if max(rate for _, rate in lines["limit"]) > 3000 else (1, "G")
+    unit = prefix + {"bytes": "B/s", "flops": "FLOP/s"}[work]
+    return {name: [(x, rate / scale) for x, rate in points] for name, points in lines.items()}, unit
 
-    pyplot.rcParams["svg.hashsalt"] = "fastgpt"  # the same file for the same results
-    figure.savefig(path, metadata={"Date": None}, facecolor="white")
-    pyplot.close(figure)
-    print(f"wrote {path}")
+
+def cached_against_uncached(result: dict):
+    """Milliseconds of a token by context: measured points, fitted lines, and the ratio at each context."""
+    measured = of_first(result["cached against uncached"])
+    fits = {line["model"]: line for line in of_first(result["growth"])}
+    models = list(dict.fromkeys(case["model"] for case in measured))
+    figure, axes = card(result, f"Cached against uncached: the time of a token, batch {measured[0]['batch']}", len(models))
+    for axis, model in zip(axes, models):
+        cases = [case for case in measured if case["model"] == model]
+        contexts = [case["context"] for case in cases]
+        top = max(median(case, "uncached") for case in cases) / 1000
+        for name, key, colour in (("uncached", "uncached", OTHERS[0]), ("cached", "ours", OURS)):
+            times = [median(case, key) / 1000 for case in cases]
+            axis.plot(contexts, times, "o", color=colour)
+            if model in fits:
+                line = fits[model][name]
+                axis.plot(contexts, [(line["start"] + line["slope"] * context) / 1000 for context in contexts], color=colour)
+            axis.annotate(name, (contexts[-1], times[-1]), (6, 0), textcoords="offset points", color=colour, va="center")
+        for case in cases:
+            place = (case["context"], median(case, "uncached") / 1000)
+            if place[0] > 0.1 * contexts[-1]:  # below, they would lie on each other
+                axis.annotate(
+                    f"{figures(case['times_ours']['uncached'][1], 2)}x", place, (-5, 3), textcoords="offset points",
+                    ha="right", fontsize=8,
+                )  # fmt: skip
+        axis.set(title=named(model), xlabel="context (tokens)", ylabel="ms per token", xlim=0, ylim=(0, 1.1 * top))
+    return figure
+
+
+def against_peers(result: dict):
+    """Tokens per second by context, a panel for each size of weights, with what reading them once allows."""
+    cases = sorted(of_first(result["decode"]), key=lambda case: case["context"])
+    own_size = 4 if cases[0]["dtype"] == "float32" else 2
+    size_of, sizes = {}, {}  # bytes of a weight, by name; and name -> context -> bytes that a step reads, by it
+    for case in cases:
+        for name, amount in {"ours": case["bytes"], **case["peer_bytes"]}.items():
+            sizes_apart = {size: abs(math.log(own_size * amount / case["bytes"] / size)) for size in (4, 2, 1)}
+            size = size_of.setdefault(name, min(sizes_apart, key=sizes_apart.get))  # at the least context, all but weights
+            sizes.setdefault(size, {}).setdefault(name, {})[case["context"]] = amount
+    rate = statistics.median(case["limit_bytes"] / median(case, case["limit"]) for case in cases)  # bytes/µs
+    figure, axes = card(result, f"Decoding with {named(cases[0]['model'])}, batch {cases[0]['batch']}", len(sizes), 3.5)
+    colours = {}
+    for axis, (size, amounts) in zip(axes, sorted(sizes.items(), reverse=True)):
+        lines = {"limit": [], **{name: [] for name in amounts}}
+        for case in cases:
+            least = min(of_context[case["context"]] for of_context in amounts.values() if case["context"] in of_context)
+            lines["limit"].append((case["context"], 1e6 * rate / least))
+            for name in amounts.keys() & case["microseconds"]:
+                lines[name].append((case["context"], 1e6 / median(case, name)))
+        curves(axis, lines, "tokens per second" if axis is axes[0] else "", "context (tokens)", colours, "linear")
+        axis.set(title=f"weights of {8 * size} bits", xlim=0)
+    return figure
+
+
+def attention(result: dict):
+    """Rate by length, a panel for each dtype and head dim of several lengths."""
+    panels = {}
+    for case in result["prefill"]:
+        panels.setdefault((case["dtype"], case["head_dim"]), []).append(case)
+    panels = {key: cases for key, cases in panels.items() if len(cases) > 1} or panels
+    first, colours = result["prefill"][0], {}
+    title = f"Causal attention of batch {first['batch']}, {first['heads']} heads"
+    figure, axes = card(result, title, min(3, len(panels)))
+    for axis, ((dtype, head_dim), cases) in zip(axes, panels.items()):
+        curves(axis, *rates(cases, "T", "flops"), "length (tokens)", colours)
+        axis.set(title=f"{dtype}, heads of {head_dim}")
+    return figure
+
+
+def attention_over_caches(result: dict):
+    """Rate of reading keys and values: by their number, and by the kind of cache that holds 8,192 of them."""
+    first = result["decode"][0]
+    usual = [case for case in result["decode"] if (case["batch"], case["kv_heads"]) == (first["batch"], first["kv_heads"])]
+    figure, axes = card(result, f"Attention of one token over a cache, {first['heads']} heads of {first['head_dim']}", 2)
+    curves(axes[0], *rates([case for case in usual if case["kind"] == first["kind"]], "keys", "bytes"), "keys", {})
+    axes[0].set(title=first["kind"])
+    keys = statistics.mode(case["keys"] for case in usual)
+    kinds = [case for case in usual if case["keys"] == keys]
+    of_kinds, unit = rates(kinds, "kind", "bytes")
+    values, limit = ([rate for _, rate in of_kinds[name]] for name in ("ours", "limit"))
+    bars(axes[1], [case["kind"] for case in kinds], {"ours": values}, f"{unit}, {keys:,} keys", limit)
+    return figure
+
+
+def cache_update(result: dict):
+    """Rate of reading and writing keys and values of prompts, by the kind of cache."""
+    cases = [case for case in result["prompt"] if case["layout"] == "token-major"]
+    figure, (axis,) = card(result, f"Storing the keys and values of prompts, {cases[0]['bytes'] / 1e6:.0f} MB in and out", 1)
+    lines, unit = rates(cases, "kind", "bytes")
+    values = {name: [rate for _, rate in lines[name]] for name in ("ours", "reference", "limit")}
+    limit = values.pop("limit")
+    bars(axis, [case["kind"] for case in cases], values, unit, limit)
+    return figure
+
+
+def kinds_of_cache(result: dict):
+    """Memory of a cache and time of a decode step, by its kind."""
+    cases = result["kind"]
+    first, names = cases[0], [case["kind"] for case in cases]
+    title = f"{first['batch']} sequences of 20 to 1,000 tokens, {first['layers']} layers of {first['heads']} heads"
+    figure, axes = card(result, title, 2, sharey=True)
+    needed = first["tokens"] * first["token_bytes"] / 1e6
+    bars(axes[0], names, {"ours": [case["cache_bytes"] / 1e6 for case in cases]}, "MB", [needed], "what the tokens need")
+    bars(axes[1], names, {"ours": [median(case) / 1000 for case in cases]}, "ms for a step's updates and attention")
+    return figure
+
+
+def bars(axis, labels, series: dict[str, list[float]], unit: str, limit: list[float] = (), limit_name: str = "limit") -> None:
+    """Bars with their values, the first at the top, those of several series together; a line at the limit's median."""
+    height = 0.84 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        places = [row + (i - (len(series) - 1) / 2) * height for row in range(len(labels))]
+        axis.barh(places, values, 0.92 * height, color=OURS if name == "ours" else OTHERS[i - 1], label=shown(name))
+        for place, value in zip(places, values):  # within the bar, where it is long enough
+            within = value > 0.15 * max(map(max, series.values()))
+            axis.annotate(
+                figures(value, 2), (value, place), (-4 if within else 4, 0), textcoords="offset points", fontsize=8,
+                va="center_baseline", ha="right" if within else "left", color="white" if within else INK,
+            )  # fmt: skip
+    axis.set(xlabel=unit, yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
+    axis.grid(False)
+    if limit:
+        at = statistics.median(limit)
+        axis.axvline(at, color=LIMIT, linestyle=":", zorder=0.5, label=f"{limit_name}, {figures(at)}")
+    if limit or len(series) > 1:
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+
+
+def shown(name: str) -> str:
+    return "fastgpt" if name == "ours" else name
+
+
+FUNCTIONS = {
+    function.__name__: function
+    for function in (cached_against_uncached, against_peers, attention, attention_over_caches, cache_update, kinds_of_cache)
+}

@@ -1,26 +1,34 @@
-"""Results, and the parts of README that show them.
+"""Results: what the suites timed, condensed, stored by machine, and shown.
 
-python -m benchmarks.report [BENCHMARK.json]
-    condenses pytest-benchmark's output, if given, to results/<machine>/<suite>.json and draws its plots there; then
-    writes README's marked parts from the files under results/ of the machine that README shows.
+python -m benchmarks.report [BENCHMARK.json ...]
+    condenses pytest-benchmark's output, if given, to results/<machine>/<suite>.json; draws the plots and writes the page of
+    that machine, or of all; and brings README's marked parts up to date. With the variable FASTGPT_RESULTS results are in
+    that folder, and README is left alone.
+
+A suite's file is that of one run: what the run left out is named in it, and what an earlier one had is gone.
 """
 
+import importlib.metadata
 import json
+import math
+import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import fastgpt
-from benchmarks import plots
+from benchmarks import numerics_table, pages, plots
 
-RESULTS = Path(__file__).parent / "results"
+STORED = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("FASTGPT_RESULTS") or STORED)
 README = Path(__file__).parents[1] / "README.md"
 SHOWN = "intel-xeon-processor-2-threads"  # the machine whose results README shows
+PEERS = ("transformers", "ctranslate2", "llama-cpp-python", "triton", "flash-attn", "flashinfer-python")
 
 
 def machine() -> dict:
@@ -28,94 +36,177 @@ def machine() -> dict:
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(STORED.parent), "describe", "--always", "--dirty"]
     return {
+        **({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
         "cpu": name,
         "cpu_level": fastgpt.build_info()["cpu_level"],
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "peers": {name: version for name in PEERS if (version := version_of(name))},
         "fastgpt": fastgpt.__version__,
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
     }
 
 
-def store(name: str, result: dict) -> None:
-    """Writes results/<machine>/<name>.json."""
-    about = machine()
-    cpu = re.sub(r"[^a-z0-9]+", "-", about["cpu"].lower().replace("(r)", "").replace("(tm)", "")).strip("-")
-    path = RESULTS / f"{cpu}-{about['threads']}-threads" / f"{name}.json"
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def folder_of(about: dict) -> Path:
+    """results/<GPU>, or where there is none results/<CPU>-<n>-threads."""
+    name = about.get("gpu", "").removeprefix("NVIDIA ") or f"{about['cpu']} {about['threads']} threads"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+def store(name: str, result: dict, about: dict | None = None) -> Path:
+    """Writes results/<machine>/<name>.json; `about` describes the machine, if it is not this one."""
+    about = about or machine()
+    path = folder_of(about) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": about, **result}, indent=2) + "\n")
     print(f"wrote {path}")
+    return path
 
 
-def store_suites(output: dict) -> None:
-    """Condenses pytest-benchmark's output and stores a file for each suite, benchmarks/test_<suite>.py."""
-    suites = {}
+def store_suites(output: dict) -> set[Path]:
+    """Condenses pytest-benchmark's output and stores a file for each suite, test_<suite>.py. Returns their folders."""
+    infos, left_out, folders = {}, {}, set()
     for benchmark in output["benchmarks"]:
-        suites.setdefault(re.search(r"test_(\w+)\.py", benchmark["fullname"])[1], []).append(benchmark)
-    for suite, benchmarks in suites.items():
-        store(suite, CONDENSE[suite](benchmarks))
+        infos.setdefault(suite_of(benchmark["fullname"]), []).append(benchmark["extra_info"])
+    for nodeid, reason in output["left_out"].items():
+        left_out.setdefault(suite_of(nodeid), {})[nodeid.partition("::")[2]] = reason
+    for suite, of_suite in infos.items():
+        named, result = condense(of_suite)
+        absent, about = named["absent"], output["machine"]
+        about = about | {"peers": about["peers"] | named["peers"], "absent": absent}
+        folders.add(store(suite, {"left_out": left_out.get(suite, {}), **result}, about).parent)
+        noisy = [case["noisy"] for cases in result.values() for case in cases if case.get("noisy")]
+        if noisy:
+            print(f"{suite}: {sum(map(len, noisy))} ratios of {len(noisy)} cases are too noisy to be known to 10%: marked ≈")
+        if absent:
+            print(f"{suite}: absent: {pages.listed(absent.items())}")
+    for suite, reasons in left_out.items():
+        print(f"{suite}: left out: {pages.listed(reasons.items())}")
+    return folders
+
+
+def suite_of(nodeid: str) -> str:
+    return re.search(r"test_(\w+)\.py", nodeid)[1]
+
+
+def condense(infos: list[dict]) -> tuple[dict, dict]:
+    """What benchmarks put into extra_info -> versions of `peers` and who was `absent` from all of them; and the cases."""
+    result, versions, absent, timed = {}, {}, {}, set()
+    for info in infos:
+        info = dict(info)
+        versions |= info.pop("peers", {})
+        for case in info.pop("cases", [{}]):
+            case = info | case
+            absent |= case.get("absent", {})
+            timed |= case.get("seconds", {}).keys()
+            result.setdefault(case.pop("what"), []).append(condense_case(case) if "seconds" in case else case)
+    if "cached against uncached" in result:
+        result["growth"] = growth(result["cached against uncached"])
+    return {"peers": versions, "absent": {name: why for name, why in absent.items() if name not in timed}}, result
+
+
+def condense_case(case: dict) -> dict:
+    """Seconds of each round become quartiles: of microseconds, of the others' times over ours, of the share of the limit."""
+    seconds = case.pop("seconds")
+    if {len(values) for values in seconds.values()} != {len(seconds["ours"])}:
+        raise ValueError(f"seconds of {case}: expected as many of each, got {[len(values) for values in seconds.values()]}")
+    seconds = {name: np.array(values) for name, values in seconds.items()}
+    ratios = {name: values / seconds["ours"] for name, values in seconds.items() if name != "ours"}
+    case["microseconds"] = {name: quartiles(1e6 * values) for name, values in seconds.items()}
+    case["times_ours"] = {name: quartiles(values) for name, values in ratios.items()}
+    if "limit" in case:
+        work = "flops" if "limit_flops" in case else "bytes"
+        case["of_limit"] = quartiles(ratios[case["limit"]] * (case[work] / case[f"limit_{work}"]))
+    case["noisy"] = [name for name, values in ratios.items() if uncertainty(values) > 0.1]
+    return case
 
 
 def quartiles(values) -> list[float]:
-    return [float(f"{value:.4g}") for value in statistics.quantiles(values, n=4)]
+    return [float(f"{value:.4g}") for value in np.percentile(values, (25, 50, 75))]
 
 
-def condense_generate(benchmarks: list[dict]) -> dict:
-    """One row for each context: quartiles of milliseconds a step, and of the ratio."""
-    rows = []
-    for benchmark in benchmarks:
-        uncached, cached = benchmark["stats"]["data"], benchmark["extra_info"]["cached_seconds"]
-        rows.append(
-            {
-                "context": benchmark["extra_info"]["context"],
-                "cached_ms": quartiles([1000 * seconds for seconds in cached]),
-                "uncached_ms": quartiles([1000 * seconds for seconds in uncached]),
-                "speed_up": quartiles([u / c for u, c in zip(uncached, cached, strict=True)]),
-            }
-        )
-    return {"decode_step": rows}
+def uncertainty(values) -> float:
+    """How far the 95% confidence interval of the median reaches from it, as a share of it.
+
+    The interval is between the k-th smallest and the k-th largest value: that a median lies below k of n values has the
+    probability of fewer than k heads in n tosses. Fewer than six values have no such interval; all of them are taken.
+    """
+    values, n = np.sort(values), len(values)
+    k, below = 0, 1 / 2**n
+    while below <= 0.025:
+        k += 1
+        below += math.comb(n, k) / 2**n
+    k, median = max(k, 1), np.median(values)
+    return max(values[-k] - median, median - values[k - 1]) / median
 
 
-def condense_in_turns(benchmarks: list[dict]) -> dict:
-    """By what was measured, a row for each case: quartiles of microseconds, and of the others' times over ours."""
-    result = {}
-    for benchmark in benchmarks:
-        info = dict(benchmark["extra_info"])
-        seconds, what = info.pop("seconds"), info.pop("what")
-        info["microseconds"] = {name: quartiles([1e6 * value for value in values]) for name, values in seconds.items()}
-        info["times_ours"] = {
-            name: quartiles([other / ours for other, ours in zip(values, seconds["ours"], strict=True)])
-            for name, values in seconds.items()
-            if name != "ours"
-        }
-        result.setdefault(what, []).append(info)
-    return result
+def growth(cases: list[dict]) -> list[dict]:
+    """Least-squares lines through the microseconds of a token over contexts, for each model, dtype and batch."""
+    series = {}
+    for case in cases:
+        series.setdefault((case["model"], case["dtype"], case["batch"]), []).append(case)
+    lines = []
+    for (model, dtype, batch), own in series.items():
+        contexts = [case["context"] for case in own]
+        if len(set(contexts)) < 3:
+            continue
+        line = {"model": model, "dtype": dtype, "batch": batch, "contexts": [min(contexts), max(contexts)]}
+        for name, key in (("cached", "ours"), ("uncached", "uncached")):
+            slope, start = np.polyfit(contexts, [case["microseconds"][key][1] / batch for case in own], 1)
+            line[name] = {"start": float(f"{start:.4g}"), "slope": float(f"{slope:.4g}")}
+        lines.append(line)
+    return lines
 
 
-CONDENSE = {
-    "generate": condense_generate,
-    "kv_cache": condense_in_turns,
-    "attention": condense_in_turns,
-    "attention_cpu": condense_in_turns,
-}
+def update(outputs: list[Path]) -> None:
+    """Stores pytest-benchmark's outputs and brings what shows them up to date; without outputs, that of all machines."""
+    folders = set().union(*(store_suites(json.loads(path.read_text())) for path in outputs))
+    for folder in sorted(folders) if outputs else machines():
+        try:
+            plots.draw(folder)
+        except ImportError as error:
+            print(f"no plots: {error}")
+        write(folder / "README.md", pages.page(folder, pages.results_in(folder)))
+    if RESULTS == STORED:
+        write(README, rendered(README.read_text()))
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+    print(f"wrote {path}")
+
+
+def machines() -> list[Path]:
+    return sorted(path for path in RESULTS.iterdir() if pages.SUITES.keys() & {file.stem for file in path.glob("*.json")})
 
 
 def sections() -> dict[str, str]:
     """Marker -> the text that README shows there."""
-    folder = RESULTS / SHOWN
-    generate, kv_cache, attention, parity, training = (
-        json.loads((folder / f"{name}.json").read_text())
-        for name in ("generate", "kv_cache", "attention_cpu", "parity", "training")
-    )
+    folder = STORED / SHOWN
+    results = pages.results_in(folder)
+    parts = pages.parts(folder, results, within(folder))
+    if missing := {*pages.PARTS, "numerics", "training"} - parts.keys() - results.keys():
+        raise FileNotFoundError(f"{folder}: README shows {', '.join(sorted(missing))}, of which there are no results")
+    training = results["training"]
+    others = {path: pages.results_in(path) for path in machines() if path != folder}
+    gpus = [on_a_gpu(path, of_it) for path, of_it in others.items() if "gpu" in next(iter(of_it.values()))["machine"]]
     return {
         "demo": "```\n" + (folder / "demo.txt").read_text().strip() + "\n```",
-        "cached against uncached": cached_against_uncached(generate),
-        "cache update": cache_update(kv_cache),
-        "attention on the CPU": attention_on_the_cpu(attention),
-        "parity": parity_table(parity),
+        "kinds of cache": pages.plot(folder, "kinds_of_cache", within(folder)),
+        "machine": f"Measured on {pages.about(results['generate'])}.",
+        **parts,
+        "on a GPU": "\n\n".join(gpus) or NO_GPU,
+        "numerics": numerics_table.markdown(results["numerics"]),
         "8-bit caches": eight_bit_caches(training),
         "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "
         f"**{training['validation_loss']:.4f} nats per character** on the last 10% "
@@ -123,110 +214,21 @@ def sections() -> dict[str, str]:
     }
 
 
-INLINE = {"shipped model", "8-bit caches"}  # within a sentence
+INLINE = {"machine", "shipped model", "8-bit caches"}  # within a sentence
+NO_GPU = (
+    "The GPU kernels are compiled and checked for sm_80, sm_90 and sm_100 by the tests, which also run the Triton kernels "
+    "in Triton's interpreter and the CUDA kernels as C++; none has been timed on a GPU yet."
+)
 
 
-def caption(result: dict, what: str) -> str:
-    about = result["machine"]
-    return f"{what}; {about['cpu']}, {about['threads']} threads, {about['cpu_level']}, torch {about['torch']}."
+def within(folder: Path) -> str:
+    return f"{os.path.relpath(folder, README.parent)}/"
 
 
-def cached_against_uncached(generate: dict) -> str:
-    rows = ["| context (tokens) | cached | uncached | speed-up |", "|---:|---:|---:|---:|"]
-    for step in generate["decode_step"]:
-        cached, uncached = step["cached_ms"][1], step["uncached_ms"][1]
-        rows.append(
-            f"| {step['context']} | {cached:.2f} ms, {1000 / cached:,.0f} tok/s "
-            f"| {uncached:.2f} ms, {1000 / uncached:,.0f} tok/s | {step['speed_up'][1]:.1f}x |"
-        )
-    return "\n".join(rows) + "\n\n" + caption(generate, "One decode step of the shipped model, batch 1, fp32, medians")
-
-
-def cache_update(kv_cache: dict) -> str:
-    rows = ["| storing | ours | compared with | ratio |", "|---|---:|---|---:|"]
-
-    def row(what, case, names):
-        for name, shown in names.items():
-            ratio, ours = case["times_ours"][name][1], case["microseconds"]["ours"][1]
-            time = f"{ours:,.1f} µs" if ours < 1000 else f"{ours / 1000:,.1f} ms"
-            rows.append(f"| {what} | {time} | {shown} | {ratio:,.{1 if ratio < 100 else 0}f}x |")
-            what = ""
-
-    for case in kv_cache["one token"]:
-        names = {
-            "transformers dynamic": "transformers' DynamicCache, 1,000 tokens in it",
-            "transformers static": "transformers' StaticCache",
-            "index_copy_": "`index_copy_`, one position for the batch",
-            "reference": "the reference, in PyTorch",
-        }
-        row(f"one token, batch {case['B']}", case, names)
-    for case in kv_cache["prompt"]:
-        if case["layout"] == "token-major":
-            what = f"{case['bytes'] / 1e6:.0f} MB of prompts, {case['kind'].replace('float8_e4m3fn', 'fp8')}"
-            row(what, case, {"copy": "copying as many bytes", "reference": "the reference"})
-    for case in kv_cache["rope"]:
-        tokens = "one token" if case["T"] == 1 else f"{case['T']:,} tokens"
-        row(f"with rotary embedding, {tokens}, batch {case['B']}", case, {"rope, then update": "rotating in PyTorch first"})
-    what = "One layer of 12 heads of 64, fp32, medians of the times and of the ratios: how many times as long the other takes"
-    return "\n".join(rows) + "\n\n" + caption(kv_cache, what)
-
-
-def attention_on_the_cpu(attention: dict) -> str:
-    rows = ["| fp32 unless said | ours | compared with | ratio | of the limit |", "|---|---:|---|---:|---:|"]
-
-    def row(what, case, other, shown):
-        kind = "flops" if "flops" in case else "bytes"
-        limit = "matrix product" if kind == "flops" else "reading"
-        speed = case[kind] / case["microseconds"]["ours"][1] / 1000
-        share = case["times_ours"][limit][1] * case[kind] / case[f"limit_{kind}"]
-        unit = "GFLOP/s" if kind == "flops" else "GB/s"
-        rows.append(f"| {what} | {speed:.1f} {unit} | {shown} | {case['times_ours'][other][1]:.2f}x | {share:.0%} |")
-
-    for case in attention["prefill"]:
-        row(f"causal, {case['T']:,} tokens", case, "SDPA", "SDPA")
-    for case in attention["prefill of 16 bits"]:
-        row(f"causal, {case['T']:,} tokens, {case['dtype']}", case, "SDPA", "SDPA")
-    for case in attention["forward and backward"]:
-        row(f"causal, forward and backward, {case['T']:,} tokens", case, "SDPA", "SDPA")
-    for case in attention["window"]:
-        row(f"window of {case['window']:,}, {case['T']:,} tokens", case, "SDPA", "SDPA with a mask")
-    for case in attention["decode"]:
-        shown = "SDPA" if "share" not in case["heads"] else "SDPA, `enable_gqa`"
-        row(f"one token, {case['heads']}, {case['keys']:,} keys", case, "SDPA", shown)
-    for case in attention["cache"]:
-        row(f"one token, {case['keys']:,} keys, {case['kind'].replace('float8_e4m3fn', 'fp8')}", case, "fp32", "ours, fp32")
-    what = (
-        "Batch 1, 12 heads of 64; medians. Limits, timed in the same rounds: the rate of a matrix product of 1,536 by "
-        "1,536 for prefill, reading 0.5 GB for one token"
-    )
-    return "\n".join(rows) + "\n\n" + caption(attention, what)
-
-
-def parity_table(parity: dict) -> str:
-    implementations = [name for name in parity if name != "machine"]
-    triton = implementations[-1]
-    dtypes = list(parity[triton]["plain"])
-    header = [f"C++, {dtype}" for dtype in dtypes] + [f"Triton, {dtype}" for dtype in dtypes]
-    rows = [f"| feature | {' | '.join(header)} |", "|---|" + "---:|" * len(header)]
-
-    def cell(shares):
-        if shares is None:
-            return "–"
-        forward = max(share for name, share in shares.items() if not name.startswith("d"))
-        backward = [share for name, share in shares.items() if name.startswith("d")]
-        return f"{forward:.2f}" + (f" / {max(backward):.2f}" if backward else "")
-
-    for feature in parity[triton]:
-        cells = [
-            cell(parity[name].get(feature, {}).get(dtype)) for name in implementations for dtype in dtypes
-        ]
-        rows.append(f"| {feature} | {' | '.join(cells)} |")
-    how = triton.partition(", ")[2]
-    return "\n".join(rows) + (
-        "\n\nWorst error of out and lse / of the gradients, as a share of the bound: at most 1 passes. "
-        f"The Triton kernels ran {how}; `python tests/parity.py` measures it. Gradients of fewer than 16 numbers are "
-        "judged over several draws of dout."
-    )
+def on_a_gpu(folder: Path, results: dict[str, dict]) -> str:
+    about = next(results[suite] for suite in pages.SUITES if suite in results)
+    lines = [f"### {about['machine']['gpu']}", f"{pages.about(about)}. [Every case]({within(folder)}README.md)."]
+    return "\n\n".join([*lines, *pages.parts(folder, results, within(folder)).values()])
 
 
 def eight_bit_caches(training: dict) -> str:
@@ -251,11 +253,7 @@ def rendered(readme: str) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        store_suites(json.loads(Path(sys.argv[1]).read_text()))
-        plots.draw(RESULTS)
-    README.write_text(rendered(README.read_text()))
-    print(f"wrote {README}")
+    update([Path(argument) for argument in sys.argv[1:]])
 
 
 if __name__ == "__main__":

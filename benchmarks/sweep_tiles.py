@@ -113,7 +113,7 @@ def main() -> None:
     if args.arch is None:
         from benchmarks.report import store
 
-        store("tiles", results)
+        store("tiles", {"tiles": results})
 
 
 if __name__ == "__main__":

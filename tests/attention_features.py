@@ -1,4 +1,4 @@
-"""The features of attention, one by one and together, as arguments for tests and for the table of parity."""
+"""The features of attention, one by one and together, as arguments for tests and for benchmarks.numerics."""
 
 import torch
 
@@ -52,3 +52,21 @@ FEATURES = [
     "plain", "not causal", "scale", "window", "window, not causal", "softcap", "alibi", "sinks", "mask", "bias",
     "bias of heads", "bias of keys", "bias of queries", "lengths", "dropout", "everything",
 ]  # fmt: skip
+PACKED_FEATURES = ["plain", "not causal", "window", "softcap", "alibi", "sinks", "scale", "dropout"]
+
+
+def paged(x, page, seed=0):
+    """x (B, H, S, ...) as a pool of pages in random order, (pages, H, page, ...), and its block table (B, pages).
+
+    Where no key is, there is NaN.
+    """
+    B, H, S = x.shape[:3]
+    pages = -(-S // page)
+    table = torch.randperm(B * pages + 3, generator=torch.Generator().manual_seed(seed))[: B * pages].view(B, pages)
+    unused = torch.nan if x.is_floating_point() else 0
+    pool = torch.full((B * pages + 3, page, H, *x.shape[3:]), unused, device=x.device).to(x.dtype).transpose(1, 2)
+    for b in range(B):
+        for i in range(pages):
+            rows = x[b, :, i * page : (i + 1) * page]
+            pool[table[b, i], :, : rows.shape[1]] = rows
+    return pool, table.int().to(x.device)

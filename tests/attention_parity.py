@@ -1,4 +1,4 @@
-"""One call of attention by an implementation, beside the reference: what tests and the table of parity compare."""
+"""One call of attention by an implementation, beside the reference: what tests and benchmarks.numerics compare."""
 
 import math
 
@@ -88,9 +88,19 @@ def run_cpp(call, douts) -> dict[str, torch.Tensor]:
 
 def run_cpp_packed(call, packing, douts) -> dict[str, torch.Tensor]:
     """The same on packed sequences."""
+    operations = torch.ops.fastgpt
+    return _run_packed(operations.attention_varlen_forward, operations.attention_varlen_backward, call, packing, douts)
+
+
+def run_triton_packed(call, packing, douts) -> dict[str, torch.Tensor]:
+    """The same by the Triton kernels."""
+    return _run_packed(ops._attention_varlen_forward_triton, ops._attention_varlen_backward_triton, call, packing, douts)
+
+
+def _run_packed(forward, backward, call, packing, douts):
     arguments = ops._varlen_arguments(call)
-    out, lse = torch.ops.fastgpt.attention_varlen_forward(*packing, *arguments)
-    gradients = torch.ops.fastgpt.attention_varlen_backward(*douts, out, lse, *packing, *arguments)
+    out, lse = forward(*packing, *arguments)
+    gradients = backward(*douts, out, lse, *packing, *arguments)
     names = ("dq", "dk", "dv") if call.sinks is None else ("dq", "dk", "dv", "dsinks")
     return {"out": out, "lse": lse} | dict(zip(names, gradients))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numerics
 import pytest
 import torch
-from attention_features import FEATURES, inputs, options
+from attention_features import FEATURES, PACKED_FEATURES, inputs, options, paged
 from attention_parity import compare, run_cpp, run_cpp_packed
 from cpu_levels import lower_levels
 from hypothesis import given, settings
@@ -203,19 +203,6 @@ def test_parity_with_a_window(T, window, causal, dtype):
     check_parity(q, k, v, causal=causal, window=window, kv_lengths=torch.tensor([0, 83, 150], dtype=torch.int32))
 
 
-def paged(x, page, unused=float("nan"), seed=0):
-    """x (B, H, S, ...) as a pool of pages in random order, (pages, H, page, ...), and its block table."""
-    B, H, S = x.shape[:3]
-    pages = -(-S // page)
-    table = torch.randperm(B * pages + 3, generator=torch.Generator().manual_seed(seed))[: B * pages].view(B, pages)
-    pool = torch.full((B * pages + 3, page, H, *x.shape[3:]), unused, dtype=torch.float32).to(x.dtype).transpose(1, 2)
-    for b in range(B):
-        for i in range(pages):
-            rows = x[b, :, i * page : (i + 1) * page]
-            pool[table[b, i], :, : rows.shape[1]] = rows
-    return pool, table.int()
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("page", [1, 16, 64, 100])
 @pytest.mark.parametrize("T, window, D", [(1, None, 64), (1, 20, 40), (3, None, 64), (70, None, 40), (70, 33, 64)])
@@ -240,7 +227,7 @@ def test_parity_quantised(T, page, D, dtype, kv_dtype):
     (k, k_scale), (v, v_scale) = quantise(k, kv_dtype), quantise(v, kv_dtype)
     options = {"kv_lengths": torch.tensor([0, 83, 150], dtype=torch.int32), "k_scale": k_scale, "v_scale": v_scale}
     if page is not None:
-        (k, options["block_table"]), (v, _) = paged(k, page, unused=0), paged(v, page, unused=0)
+        (k, options["block_table"]), (v, _) = paged(k, page), paged(v, page)
         options["k_scale"], options["v_scale"] = paged(k_scale, page)[0], paged(v_scale, page)[0]
     check_parity(q, k, v, **options)
 
@@ -500,9 +487,6 @@ def packed(q, k, v):
     return (x[0].transpose(0, 1) for x in (q, k, v))  # (total, heads, D)
 
 
-PACKED_FEATURES = ["plain", "not causal", "window", "softcap", "alibi", "sinks", "scale", "dropout"]
-
-
 @pytest.mark.parametrize("impl", ["cpp", "reference"])
 @pytest.mark.parametrize("feature", PACKED_FEATURES[:-1])  # dropout counts sequences
 def test_packed_sequences_are_a_loop(feature, impl):
@@ -579,7 +563,7 @@ def test_opcheck():
     for options in ({}, {"kv_lengths": lengths}, {"kv_lengths": lengths, "window": 7}):
         torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), options)
     (k, k_scale), (v, v_scale) = quantise(k, torch.int8), quantise(v, torch.int8)
-    (k, table), (v, _), (k_scale, _), (v_scale, _) = (paged(x, 8, unused=0) for x in (k, v, k_scale, v_scale))
+    (k, table), (v, _), (k_scale, _), (v_scale, _) = (paged(x, 8) for x in (k, v, k_scale, v_scale))
     options = {"kv_lengths": lengths, "block_table": table, "k_scale": k_scale, "v_scale": v_scale}
     torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), options)
 

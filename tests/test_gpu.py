@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cache_updates import angles, differing, on, update_inputs
 from models import random_ids, random_model
 
 import fastgpt
@@ -16,42 +17,10 @@ from fastgpt.cache import CACHE_KINDS
 from fastgpt.cli import SHIPPED_MODEL
 
 pytestmark = pytest.mark.gpu
-SENTINEL = -77.0
-
-
-def update_inputs(B, H, T, S, D, dtype, layout="head-major", cache_dtype=None, page=None):
-    """Random arguments of kv_cache_update on the CPU, as a dict."""
-
-    def tensor(*sizes):
-        B, H, N, D = sizes
-        x = torch.randn(sizes) if layout == "head-major" else torch.randn(B, N, H, D).transpose(1, 2)
-        return x.to(dtype)
-
-    cache_dtype = dtype if cache_dtype is None else cache_dtype
-    slots = torch.stack([torch.randperm(S)[:T] for _ in range(B)])
-    arguments = {"k": tensor(B, H, T, D), "v": tensor(B, H, T, D)}
-    arguments["positions"] = slots.masked_fill(torch.rand(B, T) < 0.2, -1).int()
-    first, rows = B, S
-    if page:
-        pages = -(-S // page)
-        first, rows = B * pages + 1, page
-        arguments["block_table"] = torch.randperm(first)[: B * pages].view(B, pages).int()
-    for name in ("k_cache", "v_cache"):
-        arguments[name] = torch.full((first, H, rows, D), SENTINEL).to(cache_dtype)
-    if cache_dtype.itemsize == 1:
-        for name in ("k_scale", "v_scale"):
-            arguments[name] = torch.full((first, H, rows), SENTINEL)
-    return arguments
-
-
-def to_cuda(arguments):
-    return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
 
 
 def assert_same_cache(actual, expected):
-    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
-        if name in expected:
-            assert torch.equal(actual[name].cpu().view(torch.uint8), expected[name].view(torch.uint8)), name
+    assert not differing(actual, expected)
 
 
 @pytest.mark.parametrize("page", [None, 5, 16])
@@ -62,7 +31,7 @@ def assert_same_cache(actual, expected):
 def test_kv_cache_update_is_exact(dtype, D, layout, cache_dtype, page):
     for B, H, T, S in ((1, 12, 1, 100), (3, 4, 50, 70), (32, 2, 1, 9)):
         expected = update_inputs(B, H, T, S, D, dtype, layout, cache_dtype, page)
-        actual = to_cuda(expected)
+        actual = on("cuda", expected)
         assert fastgpt.explain(kv_cache_update, **actual)["cuda"] == "chosen"
         kv_cache_update(**actual)
         kv_cache_update_reference(**expected)
@@ -77,10 +46,9 @@ def test_kv_cache_update_is_exact(dtype, D, layout, cache_dtype, page):
 def test_rope_kv_cache_update_is_exact(dtype, D, rotary, cache_dtype, page, interleaved):
     for B, H, H_kv, T, S in ((1, 12, 12, 1, 100), (3, 8, 2, 50, 70)):
         expected = update_inputs(B, H_kv, T, S, D, dtype, "token-major", cache_dtype, page)
-        angles = torch.arange(S)[:, None] * 100.0 ** -(torch.arange(rotary // 2) / (rotary // 2))
         expected |= {"q": torch.randn(B, T, H, D).transpose(1, 2).to(dtype), "interleaved": interleaved}
-        expected |= {"cos": angles.cos(), "sin": angles.sin()}
-        actual = to_cuda(expected)
+        expected["cos"], expected["sin"] = angles(S, rotary // 2)
+        actual = on("cuda", expected)
         q = rope_kv_cache_update(**actual)
         assert torch.equal(q.cpu(), rope_kv_cache_update_reference(**expected))
         assert_same_cache(actual, expected)
@@ -90,16 +58,16 @@ def test_rope_kv_cache_update_is_exact(dtype, D, rotary, cache_dtype, page, inte
 def test_tokens_outside_the_cache_are_not_written(page):
     inputs = update_inputs(1, 2, 3, 4, 8, torch.float32, page=page)
     expected = {name: x.clone() for name, x in inputs.items()}
-    outside = to_cuda(inputs) | {"positions": torch.tensor([[4, 2**31 - 1, -5]], device="cuda")}
+    outside = on("cuda", inputs) | {"positions": torch.tensor([[4, 2**31 - 1, -5]], device="cuda")}
     kv_cache_update(**outside)
     assert_same_cache(outside, expected)
     if page:
         for wrong in (-1, 2, 2**31 - 1):
-            outside = to_cuda(inputs) | {"block_table": torch.tensor([[wrong]], dtype=torch.int32, device="cuda")}
+            outside = on("cuda", inputs) | {"block_table": torch.tensor([[wrong]], dtype=torch.int32, device="cuda")}
             kv_cache_update(**outside)
             assert_same_cache(outside, expected)
-    x, angles = torch.randn(1, 2, 3, 8, device="cuda"), torch.ones(2, 4, device="cuda")
-    outside = to_cuda(inputs) | {"positions": torch.tensor([[2, 3, 900]], device="cuda"), "cos": angles, "sin": angles}
+    x, ones = torch.randn(1, 2, 3, 8, device="cuda"), torch.ones(2, 4, device="cuda")
+    outside = on("cuda", inputs) | {"positions": torch.tensor([[2, 3, 900]], device="cuda"), "cos": ones, "sin": ones}
     assert torch.equal(rope_kv_cache_update(x, **outside), x)
     assert_same_cache(outside, expected)
 

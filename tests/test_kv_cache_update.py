@@ -7,6 +7,7 @@ import sys
 import numerics
 import pytest
 import torch
+from cache_updates import SENTINEL, WRITTEN, angles
 from cpu_levels import lower_levels
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from fastgpt.ops.kv_cache_update import rope_reference
 from fastgpt.ops.quantisation import dequantise, quantise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SENTINEL = -77.0
+
 
 def layouts(aligned):
     """How a (B, H, N, D) tensor lies in memory: a permutation of its first three dimensions, and padding of rows."""
@@ -87,9 +88,6 @@ def draw_update(data, min_dim=1):
     return arguments | {"block_table": block_table, "k_scale": scales[0], "v_scale": scales[1]}
 
 
-WRITTEN = ("k_cache", "v_cache", "k_scale", "v_scale")
-
-
 def with_copies(arguments):
     """The same arguments with a copy of what is written."""
     return arguments | {name: x if x is None else x.clone() for name, x in arguments.items() if name in WRITTEN}
@@ -120,12 +118,6 @@ def test_exact(data):
     kv_cache_update_reference(**expected)
     kv_cache_update(**actual)
     assert_same_cache(actual, expected, before, actual["positions"])
-
-
-def angles(positions, pairs):
-    """cos, sin (positions, pairs) as of rotary embedding."""
-    x = torch.arange(positions)[:, None] * 100.0 ** -(torch.arange(pairs) / pairs)
-    return x.cos(), x.sin()
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)

@@ -1,21 +1,33 @@
-"""README shows what is under benchmarks/results/, and its Python runs."""
+"""README and the pages of machines show what is under benchmarks/results/, and README's Python runs."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import pages, plots, report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_figures_are_those_of_the_results(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.delitem(sys.modules, "benchmarks", raising=False)
-    from benchmarks.report import rendered
+STALE = "is stale: run python -m benchmarks.report"
 
-    assert rendered(README) == README, "README.md is stale: run python -m benchmarks.report"
+
+def test_figures_are_those_of_the_results():
+    assert report.rendered(README) == README, f"README.md {STALE}"
+
+
+@pytest.mark.parametrize("folder", report.machines(), ids=lambda folder: folder.name)
+def test_page_and_plots_of_a_machine_are_those_of_its_results(folder):
+    page = folder / "README.md"
+    assert page.read_text() == pages.page(folder, pages.results_in(folder)), f"{page} {STALE}"
+    assert not plots.stale(folder), f"{plots.stale(folder)} {STALE}"
+
+
+def test_pictures_exist():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
+        assert (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda code: code[:30])

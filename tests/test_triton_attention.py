@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from attention_features import FEATURES, inputs, options
+from attention_features import FEATURES, inputs, options, paged
 from attention_parity import compare, run_triton
 from numerics import BACKWARD, check
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -284,21 +284,10 @@ def test_paged_and_quantised(page, kv_dtype, dtype):
         (k, k_scale), (v, v_scale) = quantise(k, kv_dtype), quantise(v, kv_dtype)
         arguments |= {"k_scale": k_scale, "v_scale": v_scale}
     if page is not None:
-        pages = -(-90 // page)
-        table = torch.randperm(3 * pages, device=DEVICE).view(3, pages).int()
-
-        def pool(x):
-            pool = torch.zeros(3 * pages, page, *x.shape[1:2], *x.shape[3:], dtype=x.dtype, device=DEVICE).transpose(1, 2)
-            for b in range(3):
-                for i in range(pages):
-                    rows = x[b, :, i * page : (i + 1) * page]
-                    pool[table[b, i], :, : rows.shape[1]] = rows
-            return pool
-
-        k, v = pool(k), pool(v)
+        (k, table), (v, _) = paged(k, page), paged(v, page)
         for name in ("k_scale", "v_scale"):
             if name in arguments:
-                arguments[name] = pool(arguments[name])
+                arguments[name] = paged(arguments[name], page)[0]
         table[0] = 1 << 30
         table[2, -(-33 // page) :] = -1
         arguments["block_table"] = table

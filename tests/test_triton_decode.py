@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from attention_features import paged
 from numerics import check
 
 triton = pytest.importorskip("triton")
@@ -73,19 +74,6 @@ def assert_parity(q, k, v, *, causal=True, scale=None, **options):
     for name, actual, expected, low in zip(("out", "lse"), (out, lse), oracle, low_precision, strict=True):
         check(actual, expected, low, dtype=actual.dtype, name=name)
     return out, lse
-
-
-def paged(x, page, order_seed=0):
-    """(B, H_kv, S, ...) -> a pool of pages in random order, one more of NaN, and the table that finds them."""
-    B, H_kv, S = x.shape[:3]
-    pages = triton.cdiv(S, page)
-    padded = x.new_zeros((B, H_kv, pages * page, *x.shape[3:]))
-    padded[:, :, :S] = x
-    places = torch.randperm(B * pages, generator=torch.Generator().manual_seed(order_seed)).to(DEVICE)
-    pool = torch.full((B * pages + 1, H_kv, page, *x.shape[3:]), 0, dtype=x.dtype, device=DEVICE)
-    pool[-1] = NAN if x.is_floating_point() else 0
-    pool[places] = padded.unflatten(2, (pages, page)).transpose(1, 2).flatten(0, 1)
-    return pool, places.view(B, pages).int()
 
 
 # B, H, H_kv, T, S, D, lengths; with splits of 32 keys

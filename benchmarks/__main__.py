@@ -1,0 +1,91 @@
+"""Runs the suites, each in a process of its own, and writes the report. This is `make bench`.
+
+python -m benchmarks [SUITE ...] [--full] [--minutes N] [--out FOLDER]
+
+Ctrl-C, or the end of the time, stops the suite that runs; the report is made from what there is and names what is not.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import report
+
+HERE = Path(__file__).parent
+SUITES = {"generate": 0.55, "attention": 0.15, "decode": 0.15, "kv_cache": 0.15}  # shares of the time that are kept for them
+MINUTES = 9.5  # of ten: the report takes a while, too
+GRACE = 60  # seconds for what is timed at an interrupt to return
+
+
+def run(suite: str, output: Path, seconds: float | None) -> str | None:
+    """Leaves pytest-benchmark's JSON of a suite in `output`. Returns what went wrong, if anything did."""
+    output.unlink(missing_ok=True)
+    command = [
+        sys.executable, "-m", "pytest", str(HERE / f"test_{suite}.py"), "-v", "-rs", "--tb=short", "--no-header",
+        "--benchmark-only", "--benchmark-quiet", f"--benchmark-json={output.absolute()}",
+    ]  # fmt: skip
+    # A session of its own keeps a terminal's Ctrl-C from pytest, which is to get it once, from here.
+    process = subprocess.Popen(command, cwd=HERE.parent, start_new_session=True)
+    try:
+        status = process.wait(seconds)
+        return f"pytest ended with status {status}" if status else None
+    except subprocess.TimeoutExpired:
+        problem = "out of time"
+    except KeyboardInterrupt:
+        problem = "interrupted"
+    try:
+        os.killpg(process.pid, signal.SIGINT)  # pytest writes what it has
+        process.wait(GRACE)
+        return problem
+    except subprocess.TimeoutExpired:
+        return f"{problem}, and did not end"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all, in this order")
+    parser.add_argument("--full", action="store_true", help="every case, instead of what ten minutes on two cores allow")
+    parser.add_argument("--minutes", type=float, help=f"when to stop; default: {MINUTES}, or with --full never")
+    parser.add_argument("--out", type=Path, default="build/benchmarks", help="for what was timed; default: %(default)s")
+    args = parser.parse_args()
+    if unknown := [suite for suite in args.suites if suite not in SUITES]:
+        parser.error(f"SUITE: expected {', '.join(SUITES)}, got {', '.join(unknown)}")
+    if args.minutes is None and not args.full:
+        args.minutes = MINUTES
+    os.environ["FASTGPT_BENCH_FULL"] = "1" if args.full else "0"
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell in the background ignores the one
+        signal.signal(number, signal.default_int_handler)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    start, suites = time.monotonic(), args.suites or list(SUITES)
+    problems, outputs, interrupted = {}, [], False
+    for i, suite in enumerate(suites):
+        if interrupted:
+            problems[suite] = "not reached"
+            continue
+        seconds = None
+        if args.minutes is not None:
+            kept = sum(SUITES[later] for later in suites[i + 1 :]) / sum(SUITES[suite] for suite in suites)
+            seconds = max(0.0, start + 60 * args.minutes * (1 - kept) - time.monotonic())
+        output = args.out / f"{suite}.json"
+        problems[suite] = run(suite, output, seconds) or ""
+        interrupted = problems[suite].startswith("interrupted")
+        if output.exists():
+            outputs.append(output)
+    report.update(outputs)
+    for suite, problem in problems.items():
+        if problem:
+            print(f"{suite}: {problem}")
+    sys.exit(130 if interrupted else any(problem.startswith("pytest") for problem in problems.values()))
+
+
+if __name__ == "__main__":
+    main()

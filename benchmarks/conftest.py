@@ -1,0 +1,35 @@
+"""What pytest-benchmark's output also says: the machine it ran on, and what the run left out, each with the reason."""
+
+import pytest
+
+LEFT_OUT = {}  # "test_suite.py::test[parameters]" -> the reason, in one line
+
+
+def name_of(nodeid: str) -> str:
+    return nodeid.rpartition("/")[2]
+
+
+def pytest_collection_finish(session):
+    LEFT_OUT.update({name_of(item.nodeid): "not finished" for item in session.items})
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped:
+        LEFT_OUT[name_of(report.nodeid)] = report.longrepr[2].removeprefix("Skipped: ")
+    elif report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        LEFT_OUT[name_of(report.nodeid)] = f"failed: {crash.message.splitlines()[0] if crash else report.when}"
+    elif report.when == "call":
+        del LEFT_OUT[name_of(report.nodeid)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_generate_json(benchmarks):
+    """Takes out those that did not pass: of one that was interrupted, pytest-benchmark 5.3 fails to make statistics."""
+    benchmarks[:] = [benchmark for benchmark in benchmarks if name_of(benchmark.fullname) not in LEFT_OUT]
+
+
+def pytest_benchmark_update_json(output_json):
+    from benchmarks.report import machine
+
+    output_json.update(machine=machine(), left_out=LEFT_OUT)

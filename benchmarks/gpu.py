@@ -1,0 +1,171 @@
+"""Everything that a GPU machine can tell, within a time: build, tests, benchmarks, numerics. This is `make gpu`.
+
+python -m benchmarks.gpu [--out FOLDER] [--minutes N] [--dry-run]
+
+Each part is a process of its own with a log in FOLDER. Each is granted a share of the time, and may use what earlier parts
+left of theirs. A part that fails, crashes or hangs does not keep the next from running; one that is out of time is
+interrupted, so that pytest writes what it has, and then killed with all it started. So is the part that runs at Ctrl-C,
+which ends the run. The table at the end is also in FOLDER/summary.txt, and results are in FOLDER/results and, unless it is
+a dry run, under benchmarks/results. A dry run needs no GPU: the same parts, with a few tests and benchmarks of each.
+
+Needs the standard library only: the build may fail.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.table import aligned
+
+ROOT = Path(__file__).resolve().parents[1]
+MINUTES = 9
+GRACE = 20  # seconds from the interrupt to the kill, if there are as many
+
+
+class Part(NamedTuple):
+    name: str
+    command: list
+    share: float  # of the whole time, granted
+    environment: dict[str, str] = {}
+    missing: str = ""  # why it cannot run here
+
+
+class Result(NamedTuple):
+    part: str
+    outcome: str  # ok, failed, timed out, interrupted, skipped
+    seconds: float
+    log: Path | None
+    last_line: str
+
+
+def parts(out: Path, dry_run: bool) -> list[Part]:
+    """The most telling first, and last what other machines can tell as well."""
+    python, cores = sys.executable, os.cpu_count()
+    workers = min(8, cores)
+    test = [python, "-m", "pytest", "-v", "-rfE", "--durations=15", "--continue-on-collection-errors"]
+    test += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=100"]
+    parallel = ["-n", workers] if importlib.util.find_spec("xdist") else []
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // workers))} if parallel else {}
+    stores = {"FASTGPT_RESULTS": str(out / "results")}
+    untimed = "" if importlib.util.find_spec("pytest_benchmark") else "pytest-benchmark is not installed"
+    bench = [*test, *["-p", "benchmarks.first_only"] * dry_run, "--benchmark-only", "--benchmark-quiet", "-rs"]
+    suites = sorted((ROOT / "benchmarks").glob("test_*.py"))
+    few = ["tests/test_numerics.py", "tests/test_page_allocator.py", "tests/test_imports.py"] if dry_run else ["tests"]
+    device = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'; print(torch.cuda.get_device_name())"
+    condense = 'exec "$0" -m benchmarks.report "$1"/benchmark_*.json'
+    return [
+        Part("build", [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."], 0.4 if dry_run else 0.16),
+        Part("device", [python, "-c", device], 0.03, missing="needs a GPU" if dry_run else ""),
+        Part("info", [python, "-m", "fastgpt", "info"], 0.03),
+        Part("GPU tests", [*test, *parallel, "-m", "gpu", "tests"], 0.1 if dry_run else 0.2, threads),
+        *(
+            Part(
+                f"benchmark {suite.stem.removeprefix('test_')}",
+                [*bench, suite, f"--benchmark-json={out}/benchmark_{suite.stem.removeprefix('test_')}.json"],
+                (0.15 if dry_run else 0.32) / len(suites), missing=untimed,
+            )
+            for suite in suites
+        ),
+        Part("report", ["sh", "-c", condense, python, out], 0.03, stores, missing=untimed),
+        Part("numerics", [python, "-m", "benchmarks.numerics", *["--operation", "decode"] * dry_run], 0.1, stores),
+        Part("CPU tests", [*test, *parallel, "-m", f"not gpu{' and not slow' * dry_run}", *few], 0.1, threads),
+    ]  # fmt: skip
+
+
+def run(part: Part, log: Path, seconds: float, grace: float = GRACE) -> Result:
+    """Runs a part for at most so many seconds, the grace included."""
+    start, grace = time.monotonic(), min(grace, seconds / 4)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | part.environment
+    with log.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                list(map(str, part.command)), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            return Result(part.name, "failed", 0.0, log, str(error))
+        try:
+            outcome = "failed" if process.wait(seconds - grace) else "ok"
+        except subprocess.TimeoutExpired:
+            outcome = "timed out"
+        except KeyboardInterrupt:
+            outcome = "interrupted"
+        ended = process.returncode is not None
+        if not ended:
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                process.wait(grace)
+        with contextlib.suppress(ProcessLookupError):  # also of what it left behind
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps it for longer
+            process.wait(5)
+    last = last_line(log)
+    if ended and process.returncode < 0:
+        last = f"{signal.Signals(-process.returncode).name}: {last}"
+    return Result(part.name, outcome, time.monotonic() - start, log, last)
+
+
+def last_line(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip("= \r")[:100] for line in reversed(lines) if line.strip("= \r")), "")
+
+
+def run_all(parts: list[Part], out: Path, seconds: float, grace: float = GRACE) -> list[Result]:
+    """Runs one part after the other, all within so many seconds."""
+    end, results, interrupted = time.monotonic() + seconds, [], False
+    for i, part in enumerate(parts):
+        granted_later = seconds * sum(later.share for later in parts[i + 1 :] if not later.missing)
+        left = end - time.monotonic() - granted_later
+        why = part.missing or ("interrupted" if interrupted else "no time is left" if left < 0.5 else "")
+        if why:
+            results.append(Result(part.name, "skipped", 0.0, None, why))
+        else:
+            print(f"{part.name}: at most {left:.0f} s", flush=True)
+            results.append(run(part, out / f"{part.name.lower().replace(' ', '_')}.log", left, grace))
+            interrupted = results[-1].outcome == "interrupted"
+        print(f"{part.name}: {results[-1].outcome}, {results[-1].seconds:.0f} s: {results[-1].last_line}", flush=True)
+    return results
+
+
+def table(results: list[Result]) -> str:
+    rows = [["part", "result", "seconds", "log", "last line"]]
+    rows += [[name, outcome, f"{seconds:.1f}", log.name if log else "", last] for name, outcome, seconds, log, last in results]
+    return aligned(rows, "llrll")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default="build/gpu", help="for logs and results; default: %(default)s")
+    parser.add_argument("--minutes", type=float, help=f"for all of it; default: {MINUTES}, or 3 for a dry run")
+    parser.add_argument("--dry-run", action="store_true", help="on a machine without a GPU, a little of each part")
+    args = parser.parse_args()
+    # A shell that runs this in the background has it ignore interrupts, and parts would inherit that.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    out = args.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in (*out.glob("*.log"), *out.glob("benchmark_*.json")):
+        stale.unlink()
+
+    results = run_all(parts(out, args.dry_run), out, 60 * (args.minutes or (3 if args.dry_run else MINUTES)))
+    if (out / "results").exists() and not args.dry_run:
+        shutil.copytree(out / "results", ROOT / "benchmarks" / "results", dirs_exist_ok=True)
+    summary = table(results)
+    (out / "summary.txt").write_text(summary + "\n")
+    print(f"\n{summary}\n\nlogs and results are in {out}")
+    outcomes = {result.outcome for result in results}
+    sys.exit(130 if "interrupted" in outcomes else 0 if outcomes <= {"ok", "skipped"} else 1)
+
+
+if __name__ == "__main__":
+    main()

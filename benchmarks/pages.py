@@ -1,0 +1,286 @@
+"""Results as text: the parts of README, and the page of each machine, which has all of them."""
+
+import json
+import math
+from pathlib import Path
+
+from benchmarks import numerics_table
+
+RATIOS = (
+    "Times are medians. A ratio is how many times as long the other takes as fastgpt: the median over rounds in which both "
+    "were timed, one after the other. So is the share of a limit of the machine, which is what its memory or its arithmetic "
+    "were seen to do in those rounds."
+)
+NOISY = "≈: noisy, this median is not known to 10%."
+SUITES = {  # in the order of a page
+    "generate": "Generation", "attention": "Attention", "decode": "Attention over caches", "kv_cache": "Caches",
+}  # fmt: skip
+PLOTS = {  # name -> suite, the cases that it needs, what it shows
+    "cached_against_uncached": ("generate", "cached against uncached", "Time of a token by context, cached and uncached"),
+    "against_peers": ("generate", "decode", "Tokens per second by context, beside other libraries and the limits of memory"),
+    "attention": ("attention", "prefill", "Rate of causal attention by length, beside others and a matrix product"),
+    "attention_over_caches": ("decode", "decode", "Rate of attention over caches by number of keys and kind of cache"),
+    "cache_update": ("kv_cache", "prompt", "Rate of storing keys and values by kind of cache, beside copying"),
+    "kinds_of_cache": ("kv_cache", "kind", "Memory and time of a decode step by kind of cache"),
+}
+MEASURED = {  # of a case; what else it has are its parameters
+    "microseconds", "times_ours", "of_limit", "noisy", "bytes", "flops", "limit", "limit_bytes", "limit_flops", "peer_bytes",
+    "absent",
+}  # fmt: skip
+
+
+def results_in(folder: Path) -> dict[str, dict]:
+    """Name of a file -> what is in it."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def median(case: dict, name: str = "ours") -> float:
+    """Microseconds."""
+    return case["microseconds"][name][1]
+
+
+def peers(case: dict) -> list[str]:
+    """What a case was compared with, other than a limit."""
+    return [name for name in case["times_ours"] if name != case.get("limit")]
+
+
+def figures(value: float, digits: int = 3) -> str:
+    """A number with so many digits that count: 0.0123, 4.56, 1,234."""
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+
+
+def time(microseconds: float) -> str:
+    unit, size = ("s", 1e6) if microseconds >= 1e6 else ("ms", 1e3) if microseconds >= 1e3 else ("µs", 1)
+    return f"{figures(microseconds / size)} {unit}"
+
+
+def rate(case: dict) -> str:
+    if "flops" not in case and "bytes" not in case:
+        return "–"
+    work, unit = ("flops", "FLOP/s") if "flops" in case else ("bytes", "B/s")
+    speed = case[work] / median(case) * 1e6
+    prefix, size = ("T", 1e12) if speed >= 1e12 else ("G", 1e9)
+    return f"{figures(speed / size)} {prefix}{unit}"
+
+
+def ratio(case: dict, name: str) -> str:
+    """How many times as long another takes as ours."""
+    if name not in case["times_ours"]:
+        return "–"
+    value = case["times_ours"][name][1]
+    return f"{'≈' * (name in case['noisy'])}{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}x"
+
+
+def of_limit(case: dict) -> str:
+    return f"{'≈' * (case['limit'] in case['noisy'])}{case['of_limit'][1]:.0%}" if "limit" in case else "–"
+
+
+def named(model: str) -> str:
+    return {"gpt2-124m": "GPT-2 124M", "shipped": "the shipped model"}.get(model, model)
+
+
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """So many columns to the left, the others to the right, as figures are."""
+    lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def about(result: dict) -> str:
+    """The machine and the versions."""
+    machine = result["machine"]
+    processor = f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['cpu_level']}"
+    own = f"{machine['fastgpt']} ({machine['commit']})"
+    versions = {"torch": machine["torch"], **machine["peers"], "fastgpt": own}
+    parts = [machine.get("gpu"), processor, ", ".join(f"{name} {version}" for name, version in versions.items())]
+    return "; ".join(part for part in parts if part)
+
+
+def plot(folder: Path, name: str, within: str) -> str:
+    """The plot of that name, if there is one; `within` leads to the folder from the page."""
+    return f"![{PLOTS[name][2]}]({within}{name}.svg)" if (folder / f"{name}.svg").exists() else ""
+
+
+def with_notes(text: str, result: dict, *notes: str) -> str:
+    """A table and what is to be said of it."""
+    cut = sum(why == "not finished" or why.startswith("failed") for why in result["left_out"].values())
+    notes = [*notes, *[NOISY] * ("≈" in text), *[f"Incomplete: {cut} benchmarks were not finished or failed."] * bool(cut)]
+    return f"{text}\n\n{' '.join(notes)}" if notes else text
+
+
+def of_first(cases: list[dict]) -> list[dict]:
+    """Those of the smallest batch, in the dtype of the first."""
+    batch = min((case["batch"] for case in cases), default=0)
+    return [case for case in cases if (case["batch"], case["dtype"]) == (batch, cases[0]["dtype"])]
+
+
+def cached_against_uncached(result: dict) -> str:
+    measured = of_first(result["cached against uncached"])
+    cases = {(case["model"], case["context"]): case for case in measured}
+    models = list(dict.fromkeys(model for model, _ in cases))
+    rows = []
+    for context in sorted({context for _, context in cases}):
+        rows.append([f"{context:,}"])
+        for model in models:
+            case = cases.get((model, context))
+            rows[-1] += [time(median(case)), time(median(case, "uncached")), ratio(case, "uncached")] if case else ["–"] * 3
+    header = ["context (tokens)"]
+    for model in models:
+        header += [f"{named(model)}, cached", "uncached", "speed-up"]
+    notes = ["Time of a token, batch {batch}, {dtype}.".format(**measured[0])]
+    for line in of_first(result["growth"]):
+        cached, uncached = (time(line[name]["slope"]) for name in ("cached", "uncached"))
+        one = f"Each token of context adds {cached} to a cached token of {named(line['model'])}"
+        notes.append(f"{one}, {uncached} to an uncached one.")
+    if memory := {case["mode"]: case for case in of_first(result.get("memory", []))}:
+        cached, uncached = (figures(memory[mode]["bytes"] / 1e6) for mode in ("cached", "uncached"))
+        one = f"With {memory['cached']['context']:,} tokens, {named(memory['cached']['model'])} takes up to {cached} MB"
+        notes.append(f"{one} beyond its weights cached, {uncached} MB uncached.")
+    return with_notes(table(header, rows, 0), result, *notes)
+
+
+def against_peers(result: dict) -> str:
+    decode, prefill = (of_first(result.get(what, [])) for what in ("decode", "prefill"))
+    first, cases = decode[0], decode + prefill
+    names = list(dict.fromkeys(name for case in cases for name in peers(case)))
+    header = [named(first["model"]), *(f"at {c['context']:,}" for c in decode), *(f"prefill of {c['T']:,}" for c in prefill)]
+    ours = [f"**{figures(1e6 / median(c))} tok/s**" for c in decode] + [f"**{time(median(c))}**" for c in prefill]
+    rows = [[f"**fastgpt**, {first['dtype']}", *ours], ["of the limit", *map(of_limit, cases)]]
+    rows += [[name, *(ratio(case, name) for case in cases)] for name in names]
+    return with_notes(table(header, rows), result)
+
+
+def attention(result: dict) -> str:
+    """Over many tokens: one head dim; all lengths in the first dtype, and 2,048 in others."""
+    first = result["prefill"][0]
+    rows = []
+    names = {"prefill": "causal", "forward and backward": "with gradients", "window": "window of {window:,}"}
+    for what, name in names.items():
+        for case in result.get(what, []):
+            usual = case["dtype"] == first["dtype"]
+            if case["head_dim"] == first["head_dim"] and (usual or what == "prefill" and case["T"] == 2048):
+                label = f"{name}, {{T:,}} tokens".format(**case) + f", {case['dtype']}" * (not usual)
+                rows.append([label, *compared(case)])
+    what = "Batch {batch}, {heads} heads of {head_dim}, {dtype}".format(**first)
+    return with_notes(table([what, *COMPARED], rows), result)
+
+
+def attention_over_caches(result: dict) -> str:
+    """One query a sequence: all lengths in the first kind of cache and heads, and 8,192 keys in others."""
+    first = result["decode"][0]
+    rows = []
+    for case in result["decode"]:
+        differs = [name for name in ("kind", "kv_heads", "batch") if case[name] != first[name]]
+        if not differs or case["keys"] == 8192 and case["batch"] == 1:
+            heads = f", {case['heads']} heads of {case['head_dim']}, {case['kv_heads']} of keys" * ("kv_heads" in differs)
+            rows.append([f"{case['keys']:,} keys" + f", {case['kind']}" * ("kind" in differs) + heads, *compared(case)])
+    what = "Batch {batch}, {heads} heads of {head_dim}, {kind}".format(**first)
+    return with_notes(table([what, *COMPARED], rows), result)
+
+
+COMPARED = ["fastgpt", "rate", "of the limit", "fastest other", "ratio"]
+
+
+def compared(case: dict) -> list[str]:
+    """Our time and rate, the share of the limit, and the fastest of what a user could take instead."""
+    others = [name for name in peers(case) if name != "reference" and not name.startswith("ours")] or peers(case)
+    if not others:
+        return [time(median(case)), rate(case), of_limit(case), "–", "–"]
+    best = min(others, key=lambda name: case["times_ours"][name][1])
+    return [time(median(case)), rate(case), of_limit(case), best, ratio(case, best)]
+
+
+def cache_updates(result: dict) -> str:
+    """Tokens and prompts of the layout that a decoder has, against all that they were compared with."""
+    rows = []
+    names = {
+        "one token": "one token, batch {batch}", "prompt": "prompts of {tokens}, {kind}",
+        "rope": "with rotary embedding, {tokens}, batch {batch}",
+    }  # fmt: skip
+    for what, name in names.items():
+        for case in result.get(what, []):
+            if case.get("layout") in (None, "token-major"):
+                tokens = "one token" if case.get("T") == 1 else f"{case.get('T', 0):,} tokens"
+                rows.append([name.format(tokens=tokens, **case), *compared(case)])
+    return with_notes(table(["{heads} heads of {head_dim}, {dtype}".format(**result["prompt"][0]), *COMPARED], rows), result)
+
+
+PARTS = {  # README's marker -> its plot and its table
+    "cached against uncached": ("cached_against_uncached", cached_against_uncached),
+    "against peers": ("against_peers", against_peers),
+    "attention": ("attention", attention),
+    "attention over caches": ("attention_over_caches", attention_over_caches),
+    "cache updates": ("cache_update", cache_updates),
+}
+
+
+def parts(folder: Path, results: dict[str, dict], within: str) -> dict[str, str]:
+    """Marker -> plot and table, of what there are results for."""
+    texts = {}
+    for marker, (name, shown) in PARTS.items():
+        suite, what, _ = PLOTS[name]
+        if what in results.get(suite, {}):
+            texts[marker] = "\n\n".join(text for text in (plot(folder, name, within), shown(results[suite])) if text)
+    return texts
+
+
+def page(folder: Path, results: dict[str, dict]) -> str:
+    """Every case of every suite."""
+    suites = {suite: results[suite] for suite in SUITES if suite in results}
+    machine = next(iter(suites.values()))["machine"]
+    made = "Made by `python -m benchmarks.report` from the JSON files here."
+    lines = [f"# {machine.get('gpu') or machine['cpu']}", RATIOS, made]
+    for suite, result in suites.items():
+        lines += [f"## {SUITES[suite]}", f"{about(result)}."]
+        for kind, reasons in (("Absent", result["machine"]["absent"]), ("Left out", result["left_out"])):
+            lines += [f"{kind}: {listed(reasons.items())}."] * bool(reasons)
+        lines += [text for name in PLOTS if PLOTS[name][0] == suite if (text := plot(folder, name, ""))]
+        for what, cases in result.items():
+            if isinstance(cases, list):
+                lines += [f"### {what[0].upper()}{what[1:]}", growth(cases) if what == "growth" else every(cases)]
+    if "numerics" in results:
+        header, *rows = numerics_table.rows(results["numerics"], by_feature=True)
+        lines += ["## Numerics", f"{about(results['numerics'])}. {numerics_table.NOTE}", table(header, rows, 3)]
+    return "\n\n".join(lines) + "\n"
+
+
+def listed(reasons) -> str:
+    """Pairs (name, why): names by why."""
+    by = {}
+    for name, why in reasons:
+        by.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(dict.fromkeys(names))} ({why})" for why, names in by.items())
+
+
+def every(cases: list[dict]) -> str:
+    """Cases as they are: parameters that differ, our time and rate, the share of the limit, ratios to all others."""
+    timed = "microseconds" in cases[0]
+    parameters = [name for name in dict.fromkeys(name for case in cases for name in case) if name not in MEASURED]
+    differing = [name for name in parameters if len({case.get(name) for case in cases}) > 1]
+    others = list(dict.fromkeys(name for case in cases if timed for name in peers(case)))
+    header = [*differing, *(["fastgpt", "rate", "of the limit", *others] if timed else ["MB"])]
+    rows = []
+    for case in cases:
+        values = (case.get(name, "–") for name in differing)
+        rows.append([f"{value:,}" if isinstance(value, int) else str(value) for value in values])
+        if timed:
+            rows[-1] += [time(median(case)), rate(case), of_limit(case), *(ratio(case, name) for name in others)]
+        else:
+            rows[-1].append(figures(case["bytes"] / 1e6))
+    kept = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
+    header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    same = ", ".join(f"{name} {cases[0][name]}" for name in parameters if name not in differing)
+    absent = [(name, why) for case in cases for name, why in case.get("absent", {}).items() if name in others]
+    text = (f"{same[0].upper()}{same[1:]}.\n\n" if same else "") + table(header, rows, len(differing))
+    notes = [*[f"–: {listed(absent)}."] * bool(absent), *[NOISY] * ("≈" in text)]
+    return "\n\n".join([text, *[" ".join(notes)] * bool(notes)])
+
+
+def growth(lines: list[dict]) -> str:
+    """Least-squares lines through the times of a token over contexts."""
+    each = "for each token of context"
+    rows = []
+    for line in lines:
+        fits = [part for name in ("cached", "uncached") for part in (line[name]["start"], line[name]["slope"])]
+        contexts = "{} to {}".format(*line["contexts"])
+        rows.append([line["model"], line["dtype"], str(line["batch"]), contexts, *map(time, fits)])
+    return table(["model", "dtype", "batch", "contexts", "cached", each, "uncached", each], rows, 4)

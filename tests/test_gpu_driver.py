@@ -1,0 +1,153 @@
+"""`make gpu` runs to its end within its time, and tells what became of each part."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code):
+    return [sys.executable, "-S", "-c", code]
+
+
+FINE = python("print('all is fine')")
+HANGS = python("import time; print('begins'); time.sleep(1000)")
+DEAF = python("import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf'); time.sleep(1000)")
+WITH_CHILD = python(
+    "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)']); "
+    "print(child.pid); time.sleep(1000)"
+)
+
+
+def run(tmp_path, parts, seconds=6.0, grace=0.5):
+    results = gpu.run_all([gpu.Part(name, *of_part) for name, of_part in parts.items()], tmp_path, seconds, grace)
+    return {result.part: result for result in results}
+
+
+def test_whatever_a_part_does_the_others_run(tmp_path):
+    parts = {
+        "fails": (python("print('ouch'); raise SystemExit(3)"), 0.1),
+        "crashes": (python("import os; print('near the end', flush=True); os.abort()"), 0.1),
+        "is not there": (["/no/such/program"], 0.1),
+        "prints noise": (python("import sys; sys.stdout.buffer.write(b'\\xff\\xfe\\n=== 3 passed ===\\n\\n')"), 0.1),
+        "works": (FINE, 0.1),
+    }
+    results = run(tmp_path, parts)
+    assert [result.outcome for result in results.values()] == ["failed", "failed", "failed", "ok", "ok"]
+    assert [result.last_line for result in results.values()][-2:] == ["3 passed", "all is fine"]
+    assert results["fails"].last_line == "ouch" and "No such file" in results["is not there"].last_line
+    assert results["crashes"].last_line.startswith("SIGABRT: ")
+    assert results["fails"].log.read_text() == "ouch\n"
+    rows = gpu.table(list(results.values())).splitlines()
+    assert len(rows) == 6 and rows[-1].split() == ["works", "ok", *rows[-1].split()[2:4], "all", "is", "fine"]
+
+
+def test_what_hangs_is_ended_with_its_children_and_its_output_is_kept(tmp_path):
+    parts = {"hangs": (HANGS, 0.1), "is deaf": (DEAF, 0.1), "has a child": (WITH_CHILD, 0.1), "works": (FINE, 0.1)}
+    start = time.monotonic()
+    results = run(tmp_path, parts, seconds=8.0)
+    assert [result.outcome for result in results.values()] == ["timed out", "timed out", "timed out", "ok"]
+    assert time.monotonic() - start < 9
+    assert "begins" in results["hangs"].log.read_text() and "KeyboardInterrupt" in results["hangs"].last_line
+    assert results["is deaf"].last_line == "deaf"
+    child = Path("/proc", results["has a child"].log.read_text().split()[0], "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_a_child_that_outlives_its_part_is_ended(tmp_path):
+    code = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)']).pid)"
+    result = run(tmp_path, {"leaves a child": (python(code), 0.5)})["leaves a child"]
+    assert result.outcome == "ok"
+    time.sleep(0.2)
+    child = Path("/proc", result.last_line, "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_a_part_may_use_all_but_what_later_ones_were_granted(tmp_path):
+    parts = {"first": (HANGS, 0.1), "second": (HANGS, 0.3), "cannot run": (FINE, 0.5, {}, "needs a GPU"), "third": (FINE, 0.2)}
+    results = run(tmp_path, parts, seconds=5.0)
+    assert 1.9 < results["first"].seconds < 3  # of 5 s all but the 1.5 and 1 of others and the grace
+    assert 0.9 < results["second"].seconds < 2.5  # what it was granted, and what the first left
+    assert results["third"].outcome == "ok"
+    assert results["cannot run"].outcome == "skipped" and results["cannot run"].last_line == "needs a GPU"
+
+
+def test_without_time_parts_are_skipped(tmp_path):
+    results = run(tmp_path, {"is deaf": (DEAF, 0.0), "late": (FINE, 0.0), "later": (FINE, 0.0)}, seconds=1.0)
+    assert [result.outcome for result in results.values()] == ["timed out", "skipped", "skipped"]
+    assert results["late"].last_line == "no time is left"
+
+
+def test_environment(tmp_path):
+    code = "import os; print(os.environ['FASTGPT_RESULTS'], os.environ['PATH'] != '')"
+    results = run(tmp_path, {"part": (python(code), 0.5, {"FASTGPT_RESULTS": "there"})})
+    assert results["part"].last_line == "there True"
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from benchmarks import gpu
+python = [sys.executable, "-S", "-c"]
+fine, hangs = [*python, "print('fine')"], [*python, "import time; print('begins'); time.sleep(1000)"]
+gpu.parts = lambda out, dry_run: [gpu.Part("works", fine, 0.1), gpu.Part("hangs", hangs, 0.1), gpu.Part("late", fine, 0.1)]
+gpu.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "started in the background"])
+def test_interrupted_it_reports_what_there_is(number, ignored, tmp_path):
+    start = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None
+    command = [sys.executable, "-c", DRIVER, "--out", tmp_path, "--dry-run"]
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=start)
+    log, end = tmp_path / "hangs.log", time.monotonic() + 20
+    while not (log.exists() and log.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    driver.send_signal(number)
+    printed, _ = driver.communicate(timeout=10)
+    assert driver.returncode == 130
+    rows = [line.split() for line in (tmp_path / "summary.txt").read_text().splitlines()]
+    assert [row[:2] for row in rows] == [["part", "result"], ["works", "ok"], ["hangs", "interrupted"], ["late", "skipped"]]
+    assert (tmp_path / "summary.txt").read_text() in printed
+
+
+@pytest.mark.parametrize("code, status", [("print()", 0), ("raise SystemExit(1)", 1)])
+def test_exit_status(code, status, tmp_path):
+    driver = DRIVER.replace("time.sleep(1000)", code.replace("print()", "pass"))
+    run = subprocess.run([sys.executable, "-c", driver, "--out", tmp_path, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == status, run.stdout + run.stderr
+
+
+def test_what_is_interrupted_has_the_grace_to_write_what_it_has(tmp_path):
+    code = (
+        "import time, pathlib\ntry:\n    time.sleep(1000)\n"
+        f"except KeyboardInterrupt:\n    time.sleep(0.3)\n    pathlib.Path({str(tmp_path / 'result')!r}).write_text('measured')"
+    )
+    start = time.monotonic()
+    results = run(tmp_path, {"measures": (python(code), 0.5), "works": (FINE, 0.1)}, seconds=4.0, grace=0.8)
+    assert results["measures"].outcome == "timed out" and results["works"].outcome == "ok"
+    assert (tmp_path / "result").read_text() == "measured"
+    assert time.monotonic() - start < 4.0
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_parts_fit_into_the_time(dry_run, tmp_path):
+    parts = gpu.parts(tmp_path, dry_run)
+    assert sum(part.share for part in parts) <= 1 and len({part.name for part in parts}) == len(parts)
+    assert any(part.missing == "needs a GPU" for part in parts) == dry_run
+
+
+def test_it_starts_without_what_it_builds(tmp_path):
+    """No torch, no fastgpt: isolated from site-packages."""
+    run = subprocess.run(
+        [sys.executable, "-S", "-m", "benchmarks.gpu", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "--dry-run" in run.stdout, run.stderr
