@@ -27,7 +27,7 @@ def run(suite: str, output: Path, seconds: float | None) -> str | None:
     output.unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "pytest", str(HERE / f"test_{suite}.py"), "-v", "-rs", "--tb=short", "--no-header",
-        "--benchmark-only", "--benchmark-quiet", f"--benchmark-json={output.absolute()}",
+        "--show-capture=no", "--disable-warnings", "--benchmark-only", "--benchmark-quiet", f"--benchmark-json={output.absolute()}",
     ]  # fmt: skip
     # A session of its own keeps a terminal's Ctrl-C from pytest, which is to get it once, from here.
     process = subprocess.Popen(command, cwd=HERE.parent, start_new_session=True)
@@ -80,7 +80,8 @@ def main() -> None:
         interrupted = problems[suite].startswith("interrupted")
         if output.exists():
             outputs.append(output)
-    report.update(outputs)
+    if outputs:
+        report.update(outputs)
     for suite, problem in problems.items():
         if problem:
             print(f"{suite}: {problem}")
