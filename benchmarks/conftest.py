@@ -3,6 +3,7 @@
 import pytest
 
 LEFT_OUT = {}  # "test_suite.py::test[parameters]" -> the reason, in one line
+ABSENT = {}  # "peer: reason" -> in how many benchmarks
 
 
 def name_of(nodeid: str) -> str:
@@ -33,3 +34,15 @@ def pytest_benchmark_update_json(output_json):
     from benchmarks.report import machine
 
     output_json.update(machine=machine(), left_out=LEFT_OUT)
+
+
+@pytest.fixture(autouse=True)
+def absent(benchmark):
+    yield
+    for name, reason in benchmark.extra_info.get("absent", {}).items():
+        ABSENT[f"{name}: {reason}"] = ABSENT.get(f"{name}: {reason}", 0) + 1
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line, count in ABSENT.items():
+        terminalreporter.write_line(f"absent from {count} benchmarks: {line}")

@@ -1,60 +1,65 @@
-"""Timing several ways of doing the same work in turns: the speed of a shared machine drifts, ratios do not."""
+"""What the suites share: where they run, how much of them, and fastgpt.timing's rounds as pytest-benchmark's."""
 
-import time
+import functools
+import os
 from collections.abc import Callable
 
 import torch
 
+from fastgpt import limits
+from fastgpt.timing import in_rounds
 
-def in_turns(
-    benchmark, ours: Callable, others: dict[str, Callable],
-    *, rounds: int, calls: int = 1, prepare: dict[str, Callable] | None = None, limits: dict[str, Callable] | None = None,
-    **info,
-) -> None:  # fmt: skip
-    """Runs pytest-benchmark on `ours`, and every other before each of its rounds.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # unless a benchmark is about another
 
-    Args:
-        others: name -> what to time beside it. Their seconds, and those of ours, go to extra_info["seconds"].
-        calls: in one timing, after as many that are not timed; seconds are those of one call.
-        prepare: name -> what to run, untimed, before that other. If it returns something, that other gets it and is
-            called once.
-        limits: name -> what shows a limit of the machine, timed first in each round. Everything else is called once
-            after them, untimed: nothing finds the caches as they left them.
-        info: goes to extra_info.
+_now = 0.0
+
+
+def full() -> bool:
+    """Whether to run everything, and for longer, rather than what takes minutes."""
+    return os.environ.get("FASTGPT_BENCH_FULL") == "1"
+
+
+def measured_time() -> float:
+    """The clock that pytest-benchmark reads: it goes on by what one call of ours was measured to take, and by nothing else."""
+    return _now
+
+
+def in_turns(benchmark, ours: Callable, others: dict[str, Callable], *, limit=None, info: dict, **options) -> None:
+    """Times `ours` and every other in turns: see `fastgpt.timing.in_rounds`, which gets the limit and the options.
+
+    pytest-benchmark's figures are those of ours; extra_info gets `info`, the seconds of all, and the limit's name and
+    what it moves.
     """
-    prepare, limits = prepare or {}, limits or {}
-    seconds = {name: [] for name in ("ours", *others, *limits)}
+    if benchmark.disabled:
+        options |= {"rounds": 1, "calls": 1}
+    options = {"seconds": (10.0 if full() else 2.5) if DEVICE == "cpu" else (3.0 if full() else 0.7)} | options
+    rounds = list(in_rounds({"ours": ours, **others}, device=DEVICE, limit=limit, **options))
 
-    def time_calls(name, function, calls):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        synchronize()
-        seconds[name].append((time.perf_counter() - start) / calls)
+    def next_of_ours(left=iter(rounds)):
+        global _now
+        _now += next(left)["ours"]
 
-    def repeat(function):
-        for _ in range(calls if calls > 1 else 0):
-            function()
-
-    def time_others():
-        for name, limit in limits.items():
-            time_calls(name, limit, calls)
-        for function in (ours, *others.values()) if limits else ():
-            function()
-        for name, other in others.items():
-            prepared = prepare[name]() if name in prepare else None
-            if prepared is not None:
-                time_calls(name, lambda: other(prepared), 1)
-            else:
-                repeat(other)
-                time_calls(name, other, calls)
-        repeat(ours)
-
-    benchmark.pedantic(lambda: time_calls("ours", ours, calls), setup=time_others, rounds=rounds, warmup_rounds=2)
-    benchmark.extra_info.update(seconds={name: values[-rounds:] for name, values in seconds.items()}, **info)
+    benchmark.pedantic(next_of_ours, rounds=len(rounds))
+    if limit is not None:
+        info = info | {"limit": limit.name, f"limit_{limit.unit}": limit.amount}
+    benchmark.extra_info.update(info, seconds={name: [seconds[name] for seconds in rounds] for name in rounds[0]})
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+@functools.cache
+def reading() -> limits.Limit:
+    return limits.reading(DEVICE)
+
+
+@functools.cache
+def copying() -> limits.Limit:
+    return limits.copying(DEVICE)
+
+
+@functools.cache
+def matrix_product(dtype: torch.dtype) -> limits.Limit:
+    return limits.matrix_product(DEVICE, dtype)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The command line: fastgpt generate | train | info."""
+"""The command line: fastgpt generate | train | bench | info."""
 
 import argparse
 import dataclasses
@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import fastgpt
+from fastgpt import bench
 from fastgpt.cache import CACHE_KINDS
 from fastgpt.checkpoint import TOKENIZER
 from fastgpt.generate import stream
@@ -75,6 +77,14 @@ def parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
         add(flag, type=field.type, metavar="N" if field.type is int else "X", help=f"(default {field.default})")
+
+    command = commands.add_parser("bench", help="how fast this machine is, in two minutes", formatter_class=Formatter)
+    command.set_defaults(run=run_bench)
+    add = command.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
+    add("--only", default="", metavar="TEXT", help="what has TEXT in its name: GPT-2, attention, one token, ...")
+    add("--seconds", type=float, default=90.0, metavar="S", help="to measure for; seven rounds of each at least (90)")
+    add("--json", action="store_true", help="print one JSON object instead of the table")
 
     command = commands.add_parser("info", help="versions, device, and which implementation serves each operation")
     command.set_defaults(run=run_info)
@@ -214,6 +224,28 @@ def run_train(options) -> None:
         f"{len(trainer.held_out):,} held out; {trainer.config.steps - trainer.step} steps to go on {device}"
     )
     train(trainer, options.out)
+
+
+def run_bench(options) -> None:
+    place = bench.Place(device_of(options.device))
+    cases = [case for case in bench.cases(place, SHIPPED_MODEL) if options.only in f"{case.section}, {case.name}"]
+    if not cases:
+        raise ValueError(f"only: expected a part of what can be measured, {options.only!r} is in no name")
+    torch.manual_seed(0)
+    results = []
+    try:
+        with tqdm(cases, unit="case", leave=False, disable=None) as bar:
+            for case in bar:
+                bar.set_description(case.name)
+                results.append(bench.measure(case, place, options.seconds / len(cases)))
+    finally:  # on Ctrl-C, what there is so far
+        machine = bench.machine(place)
+        if options.json:
+            print(json.dumps({"machine": machine, "cases": results}))
+        elif results:
+            print(bench.table(machine, results))
+    if any("problem" in result for result in results):
+        sys.exit(1)
 
 
 def run_info(options) -> None:

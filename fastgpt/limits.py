@@ -43,5 +43,5 @@ def matrix_product(device="cpu", dtype=torch.float32) -> Limit:
 
 
 def _numbers(device) -> int:
-    """Float32 numbers: 0.5 GB on a CPU, 4 GB on a GPU."""
-    return (128 << 20) if torch.device(device).type == "cpu" else (1 << 30)
+    """Float32 numbers: 0.5 GB on a CPU, 1 GB on a GPU."""
+    return (128 << 20) if torch.device(device).type == "cpu" else (256 << 20)

@@ -130,6 +130,7 @@ ERRORS = [
     (["generate", "A", "--top-p", "1.5"], "top_p: expected 0 < top_p <= 1 or None, got 1.5"),
     (["generate", "A", "--model", "/nowhere"], "expected a checkpoint folder, /nowhere does not exist"),
     (["generate", "A", "--device", "tpu9"], "device: expected cpu, cuda or cuda:N, got 'tpu9'"),
+    (["bench", "--only", "nothing of this name"], "only: expected a part of what can be measured, 'nothing of this name' is"),
     (["train", "--text", "/nowhere", "--out", "/tmp/x"], "text: expected a file, /nowhere does not exist"),
 ]
 
@@ -162,6 +163,6 @@ def test_text_too_short_to_train_on(tmp_path, capsys):
 
 def test_help_and_module(capsys):
     result = subprocess.run([sys.executable, "-m", "fastgpt", "--help"], capture_output=True, text=True, check=True)
-    assert all(command in result.stdout for command in ("generate", "train", "info"))
+    assert all(command in result.stdout for command in ("generate", "train", "bench", "info"))
     assert run(capsys, "train", "--help")[0] == 0
     assert run(capsys)[0] == 2

@@ -13,9 +13,10 @@ PACKAGE = Path(fastgpt.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"bench"},
     {"__init__", "train"},
     {"model"},
-    {"checkpoint", "generate"},
+    {"checkpoint", "generate", "timing"},
     {"cache", "capture", "families", "limits", "text"},
     {"ops.explain"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear"},

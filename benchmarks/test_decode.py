@@ -1,0 +1,87 @@
+"""Attention of one query a sequence over a cache, against PyTorch's and other libraries', and against reading memory.
+
+The caches are cold, as they are in a decoder, whose other layers and weights go by before a layer's turn comes again: on a
+CPU each call takes the next of several copies, which together are larger than its caches; on a GPU the L2 cache is flushed
+before each call.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks.attention_peers import check, peers
+from benchmarks.timing import DEVICE, DTYPE, full, in_turns, measured_time, name_of, reading
+from fastgpt import attention, explain
+from fastgpt.ops.quantisation import quantise
+from fastgpt.timing import cold, implementation
+
+pytestmark = pytest.mark.benchmark(timer=measured_time)
+PAGE = 16
+HEADS = {"12heads": (12, 12, 64), "32heads-8share": (32, 4, 128)}  # H, H_kv, D
+KINDS = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn, "paged": DTYPE,
+}  # fmt: skip
+BASE = name_of(DTYPE)
+SLOW_TO_COMPILE = {"FlexAttention": "on a CPU it compiles for seconds: in the full set, or over 8,192 keys"}
+
+
+def cases():
+    """(keys, kind of cache, heads, batch)."""
+    quick = [
+        *((keys, BASE, "12heads", 1) for keys in (1024, 8192, 65536)),
+        *((8192, kind, "12heads", 1) for kind in KINDS if kind not in (BASE, "float32")),
+        *((8192, kind, "32heads-8share", 1) for kind in (BASE, "int8")),
+        *((1024, kind, "12heads", 16) for kind in (BASE, "paged")),
+    ]
+    all_of_them = itertools.product((1024, 8192, 65536), KINDS, HEADS, (1, 16))
+    chosen = [case for case in all_of_them if case[0] * case[3] <= 1 << 17] if full() else quick
+    ids = [f"{keys}keys-{kind}-{heads}-batch{B}" for keys, kind, heads, B in chosen]
+    return pytest.mark.parametrize("keys, kind, heads, B", chosen, ids=ids)
+
+
+def example_of(kind, H, H_kv, D, keys, B):
+    """The arguments of attention: q, and a cache of this kind."""
+    torch.manual_seed(0)
+    dtype = KINDS[kind] if KINDS[kind].itemsize > 1 else DTYPE
+    example = {"q": torch.randn(B, H, 1, D, device=DEVICE).to(dtype)}
+    table = torch.randperm(B * keys // PAGE, device=DEVICE).view(B, -1)
+    for name in "kv":
+        x = torch.randn(B, H_kv, keys, D, device=DEVICE).to(dtype)
+        if kind == "paged":
+            pages = x.view(B, H_kv, -1, PAGE, D).transpose(1, 2)  # (B, pages, H_kv, page, D)
+            x = torch.empty_like(pages.flatten(0, 1))
+            x[table] = pages
+        if KINDS[kind].itemsize == 1:
+            x, example[f"{name}_scale"] = quantise(x, KINDS[kind])
+        example[name] = x
+    return example | ({"block_table": table.int()} if kind == "paged" else {})
+
+
+@cases()
+@torch.inference_mode()
+def test_decode(benchmark, keys, kind, heads, B):
+    H, H_kv, D = HEADS[heads]
+    example = example_of(kind, H, H_kv, D, keys, B)
+    check(attention(**example), **example)
+    compiles = DEVICE == "cuda" or full() or (keys, kind) == (8192, BASE)
+    others, absent = peers(attention, example, without=None if compiles else SLOW_TO_COMPILE)
+
+    def over(cache, function):
+        return lambda **turn: function(**turn[cache])
+
+    turns = [{"this": cache} for cache in cold(**example)]
+    others = {name: over("this", function) for name, function in others.items()}
+    if kind != BASE:
+        contiguous = itertools.cycle(cold(**example_of(BASE, H, H_kv, D, keys, B)))
+        turns = [turn | {"contiguous": next(contiguous)} for turn in turns]
+        others[f"ours, {BASE}"] = over("contiguous", attention)
+    in_turns(
+        benchmark, over("this", attention), others, turns=turns, limit=reading(), flush=True,
+        info={
+            "what": "decode", "device": DEVICE, "kind": kind, "dtype": name_of(example["q"].dtype), "batch": B, "heads": H,
+            "kv_heads": H_kv, "head_dim": D, "keys": keys, "bytes": sum(x.nbytes for x in example.values()),
+            "implementation": implementation(explain(attention, **example)), "absent": absent,
+        },
+    )  # fmt: skip
