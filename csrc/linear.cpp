@@ -13,7 +13,7 @@
 #include "tensors.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(void linear_inputs(const Linear& l, float* x);
-                              void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end);
+                              void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next);
                               void linear_finish(const Linear& l, int64_t begin, int64_t end);)
 
 namespace fastgpt {
@@ -21,20 +21,43 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Bytes of weights that a thread takes at a time. Threads of a shared machine are not equally fast, so they take what is
-// left rather than a share each.
-constexpr int64_t kPart = 128 * 1024;
+// Output features [begin, end).
+struct Range {
+  int64_t begin, end;
+};
+
+// Hands out the output features. Threads of a shared machine are not equally fast, so each takes a part of what is left,
+// smaller and smaller ones, and they end together.
+class Ranges {
+ public:
+  Ranges(int64_t features, int64_t threads) : features_(features), threads_(threads) {}
+
+  Range next() {
+    int64_t begin = taken_.load(std::memory_order_relaxed), end;
+    do {
+      const int64_t part = (features_ - begin) / (2 * threads_) / kLeast * kLeast;
+      end = std::min(begin + std::max(part, kLeast), features_);
+    } while (begin < features_ && !taken_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+    return {begin, end};
+  }
+
+ private:
+  static constexpr int64_t kLeast = 16;
+  const int64_t features_, threads_;
+  std::atomic<int64_t> taken_ = 0;
+};
 
 void run(const Linear& l, float* x) {
   FASTGPT_AT_CPU_LEVEL(linear_inputs)(l, x);
   const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_outputs);
-  if (l.rows * l.in * l.out_features <= kGrain) return kernel(l, x, 0, l.out_features);
-  const int64_t blocks = kPart / (l.in * size_of(l.element) * kFeatures);
-  const int64_t part = std::max<int64_t>(blocks, 1) * kFeatures;
-  std::atomic<int64_t> next = 0;
-  torch::stable::parallel_for(0, int64_t{torch::stable::get_num_threads()}, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t first; (first = next.fetch_add(part, std::memory_order_relaxed)) < l.out_features;) {
-      kernel(l, x, first, std::min(first + part, l.out_features));
+  if (l.rows * l.in * l.out_features <= kGrain) return kernel(l, x, 0, l.out_features, l.out_features);
+  const int64_t threads = torch::stable::get_num_threads();
+  Ranges ranges(l.out_features, threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    // The next range is known before this one ends: its weights are fetched in time.
+    for (Range now = ranges.next(), next; now.begin < l.out_features; now = next) {
+      next = ranges.next();
+      kernel(l, x, now.begin, now.end, next.begin);
     }
   });
 }

@@ -75,14 +75,16 @@ void finish(const Linear& l, int64_t row, int64_t first, int64_t count, float* y
 }
 
 template <typename T>
-void outputs(const Linear& l, const float* x, const T* weight, int64_t begin, int64_t end) {
+void outputs(const Linear& l, const float* x, const T* weight, int64_t begin, int64_t end, int64_t next) {
   alignas(64) float dots[kMaxRows][kFeatures] = {};
   for (int64_t first = begin; first < end; first += kFeatures) {
     const int64_t count = end - first < kFeatures ? end - first : kFeatures;
     const auto multiply = [&](auto streams, int64_t n) {
       constexpr int kStreams = decltype(streams)::value;
+      const int64_t now = first + n, then = now + kStreams < end ? now + kStreams : next;
+      const int64_t ahead = then < l.out_features ? (then - now) * l.in * sizeof(T) : 0;
       multiply_blocks<kMostRows, kStreams>(
-          x, l.padded(), l.rows, weight + (first + n) * l.in, l.in, kStreams * l.in * sizeof(T), &dots[0][n], kFeatures);
+          x, l.padded(), l.rows, weight + now * l.in, l.in, ahead, &dots[0][n], kFeatures);
     };
     int64_t n = 0;
     for (; n + kMostStreams <= count; n += kMostStreams) multiply(std::integral_constant<int, kMostStreams>(), n);
@@ -93,12 +95,12 @@ void outputs(const Linear& l, const float* x, const T* weight, int64_t begin, in
 
 }  // namespace
 
-// Output features begin to end, of all rows.
-void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end) {
+// Output features begin to end, of all rows. The weights of `next`, if there is such a feature, are needed after them.
+void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
   switch (l.element) {
-    case Element::float32: return outputs(l, x, static_cast<const float*>(l.weight), begin, end);
-    case Element::float16: return outputs(l, x, static_cast<const Half*>(l.weight), begin, end);
-    default: return outputs(l, x, static_cast<const BFloat16*>(l.weight), begin, end);
+    case Element::float32: return outputs(l, x, static_cast<const float*>(l.weight), begin, end, next);
+    case Element::float16: return outputs(l, x, static_cast<const Half*>(l.weight), begin, end, next);
+    default: return outputs(l, x, static_cast<const BFloat16*>(l.weight), begin, end, next);
   }
 }
 
