@@ -7,8 +7,9 @@ with torch's number of threads and the fastest settings that are open to a user:
     transformers     `generate` with its dynamic and static caches and with none; on CUDA also the static one with torch.compile
     CTranslate2      `generate_batch`, which takes the prompt in one pass; int8: matrices, and activations row by row
     llama.cpp        `llama_decode` through llama-cpp-python's low-level interface, logits of the last token only, and NumPy's
-                     argmax, which is faster than its samplers. Weights are read, not mapped. Keys and values are 16 bits,
-                     its default, also for f32: that is faster than 32.
+                     argmax, which is faster than its samplers. Keys and values are 16 bits, its default, also for f32: 32
+                     are slower. On a CPU its flash attention is off: without, decoding over 900 keys is faster by a
+                     quarter, prefill slower by a fifth.
 
 Absent libraries are named with the reason.
 """
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.timing import name_of
 from fastgpt import GPT, GPTConfig
 from fastgpt.generate import stream
 from fastgpt.timing import synchronize
@@ -37,11 +39,13 @@ class Peer(NamedTuple):
     """A way to generate.
 
     generate: takes ids (B, T) and a function, which it calls with the new tokens, a list of B, whenever the host knows them.
-    tolerance: how much less likely than the best a token may be that it takes; see `regret`.
+    logits: takes ids (1, T) and gives those (V,) of the token that follows.
+    tolerance: by how much logits may be off, as a share of their standard deviation.
     weight_bytes, kv_bytes: of a number in a matrix, and of one in a cache of keys or values.
     """
 
     generate: Callable[[torch.Tensor, Callable[[list[int]], None]], None]
+    logits: Callable[[torch.Tensor], torch.Tensor]
     tolerance: float
     weight_bytes: float
     kv_bytes: float
@@ -62,54 +66,72 @@ def timed(peer: Peer, ids: torch.Tensor) -> tuple[list[list[int]], list[float]]:
 
 
 def gpt2(device="cpu", dtype=torch.float32) -> GPT:
-    """Random weights, the same on every device; larger than GPT-2's initial ones, with which it repeats a token whatever came
-    before. With these, tokens depend on the whole context, so that a peer which gets some of it wrong is found out."""
-    model = GPT(GPTConfig(vocab_size=50257, context_length=1024, num_layers=12, num_heads=12, hidden_size=768)).eval()
+    """GPT-2 124M with random weights."""
+    return randomised(GPT(GPTConfig(50257, context_length=1024, num_layers=12, num_heads=12, hidden_size=768))).to(device, dtype)
+
+
+@torch.no_grad()
+def randomised(model: GPT) -> GPT:
+    """Draws all parameters, and larger ones than GPT-2's initial weights, which repeat a token whatever came before. So
+    tokens depend on the whole context and on everything in the model, and a peer that gets some of it wrong is found out."""
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.05, generator=generator)
-    return model.to(device, dtype)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.05, generator=generator)
+    return model.eval()
 
 
-def step_bytes(config: GPTConfig, keys: int, weight_bytes: float, kv_bytes: float, batch: int = 1) -> int:
-    """What a decode step must read: every weight, of the position embedding a row, and `keys` keys and values."""
+def step_bytes(config: GPTConfig, keys: int, peer: Peer, batch: int) -> int:
+    """What a decode step of a peer must read: every matrix, and `keys` keys and values of every sequence. Biases, norms and
+    rows of embeddings are not counted: they are 0.1% of it."""
     C, L = config.hidden_size, config.num_layers
     matrices = 12 * L * C * C + config.vocab_size * C  # the token embedding is the output matrix
-    vectors = L * 13 * C + 2 * C + 2 * C * batch  # biases and norms; a row of each embedding
-    return round(weight_bytes * matrices + max(weight_bytes, 4) * vectors + kv_bytes * 2 * L * C * keys * batch)
+    return round(peer.weight_bytes * matrices + peer.kv_bytes * 2 * L * C * keys * batch)
 
 
 def prefill_flops(config: GPTConfig, T: int, batch: int = 1) -> int:
-    """Matrix products of T tokens, causal attention, and the logits of the last one."""
+    """What the first token must take: matrix products and causal attention, but of the last layer only keys and values for
+    any token but the last one."""
     C, L = config.hidden_size, config.num_layers
-    return batch * (2 * 12 * L * C * C * T + 2 * L * C * T * T + 2 * config.vocab_size * C)
+    block, last_block = 2 * 12 * C * C * T + 2 * C * T * (T + 1), 2 * 2 * C * C * T + 2 * 10 * C * C + 4 * C * T
+    return batch * ((L - 1) * block + last_block + 2 * config.vocab_size * C)
 
 
 @torch.inference_mode()
-def regret(model: GPT, ids: torch.Tensor, tokens: list[list[int]]) -> float:
-    """By how much the logit of a token, at worst, is below that of the best token after the same text, in standard deviations
-    of logits: 0 for the tokens of `model`. One is 4 on average for any token at random."""
+def regret(oracle: GPT, ids: torch.Tensor, tokens: list[list[int]]) -> float:
+    """By how much the logit of a token, at worst, is below the highest after the same text, as a share of their standard
+    deviation. 0 for the tokens of `oracle`, about 4 for any others, and at most twice the error of the logits."""
     new = torch.tensor(tokens, device=ids.device).T
-    logits = model(torch.cat([ids, new[:, :-1]], dim=1))[:, ids.shape[1] - 1 :].float()
+    hidden = oracle.hidden(torch.cat([ids, new[:, :-1]], dim=1))
+    logits = oracle.logits(hidden[:, ids.shape[1] - 1 :])
     taken = logits.gather(-1, new.unsqueeze(-1)).squeeze(-1)
     return ((logits.amax(-1) - taken) / logits.std(-1)).max().item()
 
 
 @contextmanager
-def opened(model: GPT) -> Iterator[tuple[dict[str, Peer], dict[str, str], dict[str, str]]]:
-    """The peers of a model by name, "ours" being one; the versions of the libraries; and why others are absent."""
+def opened(model: GPT, oracle: GPT) -> Iterator[tuple[dict[str, Peer], dict[str, str], dict[str, str]]]:
+    """The peers of a model by name, "ours" being one; the versions of the libraries; and why others are absent.
+
+    A peer whose logits are not those of `oracle`, the same in float32, is absent.
+    """
     peers, versions, absent = {"ours": ours(model)}, {}, {}
+    loaders = {"transformers": of_transformers, "ctranslate2": of_ctranslate2, "llama-cpp-python": of_llama_cpp}
+    ids = (torch.arange(32, device=model.token_embedding.weight.device) * 1511 % model.config.vocab_size).unsqueeze(0)
     BUILD.mkdir(exist_ok=True)
-    with ExitStack() as stack:
-        loaders = {"transformers": of_transformers, "ctranslate2": of_ctranslate2, "llama-cpp-python": of_llama_cpp}
+    with ExitStack() as stack, torch.inference_mode():
+        expected = oracle(ids)[0, -1]
         for library, load in loaders.items():
             try:
                 with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-                    peers |= load(model, Path(folder), stack)
+                    loaded = load(model, Path(folder), stack)
                 versions[library] = metadata.version(library)
-            except Exception as error:  # whatever it is, the others can be timed
-                absent[library] = f"{type(error).__name__}: {error}".splitlines()[0]
+                for name, peer in loaded.items():
+                    error = ((peer.logits(ids).to(expected) - expected).abs().max() / expected.std()).item()
+                    if error <= peer.tolerance:
+                        peers[name] = peer
+                    else:
+                        absent[name] = f"its logits are off by {error:.2g} standard deviations, more than {peer.tolerance}"
+            except Exception as reason:  # whatever it is, the others can be timed
+                absent[library] = f"{type(reason).__name__}: {reason}".splitlines()[0]
         yield peers, versions, absent
 
 
@@ -117,9 +139,13 @@ def number_bytes(model: GPT) -> int:
     return model.token_embedding.weight.element_size()
 
 
-def exact(model: GPT) -> float:
-    """The tolerance for what computes in the dtype of the model: its rounding, and not more."""
-    return {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}[model.token_embedding.weight.dtype]
+def rounding(model: GPT) -> float:
+    """The tolerance for what computes in the dtype of the model."""
+    return {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.2}[model.token_embedding.weight.dtype]
+
+
+def numbers(parameter: torch.Tensor) -> np.ndarray:
+    return parameter.detach().float().cpu().numpy()
 
 
 def ours(model: GPT) -> Peer:
@@ -127,7 +153,10 @@ def ours(model: GPT) -> Peer:
         for token in stream(model, ids, NEW):
             note(token.tolist())
 
-    return Peer(generate, exact(model), number_bytes(model), number_bytes(model))
+    def logits(ids):
+        return model(ids, cache=model.new_cache(1))[0, -1]
+
+    return Peer(generate, logits, rounding(model), number_bytes(model), number_bytes(model))
 
 
 def of_transformers(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Peer]:
@@ -149,18 +178,20 @@ def of_transformers(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Pee
         def end(self):
             pass
 
-    def peer(new=NEW, **options):
-        options |= {"max_new_tokens": new}
-
+    def peer(new=NEW, kv_bytes=number_bytes(model), **options):
         def generate(ids, note):
-            theirs.generate(ids, attention_mask=torch.ones_like(ids), streamer=Streamer(note), **options)
+            mask = torch.ones_like(ids)
+            theirs.generate(ids, attention_mask=mask, max_new_tokens=new, streamer=Streamer(note), **options)
 
-        return Peer(generate, exact(model), number_bytes(model), number_bytes(model))
+        return Peer(generate, logits, rounding(model), number_bytes(model), kv_bytes)
+
+    def logits(ids):
+        return theirs(ids).logits[0, -1]
 
     peers = {
         "transformers, dynamic cache": peer(),
         "transformers, static cache": peer(cache_implementation="static", disable_compile=True),
-        "transformers, no cache": peer(new=3, use_cache=False),
+        "transformers, no cache": peer(new=2, kv_bytes=0, use_cache=False),
     }
     if weight.is_cuda:
         peers["transformers, static cache, compiled"] = peer(cache_implementation="static")
@@ -176,9 +207,6 @@ def of_ctranslate2(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Peer
         raise RuntimeError("it finds no CUDA device")
     heads = model.config.num_heads
     spec = TransformerDecoderModelSpec.from_config(model.config.num_layers, heads, activation=Activation.GELUTanh)
-
-    def numbers(parameter):
-        return parameter.detach().float().cpu().numpy()
 
     def set_norm(spec, norm):
         spec.gamma, spec.beta = numbers(norm.weight), numbers(norm.bias)
@@ -206,9 +234,8 @@ def of_ctranslate2(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Peer
     spec.save(str(folder))
 
     def peer(kind, tolerance, weight_bytes):
-        generator = ctranslate2.Generator(
-            str(folder), weight.device.type, compute_type=kind, intra_threads=torch.get_num_threads()
-        )
+        threads = torch.get_num_threads()
+        generator = ctranslate2.Generator(str(folder), weight.device.type, compute_type=kind, intra_threads=threads)
         stack.callback(generator.unload_model)
 
         def generate(ids, note):
@@ -221,31 +248,27 @@ def of_ctranslate2(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Peer
                     step.clear()
 
             prompts = [[str(token) for token in row] for row in ids.tolist()]
-            generator.generate_batch(
-                prompts, max_length=NEW, include_prompt_in_result=False, end_token=[], callback=gather
-            )
+            options = {"max_length": NEW, "include_prompt_in_result": False, "end_token": []}
+            generator.generate_batch(prompts, callback=gather, **options)
 
-        return Peer(generate, tolerance, weight_bytes, number_bytes(model))
+        def logits(ids):
+            every = generator.forward_batch(ids.tolist()).to(ctranslate2.DataType.float32).to_device(ctranslate2.Device.cpu)
+            return torch.from_numpy(np.array(every))[0, -1]
 
-    dtype = str(weight.dtype).removeprefix("torch.")
-    int8 = "int8_" + dtype
+        return Peer(generate, logits, tolerance, weight_bytes, number_bytes(model))
+
+    dtype = name_of(weight.dtype)
     return {
-        f"CTranslate2 {dtype}": peer(dtype, exact(model), number_bytes(model)),
-        "CTranslate2 int8": peer(int8, 0.25, 1),
+        f"CTranslate2 {dtype}": peer(dtype, rounding(model), number_bytes(model)),
+        "CTranslate2 int8": peer(f"int8_{dtype}", 0.4, 1),
     }
 
 
 GGUF_NAMES = {
-    "token_embedding": "token_embd",
-    "position_embedding": "position_embd",
-    "norm": "output_norm",
-    "attention_norm": "attn_norm",
-    "attention.qkv": "attn_qkv",
-    "attention.out": "attn_output",
-    "mlp_norm": "ffn_norm",
-    "mlp.up": "ffn_up",
-    "mlp.down": "ffn_down",
-}
+    "token_embedding": "token_embd", "position_embedding": "position_embd", "norm": "output_norm",
+    "attention_norm": "attn_norm", "attention.qkv": "attn_qkv", "attention.out": "attn_output",
+    "mlp_norm": "ffn_norm", "mlp.up": "ffn_up", "mlp.down": "ffn_down",
+}  # fmt: skip
 
 
 def write_gguf(model: GPT, path: Path, kind: str) -> None:
@@ -267,8 +290,8 @@ def write_gguf(model: GPT, path: Path, kind: str) -> None:
         rest = ".".join(module[2:] if block else module)
         matrix = parameter.dim() == 2 and rest != "position_embedding"
         dtype = gguf.GGMLQuantizationType[kind.upper() if matrix else "F32"]
-        numbers = gguf.quantize(parameter.detach().float().cpu().numpy(), dtype)
-        writer.add_tensor(f"{block}{GGUF_NAMES[rest]}.{last}", numbers, raw_dtype=dtype)
+        quantised = gguf.quantize(numbers(parameter), dtype)
+        writer.add_tensor(f"{block}{GGUF_NAMES[rest]}.{last}", quantised, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -281,16 +304,15 @@ def of_llama_cpp(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Peer]:
     on_gpu, vocab_size = model.token_embedding.weight.is_cuda, model.config.vocab_size
     if on_gpu and not llama_cpp.llama_supports_gpu_offload():
         raise RuntimeError("it was built without CUDA")
-    silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(silence, ctypes.c_void_p())
-    stack.callback(lambda: silence)  # kept as long as it may be called
+    silent, default = llama_cpp.llama_log_callback(lambda level, text, data: None), llama_cpp.llama_log_callback()
+    llama_cpp.llama_log_set(silent, None)
+    stack.callback(lambda silent: llama_cpp.llama_log_set(default, None), silent)  # which must live until then
 
     def peer(kind, tolerance, weight_bytes):
         path = folder / f"{kind}.gguf"
         write_gguf(model, path, kind)
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = -1 if on_gpu else 0
-        options.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         # Its AMX kernels are killed where GCC dropped the stores of their tile configuration (ggml-org/llama.cpp#20824).
         options.use_extra_bufts = b"AMX" not in llama_cpp.llama_print_system_info()
         weights = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
@@ -301,21 +323,29 @@ def of_llama_cpp(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Peer]:
         options = llama_cpp.llama_context_default_params()
         options.n_ctx = options.n_batch = options.n_ubatch = model.config.context_length
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        if not on_gpu:
+            options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         context = llama_cpp.llama_init_from_model(weights, options)
         stack.callback(llama_cpp.llama_free, context)
 
-        def generate(ids, note):
-            tokens = ids[0].tolist()
+        def decode(tokens):
+            array = (llama_cpp.llama_token * len(tokens))(*tokens)  # which the batch points to
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(array))):
+                raise RuntimeError("llama_decode failed")
+            return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (vocab_size,))
+
+        def logits(ids):
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
-            for _ in range(NEW):
-                array = (llama_cpp.llama_token * len(tokens))(*tokens)  # which the batch points to
-                if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(array))):
-                    raise RuntimeError("llama_decode failed")
-                logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (vocab_size,))
-                tokens = [int(logits.argmax())]
-                note(tokens)
+            return torch.from_numpy(decode(ids[0].tolist()))
 
-        return Peer(generate, tolerance, weight_bytes, 2)
+        def generate(ids, note):
+            token = logits(ids).argmax().item()
+            note([token])
+            for _ in range(NEW - 1):
+                token = decode([token]).argmax().item()
+                note([token])
 
-    kinds = {"f32": (0.01, 4), "f16": (0.02, 2), "q8_0": (0.1, 34 / 32)}
+        return Peer(generate, logits, tolerance, weight_bytes, 2)
+
+    kinds = {"f32": (0.01, 4), "f16": (0.02, 2), "q8_0": (0.3, 34 / 32)}
     return {f"llama.cpp {kind}": peer(kind, *rest) for kind, rest in kinds.items()}

@@ -1,46 +1,176 @@
-"""Cached against uncached decoding: the time of one more token, by context length.
+"""Generation end to end, beside other libraries; and cached against uncached.
 
-Uncached, a step computes the whole context again; cached, one token that looks back at it.
+The models are GPT-2 124M with random weights, and the shipped one.
 """
 
-import time
+import functools
+import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import peers
+from benchmarks.timing import DEVICE, full, in_turns, matrix_product, measured_time, name_of, reading
 from fastgpt import GPT
-from fastgpt.cli import SHIPPED_MODEL
+from fastgpt.cli import SHIPPED_MODEL, serving
+from fastgpt.timing import clock
 
-CONTEXTS = [64, 128, 200, 400]  # tokens, the new one included
-ROUNDS = 150
+ROOT = Path(__file__).parents[1]
+DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]
+SECONDS = (90 if full() else 10) if DEVICE == "cpu" else (15 if full() else 3)  # of rounds of generation, about
+LEAST_ROUNDS = 5
+TAKE_BATCHES = ("ours", "transformers, dynamic cache", "CTranslate2")  # how their names begin
 
 
-@pytest.fixture(scope="module")
-def model():
-    return GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
+@functools.lru_cache(maxsize=1)
+def model_of(name: str, dtype: torch.dtype) -> GPT:
+    return peers.gpt2(DEVICE, dtype) if name == "gpt2-124m" else GPT.from_pretrained(SHIPPED_MODEL, dtype=dtype, device=DEVICE)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_uncached_against_cached_step(benchmark, model, context):
-    """Both in every round, one after the other: the speed of a shared machine drifts, and the ratio does not."""
-    ids = torch.randint(model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
-    cache = model.new_cache(1)
-    cached_seconds = []
-    with torch.inference_mode():
-        model(ids[:, :-1], cache=cache)
-        def cached():
-            cache.truncate([context - 1])  # forget the token of the step before
-            return model.logits(model.hidden(ids[:, -1:], cache)[:, -1]).argmax(-1)
+def prompts(model: GPT, batch: int, T: int) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (batch, T), generator=torch.Generator().manual_seed(T)).to(DEVICE)
 
-        def uncached():
-            return model.logits(model.hidden(ids)[:, -1]).argmax(-1)
 
-        def time_cached():
-            cached()  # as in a decode loop, the step before was a cached one
-            start = time.perf_counter()
-            cached()
-            cached_seconds.append(time.perf_counter() - start)
+def about(name: str, dtype: torch.dtype, batch: int) -> dict:
+    implementation = serving(torch.device(DEVICE))["attention"][0]
+    return {"model": name, "device": DEVICE, "dtype": name_of(dtype), "batch": batch, "implementation": implementation}
 
-        assert torch.equal(cached(), uncached())
-        benchmark.pedantic(uncached, setup=time_cached, rounds=ROUNDS, warmup_rounds=10)
-    benchmark.extra_info.update(context=context, cached_seconds=cached_seconds[-ROUNDS:])
+
+@pytest.fixture(scope="module", params=DTYPES, ids=name_of)
+def opened(request):
+    """GPT-2 in one dtype, the same computing in float32, and what `peers.opened` gives for them."""
+    model = peers.gpt2(DEVICE, request.param)
+    oracle = peers.gpt2(DEVICE, request.param).float()
+    with peers.opened(model, oracle) as libraries:
+        yield model, oracle, *libraries
+
+
+def requests():
+    """(batch, tokens of a prompt)."""
+    quick = [(1, 32), (1, 512), (1, 900), (4, 32), (16, 32)]
+    chosen = sorted([*quick, (1, 128), (1, 1000), (4, 512), (16, 512)]) if full() else quick
+    return pytest.mark.parametrize("batch, T", chosen, ids=[f"batch{batch}-{T}tokens" for batch, T in chosen])
+
+
+@requests()
+def test_generation(benchmark, opened, batch, T):
+    """In a round, each generates once. Its first token tells the time of prefill; the median of the times from one to the
+    next, which come after it and find caches as generation leaves them, that of a decode step."""
+    model, oracle, libraries, versions, absent = opened
+    libraries = {name: peer for name, peer in libraries.items() if batch == 1 or name.startswith(TAKE_BATCHES)}
+    ids, dtype = prompts(model, batch, T), model.token_embedding.weight.dtype
+    for _ in range(1 if DEVICE == "cpu" else 2):  # there, the first run compiles
+        seconds_of_round = 0.0
+        for name, peer in libraries.items():
+            tokens, seconds = peers.timed(peer, ids)
+            regret = peers.regret(oracle, ids, tokens)
+            assert regret <= 2 * peer.tolerance, f"{name}: tokens {regret:.2g} standard deviations below the best: {tokens}"
+            seconds_of_round += seconds[-1]
+    rounds = max(LEAST_ROUNDS, round(SECONDS / seconds_of_round))
+    product, read = matrix_product(dtype), reading()
+    prefill, decode = ({name: [] for name in ("ours", *libraries, limit.name)} for limit in (product, read))
+
+    def generate(name):
+        _, seconds = peers.timed(libraries[name], ids)
+        prefill[name].append(seconds[0])
+        decode[name].append(statistics.median(after - before for before, after in zip(seconds, seconds[1:])))
+
+    def others():
+        prefill[product.name].append(clock(product.run, [{}] * 3, DEVICE))
+        decode[read.name].append(clock(read.run, [{}] * 3, DEVICE))
+        for name in libraries:
+            if name != "ours":
+                generate(name)
+
+    benchmark.pedantic(generate, args=("ours",), setup=others, rounds=rounds)
+    keys = T + peers.NEW // 2  # in the median step
+    read_by = {name: peers.step_bytes(model.config, keys, peer, batch) for name, peer in libraries.items()}
+    cases = [
+        {
+            "what": "prefill", "T": T, "flops": peers.prefill_flops(model.config, T, batch),
+            "limit": product.name, "limit_flops": product.amount, "seconds": prefill,
+        },
+        {
+            "what": "decode", "context": T, "bytes": read_by["ours"], "peer_bytes": read_by,
+            "limit": read.name, "limit_bytes": read.amount, "seconds": decode,
+        },
+    ]  # fmt: skip
+    benchmark.extra_info.update(about("gpt2-124m", dtype, batch), peers=versions, absent=absent, cases=cases)
+
+
+def steps():
+    """(model, batch, tokens of context, the new one included)."""
+    contexts = [32, 64, 128, 256, 512, 900, 1000] if full() else [32, 128, 512, 900]
+    of_model = {"gpt2-124m": contexts, "shipped": [T for T in contexts if T <= 512]}
+    chosen = [(name, B, T) for name in of_model for B in ((1, 4, 16) if full() else (1,)) for T in of_model[name]]
+    return pytest.mark.parametrize("name, batch, T", chosen, ids=[f"{name}-batch{B}-{T}tokens" for name, B, T in chosen])
+
+
+@steps()
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.benchmark(timer=measured_time)
+@torch.inference_mode()
+def test_cached_against_uncached(benchmark, dtype, name, batch, T):
+    """One more token, the last of T: with all others in the cache, and with nothing known."""
+    model = model_of(name, dtype)
+    ids = prompts(model, batch, T)
+    cache = model.new_cache(batch)
+    model.hidden(ids[:, :-1], cache)
+    step = model.decoding(cache)
+
+    def cached():
+        cache.truncate([T - 1] * batch)  # forget the token of the step before
+        return step(ids[:, -1]).argmax(-1)
+
+    def uncached():
+        return model.logits(model.hidden(ids, last_only=True)[:, -1]).argmax(-1)
+
+    assert peers.regret(model, ids, [cached().tolist()]) <= 2 * peers.rounding(model)
+    info = {"what": "cached against uncached", **about(name, dtype, batch), "context": T}
+    in_turns(benchmark, cached, {"uncached": uncached}, info=info)
+
+
+@pytest.mark.parametrize("batch", [1, 16] if full() else [1], ids="batch{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_memory(benchmark, dtype, batch, T=900):
+    """The most that generation takes beyond the model: on a CPU of a process of its own, on CUDA of PyTorch's allocator."""
+    if DEVICE == "cpu" and not Path("/proc/self/clear_refs").exists():
+        pytest.skip("measuring peak memory needs Linux's /proc/self/clear_refs")
+    peaks = {}
+
+    def measure():
+        for mode in "cached", "uncached":
+            arguments = name_of(dtype), batch, T, mode == "cached"
+            if DEVICE == "cuda":
+                peaks[mode] = peak_bytes(*arguments)
+                continue
+            code = f"from benchmarks.test_generate import peak_bytes; print(peak_bytes{arguments})"
+            output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+            peaks[mode] = int(output.stdout)
+
+    benchmark.pedantic(measure)
+    cases = [{"what": "memory", "context": T, "mode": mode, "bytes": peak} for mode, peak in peaks.items()]
+    benchmark.extra_info.update(about("gpt2-124m", dtype, batch), cases=cases)
+
+
+def peak_bytes(dtype: str, batch: int, T: int, use_cache: bool) -> int:
+    model = model_of("gpt2-124m", getattr(torch, dtype))
+    ids = prompts(model, batch, T)
+    model.generate(ids[:, :2], 2, use_cache=use_cache)  # what is loaded and started once is not counted
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model.generate(ids, 2, use_cache=use_cache)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident_bytes("VmRSS")
+    model.generate(ids, 2, use_cache=use_cache)
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
