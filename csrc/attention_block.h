@@ -6,7 +6,7 @@
 #pragma once
 
 #include "attention.h"
-#include "attention_vectors.h"
+#include "vectors.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "attention.h"
-#include "attention_vectors.h"
+#include "vectors.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {

@@ -1,8 +1,6 @@
 // `linear` for few rows of x. Such a product reads every weight once, from memory; all else must hide behind that.
 
-#include <algorithm>
-
-#include "attention_vectors.h"
+#include "vectors.h"
 #include "linear.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
@@ -121,7 +119,7 @@ void linear_inputs(const Linear& l, float* x) {
   const int64_t padded = l.padded();
   const auto read = [&](const void* source, int64_t row, float* target) {
     convert(source, row * l.in, l.in, l.element, target);
-    std::fill(target + l.in, target + padded, 0.0f);
+    std::memset(target + l.in, 0, (padded - l.in) * sizeof(float));
   };
   for (int64_t r = 0; r < l.rows; ++r) read(l.x, r, x + r * padded);
   if (!l.norm_weight) return;
@@ -133,7 +131,7 @@ void linear_inputs(const Linear& l, float* x) {
     for (int64_t c = 0; c < padded; c += kWidth) total += load(x + c);
     const Vector mean = broadcast(sum(total) / l.in);
     for (int64_t c = 0; c < padded; c += kWidth) store(x + c, load(x + c) - mean);
-    std::fill(x + l.in, x + padded, 0.0f);
+    std::memset(x + l.in, 0, (padded - l.in) * sizeof(float));
     for (int64_t c = 0; c < padded; c += kWidth) {
       const Vector centred = load(x + c);
       rest += centred, squares += centred * centred;

@@ -34,7 +34,7 @@ using Scratch = std::unique_ptr<float, FreeScratch>;
 inline Scratch scratch(int64_t floats) {
   const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
   Scratch memory(static_cast<float*>(std::aligned_alloc(64, bytes)));
-  STD_TORCH_CHECK(memory != nullptr, "attention: out of memory for ", bytes, " bytes of scratch");
+  STD_TORCH_CHECK(memory != nullptr, "out of memory for ", bytes, " bytes of scratch");
   return memory;
 }
 

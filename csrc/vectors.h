@@ -1,4 +1,4 @@
-// Vectors for the attention kernels: arithmetic on kWidth floats at a time (GCC's vector extension, which Clang shares),
+// Vectors for the CPU kernels: arithmetic on kWidth floats at a time (GCC's vector extension, which Clang shares),
 // e^x and tanh, dropout's random numbers, conversion from and to stored elements, and the matrix product.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
