@@ -1,7 +1,12 @@
 """Fixtures that several test files share, and the rule that tests marked `gpu` need a GPU."""
 
+import signal
+
 import pytest
 import torch
+
+# A shell's background job ignores SIGINT, and so would what the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -156,8 +156,10 @@ def project(tmp_path_factory):
     (folder / "fastgpt").mkdir()
     (folder / "fastgpt" / "__init__.py").touch()
     (folder / "csrc").mkdir()
-    for name in ("bindings.cpp", "cpu_level.cpp", "cpu_level.h", "page_allocator.cpp", "page_allocator.h"):
-        shutil.copy(ROOT / "csrc" / name, folder / "csrc")
+    shutil.copy(ROOT / "csrc" / "bindings.cpp", folder / "csrc")
+    for name in ("cpu_level", "page_allocator", "plan"):
+        for suffix in (".cpp", ".h"):
+            shutil.copy(ROOT / "csrc" / f"{name}{suffix}", folder / "csrc")
     (folder / "csrc" / "twice_kernels.cpp").write_text(
         "namespace fastgpt::FASTGPT_CPU_LEVEL { int twice(int x) { return 2 * x; } }\n"
     )
