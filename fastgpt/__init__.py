@@ -14,6 +14,7 @@ from fastgpt.ops.kv_cache_update import (
 )
 from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
+from fastgpt.ops.norm import norm, norm_reference
 
 __all__ = [
     "GPT",
@@ -34,6 +35,8 @@ __all__ = [
     "kv_cache_update_reference",
     "linear",
     "linear_reference",
+    "norm",
+    "norm_reference",
     "rope_kv_cache_update",
     "rope_kv_cache_update_reference",
 ]

@@ -20,6 +20,7 @@ LAYERS = [
     {"cache", "capture", "families", "limits", "text"},
     {"ops.explain"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear"},
+    {"ops.norm"},
     {"kernels.attention_backward", "kernels.attention_decode"},
     {"kernels.attention_forward"},
     {

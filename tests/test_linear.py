@@ -142,7 +142,7 @@ x, weight = torch.zeros(2, 8), torch.zeros(3, 8)
         ({"norm_weight": torch.zeros(3)}, ValueError, r"norm_weight: expected shape \(8,\)"),
         ({"norm_bias": torch.zeros(8)}, ValueError, "norm_bias: expected None without norm_weight, got a tensor"),
         ({"residual": torch.zeros(2, 8)}, ValueError, r"residual: expected shape \(2, 3\) \(..., N\), got \(2, 8\)"),
-        ({"activation": "relu"}, ValueError, "activation: expected one of None, 'gelu_tanh', got 'relu'"),
+        ({"activation": "swish"}, ValueError, "activation: expected one of None, 'gelu_tanh', 'gelu', 'silu', 'relu', got 'swish'"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p: expected 0 <= dropout_p < 1, got 1.0"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of 'cpp', 'reference' or None, got 'cuda'"),
         ({"x": x.double(), "weight": weight.double(), "impl": "cpp"}, ValueError, "cannot serve .* torch.float64"),

@@ -34,3 +34,13 @@ def require_broadcastable(name: str, value: torch.Tensor, shape: tuple[int, ...]
     sizes = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
     if value.dim() > len(shape) or any(size not in (1, whole) for size, whole in zip(sizes, shape)):
         raise ValueError(f"{name}: expected a shape that broadcasts to {shape} {meaning}, got {tuple(value.shape)}")
+
+
+def require_choice(name: str, value, choices) -> None:
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def require_number(name: str, value) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

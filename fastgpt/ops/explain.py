@@ -1,6 +1,6 @@
 """`fastgpt.explain`: which implementation a call would use, and why not the others."""
 
-from fastgpt.ops import attention, kv_cache_update, linear
+from fastgpt.ops import attention, kv_cache_update, linear, norm
 
 _OPERATIONS = {
     attention.attention: attention.explain,
@@ -8,6 +8,7 @@ _OPERATIONS = {
     kv_cache_update.kv_cache_update: kv_cache_update.explain,
     kv_cache_update.rope_kv_cache_update: kv_cache_update.explain_rope,
     linear.linear: linear.explain,
+    norm.norm: norm.explain,
 }
 
 
@@ -15,8 +16,8 @@ def explain(operation, *args, **kwargs) -> dict[str, str]:
     """Says how `operation(*args, **kwargs)` would be served, without running it.
 
     Args:
-        operation: fastgpt.attention, attention_varlen, kv_cache_update, rope_kv_cache_update or linear; the rest
-            is what it would be called with.
+        operation: fastgpt.attention, attention_varlen, kv_cache_update, rope_kv_cache_update, linear or norm; the
+            rest is what it would be called with.
 
     Returns: implementation -> "chosen", "available" (it could, but another comes first), or why it cannot.
     Raises: what the call itself would raise for bad input.

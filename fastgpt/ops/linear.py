@@ -3,22 +3,40 @@
 import torch
 import torch.nn.functional as F
 
-from fastgpt.ops.checks import require_device, require_dtype, require_last_dim_contiguous, require_shape, require_tensor
+from fastgpt.ops.checks import (
+    require_choice,
+    require_device,
+    require_dtype,
+    require_last_dim_contiguous,
+    require_number,
+    require_shape,
+    require_tensor,
+)
 from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.library import library
+from fastgpt.ops.norm import KINDS, norm_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_ROWS = 32  # that the kernel multiplies; csrc/linear.h
-ACTIVATIONS = (None, "gelu_tanh")
+ACTIVATIONS = {
+    None: lambda x: x,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+}
 
 
 def linear(
     x, weight, bias=None,
-    *, norm_weight=None, norm_bias=None, norm_eps=1e-5, activation=None, residual=None, dropout_p=0.0, impl=None,
+    *, norm="layer", norm_weight=None, norm_bias=None, norm_eps=1e-5, norm_offset=0.0, activation=None, gated=False,
+    residual=None, dropout_p=0.0, impl=None,
 ):  # fmt: skip
-    """A linear layer, with layer norm before it and activation, dropout and residual after it, each where it is given.
+    """A linear layer, with a norm before it and activation, gate, dropout and residual after it, each where it is given.
 
-        out = residual + dropout(activation(norm(x) weight^T + bias)),   norm(x) = (x - mean) / sqrt(variance + eps) · w + b
+        y = norm(x) weight^T + bias
+        out = residual + dropout(activation(y))
+        out = residual + dropout(activation(y[..., :N]) · y[..., N:])                        gated
 
     Decoding multiplies one token with every weight: the time is that of reading them, once it is done in one pass.
 
@@ -26,9 +44,14 @@ def linear(
         x: (..., C) fp16|bf16|fp32|fp64.
         weight: (N, C), last dimension contiguous; dtype of x, as all that follow (under autocast: any).
         bias: (N,).
-        norm_weight, norm_bias: (C,), w and b; no norm_weight, no norm. Statistics are taken over the last dimension.
-        norm_eps: added to the variance.
-        activation: None or "gelu_tanh", x/2 · (1 + tanh(sqrt(2/pi) · (x + 0.044715 x^3))).
+        norm: "layer" or "rms", over the last dimension; see `fastgpt.norm`.
+        norm_weight, norm_bias, norm_eps, norm_offset: its weight (C,), bias (C,), eps and offset; no norm_weight, no norm.
+        activation: of x, None or
+            "gelu_tanh"  x/2 · (1 + tanh(sqrt(2/pi) · (x + 0.044715 x^3)))
+            "gelu"       x/2 · (1 + erf(x / sqrt(2)))
+            "silu"       x / (1 + e^-x)
+            "relu"       max(x, 0)
+        gated: weight is (2N, C) and bias (2N,): the rows of the gate, then those of what it is multiplied with.
         residual: (..., N).
         dropout_p: probability of zeroing a number; what stays is divided by 1 - dropout_p.
         impl: "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`. On a CPU, up to 32
@@ -36,24 +59,27 @@ def linear(
             matrix product.
 
     Returns: (..., N) in the dtype of x. Gradients flow through the reference, which serves every call that needs them.
-    Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, activation, impl): argument, expected, got.
+    Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, stride, device, norm, activation, impl):
+        argument, expected, got.
     """
     call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
+    how = (norm, norm_eps, norm_offset, activation, gated)
     try:
-        if impl in (None, "cpp") and activation in ACTIVATIONS and _cpp_refuses(*call) is None:
+        old = norm == "layer" and not norm_offset and activation in (None, "gelu_tanh") and not gated
+        if impl in (None, "cpp") and old and _cpp_refuses(*call) is None:
             if x.numel() > MAX_ROWS * x.shape[-1]:
-                _check(*call, activation)
+                _check(*call, *how)
                 return _matrix_product(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, activation)
             # The kernel checks the rest for itself, in a fraction of the time.
             return _linear(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, activation is not None)
     except (RuntimeError, AttributeError, TypeError, IndexError):
-        _check(*call, activation)  # raises the error that names the argument
+        _check(*call, *how)  # raises the error that names the argument
         raise
-    _check(*call, activation)
+    _check(*call, *how)
     choose("linear", IMPLEMENTATIONS, impl, *call)
     return linear_reference(
-        x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, activation=activation,
-        residual=residual, dropout_p=dropout_p,
+        x, weight, bias, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps,
+        norm_offset=norm_offset, activation=activation, gated=gated, residual=residual, dropout_p=dropout_p,
     )  # fmt: skip
 
 
@@ -69,29 +95,40 @@ def _matrix_product(x, weight, bias, residual, norm_weight, norm_bias, norm_eps,
 
 def linear_reference(
     x, weight, bias=None,
-    *, norm_weight=None, norm_bias=None, norm_eps=1e-5, activation=None, residual=None, dropout_p=0.0, impl=None,
+    *, norm="layer", norm_weight=None, norm_bias=None, norm_eps=1e-5, norm_offset=0.0, activation=None, gated=False,
+    residual=None, dropout_p=0.0, impl=None,
 ):  # fmt: skip
     """The same function in plain PyTorch, on every device, differentiable."""
     if norm_weight is not None:
-        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
-    x = F.linear(x, weight, bias)
-    if activation is not None:
-        x = F.gelu(x, approximate="tanh")
+        x = norm_reference(x, norm_weight, norm_bias, kind=norm, eps=norm_eps, offset=norm_offset)
+    y = F.linear(x, weight, bias)
+    activate = ACTIVATIONS[activation]
+    if gated:
+        gate, y = y.chunk(2, -1)
+        y = activate(gate) * y
+    else:
+        y = activate(y)
     if dropout_p > 0:
-        x = F.dropout(x, dropout_p)
-    return x if residual is None else residual + x
+        y = F.dropout(y, dropout_p)
+    return y if residual is None else residual + y
 
 
-def _check(x, weight, bias, norm_weight, norm_bias, residual, dropout_p, activation):
+def _check(
+    x, weight, bias, norm_weight, norm_bias, residual, dropout_p,
+    norm="layer", norm_eps=1e-5, norm_offset=0.0, activation=None, gated=False,
+):  # fmt: skip
     require_tensor("x", x)
     require_dtype("x", x, DTYPES)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., C), got a scalar")
     require_tensor("weight", weight, 2)
-    N, C = weight.shape[0], x.shape[-1]
+    rows, C = weight.shape[0], x.shape[-1]
+    if gated and rows % 2:
+        raise ValueError(f"weight: expected an even number of rows (2N, C) with a gate, got {tuple(weight.shape)}")
+    N, of_weight = (rows // 2, "2N") if gated else (rows, "N")
     shapes = {
-        "weight": (weight, (N, C), "(N, C)"),
-        "bias": (bias, (N,), "(N,)"),
+        "weight": (weight, (rows, C), f"({of_weight}, C)"),
+        "bias": (bias, (rows,), f"({of_weight},)"),
         "norm_weight": (norm_weight, (C,), "(C,)"),
         "norm_bias": (norm_bias, (C,), "(C,)"),
         "residual": (residual, (*x.shape[:-1], N), "(..., N)"),
@@ -106,19 +143,22 @@ def _check(x, weight, bias, norm_weight, norm_bias, residual, dropout_p, activat
     require_last_dim_contiguous("weight", weight)
     if norm_bias is not None and norm_weight is None:
         raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    require_choice("norm", norm, KINDS)
+    require_number("norm_eps", norm_eps)
+    require_number("norm_offset", norm_offset)
+    require_choice("activation", activation, ACTIVATIONS)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p!r}")
 
 
 def explain(
     x, weight, bias=None,
-    *, norm_weight=None, norm_bias=None, norm_eps=1e-5, activation=None, residual=None, dropout_p=0.0, impl=None,
+    *, norm="layer", norm_weight=None, norm_bias=None, norm_eps=1e-5, norm_offset=0.0, activation=None, gated=False,
+    residual=None, dropout_p=0.0, impl=None,
 ):  # fmt: skip
     """Implementation -> "chosen", "available", or why it refuses this call."""
     call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
-    _check(*call, activation)
+    _check(*call, norm, norm_eps, norm_offset, activation, gated)
     return explain_call(IMPLEMENTATIONS, *call)
 
 
@@ -156,7 +196,7 @@ _finish = torch.ops.fastgpt.linear_finish_.default
 
 @torch.library.register_fake("fastgpt::linear", lib=library)
 def _linear_fake(x, weight, bias=None, residual=None, norm_weight=None, norm_bias=None, norm_eps=1e-5, gelu=False):
-    _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, None)
+    _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

@@ -1,0 +1,99 @@
+"""Layer norm and RMS norm with what surrounds them in a decoder: contract, checks, reference, dispatch."""
+
+import torch
+import torch.nn.functional as F
+
+from fastgpt.ops.checks import (
+    require_choice,
+    require_device,
+    require_dtype,
+    require_last_dim_contiguous,
+    require_number,
+    require_shape,
+    require_tensor,
+)
+from fastgpt.ops.implementations import choose, explain_call
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+KINDS = {"layer": False, "rms": True}
+
+
+def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=None, impl=None):
+    """Normalises the last dimension, and adds the result to a residual where one is given.
+
+        out = residual + (x - mean) / sqrt(variance + eps) · (weight + offset) + bias        kind "layer"
+        out = residual + x / sqrt(mean of x^2 + eps) · (weight + offset) + bias              kind "rms"
+
+    Args:
+        x: (..., C) fp16|bf16|fp32|fp64, last dimension contiguous, other strides free: the queries within a row that holds
+            keys and values too are not copied.
+        weight: (C,), dtype of x, as all that follow (under autocast: any).
+        bias: (C,).
+        eps: added to the variance, or to the mean of squares.
+        offset: added to the weight, in fp32: 1 where a checkpoint stores weights less one (Gemma).
+        residual: (..., C), last dimension contiguous.
+        impl: "reference"; None picks the first that can serve the call; see `fastgpt.explain`. Everything is computed in
+            at least fp32 and rounded once.
+
+    Returns: (..., C) contiguous, in the dtype of x. Gradients flow through the reference, which serves every call that
+        needs them.
+    Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, stride, device, kind, impl): argument, expected,
+        got.
+    Source: Layer Normalization (arXiv 1607.06450), Root Mean Square Layer Normalization (arXiv 1910.07467).
+    """
+    call = (x, weight, bias, residual)
+    _check(*call, kind, eps, offset)
+    choose("norm", IMPLEMENTATIONS, impl, *call)
+    return norm_reference(x, weight, bias, kind=kind, eps=eps, offset=offset, residual=residual)
+
+
+def norm_reference(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=None, impl=None):
+    """The same function in plain PyTorch, on every device, differentiable."""
+    dtype = x.dtype
+    if offset or residual is not None or weight.dtype != dtype:  # else PyTorch's norms round once themselves
+        wide = torch.promote_types(dtype, torch.float32)
+        x, weight = x.to(wide), weight.to(wide) + offset
+        bias, residual = (None if tensor is None else tensor.to(wide) for tensor in (bias, residual))
+    if kind == "layer":
+        out = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    else:
+        out = F.rms_norm(x, x.shape[-1:], weight, eps)
+        out = out if bias is None else out + bias
+    return (out if residual is None else residual + out).to(dtype)
+
+
+def _check(x, weight, bias, residual, kind, eps, offset):
+    require_tensor("x", x)
+    require_dtype("x", x, DTYPES)
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., C), got a scalar")
+    require_last_dim_contiguous("x", x)
+    C = x.shape[-1]
+    shapes = {
+        "weight": (weight, (C,), "(C,)"),
+        "bias": (bias, (C,), "(C,)"),
+        "residual": (residual, tuple(x.shape), "(..., C)"),
+    }
+    for name, (tensor, shape, meaning) in shapes.items():
+        if tensor is not None or name == "weight":
+            require_tensor(name, tensor)
+            require_shape(name, tensor, shape, meaning)
+            if not torch.is_autocast_enabled(x.device.type):
+                require_dtype(name, tensor, (x.dtype,))
+            require_device(name, tensor, x.device)
+    if residual is not None:
+        require_last_dim_contiguous("residual", residual)
+    require_choice("kind", kind, KINDS)
+    require_number("eps", eps)
+    require_number("offset", offset)
+
+
+def explain(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=None, impl=None):
+    """Implementation -> "chosen", "available", or why it refuses this call."""
+    call = (x, weight, bias, residual)
+    _check(*call, kind, eps, offset)
+    return explain_call(IMPLEMENTATIONS, *call)
+
+
+# In order of preference: the first that does not refuse serves the call.
+IMPLEMENTATIONS = {"reference": lambda *call: None}
