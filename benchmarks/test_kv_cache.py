@@ -234,14 +234,14 @@ def test_kinds(benchmark, kind):
         cache = ContiguousCache(batch_size=B, capacity=CAPACITY, **options)
     prompts = [new_tokens(B, CONTEXT) for _ in range(3)]
     cache.extend(CONTEXT, LENGTHS)
-    cache.attend(0, *prompts)
-    for x in cache.storage.tensors():  # the other layers hold the same
+    cache.append(0, *prompts)
+    for x in cache.storages[0].tensors():  # the other layers hold the same
         x.view(torch.uint8)[1:] = x.view(torch.uint8)[0]
     q, k, v = (new_tokens(B, 1) for _ in range(3))
 
     def step():
         cache.extend(1)
-        return [cache.attend(layer, q, k, v) for layer in range(LAYERS)]
+        return [cache.attend(layer, cache.append(layer, q, k, v)) for layer in range(LAYERS)]
 
     check_step(step()[-1], prompts, q, k, v, cache)
     seen = sum(min(length, cache.window or length) for length in LENGTHS)
@@ -262,7 +262,7 @@ def check_step(out, prompts, q, k, v, cache):
     _, keys, values = (x[-1:, :, CONTEXT - LENGTHS[-1] :] for x in prompts)
     keys, values = (torch.cat([old, new[-1:]], dim=2).double() for old, new in ((keys, k), (values, v)))
     expected = attention_reference(q[-1:].double(), keys, values, window=cache.window)
-    rtol = 0.05 if cache.storage.k_scale is not None else max(5e-5, 4 * torch.finfo(out.dtype).eps)
+    rtol = 0.05 if cache.storages[0].k_scale is not None else max(5e-5, 4 * torch.finfo(out.dtype).eps)
     torch.testing.assert_close(out[-1:].double(), expected, atol=rtol * expected.abs().max().item(), rtol=0)
 
 

@@ -1,23 +1,25 @@
 """KV caches: keys and values of past tokens, so that a step computes only its new ones.
 
 A cache serves all layers of a decoder. In each forward pass the decoder calls `extend` once, for the positions of the new
-tokens, and then `attend` in each layer, which stores the layer's new keys and values and attends over all that the cache
+tokens, and then in each layer `append`, which stores the layer's new keys and values, and `attend`, over all that the cache
 holds. Kinds differ in where they store:
 
     ContiguousCache   room for `capacity` tokens for each sequence, allocated at once
-    SlidingCache      a ring of the last `window` tokens
+    SlidingCache      a ring of the last `window` tokens, in layers that have a window
     PagedCache        pages of a pool, taken as sequences grow, and shared by sequences that begin alike
     Uncached          nowhere: attention over the tokens of the call alone
 
 Sequences of a batch may differ in length: the new tokens of a pass are then padded on the left.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from fastgpt._C import OutOfPages, PageAllocator
 from fastgpt import memory
 from fastgpt.ops.attention import attention
-from fastgpt.ops.kv_cache_update import kv_cache_update
+from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 from fastgpt.ops.quantisation import QUANTISED_DTYPES
 
 __all__ = ["CACHE_KINDS", "ContiguousCache", "KVCache", "OutOfPages", "PagePool", "PagedCache", "SlidingCache", "Uncached"]
@@ -93,11 +95,9 @@ class KVCache:
     counts: tokens of each sequence so far, known on the host: no synchronisation to check them.
     lengths: (B,) int32 the same on the device, for the kernels.
     capacity: tokens that a sequence can have; None if the cache sets no limit.
-    window: tokens that one attends to, itself included; None for all.
+    window: tokens that one attends to, itself included; None for all, or as many as a layer says in `attend`.
     nbytes: bytes of keys, values and scales, used or not.
     """
-
-    storage: Storage
 
     def __init__(self, batch_size: int, capacity: int | None, window: int | None, device):
         for name, value in (("batch_size", batch_size), ("capacity", capacity), ("window", window)):
@@ -123,8 +123,12 @@ class KVCache:
         return max(self.counts)
 
     @property
+    def storages(self) -> list[Storage]:
+        return [self.storage]
+
+    @property
     def nbytes(self) -> int:
-        return self.storage.nbytes
+        return sum(storage.nbytes for storage in self.storages)
 
     def extend(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
         """Makes room for the next tokens.
@@ -167,9 +171,18 @@ class KVCache:
     def _take(self, counts: list[int]) -> None:
         """Takes what storage the new tokens need; raises before anything changes."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Stores k, v (B, H_kv, T, D) of the current tokens; returns the attention of q (B, H, T, D), or of the last of
-        them only."""
+    def append(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotation=None) -> torch.Tensor:
+        """Stores k, v (B, H_kv, T, D) of the current tokens; returns q (B, H, T, D).
+
+        rotation: cos and sin, (positions, R/2) fp32 each, by which q and k are rotated first; default: they are not.
+        """
+        raise NotImplementedError
+
+    def attend(self, layer: int, q: torch.Tensor, *, window: int | None = None, **options) -> torch.Tensor:
+        """The attention of q (B, H, T, D) that `append` returned, or of the last of its tokens only.
+
+        window: of this layer; that of the cache counts as well. Further options: those of `attention`.
+        """
         raise NotImplementedError
 
     def truncate(self, counts: list[int]) -> None:
@@ -207,10 +220,11 @@ class ContiguousCache(KVCache):
         super().__init__(batch_size, capacity, window, storage.get("device"))
         self.storage = Storage(batch_size, capacity, **storage)
 
-    def attend(self, layer, q, k, v):
-        cache = self.storage.layers[layer]
-        store(k, v, cache, self.positions)
-        return attend(q, cache, kv_lengths=self.lengths, window=self.window)
+    def append(self, layer, q, k, v, rotation=None):
+        return store(q, k, v, self.storage.layers[layer], self.positions, rotation=rotation)
+
+    def attend(self, layer, q, *, window=None, **options):
+        return attend(q, self.storage.layers[layer], kv_lengths=self.lengths, window=least(window, self.window), **options)
 
     def fork(self, n):
         result = self._forked(n)
@@ -219,78 +233,139 @@ class ContiguousCache(KVCache):
 
 
 class SlidingCache(KVCache):
-    """A ring of the last `window` tokens: the token at position p is in slot p % window. Nothing is ever moved.
+    """Rings of the last tokens: in a layer with a window, the token at position p is in slot p % window. Nothing is ever
+    moved, and memory does not grow with the text.
 
-    Memory does not grow with the text, and `capacity` (default: none) need not be set.
+    Args:
+        window: of every layer.
+        windows: instead, the window of each layer; None: the layer keeps all `capacity` tokens.
+        capacity: tokens that a sequence can have; default: no limit, if every layer has a window.
+        storage: `Storage`, but for N and rows.
     """
 
-    def __init__(self, *, batch_size: int, window: int, capacity: int | None = None, **storage):
+    def __init__(
+        self, *, batch_size: int, window: int | None = None, windows: Sequence[int | None] | None = None,
+        capacity: int | None = None, num_layers: int, **storage,
+    ):  # fmt: skip
         super().__init__(batch_size, capacity, window, storage.get("device"))
-        self.storage = Storage(batch_size, window, **storage)
+        windows = [window] * num_layers if windows is None else windows
+        sizes = [capacity if size is None else size for size in windows]
+        if any(not isinstance(size, int) or size < 1 for size in sizes):
+            raise ValueError(f"windows: expected integers >= 1, and a capacity for layers without one, got {windows!r}")
+        self.rings = {
+            size: Ring(size, Storage(batch_size, size, num_layers=sizes.count(size), **storage)) for size in dict.fromkeys(sizes)
+        }
+        self.places = [(self.rings[size], sizes[:layer].count(size)) for layer, size in enumerate(sizes)]
 
-    def _make_steady(self):
-        super()._make_steady()
-        self._slot, self._held = torch.zeros_like(self._next), torch.zeros_like(self.lengths)
+    @property
+    def storages(self):
+        return [ring.storage for ring in self.rings.values()]
 
     def extend(self, num_tokens, new=None):
         if num_tokens == 1 and new is None:
             positions = super().extend(1)
-            self.slots = torch.remainder(positions, self.window, out=self._slot)
-            self.held = torch.clamp(self.lengths, max=self.window, out=self._held)
-            self.chunk = None
+            for ring in self.rings.values():
+                ring.step(positions, self.lengths)
             return positions
-        past_counts, past_lengths = self.counts, self.lengths.clone()
+        past = list(self.counts), self.lengths.clone()
         positions = super().extend(num_tokens, new)
-        # Only the last `window` tokens of each sequence are stored.
-        kept = positions >= (self.lengths - self.window).unsqueeze(1)
-        self.slots = torch.where(kept & (positions >= 0), positions % self.window, -1)
-        self.held = self.lengths.clamp(max=self.window)  # (B,) tokens in the ring
-        self.chunk = None if num_tokens == 1 else self._chunk(past_counts, past_lengths, positions)
+        for ring in self.rings.values():
+            ring.extend(*past, self.counts, self.lengths, positions)
         return positions
 
+    def append(self, layer, q, k, v, rotation=None):
+        ring, place = self.places[layer]
+        return ring.append(place, q, k, v, self.positions, rotation)
+
+    def attend(self, layer, q, *, window=None, **options):
+        ring, place = self.places[layer]
+        return ring.attend(place, q, **options)
+
     def _give_back(self, counts):
-        for new, old in zip(counts, self.counts):
-            if new < old and old > self.window:
-                raise ValueError(
-                    f"counts: expected {old} for a sequence whose ring of {self.window} has overwritten older tokens, got {new}"
-                )
-
-    def _chunk(self, past_counts, past_lengths, positions):
-        """Where the tokens that a pass of several new ones may attend to come from.
-
-        Its first token sees window - 1 older ones, which its last ones replace in the ring. So they are attended in a
-        cache of the pass alone: older ones first, in order, then the new ones.
-        """
-        before = min(max(past_counts), self.window - 1)  # older ones, of the sequence that has most
-        old = past_lengths.clamp(max=self.window - 1).unsqueeze(1)  # (B, 1)
-        order = torch.arange(before, dtype=torch.int32, device=positions.device)
-        ring = (past_lengths.unsqueeze(1) - old + order) % self.window  # (B, before) slots; beyond `old`, anything
-        slots = torch.where(positions < 0, -1, positions - (past_lengths.unsqueeze(1) - old))
-        new = self.lengths - past_lengths
-        return before, ring.long(), slots, old.squeeze(1) + new
-
-    def attend(self, layer, q, k, v):
-        cache = self.storage.layers[layer]
-        if self.chunk is None:
-            store(k, v, cache, self.slots)
-            return attend(q, cache, kv_lengths=self.held, causal=False)  # in the ring's order: attention has none
-        before, ring, slots, lengths = self.chunk
-        chunk = {}
-        for name, x in cache.items():
-            chunk[name] = None
-            if x is not None:
-                chunk[name] = x.new_zeros(*x.shape[:2], before + k.shape[2], *x.shape[3:])
-                index = ring.view(self.batch_size, 1, before, *[1] * (x.dim() - 3)).expand(-1, x.shape[1], -1, *x.shape[3:])
-                _bytes(chunk[name])[:, :, :before] = _bytes(x).gather(2, index)
-        store(k, v, chunk, slots)
-        out = attend(q, chunk, kv_lengths=lengths, window=self.window)
-        store(k, v, cache, self.slots)
-        return out
+        for size in self.rings:
+            for new, old in zip(counts, self.counts):
+                if 0 < new < old and old > size:
+                    raise ValueError(
+                        f"counts: expected {old} or 0 for a sequence whose ring of {size} has overwritten older tokens, got {new}"
+                    )
 
     def fork(self, n):
         result = self._forked(n)
-        result.storage = self.storage.repeated(n)
+        result.rings = {size: Ring(size, ring.storage.repeated(n)) for size, ring in self.rings.items()}
+        result.places = [(result.rings[ring.size], place) for ring, place in self.places]
         return result
+
+
+class Ring:
+    """What a SlidingCache holds of the layers that keep `size` tokens of each sequence.
+
+    slots: (B, T) int32, where the tokens of the current pass go; negative for those that are not stored.
+    held: (B,) int32, tokens in the ring after it.
+    chunk: what a pass attends over if its tokens overwrite some that its first ones still see; else None.
+    """
+
+    def __init__(self, size: int, storage: Storage):
+        self.size, self.storage, self.chunk = size, storage, None
+        # Passes of one token write to these: a captured step (fastgpt/capture.py) finds them in place.
+        self._held = torch.zeros(storage.k.shape[1], dtype=torch.int32, device=storage.k.device)
+        self._slot = torch.zeros_like(self._held).unsqueeze(1)
+
+    def step(self, positions, lengths):
+        """One new token of each sequence."""
+        self.slots = torch.remainder(positions, self.size, out=self._slot)
+        self.held = torch.clamp(lengths, max=self.size, out=self._held)
+        self.chunk, self.in_order = None, False
+
+    def extend(self, past_counts, past_lengths, counts, lengths, positions):
+        """New tokens at `positions` (B, T); counts and lengths, before and after, are those of the cache."""
+        self.held, self.chunk = lengths.clamp(max=self.size), None
+        self.in_order = max(counts) <= self.size
+        if self.in_order:
+            self.slots = positions
+            return
+        # Only the last `size` tokens of each sequence are stored.
+        kept = (positions >= 0) & (positions >= (lengths - self.size).unsqueeze(1))
+        self.slots = torch.where(kept, positions % self.size, -1)
+        if positions.shape[1] > 1:
+            self.chunk = self._chunk(past_counts, past_lengths, lengths, positions)
+
+    def _chunk(self, past_counts, past_lengths, lengths, positions):
+        """Where the tokens that a pass of several new ones may attend to come from.
+
+        Its first token sees size - 1 older ones, which its last ones replace in the ring. So they are attended in a cache of
+        the pass alone: older ones first, in order, then the new ones.
+        """
+        before = min(max(past_counts), self.size - 1)  # older ones, of the sequence that has most
+        old = past_lengths.clamp(max=self.size - 1).unsqueeze(1)  # (B, 1)
+        order = torch.arange(before, dtype=torch.int32, device=positions.device)
+        ring = (past_lengths.unsqueeze(1) - old + order) % self.size  # (B, before) slots; beyond `old`, anything
+        slots = torch.where(positions < 0, -1, positions - (past_lengths.unsqueeze(1) - old))
+        return before, ring.long(), slots, old.squeeze(1) + lengths - past_lengths
+
+    def append(self, place, q, k, v, positions, rotation):
+        cache = self.storage.layers[place]
+        if self.chunk is None:
+            return store(q, k, v, cache, positions, slots=self.slots, rotation=rotation)
+        before, ring, slots, _ = self.chunk
+        B = len(positions)
+        self.seen = {}
+        for name, x in cache.items():
+            self.seen[name] = None
+            if x is not None:
+                self.seen[name] = x.new_zeros(*x.shape[:2], before + k.shape[2], *x.shape[3:])
+                index = ring.view(B, 1, before, *[1] * (x.dim() - 3)).expand(-1, x.shape[1], -1, *x.shape[3:])
+                _bytes(self.seen[name])[:, :, :before] = _bytes(x).gather(2, index)
+        store(q, k, v, cache, positions, slots=self.slots, rotation=rotation)
+        return store(q, k, v, self.seen, positions, slots=slots, rotation=rotation)
+
+    def attend(self, place, q, **options):
+        if self.chunk is not None:
+            seen, self.seen = self.seen, None
+            return attend(q, seen, kv_lengths=self.chunk[-1], window=self.size, **options)
+        cache = self.storage.layers[place]
+        if self.in_order:
+            return attend(q, cache, kv_lengths=self.held, window=self.size, **options)
+        return attend(q, cache, kv_lengths=self.held, causal=False, **options)  # in the ring's order: attention has none
 
 
 class PagePool:
@@ -343,10 +418,16 @@ class PagedCache(KVCache):
         for sequence, count in zip(self.sequences, counts):
             self.pool.allocator.truncate(sequence, count)
 
-    def attend(self, layer, q, k, v):
-        cache = self.storage.layers[layer]
-        store(k, v, cache, self.positions, self.block_table)
-        return attend(q, cache, kv_lengths=self.lengths, window=self.window, block_table=self.block_table)
+    def append(self, layer, q, k, v, rotation=None):
+        return store(
+            q, k, v, self.storage.layers[layer], self.positions, rotation=rotation, block_table=self.block_table
+        )
+
+    def attend(self, layer, q, *, window=None, **options):
+        return attend(
+            q, self.storage.layers[layer], kv_lengths=self.lengths, window=least(window, self.window),
+            block_table=self.block_table, **options,
+        )  # fmt: skip
 
     def fork(self, n):
         result = self._forked(n)
@@ -362,24 +443,48 @@ class PagedCache(KVCache):
 
 
 class Uncached:
-    """In place of a cache: each pass attends over its own tokens only, each of them over the last `window`."""
+    """In place of a cache: each pass attends over its own tokens only, each of them over the last `window`.
 
-    def __init__(self, window: int | None = None, device=None):
-        self.window, self.device = window, device
+    Args:
+        causal: False lets tokens attend to later ones as well, as in an encoder.
+        lengths: (B,) int32, tokens of each sequence where they differ; the columns from there on are padding. Default: all.
+    """
+
+    def __init__(self, window: int | None = None, device=None, *, causal: bool = True, lengths: torch.Tensor | None = None):
+        self.window, self.device, self.causal, self.lengths = window, device, causal, lengths
 
     def extend(self, num_tokens: int, new: None = None) -> torch.Tensor:
         """The tokens' positions, (num_tokens,)."""
-        return torch.arange(num_tokens, device=self.device)
+        self.positions, self.length = torch.arange(num_tokens, device=self.device), num_tokens
+        return self.positions
 
-    def attend(self, layer, q, k, v):
-        return attention(q, k, v, window=self.window)
+    def append(self, layer, q, k, v, rotation=None):
+        if rotation is not None:
+            positions = self.positions.expand(len(q), -1)
+            q, k = (rope_reference(x, positions, *rotation) for x in (q, k))
+        self.k, self.v = k, v
+        return q
+
+    def attend(self, layer, q, *, window=None, **options):
+        k, v, self.k, self.v = self.k, self.v, None, None
+        window = least(window, self.window)
+        return attention(q, k, v, causal=self.causal, kv_lengths=self.lengths, window=window, **options)
 
 
-def store(k, v, cache: dict, slots, block_table=None) -> None:
-    kv_cache_update(
-        k, v, cache["k"], cache["v"], slots,
-        block_table=block_table, k_scale=cache["k_scale"], v_scale=cache["v_scale"],
-    )  # fmt: skip
+def least(a: int | None, b: int | None) -> int | None:
+    """The smaller of two windows, of those that there are."""
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)
+
+
+def store(q, k, v, cache: dict, positions, *, slots=None, rotation=None, block_table=None) -> torch.Tensor:
+    """Stores k and v in `slots` (default: at their positions), rotated if there is a rotation. Returns q, rotated likewise."""
+    options = {"block_table": block_table, "k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
+    if rotation is not None:
+        return rope_kv_cache_update(q, k, v, cache["k"], cache["v"], positions, *rotation, slots=slots, **options)
+    kv_cache_update(k, v, cache["k"], cache["v"], positions if slots is None else slots, **options)
+    return q
 
 
 def attend(q, cache: dict, **options) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Checkpoint folders: `config.json` and `model.safetensors`, read strictly and written atomically."""
+"""Checkpoint folders: `config.json` and safetensors, found or downloaded, read strictly and written atomically."""
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -9,78 +10,163 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastgpt import memory
-from fastgpt.families import FAMILIES, Family
+from fastgpt.families import ARCHITECTURES, FAMILIES, Family, family_of
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+PIECE = 32 << 20  # bytes of a file that are mapped at a time: what is mapped counts as this process's memory
 
 
-def read_config(folder: str | Path) -> tuple[Family, dict]:
-    """The family of a checkpoint and GPTConfig's fields for it."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model: expected a checkpoint folder, {folder} does not exist or is not a folder")
+def resolve(path: str | Path) -> Path:
+    """The folder of a checkpoint: `path` itself, or what the Hugging Face Hub has under that id, downloaded.
+
+    Raises: FileNotFoundError where there is neither.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+        raise FileNotFoundError(f"model: expected a checkpoint folder, {path} does not exist or is not a folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:  # of half a dozen kinds: no network, no such id, no permission, no space, ...
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"model: expected a checkpoint folder or the id of one on the Hugging Face Hub, {path} is no folder, and the "
+            f"Hub did not give it: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def read_config(folder: Path) -> tuple[Family, dict, dict]:
+    """The family of a checkpoint, its config.json, and GPTConfig's fields for it."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"model: expected {CONFIG} in the checkpoint folder {folder}")
-    try:
-        config = json.loads(path.read_text())
-        model_type = config["model_type"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"model: {path} is damaged: expected a JSON object with a model_type ({error})") from error
+    config = _read_json(path)
+    if "model_type" not in config:
+        raise ValueError(f"model: {path} is damaged: expected a JSON object with a model_type")
+    model_type = config["model_type"]
     if model_type not in FAMILIES:
         raise ValueError(f"model: {path} has model_type {model_type!r}, supported: {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[model_type], FAMILIES[model_type].config_from(config)
+        return FAMILIES[model_type], config, FAMILIES[model_type].config_from(config)
     except KeyError as error:
         raise ValueError(f"model: {path} lacks the entry {error}") from error
 
 
-def read_weights(model, folder: str | Path, family: Family, *, dtype=None, device=None):
-    """Fills a model made on the meta device, tensor by tensor, and returns it.
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"model: {path} is damaged: expected a JSON object ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"model: {path} is damaged: expected a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def read_weights(model, folder: Path, family: Family, *, dtype=None, device=None):
+    """Fills a model made on the meta device, piece by piece, and returns it.
 
     Raises ValueError naming the first weights that are missing, unexpected or misshapen.
     """
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"model: expected {WEIGHTS} in the checkpoint folder {folder}")
+    files = _weight_files(folder)
+    expected = {
+        name: parameter for parameter, _ in model.named_parameters() for name in family.checkpoint_names(parameter)[0]
+    }
+    known = set(expected)
+    stored, path = {}, None  # name with prefix -> the file it is in, and its name there
     try:
-        with safe_open(path, framework="pt") as file:
-            stored = family.stored_names(file.keys())
-            parameters = {family.checkpoint_name(name)[0]: name for name in dict(model.named_parameters())}
-            _require_same_names(path, stored.keys(), parameters.keys())
-            for stored_as, name in parameters.items():
-                module, _, attribute = name.rpartition(".")
-                weight = file.get_tensor(stored[stored_as])
-                transposed = family.checkpoint_name(name)[1]
-                weight = weight.t() if transposed else weight
-                expected = model.get_parameter(name).shape
-                if weight.shape != expected:
-                    raise ValueError(
-                        f"model: {path}: {stored[stored_as]}: expected shape "
-                        f"{tuple(expected[::-1] if transposed else expected)}, "
-                        f"got {tuple(weight.shape[::-1] if transposed else weight.shape)}"
-                    )
-                parameter = memory.empty(expected, dtype=dtype or weight.dtype, device=device).copy_(weight)
-                setattr(model.get_submodule(module), attribute, torch.nn.Parameter(parameter))
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                for name, original in family.stored_names(file.keys(), known).items():
+                    stored[name] = path, original
+        if model.output is None:  # some store it all the same
+            stored.pop("lm_head.weight", None)
+            stored.pop(family.prefix + "lm_head.weight", None)
+        _require_same_names(files[0] if len(files) == 1 else folder, stored.keys(), known)
+        for name, parameter in list(model.named_parameters()):
+            names, transposed = family.checkpoint_names(name)
+            parts = [_Stored(*stored[part], transposed) for part in names]
+            sizes = _rows(model, name, len(parts))
+            weight = memory.empty(parameter.shape, dtype=dtype or parts[0].dtype, device=device)
+            for part, rows in zip(parts, weight.split(sizes)):
+                part.copy_to(rows)
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, torch.nn.Parameter(weight))
     except SafetensorError as error:
         raise ValueError(f"model: {path} is damaged: {error}") from error
     return model
 
 
-def write(model, folder: str | Path, family: str, fields: dict) -> None:
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"model: expected {WEIGHTS} or {INDEX} in the checkpoint folder {folder}")
+    shards = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"model: {folder / INDEX} is damaged: expected a weight_map")
+    files = [folder / name for name in sorted(set(shards.values()))]
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"model: expected {path.name} in the checkpoint folder {folder}, which {INDEX} names")
+    return files
+
+
+def _rows(model, name: str, parts: int) -> list[int]:
+    """How many rows of a parameter each of its parts in a checkpoint has."""
+    rows, config = model.get_parameter(name).shape[0], model.config
+    if parts == 3:  # queries, keys, values
+        return [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    return [rows // parts] * parts
+
+
+class _Stored:
+    """A tensor in a file."""
+
+    def __init__(self, path: Path, name: str, transposed: bool):
+        self.path, self.name, self.transposed = path, name, transposed
+        with safe_open(path, framework="pt") as file:
+            rows = file.get_slice(name)
+            self.shape = tuple(rows.get_shape())
+            self.dtype = rows[:0].dtype if self.shape else file.get_tensor(name).dtype
+
+    def copy_to(self, target: torch.Tensor) -> None:
+        target = target.t() if self.transposed else target
+        if self.shape != target.shape:
+            raise ValueError(
+                f"model: {self.path}: {self.name}: expected shape {tuple(target.shape)}, got {self.shape}"
+            )
+        row = max(1, target[:1].numel() * self.dtype.itemsize)
+        step = max(1, PIECE // row)
+        for start in range(0, len(target), step):
+            with safe_open(self.path, framework="pt") as file:  # anew: the pages of the last piece are given back
+                target[start : start + step] = file.get_slice(self.name)[start : start + step]
+
+
+def write(model, folder: str | Path) -> None:
     """Writes a checkpoint that `read_config` and `read_weights` read."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    name = family_of(model.config, model.checkpoint_config.get("model_type"))
+    family = FAMILIES[name]
+    kept = model.checkpoint_config if model.checkpoint_config.get("model_type") == name else {}
+    config = {"model_type": name} | family.config_to(model.config)
+    if name in ARCHITECTURES:
+        config["architectures"] = [ARCHITECTURES[name]]
+    config |= {key: value for key, value in kept.items() if key.endswith("_token_id")}
+    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     weights = {}
-    for name, parameter in model.named_parameters():
-        stored_as, transposed = FAMILIES[family].checkpoint_name(name)
-        weight = parameter.detach()
-        weights[stored_as] = (weight.t() if transposed else weight).contiguous()
+    for parameter, weight in model.named_parameters():
+        names, transposed = family.checkpoint_names(parameter)
+        for stored_as, part in zip(names, weight.detach().split(_rows(model, parameter, len(names)))):
+            weights[stored_as] = (part.t() if transposed else part).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})
-    config = FAMILIES[family].config_to(fields) | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     with replacing(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
+    (folder / INDEX).unlink(missing_ok=True)  # of a checkpoint that was there before, in several files
 
 
 class replacing:

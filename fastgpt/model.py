@@ -1,11 +1,12 @@
-"""The decoder: GPT-2's architecture, short enough to read in one sitting.
+"""The decoder: GPT-2's architecture and what later families changed of it, short enough to read in one sitting.
 
-Shapes: B batch, T tokens, C hidden size, H heads, D = C / H head dim, V vocabulary.
+Shapes: B batch, T tokens, C hidden size, H query heads, H_kv key and value heads, D head dim, I intermediate size,
+V vocabulary.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,17 +14,36 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fastgpt import checkpoint, memory
-from fastgpt.cache import CACHE_KINDS, ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached
+from fastgpt.cache import CACHE_KINDS, ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached, least
 from fastgpt.capture import Captured
 from fastgpt.generate import generate
-from fastgpt.ops.linear import linear
+from fastgpt.ops.linear import ACTIVATIONS, linear
+from fastgpt.ops.norm import norm
+from fastgpt.positions import Rope, sinusoidal
+
+POSITIONS = ("learned", "sinusoidal", "rotary", None)
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What a decoder is made of.
+    """What a decoder is made of. The defaults are GPT-2's.
 
-    dropout applies, in training, to the embeddings and to what each attention and MLP adds to the residual stream.
+    num_heads, num_kv_heads, head_dim: of attention; default as many key and value heads as query heads, and
+        hidden_size / num_heads. Each key head serves num_heads / num_kv_heads query heads.
+    intermediate_size: width of the MLP; default 4 · hidden_size.
+    dropout: in training, of the embeddings and of what each attention and MLP adds to the residual stream.
+    norm: "layer" or "rms", with norm_eps; norm_offset is added to its weight.
+    post_norms: what attention and MLP add to the residual stream is normalised, too.
+    activation: of the MLP: down(activation(up(x))), or if gated down(activation(gate(x)) · up(x)).
+    qkv_bias, out_bias, mlp_bias: whether the matrices have one.
+    qk_norm: queries and keys are normalised, head by head.
+    position: "learned" or "sinusoidal" embeddings, "rotary" as `rope` says, or None.
+    windows: for each layer the last tokens that one attends to, itself included, or None for all; default all, everywhere.
+    causal: False lets tokens attend to later ones as well: an encoder.
+    attention_scale, attention_softcap: of `attention`; default 1 / sqrt(head_dim), and none.
+    logit_softcap: bound on the logits, c · tanh(logits / c).
+    embedding_scale: factor on the token embeddings, rounded to their dtype.
+    tie_embeddings: the output matrix is the token embedding.
     """
 
     vocab_size: int
@@ -33,86 +53,174 @@ class GPTConfig:
     hidden_size: int
     dropout: float = 0.0
     norm_eps: float = 1e-5
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    norm: str = "layer"
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    activation: str = "gelu_tanh"
+    gated: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    position: str | None = "learned"
+    rope: Rope | None = None
+    windows: tuple[int | None, ...] | None = None
+    causal: bool = True
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float | None = None
+    tie_embeddings: bool = True
 
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "num_layers", "num_heads", "hidden_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        if self.hidden_size % self.num_heads:
+            self._require_count(name, 0 if name == "num_layers" else 1)
+        if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size: expected a multiple of num_heads={self.num_heads}, got {self.hidden_size}")
+        derived = {
+            "num_kv_heads": self.num_heads,
+            "head_dim": self.hidden_size // self.num_heads,
+            "intermediate_size": 4 * self.hidden_size,
+        }
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+            self._require_count(name, 1)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {self.num_kv_heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout!r}")
+        for name, known in (("norm", ("layer", "rms")), ("activation", ACTIVATIONS), ("position", POSITIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        if (self.position == "rotary") != (self.rope is not None):
+            raise ValueError(f"rope: expected a Rope if position is 'rotary', and None else, got {self.rope!r}")
+        if self.rope is not None and self.rope.dim > self.head_dim:
+            raise ValueError(f"rope.dim: expected at most head_dim={self.head_dim}, got {self.rope.dim}")
+        if self.windows is not None and len(self.windows) != self.num_layers:
+            raise ValueError(f"windows: expected {self.num_layers}, one for each layer, got {self.windows!r}")
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+    def _require_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+
+    def window(self, layer: int) -> int | None:
+        return None if self.windows is None else self.windows[layer]
 
 
-def project(x, layer: nn.Linear, norm: nn.LayerNorm | None = None, **options):
+class Norm(nn.Module):
+    """Layer norm or RMS norm of the last dimension. Where a matrix follows, `linear` computes both at once."""
+
+    def __init__(self, config: GPTConfig, width: int):
+        super().__init__()
+        self.kind, self.eps, self.offset = config.norm, config.norm_eps, config.norm_offset
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
+        self.bias = nn.Parameter(torch.zeros(width)) if self.kind == "layer" else None
+
+    def forward(self, x, residual=None):
+        return norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps, offset=self.offset, residual=residual)
+
+    def before(self) -> dict:
+        """What makes `linear` compute it first."""
+        return {
+            "norm": self.kind, "norm_weight": self.weight, "norm_bias": self.bias, "norm_eps": self.eps,
+            "norm_offset": self.offset,
+        }  # fmt: skip
+
+
+def project(x, layer: nn.Linear, norm: Norm | None = None, **options):
     """`layer`, after `norm` if there is one; options: what `linear` does after it."""
-    if norm is not None:
-        options |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
-    return linear(x, layer.weight, layer.bias, **options)
+    return linear(x, layer.weight, layer.bias, **(norm.before() if norm is not None else {}), **options)
 
 
 class Attention(nn.Module):
-    """x + out(attention(qkv(norm(x)))): causal, over the tokens at hand or over a cache that they join."""
+    """x + out(attention(qkv(norm(x)))), over the tokens at hand or over a cache that they join."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.config, self.layer = config, layer
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer, self.dropout = layer, config.dropout
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.options = {
+            "window": config.window(layer), "scale": config.attention_scale, "softcap": config.attention_softcap
+        }  # fmt: skip
+        self.qkv = nn.Linear(
+            config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim, bias=config.qkv_bias
+        )
+        self.q_norm, self.k_norm = (Norm(config, config.head_dim) if config.qk_norm else None for _ in range(2))
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
-    def forward(self, x, norm: nn.LayerNorm, cache: KVCache | Uncached, last_only: bool):
-        B, T, C = x.shape
-        qkv = project(x, self.qkv, norm).view(B, T, 3, self.config.num_heads, self.config.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
+    def forward(self, x, norm: Norm, cache: KVCache | Uncached, rotation, last_only: bool):
+        B, T, _ = x.shape
+        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
+        q, k, v = project(x, self.qkv, norm).view(B, T, sum(heads), self.head_dim).split(heads, dim=2)  # views
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D) twice
+        q = cache.append(self.layer, q, k, v, rotation)
         if last_only:
             q, x = q[:, :, -1:], x[:, -1:]
-        y = cache.attend(self.layer, q, k, v)  # as q
-        y = y.transpose(1, 2).reshape(x.shape)
-        return project(y, self.out, residual=x, dropout_p=self.config.dropout if self.training else 0.0)
+        y = cache.attend(self.layer, q, **self.options)  # as q
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H · D)
+        return add(x, y, self.out, self.post_norm, self.dropout if self.training else 0.0)
 
 
 class MLP(nn.Module):
-    """x + down(gelu(up(norm(x))))."""
+    """x + down(activation(up(norm(x)))); if gated, up is gate and up, one below the other."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
-        self.up = nn.Linear(config.hidden_size, 4 * config.hidden_size)
-        self.down = nn.Linear(4 * config.hidden_size, config.hidden_size)
+        self.dropout, self.activation, self.gated = config.dropout, config.activation, config.gated
+        wide = config.intermediate_size * (2 if config.gated else 1)
+        self.up = nn.Linear(config.hidden_size, wide, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
-    def forward(self, x, norm: nn.LayerNorm):
-        y = project(x, self.up, norm, activation="gelu_tanh")  # (B, T, C) -> (B, T, 4C)
-        return project(y, self.down, residual=x, dropout_p=self.dropout if self.training else 0.0)
+    def forward(self, x, norm: Norm):
+        y = project(x, self.up, norm, activation=self.activation, gated=self.gated)  # (B, T, C) -> (B, T, I)
+        return add(x, y, self.down, self.post_norm, self.dropout if self.training else 0.0)
+
+
+def add(x, y, layer: nn.Linear, post_norm: Norm | None, dropout_p: float):
+    """x + layer(y), or x + post_norm(layer(y))."""
+    if post_norm is None:
+        return project(y, layer, residual=x, dropout_p=dropout_p)
+    return post_norm(project(y, layer, dropout_p=dropout_p), residual=x)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention_norm = Norm(config, config.hidden_size)
         self.attention = Attention(config, layer)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = Norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache: KVCache | Uncached, last_only: bool = False):
+    def forward(self, x, cache: KVCache | Uncached, rotation=None, last_only: bool = False):
         """x (B, T, C) -> the same, or (B, 1, C) of the last token, which still looks back at all."""
-        return self.mlp(self.attention(x, self.attention_norm, cache, last_only), self.mlp_norm)
+        return self.mlp(self.attention(x, self.attention_norm, cache, rotation, last_only), self.mlp_norm)
 
 
 class GPT(nn.Module):
-    """A decoder: `model(ids)` gives logits (B, T, V); with `cache`, ids are the tokens that follow those in it."""
+    """A decoder: `model(ids)` gives logits (B, T, V); with `cache`, ids are the tokens that follow those in it.
+
+    checkpoint_config: what config.json said, if the model came from a checkpoint; `save_pretrained` keeps it.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)  # also the output matrix
-        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
+        self.config, self.checkpoint_config = config, {}
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = None
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = Norm(config, config.hidden_size)
+        self.output = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.initialize()
 
     @torch.no_grad()
@@ -141,15 +249,20 @@ class GPT(nn.Module):
 
     def hidden(self, ids, cache: KVCache | Uncached | None = None, new: list[int] | None = None, last_only=False):
         """The last block's output, which `logits` takes: ids (B, T) -> (B, T, C), or with last_only (B, 1, C)."""
-        cache = Uncached(device=ids.device) if cache is None else cache
+        cache = Uncached(device=ids.device, causal=self.config.causal) if cache is None else cache
         return self.transform(self.embed(ids, cache, new), cache, last_only)
 
     def logits(self, hidden):
         """The final norm and the output matrix: (..., C) -> (..., V)."""
-        norm = self.norm
-        return linear(
-            hidden, self.token_embedding.weight, norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps
-        )
+        return self.capped(self.scores(hidden))
+
+    def scores(self, hidden):
+        """The logits before a cap."""
+        return linear(hidden, (self.token_embedding if self.output is None else self.output).weight, **self.norm.before())
+
+    def capped(self, scores):
+        cap = self.config.logit_softcap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def decoding(self, cache: KVCache) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function of each sequence's next token, (B,) int64, that lets it join the cache -> its logits (B, V).
@@ -159,12 +272,12 @@ class GPT(nn.Module):
         """
 
         def step(x):
-            return self.logits(self.transform(x, cache)[:, -1])
+            return self.scores(self.transform(x, cache)[:, -1])
 
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
         if not hooked:  # hooks want to be called at every step
             step = Captured(step)
-        return lambda token: step(self.embed(token.unsqueeze(1), cache))
+        return lambda token: self.capped(step(self.embed(token.unsqueeze(1), cache)))
 
     def embed(self, ids, cache: KVCache | Uncached, new: list[int] | None = None):
         """Makes room for ids (B, T) in the cache and embeds them: (B, T, C)."""
@@ -180,12 +293,19 @@ class GPT(nn.Module):
         else:
             if cache.batch_size != B:
                 raise ValueError(f"cache: expected one for a batch of {B}, got one for {cache.batch_size}")
+            if not self.config.causal:
+                raise ValueError("cache: expected None for a model that is not causal, got a cache")
             past = cache.length
             longest = past + T if new is None else max(map(sum, zip(cache.counts, new)))
         if longest > self.config.context_length:
             raise ValueError(
                 f"ids: expected at most {self.config.context_length} tokens (the context), "
                 f"got {past} cached + {longest - past} new"
+            )
+        if past and self.turns(past, longest):
+            raise ValueError(
+                f"cache: expected an empty one for a pass beyond {self.config.rope.original_context} tokens, where the "
+                f"rotation of all keys changes (longrope), got {past} cached + {longest - past} new"
             )
         try:
             x = self.token_embedding(ids)  # (B, T, C)
@@ -194,20 +314,34 @@ class GPT(nn.Module):
             raise ValueError(
                 f"ids: expected token ids from 0 to {limit}, got {ids.min().item()} to {ids.max().item()}"
             ) from None
+        if self.config.embedding_scale is not None:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
         positions = cache.extend(T, new)  # (T,) or (B, T)
         if new is not None:
             positions = positions.clamp(min=0)  # of padding: any
-        x = x + self.position_embedding(positions)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        elif self.config.position == "sinusoidal":
+            table = sinusoidal(self.config.context_length, self.config.hidden_size, x.device)
+            x = x + F.embedding(positions, table).to(x.dtype)
         if self.training:
             x = F.dropout(x, self.config.dropout)
         return x
 
+    def turns(self, before: int, after: int) -> bool:
+        """Whether sequences that grow from so many tokens to so many need all their keys anew, rotated otherwise."""
+        rope = self.config.rope
+        return rope is not None and rope.is_long(before) != rope.is_long(after)
+
     def transform(self, x, cache: KVCache | Uncached, last_only: bool = False):
         """The blocks, one after the other: (B, T, C) -> (B, T, C). With last_only the last block computes no other token's
         output: (B, 1, C)."""
+        rotation, rope = None, self.config.rope
+        if rope is not None:
+            rotation = rope.rotation(self.config.context_length, x.device, rope.is_long(cache.length))
         for block in self.blocks:
-            x = block(x, cache, last_only and block is self.blocks[-1])
-        return x
+            x = block(x, cache, rotation, last_only and block is self.blocks[-1])
+        return x if self.blocks or not last_only else x[:, -1:]
 
     def new_cache(
         self, batch_size: int, capacity: int | None = None,
@@ -218,9 +352,10 @@ class GPT(nn.Module):
 
         Args:
             capacity: tokens that each sequence can have; default the whole context.
-            kind: "contiguous", "sliding" (keeps the last `window` tokens only) or "paged".
+            kind: "contiguous", "sliding" (layers with a window keep the tokens in it only) or "paged".
             cache_dtype: the weights' (default), torch.int8 or torch.float8_e4m3fn.
-            window: tokens that one attends to, itself included; default all. "sliding" needs it.
+            window: tokens that one attends to, itself included; default as many as the model's layers do. "sliding" needs
+                one, here or in the model.
             page_size, num_pages: of a paged cache; default pages for `capacity` tokens of every sequence.
 
         Raises: TypeError, ValueError, naming the argument.
@@ -230,7 +365,7 @@ class GPT(nn.Module):
         options = {"batch_size": batch_size, "capacity": capacity, "window": window}
         storage = {
             "num_layers": self.config.num_layers,
-            "num_kv_heads": self.config.num_heads,
+            "num_kv_heads": self.blocks[0].attention.num_kv_heads if self.blocks else self.config.num_kv_heads,
             "head_dim": self.config.head_dim,
             "dtype": weight.dtype,
             "cache_dtype": cache_dtype,
@@ -239,9 +374,10 @@ class GPT(nn.Module):
         if kind == "contiguous":
             return ContiguousCache(**options, **storage)
         if kind == "sliding":
-            if window is None:
+            windows = [least(window, self.config.window(layer)) for layer in range(self.config.num_layers)]
+            if all(window is None for window in windows):
                 raise ValueError("window: expected a number of tokens for a sliding cache, got None")
-            return SlidingCache(**options, **storage)
+            return SlidingCache(**options, windows=windows, **storage)
         if kind == "paged":
             if not isinstance(page_size, int) or page_size < 1:
                 raise ValueError(f"page_size: expected an integer >= 1, got {page_size!r}")
@@ -253,19 +389,23 @@ class GPT(nn.Module):
     generate = generate
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype=None, device=None) -> "GPT":
-        """A decoder, in evaluation mode, from a folder with `config.json` and `model.safetensors`.
+    def from_pretrained(cls, path: str | Path, *, dtype=None, device=None) -> "GPT":
+        """A decoder, in evaluation mode, from a checkpoint as transformers writes it.
 
         Args:
+            path: a folder with `config.json` and safetensors, in one file or several; or the id of one on the Hugging Face
+                Hub, which is downloaded.
             dtype: of the weights; default as stored.
 
         Raises: FileNotFoundError, or ValueError that says what is damaged, missing, unexpected or misshapen.
         """
-        family, fields = checkpoint.read_config(folder)
+        folder = checkpoint.resolve(path)
+        family, stored, fields = checkpoint.read_config(folder)
         with torch.device("meta"):
             model = cls(GPTConfig(**fields))
+        model.checkpoint_config = stored
         return checkpoint.read_weights(model, folder, family, dtype=dtype, device=device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`, which transformers' GPT-2 reads too."""
-        checkpoint.write(self, folder, "gpt2", asdict(self.config))
+        """Writes `config.json` and `model.safetensors`, which transformers reads too if it has this architecture."""
+        checkpoint.write(self, folder)

@@ -18,6 +18,7 @@ LAYERS = [
     {"model"},
     {"checkpoint", "generate", "timing"},
     {"cache", "capture", "families", "limits", "text"},
+    {"positions"},
     {"ops.explain"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear"},
     {"ops.norm"},

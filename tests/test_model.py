@@ -170,7 +170,7 @@ def edit_config(folder, **changes):
 
 
 DAMAGE = {
-    "weights missing": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "expected model.safetensors in"),
+    "weights missing": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "expected model.safetensors or .*index.json in"),
     "weights cut off": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
         ValueError,
@@ -198,12 +198,12 @@ DAMAGE = {
     "another architecture": (
         lambda f: edit_config(f, model_type="bert"),
         ValueError,
-        "model_type 'bert', supported: gpt2",
+        "model_type 'bert', supported: gpt2, llama, mistral, qwen2, qwen3, phi3, gemma, gemma2",
     ),
     "another activation": (
-        lambda f: edit_config(f, activation_function="relu"),
+        lambda f: edit_config(f, activation_function="tanh"),
         ValueError,
-        "expected activation_function to be 'gelu_new' in a gpt2 checkpoint, got 'relu'",
+        "expected activation_function to be one of .*'gelu_new'.* in a gpt2 checkpoint, got 'tanh'",
     ),
 }
 
@@ -241,8 +241,9 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder, monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"num_layers": 0}, "num_layers: expected an integer >= 1, got 0"),
-        ({"hidden_size": 63}, "hidden_size: expected a multiple of num_heads=4, got 63"),
+        ({"num_layers": -1}, "num_layers: expected an integer >= 0, got -1"),
+        ({"num_heads": 0}, "num_heads: expected an integer >= 1, got 0"),
+        ({"hidden_size": 63, "head_dim": None}, "hidden_size: expected a multiple of num_heads=4, got 63"),
         ({"dropout": 1.0}, "dropout: expected 0 <= dropout < 1, got 1.0"),
     ],
 )

@@ -1,0 +1,104 @@
+"""Where a token is: angles of rotary embeddings with their scalings, and sinusoidal embeddings."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of the first `dim` dimensions of a head: pair n of position p turns by p · frequency[n].
+
+    frequency[n] = theta^(-2n / dim), which a kind of scaling to longer contexts changes:
+
+        linear     divided by `factor`
+        llama3     those of wavelengths over original_context / low_frequency_factor divided by `factor`; those of wavelengths
+                   under original_context / high_frequency_factor as they are; between them, a mixture
+        yarn       the same, by turns in the original context: `slow` or fewer, `fast` or more (arXiv 2309.00071)
+        longrope   divided by short_factors[n], or by long_factors[n] in passes that reach past original_context
+                   (arXiv 2402.13753)
+
+    attention_factor: on cos and sin. truncate: yarn's borders are whole dimensions.
+    Source: RoFormer (arXiv 2104.09864), pairs (n, n + dim/2); Llama 3 (arXiv 2407.21783).
+    """
+
+    dim: int
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_context: int | None = None
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.dim, int) or self.dim < 2 or self.dim % 2:
+            raise ValueError(f"rope.dim: expected an even integer >= 2, got {self.dim!r}")
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f"rope.kind: expected one of {', '.join(map(repr, ROPE_KINDS))}, got {self.kind!r}")
+        if self.kind in ("llama3", "yarn", "longrope") and not self.original_context:
+            raise ValueError(f"rope.original_context: expected an integer >= 1 for {self.kind}, got {self.original_context!r}")
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self, name)
+            if self.kind == "longrope" and len(factors) != self.dim // 2:
+                raise ValueError(f"rope.{name}: expected {self.dim // 2} numbers, dim / 2, got {len(factors)}")
+
+    def is_long(self, tokens: int) -> bool:
+        """Whether a pass over sequences of up to so many tokens takes the long factors."""
+        return self.kind == "longrope" and tokens > self.original_context
+
+    def frequencies(self, long: bool = False) -> torch.Tensor:
+        """(dim / 2,) fp32, radians per token."""
+        exponents = torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim
+        frequencies = 1.0 / self.theta**exponents
+        if self.kind == "linear":
+            return frequencies / self.factor
+        if self.kind == "longrope":
+            factors = torch.tensor(self.long_factors if long else self.short_factors, dtype=torch.float32)
+            return 1.0 / (factors * self.theta**exponents)
+        if self.kind == "llama3":
+            turns = self.original_context * frequencies / (2 * math.pi)  # within the original context
+            low, high = self.low_frequency_factor, self.high_frequency_factor
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+        elif self.kind == "yarn":
+            fast, slow = map(self._dimension_of, (self.fast, self.slow))
+            if self.truncate:
+                fast, slow = math.floor(fast), math.ceil(slow)
+            fast, slow = max(fast, 0), min(slow, self.dim - 1)
+            n = torch.arange(self.dim // 2, dtype=torch.float32)
+            kept = 1 - ((n - fast) / max(slow - fast, 0.001)).clamp(0, 1)
+        else:
+            return frequencies
+        return frequencies * kept + frequencies / self.factor * (1 - kept)
+
+    def _dimension_of(self, turns: float) -> float:
+        """The n, as a real number, of which pair makes so many turns in the original context."""
+        return self.dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+    @functools.lru_cache(maxsize=16)
+    @torch.inference_mode(False)
+    def rotation(self, positions: int, device: torch.device, long: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the first positions, (positions, dim / 2) fp32 each, as `rope_kv_cache_update` takes them."""
+        angles = torch.arange(positions, dtype=torch.float32)[:, None] * self.frequencies(long)
+        return tuple((x * self.attention_factor).to(device) for x in (angles.cos(), angles.sin()))
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def sinusoidal(positions: int, width: int, device: torch.device) -> torch.Tensor:
+    """Embeddings (positions, width) fp32: sin(p / 10000^(2n / width)) in dimension 2n, cos of the same in 2n + 1.
+
+    Source: Attention Is All You Need (arXiv 1706.03762), section 3.5.
+    """
+    n = torch.arange(0, width, 2, dtype=torch.float32)
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] / 10000.0 ** (n / width)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width].contiguous().to(device)
