@@ -60,6 +60,8 @@ def theirs(case):
         for name, parameter in model.named_parameters():
             in_a_block = parameter.dim() == 2 and (".layers." in name or ".h." in name)
             parameter.add_(torch.randn_like(parameter), alpha=0.3 if in_a_block else 0.1)  # so that tokens vary
+            if ".post_" in name:
+                parameter.add_(4)
     return model
 
 
