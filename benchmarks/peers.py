@@ -29,6 +29,7 @@ import torch
 from benchmarks.timing import name_of
 from fastgpt import GPT, GPTConfig
 from fastgpt.generate import stream
+from fastgpt.positions import Rope
 from fastgpt.timing import synchronize
 
 BUILD = Path(__file__).parents[1] / "build"
@@ -68,6 +69,15 @@ def timed(peer: Peer, ids: torch.Tensor) -> tuple[list[list[int]], list[float]]:
 def gpt2(device="cpu", dtype=torch.float32) -> GPT:
     """GPT-2 124M with random weights."""
     return randomised(GPT(GPTConfig(50257, context_length=1024, num_layers=12, num_heads=12, hidden_size=768))).to(device, dtype)
+
+
+def llama(device="cpu", dtype=torch.float32) -> GPT:
+    """A Llama of 160 M parameters with random weights, four query heads for each head of keys."""
+    return randomised(GPT(GPTConfig(
+        32000, context_length=2048, num_layers=12, num_heads=12, num_kv_heads=3, hidden_size=768, intermediate_size=3072,
+        norm="rms", norm_eps=1e-6, activation="silu", gated=True, qkv_bias=False, out_bias=False, mlp_bias=False,
+        position="rotary", rope=Rope(64), tie_embeddings=False,
+    ))).to(device, dtype)  # fmt: skip
 
 
 @torch.no_grad()
@@ -159,13 +169,21 @@ def ours(model: GPT) -> Peer:
     return Peer(generate, logits, rounding(model), number_bytes(model), number_bytes(model))
 
 
-def of_transformers(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Peer]:
+def in_transformers(model: GPT, folder: Path):
+    """The same model in transformers, which generates greedily and without an end."""
     import transformers
 
     model.save_pretrained(folder)
     weight = model.token_embedding.weight
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=weight.dtype).to(weight.device).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype).to(weight.device).eval()
     theirs.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+    return theirs
+
+
+def of_transformers(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Peer]:
+    import transformers
+
+    theirs, weight = in_transformers(model, folder), model.token_embedding.weight
 
     class Streamer(transformers.generation.BaseStreamer):
         def __init__(self, note):

@@ -1,12 +1,13 @@
 """Generation end to end, beside other libraries; and cached against uncached.
 
-The models are GPT-2 124M with random weights, and the shipped one.
+The models are GPT-2 124M and a Llama of 160M with random weights, and the shipped one.
 """
 
 import functools
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,14 @@ LEAST_ROUNDS = 5
 TAKE_BATCHES = ("ours", "transformers, dynamic cache", "CTranslate2")  # how their names begin
 
 
+SHAPES = {"gpt2-124m": peers.gpt2, "llama-160m": peers.llama}
+
+
 @functools.lru_cache(maxsize=1)
 def model_of(name: str, dtype: torch.dtype) -> GPT:
-    return peers.gpt2(DEVICE, dtype) if name == "gpt2-124m" else GPT.from_pretrained(SHIPPED_MODEL, dtype=dtype, device=DEVICE)
+    if name in SHAPES:
+        return SHAPES[name](DEVICE, dtype)
+    return GPT.from_pretrained(SHIPPED_MODEL, dtype=dtype, device=DEVICE)
 
 
 def prompts(model: GPT, batch: int, T: int) -> torch.Tensor:
@@ -131,6 +137,32 @@ def test_cached_against_uncached(benchmark, dtype, name, batch, T):
     assert peers.regret(model, ids, [cached().tolist()]) <= 2 * peers.rounding(model)
     info = {"what": "cached against uncached", **about(name, dtype, batch), "context": T}
     in_turns(benchmark, cached, {"uncached": uncached}, info=info)
+
+
+@pytest.mark.skipif(not full(), reason="takes minutes: FULL=1")
+@pytest.mark.parametrize("T", [32, 512, 900], ids="{}tokens".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.benchmark(timer=measured_time)
+def test_whole_calls(benchmark, name, dtype, T, new=64):
+    """`generate` from call to return, its prefill included, as it is used: beside transformers' with its default cache."""
+    pytest.importorskip("transformers", exc_type=ImportError)
+    model = model_of(name, dtype)
+    ids = prompts(model, 1, T)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = peers.in_transformers(model, Path(folder))
+    mask = torch.ones_like(ids)
+
+    def ours():
+        return model.generate(ids, new)
+
+    def transformers():
+        return theirs.generate(ids, attention_mask=mask, max_new_tokens=new)
+
+    for generate in ours, transformers:
+        assert peers.regret(model, ids, generate()[:, T:].T.tolist()) <= 2 * peers.rounding(model)
+    info = {"what": "whole calls", **about(name, dtype, 1), "T": T, "new_tokens": new}
+    in_turns(benchmark, ours, {"transformers": transformers}, info=info, rounds=5, calls=1)
 
 
 @pytest.mark.parametrize("batch", [1, 16] if full() else [1], ids="batch{}".format)

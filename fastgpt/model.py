@@ -132,7 +132,19 @@ class Norm(nn.Module):
         }  # fmt: skip
 
 
-def project(x, layer: nn.Linear, norm: Norm | None = None, **options):
+class Linear(nn.Linear):
+    """`GPT.initialize` draws its weights: drawing them twice, or without memory, takes a second of loading."""
+
+    def reset_parameters(self):
+        pass
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        pass
+
+
+def project(x, layer: Linear, norm: Norm | None = None, **options):
     """`layer`, after `norm` if there is one; options: what `linear` does after it."""
     return linear(x, layer.weight, layer.bias, **(norm.before() if norm is not None else {}), **options)
 
@@ -147,11 +159,11 @@ class Attention(nn.Module):
         self.options = {
             "window": config.window(layer), "scale": config.attention_scale, "softcap": config.attention_softcap
         }  # fmt: skip
-        self.qkv = nn.Linear(
+        self.qkv = Linear(
             config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim, bias=config.qkv_bias
         )
         self.q_norm, self.k_norm = (Norm(config, config.head_dim) if config.qk_norm else None for _ in range(2))
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
     def forward(self, x, norm: Norm, cache: KVCache | Uncached, rotation, last_only: bool):
@@ -176,8 +188,8 @@ class MLP(nn.Module):
         super().__init__()
         self.dropout, self.activation, self.gated = config.dropout, config.activation, config.gated
         wide = config.intermediate_size * (2 if config.gated else 1)
-        self.up = nn.Linear(config.hidden_size, wide, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.up = Linear(config.hidden_size, wide, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
     def forward(self, x, norm: Norm):
@@ -185,7 +197,7 @@ class MLP(nn.Module):
         return add(x, y, self.down, self.post_norm, self.dropout if self.training else 0.0)
 
 
-def add(x, y, layer: nn.Linear, post_norm: Norm | None, dropout_p: float):
+def add(x, y, layer: Linear, post_norm: Norm | None, dropout_p: float):
     """x + layer(y), or x + post_norm(layer(y))."""
     if post_norm is None:
         return project(y, layer, residual=x, dropout_p=dropout_p)
@@ -214,18 +226,20 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, self.checkpoint_config = config, {}
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = None
         if config.position == "learned":
-            self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
+            self.position_embedding = Embedding(config.context_length, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = Norm(config, config.hidden_size)
-        self.output = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.output = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.initialize()
 
     @torch.no_grad()
     def initialize(self):
-        """GPT-2's initial weights: N(0, 0.02), and 1/sqrt(2 layers) of that where a block adds to the residual."""
+        """GPT-2's initial weights: N(0, 0.02), and 1/sqrt(2 layers) of that where a block adds to the residual. On the meta device, none."""
+        if self.token_embedding.weight.is_meta:
+            return
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
