@@ -133,7 +133,12 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """`GPT.initialize` draws its weights: drawing them twice, or without memory, takes a second of loading."""
+    """`GPT.initialize` draws its weights: drawing them twice, or without memory, takes a second of loading.
+
+    group: the processes that hold its columns, each some of them: what they compute is added up (fastgpt/parallel.py).
+    """
+
+    group = None
 
     def reset_parameters(self):
         pass
@@ -199,6 +204,11 @@ class MLP(nn.Module):
 
 def add(x, y, layer: Linear, post_norm: Norm | None, dropout_p: float):
     """x + layer(y), or x + post_norm(layer(y))."""
+    if layer.group is not None:
+        y = linear(y, layer.weight)
+        torch.distributed.all_reduce(y, group=layer.group)
+        y = y if layer.bias is None else y + layer.bias
+        return x + y if post_norm is None else post_norm(y, residual=x)
     if post_norm is None:
         return project(y, layer, residual=x, dropout_p=dropout_p)
     return post_norm(project(y, layer, dropout_p=dropout_p), residual=x)

@@ -14,7 +14,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"bench"},
-    {"__init__", "train"},
+    {"__init__", "parallel", "train"},
     {"model"},
     {"checkpoint", "generate", "timing"},
     {"cache", "capture", "families", "limits", "text"},
