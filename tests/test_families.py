@@ -16,53 +16,7 @@ transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-COMMON = dict(
-    vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
-LONGROPE = dict(rope_type="longrope", short_factor=[1.0, 1.5, 2.0, 2.5], long_factor=[4.0, 3.0, 2.0, 6.0])
-CONFIGS = {
-    "gpt2": ("GPT2", dict(vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=None)),
-    "llama": ("Llama", COMMON),
-    "llama, rope of llama 3": ("Llama", COMMON | dict(rope_parameters=LLAMA3 | dict(rope_theta=500000.0))),
-    "llama, linear rope": ("Llama", COMMON | dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))),
-    "llama, biases, tied": ("Llama", COMMON | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
-    "mistral": ("Mistral", COMMON | dict(sliding_window=16, head_dim=24)),
-    "mistral, no window": ("Mistral", COMMON | dict(sliding_window=None)),
-    "qwen2": ("Qwen2", COMMON),
-    "qwen2, windows": ("Qwen2", COMMON | dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)),
-    "qwen3": ("Qwen3", COMMON | dict(head_dim=32)),
-    "qwen3, yarn": (
-        "Qwen3",
-        COMMON
-        | dict(head_dim=32, tie_word_embeddings=True)
-        | dict(rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e6)),
-    ),
-    "phi3": ("Phi3", COMMON | dict(sliding_window=20)),
-    "phi3, longrope": (
-        "Phi3",
-        COMMON | dict(partial_rotary_factor=0.5, original_max_position_embeddings=64, rope_parameters=LONGROPE),
-    ),
-    "gemma": ("Gemma", COMMON | dict(head_dim=16)),
-    "gemma2": ("Gemma2", COMMON | dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=32, attn_logit_softcapping=5.0)),
-}
-
-
-@functools.cache
-def theirs(case):
-    """A tiny model with random weights that are not what weights start from: biases and norms count."""
-    name, settings = CONFIGS[case]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**json.loads(json.dumps(settings)))
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            in_a_block = parameter.dim() == 2 and (".layers." in name or ".h." in name)
-            parameter.add_(torch.randn_like(parameter), alpha=0.3 if in_a_block else 0.1)  # so that tokens vary
-            if ".post_" in name:
-                parameter.add_(4)
-    return model
+from family_checkpoints import CONFIGS, PROMPTS, ids_of, kinds_of_cache, logits_of, our_tokens, their_tokens, theirs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -78,54 +32,22 @@ def folders(tmp_path_factory):
     return write
 
 
-def ids_of(batch, tokens, seed=0):
-    return torch.randint(97, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CONFIGS)
 def test_logits(case, dtype, folders, tmp_path):
-    """The oracle is transformers in float64; what transformers errs in the dtype is the measure."""
-    low = transformers.AutoModelForCausalLM.from_pretrained(folders(case), dtype=dtype)
-    low.save_pretrained(tmp_path)  # weights rounded to the dtype
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    model = GPT.from_pretrained(tmp_path)
-    assert model.token_embedding.weight.dtype == dtype
-    for tokens in (60, 150) if "longrope" in case else (150,):  # over windows, and on both sides of longrope's border
-        ids = ids_of(2, tokens)
-        expected, measure = oracle(ids).logits, low(ids).logits
-        numerics.check(model(ids), expected, measure, dtype=dtype)
-        numerics.check(model(ids, cache=model.new_cache(2)), expected, measure, dtype=dtype)
-
-
-PROMPTS = [ids_of(1, length, seed=length)[0].tolist() for length in (40, 3, 21, 57)]  # with 64 more, over windows and longrope's border
-
-
-@torch.no_grad()
-def their_tokens(case, prompts):
-    """Padded on the left, as transformers wants it."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    out = theirs(case).generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0)
-    return out[:, longest:].tolist()
+    for actual, oracle, low in logits_of(case, folders(case), dtype, tmp_path):
+        numerics.check(actual, oracle, low, dtype=dtype)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_greedy_tokens(case, folders):
     """Of single prompts and of a ragged batch, in every kind of cache and without one."""
     model = GPT.from_pretrained(folders(case))
-    kinds = [{}, {"cache": "paged", "page_size": 4}, {"use_cache": False}]
-    if model.config.windows is not None:
-        kinds.append({"cache": "sliding"})
     for prompts in (PROMPTS[:1], PROMPTS):
         expected = their_tokens(case, prompts)
         assert len({tuple(row) for row in expected}) == len(prompts) and len(set(expected[0])) > 5  # that depends on something
-        for options in kinds:
-            actual = model.generate(prompts, 64, **options)
-            new = [row[len(prompt) :].tolist() for row, prompt in zip(actual, prompts)]
-            assert new == expected, options
+        for options in kinds_of_cache(model):
+            assert our_tokens(model, prompts, **options) == expected, options
 
 
 @torch.no_grad()
