@@ -77,7 +77,7 @@ class Storage:
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Copies the sequences or pages `source` to `target`, in every layer."""
-        source, target = (torch.tensor(index, device=self.k.device) for index in (source, target))
+        source, target = on_device([source, target], self.k.device)
         for x in map(_bytes, self.tensors()):
             x[:, target] = x[:, source]
 
@@ -127,7 +127,7 @@ class KVCache:
         return self.storage.nbytes
 
     def extend(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
-        """Makes room for the next tokens.
+        """Makes room for the next tokens: `reserve` and `advance`.
 
         Args:
             num_tokens: T, columns of this pass.
@@ -136,6 +136,11 @@ class KVCache:
         Returns: their positions (B, T) int32, negative for padding.
         Raises: ValueError, before anything changes, when they do not fit.
         """
+        self.reserve(num_tokens, new)
+        return self.advance(num_tokens, new)
+
+    def reserve(self, num_tokens: int, new: list[int] | None = None) -> None:
+        """The host's half of `extend`: takes storage and counts. A step that is replayed has it done before each replay."""
         counts = [num_tokens] * self.batch_size if new is None else new
         if len(counts) != self.batch_size or not all(0 <= count <= num_tokens for count in counts):
             raise ValueError(
@@ -148,6 +153,9 @@ class KVCache:
                 )
         self._take(counts)
         self.counts = [stored + count for stored, count in zip(self.counts, counts)]
+
+    def advance(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
+        """The device's half of `extend`. One token of each sequence: in place, so a CUDA graph can capture it."""
         past = self.lengths.unsqueeze(1)
         if num_tokens == 1 and new is None:
             self.positions = self._next.copy_(past)
@@ -158,7 +166,7 @@ class KVCache:
             self.positions = past + steps
             self.lengths += num_tokens
         else:
-            count = torch.tensor(new, dtype=torch.int32, device=self.lengths.device)
+            count = on_device(new, self.lengths.device).int()
             rank = steps - (num_tokens - count).unsqueeze(1)  # of a token among the new ones; negative for padding
             self.positions = torch.where(rank < 0, -1, past + rank)
             self.lengths += count
@@ -232,15 +240,16 @@ class SlidingCache(KVCache):
         super()._make_steady()
         self._slot, self._held = torch.zeros_like(self._next), torch.zeros_like(self.lengths)
 
-    def extend(self, num_tokens, new=None):
+    def advance(self, num_tokens, new=None):
         if num_tokens == 1 and new is None:
-            positions = super().extend(1)
+            positions = super().advance(1)
             self.slots = torch.remainder(positions, self.window, out=self._slot)
             self.held = torch.clamp(self.lengths, max=self.window, out=self._held)
             self.chunk = None
             return positions
-        past_counts, past_lengths = self.counts, self.lengths.clone()
-        positions = super().extend(num_tokens, new)
+        past_lengths = self.lengths.clone()
+        past_counts = [count - (num_tokens if new is None else new[b]) for b, count in enumerate(self.counts)]
+        positions = super().advance(num_tokens, new)
         # Only the last `window` tokens of each sequence are stored.
         kept = positions >= (self.lengths - self.window).unsqueeze(1)
         self.slots = torch.where(kept & (positions >= 0), positions % self.window, -1)
@@ -334,9 +343,7 @@ class PagedCache(KVCache):
         if changes.copy_from:
             self.storage.copy(changes.copy_from, changes.copy_to)
         if changes.rows:
-            rows, columns, pages = torch.tensor(
-                [changes.rows, changes.columns, changes.pages], device=self.block_table.device
-            )
+            rows, columns, pages = on_device([changes.rows, changes.columns, changes.pages], self.block_table.device)
             self.block_table[rows, columns] = pages.int()
 
     def _give_back(self, counts):
@@ -373,6 +380,11 @@ class Uncached:
 
     def attend(self, layer, q, k, v):
         return attention(q, k, v, window=self.window)
+
+
+def on_device(numbers: list, device: torch.device) -> torch.Tensor:
+    """int64. Copied from pinned memory, a GPU's are there in time for what follows, without the host waiting for it."""
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def store(k, v, cache: dict, slots, block_table=None) -> None:

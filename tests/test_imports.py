@@ -17,7 +17,7 @@ LAYERS = [
     {"__init__", "train"},
     {"model"},
     {"checkpoint", "generate", "timing"},
-    {"cache", "capture", "families", "limits", "text"},
+    {"cache", "capture", "families", "limits", "sampling", "text"},
     {"ops.explain"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear"},
     {"kernels.attention_backward", "kernels.attention_decode"},
