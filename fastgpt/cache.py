@@ -79,7 +79,7 @@ class Storage:
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Copies the sequences or pages `source` to `target`, in every layer."""
-        source, target = (torch.tensor(index, device=self.k.device) for index in (source, target))
+        source, target = on_device([source, target], self.k.device)
         for x in map(_bytes, self.tensors()):
             x[:, target] = x[:, source]
 
@@ -97,7 +97,11 @@ class KVCache:
     capacity: tokens that a sequence can have; None if the cache sets no limit.
     window: tokens that one attends to, itself included; None for all, or as many as a layer says in `attend`.
     nbytes: bytes of keys, values and scales, used or not.
+    reach: tokens that the longest sequence will have when a prompt has joined that comes in pieces; a decoder may rotate keys
+        otherwise for it, from the first piece on.
     """
+
+    reach = 0
 
     def __init__(self, batch_size: int, capacity: int | None, window: int | None, device):
         for name, value in (("batch_size", batch_size), ("capacity", capacity), ("window", window)):
@@ -131,7 +135,7 @@ class KVCache:
         return sum(storage.nbytes for storage in self.storages)
 
     def extend(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
-        """Makes room for the next tokens.
+        """Makes room for the next tokens: `reserve` and `advance`.
 
         Args:
             num_tokens: T, columns of this pass.
@@ -140,6 +144,11 @@ class KVCache:
         Returns: their positions (B, T) int32, negative for padding.
         Raises: ValueError, before anything changes, when they do not fit.
         """
+        self.reserve(num_tokens, new)
+        return self.advance(num_tokens, new)
+
+    def reserve(self, num_tokens: int, new: list[int] | None = None) -> None:
+        """The host's half of `extend`: takes storage and counts. A step that is replayed has it done before each replay."""
         counts = [num_tokens] * self.batch_size if new is None else new
         if len(counts) != self.batch_size or not all(0 <= count <= num_tokens for count in counts):
             raise ValueError(
@@ -152,6 +161,9 @@ class KVCache:
                 )
         self._take(counts)
         self.counts = [stored + count for stored, count in zip(self.counts, counts)]
+
+    def advance(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
+        """The device's half of `extend`. One token of each sequence: in place, so a CUDA graph can capture it."""
         past = self.lengths.unsqueeze(1)
         if num_tokens == 1 and new is None:
             self.positions = self._next.copy_(past)
@@ -162,7 +174,7 @@ class KVCache:
             self.positions = past + steps
             self.lengths += num_tokens
         else:
-            count = torch.tensor(new, dtype=torch.int32, device=self.lengths.device)
+            count = on_device(new, self.lengths.device).int()
             rank = steps - (num_tokens - count).unsqueeze(1)  # of a token among the new ones; negative for padding
             self.positions = torch.where(rank < 0, -1, past + rank)
             self.lengths += count
@@ -261,16 +273,17 @@ class SlidingCache(KVCache):
     def storages(self):
         return [ring.storage for ring in self.rings.values()]
 
-    def extend(self, num_tokens, new=None):
+    def advance(self, num_tokens, new=None):
         if num_tokens == 1 and new is None:
-            positions = super().extend(1)
+            positions = super().advance(1)
             for ring in self.rings.values():
                 ring.step(positions, self.lengths)
             return positions
-        past = list(self.counts), self.lengths.clone()
-        positions = super().extend(num_tokens, new)
+        past_lengths = self.lengths.clone()
+        past_counts = [count - (num_tokens if new is None else new[b]) for b, count in enumerate(self.counts)]
+        positions = super().advance(num_tokens, new)
         for ring in self.rings.values():
-            ring.extend(*past, self.counts, self.lengths, positions)
+            ring.extend(past_counts, past_lengths, self.counts, self.lengths, positions)
         return positions
 
     def append(self, layer, q, k, v, rotation=None):
@@ -409,9 +422,7 @@ class PagedCache(KVCache):
         if changes.copy_from:
             self.storage.copy(changes.copy_from, changes.copy_to)
         if changes.rows:
-            rows, columns, pages = torch.tensor(
-                [changes.rows, changes.columns, changes.pages], device=self.block_table.device
-            )
+            rows, columns, pages = on_device([changes.rows, changes.columns, changes.pages], self.block_table.device)
             self.block_table[rows, columns] = pages.int()
 
     def _give_back(self, counts):
@@ -450,6 +461,8 @@ class Uncached:
         lengths: (B,) int32, tokens of each sequence where they differ; the columns from there on are padding. Default: all.
     """
 
+    reach = 0
+
     def __init__(self, window: int | None = None, device=None, *, causal: bool = True, lengths: torch.Tensor | None = None):
         self.window, self.device, self.causal, self.lengths = window, device, causal, lengths
 
@@ -469,6 +482,11 @@ class Uncached:
         k, v, self.k, self.v = self.k, self.v, None, None
         window = least(window, self.window)
         return attention(q, k, v, causal=self.causal, kv_lengths=self.lengths, window=window, **options)
+
+
+def on_device(numbers: list, device: torch.device) -> torch.Tensor:
+    """int64. Copied from pinned memory, a GPU's are there in time for what follows, without the host waiting for it."""
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def least(a: int | None, b: int | None) -> int | None:

@@ -1,9 +1,11 @@
-"""Captured functions: a decode step that runs again without Python, as a CUDA graph does on a GPU.
+"""Captured functions: a decode step that runs again without Python.
 
 A step of a small model is over before Python and PyTorch's dispatcher have called its hundred operations. So the step's
-operations are recorded once, and from then on run one after the other in C++.
+operations are recorded once. From then on they run one after the other: on the CPU in C++ (`Captured`), on a GPU as a CUDA
+graph (`Graphed`).
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -71,3 +73,71 @@ class Calls(TorchDispatchMode):
             self.refused = f"{function} is not one of fastgpt's operations"
         self.tensors.append((args, kwargs, result))
         return result
+
+
+class Graphed:
+    """`function`, a function of one tensor on a GPU, captured in a CUDA graph at its second call and replayed from then on.
+
+    The first call just runs, and so compiles and loads what a capture must not. Whatever else the function reads and writes
+    must be updated in place: other tensors are not seen, and its Python runs no more. It must not wait for the GPU. `refused`
+    says why it could not be captured; it is then called each time.
+
+    Returns the same tensor at each call, with new contents. If the result is like the argument, as the next token is like
+    the last, it is the argument of the graph as well, and passing it to the next call copies nothing.
+    """
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
+        self.function = function
+        self.input = self.output = self.replay = self.refused = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.input is None:
+            self.input = x.clone()
+            return warm_up(self._run, x.device)
+        if x is not self.input:
+            self.input.copy_(x)
+        if self.replay is None and self.refused is None:
+            try:
+                self.replay, self.output = cuda_graph(self._run, x.device)
+            except RuntimeError as error:  # what CUDA does not capture
+                self.refused = str(error)
+        if self.refused is not None:
+            return self._run()
+        self.replay()
+        return self.output
+
+    def _run(self):
+        result = self.function(self.input)
+        if (result.shape, result.dtype) == (self.input.shape, self.input.dtype):
+            result = self.input.copy_(result)
+        return result
+
+
+def has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are captured: one stream of each device, since a matrix product's workspace is kept for every stream."""
+    return torch.cuda.Stream(device)
+
+
+def warm_up(function: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """function() on the stream where it will be captured, between what the current stream has to do."""
+    side, current = side_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        result = function()
+    current.wait_stream(side)
+    return result
+
+
+def cuda_graph(function: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], None], torch.Tensor]:
+    """Captures what function() launches, without running it. Returns what runs it, and where its result then is."""
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        # Errors of this thread only: another one may be using the GPU.
+        with torch.cuda.graph(graph, stream=side_stream(device), capture_error_mode="thread_local"):
+            result = function()
+    return graph.replay, result

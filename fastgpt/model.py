@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastgpt import checkpoint, memory
+from fastgpt import capture, checkpoint, memory
 from fastgpt.cache import CACHE_KINDS, ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached, least
 from fastgpt.capture import Captured
 from fastgpt.generate import generate
@@ -288,23 +288,70 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
-    def decoding(self, cache: KVCache) -> Callable[[torch.Tensor], torch.Tensor]:
+    def decoding(self, cache: KVCache, choose: Callable[[torch.Tensor], torch.Tensor] | None = None):
         """A function of each sequence's next token, (B,) int64, that lets it join the cache -> its logits (B, V).
 
-        It is captured at its first call, where all of it runs in fastgpt's CPU operations; so logits may be overwritten
-        by the next call, and what changes in the model's modules afterwards is not seen.
+        It is captured, on the CPU at its first call, where all of it runs in fastgpt's operations, on a GPU at its second,
+        in a CUDA graph; so what it returns may be overwritten by the next call, and what changes in the model's modules
+        afterwards is not seen.
+
+        Args:
+            choose: a function of the logits, whose result is returned in their place. A CUDA graph has it inside: it must
+                then follow the rules of `Graphed`.
         """
 
         def step(x):
             return self.scores(self.transform(x, cache)[:, -1])
 
+        def chosen(logits):
+            return logits if choose is None else choose(logits)
+
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        if capture.has_graphs(cache.lengths.device) and not hooked:
+            graph = capture.Graphed(
+                lambda token: chosen(self.capped(step(self.embed(token.unsqueeze(1), cache, reserved=True))))
+            )
+
+            def replayed(token):
+                self.check(token.unsqueeze(1), cache)
+                cache.reserve(1)
+                return graph(token)
+
+            return replayed
         if not hooked:  # hooks want to be called at every step
             step = Captured(step)
-        return lambda token: self.capped(step(self.embed(token.unsqueeze(1), cache)))
+        return lambda token: chosen(self.capped(step(self.embed(token.unsqueeze(1), cache))))
 
-    def embed(self, ids, cache: KVCache | Uncached, new: list[int] | None = None):
-        """Makes room for ids (B, T) in the cache and embeds them: (B, T, C)."""
+    def embed(self, ids, cache: KVCache | Uncached, new: list[int] | None = None, reserved: bool = False):
+        """Makes room for ids (B, T) in the cache and embeds them: (B, T, C).
+
+        reserved: the host has done its part already, `check` and `cache.reserve`.
+        """
+        if not reserved:
+            self.check(ids, cache, new)
+        try:
+            x = self.token_embedding(ids)  # (B, T, C)
+        except IndexError:
+            limit = self.config.vocab_size - 1
+            raise ValueError(
+                f"ids: expected token ids from 0 to {limit}, got {ids.min().item()} to {ids.max().item()}"
+            ) from None
+        if self.config.embedding_scale is not None:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+        positions = (cache.advance if reserved else cache.extend)(ids.shape[1], new)  # (T,) or (B, T)
+        if new is not None:
+            positions = positions.clamp(min=0)  # of padding: any
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        elif self.config.position == "sinusoidal":
+            table = sinusoidal(self.config.context_length, self.config.hidden_size, x.device)
+            x = x + F.embedding(positions, table).to(x.dtype)
+        if self.training:
+            x = F.dropout(x, self.config.dropout)
+        return x
+
+    def check(self, ids, cache: KVCache | Uncached, new: list[int] | None = None) -> None:
+        """Raises TypeError, ValueError for ids that cannot join the cache, as far as the host can tell."""
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids: expected shape (B, T) with at least one token, got {tuple(ids.shape)}")
         if ids.dtype not in (torch.int64, torch.int32):
@@ -326,31 +373,11 @@ class GPT(nn.Module):
                 f"ids: expected at most {self.config.context_length} tokens (the context), "
                 f"got {past} cached + {longest - past} new"
             )
-        if past and self.turns(past, longest):
+        if past and self.turns(max(past, cache.reach), longest):
             raise ValueError(
                 f"cache: expected an empty one for a pass beyond {self.config.rope.original_context} tokens, where the "
                 f"rotation of all keys changes (longrope), got {past} cached + {longest - past} new"
             )
-        try:
-            x = self.token_embedding(ids)  # (B, T, C)
-        except IndexError:
-            limit = self.config.vocab_size - 1
-            raise ValueError(
-                f"ids: expected token ids from 0 to {limit}, got {ids.min().item()} to {ids.max().item()}"
-            ) from None
-        if self.config.embedding_scale is not None:
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
-        positions = cache.extend(T, new)  # (T,) or (B, T)
-        if new is not None:
-            positions = positions.clamp(min=0)  # of padding: any
-        if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
-        elif self.config.position == "sinusoidal":
-            table = sinusoidal(self.config.context_length, self.config.hidden_size, x.device)
-            x = x + F.embedding(positions, table).to(x.dtype)
-        if self.training:
-            x = F.dropout(x, self.config.dropout)
-        return x
 
     def turns(self, before: int, after: int) -> bool:
         """Whether sequences that grow from so many tokens to so many need all their keys anew, rotated otherwise."""
@@ -362,7 +389,7 @@ class GPT(nn.Module):
         output: (B, 1, C)."""
         rotation, rope = None, self.config.rope
         if rope is not None:
-            rotation = rope.rotation(self.config.context_length, x.device, rope.is_long(cache.length))
+            rotation = rope.rotation(self.config.context_length, x.device, rope.is_long(max(cache.length, cache.reach)))
         for block in self.blocks:
             x = block(x, cache, rotation, last_only and block is self.blocks[-1])
         return x if self.blocks or not last_only else x[:, -1:]

@@ -144,14 +144,18 @@ def test_cached_and_uncached_tokens_are_identical(layers, heads, width, lengths,
 @pytest.mark.parametrize("kind, window", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_samples_share_a_prompt(kind, window, dtype):
-    """They are those of the prompt given several times, one after the other."""
+    """Each goes on as the prompt would alone."""
     model = random_model()
     prompts = [random_ids(model, 1, length)[0] for length in (9, 13)]
-    options = {"cache": kind, "window": window, "cache_dtype": dtype, "temperature": 1.0, "seed": 3, "page_size": 4}
+    options = {"cache": kind, "window": window, "cache_dtype": dtype, "page_size": 4}
+    alone = model.generate(prompts, 30, **options)
+    assert all(map(torch.equal, model.generate(prompts, 30, num_samples=3, **options), [x for x in alone for _ in range(3)]))
+    options |= {"temperature": 1.0, "seed": 3}
     samples = model.generate(prompts, 30, num_samples=3, **options)
-    expected = model.generate([prompts[0]] * 3 + [prompts[1]] * 3, 30, **options)
-    assert len(samples) == 6 and all(map(torch.equal, samples, expected))
+    assert len(samples) == 6 and all(map(torch.equal, samples[::3], model.generate(prompts, 30, **options)))
     assert not torch.equal(samples[0], samples[1])
+    contiguous = model.generate(prompts, 30, num_samples=3, **options | {"cache": "contiguous"})
+    assert all(map(torch.equal, samples, contiguous))
     if dtype is None:
         uncached = model.generate(prompts, 30, num_samples=3, use_cache=False, **options)
         assert all(map(torch.equal, samples, uncached))

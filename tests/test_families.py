@@ -50,6 +50,15 @@ def test_greedy_tokens(case, folders):
             assert our_tokens(model, prompts, **options) == expected, options
 
 
+@pytest.mark.parametrize("case", ["phi3, longrope", "gemma2", "llama"])
+def test_prompts_in_pieces(case, folders):
+    """Of 30 tokens: the first ones are within longrope's border, which the prompt is not, windows end within others."""
+    model = GPT.from_pretrained(folders(case))
+    prompts = [ids_of(1, length, seed=length)[0].tolist() for length in (100, 70, 7)]
+    for options in kinds_of_cache(model)[:-1]:
+        assert our_tokens(model, prompts, prefill_chunk=30, **options) == our_tokens(model, prompts, use_cache=False)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("case", CONFIGS)
 def test_what_we_write_transformers_reads(case, folders, tmp_path):

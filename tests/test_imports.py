@@ -17,7 +17,7 @@ LAYERS = [
     {"__init__", "parallel", "train"},
     {"model"},
     {"checkpoint", "generate", "timing"},
-    {"cache", "capture", "families", "limits", "text"},
+    {"cache", "capture", "families", "limits", "sampling", "text"},
     {"positions"},
     {"ops.explain"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear"},
