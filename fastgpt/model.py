@@ -373,7 +373,7 @@ class GPT(nn.Module):
                 f"ids: expected at most {self.config.context_length} tokens (the context), "
                 f"got {past} cached + {longest - past} new"
             )
-        if past and self.turns(max(past, cache.reach), longest):
+        if past and self.turns(max(past, cache.reach), max(longest, cache.reach)):
             raise ValueError(
                 f"cache: expected an empty one for a pass beyond {self.config.rope.original_context} tokens, where the "
                 f"rotation of all keys changes (longrope), got {past} cached + {longest - past} new"
