@@ -36,7 +36,9 @@ from attention_features import FEATURES, PACKED_FEATURES, inputs, options, paged
 from cache_updates import angles, differing, on, update_inputs  # noqa: E402
 from cpu_levels import lower_levels  # noqa: E402
 from linear_features import FEATURES as LINEAR_FEATURES  # noqa: E402
-from linear_features import call_of, in_float64  # noqa: E402
+from linear_features import call_of, in_float64, split  # noqa: E402
+from norm_features import FEATURES as NORM_FEATURES  # noqa: E402
+from norm_features import call_of as norm_call  # noqa: E402
 from numerics import share_of_bound  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,6 +47,7 @@ SHAPES = [(2, 4, 2, 37, 70, 40), (2, 3, 1, 3, 33, 64), (1, 2, 2, 40, 21, 16), (1
 DECODE_SHAPES = [(3, 4, 2, 1, 600, 64), (3, 6, 2, 3, 99, 40), (3, 8, 2, 1, 5000, 128)]
 UPDATE_SHAPES = [(1, 12, 1, 100, 64), (3, 4, 50, 70, 40), (32, 2, 1, 9, 128)]  # B, H_kv, T, S, D
 LINEAR_SHAPES = [(40, 65), (768, 300), (3072, 64)]  # C, N
+NORM_SHAPES = [(3, 50, C) for C in (16, 40, 64, 80, 128, 256, 2304)]
 PAGE = 16
 # Kinds of caches: (dtype, page).
 KINDS = {
@@ -132,11 +135,17 @@ def rope_kv_cache_update(kind, dtype, device, implementation, shape):
 
 def linear(feature, dtype, device, implementation, shape):
     """Of few rows and of many, judged together."""
-    calls = [call_of(feature, rows, *shape, dtype) for rows in (1, 2, 3, 4, 7, 32, 33)]
-    actual = torch.cat([fastgpt.linear(**call, impl=implementation) for call in calls])
-    low = torch.cat([fastgpt.linear_reference(**call) for call in calls])
-    oracle = torch.cat([fastgpt.linear_reference(**in_float64(call)) for call in calls])
+    rows = (1, 2, 3, 4, 7, 32, 33)
+    call = call_of(feature, sum(rows), *shape, dtype)
+    actual = torch.cat([fastgpt.linear(**part, impl=implementation) for part in split(call, rows)])
+    oracle, low = fastgpt.linear_reference(**in_float64(call)), fastgpt.linear_reference(**call)
     yield "out", *share_of_bound(actual, oracle, low, dtype=dtype)
+
+
+def norm(feature, dtype, device, implementation, shape):
+    call = norm_call(feature, shape, dtype)
+    actual, low = fastgpt.norm(**call, impl=implementation), fastgpt.norm_reference(**call)
+    yield "out", *share_of_bound(actual, fastgpt.norm_reference(**in_float64(call)), low, dtype=dtype)
 
 
 ATTENTION = {
@@ -148,7 +157,8 @@ UPDATES = {
     kv_cache_update: (list(KINDS), UPDATE_SHAPES),
     rope_kv_cache_update: ([*KINDS, "interleaved", "half of the dimensions"], UPDATE_SHAPES),
 }
-OPERATIONS = {"cpp": ATTENTION | UPDATES | {linear: (LINEAR_FEATURES, LINEAR_SHAPES)}, "triton": ATTENTION, "cuda": UPDATES}
+DECODER = {linear: (LINEAR_FEATURES, LINEAR_SHAPES), norm: (NORM_FEATURES, NORM_SHAPES)}
+OPERATIONS = {"cpp": ATTENTION | UPDATES | DECODER, "triton": ATTENTION, "cuda": UPDATES}
 
 
 def cases(implementation: str, chosen: list[str] | None):

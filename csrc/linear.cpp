@@ -4,22 +4,19 @@
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "cpu_level.h"
 #include "linear.h"
+#include "memory.h"
 #include "parallel.h"
 #include "plan.h"
-#include "tensors.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(void linear_inputs(const Linear& l, float* x);
                               void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next);
-                              void linear_finish(const Linear& l, int64_t begin, int64_t end);)
+                              void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t end);)
 
 namespace fastgpt {
 namespace {
-
-using torch::stable::Tensor;
 
 // Output features [begin, end).
 struct Range {
@@ -50,7 +47,7 @@ class Ranges {
 void run(const Linear& l, float* x) {
   FASTGPT_AT_CPU_LEVEL(linear_inputs)(l, x);
   const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_outputs);
-  if (l.rows * l.in * l.out_features <= kGrain) return kernel(l, x, 0, l.out_features, l.out_features);
+  if (l.rows * l.in * l.weight_rows() <= kGrain) return kernel(l, x, 0, l.out_features, l.out_features);
   const int64_t threads = torch::stable::get_num_threads();
   Ranges ranges(l.out_features, threads);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
@@ -62,79 +59,81 @@ void run(const Linear& l, float* x) {
   });
 }
 
-// Checks tensors and hands out their memory; copies what is not contiguous.
-class Memory {
- public:
-  explicit Memory(const Tensor& x) : dtype_(dtype_of(x)) {}
-
-  const void* of(const Tensor& tensor) {
-    STD_TORCH_CHECK(dtype_of(tensor) == dtype_, "expected tensors of one dtype");
-    if (tensor.is_contiguous()) return tensor.const_data_ptr();
-    return copies_.emplace_back(torch::stable::contiguous(tensor)).const_data_ptr();
-  }
-
-  const void* of(const std::optional<Tensor>& tensor, const char* name, const std::vector<int64_t>& shape) {
-    if (!tensor) return nullptr;
-    const auto sizes = tensor->sizes();
-    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name, ": unexpected shape");
-    return of(*tensor);
-  }
-
-  bool copied() const { return !copies_.empty(); }
-
- private:
-  int32_t dtype_;
-  std::vector<Tensor> copies_;
-};
-
-std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+Activation activation_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(Activation::relu), "activation: unknown number ", number);
+  return static_cast<Activation>(number);
+}
 
 Tensor linear_cpu(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double norm_eps, bool gelu) {
+    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, bool rms, double norm_eps,
+    double norm_offset, int64_t activation, bool gated) {
   const int64_t dims = x.dim();
   STD_TORCH_CHECK(dims >= 1 && weight.dim() == 2, "x, weight: expected (..., C) and (N, C)");
   STD_TORCH_CHECK(weight.size(1) == x.size(dims - 1), "weight: expected as many columns as x has");
+  STD_TORCH_CHECK(!gated || weight.size(0) % 2 == 0, "weight: expected an even number of rows with a gate");
   STD_TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: expected none without norm_weight");
   Linear l{};
   l.element = element_of(x, "x");
-  l.in = weight.size(1), l.out_features = weight.size(0);
-  l.norm_eps = norm_eps, l.gelu = gelu;
-  std::vector<int64_t> shape = shape_of(x), strides(dims, 1);
+  l.in = weight.size(1), l.out_features = gated ? weight.size(0) / 2 : weight.size(0);
+  l.activation = activation_of(activation), l.gated = gated;
+  std::vector<int64_t> shape = shape_of(x);
   shape.back() = l.out_features;
   l.rows = 1;
-  for (int64_t i = dims - 1; i-- > 0;) strides[i] = strides[i + 1] * shape[i + 1], l.rows *= shape[i];
+  for (int64_t i = 0; i < dims - 1; ++i) l.rows *= shape[i];
   STD_TORCH_CHECK(l.rows <= kMaxRows, "x: expected at most ", kMaxRows, " rows");
 
   Memory memory(x);
   l.x = memory.of(x), l.weight = memory.of(weight);
-  l.bias = memory.of(bias, "bias", {l.out_features});
+  l.bias = memory.of(bias, "bias", {l.weight_rows()});
   l.residual = memory.of(residual, "residual", shape);
-  l.norm_weight = memory.of(norm_weight, "norm_weight", {l.in});
-  l.norm_bias = memory.of(norm_bias, "norm_bias", {l.in});
-  Tensor out = new_empty(x, dims, shape.data(), strides.data(), dtype_of(x));
+  l.norm.weight = memory.of(norm_weight, "norm_weight", {l.in});
+  l.norm.bias = memory.of(norm_bias, "norm_bias", {l.in});
+  l.norm.rms = rms, l.norm.eps = norm_eps, l.norm.offset = norm_offset;
+  Tensor out = new_empty(x, shape);
   l.out = out.mutable_data_ptr();
-  const std::shared_ptr<float> floats = scratch((l.rows + 2) * l.padded() + 1);
+  const std::shared_ptr<float> floats = scratch((l.rows + 2) * padded(l.in) + 1);
   const auto operation = [l, floats] { run(l, floats.get()); };
   memory.copied() ? operation() : perform(operation);  // a copy is not what a plan should read again
   return out;
 }
 
-void linear_finish_cpu(
-    const Tensor& out, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool gelu) {
-  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: expected a contiguous tensor (..., N)");
-  Linear l{};
+// Into `out`, (..., out_features), what follows the product, which is `out` itself or, if gated, twice as wide.
+void finish(
+    Linear& l, const Tensor& product, const Tensor& out, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& residual) {
   l.element = element_of(out, "out");
-  l.out_features = out.size(out.dim() - 1), l.gelu = gelu;
   l.out = out.mutable_data_ptr();
   Memory memory(out);
-  l.bias = memory.of(bias, "bias", {l.out_features});
+  l.bias = memory.of(bias, "bias", {l.weight_rows()});
   l.residual = memory.of(residual, "residual", shape_of(out));
+  const void* source = memory.of(product);
   const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_finish);
   // A number takes about as long as 16 multiply-adds.
-  for_tasks(out.numel() / std::max<int64_t>(l.out_features, 1), 16 * l.out_features + 1, [&](int64_t begin, int64_t end) {
-    kernel(l, begin, end);
+  for_tasks(out.numel() / std::max<int64_t>(l.out_features, 1), 16 * l.weight_rows() + 1, [&](int64_t begin, int64_t end) {
+    kernel(l, source, begin, end);
   });
+}
+
+void linear_finish_cpu(
+    const Tensor& out, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t activation) {
+  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: expected a contiguous tensor (..., N)");
+  Linear l{};
+  l.out_features = out.size(out.dim() - 1), l.activation = activation_of(activation);
+  finish(l, out, out, bias, residual);
+}
+
+Tensor linear_gate_cpu(
+    const Tensor& product, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    int64_t activation) {
+  std::vector<int64_t> shape = shape_of(product);
+  STD_TORCH_CHECK(!shape.empty() && shape.back() % 2 == 0, "product: expected shape (..., 2N)");
+  shape.back() /= 2;
+  Linear l{};
+  l.out_features = shape.back(), l.activation = activation_of(activation), l.gated = true;
+  const Tensor out = new_empty(product, shape);
+  finish(l, product, out, bias, residual);
+  return out;
 }
 
 }  // namespace
@@ -143,4 +142,5 @@ void linear_finish_cpu(
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("linear", TORCH_BOX(&fastgpt::linear_cpu));
   m.impl("linear_finish_", TORCH_BOX(&fastgpt::linear_finish_cpu));
+  m.impl("linear_gate", TORCH_BOX(&fastgpt::linear_gate_cpu));
 }

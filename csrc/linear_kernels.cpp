@@ -1,7 +1,9 @@
 // `linear` for few rows of x. Such a product reads every weight once, from memory; all else must hide behind that.
 
-#include "vectors.h"
+#include "activations.h"
 #include "linear.h"
+#include "normalise.h"
+#include "vectors.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -52,42 +54,51 @@ void multiply_blocks(
   }
 }
 
-inline Vector gelu_tanh(Vector x) {
-  return 0.5f * x * (1.0f + tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-}
-
-// What follows the product, for up to kFeatures of a row's output features, from `first` on.
-void finish(const Linear& l, int64_t row, int64_t first, int64_t count, float* y) {
+// What follows the product, for up to kFeatures of a row's output features, from `first` on; `factors` are what a gate is
+// multiplied with.
+void finish(const Linear& l, int64_t row, int64_t first, int64_t count, float* y, float* factors) {
   const int64_t offset = row * l.out_features + first;
-  const auto add = [&](const void* source, int64_t from) {
+  const auto add = [&](const void* source, int64_t from, float* target) {
     alignas(64) float other[kFeatures] = {};
     convert(source, from, count, l.element, other);
-    for (int64_t j = 0; j < count; j += kWidth) store(y + j, load(y + j) + load(other + j));
+    for (int64_t j = 0; j < count; j += kWidth) store(target + j, load(target + j) + load(other + j));
   };
-  if (l.bias) add(l.bias, first);
-  if (l.gelu) {
-    for (int64_t j = 0; j < count; j += kWidth) store(y + j, gelu_tanh(load(y + j)));
+  if (l.bias) add(l.bias, first, y);
+  activate(l.activation, y, count);
+  if (l.gated) {
+    if (l.bias) add(l.bias, l.out_features + first, factors);
+    for (int64_t j = 0; j < count; j += kWidth) store(y + j, load(y + j) * load(factors + j));
   }
-  if (l.residual) add(l.residual, offset);
+  if (l.residual) add(l.residual, offset, y);
   write(y, count, l.out, offset, l.element);
 }
 
 template <typename T>
 void outputs(const Linear& l, const float* x, const T* weight, int64_t begin, int64_t end, int64_t next) {
-  alignas(64) float dots[kMaxRows][kFeatures] = {};
-  for (int64_t first = begin; first < end; first += kFeatures) {
-    const int64_t count = end - first < kFeatures ? end - first : kFeatures;
+  alignas(64) float dots[kMaxRows][kFeatures] = {};  // if gated: those of the gate, and in the second half its factors
+  const int64_t step = l.gated ? kFeatures / 2 : kFeatures;
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t count = end - first < step ? end - first : step;
     const auto multiply = [&](auto streams, int64_t n) {
       constexpr int kStreams = decltype(streams)::value;
+      // Weight rows from `now` on, before those from `then` on if there are such.
+      const auto multiply_from = [&](int64_t now, int64_t then, float* column) {
+        const int64_t ahead = then < l.weight_rows() ? (then - now) * l.in * sizeof(T) : 0;
+        multiply_blocks<kMostRows, kStreams>(
+            x, padded(l.in), l.rows, weight + now * l.in, l.in, ahead, column, kFeatures);
+      };
       const int64_t now = first + n, then = now + kStreams < end ? now + kStreams : next;
-      const int64_t ahead = then < l.out_features ? (then - now) * l.in * sizeof(T) : 0;
-      multiply_blocks<kMostRows, kStreams>(
-          x, l.padded(), l.rows, weight + now * l.in, l.in, ahead, &dots[0][n], kFeatures);
+      if (l.gated) {
+        multiply_from(now, now + l.out_features, &dots[0][n]);
+        multiply_from(now + l.out_features, then < l.out_features ? then : l.weight_rows(), &dots[0][step + n]);
+      } else {
+        multiply_from(now, then, &dots[0][n]);
+      }
     };
     int64_t n = 0;
     for (; n + kMostStreams <= count; n += kMostStreams) multiply(std::integral_constant<int, kMostStreams>(), n);
     for (; n < count; ++n) multiply(std::integral_constant<int, 1>(), n);
-    for (int64_t r = 0; r < l.rows; ++r) finish(l, r, first, count, dots[r]);
+    for (int64_t r = 0; r < l.rows; ++r) finish(l, r, first, count, dots[r], dots[r] + step);
   }
 }
 
@@ -102,48 +113,26 @@ void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end,
   }
 }
 
-// What follows the product, of rows begin to end whose products are in `out`.
-void linear_finish(const Linear& l, int64_t begin, int64_t end) {
-  alignas(64) float y[kFeatures] = {};
+// What follows the product, of its rows begin to end. It may be `out` if there is no gate.
+void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t end) {
+  alignas(64) float y[kFeatures] = {}, factors[kFeatures] = {};
   for (int64_t r = begin; r < end; ++r) {
     for (int64_t first = 0; first < l.out_features; first += kFeatures) {
       const int64_t count = l.out_features - first < kFeatures ? l.out_features - first : kFeatures;
-      convert(l.out, r * l.out_features + first, count, l.element, y);
-      finish(l, r, first, count, y);
+      const int64_t offset = r * l.weight_rows() + first;
+      convert(product, offset, count, l.element, y);
+      if (l.gated) convert(product, offset + l.out_features, count, l.element, factors);
+      finish(l, r, first, count, y, factors);
     }
   }
 }
 
-// Rows of x as floats, normalised, filled up with zeros: (rows, padded()), and two more of scratch.
+// Rows of x as floats, normalised, filled up with zeros: (rows, padded(in)), and two more of scratch.
 void linear_inputs(const Linear& l, float* x) {
-  const int64_t padded = l.padded();
-  const auto read = [&](const void* source, int64_t row, float* target) {
-    convert(source, row * l.in, l.in, l.element, target);
-    std::memset(target + l.in, 0, (padded - l.in) * sizeof(float));
-  };
-  for (int64_t r = 0; r < l.rows; ++r) read(l.x, r, x + r * padded);
-  if (!l.norm_weight) return;
-  float *weight = x + l.rows * padded, *bias = weight + padded;
-  read(l.norm_weight, 0, weight);
-  if (l.norm_bias) read(l.norm_bias, 0, bias);
-  for (int64_t r = 0; r < l.rows; ++r, x += padded) {
-    Vector total = {}, rest = {}, squares = {};
-    for (int64_t c = 0; c < padded; c += kWidth) total += load(x + c);
-    const Vector mean = broadcast(sum(total) / l.in);
-    for (int64_t c = 0; c < padded; c += kWidth) store(x + c, load(x + c) - mean);
-    std::memset(x + l.in, 0, (padded - l.in) * sizeof(float));
-    for (int64_t c = 0; c < padded; c += kWidth) {
-      const Vector centred = load(x + c);
-      rest += centred, squares += centred * centred;
-    }
-    const float shift = sum(rest) / l.in;  // what rounding left of the mean
-    const float factor = 1.0f / __builtin_sqrtf(sum(squares) / l.in - shift * shift + l.norm_eps);
-    for (int64_t c = 0; c < padded; c += kWidth) {
-      Vector y = (load(x + c) - shift) * factor * load(weight + c);
-      if (l.norm_bias) y += load(bias + c);
-      store(x + c, y);
-    }
-  }
+  for (int64_t r = 0; r < l.rows; ++r) convert_padded(l.x, r * l.in, l.in, l.element, x + r * padded(l.in));
+  if (!l.norm.weight) return;
+  const Normaliser normalise(l.norm, l.in, l.element, x + l.rows * padded(l.in));
+  for (int64_t r = 0; r < l.rows; ++r) normalise(x + r * padded(l.in));
 }
 
 }  // namespace fastgpt::FASTGPT_CPU_LEVEL

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <vector>
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -49,6 +51,13 @@ template <size_t N>
 torch::stable::Tensor new_empty(
     const torch::stable::Tensor& like, const int64_t (&sizes)[N], const int64_t (&strides)[N], int32_t dtype) {
   return new_empty(like, N, sizes, strides, dtype);
+}
+
+// A contiguous one of the dtype of `like`.
+inline torch::stable::Tensor new_empty(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  return new_empty(like, sizes.size(), sizes.data(), strides.data(), dtype_of(like));
 }
 
 }  // namespace

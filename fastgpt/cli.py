@@ -280,6 +280,7 @@ def serving(device: torch.device) -> dict[str, tuple[str, dict[str, str]]]:
             fastgpt.rope_kv_cache_update, x, x, x, x, x, positions, x[0, 0, :, :8], x[0, 0, :, :8]
         ),
         "linear": fastgpt.explain(fastgpt.linear, x, x[0, 0]),
+        "norm": fastgpt.explain(fastgpt.norm, x, x[0, 0, 0]),
     }
     result = {}
     for operation, reasons in calls.items():

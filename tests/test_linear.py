@@ -8,13 +8,17 @@ import numerics
 import pytest
 import torch
 from cpu_levels import lower_levels
-from linear_features import FEATURES, call_of, in_float64, tensors
+from linear_features import FEATURES, call_of, in_float64, split
 
 import fastgpt
 from fastgpt import linear, linear_reference
+from fastgpt.capture import Captured
+from fastgpt.ops.linear import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(40, 65), (33, 7), (768, 300), (3072, 64), (5, 23)]  # C, N
+ROWS = (1, 2, 3, 4, 7, 32, 33)  # those of the kernel, and more
+everything = pytest.mark.parametrize("feature", ["everything", "everything, gated"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -22,11 +26,10 @@ SHAPES = [(40, 65), (33, 7), (768, 300), (3072, 64), (5, 23)]  # C, N
 @pytest.mark.parametrize("feature", FEATURES)
 def test_contract(feature, C, N, dtype):
     """Judged over all numbers of rows together: of a few numbers, either side's worst error is luck."""
-    calls = [call_of(feature, rows, C, N, dtype) for rows in (1, 2, 3, 4, 7, 32, 33)]
-    actual = torch.cat([linear(**call, impl="cpp") for call in calls])
-    oracle = torch.cat([linear_reference(**in_float64(call)) for call in calls])
+    call = call_of(feature, sum(ROWS), C, N, dtype)
+    actual = torch.cat([linear(**part, impl="cpp") for part in split(call, ROWS)])
     assert actual.dtype == dtype
-    numerics.check(actual, oracle, torch.cat([linear_reference(**call) for call in calls]), dtype=dtype)
+    numerics.check(actual, linear_reference(**in_float64(call)), linear_reference(**call), dtype=dtype)
 
 
 @pytest.mark.slow
@@ -46,8 +49,9 @@ def test_large_means_do_not_cancel():
         numerics.check(linear(**call, impl="cpp"), expected, linear_reference(**call), dtype=torch.float32)
 
 
-def test_any_leading_dimensions_and_strides():
-    call = call_of("everything", 6, 40, 65, torch.float32)
+@everything
+def test_any_leading_dimensions_and_strides(feature):
+    call = call_of(feature, 6, 40, 65, torch.float32)
     expected = linear(**call, impl="cpp")
     x, residual = call.pop("x"), call.pop("residual")
     shaped = linear(x.view(2, 3, 40), residual=residual.view(2, 3, 65), **call)
@@ -58,8 +62,9 @@ def test_any_leading_dimensions_and_strides():
     assert linear(x[:0], residual=residual[:0], **call).shape == (0, 65)
 
 
-def test_a_row_gives_the_same_bits_in_any_batch_and_on_any_number_of_threads():
-    call = call_of("everything", 16, 768, 1000, torch.float32)
+@everything
+def test_a_row_gives_the_same_bits_in_any_batch_and_on_any_number_of_threads(feature):
+    call = call_of(feature, 16, 768, 1000, torch.float32)
     whole, threads = linear(**call), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -68,8 +73,9 @@ def test_a_row_gives_the_same_bits_in_any_batch_and_on_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
-def test_infinities_and_nan_stay_in_their_row():
-    call = call_of("norm and bias", 4, 40, 65, torch.float32)
+@pytest.mark.parametrize("feature", ["norm and bias", "everything, gated"])
+def test_infinities_and_nan_stay_in_their_row(feature):
+    call = call_of(feature, 4, 40, 65, torch.float32)
     expected = linear(**call)
     call["x"] = call["x"].clone()
     call["x"][1, 3], call["x"][2, 3] = torch.nan, torch.inf
@@ -78,15 +84,49 @@ def test_infinities_and_nan_stay_in_their_row():
     assert torch.equal(actual[[0, 3]], expected[[0, 3]])
 
 
-def test_many_rows_leave_their_inputs_alone():
-    call = call_of("everything", 200, 40, 65, torch.bfloat16)
-    before = {name: value.clone() for name, value in call.items() if name != "activation"}
+@everything
+def test_many_rows_leave_their_inputs_alone(feature):
+    call = call_of(feature, 200, 40, 65, torch.bfloat16)
+    before = {name: value.clone() for name, value in call.items() if isinstance(value, torch.Tensor)}
     linear(**call)
     assert all(torch.equal(call[name], value) for name, value in before.items())
 
 
-def test_gradients_are_served_by_the_reference():
-    call = call_of("everything", 16, 40, 65, torch.float32)
+@torch.inference_mode()
+@everything
+def test_a_plan_runs_it_again(feature):
+    call = call_of(feature, 2, 40, 65, torch.float32)
+    call.pop("x")
+    function = Captured(lambda x: linear(x, **call))
+    for _ in range(3):
+        x = torch.randn(2, 40)
+        assert torch.equal(function(x), linear(x, **call))
+    assert function.refused is None and len(function.plan) == 1
+
+
+@torch.inference_mode()
+def test_the_offset_is_added_in_float32():
+    """To weights that a sum in bfloat16 would swallow: nearly all numbers are the nearest of all."""
+    x, norm_weight = torch.randn(32, 256).bfloat16(), torch.randn(256).bfloat16() / 100
+    for rows in (x, x.repeat(2, 1)):  # few and many
+        call = {"x": rows, "weight": torch.eye(256).bfloat16(), "norm": "rms", "norm_weight": norm_weight, "norm_offset": 1.0}
+        nearest = linear_reference(**in_float64(call)).bfloat16()
+        for impl in ("cpp", "reference"):
+            assert (linear(**call, impl=impl) == nearest).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu", "relu"])
+def test_activations_far_from_zero(activation):
+    """And near it: to a few units in the last place of float32, of numbers that are not tiny."""
+    x = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor([1e30])]).view(1, -1)
+    far = linear(torch.ones(1, 1), x.view(-1, 1), activation=activation)
+    expected = ACTIVATIONS[activation](x.double())
+    torch.testing.assert_close(far.double(), expected, rtol=2e-6, atol=1e-6)
+
+
+@everything
+def test_gradients_are_served_by_the_reference(feature):
+    call = call_of(feature, 16, 40, 65, torch.float32)
     call["weight"].requires_grad_()
     reasons = fastgpt.explain(linear, **call)
     assert reasons == {"cpp": "it has no backward pass, and a gradient is asked for", "reference": "chosen"}
@@ -118,9 +158,13 @@ def test_autocast():
 def test_opcheck():
     call = call_of("everything", 3, 40, 65, torch.float32)
     order = ("x", "weight", "bias", "residual", "norm_weight", "norm_bias")
-    torch.library.opcheck(torch.ops.fastgpt.linear.default, (*(call[name] for name in order), 1e-5, True))
+    torch.library.opcheck(torch.ops.fastgpt.linear.default, (*(call[name] for name in order), False, 1e-5, 0.0, 1))
     torch.library.opcheck(torch.ops.fastgpt.linear.default, (call["x"], call["weight"]))
-    torch.library.opcheck(torch.ops.fastgpt.linear_finish_.default, (call["residual"], call["bias"], None, True))
+    torch.library.opcheck(torch.ops.fastgpt.linear_finish_.default, (call["residual"], call["bias"], None, 1))
+    call = call_of("everything, gated", 3, 40, 65, torch.float32)
+    torch.library.opcheck(torch.ops.fastgpt.linear.default, (*(call[name] for name in order), True, 1e-5, 1.0, 2, True))
+    product = torch.randn(3, 130)
+    torch.library.opcheck(torch.ops.fastgpt.linear_gate.default, (product, call["bias"], call["residual"], 3))
 
 
 x, weight = torch.zeros(2, 8), torch.zeros(3, 8)
@@ -143,6 +187,12 @@ x, weight = torch.zeros(2, 8), torch.zeros(3, 8)
         ({"norm_bias": torch.zeros(8)}, ValueError, "norm_bias: expected None without norm_weight, got a tensor"),
         ({"residual": torch.zeros(2, 8)}, ValueError, r"residual: expected shape \(2, 3\) \(..., N\), got \(2, 8\)"),
         ({"activation": "swish"}, ValueError, "activation: expected one of None, 'gelu_tanh', 'gelu', 'silu', 'relu', got 'swish'"),
+        ({"activation": ["relu"]}, ValueError, r"activation: expected one of None, .*, got \['relu'\]"),
+        ({"norm": "batch"}, ValueError, "norm: expected one of 'layer', 'rms', got 'batch'"),
+        ({"norm_offset": "1"}, TypeError, "norm_offset: expected a number, got str"),
+        ({"gated": True}, ValueError, r"weight: expected an even number of rows \(2N, C\) with a gate, got \(3, 8\)"),
+        ({"gated": True, "weight": weight[:2], "bias": torch.zeros(1)}, ValueError, r"bias: expected shape \(2,\) \(2N,\), got"),
+        ({"gated": True, "weight": weight[:2], "residual": torch.zeros(2, 2)}, ValueError, r"residual: expected shape \(2, 1\)"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p: expected 0 <= dropout_p < 1, got 1.0"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of 'cpp', 'reference' or None, got 'cuda'"),
         ({"x": x.double(), "weight": weight.double(), "impl": "cpp"}, ValueError, "cannot serve .* torch.float64"),

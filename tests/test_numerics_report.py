@@ -13,6 +13,7 @@ SMALL = {
     numerics.kv_cache_update: (["contiguous", "fp8"], [(3, 4, 5, 9, 16)]),
     numerics.rope_kv_cache_update: (["pages of 16", "interleaved"], [(3, 4, 5, 9, 16)]),
     numerics.linear: (["everything"], [(40, 65)]),
+    numerics.norm: (["everything"], [(3, 50, 40)]),
 }
 
 
@@ -52,6 +53,7 @@ FAULTS = {
     "kv_cache_update": (fastgpt, "kv_cache_update", lambda run: lambda k, v, **rest: run(v, k, **rest)),
     "rope_kv_cache_update": (fastgpt, "rope_kv_cache_update", lambda run: lambda q, **rest: run(q, **rest | {"interleaved": False})),
     "linear": (fastgpt, "linear", lambda run: lambda **call: 1.03 * run(**call)),
+    "norm": (fastgpt, "norm", lambda run: lambda **call: 1.03 * run(**call)),
     "linear, NaN": (fastgpt, "linear", lambda run: lambda **call: run(**call) / 0),
 }  # fmt: skip
 

@@ -42,3 +42,16 @@ def explain_call(implementations: dict, *call) -> dict[str, str]:
         name: reason if reason is not None else "chosen" if name == able[0] else "available"
         for name, reason in reasons.items()
     }
+
+
+def decoder_kernel_refuses(x, *others) -> str | None:
+    """Why the C++ kernels of `linear` and `norm` cannot take x and the other tensors (or None), or None."""
+    if not x.is_cpu:
+        return runs_elsewhere("CPU", "x", x.device)
+    if x.dtype is torch.float64:
+        return "it takes fp32, fp16 and bf16, and x is torch.float64"
+    if torch.is_autocast_enabled("cpu"):
+        return "it knows no autocast, which is on"
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)):
+        return "it has no backward pass, and a gradient is asked for"
+    return None

@@ -12,7 +12,7 @@ from fastgpt.ops.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
+from fastgpt.ops.implementations import choose, decoder_kernel_refuses, explain_call
 from fastgpt.ops.library import library
 from fastgpt.ops.norm import KINDS, norm_reference
 
@@ -25,6 +25,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
 }
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # csrc/linear.h
 
 
 def linear(
@@ -63,19 +64,22 @@ def linear(
         argument, expected, got.
     """
     call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
-    how = (norm, norm_eps, norm_offset, activation, gated)
     try:
-        old = norm == "layer" and not norm_offset and activation in (None, "gelu_tanh") and not gated
-        if impl in (None, "cpp") and old and _cpp_refuses(*call) is None:
+        if impl in (None, "cpp") and _cpp_refuses(*call) is None:
+            rms, number = KINDS[norm], ACTIVATION_NUMBERS[activation]
             if x.numel() > MAX_ROWS * x.shape[-1]:
-                _check(*call, *how)
-                return _matrix_product(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, activation)
+                _check(*call, norm, norm_eps, norm_offset, activation, gated)
+                if norm_weight is not None:
+                    x = _norm(x, norm_weight, norm_bias, None, rms, norm_eps, norm_offset)
+                return _matrix_product(x, weight, bias, residual, number, gated)
             # The kernel checks the rest for itself, in a fraction of the time.
-            return _linear(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, activation is not None)
-    except (RuntimeError, AttributeError, TypeError, IndexError):
-        _check(*call, *how)  # raises the error that names the argument
+            return _linear(
+                x, weight, bias, residual, norm_weight, norm_bias, rms, norm_eps, norm_offset, number, gated
+            )  # fmt: skip
+    except (RuntimeError, AttributeError, TypeError, LookupError):
+        _check(*call, norm, norm_eps, norm_offset, activation, gated)  # raises the error that names the argument
         raise
-    _check(*call, *how)
+    _check(*call, norm, norm_eps, norm_offset, activation, gated)
     choose("linear", IMPLEMENTATIONS, impl, *call)
     return linear_reference(
         x, weight, bias, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps,
@@ -83,14 +87,14 @@ def linear(
     )  # fmt: skip
 
 
-def _matrix_product(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, activation):
-    """Of many rows: the norm and the product are PyTorch's, and what follows is one pass over the result."""
-    if norm_weight is not None:
-        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
-    out = F.linear(x, weight)
-    if bias is not None or activation is not None or residual is not None:
-        _finish(out, bias, residual, activation is not None)
-    return out
+def _matrix_product(x, weight, bias, residual, activation, gated):
+    """Of many rows: PyTorch's, and one pass over it for what follows."""
+    product = F.linear(x, weight)
+    if gated:
+        return _gate(product, bias, residual, activation)
+    if bias is not None or activation or residual is not None:
+        _finish(product, bias, residual, activation)
+    return product
 
 
 def linear_reference(
@@ -114,8 +118,7 @@ def linear_reference(
 
 
 def _check(
-    x, weight, bias, norm_weight, norm_bias, residual, dropout_p,
-    norm="layer", norm_eps=1e-5, norm_offset=0.0, activation=None, gated=False,
+    x, weight, bias, norm_weight, norm_bias, residual, dropout_p, norm, norm_eps, norm_offset, activation, gated
 ):  # fmt: skip
     require_tensor("x", x)
     require_dtype("x", x, DTYPES)
@@ -163,18 +166,11 @@ def explain(
 
 
 def _cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
-    if not x.is_cpu:
-        return runs_elsewhere("CPU", "x", x.device)
-    if x.dtype is torch.float64:
-        return "it takes fp32, fp16 and bf16, and x is torch.float64"
+    reason = decoder_kernel_refuses(x, weight, bias, norm_weight, norm_bias, residual)
+    if reason is not None:
+        return reason
     if dropout_p > 0:
         return "it has no dropout"
-    if torch.is_autocast_enabled("cpu"):
-        return "it knows no autocast, which is on"
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, norm_weight, norm_bias, residual)
-    ):
-        return "it has no backward pass, and a gradient is asked for"
     if not weight.is_contiguous():
         return "it takes a contiguous weight"
     return None
@@ -185,21 +181,33 @@ IMPLEMENTATIONS = {"cpp": _cpp_refuses, "reference": lambda *call: None}
 
 library.define(
     "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? norm_weight=None, "
-    "Tensor? norm_bias=None, float norm_eps=1e-5, bool gelu=False) -> Tensor"
+    "Tensor? norm_bias=None, bool rms=False, float norm_eps=1e-5, float norm_offset=0.0, int activation=0, "
+    "bool gated=False) -> Tensor"
 )
-
-library.define("linear_finish_(Tensor(a!) out, Tensor? bias=None, Tensor? residual=None, bool gelu=False) -> ()")
+# What follows the product, in place or, where a gate halves it, not.
+library.define("linear_finish_(Tensor(a!) out, Tensor? bias=None, Tensor? residual=None, int activation=0) -> ()")
+library.define("linear_gate(Tensor product, Tensor? bias=None, Tensor? residual=None, int activation=0) -> Tensor")
 
 _linear = torch.ops.fastgpt.linear.default
 _finish = torch.ops.fastgpt.linear_finish_.default
+_gate = torch.ops.fastgpt.linear_gate.default
+_norm = torch.ops.fastgpt.norm.default
 
 
 @torch.library.register_fake("fastgpt::linear", lib=library)
-def _linear_fake(x, weight, bias=None, residual=None, norm_weight=None, norm_bias=None, norm_eps=1e-5, gelu=False):
-    _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0)
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _linear_fake(
+    x, weight, bias=None, residual=None, norm_weight=None, norm_bias=None,
+    rms=False, norm_eps=1e-5, norm_offset=0.0, activation=0, gated=False,
+):  # fmt: skip
+    _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, "layer", norm_eps, norm_offset, None, gated)
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0])
 
 
 @torch.library.register_fake("fastgpt::linear_finish_", lib=library)
-def _finish_fake(out, bias=None, residual=None, gelu=False):
+def _finish_fake(out, bias=None, residual=None, activation=0):
     pass
+
+
+@torch.library.register_fake("fastgpt::linear_gate", lib=library)
+def _gate_fake(product, bias=None, residual=None, activation=0):
+    return product.new_empty(*product.shape[:-1], product.shape[-1] // 2)

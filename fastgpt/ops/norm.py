@@ -3,16 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from fastgpt.ops.checks import (
-    require_choice,
-    require_device,
-    require_dtype,
-    require_last_dim_contiguous,
-    require_number,
-    require_shape,
-    require_tensor,
-)
-from fastgpt.ops.implementations import choose, explain_call
+from fastgpt.ops.checks import require_choice, require_device, require_dtype, require_number, require_shape, require_tensor
+from fastgpt.ops.implementations import choose, decoder_kernel_refuses, explain_call
+from fastgpt.ops.library import library
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KINDS = {"layer": False, "rms": True}
@@ -25,23 +18,29 @@ def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=N
         out = residual + x / sqrt(mean of x^2 + eps) · (weight + offset) + bias              kind "rms"
 
     Args:
-        x: (..., C) fp16|bf16|fp32|fp64, last dimension contiguous, other strides free: the queries within a row that holds
-            keys and values too are not copied.
+        x: (..., C) fp16|bf16|fp32|fp64. With a contiguous last dimension it is not copied, wherever its rows lie: queries
+            may be a part of rows that hold keys and values too.
         weight: (C,), dtype of x, as all that follow (under autocast: any).
         bias: (C,).
         eps: added to the variance, or to the mean of squares.
         offset: added to the weight, in fp32: 1 where a checkpoint stores weights less one (Gemma).
-        residual: (..., C), last dimension contiguous.
-        impl: "reference"; None picks the first that can serve the call; see `fastgpt.explain`. Everything is computed in
-            at least fp32 and rounded once.
+        residual: (..., C), likewise.
+        impl: "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`. Everything is
+            computed in at least fp32 and rounded once.
 
     Returns: (..., C) contiguous, in the dtype of x. Gradients flow through the reference, which serves every call that
         needs them.
-    Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, stride, device, kind, impl): argument, expected,
-        got.
+    Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, device, kind, impl): argument, expected, got.
     Source: Layer Normalization (arXiv 1607.06450), Root Mean Square Layer Normalization (arXiv 1910.07467).
     """
     call = (x, weight, bias, residual)
+    try:
+        if impl in (None, "cpp") and decoder_kernel_refuses(*call) is None:
+            # The kernel checks the rest for itself, in a fraction of the time.
+            return _norm(x, weight, bias, residual, KINDS[kind], eps, offset)
+    except (RuntimeError, AttributeError, TypeError, KeyError):
+        _check(*call, kind, eps, offset)  # raises the error that names the argument
+        raise
     _check(*call, kind, eps, offset)
     choose("norm", IMPLEMENTATIONS, impl, *call)
     return norm_reference(x, weight, bias, kind=kind, eps=eps, offset=offset, residual=residual)
@@ -67,7 +66,6 @@ def _check(x, weight, bias, residual, kind, eps, offset):
     require_dtype("x", x, DTYPES)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., C), got a scalar")
-    require_last_dim_contiguous("x", x)
     C = x.shape[-1]
     shapes = {
         "weight": (weight, (C,), "(C,)"),
@@ -81,8 +79,6 @@ def _check(x, weight, bias, residual, kind, eps, offset):
             if not torch.is_autocast_enabled(x.device.type):
                 require_dtype(name, tensor, (x.dtype,))
             require_device(name, tensor, x.device)
-    if residual is not None:
-        require_last_dim_contiguous("residual", residual)
     require_choice("kind", kind, KINDS)
     require_number("eps", eps)
     require_number("offset", offset)
@@ -96,4 +92,17 @@ def explain(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residua
 
 
 # In order of preference: the first that does not refuse serves the call.
-IMPLEMENTATIONS = {"reference": lambda *call: None}
+IMPLEMENTATIONS = {"cpp": decoder_kernel_refuses, "reference": lambda *call: None}
+
+library.define(
+    "norm(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, bool rms=False, float eps=1e-5, "
+    "float offset=0.0) -> Tensor"
+)
+
+_norm = torch.ops.fastgpt.norm.default
+
+
+@torch.library.register_fake("fastgpt::norm", lib=library)
+def _norm_fake(x, weight, bias=None, residual=None, rms=False, eps=1e-5, offset=0.0):
+    _check(x, weight, bias, residual, "layer", eps, offset)
+    return x.new_empty(x.shape)
