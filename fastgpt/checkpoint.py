@@ -14,6 +14,13 @@ from fastgpt.families import FAMILIES, Family
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
 
+def resolve(path: str | Path) -> Path:
+    """The folder of a checkpoint."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"model: expected a checkpoint folder, {path} does not exist or is not a folder")
+    return Path(path)
+
+
 def read_config(folder: str | Path) -> tuple[Family, dict]:
     """The family of a checkpoint and GPTConfig's fields for it."""
     folder = Path(folder)
