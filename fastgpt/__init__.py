@@ -37,6 +37,15 @@ __all__ = [
     "linear_reference",
     "norm",
     "norm_reference",
+    "pipeline",
     "rope_kv_cache_update",
     "rope_kv_cache_update_reference",
 ]
+
+
+def __getattr__(name: str):
+    if name == "pipeline":  # loads tokenizers
+        from fastgpt.pipelines import pipeline
+
+        return pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -15,10 +14,7 @@ from tqdm import tqdm
 import fastgpt
 from fastgpt import bench
 from fastgpt.cache import CACHE_KINDS
-from fastgpt.checkpoint import TOKENIZER
-from fastgpt.generate import stream
-from fastgpt.model import GPT
-from fastgpt.text import Tokenizer
+from fastgpt.pipelines import Pipeline, Run, as_messages, pipeline
 from fastgpt.train import TrainConfig, Trainer, train
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"
@@ -52,11 +48,17 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_generate)
     add = command.add_argument
     add("prompt", nargs="?", default=DEFAULT_PROMPT, metavar="PROMPT", help="the text to continue")
-    add("--model", type=Path, default=SHIPPED_MODEL, metavar="DIR", help="checkpoint folder (the shipped model)")
-    add("--max-new-tokens", type=int, default=300, metavar="N", help="tokens to generate")
+    add("--model", default=SHIPPED_MODEL, metavar="PATH", help="checkpoint folder or its id on the hub (the shipped model)")
+    add("--chat", action="store_true", help="PROMPT is a user's message, to be answered; only the answer is printed")
+    add("--max-new-tokens", type=int, default=300, metavar="N", help="tokens to generate (300)")
+    add("--num-samples", type=int, default=1, metavar="N", help="so many texts, printed when all are ready")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given several times")
+    add("--ignore-eos", action="store_true", help="go on after tokens that end a text")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token")
     add("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
     add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of total probability P")
+    add("--min-p", type=float, metavar="P", help="sample among tokens at least P times as likely as the likeliest")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="> 1 makes tokens less likely that there were")
     add("--seed", type=int, metavar="S", help="makes sampling repeatable")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
     add("--dtype", choices=DTYPES, metavar="D", help=f"of weights: {', '.join(DTYPES)} (as stored)")
@@ -66,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-cache", action="store_true", help="recompute everything at every step")
     add("--compare-cache", action="store_true", help="generate with and without the cache, compare tokens and speed")
     add("--json", action="store_true", help="print one JSON object instead of streaming text")
+    add("--logprobs", action="store_true", help="with --json: each token and its log-probability")
 
     command = commands.add_parser("train", help="train a model on a text file", formatter_class=Formatter)
     command.set_defaults(run=run_train)
@@ -97,34 +100,29 @@ class Formatter(argparse.HelpFormatter):
 
 
 def run_generate(options) -> None:
+    if options.logprobs and not options.json:
+        raise ValueError("logprobs: expected --json with it, got --logprobs alone")
     device = device_of(options.device)
-    model = GPT.from_pretrained(options.model, dtype=DTYPES.get(options.dtype), device=device)
-    tokenizer = Tokenizer.load(options.model / TOKENIZER)
-    prompt = tokenizer.encode(options.prompt)
-    if not prompt:
-        raise ValueError("prompt: expected at least one character, got an empty prompt")
-    ids = torch.tensor([prompt], device=device)
-
+    pipe = pipeline(options.model, dtype=DTYPES.get(options.dtype), device=device)
     if options.seed is None:
         options.seed = int.from_bytes(os.urandom(4), "big")  # one for both ways of --compare-cache
 
-    quiet = options.json
-    result = timed_generation(model, tokenizer, ids, options, use_cache=not options.no_cache, quiet=quiet)
-    report = {
-        "text": result.text,
-        "prompt_tokens": len(prompt),
-        "new_tokens": len(result.tokens),
-        "prefill_seconds": result.prefill_seconds,
-        "decode_seconds": result.decode_seconds,
-        "decode_tokens_per_second": result.tokens_per_second,
+    run = run_generation(pipe, options, use_cache=not options.no_cache, quiet=options.json)
+    report = samples(pipe, run, options) | {
+        "prompt_tokens": len(run.prompts[0]),
+        "new_tokens": sum(len(row.tokens) for row in run.rows),
+        "prefill_seconds": run.prefill_seconds,
+        "decode_seconds": run.decode_seconds,
+        "decode_tokens_per_second": run.tokens_per_second,
+        "seed": options.seed,
         "device": str(device),
-        "dtype": str(model.token_embedding.weight.dtype).removeprefix("torch."),
+        "dtype": str(pipe.model.token_embedding.weight.dtype).removeprefix("torch."),
         "implementation": serving(device)["attention"][0],
     }
     if options.compare_cache:
-        other = timed_generation(model, tokenizer, ids, options, use_cache=options.no_cache, quiet=True)
-        cached, uncached = (other, result) if options.no_cache else (result, other)
-        agree = cached.tokens == uncached.tokens
+        other = run_generation(pipe, options, use_cache=options.no_cache, quiet=True)
+        cached, uncached = (other, run) if options.no_cache else (run, other)
+        agree = [row.tokens for row in cached.rows] == [row.tokens for row in uncached.rows]
         report["decode_tokens_per_second"] = cached.tokens_per_second
         report["uncached_tokens_per_second"] = uncached.tokens_per_second
         report["speed_up"] = ratio(cached.tokens_per_second, uncached.tokens_per_second)
@@ -141,51 +139,39 @@ def run_generate(options) -> None:
         sys.exit(1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    tokens: list[int]  # the new ones
-    text: str  # prompt and continuation
-    prefill_seconds: float  # until the first new token
-    decode_seconds: float  # for the others
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Decode speed; None where one token is all there was to decode."""
-        return ratio(len(self.tokens) - 1, self.decode_seconds) if len(self.tokens) > 1 else None
-
-
-def timed_generation(model, tokenizer, ids, options, *, use_cache, quiet) -> Generation:
-    """Generates from ids (1, T), timed; unless quiet, text is printed as it comes."""
-    stream_of_tokens = stream(
-        model,
-        ids,
-        options.max_new_tokens,
-        use_cache=use_cache,
-        cache=options.cache,
-        cache_dtype=CACHE_DTYPES.get(options.cache_dtype),
-        window=options.window,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    new, times = [], [time.perf_counter()]
-
-    def tokens():
-        yield from ids[0].tolist()
-        for token in stream_of_tokens:
-            new.append(token.item())  # waits for the device
-            times.append(time.perf_counter())
-            yield new[-1]
-
-    text = ""
-    for piece in tokenizer.decode_stream(tokens()):
-        text += piece
-        if not quiet:
-            print(piece, end="", flush=True)
-    if not quiet:
+def run_generation(pipe: Pipeline, options, *, use_cache: bool, quiet: bool) -> Run:
+    """Generates as the options say; unless quiet, prints prompt and text, as it comes if there is one sample only."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "num_samples", "cache", "window", "stop")
+    given = {name: getattr(options, name) for name in names} | ({"eos": None} if options.ignore_eos else {})
+    run = pipe.start(
+        [as_messages(options.prompt) if options.chat else options.prompt], options.max_new_tokens,
+        use_cache=use_cache, cache_dtype=CACHE_DTYPES.get(options.cache_dtype), return_logprobs=options.logprobs, **given,
+    )  # fmt: skip
+    before = "" if options.chat else options.prompt
+    streams = options.num_samples == 1 and not quiet
+    if streams:
+        print(before, end="", flush=True)
+    for pieces in run:
+        if streams:
+            print(pieces[0], end="", flush=True)
+    if streams:
         print()
-    return Generation(new, text, times[min(1, len(new))] - times[0], times[-1] - times[min(1, len(new))])
+    elif not quiet:
+        for number, row in enumerate(run.rows, 1):
+            print(f"{'' if number == 1 else chr(10)}--- {number} of {len(run.rows)}\n{before}{row.text}")
+    return run
+
+
+def samples(pipe: Pipeline, run: Run, options) -> dict:
+    """What was generated, for --json: of the one sample, or a list in `samples`."""
+    result = []
+    for row in run.rows:
+        result.append({"text": ("" if options.chat else options.prompt) + row.text, "finish_reason": row.finish_reason})
+        if options.logprobs:
+            texts = map(pipe.tokenizer.backend.id_to_token, row.tokens)
+            names = ("id", "token", "logprob")
+            result[-1]["tokens"] = [dict(zip(names, entry)) for entry in zip(row.tokens, texts, row.logprobs)]
+    return result[0] if len(result) == 1 else {"samples": result}
 
 
 def ratio(a: float | None, b: float | None) -> float | None:

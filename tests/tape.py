@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgpt import capture, sampling
 
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
+WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
 
 
 class Tape(TorchDispatchMode):

@@ -1,11 +1,15 @@
-"""Captured decode steps: the tokens and logits of steps that are not, and no capture where that would be wrong."""
+"""Captured decode steps: the tokens and logits of steps that are not, and no capture where that would be wrong.
+
+A GPU's way, a CUDA graph of the whole step, is gone here too, with a tape that plays the graph: tests/tape.py.
+"""
 
 import pytest
 import torch
 from models import random_ids, random_model
+from tape import graph, graphs_on_cpu
 
 from fastgpt import linear
-from fastgpt.capture import Captured
+from fastgpt.capture import Captured, Graphed
 
 KINDS = [
     {},
@@ -112,3 +116,120 @@ def test_two_captured_generations_side_by_side():
             mine.append(step(mine[-1][None])[0].argmax())
     for row, mine, expected in zip(ids, tokens, alone):
         assert torch.equal(torch.cat([row, torch.stack(mine)]), expected)
+
+
+# CUDA graphs
+
+SAMPLED = {"temperature": 1.0, "seed": 3, "top_p": 0.95, "top_k": 40, "min_p": 0.001, "repetition_penalty": 1.2}
+GRAPHED = [
+    {},
+    {"window": 9},
+    {"cache": "sliding", "window": 9},
+    {"cache": "paged", "page_size": 4},
+    {"cache": "paged", "page_size": 4, "num_samples": 3},  # which copies pages on its way
+    {"cache_dtype": torch.int8, "num_samples": 2},
+]
+
+
+@pytest.mark.parametrize("rules", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("options", GRAPHED, ids=str)
+def test_a_graph_of_the_step_gives_the_same_tokens(options, rules):
+    model = random_model()
+    prompts = [random_ids(model, 1, length, seed=length)[0] for length in (5, 14, 9)]
+    options = options | rules | {"eos": [7, 8], "return_logprobs": True}
+    rows, logprobs = model.generate(prompts, 40, **options)
+    with graphs_on_cpu() as graphs:
+        again, again_logprobs = model.generate(prompts, 40, **options)
+    assert len(graphs) == 1 and max(map(len, rows)) > 14 + 5
+    assert all(map(torch.equal, again, rows)) and all(map(torch.equal, again_logprobs, logprobs))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_a_graph_gives_the_same_logits(options):
+    """Of tokens that are given, through truncation, and with passes of several tokens between."""
+    model = random_model()
+    ids = random_ids(model, 3, 40)
+    eager, graphed = model.new_cache(3, **options), model.new_cache(3, **options)
+    with graphs_on_cpu() as graphs:
+        step = model.decoding(graphed)
+        for cache in (eager, graphed):
+            model(ids[:, :5], cache=cache, new=[5, 2, 4])
+        for i in range(5, 40):
+            if i == 20:
+                assert torch.equal(model(ids[:, i - 3 : i], cache=graphed), model(ids[:, i - 3 : i], cache=eager))
+            assert torch.equal(step(ids[:, i]), model(ids[:, i : i + 1], cache=eager)[:, -1])
+            if i == 8 and "kind" not in options:
+                for cache in (eager, graphed):
+                    cache.truncate([3, 6, 0])
+    assert len(graphs) == 1 and graphed.counts == eager.counts
+
+
+@torch.inference_mode()
+def test_a_graphs_host_still_checks():
+    """What Python checks at every step: the capacity, the context and the batch."""
+    model = random_model()
+    with graphs_on_cpu():
+        step = model.decoding(model.new_cache(2, 4))
+        for _ in range(4):
+            step(torch.tensor([1, 2]))
+        with pytest.raises(ValueError, match=r"cache: expected at most 4 tokens \(its capacity\), got 4 stored \+ 1 new"):
+            step(torch.tensor([1, 2]))
+        with pytest.raises(ValueError, match="cache: expected one for a batch of 3, got one for 2"):
+            step(torch.tensor([1, 2, 3]))
+
+
+@torch.inference_mode()
+def test_the_result_is_the_next_argument_and_stays_where_it_is():
+    state = torch.zeros(1, dtype=torch.int64)
+
+    def count(x):
+        state.add_(1)
+        return x + state
+
+    with graphs_on_cpu():
+        step, token, expected = Graphed(count), torch.tensor([10]), 10
+        places = set()
+        for i in range(1, 6):
+            token, expected = step(token), expected + i
+            places.add(token.data_ptr())
+            assert token.item() == expected
+        assert len(places) == 1
+        assert step(torch.tensor([100])).item() == 106 and state.item() == 6
+
+
+@torch.inference_mode()
+def test_a_step_that_waits_for_the_device_is_not_captured():
+    calls = []
+
+    def waits(x):
+        calls.append(1)
+        return x * (2 if x.sum().item() > 0 else 3)
+
+    with graphs_on_cpu():
+        step = Graphed(waits)
+        for x in (1, -1, 2):
+            assert step(torch.tensor([x, x])).tolist() == [x * (2 if x > 0 else 3)] * 2
+    assert "waits for the device" in step.refused and len(calls) == 4  # one of them while recording
+
+
+@torch.inference_mode()
+def test_the_tape_tells_what_a_graph_would_not_do():
+    """State that Python replaces, in place of an update in place, is not seen by a graph, nor by the tape."""
+    state = [torch.zeros(1)]
+
+    def replaces():
+        state[0] = state[0] + 1
+        return state[0]
+
+    play, result = graph(replaces, None)
+    for _ in range(3):
+        play()
+    assert result.item() == 1
+
+    kept = torch.zeros(1)
+    play, result = graph(lambda: kept.add_(1) * 2, None)
+    assert kept.item() == 0  # recording leaves nothing
+    for _ in range(3):
+        play()
+    assert (kept.item(), result.item()) == (3, 6)

@@ -1,5 +1,7 @@
 """What needs a CUDA GPU beyond the kernels' own tests: the cache update, and the decoder as a whole."""
 
+from unittest import mock
+
 import pytest
 import torch
 from cache_updates import angles, differing, on, update_inputs
@@ -13,8 +15,10 @@ from fastgpt import (
     rope_kv_cache_update,
     rope_kv_cache_update_reference,
 )
+from fastgpt import capture
 from fastgpt.cache import CACHE_KINDS
 from fastgpt.cli import SHIPPED_MODEL
+from fastgpt.generate import stream
 
 pytestmark = pytest.mark.gpu
 
@@ -109,6 +113,70 @@ def test_cached_and_uncached_tokens_are_identical():
     model = GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32, device="cuda")
     ids = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
     assert torch.equal(model.generate(ids, 300), model.generate(ids, 300, use_cache=False))
+
+
+GRAPHED = [
+    {},
+    {"window": 9},
+    {"cache": "sliding", "window": 9},
+    {"cache": "paged", "page_size": 4},
+    {"cache": "paged", "page_size": 4, "num_samples": 3},
+    {"cache_dtype": torch.int8, "num_samples": 2},
+]
+SAMPLED = {"temperature": 1.0, "seed": 3, "top_p": 0.95, "top_k": 40, "min_p": 0.001, "repetition_penalty": 1.2}
+
+
+@pytest.mark.parametrize("rules", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("options", GRAPHED, ids=str)
+def test_steps_of_a_cuda_graph_are_those_without(options, rules):
+    model = random_model().cuda()
+    prompts = [random_ids(model, 1, length, seed=length)[0].cuda() for length in (5, 14, 9)]
+    options = options | rules | {"return_logprobs": True}
+    with mock.patch.object(capture, "has_graphs", lambda device: False):
+        rows, logprobs = model.generate(prompts, 60, **options)
+    with mock.patch.object(capture, "cuda_graph", wraps=capture.cuda_graph) as captures:
+        again, again_logprobs = model.generate(prompts, 60, **options)
+    assert captures.call_count == 1
+    assert all(map(torch.equal, again, rows)) and all(map(torch.equal, again_logprobs, logprobs))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [{}, {"kind": "sliding", "window": 9}, {"kind": "paged", "page_size": 4}], ids=str)
+def test_logits_of_a_cuda_graph_are_those_without(kind):
+    model = random_model().cuda()
+    ids = random_ids(model, 3, 40).cuda()
+    eager, graphed = model.new_cache(3, **kind), model.new_cache(3, **kind)
+    step = model.decoding(graphed)
+    for cache in (eager, graphed):
+        model(ids[:, :5], cache=cache, new=[5, 2, 4])
+    for i in range(5, 40):
+        assert torch.equal(step(ids[:, i]), model(ids[:, i : i + 1], cache=eager)[:, -1])
+    graph = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, capture.Graphed))
+    assert graph.refused is None and graph.replay is not None
+
+
+@pytest.mark.parametrize("rules", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("cache", [{"cache": "contiguous"}, {"cache": "sliding", "window": 9}, {"cache": "paged", "page_size": 4}])
+def test_steps_do_not_wait_for_the_gpu(cache, rules):
+    """After the first two, of which the second captures, and until the 16th, which looks whether all rows have ended."""
+    model = random_model().cuda()
+    steps = stream(model, random_ids(model, 2, 6).cuda(), 40, eos=64, **cache, **rules)
+    for _ in range(3):
+        next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(12):
+            next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_sampled_tokens_are_those_of_the_cpu():
+    """In float64, so that rounding moves no probability across the number that is drawn."""
+    model = random_model().double()
+    ids = random_ids(model, 3, 9)
+    expected = model.generate(ids, 40, num_samples=2, **SAMPLED)
+    assert torch.equal(model.cuda().generate(ids.cuda(), 40, num_samples=2, **SAMPLED).cpu(), expected)
 
 
 def test_the_decoder_uses_the_kernels():

@@ -1,0 +1,147 @@
+"""Sampling: logits are processed as transformers does, and tokens are drawn by their probabilities, each row on its own."""
+
+import math
+
+import pytest
+import torch
+from models import random_ids, random_model
+from transformers.generation import logits_process as theirs
+
+from fastgpt import sampling
+from fastgpt.sampling import draw, end_of_nucleus, most_likely, process, uniform_numbers
+
+RULES = [
+    {"temperature": 0.7},
+    {"top_k": 20},
+    {"top_k": 1},
+    {"top_k": 5000},
+    {"top_p": 0.9},
+    {"top_p": 0.01},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.8},
+    {"repetition_penalty": 1.2, "temperature": 1.7, "top_k": 300, "top_p": 0.8, "min_p": 0.02},
+    {"temperature": 0.3, "top_k": 7, "top_p": 0.6},
+]
+
+
+@pytest.mark.parametrize("few", [8, 1024])  # tokens among which the end of the nucleus is looked for first
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_processing_is_that_of_transformers(rules, few, monkeypatch):
+    monkeypatch.setattr(sampling, "FEW", few)
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(5, 2000, generator=generator)
+    ids = torch.randint(2000, (5, 400), generator=generator)
+    made = {
+        "repetition_penalty": theirs.RepetitionPenaltyLogitsProcessor,
+        "temperature": theirs.TemperatureLogitsWarper,
+        "top_k": theirs.TopKLogitsWarper,
+        "top_p": theirs.TopPLogitsWarper,
+        "min_p": theirs.MinPLogitsWarper,
+    }
+    chain = theirs.LogitsProcessorList(made[name](rules[name]) for name in made if name in rules)
+    expected = chain(ids, logits.clone())
+    seen = torch.zeros(5, 2000, dtype=torch.bool).scatter_(1, ids, True)
+    actual = process(logits, seen=seen, **rules)
+    assert torch.equal(actual, expected)
+
+
+def test_tokens_as_likely_as_one_that_is_kept_are_kept():
+    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
+    assert process(logits, top_k=2).isfinite().tolist() == [[True, True, True, True, False]]
+    assert process(logits, top_p=0.6).isfinite().tolist() == [[True, True, True, True, False]]
+
+
+def test_the_nucleus_ends_at_the_same_logit_wherever_it_is_looked_for(monkeypatch):
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0))
+    logits[1] *= 8  # few tokens have it all, beside rows where many share it
+    ends = []
+    for few in (4, 100, 3000):
+        monkeypatch.setattr(sampling, "FEW", few)
+        ends.append(end_of_nucleus(logits, 0.9))
+    assert torch.equal(ends[0], ends[2]) and torch.equal(ends[1], ends[2])
+
+
+def test_the_most_likely_token_is_the_first_of_equals():
+    logits = torch.randint(0, 9, (20, 50), generator=torch.Generator().manual_seed(0)).float()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(most_likely(logits.to(dtype)), (logits == logits.amax(-1, keepdim=True)).int().argmax(-1))
+
+
+# Draws
+
+PROBABILITIES = [0.1, 0.4, 0.05, 0.3, 0.15]
+LOGITS = torch.log(torch.tensor([PROBABILITIES]))
+
+
+def chi_square(tokens, probabilities) -> float:
+    """A statistic that exceeds its degrees of freedom + 4 √(2 · degrees) once in thousands of times."""
+    counts = torch.bincount(tokens, minlength=len(probabilities)).double()
+    expected = torch.tensor(probabilities, dtype=torch.float64) * len(tokens)
+    assert counts[expected == 0].sum() == 0
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    degrees = len(counts) - 1
+    return (((counts - expected) ** 2 / expected).sum() / (degrees + 4 * math.sqrt(2 * degrees))).item()
+
+
+@pytest.mark.parametrize("along", ["seeds", "samples", "steps"])
+def test_draws_follow_the_probabilities(along):
+    """Of rows with seeds one after the other, of samples, and of steps."""
+    uniform = {
+        "seeds": lambda: uniform_numbers(range(4000), 1, 1),
+        "samples": lambda: uniform_numbers([5], 4000, 1),
+        "steps": lambda: uniform_numbers([5], 1, 4000),
+    }[along]().flatten()
+    assert chi_square(draw(LOGITS.expand(4000, 5), uniform), PROBABILITIES) < 1
+
+
+@pytest.mark.parametrize(
+    "rules, kept",
+    [
+        ({"temperature": 0.5}, {0, 1, 2, 3, 4}),
+        ({"top_k": 2}, {1, 3}),
+        ({"top_p": 0.69}, {1, 3}),
+        ({"top_p": 0.71}, {1, 3, 4}),
+        ({"min_p": 0.3}, {1, 3, 4}),
+        ({"temperature": 2.0, "top_k": 3, "top_p": 0.7}, {1, 3}),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_rules(rules, kept):
+    weights = [p ** (1 / rules.get("temperature", 1)) if i in kept else 0.0 for i, p in enumerate(PROBABILITIES)]
+    logits = process(LOGITS, **rules).expand(4000, 5)
+    tokens = draw(logits, uniform_numbers([7], 1, 4000).flatten())
+    assert chi_square(tokens, [weight / sum(weights) for weight in weights]) < 1
+
+
+def test_the_statistic_tells_a_slight_bias():
+    tokens = draw(LOGITS.expand(4000, 5) * 1.2, uniform_numbers([7], 1, 4000).flatten())
+    assert chi_square(tokens, PROBABILITIES) > 1
+
+
+def test_a_token_of_no_probability_is_never_drawn():
+    """Not at the ends of the unit interval, and not with all the probability before it or behind it."""
+    uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    for finite in (0, 3, 6):
+        logits = torch.full((3, 7), -math.inf)
+        logits[:, finite] = 5.0
+        assert draw(logits, uniform).tolist() == [finite] * 3
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf, -200.0, 0.0, -math.inf]]).expand(3, 6)
+    assert draw(logits, uniform).tolist() == [1, 1, 4]
+
+
+def test_numbers_depend_on_seed_sample_and_step_only():
+    table = uniform_numbers([3, 2**64 - 1, 3], 4, 10)
+    assert table.shape == (10, 12) and table.dtype == torch.float64 and ((0 <= table) & (table < 1)).all()
+    assert torch.equal(table[:, :4], table[:, 8:]) and len(table[:, :8].unique()) == 80
+    assert torch.equal(uniform_numbers([3], 2, 6), table[:6, :2])
+
+
+def test_a_model_is_sampled_by_its_probabilities():
+    model = random_model(layers=1)
+    ids = random_ids(model, 1, 6)
+    with torch.no_grad():
+        probabilities = model(ids)[0, -1].double().softmax(-1).tolist()
+    tokens = model.generate(ids, 1, temperature=1.0, num_samples=5000, seed=1)[:, -1]
+    assert chi_square(tokens, probabilities) < 1
