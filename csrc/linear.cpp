@@ -66,8 +66,8 @@ Activation activation_of(int64_t number) {
 
 Tensor linear_cpu(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, bool rms, double norm_eps,
-    double norm_offset, int64_t activation, bool gated) {
+    int64_t activation, bool gated, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+    bool rms, double norm_eps, double norm_offset) {
   const int64_t dims = x.dim();
   STD_TORCH_CHECK(dims >= 1 && weight.dim() == 2, "x, weight: expected (..., C) and (N, C)");
   STD_TORCH_CHECK(weight.size(1) == x.size(dims - 1), "weight: expected as many columns as x has");

@@ -157,12 +157,12 @@ def test_autocast():
 
 def test_opcheck():
     call = call_of("everything", 3, 40, 65, torch.float32)
-    order = ("x", "weight", "bias", "residual", "norm_weight", "norm_bias")
-    torch.library.opcheck(torch.ops.fastgpt.linear.default, (*(call[name] for name in order), False, 1e-5, 0.0, 1))
-    torch.library.opcheck(torch.ops.fastgpt.linear.default, (call["x"], call["weight"]))
+    op, order = torch.ops.fastgpt.linear.default, ("x", "weight", "bias", "residual")
+    torch.library.opcheck(op, (call["x"], call["weight"]))
+    torch.library.opcheck(op, (*(call[name] for name in order), 1, False, call["norm_weight"], call["norm_bias"]))
     torch.library.opcheck(torch.ops.fastgpt.linear_finish_.default, (call["residual"], call["bias"], None, 1))
     call = call_of("everything, gated", 3, 40, 65, torch.float32)
-    torch.library.opcheck(torch.ops.fastgpt.linear.default, (*(call[name] for name in order), True, 1e-5, 1.0, 2, True))
+    torch.library.opcheck(op, (*(call[name] for name in order), 2, True, call["norm_weight"], None, True, 1e-5, 1.0))
     product = torch.randn(3, 130)
     torch.library.opcheck(torch.ops.fastgpt.linear_gate.default, (product, call["bias"], call["residual"], 3))
 
@@ -189,7 +189,7 @@ x, weight = torch.zeros(2, 8), torch.zeros(3, 8)
         ({"activation": "swish"}, ValueError, "activation: expected one of None, 'gelu_tanh', 'gelu', 'silu', 'relu', got 'swish'"),
         ({"activation": ["relu"]}, ValueError, r"activation: expected one of None, .*, got \['relu'\]"),
         ({"norm": "batch"}, ValueError, "norm: expected one of 'layer', 'rms', got 'batch'"),
-        ({"norm_offset": "1"}, TypeError, "norm_offset: expected a number, got str"),
+        ({"norm_weight": weight[0], "norm_offset": "1"}, TypeError, "norm_offset: expected a number, got str"),
         ({"gated": True}, ValueError, r"weight: expected an even number of rows \(2N, C\) with a gate, got \(3, 8\)"),
         ({"gated": True, "weight": weight[:2], "bias": torch.zeros(1)}, ValueError, r"bias: expected shape \(2,\) \(2N,\), got"),
         ({"gated": True, "weight": weight[:2], "residual": torch.zeros(2, 2)}, ValueError, r"residual: expected shape \(2, 1\)"),
