@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from fastgpt import GPT, GPTConfig, families
+from fastgpt.capture import Captured
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -57,6 +58,22 @@ def test_prompts_in_pieces(case, folders):
     prompts = [ids_of(1, length, seed=length)[0].tolist() for length in (100, 70, 7)]
     for options in kinds_of_cache(model)[:-1]:
         assert our_tokens(model, prompts, prefill_chunk=30, **options) == our_tokens(model, prompts, use_cache=False)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("case", CONFIGS)
+def test_decode_steps_are_captured(case, folders):
+    """All of a layer runs in fastgpt's operations, and a captured step gives the bits of one that is not."""
+    model = GPT.from_pretrained(folders(case))
+    for batch in (1, 3):
+        ids, eager, captured = ids_of(batch, 40), model.new_cache(batch), model.new_cache(batch)
+        for cache in (eager, captured):
+            model(ids[:, :20], cache=cache)
+        step = model.decoding(captured)
+        (recorded,) = [cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, Captured)]
+        for token in ids[:, 20:].T:
+            assert torch.equal(step(token), model(token.unsqueeze(1), cache=eager)[:, -1])
+        assert recorded.refused is None and len(recorded.plan) >= 6 * model.config.num_layers + 1
 
 
 @torch.no_grad()
