@@ -52,6 +52,8 @@ class Pipeline:
         """The text that follows on a prompt, without the prompt; or a list of them for a list of prompts. With num_samples > 1
         each text is a list of texts."""
         single = isinstance(prompts, str)
+        if not single and not (isinstance(prompts, Sequence) and all(isinstance(prompt, str) for prompt in prompts)):
+            raise TypeError(f"prompts: expected a str or a list of them, got {prompts!r}")
         texts = self._texts([prompts] if single else prompts, max_new_tokens, options)
         return texts[0] if single else texts
 
@@ -82,7 +84,7 @@ class Pipeline:
             return self.tokenizer.encode_chat(prompt)
         ids = self.tokenizer.encode(prompt)
         if not ids:
-            raise ValueError("prompt: expected at least one character, got an empty prompt")
+            raise ValueError("prompt: expected at least one token, got an empty prompt")
         return ids
 
     def _texts(self, prompts, max_new_tokens, options):
@@ -142,7 +144,9 @@ class Run:
 
     def __init__(self, model, tokenizer, prompts: list[list[int]], max_new_tokens: int, stop, eos, options):
         stop = [stop] if isinstance(stop, str) else stop
-        if not all(isinstance(text, str) and text for text in stop):
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
+            raise TypeError(f"stop: expected a string or a list of them, got {stop!r}")
+        if not all(stop):
             raise ValueError(f"stop: expected strings that are not empty, got {stop!r}")
         self.prompts, self.eos = prompts, {eos} if isinstance(eos, int) else set(eos or ())
         self.logprobs = options.get("return_logprobs", False)

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-FEW = 1024  # likeliest tokens among which the end of a nucleus is looked for first
-
 
 def process(logits, *, seen=None, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
     """Logits (B, V) -> those that tokens are drawn by, fp32; -inf for tokens that are not to be drawn.
@@ -28,32 +26,25 @@ def process(logits, *, seen=None, temperature=1.0, top_k=None, top_p=None, min_p
     if temperature == 0:
         return logits
     logits = logits / temperature
+    likeliest, least = None, None
     if top_k is not None and top_k < logits.shape[-1]:
-        logits = at_least(logits, logits.topk(top_k).values[:, -1:])
+        likeliest = logits.topk(top_k).values
+        least = likeliest[:, -1:]
     if top_p is not None and top_p < 1:
-        logits = at_least(logits, end_of_nucleus(logits, top_p, top_k))
-    if min_p is not None and min_p > 0:
-        logits = at_least(logits, logits.amax(-1, keepdim=True) + float(np.log(min_p)))
-    return logits
-
-
-def at_least(logits, least):
-    return logits.masked_fill(logits < least, float("-inf"))
-
-
-def end_of_nucleus(logits, top_p: float, top_k: int | None = None):
-    """The smallest logit (B, 1) of the most likely tokens that together have probability top_p. top_k: if no more are left,
-    but for those that are as likely as the last."""
-    V, total = logits.shape[-1], logits.logsumexp(-1, keepdim=True)
-    few = V if top_k is None else min(top_k, V)
-    # A GPU is not asked whether some were enough: that would be to wait for it.
-    for size in [few] if logits.is_cuda else sorted({min(FEW, few), few}):
-        ordered = logits.topk(size).values if size < V else logits.sort(descending=True).values
-        probabilities = (ordered - total).exp()
+        likeliest = descending(logits) if likeliest is None else likeliest
+        probabilities = likeliest.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # of all likelier ones: the first is always kept
-        kept = before < top_p
-        if size == few or not kept[:, -1].any():
-            return ordered.gather(-1, kept.sum(-1, keepdim=True) - 1)
+        least = likeliest.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1)
+    if min_p is not None and min_p > 0:
+        enough = logits.amax(-1, keepdim=True) + float(np.log(min_p))
+        least = enough if least is None else torch.maximum(least, enough)
+    return logits if least is None else logits.masked_fill_(logits < least, float("-inf"))
+
+
+def descending(logits):
+    if not logits.is_cpu:
+        return logits.sort(descending=True).values
+    return torch.from_numpy(np.sort(logits.numpy())).flip(-1)  # a quarter of the time of PyTorch's
 
 
 def draw(logits, uniform):

@@ -12,9 +12,10 @@ import sys
 import pytest
 import torch
 from models import random_model
+from texts import CHATML, byte_level, write_checkpoint
 
 import fastgpt
-from fastgpt.cli import main
+from fastgpt.cli import SHIPPED_MODEL, main
 
 TOKENS = ["--max-new-tokens", "40"]
 
@@ -46,6 +47,61 @@ def test_sampling_options(capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_sampling_options_are_those_of_generate(capsys):
+    """All at once, beside the same from Python."""
+    flags = "--temperature 1.3 --top-k 30 --top-p 0.9 --min-p 0.02 --repetition-penalty 1.2 --seed 5".split()
+    options = {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2, "seed": 5}
+    report = json.loads(run(capsys, "generate", "A", *TOKENS, *flags, "--json")[1])
+    assert report["text"] == "A" + fastgpt.pipeline(SHIPPED_MODEL)("A", 40, **options) and report["seed"] == 5
+
+
+def test_samples(capsys):
+    flags = [*TOKENS, "--num-samples", 3, "--temperature", 1, "--seed", 2]
+    status, out, _ = run(capsys, "generate", "ROMEO:", *flags)
+    report = json.loads(run(capsys, "generate", "ROMEO:", *flags, "--json")[1])
+    assert status == 0 and len(report["samples"]) == 3 and report["new_tokens"] == 120 and "text" not in report
+    texts = [sample["text"] for sample in report["samples"]]
+    assert len(set(texts)) == 3 and all(text.startswith("ROMEO:") and len(text) == 46 for text in texts)
+    assert out == "\n".join(f"--- {number} of 3\n{text}\n" for number, text in enumerate(texts, 1))
+    assert report["decode_tokens_per_second"] == pytest.approx(117 / report["decode_seconds"])
+
+
+def test_stop_strings(capsys):
+    free = json.loads(run(capsys, "generate", "ROMEO:", *TOKENS, "--json")[1])["text"]
+    stop = free[20:24]
+    end = free.index(stop, len("ROMEO:"))
+    status, out, _ = run(capsys, "generate", "ROMEO:", *TOKENS, "--stop", "never met", "--stop", stop)
+    assert status == 0 and out == free[:end] + "\n"
+    report = json.loads(run(capsys, "generate", "ROMEO:", *TOKENS, "--stop", stop, "--json", "--compare-cache")[1])
+    assert (report["text"], report["finish_reason"], report["tokens_agree"]) == (free[:end], "stop", True)
+
+
+def test_logprobs(capsys):
+    report = json.loads(run(capsys, "generate", "A", *TOKENS, "--json", "--logprobs")[1])
+    assert len(report["tokens"]) == 40 and "".join(token["token"] for token in report["tokens"]) == report["text"][1:]
+    assert all(token["logprob"] < 0 and isinstance(token["id"], int) for token in report["tokens"])
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A folder with a chat template, where two in three tokens end a text."""
+    backend = byte_level()
+    config = {"tokenizer_config": {"chat_template": CHATML}, "generation_config": {"eos_token_id": [*range(0, 400, 3), *range(1, 400, 3)]}}
+    return write_checkpoint(tmp_path_factory.mktemp("chat"), backend, **config)
+
+
+def test_chats_and_ends(chat_model, capsys):
+    arguments = ["generate", "Who is lazy?", "--model", chat_model, *TOKENS, "--json", "--chat"]
+    report = json.loads(run(capsys, *arguments, "--logprobs")[1])
+    assert report["finish_reason"] == "eos" and report["new_tokens"] < 40 and report["prompt_tokens"] > 20
+    assert report["tokens"][-1]["id"] % 3 < 2 and all(token["id"] % 3 == 2 for token in report["tokens"][:-1])
+    endless = json.loads(run(capsys, *arguments, "--ignore-eos")[1])
+    assert endless["finish_reason"] == "length" and endless["new_tokens"] == 40
+    assert endless["text"] == fastgpt.pipeline(chat_model).chat("Who is lazy?", 40, eos=None)
+    _, out, _ = run(capsys, *arguments[:-2], "--chat", "--ignore-eos")
+    assert out == endless["text"] + "\n"
+
+
 def test_compare_cache(capsys):
     status, out, _ = run(capsys, "generate", "A", *TOKENS, "--compare-cache")
     lines = out.splitlines()[-4:]
@@ -57,10 +113,10 @@ def test_compare_cache(capsys):
 def test_json(capsys):
     report = json.loads(run(capsys, "generate", "A", *TOKENS, "--json")[1])
     assert sorted(report) == sorted(
-        "text prompt_tokens new_tokens prefill_seconds decode_seconds decode_tokens_per_second device dtype "
-        "implementation".split()
+        "text finish_reason prompt_tokens new_tokens prefill_seconds decode_seconds decode_tokens_per_second seed device "
+        "dtype implementation".split()
     )
-    assert report["text"].startswith("A") and len(report["text"]) == 41
+    assert report["text"].startswith("A") and len(report["text"]) == 41 and report["finish_reason"] == "length"
     assert (report["prompt_tokens"], report["new_tokens"]) == (1, 40)
     assert report["decode_tokens_per_second"] == pytest.approx(39 / report["decode_seconds"])
     assert (report["device"], report["dtype"]) == ("cuda" if torch.cuda.is_available() else "cpu", "float32")
@@ -123,10 +179,14 @@ def test_a_reader_that_leaves_early():
 
 
 ERRORS = [
-    (["generate", ""], "prompt: expected at least one character, got an empty prompt"),
+    (["generate", ""], "prompt: expected at least one token, got an empty prompt"),
     (["generate", "naïve"], "text: expected only the 65 characters .*, got 'ï'"),
     (["generate", "A", "--max-new-tokens", "512"], "context of 512 tokens, got 1 . 512"),
-    (["generate", "A" * 600], "context of 512 tokens, got 600 . 300"),
+    (["generate", "A" * 600], r"ids: expected prompts of at most 512 tokens \(the context\), got one of 600"),
+    (["generate", "A", "--logprobs"], "logprobs: expected --json with it, got --logprobs alone"),
+    (["generate", "A", "--stop", ""], r"stop: expected strings that are not empty, got \[''\]"),
+    (["generate", "A", "--num-samples", "0"], "num_samples: expected an integer >= 1, got 0"),
+    (["generate", "A", "--chat"], "messages: expected a model with a chat template, this one has none"),
     (["generate", "A", "--top-p", "1.5"], "top_p: expected 0 < top_p <= 1 or None, got 1.5"),
     (["generate", "A", "--model", "/nowhere"], "expected a checkpoint folder, /nowhere does not exist"),
     (["generate", "A", "--device", "tpu9"], "device: expected cpu, cuda or cuda:N, got 'tpu9'"),

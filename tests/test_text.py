@@ -1,11 +1,14 @@
-"""The tokenizer: every character of the corpus and back, streaming, and errors."""
+"""The tokenizer: text and back, whole characters as tokens come, what ends a text, chats, and errors."""
+
+import re
 
 import pytest
-import tokenizers
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from texts import CHATML, byte_fallback, byte_level, write_folder
 
-from fastgpt.text import Tokenizer
+from fastgpt.text import Decoder, Stops, Tokenizer
 
 CORPUS = "Hello, wörld!\n\r\n\t  日本 😀"
 
@@ -25,8 +28,9 @@ def test_ids_are_in_code_point_order():
 
 def test_saving_and_loading(tmp_path):
     Tokenizer.from_corpus(CORPUS).save(tmp_path / "tokenizer.json")
-    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
-    assert loaded.decode(loaded.encode(CORPUS)) == CORPUS
+    for loaded in (Tokenizer.load(tmp_path / "tokenizer.json"), Tokenizer.from_folder(tmp_path)):
+        assert loaded.decode(loaded.encode(CORPUS)) == CORPUS
+        assert loaded.eos == [] and loaded.chat_template is None
 
 
 def test_unknown_characters_are_named():
@@ -36,21 +40,223 @@ def test_unknown_characters_are_named():
         Tokenizer.from_corpus("abc").encode("0123456789")
 
 
-def test_streaming_never_gives_half_a_character():
-    """With a byte-level model, as GPT-2's, a character may be several tokens."""
-    byte_level = tokenizers.pre_tokenizers.ByteLevel
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(byte_level.alphabet()))}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    backend.pre_tokenizer, backend.decoder = byte_level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-    tokenizer = Tokenizer(backend)
-    ids = tokenizer.encode("a😀é")
-    assert len(ids) == 7
-    assert list(tokenizer.decode_stream(ids)) == ["a", "😀", "é"]
+def test_how_texts_were_made_of_one_length_is_forgotten(tmp_path):
+    backend = byte_level()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=8)
+    text = "the quick brown fox and a token"
+    assert Tokenizer.from_folder(write_folder(tmp_path, backend)).encode(text) == Tokenizer(byte_level()).encode(text)
+
+
+# Streams
+
+BYTE_LEVEL, BYTE_FALLBACK = Tokenizer(byte_level()), Tokenizer(byte_fallback())
+TEXTS = st.text(alphabet=st.one_of(st.sampled_from("the quick brown\n😀👩‍👧é日ö "), st.characters(codec="utf-8")))
+
+
+def pieces(tokenizer, ids, prompt=()):
+    """What each token gave, and what was left."""
+    decoder = Decoder(tokenizer, prompt)
+    return [decoder.push(token) for token in ids] + [decoder.finish()]
+
+
+def test_a_character_of_several_tokens_comes_with_the_last():
+    ids = BYTE_LEVEL.encode("a😀é")
+    assert len(ids) == 7 and pieces(BYTE_LEVEL, ids) == ["a", "", "", "", "😀", "", "é", ""]
+    assert list(BYTE_LEVEL.decode_stream(ids)) == ["a", "😀", "é"]
+    # Joined with a zero-width joiner: three characters, each whole.
+    family = BYTE_LEVEL.encode("👩\u200d👧")
+    assert [piece for piece in pieces(BYTE_LEVEL, family) if piece] == ["👩", "\u200d", "👧"]
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte level", "byte fallback"])
+@given(text=TEXTS)
+def test_streaming_gives_the_text_and_never_half_a_character(tokenizer, text):
+    ids = tokenizer.encode(text)
+    parts = pieces(tokenizer, ids)
+    assert "".join(parts) == tokenizer.decode(ids)
+    assert "\ufffd" in text or not any("\ufffd" in part for part in parts)
+
+
+@given(ids=st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1), max_size=40))
+def test_streaming_any_tokens_gives_what_decoding_them_together_gives(ids):
+    """Also where their bytes are no characters."""
+    assert "".join(pieces(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte level", "byte fallback"])
+@given(prompt=TEXTS, text=TEXTS)
+def test_streaming_after_a_prompt_gives_the_rest(tokenizer, prompt, text):
+    """A space between them, say, which a text of its own would not begin with."""
+    before, ids = tokenizer.encode(prompt), tokenizer.encode(text, special=False)
+    whole = tokenizer.decode(before + ids)
+    assert "".join(pieces(tokenizer, ids, before)) == whole[len(tokenizer.decode(before)) :]
+
+
+def test_a_prompt_of_characters_that_are_many_tokens():
+    """Wherever in a character the last tokens of the prompt, which are looked at, begin."""
+    characters = "😀日é" * 6
+    ids = BYTE_FALLBACK.encode(characters)
+    assert len(ids) == 2 + 6 * (4 + 3 + 2) and BYTE_FALLBACK.decode(ids) == characters
+    for n in range(19):
+        prompt = 2 + len(characters[:n].encode())
+        assert "".join(pieces(BYTE_FALLBACK, ids[prompt:], ids[:prompt])) == characters[n:]
+
+
+def test_an_incomplete_rest_is_shown_at_the_end():
+    ids = BYTE_LEVEL.encode("a😀")[:-1]
+    assert pieces(BYTE_LEVEL, ids) == ["a", "", "", "", "\ufffd"]
+    assert list(BYTE_LEVEL.decode_stream(ids)) == ["a", "\ufffd"]
+
+
+def test_special_tokens_are_not_text():
+    end = BYTE_LEVEL.backend.token_to_id("<|end|>")
+    assert pieces(BYTE_LEVEL, [end, *BYTE_LEVEL.encode("é"), end]) == ["", "", "é", "", ""]
+
+
+# Stop strings
+
+
+def cut(text, stop):
+    """Before the stop string that is complete first, reading one character after the other."""
+    for end in range(len(text) + 1):
+        found = [text[:end].removesuffix(s) for s in stop if text[:end].endswith(s)]
+        if found:
+            return min(found, key=len), True
+    return text, False
+
+
+@given(
+    parts=st.lists(st.text(alphabet="abc", max_size=4), max_size=12),
+    stop=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3),
+)
+def test_a_text_ends_before_a_stop_string_whatever_the_pieces(parts, stop):
+    stops, given = Stops(stop), ""
+    for i, part in enumerate(parts):
+        given += stops.push(part)
+        so_far, found = cut("".join(parts[: i + 1]), stop)
+        assert stops.found == found and so_far.startswith(given)
+        # Held back is only what may become a stop string.
+        held = so_far[len(given) :]
+        assert not held or any(s.startswith(held) for s in stop)
+    assert (given + stops.finish(), stops.found) == cut("".join(parts), stop)
+
+
+# Folders
+
+
+def test_special_tokens_of_a_folder(tmp_path):
+    config = {
+        "bos_token": {"content": "<|start|>", "lstrip": False},
+        "eos_token": "<|end|>",
+        "add_bos_token": True,
+        "pad_token": None,
+    }
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, byte_level(), tokenizer_config=config))
+    assert tokenizer.special_tokens == {"bos_token": "<|start|>", "eos_token": "<|end|>"} and tokenizer.eos == [2]
+
+
+EOS = [
+    ({}, []),
+    ({"config": {"eos_token_id": 7}}, [7]),
+    ({"config": {"eos_token_id": 7}, "generation_config": {"eos_token_id": [8, 9]}}, [8, 9]),
+    ({"config": {"eos_token_id": 7}, "generation_config": {"temperature": 0.6}}, [7]),
+    ({"config": {"eos_token_id": None}, "tokenizer_config": {"eos_token": "<|eos|>"}}, [0]),
+    ({"generation_config": {"eos_token_id": 8}, "tokenizer_config": {"eos_token": "<|end|>"}}, [8, 2]),
+    ({"generation_config": {"eos_token_id": [2]}, "tokenizer_config": {"eos_token": "<|end|>"}}, [2]),
+    ({"config": {"eos_token_id": 50256}}, []),  # transformers' default in the config of a model with fewer tokens
+]
+
+
+@pytest.mark.parametrize("files, eos", EOS, ids=str)
+def test_what_ends_a_text(files, eos, tmp_path):
+    assert Tokenizer.from_folder(write_folder(tmp_path, byte_level(), **files)).eos == eos
 
 
 def test_missing_and_damaged_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="tokenizer: expected the file .*tokenizer.json"):
-        Tokenizer.load(tmp_path / "tokenizer.json")
+    for load in (Tokenizer.from_folder, lambda folder: Tokenizer.load(folder / "tokenizer.json")):
+        with pytest.raises(FileNotFoundError, match="tokenizer: expected the file .*tokenizer.json, which does not exist"):
+            load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer: .*tokenizer.json is damaged"):
-        Tokenizer.load(tmp_path / "tokenizer.json")
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[1, 2")
+    with pytest.raises(ValueError, match="tokenizer: .*generation_config.json is damaged"):
+        Tokenizer.from_folder(tmp_path)
+
+
+# Chats
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief.\n"},
+    {"role": "user", "content": "What is <b>'é'</b>?"},
+    {"role": "assistant", "content": "  A letter. "},
+    {"role": "user", "content": "Thanks"},
+]
+TEMPLATES = {
+    "ChatML": CHATML,
+    "bos and blocks": (
+        "{{ bos_token }}\n    {% for message in messages %}\n  {% if loop.first and message.role == 'system' %}\n"
+        "[SYS]{{ message.content | trim }}[/SYS]\n  {% else %}\n{{ message.role }}: {{ message.content }}{{ eos_token }}\n"
+        "  {% endif %}\n{% endfor %}\n"
+    ),
+    "tools and JSON": (
+        "{% if tools is not none %}TOOLS{% endif %}{% set ns = namespace(n=0) %}{% for m in messages %}"
+        "{% if m.role == 'system' %}{% continue %}{% endif %}{% set ns.n = ns.n + 1 %}{{ m | tojson }} "
+        "{{ {'é': [1, 2]} | tojson(indent=2) }}{% endfor %}{{ ns.n }}{{ documents is none }}"
+    ),
+    "generation": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}|{% endif %}{% endfor %}{{ add_generation_prompt }}{{ strftime_now('%Y') }}"
+    ),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("add", [True, False])
+def test_chats_are_those_of_transformers(template, add):
+    specials = {"bos_token": "<s>", "eos_token": "</s>"}
+    ours = Tokenizer(byte_fallback(), special_tokens=specials, chat_template=template)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_fallback(), chat_template=template, **specials)
+    expected = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=add)
+    assert ours.chat_text(MESSAGES, add_generation_prompt=add) == expected
+    ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=add, return_dict=False)
+    assert ours.encode_chat(MESSAGES, add_generation_prompt=add) == ids
+
+
+def test_a_chat_has_one_bos_and_a_text_has_one():
+    tokenizer = Tokenizer(
+        byte_fallback(), special_tokens={"bos_token": "<s>"}, chat_template="{{ bos_token }}{{ messages[0].content }}"
+    )
+    assert tokenizer.encode_chat([{"role": "user", "content": "the dog"}]).count(1) == 1
+    assert tokenizer.encode("the dog")[0] == 1 and tokenizer.encode("the dog").count(1) == 1
+    assert 1 not in tokenizer.encode("the dog", special=False)
+
+
+def test_templates_of_a_folder(tmp_path):
+    message = [{"role": "user", "content": "x"}]
+    write_folder(tmp_path, byte_level(), tokenizer_config={"chat_template": "one {{ thinking }}"})
+    assert Tokenizer.from_folder(tmp_path).chat_text(message, thinking=False) == "one False"
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "two"}]
+    write_folder(tmp_path, byte_level(), tokenizer_config={"chat_template": several})
+    assert Tokenizer.from_folder(tmp_path).chat_text(message) == "two"
+    (tmp_path / "chat_template.jinja").write_text("three é", encoding="utf-8")
+    assert Tokenizer.from_folder(tmp_path).chat_text(message) == "three é"
+
+
+CHAT_ERRORS = [
+    (None, [{"role": "user", "content": "x"}], ValueError, "messages: expected a model with a chat template, this one has none"),
+    (CHATML, "x", TypeError, "messages: expected a list of dicts with role and content, got 'x'"),
+    (CHATML, [{"content": "x"}], TypeError, "messages: expected a list of dicts with role and content, got [{'content': 'x'}]"),
+    ("{{ raise_exception('no system role') }}", [], ValueError, "messages: the chat template does not accept them: no system role"),
+    (CHATML, [{"role": "user", "content": [1]}], ValueError, "messages: the chat template does not accept them: "),
+    ("{% if %}", [], ValueError, "chat_template: expected a Jinja template, but "),
+    ("{{ messages.append(1) }}", [], ValueError, "messages: the chat template does not accept them: "),
+    ("{{ ''.__class__.__mro__ }}", [], ValueError, "messages: the chat template does not accept them: "),
+]
+
+
+@pytest.mark.parametrize("template, messages, error, message", CHAT_ERRORS, ids=[entry[3][:50] for entry in CHAT_ERRORS])
+def test_chat_errors(template, messages, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Tokenizer(byte_level(), chat_template=template).encode_chat(messages)

@@ -1,0 +1,203 @@
+"""Text in, text out: what a pipeline gives is what its decoder generates, up to where the text ends."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import random_model
+from texts import CHATML, byte_fallback, byte_level, write_checkpoint
+
+import fastgpt
+from fastgpt.text import Tokenizer
+
+CONFIG = {"tokenizer_config": {"bos_token": "<|eos|>", "eos_token": "<|end|>", "chat_template": CHATML}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), byte_level(), **CONFIG)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return fastgpt.pipeline(folder, device="cpu")
+
+
+PROMPT = "the dog and é😀"
+
+
+def generated(pipe, prompt, new, **options):
+    """New ids, by the model itself."""
+    ids = pipe.tokenizer.encode(prompt)
+    return [row[len(ids) :].tolist() for row in pipe.model.generate([ids], new, **options)]
+
+
+def expected_text(pipe, prompt, new_ids):
+    before = pipe.tokenizer.encode(prompt)
+    return pipe.tokenizer.decode(before + new_ids)[len(prompt) :]
+
+
+def test_a_prompt_gives_a_text(pipe):
+    ids = generated(pipe, PROMPT, 40)[0]
+    assert not set(ids) & set(pipe.tokenizer.eos)
+    assert pipe(PROMPT, max_new_tokens=40) == expected_text(pipe, PROMPT, ids)
+    assert pipe(PROMPT, 40) == pipe(PROMPT, 40, use_cache=False)
+
+
+def test_prompts_give_texts_and_samples_lists_of_texts(pipe):
+    options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 5}
+    a, b = pipe(PROMPT, **options), pipe("a token", **options)
+    assert isinstance(a, str) and pipe([PROMPT, "a token"], **options) == [a, b] and pipe([PROMPT], **options) == [a]
+    samples = pipe(PROMPT, num_samples=3, **options)
+    assert len(samples) == len(set(samples)) == 3 and samples[0] == a
+    assert pipe([PROMPT, "a token"], num_samples=3, **options) == [samples, pipe("a token", num_samples=3, **options)]
+
+
+def test_a_stream_gives_the_text_in_whole_characters(pipe):
+    for seed in range(5):
+        options = {"max_new_tokens": 60, "temperature": 3.0, "seed": seed}  # any bytes, characters or not
+        pieces = list(pipe.stream(PROMPT, **options))
+        assert "".join(pieces) == pipe(PROMPT, **options) and all(pieces) and len(pieces) > 5
+
+
+@pytest.mark.parametrize("backend", [byte_level, byte_fallback])
+def test_pieces_are_never_half_a_character(backend, tmp_path, monkeypatch):
+    """Of a model that says what it should: the bytes of characters one by one."""
+    pipe = fastgpt.pipeline(write_checkpoint(tmp_path, backend()), device="cpu")
+    text = " é日😀👩\u200d👧 done"
+    ids = pipe.tokenizer.encode(text, special=False)
+
+    def logits(hidden):
+        result = torch.zeros(1, pipe.model.config.vocab_size)
+        result[0, ids[len(said)]] = 1
+        said.append(ids[len(said)])
+        return result
+
+    said = []
+    monkeypatch.setattr(pipe.model, "logits", logits)
+    pieces = list(pipe.stream("the dog", len(ids), use_cache=False))
+    assert "".join(pieces).strip() == text.strip() and set("é日😀👩👧") < set(pieces)
+
+
+# Ends
+
+
+def test_eos_ends_a_text_and_is_not_part_of_it(pipe, folder, monkeypatch):
+    ids = generated(pipe, PROMPT, 40)[0]
+    eos = ids[11]
+    monkeypatch.setattr(pipe.tokenizer, "eos", [eos, 10**9])  # the other one is not in the model's vocabulary
+    run = pipe.start([PROMPT, "a token"], 40)
+    first, second = run.finish()
+    assert (first.finish_reason, first.tokens) == ("eos", ids[: ids.index(eos) + 1])
+    assert first.text == expected_text(pipe, PROMPT, ids[: ids.index(eos)])
+    assert second.finish_reason == ("eos" if eos in second.tokens else "length")
+    assert pipe(PROMPT, 40, eos=None) == expected_text(pipe, PROMPT, ids)
+    assert pipe(PROMPT, 40, eos=ids[3]) == expected_text(pipe, PROMPT, ids[: ids.index(ids[3])])
+
+
+def test_the_eos_of_the_checkpoint_counts_but_not_its_sampling(tmp_path):
+    backend = byte_level()
+    config = {"eos_token_id": [5, 9], "do_sample": True, "temperature": 2.0, "top_k": 3, "max_new_tokens": 3}
+    pipe = fastgpt.pipeline(write_checkpoint(tmp_path, backend, generation_config=config), device="cpu")
+    assert pipe.tokenizer.eos == [5, 9] and pipe(PROMPT, 40) == pipe(PROMPT, 40, temperature=0)
+    assert pipe.start([PROMPT], 40).eos == {5, 9} and pipe.start([PROMPT], 40, eos=None).eos == set()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_stop_string_ends_its_row_wherever_tokens_are_cut(pipe, use_cache):
+    texts = pipe([PROMPT, "a token"], 40)
+    whole = texts[0]
+    for begin, end in ((3, 5), (10, 16), (0, 4), (len(whole) - 3, len(whole))):
+        stop = whole[begin:end]
+        rows = pipe.start([PROMPT, "a token"], 40, stop=["never met", stop], use_cache=use_cache).finish()
+        assert rows[0].text == whole[: whole.index(stop)] and rows[0].finish_reason == "stop"
+        assert rows[1].text == texts[1].partition(stop)[0]
+    assert pipe(PROMPT, 40, stop="never met") == whole
+    assert pipe.start([PROMPT], 40, stop="never met").finish()[0].finish_reason == "length"
+
+
+def test_what_may_become_a_stop_string_is_not_streamed(pipe):
+    whole = pipe(PROMPT, 40)
+    stop = whole[9:17]
+    pieces = list(pipe.stream(PROMPT, 40, stop=stop))
+    assert "".join(pieces) == whole[: whole.index(stop)]
+    almost = stop + "\x00"
+    assert "".join(pipe.stream(PROMPT, 40, stop=almost)) == whole
+
+
+def test_nothing_is_generated_after_the_last_row_has_ended(pipe, monkeypatch):
+    run = pipe.start([PROMPT], 100, stop=pipe(PROMPT, 20)[5:7])
+    run.finish()
+    assert len(run.times) - 1 == len(run.rows[0].tokens) < 20 and next(run.steps, None) is None
+
+
+def test_logprobs_of_a_run(pipe):
+    ids = pipe.tokenizer.encode(PROMPT)
+    _, expected = pipe.model.generate([ids], 20, num_samples=2, temperature=1.0, seed=1, return_logprobs=True)
+    rows = pipe.start([PROMPT], 20, num_samples=2, temperature=1.0, seed=1, return_logprobs=True).finish()
+    assert [row.logprobs for row in rows] == [row[: len(r.tokens)].tolist() for row, r in zip(expected, rows)]
+
+
+# Chats
+
+
+def test_a_chat(pipe):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is lazy?"}]
+    prompt = "<|start|>system\nBe brief.<|end|>\n<|start|>user\nWho is lazy?<|end|>\n<|start|>assistant\n"
+    answer = pipe.chat(messages, 30)
+    assert answer == pipe(prompt, 30) == "".join(pipe.stream(messages, 30))
+    assert pipe.chat("Who is lazy?", 30) == pipe.chat(messages[1:], 30)
+    assert len(pipe.chat(messages, 5, num_samples=2)) == 2
+
+
+# Loading, and errors
+
+
+def test_dtype_and_device(folder):
+    pipe = fastgpt.pipeline(str(folder), dtype=torch.bfloat16)
+    assert pipe.model.token_embedding.weight.dtype == torch.bfloat16
+    assert pipe.model.token_embedding.weight.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_it_is_loaded_late():
+    program = (
+        "import sys, fastgpt; before = 'tokenizers' in sys.modules; fastgpt.pipeline; fastgpt.pipeline; "
+        "print(before, 'tokenizers' in sys.modules, callable(fastgpt.pipeline))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "True", "True"]
+    with pytest.raises(AttributeError, match="module 'fastgpt' has no attribute 'pipelin'"):
+        fastgpt.pipelin  # noqa: B018
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="tokenizer: expected the file .*tokenizer.json, which does not exist"):
+        fastgpt.pipeline(tmp_path)
+
+
+ERRORS = [
+    (("", 5), {}, ValueError, "prompt: expected at least one token, got an empty prompt"),
+    ((5, 5), {}, TypeError, "prompts: expected a str or a list of them, got 5"),
+    (([PROMPT, 5], 5), {}, TypeError, r"prompts: expected a str or a list of them, got \['the dog and é😀', 5\]"),
+    ((PROMPT, 5), {"stop": [""]}, ValueError, r"stop: expected strings that are not empty, got \[''\]"),
+    ((PROMPT, 5), {"stop": 3}, TypeError, "stop: expected a string or a list of them, got 3"),
+    ((PROMPT * 20, 5), {}, ValueError, r"ids: expected prompts of at most 160 tokens \(the context\), got one of "),
+    ((PROMPT, 500), {}, ValueError, r"max_new_tokens: expected .* context of 160 tokens, got \d+ \+ 500"),
+    ((PROMPT, 5), {"beams": 4}, TypeError, "unexpected keyword argument 'beams'"),
+]
+
+
+@pytest.mark.parametrize("arguments, options, error, message", ERRORS, ids=[entry[3][:40] for entry in ERRORS])
+def test_errors(pipe, arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        pipe(*arguments, **options)
+
+
+def test_errors_of_streams_come_at_once(pipe):
+    with pytest.raises(ValueError, match="num_samples: expected 1 for a stream, got 2"):
+        pipe.stream(PROMPT, num_samples=2)
+    with pytest.raises(ValueError, match="stop: expected strings"):
+        pipe.stream(PROMPT, stop=[""])
+    assert isinstance(pipe.tokenizer, Tokenizer)
