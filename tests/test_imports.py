@@ -15,6 +15,7 @@ LAYERS = [
     {"cli"},
     {"bench"},
     {"__init__", "train"},
+    {"heads"},
     {"model"},
     {"checkpoint", "generate", "inspection", "timing"},
     {"context"},
