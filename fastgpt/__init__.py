@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from fastgpt.cache import ContiguousCache, KVCache, OutOfPages, PagedCache, PagePool, SlidingCache
+from fastgpt.heads import SequenceClassifier, TokenClassifier
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.attention import attention, attention_reference, attention_varlen, attention_varlen_reference
 from fastgpt.ops.explain import explain
@@ -24,7 +25,9 @@ __all__ = [
     "OutOfPages",
     "PagePool",
     "PagedCache",
+    "SequenceClassifier",
     "SlidingCache",
+    "TokenClassifier",
     "attention",
     "attention_reference",
     "attention_varlen",

@@ -96,12 +96,15 @@ class KVCache:
     lengths: (B,) int32 the same on the device, for the kernels.
     capacity: tokens that a sequence can have; None if the cache sets no limit.
     window: tokens that one attends to, itself included; None for all, or as many as a layer says in `attend`.
+    context: keys and values of a second stream (fastgpt/context.py) that the sequences attend to, too; None without one.
     nbytes: bytes of keys, values and scales, used or not.
     reach: tokens that the longest sequence will have when a prompt has joined that comes in pieces; a decoder may rotate keys
         otherwise for it, from the first piece on.
     """
 
     reach = 0
+    causal = True
+    context = None
 
     def __init__(self, batch_size: int, capacity: int | None, window: int | None, device):
         for name, value in (("batch_size", batch_size), ("capacity", capacity), ("window", window)):
@@ -221,6 +224,7 @@ class KVCache:
         result.__dict__.update(self.__dict__)
         result.counts = [count for count in self.counts for _ in range(n)]
         result.lengths = self.lengths.repeat_interleave(n)
+        result.context = None if self.context is None else self.context.repeated(n)
         result._make_steady()
         return result
 
@@ -458,10 +462,12 @@ class Uncached:
 
     Args:
         causal: False lets tokens attend to later ones as well, as in an encoder.
-        lengths: (B,) int32, tokens of each sequence where they differ; the columns from there on are padding. Default: all.
+        lengths: (B,) int32, tokens of each sequence where they differ; the columns from there on are padding, which no token
+            attends to. Default: all.
     """
 
     reach = 0
+    context = None  # as of KVCache
 
     def __init__(self, window: int | None = None, device=None, *, causal: bool = True, lengths: torch.Tensor | None = None):
         self.window, self.device, self.causal, self.lengths = window, device, causal, lengths
@@ -478,10 +484,14 @@ class Uncached:
         self.k, self.v = k, v
         return q
 
+    def visible(self, window: int | None) -> dict:
+        """Which keys a query sees, as `attention` takes it. If causal, none sees the padding, which comes after it."""
+        lengths = None if self.causal else self.lengths
+        return {"causal": self.causal, "kv_lengths": lengths, "window": least(window, self.window)}
+
     def attend(self, layer, q, *, window=None, **options):
         k, v, self.k, self.v = self.k, self.v, None, None
-        window = least(window, self.window)
-        return attention(q, k, v, causal=self.causal, kv_lengths=self.lengths, window=window, **options)
+        return attention(q, k, v, **self.visible(window), **options)
 
 
 def on_device(numbers: list, device: torch.device) -> torch.Tensor:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastgpt import memory
-from fastgpt.families import ARCHITECTURES, FAMILIES, Family, family_of
+from fastgpt.families import FAMILIES, HEADS, Family, architecture, family_of
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 PIECE = 32 << 20  # bytes of a file that are mapped at a time: what is mapped counts as this process's memory
@@ -38,8 +38,11 @@ def resolve(path: str | Path) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> tuple[Family, dict, dict]:
-    """The family of a checkpoint, its config.json, and GPTConfig's fields for it."""
+def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, dict]:
+    """The family of a checkpoint, its config.json, and GPTConfig's fields for it.
+
+    head: one of HEADS that it must have; None: it must have none of them.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"model: expected {CONFIG} in the checkpoint folder {folder}")
@@ -49,6 +52,14 @@ def read_config(folder: Path) -> tuple[Family, dict, dict]:
     model_type = config["model_type"]
     if model_type not in FAMILIES:
         raise ValueError(f"model: {path} has model_type {model_type!r}, supported: {', '.join(FAMILIES)}")
+    for stored in config.get("architectures") or []:
+        found = next((known for known in HEADS if stored.endswith(known)), None)
+        if found != head:
+            loader = "GPT" if stored == architecture(model_type) else HEADS.get(found)
+            raise ValueError(
+                f"model: {path}: expected the architecture {architecture(model_type, head)}, got {stored}"
+                + (f", which fastgpt.{loader} loads" if loader else "")
+            )
     try:
         return FAMILIES[model_type], config, FAMILIES[model_type].config_from(config)
     except KeyError as error:
@@ -66,7 +77,7 @@ def _read_json(path: Path) -> dict:
 
 
 def read_weights(model, folder: Path, family: Family, *, dtype=None, device=None):
-    """Fills a model made on the meta device, piece by piece, and returns it.
+    """Fills a model, or a head with one, made on the meta device, piece by piece, and returns it.
 
     Raises ValueError naming the first weights that are missing, unexpected or misshapen.
     """
@@ -81,7 +92,7 @@ def read_weights(model, folder: Path, family: Family, *, dtype=None, device=None
             with safe_open(path, framework="pt") as file:
                 for name, original in family.stored_names(file.keys(), known).items():
                     stored[name] = path, original
-        if model.output is None:  # some store it all the same
+        if "lm_head.weight" not in known:  # some store it all the same
             stored.pop("lm_head.weight", None)
             stored.pop(family.prefix + "lm_head.weight", None)
         _require_same_names(files[0] if len(files) == 1 else folder, stored.keys(), known)
@@ -145,19 +156,25 @@ class _Stored:
                 target[start : start + step] = file.get_slice(self.name)[start : start + step]
 
 
-def write(model, folder: str | Path) -> None:
-    """Writes a checkpoint that `read_config` and `read_weights` read."""
+def write(model, folder: str | Path, head: str | None = None, entries: dict | None = None) -> None:
+    """Writes a checkpoint that `read_config` and `read_weights` read.
+
+    head: one of HEADS, if the model is one; entries: of config.json, beyond what its decoder has.
+    """
     folder = Path(folder)
     name = family_of(model.config, model.checkpoint_config.get("model_type"))
     family = FAMILIES[name]
     kept = model.checkpoint_config if model.checkpoint_config.get("model_type") == name else {}
     config = {"model_type": name} | family.config_to(model.config)
-    if name in ARCHITECTURES:
-        config["architectures"] = [ARCHITECTURES[name]]
+    if name != "fastgpt" or head is not None:
+        config["architectures"] = [architecture(name, head)]
     config |= {key: value for key, value in kept.items() if key.endswith("_token_id")}
+    config |= entries or {}
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     weights = {}
     for parameter, weight in model.named_parameters():
+        if parameter == "model.output.weight":  # of the language model that a head was put on
+            continue
         names, transposed = family.checkpoint_names(parameter)
         for stored_as, part in zip(names, weight.detach().split(_rows(model, parameter, len(names)))):
             weights[stored_as] = (part.t() if transposed else part).contiguous()

@@ -1,4 +1,4 @@
-"""The command line: fastgpt generate | train | bench | info."""
+"""The command line: fastgpt generate | inspect | train | bench | info."""
 
 import argparse
 import dataclasses
@@ -12,9 +12,12 @@ import torch
 from tqdm import tqdm
 
 import fastgpt
-from fastgpt import bench
+from fastgpt import bench, checkpoint, inspection
 from fastgpt.cache import CACHE_KINDS
+from fastgpt.context import require_causal
+from fastgpt.model import GPT
 from fastgpt.pipelines import Pipeline, Run, as_messages, pipeline
+from fastgpt.text import Tokenizer
 from fastgpt.train import TrainConfig, Trainer, train
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"
@@ -69,6 +72,18 @@ def parser() -> argparse.ArgumentParser:
     add("--compare-cache", action="store_true", help="generate with and without the cache, compare tokens and speed")
     add("--json", action="store_true", help="print one JSON object instead of streaming text")
     add("--logprobs", action="store_true", help="with --json: each token and its log-probability")
+
+    command = commands.add_parser("inspect", help="what a model sees in a prompt", formatter_class=Formatter)
+    command.set_defaults(run=run_inspect)
+    add = command.add_argument
+    add("prompt", metavar="PROMPT", help="the text to look at")
+    add("--model", default=SHIPPED_MODEL, metavar="DIR", help="checkpoint folder (the shipped model)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
+    add("--top", type=int, default=10, metavar="N", help="how many next tokens to show")
+    add("--json", action="store_true", help="print one JSON object instead of the tables")
+    add("--attention", type=Path, metavar="FILE", help="save a picture of what attends to what: .png, .svg, .pdf, ...")
+    add("--layer", type=int, default=0, metavar="L", help="of the picture; the first is 0")
+    add("--head", type=int, default=0, metavar="H", help="of the picture; the first is 0")
 
     command = commands.add_parser("train", help="train a model on a text file", formatter_class=Formatter)
     command.set_defaults(run=run_train)
@@ -180,6 +195,58 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 def shown(value: float | None) -> str:
     return "?" if value is None else f"{value:,.1f}"
+
+
+def run_inspect(options) -> None:
+    """Tokens -> logits -> probabilities -> next token."""
+    folder = checkpoint.resolve(options.model)
+    model = GPT.from_pretrained(folder, device=device_of(options.device))
+    require_causal(model.config)
+    tokenizer = Tokenizer.from_folder(folder)
+    prompt = tokenizer.encode(options.prompt)
+    if not prompt:
+        raise ValueError("prompt: expected at least one character, got an empty prompt")
+    texts = [inspection.text_of(tokenizer, *pair) for pair in zip(prompt, [None, *prompt])]
+    ids = torch.tensor([prompt], device=model.token_embedding.weight.device)
+    with torch.no_grad():
+        if options.attention is None:
+            logits = model.logits(model.hidden(ids, last_only=True))
+        else:
+            for name, count in (("layer", model.config.num_layers), ("head", model.config.num_heads)):
+                if not 0 <= getattr(options, name) < count:
+                    raise ValueError(f"{name}: expected a number from 0 to {count - 1}, got {getattr(options, name)}")
+            logits, activations = model.run_with_cache(ids)
+            pattern = activations[f"blocks.{options.layer}.attention.pattern"][0, options.head]
+            inspection.draw_attention(pattern, texts, options.attention, f"layer {options.layer}, head {options.head}")
+    following = [
+        {"id": token, "text": inspection.text_of(tokenizer, token, prompt[-1]), "logit": logit, "probability": probability}
+        for token, logit, probability in inspection.likeliest(logits[0, -1], options.top)
+    ]
+    tokens = [{"id": token, "text": text} for token, text in zip(prompt, texts)]
+    if options.json:
+        print(json.dumps({"tokens": tokens, "next": following, "greedy": following[0]}))
+    else:
+        print_prediction(tokens, following, model.config.vocab_size)
+
+
+def print_prediction(tokens: list[dict], following: list[dict], vocab_size: int) -> None:
+    """The tokens of a prompt, and a table of those that may follow."""
+    print(f"{len(tokens)} token{'s' if len(tokens) > 1 else ''} with their ids:")
+    line = ""
+    for token in tokens:
+        item = f"  {token['text']!r} {token['id']}"
+        if line and len(line + item) > 98:
+            print(f"  {line}")
+            line = ""
+        line += item
+    print(f"  {line}\n\nNext, by the logits after {tokens[-1]['text']!r}:\n")
+    print("    rank      id    logit  probability  token")
+    for rank, row in enumerate(following, 1):
+        print(f"    {rank:>4}  {row['id']:>6}  {row['logit']:>7.3f}  {row['probability']:>11.3%}  {row['text']!r}")
+    if len(following) < vocab_size:
+        rest = max(0.0, 1 - sum(row["probability"] for row in following))
+        print(f"    {'':>4}  {'':>6}  {'':>7}  {rest:>11.3%}  the other {vocab_size - len(following):,}")
+    print(f"\nGreedy decoding takes {following[0]['text']!r} (id {following[0]['id']}).")
 
 
 def run_train(options) -> None:

@@ -20,7 +20,8 @@ class Family:
     config_to: GPTConfig -> config.json.
     names: the decoder's module -> the checkpoint's, or several whose rows are one below the other in ours; `{i}` is the layer.
     transposed: the checkpoint's modules, without the layer, whose matrices are stored (in, out).
-    prefix: what the checkpoint's names may start with or not, depending on who saved it. The output matrix never does.
+    prefix: what the checkpoint's names may start with or not, depending on who saved it. The output matrix and the heads
+        never do.
     ignored: a pattern of names that carry no weight.
     """
 
@@ -32,12 +33,13 @@ class Family:
     ignored: str = r"\.rotary_emb\.inv_freq$"
 
     def checkpoint_names(self, parameter: str) -> tuple[list[str], bool]:
-        """The names in the checkpoint, with prefix, of one of the decoder's parameters; and whether they are transposed."""
-        module, _, kind = parameter.rpartition(".")
+        """The names in the checkpoint, with prefix, of a parameter of the decoder, or of a head that it is the `model` of; and
+        whether they are transposed."""
+        module, _, kind = parameter.removeprefix("model.").rpartition(".")
         layer = re.search(r"\.(\d+)\.", module)
         theirs = self.names[re.sub(r"\.\d+\.", ".{i}.", module, count=1)]
         theirs = [theirs] if isinstance(theirs, str) else theirs
-        prefix = "" if module == "output" else self.prefix
+        prefix = "" if module in ("output", "score", "classifier") else self.prefix
         names = [f"{prefix}{name.format(i=layer[1] if layer else '')}.{kind}" for name in theirs]
         return names, kind == "weight" and theirs[0] in self.transposed
 
@@ -58,10 +60,7 @@ def _require(config: dict, family: str, **expected) -> None:
 
 
 def _gpt2_config_from(config: dict) -> dict:
-    _require(
-        config, "gpt2", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
-        add_cross_attention=False,
-    )  # fmt: skip
+    _require(config, "gpt2", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
     return {
         "vocab_size": config["vocab_size"],
         "context_length": config["n_positions"],
@@ -72,6 +71,7 @@ def _gpt2_config_from(config: dict) -> dict:
         "dropout": config.get("resid_pdrop", 0.1),
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
         "activation": _activation(config, "activation_function", "gelu_new", "gpt2"),
+        "cross_attention": config.get("add_cross_attention", False),
     }
 
 
@@ -88,6 +88,7 @@ def _gpt2_config_to(config) -> dict:
         "resid_pdrop": config.dropout,
         "attn_pdrop": 0.0,
         "layer_norm_epsilon": config.norm_eps,
+        "add_cross_attention": config.cross_attention,
         # transformers' defaults name tokens of OpenAI's vocabulary, which a smaller one does not have.
         "bos_token_id": None,
         "eos_token_id": None,
@@ -103,15 +104,27 @@ GPT2 = Family(
         "blocks.{i}.attention_norm": "h.{i}.ln_1",
         "blocks.{i}.attention.qkv": "h.{i}.attn.c_attn",
         "blocks.{i}.attention.out": "h.{i}.attn.c_proj",
+        "blocks.{i}.cross_attention_norm": "h.{i}.ln_cross_attn",
+        "blocks.{i}.cross_attention.q": "h.{i}.crossattention.q_attn",
+        "blocks.{i}.cross_attention.kv": "h.{i}.crossattention.c_attn",
+        "blocks.{i}.cross_attention.out": "h.{i}.crossattention.c_proj",
         "blocks.{i}.mlp_norm": "h.{i}.ln_2",
         "blocks.{i}.mlp.up": "h.{i}.mlp.c_fc",
         "blocks.{i}.mlp.down": "h.{i}.mlp.c_proj",
         "norm": "ln_f",
+        "score": "score",
+        "classifier": "classifier",
     },
-    transposed=frozenset(f"h.{{i}}.{matrix}" for matrix in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
+    transposed=frozenset(
+        f"h.{{i}}.{matrix}"
+        for matrix in (
+            "attn.c_attn", "attn.c_proj", "crossattention.q_attn", "crossattention.c_attn", "crossattention.c_proj", "mlp.c_fc",
+            "mlp.c_proj",
+        )  # fmt: skip
+    ),
     prefix="transformer.",
     # Causal masks that old checkpoints carry as buffers, and the output matrix, which is the token embedding.
-    ignored=r"\.attn\.(bias|masked_bias)$|^lm_head\.weight$",
+    ignored=r"\.(attn|crossattention)\.(bias|masked_bias)$|^lm_head\.weight$",
 )
 
 
@@ -264,6 +277,8 @@ LLAMA_NAMES = {
     "blocks.{i}.mlp.down": "layers.{i}.mlp.down_proj",
     "norm": "norm",
     "output": "lm_head",
+    "score": "score",
+    "classifier": "score",
 }
 LLAMA = Family(_llama_config_from, _llama_config_to, LLAMA_NAMES)
 
@@ -417,14 +432,23 @@ def _own_config_to(config) -> dict:
 
 OWN = Family(_own_config_from, _own_config_to, _OwnNames(), prefix="", ignored=r"$^")
 
-ARCHITECTURES = {
-    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
+ARCHITECTURES = {  # what the names of transformers' classes begin with, and ours
+    "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "gemma": "Gemma",
+    "gemma2": "Gemma2", "fastgpt": "FastGPT",
 }  # fmt: skip
+HEADS = {  # and what they end with -> the class here that has this head
+    "ForSequenceClassification": "SequenceClassifier",
+    "ForTokenClassification": "TokenClassifier",
+}
 FAMILIES = {
     "gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "phi3": PHI3, "gemma": GEMMA,
     "gemma2": GEMMA2, "fastgpt": OWN,
 }  # fmt: skip
+
+
+def architecture(family: str, head: str | None = None) -> str:
+    """The name of the class with one of HEADS, or with none: a language model."""
+    return ARCHITECTURES[family] + (head or ("LMHeadModel" if family == "gpt2" else "ForCausalLM"))
 
 
 def family_of(config, preferred: str | None = None) -> str:

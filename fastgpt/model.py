@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from fastgpt import capture, checkpoint, memory
 from fastgpt.cache import CACHE_KINDS, ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached, least
 from fastgpt.capture import Captured
+from fastgpt.context import Context, Given, read_context, require_causal, require_context, uncached
 from fastgpt.generate import generate
+from fastgpt.inspection import run_with_cache
 from fastgpt.ops.linear import ACTIVATIONS, linear
 from fastgpt.ops.norm import norm
 from fastgpt.positions import Rope, sinusoidal
@@ -40,6 +42,7 @@ class GPTConfig:
     position: "learned" or "sinusoidal" embeddings, "rotary" as `rope` says, or None.
     windows: for each layer the last tokens that one attends to, itself included, or None for all; default all, everywhere.
     causal: False lets tokens attend to later ones as well: an encoder.
+    cross_attention: between attention and MLP, each block attends to a second stream, too: the states of an encoder, say.
     attention_scale, attention_softcap: of `attention`; default 1 / sqrt(head_dim), and none.
     logit_softcap: bound on the logits, c · tanh(logits / c).
     embedding_scale: factor on the token embeddings, rounded to their dtype.
@@ -69,6 +72,7 @@ class GPTConfig:
     rope: Rope | None = None
     windows: tuple[int | None, ...] | None = None
     causal: bool = True
+    cross_attention: bool = False
     attention_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -102,6 +106,8 @@ class GPTConfig:
             raise ValueError(f"rope.dim: expected at most head_dim={self.head_dim}, got {self.rope.dim}")
         if self.windows is not None and len(self.windows) != self.num_layers:
             raise ValueError(f"windows: expected {self.num_layers}, one for each layer, got {self.windows!r}")
+        if self.windows is not None and not self.causal:
+            raise ValueError(f"windows: expected None for a model that is not causal, got {self.windows!r}")
 
     def _require_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -186,6 +192,31 @@ class Attention(nn.Module):
         return add(x, y, self.out, self.post_norm, self.dropout if self.training else 0.0)
 
 
+class CrossAttention(nn.Module):
+    """x + out(attention(q(norm(x)), k, v)): each token attends to all of a second stream, whose positions do not count."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.dropout = layer, config.dropout
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.options = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q = nn.Linear(config.hidden_size, wide, bias=config.qkv_bias)
+        self.kv = nn.Linear(config.hidden_size, 2 * narrow, bias=config.qkv_bias)
+        self.out = nn.Linear(wide, config.hidden_size, bias=config.out_bias)
+        self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
+
+    def read(self, states):
+        """The keys and values of a second stream: (B, S, C) -> (B, H_kv, S, D) twice."""
+        k, v = project(states, self.kv).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(2)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, norm: Norm, context: Context):
+        q = project(x, self.q, norm).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        y = context.attend(self.layer, q, **self.options).transpose(1, 2).flatten(2)  # (B, T, H · D)
+        return add(x, y, self.out, self.post_norm, self.dropout if self.training else 0.0)
+
+
 class MLP(nn.Module):
     """x + down(activation(up(norm(x)))); if gated, up is gate and up, one below the other."""
 
@@ -219,12 +250,17 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = Norm(config, config.hidden_size)
         self.attention = Attention(config, layer)
+        self.cross_attention_norm = Norm(config, config.hidden_size) if config.cross_attention else None
+        self.cross_attention = CrossAttention(config, layer) if config.cross_attention else None
         self.mlp_norm = Norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
     def forward(self, x, cache: KVCache | Uncached, rotation=None, last_only: bool = False):
         """x (B, T, C) -> the same, or (B, 1, C) of the last token, which still looks back at all."""
-        return self.mlp(self.attention(x, self.attention_norm, cache, rotation, last_only), self.mlp_norm)
+        x = self.attention(x, self.attention_norm, cache, rotation, last_only)
+        if self.cross_attention is not None:
+            x = self.cross_attention(x, self.cross_attention_norm, cache.context)
+        return self.mlp(x, self.mlp_norm)
 
 
 class GPT(nn.Module):
@@ -247,34 +283,55 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """GPT-2's initial weights: N(0, 0.02), and 1/sqrt(2 layers) of that where a block adds to the residual. On the meta device, none."""
+        """GPT-2's initial weights: N(0, 0.02), and where a block adds to the residual stream that over the square root of
+        how often one does. On the meta device, none."""
         if self.token_embedding.weight.is_meta:
             return
+        additions = (3 if self.config.cross_attention else 2) * self.config.num_layers
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 2:
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02)
+                parameter.normal_(0.0, 0.02 / math.sqrt(additions) if residual else 0.02)
         memory.collapse(self.parameters())
 
-    def forward(self, ids, cache: KVCache | None = None, new: list[int] | None = None):
+    def forward(
+        self, ids, cache: KVCache | None = None, new: list[int] | None = None,
+        *, lengths=None, context=None, context_lengths=None, output_hidden_states: bool = False,
+    ):  # fmt: skip
         """ids (B, T) int64 -> logits (B, T, V).
 
         Args:
             cache: holds the tokens before, and then these too; see `new_cache`. Default: there are none.
             new: with a cache, how many of the columns, the last ones, are tokens of each sequence; the others are
                 padding, whose logits mean nothing. Default: all.
+            lengths: without a cache, how many of the columns, the first ones, are; a list or a tensor (B,). Default: all.
+            context: (B, S, C), the second stream, without a cache. A model with cross-attention needs one.
+            context_lengths: as lengths, of the context.
+            output_hidden_states: also return the residual stream (B, T, C) before each block and, through the final norm,
+                after the last: the pair (logits, a tuple of num_layers + 1).
 
         Raises: TypeError, ValueError for ids that are not (B, T) int64, out of the vocabulary (on CPU), or more than
-            the context or the cache holds.
+            the context or the cache holds; for lengths and a context that do not fit them.
         """
-        return self.logits(self.hidden(ids, cache, new))
+        if cache is None:
+            cache = uncached(self, ids, lengths, context, context_lengths)
+        elif not (lengths is context is context_lengths is None):
+            raise ValueError("lengths, context, context_lengths: expected None with a cache, which has its own")
+        states = [] if output_hidden_states else None
+        x = self.transform(self.embed(ids, cache, new), cache, states=states)
+        return (self.logits(x), (*states, self.norm(x))) if output_hidden_states else self.logits(x)
 
     def hidden(self, ids, cache: KVCache | Uncached | None = None, new: list[int] | None = None, last_only=False):
         """The last block's output, which `logits` takes: ids (B, T) -> (B, T, C), or with last_only (B, 1, C)."""
-        cache = Uncached(device=ids.device, causal=self.config.causal) if cache is None else cache
+        cache = uncached(self, ids) if cache is None else cache
         return self.transform(self.embed(ids, cache, new), cache, last_only)
+
+    def encode(self, ids, lengths=None):
+        """The same through the final norm, of sequences of the given lengths (as in `forward`): what heads and the
+        cross-attention of another model read."""
+        return self.norm(self.hidden(ids, uncached(self, ids, lengths)))
 
     def logits(self, hidden):
         """The final norm and the output matrix: (..., C) -> (..., V)."""
@@ -364,10 +421,9 @@ class GPT(nn.Module):
         else:
             if cache.batch_size != B:
                 raise ValueError(f"cache: expected one for a batch of {B}, got one for {cache.batch_size}")
-            if not self.config.causal:
-                raise ValueError("cache: expected None for a model that is not causal, got a cache")
             past = cache.length
             longest = past + T if new is None else max(map(sum, zip(cache.counts, new)))
+        require_context(self.config, cache, B)
         if longest > self.config.context_length:
             raise ValueError(
                 f"ids: expected at most {self.config.context_length} tokens (the context), "
@@ -384,20 +440,22 @@ class GPT(nn.Module):
         rope = self.config.rope
         return rope is not None and rope.is_long(before) != rope.is_long(after)
 
-    def transform(self, x, cache: KVCache | Uncached, last_only: bool = False):
+    def transform(self, x, cache: KVCache | Uncached, last_only: bool = False, states: list | None = None):
         """The blocks, one after the other: (B, T, C) -> (B, T, C). With last_only the last block computes no other token's
-        output: (B, 1, C)."""
+        output: (B, 1, C). What goes into each block is appended to `states`."""
         rotation, rope = None, self.config.rope
         if rope is not None:
             rotation = rope.rotation(self.config.context_length, x.device, rope.is_long(max(cache.length, cache.reach)))
         for block in self.blocks:
+            if states is not None:
+                states.append(x)
             x = block(x, cache, rotation, last_only and block is self.blocks[-1])
         return x if self.blocks or not last_only else x[:, -1:]
 
     def new_cache(
         self, batch_size: int, capacity: int | None = None,
         *, kind: str = "contiguous", cache_dtype: torch.dtype | None = None, window: int | None = None,
-        page_size: int = 16, num_pages: int | None = None,
+        page_size: int = 16, num_pages: int | None = None, context=None, context_lengths=None,
     ) -> KVCache:  # fmt: skip
         """An empty cache.
 
@@ -408,9 +466,11 @@ class GPT(nn.Module):
             window: tokens that one attends to, itself included; default as many as the model's layers do. "sliding" needs
                 one, here or in the model.
             page_size, num_pages: of a paged cache; default pages for `capacity` tokens of every sequence.
+            context, context_lengths: what cross-attention reads; see `forward`. Its keys and values are computed here, once.
 
         Raises: TypeError, ValueError, naming the argument.
         """
+        require_causal(self.config)
         weight = self.token_embedding.weight
         capacity = self.config.context_length if capacity is None else capacity
         options = {"batch_size": batch_size, "capacity": capacity, "window": window}
@@ -423,21 +483,33 @@ class GPT(nn.Module):
             "device": weight.device,
         }
         if kind == "contiguous":
-            return ContiguousCache(**options, **storage)
-        if kind == "sliding":
+            cache = ContiguousCache(**options, **storage)
+        elif kind == "sliding":
             windows = [least(window, self.config.window(layer)) for layer in range(self.config.num_layers)]
             if all(window is None for window in windows):
                 raise ValueError("window: expected a number of tokens for a sliding cache, got None")
-            return SlidingCache(**options, windows=windows, **storage)
-        if kind == "paged":
+            cache = SlidingCache(**options, windows=windows, **storage)
+        elif kind == "paged":
             if not isinstance(page_size, int) or page_size < 1:
                 raise ValueError(f"page_size: expected an integer >= 1, got {page_size!r}")
             if num_pages is None:
                 num_pages = batch_size * -(-capacity // page_size)
-            return PagedCache(PagePool(num_pages=num_pages, page_size=page_size, **storage), **options)
-        raise ValueError(f"kind: expected one of {', '.join(map(repr, CACHE_KINDS))}, got {kind!r}")
+            cache = PagedCache(PagePool(num_pages=num_pages, page_size=page_size, **storage), **options)
+        else:
+            raise ValueError(f"kind: expected one of {', '.join(map(repr, CACHE_KINDS))}, got {kind!r}")
+        with torch.no_grad():
+            cache.context = read_context(self, context, context_lengths)
+        return cache
 
-    generate = generate
+    def generate(self, ids, max_new_tokens: int, *, context=None, context_lengths=None, **options):
+        """`fastgpt.generate.generate`, of a decoder that attends to `context` (one for each prompt), if there is one."""
+        if context is None and context_lengths is None:
+            return generate(self, ids, max_new_tokens, **options)
+        with torch.no_grad():
+            given = Given(self, read_context(self, context, context_lengths))
+        return generate(given, ids, max_new_tokens, **options)
+
+    run_with_cache = run_with_cache
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dtype=None, device=None) -> "GPT":

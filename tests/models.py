@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 
-from fastgpt import GPT, GPTConfig, attention_reference, cache, linear_reference, model
+from fastgpt import GPT, GPTConfig, attention_reference, cache, context, linear_reference, model
 
 
 def random_model(*, layers=2, heads=4, width=64, context=96, vocabulary=65, seed=0, **fields) -> GPT:
@@ -34,5 +34,9 @@ def random_ids(model: GPT, batch: int, tokens: int, seed=1) -> torch.Tensor:
 @contextlib.contextmanager
 def reference_operations():
     """Within it, decoders compute by the references: what an error in low precision is measured against."""
-    with mock.patch.object(model, "linear", linear_reference), mock.patch.object(cache, "attention", attention_reference):
+    with (
+        mock.patch.object(model, "linear", linear_reference),
+        mock.patch.object(cache, "attention", attention_reference),
+        mock.patch.object(context, "attention", attention_reference),
+    ):
         yield
