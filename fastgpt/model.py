@@ -201,9 +201,9 @@ class CrossAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.options = {"scale": config.attention_scale, "softcap": config.attention_softcap}
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q = nn.Linear(config.hidden_size, wide, bias=config.qkv_bias)
-        self.kv = nn.Linear(config.hidden_size, 2 * narrow, bias=config.qkv_bias)
-        self.out = nn.Linear(wide, config.hidden_size, bias=config.out_bias)
+        self.q = Linear(config.hidden_size, wide, bias=config.qkv_bias)
+        self.kv = Linear(config.hidden_size, 2 * narrow, bias=config.qkv_bias)
+        self.out = Linear(wide, config.hidden_size, bias=config.out_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
     def read(self, states):

@@ -298,7 +298,7 @@ def test_a_prompt_in_pieces_gives_the_same_logits(options, chunk):
 
     def logits(prefill_chunk):
         request = Request(model, prompts, 8, Options(prefill_chunk=prefill_chunk, **options))
-        return request.prefill(), request.cache
+        return request.prefill(request.prompts), request.cache
 
     (actual, cache), (low, _) = logits(chunk), logits(40)
     assert cache.counts == [40, 5, 23] and cache.lengths.tolist() == [40, 5, 23]
