@@ -7,6 +7,7 @@ FEATURES = {
     "layer": ((), {}),
     "layer with bias": (("bias",), {}),
     "rms": ((), {"kind": "rms"}),
+    "rms with bias": (("bias",), {"kind": "rms"}),
     "rms with offset": ((), {"kind": "rms", "offset": 1.0}),
     "residual": (("residual",), {"kind": "rms"}),
     "everything": (("bias", "residual"), {"kind": "layer", "offset": 1.0, "eps": 1e-6}),

@@ -49,7 +49,8 @@ def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=N
 def norm_reference(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=None, impl=None):
     """The same function in plain PyTorch, on every device, differentiable."""
     dtype = x.dtype
-    if offset or residual is not None or weight.dtype != dtype:  # else PyTorch's norms round once themselves
+    bare = not offset and residual is None and (bias is None or kind == "layer")
+    if not bare or weight.dtype != dtype:  # PyTorch's norms round once too, but not what follows them
         wide = torch.promote_types(dtype, torch.float32)
         x, weight = x.to(wide), weight.to(wide) + offset
         bias, residual = (None if tensor is None else tensor.to(wide) for tensor in (bias, residual))
@@ -58,7 +59,7 @@ def norm_reference(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, 
     else:
         out = F.rms_norm(x, x.shape[-1:], weight, eps)
         out = out if bias is None else out + bias
-    return (out if residual is None else residual + out).to(dtype)
+    return (out if residual is None else out + residual).to(dtype)
 
 
 def _check(x, weight, bias, residual, kind, eps, offset):
