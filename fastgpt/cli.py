@@ -1,6 +1,7 @@
 """The command line: fastgpt generate | inspect | train | bench | info."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,10 +16,12 @@ import fastgpt
 from fastgpt import bench, checkpoint, inspection
 from fastgpt.cache import CACHE_KINDS
 from fastgpt.context import require_causal
+from fastgpt.distributed import PARALLEL, joined, own_device
 from fastgpt.model import GPT
 from fastgpt.pipelines import Pipeline, Run, as_messages, pipeline
 from fastgpt.text import Tokenizer
-from fastgpt.train import TrainConfig, Trainer, train
+from fastgpt.train import STATE, TrainConfig, Trainer, pretrained, train
+from fastgpt.train import DTYPES as TRAIN_DTYPES
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"
 DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech
@@ -92,9 +95,14 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="where checkpoints go")
     add("--resume", action="store_true", help="continue the run in DIR, with its settings")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
+    add("--init-from", type=Path, metavar="DIR", help="go on from the model and tokenizer of a checkpoint folder")
+    add("--parallel", choices=PARALLEL, help="started by torchrun, each process has the whole model or a part (ddp)")
+    add("--accumulate", type=int, default=1, metavar="N", help="compute a process's share of a batch in N parts (1)")
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
-        add(flag, type=field.type, metavar="N" if field.type is int else "X", help=f"(default {field.default})")
+        metavar = {int: "N", float: "X", str: "D"}[field.type]
+        choices = TRAIN_DTYPES if field.name == "dtype" else None
+        add(flag, type=field.type, choices=choices, metavar=metavar, help=f"(default {field.default})")
 
     command = commands.add_parser("bench", help="how fast this machine is, in two minutes", formatter_class=Formatter)
     command.set_defaults(run=run_bench)
@@ -117,11 +125,23 @@ class Formatter(argparse.HelpFormatter):
 def run_generate(options) -> None:
     if options.logprobs and not options.json:
         raise ValueError("logprobs: expected --json with it, got --logprobs alone")
-    device = device_of(options.device)
-    pipe = pipeline(options.model, dtype=DTYPES.get(options.dtype), device=device)
-    if options.seed is None:
-        options.seed = int.from_bytes(os.urandom(4), "big")  # one for both ways of --compare-cache
+    device = device_of(own_device(options.device))
+    with joined(None, device) as processes:  # one, unless torchrun started several
+        pipe = pipeline(options.model, dtype=DTYPES.get(options.dtype), device=device)
+        if processes.size > 1:
+            from fastgpt.parallel import tensor_parallel  # slow to load
 
+            tensor_parallel(pipe.model)
+        if options.seed is None:  # one for both ways of --compare-cache, and for all processes
+            options.seed = processes.agreed(int.from_bytes(os.urandom(4), "big"))
+        if processes.first:
+            generate_text(pipe, options, device)
+        else:
+            with contextlib.redirect_stdout(None):
+                generate_text(pipe, options, device)
+
+
+def generate_text(pipe: Pipeline, options, device: torch.device) -> None:
     run = run_generation(pipe, options, use_cache=not options.no_cache, quiet=options.json)
     report = samples(pipe, run, options) | {
         "prompt_tokens": len(run.prompts[0]),
@@ -253,30 +273,45 @@ def run_train(options) -> None:
     if not options.text.is_file():
         raise FileNotFoundError(f"text: expected a file, {options.text} does not exist or is not a file")
     text = options.text.read_text(encoding="utf-8")
-    device = device_of(options.device)
+    device = device_of(own_device(options.device))
     given = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(TrainConfig)
         if getattr(options, field.name) is not None
     }
-    if options.resume:
-        trainer = Trainer.resume(options.out, text, device)
-        for name, value in given.items():
-            if value != getattr(trainer.config, name):
-                raise ValueError(
-                    f"{name}: expected {getattr(trainer.config, name)}, with which the run in {options.out} was "
-                    f"started, got {value}"
-                )
-    else:
-        if (options.out / "training_state.pt").exists():
-            raise ValueError(f"out: expected a new folder, {options.out} holds a run; continue it with --resume")
-        trainer = Trainer(text, TrainConfig(**given), device)
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    print(
-        f"{parameters / 1e6:.2f} M parameters; {len(trainer.train_tokens):,} tokens to train on, "
-        f"{len(trainer.held_out):,} held out; {trainer.config.steps - trainer.step} steps to go on {device}"
-    )
-    train(trainer, options.out)
+    with joined(options.parallel, device) as processes:
+        place = {"device": device, "accumulate": options.accumulate, "processes": processes}
+        trainer = resumed(options, text, given, place) if options.resume else started(options, text, given, place)
+        if processes.first:
+            parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+            several = f" in each of {processes.size} processes ({processes.parallel})" if processes.parallel else ""
+            print(
+                f"{parameters / 1e6:.2f} M parameters; {len(trainer.train_tokens):,} tokens to train on, "
+                f"{len(trainer.held_out):,} held out; {trainer.config.steps - trainer.step} steps to go on {device}{several}"
+            )
+        train(trainer, options.out)
+
+
+def started(options, text: str, given: dict, place: dict) -> Trainer:
+    if (options.out / STATE).exists():
+        raise ValueError(f"out: expected a new folder, {options.out} holds a run; continue it with --resume")
+    if options.init_from is None:
+        return Trainer(text, TrainConfig(**given), **place)
+    config, model, tokenizer = pretrained(options.init_from, **given)
+    return Trainer(text, config, model=model, tokenizer=tokenizer, **place)
+
+
+def resumed(options, text: str, given: dict, place: dict) -> Trainer:
+    if options.init_from is not None:
+        raise ValueError(f"init_from: expected none with --resume, which goes on from {options.out}, got {options.init_from}")
+    trainer = Trainer.resume(options.out, text, **place)
+    for name, value in given.items():
+        if value != getattr(trainer.config, name):
+            raise ValueError(
+                f"{name}: expected {getattr(trainer.config, name)}, with which the run in {options.out} was "
+                f"started, got {value}"
+            )
+    return trainer
 
 
 def run_bench(options) -> None:

@@ -1,28 +1,41 @@
-"""The trainer: a decoder on one text file, with held-out evaluation, samples, checkpoints and exact resumption."""
+"""The trainer: a decoder on one text file, with held-out evaluation, samples, checkpoints and exact resumption.
+
+It runs in one process or, started by torchrun, in several that share each batch: fastgpt/distributed.py.
+"""
 
 import hashlib
 import math
 import pickle
-import signal
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import tokenizers
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from fastgpt.checkpoint import TOKENIZER, replacing
+from fastgpt.distributed import Processes
+from fastgpt.evaluate import evaluate, split
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.text import Tokenizer
 
 STATE = "training_state.pt"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHOW_EVERY = 0.5  # seconds between two looks at the loss, each of which waits for the device
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run. Lengths are in tokens; the learning rate falls along a cosine to a tenth of its peak."""
+    """Settings of a run. Lengths are in tokens; the learning rate falls along a cosine to a tenth of its peak.
+
+    layers: 0 makes a bigram model, which every other one should beat.
+    batch_size: windows in a step, those of all processes together.
+    dtype: of matrix products and attention: "float32", or "bfloat16" by autocast. Weights and their updates are float32.
+    """
 
     layers: int = 6
     heads: int = 6
@@ -38,12 +51,13 @@ class TrainConfig:
     eval_interval: int = 200
     eval_windows: int = 256
     seed: int = 0
+    dtype: str = "float32"
 
     def __post_init__(self):
         for name in ("batch_size", "steps", "eval_interval", "eval_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)!r}")
-        for name in ("warmup", "weight_decay", "seed"):
+        for name in ("layers", "warmup", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
         if self.seed >= 2**31:
@@ -51,30 +65,47 @@ class TrainConfig:
         for name in ("learning_rate", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 class Trainer:
     """Everything a run consists of, between two steps.
 
     What is random in step i depends on (seed, i) alone, so a resumed run needs no generator states to draw the
-    batches and dropout masks that an uninterrupted one draws.
+    batches and dropout masks that an uninterrupted one draws. A batch is cut into `processes.size * accumulate` parts of
+    consecutive windows: each process takes `accumulate` of them, one after the other, and a part's dropout masks depend on
+    its place in the batch. So it does not matter who computes a part.
+
+    Args:
+        tokenizer, model: to begin with, see `pretrained`; default those of a new character-level model.
+        accumulate: parts of a process's share of each batch, whose gradients add up: less memory, the same step.
+        processes: see `fastgpt.distributed.joined`.
+
+    Raises: ValueError.
     """
 
-    def __init__(self, text: str, config: TrainConfig, device="cpu"):
+    def __init__(
+        self, text: str, config: TrainConfig, device="cpu",
+        *, tokenizer: Tokenizer | None = None, model: GPT | None = None, accumulate: int = 1,
+        processes: Processes = Processes(),
+    ):  # fmt: skip
+        parts = processes.size * accumulate
+        if accumulate < 1:
+            raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate!r}")
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size: expected a multiple of {parts} (processes: {processes.size}, parts in each: {accumulate}), "
+                f"got {config.batch_size}"
+            )
         self.config, self.device = config, torch.device(device)
+        self.accumulate, self.processes = accumulate, processes
         self.text_hash = hashlib.sha256(text.encode()).hexdigest()
-        self.tokenizer = Tokenizer.from_corpus(text)
+        self.tokenizer = tokenizer or Tokenizer.from_corpus(text)
         self.train_tokens, self.held_out = split(torch.tensor(self.tokenizer.encode(text)), config.context)
         torch.manual_seed(config.seed)
-        model_config = GPTConfig(
-            vocab_size=self.tokenizer.vocab_size,
-            context_length=config.context,
-            num_layers=config.layers,
-            num_heads=config.heads,
-            hidden_size=config.width,
-            dropout=config.dropout,
-        )
-        self.model = GPT(model_config).to(self.device)
+        self.model = model or GPT(model_config(config, self.tokenizer.vocab_size))
+        self.forward = processes.spread(self.model, self.device)
         matrices = [parameter for parameter in self.model.parameters() if parameter.dim() >= 2]
         others = [parameter for parameter in self.model.parameters() if parameter.dim() < 2]
         self.optimizer = torch.optim.AdamW(
@@ -97,58 +128,107 @@ class Trainer:
         progress = (step - config.warmup) / max(1, config.steps - config.warmup)
         return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of the current step, (batch, context) each: windows of the text at random places."""
-        context = self.config.context
-        starts = torch.randint(len(self.train_tokens) - context, (self.config.batch_size, 1))
-        windows = self.train_tokens[starts + torch.arange(context + 1)].to(self.device)
-        return windows[:, :-1], windows[:, 1:]
+    def parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This process's parts of the current step's batch: inputs and targets, (windows, context) each.
 
-    def train_step(self) -> float:
-        """One optimizer step; returns its loss, nats per token."""
-        torch.manual_seed((self.config.seed << 32) + self.step + 1)
-        inputs, targets = self.batch()
+        The windows are at random places of the text. As each part comes, dropout's generator is set for it.
+        """
+        config = self.config
+        torch.manual_seed((config.seed << 32) + self.step + 1)
+        starts = torch.randint(len(self.train_tokens) - config.context, (config.batch_size, 1))
+        seeds = torch.randint(2**62, (config.batch_size,)).tolist()
+        share = config.batch_size // self.processes.size
+        part = share // self.accumulate
+        for first in range(self.processes.rank * share, (self.processes.rank + 1) * share, part):
+            windows = self.train_tokens[starts[first : first + part] + torch.arange(config.context + 1)]
+            if self.device.type == "cuda":
+                windows = windows.pin_memory().to(self.device, non_blocking=True)
+            torch.manual_seed(seeds[first])
+            yield windows[:, :-1], windows[:, 1:]
+
+    def autocast(self):
+        dtype = DTYPES[self.config.dtype]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def train_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step.
+
+        Returns: its loss, nats per token, and the norm of its gradient before clipping; both over all processes, scalars
+            on the device, which may still be computing them.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
         self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        total = torch.zeros((), device=self.device)
+        for i, (inputs, targets) in enumerate(self.parts(), 1):
+            with nullcontext() if i == self.accumulate else self.processes.accumulating(self.forward):
+                with self.autocast():
+                    logits = self.forward(inputs)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) / self.accumulate
+                loss.backward()
+            total += loss.detach() / self.processes.size
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.step += 1
-        return loss.item()
+        return self.processes.sum(total), norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def evaluate(self) -> float:
-        return evaluate(self.model, self.held_out, self.config.eval_windows)
+        """The held-out loss, see `evaluate`; all processes take part and get it."""
+        with self.autocast():
+            return evaluate(
+                self.model, self.held_out, self.config.eval_windows, context=self.config.context, processes=self.processes
+            )
 
-    def sample(self, num_tokens: int = 200) -> str:
-        """A sample from the model, begun with the first token of the held-out text."""
-        prompt = self.held_out[:1].unsqueeze(0).to(self.device)
+    def whole(self) -> GPT | None:
+        """The model. Where it is sharded, a copy on the CPU of the first process; None for others."""
+        if self.processes.parallel != "fsdp":
+            return self.model
+        weights = self.processes.gathered(self.model.state_dict())
+        if not self.processes.first:
+            return None
+        model = GPT(self.model.config)
+        model.load_state_dict(weights)
+        return model
+
+    def sample(self, num_tokens: int = 200) -> str | None:
+        """A sample from the model, begun with the first token of the held-out text; in the first process, others get None."""
+        model = self.whole()
+        if not self.processes.first:
+            return None
+        prompt = self.held_out[:1].unsqueeze(0).to(model.token_embedding.weight.device)
         num_tokens = min(num_tokens, self.config.context - 1)
-        ids = self.model.generate(prompt, num_tokens, temperature=0.8, seed=self.config.seed)
+        ids = model.generate(prompt, num_tokens, temperature=0.8, seed=self.config.seed)
         return self.tokenizer.decode(ids[0].tolist())
 
     def save(self, folder: Path, *, weights: bool) -> None:
-        """Writes what `resume` needs and, with `weights`, the checkpoint that generates."""
+        """Writes what `resume` needs and, with `weights`, the checkpoint that generates. The first process writes."""
+        model, optimizer = self.whole(), self.processes.gathered(self.optimizer.state_dict())
+        if not self.processes.first:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         if weights:
-            self.model.save_pretrained(folder)
+            model.save_pretrained(folder)
             with replacing(folder / TOKENIZER) as temporary:
                 self.tokenizer.save(temporary)
         state = {
             "config": asdict(self.config),
+            "architecture": asdict(model.config),
+            "tokenizer": self.tokenizer.backend.to_str(),
             "text_hash": self.text_hash,
             "step": self.step,
             "best_loss": self.best_loss,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model.state_dict(),
+            "optimizer": optimizer,
         }
         with replacing(folder / STATE) as temporary:
             torch.save(state, temporary)
 
     @classmethod
-    def resume(cls, folder: Path, text: str, device="cpu") -> "Trainer":
+    def resume(cls, folder: Path, text: str, device="cpu", **options) -> "Trainer":
         """The trainer that `save` wrote, ready for its next step.
+
+        Args:
+            options: accumulate and processes, which may be others than before.
 
         Raises: FileNotFoundError, or ValueError when the state is damaged or belongs to another text.
         """
@@ -157,93 +237,112 @@ class Trainer:
             raise FileNotFoundError(f"resume: expected {STATE} of an earlier run in {folder}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            trainer = cls(text, TrainConfig(**state["config"]), device)
-            if trainer.text_hash != state["text_hash"]:
+            if hashlib.sha256(text.encode()).hexdigest() != state["text_hash"]:
                 raise ValueError(f"text: expected the text that the run in {folder} was started with, got another")
-            trainer.model.load_state_dict(state["model"])
-            trainer.optimizer.load_state_dict(state["optimizer"])
+            tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(state["tokenizer"]))
+            model = GPT(GPTConfig(**state["architecture"]))
+            trainer = cls(text, TrainConfig(**state["config"]), device, tokenizer=tokenizer, model=model, **options)
+            trainer.load(state["model"], state["optimizer"])
             trainer.step, trainer.best_loss = state["step"], state["best_loss"]
         except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"resume: {path} is damaged: {error}") from error
         return trainer
 
+    def load(self, model: dict, optimizer: dict) -> None:
+        """Takes over whole states of model and optimizer, of which this process may have a part."""
+        part, own = self.processes.part, self.model.state_dict()
+        self.model.load_state_dict({name: part(value, own[name]) for name, value in model.items()})
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            i: {name: part(value, parameters[i]) for name, value in entry.items()} for i, entry in optimizer["state"].items()
+        }
+        self.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
 
-def split(tokens: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first 90% of the tokens to train on and the last 10%, held out. Raises ValueError when either is too short."""
-    held_out = len(tokens) // 10
-    if held_out < 2 or len(tokens) - held_out <= context:
-        needed = max(20, context + 1 + context // 9)  # the smallest number that passes
-        raise ValueError(f"text: expected at least {needed} tokens for a context of {context}, got {len(tokens)}")
-    return tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
+
+def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The model of a run that begins with random weights."""
+    bigram = {"position": None, "tie_embeddings": False} if config.layers == 0 else {}
+    return GPTConfig(
+        vocab_size=vocab_size,
+        context_length=config.context,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        hidden_size=config.width,
+        dropout=config.dropout,
+        **bigram,
+    )
 
 
-@torch.inference_mode()
-def evaluate(model, tokens: torch.Tensor, max_windows: int | None = None, cache_dtype: torch.dtype | None = None) -> float:
-    """Mean loss of predicting each of `tokens` (N,) but the first, in nats per token.
+def pretrained(folder: Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
+    """What a `Trainer` needs to go on training the model of a checkpoint folder that has a tokenizer.json.
 
-    The text is read in windows of the model's context that do not overlap: all of them, or `max_windows` that are
-    spread evenly. With a `cache_dtype`, through a cache of it: what rounding keys and values costs.
+    Args:
+        given: settings, as in TrainConfig. The architecture is the checkpoint's; a context may be shorter.
+
+    Raises: FileNotFoundError, or ValueError when a setting or the tokenizer does not fit the checkpoint's model.
     """
-    context, device = model.config.context_length, model.token_embedding.weight.device
-    starts = list(range(0, len(tokens) - 1, context))
-    if max_windows is not None and len(starts) > max_windows:
-        starts = [starts[i * len(starts) // max_windows] for i in range(max_windows)]
-    training = model.training
-    model.eval()
-    total = count = 0
-    for start in starts:
-        window = tokens[start : start + context + 1].to(device)
-        cache = None if cache_dtype is None else model.new_cache(1, cache_dtype=cache_dtype)
-        logits = model(window[None, :-1], cache=cache)[0].float()
-        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-        count += len(window) - 1
-    model.train(training)
-    return total / count
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    stored = GPT.from_pretrained(folder, dtype=torch.float32)
+    architecture = stored.config
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise ValueError(
+            f"init_from: expected a {TOKENIZER} of at most {architecture.vocab_size} tokens, those of the model in {folder}, "
+            f"got {tokenizer.vocab_size}"
+        )
+    fixed = {"layers": architecture.num_layers, "heads": architecture.num_heads, "width": architecture.hidden_size}
+    for name, value in fixed.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"{name}: expected {value}, that of the model in {folder}, got {given[name]}")
+    longest = architecture.context_length
+    given.setdefault("context", min(TrainConfig.context, longest))
+    if given["context"] > longest:
+        raise ValueError(f"context: expected at most {longest}, that of the model in {folder}, got {given['context']}")
+    config = TrainConfig(**(given | fixed))
+    model = GPT(replace(architecture, dropout=config.dropout))
+    model.load_state_dict(stored.state_dict())
+    return config, model, tokenizer
 
 
 def train(trainer: Trainer, folder: Path) -> None:
-    """Runs what is left of `trainer.config.steps`.
+    """Runs what is left of `trainer.config.steps`, in each of the trainer's processes.
 
     At every `eval_interval` steps and at the end it evaluates, shows a sample and saves to `folder`; the weights kept
-    there are those with the lowest held-out loss. Ctrl-C ends the run after the current step in the same way; a second
-    Ctrl-C ends it at once.
+    there are those with the lowest held-out loss. Ctrl-C or SIGTERM, to any process, ends the run after the current step
+    in the same way; a second one ends it at once.
     """
-    config = trainer.config
+    config, processes = trainer.config, trainer.processes
     trainer.model.train()
-    tokens_per_step = config.batch_size * config.context
-    with interruptible() as interrupted, tqdm(total=config.steps, initial=trainer.step, unit="step") as bar:
-        while trainer.step < config.steps and not interrupted:
-            started = time.perf_counter()
-            loss = trainer.train_step()
-            speed = tokens_per_step / (time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+    stop = False
+    with (
+        processes.interruptible() as interrupted,
+        tqdm(total=config.steps, initial=trainer.step, unit="step", disable=not processes.first) as bar,
+    ):
+        since, counted = time.perf_counter(), trainer.step
+        while trainer.step < config.steps and not stop:
+            result = trainer.train_step()
+            stop = interrupted()
+            pause = trainer.step % config.eval_interval == 0 or trainer.step == config.steps or stop
+            if processes.first and (pause or time.perf_counter() - since > SHOW_EVERY):
+                loss, norm = torch.stack(result).tolist()  # waits for the device
+                tokens = (trainer.step - counted) * config.batch_size * config.context
+                speed = tokens / (time.perf_counter() - since)
+                bar.set_postfix_str(f"loss {loss:.3f}, gradient norm {norm:.2f}, {speed:,.0f} tokens/s", refresh=False)
+                since, counted = time.perf_counter(), trainer.step
             bar.update()
-            if trainer.step % config.eval_interval == 0 or trainer.step == config.steps or interrupted:
+            if pause:
                 held_out = trainer.evaluate()
                 best = held_out < trainer.best_loss
                 trainer.best_loss = min(held_out, trainer.best_loss)
                 trainer.save(folder, weights=best)
-                bar.write(
-                    f"\nstep {trainer.step}: loss {loss:.4f}, held-out loss {held_out:.4f} nats per token"
-                    f"{', the lowest so far: saved' if best else f' (lowest {trainer.best_loss:.4f})'}\n"
-                    f"{trainer.sample()}\n"
-                )
-    if interrupted:
-        print(f"Stopped after step {trainer.step} of {config.steps}; continue with --resume.")
-    print(f"{folder}: weights with held-out loss {trainer.best_loss:.4f} nats per token.")
-
-
-@contextmanager
-def interruptible():
-    """Yields a list that is empty until Ctrl-C is pressed; pressed again, it interrupts as usual."""
-    interrupted = []
-
-    def remember(*_):
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
+                text = trainer.sample()
+                if processes.first:
+                    bar.write(
+                        f"\nstep {trainer.step}: loss {loss:.4f}, held-out loss {held_out:.4f} nats per token"
+                        f"{', the lowest so far: saved' if best else f' (lowest {trainer.best_loss:.4f})'}\n"
+                        f"{text}\n"
+                    )
+                since = time.perf_counter()
+    if processes.first:
+        if stop:
+            print(f"Stopped after step {trainer.step} of {config.steps}; continue with --resume.")
+        print(f"{folder}: weights with held-out loss {trainer.best_loss:.4f} nats per token.")

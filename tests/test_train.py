@@ -5,15 +5,20 @@ import math
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
+import numerics
 import pytest
+import tokenizers
 import torch
-from models import random_model
+from models import random_model, reference_operations
 
 from fastgpt import GPT
+from fastgpt.cli import main
+from fastgpt.evaluate import evaluate, split
 from fastgpt.text import Tokenizer
-from fastgpt.train import TrainConfig, Trainer, evaluate, split, train
+from fastgpt.train import TrainConfig, Trainer, pretrained, train
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 TINY = TrainConfig(layers=1, heads=2, width=32, context=16, batch_size=8, steps=60, warmup=5, eval_interval=20)
@@ -23,8 +28,9 @@ def weights(trainer):
     return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
 
 
-def test_it_learns(tmp_path):
-    trainer = Trainer(TEXT, replace(TINY, steps=150, learning_rate=5e-3, eval_interval=50))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_learns(dtype, tmp_path):
+    trainer = Trainer(TEXT, replace(TINY, steps=150, learning_rate=5e-3, eval_interval=50, dtype=dtype))
     before = trainer.evaluate()
     train(trainer, tmp_path)
     assert abs(before - math.log(trainer.tokenizer.vocab_size)) < 0.2
@@ -34,7 +40,8 @@ def test_it_learns(tmp_path):
     # What was saved is the model with the lowest held-out loss.
     model, tokenizer = GPT.from_pretrained(tmp_path), Tokenizer.load(tmp_path / "tokenizer.json")
     held_out = split(torch.tensor(tokenizer.encode(TEXT)), 16)[1]
-    assert evaluate(model, held_out) == trainer.best_loss
+    with trainer.autocast():
+        assert evaluate(model, held_out) == trainer.best_loss
 
 
 def test_resuming_gives_the_numbers_of_an_uninterrupted_run(tmp_path):
@@ -68,6 +75,36 @@ def test_evaluation_and_sampling_do_not_disturb_the_run(tmp_path):
         assert torch.equal(weight, weights(once)[name]), name
 
 
+def test_accumulated_gradients_are_those_of_the_batch():
+    """But for rounding: sums in another order err as much as in the usual order."""
+    config = replace(TINY, layers=2, dropout=0.0, steps=20)
+    curves = []
+    for accumulate, dtype in ((4, torch.float32), (1, torch.float64), (1, torch.float32)):
+        trainer = Trainer(TEXT, config, accumulate=accumulate)
+        trainer.model.train().to(dtype)
+        curves.append(torch.tensor([[value.item() for value in trainer.train_step()] for _ in range(20)]).double())
+    accumulated, oracle, straight = curves
+    numerics.check(accumulated[:, 0], oracle[:, 0], straight[:, 0], dtype=torch.float32, name="loss")
+    options = {"dtype": torch.float32, "k": numerics.BACKWARD}
+    numerics.check(accumulated[:, 1], oracle[:, 1], straight[:, 1], **options, name="gradient norm")
+
+
+def test_bfloat16_is_for_products_only():
+    trainers, losses = [Trainer(TEXT, replace(TINY, dropout=0.0, dtype="bfloat16")) for _ in range(3)], []
+    low, high, trainer = trainers
+    high.model.double()
+    high.autocast = nullcontext
+    with reference_operations():
+        losses = [low.train_step()[0], high.train_step()[0]]
+    products = []
+    trainer.model.register_forward_hook(lambda model, inputs, logits: products.append(logits.dtype))
+    loss, _ = trainer.train_step()
+    numerics.check(loss, losses[1], losses[0], dtype=torch.bfloat16, name="loss")
+    assert products == [torch.bfloat16]
+    moments = [moment for state in trainer.optimizer.state.values() for moment in state.values()]
+    assert {tensor.dtype for tensor in (*trainer.model.parameters(), *moments)} == {torch.float32}
+
+
 def test_weight_decay_is_on_matrices_only():
     trainer = Trainer(TEXT, TINY)
     decayed, others = trainer.optimizer.param_groups
@@ -98,6 +135,53 @@ def test_evaluation_counts_every_token_once():
         logits = model(tokens[None, start:target])[0, -1]
         losses.append(torch.nn.functional.cross_entropy(logits, tokens[target]).item())
     assert evaluate(model, tokens) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder with a decoder of random weights and a tokenizer of pairs of characters, fewer than the decoder has."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    alphabet = sorted(set(TEXT))
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([TEXT], trainer)
+    folder = tmp_path / "checkpoint"
+    random_model(vocabulary=64, context=32, width=32).save_pretrained(folder)
+    Tokenizer(backend).save(folder / "tokenizer.json")
+    return folder
+
+
+def test_training_goes_on_from_a_checkpoint(checkpoint, tmp_path):
+    config, model, tokenizer = pretrained(checkpoint, context=16, batch_size=8, steps=20, warmup=0)
+    assert (config.layers, config.heads, config.width, config.context) == (2, 4, 32, 16)
+    trainer = Trainer(TEXT, config, model=model, tokenizer=tokenizer)
+    ids = torch.tensor(Tokenizer.load(checkpoint / "tokenizer.json").encode(TEXT))
+    assert len(ids) < 0.7 * len(TEXT)
+    untrained = evaluate(GPT.from_pretrained(checkpoint), split(ids, 16)[1], context=16)
+    assert trainer.evaluate() == untrained
+    assert trainer.model.config.dropout == 0.1  # of the run, not of the checkpoint
+
+    train(trainer, tmp_path / "run")
+    assert trainer.best_loss < 0.9 * untrained
+    assert GPT.from_pretrained(tmp_path / "run").config.context_length == 32
+    assert Tokenizer.load(tmp_path / "run" / "tokenizer.json").encode(TEXT) == ids.tolist()
+    resumed = Trainer.resume(tmp_path / "run", TEXT)
+    assert torch.equal(resumed.held_out, trainer.held_out)
+    for name, weight in weights(trainer).items():
+        assert torch.equal(weight, weights(resumed)[name]), name
+
+
+def test_settings_that_do_not_fit_the_checkpoint(checkpoint):
+    assert pretrained(checkpoint)[0].context == 32  # not TrainConfig's 256
+    with pytest.raises(ValueError, match="width: expected 32, that of the model in .*checkpoint, got 64"):
+        pretrained(checkpoint, width=64)
+    with pytest.raises(ValueError, match="context: expected at most 32, that of the model in .*checkpoint, got 33"):
+        pretrained(checkpoint, context=33)
+    random_model(vocabulary=59).save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="init_from: expected a tokenizer.json of at most 59 tokens, .* got 60"):
+        pretrained(checkpoint)
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer: expected the file .*tokenizer.json"):
+        pretrained(checkpoint)
 
 
 def command(*arguments):
@@ -145,8 +229,24 @@ def test_resuming_on_the_command_line(text_file, tmp_path):
 
     again = subprocess.run(start, capture_output=True, text=True)
     assert again.returncode == 2 and "holds a run; continue it with --resume" in again.stderr
-    other = subprocess.run([*resume, "--width", "64"], capture_output=True, text=True)
-    assert other.returncode == 2 and "width: expected 32, with which the run" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        (["--resume", "--width", "64"], "width: expected 32, with which the run in {out} was started, got 64"),
+        (["--resume", "--init-from", "x"], "init_from: expected none with --resume, which goes on from {out}, got x"),
+        (["--resume", "--accumulate", "3"], "batch_size: expected a multiple of 3 (processes: 1, parts in each: 3), got 8"),
+        (["--resume", "--accumulate", "0"], "accumulate: expected an integer >= 1, got 0"),
+        (["--parallel", "fsdp"], "parallel: expected processes to be started by torchrun"),
+    ],
+)
+def test_bad_options_on_the_command_line(options, problem, text_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    Trainer(TEXT, TINY).save(out, weights=False)
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--text", str(text_file), "--out", str(out), *options])
+    assert exit.value.code == 2 and problem.format(out=out) in capsys.readouterr().err
 
 
 def test_bad_text(tmp_path):
@@ -172,7 +272,10 @@ def test_bad_state(tmp_path):
         Trainer.resume(tmp_path, TEXT)
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"batch_size": -1}, {"learning_rate": 0.0}, {"grad_clip": math.nan}])
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 0}, {"batch_size": -1}, {"learning_rate": 0.0}, {"grad_clip": math.nan}, {"dtype": "float16"}, {"layers": -1}],
+)
 def test_bad_settings(change):
     (name,) = change
     with pytest.raises(ValueError, match=f"{name}: expected"):

@@ -1,0 +1,150 @@
+"""Several processes that train one model: how they meet, how the model lies on them, and what they tell each other.
+
+torchrun starts them, on one machine or several; PyTorch's DDP or FSDP keeps their weights the same.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+PARALLEL = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train a model.
+
+    parallel: "ddp", each has the whole model; "fsdp", each has a part of every weight, gradient and optimizer state, and
+        the weights of a block come together while it computes; None, there is one process only.
+    """
+
+    rank: int = 0
+    size: int = 1
+    parallel: str | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def spread(self, model, device: torch.device) -> Callable:
+        """Moves a model, the same in all processes, to its devices; returns what to call for outputs with gradients.
+
+        The model is changed in place. Sharded, it takes calls of itself and in all processes at once only.
+        """
+        if self.parallel != "fsdp":
+            model.to(device)
+            return DistributedDataParallel(model) if self.parallel == "ddp" else model
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (self.size,))
+        for module in (*model.blocks, model):  # a block is what is called as a module: its layers are not
+            fully_shard(module, mesh=mesh)
+        return model
+
+    def accumulating(self, call: Callable):
+        """Within it, gradients of `call`, from `spread`, need not be summed yet. Those that are sharded always are."""
+        return call.no_sync() if self.parallel == "ddp" else nullcontext()
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """x, summed over the processes in place."""
+        if self.parallel is not None:
+            dist.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process. Does not wait for a GPU."""
+        return self.sum(torch.tensor(int(flag))).item() > 0
+
+    def agreed(self, number: int) -> int:
+        """The first process's number, in all of them."""
+        return self.sum(torch.tensor(number if self.first else 0)).item()
+
+    @contextmanager
+    def interruptible(self):
+        """Yields a function, to be called by all at once: whether Ctrl-C or SIGTERM has come to any process.
+
+        Within it, the first of them does nothing else; another one interrupts as usual.
+        """
+        interrupted, before = [], {}
+
+        def restore():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def remember(*_):
+            interrupted.append(True)
+            restore()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, remember)
+        try:
+            yield lambda: self.any(bool(interrupted))
+        finally:
+            restore()
+
+    def gathered(self, state):
+        """Nested dicts and lists with all their tensors whole, on the first process; on others with None for sharded ones."""
+        if isinstance(state, dict):
+            return {key: self.gathered(value) for key, value in state.items()}
+        if isinstance(state, list):
+            return [self.gathered(value) for value in state]
+        if not hasattr(state, "full_tensor"):
+            return state
+        whole = state.full_tensor()  # one after the other: only one is whole on every device
+        return whole.cpu() if self.first else None
+
+    def part(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """This process's part of a tensor that is the same in all, sharded as `like` is."""
+        if not hasattr(like, "full_tensor") or whole.shape != like.shape:
+            return whole
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextmanager
+def joined(parallel: str | None, device: torch.device) -> Iterator[Processes]:
+    """Waits for the other processes that torchrun started and yields `Processes`; without torchrun, one that is alone.
+
+    Args:
+        parallel: "ddp" (also where it is None) or "fsdp".
+        device: of this process, see `own_device`.
+
+    Raises: ValueError.
+    """
+    if parallel not in (*PARALLEL, None):
+        raise ValueError(f"parallel: expected one of {', '.join(PARALLEL)}, got {parallel!r}")
+    if "WORLD_SIZE" not in os.environ:
+        if parallel is not None:
+            raise ValueError(
+                f"parallel: expected processes to be started by torchrun (torchrun --nproc-per-node 2 -m fastgpt train ...), "
+                f"got {parallel!r} in a process without others"
+            )
+        yield Processes()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        processes = Processes(dist.get_rank(), dist.get_world_size(), parallel or "ddp")
+        yield processes
+        processes.any(False)  # none leaves while another has work left: if it ended badly, torchrun would end that one too
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(name: str) -> str:
+    """The device of this process where the run's is `name`: of several on a machine, each has a GPU of its own."""
+    if "LOCAL_RANK" not in os.environ or not name.startswith("cuda"):
+        return name
+    if name != "cuda" and os.environ["LOCAL_WORLD_SIZE"] != "1":
+        raise ValueError(f"device: expected cuda, of which each process on a machine takes one, got {name!r}")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name

@@ -1,0 +1,91 @@
+"""What tests/test_distributed.py runs in two processes, started by torchrun: short runs of the trainer, alone and together.
+
+The first process writes what came out to results.json in the folder that is given.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fastgpt.distributed import Processes, joined
+from fastgpt.evaluate import evaluate
+from fastgpt.train import TrainConfig, Trainer
+
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
+CONFIG = TrainConfig(
+    layers=2, heads=2, width=32, context=16, batch_size=8, steps=12, warmup=3, dropout=0.0, eval_windows=7
+)  # fmt: skip
+SAVED = 5  # steps until a run is saved
+
+
+def curve(trainer: Trainer, steps: int = CONFIG.steps) -> list[list[float]]:
+    """Loss and gradient norm of each step."""
+    trainer.model.train()
+    return [[value.item() for value in trainer.train_step()] for _ in range(steps)]
+
+
+def in_float64(trainer: Trainer) -> Trainer:
+    trainer.model.double()
+    return trainer
+
+
+def local_share(trainer: Trainer) -> float:
+    """Of the weights' numbers, how many are in this process."""
+    parameters = list(trainer.model.parameters())
+    local = [x.to_local() if hasattr(x, "to_local") else x for x in parameters]
+    return sum(x.numel() for x in local) / sum(x.numel() for x in parameters)
+
+
+def results(folder: Path, together: Processes) -> dict:
+    alone = Trainer(TEXT, CONFIG)
+    seen = {"one": {"held-out loss at first": alone.evaluate()}}
+    dropout = dataclasses.replace(CONFIG, dropout=0.2)
+    curves = {
+        "one": curve(alone),
+        "one in two parts": curve(Trainer(TEXT, CONFIG, accumulate=2)),
+        "one in float64": curve(in_float64(Trainer(TEXT, CONFIG))),
+        "one in two parts, dropout": curve(Trainer(TEXT, dropout, accumulate=2)),
+        "one in two parts, dropout, in float64": curve(in_float64(Trainer(TEXT, dropout, accumulate=2))),
+    }
+    seen["one"]["sample"] = alone.sample(12)
+
+    half = Trainer(TEXT, CONFIG, accumulate=2)
+    curve(half, SAVED)
+    if together.first:
+        half.save(folder / "one", weights=False)
+    together.any(False)  # wait for it
+
+    for parallel in ("ddp", "fsdp"):
+        options = {"processes": dataclasses.replace(together, parallel=parallel)}
+        trainer = Trainer(TEXT, CONFIG, **options)
+        curves[parallel] = curve(trainer, SAVED)
+        trainer.save(folder / parallel, weights=True)
+        curves[parallel] += curve(trainer, CONFIG.steps - SAVED)
+        whole = trainer.whole()
+        seen[parallel] = {
+            "held-out loss": trainer.evaluate(),
+            "held-out loss alone": whole and evaluate(whole, trainer.held_out, CONFIG.eval_windows),
+            "sample": trainer.sample(12),
+            "share of weights": local_share(trainer),
+        }
+        curves[f"{parallel} in two parts"] = curve(Trainer(TEXT, CONFIG, accumulate=2, **options))
+        curves[f"{parallel}, dropout"] = curve(Trainer(TEXT, dropout, **options))
+        for earlier in ("one", parallel):
+            resumed = Trainer.resume(folder / earlier, TEXT, **options)
+            curves[f"{earlier}, then {parallel}"] = curve(resumed, CONFIG.steps - SAVED)
+    together.any(False)
+    for parallel in ("ddp", "fsdp"):
+        resumed = Trainer.resume(folder / parallel, TEXT, accumulate=2)
+        curves[f"{parallel}, then one"] = curve(resumed, CONFIG.steps - SAVED)
+    return {"curves": curves, "seen": seen}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    with joined(None, torch.device("cpu")) as together:
+        found = results(folder, together)
+        if together.first:
+            (folder / "results.json").write_text(json.dumps(found))
