@@ -145,6 +145,6 @@ def own_device(name: str) -> str:
     """The device of this process where the run's is `name`: of several on a machine, each has a GPU of its own."""
     if "LOCAL_RANK" not in os.environ or not name.startswith("cuda"):
         return name
-    if name != "cuda" and os.environ["LOCAL_WORLD_SIZE"] != "1":
+    if name != "cuda" and os.environ.get("LOCAL_WORLD_SIZE") != "1":
         raise ValueError(f"device: expected cuda, of which each process on a machine takes one, got {name!r}")
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import tokenizers
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -201,7 +200,10 @@ class Trainer:
         return self.tokenizer.decode(ids[0].tolist())
 
     def save(self, folder: Path, *, weights: bool) -> None:
-        """Writes what `resume` needs and, with `weights`, the checkpoint that generates. The first process writes."""
+        """Writes the state of the run and, with `weights`, the checkpoint that generates. The first process writes.
+
+        `resume` needs both; the checkpoint's weights may be those of an earlier step.
+        """
         model, optimizer = self.whole(), self.processes.gathered(self.optimizer.state_dict())
         if not self.processes.first:
             return
@@ -212,8 +214,6 @@ class Trainer:
                 self.tokenizer.save(temporary)
         state = {
             "config": asdict(self.config),
-            "architecture": asdict(model.config),
-            "tokenizer": self.tokenizer.backend.to_str(),
             "text_hash": self.text_hash,
             "step": self.step,
             "best_loss": self.best_loss,
@@ -239,9 +239,8 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if hashlib.sha256(text.encode()).hexdigest() != state["text_hash"]:
                 raise ValueError(f"text: expected the text that the run in {folder} was started with, got another")
-            tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(state["tokenizer"]))
-            model = GPT(GPTConfig(**state["architecture"]))
-            trainer = cls(text, TrainConfig(**state["config"]), device, tokenizer=tokenizer, model=model, **options)
+            config, model, tokenizer = pretrained(folder, **state["config"])
+            trainer = cls(text, config, device, model=model, tokenizer=tokenizer, **options)
             trainer.load(state["model"], state["optimizer"])
             trainer.step, trainer.best_loss = state["step"], state["best_loss"]
         except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

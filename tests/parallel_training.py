@@ -32,11 +32,11 @@ def in_float64(trainer: Trainer) -> Trainer:
     return trainer
 
 
-def local_share(trainer: Trainer) -> float:
-    """Of the weights' numbers, how many are in this process."""
-    parameters = list(trainer.model.parameters())
-    local = [x.to_local() if hasattr(x, "to_local") else x for x in parameters]
-    return sum(x.numel() for x in local) / sum(x.numel() for x in parameters)
+def local_share(tensors) -> float:
+    """How much of their memory this process holds."""
+    tensors = list(tensors)
+    local = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
+    return sum(x.untyped_storage().nbytes() for x in local) / sum(x.numel() * x.element_size() for x in tensors)
 
 
 def results(folder: Path, together: Processes) -> dict:
@@ -55,7 +55,7 @@ def results(folder: Path, together: Processes) -> dict:
     half = Trainer(TEXT, CONFIG, accumulate=2)
     curve(half, SAVED)
     if together.first:
-        half.save(folder / "one", weights=False)
+        half.save(folder / "one", weights=True)
     together.any(False)  # wait for it
 
     for parallel in ("ddp", "fsdp"):
@@ -69,12 +69,14 @@ def results(folder: Path, together: Processes) -> dict:
             "held-out loss": trainer.evaluate(),
             "held-out loss alone": whole and evaluate(whole, trainer.held_out, CONFIG.eval_windows),
             "sample": trainer.sample(12),
-            "share of weights": local_share(trainer),
+            "share of weights": local_share(trainer.model.parameters()),
         }
         curves[f"{parallel} in two parts"] = curve(Trainer(TEXT, CONFIG, accumulate=2, **options))
         curves[f"{parallel}, dropout"] = curve(Trainer(TEXT, dropout, **options))
         for earlier in ("one", parallel):
             resumed = Trainer.resume(folder / earlier, TEXT, **options)
+            moments = [state[name] for state in resumed.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+            seen[parallel][f"share of moments from {earlier}"] = local_share(moments)
             curves[f"{earlier}, then {parallel}"] = curve(resumed, CONFIG.steps - SAVED)
     together.any(False)
     for parallel in ("ddp", "fsdp"):

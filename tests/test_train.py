@@ -243,7 +243,7 @@ def test_resuming_on_the_command_line(text_file, tmp_path):
 )
 def test_bad_options_on_the_command_line(options, problem, text_file, tmp_path, capsys):
     out = tmp_path / "run"
-    Trainer(TEXT, TINY).save(out, weights=False)
+    Trainer(TEXT, TINY).save(out, weights=True)
     with pytest.raises(SystemExit) as exit:
         main(["train", "--text", str(text_file), "--out", str(out), *options])
     assert exit.value.code == 2 and problem.format(out=out) in capsys.readouterr().err
