@@ -143,7 +143,7 @@ def run_generate(options) -> None:
 
 def generate_text(pipe: Pipeline, options, device: torch.device) -> None:
     run = run_generation(pipe, options, use_cache=not options.no_cache, quiet=options.json)
-    report = samples(pipe, run, options) | {
+    report = texts(pipe, run, options) | {
         "prompt_tokens": len(run.prompts[0]),
         "new_tokens": sum(len(row.tokens) for row in run.rows),
         "prefill_seconds": run.prefill_seconds,
@@ -192,20 +192,20 @@ def run_generation(pipe: Pipeline, options, *, use_cache: bool, quiet: bool) -> 
     if streams:
         print()
     elif not quiet:
-        for number, row in enumerate(run.rows, 1):
-            print(f"{'' if number == 1 else chr(10)}--- {number} of {len(run.rows)}\n{before}{row.text}")
+        texts = [f"--- {number} of {len(run.rows)}\n{before}{row.text}\n" for number, row in enumerate(run.rows, 1)]
+        print("\n".join(texts), end="")
     return run
 
 
-def samples(pipe: Pipeline, run: Run, options) -> dict:
+def texts(pipe: Pipeline, run: Run, options) -> dict:
     """What was generated, for --json: of the one sample, or a list in `samples`."""
     result = []
     for row in run.rows:
         result.append({"text": ("" if options.chat else options.prompt) + row.text, "finish_reason": row.finish_reason})
         if options.logprobs:
-            texts = map(pipe.tokenizer.backend.id_to_token, row.tokens)
-            names = ("id", "token", "logprob")
-            result[-1]["tokens"] = [dict(zip(names, entry)) for entry in zip(row.tokens, texts, row.logprobs)]
+            names = map(pipe.tokenizer.backend.id_to_token, row.tokens)
+            entries = zip(row.tokens, names, row.logprobs)
+            result[-1]["tokens"] = [{"id": token, "token": name, "logprob": logprob} for token, name, logprob in entries]
     return result[0] if len(result) == 1 else {"samples": result}
 
 

@@ -8,7 +8,9 @@ import torch
 from fastgpt.cache import CACHE_KINDS, KVCache, PagedCache, Uncached
 from fastgpt.sampling import Sampler, uniform_numbers
 
-STEPS_BETWEEN_LOOKS = 16  # on a GPU, whether all rows have ended; to look is to wait for it
+# By device. To look whether all rows have ended is, on a GPU, to wait for it; so it is done after so many steps only.
+STEPS_PER_LOOK = {"cpu": 1, "cuda": 16}
+PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Options:
         cache_dtype: the weights' (default), torch.int8 or torch.float8_e4m3fn.
         window: tokens that one attends to, itself included; default all. A sliding cache needs it and keeps only these.
         page_size: tokens in a page of a paged cache.
-        prefill_chunk: longer prompts are read in pieces of at most so many tokens, so that memory for activations does not
-            grow with the prompt. It needs a cache.
+        prefill_chunk: longer prompts join the cache in pieces of at most so many tokens, so that memory for activations does
+            not grow with the prompt. Default: 512 on a CPU, where it costs no time, 4,096 on a GPU.
     """
 
     repetition_penalty: float = 1.0
@@ -54,12 +56,12 @@ class Options:
     cache_dtype: torch.dtype | None = None
     window: int | None = None
     page_size: int = 16
-    prefill_chunk: int = 2048
+    prefill_chunk: int | None = None
 
     def __post_init__(self):
         for name in ("window", "page_size", "num_samples", "top_k", "prefill_chunk"):
             value = getattr(self, name)
-            optional = name in ("window", "top_k")
+            optional = name in ("window", "top_k", "prefill_chunk")
             if not (isinstance(value, int) and value >= 1) and not (optional and value is None):
                 raise ValueError(f"{name}: expected an integer >= 1{' or None' if optional else ''}, got {value!r}")
         if self.cache not in CACHE_KINDS:
@@ -145,7 +147,7 @@ class Request:
     def run(self) -> Iterator:
         """What `stream` yields."""
         model, sampler = self.model, self.sampler
-        training, look = model.training, STEPS_BETWEEN_LOOKS if self.rows[0].is_cuda else 1
+        training, look = model.training, STEPS_PER_LOOK[self.rows[0].device.type]
         model.eval()
         try:
             step = None
@@ -188,7 +190,7 @@ class Request:
         for row, prompt in zip(ids, prompts):
             row[longest - len(prompt) :] = prompt
         self.cache.reach = longest
-        pieces = -(-longest // self.options.prefill_chunk)
+        pieces = -(-longest // (self.options.prefill_chunk or PREFILL_CHUNK[ids.device.type]))
         size = -(-longest // pieces)  # as good as equal: no piece of a token or two at the end
         for begin in range(0, longest, size):
             end = min(begin + size, longest)

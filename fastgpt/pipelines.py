@@ -36,9 +36,9 @@ def pipeline(path: str | Path, *, dtype: torch.dtype | None = None, device: torc
 
 
 class Pipeline:
-    """A decoder and its tokenizer. Its methods share these
+    """A decoder and its tokenizer.
 
-    Args:
+    Args of its methods:
         max_new_tokens: of each text.
         stop: a string, or several, before which a text ends; it may be cut into tokens in any way.
         options: those of `generate`, for which there are no other defaults, whatever generation_config.json says; except

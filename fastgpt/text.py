@@ -61,22 +61,25 @@ class Tokenizer:
         Raises: FileNotFoundError, or ValueError that says which file is damaged.
         """
         folder = Path(folder)
-        files = {name: read_json(folder / f"{name}.json") for name in ("tokenizer_config", "generation_config", "config")}
+        config, generation_config, tokenizer_config = (
+            read_json(folder / name) for name in ("config.json", "generation_config.json", "tokenizer_config.json")
+        )
         special_tokens = {}
-        for name, token in files["tokenizer_config"].items():
+        for name, token in tokenizer_config.items():
             token = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(token, str):
                 special_tokens[name] = token
-        template = files["tokenizer_config"].get("chat_template")
+        template = tokenizer_config.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         result = cls.load(folder / "tokenizer.json", special_tokens=special_tokens, chat_template=template)
-        eos = next((files[name]["eos_token_id"] for name in ("generation_config", "config") if "eos_token_id" in files[name]), [])
-        eos = eos if isinstance(eos, list) else [eos]
-        eos = [*eos, result.backend.token_to_id(special_tokens.get("eos_token", ""))]
-        result.eos = [token for token in dict.fromkeys(eos) if token is not None and result.backend.id_to_token(token) is not None]
+
+        eos = (generation_config if "eos_token_id" in generation_config else config).get("eos_token_id")
+        eos = [*(eos if isinstance(eos, list) else [eos]), result.backend.token_to_id(special_tokens.get("eos_token", ""))]
+        known = [token for token in eos if token is not None and result.backend.id_to_token(token) is not None]
+        result.eos = list(dict.fromkeys(known))
         return result
 
     def save(self, path: str | Path) -> None:
@@ -117,7 +120,7 @@ class Tokenizer:
 
     def chat_text(self, messages: Sequence[dict], **variables) -> str:
         """The text of which `encode_chat` gives the ids."""
-        if not isinstance(messages, Sequence) or not all(isinstance(message, dict) and "role" in message for message in messages):
+        if not isinstance(messages, Sequence) or not all(isinstance(m, dict) and "role" in m for m in messages):
             raise TypeError(f"messages: expected a list of dicts with role and content, got {messages!r}")
         if self.chat_template is None:
             raise ValueError("messages: expected a model with a chat template, this one has none")

@@ -156,7 +156,7 @@ def test_logits_of_a_cuda_graph_are_those_without(kind):
 
 
 @pytest.mark.parametrize("rules", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("cache", [{"cache": "contiguous"}, {"cache": "sliding", "window": 9}, {"cache": "paged", "page_size": 4}])
+@pytest.mark.parametrize("cache", [{}, {"cache": "sliding", "window": 9}, {"cache": "paged", "page_size": 4}], ids=str)
 def test_steps_do_not_wait_for_the_gpu(cache, rules):
     """After the first two, of which the second captures, and until the 16th, which looks whether all rows have ended."""
     model = random_model().cuda()
@@ -169,6 +169,18 @@ def test_steps_do_not_wait_for_the_gpu(cache, rules):
             next(steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_rows_end_with_their_eos():
+    """Which the host sees some steps later."""
+    model = random_model().cuda()
+    ids = random_ids(model, 4, 6).cuda()
+    free = model.generate(ids, 60)[:, 6:].tolist()
+    eos = free[0][20]
+    lengths = [row.index(eos) + 1 if eos in row else 60 for row in free]
+    rows = model.generate(ids.tolist(), 60, eos=eos)
+    assert [row[6:].tolist() for row in rows] == [row[:length] for row, length in zip(free, lengths)]
+    assert model.generate(ids[:1], 60, eos=eos)[0, 6:].tolist() == free[0][: lengths[0]]
 
 
 def test_sampled_tokens_are_those_of_the_cpu():

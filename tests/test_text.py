@@ -245,10 +245,10 @@ def test_templates_of_a_folder(tmp_path):
 
 
 CHAT_ERRORS = [
-    (None, [{"role": "user", "content": "x"}], ValueError, "messages: expected a model with a chat template, this one has none"),
+    (None, [], ValueError, "messages: expected a model with a chat template, this one has none"),
     (CHATML, "x", TypeError, "messages: expected a list of dicts with role and content, got 'x'"),
-    (CHATML, [{"content": "x"}], TypeError, "messages: expected a list of dicts with role and content, got [{'content': 'x'}]"),
-    ("{{ raise_exception('no system role') }}", [], ValueError, "messages: the chat template does not accept them: no system role"),
+    (CHATML, [{"content": "x"}], TypeError, "messages: expected a list of dicts with role and content, got [{'conte"),
+    ("{{ raise_exception('no') }}", [], ValueError, "messages: the chat template does not accept them: no"),
     (CHATML, [{"role": "user", "content": [1]}], ValueError, "messages: the chat template does not accept them: "),
     ("{% if %}", [], ValueError, "chat_template: expected a Jinja template, but "),
     ("{{ messages.append(1) }}", [], ValueError, "messages: the chat template does not accept them: "),
