@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from fastgpt.cache import ContiguousCache, KVCache, OutOfPages, PagedCache, PagePool, SlidingCache
+from fastgpt.integrations.sdpa import scaled_dot_product_attention
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.attention import attention, attention_reference, attention_varlen, attention_varlen_reference
 from fastgpt.ops.explain import explain
@@ -36,4 +37,5 @@ __all__ = [
     "linear_reference",
     "rope_kv_cache_update",
     "rope_kv_cache_update_reference",
+    "scaled_dot_product_attention",
 ]
