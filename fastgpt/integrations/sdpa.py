@@ -131,7 +131,7 @@ def _serve_common(query, key, value, attn_mask, dropout_p, is_causal, scale, ena
         return None
     _, H, T, E = query.shape
     keys = key.shape
-    if keys != value.shape or not (T and keys[2]) or (keys[1] != H and not enable_gqa):
+    if E < 2 or keys != value.shape or not (T and keys[2]) or (keys[1] != H and not enable_gqa):
         return None
     options = {}
     if attn_mask is not None:
