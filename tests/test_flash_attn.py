@@ -19,6 +19,7 @@ from fastgpt.integrations.flash_attn import (
 )
 
 SENTINEL = -77.0
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 COMMON = {
     "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
@@ -50,6 +51,17 @@ def test_arguments_and_defaults_are_flash_attns(name):
 
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def on(device, function):
+    """`function` with its tensors moved to a device, and its results back."""
+
+    def moved(*arguments, **options):
+        arguments = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments]
+        options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        return tuple(x.cpu() for x in function(*arguments, **options))
+
+    return moved
 
 
 def slopes(*shape):
@@ -130,14 +142,15 @@ FEATURES = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("T, S", [(7, 7), (5, 12), (11, 6), (1, 9)])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_dense_parity(feature, T, S):
+def test_dense_parity(feature, T, S, device):
     tensors = random(3, T, 4, 16), random(3, S, 2, 16, seed=1), random(3, S, 2, 16, seed=2)
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if (T, S) == (5, 12) else (torch.float32,)
     for dtype in dtypes:
         rounded = [x.to(dtype) for x in tensors]
-        actual = results(flash_attn_func, rounded, dtype, return_attn_probs=True, **FEATURES[feature])
+        actual = results(on(device, flash_attn_func), rounded, dtype, return_attn_probs=True, **FEATURES[feature])
         oracle = results(batched_reference, rounded, torch.float64, **FEATURES[feature])
         check(actual, oracle, results(batched_reference, rounded, dtype, **FEATURES[feature]), dtype)
 
@@ -201,16 +214,17 @@ def packed_reference(q, k, v, cu_q, cu_k, max_q, max_k, alibi_slopes=None, **opt
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_varlen_parity(feature, dtype):
+def test_varlen_parity(feature, dtype, device):
     tensors, packing = packed_inputs()
     rounded = [x.to(dtype) for x in tensors]
 
     def run(function, dtype, **options):
         return results(lambda *x: function(*x, *packing, **FEATURES[feature], **options), rounded, dtype)
 
-    actual = run(flash_attn_varlen_func, dtype, return_attn_probs=True)
+    actual = run(on(device, flash_attn_varlen_func), dtype, return_attn_probs=True)
     check(actual, run(packed_reference, torch.float64), run(packed_reference, dtype), dtype)
 
 
@@ -226,8 +240,9 @@ def paged(x, page, seed=0):
     return pool, table.int()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_varlen_parity_with_pages(feature):
+def test_varlen_parity_with_pages(feature, device):
     (q, k, v), packing = packed_inputs()
     cu_k, B, S = packing[1], 3, packing[3]
     dense = [torch.full((B, S, 2, 16), torch.nan) for _ in range(2)]
@@ -235,7 +250,7 @@ def test_varlen_parity_with_pages(feature):
         for b in range(B):
             x[b, : cu_k[b + 1] - cu_k[b]] = y[cu_k[b] : cu_k[b + 1]]
     (k_pool, table), (v_pool, _) = (paged(x, 4) for x in dense)
-    actual = flash_attn_varlen_func(
+    actual = on(device, flash_attn_varlen_func)(
         q, k_pool, v_pool, *packing, block_table=table, return_attn_probs=True, **FEATURES[feature]
     )
     oracle = packed_reference(*(x.double() for x in (q, k, v)), *packing, **FEATURES[feature])
@@ -315,7 +330,8 @@ class Cache:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", ["rows in order", "rows", "paged"])
-def test_with_a_cache(layout, T, T_new, options, rotary, interleaved):
+@pytest.mark.parametrize("device", DEVICES)
+def test_with_a_cache(device, layout, T, T_new, options, rotary, interleaved):
     leftpad = torch.tensor([2, 0, 1], dtype=torch.int32)
     lengths, S = [5, 0, 9], 15
     for dtype, padded in itertools.product((torch.float32, torch.bfloat16), (False, True)):
@@ -325,8 +341,9 @@ def test_with_a_cache(layout, T, T_new, options, rotary, interleaved):
             rotary = 0  # angles come with new keys
         cos, sin = (random(S, rotary // 2, seed=i) for i in (5, 6)) if rotary else (None, None)
         new = {"k": k, "v": v, "rotary_cos": cos, "rotary_sin": sin} if T_new else {}
-        out, lse = flash_attn_with_kvcache(
-            q, *cache.tensors, **new, cache_seqlens=torch.tensor(lengths, dtype=torch.int32), return_softmax_lse=True,
+        tensors = [x.to(device) for x in cache.tensors]
+        out, lse = on(device, flash_attn_with_kvcache)(
+            q, *tensors, **new, cache_seqlens=torch.tensor(lengths, dtype=torch.int32), return_softmax_lse=True,
             cache_leftpad=leftpad if padded else None, rotary_interleaved=interleaved, **cache.arguments, **options,
         )  # fmt: skip
         local = options.get("causal", False) or "window_size" in options
@@ -345,8 +362,8 @@ def test_with_a_cache(layout, T, T_new, options, rotary, interleaved):
             low = reference(query, *keys, **given)
             numerics.check(out[b], oracle[0], low[0], dtype=dtype, name=f"out {b}")
             numerics.check(lse[b], oracle[1], low[1], dtype=torch.float32, name=f"lse {b}")
-        for x, copy in zip(cache.tensors, cache.copies):
-            assert torch.equal(x, copy)  # every slot of it
+        for x, copy in zip(tensors, cache.copies):
+            assert torch.equal(x.cpu(), copy)  # every slot of it
 
 
 def test_a_cache_may_be_full_or_of_one_length():

@@ -17,6 +17,8 @@ LAYERS = [
     {"__init__", "train"},
     {"model"},
     {"checkpoint", "generate", "timing"},
+    {"integrations.flash_provider", "integrations.sdpa"},
+    {"integrations.flash_attn"},
     {"cache", "capture", "families", "limits", "text"},
     {"ops.explain"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear"},
@@ -26,7 +28,7 @@ LAYERS = [
         "kernels.architecture", "kernels.attention_tiles", "memory", "ops.checks", "ops.dropout", "ops.implementations",
         "ops.library", "ops.quantisation",
     },  # fmt: skip
-    {"_C", "kernels", "ops"},
+    {"_C", "integrations", "kernels", "ops"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -63,6 +65,12 @@ def test_imports_point_downwards():
         assert importer in LEVEL, f"{path} has no layer: add it to LAYERS"
         for name in imported(path):
             assert LEVEL[name] > LEVEL[importer], f"{importer} imports {name}"
+
+
+def test_integrations_see_operations_and_caches_only():
+    for path in (PACKAGE / "integrations").glob("*.py"):
+        for name in imported(path):
+            assert name == "cache" or name.partition(".")[0] in ("integrations", "ops"), f"{path} imports {name}"
 
 
 def test_nothing_optional_is_imported():

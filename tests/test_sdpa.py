@@ -19,6 +19,7 @@ from fastgpt import scaled_dot_product_attention
 from fastgpt.integrations import sdpa
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 enabled = sdpa.enabled
 
 
@@ -103,11 +104,11 @@ CASES = {
 }  # fmt: skip
 
 
-def in_dtype(dtype, arguments, options):
+def converted(dtype, device, arguments, options):
     mask = options.get("attn_mask")
-    if type(mask) is torch.Tensor and mask.is_floating_point():
-        options = options | {"attn_mask": mask.to(dtype)}
-    return tuple(x.to(dtype) for x in arguments), options
+    if type(mask) is torch.Tensor:
+        options = options | {"attn_mask": mask.to(device, dtype if mask.is_floating_point() else None)}
+    return tuple(x.to(device, dtype) for x in arguments), options
 
 
 def with_gradients(function, arguments, options):
@@ -118,7 +119,7 @@ def with_gradients(function, arguments, options):
         options = options | {"attn_mask": mask.detach().requires_grad_()}
         leaves.append(options["attn_mask"])
     out = function(*leaves[:3], **options)
-    dout = random(*out.shape, seed=9).to(out.dtype)
+    dout = random(*out.shape, seed=9).to(out)
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
@@ -127,12 +128,14 @@ def switched_on(*arguments, **options):
         return imported_before(*arguments, **options)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_results_and_gradients_are_pytorchs(case, dtype):
-    arguments, options = in_dtype(dtype, *CASES[case])
-    assert (explained := fastgpt.explain(scaled_dot_product_attention, *arguments, **options))["cpp"] == "chosen", explained
-    oracle = with_gradients(F.scaled_dot_product_attention, *in_dtype(torch.float64, arguments, options))
+def test_results_and_gradients_are_pytorchs(case, dtype, device):
+    arguments, options = converted(dtype, device, *CASES[case])
+    explained = fastgpt.explain(scaled_dot_product_attention, *arguments, **options)
+    assert explained["cpp" if device == "cpu" else "triton"] == "chosen", explained
+    oracle = with_gradients(F.scaled_dot_product_attention, *converted(torch.float64, device, arguments, options))
     theirs = with_gradients(F.scaled_dot_product_attention, arguments, options)
     ours = with_gradients(scaled_dot_product_attention, arguments, options)
     for name, actual, exact, low in zip(("out", "dquery", "dkey", "dvalue", "dmask"), ours, oracle, theirs):

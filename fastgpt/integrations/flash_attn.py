@@ -38,7 +38,7 @@ def flash_attn_func(
     Raises: TypeError, ValueError: argument, expected, got. Shapes of q, k and v in messages have heads before tokens.
     """
     _check_probabilities(dropout_p, return_attn_probs)
-    out, lse = _attend(
+    out, lse = attend(
         q, k, v, causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
         scale=softmax_scale, dropout_p=dropout_p,
     )  # fmt: skip
@@ -86,7 +86,7 @@ def flash_attn_varlen_func(
     Returns: out (total_q, H, D), or (out, lse (H, total_q) fp32, empty).
     """
     _check_probabilities(dropout_p, return_attn_probs)
-    out, lse = _attend_packed(
+    out, lse = attend_packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table=block_table, causal=causal,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale, dropout_p=dropout_p,
     )  # fmt: skip
@@ -168,7 +168,7 @@ def flash_attn_with_kvcache(
         )  # fmt: skip
     elif v is not None or rotary_cos is not None:
         raise ValueError(f"k: expected new keys with {'v' if v is not None else 'rotary_cos'}, got None")
-    out, lse = _attend(
+    out, lse = attend(
         q, k_cache, v_cache, lengths=lengths, leftpad=cache_leftpad, block_table=block_table, causal=causal,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale,
     )  # fmt: skip
@@ -204,14 +204,14 @@ def _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, int
     return rotated.transpose(1, 2), cache_seqlens + T_new
 
 
-def _attend(
+def attend(
     q, k, v, *, causal, window_size, softcap, alibi_slopes, scale, lengths=None, leftpad=None, block_table=None,
-    dropout_p=0.0,
+    dropout_p=0.0, dropout_seed=None,
 ):  # fmt: skip
     """(out (B, T, H, D), lse (B, H, T)) of q (B, T, H, D) and k, v (B, S, H_kv, D) or pages (num_pages, page, H_kv, D)."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require_tensor(name, x, 4)
-    causal, window, right = _bounds(causal, window_size)
+    causal, window, right = bounds(causal, window_size)
     slopes_of_sequences = alibi_slopes is not None and alibi_slopes.dim() == 2
     mask = bias = None
     if right is not None or leftpad is not None or slopes_of_sequences:
@@ -230,24 +230,26 @@ def _attend(
     out, lse = attention(
         *(_heads_first(x) for x in (q, k, v)), causal=causal, window=window, softcap=softcap or None, scale=scale,
         alibi_slopes=alibi_slopes, mask=mask, bias=bias, kv_lengths=lengths, block_table=block_table,
-        dropout_p=dropout_p, return_lse=True,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=True,
     )  # fmt: skip
     return out.transpose(1, 2), lse
 
 
-def _attend_packed(
+def attend_packed(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, causal, window_size, softcap, alibi_slopes, scale,
-    lengths=None, block_table=None, dropout_p=0.0,
+    lengths=None, block_table=None, dropout_p=0.0, dropout_seed=None,
 ):  # fmt: skip
     """(out (total_q, H, D), lse (H, total_q)) of packed sequences. lengths: (B,) keys that each has, if not all."""
-    bounds = _bounds(causal, window_size)
-    options = {"softcap": softcap, "alibi_slopes": alibi_slopes, "scale": scale, "dropout_p": dropout_p}
-    if block_table is None and lengths is None and bounds[2] is None and (alibi_slopes is None or alibi_slopes.dim() == 1):
-        causal, window, _ = bounds
-        packing = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-        options["softcap"] = softcap or None
+    options = {
+        "softcap": softcap, "alibi_slopes": alibi_slopes, "scale": scale, "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed,
+    }  # fmt: skip
+    left_to_right = bounds(causal, window_size)
+    as_it_is = block_table is None and lengths is None and left_to_right[2] is None
+    if as_it_is and (alibi_slopes is None or alibi_slopes.dim() == 1):
+        options |= {"causal": left_to_right[0], "window": left_to_right[1], "softcap": softcap or None}
         q, k, v = (_last_contiguous(x) for x in (q, k, v))
-        return attention_varlen(q, k, v, *packing, causal=causal, window=window, return_lse=True, **options)
+        return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, return_lse=True, **options)
     require_tensor("q", q, 3)
     # The last query of each sequence goes to the last row, for that is the one that attention aligns with the last key.
     b, row = _rows("cu_seqlens_q", cu_seqlens_q, q, "max_seqlen_q", max_q, to_the_right=True)
@@ -258,7 +260,7 @@ def _attend_packed(
     else:
         padded += [k, v]
     lengths = cu_seqlens_k.diff() if lengths is None else lengths
-    out, lse = _attend(
+    out, lse = attend(
         *padded, causal=causal, window_size=window_size, lengths=lengths, block_table=block_table, **options
     )
     return out[b, row], lse[b, :, row].T
@@ -281,8 +283,8 @@ def _rows(name, cu_seqlens, x, limit, longest, to_the_right=False):
     return b, row + (longest - lengths[b]) if to_the_right else row
 
 
-def _bounds(causal, window_size):
-    """As fastgpt.attention takes them: causal and window; and how many keys to the right are seen, if that is a mask."""
+def bounds(causal, window_size):
+    """As fastgpt.attention takes them: causal and window; and how many keys to the right are seen, if it takes a mask."""
     if len(window_size) != 2 or not all(isinstance(size, int) and size >= -1 for size in window_size):
         raise ValueError(f"window_size: expected two integers >= -1, got {window_size!r}")
     left, right = window_size
