@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from fastgpt.cache import ContiguousCache, KVCache, OutOfPages, PagedCache, PagePool, SlidingCache
 from fastgpt.heads import SequenceClassifier, TokenClassifier
+from fastgpt.integrations.sdpa import scaled_dot_product_attention
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.attention import attention, attention_reference, attention_varlen, attention_varlen_reference
 from fastgpt.ops.explain import explain
@@ -43,6 +44,7 @@ __all__ = [
     "pipeline",
     "rope_kv_cache_update",
     "rope_kv_cache_update_reference",
+    "scaled_dot_product_attention",
 ]
 
 

@@ -19,6 +19,8 @@ LAYERS = [
     {"model"},
     {"checkpoint", "evaluate", "generate", "inspection", "timing"},
     {"context"},
+    {"integrations.flash_provider", "integrations.sdpa"},
+    {"integrations.flash_attn"},
     {"cache", "capture", "distributed", "families", "limits", "sampling", "text"},
     {"chat", "positions"},
     {"ops.explain"},
@@ -30,7 +32,7 @@ LAYERS = [
         "kernels.architecture", "kernels.attention_tiles", "memory", "ops.checks", "ops.dropout", "ops.implementations",
         "ops.library", "ops.quantisation",
     },  # fmt: skip
-    {"_C", "kernels", "ops"},
+    {"_C", "integrations", "kernels", "ops"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -67,6 +69,12 @@ def test_imports_point_downwards():
         assert importer in LEVEL, f"{path} has no layer: add it to LAYERS"
         for name in imported(path):
             assert LEVEL[name] > LEVEL[importer], f"{importer} imports {name}"
+
+
+def test_integrations_see_operations_and_caches_only():
+    for path in (PACKAGE / "integrations").glob("*.py"):
+        for name in imported(path):
+            assert name == "cache" or name.partition(".")[0] in ("integrations", "ops"), f"{path} imports {name}"
 
 
 def test_nothing_optional_is_imported():

@@ -2,7 +2,7 @@
 
 from fastgpt.ops import attention, kv_cache_update, linear, norm
 
-_OPERATIONS = {
+OPERATIONS = {
     attention.attention: attention.explain,
     attention.attention_varlen: attention.explain_varlen,
     kv_cache_update.kv_cache_update: kv_cache_update.explain,
@@ -22,7 +22,7 @@ def explain(operation, *args, **kwargs) -> dict[str, str]:
     Returns: implementation -> "chosen", "available" (it could, but another comes first), or why it cannot.
     Raises: what the call itself would raise for bad input.
     """
-    if operation not in _OPERATIONS:
-        known = ", ".join(f"fastgpt.{function.__name__}" for function in _OPERATIONS)
+    if operation not in OPERATIONS:
+        known = ", ".join(f"fastgpt.{function.__name__}" for function in OPERATIONS)
         raise ValueError(f"operation: expected one of {known}, got {operation!r}")
-    return _OPERATIONS[operation](*args, **kwargs)
+    return OPERATIONS[operation](*args, **kwargs)

@@ -1,0 +1,313 @@
+"""The functions of flash_attn 2 by fastgpt's kernels, on CPU as well as on CUDA.
+
+Names, arguments, defaults, shapes and results are those of flash_attn, with these differences:
+
+- fp32 is served as well as fp16 and bf16, head dims need not be multiples of 8, pages may have any size.
+- The log-sum-exp of a query that sees no key is -inf, and it is differentiable.
+- `deterministic` and `num_splits` change nothing: gradients are the same bits on every run, and how decoding is split is
+  the kernel's choice.
+- The weights themselves are never in memory: with return_attn_probs the third result is empty, and dropout is refused.
+
+Causal attention and windows are aligned to the bottom right: query i of T is at position i + S - T among S keys. With
+window_size (left, right) it sees those from left before that to right after, -1 for no bound.
+"""
+
+import torch
+
+from fastgpt.ops.attention import attention, attention_varlen
+from fastgpt.ops.checks import require_device, require_dtype, require_shape, require_tensor
+from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
+
+
+def flash_attn_func(
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """Attention of q (B, T, H, D) to k, v (B, S, H_kv, D), H a multiple of H_kv.
+
+    Args:
+        dropout_p: see `fastgpt.attention`.
+        softmax_scale: factor on q·k; default 1 / sqrt(D).
+        causal, window_size: see above.
+        softcap: bound on the scaled scores; 0 for none.
+        alibi_slopes: (H,) or (B, H) fp32; adds -slope · |i + S - T - j| to the scores.
+        deterministic: it always is.
+        return_attn_probs: also return the log-sum-exp, and an empty tensor for the weights.
+
+    Returns: out (B, T, H, D), or (out, lse (B, H, T) fp32, empty).
+    Raises: TypeError, ValueError: argument, expected, got. Shapes of q, k and v in messages have heads before tokens.
+    """
+    _check_probabilities(dropout_p, return_attn_probs)
+    out, lse = attend(
+        q, k, v, causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+        scale=softmax_scale, dropout_p=dropout_p,
+    )  # fmt: skip
+    return (out, lse, q.new_empty(0)) if return_attn_probs else out
+
+
+def flash_attn_kvpacked_func(
+    q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_func` of q (B, T, H, D) and kv (B, S, 2, H_kv, D)."""
+    k, v = _unpacked("kv", kv, 2, 5)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_func` of qkv (B, T, 3, H, D)."""
+    q, k, v = _unpacked("qkv", qkv, 3, 5)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+    block_table=None,
+):  # fmt: skip
+    """Attention of sequences of different lengths, packed one after the other.
+
+    Args:
+        q: (total_q, H, D). Sequence b has rows cu_seqlens_q[b] to cu_seqlens_q[b+1].
+        k, v: (total_k, H_kv, D) likewise; with a block table a pool of pages (num_pages, page, H_kv, D).
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device, ascending from 0.
+        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
+        block_table: (B, pages) int32: key j of sequence b is in row j % page of page block_table[b, j // page].
+        The rest: see `flash_attn_func`. Windows to the right, alibi_slopes (B, H) and block tables are served by padding
+            the sequences to the longest, which takes that much more time and memory.
+
+    Returns: out (total_q, H, D), or (out, lse (H, total_q) fp32, empty).
+    """
+    _check_probabilities(dropout_p, return_attn_probs)
+    out, lse = attend_packed(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table=block_table, causal=causal,
+        window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale, dropout_p=dropout_p,
+    )  # fmt: skip
+    return (out, lse, q.new_empty(0)) if return_attn_probs else out
+
+
+def flash_attn_varlen_kvpacked_func(
+    q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_varlen_func` of q (total_q, H, D) and kv (total_k, 2, H_kv, D)."""
+    k, v = _unpacked("kv", kv, 2, 4)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_varlen_func` of qkv (total, 3, H, D)."""
+    q, k, v = _unpacked("qkv", qkv, 3, 4)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
+    cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False,
+):  # fmt: skip
+    """Attention to cached keys and values, after appending new ones in place. Nothing of the cache is copied.
+
+    Args:
+        q: (B, T, H, D).
+        k_cache, v_cache: (B_cache, S, H_kv, D), or with a block table a pool of pages (num_pages, page, H_kv, D); written.
+        k, v: (B, T_new, H_kv, D), stored from position cache_seqlens on.
+        rotary_cos, rotary_sin: (positions, R / 2), best in fp32: rotate the first R dimensions of new keys, at position
+            cache_seqlens + t, and of q: at cache_seqlens + t with `causal` or a window, else all at cache_seqlens.
+        cache_seqlens: int, or (B,) int32: tokens of each sequence in the cache before this call. None: it is full.
+        cache_batch_idx: (B,) int32: the rows of the cache that these sequences have; default 0 to B - 1.
+        cache_leftpad: (B,) int32: keys before it are not seen.
+        block_table: (B, pages) int32: token j of sequence b is in row j % page of page block_table[b, j // page].
+        rotary_interleaved: pairs of dimensions are (2n, 2n + 1), else (n, n + R / 2).
+        num_splits: the kernel's choice, whatever it is.
+        return_softmax_lse: also return the log-sum-exp.
+        The rest: see `flash_attn_func`, with cache_seqlens + T_new for S.
+
+    Returns: out (B, T, H, D), or (out, lse (B, H, T) fp32). No gradients flow.
+    Raises: TypeError, ValueError: argument, expected, got, before anything is written; on CPU also for a token outside the
+        cache or the rows of rotary_cos.
+    """
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        require_tensor(name, x, 4)
+    B = q.shape[0]
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((B,), cache_seqlens, dtype=torch.int32, device=q.device)
+    for name, x in (("cache_seqlens", cache_seqlens), ("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+        if x is not None:
+            require_tensor(name, x, 1)
+            require_dtype(name, x, (torch.int32,))
+            require_shape(name, x, (B,), "(B,)")
+            require_device(name, x, q.device)
+    if cache_batch_idx is not None:
+        if block_table is not None:
+            raise ValueError("cache_batch_idx: expected None with a block_table, got a tensor")
+        block_table = cache_batch_idx.unsqueeze(1)  # each row of the cache is a page
+
+    lengths = cache_seqlens
+    if k is not None:
+        q, lengths = _append(
+            q, k, v, k_cache, v_cache, cache_seqlens, block_table, rotary_cos, rotary_sin, rotary_interleaved,
+            local=causal or tuple(window_size) != (-1, -1),
+        )  # fmt: skip
+    elif v is not None or rotary_cos is not None:
+        raise ValueError(f"k: expected new keys with {'v' if v is not None else 'rotary_cos'}, got None")
+    out, lse = attend(
+        q, k_cache, v_cache, lengths=lengths, leftpad=cache_leftpad, block_table=block_table, causal=causal,
+        window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale,
+    )  # fmt: skip
+    return (out, lse) if return_softmax_lse else out
+
+
+def _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, interleaved, local):
+    """Stores k and v. Returns q, rotated if there are angles, and the lengths afterwards."""
+    if v is None or cache_seqlens is None or (cos is None) != (sin is None):
+        missing = "v" if v is None else "cache_seqlens" if cache_seqlens is None else "rotary_cos and rotary_sin"
+        raise ValueError(f"{missing}: expected with k, got None")
+    require_tensor("k", k, 4)
+    require_tensor("v", v, 4)
+    T, T_new = q.shape[1], k.shape[1]
+    steps = torch.arange(max(T, T_new), dtype=torch.int32, device=q.device)
+    positions = cache_seqlens.unsqueeze(1) + steps  # (B, max(T, T_new))
+    new = [_heads_first(x) for x in (k, v)]
+    caches = [x.transpose(1, 2) for x in (k_cache, v_cache)]
+    if cos is None:
+        kv_cache_update(*new, *caches, positions[:, :T_new], block_table=block_table)
+        return q, cache_seqlens + T_new
+    angles = [x.float() for x in (cos, sin)]
+    options = {"interleaved": interleaved, "block_table": block_table}
+    if T == T_new and (local or T == 1):
+        rotated = rope_kv_cache_update(_heads_first(q), *new, *caches, positions, *angles, **options)
+    else:
+        positions_q = positions[:, :T] if local else positions[:, :1].expand(-1, T)
+        if positions_q.is_cpu and positions_q.numel() and (last := positions_q.max().item()) >= cos.shape[0]:
+            raise ValueError(f"rotary_cos: expected more than {last} rows, the last position of q, got {cos.shape[0]}")
+        rotated = rope_reference(_heads_first(q), positions_q, *angles, interleaved=interleaved)
+        one = new[0][:, :1]  # the operation rotates queries too
+        rope_kv_cache_update(one, *new, *caches, positions[:, :T_new], *angles, **options)
+    return rotated.transpose(1, 2), cache_seqlens + T_new
+
+
+def attend(
+    q, k, v, *, causal, window_size, softcap, alibi_slopes, scale, lengths=None, leftpad=None, block_table=None,
+    dropout_p=0.0, dropout_seed=None,
+):  # fmt: skip
+    """(out (B, T, H, D), lse (B, H, T)) of q (B, T, H, D) and k, v (B, S, H_kv, D) or pages (num_pages, page, H_kv, D)."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require_tensor(name, x, 4)
+    causal, window, right = bounds(causal, window_size)
+    slopes_of_sequences = alibi_slopes is not None and alibi_slopes.dim() == 2
+    mask = bias = None
+    if right is not None or leftpad is not None or slopes_of_sequences:
+        B, T, H, _ = q.shape
+        key = torch.arange(k.shape[1] * (1 if block_table is None else block_table.shape[1]), device=q.device)
+        past = len(key) - T if lengths is None else lengths.view(B, 1, 1, 1) - T
+        own = torch.arange(T, device=q.device).unsqueeze(1) + past  # of each query among the keys; (T, 1) or (B, 1, T, 1)
+        if right is not None:
+            mask = key <= own + right
+        if leftpad is not None:
+            seen = key >= leftpad.view(B, 1, 1, 1)
+            mask = seen if mask is None else mask & seen
+        if slopes_of_sequences:
+            require_shape("alibi_slopes", alibi_slopes, (B, H), "(B, H) or (H,)")
+            alibi_slopes, bias = None, -alibi_slopes[:, :, None, None] * (own - key).abs()
+    out, lse = attention(
+        *(_heads_first(x) for x in (q, k, v)), causal=causal, window=window, softcap=softcap or None, scale=scale,
+        alibi_slopes=alibi_slopes, mask=mask, bias=bias, kv_lengths=lengths, block_table=block_table,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=True,
+    )  # fmt: skip
+    return out.transpose(1, 2), lse
+
+
+def attend_packed(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, causal, window_size, softcap, alibi_slopes, scale,
+    lengths=None, block_table=None, dropout_p=0.0, dropout_seed=None,
+):  # fmt: skip
+    """(out (total_q, H, D), lse (H, total_q)) of packed sequences. lengths: (B,) keys that each has, if not all."""
+    options = {
+        "softcap": softcap, "alibi_slopes": alibi_slopes, "scale": scale, "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed,
+    }  # fmt: skip
+    left_to_right = bounds(causal, window_size)
+    as_it_is = block_table is None and lengths is None and left_to_right[2] is None
+    if as_it_is and (alibi_slopes is None or alibi_slopes.dim() == 1):
+        options |= {"causal": left_to_right[0], "window": left_to_right[1], "softcap": softcap or None}
+        q, k, v = (_last_contiguous(x) for x in (q, k, v))
+        return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, return_lse=True, **options)
+    require_tensor("q", q, 3)
+    # The last query of each sequence goes to the last row, for that is the one that attention aligns with the last key.
+    b, row = _rows("cu_seqlens_q", cu_seqlens_q, q, "max_seqlen_q", max_q, to_the_right=True)
+    padded = [q.new_zeros(len(cu_seqlens_q) - 1, max_q, *q.shape[1:]).index_put((b, row), q)]
+    if block_table is None:
+        index = _rows("cu_seqlens_k", cu_seqlens_k, k, "max_seqlen_k", max_k)
+        padded += [x.new_zeros(len(cu_seqlens_k) - 1, max_k, *x.shape[1:]).index_put(index, x) for x in (k, v)]
+    else:
+        padded += [k, v]
+    lengths = cu_seqlens_k.diff() if lengths is None else lengths
+    out, lse = attend(
+        *padded, causal=causal, window_size=window_size, lengths=lengths, block_table=block_table, **options
+    )
+    return out[b, row], lse[b, :, row].T
+
+
+def _rows(name, cu_seqlens, x, limit, longest, to_the_right=False):
+    """For each packed token the number of its sequence, and its row if all are padded to the longest."""
+    require_tensor(name, cu_seqlens, 1)
+    require_dtype(name, cu_seqlens, (torch.int32,))
+    require_device(name, cu_seqlens, x.device)
+    lengths = cu_seqlens.diff()
+    if cu_seqlens.is_cpu:
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(x) or (lengths < 0).any():
+            raise ValueError(f"{name}: expected numbers that ascend from 0 to {len(x)}, got {cu_seqlens.tolist()}")
+        if (most := lengths.max().item()) > longest:
+            raise ValueError(f"{limit}: expected at least {most}, the longest sequence, got {longest}")
+    token = torch.arange(len(x), device=x.device)
+    b = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    row = token - cu_seqlens[b]
+    return b, row + (longest - lengths[b]) if to_the_right else row
+
+
+def bounds(causal, window_size):
+    """As fastgpt.attention takes them: causal and window; and how many keys to the right are seen, if it takes a mask."""
+    if len(window_size) != 2 or not all(isinstance(size, int) and size >= -1 for size in window_size):
+        raise ValueError(f"window_size: expected two integers >= -1, got {window_size!r}")
+    left, right = window_size
+    if causal:
+        right = 0
+    return right == 0, None if left < 0 else left + 1, right if right > 0 else None
+
+
+def _heads_first(x):
+    return _last_contiguous(x).transpose(1, 2)
+
+
+def _last_contiguous(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _unpacked(name, x, parts, dims):
+    require_tensor(name, x, dims)
+    if x.shape[-3] != parts:
+        raise ValueError(f"{name}: expected {parts} in the third dimension from the end, got shape {tuple(x.shape)}")
+    return x.unbind(-3)
+
+
+def _check_probabilities(dropout_p, return_attn_probs):
+    if return_attn_probs and dropout_p > 0:
+        raise ValueError(f"return_attn_probs: expected False with dropout, got True with dropout_p {dropout_p}")
