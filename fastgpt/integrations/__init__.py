@@ -1,0 +1,1 @@
+"""Drop-in attention for other people's models."""
