@@ -13,9 +13,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from fastgpt.integrations.transformers.attention import attention, record
+from fastgpt.integrations.transformers.cache import Cache
 from fastgpt.integrations.transformers.masks import mask
 
-__all__ = ["attention", "mask", "record", "register", "unregister"]
+__all__ = ["Cache", "attention", "mask", "record", "register", "unregister"]
 
 _lock = threading.Lock()
 _replaced = {}  # (interface, name) -> the function that was there before, or None
