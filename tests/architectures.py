@@ -15,7 +15,6 @@ from numerics import BACKWARD, FORWARD, share_of_bound
 
 import fastgpt.integrations.transformers as ft
 
-CACHE_IS_CACHE = "cache" in inspect.signature(transformers.LlamaModel.forward).parameters  # once past_key_values
 VOCABULARY = 90
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = LAYERS | {
@@ -183,9 +182,14 @@ def shares(name: str, padding: str | None, function=outputs) -> tuple[Counter, d
 def generated(model, arguments: dict[str, torch.Tensor], **options) -> torch.Tensor:
     """32 new tokens, (B, 32) and before them, of a decoder, what was given."""
     arguments = {key: x for key, x in arguments.items() if not key.startswith("decoder")}
-    if "cache" in options and not CACHE_IS_CACHE:
-        options["past_key_values"] = options.pop("cache")
+    if "cache" in options:
+        options |= named_cache(options.pop("cache"))
     return model.generate(**arguments, **{"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0} | options)
+
+
+def named_cache(cache) -> dict:
+    """As an argument of models and of `generate`, which was once called past_key_values."""
+    return {"cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values": cache}
 
 
 def cache_of(model, **options) -> transformers.Cache:

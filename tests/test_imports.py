@@ -18,6 +18,10 @@ LAYERS = [
     {"model"},
     {"checkpoint", "generate", "timing"},
     {"cache", "capture", "families", "limits", "text"},
+    {"integrations.transformers"},
+    {"integrations.transformers.attention"},
+    {"integrations.transformers.cache", "integrations.transformers.masks"},
+    {"integrations.transformers.deferred"},
     {"ops.explain"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear"},
     {"kernels.attention_backward", "kernels.attention_decode"},
@@ -26,7 +30,7 @@ LAYERS = [
         "kernels.architecture", "kernels.attention_tiles", "memory", "ops.checks", "ops.dropout", "ops.implementations",
         "ops.library", "ops.quantisation",
     },  # fmt: skip
-    {"_C", "kernels", "ops"},
+    {"_C", "integrations", "kernels", "ops"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -28,12 +28,16 @@ def register(name: str = "fastgpt") -> None:
 
     With the name "sdpa" it serves every model that uses PyTorch's attention through transformers, those loaded already, too.
     """
+    functions = {
+        (AttentionInterface, name): attention,
+        (AttentionMaskInterface, name): mask,  # without which padding would be lost
+        (AttentionInterface, f"paged|{name}"): attention,  # continuous batching before transformers 5.23, which has no mask
+    }
     with _lock:
-        for interface, function in ((AttentionInterface, attention), (AttentionMaskInterface, mask)):
-            for key in (name, f"paged|{name}"):  # the latter for continuous batching, before transformers 5.23
-                if (interface, key) not in _replaced:
-                    _replaced[interface, key] = interface._global_mapping.get(key)
-                    interface.register(key, function)
+        for (interface, key), function in functions.items():
+            if (interface, key) not in _replaced:
+                _replaced[interface, key] = interface._global_mapping.get(key)
+                interface.register(key, function)
 
 
 def unregister(name: str | None = None) -> None:

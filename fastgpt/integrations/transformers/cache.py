@@ -51,10 +51,6 @@ class Layer(DynamicLayer):
     def _rows(self) -> int:
         return self.storage["k_cache"].shape[2]
 
-    @property
-    def _batch(self) -> int:
-        return self.storage["k_cache"].shape[0]
-
     def _last(self, name: str, n: int) -> torch.Tensor | None:
         """The last n keys or values."""
         if not self.is_initialized:
@@ -136,11 +132,12 @@ class Layer(DynamicLayer):
                 x[:, :, : self.length] = x[:, :, : self.length].index_select(0, beam_idx.to(x.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(self._batch).repeat_interleave(repeats))
+        if self.length:
+            self._move(self._rows, torch.arange(len(self.keys)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.length:
-            self._move(self._rows, torch.arange(self._batch)[indices.cpu()])  # of numbers, or of booleans
+            self._move(self._rows, torch.arange(len(self.keys))[indices.cpu()])  # numbers, or booleans
 
 
 class SlidingLayer(Layer, DynamicSlidingWindowLayer):

@@ -25,7 +25,7 @@ class Deferred(torch.Tensor):
 
     def value(self) -> torch.Tensor:
         if self._value is None:
-            self.__dict__["_value"] = self._compute()
+            self.__dict__["_value"] = self._compute().contiguous()  # as the strides of the wrapper say
         return self._value
 
     def _compute(self) -> torch.Tensor:

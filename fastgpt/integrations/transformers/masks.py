@@ -6,6 +6,8 @@ which `fastgpt.attention` takes as it is: causal, a window, and (B, 1, 1, S) boo
 
 import functools
 import warnings
+from collections.abc import Iterator
+from types import CodeType
 from typing import NamedTuple
 
 import torch
@@ -61,8 +63,9 @@ def mask(**call) -> torch.Tensor | None:
 
 def _mask_of(pattern: Pattern, call: dict) -> torch.Tensor | None:
     B, T, S = call["batch_size"], call["q_length"], call["kv_length"]
+    call = call | {"q_offset": int(call["q_offset"])}  # a static cache counts on in its tensor
     first, padding = call.get("kv_offset", 0), call.get("attention_mask")
-    keys = int(call["q_offset"]) + T - first if pattern.causal else S
+    keys = call["q_offset"] + T - first if pattern.causal else S
     if not T <= keys <= S:
         return masking_utils.sdpa_mask(**call)
     if padding is not None:
@@ -98,42 +101,45 @@ def _pattern_of(call: dict) -> Pattern | None:
 
 
 def _recognised(function) -> Pattern | None:
-    """transformers composes its mask functions of closures: by their code, and what they close over, we know them."""
+    """transformers composes its mask functions of closures: we know them by their code and what they close over."""
     match _opened(function):
-        case "causal", _:
+        case "causal_mask_function", _:
             return Pattern(causal=True)
-        case "bidirectional", _:
+        case "bidirectional_mask_function", _:
             return Pattern(causal=False)
-        case "and", {"mask_functions": (first, second)}:
+        case "remap_positions_for_packed_sequence", {"mask_function": inner}:  # positions count from 0 in each segment
+            return _recognised(inner)
+        case "and_masks", {"mask_functions": (first, second)}:
             match _opened(first), _opened(second):
-                case ("window", {"sliding_window": int(window)}), ("causal", _):
+                case ("sliding_window_overlay", {"sliding_window": int(window)}), ("causal_mask_function", _):
                     return Pattern(causal=True, window=window)
-                case ("remap", {"mask_function": inner}), ("packed", {"packed_sequence_mask": segments}):
-                    pattern = _recognised(inner)
-                    if pattern is not None and pattern.causal and pattern.segments is None:
-                        return pattern._replace(segments=segments)
+                case _, ("packed_sequence_mask_function", {"packed_sequence_mask": segments}):
+                    inner = _recognised(first)
+                    return inner._replace(segments=segments) if inner is not None and inner.causal else None
     return None
 
 
 def _opened(function) -> tuple[str, dict] | None:
-    name = _NAMES.get(getattr(function, "__code__", None))
+    """Who made a mask function, and the values of what it closes over."""
+    name = _MAKERS.get(getattr(function, "__code__", None))
     if name is None:
         return None
     cells = function.__closure__ or ()
     return name, {variable: cell.cell_contents for variable, cell in zip(function.__code__.co_freevars, cells)}
 
 
-_NAMES = {
-    function.__code__: name
-    for name, function in {
-        "causal": masking_utils.causal_mask_function,
-        "bidirectional": masking_utils.bidirectional_mask_function,
-        "and": masking_utils.and_masks(),
-        "window": masking_utils.sliding_window_overlay(1),
-        "remap": masking_utils.remap_positions_for_packed_sequence(None, None),
-        "packed": masking_utils.packed_sequence_mask_function(None),
-    }.items()
-}
+def _makers() -> Iterator[tuple[CodeType, str]]:
+    for name in ("causal_mask_function", "bidirectional_mask_function"):
+        yield getattr(masking_utils, name).__code__, name
+    for name, *arguments in (
+        ("and_masks",), ("sliding_window_overlay", 1), ("packed_sequence_mask_function", None),
+        ("remap_positions_for_packed_sequence", None, None),
+    ):  # fmt: skip
+        if hasattr(masking_utils, name):
+            yield getattr(masking_utils, name)(*arguments).__code__, name
+
+
+_MAKERS = dict(_makers())
 
 
 @torch._dynamo.assume_constant_result
