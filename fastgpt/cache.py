@@ -20,7 +20,7 @@ from fastgpt._C import OutOfPages, PageAllocator
 from fastgpt import memory
 from fastgpt.ops.attention import attention
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
-from fastgpt.ops.quantisation import QUANTISED_DTYPES
+from fastgpt.ops.quantisation import QUANTISED_DTYPES, as_bytes
 
 __all__ = ["CACHE_KINDS", "ContiguousCache", "KVCache", "OutOfPages", "PagePool", "PagedCache", "SlidingCache", "Uncached"]
 
@@ -73,20 +73,15 @@ class Storage:
         result = object.__new__(Storage)
         for name in ("k", "v", "k_scale", "v_scale"):
             x = getattr(self, name)
-            setattr(result, name, None if x is None else _bytes(x).repeat_interleave(n, dim=1).view(x.dtype))
+            setattr(result, name, None if x is None else as_bytes(x).repeat_interleave(n, dim=1).view(x.dtype))
         result._make_views()
         return result
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Copies the sequences or pages `source` to `target`, in every layer."""
         source, target = on_device([source, target], self.k.device)
-        for x in map(_bytes, self.tensors()):
+        for x in map(as_bytes, self.tensors()):
             x[:, target] = x[:, source]
-
-
-def _bytes(x: torch.Tensor) -> torch.Tensor:
-    """x, or its bytes if it is of 8-bit floats, which PyTorch cannot index."""
-    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 class KVCache:
@@ -371,7 +366,7 @@ class Ring:
             if x is not None:
                 self.seen[name] = x.new_zeros(*x.shape[:2], before + k.shape[2], *x.shape[3:])
                 index = ring.view(B, 1, before, *[1] * (x.dim() - 3)).expand(-1, x.shape[1], -1, *x.shape[3:])
-                _bytes(self.seen[name])[:, :, :before] = _bytes(x).gather(2, index)
+                as_bytes(self.seen[name])[:, :, :before] = as_bytes(x).gather(2, index)
         store(q, k, v, cache, positions, slots=self.slots, rotation=rotation)
         return store(q, k, v, self.seen, positions, slots=slots, rotation=rotation)
 

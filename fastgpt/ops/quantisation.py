@@ -27,3 +27,8 @@ def quantise(x, dtype):
 def dequantise(values, scale, dtype=torch.float32):
     """The numbers that `values` (..., D) with scale (...) stand for."""
     return values.to(dtype) * scale.unsqueeze(-1).to(dtype)
+
+
+def as_bytes(x):
+    """x, or its bytes if it is of 8-bit floats, which PyTorch cannot index."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x

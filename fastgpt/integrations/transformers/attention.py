@@ -1,0 +1,212 @@
+"""The attention function: what the layers of all models in transformers call with their queries, keys and values."""
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fastgpt.integrations.transformers.deferred import EightBit
+from fastgpt.integrations.transformers.masks import Mask
+from fastgpt.ops import attention as operation
+from fastgpt.ops.explain import explain
+
+DTYPES = (*operation.KERNEL_DTYPES, torch.float64)
+
+
+def attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, softcap=None, s_aux=None,
+    position_bias=None, cache=None, output_attentions=False, **kwargs,
+):  # fmt: skip
+    """`fastgpt.attention` as a function of transformers' AttentionInterface.
+
+    Args:
+        module: the layer; its `is_causal` counts where that argument is None.
+        query: (B, H, T, D); key, value: (B, H_kv, S, D), H_kv divides H. Of a `Cache` they may be 8-bit.
+        attention_mask: what `mask` returned; or a mask that broadcasts to (B, H, T, S), boolean or additive. None: query i
+            of several sees the keys 0 to i if the layer is causal, else all.
+        dropout, scaling, softcap, s_aux, position_bias: dropout_p, scale, softcap, sinks, bias of `fastgpt.attention`.
+        cache: a PagedAttentionCache that is to store key and value, and has those to attend to.
+        output_attentions: also return the weights.
+        kwargs: cu_seq_lens_q and cu_seq_lens_k, where packed sequences begin and end; sliding_window, which counts only
+            there: masks have it otherwise. The rest is ignored.
+
+    Returns: (B, T, H, D), and None or the weights (B, H, T, S).
+
+    What the kernels do not take goes to transformers' own function for PyTorch's attention, or is computed in plain PyTorch:
+    `record` tells.
+    """
+    if cache is not None:
+        key, value = _stored(cache, key, value, module, kwargs)
+    if torch.is_autocast_enabled(query.device.type):  # which PyTorch's own function heeds
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    T, S = query.shape[2], key.shape[2]
+    mask, short = attention_mask, None
+    if type(mask) is Mask:
+        short, mask = (mask, None) if mask.shape[2:] == (T, S) else (None, mask.value())
+    causal = T > 1 and attention_mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    options = {"causal": causal, "scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
+
+    reason = "weights asked for" if output_attentions else _why_not(query, key, value, dropout, scaling)
+    if reason is None and mask is None and position_bias is None:
+        packing = _packing(short, kwargs)
+        if packing is not None:
+            if short is not None:
+                options |= {"causal": True, "window": short.options["window"]}
+            elif causal:
+                options["window"] = kwargs.get("sliding_window")
+            return _packed(query, key, value, *packing, **options), None
+    if reason is not None and not output_attentions and softcap is None and s_aux is None:
+        _note(f"sdpa: {reason}")
+        bias = {} if position_bias is None else {"position_bias": position_bias}
+        mask = mask if short is None else short.value()
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **bias)
+
+    keys = S
+    if short is not None and short.segments is None:
+        options |= short.options
+        keys = short.keys
+    elif short is not None:
+        options["mask"] = short.value()
+    elif causal and S < T:
+        options |= {"causal": False, "mask": torch.ones(T, S, dtype=torch.bool, device=query.device).tril()}
+    elif causal:
+        keys = T
+    if mask is not None and mask.dtype == torch.bool:
+        options["mask"] = mask
+    elif mask is not None:
+        position_bias = mask if position_bias is None else position_bias + mask
+    if keys < S:
+        key, value = key[:, :, :keys], value[:, :, :keys]
+    if position_bias is not None:
+        options["bias"] = position_bias[..., :keys]
+    if reason is not None:
+        _note(f"plain PyTorch: {reason}")
+        out, weights = _with_weights(query, key, value, **options)
+    else:
+        out, weights = _fused(query, key, value, options), None
+    return out.transpose(1, 2).contiguous(), weights if output_attentions else None
+
+
+def _why_not(query, key, value, dropout, scaling) -> str | None:
+    """Why `fastgpt.attention` cannot take these."""
+    (B, H, _, D), (B_kv, H_kv, _, D_k), D_v, dtype = query.shape, key.shape, value.shape[3], query.dtype
+    if not D_k == D_v == D <= operation.MAX_HEAD_DIM:
+        return f"head dims {D}, {D_k}, {D_v} of queries, keys, values: expected the same, up to {operation.MAX_HEAD_DIM}"
+    if B_kv != B or H % H_kv:
+        return f"{B} x {H} heads of queries, {B_kv} x {H_kv} of keys: expected as many sequences, and heads that divide"
+    if not dtype == key.dtype == value.dtype or dtype not in DTYPES:
+        return f"{dtype}, {key.dtype}, {value.dtype} of queries, keys, values: expected one of {', '.join(map(str, DTYPES))}"
+    if query.device.type not in ("cpu", "cuda"):
+        return f"queries on {query.device}"
+    if not 0 <= dropout < 1 or not (scaling is None or isinstance(scaling, (int, float, torch.SymFloat))):
+        return f"dropout {dropout}, scaling {scaling}"
+    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "within torch.jit or torch.func"
+    return None
+
+
+def _packing(short: Mask | None, kwargs: dict) -> tuple | None:
+    """cu_seqlens_q, cu_seqlens_k, max_q, max_k, if the tokens are packed sequences."""
+    if short is not None and short.segments is not None:
+        bounds, longest = short.packing
+        return bounds, bounds, longest, longest
+    starts = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if None in starts or short is not None and short.options["mask"] is not None:
+        return None
+    longest = kwargs.get("max_length_q"), kwargs.get("max_length_k")
+    return *(x.int() for x in starts), *(n or int(x.diff().max()) for x, n in zip(starts, longest))
+
+
+def _packed(query, key, value, *packing, **options) -> torch.Tensor:
+    B, H, T, D = query.shape
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B · T, H, D)
+    _note(operation.attention_varlen, query, key, value, *packing, **options)
+    return operation.attention_varlen(query, key, value, *packing, **options).view(B, T, H, D)
+
+
+def _fused(query, key, value, options) -> torch.Tensor:
+    if type(key) is EightBit:
+        options |= {"k_scale": key.scale, "v_scale": value.scale}
+        key, value = key.codes, value.codes
+    elif key.stride(3) != 1 or value.stride(3) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    query = query if query.stride(3) == 1 else query.contiguous()
+    if (bias := options.get("bias")) is not None and bias.dtype != torch.float32:
+        options["bias"] = bias.to(query.dtype)
+    _note(operation.attention, query, key, value, **options)
+    return operation.attention(query, key, value, **options)
+
+
+def _with_weights(
+    query, key, value, *, causal, scale, softcap, sinks, dropout_p, window=None, mask=None, bias=None
+):  # fmt: skip
+    """The same for any head dims in plain PyTorch, and the weights. A row that sees no key has equal ones."""
+    B, H, T, D = query.shape
+    S, groups = key.shape[2], H // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (D**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    distance = torch.arange(S - T, S, device=query.device).unsqueeze(1) - torch.arange(S, device=query.device)
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if causal:
+        hidden = hidden | (distance < 0)
+    if window is not None:
+        hidden = hidden | (distance >= window)
+    if mask is not None:
+        hidden = hidden | ~mask
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, H, 1, 1).expand(B, H, T, 1)], dim=-1)
+    weights = F.dropout(scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)[..., :S], dropout_p)
+    return weights @ value, weights
+
+
+def _stored(cache, key, value, module, kwargs: dict):
+    """Stores keys and values (1, H_kv, T, D) of packed sequences into a PagedAttentionCache; returns all of theirs."""
+    indices = {name: kwargs[name] for name in ("read_index", "write_index")}
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, **indices)  # (S, H_kv, D)
+    for name in ("cu_seq_lens_k", "max_seqlen_k"):
+        if isinstance(kwargs.get(name), dict):
+            kwargs[name] = kwargs[name]["sliding_attention" if getattr(module, "sliding_window", None) else "full_attention"]
+    return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
+
+
+_recordings: list[Counter] = []
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def record() -> Iterator[Counter]:
+    """Counts the calls of `attention` in any thread by what serves them: "cpp", "triton", "reference", or else why.
+
+    >>> with record() as calls:
+    ...     model(ids)
+    >>> calls
+    Counter({'cpp': 12})
+    """
+    calls = Counter()
+    with _lock:
+        _recordings.append(calls)
+    try:
+        yield calls
+    finally:
+        with _lock:
+            _recordings[:] = [other for other in _recordings if other is not calls]
+
+
+def _note(served, *args, **options) -> None:
+    if not _recordings:
+        return
+    if not isinstance(served, str):
+        served = next(name for name, why in explain(served, *args, **options).items() if why == "chosen")
+    with _lock:
+        for calls in _recordings:
+            calls[served] += 1

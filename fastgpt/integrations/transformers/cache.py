@@ -1,0 +1,243 @@
+"""A cache for transformers' `generate`: new keys and values are appended in place, where its own copies all at every token."""
+
+import functools
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from fastgpt import memory
+from fastgpt.integrations.transformers.deferred import EightBit
+from fastgpt.ops.kv_cache_update import kv_cache_update, kv_cache_update_reference
+from fastgpt.ops.quantisation import QUANTISED_DTYPES, as_bytes
+
+ROOM = 256  # rows of storage beyond those that the first tokens take
+
+
+class Layer(DynamicLayer):
+    """Keys and values of a layer: storage (B, H_kv, rows, D), whose first `length` rows are tokens.
+
+    It doubles when it is full, or has max_cache_len rows from the start. The model gets views of it or, if it is quantised,
+    `EightBit` tensors. No gradients flow through what is stored.
+    """
+
+    def __init__(self, max_cache_len: int | None, cache_dtype: torch.dtype | None):
+        # Not DynamicLayer's, which makes attributes of what are properties here.
+        self.max_cache_len, self.cache_dtype = max_cache_len, cache_dtype
+        self.storage = {}  # by argument of kv_cache_update: k_cache, v_cache and, if quantised, k_scale, v_scale
+        self.length = 0
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states, value_states):
+        """Takes sizes, dtype and device from the first keys (B, H_kv, T, D) and values, whose D may be another."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        storage = {}
+        for name, x in (("k", key_states), ("v", value_states)):
+            storage[f"{name}_cache"] = x.new_empty(*x.shape[:2], 0, x.shape[3], dtype=self.cache_dtype or self.dtype)
+            if self.cache_dtype is not None:
+                storage[f"{name}_scale"] = x.new_empty(*x.shape[:2], 0, dtype=torch.float32)
+        if [_but_rows(x) for x in storage.values()] != [_but_rows(x) for x in self.storage.values()]:  # what `reset` left
+            self.storage = storage
+        self.is_initialized = True
+
+    @property
+    def keys(self):
+        return self._last("k", self.length)
+
+    @property
+    def values(self):
+        return self._last("v", self.length)
+
+    @property
+    def _rows(self) -> int:
+        return self.storage["k_cache"].shape[2]
+
+    def _last(self, name: str, n: int) -> torch.Tensor | None:
+        """The last n keys or values."""
+        if not self.is_initialized:
+            return None
+        rows = slice(self.length - n, self.length)
+        stored = self.storage[f"{name}_cache"][:, :, rows]
+        if self.cache_dtype is None:
+            return stored
+        return EightBit(stored.shape, self.dtype, stored.device, codes=stored, scale=self.storage[f"{name}_scale"][:, :, rows])
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._append(key_states, value_states, self.length)
+
+    def _append(self, key_states, value_states, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores new tokens; returns those of the last `past` older ones and theirs."""
+        if not torch.is_grad_enabled():
+            self._store(key_states, value_states)
+            return self._last("k", past + key_states.shape[2]), self._last("v", past + key_states.shape[2])
+        seen = self._joined(past, key_states, value_states)  # with gradients, and out of reach of later writes
+        self._store(key_states, value_states)
+        return seen
+
+    def _joined(self, past: int, *new) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.cat([self._last(name, past), x], dim=2) for name, x in zip("kv", new)) if past else new
+
+    @torch.no_grad()
+    def _store(self, key_states, value_states) -> None:
+        B, _, T, _ = key_states.shape
+        self._make_room(T)
+        k, v = (x.to(self.dtype) if x.stride(3) == 1 else x.to(self.dtype).contiguous() for x in (key_states, value_states))
+        write = kv_cache_update if k.shape == v.shape else kv_cache_update_reference
+        write(k, v, positions=_positions(B, self.length, T, k.device), **self.storage)
+        self.length += T
+
+    def _make_room(self, new: int) -> None:
+        needed, rows = self.length + new, self._rows
+        if needed <= rows:
+            return
+        if self.max_cache_len is None:
+            self._move(max(2 * rows, needed + ROOM))
+        elif needed <= self.max_cache_len:
+            self._move(self.max_cache_len)
+        else:
+            limit = f"at most {self.max_cache_len} tokens (max_cache_len)"
+            raise ValueError(f"cache: expected {limit}, got {self.length} stored + {new} new")
+
+    def _move(self, rows: int, index: torch.Tensor | None = None) -> None:
+        """To storage of so many rows, of all sequences or those of `index` (N,)."""
+        for name, x in self.storage.items():
+            stored = as_bytes(x)[:, :, : self.length]
+            stored = stored if index is None else stored.index_select(0, index.to(x.device))
+            with torch.inference_mode(False):  # which a cache may outlive
+                moved = memory.empty((len(stored), x.shape[1], rows, *x.shape[3:]), dtype=x.dtype, device=x.device)
+            as_bytes(moved)[:, :, : self.length] = stored
+            self.storage[name] = moved
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens: -n for n of them. Before transformers 5.16, a positive number of tokens to keep."""
+        self.length -= self._cropped(tokens_to_remove)
+
+    def _cropped(self, tokens_to_remove: int) -> int:
+        have = self.get_seq_length()
+        return min(-tokens_to_remove, have) if tokens_to_remove <= 0 else max(0, have - tokens_to_remove)
+
+    def reset(self) -> None:
+        self.length, self.is_initialized = 0, False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.length:
+            for x in map(as_bytes, self.storage.values()):
+                x[:, :, : self.length] = x[:, :, : self.length].index_select(0, beam_idx.to(x.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.length:
+            self._move(self._rows, torch.arange(len(self.keys)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.length:
+            self._move(self._rows, torch.arange(len(self.keys))[indices.cpu()])  # numbers, or booleans
+
+
+class SlidingLayer(Layer, DynamicSlidingWindowLayer):
+    """The same of a layer whose queries see `sliding_window` keys. Its storage has up to twice as many rows: when it is full,
+    the tokens that are still seen move to its beginning, one row for each new token on average.
+
+    cumulative_length: tokens so far, of which the storage has the last `length`.
+    """
+
+    def __init__(self, sliding_window: int, cache_dtype: torch.dtype | None):
+        super().__init__(None, cache_dtype)
+        self.sliding_window, self.cumulative_length = sliding_window, 0
+        self.record_past, self.uncropped = False, 0  # tokens that the next `crop` may take back
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        T, past = key_states.shape[2], min(self.cumulative_length, self.sliding_window - 1)
+        if T <= self.sliding_window or self.record_past:
+            seen = self._append(key_states, value_states, past)
+        else:  # only the end of so many will be seen again
+            seen = self._joined(past, key_states, value_states)
+            self.length = 0
+            self._store(*(x[:, :, T - self.sliding_window + 1 :] for x in (key_states, value_states)))
+        self.cumulative_length += T
+        self.uncropped += T if self.record_past else 0
+        return seen
+
+    def _make_room(self, new):
+        rows, most = self._rows, 2 * self.sliding_window
+        if self.length + new <= rows:
+            return
+        if self.length + new <= most:
+            return self._move(min(most, max(2 * rows, self.length + new + ROOM)))
+        keep = min(self.length, self.sliding_window - 1 + self.uncropped)
+        for x in map(as_bytes, self.storage.values()):
+            x[:, :, :keep] = x[:, :, self.length - keep : self.length].clone()
+        self.length = keep
+        if keep + new > rows:
+            self._move(most if keep + new <= most else max(2 * rows, keep + new + ROOM))
+
+    def get_seq_length(self):
+        return self.cumulative_length
+
+    def get_max_length(self):
+        return self.sliding_window
+
+    def crop(self, tokens_to_remove):
+        removed = self._cropped(tokens_to_remove)
+        left = self.cumulative_length - removed
+        if self.length - removed < min(left, self.sliding_window - 1):
+            raise RuntimeError(
+                f"crop: expected at most {self.length - self.sliding_window + 1} tokens to remove, of the {self.length} "
+                f"that a layer with a window of {self.sliding_window} still has, got {removed}"
+            )
+        self.length, self.cumulative_length, self.uncropped = self.length - removed, left, 0
+
+    def reset(self):
+        super().reset()
+        self.cumulative_length = self.uncropped = 0
+
+
+class Cache(DynamicCache):
+    """A cache to pass to `generate`, or to a model, as `cache` (in earlier versions of transformers, `past_key_values`).
+
+    Args:
+        config: of the model.
+        max_cache_len: tokens for which there is room from the start, and which must not be exceeded; default: it grows.
+            Layers with a sliding window take what that needs in any case.
+        cache_dtype: torch.int8 or torch.float8_e4m3fn to store rows of keys and values in 8 bits, see
+            `fastgpt.kv_cache_update`; default: as they come.
+
+    It works with any attention; fastgpt's reads 8-bit rows as they are, others get them restored. Layers without keys and
+    values, and those of special kinds, are transformers' own. A model with cross-attention takes two, in an
+    EncoderDecoderCache. No gradients flow through what is stored.
+    """
+
+    def __init__(self, config, *, max_cache_len: int | None = None, cache_dtype: torch.dtype | None = None):
+        if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
+            raise ValueError(f"max_cache_len: expected an integer >= 1 or None, got {max_cache_len!r}")
+        if cache_dtype not in (None, *QUANTISED_DTYPES):
+            raise TypeError(f"cache_dtype: expected {' or '.join(map(str, QUANTISED_DTYPES))} or None, got {cache_dtype}")
+        super().__init__(config=config)
+        for i, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[i] = Layer(max_cache_len, cache_dtype)
+            elif type(layer) is DynamicSlidingWindowLayer:
+                self.layers[i] = SlidingLayer(layer.sliding_window, cache_dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage, used or not, of the layers that are not transformers' own."""
+        return sum(x.nbytes for layer in self.layers if isinstance(layer, Layer) for x in layer.storage.values())
+
+
+@functools.lru_cache(maxsize=8)  # the same in all layers of a pass
+def _positions(B: int, first: int, T: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(first, first + T, dtype=torch.int32, device=device).expand(B, T)
+
+
+def _but_rows(x: torch.Tensor) -> tuple:
+    return x.shape[:2], x.shape[3:], x.dtype, x.device

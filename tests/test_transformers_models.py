@@ -1,0 +1,105 @@
+"""Models of transformers with fastgpt's attention, against eager attention on the same weights."""
+
+from unittest import mock
+
+import pytest
+import torch
+from architectures import ALONE, ARCHITECTURES, agreement, build, gradients, inputs, outputs, shares, unserved
+
+import fastgpt.integrations.transformers as ft
+
+SERVED = [name for name in ARCHITECTURES if name not in ALONE]
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are small
+    ft.register()
+    yield
+    ft.unregister()
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_outputs_and_gradients(name):
+    for padding in (None, *ARCHITECTURES[name].padding):
+        for function in outputs, gradients:
+            calls, found = shares(name, padding, function)
+            assert sum(calls.values()) >= 2  # one a layer
+            assert name == "deepseek_v3" or calls.keys() == {"cpp"}
+            # Written so that a NaN fails.
+            assert not {part: share for part, share in found.items() if not share <= 1}, padding
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("name", [name for name in SERVED if ARCHITECTURES[name].generates])
+def test_greedy_tokens(name, padding):
+    assert agreement(name, padding) == {"dynamic": True, "static": True, "ours": True}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "bert"])
+@torch.no_grad()
+def test_compiled(name):
+    """The whole graph, by the backend that traces and rewrites it as others do, but compiles nothing."""
+    model, arguments = build(name, "fastgpt"), inputs(name, "right")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for padding in (None, "right"):
+        arguments = inputs(name, padding)
+        torch.testing.assert_close(outputs(compiled, arguments), outputs(model, arguments))
+
+
+@torch.no_grad()
+def test_compiled_layers():
+    """A mask that was made before, and comes to them as an argument."""
+    model, arguments = build("llama", "fastgpt"), inputs("llama", "left")
+    expected = outputs(model, arguments)
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(outputs(model, arguments), expected)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_those_alone(name):
+    assert unserved(name)
+
+
+def test_switching():
+    model, arguments = build("llama"), inputs("llama", "left")
+    for implementation in ("sdpa", "fastgpt", "eager"):
+        model.set_attn_implementation(implementation)
+        with ft.record() as calls:
+            outputs(model, arguments)
+        assert bool(calls) == (implementation == "fastgpt")
+    model.set_attn_implementation("fastgpt")
+    ft.unregister()
+    with pytest.raises(KeyError, match="fastgpt"):
+        outputs(model, arguments)
+
+
+def without(*names):
+    """fastgpt's attention but for some of what it is asked for."""
+
+    def faulty(*args, **kwargs):
+        return ft.attention(*args, **{name: value for name, value in kwargs.items() if name not in names})
+
+    return faulty
+
+
+@pytest.mark.parametrize(
+    "name, fault",
+    [("gemma2", without("softcap")), ("gpt_oss", without("s_aux")), ("t5", without("position_bias")), ("granite", without("scaling"))],
+)  # fmt: skip
+def test_faults_are_found(name, fault):
+    """What is not done shows: the models depend on it."""
+    with mock.patch.dict("transformers.modeling_utils.AttentionInterface._global_mapping", {"fastgpt": fault}):
+        _, found = shares(name, None)
+    assert max(found.values()) > 10
+
+
+@pytest.mark.parametrize("name, padding", [("mistral", None), ("llama", "left"), ("bert", "right")])
+def test_faulty_masks_are_found(name, padding):
+    """No window, and no padding."""
+    with mock.patch.dict("transformers.masking_utils.AttentionMaskInterface._global_mapping", {"fastgpt": lambda **call: None}):
+        _, found = shares(name, padding)
+    assert max(found.values()) > 10
