@@ -3,6 +3,7 @@
 torchrun starts them, on one machine or several; PyTorch's DDP or FSDP keeps their weights the same.
 """
 
+import copy
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -108,6 +109,12 @@ class Processes:
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def skeleton(model):
+    """A copy of a model without memory for weights, to which they can be assigned."""
+    hollow = {id(weight): torch.nn.Parameter(weight.detach().to("meta")) for weight in model.parameters()}
+    return copy.deepcopy(model, hollow)
 
 
 @contextmanager

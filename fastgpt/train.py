@@ -3,13 +3,14 @@
 It runs in one process or, started by torchrun, in several that share each batch: fastgpt/distributed.py.
 """
 
+import copy
 import hashlib
 import math
 import pickle
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from fastgpt.checkpoint import TOKENIZER, replacing
-from fastgpt.distributed import Processes
+from fastgpt.distributed import Processes, skeleton
 from fastgpt.evaluate import evaluate, split
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.text import Tokenizer
@@ -104,6 +105,7 @@ class Trainer:
         self.train_tokens, self.held_out = split(torch.tensor(self.tokenizer.encode(text)), config.context)
         torch.manual_seed(config.seed)
         self.model = model or GPT(model_config(config, self.tokenizer.vocab_size))
+        self.skeleton = skeleton(self.model) if processes.parallel == "fsdp" else None
         self.forward = processes.spread(self.model, self.device)
         matrices = [parameter for parameter in self.model.parameters() if parameter.dim() >= 2]
         others = [parameter for parameter in self.model.parameters() if parameter.dim() < 2]
@@ -185,8 +187,8 @@ class Trainer:
         weights = self.processes.gathered(self.model.state_dict())
         if not self.processes.first:
             return None
-        model = GPT(self.model.config)
-        model.load_state_dict(weights)
+        model = copy.deepcopy(self.skeleton)
+        model.load_state_dict(weights, assign=True)
         return model
 
     def sample(self, num_tokens: int = 200) -> str | None:
@@ -276,19 +278,23 @@ def pretrained(folder: Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
     """What a `Trainer` needs to go on training the model of a checkpoint folder that has a tokenizer.json.
 
     Args:
-        given: settings, as in TrainConfig. The architecture is the checkpoint's; a context may be shorter.
+        given: settings, as in TrainConfig. The architecture, dropout included, is the checkpoint's; only the context may be
+            another, a shorter one.
 
     Raises: FileNotFoundError, or ValueError when a setting or the tokenizer does not fit the checkpoint's model.
     """
     tokenizer = Tokenizer.load(folder / TOKENIZER)
-    stored = GPT.from_pretrained(folder, dtype=torch.float32)
-    architecture = stored.config
+    model = GPT.from_pretrained(folder, dtype=torch.float32)
+    architecture = model.config
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ValueError(
             f"init_from: expected a {TOKENIZER} of at most {architecture.vocab_size} tokens, those of the model in {folder}, "
             f"got {tokenizer.vocab_size}"
         )
-    fixed = {"layers": architecture.num_layers, "heads": architecture.num_heads, "width": architecture.hidden_size}
+    fixed = {
+        "layers": architecture.num_layers, "heads": architecture.num_heads,
+        "width": architecture.hidden_size, "dropout": architecture.dropout,
+    }  # fmt: skip
     for name, value in fixed.items():
         if given.get(name, value) != value:
             raise ValueError(f"{name}: expected {value}, that of the model in {folder}, got {given[name]}")
@@ -296,10 +302,7 @@ def pretrained(folder: Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
     given.setdefault("context", min(TrainConfig.context, longest))
     if given["context"] > longest:
         raise ValueError(f"context: expected at most {longest}, that of the model in {folder}, got {given['context']}")
-    config = TrainConfig(**(given | fixed))
-    model = GPT(replace(architecture, dropout=config.dropout))
-    model.load_state_dict(stored.state_dict())
-    return config, model, tokenizer
+    return TrainConfig(**(given | fixed)), model, tokenizer
 
 
 def train(trainer: Trainer, folder: Path) -> None:

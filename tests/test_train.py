@@ -145,7 +145,7 @@ def checkpoint(tmp_path):
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator([TEXT], trainer)
     folder = tmp_path / "checkpoint"
-    random_model(vocabulary=64, context=32, width=32).save_pretrained(folder)
+    random_model(vocabulary=64, context=32, width=32, dropout=0.3).save_pretrained(folder)
     Tokenizer(backend).save(folder / "tokenizer.json")
     return folder
 
@@ -158,7 +158,7 @@ def test_training_goes_on_from_a_checkpoint(checkpoint, tmp_path):
     assert len(ids) < 0.7 * len(TEXT)
     untrained = evaluate(GPT.from_pretrained(checkpoint), split(ids, 16)[1], context=16)
     assert trainer.evaluate() == untrained
-    assert trainer.model.config.dropout == 0.1  # of the run, not of the checkpoint
+    assert config.dropout == trainer.model.config.dropout == 0.3
 
     train(trainer, tmp_path / "run")
     assert trainer.best_loss < 0.9 * untrained
