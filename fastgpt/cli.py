@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="where checkpoints go")
     add("--resume", action="store_true", help="continue the run in DIR, with its settings")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
-    add("--init-from", type=Path, metavar="DIR", help="go on from the model and tokenizer of a checkpoint folder")
+    add("--init-from", metavar="PATH_OR_ID", help="go on from a checkpoint: its model and its tokenizer")
     add("--parallel", choices=PARALLEL, help="started by torchrun, each process has the whole model or a part (ddp)")
     add("--accumulate", type=int, default=1, metavar="N", help="compute a process's share of a batch in N parts (1)")
     for field in dataclasses.fields(TrainConfig):
@@ -298,7 +299,14 @@ def started(options, text: str, given: dict, place: dict) -> Trainer:
     if options.init_from is None:
         return Trainer(text, TrainConfig(**given), **place)
     config, model, tokenizer = pretrained(options.init_from, **given)
-    return Trainer(text, config, model=model, tokenizer=tokenizer, **place)
+    trainer = Trainer(text, config, model=model, tokenizer=tokenizer, **place)
+    if place["processes"].first:  # what else belongs to the tokenizer
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
+            file = checkpoint.resolve(options.init_from) / name
+            if file.is_file():
+                shutil.copyfile(file, options.out / name)
+    return trainer
 
 
 def resumed(options, text: str, given: dict, place: dict) -> Trainer:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fastgpt.checkpoint import TOKENIZER, replacing
+from fastgpt.checkpoint import TOKENIZER, replacing, resolve
 from fastgpt.distributed import Processes, skeleton
 from fastgpt.evaluate import evaluate, split
 from fastgpt.model import GPT, GPTConfig
@@ -274,8 +274,8 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     )
 
 
-def pretrained(folder: Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
-    """What a `Trainer` needs to go on training the model of a checkpoint folder that has a tokenizer.json.
+def pretrained(path: str | Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
+    """What a `Trainer` needs to go on training a checkpoint's model: a folder's, or one of the Hub by its id.
 
     Args:
         given: settings, as in TrainConfig. The architecture, dropout included, is the checkpoint's; only the context may be
@@ -283,8 +283,8 @@ def pretrained(folder: Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
 
     Raises: FileNotFoundError, or ValueError when a setting or the tokenizer does not fit the checkpoint's model.
     """
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    model = GPT.from_pretrained(folder, dtype=torch.float32)
+    folder = resolve(path)
+    tokenizer, model = Tokenizer.from_folder(folder), GPT.from_pretrained(folder, dtype=torch.float32)
     architecture = model.config
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ValueError(

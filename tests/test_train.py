@@ -12,7 +12,10 @@ import numerics
 import pytest
 import tokenizers
 import torch
+import transformers
+from family_checkpoints import theirs
 from models import random_model, reference_operations
+from texts import CHATML
 
 from fastgpt import GPT
 from fastgpt.cli import main
@@ -73,6 +76,19 @@ def test_evaluation_and_sampling_do_not_disturb_the_run(tmp_path):
     train(once, tmp_path / "once")
     for name, weight in weights(often).items():
         assert torch.equal(weight, weights(once)[name]), name
+
+
+def test_no_layers_are_a_bigram_model(tmp_path):
+    """Each token predicts the next alone: what is left is the text's own entropy of a character given the one before."""
+    config = replace(TINY, layers=0, dropout=0.0, steps=300, learning_rate=3e-2, eval_interval=300)
+    trainer = Trainer(TEXT, config)
+    train(trainer, tmp_path)
+    model, ids = GPT.from_pretrained(tmp_path), trainer.held_out[None, :16]
+    assert torch.equal(model(ids)[0, -1], model(ids * torch.eye(16, dtype=torch.int64)[-1])[0, -1])
+    pairs = torch.zeros(model.config.vocab_size, model.config.vocab_size)
+    pairs.index_put_((trainer.held_out[:-1], trainer.held_out[1:]), torch.ones(()), accumulate=True)
+    entropy = -torch.special.xlogy(pairs, pairs / pairs.sum(1, keepdim=True)).nansum().item() / pairs.sum().item()
+    assert entropy < trainer.best_loss < 1.05 * entropy
 
 
 def test_accumulated_gradients_are_those_of_the_batch():
@@ -168,6 +184,24 @@ def test_training_goes_on_from_a_checkpoint(checkpoint, tmp_path):
     assert torch.equal(resumed.held_out, trainer.held_out)
     for name, weight in weights(trainer).items():
         assert torch.equal(weight, weights(resumed)[name]), name
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3", "gemma2"])
+def test_a_checkpoint_of_transformers_stays_one(case, text_file, tmp_path):
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    model = theirs(case)
+    model.save_pretrained(checkpoint)
+    Tokenizer.from_corpus(TEXT).save(checkpoint / "tokenizer.json")
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    settings = "--context 16 --batch-size 4 --steps 3 --warmup 0".split()
+    main(["train", "--init-from", str(checkpoint), "--text", str(text_file), "--out", str(out), *settings])
+    trained = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert type(trained) is type(model) and trained.config.num_key_value_heads == 2
+    assert not torch.equal(trained.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    resumed = weights(Trainer.resume(out, TEXT))
+    for name, weight in GPT.from_pretrained(out).state_dict().items():
+        assert torch.equal(weight, resumed[name]), name
+    assert Tokenizer.from_folder(out).chat_template == CHATML
 
 
 def test_settings_that_do_not_fit_the_checkpoint(checkpoint):
