@@ -76,7 +76,7 @@ def of_limit(case: dict) -> str:
 
 
 def named(model: str) -> str:
-    return {"gpt2-124m": "GPT-2 124M", "shipped": "the shipped model"}.get(model, model)
+    return {"gpt2-124m": "GPT-2 124M", "llama-160m": "Llama 160M", "shipped": "the shipped model"}.get(model, model)
 
 
 def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
@@ -146,7 +146,18 @@ def against_peers(result: dict) -> str:
     ours = [f"**{figures(1e6 / median(c))} tok/s**" for c in decode] + [f"**{time(median(c))}**" for c in prefill]
     rows = [[f"**fastgpt**, {first['dtype']}", *ours], ["of the limit", *map(of_limit, cases)]]
     rows += [[name, *(ratio(case, name) for case in cases)] for name in names]
-    return with_notes(table(header, rows), result)
+    return with_notes(table(header, rows), result, *whole_calls(result))
+
+
+def whole_calls(result: dict) -> list[str]:
+    """A sentence on calls of `generate` from start to return, or none."""
+    cases = of_first(result.get("whole calls", []))
+    models = dict.fromkeys(case["model"] for case in cases)
+    ratios = [
+        f"{named(model)} " + ", ".join(f"{ratio(c, 'transformers')} after {c['T']:,}" for c in cases if c["model"] == model)
+        for model in models
+    ]
+    return [f"Whole calls of `generate` with {cases[0]['new_tokens']} new tokens, beside transformers': {'; '.join(ratios)} tokens."] if cases else []
 
 
 def attention(result: dict) -> str:

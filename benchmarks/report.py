@@ -27,7 +27,7 @@ from benchmarks import families_table, numerics_table, pages, plots
 STORED = Path(__file__).parent / "results"
 RESULTS = Path(os.environ.get("FASTGPT_RESULTS") or STORED)
 README = Path(__file__).parents[1] / "README.md"
-SHOWN = "intel-xeon-processor-2-threads"  # the machine whose results README shows
+SHOWN = "amd-epyc-2-threads"  # the machine whose results README shows
 PEERS = ("transformers", "ctranslate2", "llama-cpp-python", "triton", "flash-attn", "flashinfer-python")
 
 
