@@ -1,6 +1,6 @@
-"""PyTorch's scaled_dot_product_attention by fastgpt: its semantics as PyTorch has them, and the switch."""
+"""PyTorch's scaled_dot_product_attention by fastgpt: results, gradients, strides and errors are PyTorch's."""
 
-import threading
+import itertools
 
 import numerics
 import numpy
@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as imported_before
 
@@ -150,13 +148,26 @@ def test_results_and_gradients_are_pytorchs(case, dtype, device):
 @pytest.mark.parametrize("case", CASES)
 def test_strides_are_pytorchs(case):
     """So that what views the result does not raise."""
-    arguments, options = CASES[case]
-    expected = F.scaled_dot_product_attention(*arguments, **options)
-    for differentiable in (False, True):
-        leaves = [x.detach().requires_grad_(differentiable) for x in arguments]
-        actual = scaled_dot_product_attention(*leaves, **options)
-        strides = zip(actual.shape, actual.stride(), expected.stride())
-        assert all(ours == theirs for size, ours, theirs in strides if size > 1)
+    given, options = CASES[case]
+    mask = options.get("attn_mask")
+    token_first = tuple(x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 2 else x for x in given)
+    for arguments, dropout_p in itertools.product((given, token_first), (0.0, 0.5)):
+        options = options | {"dropout_p": dropout_p}
+        for differentiable in (False, True):
+            leaves = [x.detach().requires_grad_(differentiable) for x in arguments]
+            if type(mask) is torch.Tensor and mask.is_floating_point():
+                options = options | {"attn_mask": mask.detach().requires_grad_(differentiable)}
+            expected = F.scaled_dot_product_attention(*leaves, **options)
+            actual = scaled_dot_product_attention(*leaves, **options)
+            strides = zip(actual.shape, actual.stride(), expected.stride())
+            assert all(ours == theirs for size, ours, theirs in strides if size > 1)
+
+
+def test_a_mask_alone_may_require_gradients():
+    mask = added(2, 4, 5, 5).requires_grad_()
+    theirs, ours = (function(*inputs(), attn_mask=mask) for function in (F.scaled_dot_product_attention, switched_on))
+    assert ours.stride() == theirs.stride()
+    torch.testing.assert_close(*(torch.autograd.grad(out.sin().sum(), mask) for out in (ours, theirs)))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -289,9 +300,7 @@ def calls(draw):
 
     lead = [*lead, heads] if draw(st.integers(0, 5)) else lead
     keys = [*lead[:-1], odd(lead[-1])] if lead else []
-    arguments = (
-        tensor(0, *map(odd, lead), T, E), tensor(1, *keys, S, odd(E)), tensor(2, *keys, odd(S), Ev)
-    )  # fmt: skip
+    arguments = tensor(0, *map(odd, lead), T, E), tensor(1, *keys, S, odd(E)), tensor(2, *keys, odd(S), Ev)
     options = {"is_causal": draw(st.booleans()), "enable_gqa": draw(st.booleans())}
     if draw(st.booleans()):
         shape = [draw(st.sampled_from((1, size, size, size))) for size in (*lead, T, S)]
