@@ -22,10 +22,9 @@ from fastgpt.ops.implementations import runs_elsewhere
 _attention_forward = torch.ops.fastgpt.attention_forward.default
 _attention_backward = torch.ops.fastgpt.attention_backward.default
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+FEW_QUERIES = 16
 
-# The results of PyTorch's fused kernels have their dimensions in memory in query's order, or in older versions (B, T, H, E).
-_FUSED_FOLLOWS_QUERY = F.scaled_dot_product_attention(*[torch.zeros(1, 2, 2, 1)] * 3).is_contiguous()
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def scaled_dot_product_attention(
@@ -189,7 +188,7 @@ def _refuses_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale
         return f"query, key and value are on {query.device}, {key.device} and {value.device}"
     if query.is_cuda and not TRITON_INSTALLED:
         return "triton is not installed"
-    reason = _refuses_shapes(query.shape, key.shape, value.shape, enable_gqa)
+    reason = _refuses_shapes(query.shape, key.shape, value.shape, is_causal, enable_gqa)
     if reason is not None:
         return reason
     if not 0 <= dropout_p < 1:
@@ -197,7 +196,7 @@ def _refuses_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale
     return None if attn_mask is None else _refuses_mask(query, key.shape[-2], attn_mask, is_causal)
 
 
-def _refuses_shapes(q, k, v, enable_gqa) -> str | None:
+def _refuses_shapes(q, k, v, is_causal, enable_gqa) -> str | None:
     dims = len(q)
     if dims < 2 or len(k) != dims or len(v) != dims:
         return "query, key and value have fewer than two dimensions, or not the same number"
@@ -215,6 +214,11 @@ def _refuses_shapes(q, k, v, enable_gqa) -> str | None:
         return f"it takes head dims from 1 to {MAX_HEAD_DIM}, and those are {q[-1]} and {v[-1]}"
     if k[-2] == 0 or math.prod(q) == 0:
         return "there is nothing to compute"
+    # What the kernels would be made to serve in a longer time.
+    if is_causal and q[-2] > k[-2]:
+        return "is_causal with more queries than keys takes two calls"
+    if q[-1] != v[-1] and q[-2] < FEW_QUERIES:
+        return f"values of another head dim are padded, which pays from {FEW_QUERIES} queries on"
     return None
 
 
@@ -235,40 +239,35 @@ def _refuses_mask(query, S, attn_mask, is_causal) -> str | None:
 
 def _serve_any(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, differentiable):
     """The result of a call that is not refused."""
+    E, Ev = query.shape[-1], value.shape[-1]
+    # Whether PyTorch's fused kernel would have taken the call: the strides of its results are others.
+    fused = (
+        query.dim() == 4
+        and E == Ev
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        and (key.shape[1] == query.shape[1] or enable_gqa)
+        and (dropout_p == 0 or query.is_cuda)
+        and (attn_mask is None or (attn_mask.dim() != 3 and not attn_mask.requires_grad))
+    )
     q, k, v, mask = query, key, value, attn_mask
     if query.dim() != 4:
         q, k, v, mask = _in_four_dimensions(query, key, value, attn_mask)
-    E, Ev = query.shape[-1], value.shape[-1]
-    if scale is None:
-        scale = E**-0.5
     if E != Ev:
         q, k, v = (F.pad(x, (0, max(E, Ev) - x.shape[-1])) for x in (q, k, v))
-    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    T = q.shape[2]
+    if is_causal and T < k.shape[2]:  # no query sees the other keys
+        k, v = k[:, :, :T], v[:, :, :T]
     bias = None
     if mask is not None and mask.dtype is not torch.bool:
         mask, bias = None, mask
-
-    T, S = q.shape[2], k.shape[2]
-    if not is_causal or T == S:
-        out = _attention(q, k, v, bias, mask, is_causal, scale, dropout_p, differentiable)
-    elif T < S:  # no query sees the other keys
-        out = _attention(q, k[:, :, :T], v[:, :, :T], None, None, True, scale, dropout_p, differentiable)
-    else:  # queries from S on see all keys
-        square = _attention(q[:, :, :S], k, v, None, None, True, scale, dropout_p, differentiable)
-        rest = _attention(q[:, :, S:], k, v, None, None, False, scale, dropout_p, differentiable)
-        out = torch.cat((square.transpose(1, 2), rest.transpose(1, 2)), dim=1).transpose(1, 2)
-
-    # The strides are PyTorch's: those of its fused kernel, if that would have taken the call, or else contiguous.
-    if q is not query:
-        return out[..., :Ev].reshape(*query.shape[:-1], Ev).contiguous()
-    if (
-        (dropout_p > 0 and query.is_cpu)
-        or (attn_mask is not None and (attn_mask.dim() == 3 or attn_mask.requires_grad))
-        or (key.shape[1] != query.shape[1] and not enable_gqa)
-    ):
-        return out.contiguous()
-    return _in_order_of(query, out)
+    scale = E**-0.5 if scale is None else scale
+    out = _attention(q, k, v, bias, mask, is_causal, scale, dropout_p, differentiable)
+    if fused:
+        return _in_order_of(query, out)
+    out = out[..., :Ev].reshape(*query.shape[:-1], Ev)
+    # The unfused function does not need its result for gradients, so it may be written to: that of ours may not.
+    return out.clone(memory_format=torch.contiguous_format) if out.requires_grad else out.contiguous()
 
 
 def _in_four_dimensions(query, key, value, attn_mask):
@@ -285,12 +284,19 @@ def _in_four_dimensions(query, key, value, attn_mask):
 
 
 def _in_order_of(query, out):
-    """out, which is (B, T, H, E) in memory, as PyTorch's fused kernel returns it."""
+    """out, which is (B, T, H, E) in memory, as PyTorch's fused kernel returns it: its dimensions in query's order."""
     batch, heads, tokens, _ = query.stride()
-    if batch >= tokens >= heads or not _FUSED_FOLLOWS_QUERY:
+    if batch >= tokens >= heads or not (torch.compiler.is_dynamo_compiling() or _fused_follows_query()):
         return out
     like = torch.empty_like(query)
     return out if like.stride() == out.stride() else like.copy_(out)
+
+
+@functools.cache
+def _fused_follows_query() -> bool:
+    """False for older versions of PyTorch, whose fused kernel returns (B, T, H, E) in memory whatever query is."""
+    x = torch.zeros(1, 2, 2, 8, dtype=torch.float64)  # which is PyTorch's to serve
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0].is_contiguous()
 
 
 def _attention(q, k, v, bias, mask, causal, scale, dropout_p, differentiable):
@@ -358,10 +364,10 @@ class enabled(contextlib.ContextDecorator):
 
     If a forward pass with activation checkpointing runs inside, its backward pass must, too: it runs the forward again.
 
-    The first one to be opened hooks PyTorch's dispatcher, below autocast and above autograd, which costs calls of attention
-    a microsecond inside, others nothing. The hook stays, because to take it out would crash another thread in the middle
-    of a call; afterwards it hands over to PyTorch's own function, which takes 4 microseconds a call. `remove_hook` takes
-    it out.
+    The first one to be opened hooks PyTorch's dispatcher, below autocast and above autograd, which costs a call of attention
+    about a microsecond inside, and others nothing. The hook stays, because taking it out would crash a thread in the middle
+    of a call: afterwards it hands over to PyTorch's own function, which takes 6 to 8 microseconds a call. `remove_hook` ends
+    that.
     """
 
     _lock = threading.Lock()
@@ -388,9 +394,7 @@ def remove_hook():
     with enabled._lock:
         if enabled._open:
             raise RuntimeError("remove_hook: expected no open `enabled`, got one")
-        if enabled._library is not None:
-            enabled._library._destroy()
-        enabled._library = None
+        enabled._library = None  # the only reference
 
 
 def _hook():
