@@ -65,6 +65,10 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.operations, self.tensors, self.refused = 0, [], None
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # else torch 2.13 loads all of torch.compile at the first step, which takes seconds
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function.namespace == "fastgpt":

@@ -3,6 +3,9 @@
 A GPU's way, a CUDA graph of the whole step, is gone here too, with a tape that plays the graph: tests/tape.py.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from models import random_ids, random_model
@@ -87,6 +90,17 @@ def test_a_copy_inside_an_operation_is_not_captured():
         bias.mul_(2)
         assert torch.equal(function(x), linear(x, weight, bias))
     assert function.refused == "an operation of fastgpt's cannot be recorded"
+
+
+def test_recording_loads_nothing_of_torch_compile():
+    """Which takes longer than most generations."""
+    program = (
+        "import sys, torch, fastgpt; from fastgpt.cli import SHIPPED_MODEL; "
+        "model = fastgpt.GPT.from_pretrained(SHIPPED_MODEL); before = set(sys.modules); "
+        "model.generate(torch.tensor([[1, 2, 3]]), 4); print('torch._dynamo' in set(sys.modules) - before)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
 
 
 @torch.inference_mode()
