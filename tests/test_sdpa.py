@@ -219,7 +219,6 @@ BAD = {
     "scale is text": ((x, x, x), {"scale": "1"}),
     "grouped is text": ((x, x, x), {"enable_gqa": "yes"}),
     "devices": ((x, x.to("meta"), x), {}),
-    "sparse": ((x.to_sparse(), x, x), {}),
 }
 
 
@@ -253,6 +252,8 @@ ELSEWHERE = {
     "all dropped": ((x, x, x), {"dropout_p": 1.0}, "dropout_p < 1"),
     "lower right": ((x, query(T=9), query(T=9)), {"attn_mask": causal_lower_right(5, 9)}, "CausalBias"),
     "nested": ((torch.nested.nested_tensor([x[0].transpose(0, 1)] * 2).transpose(1, 2),) * 3, {}, "dense"),
+    "sparse": ((x.to_sparse(), x, x), {}, "dense"),
+    "sparse keys": ((x, x.to_sparse(), x), {}, "dense"),
     "meta": ((x.to("meta"),) * 3, {}, "CPU and CUDA"),
     "scale of numpy": ((x, x, x), {"scale": numpy.float32(0.5)}, "type"),
 }  # fmt: skip

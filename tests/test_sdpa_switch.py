@@ -251,6 +251,46 @@ def test_the_function_compiles_to_one_graph():
         check(*three, k=numerics.BACKWARD)
 
 
+FUSED = {
+    "causal, more keys": ((3, 7, 8), {"is_causal": True}),
+    "causal, more queries": ((7, 3, 8), {"is_causal": True}),
+    "mask": ((3, 7, 8), {"attn_mask": torch.zeros(3, 7).masked_fill(torch.eye(3, 7) > 0, -torch.inf)}),
+    "scale": ((3, 7, 8), {"scale": 0.3}),
+    "double": ((3, 7, 8), {"dtype": torch.float64}),
+    "dropout": ((3, 7, 8), {"dropout_p": 0.5}),
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_the_fused_operator_of_graphs(case):
+    (T, S, D), options = FUSED[case]
+    options = dict(options)
+    dtype = options.pop("dtype", torch.float32)
+    tensors = [torch.randn(2, 4, n, D, dtype=dtype) for n in (T, S, S)]
+
+    def run():
+        try:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors, **options)
+        except RuntimeError as error:
+            return str(error)
+        return out, lse
+
+    expected = run()
+    with enabled():
+        actual = run()
+    if isinstance(expected, str):
+        assert actual == expected
+    else:
+        torch.testing.assert_close(actual, expected)
+        assert [x.stride() for x in actual] == [x.stride() for x in expected]
+
+
+def test_callers_below_autograd_get_no_graph(served):
+    with enabled(), torch._C._AutoDispatchBelowAutograd():
+        out = F.scaled_dot_product_attention(*inputs(requires_grad=True))
+    assert not out.requires_grad and len(served) == 1
+
+
 def test_export_keeps_pytorchs_operators():
     class Model(nn.Module):
         def forward(self, q, k, v):
