@@ -14,6 +14,7 @@ RATIOS = (
 NOISY = "≈: noisy, this median is not known to 10%."
 SUITES = {  # in the order of a page
     "generate": "Generation", "attention": "Attention", "decode": "Attention over caches", "kv_cache": "Caches",
+    "integrations": "In models of transformers",
 }  # fmt: skip
 PLOTS = {  # name -> suite, the cases that it needs, what it shows
     "cached_against_uncached": ("generate", "cached against uncached", "Time of a token by context, cached and uncached"),
@@ -251,7 +252,32 @@ def page(folder: Path, results: dict[str, dict]) -> str:
     if "numerics" in results:
         header, *rows = numerics_table.rows(results["numerics"], by_feature=True)
         lines += ["## Numerics", f"{about(results['numerics'])}. {numerics_table.NOTE}", table(header, rows, 3)]
+    if "architectures" in results:
+        header, *rows = architecture_rows(results["architectures"])
+        lines += ["## Architectures of transformers", f"{about(results['architectures'])}. {PARITY}", table(header, rows, 3)]
     return "\n\n".join(lines) + "\n"
+
+
+PARITY = (
+    "Small models with random weights, with fastgpt's attention against eager attention in float64: the worst error of "
+    "outputs / of gradients as a share of the bound, at most 1 passes; and whether 32 greedy tokens are those of eager "
+    "attention, with each cache. Compiled: outputs, in one graph. Made by `python -m benchmarks.architectures`."
+)
+
+
+def architecture_rows(result: dict) -> list[list[str]]:
+    """The header and a row for each architecture."""
+    sides, caches = ("None", "left", "right"), ("dynamic", "static", "ours")
+    header = ["architecture", "model", "served by", "not padded", "padded left", "padded right"]
+    rows = [[*header, *(f"tokens, {cache}" for cache in caches), "compiled"]]
+    words = {True: "same", False: "differ"}
+    for case in result["architectures"]:
+        row = [case["architecture"], case["model"], case.get("unserved") or ", ".join(case["calls"])]
+        pairs = [[case.get(key, {}).get(side) for key in ("shares", "gradient_shares")] for side in sides]
+        row += [" / ".join(f"{share:.2f}" for share in pair) if pair[0] is not None else "–" for pair in pairs]
+        row += [words.get(case.get("tokens", {}).get(cache), "–") for cache in caches]
+        rows.append([*row, f"{max(case['compiled'].values()):.2f}" if "compiled" in case else "–"])
+    return rows
 
 
 def listed(reasons) -> str:

@@ -1,6 +1,7 @@
 """Small models of transformers with random weights, for comparing attention implementations on the same weights."""
 
 import contextlib
+import functools
 import inspect
 import math
 import warnings
@@ -93,6 +94,7 @@ ARCHITECTURES = {
     "bloom": decoder("BloomForCausalLM", n_layer=2, n_head=4),
     "gpt_neo": decoder("GPTNeoForCausalLM", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=6),
 }
+COMPILED = ("gpt2", "gemma2", "bert")
 ALONE = ("falcon", "bloom", "gpt_neo")  # whose attention does not go through transformers' AttentionInterface
 
 
@@ -162,12 +164,12 @@ def in_float64() -> Iterator[None]:
         yield
 
 
-def shares(name: str, padding: str | None, function=outputs) -> tuple[Counter, dict[str, float]]:
+def shares(name: str, padding: str | None, function=outputs, prepared=lambda model: model) -> tuple[Counter, dict[str, float]]:
     """fastgpt against eager attention: the calls that it served, and of each of the outputs or gradients the error as a share
     of the bound. Gradients that are zero but for rounding (of biases of keys) are left out."""
     arguments = inputs(name, padding)
     with ft.record() as calls:
-        actual = function(build(name, "fastgpt"), arguments)
+        actual = function(prepared(build(name, "fastgpt")), arguments)
     low = function(build(name), arguments)
     with in_float64():
         oracle = function(build(name, dtype=torch.float64), arguments)
@@ -177,6 +179,22 @@ def shares(name: str, padding: str | None, function=outputs) -> tuple[Counter, d
         part: share_of_bound(actual[part], x, low[part], dtype=torch.float32, k=k)[0]
         for part, x in oracle.items() if x.abs().max() > least
     }  # fmt: skip
+
+
+def compiled(name: str, padding: str | None) -> tuple[int, dict[str, float]]:
+    """In one graph, for a backend that traces and rewrites it as others do, but does not compile: how many calls of fastgpt's
+    operation are in it, and the shares of outputs."""
+    torch.compiler.reset()
+    calls = 0
+
+    def backend(graph, example):
+        nonlocal calls
+        calls += sum("fastgpt.attention_forward" in str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
+    with torch.no_grad():
+        _, found = shares(name, padding, prepared=functools.partial(torch.compile, backend=backend, fullgraph=True))
+    return calls, found
 
 
 def generated(model, arguments: dict[str, torch.Tensor], **options) -> torch.Tensor:

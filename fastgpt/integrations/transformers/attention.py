@@ -105,7 +105,9 @@ def _why_not(query, key, value, dropout, scaling) -> str | None:
         return f"queries on {query.device}"
     if not 0 <= dropout < 1 or not (scaling is None or isinstance(scaling, (int, float, torch.SymFloat))):
         return f"dropout {dropout}, scaling {scaling}"
-    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and (
+        torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return "within torch.jit or torch.func"
     return None
 
@@ -185,7 +187,8 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def record() -> Iterator[Counter]:
-    """Counts the calls of `attention` in any thread by what serves them: "cpp", "triton", "reference", or else why.
+    """Counts the calls of `attention` in any thread by what serves them: "cpp", "triton", "reference", or else why. Calls from
+    compiled code are not seen.
 
     >>> with record() as calls:
     ...     model(ids)
@@ -203,7 +206,7 @@ def record() -> Iterator[Counter]:
 
 
 def _note(served, *args, **options) -> None:
-    if not _recordings:
+    if not _recordings or torch.compiler.is_compiling():
         return
     if not isinstance(served, str):
         served = next(name for name, why in explain(served, *args, **options).items() if why == "chosen")

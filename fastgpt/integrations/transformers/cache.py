@@ -41,25 +41,24 @@ class Layer(DynamicLayer):
 
     @property
     def keys(self):
-        return self._last("k", self.length)
+        return self._last(self.length)[0] if self.is_initialized else None
 
     @property
     def values(self):
-        return self._last("v", self.length)
+        return self._last(self.length)[1] if self.is_initialized else None
 
     @property
     def _rows(self) -> int:
         return self.storage["k_cache"].shape[2]
 
-    def _last(self, name: str, n: int) -> torch.Tensor | None:
-        """The last n keys or values."""
-        if not self.is_initialized:
-            return None
-        rows = slice(self.length - n, self.length)
-        stored = self.storage[f"{name}_cache"][:, :, rows]
+    def _last(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last n keys and values."""
+        first = self.length - n
+        k, v = self.storage["k_cache"].narrow(2, first, n), self.storage["v_cache"].narrow(2, first, n)
         if self.cache_dtype is None:
-            return stored
-        return EightBit(stored.shape, self.dtype, stored.device, codes=stored, scale=self.storage[f"{name}_scale"][:, :, rows])
+            return k, v
+        scales = self.storage["k_scale"].narrow(2, first, n), self.storage["v_scale"].narrow(2, first, n)
+        return tuple(EightBit(x.shape, self.dtype, x.device, codes=x, scale=scale) for x, scale in zip((k, v), scales))
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -68,23 +67,25 @@ class Layer(DynamicLayer):
 
     def _append(self, key_states, value_states, past: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new tokens; returns those of the last `past` older ones and theirs."""
-        if not torch.is_grad_enabled():
-            self._store(key_states, value_states)
-            return self._last("k", past + key_states.shape[2]), self._last("v", past + key_states.shape[2])
-        seen = self._joined(past, key_states, value_states)  # with gradients, and out of reach of later writes
+        if torch.is_grad_enabled():  # with gradients, and out of reach of later writes
+            seen = self._joined(past, key_states, value_states)
+            self._store(key_states.detach(), value_states.detach())
+            return seen
         self._store(key_states, value_states)
-        return seen
+        return self._last(past + key_states.shape[2])
 
-    def _joined(self, past: int, *new) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(torch.cat([self._last(name, past), x], dim=2) for name, x in zip("kv", new)) if past else new
+    def _joined(self, past: int, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
+        if not past:
+            return key_states, value_states
+        return tuple(torch.cat(pair, dim=2) for pair in zip(self._last(past), (key_states, value_states)))
 
-    @torch.no_grad()
-    def _store(self, key_states, value_states) -> None:
-        B, _, T, _ = key_states.shape
+    def _store(self, k, v) -> None:
+        T = k.shape[2]
         self._make_room(T)
-        k, v = (x.to(self.dtype) if x.stride(3) == 1 else x.to(self.dtype).contiguous() for x in (key_states, value_states))
+        if k.dtype != self.dtype or v.dtype != self.dtype or k.stride(3) != 1 or v.stride(3) != 1:
+            k, v = k.to(self.dtype).contiguous(), v.to(self.dtype).contiguous()
         write = kv_cache_update if k.shape == v.shape else kv_cache_update_reference
-        write(k, v, positions=_positions(B, self.length, T, k.device), **self.storage)
+        write(k, v, positions=_positions(k.shape[0], self.length, T, k.device), **self.storage)
         self.length += T
 
     def _make_room(self, new: int) -> None:
@@ -161,7 +162,7 @@ class SlidingLayer(Layer, DynamicSlidingWindowLayer):
         else:  # only the end of so many will be seen again
             seen = self._joined(past, key_states, value_states)
             self.length = 0
-            self._store(*(x[:, :, T - self.sliding_window + 1 :] for x in (key_states, value_states)))
+            self._store(*(x.detach()[:, :, T - self.sliding_window + 1 :] for x in (key_states, value_states)))
         self.cumulative_length += T
         self.uncropped += T if self.record_past else 0
         return seen
@@ -226,6 +227,9 @@ class Cache(DynamicCache):
                 self.layers[i] = Layer(max_cache_len, cache_dtype)
             elif type(layer) is DynamicSlidingWindowLayer:
                 self.layers[i] = SlidingLayer(layer.sliding_window, cache_dtype)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     @property
     def nbytes(self) -> int:
