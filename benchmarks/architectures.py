@@ -51,6 +51,7 @@ def passes(case: dict) -> bool:
 
 
 def main() -> None:
+    about = report.machine()
     torch.set_num_threads(1)  # the models are small
     transformers.logging.set_verbosity_error()
     ft.register()
@@ -61,7 +62,7 @@ def main() -> None:
     result = {"architectures": cases}
     rows = pages.architecture_rows(result)
     print("", aligned(rows, "lll" + "r" * (len(rows[0]) - 3)), "", sep="\n")
-    report.store("architectures", result)
+    report.store("architectures", result, about)
     sys.exit(not all(map(passes, cases)))
 
 
