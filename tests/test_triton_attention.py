@@ -340,25 +340,26 @@ def test_autograd(feature, triton_serves_the_cpu):
 PACKED_OPTIONS = {
     "plain": {},
     "dropout": {"dropout_p": 0.2, "dropout_seed": 9},
-    "rich": {"window": 9, "alibi_slopes": (0.5, 0.25, 0.1, 0.0), "softcap": 2.0},
+    "rich": {"window": 9, "alibi_slopes": (0.5, 0.25, 0.1, 0.0) * 2, "softcap": 2.0},
 }
 
 
 @runs_kernel
 @pytest.mark.parametrize("arguments", PACKED_OPTIONS.values(), ids=PACKED_OPTIONS)
 def test_autograd_of_packed_sequences(arguments, triton_serves_the_cpu):
-    """One of them has no queries, and one fewer keys than queries."""
+    """One of them has no queries, and one fewer keys than queries. Eight heads: of four gradients of sinks, the
+    reference in float32 may happen to get every one right."""
     lengths_q, lengths_k = (5, 0, 33, 1, 12), (9, 4, 33, 40, 5)
-    q, k, v = inputs(1, 4, 2, sum(lengths_q), sum(lengths_k), 16, torch.float32, DEVICE)
+    q, k, v = inputs(1, 8, 2, sum(lengths_q), sum(lengths_k), 16, torch.float32, DEVICE)
     offsets = [lengths_of([0, *itertools.accumulate(lengths)]) for lengths in (lengths_q, lengths_k)]
     packing = ops.Packing(*offsets, max(lengths_q), max(lengths_k))
     arguments = {"scale": 0.25} | arguments
     for name, dtype in (("dropout_seed", torch.int64), ("alibi_slopes", torch.float32)):
         if name in arguments:
             arguments[name] = torch.tensor(arguments[name], dtype=dtype, device=DEVICE).view(-1)
-    differentiable = {"q": q, "k": k, "v": v, "sinks": torch.randn(4, device=DEVICE)}
+    differentiable = {"q": q, "k": k, "v": v, "sinks": torch.randn(8, device=DEVICE)}
     blind = ops._varlen_reference(ops.Call(**differentiable, **arguments), packing)[1] == -math.inf
-    douts = torch.randn_like(q), torch.randn(1, 4, sum(lengths_q), device=DEVICE).masked_fill(blind, 0.0)
+    douts = torch.randn_like(q), torch.randn(1, 8, sum(lengths_q), device=DEVICE).masked_fill(blind, 0.0)
 
     def actual(**tensors):
         return ops._VarlenAttention.apply(packing, *ops.Call(**tensors, **arguments))
