@@ -216,6 +216,26 @@ def cache_updates(result: dict) -> str:
     return with_notes(table(["{heads} heads of {head_dim}, {dtype}".format(**result["prompt"][0]), *COMPARED], rows), result)
 
 
+def models_of_transformers(result: dict) -> str:
+    """Times beside the same models with PyTorch's attention, and how much could be gained by any."""
+    rows = []
+    for what in ("generation", "forward", "training"):
+        for case in result.get(what, []):
+            rows.append([f"{what}, {case['model']}", f"{case['T']:,}" + f" x {case['batch']}" * (case["batch"] > 1)])
+            rows[-1][0] += f", padded {case['padding']}" * (case["padding"] != "none")
+            sdpa, least = (case["times_ours"].get(name) for name in ("sdpa", "no attention"))
+            bound = f"{sdpa[1] / least[1]:.2f}x" if least else "–"
+            rows[-1] += [time(median(case)), ratio(case, "sdpa"), bound, ratio(case, "ours, dynamic cache")]
+    header = ["transformers, {dtype}".format(**case), "tokens", "fastgpt", "PyTorch's", "limit", "fastgpt, dynamic cache"]
+    notes = [
+        "The same weights and layers, with fastgpt's attention and cache and with PyTorch's attention and a dynamic cache. "
+        "The limit is that ratio if attention and the cache took no time at all. A generation is its prompt and 64 new tokens."
+    ]
+    if adapter := result.get("adapter"):
+        notes.append(f"A call that does next to nothing takes {time(median(adapter[0]))} through transformers.")
+    return with_notes(table(header, rows), result, *notes)
+
+
 PARTS = {  # README's marker -> its plot and its table
     "cached against uncached": ("cached_against_uncached", cached_against_uncached),
     "against peers": ("against_peers", against_peers),
@@ -228,6 +248,8 @@ PARTS = {  # README's marker -> its plot and its table
 def parts(folder: Path, results: dict[str, dict], within: str) -> dict[str, str]:
     """Marker -> plot and table, of what there are results for."""
     texts = {}
+    if "integrations" in results:
+        texts["models of transformers"] = models_of_transformers(results["integrations"])
     for marker, (name, shown) in PARTS.items():
         suite, what, _ = PLOTS[name]
         if what in results.get(suite, {}):
@@ -278,6 +300,28 @@ def architecture_rows(result: dict) -> list[list[str]]:
         row += [words.get(case.get("tokens", {}).get(cache), "–") for cache in caches]
         rows.append([*row, f"{max(case['compiled'].values()):.2f}" if "compiled" in case else "–"])
     return rows
+
+
+def architectures(result: dict) -> str:
+    """Which are served, and how exactly, in a paragraph."""
+    cases = result["architectures"]
+    served, others = ([case for case in cases if ("unserved" in case) is unserved] for unserved in (False, True))
+    worst = {key: max(share for case in served for share in case[key].values()) for key in ("shares", "gradient_shares")}
+    caches = [case["tokens"] for case in served if case["tokens"]]
+    same = sum(all(tokens.values()) for tokens in caches)
+    compiled = [case["architecture"] for case in served if "compiled" in case]
+    return (
+        f"{len(served)} architectures are served: {', '.join(case['architecture'] for case in served)}. Small models with random "
+        f"weights, not padded and padded left and right, against eager attention in float64: the worst error is "
+        f"{worst['shares']:.2f} of the bound in outputs, {worst['gradient_shares']:.2f} in gradients; 32 greedy tokens are the "
+        f"same in dynamic, static and fastgpt's cache in {same} of the {len(caches)} that generate; {listed_words(compiled)} "
+        f"also compile to one graph. Not served, and not counted: "
+        f"{', '.join(case['architecture'] for case in others)}, whose attention does not go through transformers' interface."
+    )
+
+
+def listed_words(words: list[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
 
 
 def listed(reasons) -> str:

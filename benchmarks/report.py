@@ -195,7 +195,7 @@ def sections() -> dict[str, str]:
     folder = STORED / SHOWN
     results = pages.results_in(folder)
     parts = pages.parts(folder, results, within(folder))
-    if missing := {*pages.PARTS, "numerics", "families", "training"} - parts.keys() - results.keys():
+    if missing := {*pages.PARTS, "architectures", "models of transformers", "numerics", "families", "training"} - parts.keys() - results.keys():
         raise FileNotFoundError(f"{folder}: README shows {', '.join(sorted(missing))}, of which there are no results")
     training = results["training"]
     others = {path: pages.results_in(path) for path in machines() if path != folder}
@@ -207,6 +207,7 @@ def sections() -> dict[str, str]:
         **parts,
         "on a GPU": "\n\n".join(gpus) or NO_GPU,
         "numerics": numerics_table.markdown(results["numerics"]),
+        "architectures": f"{pages.architectures(results['architectures'])} [Each of them]({within(folder)}README.md#architectures-of-transformers).",
         "families": families_table.markdown(results["families"]["families"]),
         "8-bit caches": eight_bit_caches(training),
         "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "

@@ -1,7 +1,8 @@
 """Models of transformers with fastgpt's attention and cache, against the same with PyTorch's attention and a dynamic cache.
 
-The weights are random and the same for both; everything but attention and the cache is transformers'. In a round both do the
-whole work once: a generation is its prompt and 64 new tokens, greedy. It takes minutes, so it runs with FULL=1 or by name.
+The weights are random and the same for all; everything but attention and the cache is transformers'. In a round each does the
+whole work once: a generation is its prompt and 64 new tokens, greedy. "no attention" neither stores nor attends: what it
+takes is the least that any attention could. It takes minutes, so it runs with FULL=1 or by name.
 """
 
 import functools
@@ -13,6 +14,7 @@ from benchmarks.timing import DEVICE, DTYPE, full, in_turns, measured_time, name
 
 transformers = pytest.importorskip("transformers")
 
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 import fastgpt.integrations.transformers as ft  # noqa: E402
@@ -20,7 +22,7 @@ from fastgpt import attention  # noqa: E402
 
 pytestmark = pytest.mark.benchmark(timer=measured_time)
 NEW = 64  # tokens of a generation
-ROUNDS = 11 if full() else 5
+ROUNDS = 7 if full() else 3
 LLAMA = {
     "vocab_size": 32000, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 3,
     "head_dim": 64, "intermediate_size": 2048, "max_position_embeddings": 8192,
@@ -34,9 +36,23 @@ MODELS = {  # name in results -> class, configuration
 GPT2, GROUPED, SLIDING, BERT = MODELS
 
 
+def no_attention(module, query, key, value, attention_mask, **kwargs):
+    return query.transpose(1, 2).contiguous(), None
+
+
+class NoCache(ft.Cache):
+    """Counts tokens."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.layers[layer_idx].length += key_states.shape[2]
+        return key_states, value_states
+
+
 @pytest.fixture(autouse=True, scope="module")
 def registered():
     ft.register()
+    AttentionInterface.register("no attention", no_attention)
+    AttentionMaskInterface.register("no attention", lambda **call: None)
     yield
     ft.unregister()
 
@@ -47,11 +63,12 @@ def models(name: str) -> dict[str, torch.nn.Module]:
     cls = getattr(transformers, MODELS[name][0])
     config = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0} | MODELS[name][1]
     pair = {}
-    for kind, implementation in (("ours", "fastgpt"), ("sdpa", "sdpa")):
+    for kind, implementation in (("ours", "fastgpt"), ("sdpa", "sdpa"), ("no attention", "no attention")):
         torch.manual_seed(0)
         model = cls._from_config(cls.config_class(**config), attn_implementation=implementation)
         pair[kind] = model.to(DEVICE, DTYPE).eval()
-    pair["ours"].load_state_dict(pair["sdpa"].state_dict(), assign=True)
+        if kind != "ours":
+            model.load_state_dict(pair["ours"].state_dict(), assign=True)
     return pair
 
 
@@ -91,6 +108,7 @@ def test_generation(benchmark, name, batch, T, side):
     }
     ours, others = ways.pop("ours"), ways
     assert all(torch.equal(ours(), other()) for other in others.values())
+    others["no attention"] = functools.partial(generate, "no attention", NoCache)
     in_turns(benchmark, ours, others, rounds=ROUNDS, calls=1, info=about("generation", name, batch, T, side))
 
 
@@ -104,7 +122,7 @@ def test_forward(benchmark, name, batch, T, side):
     pair, arguments = models(name), prompts(name, batch, T, side)
     ways = {kind: functools.partial(model, **arguments) for kind, model in pair.items()}
     real = arguments["attention_mask"].bool()
-    states = [way()[0][real] for way in ways.values()]
+    states = [ways[kind]()[0][real] for kind in ("ours", "sdpa")]
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-3 if DTYPE == torch.float32 else 0.1)
     in_turns(benchmark, ways.pop("ours"), ways, info=about("forward", name, batch, T, side))
 
