@@ -48,7 +48,8 @@ void check_pages(const Attention& args, int64_t pages) {
 void run_tasks(const AttentionForward& args, int64_t D) {
   const int64_t floats = FASTGPT_AT_CPU_LEVEL(attention_workspace)(D, args.group), splits = args.splits();
   const auto tasks = [&](auto kernel, int64_t count, int64_t keys) {
-    const int64_t work = 2 * D * keys * std::min(args.H / args.H_kv * args.T, args.group * kBlockM) + 1;
+    const int64_t rows = std::min(args.H / args.H_kv * args.T, args.group * kBlockM);
+    const int64_t work = kAttentionGrains * 2 * D * keys * rows + 1;
     for_tasks(count, work, [&](int64_t begin, int64_t end) { kernel(args, begin, end, workspace(floats)); });
   };
   tasks(FASTGPT_AT_CPU_LEVEL(attention_forward), args.tasks(), splits > 1 ? kSplit : args.S);

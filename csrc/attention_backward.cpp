@@ -73,7 +73,7 @@ void run_heads(const AttentionBackward& args) {
   const int64_t size = FASTGPT_AT_CPU_LEVEL(attention_backward_workspace)(args);
   const int64_t batches = args.batch_tasks(), heads = args.head_tasks(), tasks = batches * heads;
   if (tasks == 0) return;
-  const int64_t work = 5 * args.B * args.H * args.T * args.S * args.D / tasks + 1;
+  const int64_t work = kAttentionGrains * 5 * args.B * args.H * args.T * args.S * args.D / tasks + 1;
   const int64_t threads = torch::stable::get_num_threads();
   if (tasks < threads && work > kGrain && !args.dbias.data) {
     const Scratch memory = scratch(keys_size + threads * size);
