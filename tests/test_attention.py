@@ -379,6 +379,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_is_linear_in_the_number_of_tokens():
     """Forward and backward take 1.5 times what inputs, outputs and gradients do, where scores alone would take 4 GiB."""

@@ -55,6 +55,7 @@ def test_cuda_library_is_there_exactly_when_reported():
 PRINT_LEVEL = "import fastgpt; print(fastgpt._C.build_info()['cpu_level'])"
 
 
+@pytest.mark.slow
 def test_cpu_level_can_be_forced_downwards():
     # Of the levels up to the one that this CPU got by default, each is supported.
     info = _C.build_info()

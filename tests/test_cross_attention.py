@@ -137,6 +137,7 @@ def test_another_mixture_is_saved_as_our_own(tmp_path):
     assert again.config == model.config and torch.equal(again(ids, context=states), model(ids, context=states))
 
 
+@pytest.mark.slow
 def test_an_encoder_and_a_decoder_learn_to_reverse_strings():
     """Strings of 4 to 6 of 8 letters: the decoder sees nothing of them but what it attends to."""
     torch.manual_seed(0)

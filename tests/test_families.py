@@ -221,6 +221,7 @@ print((resident("VmHWM") - before) / weights)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measuring peak memory needs Linux's /proc")
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_peak_memory_of_loading(family, folders, tmp_path):

@@ -37,6 +37,7 @@ def test_cached_and_uncached_tokens_are_identical(layers, heads, width, batch, p
         assert len(cached[:, prompt:].unique()) > 3  # a model stuck on a token or two would prove little
 
 
+@pytest.mark.slow
 def test_shipped_model_generates_300_identical_tokens():
     model = GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
     tokenizer = Tokenizer.load(SHIPPED_MODEL / "tokenizer.json")

@@ -49,6 +49,7 @@ def test_whatever_a_part_does_the_others_run(tmp_path):
     assert len(rows) == 6 and rows[-1].split() == ["works", "ok", *rows[-1].split()[2:4], "all", "is", "fine"]
 
 
+@pytest.mark.slow
 def test_what_hangs_is_ended_with_its_children_and_its_output_is_kept(tmp_path):
     parts = {"hangs": (HANGS, 0.1), "is deaf": (DEAF, 0.1), "has a child": (WITH_CHILD, 0.1), "works": (FINE, 0.1)}
     start = time.monotonic()
@@ -70,6 +71,7 @@ def test_a_child_that_outlives_its_part_is_ended(tmp_path):
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
+@pytest.mark.slow
 def test_a_part_may_use_all_but_what_later_ones_were_granted(tmp_path):
     parts = {"first": (HANGS, 0.1), "second": (HANGS, 0.3), "cannot run": (FINE, 0.5, {}, "needs a GPU"), "third": (FINE, 0.2)}
     results = run(tmp_path, parts, seconds=5.0)
@@ -126,6 +128,7 @@ def test_exit_status(code, status, tmp_path):
     assert run.returncode == status, run.stdout + run.stderr
 
 
+@pytest.mark.slow
 def test_what_is_interrupted_has_the_grace_to_write_what_it_has(tmp_path):
     code = (
         "import time, pathlib\ntry:\n    time.sleep(1000)\n"

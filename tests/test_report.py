@@ -212,6 +212,7 @@ def test_after(benchmark):
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_what_was_finished(monkeypatch, tmp_path):
     monkeypatch.setattr(driver, "HERE", tmp_path / "suites")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

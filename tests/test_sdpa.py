@@ -136,6 +136,9 @@ def test_results_and_gradients_are_pytorchs(case, dtype, device):
     theirs = with_gradients(F.scaled_dot_product_attention, arguments, options)
     ours = with_gradients(scaled_dot_product_attention, arguments, options)
     for name, actual, exact, low in zip(("out", "dquery", "dkey", "dvalue", "dmask"), ours, oracle, theirs):
+        if name == "dmask" and exact.abs().max() < 1e-12:  # what is added to whole rows cancels: rounding is all there is
+            assert actual.abs().max() < 1e-5
+            continue
         k = numerics.FORWARD if name == "out" else numerics.BACKWARD
         numerics.check(actual, exact, low, dtype=dtype, k=k, name=name)
     for actual, expected in zip(with_gradients(switched_on, arguments, options), ours):

@@ -253,6 +253,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_generates_and_resumes(text_file, tmp_pa
     assert 0 < stopped < 100000
 
 
+@pytest.mark.slow
 def test_resuming_on_the_command_line(text_file, tmp_path):
     out = tmp_path / "run"
     start = command("--text", text_file, "--out", out, *SMALL, "--steps", 4)

@@ -201,6 +201,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "bart"])
 def test_ways_to_generate(name, way):

@@ -21,6 +21,7 @@ def registered():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERVED)
 def test_outputs_and_gradients(name):
     for padding in (None, *ARCHITECTURES[name].padding):
@@ -38,6 +39,7 @@ def test_greedy_tokens(name, padding):
     assert agreement(name, padding) == {"dynamic": True, "static": True, "ours": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name):
     for padding in (None, "right"):

@@ -445,7 +445,8 @@ def test_capture_in_a_cuda_graph():
     assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse)
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["not slow", "slow"])
 @starts_the_interpreter
 def test_under_the_interpreter(which):
     assert passed(__file__, which) >= len(CASES)
