@@ -286,6 +286,9 @@ struct Right {
 };
 
 constexpr int64_t kStep = 2, kPanel = kTileVectors * kWidth;
+// Of a long sum so many products are added up at a time, and then these: one after the other they would err more than the
+// reference's do.
+constexpr int64_t kPiece = 32;
 
 constexpr int pieces_of(Element) { return 3; }
 constexpr int64_t operand_size(int64_t n, int64_t K) { return n * K; }
@@ -313,8 +316,12 @@ inline void store_rows(const Right& right, int64_t k, int64_t j, Vector a, Vecto
 
 inline void multiply(
     const Left& left, const Right& right, int64_t rows, int64_t columns, int64_t K, float* c, int64_t stride) {
-  multiply<kTileRows, kTileVectors>(
-      rows, columns / kWidth, left.data, left.row, left.k, right.data, right.k, c, stride, K, false);
+  for (int64_t k = 0; k < K; k += kPiece) {
+    const Left a = left.from(0, k);
+    const Right b = right.from(k, 0);
+    multiply<kTileRows, kTileVectors>(
+        rows, columns / kWidth, a.data, a.row, a.k, b.data, b.k, c, stride, smaller(K - k, kPiece), k > 0);
+  }
 }
 
 inline void multiply_add(
