@@ -7,7 +7,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from benchmarks.pages import PLOTS, about, figures, median, named, of_first
+from benchmarks.pages import PLOTS, about, figures, median, named, of_first, tokens_per_second
 
 OURS, LIMIT, INK, FAINT = "#0969da", "#6e7781", "#1f2328", "#d0d7de"
 OTHERS = ("#d1661a", "#1a7f64", "#a13ea1", "#a8841a", "#c4314b")  # a colour for each family of peers
@@ -135,6 +135,46 @@ def cached_against_uncached(result: dict):
     return figure
 
 
+def decoding(result: dict):
+    """Tokens per second: by what a step reads, with the line of reading it once; and of batches."""
+    cases = sorted(result["decoding"], key=lambda case: case["bytes"])
+    single, batches = ([case for case in cases if (case["batch"] == 1) == alone] for alone in (True, False))
+    rate = statistics.median(case["limit_bytes"] / median(case, case["limit"]) for case in cases)  # bytes/µs
+    panels = [part for part in (single, batches) if part]
+    figure, axes = card(result, "Decoding, whole steps: tokens per second", len(panels), 3.8)
+    colours = {"ours": OURS}
+    for axis, part in zip(axes, panels):
+        names = list(dict.fromkeys(name for case in part for name in case["microseconds"] if name != case["limit"]))
+        for i, name in enumerate(names):
+            colour = colours.setdefault(name, OTHERS[(len(colours) - 1) % len(OTHERS)])
+            timed = [(place, case) for place, case in enumerate(part) if name in case["microseconds"]]
+            rates = [tokens_per_second(case, name) for _, case in timed]
+            if part is single:
+                look = {"linewidth": 2.6, "zorder": 3} if name == "ours" else {}
+                axis.plot([case["bytes"] / 1e9 for _, case in timed], rates, MARKERS[i % len(MARKERS)] + "-", color=colour, label=shown(name), **look)
+            else:
+                height = 0.84 / len(names)
+                places = [place + (i - (len(names) - 1) / 2) * height for place, _ in timed]
+                axis.barh(places, rates, 0.92 * height, color=colour, label=shown(name))
+        if part is single:
+            sizes = [case["bytes"] for case in part]
+            ends = min(sizes) / 1.3, max(sizes) * 1.3
+            axis.plot([size / 1e9 for size in ends], [1e6 * rate / size for size in ends], ":", color=LIMIT, label="reading once")
+            axis.set(xscale="log", yscale="log", xlabel="GB that a step reads", title="batch 1")
+            axis.set_xticks([size / 1e9 for size in sizes], [f"{named(case['model'])}\n{case['bytes'] / 1e9:.2g}" for case in part], fontsize=7)
+            axis.minorticks_off()
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        else:
+            for place, case in enumerate(part):
+                limit = case["batch"] * 1e6 * rate / case["bytes"]
+                axis.plot([limit, limit], [place - 0.45, place + 0.45], ":", color=LIMIT, label="reading once" if place == 0 else None)
+            labels = [f"{named(case['model'])}\nbatch {case['batch']}, {case['context']:,}" for case in part]
+            axis.set(yticks=range(len(part)), yticklabels=labels, ylim=(len(part) - 0.5, -0.5), title="batches, tokens of context")
+            axis.grid(visible=False)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7)
+    return figure
+
+
 def against_peers(result: dict):
     """Tokens per second by context, a panel for each size of weights, with what reading them once allows."""
     cases = sorted(of_first(result["decode"]), key=lambda case: case["context"])
@@ -240,5 +280,5 @@ def shown(name: str) -> str:
 
 FUNCTIONS = {
     function.__name__: function
-    for function in (cached_against_uncached, against_peers, attention, attention_over_caches, cache_update, kinds_of_cache)
+    for function in (decoding, cached_against_uncached, against_peers, attention, attention_over_caches, cache_update, kinds_of_cache)
 }

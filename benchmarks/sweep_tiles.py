@@ -1,15 +1,30 @@
 """Tiles of the Triton attention kernels: which fit, and on a GPU which are fastest. The tables in fastgpt/kernels come from it.
 
-python -m benchmarks.sweep_tiles                      on a GPU: times what fits, writes results/<machine>/tiles.json
+python -m benchmarks.sweep_tiles [--minutes 9]        on a GPU: times what fits, writes results/<machine>/tiles.json
 python -m benchmarks.sweep_tiles --arch 90            anywhere: registers, spilled bytes and shared memory of each tile
 python -m benchmarks.sweep_tiles --arch 90 --first    the largest tile that fits, of each table and head dim
+
+On a GPU it ends when the minutes are over: what most models use comes first, heads of 128 and 64 in 16 bits, forward before
+backward; of each the tile that ships and those that differ little from it, and the others when all tables have those. After every tile, the file has all that are
+timed so far, and the command; tables that were not reached are named in it. It goes under benchmarks/results, to be
+committed; with the variable FASTGPT_RESULTS under that folder. Tiles are compiled ahead by as many processes as there are
+cores.
 
 A tile fits if no kernel that ships with it, of those under the most register pressure, spills or asks for more shared
 memory than there is.
 """
 
 import argparse
+import contextlib
+import functools
 import itertools
+import math
+import os
+import shlex
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from multiprocessing import get_context
 
 import torch
 import triton
@@ -33,6 +48,7 @@ def candidates():
     return [Tile(m, n, warps, stages) for (m, n) in sizes for stages in (4, 3, 2, 1) for warps in (4, 8)]
 
 
+@functools.cache
 def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
     """The kernels that decide whether a tile fits, as machine_code.demanding gives them."""
     chosen = []
@@ -83,6 +99,67 @@ def seconds(table: str, key: tuple[int, int], tile: Tile, arch: int) -> float:
         backward._constants.cache_clear()
 
 
+def tables(asked: list[str] | None, head_dims: list[int] | None, sizes: list[int] | None) -> list[tuple[str, tuple[int, int]]]:
+    """(table, (head dim, bytes of an element)): what most models use comes first."""
+    chosen = [
+        (table, key)
+        for table, key in itertools.product(asked or TABLES, forward.TILES)
+        if key[0] in (head_dims or (key[0],)) and key[1] in (sizes or (key[1],))
+    ]
+    usual = {128: 0, 64: 1, 256: 2, 32: 3, 16: 4}
+    rich = {name: "rich" in name for name in TABLES}
+    return sorted(chosen, key=lambda x: (x[1][1] == 4, rich[x[0]], usual[x[1][0]] // 2, list(TABLES).index(x[0]), usual[x[1][0]]))
+
+
+def distance(tile: Tile, other: Tile) -> float:
+    """In how many doublings and stages two tiles differ."""
+    sizes = sum(abs(math.log2(a / b)) for a, b in zip(tile[:3], other[:3]))
+    return sizes + abs(tile.num_stages - other.num_stages)
+
+
+def jobs_of(chosen: list, arch: int) -> list[tuple[str, tuple[int, int], Tile]]:
+    """(table, key, tile), the most telling first."""
+    jobs = []
+    for place, (table, key) in enumerate(chosen):
+        ships = TABLES[table][key][ARCHITECTURES.index(arch)]
+        far = {tile: distance(tile, ships) for tile in candidates()}
+        jobs += [((far[tile] > 2, place, far[tile]), table, key, tile) for tile in far]
+    return [job for _, *job in sorted(jobs, key=lambda job: job[0])]
+
+
+def fit_of(table: str, key: tuple[int, int], tile: Tile, arch: int) -> tuple[bool, str]:
+    return fit(tile, kernels_of(table, key, arch), arch)
+
+
+def sweep(chosen: list, arch: int, minutes: float, store) -> None:
+    """Times tiles until the minutes are over. store: takes what there is so far."""
+    end, results, reached = time.monotonic() + 60 * minutes, [], set()
+    command = shlex.join(["python", "-m", "benchmarks.sweep_tiles", *sys.argv[1:]])
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        jobs = [(table, key, tile, pool.submit(fit_of, table, key, tile, arch)) for table, key, tile in jobs_of(chosen, arch)]
+        for table, key, tile, fits in jobs:
+            try:
+                well, what = fits.result(max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                break
+            ships = tile == TABLES[table][key][ARCHITECTURES.index(arch)]
+            row = {"table": table, "head dim": key[0], "bytes": key[1], "tile": list(tile), "ships": ships, "fits": what}
+            if well:
+                try:
+                    row["seconds"] = seconds(table, key, tile, arch)
+                except Exception as error:  # one that fits and does not run is a finding, and others may run
+                    row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            results.append(row)
+            reached.add((table, key))
+            print(*row.values(), sep="\t", flush=True)
+            unreached = [f"{table}, heads of {key[0]}, {key[1]} bytes" for table, key in chosen if (table, key) not in reached]
+            with contextlib.redirect_stdout(None):
+                store({"command": command, "not reached": unreached, "tiles": results})
+            if time.monotonic() > end:
+                break
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="compile for it instead of timing")
@@ -90,30 +167,26 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, choices=(16, 32, 64, 128, 256), action="append", help="default: all")
     parser.add_argument("--bytes", type=int, choices=(2, 4), action="append", help="of an element; default: both")
     parser.add_argument("--first", action="store_true", help="stop at the first that fits")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of timing; default: %(default)s")
     args = parser.parse_args()
-    if args.arch is None and not torch.cuda.is_available():
-        parser.error("--arch: expected, as there is no GPU here to time on")
-    arch = args.arch or architecture(torch.device("cuda"))
-    results = []
-    for table, key in itertools.product(args.table or TABLES, forward.TILES):
-        if key[0] not in (args.head_dim or (key[0],)) or key[1] not in (args.bytes or (key[1],)):
-            continue
-        kernels = kernels_of(table, key, arch)
-        ships = TABLES[table][key][ARCHITECTURES.index(arch)]
+    chosen = tables(args.table, args.head_dim, args.bytes)
+    if args.arch is None:
+        if not torch.cuda.is_available():
+            parser.error("--arch: expected, as there is no GPU here to time on")
+        from benchmarks.report import machine, store
+
+        about = machine()
+        sweep(chosen, architecture(torch.device("cuda")), args.minutes, lambda result: store("tiles", result, about))
+        return
+    for table, key in chosen:
+        kernels = kernels_of(table, key, args.arch)
+        ships = TABLES[table][key][ARCHITECTURES.index(args.arch)]
         for tile in candidates():
-            fits, what = fit(tile, kernels, arch)
-            row = {"table": table, "head dim": key[0], "bytes": key[1], "tile": list(tile), "ships": tile == ships, "fits": what}
-            if fits and args.arch is None:
-                row["seconds"] = seconds(table, key, tile, arch)
+            fits, what = fit(tile, kernels, args.arch)
             if fits or not args.first:
-                results.append(row)
-                print(*row.values(), sep="\t", flush=True)
+                print(table, *key, list(tile), tile == ships, what, sep="\t", flush=True)
             if fits and args.first:
                 break
-    if args.arch is None:
-        from benchmarks.report import store
-
-        store("tiles", {"tiles": results})
 
 
 if __name__ == "__main__":
