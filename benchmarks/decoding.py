@@ -1,4 +1,4 @@
-"""Decoding at the sizes that people run, on a GPU: by ours and by transformers, with the same random weights in the same memory.
+"""Decoding at the sizes that people run, on a GPU: by ours and by transformers, with the same random weights.
 
 What is timed is whole steps, choosing the token included, as the clock goes: ours from one wait for the GPU to the next,
 `generate.stream`'s CUDA graph in between; transformers', which waits for the GPU at every step, from one token that it hands
@@ -31,13 +31,16 @@ SHAPES = {
     "gpt2-124m": GPTConfig(50257, context_length=1024, num_layers=12, num_heads=12, hidden_size=768),
     "gpt2-xl": GPTConfig(50257, context_length=1024, num_layers=48, num_heads=25, hidden_size=1600),
     "llama-1b": GPTConfig(
-        num_layers=16, hidden_size=2048, intermediate_size=8192, rope=Rope(64, factor=32.0, **LLAMA3), tie_embeddings=True, **LLAMA
+        num_layers=16, hidden_size=2048, intermediate_size=8192, tie_embeddings=True, rope=Rope(64, factor=32.0, **LLAMA3),
+        **LLAMA,
     ),
     "llama-8b": GPTConfig(
-        num_layers=32, hidden_size=4096, intermediate_size=14336, rope=Rope(128, factor=8.0, **LLAMA3), tie_embeddings=False, **LLAMA
+        num_layers=32, hidden_size=4096, intermediate_size=14336, tie_embeddings=False, rope=Rope(128, factor=8.0, **LLAMA3),
+        **LLAMA,
     ),
 }  # fmt: skip
-DYNAMIC, COMPILED, FLASH = "transformers, dynamic cache", "transformers, static cache, compiled", "transformers, flash_attention_2"
+DYNAMIC = "transformers, dynamic cache"  # with sdpa, its default, which picks PyTorch's flash attention where that serves
+COMPILED, FLASH = "transformers, static cache, compiled", "transformers, flash_attention_2"
 CASES = {  # (model, batch, tokens of the prompt) -> what is aimed at, the most telling case first
     ("gpt2-124m", 1, 128): {"tokens_per_second": 5000, "on": "H200", "times": {DYNAMIC: 10, COMPILED: 2}},
     ("llama-8b", 1, 128): {"of_limit": 0.85},
@@ -55,9 +58,9 @@ def shape(name: str) -> GPTConfig:
     config = SHAPES[name]
     if not tiny():
         return config
-    heads = {"num_heads": 4, "num_kv_heads": 4 * config.num_kv_heads // config.num_heads, "head_dim": 16, "hidden_size": 64}
-    rope = config.rope and dataclasses.replace(config.rope, dim=16)
-    return dataclasses.replace(config, vocab_size=97, context_length=256, num_layers=2, intermediate_size=128, rope=rope, **heads)
+    heads = {"num_heads": 4, "num_kv_heads": 4 * config.num_kv_heads // config.num_heads, "head_dim": 16}
+    sizes = {"vocab_size": 97, "context_length": 256, "num_layers": 2, "hidden_size": 64, "intermediate_size": 128}
+    return dataclasses.replace(config, rope=config.rope and dataclasses.replace(config.rope, dim=16), **heads, **sizes)
 
 
 @torch.no_grad()
@@ -89,7 +92,9 @@ def ours(model: GPT, prompt: torch.Tensor, batch: int, **rules) -> tuple[Callabl
 
 
 @torch.inference_mode()
-def theirs(model, prompt: torch.Tensor, batch: int, implementation: str = "sdpa", **options) -> tuple[list[float], list[list[int]]]:
+def theirs(
+    model, prompt: torch.Tensor, batch: int, implementation: str = "sdpa", **options
+) -> tuple[list[float], list[list[int]]]:
     """The seconds of a step in each round of transformers' `generate`, and the tokens of the first steps."""
     import transformers
 

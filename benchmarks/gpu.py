@@ -67,19 +67,25 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
     tiny = {"FASTGPT_BENCH_TINY": "1"} if dry_run else {}
     stores = {"FASTGPT_RESULTS": str(out / "results")}
     untimed = "" if importlib.util.find_spec("pytest_benchmark") else "pytest-benchmark is not installed"
-    bench = [*test, *["-p", "benchmarks.first_only"] * dry_run, "--benchmark-only", "--benchmark-quiet", "-rs"]
+    bench = [*test, "--benchmark-only", "--benchmark-quiet", "-rs"]
+    little = {"generate": ["-k", "gpt2-124m"]}  # of a suite in a dry run
     few = ["tests/test_numerics.py", "tests/test_page_allocator.py", "tests/test_imports.py"] if dry_run else ["tests"]
     device = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'; print(torch.cuda.get_device_name())"
     condense = 'exec "$0" -m benchmarks.report "$1"/benchmark_*.json'
+    build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     return [
-        Part("build", [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."], 0.3 if dry_run else 0.13),
+        Part("build", build, 0.3 if dry_run else 0.14),
         Part("device", [python, "-c", device], 0.02, missing="needs a GPU" if dry_run else ""),
         Part("info", [python, "-m", "fastgpt", "info"], 0.02),
         Part("sanitizer", [python, "-m", "benchmarks.sanitizer"], 0.08, missing=sanitizer.missing()),
         Part("GPU tests", [*test, *parallel, "-m", "gpu", "tests"], 0.1 if dry_run else 0.18, threads),
         *(
             Part(
-                f"benchmark {suite}", [*bench, f"benchmarks/test_{suite}.py", f"--benchmark-json={out}/benchmark_{suite}.json"],
+                f"benchmark {suite}",
+                [
+                    *bench, *little.get(suite, ["-p", "benchmarks.first_only"]) * dry_run, f"benchmarks/test_{suite}.py",
+                    f"--benchmark-json={out}/benchmark_{suite}.json",
+                ],
                 0.05 if dry_run else SUITES.get(suite, 0.02), tiny, missing=untimed,
             )
             for suite in suites()

@@ -17,7 +17,7 @@ SUITES = {  # in the order of a page
     "integrations": "In models of transformers",
 }  # fmt: skip
 PLOTS = {  # name -> suite, the cases that it needs, what it shows
-    "decoding": ("generate", "decoding", "Tokens per second by size of the model and of the batch, beside transformers and reading memory"),
+    "decoding": ("generate", "decoding", "Tokens per second by model and batch, beside transformers and the limit of memory"),
     "cached_against_uncached": ("generate", "cached against uncached", "Time of a token by context, cached and uncached"),
     "against_peers": ("generate", "decode", "Tokens per second by context, beside other libraries and the limits of memory"),
     "attention": ("attention", "prefill", "Rate of causal attention by length, beside others and a matrix product"),
@@ -155,10 +155,11 @@ def decoding(result: dict) -> str:
         aims = case["targets"]
         where = f" on an {aims['on']}" if "on" in aims else ""
         own = f"**{tokens_per_second(case):,.0f}**" + aim(aims, "tokens_per_second", "{:,}" + where)
-        times = [ratio(case, name) + (aim(aims["times"], name, "{}x") if name in aims.get("times", {}) else "") for name in names]
+        times = [ratio(case, name) + aim(aims.get("times", {}), name, "{}x") for name in names]
         label = f"{named(case['model'])}, batch {case['batch']}, {case['context']:,} tokens"
         rows.append([label, own, of_limit(case) + aim(aims, "of_limit", "{:.0%}"), *times])
-    notes = [f"In parentheses what is aimed at. {cases[0]['dtype']}, random weights; limit: reading the weights and the cache once."]
+    notes = ["In parentheses what is aimed at. Random weights in {dtype}; the limit is to read them and the cache once."]
+    notes[0] = notes[0].format(**cases[0])
     absent = [(name, why) for case in cases for name, why in case["absent"].items()]
     notes += [f"–: {listed(absent)}."] * bool(absent)
     return with_notes(table(["whole steps", "tokens/s", "of the limit", *names], rows), result, *notes)

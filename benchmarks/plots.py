@@ -138,40 +138,45 @@ def cached_against_uncached(result: dict):
 def decoding(result: dict):
     """Tokens per second: by what a step reads, with the line of reading it once; and of batches."""
     cases = sorted(result["decoding"], key=lambda case: case["bytes"])
-    single, batches = ([case for case in cases if (case["batch"] == 1) == alone] for alone in (True, False))
+    panels = [part for part in ([c for c in cases if c["batch"] == 1], [c for c in cases if c["batch"] > 1]) if part]
     rate = statistics.median(case["limit_bytes"] / median(case, case["limit"]) for case in cases)  # bytes/µs
-    panels = [part for part in (single, batches) if part]
-    figure, axes = card(result, "Decoding, whole steps: tokens per second", len(panels), 3.8)
-    colours = {"ours": OURS}
+    figure, axes = card(result, "Decoding: tokens per second, whole steps", len(panels), 4.2)
+    names = list(dict.fromkeys(name for case in cases for name in case["microseconds"] if name != case["limit"]))
+    looks = dict(zip(names, zip([OURS, *OTHERS], MARKERS)))
     for axis, part in zip(axes, panels):
-        names = list(dict.fromkeys(name for case in part for name in case["microseconds"] if name != case["limit"]))
-        for i, name in enumerate(names):
-            colour = colours.setdefault(name, OTHERS[(len(colours) - 1) % len(OTHERS)])
-            timed = [(place, case) for place, case in enumerate(part) if name in case["microseconds"]]
-            rates = [tokens_per_second(case, name) for _, case in timed]
-            if part is single:
-                look = {"linewidth": 2.6, "zorder": 3} if name == "ours" else {}
-                axis.plot([case["bytes"] / 1e9 for _, case in timed], rates, MARKERS[i % len(MARKERS)] + "-", color=colour, label=shown(name), **look)
+        single = part[0]["batch"] == 1
+        timed = {name: [(i, case) for i, case in enumerate(part) if name in case["microseconds"]] for name in names}
+        timed = {name: places for name, places in timed.items() if places}
+        for i, (name, places) in enumerate(timed.items()):
+            rates, (colour, marker) = [tokens_per_second(case, name) for _, case in places], looks[name]
+            if single:
+                axis.plot([case["bytes"] / 1e9 for _, case in places], rates, f"{marker}-", color=colour, label=shown(name))
             else:
-                height = 0.84 / len(names)
-                places = [place + (i - (len(names) - 1) / 2) * height for place, _ in timed]
-                axis.barh(places, rates, 0.92 * height, color=colour, label=shown(name))
-        if part is single:
-            sizes = [case["bytes"] for case in part]
-            ends = min(sizes) / 1.3, max(sizes) * 1.3
-            axis.plot([size / 1e9 for size in ends], [1e6 * rate / size for size in ends], ":", color=LIMIT, label="reading once")
-            axis.set(xscale="log", yscale="log", xlabel="GB that a step reads", title="batch 1")
-            axis.set_xticks([size / 1e9 for size in sizes], [f"{named(case['model'])}\n{case['bytes'] / 1e9:.2g}" for case in part], fontsize=7)
+                height = 0.84 / len(timed)
+                heights = [row + (i - (len(timed) - 1) / 2) * height for row, _ in places]
+                axis.barh(heights, rates, 0.92 * height, color=colour, label=shown(name))
+                for at, value in zip(heights, rates):
+                    axis.annotate(f"{value:,.0f}", (value, at), (4, 0), textcoords="offset points", fontsize=7, va="center")
+        limits = [case["batch"] * 1e6 * rate / case["bytes"] for case in part]
+        label = "reading weights and cache once"
+        if single:
+            sizes = [case["bytes"] / 1e9 for case in part]
+            axis.plot(sizes, limits, ":", color=LIMIT, label=label)
+            axis.set(xscale="log", yscale="log", title="batch 1, by GB that a step reads")
+            # Every second name is below the others: some models are of nearly the same size.
+            ticks = [f"{named(case['model'])}\n{size:.2g}" for case, size in zip(part, sizes)]
+            axis.set_xticks(sizes, ["\n\n" * (i % 2) + tick for i, tick in enumerate(ticks)], fontsize=7)
             axis.minorticks_off()
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         else:
-            for place, case in enumerate(part):
-                limit = case["batch"] * 1e6 * rate / case["bytes"]
-                axis.plot([limit, limit], [place - 0.45, place + 0.45], ":", color=LIMIT, label="reading once" if place == 0 else None)
-            labels = [f"{named(case['model'])}\nbatch {case['batch']}, {case['context']:,}" for case in part]
-            axis.set(yticks=range(len(part)), yticklabels=labels, ylim=(len(part) - 0.5, -0.5), title="batches, tokens of context")
+            rows = range(len(part))
+            axis.vlines(limits, [row - 0.45 for row in rows], [row + 0.45 for row in rows], LIMIT, ":", label=label)
+            ticks = [f"{named(case['model'])}\nbatch {case['batch']}" for case in part]
+            contexts = ", ".join(f"{context:,}" for context in sorted({case["context"] for case in part}))
+            axis.set(yticks=rows, yticklabels=ticks, ylim=(len(part) - 0.5, -0.5), title=f"{contexts} tokens of context")
             axis.grid(visible=False)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7)
+            axis.margins(x=0.12)
+        (axis.yaxis if single else axis.xaxis).set_major_formatter("{x:,.0f}")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.27 if single else -0.14), ncols=2, fontsize=7)
     return figure
 
 
@@ -280,5 +285,7 @@ def shown(name: str) -> str:
 
 FUNCTIONS = {
     function.__name__: function
-    for function in (decoding, cached_against_uncached, against_peers, attention, attention_over_caches, cache_update, kinds_of_cache)
+    for function in (
+        decoding, cached_against_uncached, against_peers, attention, attention_over_caches, cache_update, kinds_of_cache,
+    )  # fmt: skip
 }

@@ -1,14 +1,14 @@
 """Tiles of the Triton attention kernels: which fit, and on a GPU which are fastest. The tables in fastgpt/kernels come from it.
 
-python -m benchmarks.sweep_tiles [--minutes 9]        on a GPU: times what fits, writes results/<machine>/tiles.json
+python -m benchmarks.sweep_tiles --minutes 9          on a GPU: times what fits, writes results/<machine>/tiles.json
 python -m benchmarks.sweep_tiles --arch 90            anywhere: registers, spilled bytes and shared memory of each tile
 python -m benchmarks.sweep_tiles --arch 90 --first    the largest tile that fits, of each table and head dim
 
-On a GPU it ends when the minutes are over: what most models use comes first, heads of 128 and 64 in 16 bits, forward before
-backward; of each the tile that ships and those that differ little from it, and the others when all tables have those. After every tile, the file has all that are
-timed so far, and the command; tables that were not reached are named in it. It goes under benchmarks/results, to be
-committed; with the variable FASTGPT_RESULTS under that folder. Tiles are compiled ahead by as many processes as there are
-cores.
+On a GPU it ends when the minutes are over. What most models use comes first: heads of 128 and 64 in 16 bits, forward before
+backward; of each table the tile that ships and those that differ little from it, and the others when all tables have those.
+After every tile, the file has all that are timed so far, the command, and the tables that were not reached. It goes under
+benchmarks/results, to be committed; with the variable FASTGPT_RESULTS under that folder. As many processes as there are
+cores compile ahead.
 
 A tile fits if no kernel that ships with it, of those under the most register pressure, spills or asks for more shared
 memory than there is.
@@ -23,8 +23,10 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from multiprocessing import get_context
+from typing import NamedTuple
 
 import torch
 import triton
@@ -99,16 +101,28 @@ def seconds(table: str, key: tuple[int, int], tile: Tile, arch: int) -> float:
         backward._constants.cache_clear()
 
 
+class Job(NamedTuple):
+    """A tile to be timed: what is stored of it, a function of what to find out whether it fits, and one that times it."""
+
+    row: dict
+    fit: tuple  # function, argument, ...; for another process
+    seconds: Callable[[], float]
+
+
 def tables(asked: list[str] | None, head_dims: list[int] | None, sizes: list[int] | None) -> list[tuple[str, tuple[int, int]]]:
     """(table, (head dim, bytes of an element)): what most models use comes first."""
+    usual = {128: 0, 64: 1, 256: 2, 32: 3, 16: 4}
     chosen = [
         (table, key)
         for table, key in itertools.product(asked or TABLES, forward.TILES)
         if key[0] in (head_dims or (key[0],)) and key[1] in (sizes or (key[1],))
     ]
-    usual = {128: 0, 64: 1, 256: 2, 32: 3, 16: 4}
-    rich = {name: "rich" in name for name in TABLES}
-    return sorted(chosen, key=lambda x: (x[1][1] == 4, rich[x[0]], usual[x[1][0]] // 2, list(TABLES).index(x[0]), usual[x[1][0]]))
+
+    def rank(entry):
+        table, (head_dim, size) = entry
+        return size == 4, "rich" in table, usual[head_dim] > 1, list(TABLES).index(table), usual[head_dim]
+
+    return sorted(chosen, key=rank)
 
 
 def distance(tile: Tile, other: Tile) -> float:
@@ -117,44 +131,49 @@ def distance(tile: Tile, other: Tile) -> float:
     return sizes + abs(tile.num_stages - other.num_stages)
 
 
-def jobs_of(chosen: list, arch: int) -> list[tuple[str, tuple[int, int], Tile]]:
-    """(table, key, tile), the most telling first."""
+def jobs_of(chosen: list, arch: int) -> list[Job]:
+    """The most telling first."""
     jobs = []
     for place, (table, key) in enumerate(chosen):
         ships = TABLES[table][key][ARCHITECTURES.index(arch)]
-        far = {tile: distance(tile, ships) for tile in candidates()}
-        jobs += [((far[tile] > 2, place, far[tile]), table, key, tile) for tile in far]
-    return [job for _, *job in sorted(jobs, key=lambda job: job[0])]
+        for tile in candidates():
+            row = {"table": table, "head dim": key[0], "bytes": key[1], "tile": list(tile), "ships": tile == ships}
+            job = Job(row, (fit_of, table, key, tile, arch), functools.partial(seconds, table, key, tile, arch))
+            jobs.append(((distance(tile, ships) > 2, place, distance(tile, ships)), job))
+    return [job for _, job in sorted(jobs, key=lambda ranked: ranked[0])]
 
 
 def fit_of(table: str, key: tuple[int, int], tile: Tile, arch: int) -> tuple[bool, str]:
     return fit(tile, kernels_of(table, key, arch), arch)
 
 
-def sweep(chosen: list, arch: int, minutes: float, store) -> None:
+def sweep(jobs: list[Job], minutes: float, store: Callable[[dict], object]) -> None:
     """Times tiles until the minutes are over. store: takes what there is so far."""
-    end, results, reached = time.monotonic() + 60 * minutes, [], set()
+
+    def place(row):
+        of_tile = ("tile", "ships", "fits", "seconds", "problem")
+        return ", ".join(f"{name} {value}" for name, value in row.items() if name not in of_tile)
+
+    end, results = time.monotonic() + 60 * minutes, []
     command = shlex.join(["python", "-m", "benchmarks.sweep_tiles", *sys.argv[1:]])
+    unreached = dict.fromkeys(place(job.row) for job in jobs)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        jobs = [(table, key, tile, pool.submit(fit_of, table, key, tile, arch)) for table, key, tile in jobs_of(chosen, arch)]
-        for table, key, tile, fits in jobs:
+        for job, fits in [(job, pool.submit(*job.fit)) for job in jobs]:
             try:
                 well, what = fits.result(max(0.0, end - time.monotonic()))
             except TimeoutError:
                 break
-            ships = tile == TABLES[table][key][ARCHITECTURES.index(arch)]
-            row = {"table": table, "head dim": key[0], "bytes": key[1], "tile": list(tile), "ships": ships, "fits": what}
+            row = job.row | {"fits": what}
             if well:
                 try:
-                    row["seconds"] = seconds(table, key, tile, arch)
+                    row["seconds"] = job.seconds()
                 except Exception as error:  # one that fits and does not run is a finding, and others may run
                     row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0]
             results.append(row)
-            reached.add((table, key))
+            unreached.pop(place(row), None)
             print(*row.values(), sep="\t", flush=True)
-            unreached = [f"{table}, heads of {key[0]}, {key[1]} bytes" for table, key in chosen if (table, key) not in reached]
             with contextlib.redirect_stdout(None):
-                store({"command": command, "not reached": unreached, "tiles": results})
+                store({"command": command, "not reached": list(unreached), "tiles": results})
             if time.monotonic() > end:
                 break
         pool.shutdown(wait=False, cancel_futures=True)
@@ -175,8 +194,8 @@ def main() -> None:
             parser.error("--arch: expected, as there is no GPU here to time on")
         from benchmarks.report import machine, store
 
-        about = machine()
-        sweep(chosen, architecture(torch.device("cuda")), args.minutes, lambda result: store("tiles", result, about))
+        about, jobs = machine(), jobs_of(chosen, architecture(torch.device("cuda")))
+        sweep(jobs, args.minutes, lambda result: store("tiles", result, about))
         return
     for table, key in chosen:
         kernels = kernels_of(table, key, args.arch)

@@ -43,10 +43,8 @@ def swept(monkeypatch):
     monkeypatch.setattr(sweep_tiles.sys, "argv", ["sweep", "--minutes", "1"])
 
     def swept(minutes, *asked):
-        stored = []
-        sweep_tiles.sweep(sweep_tiles.tables(*(asked or (None, None, None))), 90, minutes, lambda result: stored.append(
-            {**result, "tiles": result["tiles"].copy()}
-        ))  # fmt: skip
+        stored, jobs = [], sweep_tiles.jobs_of(sweep_tiles.tables(*(asked or (None, None, None))), 90)
+        sweep_tiles.sweep(jobs, minutes, lambda result: stored.append({**result, "tiles": result["tiles"].copy()}))
         return stored
 
     return swept
@@ -58,8 +56,8 @@ def test_partial_results_are_stored_as_they_come(swept):
     timed = [row for row in stored[-1]["tiles"] if "seconds" in row or "problem" in row]
     assert 30 <= len(timed) <= 31  # of one second each
     assert stored[-1]["command"] == "python -m benchmarks.sweep_tiles --minutes 1"
-    assert "rich forward, heads of 16, 4 bytes" in stored[-1]["not reached"]
-    assert "forward, heads of 128, 2 bytes" not in stored[-1]["not reached"]
+    assert "table rich forward, head dim 16, bytes 4" in stored[-1]["not reached"]
+    assert "table forward, head dim 128, bytes 2" not in stored[-1]["not reached"]
     assert {row["problem"] for row in timed if row["tile"][3] == 1} <= {"RuntimeError: out of resources"}
 
 
