@@ -91,7 +91,7 @@ def ours(model: GPT, prompt: torch.Tensor, batch: int, **rules) -> tuple[Callabl
     return seconds_of_a_step, [token.tolist() for token in first]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def theirs(
     model, prompt: torch.Tensor, batch: int, implementation: str = "sdpa", **options
 ) -> tuple[list[float], list[list[int]]]:

@@ -114,9 +114,10 @@ def test_decoding(benchmark, name, batch, T):
 
 
 def release() -> None:
-    """Gives back the memory of what nobody refers to any more."""
+    """Gives back the memory of what nobody refers to any more, and of what torch.compile made."""
     gc.collect()
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # which takes seconds to load
+        torch.compiler.reset()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
 

@@ -1,5 +1,6 @@
 """`make gpu` runs to its end within its time, and tells what became of each part."""
 
+import json
 import os
 import signal
 import subprocess
@@ -229,6 +230,25 @@ def test_every_suite_is_a_part(tmp_path):
     names = [part.name for part in gpu.parts(tmp_path, False)]
     assert {f"benchmark {path.stem.removeprefix('test_')}" for path in (ROOT / "benchmarks").glob("test_*.py")} <= set(names)
     assert names.index("sanitizer") < names.index("GPU tests") < names.index("benchmark generate") < names.index("report")
+
+
+@pytest.mark.slow
+def test_a_dry_run_goes_the_way_of_decoding_up_to_the_report(tmp_path, monkeypatch):
+    """With models of a few thousand weights: the suite, its case's share of the limit, its growth, the page and the plot."""
+    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    parts = gpu.chosen(gpu.parts(tmp_path, True), ["generate", "report"])
+    results = gpu.run_all(parts, tmp_path, 300)
+    assert [result.outcome for result in results] == ["ok", "ok"], "\n".join(result.log.read_text() for result in results)
+    (path,) = tmp_path.glob("results/*/generate.json")
+    result = json.loads(path.read_text())
+    (case,) = result["decoding"]
+    assert (case["model"], case["batch"], case["context"]) == ("gpt2-124m", 1, 16) and len(case["of_limit"]) == 3
+    theirs = {"transformers, dynamic cache", "transformers, static cache, compiled"}
+    assert theirs | {"ours, sampled"} <= case["times_ours"].keys() and theirs <= case["targets"]["times"].keys()
+    assert [case["context"] for case in result["cached against uncached"]] == [16, 32, 64, 128] and len(result["growth"]) == 1
+    assert "### Decoding" in (path.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
