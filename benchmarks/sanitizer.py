@@ -1,11 +1,11 @@
-"""The kernels of cache updates under compute-sanitizer, on a GPU: a part of `make gpu`.
+"""The kernels that write to caches, and those that decode, under compute-sanitizer, on a GPU: a part of `make gpu`.
 
 python -m benchmarks.sanitizer
 
-Every kernel, in every width of access, is launched by tests/test_gpu.py's `test_update_kernels_one_by_one`: under memcheck
-(accesses outside of memory, or not aligned), racecheck (hazards in shared memory) and synccheck (lanes that a shuffle waits
-for in vain), at the same time. PyTorch's allocator is off: every tensor is an allocation of its own, and one byte beside it
-is found. The exit status is 1 where a tool finds something or a test fails, and 77 where the tool refuses the device.
+Those tests in tests/test_gpu.py whose names end in `one_by_one` launch them: every kernel of cache updates, in every width of
+access, and attention over caches of several kinds. They run under memcheck (accesses outside of memory, or not aligned),
+racecheck (hazards in shared memory) and synccheck (lanes that a shuffle waits for in vain), at the same time. PyTorch's
+allocator is off: every tensor is an allocation of its own, and one byte beside it is found. The exit status is 1 where a tool finds something or a test fails, and 77 where the tool refuses the device.
 
 Needs the standard library only.
 """
@@ -35,7 +35,7 @@ def missing() -> str:
 
 
 def command(tool: str) -> list[str]:
-    test = ["-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "test_update_kernels_one_by_one"]
+    test = ["-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "one_by_one"]
     # Errors that calls of CUDA return are PyTorch's to judge, which asks for some.
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all", "--report-api-errors", "no"]
     return [find(), *options, sys.executable, *test]

@@ -6,10 +6,12 @@ import pytest
 import torch
 from cache_updates import angles, differing, on, update_inputs
 from models import random_ids, random_model
+from numerics import check
 
 import fastgpt
 from fastgpt import (
     GPT,
+    attention_reference,
     kv_cache_update,
     kv_cache_update_reference,
     rope_kv_cache_update,
@@ -86,6 +88,23 @@ def test_update_kernels_one_by_one(page):
             q, q_reference = update(**actual), reference(**expected)
             assert_same_cache(actual, expected)
             assert q is None or torch.equal(q.cpu(), q_reference)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("page", [None, 16])
+def test_decode_kernels_one_by_one(page, cache_dtype):
+    """Likewise: one query of each head over keys that are split, of sequences that fill none of their last tiles or pages."""
+    B, H, H_kv, S, D = 3, 6, 2, 600, 64
+    cache = update_inputs(B, H_kv, S, S, D, torch.float16, cache_dtype=cache_dtype, page=page)
+    cache["positions"] = torch.arange(S, dtype=torch.int32).expand(B, S)
+    kv_cache_update_reference(**cache)
+    options = {"kv_lengths": torch.tensor([600, 1, 533], dtype=torch.int32)}
+    options |= {name: cache.get(name) for name in ("block_table", "k_scale", "v_scale")}
+    arguments = {"q": torch.randn(B, H, 1, D).half(), "k": cache["k_cache"], "v": cache["v_cache"], **options}
+    exact = {name: x.double() if torch.is_tensor(x) and x.dtype == torch.float16 else x for name, x in arguments.items()}
+    with torch.inference_mode():
+        actual = fastgpt.attention(**on("cuda", arguments), impl="triton")
+        check(actual, attention_reference(**exact), attention_reference(**arguments), dtype=torch.float16)
 
 
 @pytest.mark.parametrize("page", [None, 4])

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import sweep_tiles  # noqa: E402
-from benchmarks.sweep_tiles import TABLES, Tile  # noqa: E402
+from benchmarks.sweep_tiles import TABLES, Tile, decode  # noqa: E402
 
 
 class Here:
@@ -57,20 +57,20 @@ def test_partial_results_are_stored_as_they_come(swept):
     assert 30 <= len(timed) <= 31  # of one second each
     assert stored[-1]["command"] == "python -m benchmarks.sweep_tiles --minutes 1"
     assert "table rich forward, head dim 16, bytes 4" in stored[-1]["not reached"]
-    assert "table forward, head dim 128, bytes 2" not in stored[-1]["not reached"]
+    assert "table decode, head dim 128, bytes 2" not in stored[-1]["not reached"]
     assert {row["problem"] for row in timed if row["tile"][3] == 1} <= {"RuntimeError: out of resources"}
 
 
 def test_the_most_telling_come_first(swept):
     rows = swept(60)[-1]["tiles"]
     first = rows[0]
-    assert (first["table"], first["head dim"], first["bytes"], first["ships"]) == ("forward", 128, 2, True)
-    near = [(row["table"], row["head dim"]) for row in rows[:200] if row["ships"]]
-    assert near[:6] == [(table, D) for table in ("forward", "keys", "queries") for D in (128, 64)]
+    assert (first["table"], first["head dim"], first["bytes"], first["ships"]) == ("decode", 128, 2, True)
+    near = [(row["table"], row["head dim"]) for row in rows[:250] if row["ships"]]
+    assert near[:8] == [(table, D) for table in ("decode", "forward", "keys", "queries") for D in (128, 64)]
     firsts = {}
     for row in rows:
         firsts.setdefault((row["table"], row["head dim"], row["bytes"]), row)
-    assert all(row["ships"] for row in firsts.values()) and len(firsts) == sum(map(len, TABLES.values()))
+    assert all(row["ships"] for row in firsts.values()) and len(firsts) == sum(map(len, [*TABLES.values(), decode.TILES]))
 
 
 def test_what_is_asked_for_is_swept_whole(swept):
