@@ -2,10 +2,12 @@
 
 python -m benchmarks.sanitizer
 
-Those tests in tests/test_gpu.py whose names end in `one_by_one` launch them: every kernel of cache updates, in every width of
-access, and attention over caches of several kinds. They run under memcheck (accesses outside of memory, or not aligned),
-racecheck (hazards in shared memory) and synccheck (lanes that a shuffle waits for in vain), at the same time. PyTorch's
-allocator is off: every tensor is an allocation of its own, and one byte beside it is found. The exit status is 1 where a tool finds something or a test fails, and 77 where the tool refuses the device.
+Those tests in tests/test_gpu.py whose names end in `one_by_one` launch them. All run under memcheck (accesses outside of
+memory, or not aligned): every kernel of cache updates, in every width of access, and attention over caches of several kinds.
+Updates, which are C++, also run under racecheck (hazards in shared memory) and synccheck (lanes that a shuffle waits for in
+vain); the tools run at the same time. PyTorch's allocator is off: every tensor is an allocation of its own, and one byte
+beside it is found. The exit status is 1 where a tool finds something or a test fails, and 77 where the tool refuses the
+device.
 
 Needs the standard library only.
 """
@@ -17,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-TOOLS = ("memcheck", "racecheck", "synccheck")
+TOOLS = {"memcheck": "one_by_one", "racecheck": "update_kernels_one_by_one", "synccheck": "update_kernels_one_by_one"}
 FOUND, SKIPPED = 86, 77  # exit statuses: of compute-sanitizer that found something, and of this where it cannot run
 REFUSED = "Device not supported"  # what it says of a GPU in a sandbox
 
@@ -35,7 +37,7 @@ def missing() -> str:
 
 
 def command(tool: str) -> list[str]:
-    test = ["-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "one_by_one"]
+    test = ["-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", TOOLS[tool]]
     # Errors that calls of CUDA return are PyTorch's to judge, which asks for some.
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all", "--report-api-errors", "no"]
     return [find(), *options, sys.executable, *test]

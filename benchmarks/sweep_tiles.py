@@ -5,10 +5,10 @@ python -m benchmarks.sweep_tiles --arch 90            anywhere: registers, spill
 python -m benchmarks.sweep_tiles --arch 90 --first    the largest tile that fits, of each table and head dim
 
 On a GPU it ends when the minutes are over. What most models use comes first: heads of 128 and 64 in 16 bits, decoding before
-forward before backward; of each table the tile that ships and those that differ little from it, and the others when all tables have those.
-After every tile, the file has all that are timed so far, the command, and the tables that were not reached. It goes under
-benchmarks/results, to be committed; with the variable FASTGPT_RESULTS under that folder. As many processes as there are
-cores compile ahead.
+forward before backward; of each table the tile that ships and those that differ little from it, and the others when all tables
+have those. After every tile, the file has all that are timed so far, the command, and the tables that were not reached. It
+goes under benchmarks/results, to be committed; with the variable FASTGPT_RESULTS under that folder. As many processes as there
+are cores compile ahead.
 
 A tile fits if no kernel that ships with it, of those under the most register pressure, spills or asks for more shared
 memory than there is.
