@@ -6,7 +6,8 @@ Each part is a process of its own with a log in FOLDER. Each is granted a share 
 left of theirs. A part that fails, crashes or hangs does not keep the next from running; one that is out of time is
 interrupted, so that pytest writes what it has, and then killed with all it started. So is the part that runs at Ctrl-C,
 which ends the run. The table at the end is also in FOLDER/summary.txt, and results are in FOLDER/results and, unless it is
-a dry run, under benchmarks/results. After every part all of FOLDER is in FOLDER.tar.gz, too: one file to take along.
+a dry run, under benchmarks/results. After every part all of FOLDER is in FOLDER.tar.gz, too: one file to take along. Where
+its results/ are unpacked to benchmarks/results, `python -m benchmarks.report` puts them into README.
 
 --only runs these parts again, with all of the time: build, sanitizer, "GPU tests" or gpu-tests, "benchmark generate" or
 generate, ... Logs and results of others stay; `report` makes results of what all benchmarks left. A dry run needs no GPU:
@@ -36,7 +37,7 @@ MINUTES = 9
 GRACE = 20  # seconds from the interrupt to the kill, if there are as many
 SKIPPED = sanitizer.SKIPPED  # the exit status of a part that cannot do here what it is for; its last line says why
 SUITES = {  # shares of the whole time, the most telling first; 0.02 for others
-    "generate": 0.24, "attention": 0.07, "decode": 0.06, "linear": 0.04, "kv_cache": 0.03, "integrations": 0.02,
+    "generate": 0.27, "attention": 0.07, "decode": 0.06, "linear": 0.04, "kv_cache": 0.03, "integrations": 0.02,
 }  # fmt: skip
 
 
@@ -68,7 +69,9 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
     stores = {"FASTGPT_RESULTS": str(out / "results")}
     untimed = "" if importlib.util.find_spec("pytest_benchmark") else "pytest-benchmark is not installed"
     bench = [*test, "--benchmark-only", "--benchmark-quiet", "-rs"]
-    little = {"generate": ["-k", "gpt2-124m"]}  # of a suite in a dry run
+    little = {"generate": ["-k", "gpt2-124m"], "integrations": ["-k", "adapter"]}  # of a suite in a dry run
+    last = 0.06 if dry_run else 0.03
+    some = f"not gpu{' and not slow' * dry_run}"
     few = ["tests/test_numerics.py", "tests/test_page_allocator.py", "tests/test_imports.py"] if dry_run else ["tests"]
     device = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'; print(torch.cuda.get_device_name())"
     condense = 'exec "$0" -m benchmarks.report "$1"/benchmark_*.json'
@@ -76,7 +79,7 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
     return [
         Part("build", build, 0.3 if dry_run else 0.14),
         Part("device", [python, "-c", device], 0.02, missing="needs a GPU" if dry_run else ""),
-        Part("info", [python, "-m", "fastgpt", "info"], 0.02),
+        Part("info", [python, "-m", "fastgpt", "info"], 0.01),
         Part("sanitizer", [python, "-m", "benchmarks.sanitizer"], 0.08, missing=sanitizer.missing()),
         Part("GPU tests", [*test, *parallel, "-m", "gpu", "tests"], 0.1 if dry_run else 0.18, threads),
         *(
@@ -90,9 +93,9 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
             )
             for suite in suites()
         ),
-        Part("report", ["sh", "-c", condense, python, out], 0.03, stores, missing=untimed),
-        Part("numerics", [python, "-m", "benchmarks.numerics", *["--operation", "decode"] * dry_run], 0.04, stores),
-        Part("CPU tests", [*test, *parallel, "-m", f"not gpu{' and not slow' * dry_run}", *few], 0.04, threads),
+        Part("report", ["sh", "-c", condense, python, out], last, stores, missing=untimed),
+        Part("numerics", [python, "-m", "benchmarks.numerics", *["--operation", "kv_cache_update"] * dry_run], last, stores),
+        Part("CPU tests", [*test, *parallel, "-m", some, *few], 0.06 if dry_run else 0.01, threads),
     ]  # fmt: skip
 
 
