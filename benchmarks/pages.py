@@ -201,7 +201,7 @@ def attention(result: dict) -> str:
     rows = []
     names = {"prefill": "causal", "forward and backward": "with gradients", "window": "window of {window:,}"}
     for what, name in names.items():
-        for case in result.get(what, []):
+        for case in sorted(result.get(what, []), key=lambda case: (case["dtype"] != first["dtype"], case["T"])):
             usual = case["dtype"] == first["dtype"]
             if case["head_dim"] == first["head_dim"] and (usual or what == "prefill" and case["T"] == 2048):
                 label = f"{name}, {{T:,}} tokens".format(**case) + f", {case['dtype']}" * (not usual)
