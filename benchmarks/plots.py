@@ -114,24 +114,33 @@ def cached_against_uncached(result: dict):
     models = list(dict.fromkeys(case["model"] for case in measured))
     figure, axes = card(result, f"Cached against uncached: the time of a token, batch {measured[0]['batch']}", len(models))
     for axis, model in zip(axes, models):
-        cases = [case for case in measured if case["model"] == model]
+        cases = sorted((case for case in measured if case["model"] == model), key=lambda case: case["context"])
         contexts = [case["context"] for case in cases]
+        wide = contexts[-1] > 100 * contexts[0]
+        along = [contexts[0] * (contexts[-1] / contexts[0]) ** (i / 50) for i in range(51)] if wide else contexts
         top = max(median(case, "uncached") for case in cases) / 1000
         for name, key, colour in (("uncached", "uncached", OTHERS[0]), ("cached", "ours", OURS)):
             times = [median(case, key) / 1000 for case in cases]
             axis.plot(contexts, times, "o", color=colour)
             if model in fits:
                 line = fits[model][name]
-                axis.plot(contexts, [(line["start"] + line["slope"] * context) / 1000 for context in contexts], color=colour)
+                axis.plot(along, [(line["start"] + line["slope"] * context) / 1000 for context in along], color=colour)
             axis.annotate(name, (contexts[-1], times[-1]), (6, 0), textcoords="offset points", color=colour, va="center")
         for case in cases:
             place = (case["context"], median(case, "uncached") / 1000)
-            if place[0] > 0.1 * contexts[-1]:  # below, they would lie on each other
+            if wide or place[0] > 0.1 * contexts[-1]:  # below, they would lie on each other
                 axis.annotate(
                     f"{figures(case['times_ours']['uncached'][1], 2)}x", place, (-5, 3), textcoords="offset points",
                     ha="right", fontsize=8,
                 )  # fmt: skip
-        axis.set(title=named(model), xlabel="context (tokens)", ylabel="ms per token", xlim=0, ylim=(0, 1.1 * top))
+        axis.set(title=named(model), xlabel="context (tokens)", ylabel="ms per token")
+        if wide:
+            axis.set(xscale="log", yscale="log")
+            axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+        else:
+            axis.set(xlim=0, ylim=(0, 1.1 * top))
     return figure
 
 
