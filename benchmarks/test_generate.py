@@ -16,6 +16,7 @@ import torch
 from benchmarks import decoding, peers
 from benchmarks.timing import (
     DEVICE,
+    at_most,
     full,
     in_turns,
     matrix_product,
@@ -99,7 +100,8 @@ def test_decoding(benchmark, name, batch, T):
         else:
             try:
                 theirs = peers.in_transformers(model) if theirs is None else theirs
-                of_rounds, tokens = decoding.theirs(theirs, prompt, batch, **options)
+                with at_most(min(600 if full() else 60, time_left() - 5)):
+                    of_rounds, tokens = decoding.theirs(theirs, prompt, batch, **options)
                 check(tokens)
                 seconds[peer] = of_rounds
             except Exception as reason:  # whatever it is, ours was timed

@@ -1,7 +1,9 @@
 """What the suites share: where they run, how much of them, and fastgpt.timing's rounds as pytest-benchmark's."""
 
+import contextlib
 import functools
 import os
+import signal
 import time
 from collections.abc import Callable
 
@@ -29,6 +31,22 @@ def tiny() -> bool:
 def time_left() -> float:
     """Seconds until the suite will be interrupted, if somebody granted it a time (benchmarks/gpu.py)."""
     return float(os.environ.get("FASTGPT_BENCH_UNTIL", "inf")) - time.time()
+
+
+@contextlib.contextmanager
+def at_most(seconds: float):
+    """Raises TimeoutError within it when so many seconds are over: one that compiles for minutes must not cost the others."""
+
+    def stop(*_):
+        raise TimeoutError(f"it took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def measured_time() -> float:

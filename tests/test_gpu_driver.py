@@ -232,6 +232,16 @@ def test_every_suite_is_a_part(tmp_path):
     assert names.index("sanitizer") < names.index("GPU tests") < names.index("benchmark generate") < names.index("report")
 
 
+def test_what_takes_too_long_is_given_up():
+    from benchmarks.timing import at_most
+
+    with pytest.raises(TimeoutError, match="longer than 0 s"), at_most(0.05):
+        time.sleep(60)
+    with at_most(0.05):
+        pass
+    time.sleep(0.1)  # no alarm is left
+
+
 @pytest.mark.slow
 def test_a_dry_run_goes_the_way_of_decoding_up_to_the_report(tmp_path, monkeypatch):
     """With models of a few thousand weights: the suite, its case's share of the limit, its growth, the page and the plot."""
