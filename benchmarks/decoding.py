@@ -112,5 +112,7 @@ def theirs(
     new = FIRST + THEIR_STEPS * ROUNDS
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, streamer=peers.streamer(note), **options)
     synchronize(DEVICE)
+    if len(at) != new:
+        raise RuntimeError(f"it handed over {len(at)} of {new} steps")
     ends = at[FIRST - 1 :: THEIR_STEPS]
     return [(end - start) / THEIR_STEPS for start, end in zip(ends, ends[1:])], tokens[:FIRST]
