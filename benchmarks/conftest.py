@@ -4,6 +4,7 @@ import pytest
 
 LEFT_OUT = {}  # "test_suite.py::test[parameters]" -> the reason, in one line
 ABSENT = {}  # "peer: reason" -> in how many benchmarks
+ENOUGH = 5  # seconds without which none is begun
 
 
 def name_of(nodeid: str) -> str:
@@ -34,6 +35,13 @@ def pytest_benchmark_update_json(output_json):
     from benchmarks.report import machine
 
     output_json.update(machine=machine(), left_out=LEFT_OUT)
+
+
+def pytest_runtest_setup(item):
+    from benchmarks.timing import time_left
+
+    if time_left() < ENOUGH:
+        pytest.skip("no time is left")
 
 
 @pytest.fixture(autouse=True)

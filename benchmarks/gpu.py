@@ -1,12 +1,17 @@
 """Everything that a GPU machine can tell, within a time: build, tests, benchmarks, numerics. This is `make gpu`.
 
-python -m benchmarks.gpu [--out FOLDER] [--minutes N] [--dry-run]
+python -m benchmarks.gpu [--out FOLDER] [--minutes N] [--only PART ...] [--dry-run]
 
 Each part is a process of its own with a log in FOLDER. Each is granted a share of the time, and may use what earlier parts
 left of theirs. A part that fails, crashes or hangs does not keep the next from running; one that is out of time is
 interrupted, so that pytest writes what it has, and then killed with all it started. So is the part that runs at Ctrl-C,
 which ends the run. The table at the end is also in FOLDER/summary.txt, and results are in FOLDER/results and, unless it is
-a dry run, under benchmarks/results. A dry run needs no GPU: the same parts, with a few tests and benchmarks of each.
+a dry run, under benchmarks/results. After every part all of FOLDER is in FOLDER.tar.gz, too: one file to take along. Where
+its results/ are unpacked to benchmarks/results, `python -m benchmarks.report` puts them into README.
+
+--only runs these parts again, with all of the time: build, sanitizer, "GPU tests" or gpu-tests, "benchmark generate" or
+generate, ... Logs and results of others stay; `report` makes results of what all benchmarks left. A dry run needs no GPU:
+the same parts, with a few tests and benchmarks of each, and with models of a few thousand weights.
 
 Needs the standard library only: the build may fail.
 """
@@ -19,15 +24,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import sanitizer
 from benchmarks.table import aligned
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 9
 GRACE = 20  # seconds from the interrupt to the kill, if there are as many
+SKIPPED = sanitizer.SKIPPED  # the exit status of a part that cannot do here what it is for; its last line says why
+SUITES = {  # shares of the whole time, the most telling first; 0.02 for others
+    "generate": 0.26, "attention": 0.07, "decode": 0.06, "linear": 0.04, "kv_cache": 0.03, "integrations": 0.02,
+}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -54,36 +65,66 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
     test += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=100"]
     parallel = ["-n", workers] if importlib.util.find_spec("xdist") else []
     threads = {"OMP_NUM_THREADS": str(max(1, cores // workers))} if parallel else {}
+    tiny = {"FASTGPT_BENCH_TINY": "1"} if dry_run else {}
     stores = {"FASTGPT_RESULTS": str(out / "results")}
     untimed = "" if importlib.util.find_spec("pytest_benchmark") else "pytest-benchmark is not installed"
-    bench = [*test, *["-p", "benchmarks.first_only"] * dry_run, "--benchmark-only", "--benchmark-quiet", "-rs"]
-    suites = sorted((ROOT / "benchmarks").glob("test_*.py"))
+    bench = [*test, "--benchmark-only", "--benchmark-quiet", "-rs"]
+    little = {"generate": ["-k", "gpt2-124m"], "integrations": ["-k", "adapter"]}  # of a suite in a dry run
+    last = 0.06 if dry_run else 0.03
+    some = f"not gpu{' and not slow' * dry_run}"
     few = ["tests/test_numerics.py", "tests/test_page_allocator.py", "tests/test_imports.py"] if dry_run else ["tests"]
     device = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'; print(torch.cuda.get_device_name())"
     condense = 'exec "$0" -m benchmarks.report "$1"/benchmark_*.json'
+    build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     return [
-        Part("build", [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."], 0.4 if dry_run else 0.16),
-        Part("device", [python, "-c", device], 0.03, missing="needs a GPU" if dry_run else ""),
-        Part("info", [python, "-m", "fastgpt", "info"], 0.03),
-        Part("GPU tests", [*test, *parallel, "-m", "gpu", "tests"], 0.1 if dry_run else 0.2, threads),
+        Part("build", build, 0.3 if dry_run else 0.15),
+        Part("device", [python, "-c", device], 0.02, missing="needs a GPU" if dry_run else ""),
+        Part("info", [python, "-m", "fastgpt", "info"], 0.01),
+        Part("sanitizer", [python, "-m", "benchmarks.sanitizer"], 0.08, missing=sanitizer.missing()),
+        Part("GPU tests", [*test, *parallel, "-m", "gpu", "tests"], 0.1 if dry_run else 0.18, threads),
         *(
             Part(
-                f"benchmark {suite.stem.removeprefix('test_')}",
-                [*bench, suite, f"--benchmark-json={out}/benchmark_{suite.stem.removeprefix('test_')}.json"],
-                (0.15 if dry_run else 0.32) / len(suites), missing=untimed,
+                f"benchmark {suite}",
+                [
+                    *bench, *little.get(suite, ["-p", "benchmarks.first_only"]) * dry_run, f"benchmarks/test_{suite}.py",
+                    f"--benchmark-json={out}/benchmark_{suite}.json",
+                ],
+                0.05 if dry_run else SUITES.get(suite, 0.02), tiny, missing=untimed,
             )
-            for suite in suites
+            for suite in suites()
         ),
-        Part("report", ["sh", "-c", condense, python, out], 0.03, stores, missing=untimed),
-        Part("numerics", [python, "-m", "benchmarks.numerics", *["--operation", "decode"] * dry_run], 0.1, stores),
-        Part("CPU tests", [*test, *parallel, "-m", f"not gpu{' and not slow' * dry_run}", *few], 0.1, threads),
+        Part("report", ["sh", "-c", condense, python, out], last, stores, missing=untimed),
+        Part("numerics", [python, "-m", "benchmarks.numerics", *["--operation", "kv_cache_update"] * dry_run], last, stores),
+        Part("CPU tests", [*test, *parallel, "-m", some, *few], 0.06 if dry_run else 0.01, threads),
     ]  # fmt: skip
+
+
+def suites() -> list[str]:
+    found = [path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")]
+    order = list(SUITES)
+    return sorted(found, key=lambda suite: (order.index(suite) if suite in order else len(order), suite))
+
+
+def chosen(parts: list[Part], names: list[str]) -> list[Part]:
+    """Those of these names, in their order, with all of the time among them. Raises ValueError."""
+    asked = {name.lower().replace("-", " ").removeprefix("benchmark ") for name in names}
+    known = {part.name.lower().removeprefix("benchmark "): part for part in parts}
+    if unknown := asked - known.keys():
+        raise ValueError(f"--only: expected {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    kept = [part for name, part in known.items() if name in asked]
+    whole = sum(part.share for part in kept)
+    return [part._replace(share=part.share / whole) for part in kept]
+
+
+def log_of(part: Part) -> str:
+    return f"{part.name.lower().replace(' ', '_')}.log"
 
 
 def run(part: Part, log: Path, seconds: float, grace: float = GRACE) -> Result:
     """Runs a part for at most so many seconds, the grace included."""
     start, grace = time.monotonic(), min(grace, seconds / 4)
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | part.environment
+    environment["FASTGPT_BENCH_UNTIL"] = str(time.time() + seconds - grace)  # see benchmarks/timing.py
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
@@ -93,7 +134,7 @@ def run(part: Part, log: Path, seconds: float, grace: float = GRACE) -> Result:
         except OSError as error:
             return Result(part.name, "failed", 0.0, log, str(error))
         try:
-            outcome = "failed" if process.wait(seconds - grace) else "ok"
+            outcome = {0: "ok", SKIPPED: "skipped"}.get(process.wait(seconds - grace), "failed")
         except subprocess.TimeoutExpired:
             outcome = "timed out"
         except KeyboardInterrupt:
@@ -131,9 +172,10 @@ def run_all(parts: list[Part], out: Path, seconds: float, grace: float = GRACE) 
             results.append(Result(part.name, "skipped", 0.0, None, why))
         else:
             print(f"{part.name}: at most {left:.0f} s", flush=True)
-            results.append(run(part, out / f"{part.name.lower().replace(' ', '_')}.log", left, grace))
+            results.append(run(part, out / log_of(part), left, grace))
             interrupted = results[-1].outcome == "interrupted"
         print(f"{part.name}: {results[-1].outcome}, {results[-1].seconds:.0f} s: {results[-1].last_line}", flush=True)
+        finish(out, results)
     return results
 
 
@@ -143,26 +185,42 @@ def table(results: list[Result]) -> str:
     return aligned(rows, "llrll")
 
 
+def finish(out: Path, results: list[Result]) -> None:
+    """What there is so far, in the table and in the one file to take along."""
+    (out / "summary.txt").write_text(table(results) + "\n")
+    archive = out.with_name(out.name + ".tar.gz")
+    partial = archive.with_name(archive.name + ".writing")
+    with tarfile.open(partial, "w:gz") as tar:
+        tar.add(out, out.name)
+    partial.replace(archive)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default="build/gpu", help="for logs and results; default: %(default)s")
-    parser.add_argument("--minutes", type=float, help=f"for all of it; default: {MINUTES}, or 3 for a dry run")
+    parser.add_argument("--minutes", type=float, help=f"for all of it; default: {MINUTES}, or 4 for a dry run")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts only")
     parser.add_argument("--dry-run", action="store_true", help="on a machine without a GPU, a little of each part")
     args = parser.parse_args()
     # A shell that runs this in the background has it ignore interrupts, and parts would inherit that.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     out = args.out.absolute()
+    todo = parts(out, args.dry_run)
+    if args.only:
+        try:
+            todo = chosen(todo, args.only)
+        except ValueError as error:
+            parser.error(str(error))
     out.mkdir(parents=True, exist_ok=True)
-    for stale in (*out.glob("*.log"), *out.glob("benchmark_*.json")):
-        stale.unlink()
+    for part in todo:
+        for stale in (out / log_of(part), (out / log_of(part)).with_suffix(".json")):
+            stale.unlink(missing_ok=True)
 
-    results = run_all(parts(out, args.dry_run), out, 60 * (args.minutes or (3 if args.dry_run else MINUTES)))
+    results = run_all(todo, out, 60 * (args.minutes or (4 if args.dry_run else MINUTES)))
     if (out / "results").exists() and not args.dry_run:
         shutil.copytree(out / "results", ROOT / "benchmarks" / "results", dirs_exist_ok=True)
-    summary = table(results)
-    (out / "summary.txt").write_text(summary + "\n")
-    print(f"\n{summary}\n\nlogs and results are in {out}")
+    print(f"\n{table(results)}\n\nlogs and results are in {out} and {out.name}.tar.gz beside it")
     outcomes = {result.outcome for result in results}
     sys.exit(130 if "interrupted" in outcomes else 0 if outcomes <= {"ok", "skipped"} else 1)
 

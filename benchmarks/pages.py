@@ -17,6 +17,7 @@ SUITES = {  # in the order of a page
     "integrations": "In models of transformers",
 }  # fmt: skip
 PLOTS = {  # name -> suite, the cases that it needs, what it shows
+    "decoding": ("generate", "decoding", "Tokens per second by model and batch, beside transformers and the limit of memory"),
     "cached_against_uncached": ("generate", "cached against uncached", "Time of a token by context, cached and uncached"),
     "against_peers": ("generate", "decode", "Tokens per second by context, beside other libraries and the limits of memory"),
     "attention": ("attention", "prefill", "Rate of causal attention by length, beside others and a matrix product"),
@@ -26,7 +27,7 @@ PLOTS = {  # name -> suite, the cases that it needs, what it shows
 }
 MEASURED = {  # of a case; what else it has are its parameters
     "microseconds", "times_ours", "of_limit", "noisy", "bytes", "flops", "limit", "limit_bytes", "limit_flops", "peer_bytes",
-    "absent",
+    "absent", "targets",
 }  # fmt: skip
 
 
@@ -77,7 +78,13 @@ def of_limit(case: dict) -> str:
 
 
 def named(model: str) -> str:
-    return {"gpt2-124m": "GPT-2 124M", "llama-160m": "Llama 160M", "shipped": "the shipped model"}.get(model, model)
+    return NAMES.get(model, model)
+
+
+NAMES = {
+    "gpt2-124m": "GPT-2 124M", "gpt2-124m, 16k positions": "GPT-2 124M, 16k positions", "gpt2-xl": "GPT-2 XL",
+    "llama-160m": "Llama 160M", "llama-1b": "Llama 1B", "llama-8b": "Llama 8B", "shipped": "the shipped model",
+}  # fmt: skip
 
 
 def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
@@ -139,6 +146,33 @@ def cached_against_uncached(result: dict) -> str:
     return with_notes(table(header, rows, 0), result, *notes)
 
 
+def decoding(result: dict) -> str:
+    """Tokens per second of every case, the share of the limit, and ratios; behind each, what is aimed at."""
+    cases = result["decoding"]
+    names = list(dict.fromkeys(name for case in cases for name in peers(case)))
+    rows = []
+    for case in cases:
+        aims = case["targets"]
+        where = f" on an {aims['on']}" if "on" in aims else ""
+        own = f"**{tokens_per_second(case):,.0f}**" + aim(aims, "tokens_per_second", "{:,}" + where)
+        times = [ratio(case, name) + aim(aims.get("times", {}), name, "{}x") for name in names]
+        label = f"{named(case['model'])}, batch {case['batch']}, {case['context']:,} tokens"
+        rows.append([label, own, of_limit(case) + aim(aims, "of_limit", "{:.0%}"), *times])
+    notes = ["In parentheses what is aimed at. Random weights in {dtype}; the limit is to read them and the cache once."]
+    notes[0] = notes[0].format(**cases[0])
+    absent = [(name, why) for case in cases for name, why in case["absent"].items()]
+    notes += [f"–: {listed(absent)}."] * bool(absent)
+    return with_notes(table(["whole steps", "tokens/s", "of the limit", *names], rows), result, *notes)
+
+
+def aim(aims: dict, name: str, form: str) -> str:
+    return f" ({form.format(aims[name])})" if name in aims else ""
+
+
+def tokens_per_second(case: dict, name: str = "ours") -> float:
+    return case["batch"] * 1e6 / median(case, name)
+
+
 def against_peers(result: dict) -> str:
     decode, prefill = (of_first(result.get(what, [])) for what in ("decode", "prefill"))
     first, cases = decode[0], decode + prefill
@@ -167,7 +201,7 @@ def attention(result: dict) -> str:
     rows = []
     names = {"prefill": "causal", "forward and backward": "with gradients", "window": "window of {window:,}"}
     for what, name in names.items():
-        for case in result.get(what, []):
+        for case in sorted(result.get(what, []), key=lambda case: (case["dtype"] != first["dtype"], case["T"])):
             usual = case["dtype"] == first["dtype"]
             if case["head_dim"] == first["head_dim"] and (usual or what == "prefill" and case["T"] == 2048):
                 label = f"{name}, {{T:,}} tokens".format(**case) + f", {case['dtype']}" * (not usual)
@@ -245,12 +279,15 @@ PARTS = {  # README's marker -> its plot and its table
 }
 
 
-def parts(folder: Path, results: dict[str, dict], within: str) -> dict[str, str]:
+GPU_PARTS = {"decoding": ("decoding", decoding), **PARTS}  # of what README shows under one marker
+
+
+def parts(folder: Path, results: dict[str, dict], within: str, shown_parts: dict = PARTS) -> dict[str, str]:
     """Marker -> plot and table, of what there are results for."""
     texts = {}
     if "integrations" in results:
         texts["models of transformers"] = models_of_transformers(results["integrations"])
-    for marker, (name, shown) in PARTS.items():
+    for marker, (name, shown) in shown_parts.items():
         suite, what, _ = PLOTS[name]
         if what in results.get(suite, {}):
             texts[marker] = "\n\n".join(text for text in (plot(folder, name, within), shown(results[suite])) if text)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import name_of
-from fastgpt import GPT, GPTConfig
+from fastgpt import GPT, GPTConfig, checkpoint
 from fastgpt.generate import stream
 from fastgpt.positions import Rope
 from fastgpt.timing import synchronize
@@ -66,9 +66,10 @@ def timed(peer: Peer, ids: torch.Tensor) -> tuple[list[list[int]], list[float]]:
     return tokens, seconds
 
 
-def gpt2(device="cpu", dtype=torch.float32) -> GPT:
+def gpt2(device="cpu", dtype=torch.float32, context_length: int = 1024) -> GPT:
     """GPT-2 124M with random weights."""
-    return randomised(GPT(GPTConfig(50257, context_length=1024, num_layers=12, num_heads=12, hidden_size=768))).to(device, dtype)
+    config = GPTConfig(50257, context_length, num_layers=12, num_heads=12, hidden_size=768)
+    return randomised(GPT(config)).to(device, dtype)
 
 
 def llama(device="cpu", dtype=torch.float32) -> GPT:
@@ -84,7 +85,7 @@ def llama(device="cpu", dtype=torch.float32) -> GPT:
 def randomised(model: GPT) -> GPT:
     """Draws all parameters, and larger ones than GPT-2's initial weights, which repeat a token whatever came before. So
     tokens depend on the whole context and on everything in the model, and a peer that gets some of it wrong is found out."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(model.token_embedding.weight.device).manual_seed(0)
     for name, parameter in model.named_parameters():
         parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.05, generator=generator)
     return model.eval()
@@ -93,9 +94,11 @@ def randomised(model: GPT) -> GPT:
 def step_bytes(config: GPTConfig, keys: int, peer: Peer, batch: int) -> int:
     """What a decode step of a peer must read: every matrix, and `keys` keys and values of every sequence. Biases, norms and
     rows of embeddings are not counted: they are 0.1% of it."""
-    C, L = config.hidden_size, config.num_layers
-    matrices = 12 * L * C * C + config.vocab_size * C  # the token embedding is the output matrix
-    return round(peer.weight_bytes * matrices + peer.kv_bytes * 2 * L * C * keys * batch)
+    C, L, D = config.hidden_size, config.num_layers, config.head_dim
+    attention = C * (2 * config.num_heads + 2 * config.num_kv_heads) * D
+    mlp = (3 if config.gated else 2) * C * config.intermediate_size
+    matrices = L * (attention + mlp) + config.vocab_size * C  # the token embedding, where it is the output matrix
+    return round(peer.weight_bytes * matrices + peer.kv_bytes * 2 * L * config.num_kv_heads * D * keys * batch)
 
 
 def prefill_flops(config: GPTConfig, T: int, batch: int = 1) -> int:
@@ -169,37 +172,45 @@ def ours(model: GPT) -> Peer:
     return Peer(generate, logits, rounding(model), number_bytes(model), number_bytes(model))
 
 
-def in_transformers(model: GPT, folder: Path):
-    """The same model in transformers, which generates greedily and without an end."""
+def in_transformers(model: GPT):
+    """The same model in transformers, with the same weights in the same memory where they lie alike; it generates greedily
+    and without an end."""
     import transformers
 
-    model.save_pretrained(folder)
     weight = model.token_embedding.weight
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype).to(weight.device).eval()
+    config, weights = checkpoint.contents(model)
+    with torch.device(weight.device):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config), dtype=weight.dtype)
+    missing, unexpected = theirs.load_state_dict(weights, strict=False, assign=True)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"transformers: missing {missing}, unexpected {unexpected}")
+    theirs.tie_weights()
     theirs.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
-    return theirs
+    return theirs.eval().requires_grad_(False)
 
 
-def of_transformers(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Peer]:
+def streamer(note: Callable[[list[int]], None]):
+    """What transformers' `generate` hands its tokens to."""
     import transformers
-
-    theirs, weight = in_transformers(model, folder), model.token_embedding.weight
 
     class Streamer(transformers.generation.BaseStreamer):
-        def __init__(self, note):
-            self.note = note
-
         def put(self, value):
             if value.dim() == 1:  # the prompt comes first, (B, T)
-                self.note(value.tolist())
+                note(value.tolist())
 
         def end(self):
             pass
 
+    return Streamer()
+
+
+def of_transformers(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Peer]:
+    theirs, weight = in_transformers(model), model.token_embedding.weight
+
     def peer(new=NEW, kv_bytes=number_bytes(model), **options):
         def generate(ids, note):
             mask = torch.ones_like(ids)
-            theirs.generate(ids, attention_mask=mask, max_new_tokens=new, streamer=Streamer(note), **options)
+            theirs.generate(ids, attention_mask=mask, max_new_tokens=new, streamer=streamer(note), **options)
 
         return Peer(generate, logits, rounding(model), number_bytes(model), kv_bytes)
 

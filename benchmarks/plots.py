@@ -7,7 +7,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from benchmarks.pages import PLOTS, about, figures, median, named, of_first
+from benchmarks.pages import PLOTS, about, figures, median, named, of_first, tokens_per_second
 
 OURS, LIMIT, INK, FAINT = "#0969da", "#6e7781", "#1f2328", "#d0d7de"
 OTHERS = ("#d1661a", "#1a7f64", "#a13ea1", "#a8841a", "#c4314b")  # a colour for each family of peers
@@ -114,24 +114,78 @@ def cached_against_uncached(result: dict):
     models = list(dict.fromkeys(case["model"] for case in measured))
     figure, axes = card(result, f"Cached against uncached: the time of a token, batch {measured[0]['batch']}", len(models))
     for axis, model in zip(axes, models):
-        cases = [case for case in measured if case["model"] == model]
+        cases = sorted((case for case in measured if case["model"] == model), key=lambda case: case["context"])
         contexts = [case["context"] for case in cases]
+        wide = contexts[-1] > 100 * contexts[0]
+        along = [contexts[0] * (contexts[-1] / contexts[0]) ** (i / 50) for i in range(51)] if wide else contexts
         top = max(median(case, "uncached") for case in cases) / 1000
         for name, key, colour in (("uncached", "uncached", OTHERS[0]), ("cached", "ours", OURS)):
             times = [median(case, key) / 1000 for case in cases]
             axis.plot(contexts, times, "o", color=colour)
             if model in fits:
                 line = fits[model][name]
-                axis.plot(contexts, [(line["start"] + line["slope"] * context) / 1000 for context in contexts], color=colour)
+                axis.plot(along, [(line["start"] + line["slope"] * context) / 1000 for context in along], color=colour)
             axis.annotate(name, (contexts[-1], times[-1]), (6, 0), textcoords="offset points", color=colour, va="center")
         for case in cases:
             place = (case["context"], median(case, "uncached") / 1000)
-            if place[0] > 0.1 * contexts[-1]:  # below, they would lie on each other
+            if wide or place[0] > 0.1 * contexts[-1]:  # below, they would lie on each other
                 axis.annotate(
                     f"{figures(case['times_ours']['uncached'][1], 2)}x", place, (-5, 3), textcoords="offset points",
                     ha="right", fontsize=8,
                 )  # fmt: skip
-        axis.set(title=named(model), xlabel="context (tokens)", ylabel="ms per token", xlim=0, ylim=(0, 1.1 * top))
+        axis.set(title=named(model), xlabel="context (tokens)", ylabel="ms per token")
+        if wide:
+            axis.set(xscale="log", yscale="log")
+            axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+        else:
+            axis.set(xlim=0, ylim=(0, 1.1 * top))
+    return figure
+
+
+def decoding(result: dict):
+    """Tokens per second: by what a step reads, with the line of reading it once; and of batches."""
+    cases = sorted(result["decoding"], key=lambda case: case["bytes"])
+    panels = [part for part in ([c for c in cases if c["batch"] == 1], [c for c in cases if c["batch"] > 1]) if part]
+    rate = statistics.median(case["limit_bytes"] / median(case, case["limit"]) for case in cases)  # bytes/µs
+    figure, axes = card(result, "Decoding: tokens per second, whole steps", len(panels), 4.2)
+    names = list(dict.fromkeys(name for case in cases for name in case["microseconds"] if name != case["limit"]))
+    looks = dict(zip(names, zip([OURS, *OTHERS], MARKERS)))
+    for axis, part in zip(axes, panels):
+        single = part[0]["batch"] == 1
+        timed = {name: [(i, case) for i, case in enumerate(part) if name in case["microseconds"]] for name in names}
+        timed = {name: places for name, places in timed.items() if places}
+        for i, (name, places) in enumerate(timed.items()):
+            rates, (colour, marker) = [tokens_per_second(case, name) for _, case in places], looks[name]
+            if single:
+                axis.plot([case["bytes"] / 1e9 for _, case in places], rates, f"{marker}-", color=colour, label=shown(name))
+            else:
+                height = 0.84 / len(timed)
+                heights = [row + (i - (len(timed) - 1) / 2) * height for row, _ in places]
+                axis.barh(heights, rates, 0.92 * height, color=colour, label=shown(name))
+                for at, value in zip(heights, rates):
+                    axis.annotate(f"{value:,.0f}", (value, at), (4, 0), textcoords="offset points", fontsize=7, va="center")
+        limits = [case["batch"] * 1e6 * rate / case["bytes"] for case in part]
+        label = "reading weights and cache once"
+        if single:
+            sizes = [case["bytes"] / 1e9 for case in part]
+            axis.plot(sizes, limits, ":", color=LIMIT, label=label)
+            axis.set(xscale="log", yscale="log", title="batch 1, by GB that a step reads")
+            # Every second name is below the others: some models are of nearly the same size.
+            ticks = [f"{named(case['model'])}\n{size:.2g}" for case, size in zip(part, sizes)]
+            axis.set_xticks(sizes, ["\n\n" * (i % 2) + tick for i, tick in enumerate(ticks)], fontsize=7)
+            axis.minorticks_off()
+        else:
+            rows = range(len(part))
+            axis.vlines(limits, [row - 0.45 for row in rows], [row + 0.45 for row in rows], LIMIT, ":", label=label)
+            ticks = [f"{named(case['model'])}\nbatch {case['batch']}" for case in part]
+            contexts = ", ".join(f"{context:,}" for context in sorted({case["context"] for case in part}))
+            axis.set(yticks=rows, yticklabels=ticks, ylim=(len(part) - 0.5, -0.5), title=f"{contexts} tokens of context")
+            axis.grid(visible=False)
+            axis.margins(x=0.12)
+        (axis.yaxis if single else axis.xaxis).set_major_formatter("{x:,.0f}")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.27 if single else -0.14), ncols=2, fontsize=7)
     return figure
 
 
@@ -240,5 +294,7 @@ def shown(name: str) -> str:
 
 FUNCTIONS = {
     function.__name__: function
-    for function in (cached_against_uncached, against_peers, attention, attention_over_caches, cache_update, kinds_of_cache)
+    for function in (
+        decoding, cached_against_uncached, against_peers, attention, attention_over_caches, cache_update, kinds_of_cache,
+    )  # fmt: skip
 }

@@ -230,7 +230,7 @@ def within(folder: Path) -> str:
 def on_a_gpu(folder: Path, results: dict[str, dict]) -> str:
     about = next(results[suite] for suite in pages.SUITES if suite in results)
     lines = [f"### {about['machine']['gpu']}", f"{pages.about(about)}. [Every case]({within(folder)}README.md)."]
-    return "\n\n".join([*lines, *pages.parts(folder, results, within(folder)).values()])
+    return "\n\n".join([*lines, *pages.parts(folder, results, within(folder), pages.GPU_PARTS).values()])
 
 
 def eight_bit_caches(training: dict) -> str:

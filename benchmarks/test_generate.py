@@ -1,36 +1,51 @@
 """Generation end to end, beside other libraries; and cached against uncached.
 
-The models are GPT-2 124M and a Llama of 160M with random weights, and the shipped one.
+The models are GPT-2 124M and a Llama of 160M with random weights, and the shipped one; on a GPU also larger ones.
 """
 
 import functools
+import gc
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import peers
-from benchmarks.timing import DEVICE, full, in_turns, matrix_product, measured_time, name_of, reading
+from benchmarks import decoding, peers
+from benchmarks.timing import (
+    DEVICE,
+    at_most,
+    full,
+    in_turns,
+    matrix_product,
+    measured_time,
+    name_of,
+    reading,
+    record,
+    time_left,
+    tiny,
+)
 from fastgpt import GPT
 from fastgpt.cli import SHIPPED_MODEL, serving
 from fastgpt.timing import clock
 
 ROOT = Path(__file__).parents[1]
-DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.bfloat16, torch.float32][: 2 if full() else 1]
 SECONDS = (90 if full() else 10) if DEVICE == "cpu" else (15 if full() else 3)  # of rounds of generation, about
 LEAST_ROUNDS = 5
 TAKE_BATCHES = ("ours", "transformers, dynamic cache", "CTranslate2")  # how their names begin
 
 
+LONG = "gpt2-124m, 16k positions"
 SHAPES = {"gpt2-124m": peers.gpt2, "llama-160m": peers.llama}
 
 
 @functools.lru_cache(maxsize=1)
 def model_of(name: str, dtype: torch.dtype) -> GPT:
+    if name == LONG:
+        return decoding.made(decoding.shape("gpt2-124m"), dtype) if tiny() else peers.gpt2(DEVICE, dtype, context_length=16384)
     if name in SHAPES:
         return SHAPES[name](DEVICE, dtype)
     return GPT.from_pretrained(SHIPPED_MODEL, dtype=dtype, device=DEVICE)
@@ -43,6 +58,71 @@ def prompts(model: GPT, batch: int, T: int) -> torch.Tensor:
 def about(name: str, dtype: torch.dtype, batch: int) -> dict:
     implementation = serving(torch.device(DEVICE))["attention"][0]
     return {"model": name, "device": DEVICE, "dtype": name_of(dtype), "batch": batch, "implementation": implementation}
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not tiny(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name, batch, T", decoding.CASES, ids=[f"{name}-batch{B}-{T}tokens" for name, B, T in decoding.CASES])
+@pytest.mark.benchmark(timer=measured_time)
+def test_decoding(benchmark, name, batch, T):
+    """Whole steps of the models that people run, against reading the weights and the cache once, and against transformers."""
+    aims, dtype = decoding.CASES[name, batch, T], torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    batch, T = (min(batch, 4), 16) if tiny() else (batch, T)
+    model = decoding.made(decoding.shape(name), dtype)
+    prompt, read = prompts(model, 1, T), reading()
+
+    def check(tokens):
+        assert all(len(set(step)) == 1 for step in tokens), f"sequences with the same prompt differ: {tokens}"
+        regret = peers.regret(model, prompt, [step[:1] for step in tokens])
+        assert regret <= 2 * peers.rounding(model), f"tokens {regret:.2g} standard deviations below the best: {tokens}"
+
+    seconds_of_a_step, tokens = decoding.ours(model, prompt, batch)
+    check(tokens)
+    seconds = {read.name: [], "ours": []}
+    for _ in range(decoding.ROUNDS):
+        seconds[read.name].append(clock(read.run, [{}] * 3, DEVICE))
+        seconds["ours"].append(seconds_of_a_step())
+    del seconds_of_a_step  # and with it the cache, which may be half of the memory
+    release()
+    sampled, _ = decoding.ours(model, prompt, batch, temperature=1.0, seed=0)
+    seconds["ours, sampled"] = [sampled() for _ in range(decoding.ROUNDS)]
+    del sampled
+    release()
+
+    absent, theirs = {}, None
+    wanted = {decoding.DYNAMIC: {}, decoding.FLASH: {"implementation": "flash_attention_2"}}
+    if batch == 1:
+        wanted[decoding.COMPILED] = {"cache_implementation": "static"}
+    for peer, options in wanted.items():
+        if peer == decoding.COMPILED and peer not in aims.get("times", {}) and not full():
+            absent[peer] = "it compiles for a minute: in the full set"
+        elif time_left() < 10:
+            absent[peer] = "no time was left"
+        else:
+            try:
+                theirs = peers.in_transformers(model) if theirs is None else theirs
+                with at_most(min(600 if full() else 60, time_left() - 5)):
+                    of_rounds, tokens = decoding.theirs(theirs, prompt, batch, **options)
+                check(tokens)
+                seconds[peer] = of_rounds
+            except Exception as reason:  # whatever it is, ours was timed
+                absent[peer] = f"{type(reason).__name__}: {reason}".splitlines()[0]
+            release()
+    keys = T + decoding.FIRST + decoding.STEPS * decoding.ROUNDS // 2  # in the median step
+    info = {
+        "what": "decoding", **about(name, dtype, batch), "context": T, "absent": absent, "targets": aims,
+        "bytes": peers.step_bytes(model.config, keys, peers.ours(model), batch),
+    }  # fmt: skip
+    rounds = [dict(zip(seconds, of_round)) for of_round in zip(*seconds.values(), strict=True)]
+    record(benchmark, rounds, limit=read, info=info)
+
+
+def release() -> None:
+    """Gives back the memory of what nobody refers to any more, and of what torch.compile made."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:  # which takes seconds to load
+        torch.compiler.reset()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=name_of)
@@ -61,6 +141,8 @@ def requests():
     return pytest.mark.parametrize("batch, T", chosen, ids=[f"batch{batch}-{T}tokens" for batch, T in chosen])
 
 
+@pytest.mark.skipif(DEVICE == "cuda" and not full(), reason="compiles for minutes: in the full set")
+@pytest.mark.skipif(tiny(), reason="takes models of more than a few thousand weights")
 @requests()
 def test_generation(benchmark, opened, batch, T):
     """In a round, each generates once. Its first token tells the time of prefill; the median of the times from one to the
@@ -110,7 +192,10 @@ def test_generation(benchmark, opened, batch, T):
 def steps():
     """(model, batch, tokens of context, the new one included)."""
     contexts = [32, 64, 128, 256, 512, 900, 1000] if full() else [32, 128, 512, 900]
-    of_model = {"gpt2-124m": contexts, "shipped": [T for T in contexts if T <= 512]}
+    of_model = {"gpt2-124m": contexts, "shipped": [T for T in contexts if T <= 512]} if DEVICE == "cpu" or full() else {}
+    if DEVICE == "cuda" or tiny():
+        longer = [16, 32, 64, 128] if tiny() else [128, 1024, 4096, 8192, 16384]
+        of_model = {LONG: longer} | ({} if tiny() else of_model)
     chosen = [(name, B, T) for name in of_model for B in ((1, 4, 16) if full() else (1,)) for T in of_model[name]]
     return pytest.mark.parametrize("name, batch, T", chosen, ids=[f"{name}-batch{B}-{T}tokens" for name, B, T in chosen])
 
@@ -128,7 +213,7 @@ def test_cached_against_uncached(benchmark, dtype, name, batch, T):
     step = model.decoding(cache)
 
     def cached():
-        cache.truncate([T - 1] * batch)  # forget the token of the step before
+        cache.counts, _ = [T - 1] * batch, cache.lengths.fill_(T - 1)  # forget the last token, without waiting for a GPU
         return step(ids[:, -1]).argmax(-1)
 
     def uncached():
@@ -149,8 +234,7 @@ def test_whole_calls(benchmark, name, dtype, T, new=64):
     pytest.importorskip("transformers", exc_type=ImportError)
     model = model_of(name, dtype)
     ids = prompts(model, 1, T)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = peers.in_transformers(model, Path(folder))
+    theirs = peers.in_transformers(model)
     mask = torch.ones_like(ids)
 
     def ours():
@@ -165,6 +249,7 @@ def test_whole_calls(benchmark, name, dtype, T, new=64):
     in_turns(benchmark, ours, {"transformers": transformers}, info=info, rounds=5, calls=1)
 
 
+@pytest.mark.skipif(tiny(), reason="takes models of more than a few thousand weights")
 @pytest.mark.parametrize("batch", [1, 16] if full() else [1], ids="batch{}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_memory(benchmark, dtype, batch, T=900):

@@ -1,7 +1,10 @@
 """What the suites share: where they run, how much of them, and fastgpt.timing's rounds as pytest-benchmark's."""
 
+import contextlib
 import functools
 import os
+import signal
+import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +23,32 @@ def full() -> bool:
     return os.environ.get("FASTGPT_BENCH_FULL") == "1"
 
 
+def tiny() -> bool:
+    """Whether only to try the way: with models of a few thousand weights and in no time, as a dry run does."""
+    return os.environ.get("FASTGPT_BENCH_TINY") == "1"
+
+
+def time_left() -> float:
+    """Seconds until the suite will be interrupted, if somebody granted it a time (benchmarks/gpu.py)."""
+    return float(os.environ.get("FASTGPT_BENCH_UNTIL", "inf")) - time.time()
+
+
+@contextlib.contextmanager
+def at_most(seconds: float):
+    """Raises TimeoutError within it when so many seconds are over: one that compiles for minutes must not cost the others."""
+
+    def stop(*_):
+        raise TimeoutError(f"it took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def measured_time() -> float:
     """The clock that pytest-benchmark reads: it goes on by what one call of ours was measured to take, and by nothing else."""
     return _now
@@ -33,8 +62,14 @@ def in_turns(benchmark, ours: Callable, others: dict[str, Callable], *, limit=No
     """
     if benchmark.disabled:
         options |= {"rounds": 1, "calls": 1}
-    options = {"seconds": (10.0 if full() else 2.5) if DEVICE == "cpu" else (3.0 if full() else 0.7)} | options
+    seconds = 0.1 if tiny() else (10.0 if full() else 2.5) if DEVICE == "cpu" else (3.0 if full() else 0.7)
+    options = {"seconds": seconds} | options
     rounds = list(in_rounds({"ours": ours, **others}, device=DEVICE, limit=limit, **options))
+    record(benchmark, rounds, limit=limit, info=info)
+
+
+def record(benchmark, rounds: list[dict[str, float]], *, limit=None, info: dict) -> None:
+    """Hands over the seconds of each round, by name: see `in_turns`."""
 
     def next_of_ours(left=iter(rounds)):
         global _now

@@ -156,12 +156,8 @@ class _Stored:
                 target[start : start + step] = file.get_slice(self.name)[start : start + step]
 
 
-def write(model, folder: str | Path, head: str | None = None, entries: dict | None = None) -> None:
-    """Writes a checkpoint that `read_config` and `read_weights` read.
-
-    head: one of HEADS, if the model is one; entries: of config.json, beyond what its decoder has.
-    """
-    folder = Path(folder)
+def contents(model, head: str | None = None, entries: dict | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What `write` writes: config.json, and the weights by their names, without copies where they lie so already."""
     name = family_of(model.config, model.checkpoint_config.get("model_type"))
     family = FAMILIES[name]
     kept = model.checkpoint_config if model.checkpoint_config.get("model_type") == name else {}
@@ -178,6 +174,16 @@ def write(model, folder: str | Path, head: str | None = None, entries: dict | No
         names, transposed = family.checkpoint_names(parameter)
         for stored_as, part in zip(names, weight.detach().split(_rows(model, parameter, len(names)))):
             weights[stored_as] = (part.t() if transposed else part).contiguous()
+    return config, weights
+
+
+def write(model, folder: str | Path, head: str | None = None, entries: dict | None = None) -> None:
+    """Writes a checkpoint that `read_config` and `read_weights` read.
+
+    head: one of HEADS, if the model is one; entries: of config.json, beyond what its decoder has.
+    """
+    folder = Path(folder)
+    config, weights = contents(model, head, entries)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})

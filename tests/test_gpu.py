@@ -6,10 +6,12 @@ import pytest
 import torch
 from cache_updates import angles, differing, on, update_inputs
 from models import random_ids, random_model
+from numerics import check
 
 import fastgpt
 from fastgpt import (
     GPT,
+    attention_reference,
     kv_cache_update,
     kv_cache_update_reference,
     rope_kv_cache_update,
@@ -56,6 +58,53 @@ def test_rope_kv_cache_update_is_exact(dtype, D, rotary, cache_dtype, page, inte
         q = rope_kv_cache_update(**actual)
         assert torch.equal(q.cpu(), rope_kv_cache_update_reference(**expected))
         assert_same_cache(actual, expected)
+
+
+# Arguments of update_inputs, and a rotary dim if there is one: of copies by 2, 4, 8 and 16 bytes; of rows that are changed
+# 16 bytes at a time and number by number.
+COPIES = [(torch.bfloat16, 1, None), (torch.bfloat16, 2, None), (torch.float16, 4, None), (torch.float32, 64, None)]
+CHANGES = [
+    (dtype, D, cache_dtype, rotary)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    for D, cache_dtype, rotary in (
+        (64, torch.int8, 0), (3, torch.float8_e4m3fn, 0), (128, None, 64), (40, None, 10), (64, torch.float8_e4m3fn, 64),
+        (256, torch.int8, 32),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [None, 4])
+def test_update_kernels_one_by_one(page):
+    """What benchmarks.sanitizer runs: every kernel of both operations, in several blocks, with tokens that are skipped."""
+    for dtype, D, cache_dtype, rotary in [*((*copy, 0) for copy in COPIES), *CHANGES]:
+        for interleaved in (False, True)[: 2 if rotary else 1]:
+            expected = update_inputs(3, 2, 7, 9, D, dtype, "token-major", cache_dtype, page)
+            update, reference = kv_cache_update, kv_cache_update_reference
+            if rotary:
+                update, reference = rope_kv_cache_update, rope_kv_cache_update_reference
+                expected |= {"q": torch.randn(3, 7, 4, D).transpose(1, 2).to(dtype), "interleaved": interleaved}
+                expected["cos"], expected["sin"] = angles(9, rotary // 2)
+            actual = on("cuda", expected)
+            q, q_reference = update(**actual), reference(**expected)
+            assert_same_cache(actual, expected)
+            assert q is None or torch.equal(q.cpu(), q_reference)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("page", [None, 16])
+def test_decode_kernels_one_by_one(page, cache_dtype):
+    """Likewise: one query of each head over keys that are split, of sequences that fill none of their last tiles or pages."""
+    B, H, H_kv, S, D = 3, 6, 2, 600, 64
+    cache = update_inputs(B, H_kv, S, S, D, torch.float16, cache_dtype=cache_dtype, page=page)
+    cache["positions"] = torch.arange(S, dtype=torch.int32).expand(B, S)
+    kv_cache_update_reference(**cache)
+    options = {"kv_lengths": torch.tensor([600, 1, 533], dtype=torch.int32)}
+    options |= {name: cache.get(name) for name in ("block_table", "k_scale", "v_scale")}
+    arguments = {"q": torch.randn(B, H, 1, D).half(), "k": cache["k_cache"], "v": cache["v_cache"], **options}
+    exact = {name: x.double() if torch.is_tensor(x) and x.dtype == torch.float16 else x for name, x in arguments.items()}
+    with torch.inference_mode():
+        actual = fastgpt.attention(**on("cuda", arguments), impl="triton")
+        check(actual, attention_reference(**exact), attention_reference(**arguments), dtype=torch.float16)
 
 
 @pytest.mark.parametrize("page", [None, 4])

@@ -1,14 +1,17 @@
 """`make gpu` runs to its end within its time, and tells what became of each part."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, sanitizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,7 +99,7 @@ def test_environment(tmp_path):
 DRIVER = """
 import sys
 from pathlib import Path
-from benchmarks import gpu
+from benchmarks import gpu, sanitizer
 python = [sys.executable, "-S", "-c"]
 fine, hangs = [*python, "print('fine')"], [*python, "import time; print('begins'); time.sleep(1000)"]
 gpu.parts = lambda out, dry_run: [gpu.Part("works", fine, 0.1), gpu.Part("hangs", hangs, 0.1), gpu.Part("late", fine, 0.1)]
@@ -139,6 +142,126 @@ def test_what_is_interrupted_has_the_grace_to_write_what_it_has(tmp_path):
     assert results["measures"].outcome == "timed out" and results["works"].outcome == "ok"
     assert (tmp_path / "result").read_text() == "measured"
     assert time.monotonic() - start < 4.0
+
+
+def test_a_part_that_cannot_run_here_says_why(tmp_path):
+    results = run(tmp_path, {"cannot": (python("print('no such device'); raise SystemExit(77)"), 0.5), "works": (FINE, 0.1)})
+    assert (results["cannot"].outcome, results["cannot"].last_line) == ("skipped", "no such device")
+    assert results["works"].outcome == "ok"
+
+
+def test_a_part_knows_until_when_it_may_run(tmp_path):
+    code = "import os, time; print(float(os.environ['FASTGPT_BENCH_UNTIL']) - time.time())"
+    left = float(run(tmp_path, {"part": (python(code), 0.5)}, seconds=6.0, grace=1.0)["part"].last_line)
+    assert 3 < left < 5  # of 6 s all but the grace and the start
+
+
+def test_after_every_part_one_file_has_all_that_there_is(tmp_path):
+    out = tmp_path / "gpu"
+    out.mkdir()
+    listing = python(f"import tarfile; print(tarfile.open({str(out) + '.tar.gz'!r}).getnames())")
+    results = run(out, {"first": (FINE, 0.2), "second": (listing, 0.2)})
+    assert "gpu/first.log" in results["second"].last_line and "gpu/second.log" not in results["second"].last_line
+    with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
+        assert {"gpu/first.log", "gpu/second.log", "gpu/summary.txt"} <= set(archive.getnames())
+        assert b"all is fine" in archive.extractfile("gpu/summary.txt").read()
+
+
+def test_parts_by_name(tmp_path):
+    parts = gpu.parts(tmp_path, False)
+    chosen = gpu.chosen(parts, ["report", "gpu-tests", "Generate", "benchmark decode"])
+    assert [part.name for part in chosen] == ["GPU tests", "benchmark generate", "benchmark decode", "report"]
+    assert sum(part.share for part in chosen) == pytest.approx(1)
+    with pytest.raises(ValueError, match="expected build, device, .* got speed"):
+        gpu.chosen(parts, ["build", "speed"])
+
+
+def test_parts_again_leave_the_logs_of_others(tmp_path):
+    kept, anew = tmp_path / "build.log", tmp_path / "benchmark_generate.json"
+    for path in kept, anew:
+        path.write_text("of an earlier run")
+    driver = "from benchmarks import gpu; gpu.run_all = lambda *_: []; gpu.main()"
+    command = [sys.executable, "-c", driver, "--out", tmp_path, "--dry-run", "--only", "generate", "report"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert kept.exists() and not anew.exists()
+
+
+SUMMARY = "========= ERROR SUMMARY: {} errors"
+CLEAN = f"echo '1 passed'; echo '{SUMMARY.format(0)}'"
+TOOL = """#!/bin/sh
+echo "$@" >>{log}
+case "$2" in memcheck) {memcheck};; *) {others};; esac
+"""
+
+
+@pytest.mark.parametrize(
+    "memcheck, others, outcome, last_line",
+    [
+        (CLEAN, CLEAN, "ok", "memcheck: clean, racecheck: clean, synccheck: clean"),
+        (f"echo '1 passed'; echo '{SUMMARY.format(1)}'; exit 86", CLEAN, "failed", "memcheck: found, racecheck: clean"),
+        ("echo '1 failed'; exit 1", CLEAN, "failed", "memcheck: failed, "),
+        ("echo '1 passed'; exit 0", CLEAN, "failed", "memcheck: failed, "),
+        (f"echo '1 skipped'; echo '{SUMMARY.format(0)}'", CLEAN, "failed", "memcheck: failed, "),
+        (*["echo '========= Error: Device not supported'; exit 1"] * 2, "skipped", "memcheck: refused, racecheck: refused"),
+    ],
+    ids=["clean", "a find", "a failure", "nothing seen", "nothing launched", "no such device"],
+)
+def test_what_the_sanitizer_finds(memcheck, others, outcome, last_line, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL.format(log=tmp_path / "calls", memcheck=memcheck, others=others))
+    tool.chmod(0o755)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    result = run(tmp_path, {"sanitizer": ([sys.executable, "-m", "benchmarks.sanitizer"], 0.9, path)})["sanitizer"]
+    assert result.outcome == outcome and result.last_line.startswith(last_line)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 3 and all("--error-exitcode 86" in call and "one_by_one" in call for call in calls)
+
+
+def test_without_the_sanitizer_its_part_is_skipped_with_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    if sanitizer.find():
+        pytest.skip("it is in /usr/local/cuda")
+    (part,) = [part for part in gpu.parts(tmp_path, False) if part.name == "sanitizer"]
+    assert part.missing == "compute-sanitizer is neither on the PATH nor in CUDA's folder"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "compute-sanitizer").touch(0o755)
+    assert sanitizer.find() == str(tmp_path / "bin" / "compute-sanitizer")
+
+
+def test_every_suite_is_a_part(tmp_path):
+    names = [part.name for part in gpu.parts(tmp_path, False)]
+    assert {f"benchmark {path.stem.removeprefix('test_')}" for path in (ROOT / "benchmarks").glob("test_*.py")} <= set(names)
+    assert names.index("sanitizer") < names.index("GPU tests") < names.index("benchmark generate") < names.index("report")
+
+
+def test_what_takes_too_long_is_given_up():
+    from benchmarks.timing import at_most
+
+    with pytest.raises(TimeoutError, match="longer than 0 s"), at_most(0.05):
+        time.sleep(60)
+    with at_most(0.05):
+        pass
+    time.sleep(0.1)  # no alarm is left
+
+
+@pytest.mark.slow
+def test_a_dry_run_goes_the_way_of_decoding_up_to_the_report(tmp_path, monkeypatch):
+    """With models of a few thousand weights: the suite, its case's share of the limit, its growth, the page and the plot."""
+    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    parts = gpu.chosen(gpu.parts(tmp_path, True), ["generate", "report"])
+    results = gpu.run_all(parts, tmp_path, 300)
+    assert [result.outcome for result in results] == ["ok", "ok"], "\n".join(result.log.read_text() for result in results)
+    (path,) = tmp_path.glob("results/*/generate.json")
+    result = json.loads(path.read_text())
+    (case,) = result["decoding"]
+    assert (case["model"], case["batch"], case["context"]) == ("gpt2-124m", 1, 16) and len(case["of_limit"]) == 3
+    theirs = {"transformers, dynamic cache", "transformers, static cache, compiled"}
+    assert theirs | {"ours, sampled"} <= case["times_ours"].keys() and theirs <= case["targets"]["times"].keys()
+    assert [case["context"] for case in result["cached against uncached"]] == [16, 32, 64, 128] and len(result["growth"]) == 1
+    assert "### Decoding" in (path.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("dry_run", [False, True])

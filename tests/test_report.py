@@ -173,6 +173,89 @@ def test_readme_says_which_results_it_misses(monkeypatch, tmp_path):
         report.sections()
 
 
+GPU = {"gpu": "NVIDIA H200", "cuda": "13.0"}
+SIZES = {"gpt2-124m": 0.25e9, "gpt2-xl": 3.1e9, "llama-1b": 2.5e9, "llama-8b": 15e9}  # bytes that a step reads
+
+
+def decoding(model, batch, T, targets, share=0.5, **others):
+    """Whole steps that take their share of 4 TB/s, and others so many times as long."""
+    size = SIZES[model] + (batch > 1) * 3e10 * batch / 64
+    took = [size / 4e12 / share] * 9
+    seconds = {"reading": [0.25e-3] * 9, "ours": took, **{name: [times * x for x in took] for name, times in others.items()}}
+    return {
+        "what": "decoding", "model": model, "device": "cuda", "dtype": "bfloat16", "batch": batch, "context": T,
+        "implementation": "triton", "bytes": round(size), "limit": "reading", "limit_bytes": 10**9, "targets": targets,
+        "absent": {"transformers, flash_attention_2": "ImportError: not installed"}, "seconds": seconds,
+    }  # fmt: skip
+
+
+def attention_over(keys, kind="bfloat16", **others):
+    took = [1e-5 + keys * 4e-10] * 9
+    seconds = {"reading": [0.25e-3] * 9, "ours": took, **{name: [times * x for x in took] for name, times in others.items()}}
+    return {
+        "what": "decode", "kind": kind, "keys": keys, "batch": 1, "heads": 12, "kv_heads": 12, "head_dim": 64, "device": "cuda",
+        "dtype": "bfloat16", "implementation": "triton", "bytes": 2 * 2 * 12 * 64 * keys, "limit": "reading",
+        "limit_bytes": 10**9, "absent": {}, "seconds": seconds,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def of_a_gpu(stored):
+    """The folder of results of a GPU that nobody ever had."""
+    dynamic, compiled = "transformers, dynamic cache", "transformers, static cache, compiled"
+    aims = {"tokens_per_second": 5000, "on": "H200", "times": {dynamic: 10, compiled: 2}}
+    larger = {"times": {dynamic: 3}}
+    cases = [
+        decoding("gpt2-124m", 1, 128, aims, 0.4, **{"ours, sampled": 1.1, dynamic: 40, compiled: 3}),
+        decoding("llama-8b", 1, 128, {"of_limit": 0.85}, 0.8, **{"ours, sampled": 1.02, dynamic: 4}),
+        decoding("gpt2-xl", 1, 128, {"of_limit": 0.65}, 0.6, **{"ours, sampled": 1.05, dynamic: 12}),
+        decoding("llama-1b", 1, 128, {"of_limit": 0.75}, 0.7, **{"ours, sampled": 1.05, dynamic: 6}),
+        decoding("llama-1b", 64, 4096, larger, 0.5, **{"ours, sampled": 1.1, dynamic: 3.2}),
+        decoding("llama-8b", 64, 4096, larger, 0.5, **{"ours, sampled": 1.1, dynamic: 2.5}),
+    ]
+    uncached = [
+        step(T, cached=1e-3, uncached=0.02) | {"model": "gpt2-124m, 16k positions"} for T in (128, 1024, 4096, 8192, 16384)
+    ]
+    folder, _ = stored(output(*cases, *uncached, suite="generate", **GPU))
+    names = ["SDPA, flash", "SDPA, cudnn", "SDPA, efficient", "SDPA, math", "FlexAttention"]
+    rates = [
+        prefill(T, **{name: [(1.5 + i) * 1e-3] * 9 for i, name in enumerate(names)}) | {"flops": 4e11, "limit_flops": 16e11}
+        for T in (1024, 2048, 4096, 8192, 16384)
+    ]
+    stored(output(*rates, **GPU))
+    over = [attention_over(keys, **{"SDPA, flash": 4, "FlexAttention": 2}) for keys in (1024, 8192, 65536)]
+    stored(output(*over, attention_over(8192, "int8"), suite="decode", **GPU))
+    return folder
+
+
+def test_what_is_aimed_at_is_beside_what_was_measured(of_a_gpu):
+    text = pages.decoding(pages.results_in(of_a_gpu)["generate"])
+    header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    others = "ours, sampled | transformers, dynamic cache | transformers, static cache, compiled"
+    assert header == f"| whole steps | tokens/s | of the limit | {others} |"
+    cells = "**6,402** (5,000 on an H200) | 40% | 1.10x | 40.0x (10x) | 3.00x (2x)"
+    assert rows[0] == f"| GPT-2 124M, batch 1, 128 tokens | {cells} |"
+    assert rows[1] == "| Llama 8B, batch 1, 128 tokens | **213** | 80% (85%) | 1.02x | 4.00x | – |"
+    assert "–: transformers, flash_attention_2 (ImportError: not installed)." in text
+
+
+def test_readme_shows_each_gpu_or_that_there_is_none(of_a_gpu, monkeypatch, tmp_path):
+    """With its plots, of all that was timed there: attention, caches, decoding, cached against uncached and their growth."""
+    shutil.copytree(report.STORED / report.SHOWN, tmp_path / report.SHOWN)
+    monkeypatch.setattr(report, "STORED", tmp_path)
+    pytest.importorskip("matplotlib")
+    plots.draw(of_a_gpu)
+    assert plots.stale(of_a_gpu) == []
+    shown = ("decoding", "cached_against_uncached", "attention", "attention_over_caches")
+    text = report.sections()["on a GPU"]
+    assert text.startswith("### NVIDIA H200\n")
+    assert [text.index(f"{name}.svg") for name in shown] == sorted(text.index(f"{name}.svg") for name in shown)
+    assert "| 16,384 |" in text and "adds 2.00 µs to a cached token of GPT-2 124M, 16k positions, 20.0 µs" in text
+    assert "| causal, 8,192 tokens |" in text and "SDPA, flash | 1.50x |" in text
+    shutil.rmtree(of_a_gpu)
+    assert report.sections()["on a GPU"] == report.NO_GPU and "\n" not in report.NO_GPU
+
+
 @pytest.fixture
 def drawn(stored):
     pytest.importorskip("matplotlib")

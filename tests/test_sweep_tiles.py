@@ -1,0 +1,79 @@
+"""The sweep of tiles keeps its time, begins with what tells most, and has stored what it timed whenever it ends."""
+
+import concurrent.futures
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import sweep_tiles  # noqa: E402
+from benchmarks.sweep_tiles import TABLES, Tile, decode  # noqa: E402
+
+
+class Here:
+    """Instead of a pool of processes."""
+
+    def __init__(self, *_, **__): ...
+
+    __enter__ = lambda self: self  # noqa: E731
+    __exit__ = shutdown = lambda self, *_, **__: None  # noqa: E731
+
+    def submit(self, function, *arguments):
+        future = concurrent.futures.Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    """What is stored, time after time, by a sweep in which a tile takes so many seconds of a clock that stands still else."""
+    now = 0.0
+
+    def seconds(table, key, tile, arch):
+        nonlocal now
+        now += 1.0
+        if tile.num_stages == 1:
+            raise RuntimeError("out of resources\nand more of it")
+        return 0.001 * tile.num_warps
+
+    monkeypatch.setattr(sweep_tiles, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(sweep_tiles.time, "monotonic", lambda: now)
+    monkeypatch.setattr(sweep_tiles, "fit_of", lambda table, key, tile, arch: (tile.BLOCK_M > 16, "so many registers"))
+    monkeypatch.setattr(sweep_tiles, "seconds", seconds)
+    monkeypatch.setattr(sweep_tiles.sys, "argv", ["sweep", "--minutes", "1"])
+
+    def swept(minutes, *asked):
+        stored, jobs = [], sweep_tiles.jobs_of(sweep_tiles.tables(*(asked or (None, None, None))), 90)
+        sweep_tiles.sweep(jobs, minutes, lambda result: stored.append({**result, "tiles": result["tiles"].copy()}))
+        return stored
+
+    return swept
+
+
+def test_partial_results_are_stored_as_they_come(swept):
+    stored = swept(0.5)
+    assert [len(result["tiles"]) for result in stored] == list(range(1, len(stored) + 1))
+    timed = [row for row in stored[-1]["tiles"] if "seconds" in row or "problem" in row]
+    assert 30 <= len(timed) <= 31  # of one second each
+    assert stored[-1]["command"] == "python -m benchmarks.sweep_tiles --minutes 1"
+    assert "table rich forward, head dim 16, bytes 4" in stored[-1]["not reached"]
+    assert "table decode, head dim 128, bytes 2" not in stored[-1]["not reached"]
+    assert {row["problem"] for row in timed if row["tile"][3] == 1} <= {"RuntimeError: out of resources"}
+
+
+def test_the_most_telling_come_first(swept):
+    rows = swept(60)[-1]["tiles"]
+    first = rows[0]
+    assert (first["table"], first["head dim"], first["bytes"], first["ships"]) == ("decode", 128, 2, True)
+    near = [(row["table"], row["head dim"]) for row in rows[:250] if row["ships"]]
+    assert near[:8] == [(table, D) for table in ("decode", "forward", "keys", "queries") for D in (128, 64)]
+    firsts = {}
+    for row in rows:
+        firsts.setdefault((row["table"], row["head dim"], row["bytes"]), row)
+    assert all(row["ships"] for row in firsts.values()) and len(firsts) == sum(map(len, [*TABLES.values(), decode.TILES]))
+
+
+def test_what_is_asked_for_is_swept_whole(swept):
+    rows = swept(60, ["forward"], [64], [2])[-1]["tiles"]
+    assert len(rows) == len({tuple(row["tile"]) for row in rows}) == len(sweep_tiles.candidates())
+    assert sweep_tiles.distance(Tile(128, 64, 4, 3), Tile(64, 128, 8, 1)) == 5
