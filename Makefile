@@ -54,7 +54,7 @@ bench-compare: $(INSTALLED)
 gpu:
 	@$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(DRY),--dry-run)
 
-# Times every tile of the Triton attention kernels that fits, on a GPU.
+# Times every tile of the Triton kernels that fits, on a GPU.
 sweep:
 	$(PYTHON) -m benchmarks.sweep_tiles
 

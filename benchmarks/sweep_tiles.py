@@ -1,8 +1,9 @@
-"""Tiles of the Triton attention kernels: which fit, and on a GPU which are fastest. The tables in fastgpt/kernels come from it.
+"""Tiles of the Triton kernels: which fit, and on a GPU which are fastest. The tables in fastgpt/kernels come from it.
 
 python -m benchmarks.sweep_tiles                      on a GPU: times what fits, writes results/<machine>/tiles.json
 python -m benchmarks.sweep_tiles --arch 90            anywhere: registers, spilled bytes and shared memory of each tile
 python -m benchmarks.sweep_tiles --arch 90 --first    the largest tile that fits, of each table and head dim
+python -m benchmarks.sweep_tiles --table linear       likewise of products of few rows; --rows and --product choose some
 
 A tile fits if no kernel that ships with it, of those under the most register pressure, spills or asks for more shared
 memory than there is.
@@ -10,6 +11,7 @@ memory than there is.
 
 import argparse
 import itertools
+from unittest import mock
 
 import torch
 import triton
@@ -17,6 +19,7 @@ import triton
 from benchmarks.machine_code import compile_for, demanding, usage_of
 from fastgpt.kernels import attention_backward as backward
 from fastgpt.kernels import attention_forward as forward
+from fastgpt.kernels import linear
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
 from fastgpt.kernels.attention_forward import Tile
 
@@ -44,12 +47,13 @@ def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
     return chosen
 
 
-def fit(tile: Tile, kernels: list, arch: int) -> tuple[bool, str]:
-    """Whether a tile fits, and what its worst kernel takes."""
+def fit(tile, kernels: list, arch: int, replaced: dict | None = None) -> tuple[bool, str]:
+    """Whether a tile fits, and what its worst kernel takes. `replaced`: constants that differ from those that ship."""
+    replaced = tile._asdict() if replaced is None else replaced
     worst = None
     for function, dtype, cache_dtype, constants, given in kernels:
         try:
-            usage = usage_of(compile_for(arch, function, dtype, cache_dtype, constants | tile._asdict(), given))
+            usage = usage_of(compile_for(arch, function, dtype, cache_dtype, constants | replaced, given))
         except Exception as error:  # what the compiler throws is not of one kind
             return False, f"{type(error).__name__} in the compiler"
         worst = usage if worst is None else max(worst, usage, key=lambda x: (x.spilled, x.registers))
@@ -83,10 +87,68 @@ def seconds(table: str, key: tuple[int, int], tile: Tile, arch: int) -> float:
         backward._constants.cache_clear()
 
 
+def linear_candidates(rows: int, K: int, size: int, ships: linear.Tile):
+    """Tiles of a product of so many rows with so many columns of `size` bytes: that which ships first."""
+    most = min(triton.next_power_of_2(K), 4096)
+    if rows == 1:
+        shapes = itertools.product((1,), (2, 4, 8, 16, 32), (256, 512, 1024, 2048, 4096), (2, 4, 8), (1,))
+    else:
+        shapes = itertools.product((ships.BLOCK_M,), (16, 32, 64, 128), (32, 64, 128, 256), (4, 8), (2, 3, 4, 5))
+    tiles = [linear.Tile(*shape) for shape in shapes]
+    fine = [x for x in tiles if x.BLOCK_K <= most and x.BLOCK_N * x.BLOCK_K * size <= 128 * x.num_warps * 32]
+    return [ships, *(tile for tile in fine if tile != ships)]
+
+
+def linear_seconds(product: tuple, rows: int, dtype: torch.dtype, tile: linear.Tile) -> float:
+    """Time of a product in a CUDA graph that goes through weights which are together larger than the L2 cache."""
+    weight_rows, K, activation, gated, given = product
+    N = weight_rows // (2 if gated else 1)
+
+    def random(*shape):
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    sizes = {"norm_weight_ptr": (K,), "norm_bias_ptr": (K,), "bias_ptr": (weight_rows,), "residual_ptr": (rows, N)}
+    tensors = {name.removesuffix("_ptr"): random(*sizes[name]) for name in given}
+    weights = random(max(2, (256 << 20) // (weight_rows * K * dtype.itemsize)), weight_rows, K)
+    x, options = random(rows, K), dict(activation=activation, gated=gated, rms="norm_bias_ptr" not in given)
+
+    def run():
+        for weight in weights:
+            linear.linear(x, weight, **tensors, **options)
+
+    with mock.patch.object(linear, "tile_of", lambda *shape: tile):
+        run()  # compiles
+        return triton.testing.do_bench_cudagraph(run, return_mode="median") / 1e3 / len(weights)
+
+
+def sweep_linear(args, arch: int):
+    """Yields a row of results for each tile."""
+    for (i, product), rows, size in itertools.product(enumerate(linear.PRODUCTS), args.rows, args.bytes or (2, 4)):
+        if i not in (args.product or (i,)):
+            continue
+        weight_rows, K, activation, gated, given = product
+        dtype = torch.bfloat16 if size == 2 else torch.float32
+        ships = linear.tile_of(rows, weight_rows, K, size, "norm_weight_ptr" in given)
+        for tile in linear_candidates(rows, K, size, ships):
+            constants = linear._constants(tile, K, "norm_bias_ptr" not in given, activation, gated, 16 // size)
+            kernel = linear._one_row if rows == 1 else linear._several_rows
+            fits, what = fit(tile, [(kernel, dtype, dtype, constants, given)], arch, replaced={})
+            row = {"table": "linear", "weight": f"{weight_rows} x {K}", "gated": gated, "rows": rows, "bytes": size}
+            row |= {"tile": list(tile), "ships": tile == ships, "fits": what}
+            if fits and args.arch is None:
+                row["seconds"] = linear_seconds(product, rows, dtype, tile)
+            if fits or not args.first:
+                yield row
+            if fits and args.first:
+                break
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="compile for it instead of timing")
-    parser.add_argument("--table", choices=TABLES, action="append", help="default: all")
+    parser.add_argument("--table", choices=(*TABLES, "linear"), action="append", help="default: all")
+    parser.add_argument("--rows", type=int, nargs="+", default=(1, 8), help="of linear's x; default: 1 8")
+    parser.add_argument("--product", type=int, nargs="+", help="by number, of PRODUCTS in fastgpt/kernels/linear.py; default: all")
     parser.add_argument("--head-dim", type=int, choices=(16, 32, 64, 128, 256), action="append", help="default: all")
     parser.add_argument("--bytes", type=int, choices=(2, 4), action="append", help="of an element; default: both")
     parser.add_argument("--first", action="store_true", help="stop at the first that fits")
@@ -95,7 +157,12 @@ def main() -> None:
         parser.error("--arch: expected, as there is no GPU here to time on")
     arch = args.arch or architecture(torch.device("cuda"))
     results = []
-    for table, key in itertools.product(args.table or TABLES, forward.TILES):
+    tables = args.table or (*TABLES, "linear")
+    if "linear" in tables:
+        for row in sweep_linear(args, arch):
+            results.append(row)
+            print(*row.values(), sep="\t", flush=True)
+    for table, key in itertools.product((table for table in tables if table in TABLES), forward.TILES):
         if key[0] not in (args.head_dim or (key[0],)) or key[1] not in (args.bytes or (key[1],)):
             continue
         kernels = kernels_of(table, key, arch)

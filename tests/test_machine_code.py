@@ -14,7 +14,7 @@ from benchmarks.machine_code import SHARED_MEMORY, compile_for, demanding, usage
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
-MODULES = [f"fastgpt.kernels.attention_{name}" for name in ("forward", "backward", "decode")]
+MODULES = [f"fastgpt.kernels.{name}" for name in ("attention_forward", "attention_backward", "attention_decode", "linear", "norm")]
 
 
 def configurations(module, arch):
@@ -39,6 +39,8 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
     unpaged = name == "_attend_split" and cache_dtype is dtype and "block_table_ptr" not in given
     if (plain or unpaged) and ("cp.async.cg" not in ptx or "cp.async.ca" in ptx):
         faults.append("copies narrower than 16 bytes")
+    if name == "_one_row" and "ld.global.v4.b32" not in ptx or name == "_several_rows" and "cp.async.cg" not in ptx:
+        faults.append("loads narrower than 16 bytes")
     what = f"sm_{arch} {name} {dtype} {cache_dtype} {constants} {given}"
     return f"{what}: {', '.join(faults)}" if faults else ""
 
