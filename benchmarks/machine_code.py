@@ -113,8 +113,8 @@ def demanding(configurations) -> list:
 def _presses(name: str, constants: dict, features: frozenset) -> bool:
     if name == "_norm":
         return "residual_ptr" in features
-    if name in ("_one_row", "_several_rows"):  # which normalise, of all columns there are or of some
-        return bool("norm_weight_ptr" in features and constants["ACTIVATION"] and (name == "_one_row" or constants["K"] in (768, 4096)))
+    if name in ("_one_row", "_several_rows"):  # of some models, and tiles of the fewest rows and of the most
+        return bool(constants["ACTIVATION"]) and constants["K"] != 2048 and constants.get("BLOCK_M") in (None, 16, 64)
     if name == "_combine":
         return "sinks_ptr" in features and constants["HEAD_DIM"] == constants["BLOCK_D"]
     if constants["HEAD_DIM"] == constants["BLOCK_D"]:

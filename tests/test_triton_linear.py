@@ -20,11 +20,11 @@ from fastgpt.kernels import norm as norm_kernel  # noqa: E402
 from fastgpt.ops.linear import ACTIVATION_NUMBERS, ACTIVATIONS, MAX_ROWS, linear_reference  # noqa: E402
 from fastgpt.ops.norm import norm_reference  # noqa: E402
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)[: 2 if INTERPRETED else 3]  # there, bf16 is served as fp32
 ROWS = (1, 7)
 SHAPES = [
-    *((K, N, torch.float16) for K, N in ((1, 1), (5, 3), (128, 16), (256, 20), (768, 6), (3000, 4))),
-    (160, 5, torch.float32), (4200, 2, torch.float32),
+    *((K, N, torch.float16) for K, N in ((1, 1), (128, 16), (256, 20), (3000, 2))),
+    (5, 3, torch.float32), (160, 5, torch.float32), (4200, 2, torch.float32),
 ]  # fmt: skip
 features = pytest.mark.parametrize("feature", linear_features.FEATURES)
 everything = pytest.mark.parametrize("feature", ["everything", "everything, gated"])
@@ -100,7 +100,7 @@ def test_numbers_far_from_one(norm, dtype):
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
 def test_activations_far_from_zero(activation):
     """And near it: to a few units in the last place of float32, of numbers that are not tiny."""
-    x = torch.cat([torch.linspace(-30, 30, 121), torch.tensor([1e30])]).to(DEVICE)
+    x = torch.cat([torch.linspace(-30, 30, 25), torch.tensor([1e30])]).to(DEVICE)
     far = linear(torch.ones(2, 1, device=DEVICE), x.view(-1, 1), activation=activation)
     expected = ACTIVATIONS[activation](x.double())
     for actual in (*far, linear(torch.ones(1, 1, device=DEVICE), x.view(-1, 1), activation=activation)[0]):
@@ -108,8 +108,7 @@ def test_activations_far_from_zero(activation):
 
 
 @runs_kernel
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
+@pytest.mark.parametrize("activation, rows", [("gelu_tanh", 1), ("gelu", 3), ("silu", 1), ("relu", 3)])
 def test_nan_stays_in_its_row(activation, rows):
     call = call_of(linear_features, "everything", rows, 40, 9, torch.float32) | {"activation": activation}
     expected = linear(**call)
@@ -125,7 +124,7 @@ def test_any_leading_dimensions_and_strides(feature):
     expected = linear(**call)
     x, residual = call.pop("x"), call.pop("residual")
     assert torch.equal(linear(x.view(2, 3, 40), residual=residual.view(2, 3, 17), **call), expected.view(2, 3, 17))
-    for width, start in ((44, 0), (47, 5)):  # rows of a wider tensor, at multiples of 16 bytes and not
+    for width, start in ((48, 4), (47, 5)):  # rows of a wider tensor, at multiples of 16 bytes and not
         wide, wide_residual = (torch.zeros(6, width, device=DEVICE) for _ in range(2))
         wide, wide_residual = wide[:, start : start + 40].copy_(x), wide_residual[:, start : start + 17].copy_(residual)
         assert torch.equal(linear(wide, residual=wide_residual, **call), expected)
@@ -149,10 +148,10 @@ def test_a_row_gives_the_same_bits_among_any_others(feature):
 
 @runs_kernel
 @pytest.mark.parametrize("feature", norm_features.FEATURES)
-@pytest.mark.parametrize("C", [1, 5, 64, 80, 1200])
-def test_parity_of_norms(feature, C):
-    for dtype in DTYPES if not INTERPRETED or C < 1000 else DTYPES[1:2]:
-        call = call_of(norm_features, feature, (3, 47, C) if C < 1000 else (5, C), dtype)
+@pytest.mark.parametrize("C, dtype", [(1, torch.float32), *((C, dtype) for C in (5, 80, 1200) for dtype in DTYPES)], ids=str)
+def test_parity_of_norms(feature, C, dtype):
+    if not INTERPRETED or (C < 1000) != (dtype is torch.float16):
+        call = call_of(norm_features, feature, (3, 45, C) if C < 1000 else (3, C), dtype)
         actual = norm(**call)
         assert actual.dtype == dtype and actual.is_contiguous()
         check(actual, norm_reference(**in_float64(call)), norm_reference(**call), dtype=dtype)
@@ -162,7 +161,7 @@ def test_parity_of_norms(feature, C):
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_norms_of_long_rows_and_of_rows_far_from_zero(kind):
     for shift in (0, 1000):
-        call = call_of(norm_features, "everything", (2, 9000), torch.float32) | {"kind": kind}
+        call = call_of(norm_features, "everything", (2, 5000), torch.float32) | {"kind": kind}
         call["x"] += shift
         check(norm(**call), norm_reference(**in_float64(call)), norm_reference(**call), dtype=torch.float32)
 

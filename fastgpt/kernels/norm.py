@@ -146,6 +146,7 @@ def _constants(C: int, rms: bool, many: bool) -> dict:
 def aot_configurations(arch: int):
     """As in attention_forward.py; the same for every architecture."""
     features = (True, ()), (False, ("norm_bias_ptr", "residual_ptr"))
-    for C, dtype, (rms, given) in itertools.product((64, 128, 768, 4096), (torch.bfloat16, torch.float32), features):
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    for C, dtype, (rms, given) in itertools.product((64, 128, 768, 4096), dtypes, features):
         for many in (False, True):
             yield _norm, dtype, dtype, _constants(C, rms, many), ("norm_weight_ptr", *given)
