@@ -3,11 +3,14 @@
 Tests that run the kernels need a GPU or Triton's interpreter, see interpreter.py.
 """
 
+from unittest import mock
+
 import linear_features
 import norm_features
 import pytest
 import torch
 from linear_features import in_float64, split
+from models import random_ids, random_model, reference_operations
 from numerics import check
 
 triton = pytest.importorskip("triton")
@@ -15,10 +18,12 @@ triton = pytest.importorskip("triton")
 from interpreter import DEVICE, INTERPRETED, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
 import fastgpt  # noqa: E402
+from fastgpt import model  # noqa: E402
 from fastgpt.kernels import linear as kernel  # noqa: E402
 from fastgpt.kernels import norm as norm_kernel  # noqa: E402
 from fastgpt.ops.linear import ACTIVATION_NUMBERS, ACTIVATIONS, MAX_ROWS, linear_reference  # noqa: E402
 from fastgpt.ops.norm import norm_reference  # noqa: E402
+from fastgpt.positions import Rope  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)[: 2 if INTERPRETED else 3]  # there, bf16 is served as fp32
 ROWS = (1, 7)
@@ -182,6 +187,34 @@ def test_norms_of_any_strides():
         assert torch.equal(actual, norm(contiguous, weight, residual=contiguous))
 
 
+MODELS = {
+    "GPT-2": {},
+    "Llama": {"norm": "rms", "gated": True, "activation": "silu", "num_kv_heads": 2, "qkv_bias": False, "position": "rotary", "rope": Rope(16)},
+    "Gemma": {
+        "norm": "rms", "norm_offset": 1.0, "post_norms": True, "gated": True, "qk_norm": True, "position": "rotary", "rope": Rope(16),
+        "embedding_scale": 8.0,
+    },
+}  # fmt: skip
+
+
+@runs_kernel
+@torch.inference_mode()
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+def test_a_decoder_computes_the_same_by_the_kernels(fields):
+    """Of a prompt and a step of one token; on a CPU the attention is that of C++."""
+    decoder = random_model(context=32, **fields).to(DEVICE)
+    ids = random_ids(decoder, 1, 6).to(DEVICE)
+    with reference_operations():
+        expected = decoder.double()(ids)
+    decoder.float()
+    kernels = mock.Mock(side_effect=lambda x, weight, bias=None, dropout_p=0.0, **options: linear(x, weight, bias, **options))
+    with mock.patch.object(model, "linear", kernels), mock.patch.object(model, "norm", norm):
+        cache = decoder.new_cache(1)
+        logits = torch.cat([decoder(part, cache=cache) for part in (ids[:, :5], ids[:, 5:])], dim=1)
+    assert kernels.call_count == 2 * (4 * len(decoder.blocks) + 1)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=1e-3)
+
+
 # Of models that are run: rows of the weight, columns, and the feature, as GPT-2's (124M, XL) or Llama's (1B, 8B).
 PRODUCTS = {
     "GPT-2 124M qkv": (2304, 768, "norm and bias"),
@@ -206,11 +239,12 @@ def call_at_size(product, rows, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @products
-def test_parity_at_size(product, dtype):
-    rows = (1, 2, 16, 32)
-    assert_parity(call_at_size(product, sum(rows), dtype), rows)
+def test_parity_at_size(product):
+    rows = (1, 8, 32)
+    few = product in (PRODUCTS["GPT-2 124M up"], PRODUCTS["GPT-2 124M down"], PRODUCTS["Llama 8B up"])
+    for dtype in DTYPES if few else (torch.bfloat16,):
+        assert_parity(call_at_size(product, sum(rows), dtype), rows)
 
 
 @pytest.mark.gpu
@@ -234,11 +268,11 @@ def test_the_public_norm_uses_the_kernel():
 @pytest.mark.gpu
 def test_calls_that_the_kernels_do_not_serve():
     call = call_of(linear_features, "everything", 4, 40, 65, torch.float32)
-    for change in ({"x": call["x"].requires_grad_()}, {"dropout_p": 0.5}):
+    for change in ({"x": call["x"].clone().requires_grad_()}, {"dropout_p": 0.5}, {"weight": call["weight"].t().contiguous().t()}):
         assert fastgpt.explain(fastgpt.linear, **call | change)["reference"] == "chosen"
     with torch.autocast("cuda", torch.bfloat16):
-        assert fastgpt.linear(call["x"].detach(), call["weight"]).dtype == torch.bfloat16
-    wide = in_float64(call | {"x": call["x"].detach()})
+        assert fastgpt.linear(call["x"], call["weight"]).dtype == torch.bfloat16
+    wide = in_float64(call)
     assert fastgpt.explain(fastgpt.linear, **wide)["reference"] == "chosen" and fastgpt.linear(**wide).dtype == torch.float64
 
 
