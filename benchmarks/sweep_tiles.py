@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="compile for it instead of timing")
     parser.add_argument("--table", choices=(*TABLES, "linear"), action="append", help="default: all")
     parser.add_argument("--rows", type=int, nargs="+", default=(1, 8), help="of linear's x; default: 1 8")
-    parser.add_argument("--product", type=int, nargs="+", help="by number, of PRODUCTS in fastgpt/kernels/linear.py; default: all")
+    parser.add_argument("--product", type=int, nargs="+", help="by place in kernels/linear.py's PRODUCTS; default: all")
     parser.add_argument("--head-dim", type=int, choices=(16, 32, 64, 128, 256), action="append", help="default: all")
     parser.add_argument("--bytes", type=int, choices=(2, 4), action="append", help="of an element; default: both")
     parser.add_argument("--first", action="store_true", help="stop at the first that fits")

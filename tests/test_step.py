@@ -45,7 +45,8 @@ def test_unknown_tokens_are_nan():
 @runs_kernel
 @pytest.mark.parametrize("B", [1, 200])
 def test_the_kernel_advances(B):
-    lengths, positions = torch.arange(B, dtype=torch.int32, device=DEVICE), torch.full((B, 1), -7, dtype=torch.int32, device=DEVICE)
+    lengths = torch.arange(B, dtype=torch.int32, device=DEVICE)
+    positions = torch.full_like(lengths, -7).unsqueeze(1)
     for step in range(2):
         kernel.advance(lengths, positions)
         assert positions[:, 0].tolist() == [b + step for b in range(B)]

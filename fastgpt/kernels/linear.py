@@ -88,15 +88,15 @@ def _read(ptr, offsets, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def _read_columns(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weights, gate_weights, start, K: tl.constexpr, BLOCK_K: tl.constexpr
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weights, others, start, K: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """What a step of one row needs of the columns from `start` on: of x, norm_weight, norm_bias, and tiles of the weight and
-    of the gate's. What there is not is x again."""
+    """What a step of one row needs of the columns from `start` on: of x, norm_weight, norm_bias, and tiles of the weight and,
+    with a gate, of the rows that it multiplies. What there is not is another again."""
     MASKED: tl.constexpr = K % BLOCK_K != 0
     offs_k = start + tl.arange(0, BLOCK_K)
     valid = offs_k < K
     w = _read(weights, offs_k[None, :], valid[None, :], MASKED)
-    u = w if gate_weights is None else _read(gate_weights, offs_k[None, :], valid[None, :], MASKED)
+    u = w if others is None else _read(others, offs_k[None, :], valid[None, :], MASKED)
     x = _read(x_ptr, offs_k, valid, MASKED)
     g = x if norm_weight_ptr is None else _read(norm_weight_ptr, offs_k, valid, MASKED)
     b = x if norm_bias_ptr is None else _read(norm_bias_ptr, offs_k, valid, MASKED)
@@ -312,9 +312,10 @@ def _constants(tile: Tile, K: int, rms: bool, activation: int, gated: bool, unit
 
 NORM, RMS_NORM = ("norm_weight_ptr", "norm_bias_ptr"), ("norm_weight_ptr",)
 PRODUCTS = (  # of GPT-2 124M, its XL, and Llamas of 1B and 8B: rows of the weight, columns, activation, gated, what is given
-    *((rows, 768, activation, False, given) for rows, activation, given in (
-        (2304, 0, (*NORM, "bias_ptr")), (768, 0, ("bias_ptr", "residual_ptr")), (3072, 1, (*NORM, "bias_ptr")), (50257, 0, NORM),
-    )),
+    (2304, 768, 0, False, (*NORM, "bias_ptr")),
+    (768, 768, 0, False, ("bias_ptr", "residual_ptr")),
+    (3072, 768, 1, False, (*NORM, "bias_ptr")),
+    (50257, 768, 0, False, NORM),
     (768, 3072, 0, False, ("bias_ptr", "residual_ptr")),
     (6400, 1600, 1, False, (*NORM, "bias_ptr")),
     (1600, 6400, 0, False, ("bias_ptr", "residual_ptr")),

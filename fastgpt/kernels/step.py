@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 LONGEST = 1024  # numbers of a row that a program writes
+ONE_WARP = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
 
 @triton.jit(do_not_specialize=["vocabulary", "n_positions", "period"])
@@ -76,7 +77,7 @@ def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr):
 def advance(lengths: Tensor, positions: Tensor) -> None:
     """Launches the kernel: see `fastgpt.ops.step.advance`. Both are contiguous."""
     with torch.cuda.device_of(lengths):
-        _advance[(triton.cdiv(len(lengths), 128),)](lengths, positions, len(lengths), BLOCK=128, num_warps=1)
+        _advance[(triton.cdiv(len(lengths), 128),)](lengths, positions, len(lengths), BLOCK=128, **ONE_WARP)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_eos"])
@@ -105,4 +106,4 @@ def note(token: Tensor, tokens: Tensor, step: Tensor, ended: Tensor | None = Non
     n_rows = len(token)
     block = min(triton.next_power_of_2(n_rows), 256)
     with torch.cuda.device_of(token):
-        _note[(1,)](token, tokens, step, ended, eos, n_rows, 0 if eos is None else len(eos), BLOCK=block, num_warps=1)
+        _note[(1,)](token, tokens, step, ended, eos, n_rows, 0 if eos is None else len(eos), BLOCK=block, **ONE_WARP)

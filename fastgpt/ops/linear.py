@@ -57,7 +57,7 @@ def linear(
         dropout_p: probability of zeroing a number; what stays is divided by 1 - dropout_p.
         impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
             `fastgpt.explain`. Up to 32 rows (all dimensions of x but the last, multiplied) are computed in fp32 and rounded
-            once, on CUDA in one launch; more are PyTorch's matrix product, on CUDA the reference's.
+            once, on CUDA in one launch; more are PyTorch's matrix product, on CUDA the reference's after `norm`.
 
     Returns: (..., N) in the dtype of x. Gradients flow through the reference, which serves every call that needs them.
     Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, stride, device, norm, activation, impl):
@@ -84,6 +84,8 @@ def linear(
     if choose("linear", IMPLEMENTATIONS, impl, *call) == "triton":
         of_norm = norm_weight, norm_bias, KINDS[norm], norm_eps, norm_offset
         return _linear(x, weight, bias, residual, ACTIVATION_NUMBERS[activation], gated, *of_norm)
+    if impl is None and norm_weight is not None and decoder_triton_refuses(*call[:-1]) is None:
+        x, norm_weight, norm_bias = _norm(x, norm_weight, norm_bias, None, KINDS[norm], norm_eps, norm_offset), None, None
     return linear_reference(
         x, weight, bias, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps,
         norm_offset=norm_offset, activation=activation, gated=gated, residual=residual, dropout_p=dropout_p,

@@ -25,8 +25,8 @@ def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=N
         eps: added to the variance, or to the mean of squares.
         offset: added to the weight, in fp32: 1 where a checkpoint stores weights less one (Gemma).
         residual: (..., C), likewise.
-        impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see `fastgpt.explain`. Everything is
-            computed in at least fp32 and rounded once.
+        impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
+            `fastgpt.explain`. Everything is computed in at least fp32 and rounded once.
 
     Returns: (..., C) contiguous, in the dtype of x. Gradients flow through the reference, which serves every call that
         needs them.
