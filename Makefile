@@ -55,7 +55,7 @@ bench-compare: $(INSTALLED)
 gpu:
 	@$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(ONLY),--only $(ONLY)) $(if $(DRY),--dry-run)
 
-# Times the tiles of the Triton attention kernels that fit, on a GPU, for MINUTES, the most telling first: see
+# Times the tiles of the Triton kernels that fit, on a GPU, for MINUTES, the most telling first: see
 # benchmarks/sweep_tiles.py.
 MINUTES ?= 9
 sweep:

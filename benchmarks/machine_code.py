@@ -21,7 +21,7 @@ ELEMENTS = {
 }  # fmt: skip
 # Of arguments that are neither 32-bit integers nor of the inputs' dtype.
 TYPES = {
-    "mask_ptr": "*u8", "seed_ptr": "*i64", "scale": "fp32", "softcap": "fp32", "keep_scale": "fp32",
+    "mask_ptr": "*u8", "seed_ptr": "*i64", **dict.fromkeys(("scale", "softcap", "keep_scale", "eps", "offset"), "fp32"),
     **dict.fromkeys(("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "block_table_ptr"), "*i32"),
     **dict.fromkeys(
         ("lse_ptr", "dlse_ptr", "shift_ptr", "delta_ptr", "norm_ptr", "alibi_ptr", "k_scale_ptr", "v_scale_ptr", "acc_ptr", "softmax_ptr"),
@@ -32,7 +32,9 @@ TYPES = {
 OPTIONAL = {
     "kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "block_table_ptr",
     "k_scale_ptr", "v_scale_ptr", "seed_ptr", "q_desc", "dout_desc", "k_desc", "v_desc", "acc_ptr", "softmax_ptr",
+    "residual_ptr", "norm_weight_ptr", "norm_bias_ptr",
 }  # fmt: skip
+ALIGNED = {"acc_ptr", "softmax_ptr", "norm_weight_ptr", "norm_bias_ptr"}  # of these, what does
 
 
 class Usage(NamedTuple):
@@ -71,7 +73,7 @@ def compile_for(arch: int, function, dtype: torch.dtype, cache_dtype: torch.dtyp
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") and (name not in OPTIONAL or name in ("acc_ptr", "softmax_ptr"))
+        if kind.startswith("*") and (name not in OPTIONAL or name in ALIGNED)
     }
     source = ASTSource(function, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -101,13 +103,18 @@ def demanding(configurations) -> list:
         features = frozenset(name for name in given if not name.endswith("_desc"))
         if dtype is torch.bfloat16 or not _presses(name, constants, features):
             continue
-        key = (name, dtype, cache_dtype, features, tuple(constants[n] for n in constants if n not in Tile._fields))
+        of_tile = Tile._fields if "BLOCK_D" in constants else ()  # other kernels' tiles follow from what they work on
+        key = (name, dtype, cache_dtype, features, tuple(constants[n] for n in constants if n not in of_tile))
         if key not in chosen or len(given) > len(features):
             chosen[key] = configuration
     return list(chosen.values())
 
 
 def _presses(name: str, constants: dict, features: frozenset) -> bool:
+    if name == "_norm":
+        return "residual_ptr" in features
+    if name in ("_one_row", "_several_rows"):  # of some models, and tiles of the fewest rows and of the most
+        return bool(constants["ACTIVATION"]) and constants["K"] != 2048 and constants.get("BLOCK_M") in (None, 16, 64)
     if name == "_combine":
         return "sinks_ptr" in features and constants["HEAD_DIM"] == constants["BLOCK_D"]
     if constants["HEAD_DIM"] == constants["BLOCK_D"]:

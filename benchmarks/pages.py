@@ -14,7 +14,7 @@ RATIOS = (
 NOISY = "≈: noisy, this median is not known to 10%."
 SUITES = {  # in the order of a page
     "generate": "Generation", "attention": "Attention", "decode": "Attention over caches", "kv_cache": "Caches",
-    "integrations": "In models of transformers",
+    "linear": "Linear layers of few tokens", "integrations": "In models of transformers",
 }  # fmt: skip
 PLOTS = {  # name -> suite, the cases that it needs, what it shows
     "decoding": ("generate", "decoding", "Tokens per second by model and batch, beside transformers and the limit of memory"),

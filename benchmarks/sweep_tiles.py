@@ -1,14 +1,15 @@
-"""Tiles of the Triton attention kernels: which fit, and on a GPU which are fastest. The tables in fastgpt/kernels come from it.
+"""Tiles of the Triton kernels: which fit, and on a GPU which are fastest. The tables in fastgpt/kernels come from it.
 
 python -m benchmarks.sweep_tiles --minutes 9          on a GPU: times what fits, writes results/<machine>/tiles.json
 python -m benchmarks.sweep_tiles --arch 90            anywhere: registers, spilled bytes and shared memory of each tile
 python -m benchmarks.sweep_tiles --arch 90 --first    the largest tile that fits, of each table and head dim
+python -m benchmarks.sweep_tiles --table linear       likewise of products of few rows; --rows and --product choose some
 
-On a GPU it ends when the minutes are over. What most models use comes first: heads of 128 and 64 in 16 bits, decoding before
-forward before backward; of each table the tile that ships and those that differ little from it, and the others when all tables
-have those. After every tile, the file has all that are timed so far, the command, and the tables that were not reached. It
-goes under benchmarks/results, to be committed; with the variable FASTGPT_RESULTS under that folder. As many processes as there
-are cores compile ahead.
+On a GPU it ends when the minutes are over. What most models use comes first: 16 bits; products of one row, attention of heads
+of 128 and 64 when decoding, forward, products of several rows, backward; of each table the tile that ships and those that
+differ little from it, and the others when all tables have those. After every tile, the file has all that are timed so far, the
+command, and the tables that were not reached. It goes under benchmarks/results, to be committed; with the variable
+FASTGPT_RESULTS under that folder. As many processes as there are cores compile ahead.
 
 A tile fits if no kernel that ships with it, of those under the most register pressure, spills or asks for more shared
 memory than there is.
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from multiprocessing import get_context
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -35,11 +37,14 @@ from benchmarks.machine_code import compile_for, demanding, usage_of
 from fastgpt.kernels import attention_backward as backward
 from fastgpt.kernels import attention_decode as decode
 from fastgpt.kernels import attention_forward as forward
+from fastgpt.kernels import linear
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
 from fastgpt.kernels.attention_forward import Tile
 
 TABLES = {"forward": forward.TILES, "rich forward": forward.RICH_TILES, **backward.TILES}
 DECODE = "decode"  # the tile for few rows: queries of heads that share keys
+ORDER = ["linear", DECODE, "forward", "linear of several rows", *list(TABLES)[1:]]  # the most telling tables first
+OF_A_TILE = {"tile", "ships", "fits", "seconds", "problem"}  # of a row of results
 RICH = {"alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr"}
 PASSES = {
     "_attention_forward": "forward", "_backward_keys": "keys", "_backward_queries": "queries", "_backward_bias": "queries",
@@ -83,12 +88,13 @@ def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
     return chosen
 
 
-def fit(tile, kernels: list, arch: int) -> tuple[bool, str]:
-    """Whether a tile fits, and what its worst kernel takes."""
+def fit(tile, kernels: list, arch: int, replaced: dict | None = None) -> tuple[bool, str]:
+    """Whether a tile fits, and what its worst kernel takes. `replaced`: constants that differ from those that ship."""
+    replaced = tile._asdict() if replaced is None else replaced
     worst = None
     for function, dtype, cache_dtype, constants, given in kernels:
         try:
-            usage = usage_of(compile_for(arch, function, dtype, cache_dtype, constants | tile._asdict(), given))
+            usage = usage_of(compile_for(arch, function, dtype, cache_dtype, constants | replaced, given))
         except Exception as error:  # what the compiler throws is not of one kind
             return False, f"{type(error).__name__} in the compiler"
         worst = usage if worst is None else max(worst, usage, key=lambda x: (x.spilled, x.registers))
@@ -146,28 +152,53 @@ def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
         backward._constants.cache_clear()
 
 
+def linear_candidates(rows: int, K: int, size: int, ships: linear.Tile):
+    """Tiles of a product of so many rows with so many columns of `size` bytes: that which ships first."""
+    most = min(triton.next_power_of_2(K), 4096)
+    if rows == 1:
+        shapes = itertools.product((1,), (2, 4, 8, 16, 32), (256, 512, 1024, 2048, 4096), (2, 4, 8), (1,))
+    else:
+        shapes = itertools.product((ships.BLOCK_M,), (16, 32, 64, 128), (32, 64, 128, 256), (4, 8), (2, 3, 4, 5))
+    tiles = [linear.Tile(*shape) for shape in shapes]
+    fine = [x for x in tiles if x.BLOCK_K <= most and x.BLOCK_N * x.BLOCK_K * size <= 128 * x.num_warps * 32]
+    return [ships, *(tile for tile in fine if tile != ships)]
+
+
+def linear_seconds(product: tuple, rows: int, dtype: torch.dtype, tile: linear.Tile) -> float:
+    """Time of a product in a CUDA graph that goes through weights which are together larger than the L2 cache."""
+    weight_rows, K, activation, gated, given = product
+    N = weight_rows // (2 if gated else 1)
+
+    def random(*shape):
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    sizes = {"norm_weight_ptr": (K,), "norm_bias_ptr": (K,), "bias_ptr": (weight_rows,), "residual_ptr": (rows, N)}
+    tensors = {name.removesuffix("_ptr"): random(*sizes[name]) for name in given}
+    weights = random(max(2, (256 << 20) // (weight_rows * K * dtype.itemsize)), weight_rows, K)
+    x, options = random(rows, K), dict(activation=activation, gated=gated, rms="norm_bias_ptr" not in given)
+
+    def run():
+        for weight in weights:
+            linear.linear(x, weight, **tensors, **options)
+
+    with mock.patch.object(linear, "tile_of", lambda *shape: tile):
+        run()  # compiles
+        return triton.testing.do_bench_cudagraph(run, return_mode="median") / 1e3 / len(weights)
+
+
 class Job(NamedTuple):
-    """A tile to be timed: what is stored of it, a function of what to find out whether it fits, and one that times it."""
+    """A tile to be timed.
 
+    rank: what has a lower one tells more.
+    row: what is stored of it.
+    fit: a function, and its arguments, of what to find out whether it fits: for another process.
+    seconds: times it.
+    """
+
+    rank: tuple
     row: dict
-    fit: tuple  # function, argument, ...; for another process
+    fit: tuple
     seconds: Callable[[], float]
-
-
-def tables(asked: list[str] | None, head_dims: list[int] | None, sizes: list[int] | None) -> list[tuple[str, tuple[int, int]]]:
-    """(table, (head dim, bytes of an element)): what most models use comes first."""
-    usual, order = {128: 0, 64: 1, 256: 2, 32: 3, 16: 4}, [DECODE, *TABLES]
-    chosen = [
-        (table, key)
-        for table, key in itertools.product(asked or order, forward.TILES)
-        if key[0] in (head_dims or (key[0],)) and key[1] in (sizes or (key[1],))
-    ]
-
-    def rank(entry):
-        table, (head_dim, size) = entry
-        return size == 4, "rich" in table, usual[head_dim] > 1, order.index(table), usual[head_dim]
-
-    return sorted(chosen, key=rank)
 
 
 def distance(tile, other) -> float:
@@ -176,32 +207,60 @@ def distance(tile, other) -> float:
     return sum(abs(math.log2(a / b)) for a, b in sizes) + abs(tile.num_stages - other.num_stages)
 
 
-def jobs_of(chosen: list, arch: int) -> list[Job]:
-    """The most telling first."""
-    jobs = []
-    for place, (table, key) in enumerate(chosen):
-        ships, tiles = tiles_of(table, key, arch)
+def attention_jobs(tables: list[str], head_dims: list[int] | None, sizes: list[int] | None, arch: int) -> list[Job]:
+    usual, jobs = (128, 64, 256, 32, 16), []
+    for table, (head_dim, size) in itertools.product(tables, forward.TILES):
+        if head_dim not in (head_dims or usual) or size not in (sizes or (2, 4)):
+            continue
+        ships, tiles = tiles_of(table, (head_dim, size), arch)
+        table_rank = size == 4, "rich" in table, usual.index(head_dim) > 1, ORDER.index(table), usual.index(head_dim)
         for tile in tiles:
-            row = {"table": table, "head dim": key[0], "bytes": key[1], "tile": list(tile), "ships": tile == ships}
-            job = Job(row, (fit_of, table, key, tile, arch), functools.partial(seconds, table, key, tile, arch))
-            jobs.append(((distance(tile, ships) > 2, place, distance(tile, ships)), job))
-    return [job for _, job in sorted(jobs, key=lambda ranked: ranked[0])]
+            far, arguments = distance(tile, ships), (table, (head_dim, size), tile, arch)
+            row = {"table": table, "head dim": head_dim, "bytes": size, "tile": list(tile), "ships": tile == ships}
+            timing = functools.partial(seconds, *arguments)
+            jobs.append(Job((far > 2, *table_rank, far), row, (fit_of, *arguments), timing))
+    return jobs
+
+
+def linear_jobs(products: list[int], rows: list[int], sizes: list[int] | None, arch: int) -> list[Job]:
+    jobs = []
+    for place, n, size in itertools.product(products, rows, sizes or (2, 4)):
+        weight_rows, K, _, gated, given = product = linear.PRODUCTS[place]
+        dtype = torch.bfloat16 if size == 2 else torch.float32
+        ships = linear.tile_of(n, weight_rows, K, size, "norm_weight_ptr" in given)
+        for tile in linear_candidates(n, K, size, ships):
+            far = distance(tile, ships)
+            rank = far > 1, size == 4, False, False, ORDER.index("linear" if n == 1 else "linear of several rows"), place, far
+            row = {"table": "linear", "weight": f"{weight_rows} x {K}", "gated": gated, "rows": n, "bytes": size}
+            row |= {"tile": list(tile), "ships": tile == ships}
+            timing = functools.partial(linear_seconds, product, n, dtype, tile)
+            jobs.append(Job(rank, row, (fit_of_linear, place, n, size, tile, arch), timing))
+    return jobs
 
 
 def fit_of(table: str, key: tuple[int, int], tile, arch: int) -> tuple[bool, str]:
     return fit(tile, kernels_of(table, key, arch), arch)
 
 
+def fit_of_linear(place: int, rows: int, size: int, tile: linear.Tile, arch: int) -> tuple[bool, str]:
+    _, K, activation, gated, given = linear.PRODUCTS[place]
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    constants = linear._constants(tile, K, "norm_bias_ptr" not in given, activation, gated, 16 // size)
+    kernel = linear._one_row if rows == 1 else linear._several_rows
+    return fit(tile, [(kernel, dtype, dtype, constants, given)], arch, replaced={})
+
+
+def table_of(row: dict) -> str:
+    """What a row of results is about, but for the tile."""
+    return ", ".join(f"{name} {value}" for name, value in row.items() if name not in OF_A_TILE)
+
+
 def sweep(jobs: list[Job], minutes: float, store: Callable[[dict], object]) -> None:
-    """Times tiles until the minutes are over. store: takes what there is so far."""
-
-    def place(row):
-        of_tile = ("tile", "ships", "fits", "seconds", "problem")
-        return ", ".join(f"{name} {value}" for name, value in row.items() if name not in of_tile)
-
+    """Times tiles, the most telling first, until the minutes are over. store: takes what there is so far."""
+    jobs = sorted(jobs, key=lambda job: job.rank)
     end, results = time.monotonic() + 60 * minutes, []
     command = shlex.join(["python", "-m", "benchmarks.sweep_tiles", *sys.argv[1:]])
-    unreached = dict.fromkeys(place(job.row) for job in jobs)
+    unreached = dict.fromkeys(table_of(job.row) for job in jobs)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for job, fits in [(job, pool.submit(*job.fit)) for job in jobs]:
             try:
@@ -215,7 +274,7 @@ def sweep(jobs: list[Job], minutes: float, store: Callable[[dict], object]) -> N
                 except Exception as error:  # one that fits and does not run is a finding, and others may run
                     row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0]
             results.append(row)
-            unreached.pop(place(row), None)
+            unreached.pop(table_of(row), None)
             print(*row.values(), sep="\t", flush=True)
             with contextlib.redirect_stdout(None):
                 store({"command": command, "not reached": list(unreached), "tiles": results})
@@ -227,28 +286,33 @@ def sweep(jobs: list[Job], minutes: float, store: Callable[[dict], object]) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="compile for it instead of timing")
-    parser.add_argument("--table", choices=(DECODE, *TABLES), action="append", help="default: all")
+    parser.add_argument("--table", choices=("linear", DECODE, *TABLES), action="append", help="default: all")
+    parser.add_argument("--rows", type=int, nargs="+", default=(1, 8), help="of linear's x; default: 1 8")
+    parser.add_argument("--product", type=int, nargs="+", help="by place in kernels/linear.py's PRODUCTS; default: all")
     parser.add_argument("--head-dim", type=int, choices=(16, 32, 64, 128, 256), action="append", help="default: all")
     parser.add_argument("--bytes", type=int, choices=(2, 4), action="append", help="of an element; default: both")
     parser.add_argument("--first", action="store_true", help="stop at the first that fits")
     parser.add_argument("--minutes", type=float, default=9.0, help="of timing; default: %(default)s")
     args = parser.parse_args()
-    chosen = tables(args.table, args.head_dim, args.bytes)
+    if args.arch is None and not torch.cuda.is_available():
+        parser.error("--arch: expected, as there is no GPU here to time on")
+    arch = args.arch or architecture(torch.device("cuda"))
+    asked = args.table or ["linear", DECODE, *TABLES]
+    jobs = attention_jobs([table for table in asked if table != "linear"], args.head_dim, args.bytes, arch)
+    if "linear" in asked:
+        jobs += linear_jobs(args.product or range(len(linear.PRODUCTS)), args.rows, args.bytes, arch)
     if args.arch is None:
-        if not torch.cuda.is_available():
-            parser.error("--arch: expected, as there is no GPU here to time on")
         from benchmarks.report import machine, store
 
-        about, jobs = machine(), jobs_of(chosen, architecture(torch.device("cuda")))
+        about = machine()
         sweep(jobs, args.minutes, lambda result: store("tiles", result, about))
         return
-    for table, key in chosen:
-        kernels = kernels_of(table, key, args.arch)
-        ships, tiles = tiles_of(table, key, args.arch)
-        for tile in tiles:
-            fits, what = fit(tile, kernels, args.arch)
+    for _, of_table in itertools.groupby(jobs, key=lambda job: table_of(job.row)):
+        for job in of_table:
+            function, *arguments = job.fit
+            fits, what = function(*arguments)
             if fits or not args.first:
-                print(table, *key, list(tile), tile == ships, what, sep="\t", flush=True)
+                print(*job.row.values(), what, sep="\t", flush=True)
             if fits and args.first:
                 break
 

@@ -21,6 +21,7 @@ from fastgpt import memory
 from fastgpt.ops.attention import attention
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, as_bytes
+from fastgpt.ops.step import advance
 
 __all__ = ["CACHE_KINDS", "ContiguousCache", "KVCache", "OutOfPages", "PagePool", "PagedCache", "SlidingCache", "Uncached"]
 
@@ -162,11 +163,11 @@ class KVCache:
 
     def advance(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
         """The device's half of `extend`. One token of each sequence: in place, so a CUDA graph can capture it."""
-        past = self.lengths.unsqueeze(1)
         if num_tokens == 1 and new is None:
-            self.positions = self._next.copy_(past)
-            self.lengths += 1
+            self.positions = self._next
+            advance(self.lengths, self.positions)
             return self.positions
+        past = self.lengths.unsqueeze(1)
         steps = torch.arange(num_tokens, dtype=torch.int32, device=self.lengths.device)
         if new is None:
             self.positions = past + steps

@@ -21,6 +21,7 @@ from fastgpt.generate import generate
 from fastgpt.inspection import run_with_cache
 from fastgpt.ops.linear import ACTIVATIONS, linear
 from fastgpt.ops.norm import norm
+from fastgpt.ops.step import embed
 from fastgpt.positions import Rope, sinusoidal
 
 POSITIONS = ("learned", "sinusoidal", "rotary", None)
@@ -382,10 +383,11 @@ class GPT(nn.Module):
     def embed(self, ids, cache: KVCache | Uncached, new: list[int] | None = None, reserved: bool = False):
         """Makes room for ids (B, T) in the cache and embeds them: (B, T, C).
 
-        reserved: the host has done its part already, `check` and `cache.reserve`.
+        reserved: the host has done its part already, `check` and `cache.reserve`; T is 1.
         """
-        if not reserved:
-            self.check(ids, cache, new)
+        if reserved:
+            return self.embed_reserved(ids, cache)
+        self.check(ids, cache, new)
         try:
             x = self.token_embedding(ids)  # (B, T, C)
         except IndexError:
@@ -395,7 +397,7 @@ class GPT(nn.Module):
             ) from None
         if self.config.embedding_scale is not None:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
-        positions = (cache.advance if reserved else cache.extend)(ids.shape[1], new)  # (T,) or (B, T)
+        positions = cache.extend(ids.shape[1], new)  # (T,) or (B, T)
         if new is not None:
             positions = positions.clamp(min=0)  # of padding: any
         if self.position_embedding is not None:
@@ -406,6 +408,16 @@ class GPT(nn.Module):
         if self.training:
             x = F.dropout(x, self.config.dropout)
         return x
+
+    def embed_reserved(self, ids, cache: KVCache):
+        """The same of ids (B, 1) of a step on a GPU, in two launches, by the weights alone: no module is called."""
+        config, weight, table = self.config, self.token_embedding.weight, None
+        if self.position_embedding is not None:
+            table = self.position_embedding.weight
+        elif config.position == "sinusoidal":
+            table = sinusoidal(config.context_length, config.hidden_size, weight.device)
+        x = embed(ids, weight, cache.advance(1), table, scale=config.embedding_scale)
+        return F.dropout(x, config.dropout) if self.training else x
 
     def check(self, ids, cache: KVCache | Uncached, new: list[int] | None = None) -> None:
         """Raises TypeError, ValueError for ids that cannot join the cache, as far as the host can tell."""

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from fastgpt.ops.step import note
+
 
 def process(logits, *, seen=None, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
     """Logits (B, V) -> those that tokens are drawn by, fp32; -inf for tokens that are not to be drawn.
@@ -101,7 +103,7 @@ class Sampler:
         self.tokens = torch.full((steps, B), -1, device=device)
         self.logprobs = torch.zeros(steps, B, device=device) if logprobs else None
         self.ended = torch.zeros(B, dtype=torch.bool, device=device) if eos else None
-        self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
+        self.eos = torch.tensor(eos, dtype=torch.int64, device=device) if eos else None
         self.seen = None
         if rules["repetition_penalty"] != 1:
             self.seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
@@ -119,13 +121,7 @@ class Sampler:
             self.seen.scatter_(1, token.unsqueeze(1), True)
         if self.logprobs is not None:
             logprobs = logits.float().log_softmax(-1).gather(-1, token.unsqueeze(1)).squeeze(1)
-            self._note(self.logprobs, logprobs, 0.0)
-        self._note(self.tokens, token, -1)
-        if self.ended is not None:
-            self.ended |= (token.unsqueeze(1) == self.eos).any(-1)
-        self.step += 1
+            logprobs = logprobs if self.ended is None else torch.where(self.ended, 0.0, logprobs)
+            self.logprobs.index_copy_(0, self.step, logprobs.unsqueeze(0))
+        note(token, self.tokens, self.step, self.ended, self.eos)
         return token
-
-    def _note(self, table, values, after_end):
-        values = values if self.ended is None else torch.where(self.ended, after_end, values)
-        table.index_copy_(0, self.step, values.unsqueeze(0))

@@ -21,6 +21,7 @@ from fastgpt import capture
 from fastgpt.cache import CACHE_KINDS
 from fastgpt.cli import SHIPPED_MODEL
 from fastgpt.generate import stream
+from fastgpt.sampling import Sampler
 
 pytestmark = pytest.mark.gpu
 
@@ -218,6 +219,34 @@ def test_steps_do_not_wait_for_the_gpu(cache, rules):
             next(steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# Launches of a layer: qkv, cache update, attention (over many keys, and the sum of its parts), out, up, down. Around them:
+# positions, embedding, logits, the likeliest token (which PyTorch may find in two), noted, and handed to the next step.
+LAUNCHES_A_LAYER, LAUNCHES_AROUND = 7, 7
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_decode_step_is_few_launches(dtype):
+    """Of GPT-2 (124M), and its tokens are those of steps one by one."""
+    model = random_model(layers=12, heads=12, width=768, context=1024, vocabulary=50257).cuda().to(dtype)
+    ids = random_ids(model, 1, 300).cuda()
+    samplers = [Sampler(list(ids), 40, 50257, repetition_penalty=1.0) for _ in range(2)]
+    graphed, eager = model.new_cache(1, 600), model.new_cache(1, 600)
+    tokens = [sampler(model(ids, cache=cache)[:, -1]) for sampler, cache in zip(samplers, (graphed, eager))]
+    step = model.decoding(graphed, samplers[0])
+    for _ in range(30):
+        tokens[0] = step(tokens[0])
+        tokens[1] = samplers[1](model(tokens[1].unsqueeze(1), cache=eager)[:, -1])
+        assert torch.equal(*tokens)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step(tokens[0])
+        torch.cuda.synchronize()
+    launches = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    print(*dict.fromkeys(event.name for event in launches), sep="\n")
+    assert len(launches) <= 12 * LAUNCHES_A_LAYER + LAUNCHES_AROUND
 
 
 def test_rows_end_with_their_eos():

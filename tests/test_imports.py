@@ -28,13 +28,13 @@ LAYERS = [
     {"integrations.transformers.cache", "integrations.transformers.masks"},
     {"integrations.transformers.deferred"},
     {"ops.explain"},
-    {"ops.attention", "ops.kv_cache_update", "ops.linear"},
+    {"ops.attention", "ops.kv_cache_update", "ops.linear", "ops.step"},
     {"ops.norm"},
-    {"kernels.attention_backward", "kernels.attention_decode"},
-    {"kernels.attention_forward"},
+    {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear"},
+    {"kernels.attention_forward", "kernels.norm"},
     {
-        "kernels.architecture", "kernels.attention_tiles", "memory", "ops.checks", "ops.dropout", "ops.implementations",
-        "ops.library", "ops.quantisation",
+        "kernels.architecture", "kernels.attention_tiles", "kernels.step", "memory", "ops.checks", "ops.dropout",
+        "ops.implementations", "ops.library", "ops.quantisation",
     },  # fmt: skip
     {"_C", "integrations", "kernels", "ops"},
 ]

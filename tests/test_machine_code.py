@@ -14,13 +14,13 @@ from benchmarks.machine_code import SHARED_MEMORY, compile_for, demanding, usage
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
-MODULES = [f"fastgpt.kernels.attention_{name}" for name in ("forward", "backward", "decode")]
+MODULES = ["attention_forward", "attention_backward", "attention_decode", "linear and norm"]  # of fastgpt.kernels
 
 
-def configurations(module, arch):
-    """(name of the kernel, dtype, the cache's dtype, constants, optional arguments given) of all that ship."""
-    for function, *rest in import_module(module).aot_configurations(arch):
-        yield function.__name__, *rest
+def configurations(modules, arch):
+    """(kernel, dtype, the cache's dtype, constants, optional arguments given) of all that ship."""
+    for module in modules.split(" and "):
+        yield from import_module(f"fastgpt.kernels.{module}").aot_configurations(arch)
 
 
 def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, given):
@@ -39,12 +39,14 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
     unpaged = name == "_attend_split" and cache_dtype is dtype and "block_table_ptr" not in given
     if (plain or unpaged) and ("cp.async.cg" not in ptx or "cp.async.ca" in ptx):
         faults.append("copies narrower than 16 bytes")
+    if name == "_one_row" and "ld.global.v4.b32" not in ptx or name == "_several_rows" and "cp.async.cg" not in ptx:
+        faults.append("loads narrower than 16 bytes")
     what = f"sm_{arch} {name} {dtype} {cache_dtype} {constants} {given}"
     return f"{what}: {', '.join(faults)}" if faults else ""
 
 
-def assert_sound(arch, module, chosen):
-    jobs = [(arch, module, *configuration) for configuration in chosen]
+def assert_sound(arch, chosen):
+    jobs = [(arch, function.__module__, function.__name__, *rest) for function, *rest in chosen]
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         faults = [fault for fault in pool.map(faults_in_machine_code, *zip(*jobs, strict=True), chunksize=4) if fault]
     assert jobs and not faults, "\n".join(faults)
@@ -52,15 +54,15 @@ def assert_sound(arch, module, chosen):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
-@pytest.mark.parametrize("module", MODULES)
-def test_demanding_kernels(module, arch):
+@pytest.mark.parametrize("modules", MODULES)
+def test_demanding_kernels(modules, arch):
     """Those in fp32, which use the same instructions everywhere, for one architecture."""
-    chosen = demanding(configurations(module, arch))
-    assert_sound(arch, module, [x for x in chosen if x[1] is not torch.float32 or arch == 90])
+    chosen = demanding(configurations(modules, arch))
+    assert_sound(arch, [x for x in chosen if x[1] is not torch.float32 or arch == 90])
 
 
 @pytest.mark.skipif("FASTGPT_TEST_ALL_MACHINE_CODE" not in os.environ, reason="takes hours on two cores")
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
-@pytest.mark.parametrize("module", MODULES)
-def test_every_kernel(module, arch):
-    assert_sound(arch, module, list(configurations(module, arch)))
+@pytest.mark.parametrize("modules", MODULES)
+def test_every_kernel(modules, arch):
+    assert_sound(arch, configurations(modules, arch))

@@ -122,7 +122,7 @@ def test_gradients_are_served_by_the_reference():
     call = call_of("everything", (4, 40), torch.float32)
     call["weight"].requires_grad_()
     reasons = fastgpt.explain(norm, **call)
-    assert reasons == {"cpp": "it has no backward pass, and a gradient is asked for", "reference": "chosen"}
+    assert reasons["cpp"] == "it has no backward pass, and a gradient is asked for" and reasons["reference"] == "chosen"
     (gradient,) = torch.autograd.grad(norm(**call).sum(), call["weight"])
     (expected,) = torch.autograd.grad(norm_reference(**call).sum(), call["weight"])
     assert torch.equal(gradient, expected)
@@ -141,7 +141,7 @@ def test_gradients_of_the_reference(feature):
 def test_double_stays_double():
     call = in_float64(call_of("everything", (4, 40), torch.float32))
     reasons = fastgpt.explain(norm, **call)
-    assert reasons == {"cpp": "it takes fp32, fp16 and bf16, and x is torch.float64", "reference": "chosen"}
+    assert reasons["cpp"] == "it takes fp32, fp16 and bf16, and x is torch.float64" and reasons["reference"] == "chosen"
     assert norm(**call).dtype == torch.float64
 
 
@@ -180,7 +180,7 @@ x, weight = torch.zeros(2, 8), torch.zeros(8)
         ({"kind": ["rms"]}, ValueError, r"kind: expected one of 'layer', 'rms', got \['rms'\]"),
         ({"eps": "1e-5"}, TypeError, "eps: expected a number, got str"),
         ({"offset": None}, TypeError, "offset: expected a number, got NoneType"),
-        ({"impl": "cuda"}, ValueError, "impl: expected one of 'cpp', 'reference' or None, got 'cuda'"),
+        ({"impl": "cuda"}, ValueError, "impl: expected one of 'cpp', 'triton', 'reference' or None, got 'cuda'"),
         ({"x": x.double(), "weight": weight.double(), "impl": "cpp"}, ValueError, "cannot serve .* torch.float64"),
     ],
     ids=str,

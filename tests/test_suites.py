@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMON = {"what", "device", "dtype", "head_dim", "implementation", "limit", "seconds", "absent"}
+COMMON = {"what", "device", "dtype", "implementation", "limit", "seconds", "absent"}
 CASES = {
-    "attention.py::test_prefill": ("128tokens", {"T", "batch", "heads", "flops", "limit_flops"}, "matrix product"),
-    "decode.py": ("1024keys and batch1", {"keys", "kind", "batch", "heads", "kv_heads", "bytes", "limit_bytes"}, "reading"),
-    "kv_cache.py::test_one_token": ("batch1", {"batch", "heads", "bytes", "limit_bytes"}, "copying"),
+    "attention.py::test_prefill": ("128tokens", {"T", "batch", "heads", "head_dim", "flops", "limit_flops"}, "matrix product"),
+    "decode.py": (
+        "1024keys and batch1", {"keys", "kind", "batch", "heads", "kv_heads", "head_dim", "bytes", "limit_bytes"}, "reading",
+    ),
+    "kv_cache.py::test_one_token": ("batch1", {"batch", "heads", "head_dim", "bytes", "limit_bytes"}, "copying"),
+    "linear.py": ("qkv and 1row", {"product", "rows", "weight", "bytes", "limit_bytes"}, "reading"),
 }
 
 

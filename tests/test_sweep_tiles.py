@@ -39,11 +39,14 @@ def swept(monkeypatch):
     monkeypatch.setattr(sweep_tiles, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(sweep_tiles.time, "monotonic", lambda: now)
     monkeypatch.setattr(sweep_tiles, "fit_of", lambda table, key, tile, arch: (tile.BLOCK_M > 16, "so many registers"))
+    monkeypatch.setattr(sweep_tiles, "fit_of_linear", lambda *_: (True, "so many registers"))
     monkeypatch.setattr(sweep_tiles, "seconds", seconds)
+    monkeypatch.setattr(sweep_tiles, "linear_seconds", lambda product, rows, dtype, tile: seconds(None, None, tile, 90))
     monkeypatch.setattr(sweep_tiles.sys, "argv", ["sweep", "--minutes", "1"])
 
-    def swept(minutes, *asked):
-        stored, jobs = [], sweep_tiles.jobs_of(sweep_tiles.tables(*(asked or (None, None, None))), 90)
+    def swept(minutes, tables=(sweep_tiles.DECODE, *TABLES), head_dims=None, sizes=None, products=range(3)):
+        stored, jobs = [], sweep_tiles.attention_jobs(tables, head_dims, sizes, 90)
+        jobs += sweep_tiles.linear_jobs(products, (1, 8), sizes, 90)
         sweep_tiles.sweep(jobs, minutes, lambda result: stored.append({**result, "tiles": result["tiles"].copy()}))
         return stored
 
@@ -51,29 +54,31 @@ def swept(monkeypatch):
 
 
 def test_partial_results_are_stored_as_they_come(swept):
-    stored = swept(0.5)
+    stored = swept(1)
     assert [len(result["tiles"]) for result in stored] == list(range(1, len(stored) + 1))
     timed = [row for row in stored[-1]["tiles"] if "seconds" in row or "problem" in row]
-    assert 30 <= len(timed) <= 31  # of one second each
+    assert 60 <= len(timed) <= 61  # of one second each
     assert stored[-1]["command"] == "python -m benchmarks.sweep_tiles --minutes 1"
     assert "table rich forward, head dim 16, bytes 4" in stored[-1]["not reached"]
     assert "table decode, head dim 128, bytes 2" not in stored[-1]["not reached"]
-    assert {row["problem"] for row in timed if row["tile"][3] == 1} <= {"RuntimeError: out of resources"}
+    assert {row["problem"] for row in timed if row["tile"][-1] == 1} == {"RuntimeError: out of resources"}
 
 
 def test_the_most_telling_come_first(swept):
     rows = swept(60)[-1]["tiles"]
-    first = rows[0]
-    assert (first["table"], first["head dim"], first["bytes"], first["ships"]) == ("decode", 128, 2, True)
-    near = [(row["table"], row["head dim"]) for row in rows[:250] if row["ships"]]
-    assert near[:8] == [(table, D) for table in ("decode", "forward", "keys", "queries") for D in (128, 64)]
+    assert (rows[0]["table"], rows[0]["rows"], rows[0]["bytes"], rows[0]["ships"]) == ("linear", 1, 2, True)
+    near = [(row["table"], row.get("rows", row.get("head dim"))) for row in rows if row["ships"] and row["bytes"] == 2]
+    expected = {"linear": [("linear", 1)] * 3, "linear of 8": [("linear", 8)] * 3}
+    order = ("linear", "decode", "forward", "linear of 8", "keys", "queries")
+    assert near[:14] == [entry for table in order for entry in expected.get(table, [(table, 128), (table, 64)])]
     firsts = {}
     for row in rows:
-        firsts.setdefault((row["table"], row["head dim"], row["bytes"]), row)
-    assert all(row["ships"] for row in firsts.values()) and len(firsts) == sum(map(len, [*TABLES.values(), decode.TILES]))
+        firsts.setdefault(sweep_tiles.table_of(row), row)
+    assert all(row["ships"] for row in firsts.values())
+    assert len(firsts) == sum(map(len, [*TABLES.values(), decode.TILES])) + 3 * 2 * 2
 
 
 def test_what_is_asked_for_is_swept_whole(swept):
-    rows = swept(60, ["forward"], [64], [2])[-1]["tiles"]
+    rows = swept(60, ["forward"], [64], [2], [])[-1]["tiles"]
     assert len(rows) == len({tuple(row["tile"]) for row in rows}) == len(sweep_tiles.candidates())
     assert sweep_tiles.distance(Tile(128, 64, 4, 3), Tile(64, 128, 8, 1)) == 5

@@ -1,6 +1,5 @@
 """The attention operation: contract, input checks, reference, and choice of implementation."""
 
-import importlib.util
 import math
 from typing import NamedTuple
 
@@ -16,13 +15,12 @@ from fastgpt.ops.checks import (
     require_tensor,
 )
 from fastgpt.ops.dropout import keep_mask, seed_tensor
-from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
+from fastgpt.ops.implementations import TRITON_INSTALLED, choose, explain_call, runs_elsewhere
 from fastgpt.ops.library import library
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, dequantise
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class Call(NamedTuple):

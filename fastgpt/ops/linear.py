@@ -12,12 +12,12 @@ from fastgpt.ops.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops.implementations import choose, decoder_kernel_refuses, explain_call
+from fastgpt.ops.implementations import choose, decoder_cpp_refuses, decoder_triton_refuses, explain_call
 from fastgpt.ops.library import library
 from fastgpt.ops.norm import KINDS, norm_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_ROWS = 32  # that the kernel multiplies; csrc/linear.h
+MAX_ROWS = 32  # that the kernels multiply; csrc/linear.h
 ACTIVATIONS = {
     None: lambda x: x,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -55,9 +55,9 @@ def linear(
         gated: weight is (2N, C) and bias (2N,): the rows of the gate, then those of what it is multiplied with.
         residual: (..., N).
         dropout_p: probability of zeroing a number; what stays is divided by 1 - dropout_p.
-        impl: "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`. On a CPU, up to 32
-            rows (all dimensions of x but the last, multiplied) are computed in fp32 and rounded once; more are PyTorch's
-            matrix product.
+        impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
+            `fastgpt.explain`. Up to 32 rows (all dimensions of x but the last, multiplied) are computed in fp32 and rounded
+            once, on CUDA in one launch; more are PyTorch's matrix product, on CUDA the reference's after `norm`.
 
     Returns: (..., N) in the dtype of x. Gradients flow through the reference, which serves every call that needs them.
     Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, stride, device, norm, activation, impl):
@@ -81,7 +81,11 @@ def linear(
         _check(*call, norm, norm_eps, norm_offset, activation, gated)  # raises the error that names the argument
         raise
     _check(*call, norm, norm_eps, norm_offset, activation, gated)
-    choose("linear", IMPLEMENTATIONS, impl, *call)
+    if choose("linear", IMPLEMENTATIONS, impl, *call) == "triton":
+        of_norm = norm_weight, norm_bias, KINDS[norm], norm_eps, norm_offset
+        return _linear(x, weight, bias, residual, ACTIVATION_NUMBERS[activation], gated, *of_norm)
+    if impl is None and norm_weight is not None and decoder_triton_refuses(*call[:-1]) is None:
+        x, norm_weight, norm_bias = _norm(x, norm_weight, norm_bias, None, KINDS[norm], norm_eps, norm_offset), None, None
     return linear_reference(
         x, weight, bias, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps,
         norm_offset=norm_offset, activation=activation, gated=gated, residual=residual, dropout_p=dropout_p,
@@ -167,9 +171,20 @@ def explain(
 
 
 def _cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
-    reason = decoder_kernel_refuses(x, weight, bias, norm_weight, norm_bias, residual)
-    if reason is not None:
-        return reason
+    reason = decoder_cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual)
+    return _kernel_refuses(weight, dropout_p) if reason is None else reason
+
+
+def _triton_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
+    reason = decoder_triton_refuses(x, weight, bias, norm_weight, norm_bias, residual)
+    if reason is None and x.numel() == 0:
+        reason = "x is empty"
+    elif reason is None and x.numel() > MAX_ROWS * x.shape[-1]:
+        reason = f"it multiplies up to {MAX_ROWS} rows, and x has shape {tuple(x.shape)}"
+    return _kernel_refuses(weight, dropout_p) if reason is None else reason
+
+
+def _kernel_refuses(weight, dropout_p):
     if dropout_p > 0:
         return "it has no dropout"
     if not weight.is_contiguous():
@@ -178,7 +193,7 @@ def _cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
 
 
 # In order of preference: the first that does not refuse serves the call.
-IMPLEMENTATIONS = {"cpp": _cpp_refuses, "reference": lambda *call: None}
+IMPLEMENTATIONS = {"cpp": _cpp_refuses, "triton": _triton_refuses, "reference": lambda *call: None}
 
 library.define(
     "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, int activation=0, bool gated=False, "
@@ -201,6 +216,15 @@ def _linear_fake(
 ):  # fmt: skip
     _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, "layer", norm_eps, norm_offset, None, gated)
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0])
+
+
+def _linear_triton(*arguments):
+    from fastgpt.kernels.linear import linear  # Triton is imported only when a CUDA tensor needs it
+
+    return linear(*arguments)
+
+
+library.impl("linear", _linear_triton, "CUDA")
 
 
 @torch.library.register_fake("fastgpt::linear_finish_", lib=library)

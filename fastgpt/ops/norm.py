@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.ops.checks import require_choice, require_device, require_dtype, require_number, require_shape, require_tensor
-from fastgpt.ops.implementations import choose, decoder_kernel_refuses, explain_call
+from fastgpt.ops.implementations import choose, decoder_cpp_refuses, decoder_triton_refuses, explain_call
 from fastgpt.ops.library import library
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -25,8 +25,8 @@ def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=N
         eps: added to the variance, or to the mean of squares.
         offset: added to the weight, in fp32: 1 where a checkpoint stores weights less one (Gemma).
         residual: (..., C), likewise.
-        impl: "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`. Everything is
-            computed in at least fp32 and rounded once.
+        impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
+            `fastgpt.explain`. Everything is computed in at least fp32 and rounded once.
 
     Returns: (..., C) contiguous, in the dtype of x. Gradients flow through the reference, which serves every call that
         needs them.
@@ -35,14 +35,15 @@ def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=N
     """
     call = (x, weight, bias, residual)
     try:
-        if impl in (None, "cpp") and decoder_kernel_refuses(*call) is None:
+        if impl in (None, "cpp") and decoder_cpp_refuses(*call) is None:
             # The kernel checks the rest for itself, in a fraction of the time.
             return _norm(x, weight, bias, residual, KINDS[kind], eps, offset)
     except (RuntimeError, AttributeError, TypeError, KeyError):
         _check(*call, kind, eps, offset)  # raises the error that names the argument
         raise
     _check(*call, kind, eps, offset)
-    choose("norm", IMPLEMENTATIONS, impl, *call)
+    if choose("norm", IMPLEMENTATIONS, impl, *call) == "triton":
+        return _norm(x, weight, bias, residual, KINDS[kind], eps, offset)
     return norm_reference(x, weight, bias, kind=kind, eps=eps, offset=offset, residual=residual)
 
 
@@ -93,7 +94,7 @@ def explain(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residua
 
 
 # In order of preference: the first that does not refuse serves the call.
-IMPLEMENTATIONS = {"cpp": decoder_kernel_refuses, "reference": lambda *call: None}
+IMPLEMENTATIONS = {"cpp": decoder_cpp_refuses, "triton": decoder_triton_refuses, "reference": lambda *call: None}
 
 library.define(
     "norm(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, bool rms=False, float eps=1e-5, "
@@ -107,3 +108,12 @@ _norm = torch.ops.fastgpt.norm.default
 def _norm_fake(x, weight, bias=None, residual=None, rms=False, eps=1e-5, offset=0.0):
     _check(x, weight, bias, residual, "layer", eps, offset)
     return x.new_empty(x.shape)
+
+
+def _norm_triton(*arguments):
+    from fastgpt.kernels.norm import norm  # Triton is imported only when a CUDA tensor needs it
+
+    return norm(*arguments)
+
+
+library.impl("norm", _norm_triton, "CUDA")

@@ -1,0 +1,84 @@
+"""Linear layers of few tokens, with what surrounds them in a decoder, against PyTorch's and against reading memory.
+
+The weights are cold, as they are in a decoder, which reads all of them for a token: on a CPU each call takes the next of
+several copies, which together are larger than its caches; on a GPU the L2 cache is flushed before each call.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.timing import DEVICE, DTYPE, full, in_turns, measured_time, name_of, reading
+from fastgpt import explain, linear, linear_reference
+from fastgpt.timing import cold, implementation
+
+pytestmark = pytest.mark.benchmark(timer=measured_time)
+GPT2 = {"norm": "layer", "norm_weight": "K", "norm_bias": "K", "bias": "rows"}
+LLAMA = {"norm": "rms", "norm_weight": "K"}
+# (rows of the weight, columns, what surrounds the product); of a tensor, its last dimension.
+PRODUCTS = {
+    "GPT-2 124M qkv": (2304, 768, GPT2),
+    "GPT-2 124M out": (768, 768, {"bias": "rows", "residual": "N"}),
+    "GPT-2 124M up": (3072, 768, GPT2 | {"activation": "gelu_tanh"}),
+    "GPT-2 124M down": (768, 3072, {"bias": "rows", "residual": "N"}),
+    "GPT-2 124M logits": (50257, 768, {"norm": "layer", "norm_weight": "K", "norm_bias": "K"}),
+    "GPT-2 XL up": (6400, 1600, GPT2 | {"activation": "gelu_tanh"}),
+    "GPT-2 XL down": (1600, 6400, {"bias": "rows", "residual": "N"}),
+    "Llama 1B up": (16384, 2048, LLAMA | {"activation": "silu", "gated": True}),
+    "Llama 1B down": (2048, 8192, {"residual": "N"}),
+    "Llama 8B qkv": (6144, 4096, LLAMA),
+    "Llama 8B out": (4096, 4096, {"residual": "N"}),
+    "Llama 8B up": (28672, 4096, LLAMA | {"activation": "silu", "gated": True}),
+    "Llama 8B down": (4096, 14336, {"residual": "N"}),
+}
+TENSORS = ("norm_weight", "norm_bias", "bias", "residual")
+
+
+def cases():
+    """(product, rows of x, dtype)."""
+    dtypes = (torch.float32, torch.bfloat16) if full() else (DTYPE,)
+    chosen = list(itertools.product(PRODUCTS, (1, 4, 16, 32) if full() else (1, 8), dtypes))
+    if not full() and DEVICE == "cpu":
+        chosen = [case for case in chosen if case[0].startswith("GPT-2 124M") and (case[1] == 1 or case[0].endswith("up"))]
+    ids = [f"{product}-{rows}row{'s' * (rows > 1)}-{name_of(dtype)}" for product, rows, dtype in chosen]
+    return pytest.mark.parametrize("product, rows, dtype", chosen, ids=ids)
+
+
+def example_of(product, rows, dtype):
+    """The arguments of linear: tensors, and the others."""
+    torch.manual_seed(0)
+    weight_rows, K, surroundings = PRODUCTS[product]
+    sizes = {"K": K, "rows": weight_rows, "N": weight_rows // (2 if surroundings.get("gated") else 1)}
+
+    def random(*shape):
+        return torch.randn(shape, device=DEVICE).to(dtype)
+
+    tensors = {"x": random(rows, K), "weight": random(weight_rows, K) * K**-0.5}
+    options = dict(surroundings)
+    for name in TENSORS:
+        if name in options:
+            size = sizes[options.pop(name)]
+            tensors[name] = random(rows, size) if name == "residual" else random(size)
+    return tensors, options
+
+
+@cases()
+@torch.inference_mode()
+def test_product(benchmark, product, rows, dtype):
+    tensors, options = example_of(product, rows, dtype)
+    ours, reference = (functools.partial(function, **options) for function in (linear, linear_reference))
+    wide = reference(**{name: x.double() for name, x in tensors.items()})
+    error, others_error = ((function(**tensors) - wide).abs().max() for function in (ours, reference))
+    assert error <= 2 * others_error + torch.finfo(dtype).eps * wide.abs().max()
+    others = {"reference": reference, "F.linear": lambda x, weight, **rest: F.linear(x, weight)}
+    info = {
+        "what": "few tokens", "device": DEVICE, "dtype": name_of(dtype), "product": product, "rows": rows,
+        "weight": f"{tensors['weight'].shape[0]} x {tensors['weight'].shape[1]}",
+        "bytes": sum(x.nbytes for x in tensors.values()) + wide.numel() * dtype.itemsize,
+        "implementation": implementation(explain(linear, **tensors, **options)), "absent": {},
+    }  # fmt: skip
+    brief = {} if full() else {"seconds": 0.7}
+    in_turns(benchmark, ours, others, turns=cold(**tensors), limit=reading(), flush=True, info=info, **brief)

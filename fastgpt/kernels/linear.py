@@ -1,0 +1,338 @@
+"""A linear layer of few rows with what surrounds it in a decoder, in one launch.
+
+    y = norm(x) weight^T + bias
+    out = residual + activation(y), or if gated residual + activation(y[..., :N]) · y[..., N:]
+
+The time is that of reading the weights, and of the launch. One row is a matrix-vector product: a program reads a few rows of
+the weight, 16 bytes a thread and load, the next tile while it multiplies with one; before it waits for the first, it takes
+the mean and variance of x, which is in the L2 cache. Several rows are a matrix product whose tiles go through shared memory,
+and the norm is put together after it from what one pass over x gives:
+
+    norm(x) weight^T = (x g weight^T - mean · g weight^T) / sqrt(variance + eps) + b weight^T,   g = norm_weight + offset
+
+where g and b, the norm's bias, are two more rows of x, and x is first normalised by what its first columns suggest, so that
+nothing cancels or overflows. Each of these rows is then two 16-bit numbers, a large one and what it lacks, so that all but
+the result is as good as fp32. fp32 itself is multiplied without TF32.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.attention_tiles import LOG2_E, tanh
+from fastgpt.kernels.norm import finish_moments, moments, update_moments
+
+
+class Tile(NamedTuple):
+    """What one program works on: rows of x, rows of the weight (if gated, half of them of the gate) and columns per step; and
+    the warps and pipeline stages it works with."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+# Of one row: bytes of weights that a program reads, programs that there should be at least, bytes of a tile.
+PROGRAM, PROGRAMS, TILE = 32 << 10, 384, 8 << 10
+MOST_ROWS, LEAST_ROWS = 16, 2  # of the weight, a program
+LONGEST = 4096  # numbers of x whose moments are taken at a time
+# Of several: rows of the weight at least -> rows of it a program. Few are enough programs for every multiprocessor.
+SEVERAL = {16384: 64, 8192: 32, 0: 16}
+WIDE = 128  # bytes of a row of their tiles, twice as many where tiles of 16 bits have few rows
+
+
+@functools.cache
+def tile_of(n_rows: int, weight_rows: int, K: int, element_size: int, norm: bool) -> Tile:
+    """The tile of a product of x (n_rows, K) and weight (weight_rows, K). As others, not measured yet:
+    `python -m benchmarks.sweep_tiles --table linear` times them."""
+    if n_rows == 1:
+        block_n = MOST_ROWS
+        while block_n > LEAST_ROWS and (block_n * K * element_size > PROGRAM or weight_rows < block_n * PROGRAMS):
+            block_n //= 2
+        block_k = min(TILE // element_size // block_n, triton.next_power_of_2(K))
+        while block_k > 256 and 3 * triton.cdiv(K, block_k) * block_k > 4 * K:  # a third more than there is
+            block_k //= 2
+        return Tile(1, block_n, max(block_k, 16), 4, 1)
+    block_n = next(rows for least, rows in SEVERAL.items() if weight_rows >= least)
+    block_m = max(16, triton.next_power_of_2(n_rows + 2 * norm))
+    block_k = WIDE // element_size * (2 if block_n < 64 and block_m < 32 and element_size == 2 else 1)
+    return Tile(block_m, block_n, block_k, *((8, 3) if block_m == 64 else (4, 4)))
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """The activation of this number in fastgpt/ops/linear.py; NaN stays NaN."""
+    if ACTIVATION == 1:  # gelu_tanh
+        x = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == 2:  # gelu
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == 3:  # silu
+        x = x / (1.0 + tl.exp2(-x * LOG2_E))
+    elif ACTIVATION == 4:  # relu
+        x = tl.where(x < 0.0, 0.0, x)
+    return x
+
+
+@triton.jit
+def _read(ptr, offsets, mask, MASKED: tl.constexpr):
+    """Of columns past the last one, zeros."""
+    return tl.load(ptr + offsets, mask=mask, other=0.0) if MASKED else tl.load(ptr + offsets)
+
+
+@triton.jit
+def _read_columns(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weights, others, start, K: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """What a step of one row needs of the columns from `start` on: of x, norm_weight, norm_bias, and tiles of the weight and,
+    with a gate, of the rows that it multiplies. What there is not is another again."""
+    MASKED: tl.constexpr = K % BLOCK_K != 0
+    offs_k = start + tl.arange(0, BLOCK_K)
+    valid = offs_k < K
+    w = _read(weights, offs_k[None, :], valid[None, :], MASKED)
+    u = w if others is None else _read(others, offs_k[None, :], valid[None, :], MASKED)
+    x = _read(x_ptr, offs_k, valid, MASKED)
+    g = x if norm_weight_ptr is None else _read(norm_weight_ptr, offs_k, valid, MASKED)
+    b = x if norm_bias_ptr is None else _read(norm_bias_ptr, offs_k, valid, MASKED)
+    return x, g, b, w, u
+
+
+@triton.jit
+def _normalised(x, g, b, mean, rest, factor, offset, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr):
+    x = x.to(tl.float32)
+    if HAS_NORM:
+        x = ((x - mean) - rest) * factor * (g.to(tl.float32) + offset)
+    return x + b.to(tl.float32) if HAS_BIAS else x
+
+
+# Numbers that vary between calls must not compile a kernel again.
+@triton.jit(do_not_specialize=["n_features"])
+def _one_row(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr,
+    n_features, eps, offset,
+    K: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N of the output features, of all K columns. Everything is contiguous; what is left out is None. If
+    gated, the first n_features rows of the weight are the gate's."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    features = tl.minimum(offs_n, n_features - 1).to(tl.int64)  # past the last, the last again, which is not stored
+    weights = weight_ptr + features[:, None] * K
+    others = weight_ptr + (features[:, None] + n_features) * K if GATED else None
+    x, g, b, w, u = _read_columns(x_ptr, norm_weight_ptr, norm_bias_ptr, weights, others, 0, K, BLOCK_K)
+    bias = tl.load(bias_ptr + features).to(tl.float32) if bias_ptr is not None else 0.0
+    other_bias = tl.load(bias_ptr + n_features + features).to(tl.float32) if bias_ptr is not None and GATED else 0.0
+    residual = tl.load(residual_ptr + features).to(tl.float32) if residual_ptr is not None else 0.0
+    mean, rest, factor = 0.0, 0.0, 1.0
+    if norm_weight_ptr is not None:
+        tl.debug_barrier()  # or the compiler moves the loads behind the moments, which wait for x
+        mean, rest, factor = moments(x_ptr, eps, K, BLOCK_C, RMS, KEEP=False)
+
+    HAS_NORM: tl.constexpr = norm_weight_ptr is not None
+    HAS_BIAS: tl.constexpr = norm_bias_ptr is not None
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    other_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(BLOCK_K, K, BLOCK_K):
+        next = _read_columns(x_ptr, norm_weight_ptr, norm_bias_ptr, weights, others, start, K, BLOCK_K)
+        y = _normalised(x, g, b, mean, rest, factor, offset, HAS_NORM, HAS_BIAS)[None, :]
+        acc += w.to(tl.float32) * y
+        if GATED:
+            other_acc += u.to(tl.float32) * y
+        x, g, b, w, u = next
+    y = _normalised(x, g, b, mean, rest, factor, offset, HAS_NORM, HAS_BIAS)[None, :]
+    out = _activate(tl.sum(acc + w.to(tl.float32) * y, 1) + bias, ACTIVATION)
+    if GATED:
+        out *= tl.sum(other_acc + u.to(tl.float32) * y, 1) + other_bias
+    out += residual
+    tl.store(out_ptr + offs_n, out.to(out_ptr.dtype.element_ty), mask=offs_n < n_features)
+
+
+@triton.jit
+def _multiply(x, w, acc):
+    """acc + x w^T; x (M, K) is fp32, w (N, K) of any dtype."""
+    if w.dtype == tl.float32:
+        return tl.dot(x, w.T, acc, input_precision="ieee")
+    high = x.to(w.dtype)
+    low = (x - high.to(tl.float32)).to(w.dtype)
+    return tl.dot(low, w.T, tl.dot(high, w.T, acc))
+
+
+@triton.jit
+def _row_of(acc, offs_m, row):
+    """One row of acc (M, N), as (N,)."""
+    return tl.sum(tl.where((offs_m == row)[:, None], acc, 0.0), 0)
+
+
+@triton.jit
+def _normalised_product(acc, offs_m, n_rows, mean, factor, RMS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """That of norm(x), from that of x g, with those of g and b in the rows after the last of x."""
+    product = acc if RMS else acc - mean * _row_of(acc, offs_m, n_rows)[None, :]
+    return product * factor + _row_of(acc, offs_m, n_rows + 1)[None, :] if HAS_BIAS else product * factor
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_features", "stride_xm", "stride_rm"])
+def _several_rows(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr,
+    n_rows, n_features, stride_xm, stride_rm, eps, offset,
+    K: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, X_UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same for n_rows rows of x, two less than BLOCK_M with a norm. Strides are in elements; X_UNIT divides stride_xm."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    features = tl.minimum(offs_n, n_features - 1).to(tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    rows = tl.minimum(offs_m, n_rows - 1)
+    x_rows = (x_ptr + rows * tl.multiple_of(tl.cast(stride_xm, tl.int64), X_UNIT))[:, None]
+    weights = weight_ptr + features[:, None] * K
+    others = weight_ptr + (features[:, None] + n_features) * K
+    HAS_NORM: tl.constexpr = norm_weight_ptr is not None
+    MASKED: tl.constexpr = K % BLOCK_K != 0
+    HAS_BIAS: tl.constexpr = norm_bias_ptr is not None
+
+    shift, scale = 0.0, 1.0
+    if HAS_NORM:  # near the mean of x and one over its deviation, or well below
+        FIRST: tl.constexpr = K if K < BLOCK_K else BLOCK_K
+        shift, _, scale = moments(x_rows, eps, FIRST, BLOCK_K, RMS, KEEP=True)
+        scale *= 1 / 16  # other columns may have far larger numbers, and fp16 no such ones
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    other_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    mean = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        valid = offs_k[None, :] < K
+        x = _read(x_rows, offs_k[None, :], valid, MASKED)
+        w = _read(weights, offs_k[None, :], valid, MASKED)
+        if HAS_NORM:
+            y = (x.to(tl.float32) - shift) * scale
+            mean, squares = update_moments(y, mean, squares, start // BLOCK_K + 1, valid, RMS)
+            g = _read(norm_weight_ptr, offs_k, offs_k < K, MASKED).to(tl.float32)[None, :] + offset
+            y = tl.where((offs_m == n_rows)[:, None], g, y * g)
+            if HAS_BIAS:
+                b = _read(norm_bias_ptr, offs_k, offs_k < K, MASKED).to(tl.float32)[None, :]
+                y = tl.where((offs_m == n_rows + 1)[:, None], b, y)
+            acc = _multiply(y, w, acc)
+            if GATED:
+                other_acc = _multiply(y, _read(others, offs_k[None, :], valid, MASKED), other_acc)
+        else:
+            acc = tl.dot(x, w.T, acc, input_precision="ieee")
+            if GATED:
+                u = _read(others, offs_k[None, :], valid, MASKED)
+                other_acc = tl.dot(x, u.T, other_acc, input_precision="ieee")
+
+    if HAS_NORM:
+        of_row, rest, factor = finish_moments(mean, squares, eps * scale * scale, K, BLOCK_K, RMS, KEEP=True)
+        acc = _normalised_product(acc, offs_m, n_rows, of_row + rest, factor, RMS, HAS_BIAS)
+        if GATED:
+            other_acc = _normalised_product(other_acc, offs_m, n_rows, of_row + rest, factor, RMS, HAS_BIAS)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + features).to(tl.float32)[None, :]
+    acc = _activate(acc, ACTIVATION)
+    if GATED:
+        if bias_ptr is not None:
+            other_acc += tl.load(bias_ptr + n_features + features).to(tl.float32)[None, :]
+        acc *= other_acc
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + (rows * tl.cast(stride_rm, tl.int64))[:, None] + features[None, :]).to(tl.float32)
+    mask = (offs_m < n_rows)[:, None] & (offs_n < n_features)[None, :]
+    places = offs_m.to(tl.int64)[:, None] * n_features + offs_n[None, :]
+    tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+INTERPRETED = not isinstance(_one_row, triton.JITFunction)  # TRITON_INTERPRET was set
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, activation: int = 0,
+    gated: bool = False, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, rms: bool = False,
+    norm_eps: float = 1e-5, norm_offset: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Launches the kernel of one row, or that of several; no host sync. What it computes, and the arguments, see
+    `fastgpt.linear`.
+
+    Args:
+        x: (..., K) fp16|bf16|fp32, of 32 rows at most; copied if the last dimension is not contiguous.
+        weight: (N, K), contiguous, in x's dtype, as all others.
+        activation: its number in ACTIVATIONS.
+
+    Returns: (..., N) in x's dtype, contiguous.
+    """
+    weight_rows, K = weight.shape
+    N = weight_rows // 2 if gated else weight_rows
+    if INTERPRETED and x.dtype is torch.bfloat16:  # there, tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
+        tensors = (y if y is None else y.float() for y in (x, weight, bias, residual))
+        norms = (y if y is None else y.float() for y in (norm_weight, norm_bias))
+        return linear(*tensors, activation, gated, *norms, rms, norm_eps, norm_offset).bfloat16()
+    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x = x.reshape(-1, K)
+    x = x if x.stride(1) == 1 or K == 1 else x.contiguous()
+    bias, norm_weight, norm_bias = (y if y is None else y.contiguous() for y in (bias, norm_weight, norm_bias))
+    if residual is not None:
+        residual = residual.reshape(-1, N)
+        residual = residual if residual.stride(1) == 1 or N == 1 else residual.contiguous()
+    rows, size = len(x), x.element_size()
+    tile = tile_of(rows, weight_rows, K, size, norm_weight is not None)
+    unit = 1 if rows == 1 else unit_of(x.stride(0), size)
+    constants = _constants(tile, K, rms, activation, gated, unit)
+    grid = (triton.cdiv(N, constants["BLOCK_N"]),)
+    tensors = x, weight, bias, residual, norm_weight, norm_bias, out
+    with torch.cuda.device_of(x):
+        if rows == 1:
+            _one_row[grid](*tensors, N, norm_eps, norm_offset, **constants)
+        else:
+            strides = x.stride(0), 0 if residual is None else residual.stride(0)
+            _several_rows[grid](*tensors, rows, N, *strides, norm_eps, norm_offset, **constants)
+    return out
+
+
+def unit_of(stride: int, element_size: int) -> int:
+    """The power of two that divides a stride, up to 16 bytes: how wide loads of rows can be."""
+    return min(stride & -stride or 16, 16 // element_size)
+
+
+@functools.cache
+def _constants(tile: Tile, K: int, rms: bool, activation: int, gated: bool, unit: int) -> dict:
+    """Compile-time arguments and options."""
+    constants = dict(K=K, RMS=rms, ACTIVATION=activation, GATED=gated, **tile._asdict(), enable_fp_fusion=True)
+    if gated:
+        constants["BLOCK_N"] = max(1 if tile.BLOCK_M == 1 else 16, tile.BLOCK_N // 2)
+    if tile.BLOCK_M == 1:
+        del constants["BLOCK_M"]
+        return constants | {"BLOCK_C": min(triton.next_power_of_2(K), LONGEST)}
+    return constants | {"X_UNIT": unit}
+
+
+NORM, RMS_NORM = ("norm_weight_ptr", "norm_bias_ptr"), ("norm_weight_ptr",)
+PRODUCTS = (  # of GPT-2 124M, its XL, and Llamas of 1B and 8B: rows of the weight, columns, activation, gated, what is given
+    (2304, 768, 0, False, (*NORM, "bias_ptr")),
+    (768, 768, 0, False, ("bias_ptr", "residual_ptr")),
+    (3072, 768, 1, False, (*NORM, "bias_ptr")),
+    (50257, 768, 0, False, NORM),
+    (768, 3072, 0, False, ("bias_ptr", "residual_ptr")),
+    (6400, 1600, 1, False, (*NORM, "bias_ptr")),
+    (1600, 6400, 0, False, ("bias_ptr", "residual_ptr")),
+    (16384, 2048, 3, True, RMS_NORM),
+    (2048, 8192, 0, False, ("residual_ptr",)),
+    (6144, 4096, 0, False, RMS_NORM),
+    (28672, 4096, 3, True, RMS_NORM),
+    (4096, 14336, 0, False, ("residual_ptr",)),
+    (128256, 4096, 0, False, RMS_NORM),
+)  # fmt: skip
+
+
+def aot_configurations(arch: int):
+    """As in attention_forward.py, of the products of some models; the same for every architecture."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    for dtype, product, rows in itertools.product(dtypes, PRODUCTS, (1, 8, 24, 32)):
+        weight_rows, K, activation, gated, given = product
+        tile = tile_of(rows, weight_rows, K, dtype.itemsize, "norm_weight_ptr" in given)
+        constants = _constants(tile, K, given[:2] != NORM, activation, gated, 16 // dtype.itemsize)
+        yield _one_row if rows == 1 else _several_rows, dtype, dtype, constants, given

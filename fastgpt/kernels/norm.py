@@ -1,0 +1,152 @@
+"""Layer norm and RMS norm of the last dimension, in one launch; and the statistics of a row, for `linear` as well.
+
+    out = residual + (x - mean) / sqrt(variance + eps) · (weight + offset) + bias        kind "layer"
+    out = residual + x / sqrt(mean of x^2 + eps) · (weight + offset) + bias              kind "rms"
+
+Source: Layer Normalization (arXiv 1607.06450), Root Mean Square Layer Normalization (arXiv 1910.07467); the variance of
+parts of a row is put together as in Chan, Golub, LeVeque, Updating Formulae and a Pairwise Algorithm (1979).
+"""
+
+import functools
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 1024  # numbers that a program normalises at least, if there are so many
+LONGEST = 4096  # numbers of a row that it reads at a time
+
+
+@triton.jit
+def update_moments(x, mean, squares, step, valid, RMS: tl.constexpr):
+    """The mean of what each place of a tile has held, and the sum of squares about it, or if RMS about zero, after x, which
+    is the `step`-th (from 1); `valid` tells which places x has."""
+    if RMS:
+        squares += tl.where(valid, x * x, 0.0)
+    else:
+        change = tl.where(valid, x - mean, 0.0)
+        mean += change / step
+        squares += change * tl.where(valid, x - mean, 0.0)
+    return mean, squares
+
+
+@triton.jit
+def finish_moments(mean, squares, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr, KEEP: tl.constexpr):
+    """Of whole rows, from those of the places of a tile (..., BLOCK_C) that went over C numbers: (mean, rest, factor), the
+    norm is ((x - mean) - rest) · factor. Where mean is far from zero, `rest` is what rounding left of it. KEEP: (..., 1)."""
+    of_row, rest = 0.0, 0.0
+    if RMS:
+        variance = tl.sum(squares, -1, keep_dims=KEEP) / C
+    else:
+        counts = ((C + BLOCK_C - 1 - tl.arange(0, BLOCK_C)) // BLOCK_C).to(tl.float32)  # of numbers in each place
+        of_row = tl.sum(counts * mean, -1, keep_dims=KEEP) / C
+        apart = mean - of_row
+        rest = tl.sum(counts * apart, -1, keep_dims=KEEP) / C
+        variance = tl.sum(squares + counts * apart * apart, -1, keep_dims=KEEP) / C - rest * rest
+    return of_row, rest, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
+def moments(rows, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr, KEEP: tl.constexpr):
+    """`finish_moments` of rows of C numbers that start at the pointers `rows`: (M, 1) with KEEP, or a scalar."""
+    offs_c = tl.arange(0, BLOCK_C)
+    x = tl.load(rows + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+    mean, squares = x, (x * x if RMS else tl.zeros_like(x))
+    for start in range(BLOCK_C, C, BLOCK_C):
+        valid = offs_c < C - start
+        x = tl.load(rows + start + offs_c, mask=valid, other=0.0).to(tl.float32)
+        mean, squares = update_moments(x, mean, squares, start // BLOCK_C + 1, valid, RMS)
+    return finish_moments(mean, squares, eps, C, BLOCK_C, RMS, KEEP)
+
+
+# Numbers that vary between calls must not compile a kernel again.
+@triton.jit(do_not_specialize=["n_rows", "size_1", "size_2", "stride_0", "stride_1", "stride_2"])
+def _norm(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr,
+    n_rows, size_1, size_2, stride_0, stride_1, stride_2, eps, offset,
+    C: tl.constexpr, RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M rows. Row r of x is row (r // size_2 // size_1, r // size_2 % size_1, r % size_2) of what has
+    the strides stride_0 to stride_2, in elements; residual and out are contiguous."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.minimum(offs_m, n_rows - 1).to(tl.int64)  # past the last row, the last row again, which is not stored
+    starts = rows // size_2 // size_1 * stride_0 + rows // size_2 % size_1 * stride_1 + rows % size_2 * stride_2
+    x_rows = (x_ptr + starts)[:, None]
+    mean, rest, factor = moments(x_rows, eps, C, BLOCK_C, RMS, KEEP=True)
+    for start in range(0, C, BLOCK_C):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        valid = offs_c < C
+        y = ((tl.load(x_rows + offs_c, mask=valid, other=0.0).to(tl.float32) - mean) - rest) * factor
+        y *= tl.load(norm_weight_ptr + offs_c, mask=valid, other=0.0).to(tl.float32) + offset
+        if norm_bias_ptr is not None:
+            y += tl.load(norm_bias_ptr + offs_c, mask=valid, other=0.0).to(tl.float32)
+        places = rows[:, None] * C + offs_c
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + places, mask=valid[None, :], other=0.0).to(tl.float32)
+        mask = (offs_m < n_rows)[:, None] & valid[None, :]
+        tl.store(out_ptr + places, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, rms: bool = False,
+    eps: float = 1e-5, offset: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Launches the kernel. What it computes, and the arguments, see `fastgpt.norm`.
+
+    Args:
+        x: (..., C) fp16|bf16|fp32; copied if the last dimension is not contiguous, or the others do not fold into three.
+
+    Returns: (..., C) in x's dtype, contiguous.
+    """
+    C = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    dims = folded(x)
+    if dims is None:
+        x = x.contiguous()
+        dims = folded(x)
+    (_, stride_0), (size_1, stride_1), (size_2, stride_2) = dims
+    weight, bias, residual = (y if y is None else y.contiguous() for y in (weight, bias, residual))
+    rows = out.numel() // C
+    constants = _constants(C, rms, rows > 128)
+    with torch.cuda.device_of(x):
+        _norm[(triton.cdiv(rows, constants["BLOCK_M"]),)](
+            x, weight, bias, residual, out, rows, size_1, size_2, stride_0, stride_1, stride_2, eps, offset, **constants
+        )
+    return out
+
+
+def folded(x: Tensor) -> list[tuple[int, int]] | None:
+    """(size, stride) of three dimensions that list the rows of x (..., C) in order, or None if it takes more, or if numbers
+    of a row are apart."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        return None
+    dims = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            size *= dims.pop()[0]
+        dims.append((size, stride))
+    return None if len(dims) > 3 else [(1, 0)] * (3 - len(dims)) + dims
+
+
+@functools.cache
+def _constants(C: int, rms: bool, many: bool) -> dict:
+    """Compile-time arguments and options. Few rows get a program each."""
+    block_c = min(triton.next_power_of_2(C), LONGEST)
+    block_m = max(1, TILE // block_c) if many else 1
+    num_warps = 4 if block_m * block_c >= TILE else 1
+    return dict(C=C, RMS=rms, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=num_warps, num_stages=1, enable_fp_fusion=True)
+
+
+def aot_configurations(arch: int):
+    """As in attention_forward.py; the same for every architecture."""
+    features = (True, ()), (False, ("norm_bias_ptr", "residual_ptr"))
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    for C, dtype, (rms, given) in itertools.product((64, 128, 768, 4096), dtypes, features):
+        for many in (False, True):
+            yield _norm, dtype, dtype, _constants(C, rms, many), ("norm_weight_ptr", *given)

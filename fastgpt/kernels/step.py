@@ -1,0 +1,109 @@
+"""What a decode step does before and after the blocks, each in one launch: embedding, positions, and noting tokens."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LONGEST = 1024  # numbers of a row that a program writes
+ONE_WARP = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
+
+
+@triton.jit(do_not_specialize=["vocabulary", "n_positions", "period"])
+def _embed(
+    ids_ptr, weight_ptr, positions_ptr, position_weight_ptr, out_ptr, vocabulary, n_positions, period, scale,
+    C: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C numbers of one token. Positions repeat after `period` tokens. Everything is contiguous."""
+    token = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = offs_c < C
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    row = tl.load(ids_ptr + token).to(tl.int64)
+    read = tl.minimum(tl.maximum(row, 0), vocabulary - 1)
+    x = tl.load(weight_ptr + read * C + offs_c, mask=mask, other=0.0)
+    x = tl.where(row == read, x, float("nan")).to(dtype)
+    if scale is not None:
+        x = (x.to(tl.float32) * scale).to(dtype)
+    if position_weight_ptr is not None:
+        place = tl.load(positions_ptr + token % period).to(tl.int64)
+        place = tl.minimum(tl.maximum(place, 0), n_positions - 1)
+        p = tl.load(position_weight_ptr + place * C + offs_c, mask=mask, other=0.0).to(dtype)
+        x = (x.to(tl.float32) + p.to(tl.float32)).to(dtype)
+    tl.store(out_ptr + token * C + offs_c, x, mask=mask)
+
+
+def embed(
+    ids: Tensor, weight: Tensor, positions: Tensor | None = None, position_weight: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Launches the kernel. What it computes, and the arguments, see `fastgpt.ops.step.embed`."""
+    C = weight.shape[1]
+    out = torch.empty((*ids.shape, C), dtype=weight.dtype, device=weight.device)
+    if out.numel() == 0:
+        return out
+    ids, weight = ids.contiguous(), weight.contiguous()
+    period, n_positions = 1, 1
+    if position_weight is not None:
+        positions, position_weight = positions.contiguous(), position_weight.contiguous()
+        period, n_positions = positions.numel(), len(position_weight)
+    else:
+        positions = None
+    constants = _constants(C)
+    with torch.cuda.device_of(weight):
+        _embed[(ids.numel(), triton.cdiv(C, constants["BLOCK_C"]))](
+            ids, weight, positions, position_weight, out, len(weight), n_positions, period, scale, **constants
+        )
+    return out
+
+
+@functools.cache
+def _constants(C: int) -> dict:
+    """Compile-time arguments and options: 16 bytes a thread, of 16-bit numbers. Sums are rounded as PyTorch's."""
+    return dict(C=C, BLOCK_C=min(triton.next_power_of_2(C), LONGEST), num_warps=4, num_stages=1, enable_fp_fusion=False)
+
+
+@triton.jit(do_not_specialize=["n_sequences"])
+def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n_sequences
+    lengths = tl.load(lengths_ptr + offsets, mask=mask)
+    tl.store(positions_ptr + offsets, lengths, mask=mask)
+    tl.store(lengths_ptr + offsets, lengths + 1, mask=mask)
+
+
+def advance(lengths: Tensor, positions: Tensor) -> None:
+    """Launches the kernel: see `fastgpt.ops.step.advance`. Both are contiguous."""
+    with torch.cuda.device_of(lengths):
+        _advance[(triton.cdiv(len(lengths), 128),)](lengths, positions, len(lengths), BLOCK=128, **ONE_WARP)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_eos"])
+def _note(token_ptr, tokens_ptr, step_ptr, ended_ptr, eos_ptr, n_rows, n_eos, BLOCK: tl.constexpr):
+    """One program, of one warp: each of its threads has read the step before any writes the next."""
+    step = tl.load(step_ptr)
+    for start in range(0, n_rows, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        mask = offsets < n_rows
+        token = tl.load(token_ptr + offsets, mask=mask, other=0)
+        noted = token
+        if ended_ptr is not None:
+            ended = tl.load(ended_ptr + offsets, mask=mask, other=0)
+            noted = tl.where(ended != 0, -1, token)
+            for i in range(n_eos):
+                ended = tl.where(token == tl.load(eos_ptr + i), 1, ended)
+            tl.store(ended_ptr + offsets, ended.to(tl.uint8), mask=mask)
+        tl.store(tokens_ptr + step * n_rows + offsets, noted, mask=mask)
+    tl.store(step_ptr, step + 1)
+
+
+def note(token: Tensor, tokens: Tensor, step: Tensor, ended: Tensor | None = None, eos: Tensor | None = None) -> None:
+    """Launches the kernel: see `fastgpt.ops.step.note`. All are contiguous."""
+    if ended is not None:
+        ended = ended.view(torch.uint8)
+    n_rows = len(token)
+    block = min(triton.next_power_of_2(n_rows), 256)
+    with torch.cuda.device_of(token):
+        _note[(1,)](token, tokens, step, ended, eos, n_rows, 0 if eos is None else len(eos), BLOCK=block, **ONE_WARP)

@@ -1,0 +1,133 @@
+"""What a decode step does before and after the blocks: contract, checks, reference, dispatch."""
+
+import torch
+import torch.nn.functional as F
+
+from fastgpt.ops.checks import require_device, require_dtype, require_shape, require_tensor
+from fastgpt.ops.implementations import choose, decoder_triton_refuses
+from fastgpt.ops.library import library
+
+IDS = (torch.int64, torch.int32)
+
+
+def embed(ids, weight, positions=None, position_weight=None, *, scale=None, impl=None):
+    """Rows of a table for tokens, and added to them rows of another one for their positions.
+
+        out = weight[ids] · scale + position_weight[max(positions, 0)]
+
+    Args:
+        ids: (B, T) int64|int32. Of one that is not in the table, a CPU raises IndexError, CUDA gives NaN.
+        weight: (V, C) floating point.
+        positions: (T,) or (B, T) int64|int32; negative ones are those of padding, whose embedding may be any.
+        position_weight: (P, C), floating point, rounded to the dtype of weight; None: positions do not count.
+        scale: a number, rounded to the dtype of weight; the product is rounded, too.
+        impl: "triton" (CUDA, one launch, the same bits) or "reference"; None picks the first that can serve the call.
+
+    Returns: (B, T, C) in the dtype of weight. Gradients flow through the reference.
+    Raises: TypeError (not a tensor, dtype), ValueError (shape, device, impl): argument, expected, got.
+    """
+    tensors = weight, ids, positions, position_weight
+    require_tensor("ids", ids, 2)
+    require_dtype("ids", ids, IDS)
+    require_tensor("weight", weight, 2)
+    require_device("ids", ids, weight.device)
+    if position_weight is not None:
+        require_tensor("positions", positions)
+        require_dtype("positions", positions, IDS)
+        shape = tuple(ids.shape if positions.dim() == 2 else ids.shape[1:])
+        require_shape("positions", positions, shape, "(T,) or (B, T)")
+        require_device("positions", positions, weight.device)
+        require_tensor("position_weight", position_weight, 2)
+        require_shape("position_weight", position_weight, (len(position_weight), weight.shape[1]), "(P, C)")
+        require_device("position_weight", position_weight, weight.device)
+    if choose("embed", IMPLEMENTATIONS, impl, *tensors) == "triton":
+        return _embed(ids, weight, positions, position_weight, None if scale is None else rounded(scale, weight.dtype))
+    return embed_reference(ids, weight, positions, position_weight, scale=scale)
+
+
+def embed_reference(ids, weight, positions=None, position_weight=None, *, scale=None, impl=None):
+    """The same function in plain PyTorch, on every device, differentiable."""
+    x = F.embedding(ids, weight)
+    if scale is not None:
+        x = x * rounded(scale, x.dtype)
+    return x if position_weight is None else x + F.embedding(positions.clamp(min=0), position_weight).to(x.dtype)
+
+
+def rounded(scale: float, dtype: torch.dtype) -> float:
+    return torch.tensor(scale, dtype=dtype).item()
+
+
+def advance(lengths, positions):
+    """One more token of each sequence, in place: positions (B, 1) becomes lengths (B,), int32, which grow by one."""
+    if lengths.is_cuda and choose("advance", IMPLEMENTATIONS, None, lengths, positions) == "triton":
+        _advance(lengths, positions)
+    else:
+        positions.copy_(lengths.unsqueeze(1))
+        lengths += 1
+
+
+def note(token, tokens, step, ended=None, eos=None):
+    """Notes the next token (B,) int64 of each row, in place: tokens[step] becomes it, or -1 where the row has ended, and
+    `ended` true where it is one of eos; step grows by one.
+
+    Args: tokens (steps, B) int64; step (1,) int64; ended (B,) bool and eos (E,) int64, or both None.
+    """
+    if token.is_cuda and choose("note", IMPLEMENTATIONS, None, token) == "triton":
+        _note(token, tokens, step, ended, eos)
+        return
+    noted = token if ended is None else torch.where(ended, -1, token)
+    tokens.index_copy_(0, step, noted.unsqueeze(0))
+    if ended is not None:
+        ended |= (token.unsqueeze(1) == eos).any(-1)
+    step += 1
+
+
+# In order of preference: the first that does not refuse serves the call.
+IMPLEMENTATIONS = {"triton": decoder_triton_refuses, "reference": lambda *call: None}
+
+library.define(
+    "embed(Tensor ids, Tensor weight, Tensor? positions=None, Tensor? position_weight=None, float? scale=None) -> Tensor"
+)
+library.define("advance_(Tensor(a!) lengths, Tensor(b!) positions) -> ()")
+library.define("note_(Tensor token, Tensor(a!) tokens, Tensor(b!) step, Tensor(c!)? ended=None, Tensor? eos=None) -> ()")
+_embed = torch.ops.fastgpt.embed.default
+_advance = torch.ops.fastgpt.advance_.default
+_note = torch.ops.fastgpt.note_.default
+
+
+@torch.library.register_fake("fastgpt::embed", lib=library)
+def _embed_fake(ids, weight, positions=None, position_weight=None, scale=None):
+    return weight.new_empty(*ids.shape, weight.shape[1])
+
+
+@torch.library.register_fake("fastgpt::advance_", lib=library)
+def _advance_fake(lengths, positions):
+    pass
+
+
+@torch.library.register_fake("fastgpt::note_", lib=library)
+def _note_fake(token, tokens, step, ended=None, eos=None):
+    pass
+
+
+def _embed_triton(*arguments):
+    from fastgpt.kernels.step import embed  # Triton is imported only when a CUDA tensor needs it
+
+    return embed(*arguments)
+
+
+def _advance_triton(lengths, positions):
+    from fastgpt.kernels.step import advance
+
+    advance(lengths, positions)
+
+
+def _note_triton(*arguments):
+    from fastgpt.kernels.step import note
+
+    note(*arguments)
+
+
+library.impl("embed", _embed_triton, "CUDA")
+library.impl("advance_", _advance_triton, "CUDA")
+library.impl("note_", _note_triton, "CUDA")
