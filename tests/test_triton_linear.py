@@ -88,6 +88,16 @@ def test_parity_of_more_rows(feature, rows):
 
 
 @runs_kernel
+@pytest.mark.parametrize("rows", [1, 12])
+@everything
+def test_rounded_once(feature, rows):
+    """Nearly all numbers are the nearest of all, in 16 bits too: neither the norm nor the product is rounded before the end."""
+    call = call_of(linear_features, feature, rows, 256, 60, torch.float16)
+    nearest = linear_reference(**in_float64(call)).half()
+    assert (linear(**call) == nearest).float().mean() > 0.98
+
+
+@runs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_numbers_far_from_one(norm, dtype):
