@@ -180,7 +180,7 @@ def _triton_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p
     if reason is None and x.numel() == 0:
         reason = "x is empty"
     elif reason is None and x.numel() > MAX_ROWS * x.shape[-1]:
-        reason = f"it multiplies up to {MAX_ROWS} rows, and x has shape {tuple(x.shape)}"
+        reason = f"it multiplies up to {MAX_ROWS} rows, and x has more"
     return _kernel_refuses(weight, dropout_p) if reason is None else reason
 
 
