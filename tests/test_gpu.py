@@ -272,6 +272,8 @@ def test_sampled_tokens_are_those_of_the_cpu():
 def test_the_decoder_uses_the_kernels():
     x = torch.zeros(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
     assert fastgpt.explain(fastgpt.attention, x, x, x)["triton"] == "chosen"
+    assert fastgpt.explain(fastgpt.linear, x, x[0, 0])["triton"] == "chosen"
+    assert fastgpt.explain(fastgpt.norm, x, x[0, 0, 0])["triton"] == "chosen"
 
 
 def test_the_decoder_trains():

@@ -39,9 +39,10 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Of one row: bytes of weights that a program reads, programs that there should be at least, bytes of a tile.
-PROGRAM, PROGRAMS, TILE = 32 << 10, 384, 8 << 10
-MOST_ROWS, LEAST_ROWS = 16, 2  # of the weight, a program
+# Of one row: bytes of weights that a program reads, programs that there should be at least, bytes of a tile unless it is the
+# only one, and of one row of it: 16 a thread, so that each thread has the columns of x that it multiplies with.
+PROGRAM, PROGRAMS, TILE, WIDEST = 32 << 10, 384, 8 << 10, 2 << 10
+MOST_ROWS, LEAST_ROWS = 8, 2  # of the weight, a program
 LONGEST = 4096  # numbers of x whose moments are taken at a time
 # Of several: rows of the weight at least -> rows of it a program. Few are enough programs for every multiprocessor.
 SEVERAL = {16384: 64, 8192: 32, 0: 16}
@@ -56,10 +57,12 @@ def tile_of(n_rows: int, weight_rows: int, K: int, element_size: int, norm: bool
         block_n = MOST_ROWS
         while block_n > LEAST_ROWS and (block_n * K * element_size > PROGRAM or weight_rows < block_n * PROGRAMS):
             block_n //= 2
-        block_k = min(TILE // element_size // block_n, triton.next_power_of_2(K))
-        while block_k > 256 and 3 * triton.cdiv(K, block_k) * block_k > 4 * K:  # a third more than there is
+        block_k = min(max(WIDEST, TILE // block_n) // element_size, max(16, triton.next_power_of_2(K)))
+        while block_k * element_size > WIDEST and 3 * triton.cdiv(K, block_k) * block_k > 4 * K:  # a third more than there is
             block_k //= 2
-        return Tile(1, block_n, max(block_k, 16), 4, 1)
+        if K > block_k:
+            block_n = min(block_n, TILE // element_size // block_k)
+        return Tile(1, block_n, block_k, 4, 1)
     block_n = next(rows for least, rows in SEVERAL.items() if weight_rows >= least)
     block_m = max(16, triton.next_power_of_2(n_rows + 2 * norm))
     block_k = WIDE // element_size * (2 if block_n < 64 and block_m < 32 and element_size == 2 else 1)
@@ -131,7 +134,8 @@ def _one_row(
     residual = tl.load(residual_ptr + features).to(tl.float32) if residual_ptr is not None else 0.0
     mean, rest, factor = 0.0, 0.0, 1.0
     if norm_weight_ptr is not None:
-        tl.debug_barrier()  # or the compiler moves the loads behind the moments, which wait for x
+        # Or the compiler moves the loads behind the moments, which wait for x; so they read x anew, too.
+        tl.debug_barrier()
         mean, rest, factor = moments(x_ptr, eps, K, BLOCK_C, RMS, KEEP=False)
 
     HAS_NORM: tl.constexpr = norm_weight_ptr is not None
@@ -227,7 +231,8 @@ def _several_rows(
                 other_acc = tl.dot(x, u.T, other_acc, input_precision="ieee")
 
     if HAS_NORM:
-        of_row, rest, factor = finish_moments(mean, squares, eps * scale * scale, K, BLOCK_K, RMS, KEEP=True)
+        EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+        of_row, rest, factor = finish_moments(mean, squares, eps * scale * scale, K, BLOCK_K, RMS, KEEP=True, EXACT=EXACT)
         acc = _normalised_product(acc, offs_m, n_rows, of_row + rest, factor, RMS, HAS_BIAS)
         if GATED:
             other_acc = _normalised_product(other_acc, offs_m, n_rows, of_row + rest, factor, RMS, HAS_BIAS)

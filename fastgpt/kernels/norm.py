@@ -33,9 +33,12 @@ def update_moments(x, mean, squares, step, valid, RMS: tl.constexpr):
 
 
 @triton.jit
-def finish_moments(mean, squares, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr, KEEP: tl.constexpr):
+def finish_moments(
+    mean, squares, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr, KEEP: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
     """Of whole rows, from those of the places of a tile (..., BLOCK_C) that went over C numbers: (mean, rest, factor), the
-    norm is ((x - mean) - rest) · factor. Where mean is far from zero, `rest` is what rounding left of it. KEEP: (..., 1)."""
+    norm is ((x - mean) - rest) · factor. `rest` is what rounding left of a mean far from zero; only fp32, for which EXACT is,
+    tells it from none. KEEP: (..., 1)."""
     of_row, rest = 0.0, 0.0
     if RMS:
         variance = tl.sum(squares, -1, keep_dims=KEEP) / C
@@ -43,7 +46,8 @@ def finish_moments(mean, squares, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, R
         counts = ((C + BLOCK_C - 1 - tl.arange(0, BLOCK_C)) // BLOCK_C).to(tl.float32)  # of numbers in each place
         of_row = tl.sum(counts * mean, -1, keep_dims=KEEP) / C
         apart = mean - of_row
-        rest = tl.sum(counts * apart, -1, keep_dims=KEEP) / C
+        if EXACT:
+            rest = tl.sum(counts * apart, -1, keep_dims=KEEP) / C
         variance = tl.sum(squares + counts * apart * apart, -1, keep_dims=KEEP) / C - rest * rest
     return of_row, rest, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
@@ -58,7 +62,7 @@ def moments(rows, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr
         valid = offs_c < C - start
         x = tl.load(rows + start + offs_c, mask=valid, other=0.0).to(tl.float32)
         mean, squares = update_moments(x, mean, squares, start // BLOCK_C + 1, valid, RMS)
-    return finish_moments(mean, squares, eps, C, BLOCK_C, RMS, KEEP)
+    return finish_moments(mean, squares, eps, C, BLOCK_C, RMS, KEEP, EXACT=rows.dtype.element_ty == tl.float32)
 
 
 # Numbers that vary between calls must not compile a kernel again.

@@ -47,23 +47,11 @@ def explain_call(implementations: dict, *call) -> dict[str, str]:
     }
 
 
-def decoder_cpp_refuses(x, *others) -> str | None:
-    """Why the C++ kernels of `linear` and `norm` cannot take x and the other tensors (or None), or None."""
-    if not x.is_cpu:
-        return runs_elsewhere("CPU", "x", x.device)
-    return _decoder_kernel_refuses("cpu", x, *others)
-
-
-def decoder_triton_refuses(x, *others) -> str | None:
-    """The same of the Triton kernels."""
-    if not x.is_cuda:
-        return runs_elsewhere("CUDA", "x", x.device)
-    if not TRITON_INSTALLED:
-        return "triton is not installed"
-    return _decoder_kernel_refuses("cuda", x, *others)
-
-
-def _decoder_kernel_refuses(device: str, x, *others) -> str | None:
+def decoder_cpp_refuses(x, *others, device: str = "cpu") -> str | None:
+    """Why the C++ kernels of `linear` and `norm` cannot take x and the other tensors (or None), or None. It is asked at each
+    call, so what it shares with the Triton kernels, those of "cuda", costs no call more."""
+    if not (x.is_cpu if device == "cpu" else x.is_cuda):
+        return runs_elsewhere(device.upper(), "x", x.device)
     if x.dtype is torch.float64:
         return "it takes fp32, fp16 and bf16, and x is torch.float64"
     if torch.is_autocast_enabled(device):
@@ -71,3 +59,8 @@ def _decoder_kernel_refuses(device: str, x, *others) -> str | None:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)):
         return "it has no backward pass, and a gradient is asked for"
     return None
+
+
+def decoder_triton_refuses(*tensors) -> str | None:
+    """The same of the Triton kernels."""
+    return decoder_cpp_refuses(*tensors, device="cuda") if TRITON_INSTALLED else "triton is not installed"

@@ -172,7 +172,13 @@ def explain(
 
 def _cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
     reason = decoder_cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual)
-    return _kernel_refuses(weight, dropout_p) if reason is None else reason
+    if reason is not None:
+        return reason
+    if dropout_p > 0:
+        return "it has no dropout"
+    if not weight.is_contiguous():
+        return "it takes a contiguous weight"
+    return None
 
 
 def _triton_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
@@ -180,16 +186,12 @@ def _triton_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p
     if reason is None and x.numel() == 0:
         reason = "x is empty"
     elif reason is None and x.numel() > MAX_ROWS * x.shape[-1]:
-        reason = f"it multiplies up to {MAX_ROWS} rows, and x has shape {tuple(x.shape)}"
-    return _kernel_refuses(weight, dropout_p) if reason is None else reason
-
-
-def _kernel_refuses(weight, dropout_p):
-    if dropout_p > 0:
-        return "it has no dropout"
-    if not weight.is_contiguous():
-        return "it takes a contiguous weight"
-    return None
+        reason = f"it multiplies up to {MAX_ROWS} rows, and x has more"
+    elif reason is None and dropout_p > 0:
+        reason = "it has no dropout"
+    elif reason is None and not weight.is_contiguous():
+        reason = "it takes a contiguous weight"
+    return reason
 
 
 # In order of preference: the first that does not refuse serves the call.
