@@ -22,9 +22,14 @@ ELEMENTS = {
 # Of arguments that are neither 32-bit integers nor of the inputs' dtype.
 TYPES = {
     "mask_ptr": "*u8", "seed_ptr": "*i64", "scale": "fp32", "softcap": "fp32", "keep_scale": "fp32",
-    **dict.fromkeys(("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "block_table_ptr"), "*i32"),
     **dict.fromkeys(
-        ("lse_ptr", "dlse_ptr", "shift_ptr", "delta_ptr", "norm_ptr", "alibi_ptr", "k_scale_ptr", "v_scale_ptr", "acc_ptr", "softmax_ptr"),
+        ("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "block_table_ptr", "counters_ptr", "slots_ptr", "positions_ptr"), "*i32"
+    ),
+    **dict.fromkeys(
+        (
+            "lse_ptr", "dlse_ptr", "shift_ptr", "delta_ptr", "norm_ptr", "alibi_ptr", "k_scale_ptr", "v_scale_ptr", "acc_ptr",
+            "softmax_ptr", "cos_ptr", "sin_ptr",
+        ),
         "*fp32",
     ),
 }  # fmt: skip
@@ -32,6 +37,7 @@ TYPES = {
 OPTIONAL = {
     "kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "block_table_ptr",
     "k_scale_ptr", "v_scale_ptr", "seed_ptr", "q_desc", "dout_desc", "k_desc", "v_desc", "acc_ptr", "softmax_ptr",
+    "counters_ptr", "new_k_ptr", "new_v_ptr", "slots_ptr", "positions_ptr", "cos_ptr", "sin_ptr",
 }  # fmt: skip
 
 
@@ -108,8 +114,6 @@ def demanding(configurations) -> list:
 
 
 def _presses(name: str, constants: dict, features: frozenset) -> bool:
-    if name == "_combine":
-        return "sinks_ptr" in features and constants["HEAD_DIM"] == constants["BLOCK_D"]
     if constants["HEAD_DIM"] == constants["BLOCK_D"]:
         return not features and constants["IS_CAUSAL"] and name != "_attend_split"
     if name == "_attend_split":
