@@ -54,9 +54,11 @@ def example(kind="contiguous", rotation="rotated", feature="plain", dtype=torch.
     lengths = torch.tensor(lengths, dtype=torch.int32)
     arguments = {"q": q, "k": k, "v": v, "kv_lengths": lengths, "positions": lengths.unsqueeze(1) - 1}
     slots = arguments["positions"]
-    if is_ring:  # full, but for the second sequence
-        lengths[0] = lengths[2] = size
-        arguments |= {"positions": torch.tensor([[size + 7], [32], [5 * size - 1]]), "causal": False}
+    if is_ring:  # full, for every other sequence
+        lengths[::2] = size
+        positions = lengths.unsqueeze(1).long() - 1
+        positions[::2] += size + 8
+        arguments |= {"positions": positions, "causal": False}
         slots = arguments["slots"] = (arguments["positions"] % size).int()
     hidden = torch.arange(size) >= lengths.unsqueeze(1)
     for b, slot in enumerate(slots.flatten().tolist()):
@@ -77,7 +79,7 @@ def example(kind="contiguous", rotation="rotated", feature="plain", dtype=torch.
         arguments |= cache
     if ROTATIONS[rotation] is not None:
         pairs, interleaved = ROTATIONS[rotation]
-        cos, sin = angles(6 * size, pairs)
+        cos, sin = angles(3 * size + 8, pairs)
         arguments |= {"cos": cos, "sin": sin, "interleaved": interleaved}
     return arguments | FEATURES[feature]
 
@@ -227,6 +229,91 @@ def test_neither_batch_nor_capacity_nor_a_run_changes_a_bit(short_splits):
 @starts_the_interpreter
 def test_under_the_interpreter():
     assert passed(__file__, "not slow") >= 30
+
+
+# On a GPU, at sizes at which programs run at the same time
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("head_dim", (64, 80, 128))
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity_at_size(kind, head_dim, dtype):
+    arguments = example(kind, "rotated" if head_dim > 64 else "interleaved", "plain", dtype, (9000, 33, 257, 5000), head_dim, 9000)
+    counters = torch.zeros(100, dtype=torch.int32, device=DEVICE)
+    assert fastgpt.explain(attention_with_kv_cache, **on(DEVICE, arguments))["triton"] == "chosen"
+    assert_parity(arguments, counters)
+    assert not counters.any()
+
+
+def filled(seed, B=2, capacity=9000):
+    """A half full cache of B sequences on the GPU, new tokens, and what else a step takes."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    q, k, v = (torch.randn(B, heads, 1, 64, generator=generator, device=DEVICE).half() for heads in (8, 2, 2))
+    caches = torch.randn(2, B, 2, capacity, 64, generator=generator, device=DEVICE).half()
+    cos, sin = (x.to(DEVICE) for x in angles(capacity, 32))
+    lengths = torch.tensor([4000 + 37 * b for b in range(B)], dtype=torch.int32, device=DEVICE)
+    counters = torch.zeros(100, dtype=torch.int32, device=DEVICE)
+    return {
+        "q": q, "k": k, "v": v, "k_cache": caches[0], "v_cache": caches[1], "positions": lengths.unsqueeze(1) - 1, "cos": cos,
+        "sin": sin, "kv_lengths": lengths, "counters": counters,
+    }  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_counters", (True, False))
+def test_replays_of_a_cuda_graph_advance(has_counters):
+    actual = filled(0)
+    if not has_counters:
+        actual["counters"] = None
+    expected = on(DEVICE, actual)
+    attention_with_kv_cache(**on(DEVICE, actual), impl="triton")  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention_with_kv_cache(**actual, impl="triton")
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    for step in range(300):
+        for x in ("q", "k", "v"):
+            actual[x].normal_(generator=generator)
+            expected[x].copy_(actual[x])
+        graph.replay()
+        assert torch.equal(attention_with_kv_cache(**expected, impl="triton"), out)
+        if step % 50 == 0:  # the cache holds the token already, so storing it again changes nothing
+            low = attention_with_kv_cache_reference(**expected)
+            wide = attention_with_kv_cache(**expected, impl="apart")
+            assert not differing(actual, on("cpu", expected))
+            torch.testing.assert_close(out, wide, atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(out, low, atol=2e-3, rtol=2e-3)
+        for arguments in (actual, expected):
+            arguments["positions"] += 1
+            arguments["kv_lengths"] += 1
+    assert not has_counters or not actual["counters"].any()
+
+
+@pytest.mark.gpu
+def test_every_run_gives_the_same_bits():
+    arguments = filled(0, B=8)
+    first = attention_with_kv_cache(**arguments, impl="triton", return_lse=True)
+    for _ in range(100):
+        for again, expected in zip(attention_with_kv_cache(**arguments, impl="triton", return_lse=True), first, strict=True):
+            assert torch.equal(again, expected)
+
+
+@pytest.mark.gpu
+def test_two_streams_at_once():
+    both = [filled(seed) for seed in (0, 1)]
+    expected = [attention_with_kv_cache(**arguments, impl="triton") for arguments in both]
+    streams = [torch.cuda.Stream() for _ in both]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(200):
+        for stream, arguments, outs in zip(streams, both, results):
+            with torch.cuda.stream(stream):
+                outs.append(attention_with_kv_cache(**arguments, impl="triton"))
+    torch.cuda.synchronize()
+    for outs, wanted in zip(results, expected):
+        assert all(torch.equal(out, wanted) for out in outs)
 
 
 # The operation

@@ -69,9 +69,9 @@ TILES = {
     (128, 4): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 4, 2, 168)),
     (256, 4): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 8, 2, 255)),
 }
-# Parts that one program adds: more in a group make fewer groups, of which the last program adds all. 16 is the choice for
-# 256 splits, the square root. Of them so many are loaded before the first is needed. Neither was timed on a GPU yet.
-GROUP, AT_ONCE = tl.constexpr(16), tl.constexpr(8)
+# Parts that one program adds. More in a group make fewer groups, of which the last program adds all: 16 is the square root of
+# the splits of 64 Ki keys. So many registers of a thread hold parts on their way. Neither was tuned on a GPU yet.
+GROUP, IN_FLIGHT = tl.constexpr(16), 64
 
 # fp16 has no small numbers, and v_scale is one: weights times v_scale are computed this much too large. Of rows that
 # fp16 can hold, v_scale is at most 65504 / 127 if int8, 65504 / 448 if e4m3.
@@ -171,7 +171,7 @@ def _store_part(softmax_ptr, acc_ptr, parts, acc, row_sum, row_max, stored, HEAD
 @triton.jit
 def _add_parts(
     softmax_ptr, acc_ptr, parts, count, stored,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The sums (acc, row_sum, row_max) of the `count` parts from `parts` (M,) on, added in their order."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -240,7 +240,7 @@ def _attend_split(
     stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_sb, stride_pb, stride_cos, stride_sin,
     n_heads, group, n_queries, n_keys, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of one key/value head, over the keys of one split.
 
@@ -400,7 +400,9 @@ def _attend_split(
         _store_part(softmax_ptr, acc_ptr, parts + split, acc, row_sum, row_max, stored, HEAD_DIM, BLOCK_D)
         if _is_last(counters_ptr + 1 + of_group, n_parts):
             first = parts + of_group * GROUP
-            acc, row_sum, row_max = _add_parts(softmax_ptr, acc_ptr, first, n_parts, stored, HEAD_DIM, BLOCK_M, BLOCK_D)
+            acc, row_sum, row_max = _add_parts(
+                softmax_ptr, acc_ptr, first, n_parts, stored, HEAD_DIM, BLOCK_M, BLOCK_D, AT_ONCE
+            )
             is_last = n_written <= GROUP
             if n_written > GROUP:
                 sums = parts + n_splits  # of groups
@@ -408,7 +410,9 @@ def _attend_split(
                 n_sums = tl.cdiv(n_written, GROUP)
                 is_last = _is_last(counters_ptr, n_sums)
                 if is_last:
-                    acc, row_sum, row_max = _add_parts(softmax_ptr, acc_ptr, sums, n_sums, stored, HEAD_DIM, BLOCK_M, BLOCK_D)
+                    acc, row_sum, row_max = _add_parts(
+                        softmax_ptr, acc_ptr, sums, n_sums, stored, HEAD_DIM, BLOCK_M, BLOCK_D, AT_ONCE
+                    )
             if is_last:
                 _finish(out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, HEAD_DIM, BLOCK_D)
 
@@ -525,9 +529,10 @@ def _constants(head_dim: int, element_size: int, is_8_bits: bool, few: bool, is_
     """Compile-time arguments and options of `_attend_split` that follow from shapes and dtypes."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     tile = TILES[block_d, element_size][few]
-    if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers
-        tile = tile._replace(num_stages=1)
-    return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, **tile._asdict(), enable_fp_fusion=not is_new)
+    if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers; 32 keys too
+        tile = tile._replace(BLOCK_N=16, num_stages=1)
+    at_once = min(8, IN_FLIGHT * 32 * tile.num_warps // (tile.BLOCK_M * block_d))
+    return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, AT_ONCE=at_once, **tile._asdict(), enable_fp_fusion=not is_new)
 
 
 # What a call may bring along, by the kernel's argument that is None without it, and what tells that keys are split.

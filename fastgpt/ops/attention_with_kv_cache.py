@@ -62,9 +62,10 @@ def attention_with_kv_cache(
     )  # fmt: skip
     new = (k, v, positions, cos, sin, slots, interleaved)
     chosen = choose("attention_with_kv_cache", IMPLEMENTATIONS, impl, call, new) if q.is_cuda or impl is not None else "apart"
-    _check(call, new)  # before the update writes
     if chosen != "triton":
+        attending._check(call)  # before the update writes, which checks what it takes itself
         return _one_after_the_other(call, new, return_lse, "reference" if chosen == "reference" else None)
+    _check(call, new)
     out, lse = _attention_with_kv_cache(
         q, k, v, k_cache, v_cache, positions if slots is None else slots, counters, causal,
         1.0 / math.sqrt(q.shape[-1]) if scale is None else scale, None if cos is None else positions, cos, sin,
@@ -80,7 +81,7 @@ def attention_with_kv_cache_reference(
 ):  # fmt: skip
     """The same function in plain PyTorch, on every device: the update's reference, then the attention's."""
     cache = {"block_table": block_table, "k_scale": k_scale, "v_scale": v_scale}
-    if cos is None:
+    if cos is None and sin is None:
         kv_cache_update_reference(k, v, k_cache, v_cache, positions if slots is None else slots, **cache)
     else:
         q = rope_kv_cache_update_reference(
@@ -95,7 +96,7 @@ def attention_with_kv_cache_reference(
 def _one_after_the_other(call: Call, new: tuple, return_lse: bool, impl: str | None):
     k, v, positions, cos, sin, slots, interleaved = new
     cache = {"block_table": call.block_table, "k_scale": call.k_scale, "v_scale": call.v_scale, "impl": impl}
-    if cos is None:
+    if cos is None and sin is None:
         kv_cache_update(k, v, call.k, call.v, positions if slots is None else slots, **cache)
     else:
         q = rope_kv_cache_update(
