@@ -86,9 +86,9 @@ def assert_sound(arch, module, chosen):
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("module", MODULES)
 def test_demanding_kernels(module, arch):
-    """Those in fp32, which use the same instructions everywhere, for one architecture."""
+    """Those in fp32, which use the same instructions everywhere, and those that store a token, for one architecture."""
     chosen = demanding(configurations(module, arch))
-    assert_sound(arch, module, [x for x in chosen if x[1] is not torch.float32 or arch == 90])
+    assert_sound(arch, module, [x for x in chosen if x[1] is not torch.float32 and "new_k_ptr" not in x[4] or arch == 90])
 
 
 @pytest.mark.skipif("FASTGPT_TEST_ALL_MACHINE_CODE" not in os.environ, reason="takes hours on two cores")

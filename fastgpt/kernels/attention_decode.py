@@ -70,7 +70,8 @@ TILES = {
     (256, 4): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 8, 2, 255)),
 }
 # Parts that one program adds. More in a group make fewer groups, of which the last program adds all: 16 is the square root of
-# the splits of 64 Ki keys. So many registers of a thread hold parts on their way. Neither was tuned on a GPU yet.
+# the splits of 64 Ki keys. So many registers of a thread hold parts on their way, half of them where few are left. Neither was
+# tuned on a GPU yet.
 GROUP, IN_FLIGHT = tl.constexpr(16), 64
 
 # fp16 has no small numbers, and v_scale is one: weights times v_scale are computed this much too large. Of rows that
@@ -176,8 +177,8 @@ def _add_parts(
     """The sums (acc, row_sum, row_max) of the `count` parts from `parts` (M,) on, added in their order."""
     offs_d = tl.arange(0, BLOCK_D)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for start in range(0, count, AT_ONCE):
-        offs_s = start + tl.arange(0, AT_ONCE)
+    for start in range(0, count, GROUP):
+        offs_s = start + tl.arange(0, GROUP)
         mask = stored[:, None] & (offs_s < count)[None, :]
         maxima = softmax_ptr + 2 * (parts[:, None] + offs_s[None, :])
         row_max = tl.maximum(row_max, tl.max(tl.load(maxima, mask=mask, other=float("-inf"), cache_modifier=".cg"), 1))
@@ -531,7 +532,8 @@ def _constants(head_dim: int, element_size: int, is_8_bits: bool, few: bool, is_
     tile = TILES[block_d, element_size][few]
     if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers; 32 keys too
         tile = tile._replace(BLOCK_N=16, num_stages=1)
-    at_once = min(8, IN_FLIGHT * 32 * tile.num_warps // (tile.BLOCK_M * block_d))
+    in_flight = IN_FLIGHT if few and tile.maxnreg == 255 else IN_FLIGHT // 2
+    at_once = min(8, in_flight * 32 * tile.num_warps // (tile.BLOCK_M * block_d))
     return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, AT_ONCE=at_once, **tile._asdict(), enable_fp_fusion=not is_new)
 
 
@@ -565,7 +567,7 @@ def aot_configurations(arch: int):
                 (dtype, (*PARTS, *NEW, *ROTATION, "block_table_ptr")),
                 (torch.int8, (*PARTS, *NEW, *ROTATION)),
                 (torch.float8_e4m3fn, (*PARTS, *NEW, *ROTATION)),
-                (torch.int8, (*PARTS, *NEW, *ROTATION, *FEATURES, "sinks_ptr")),
+                (torch.int8, (*PARTS, *NEW, *ROTATION, *FEATURES)),
                 (torch.float8_e4m3fn, (*PARTS, *NEW, *ROTATION, *FEATURES, "sinks_ptr")),
             ):
                 constants = _constants(head_dim, element_size, cache_dtype != dtype, few, "new_k_ptr" in given)
