@@ -1,19 +1,23 @@
 """attention_with_kv_cache: what it stores is exact, what it returns is the attention over that. See interpreter.py."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from attention_features import paged
 from cache_updates import angles, differing, on
+from models import random_ids, random_model
 from numerics import check
 
 import fastgpt
 from fastgpt import attention_with_kv_cache, attention_with_kv_cache_reference, kv_cache_update, rope_kv_cache_update
+from fastgpt import cache
 from fastgpt.ops import attention_with_kv_cache as ops
 from fastgpt.ops.attention import attention, attention_reference
 from fastgpt.ops.kv_cache_update import kv_cache_update_reference, rope_kv_cache_update_reference
 from fastgpt.ops.quantisation import quantise
+from fastgpt.positions import Rope
 
 triton = pytest.importorskip("triton")
 
@@ -65,18 +69,18 @@ def example(kind="contiguous", rotation="rotated", feature="plain", dtype=torch.
         hidden[b, slot] |= slot >= 0
     for name in ("k", "v"):
         x = torch.randn(B, H_KV, size, head_dim).to(dtype)
-        cache = {f"{name}_cache": x}
+        stored = {f"{name}_cache": x}
         if cache_dtype is None:
             x.transpose(1, 2)[hidden] = math.nan
         else:
             x, scale = quantise(x, cache_dtype)
             scale.transpose(1, 2)[hidden] = math.nan
-            cache = {f"{name}_cache": x, f"{name}_scale": scale}
+            stored = {f"{name}_cache": x, f"{name}_scale": scale}
         if page:
-            for part, x in cache.items():
+            for part, x in stored.items():
                 pool, arguments["block_table"] = paged(x.view(torch.int8) if x.itemsize == 1 else x, page)
-                cache[part] = pool.view(x.dtype)
-        arguments |= cache
+                stored[part] = pool.view(x.dtype)
+        arguments |= stored
     if ROTATIONS[rotation] is not None:
         pairs, interleaved = ROTATIONS[rotation]
         cos, sin = angles(3 * size + 8, pairs)
@@ -95,8 +99,8 @@ def two_steps(arguments, update, rope, attend, **options):
         slots = given.pop("slots")
         update(**given | {"positions": given["positions"] if slots is None else slots})
     rest = {name: x for name, x in arguments.items() if name not in (*UPDATE, *ROTATION, "q", "counters")}
-    cache = {name: arguments.get(name) for name in ("block_table", "k_scale", "v_scale")}
-    return q, cache | rest, attend(q, arguments["k_cache"], arguments["v_cache"], **cache, **rest, **options)
+    rest |= {name: arguments.get(name) for name in ("block_table", "k_scale", "v_scale")}
+    return q, rest, attend(q, arguments["k_cache"], arguments["v_cache"], **rest, **options)
 
 
 def run_kernel(arguments, counters=None):
@@ -225,6 +229,34 @@ def test_neither_batch_nor_capacity_nor_a_run_changes_a_bit(short_splits):
                 assert torch.equal(actual, expected[b : b + 1])
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU all decoding is by the kernel: tests/test_gpu.py")
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 9}, {"kind": "sliding", "window": 9}, {"kind": "paged", "page_size": 4, "cache_dtype": torch.int8}],
+    ids=str,
+)
+def test_a_decoder_by_the_kernel(options, short_splits):
+    """Logits of tokens that are given, in a batch of sequences of different lengths, as by the two operations."""
+    model = random_model(layers=1, num_kv_heads=2, position="rotary", rope=Rope(dim=16))
+    ids = random_ids(model, 3, 39)
+    caches = [model.new_cache(3, **options) for _ in range(2)]
+    for c in caches:
+        model(ids[:, :35], cache=c, new=[35, 2, 30])
+    calls = []
+
+    def by_the_kernel(q, k, v, k_cache, v_cache, positions, cos, sin, counters, **rest):
+        calls.append(counters)
+        arguments = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "positions": positions, "cos": cos, "sin": sin}
+        return run_kernel(arguments | rest, counters)[0]
+
+    for i in range(35, 39):
+        expected = model(ids[:, i : i + 1], cache=caches[0])
+        with mock.patch.object(cache, "attention_with_kv_cache", by_the_kernel):
+            torch.testing.assert_close(model(ids[:, i : i + 1], cache=caches[1]), expected, atol=1e-3, rtol=1e-3)
+    assert len(calls) == 4 and not any(counters.any() for counters in calls)
+
+
 @pytest.mark.slow
 @starts_the_interpreter
 def test_under_the_interpreter():
@@ -235,9 +267,14 @@ def test_under_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("head_dim", (64, 80, 128))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, head_dim, dtype",
+    [
+        *((kind, 128, torch.bfloat16) for kind in KINDS),
+        *((kind, *rest) for kind in ("contiguous", "int8 in pages") for rest in ((64, torch.float16), (80, torch.float32))),
+    ],
+    ids=str,
+)
 def test_parity_at_size(kind, head_dim, dtype):
     arguments = example(kind, "rotated" if head_dim > 64 else "interleaved", "plain", dtype, (9000, 33, 257, 5000), head_dim, 9000)
     counters = torch.zeros(100, dtype=torch.int32, device=DEVICE)
