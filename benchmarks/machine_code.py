@@ -114,7 +114,11 @@ def demanding(configurations) -> list:
 
 
 def _presses(name: str, constants: dict, features: frozenset) -> bool:
+    if "new_k_ptr" in features and constants["BLOCK_M"] > 16:  # for more heads than most models have
+        return False
     if constants["HEAD_DIM"] == constants["BLOCK_D"]:
+        if "new_k_ptr" in features:
+            return {"cos_ptr", "k_scale_ptr"} < features and "block_table_ptr" not in features
         return not features and constants["IS_CAUSAL"] and name != "_attend_split"
     if name == "_attend_split":
         return "sinks_ptr" in features

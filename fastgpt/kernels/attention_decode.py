@@ -532,8 +532,8 @@ def _constants(head_dim: int, element_size: int, is_8_bits: bool, few: bool, is_
     tile = TILES[block_d, element_size][few]
     if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers; 32 keys too
         tile = tile._replace(BLOCK_N=16, num_stages=1)
-    elif is_8_bits and is_new and not few:  # for the registers that the token takes
-        tile = tile._replace(BLOCK_N=32, num_warps=8)
+    elif is_8_bits and is_new:  # whose token takes registers, too
+        tile = tile._replace(maxnreg=255) if few else tile._replace(BLOCK_N=32, num_warps=8)
     in_flight = IN_FLIGHT if few and tile.maxnreg == 255 else IN_FLIGHT // 2
     at_once = min(8, in_flight * 32 * tile.num_warps // (tile.BLOCK_M * block_d))
     return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, AT_ONCE=at_once, **tile._asdict(), enable_fp_fusion=not is_new)
