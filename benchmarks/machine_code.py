@@ -22,9 +22,14 @@ ELEMENTS = {
 # Of arguments that are neither 32-bit integers nor of the inputs' dtype.
 TYPES = {
     "mask_ptr": "*u8", "seed_ptr": "*i64", **dict.fromkeys(("scale", "softcap", "keep_scale", "eps", "offset"), "fp32"),
-    **dict.fromkeys(("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "block_table_ptr"), "*i32"),
     **dict.fromkeys(
-        ("lse_ptr", "dlse_ptr", "shift_ptr", "delta_ptr", "norm_ptr", "alibi_ptr", "k_scale_ptr", "v_scale_ptr", "acc_ptr", "softmax_ptr"),
+        ("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "block_table_ptr", "counters_ptr", "slots_ptr", "positions_ptr"), "*i32"
+    ),
+    **dict.fromkeys(
+        (
+            "lse_ptr", "dlse_ptr", "shift_ptr", "delta_ptr", "norm_ptr", "alibi_ptr", "k_scale_ptr", "v_scale_ptr", "acc_ptr",
+            "softmax_ptr", "cos_ptr", "sin_ptr",
+        ),
         "*fp32",
     ),
 }  # fmt: skip
@@ -33,6 +38,7 @@ OPTIONAL = {
     "kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "block_table_ptr",
     "k_scale_ptr", "v_scale_ptr", "seed_ptr", "q_desc", "dout_desc", "k_desc", "v_desc", "acc_ptr", "softmax_ptr",
     "residual_ptr", "norm_weight_ptr", "norm_bias_ptr",
+    "counters_ptr", "new_k_ptr", "new_v_ptr", "slots_ptr", "positions_ptr", "cos_ptr", "sin_ptr",
 }  # fmt: skip
 ALIGNED = {"acc_ptr", "softmax_ptr", "norm_weight_ptr", "norm_bias_ptr"}  # of these, what does
 
@@ -115,9 +121,11 @@ def _presses(name: str, constants: dict, features: frozenset) -> bool:
         return "residual_ptr" in features
     if name in ("_one_row", "_several_rows"):  # of some models, and tiles of the fewest rows and of the most
         return bool(constants["ACTIVATION"]) and constants["K"] != 2048 and constants.get("BLOCK_M") in (None, 16, 64)
-    if name == "_combine":
-        return "sinks_ptr" in features and constants["HEAD_DIM"] == constants["BLOCK_D"]
+    if "new_k_ptr" in features and constants["BLOCK_M"] > 16:  # for more heads than most models have
+        return False
     if constants["HEAD_DIM"] == constants["BLOCK_D"]:
+        if "new_k_ptr" in features:
+            return {"cos_ptr", "k_scale_ptr"} < features and "block_table_ptr" not in features
         return not features and constants["IS_CAUSAL"] and name != "_attend_split"
     if name == "_attend_split":
         return "sinks_ptr" in features

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.attention_peers import check, peers
 from benchmarks.timing import DEVICE, DTYPE, full, in_turns, measured_time, name_of, reading
-from fastgpt import attention, explain
+from fastgpt import attention, attention_with_kv_cache, explain, kv_cache_update, rope_kv_cache_update
 from fastgpt.ops.quantisation import quantise
 from fastgpt.timing import cold, implementation
 
@@ -84,5 +84,46 @@ def test_decode(benchmark, keys, kind, heads, B):
             "what": "decode", "device": DEVICE, "kind": kind, "dtype": name_of(example["q"].dtype), "batch": B, "heads": H,
             "kv_heads": H_kv, "head_dim": D, "keys": keys, "bytes": sum(x.nbytes for x in example.values()),
             "implementation": implementation(explain(attention, **example)), "absent": absent,
+        },
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU it is the two operations")
+@pytest.mark.parametrize("rotated", (False, True) if full() else (True,), ids=lambda x: "rotated" if x else "not-rotated")
+@cases()
+@torch.inference_mode()
+def test_step(benchmark, keys, kind, heads, B, rotated):
+    """The last of the keys joins, and is attended to: in one launch, and by the update followed by the attention."""
+    H, H_kv, D = HEADS[heads]
+    example = example_of(kind, H, H_kv, D, keys, B)
+    q, *caches = (example.pop(name) for name in "qkv")
+    k, v = (torch.randn(B, H_kv, 1, D, device=DEVICE).to(q.dtype) for _ in range(2))
+    positions = torch.full((B, 1), keys - 1, dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((B,), keys, dtype=torch.int32, device=DEVICE)
+    counters = torch.zeros(B * H_kv * (1 + keys), dtype=torch.int32, device=DEVICE)
+    angles = torch.arange(keys, device=DEVICE)[:, None] * 1e4 ** -(torch.arange(D // 2, device=DEVICE) / (D // 2))
+    rotation = (angles.cos(), angles.sin()) if rotated else ()
+
+    def fused(counters=counters):
+        return attention_with_kv_cache(
+            q, k, v, *caches, positions, *rotation, kv_lengths=lengths, counters=counters, **example
+        )
+
+    def apart():
+        if rotated:
+            turned = rope_kv_cache_update(q, k, v, *caches, positions, *rotation, **example)
+        else:
+            turned = q
+            kv_cache_update(k, v, *caches, positions, **example)
+        return attention(turned, *caches, kv_lengths=lengths, **example)
+
+    torch.testing.assert_close(fused(), apart(), atol=1e-2, rtol=1e-2)
+    reasons = explain(attention_with_kv_cache, q, k, v, *caches, positions, *rotation, kv_lengths=lengths, **example)
+    in_turns(
+        benchmark, fused, {"update, then attention": apart, "without counters": lambda: fused(None)}, limit=reading(), flush=True,
+        info={
+            "what": "step", "device": DEVICE, "kind": kind, "dtype": name_of(q.dtype), "batch": B, "heads": H, "kv_heads": H_kv,
+            "head_dim": D, "keys": keys, "rotated": rotated, "implementation": implementation(reasons), "absent": {},
+            "bytes": sum(x.nbytes for x in (q, k, v, *caches, *example.values())),
         },
     )  # fmt: skip

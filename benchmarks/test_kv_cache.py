@@ -241,7 +241,7 @@ def test_kinds(benchmark, kind):
 
     def step():
         cache.extend(1)
-        return [cache.attend(layer, cache.append(layer, q, k, v)) for layer in range(LAYERS)]
+        return [cache.step(layer, q, k, v) for layer in range(LAYERS)]
 
     check_step(step()[-1], prompts, q, k, v, cache)
     seen = sum(min(length, cache.window or length) for length in LENGTHS)

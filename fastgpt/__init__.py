@@ -7,6 +7,7 @@ from fastgpt.heads import SequenceClassifier, TokenClassifier
 from fastgpt.integrations.sdpa import scaled_dot_product_attention
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.attention import attention, attention_reference, attention_varlen, attention_varlen_reference
+from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, attention_with_kv_cache_reference
 from fastgpt.ops.explain import explain
 from fastgpt.ops.kv_cache_update import (
     kv_cache_update,
@@ -33,6 +34,8 @@ __all__ = [
     "attention_reference",
     "attention_varlen",
     "attention_varlen_reference",
+    "attention_with_kv_cache",
+    "attention_with_kv_cache_reference",
     "build_info",
     "explain",
     "kv_cache_update",

@@ -2,7 +2,7 @@
 
 A cache serves all layers of a decoder. In each forward pass the decoder calls `extend` once, for the positions of the new
 tokens, and then in each layer `append`, which stores the layer's new keys and values, and `attend`, over all that the cache
-holds. Kinds differ in where they store:
+holds; or for one token of each sequence `step`, which is both. Kinds differ in where they store:
 
     ContiguousCache   room for `capacity` tokens for each sequence, allocated at once
     SlidingCache      a ring of the last `window` tokens, in layers that have a window
@@ -19,6 +19,7 @@ import torch
 from fastgpt._C import OutOfPages, PageAllocator
 from fastgpt import memory
 from fastgpt.ops.attention import attention
+from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, as_bytes
 from fastgpt.ops.step import advance
@@ -26,6 +27,9 @@ from fastgpt.ops.step import advance
 __all__ = ["CACHE_KINDS", "ContiguousCache", "KVCache", "OutOfPages", "PagePool", "PagedCache", "SlidingCache", "Uncached"]
 
 
+# Counters of a GPU's kernels for each sequence of a cache: attention_with_kv_cache says how many it needs, which are more only
+# for a hundred thousand tokens of a model with dozens of key and value heads.
+COUNTERS = 1024
 CACHE_KINDS = ("contiguous", "sliding", "paged")
 
 
@@ -101,6 +105,7 @@ class KVCache:
     reach = 0
     causal = True
     context = None
+    block_table = None  # (B, pages) int32, if tokens lie in pages
 
     def __init__(self, batch_size: int, capacity: int | None, window: int | None, device):
         for name, value in (("batch_size", batch_size), ("capacity", capacity), ("window", window)):
@@ -115,6 +120,7 @@ class KVCache:
     def _make_steady(self) -> None:
         """Tensors that passes of one token write to: a captured step (fastgpt/capture.py) finds them in place."""
         self._next = torch.zeros_like(self.lengths).unsqueeze(1)  # (B, 1) positions
+        self._counters = self.lengths.new_zeros(len(self.lengths) * COUNTERS)
 
     @property
     def batch_size(self) -> int:
@@ -187,14 +193,26 @@ class KVCache:
 
         rotation: cos and sin, (positions, R/2) fp32 each, by which q and k are rotated first; default: they are not.
         """
-        raise NotImplementedError
+        return store(
+            q, k, v, self.storage.layers[layer], self.positions, rotation=rotation, block_table=self.block_table
+        )
 
     def attend(self, layer: int, q: torch.Tensor, *, window: int | None = None, **options) -> torch.Tensor:
         """The attention of q (B, H, T, D) that `append` returned, or of the last of its tokens only.
 
         window: of this layer; that of the cache counts as well. Further options: those of `attention`.
         """
-        raise NotImplementedError
+        return attend(
+            q, self.storage.layers[layer], kv_lengths=self.lengths, window=least(window, self.window),
+            block_table=self.block_table, **options,
+        )  # fmt: skip
+
+    def step(self, layer: int, q, k, v, rotation=None, *, window: int | None = None, **options) -> torch.Tensor:
+        """`append`, and of what it returns `attend`, in a pass of one token: on a GPU in one launch."""
+        return step(
+            q, k, v, self.storage.layers[layer], self.positions, rotation=rotation, kv_lengths=self.lengths,
+            window=least(window, self.window), block_table=self.block_table, counters=self._counters, **options,
+        )  # fmt: skip
 
     def truncate(self, counts: list[int]) -> None:
         """Forgets all but the first counts[b] tokens of each sequence b.
@@ -231,12 +249,6 @@ class ContiguousCache(KVCache):
     def __init__(self, *, batch_size: int, capacity: int, window: int | None = None, **storage):
         super().__init__(batch_size, capacity, window, storage.get("device"))
         self.storage = Storage(batch_size, capacity, **storage)
-
-    def append(self, layer, q, k, v, rotation=None):
-        return store(q, k, v, self.storage.layers[layer], self.positions, rotation=rotation)
-
-    def attend(self, layer, q, *, window=None, **options):
-        return attend(q, self.storage.layers[layer], kv_lengths=self.lengths, window=least(window, self.window), **options)
 
     def fork(self, n):
         result = self._forked(n)
@@ -277,7 +289,7 @@ class SlidingCache(KVCache):
         if num_tokens == 1 and new is None:
             positions = super().advance(1)
             for ring in self.rings.values():
-                ring.step(positions, self.lengths)
+                ring.advance(positions, self.lengths)
             return positions
         past_lengths = self.lengths.clone()
         past_counts = [count - (num_tokens if new is None else new[b]) for b, count in enumerate(self.counts)]
@@ -293,6 +305,10 @@ class SlidingCache(KVCache):
     def attend(self, layer, q, *, window=None, **options):
         ring, place = self.places[layer]
         return ring.attend(place, q, **options)
+
+    def step(self, layer, q, k, v, rotation=None, *, window=None, **options):
+        ring, place = self.places[layer]
+        return ring.step(place, q, k, v, self.positions, rotation, counters=self._counters, **options)
 
     def _give_back(self, counts):
         for size in self.rings:
@@ -323,7 +339,7 @@ class Ring:
         self._held = torch.zeros(storage.k.shape[1], dtype=torch.int32, device=storage.k.device)
         self._slot = torch.zeros_like(self._held).unsqueeze(1)
 
-    def step(self, positions, lengths):
+    def advance(self, positions, lengths):
         """One new token of each sequence."""
         self.slots = torch.remainder(positions, self.size, out=self._slot)
         self.held = torch.clamp(lengths, max=self.size, out=self._held)
@@ -375,10 +391,18 @@ class Ring:
         if self.chunk is not None:
             seen, self.seen = self.seen, None
             return attend(q, seen, kv_lengths=self.chunk[-1], window=self.size, **options)
-        cache = self.storage.layers[place]
+        return attend(q, self.storage.layers[place], **self._visible(), **options)
+
+    def step(self, place, q, k, v, positions, rotation, **options):
+        return step(
+            q, k, v, self.storage.layers[place], positions, slots=self.slots, rotation=rotation, **self._visible(), **options
+        )
+
+    def _visible(self) -> dict:
+        """Which keys a query sees, as `attention` takes it."""
         if self.in_order:
-            return attend(q, cache, kv_lengths=self.held, window=self.size, **options)
-        return attend(q, cache, kv_lengths=self.held, causal=False, **options)  # in the ring's order: attention has none
+            return {"kv_lengths": self.held, "window": self.size}
+        return {"kv_lengths": self.held, "causal": False}  # in the ring's order: attention has none
 
 
 class PagePool:
@@ -429,17 +453,6 @@ class PagedCache(KVCache):
         for sequence, count in zip(self.sequences, counts):
             self.pool.allocator.truncate(sequence, count)
 
-    def append(self, layer, q, k, v, rotation=None):
-        return store(
-            q, k, v, self.storage.layers[layer], self.positions, rotation=rotation, block_table=self.block_table
-        )
-
-    def attend(self, layer, q, *, window=None, **options):
-        return attend(
-            q, self.storage.layers[layer], kv_lengths=self.lengths, window=least(window, self.window),
-            block_table=self.block_table, **options,
-        )  # fmt: skip
-
     def fork(self, n):
         result = self._forked(n)
         result.sequences = [self.pool.allocator.fork(sequence) for sequence in self.sequences for _ in range(n)]
@@ -480,6 +493,9 @@ class Uncached:
         self.k, self.v = k, v
         return q
 
+    def step(self, layer, q, k, v, rotation=None, **options):
+        return self.attend(layer, self.append(layer, q, k, v, rotation), **options)
+
     def visible(self, window: int | None) -> dict:
         """Which keys a query sees, as `attention` takes it. If causal, none sees the padding, which comes after it."""
         lengths = None if self.causal else self.lengths
@@ -513,3 +529,11 @@ def store(q, k, v, cache: dict, positions, *, slots=None, rotation=None, block_t
 
 def attend(q, cache: dict, **options) -> torch.Tensor:
     return attention(q, cache["k"], cache["v"], k_scale=cache["k_scale"], v_scale=cache["v_scale"], **options)
+
+
+def step(q, k, v, cache: dict, positions, *, rotation=None, **options) -> torch.Tensor:
+    """`store`, and of what it returns `attend`. options: theirs, and counters."""
+    cos, sin = (None, None) if rotation is None else rotation
+    return attention_with_kv_cache(
+        q, k, v, cache["k"], cache["v"], positions, cos, sin, k_scale=cache["k_scale"], v_scale=cache["v_scale"], **options
+    )

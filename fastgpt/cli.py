@@ -371,6 +371,7 @@ def serving(device: torch.device) -> dict[str, tuple[str, dict[str, str]]]:
     positions = torch.zeros(1, 1, dtype=torch.int32, device=device)
     calls = {
         "attention": fastgpt.explain(fastgpt.attention, x, x, x),
+        "attention_with_kv_cache": fastgpt.explain(fastgpt.attention_with_kv_cache, x, x, x, x, x, positions),
         "kv_cache_update": fastgpt.explain(fastgpt.kv_cache_update, x, x, x, x, positions),
         "rope_kv_cache_update": fastgpt.explain(
             fastgpt.rope_kv_cache_update, x, x, x, x, x, positions, x[0, 0, :, :8], x[0, 0, :, :8]

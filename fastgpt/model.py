@@ -185,10 +185,13 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D) twice
-        q = cache.append(self.layer, q, k, v, rotation)
-        if last_only:
-            q, x = q[:, :, -1:], x[:, -1:]
-        y = cache.attend(self.layer, q, **self.options)  # as q
+        if T == 1:
+            y = cache.step(self.layer, q, k, v, rotation, **self.options)  # as q
+        else:
+            q = cache.append(self.layer, q, k, v, rotation)
+            if last_only:
+                q, x = q[:, :, -1:], x[:, -1:]
+            y = cache.attend(self.layer, q, **self.options)  # as q
         y = y.transpose(1, 2).flatten(2)  # (B, T, H · D)
         return add(x, y, self.out, self.post_norm, self.dropout if self.training else 0.0)
 

@@ -5,7 +5,16 @@ from unittest import mock
 
 import torch
 
-from fastgpt import GPT, GPTConfig, attention_reference, cache, context, linear_reference, model
+from fastgpt import (
+    GPT,
+    GPTConfig,
+    attention_reference,
+    attention_with_kv_cache_reference,
+    cache,
+    context,
+    linear_reference,
+    model,
+)
 
 
 def random_model(*, layers=2, heads=4, width=64, context=96, vocabulary=65, seed=0, **fields) -> GPT:
@@ -37,6 +46,7 @@ def reference_operations():
     with (
         mock.patch.object(model, "linear", linear_reference),
         mock.patch.object(cache, "attention", attention_reference),
+        mock.patch.object(cache, "attention_with_kv_cache", attention_with_kv_cache_reference),
         mock.patch.object(context, "attention", attention_reference),
     ):
         yield

@@ -28,6 +28,7 @@ LAYERS = [
     {"integrations.transformers.cache", "integrations.transformers.masks"},
     {"integrations.transformers.deferred"},
     {"ops.explain"},
+    {"ops.attention_with_kv_cache"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear", "ops.step"},
     {"ops.norm"},
     {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear"},

@@ -1,6 +1,7 @@
 """The machine code of the Triton kernels that ship, compiled ahead of time: no GPU is needed."""
 
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
@@ -37,12 +38,42 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
         faults.append("no wgmma")
     plain = name == "_attention_forward" and not set(given) - {"kv_lengths_ptr"}
     unpaged = name == "_attend_split" and cache_dtype is dtype and "block_table_ptr" not in given
+    faults += unordered_atomics(ptx)
+    if "new_k_ptr" in given and re.search(r"\b(mul|add|sub)\.f32", ptx):
+        faults.append("operations that may be fused, where what is stored must be the same bits as elsewhere")
     if (plain or unpaged) and ("cp.async.cg" not in ptx or "cp.async.ca" in ptx):
         faults.append("copies narrower than 16 bytes")
     if name == "_one_row" and "ld.global.v4.b32" not in ptx or name == "_several_rows" and "cp.async.cg" not in ptx:
         faults.append("loads narrower than 16 bytes")
     what = f"sm_{arch} {name} {dtype} {cache_dtype} {constants} {given}"
     return f"{what}: {', '.join(faults)}" if faults else ""
+
+
+def unordered_atomics(ptx: str) -> list[str]:
+    """Faults of the atomic operations by which programs tell that they are done.
+
+    What any thread stored before must be visible to whoever sees the operation, and what any thread loads afterwards must see
+    what others stored before theirs: so it releases and acquires, for all of the GPU, between two barriers.
+    """
+    events = re.findall(r"\bbar\.sync|\batom\.[\w.]+|\b(?:st|ld)\.global", ptx)
+    faults = []
+    for i, event in enumerate(events):
+        if event.startswith("atom."):
+            if not {"acq_rel", "gpu"} <= set(event.split(".")):
+                faults.append(f"{event} orders too little")
+            if (events[i - 1], *events[i + 1 : i + 2]) != ("bar.sync", "bar.sync"):
+                faults.append(f"{event} without a barrier before and after it")
+    return faults
+
+
+def test_programs_that_are_done_are_seen_to_be():
+    """Of one kernel that rotates, stores and attends; the slow tests look at all."""
+    given = {"acc_ptr", "new_k_ptr", "cos_ptr"}
+    shipped = configurations("attention_decode", 90)
+    chosen = (x for x in shipped if given <= set(x[4]) and x[3]["HEAD_DIM"] == 64 and x[3]["BLOCK_M"] == 16)
+    ptx = compile_for(90, *next(chosen)).asm["ptx"]
+    assert ptx.count("atom.") == 2 and not unordered_atomics(ptx)
+    assert unordered_atomics(ptx.replace("bar.sync", "")) and unordered_atomics(ptx.replace("acq_rel", "relaxed"))
 
 
 def assert_sound(arch, chosen):
@@ -56,9 +87,9 @@ def assert_sound(arch, chosen):
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("modules", MODULES)
 def test_demanding_kernels(modules, arch):
-    """Those in fp32, which use the same instructions everywhere, for one architecture."""
+    """Those in fp32, which use the same instructions everywhere, and those that store a token, for one architecture."""
     chosen = demanding(configurations(modules, arch))
-    assert_sound(arch, [x for x in chosen if x[1] is not torch.float32 or arch == 90])
+    assert_sound(arch, [x for x in chosen if x[1] is not torch.float32 and "new_k_ptr" not in x[4] or arch == 90])
 
 
 @pytest.mark.skipif("FASTGPT_TEST_ALL_MACHINE_CODE" not in os.environ, reason="takes hours on two cores")

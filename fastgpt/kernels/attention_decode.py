@@ -5,9 +5,13 @@
 One token's queries are too few programs to fill a GPU, and the time goes into reading K and V. So the keys of a
 sequence are cut into splits of a fixed number, each a program's own, and the queries of all heads that share K and V
 are rows of that program's tile: K and V are read once. Of each row a split leaves the maximum score m, the sum l of
-exp(score - m) and acc, the sum of exp(score - m) v; a second kernel adds those of all splits,
+exp(score - m) and acc, the sum of exp(score - m) v; of GROUP splits, the program that ends last adds theirs, and of the groups
+the last one theirs,
 
     out = sum_s exp(m_s - m) acc_s / sum_s exp(m_s - m) l_s,   m = max_s m_s
+
+always in the order of the keys, whichever program it is, so that results are the same bits in every run. A token that joins
+the cache is rotated, stored and attended to in the same launch.
 
 Lengths are read on the device, and where a sequence is cut depends neither on them nor on the rest of the batch: what
 is returned for a sequence is, bit for bit, what it would be alone or in a larger cache.
@@ -29,6 +33,7 @@ from fastgpt.kernels.attention_tiles import (
     LOG2_E,
     aligned_rows,
     finish_softmax,
+    from_8_bits,
     load_keys,
     modified_scores,
     online_softmax,
@@ -64,7 +69,10 @@ TILES = {
     (128, 4): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 4, 2, 168)),
     (256, 4): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 8, 2, 255)),
 }
-BLOCK_SPLITS = tl.constexpr(16)  # splits that are added at once
+# Parts that one program adds. More in a group make fewer groups, of which the last program adds all: 16 is the square root of
+# the splits of 64 Ki keys. So many registers of a thread hold parts on their way, half of them where few are left. Neither was
+# tuned on a GPU yet.
+GROUP, IN_FLIGHT = tl.constexpr(16), 64
 
 # fp16 has no small numbers, and v_scale is one: weights times v_scale are computed this much too large. Of rows that
 # fp16 can hold, v_scale is at most 65504 / 127 if int8, 65504 / 448 if e4m3.
@@ -83,39 +91,168 @@ def _reach(kv_lengths_ptr, b, n_keys, n_queries, window):
     return begin, end
 
 
+@triton.jit
+def _rotated(x, rows, cos_ptr, sin_ptr, pairs, end, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Rows x (M, BLOCK_D), which lie at the pointers `rows` (M,), rotated as by `rope_kv_cache_update`: in fp32, each
+    operation rounded for itself, which takes a kernel without floating-point fusion, and rounded to x's dtype.
+
+    cos_ptr, sin_ptr: the position's rows; pairs: numbers in each; end: of what is rotated, 2 * pairs, or 0 for nothing.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    if INTERLEAVED:
+        is_first = offs_d % 2 == 0
+        partner = tl.where(is_first, offs_d + 1, offs_d - 1)
+        pair = offs_d // 2
+    else:
+        is_first = offs_d < pairs
+        partner = tl.where(is_first, offs_d + pairs, offs_d - pairs)
+        pair = tl.where(is_first, offs_d, offs_d - pairs)
+    mask = offs_d < end
+    cosine = tl.load(cos_ptr + pair, mask=mask, other=1.0)
+    sine = tl.load(sin_ptr + pair, mask=mask, other=0.0)
+    other = tl.load(rows[:, None] + partner[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
+    crossed = other * sine[None, :]
+    straight = x.to(tl.float32) * cosine[None, :]
+    turned = tl.where(is_first[None, :], straight - crossed, straight + crossed)
+    return tl.where(mask[None, :], turned.to(x.dtype), x)
+
+
+@triton.jit
+def _quantised(x, element: tl.constexpr):
+    """A row x (BLOCK_D,) as int8, or e4m3 in uint8, and its scale: bit for bit what csrc/elements.h makes of it, in a kernel
+    without floating-point fusion."""
+    LIMIT: tl.constexpr = 127.0 if element == tl.int8 else 448.0
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    largest_bits = tl.max(bits & 0x7FFFFFFF, 0)  # as integers NaN is on top
+    largest = largest_bits.to(tl.float32, bitcast=True)
+    finite = largest_bits < 0x7F800000
+    counts = finite & (largest >= 1e-30)
+    divisor = tl.where(counts, largest, LIMIT)
+    scale = tl.where(finite, tl.where(counts, tl.div_rn(divisor, LIMIT), 0.0), float("nan"))
+    scaled = tl.where(counts, x.to(tl.float32) * tl.div_rn(tl.full([], LIMIT, tl.float32), divisor), 0.0)
+    if element == tl.int8:
+        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the low bits.
+        stored = ((scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+    else:
+        bits = scaled.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        normal = (magnitude - (120 << 23) + 0x7FFFF + (magnitude >> 20 & 1)) >> 20
+        # Below 2^-6: adding 2^14 leaves the rounded multiple of 2^-9 in the low bits.
+        subnormal = (tl.abs(scaled) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+        rounded = tl.where(magnitude < (121 << 23), subnormal, normal)
+        capped = tl.where(magnitude >= 0x43E00000, 0x7E, rounded)
+        stored = ((bits >> 24 & 0x80) | capped).to(tl.uint8)
+    return stored, scale
+
+
+@triton.jit
+def _is_last(counter_ptr, expected):
+    """Whether this is the last of `expected` programs to come here; it then sees what each of them stored before.
+
+    The counter is zero at first, and again afterwards, for the next launch.
+    """
+    tl.debug_barrier()  # the stores of all threads come before the atomic operation of one, which releases them
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
+    tl.debug_barrier()  # and their loads after it
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def _store_part(softmax_ptr, acc_ptr, parts, acc, row_sum, row_max, stored, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What each row's keys so far leave, to its part: parts (M,), of all."""
+    offs_d = tl.arange(0, BLOCK_D)
+    tl.store(softmax_ptr + 2 * parts, row_max, mask=stored)
+    tl.store(softmax_ptr + 2 * parts + 1, row_sum, mask=stored)
+    mask = stored[:, None] & (offs_d[None, :] < HEAD_DIM)
+    tl.store(acc_ptr + parts[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _add_parts(
+    softmax_ptr, acc_ptr, parts, count, stored,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """The sums (acc, row_sum, row_max) of the `count` parts from `parts` (M,) on, added in their order."""
+    offs_d = tl.arange(0, BLOCK_D)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for start in range(0, count, GROUP):
+        offs_s = start + tl.arange(0, GROUP)
+        mask = stored[:, None] & (offs_s < count)[None, :]
+        maxima = softmax_ptr + 2 * (parts[:, None] + offs_s[None, :])
+        row_max = tl.maximum(row_max, tl.max(tl.load(maxima, mask=mask, other=float("-inf"), cache_modifier=".cg"), 1))
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)  # as in online_softmax
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, count, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            part = parts + start + i
+            row_mask = stored & (start + i + tl.zeros([BLOCK_M], tl.int32) < count)
+            maximum = tl.load(softmax_ptr + 2 * part, mask=row_mask, other=float("-inf"), cache_modifier=".cg")
+            sums = tl.load(softmax_ptr + 2 * part + 1, mask=row_mask, other=0.0, cache_modifier=".cg")
+            mask = row_mask[:, None] & (offs_d[None, :] < HEAD_DIM)
+            x = tl.load(acc_ptr + part[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+            weight = tl.exp2((maximum - shift) * LOG2_E)
+            row_sum += weight * sums
+            acc += weight[:, None] * x
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def _finish(
+    out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Stores rows of out and lse, at the pointers (M,), from the sums over all their keys."""
+    out, lse = finish_softmax(acc, row_sum, row_max, sinks_ptr, heads)
+    tl.store(lse_rows, lse, mask=stored)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = stored[:, None] & (offs_d[None, :] < HEAD_DIM)
+    tl.store(out_rows[:, None] + offs_d[None, :], out.to(out_rows.dtype.element_ty), mask=mask)
+
+
 # Numbers that vary between calls must not compile a kernel again. What specialising would gain, the divisibility of
 # strides, the launcher guarantees and the kernel states.
 @triton.jit(
     do_not_specialize=[
-        "kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr", "alibi_ptr", "sinks_ptr",
+        "counters_ptr", "kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr", "alibi_ptr", "sinks_ptr",
+        "new_k_ptr", "new_v_ptr", "slots_ptr", "positions_ptr", "cos_ptr", "sin_ptr",
         "stride_qb", "stride_qh", "stride_qm",
         "stride_kb", "stride_kh", "stride_kn",
         "stride_vb", "stride_vh", "stride_vn",
         "stride_ksb", "stride_ksh", "stride_ksn",
         "stride_vsb", "stride_vsh", "stride_vsn",
         "stride_tb", "stride_tp",
-        "n_heads", "group", "n_queries", "n_keys", "n_splits", "page", "n_pages", "window",
+        "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh", "stride_sb", "stride_pb", "stride_cos", "stride_sin",
+        "n_heads", "group", "n_queries", "n_keys", "n_splits", "page", "n_pages", "n_angles", "pairs", "window",
     ]
 )  # fmt: skip
 def _attend_split(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, acc_ptr, softmax_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, acc_ptr, softmax_ptr, counters_ptr,
     kv_lengths_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, alibi_ptr, sinks_ptr,
+    new_k_ptr, new_v_ptr, slots_ptr, positions_ptr, cos_ptr, sin_ptr,
     stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     stride_ksb, stride_ksh, stride_ksn,
     stride_vsb, stride_vsh, stride_vsn,
     stride_tb, stride_tp,
-    n_heads, group, n_queries, n_keys, n_splits, page, n_pages, scale, softcap, window,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_sb, stride_pb, stride_cos, stride_sin,
+    n_heads, group, n_queries, n_keys, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of one key/value head, over the keys of one split.
 
     Strides are in elements; q's, k's and v's last is 1. With a block table, stride_kb and the like are those of a page.
-    out is (B, T, H, D), lse (B, H, T), acc (B, H, T, n_splits, D), softmax (B, H, T, n_splits, 2), m and l: contiguous.
-    A split that is the only one writes out and lse, and acc and softmax are None; else sinks is None, for `_combine`.
-    Optional tensors and numbers are None where they do not apply.
+    out is (B, T, H, D), lse (B, H, T), acc (B, H, T, n_parts, D), softmax (B, H, T, n_parts, 2), m and l, counters
+    (B * H_kv * tiles, n_groups + 1), zeros: contiguous. n_groups = cdiv(n_splits, GROUP), n_parts = n_splits + n_groups:
+    after the parts of splits, those of groups of splits. Where there is one split, acc, softmax and counters are None.
+
+    With new_k (B, H_kv, 1, D), a token of each sequence joins the cache in slot slots[b], if it has one, and counts as key
+    there: all programs know it from new_k and new_v, and one of each head stores it, so none waits for another. With cos, q
+    and new_k are rotated by positions[b] first. Optional tensors and numbers are None where they do not apply.
     """
     rows_of_head = group * n_queries  # row r: head h_kv * group + r // n_queries, token r % n_queries
     n_tiles = tl.cdiv(rows_of_head, BLOCK_M)
@@ -128,10 +265,11 @@ def _attend_split(
     h_kv = tl.cast(head_kv % n_heads_kv, tl.int64)
 
     begin, end = _reach(kv_lengths_ptr, b, n_keys, n_queries, window)
-    start_split = (begin // SPLIT + split) * SPLIT
+    n_written = tl.maximum(tl.cdiv(end, SPLIT) - begin // SPLIT, 1)  # splits of this sequence; without a key still the first
     if acc_ptr is not None:
-        if start_split >= end:
-            return  # and _combine will not look here
+        if split >= n_written:
+            return
+    start_split = (begin // SPLIT + split) * SPLIT
 
     offs_r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.minimum(offs_r, rows_of_head - 1)  # past the last row, the last row again, which is not stored
@@ -139,6 +277,7 @@ def _attend_split(
     tokens = rows % n_queries
     own = tokens + end - n_queries  # a query's position among the keys
     slopes = tl.load(alibi_ptr + heads) if alibi_ptr is not None else None
+    stored = offs_r < rows_of_head
 
     q_ptr = tl.multiple_of(q_ptr + b * stride_qb, 16)
     k_ptr = tl.multiple_of(k_ptr + h_kv * stride_kh, 16)
@@ -148,12 +287,73 @@ def _attend_split(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    EXACT: tl.constexpr = dtype == tl.float32
     V_UNIT: tl.constexpr = INT8_UNIT if v_ptr.dtype.element_ty == tl.int8 else E4M3_UNIT
 
-    first = tl.maximum(start_split, begin // BLOCK_N * BLOCK_N)
-    for start_n in range(first, tl.minimum(start_split + SPLIT, end), BLOCK_N):
+    slot = -1  # a key that is not read
+    if new_k_ptr is not None:
+        offs_d = tl.arange(0, BLOCK_D)
+        in_row = offs_d < HEAD_DIM
+        k_row = new_k_ptr + b * stride_nkb + h_kv * stride_nkh
+        new_k = tl.load(k_row + offs_d, mask=in_row, other=0.0)
+        new_v = tl.load(new_v_ptr + b * stride_nvb + h_kv * stride_nvh + offs_d, mask=in_row, other=0.0)
+        wanted = tl.load(slots_ptr + b * stride_sb).to(tl.int64)
+        joins = (wanted >= 0) & (wanted < n_keys)
+        if cos_ptr is not None:
+            position = tl.load(positions_ptr + b * stride_pb).to(tl.int64)
+            joins = joins & (position < n_angles)
+            end_rotary = tl.where((position >= 0) & (position < n_angles), 2 * pairs, 0)
+            cos_row = cos_ptr + position * stride_cos
+            sin_row = sin_ptr + position * stride_sin
+            q_rows = q_ptr + heads * stride_qh + tokens * tl.cast(stride_qm, tl.int64)
+            q = _rotated(q, q_rows, cos_row, sin_row, pairs, end_rotary, BLOCK_D, INTERLEAVED)
+            k_rows = k_row + tl.zeros([1], tl.int64)
+            new_k = _rotated(new_k[None, :], k_rows, cos_row, sin_row, pairs, end_rotary, BLOCK_D, INTERLEAVED).reshape([BLOCK_D])
+        slot = tl.where(joins, wanted, 0).to(tl.int32)
+        slot_page = b
+        slot_row = slot.to(tl.int64)
+        if block_table_ptr is not None:
+            entry = block_table_ptr + b * stride_tb + slot // page * tl.cast(stride_tp, tl.int64)
+            slot_page = tl.load(entry, mask=joins, other=-1).to(tl.int64)
+            joins = joins & (slot_page >= 0) & (slot_page < n_pages)
+            slot_row = slot_row % page
+        slot = tl.where(joins, slot, -1)
+        is_own = (slot >= tl.maximum(begin, start_split)) & (slot < tl.minimum(end, start_split + SPLIT))
+        stores = joins & (split == 0) & (tile == 0)
+        mask_d = offs_d < tl.where(stores, HEAD_DIM, 0)
+
+        new_k_scale = 1.0
+        new_v_scale = 1.0
+        if k_scale_ptr is not None:
+            new_k, new_k_scale = _quantised(new_k, k_ptr.dtype.element_ty)
+            new_v, new_v_scale = _quantised(new_v, v_ptr.dtype.element_ty)
+            offset = slot_page * stride_ksb + h_kv * stride_ksh + slot_row * stride_ksn
+            tl.store(k_scale_ptr + offset, new_k_scale, mask=stores)
+            offset = slot_page * stride_vsb + h_kv * stride_vsh + slot_row * stride_vsn
+            tl.store(v_scale_ptr + offset, new_v_scale, mask=stores)
+        tl.store(k_ptr + slot_page * stride_kb + slot_row * stride_kn + offs_d, new_k, mask=mask_d)
+        tl.store(v_ptr + slot_page * stride_vb + slot_row * stride_vn + offs_d, new_v, mask=mask_d)
+
+        # The softmax begins with this key, as it reads back, if it is one of this split.
+        new_k = from_8_bits(new_k, dtype).to(tl.float32)
+        new_v = tl.where(is_own, from_8_bits(new_v, dtype).to(tl.float32), 0.0)
+        score = modified_scores(
+            tl.sum(q.to(tl.float32) * new_k[None, :], 1)[:, None] * new_k_scale,
+            scale, softcap, slopes, own, slot + tl.zeros([1], tl.int32), None,
+            HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_ptr is not None, HAS_BIAS=False,
+        )  # fmt: skip
+        score = tl.where(is_own, score, float("-inf"))
+        weight, _, row_sum, row_max = online_softmax(score, row_sum, row_max, LOG2_E, MASKED=True, EXACT=EXACT)
+        if v_scale_ptr is not None:
+            weight *= tl.where(is_own, new_v_scale * V_UNIT, 0.0)
+        acc = weight.to(dtype).to(tl.float32) * new_v[None, :]
+
+    start_loop = tl.maximum(start_split, begin // BLOCK_N * BLOCK_N)
+    for start_n in range(start_loop, tl.minimum(start_split + SPLIT, end), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         in_reach = (offs_n >= begin) & (offs_n < end)  # other keys are not read
+        if new_k_ptr is not None:
+            in_reach = in_reach & (offs_n != slot)
         if block_table_ptr is not None:
             pages, key_rows = page_rows(block_table_ptr + b * stride_tb, stride_tp, offs_n, end, page, n_pages)
         else:
@@ -169,11 +369,11 @@ def _attend_split(
             HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_ptr is not None, HAS_BIAS=False,
         )  # fmt: skip
         visible = visible_keys(own[:, None], offs_n[None, :], end, window, IS_CAUSAL, HAS_WINDOW=window is not None)
+        if new_k_ptr is not None:
+            visible = visible & (offs_n != slot)[None, :]
         scores = tl.where(visible, scores, float("-inf"))
 
-        p, rescale, row_sum, row_max = online_softmax(
-            scores, row_sum, row_max, LOG2_E, MASKED=True, EXACT=dtype == tl.float32
-        )
+        p, rescale, row_sum, row_max = online_softmax(scores, row_sum, row_max, LOG2_E, MASKED=True, EXACT=EXACT)
         if v_scale_ptr is not None:
             offsets = pages * stride_vsb + h_kv * stride_vsh + key_rows * tl.cast(stride_vsn, tl.int64)
             p *= (tl.load(v_scale_ptr + offsets, mask=in_reach, other=0.0) * V_UNIT)[None, :]
@@ -182,70 +382,56 @@ def _attend_split(
 
     if v_scale_ptr is not None:
         acc *= 1.0 / V_UNIT
-    if dtype != tl.float32:  # see online_softmax
+    if not EXACT:  # see online_softmax
         row_max *= LN_2
 
-    offs_d = tl.arange(0, BLOCK_D)
-    stored = offs_r < rows_of_head
-    mask = stored[:, None] & (offs_d[None, :] < HEAD_DIM)
     first_row = (b * n_heads + h_kv * group) * n_queries  # of all B * H * T
+    lse_rows = lse_ptr + first_row + rows
+    out_rows = out_ptr + ((b * n_queries + tokens) * n_heads + heads) * HEAD_DIM
     if acc_ptr is None:
-        out, lse = finish_softmax(acc, row_sum, row_max, sinks_ptr, heads)
-        tl.store(lse_ptr + first_row + rows, lse, mask=stored)
-        offsets = ((b * n_queries + tokens) * n_heads + heads) * HEAD_DIM
-        tl.store(out_ptr + offsets[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+        _finish(out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, HEAD_DIM, BLOCK_D)
+    elif n_written == 1:
+        _finish(out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, HEAD_DIM, BLOCK_D)
     else:
-        parts = (first_row + rows) * n_splits + split
-        tl.store(softmax_ptr + 2 * parts, row_max, mask=stored)
-        tl.store(softmax_ptr + 2 * parts + 1, row_sum, mask=stored)
-        tl.store(acc_ptr + parts[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask)
-
-
-@triton.jit(
-    do_not_specialize=["kv_lengths_ptr", "sinks_ptr", "n_heads", "n_queries", "n_keys", "n_splits", "window"]
-)  # fmt: skip
-def _combine(
-    acc_ptr, softmax_ptr, out_ptr, lse_ptr, kv_lengths_ptr, sinks_ptr,
-    n_heads, n_queries, n_keys, n_splits, window,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """One program: one row, of all the splits that `_attend_split` has written for its sequence."""
-    row = tl.cast(tl.program_id(0), tl.int64)  # of all B * H * T
-    token = row % n_queries
-    head = row // n_queries % n_heads + tl.zeros([1], tl.int64)
-    b = row // n_queries // n_heads
-
-    begin, end = _reach(kv_lengths_ptr, b, n_keys, n_queries, window)
-    written = tl.cdiv(end, SPLIT) - begin // SPLIT
-    acc = tl.zeros([1, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([1], tl.float32)
-    row_max = tl.full([1], float("-inf"), tl.float32)
-    offs_d = tl.arange(0, BLOCK_D)
-    for start in range(0, written, BLOCK_SPLITS):
-        offs_s = start + tl.arange(0, BLOCK_SPLITS)
-        parts = row * n_splits + offs_s
-        mask = offs_s < written
-        maxima = tl.load(softmax_ptr + 2 * parts, mask=mask, other=float("-inf"))
-        sums = tl.load(softmax_ptr + 2 * parts + 1, mask=mask, other=0.0)
-        mask = mask[:, None] & (offs_d[None, :] < HEAD_DIM)
-        accs = tl.load(acc_ptr + parts[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
-
-        new_max = tl.maximum(row_max, tl.max(maxima, 0))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # as in online_softmax
-        weights = tl.exp2((maxima - shift) * LOG2_E)
-        rescale = tl.exp2((row_max - shift) * LOG2_E)
-        row_sum = row_sum * rescale + tl.sum(weights * sums, 0)
-        acc = acc * rescale[:, None] + tl.sum(weights[:, None] * accs, 0)[None, :]
-        row_max = new_max
-
-    out, lse = finish_softmax(acc, row_sum, row_max, sinks_ptr, head)
-    tl.store(lse_ptr + row + tl.arange(0, 1), lse)
-    offsets = ((b * n_queries + token) * n_heads + head) * HEAD_DIM
-    out = out.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offsets[:, None] + offs_d[None, :], out, mask=offs_d[None, :] < HEAD_DIM)
+        n_groups = tl.cdiv(n_splits, GROUP)
+        parts = (first_row + rows) * (n_splits + n_groups)
+        counters_ptr += tl.cast(head_kv * n_tiles + tile, tl.int64) * (n_groups + 1)
+        of_group = split // GROUP
+        n_parts = tl.minimum(n_written - of_group * GROUP, GROUP)
+        _store_part(softmax_ptr, acc_ptr, parts + split, acc, row_sum, row_max, stored, HEAD_DIM, BLOCK_D)
+        if _is_last(counters_ptr + 1 + of_group, n_parts):
+            first = parts + of_group * GROUP
+            acc, row_sum, row_max = _add_parts(
+                softmax_ptr, acc_ptr, first, n_parts, stored, HEAD_DIM, BLOCK_M, BLOCK_D, AT_ONCE
+            )
+            is_last = n_written <= GROUP
+            if n_written > GROUP:
+                sums = parts + n_splits  # of groups
+                _store_part(softmax_ptr, acc_ptr, sums + of_group, acc, row_sum, row_max, stored, HEAD_DIM, BLOCK_D)
+                n_sums = tl.cdiv(n_written, GROUP)
+                is_last = _is_last(counters_ptr, n_sums)
+                if is_last:
+                    acc, row_sum, row_max = _add_parts(
+                        softmax_ptr, acc_ptr, sums, n_sums, stored, HEAD_DIM, BLOCK_M, BLOCK_D, AT_ONCE
+                    )
+            if is_last:
+                _finish(out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, HEAD_DIM, BLOCK_D)
 
 
 INTERPRETED = not isinstance(_attend_split, triton.JITFunction)  # TRITON_INTERPRET was set
+
+
+class New(NamedTuple):
+    """A token of each sequence that joins the cache, as `attention_with_kv_cache` takes it; with 8-bit k and v their scales
+    are written, too."""
+
+    k: Tensor  # (B, H_kv, 1, D) in q's dtype, last dimension contiguous
+    v: Tensor
+    slots: Tensor  # (B, 1) int32|int64
+    positions: Tensor | None = None  # (B, 1) int32|int64, with cos and sin
+    cos: Tensor | None = None  # (positions, R/2) fp32, rows contiguous
+    sin: Tensor | None = None
+    interleaved: bool = False
 
 
 def attention_decode(
@@ -253,8 +439,9 @@ def attention_decode(
     *, causal: bool, scale: float, window: int | None = None, softcap: float | None = None,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, kv_lengths: Tensor | None = None,
     block_table: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    new: New | None = None, counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launches the kernels: two, or one where a split holds all keys; no host sync. What it computes, see `attention`.
+    """Launches the kernel; no host sync. What it computes, see `attention`, and with a new token `attention_with_kv_cache`.
 
     Args:
         q: (B, H, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free, D <= 256; meant for T <= 16.
@@ -271,6 +458,10 @@ def attention_decode(
         kv_lengths: (B,) int32 on the device, or None. Keys at and past it are not read, nor are their pages.
         block_table: (B, pages) int32.
         k_scale, v_scale: (B, H_kv, S) or (num_pages, H_kv, page) fp32, with 8-bit k and v.
+        new: a token of each sequence that joins the cache, if T = 1. k's and v's rows then start and end at multiples of 16
+            bytes (`has_aligned_rows`).
+        counters: int32 zeros, which are zero again afterwards; no call may use them at the same time. Where there are too few
+            or none, and keys are split, zeros are made, which is another launch.
 
     Returns:
         out (B, H, T, D) in q's dtype, contiguous as (B, T, H, D), and lse (B, H, T) fp32, natural log.
@@ -283,7 +474,7 @@ def attention_decode(
         causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
-    if INTERPRETED and q.dtype is torch.bfloat16:  # there, tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
+    if INTERPRETED and q.dtype is torch.bfloat16 and new is None:  # there, tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
         k, v = (x.float() if x.dtype is torch.bfloat16 else x for x in (k, v))
         out, lse = attention_decode(q.float(), k, v, **options)
         return out.bfloat16(), lse
@@ -298,55 +489,61 @@ def attention_decode(
     kv_lengths, alibi_slopes, sinks = (x if x is None else x.contiguous() for x in (kv_lengths, alibi_slopes, sinks))
     window = None if window is None else min(window, S)
 
-    constants = _constants(D, q.element_size(), k_scale is not None, H // H_kv * T <= FEW)
+    constants = _constants(D, q.element_size(), k_scale is not None, H // H_kv * T <= FEW, new is not None)
     split = constants["SPLIT"]
     n_splits = max(1, triton.cdiv(S, split))
     if window is not None:  # all queries together see at most T + window - 1 keys, wherever these begin
         n_splits = min(n_splits, (T + window - 3) // split + 2)
+    n_tiles = triton.cdiv(H // H_kv * T, constants["BLOCK_M"])
     acc = softmax = None
     if n_splits > 1:
-        acc = torch.empty((B, H, T, n_splits, D), dtype=torch.float32, device=q.device)
-        softmax = torch.empty((B, H, T, n_splits, 2), dtype=torch.float32, device=q.device)
+        n_groups = triton.cdiv(n_splits, GROUP.value)
+        acc = torch.empty((B, H, T, n_splits + n_groups, D), dtype=torch.float32, device=q.device)
+        softmax = torch.empty((B, H, T, n_splits + n_groups, 2), dtype=torch.float32, device=q.device)
+        needed = B * H_kv * n_tiles * (n_groups + 1)
+        if counters is None or counters.numel() < needed:
+            counters = torch.zeros(needed, dtype=torch.int32, device=q.device)
+    else:
+        counters = None
+    x = New(None, None, None) if new is None else new
+    n_angles, pairs = (0, 0) if x.cos is None else x.cos.shape
 
-    grid = (triton.cdiv(H // H_kv * T, constants["BLOCK_M"]) * n_splits * B * H_kv,)
     with torch.cuda.device_of(q):
-        _attend_split[grid](
-            q, k, v, out, lse, acc, softmax,
-            kv_lengths, block_table, k_scale, v_scale, alibi_slopes, sinks if n_splits == 1 else None,
+        _attend_split[(n_tiles * n_splits * B * H_kv,)](
+            q, k, v, out, lse, acc, softmax, counters,
+            kv_lengths, block_table, k_scale, v_scale, alibi_slopes, sinks,
+            x.k, x.v, x.slots, x.positions, x.cos, x.sin,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *((0, 0, 0) if k_scale is None else k_scale.stride()),
             *((0, 0, 0) if v_scale is None else v_scale.stride()),
             *((0, 0) if block_table is None else block_table.stride()),
-            H, H // H_kv, T, S, n_splits, page, n_pages, scale, softcap, window,
-            IS_CAUSAL=causal, **constants,
+            *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride(0))),
+            *((0, 0, 0) if x.cos is None else (x.positions.stride(0), x.cos.stride(0), x.sin.stride(0))),
+            H, H // H_kv, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
+            IS_CAUSAL=causal, INTERLEAVED=x.interleaved, **constants,
         )  # fmt: skip
-        if n_splits > 1:
-            _combine[(B * H * T,)](
-                acc, softmax, out, lse, kv_lengths, sinks, H, T, S, n_splits, window, **_combine_constants(D, split)
-            )
     return out, lse
 
 
 @functools.cache
-def _constants(head_dim: int, element_size: int, is_8_bits: bool, few: bool) -> dict:
+def _constants(head_dim: int, element_size: int, is_8_bits: bool, few: bool, is_new: bool) -> dict:
     """Compile-time arguments and options of `_attend_split` that follow from shapes and dtypes."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     tile = TILES[block_d, element_size][few]
-    if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers
-        tile = tile._replace(num_stages=1)
-    return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, **tile._asdict(), enable_fp_fusion=True)
-
-
-@functools.cache
-def _combine_constants(head_dim: int, split: int) -> dict:
-    """Likewise of `_combine`."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, SPLIT=split, num_warps=4, num_stages=1, enable_fp_fusion=True)
+    if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers; 32 keys too
+        tile = tile._replace(BLOCK_N=16, num_stages=1)
+    elif is_8_bits and is_new:  # whose token takes registers, too
+        tile = tile._replace(maxnreg=255) if few else tile._replace(BLOCK_N=32, num_warps=8)
+    in_flight = IN_FLIGHT if few and tile.maxnreg == 255 else IN_FLIGHT // 2
+    at_once = min(8, in_flight * 32 * tile.num_warps // (tile.BLOCK_M * block_d))
+    return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, AT_ONCE=at_once, **tile._asdict(), enable_fp_fusion=not is_new)
 
 
 # What a call may bring along, by the kernel's argument that is None without it, and what tells that keys are split.
 FEATURES = ("kv_lengths_ptr", "block_table_ptr", "alibi_ptr", "softcap", "window")
-PARTS = ("acc_ptr", "softmax_ptr")
+PARTS = ("acc_ptr", "softmax_ptr", "counters_ptr")
+NEW = ("kv_lengths_ptr", "new_k_ptr", "new_v_ptr", "slots_ptr")
+ROTATION = ("positions_ptr", "cos_ptr", "sin_ptr")
 
 
 def aot_configurations(arch: int):
@@ -366,11 +563,15 @@ def aot_configurations(arch: int):
                 (torch.int8, (*PARTS, "kv_lengths_ptr")),
                 (torch.float8_e4m3fn, (*PARTS, "kv_lengths_ptr")),
                 (torch.int8, (*PARTS, *FEATURES)),
-                (torch.float8_e4m3fn, (*FEATURES, "sinks_ptr")),
+                (torch.float8_e4m3fn, (*PARTS, *FEATURES, "sinks_ptr")),
+                (dtype, (*PARTS, *NEW)),
+                (dtype, (*PARTS, *NEW, *ROTATION)),
+                (dtype, (*PARTS, *NEW, *ROTATION, "block_table_ptr")),
+                (torch.int8, (*PARTS, *NEW, *ROTATION)),
+                (torch.float8_e4m3fn, (*PARTS, *NEW, *ROTATION)),
+                (torch.int8, (*PARTS, *NEW, *ROTATION, *FEATURES)),
+                (torch.float8_e4m3fn, (*PARTS, *NEW, *ROTATION, *FEATURES, "sinks_ptr")),
             ):
-                constants = _constants(head_dim, element_size, cache_dtype != dtype, few)
+                constants = _constants(head_dim, element_size, cache_dtype != dtype, few, "new_k_ptr" in given)
                 scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
-                yield _attend_split, dtype, cache_dtype, dict(constants, IS_CAUSAL=True), (*given, *scales)
-            if few:
-                for given in (PARTS, (*PARTS, "kv_lengths_ptr", "sinks_ptr", "window")):
-                    yield _combine, dtype, dtype, _combine_constants(head_dim, 256), given
+                yield _attend_split, dtype, cache_dtype, dict(constants, IS_CAUSAL=True, INTERLEAVED=False), (*given, *scales)

@@ -194,15 +194,21 @@ def kept_weights(seed, threshold, b, heads, offs_m, start_n, BLOCK_N: tl.constex
     return (words >> 1).to(tl.int32) >= threshold
 
 
-def aligned_rows(x: Tensor) -> Tensor:
-    """x (B, H, N, D), or a copy, if its rows do not start and end at multiples of 16 bytes as vector loads need."""
+def has_aligned_rows(x: Tensor) -> bool:
+    """Whether the rows of x (B, H, N, D) start and end at multiples of 16 bytes, as vector loads need."""
     size, D = x.element_size(), x.shape[-1]
     bits = x.data_ptr() | D * size
     for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if n > 1:  # else the stride is never taken, and may be any
             bits |= stride * size
-    if bits % 16 == 0:
+    return bits % 16 == 0
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x (B, H, N, D), or a copy that has aligned rows."""
+    if has_aligned_rows(x):
         return x
+    size, D = x.element_size(), x.shape[-1]
     padded = torch.zeros((*x.shape[:-1], triton.cdiv(D * size, 16) * 16 // size), dtype=x.dtype, device=x.device)
     padded[..., :D] = x
     return padded

@@ -1,11 +1,12 @@
 """`fastgpt.explain`: which implementation a call would use, and why not the others."""
 
-from fastgpt.ops import attention, kv_cache_update, linear, norm
+from fastgpt.ops import attention, attention_with_kv_cache, kv_cache_update, linear, norm
 
 # Integrations add theirs.
 OPERATIONS = {
     attention.attention: attention.explain,
     attention.attention_varlen: attention.explain_varlen,
+    attention_with_kv_cache.attention_with_kv_cache: attention_with_kv_cache.explain,
     kv_cache_update.kv_cache_update: kv_cache_update.explain,
     kv_cache_update.rope_kv_cache_update: kv_cache_update.explain_rope,
     linear.linear: linear.explain,
@@ -17,8 +18,8 @@ def explain(operation, *args, **kwargs) -> dict[str, str]:
     """Says how `operation(*args, **kwargs)` would be served, without running it.
 
     Args:
-        operation: fastgpt.attention, attention_varlen, kv_cache_update, rope_kv_cache_update, linear, norm or
-            scaled_dot_product_attention; the rest is what it would be called with.
+        operation: fastgpt.attention, attention_varlen, attention_with_kv_cache, kv_cache_update, rope_kv_cache_update, linear,
+            norm or scaled_dot_product_attention; the rest is what it would be called with.
 
     Returns: implementation -> "chosen", "available" (it could, but another comes first), or why it cannot.
     Raises: what the call itself would raise for bad input.

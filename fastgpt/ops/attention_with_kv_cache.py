@@ -1,0 +1,198 @@
+"""The KV-cache update and the attention over what it leaves, as one operation: contract, reference, choice of implementation.
+
+A decode step of a small model is bound by the boundaries between kernels. On a GPU the attention of one layer and one token of
+each sequence, with rotation and cache update, is a single launch.
+"""
+
+import math
+
+import torch
+
+from fastgpt.ops import attention as attending
+from fastgpt.ops import kv_cache_update as updating
+from fastgpt.ops.attention import Call, attention, attention_reference
+from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
+from fastgpt.ops.kv_cache_update import (
+    kv_cache_update,
+    kv_cache_update_reference,
+    rope_kv_cache_update,
+    rope_kv_cache_update_reference,
+)
+from fastgpt.ops.library import library
+
+
+def attention_with_kv_cache(
+    q, k, v, k_cache, v_cache, positions, cos=None, sin=None,
+    *, slots=None, interleaved=False, kv_lengths=None, block_table=None, k_scale=None, v_scale=None, counters=None,
+    causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, return_lse=False, impl=None,
+):  # fmt: skip
+    """Rotates queries and keys, stores keys and values into a cache, and attends over the cache, which holds them then.
+
+        q = rope_kv_cache_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots=slots, ...)
+        out = attention(q, k_cache, v_cache, kv_lengths=kv_lengths, ...)
+
+    or without cos and sin kv_cache_update in place of the first line.
+
+    Args:
+        q: (B, H, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free: q, k and v may be views of the rows
+            that a projection leaves. fp64 too, which only the reference serves.
+        k, v: (B, H_kv, T, D), likewise; H_kv divides H.
+        k_cache, v_cache, block_table, k_scale, v_scale: as in both operations; the caches and the scales are written. No
+            sequence may attend to a slot that the call writes for another one.
+        positions, cos, sin, slots, interleaved: as in `rope_kv_cache_update`. Without cos and sin, slots counts in place of
+            positions, if given.
+        kv_lengths: (B,) int32 on the device, the new tokens included; default the capacity.
+        counters: int32 zeros on the device, zero again afterwards, by which programs of the kernel learn which of them is
+            the last: B · H_kv · (1 + capacity / 4096) are enough. No other call may use them at the same time. Where they are
+            too few, or None, the call makes some, which is another launch; others than "triton" have no use for them.
+        causal, scale, window, softcap, alibi_slopes, sinks, return_lse: as in `attention`.
+        impl: "triton" (CUDA, T = 1, one launch), "apart" (the two operations one after the other, each by the implementation
+            that serves it) or "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
+
+    Returns: out (B, H, T, D) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log. What is
+        stored is the same, bit for bit, in all implementations; out agrees as implementations of `attention` do. Under CUDA
+        it does not synchronise, so it can be captured in a CUDA graph.
+
+    Raises: TypeError, ValueError as the two operations. On CUDA a token without a slot is not stored and not reported.
+    Source: Flash-Decoding (https://pytorch.org/blog/flash-decoding/).
+    """
+    call = Call(
+        q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,
+        block_table=block_table, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+    new = (k, v, positions, cos, sin, slots, interleaved)
+    chosen = choose("attention_with_kv_cache", IMPLEMENTATIONS, impl, call, new) if q.is_cuda or impl is not None else "apart"
+    if chosen != "triton":
+        attending._check(call)  # before the update writes, which checks what it takes itself
+        return _one_after_the_other(call, new, return_lse, "reference" if chosen == "reference" else None)
+    _check(call, new)
+    out, lse = _attention_with_kv_cache(
+        q, k, v, k_cache, v_cache, positions if slots is None else slots, counters, causal,
+        1.0 / math.sqrt(q.shape[-1]) if scale is None else scale, None if cos is None else positions, cos, sin,
+        interleaved, kv_lengths, block_table, k_scale, v_scale, window, softcap, alibi_slopes, sinks,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def attention_with_kv_cache_reference(
+    q, k, v, k_cache, v_cache, positions, cos=None, sin=None,
+    *, slots=None, interleaved=False, kv_lengths=None, block_table=None, k_scale=None, v_scale=None, counters=None,
+    causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, return_lse=False, impl=None,
+):  # fmt: skip
+    """The same function in plain PyTorch, on every device: the update's reference, then the attention's."""
+    cache = {"block_table": block_table, "k_scale": k_scale, "v_scale": v_scale}
+    if cos is None and sin is None:
+        kv_cache_update_reference(k, v, k_cache, v_cache, positions if slots is None else slots, **cache)
+    else:
+        q = rope_kv_cache_update_reference(
+            q, k, v, k_cache, v_cache, positions, cos, sin, slots=slots, interleaved=interleaved, **cache
+        )
+    return attention_reference(
+        q, k_cache, v_cache, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+        sinks=sinks, kv_lengths=kv_lengths, **cache, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def _one_after_the_other(call: Call, new: tuple, return_lse: bool, impl: str | None):
+    k, v, positions, cos, sin, slots, interleaved = new
+    cache = {"block_table": call.block_table, "k_scale": call.k_scale, "v_scale": call.v_scale, "impl": impl}
+    if cos is None and sin is None:
+        kv_cache_update(k, v, call.k, call.v, positions if slots is None else slots, **cache)
+    else:
+        q = rope_kv_cache_update(
+            call.q, k, v, call.k, call.v, positions, cos, sin, slots=slots, interleaved=interleaved, **cache
+        )
+        call = call._replace(q=q)
+    return attention(**call._asdict(), return_lse=return_lse, impl=impl)
+
+
+def _check(call: Call, new: tuple):
+    k, v, positions, cos, sin, slots, _ = new
+    if cos is None and sin is None:
+        name, stored = ("positions", positions) if slots is None else ("slots", slots)
+        updating._check(k, v, call.k, call.v, stored, call.block_table, call.k_scale, call.v_scale, name)
+    else:
+        updating._check_rope(
+            call.q, k, v, call.k, call.v, positions, cos, sin, slots, call.block_table, call.k_scale, call.v_scale
+        )
+    attending._check(call)
+
+
+def explain(
+    q, k, v, k_cache, v_cache, positions, cos=None, sin=None,
+    *, slots=None, interleaved=False, kv_lengths=None, block_table=None, k_scale=None, v_scale=None, counters=None,
+    return_lse=False, impl=None, **options,
+):  # fmt: skip
+    """Implementation -> "chosen", "available", or why it refuses this call."""
+    call = Call(
+        q, k_cache, v_cache, kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale, **options
+    )
+    new = (k, v, positions, cos, sin, slots, interleaved)
+    _check(call, new)
+    return explain_call(IMPLEMENTATIONS, call, new)
+
+
+def _triton_refuses(call: Call, new: tuple):
+    if not call.q.is_cuda:
+        return runs_elsewhere("CUDA", "q", call.q.device)
+    if (reason := attending._triton_refuses(call)) is not None:
+        return reason
+    if call.q.dim() == 4 and call.q.shape[2] != 1:
+        return f"it takes one token of each sequence, and q has {call.q.shape[2]}"
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in (call.q, *new[:2])):
+        return "it has no backward pass, and q, k or v requires gradients"
+    from fastgpt.kernels.attention_tiles import has_aligned_rows
+
+    if not (has_aligned_rows(call.k) and has_aligned_rows(call.v)):
+        return "it takes caches whose rows start and end at multiples of 16 bytes"
+    return None
+
+
+# In order of preference: the first that does not refuse serves the call.
+IMPLEMENTATIONS = {"triton": _triton_refuses, "apart": lambda call, new: None, "reference": lambda call, new: None}
+
+
+library.define(
+    "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
+    "Tensor(c!)? counters, bool causal, float scale, Tensor? positions=None, Tensor? cos=None, Tensor? sin=None, "
+    "bool interleaved=False, Tensor? kv_lengths=None, Tensor? block_table=None, Tensor(d!)? k_scale=None, "
+    "Tensor(e!)? v_scale=None, SymInt? window=None, float? softcap=None, Tensor? alibi_slopes=None, "
+    "Tensor? sinks=None) -> (Tensor, Tensor)"
+)
+_attention_with_kv_cache = torch.ops.fastgpt.attention_with_kv_cache.default
+
+
+@torch.library.register_fake("fastgpt::attention_with_kv_cache", lib=library)
+def _attention_with_kv_cache_fake(q, k, v, k_cache, v_cache, slots, counters, causal, scale, *rotation_and_options):
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+def _attention_with_kv_cache_triton(
+    q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions=None, cos=None, sin=None, interleaved=False,
+    kv_lengths=None, block_table=None, k_scale=None, v_scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None,
+):  # fmt: skip
+    from fastgpt.kernels.attention_decode import New, attention_decode
+
+    return attention_decode(
+        q, k_cache, v_cache, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+        sinks=sinks, kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale,
+        new=New(k, v, slots, positions, cos, sin, interleaved), counters=counters,
+    )  # fmt: skip
+
+
+def _attention_with_kv_cache_cpu(
+    q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions=None, cos=None, sin=None, interleaved=False,
+    kv_lengths=None, block_table=None, k_scale=None, v_scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None,
+):  # fmt: skip
+    """For who calls the registered operation itself; `attention_with_kv_cache` calls the two."""
+    call = Call(
+        q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,
+        block_table=block_table, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+    new = (k, v, slots if positions is None else positions, cos, sin, slots, interleaved)
+    return _one_after_the_other(call, new, True, None)
+
+
+library.impl("attention_with_kv_cache", _attention_with_kv_cache_triton, "CUDA")
+library.impl("attention_with_kv_cache", _attention_with_kv_cache_cpu, "CPU")
