@@ -221,7 +221,7 @@ def test_steps_do_not_wait_for_the_gpu(cache, rules):
         torch.cuda.set_sync_debug_mode("default")
 
 
-# Launches of a layer: qkv, cache update, attention (over many keys, and the sum of its parts), out, up, down. Around them:
+# Launches of a layer: qkv; rotation, cache update and attention; out, up, down. Around them:
 # positions, embedding, logits, the likeliest token (which PyTorch may find in two), noted, and handed to the next step.
 LAUNCHES_A_LAYER, LAUNCHES_AROUND = 5, 7
 
