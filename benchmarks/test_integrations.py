@@ -58,6 +58,7 @@ def registered():
 
 
 @functools.lru_cache(maxsize=1)
+@torch.inference_mode(False)  # for training, too
 def models(name: str) -> dict[str, torch.nn.Module]:
     """The same weights with either attention, by the name of what is timed."""
     cls = getattr(transformers, MODELS[name][0])
