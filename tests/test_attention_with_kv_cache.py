@@ -397,6 +397,7 @@ if not INTERPRETED:
 
     BAD = {
         "q": ({"q": torch.zeros(B, 5, 1, D).half()}, ValueError, "k: expected a number of heads that divides q's 5"),
+        "text": ({"q": "text"}, TypeError, "q: expected a torch.Tensor, got str"),
         "k": ({"k": None}, TypeError, "k: expected a torch.Tensor, got NoneType"),
         "position": ({"positions": torch.tensor([[S], [0], [0]])}, ValueError, "positions: expected values below"),
         "sin": ({"sin": None}, TypeError, "sin: expected a torch.Tensor"),

@@ -11,6 +11,7 @@ import torch
 from fastgpt.ops import attention as attending
 from fastgpt.ops import kv_cache_update as updating
 from fastgpt.ops.attention import Call, attention, attention_reference
+from fastgpt.ops.checks import require_tensor
 from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.kv_cache_update import (
     kv_cache_update,
@@ -56,6 +57,7 @@ def attention_with_kv_cache(
     Raises: TypeError, ValueError as the two operations. On CUDA a token without a slot is not stored and not reported.
     Source: Flash-Decoding (https://pytorch.org/blog/flash-decoding/).
     """
+    require_tensor("q", q, 4)
     call = Call(
         q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
