@@ -4,6 +4,7 @@ torchrun starts them, on one machine or several; PyTorch's DDP or FSDP keeps the
 """
 
 import copy
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -145,6 +146,7 @@ def joined(parallel: str | None, device: torch.device) -> Iterator[Processes]:
         yield processes
         processes.any(False)  # none leaves while another has work left: if it ended badly, torchrun would end that one too
     finally:
+        gc.collect()  # models that are done with hold groups in cycles: these end before what they run on
         dist.destroy_process_group()
 
 
