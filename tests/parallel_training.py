@@ -5,7 +5,6 @@ The first process writes what came out to results.json in the folder that is giv
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -92,5 +91,3 @@ if __name__ == "__main__":
         found = results(folder, together)
         if together.first:
             (folder / "results.json").write_text(json.dumps(found))
-    # With so many groups behind it, a process that ends is aborted now and then: PyTorch destroys a thread that still runs.
-    os._exit(0)
