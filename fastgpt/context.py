@@ -6,7 +6,7 @@ import torch
 
 from fastgpt.cache import KVCache, Uncached
 from fastgpt.ops.attention import attention
-from fastgpt.ops.checks import require_device, require_dtype, require_shape, require_tensor
+from fastgpt.checks import require_device, require_dtype, require_shape, require_tensor
 
 
 class Context:

@@ -34,7 +34,7 @@ LAYERS = [
     {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear"},
     {"kernels.attention_forward", "kernels.norm"},
     {
-        "kernels.architecture", "kernels.attention_tiles", "kernels.step", "memory", "ops.checks", "ops.dropout",
+        "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.step", "memory", "ops.dropout",
         "ops.implementations", "ops.library", "ops.quantisation",
     },  # fmt: skip
     {"_C", "integrations", "kernels", "ops"},
@@ -79,7 +79,7 @@ def test_imports_point_downwards():
 def test_integrations_see_operations_and_caches_only():
     for path in (PACKAGE / "integrations").glob("*.py"):
         for name in imported(path):
-            assert name == "cache" or name.partition(".")[0] in ("integrations", "ops"), f"{path} imports {name}"
+            assert name in ("cache", "checks") or name.partition(".")[0] in ("integrations", "ops"), f"{path} imports {name}"
 
 
 def test_nothing_optional_is_imported():

@@ -15,7 +15,7 @@ window_size (left, right) it sees those from left before that to right after, -1
 import torch
 
 from fastgpt.ops.attention import attention, attention_varlen
-from fastgpt.ops.checks import require_device, require_dtype, require_shape, require_tensor
+from fastgpt.checks import require_device, require_dtype, require_shape, require_tensor
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 
 

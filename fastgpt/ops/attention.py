@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastgpt.ops.checks import (
+from fastgpt.checks import (
     require_broadcastable,
     require_device,
     require_dtype,

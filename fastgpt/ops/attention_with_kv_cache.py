@@ -11,7 +11,7 @@ import torch
 from fastgpt.ops import attention as attending
 from fastgpt.ops import kv_cache_update as updating
 from fastgpt.ops.attention import Call, attention, attention_reference
-from fastgpt.ops.checks import require_tensor
+from fastgpt.checks import require_tensor
 from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.kv_cache_update import (
     kv_cache_update,

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgpt.ops.checks import (
+from fastgpt.checks import (
     require_device,
     require_dtype,
     require_last_dim_contiguous,

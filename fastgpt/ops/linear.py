@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastgpt.ops.checks import (
+from fastgpt.checks import (
     require_choice,
     require_device,
     require_dtype,

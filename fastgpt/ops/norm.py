@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastgpt.ops.checks import require_choice, require_device, require_dtype, require_number, require_shape, require_tensor
+from fastgpt.checks import require_choice, require_device, require_dtype, require_number, require_shape, require_tensor
 from fastgpt.ops.implementations import choose, decoder_cpp_refuses, decoder_triton_refuses, explain_call
 from fastgpt.ops.library import library
 

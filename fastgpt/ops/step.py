@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastgpt.ops.checks import require_device, require_dtype, require_shape, require_tensor
+from fastgpt.checks import require_device, require_dtype, require_shape, require_tensor
 from fastgpt.ops.implementations import choose, decoder_triton_refuses
 from fastgpt.ops.library import library
 
