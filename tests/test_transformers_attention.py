@@ -1,5 +1,8 @@
 """The attention and mask functions for transformers, against those of its own for PyTorch's attention."""
 
+import copy
+import io
+import pickle
 import threading
 from types import SimpleNamespace
 from unittest import mock
@@ -122,8 +125,87 @@ def test_what_is_not_made():
             full._attn_implementation = sliding._attn_implementation = "fastgpt"
             masking_utils.create_causal_mask(**arguments, cache=None)
             masking_utils.create_sliding_window_causal_mask(**arguments | {"config": sliding}, cache=None)
-            mask = masking_utils.create_bidirectional_mask(**arguments)
-            assert mask is None or mask.untyped_storage().nbytes() == 3 * 7
+            masking_utils.create_bidirectional_mask(**arguments)
+
+
+EDITS = {
+    "setitem": lambda mask: mask.__setitem__((slice(None), slice(None), slice(3, None), 2), False),
+    "one query": lambda mask: mask.__setitem__((0, 0, 3, 2), False),
+    "logical_and_": lambda mask: mask.logical_and_(torch.arange(7) != 2),
+    "masked_fill_": lambda mask: mask.masked_fill_(torch.arange(7) == 2, False),
+    "augmented": lambda mask: mask.__iand__(torch.arange(7) != 2),
+    "slice": lambda mask: mask[:, :, :, :7][:, :, 3:, 2].fill_(False),
+    "view": lambda mask: mask.view(-1)[::3].fill_(False),
+    "after a look": lambda mask: (mask.any(), mask[1, 0, 4:].fill_(False)),
+    "detach": lambda mask: mask.detach()[:, :, 3:, 2].zero_(),
+    "data": lambda mask: mask.data[:, :, 3:, 2].zero_(),
+    "numpy": lambda mask: mask.numpy().__setitem__((slice(None), slice(None), 3, 2), False),
+    "out": lambda mask: torch.logical_and(mask, torch.arange(7) != 2, out=mask),
+    "copy_": lambda mask: mask.copy_(mask & (torch.arange(7) != 2)),
+    "iteration": lambda mask: [row[:, 3:, 2].zero_() for row in mask],
+    "operator": lambda mask: torch.ops.aten.logical_and_.default(mask, torch.arange(7) != 2),
+}
+
+
+@pytest.mark.parametrize("guard", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("kind", ["causal_mask", "sliding_window_causal_mask", "bidirectional_mask"])
+def test_an_edited_mask_counts_as_edited(kind, edit, guard):
+    config = MistralConfig(**CONFIG, sliding_window=WINDOW)
+    with guard():
+        cache = {} if kind == "bidirectional_mask" else {"cache": None}
+        ours, mask = made(kind, config, 7, padding=padding_of("left", 7), **cache)
+        assert type(ours) is Mask
+        for x in ours, mask:
+            edit(x)
+        q, k, v = inputs()
+        plain = ours.clone()
+        assert type(plain) is torch.Tensor and torch.equal(plain, mask)
+        assert torch.equal(*(ft.attention(layer(), q, k, v, x)[0] for x in (ours, plain)))
+
+
+def through_a_file(mask):
+    file = io.BytesIO()
+    torch.save(mask, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        copy.deepcopy, copy.copy, torch.clone, through_a_file, lambda mask: pickle.loads(pickle.dumps(mask)),
+        lambda mask: torch.tensor(mask.tolist()), lambda mask: torch.from_numpy(mask.numpy()), lambda mask: torch.stack(list(mask)),
+        lambda mask: mask.to("cpu", torch.float32).bool(), lambda mask: torch.where(mask, 0.0, -torch.inf) == 0,
+        lambda mask: torch.compile(lambda x: x & True, backend="eager")(mask), lambda mask: torch.func.vmap(lambda x: x & True)(mask),
+        lambda mask: eval(repr(mask), {"tensor": torch.tensor}),
+    ],
+)  # fmt: skip
+def test_a_mask_is_a_tensor(take):
+    ours, mask = made("causal_mask", MistralConfig(**CONFIG), 7, padding=padding_of("left", 7), cache=None)
+    assert type(ours) is Mask and torch.equal(take(ours), mask)
+
+
+def test_looking_at_sizes_and_slicing_nothing_off_makes_no_mask():
+    ours, _ = made("causal_mask", MistralConfig(**CONFIG), 7, padding=padding_of("left", 7), cache=None)
+    assert ours.shape == (3, 1, 7, 7) and ours.dtype == torch.bool and ours.device.type == "cpu" and ours.dim() == 4
+    assert ours.size(-1) == 7 and ours.stride() == (49, 49, 7, 1) and ours.numel() == 147 and len(ours) == 3
+    assert ours[:, :, :, :7] is ours and ours.to("cpu") is ours and ours.contiguous() is ours and ours.untouched
+
+
+def test_the_padding_of_a_mask_is_its_own():
+    """Neither does a later edit of the caller's padding change a mask, nor an edit of a mask the caller's padding."""
+    padding = padding_of("left", 7).bool()
+    for T, past in ((7, 0), (1, 6)):
+        cache = DynamicCache()
+        cache.update(*(torch.zeros(3, 2, past, 8) for _ in range(2)), 0)
+        given = padding.clone()
+        ours, mask = made("causal_mask", MistralConfig(**CONFIG), T, padding=given, cache=cache)
+        given.fill_(True)
+        assert torch.equal(ours.clone(), mask)
+        given = padding.clone()
+        made("causal_mask", MistralConfig(**CONFIG), T, padding=given, cache=cache)[0].fill_(True)
+        assert torch.equal(given, padding)
 
 
 @pytest.mark.parametrize("T, S", [(7, 7), (1, 9), (4, 9)])

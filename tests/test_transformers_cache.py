@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from architectures import build, cache_of, generated, inputs, named_cache
 from transformers import DynamicCache, GemmaConfig, MistralConfig
 
 import fastgpt.integrations.transformers as ft
+from fastgpt.integrations.transformers.cache import CROPS_TO_LENGTH
 from fastgpt.integrations.transformers.deferred import EightBit
 from fastgpt.ops.quantisation import dequantise, quantise
 
@@ -130,12 +132,106 @@ def test_cropping(config, lengths):
 def test_cropping_what_is_gone():
     cache = ft.Cache(SLIDING)
     cache.update(*tokens(40), 0)
-    with pytest.raises(RuntimeError, match="crop: expected at most 0 tokens to remove"):
+    with pytest.raises(RuntimeError, match="tokens_to_remove: expected at most 0 tokens, since a layer with a window of 6 has 5"):
         cache.layers[0].crop(-1)
-    cache = ft.Cache(FULL)
-    cache.update(*tokens(5), 0)
-    cache.layers[0].crop(3)  # how many to keep, as it was in earlier versions
-    assert cache.get_seq_length() == 3
+    for config in FULL, SLIDING:
+        cache = ft.Cache(config)
+        cache.crop(-1)  # of layers that have nothing yet, as if they shared those of others
+        cache.update(*tokens(5), 0)
+        with pytest.raises(ValueError, match="tokens_to_remove: expected at least -5, for the 5 tokens in the cache, got -6"):
+            cache.layers[0].crop(-6)
+        with pytest.raises(TypeError, match="tokens_to_remove: expected an integer, got '3'"):
+            cache.layers[0].crop("3")
+        assert cache.get_seq_length() == 5
+        if CROPS_TO_LENGTH:
+            cache.layers[0].crop(3)
+            assert cache.get_seq_length() == 3
+        else:
+            with pytest.raises(ValueError, match="tokens_to_remove: expected -n to remove n tokens, got 3"):
+                cache.layers[0].crop(3)
+
+
+@CONFIGS
+@torch.no_grad()
+def test_what_layers_hold(config):
+    """Keys and values of a layer are those of transformers' after every pass, whatever was recorded and taken back."""
+    ours, theirs = ft.Cache(config), DynamicCache(config=config)
+
+    def step(*lengths):
+        in_step(ours, theirs, lengths)
+        for mine, other in zip(ours.layers, theirs.layers):
+            same((mine.keys, mine.values), (other.keys, other.values))
+
+    for T in (3, 1, 9, 1):
+        step(T)
+    for cache in ours, theirs:
+        cache.activate_past_recording()
+    for tried, removed in ((4, 3), (2, 0), (5, 5), (1, 1)):
+        step(tried)
+        for cache in ours, theirs:
+            cache.crop(-removed)
+        step()
+
+
+@CONFIGS
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x * 2, lambda x: x[:, :, -3:], lambda x: x[[0, 2]], lambda x: x.repeat(2, 1, 1, 1), lambda x: x.to("cpu")],
+    ids=["numbers", "fewer", "sequences", "more", "device"],
+)
+@torch.no_grad()
+def test_assigning(config, change):
+    """keys and values can be replaced one after the other, and what is replaced is what the next pass sees."""
+    ours, theirs = ft.Cache(config), DynamicCache(config=config)
+    in_step(ours, theirs, [4])
+    for layer in (*ours.layers, *theirs.layers):
+        layer.keys = change(layer.keys)
+        layer.values = change(layer.values)
+    for mine, other in zip(ours.layers, theirs.layers):
+        same((mine.keys, mine.values), (other.keys, other.values))
+        k, v = tokens(1, B=len(mine.keys))
+        same(mine.update(k, v), other.update(k, v))
+
+
+@torch.no_grad()
+def test_half_an_assignment():
+    layer = ft.Cache(FULL).layers[0]
+    layer.update(*tokens(4))
+    before = layer.values.clone()
+    layer.keys = layer.keys[:, :, :2]
+    assert layer.keys.shape[2] == 2 and torch.equal(layer.values, before)
+    with pytest.raises(ValueError, match=r"values: expected to be assigned as keys were, with shape \(3, 2, 2\)"):
+        layer.update(*tokens(1))
+    layer.values = before[:, :, :2]
+    layer.update(*tokens(1))
+    assert layer.keys.shape[2] == 3
+    with pytest.raises(TypeError, match="keys: expected a torch.Tensor, got list"):
+        layer.keys = [1]
+
+
+@CONFIGS
+@pytest.mark.parametrize("indices", [(0, 2), [2, 0, 0], slice(1, None), [True, False, True], torch.tensor([1]), range(2)], ids=str)
+@torch.no_grad()
+def test_selecting_sequences(config, indices):
+    ours, theirs = ft.Cache(config), DynamicCache(config=config)
+    in_step(ours, theirs, [4])
+    for cache in ours, theirs:
+        cache.batch_select_indices(indices)
+    for mine, other in zip(ours.layers, theirs.layers):
+        same((mine.keys, mine.values), (other.keys, other.values))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@torch.no_grad()
+def test_changing_eight_bit_keys(dtype):
+    """Who changes the keys that a cache returned attends to the changed ones, as with any other tensor."""
+    q = torch.randn(3, 2, 1, 8)
+    layer, cache = SimpleNamespace(is_causal=True, training=False), ft.Cache(FULL, cache_dtype=dtype)
+    keys, values = cache.update(*tokens(5), 0)
+    plain = [x.clone() for x in (keys, values)]
+    for x in keys, plain[0]:
+        x[:, :, 1] = 3.0
+    assert torch.equal(ft.attention(layer, q, keys, values, None)[0], ft.attention(layer, q, *plain, None)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -256,7 +352,7 @@ def test_a_prompt_for_several():
     "error, options, message",
     [
         (ValueError, {"max_cache_len": 0}, "max_cache_len: expected an integer >= 1 or None, got 0"),
-        (ValueError, {"max_cache_len": 2.5}, "max_cache_len: expected an integer >= 1 or None, got 2.5"),
+        (TypeError, {"max_cache_len": 2.5}, "max_cache_len: expected an integer >= 1 or None, got 2.5"),
         (TypeError, {"cache_dtype": torch.float16}, "cache_dtype: expected torch.int8 or torch.float8_e4m3fn or None"),
     ],
 )

@@ -54,7 +54,7 @@ def attention(
     T, S = query.shape[2], key.shape[2]
     mask, short = attention_mask, None
     if type(mask) is Mask:
-        short, mask = (mask, None) if mask.shape[2:] == (T, S) else (None, mask.value())
+        short, mask = (mask, None) if mask.untouched and mask.shape[2:] == (T, S) else (None, mask.value())
     causal = T > 1 and attention_mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options = {"causal": causal, "scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
 
@@ -163,9 +163,11 @@ def _packed(query, key, value, *packing, **options) -> torch.Tensor:
 
 
 def _fused(query, key, value, options) -> torch.Tensor:
-    if type(key) is EightBit:
+    if type(key) is EightBit and key.untouched and value.untouched:
         options |= {"k_scale": key.scale, "v_scale": value.scale}
         key, value = key.codes, value.codes
+    elif type(key) is EightBit:
+        key, value = key.value(), value.value()
     elif key.stride(3) != 1 or value.stride(3) != 1:
         key, value = key.contiguous(), value.contiguous()
     query = query if query.stride(3) == 1 else query.contiguous()

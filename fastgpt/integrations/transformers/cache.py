@@ -3,13 +3,17 @@
 import functools
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from fastgpt import memory
+from fastgpt.checks import require_integer, require_tensor
 from fastgpt.integrations.transformers.deferred import EightBit
 from fastgpt.ops.kv_cache_update import kv_cache_update, kv_cache_update_reference
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, as_bytes
 
+CROPS_TO_LENGTH = Version(transformers.__version__) < Version("5.16")  # if told a positive number
 ROOM = 256  # rows of storage beyond those that the first tokens take
 
 
@@ -18,6 +22,9 @@ class Layer(DynamicLayer):
 
     It doubles when it is full, or has max_cache_len rows from the start. The model gets views of it or, if it is quantised,
     `EightBit` tensors. No gradients flow through what is stored.
+
+    keys, values (B, H_kv, `length`, D) can be assigned, which copies them into storage. If that changes their batch, number or
+    device, both have to be, and nothing else goes in between.
     """
 
     def __init__(self, max_cache_len: int | None, cache_dtype: torch.dtype | None):
@@ -26,6 +33,7 @@ class Layer(DynamicLayer):
         self.storage = {}  # by argument of kv_cache_update: k_cache, v_cache and, if quantised, k_scale, v_scale
         self.length = 0
         self.is_initialized = False
+        self.assigned = {}  # keys or values that wait for the others
 
     def lazy_initialization(self, key_states, value_states):
         """Takes sizes, dtype and device from the first keys (B, H_kv, T, D) and values, whose D may be another."""
@@ -41,11 +49,46 @@ class Layer(DynamicLayer):
 
     @property
     def keys(self):
-        return self._last(self.length)[0] if self.is_initialized else None
+        return self._stored("keys")
+
+    @keys.setter
+    def keys(self, x):
+        self._assign("keys", x)
 
     @property
     def values(self):
-        return self._last(self.length)[1] if self.is_initialized else None
+        return self._stored("values")
+
+    @values.setter
+    def values(self, x):
+        self._assign("values", x)
+
+    @property
+    def _kept(self) -> int:
+        """Of the rows in storage, those that count."""
+        return self.length
+
+    def _stored(self, name: str) -> torch.Tensor | None:
+        if name in self.assigned or not self.is_initialized:
+            return self.assigned.get(name)
+        return self._last(self._kept)[name == "values"]
+
+    def _assign(self, name: str, x: torch.Tensor | None) -> None:
+        if x is None:
+            return self.reset()
+        require_tensor(name, x, 4)
+        self.assigned[name] = x
+        k, v = self.keys, self.values
+        if k is None or v is None or k.shape[:3] != v.shape[:3] or k.device != v.device:
+            return  # the other one is still that of before
+        self.assigned, self.storage, self.length = {}, {}, 0
+        self.lazy_initialization(k, v)
+        self._store(k.detach(), v.detach())
+
+    def _require_pair(self) -> None:
+        for name, x in self.assigned.items():
+            other = "values" if name == "keys" else "keys"
+            raise ValueError(f"{other}: expected to be assigned as {name} were, with shape {tuple(x.shape[:3])}, got those of before")
 
     @property
     def _rows(self) -> int:
@@ -61,6 +104,7 @@ class Layer(DynamicLayer):
         return tuple(EightBit(x.shape, self.dtype, x.device, codes=x, scale=scale) for x, scale in zip((k, v), scales))
 
     def update(self, key_states, value_states, *args, **kwargs):
+        self._require_pair()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self._append(key_states, value_states, self.length)
@@ -121,24 +165,37 @@ class Layer(DynamicLayer):
         self.length -= self._cropped(tokens_to_remove)
 
     def _cropped(self, tokens_to_remove: int) -> int:
+        """How many tokens that means."""
+        self._require_pair()
+        require_integer("tokens_to_remove", tokens_to_remove)
         have = self.get_seq_length()
-        return min(-tokens_to_remove, have) if tokens_to_remove <= 0 else max(0, have - tokens_to_remove)
+        removed = max(0, have - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
+        if tokens_to_remove > 0 and not CROPS_TO_LENGTH:
+            raise ValueError(f"tokens_to_remove: expected -n to remove n tokens, got {tokens_to_remove}")
+        if removed > have and self.is_initialized:  # layers that share those of others have nothing to remove
+            raise ValueError(f"tokens_to_remove: expected at least {-have}, for the {have} tokens in the cache, got {-removed}")
+        return min(removed, have)
 
     def reset(self) -> None:
-        self.length, self.is_initialized = 0, False
+        self.length, self.is_initialized, self.assigned = 0, False, {}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._require_pair()
         if self.length:
             for x in map(as_bytes, self.storage.values()):
                 x[:, :, : self.length] = x[:, :, : self.length].index_select(0, beam_idx.to(x.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._require_pair()
         if self.length:
             self._move(self._rows, torch.arange(len(self.keys)).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices) -> None:
+        """Keeps these sequences of the batch: numbers or booleans, in a tensor or a sequence, or a slice."""
+        self._require_pair()
         if self.length:
-            self._move(self._rows, torch.arange(len(self.keys))[indices.cpu()])  # numbers, or booleans
+            indices = indices.cpu() if isinstance(indices, torch.Tensor) else indices
+            self._move(self._rows, torch.arange(len(self.keys))[indices, ...].view(-1))
 
 
 class SlidingLayer(Layer, DynamicSlidingWindowLayer):
@@ -153,10 +210,20 @@ class SlidingLayer(Layer, DynamicSlidingWindowLayer):
         self.sliding_window, self.cumulative_length = sliding_window, 0
         self.record_past, self.uncropped = False, 0  # tokens that the next `crop` may take back
 
+    @property
+    def _kept(self):
+        return min(self.length, self.sliding_window - 1 + self.uncropped)
+
+    def _assign(self, name, x):
+        super()._assign(name, x)
+        if not self.assigned:
+            self.uncropped = max(0, self.length - self.sliding_window + 1)
+
     def update(self, key_states, value_states, *args, **kwargs):
+        self._require_pair()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        T, past = key_states.shape[2], min(self.cumulative_length, self.sliding_window - 1)
+        T, past = key_states.shape[2], min(self.length, self.sliding_window - 1)
         if T <= self.sliding_window or self.record_past:
             seen = self._append(key_states, value_states, past)
         else:  # only the end of so many will be seen again
@@ -187,12 +254,12 @@ class SlidingLayer(Layer, DynamicSlidingWindowLayer):
         return self.sliding_window
 
     def crop(self, tokens_to_remove):
-        removed = self._cropped(tokens_to_remove)
+        removed, have = self._cropped(tokens_to_remove), self._kept
         left = self.cumulative_length - removed
-        if self.length - removed < min(left, self.sliding_window - 1):
+        if have - removed < min(left, self.sliding_window - 1):
             raise RuntimeError(
-                f"crop: expected at most {self.length - self.sliding_window + 1} tokens to remove, of the {self.length} "
-                f"that a layer with a window of {self.sliding_window} still has, got {removed}"
+                f"tokens_to_remove: expected at most {have - self.sliding_window + 1} tokens, since a layer with a window of "
+                f"{self.sliding_window} has {have} (more after activate_past_recording), got {removed}"
             )
         self.length, self.cumulative_length, self.uncropped = self.length - removed, left, 0
 
@@ -217,8 +284,7 @@ class Cache(DynamicCache):
     """
 
     def __init__(self, config, *, max_cache_len: int | None = None, cache_dtype: torch.dtype | None = None):
-        if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
-            raise ValueError(f"max_cache_len: expected an integer >= 1 or None, got {max_cache_len!r}")
+        max_cache_len = require_integer("max_cache_len", max_cache_len, least=1, optional=True)
         if cache_dtype not in (None, *QUANTISED_DTYPES):
             raise TypeError(f"cache_dtype: expected {' or '.join(map(str, QUANTISED_DTYPES))} or None, got {cache_dtype}")
         super().__init__(config=config)

@@ -5,40 +5,76 @@ from torch.utils._pytree import tree_map_only
 
 from fastgpt.ops.quantisation import dequantise
 
+_METADATA = frozenset(
+    getattr(torch.Tensor, name).__get__
+    for name in (
+        "shape", "dtype", "device", "ndim", "layout", "is_cpu", "is_cuda", "is_meta", "is_nested", "is_quantized", "is_sparse",
+        "itemsize", "nbytes", "requires_grad",
+    )
+) | frozenset(
+    getattr(torch.Tensor, name)
+    for name in (
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "is_floating_point",
+        "is_complex", "is_inference", "get_device", "storage_offset", "__len__", "__hash__",
+    )
+)  # fmt: skip
+# Which return the tensor itself where there is nothing to do.
+_RETURNS_ITSELF = frozenset(getattr(torch.Tensor, name) for name in ("to", "type", "bool", "cpu", "cuda", "contiguous"))
+
 
 class Deferred(torch.Tensor):
     """Stands for a tensor of this shape and dtype, which `_compute` gives.
 
-    Code that knows the subclass reads its fields, and the tensor is never made. Any other code may do with it what can be
-    done with a tensor: the first operation on its numbers computes them.
+    Code that knows the subclass reads its fields as long as `untouched` holds, and the tensor is never made. To any other
+    code it is a tensor like others: its first access to the numbers computes them. From then on only these count, and not the
+    fields, since whoever has seen the numbers may have changed them, through a view, too.
     """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results of operations are ordinary tensors
 
     @staticmethod
     def __new__(cls, shape, dtype, device, **fields):
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self.__dict__.update(fields, _value=None)
+        with torch.inference_mode(False):
+            self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        self.__dict__.update(fields, untouched=True, _value=None)
         return self
 
     def __init__(self, *args, **fields): ...
 
     def value(self) -> torch.Tensor:
+        """The numbers as an ordinary tensor, for who does not change them."""
         if self._value is None:
             self.__dict__["_value"] = self._compute().contiguous()  # as the strides of the wrapper say
         return self._value
+
+    def _handed_out(self) -> torch.Tensor:
+        self.__dict__["untouched"] = False
+        return self.value()
 
     def _compute(self) -> torch.Tensor:
         raise NotImplementedError
 
     @classmethod
-    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        if operation is torch.ops.aten.alias.default:  # x[:, :n], where that is all of it
-            twin = torch.Tensor._make_wrapper_subclass(cls, args[0].shape, dtype=args[0].dtype, device=args[0].device)
-            twin.__dict__ = args[0].__dict__  # computed once for both
-            return twin
-        args, kwargs = tree_map_only(Deferred, Deferred.value, (args, kwargs or {}))
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in _METADATA or function in _RETURNS_ITSELF and args[0].untouched:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        if function is torch.Tensor.__getitem__ and _covers(args[1], args[0].shape):
+            return args[0]
+        args, kwargs = tree_map_only(Deferred, Deferred._handed_out, (args, kwargs))
+        return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):  # of who calls from C++
+        args, kwargs = tree_map_only(Deferred, Deferred._handed_out, (args, kwargs or {}))
         return operation(*args, **kwargs)
+
+
+def _covers(index, shape) -> bool:
+    """Whether x[index] is all of x, as in x[:, :, :, :n] where that has n columns."""
+    index = index if isinstance(index, tuple) else (index,)
+    return len(index) <= len(shape) and all(
+        isinstance(part, slice) and part.indices(size) == (0, size, 1) for part, size in zip(index, shape)
+    )
 
 
 class EightBit(Deferred):

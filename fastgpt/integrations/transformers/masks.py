@@ -30,7 +30,7 @@ class Pattern(NamedTuple):
 class Mask(Deferred):
     """A (B, 1, T, S) boolean mask, True where a query sees a key.
 
-    keys: only the first so many of the S keys are seen by anyone, and the last query is that key.
+    keys: only the first so many of the S keys are seen by anyone; if causal, the last query is the last of them.
     options: for `fastgpt.attention` over those keys.
     segments: see Pattern.
     """
@@ -49,8 +49,8 @@ class Mask(Deferred):
 
 
 def mask(**call) -> torch.Tensor | None:
-    """Stands in for transformers' `sdpa_mask`: takes its arguments by name and returns the same mask, but as a `Mask` or,
-    where only padding hides keys, with stride 0 along the queries. None in the same cases, and for one query that sees all.
+    """Stands in for transformers' `sdpa_mask`: takes its arguments by name and returns the same mask, but as a `Mask`. None in
+    the same cases, and for one query that sees all.
 
     A model whose attention does not go through transformers' AttentionInterface gets what its own attention expects.
     """
@@ -69,22 +69,22 @@ def _mask_of(pattern: Pattern, call: dict) -> torch.Tensor | None:
     if not T <= keys <= S:
         return masking_utils.sdpa_mask(**call)
     if padding is not None:
-        padding = F.pad(padding.bool(), (0, max(0, first + S - padding.shape[1])))[:, first : first + S]
+        call["attention_mask"] = padding = padding.to(torch.bool, copy=True)  # whose owner may change it before it is read
+        padding = F.pad(padding, (0, max(0, first + S - padding.shape[1])))[:, first : first + S]
         padding = None if padding[:, :keys].all() else padding.view(B, 1, 1, S)
     window = pattern.window if pattern.window is not None and pattern.window < keys else None
 
     if not pattern.causal:
-        if padding is not None:
-            return padding.expand(B, 1, T, S)
-        return None if call.get("allow_is_bidirectional_skip") else masking_utils.sdpa_mask(**call)
-    if pattern.segments is None:
+        if padding is None:
+            return None if call.get("allow_is_bidirectional_skip") else masking_utils.sdpa_mask(**call)
+    elif pattern.segments is None:
         if not call.get("allow_is_causal_skip", True):
             return masking_utils.sdpa_mask(**call)
         if padding is None and window is None and keys == (T if T > 1 else S):
             return None  # which lets query i of several see the keys 0 to i, and a single one all
         if T == 1 and window is None and keys == S:
             return padding
-    options = {"causal": True, "window": window, "mask": None if padding is None else padding[..., :keys]}
+    options = {"causal": pattern.causal, "window": window, "mask": None if padding is None else padding[..., :keys]}
     device = call.get("device", "cpu")
     return Mask((B, 1, T, S), torch.bool, device, call=call, keys=keys, options=options, segments=pattern.segments)
 
