@@ -4,6 +4,7 @@ import inspect
 import itertools
 
 import numerics
+import numpy as np
 import pytest
 import torch
 
@@ -228,6 +229,43 @@ def test_varlen_parity(feature, dtype, device):
     check(actual, run(packed_reference, torch.float64), run(packed_reference, dtype), dtype)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_rows_past_the_last_sequence(feature, device):
+    """They see nothing and nothing sees them, whatever they hold, and their gradients are zero."""
+    tensors, packing = packed_inputs()
+    longer = [torch.cat([x, torch.full((3, *x.shape[1:]), torch.nan)]) for x in tensors]
+
+    def run(tensors):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        function = on(device, flash_attn_varlen_func)
+        out, lse, _ = function(*leaves, *packing, return_attn_probs=True, **FEATURES[feature])
+        (out.sin().sum() + lse[lse.isfinite()].sum()).backward()
+        return out.detach(), lse.detach().T, *(x.grad for x in leaves)
+
+    names = ("out", "lse", "dq", "dk", "dv")
+    for name, actual, expected in zip(names, run(longer), run(tensors)):
+        assert torch.equal(actual[:-3], expected), name
+        assert (actual[-3:] == (-torch.inf if name == "lse" else 0.0)).all(), name
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, torch.tensor, lambda n: torch.tensor([n], dtype=torch.int32)])
+def test_integers_of_any_kind(integer):
+    """Numbers from NumPy, tensors of one number, and lengths and tables in int64 are what they say."""
+    (q, k, v), (cu_q, cu_k, max_q, max_k) = packed_inputs()
+    expected = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(3, 1))
+    window = integer(3), integer(1)
+    actual = flash_attn_varlen_func(q, k, v, cu_q.long(), cu_k.long(), integer(max_q), integer(max_k), window_size=window)
+    assert torch.equal(actual, expected)
+    q, cache, lengths, table = random(2, 1, 4, 16), random(8, 4, 2, 16), torch.tensor([5, 3]), torch.tensor([[1, 0], [4, 7]])
+    expected = flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths.int(), block_table=table.int(), window_size=(2, 0))
+    window = integer(2), integer(0)
+    actual = flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths, block_table=table, window_size=window)
+    assert torch.equal(actual, expected)
+    actual = flash_attn_with_kvcache(q, cache[:2], cache[:2], cache_seqlens=np.int64(3), cache_batch_idx=torch.tensor([1, 0]))
+    assert torch.equal(actual, flash_attn_func(q, *(cache[[1, 0], :3],) * 2))
+
+
 def paged(x, page, seed=0):
     """x (B, S, H, D) in pages of a pool in random order (num_pages, page, H, D), NaN where no token is, and the table."""
     B, S = x.shape[:2]
@@ -391,7 +429,15 @@ angles1 = {"rotary_cos": random(9, 8), "rotary_sin": random(9, 8)}
 tensors1, packing1 = packed_inputs()
 BAD = {
     "window": (flash_attn_func, (q1, cache1, cache1), {"window_size": (3,)}, ValueError, "window_size: expected two"),
-    "window of floats": (flash_attn_func, (q1, cache1, cache1), {"window_size": (1.0, 2)}, ValueError, "window_size"),
+    "window of floats": (flash_attn_func, (q1, cache1, cache1), {"window_size": (1.0, 2)}, TypeError, "window_size: expected an integer"),
+    "window beyond every length": (
+        flash_attn_func, (q1, cache1, cache1), {"window_size": (2**40, 2)}, ValueError, "window_size: expected an integer",
+    ),
+    "causal": (flash_attn_func, (q1, cache1, cache1), {"causal": "yes"}, TypeError, "causal: expected a bool"),
+    "softcap": (flash_attn_func, (q1, cache1, cache1), {"softcap": "1"}, TypeError, "softcap: expected a finite number"),
+    "scale": (flash_attn_func, (q1, cache1, cache1), {"softmax_scale": float("nan")}, ValueError, "softmax_scale: expected"),
+    "dropout": (flash_attn_func, (q1, cache1, cache1), {"dropout_p": None}, TypeError, "dropout_p: expected a finite number"),
+    "slopes in a list": (flash_attn_func, (q1, cache1, cache1), {"alibi_slopes": [1.0]}, TypeError, "alibi_slopes: expected a"),
     "probabilities": (
         flash_attn_func, (q1, cache1, cache1), {"dropout_p": 0.1, "return_attn_probs": True}, ValueError,
         "return_attn_probs: expected False",
@@ -405,6 +451,14 @@ BAD = {
         flash_attn_varlen_func, (*tensors1, packing1[0] + 1, *packing1[1:]), {"window_size": (1, 1)}, ValueError,
         "cu_seqlens_q: expected numbers that ascend from 0",
     ),
+    "packing beyond the rows": (
+        flash_attn_varlen_func, (tensors1[0][:-1], *tensors1[1:], *packing1), {}, ValueError,
+        "cu_seqlens_q: expected numbers that ascend from 0 to at most",
+    ),
+    "packing of other numbers": (
+        flash_attn_varlen_func, (*tensors1, packing1[0][:-1], *packing1[1:]), {}, ValueError, "cu_seqlens_k: expected shape",
+    ),
+    "no longest": (flash_attn_varlen_func, (*tensors1, *packing1[:2], None, 9), {}, TypeError, "max_seqlen_q: expected an"),
     "longest": (
         flash_attn_varlen_func, (*tensors1, *packing1[:3], 3), {"window_size": (1, 1)}, ValueError,
         "max_seqlen_k: expected at least 9",
@@ -413,8 +467,21 @@ BAD = {
         flash_attn_with_kvcache, (q1, cache1, cache1), {"cache_seqlens": torch.tensor([3, 4], dtype=INT)}, ValueError,
         "cache_seqlens: expected shape",
     ),
-    "lengths in int64": (
-        flash_attn_with_kvcache, (q1, cache1, cache1), {"cache_seqlens": torch.tensor([3])}, TypeError, "cache_seqlens",
+    "lengths in fp32": (
+        flash_attn_with_kvcache, (q1, cache1, cache1), {"cache_seqlens": torch.tensor([3.0])}, TypeError, "cache_seqlens",
+    ),
+    "negative length": (
+        flash_attn_with_kvcache, (q1, cache1, cache1), {"cache_seqlens": torch.tensor([-3])}, ValueError,
+        "cache_seqlens: expected lengths >= 0, got -3",
+    ),
+    "more than there is": (
+        flash_attn_with_kvcache, (q1, cache1, cache1), {"cache_seqlens": 10}, ValueError,
+        "cache_seqlens: expected at most 9, the rows of the cache less 0 new ones, got 10",
+    ),
+    "more than the pages hold": (
+        flash_attn_with_kvcache, (q1, cache1, cache1),
+        {"cache_seqlens": 10, "block_table": torch.zeros(1, 1, dtype=INT)}, ValueError,
+        "block_table: expected pages for 10 tokens and 0 new ones, got 9 slots",
     ),
     "no lengths": (flash_attn_with_kvcache, (q1, cache1, cache1), new1, ValueError, "cache_seqlens: expected with k"),
     "no values": (
@@ -427,7 +494,7 @@ BAD = {
     ),
     "full": (
         flash_attn_with_kvcache, (q1, cache1, cache1), new1 | {"cache_seqlens": 9}, ValueError,
-        "positions: expected values below the cache's capacity",
+        "cache_seqlens: expected at most 8, the rows of the cache less 1 new ones, got 9",
     ),
     "angles": (
         flash_attn_with_kvcache, (random(1, 2, 4, 16), cache1, cache1),
@@ -441,7 +508,7 @@ BAD = {
     ),
     "no such row": (
         flash_attn_with_kvcache, (q1, cache1, cache1), {"cache_batch_idx": torch.ones(1, dtype=INT)}, ValueError,
-        "block_table: expected pages from 0 to 0",
+        "cache_batch_idx: expected rows from 0 to 0",
     ),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ Names, arguments, defaults, shapes and results are those of flash_attn, with the
 
 - fp32 is served as well as fp16 and bf16, head dims need not be multiples of 8, pages may have any size.
 - The log-sum-exp of a query that sees no key is -inf, and it is differentiable.
+- Lengths and tables may be int64 as well as int32, windows and lengths integers of any kind.
 - `deterministic` and `num_splits` change nothing: gradients are the same bits on every run, and how decoding is split is
   the kernel's choice.
 - The weights themselves are never in memory: with return_attn_probs the third result is empty, and dropout is refused.
@@ -13,9 +14,12 @@ window_size (left, right) it sees those from left before that to right after, -1
 """
 
 import torch
+import torch.nn.functional as F
 
+from fastgpt.checks import (
+    require_device, require_dtype, require_flag, require_integer, require_number, require_shape, require_tensor,
+)  # fmt: skip
 from fastgpt.ops.attention import attention, attention_varlen
-from fastgpt.checks import require_device, require_dtype, require_shape, require_tensor
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 
 
@@ -37,11 +41,9 @@ def flash_attn_func(
     Returns: out (B, T, H, D), or (out, lse (B, H, T) fp32, empty).
     Raises: TypeError, ValueError: argument, expected, got. Shapes of q, k and v in messages have heads before tokens.
     """
-    _check_probabilities(dropout_p, return_attn_probs)
-    out, lse = attend(
-        q, k, v, causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
-        scale=softmax_scale, dropout_p=dropout_p,
-    )  # fmt: skip
+    require_tensor("q", q, 4)
+    options = _options(q, causal, window_size, softcap, alibi_slopes, softmax_scale, dropout_p, return_attn_probs)
+    out, lse = attend(q, k, v, **options)
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 
@@ -77,7 +79,8 @@ def flash_attn_varlen_func(
     Args:
         q: (total_q, H, D). Sequence b has rows cu_seqlens_q[b] to cu_seqlens_q[b+1].
         k, v: (total_k, H_kv, D) likewise; with a block table a pool of pages (num_pages, page, H_kv, D).
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device, ascending from 0.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device, ascending from 0. Rows past the last sequence count for
+            nothing: their out is 0 and their lse -inf.
         max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
         block_table: (B, pages) int32: key j of sequence b is in row j % page of page block_table[b, j // page].
         The rest: see `flash_attn_func`. Windows to the right, alibi_slopes (B, H) and block tables are served by padding
@@ -85,11 +88,21 @@ def flash_attn_varlen_func(
 
     Returns: out (total_q, H, D), or (out, lse (H, total_q) fp32, empty).
     """
-    _check_probabilities(dropout_p, return_attn_probs)
-    out, lse = attend_packed(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table=block_table, causal=causal,
-        window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale, dropout_p=dropout_p,
-    )  # fmt: skip
+    require_tensor("q", q, 3)
+    options = _options(q, causal, window_size, softcap, alibi_slopes, softmax_scale, dropout_p, return_attn_probs)
+    for name, x in (("k", k), ("v", v)):
+        require_tensor(name, x, 3 if block_table is None else 4)
+    starts = [_int32("cu_seqlens_q", cu_seqlens_q, q.device, 1), _int32("cu_seqlens_k", cu_seqlens_k, q.device, 1)]
+    longest = [_integer("max_seqlen_q", max_seqlen_q, 0), _integer("max_seqlen_k", max_seqlen_k, 0)]
+    table = None if block_table is None else _int32("block_table", block_table, q.device, 2)
+    total = len(q)
+    if q.is_cpu:
+        used = _checked_packing(starts, longest, total, len(k) if table is None else None)
+        q = q[: used[0]]
+        k, v = (k[: used[1]], v[: used[1]]) if table is None else (k, v)
+    out, lse = attend_packed(q, k, v, *starts, *longest, block_table=table, **options)
+    if (rest := total - len(out)) > 0:
+        out, lse = F.pad(out, (0, 0, 0, 0, 0, rest)), F.pad(lse, (0, rest), value=-torch.inf)
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 
@@ -146,33 +159,54 @@ def flash_attn_with_kvcache(
     """
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         require_tensor(name, x, 4)
+    options = _options(q, causal, window_size, softcap, alibi_slopes, softmax_scale)
+    require_flag("rotary_interleaved", rotary_interleaved)
     B = q.shape[0]
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((B,), cache_seqlens, dtype=torch.int32, device=q.device)
-    for name, x in (("cache_seqlens", cache_seqlens), ("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
-        if x is not None:
-            require_tensor(name, x, 1)
-            require_dtype(name, x, (torch.int32,))
-            require_shape(name, x, (B,), "(B,)")
-            require_device(name, x, q.device)
-    if cache_batch_idx is not None:
-        if block_table is not None:
+    if cache_seqlens is not None and not isinstance(cache_seqlens, torch.Tensor):
+        length = require_integer("cache_seqlens", cache_seqlens, least=0, most=2**31 - 1)
+        cache_seqlens = torch.full((B,), length, dtype=torch.int32, device=q.device)
+    lengths, rows, leftpad = (
+        None if x is None else _int32(name, x, q.device, 1, B)
+        for name, x in (("cache_seqlens", cache_seqlens), ("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad))
+    )
+    table = None if block_table is None else _int32("block_table", block_table, q.device, 2, B)
+    if rows is not None:
+        if table is not None:
             raise ValueError("cache_batch_idx: expected None with a block_table, got a tensor")
-        block_table = cache_batch_idx.unsqueeze(1)  # each row of the cache is a page
-
-    lengths = cache_seqlens
+        if rows.is_cpu and ((rows < 0) | (rows >= len(k_cache))).any():
+            raise ValueError(f"cache_batch_idx: expected rows from 0 to {len(k_cache) - 1}, got {rows.tolist()}")
+        table = rows.unsqueeze(1)  # each row of the cache is a page
+    if k is None and (v is not None or rotary_cos is not None):
+        raise ValueError(f"k: expected new keys with {'v' if v is not None else 'rotary_cos'}, got None")
+    if lengths is not None:
+        new = 0 if k is None else _number_of_tokens("k", k)
+        _check_room(lengths, new, k_cache.shape[1], table if rows is None else None)
     if k is not None:
         q, lengths = _append(
-            q, k, v, k_cache, v_cache, cache_seqlens, block_table, rotary_cos, rotary_sin, rotary_interleaved,
-            local=causal or tuple(window_size) != (-1, -1),
+            q, k, v, k_cache, v_cache, lengths, table, rotary_cos, rotary_sin, rotary_interleaved,
+            local=causal or options["window_size"] != (-1, -1),
         )  # fmt: skip
-    elif v is not None or rotary_cos is not None:
-        raise ValueError(f"k: expected new keys with {'v' if v is not None else 'rotary_cos'}, got None")
-    out, lse = attend(
-        q, k_cache, v_cache, lengths=lengths, leftpad=cache_leftpad, block_table=block_table, causal=causal,
-        window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale,
-    )  # fmt: skip
+    out, lse = attend(q, k_cache, v_cache, lengths=lengths, leftpad=leftpad, block_table=table, **options)
     return (out, lse) if return_softmax_lse else out
+
+
+def _number_of_tokens(name, x) -> int:
+    require_tensor(name, x, 4)
+    return x.shape[1]
+
+
+def _check_room(lengths, new: int, rows: int, table) -> None:
+    """On CPU, raises ValueError where the cache has not as many tokens, or has no room for new ones."""
+    if not lengths.is_cpu or lengths.numel() == 0:
+        return
+    least, most = lengths.min().item(), lengths.max().item()
+    capacity = rows if table is None else rows * table.shape[1]
+    if least < 0:
+        raise ValueError(f"cache_seqlens: expected lengths >= 0, got {least}")
+    if most + new > capacity and table is not None:
+        raise ValueError(f"block_table: expected pages for {most} tokens and {new} new ones, got {capacity} slots")
+    if most + new > capacity:
+        raise ValueError(f"cache_seqlens: expected at most {capacity - new}, the rows of the cache less {new} new ones, got {most}")
 
 
 def _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, interleaved, local):
@@ -250,43 +284,58 @@ def attend_packed(
         options |= {"causal": left_to_right[0], "window": left_to_right[1], "softcap": softcap or None}
         q, k, v = (_last_contiguous(x) for x in (q, k, v))
         return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, return_lse=True, **options)
-    require_tensor("q", q, 3)
-    # The last query of each sequence goes to the last row, for that is the one that attention aligns with the last key.
-    b, row = _rows("cu_seqlens_q", cu_seqlens_q, q, "max_seqlen_q", max_q, to_the_right=True)
-    padded = [q.new_zeros(len(cu_seqlens_q) - 1, max_q, *q.shape[1:]).index_put((b, row), q)]
+    # The last query of each sequence goes to the last row, for that is the one that attention aligns with the last key. What is
+    # past the last sequence goes to one more.
+    b, row = _rows(cu_seqlens_q, len(q), max_q, to_the_right=True)
+    tensors = [_padded(q, b, row, len(cu_seqlens_q) - 1, max_q)]
     if block_table is None:
-        index = _rows("cu_seqlens_k", cu_seqlens_k, k, "max_seqlen_k", max_k)
-        padded += [x.new_zeros(len(cu_seqlens_k) - 1, max_k, *x.shape[1:]).index_put(index, x) for x in (k, v)]
+        index = _rows(cu_seqlens_k, len(k), max_k)
+        tensors += [_padded(x, *index, len(cu_seqlens_k) - 1, max_k) for x in (k, v)]
     else:
-        padded += [k, v]
+        tensors += [k, v]
     lengths = cu_seqlens_k.diff() if lengths is None else lengths
     out, lse = attend(
-        *padded, causal=causal, window_size=window_size, lengths=lengths, block_table=block_table, **options
+        *tensors, causal=causal, window_size=window_size, lengths=lengths, block_table=block_table, **options
     )
+    out, lse = F.pad(out, (0, 0, 0, 0, 0, 1)), F.pad(lse, (0, 1), value=-torch.inf)
     return out[b, row], lse[b, :, row].T
 
 
-def _rows(name, cu_seqlens, x, limit, longest, to_the_right=False):
-    """For each packed token the number of its sequence, and its row if all are padded to the longest."""
-    require_tensor(name, cu_seqlens, 1)
-    require_dtype(name, cu_seqlens, (torch.int32,))
-    require_device(name, cu_seqlens, x.device)
+def _padded(x, b, row, B: int, longest: int):
+    """(total, heads, D) -> (B, longest, heads, D)."""
+    return x.new_zeros(B, longest + 1, *x.shape[1:]).index_put((b, row), x)[:, :longest]
+
+
+def _rows(cu_seqlens, total: int, longest: int, to_the_right=False):
+    """For each packed token the number of its sequence, and its row if all are padded to the longest; row `longest` for what is
+    past the last sequence."""
     lengths = cu_seqlens.diff()
-    if cu_seqlens.is_cpu:
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(x) or (lengths < 0).any():
-            raise ValueError(f"{name}: expected numbers that ascend from 0 to {len(x)}, got {cu_seqlens.tolist()}")
-        if (most := lengths.max().item()) > longest:
-            raise ValueError(f"{limit}: expected at least {most}, the longest sequence, got {longest}")
-    token = torch.arange(len(x), device=x.device)
-    b = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    token = torch.arange(total, device=cu_seqlens.device)
+    b = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp(max=len(lengths) - 1)
     row = token - cu_seqlens[b]
-    return b, row + (longest - lengths[b]) if to_the_right else row
+    row = row + (longest - lengths[b]) if to_the_right else row
+    return b, row.where(token < cu_seqlens[-1], longest)
+
+
+def _checked_packing(starts, longest, *totals) -> list[int]:
+    """How many rows the sequences have, of queries and of keys. totals: how many there are; None is not known."""
+    used = []
+    for name, cu_seqlens, limit, total in zip("qk", starts, longest, totals):
+        if len(cu_seqlens) < 2 or len(cu_seqlens) != len(starts[0]):
+            wanted = "shape (B + 1,), B >= 1, the same for queries and keys"
+            raise ValueError(f"cu_seqlens_{name}: expected {wanted}, got {tuple(cu_seqlens.shape)}")
+        lengths, last = cu_seqlens.diff(), cu_seqlens[-1].item()
+        if cu_seqlens[0] != 0 or (lengths < 0).any() or total is not None and last > total:
+            bound = "" if total is None else f" to at most {total}"
+            raise ValueError(f"cu_seqlens_{name}: expected numbers that ascend from 0{bound}, got {cu_seqlens.tolist()}")
+        if (most := lengths.max().item()) > limit:
+            raise ValueError(f"max_seqlen_{name}: expected at least {most}, the longest sequence, got {limit}")
+        used.append(last)
+    return used
 
 
 def bounds(causal, window_size):
     """As fastgpt.attention takes them: causal and window; and how many keys to the right are seen, if it takes a mask."""
-    if len(window_size) != 2 or not all(isinstance(size, int) and size >= -1 for size in window_size):
-        raise ValueError(f"window_size: expected two integers >= -1, got {window_size!r}")
     left, right = window_size
     if causal:
         right = 0
@@ -308,6 +357,41 @@ def _unpacked(name, x, parts, dims):
     return x.unbind(-3)
 
 
-def _check_probabilities(dropout_p, return_attn_probs):
+def _options(
+    q, causal, window_size, softcap, alibi_slopes, softmax_scale, dropout_p=0.0, return_attn_probs=False
+) -> dict:
+    """What the functions have in common, checked, as `attend` takes it."""
+    require_flag("causal", causal)
+    require_flag("return_attn_probs", return_attn_probs)
+    dropout_p = require_number("dropout_p", dropout_p, least=0, below=1)
     if return_attn_probs and dropout_p > 0:
         raise ValueError(f"return_attn_probs: expected False with dropout, got True with dropout_p {dropout_p}")
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(f"window_size: expected two integers >= -1, got {window_size!r}")
+    if alibi_slopes is not None:
+        require_tensor("alibi_slopes", alibi_slopes)
+        if alibi_slopes.dim() not in (1, 2):
+            raise ValueError(f"alibi_slopes: expected shape (H,) or (B, H), got {tuple(alibi_slopes.shape)}")
+        require_dtype("alibi_slopes", alibi_slopes, (torch.float32,))
+        require_device("alibi_slopes", alibi_slopes, q.device)
+    return {
+        "causal": causal, "window_size": tuple(_integer("window_size", size, -1) for size in window_size),
+        "softcap": require_number("softcap", softcap, least=0), "alibi_slopes": alibi_slopes,
+        "scale": require_number("softmax_scale", softmax_scale, optional=True), "dropout_p": dropout_p,
+    }  # fmt: skip
+
+
+def _integer(name: str, value, least: int) -> int:
+    """Of an integer of any kind, a tensor with one included."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point() and value.dtype != torch.bool:
+        value = value.item()
+    return require_integer(name, value, least=least, most=2**31 - 1)
+
+
+def _int32(name: str, x, device, ndim: int, B: int | None = None) -> torch.Tensor:
+    require_tensor(name, x, ndim)
+    require_dtype(name, x, (torch.int32, torch.int64))
+    if B is not None:
+        require_shape(name, x, (B, *x.shape[1:]), "(B,)" if ndim == 1 else "(B, pages)")
+    require_device(name, x, device)
+    return x.int()

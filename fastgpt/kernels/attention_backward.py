@@ -592,12 +592,13 @@ def attention_backward(
 
     B, H, T, D = q.shape
     H_kv, S = k.shape[1:3]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    packed = cu_seqlens_q is not None
+    # No program writes what is past the last of packed sequences.
+    dq, dk, dv = (torch.zeros_like(x) if packed else torch.empty_like(x) for x in (q, k, v))
     dbias = torch.zeros_like(bias, memory_format=torch.contiguous_format) if needs_dbias else None
     if dq.numel() == 0 or dk.numel() == 0:
         dsinks = None if sinks is None else torch.zeros_like(sinks)
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias, dsinks
-    packed = cu_seqlens_q is not None
     q, k, v, dout, out = (aligned_rows(x) for x in (q, k, v, dout, out))
     lse = lse.contiguous()
     sinks = None if sinks is None else sinks.contiguous()

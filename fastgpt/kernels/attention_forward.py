@@ -13,6 +13,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -302,7 +303,7 @@ def attention_forward(
     the device.
 
     Packed sequences: q (1, H, total_q, D), k, v (1, H_kv, total_k, D), and cu_seqlens_q, cu_seqlens_k (B + 1,) int32;
-    max_q is the longest sequence's number of queries.
+    max_q is the longest sequence's number of queries. What is past the last sequence sees no key; two launches more fill it.
 
     Returns:
         out (B, H, T, D) in q's dtype, contiguous as (B, T, H, D), and lse (B, H, T) fp32, natural log.
@@ -317,6 +318,8 @@ def attention_forward(
     B, H, T, D = q.shape
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if cu_seqlens_q is not None:  # no program writes what is past the last sequence
+        out.zero_(), lse.fill_(-math.inf)
     if out.numel() == 0:
         return out, lse
     if scale <= 0.0:  # the kernel takes the maximum before it scales
