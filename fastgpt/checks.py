@@ -62,9 +62,13 @@ def require_integer(name: str, value, least: int | None = None, most: int | None
         return None
     expected = "an integer" + _bounds(least, most) + (" or None" if optional else "")
     if not isinstance(value, SYMBOLS):
-        if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__index__"):
+        try:
+            integer = None if isinstance(value, (bool, torch.Tensor)) else operator.index(value)
+        except TypeError:
+            integer = None
+        if integer is None:
             raise TypeError(f"{name}: expected {expected}, got {value!r}")
-        value = operator.index(value)
+        value = integer
     if (least is not None and value < least) or (most is not None and value > most):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return value
@@ -80,9 +84,14 @@ def require_number(
     expected = "a finite number" + _bounds(least, most, above, below) + (" or None" if optional else "")
     if isinstance(value, SYMBOLS):
         return value
-    if isinstance(value, (bool, str, torch.Tensor)) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+    try:
+        convert = int if isinstance(value, int) else float  # an int may be too large for a float, or lose digits
+        number = None if isinstance(value, (bool, str, bytes, torch.Tensor)) else convert(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    value = operator.index(value) if hasattr(value, "__index__") else float(value)
+    value = number
     outside = (
         (least is not None and value < least) or (most is not None and value > most)
         or (above is not None and value <= above) or (below is not None and value >= below)

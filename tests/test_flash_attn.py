@@ -520,3 +520,41 @@ def test_bad_input_is_named(case):
     with pytest.raises(error, match=f"^{message}"):
         function(*arguments, **options)
     assert torch.equal(cache1, before)
+
+
+JUNK = [
+    "x", None, [1], object(), 1.5, -3, 2**70, True, float("nan"), 1j, {}, (1, 2, 3), ("a", "b"), np.ones(3), torch.tensor(1.0),
+    torch.zeros(0), torch.ones(2, 3), torch.ones(2, 3).to_sparse(), random(2, 5, 4, 16).to(torch.int8), random(2, 5, 4, 300),
+    random(2, 5, 4, 16).double(), random(2, 5, 4, 16).to("meta"), torch.full((2,), 100, dtype=INT), torch.ones(5), random(1, 1, 1, 1, 1, 1),
+    torch.zeros(2, 0, 4, 16), torch.tensor([7, 3, 0], dtype=INT), torch.nested.nested_tensor([random(2, 4, 16), random(3, 4, 16)]),
+]  # fmt: skip
+CALLS = {
+    flash_attn_func: (random(2, 5, 4, 16), random(2, 9, 2, 16), random(2, 9, 2, 16)),
+    flash_attn_kvpacked_func: (random(2, 5, 4, 16), random(2, 9, 2, 2, 16)),
+    flash_attn_qkvpacked_func: (random(2, 5, 3, 4, 16),),
+    flash_attn_varlen_func: (*tensors1, *packing1),
+    flash_attn_varlen_kvpacked_func: (tensors1[0], torch.stack(tensors1[1:], 1), *packing1),
+    flash_attn_varlen_qkvpacked_func: (random(11, 3, 4, 16), packing1[0], packing1[2]),
+    flash_attn_with_kvcache: (
+        random(2, 1, 4, 16), random(2, 9, 2, 16), random(2, 9, 2, 16), random(2, 1, 2, 16), random(2, 1, 2, 16), random(9, 8),
+        random(9, 8), torch.tensor([3, 4], dtype=INT),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
+def test_junk_in_any_argument(function):
+    """Either the call makes sense, or an error begins with the name of an argument and nothing is written."""
+    names = list(SIGNATURES[function.__name__])
+    before = [x.clone() if isinstance(x, torch.Tensor) else x for x in CALLS[function]]
+    refused = 0
+    for name, junk in itertools.product(names, JUNK):
+        arguments = [x.clone() if isinstance(x, torch.Tensor) else x for x in before]
+        call = dict(zip(names, arguments)) | {name: junk}
+        try:
+            function(**call)
+        except (TypeError, ValueError) as error:
+            assert str(error).partition(":")[0] in names, (name, junk, error)
+            assert all(not isinstance(x, torch.Tensor) or torch.equal(x, y) for x, y in zip(arguments, before)), (name, junk)
+            refused += 1
+    assert refused > len(names) * len(JUNK) / 3

@@ -13,6 +13,8 @@ Causal attention and windows are aligned to the bottom right: query i of T is at
 window_size (left, right) it sees those from left before that to right after, -1 for no bound.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -53,9 +55,10 @@ def flash_attn_kvpacked_func(
 ):  # fmt: skip
     """`flash_attn_func` of q (B, T, H, D) and kv (B, S, 2, H_kv, D)."""
     k, v = _unpacked("kv", kv, 2, 5)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    )
+    with _naming(k="kv", v="kv"):
+        return flash_attn_func(
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        )
 
 
 def flash_attn_qkvpacked_func(
@@ -64,9 +67,10 @@ def flash_attn_qkvpacked_func(
 ):  # fmt: skip
     """`flash_attn_func` of qkv (B, T, 3, H, D)."""
     q, k, v = _unpacked("qkv", qkv, 3, 5)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    )
+    with _naming(q="qkv", k="qkv", v="qkv"):
+        return flash_attn_func(
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        )
 
 
 def flash_attn_varlen_func(
@@ -112,10 +116,11 @@ def flash_attn_varlen_kvpacked_func(
 ):  # fmt: skip
     """`flash_attn_varlen_func` of q (total_q, H, D) and kv (total_k, 2, H_kv, D)."""
     k, v = _unpacked("kv", kv, 2, 4)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs,
-    )  # fmt: skip
+    with _naming(k="kv", v="kv"):
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
+            softcap, alibi_slopes, deterministic, return_attn_probs,
+        )  # fmt: skip
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -124,10 +129,11 @@ def flash_attn_varlen_qkvpacked_func(
 ):  # fmt: skip
     """`flash_attn_varlen_func` of qkv (total, 3, H, D)."""
     q, k, v = _unpacked("qkv", qkv, 3, 4)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
-        alibi_slopes, deterministic, return_attn_probs,
-    )  # fmt: skip
+    with _naming(q="qkv", k="qkv", v="qkv", cu_seqlens_q="cu_seqlens", max_seqlen_q="max_seqlen"):
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
+            alibi_slopes, deterministic, return_attn_probs,
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -161,6 +167,7 @@ def flash_attn_with_kvcache(
         require_tensor(name, x, 4)
     options = _options(q, causal, window_size, softcap, alibi_slopes, softmax_scale)
     require_flag("rotary_interleaved", rotary_interleaved)
+    require_flag("return_softmax_lse", return_softmax_lse)
     B = q.shape[0]
     if cache_seqlens is not None and not isinstance(cache_seqlens, torch.Tensor):
         length = require_integer("cache_seqlens", cache_seqlens, least=0, most=2**31 - 1)
@@ -182,11 +189,13 @@ def flash_attn_with_kvcache(
         new = 0 if k is None else _number_of_tokens("k", k)
         _check_room(lengths, new, k_cache.shape[1], table if rows is None else None)
     if k is not None:
-        q, lengths = _append(
-            q, k, v, k_cache, v_cache, lengths, table, rotary_cos, rotary_sin, rotary_interleaved,
-            local=causal or options["window_size"] != (-1, -1),
-        )  # fmt: skip
-    out, lse = attend(q, k_cache, v_cache, lengths=lengths, leftpad=leftpad, block_table=table, **options)
+        with _naming(cos="rotary_cos", sin="rotary_sin"):
+            q, lengths = _append(
+                q, k, v, k_cache, v_cache, lengths, table, rotary_cos, rotary_sin, rotary_interleaved,
+                local=causal or options["window_size"] != (-1, -1),
+            )  # fmt: skip
+    with _naming(k="k_cache", v="v_cache"):
+        out, lse = attend(q, k_cache, v_cache, lengths=lengths, leftpad=leftpad, block_table=table, **options)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -212,7 +221,7 @@ def _check_room(lengths, new: int, rows: int, table) -> None:
 def _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, interleaved, local):
     """Stores k and v. Returns q, rotated if there are angles, and the lengths afterwards."""
     if v is None or cache_seqlens is None or (cos is None) != (sin is None):
-        missing = "v" if v is None else "cache_seqlens" if cache_seqlens is None else "rotary_cos and rotary_sin"
+        missing = "v" if v is None else "cache_seqlens" if cache_seqlens is None else "rotary_cos" if cos is None else "rotary_sin"
         raise ValueError(f"{missing}: expected with k, got None")
     require_tensor("k", k, 4)
     require_tensor("v", v, 4)
@@ -224,6 +233,8 @@ def _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, int
     if cos is None:
         kv_cache_update(*new, *caches, positions[:, :T_new], block_table=block_table)
         return q, cache_seqlens + T_new
+    for name, x in (("cos", cos), ("sin", sin)):
+        require_tensor(name, x, 2)
     angles = [x.float() for x in (cos, sin)]
     options = {"interleaved": interleaved, "block_table": block_table}
     if T == T_new and (local or T == 1):
@@ -340,6 +351,18 @@ def bounds(causal, window_size):
     if causal:
         right = 0
     return right == 0, None if left < 0 else left + 1, right if right > 0 else None
+
+
+@contextlib.contextmanager
+def _naming(**names: str):
+    """Errors that name the arguments of operations below name those of the function above."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name, colon, rest = str(error).partition(":")
+        if not colon or name not in names:
+            raise
+        raise type(error)(f"{names[name]}:{rest}") from None
 
 
 def _heads_first(x):

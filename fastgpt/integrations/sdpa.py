@@ -360,7 +360,8 @@ class enabled(contextlib.ContextDecorator):
     Also a decorator. May be nested, and opened in several threads: it holds until the last one is left, however that
     happens. Every call is reached, whatever name the function was imported by before: from Python, TorchScript, C++; in
     threads that autograd starts, and in processes forked inside. On CPU also graphs of torch.compile, whenever compiled:
-    what runs inside is served, but for calls with dropout, which PyTorch breaks down further there. On CUDA these keep what they were compiled with; see fastgpt.integrations.flash_provider.
+    what runs inside is served, but for calls with dropout, which PyTorch has broken down further there. On CUDA these keep
+    what they were compiled with; see fastgpt.integrations.flash_provider.
 
     If a forward pass with activation checkpointing runs inside, its backward pass must, too: it runs the forward again.
 
