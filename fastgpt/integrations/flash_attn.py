@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from fastgpt.checks import (
     require_device, require_dtype, require_flag, require_integer, require_number, require_shape, require_tensor,
 )  # fmt: skip
-from fastgpt.ops.attention import attention, attention_varlen
+from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, attention, attention_varlen
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 
 
@@ -189,6 +189,7 @@ def flash_attn_with_kvcache(
         new = 0 if k is None else _number_of_tokens("k", k)
         _check_room(lengths, new, k_cache.shape[1], table if rows is None else None)
     if k is not None:
+        _check_attends(q, k_cache, v_cache, alibi_slopes)  # before anything is written
         with _naming(cos="rotary_cos", sin="rotary_sin"):
             q, lengths = _append(
                 q, k, v, k_cache, v_cache, lengths, table, rotary_cos, rotary_sin, rotary_interleaved,
@@ -197,6 +198,24 @@ def flash_attn_with_kvcache(
     with _naming(k="k_cache", v="v_cache"):
         out, lse = attend(q, k_cache, v_cache, lengths=lengths, leftpad=leftpad, block_table=table, **options)
     return (out, lse) if return_softmax_lse else out
+
+
+def _check_attends(q, k_cache, v_cache, alibi_slopes) -> None:
+    """Raises what the attention would raise for tensors that do not go together."""
+    H, D = q.shape[2:]
+    require_dtype("q", q, (*KERNEL_DTYPES, torch.float64))
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head dim from 1 to {MAX_HEAD_DIM}, got {D} in shape {tuple(q.shape)}")
+    heads = k_cache.shape[2]
+    if heads == 0 or H % heads:
+        raise ValueError(f"k_cache: expected a number of heads that divides q's {H}, got {heads}")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        require_dtype(name, x, (q.dtype,))
+        require_shape(name, x, (*k_cache.shape[:3], D), "to match q and k_cache")
+        require_device(name, x, q.device)
+    if alibi_slopes is not None:
+        whole = (H,) if alibi_slopes.dim() == 1 else (len(q), H)
+        require_shape("alibi_slopes", alibi_slopes, whole, "(H,) or (B, H)")
 
 
 def _number_of_tokens(name, x) -> int:
