@@ -21,7 +21,7 @@ from fastgpt.distributed import PARALLEL, joined, own_device
 from fastgpt.model import GPT
 from fastgpt.pipelines import Pipeline, Run, as_messages, pipeline
 from fastgpt.text import Tokenizer
-from fastgpt.train import STATE, TrainConfig, Trainer, pretrained, train
+from fastgpt.train import TrainConfig, Trainer, pretrained, require_new_run, require_writable, train
 from fastgpt.train import DTYPES as TRAIN_DTYPES
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"
@@ -92,18 +92,20 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train a model on a text file", formatter_class=Formatter)
     command.set_defaults(run=run_train)
     add = command.add_argument
-    add("--text", type=Path, required=True, metavar="FILE", help="the text; its last 10%% is held out")
-    add("--out", type=Path, required=True, metavar="DIR", help="where checkpoints go")
-    add("--resume", action="store_true", help="continue the run in DIR, with its settings")
+    add("--text", type=Path, required=True, metavar="FILE", help="the text, in UTF-8; its last 10%% is held out")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder for checkpoints, or with --resume that of a run")
+    add("--resume", action="store_true", help="continue the run in DIR with its settings; of these, all but layers, heads, "
+        "width, context, dropout and eval-windows may be given anew")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
     add("--init-from", metavar="PATH_OR_ID", help="go on from a checkpoint: its model and its tokenizer")
-    add("--parallel", choices=PARALLEL, help="started by torchrun, each process has the whole model or a part (ddp)")
-    add("--accumulate", type=int, default=1, metavar="N", help="compute a process's share of a batch in N parts (1)")
+    add("--parallel", choices=PARALLEL, help="under torchrun, each process has the whole model (ddp) or a part (fsdp) (ddp)")
+    add("--accumulate", type=int, default=1, metavar="N", help="compute a process's share of a batch in N parts, which takes "
+        "less memory (1)")
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
         metavar = {int: "N", float: "X", str: "D"}[field.type]
         choices = TRAIN_DTYPES if field.name == "dtype" else None
-        add(flag, type=field.type, choices=choices, metavar=metavar, help=f"(default {field.default})")
+        add(flag, type=field.type, choices=choices, metavar=metavar, help=f"{field.metadata['meaning']} ({field.default})")
 
     command = commands.add_parser("bench", help="how fast this machine is, in two minutes", formatter_class=Formatter)
     command.set_defaults(run=run_bench)
@@ -271,9 +273,6 @@ def print_prediction(tokens: list[dict], following: list[dict], vocab_size: int)
 
 
 def run_train(options) -> None:
-    if not options.text.is_file():
-        raise FileNotFoundError(f"text: expected a file, {options.text} does not exist or is not a file")
-    text = options.text.read_text(encoding="utf-8")
     device = device_of(own_device(options.device))
     given = {
         field.name: getattr(options, field.name)
@@ -281,8 +280,12 @@ def run_train(options) -> None:
         if getattr(options, field.name) is not None
     }
     with joined(options.parallel, device) as processes:
+        if not options.resume:
+            require_new_run(options.out)
+            processes.any(False)  # all have looked before one writes
+        require_writable(options.out)
         place = {"device": device, "accumulate": options.accumulate, "processes": processes}
-        trainer = resumed(options, text, given, place) if options.resume else started(options, text, given, place)
+        trainer = resumed(options, given, place) if options.resume else started(options, given, place)
         if processes.first:
             parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
             several = f" in each of {processes.size} processes ({processes.parallel})" if processes.parallel else ""
@@ -290,18 +293,20 @@ def run_train(options) -> None:
                 f"{parameters / 1e6:.2f} M parameters; {len(trainer.train_tokens):,} tokens to train on, "
                 f"{len(trainer.held_out):,} held out; {trainer.config.steps - trainer.step} steps to go on {device}{several}"
             )
-        train(trainer, options.out)
+        try:
+            train(trainer, options.out)
+        except FloatingPointError as error:  # in all processes at once
+            if processes.first:
+                print(f"fastgpt: error: {error}", file=sys.stderr)
+            sys.exit(1)
 
 
-def started(options, text: str, given: dict, place: dict) -> Trainer:
-    if (options.out / STATE).exists():
-        raise ValueError(f"out: expected a new folder, {options.out} holds a run; continue it with --resume")
+def started(options, given: dict, place: dict) -> Trainer:
     if options.init_from is None:
-        return Trainer(text, TrainConfig(**given), **place)
+        return Trainer(options.text, TrainConfig(**given), **place)
     config, model, tokenizer = pretrained(options.init_from, **given)
-    trainer = Trainer(text, config, model=model, tokenizer=tokenizer, **place)
+    trainer = Trainer(options.text, config, model=model, tokenizer=tokenizer, **place)
     if place["processes"].first:  # what else belongs to the tokenizer
-        options.out.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
             file = checkpoint.resolve(options.init_from) / name
             if file.is_file():
@@ -309,17 +314,10 @@ def started(options, text: str, given: dict, place: dict) -> Trainer:
     return trainer
 
 
-def resumed(options, text: str, given: dict, place: dict) -> Trainer:
+def resumed(options, given: dict, place: dict) -> Trainer:
     if options.init_from is not None:
         raise ValueError(f"init_from: expected none with --resume, which goes on from {options.out}, got {options.init_from}")
-    trainer = Trainer.resume(options.out, text, **place)
-    for name, value in given.items():
-        if value != getattr(trainer.config, name):
-            raise ValueError(
-                f"{name}: expected {getattr(trainer.config, name)}, with which the run in {options.out} was "
-                f"started, got {value}"
-            )
-    return trainer
+    return Trainer.resume(options.out, options.text, **place, **given)
 
 
 def run_bench(options) -> None:

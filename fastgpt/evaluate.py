@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from fastgpt.checks import require_integer
 from fastgpt.distributed import Processes
 
 
@@ -24,9 +25,15 @@ def evaluate(
 
     The text is read in windows of `context` tokens, by default the model's, that do not overlap: all of them, or
     `max_windows` that are spread evenly. With a `cache_dtype`, through a cache of it: what rounding keys and values costs.
-    Processes share the windows.
+    Processes share the windows. The model is left in training mode, or not, as it was.
+
+    Raises: TypeError or ValueError that begins with the argument's name.
     """
-    context, device = context or model.config.context_length, model.token_embedding.weight.device
+    require_integer("max_windows", max_windows, 1, optional=True)
+    context = require_integer("context", context, 1, optional=True) or model.config.context_length
+    if len(tokens) < 2:
+        raise ValueError(f"tokens: expected at least two, of which the second is predicted, got {len(tokens)}")
+    device = model.token_embedding.weight.device
     starts = list(range(0, len(tokens) - 1, context))
     if max_windows is not None and len(starts) > max_windows:
         starts = [starts[i * len(starts) // max_windows] for i in range(max_windows)]
@@ -35,7 +42,7 @@ def evaluate(
     total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
     for i in range(processes.rank, -(-len(starts) // processes.size) * processes.size, processes.size):
         start = starts[min(i, len(starts) - 1)]  # a sharded model is called as often in every process
-        window = tokens[start : start + context + 1].to(device)
+        window = tokens[start : start + context + 1].to(device, torch.int64)
         cache = None if cache_dtype is None else model.new_cache(1, cache_dtype=cache_dtype)
         logits = model(window[None, :-1], cache=cache)[0].float()
         if i < len(starts):

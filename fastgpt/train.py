@@ -4,20 +4,25 @@ It runs in one process or, started by torchrun, in several that share each batch
 """
 
 import copy
-import hashlib
+import json
 import math
 import pickle
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tqdm import tqdm
 
+from fastgpt import checkpoint
 from fastgpt.checkpoint import TOKENIZER, replacing, resolve
+from fastgpt.checks import require_choice, require_integer, require_number
+from fastgpt.corpus import summarize, tokenize
 from fastgpt.distributed import Processes, skeleton
 from fastgpt.evaluate import evaluate, split
 from fastgpt.model import GPT, GPTConfig
@@ -26,47 +31,54 @@ from fastgpt.text import Tokenizer
 STATE = "training_state.pt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHOW_EVERY = 0.5  # seconds between two looks at the loss, each of which waits for the device
+CHECK_INTERVAL = 20  # steps between two looks at whether the run has diverged, which all processes take together
+
+
+def setting(default, meaning: str):
+    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run. Lengths are in tokens; the learning rate falls along a cosine to a tenth of its peak.
+    """Settings of a run, each with its meaning, which `fastgpt train --help` shows. Lengths are in tokens.
 
-    layers: 0 makes a bigram model, which every other one should beat.
-    batch_size: windows in a step, those of all processes together.
     dtype: of matrix products and attention: "float32", or "bfloat16" by autocast. Weights and their updates are float32.
+
+    Raises: TypeError or ValueError that begins with the name of the setting.
     """
 
-    layers: int = 6
-    heads: int = 6
-    width: int = 192
-    context: int = 256
-    dropout: float = 0.1
-    batch_size: int = 16
-    steps: int = 2000
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    eval_interval: int = 200
-    eval_windows: int = 256
-    seed: int = 0
-    dtype: str = "float32"
+    layers: int = setting(6, "blocks of the decoder; 0 makes a bigram model, which every other one should beat")
+    heads: int = setting(6, "attention heads, which divide the width")
+    width: int = setting(192, "features of each token")
+    context: int = setting(256, "tokens that the model sees at once, and of each window it is trained on")
+    dropout: float = setting(0.1, "probability with which activations are zeroed in training")
+    batch_size: int = setting(16, "windows in a step, those of all processes together")
+    steps: int = setting(2000, "optimizer steps of the whole run; with --resume, more extend it")
+    learning_rate: float = setting(1e-3, "peak of the learning rate, which then falls along a cosine to a tenth of it")
+    warmup: int = setting(100, "steps in which the learning rate rises to its peak")
+    weight_decay: float = setting(0.1, "AdamW's, of matrices only")
+    grad_clip: float = setting(1.0, "norm that a step's gradient is scaled down to if it has a larger one")
+    eval_interval: int = setting(200, "steps between evaluations, each of which shows a sample and saves")
+    eval_windows: int = setting(256, "windows of the held-out text that are evaluated, at most")
+    seed: int = setting(0, "of the initial weights, batches and dropout")
+    dtype: str = setting("float32", f"of matrix products and attention, not of weights: {', '.join(DTYPES)}")
 
     def __post_init__(self):
-        for name in ("batch_size", "steps", "eval_interval", "eval_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)!r}")
-        for name in ("layers", "warmup", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
-        if self.seed >= 2**31:
-            raise ValueError(f"seed: expected a number below 2^31, got {self.seed!r}")
-        for name in ("learning_rate", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        checked = {name: require_integer(name, getattr(self, name), 1) for name in (
+            "heads", "width", "context", "batch_size", "steps", "eval_interval", "eval_windows",
+        )}  # fmt: skip
+        checked |= {name: require_integer(name, getattr(self, name), 0) for name in ("layers", "warmup")}
+        checked |= {name: require_number(name, getattr(self, name), above=0) for name in ("learning_rate", "grad_clip")}
+        checked["dropout"] = require_number("dropout", self.dropout, 0, below=1)
+        checked["weight_decay"] = require_number("weight_decay", self.weight_decay, 0)
+        checked["seed"] = require_integer("seed", self.seed, 0, 2**31 - 1)
+        require_choice("dtype", self.dtype, tuple(DTYPES))
+        for name, value in checked.items():  # NumPy's numbers as Python's
+            object.__setattr__(self, name, value)
+
+
+# Settings that a resumed run keeps: they make the model, or what its held-out losses are compared by.
+KEPT = ("layers", "heads", "width", "context", "dropout", "eval_windows")
 
 
 class Trainer:
@@ -78,21 +90,27 @@ class Trainer:
     its place in the batch. So it does not matter who computes a part.
 
     Args:
+        text: a string, or the pathlib.Path of a file in UTF-8. It is tokenized in pieces: see `fastgpt.corpus.tokenize`.
         tokenizer, model: to begin with, see `pretrained`; default those of a new character-level model.
         accumulate: parts of a process's share of each batch, whose gradients add up: less memory, the same step.
         processes: see `fastgpt.distributed.joined`.
 
-    Raises: ValueError.
+    Attributes:
+        train_tokens, held_out: the text's tokens, to train on (uint16 or uint32) and held out (int64).
+        step: steps done.
+        best_loss: the lowest held-out loss so far, nats per token.
+
+    Raises: FileNotFoundError (text), TypeError, ValueError.
     """
 
     def __init__(
-        self, text: str, config: TrainConfig, device="cpu",
+        self, text: str | Path, config: TrainConfig, device="cpu",
         *, tokenizer: Tokenizer | None = None, model: GPT | None = None, accumulate: int = 1,
         processes: Processes = Processes(),
     ):  # fmt: skip
-        parts = processes.size * accumulate
-        if accumulate < 1:
-            raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate!r}")
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}")
+        parts = processes.size * require_integer("accumulate", accumulate, 1)
         if config.batch_size % parts:
             raise ValueError(
                 f"batch_size: expected a multiple of {parts} (processes: {processes.size}, parts in each: {accumulate}), "
@@ -100,9 +118,10 @@ class Trainer:
             )
         self.config, self.device = config, torch.device(device)
         self.accumulate, self.processes = accumulate, processes
-        self.text_hash = hashlib.sha256(text.encode()).hexdigest()
-        self.tokenizer = tokenizer or Tokenizer.from_corpus(text)
-        self.train_tokens, self.held_out = split(torch.tensor(self.tokenizer.encode(text)), config.context)
+        self.text_hash, characters = summarize(text)
+        self.tokenizer = tokenizer or Tokenizer.from_corpus(characters)
+        self.train_tokens, held_out = split(tokenize(text, self.tokenizer), config.context)
+        self.held_out = held_out.long()
         torch.manual_seed(config.seed)
         self.model = model or GPT(model_config(config, self.tokenizer.vocab_size))
         self.skeleton = skeleton(self.model) if processes.parallel == "fsdp" else None
@@ -118,11 +137,14 @@ class Trainer:
             betas=(0.9, 0.99),
             fused=True,
         )
-        self.step = 0  # steps done
-        self.best_loss = math.inf  # lowest held-out loss so far, nats per token
+        self.step, self.best_loss = 0, math.inf
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to a tenth of the peak."""
+        """Linear warm-up, then a cosine to a tenth of the peak at `config.steps`.
+
+        It depends on the step and the settings alone, so a run that is resumed with more steps goes on at the rate that a
+        run of so many has there: higher than where it ended.
+        """
         config = self.config
         if step < config.warmup:
             return config.learning_rate * (step + 1) / config.warmup
@@ -141,7 +163,7 @@ class Trainer:
         share = config.batch_size // self.processes.size
         part = share // self.accumulate
         for first in range(self.processes.rank * share, (self.processes.rank + 1) * share, part):
-            windows = self.train_tokens[starts[first : first + part] + torch.arange(config.context + 1)]
+            windows = self.train_tokens[starts[first : first + part] + torch.arange(config.context + 1)].long()
             if self.device.type == "cuda":
                 windows = windows.pin_memory().to(self.device, non_blocking=True)
             torch.manual_seed(seeds[first])
@@ -204,16 +226,14 @@ class Trainer:
     def save(self, folder: Path, *, weights: bool) -> None:
         """Writes the state of the run and, with `weights`, the checkpoint that generates. The first process writes.
 
-        `resume` needs both; the checkpoint's weights may be those of an earlier step.
+        Every file appears whole or not at all, and the state last: whenever a process is ended, what the folder holds can
+        be resumed, or has no state yet. The checkpoint's weights may be those of an earlier step.
+
+        Raises: OSError.
         """
         model, optimizer = self.whole(), self.processes.gathered(self.optimizer.state_dict())
         if not self.processes.first:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        if weights:
-            model.save_pretrained(folder)
-            with replacing(folder / TOKENIZER) as temporary:
-                self.tokenizer.save(temporary)
         state = {
             "config": asdict(self.config),
             "text_hash": self.text_hash,
@@ -222,31 +242,65 @@ class Trainer:
             "model": model.state_dict(),
             "optimizer": optimizer,
         }
-        with replacing(folder / STATE) as temporary:
-            torch.save(state, temporary)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if weights:
+                model.save_pretrained(folder)
+            elif not (folder / checkpoint.CONFIG).exists():  # the architecture, which a resumed run reads
+                with replacing(folder / checkpoint.CONFIG) as temporary:
+                    temporary.write_text(json.dumps(checkpoint.contents(model)[0], indent=2) + "\n")
+            with replacing(folder / TOKENIZER) as temporary:
+                self.tokenizer.save(temporary)
+            with replacing(folder / STATE) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+            raise OSError(f"out: {folder} cannot be written to: {error}") from error
 
     @classmethod
-    def resume(cls, folder: Path, text: str, device="cpu", **options) -> "Trainer":
+    def resume(
+        cls, folder: Path, text: str | Path, device="cpu",
+        *, accumulate: int = 1, processes: Processes = Processes(), **changed,
+    ) -> "Trainer":  # fmt: skip
         """The trainer that `save` wrote, ready for its next step.
 
         Args:
-            options: accumulate and processes, which may be others than before.
+            accumulate, processes: may be others than before.
+            changed: settings that shall be others from now on, as in TrainConfig: more steps, say, or a smaller learning rate.
+                Those that make the model (layers, heads, width, context, dropout), and eval_windows, by which held-out losses
+                compare, cannot change.
 
-        Raises: FileNotFoundError, or ValueError when the state is damaged or belongs to another text.
+        Raises: FileNotFoundError; ValueError when the state is damaged or belongs to another text, or a setting cannot change.
         """
         path = folder / STATE
         if not path.is_file():
             raise FileNotFoundError(f"resume: expected {STATE} of an earlier run in {folder}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if hashlib.sha256(text.encode()).hexdigest() != state["text_hash"]:
-                raise ValueError(f"text: expected the text that the run in {folder} was started with, got another")
-            config, model, tokenizer = pretrained(folder, **state["config"])
-            trainer = cls(text, config, device, model=model, tokenizer=tokenizer, **options)
+            config, text_hash, step, best_loss = (state[name] for name in ("config", "text_hash", "step", "best_loss"))
+            config = TrainConfig(**config)
+        except (EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            raise ValueError(f"resume: {path} is damaged: {_reason(error)}") from error
+        for name, value in changed.items():
+            if name in KEPT and value != getattr(config, name):
+                raise ValueError(
+                    f"{name}: expected {getattr(config, name)}, with which the run in {folder} was started, got {value}"
+                )
+        config = replace(config, **changed)
+        if config.steps < step:
+            raise ValueError(f"steps: expected at least {step}, which the run in {folder} has done, got {config.steps}")
+        if summarize(text).sha256 != text_hash:
+            raise ValueError(f"text: expected the text that the run in {folder} was started with, got another")
+        _, model_config, of_config = checkpoint.read_config(folder)
+        model = GPT(GPTConfig(**of_config))
+        model.checkpoint_config = model_config
+        tokenizer = Tokenizer.from_folder(folder)
+        trainer = cls(text, config, device, model=model, tokenizer=tokenizer, accumulate=accumulate, processes=processes)
+        try:
             trainer.load(state["model"], state["optimizer"])
-            trainer.step, trainer.best_loss = state["step"], state["best_loss"]
-        except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"resume: {path} is damaged: {error}") from error
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"resume: {path} is damaged: {_reason(error)}") from error
+        trainer.optimizer.param_groups[0]["weight_decay"] = config.weight_decay  # the state's was that of before
+        trainer.step, trainer.best_loss = step, best_loss
         return trainer
 
     def load(self, model: dict, optimizer: dict) -> None:
@@ -260,8 +314,14 @@ class Trainer:
         self.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
 
 
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     """The model of a run that begins with random weights."""
+    if config.width % config.heads:
+        raise ValueError(f"width: expected a multiple of the {config.heads} heads, got {config.width}")
     bigram = {"position": None, "tie_embeddings": False} if config.layers == 0 else {}
     return GPTConfig(
         vocab_size=vocab_size,
@@ -305,27 +365,60 @@ def pretrained(path: str | Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
     return TrainConfig(**(given | fixed)), model, tokenizer
 
 
+def require_new_run(folder: Path) -> None:
+    """Raises ValueError if a folder holds a run or a model, which a new run would overwrite."""
+    if (folder / STATE).exists():
+        raise ValueError(f"out: expected a new folder, {folder} holds a run; continue it with --resume")
+    if weights := sorted(path.name for pattern in ("*.safetensors", "*.safetensors.index.json") for path in folder.glob(pattern)):
+        raise ValueError(f"out: expected a new folder, {folder} holds the model {weights[0]}")
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder if need be. Raises OSError where it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise type(error)(f"out: expected a folder that can be written to, {folder} is none: {error.strerror}") from error
+
+
 def train(trainer: Trainer, folder: Path) -> None:
     """Runs what is left of `trainer.config.steps`, in each of the trainer's processes.
 
-    At every `eval_interval` steps and at the end it evaluates, shows a sample and saves to `folder`; the weights kept
-    there are those with the lowest held-out loss. Ctrl-C or SIGTERM, to any process, ends the run after the current step
-    in the same way; a second one ends it at once.
+    A new run is saved to `folder` at once. At every `eval_interval` steps and at the end it evaluates, shows a sample and saves; the weights kept there are those with the lowest held-out loss. Ctrl-C or SIGTERM, to any process, ends the run
+    after the current step in the same way; a second one ends it at once.
+
+    Raises: FloatingPointError when the loss or its gradient is not finite any more: the folder keeps the state that was
+        saved last, which can be resumed with other settings. OSError when the folder cannot be written to.
     """
     config, processes = trainer.config, trainer.processes
     trainer.model.train()
-    stop = False
+    stop, saved = False, trainer.step
+    finite = torch.ones((), dtype=torch.bool, device=trainer.device)
+
+    def require_finite(*more: float) -> None:
+        if not (finite and all(map(math.isfinite, more))):
+            raise FloatingPointError(
+                f"the run has diverged by step {trainer.step}: the loss or its gradient is not finite any more. {folder} holds "
+                f"step {saved}: continue it with --resume and a smaller --learning-rate, say."
+            )
+
+    if processes.any(trainer.step == 0 or (processes.first and not (folder / STATE).exists())):
+        trainer.save(folder, weights=False)
     with (
         processes.interruptible() as interrupted,
         tqdm(total=config.steps, initial=trainer.step, unit="step", disable=not processes.first) as bar,
     ):
         since, counted = time.perf_counter(), trainer.step
         while trainer.step < config.steps and not stop:
-            result = trainer.train_step()
+            result = torch.stack(trainer.train_step())
+            finite &= result.isfinite().all()
             stop = interrupted()
             pause = trainer.step % config.eval_interval == 0 or trainer.step == config.steps or stop
+            if pause or trainer.step % CHECK_INTERVAL == 0:
+                require_finite()
             if processes.first and (pause or time.perf_counter() - since > SHOW_EVERY):
-                loss, norm = torch.stack(result).tolist()  # waits for the device
+                loss, norm = result.tolist()  # waits for the device
                 tokens = (trainer.step - counted) * config.batch_size * config.context
                 speed = tokens / (time.perf_counter() - since)
                 bar.set_postfix_str(f"loss {loss:.3f}, gradient norm {norm:.2f}, {speed:,.0f} tokens/s", refresh=False)
@@ -333,9 +426,11 @@ def train(trainer: Trainer, folder: Path) -> None:
             bar.update()
             if pause:
                 held_out = trainer.evaluate()
+                require_finite(held_out)
                 best = held_out < trainer.best_loss
                 trainer.best_loss = min(held_out, trainer.best_loss)
                 trainer.save(folder, weights=best)
+                saved = trainer.step
                 text = trainer.sample()
                 if processes.first:
                     bar.write(
@@ -347,4 +442,5 @@ def train(trainer: Trainer, folder: Path) -> None:
     if processes.first:
         if stop:
             print(f"Stopped after step {trainer.step} of {config.steps}; continue with --resume.")
-        print(f"{folder}: weights with held-out loss {trainer.best_loss:.4f} nats per token.")
+        if math.isfinite(trainer.best_loss):
+            print(f"{folder}: weights with held-out loss {trainer.best_loss:.4f} nats per token.")

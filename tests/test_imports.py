@@ -17,7 +17,7 @@ LAYERS = [
     {"__init__", "parallel", "train"},
     {"heads", "pipelines"},
     {"model"},
-    {"checkpoint", "evaluate", "generate", "inspection", "timing"},
+    {"checkpoint", "corpus", "evaluate", "generate", "inspection", "timing"},
     {"context"},
     {"integrations.flash_provider", "integrations.sdpa"},
     {"integrations.flash_attn"},
