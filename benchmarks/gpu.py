@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from benchmarks.table import aligned
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 9
 GRACE = 20  # seconds from the interrupt to the kill, if there are as many
+POLL = 0.05  # seconds between two looks at a part
 SKIPPED = sanitizer.SKIPPED  # the exit status of a part that cannot do here what it is for; its last line says why
 SUITES = {  # shares of the whole time, the most telling first; 0.02 for others
     "generate": 0.26, "attention": 0.07, "decode": 0.06, "linear": 0.04, "kv_cache": 0.03, "integrations": 0.02,
@@ -120,8 +122,35 @@ def log_of(part: Part) -> str:
     return f"{part.name.lower().replace(' ', '_')}.log"
 
 
-def run(part: Part, log: Path, seconds: float, grace: float = GRACE) -> Result:
-    """Runs a part for at most so many seconds, the grace included."""
+@contextlib.contextmanager
+def signals():
+    """Within it, signals that end a program come into the list that it yields, and do nothing else.
+
+    So none comes amidst what must not be left half done, the start of a process say, which nothing would end then. A shell
+    that runs this in the background has it ignore interrupts, which parts would inherit: they do not inherit handlers.
+    """
+    arrived, before = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        before[number] = signal.signal(number, lambda number, _: arrived.append(number))
+    try:
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ends(process: subprocess.Popen, seconds: float, arrived: Sequence[int], seen: int) -> bool:
+    """Whether a process ends within so many seconds, and before more signals have arrived than were seen."""
+    end = time.monotonic() + seconds
+    while process.poll() is None:
+        if time.monotonic() >= end or len(arrived) > seen:
+            return False
+        time.sleep(POLL)
+    return True
+
+
+def run(part: Part, log: Path, seconds: float, grace: float = GRACE, arrived: Sequence[int] = ()) -> Result:
+    """Runs a part for at most so many seconds, the grace included, or until a signal arrives: see `signals`."""
     start, grace = time.monotonic(), min(grace, seconds / 4)
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | part.environment
     environment["FASTGPT_BENCH_UNTIL"] = str(time.time() + seconds - grace)  # see benchmarks/timing.py
@@ -133,21 +162,16 @@ def run(part: Part, log: Path, seconds: float, grace: float = GRACE) -> Result:
             )  # fmt: skip
         except OSError as error:
             return Result(part.name, "failed", 0.0, log, str(error))
-        try:
-            outcome = {0: "ok", SKIPPED: "skipped"}.get(process.wait(seconds - grace), "failed")
-        except subprocess.TimeoutExpired:
-            outcome = "timed out"
-        except KeyboardInterrupt:
-            outcome = "interrupted"
-        ended = process.returncode is not None
-        if not ended:
+        ended = ends(process, seconds - grace, arrived, seen=0)
+        if ended:
+            outcome = {0: "ok", SKIPPED: "skipped"}.get(process.returncode, "failed")
+        else:
+            outcome = "interrupted" if arrived else "timed out"
             os.killpg(process.pid, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-                process.wait(grace)
+            ends(process, grace, arrived, len(arrived))
         with contextlib.suppress(ProcessLookupError):  # also of what it left behind
             os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps it for longer
-            process.wait(5)
+        ends(process, 5, arrived, len(arrived))  # a driver that hangs keeps it for longer
     last = last_line(log)
     if ended and process.returncode < 0:
         last = f"{signal.Signals(-process.returncode).name}: {last}"
@@ -161,19 +185,18 @@ def last_line(log: Path) -> str:
     return next((line.strip("= \r")[:100] for line in reversed(lines) if line.strip("= \r")), "")
 
 
-def run_all(parts: list[Part], out: Path, seconds: float, grace: float = GRACE) -> list[Result]:
-    """Runs one part after the other, all within so many seconds."""
-    end, results, interrupted = time.monotonic() + seconds, [], False
+def run_all(parts: list[Part], out: Path, seconds: float, grace: float = GRACE, arrived: Sequence[int] = ()) -> list[Result]:
+    """Runs one part after the other, all within so many seconds, or until a signal arrives: see `signals`."""
+    end, results = time.monotonic() + seconds, []
     for i, part in enumerate(parts):
         granted_later = seconds * sum(later.share for later in parts[i + 1 :] if not later.missing)
         left = end - time.monotonic() - granted_later
-        why = part.missing or ("interrupted" if interrupted else "no time is left" if left < 0.5 else "")
+        why = part.missing or ("interrupted" if arrived else "no time is left" if left < 0.5 else "")
         if why:
             results.append(Result(part.name, "skipped", 0.0, None, why))
         else:
             print(f"{part.name}: at most {left:.0f} s", flush=True)
-            results.append(run(part, out / log_of(part), left, grace))
-            interrupted = results[-1].outcome == "interrupted"
+            results.append(run(part, out / log_of(part), left, grace, arrived))
         print(f"{part.name}: {results[-1].outcome}, {results[-1].seconds:.0f} s: {results[-1].last_line}", flush=True)
         finish(out, results)
     return results
@@ -202,9 +225,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts only")
     parser.add_argument("--dry-run", action="store_true", help="on a machine without a GPU, a little of each part")
     args = parser.parse_args()
-    # A shell that runs this in the background has it ignore interrupts, and parts would inherit that.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     out = args.out.absolute()
     todo = parts(out, args.dry_run)
     if args.only:
@@ -217,12 +237,13 @@ def main() -> None:
         for stale in (out / log_of(part), (out / log_of(part)).with_suffix(".json")):
             stale.unlink(missing_ok=True)
 
-    results = run_all(todo, out, 60 * (args.minutes or (4 if args.dry_run else MINUTES)))
-    if (out / "results").exists() and not args.dry_run:
-        shutil.copytree(out / "results", ROOT / "benchmarks" / "results", dirs_exist_ok=True)
-    print(f"\n{table(results)}\n\nlogs and results are in {out} and {out.name}.tar.gz beside it")
+    with signals() as arrived:
+        results = run_all(todo, out, 60 * (args.minutes or (4 if args.dry_run else MINUTES)), arrived=arrived)
+        if (out / "results").exists() and not args.dry_run:
+            shutil.copytree(out / "results", ROOT / "benchmarks" / "results", dirs_exist_ok=True)
+        print(f"\n{table(results)}\n\nlogs and results are in {out} and {out.name}.tar.gz beside it")
     outcomes = {result.outcome for result in results}
-    sys.exit(130 if "interrupted" in outcomes else 0 if outcomes <= {"ok", "skipped"} else 1)
+    sys.exit(130 if arrived else 0 if outcomes <= {"ok", "skipped"} else 1)
 
 
 if __name__ == "__main__":
