@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     """Where parallel_training.py has written."""
     folder = tmp_path_factory.mktemp("parallel_training")
     process = start(Path(__file__).parent / "parallel_training.py", folder)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return folder
 
@@ -142,7 +142,7 @@ def test_ctrl_c_stops_all_processes_after_the_same_step(tmp_path):
         assert piece, progress
         progress += piece
     process.send_signal(signal.SIGINT)  # torchrun passes it on
-    shown, _ = process.communicate(timeout=60)
+    shown, _ = process.communicate(timeout=600)
     (stopped,) = re.findall(r"Stopped after step (\d+) of 100000; continue with --resume", shown)  # once, so by one process
     assert shown.count("held-out loss") == 2 and shown.count("M parameters") == 1
     assert "in each of 2 processes (fsdp)" in shown
