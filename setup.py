@@ -10,7 +10,7 @@ builds. Settings, all environment variables:
     CXX                   the C++ compiler (also nvcc's host compiler)
 """
 
-import importlib
+import importlib.util
 import os
 import platform
 import re
@@ -22,6 +22,7 @@ import sysconfig
 from glob import glob
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -45,6 +46,20 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 def fail(sentence):
     raise SystemExit(f"fastgpt: {sentence}")
+
+
+def require_tools(*names):
+    """Fails with all that is missing of the build's tools, and how to install it, if one of these is."""
+    missing = {}
+    if int(re.match(r"\d+", setuptools.__version__)[0]) < 77:
+        missing["setuptools"] = f'"setuptools>=77" (found {setuptools.__version__})', '"setuptools>=77"'
+    if not importlib.util.find_spec("ninja") and not shutil.which("ninja"):
+        missing["ninja"] = "ninja", "ninja"
+    if not importlib.util.find_spec("pybind11"):
+        missing["pybind11"] = "pybind11", '"pybind11>=2.12"'
+    if missing.keys() & set(names):
+        needed, wanted = zip(*missing.values())
+        fail(f"building without isolation needs {', '.join(needed)}: pip install {' '.join(wanted)}")
 
 
 def torch_paths():
@@ -86,14 +101,7 @@ def find_ninja():
         path = shutil.which("ninja", path=importlib.import_module("ninja").BIN_DIR)
     except ImportError:
         path = None
-    return path or shutil.which("ninja") or fail("building needs ninja: pip install ninja.")
-
-
-def find_pybind11():
-    try:
-        return importlib.import_module("pybind11").get_include()
-    except ImportError:
-        fail("building needs pybind11: pip install pybind11.")
+    return path or shutil.which("ninja")
 
 
 def find_nvcc():
@@ -141,7 +149,13 @@ class NinjaBuild(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extensions(self):
-        self.cxx, self.ninja, self.pybind11 = find_cxx(), find_ninja(), find_pybind11()
+        if sys.platform == "win32":
+            fail("Windows is not supported: build in WSL, on Linux or on macOS.")
+        require_tools("ninja", "pybind11")
+        jobs = os.environ.get("MAX_JOBS", "")
+        if jobs and not re.fullmatch("[1-9][0-9]*", jobs):
+            fail(f"MAX_JOBS: expected an integer >= 1 or unset, got {jobs!r}.")
+        self.cxx, self.ninja, self.pybind11 = find_cxx(), find_ninja(), importlib.import_module("pybind11").get_include()
         self.torch_include, self.torch_lib = torch_paths()
         self.folder = Path("build", f"ninja-{sys.implementation.cache_tag}-{platform.machine()}")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -252,6 +266,7 @@ def join(words):
     return shlex.join(map(str, words)).replace("$", "$$")
 
 
+require_tools("setuptools")  # before an old one fails to read pyproject.toml, at length
 setup(
     ext_modules=[
         Extension("fastgpt._C", sorted(glob("csrc/*.cpp"))),

@@ -2,6 +2,29 @@
 
 __version__ = "0.1.0"
 
+from importlib import import_module
+
+import torch  # whose libraries the compiled operations need
+
+try:
+    import_module("fastgpt._C")
+except ImportError as error:
+    from pathlib import Path
+
+    folder = Path(__file__).parent
+    build = "pip install --no-build-isolation -e ."
+    others = sorted(path.name for path in folder.glob("_C.*"))
+    if not isinstance(error, ModuleNotFoundError):
+        reason = f"its compiled operations do not load with torch {torch.__version__} ({error}). Build them anew: {build}"
+    elif others:
+        reason = f"its compiled operations in {folder} are for another Python ({', '.join(others)}). Build them anew: {build}"
+    else:
+        reason = (
+            f"Python found {folder}, which has no compiled operations (fastgpt._C). If it is the source folder and fastgpt is "
+            f"installed elsewhere, run Python in another folder; or build the operations in the source folder: {build}"
+        )
+    raise ImportError(f"fastgpt cannot be imported: {reason}") from error
+
 from fastgpt.cache import ContiguousCache, KVCache, OutOfPages, PagedCache, PagePool, SlidingCache
 from fastgpt.heads import SequenceClassifier, TokenClassifier
 from fastgpt.integrations.sdpa import scaled_dot_product_attention

@@ -220,6 +220,52 @@ def test_wrong_settings_are_one_sentence(project, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "module, code, sentence",
+    [
+        ("setuptools", "__version__ = '65.5.0'; Extension = setup = object", '"setuptools>=77" (found 65.5.0): pip install "setuptools>=77"'),
+        ("pybind11", None, 'pybind11: pip install "pybind11>=2.12"'),
+    ],
+)  # fmt: skip
+def test_missing_tools_are_one_sentence(module, code, sentence, project, tmp_path):
+    if module == "setuptools":
+        package = tmp_path / "setuptools" / "command"
+        package.mkdir(parents=True)
+        (package.parent / "__init__.py").write_text(code)
+        (package / "__init__.py").touch()
+        (package / "build_ext.py").write_text("build_ext = object")
+        result = build(project, PYTHONPATH=tmp_path)
+    else:
+        hidden = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name: name != 'pybind11' and find(name)"
+        (tmp_path / "sitecustomize.py").write_text(hidden)
+        result = build(project, PYTHONPATH=tmp_path)
+    assert last_line(result) == f"fastgpt: building without isolation needs {sentence}"
+
+
+def test_jobs_are_a_number(project):
+    assert last_line(build(project, MAX_JOBS="many")) == "fastgpt: MAX_JOBS: expected an integer >= 1 or unset, got 'many'."
+
+
+@pytest.mark.parametrize(
+    "library, sentence",
+    [
+        (None, "which has no compiled operations .* run Python in another folder; or build .*pip install --no-build-isolation -e"),
+        ("_C.cpython-32-none.so", r"are for another Python \(_C.cpython-32-none.so\). Build them anew: pip install"),
+        (MODULE.name, r"do not load with torch .*file too short.*Build them anew: pip install"),
+    ],
+    ids=["sources", "another Python", "does not load"],
+)
+def test_import_without_compiled_operations(library, sentence, tmp_path):
+    (tmp_path / "fastgpt").mkdir()
+    shutil.copy(MODULE.parent / "__init__.py", tmp_path / "fastgpt")
+    if library:
+        (tmp_path / "fastgpt" / library).touch()
+    # Without the finder of an editable install, which would find the operations all the same.
+    finders = "import sys; sys.meta_path = [f for f in sys.meta_path if getattr(f, '__module__', '').startswith('_frozen')]"
+    result = run_python("-c", f"{finders}; import fastgpt", cwd=tmp_path, PYTHONPATH="")
+    assert re.search(f"^ImportError: fastgpt cannot be imported: .*{sentence}", last_line(result))
+
+
 def test_sdist_holds_the_sources(project):
     result = run_python("setup.py", "-q", "sdist", cwd=project)
     assert result.returncode == 0, result.stderr
