@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import torch
 import transformers
 from family_checkpoints import theirs
 from models import random_model, reference_operations
-from texts import CHATML
+from texts import CHATML, CORPUS, byte_fallback, byte_level
 
-from fastgpt import GPT
+from fastgpt import GPT, corpus
+from fastgpt import checkpoint as checkpoints
 from fastgpt.cli import main
 from fastgpt.evaluate import evaluate, split
 from fastgpt.text import Tokenizer
@@ -242,7 +244,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_generates_and_resumes(text_file, tmp_pa
         assert piece, progress
         progress += piece
     process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=60)
+    stdout, _ = process.communicate(timeout=600)
     assert process.returncode == 0
     assert "continue with --resume" in stdout and "held-out loss" in stdout
 
@@ -309,9 +311,152 @@ def test_bad_state(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"batch_size": -1}, {"learning_rate": 0.0}, {"grad_clip": math.nan}, {"dtype": "float16"}, {"layers": -1}],
-)
+    [
+        {"steps": 1.5}, {"context": 0}, {"heads": True}, {"learning_rate": math.nan}, {"dropout": 1.0}, {"seed": "a"},
+        {"weight_decay": math.inf}, {"steps": 0}, {"batch_size": -1}, {"learning_rate": 0.0}, {"grad_clip": math.nan}, {"dtype": "float16"}, {"layers": -1},
+    ],
+)  # fmt: skip
 def test_bad_settings(change):
     (name,) = change
-    with pytest.raises(ValueError, match=f"{name}: expected"):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
         replace(TINY, **change)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_diverged_run_keeps_its_last_good_state(kind, text_file, tmp_path, capsys, monkeypatch):
+    """And goes on from there."""
+    out, train_step = tmp_path / "run", Trainer.train_step
+
+    def poisoned(self):
+        loss, norm = train_step(self)
+        nan = torch.tensor(math.nan)
+        return (loss, norm) if self.step < 25 else (nan, norm) if kind == "loss" else (loss, nan)
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    arguments = ["train", "--text", text_file, "--out", out, *SMALL, "--steps", 40]
+    with pytest.raises(SystemExit) as exit:
+        main([*map(str, arguments), "--eval-interval", "20"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 1 and "the run has diverged by step 40" in error and f"{out} holds step 20" in error
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    main(["train", "--text", str(text_file), "--out", str(out), "--resume", "--learning-rate", "1e-4", "--steps", "30"])
+    resumed = Trainer.resume(out, text_file)
+    assert resumed.step == 30 and resumed.config.learning_rate == 1e-4
+    assert all(weight.isfinite().all() for weight in weights(resumed).values())
+
+
+def test_a_run_that_diverges_at_once_can_be_resumed(tmp_path):
+    trainer = Trainer(TEXT, replace(TINY, learning_rate=1e30, grad_clip=1e30, warmup=0))
+    with pytest.raises(FloatingPointError, match="diverged by step 20.*holds step 0"):
+        train(trainer, tmp_path)
+    resumed = Trainer.resume(tmp_path, TEXT, learning_rate=1e-3, grad_clip=1.0)
+    assert all(torch.equal(weight, weights(Trainer(TEXT, TINY))[name]) for name, weight in weights(resumed).items())
+
+
+def test_more_steps_go_on_at_the_rate_of_a_longer_run(tmp_path):
+    trainer = Trainer(TEXT, replace(TINY, steps=8))
+    train(trainer, tmp_path)
+    longer = Trainer.resume(tmp_path, TEXT, steps=12)
+    assert longer.step == 8 and longer.learning_rate(8) == Trainer(TEXT, replace(TINY, steps=12)).learning_rate(8)
+    train(longer, tmp_path)
+    assert Trainer.resume(tmp_path, TEXT).step == 12
+    with pytest.raises(ValueError, match="steps: expected at least 12, .* got 11"):
+        Trainer.resume(tmp_path, TEXT, steps=11)
+
+
+@pytest.mark.parametrize("where", ["weights", "config", "tokenizer", "state"])
+def test_a_save_that_is_cut_off_leaves_a_run(where, tmp_path, monkeypatch):
+    trainer = Trainer(TEXT, replace(TINY, steps=2))
+    train(trainer, tmp_path)
+    before = weights(trainer)
+    trainer.train_step()
+    names = {"weights": "model.safetensors", "config": "config.json", "tokenizer": "tokenizer.json", "state": "training_state.pt"}
+
+    class Cut(checkpoints.replacing):
+        def __exit__(self, exception, *rest):
+            if self.path.name == names[where]:
+                raise OSError(28, "No space left on device")
+            return super().__exit__(exception, *rest)
+
+    monkeypatch.setattr(checkpoints, "replacing", Cut)
+    monkeypatch.setattr("fastgpt.train.replacing", Cut)
+    with pytest.raises(OSError, match="^out: .* cannot be written to: .*No space left"):
+        trainer.save(tmp_path, weights=True)
+    monkeypatch.undo()
+    resumed = Trainer.resume(tmp_path, TEXT)
+    assert resumed.step == 2
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(resumed).items())
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"abc\xffdef", "text: expected UTF-8, .*text.txt has the byte 0xff at offset 3"),
+        (b"x" * 70000 + "\u00e9".encode()[:1], "text: expected UTF-8, .*text.txt has the byte 0xc3 at offset 70,000"),
+        (b"", "text: expected at least 20 tokens for a context of 16, got 0"),
+        (b"\xef\xbb\xbf", "text: expected at least 20 tokens for a context of 16, got 0"),
+        (None, "text: expected a file, .*text.txt is a folder"),
+    ],
+)
+def test_files_that_are_no_text(content, problem, tmp_path):
+    path = tmp_path / "text.txt"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=problem):
+        Trainer(path, TINY)
+
+
+def test_a_file_is_its_text(tmp_path):
+    path = tmp_path / "text.txt"
+    for text in (TEXT, TEXT.replace("\n", "\r\n"), "Zwölf Boxkämpfer 🙂\n" * 4000):
+        path.write_bytes(text.encode())
+        assert corpus.summarize(path) == corpus.summarize(path.read_text(encoding="utf-8"))
+        trainer = Trainer(path, TINY)
+        whole = torch.tensor(trainer.tokenizer.encode(path.read_text(encoding="utf-8")))
+        assert torch.equal(torch.cat([trainer.train_tokens.long(), trainer.held_out]), whole)
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_tokens_of_pieces_are_those_of_the_whole(make, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 3000)
+    monkeypatch.setattr(corpus, "OVERLAP", 1024)
+    tokenizer, draw = Tokenizer(make()), random.Random(0)
+    parts = [*CORPUS, "\n\n", "   ", "=" * 3000, "a" * 500, "<|eos|>", "\u00e9", "e\u0301", "🙂", " " * 2500, "1234", "\t"]
+    for count in (0, 1, 30, 300):
+        text = "".join(draw.choices(parts, [draw.random() ** 3 for _ in parts], k=count))
+        assert corpus.tokenize(text, tokenizer).tolist() == tokenizer.encode(text)
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from fastgpt.train import TrainConfig, Trainer
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+config = TrainConfig(layers=1, heads=1, width=8, context=16, batch_size=2)
+Trainer("a few words to begin with. " * 20, config).train_step()
+before = peak()
+Trainer(Path(sys.argv[1]), config).train_step()
+print((peak() - before) / Path(sys.argv[1]).stat().st_size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is that of Linux")
+def test_memory_for_a_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * (10_000_000 // len(TEXT)))
+    result = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True)
+    assert float(result.stdout) <= 20  # bytes for each character
+
+
+@pytest.mark.parametrize("holds", ["a file", "a model"])
+def test_out_is_looked_at_before_the_text(holds, tmp_path, capsys):
+    out = tmp_path / "out"
+    if holds == "a file":
+        out.touch()
+    else:
+        random_model().save_pretrained(out)
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--text", str(tmp_path / "missing"), "--out", str(out)])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("fastgpt: error: out: expected a") and str(out) in error
