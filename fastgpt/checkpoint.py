@@ -1,128 +1,419 @@
 """Checkpoint folders: `config.json` and safetensors, found or downloaded, read strictly and written atomically."""
 
+import contextlib
 import json
+import math
 import os
 import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fastgpt import memory
-from fastgpt.families import FAMILIES, HEADS, Family, architecture, family_of
+from fastgpt import memory, schema
+from fastgpt.families import ARCHITECTURES, FAMILIES, HEADS, TOKEN_IDS, Family, architecture, family_of
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+GENERATION_CONFIG = "generation_config.json"
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 32 << 20  # bytes of a file that are mapped at a time: what is mapped counts as this process's memory
+SHOW_PROGRESS = 1 << 30  # bytes of weights, which take a second or more to read
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `path` itself, or what the Hugging Face Hub has under that id, downloaded.
 
-    Raises: FileNotFoundError where there is neither.
+    revision: of a model on the Hub, a branch, a tag or a commit; default its main branch.
+
+    Raises: FileNotFoundError where there is neither; ValueError, TypeError for a revision of a folder, or one that is no string.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"model: expected a path or the id of a model, got {path!r}")
+    if revision is not None and not isinstance(revision, str):
+        raise TypeError(f"revision: expected a string or None, got {revision!r}")
     folder = Path(path)
     if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision: expected None for {path}, which is a folder here and not on the Hub, got {revision!r}")
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
         raise FileNotFoundError(f"model: expected a checkpoint folder, {path} does not exist or is not a folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        options = {} if revision is None else {"revision": revision}
+        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED, **options))
     except Exception as error:  # of half a dozen kinds: no network, no such id, no permission, no space, ...
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"model: expected a checkpoint folder or the id of one on the Hugging Face Hub, {path} is no folder, and the "
-            f"Hub did not give it: {type(error).__name__}: {reason}"
+            f"Hub did not give it: {_hub_reason(error, revision)}"
         ) from error
+
+
+def _hub_reason(error: Exception, revision: str | None) -> str:
+    from huggingface_hub import errors
+
+    reasons = (
+        (errors.GatedRepoError, "access must be asked for on its page, and then a login: hf auth login"),
+        (errors.RepositoryNotFoundError, "there is no such model, or it is private and needs a login: hf auth login"),
+        (errors.RevisionNotFoundError, f"it has no revision {revision!r}"),
+        (errors.LocalEntryNotFoundError, "it cannot be reached, and the model has not been downloaded before"),
+        (errors.OfflineModeIsEnabled, "it is not asked in offline mode (HF_HUB_OFFLINE)"),
+    )
+    for kind, reason in reasons:
+        if isinstance(error, kind):
+            return reason
+    lines = str(error).strip().splitlines()
+    return type(error).__name__ + (f": {lines[0]}" if lines else "")
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    """The file of that name in a checkpoint, or None.
+
+    A checkpoint may come from anywhere, so that links do not lead out of the folder, except into the Hub's cache: there a
+    checkpoint is a folder CACHE/models--ID/snapshots/COMMIT of links to CACHE/models--ID/blobs, some of them links to
+    CACHE/blobs.
+
+    Raises: ValueError for another link.
+    """
+    path = folder / name
+    if not path.is_file():
+        return None
+    own, target = folder.resolve(), path.resolve()
+    roots = [own]
+    if own.parent.name == "snapshots":
+        roots += [own.parents[1] / "blobs", own.parents[2] / "blobs"]
+    if not any(target.is_relative_to(root) for root in roots):
+        raise ValueError(f"model: {path}: expected a file in this folder, got a link to {target}")
+    return path
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return schema.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from None
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors about what a file says name it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model: {path}: {error}") from None
 
 
 def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, dict]:
     """The family of a checkpoint, its config.json, and GPTConfig's fields for it.
 
     head: one of HEADS that it must have; None: it must have none of them.
+
+    Raises: FileNotFoundError; ValueError that names the file and the entry that is wrong.
     """
-    path = folder / CONFIG
-    if not path.is_file():
+    path = _file(folder, CONFIG)
+    if path is None:
         raise FileNotFoundError(f"model: expected {CONFIG} in the checkpoint folder {folder}")
     config = _read_json(path)
-    if "model_type" not in config:
-        raise ValueError(f"model: {path} is damaged: expected a JSON object with a model_type")
-    model_type = config["model_type"]
-    if model_type not in FAMILIES:
-        raise ValueError(f"model: {path} has model_type {model_type!r}, supported: {', '.join(FAMILIES)}")
-    for stored in config.get("architectures") or []:
-        found = next((known for known in HEADS if stored.endswith(known)), None)
-        if found != head:
-            loader = "GPT" if stored == architecture(model_type) else HEADS.get(found)
-            raise ValueError(
-                f"model: {path}: expected the architecture {architecture(model_type, head)}, got {stored}"
-                + (f", which fastgpt.{loader} loads" if loader else "")
-            )
-    try:
+    with _naming(path):
+        model_type = schema.read({"model_type": schema.choice(FAMILIES)}, config)["model_type"]
+        _check_architectures(config, model_type, head)
         return FAMILIES[model_type], config, FAMILIES[model_type].config_from(config)
-    except KeyError as error:
-        raise ValueError(f"model: {path} lacks the entry {error}") from error
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"model: {path} is damaged: expected a JSON object ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"model: {path} is damaged: expected a JSON object, got a {type(value).__name__}")
-    return value
+def _check_architectures(config: dict, model_type: str, head: str | None) -> None:
+    entries = {"architectures": schema.several(schema.text(), (), optional=True)}
+    base = ARCHITECTURES[model_type] + "Model"  # without an output matrix, which is then the token embedding
+    for stored in schema.read(entries, config)["architectures"] or ():
+        if stored == architecture(model_type, head) or (stored == base and head is None):
+            continue
+        found = next((known for known in HEADS if stored == architecture(model_type, known)), None)
+        loader = "GPT" if stored == architecture(model_type) else HEADS.get(found)
+        raise ValueError(
+            f"architectures: expected the architecture {architecture(model_type, head)}, got {stored}"
+            + (f", which fastgpt.{loader} loads" if loader else "")
+        )
 
 
-def read_weights(model, folder: Path, family: Family, *, dtype=None, device=None):
-    """Fills a model, or a head with one, made on the meta device, piece by piece, and returns it.
+# What generation_config.json says that `generate` can do, and its names there and here.
+GENERATION = {
+    "do_sample": schema.Field(lambda name, value: None if value is None else schema.flag().check(name, value), None),
+    "temperature": schema.number(None, least=0, optional=True),
+    "top_k": schema.integer(0, 2**31 - 1, None, optional=True),
+    "top_p": schema.number(None, least=0, most=1, optional=True),
+    "min_p": schema.number(None, least=0, most=1, optional=True),
+    "repetition_penalty": schema.number(None, above=0, optional=True),
+    "no_repeat_ngram_size": schema.integer(0, 2**31 - 1, None, optional=True),
+    "max_new_tokens": schema.integer(1, 2**31 - 1, None, optional=True),
+    "min_new_tokens": schema.integer(0, 2**31 - 1, None, optional=True),
+} | TOKEN_IDS
+OFF = {"top_k": 0, "top_p": 0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}  # values that stand for none
 
-    Raises ValueError naming the first weights that are missing, unexpected or misshapen.
+
+def read_generation_config(folder: Path) -> dict:
+    """Options of `generate`, and max_new_tokens, that a checkpoint's generation_config.json gives; {} where it has none.
+
+    do_sample: false is a temperature of 0, and do_sample: true without a temperature one of 1. What it says of other ways to
+    generate is not read.
+
+    Raises: ValueError that names the file and the entry.
     """
+    path = _file(folder, GENERATION_CONFIG)
+    if path is None:
+        return {}
+    content = _read_json(path)
+    with _naming(path):
+        stored = schema.read(GENERATION, content)
+    if stored["do_sample"] is not None:
+        stored["temperature"] = (1.0 if stored["temperature"] is None else stored["temperature"]) if stored["do_sample"] else 0.0
+    eos = [token for token in stored["eos_token_id"] or () if token >= 0]
+    result = {name: stored[name] for name in GENERATION if name != "do_sample" and name not in TOKEN_IDS} | {"eos": eos or None}
+    return {name: value for name, value in result.items() if value is not None and OFF.get(name) != value}
+
+
+def generation_config(defaults: dict) -> dict:
+    """What `read_generation_config` reads as these."""
+    config = {"eos_token_id" if name == "eos" else name: value for name, value in defaults.items()}
+    schema.read(GENERATION, config, "generation_defaults.", closed=True)
+    if config.get("temperature") is not None:
+        config["do_sample"] = config["temperature"] > 0
+        if not config["do_sample"]:
+            del config["temperature"]
+    return config
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file."""
+
+    path: Path
+    name: str
+    dtype: str  # as safetensors calls it
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, rows: slice) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as file:  # anew: the pages of what was read before are given back
+            return file.get_slice(self.name)[rows]
+
+    def pieces(self) -> Iterator[slice]:
+        """Its rows, some at a time."""
+        step = max(1, PIECE * self.shape[0] // (self.numel * DTYPES[self.dtype].itemsize))
+        return (slice(start, start + step) for start in range(0, self.shape[0], step))
+
+    def copy_to(self, target: torch.Tensor, shown: Callable[[int], object]) -> None:
+        """shown: is told the bytes of each piece."""
+        for rows in self.pieces():
+            part = target[rows].copy_(self.read(rows))
+            if not all(map(math.isfinite, torch.aminmax(part))):
+                raise ValueError(f"model: {self.path}: {self.name}: expected finite numbers in {target.dtype}, got NaN or infinity")
+            shown(part.nbytes)
+
+    def equal(self, other: "_Stored") -> bool:
+        if self.shape != other.shape:
+            return False
+        return all(torch.equal(self.read(rows).double(), other.read(rows).double()) for rows in self.pieces())
+
+
+def load(folder: Path, build: Callable[[dict, dict], torch.nn.Module], head: str | None = None, *, dtype=None, device=None):
+    """The decoder or the head in a checkpoint folder, in evaluation mode.
+
+    Names and shapes are compared with the headers of the files before memory is taken.
+
+    Args:
+        build: GPTConfig's fields, config.json -> the module; called on the meta device.
+        head: as in `read_config`.
+        dtype: of the weights; default that of most of the stored numbers.
+
+    Raises: FileNotFoundError, OSError that names the file; ValueError that names the file and what is wrong in it.
+    """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise TypeError(f"dtype: expected {' or '.join(map(str, DTYPES.values()))} or None, got {dtype!r}")
+    family, config, fields = read_config(folder, head)
+    defaults = {} if head else read_generation_config(folder)
     files = _weight_files(folder)
-    expected = {
-        name: parameter for parameter, _ in model.named_parameters() for name in family.checkpoint_names(parameter)[0]
-    }
-    known = set(expected)
-    stored, path = {}, None  # name with prefix -> the file it is in, and its name there
-    try:
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                for name, original in family.stored_names(file.keys(), known).items():
-                    stored[name] = path, original
-        if "lm_head.weight" not in known:  # some store it all the same
-            stored.pop("lm_head.weight", None)
-            stored.pop(family.prefix + "lm_head.weight", None)
-        _require_same_names(files[0] if len(files) == 1 else folder, stored.keys(), known)
-        for name, parameter in list(model.named_parameters()):
-            names, transposed = family.checkpoint_names(name)
-            parts = [_Stored(*stored[part], transposed) for part in names]
-            sizes = _rows(model, name, len(parts))
-            weight = memory.empty(parameter.shape, dtype=dtype or parts[0].dtype, device=device)
-            for part, rows in zip(parts, weight.split(sizes)):
-                part.copy_to(rows)
-            module, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(module), attribute, torch.nn.Parameter(weight))
-    except SafetensorError as error:
-        raise ValueError(f"model: {path} is damaged: {error}") from error
-    return model
+    stored = _by_name(_headers(files), family)
+    fields = fields | {"tie_embeddings": _settle_output(stored, family, fields, head)}
+
+    # A number of layers is easily written: at most one that is not in the files is built, to know what it lacks.
+    layers = fields["num_layers"]
+    held = max((int(match[1]) + 1 for name in stored if (match := re.match(family.layer_pattern, name))), default=0)
+    fields["num_layers"] = min(layers, held + 1)
+    if fields.get("windows") is not None:
+        fields["windows"] = fields["windows"][: fields["num_layers"]]
+    with _naming(folder / CONFIG), torch.device("meta"):
+        module = build(fields, config)
+    expected = _expected(module, family)
+    lacking = [name for name in expected if name not in stored]
+    unbuilt = (layers - fields["num_layers"]) * len(lacking)
+    _require_match(next(iter(files)) if len(files) == 1 else folder, stored, expected, unbuilt)
+
+    decoder = module.model if head else module
+    decoder.checkpoint_config, decoder.generation_defaults = config, defaults
+    if dtype is None:
+        numbers = Counter()
+        for part in stored.values():
+            numbers[part.dtype] += part.numel
+        dtype = DTYPES[max(numbers, key=numbers.get)]
+    _fill(module, family, stored, dtype, device)
+    return module.eval()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"model: expected {WEIGHTS} or {INDEX} in the checkpoint folder {folder}")
-    shards = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"model: {folder / INDEX} is damaged: expected a weight_map")
-    files = [folder / name for name in sorted(set(shards.values()))]
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"model: expected {path.name} in the checkpoint folder {folder}, which {INDEX} names")
+def _weight_files(folder: Path) -> dict[Path, list[str]]:
+    """The safetensors files of a checkpoint, and the names of weights that the index says are in each."""
+    path, index = _file(folder, WEIGHTS), _file(folder, INDEX)
+    if path is not None:
+        return {path: []}
+    if index is None:
+        others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
+        found = f", found {others[0]}: only safetensors are read, which transformers' save_pretrained writes" if others else ""
+        raise FileNotFoundError(f"model: expected {WEIGHTS} or {INDEX} in the checkpoint folder {folder}{found}")
+    content = _read_json(index)
+    with _naming(index):
+        shards = schema.read({"weight_map": schema.mapping()}, content)["weight_map"]
+        for name, shard in shards.items():
+            if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", shard):
+                raise ValueError(f"weight_map.{name}: expected the plain name of a .safetensors file in this folder, got {shard!r}")
+        if not shards:
+            raise ValueError("weight_map: expected at least one weight, got none")
+    files = {}
+    for name, shard in sorted(shards.items(), key=lambda entry: entry[1]):
+        path = _file(folder, shard)
+        if path is None:
+            raise FileNotFoundError(f"model: expected {shard} in the checkpoint folder {folder}, which {INDEX} names")
+        files.setdefault(path, []).append(name)
     return files
+
+
+def _headers(files: dict[Path, list[str]]) -> list[_Stored]:
+    found = []
+    for path, listed in files.items():
+        with open(path, "rb") as file:
+            try:
+                with safe_open(path, framework="pt"):  # checks that the header is right and the tensors are the file
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"model: {path} is damaged: {error}") from error
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        try:
+            tensors = schema.parse_json(header, path)
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from None
+        tensors.pop("__metadata__", None)
+        for name in listed:
+            if name not in tensors:
+                raise ValueError(f"model: {path} lacks weights: {name}, which {INDEX} says is in it")
+        found += [_Stored(path, name, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()]
+    return found
+
+
+def _by_name(found: list[_Stored], family: Family) -> dict[str, _Stored]:
+    """Weights by their names with prefix."""
+    stored = {}
+    for part in found:
+        name = family.with_prefix(part.name)
+        if name is None:
+            continue
+        if name in stored:
+            raise ValueError(f"model: {part.path}: {part.name}: expected one weight of this name, got two")
+        if part.dtype not in DTYPES:
+            raise ValueError(
+                f"model: {part.path}: {part.name}: expected dtype {' or '.join(DTYPES)}, got {part.dtype}: quantized weights are "
+                "not supported"
+            )
+        stored[name] = part
+    return stored
+
+
+def _settle_output(stored: dict[str, _Stored], family: Family, fields: dict, head: str | None) -> bool:
+    """Whether the output matrix is the token embedding, which what is stored decides where it differs from config.json."""
+    (embedding,), (output,) = (family.checkpoint_names(f"{name}.weight")[0] for name in ("token_embedding", "output"))
+    tied = fields.get("tie_embeddings", True)
+    if head is not None:  # has no use for it
+        stored.pop(output, None)
+        return True
+    if not tied or output not in stored:
+        return tied
+    if embedding not in stored:
+        stored[embedding] = stored.pop(output)
+        return True
+    if stored[output].equal(stored[embedding]):
+        del stored[output]
+        return True
+    warnings.warn(
+        f"{stored[output].path}: {stored[output].name} differs from the token embedding, though {CONFIG} says that they are "
+        "tied: it is used as it is stored",
+        stacklevel=4,
+    )
+    return False
+
+
+def _expected(module: torch.nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
+    """Name in the checkpoint -> its shape there."""
+    expected = {}
+    for name, parameter in module.named_parameters():
+        names, transposed = family.checkpoint_names(name)
+        for part, rows in zip(names, _rows(module, name, len(names))):
+            shape = (rows, *parameter.shape[1:])
+            expected[part] = shape[::-1] if transposed else shape
+    return expected
+
+
+def _require_match(path: Path, stored: dict[str, _Stored], expected: dict[str, tuple[int, ...]], unbuilt: int) -> None:
+    """unbuilt: weights that are lacking beyond those in `expected`."""
+    problems = []
+    lacking = sorted(expected.keys() - stored.keys())
+    shapes = [
+        f"{stored[name].name}: expected shape {shape}, got {stored[name].shape}"
+        for name, shape in sorted(expected.items())
+        if name in stored and stored[name].shape != shape
+    ]
+    for what, names, more in (
+        ("lacks weights", lacking, unbuilt),
+        ("has unexpected weights", sorted(stored.keys() - expected.keys()), 0),
+        ("has misshapen weights", shapes, 0),
+    ):
+        more += max(0, len(names) - 5)
+        if names:
+            problems.append(f"{what}: {', '.join(names[:5])}" + (f" and {more:,} more" if more else ""))
+    if problems:
+        raise ValueError(f"model: {path} {'; '.join(problems)}")
+
+
+def _fill(module: torch.nn.Module, family: Family, stored: dict[str, _Stored], dtype: torch.dtype, device) -> None:
+    """Gives a module on the meta device its weights, piece by piece."""
+    parameters = list(module.named_parameters())
+    total = sum(parameter.numel() for _, parameter in parameters) * dtype.itemsize
+    with _progress(total) as shown:
+        for name, parameter in parameters:
+            names, transposed = family.checkpoint_names(name)
+            weight = memory.empty(parameter.shape, dtype=dtype, device=device)
+            for part, rows in zip(names, weight.split(_rows(module, name, len(names)))):
+                stored[part].copy_to(rows.t() if transposed else rows, shown)
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, torch.nn.Parameter(weight))
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], object]]:
+    """A bar of bytes on stderr, where a person looks and it takes a while."""
+    if total < SHOW_PROGRESS or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="loading", unit="B", unit_scale=True) as bar:
+        yield bar.update
 
 
 def _rows(model, name: str, parts: int) -> list[int]:
@@ -131,29 +422,6 @@ def _rows(model, name: str, parts: int) -> list[int]:
     if parts == 3:  # queries, keys, values
         return [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     return [rows // parts] * parts
-
-
-class _Stored:
-    """A tensor in a file."""
-
-    def __init__(self, path: Path, name: str, transposed: bool):
-        self.path, self.name, self.transposed = path, name, transposed
-        with safe_open(path, framework="pt") as file:
-            rows = file.get_slice(name)
-            self.shape = tuple(rows.get_shape())
-            self.dtype = rows[:0].dtype if self.shape else file.get_tensor(name).dtype
-
-    def copy_to(self, target: torch.Tensor) -> None:
-        target = target.t() if self.transposed else target
-        if self.shape != target.shape:
-            raise ValueError(
-                f"model: {self.path}: {self.name}: expected shape {tuple(target.shape)}, got {self.shape}"
-            )
-        row = max(1, target[:1].numel() * self.dtype.itemsize)
-        step = max(1, PIECE // row)
-        for start in range(0, len(target), step):
-            with safe_open(self.path, framework="pt") as file:  # anew: the pages of the last piece are given back
-                target[start : start + step] = file.get_slice(self.name)[start : start + step]
 
 
 def contents(model, head: str | None = None, entries: dict | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -177,19 +445,29 @@ def contents(model, head: str | None = None, entries: dict | None = None) -> tup
     return config, weights
 
 
-def write(model, folder: str | Path, head: str | None = None, entries: dict | None = None) -> None:
-    """Writes a checkpoint that `read_config` and `read_weights` read.
+def write(
+    model, folder: str | Path, head: str | None = None, entries: dict | None = None, generation_defaults: dict | None = None
+) -> None:
+    """Writes a checkpoint that `load` reads.
 
     head: one of HEADS, if the model is one; entries: of config.json, beyond what its decoder has.
+
+    Raises: ValueError that names what is wrong in generation_defaults; nothing is written then.
     """
     folder = Path(folder)
+    generation = generation_config(generation_defaults or {})
     config, weights = contents(model, head, entries)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})
     with replacing(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
-    (folder / INDEX).unlink(missing_ok=True)  # of a checkpoint that was there before, in several files
+    # What a checkpoint that was there before had.
+    (folder / INDEX).unlink(missing_ok=True)
+    (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+    if generation:
+        with replacing(folder / GENERATION_CONFIG) as temporary:
+            temporary.write_text(json.dumps(generation, indent=2) + "\n")
 
 
 class replacing:
@@ -206,11 +484,3 @@ class replacing:
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)
-
-
-def _require_same_names(path: Path, stored, expected) -> None:
-    for what, names in (("lacks", expected - stored), ("has unexpected", stored - expected)):
-        if names:
-            shown = ", ".join(sorted(names)[:5])
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"model: {path} {what} weights: {shown}{more}")

@@ -1,5 +1,6 @@
 """Heads other than the next token's: what class a sequence has, or each of its tokens, read off a decoder or an encoder."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,9 +9,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fastgpt import checkpoint
+from fastgpt.checks import require_integer, require_number
 from fastgpt.context import as_lengths
 from fastgpt.generate import as_prompts
 from fastgpt.model import GPT, GPTConfig, project
+from fastgpt.schema import integer, mapping, number, read
+
+MAX_LABELS = 1 << 20
+
+
+def labels_of(stored: dict | None) -> dict[int, str] | None:
+    """id2label of config.json, whose keys are numbers as strings."""
+    if stored is None:
+        return None
+    for label, name in stored.items():
+        if not re.fullmatch(r"[0-9]{1,7}", label) or not isinstance(name, str):
+            raise ValueError(f"id2label: expected numbers with their names, got {label!r}: {name!r}")
+    return {int(label): name for label, name in stored.items()}
 
 
 class Classifier(nn.Module):
@@ -24,13 +39,18 @@ class Classifier(nn.Module):
     """
 
     head: str  # one of fastgpt.families.HEADS
+    schema = {  # of config.json, beyond its decoder's
+        "id2label": mapping(None, optional=True),
+        "num_labels": integer(1, MAX_LABELS, 2),
+        "pad_token_id": integer(-(2**31), 2**31 - 1, None, optional=True),
+    }
 
     def __init__(
         self, model: GPT, num_labels: int, *, id2label: Mapping[int, str] | None = None, pad_token_id: int | None = None
     ):
         super().__init__()
-        if not isinstance(num_labels, int) or num_labels < 1:
-            raise ValueError(f"num_labels: expected an integer >= 1, got {num_labels!r}")
+        num_labels = require_integer("num_labels", num_labels, least=1, most=MAX_LABELS)
+        pad_token_id = require_integer("pad_token_id", pad_token_id, optional=True)
         id2label = {label: f"LABEL_{label}" for label in range(num_labels)} if id2label is None else dict(id2label)
         if sorted(id2label) != list(range(num_labels)):
             raise ValueError(f"id2label: expected a name for each of 0 to {num_labels - 1}, got {id2label!r}")
@@ -68,18 +88,18 @@ class Classifier(nn.Module):
         return ids, (columns * (ids != self.pad_token_id)).amax(1).clamp(min=1)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype=None, device=None):
+    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype=None, device=None):
         """A checkpoint that transformers' class of this head wrote, in evaluation mode; arguments, errors: those of GPT's."""
-        folder = checkpoint.resolve(path)
-        family, stored, fields = checkpoint.read_config(folder, cls.head)
-        labels = stored.get("id2label")
-        labels = None if labels is None else {int(label): name for label, name in labels.items()}
-        count = stored.get("num_labels", 2) if labels is None else len(labels)
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**fields | {"tie_embeddings": True}))  # without an output matrix, as the checkpoint is
-            head = cls(model, count, id2label=labels, pad_token_id=stored.get("pad_token_id"), **cls.settings(stored))
-        model.checkpoint_config = stored
-        return checkpoint.read_weights(head, folder, family, dtype=dtype, device=device).eval()
+        folder = checkpoint.resolve(path, revision)
+
+        def build(fields: dict, stored: dict):
+            settings = read(cls.schema, stored)
+            labels = labels_of(settings["id2label"])
+            count = settings["num_labels"] if labels is None else len(labels)
+            model = GPT(GPTConfig(**fields))
+            return cls(model, count, id2label=labels, pad_token_id=settings["pad_token_id"], **cls.settings(settings))
+
+        return checkpoint.load(folder, build, cls.head, dtype=dtype, device=device)
 
     @staticmethod
     def settings(stored: dict) -> dict:
@@ -138,12 +158,13 @@ class TokenClassifier(Classifier):
     """
 
     head = "ForTokenClassification"
+    schema = Classifier.schema | {
+        name: number(None, least=0, below=1, optional=True) for name in ("classifier_dropout", "hidden_dropout")
+    }
 
     def __init__(self, model, num_labels, *, dropout: float = 0.1, **options):
         super().__init__(model, num_labels, **options)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout!r}")
-        self.dropout = dropout
+        self.dropout = require_number("dropout", dropout, least=0, below=1)
         self.classifier = self.new_layer(bias=True)
 
     def forward(self, ids, lengths=None):
@@ -153,7 +174,7 @@ class TokenClassifier(Classifier):
 
     @staticmethod
     def settings(stored):
-        given = (stored.get(key) for key in ("classifier_dropout", "hidden_dropout"))
+        given = (stored[key] for key in ("classifier_dropout", "hidden_dropout"))
         return {"dropout": next((value for value in given if value is not None), 0.1)}
 
     def entries(self):

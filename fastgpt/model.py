@@ -13,18 +13,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastgpt import capture, checkpoint, memory
+from fastgpt import capture, checkpoint, memory, schema
 from fastgpt.cache import CACHE_KINDS, ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached, least
 from fastgpt.capture import Captured
 from fastgpt.context import Context, Given, read_context, require_causal, require_context, uncached
+from fastgpt.families import DECODER_SCHEMA, MAX_HEAD_DIM
 from fastgpt.generate import generate
 from fastgpt.inspection import run_with_cache
-from fastgpt.ops.linear import ACTIVATIONS, linear
+from fastgpt.ops.linear import linear
 from fastgpt.ops.norm import norm
 from fastgpt.ops.step import embed
 from fastgpt.positions import Rope, sinusoidal
-
-POSITIONS = ("learned", "sinusoidal", "rotary", None)
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class GPTConfig:
     logit_softcap: bound on the logits, c · tanh(logits / c).
     embedding_scale: factor on the token embeddings, rounded to their dtype.
     tie_embeddings: the output matrix is the token embedding.
+
+    Raises: TypeError, ValueError that begins with the field's name.
     """
 
     vocab_size: int
@@ -81,8 +82,7 @@ class GPTConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self):
-        for name in ("vocab_size", "context_length", "num_layers", "num_heads", "hidden_size"):
-            self._require_count(name, 0 if name == "num_layers" else 1)
+        schema.check_fields(self, DECODER_SCHEMA)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size: expected a multiple of num_heads={self.num_heads}, got {self.hidden_size}")
         derived = {
@@ -93,14 +93,12 @@ class GPTConfig:
         for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-            self._require_count(name, 1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {self.num_kv_heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout!r}")
-        for name, known in (("norm", ("layer", "rms")), ("activation", ACTIVATIONS), ("position", POSITIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        if self.num_layers and self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim: expected at most {MAX_HEAD_DIM}, got {self.head_dim}")
+        if self.rope is not None and not isinstance(self.rope, Rope):
+            raise TypeError(f"rope: expected a Rope or None, got {self.rope!r}")
         if (self.position == "rotary") != (self.rope is not None):
             raise ValueError(f"rope: expected a Rope if position is 'rotary', and None else, got {self.rope!r}")
         if self.rope is not None and self.rope.dim > self.head_dim:
@@ -109,11 +107,6 @@ class GPTConfig:
             raise ValueError(f"windows: expected {self.num_layers}, one for each layer, got {self.windows!r}")
         if self.windows is not None and not self.causal:
             raise ValueError(f"windows: expected None for a model that is not causal, got {self.windows!r}")
-
-    def _require_count(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
     def window(self, layer: int) -> int | None:
         return None if self.windows is None else self.windows[layer]
@@ -271,11 +264,13 @@ class GPT(nn.Module):
     """A decoder: `model(ids)` gives logits (B, T, V); with `cache`, ids are the tokens that follow those in it.
 
     checkpoint_config: what config.json said, if the model came from a checkpoint; `save_pretrained` keeps it.
+    generation_defaults: options of `generate`, and max_new_tokens, that the checkpoint's generation_config.json gives, under
+        `generate`'s names: {"temperature": 0.6, "top_p": 0.9, "eos": [2]}, say. `save_pretrained` writes it.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config, self.checkpoint_config = config, {}
+        self.config, self.checkpoint_config, self.generation_defaults = config, {}, {}
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = None
         if config.position == "learned":
@@ -527,23 +522,26 @@ class GPT(nn.Module):
     run_with_cache = run_with_cache
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype=None, device=None) -> "GPT":
+    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype=None, device=None) -> "GPT":
         """A decoder, in evaluation mode, from a checkpoint as transformers writes it.
+
+        Where the files disagree, what is stored decides: an output matrix that differs from the token embedding is used,
+        with a warning, though config.json ties them.
 
         Args:
             path: a folder with `config.json` and safetensors, in one file or several; or the id of one on the Hugging Face
-                Hub, which is downloaded.
-            dtype: of the weights; default as stored.
+                Hub, which is downloaded. Nothing else than files in this folder, or in the Hub's cache, is read.
+            revision: of a model on the Hub: a branch, a tag or a commit. Default: its main branch.
+            dtype: of all weights: torch.float32, bfloat16, float16 or float64. Default: that of most of the stored numbers.
 
-        Raises: FileNotFoundError, or ValueError that says what is damaged, missing, unexpected or misshapen.
+        Raises: FileNotFoundError, or another OSError, that names the file that cannot be read; ValueError for what files say:
+            it names the file and the entry of config.json or generation_config.json that is wrong, or the weights that are
+            missing, unexpected, misshapen, not finite, or of a dtype that is not supported. TypeError for arguments.
         """
-        folder = checkpoint.resolve(path)
-        family, stored, fields = checkpoint.read_config(folder)
-        with torch.device("meta"):
-            model = cls(GPTConfig(**fields))
-        model.checkpoint_config = stored
-        return checkpoint.read_weights(model, folder, family, dtype=dtype, device=device).eval()
+        folder = checkpoint.resolve(path, revision)
+        return checkpoint.load(folder, lambda fields, _: cls(GPTConfig(**fields)), dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`, which transformers reads too if it has this architecture."""
-        checkpoint.write(self, folder)
+        """Writes `config.json`, `model.safetensors` and, if there are generation_defaults, `generation_config.json`, which
+        transformers reads too if it has this architecture."""
+        checkpoint.write(self, folder, generation_defaults=self.generation_defaults)

@@ -6,7 +6,27 @@ from dataclasses import dataclass
 
 import torch
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+from fastgpt.schema import OMITTED, check_fields, choice, flag, integer, number, several
+
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+MAX_POSITIONS = 2**31 - 1  # kernels take positions as int32
+FACTOR = {"least": 1e-10, "most": 1e10}
+ROPE_SCHEMA = {
+    # In these ranges the angles of all positions, and what they are computed from, are finite in fp32.
+    "dim": integer(2, 256),
+    "theta": number(OMITTED, least=1e-10, most=1e20),
+    "kind": choice(ROPE_KINDS, OMITTED),
+    "factor": number(OMITTED, **FACTOR),
+    "original_context": integer(2, MAX_POSITIONS, OMITTED, optional=True),
+    "low_frequency_factor": number(OMITTED, least=1e-6, most=1e6),
+    "high_frequency_factor": number(OMITTED, least=1e-6, most=1e6),
+    "fast": number(OMITTED, least=1e-6, most=1e6),
+    "slow": number(OMITTED, least=1e-6, most=1e6),
+    "truncate": flag(OMITTED),
+    "short_factors": several(number(**FACTOR), OMITTED),
+    "long_factors": several(number(**FACTOR), OMITTED),
+    "attention_factor": number(OMITTED, least=1e-3, most=1e3),
+}
 
 
 @dataclass(frozen=True)
@@ -16,6 +36,8 @@ class Rope:
     frequency[n] = theta^(-2n / dim), which a kind of scaling to longer contexts changes:
 
         linear     divided by `factor`
+        dynamic    as they are, in the context that the model was trained for, which is all that it can be given; beyond it
+                   the theta of this kind grows with the sequence
         llama3     those of wavelengths over original_context / low_frequency_factor divided by `factor`; those of wavelengths
                    under original_context / high_frequency_factor as they are; between them, a mixture
         yarn       the same, by turns in the original context: `slow` or fewer, `fast` or more (arXiv 2309.00071)
@@ -41,12 +63,20 @@ class Rope:
     attention_factor: float = 1.0
 
     def __post_init__(self):
-        if not isinstance(self.dim, int) or self.dim < 2 or self.dim % 2:
+        check_fields(self, ROPE_SCHEMA, "rope.")
+        if self.dim % 2:
             raise ValueError(f"rope.dim: expected an even integer >= 2, got {self.dim!r}")
-        if self.kind not in ROPE_KINDS:
-            raise ValueError(f"rope.kind: expected one of {', '.join(map(repr, ROPE_KINDS))}, got {self.kind!r}")
-        if self.kind in ("llama3", "yarn", "longrope") and not self.original_context:
-            raise ValueError(f"rope.original_context: expected an integer >= 1 for {self.kind}, got {self.original_context!r}")
+        if self.kind in ("llama3", "yarn", "longrope") and self.original_context is None:
+            raise ValueError(f"rope.original_context: expected an integer >= 2 for {self.kind}, got None")
+        if self.kind == "llama3" and self.high_frequency_factor <= self.low_frequency_factor:
+            raise ValueError(
+                f"rope.high_frequency_factor: expected a number > low_frequency_factor={self.low_frequency_factor}, "
+                f"got {self.high_frequency_factor}"
+            )
+        if self.kind == "yarn" and self.fast < self.slow:
+            raise ValueError(f"rope.fast: expected a number >= slow={self.slow}, got {self.fast}")
+        if self.kind == "yarn" and self.theta <= 1:
+            raise ValueError(f"rope.theta: expected a number > 1 for yarn, got {self.theta}")
         for name in ("short_factors", "long_factors"):
             factors = getattr(self, name)
             if self.kind == "longrope" and len(factors) != self.dim // 2:
@@ -75,7 +105,8 @@ class Rope:
                 fast, slow = math.floor(fast), math.ceil(slow)
             fast, slow = max(fast, 0), min(slow, self.dim - 1)
             n = torch.arange(self.dim // 2, dtype=torch.float32)
-            kept = 1 - ((n - fast) / max(slow - fast, 0.001)).clamp(0, 1)
+            # A difference below zero, where all pairs make few turns or all many, means what it means in transformers.
+            kept = 1 - ((n - fast) / ((slow - fast) or 0.001)).clamp(0, 1)
         else:
             return frequencies
         return frequencies * kept + frequencies / self.factor * (1 - kept)
