@@ -15,7 +15,7 @@ from fastgpt.generate import as_prompts
 from fastgpt.model import GPT, GPTConfig, project
 from fastgpt.schema import integer, mapping, number, read
 
-MAX_LABELS = 1 << 20
+MAX_LABELS = 1 << 16
 
 
 def labels_of(stored: dict | None) -> dict[int, str] | None:

@@ -28,7 +28,7 @@ CONFIGS = {
     "qwen3, yarn": (
         "Qwen3",
         COMMON
-        | dict(head_dim=32, tie_word_embeddings=True)
+        | dict(head_dim=32, tie_word_embeddings=True, max_position_embeddings=64)  # and four times as much with yarn
         | dict(rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e6)),
     ),
     "phi3": ("Phi3", COMMON | dict(sliding_window=20)),
