@@ -215,7 +215,7 @@ class _Stored:
         """shown: is told the bytes of each piece."""
         for rows in self.pieces():
             part = target[rows].copy_(self.read(rows))
-            if not all(map(math.isfinite, torch.aminmax(part))):
+            if not part.is_meta and not all(map(math.isfinite, torch.aminmax(part))):
                 raise ValueError(f"model: {self.path}: {self.name}: expected finite numbers in {target.dtype}, got NaN or infinity")
             shown(part.nbytes)
 
@@ -235,10 +235,16 @@ def load(folder: Path, build: Callable[[dict, dict], torch.nn.Module], head: str
         head: as in `read_config`.
         dtype: of the weights; default that of most of the stored numbers.
 
-    Raises: FileNotFoundError, OSError that names the file; ValueError that names the file and what is wrong in it.
+    Raises: FileNotFoundError, OSError that names the file; ValueError that names the file and what is wrong in it; TypeError,
+        ValueError for dtype and device.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise TypeError(f"dtype: expected {' or '.join(map(str, DTYPES.values()))} or None, got {dtype!r}")
+    try:
+        device = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: expected a device of this machine, got {device!r} ({reason})") from None
     family, config, fields = read_config(folder, head)
     defaults = {} if head else read_generation_config(folder)
     files = _weight_files(folder)

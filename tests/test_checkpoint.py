@@ -346,10 +346,14 @@ def test_what_is_missing_is_said(folder):
             GPT.from_pretrained(wrong)
 
 
-@pytest.mark.parametrize("options, error", [({"dtype": "float32"}, TypeError), ({"dtype": torch.int8}, TypeError)])
-def test_dtypes_of_arguments(options, error, folder):
-    with raises("^dtype: expected torch.float64 or", error):
-        GPT.from_pretrained(folder, **options)
+def test_arguments_are_named(folder):
+    for dtype in ("float32", torch.int8, 5):
+        with raises("^dtype: expected torch.float64 or .* or None, got", TypeError):
+            GPT.from_pretrained(folder, dtype=dtype)
+    for device in ("nowhere", [], "cpu:x"):
+        with raises("^device: expected a device of this machine, got"):
+            GPT.from_pretrained(folder, device=device)
+    assert GPT.from_pretrained(folder, device="meta").norm.weight.is_meta
 
 
 # Where files are
