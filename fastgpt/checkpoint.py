@@ -208,7 +208,7 @@ class _Stored:
 
     def pieces(self) -> Iterator[slice]:
         """Its rows, some at a time."""
-        step = max(1, PIECE * self.shape[0] // (self.numel * DTYPES[self.dtype].itemsize))
+        step = max(1, PIECE * self.shape[0] // max(1, self.numel * DTYPES[self.dtype].itemsize))
         return (slice(start, start + step) for start in range(0, self.shape[0], step))
 
     def copy_to(self, target: torch.Tensor, shown: Callable[[int], object]) -> None:
@@ -220,9 +220,11 @@ class _Stored:
             shown(part.nbytes)
 
     def equal(self, other: "_Stored") -> bool:
-        if self.shape != other.shape:
+        """Whether two matrices are the same numbers."""
+        if self.shape != other.shape or len(self.shape) != 2:
             return False
-        return all(torch.equal(self.read(rows).double(), other.read(rows).double()) for rows in self.pieces())
+        dtype = torch.promote_types(DTYPES[self.dtype], DTYPES[other.dtype])
+        return all(torch.equal(self.read(rows).to(dtype), other.read(rows).to(dtype)) for rows in self.pieces())
 
 
 def load(folder: Path, build: Callable[[dict, dict], torch.nn.Module], head: str | None = None, *, dtype=None, device=None):
@@ -253,16 +255,15 @@ def load(folder: Path, build: Callable[[dict, dict], torch.nn.Module], head: str
 
     # A number of layers is easily written: at most one that is not in the files is built, to know what it lacks.
     layers = fields["num_layers"]
-    held = max((int(match[1]) + 1 for name in stored if (match := re.match(family.layer_pattern, name))), default=0)
-    fields["num_layers"] = min(layers, held + 1)
+    held = {match[1] for name in stored if (match := re.match(family.layer_pattern, name))}
+    fields["num_layers"] = built = min(layers, len(held) + 1)
     if fields.get("windows") is not None:
-        fields["windows"] = fields["windows"][: fields["num_layers"]]
+        fields["windows"] = fields["windows"][:built]
     with _naming(folder / CONFIG), torch.device("meta"):
         module = build(fields, config)
     expected = _expected(module, family)
-    lacking = [name for name in expected if name not in stored]
-    unbuilt = (layers - fields["num_layers"]) * len(lacking)
-    _require_match(next(iter(files)) if len(files) == 1 else folder, stored, expected, unbuilt)
+    of_last = sum(f".{built - 1}." in name for name in expected)
+    _require_match(next(iter(files)) if len(files) == 1 else folder, stored, expected, (layers - built) * of_last)
 
     decoder = module.model if head else module
     decoder.checkpoint_config, decoder.generation_defaults = config, defaults
@@ -293,11 +294,11 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
         if not shards:
             raise ValueError("weight_map: expected at least one weight, got none")
     files = {}
-    for name, shard in sorted(shards.items(), key=lambda entry: entry[1]):
+    for shard in sorted(set(shards.values())):
         path = _file(folder, shard)
         if path is None:
             raise FileNotFoundError(f"model: expected {shard} in the checkpoint folder {folder}, which {INDEX} names")
-        files.setdefault(path, []).append(name)
+        files[path] = [name for name, entry in shards.items() if entry == shard]
     return files
 
 
@@ -376,7 +377,7 @@ def _expected(module: torch.nn.Module, family: Family) -> dict[str, tuple[int, .
 
 
 def _require_match(path: Path, stored: dict[str, _Stored], expected: dict[str, tuple[int, ...]], unbuilt: int) -> None:
-    """unbuilt: weights that are lacking beyond those in `expected`."""
+    """unbuilt: how many weights are lacking beyond those in `expected`."""
     problems = []
     lacking = sorted(expected.keys() - stored.keys())
     shapes = [

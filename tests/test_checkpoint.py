@@ -297,6 +297,23 @@ def test_all_that_differs_is_named_at_once(folder):
         GPT.from_pretrained(folder)
 
 
+def test_no_more_layers_are_built_than_are_stored(folder):
+    """Whatever their numbers are."""
+    edit_weights(folder, lambda weights: weights.update({"model.layers.59999.x": torch.ones(1)}))
+    edit_config(folder, num_hidden_layers=60000)
+    with raises(r"lacks weights: model.layers.2.input_layernorm.weight, .* more; has unexpected weights: model.layers.59999.x"):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 16), (33,), (1, 33, 16)])
+def test_matrices_of_any_shape_are_compared(shape, tmp_path):
+    folder = write(tmp_path, LLAMA | {"tie_word_embeddings": True})
+    wrong = {"model.embed_tokens.weight": torch.ones(shape), "lm_head.weight": torch.ones(shape)}
+    edit_weights(folder, lambda weights: weights.update(wrong))
+    with warnings.catch_warnings(action="ignore"), raises(r"misshapen weights: .*model.embed_tokens.weight: expected shape \(33, 16\)"):
+        GPT.from_pretrained(folder)
+
+
 def test_a_weight_that_is_there_twice_is_named(folder):
     edit_weights(folder, lambda weights: weights.update({"norm.weight": weights["model.norm.weight"].clone()}))
     with raises("norm.weight: expected one weight of this name, got two"):
