@@ -10,6 +10,9 @@ holds; or for one token of each sequence `step`, which is both. Kinds differ in 
     Uncached          nowhere: attention over the tokens of the call alone
 
 Sequences of a batch may differ in length: the new tokens of a pass are then padded on the left.
+
+No derivatives flow through what is stored: the backward pass after a forward pass with a cache raises RuntimeError, and so do
+forward-mode derivatives and transforms of torch.func at once.
 """
 
 from collections.abc import Sequence
@@ -20,6 +23,7 @@ from fastgpt._C import OutOfPages, PageAllocator
 from fastgpt import memory
 from fastgpt.ops.attention import attention
 from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache
+from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, as_bytes
 from fastgpt.ops.step import advance
@@ -44,6 +48,7 @@ class Storage:
     """
 
     def __init__(self, N, rows, *, num_layers, num_kv_heads, head_dim, dtype=None, cache_dtype=None, device=None):
+        refuse_transforms_of_cache()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         cache_dtype = dtype if cache_dtype is None else cache_dtype
         if cache_dtype not in (dtype, *QUANTISED_DTYPES):
@@ -154,6 +159,7 @@ class KVCache:
 
     def reserve(self, num_tokens: int, new: list[int] | None = None) -> None:
         """The host's half of `extend`: takes storage and counts. A step that is replayed has it done before each replay."""
+        refuse_transforms_of_cache()
         counts = [num_tokens] * self.batch_size if new is None else new
         if len(counts) != self.batch_size or not all(0 <= count <= num_tokens for count in counts):
             raise ValueError(
@@ -521,19 +527,25 @@ def least(a: int | None, b: int | None) -> int | None:
 def store(q, k, v, cache: dict, positions, *, slots=None, rotation=None, block_table=None) -> torch.Tensor:
     """Stores k and v in `slots` (default: at their positions), rotated if there is a rotation. Returns q, rotated likewise."""
     options = {"block_table": block_table, "k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
-    if rotation is not None:
-        return rope_kv_cache_update(q, k, v, cache["k"], cache["v"], positions, *rotation, slots=slots, **options)
-    kv_cache_update(k, v, cache["k"], cache["v"], positions if slots is None else slots, **options)
-    return q
+
+    def write(q, k, v):
+        if rotation is not None:
+            return rope_kv_cache_update(q, k, v, cache["k"], cache["v"], positions, *rotation, slots=slots, **options)
+        kv_cache_update(k, v, cache["k"], cache["v"], positions if slots is None else slots, **options)
+        return q
+
+    return through_cache(write, q, k, v)
 
 
 def attend(q, cache: dict, **options) -> torch.Tensor:
-    return attention(q, cache["k"], cache["v"], k_scale=cache["k_scale"], v_scale=cache["v_scale"], **options)
+    options |= {"k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
+    return through_cache(lambda q: attention(q, cache["k"], cache["v"], **options), q)
 
 
 def step(q, k, v, cache: dict, positions, *, rotation=None, **options) -> torch.Tensor:
     """`store`, and of what it returns `attend`. options: theirs, and counters."""
     cos, sin = (None, None) if rotation is None else rotation
-    return attention_with_kv_cache(
-        q, k, v, cache["k"], cache["v"], positions, cos, sin, k_scale=cache["k_scale"], v_scale=cache["v_scale"], **options
+    options |= {"k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
+    return through_cache(
+        lambda q, k, v: attention_with_kv_cache(q, k, v, cache["k"], cache["v"], positions, cos, sin, **options), q, k, v
     )

@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastgpt.checks import (
     require_broadcastable,
@@ -14,6 +13,7 @@ from fastgpt.checks import (
     require_shape,
     require_tensor,
 )
+from fastgpt.ops.derivatives import TRANSFORMED, transforms_active
 from fastgpt.ops.dropout import keep_mask, seed_tensor
 from fastgpt.ops.implementations import TRITON_INSTALLED, choose, explain_call, runs_elsewhere
 from fastgpt.ops.library import library
@@ -98,12 +98,15 @@ def attention(
             every implementation the same; None draws one from PyTorch's CPU generator.
         return_lse: also return the log-sum-exp of each row's scores. Differentiable.
         impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call. A named
-            one never falls back: it raises ValueError with the reason. `fastgpt.explain` tells without running. The
-            reference can be differentiated twice, the others once.
+            one never falls back: it raises ValueError with the reason. `fastgpt.explain` tells without running.
 
     Returns:
         out (B, H, T, D) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log.
         A row that sees no key gives zeros, lse = -inf and zero gradients.
+
+    Gradients by q, k, v, bias and sinks come from the kernels; the reference, whose scores take memory in T · S, serves all
+    other derivatives: by alibi_slopes and scales, through a block table, forward mode, transforms of torch.func, and
+    gradients that are themselves differentiated (create_graph).
 
     Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, range, impl; on CPU a page outside the
         pool): argument, expected, got.
@@ -395,8 +398,10 @@ def explain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, return_
 
 
 def _needs_gradients(call: Call) -> bool:
-    differentiable = (call.q, call.k, call.v, call.bias, call.sinks)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
+    if not torch.is_grad_enabled():
+        return False
+    differentiable = (call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes, call.k_scale, call.v_scale)
+    return any(x is not None and x.requires_grad for x in differentiable)
 
 
 def _triton_refuses(call: Call):
@@ -406,7 +411,7 @@ def _triton_refuses(call: Call):
         return "triton is not installed"
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
-    return _has_no_backward(call)
+    return _cannot_differentiate(call)
 
 
 def _cpp_refuses(call: Call):
@@ -414,12 +419,19 @@ def _cpp_refuses(call: Call):
         return runs_elsewhere("CPU", "q", call.q.device)
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
-    return _has_no_backward(call)
+    return _cannot_differentiate(call)
 
 
-def _has_no_backward(call: Call):
-    if _needs_gradients(call) and (call.block_table is not None or call.k_scale is not None):
-        return "it has no backward through a block table or 8-bit keys, and q, k, v, bias or sinks requires gradients"
+def _cannot_differentiate(call: Call):
+    """Why the kernels cannot give the derivatives that are asked for, or None."""
+    if transforms_active():
+        return TRANSFORMED
+    if not _needs_gradients(call):
+        return None
+    if call.block_table is not None or call.k_scale is not None:
+        return "it has no backward through a block table or 8-bit keys, and a gradient is asked for"
+    if call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
+        return "it has no gradient by alibi_slopes, and that is asked for"
     return None
 
 
@@ -522,21 +534,50 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, dlse):
         out, lse, *tensors = ctx.saved_tensors
         call = ctx.options._replace(**dict(zip(ctx.names, tensors)))
-        dout = torch.zeros_like(out) if dout is None else dout
-        if dout.stride(-1) != 1:
-            dout = dout.contiguous()
-        needs_dbias = ctx.needs_input_grad[Call._fields.index("bias")]
-        *grads, dbias, dsinks = _attention_backward(
-            dout, dlse, out, lse, needs_dbias, *call[:12], call.dropout_p, call.dropout_seed
-        )
-        gradients = dict(zip(("q", "k", "v"), grads)) | {"bias": dbias, "sinks": dsinks}
-        return tuple(
-            gradients[name] if needed else None for name, needed in zip(Call._fields, ctx.needs_input_grad)
-        )
+        needed = dict(zip(Call._fields, ctx.needs_input_grad))
+        if _is_differentiated():
+            gradients = _reference_gradients(call, None, needed, dout, dlse)
+        else:
+            *grads, dbias, dsinks = _attention_backward(
+                _kernel_dout(dout, out), dlse, out, lse, needed["bias"], *call[:12], call.dropout_p, call.dropout_seed
+            )
+            gradients = dict(zip(("q", "k", "v"), grads)) | {"bias": dbias, "sinks": dsinks}
+        return tuple(gradients[name] if need else None for name, need in needed.items())
+
+
+def _is_differentiated() -> bool:
+    """Whether derivatives are taken of a backward pass: create_graph, forward mode, a vmap over the incoming gradients."""
+    return torch.is_grad_enabled() or transforms_active()
+
+
+def _reference_gradients(call: Call, packing: Packing | None, needed: dict[str, bool], dout, dlse) -> dict:
+    """The gradients by the arguments that are needed, from the reference: unlike those of the kernels, they can be
+    differentiated themselves. The kernels' out and lse, which are constants to autograd, take no part."""
+    with torch.enable_grad():
+        # Aliases: where two arguments are one tensor, each has a gradient of its own.
+        leaves = {name: x.view_as(x) for name, x in call._asdict().items() if needed[name]}
+        call = call._replace(**leaves)
+        if packing is None:
+            results = attention_reference(**call._asdict(), return_lse=True)
+        else:
+            results = _varlen_reference(call, packing)
+    # Those that there are of results which depend on the leaves: lse does not on v.
+    pairs = [(x, gradient) for x, gradient in zip(results, (dout, dlse)) if gradient is not None and x.requires_grad]
+    outputs, douts = zip(*pairs) if pairs else ((), ())
+    gradients = torch.autograd.grad(
+        outputs, list(leaves.values()), douts, create_graph=torch.is_grad_enabled(), materialize_grads=True
+    )
+    return dict(zip(leaves, gradients))
+
+
+def _kernel_dout(dout, out):
+    """The gradient of `out` as the kernels take it; None stands for zeros."""
+    if dout is None:
+        return torch.zeros_like(out)
+    return dout if dout.stride(-1) == 1 else dout.contiguous()
 
 
 # Packed sequences: the same, without what only a batch has.
@@ -603,16 +644,16 @@ class _VarlenAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, dlse):
         out, lse, cu_q, cu_k, q, k, v, slopes, sinks, seed = ctx.saved_tensors
         call = ctx.options._replace(q=q, k=k, v=v, alibi_slopes=slopes, sinks=sinks, dropout_seed=seed)
-        dout = torch.zeros_like(out) if dout is None else dout
-        if dout.stride(-1) != 1:
-            dout = dout.contiguous()
-        *grads, dsinks = _attention_varlen_backward(
-            dout, dlse, out, lse, cu_q, cu_k, ctx.max_q, ctx.max_k, *_varlen_arguments(call)
-        )
-        gradients = dict(zip(("q", "k", "v"), grads)) | {"sinks": dsinks}
-        needed = ctx.needs_input_grad[1:]
-        return None, *(gradients[name] if need else None for name, need in zip(Call._fields, needed))
+        packing = Packing(cu_q, cu_k, ctx.max_q, ctx.max_k)
+        needed = dict(zip(Call._fields, ctx.needs_input_grad[1:]))
+        if _is_differentiated():
+            gradients = _reference_gradients(call, packing, needed, dout, dlse)
+        else:
+            *grads, dsinks = _attention_varlen_backward(
+                _kernel_dout(dout, out), dlse, out, lse, *packing, *_varlen_arguments(call)
+            )
+            gradients = dict(zip(("q", "k", "v"), grads)) | {"sinks": dsinks}
+        return None, *(gradients[name] if need else None for name, need in needed.items())

@@ -12,6 +12,7 @@ from fastgpt.ops import attention as attending
 from fastgpt.ops import kv_cache_update as updating
 from fastgpt.ops.attention import Call, attention, attention_reference
 from fastgpt.checks import require_tensor
+from fastgpt.ops.derivatives import derivatives_refused
 from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.kv_cache_update import (
     kv_cache_update,
@@ -52,7 +53,7 @@ def attention_with_kv_cache(
 
     Returns: out (B, H, T, D) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log. What is
         stored is the same, bit for bit, in all implementations; out agrees as implementations of `attention` do. Under CUDA
-        it does not synchronise, so it can be captured in a CUDA graph.
+        it does not synchronise, so it can be captured in a CUDA graph. Derivatives are those of the two operations.
 
     Raises: TypeError, ValueError as the two operations. On CUDA a token without a slot is not stored and not reported.
     Source: Flash-Decoding (https://pytorch.org/blog/flash-decoding/).
@@ -141,8 +142,9 @@ def _triton_refuses(call: Call, new: tuple):
         return reason
     if call.q.dim() == 4 and call.q.shape[2] != 1:
         return f"it takes one token of each sequence, and q has {call.q.shape[2]}"
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in (call.q, *new[:2])):
-        return "it has no backward pass, and q, k or v requires gradients"
+    k, v, _, cos, sin, _, _ = new
+    if (reason := derivatives_refused(call.q, k, v, call.k, call.v, cos, sin, call.sinks)) is not None:
+        return reason
     from fastgpt.kernels.attention_tiles import has_aligned_rows
 
     if not (has_aligned_rows(call.k) and has_aligned_rows(call.v)):

@@ -5,6 +5,8 @@ import importlib.util
 
 import torch
 
+from fastgpt.ops.derivatives import derivatives_refused
+
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -56,9 +58,7 @@ def decoder_cpp_refuses(x, *others, device: str = "cpu") -> str | None:
         return "it takes fp32, fp16 and bf16, and x is torch.float64"
     if torch.is_autocast_enabled(device):
         return "it knows no autocast, which is on"
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)):
-        return "it has no backward pass, and a gradient is asked for"
-    return None
+    return derivatives_refused(x, *others)
 
 
 def decoder_triton_refuses(*tensors) -> str | None:

@@ -9,6 +9,7 @@ from fastgpt.checks import (
     require_shape,
     require_tensor,
 )
+from fastgpt.ops.derivatives import derivatives_refused
 from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.library import CUDA_MISSING, library
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, quantise
@@ -37,22 +38,25 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
             is zero; a row that holds infinity or NaN gets scale NaN. D <= 1024.
         impl: "cuda", "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
 
-    Returns None. Under CUDA it neither synchronises nor allocates, so it can be captured in a CUDA graph. No gradients
-    flow through a cache.
+    Returns None. Under CUDA it neither synchronises nor allocates, so it can be captured in a CUDA graph. Where k, v or a
+    cache asks for derivatives, the reference serves the call: an assignment in place, as autograd knows it. Then the caches
+    hold on to what k and v were computed from; call under torch.no_grad() to cut that. 8-bit caches carry none.
 
     Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, impl; on CPU a position >= S, or a page
         outside the pool): argument, expected, got. Nothing is written then. On CUDA such a token is not stored and not
-        reported: telling would need a synchronisation.
+        reported: telling would need a synchronisation. ValueError also for derivatives through an 8-bit cache.
     """
+    tensors = k, v, k_cache, v_cache, k_scale, v_scale
     if impl is not None:
-        choose("kv_cache_update", IMPLEMENTATIONS, impl, k)
+        choose("kv_cache_update", IMPLEMENTATIONS, impl, *tensors)
     try:
-        if impl != "reference":  # the kernels check for themselves, in a fraction of the time, before they write
+        # The kernels check for themselves, in a fraction of the time, before they write.
+        if impl != "reference" and derivatives_refused(*tensors) is None:
             return _kv_cache_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     except (RuntimeError, AttributeError):
         _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)  # raises the error that names the argument
         _check_slots(positions, k_cache, block_table)
-        if choose("kv_cache_update", IMPLEMENTATIONS, impl, k) != "reference":
+        if choose("kv_cache_update", IMPLEMENTATIONS, impl, *tensors) != "reference":
             raise
     _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     kv_cache_update_reference(
@@ -63,7 +67,12 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
 def kv_cache_update_reference(
     k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None
 ):
-    """The same function in plain PyTorch, on every device."""
+    """The same function in plain PyTorch, on every device; differentiable, but for 8-bit caches, which it then refuses."""
+    if k_cache.dtype in QUANTISED_DTYPES and derivatives_refused(k, v, k_scale, v_scale) is not None:
+        raise ValueError(
+            f"k_cache: expected the dtype of k where derivatives are asked for, since rounding to 8 bits has none, got "
+            f"{k_cache.dtype}; call under torch.no_grad(), or with k.detach() and v.detach()"
+        )
     _check_slots(positions, k_cache, block_table)
     b, t, index, n = _slots_of(positions, k_cache, block_table)
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
@@ -94,22 +103,23 @@ def rope_kv_cache_update(
         slots: (B, T) like positions: where to store tokens, if not at their positions: in a ring, say. Negative: not
             stored.
 
-    Returns: the rotated q, (B, H, T, D) contiguous.
+    Returns: the rotated q, (B, H, T, D) contiguous. Derivatives: as `kv_cache_update`.
     Raises: as `kv_cache_update`; ValueError also for a position past the rows of cos (on CPU; on CUDA the token is then
         neither rotated nor stored).
     Source: RoFormer (arXiv 2104.09864); `interleaved=False` is the order of GPT-NeoX and Llama.
     """
+    tensors = k, v, k_cache, v_cache, k_scale, v_scale, q, cos, sin
     if impl is not None:
-        choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, k)
+        choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, *tensors)
     try:
-        if impl != "reference":
+        if impl != "reference" and derivatives_refused(*tensors) is None:
             return _rope_kv_cache_update(
                 q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale
             )
     except (RuntimeError, AttributeError):
         _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
         _check_rope_slots(k_cache, positions, cos, slots, block_table)
-        if choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, k) != "reference":
+        if choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, *tensors) != "reference":
             raise
     _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
     return rope_kv_cache_update_reference(
@@ -273,7 +283,7 @@ def _check_rope_slots(k_cache, positions, cos, slots, block_table):
 def explain(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
     """Implementation -> "chosen", "available", or why it refuses this call."""
     _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
-    return explain_call(IMPLEMENTATIONS, k)
+    return explain_call(IMPLEMENTATIONS, k, v, k_cache, v_cache, k_scale, v_scale)
 
 
 def explain_rope(
@@ -282,27 +292,29 @@ def explain_rope(
 ):  # fmt: skip
     """The same for rope_kv_cache_update."""
     _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
-    return explain_call(IMPLEMENTATIONS, k)
+    return explain_call(IMPLEMENTATIONS, k, v, k_cache, v_cache, k_scale, v_scale, q, cos, sin)
 
 
-def _kernel_refuses(k):
-    return None if k.dtype in KERNEL_DTYPES else f"it takes fp32, fp16 and bf16, and k is {k.dtype}"
+def _kernel_refuses(k, *others):
+    if k.dtype not in KERNEL_DTYPES:
+        return f"it takes fp32, fp16 and bf16, and k is {k.dtype}"
+    return derivatives_refused(k, *others)
 
 
-def _cuda_refuses(k):
+def _cuda_refuses(k, *others):
     if not k.is_cuda:
         return runs_elsewhere("CUDA", "k", k.device)
-    return CUDA_MISSING or _kernel_refuses(k)
+    return CUDA_MISSING or _kernel_refuses(k, *others)
 
 
-def _cpp_refuses(k):
+def _cpp_refuses(k, *others):
     if not k.is_cpu:
         return runs_elsewhere("CPU", "k", k.device)
-    return _kernel_refuses(k)
+    return _kernel_refuses(k, *others)
 
 
 # In order of preference: the first that does not refuse serves the call.
-IMPLEMENTATIONS = {"cpp": _cpp_refuses, "cuda": _cuda_refuses, "reference": lambda k: None}
+IMPLEMENTATIONS = {"cpp": _cpp_refuses, "cuda": _cuda_refuses, "reference": lambda *tensors: None}
 
 
 library.define(

@@ -1,0 +1,60 @@
+"""Derivatives: which of them a call is asked for, and errors in place of those that it does not have.
+
+The kernels compute numbers, and autograd knows nothing of what happens in them. A call that is asked for a derivative is served
+by the reference, which is plain PyTorch, or refused: a derivative is right or an error, never zero.
+"""
+
+import torch
+from torch.autograd import forward_ad
+
+TRANSFORMED = "it takes no part in forward-mode derivatives and transforms of torch.func, and one is active"
+
+
+def transforms_active() -> bool:
+    """Whether a level of forward-mode derivatives or a transform of torch.func is active."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def derivatives_refused(*tensors) -> str | None:
+    """Why an implementation without derivatives cannot take these tensors (or None), or None."""
+    if transforms_active():
+        return TRANSFORMED
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return "it has no backward pass, and a gradient is asked for"
+    return None
+
+
+_CACHE = (
+    "cache: expected no derivatives through stored keys and values, which carry none. To differentiate a model, call it without "
+    "a cache; to generate, call it under torch.no_grad()"
+)
+
+
+def refuse_transforms_of_cache() -> None:
+    """Raises RuntimeError if forward-mode derivatives or a transform of torch.func would pass through a cache."""
+    if transforms_active() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(_CACHE)
+
+
+def through_cache(operation, *tensors):
+    """operation(*tensors), which writes or reads stored keys and values: gradients end there.
+
+    They are refused when somebody asks for them, not here: who forgot torch.no_grad() gets the same numbers.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _ThroughCache.apply(operation, *tensors)
+    return operation(*tensors)
+
+
+class _ThroughCache(torch.autograd.Function):
+    """operation(*tensors), computed without a graph, whose backward pass is an error."""
+
+    @staticmethod
+    def forward(ctx, operation, *tensors):
+        return operation(*tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(_CACHE)
