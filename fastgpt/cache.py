@@ -48,7 +48,7 @@ class Storage:
     """
 
     def __init__(self, N, rows, *, num_layers, num_kv_heads, head_dim, dtype=None, cache_dtype=None, device=None):
-        refuse_transforms_of_cache()
+        refuse_transforms_of_cache(filled=False)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         cache_dtype = dtype if cache_dtype is None else cache_dtype
         if cache_dtype not in (dtype, *QUANTISED_DTYPES):

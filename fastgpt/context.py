@@ -6,6 +6,7 @@ import torch
 
 from fastgpt.cache import KVCache, Uncached
 from fastgpt.ops.attention import attention
+from fastgpt.ops.derivatives import through_cache
 from fastgpt.checks import require_device, require_dtype, require_shape, require_tensor
 
 
@@ -82,6 +83,15 @@ def read_context(model, states, lengths=None) -> Context | None:
     require_device("context", states, weight.device)
     lengths = None if lengths is None else as_lengths("context_lengths", lengths, states)
     return Context([block.cross_attention.read(states) for block in model.blocks], len(states), lengths)
+
+
+def stored_context(model, states, lengths=None) -> Context | None:
+    """`read_context` for a cache, which keeps no graph: a gradient by the states is refused in the backward pass."""
+    with torch.no_grad():
+        context = read_context(model, states, lengths)
+    if context is not None:
+        context.layers = [through_cache(lambda _, layer=layer: layer, states) for layer in context.layers]
+    return context
 
 
 def as_lengths(name: str, lengths, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastgpt import capture, checkpoint, memory, schema
 from fastgpt.cache import CACHE_KINDS, ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached, least
 from fastgpt.capture import Captured
-from fastgpt.context import Context, Given, read_context, require_causal, require_context, uncached
+from fastgpt.context import Context, Given, read_context, require_causal, require_context, stored_context, uncached
 from fastgpt.families import DECODER_SCHEMA, MAX_HEAD_DIM
 from fastgpt.generate import generate
 from fastgpt.inspection import run_with_cache
@@ -507,8 +507,7 @@ class GPT(nn.Module):
             cache = PagedCache(PagePool(num_pages=num_pages, page_size=page_size, **storage), **options)
         else:
             raise ValueError(f"kind: expected one of {', '.join(map(repr, CACHE_KINDS))}, got {kind!r}")
-        with torch.no_grad():
-            cache.context = read_context(self, context, context_lengths)
+        cache.context = stored_context(self, context, context_lengths)
         return cache
 
     def generate(self, ids, max_new_tokens: int, *, context=None, context_lengths=None, **options):

@@ -418,8 +418,10 @@ def test_a_cache_takes_no_part_in_gradients_and_is_not_copied():
     cache = [torch.zeros(1, 9, 4, 16) for _ in range(2)]
     addresses = [x.data_ptr() for x in cache]
     out = flash_attn_with_kvcache(q, *cache, q, q, cache_seqlens=3)
-    assert not out.requires_grad and [x.data_ptr() for x in cache] == addresses
+    assert not cache[0].requires_grad and [x.data_ptr() for x in cache] == addresses
     assert torch.equal(cache[0][0, 3], q[0, 0])
+    with pytest.raises(RuntimeError, match="cache: expected no derivatives"):
+        (out.sum() + q.sum()).backward()
 
 
 INT = torch.int32

@@ -14,6 +14,7 @@ window_size (left, right) it sees those from left before that to right after, -1
 """
 
 import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from fastgpt.checks import (
     require_device, require_dtype, require_flag, require_integer, require_number, require_shape, require_tensor,
 )  # fmt: skip
 from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, attention, attention_varlen
+from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 
 
@@ -136,7 +138,19 @@ def flash_attn_varlen_qkvpacked_func(
         )  # fmt: skip
 
 
-@torch.no_grad()
+def _reading_a_cache(function):
+    """The function with an error for derivatives: for forward mode at once, for gradients in the backward pass."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **options):
+        refuse_transforms_of_cache()
+        tensors = [x for x in (*args, *options.values()) if isinstance(x, torch.Tensor)]
+        return through_cache(lambda *_: function(*args, **options), *tensors)
+
+    return wrapper
+
+
+@_reading_a_cache
 def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
     cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
@@ -159,7 +173,7 @@ def flash_attn_with_kvcache(
         return_softmax_lse: also return the log-sum-exp.
         The rest: see `flash_attn_func`, with cache_seqlens + T_new for S.
 
-    Returns: out (B, T, H, D), or (out, lse (B, H, T) fp32). No gradients flow.
+    Returns: out (B, T, H, D), or (out, lse (B, H, T) fp32). Their backward pass raises RuntimeError.
     Raises: TypeError, ValueError: argument, expected, got, before anything is written; on CPU also for a token outside the
         cache or the rows of rotary_cos.
     """

@@ -12,9 +12,9 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
 from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, TRITON_INSTALLED, attention
+from fastgpt.ops.derivatives import transforms_active
 from fastgpt.ops.dropout import keep_mask
 from fastgpt.ops.explain import OPERATIONS
 from fastgpt.ops.implementations import runs_elsewhere
@@ -169,7 +169,7 @@ def _refuses_surroundings(query, key, value, attn_mask, dropout_p, is_causal, sc
         return "dropout_p, is_causal, scale or enable_gqa is of a type that PyTorch converts or rejects"
     if torch._C._len_torch_dispatch_stack():
         return "a mode of __torch_dispatch__ is active, which is to see PyTorch's operators"
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if transforms_active():
         return "a transform of torch.func or forward-mode differentiation is active"
     if not torch._C._get_flash_sdp_enabled():
         return "flash attention is switched off (torch.nn.attention.sdpa_kernel, torch.backends.cuda.enable_flash_sdp)"
@@ -329,7 +329,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, bias, mask, seed, out, lse = ctx.saved_tensors
         causal, scale, dropout_p = ctx.options
         needed = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():  # create_graph
+        if torch.is_grad_enabled() or transforms_active():  # create_graph, forward mode, a vmap over dout
             grads = _differentiable_gradients(dout, (q, k, v, bias), needed, mask, seed, causal, scale, dropout_p)
         else:
             dout = dout if dout.stride(-1) == 1 else dout.contiguous()
@@ -341,13 +341,15 @@ class _Attention(torch.autograd.Function):
 
 
 def _differentiable_gradients(dout, inputs, needed, mask, seed, causal, scale, dropout_p):
-    # Aliases: where two inputs are one tensor, each has a gradient of its own.
-    q, k, v, bias = aliases = [None if x is None else x.view_as(x) for x in inputs]
-    kept = None if seed is None else keep_mask(seed, dropout_p, *q.shape[:3], k.shape[2], q.device)
-    out, _ = torch.ops.aten._scaled_dot_product_attention_math(
-        q, k, v, mask if bias is None else bias, dropout_p, causal, kept, scale=scale, enable_gqa=True
-    )
-    grads = iter(torch.autograd.grad(out, [x for x, need in zip(aliases, needed) if need], dout, create_graph=True))
+    with torch.enable_grad():
+        # Aliases: where two inputs are one tensor, each has a gradient of its own.
+        q, k, v, bias = aliases = [None if x is None else x.view_as(x) for x in inputs]
+        kept = None if seed is None else keep_mask(seed, dropout_p, *q.shape[:3], k.shape[2], q.device)
+        out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+            q, k, v, mask if bias is None else bias, dropout_p, causal, kept, scale=scale, enable_gqa=True
+        )
+    wanted = [x for x, need in zip(aliases, needed) if need]
+    grads = iter(torch.autograd.grad(out, wanted, dout, create_graph=torch.is_grad_enabled()))
     return [next(grads) if need else None for need in needed]
 
 

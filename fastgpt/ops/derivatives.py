@@ -32,9 +32,14 @@ _CACHE = (
 )
 
 
-def refuse_transforms_of_cache() -> None:
-    """Raises RuntimeError if forward-mode derivatives or a transform of torch.func would pass through a cache."""
-    if transforms_active() and not torch.is_inference_mode_enabled():
+def refuse_transforms_of_cache(filled: bool = True) -> None:
+    """Raises RuntimeError if forward-mode derivatives or a transform of torch.func would pass through a cache.
+
+    filled: False where one is made: that is possible within a level of forward-mode derivatives.
+    """
+    if filled and forward_ad._current_level >= 0 and not torch.is_inference_mode_enabled():
+        raise RuntimeError(_CACHE)
+    if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_CACHE)
 
 

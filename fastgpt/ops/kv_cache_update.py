@@ -76,12 +76,13 @@ def kv_cache_update_reference(
     _check_slots(positions, k_cache, block_table)
     b, t, index, n = _slots_of(positions, k_cache, block_table)
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        rows = x[b, :, t]  # (tokens, H_kv, D)
+        # Tokens before heads, so that what is indexed comes first: vmap takes no other index.
+        rows, cache = x.transpose(1, 2)[b, t], cache.transpose(1, 2)  # (tokens, H_kv, D), (N, rows, H_kv, D)
         if cache.dtype in QUANTISED_DTYPES:
-            rows, scale[index, :, n] = quantise(rows, cache.dtype)
+            rows, scale.transpose(1, 2)[index, n] = quantise(rows, cache.dtype)
         if cache.dtype == torch.float8_e4m3fn:  # for which PyTorch has no indexed assignment
             rows, cache = rows.view(torch.uint8), cache.view(torch.uint8)
-        cache[index, :, n] = rows
+        cache[index, n] = rows
 
 
 def rope_kv_cache_update(

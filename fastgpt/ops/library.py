@@ -15,7 +15,23 @@ except ImportError as error:
 build_info, Plan = _C.build_info, _C.Plan
 build_info()  # raises ValueError for a FASTGPT_CPU_LEVEL that this CPU does not have
 
-library = torch.library.Library("fastgpt", "DEF")
+class Operators(torch.library.Library):
+    """A library whose operators refuse the transforms of torch.func, which would take their results for constants."""
+
+    def define(self, schema, *args, **options):
+        defined = super().define(schema, *args, **options)
+        name = schema.partition("(")[0]
+
+        def refuse(*args, **options):
+            raise RuntimeError(
+                f"fastgpt::{name}: the registered operation takes no part in transforms of torch.func; call fastgpt's function"
+            )
+
+        self.impl(name, refuse, "FuncTorchDynamicLayerFrontMode")
+        return defined
+
+
+library = Operators("fastgpt", "DEF")
 
 CUDA_LIBRARY = Path(_C.__file__).parent / "libfastgpt_cuda.so"
 

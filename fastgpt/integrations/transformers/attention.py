@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fastgpt.integrations.transformers.deferred import EightBit
 from fastgpt.integrations.transformers.masks import Mask
 from fastgpt.ops import attention as operation
+from fastgpt.ops.derivatives import transforms_active
 from fastgpt.ops.explain import explain
 
 _attention_forward = torch.ops.fastgpt.attention_forward.default
@@ -110,7 +112,7 @@ def _served_simply(query, key, value, scaling, is_causal, kwargs: dict) -> torch
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._is_any_autocast_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or transforms_active()
         or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
     ):
         return None
@@ -137,7 +139,8 @@ def _why_not(query, key, value, dropout, scaling) -> str | None:
     if not 0 <= dropout < 1 or not (scaling is None or isinstance(scaling, (int, float, torch.SymFloat))):
         return f"dropout {dropout}, scaling {scaling}"
     if not torch.compiler.is_compiling() and (
-        torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+        # PyTorch's attention has derivatives under torch.func in less memory than our reference, but none in forward mode.
+        torch.jit.is_tracing() or (torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0)
     ):
         return "within torch.jit or torch.func"
     return None

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from fastgpt import memory
 from fastgpt.checks import require_integer, require_tensor
 from fastgpt.integrations.transformers.deferred import EightBit
+from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, kv_cache_update_reference
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, as_bytes
 
@@ -21,7 +22,8 @@ class Layer(DynamicLayer):
     """Keys and values of a layer: storage (B, H_kv, rows, D), whose first `length` rows are tokens.
 
     It doubles when it is full, or has max_cache_len rows from the start. The model gets views of it or, if it is quantised,
-    `EightBit` tensors. No gradients flow through what is stored.
+    `EightBit` tensors. Gradients reach the keys and values of the call, not those that earlier calls have stored: where these
+    had gradients, the backward pass raises RuntimeError.
 
     keys, values (B, H_kv, `length`, D) can be assigned, which copies them into storage. If that changes their batch, number or
     device, both have to be, and nothing else goes in between.
@@ -32,6 +34,7 @@ class Layer(DynamicLayer):
         self.max_cache_len, self.cache_dtype = max_cache_len, cache_dtype
         self.storage = {}  # by argument of kv_cache_update: k_cache, v_cache and, if quantised, k_scale, v_scale
         self.length = 0
+        self.required_gradients = False  # one of the keys or values that are stored
         self.is_initialized = False
         self.assigned = {}  # keys or values that wait for the others
 
@@ -81,6 +84,7 @@ class Layer(DynamicLayer):
         k, v = self.keys, self.values
         if k is None or v is None or k.shape[:3] != v.shape[:3] or k.device != v.device:
             return  # the other one is still that of before
+        self.required_gradients |= k.requires_grad or v.requires_grad
         self.assigned, self.storage, self.length = {}, {}, 0
         self.lazy_initialization(k, v)
         self._store(k.detach(), v.detach())
@@ -113,6 +117,7 @@ class Layer(DynamicLayer):
         """Stores new tokens; returns those of the last `past` older ones and theirs."""
         if torch.is_grad_enabled():  # with gradients, and out of reach of later writes
             seen = self._joined(past, key_states, value_states)
+            self.required_gradients |= key_states.requires_grad or value_states.requires_grad
             self._store(key_states.detach(), value_states.detach())
             return seen
         self._store(key_states, value_states)
@@ -121,7 +126,14 @@ class Layer(DynamicLayer):
     def _joined(self, past: int, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         if not past:
             return key_states, value_states
-        return tuple(torch.cat(pair, dim=2) for pair in zip(self._last(past), (key_states, value_states)))
+
+        def join(*new):
+            return tuple(torch.cat(pair, dim=2) for pair in zip(self._last(past), new))
+
+        if not self.required_gradients:
+            return join(key_states, value_states)
+        asking = torch.empty(0, requires_grad=True)  # even if what is new does not
+        return through_cache(lambda k, v, asking: join(k, v), key_states, value_states, asking)
 
     def _store(self, k, v) -> None:
         T = k.shape[2]
@@ -177,7 +189,7 @@ class Layer(DynamicLayer):
         return min(removed, have)
 
     def reset(self) -> None:
-        self.length, self.is_initialized, self.assigned = 0, False, {}
+        self.length, self.is_initialized, self.assigned, self.required_gradients = 0, False, {}, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._require_pair()
@@ -228,6 +240,7 @@ class SlidingLayer(Layer, DynamicSlidingWindowLayer):
             seen = self._append(key_states, value_states, past)
         else:  # only the end of so many will be seen again
             seen = self._joined(past, key_states, value_states)
+            self.required_gradients = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
             self.length = 0
             self._store(*(x.detach()[:, :, T - self.sliding_window + 1 :] for x in (key_states, value_states)))
         self.cumulative_length += T
@@ -280,7 +293,10 @@ class Cache(DynamicCache):
 
     It works with any attention; fastgpt's reads 8-bit rows as they are, others get them restored. Layers without keys and
     values, and those of special kinds, are transformers' own. A model with cross-attention takes two, in an
-    EncoderDecoderCache. No gradients flow through what is stored.
+    EncoderDecoderCache.
+
+    No gradients flow through what is stored. The backward pass raises RuntimeError where tokens that an earlier pass stored had
+    gradients; with `DynamicCache` it does not. Forward-mode derivatives and transforms of torch.func raise at once.
     """
 
     def __init__(self, config, *, max_cache_len: int | None = None, cache_dtype: torch.dtype | None = None):
@@ -295,6 +311,7 @@ class Cache(DynamicCache):
                 self.layers[i] = SlidingLayer(layer.sliding_window, cache_dtype)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        refuse_transforms_of_cache()
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     @property
