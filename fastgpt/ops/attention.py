@@ -400,8 +400,10 @@ def explain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, return_
 def _needs_gradients(call: Call) -> bool:
     if not torch.is_grad_enabled():
         return False
-    differentiable = (call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes, call.k_scale, call.v_scale)
-    return any(x is not None and x.requires_grad for x in differentiable)
+    for x in (call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes, call.k_scale, call.v_scale):
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def _triton_refuses(call: Call):

@@ -5,6 +5,7 @@ by the reference, which is plain PyTorch, or refused: a derivative is right or a
 """
 
 import torch
+from torch._C import _are_functorch_transforms_active as functorch_active
 from torch.autograd import forward_ad
 
 TRANSFORMED = "it takes no part in forward-mode derivatives and transforms of torch.func, and one is active"
@@ -12,12 +13,12 @@ TRANSFORMED = "it takes no part in forward-mode derivatives and transforms of to
 
 def transforms_active() -> bool:
     """Whether a level of forward-mode derivatives or a transform of torch.func is active."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or functorch_active()
 
 
 def derivatives_refused(*tensors) -> str | None:
-    """Why an implementation without derivatives cannot take these tensors (or None), or None."""
-    if transforms_active():
+    """Why an implementation without derivatives cannot take these tensors (or None), or None. It is asked at each call."""
+    if forward_ad._current_level >= 0 or functorch_active():
         return TRANSFORMED
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -39,7 +40,7 @@ def refuse_transforms_of_cache(filled: bool = True) -> None:
     """
     if filled and forward_ad._current_level >= 0 and not torch.is_inference_mode_enabled():
         raise RuntimeError(_CACHE)
-    if torch._C._are_functorch_transforms_active():
+    if functorch_active():
         raise RuntimeError(_CACHE)
 
 

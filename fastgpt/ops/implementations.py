@@ -4,6 +4,7 @@ import functools
 import importlib.util
 
 import torch
+from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # four times as fast as a question for one device
 
 from fastgpt.ops.derivatives import derivatives_refused
 
@@ -56,7 +57,7 @@ def decoder_cpp_refuses(x, *others, device: str = "cpu") -> str | None:
         return runs_elsewhere(device.upper(), "x", x.device)
     if x.dtype is torch.float64:
         return "it takes fp32, fp16 and bf16, and x is torch.float64"
-    if torch.is_autocast_enabled(device):
+    if _any_autocast_enabled() and torch.is_autocast_enabled(device):
         return "it knows no autocast, which is on"
     return derivatives_refused(x, *others)
 

@@ -46,17 +46,16 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
         outside the pool): argument, expected, got. Nothing is written then. On CUDA such a token is not stored and not
         reported: telling would need a synchronisation. ValueError also for derivatives through an 8-bit cache.
     """
-    tensors = k, v, k_cache, v_cache, k_scale, v_scale
     if impl is not None:
-        choose("kv_cache_update", IMPLEMENTATIONS, impl, *tensors)
+        choose("kv_cache_update", IMPLEMENTATIONS, impl, k, v, k_cache, v_cache, k_scale, v_scale)
     try:
         # The kernels check for themselves, in a fraction of the time, before they write.
-        if impl != "reference" and derivatives_refused(*tensors) is None:
+        if impl != "reference" and derivatives_refused(k, v, k_cache, v_cache, k_scale, v_scale) is None:
             return _kv_cache_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     except (RuntimeError, AttributeError):
         _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)  # raises the error that names the argument
         _check_slots(positions, k_cache, block_table)
-        if choose("kv_cache_update", IMPLEMENTATIONS, impl, *tensors) != "reference":
+        if choose("kv_cache_update", IMPLEMENTATIONS, impl, k, v, k_cache, v_cache, k_scale, v_scale) != "reference":
             raise
     _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     kv_cache_update_reference(
