@@ -193,7 +193,11 @@ def flash_case():
 def sdpa_case():
     query, key, value = inputs(B, H, H, T, S, D, torch.float32)
     named = {"query": query, "key": key, "value": value}
-    return Case(scaled_dot_product_attention, lambda query, key, value: attention_reference(query, key, value, causal=False), named, tuple(named))
+
+    def reference(query, key, value):
+        return attention_reference(query, key, value, causal=False)
+
+    return Case(scaled_dot_product_attention, reference, named, tuple(named))
 
 
 def drop_in_case():
@@ -235,8 +239,20 @@ REFUSED = {transform: ("sdpa",) for transform in FORWARD_MODE}
 REFUSED["linearize"] = ("attention_varlen", "attention_varlen, dropout", "kv_cache_update", "rope_kv_cache_update", "sdpa")
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("case", CASES)
+# Those that repeat others' ways through the code; but for a few cases they are slow tests.
+REPETITIONS = (
+    "double backward", "checkpoint", "checkpoint, reentrant", "vjp", "linearize", "vmap", "jacrev", "jacfwd", "hessian",
+)  # fmt: skip
+TABLE = [
+    pytest.param(case, transform, marks=pytest.mark.slow)
+    if transform in REPETITIONS and case not in ("attention", "linear", "norm")
+    else (case, transform)
+    for case in CASES
+    for transform in TRANSFORMS
+]
+
+
+@pytest.mark.parametrize("case, transform", TABLE)
 def test_derivatives_are_the_references(case, transform):
     refused = case in REFUSED.get(transform, ())
     case, take = CASES[case](), TRANSFORMS[transform]
@@ -284,6 +300,7 @@ def test_gradients_that_kernels_lack_are_the_references(name):
 
 @pytest.mark.parametrize("needed", ["q", "v"])
 def test_lse_alone_can_be_differentiated_twice(needed):
+    """By v, on which it does not depend, the gradient is zero."""
     tensors = dict(zip("qkv", inputs(1, 2, 2, 4, 4, 8, torch.float32)))
     x = tensors[needed].requires_grad_()
     (actual,) = torch.autograd.grad(attention(**tensors, return_lse=True)[1].square().sum(), x, create_graph=True)
@@ -368,7 +385,7 @@ def test_a_cache_refuses_gradients_of_the_stream_that_it_has_read():
     model = random_model(layers=1, cross_attention=True).requires_grad_(False)
     ids, states = random_ids(model, 1, 4), torch.randn(1, 5, 64, requires_grad=True)
     logits = model(ids, model.new_cache(1, context=states))
-    assert torch.equal(logits, model(ids, model.new_cache(1, context=states.detach())))
+    torch.testing.assert_close(logits, model(ids, model.new_cache(1, context=states.detach())))
     with pytest.raises(RuntimeError, match="cache: expected no derivatives"):
         (logits.sum() + states.sum()).backward()
 

@@ -28,8 +28,8 @@ def derivatives_refused(*tensors) -> str | None:
 
 
 _CACHE = (
-    "cache: expected no derivatives through stored keys and values, which carry none. To differentiate a model, call it without "
-    "a cache; to generate, call it under torch.no_grad()"
+    "cache: expected no derivatives through stored keys and values, which carry none. To differentiate a model, call it "
+    "without a cache; to generate, call it under torch.no_grad()"
 )
 
 
