@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import CHATML, byte_fallback, byte_level, write_folder
 
-from fastgpt.text import Decoder, Stops, Tokenizer
+from fastgpt.text import Decoder, Stops, Tokenizer, unescape
 
 CORPUS = "Hello, wörld!\n\r\n\t  日本 😀"
 
@@ -46,6 +46,66 @@ def test_how_texts_were_made_of_one_length_is_forgotten(tmp_path):
     backend.enable_padding(length=8)
     text = "the quick brown fox and a token"
     assert Tokenizer.from_folder(write_folder(tmp_path, backend)).encode(text) == Tokenizer(byte_level()).encode(text)
+
+
+TEXT_ERRORS = [
+    (b"abc", TypeError, "text: expected a str, got bytes"),
+    (None, TypeError, "text: expected a str, got NoneType"),
+    (["a"], TypeError, "text: expected a str, got list"),
+    ("a\udcff", ValueError, r"text: expected characters, got the lone surrogate '\\udcff' at position 1"),
+]
+
+
+@pytest.mark.parametrize("backend", [byte_level(), byte_fallback(), Tokenizer.from_corpus("abc").backend])
+@pytest.mark.parametrize("text, error, message", TEXT_ERRORS, ids=[entry[2][:50] for entry in TEXT_ERRORS])
+def test_what_is_no_text(backend, text, error, message):
+    with pytest.raises(error, match=message):
+        Tokenizer(backend).encode(text)
+    with pytest.raises(error, match=message):
+        Tokenizer.from_corpus(text)
+
+
+ID_ERRORS = [
+    ([-1], ValueError, "ids: expected an integer >= 0 and <= 4294967295, got -1"),
+    ([2**32], ValueError, "ids: expected an integer >= 0 and <= 4294967295, got 4294967296"),
+    (["a"], TypeError, "ids: expected an integer >= 0 and <= 4294967295, got 'a'"),
+    ([1.5], TypeError, "ids: expected an integer >= 0 and <= 4294967295, got 1.5"),
+    ([[1]], TypeError, r"ids: expected an integer >= 0 and <= 4294967295, got \[1\]"),
+    (5, TypeError, "ids: expected token ids one after the other, got 5"),
+]
+
+
+@pytest.mark.parametrize("ids, error, message", ID_ERRORS, ids=[entry[2][-20:] for entry in ID_ERRORS])
+def test_what_is_no_id(ids, error, message):
+    with pytest.raises(error, match=message):
+        Tokenizer(byte_level()).decode(ids)
+
+
+def test_ids_that_no_token_has_are_no_text():
+    """A model's vocabulary may be filled up to a multiple of 64, say."""
+    ids = BYTE_LEVEL.encode("the dog")
+    assert BYTE_LEVEL.decode([*ids, BYTE_LEVEL.vocab_size, 2**32 - 1]) == "the dog"
+    assert pieces(BYTE_LEVEL, [9999, *ids, 9999])[1] == BYTE_LEVEL.decode(ids[:1])
+
+
+def test_a_panic_of_the_library_is_a_value_error():
+    """Its exception is no Exception, which would end a program that expects errors."""
+
+    class Panic(BaseException):
+        pass
+
+    class Backend:
+        model = None
+
+        def panic(self, *arguments, **options):
+            raise Panic("index out of bounds")
+
+        encode = decode = panic
+
+    with pytest.raises(ValueError, match="text: expected one that the tokenizer takes, which says: index out of bounds"):
+        Tokenizer(Backend()).encode("a")
+    with pytest.raises(ValueError, match="ids: expected some that the tokenizer takes, which says: index out of bounds"):
+        Tokenizer(Backend()).decode([1])
 
 
 # Streams
@@ -140,6 +200,36 @@ def test_a_text_ends_before_a_stop_string_whatever_the_pieces(parts, stop):
         held = so_far[len(given) :]
         assert not held or any(s.startswith(held) for s in stop)
     assert (given + stops.finish(), stops.found) == cut("".join(parts), stop)
+
+
+def test_a_special_token_is_part_of_the_stop_string_that_it_is_in():
+    for pieces_, expected in [
+        ([("Hi", True), ("<|end|>", False), ("more", True)], "Hi"),
+        ([("Hi\n", True), ("<|end|>", False), ("\nUser", True), (":", True)], "Hi"),
+        ([("Hi", True), ("<|end|>", False), ("\nNo", True)], "Hi\nNo"),
+        ([("Hi", True), ("<|other|>", False), ("STOP", True)], "Hi"),
+        ([("ST", True), ("<|other|>", False), ("OP", True)], ""),
+    ]:
+        stops = Stops(["<|end|>m", "\n<|end|>\nUser:", "STOP"])
+        assert "".join(stops.push(*piece) for piece in pieces_) + stops.finish() == expected
+        assert stops.found == (expected != "Hi\nNo")
+
+
+ESCAPES = [
+    (r"\n\n", "\n\n"), (r"a\tb\r", "a\tb\r"), (r"\\n", r"\n"), (r"\x41\u00e9\U0001F600", "Aé😀"), (r"\ud83d\ude00", "😀"),
+    (r"\d\q\xZZ", r"\d\q\xZZ"), ("\n", "\n"), ("", ""), ("\\", "\\"), (r"\0", "\0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("written, text", ESCAPES, ids=[repr(entry[0]) for entry in ESCAPES])
+def test_escapes(written, text):
+    assert unescape(written) == text
+
+
+@pytest.mark.parametrize("written", [r"\ud800", r"\uFFFF\uDC00", r"\U00110000", r"\UFFFFFFFF"])
+def test_escapes_of_what_is_no_character(written):
+    with pytest.raises(ValueError, match="^stop: expected escapes of characters, got "):
+        unescape(written, "stop")
 
 
 # Folders

@@ -1,8 +1,10 @@
 """Tokenizers as models have them, made here, and checkpoint folders with one; for tests."""
 
+import io
 import json
 from pathlib import Path
 
+import sentencepiece
 import tokenizers
 from models import random_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -51,13 +53,42 @@ def byte_fallback() -> tokenizers.Tokenizer:
     return result
 
 
+def write_merges(folder: Path, **files) -> Path:
+    """vocab.json and merges.txt instead of tokenizer.json, as GPT-2 was published."""
+    model = json.loads(byte_level().to_str())["model"]
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return write_json(folder, files)
+
+
+def write_sentencepiece(folder: Path, kind: str = "bpe", files: dict | None = None, **options) -> Path:
+    """tokenizer.model, trained with these options of SentencePiece."""
+    options = {
+        "vocab_size": 420, "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+        "character_coverage": 1.0, "hard_vocab_limit": False, "minloglevel": 2,
+    } | options  # fmt: skip
+    model = io.BytesIO()
+    sentences = iter(CORPUS * 3)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, model_type=kind, **options)
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return write_json(folder, files or {})
+
+
+def write_json(folder: Path, files: dict) -> Path:
+    """name without .json -> content."""
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
 def write_folder(folder: Path, backend: tokenizers.Tokenizer, **files) -> Path:
     """tokenizer.json and other files: name without .json -> content."""
     folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
+    return write_json(folder, files)
 
 
 def write_checkpoint(folder: Path, backend: tokenizers.Tokenizer, **files) -> Path:

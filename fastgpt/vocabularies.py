@@ -1,0 +1,174 @@
+"""Tokenizers from older files than `tokenizer.json`: `vocab.json` with `merges.txt`, SentencePiece's `tokenizer.model`.
+
+Each becomes a tokenizer of the `tokenizers` library, so that everything else, saving it too, is as with any other.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+SPACE = "▁"  # SentencePiece's
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of its pieces
+UNIGRAM, BPE = 1, 2  # and of its models
+# What is cut from a text before its bytes are merged: by class of tokenizer, as tokenizer_config.json calls it.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_CLASSES = ("GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend", None)
+QWEN2_CLASSES = ("Qwen2Tokenizer",)
+END_OF_TEXT = "<|endoftext|>"  # of tokenizers of these classes that name no special tokens
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, empty if there is no such file. Raises ValueError if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"tokenizer: {path} is damaged: {error}") from error
+    if not isinstance(result, dict):
+        raise ValueError(f"tokenizer: {path} is damaged: expected a JSON object, got a {type(result).__name__}")
+    return result
+
+
+def read_text(path: Path) -> str:
+    """Raises ValueError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {path} is damaged: expected text in UTF-8: {error}") from error
+
+
+def byte_level(folder: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """Reads `vocab.json` and `merges.txt`: byte-pair encoding as GPT-2's, or as Qwen2's; and its special tokens by default.
+
+    Args:
+        config: tokenizer_config.json, of which tokenizer_class says which, and add_prefix_space.
+
+    Raises: ValueError that says which file is damaged, or that there are no such tokenizers here.
+    """
+    name = config.get("tokenizer_class")
+    name = name.removesuffix("Fast") if isinstance(name, str) else name
+    if name not in (*GPT2_CLASSES, *QWEN2_CLASSES):
+        known = ", ".join(str(known) for known in (*GPT2_CLASSES, *QWEN2_CLASSES) if known)
+        raise ValueError(
+            f"tokenizer: {folder}: expected a tokenizer.json, or a tokenizer_class of {known} to read vocab.json and "
+            f"merges.txt, got {name!r}"
+        )
+    path = folder / "vocab.json"
+    vocabulary = read_json(path)
+    ids = list(vocabulary.values())
+    if not all(type(index) is int and 0 <= index < 2**31 for index in ids) or len(set(ids)) < len(ids):
+        raise ValueError(f"tokenizer: {path} is damaged: expected a distinct id for each token")
+    path = folder / "merges.txt"
+    merges = [line.rstrip("\r") for line in read_text(path).split("\n")]  # no other characters end a line
+    if merges[0].startswith("#version"):
+        del merges[0]
+    merges = [tuple(line.split(" ")) for line in merges if line]
+    for pair in merges:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
+            raise ValueError(f"tokenizer: {path} is damaged: expected two tokens of vocab.json that make one, got {pair!r}")
+    result = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    prefix = bool(config.get("add_prefix_space"))
+    if name in QWEN2_CLASSES:
+        words = pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), behavior="isolated")
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+        result.normalizer, result.pre_tokenizer = normalizers.NFC(), pre_tokenizers.Sequence([words, bytes_])
+    else:
+        result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    result.decoder = decoders.ByteLevel()
+    names = ("eos_token", "unk_token") if name in QWEN2_CLASSES else ("bos_token", "eos_token", "unk_token")
+    return result, dict.fromkeys(names, END_OF_TEXT) if END_OF_TEXT in vocabulary else {}
+
+
+def sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """Reads a SentencePiece model of kind BPE or unigram, and the special tokens that it names.
+
+    Args:
+        config: tokenizer_config.json. Unless its `legacy` is false, spaces are put not only before a text but before each
+            part of it that follows a special token, as SentencePiece does with texts.
+
+    Raises: ValueError that says what to install, or if the file is damaged, or of a kind that is not read.
+    """
+    content = path.read_bytes()
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content):
+        raise ValueError(
+            f"tokenizer: {path} is in tiktoken's format: expected SentencePiece's, or a tokenizer.json, which transformers "
+            f"makes of it: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    try:
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    except ImportError as error:
+        raise ValueError(
+            f"tokenizer: expected the libraries that read {path} to be installed: pip install sentencepiece protobuf"
+        ) from error
+    try:
+        model = ModelProto.FromString(content)
+        pieces = {piece.piece: index for index, piece in enumerate(model.pieces)}
+    except Exception as error:  # protobuf's DecodeError, which is no ValueError
+        raise ValueError(f"tokenizer: {path} is damaged: {error}") from error
+    trainer, spec = model.trainer_spec, model.normalizer_spec
+    if not pieces or len(pieces) < len(model.pieces):
+        raise ValueError(f"tokenizer: {path} is damaged: expected distinct pieces, got {len(pieces)} in {len(model.pieces)}")
+    if trainer.model_type not in (UNIGRAM, BPE) or trainer.treat_whitespace_as_suffix:
+        raise ValueError(f"tokenizer: {path}: expected a unigram or BPE model, with spaces before words")
+    unknown = next((piece.piece for piece in model.pieces if piece.type == UNKNOWN), None)
+    if trainer.model_type == UNIGRAM:
+        vocabulary = [(piece.piece, piece.score) for piece in model.pieces]
+        unknown_id = pieces.get(unknown)
+        result = models.Unigram(vocab=vocabulary, unk_id=unknown_id, byte_fallback=trainer.byte_fallback)
+    else:
+        result = models.BPE(
+            vocab=pieces, merges=_merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback
+        )
+    result = tokenizers.Tokenizer(result)
+
+    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:  # spaces, that is
+        steps.append(normalizers.Replace(tokenizers.Regex(rf"\A +|[ {SPACE}]+\z"), ""))
+        steps.append(normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
+    steps.append(normalizers.Replace(" ", SPACE))
+    legacy = config.get("legacy") is not False
+    if spec.add_dummy_prefix and legacy:
+        steps.append(normalizers.Prepend(SPACE))
+    result.normalizer = normalizers.Sequence(steps)
+    if spec.add_dummy_prefix and not legacy:
+        result.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    result.decoder = decoders.Sequence([*steps, decoders.Strip(" ", int(spec.add_dummy_prefix), 0)])
+
+    special = [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL)]
+    result.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in special])
+    user_defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
+    result.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in user_defined])
+    named = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
+    return result, {name: model.pieces[index].piece for name, index in named.items() if 0 <= index < len(model.pieces)}
+
+
+def _merges(model) -> list[tuple[str, str]]:
+    """Pairs of normal pieces that make one, the likeliest of these first."""
+    normal = {piece.piece: (-piece.score, index) for index, piece in enumerate(model.pieces) if piece.type == NORMAL}
+    pairs = [
+        (rank, piece[:cut], piece[cut:])
+        for piece, rank in normal.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    return [(left, right) for _, left, right in sorted(pairs)]
+
+
+def add_around(backend: tokenizers.Tokenizer, config: dict, special_tokens: dict[str, str]) -> None:
+    """Puts a bos before and an eos behind a text where add_bos_token and add_eos_token of tokenizer_config.json say so."""
+    names = [special_tokens.get(name) if config.get(f"add_{name}") is True else None for name in ("bos_token", "eos_token")]
+    ids = {name: backend.token_to_id(name) for name in names if name is not None}
+    names = [name if ids.get(name) is not None else None for name in names]
+    if any(names):
+        # A list, since a name in a template of one string would be cut at its spaces.
+        around = [[name] if name else [] for name in names]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*around[0], "$A", *around[1]], special_tokens=[(name, ids[name]) for name in dict.fromkeys(names) if name]
+        )
