@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     add("prompt", nargs="?", default=DEFAULT_PROMPT, metavar="PROMPT", help="the text to continue")
     add("--model", default=SHIPPED_MODEL, metavar="PATH", help="checkpoint folder or its id on the hub (the shipped model)")
     add("--chat", action="store_true", help="PROMPT is a user's message, to be answered; only the answer is printed")
+    add("--template-var", action="append", default=[], metavar="NAME=VALUE", help="with --chat: a variable of the chat "
+        "template, enable_thinking=false say; VALUE is JSON, or else a text; may be given several times")
     add("--max-new-tokens", type=int, default=300, metavar="N", help="tokens to generate (300)")
     add("--num-samples", type=int, default=1, metavar="N", help="so many texts, printed when all are ready")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given several times")
@@ -128,6 +130,8 @@ class Formatter(argparse.HelpFormatter):
 def run_generate(options) -> None:
     if options.logprobs and not options.json:
         raise ValueError("logprobs: expected --json with it, got --logprobs alone")
+    if options.template_var and not options.chat:
+        raise ValueError("template-var: expected --chat with it, got --template-var alone")
     device = device_of(own_device(options.device))
     with joined(None, device) as processes:  # one, unless torchrun started several
         pipe = pipeline(options.model, dtype=DTYPES.get(options.dtype), device=device)
@@ -181,6 +185,8 @@ def run_generation(pipe: Pipeline, options, *, use_cache: bool, quiet: bool) -> 
     """Generates as the options say; unless quiet, prints prompt and text, as it comes if there is one sample only."""
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "num_samples", "cache", "window", "stop")
     given = {name: getattr(options, name) for name in names} | ({"eos": None} if options.ignore_eos else {})
+    if options.template_var:
+        given["template_variables"] = dict(map(template_variable, options.template_var))
     run = pipe.start(
         [as_messages(options.prompt) if options.chat else options.prompt], options.max_new_tokens,
         use_cache=use_cache, cache_dtype=CACHE_DTYPES.get(options.cache_dtype), return_logprobs=options.logprobs, **given,
@@ -198,6 +204,17 @@ def run_generation(pipe: Pipeline, options, *, use_cache: bool, quiet: bool) -> 
         texts = [f"--- {number} of {len(run.rows)}\n{before}{row.text}\n" for number, row in enumerate(run.rows, 1)]
         print("\n".join(texts), end="")
     return run
+
+
+def template_variable(argument: str) -> tuple[str, object]:
+    """NAME=VALUE as a name and the value, which is JSON, or else the text as it stands."""
+    name, sign, value = argument.partition("=")
+    if not sign or not name.isidentifier():
+        raise ValueError(f"template-var: expected NAME=VALUE, got {argument!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def texts(pipe: Pipeline, run: Run, options) -> dict:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from fastgpt import checkpoint
+from fastgpt.checks import require_integer
 from fastgpt.generate import stream
 from fastgpt.model import GPT
-from fastgpt.text import Decoder, Stops, Tokenizer
+from fastgpt.text import Decoder, Stops, Tokenizer, require_text
 
 Messages = Sequence[dict]  # a chat: see Tokenizer.encode_chat
 OWN_EOS = "the tokenizer's"
@@ -40,7 +41,10 @@ class Pipeline:
 
     Args of its methods:
         max_new_tokens: of each text.
-        stop: a string, or several, before which a text ends; it may be cut into tokens in any way.
+        stop: a string, or several, before which a text ends; it may be cut into tokens in any way, and special tokens may
+            be in it. In a list there may also be ids of tokens.
+        template_variables: what the chat template is to know besides the messages, by name: those of `Tokenizer.chat_text`,
+            tools say, and further ones of the model, such as `{"enable_thinking": False}`.
         options: those of `generate`, for which there are no other defaults, whatever generation_config.json says; except
             eos, which is by default the tokens that end a text according to the checkpoint. None: none does.
     """
@@ -70,21 +74,30 @@ class Pipeline:
 
     def start(
         self, prompts: Sequence[str | Messages], max_new_tokens: int = 256,
-        *, stop: str | Sequence[str] = (), eos: int | Sequence[int] | None | str = OWN_EOS, **options,
+        *, stop: str | int | Sequence[str | int] = (), eos: int | Sequence[int] | None | str = OWN_EOS,
+        template_variables: dict | None = None, **options,
     ) -> "Run":  # fmt: skip
         """What the others do, for those who want to know more than the text."""
-        ids = [self.encode(prompt) for prompt in prompts]
+        ids = [self.encode(prompt, template_variables) for prompt in prompts]
         if eos is OWN_EOS:
             eos = [token for token in self.tokenizer.eos if token < self.model.config.vocab_size]
         return Run(self.model, self.tokenizer, ids, max_new_tokens, stop, eos, options)
 
-    def encode(self, prompt: str | Messages) -> list[int]:
+    def encode(self, prompt: str | Messages, template_variables: dict | None = None) -> list[int]:
         """The ids of a text, or of a chat."""
-        if not isinstance(prompt, str):
-            return self.tokenizer.encode_chat(prompt)
-        ids = self.tokenizer.encode(prompt)
+        if isinstance(prompt, str):
+            if template_variables is not None:
+                raise ValueError("template_variables: expected none with a prompt that is no chat")
+            name, ids = "prompt", self.tokenizer.encode(prompt)
+        else:
+            if not (template_variables is None or isinstance(template_variables, dict)):
+                raise TypeError(f"template_variables: expected a dict, got {template_variables!r}")
+            name, ids = "messages", self.tokenizer.encode_chat(prompt, **template_variables or {})
         if not ids:
-            raise ValueError("prompt: expected at least one token, got an empty prompt")
+            raise ValueError(f"{name}: expected at least one token, got an empty prompt")
+        if max(ids) >= (size := self.model.config.vocab_size):
+            token = self.tokenizer.backend.id_to_token(max(ids))
+            raise ValueError(f"{name}: expected tokens of the model, which has {size}, got {token!r} with id {max(ids)}")
         return ids
 
     def _texts(self, prompts, max_new_tokens, options):
@@ -97,18 +110,36 @@ def as_messages(messages: Messages | str) -> Messages:
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
 
 
+def split_stop(stop, vocab_size: int) -> tuple[list[str], frozenset[int]]:
+    """The stop strings, and the ids of tokens to stop at."""
+    entries = [stop] if isinstance(stop, str) else stop if isinstance(stop, Sequence) else [None]
+    strings = [entry for entry in entries if isinstance(entry, str)]
+    ids = [entry for entry in entries if not isinstance(entry, (str, bool)) and hasattr(entry, "__index__")]
+    if len(strings) + len(ids) < len(entries):
+        raise TypeError(f"stop: expected a string or a list of them, got {stop!r}; ids of tokens may be in a list, too")
+    if not all(strings):
+        raise ValueError(f"stop: expected strings that are not empty, got {stop!r}")
+    for text in strings:
+        require_text(text, "stop")
+    return strings, frozenset(require_integer("stop", token, 0, vocab_size - 1) for token in ids)
+
+
 @dataclass
 class Row:
     """One text as it is generated.
 
     tokens: the new ones, the one that ended it included.
     logprobs: theirs, with return_logprobs.
+    stop_ids: of tokens that end it.
+    special_texts: tokens that are no text, but may be part of a stop string.
     text: of the new tokens, without what ended it.
     finish_reason: "eos"; "stop", a stop string; "length", max_new_tokens; None as long as it goes on.
     """
 
     decoder: Decoder
     stops: Stops
+    stop_ids: frozenset[int] = frozenset()
+    special_texts: dict[int, str] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
@@ -119,7 +150,11 @@ class Row:
         self.tokens.append(token)
         if ends:
             return self.finish("eos")
+        if token in self.stop_ids:
+            return self.finish("stop")
         piece = self.stops.push(self.decoder.push(token))
+        if token in self.special_texts:
+            piece += self.stops.push(self.special_texts[token], is_text=False)
         self.text += piece
         if self.stops.found:
             self.finish_reason = "stop"
@@ -143,16 +178,15 @@ class Run:
     """
 
     def __init__(self, model, tokenizer, prompts: list[list[int]], max_new_tokens: int, stop, eos, options):
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
-            raise TypeError(f"stop: expected a string or a list of them, got {stop!r}")
-        if not all(stop):
-            raise ValueError(f"stop: expected strings that are not empty, got {stop!r}")
+        stop, stop_ids = split_stop(stop, model.config.vocab_size)
+        special_texts = tokenizer.special_texts() if stop else {}
         self.prompts, self.eos = prompts, {eos} if isinstance(eos, int) else set(eos or ())
         self.logprobs = options.get("return_logprobs", False)
         self.steps = stream(model, prompts, max_new_tokens, eos=eos, **options)
         samples = options.get("num_samples", 1)
-        self.rows = [Row(Decoder(tokenizer, prompt), Stops(stop)) for prompt in prompts for _ in range(samples)]
+        self.rows = [
+            Row(Decoder(tokenizer, prompt), Stops(stop), stop_ids, special_texts) for prompt in prompts for _ in range(samples)
+        ]
         self.times = []
 
     def __iter__(self) -> Iterator[list[str]]:

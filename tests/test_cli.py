@@ -90,6 +90,19 @@ def chat_model(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("chat"), byte_level(), **config)
 
 
+def test_variables_of_the_chat_template(tmp_path, capsys):
+    template = "{{ messages[0].content }}{{ '!' if enable_thinking is false }}{{ style }}{{ tools[0].name if tools }}"
+    folder = write_checkpoint(tmp_path, byte_level(), tokenizer_config={"chat_template": template})
+    arguments = ["generate", "the dog", "--model", folder, *TOKENS, "--json"]
+    flags = ["--template-var", "enable_thinking=false", "--template-var", "style=a=b", "--template-var", 'tools=[{"name": "f"}]']
+    status, out, err = run(capsys, *arguments, "--chat", *flags)
+    assert status == 0, err
+    assert json.loads(out)["text"] == fastgpt.pipeline(folder)("the dog!a=bf", 40)
+    for wrong in (["--template-var", "x=1"], ["--chat", "--template-var", "x"], ["--chat", "--template-var", "=1"]):
+        status, _, err = run(capsys, *arguments, *wrong)
+        assert status == 2 and "template-var: expected " in err
+
+
 def test_chats_and_ends(chat_model, capsys):
     arguments = ["generate", "Who is lazy?", "--model", chat_model, *TOKENS, "--json", "--chat"]
     report = json.loads(run(capsys, *arguments, "--logprobs")[1])

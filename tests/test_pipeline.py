@@ -139,7 +139,69 @@ def test_logprobs_of_a_run(pipe):
     assert [row.logprobs for row in rows] == [row[: len(r.tokens)].tolist() for row, r in zip(expected, rows)]
 
 
+def says(pipe, monkeypatch, ids):
+    """The model will say these ids."""
+    said = iter(ids)
+
+    def logits(hidden):
+        result = torch.zeros(1, pipe.model.config.vocab_size)
+        result[0, next(said)] = 1
+        return result
+
+    monkeypatch.setattr(pipe.model, "logits", logits)
+
+
+def test_a_special_token_as_a_stop_string(pipe, monkeypatch):
+    """It is no text of a row, but ends it."""
+    start = pipe.tokenizer.backend.token_to_id("<|start|>")
+    ids = [*pipe.tokenizer.encode("the dog"), start, *pipe.tokenizer.encode(" and more")]
+    for stop, text, reason in [
+        ("<|start|>", "the dog", "stop"), ("dog<|start|> and", "the ", "stop"), ("<|start|>x", "the dog and more", "length"),
+        ([start], "the dog", "stop"), (["never", ids[-1]], pipe.tokenizer.decode(ids[:-1]), "stop"),
+        ((), "the dog and more", "length"),
+    ]:  # fmt: skip
+        says(pipe, monkeypatch, ids)
+        row = pipe.start(["a"], len(ids), stop=stop, use_cache=False, eos=None).finish()[0]
+        assert (row.text, row.finish_reason) == (text, reason)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
+    folder = write_checkpoint(tmp_path, byte_level(), **CONFIG)
+    size = byte_level().get_vocab_size()
+    (folder / "added_tokens.json").write_text(f'{{"<new>": {size}}}')
+    pipe = fastgpt.pipeline(folder, device="cpu")
+    assert pipe(PROMPT, 5)
+    with pytest.raises(ValueError, match=f"prompt: expected tokens of the model, which has {size}, got '<new>' with id {size}"):
+        pipe("a<new>", 5)
+    with pytest.raises(ValueError, match=f"messages: expected tokens of the model, which has {size}, got '<new>' with id"):
+        pipe.chat("a<new>", 5)
+
+
 # Chats
+
+
+def test_variables_of_the_chat_template(pipe, monkeypatch):
+    template = "{{ messages[0].content }}{% if enable_thinking is false %}!{% endif %}{{ tools[0].name if tools }}"
+    monkeypatch.setattr(pipe.tokenizer, "chat_template", template)
+    variables = {"enable_thinking": False, "tools": [{"name": "f"}]}
+    for given, prompt in (({}, "the dog"), (variables, "the dog!f"), ({"enable_thinking": True}, "the dog")):
+        assert pipe.chat("the dog", 9, template_variables=given) == pipe(prompt, 9)
+        assert "".join(pipe.stream([{"role": "user", "content": "the dog"}], 9, template_variables=given)) == pipe(prompt, 9)
+
+
+CHAT_ERRORS = [
+    ([], {}, ValueError, "messages: expected at least one, got an empty chat"),
+    ([{"role": "user", "content": "\ud800"}], {}, ValueError, "messages: expected characters, got the lone surrogate"),
+    ("x", {"template_variables": [1]}, TypeError, r"template_variables: expected a dict, got \[1\]"),
+    ("x", {"template_variables": {"x": object()}}, TypeError, "x: expected strings, numbers, lists and dicts, got object"),
+    ("x", {"template_variables": {"messages": []}}, TypeError, "messages"),
+]
+
+
+@pytest.mark.parametrize("messages, options, error, message", CHAT_ERRORS, ids=[entry[3][:40] for entry in CHAT_ERRORS])
+def test_errors_of_chats(pipe, messages, options, error, message):
+    with pytest.raises(error, match=message):
+        pipe.chat(messages, 5, **options)
 
 
 def test_a_chat(pipe):
@@ -183,6 +245,12 @@ ERRORS = [
     (([PROMPT, 5], 5), {}, TypeError, r"prompts: expected a str or a list of them, got \['the dog and é😀', 5\]"),
     ((PROMPT, 5), {"stop": [""]}, ValueError, r"stop: expected strings that are not empty, got \[''\]"),
     ((PROMPT, 5), {"stop": 3}, TypeError, "stop: expected a string or a list of them, got 3"),
+    ((PROMPT, 5), {"stop": ["a", 1.5]}, TypeError, r"stop: expected a string or a list of them, got \['a', 1.5\]"),
+    ((PROMPT, 5), {"stop": [True]}, TypeError, r"stop: expected a string or a list of them, got \[True\]"),
+    ((PROMPT, 5), {"stop": [10**6]}, ValueError, "stop: expected an integer >= 0 and <= 379, got 1000000"),
+    ((PROMPT, 5), {"stop": "\udc00"}, ValueError, "stop: expected characters, got the lone surrogate"),
+    (("\udc00", 5), {}, ValueError, "text: expected characters, got the lone surrogate"),
+    ((PROMPT, 5), {"template_variables": {"x": 1}}, ValueError, "template_variables: expected none with a prompt that is no"),
     ((PROMPT * 20, 5), {}, ValueError, r"ids: expected prompts of at most 160 tokens \(the context\), got one of "),
     ((PROMPT, 500), {}, ValueError, r"max_new_tokens: expected .* context of 160 tokens, got \d+ \+ 500"),
     ((PROMPT, 5), {"beams": 4}, TypeError, "unexpected keyword argument 'beams'"),
