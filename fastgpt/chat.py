@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import types
-from collections.abc import ItemsView, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
@@ -23,6 +23,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
+from markupsafe import Markup
 
 SOURCE_SIZE, SOURCE_NODES = 100_000, 15_000  # characters of a template, nodes of its syntax tree; the longest have a fifth
 WORK = 1_000_000  # steps, of up to a microsecond; a chat of ten messages takes some thousands
@@ -414,9 +415,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return budget.checked(super().call_binop(context, operator, left, right))
 
     def getitem(self, obj, argument):
+        BUDGET.get().spend(6)  # filters take attributes of all entries, at the cost of an exception each
         if not isinstance(argument, (str, int)):  # a tuple, say, whose hash is computed
             BUDGET.get().read(argument)
         return super().getitem(obj, argument)
+
+    def is_safe_attribute(self, obj, attr, value) -> bool:
+        # What a view is of would be another name for a dict.
+        return super().is_safe_attribute(obj, attr, value) and not isinstance(obj, ITERABLES)
 
     def call(__self, __context, __obj, *args, **kwargs):  # names that no keyword of a template has
         budget = BUDGET.get()
@@ -424,7 +430,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if not isinstance(__obj, Macro):
             budget.read(*args, *kwargs.values())
         owner = getattr(__obj, "__self__", None)
-        if isinstance(__obj, types.BuiltinMethodType):
+        if isinstance(__obj, types.BuiltinMethodType) or isinstance(owner, str):  # Markup's are not built in
             bound = METHODS.get(type(owner), {}).get(__obj.__name__)
             if bound is None:
                 raise SecurityError(f"{__obj.__name__!r} is not safely callable")
@@ -474,7 +480,7 @@ def largest_number(text: str) -> int:
 
 def listed(value):
     """What is computed bit by bit as a list, of which the size is known."""
-    return list(value) if isinstance(value, types.GeneratorType) else value
+    return list(value) if isinstance(value, Iterator) else value
 
 
 def counted(items):
@@ -577,7 +583,7 @@ METHODS = {
     int: {"bit_length": free, "is_integer": free},
     float: {"is_integer": free},
 }  # fmt: skip
-METHODS[TextParts] = METHODS[list]
+METHODS |= {TextParts: METHODS[list], Markup: METHODS[str]}
 FILTERS = (
     dict.fromkeys("attr count d default first items last length map reject rejectattr select selectattr".split(), free)
     | dict.fromkeys("list reverse".split(), copies)
@@ -586,7 +592,7 @@ FILTERS = (
     | {"batch": gathers, "center": pads, "format": formats, "indent": indents, "join": joins, "replace": replaces}
     | {"round": rounds, "slice": gathers, "sum": sums, "tojson": writes_json}
 )
-LAZY = {"map", "reject", "rejectattr", "select", "selectattr", "unique"}  # iterate over what they get when it is used
+LAZY = {"map", "reject", "rejectattr", "select", "selectattr", "unique"}  # read what they get when it is asked for
 
 
 def paying(function, bound, lazy: bool = False):
@@ -597,8 +603,12 @@ def paying(function, bound, lazy: bool = False):
     def guarded(*args, **kwargs):
         budget = BUDGET.get()
         budget.spend(CALL + len(args) + len(kwargs))
-        args = [*args[:first], *(value if lazy else listed(value) for value in args[first:])]
+        args = list(args)
+        if bound is not free and not lazy:
+            args[first:] = map(listed, args[first:])
         bound(budget, *args[first:], **kwargs)
+        if lazy and args[first]:
+            args[first] = counted(args[first])
         result = function(*args, **kwargs)
         return counted(result) if isinstance(result, types.GeneratorType) else budget.checked(result)
 

@@ -170,6 +170,8 @@ CORNERS = r"""
 {{ messages[0].get('role') ~ messages[0].get('x', 'y') }}{{ '<b>' | e }}{{ '%s' % 'a' ~ 'abcdef'[1:4] }}{{ 'a' is in 'abc' }}
 {% set j = joiner(', ') %}{{ j() }}a{{ j() }}b{{ [['a', 1]] | groupby(0) }}
 {{ '5' | int + 1 }}{{ 'ab' | list }}{{ [1, 2] | max }}
+{{ [1, 2] | reverse | join }}{{ none | select | list }}{{ ('<' | e) + '>' }}{{ messages | rejectattr('x') | list | length }}
+{{ messages | selectattr('role', 'in', ['user']) | map(attribute='content') | join }}
 """
 TEMPLATES = {
     "ChatML": CHATML, "Llama 3": LLAMA3, "Qwen 3": QWEN3, "Mistral": MISTRAL, "Gemma": GEMMA, "Phi": PHI, "SmolLM": SMOLLM,
@@ -403,6 +405,17 @@ BOMBS = [
     "{{ range(99999)|groupby('real')|length }}",
     "{% set x %}{% for i in range(99999) %}{{ 'a'*100000 }}{% endfor %}{% endset %}{{ x|length }}",
     "{{ cycler.__init__.__globals__ }}",
+    "{{ ('x'|e).center(10**9) }}",
+    "{{ ('x'|e) * 10**9 }}",
+    "{{ ('%999999999d'|e) % 1 }}",
+    "{{ ('{:999999999}'|safe).format(1) }}",
+    "{% autoescape true %}{{ ('x' ~ 'y').ljust(10**9) }}{% endautoescape %}",
+    "{% set r = range(99999)|list %}{% for a in r %}{{ r|select('none')|list }}{% endfor %}",
+    "{% set r = range(99999)|list %}{% for a in r %}{{ r|rejectattr('x')|first }}{{ r|reject|list }}{% endfor %}",
+    "{{ range(99999)|map(attribute='real' ~ '.real' * 9999)|list }}",
+    "{{ range(9999)|sort(attribute='real' ~ '.real' * 9999)|list }}",
+    "{% set d = dict(a='a' * 1000000) %}{% for a in range(99999) %}{{ d.keys().mapping.a.b }}{% endfor %}",
+    "{% for a in range(99999) %}{{ ([1] * 99999)|reverse|list|length }}{% endfor %}",
 ]
 LARGE = {
     "parentheses": "{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}",
