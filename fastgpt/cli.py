@@ -213,7 +213,7 @@ def template_variable(argument: str) -> tuple[str, object]:
         raise ValueError(f"template-var: expected NAME=VALUE, got {argument!r}")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 

@@ -24,7 +24,7 @@ def pipeline(path: str | Path, *, dtype: torch.dtype | None = None, device: torc
         print(pipe("Once upon a time", max_new_tokens=50, temperature=0.8))
 
     Args:
-        path: what `GPT.from_pretrained` takes, with a tokenizer.json.
+        path: what `GPT.from_pretrained` takes, with the files of a tokenizer: see `Tokenizer.from_folder`.
         dtype: of the weights; default as stored.
         device: default a GPU if there is one.
 
