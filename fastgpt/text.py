@@ -1,5 +1,6 @@
 """Text to token ids and back: one wrapper around the `tokenizers` library, for character-level and any other model."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -52,6 +53,7 @@ class Tokenizer:
             raise FileNotFoundError(f"tokenizer: expected the file {path}, which does not exist")
         content = read_text(path)
         try:
+            _require_regular_expressions(content)
             backend = tokenizers.Tokenizer.from_str(content)
         except PASSED_ON:
             raise
@@ -340,6 +342,16 @@ def require_text(value, name: str = "text") -> None:
         raise ValueError(
             f"{name}: expected characters, got the lone surrogate {value[error.start]!r} at position {error.start}"
         ) from error
+
+
+def _require_regular_expressions(content: str) -> None:
+    """Raises what is wrong with a regular expression in a tokenizer.json.
+
+    The library's own message can hold half a character, which ends the process (tokenizers 0.23); of ASCII it cannot.
+    """
+    for match in re.finditer(r'"Regex"\s*:\s*"((?:[^"\\]|\\.)*)"', content):
+        pattern = json.loads(f'"{match[1]}"')
+        tokenizers.Regex("".join(c if c.isascii() else f"\\x{{{ord(c):x}}}" for c in pattern))
 
 
 def _is_list_of(kind: type, value) -> bool:

@@ -1,5 +1,6 @@
 """The tokenizer: text and back, whole characters as tokens come, what ends a text, chats, and errors."""
 
+import json
 import re
 
 import pytest
@@ -86,6 +87,20 @@ def test_ids_that_no_token_has_are_no_text():
     ids = BYTE_LEVEL.encode("the dog")
     assert BYTE_LEVEL.decode([*ids, BYTE_LEVEL.vocab_size, 2**32 - 1]) == "the dog"
     assert pieces(BYTE_LEVEL, [9999, *ids, 9999])[1] == BYTE_LEVEL.decode(ids[:1])
+
+
+@pytest.mark.parametrize("pattern", ["(?<é", "\\p{日本}", "(?<日本", "[é", "é("])
+def test_a_damaged_regular_expression(pattern, tmp_path):
+    """Also one whose error message the library would cut amidst a character, which ends the process."""
+    content = json.loads(byte_level().to_str())
+    content["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    for ascii_only in (True, False):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=ascii_only), encoding="utf-8")
+        with pytest.raises(ValueError, match="tokenizer: .*tokenizer.json is damaged: "):
+            Tokenizer.from_folder(tmp_path)
+    content["pre_tokenizer"]["pattern"]["Regex"] = r"[b-é]|日本|\\\p{L}+"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert Tokenizer.from_folder(tmp_path).encode("é")
 
 
 def test_a_panic_of_the_library_is_a_value_error():
