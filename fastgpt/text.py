@@ -53,7 +53,7 @@ class Tokenizer:
             raise FileNotFoundError(f"tokenizer: expected the file {path}, which does not exist")
         content = read_text(path)
         try:
-            _require_regular_expressions(content)
+            _require_safe(content)
             backend = tokenizers.Tokenizer.from_str(content)
         except PASSED_ON:
             raise
@@ -344,11 +344,20 @@ def require_text(value, name: str = "text") -> None:
         ) from error
 
 
-def _require_regular_expressions(content: str) -> None:
-    """Raises what is wrong with a regular expression in a tokenizer.json.
+def _require_safe(content: str) -> None:
+    """Raises what is wrong with a regular expression or a prefix in a tokenizer.json.
 
-    The library's own message can hold half a character, which ends the process (tokenizers 0.23); of ASCII it cannot.
+    The library's own message can hold half a character, which ends the process (tokenizers 0.23): of a regular expression that
+    is not ASCII; of the second token of a merge, from which it cuts as many bytes as the prefix of later parts of a word has.
     """
+    for match in re.finditer(r'"continuing_subword_prefix"\s*:\s*("(?:[^"\\]|\\.)+")', content):
+        prefix = json.loads(match[1])
+        model = json.loads(content).get("model")
+        merges = model.get("merges") if isinstance(model, dict) and model.get("type") != "WordPiece" else None
+        for pair in merges if isinstance(merges, list) else []:
+            second = pair.partition(" ")[2] if isinstance(pair, str) else pair[-1] if isinstance(pair, list) and pair else ""
+            if not isinstance(second, str) or not second.startswith(prefix):
+                raise ValueError(f"expected merges whose second token begins with {prefix!r}, got {pair!r}")
     for match in re.finditer(r'"Regex"\s*:\s*"((?:[^"\\]|\\.)*)"', content):
         pattern = json.loads(f'"{match[1]}"')
         tokenizers.Regex("".join(c if c.isascii() else f"\\x{{{ord(c):x}}}" for c in pattern))

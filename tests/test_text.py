@@ -103,6 +103,15 @@ def test_a_damaged_regular_expression(pattern, tmp_path):
     assert Tokenizer.from_folder(tmp_path).encode("é")
 
 
+def test_a_prefix_that_cuts_characters(tmp_path):
+    """The library would take its length in bytes from the second token of each merge, and end the process."""
+    content = json.loads(byte_fallback().to_str())
+    content["model"]["continuing_subword_prefix"] = "x"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="tokenizer: .*tokenizer.json is damaged: expected merges whose second token"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_a_panic_of_the_library_is_a_value_error():
     """Its exception is no Exception, which would end a program that expects errors."""
 
