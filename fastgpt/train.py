@@ -385,7 +385,8 @@ def require_writable(folder: Path) -> None:
 def train(trainer: Trainer, folder: Path) -> None:
     """Runs what is left of `trainer.config.steps`, in each of the trainer's processes.
 
-    A new run is saved to `folder` at once. At every `eval_interval` steps and at the end it evaluates, shows a sample and saves; the weights kept there are those with the lowest held-out loss. Ctrl-C or SIGTERM, to any process, ends the run
+    A new run is saved to `folder` at once. At every `eval_interval` steps and at the end it evaluates, shows a sample and
+    saves; the weights kept there are those with the lowest held-out loss. Ctrl-C or SIGTERM, to any process, ends the run
     after the current step in the same way; a second one ends it at once.
 
     Raises: FloatingPointError when the loss or its gradient is not finite any more: the folder keeps the state that was
