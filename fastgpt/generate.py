@@ -1,13 +1,17 @@
 """Generation: prefill, the decode loop and streaming. It knows a decoder only by how it is called."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 
 from fastgpt.cache import CACHE_KINDS, KVCache, PagedCache, Uncached
-from fastgpt.sampling import Sampler, uniform_numbers
+from fastgpt.checks import require_choice, require_flag, require_integer, require_tensor
+from fastgpt.sampling import Processor, Sampler, checked_rules, uniform_numbers
 
+MAX_NEW_TOKENS = 300  # where neither the caller nor the checkpoint says how many
+MAX_ROWS = 2**20  # more are a mistake, and would take all memory before anything is generated
 # By device. To look whether all rows have ended is, on a GPU, to wait for it; so it is done after so many steps only.
 STEPS_PER_LOOK = {"cpu": 1, "cuda": 16}
 PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
@@ -17,9 +21,21 @@ PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
 class Options:
     """What `generate` can be told.
 
+    An option that is given wins, None included; then that of the checkpoint (`model.generation_defaults`, what its
+    generation_config.json says); then the default here. The checkpoint's count one by one: with temperature=0.5 its top_k
+    still holds, unless top_k=None.
+
     Of tokens, in the order in which they apply (they are transformers'):
+        logit_bias: a dict of token ids and numbers that are added to their logits; -inf forbids a token.
         repetition_penalty: of a token that is in the prompt or was generated, a positive logit is divided by it and a
             negative one multiplied; 1 is none. It applies to the most likely token too.
+        no_repeat_ngram_size: no so many tokens follow on one another twice in prompt and new tokens; 0 is no limit.
+        min_new_tokens: no row ends with an eos before it has so many new tokens.
+        logits_processors: a function, or several, called at each step with the tokens (B, T) int64 of rows so far, prompts
+            included, and their logits (B, V) fp32, which it may write into; returns (B, V). Those of transformers are such.
+            Rows of prompts of different lengths are not padded: those of one length are a call, in their order. Rows that
+            have ended are still there, with eos for tokens. With them, a step's choice of a token is not part of its CUDA
+            graph.
         temperature: 0 takes the most likely token, otherwise logits are divided by it and sampled.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the most likely tokens that together have probability top_p only, 0 < top_p <= 1.
@@ -29,7 +45,7 @@ class Options:
             sampled as it would be alone; or a list, one for each. Default: one for each prompt, drawn by PyTorch's
             generator (torch.manual_seed).
         num_samples: continuations of each prompt, which is read once; in a paged cache they share its pages.
-        eos: a token, or several, that ends its row. Default: nothing does.
+        eos: a token, or several, that ends its row; None or (): nothing does.
         return_logprobs: also returns the log-probability of each new token, by the logits as the model gave them, before
             all of the above: log_softmax in fp32.
     Of how they are computed:
@@ -40,9 +56,15 @@ class Options:
         page_size: tokens in a page of a paged cache.
         prefill_chunk: longer prompts join the cache in pieces of at most so many tokens, so that memory for activations does
             not grow with the prompt. Default: 512 on a CPU, where it costs no time, 4,096 on a GPU.
+
+    Raises: TypeError, ValueError, naming the option.
     """
 
+    logit_bias: Mapping[int, float] | None = None
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    logits_processors: Processor | Sequence[Processor] = ()
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -59,72 +81,93 @@ class Options:
     prefill_chunk: int | None = None
 
     def __post_init__(self):
-        for name in ("window", "page_size", "num_samples", "top_k", "prefill_chunk"):
-            value = getattr(self, name)
-            optional = name in ("window", "top_k", "prefill_chunk")
-            if not (isinstance(value, int) and value >= 1) and not (optional and value is None):
-                raise ValueError(f"{name}: expected an integer >= 1{' or None' if optional else ''}, got {value!r}")
-        if self.cache not in CACHE_KINDS:
-            raise ValueError(f"cache: expected one of {', '.join(map(repr, CACHE_KINDS))}, got {self.cache!r}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: expected a number >= 0, got {self.temperature!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected 0 < top_p <= 1 or None, got {self.top_p!r}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p: expected 0 <= min_p <= 1 or None, got {self.min_p!r}")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty: expected a number > 0, got {self.repetition_penalty!r}")
-        for seed in [] if self.seed is None else integers("seed", self.seed):
-            if not 0 <= seed < 2**64:
-                raise ValueError(f"seed: expected integers from 0 to 2**64 - 1, got {seed}")
-        integers("eos", () if self.eos is None else self.eos)
+        checked = checked_rules(**self.rules)
+        for name in ("window", "prefill_chunk"):
+            checked[name] = require_integer(name, getattr(self, name), least=1, optional=True)
+        checked["page_size"] = require_integer("page_size", self.page_size, least=1)
+        checked["num_samples"] = require_integer("num_samples", self.num_samples, least=1)
+        for name in ("return_logprobs", "use_cache"):
+            require_flag(name, getattr(self, name))
+        require_choice("cache", self.cache, CACHE_KINDS)
+        if self.seed is not None:
+            seeds = integers("seed", self.seed)
+            if not all(0 <= seed < 2**64 for seed in seeds):
+                raise ValueError(f"seed: expected integers from 0 to 2**64 - 1, got {self.seed!r}")
+            checked["seed"] = seeds if is_several(self.seed) else seeds[0]
+        checked["eos"] = [] if self.eos is None else integers("eos", self.eos)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
-    def eos_ids(self) -> list[int]:
-        return [] if self.eos is None else integers("eos", self.eos)
+    def rules(self) -> dict:
+        """Those of how a token is chosen, which a `Sampler` wants."""
+        return {name: getattr(self, name) for name in checked_rules.__kwdefaults__}
+
+    @classmethod
+    def of(cls, model, given: dict) -> "Options":
+        """What a call was given, and the model's own defaults for the rest."""
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise TypeError(f"{name}: unexpected keyword argument {name!r}, expected one of {', '.join(known)}")
+        return cls(**{name: value for name, value in defaults_of(model).items() if name != "max_new_tokens"} | given)
 
 
-def generate(model, ids, max_new_tokens: int, **options):
+def defaults_of(model) -> dict:
+    """Options by their names, and max_new_tokens, that the model's checkpoint gives."""
+    defaults = dict(getattr(model, "generation_defaults", {}))
+    if "eos" in defaults:  # some name tokens that the vocabulary lacks
+        defaults["eos"] = [token for token in integers("eos", defaults["eos"]) if token < model.config.vocab_size]
+    return defaults
+
+
+def generate(model, ids, max_new_tokens: int | None = None, **options):
     """Continues each sequence by `max_new_tokens` tokens, or up to a token that ends it.
 
     Args:
-        ids: (B, T) int64 token ids, T >= 1; or a list of B prompts of any length, each a list or 1-d tensor of ids.
-        max_new_tokens: prompt and new tokens must fit into the model's context.
-        options: see `Options`.
+        ids: (B, T) int64 token ids, T >= 1, a tensor or an array; or a list of B prompts of any length, each a list, a 1-d
+            tensor or array of ids.
+        max_new_tokens: prompt and new tokens must fit into the model's context. None: as many as the model's checkpoint
+            says, or else 300; but no more than fit after the longest prompt.
+        options: see `Options`, also for what the model's checkpoint says of those that are not given. If it names tokens
+            that end a text, they end rows here too, unless eos says otherwise: eos=() lets them go on.
 
     Returns: (B · num_samples, T + n) int64, the prompt included, samples of a prompt one after the other; n is
         max_new_tokens or the length of the longest row, and shorter rows are padded with the (first) eos. For a list of
         prompts, a list of 1-d tensors without padding.
         With return_logprobs also the log-probabilities of the new tokens, fp32: (B · num_samples, n), 0 where rows are
         padded; or a list of 1-d tensors.
-    Raises: TypeError, ValueError, naming the argument.
+    Raises: TypeError, ValueError, naming the argument; ValueError where logits are NaN or infinite, or rules forbid every
+        token, with the row and the step.
     """
-    request = Request(model, as_prompts(model, ids), max_new_tokens, Options(**options))
+    request = Request.of(model, ids, max_new_tokens, options)
     for _ in request.run():
         pass
     new, options = request.sampler.tokens.t(), request.options  # (B · num_samples, max_new_tokens), -1 where a row has ended
     lengths = (new >= 0).sum(1).tolist()
-    if isinstance(ids, torch.Tensor):
+    table = isinstance(ids, (torch.Tensor, np.ndarray))
+    if table:
         new = new[:, : max(lengths)]
-        new = new.where(new >= 0, options.eos_ids[0]) if options.eos_ids else new
+        new = new.where(new >= 0, options.eos[0]) if options.eos else new
         tokens = torch.cat([torch.stack(request.rows), new], dim=1)
     else:
         tokens = [torch.cat([row, more[:n]]) for row, more, n in zip(request.rows, new, lengths)]
     if not options.return_logprobs:
         return tokens
     logprobs = request.sampler.logprobs.t()[:, : max(lengths)]
-    return tokens, logprobs if isinstance(ids, torch.Tensor) else [row[:n] for row, n in zip(logprobs, lengths)]
+    return tokens, logprobs if table else [row[:n] for row, n in zip(logprobs, lengths)]
 
 
-def stream(model, ids, max_new_tokens: int, **options) -> Iterator[torch.Tensor]:
+def stream(model, ids, max_new_tokens: int | None = None, **options) -> Iterator[torch.Tensor]:
     """Yields the next token of each sequence, (B · num_samples,) int64, as soon as it is known; -1 for those that have ended.
 
     With return_logprobs, yields pairs of that and of the log-probabilities (B · num_samples,) fp32. It ends when all
-    sequences have. On a GPU this is seen at every 16th step only: the last ones may be -1 throughout.
+    sequences have. On a GPU this is seen at every 16th step only: the last ones may be -1 throughout, and a row whose logits
+    are not finite gives -1 until then.
 
-    Arguments and errors are those of `generate`; bad input raises here, not at the first token.
+    Arguments, their defaults and errors are those of `generate`; bad input raises here, not at the first token.
     """
-    return Request(model, as_prompts(model, ids), max_new_tokens, Options(**options)).run()
+    return Request.of(model, ids, max_new_tokens, options).run()
 
 
 Step = Callable[[torch.Tensor], torch.Tensor]  # each row's last token (B · num_samples,) -> the next one
@@ -134,14 +177,20 @@ class Request:
     """A call of `generate`, checked, with all the memory that it takes.
 
     rows: the prompts, each num_samples times.
+    max_new_tokens: a number also where None was given.
     """
 
-    def __init__(self, model, prompts: list[torch.Tensor], max_new_tokens: int, options: Options):
-        self.model, self.prompts, self.max_new_tokens, self.options = model, prompts, max_new_tokens, options
-        self.check()
+    def __init__(self, model, prompts: list[torch.Tensor], max_new_tokens: int | None, options: Options):
+        self.model, self.prompts, self.options = model, prompts, options
+        self.max_new_tokens = self.checked(max_new_tokens)
         self.rows = [prompt for prompt in prompts for _ in range(options.num_samples)]
         self.sampler = self.new_sampler()
         self.cache = self.new_cache() if options.use_cache else None
+
+    @classmethod
+    def of(cls, model, ids, max_new_tokens: int | None, options: dict) -> "Request":
+        """Of the arguments of `generate`."""
+        return cls(model, as_prompts(model, ids), max_new_tokens, Options.of(model, options))
 
     @torch.inference_mode()
     def run(self) -> Iterator:
@@ -158,8 +207,11 @@ class Request:
                     token, step = self.begin_again(i)
                 else:
                     token = step(token)
+                looks = (i + 1) % look == 0 or i + 1 == self.max_new_tokens
+                if looks:
+                    sampler.require_finite()
                 yield sampler.tokens[i] if sampler.logprobs is None else (sampler.tokens[i], sampler.logprobs[i])
-                if sampler.ended is not None and (i + 1) % look == 0 and sampler.ended.all():
+                if looks and sampler.ended is not None and sampler.ended.all():
                     return
         finally:
             model.train(training)
@@ -172,14 +224,20 @@ class Request:
             if isinstance(whole, PagedCache):
                 whole.free()
             logits = logits.repeat_interleave(n, dim=0)
-        return self.sampler(logits), self.model.decoding(self.cache, self.sampler)
+        return self.sampler(logits), self.decoding()
 
     def begin_again(self, steps: int) -> tuple[torch.Tensor, Step]:
         """After so many steps, all rows anew: the model keeps other keys from now on."""
         new = self.sampler.tokens[:steps].t().clamp(min=0)  # of rows that have ended: any
         self.cache.truncate([0] * len(self.rows))
         logits = self.prefill([torch.cat(row) for row in zip(self.rows, new)])
-        return self.sampler(logits), self.model.decoding(self.cache, self.sampler)
+        return self.sampler(logits), self.decoding()
+
+    def decoding(self) -> Step:
+        if not self.options.logits_processors:
+            return self.model.decoding(self.cache, self.sampler)
+        logits = self.model.decoding(self.cache)  # anybody's Python can be no part of a CUDA graph
+        return lambda token: self.sampler(logits(token))
 
     def prefill(self, prompts: list[torch.Tensor]) -> torch.Tensor:
         """Lets the prompts join the cache. Returns the logits of the last token of each, (B, V)."""
@@ -210,7 +268,7 @@ class Request:
         ends = torch.tensor([len(row) for row in self.rows], device=ids.device)
 
         def next_token():
-            hidden = self.model.hidden(ids[:, :longest], Uncached(self.options.window, ids.device))
+            hidden = self.model.hidden(ids[:, :longest], Uncached(self.window, ids.device))
             return self.sampler(self.model.logits(hidden[rows, ends - 1]))
 
         def step(token):
@@ -226,15 +284,20 @@ class Request:
         """With room for the request and no more. The last token is never stored."""
         lengths, options = [len(prompt) for prompt in self.prompts], self.options
         new = max(self.max_new_tokens - 1, 0)
-        page, samples = options.page_size, options.num_samples
+        page, samples = min(options.page_size, max(lengths) + new), options.num_samples
         if samples == 1:
             num_pages = sum(-(-(length + new) // page) for length in lengths)
         else:  # shared pages of the prompt, and the rest of each sample
             num_pages = sum(length // page + samples * (-(-(length + new) // page) - length // page) for length in lengths)
         return self.model.new_cache(
-            len(lengths), max(lengths) + new, kind=options.cache, cache_dtype=options.cache_dtype, window=options.window,
+            len(lengths), max(lengths) + new, kind=options.cache, cache_dtype=options.cache_dtype, window=self.window,
             page_size=page, num_pages=num_pages,
         )  # fmt: skip
+
+    @property
+    def window(self) -> int | None:
+        window = self.options.window
+        return None if window is None else min(window, self.model.config.context_length)
 
     def new_sampler(self) -> Sampler:
         options, uniforms = self.options, None
@@ -242,42 +305,49 @@ class Request:
             seeds = options.seed
             if seeds is None:
                 seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
-            elif not isinstance(seeds, Sequence):
+            elif not isinstance(seeds, list):
                 seeds = [seeds] * len(self.prompts)
             uniforms = uniform_numbers(seeds, options.num_samples, self.max_new_tokens)
         return Sampler(
-            self.rows, self.max_new_tokens, self.model.config.vocab_size, uniforms=uniforms, eos=options.eos_ids,
-            logprobs=options.return_logprobs, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-            min_p=options.min_p, repetition_penalty=options.repetition_penalty,
+            self.rows, self.max_new_tokens, self.model.config.vocab_size, uniforms=uniforms, eos=options.eos,
+            logprobs=options.return_logprobs, **options.rules,
         )  # fmt: skip
 
-    def check(self) -> None:
-        """Raises ValueError if the request does not fit the model, or the seeds the prompts."""
-        new, context, longest = self.max_new_tokens, self.model.config.context_length, max(map(len, self.prompts))
-        if not isinstance(new, int) or new < 0:
-            raise ValueError(f"max_new_tokens: expected an integer >= 0, got {new!r}")
+    def checked(self, max_new_tokens: int | None) -> int:
+        """How many new tokens there can be. Raises if the request does not fit the model, or the seeds the prompts."""
+        context, longest, options = self.model.config.context_length, max(map(len, self.prompts)), self.options
         if longest > context:
             raise ValueError(f"ids: expected prompts of at most {context} tokens (the context), got one of {longest}")
-        if longest + new > context:
+        new, room = require_integer("max_new_tokens", max_new_tokens, least=0, optional=True), context - longest
+        if new is None:
+            new = min(defaults_of(self.model).get("max_new_tokens", MAX_NEW_TOKENS), room)
+        if new > room:
             raise ValueError(
-                f"max_new_tokens: expected prompt and new tokens to fit into the context of {context} tokens, "
-                f"got {longest} + {new}"
+                f"max_new_tokens: expected at most {room}, with which prompt and new tokens fill the context of {context} "
+                f"tokens, got {longest} + {new}"
             )
-        seed, prompts = self.options.seed, len(self.prompts)
-        if isinstance(seed, Sequence) and len(seed) != prompts:
-            raise ValueError(f"seed: expected one integer or {prompts}, one for each prompt, got {len(seed)}")
-        for token in self.options.eos_ids:
-            require_in_vocabulary("eos", token, self.model)
+        prompts = len(self.prompts)
+        if prompts * options.num_samples > MAX_ROWS:
+            raise ValueError(f"num_samples: expected at most {MAX_ROWS // prompts} of {prompts} prompts, got {options.num_samples}")
+        if isinstance(options.seed, list) and len(options.seed) != prompts:
+            raise ValueError(f"seed: expected one integer or {prompts}, one for each prompt, got {len(options.seed)}")
+        for name in ("eos", "logit_bias"):
+            for token in getattr(options, name):
+                require_in_vocabulary(name, token, self.model)
+        return new
 
 
 def as_prompts(model, ids) -> list[torch.Tensor]:
     """The rows of ids, or of a list of prompts, as 1-d int64 tensors. Raises TypeError or ValueError."""
     device = next(model.parameters()).device
+    if isinstance(ids, np.ndarray):
+        ids = as_integers(ids).to(device)
     if isinstance(ids, torch.Tensor):
+        require_tensor("ids", ids)
         if ids.dim() != 2:
             raise ValueError(f"ids: expected shape (B, T) or a list of prompts, got shape {tuple(ids.shape)}")
         prompts = list(ids)
-    elif isinstance(ids, Sequence) and not isinstance(ids, str):
+    elif is_several(ids):
         prompts = [as_prompt(prompt, device) for prompt in ids]
     else:
         raise TypeError(f"ids: expected a torch.Tensor or a list of prompts, got {type(ids).__name__}")
@@ -296,7 +366,10 @@ def as_prompts(model, ids) -> list[torch.Tensor]:
 
 def as_prompt(prompt, device) -> torch.Tensor:
     if isinstance(prompt, torch.Tensor):
+        require_tensor("ids", prompt)
         return prompt
+    if isinstance(prompt, np.ndarray):
+        return as_integers(prompt).to(device)
     try:
         ids = torch.tensor(prompt, device=device)
     except (TypeError, ValueError, RuntimeError):  # not numbers, or too large
@@ -309,14 +382,24 @@ def as_prompt(prompt, device) -> torch.Tensor:
     return ids
 
 
+def as_integers(ids: np.ndarray) -> torch.Tensor:
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"ids: expected integers, got an array of {ids.dtype}")
+    return torch.from_numpy(ids.astype(np.int64))
+
+
 def require_in_vocabulary(name: str, token: int, model) -> None:
     if not 0 <= token < model.config.vocab_size:
         raise ValueError(f"{name}: expected token ids from 0 to {model.config.vocab_size - 1}, got {token}")
 
 
+def is_several(value) -> bool:
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
+
+
 def integers(name: str, value: int | Sequence[int]) -> list[int]:
     """One integer or several, as a list. Raises TypeError."""
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    if not all(isinstance(x, int) for x in values):
-        raise TypeError(f"{name}: expected an integer or a list of integers, got {value!r}")
-    return values
+    try:
+        return [require_integer(name, x) for x in (value if is_several(value) else [value])]
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer or a list of integers, got {value!r}") from None

@@ -510,7 +510,7 @@ class GPT(nn.Module):
         cache.context = stored_context(self, context, context_lengths)
         return cache
 
-    def generate(self, ids, max_new_tokens: int, *, context=None, context_lengths=None, **options):
+    def generate(self, ids, max_new_tokens: int | None = None, *, context=None, context_lengths=None, **options):
         """`fastgpt.generate.generate`, of a decoder that attends to `context` (one for each prompt), if there is one."""
         if context is None and context_lengths is None:
             return generate(self, ids, max_new_tokens, **options)

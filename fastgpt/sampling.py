@@ -6,28 +6,88 @@ row's seed, which of its prompt's samples the row is, and the step; so a row's t
 on the cache or on the device, as far as rounding of the logits does not move a probability across u.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from fastgpt.checks import require_device, require_integer, require_number, require_shape, require_tensor
 from fastgpt.ops.step import note
 
+LARGEST = torch.finfo(torch.float32).max
+COOL = 1e-3  # temperatures below it take logits out of fp32's range, unless those begin at 0
+MILD = 1e4  # penalties above it, or below its inverse, take logits out of fp32's range
 
-def process(logits, *, seen=None, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
+Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def checked_rules(
+    *, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0,
+    logit_bias=None, logits_processors=(),
+) -> dict:  # fmt: skip
+    """The rules of how a token is chosen as this module wants them: `generate.Options` says what they are.
+
+    Raises: TypeError, ValueError, naming the rule.
+    """
+    return {
+        "temperature": require_number("temperature", temperature, least=0),
+        "top_k": require_integer("top_k", top_k, least=1, optional=True),
+        "top_p": require_number("top_p", top_p, above=0, most=1, optional=True),
+        "min_p": require_number("min_p", min_p, least=0, most=1, optional=True),
+        "repetition_penalty": require_number("repetition_penalty", repetition_penalty, least=1e-100, most=1e100),
+        "no_repeat_ngram_size": require_integer("no_repeat_ngram_size", no_repeat_ngram_size, least=0, optional=True) or 0,
+        "min_new_tokens": require_integer("min_new_tokens", min_new_tokens, least=0, optional=True) or 0,
+        "logit_bias": checked_bias(logit_bias),
+        "logits_processors": checked_processors(logits_processors),
+    }
+
+
+def checked_bias(bias) -> dict[int, float]:
+    """A logit_bias: finite in fp32, or -inf."""
+    if bias is None:
+        return {}
+    if not isinstance(bias, Mapping):
+        raise TypeError(f"logit_bias: expected a dict of token ids and numbers to add to their logits, got {bias!r}")
+    result = {}
+    for token, value in bias.items():
+        token = require_integer("logit_bias", token, least=0)
+        forbidden = isinstance(value, (float, np.floating)) and value == float("-inf")
+        result[token] = value if forbidden else require_number("logit_bias", value, least=-LARGEST, most=LARGEST)
+    return result
+
+
+def checked_processors(processors) -> tuple[Processor, ...]:
+    """logits_processors, one or several; a list of them that is callable too, as transformers', is several."""
+    several = tuple(processors) if isinstance(processors, Sequence) else () if processors is None else (processors,)
+    if not all(map(callable, several)):
+        raise TypeError(f"logits_processors: expected a callable or a list of them, got {processors!r}")
+    return several
+
+
+def process(
+    logits, *, seen=None, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+    then: Iterable[Callable[[torch.Tensor], torch.Tensor]] = (),
+):  # fmt: skip
     """Logits (B, V) -> those that tokens are drawn by, fp32; -inf for tokens that are not to be drawn.
 
     Each of these follows on the others: repetition_penalty divides the positive logits of tokens in `seen` (B, V), bool,
-    and multiplies the negative ones; temperature divides all; top_k, top_p and min_p leave out unlikely ones. A token that
-    is as likely as another one that is kept, is kept. At temperature 0 there is the penalty only.
+    and multiplies the negative ones; `then` are functions of logits; temperature divides all; top_k, top_p and min_p leave
+    out unlikely ones. A token that is as likely as another one that is kept, is kept. At temperature 0 nothing follows on
+    `then`. Of a temperature near 0, logits are given less their largest, and of an extreme penalty in float64: they would
+    overflow.
     """
     logits = logits.float()
     if repetition_penalty != 1:
+        logits = logits if 1 / MILD <= repetition_penalty <= MILD else logits.double()
         penalised = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
         logits = torch.where(seen, penalised, logits)
+    for function in then:
+        logits = function(logits)
     if temperature == 0:
         return logits
-    logits = logits / temperature
+    if temperature < COOL:
+        logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits / min(max(temperature, 2.0**-126), 2.0**127)  # fp32's normal numbers
     likeliest, least = None, None
     if top_k is not None and top_k < logits.shape[-1]:
         likeliest = logits.topk(top_k).values
@@ -35,8 +95,9 @@ def process(logits, *, seen=None, temperature=1.0, top_k=None, top_p=None, min_p
     if top_p is not None and top_p < 1:
         likeliest = descending(logits) if likeliest is None else likeliest
         probabilities = likeliest.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # of all likelier ones: the first is always kept
-        least = likeliest.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1)
+        before = probabilities.cumsum(-1) - probabilities  # of all likelier ones
+        kept = (before < top_p).sum(-1, keepdim=True).clamp(min=1)  # the first always, though top_p may be 0 in fp32
+        least = likeliest.gather(-1, kept - 1)
     if min_p is not None and min_p > 0:
         enough = logits.amax(-1, keepdim=True) + float(np.log(min_p))
         least = enough if least is None else torch.maximum(least, enough)
@@ -49,19 +110,25 @@ def descending(logits):
     return torch.from_numpy(np.sort(logits.numpy())).flip(-1)  # a quarter of the time of PyTorch's
 
 
-def draw(logits, uniform):
-    """The token (B,) at uniform (B,) float64, 0 <= uniform < 1, of the distribution that logits (B, V) stand for."""
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+def draw(logits, uniform, largest=None):
+    """The token (B,) at uniform (B,) float64, 0 <= uniform < 1, of the distribution that logits (B, V) stand for.
+
+    largest: of the logits, (B, 1), if it is known. Where it is not finite, the token is any of the vocabulary.
+    """
+    largest = logits.amax(-1, keepdim=True) if largest is None else largest
+    weights = (logits - largest).exp()
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     # Less than the last sum, also when rounded; and tokens of weight 0, whose sum is that of the one before, are passed by.
-    return torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
+    token = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
+    return token.clamp_(max=logits.shape[-1] - 1)  # of sums that are no numbers
 
 
 def most_likely(logits):
-    """argmax (B,) of logits (B, V)."""
+    """argmax (B,) of logits (B, V); where there are NaN, of one of those."""
     if not logits.is_cpu:
         return logits.argmax(-1)
-    return torch.from_numpy(logits.float().numpy().argmax(-1))  # 4 µs for 50,000 logits, PyTorch's takes 40 to 160
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.from_numpy(logits.numpy().argmax(-1))  # 4 µs for 50,000 logits, PyTorch's takes 40 to 160
 
 
 def uniform_numbers(seeds: Sequence[int], num_samples: int, steps: int) -> torch.Tensor:
@@ -79,49 +146,181 @@ def uniform_numbers(seeds: Sequence[int], num_samples: int, steps: int) -> torch
 
 
 class Sampler:
-    """Takes the next token of each row, step by step: logits (B, V) -> (B,) int64.
+    """Takes the next token of each row, step by step: logits (B, V) -> (B,) int64, always of the vocabulary.
 
-    All it knows is on the device and updated in place, and it never waits for the device: a CUDA graph can have it inside.
+    All it knows is on the device and updated in place, and without logits_processors it never waits for the device nor runs
+    anybody's Python: a CUDA graph can have it inside.
 
     Args:
-        prompts: of each row, whose tokens repetition_penalty counts.
+        prompts: of each row, (T,) int64.
         steps: how many there will be at most.
         uniforms: (steps, B) numbers to draw by; None takes the most likely token.
         eos: tokens that end a row.
         logprobs: whether to note log-probabilities.
-        rules: what `process` is told.
+        rules: those of `checked_rules`.
 
-    tokens: (steps, B) int64, what was taken; -1 for rows that had ended.
+    tokens: (steps, B) int64, what was taken; -1 for rows that had ended, and where there was nothing to take a token by.
     logprobs: (steps, B) fp32, their log-probabilities by the logits as they came, or None; 0 for rows that had ended.
     ended: (B,) bool, or None without eos.
+    failed: (B,) fp32: NaN, inf or -inf, the largest of logits that no token could be taken by, of rows that had not ended;
+        otherwise 0. See `require_finite`.
     """
 
     def __init__(self, prompts, steps: int, vocab_size: int, *, uniforms=None, eos=(), logprobs=False, **rules):
         B, device = len(prompts), prompts[0].device
-        self.rules, self.uniforms = rules, None if uniforms is None else uniforms.to(device)
+        self.rules = rules = checked_rules(**rules)
+        self.uniforms = None if uniforms is None else uniforms.to(device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.tokens = torch.full((steps, B), -1, device=device)
         self.logprobs = torch.zeros(steps, B, device=device) if logprobs else None
+        self.failed = torch.zeros(B, device=device)
         self.ended = torch.zeros(B, dtype=torch.bool, device=device) if eos else None
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device) if eos else None
-        self.seen = None
+        self.bias = self.seen = self.history = self.repeats = None
+        self.then = []
+        if rules["logit_bias"]:
+            self.bias = torch.zeros(vocab_size)
+            self.bias[list(rules["logit_bias"])] = torch.tensor(list(rules["logit_bias"].values()))
+            self.bias = self.bias.to(device)
         if rules["repetition_penalty"] != 1:
             self.seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
             for row, prompt in zip(self.seen, prompts):
                 row[prompt] = True
-        self.plain = uniforms is None and self.seen is None  # the likeliest by the logits as they come
+        if rules["no_repeat_ngram_size"] or rules["logits_processors"]:
+            self.history = History(prompts, steps)
+        if rules["no_repeat_ngram_size"]:
+            self.repeats = Repeats(self.history, rules["no_repeat_ngram_size"])
+            self.then.append(self.repeats.forbid)
+        if rules["min_new_tokens"] and eos:
+            self.is_eos = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, self.eos, True)
+            self.then.append(self.forbid_ends)
+        if rules["logits_processors"]:
+            self.then.append(self.call_processors)
+            self.calls = 0
+        self.warpers = {name: rules[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+        # the likeliest by the logits as they come
+        self.plain = uniforms is None and self.bias is None and self.seen is None and not self.then
 
     def __call__(self, logits):
-        scores = logits if self.plain else process(logits, seen=self.seen, **self.rules)
+        scores = logits if self.plain else self.score(logits)
         if self.uniforms is None:
             token = most_likely(scores)
+            largest = scores.gather(1, token.unsqueeze(1))
         else:
-            token = draw(scores, self.uniforms.index_select(0, self.step)[0])
+            largest = scores.amax(-1, keepdim=True)
+            token = draw(scores, self.uniforms.index_select(0, self.step)[0], largest)
         if self.seen is not None:
             self.seen.scatter_(1, token.unsqueeze(1), True)
+        if self.history is not None:
+            self.history.append(token if self.ended is None else torch.where(self.ended, self.eos[0], token), self.step)
+        if self.repeats is not None:
+            self.repeats.append(token)
         if self.logprobs is not None:
             logprobs = logits.float().log_softmax(-1).gather(-1, token.unsqueeze(1)).squeeze(1)
             logprobs = logprobs if self.ended is None else torch.where(self.ended, 0.0, logprobs)
             self.logprobs.index_copy_(0, self.step, logprobs.unsqueeze(0))
-        note(token, self.tokens, self.step, self.ended, self.eos)
+        note(token, largest.squeeze(1), self.tokens, self.step, self.failed, self.ended, self.eos)
         return token
+
+    def score(self, logits):
+        """What tokens are chosen by: the logits after all rules."""
+        logits = logits if self.bias is None else logits.float() + self.bias
+        return process(logits, seen=self.seen, then=self.then, **self.warpers)
+
+    def forbid_ends(self, logits):
+        return logits.masked_fill(self.is_eos & (self.step < self.rules["min_new_tokens"]), float("-inf"))
+
+    def call_processors(self, logits):
+        logits = logits.to(torch.float32, copy=True)  # a processor may write into it
+        for rows, tokens in self.history.alike(self.calls):
+            logits[rows] = self.processed(tokens, logits[rows])
+        self.calls += 1
+        return logits
+
+    def processed(self, tokens, logits):
+        """By every processor, of rows with equally many tokens."""
+        processors = self.rules["logits_processors"]
+        for i, processor in enumerate(processors):
+            name = "logits_processors" if len(processors) == 1 else f"logits_processors[{i}]"
+            result = processor(tokens, logits)
+            require_tensor(name, result)
+            require_shape(name, result, tuple(logits.shape), "(B, V) from each, as it was given")
+            require_device(name, result, logits.device)
+            if not result.is_floating_point():
+                raise TypeError(f"{name}: expected floating-point logits from each, got {result.dtype}")
+            logits = result.float()
+        return logits
+
+    def require_finite(self) -> None:
+        """Waits for the device. Raises ValueError if a row's token could not be taken at some step."""
+        if not self.failed.any():
+            return
+        row = self.failed.nonzero()[0].item()
+        step = (self.tokens[:, row] < 0).nonzero()[0].item()
+        largest = self.failed[row].item()
+        rules = ("logit_bias", "no_repeat_ngram_size", "min_new_tokens", "logits_processors")
+        after = [name for name in rules if self.rules[name]]
+        if self.seen is not None:
+            after.append("repetition_penalty")
+        got = "-inf for every token" if largest == float("-inf") else f"{largest}"
+        raise ValueError(
+            f"logits: expected finite ones to choose a token by, got {got} in row {row} at step {step}"
+            + (f", after {', '.join(after)}" if after else "")
+        )
+
+
+class History:
+    """The tokens of each row so far, in place.
+
+    tokens: (B, longest prompt + steps) int64; all rows end in the same column. -1 before a row's first, and to come.
+    """
+
+    def __init__(self, prompts: Sequence[torch.Tensor], steps: int):
+        self.longest = max(map(len, prompts))
+        self.rows = {}  # by the length of their prompts
+        for row, prompt in enumerate(prompts):
+            self.rows.setdefault(len(prompt), []).append(row)
+        self.tokens = prompts[0].new_full((len(prompts), self.longest + steps), -1)
+        for row, prompt in zip(self.tokens, prompts):
+            row[self.longest - len(prompt) : self.longest] = prompt
+
+    def append(self, token, step) -> None:
+        """Notes the tokens (B,) of a step (1,)."""
+        self.tokens.index_copy_(1, step + self.longest, token.unsqueeze(1))
+
+    def alike(self, steps: int):
+        """After so many steps: rows whose prompts are equally long and their tokens (rows, T), without padding."""
+        for length, rows in self.rows.items():
+            tokens = self.tokens[:, self.longest - length : self.longest + steps]
+            yield rows, tokens if len(rows) == len(tokens) else tokens[rows]
+
+
+class Repeats:
+    """Forbids tokens that would complete an n-gram which its row has already.
+
+    overlap: (B, columns of the history) int32: of each column, how many tokens right before it are, one by one, those that
+        the row ends with; of more than n - 1, any number from there.
+    """
+
+    def __init__(self, history: History, n: int):
+        tokens, end = history.tokens, history.longest
+        self.tokens, self.needed = tokens, min(n - 1, tokens.shape[1])
+        self.overlap = torch.zeros(tokens.shape, dtype=torch.int32, device=tokens.device)
+        alike = torch.ones(len(tokens), end, dtype=torch.bool, device=tokens.device)
+        for back in range(min(self.needed, end - 1)):
+            last = tokens[:, end - 1 - back, None]
+            alike[:, : back + 1] = False  # too few tokens before them
+            alike[:, back + 1 :] &= (tokens[:, : end - 1 - back] == last) & (last >= 0)
+            if not alike.any():
+                break
+            self.overlap[:, :end] += alike
+
+    def append(self, token) -> None:
+        """Rows end with these tokens (B,) now, which are in the history."""
+        longer = (self.overlap[:, :-1] + 1) * (self.tokens[:, :-1] == token.unsqueeze(1))
+        self.overlap[:, 1:].copy_(longer)
+
+    def forbid(self, logits):
+        forbidden = torch.where(self.overlap >= self.needed, self.tokens, -1)
+        limits = torch.where(forbidden >= 0, float("-inf"), float("inf")).to(logits.dtype)
+        return logits.scatter_reduce(1, forbidden.clamp(min=0), limits, "amin")

@@ -5,10 +5,13 @@ import statistics
 import time
 
 import numerics
+import numpy as np
 import pytest
 import torch
 import transformers
 from models import random_ids, random_model
+from tape import graphs_on_cpu
+from transformers.generation import logits_process
 
 from fastgpt import GPT, generate
 from fastgpt.cli import SHIPPED_MODEL
@@ -212,6 +215,297 @@ def test_a_tensor_is_padded_with_eos_and_no_wider_than_its_longest_row():
         assert row == new[:length] + [eos[0]] * (max(lengths) - length)
 
 
+# What cannot be chosen from
+
+WRONG = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+WAYS = [
+    {},
+    {"use_cache": False},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 1.0, "seed": 1, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2},
+    {"no_repeat_ngram_size": 2, "min_new_tokens": 3, "logit_bias": {3: 1.0}},
+    {"logits_processors": lambda tokens, logits: logits, "num_samples": 2},
+]
+
+
+def wrong_from(model, monkeypatch, step, row, value):
+    """Lets the logits of a row be `value`, one of them or for -inf all, at a step; counted through both ways of a decoder."""
+    capped, calls = model.capped, []
+
+    def logits(scores):
+        result = capped(scores).clone()
+        if len(calls) == step:
+            result[row, slice(None) if value == float("-inf") else 5] = value
+        calls.append(1)
+        return result
+
+    monkeypatch.setattr(model, "capped", logits)
+
+
+@pytest.mark.parametrize("got", WRONG)
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_logits_that_are_not_finite_are_an_error(options, got, monkeypatch):
+    """With the row and the step; no token that comes of them is seen before."""
+    for step, row in ((0, 0), (4, 1)):
+        model = random_model()
+        prompts = prompts_of(5, 9)
+        wrong_from(model, monkeypatch, step, row, WRONG[got])
+        row *= options.get("num_samples", 1) if step == 0 else 1  # rows of the prefill are prompts
+        tokens = stream(model, prompts, 12, **options)
+        for _ in range(step):
+            assert (next(tokens) >= 0).all()
+        with pytest.raises(ValueError, match=rf"logits: expected finite ones .*, got {got} .*in row {row} at step {step}"):
+            next(tokens)
+
+
+def test_logits_of_rows_that_have_ended_may_be_anything(ending, monkeypatch):
+    model, prompts, free, eos = ending
+    row = next(row for row, new in enumerate(free) if eos in new)
+    expected = model.generate(prompts, 30, eos=eos)
+    wrong_from(model, monkeypatch, free[row].index(eos) + 1, row, float("nan"))
+    assert all(map(torch.equal, model.generate(prompts, 30, eos=eos), expected))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}], ids=str)
+def test_they_are_seen_late_in_a_graph_and_give_no_token(options, monkeypatch):
+    """As on a GPU: a failed row is -1 until one looks; and one looks at the end."""
+    model = random_model()
+    prompts = prompts_of(5, 9)
+    monkeypatch.setitem(generate.STEPS_PER_LOOK, "cpu", 16)
+    for new, seen in ((40, 15), (9, 8)):
+        with monkeypatch.context() as patch, graphs_on_cpu():
+            wrong_from(model, patch, 1, 1, float("nan"))  # the step that is captured, and so each from then on
+            tokens = stream(model, prompts, new, **options)
+            steps = [next(tokens).tolist() for _ in range(seen)]
+            assert steps[1][1] == -1 and all(0 <= row[0] < 65 for row in steps)
+            with pytest.raises(ValueError, match="logits: expected finite ones .*, got nan in row 1 at step 1"):
+                next(tokens)
+
+
+def test_when_every_token_is_forbidden_the_error_says_by_what():
+    model = random_model()
+    with pytest.raises(ValueError, match="got -inf for every token in row 0 at step 0, after logit_bias"):
+        model.generate(random_ids(model, 1, 5), 5, logit_bias={token: float("-inf") for token in range(65)})
+    with pytest.raises(ValueError, match="got -inf for every token in row 0 at step 61, after no_repeat_ngram_size"):
+        model.generate([[1, 2, 1, 3, 4]], 70, no_repeat_ngram_size=1)
+    with pytest.raises(ValueError, match="got nan in row 0 at step 2, after logits_processors"):
+        model.generate([[1, 2]], 5, logits_processors=lambda tokens, logits: logits / (tokens.shape[1] != 4) * 0)
+
+
+def test_a_model_of_nan_weights():
+    model = random_model()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    for options in WAYS:
+        with pytest.raises(ValueError, match="logits: expected finite ones to choose a token by, got nan in row 0 at step 0"):
+            model.generate([[1, 2]], 3, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 1e-38}, {"temperature": 1e38}, {"repetition_penalty": 1e30}, {"repetition_penalty": 1e-30}, {"top_p": 1e-45}],
+    ids=str,
+)
+def test_extreme_options_give_tokens(options):
+    model = random_model()
+    ids = random_ids(model, 2, 5)
+    tokens = model.generate(ids, 20, **{"temperature": 1.0, "seed": 3} | options)
+    assert ((0 <= tokens) & (tokens < 65)).all()
+    if options.get("temperature") == 1e-38:
+        assert torch.equal(tokens, model.generate(ids, 20))
+
+
+# Rules
+
+RULES = [
+    {"min_new_tokens": 9},
+    {"logit_bias": {3: 4.0, 8: -2.5, 11: float("-inf")}},
+    {"no_repeat_ngram_size": 1},
+    {"no_repeat_ngram_size": 2},
+    {"no_repeat_ngram_size": 3, "repetition_penalty": 0.7},
+    {"no_repeat_ngram_size": 4, "repetition_penalty": 0.7, "min_new_tokens": 5, "logit_bias": {5: 1.5}},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_rules_are_those_of_transformers(twins, rules):
+    """Alone, where they pad nothing: a batch is what each prompt is alone."""
+    ours, theirs = twins
+    prompts = [[7, 7, 7, 7], *prompts_of(30, 1, 12)]
+    eos = ours.generate(prompts[1:2], 5)[0][32].item()
+    bias = rules.get("logit_bias")
+    given = rules | ({"sequence_bias": {(token,): value for token, value in bias.items()}} if bias else {})
+    given.pop("logit_bias", None)
+    expected = [generated_by_transformers(theirs, [prompt], 34, eos_token_id=eos, **given)[0].tolist() for prompt in prompts]
+    for options in ({}, {"use_cache": False}, {"cache": "paged", "page_size": 4}, {"cache": "sliding", "window": 128}):
+        actual = ours.generate(prompts, 34, eos=eos, **rules, **options)
+        for row, prompt, new in zip(actual, prompts, expected, strict=True):
+            assert row.tolist() == prompt + new
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 40, 2**64])
+def test_no_ngram_is_there_twice(n):
+    """Of tokens of an alphabet that is small beside them, also with what prompts have already."""
+    model = random_model(vocabulary=65, seed=3)
+    prompts = [[1, 2, 1, 2, 1], [4] * 9, [5]]
+    biased = {"logit_bias": dict.fromkeys(range(12), 40.0)}
+    rows = model.generate(prompts, 50, no_repeat_ngram_size=n, repetition_penalty=0.5, **biased)
+    free = model.generate(prompts, 50, repetition_penalty=0.5, **biased)
+    for row, prompt, other in zip(rows, prompts, free):
+        grams = [tuple(row[i : i + n].tolist()) for i in range(len(row) - n + 1)]
+        assert all(gram not in grams[:i] for i, gram in enumerate(grams) if i + n > len(prompt))
+        assert n < 2**64 or torch.equal(row, other)
+
+
+def test_rules_in_a_graph_and_in_every_batch():
+    model = random_model()
+    prompts = prompts_of(5, 14, 9, 14)
+    options = {"no_repeat_ngram_size": 2, "min_new_tokens": 6, "logit_bias": {9: 1.0}, "eos": list(range(20)), "cache": "paged"}
+    for sampling in ({}, {"temperature": 1.0, "seed": 4, "num_samples": 2}):
+        rows = model.generate(prompts, 40, **options, **sampling)
+        alone = [row for prompt in prompts for row in model.generate([prompt], 40, **options, **sampling)]
+        assert all(map(torch.equal, rows, alone))
+        assert min(map(len, rows)) - 5 >= 6 and len({len(row) for row in rows}) > 1
+        with graphs_on_cpu() as graphs:
+            again = model.generate(prompts, 40, **options, **sampling)
+        assert len(graphs) == 1 and all(map(torch.equal, again, rows))
+
+
+# Processors
+
+
+def test_processors_are_given_the_tokens_of_each_row():
+    """Without padding, rows of one length together, beside their own logits; and what they return is what counts."""
+    model = random_model()
+    prompts, given = prompts_of(5, 3, 5, 8), []
+
+    def watches(tokens, logits):
+        assert tokens.dtype == torch.int64 and logits.dtype == torch.float32 and logits.shape == (len(tokens), 65)
+        given.append((tokens.clone(), logits.clone()))
+        return logits
+
+    for options in ({}, {"use_cache": False}, {"cache": "paged", "page_size": 4}):
+        given.clear()
+        rows = model.generate(prompts, 6, logits_processors=watches, **options)
+        assert all(map(torch.equal, rows, model.generate(prompts, 6)))
+        for step in range(6):
+            calls = given[3 * step : 3 * step + 3]
+            for (tokens, logits), group in zip(calls, ([0, 2], [1], [3]), strict=True):
+                assert tokens.tolist() == [rows[row][: len(prompts[row]) + step].tolist() for row in group]
+                assert logits.argmax(-1).tolist() == [rows[row][len(prompts[row]) + step].item() for row in group]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": [1, 2, 3], "num_samples": 2, "top_k": 9}], ids=str)
+def test_a_batch_with_processors_is_what_each_prompt_is_alone(options):
+    model = random_model()
+    prompts = prompts_of(5, 3, 9)
+
+    def even_after_odd(tokens, logits):
+        logits[:, 0::2] += torch.where(tokens[:, -1:] % 2 == 1, 3.0, tokens.sum(1, keepdim=True) % 3)
+        return logits
+
+    rows = model.generate(prompts, 20, logits_processors=even_after_odd, **options)
+    seeds = options.get("seed", [None] * 3)
+    alone = [
+        row
+        for prompt, seed in zip(prompts, seeds)
+        for row in model.generate([prompt], 20, logits_processors=[even_after_odd], **options | {"seed": seed})
+    ]
+    assert all(map(torch.equal, rows, alone))
+    steps = torch.stack(list(stream(model, prompts, 20, logits_processors=even_after_odd, **options)), dim=1)
+    assert [row[-20:].tolist() for row in rows] == steps.tolist()
+    with graphs_on_cpu() as graphs:  # the logits in a graph, the processor in Python
+        again = model.generate(prompts, 20, logits_processors=even_after_odd, **options)
+    assert len(graphs) == 1 and all(map(torch.equal, again, rows))
+
+
+def test_processors_of_transformers(twins):
+    """As they are, several in their order, among rules of the same kind; and log-probabilities are still the model's."""
+    ours, theirs = twins
+    ids = random_ids(ours, 2, 9)
+
+    def processors():
+        return transformers.LogitsProcessorList(
+            [
+                logits_process.RepetitionPenaltyLogitsProcessor(1.4),
+                logits_process.NoRepeatNGramLogitsProcessor(2),
+                logits_process.SuppressTokensLogitsProcessor([3, 4, 5]),
+                logits_process.InfNanRemoveLogitsProcessor(),
+            ]
+        )
+
+    expected = theirs.generate(
+        ids, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0, logits_processor=processors()
+    )
+    tokens, logprobs = ours.generate(ids, 30, logits_processors=processors(), return_logprobs=True)
+    assert torch.equal(tokens, expected)
+    rules = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "logit_bias": dict.fromkeys((3, 4, 5), float("-inf"))}
+    same, same_logprobs = ours.generate(ids, 30, return_logprobs=True, **rules)
+    assert torch.equal(tokens, same) and torch.equal(logprobs, same_logprobs)
+
+
+def test_processors_go_before_temperature_and_after_the_other_rules():
+    model, given = random_model(), []
+    bias = {3: 1.0}
+    prompt = prompts_of(5)
+    model.generate(
+        prompt, 1, logits_processors=[lambda t, x: given.append(x.clone()) or x * 2, lambda t, x: given.append(x) or x.half()],
+        logit_bias=bias, repetition_penalty=2.0, temperature=0.5, seed=1,
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = model(torch.tensor(prompt))[:, -1]
+    logits[:, 3] += 1.0
+    seen = logits[:, prompt[0]]
+    logits[:, prompt[0]] = torch.where(seen < 0, seen * 2, seen / 2)
+    assert torch.equal(given[0], logits) and torch.equal(given[1], 2 * given[0])
+
+
+def test_what_a_processor_returns_is_checked():
+    model = random_model()
+    for result, error, message in (
+        (None, TypeError, "logits_processors: expected a torch.Tensor, got NoneType"),
+        (torch.zeros(1, 64), ValueError, r"logits_processors: expected shape \(1, 65\) .*, got \(1, 64\)"),
+        (torch.zeros(65), ValueError, r"logits_processors: expected shape \(1, 65\) .*, got \(65,\)"),
+        (torch.zeros(1, 65, dtype=torch.int64), TypeError, "logits_processors: expected floating-point logits .* torch.int64"),
+        (torch.zeros(1, 65, device="meta"), ValueError, "logits_processors: expected device cpu, got meta"),
+    ):
+        with pytest.raises(error, match=message):
+            model.generate([[1]], 3, logits_processors=lambda tokens, logits: result)
+    with pytest.raises(TypeError, match=r"logits_processors\[1\]: expected a torch.Tensor, got NoneType"):
+        model.generate([[1]], 3, logits_processors=[lambda tokens, logits: logits, lambda tokens, logits: None])
+
+
+# Defaults
+
+
+def test_what_is_given_wins_over_the_checkpoints_defaults_and_those_over_our_own(ending):
+    model, prompts, free, eos = ending
+    rules = {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3}
+    expected = model.generate(prompts, 7, seed=1, eos=eos, **rules)
+    model.generation_defaults = rules | {"max_new_tokens": 7, "eos": [eos, 10**6]}  # one that is not in the vocabulary
+    try:
+        assert all(map(torch.equal, model.generate(prompts, seed=1), expected))
+        assert len(list(stream(model, prompts, seed=1))) <= 7
+        ours = {"temperature": 0.0, "top_k": None, "repetition_penalty": 1.0, "eos": ()}
+        rows = model.generate(prompts, 30, **ours)
+        assert [row[len(prompt) :].tolist() for row, prompt in zip(rows, prompts)] == free
+        without_top_k = model.generate(prompts, 9, seed=1, top_k=None)
+        model.generation_defaults = {"temperature": 0.7, "repetition_penalty": 1.3, "eos": eos}
+        assert all(map(torch.equal, model.generate(prompts, 9, seed=1), without_top_k))
+    finally:
+        del model.generation_defaults
+
+
+def test_by_default_generation_ends_where_the_context_does():
+    model = random_model(context=500)
+    assert [len(model.generate([[1] * length])[0]) for length in (1, 300, 499, 500)] == [301, 500, 500, 500]
+    assert [len(row) for row in model.generate([[1], [1] * 490])] == [11, 500]
+    model.generation_defaults = {"max_new_tokens": 9}
+    assert [len(model.generate([[1] * length])[0]) for length in (1, 498)] == [10, 500]
+    with pytest.raises(ValueError, match=r"max_new_tokens: expected at most 2, .* context of 500 tokens, got 498 \+ 3"):
+        model.generate([[1] * 498], 3)
+
+
 # Seeds
 
 SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
@@ -360,29 +654,87 @@ BAD = [
     ({"ids": torch.zeros(1, 3)}, TypeError, "ids: expected dtype torch.int64, got torch.float32"),
     ({"ids": torch.tensor([[1, 65]])}, ValueError, "ids: expected token ids from 0 to 64, got 65"),
     ({"ids": torch.tensor([[-1, 5]])}, ValueError, "ids: expected token ids from 0 to 64, got -1"),
-    ({"max_new_tokens": -1}, ValueError, "max_new_tokens: expected an integer >= 0, got -1"),
     ({"max_new_tokens": 92}, ValueError, "max_new_tokens: expected .* context of 96 tokens, got 5 . 92"),
-    ({"temperature": -0.1}, ValueError, "temperature: expected a number >= 0, got -0.1"),
-    ({"temperature": float("nan")}, ValueError, "temperature: expected a number >= 0, got nan"),
-    ({"window": 0}, ValueError, "window: expected an integer >= 1 or None, got 0"),
+    ({"ids": np.zeros((1, 3))}, TypeError, "ids: expected integers, got an array of float64"),
+    ({"ids": [np.array([1, 65])]}, ValueError, "ids: expected token ids from 0 to 64, got 65"),
+    ({"ids": torch.zeros(1, 3, dtype=torch.int64).to_sparse()}, TypeError, "ids: expected a strided tensor, got layout"),
+    ({"ids": b"ROMEO"}, TypeError, "ids: expected a torch.Tensor or a list of prompts, got bytes"),
     ({"cache": "sliding"}, ValueError, "window: expected a number of tokens for a sliding cache, got None"),
     ({"cache": "ring"}, ValueError, "cache: expected one of 'contiguous', 'sliding', 'paged', got 'ring'"),
+    ({"cache": None}, ValueError, "cache: expected one of 'contiguous', 'sliding', 'paged', got None"),
+    ({"cache": ["paged"]}, ValueError, r"cache: expected one of .*, got \['paged'\]"),
     ({"cache_dtype": torch.int32}, TypeError, "cache_dtype: expected torch.float32 .* got torch.int32"),
-    ({"page_size": 0.5}, ValueError, "page_size: expected an integer >= 1, got 0.5"),
-    ({"num_samples": 0}, ValueError, "num_samples: expected an integer >= 1, got 0"),
-    ({"beams": 3}, TypeError, "unexpected keyword argument 'beams'"),
-    ({"top_k": 0}, ValueError, "top_k: expected an integer >= 1 or None, got 0"),
-    ({"top_p": 0.0}, ValueError, "top_p: expected 0 < top_p <= 1 or None, got 0.0"),
-    ({"top_p": 1.5}, ValueError, "top_p: expected 0 < top_p <= 1 or None, got 1.5"),
-    ({"min_p": 1.5}, ValueError, "min_p: expected 0 <= min_p <= 1 or None, got 1.5"),
-    ({"repetition_penalty": 0}, ValueError, "repetition_penalty: expected a number > 0, got 0"),
+    ({"cache_dtype": "int8"}, TypeError, "cache_dtype: expected torch.float32 .* got"),
+    ({"beams": 3}, TypeError, "beams: unexpected keyword argument 'beams', expected one of logit_bias, .*"),
     ({"seed": -1}, ValueError, r"seed: expected integers from 0 to 2\*\*64 - 1, got -1"),
+    ({"seed": 2**64}, ValueError, r"seed: expected integers from 0 to 2\*\*64 - 1, got 18446744073709551616"),
     ({"seed": "one"}, TypeError, "seed: expected an integer or a list of integers, got 'one'"),
     ({"seed": [1, 2]}, ValueError, "seed: expected one integer or 1, one for each prompt, got 2"),
     ({"eos": 65}, ValueError, "eos: expected token ids from 0 to 64, got 65"),
+    ({"eos": 1.5}, TypeError, "eos: expected an integer or a list of integers, got 1.5"),
     ({"eos": [3, None]}, TypeError, r"eos: expected an integer or a list of integers, got \[3, None\]"),
-    ({"prefill_chunk": 0}, ValueError, "prefill_chunk: expected an integer >= 1 or None, got 0"),
+    ({"num_samples": 2**64}, ValueError, "num_samples: expected at most 1048576 of 1 prompts, got 18446744073709551616"),
+    ({"logit_bias": [3]}, TypeError, r"logit_bias: expected a dict of token ids and numbers .*, got \[3\]"),
+    ({"logit_bias": {"3": 1.0}}, TypeError, "logit_bias: expected an integer >= 0, got '3'"),
+    ({"logit_bias": {65: 1.0}}, ValueError, "logit_bias: expected token ids from 0 to 64, got 65"),
+    ({"logit_bias": {3: "a"}}, TypeError, "logit_bias: expected a finite number .*, got 'a'"),
+    ({"logit_bias": {3: float("inf")}}, ValueError, "logit_bias: expected a finite number .*, got inf"),
+    ({"logit_bias": {3: 1e39}}, ValueError, "logit_bias: expected a finite number .*, got 1e.39"),
+    ({"logits_processors": "abc"}, TypeError, "logits_processors: expected a callable or a list of them, got 'abc'"),
+    ({"logits_processors": [3]}, TypeError, r"logits_processors: expected a callable or a list of them, got \[3\]"),
 ]
+NUMBERS = {
+    "temperature": (-0.1, 1e400),
+    "top_p": (0.0, 1.5),
+    "min_p": (-0.1, 1.5),
+    "repetition_penalty": (0.0, 1e101),
+    "top_k": (0,),
+    "max_new_tokens": (-1,),
+    "min_new_tokens": (-1,),
+    "no_repeat_ngram_size": (-1,),
+    "window": (0,),
+    "page_size": (0,),
+    "num_samples": (0,),
+    "prefill_chunk": (0,),
+}
+INTEGERS = ("top_k", "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "window", "page_size", "num_samples", "prefill_chunk")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_checked(name):
+    model = random_model()
+    outside = [(value, ValueError) for value in NUMBERS[name]]
+    no_numbers = [(value, TypeError) for value in ("a", True, [1], {}, b"1", torch.tensor(1.0), 1j)]
+    no_numbers += [(value, TypeError if name in INTEGERS else ValueError) for value in (float("nan"), float("inf"))]
+    for value, error in outside + no_numbers + [(1.5, TypeError)] * (name in INTEGERS):
+        for function in (model.generate, lambda *a, **k: stream(model, *a, **k)):
+            with pytest.raises(error, match=f"^{name}: expected "):
+                function(**{"ids": [[1, 2]], "max_new_tokens": 3, name: value})
+
+
+@pytest.mark.parametrize("name", ["use_cache", "return_logprobs"])
+def test_flags_are_checked(name):
+    for value in (1, None, "yes", [True]):
+        with pytest.raises(TypeError, match=f"^{name}: expected a bool, got "):
+            random_model().generate([[1]], 1, **{name: value})
+
+
+def test_numbers_of_numpy_and_arrays_are_as_good():
+    model = random_model()
+    ids = random_ids(model, 2, 5)
+    options = {"temperature": 0.5, "top_k": 9, "top_p": 0.9, "seed": [3, 4], "eos": [7, 8], "window": 50}
+    expected = model.generate(ids, 9, **options)
+    others = {"temperature": np.float32(0.5), "top_k": np.int8(9), "top_p": np.float64(0.9), "window": 2**64, "page_size": 2**64}
+    others |= {"seed": np.array([3, 4]), "eos": (np.int64(7), np.uint8(8))}
+    for given in (ids.numpy(), ids.to(torch.int32).numpy(), np.ascontiguousarray(ids.numpy().astype(np.uint64))):
+        assert torch.equal(model.generate(given, np.int64(9), **others), expected)
+    rows = model.generate([np.array(row, dtype=np.int16) for row in ids.tolist()], 9, cache="paged", **others)
+    assert [row.tolist() for row in rows] == [cut_at(row, 5, (7, 8)) for row in expected.tolist()]
+
+
+def cut_at(row, begin, eos):
+    ends = [i for i in range(begin, len(row)) if row[i] in eos]
+    return row[: ends[0] + 1] if ends else row
 
 
 @pytest.mark.parametrize("change, error, message", BAD, ids=[message[:40] for _, _, message in BAD])

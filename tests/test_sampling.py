@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from models import random_ids, random_model
@@ -23,6 +24,23 @@ RULES = [
     {"repetition_penalty": 1.2, "temperature": 1.7, "top_k": 300, "top_p": 0.8, "min_p": 0.02},
     {"temperature": 0.3, "top_k": 7, "top_p": 0.6},
 ]
+EXTREME = [
+    {"temperature": 1e-38},
+    {"temperature": 5e-324},
+    {"temperature": 1e38},
+    {"temperature": 1.7e308},
+    {"temperature": 1e-30, "top_p": 0.5, "min_p": 0.5},
+    {"temperature": 1e38, "top_k": 3},
+    {"repetition_penalty": 1e30},
+    {"repetition_penalty": 1e-30},
+    {"repetition_penalty": 1e100, "temperature": 1e-38},
+    {"repetition_penalty": 1e-100, "temperature": 1e-3, "top_p": 0.3},
+    {"top_p": 5e-324},
+    {"top_p": 1 - 1e-16},
+    {"min_p": 5e-324},
+    {"min_p": 1.0, "temperature": 1e-20},
+    {"top_k": 2**64},
+]
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
@@ -42,6 +60,49 @@ def test_processing_is_that_of_transformers(rules):
     seen = torch.zeros(5, 2000, dtype=torch.bool).scatter_(1, ids, True)
     actual = process(logits, seen=seen, **rules)
     assert torch.equal(actual, expected)
+
+
+def drawn_in_higher_precision(
+    logits, uniform, *, seen, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0
+):
+    """Tokens after the rules, in a format that none of them leaves."""
+    x = logits.numpy().astype(np.longdouble)
+    x = np.where(seen.numpy(), np.where(x < 0, x * np.longdouble(repetition_penalty), x / np.longdouble(repetition_penalty)), x)
+    x = (x - x.max(-1, keepdims=True)) / np.longdouble(temperature)
+    order = np.sort(x)[:, ::-1][:, : min(top_k or x.shape[1], x.shape[1])]
+    least = order[:, -1:]
+    if top_p is not None:
+        p = np.exp(order) / np.exp(order).sum(-1, keepdims=True)
+        least = np.take_along_axis(order, np.maximum((p.cumsum(-1) - p < top_p).sum(-1, keepdims=True), 1) - 1, -1)
+    least = least if min_p is None else np.maximum(least, np.log(np.longdouble(min_p)))
+    cumulative = np.where(x < least, 0, np.exp(x)).cumsum(-1)
+    return torch.from_numpy((cumulative <= uniform.numpy()[:, None] * cumulative[:, -1:]).sum(-1))
+
+
+@pytest.mark.parametrize("rules", EXTREME, ids=str)
+def test_extreme_rules_do_not_overflow(rules):
+    """Tokens are those of arithmetic with a wider range."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(100, 300, generator=generator)
+    logits[:, 7] = -math.inf
+    seen = torch.rand(100, 300, generator=generator) < 0.3
+    uniform = uniform_numbers(range(100), 1, 1)[0]
+    expected = drawn_in_higher_precision(logits, uniform, seen=seen, **rules)
+    assert torch.equal(draw(process(logits.clone(), seen=seen, **rules), uniform), expected)
+    greedy = drawn_in_higher_precision(logits, uniform, seen=seen, **rules | {"temperature": 1e-38, "top_k": 1})
+    assert torch.equal(most_likely(process(logits, seen=seen, **rules | {"temperature": 0})), greedy)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rules", [{}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5, "min_p": 0.1}], ids=str)
+def test_a_token_is_one_of_the_vocabulary_whatever_the_logits(rules, value):
+    logits = torch.full((3, 11), value)
+    logits[0] = torch.arange(11)
+    if not math.isinf(value) or value > 0:
+        logits[1, 1:] = 0.0
+    scores = process(logits, seen=None, **({"temperature": 0.0} | rules))
+    for tokens in (most_likely(scores), draw(scores, torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64))):
+        assert ((0 <= tokens) & (tokens < 11)).all()
 
 
 def test_tokens_as_likely_as_one_that_is_kept_are_kept():

@@ -66,19 +66,24 @@ def advance(lengths, positions):
         lengths += 1
 
 
-def note(token, tokens, step, ended=None, eos=None):
+def note(token, largest, tokens, step, failed, ended=None, eos=None):
     """Notes the next token (B,) int64 of each row, in place: tokens[step] becomes it, or -1 where the row has ended, and
-    `ended` true where it is one of eos; step grows by one.
+    `ended` true where it is one of eos; step grows by one. Where `largest`, of the logits that the token was taken by, is
+    NaN or infinite and the row has not ended, it was taken by nothing: tokens[step] becomes -1, and failed that number.
 
-    Args: tokens (steps, B) int64; step (1,) int64; ended (B,) bool and eos (E,) int64, or both None.
+    Args: largest (B,) floating point; tokens (steps, B) int64; step (1,) int64; failed (B,) fp32; ended (B,) bool and eos
+        (E,) int64, or both None.
     """
     if token.is_cuda and choose("note", IMPLEMENTATIONS, None, token) == "triton":
-        _note(token, tokens, step, ended, eos)
+        _note(token, largest, tokens, step, failed, ended, eos)
         return
-    noted = token if ended is None else torch.where(ended, -1, token)
-    tokens.index_copy_(0, step, noted.unsqueeze(0))
+    finite = largest.abs() < float("inf")
+    noted, fine = torch.where(finite, token, -1), finite
     if ended is not None:
+        noted, fine = torch.where(ended, -1, noted), finite | ended
         ended |= (token.unsqueeze(1) == eos).any(-1)
+    tokens.index_copy_(0, step, noted.unsqueeze(0))
+    failed.copy_(torch.where(fine, failed, largest))
     step += 1
 
 
@@ -89,7 +94,10 @@ library.define(
     "embed(Tensor ids, Tensor weight, Tensor? positions=None, Tensor? position_weight=None, float? scale=None) -> Tensor"
 )
 library.define("advance_(Tensor(a!) lengths, Tensor(b!) positions) -> ()")
-library.define("note_(Tensor token, Tensor(a!) tokens, Tensor(b!) step, Tensor(c!)? ended=None, Tensor? eos=None) -> ()")
+library.define(
+    "note_(Tensor token, Tensor largest, Tensor(a!) tokens, Tensor(b!) step, Tensor(c!) failed, Tensor(d!)? ended=None, "
+    "Tensor? eos=None) -> ()"
+)
 _embed = torch.ops.fastgpt.embed.default
 _advance = torch.ops.fastgpt.advance_.default
 _note = torch.ops.fastgpt.note_.default
@@ -106,7 +114,7 @@ def _advance_fake(lengths, positions):
 
 
 @torch.library.register_fake("fastgpt::note_", lib=library)
-def _note_fake(token, tokens, step, ended=None, eos=None):
+def _note_fake(token, largest, tokens, step, failed, ended=None, eos=None):
     pass
 
 
