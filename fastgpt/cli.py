@@ -3,10 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import platform
+import re
 import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -16,11 +19,13 @@ from tqdm import tqdm
 import fastgpt
 from fastgpt import bench, checkpoint, inspection
 from fastgpt.cache import CACHE_KINDS
+from fastgpt.checks import require_integer, require_number
 from fastgpt.context import require_causal
 from fastgpt.distributed import PARALLEL, joined, own_device
+from fastgpt.generate import MAX_NEW_TOKENS, Options
 from fastgpt.model import GPT
 from fastgpt.pipelines import Pipeline, Run, as_messages, pipeline
-from fastgpt.text import Tokenizer
+from fastgpt.text import Tokenizer, unescape
 from fastgpt.train import TrainConfig, Trainer, pretrained, require_new_run, require_writable, train
 from fastgpt.train import DTYPES as TRAIN_DTYPES
 
@@ -32,8 +37,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; exits with status 2 and one line on bad input, 130 on Ctrl-C."""
-    options = parser().parse_args(arguments)
     try:
+        options = parser().parse_args(arguments)
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
@@ -41,55 +46,125 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError, OSError) as error:
         print(f"fastgpt: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"fastgpt: error: out of memory: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\nfastgpt: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line that begins with the option, as other errors do."""
+        self.exit(2, f"fastgpt: error: {re.sub('^argument (--)?', '', message)} (see {self.prog} --help)\n")
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32)
+
+
+def integer(text: str) -> int:
+    return parsed(int, "an integer", text)
+
+
+def number(text: str) -> float:
+    return parsed(float, "a number", text)
+
+
+def parsed(type_: type, expected: str, text: str):
+    try:
+        return type_(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+
+def logit_bias(text: str) -> dict[int, float]:
+    try:
+        entries = json.loads(text)
+        return {int(token): value for token, value in entries.items()}
+    except (ValueError, AttributeError):
+        raise argparse.ArgumentTypeError(
+            f"expected a JSON object of token ids and numbers, such as '{{\"12\": -5, \"7\": -Infinity}}', got {text!r}"
+        ) from None
+
+
+GENERATE = """\
+Continues a prompt and prints both, the text as it comes. What is not said here is what the checkpoint's
+generation_config.json says, or else what is in parentheses below."""
+GENERATE_EXAMPLES = """\
+examples:
+  fastgpt generate "ROMEO:" --temperature 0.8 --seed 1
+  fastgpt generate "Who are you?" --model PATH_OR_ID --chat
+  git diff | fastgpt generate --model PATH_OR_ID --stop "\\n\\n"
+  fastgpt generate --prompt-file story.txt --json --logprobs"""
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="fastgpt", description=fastgpt.__doc__)
+    top = Parser(prog="fastgpt", description=fastgpt.__doc__, epilog="fastgpt COMMAND --help says what a command can do.")
     top.add_argument("--version", action="version", version=f"fastgpt {fastgpt.__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("generate", help="continue a prompt", formatter_class=Formatter)
+    command = commands.add_parser(
+        "generate", help="continue a prompt", usage="%(prog)s [options] [PROMPT ...]", formatter_class=Formatter,
+        description=GENERATE, epilog=GENERATE_EXAMPLES,
+    )  # fmt: skip
     command.set_defaults(run=run_generate)
-    add = command.add_argument
-    add("prompt", nargs="?", default=DEFAULT_PROMPT, metavar="PROMPT", help="the text to continue")
-    add("--model", default=SHIPPED_MODEL, metavar="PATH", help="checkpoint folder or its id on the hub (the shipped model)")
+    add = command.add_argument_group("text").add_argument
+    add("prompt", nargs="*", metavar="PROMPT", help="the text to continue, or several texts; - is standard input, which is also "
+        "read if there is no PROMPT and something is piped in (a line break)")  # fmt: skip
+    add("--prompt-file", action="append", default=[], metavar="FILE", help="continue a text in UTF-8; may be given several "
+        "times. Of FILE, and of standard input, one final line break is left out")  # fmt: skip
     add("--chat", action="store_true", help="PROMPT is a user's message, to be answered; only the answer is printed")
     add("--template-var", action="append", default=[], metavar="NAME=VALUE", help="with --chat: a variable of the chat "
         "template, enable_thinking=false say; VALUE is JSON, or else a text; may be given several times")
-    add("--max-new-tokens", type=int, default=300, metavar="N", help="tokens to generate (300)")
-    add("--num-samples", type=int, default=1, metavar="N", help="so many texts, printed when all are ready")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given several times")
+    add("--max-new-tokens", type=integer, metavar="N", help=f"tokens to generate; by default no more than the context has room "
+        f"for ({MAX_NEW_TOKENS})")  # fmt: skip
+    add("--min-new-tokens", type=integer, metavar="N", help="no end of the text before there are so many (0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help=r"end before TEXT, in which \n is a line break, \t a tab "
+        r"and \\ a backslash; may be given several times")  # fmt: skip
     add("--ignore-eos", action="store_true", help="go on after tokens that end a text")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token")
-    add("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
-    add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of total probability P")
-    add("--min-p", type=float, metavar="P", help="sample among tokens at least P times as likely as the likeliest")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="> 1 makes tokens less likely that there were")
-    add("--seed", type=int, metavar="S", help="makes sampling repeatable")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
+    add("--num-samples", type=integer, metavar="N", help="so many texts for each prompt, printed when all are ready (1)")
+
+    add = command.add_argument_group("choice of tokens, in this order").add_argument
+    add("--logit-bias", type=logit_bias, metavar="JSON", help="added to the logits of tokens: '{\"ID\": NUMBER, ...}'; -Infinity "
+        "forbids one")  # fmt: skip
+    add("--repetition-penalty", type=number, metavar="X", help="above 1, penalizes tokens that are already there (1)")
+    add("--no-repeat-ngram-size", type=integer, metavar="N", help="never the same N tokens in a row twice; 0 is no limit (0)")
+    add("--temperature", type=number, metavar="T", help="0 takes the most likely token; above, they are sampled, from logits "
+        "divided by T (0)")  # fmt: skip
+    add("--top-k", type=integer, metavar="K", help="sample among the K most likely tokens (all)")
+    add("--top-p", type=number, metavar="P", help="sample among the most likely tokens of total probability P (all)")
+    add("--min-p", type=number, metavar="P", help="sample among tokens at least P times as likely as the most likely (all)")
+    add("--seed", type=integer, metavar="S", help="makes sampling repeatable (one is drawn, and printed at the end)")
+
+    add = command.add_argument_group("model and computation").add_argument
+    add_model(add)
     add("--dtype", choices=DTYPES, metavar="D", help=f"of weights: {', '.join(DTYPES)} (as stored)")
-    add("--cache", choices=CACHE_KINDS, default="contiguous", metavar="KIND", help=f"{', '.join(CACHE_KINDS)}")
-    add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"{', '.join(CACHE_DTYPES)} (that of the weights)")
-    add("--window", type=int, metavar="N", help="attend to the last N tokens only; a sliding cache keeps only these")
+    add("--cache", choices=CACHE_KINDS, metavar="KIND", help=f"of keys and values: {', '.join(CACHE_KINDS)} (contiguous)")
+    add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"of the cache: {', '.join(CACHE_DTYPES)} (that of the weights)")
+    add("--window", type=integer, metavar="N", help="attend to the last N tokens only; a sliding cache keeps only these (all)")
     add("--no-cache", action="store_true", help="recompute everything at every step")
+
+    add = command.add_argument_group("output").add_argument
     add("--compare-cache", action="store_true", help="generate with and without the cache, compare tokens and speed")
     add("--json", action="store_true", help="print one JSON object instead of streaming text")
     add("--logprobs", action="store_true", help="with --json: each token and its log-probability")
 
-    command = commands.add_parser("inspect", help="what a model sees in a prompt", formatter_class=Formatter)
+    command = commands.add_parser(
+        "inspect", help="what a model sees in a prompt", usage="%(prog)s [options] PROMPT", formatter_class=Formatter,
+        description="Prints the tokens of a prompt and those that are most likely to follow.",
+    )  # fmt: skip
     command.set_defaults(run=run_inspect)
     add = command.add_argument
-    add("prompt", metavar="PROMPT", help="the text to look at")
-    add("--model", default=SHIPPED_MODEL, metavar="DIR", help="checkpoint folder (the shipped model)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
-    add("--top", type=int, default=10, metavar="N", help="how many next tokens to show")
+    add("prompt", metavar="PROMPT", help="the text to look at; - is standard input")
+    add_model(add)
+    add("--top", type=integer, default=10, metavar="N", help="how many next tokens to show (10)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
     add("--attention", type=Path, metavar="FILE", help="save a picture of what attends to what: .png, .svg, .pdf, ...")
-    add("--layer", type=int, default=0, metavar="L", help="of the picture; the first is 0")
-    add("--head", type=int, default=0, metavar="H", help="of the picture; the first is 0")
+    add("--layer", type=integer, default=0, metavar="L", help="of the picture; the first is 0 (0)")
+    add("--head", type=integer, default=0, metavar="H", help="of the picture; the first is 0 (0)")
 
     command = commands.add_parser("train", help="train a model on a text file", formatter_class=Formatter)
     command.set_defaults(run=run_train)
@@ -109,22 +184,109 @@ def parser() -> argparse.ArgumentParser:
         choices = TRAIN_DTYPES if field.name == "dtype" else None
         add(flag, type=field.type, choices=choices, metavar=metavar, help=f"{field.metadata['meaning']} ({field.default})")
 
-    command = commands.add_parser("bench", help="how fast this machine is, in two minutes", formatter_class=Formatter)
+    command = commands.add_parser(
+        "bench", help="how fast this machine is, in two minutes", formatter_class=Formatter,
+        description="Times generation and its operations beside PyTorch's and this machine's limits.",
+    )  # fmt: skip
     command.set_defaults(run=run_bench)
     add = command.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
-    add("--only", default="", metavar="TEXT", help="what has TEXT in its name: GPT-2, attention, one token, ...")
-    add("--seconds", type=float, default=90.0, metavar="S", help="to measure for; seven rounds of each at least (90)")
+    add_device(add)
+    add("--only", default="", metavar="TEXT", help="what has TEXT in its name: GPT-2, attention, one token, ... (everything)")
+    add("--seconds", type=number, default=90.0, metavar="S", help="to measure for; seven rounds of each at least (90)")
     add("--json", action="store_true", help="print one JSON object instead of the table")
 
-    command = commands.add_parser("info", help="versions, device, and which implementation serves each operation")
+    what = "versions, device, and which implementation serves each operation"
+    command = commands.add_parser("info", help=what, formatter_class=Formatter, description=f"Prints {what}, and why.")
     command.set_defaults(run=run_info)
     return top
 
 
-class Formatter(argparse.HelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32)
+def add_model(add) -> None:
+    add("--model", default=SHIPPED_MODEL, metavar="PATH_OR_ID", help="checkpoint folder, or the id of one on the Hugging Face "
+        "Hub (the shipped model)")  # fmt: skip
+    add("--revision", metavar="REV", help="of a model on the Hub: a branch, a tag or a commit (its main branch)")
+    add_device(add)
+
+
+def add_device(add) -> None:
+    chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=chosen, metavar="D", help=f"cpu, cuda, cuda:1, ... ({chosen})")
+
+
+# Options of `generate` that have a flag of the same name.
+FLAGS = (
+    "logit_bias", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "temperature", "top_k", "top_p", "min_p",
+    "seed", "num_samples", "cache", "window",
+)  # fmt: skip
+
+
+def given_options(options) -> dict:
+    """What `generate` is told, checked before anything is loaded; the rest is the checkpoint's to say."""
+    given = {name: getattr(options, name) for name in FLAGS if getattr(options, name) is not None}
+    if options.cache_dtype is not None:
+        given["cache_dtype"] = CACHE_DTYPES[options.cache_dtype]
+    given["return_logprobs"] = options.logprobs
+    Options(**given)
+    require_integer("max_new_tokens", options.max_new_tokens, least=0, optional=True)
+    given["stop"] = [unescape(text, "stop") for text in options.stop]
+    if options.template_var:
+        given["template_variables"] = dict(map(template_variable, options.template_var))
+    return given | ({"eos": None} if options.ignore_eos else {})
+
+
+def prompts_of(options) -> list[str]:
+    """The texts to continue: of the command line, of files, of standard input."""
+    if options.prompt.count("-") > 1:
+        raise ValueError("prompt: expected - once, since there is one standard input, got it several times")
+    prompts = [standard_input() if prompt == "-" else prompt for prompt in options.prompt]
+    prompts += map(read_prompt, options.prompt_file)
+    if not prompts:
+        prompts = [piped_in() or DEFAULT_PROMPT]
+    return prompts
+
+
+def piped_in() -> str:
+    """Standard input if it is a pipe or a file, not a terminal or nothing."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+        return standard_input() if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
+    except io.UnsupportedOperation:  # it is no file of the system's, but what the caller of `main` put there
+        return "" if sys.stdin.isatty() else standard_input()
+    except AttributeError:  # there is none
+        return ""
+
+
+def standard_input() -> str:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("prompt: expected a text or --prompt-file for several processes, which share one standard input, got -")
+    try:
+        content = getattr(sys.stdin, "buffer", sys.stdin).read()
+    except OSError:  # cannot be read
+        return ""
+    return decoded("prompt", "standard input", content.encode() if isinstance(content, str) else content)
+
+
+def read_prompt(path: str) -> str:
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"prompt_file: expected a file to read, got {path}: {reason}") from error
+    text = decoded("prompt_file", path, content)
+    if not text:
+        raise ValueError(f"prompt_file: expected at least one character, {path} is empty")
+    return text
+
+
+def decoded(name: str, source: str, content: bytes) -> str:
+    """A prompt in UTF-8, without the line break that ends it, unless it is nothing else."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: expected text in UTF-8, {source} has the byte {content[error.start]:#04x} at {error.start}"
+        ) from error
+    return re.sub(r"\r?\n\Z", "", text) or text
 
 
 def run_generate(options) -> None:
@@ -132,15 +294,17 @@ def run_generate(options) -> None:
         raise ValueError("logprobs: expected --json with it, got --logprobs alone")
     if options.template_var and not options.chat:
         raise ValueError("template-var: expected --chat with it, got --template-var alone")
+    options.given = given_options(options)
+    options.prompts = prompts_of(options)
     device = device_of(own_device(options.device))
     with joined(None, device) as processes:  # one, unless torchrun started several
-        pipe = pipeline(options.model, dtype=DTYPES.get(options.dtype), device=device)
+        pipe = pipeline(options.model, revision=options.revision, dtype=DTYPES.get(options.dtype), device=device)
         if processes.size > 1:
             from fastgpt.parallel import tensor_parallel  # slow to load
 
             tensor_parallel(pipe.model)
         if options.seed is None:  # one for both ways of --compare-cache, and for all processes
-            options.seed = processes.agreed(int.from_bytes(os.urandom(4), "big"))
+            options.given["seed"] = processes.agreed(int.from_bytes(os.urandom(4), "big"))
         if processes.first:
             generate_text(pipe, options, device)
         else:
@@ -151,12 +315,12 @@ def run_generate(options) -> None:
 def generate_text(pipe: Pipeline, options, device: torch.device) -> None:
     run = run_generation(pipe, options, use_cache=not options.no_cache, quiet=options.json)
     report = texts(pipe, run, options) | {
-        "prompt_tokens": len(run.prompts[0]),
+        "prompt_tokens": sum(map(len, run.prompts)),
         "new_tokens": sum(len(row.tokens) for row in run.rows),
         "prefill_seconds": run.prefill_seconds,
         "decode_seconds": run.decode_seconds,
         "decode_tokens_per_second": run.tokens_per_second,
-        "seed": options.seed,
+        "seed": options.given["seed"],
         "device": str(device),
         "dtype": str(pipe.model.token_embedding.weight.dtype).removeprefix("torch."),
         "implementation": serving(device)["attention"][0],
@@ -177,33 +341,36 @@ def generate_text(pipe: Pipeline, options, device: torch.device) -> None:
         print(f"speed-up: {shown(report['speed_up'])}x")
         rounded = "" if agree or options.cache_dtype is None else f", which is rounded to {options.cache_dtype}"
         print(f"tokens: {'the same' if agree else 'NOT the same'} with and without the cache{rounded}")
+    else:
+        tokens, speed = report["new_tokens"], shown(report["decode_tokens_per_second"])
+        sys.stdout.flush()  # the text comes first where both go to one place
+        print(f"{tokens} tokens, {speed} tok/s, seed {report['seed']}", file=sys.stderr)
     if options.compare_cache and not agree and options.cache_dtype is None:  # rounded to 8 bits, they may differ
         sys.exit(1)
 
 
 def run_generation(pipe: Pipeline, options, *, use_cache: bool, quiet: bool) -> Run:
-    """Generates as the options say; unless quiet, prints prompt and text, as it comes if there is one sample only."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "num_samples", "cache", "window", "stop")
-    given = {name: getattr(options, name) for name in names} | ({"eos": None} if options.ignore_eos else {})
-    if options.template_var:
-        given["template_variables"] = dict(map(template_variable, options.template_var))
-    run = pipe.start(
-        [as_messages(options.prompt) if options.chat else options.prompt], options.max_new_tokens,
-        use_cache=use_cache, cache_dtype=CACHE_DTYPES.get(options.cache_dtype), return_logprobs=options.logprobs, **given,
-    )  # fmt: skip
-    before = "" if options.chat else options.prompt
-    streams = options.num_samples == 1 and not quiet
+    """Generates as the options say; unless quiet, prints prompt and text, as it comes if there is one text only."""
+    prompts = [as_messages(prompt) if options.chat else prompt for prompt in options.prompts]
+    run = pipe.start(prompts, options.max_new_tokens, use_cache=use_cache, **options.given)
+    befores = printed_before(run, options)
+    streams = len(befores) == 1 and not quiet
     if streams:
-        print(before, end="", flush=True)
+        print(befores[0], end="", flush=True)
     for pieces in run:
         if streams:
             print(pieces[0], end="", flush=True)
     if streams:
         print()
     elif not quiet:
-        texts = [f"--- {number} of {len(run.rows)}\n{before}{row.text}\n" for number, row in enumerate(run.rows, 1)]
-        print("\n".join(texts), end="")
+        texts = [before + row.text for before, row in zip(befores, run.rows)]
+        print("\n".join(f"--- {number} of {len(texts)}\n{text}\n" for number, text in enumerate(texts, 1)), end="")
     return run
+
+
+def printed_before(run: Run, options) -> list[str]:
+    """What goes before each text: its prompt, but for chats."""
+    return ["" if options.chat else prompt for prompt in options.prompts for _ in range(run.options.num_samples)]
 
 
 def template_variable(argument: str) -> tuple[str, object]:
@@ -218,10 +385,10 @@ def template_variable(argument: str) -> tuple[str, object]:
 
 
 def texts(pipe: Pipeline, run: Run, options) -> dict:
-    """What was generated, for --json: of the one sample, or a list in `samples`."""
+    """What was generated, for --json: of the one text, or a list in `samples`, those of the first prompt first."""
     result = []
-    for row in run.rows:
-        result.append({"text": ("" if options.chat else options.prompt) + row.text, "finish_reason": row.finish_reason})
+    for before, row in zip(printed_before(run, options), run.rows):
+        result.append({"text": before + row.text, "finish_reason": row.finish_reason})
         if options.logprobs:
             names = map(pipe.tokenizer.backend.id_to_token, row.tokens)
             entries = zip(row.tokens, names, row.logprobs)
@@ -239,11 +406,13 @@ def shown(value: float | None) -> str:
 
 def run_inspect(options) -> None:
     """Tokens -> logits -> probabilities -> next token."""
-    folder = checkpoint.resolve(options.model)
+    require_integer("top", options.top, least=1)
+    text = standard_input() if options.prompt == "-" else options.prompt
+    folder = checkpoint.resolve(options.model, options.revision)
     model = GPT.from_pretrained(folder, device=device_of(options.device))
     require_causal(model.config)
     tokenizer = Tokenizer.from_folder(folder)
-    prompt = tokenizer.encode(options.prompt)
+    prompt = tokenizer.encode(text)
     if not prompt:
         raise ValueError("prompt: expected at least one character, got an empty prompt")
     texts = [inspection.text_of(tokenizer, *pair) for pair in zip(prompt, [None, *prompt])]
@@ -338,6 +507,7 @@ def resumed(options, given: dict, place: dict) -> Trainer:
 
 
 def run_bench(options) -> None:
+    require_number("seconds", options.seconds, above=0)
     place = bench.Place(device_of(options.device))
     cases = [case for case in bench.cases(place, SHIPPED_MODEL) if options.only in f"{case.section}, {case.name}"]
     if not cases:

@@ -162,8 +162,8 @@ def stream(model, ids, max_new_tokens: int | None = None, **options) -> Iterator
     """Yields the next token of each sequence, (B · num_samples,) int64, as soon as it is known; -1 for those that have ended.
 
     With return_logprobs, yields pairs of that and of the log-probabilities (B · num_samples,) fp32. It ends when all
-    sequences have. On a GPU this is seen at every 16th step only: the last ones may be -1 throughout, and a row whose logits
-    are not finite gives -1 until then.
+    sequences have. On a GPU this is seen at every 16th step only: the last ones may be -1 throughout, and logits that are not
+    finite raise then; until then they give any tokens.
 
     Arguments, their defaults and errors are those of `generate`; bad input raises here, not at the first token.
     """
@@ -209,7 +209,7 @@ class Request:
                     token = step(token)
                 looks = (i + 1) % look == 0 or i + 1 == self.max_new_tokens
                 if looks:
-                    sampler.require_finite()
+                    sampler.require_finite(range(i - i % look, i + 1))
                 yield sampler.tokens[i] if sampler.logprobs is None else (sampler.tokens[i], sampler.logprobs[i])
                 if looks and sampler.ended is not None and sampler.ended.all():
                     return
@@ -328,7 +328,8 @@ class Request:
             )
         prompts = len(self.prompts)
         if prompts * options.num_samples > MAX_ROWS:
-            raise ValueError(f"num_samples: expected at most {MAX_ROWS // prompts} of {prompts} prompts, got {options.num_samples}")
+            most = MAX_ROWS // prompts
+            raise ValueError(f"num_samples: expected at most {most} of {prompts} prompts, got {options.num_samples}")
         if isinstance(options.seed, list) and len(options.seed) != prompts:
             raise ValueError(f"seed: expected one integer or {prompts}, one for each prompt, got {len(options.seed)}")
         for name in ("eos", "logit_bias"):

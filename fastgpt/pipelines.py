@@ -9,15 +9,18 @@ import torch
 
 from fastgpt import checkpoint
 from fastgpt.checks import require_integer
-from fastgpt.generate import stream
+from fastgpt.generate import Request, defaults_of
 from fastgpt.model import GPT
 from fastgpt.text import Decoder, Stops, Tokenizer, require_text
 
 Messages = Sequence[dict]  # a chat: see Tokenizer.encode_chat
-OWN_EOS = "the tokenizer's"
+OWN_EOS = "the checkpoint's"
 
 
-def pipeline(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Pipeline":
+def pipeline(
+    path: str | Path,
+    *, revision: str | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+) -> "Pipeline":  # fmt: skip
     """Loads a checkpoint to go from text to text.
 
         pipe = fastgpt.pipeline("path/to/checkpoint")
@@ -25,13 +28,14 @@ def pipeline(path: str | Path, *, dtype: torch.dtype | None = None, device: torc
 
     Args:
         path: what `GPT.from_pretrained` takes, with the files of a tokenizer: see `Tokenizer.from_folder`.
+        revision: of a model on the Hugging Face Hub: a branch, a tag or a commit; default its main branch.
         dtype: of the weights; default as stored.
         device: default a GPU if there is one.
 
     Raises: FileNotFoundError, ValueError that says what is missing or damaged.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = checkpoint.resolve(path)
+    folder = checkpoint.resolve(path, revision)
     tokenizer = Tokenizer.from_folder(folder)
     return Pipeline(GPT.from_pretrained(folder, dtype=dtype, device=device), tokenizer)
 
@@ -40,19 +44,21 @@ class Pipeline:
     """A decoder and its tokenizer.
 
     Args of its methods:
-        max_new_tokens: of each text.
+        max_new_tokens: of each text. None: as many as the checkpoint's generation_config.json says, or else 300; but no more
+            than the context has room for after the longest prompt.
         stop: a string, or several, before which a text ends; it may be cut into tokens in any way, and special tokens may
             be in it. In a list there may also be ids of tokens.
         template_variables: what the chat template is to know besides the messages, by name: those of `Tokenizer.chat_text`,
             tools say, and further ones of the model, such as `{"enable_thinking": False}`.
-        options: those of `generate`, for which there are no other defaults, whatever generation_config.json says; except
-            eos, which is by default the tokens that end a text according to the checkpoint. None: none does.
+        options: those of `generate` (see `fastgpt.generate.Options`). What is given wins, then what the checkpoint's
+            generation_config.json says, then the defaults there. Of eos the default is all tokens that end a text according
+            to the checkpoint, those of its tokenizer included; with None, none does.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
 
-    def __call__(self, prompts: str | Sequence[str], max_new_tokens: int = 256, **options):
+    def __call__(self, prompts: str | Sequence[str], max_new_tokens: int | None = None, **options):
         """The text that follows on a prompt, without the prompt; or a list of them for a list of prompts. With num_samples > 1
         each text is a list of texts."""
         single = isinstance(prompts, str)
@@ -61,11 +67,11 @@ class Pipeline:
         texts = self._texts([prompts] if single else prompts, max_new_tokens, options)
         return texts[0] if single else texts
 
-    def chat(self, messages: Messages | str, max_new_tokens: int = 256, **options):
+    def chat(self, messages: Messages | str, max_new_tokens: int | None = None, **options):
         """The answer to messages, each a dict with role and content, or to one of a user; several if num_samples > 1."""
         return self._texts([as_messages(messages)], max_new_tokens, options)[0]
 
-    def stream(self, prompt: str | Messages, max_new_tokens: int = 256, **options) -> Iterator[str]:
+    def stream(self, prompt: str | Messages, max_new_tokens: int | None = None, **options) -> Iterator[str]:
         """Yields the text that follows on a prompt or on messages as it comes, in whole characters."""
         if options.get("num_samples", 1) != 1:
             raise ValueError(f"num_samples: expected 1 for a stream, got {options['num_samples']!r}")
@@ -73,14 +79,19 @@ class Pipeline:
         return (piece for pieces in run for piece in pieces if piece)
 
     def start(
-        self, prompts: Sequence[str | Messages], max_new_tokens: int = 256,
+        self, prompts: Sequence[str | Messages], max_new_tokens: int | None = None,
         *, stop: str | int | Sequence[str | int] = (), eos: int | Sequence[int] | None | str = OWN_EOS,
         template_variables: dict | None = None, **options,
     ) -> "Run":  # fmt: skip
         """What the others do, for those who want to know more than the text."""
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts: expected a list of them, got {prompts!r}")
+        if not prompts:
+            raise ValueError("prompts: expected at least one, got none")
         ids = [self.encode(prompt, template_variables) for prompt in prompts]
         if eos is OWN_EOS:
-            eos = [token for token in self.tokenizer.eos if token < self.model.config.vocab_size]
+            own = [token for token in self.tokenizer.eos if token < self.model.config.vocab_size]
+            eos = list(dict.fromkeys([*defaults_of(self.model).get("eos", ()), *own]))
         return Run(self.model, self.tokenizer, ids, max_new_tokens, stop, eos, options)
 
     def encode(self, prompt: str | Messages, template_variables: dict | None = None) -> list[int]:
@@ -101,8 +112,8 @@ class Pipeline:
         return ids
 
     def _texts(self, prompts, max_new_tokens, options):
-        texts = [row.text for row in self.start(prompts, max_new_tokens, **options).finish()]
-        n = options.get("num_samples", 1)
+        run = self.start(prompts, max_new_tokens, **options)
+        texts, n = [row.text for row in run.finish()], run.options.num_samples
         return texts if n == 1 else [texts[begin : begin + n] for begin in range(0, len(texts), n)]
 
 
@@ -174,16 +185,17 @@ class Run:
 
     rows: the samples of the first prompt, then of the next one.
     prompts: their ids.
+    options: of the generation, defaults of the checkpoint included.
     times: when the first step began, and when the tokens of each were known, in seconds.
     """
 
-    def __init__(self, model, tokenizer, prompts: list[list[int]], max_new_tokens: int, stop, eos, options):
+    def __init__(self, model, tokenizer, prompts: list[list[int]], max_new_tokens: int | None, stop, eos, options):
         stop, stop_ids = split_stop(stop, model.config.vocab_size)
         special_texts = tokenizer.special_texts() if stop else {}
-        self.prompts, self.eos = prompts, {eos} if isinstance(eos, int) else set(eos or ())
-        self.logprobs = options.get("return_logprobs", False)
-        self.steps = stream(model, prompts, max_new_tokens, eos=eos, **options)
-        samples = options.get("num_samples", 1)
+        request = Request.of(model, prompts, max_new_tokens, options | {"eos": eos})
+        self.prompts, self.options, self.steps = prompts, request.options, request.run()
+        self.sampler, self.eos = request.sampler, set(self.options.eos)
+        samples = self.options.num_samples
         self.rows = [
             Row(Decoder(tokenizer, prompt), Stops(stop), stop_ids, special_texts) for prompt in prompts for _ in range(samples)
         ]
@@ -192,7 +204,8 @@ class Run:
     def __iter__(self) -> Iterator[list[str]]:
         self.times = [time.perf_counter()]
         for step in self.steps:
-            tokens, *logprobs = [x.tolist() for x in (step if self.logprobs else (step,))]  # waits for the device
+            known = step if self.options.return_logprobs else (step,)
+            tokens, *logprobs = [x.tolist() for x in known]  # waits for the device
             self.times.append(time.perf_counter())
             pieces = [""] * len(tokens)
             for i, row in enumerate(self.rows):
@@ -203,6 +216,8 @@ class Run:
             if all(row.finish_reason for row in self.rows):
                 break
         self.steps.close()
+        if self.times[1:]:
+            self.sampler.require_finite(range(len(self.times) - 1))  # of a GPU's last steps it may not be known yet
         if not all(row.finish_reason for row in self.rows):
             yield ["" if row.finish_reason else row.finish("length") for row in self.rows]
 

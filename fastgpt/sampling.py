@@ -6,6 +6,7 @@ row's seed, which of its prompt's samples the row is, and the step; so a row's t
 on the cache or on the device, as far as rounding of the logits does not move a probability across u.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -16,7 +17,6 @@ from fastgpt.ops.step import note
 
 LARGEST = torch.finfo(torch.float32).max
 COOL = 1e-3  # temperatures below it take logits out of fp32's range, unless those begin at 0
-MILD = 1e4  # penalties above it, or below its inverse, take logits out of fp32's range
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -78,7 +78,7 @@ def process(
     """
     logits = logits.float()
     if repetition_penalty != 1:
-        logits = logits if 1 / MILD <= repetition_penalty <= MILD else logits.double()
+        logits = logits if mild(repetition_penalty) else logits.double()
         penalised = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
         logits = torch.where(seen, penalised, logits)
     for function in then:
@@ -99,9 +99,14 @@ def process(
         kept = (before < top_p).sum(-1, keepdim=True).clamp(min=1)  # the first always, though top_p may be 0 in fp32
         least = likeliest.gather(-1, kept - 1)
     if min_p is not None and min_p > 0:
-        enough = logits.amax(-1, keepdim=True) + float(np.log(min_p))
+        enough = logits.amax(-1, keepdim=True) + math.log(min_p)
         least = enough if least is None else torch.maximum(least, enough)
     return logits if least is None else logits.masked_fill_(logits < least, float("-inf"))
+
+
+def mild(repetition_penalty: float) -> bool:
+    """Whether logits stay within fp32's range."""
+    return 1e-4 <= repetition_penalty <= 1e4
 
 
 def descending(logits):
@@ -159,11 +164,10 @@ class Sampler:
         logprobs: whether to note log-probabilities.
         rules: those of `checked_rules`.
 
-    tokens: (steps, B) int64, what was taken; -1 for rows that had ended, and where there was nothing to take a token by.
+    tokens: (steps, B) int64, what was taken; -1 for rows that had ended.
+    extreme: (B, 1), the largest magnitude so far of the largest logits that tokens were chosen by; see `require_finite`.
     logprobs: (steps, B) fp32, their log-probabilities by the logits as they came, or None; 0 for rows that had ended.
     ended: (B,) bool, or None without eos.
-    failed: (B,) fp32: NaN, inf or -inf, the largest of logits that no token could be taken by, of rows that had not ended;
-        otherwise 0. See `require_finite`.
     """
 
     def __init__(self, prompts, steps: int, vocab_size: int, *, uniforms=None, eos=(), logprobs=False, **rules):
@@ -173,7 +177,8 @@ class Sampler:
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.tokens = torch.full((steps, B), -1, device=device)
         self.logprobs = torch.zeros(steps, B, device=device) if logprobs else None
-        self.failed = torch.zeros(B, device=device)
+        dtype = torch.float32 if mild(rules["repetition_penalty"]) else torch.float64
+        self.extreme = torch.zeros(B, 1, dtype=dtype, device=device)
         self.ended = torch.zeros(B, dtype=torch.bool, device=device) if eos else None
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device) if eos else None
         self.bias = self.seen = self.history = self.repeats = None
@@ -219,7 +224,7 @@ class Sampler:
             logprobs = logits.float().log_softmax(-1).gather(-1, token.unsqueeze(1)).squeeze(1)
             logprobs = logprobs if self.ended is None else torch.where(self.ended, 0.0, logprobs)
             self.logprobs.index_copy_(0, self.step, logprobs.unsqueeze(0))
-        note(token, largest.squeeze(1), self.tokens, self.step, self.failed, self.ended, self.eos)
+        note(token, largest, self.tokens, self.extreme, self.step, self.ended, self.eos)
         return token
 
     def score(self, logits):
@@ -251,20 +256,18 @@ class Sampler:
             logits = result.float()
         return logits
 
-    def require_finite(self) -> None:
-        """Waits for the device. Raises ValueError if a row's token could not be taken at some step."""
-        if not self.failed.any():
+    def require_finite(self, steps: range) -> None:
+        """Waits for the device. Raises ValueError if at any of these steps, which are those since one last looked, a row that
+        had not ended had logits that no token can be chosen by: with NaN or inf among them, or nothing but -inf."""
+        if math.isfinite(self.extreme.max().item()):
             return
-        row = self.failed.nonzero()[0].item()
-        step = (self.tokens[:, row] < 0).nonzero()[0].item()
-        largest = self.failed[row].item()
+        row, value = next((row, value) for row, value in enumerate(self.extreme[:, 0].tolist()) if not math.isfinite(value))
+        got = "nan" if math.isnan(value) else "inf, or -inf for every token,"
+        when = f"step {steps[0]}" if len(steps) == 1 else f"one of steps {steps[0]} to {steps[-1]}"
         rules = ("logit_bias", "no_repeat_ngram_size", "min_new_tokens", "logits_processors")
-        after = [name for name in rules if self.rules[name]]
-        if self.seen is not None:
-            after.append("repetition_penalty")
-        got = "-inf for every token" if largest == float("-inf") else f"{largest}"
+        after = ["repetition_penalty"] * (self.seen is not None) + [name for name in rules if self.rules[name]]
         raise ValueError(
-            f"logits: expected finite ones to choose a token by, got {got} in row {row} at step {step}"
+            f"logits: expected finite ones to choose a token by, got {got} in row {row} at {when}"
             + (f", after {', '.join(after)}" if after else "")
         )
 

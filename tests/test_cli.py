@@ -1,10 +1,14 @@
 """The command line, run as a user runs it."""
 
+import argparse
 import functools
+import io
 import json
+import math
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +19,7 @@ from models import random_model
 from texts import CHATML, byte_level, write_checkpoint
 
 import fastgpt
+from fastgpt import cli
 from fastgpt.cli import SHIPPED_MODEL, main
 
 TOKENS = ["--max-new-tokens", "40"]
@@ -183,13 +188,147 @@ def test_text_streams_as_it_comes():
     os.close(reader)
 
 
-def test_a_reader_that_leaves_early():
+@pytest.mark.parametrize("count", [1, 10])
+def test_a_reader_that_leaves_early_leaves_no_trace(count):
+    """As `| head -c 10` does; nor is its status an error."""
     command = [sys.executable, "-m", "fastgpt", "generate", "A", "--max-new-tokens", "400"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.read(1) == b"A"
+    assert process.stdout.read(count).startswith(b"A")
     process.stdout.close()
     assert process.wait(timeout=60) == 0 and process.stderr.read() == b""
 
+
+# Prompts
+
+
+def generated(prompt):
+    return prompt + fastgpt.pipeline(SHIPPED_MODEL)(prompt, 40) + "\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"]], ids=str)
+def test_prompts_from_standard_input(arguments):
+    command = [sys.executable, "-m", "fastgpt", "generate", *arguments, *TOKENS]
+    result = subprocess.run(command, input=b"But hark!\n", capture_output=True, check=True)
+    assert result.stdout.decode() == generated("But hark!")
+
+
+def test_standard_input_is_read_only_where_it_is_asked_for(capsys, monkeypatch):
+    for given, prompt in (("A", "A"), (None, "hark\n")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("hark\n\n"))
+        _, out, _ = run(capsys, "generate", *([given] if given else []), *TOKENS)
+        assert out == generated(prompt)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert run(capsys, "generate", *TOKENS)[1] == generated("\n")
+    status, _, error = run(capsys, "generate", "-", *TOKENS)
+    assert status == 2 and "prompt: expected at least one token, got an empty prompt" in error
+    status, _, error = run(capsys, "generate", "-", "-", *TOKENS)
+    assert status == 2 and "prompt: expected - once" in error
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff")))
+    status, _, error = run(capsys, "generate", "-", *TOKENS)
+    assert status == 2 and "prompt: expected text in UTF-8, standard input has the byte 0xff at 3" in error
+    monkeypatch.setattr("sys.stdin", io.StringIO("hark\n"))
+    assert json.loads(run(capsys, "inspect", "-", "--json")[1])["tokens"][-1]["text"] == "k"
+
+
+@pytest.mark.parametrize(
+    "content, prompt",
+    [(b"Hark", "Hark"), (b"Hark\n", "Hark"), (b"Hark\r\n", "Hark"), (b"Hark\n\n", "Hark\n"), (b"\n", "\n"), (b"\xef\xbb\xbfHark", "Hark")],
+    ids=str,
+)  # fmt: skip
+def test_a_prompt_from_a_file(content, prompt, tmp_path, capsys):
+    (tmp_path / "prompt").write_bytes(content)
+    assert run(capsys, "generate", "--prompt-file", tmp_path / "prompt", *TOKENS)[1] == generated(prompt)
+
+
+def test_several_prompts(tmp_path, capsys):
+    (tmp_path / "prompt").write_text("ROMEO:\n")
+    flags = [*TOKENS, "--prompt-file", tmp_path / "prompt"]
+    _, out, _ = run(capsys, "generate", "A", "B", *flags)
+    texts = [generated(prompt)[:-1] for prompt in ("A", "B", "ROMEO:")]
+    assert out == "\n".join(f"--- {number} of 3\n{text}\n" for number, text in enumerate(texts, 1))
+    report = json.loads(run(capsys, "generate", "A", "B", *flags, "--json", "--num-samples", 2)[1])
+    assert [sample["text"] for sample in report["samples"]] == [text for text in texts for _ in range(2)]
+    assert report["prompt_tokens"] == 1 + 1 + 6 and report["new_tokens"] == 6 * 40
+
+
+BAD_FILES = [
+    (b"", "prompt_file: expected at least one character, .*prompt is empty"),
+    (b"caf\xe9", "prompt_file: expected text in UTF-8, .*prompt has the byte 0xe9 at 3"),
+    (None, "prompt_file: expected a file to read, got .*prompt: No such file or directory"),
+    ("folder", "prompt_file: expected a file to read, got .*prompt: Is a directory"),
+]
+
+
+@pytest.mark.parametrize("content, message", BAD_FILES, ids=[message[:40] for _, message in BAD_FILES])
+def test_bad_prompt_files(content, message, tmp_path, capsys):
+    path = tmp_path / "prompt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        path.mkdir()
+    status, out, error = run(capsys, "generate", "--prompt-file", path)
+    assert status == 2 and out == "" and len(error.splitlines()) == 1 and re.search(message, error)
+
+
+# What is said beside the text, and by default
+
+
+def test_speed_and_seed_are_said_beside_the_text(capsys):
+    _, out, error = run(capsys, "generate", "A", *TOKENS, "--temperature", 1)
+    number, speed, seed = re.fullmatch(r"(\d+) tokens, ([\d.,]+) tok/s, seed (\d+)\n", error).groups()
+    assert number == "40" and float(speed.replace(",", "")) > 0
+    assert run(capsys, "generate", "A", *TOKENS, "--temperature", 1, "--seed", seed)[1] == out
+    assert run(capsys, "generate", "A", *TOKENS, "--json")[2] == ""
+
+
+def test_by_default_texts_end_where_the_context_does(tmp_path, capsys):
+    """As that of a model that was trained with the trainer's defaults, for which 300 tokens are too many."""
+    model = random_model(context=60)
+    model.save_pretrained(tmp_path)
+    shutil.copy(SHIPPED_MODEL / "tokenizer.json", tmp_path)
+    for prompt in ("A", "A" * 50):
+        report = json.loads(run(capsys, "generate", prompt, "--model", tmp_path, "--json")[1])
+        assert report["new_tokens"] == 60 - len(prompt) and report["finish_reason"] == "length"
+    status, _, error = run(capsys, "generate", "A" * 50, "--model", tmp_path, "--max-new-tokens", 11)
+    assert status == 2 and "max_new_tokens: expected at most 10, " in error
+
+
+def test_rules(capsys):
+    pipe = fastgpt.pipeline(SHIPPED_MODEL)
+    space, e = (pipe.tokenizer.encode(text)[0] for text in " e")
+    flags = ["--no-repeat-ngram-size", 3, "--min-new-tokens", 5, "--logit-bias", json.dumps({str(space): 2.5, str(e): -math.inf})]
+    report = json.loads(run(capsys, "generate", "A", *TOKENS, *flags, "--json")[1])
+    rules = {"no_repeat_ngram_size": 3, "min_new_tokens": 5, "logit_bias": {space: 2.5, e: -math.inf}}
+    assert report["text"] == "A" + pipe("A", 40, **rules) and "e" not in report["text"]
+
+
+def test_the_checkpoints_defaults_hold_where_nothing_is_said(monkeypatch, capsys):
+    pipe = fastgpt.pipeline(SHIPPED_MODEL)
+    pipe.model.generation_defaults = {"temperature": 0.9, "top_k": 5, "max_new_tokens": 17}
+    monkeypatch.setattr(cli, "pipeline", lambda *path, **options: pipe)
+    defaults = json.loads(run(capsys, "generate", "A", "--seed", 3, "--json")[1])
+    told = json.loads(run(capsys, "generate", "A", "--seed", 3, "--json", "--max-new-tokens", 20, "--temperature", 0)[1])
+    assert defaults["text"] == "A" + pipe("A", 17, temperature=0.9, top_k=5, seed=3)
+    assert told["text"] == "A" + pipe("A", 20, temperature=0)
+
+
+def test_escapes_in_stop_strings(capsys):
+    line = fastgpt.pipeline(SHIPPED_MODEL)("ROMEO:", 200).partition("\n")
+    assert line[1]
+    _, out, _ = run(capsys, "generate", "ROMEO:", "--max-new-tokens", 200, "--stop", r"\n")
+    assert out == f"ROMEO:{line[0]}\n"
+
+
+def test_the_revision_reaches_the_hub(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(cli, "pipeline", lambda *path, **options: asked.append(options["revision"]) or sys.exit(0))
+    run(capsys, "generate", "A", "--model", "some/model", "--revision", "v2")
+    monkeypatch.setattr(cli.checkpoint, "resolve", lambda path, revision: asked.append(revision) or sys.exit(0))
+    run(capsys, "inspect", "A", "--model", "some/model", "--revision", "v3")
+    assert asked == ["v2", "v3"]
+
+
+# Errors
 
 ERRORS = [
     (["generate", ""], "prompt: expected at least one token, got an empty prompt"),
@@ -199,8 +338,25 @@ ERRORS = [
     (["generate", "A", "--logprobs"], "logprobs: expected --json with it, got --logprobs alone"),
     (["generate", "A", "--stop", ""], r"stop: expected strings that are not empty, got \[''\]"),
     (["generate", "A", "--num-samples", "0"], "num_samples: expected an integer >= 1, got 0"),
+    (["generate", "A", "--temperature", "a"], "temperature: expected a number, got 'a'"),
+    (["generate", "A", "--temperature", "nan"], "temperature: expected a finite number >= 0, got nan"),
+    (["generate", "A", "--temperature", "inf"], "temperature: expected a finite number >= 0, got inf"),
+    (["generate", "A", "--max-new-tokens", "-1"], "max_new_tokens: expected an integer >= 0 or None, got -1"),
+    (["generate", "A", "--max-new-tokens", "1.5"], "max-new-tokens: expected an integer, got '1.5'"),
+    (["generate", "A", "--max-new-tokens"], "max-new-tokens: expected one argument"),
+    (["generate", "A", "--seed", "-1"], "seed: expected integers from 0 to .*, got -1"),
+    (["generate", "A", "--cache", "ring"], "cache: invalid choice: 'ring'"),
+    (["generate", "A", "--logit-bias", "5"], "logit-bias: expected a JSON object of token ids and numbers, .*, got '5'"),
+    (["generate", "A", "--logit-bias", '{"a": 1}'], "logit-bias: expected a JSON object of token ids and numbers"),
+    (["generate", "A", "--logit-bias", '{"1": "a"}'], "logit_bias: expected a finite number .*, got 'a'"),
+    (["generate", "A", "--beams", "3"], "unrecognized arguments: --beams 3"),
+    (["inspect", "A", "--top", "0"], "top: expected an integer >= 1, got 0"),
+    (["inspect"], "the following arguments are required: PROMPT"),
+    (["bench", "--seconds", "nan"], "seconds: expected a finite number > 0, got nan"),
+    (["dance"], "invalid choice: 'dance'"),
+    ([], "the following arguments are required: COMMAND"),
     (["generate", "A", "--chat"], "messages: expected a model with a chat template, this one has none"),
-    (["generate", "A", "--top-p", "1.5"], "top_p: expected 0 < top_p <= 1 or None, got 1.5"),
+    (["generate", "A", "--top-p", "1.5"], "top_p: expected a finite number <= 1 and > 0 or None, got 1.5"),
     (["generate", "A", "--model", "/nowhere"], "expected a checkpoint folder, /nowhere does not exist"),
     (["generate", "A", "--device", "tpu9"], "device: expected cpu, cuda or cuda:N, got 'tpu9'"),
     (["bench", "--only", "nothing of this name"], "only: expected a part of what can be measured, 'nothing of this name' is"),
@@ -237,5 +393,13 @@ def test_text_too_short_to_train_on(tmp_path, capsys):
 def test_help_and_module(capsys):
     result = subprocess.run([sys.executable, "-m", "fastgpt", "--help"], capture_output=True, text=True, check=True)
     assert all(command in result.stdout for command in ("generate", "train", "bench", "info"))
-    assert run(capsys, "train", "--help")[0] == 0
     assert run(capsys)[0] == 2
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect", "train", "bench", "info"])
+def test_every_option_of_every_command_has_a_help_text(command, capsys):
+    commands = next(action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction))
+    actions = commands.choices[command]._actions
+    assert all(action.help and re.search("[a-z]{3}", action.help) for action in actions)
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0 and all(name in out for action in actions for name in action.option_strings)

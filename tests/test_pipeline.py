@@ -9,6 +9,7 @@ from models import random_model
 from texts import CHATML, byte_fallback, byte_level, write_checkpoint
 
 import fastgpt
+from fastgpt import generate
 from fastgpt.text import Tokenizer
 
 CONFIG = {"tokenizer_config": {"bos_token": "<|eos|>", "eos_token": "<|end|>", "chat_template": CHATML}}
@@ -96,12 +97,69 @@ def test_eos_ends_a_text_and_is_not_part_of_it(pipe, folder, monkeypatch):
     assert pipe(PROMPT, 40, eos=ids[3]) == expected_text(pipe, PROMPT, ids[: ids.index(ids[3])])
 
 
-def test_the_eos_of_the_checkpoint_counts_but_not_its_sampling(tmp_path):
-    backend = byte_level()
-    config = {"eos_token_id": [5, 9], "do_sample": True, "temperature": 2.0, "top_k": 3, "max_new_tokens": 3}
-    pipe = fastgpt.pipeline(write_checkpoint(tmp_path, backend, generation_config=config), device="cpu")
-    assert pipe.tokenizer.eos == [5, 9] and pipe(PROMPT, 40) == pipe(PROMPT, 40, temperature=0)
-    assert pipe.start([PROMPT], 40).eos == {5, 9} and pipe.start([PROMPT], 40, eos=None).eos == set()
+def test_ends_are_those_of_the_checkpoint_unless_told_otherwise(tmp_path):
+    """Of its tokenizer and of the defaults of its model, as far as the vocabulary has them."""
+    config = {"eos_token_id": [5, 9]}
+    pipe = fastgpt.pipeline(write_checkpoint(tmp_path, byte_level(), generation_config=config), device="cpu")
+    assert pipe.tokenizer.eos == [5, 9] and pipe.start([PROMPT], 40).eos == {5, 9}
+    pipe.model.generation_defaults = {"eos": [5, 11, 10**6]}
+    assert pipe.start([PROMPT], 40).eos == {5, 9, 11}
+    assert pipe.start([PROMPT], 40, eos=None).eos == pipe.start([PROMPT], 40, eos=()).eos == set()
+    assert pipe.start([PROMPT], 40, eos=7).eos == {7}
+
+
+def test_options_that_are_not_given_are_the_checkpoints(pipe, monkeypatch):
+    defaults = {"temperature": 2.0, "top_k": 3, "max_new_tokens": 9}
+    monkeypatch.setattr(pipe.model, "generation_defaults", defaults, raising=False)
+    run = pipe.start([PROMPT], seed=1)
+    assert [len(row.tokens) for row in run.finish()] == [9]
+    assert run.rows[0].text == pipe(PROMPT, seed=1) == "".join(pipe.stream(PROMPT, seed=1))
+    assert (run.options.temperature, run.options.top_k, run.options.top_p) == (2.0, 3, None)
+    told = pipe(PROMPT, 20, temperature=0)
+    monkeypatch.setattr(pipe.model, "generation_defaults", {})
+    assert told == pipe(PROMPT, 20) and run.rows[0].text == pipe(PROMPT, 9, temperature=2.0, top_k=3, seed=1)
+
+
+def test_by_default_a_text_ends_where_the_context_does(pipe):
+    prompt = pipe.tokenizer.encode(PROMPT)
+    row = pipe.start([PROMPT], eos=()).finish()[0]
+    assert len(row.tokens) == 160 - len(prompt) and row.finish_reason == "length"
+    assert len("".join(pipe.stream(PROMPT))) > 100
+
+
+def test_rules_and_processors(pipe):
+    """Alone and side by side, with the tokens of each text."""
+    ids, given = pipe.tokenizer.encode(PROMPT), []
+    free = pipe.start([PROMPT], 12).finish()[0].tokens
+
+    def forbid_the_first(tokens, logits):
+        given.append(tokens.clone())
+        logits[:, free[0]] = float("-inf")
+        return logits
+
+    options = {"logits_processors": forbid_the_first, "no_repeat_ngram_size": 2, "min_new_tokens": 4}
+    rows = pipe.start([PROMPT, "a token"], 12, **options).finish()
+    assert free[0] not in rows[0].tokens and rows[0].text == pipe(PROMPT, 12, **options)
+    assert given[0].tolist() == [ids]
+
+
+def test_logits_that_are_not_finite_are_an_error_wherever_one_looks(pipe, monkeypatch):
+    """On a GPU one may not have looked when the text has ended."""
+    capped, calls = pipe.model.capped, []
+
+    def logits(scores):
+        calls.append(1)
+        return capped(scores) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(pipe.model, "capped", logits)
+    for look in (1, 16):
+        monkeypatch.setitem(generate.STEPS_PER_LOOK, "cpu", look)
+        calls.clear()
+        run = pipe.start([PROMPT], 12, eos=None)
+        run.eos = set(range(400)) if look == 16 else set()  # ends it at once
+        with pytest.raises(ValueError, match="logits: expected finite ones"):
+            calls.extend([1, 1] if look == 16 else [])
+            run.finish()
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -243,6 +301,12 @@ ERRORS = [
     (("", 5), {}, ValueError, "prompt: expected at least one token, got an empty prompt"),
     ((5, 5), {}, TypeError, "prompts: expected a str or a list of them, got 5"),
     (([PROMPT, 5], 5), {}, TypeError, r"prompts: expected a str or a list of them, got \['the dog and é😀', 5\]"),
+    (([], 5), {}, ValueError, "prompts: expected at least one, got none"),
+    ((PROMPT, 5.5), {}, TypeError, "max_new_tokens: expected an integer >= 0 or None, got 5.5"),
+    ((PROMPT, 5), {"eos": 1.5}, TypeError, "eos: expected an integer or a list of integers, got 1.5"),
+    ((PROMPT, 5), {"temperature": "a"}, TypeError, "temperature: expected a finite number >= 0, got 'a'"),
+    ((PROMPT, 5), {"num_samples": "a"}, TypeError, "num_samples: expected an integer >= 1, got 'a'"),
+    ((PROMPT, 5), {"return_logprobs": 1}, TypeError, "return_logprobs: expected a bool, got 1"),
     ((PROMPT, 5), {"stop": [""]}, ValueError, r"stop: expected strings that are not empty, got \[''\]"),
     ((PROMPT, 5), {"stop": 3}, TypeError, "stop: expected a string or a list of them, got 3"),
     ((PROMPT, 5), {"stop": ["a", 1.5]}, TypeError, r"stop: expected a string or a list of them, got \['a', 1.5\]"),

@@ -63,9 +63,9 @@ def noting(B, device, eos):
     """Arguments of note: the third of five steps."""
     generator = torch.Generator().manual_seed(0)
     ended = torch.randint(2, (B,), generator=generator).bool() if eos else None
-    largest = torch.tensor([3e38, float("nan"), float("inf"), -float("inf"), -0.0]).repeat(B)[:B]
+    largest = torch.tensor([3e38, float("nan"), float("inf"), -float("inf"), -3.0]).repeat(B)[:B, None]
     tensors = [
-        torch.randint(5, (B,), generator=generator), largest, torch.full((5, B), -7), torch.tensor([2]), torch.zeros(B), ended,
+        torch.randint(5, (B,), generator=generator), largest, torch.full((5, B), -7), torch.ones(B, 1), torch.tensor([2]), ended,
         torch.tensor([3, 1]) if eos else None,
     ]  # fmt: skip
     return [x if x is None else x.to(device) for x in tensors]
@@ -83,13 +83,15 @@ def test_the_kernel_notes(B, eos):
 
 
 def test_the_reference_notes():
-    token, largest, tokens, step, failed, ended, eos = noting(30, "cpu", True)
+    token, largest, tokens, extreme, step, ended, eos = noting(30, "cpu", True)
     before = ended.clone()
-    note(token, largest, tokens, step, failed, ended, eos)
-    noted = torch.where(before | ~largest.isfinite(), -1, token)
-    assert tokens[2].tolist() == noted.tolist() and (tokens[[0, 1, 3, 4]] == -7).all()
+    note(token, largest, tokens, extreme, step, ended, eos)
+    assert tokens[2].tolist() == torch.where(before, -1, token).tolist() and (tokens[[0, 1, 3, 4]] == -7).all()
     assert ended.tolist() == [old or new in (3, 1) for old, new in zip(before.tolist(), token.tolist())] and step.item() == 3
-    assert failed.nan_to_num(7).tolist() == torch.where(before | largest.isfinite(), 0, largest).nan_to_num(7).tolist()
+    expected = torch.where(before[:, None], 1.0, largest.abs())
+    assert torch.equal(extreme.nan_to_num(7), expected.nan_to_num(7))
+    note(token, -torch.ones(30, 1), tokens, extreme, step, ended, eos)
+    assert torch.equal(extreme.nan_to_num(7), expected.nan_to_num(7))  # what was not finite stays, and the largest
 
 
 @pytest.mark.parametrize("options", [{}, {"position": "sinusoidal"}, {"position": None, "embedding_scale": 5.3}], ids=str)

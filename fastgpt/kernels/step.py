@@ -82,7 +82,7 @@ def advance(lengths: Tensor, positions: Tensor) -> None:
 
 @triton.jit(do_not_specialize=["n_rows", "n_eos"])
 def _note(
-    token_ptr, largest_ptr, tokens_ptr, step_ptr, failed_ptr, ended_ptr, eos_ptr, n_rows, n_eos, BLOCK: tl.constexpr
+    token_ptr, largest_ptr, tokens_ptr, extreme_ptr, step_ptr, ended_ptr, eos_ptr, n_rows, n_eos, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program, of one warp: each of its threads has read the step before any writes the next."""
     step = tl.load(step_ptr)
@@ -90,23 +90,22 @@ def _note(
         offsets = start + tl.arange(0, BLOCK)
         mask = offsets < n_rows
         token = tl.load(token_ptr + offsets, mask=mask, other=0)
-        largest = tl.load(largest_ptr + offsets, mask=mask, other=0)
-        failed = (tl.abs(largest) < float("inf")) == 0  # also of NaN
-        noted = tl.where(failed, -1, token)
+        magnitude = tl.abs(tl.load(largest_ptr + offsets, mask=mask, other=0)).to(extreme_ptr.dtype.element_ty)
+        extreme = tl.load(extreme_ptr + offsets, mask=mask, other=0)
+        noted, grows = token, (magnitude > extreme) | (magnitude != magnitude)
         if ended_ptr is not None:
             ended = tl.load(ended_ptr + offsets, mask=mask, other=0)
-            failed = failed & (ended == 0)
-            noted = tl.where(ended != 0, -1, noted)
+            noted, grows = tl.where(ended != 0, -1, token), grows & (ended == 0)
             for i in range(n_eos):
                 ended = tl.where(token == tl.load(eos_ptr + i), 1, ended)
             tl.store(ended_ptr + offsets, ended.to(tl.uint8), mask=mask)
         tl.store(tokens_ptr + step * n_rows + offsets, noted, mask=mask)
-        tl.store(failed_ptr + offsets, largest.to(tl.float32), mask=mask & failed)
+        tl.store(extreme_ptr + offsets, magnitude, mask=mask & grows)
     tl.store(step_ptr, step + 1)
 
 
 def note(
-    token: Tensor, largest: Tensor, tokens: Tensor, step: Tensor, failed: Tensor, ended: Tensor | None = None,
+    token: Tensor, largest: Tensor, tokens: Tensor, extreme: Tensor, step: Tensor, ended: Tensor | None = None,
     eos: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches the kernel: see `fastgpt.ops.step.note`. All are contiguous."""
@@ -116,5 +115,5 @@ def note(
     block = min(triton.next_power_of_2(n_rows), 256)
     with torch.cuda.device_of(token):
         _note[(1,)](
-            token, largest, tokens, step, failed, ended, eos, n_rows, 0 if eos is None else len(eos), BLOCK=block, **ONE_WARP
+            token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), BLOCK=block, **ONE_WARP
         )

@@ -66,24 +66,23 @@ def advance(lengths, positions):
         lengths += 1
 
 
-def note(token, largest, tokens, step, failed, ended=None, eos=None):
+def note(token, largest, tokens, extreme, step, ended=None, eos=None):
     """Notes the next token (B,) int64 of each row, in place: tokens[step] becomes it, or -1 where the row has ended, and
-    `ended` true where it is one of eos; step grows by one. Where `largest`, of the logits that the token was taken by, is
-    NaN or infinite and the row has not ended, it was taken by nothing: tokens[step] becomes -1, and failed that number.
+    `ended` true where it is one of eos; step grows by one. Where the row has not ended, extreme becomes the magnitude of the
+    largest logit that the token was chosen by, if it is more or NaN: it is finite as long as all of these are.
 
-    Args: largest (B,) floating point; tokens (steps, B) int64; step (1,) int64; failed (B,) fp32; ended (B,) bool and eos
-        (E,) int64, or both None.
+    Args: largest, extreme (B, 1) floating point; tokens (steps, B) int64; step (1,) int64; ended (B,) bool and eos (E,)
+        int64, or both None.
     """
     if token.is_cuda and choose("note", IMPLEMENTATIONS, None, token) == "triton":
-        _note(token, largest, tokens, step, failed, ended, eos)
+        _note(token, largest, tokens, extreme, step, ended, eos)
         return
-    finite = largest.abs() < float("inf")
-    noted, fine = torch.where(finite, token, -1), finite
+    noted, magnitude = token, largest.abs()
     if ended is not None:
-        noted, fine = torch.where(ended, -1, noted), finite | ended
-        ended |= (token.unsqueeze(1) == eos).any(-1)
+        noted, magnitude = torch.where(ended, -1, token), magnitude.masked_fill(ended.unsqueeze(1), 0)
+        ended |= token == eos if len(eos) == 1 else (token.unsqueeze(1) == eos).any(-1)  # the first takes half the time
     tokens.index_copy_(0, step, noted.unsqueeze(0))
-    failed.copy_(torch.where(fine, failed, largest))
+    torch.maximum(extreme, magnitude, out=extreme)
     step += 1
 
 
@@ -95,7 +94,7 @@ library.define(
 )
 library.define("advance_(Tensor(a!) lengths, Tensor(b!) positions) -> ()")
 library.define(
-    "note_(Tensor token, Tensor largest, Tensor(a!) tokens, Tensor(b!) step, Tensor(c!) failed, Tensor(d!)? ended=None, "
+    "note_(Tensor token, Tensor largest, Tensor(a!) tokens, Tensor(b!) extreme, Tensor(c!) step, Tensor(d!)? ended=None, "
     "Tensor? eos=None) -> ()"
 )
 _embed = torch.ops.fastgpt.embed.default
@@ -114,7 +113,7 @@ def _advance_fake(lengths, positions):
 
 
 @torch.library.register_fake("fastgpt::note_", lib=library)
-def _note_fake(token, largest, tokens, step, failed, ended=None, eos=None):
+def _note_fake(token, largest, tokens, extreme, step, ended=None, eos=None):
     pass
 
 
