@@ -112,8 +112,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.set_defaults(run=run_generate)
     add = command.add_argument_group("text").add_argument
-    add("prompt", nargs="*", metavar="PROMPT", help="the text to continue, or several texts; - is standard input, which is also "
-        "read if there is no PROMPT and something is piped in (a line break)")  # fmt: skip
+    add("prompt", nargs="*", metavar="PROMPT", help="the text to continue, or several texts; - is standard input, which is "
+        "also read if there is no PROMPT and something is piped in (a line break)")  # fmt: skip
     add("--prompt-file", action="append", default=[], metavar="FILE", help="continue a text in UTF-8; may be given several "
         "times. Of FILE, and of standard input, one final line break is left out")  # fmt: skip
     add("--chat", action="store_true", help="PROMPT is a user's message, to be answered; only the answer is printed")
@@ -128,8 +128,8 @@ def parser() -> argparse.ArgumentParser:
     add("--num-samples", type=integer, metavar="N", help="so many texts for each prompt, printed when all are ready (1)")
 
     add = command.add_argument_group("choice of tokens, in this order").add_argument
-    add("--logit-bias", type=logit_bias, metavar="JSON", help="added to the logits of tokens: '{\"ID\": NUMBER, ...}'; -Infinity "
-        "forbids one")  # fmt: skip
+    add("--logit-bias", type=logit_bias, metavar="JSON", help="added to the logits of tokens: '{\"ID\": NUMBER, ...}'; "
+        "-Infinity forbids one")  # fmt: skip
     add("--repetition-penalty", type=number, metavar="X", help="above 1, penalizes tokens that are already there (1)")
     add("--no-repeat-ngram-size", type=integer, metavar="N", help="never the same N tokens in a row twice; 0 is no limit (0)")
     add("--temperature", type=number, metavar="T", help="0 takes the most likely token; above, they are sampled, from logits "
@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     add_model(add)
     add("--dtype", choices=DTYPES, metavar="D", help=f"of weights: {', '.join(DTYPES)} (as stored)")
     add("--cache", choices=CACHE_KINDS, metavar="KIND", help=f"of keys and values: {', '.join(CACHE_KINDS)} (contiguous)")
-    add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"of the cache: {', '.join(CACHE_DTYPES)} (that of the weights)")
+    add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"of the cache: {', '.join(CACHE_DTYPES)} (the weights')")
     add("--window", type=integer, metavar="N", help="attend to the last N tokens only; a sliding cache keeps only these (all)")
     add("--no-cache", action="store_true", help="recompute everything at every step")
 
@@ -258,7 +258,7 @@ def piped_in() -> str:
 
 def standard_input() -> str:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("prompt: expected a text or --prompt-file for several processes, which share one standard input, got -")
+        raise ValueError("prompt: expected a text or --prompt-file for several processes, which share standard input, got -")
     try:
         content = getattr(sys.stdin, "buffer", sys.stdin).read()
     except OSError:  # cannot be read

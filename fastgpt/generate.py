@@ -89,6 +89,8 @@ class Options:
         for name in ("return_logprobs", "use_cache"):
             require_flag(name, getattr(self, name))
         require_choice("cache", self.cache, CACHE_KINDS)
+        if not isinstance(self.cache_dtype, torch.dtype | None):
+            raise TypeError(f"cache_dtype: expected a torch.dtype or None, got {self.cache_dtype!r}")
         if self.seed is not None:
             seeds = integers("seed", self.seed)
             if not all(0 <= seed < 2**64 for seed in seeds):

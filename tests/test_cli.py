@@ -232,7 +232,10 @@ def test_standard_input_is_read_only_where_it_is_asked_for(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "content, prompt",
-    [(b"Hark", "Hark"), (b"Hark\n", "Hark"), (b"Hark\r\n", "Hark"), (b"Hark\n\n", "Hark\n"), (b"\n", "\n"), (b"\xef\xbb\xbfHark", "Hark")],
+    [
+        (b"Hark", "Hark"), (b"Hark\n", "Hark"), (b"Hark\r\n", "Hark"), (b"Hark\n\n", "Hark\n"), (b"\n", "\n"),
+        (b"\xef\xbb\xbfHark", "Hark"),
+    ],
     ids=str,
 )  # fmt: skip
 def test_a_prompt_from_a_file(content, prompt, tmp_path, capsys):
@@ -296,7 +299,8 @@ def test_by_default_texts_end_where_the_context_does(tmp_path, capsys):
 def test_rules(capsys):
     pipe = fastgpt.pipeline(SHIPPED_MODEL)
     space, e = (pipe.tokenizer.encode(text)[0] for text in " e")
-    flags = ["--no-repeat-ngram-size", 3, "--min-new-tokens", 5, "--logit-bias", json.dumps({str(space): 2.5, str(e): -math.inf})]
+    bias = json.dumps({str(space): 2.5, str(e): -math.inf})
+    flags = ["--no-repeat-ngram-size", 3, "--min-new-tokens", 5, "--logit-bias", bias]
     report = json.loads(run(capsys, "generate", "A", *TOKENS, *flags, "--json")[1])
     rules = {"no_repeat_ngram_size": 3, "min_new_tokens": 5, "logit_bias": {space: 2.5, e: -math.inf}}
     assert report["text"] == "A" + pipe("A", 40, **rules) and "e" not in report["text"]

@@ -65,8 +65,8 @@ def noting(B, device, eos):
     ended = torch.randint(2, (B,), generator=generator).bool() if eos else None
     largest = torch.tensor([3e38, float("nan"), float("inf"), -float("inf"), -3.0]).repeat(B)[:B, None]
     tensors = [
-        torch.randint(5, (B,), generator=generator), largest, torch.full((5, B), -7), torch.ones(B, 1), torch.tensor([2]), ended,
-        torch.tensor([3, 1]) if eos else None,
+        torch.randint(5, (B,), generator=generator), largest, torch.full((5, B), -7), torch.ones(B, 1), torch.tensor([2]),
+        ended, torch.tensor([3, 1]) if eos else None,
     ]  # fmt: skip
     return [x if x is None else x.to(device) for x in tensors]
 
