@@ -30,11 +30,11 @@ def checked_rules(
     Raises: TypeError, ValueError, naming the rule.
     """
     return {
-        "temperature": require_number("temperature", temperature, least=0),
+        "temperature": float(require_number("temperature", temperature, least=0)),
         "top_k": require_integer("top_k", top_k, least=1, optional=True),
         "top_p": require_number("top_p", top_p, above=0, most=1, optional=True),
         "min_p": require_number("min_p", min_p, least=0, most=1, optional=True),
-        "repetition_penalty": require_number("repetition_penalty", repetition_penalty, least=1e-100, most=1e100),
+        "repetition_penalty": float(require_number("repetition_penalty", repetition_penalty, least=1e-100, most=1e100)),
         "no_repeat_ngram_size": require_integer("no_repeat_ngram_size", no_repeat_ngram_size, least=0, optional=True) or 0,
         "min_new_tokens": require_integer("min_new_tokens", min_new_tokens, least=0, optional=True) or 0,
         "logit_bias": checked_bias(logit_bias),
@@ -129,9 +129,7 @@ def draw(logits, uniform, largest=None):
 
 
 def most_likely(logits):
-    """argmax (B,) of logits (B, V); where there are NaN, of one of those."""
-    if not logits.is_cpu:
-        return logits.argmax(-1)
+    """argmax (B,) of logits (B, V) on a CPU; where there are NaN, of one of those."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.from_numpy(logits.numpy().argmax(-1))  # 4 µs for 50,000 logits, PyTorch's takes 40 to 160
 
@@ -208,12 +206,15 @@ class Sampler:
 
     def __call__(self, logits):
         scores = logits if self.plain else self.score(logits)
-        if self.uniforms is None:
+        if self.uniforms is not None:
+            largest = scores.amax(-1, keepdim=True)
+            token = draw(scores, self.uniforms.index_select(0, self.step)[0], largest)
+        elif scores.is_cpu:
             token = most_likely(scores)
             largest = scores.gather(1, token.unsqueeze(1))
         else:
-            largest = scores.amax(-1, keepdim=True)
-            token = draw(scores, self.uniforms.index_select(0, self.step)[0], largest)
+            largest, token = scores.max(-1, keepdim=True)  # in one launch
+            token = token.squeeze(1)
         if self.seen is not None:
             self.seen.scatter_(1, token.unsqueeze(1), True)
         if self.history is not None:

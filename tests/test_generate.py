@@ -304,7 +304,7 @@ def test_a_model_of_nan_weights():
 @pytest.mark.parametrize(
     "options",
     [
-        {"temperature": 1e-38}, {"temperature": 1e38}, {"repetition_penalty": 1e30}, {"repetition_penalty": 1e-30},
+        {"temperature": 1e-38}, {"temperature": 2**64}, {"repetition_penalty": 1e30}, {"repetition_penalty": 1e-30},
         {"top_p": 1e-45},
     ],
     ids=str,
