@@ -160,8 +160,8 @@ OFF = {"top_k": 0, "top_p": 0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}  
 def read_generation_config(folder: Path) -> dict:
     """Options of `generate`, and max_new_tokens, that a checkpoint's generation_config.json gives; {} where it has none.
 
-    do_sample: false is a temperature of 0, and do_sample: true without a temperature one of 1. What it says of other ways to
-    generate is not read.
+    do_sample: true without a temperature is one of 1; without do_sample: true, the temperature is 0 whatever it says, as in
+    transformers. What it says of other ways to generate is not read.
 
     Raises: ValueError that names the file and the entry.
     """
@@ -171,8 +171,10 @@ def read_generation_config(folder: Path) -> dict:
     content = _read_json(path)
     with _naming(path):
         stored = schema.read(GENERATION, content)
-    if stored["do_sample"] is not None:
-        stored["temperature"] = (1.0 if stored["temperature"] is None else stored["temperature"]) if stored["do_sample"] else 0.0
+    if stored["do_sample"]:
+        stored["temperature"] = 1.0 if stored["temperature"] is None else stored["temperature"]
+    elif stored["do_sample"] is False or stored["temperature"] is not None:
+        stored["temperature"] = 0.0
     eos = [token for token in stored["eos_token_id"] or () if token >= 0]
     result = {name: stored[name] for name in GENERATION if name != "do_sample" and name not in TOKEN_IDS} | {"eos": eos or None}
     return {name: value for name, value in result.items() if value is not None and OFF.get(name) != value}

@@ -510,7 +510,7 @@ def test_generation_defaults_are_read_and_saved(folder, tmp_path):
     [
         ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
         ({"do_sample": True}, {"temperature": 1.0}),
-        ({"temperature": 0.7}, {"temperature": 0.7}),
+        ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0, "top_p": 0.9}),
         ({"top_k": 0, "top_p": None, "eos_token_id": 2}, {"eos": [2]}),
         ({"eos_token_id": None, "_from_model_config": True}, {}),
     ],
