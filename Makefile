@@ -12,16 +12,23 @@ INSTALLED := $(or $(VENV),build)/.fastgpt-installed
 RUN := $(if $(VENV),$(abspath $(VENV))/bin/python,$(PYTHON))
 OUT ?= build/gpu
 
-.PHONY: demo test test-quick sanitize bench bench-compare gpu sweep clean
+.PHONY: demo test test-quick test-all sanitize bench bench-compare gpu sweep clean
 
 demo: $(INSTALLED)
 	$(RUN) -m fastgpt generate "ROMEO:" --compare-cache --temperature 0.8 --seed 1
 
+# Every property, on samples of what repeats it; leaves out the tests marked exhaustive.
 test: $(INSTALLED)
 	$(RUN) -m pytest
 
+# Without the slow ones either: those that build, compile kernels, start processes or the interpreter.
 test-quick: $(INSTALLED)
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow and not exhaustive"
+
+# All repetitions, too: ten times the fuzz, every demanding kernel's machine code, every shape in the interpreter, every
+# emulated CPU. Hours.
+test-all: $(INSTALLED)
+	$(RUN) -m pytest -m "exhaustive or not exhaustive"
 
 # The CPU operations under AddressSanitizer and UBSan, at every CPU level: a copy of the project is built and tested in
 # build/sanitize. libstdc++ is preloaded because the sanitizer looks there for what throws exceptions. One test measures

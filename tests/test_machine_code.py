@@ -83,16 +83,33 @@ def assert_sound(arch, chosen):
     assert jobs and not faults, "\n".join(faults)
 
 
+def chosen_demanding(modules, arch):
+    """Those in fp32, which use the same instructions everywhere, and those that store a token, for one architecture."""
+    chosen = demanding(configurations(modules, arch))
+    return [x for x in chosen if x[1] is not torch.float32 and "new_k_ptr" not in x[4] or arch == 90]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_one_of_each_kernel(arch):
+    """The most demanding in 16 bits, of the commonest head dim."""
+    one = {}
+    for modules in MODULES:
+        for x in chosen_demanding(modules, arch):
+            if x[1].itemsize == 2 and x[3].get("HEAD_DIM", 128) == 128:
+                one.setdefault(x[0].__name__, x)
+    assert_sound(arch, one.values())
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("modules", MODULES)
 def test_demanding_kernels(modules, arch):
-    """Those in fp32, which use the same instructions everywhere, and those that store a token, for one architecture."""
-    chosen = demanding(configurations(modules, arch))
-    assert_sound(arch, [x for x in chosen if x[1] is not torch.float32 and "new_k_ptr" not in x[4] or arch == 90])
+    assert_sound(arch, chosen_demanding(modules, arch))
 
 
-@pytest.mark.skipif("FASTGPT_TEST_ALL_MACHINE_CODE" not in os.environ, reason="takes hours on two cores")
+@pytest.mark.exhaustive
+@pytest.mark.skipif("FASTGPT_TEST_ALL_MACHINE_CODE" not in os.environ, reason="FASTGPT_TEST_ALL_MACHINE_CODE=1 takes hours")
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("modules", MODULES)
 def test_every_kernel(modules, arch):
