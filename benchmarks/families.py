@@ -22,7 +22,7 @@ from fastgpt import GPT
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # whose helpers decide what passes
 
 from family_checkpoints import CONFIGS, PROMPTS, kinds_of_cache, logits_of, our_tokens, their_tokens, theirs  # noqa: E402
-from numerics import share_of_bound  # noqa: E402
+from fastgpt.testing.numerics import share_of_bound  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 import transformers
-from numerics import BACKWARD, FORWARD, share_of_bound
+from fastgpt.testing.numerics import BACKWARD, FORWARD, share_of_bound
 
 import fastgpt.integrations.transformers as ft
 

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
-from attention_features import FEATURES, PACKED_FEATURES, inputs, options, paged
-from attention_parity import compare, run_cpp, run_cpp_packed
+from fastgpt.testing.attention_features import FEATURES, PACKED_FEATURES, inputs, options, paged
+from fastgpt.testing.attention_parity import compare, run_cpp, run_cpp_packed
 from cpu_levels import lower_levels
 from hypothesis import given, settings
 from hypothesis import strategies as st

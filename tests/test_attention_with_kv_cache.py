@@ -5,10 +5,10 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_features import paged
+from fastgpt.testing.attention_features import paged
 from cache_updates import angles, differing, on
 from models import random_ids, random_model
-from numerics import check
+from fastgpt.testing.numerics import check
 
 import fastgpt
 from fastgpt import attention_with_kv_cache, attention_with_kv_cache_reference, kv_cache_update, rope_kv_cache_update

@@ -1,6 +1,6 @@
 """KV caches of every kind: the same logits and tokens as without one, and the memory that each promises."""
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 from models import random_ids, random_model, reference_operations

@@ -2,7 +2,7 @@
 
 from unittest import mock
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 from models import random_ids, random_model, reference_operations

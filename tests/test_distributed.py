@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 from parallel_training import CONFIG, SAVED, TEXT, curve

@@ -1,6 +1,6 @@
 """Encoder mode: every token sees every other, and no padding."""
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 from models import random_ids, random_model, reference_operations

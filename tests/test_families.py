@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 from safetensors import safe_open

@@ -3,7 +3,6 @@
 import inspect
 import itertools
 
-import numerics
 import numpy as np
 import pytest
 import torch

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 import torch.nn.functional as F

@@ -4,7 +4,6 @@ import itertools
 import statistics
 import time
 
-import numerics
 import numpy as np
 import pytest
 import torch

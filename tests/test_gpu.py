@@ -6,7 +6,7 @@ import pytest
 import torch
 from cache_updates import angles, differing, on, update_inputs
 from models import random_ids, random_model
-from numerics import check
+from fastgpt.testing.numerics import check
 
 import fastgpt
 from fastgpt import (

@@ -12,7 +12,7 @@ transformers.logging.disable_progress_bar()
 
 from family_checkpoints import CONFIGS, PROMPTS, kinds_of_cache, our_tokens, their_tokens, theirs  # noqa: E402
 from models import reference_operations  # noqa: E402
-from numerics import FORWARD  # noqa: E402
+from fastgpt.testing.numerics import FORWARD  # noqa: E402
 from test_gpu import SAMPLED  # noqa: E402
 
 from fastgpt import GPT, capture  # noqa: E402

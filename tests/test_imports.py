@@ -28,6 +28,7 @@ LAYERS = [
     {"integrations.transformers.attention"},
     {"integrations.transformers.cache", "integrations.transformers.masks"},
     {"integrations.transformers.deferred"},
+    {"testing.attention_parity"},
     {"ops.explain"},
     {"ops.attention_with_kv_cache"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear", "ops.step"},
@@ -38,7 +39,7 @@ LAYERS = [
         "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.step", "memory", "ops.dropout",
         "ops.derivatives", "ops.library", "ops.quantisation",
     },  # fmt: skip
-    {"_C", "integrations", "kernels", "ops"},
+    {"_C", "integrations", "kernels", "ops", "testing", "testing.attention_features", "testing.linear_features", "testing.norm_features", "testing.numerics"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 from cache_updates import SENTINEL, WRITTEN, angles

@@ -4,11 +4,11 @@ import os
 import subprocess
 import sys
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 from cpu_levels import lower_levels
-from linear_features import FEATURES, call_of, in_float64, split
+from fastgpt.testing.linear_features import FEATURES, call_of, in_float64, split
 
 import fastgpt
 from fastgpt import linear, linear_reference

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 from models import random_ids, random_model

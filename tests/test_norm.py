@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 from cpu_levels import lower_levels
-from linear_features import in_float64
-from norm_features import FEATURES, call_of
+from fastgpt.testing.linear_features import in_float64
+from fastgpt.testing.norm_features import FEATURES, call_of
 
 import fastgpt
 from fastgpt import norm, norm_reference

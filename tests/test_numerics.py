@@ -1,6 +1,6 @@
 """The numerics helper must fail on faults that a kernel could have, or the parity tests prove nothing."""
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 

@@ -2,7 +2,7 @@
 
 import itertools
 
-import numerics
+from fastgpt.testing import numerics
 import numpy
 import pytest
 import torch

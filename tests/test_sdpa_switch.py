@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import torch
 import torch.nn.functional as F

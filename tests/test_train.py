@@ -9,7 +9,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
-import numerics
+from fastgpt.testing import numerics
 import pytest
 import tokenizers
 import torch

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from numerics import BACKWARD, check
+from fastgpt.testing.numerics import BACKWARD, check
 from transformers import DynamicCache, MistralConfig, StaticCache, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface

@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from attention_features import FEATURES, inputs, options, paged
-from attention_parity import compare, run_triton
-from numerics import BACKWARD, check
+from fastgpt.testing.attention_features import FEATURES, inputs, options, paged
+from fastgpt.testing.attention_parity import compare, run_triton
+from fastgpt.testing.numerics import BACKWARD, check
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from attention_features import paged
-from numerics import check
+from fastgpt.testing.attention_features import paged
+from fastgpt.testing.numerics import check
 
 triton = pytest.importorskip("triton")
 

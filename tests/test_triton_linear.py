@@ -5,13 +5,13 @@ Tests that run the kernels need a GPU or Triton's interpreter, see interpreter.p
 
 from unittest import mock
 
-import linear_features
-import norm_features
+from fastgpt.testing import linear_features
+from fastgpt.testing import norm_features
 import pytest
 import torch
-from linear_features import in_float64, split
+from fastgpt.testing.linear_features import in_float64, split
 from models import random_ids, random_model, reference_operations
-from numerics import check
+from fastgpt.testing.numerics import check
 
 triton = pytest.importorskip("triton")
 

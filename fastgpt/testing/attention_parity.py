@@ -3,7 +3,7 @@
 import math
 
 import torch
-from numerics import BACKWARD, FORWARD
+from fastgpt.testing.numerics import BACKWARD, FORWARD
 
 from fastgpt.ops import attention as ops
 

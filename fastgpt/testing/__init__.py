@@ -1,0 +1,1 @@
+"""For tests of kernels: the numerics contract, and inputs that exercise every feature of an operation."""
