@@ -22,7 +22,7 @@ from fastgpt import GPT
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # whose helpers decide what passes
 
 from family_checkpoints import CONFIGS, PROMPTS, kinds_of_cache, logits_of, our_tokens, their_tokens, theirs  # noqa: E402
-from fastgpt.testing.numerics import share_of_bound  # noqa: E402
+from fastgpt.testing.numerics import compare  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -33,7 +33,7 @@ def measure(case: str) -> dict:
         shares = {}
         for dtype in DTYPES:
             with tempfile.TemporaryDirectory() as rounded:
-                found = [share_of_bound(*each, dtype=dtype)[0] for each in logits_of(case, folder, dtype, rounded)]
+                found = [compare(*each).share for each in logits_of(case, folder, dtype, rounded)]
             shares[str(dtype).removeprefix("torch.")] = float(f"{max(found):.3g}")
         model = GPT.from_pretrained(folder)
     expected = [their_tokens(case, prompts) for prompts in (PROMPTS[:1], PROMPTS)]

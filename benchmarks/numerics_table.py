@@ -2,7 +2,7 @@
 
 NOTE = (
     "The worst error of results / of gradients, as a share of the bound: at most 1 passes. Exact: what is stored is, bit for "
-    "bit, what the reference stores. Gradients of fewer than 16 numbers are judged over several draws of dout."
+    "bit, what the reference stores."
 )
 IMPLEMENTATIONS = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
 

@@ -1,20 +1,17 @@
 """Small models of transformers with random weights, for comparing attention implementations on the same weights."""
 
-import contextlib
 import functools
 import inspect
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import transformers
-from fastgpt.testing.numerics import BACKWARD, FORWARD, share_of_bound
 
 import fastgpt.integrations.transformers as ft
+from fastgpt.testing import numerics
 
 VOCABULARY = 90
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -157,28 +154,17 @@ def gradients(model, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return {path: x.grad for path, x in model.named_parameters() if x.grad is not None}
 
 
-@contextlib.contextmanager
-def in_float64() -> Iterator[None]:
-    """Within it, models in float64 compute in nothing less: not even where they ask for float32."""
-    with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        yield
-
-
 def shares(name: str, padding: str | None, function=outputs, prepared=lambda model: model) -> tuple[Counter, dict[str, float]]:
     """fastgpt against eager attention: the calls that it served, and of each of the outputs or gradients the error as a share
-    of the bound. Gradients that are zero but for rounding (of biases of keys) are left out."""
+    of the bound."""
     arguments = inputs(name, padding)
     with ft.record() as calls:
         actual = function(prepared(build(name, "fastgpt")), arguments)
-    low = function(build(name), arguments)
-    with in_float64():
-        oracle = function(build(name, dtype=torch.float64), arguments)
-    assert actual.keys() == low.keys() == oracle.keys()
-    least, k = 1e-12 * max(x.abs().max() for x in oracle.values()), FORWARD if function is outputs else BACKWARD
-    return calls, {
-        part: share_of_bound(actual[part], x, low[part], dtype=torch.float32, k=k)[0]
-        for part, x in oracle.items() if x.abs().max() > least
-    }  # fmt: skip
+    with numerics.only_double_precision():
+        model = build(name, dtype=torch.float64)
+        yardsticks = numerics.simulate(lambda: function(model, arguments))
+    assert actual.keys() == yardsticks.keys()
+    return calls, {part: numerics.compare(actual[part], yardstick).share for part, yardstick in yardsticks.items()}
 
 
 def compiled(name: str, padding: str | None) -> tuple[int, dict[str, float]]:

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from fastgpt import GPT
+from fastgpt.testing import numerics
 
 COMMON = dict(
     vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -63,18 +64,18 @@ def ids_of(batch, tokens, seed=0):
 
 @torch.no_grad()
 def logits_of(case, folder, dtype, rounded):
-    """Yields (actual, oracle, low) for logits, uncached and cached, of the checkpoint in `folder`: ours, and those of transformers
-    in float64 and in the dtype, all three with weights rounded to it. `rounded`: an empty folder for those."""
-    low = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    low.save_pretrained(rounded)
+    """Yields (actual, yardstick) for logits, uncached and cached, of the checkpoint in `folder`: ours, and of those of
+    transformers in float64, both with weights rounded to the dtype. `rounded`: an empty folder for those."""
+    transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(rounded)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(rounded, dtype=torch.float64)
     model = GPT.from_pretrained(rounded)
     assert model.token_embedding.weight.dtype == dtype
     for tokens in (60, 150) if "longrope" in case else (150,):  # over windows, and on both sides of longrope's border
         ids = ids_of(2, tokens)
-        expected, measure = oracle(ids).logits, low(ids).logits
-        yield model(ids), expected, measure
-        yield model(ids, cache=model.new_cache(2)), expected, measure
+        with numerics.only_double_precision():
+            yardstick = numerics.simulate(lambda: oracle(ids).logits, arithmetic=dtype)
+        yield model(ids), yardstick
+        yield model(ids, cache=model.new_cache(2)), yardstick
 
 
 PROMPTS = [ids_of(1, length, seed=length)[0].tolist() for length in (40, 3, 21, 57)]  # with 64 more, over windows and longrope's border

@@ -1,13 +1,13 @@
 """Encoder mode: every token sees every other, and no padding."""
 
-from fastgpt.testing import numerics
 import pytest
 import torch
-from models import random_ids, random_model, reference_operations
+from models import random_ids, random_model
 
 from fastgpt import GPTConfig
 from fastgpt.generate import stream
 from fastgpt.positions import Rope
+from fastgpt.testing import numerics
 
 POSITIONS = [{"position": "learned"}, {"position": "sinusoidal"}, {"position": None}, {"position": "rotary", "rope": Rope(16)}]
 
@@ -22,11 +22,7 @@ def test_without_positions_tokens_are_a_set():
     ids = random_ids(encoder(), 2, 12)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     model = encoder(position=None)
-    with reference_operations():
-        low = model.encode(ids)[:, order]
-    expected = model.double().encode(ids)[:, order]
-    model.float()
-    numerics.check(model.encode(ids[:, order]), expected, low, dtype=torch.float32)
+    numerics.check(model.encode(ids[:, order]), lambda: model.double().encode(ids)[:, order])
     others = [encoder(**fields) for fields in POSITIONS if fields["position"]] + [random_model(position=None)]
     for model in others:
         assert (model.encode(ids[:, order]) - model.encode(ids)[:, order]).abs().max() > 0.1
@@ -60,14 +56,12 @@ def test_padding_changes_nothing(causal, fields):
     def alone(model):
         return torch.cat([model(ids[b : b + 1, :n])[0] for b, n in enumerate(lengths)])
 
-    with reference_operations():
-        low = alone(model)
-    oracle = alone(model.double())
+    yardstick = numerics.simulate(lambda: alone(model.double()))
     model.float()
     for padded in (ids, other):
         logits = model(padded, lengths=lengths)
         of_tokens = torch.cat([row[:n] for row, n in zip(logits, lengths)])
-        numerics.check(of_tokens, oracle, low, dtype=torch.float32)
+        numerics.check(of_tokens, yardstick)
     assert torch.equal(model(ids, lengths=torch.tensor(lengths)), model(ids, lengths=lengths))
     if not causal:
         assert (model(ids) - model(other))[1, 0].abs().max() > 1e-3  # without lengths it is no padding

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 
-from fastgpt.testing import numerics
 import pytest
 import torch
 from safetensors import safe_open
@@ -36,8 +35,8 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CONFIGS)
 def test_logits(case, dtype, folders, tmp_path):
-    for actual, oracle, low in logits_of(case, folders(case), dtype, tmp_path):
-        numerics.check(actual, oracle, low, dtype=dtype)
+    for actual, yardstick in logits_of(case, folders(case), dtype, tmp_path):
+        numerics.check(actual, yardstick)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -180,6 +179,7 @@ MEASURE = """
 import re, sys, torch
 from pathlib import Path
 from fastgpt import GPT
+from fastgpt.testing import numerics
 
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10

@@ -17,6 +17,7 @@ from fastgpt.integrations.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from fastgpt.testing import numerics
 
 SENTINEL = -77.0
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -118,12 +119,6 @@ def results(function, tensors, dtype, **options):
     )
 
 
-def check(actual, oracle, low, dtype):
-    for name, x in actual.items():
-        k = numerics.BACKWARD if name.startswith("d") else numerics.FORWARD
-        numerics.check(x, oracle[name], low[name], dtype=torch.float32 if name == "lse" else dtype, k=k, name=name)
-
-
 FEATURES = {
     "plain": {},
     "causal": {"causal": True},
@@ -151,8 +146,7 @@ def test_dense_parity(feature, T, S, device):
     for dtype in dtypes:
         rounded = [x.to(dtype) for x in tensors]
         actual = results(on(device, flash_attn_func), rounded, dtype, return_attn_probs=True, **FEATURES[feature])
-        oracle = results(batched_reference, rounded, torch.float64, **FEATURES[feature])
-        check(actual, oracle, results(batched_reference, rounded, dtype, **FEATURES[feature]), dtype)
+        numerics.check(actual, lambda: results(batched_reference, rounded, torch.float64, **FEATURES[feature]), weights=dtype)
 
 
 def test_results_have_flash_attns_shapes():
@@ -225,7 +219,7 @@ def test_varlen_parity(feature, dtype, device):
         return results(lambda *x: function(*x, *packing, **FEATURES[feature], **options), rounded, dtype)
 
     actual = run(on(device, flash_attn_varlen_func), dtype, return_attn_probs=True)
-    check(actual, run(packed_reference, torch.float64), run(packed_reference, dtype), dtype)
+    numerics.check(actual, lambda: run(packed_reference, torch.float64), weights=dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -290,10 +284,8 @@ def test_varlen_parity_with_pages(feature, device):
     actual = on(device, flash_attn_varlen_func)(
         q, k_pool, v_pool, *packing, block_table=table, return_attn_probs=True, **FEATURES[feature]
     )
-    oracle = packed_reference(*(x.double() for x in (q, k, v)), *packing, **FEATURES[feature])
-    low = packed_reference(q, k, v, *packing, **FEATURES[feature])
-    for three in zip(actual, oracle, low):
-        numerics.check(*three, dtype=torch.float32)
+    double = [x.double() for x in (q, k, v)]
+    numerics.check(actual[:2], lambda: packed_reference(*double, *packing, **FEATURES[feature]))
 
 
 # With a cache.
@@ -395,10 +387,8 @@ def test_with_a_cache(device, layout, T, T_new, options, rotary, interleaved):
             given = options | {"first": leftpad[b] if padded else 0}
             if "alibi_slopes" in options:
                 given["alibi_slopes"] = options["alibi_slopes"].expand(3, -1)[b]
-            oracle = reference(query.double(), *(x.double() for x in keys), **given)
-            low = reference(query, *keys, **given)
-            numerics.check(out[b], oracle[0], low[0], dtype=dtype, name=f"out {b}")
-            numerics.check(lse[b], oracle[1], low[1], dtype=torch.float32, name=f"lse {b}")
+            double = [x.double() for x in (query, *keys)]
+            numerics.check((out[b], lse[b]), lambda: reference(*double, **given), weights=dtype, name=f"sequence {b}")
         for x, copy in zip(tensors, cache.copies):
             assert torch.equal(x.cpu(), copy)  # every slot of it
 

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-from fastgpt.testing import numerics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn, varlen_attn_out
 
 from fastgpt.integrations import flash_provider
 from fastgpt.ops.dropout import keep_mask
+from fastgpt.testing import numerics
 
 operators = torch.ops.aten
 NAMES = [
@@ -83,10 +83,7 @@ def gradients(function, tensors, dtype):
 
 def check(function, expected, tensors, dtype):
     actual = gradients(function, tensors, dtype)
-    oracle, low = (gradients(expected, tensors, precision) for precision in (torch.float64, dtype))
-    for name, *three in zip(("out", "lse", "dq", "dk", "dv"), actual, oracle, low):
-        k = numerics.BACKWARD if name.startswith("d") else numerics.FORWARD
-        numerics.check(*three, dtype=torch.float32 if name == "lse" else dtype, k=k, name=name)
+    numerics.check(actual, lambda: gradients(expected, tensors, torch.float64), weights=dtype)
     return actual
 
 
@@ -139,10 +136,7 @@ def test_dense(causal, window, on_cpu):
 
     tensors = [x.transpose(1, 2) for x in inputs(5, 8)]
     actual = backward(*tensors)
-    oracle, low = (gradients(expected, tensors, dtype) for dtype in (torch.float64, torch.float32))
-    for name, *three in zip(("out", "lse", "dq", "dk", "dv"), actual, oracle, low):
-        k = numerics.BACKWARD if name.startswith("d") else numerics.FORWARD
-        numerics.check(*three, dtype=torch.float32, k=k, name=name)
+    numerics.check(actual, lambda: gradients(expected, tensors, torch.float64))
 
 
 def varlen(q, k, v, packing, window=(-1, -1), **options):
@@ -170,12 +164,7 @@ def test_packed_sequences_into_a_given_result(on_cpu):
 
 
 def check_forward(actual, function, arguments, options):
-    oracle, low = (
-        function(*(x.to(dtype) for x in arguments[:3]), *arguments[3:], **options)
-        for dtype in (torch.float64, torch.float32)
-    )
-    for three in zip(actual, oracle, low):
-        numerics.check(*three, dtype=torch.float32)
+    numerics.check(actual, lambda: function(*(x.double() for x in arguments[:3]), *arguments[3:], **options))
 
 
 def test_pages_and_lengths(on_cpu):
@@ -242,12 +231,10 @@ def test_scaled_dot_product_attention_on_a_gpu(dtype):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True), q.new_zeros(())
 
-    oracle, low = (gradients(function, tensors, precision) for precision in (torch.float64, dtype))
+    yardsticks = numerics.simulate(lambda: gradients(function, tensors, torch.float64), weights=dtype)
     torch.nn.attention.activate_flash_attention_impl("fastgpt")
     try:
         for run in (function, torch.compile(function)):
-            for name, *three in zip(("out", "none", "dq", "dk", "dv"), gradients(run, tensors, dtype), oracle, low):
-                k = numerics.BACKWARD if name.startswith("d") else numerics.FORWARD
-                numerics.check(*three, dtype=dtype, k=k, name=name)
+            numerics.check(gradients(run, tensors, dtype), yardsticks)
     finally:
         torch.nn.attention.restore_flash_attention_impl()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from cache_updates import angles, differing, on, update_inputs
 from models import random_ids, random_model
-from fastgpt.testing.numerics import check
 
 import fastgpt
 from fastgpt import (
@@ -22,6 +21,7 @@ from fastgpt.cache import CACHE_KINDS
 from fastgpt.cli import SHIPPED_MODEL
 from fastgpt.generate import stream
 from fastgpt.sampling import Sampler
+from fastgpt.testing.numerics import check
 
 pytestmark = pytest.mark.gpu
 
@@ -105,7 +105,7 @@ def test_decode_kernels_one_by_one(page, cache_dtype):
     exact = {name: x.double() if torch.is_tensor(x) and x.dtype == torch.float16 else x for name, x in arguments.items()}
     with torch.inference_mode():
         actual = fastgpt.attention(**on("cuda", arguments), impl="triton")
-        check(actual, attention_reference(**exact), attention_reference(**arguments), dtype=torch.float16)
+        check(actual, lambda: attention_reference(**exact), weights=torch.float16)
 
 
 @pytest.mark.parametrize("page", [None, 4])

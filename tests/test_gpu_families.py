@@ -12,11 +12,11 @@ transformers.logging.disable_progress_bar()
 
 from family_checkpoints import CONFIGS, PROMPTS, kinds_of_cache, our_tokens, their_tokens, theirs  # noqa: E402
 from models import reference_operations  # noqa: E402
-from fastgpt.testing.numerics import FORWARD  # noqa: E402
 from test_gpu import SAMPLED  # noqa: E402
 
 from fastgpt import GPT, capture  # noqa: E402
 from fastgpt.generate import STEPS_PER_LOOK, stream  # noqa: E402
+from fastgpt.testing import numerics  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -54,8 +54,8 @@ def test_tokens_in_every_kind_of_cache_in_bfloat16(case, tmp_path):
         for prompt, new in zip(PROMPTS, our_tokens(model, PROMPTS, **options), strict=True):
             ids = torch.tensor([prompt + new[:-1]], device=DEVICE)
             with torch.inference_mode(), reference_operations():
-                expected, low = (m(ids)[0, len(prompt) - 1 :].double() for m in (oracle, model))
-            bound = FORWARD * (low - expected).abs().max() + torch.finfo(torch.bfloat16).eps * expected.abs().max()
+                yardstick = numerics.simulate(lambda: oracle(ids)[0, len(prompt) - 1 :], arithmetic=torch.bfloat16)
+            expected, bound = (x.to(DEVICE) for x in (yardstick.oracle, numerics.allowed(yardstick, torch.bfloat16).max()))
             chosen = expected.gather(1, torch.tensor(new, device=DEVICE).unsqueeze(1)).squeeze(1)
             assert (expected.amax(-1) - chosen).max() <= 2 * bound, options
 

@@ -3,12 +3,12 @@
 import functools
 import json
 
-from fastgpt.testing import numerics
 import pytest
 import torch
 from models import random_ids, random_model
 
 from fastgpt import GPT, SequenceClassifier, TokenClassifier
+from fastgpt.testing import numerics
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -75,14 +75,17 @@ def test_logits(family, head, folders):
     model = HEADS[head].from_pretrained(folders(family, head))
     low = theirs(family, head)
     oracle = type(low).from_pretrained(folders(family, head), dtype=torch.float64)
-    expected, measure = of_tokens(oracle(PADDED).logits), of_tokens(low(PADDED).logits)
+    with numerics.only_double_precision():
+        yardstick = numerics.simulate(lambda: of_tokens(oracle(PADDED).logits))
     lengths = [len(sequence) for sequence in SEQUENCES]
     for logits in (model(SEQUENCES), model(PADDED), model(PADDED, lengths), model(PADDED, torch.tensor(lengths))):
-        numerics.check(of_tokens(logits), expected, measure, dtype=torch.float32)
+        numerics.check(of_tokens(logits), yardstick)
     assert logits.shape == ((4, model.num_labels) if logits.dim() == 2 else (4, 30, model.num_labels))
     assert model.id2label == low.config.id2label and model.pad_token_id == PAD and not model.training
     whole = torch.tensor(SEQUENCES[1:2])  # the one without padding
-    numerics.check(model(whole), oracle(whole).logits, low(whole).logits, dtype=torch.float32)
+    with numerics.only_double_precision():
+        yardstick = numerics.simulate(lambda: oracle(whole).logits)
+    numerics.check(model(whole), yardstick)
 
 
 @torch.no_grad()
@@ -90,11 +93,12 @@ def test_logits(family, head, folders):
 def test_logits_in_bfloat16(head, folders, tmp_path):
     low = type(theirs("Phi3", head)).from_pretrained(folders("Phi3", head), dtype=torch.bfloat16)
     low.save_pretrained(tmp_path)  # weights rounded to the dtype
-    oracle = type(low).from_pretrained(tmp_path, dtype=torch.float64)
-    model = HEADS[head].from_pretrained(tmp_path)
-    actual, expected, measure = (of_tokens(x) for x in (model(PADDED), oracle(PADDED).logits, low(PADDED).logits))
+    actual = of_tokens(HEADS[head].from_pretrained(tmp_path)(PADDED))
     assert actual.dtype == torch.bfloat16
-    numerics.check(actual, expected, measure, dtype=torch.bfloat16)
+    oracle = type(low).from_pretrained(tmp_path, dtype=torch.float64)
+    with numerics.only_double_precision():
+        yardstick = numerics.simulate(lambda: of_tokens(oracle(PADDED).logits), arithmetic=torch.bfloat16)
+    numerics.check(actual, yardstick)
 
 
 @torch.no_grad()

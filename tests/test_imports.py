@@ -28,7 +28,9 @@ LAYERS = [
     {"integrations.transformers.attention"},
     {"integrations.transformers.cache", "integrations.transformers.masks"},
     {"integrations.transformers.deferred"},
+    {"testing", "testing.__main__"},
     {"testing.attention_parity"},
+    {"testing.attention_features", "testing.linear_features", "testing.norm_features"},
     {"ops.explain"},
     {"ops.attention_with_kv_cache"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear", "ops.step"},
@@ -39,7 +41,7 @@ LAYERS = [
         "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.step", "memory", "ops.dropout",
         "ops.derivatives", "ops.library", "ops.quantisation",
     },  # fmt: skip
-    {"_C", "integrations", "kernels", "ops", "testing", "testing.attention_features", "testing.linear_features", "testing.norm_features", "testing.numerics"},
+    {"_C", "integrations", "kernels", "ops", "testing.draws", "testing.numerics"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -3,7 +3,6 @@
 import json
 import sys
 
-from fastgpt.testing import numerics
 import pytest
 import torch
 from models import random_ids, random_model
@@ -12,6 +11,7 @@ from fastgpt import GPT
 from fastgpt.cli import SHIPPED_MODEL, main
 from fastgpt.inspection import draw_attention, likeliest, text_of
 from fastgpt.positions import Rope
+from fastgpt.testing import numerics
 from fastgpt.text import Tokenizer
 
 LLAMA = {
@@ -34,7 +34,7 @@ def test_patterns_make_the_output_and_the_logits_are_the_same(family):
     config, ids = model.config, random_ids(model, 3, T)
     logits, activations = model.run_with_cache(ids)
     assert torch.equal(logits, model(ids)) and torch.equal(model.logits(activations["blocks.1.output"]), logits)
-    low, oracle = activations, model.double().run_with_cache(ids)[1]
+    yardsticks = numerics.simulate(lambda: model.double().run_with_cache(ids)[1])
     group = config.num_heads // config.num_kv_heads
     for layer in range(config.num_layers):
         q, k, v, pattern, output = (
@@ -49,7 +49,7 @@ def test_patterns_make_the_output_and_the_logits_are_the_same(family):
             seen = seen.tril().triu(1 - (config.window(layer) or T))
         assert torch.equal(pattern > 0, seen.expand(3, 4, T, T))
         name = f"blocks.{layer}.attention.output"
-        numerics.check(pattern @ v.repeat_interleave(group, 1), oracle[name], low[name], dtype=torch.float32)
+        numerics.check(pattern @ v.repeat_interleave(group, 1), yardsticks[name])
         scores = q @ k.repeat_interleave(group, 1).transpose(-2, -1) * (config.attention_scale or 0.25)
         if config.attention_softcap:
             scores = 2.0 * torch.tanh(scores / 2.0)
@@ -140,19 +140,23 @@ def test_they_are_those_of_transformers(family, checkpoints):
     """Hidden states and attention patterns."""
     theirs, folder = checkpoints[family]
     model, ids = GPT.from_pretrained(folder), torch.randint(65, (2, 20), generator=torch.Generator().manual_seed(0))
-    low = theirs.float()(ids, output_hidden_states=True, output_attentions=True)
-    oracle = theirs.double()(ids, output_hidden_states=True, output_attentions=True)
+
+    def reference():
+        with numerics.only_double_precision():
+            result = theirs.double()(ids, output_hidden_states=True, output_attentions=True)
+        return list(result.hidden_states), list(result.attentions)
+
+    hidden, patterns = numerics.simulate(reference)
     theirs.float()
     logits, states = model(ids, output_hidden_states=True)
-    assert torch.equal(logits, model(ids)) and len(states) == len(oracle.hidden_states) == 3
-    for state, expected, measure in zip(states, oracle.hidden_states, low.hidden_states):
-        numerics.check(state, expected, measure, dtype=torch.float32)
+    assert torch.equal(logits, model(ids)) and len(states) == 3
+    numerics.check(states, hidden)
     _, activations = model.run_with_cache(ids)
     names = ["embedding", "blocks.0.output", "norm"]
     assert all(torch.equal(activations[name], state) for name, state in zip(names, states, strict=True))
     for layer in range(2):
         pattern = activations[f"blocks.{layer}.attention.pattern"]
-        numerics.check(pattern, oracle.attentions[layer], low.attentions[layer], dtype=torch.float32)
+        numerics.check(pattern, patterns[layer])
 
 
 @torch.no_grad()

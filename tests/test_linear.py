@@ -4,16 +4,16 @@ import os
 import subprocess
 import sys
 
-from fastgpt.testing import numerics
 import pytest
 import torch
 from cpu_levels import lower_levels
-from fastgpt.testing.linear_features import FEATURES, call_of, in_float64, split
 
 import fastgpt
 from fastgpt import linear, linear_reference
 from fastgpt.capture import Captured
 from fastgpt.ops.linear import ACTIVATIONS
+from fastgpt.testing import numerics
+from fastgpt.testing.linear_features import FEATURES, call_of, in_float64, split
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(40, 65), (33, 7), (768, 300), (3072, 64), (5, 23)]  # C, N
@@ -25,12 +25,11 @@ everything = pytest.mark.parametrize("feature", ["everything", "everything, gate
 @pytest.mark.parametrize("C, N", SHAPES)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_contract(feature, C, N, dtype):
-    """Judged over all numbers of rows together: of a few numbers, either side's worst error is luck."""
+    """Judged over all numbers of rows together; beyond 32 rows PyTorch's product rounds once more."""
     call = call_of(feature, sum(ROWS), C, N, dtype)
     actual = torch.cat([linear(**part, impl="cpp") for part in split(call, ROWS)])
-    low = torch.cat([linear_reference(**part) for part in split(call, ROWS)])
     assert actual.dtype == dtype
-    numerics.check(actual, linear_reference(**in_float64(call)), low, dtype=dtype)
+    numerics.check(actual, lambda: linear_reference(**in_float64(call)), arithmetic=dtype)
 
 
 @pytest.mark.slow
@@ -46,8 +45,7 @@ def test_large_means_do_not_cancel():
     for C in (64, 70):
         call = call_of("norm", 2, C, 8, torch.float32)
         call["x"] = call["x"] + 1000
-        expected = linear_reference(**in_float64(call))
-        numerics.check(linear(**call, impl="cpp"), expected, linear_reference(**call), dtype=torch.float32)
+        numerics.check(linear(**call, impl="cpp"), lambda: linear_reference(**in_float64(call)))
 
 
 @everything

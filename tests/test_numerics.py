@@ -1,66 +1,219 @@
-"""The numerics helper must fail on faults that a kernel could have, or the parity tests prove nothing."""
+"""The numerics contract finds planted faults, in every dtype, and passes what is right on any machine."""
 
-from fastgpt.testing import numerics
+import doctest
+import importlib
+import math
+
 import pytest
 import torch
 
 from fastgpt import attention_reference
+from fastgpt.testing import attention_parity, numerics
+from fastgpt.testing.draws import normal
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = {"small": (1, 2, 2, 7, 9, 16), "large": (1, 4, 2, 48, 96, 32)}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-def attend(q, k, v, **options):
-    return attention_reference(q, k, v, return_lse=True, **options)
+class Faults:
+    """Attention over blocks of keys as a kernel computes it, with one fault or none: what each name changes is below."""
+
+    def __init__(self, fault=None):
+        self.fault = fault
+
+    def __call__(self, q, k, v, bias=None):
+        fault, (B, H, T, D), (S, block) = self.fault, q.shape, (k.shape[2], 4)
+        dtype, group = q.dtype, H // k.shape[1]
+        if fault == "a head swapped":
+            k = torch.cat([k[:, 1:], k[:, :1]], 1)
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        q, k, v = (x.float() for x in (q, k, v))
+        scale = D**-0.5 * (1.01 if fault == "1% in the scale" else 1.0)
+        position = torch.arange(T).view(-1, 1) + S - T - torch.arange(S)
+        hidden = position < (-1 if fault == "mask off by one" else 0)
+        if fault == "the last key block dropped":
+            hidden = hidden | (torch.arange(S) >= S - block)
+        if fault == "TF32 products":
+            q, k, v = (rounded(x, torch.bfloat16 if dtype is torch.bfloat16 else torch.float16) for x in (q, k, v))
+        scores = q @ k.mT * scale
+        if bias is not None:
+            scores = scores + (bias.detach() if fault == "the bias not differentiated" else bias).float()
+        scores = scores.masked_fill(hidden, -torch.inf)
+        largest, sums, out = scores.new_full((B, H, T, 1), -torch.inf), 0.0, 0.0
+        for j in range(0, S, block):
+            part = scores[..., j : j + block]
+            new = torch.maximum(largest, part.detach().amax(-1, keepdim=True))
+            weights = (part - new.clamp(min=-1e30)).exp()
+            rescale = (largest - new.clamp(min=-1e30)).exp()
+            if fault == "a rescale missing" and j == S // 2 // block * block:
+                rescale = rescale.masked_fill(largest > -torch.inf, 1.0)
+            rounding = weights.to(dtype).float()
+            sums, out = sums * rescale + weights.sum(-1, keepdim=True), out * rescale + rounding @ v[:, :, j : j + block]
+            if fault == "sums in 16 bits":
+                low = torch.float16 if dtype is torch.float32 else dtype
+                sums, out = rounded(sums, low), rounded(out, low)
+            largest = new
+        lse = (largest + sums.log()).squeeze(-1)
+        if fault == "a term of the gradient missing":  # delta, the derivative of the softmax's denominator
+            sums = sums.detach()
+        out = (out / sums).to(dtype)
+        if fault in ("NaN", "infinity"):
+            out = out.clone()
+            out.data[0, 0, -1, 0] = torch.nan if fault == "NaN" else torch.inf
+        return out, lse
 
 
-def mask_off_by_one(q, k, v):
-    # Every query sees one key more: the last query of a longer sequence has nothing more to see.
-    out, lse = attend(torch.cat([q, q[:, :, -1:]], 2), k, v)
-    return out[:, :, 1:], lse[:, :, 1:]
+def rounded(x, dtype):
+    """With the derivative of the identity, as a kernel's backward would have it."""
+    return x + (x.to(dtype).float() - x).detach()
 
 
-def scale_off_by_one_percent(q, k, v):
-    return attend(q, k, v, scale=1.01 * q.shape[-1] ** -0.5)
+FORWARD = [
+    "mask off by one", "1% in the scale", "a head swapped", "the last key block dropped", "a rescale missing", "NaN", "infinity",
+]  # fmt: skip
 
 
-def swapped_head(q, k, v):
-    return attend(q, k.flip(1), v.flip(1))
+@every_dtype
+@every_shape
+def test_what_is_right_passes(shape, dtype):
+    for feature in ("plain", "bias"):
+        for seed in range(3):
+            attention_parity.check_attention(Faults(), feature, shape=shape, dtype=dtype, seed=seed)
 
 
-def one_nan(q, k, v):
-    out, lse = attend(q, k, v)
-    out[0, 0, 0, 0] = float("nan")
-    return out, lse
+@every_dtype
+@every_shape
+@pytest.mark.parametrize("fault", FORWARD)
+def test_planted_faults(fault, shape, dtype):
+    with pytest.raises(AssertionError, match="exceeds the bound|NaN differ"):
+        attention_parity.check_attention(Faults(fault), shape=shape, dtype=dtype, gradients=False)
 
 
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
-def inputs(request):
-    torch.manual_seed(0)
-    return [torch.randn(2, 2, 64, 32).to(request.param) for _ in range(3)]
+@every_dtype
+@every_shape
+@pytest.mark.parametrize("fault", ["a term of the gradient missing", "the bias not differentiated"])
+def test_planted_faults_of_gradients(fault, shape, dtype):
+    attention_parity.check_attention(Faults(fault), "bias", shape=shape, dtype=dtype, gradients=False)
+    with pytest.raises(AssertionError, match="d(q|k|bias): .*(exceeds|no gradient)"):
+        attention_parity.check_attention(Faults(fault), "bias", shape=shape, dtype=dtype)
 
 
-def check(implementation, inputs):
-    """As the parity tests do. In bfloat16 a scale that is 1% off drowns in the rounding of out, and lse shows it."""
-    actual, oracle, low = implementation(*inputs), attend(*(x.double() for x in inputs)), attend(*inputs)
-    numerics.check(actual[0], oracle[0], low[0], dtype=inputs[0].dtype, name="out")
-    numerics.check(actual[1], oracle[1], low[1], dtype=torch.float32, name="lse")
-
-
-def test_passes_what_is_correct(inputs):
-    check(attend, inputs)
-
-
-@pytest.mark.parametrize("fault", [mask_off_by_one, scale_off_by_one_percent, swapped_head, one_nan])
-def test_fails_on_planted_faults(fault, inputs):
+@every_dtype
+def test_sums_in_too_low_a_precision(dtype):
     with pytest.raises(AssertionError, match="exceeds the bound"):
-        check(fault, inputs)
+        attention_parity.check_attention(Faults("sums in 16 bits"), shape=SHAPES["large"], dtype=dtype, gradients=False)
 
 
-def test_fails_on_wrong_infinities():
-    oracle = torch.tensor([0.0, -torch.inf], dtype=torch.float64)
-    with pytest.raises(AssertionError, match="infinities"):
-        numerics.check(torch.tensor([0.0, -1e30]), oracle, oracle.float(), dtype=torch.float32)
+@every_shape
+def test_products_in_tf32(shape):
+    with pytest.raises(AssertionError, match="exceeds the bound"):
+        attention_parity.check_attention(Faults("TF32 products"), shape=shape, gradients=False)
 
 
-def test_fails_on_a_wrong_shape():
+# The error of one number that is found for certain, relative to a number of median size.
+LIMITS = {torch.float32: 1e-5, torch.float16: 8 * 2**-10, torch.bfloat16: 8 * 2**-7}
+
+
+@every_dtype
+def test_one_wrong_number_among_a_million(dtype):
+    """In fp32 one that is off by 1e-5 of its size; in 16 bits by eight times the dtype's eps."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (normal((1, 16, n, 64), generator).to(dtype) for n in (1024, 16, 16))
+    double = [x.double() for x in (q, k, v)]
+    yardstick = numerics.simulate(lambda: attention_reference(*double, causal=False), weights=dtype)
+    out = attention_reference(q, k, v, causal=False)
+    assert out.numel() > 10**6
+    numerics.check(out, yardstick)
+    at = yardstick.oracle[0, 3].abs().median(dim=-1).indices[500].item()
+    for sign in (1, -1):
+        wrong = out.clone()
+        wrong[0, 3, 500, at] = wrong[0, 3, 500, at].double() * (1 + sign * LIMITS[dtype])
+        with pytest.raises(AssertionError, match=f"{500}, {at}.*exceeds the bound"):
+            numerics.check(wrong, yardstick)
+
+
+def test_one_percent_everywhere_is_found_in_the_mean_square():
+    """Where each number errs by less than its own bound."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (normal((1, 8, 256, 64), generator).bfloat16() for _ in range(3))
+    out = (attention_reference(q.float(), k.float(), v.float()) * 1.01).bfloat16()
+    yardstick = numerics.simulate(lambda: attention_reference(*(x.double() for x in (q, k, v))), weights=q.dtype)
+    assert numerics.compare(out, yardstick).largest < 1
+    with pytest.raises(AssertionError, match="exceeds the bound"):
+        numerics.check(out, yardstick)
+
+
+def test_infinities_and_nan_must_be_the_oracles():
+    oracle = torch.tensor([0.0, -torch.inf, torch.nan, 1e6], dtype=torch.float64)
+    for right in (torch.tensor([0.0, -torch.inf, torch.nan, 1e6]), torch.tensor([0.0, -torch.inf, torch.nan, torch.inf]).half()):
+        numerics.check(right, lambda: oracle)
+        for i, wrong in enumerate((torch.inf, -6e4, 0.0, -torch.inf)):
+            changed = right.clone()
+            changed[i] = wrong
+            with pytest.raises(AssertionError, match="infinities or NaN"):
+                numerics.check(changed, lambda: oracle)
+
+
+def test_shapes_and_structures_must_be_the_oracles():
     oracle = torch.zeros(2, 3, dtype=torch.float64)
     with pytest.raises(AssertionError, match="shape"):
-        numerics.check(torch.zeros(3), oracle, oracle.float(), dtype=torch.float32)
+        numerics.check(torch.zeros(3), lambda: oracle)
+    with pytest.raises(AssertionError, match="parts"):
+        numerics.check({"out": torch.zeros(2, 3)}, lambda: {"out": oracle, "lse": oracle})
+    with pytest.raises(TypeError, match="^reference: expected a function"):
+        numerics.check(torch.zeros(2, 3), oracle)
+
+
+def test_exact_results_pass_and_empty_ones_do():
+    for x in (torch.zeros(3, 4), torch.ones(2), torch.tensor(2.0), torch.zeros(0, 3)):
+        numerics.check(x, lambda: x.double())
+    with pytest.raises(AssertionError, match="exceeds"):
+        numerics.check(torch.full((3, 4), 1e-12), lambda: torch.zeros(3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", [2, 100, 5000])
+def test_simulated_sums_err_as_sequential_sums_do(n):
+    """Of terms of either sign, and of one."""
+    for terms in (torch.randn(200, n), torch.rand(200, n)):
+        sequential = torch.zeros(200)
+        for column in terms.unbind(1):
+            sequential = sequential + column
+        error = (sequential.double() - terms.double().sum(1)).square().mean().sqrt()
+        simulated = numerics.simulate(lambda: terms.double().sum(1), runs=8).errors.square().mean().sqrt()
+        assert 0.4 < simulated / error < 2.5
+
+
+def test_the_yardstick_is_the_same_in_every_run():
+    x, w = torch.randn(5, 40, dtype=torch.float64), torch.randn(40, 7, dtype=torch.float64)
+    first, again = (numerics.simulate(lambda: (x @ w).softmax(-1)) for _ in range(2))
+    assert torch.equal(first.errors, again.errors) and first.errors.any()
+
+
+def test_random_numbers_are_drawn_alike_in_every_run():
+    """Dropout's mask is the same in the oracle and in simulated runs, and the caller's random numbers are left alone."""
+    x = torch.ones(1000, dtype=torch.float64)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    found = numerics.simulate(lambda: torch.nn.functional.dropout(x, 0.5))
+    assert found.errors.abs().max() < 1e-6 and torch.equal(torch.rand(3), expected)
+
+
+def test_false_alarms_of_gaussian_errors():
+    """Errors twice as large as simulated are allowed, and never exceed the bounds; three times as large do, of many numbers."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2,), (3, 5), (50, 40), (1000, 64)):
+        errors = 1e-3 * torch.randn((3, *shape), generator=generator, dtype=torch.float64)
+        yardstick = numerics.Yardstick(torch.zeros(shape, dtype=torch.float64), errors)
+        draws = [1e-3 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(50)]
+        assert all(numerics.compare(2 * x, yardstick, dtype=torch.float32).share <= 1 for x in draws)
+        if math.prod(shape) > 10**4:
+            assert all(numerics.compare(3 * x, yardstick, dtype=torch.float32).rms > 1 for x in draws)
+
+
+@pytest.mark.parametrize("module", ["", ".numerics", ".attention_parity"])
+def test_examples(module):
+    found = doctest.testmod(importlib.import_module("fastgpt.testing" + module), extraglobs={"torch": torch})
+    assert found.attempted and not found.failed

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import threading
 
-from fastgpt.testing import numerics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 from fastgpt.integrations import sdpa
 from fastgpt.integrations.sdpa import enabled, scaled_dot_product_attention
 from fastgpt.ops.dropout import keep_mask
+from fastgpt.testing import numerics
 
 
 def inputs(B=2, H=2, T=6, D=8, dtype=torch.float32, requires_grad=False):
@@ -40,10 +40,6 @@ def served(monkeypatch):
 
     monkeypatch.setattr(sdpa, "_attention_forward", counted)
     return shapes
-
-
-def check(actual, oracle, expected, k=numerics.FORWARD):
-    numerics.check(actual, oracle, expected, dtype=torch.float32, k=k)
 
 
 @torch.jit.script
@@ -199,11 +195,9 @@ def test_layers_of_pytorch(training, batch_first, served):
 
     for grad_mode in (torch.enable_grad(), torch.no_grad()):
         with grad_mode:
-            oracle, expected = run(torch.float64), run(torch.float32)
             with enabled():
                 actual = run(torch.float32)
-        for three in zip(actual, oracle, expected):
-            check(*three)
+            numerics.check(actual, lambda: run(torch.float64))
     assert served
 
 
@@ -221,7 +215,7 @@ def of_leaves(function, dtype=torch.float32):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_graphs_are_served_inside_whenever_they_were_compiled(backend, served):
     """And give what they give without."""
-    oracle, expected = of_leaves(attend, torch.float64), of_leaves(attend)
+    yardsticks = numerics.simulate(lambda: of_leaves(attend, torch.float64))
     for inside_first in (False, True):
         torch.compiler.reset()
         compiled = torch.compile(attend, fullgraph=True, backend=backend)
@@ -233,8 +227,7 @@ def test_graphs_are_served_inside_whenever_they_were_compiled(backend, served):
                     actual = of_leaves(compiled)
             else:
                 actual = of_leaves(compiled)
-            for name, *three in zip(("out", "dq", "dk", "dv"), actual, oracle, expected):
-                numerics.check(*three, dtype=torch.float32, k=2 if name == "out" else 3, name=name)
+            numerics.check(actual, yardsticks)
             counts.append(len(served) - before)
         assert counts == [inside_first, not inside_first]
 
@@ -245,10 +238,9 @@ def test_the_function_compiles_to_one_graph():
         return out + scaled_dot_product_attention(q, k, v, mask, scale=0.3)
 
     mask = torch.rand(6, 6) < 0.7
-    expected, oracle = (of_leaves(lambda *x: function(*x, mask), dtype) for dtype in (torch.float32, torch.float64))
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
-    for three in zip(of_leaves(lambda *x: compiled(*x, mask)), oracle, expected):
-        check(*three, k=numerics.BACKWARD)
+    actual = of_leaves(lambda *x: compiled(*x, mask))
+    numerics.check(actual, lambda: of_leaves(lambda *x: function(*x, mask), torch.float64))
 
 
 FUSED = {
@@ -336,10 +328,9 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_give_what_they_give_without(name):
-    oracle, expected = (TRANSFORMS[name](*inputs(dtype=dtype)) for dtype in (torch.float64, torch.float32))
     with enabled():
         actual = TRANSFORMS[name](*inputs())
-    check(actual, oracle, expected, k=numerics.BACKWARD)
+    numerics.check(actual, lambda: TRANSFORMS[name](*inputs(dtype=torch.float64)))
 
 
 def gradients_of_gradients(function, dtype=torch.float32, alike=False):
@@ -355,12 +346,8 @@ def gradients_of_gradients(function, dtype=torch.float32, alike=False):
 @pytest.mark.parametrize("alike", [False, True], ids=["", "one tensor"])
 def test_gradients_can_be_differentiated(alike):
     """As PyTorch's unfused function lets them, which is what serves a mask that requires gradients."""
-    oracle, expected = (
-        gradients_of_gradients(F.scaled_dot_product_attention, dtype, alike) for dtype in (torch.float64, torch.float32)
-    )
     actual = gradients_of_gradients(scaled_dot_product_attention, alike=alike)
-    for three in zip(actual, oracle, expected, strict=True):
-        check(*three, k=numerics.BACKWARD)
+    numerics.check(actual, lambda: gradients_of_gradients(F.scaled_dot_product_attention, torch.float64, alike))
 
 
 def test_gradients_with_dropout_can_be_differentiated():
@@ -455,9 +442,8 @@ def test_the_switch_may_change_between_forward_and_backward(masked, forward_insi
         with enabled() if second else contextlib.nullcontext():
             return torch.autograd.grad(out.square().sum(), leaves)
 
-    oracle, expected = run(torch.float64, False, False), run(torch.float32, False, False)
-    for three in zip(run(torch.float32, forward_inside, not forward_inside), oracle, expected):
-        check(*three, k=numerics.BACKWARD)
+    actual = run(torch.float32, forward_inside, not forward_inside)
+    numerics.check(actual, lambda: run(torch.float64, False, False))
 
 
 # Other people's models.
@@ -501,10 +487,9 @@ def train(dtype, dropout=0.0, steps=25):
 
 
 def test_a_model_trains_to_the_same_losses(served):
-    oracle, expected = train(torch.float64), train(torch.float32)
     with enabled():
         actual = train(torch.float32)
-    check(actual, oracle, expected)
+    numerics.check(actual, lambda: train(torch.float64))
     assert len(served) == 50 and actual[-1] < 0.7 * actual[0]
 
 

@@ -9,19 +9,19 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
-from fastgpt.testing import numerics
 import pytest
 import tokenizers
 import torch
 import transformers
 from family_checkpoints import theirs
-from models import random_model, reference_operations
+from models import random_model
 from texts import CHATML, CORPUS, byte_fallback, byte_level
 
 from fastgpt import GPT, corpus
 from fastgpt import checkpoint as checkpoints
 from fastgpt.cli import main
 from fastgpt.evaluate import evaluate, split
+from fastgpt.testing import numerics
 from fastgpt.text import Tokenizer
 from fastgpt.train import TrainConfig, Trainer, pretrained, train
 
@@ -96,28 +96,30 @@ def test_no_layers_are_a_bigram_model(tmp_path):
 def test_accumulated_gradients_are_those_of_the_batch():
     """But for rounding: sums in another order err as much as in the usual order."""
     config = replace(TINY, layers=2, dropout=0.0, steps=20)
-    curves = []
-    for accumulate, dtype in ((4, torch.float32), (1, torch.float64), (1, torch.float32)):
+
+    def curves(accumulate, dtype):
+        """Losses and norms of gradients, step by step."""
         trainer = Trainer(TEXT, config, accumulate=accumulate)
         trainer.model.train().to(dtype)
-        curves.append(torch.tensor([[value.item() for value in trainer.train_step()] for _ in range(20)]).double())
-    accumulated, oracle, straight = curves
-    numerics.check(accumulated[:, 0], oracle[:, 0], straight[:, 0], dtype=torch.float32, name="loss")
-    options = {"dtype": torch.float32, "k": numerics.BACKWARD}
-    numerics.check(accumulated[:, 1], oracle[:, 1], straight[:, 1], **options, name="gradient norm")
+        values = [[value.item() for value in trainer.train_step()] for _ in range(20)]
+        return torch.tensor(values, dtype=dtype).unbind(1)
+
+    numerics.check(curves(4, torch.float32), lambda: curves(1, torch.float64))
 
 
 def test_bfloat16_is_for_products_only():
-    trainers, losses = [Trainer(TEXT, replace(TINY, dropout=0.0, dtype="bfloat16")) for _ in range(3)], []
-    low, high, trainer = trainers
-    high.model.double()
-    high.autocast = nullcontext
-    with reference_operations():
-        losses = [low.train_step()[0], high.train_step()[0]]
+    trainer = Trainer(TEXT, config := replace(TINY, dropout=0.0, dtype="bfloat16"))
+
+    def in_double():
+        high = Trainer(TEXT, config)
+        high.model.double()
+        high.autocast = nullcontext
+        return high.train_step()[0]
+
     products = []
     trainer.model.register_forward_hook(lambda model, inputs, logits: products.append(logits.dtype))
     loss, _ = trainer.train_step()
-    numerics.check(loss, losses[1], losses[0], dtype=torch.bfloat16, name="loss")
+    numerics.check(loss, in_double, arithmetic=torch.bfloat16, name="loss")
     assert products == [torch.bfloat16]
     moments = [moment for state in trainer.optimizer.state.values() for moment in state.values()]
     assert {tensor.dtype for tensor in (*trainer.model.parameters(), *moments)} == {torch.float32}

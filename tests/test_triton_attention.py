@@ -8,9 +8,6 @@ import math
 
 import pytest
 import torch
-from fastgpt.testing.attention_features import FEATURES, inputs, options, paged
-from fastgpt.testing.attention_parity import compare, run_triton
-from fastgpt.testing.numerics import BACKWARD, check
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +20,9 @@ from fastgpt.kernels import attention_forward as kernel  # noqa: E402
 from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
 from fastgpt.ops.quantisation import quantise  # noqa: E402
+from fastgpt.testing.attention_features import FEATURES, inputs, options, paged  # noqa: E402
+from fastgpt.testing.attention_parity import compare, run_triton  # noqa: E402
+from fastgpt.testing.numerics import check  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAN = float("nan")
@@ -46,11 +46,8 @@ def assert_parity(q, k, v, *, causal=True, scale=None, kv_lengths=None):
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     options = dict(causal=causal, scale=scale, kv_lengths=kv_lengths, return_lse=True)
     out, lse = kernel.attention_forward(q, k, v, causal=causal, scale=scale, kv_lengths=kv_lengths)
-    oracle = attention_reference(q.double(), k.double(), v.double(), **options)
-    low_precision = attention_reference(q, k, v, **options)
     assert (out.dtype, lse.dtype) == (q.dtype, torch.float32)
-    for name, actual, expected, low in zip(("out", "lse"), (out, lse), oracle, low_precision, strict=True):
-        check(actual, expected, low, dtype=actual.dtype, name=name)
+    check((out, lse), lambda: attention_reference(q.double(), k.double(), v.double(), **options), weights=q.dtype)
     return out, lse
 
 
@@ -197,10 +194,10 @@ def backward_parity(q, k, v, options):
     """The kernels' results and gradients against the reference's, by the numerics contract."""
     call = ops.Call(q, k, v, **{"scale": 1.0 / math.sqrt(q.shape[-1])} | options)
     names = set()
-    for name, actual, oracle, low, k in compare(call, run_triton):
+    for name, actual, yardstick in compare(call, run_triton):
         if name.startswith("d"):
             assert actual.dtype == getattr(call, name[1:]).dtype
-        check(actual, oracle, low, dtype=actual.dtype, k=k, name=name)
+        check(actual, yardstick, name=name)
         names.add(name)
     assert names == {"out", "lse", "dq", "dk", "dv"} | {f"d{name}" for name in ("bias", "sinks") if name in options}
 
@@ -293,10 +290,7 @@ def test_paged_and_quantised(page, kv_dtype, dtype):
         arguments["block_table"] = table
     out, lse = kernel.attention_forward(q, k, v, **arguments)
     exact = (k, v) if kv_dtype is not None else (k.double(), v.double())
-    oracle = attention_reference(q.double(), *exact, **arguments, return_lse=True)
-    low = attention_reference(q, k, v, **arguments, return_lse=True)
-    check(out, oracle[0], low[0], dtype=dtype, name="out")
-    check(lse, oracle[1], low[1], dtype=torch.float32, name="lse")
+    check((out, lse), lambda: attention_reference(q.double(), *exact, **arguments, return_lse=True), weights=dtype)
 
 
 @pytest.fixture
@@ -331,10 +325,7 @@ def test_autograd(feature, triton_serves_the_cpu):
         return attention_reference(**tensors, **arguments, return_lse=True)
 
     doubled = {name: x.double() for name, x in differentiable.items()}
-    (_, got), (_, low) = (gradients(f, differentiable, douts) for f in (actual, reference))
-    oracle = gradients(reference, doubled, douts)[1]
-    for name in differentiable:
-        check(got[name], oracle[name], low[name], dtype=torch.float32, k=BACKWARD, name=f"d{name}")
+    check(gradients(actual, differentiable, douts), lambda: gradients(reference, doubled, douts))
 
 
 PACKED_OPTIONS = {
@@ -347,8 +338,7 @@ PACKED_OPTIONS = {
 @runs_kernel
 @pytest.mark.parametrize("arguments", PACKED_OPTIONS.values(), ids=PACKED_OPTIONS)
 def test_autograd_of_packed_sequences(arguments, triton_serves_the_cpu):
-    """One of them has no queries, and one fewer keys than queries. Eight heads: of four gradients of sinks, the
-    reference in float32 may happen to get every one right."""
+    """One of them has no queries, and one fewer keys than queries."""
     lengths_q, lengths_k = (5, 0, 33, 1, 12), (9, 4, 33, 40, 5)
     q, k, v = inputs(1, 8, 2, sum(lengths_q), sum(lengths_k), 16, torch.float32, DEVICE)
     offsets = [lengths_of([0, *itertools.accumulate(lengths)]) for lengths in (lengths_q, lengths_k)]
@@ -368,12 +358,7 @@ def test_autograd_of_packed_sequences(arguments, triton_serves_the_cpu):
         return ops._varlen_reference(ops.Call(**tensors, **arguments), packing)
 
     doubled = {name: x.double() for name, x in differentiable.items()}
-    results = [gradients(f, x, douts) for f, x in ((actual, differentiable), (reference, doubled), (reference, differentiable))]
-    (out, got), (oracle_out, oracle), (low_out, low) = results
-    for i, name in enumerate(("out", "lse")):
-        check(out[i], oracle_out[i], low_out[i], dtype=torch.float32, name=name)
-    for name in differentiable:
-        check(got[name], oracle[name], low[name], dtype=torch.float32, k=BACKWARD, name=f"d{name}")
+    check(gradients(actual, differentiable, douts), lambda: gradients(reference, doubled, douts))
 
 
 @runs_kernel

@@ -1,1 +1,22 @@
-"""For tests of kernels: the numerics contract, and inputs that exercise every feature of an operation."""
+"""For tests of kernels: the numerics contract, and random inputs for every feature of an operation.
+
+numerics
+    `check(actual, reference)`: whether a result is as accurate as its dtype allows, on any machine. How it is decided.
+attention_parity
+    `check_attention(function, feature)`: a function with the arguments of `fastgpt.attention` against the reference, with
+    gradients.
+attention_features, linear_features, norm_features
+    Names of features, and random arguments for each: biases that broadcast, ragged lengths, pages, sinks, dropout.
+
+`python -m fastgpt.testing` holds this package's own kernels to the contract on machines that it emulates.
+
+>>> from fastgpt.testing import check_attention
+>>> def mine(q, k, v):
+...     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+>>> check_attention(mine, shape=(2, 8, 2, 64, 64, 32), dtype=torch.bfloat16)
+"""
+
+from fastgpt.testing.attention_parity import check_attention
+from fastgpt.testing.numerics import check, compare, simulate
+
+__all__ = ["check", "check_attention", "compare", "simulate"]

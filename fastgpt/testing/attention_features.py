@@ -1,23 +1,26 @@
-"""The features of attention, one by one and together, as arguments for tests and for benchmarks.numerics."""
+"""The features of attention, one by one and together, as random arguments."""
 
 import torch
 
+from fastgpt.testing.draws import normal
+
 
 def inputs(B, H, H_kv, T, S, D, dtype, device="cpu", seed=0):
+    """Random q (B, H, T, D), k and v (B, H_kv, S, D)."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape):
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return normal(shape, generator).to(dtype)
 
     return random(B, H, T, D), random(B, H_kv, S, D), random(B, H_kv, S, D)
 
 
-def options(feature, B, H, T, S, dtype, device="cpu"):
-    """The arguments of a feature for inputs of these sizes."""
-    generator = torch.Generator(device).manual_seed(1)
+def options(feature, B, H, T, S, dtype, device="cpu", seed=1):
+    """The arguments of a feature, by name, for inputs of these sizes: those of `fastgpt.attention`."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape):
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return normal(shape, generator).to(dtype)
 
     def mask():
         return torch.rand((B, 1, T, S), generator=generator, device=device) < 0.6

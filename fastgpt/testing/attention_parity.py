@@ -1,58 +1,101 @@
-"""One call of attention by an implementation, beside the reference: what tests and benchmarks.numerics compare."""
+"""Attention by an implementation, with its gradients, against the reference."""
 
 import math
 
 import torch
-from fastgpt.testing.numerics import BACKWARD, FORWARD
 
 from fastgpt.ops import attention as ops
+from fastgpt.testing import numerics
+from fastgpt.testing.attention_features import inputs, options
+from fastgpt.testing.draws import normal
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+SHAPE = (2, 4, 2, 37, 70, 40)
 
-# Of a tensor with fewer numbers, one draw says little of how much its computation errs: over 40 draws of a gradient of
-# two sinks the kernel's and the reference's errors were 2.9e-7 and 2.8e-7 in the mean square, and yet twice the larger
-# of the kernel's two was more than three times the larger of the reference's.
-FEW = 16
+
+def check_attention(function, feature="plain", *, shape=SHAPE, dtype=torch.float32, device="cpu", seed=0, gradients=True):
+    """Holds a function to the numerics contract: its result and, by autograd, its gradients.
+
+    Args:
+        function: takes q, k, v and, by name, the arguments that the feature needs, as `fastgpt.attention` defines them;
+            returns out (B, H, T, D), or (out, lse).
+        feature: one of attention_features.FEATURES.
+        shape: B, H, H_kv, T, S, D of the random inputs.
+        dtype, device, seed: theirs.
+        gradients: whether they are compared, too.
+
+    Raises: AssertionError, which names the result.
+
+    >>> def mine(q, k, v, window=None):
+    ...     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    ...     scores = q @ k.mT / q.shape[-1] ** 0.5
+    ...     position = torch.arange(q.shape[2]).view(-1, 1) + k.shape[2] - q.shape[2] - torch.arange(k.shape[2])
+    ...     hidden = position < 0 if window is None else (position < 0) | (position >= window)
+    ...     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+    >>> check_attention(mine)
+    >>> check_attention(mine, "window", shape=(1, 8, 1, 5, 300, 64))
+    """
+    B, H, _, T, S, D = shape
+    chosen = options(feature, B, H, T, S, dtype, device)
+    call = ops.Call(*inputs(*shape, dtype, device, seed), **{"scale": D**-0.5} | chosen)
+
+    def run(call, douts):
+        leaves = _leaves(call)
+        extra = {name: leaves[name] for name in ("bias", "sinks") if name in leaves}
+        results = function(*(leaves[name] for name in "qkv"), **chosen | extra)
+        results = results if isinstance(results, tuple) else (results,)
+        named = dict(zip(("out", "lse"), results))
+        if gradients:
+            douts = [dout.to(x.dtype) for dout, x in zip(douts, results)]
+            found = torch.autograd.grad(results, list(leaves.values()), douts, allow_unused=True)
+            named |= {f"d{name}": x for name, x in zip(leaves, found)}
+            if missing := [name for name, x in named.items() if x is None]:
+                raise AssertionError(f"{feature}, {dtype}: {missing[0]}: no gradient")
+        return {name: x.detach() for name, x in named.items()}
+
+    douts = output_gradients(call)
+    actual = run(call, douts)
+    if "lse" not in actual:
+        douts = douts[0], torch.zeros_like(douts[1])
+    expected = yardsticks(call, douts=douts if gradients else None)
+    for name, x in actual.items():
+        numerics.check(x, expected[name], name=f"{feature}, {dtype}: {name}")
 
 
 def compare(call, run, packing=None):
-    """Yields (name, actual, oracle, low precision, k) of every result and gradient, as numerics.check takes them.
+    """Yields (name, actual, yardstick) of every result and gradient, as numerics.check takes them.
 
     Args:
         call: fastgpt.ops.attention.Call, with a scale.
         run: takes a call and the gradients (dout, dlse), returns name -> tensor: "out", "lse" and, if it has a backward,
             "dq", "dk", "dv", "dbias", "dsinks".
         packing: fastgpt.ops.attention.Packing of a call on packed sequences.
-
-    A gradient of fewer than FEW numbers is a stack of several, each of other dout.
     """
+    douts = output_gradients(call, packing)
+    actual = run(call, douts)
+    expected = yardsticks(call, packing, douts if "dq" in actual else None)
+    for name in actual:
+        yield name, actual[name], expected[name]
+
+
+def output_gradients(call, packing=None):
+    """Random (dout, dlse) for a call, dlse zero where a row sees no key."""
     generator = torch.Generator(call.q.device).manual_seed(2)
+    shapes = call.q.shape, call.q.shape[:-1]
+    dout, dlse = (normal(shape, generator) for shape in shapes)
     with torch.no_grad():
-        blind = reference(call, packing)["lse"] == -math.inf
+        fully_masked = reference(call, packing)["lse"] == -math.inf
+    return dout.to(call.q.dtype), dlse.float().masked_fill(fully_masked, 0.0)
 
-    def draw():
-        dout, dlse = (torch.randn(shape, generator=generator, device=call.q.device) for shape in (call.q.shape, blind.shape))
-        douts = dout.to(call.q.dtype), dlse.masked_fill(blind, 0.0)
-        actual = run(call, douts)
-        if "dq" not in actual:
-            douts = None
-        return actual, reference(in_double(call), packing, douts), reference(call, packing, douts)
 
-    first = draw()
-    more = []
-    few = [name for name, x in first[0].items() if name.startswith("d") and 0 < x.numel() < FEW]
-    if few:
-        more = [draw() for _ in range(-(-FEW // min(first[0][name].numel() for name in few)) - 1)]
-    for name in first[0]:
-        draws = [first, *more] if name in few else [first]
-        k = BACKWARD if name.startswith("d") else FORWARD
-        yield name, *(torch.stack([results[name] for results in column]) for column in zip(*draws)), k
+def yardsticks(call, packing=None, douts=None) -> dict[str, numerics.Yardstick]:
+    """What the results of a call are held to and, given their gradients (dout, dlse), those of what is differentiable."""
+    return numerics.simulate(lambda: reference(in_double(call), packing, douts), weights=call.q.dtype)
 
 
 def reference(call, packing=None, douts=None) -> dict[str, torch.Tensor]:
     """The reference's results, and given their gradients those of what is differentiable."""
-    leaves = {name: getattr(call, name) for name in DIFFERENTIABLE}
-    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items() if x is not None and x.is_floating_point()}
+    leaves = _leaves(call)
     call = call._replace(**leaves)
     if packing is None:
         out, lse = ops.attention_reference(**call._asdict(), return_lse=True)
@@ -63,6 +106,12 @@ def reference(call, packing=None, douts=None) -> dict[str, torch.Tensor]:
         torch.autograd.backward((out, lse), tuple(dout.to(x.dtype) for dout, x in zip(douts, (out, lse))))
         results |= {f"d{name}": x.grad for name, x in leaves.items()}
     return {name: x.detach() for name, x in results.items()}
+
+
+def _leaves(call) -> dict[str, torch.Tensor]:
+    """What is differentiable, by name, detached."""
+    tensors = {name: getattr(call, name) for name in DIFFERENTIABLE}
+    return {name: x.detach().requires_grad_() for name, x in tensors.items() if x is not None and x.is_floating_point()}
 
 
 def in_double(call):
@@ -87,13 +136,13 @@ def run_cpp(call, douts) -> dict[str, torch.Tensor]:
 
 
 def run_cpp_packed(call, packing, douts) -> dict[str, torch.Tensor]:
-    """The same on packed sequences."""
+    """The C++ kernels on packed sequences, forward and backward."""
     operations = torch.ops.fastgpt
     return _run_packed(operations.attention_varlen_forward, operations.attention_varlen_backward, call, packing, douts)
 
 
 def run_triton_packed(call, packing, douts) -> dict[str, torch.Tensor]:
-    """The same by the Triton kernels."""
+    """The Triton kernels on packed sequences, forward and backward."""
     return _run_packed(ops._attention_varlen_forward_triton, ops._attention_varlen_backward_triton, call, packing, douts)
 
 

@@ -1,6 +1,8 @@
-"""The features of linear, one by one and together, as arguments for tests and for benchmarks.numerics."""
+"""The features of linear, one by one and together, as random arguments."""
 
 import torch
+
+from fastgpt.testing.draws import normal
 
 NORM = ("norm_weight", "norm_bias")
 # Names of tensors, and other arguments.
@@ -26,11 +28,12 @@ FEATURES = {
 }
 
 
-def call_of(feature, rows, C, N, dtype):
-    generator = torch.Generator().manual_seed(0)
+def call_of(feature, rows, C, N, dtype, seed=0):
+    """Random arguments of `linear`, by name: x (rows, C), weight (N, C) or, of a gate, (2N, C), and what the feature needs."""
+    generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator)
+        return normal(shape, generator)
 
     names, options = FEATURES[feature]
     of_weight = 2 * N if options.get("gated") else N
@@ -46,10 +49,11 @@ def call_of(feature, rows, C, N, dtype):
 
 
 def split(call, rows):
-    """The same in several calls, of so many rows each."""
+    """A call as several, of so many rows each."""
     x, residual = call["x"].split(rows), call["residual"].split(rows) if "residual" in call else None
     return [call | {"x": x[i]} | ({"residual": residual[i]} if residual else {}) for i in range(len(rows))]
 
 
 def in_float64(call):
+    """Arguments by name, of linear or norm, for the oracle."""
     return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in call.items()}

@@ -1,6 +1,8 @@
-"""The features of norm, one by one and together, as arguments for tests and for benchmarks.numerics."""
+"""The features of norm, one by one and together, as random arguments."""
 
 import torch
+
+from fastgpt.testing.draws import normal
 
 # Names of tensors, and other arguments.
 FEATURES = {
@@ -15,11 +17,12 @@ FEATURES = {
 }
 
 
-def call_of(feature, shape, dtype):
-    generator = torch.Generator().manual_seed(0)
+def call_of(feature, shape, dtype, seed=0):
+    """Random arguments of `norm`, by name: x of a shape (..., C), weight (C,), and what the feature needs."""
+    generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator)
+        return normal(shape, generator)
 
     names, options = FEATURES[feature]
     C = shape[-1]

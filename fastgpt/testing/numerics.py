@@ -1,40 +1,527 @@
-"""The numerics contract: the one place where a tolerance is decided.
+"""The numerics contract: the one place where it is decided whether a result is accurate enough.
 
-The oracle is the reference in float64 on the same, already rounded inputs. An implementation in dtype d may err by
-at most k times what the reference errs when run in d, plus one unit of eps(d) at the oracle's scale.
+    check(actual, lambda: attention_reference(q.double(), k.double(), v.double()))
+
+The **oracle** is a reference in float64 on the same, already rounded inputs. The **yardstick** is what the same reference
+would err by if each of its operations rounded as hardware does; `simulate` runs it that way. No low-precision library takes
+part, so the yardstick is the same on every machine: that a BLAS sums in blocks of 8 here and of 32 there, which changes its
+errors by a factor of two, does not reach it.
+
+How arithmetic is simulated (`SimulatedArithmetic`, all of it in float64):
+
+* The result of every operation is rounded to the nearest number of the dtype of intermediate results.
+* A sum of n terms t_k, alone or in a matrix product, adds noise as of a sequential sum in fp32, which no sensible order of
+  summation exceeds. Rounding a number s to nearest, with unit roundoff u, errs by 2u|s| / (m sqrt(12)) in the mean square
+  with a mantissa m in [1, 2); averaged over mantissas of logarithmic distribution this is 0.425 u|s|. With partial sums
+  s_k, whose squares add up to (n/3 - 1/2) s_n^2 + (n/2) sum t_k^2 in expectation over the order of the terms, and products
+  that are rounded once each, the noise has variance (0.425 u)^2 [max(n/3 - 1/2, 0) s_n^2 + (n/2 + 1) sum t_k^2].
+* A transcendental function adds noise of standard deviation u: polynomials of last-place accuracy err by a unit in the last
+  place, 2u, at most. Where a library does not round correctly, neither must a kernel.
+* Kernels for fp16 and bf16 may round the weights of a softmax to that dtype before they multiply values, and the
+  derivatives of scores before they multiply keys and queries: matrix instructions take no others. `weights` says so.
+* Rounding a result to its dtype at the end is no error of a kernel. It is allowed for, once, to the bit.
+
+What is compared, e being the errors of a result of N numbers, in rows along its last dimension, s_i the standard deviation
+that the simulated runs give (of the row's errors and, with the weight of PRIOR numbers, of the whole tensor's: of a short
+row, few runs say little; and, in proportion to the number, of those that are large in their row: of a softmax's weights a few
+outdo all others, and so do their errors), and r_i the error of rounding the oracle itself:
+
+* **Mean square.** sum e^2 <= E + 2 sqrt(x F) + 2 x M, with E = sum (K s_i)^2 + r_i^2. This is the bound of Laurent and
+  Massart (Adaptive estimation of a quadratic functional by model selection, 2000, lemma 1) on a weighted sum of squares of
+  Gaussian numbers, exceeded with probability exp(-x) = FALSE_ALARM. Errors of a row count as one number, the worst case;
+  those of different rows have the correlations that the simulated runs show: F is the sum of squares of the weights, or of
+  the eigenvalues of the errors' covariance, M the largest weight. Of many rows the bound is E and little more: this finds
+  what is slightly wrong everywhere.
+* **Maximum.** |e_i| <= K z s_i + u|oracle_i|, with z = sqrt(2 ln(N / FALSE_ALARM)), since N Gaussian numbers exceed z
+  standard deviations with a probability of at most N exp(-z^2 / 2). z is 6.4 for one number and 8.3 for a million: this
+  finds one number that is wrong. Scales are those of rows, so that rows of other scales hide nothing and a heavy tail of
+  the tensor as a whole, which is rows of different scales, is not mistaken for an error.
+
+K = 2 is the one freedom of an implementation: it may round four times where the reference rounds once, independently, so
+with twice the standard deviation. Attention in base 2 rounds scores twice (the factor log2 e), an exponential by a
+polynomial of last-place accuracy errs twice as much as a correctly rounded one, an online softmax rescales its sums.
+
+Infinities and NaN must be where the oracle, rounded to the result's dtype, has them.
+
+FALSE_ALARM = 1e-9 for each tensor: a suite of ten thousand comparisons on a thousand machines fails once in a hundred years
+of that, if errors are as modeled; `python -m fastgpt.testing` counts how far correct kernels stay below.
 """
 
+import contextlib
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
+
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-FORWARD, BACKWARD = 2, 3
+aten = torch.ops.aten
 
-
-def share_of_bound(actual, oracle, low_precision, *, dtype, k=FORWARD) -> tuple[float, float]:
-    """The worst error of one tensor as a share of what the contract allows, and that error. Arguments: `check`."""
-    actual, oracle, low_precision = (tensor.detach().cpu().double() for tensor in (actual, oracle, low_precision))
-    finite = ~oracle.isinf()
-    if not torch.equal(actual[~finite], oracle[~finite]):
-        return torch.inf, torch.inf
-    actual, oracle, low_precision = actual[finite], oracle[finite], low_precision[finite]
-    if oracle.numel() == 0:
-        return 0.0, 0.0
-    error = (actual - oracle).abs().max().item()
-    bound = k * (low_precision - oracle).abs().max().item() + torch.finfo(dtype).eps * oracle.abs().max().item()
-    return error / max(bound, 1e-300), error
+K = 2.0
+FALSE_ALARM = 1e-9
+PRIOR = 32
+RUNS, FEW = 3, 64
+ROUNDING = 0.425  # root mean square of the error of rounding to nearest, in units of u |s|
+UNIT = 2.0**-24  # of the fp32 in which sums are accumulated
 
 
-def check(actual, oracle, low_precision, *, dtype, k=FORWARD, name="result"):
-    """Asserts the contract for one tensor.
+class Yardstick(NamedTuple):
+    """What a result is held to.
+
+    oracle: the reference in float64.
+    errors: (runs, *oracle's shape) float64, errors of simulated runs before they are rounded to a result's dtype.
+    """
+
+    oracle: torch.Tensor
+    errors: torch.Tensor
+
+
+class Comparison(NamedTuple):
+    """A result against its yardstick: at most 1 passes, NaN does not.
+
+    rms, largest: the root mean square of its errors, and its largest error, as shares of what is allowed; inf where
+        infinities or NaN differ from the oracle's.
+    error: the largest error. where: its index. allowed: what was allowed there.
+    """
+
+    rms: float
+    largest: float
+    error: float
+    allowed: float
+    where: tuple[int, ...]
+
+    @property
+    def share(self) -> float:
+        """The worse of the two shares."""
+        return self.largest if not self.rms > self.largest else self.rms
+
+
+def check(actual, reference, low_precision=None, *, dtype=None, arithmetic=torch.float32, weights=None, name="result"):
+    """Raises AssertionError where a result errs by more than the contract allows.
 
     Args:
-        actual: what the implementation returned.
-        oracle: the reference in float64 on the same inputs.
-        low_precision: the reference in the implementation's own dtype.
-        dtype: the dtype whose eps counts, that of the inputs.
-        k: FORWARD or BACKWARD.
+        actual: what an implementation returned: a tensor, or a tuple, list or dict of them.
+        reference: a function without arguments that returns the same in float64, in `actual`'s structure. It is called
+            several times, with the same state of PyTorch's random numbers, and must be free of side effects that change what
+            it returns. Or what `simulate` returned. Or the oracle itself, then with low_precision.
+        low_precision: where the reference cannot be run in simulated arithmetic (because it is compiled, or another
+            library's): its result in the dtype of `actual`, as measured on this machine. Its errors are then the yardstick,
+            pooled over the whole tensor, and doubled, since blocked sums err half as much on some machines as on others.
+        dtype: the precision to which results are rounded at the end; that of each result if None.
+        arithmetic, weights: as `simulate` takes them.
+        name: of the result, for the message.
+
+    >>> from fastgpt import attention_reference
+    >>> q, k, v = torch.randn(3, 1, 2, 20, 16).half()
+    >>> def mine(q, k, v):
+    ...     weights = (q.float() @ k.float().mT / 4).softmax(-1)
+    ...     return (weights.half() @ v).half()
+    >>> check(mine(q, k, v), lambda: attention_reference(q.double(), k.double(), v.double(), causal=False), weights=q.dtype)
     """
-    assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, oracle {tuple(oracle.shape)}"
-    share, error = share_of_bound(actual, oracle, low_precision, dtype=dtype, k=k)
-    assert share != torch.inf, f"{name}: infinities differ from the oracle's"
-    # Written so that a NaN anywhere fails.
-    assert share <= 1, f"{name}: error {error:.3e} exceeds the bound {error / share:.3e} ({share:.2f}x)"
+    for path, result, yardstick in _pairs(actual, reference, low_precision, arithmetic, weights):
+        label = name + path
+        expected = tuple(yardstick.oracle.shape)
+        if result.shape != expected:
+            raise AssertionError(f"{label}: shape {tuple(result.shape)}, oracle {expected}")
+        found = compare(result, yardstick, dtype=dtype)
+        if found.largest == math.inf:
+            raise AssertionError(f"{label}: infinities or NaN differ from the oracle's, first at {found.where}")
+        if not found.largest <= 1:
+            raise AssertionError(
+                f"{label}: error {found.error:.3e} at {found.where} exceeds the bound {found.allowed:.3e} ({found.largest:.2f}x)"
+            )
+        if not found.rms <= 1:
+            raise AssertionError(f"{label}: the errors' root mean square exceeds the bound ({found.rms:.2f}x)")
+
+
+def share_of_bound(actual, reference, low_precision=None, *, dtype=None, arithmetic=torch.float32, weights=None):
+    """The worst (share of the bound, error) of a result: share <= 1 passes. Arguments: `check`."""
+    found = [compare(x, y, dtype=dtype) for _, x, y in _pairs(actual, reference, low_precision, arithmetic, weights)]
+    return max((x.share if x.share == x.share else math.inf, x.error) for x in found)
+
+
+def _pairs(actual, reference, low_precision, arithmetic, weights):
+    """(path, result, yardstick) of each tensor."""
+    if low_precision is not None:
+        reference = measured(reference, low_precision)
+    elif not isinstance(reference, (Yardstick, dict, list, tuple)):
+        if not callable(reference):
+            raise TypeError(f"reference: expected a function or what simulate returned, got {type(reference).__name__}")
+        reference = simulate(reference, arithmetic=arithmetic, weights=weights)
+    yield from _walk(actual, reference, "")
+
+
+def _walk(actual, yardsticks, path):
+    if isinstance(yardsticks, Yardstick):
+        yield path, actual, yardsticks
+        return
+    keys = yardsticks if isinstance(yardsticks, dict) else range(len(yardsticks))
+    if len(actual) != len(yardsticks) or (isinstance(yardsticks, dict) and actual.keys() != yardsticks.keys()):
+        raise AssertionError(f"result{path}: {len(actual)} parts {getattr(actual, 'keys', list)()}, oracle {list(keys)}")
+    for key in keys:
+        yield from _walk(actual[key], yardsticks[key], f"{path}[{key!r}]")
+
+
+def simulate(reference: Callable, *, arithmetic=torch.float32, weights=None, runs=None, seed=0):
+    """Runs a reference in float64, and several times in simulated arithmetic.
+
+    Args:
+        reference: a function without arguments that computes in float64 and returns a tensor, or a tuple, list or dict of
+            them. Derivatives that it takes are simulated like the rest.
+        arithmetic: the dtype that intermediate results are rounded to: fp32 for a kernel that fuses what it computes; that
+            of the tensors for what PyTorch computes one operation at a time, as a whole model. Sums are fp32 in any case.
+        weights: the dtype that weights of a softmax are rounded to, and their derivatives: that of the inputs for attention;
+            None leaves them as the rest.
+        runs: how many; None takes RUNS, and three times as many where a result has fewer than FEW numbers.
+        seed: of the noise of sums: the yardstick is the same wherever and whenever it is made.
+
+    Returns: the reference's structure, with a Yardstick in each tensor's place.
+    """
+    with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
+        state = torch.get_rng_state()
+
+        def run():
+            torch.set_rng_state(state)
+            return reference()
+
+        results, structure = tree_flatten(run())
+        oracles = [_double(x) for x in results]
+        errors = [[] for _ in oracles]
+        if runs is None:
+            runs = RUNS * (3 if any(x.numel() < FEW for x in oracles) else 1)
+        for i in range(runs):
+            with SimulatedArithmetic(arithmetic, weights, seed + i):
+                results, _ = tree_flatten(run())
+            for oracle, of_result, x in zip(oracles, errors, results):
+                of_result.append((_double(x) - oracle).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
+    return tree_unflatten([Yardstick(*pair) for pair in zip(oracles, map(torch.stack, errors))], structure)
+
+
+@contextlib.contextmanager
+def only_double_precision():
+    """Within it, what asks for float32 by name gets float64: models that compute norms, softmax or angles in fp32 whatever
+    their dtype, and so are no oracle in float64."""
+    with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        yield
+
+
+def measured(oracle, low_precision):
+    """The yardstick of a low-precision result that another library computed. Both: a tensor or a structure of them."""
+
+    def pooled(exact, low):
+        exact, low = _double(exact), _double(low)
+        error = torch.where(exact.isfinite() & low.isfinite(), low - exact, 0.0)
+        scale = 2.0 * error.square().mean().sqrt() if error.numel() else 0.0
+        return Yardstick(exact, torch.full_like(exact, scale).unsqueeze(0))
+
+    exact, structure = tree_flatten(oracle)
+    return tree_unflatten([pooled(*pair) for pair in zip(exact, tree_flatten(low_precision)[0])], structure)
+
+
+def compare(actual: torch.Tensor, yardstick: Yardstick, *, dtype: torch.dtype | None = None) -> Comparison:
+    """A result of the oracle's shape against its yardstick. dtype: what it is rounded to, its own if None."""
+    dtype = actual.dtype if dtype is None else dtype
+    actual, oracle = _double(actual), yardstick.oracle
+    rounded = oracle.to(dtype).double()
+    differing = (actual != rounded) & ~(actual.isnan() & rounded.isnan()) & ~(actual.isfinite() & rounded.isfinite())
+    if differing.any():
+        return Comparison(math.inf, math.inf, math.inf, 0.0, tuple(differing.nonzero()[0].tolist()))
+    if oracle.numel() == 0:
+        return Comparison(0.0, 0.0, 0.0, 0.0, ())
+    finite = rounded.isfinite()
+    if oracle.dim() == 0:
+        actual, oracle, rounded, finite = (x.unsqueeze(0) for x in (actual, oracle, rounded, finite))
+        yardstick = Yardstick(oracle, yardstick.errors.unsqueeze(-1))
+    oracle = torch.where(finite, oracle, 0.0)
+    error = torch.where(finite, (actual - oracle).abs(), 0.0)
+    rounding = torch.where(finite, rounded - oracle, 0.0)
+
+    yardstick = Yardstick(oracle, yardstick.errors)
+    bounds = allowed(yardstick, dtype)
+    shares = error / bounds
+    at = int(shares.argmax())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), oracle.shape))
+    rows = (K**2 * _variance(yardstick) + rounding.square()).sum(-1).flatten()
+    squares = _mean_square_bound(rows, yardstick.errors.flatten(1))
+    rms = math.sqrt(error.square().sum().item() / squares) if squares else 0.0
+    return Comparison(rms, shares.flatten()[at].item(), error[where].item(), bounds[where].item(), where)
+
+
+def allowed(yardstick: Yardstick, dtype: torch.dtype) -> torch.Tensor:
+    """The largest error that each number may have, in the oracle's shape, of a result that is rounded to a dtype."""
+    z = math.sqrt(2 * math.log(max(yardstick.oracle.numel(), 1) / FALSE_ALARM))
+    info = torch.finfo(dtype)
+    half_ulp = (info.eps / 2 * yardstick.oracle.abs()).clamp(min=info.smallest_normal * info.eps / 2)
+    return K * z * _variance(yardstick).sqrt() + half_ulp
+
+
+def _variance(yardstick: Yardstick) -> torch.Tensor:
+    """Of each number's error, before it is rounded at the end: of its row, with a little of the whole tensor."""
+    simulated, size = yardstick.errors.square(), yardstick.oracle.square()
+    of_rows, n = simulated.mean((0, -1)).unsqueeze(-1), simulated.shape[0] * simulated.shape[-1]
+    uniform = (n * of_rows + PRIOR * simulated.mean()) / (n + PRIOR)
+    weighted, weights = simulated.mean(0) * size, size.square()
+    of_size = (weighted.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)).nan_to_num(0.0)
+    of_size = of_size.clamp(min=(weighted.sum() / weights.sum()).nan_to_num(0.0))
+    # Every result may round once more than the reference, in the fp32 in which it is computed.
+    return uniform + (of_size + (ROUNDING * UNIT) ** 2) * size
+
+
+def _mean_square_bound(rows: torch.Tensor, errors: torch.Tensor) -> float:
+    """What the sum of squares stays below: rows (n,) are its expectations, errors (runs, numbers) show correlations."""
+    x, total = -math.log(FALSE_ALARM), rows.sum().item()
+    frobenius, largest = rows.square().sum().item(), rows.max().item()
+    if len(errors) > 1:
+        gram = errors @ errors.T
+        trace = gram.diagonal().mean().item()
+        pairs = (gram.square().sum() - gram.diagonal().square().sum()).item() / (len(errors) * (len(errors) - 1))
+        if trace > 0:
+            correlated = pairs / trace**2  # one over the number of independent errors of the same size
+            frobenius, largest = max(frobenius, correlated * total**2), max(largest, correlated * total)
+    return total + 2 * math.sqrt(x * frobenius) + 2 * x * largest
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().cpu().double()
+
+
+class SimulatedArithmetic(TorchDispatchMode):
+    """Within it, operations on float64 tensors err as in a lower precision, on every machine by the same amount.
+
+    Args:
+        dtype: what every result is rounded to, to nearest; sums err as if accumulated one by one in fp32.
+        weights: what results of a softmax and derivatives of its scores are rounded to, beyond that.
+        seed: of the noise.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, weights: torch.dtype | None = None, seed: int = 0):
+        super().__init__()
+        self.dtype, self.weights, self.seed = dtype, weights, seed
+        self.generators = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.is_view or not (_any_double(args) or _any_double(kwargs.values())) or func in _EXACT:
+            return func(*args, **kwargs)
+        if (composite := _COMPOSITES.get(func)) is not None:
+            with self:
+                return composite(self, *args, **kwargs)
+        # Numbers are those of the precision, too.
+        args = [self._number(x) if isinstance(x, float) else x for x in args]
+        kwargs = {name: self._number(x) if isinstance(x, float) else x for name, x in kwargs.items()}
+        if (noisy := _SUMS.get(func)) is not None:
+            out, squares, n = noisy(func, *args, **kwargs)
+            return self.round(self._sum(out, squares, n))
+        out = func(*args, **kwargs)
+        if func in _FUNCTIONS:
+            scale = out if _FUNCTIONS[func] is None else args[_FUNCTIONS[func]]
+            return self.round(self.perturb(out, UNIT * scale.abs()))
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        if func._schema.is_mutable:
+            for x in results:
+                if _is_double(x):
+                    x.copy_(self.round(x))
+            return out
+        results = [self.round(x) if _is_double(x) else x for x in results]
+        return type(out)(results) if isinstance(out, (tuple, list)) else results[0]
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """To the nearest number of the mode's dtype; what overflows stays."""
+        rounded = x.to(self.dtype).to(torch.float64)
+        return torch.where(rounded.isinf(), x, rounded)
+
+    def perturb(self, x: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+        """x with Gaussian noise of a standard deviation."""
+        generator = self.generators.get(x.device)
+        if generator is None:
+            generator = self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=x.device)
+        return torch.where(deviation > 0, x + deviation * noise, x)
+
+    def perturb_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """With errors as of rounding to the weights' dtype, other ones in each run: they are seen to be independent."""
+        if self.weights is None:
+            return x
+        return self.perturb(x, ROUNDING * torch.finfo(self.weights).eps / 2 * x.abs())
+
+    def _number(self, x: float) -> float:
+        rounded = torch.tensor(x, dtype=torch.float64).to(self.dtype).item()
+        return rounded if math.isfinite(rounded) else x
+
+    def _sum(self, out, squares, n):
+        variance = max(n / 3 - 0.5, 0.0) * out.square() + (n / 2 + 1) * squares
+        return self.perturb(out, ROUNDING * UNIT * variance.sqrt())
+
+
+def _is_double(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.dtype == torch.float64
+
+
+def _any_double(values) -> bool:
+    return any(any(map(_is_double, x)) if isinstance(x, (list, tuple)) else _is_double(x) for x in values)
+
+
+_EXACT = {
+    aten._to_copy.default, aten.clone.default, aten.cat.default, aten.stack.default, aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.copy_.default, aten.where.self, aten.index_select.default,
+    aten.embedding.default, aten.index.Tensor, aten.gather.default, aten.zeros_like.default, aten.neg.default,
+    aten.slice_backward.default, aten.select_backward.default, aten._unsafe_view.default, aten.constant_pad_nd.default,
+}  # fmt: skip
+
+
+def _product(func, a, b):
+    return func(a, b), func(a.square(), b.square()), a.shape[-1]
+
+
+def _added_product(func, bias, a, b, *, beta=1, alpha=1):
+    out = func(bias, a, b, beta=beta, alpha=alpha)
+    return out, func(bias.square(), a.square(), b.square(), beta=beta**2, alpha=alpha**2), a.shape[-1] + 1
+
+
+def _total(func, x, *args, **kwargs):
+    out = func(x, *args, **kwargs)
+    return out, func(x.square(), *args, **kwargs), x.numel() / max(out.numel(), 1)
+
+
+def _mean(func, x, *args, **kwargs):
+    out = func(x, *args, **kwargs)
+    n = x.numel() / max(out.numel(), 1)
+    return out, func(x.square(), *args, **kwargs) / n, n
+
+
+def _convolution(func, x, weight, bias, *args):
+    out, squares = func(x, weight, bias, *args), func(x.square(), weight.square(), None, *args)
+    return out, squares, weight[0].numel() + 1
+
+
+def _norm(func, x, *args, **kwargs):  # of its square's sum: half the relative error
+    out = func(x, *args, **kwargs)
+    return out, torch.zeros_like(out), x.numel() / max(out.numel(), 1) / 4
+
+
+def _cumulated(func, x, dim, **kwargs):
+    return func(x, dim, **kwargs), func(x.square(), dim, **kwargs), x.shape[dim]
+
+
+# What sums up: its result, that of the terms' squares, and how many terms there are.
+_SUMS = {
+    aten.mm.default: _product,
+    aten.bmm.default: _product,
+    aten.mv.default: _product,
+    aten.dot.default: _product,
+    aten.addmm.default: _added_product,
+    aten.baddbmm.default: _added_product,
+    aten.sum.default: _total,
+    aten.sum.dim_IntList: _total,
+    aten.mean.default: _mean,
+    aten.mean.dim: _mean,
+    aten.convolution.default: _convolution,
+    aten.linalg_vector_norm.default: _norm,
+    aten.cumsum.default: _cumulated,
+}
+
+
+# Transcendental functions, and the argument by whose size they err, if not by that of the result.
+_FUNCTIONS = {
+    **dict.fromkeys(
+        [
+            aten.exp.default, aten.exp2.default, aten.expm1.default, aten.log.default, aten.log1p.default, aten.log2.default,
+            aten.tanh.default, aten.sigmoid.default, aten.silu.default, aten.erf.default, aten.sin.default, aten.cos.default,
+            aten.softplus.default, aten.pow.Scalar, aten.pow.Tensor_Tensor, aten.rsqrt.default,
+        ]
+    ),
+    aten.gelu_backward.default: 0, aten.silu_backward.default: 0,
+}  # fmt: skip
+
+
+def _gelu(mode, x, *, approximate="none"):
+    if approximate == "tanh":
+        return 0.5 * x * (1.0 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
+    return 0.5 * x * (1.0 + (math.sqrt(0.5) * x).erf())
+
+
+def _tanh_backward(mode, grad, output):
+    return grad * (1.0 - output * output)
+
+
+def _sigmoid_backward(mode, grad, output):
+    return grad * (output * (1.0 - output))
+
+
+def _softmax(mode, x, dim, half_to_float):
+    if x.numel() == 0:
+        return x.clone()
+    exp = (x - x.amax(dim, keepdim=True)).exp()
+    out = exp / exp.sum(dim, keepdim=True)
+    return mode.perturb_weights(out)
+
+
+def _softmax_backward(mode, grad, output, dim, input_dtype):
+    terms = grad * output
+    total = terms.sum(dim, keepdim=True)
+    if mode.weights is not None:
+        # Kernels take this sum as dout·out, of an out that has been rounded to the same dtype.
+        unit = torch.finfo(mode.weights).eps / 2
+        total = mode.perturb(total, ROUNDING * unit * terms.square().sum(dim, keepdim=True).sqrt())
+    return mode.perturb_weights(output * (grad - total))
+
+
+def _log_softmax(mode, x, dim, half_to_float):
+    if x.numel() == 0:
+        return x.clone()
+    shifted = x - x.amax(dim, keepdim=True)
+    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+
+
+def _log_softmax_backward(mode, grad, output, dim, input_dtype):
+    return grad - output.exp() * grad.sum(dim, keepdim=True)
+
+
+def _logsumexp(mode, x, dim, keepdim=False):
+    if x.numel() == 0:
+        return x.sum(dim, keepdim=keepdim).log()
+    largest = x.amax(dim, keepdim=True)
+    largest = largest.masked_fill(largest.isinf(), 0.0)
+    out = (x - largest).exp().sum(dim, keepdim=True).log() + largest
+    return out if keepdim else out.squeeze(dim)
+
+
+def _layer_norm(mode, x, shape, weight, bias, eps):
+    dims = list(range(-len(shape), 0))
+    mean = x.mean(dims, keepdim=True)
+    centered = x - mean
+    rstd = (centered.square().mean(dims, keepdim=True) + eps).rsqrt()
+    out = centered * rstd
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias, mean, rstd
+
+
+def _layer_norm_backward(mode, grad, x, shape, mean, rstd, weight, bias, needed):
+    dims, batch = list(range(-len(shape), 0)), list(range(x.dim() - len(shape)))
+    normal = (x - mean) * rstd
+    scaled = grad if weight is None else grad * weight
+    dx = rstd * (scaled - scaled.mean(dims, keepdim=True) - normal * (scaled * normal).mean(dims, keepdim=True))
+
+    def over_batch(x):
+        return x.sum(batch) if batch else x
+
+    dweight = over_batch(grad * normal) if needed[1] else None
+    return dx if needed[0] else None, dweight, over_batch(grad) if needed[2] else None
+
+
+# What is several operations, each with roundings of its own.
+_COMPOSITES = {
+    aten.gelu.default: _gelu,
+    aten.tanh_backward.default: _tanh_backward,
+    aten.sigmoid_backward.default: _sigmoid_backward,
+    aten._softmax.default: _softmax,
+    aten._softmax_backward_data.default: _softmax_backward,
+    aten._log_softmax.default: _log_softmax,
+    aten._log_softmax_backward_data.default: _log_softmax_backward,
+    aten.logsumexp.default: _logsumexp,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_layer_norm_backward.default: _layer_norm_backward,
+}
