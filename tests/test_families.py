@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from fastgpt import GPT, GPTConfig, families
 from fastgpt.capture import Captured
+from fastgpt.testing import numerics
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -179,7 +180,6 @@ MEASURE = """
 import re, sys, torch
 from pathlib import Path
 from fastgpt import GPT
-from fastgpt.testing import numerics
 
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
