@@ -1,6 +1,5 @@
 """A decoder without layers: the next token depends on the last one alone, and training finds out how."""
 
-import copy
 import math
 from collections import Counter
 
@@ -9,7 +8,6 @@ import torch
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.cache import CACHE_KINDS
-from fastgpt.testing import numerics
 
 TEXT = (
     "She sells sea shells by the sea shore; the shells she sells are surely seashells. "
