@@ -6,10 +6,13 @@
 
 #include <sstream>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu_level.h"
 #include "page_allocator.h"
 #include "plan.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 
@@ -54,6 +57,28 @@ py::dict statistics(const PageAllocator& allocator) {
   return result;
 }
 
+// What a copy of an allocator is made of, for pickle and copy.deepcopy.
+py::tuple state_of(const PageAllocator& allocator) {
+  py::list sequences;
+  for (const auto& [number, sequence] : allocator.sequences()) {
+    sequences.append(py::make_tuple(number, sequence.length, sequence.pages));
+  }
+  return py::make_tuple(
+      allocator.num_pages(), allocator.page_size(), allocator.next_sequence(), allocator.free_pages(), sequences);
+}
+
+PageAllocator allocator_of(const py::tuple& state) {
+  if (state.size() != 5) throw py::value_error("state: expected that of a PageAllocator");
+  std::unordered_map<int64_t, PageAllocator::Sequence> sequences;
+  for (const auto& item : state[4]) {
+    const auto sequence = item.cast<py::tuple>();
+    sequences[sequence[0].cast<int64_t>()] = {sequence[1].cast<int64_t>(), sequence[2].cast<std::vector<int64_t>>()};
+  }
+  return {
+      state[0].cast<int64_t>(), state[1].cast<int64_t>(), state[2].cast<int64_t>(),
+      state[3].cast<std::vector<int64_t>>(), std::move(sequences)};
+}
+
 void define_page_allocator(py::module_& module) {
   py::register_exception<fastgpt::OutOfPages>(module, "OutOfPages", PyExc_RuntimeError).doc() =
       "A paged cache has too few free pages for a step; nothing has changed.";
@@ -82,7 +107,8 @@ Raises OutOfPages before anything has changed.)")
       .def("length", &PageAllocator::length, py::arg("sequence"), "Tokens of a sequence.")
       .def("pages", &PageAllocator::pages, py::arg("sequence"), "Pages of a sequence, in order of its tokens.")
       .def("statistics", &statistics, R"(A dict: num_pages, page_size, used_pages, free_pages, shared_pages (those of
-several sequences), sequences, tokens (of all sequences; those in a shared page count for each).)");
+several sequences), sequences, tokens (of all sequences; those in a shared page count for each).)")
+      .def(py::pickle(&state_of, &allocator_of), "For pickle and copy.deepcopy.");
 }
 
 void define_plan(py::module_& module) {
@@ -93,6 +119,57 @@ void define_plan(py::module_& module) {
       .def("finish", &Plan::finish)
       .def("run", &Plan::run, py::call_guard<py::gil_scoped_release>())
       .def("__len__", &Plan::size);
+}
+
+// What a recorded step of a model relies on: Python dictionaries, such as those of modules, and where tensors lie.
+class Unchanged {
+ public:
+  Unchanged(const std::vector<py::dict>& entries, const std::vector<py::dict>& counts) {
+    dicts_.reserve(entries.size() + counts.size());
+    for (const auto& dict : entries) {
+      Dict kept{dict, PyDict_Size(dict.ptr()), {}};
+      PyObject *key, *value;
+      for (Py_ssize_t position = 0; PyDict_Next(dict.ptr(), &position, &key, &value);) {
+        kept.values.push_back(py::reinterpret_borrow<py::object>(value));
+      }
+      dicts_.push_back(std::move(kept));
+    }
+    for (const auto& dict : counts) dicts_.push_back({dict, PyDict_Size(dict.ptr()), {}});
+  }
+
+  void watch() { addresses_.watch(); }
+  void finish() { addresses_.finish(); }
+
+  bool holds() const {
+    for (const auto& kept : dicts_) {
+      if (PyDict_Size(kept.dict.ptr()) != kept.count) return false;
+      PyObject *key, *value;
+      Py_ssize_t position = 0;
+      for (const auto& expected : kept.values) {
+        if (!PyDict_Next(kept.dict.ptr(), &position, &key, &value) || value != expected.ptr()) return false;
+      }
+    }
+    return addresses_.hold();
+  }
+
+ private:
+  struct Dict {
+    py::dict dict;
+    Py_ssize_t count;
+    std::vector<py::object> values;  // owned: nothing else can take their place in memory; none where only keys count
+  };
+
+  std::vector<Dict> dicts_;
+  fastgpt::Addresses addresses_;
+};
+
+void define_unchanged(py::module_& module) {
+  py::class_<Unchanged>(module, "Unchanged", "What a recorded step of a model relies on: fastgpt/capture.py.")
+      .def(py::init<const std::vector<py::dict>&, const std::vector<py::dict>&>(), py::arg("entries"), py::arg("counts"),
+           "entries: dicts that must keep their values, the very objects; counts: that must keep their number of keys.")
+      .def("watch", &Unchanged::watch, "From now on tensors that this thread passes to fastgpt::watch must stay in place.")
+      .def("finish", &Unchanged::finish)
+      .def("holds", &Unchanged::holds, "Whether all of it is as it was.");
 }
 
 }  // namespace
@@ -107,4 +184,5 @@ libfastgpt_cuda.so, [] if that was not built.
 Raises ValueError if FASTGPT_CPU_LEVEL names a level that is unknown or that this CPU lacks.)");
   define_page_allocator(module);
   define_plan(module);
+  define_unchanged(module);
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 namespace fastgpt {
 namespace {
@@ -18,6 +19,35 @@ PageAllocator::PageAllocator(int64_t num_pages, int64_t page_size) : page_size_(
   owners_.assign(num_pages, 0);
   free_.resize(num_pages);
   for (int64_t i = 0; i < num_pages; ++i) free_[i] = num_pages - 1 - i;
+}
+
+PageAllocator::PageAllocator(
+    int64_t num_pages, int64_t page_size, int64_t next_sequence, std::vector<int64_t> free_pages,
+    std::unordered_map<int64_t, Sequence> sequences)
+    : PageAllocator(num_pages, page_size) {
+  const auto take = [&](int64_t page) {
+    expect(page >= 0 && page < num_pages, "pages: expected those of the allocator, got " + std::to_string(page));
+    return &owners_[page];
+  };
+  for (const auto& [number, sequence] : sequences) {
+    expect(number >= 0 && number < next_sequence, "sequences: expected numbers that were given out");
+    expect(
+        sequence.length >= 0 && static_cast<int64_t>(sequence.pages.size()) == pages_for(sequence.length),
+        "sequences: expected as many pages as their lengths take");
+    for (int64_t page : sequence.pages) ++*take(page);
+  }
+  for (int64_t page : free_pages) {
+    expect(*take(page) == 0, "free_pages: expected pages of no sequence, each once");
+    owners_[page] = -1;  // seen
+  }
+  for (int64_t& owners : owners_) {
+    expect(owners != 0, "free_pages: expected every page that no sequence has");
+    owners = std::max<int64_t>(owners, 0);
+  }
+  free_ = std::move(free_pages);
+  free_.reserve(num_pages);
+  sequences_ = std::move(sequences);
+  next_sequence_ = next_sequence;
 }
 
 int64_t PageAllocator::allocate() {

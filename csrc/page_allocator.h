@@ -27,7 +27,20 @@ class PageAllocator {
     int64_t free_pages, shared_pages, sequences, tokens;
   };
 
+  struct Sequence {
+    int64_t length = 0;
+    std::vector<int64_t> pages;
+  };
+
   PageAllocator(int64_t num_pages, int64_t page_size);
+
+  // A copy, of what the functions below said. Throws std::invalid_argument for what no allocator says.
+  PageAllocator(
+      int64_t num_pages, int64_t page_size, int64_t next_sequence, std::vector<int64_t> free_pages,
+      std::unordered_map<int64_t, Sequence> sequences);
+  int64_t next_sequence() const { return next_sequence_; }
+  const std::vector<int64_t>& free_pages() const { return free_; }
+  const std::unordered_map<int64_t, Sequence>& sequences() const { return sequences_; }
 
   int64_t num_pages() const { return static_cast<int64_t>(owners_.size()); }
   int64_t page_size() const { return page_size_; }
@@ -53,11 +66,6 @@ class PageAllocator {
   Statistics statistics() const;
 
  private:
-  struct Sequence {
-    int64_t length = 0;
-    std::vector<int64_t> pages;
-  };
-
   const Sequence& find(int64_t sequence) const;
   Sequence& find(int64_t sequence) { return const_cast<Sequence&>(std::as_const(*this).find(sequence)); }
   int64_t take();
