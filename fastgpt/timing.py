@@ -96,6 +96,7 @@ def synchronize(device) -> None:
 
 
 @functools.cache
+@torch.inference_mode(False)
 def _scratch(device) -> torch.Tensor:
     return torch.empty(FLUSHED, dtype=torch.uint8, device=device)
 

@@ -295,7 +295,7 @@ def _in_order_of(query, out):
 @functools.cache
 def _fused_follows_query() -> bool:
     """False for older versions of PyTorch, whose fused kernel returns (B, T, H, E) in memory whatever query is."""
-    x = torch.zeros(1, 2, 2, 8, dtype=torch.float64)  # which is PyTorch's to serve
+    x = torch.zeros(1, 2, 2, 8, dtype=torch.float64, device="cpu")  # which is PyTorch's to serve
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0].is_contiguous()
 
 

@@ -141,7 +141,8 @@ class Layer(DynamicLayer):
         if k.dtype != self.dtype or v.dtype != self.dtype or k.stride(3) != 1 or v.stride(3) != 1:
             k, v = k.to(self.dtype).contiguous(), v.to(self.dtype).contiguous()
         write = kv_cache_update if k.shape == v.shape else kv_cache_update_reference
-        write(k, v, positions=_positions(k.shape[0], self.length, T, k.device), **self.storage)
+        positions = _positions if type(k) is torch.Tensor else _positions.__wrapped__  # what is fake, nobody else can use
+        write(k, v, positions=positions(k.shape[0], self.length, T, k.device), **self.storage)
         self.length += T
 
     def _make_room(self, new: int) -> None:
