@@ -21,6 +21,7 @@ import torch
 
 from fastgpt._C import OutOfPages, PageAllocator
 from fastgpt import memory
+from fastgpt.checks import require_integer
 from fastgpt.ops.attention import attention
 from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
@@ -71,6 +72,15 @@ class Storage:
             for k, v, (k_scale, v_scale) in zip(self.k, self.v, scales)
         ]
 
+    def __getstate__(self):
+        state = {name: value for name, value in vars(self).items() if name != "layers"}
+        return state | {"k": as_bytes(self.k), "v": as_bytes(self.v), "cache_dtype": self.k.dtype}  # 8-bit floats do not pickle
+
+    def __setstate__(self, state):
+        dtype = state.pop("cache_dtype")
+        vars(self).update(state, k=state["k"].view(dtype), v=state["v"].view(dtype))
+        self._make_views()  # a copy's layers are its own
+
     def tensors(self):
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
 
@@ -110,13 +120,14 @@ class KVCache:
     reach = 0
     causal = True
     context = None
+    fits = None  # the id of a model that was seen to have such layers
+    casts = False  # its dtype is autocast's, and not that of the model's weights
     block_table = None  # (B, pages) int32, if tokens lie in pages
 
     def __init__(self, batch_size: int, capacity: int | None, window: int | None, device):
-        for name, value in (("batch_size", batch_size), ("capacity", capacity), ("window", window)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        self.capacity, self.window = capacity, window
+        batch_size = require_integer("batch_size", batch_size, 1)
+        self.capacity = require_integer("capacity", capacity, 1, optional=True)
+        self.window = require_integer("window", window, 1, optional=True)
         self.counts = [0] * batch_size
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.positions = None  # (B, T) int32: of the tokens of the current pass; negative for padding
@@ -160,11 +171,7 @@ class KVCache:
     def reserve(self, num_tokens: int, new: list[int] | None = None) -> None:
         """The host's half of `extend`: takes storage and counts. A step that is replayed has it done before each replay."""
         refuse_transforms_of_cache()
-        counts = [num_tokens] * self.batch_size if new is None else new
-        if len(counts) != self.batch_size or not all(0 <= count <= num_tokens for count in counts):
-            raise ValueError(
-                f"new: expected {self.batch_size} counts, each from 0 to {num_tokens} (the columns), got {new}"
-            )
+        counts = [num_tokens] * self.batch_size if new is None else self.require_counts(num_tokens, new)
         for stored, count in zip(self.counts, counts):
             if self.capacity is not None and stored + count > self.capacity:
                 raise ValueError(
@@ -172,6 +179,35 @@ class KVCache:
                 )
         self._take(counts)
         self.counts = [stored + count for stored, count in zip(self.counts, counts)]
+
+    def require_counts(self, num_tokens: int, new: list[int]) -> list[int]:
+        """`new`, if it is what `extend` takes. Raises TypeError, ValueError."""
+        if not isinstance(new, Sequence) or not all(isinstance(count, int) for count in new):
+            raise TypeError(f"new: expected a list of {self.batch_size} integers, got {new!r}")
+        if len(new) != self.batch_size or not all(0 <= count <= num_tokens for count in new):
+            raise ValueError(f"new: expected {self.batch_size} counts, each from 0 to {num_tokens} (the columns), got {new}")
+        return new
+
+    def require_model(self, layers: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
+        """Raises ValueError if a model's keys and values do not fit in."""
+        storage = self.storages[0]
+        expected, got = (layers, num_kv_heads, head_dim), (self.num_layers, storage.k.shape[2], storage.k.shape[4])
+        if expected != got:
+            raise ValueError(
+                f"cache: expected one of this model's, with {layers} layers of {num_kv_heads} key heads of {head_dim}, "
+                f"got {got[0]} of {got[1]} of {got[2]}"
+            )
+        if self.lengths.device != device:
+            raise ValueError(f"cache: expected device {device}, where the tokens are, got {self.lengths.device}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which keys and values are kept."""
+        return self.storages[0].k.dtype
+
+    @property
+    def num_layers(self) -> int:
+        return sum(len(storage.k) for storage in self.storages)
 
     def advance(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
         """The device's half of `extend`. One token of each sequence: in place, so a CUDA graph can capture it."""
@@ -229,7 +265,7 @@ class KVCache:
             raise ValueError(f"counts: expected {self.batch_size}, each from 0 to that of {self.counts}, got {counts}")
         self._give_back(counts)
         self.counts = list(counts)
-        self.lengths.copy_(torch.tensor(counts, dtype=torch.int32))
+        self.lengths.copy_(torch.tensor(counts, dtype=torch.int32, device="cpu"))
 
     def _give_back(self, counts: list[int]) -> None:
         """Gives back storage that truncated sequences no longer need; raises before anything changes."""
@@ -514,7 +550,7 @@ class Uncached:
 
 def on_device(numbers: list, device: torch.device) -> torch.Tensor:
     """int64. Copied from pinned memory, a GPU's are there in time for what follows, without the host waiting for it."""
-    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.tensor(numbers, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def least(a: int | None, b: int | None) -> int | None:
@@ -526,6 +562,7 @@ def least(a: int | None, b: int | None) -> int | None:
 
 def store(q, k, v, cache: dict, positions, *, slots=None, rotation=None, block_table=None) -> torch.Tensor:
     """Stores k and v in `slots` (default: at their positions), rotated if there is a rotation. Returns q, rotated likewise."""
+    q, k, v = of_cache(q, k, v, cache)
     options = {"block_table": block_table, "k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
 
     def write(q, k, v):
@@ -544,8 +581,22 @@ def attend(q, cache: dict, **options) -> torch.Tensor:
 
 def step(q, k, v, cache: dict, positions, *, rotation=None, **options) -> torch.Tensor:
     """`store`, and of what it returns `attend`. options: theirs, and counters."""
+    q, k, v = of_cache(q, k, v, cache)
     cos, sin = (None, None) if rotation is None else rotation
     options |= {"k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
     return through_cache(
         lambda q, k, v: attention_with_kv_cache(q, k, v, cache["k"], cache["v"], positions, cos, sin, **options), q, k, v
     )
+
+
+def of_cache(q, k, v, cache: dict):
+    """q, k and v in a cache's dtype: autocast, switched on or off since it was made, or modules of another precision may make
+    them in another one."""
+    dtype = cache["k"].dtype
+    if k.dtype is dtype is q.dtype or dtype in QUANTISED_DTYPES:
+        return q, k, v
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def is_autocasting(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt.ops.library import Plan
+from fastgpt.fusion import GLOBAL_HOOKS, HOOKS, is_plain
+from fastgpt.ops.library import Plan, Unchanged, library
 
 
 class Captured:
@@ -117,6 +118,51 @@ class Graphed:
         return result
 
 
+class Recording:
+    """A step of a model, `function` of one tensor, that is recorded or captured as long as that changes nothing.
+
+    It is where all the model's modules are plain (fastgpt/fusion.py): a call of another one is not for us to leave out. When
+    a module is replaced or gets a hook or another forward, or when a weight is replaced or moves, it is recorded anew, or
+    called each time from then on if a module is no longer plain. Weights that change in place are seen.
+
+    Args:
+        record: Captured or Graphed.
+    """
+
+    def __init__(self, model: torch.nn.Module, function: Callable[..., torch.Tensor], record: type):
+        self.model, self.function, self.record = model, function, record
+        self.step = self.unchanged = self.tables = None
+        self.refused = False
+
+    def __call__(self, x: torch.Tensor, tables=None) -> torch.Tensor:
+        """function(x, tables). tables: what else it reads, the very objects each time, or it is recorded anew."""
+        if self.refused or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return self.function(x, tables)
+        if self.step is None or tables is not self.tables or not self.unchanged.holds():
+            self.step = self.unchanged = None  # first: what it held may be large
+            modules = list(self.model.modules())
+            if not all(map(is_plain, modules)):
+                self.refused = True
+                return self.function(x, tables)
+            self.unchanged, self.weights = watch(modules)
+            self.tables, self.step = tables, self.record(lambda x: self.function(x, tables))
+        return self.step(x)
+
+
+def watch(modules: list[torch.nn.Module]) -> tuple[Unchanged, list[torch.Tensor]]:
+    """What says whether modules are still the same, with the same weights; and these, whose memory it takes to be theirs."""
+    entries = [entries for module in modules for entries in (module._modules, module._parameters, module._buffers)]
+    counts = [getattr(module, name) for module in modules for name in HOOKS] + [vars(module) for module in modules]
+    weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
+    unchanged = Unchanged(entries, counts + GLOBAL_HOOKS)
+    unchanged.watch()
+    try:
+        _watch(weights)
+    finally:
+        unchanged.finish()
+    return unchanged, [weight.detach() for weight in weights]  # held, so that no new weight can take the old one's place
+
+
 def has_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -145,3 +191,12 @@ def cuda_graph(function: Callable[[], torch.Tensor], device: torch.device) -> tu
         with torch.cuda.graph(graph, stream=side_stream(device), capture_error_mode="thread_local"):
             result = function()
     return graph.replay, result
+
+
+library.define("watch(Tensor[] tensors) -> ()")
+_watch = torch.ops.fastgpt.watch.default
+
+
+@torch.library.register_fake("fastgpt::watch", lib=library)
+def _watch_fake(tensors):
+    pass

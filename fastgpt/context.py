@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastgpt.cache import KVCache, Uncached
+from fastgpt.cache import KVCache, Uncached, is_autocasting
 from fastgpt.ops.attention import attention
 from fastgpt.ops.derivatives import through_cache
 from fastgpt.checks import require_device, require_dtype, require_shape, require_tensor
@@ -22,10 +22,15 @@ class Context:
     def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], batch_size: int, lengths: torch.Tensor | None = None):
         self.layers, self.batch_size, self.lengths = layers, batch_size, lengths
 
+    def __getstate__(self):
+        # k and v are views of one tensor, which each of them would take along.
+        return vars(self) | {"layers": [tuple(x.clone(memory_format=torch.contiguous_format) for x in kv) for kv in self.layers]}
+
     def attend(self, layer: int, q: torch.Tensor, **options) -> torch.Tensor:
         """The attention of q (B, H, T, D). Options: those of `attention`."""
         k, v = self.layers[layer]
-        return attention(q, k, v, causal=False, kv_lengths=self.lengths, **options)
+        # k and v differ in dtype where autocast was not on, or not as it is now, when they were read.
+        return attention(q.to(k.dtype), k, v, causal=False, kv_lengths=self.lengths, **options).to(q.dtype)
 
     def repeated(self, n: int) -> "Context":
         """For a batch in which each sequence is there n times in a row."""
@@ -58,6 +63,7 @@ class Given:
 
 def uncached(model, ids, lengths=None, context=None, context_lengths=None) -> Uncached:
     """In place of a cache, for a pass of ids (B, T); arguments and errors: `GPT.forward`."""
+    require_ids(ids, model)
     lengths = None if lengths is None else as_lengths("lengths", lengths, ids)
     result = Uncached(device=ids.device, causal=model.config.causal, lengths=lengths)
     result.context = read_context(model, context, context_lengths)
@@ -78,9 +84,9 @@ def read_context(model, states, lengths=None) -> Context | None:
     weight = model.token_embedding.weight
     require_tensor("context", states, 3)
     require_shape("context", states, (*states.shape[:2], model.config.hidden_size), "(B, S, C)")
-    if not torch.is_autocast_enabled(states.device.type):
-        require_dtype("context", states, (weight.dtype,))
     require_device("context", states, weight.device)
+    if not is_autocasting(states.device):
+        require_dtype("context", states, (weight.dtype,))
     lengths = None if lengths is None else as_lengths("context_lengths", lengths, states)
     return Context([block.cross_attention.read(states) for block in model.blocks], len(states), lengths)
 
@@ -94,6 +100,15 @@ def stored_context(model, states, lengths=None) -> Context | None:
     return context
 
 
+def require_ids(ids, model) -> None:
+    """Raises TypeError, ValueError for what cannot be ids (B, T) of a model."""
+    require_tensor("ids", ids)
+    require_dtype("ids", ids, (torch.int64, torch.int32))
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(f"ids: expected shape (B, T) with at least one token, got {tuple(ids.shape)}")
+    require_device("ids", ids, model.token_embedding.weight.device)
+
+
 def as_lengths(name: str, lengths, x: torch.Tensor) -> torch.Tensor:
     """How many of x's columns (B, T, ...), the first ones, are tokens: a list or a tensor -> (B,) int32 on its device.
 
@@ -102,7 +117,7 @@ def as_lengths(name: str, lengths, x: torch.Tensor) -> torch.Tensor:
     if not isinstance(lengths, torch.Tensor):
         if not isinstance(lengths, Sequence) or not all(isinstance(n, int) for n in lengths):
             raise TypeError(f"{name}: expected a tensor or a list of integers, got {lengths!r}")
-        lengths = torch.tensor(lengths, dtype=torch.int64)
+        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     if lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected integers, got {lengths.dtype}")
     if lengths.shape != x.shape[:1] or lengths.is_cpu and not all(1 <= n <= x.shape[1] for n in lengths.tolist()):

@@ -47,7 +47,7 @@ class Processes:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device.type, (self.size,))
-        for module in (*model.blocks, model):  # a block is what is called as a module: its layers are not
+        for module in (*model.blocks, model):  # together: a block's layers are small
             fully_shard(module, mesh=mesh)
         return model
 

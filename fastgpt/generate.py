@@ -8,6 +8,7 @@ import torch
 
 from fastgpt.cache import CACHE_KINDS, KVCache, PagedCache, Uncached
 from fastgpt.checks import require_choice, require_flag, require_integer, require_tensor
+from fastgpt.fusion import evaluating, others
 from fastgpt.sampling import Processor, Sampler, checked_rules, uniform_numbers
 
 MAX_NEW_TOKENS = 300  # where neither the caller nor the checkpoint says how many
@@ -197,26 +198,22 @@ class Request:
     @torch.inference_mode()
     def run(self) -> Iterator:
         """What `stream` yields."""
-        model, sampler = self.model, self.sampler
-        training, look = model.training, STEPS_PER_LOOK[self.rows[0].device.type]
-        model.eval()
-        try:
-            step = None
-            for i in range(self.max_new_tokens):
+        model, sampler, look = self.model, self.sampler, STEPS_PER_LOOK[self.rows[0].device.type]
+        foreign, step = others(model), None
+        for i in range(self.max_new_tokens):
+            with evaluating(foreign):  # and not while the caller has the token
                 if step is None:
                     token, step = self.begin_uncached() if self.cache is None else self.begin_cached()
                 elif self.cache is not None and model.turns(self.cache.length, self.cache.length + 1):
                     token, step = self.begin_again(i)
                 else:
                     token = step(token)
-                looks = (i + 1) % look == 0 or i + 1 == self.max_new_tokens
-                if looks:
-                    sampler.require_finite(range(i - i % look, i + 1))
-                yield sampler.tokens[i] if sampler.logprobs is None else (sampler.tokens[i], sampler.logprobs[i])
-                if looks and sampler.ended is not None and sampler.ended.all():
-                    return
-        finally:
-            model.train(training)
+            looks = (i + 1) % look == 0 or i + 1 == self.max_new_tokens
+            if looks:
+                sampler.require_finite(range(i - i % look, i + 1))
+            yield sampler.tokens[i] if sampler.logprobs is None else (sampler.tokens[i], sampler.logprobs[i])
+            if looks and sampler.ended is not None and sampler.ended.all():
+                return
 
     def begin_cached(self) -> tuple[torch.Tensor, Step]:
         """The first new token of each row, and a function for the next ones."""

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from fastgpt import checkpoint
 from fastgpt.checks import require_integer, require_number
-from fastgpt.context import as_lengths
+from fastgpt.context import as_lengths, require_ids
+from fastgpt.fusion import is_training
 from fastgpt.generate import as_prompts
 from fastgpt.model import GPT, GPTConfig, project
 from fastgpt.schema import integer, mapping, number, read
@@ -80,6 +81,7 @@ class Classifier(nn.Module):
             sequences = as_prompts(self.model, ids)
             ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
             return ids, as_lengths("lengths", [len(sequence) for sequence in sequences], ids)
+        require_ids(ids, self.model)
         if lengths is not None:
             return ids, as_lengths("lengths", lengths, ids)
         if self.pad_token_id is None or ids.dim() != 2:
@@ -170,7 +172,7 @@ class TokenClassifier(Classifier):
     def forward(self, ids, lengths=None):
         """ids -> logits (B, T, num_labels); those of padding mean nothing. Arguments and errors: `SequenceClassifier`."""
         states = self.model.encode(*self.batch(ids, lengths))
-        return project(F.dropout(states, self.dropout, self.training), self.classifier)
+        return project(F.dropout(states, self.dropout, is_training(self)), self.classifier)
 
     @staticmethod
     def settings(stored):

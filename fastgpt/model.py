@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, C hidden size, H query heads, H_kv key and value head
 V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +15,28 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fastgpt import capture, checkpoint, memory, schema
-from fastgpt.cache import CACHE_KINDS, ContiguousCache, KVCache, PagedCache, PagePool, SlidingCache, Uncached, least
-from fastgpt.capture import Captured
-from fastgpt.context import Context, Given, read_context, require_causal, require_context, stored_context, uncached
+from fastgpt.cache import (
+    CACHE_KINDS,
+    ContiguousCache,
+    KVCache,
+    PagedCache,
+    PagePool,
+    SlidingCache,
+    Uncached,
+    is_autocasting,
+    least,
+)
+from fastgpt.checks import require_flag, require_integer
+from fastgpt.context import Context, Given, require_causal, require_context, require_ids, stored_context, uncached
 from fastgpt.families import DECODER_SCHEMA, MAX_HEAD_DIM
+from fastgpt.fusion import PLAIN_WEIGHTS, computes, is_training, plain
 from fastgpt.generate import generate
 from fastgpt.inspection import run_with_cache
-from fastgpt.ops.linear import linear
+from fastgpt.ops.linear import finish, linear
 from fastgpt.ops.norm import norm
+from fastgpt.ops.quantisation import QUANTISED_DTYPES
 from fastgpt.ops.step import embed
-from fastgpt.positions import Rope, sinusoidal
+from fastgpt.positions import Rope, Tables, sinusoidal
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,7 @@ class GPTConfig:
         return None if self.windows is None else self.windows[layer]
 
 
+@plain(weights=2)
 class Norm(nn.Module):
     """Layer norm or RMS norm of the last dimension. Where a matrix follows, `linear` computes both at once."""
 
@@ -119,41 +133,48 @@ class Norm(nn.Module):
         super().__init__()
         self.kind, self.eps, self.offset = config.norm, config.norm_eps, config.norm_offset
         self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
-        self.bias = nn.Parameter(torch.zeros(width)) if self.kind == "layer" else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if self.kind == "layer" else None)
 
     def forward(self, x, residual=None):
         return norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps, offset=self.offset, residual=residual)
 
     def before(self) -> dict:
         """What makes `linear` compute it first."""
+        weights = self._parameters
         return {
-            "norm": self.kind, "norm_weight": self.weight, "norm_bias": self.bias, "norm_eps": self.eps,
+            "norm": self.kind, "norm_weight": weights["weight"], "norm_bias": weights["bias"], "norm_eps": self.eps,
             "norm_offset": self.offset,
         }  # fmt: skip
 
 
-class Linear(nn.Linear):
-    """`GPT.initialize` draws its weights: drawing them twice, or without memory, takes a second of loading.
-
-    group: the processes that hold its columns, each some of them: what they compute is added up (fastgpt/parallel.py).
-    """
-
-    group = None
-
-    def reset_parameters(self):
-        pass
+def new_layer(cls: type[nn.Module], *sizes: int, **options) -> nn.Module:
+    """PyTorch's own nn.Linear or nn.Embedding, the very class, as its tools look for it; without values, which
+    `GPT.initialize` draws: drawing them twice, or without memory, takes a second of loading."""
+    return nn.utils.skip_init(cls, *sizes, device=torch.get_default_device(), **options)
 
 
-class Embedding(nn.Embedding):
-    def reset_parameters(self):
-        pass
+def project(x, layer: nn.Module, norm: nn.Module | None = None, **options):
+    """layer(norm(x)), or layer(x), and what `options` say of `linear` after it: in one operation where both are plain."""
+    if not computes(layer, nn.Linear.forward):
+        return finish(layer(x if norm is None else norm(x)), **options)
+    weights = layer._parameters  # faster than attributes, which are looked up there
+    weight, bias = weights["weight"], weights["bias"]
+    if norm is None:
+        return linear(x, weight, bias, **options)
+    if not computes(norm, Norm.forward):
+        return linear(norm(x), weight, bias, **options)
+    return linear(x, weight, bias, **norm.before(), **options)
 
 
-def project(x, layer: Linear, norm: Norm | None = None, **options):
-    """`layer`, after `norm` if there is one; options: what `linear` does after it."""
-    return linear(x, layer.weight, layer.bias, **(norm.before() if norm is not None else {}), **options)
+def add(x, y, layer: nn.Module, post_norm: nn.Module | None, dropout_p: float):
+    """x + layer(y), or x + post_norm(layer(y))."""
+    if post_norm is None:
+        return project(y, layer, residual=x, dropout_p=dropout_p)
+    y = project(y, layer, dropout_p=dropout_p)
+    return post_norm(y, residual=x) if computes(post_norm, Norm.forward) else x + post_norm(y)
 
 
+@plain(weights=0)
 class Attention(nn.Module):
     """x + out(attention(qkv(norm(x)))), over the tokens at hand or over a cache that they join."""
 
@@ -164,11 +185,10 @@ class Attention(nn.Module):
         self.options = {
             "window": config.window(layer), "scale": config.attention_scale, "softcap": config.attention_softcap
         }  # fmt: skip
-        self.qkv = Linear(
-            config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim, bias=config.qkv_bias
-        )
+        wide = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv = new_layer(nn.Linear, config.hidden_size, wide, bias=config.qkv_bias)
         self.q_norm, self.k_norm = (Norm(config, config.head_dim) if config.qk_norm else None for _ in range(2))
-        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        self.out = new_layer(nn.Linear, config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
     def forward(self, x, norm: Norm, cache: KVCache | Uncached, rotation, last_only: bool):
@@ -178,6 +198,7 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D) twice
+        dtype = q.dtype
         if T == 1:
             y = cache.step(self.layer, q, k, v, rotation, **self.options)  # as q
         else:
@@ -185,10 +206,13 @@ class Attention(nn.Module):
             if last_only:
                 q, x = q[:, :, -1:], x[:, -1:]
             y = cache.attend(self.layer, q, **self.options)  # as q
+        if y.dtype is not dtype:  # that of a cache which autocast, on or off since, made another
+            y = y.to(dtype)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H · D)
-        return add(x, y, self.out, self.post_norm, self.dropout if self.training else 0.0)
+        return add(x, y, self.out, self.post_norm, self.dropout if is_training(self) else 0.0)
 
 
+@plain(weights=0)
 class CrossAttention(nn.Module):
     """x + out(attention(q(norm(x)), k, v)): each token attends to all of a second stream, whose positions do not count."""
 
@@ -198,9 +222,9 @@ class CrossAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.options = {"scale": config.attention_scale, "softcap": config.attention_softcap}
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q = Linear(config.hidden_size, wide, bias=config.qkv_bias)
-        self.kv = Linear(config.hidden_size, 2 * narrow, bias=config.qkv_bias)
-        self.out = Linear(wide, config.hidden_size, bias=config.out_bias)
+        self.q = new_layer(nn.Linear, config.hidden_size, wide, bias=config.qkv_bias)
+        self.kv = new_layer(nn.Linear, config.hidden_size, 2 * narrow, bias=config.qkv_bias)
+        self.out = new_layer(nn.Linear, wide, config.hidden_size, bias=config.out_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
     def read(self, states):
@@ -211,9 +235,10 @@ class CrossAttention(nn.Module):
     def forward(self, x, norm: Norm, context: Context):
         q = project(x, self.q, norm).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         y = context.attend(self.layer, q, **self.options).transpose(1, 2).flatten(2)  # (B, T, H · D)
-        return add(x, y, self.out, self.post_norm, self.dropout if self.training else 0.0)
+        return add(x, y, self.out, self.post_norm, self.dropout if is_training(self) else 0.0)
 
 
+@plain(weights=0)
 class MLP(nn.Module):
     """x + down(activation(up(norm(x)))); if gated, up is gate and up, one below the other."""
 
@@ -221,27 +246,16 @@ class MLP(nn.Module):
         super().__init__()
         self.dropout, self.activation, self.gated = config.dropout, config.activation, config.gated
         wide = config.intermediate_size * (2 if config.gated else 1)
-        self.up = Linear(config.hidden_size, wide, bias=config.mlp_bias)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.up = new_layer(nn.Linear, config.hidden_size, wide, bias=config.mlp_bias)
+        self.down = new_layer(nn.Linear, config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
     def forward(self, x, norm: Norm):
         y = project(x, self.up, norm, activation=self.activation, gated=self.gated)  # (B, T, C) -> (B, T, I)
-        return add(x, y, self.down, self.post_norm, self.dropout if self.training else 0.0)
+        return add(x, y, self.down, self.post_norm, self.dropout if is_training(self) else 0.0)
 
 
-def add(x, y, layer: Linear, post_norm: Norm | None, dropout_p: float):
-    """x + layer(y), or x + post_norm(layer(y))."""
-    if layer.group is not None:
-        y = linear(y, layer.weight)
-        torch.distributed.all_reduce(y, group=layer.group)
-        y = y if layer.bias is None else y + layer.bias
-        return x + y if post_norm is None else post_norm(y, residual=x)
-    if post_norm is None:
-        return project(y, layer, residual=x, dropout_p=dropout_p)
-    return post_norm(project(y, layer, dropout_p=dropout_p), residual=x)
-
-
+@plain(weights=0)
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -260,6 +274,7 @@ class Block(nn.Module):
         return self.mlp(x, self.mlp_norm)
 
 
+@plain(weights=0)
 class GPT(nn.Module):
     """A decoder: `model(ids)` gives logits (B, T, V); with `cache`, ids are the tokens that follow those in it.
 
@@ -271,13 +286,18 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, self.checkpoint_config, self.generation_defaults = config, {}, {}
-        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = new_layer(nn.Embedding, config.vocab_size, config.hidden_size)
         self.position_embedding = None
         if config.position == "learned":
-            self.position_embedding = Embedding(config.context_length, config.hidden_size)
+            self.position_embedding = new_layer(nn.Embedding, config.context_length, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = Norm(config, config.hidden_size)
-        self.output = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.output = None if config.tie_embeddings else new_layer(nn.Linear, config.hidden_size, config.vocab_size, bias=False)
+        self.tables = None  # what positions add to embeddings, or how they rotate queries and keys
+        if config.rope is not None:
+            self.tables = Tables(config.rope.rotation, config.context_length)
+        elif config.position == "sinusoidal":
+            self.tables = Tables(functools.partial(sinusoidal, width=config.hidden_size), config.context_length)
         self.initialize()
 
     @torch.no_grad()
@@ -318,6 +338,7 @@ class GPT(nn.Module):
             cache = uncached(self, ids, lengths, context, context_lengths)
         elif not (lengths is context is context_lengths is None):
             raise ValueError("lengths, context, context_lengths: expected None with a cache, which has its own")
+        require_flag("output_hidden_states", output_hidden_states)
         states = [] if output_hidden_states else None
         x = self.transform(self.embed(ids, cache, new), cache, states=states)
         return (self.logits(x), (*states, self.norm(x))) if output_hidden_states else self.logits(x)
@@ -338,7 +359,12 @@ class GPT(nn.Module):
 
     def scores(self, hidden):
         """The logits before a cap."""
-        return linear(hidden, (self.token_embedding if self.output is None else self.output).weight, **self.norm.before())
+        if self.output is not None:
+            return project(hidden, self.output, self.norm)
+        weight = self.token_embedding.weight
+        if type(weight) not in PLAIN_WEIGHTS or not computes(self.norm, Norm.forward):
+            return F.linear(self.norm(hidden), weight)
+        return linear(hidden, weight, **self.norm.before())
 
     def capped(self, scores):
         cap = self.config.logit_softcap
@@ -348,43 +374,40 @@ class GPT(nn.Module):
         """A function of each sequence's next token, (B,) int64, that lets it join the cache -> its logits (B, V).
 
         It is captured, on the CPU at its first call, where all of it runs in fastgpt's operations, on a GPU at its second,
-        in a CUDA graph; so what it returns may be overwritten by the next call, and what changes in the model's modules
-        afterwards is not seen.
+        in a CUDA graph; so what it returns may be overwritten by the next call. A model whose modules are not all plain
+        (fastgpt/fusion.py) runs each time instead, and one that changes on the way is captured again, or no longer.
 
         Args:
             choose: a function of the logits, whose result is returned in their place. A CUDA graph has it inside: it must
                 then follow the rules of `Graphed`.
         """
 
-        def step(x):
-            return self.scores(self.transform(x, cache)[:, -1])
+        def step(x, tables):
+            return self.scores(self.transform(x, cache, tables=tables)[:, -1])
 
         def chosen(logits):
             return logits if choose is None else choose(logits)
 
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
-        if capture.has_graphs(cache.lengths.device) and not hooked:
-            graph = capture.Graphed(
-                lambda token: chosen(self.capped(step(self.embed(token.unsqueeze(1), cache, reserved=True))))
-            )
+        def whole(token, tables):
+            return chosen(self.capped(step(self.embed_reserved(token.unsqueeze(1), cache, tables), tables)))
 
-            def replayed(token):
-                self.check(token.unsqueeze(1), cache)
-                cache.reserve(1)
-                return graph(token)
+        def replayed(token):
+            self.check(token.unsqueeze(1), cache)
+            cache.reserve(1)
+            return graph(token, self.position_tables(token, cache))
 
+        def recorded(token):
+            x = self.embed(token.unsqueeze(1), cache)
+            return chosen(self.capped(plan(x, self.position_tables(x, cache))))
+
+        if capture.has_graphs(cache.lengths.device):
+            graph = capture.Recording(self, whole, capture.Graphed)
             return replayed
-        if not hooked:  # hooks want to be called at every step
-            step = Captured(step)
-        return lambda token: chosen(self.capped(step(self.embed(token.unsqueeze(1), cache))))
+        plan = capture.Recording(self, step, capture.Captured)
+        return recorded
 
-    def embed(self, ids, cache: KVCache | Uncached, new: list[int] | None = None, reserved: bool = False):
-        """Makes room for ids (B, T) in the cache and embeds them: (B, T, C).
-
-        reserved: the host has done its part already, `check` and `cache.reserve`; T is 1.
-        """
-        if reserved:
-            return self.embed_reserved(ids, cache)
+    def embed(self, ids, cache: KVCache | Uncached, new: list[int] | None = None):
+        """Makes room for ids (B, T) in the cache and embeds them: (B, T, C)."""
         self.check(ids, cache, new)
         try:
             x = self.token_embedding(ids)  # (B, T, C)
@@ -393,46 +416,71 @@ class GPT(nn.Module):
             raise ValueError(
                 f"ids: expected token ids from 0 to {limit}, got {ids.min().item()} to {ids.max().item()}"
             ) from None
-        if self.config.embedding_scale is not None:
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
         positions = cache.extend(ids.shape[1], new)  # (T,) or (B, T)
         if new is not None:
             positions = positions.clamp(min=0)  # of padding: any
+        return self.embed_at(x, positions, self.position_tables(x, cache))
+
+    def embed_at(self, x, positions, tables):
+        """Token embeddings (B, T, C) scaled, and with those of their positions, (T,) or (B, T)."""
+        config = self.config
+        if config.embedding_scale is not None:
+            x = x * torch.tensor(config.embedding_scale, dtype=x.dtype, device="cpu")
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
-        elif self.config.position == "sinusoidal":
-            table = sinusoidal(self.config.context_length, self.config.hidden_size, x.device)
-            x = x + F.embedding(positions, table).to(x.dtype)
-        if self.training:
-            x = F.dropout(x, self.config.dropout)
-        return x
-
-    def embed_reserved(self, ids, cache: KVCache):
-        """The same of ids (B, 1) of a step on a GPU, in two launches, by the weights alone: no module is called."""
-        config, weight, table = self.config, self.token_embedding.weight, None
-        if self.position_embedding is not None:
-            table = self.position_embedding.weight
         elif config.position == "sinusoidal":
-            table = sinusoidal(config.context_length, config.hidden_size, weight.device)
-        x = embed(ids, weight, cache.advance(1), table, scale=config.embedding_scale)
-        return F.dropout(x, config.dropout) if self.training else x
+            x = x + F.embedding(positions, tables[0]).to(x.dtype)
+        return F.dropout(x, config.dropout) if is_training(self) else x
+
+    def embed_reserved(self, ids, cache: KVCache, tables=None):
+        """As `embed`, of ids (B, 1) of a step on a GPU that `check` and `cache.reserve` know of: plain embeddings in two
+        launches, by their weights alone."""
+        config, tokens, places = self.config, self.token_embedding, self.position_embedding
+        for embedding in (tokens, places):
+            if embedding is not None and not (computes(embedding, nn.Embedding.forward) and embedding.max_norm is None):
+                return self.embed_at(tokens(ids), cache.advance(1), tables)
+        table = None
+        if places is not None:
+            table = places.weight
+        elif config.position == "sinusoidal":
+            table = tables[0]
+        x = embed(ids, tokens.weight, cache.advance(1), table, scale=config.embedding_scale)
+        return F.dropout(x, config.dropout) if is_training(self) else x
+
+    def position_tables(self, x, cache: KVCache | Uncached):
+        """What a pass needs of `tables`, whose tokens have joined the cache, where x is: cos and sin, embeddings, or None."""
+        if self.tables is None:
+            return None
+        rope, rows = self.config.rope, cache.length
+        if torch.compiler.is_compiling() and not isinstance(cache, Uncached):  # as many at each pass: compiled once
+            rows = self.config.context_length if cache.capacity is None else min(cache.capacity, self.config.context_length)
+        return self.tables(rows, x, *(() if rope is None else (rope.is_long(max(cache.length, cache.reach)),)))
 
     def check(self, ids, cache: KVCache | Uncached, new: list[int] | None = None) -> None:
         """Raises TypeError, ValueError for ids that cannot join the cache, as far as the host can tell."""
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(f"ids: expected shape (B, T) with at least one token, got {tuple(ids.shape)}")
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"ids: expected dtype torch.int64 or torch.int32, got {ids.dtype}")
+        require_ids(ids, self)
         B, T = ids.shape
         if isinstance(cache, Uncached):
             if new is not None:
                 raise ValueError("new: expected None without a cache, got counts")
             past, longest = 0, T
         else:
+            if not isinstance(cache, KVCache):
+                raise TypeError(f"cache: expected one of `new_cache`'s, got {type(cache).__name__}")
             if cache.batch_size != B:
                 raise ValueError(f"cache: expected one for a batch of {B}, got one for {cache.batch_size}")
+            if new is not None:
+                new = cache.require_counts(T, new)
             past = cache.length
             longest = past + T if new is None else max(map(sum, zip(cache.counts, new)))
+            dtype = self.token_embedding.weight.dtype
+            if cache.dtype not in (dtype, *QUANTISED_DTYPES) and not cache.casts and not is_autocasting(ids.device):
+                raise TypeError(
+                    f"cache: expected one of {dtype}, as the model's keys are, got one of {cache.dtype}: make a new one"
+                )
+            if cache.fits != id(self):
+                cache.require_model(self.config.num_layers, self.num_kv_heads, self.config.head_dim, ids.device)
+                cache.fits = id(self)
         require_context(self.config, cache, B)
         if longest > self.config.context_length:
             raise ValueError(
@@ -445,17 +493,30 @@ class GPT(nn.Module):
                 f"rotation of all keys changes (longrope), got {past} cached + {longest - past} new"
             )
 
+    @property
+    def num_kv_heads(self) -> int:
+        """Of each layer: the config's, or this process's share of them (fastgpt/parallel.py)."""
+        number = self.config.num_kv_heads
+        return getattr(self.blocks[0].attention, "num_kv_heads", number) if self.blocks else number
+
+    @property
+    def key_dtype(self) -> torch.dtype:
+        """Of keys and values: the weights', or under autocast what it casts to."""
+        weight = self.token_embedding.weight
+        cast = is_autocasting(weight.device) and weight.dtype.is_floating_point and weight.dtype != torch.float64
+        return torch.get_autocast_dtype(weight.device.type) if cast else weight.dtype
+
     def turns(self, before: int, after: int) -> bool:
         """Whether sequences that grow from so many tokens to so many need all their keys anew, rotated otherwise."""
         rope = self.config.rope
         return rope is not None and rope.is_long(before) != rope.is_long(after)
 
-    def transform(self, x, cache: KVCache | Uncached, last_only: bool = False, states: list | None = None):
+    def transform(self, x, cache: KVCache | Uncached, last_only: bool = False, states: list | None = None, tables=None):
         """The blocks, one after the other: (B, T, C) -> (B, T, C). With last_only the last block computes no other token's
-        output: (B, 1, C). What goes into each block is appended to `states`."""
-        rotation, rope = None, self.config.rope
-        if rope is not None:
-            rotation = rope.rotation(self.config.context_length, x.device, rope.is_long(max(cache.length, cache.reach)))
+        output: (B, 1, C). What goes into each block is appended to `states`. tables: `position_tables`, if they are known."""
+        rotation = None
+        if self.config.rope is not None:
+            rotation = self.position_tables(x, cache) if tables is None else tables
         for block in self.blocks:
             if states is not None:
                 states.append(x)
@@ -481,16 +542,16 @@ class GPT(nn.Module):
         Raises: TypeError, ValueError, naming the argument.
         """
         require_causal(self.config)
-        weight = self.token_embedding.weight
+        device = self.token_embedding.weight.device
         capacity = self.config.context_length if capacity is None else capacity
         options = {"batch_size": batch_size, "capacity": capacity, "window": window}
         storage = {
             "num_layers": self.config.num_layers,
-            "num_kv_heads": self.blocks[0].attention.num_kv_heads if self.blocks else self.config.num_kv_heads,
+            "num_kv_heads": self.num_kv_heads,
             "head_dim": self.config.head_dim,
-            "dtype": weight.dtype,
+            "dtype": self.key_dtype,
             "cache_dtype": cache_dtype,
-            "device": weight.device,
+            "device": device,
         }
         if kind == "contiguous":
             cache = ContiguousCache(**options, **storage)
@@ -500,13 +561,13 @@ class GPT(nn.Module):
                 raise ValueError("window: expected a number of tokens for a sliding cache, got None")
             cache = SlidingCache(**options, windows=windows, **storage)
         elif kind == "paged":
-            if not isinstance(page_size, int) or page_size < 1:
-                raise ValueError(f"page_size: expected an integer >= 1, got {page_size!r}")
+            page_size = require_integer("page_size", page_size, 1)
             if num_pages is None:
                 num_pages = batch_size * -(-capacity // page_size)
             cache = PagedCache(PagePool(num_pages=num_pages, page_size=page_size, **storage), **options)
         else:
             raise ValueError(f"kind: expected one of {', '.join(map(repr, CACHE_KINDS))}, got {kind!r}")
+        cache.casts = self.key_dtype != self.token_embedding.weight.dtype
         cache.context = stored_context(self, context, context_lengths)
         return cache
 

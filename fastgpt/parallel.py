@@ -13,7 +13,9 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from fastgpt.model import GPT, MLP, Attention, Linear
+from fastgpt.fusion import is_plain, plain
+from fastgpt.model import GPT, MLP, Attention
+from fastgpt.ops.linear import linear
 
 
 def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
@@ -22,15 +24,29 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
     Each of them calls this, with the same weights, and then everything that runs the model, with the same arguments. It can
     be run and not trained from then on.
 
-    Raises: ValueError when heads, or the MLP's width, cannot be divided among so many processes.
+    Raises: ValueError when heads, or the MLP's width, cannot be divided among so many processes, or a layer that is not
+        plain (fastgpt/fusion.py: with an adapter, say) at all.
     """
     if mesh is None:
         mesh = init_device_mesh(model.token_embedding.weight.device.type, (torch.distributed.get_world_size(),))
     for name in ("num_heads", "num_kv_heads", "intermediate_size"):
         if getattr(model.config, name) % mesh.size():
             raise ValueError(f"{name}: expected a multiple of {mesh.size()}, the processes, got {getattr(model.config, name)}")
+    for name, layer in model.blocks.named_modules():
+        if name.endswith((".qkv", ".out", ".up", ".down")) and not (isinstance(layer, nn.Linear) and is_plain(layer)):
+            raise ValueError(f"model: expected plain layers to divide, got blocks.{name} of type {type(layer).__name__}")
     plan = {"blocks.*.attention": ByHeads(), "blocks.*.mlp": ByWidth()}
     return parallelize_module(model.requires_grad_(False), mesh, plan) if mesh.size() > 1 else model
+
+
+@plain(weights=2)
+class SummedLinear(nn.Linear):
+    """A layer whose columns the processes of `group` hold, each some of them: what they compute is added up."""
+
+    def forward(self, x):
+        y = linear(x, self.weight)
+        torch.distributed.all_reduce(y, group=self.group)
+        return y if self.bias is None else y + self.bias
 
 
 class ByHeads(ParallelStyle):
@@ -56,7 +72,7 @@ def own(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
     return x.chunk(mesh.size(), dim)[mesh.get_local_rank()]
 
 
-def keep_rows(layer: Linear, sizes: list[int], mesh: DeviceMesh) -> None:
+def keep_rows(layer: nn.Linear, sizes: list[int], mesh: DeviceMesh) -> None:
     """Keeps this process's share of the rows of each part: of queries, keys, values; or of gate and up."""
     for name in ("weight", "bias"):
         parameter = getattr(layer, name)
@@ -66,9 +82,9 @@ def keep_rows(layer: Linear, sizes: list[int], mesh: DeviceMesh) -> None:
     layer.out_features //= mesh.size()
 
 
-def keep_columns(layer: Linear, mesh: DeviceMesh) -> None:
+def keep_columns(layer: nn.Linear, mesh: DeviceMesh) -> None:
     """Keeps this process's share of the columns. The bias is whole: it is added to the sum."""
     kept = own(layer.weight.detach(), 1, mesh).contiguous()
     layer.weight = nn.Parameter(kept, layer.weight.requires_grad)
     layer.in_features //= mesh.size()
-    layer.group = mesh.get_group()
+    layer.group, layer.__class__ = mesh.get_group(), SummedLinear

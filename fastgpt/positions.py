@@ -1,7 +1,8 @@
 """Where a token is: angles of rotary embeddings with their scalings, and sinusoidal embeddings."""
 
-import functools
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -88,12 +89,12 @@ class Rope:
 
     def frequencies(self, long: bool = False) -> torch.Tensor:
         """(dim / 2,) fp32, radians per token."""
-        exponents = torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim
+        exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
         frequencies = 1.0 / self.theta**exponents
         if self.kind == "linear":
             return frequencies / self.factor
         if self.kind == "longrope":
-            factors = torch.tensor(self.long_factors if long else self.short_factors, dtype=torch.float32)
+            factors = torch.tensor(self.long_factors if long else self.short_factors, dtype=torch.float32, device="cpu")
             return 1.0 / (factors * self.theta**exponents)
         if self.kind == "llama3":
             turns = self.original_context * frequencies / (2 * math.pi)  # within the original context
@@ -104,7 +105,7 @@ class Rope:
             if self.truncate:
                 fast, slow = math.floor(fast), math.ceil(slow)
             fast, slow = max(fast, 0), min(slow, self.dim - 1)
-            n = torch.arange(self.dim // 2, dtype=torch.float32)
+            n = torch.arange(self.dim // 2, dtype=torch.float32, device="cpu")
             # A difference below zero, where all pairs make few turns or all many, means what it means in transformers.
             kept = 1 - ((n - fast) / ((slow - fast) or 0.001)).clamp(0, 1)
         else:
@@ -115,21 +116,55 @@ class Rope:
         """The n, as a real number, of which pair makes so many turns in the original context."""
         return self.dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
-    @functools.lru_cache(maxsize=16)
-    @torch.inference_mode(False)
-    def rotation(self, positions: int, device: torch.device, long: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotation(self, positions: int, long: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the first positions, (positions, dim / 2) fp32 each, as `rope_kv_cache_update` takes them."""
-        angles = torch.arange(positions, dtype=torch.float32)[:, None] * self.frequencies(long)
-        return tuple((x * self.attention_factor).to(device) for x in (angles.cos(), angles.sin()))
+        angles = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * self.frequencies(long)
+        return tuple(x * self.attention_factor for x in (angles.cos(), angles.sin()))
 
 
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)
-def sinusoidal(positions: int, width: int, device: torch.device) -> torch.Tensor:
-    """Embeddings (positions, width) fp32: sin(p / 10000^(2n / width)) in dimension 2n, cos of the same in 2n + 1.
+def sinusoidal(positions: int, width: int) -> tuple[torch.Tensor]:
+    """A tuple of embeddings (positions, width) fp32: sin(p / 10000^(2n / width)) in dimension 2n, cos of the same in 2n + 1.
 
     Source: Attention Is All You Need (arXiv 1706.03762), section 3.5.
     """
-    n = torch.arange(0, width, 2, dtype=torch.float32)
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] / 10000.0 ** (n / width)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width].contiguous().to(device)
+    n = torch.arange(0, width, 2, dtype=torch.float32, device="cpu")
+    angles = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] / 10000.0 ** (n / width)
+    return (torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width].contiguous(),)
+
+
+class Tables:
+    """Rows for positions, kept as long as passes have needed them: made anew, twice as long, when one needs more.
+
+    Those that are kept are made in a thread of their own, where no mode of the caller's is active: neither inference mode nor
+    torch.export's fake tensors nor a default device nor a transform of torch.func. What holds tables that were replaced keeps
+    their memory. Copied or pickled, it is empty.
+
+    Args:
+        make: a function of the number of positions, and of keys that tell tables apart, that returns tensors with so many
+            rows on the CPU.
+        most: positions that there are.
+    """
+
+    LEAST = 1024  # positions
+
+    def __init__(self, make: Callable[..., tuple[torch.Tensor, ...]], most: int):
+        self.make, self.most, self.held = make, most, {}
+
+    def __reduce__(self):
+        return Tables, (self.make, self.most)
+
+    def __call__(self, positions: int, x: torch.Tensor, *keys) -> tuple[torch.Tensor, ...]:
+        """With at least so many rows, on x's device. If x is of a special kind of tensors, a fake one or one that
+        torch.compile traces, they are too, and are not kept."""
+        if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+            return self._made(positions, x.device, *keys)
+        held = self.held.get((x.device, *keys))
+        if held is None or len(held[0]) < positions:
+            rows = min(max(self.LEAST, 1 << (positions - 1).bit_length()), self.most)
+            with ThreadPoolExecutor(1) as thread:
+                held = thread.submit(self._made, rows, x.device, *keys).result()
+            self.held[x.device, *keys] = held
+        return held
+
+    def _made(self, rows, device, *keys):
+        return tuple(table.to(device) for table in self.make(rows, *keys))

@@ -12,7 +12,7 @@ from models import random_ids, random_model
 from tape import graph, graphs_on_cpu
 
 from fastgpt import linear
-from fastgpt.capture import Captured, Graphed
+from fastgpt.capture import Captured, Graphed, Recording
 
 KINDS = [
     {},
@@ -45,7 +45,8 @@ def test_a_captured_step_is_the_same_bits(options, dtype):
 
 def captured(step):
     """The Captured within what `decoding` returned, or None."""
-    return next((cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, Captured)), None)
+    (recording,) = (cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, Recording))
+    return recording.step
 
 
 @torch.inference_mode()

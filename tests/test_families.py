@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from fastgpt import GPT, GPTConfig, families
-from fastgpt.capture import Captured
+from fastgpt.capture import Recording
 from fastgpt.testing import numerics
 
 transformers = pytest.importorskip("transformers")
@@ -70,10 +70,10 @@ def test_decode_steps_are_captured(case, folders):
         for cache in (eager, captured):
             model(ids[:, :20], cache=cache)
         step = model.decoding(captured)
-        (recorded,) = [cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, Captured)]
+        (recorded,) = [cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, Recording)]
         for token in ids[:, 20:].T:
             assert torch.equal(step(token), model(token.unsqueeze(1), cache=eager)[:, -1])
-        assert recorded.refused is None and len(recorded.plan) >= 6 * model.config.num_layers + 1
+        assert recorded.step.refused is None and len(recorded.step.plan) >= 6 * model.config.num_layers + 1
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ LAYERS = [
     {"integrations.flash_provider", "integrations.sdpa"},
     {"integrations.flash_attn"},
     {"cache", "capture", "distributed", "families", "limits", "sampling", "text"},
-    {"chat", "positions", "vocabularies"},
+    {"chat", "fusion", "positions", "vocabularies"},
     {"schema"},
     {"integrations.transformers"},
     {"integrations.transformers.attention"},

@@ -101,7 +101,8 @@ def test_a_reserved_step_embeds_as_any_other(options):
     for cache in caches:
         model(ids[:, :3], cache=cache)
     caches[1].reserve(1)
-    assert torch.equal(model.embed(ids[:, 3:], caches[0]), model.embed(ids[:, 3:], caches[1], reserved=True))
+    tables = model.position_tables(ids, caches[1])
+    assert torch.equal(model.embed(ids[:, 3:], caches[0]), model.embed_reserved(ids[:, 3:], caches[1], tables))
     assert torch.equal(caches[0].lengths, caches[1].lengths) and torch.equal(caches[0].positions, caches[1].positions)
 
 

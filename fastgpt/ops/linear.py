@@ -110,7 +110,11 @@ def linear_reference(
     """The same function in plain PyTorch, on every device, differentiable."""
     if norm_weight is not None:
         x = norm_reference(x, norm_weight, norm_bias, kind=norm, eps=norm_eps, offset=norm_offset)
-    y = F.linear(x, weight, bias)
+    return finish(F.linear(x, weight, bias), activation=activation, gated=gated, residual=residual, dropout_p=dropout_p)
+
+
+def finish(y, *, activation=None, gated=False, residual=None, dropout_p=0.0):
+    """What `linear` does after the product, in plain PyTorch."""
     activate = ACTIVATIONS[activation]
     if gated:
         gate, y = y.chunk(2, -1)

@@ -1,0 +1,107 @@
+"""What a decoder, its heads and its caches say to arguments that are none: the argument first."""
+
+import pytest
+import torch
+from models import random_ids, random_model
+
+from fastgpt import SequenceClassifier, TokenClassifier
+
+IDS = torch.zeros(2, 3, dtype=torch.int64)
+BAD_IDS = {
+    "a list": ([[1, 2]], TypeError, "ids: expected a torch.Tensor, got list"),
+    "none": (None, TypeError, "ids: expected a torch.Tensor, got NoneType"),
+    "a text": ("hello", TypeError, "ids: expected a torch.Tensor, got str"),
+    "floats": (IDS.float(), TypeError, "ids: expected dtype torch.int64 or torch.int32, got torch.float32"),
+    "flags": (IDS.bool(), TypeError, "ids: expected dtype"),
+    "bytes": (IDS.byte(), TypeError, "ids: expected dtype"),
+    "one row": (IDS[0], ValueError, r"ids: expected shape \(B, T\) with at least one token, got \(3,\)"),
+    "a scalar": (IDS[0, 0], ValueError, r"ids: expected shape \(B, T\)"),
+    "no tokens": (IDS[:, :0], ValueError, r"ids: expected shape \(B, T\) with at least one token, got \(2, 0\)"),
+    "too large": (IDS + 65, ValueError, "ids: expected token ids from 0 to 64, got 65 to 65"),
+    "negative": (IDS - 1, ValueError, "ids: expected token ids from 0 to 64, got -1 to -1"),
+    "sparse": (IDS.to_sparse(), TypeError, "ids: expected a strided tensor"),
+    "elsewhere": (IDS.to("meta"), ValueError, "ids: expected device cpu, got meta"),
+    "too many": (torch.zeros(1, 97, dtype=torch.int64), ValueError, "ids: expected at most 96 tokens"),
+}
+CALLS = {
+    "model": lambda model, ids: model(ids),
+    "hidden": lambda model, ids: model.hidden(ids),
+    "encode": lambda model, ids: model.encode(ids),
+    "run_with_cache": lambda model, ids: model.run_with_cache(ids),
+    "cache": lambda model, ids: model(ids, cache=model.new_cache(ids.shape[0] if hasattr(ids, "shape") and ids.dim() else 2)),
+    "lengths": lambda model, ids: model(ids, lengths=[1, 1]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IDS)
+@pytest.mark.parametrize("call", CALLS)
+def test_ids(call, case):
+    ids, error, message = BAD_IDS[case]
+    if (call, case) == ("lengths", "too many"):
+        ids = ids.expand(2, -1)
+    with pytest.raises(error, match=f"^{message}"):
+        CALLS[call](random_model(), ids)
+
+
+@pytest.mark.parametrize("head", [SequenceClassifier, TokenClassifier])
+@pytest.mark.parametrize("case", [case for case in BAD_IDS if case not in ("a list", "too many")])
+def test_ids_of_a_head(head, case):
+    """Which takes lists, too."""
+    ids, error, _ = BAD_IDS[case]
+    for pad in (None, 0):
+        with pytest.raises(error, match="^ids: expected"):
+            head(random_model(), 3, pad_token_id=pad)(ids)
+    with pytest.raises(TypeError, match="^ids: expected"):
+        head(random_model(), 3)([[1.5]])
+
+
+def test_int32_ids():
+    model = random_model()
+    ids = random_ids(model, 2, 5)
+    assert torch.equal(model(ids.int()), model(ids))
+    assert torch.equal(model(ids.int(), cache=model.new_cache(2)), model(ids, cache=model.new_cache(2)))
+
+
+def test_caches():
+    model = random_model()
+    ids = random_ids(model, 2, 3)
+    wrong = {
+        "layers": (random_model(layers=1).new_cache(2), ValueError, "cache: expected one of this model's, with 2 layers of 4 key "),
+        "heads": (random_model(num_kv_heads=2).new_cache(2), ValueError, "cache: expected one of this model's"),
+        "head dim": (random_model(width=32).new_cache(2, kind="paged"), ValueError, "cache: expected one of this model's"),
+        "batch": (model.new_cache(3), ValueError, "cache: expected one for a batch of 2, got one for 3"),
+        "a tuple": ((1, 2), TypeError, "cache: expected one of `new_cache`'s, got tuple"),
+        "a flag": (True, TypeError, "cache: expected one of `new_cache`'s, got bool"),
+        "dtype": (random_model().double().new_cache(2), TypeError, "cache: expected one of torch.float32, as the model's keys are"),
+    }
+    for cache, error, message in wrong.values():
+        with pytest.raises(error, match=f"^{message}"), torch.no_grad():
+            model(ids, cache=cache)
+        assert isinstance(cache, (tuple, bool)) or cache.counts == [0] * cache.batch_size
+
+
+@pytest.mark.parametrize("new", [2, "ab", [1.5, 1], None])
+def test_counts(new):
+    model = random_model()
+    with torch.no_grad():
+        if new is None:
+            return model(IDS, cache=model.new_cache(2), new=None)
+        with pytest.raises(TypeError, match="^new: expected a list of 2 integers"):
+            model(IDS, cache=model.new_cache(2), new=new)
+
+
+def test_contexts():
+    model, states = random_model(cross_attention=True), torch.randn(2, 4, 64)
+    wrong = {
+        "list": ([[1.0]], TypeError, "context: expected a torch.Tensor, got list"),
+        "dims": (states[0], ValueError, "context: expected 3 dimensions"),
+        "width": (states[..., :3], ValueError, r"context: expected shape \(2, 4, 64\)"),
+        "dtype": (states.double(), TypeError, "context: expected dtype torch.float32"),
+        "device": (states.to("meta"), ValueError, "context: expected device cpu"),
+        "batch": (states[:1], ValueError, "context: expected one for a batch of 2, got one for 1"),
+        "none": (None, ValueError, r"context: expected a second stream \(B, S, C\)"),
+    }
+    for context, error, message in wrong.values():
+        for call in (model, model.run_with_cache, lambda ids, context: model(ids, cache=model.new_cache(2, context=context))):
+            with pytest.raises(error, match=f"^{message}"):
+                call(IDS, context=context)
