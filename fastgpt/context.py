@@ -81,7 +81,7 @@ def read_context(model, states, lengths=None) -> Context | None:
         return None
     if not model.config.cross_attention:
         raise ValueError("context: expected None for a model without cross-attention, got a second stream")
-    weight = model.token_embedding.weight
+    weight = model.first_weight
     require_tensor("context", states, 3)
     require_shape("context", states, (*states.shape[:2], model.config.hidden_size), "(B, S, C)")
     require_device("context", states, weight.device)
@@ -106,7 +106,7 @@ def require_ids(ids, model) -> None:
     require_dtype("ids", ids, (torch.int64, torch.int32))
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ValueError(f"ids: expected shape (B, T) with at least one token, got {tuple(ids.shape)}")
-    require_device("ids", ids, model.token_embedding.weight.device)
+    require_device("ids", ids, model.first_weight.device)
 
 
 def as_lengths(name: str, lengths, x: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from fastgpt.cache import (
     least,
 )
 from fastgpt.checks import require_flag, require_integer
-from fastgpt.context import Context, Given, require_causal, require_context, require_ids, stored_context, uncached
+from fastgpt.context import Context, Given, read_context, require_causal, require_context, require_ids, stored_context, uncached
 from fastgpt.families import DECODER_SCHEMA, MAX_HEAD_DIM
 from fastgpt.fusion import PLAIN_WEIGHTS, computes, is_training, plain
 from fastgpt.generate import generate
@@ -361,7 +361,10 @@ class GPT(nn.Module):
         """The logits before a cap."""
         if self.output is not None:
             return project(hidden, self.output, self.norm)
-        weight = self.token_embedding.weight
+        weight = getattr(self.token_embedding, "weight", None)
+        if not isinstance(weight, torch.Tensor):
+            got = type(self.token_embedding).__name__
+            raise ValueError(f"token_embedding: expected a weight, which is the output matrix too, in a module of type {got}")
         if type(weight) not in PLAIN_WEIGHTS or not computes(self.norm, Norm.forward):
             return F.linear(self.norm(hidden), weight)
         return linear(hidden, weight, **self.norm.before())
@@ -473,7 +476,7 @@ class GPT(nn.Module):
                 new = cache.require_counts(T, new)
             past = cache.length
             longest = past + T if new is None else max(map(sum, zip(cache.counts, new)))
-            dtype = self.token_embedding.weight.dtype
+            dtype = self.first_weight.dtype
             if cache.dtype not in (dtype, *QUANTISED_DTYPES) and not cache.casts and not is_autocasting(ids.device):
                 raise TypeError(
                     f"cache: expected one of {dtype}, as the model's keys are, got one of {cache.dtype}: make a new one"
@@ -500,9 +503,15 @@ class GPT(nn.Module):
         return getattr(self.blocks[0].attention, "num_kv_heads", number) if self.blocks else number
 
     @property
+    def first_weight(self) -> torch.Tensor:
+        """Of the model's dtype and device: the token embeddings or, where a module without a weight makes them, any."""
+        weight = getattr(self.token_embedding, "weight", None)
+        return weight if isinstance(weight, torch.Tensor) else next(self.parameters())
+
+    @property
     def key_dtype(self) -> torch.dtype:
         """Of keys and values: the weights', or under autocast what it casts to."""
-        weight = self.token_embedding.weight
+        weight = self.first_weight
         cast = is_autocasting(weight.device) and weight.dtype.is_floating_point and weight.dtype != torch.float64
         return torch.get_autocast_dtype(weight.device.type) if cast else weight.dtype
 
@@ -542,7 +551,7 @@ class GPT(nn.Module):
         Raises: TypeError, ValueError, naming the argument.
         """
         require_causal(self.config)
-        device = self.token_embedding.weight.device
+        device = self.first_weight.device
         capacity = self.config.context_length if capacity is None else capacity
         options = {"batch_size": batch_size, "capacity": capacity, "window": window}
         storage = {
@@ -567,7 +576,7 @@ class GPT(nn.Module):
             cache = PagedCache(PagePool(num_pages=num_pages, page_size=page_size, **storage), **options)
         else:
             raise ValueError(f"kind: expected one of {', '.join(map(repr, CACHE_KINDS))}, got {kind!r}")
-        cache.casts = self.key_dtype != self.token_embedding.weight.dtype
+        cache.casts = self.key_dtype != self.first_weight.dtype
         cache.context = stored_context(self, context, context_lengths)
         return cache
 

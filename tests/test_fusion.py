@@ -200,6 +200,7 @@ def test_embeddings_and_blocks_are_called(change):
         halved = lambda m: changed(m, lambda m: m.register_forward_pre_hook(lambda m, x: (x[0] // 2,)))  # noqa: E731
         changes = LAYER_CHANGES | {"pre-hook": halved}
         assert_unfused(replaced(random_model(layers=1), name, changes[change]))
+    assert_unfused(replaced(random_model(layers=1, **GATED), "token_embedding", nn.Sequential))
     for name in ("blocks.1", "blocks.1.attention", "blocks.1.mlp"):
         model, ids = random_model(), random_ids(random_model(), 2, 9)
         before = model(ids)
