@@ -24,7 +24,8 @@ class Context:
 
     def __getstate__(self):
         # k and v are views of one tensor, which each of them would take along.
-        return vars(self) | {"layers": [tuple(x.clone(memory_format=torch.contiguous_format) for x in kv) for kv in self.layers]}
+        layers = [tuple(x.clone(memory_format=torch.contiguous_format) for x in layer) for layer in self.layers]
+        return vars(self) | {"layers": layers}
 
     def attend(self, layer: int, q: torch.Tensor, **options) -> torch.Tensor:
         """The attention of q (B, H, T, D). Options: those of `attention`."""
@@ -63,7 +64,7 @@ class Given:
 
 def uncached(model, ids, lengths=None, context=None, context_lengths=None) -> Uncached:
     """In place of a cache, for a pass of ids (B, T); arguments and errors: `GPT.forward`."""
-    require_ids(ids, model)
+    require_ids(ids, model.first_weight.device)
     lengths = None if lengths is None else as_lengths("lengths", lengths, ids)
     result = Uncached(device=ids.device, causal=model.config.causal, lengths=lengths)
     result.context = read_context(model, context, context_lengths)
@@ -100,13 +101,13 @@ def stored_context(model, states, lengths=None) -> Context | None:
     return context
 
 
-def require_ids(ids, model) -> None:
-    """Raises TypeError, ValueError for what cannot be ids (B, T) of a model."""
+def require_ids(ids, device: torch.device) -> None:
+    """Raises TypeError, ValueError for what cannot be ids (B, T) of a model on a device."""
     require_tensor("ids", ids)
     require_dtype("ids", ids, (torch.int64, torch.int32))
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ValueError(f"ids: expected shape (B, T) with at least one token, got {tuple(ids.shape)}")
-    require_device("ids", ids, model.first_weight.device)
+    require_device("ids", ids, device)
 
 
 def as_lengths(name: str, lengths, x: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ class Classifier(nn.Module):
             sequences = as_prompts(self.model, ids)
             ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
             return ids, as_lengths("lengths", [len(sequence) for sequence in sequences], ids)
-        require_ids(ids, self.model)
+        require_ids(ids, self.model.first_weight.device)
         if lengths is not None:
             return ids, as_lengths("lengths", lengths, ids)
         if self.pad_token_id is None or ids.dim() != 2:

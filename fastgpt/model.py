@@ -461,7 +461,8 @@ class GPT(nn.Module):
 
     def check(self, ids, cache: KVCache | Uncached, new: list[int] | None = None) -> None:
         """Raises TypeError, ValueError for ids that cannot join the cache, as far as the host can tell."""
-        require_ids(ids, self)
+        weight = self.first_weight
+        require_ids(ids, weight.device)
         B, T = ids.shape
         if isinstance(cache, Uncached):
             if new is not None:
@@ -476,11 +477,11 @@ class GPT(nn.Module):
                 new = cache.require_counts(T, new)
             past = cache.length
             longest = past + T if new is None else max(map(sum, zip(cache.counts, new)))
-            dtype = self.first_weight.dtype
-            if cache.dtype not in (dtype, *QUANTISED_DTYPES) and not cache.casts and not is_autocasting(ids.device):
-                raise TypeError(
-                    f"cache: expected one of {dtype}, as the model's keys are, got one of {cache.dtype}: make a new one"
-                )
+            dtype = cache.dtype
+            same = dtype is weight.dtype or dtype in QUANTISED_DTYPES or cache.casts
+            if not same and not is_autocasting(ids.device):
+                expected = f"one of {weight.dtype}, as the model's keys are"
+                raise TypeError(f"cache: expected {expected}, got one of {dtype}: make a new one")
             if cache.fits != id(self):
                 cache.require_model(self.config.num_layers, self.num_kv_heads, self.config.head_dim, ids.device)
                 cache.fits = id(self)
