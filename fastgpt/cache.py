@@ -126,8 +126,8 @@ class KVCache:
 
     def __init__(self, batch_size: int, capacity: int | None, window: int | None, device):
         batch_size = require_integer("batch_size", batch_size, 1)
-        self.capacity = require_integer("capacity", capacity, 1, optional=True)
-        self.window = require_integer("window", window, 1, optional=True)
+        self.capacity = None if capacity is None else require_integer("capacity", capacity, 1)
+        self.window = None if window is None else require_integer("window", window, 1)
         self.counts = [0] * batch_size
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.positions = None  # (B, T) int32: of the tokens of the current pass; negative for padding
