@@ -40,7 +40,7 @@ void check_pages(const Attention& args, int64_t pages) {
     const int64_t length = args.kv_lengths ? std::min<int64_t>(args.kv_lengths[b * args.kv_length_stride], args.S) : args.S;
     for (int64_t i = 0; i * args.page < length; ++i) {
       const int32_t page = args.block_table[b * args.table_stride_b + i * args.table_stride_p];
-      STD_TORCH_CHECK(page >= 0 && page < pages, "block_table: expected pages from 0 to ", pages - 1);
+      FASTGPT_CHECK(page >= 0 && page < pages, "block_table: expected pages from 0 to ", pages - 1);
     }
   }
 }
@@ -56,8 +56,8 @@ void run_tasks(const AttentionForward& args, int64_t D) {
   if (splits > 1) tasks(FASTGPT_AT_CPU_LEVEL(attention_forward_join), args.B * args.H_kv, splits);
 }
 
-// (out, lse) of a call whose arguments are all set but these.
-std::tuple<Tensor, Tensor> run(AttentionForward args, const Tensor& q) {
+// (out, lse) of a call whose arguments are all set but these. pages: of the pool that a block table is of.
+std::tuple<Tensor, Tensor> run(AttentionForward args, const Tensor& q, int64_t pages = 0) {
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D = q.size(3);
   const bool packed = args.cu_seqlens_q != nullptr;
   // Token-major storage: the model reads the result as (B, T, H * D) without a copy.
@@ -72,7 +72,10 @@ std::tuple<Tensor, Tensor> run(AttentionForward args, const Tensor& q) {
   std::shared_ptr<float> partial;
   if (args.splits() > 1) partial = scratch(args.tasks() * args.split_size());
   args.partial = partial.get();
-  perform([args, D, partial] { run_tasks(args, D); });
+  perform([args, D, partial, pages] {
+    if (args.block_table) check_pages(args, pages);  // also when a plan runs again: tables change
+    run_tasks(args, D);
+  });
   return {out, lse};
 }
 
@@ -86,9 +89,8 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed};
   set_inputs(args, q, k, v, features, block_table, k_scale, v_scale);
   set_lengths(args, kv_lengths);
-  if (block_table) check_pages(args, k.size(0));
   set_mask_and_bias(args, mask, bias);
-  return run(args, q);
+  return run(args, q, k.size(0));
 }
 
 std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(

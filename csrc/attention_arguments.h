@@ -19,33 +19,32 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline void check_sizes(const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
-  bool same = x.dim() == static_cast<int64_t>(sizes.size());
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == sizes.begin()[i];
-  STD_TORCH_CHECK(same && !x.is_cuda(), name, ": unexpected shape or device");
+  check_cpu(x, name);
+  check_shape(x, name, sizes);
 }
 
 inline void check_rows(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) == 1, name, ": expected a contiguous last dimension");
+  FASTGPT_CHECK(x.stride(3) == 1 || x.size(3) == 1, name, ": expected a contiguous last dimension");
 }
 
 inline const int32_t* int32_data(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int, name, ": expected dtype int32");
-  return static_cast<const int32_t*>(x.const_data_ptr());
+  FASTGPT_CHECK(x.scalar_type() == ScalarType::Int, name, ": expected dtype int32");
+  return static_cast<const int32_t*>(data_of(x, name, sizeof(int32_t)));
 }
 
 // k or v, (first, H_kv, rows, D), with the scale that elements of 8 bits need.
 inline Keys keys_of(
     const Tensor& x, const char* name, Element element, const std::optional<Tensor>& scale,
-    std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(element_of(x, name) == element, name, ": unexpected dtype");
+    const char* scale_name, std::initializer_list<int64_t> sizes) {
+  FASTGPT_CHECK(element_of(x, name) == element, name, ": unexpected dtype");
   check_sizes(x, name, sizes);
   check_rows(x, name);
-  Keys keys{x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), nullptr, 0, 0, 0};
-  STD_TORCH_CHECK(scale.has_value() == (size_of(element) == 1), name, ": expected a scale for 8 bits, and only then");
+  Keys keys{data_of(x, name, size_of(element)), x.stride(0), x.stride(1), x.stride(2), nullptr, 0, 0, 0};
+  FASTGPT_CHECK(scale.has_value() == (size_of(element) == 1), scale_name, ": expected for 8 bits, and only then");
   if (scale) {
-    check_sizes(*scale, "scale", {sizes.begin()[0], sizes.begin()[1], sizes.begin()[2]});
-    STD_TORCH_CHECK(scale->scalar_type() == ScalarType::Float, "scale: expected dtype float32");
-    keys.scale = static_cast<const float*>(scale->const_data_ptr());
+    check_sizes(*scale, scale_name, {sizes.begin()[0], sizes.begin()[1], sizes.begin()[2]});
+    FASTGPT_CHECK(scale->scalar_type() == ScalarType::Float, scale_name, ": expected dtype float32");
+    keys.scale = static_cast<const float*>(data_of(*scale, scale_name, sizeof(float)));
     keys.scale_stride_b = scale->stride(0), keys.scale_stride_h = scale->stride(1);
     keys.scale_stride_s = scale->stride(2);
   }
@@ -56,22 +55,23 @@ inline Keys keys_of(
 inline PerQuery<const void*> queries_of(const Tensor& x, const char* name, const Tensor& q) {
   check_sizes(x, name, {q.size(0), q.size(1), q.size(2), q.size(3)});
   check_rows(x, name);
-  STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+  FASTGPT_CHECK(x.scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
+  return {data_of(x, name, size_of(element_of(x, name))), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // A mask or bias that broadcasts to (B, H, T, S).
 template <typename Data>
 PerScore<Data> scores_of(const Tensor& x, const char* name, Element element, const Attention& args) {
-  STD_TORCH_CHECK(x.dim() <= 4 && !x.is_cuda(), name, ": expected at most 4 dimensions, on the CPU");
+  check_cpu(x, name);
+  FASTGPT_CHECK(x.dim() <= 4, name, ": expected at most 4 dimensions");
   const int64_t sizes[4] = {args.B, args.H, args.T, args.S}, missing = 4 - x.dim();
   int64_t strides[4] = {};
   for (int64_t i = missing; i < 4; ++i) {
     const int64_t size = x.size(i - missing);
-    STD_TORCH_CHECK(size == 1 || size == sizes[i], name, ": expected a shape that broadcasts to (B, H, T, S)");
+    FASTGPT_CHECK(size == 1 || size == sizes[i], name, ": expected a shape that broadcasts to (B, H, T, S)");
     strides[i] = size == 1 ? 0 : x.stride(i - missing);
   }
-  return {static_cast<Data>(x.const_data_ptr()), element, strides[0], strides[1], strides[2], strides[3]};
+  return {static_cast<Data>(data_of(x, name, size_of(element))), element, strides[0], strides[1], strides[2], strides[3]};
 }
 
 // One number per head, as floats.
@@ -79,10 +79,9 @@ inline std::vector<float> heads_of(const Tensor& x, const char* name, int64_t H)
   check_sizes(x, name, {H});
   std::vector<float> numbers(H);
   const int64_t stride = x.stride(0);
-  const void* data = x.const_data_ptr();
   const bool is_double = x.scalar_type() == ScalarType::Double;
-  const Element element = is_double ? Element::float32 : element_of(x, name);
-  STD_TORCH_CHECK(size_of(element) > 1, name, ": expected floating point");
+  const Element element = is_double ? Element::float32 : floating_element_of(x, name);
+  const void* data = data_of(x, name, is_double ? sizeof(double) : size_of(element));
   for (int64_t h = 0; h < H; ++h) {
     numbers[h] = is_double                 ? static_cast<float>(static_cast<const double*>(data)[h * stride])
         : element == Element::float32      ? static_cast<const float*>(data)[h * stride]
@@ -110,37 +109,42 @@ inline void set_inputs(
     Attention& args, const Tensor& q, const Tensor& k, const Tensor& v, Features& features,
     const std::optional<Tensor>& block_table = {}, const std::optional<Tensor>& k_scale = {},
     const std::optional<Tensor>& v_scale = {}) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && !q.is_cuda(), "q, k: expected 4 dimensions, on the CPU");
+  FASTGPT_CHECK(q.dim() == 4, "q: expected 4 dimensions");
+  FASTGPT_CHECK(k.dim() == 4, "k: expected 4 dimensions");
   args.B = q.size(0), args.H = q.size(1), args.T = q.size(2), args.D = q.size(3);
   args.H_kv = k.size(1), args.S = k.size(2);
-  STD_TORCH_CHECK(args.H_kv > 0 && args.H % args.H_kv == 0, "k: expected a number of heads that divides q's");
-  STD_TORCH_CHECK(args.D >= 1 && args.D <= kMaxHeadDim, "q: expected a head dim from 1 to 256");
-  STD_TORCH_CHECK(args.T <= INT32_MAX, "q: expected at most 2^31 - 1 queries");
-  args.element = element_of(q, "q"), args.key_element = element_of(k, "k");
-  STD_TORCH_CHECK(size_of(args.element) > 1, "q: expected dtype float32, float16 or bfloat16");
-  STD_TORCH_CHECK(
+  FASTGPT_CHECK(args.H_kv > 0 && args.H % args.H_kv == 0, "k: expected a number of heads that divides q's");
+  FASTGPT_CHECK(args.D >= 1 && args.D <= kMaxHeadDim, "q: expected a head dim from 1 to 256");
+  FASTGPT_CHECK(args.T <= INT32_MAX && args.H <= INT32_MAX, "q: expected at most 2^31 - 1 queries and heads");
+  args.element = floating_element_of(q, "q"), args.key_element = element_of(k, "k");
+  FASTGPT_CHECK(
       args.key_element == args.element || size_of(args.key_element) == 1, "k: expected the dtype of q, or 8 bits");
   args.q = queries_of(q, "q", q);
   int64_t first = args.B;
   if (block_table) {
-    STD_TORCH_CHECK(block_table->dim() == 2, "block_table: expected (B, pages)");
+    FASTGPT_CHECK(block_table->dim() == 2, "block_table: expected (B, pages)");
     check_sizes(*block_table, "block_table", {args.B, block_table->size(1)});
     args.block_table = int32_data(*block_table, "block_table");
     args.table_stride_b = block_table->stride(0), args.table_stride_p = block_table->stride(1);
-    first = k.size(0), args.page = k.size(2), args.S = args.page * block_table->size(1);
+    first = k.size(0), args.page = k.size(2);
+    FASTGPT_CHECK(
+        !__builtin_mul_overflow(args.page, block_table->size(1), &args.S), "block_table: expected at most 2^31 - 1 keys");
   }
-  STD_TORCH_CHECK(args.S <= INT32_MAX, "k: expected at most 2^31 - 1 keys");
-  args.k = keys_of(k, "k", args.key_element, k_scale, {first, args.H_kv, k.size(2), args.D});
-  args.v = keys_of(v, "v", args.key_element, v_scale, {first, args.H_kv, k.size(2), args.D});
+  FASTGPT_CHECK(args.S <= INT32_MAX, "k: expected at most 2^31 - 1 keys");
+  args.k = keys_of(k, "k", args.key_element, k_scale, "k_scale", {first, args.H_kv, k.size(2), args.D});
+  args.v = keys_of(v, "v", args.key_element, v_scale, "v_scale", {first, args.H_kv, k.size(2), args.D});
 
   args.causal = features.causal;
   args.scale = static_cast<float>(features.scale);
-  STD_TORCH_CHECK(!features.window || *features.window >= 1, "window: expected at least 1");
+  FASTGPT_CHECK(std::isfinite(args.scale), "scale: expected a finite number");
+  FASTGPT_CHECK(!features.window || *features.window >= 1, "window: expected at least 1");
   args.window = std::min<int64_t>(features.window.value_or(INT32_MAX), INT32_MAX);
-  STD_TORCH_CHECK(!features.softcap || *features.softcap > 0, "softcap: expected a number > 0");
   args.softcap = static_cast<float>(features.softcap.value_or(0.0));
+  // Neither it nor its inverse may be subnormal.
+  FASTGPT_CHECK(
+      !features.softcap || (args.softcap >= 0x1p-126f && args.softcap <= 0x1p126f), "softcap: expected a number > 0");
   if (features.alibi_slopes) {
-    STD_TORCH_CHECK(features.alibi_slopes->scalar_type() == ScalarType::Float, "alibi_slopes: expected dtype float32");
+    FASTGPT_CHECK(features.alibi_slopes->scalar_type() == ScalarType::Float, "alibi_slopes: expected dtype float32");
     features.slopes_of_heads = heads_of(*features.alibi_slopes, "alibi_slopes", args.H);
     args.alibi_slopes = features.slopes_of_heads.data();
   }
@@ -149,12 +153,12 @@ inline void set_inputs(
     args.sinks = features.sinks_of_heads.data();
   }
   const double p = features.dropout_p;
-  STD_TORCH_CHECK(p >= 0 && p < 1, "dropout_p: expected 0 <= dropout_p < 1");
+  FASTGPT_CHECK(p >= 0 && p < 1, "dropout_p: expected 0 <= dropout_p < 1");
   if (p > 0) {
-    STD_TORCH_CHECK(features.dropout_seed, "dropout_seed: expected a tensor");
+    FASTGPT_CHECK(features.dropout_seed, "dropout_seed: expected a tensor");
     check_sizes(*features.dropout_seed, "dropout_seed", {1});
-    STD_TORCH_CHECK(features.dropout_seed->scalar_type() == ScalarType::Long, "dropout_seed: expected dtype int64");
-    args.dropout_seed = static_cast<const int64_t*>(features.dropout_seed->const_data_ptr());
+    FASTGPT_CHECK(features.dropout_seed->scalar_type() == ScalarType::Long, "dropout_seed: expected dtype int64");
+    args.dropout_seed = static_cast<const int64_t*>(data_of(*features.dropout_seed, "dropout_seed", sizeof(int64_t)));
     args.keep_threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 0x1p31), 0x1p31 - 1));
     args.keep_scale = static_cast<float>(1.0 / (1.0 - p));
   }
@@ -162,12 +166,12 @@ inline void set_inputs(
 
 inline void set_mask_and_bias(Attention& args, const std::optional<Tensor>& mask, const std::optional<Tensor>& bias) {
   if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask: expected dtype bool");
+    FASTGPT_CHECK(mask->scalar_type() == ScalarType::Bool, "mask: expected dtype bool");
     args.mask = scores_of<const uint8_t*>(*mask, "mask", Element::int8, args);
   }
   if (bias) {
     const Element element = element_of(*bias, "bias");
-    STD_TORCH_CHECK(element == args.element || element == Element::float32, "bias: expected dtype of q, or float32");
+    FASTGPT_CHECK(element == args.element || element == Element::float32, "bias: expected dtype of q, or float32");
     args.bias = scores_of<const void*>(*bias, "bias", element, args);
   }
 }
@@ -182,7 +186,7 @@ inline void set_lengths(Attention& args, const std::optional<Tensor>& kv_lengths
 // Where sequences begin, and the longest of them.
 inline int64_t check_starts(const Tensor& starts, const char* name, int64_t B, int64_t total) {
   check_sizes(starts, name, {B + 1});
-  STD_TORCH_CHECK(B >= 1 && (starts.stride(0) == 1 || B == 0), name, ": expected contiguous numbers, two at least");
+  FASTGPT_CHECK(B >= 1 && (starts.stride(0) == 1 || B == 0), name, ": expected contiguous numbers, two at least");
   const int32_t* data = int32_data(starts, name);
   int64_t longest = 0;
   bool ascend = data[0] == 0 && data[B] == total;
@@ -190,13 +194,13 @@ inline int64_t check_starts(const Tensor& starts, const char* name, int64_t B, i
     ascend = ascend && data[b] <= data[b + 1];
     longest = std::max<int64_t>(longest, data[b + 1] - data[b]);
   }
-  STD_TORCH_CHECK(ascend, name, ": expected numbers that ascend from 0 to ", total);
+  FASTGPT_CHECK(ascend, name, ": expected numbers that ascend from 0 to ", total);
   return longest;
 }
 
 // Turns q, k and v of one sequence (1, heads, total, D) into those of packed ones. Call it when they are set.
 inline void set_packing(Attention& args, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k) {
-  STD_TORCH_CHECK(args.B == 1 && cu_seqlens_q.dim() == 1, "cu_seqlens_q: expected (B + 1,), and q (1, H, total, D)");
+  FASTGPT_CHECK(args.B == 1 && cu_seqlens_q.dim() == 1, "cu_seqlens_q: expected (B + 1,), and q (1, H, total, D)");
   args.B = cu_seqlens_q.size(0) - 1;
   args.T = check_starts(cu_seqlens_q, "cu_seqlens_q", args.B, args.T);
   args.S = check_starts(cu_seqlens_k, "cu_seqlens_k", args.B, args.S);

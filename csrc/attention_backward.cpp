@@ -28,16 +28,20 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(
 namespace fastgpt {
 namespace {
 
-using torch::stable::empty_like;
+// For the gradient of x: laid out like it, if that leaves rows contiguous, which overlapping numbers may not.
+Tensor gradient_like(const Tensor& x) {
+  const Tensor like = torch::stable::empty_like(x);
+  if (like.stride(3) == 1 || like.size(3) == 1) return like;
+  return new_empty(x, std::vector<int64_t>{x.sizes().begin(), x.sizes().end()});
+}
 
 PerQuery<const float*> numbers_of(const Tensor& x, const char* name, const Tensor& q) {
   check_sizes(x, name, {q.size(0), q.size(1), q.size(2)});
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, name, ": expected dtype float32");
-  return {static_cast<const float*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+  FASTGPT_CHECK(x.scalar_type() == ScalarType::Float, name, ": expected dtype float32");
+  return {static_cast<const float*>(data_of(x, name, sizeof(float))), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 KeyGradients gradients_of(const Tensor& x) {
-  check_rows(x, "k, v");
   return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -102,14 +106,14 @@ struct Gradients {
 
 // Of a call whose arguments are all set but these.
 Gradients run(
-    AttentionBackward& args, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const std::optional<Tensor>& sinks) {
+    AttentionBackward& args, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse,
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& sinks) {
+  queries_of(out, "out", q), numbers_of(lse, "lse", q);  // which other implementations read
   const int64_t H = q.size(1), T = q.size(2);
   const bool packed = args.cu_seqlens_q != nullptr;
-  Gradients grads{empty_like(q), empty_like(k), empty_like(v), new_empty(q, {0}, {1}, dtype_of(q))};
+  Gradients grads{gradient_like(q), gradient_like(k), gradient_like(v), new_empty(q, {0}, {1}, dtype_of(q))};
   args.dout = queries_of(dout, "dout", q);
   if (dlse) args.dlse = numbers_of(*dlse, "dlse", q);
-  check_rows(grads.dq, "q");
   args.dq = {grads.dq.mutable_data_ptr(), grads.dq.stride(0), grads.dq.stride(1), grads.dq.stride(2)};
   args.dk = gradients_of(grads.dk), args.dv = gradients_of(grads.dv);
   std::vector<float> dsinks_of_queries;
@@ -140,7 +144,7 @@ Gradients run(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& /*out*/, const Tensor& /*lse*/,
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse,
     bool needs_dbias, const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
     std::optional<int64_t> window, std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes,
     const std::optional<Tensor>& sinks, const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
@@ -152,19 +156,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   set_mask_and_bias(args, mask, bias);
   Tensor dbias = new_empty(q, {0}, {1}, dtype_of(q));
   if (needs_dbias) {
-    STD_TORCH_CHECK(bias, "bias: expected a tensor");
+    FASTGPT_CHECK(bias, "bias: expected a tensor");
     dbias = torch::stable::new_zeros(*bias, bias->sizes(), ScalarType::Float);
     const auto layout = scores_of<const void*>(dbias, "bias", Element::float32, args);
     args.dbias = {static_cast<float*>(dbias.mutable_data_ptr()), Element::float32,
                   layout.stride_b, layout.stride_h, layout.stride_t, layout.stride_s};
   }
-  Gradients grads = run(args, dout, dlse, q, k, v, sinks);
+  Gradients grads = run(args, dout, dlse, out, lse, q, k, v, sinks);
   if (needs_dbias) dbias = torch::stable::to(dbias, bias->scalar_type());
   return {grads.dq, grads.dk, grads.dv, dbias, grads.dsinks};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward_cpu(
-    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& /*out*/, const Tensor& /*lse*/,
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse,
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t /*max_q*/, int64_t /*max_k*/, const Tensor& q,
     const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
     std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
@@ -174,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward_cpu(
   set_inputs(args, q, k, v, features);
   const Tensor starts_q = torch::stable::contiguous(cu_seqlens_q), starts_k = torch::stable::contiguous(cu_seqlens_k);
   set_packing(args, starts_q, starts_k);
-  Gradients grads = run(args, dout, dlse, q, k, v, sinks);
+  Gradients grads = run(args, dout, dlse, out, lse, q, k, v, sinks);
   return {grads.dq, grads.dk, grads.dv, grads.dsinks};
 }
 

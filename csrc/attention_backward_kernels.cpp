@@ -9,6 +9,10 @@
 // that of out. The second time turns them into weights and ds, and sums dq. They stay there until the gradients of keys and
 // values, in scratch memory too, have got their share.
 //
+// What a query does not see does not reach its gradients, nor it those of what it does not see, whatever is there: of a weight
+// of 0 all is 0, and where products of whole tiles would make NaN of 0 times what is not finite, they are done number by
+// number.
+//
 // The order of all sums is fixed: gradients are the same bits on every run, whatever is done in parallel.
 //
 // As in the forward kernel, tiles of scores have a line per key and vectors along queries.
@@ -34,12 +38,14 @@ struct Workspace : Parts {
     q_columns = take(D * kBlockM), dout_columns = take(D * kBlockM), dq = take(D * kBlockM);
     k = take(kBlockN * D), v = take(kBlockN * D);
     max = take(kBlockM), sum = take(kBlockM), mean = take(kBlockM), norm = take(kBlockM), dlse = take(kBlockM);
+    finite = take(1);
   }
 
   float *weights, *dweights, *cap_slopes, *keep_factors;     // (S, kBlockM), a tile after the other
   float *q, *dout, *q_columns, *dout_columns, *dq;           // (kBlockM, D); columns and dq: (D, kBlockM)
   float *k, *v;                                              // (kBlockN, D)
   float *max, *sum, *mean, *norm, *dlse;                     // (kBlockM,) of scores, of weights; norm is 1 / sum
+  float* finite;                                             // (1,): 0 if q or dout holds what is not
 };
 
 // One block of queries against all its keys.
@@ -63,6 +69,11 @@ class BackwardBlock : QueryBlock {
   void add_to_keys(int64_t n, float* dk, float* dv) const {
     const int64_t keys = keys_from(n);
     if (n < start() || keys <= 0 || (args_.mask.data && !mask_shows(n, keys))) return;
+    if (*w_.finite == 0.0f) {
+      add_products(tile(w_.dweights, n), keys, w_.q, dk + n * D_);
+      add_products(tile(w_.weights, n), keys, w_.dout, dv + n * D_);
+      return;
+    }
     // dk[n][d] += sum_m ds[n][m] · q[m][d], dv likewise
     multiply<kTileRows, kTileVectors>(
         keys, vectors(), tile(w_.dweights, n), kBlockM, 1, w_.q, D_, dk + n * D_, D_, rows_, true);
@@ -89,6 +100,9 @@ class BackwardBlock : QueryBlock {
       load_row(grads_.dout, r, dout);
       for (int64_t d = 0; d < args_.D; ++d) q[d] *= args_.scale;
     }
+    Vector zeros{};  // NaN from the first number on that is not finite
+    for (int64_t i = 0; i < rows_ * D_; i += kWidth) zeros += load(w_.q + i) * 0.0f + load(w_.dout + i) * 0.0f;
+    *w_.finite = sum(zeros) == 0.0f ? 1.0f : 0.0f;
     to_columns(w_.q, w_.q_columns);
     to_columns(w_.dout, w_.dout_columns);
   }
@@ -136,9 +150,11 @@ class BackwardBlock : QueryBlock {
         Vector part_of_sum{}, part_of_product{};
         for (const int64_t end = i + kPart < keys ? i + kPart : keys; i < end; ++i) {
           const Vector weight = exp_nonpositive(load(weights + i * kBlockM + m) - highest);
+          const Vector dweight = weight == 0.0f ? weight : load(dweights + i * kBlockM + m);
           store(weights + i * kBlockM + m, weight);
+          store(dweights + i * kBlockM + m, dweight);
           part_of_sum += weight;
-          part_of_product += weight * load(dweights + i * kBlockM + m);
+          part_of_product += weight * dweight;
         }
         sum += part_of_sum, product += part_of_product;
       }
@@ -159,7 +175,21 @@ class BackwardBlock : QueryBlock {
   }
 
   void scale_tile(float* tile, const float* factors, int64_t keys) const {
-    for (int64_t i = 0; i < keys * kBlockM; i += kWidth) store(tile + i, load(tile + i) * load(factors + i));
+    for (int64_t i = 0; i < keys * kBlockM; i += kWidth) {
+      const Vector number = load(tile + i);
+      store(tile + i, number == 0.0f ? number : number * load(factors + i));
+    }
+  }
+
+  // target[n][d] += sum_m weights[n][m] · rows[m][d], where weights are not 0.
+  void add_products(const float* weights, int64_t keys, const float* rows, float* target) const {
+    for (int64_t i = 0; i < keys; ++i) {
+      for (int64_t r = 0; r < rows_; ++r) {
+        const float weight = weights[i * kBlockM + r];
+        if (weight == 0.0f) continue;
+        for (int64_t d = 0; d < args_.D; ++d) target[i * D_ + d] += weight * rows[r * D_ + d];
+      }
+    }
   }
 
   // And what each row adds to the gradient of its head's sink. A row that sees no key has zeros.
@@ -179,9 +209,11 @@ class BackwardBlock : QueryBlock {
     for (int64_t m = 0; m < rows_; m += kWidth) {
       const Vector norm = load(w_.norm + m), mean = load(w_.mean + m), dlse = load(w_.dlse + m);
       for (int64_t i = 0; i < keys; ++i) {
-        const Vector weight = load(weights + i * kBlockM + m) * norm;
+        const Vector relative = load(weights + i * kBlockM + m);
+        const auto unseen = relative == 0.0f;
+        const Vector weight = unseen ? relative : relative * norm;
         store(weights + i * kBlockM + m, weight);
-        store(ds + i * kBlockM + m, weight * (load(ds + i * kBlockM + m) - mean + dlse));
+        store(ds + i * kBlockM + m, unseen ? relative : weight * (load(ds + i * kBlockM + m) - mean + dlse));
       }
     }
     if (grads_.dbias.data) add_bias_gradients(ds, n, keys);
@@ -232,11 +264,30 @@ class BackwardBlock : QueryBlock {
   void write_dq() const {
     float* rows = w_.q_columns;  // not in use any more
     to_rows(w_.dq, rows);
+    Vector zeros{};
+    for (int64_t i = 0; i < rows_ * D_; i += kWidth) zeros += load(rows + i) * 0.0f;
+    if (sum(zeros) != 0.0f) sum_dq(rows);
     for (int64_t r = 0; r < rows_; ++r) {
       float* row = rows + r * D_;
       for (int64_t d = 0; d < args_.D; ++d) row[d] *= args_.scale;
       write(row, args_.D, grads_.dq.data, at(grads_.dq, r), args_.element);
     }
+  }
+
+  // Rows of dq, of nothing but the keys that they see.
+  void sum_dq(float* rows) const {
+    std::memset(rows, 0, rows_ * D_ * sizeof(float));
+    each_tile([&](int64_t n, int64_t keys) {
+      const float* ds = tile(w_.dweights, n);
+      const Rows k = load_keys(args_.k, n, keys, w_.k);
+      for (int64_t i = 0; i < keys; ++i) {
+        for (int64_t r = 0; r < rows_; ++r) {
+          const float factor = ds[i * kBlockM + r];
+          if (factor == 0.0f) continue;
+          for (int64_t d = 0; d < args_.D; ++d) rows[r * D_ + d] += factor * k.data[i * k.stride + d];
+        }
+      }
+    });
   }
 
   const AttentionBackward& grads_;

@@ -185,7 +185,10 @@ class QueryBlock {
         if (bias.stride_s == 1) return convert(bias.data, offset, keys, bias.element, row);
         for (int64_t i = 0; i < keys; ++i) convert(bias.data, offset + i * bias.stride_s, 1, bias.element, row + i);
       };
-      combine_rows<kAlong>(scores, keys, load_bias, [](Vector score, Vector added) { return score + added; });
+      // A key with a bias of -inf is not seen, whatever q·k is.
+      combine_rows<kAlong>(scores, keys, load_bias, [](Vector score, Vector added) {
+        return added == broadcast(-kInfinity) ? added : score + added;
+      });
     }
     // Where vectors run along keys, the last one's lanes past the last key hold no scores.
     const bool partial = kAlong == Along::keys && keys % kWidth != 0;

@@ -7,11 +7,6 @@ namespace fastgpt::FASTGPT_CPU_LEVEL {
 
 int64_t attention_workspace(int64_t D, int64_t group) { return larger(wide_workspace(D, group), narrow_workspace(D)); }
 
-void attention_forward_blocks(
-    const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, int64_t count, float* workspace) {
-  run_wide(args, b, h_kv, first, count, workspace);
-}
-
 void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
   if (args.few_queries()) return run_narrow_tasks(args, begin, end, workspace);
   const int64_t groups = args.groups();
@@ -24,7 +19,7 @@ void attention_forward(const AttentionForward& args, int64_t begin, int64_t end,
     if (args.H / args.H_kv * sequence_of(args, b).queries <= kFewQueries && !args.dropout_seed) {
       if (first == 0) run_narrow(args, b, h_kv, 1, 0, workspace);
     } else {
-      attention_forward_blocks(args, b, h_kv, first, count, workspace);
+      run_wide(args, b, h_kv, first, count, workspace);
     }
   }
 }

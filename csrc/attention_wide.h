@@ -12,11 +12,6 @@
 #include "attention_forward.h"
 #include "attention_products.h"
 
-FASTGPT_DECLARE_PER_CPU_LEVEL(
-    // See run_wide.
-    void attention_forward_blocks(
-        const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, int64_t count, float* workspace);)
-
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
@@ -147,10 +142,9 @@ class WideBlock : public ForwardBlock {
     });
   }
 
-  // Returns whether all results are finite.
-  bool finish() const {
+  void finish() const {
     to_rows(acc_, q_);  // whose queries are not in use any more
-    return write_results(q_);
+    write_results(q_);
   }
 
  private:
@@ -252,14 +246,7 @@ inline void run_wide(
       blocks[i]->step(tile);
     }
   }
-  [[maybe_unused]] bool finite[kGroup];
-  for (int64_t i = 0; i < count; ++i) finite[i] = blocks[i]->finish();
-#if defined(__AMX_BF16__)
-  // Pieces make NaN of what is infinite, or almost. Floats, in less memory, make of it what it is.
-  for (int64_t i = 0; i < count; ++i) {
-    if (!finite[i]) avx512::attention_forward_blocks(args, b, h_kv, first + i, 1, workspace);
-  }
-#endif
+  for (int64_t i = 0; i < count; ++i) blocks[i]->finish();
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -43,6 +44,44 @@ py::dict build_info() {
 }
 
 using fastgpt::PageAllocator;
+
+// A Python integer (NumPy's count, bools do not), named in what is thrown if it is none.
+int64_t integer(const py::handle& value, const char* name) {
+  const py::object index = PyBool_Check(value.ptr())
+      ? py::object()
+      : py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  if (!index) {
+    PyErr_Clear();
+    throw py::type_error(std::string(name) + ": expected an integer, got " + Py_TYPE(value.ptr())->tp_name);
+  }
+  int overflow;
+  const int64_t number = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow) throw py::value_error(std::string(name) + ": expected an integer of 64 bits, got a larger one");
+  return number;
+}
+
+std::vector<int64_t> integers(const py::handle& values, const char* name) {
+  if (!PySequence_Check(values.ptr()) || PyUnicode_Check(values.ptr()) || PyBytes_Check(values.ptr())) {
+    throw py::type_error(std::string(name) + ": expected a list of integers, got " + Py_TYPE(values.ptr())->tp_name);
+  }
+  std::vector<int64_t> numbers;
+  for (const py::handle& value : py::reinterpret_borrow<py::sequence>(values)) numbers.push_back(integer(value, name));
+  return numbers;
+}
+
+// A method of one sequence, for Python.
+template <typename Result>
+auto of_sequence(Result (PageAllocator::*method)(int64_t)) {
+  return [method](PageAllocator& allocator, const py::object& sequence) {
+    return (allocator.*method)(integer(sequence, "sequence"));
+  };
+}
+template <typename Result>
+auto of_sequence(Result (PageAllocator::*method)(int64_t) const) {
+  return [method](const PageAllocator& allocator, const py::object& sequence) {
+    return (allocator.*method)(integer(sequence, "sequence"));
+  };
+}
 
 py::dict statistics(const PageAllocator& allocator) {
   const PageAllocator::Statistics numbers = allocator.statistics();
@@ -93,19 +132,28 @@ void define_page_allocator(py::module_& module) {
   py::class_<PageAllocator>(module, "PageAllocator", R"(Which sequence has which of `num_pages` pages of `page_size` tokens.
 
 Sequences are numbers. Raises ValueError for one that is unknown or was freed.)")
-      .def(py::init<int64_t, int64_t>(), py::arg("num_pages"), py::arg("page_size"))
+      .def(py::init([](const py::object& num_pages, const py::object& page_size) {
+             return std::make_unique<PageAllocator>(integer(num_pages, "num_pages"), integer(page_size, "page_size"));
+           }),
+           py::arg("num_pages"), py::arg("page_size"))
       .def("allocate", &PageAllocator::allocate, "A new sequence without tokens. Numbers are never used again.")
-      .def("fork", &PageAllocator::fork, py::arg("sequence"), "A new sequence that shares the pages of another.")
-      .def("free", &PageAllocator::free, py::arg("sequence"), "Forgets a sequence and frees the pages that only it has.")
-      .def("append", &PageAllocator::append, py::arg("sequences"), py::arg("counts"),
+      .def("fork", of_sequence(&PageAllocator::fork), py::arg("sequence"), "A new sequence that shares the pages of another.")
+      .def("free", of_sequence(&PageAllocator::free), py::arg("sequence"), "Forgets a sequence and frees the pages that only it has.")
+      .def("append", [](PageAllocator& allocator, const py::object& sequences, const py::object& counts) {
+             return allocator.append(integers(sequences, "sequences"), integers(counts, "counts"));
+           },
+           py::arg("sequences"), py::arg("counts"),
            R"(Makes room for counts[i] more tokens of sequences[i], which are distinct. Returns PageChanges.
 
 A page that is to be written and that others share is replaced by one of its own (copy-on-write).
 Raises OutOfPages before anything has changed.)")
-      .def("truncate", &PageAllocator::truncate, py::arg("sequence"), py::arg("length"),
+      .def("truncate", [](PageAllocator& allocator, const py::object& sequence, const py::object& length) {
+             allocator.truncate(integer(sequence, "sequence"), integer(length, "length"));
+           },
+           py::arg("sequence"), py::arg("length"),
            "Forgets all but the first `length` tokens.")
-      .def("length", &PageAllocator::length, py::arg("sequence"), "Tokens of a sequence.")
-      .def("pages", &PageAllocator::pages, py::arg("sequence"), "Pages of a sequence, in order of its tokens.")
+      .def("length", of_sequence(&PageAllocator::length), py::arg("sequence"), "Tokens of a sequence.")
+      .def("pages", of_sequence(&PageAllocator::pages), py::arg("sequence"), "Pages of a sequence, in order of its tokens.")
       .def("statistics", &statistics, R"(A dict: num_pages, page_size, used_pages, free_pages, shared_pages (those of
 several sequences), sequences, tokens (of all sequences; those in a shared page count for each).)")
       .def(py::pickle(&state_of, &allocator_of), "For pickle and copy.deepcopy.");

@@ -22,9 +22,9 @@ void check_slots(const KVCacheUpdate& u) {
   for (int64_t b = 0; b < u.B; ++b) {
     for (int64_t t = 0; t < u.T; ++t) {
       const int64_t problem = slot_of(u, b, t).b;
-      STD_TORCH_CHECK(problem != kOutside, "positions: expected values < ", u.capacity, " (cache capacity)");
-      STD_TORCH_CHECK(problem != kNoPage, "block_table: expected pages from 0 to ", u.pages - 1);
-      STD_TORCH_CHECK(
+      FASTGPT_CHECK(problem != kOutside, "positions: expected values < ", u.capacity, " (cache capacity)");
+      FASTGPT_CHECK(problem != kNoPage, "block_table: expected pages from 0 to ", u.pages - 1);
+      FASTGPT_CHECK(
           u.rotary_dim == 0 || index_at(u.positions, b, t) < u.angles,
           "positions: expected values < ", u.angles, " (rows of cos)");
     }
@@ -38,6 +38,14 @@ void run(const KVCacheUpdate& u) {
   const int64_t items = u.B * (u.H + 2 * u.H_kv);
   const int64_t item_bytes = std::max<int64_t>(u.T * u.D * size_of(u.element), 1);
   if (items * item_bytes <= kGrainBytes) return kernel(u, 0, items);
+  if (u.block_table) {
+    // Sequences may share a page: a head of them all is one thread's, so that of two tokens for one slot the last stays.
+    const int64_t heads = u.H + 2 * u.H_kv;
+    return torch::stable::parallel_for(
+        0, heads, std::max<int64_t>(kGrainBytes / (u.B * item_bytes), 1), [&](int64_t begin, int64_t end) {
+          for (int64_t b = 0; b < u.B; ++b) kernel(u, b * heads + begin, b * heads + end);
+        });
+  }
   torch::stable::parallel_for(
       0, items, std::max<int64_t>(kGrainBytes / item_bytes, 1),
       [&](int64_t begin, int64_t end) { kernel(u, begin, end); });
@@ -47,7 +55,8 @@ void kv_cache_update_cpu(
     const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions,
     const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale) {
-  const KVCacheUpdate u = kv_cache_arguments(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale);
+  Written written;
+  const KVCacheUpdate u = kv_cache_arguments(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale, written);
   perform([u] { run(u); });
 }
 
@@ -56,9 +65,10 @@ Tensor rope_kv_cache_update_cpu(
     const Tensor& positions, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& slots,
     bool interleaved, const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale) {
+  Written written;
   KVCacheUpdate u = kv_cache_arguments(
-      k, v, k_cache, v_cache, slots ? *slots : positions, block_table, k_scale, v_scale);
-  const Tensor q_out = add_rotation(u, q, k, positions, cos, sin, interleaved);
+      k, v, k_cache, v_cache, slots ? *slots : positions, block_table, k_scale, v_scale, written);
+  const Tensor q_out = add_rotation(u, written, q, k, positions, cos, sin, interleaved);
   perform([u] { run(u); });
   return q_out;
 }

@@ -231,7 +231,7 @@ int64_t cache_alignment(const KVCacheUpdate& u) {
 }
 
 uint32_t count32(int64_t count, const char* what) {
-  STD_TORCH_CHECK(count < int64_t{1} << 31, "k: expected less than 2^31 ", what, " in one update, got ", count);
+  FASTGPT_CHECK(count < int64_t{1} << 31, "k: expected less than 2^31 ", what, " in one update, got ", count);
   return static_cast<uint32_t>(count);
 }
 
@@ -286,7 +286,8 @@ void kv_cache_update_cuda(
     const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions,
     const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale) {
-  run(kv_cache_arguments(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale), k);
+  Written written;
+  run(kv_cache_arguments(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale, written), k);
 }
 
 Tensor rope_kv_cache_update_cuda(
@@ -294,9 +295,10 @@ Tensor rope_kv_cache_update_cuda(
     const Tensor& positions, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& slots,
     bool interleaved, const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale) {
+  Written written;
   KVCacheUpdate u = kv_cache_arguments(
-      k, v, k_cache, v_cache, slots ? *slots : positions, block_table, k_scale, v_scale);
-  const Tensor q_out = add_rotation(u, q, k, positions, cos, sin, interleaved);
+      k, v, k_cache, v_cache, slots ? *slots : positions, block_table, k_scale, v_scale, written);
+  const Tensor q_out = add_rotation(u, written, q, k, positions, cos, sin, interleaved);
   run(u, k);
   return q_out;
 }

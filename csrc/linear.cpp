@@ -60,7 +60,7 @@ void run(const Linear& l, float* x) {
 }
 
 Activation activation_of(int64_t number) {
-  STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(Activation::relu), "activation: unknown number ", number);
+  FASTGPT_CHECK(number >= 0 && number <= static_cast<int64_t>(Activation::relu), "activation: unknown number ", number);
   return static_cast<Activation>(number);
 }
 
@@ -69,26 +69,30 @@ Tensor linear_cpu(
     int64_t activation, bool gated, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
     bool rms, double norm_eps, double norm_offset) {
   const int64_t dims = x.dim();
-  STD_TORCH_CHECK(dims >= 1 && weight.dim() == 2, "x, weight: expected (..., C) and (N, C)");
-  STD_TORCH_CHECK(weight.size(1) == x.size(dims - 1), "weight: expected as many columns as x has");
-  STD_TORCH_CHECK(!gated || weight.size(0) % 2 == 0, "weight: expected an even number of rows with a gate");
-  STD_TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: expected none without norm_weight");
+  FASTGPT_CHECK(dims >= 1, "x: expected shape (..., C)");
+  FASTGPT_CHECK(weight.dim() == 2, "weight: expected shape (N, C)");
+  FASTGPT_CHECK(weight.size(1) == x.size(dims - 1), "weight: expected as many columns as x has");
+  FASTGPT_CHECK(!gated || weight.size(0) % 2 == 0, "weight: expected an even number of rows with a gate");
+  FASTGPT_CHECK(norm_weight || !norm_bias, "norm_bias: expected none without norm_weight");
   Linear l{};
-  l.element = element_of(x, "x");
+  Memory memory(x, "x");
+  l.element = memory.element();
   l.in = weight.size(1), l.out_features = gated ? weight.size(0) / 2 : weight.size(0);
   l.activation = activation_of(activation), l.gated = gated;
   std::vector<int64_t> shape = shape_of(x);
   shape.back() = l.out_features;
   l.rows = 1;
-  for (int64_t i = 0; i < dims - 1; ++i) l.rows *= shape[i];
-  STD_TORCH_CHECK(l.rows <= kMaxRows, "x: expected at most ", kMaxRows, " rows");
+  for (int64_t i = 0; i < dims - 1; ++i) {
+    if (__builtin_mul_overflow(l.rows, shape[i], &l.rows)) l.rows = INT64_MAX;
+  }
+  FASTGPT_CHECK(l.rows <= kMaxRows, "x: expected at most ", kMaxRows, " rows");
 
-  Memory memory(x);
-  l.x = memory.of(x), l.weight = memory.of(weight);
+  l.x = memory.of(x, "x"), l.weight = memory.of(weight, "weight");
   l.bias = memory.of(bias, "bias", {l.weight_rows()});
   l.residual = memory.of(residual, "residual", shape);
   l.norm.weight = memory.of(norm_weight, "norm_weight", {l.in});
   l.norm.bias = memory.of(norm_bias, "norm_bias", {l.in});
+  check_norm(norm_eps, "norm_eps", norm_offset, "norm_offset");
   l.norm.rms = rms, l.norm.eps = norm_eps, l.norm.offset = norm_offset;
   Tensor out = new_empty(x, shape);
   l.out = out.mutable_data_ptr();
@@ -100,39 +104,47 @@ Tensor linear_cpu(
 
 // Into `out`, (..., out_features), what follows the product, which is `out` itself or, if gated, twice as wide.
 void finish(
-    Linear& l, const Tensor& product, const Tensor& out, const std::optional<Tensor>& bias,
+    Linear& l, Memory& memory, const void* product, const Tensor& out, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& residual) {
-  l.element = element_of(out, "out");
+  l.element = memory.element();
   l.out = out.mutable_data_ptr();
-  Memory memory(out);
   l.bias = memory.of(bias, "bias", {l.weight_rows()});
   l.residual = memory.of(residual, "residual", shape_of(out));
-  const void* source = memory.of(product);
   const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_finish);
   // A number takes about as long as 16 multiply-adds.
   for_tasks(out.numel() / std::max<int64_t>(l.out_features, 1), 16 * l.weight_rows() + 1, [&](int64_t begin, int64_t end) {
-    kernel(l, source, begin, end);
+    kernel(l, product, begin, end);
   });
 }
 
 void linear_finish_cpu(
     const Tensor& out, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t activation) {
-  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: expected a contiguous tensor (..., N)");
+  FASTGPT_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: expected a contiguous tensor (..., N)");
   Linear l{};
   l.out_features = out.size(out.dim() - 1), l.activation = activation_of(activation);
-  finish(l, out, out, bias, residual);
+  Memory memory(out, "out");
+  memory.check(out, "out");
+  const Region written = region_of(out, out.const_data_ptr(), size_of(memory.element()));
+  const auto check_apart = [&](const std::optional<Tensor>& x, const char* name) {
+    FASTGPT_CHECK(
+        !x || !overlap(region_of(*x, x->const_data_ptr(), written.size), written), name, ": expected memory apart from out");
+  };
+  check_apart(bias, "bias"), check_apart(residual, "residual");
+  finish(l, memory, out.const_data_ptr(), out, bias, residual);
 }
 
 Tensor linear_gate_cpu(
     const Tensor& product, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
     int64_t activation) {
   std::vector<int64_t> shape = shape_of(product);
-  STD_TORCH_CHECK(!shape.empty() && shape.back() % 2 == 0, "product: expected shape (..., 2N)");
+  FASTGPT_CHECK(!shape.empty() && shape.back() % 2 == 0, "product: expected shape (..., 2N)");
   shape.back() /= 2;
   Linear l{};
   l.out_features = shape.back(), l.activation = activation_of(activation), l.gated = true;
+  Memory memory(product, "product");
+  const void* source = memory.of(product, "product");
   const Tensor out = new_empty(product, shape);
-  finish(l, product, out, bias, residual);
+  finish(l, memory, source, out, bias, residual);
   return out;
 }
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -17,28 +17,44 @@ using torch::stable::Tensor;
 
 inline std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
-// Checks tensors and hands out their memory; copies what is not contiguous.
+// The numbers of a norm.
+inline void check_norm(double eps, const char* eps_name, double offset, const char* offset_name) {
+  FASTGPT_CHECK(eps >= 0.0 && std::isfinite(eps), eps_name, ": expected a finite number >= 0");
+  FASTGPT_CHECK(std::isfinite(offset), offset_name, ": expected a finite number");
+}
+
+// Checks tensors and hands out their memory; copies what is not contiguous. All are of the first one's format.
 class Memory {
  public:
-  explicit Memory(const Tensor& x) : dtype_(dtype_of(x)) {}
+  Memory(const Tensor& x, const char* name)
+      : element_(floating_element_of(x, name)), dtype_(dtype_of(x)), size_(size_of(element_)) {}
 
-  const void* of(const Tensor& tensor) {
-    STD_TORCH_CHECK(dtype_of(tensor) == dtype_, "expected tensors of one dtype");
+  Element element() const { return element_; }
+
+  void check(const Tensor& tensor, const char* name) const {
+    FASTGPT_CHECK(dtype_of(tensor) == dtype_, name, ": expected the dtype of the other tensors");
+    check_cpu(tensor, name);
+    check_storage(tensor, name, size_);
+  }
+
+  const void* of(const Tensor& tensor, const char* name) {
+    check(tensor, name);
     if (tensor.is_contiguous()) return tensor.const_data_ptr();
     return copies_.emplace_back(torch::stable::contiguous(tensor)).const_data_ptr();
   }
 
   const void* of(const std::optional<Tensor>& tensor, const char* name, const std::vector<int64_t>& shape) {
     if (!tensor) return nullptr;
-    const auto sizes = tensor->sizes();
-    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name, ": unexpected shape");
-    return of(*tensor);
+    check_shape(*tensor, name, shape);
+    return of(*tensor, name);
   }
 
   bool copied() const { return !copies_.empty(); }
 
  private:
+  Element element_;
   int32_t dtype_;
+  int64_t size_;
   std::vector<Tensor> copies_;
 };
 

@@ -17,9 +17,10 @@ namespace {
 
 // Dimensions that lie in memory like one count as one. A tensor with more than kRowDims of them, or whose last one is not
 // contiguous, is copied.
-StridedRows rows_of(const Tensor& x, Memory& memory, Element element) {
+StridedRows rows_of(const Tensor& x, const char* name, Memory& memory) {
+  memory.check(x, name);
   const auto sizes = x.sizes(), strides = x.strides();
-  const int64_t last = x.dim() - 1, size = size_of(element);
+  const int64_t last = x.dim() - 1, size = size_of(memory.element());
   StridedRows rows;
   int n = 0;
   bool fits = strides[last] == 1 || sizes[last] <= 1;
@@ -35,11 +36,10 @@ StridedRows rows_of(const Tensor& x, Memory& memory, Element element) {
     }
   }
   if (fits) {
-    STD_TORCH_CHECK(element_of(x, "residual") == element, "expected tensors of one dtype");
     rows.data = static_cast<const char*>(x.const_data_ptr());
     return rows;
   }
-  const char* copy = static_cast<const char*>(memory.of(x));
+  const char* copy = static_cast<const char*>(memory.of(x, name));
   return {copy, {x.numel() / std::max<int64_t>(sizes[last], 1), 1, 1}, {sizes[last] * size, 0, 0}};
 }
 
@@ -56,19 +56,20 @@ Tensor norm_cpu(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
     bool rms, double eps, double offset) {
   const std::vector<int64_t> shape = shape_of(x);
-  STD_TORCH_CHECK(!shape.empty(), "x: expected shape (..., C)");
+  FASTGPT_CHECK(!shape.empty(), "x: expected shape (..., C)");
   NormRows n{};
-  n.element = element_of(x, "x");
+  Memory memory(x, "x");
+  n.element = memory.element();
   n.count = shape.back();
   n.rows = n.count > 0 ? x.numel() / n.count : 0;
-  Memory memory(x);
   n.norm.weight = memory.of(weight, "weight", {n.count});
   n.norm.bias = memory.of(bias, "bias", {n.count});
+  check_norm(eps, "eps", offset, "offset");
   n.norm.rms = rms, n.norm.eps = eps, n.norm.offset = offset;
-  n.x = rows_of(x, memory, n.element);
+  n.x = rows_of(x, "x", memory);
   if (residual) {
-    STD_TORCH_CHECK(shape_of(*residual) == shape, "residual: unexpected shape");
-    n.residual = rows_of(*residual, memory, n.element);
+    check_shape(*residual, "residual", shape);
+    n.residual = rows_of(*residual, "residual", memory);
   }
   const Tensor out = new_empty(x, shape);
   n.out = out.mutable_data_ptr();

@@ -1,6 +1,7 @@
 #include "page_allocator.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <string>
 #include <utility>
 
@@ -15,7 +16,9 @@ void expect(bool condition, const std::string& message) {
 
 PageAllocator::PageAllocator(int64_t num_pages, int64_t page_size) : page_size_(page_size) {
   expect(num_pages >= 0, "num_pages: expected an integer >= 0, got " + std::to_string(num_pages));
+  expect(num_pages <= INT32_MAX, "num_pages: expected at most 2^31 - 1, got " + std::to_string(num_pages));
   expect(page_size >= 1, "page_size: expected an integer >= 1, got " + std::to_string(page_size));
+  expect(page_size <= INT32_MAX, "page_size: expected at most 2^31 - 1, got " + std::to_string(page_size));
   owners_.assign(num_pages, 0);
   free_.resize(num_pages);
   for (int64_t i = 0; i < num_pages; ++i) free_[i] = num_pages - 1 - i;
@@ -99,6 +102,9 @@ PageAllocator::Changes PageAllocator::append(
   for (size_t i = 0; i < sequences.size(); ++i) {
     Sequence& sequence = find(sequences[i]);
     expect(counts[i] >= 0, "counts: expected integers >= 0, got " + std::to_string(counts[i]));
+    if (counts[i] > num_pages() * page_size_) {
+      throw OutOfPages("pages: expected room for " + std::to_string(counts[i]) + " tokens in all pages together");
+    }
     const int64_t pages = pages_for(sequence.length + counts[i]);
     new_pages += pages - static_cast<int64_t>(sequence.pages.size());
     sequence.pages.reserve(pages);
