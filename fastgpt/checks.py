@@ -2,6 +2,7 @@
 came: TypeError for a wrong type or dtype, ValueError for a wrong shape, layout, device or range."""
 
 import operator
+import re
 import sys
 
 import torch
@@ -10,14 +11,25 @@ SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # what torch.compile an
 
 
 def require_tensor(name: str, value, ndim: int | None = None) -> None:
-    """A plain strided tensor: neither nested nor sparse, which kernels cannot read."""
+    """A plain strided tensor, neither nested nor sparse, which kernels cannot read, whose storage holds it."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.is_nested or value.layout is not torch.strided:
         got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name}: expected a strided tensor, got {got}")
+    if not torch.compiler.is_compiling() and not _is_within_storage(value):
+        raise ValueError(f"{name}: expected a storage that holds the tensor, got one that was resized")
     if ndim is not None and value.dim() != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
+
+
+def _is_within_storage(x: torch.Tensor) -> bool:
+    try:
+        size = x.untyped_storage().nbytes()
+    except RuntimeError:  # a wrapper, of torch.func for example, has none of its own
+        return True
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
+    return 0 in x.shape or (x.storage_offset() + last + 1) * x.element_size() <= size
 
 
 def require_shape(name: str, value: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -30,6 +42,13 @@ def require_dtype(name: str, value: torch.Tensor, allowed: tuple[torch.dtype, ..
         raise TypeError(f"{name}: expected dtype {' or '.join(map(str, allowed))}, got {value.dtype}")
 
 
+def require_dtype_of(name: str, value: torch.Tensor, x: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """The dtype of x; under autocast, which converts them, any that is allowed."""
+    device = x.device.type
+    under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    require_dtype(name, value, allowed if under_autocast else (x.dtype,))
+
+
 def require_device(name: str, value: torch.Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
@@ -40,6 +59,16 @@ def require_last_dim_contiguous(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected a contiguous last dimension (stride 1), got strides {value.stride()}")
 
 
+def require_apart(name: str, value: torch.Tensor) -> None:
+    """No two numbers of what is written share memory, as far as the order of strides tells: each is past what smaller ones
+    reach."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(value.stride(), value.shape) if size > 1):
+        if stride <= reach and value.numel():
+            raise ValueError(f"{name}: expected numbers that share no memory with each other, got strides {value.stride()}")
+        reach += (size - 1) * stride
+
+
 def require_broadcastable(name: str, value: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
     sizes = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
     if value.dim() > len(shape) or any(size not in (1, whole) for size, whole in zip(sizes, shape)):
@@ -48,12 +77,12 @@ def require_broadcastable(name: str, value: torch.Tensor, shape: tuple[int, ...]
 
 def require_choice(name: str, value, choices) -> None:
     if not (value is None or isinstance(value, str)) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {_shown(value)}")
 
 
 def require_flag(name: str, value) -> None:
     if not isinstance(value, (bool, torch.SymBool)):
-        raise TypeError(f"{name}: expected a bool, got {value!r}")
+        raise TypeError(f"{name}: expected a bool, got {_shown(value)}")
 
 
 def require_integer(name: str, value, least: int | None = None, most: int | None = None, optional: bool = False) -> int | None:
@@ -63,14 +92,13 @@ def require_integer(name: str, value, least: int | None = None, most: int | None
     expected = "an integer" + _bounds(least, most) + (" or None" if optional else "")
     if not isinstance(value, SYMBOLS):
         try:
-            integer = None if isinstance(value, (bool, torch.Tensor)) else operator.index(value)
+            if isinstance(value, (bool, torch.Tensor)):
+                raise TypeError
+            value = operator.index(value)
         except TypeError:
-            integer = None
-        if integer is None:
-            raise TypeError(f"{name}: expected {expected}, got {value!r}")
-        value = integer
+            raise TypeError(f"{name}: expected {expected}, got {_shown(value)}") from None
     if (least is not None and value < least) or (most is not None and value > most):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
     return value
 
 
@@ -84,21 +112,37 @@ def require_number(
     expected = "a finite number" + _bounds(least, most, above, below) + (" or None" if optional else "")
     if isinstance(value, SYMBOLS):
         return value
-    try:
-        convert = int if isinstance(value, int) else float  # an int may be too large for a float, or lose digits
-        number = None if isinstance(value, (bool, str, bytes, torch.Tensor)) else convert(value)
-    except (TypeError, ValueError):
-        number = None
+    number = None
+    if not isinstance(value, (bool, str, bytes, bytearray, torch.Tensor)):
+        for convert in operator.index, float:
+            try:
+                number = convert(value)
+                break
+            except TypeError:
+                pass
     if number is None:
-        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+        raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
     value = number
     outside = (
         (least is not None and value < least) or (most is not None and value > most)
         or (above is not None and value <= above) or (below is not None and value >= below)
     )  # fmt: skip
     if outside or not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be larger than any float
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
     return value
+
+
+def argument_error(error: Exception) -> Exception:
+    """What a compiled operation raised: as a ValueError, if the message begins with an argument's name, else as it is."""
+    message = str(error).partition("\n")[0]
+    return ValueError(message) if re.match(r"[a-z_]+: (un)?expected ", message) else error
+
+
+def _shown(value) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # of an integer that has too many digits
+        return f"{type(value).__name__} too long to show"
 
 
 def _bounds(least=None, most=None, above=None, below=None) -> str:

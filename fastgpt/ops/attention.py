@@ -6,10 +6,14 @@ from typing import NamedTuple
 import torch
 
 from fastgpt.checks import (
+    argument_error,
     require_broadcastable,
     require_device,
     require_dtype,
+    require_flag,
+    require_integer,
     require_last_dim_contiguous,
+    require_number,
     require_shape,
     require_tensor,
 )
@@ -21,6 +25,9 @@ from fastgpt.ops.quantisation import QUANTISED_DTYPES, dequantise
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+# Kernels compute in fp32: a scale fits, and neither a soft cap nor its inverse is subnormal.
+LARGEST_SCALE = torch.finfo(torch.float32).max
+SOFTCAPS = 2.0**-126, 2.0**126
 
 
 class Call(NamedTuple):
@@ -66,7 +73,9 @@ def attention(
         score[b,h,i,j] = cap(scale * q[b,h,i]·k[b,h//g,j]) - alibi_slopes[h] |i + L - T - j| + bias[b,h,i,j]
         cap(x) = softcap * tanh(x / softcap),   L = kv_lengths[b] or S: query i is at position i + L - T
 
-    over the keys j that causal, window, kv_lengths and mask leave to query i.
+    over the keys j that causal, window, kv_lengths and mask leave to query i, and whose score is above -inf: a bias of -inf
+    hides a key as a mask does. On a CPU and in the reference, what a query does not see does not reach its results, nor
+    either's gradients, even where it is NaN; on CUDA that holds for keys past kv_lengths and pages that are not read.
 
     Args:
         q: (B, H, T, D) fp16|bf16|fp32, D <= 256, last dimension contiguous, other strides free. fp64 too, which only
@@ -80,7 +89,7 @@ def attention(
         window: query i sees only keys with j > i + L - T - window: if causal, the last `window` ones, that at its own
             position included. window=2 attends  0 0 1 1 0
                                                  0 0 0 1 1
-        softcap: bound on the scaled scores, > 0.
+        softcap: bound on the scaled scores, from 2^-126 to 2^126.
         alibi_slopes: (H,) fp32, a penalty on distance (arXiv 2108.12409).
         sinks: (H,), floating point: one more logit a head in the softmax's denominator, which attends to nothing. It
             counts in lse. Differentiable.
@@ -120,21 +129,33 @@ def attention(
         q, k, v, causal, scale, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale,
         v_scale, dropout_p, dropout_seed,
     )  # fmt: skip
+    # What PyTorch's dispatcher would take for something else: it has causal=None, and True for a number.
+    if not (
+        type(causal) is bool and type(dropout_p) is float and (scale is None or type(scale) is float)
+        and (window is None or type(window) is int) and (softcap is None or type(softcap) is float)
+        and dropout_seed is None and type(return_lse) is bool
+    ):  # fmt: skip
+        require_flag("return_lse", return_lse)
+        call = _check(call)
+        if call.dropout_p == 0:
+            call = call._replace(dropout_seed=None)
+        scale, dropout_p = call.scale, call.dropout_p
     try:
         chosen = choose("attention", IMPLEMENTATIONS, impl, call)
         if chosen != "cpp" or dropout_p > 0:  # cpp checks for itself, in a fraction of the time, all but the seed
-            _check(call)
+            call = _check(call)
         if dropout_p > 0:
             call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device))
         if chosen == "reference":
-            return attention_reference(**call._asdict(), return_lse=return_lse)
+            _check_pages(k, block_table, kv_lengths)
+            return _reference(call, return_lse)
         if scale is None:
             call = call._replace(scale=1.0 / math.sqrt(q.shape[-1]))
         out, lse = _Attention.apply(*call) if _needs_gradients(call) else _attention_forward(*call)
-    except (RuntimeError, AttributeError):
+    except Exception as error:
         _check(call)  # raises the error that names the argument
         _check_pages(k, block_table, kv_lengths)
-        raise
+        raise argument_error(error)
     return (out, lse) if return_lse else out
 
 
@@ -155,15 +176,14 @@ def attention_varlen(
     Returns: out (total_q, H, D); with return_lse the pair (out, lse), lse (H, total_q) fp32.
     Raises: TypeError, ValueError as `attention`; on CPU also for cu_seqlens that are not as above.
     """
-    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    require_flag("return_lse", return_lse)
     call = _packed_call(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         dropout_p=dropout_p, dropout_seed=dropout_seed,
     )  # fmt: skip
-    _check_packing(call, packing)
+    packing = _check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
     chosen = choose("attention_varlen", VARLEN_IMPLEMENTATIONS, impl, call)
-    if dropout_p > 0:
-        call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device))
+    call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device) if call.dropout_p > 0 else None)
     if scale is None:
         call = call._replace(scale=1.0 / math.sqrt(q.shape[-1]))
     if chosen == "reference":
@@ -175,13 +195,20 @@ def attention_varlen(
 
 
 def attention_varlen_reference(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, return_lse=False, impl=None, **options
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
+    *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, dropout_p=0.0,
+    dropout_seed=None, return_lse=False, impl=None,
 ):  # fmt: skip
     """The same function in plain PyTorch: `attention_reference` of one sequence after the other."""
-    call = _packed_call(q, k, v, **options)
+    require_flag("return_lse", return_lse)
+    call = _packed_call(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        dropout_p=dropout_p, dropout_seed=dropout_seed,
+    )  # fmt: skip
+    packing = _check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
     if call.dropout_p > 0:
         call = call._replace(dropout_seed=seed_tensor(call.dropout_seed, q.device))
-    out, lse = _varlen_reference(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
+    out, lse = _varlen_reference(call, packing)
     out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
 
@@ -190,9 +217,7 @@ def _packed_call(q, k, v, **options) -> Call:
     """Checked; q, k, v as (1, heads, total, D): one sequence whose batch dimension does not count."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require_tensor(name, x, 3)
-    call = Call(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), **options)
-    _check(call)
-    return call
+    return _check(Call(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), **options))
 
 
 def _varlen_reference(call: Call, packing: Packing):
@@ -200,13 +225,18 @@ def _varlen_reference(call: Call, packing: Packing):
     outs, lses = [], []
     for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:])):
         part = call._replace(q=call.q[:, :, q0:q1], k=call.k[:, :, k0:k1], v=call.v[:, :, k0:k1])
-        out, lse = attention_reference(**part._asdict(), return_lse=True, dropout_batch=b)
+        out, lse = _reference(part, return_lse=True, dropout_batch=b)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
-def _check_packing(call: Call, packing: Packing):
+def _check_packing(call: Call, packing: Packing) -> Packing:
+    """The packing with plain integers; raises TypeError or ValueError for what does not fit the call."""
+    packing = packing._replace(
+        max_q=require_integer("max_q", packing.max_q, 0, 2**63 - 1), max_k=require_integer("max_k", packing.max_k, 0, 2**63 - 1)
+    )
+    require_tensor("cu_seqlens_q", packing.cu_seqlens_q, 1)
     for name, total in (("cu_seqlens_q", call.q.shape[2]), ("cu_seqlens_k", call.k.shape[2])):
         x = getattr(packing, name)
         require_tensor(name, x, 1)
@@ -222,68 +252,98 @@ def _check_packing(call: Call, packing: Packing):
             if lengths.max() > longest:
                 limit = "max_q" if name == "cu_seqlens_q" else "max_k"
                 raise ValueError(f"{limit}: expected at least {lengths.max().item()}, the longest sequence, got {longest}")
+    return packing
 
 
 def attention_reference(
     q, k, v,
     *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None, bias=None,
     kv_lengths=None, block_table=None, k_scale=None, v_scale=None, dropout_p=0.0, dropout_seed=None,
-    return_lse=False, impl=None, dropout_batch=0,
+    return_lse=False, impl=None,
 ):  # fmt: skip
     """The same function in plain PyTorch: every device, every float dtype (float64 too), differentiable.
 
-    Scores and softmax are computed in fp32 at least. Holds the (B, H, T, S) scores in memory. dropout_batch: what the
-    first sequence counts as in dropout's random numbers.
+    Scores and softmax are computed in fp32 at least. Holds the (B, H, T, S) scores in memory.
     """
+    require_flag("return_lse", return_lse)
+    call = Call(
+        q, k, v, causal, scale, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale,
+        v_scale, dropout_p, dropout_seed,
+    )  # fmt: skip
+    call = _check(call)
     _check_pages(k, block_table, kv_lengths)
+    return _reference(call, return_lse)
+
+
+def _reference(call: Call, return_lse: bool, dropout_batch: int = 0):
+    """dropout_batch: what the first sequence counts as in dropout's random numbers."""
+    q, k, v, block_table = call.q, call.k, call.v, call.block_table
     out_dtype, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(dtype), _keys(k, k_scale, block_table, dtype), _keys(v, v_scale, block_table, dtype)
+    q, k, v = q.to(dtype), _keys(k, call.k_scale, block_table, dtype), _keys(v, call.v_scale, block_table, dtype)
     B, H, T, D = q.shape
     H_kv, S = k.shape[1], k.shape[2]
-    scale = 1.0 / math.sqrt(D) if scale is None else scale
+    scale = 1.0 / math.sqrt(D) if call.scale is None else call.scale
 
     key = torch.arange(S, device=q.device)
     query = torch.arange(T, device=q.device).unsqueeze(1)
-    if kv_lengths is None:
+    if call.kv_lengths is None:
         lengths = S
         hidden = torch.zeros(T, S, dtype=torch.bool, device=q.device)
     else:
-        lengths = kv_lengths.clamp(0, S).view(B, 1, 1, 1)
+        lengths = call.kv_lengths.clamp(0, S).view(B, 1, 1, 1)
         hidden = (key >= lengths).expand(B, 1, T, S)
-        # A key that is never read must not reach the sums, not even as 0 · NaN.
-        v = v.masked_fill((key >= lengths).transpose(-2, -1), 0.0)
     own = query + lengths - T  # the query's position among the keys
-    if causal:
+    if call.causal:
         hidden = hidden | (key > own)
-    if window is not None:
-        hidden = hidden | (key <= own - window)
-    if mask is not None:
-        hidden = hidden | ~mask
-    blind = hidden.all(-1, keepdim=True)  # rows that see no key
-    hidden = hidden & ~blind  # softmax over a row of -inf is NaN; such a row is zeroed below instead
+    if call.window is not None:
+        hidden = hidden | (key - own <= -call.window)
+    if call.mask is not None:
+        hidden = hidden | ~call.mask
+    if call.bias is not None:
+        hidden = hidden | (call.bias == -torch.inf)
 
     if H != H_kv:
         k = k.repeat_interleave(H // H_kv, dim=1)  # (B, H, S, D)
         v = v.repeat_interleave(H // H_kv, dim=1)
-    scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, T, S)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(dtype).view(H, 1, 1) * (own - key).abs()
-    if bias is not None:
-        scores = scores + bias.to(dtype)
-    scores = scores.masked_fill(hidden, float("-inf"))
-    if sinks is not None:
-        sink = sinks.to(dtype).view(H, 1, 1).expand(B, H, T, 1).masked_fill(blind, float("-inf"))
+    scores = _products(q * scale, k)  # (B, H, T, S)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.alibi_slopes is not None:
+        scores = scores - call.alibi_slopes.to(dtype).view(H, 1, 1) * (own - key).abs()
+    if call.bias is not None:
+        scores = scores + call.bias.to(dtype)
+    hidden = hidden | (scores == -torch.inf)
+    blind = hidden.all(-1, keepdim=True)  # rows that see no key
+    # Softmax over a row of -inf is NaN; such a row is zeroed below.
+    scores = scores.masked_fill(hidden, -torch.inf).masked_fill(blind, 0.0)
+    if call.sinks is not None:
+        sink = call.sinks.to(dtype).view(H, 1, 1).expand(B, H, T, 1).masked_fill(blind, 0.0)
         scores = torch.cat([scores, sink], dim=-1)
-    weights = scores.softmax(-1)[..., :S]
-    if dropout_p > 0:
-        seed = seed_tensor(dropout_seed, q.device)
-        weights = weights * keep_mask(seed, dropout_p, B, H, T, S, q.device, dropout_batch) / (1.0 - dropout_p)
-    out = (weights @ v).masked_fill(blind, 0.0).to(out_dtype)
+    weights = scores.softmax(-1)[..., :S].masked_fill(hidden, 0.0)
+    kept = ~hidden
+    if call.dropout_p > 0:
+        keep = keep_mask(seed_tensor(call.dropout_seed, q.device), call.dropout_p, B, H, T, S, q.device, dropout_batch)
+        weights, kept = weights * keep / (1.0 - call.dropout_p), kept & keep
+    out = _weighted(weights, kept, v).to(out_dtype)
     if not return_lse:
         return out
-    return out, scores.logsumexp(-1).masked_fill(blind.squeeze(-1), float("-inf")).to(dtype)
+    return out, scores.logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf).to(dtype)
+
+
+def _products(q, k):
+    """q (..., T, D) · k (..., S, D), whose gradients do not meet what is not finite: of a score that nobody uses they are 0,
+    and 0 times infinity or NaN would be NaN."""
+    finite_q, finite_k = (torch.where(x.isfinite(), x, 0.0) for x in (q, k))
+    true = q.detach() @ k.detach().transpose(-2, -1)
+    return torch.where(true.isfinite(), finite_q @ finite_k.transpose(-2, -1), true)
+
+
+def _weighted(weights, seen, v):
+    """weights (..., T, S) · v (..., S, D), of what is not finite in v only what is seen (..., T, S)."""
+    infinite = torch.cat([v.isnan() | (v == torch.inf), v.isnan() | (v == -torch.inf)], dim=-1)
+    up, down = (seen.to(v.dtype) @ infinite.to(v.dtype) > 0).chunk(2, dim=-1)
+    beyond = torch.where(up, torch.inf, 0.0) - torch.where(down, torch.inf, 0.0)  # both: NaN
+    return weights @ torch.where(v.isfinite(), v, 0.0) + beyond.to(v.dtype)
 
 
 def _keys(x, scale, block_table, dtype):
@@ -297,7 +357,8 @@ def _keys(x, scale, block_table, dtype):
     return x.to(dtype) if scale is None else dequantise(x, scale, dtype)
 
 
-def _check(call: Call):
+def _check(call: Call) -> Call:
+    """The call with plain numbers; raises TypeError or ValueError, named after the argument, for what the contract excludes."""
     q, k, v, block_table = call.q, call.k, call.v, call.block_table
     require_tensor("q", q, 4)
     require_tensor("k", k, 4)
@@ -353,20 +414,23 @@ def _check(call: Call):
         require_device(name, tensor, q.device)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         require_last_dim_contiguous(name, tensor)
-    if call.scale is not None and not isinstance(call.scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"scale: expected a float or None, got {type(call.scale).__name__}")
-    if call.window is not None and (not isinstance(call.window, (int, torch.SymInt)) or call.window < 1):
-        raise ValueError(f"window: expected an integer >= 1 or None, got {call.window!r}")
-    if call.softcap is not None and not call.softcap > 0:
-        raise ValueError(f"softcap: expected a number > 0 or None, got {call.softcap!r}")
-    if not 0 <= call.dropout_p < 1:
-        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {call.dropout_p!r}")
-    seed = call.dropout_seed
-    if isinstance(seed, torch.Tensor):
-        require_dtype("dropout_seed", seed, (torch.int64,))
-        require_shape("dropout_seed", seed, (1,), "(1,)")
-    elif seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
-        raise ValueError(f"dropout_seed: expected an integer in [0, 2^63) or None, got {seed!r}")
+    require_flag("causal", call.causal)
+    if isinstance(call.dropout_seed, torch.Tensor):
+        require_tensor("dropout_seed", call.dropout_seed)
+        require_dtype("dropout_seed", call.dropout_seed, (torch.int64,))
+        require_shape("dropout_seed", call.dropout_seed, (1,), "(1,)")
+    else:
+        require_integer("dropout_seed", call.dropout_seed, 0, 2**63 - 1, optional=True)
+    return call._replace(
+        scale=_float(require_number("scale", call.scale, -LARGEST_SCALE, LARGEST_SCALE, optional=True)),
+        window=require_integer("window", call.window, 1, 2**63 - 1, optional=True),
+        softcap=_float(require_number("softcap", call.softcap, *SOFTCAPS, optional=True)),
+        dropout_p=_float(require_number("dropout_p", call.dropout_p, least=0, below=1)),
+    )
+
+
+def _float(number):
+    return float(number) if isinstance(number, int) else number
 
 
 def _check_pages(k, block_table, kv_lengths):
@@ -385,16 +449,16 @@ def _check_pages(k, block_table, kv_lengths):
 
 def explain(q, k, v, *, return_lse=False, impl=None, **options):
     """Implementation -> "chosen", "available", or why it refuses this call."""
-    call = Call(q, k, v, **options)
-    _check(call)
-    return explain_call(IMPLEMENTATIONS, call)
+    require_flag("return_lse", return_lse)
+    return explain_call(IMPLEMENTATIONS, _check(Call(q, k, v, **options)), impl=impl)
 
 
 def explain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, return_lse=False, impl=None, **options):
     """The same for attention_varlen."""
+    require_flag("return_lse", return_lse)
     call = _packed_call(q, k, v, **options)
     _check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
-    return explain_call(VARLEN_IMPLEMENTATIONS, call)
+    return explain_call(VARLEN_IMPLEMENTATIONS, call, impl=impl)
 
 
 def _needs_gradients(call: Call) -> bool:

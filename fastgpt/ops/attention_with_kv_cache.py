@@ -11,7 +11,7 @@ import torch
 from fastgpt.ops import attention as attending
 from fastgpt.ops import kv_cache_update as updating
 from fastgpt.ops.attention import Call, attention, attention_reference
-from fastgpt.checks import require_tensor
+from fastgpt.checks import require_device, require_dtype, require_flag, require_tensor
 from fastgpt.ops.derivatives import derivatives_refused
 from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.kv_cache_update import (
@@ -66,13 +66,13 @@ def attention_with_kv_cache(
     new = (k, v, positions, cos, sin, slots, interleaved)
     chosen = choose("attention_with_kv_cache", IMPLEMENTATIONS, impl, call, new) if q.is_cuda or impl is not None else "apart"
     if chosen != "triton":
-        attending._check(call)  # before the update writes, which checks what it takes itself
+        call = _check_reading(call, interleaved, counters, return_lse)  # before the update writes, which checks what it takes
         return _one_after_the_other(call, new, return_lse, "reference" if chosen == "reference" else None)
-    _check(call, new)
+    call = _check(call, new, counters, return_lse)
     out, lse = _attention_with_kv_cache(
         q, k, v, k_cache, v_cache, positions if slots is None else slots, counters, causal,
-        1.0 / math.sqrt(q.shape[-1]) if scale is None else scale, None if cos is None else positions, cos, sin,
-        interleaved, kv_lengths, block_table, k_scale, v_scale, window, softcap, alibi_slopes, sinks,
+        1.0 / math.sqrt(q.shape[-1]) if scale is None else call.scale, None if cos is None else positions, cos, sin,
+        interleaved, kv_lengths, block_table, k_scale, v_scale, call.window, call.softcap, alibi_slopes, sinks,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -83,6 +83,12 @@ def attention_with_kv_cache_reference(
     causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, return_lse=False, impl=None,
 ):  # fmt: skip
     """The same function in plain PyTorch, on every device: the update's reference, then the attention's."""
+    call = Call(
+        q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,
+        block_table=block_table, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+    _check(call, (k, v, positions, cos, sin, slots, interleaved), counters, return_lse)
+    attending._check_pages(k_cache, block_table, kv_lengths)
     cache = {"block_table": block_table, "k_scale": k_scale, "v_scale": v_scale}
     if cos is None and sin is None:
         kv_cache_update_reference(k, v, k_cache, v_cache, positions if slots is None else slots, **cache)
@@ -109,8 +115,22 @@ def _one_after_the_other(call: Call, new: tuple, return_lse: bool, impl: str | N
     return attention(**call._asdict(), return_lse=return_lse, impl=impl)
 
 
-def _check(call: Call, new: tuple):
-    k, v, positions, cos, sin, slots, _ = new
+def _check_reading(call: Call, interleaved, counters, return_lse) -> Call:
+    """All but what the update takes."""
+    require_flag("interleaved", interleaved)
+    require_flag("return_lse", return_lse)
+    call = attending._check(call)
+    if counters is not None:
+        require_tensor("counters", counters)
+        require_dtype("counters", counters, (torch.int32,))
+        require_device("counters", counters, call.q.device)
+        if not counters.is_contiguous():
+            raise ValueError(f"counters: expected a contiguous tensor, got strides {counters.stride()}")
+    return call
+
+
+def _check(call: Call, new: tuple, counters, return_lse) -> Call:
+    k, v, positions, cos, sin, slots, interleaved = new
     if cos is None and sin is None:
         name, stored = ("positions", positions) if slots is None else ("slots", slots)
         updating._check(k, v, call.k, call.v, stored, call.block_table, call.k_scale, call.v_scale, name)
@@ -118,7 +138,7 @@ def _check(call: Call, new: tuple):
         updating._check_rope(
             call.q, k, v, call.k, call.v, positions, cos, sin, slots, call.block_table, call.k_scale, call.v_scale
         )
-    attending._check(call)
+    return _check_reading(call, interleaved, counters, return_lse)
 
 
 def explain(
@@ -131,8 +151,8 @@ def explain(
         q, k_cache, v_cache, kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale, **options
     )
     new = (k, v, positions, cos, sin, slots, interleaved)
-    _check(call, new)
-    return explain_call(IMPLEMENTATIONS, call, new)
+    _check(call, new, counters, return_lse)
+    return explain_call(IMPLEMENTATIONS, call, new, impl=impl)
 
 
 def _triton_refuses(call: Call, new: tuple):

@@ -17,6 +17,11 @@ def runs_elsewhere(kind: str, name: str, device: torch.device) -> str:
     return f"it runs on {kind} tensors, and {name} is on {device}"
 
 
+def require_impl(implementations: dict, impl) -> None:
+    if impl is not None and not (isinstance(impl, str) and impl in implementations):
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, implementations))} or None, got {impl!r}")
+
+
 def choose(operation: str, implementations: dict, impl: str | None, *call) -> str:
     """The name of the implementation that serves this call.
 
@@ -32,16 +37,16 @@ def choose(operation: str, implementations: dict, impl: str | None, *call) -> st
             if refuses(*call) is None:
                 return name
         raise ValueError(f"{operation}: no implementation serves this call: {explain_call(implementations, *call)}")
-    if impl not in implementations:
-        raise ValueError(f"impl: expected one of {', '.join(map(repr, implementations))} or None, got {impl!r}")
+    require_impl(implementations, impl)
     reason = implementations[impl](*call)
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot serve this call: {reason}")
     return impl
 
 
-def explain_call(implementations: dict, *call) -> dict[str, str]:
-    """implementation -> "chosen", "available", or why it refuses the call."""
+def explain_call(implementations: dict, *call, impl: str | None = None) -> dict[str, str]:
+    """implementation -> "chosen", "available", or why it refuses the call. impl: as the call has it; it must be a known one."""
+    require_impl(implementations, impl)
     reasons = {name: refuses(*call) for name, refuses in implementations.items()}
     able = [name for name, reason in reasons.items() if reason is None]
     return {

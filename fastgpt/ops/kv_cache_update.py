@@ -3,14 +3,17 @@
 import torch
 
 from fastgpt.checks import (
+    argument_error,
+    require_apart,
     require_device,
     require_dtype,
+    require_flag,
     require_last_dim_contiguous,
     require_shape,
     require_tensor,
 )
 from fastgpt.ops.derivatives import derivatives_refused
-from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
+from fastgpt.ops.implementations import choose, explain_call, require_impl, runs_elsewhere
 from fastgpt.ops.library import CUDA_MISSING, library
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, quantise
 
@@ -27,9 +30,11 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
         k, v: (B, H_kv, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free. fp64 too, which only the
             reference serves.
         k_cache, v_cache: (B, H_kv, S, D), or with a block table a pool of pages (num_pages, H_kv, page, D); dtype of
-            k, or int8 or float8_e4m3fn; strides likewise; written.
+            k, or int8 or float8_e4m3fn; strides likewise; written. No two of their numbers, nor of the scales', may share
+            memory, nor be read by the call.
         positions: (B, T) int32|int64 on the device: the slot of each token, in tokens. Negative skips the token
-            (padding). Where two tokens of a row name the same slot, the last one stays on a CPU; on CUDA either may.
+            (padding). Where two tokens name the same slot, the last one of the last sequence stays on a CPU and in the
+            reference; in the CUDA kernel either may.
         block_table: (B, pages) int32 on the device. Token p of sequence b lies in row p % page of page
             block_table[b, p // page]; S is then pages · page. Entries that no token of the call needs may be anything.
         k_scale, v_scale: for int8 and float8_e4m3fn caches, (B, H_kv, S) or (num_pages, H_kv, page) fp32; written. A
@@ -47,17 +52,18 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
         reported: telling would need a synchronisation. ValueError also for derivatives through an 8-bit cache.
     """
     if impl is not None:
-        choose("kv_cache_update", IMPLEMENTATIONS, impl, k, v, k_cache, v_cache, k_scale, v_scale)
+        require_impl(IMPLEMENTATIONS, impl)
     try:
+        if impl is not None:
+            choose("kv_cache_update", IMPLEMENTATIONS, impl, k, v, k_cache, v_cache, k_scale, v_scale)
         # The kernels check for themselves, in a fraction of the time, before they write.
         if impl != "reference" and derivatives_refused(k, v, k_cache, v_cache, k_scale, v_scale) is None:
             return _kv_cache_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
-    except (RuntimeError, AttributeError):
+    except Exception as error:
         _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)  # raises the error that names the argument
         _check_slots(positions, k_cache, block_table)
         if choose("kv_cache_update", IMPLEMENTATIONS, impl, k, v, k_cache, v_cache, k_scale, v_scale) != "reference":
-            raise
-    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+            raise argument_error(error)
     kv_cache_update_reference(
         k, v, k_cache, v_cache, positions, block_table=block_table, k_scale=k_scale, v_scale=v_scale
     )
@@ -67,21 +73,35 @@ def kv_cache_update_reference(
     k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None
 ):
     """The same function in plain PyTorch, on every device; differentiable, but for 8-bit caches, which it then refuses."""
+    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+    _check_slots(positions, k_cache, block_table)
+    _store(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+
+
+def _store(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale):
     if k_cache.dtype in QUANTISED_DTYPES and derivatives_refused(k, v, k_scale, v_scale) is not None:
         raise ValueError(
             f"k_cache: expected the dtype of k where derivatives are asked for, since rounding to 8 bits has none, got "
             f"{k_cache.dtype}; call under torch.no_grad(), or with k.detach() and v.detach()"
         )
-    _check_slots(positions, k_cache, block_table)
-    b, t, index, n = _slots_of(positions, k_cache, block_table)
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if x is not None:
+            require_apart(name, x)
+    if slots.is_meta:
+        return
+    b, t, index, n = _slots_of(slots, k_cache, block_table)
+    stored = []
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         # Tokens before heads, so that what is indexed comes first: vmap takes no other index.
         rows, cache = x.transpose(1, 2)[b, t], cache.transpose(1, 2)  # (tokens, H_kv, D), (N, rows, H_kv, D)
         if cache.dtype in QUANTISED_DTYPES:
-            rows, scale.transpose(1, 2)[index, n] = quantise(rows, cache.dtype)
+            rows, scales = quantise(rows, cache.dtype)
+            stored.append((scale.transpose(1, 2), scales))
         if cache.dtype == torch.float8_e4m3fn:  # for which PyTorch has no indexed assignment
             rows, cache = rows.view(torch.uint8), cache.view(torch.uint8)
-        cache[index, n] = rows
+        stored.append((cache, rows))
+    for target, rows in stored:
+        target[index, n] = rows
 
 
 def rope_kv_cache_update(
@@ -108,20 +128,23 @@ def rope_kv_cache_update(
         neither rotated nor stored).
     Source: RoFormer (arXiv 2104.09864); `interleaved=False` is the order of GPT-NeoX and Llama.
     """
+    if type(interleaved) is not bool:  # PyTorch's dispatcher would take None
+        require_flag("interleaved", interleaved)
     tensors = k, v, k_cache, v_cache, k_scale, v_scale, q, cos, sin
     if impl is not None:
-        choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, *tensors)
+        require_impl(IMPLEMENTATIONS, impl)
     try:
+        if impl is not None:
+            choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, *tensors)
         if impl != "reference" and derivatives_refused(*tensors) is None:
             return _rope_kv_cache_update(
                 q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale
             )
-    except (RuntimeError, AttributeError):
+    except Exception as error:
         _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
         _check_rope_slots(k_cache, positions, cos, slots, block_table)
         if choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, *tensors) != "reference":
-            raise
-    _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
+            raise argument_error(error)
     return rope_kv_cache_update_reference(
         q, k, v, k_cache, v_cache, positions, cos, sin, slots=slots, interleaved=interleaved,
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
@@ -133,13 +156,13 @@ def rope_kv_cache_update_reference(
     *, slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None, impl=None,
 ):  # fmt: skip
     """The same function in plain PyTorch, on every device: `rope_reference`, then `kv_cache_update_reference`."""
+    require_flag("interleaved", interleaved)
+    _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
     _check_rope_slots(k_cache, positions, cos, slots, block_table)
     slots = positions if slots is None else slots
     slots = slots.masked_fill(positions >= cos.shape[0], -1)
     k = rope_reference(k, positions, cos, sin, interleaved=interleaved)
-    kv_cache_update_reference(
-        k, v, k_cache, v_cache, slots, block_table=block_table, k_scale=k_scale, v_scale=v_scale
-    )
+    _store(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale)
     return rope_reference(q, positions, cos, sin, interleaved=interleaved)
 
 
@@ -169,11 +192,20 @@ def _slots_of(positions, k_cache, block_table):
     valid = (positions >= 0) & (positions < capacity)
     if block_table is None:
         b, t = valid.nonzero(as_tuple=True)
-        return b, t, b, positions[b, t].long()
+        return _last_of_each_slot(b, t, b, positions[b, t].long(), rows)
     index = positions.clamp(0, max(capacity - 1, 0)).long() // max(rows, 1)
     pages = block_table.long().gather(1, index) if capacity else torch.full_like(index, -1)  # (B, T)
     b, t = (valid & (pages >= 0) & (pages < k_cache.shape[0])).nonzero(as_tuple=True)
-    return b, t, pages[b, t], positions[b, t].long() % max(rows, 1)
+    return _last_of_each_slot(b, t, pages[b, t], positions[b, t].long() % max(rows, 1), rows)
+
+
+def _last_of_each_slot(b, t, index, n, rows):
+    """Without the tokens whose slots others after them get, which an indexed assignment would store in any order."""
+    _, slot = torch.unique(index * rows + n, return_inverse=True)
+    order = torch.arange(len(slot), device=slot.device)
+    last = torch.zeros_like(order).scatter_reduce(0, slot, order, "amax", include_self=False)
+    kept = last[slot] == order
+    return b[kept], t[kept], index[kept], n[kept]
 
 
 def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_name="positions"):
@@ -283,7 +315,7 @@ def _check_rope_slots(k_cache, positions, cos, slots, block_table):
 def explain(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
     """Implementation -> "chosen", "available", or why it refuses this call."""
     _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
-    return explain_call(IMPLEMENTATIONS, k, v, k_cache, v_cache, k_scale, v_scale)
+    return explain_call(IMPLEMENTATIONS, k, v, k_cache, v_cache, k_scale, v_scale, impl=impl)
 
 
 def explain_rope(
@@ -291,8 +323,9 @@ def explain_rope(
     *, slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None, impl=None,
 ):  # fmt: skip
     """The same for rope_kv_cache_update."""
+    require_flag("interleaved", interleaved)
     _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
-    return explain_call(IMPLEMENTATIONS, k, v, k_cache, v_cache, k_scale, v_scale, q, cos, sin)
+    return explain_call(IMPLEMENTATIONS, k, v, k_cache, v_cache, k_scale, v_scale, q, cos, sin, impl=impl)
 
 
 def _kernel_refuses(k, *others):

@@ -4,9 +4,12 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.checks import (
+    argument_error,
     require_choice,
     require_device,
     require_dtype,
+    require_dtype_of,
+    require_flag,
     require_last_dim_contiguous,
     require_number,
     require_shape,
@@ -64,22 +67,28 @@ def linear(
         argument, expected, got.
     """
     call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
+    if type(gated) is not bool or type(norm_eps) is not float or type(norm_offset) is not float:
+        # PyTorch's dispatcher would take None for a flag and True for a number.
+        require_flag("gated", gated)
+        norm_eps, norm_offset = require_number("norm_eps", norm_eps, least=0), require_number("norm_offset", norm_offset)
     try:
         if impl in (None, "cpp") and _cpp_refuses(*call) is None:
             rms, number = KINDS[norm], ACTIVATION_NUMBERS[activation]
             # Each argument takes PyTorch a tenth of a microsecond: those of a norm are passed where there is one.
             no_norm = norm_weight is None and norm_bias is None
             of_norm = () if no_norm else (norm_weight, norm_bias, rms, norm_eps, norm_offset)
-            if x.numel() > MAX_ROWS * x.shape[-1]:
+            if no_norm and (norm_eps != 1e-5 or norm_offset != 0.0):  # which the kernel will not see
+                _check(*call, norm, norm_eps, norm_offset, activation, gated)
+            if x.numel() > MAX_ROWS * x.shape[-1] or not x.shape[-1]:
                 _check(*call, norm, norm_eps, norm_offset, activation, gated)
                 if norm_weight is not None:
                     x = _norm(x, norm_weight, norm_bias, None, rms, norm_eps, norm_offset)
                 return _matrix_product(x, weight, bias, residual, number, gated)
             # The kernel checks the rest for itself, in a fraction of the time.
             return _linear(x, weight, bias, residual, number, gated, *of_norm)
-    except (RuntimeError, AttributeError, TypeError, LookupError):
+    except Exception as error:
         _check(*call, norm, norm_eps, norm_offset, activation, gated)  # raises the error that names the argument
-        raise
+        raise argument_error(error)
     _check(*call, norm, norm_eps, norm_offset, activation, gated)
     if choose("linear", IMPLEMENTATIONS, impl, *call) == "triton":
         of_norm = norm_weight, norm_bias, KINDS[norm], norm_eps, norm_offset
@@ -108,6 +117,7 @@ def linear_reference(
     residual=None, dropout_p=0.0, impl=None,
 ):  # fmt: skip
     """The same function in plain PyTorch, on every device, differentiable."""
+    _check(x, weight, bias, norm_weight, norm_bias, residual, dropout_p, norm, norm_eps, norm_offset, activation, gated)
     if norm_weight is not None:
         x = norm_reference(x, norm_weight, norm_bias, kind=norm, eps=norm_eps, offset=norm_offset)
     return finish(F.linear(x, weight, bias), activation=activation, gated=gated, residual=residual, dropout_p=dropout_p)
@@ -122,7 +132,7 @@ def finish(y, *, activation=None, gated=False, residual=None, dropout_p=0.0):
     else:
         y = activate(y)
     if dropout_p > 0:
-        y = F.dropout(y, dropout_p)
+        y = F.dropout(y, float(dropout_p))
     return y if residual is None else residual + y
 
 
@@ -134,6 +144,7 @@ def _check(
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., C), got a scalar")
     require_tensor("weight", weight, 2)
+    require_flag("gated", gated)
     rows, C = weight.shape[0], x.shape[-1]
     if gated and rows % 2:
         raise ValueError(f"weight: expected an even number of rows (2N, C) with a gate, got {tuple(weight.shape)}")
@@ -149,18 +160,16 @@ def _check(
         if tensor is not None:
             require_tensor(name, tensor)
             require_shape(name, tensor, shape, meaning)
-            if not torch.is_autocast_enabled(x.device.type):
-                require_dtype(name, tensor, (x.dtype,))
+            require_dtype_of(name, tensor, x, DTYPES)
             require_device(name, tensor, x.device)
     require_last_dim_contiguous("weight", weight)
     if norm_bias is not None and norm_weight is None:
         raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
     require_choice("norm", norm, KINDS)
-    require_number("norm_eps", norm_eps)
+    require_number("norm_eps", norm_eps, least=0)
     require_number("norm_offset", norm_offset)
     require_choice("activation", activation, ACTIVATIONS)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p!r}")
+    require_number("dropout_p", dropout_p, least=0, below=1)
 
 
 def explain(
@@ -171,14 +180,14 @@ def explain(
     """Implementation -> "chosen", "available", or why it refuses this call."""
     call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
     _check(*call, norm, norm_eps, norm_offset, activation, gated)
-    return explain_call(IMPLEMENTATIONS, *call)
+    return explain_call(IMPLEMENTATIONS, *call, impl=impl)
 
 
 def _cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
     reason = decoder_cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual)
     if reason is not None:
         return reason
-    if dropout_p > 0:
+    if dropout_p != 0:
         return "it has no dropout"
     if not weight.is_contiguous():
         return "it takes a contiguous weight"
@@ -235,9 +244,19 @@ library.impl("linear", _linear_triton, "CUDA")
 
 @torch.library.register_fake("fastgpt::linear_finish_", lib=library)
 def _finish_fake(out, bias=None, residual=None, activation=0):
-    pass
+    _check_finish("out", out, bias, residual, out.shape)
 
 
 @torch.library.register_fake("fastgpt::linear_gate", lib=library)
 def _gate_fake(product, bias=None, residual=None, activation=0):
+    _check_finish("product", product, bias, residual, (*product.shape[:-1], product.shape[-1] // 2))
     return product.new_empty(*product.shape[:-1], product.shape[-1] // 2)
+
+
+def _check_finish(name, product, bias, residual, shape):
+    require_tensor(name, product)
+    for other, tensor, expected in (("bias", bias, tuple(product.shape[-1:])), ("residual", residual, tuple(shape))):
+        if tensor is not None:
+            require_dtype(other, tensor, (product.dtype,))
+            require_shape(other, tensor, expected, f"to match {name}")
+            require_device(other, tensor, product.device)

@@ -3,7 +3,16 @@
 import torch
 import torch.nn.functional as F
 
-from fastgpt.checks import require_choice, require_device, require_dtype, require_number, require_shape, require_tensor
+from fastgpt.checks import (
+    argument_error,
+    require_choice,
+    require_device,
+    require_dtype,
+    require_dtype_of,
+    require_number,
+    require_shape,
+    require_tensor,
+)
 from fastgpt.ops.implementations import choose, decoder_cpp_refuses, decoder_triton_refuses, explain_call
 from fastgpt.ops.library import library
 
@@ -34,14 +43,16 @@ def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=N
     Source: Layer Normalization (arXiv 1607.06450), Root Mean Square Layer Normalization (arXiv 1910.07467).
     """
     call = (x, weight, bias, residual)
+    if type(eps) is not float or type(offset) is not float:  # PyTorch's dispatcher would take True
+        eps, offset = require_number("eps", eps, least=0), require_number("offset", offset)
     try:
         if impl in (None, "cpp") and decoder_cpp_refuses(*call) is None:
             # The kernel checks the rest for itself, in a fraction of the time.
             return _norm(x, weight, bias, residual, KINDS[kind], eps, offset)
-    except (RuntimeError, AttributeError, TypeError, KeyError):
+    except Exception as error:
         _check(*call, kind, eps, offset)  # raises the error that names the argument
-        raise
-    _check(*call, kind, eps, offset)
+        raise argument_error(error)
+    eps, offset = _check(*call, kind, eps, offset)
     if choose("norm", IMPLEMENTATIONS, impl, *call) == "triton":
         return _norm(x, weight, bias, residual, KINDS[kind], eps, offset)
     return norm_reference(x, weight, bias, kind=kind, eps=eps, offset=offset, residual=residual)
@@ -49,6 +60,7 @@ def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=N
 
 def norm_reference(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=None, impl=None):
     """The same function in plain PyTorch, on every device, differentiable."""
+    eps, offset = _check(x, weight, bias, residual, kind, eps, offset)
     dtype = x.dtype
     bare = not offset and residual is None and (bias is None or kind == "layer")
     if not bare or weight.dtype != dtype:  # PyTorch's norms round once too, but not what follows them
@@ -63,7 +75,8 @@ def norm_reference(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, 
     return (out if residual is None else out + residual).to(dtype)
 
 
-def _check(x, weight, bias, residual, kind, eps, offset):
+def _check(x, weight, bias, residual, kind, eps, offset) -> tuple[float, float]:
+    """eps and offset as plain numbers."""
     require_tensor("x", x)
     require_dtype("x", x, DTYPES)
     if x.dim() == 0:
@@ -78,19 +91,17 @@ def _check(x, weight, bias, residual, kind, eps, offset):
         if tensor is not None or name == "weight":
             require_tensor(name, tensor)
             require_shape(name, tensor, shape, meaning)
-            if not torch.is_autocast_enabled(x.device.type):
-                require_dtype(name, tensor, (x.dtype,))
+            require_dtype_of(name, tensor, x, DTYPES)
             require_device(name, tensor, x.device)
     require_choice("kind", kind, KINDS)
-    require_number("eps", eps)
-    require_number("offset", offset)
+    return require_number("eps", eps, least=0), require_number("offset", offset)
 
 
 def explain(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=None, impl=None):
     """Implementation -> "chosen", "available", or why it refuses this call."""
     call = (x, weight, bias, residual)
     _check(*call, kind, eps, offset)
-    return explain_call(IMPLEMENTATIONS, *call)
+    return explain_call(IMPLEMENTATIONS, *call, impl=impl)
 
 
 # In order of preference: the first that does not refuse serves the call.

@@ -3,11 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from fastgpt.checks import require_device, require_dtype, require_shape, require_tensor
+from fastgpt.checks import require_device, require_dtype, require_number, require_shape, require_tensor
 from fastgpt.ops.implementations import choose, decoder_triton_refuses
 from fastgpt.ops.library import library
 
 IDS = (torch.int64, torch.int32)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def embed(ids, weight, positions=None, position_weight=None, *, scale=None, impl=None):
@@ -16,7 +17,7 @@ def embed(ids, weight, positions=None, position_weight=None, *, scale=None, impl
         out = weight[ids] · scale + position_weight[max(positions, 0)]
 
     Args:
-        ids: (B, T) int64|int32. Of one that is not in the table, a CPU raises IndexError, CUDA gives NaN.
+        ids: (B, T) int64|int32. Of one that is not in the table, a CPU raises ValueError, CUDA gives NaN.
         weight: (V, C) floating point.
         positions: (T,) or (B, T) int64|int32; negative ones are those of padding, whose embedding may be any.
         position_weight: (P, C), floating point, rounded to the dtype of weight; None: positions do not count.
@@ -26,10 +27,41 @@ def embed(ids, weight, positions=None, position_weight=None, *, scale=None, impl
     Returns: (B, T, C) in the dtype of weight. Gradients flow through the reference.
     Raises: TypeError (not a tensor, dtype), ValueError (shape, device, impl): argument, expected, got.
     """
+    _check(ids, weight, positions, position_weight, scale)
     tensors = weight, ids, positions, position_weight
+    if choose("embed", IMPLEMENTATIONS, impl, *tensors) == "triton":
+        return _embed(ids, weight, positions, position_weight, None if scale is None else rounded(scale, weight.dtype))
+    return embed_reference(ids, weight, positions, position_weight, scale=scale)
+
+
+def embed_reference(ids, weight, positions=None, position_weight=None, *, scale=None, impl=None):
+    """The same function in plain PyTorch, on every device, differentiable."""
+    _check(ids, weight, positions, position_weight, scale)
+    x = _rows(weight, ids, "ids")
+    if scale is not None:
+        x = x * rounded(scale, x.dtype)
+    if position_weight is None:
+        return x
+    return x + _rows(position_weight, positions.clamp(min=0), "positions").to(x.dtype)
+
+
+def _rows(table, index, name):
+    try:
+        return F.embedding(index, table)
+    except (IndexError, RuntimeError):
+        if index.numel() == 0:
+            raise
+        least, most = index.min().item(), index.max().item()
+        if 0 <= least and most < len(table):
+            raise
+        raise ValueError(f"{name}: expected values from 0 to {len(table) - 1}, got {least} to {most}") from None
+
+
+def _check(ids, weight, positions, position_weight, scale):
+    require_tensor("weight", weight, 2)
+    require_dtype("weight", weight, FLOATS)
     require_tensor("ids", ids, 2)
     require_dtype("ids", ids, IDS)
-    require_tensor("weight", weight, 2)
     require_device("ids", ids, weight.device)
     if position_weight is not None:
         require_tensor("positions", positions)
@@ -38,19 +70,10 @@ def embed(ids, weight, positions=None, position_weight=None, *, scale=None, impl
         require_shape("positions", positions, shape, "(T,) or (B, T)")
         require_device("positions", positions, weight.device)
         require_tensor("position_weight", position_weight, 2)
+        require_dtype("position_weight", position_weight, FLOATS)
         require_shape("position_weight", position_weight, (len(position_weight), weight.shape[1]), "(P, C)")
         require_device("position_weight", position_weight, weight.device)
-    if choose("embed", IMPLEMENTATIONS, impl, *tensors) == "triton":
-        return _embed(ids, weight, positions, position_weight, None if scale is None else rounded(scale, weight.dtype))
-    return embed_reference(ids, weight, positions, position_weight, scale=scale)
-
-
-def embed_reference(ids, weight, positions=None, position_weight=None, *, scale=None, impl=None):
-    """The same function in plain PyTorch, on every device, differentiable."""
-    x = F.embedding(ids, weight)
-    if scale is not None:
-        x = x * rounded(scale, x.dtype)
-    return x if position_weight is None else x + F.embedding(positions.clamp(min=0), position_weight).to(x.dtype)
+    require_number("scale", scale, optional=True)
 
 
 def rounded(scale: float, dtype: torch.dtype) -> float:
@@ -104,6 +127,7 @@ _note = torch.ops.fastgpt.note_.default
 
 @torch.library.register_fake("fastgpt::embed", lib=library)
 def _embed_fake(ids, weight, positions=None, position_weight=None, scale=None):
+    _check(ids, weight, positions, position_weight, scale)
     return weight.new_empty(*ids.shape, weight.shape[1])
 
 
