@@ -99,6 +99,29 @@ def test_queries_without_keys_give_zeros():
 
 
 @runs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sinks", (False, True))
+def test_a_bias_of_minus_infinity_hides_keys(sinks, dtype):
+    """Some of a row, whole first tiles of it, and all: then zeros, lse -inf and zero gradients, as in the reference."""
+    T, S = 40, 200
+    q, k, v = random_inputs(1, 2, 1, T, S, 16, dtype)
+    bias = torch.zeros(2, T, S, device=DEVICE, dtype=dtype)
+    bias[0, :, ::3] = bias[:, 3:9, :150] = bias[:, 20:25] = -math.inf
+    bias[:, :, 0] = -math.inf
+    call = ops.Call(q, k, v, causal=False, scale=0.25, bias=bias, sinks=torch.zeros(2, device=DEVICE) if sinks else None)
+    douts = torch.randn_like(q), torch.randn(1, 2, T, device=DEVICE)
+    actual = run_triton(call, douts)
+    exact = reference(in_double(call), None, douts)
+    for name, low in reference(call, None, douts).items():
+        check(actual[name], exact[name], low, dtype=dtype, k=BACKWARD, name=name)
+    for name, number in (("out", 0.0), ("lse", -math.inf), ("dq", 0.0)):
+        assert (actual[name][:, :, 20:25] == number).all()
+    k[:, :, 0] = math.inf  # whose scores are infinite and NaN before the bias
+    again = kernel.attention_forward(**call._replace(k=k)._asdict())
+    assert all(torch.equal(x, actual[name]) for x, name in zip(again, ("out", "lse")))
+
+
+@runs_kernel
 @pytest.mark.parametrize("causal", (True, False))
 def test_lengths_are_clamped_to_the_capacity(causal):
     q, k, v = random_inputs(2, 1, 1, 3, 20, 16, torch.float32)

@@ -138,7 +138,8 @@ def _weights(
         qk -= slope * tl.abs(own - offs_n).to(tl.float32)
     if bias_ptr is not None:
         ptrs = bias_ptr + rows * stride_bias_m + offs_n * stride_bias_n
-        qk += tl.load(ptrs, mask=(rows < n_rows) & (offs_n < n_keys), other=0.0).to(tl.float32)
+        bias = tl.load(ptrs, mask=(rows < n_rows) & (offs_n < n_keys), other=0.0).to(tl.float32)
+        qk = tl.where(bias == float("-inf"), float("-inf"), qk + bias)
     if EXACT:
         p = tl.exp2((qk - shift) * factor)
     else:

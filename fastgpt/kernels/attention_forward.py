@@ -130,7 +130,8 @@ def _attend(
                 visible = visible & (tl.load(ptrs, mask=within, other=0) != 0)
             qk = tl.where(visible, qk, float("-inf"))
 
-        p, rescale, row_sum, row_max = online_softmax(qk, row_sum, row_max, factor, MASKED, EXACT=q.dtype == tl.float32)
+        HIDES: tl.constexpr = MASKED or bias_ptr is not None  # a bias of -inf hides a key, too
+        p, rescale, row_sum, row_max = online_softmax(qk, row_sum, row_max, factor, HIDES, EXACT=q.dtype == tl.float32)
         if seed is not None:
             keep = kept_weights(seed, threshold, b, head, offs_m, start_n, BLOCK_N)
             p = tl.where(keep, p * keep_scale, 0.0)

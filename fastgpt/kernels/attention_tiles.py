@@ -106,7 +106,7 @@ def modified_scores(
     if HAS_ALIBI:
         x -= slope[:, None] * tl.abs(own[:, None] - offs_n[None, :]).to(tl.float32)
     if HAS_BIAS:
-        x += bias
+        x = tl.where(bias == float("-inf"), float("-inf"), x + bias)  # also where x is infinite or NaN
     return x
 
 
