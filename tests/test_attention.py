@@ -644,7 +644,7 @@ BAD = {
     "v": ((Q, KV, KV[:, :, :4]), {}, ValueError, r"v: expected shape \(2, 2, 5, 16\) .*, got \(2, 2, 4, 16\)"),
     "device": ((Q, KV, KV.to("meta")), {}, ValueError, "v: expected device cpu, got meta"),
     "stride": ((Q, KV, torch.zeros(2, 2, 16, 5).mT), {}, ValueError, "v: expected a contiguous last dimension"),
-    "scale": ((Q, KV, KV), {"scale": "x"}, TypeError, "scale: expected a float or None, got str"),
+    "scale": ((Q, KV, KV), {"scale": "x"}, TypeError, "scale: expected a finite number .* or None, got 'x'"),
     "lengths shape": ((Q, KV, KV), {"kv_lengths": INT[:1]}, ValueError, r"kv_lengths: expected shape \(2,\)"),
     "lengths dtype": ((Q, KV, KV), {"kv_lengths": INT.long()}, TypeError, "kv_lengths: expected dtype torch.int32"),
     "window": ((Q, KV, KV), {"window": 0}, ValueError, "window: expected an integer >= 1 or None, got 0"),
@@ -665,7 +665,7 @@ BAD = {
     "table shape": ((Q, KV, KV), {"block_table": INT[None]}, ValueError, r"block_table: expected shape \(2, 2\)"),
     "table dtype": ((Q, KV, KV), {"block_table": INT[:, None].long()}, TypeError, "block_table: expected dtype torch.int32"),
     "page": ((Q, KV, KV), {"block_table": INT[:, None] + 2}, ValueError, "block_table: expected pages from 0 to 1, got 2"),
-    "softcap": ((Q, KV, KV), {"softcap": 0.0}, ValueError, "softcap: expected a number > 0 or None, got 0.0"),
+    "softcap": ((Q, KV, KV), {"softcap": 0.0}, ValueError, "softcap: expected a finite number >= 1.17.*, got 0.0"),
     "slopes shape": ((Q, KV, KV), {"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \(4,\) \(H,\)"),
     "slopes dtype": ((Q, KV, KV), {"alibi_slopes": torch.ones(4).half()}, TypeError, "alibi_slopes: expected dtype torch.float32"),
     "sinks shape": ((Q, KV, KV), {"sinks": torch.ones(2)}, ValueError, r"sinks: expected shape \(4,\) \(H,\), got \(2,\)"),
@@ -678,8 +678,8 @@ BAD = {
     "bias shape": ((Q, KV, KV), {"bias": torch.ones(3, 4, 3, 5)}, ValueError, "bias: expected a shape that broadcasts to"),
     "bias dtype": ((Q, KV, KV), {"bias": torch.ones(5).half()}, TypeError, "bias: expected dtype torch.float32 .*, got torch.float16"),
     "bias device": ((Q, KV, KV), {"bias": torch.ones(5, device="meta")}, ValueError, "bias: expected device cpu, got meta"),
-    "dropout": ((Q, KV, KV), {"dropout_p": 1.0}, ValueError, "dropout_p: expected 0 <= dropout_p < 1, got 1.0"),
-    "seed": ((Q, KV, KV), {"dropout_p": 0.5, "dropout_seed": -1}, ValueError, r"dropout_seed: expected an integer in \[0, 2\^63\)"),
+    "dropout": ((Q, KV, KV), {"dropout_p": 1.0}, ValueError, "dropout_p: expected a finite number >= 0 and < 1, got 1.0"),
+    "seed": ((Q, KV, KV), {"dropout_p": 0.5, "dropout_seed": -1}, ValueError, "dropout_seed: expected an integer >= 0"),
     "lengths device": ((Q, KV, KV), {"kv_lengths": INT.to("meta")}, ValueError, "kv_lengths: expected device cpu"),
 }
 

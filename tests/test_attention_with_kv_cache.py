@@ -401,7 +401,7 @@ if not INTERPRETED:
         "position": ({"positions": torch.tensor([[S], [0], [0]])}, ValueError, "positions: expected values below"),
         "sin": ({"sin": None}, TypeError, "sin: expected a torch.Tensor"),
         "cos": ({"cos": None}, TypeError, "cos: expected a torch.Tensor"),
-        "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected a number > 0"),
+        "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected a finite number >= 1.17"),
         "lengths": ({"kv_lengths": torch.zeros(2, dtype=torch.int32)}, ValueError, "kv_lengths: expected shape"),
         "scale": ({"k_scale": torch.zeros(B, H_KV, S)}, ValueError, "k_scale: expected None"),
     }

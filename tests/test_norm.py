@@ -177,7 +177,7 @@ x, weight = torch.zeros(2, 8), torch.zeros(8)
         ({"residual": x.half()}, TypeError, "residual: expected dtype torch.float32, got torch.float16"),
         ({"kind": "batch"}, ValueError, "kind: expected one of 'layer', 'rms', got 'batch'"),
         ({"kind": ["rms"]}, ValueError, r"kind: expected one of 'layer', 'rms', got \['rms'\]"),
-        ({"eps": "1e-5"}, TypeError, "eps: expected a finite number, got '1e-5'"),
+        ({"eps": "1e-5"}, TypeError, "eps: expected a finite number >= 0, got '1e-5'"),
         ({"offset": None}, TypeError, "offset: expected a finite number, got None"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of 'cpp', 'triton', 'reference' or None, got 'cuda'"),
         ({"x": x.double(), "weight": weight.double(), "impl": "cpp"}, ValueError, "cannot serve .* torch.float64"),
