@@ -43,7 +43,7 @@ sanitize: $(INSTALLED)
 	cd build/sanitize && $(SANITIZED) FASTGPT_BUILD_CUDA=0 $(RUN) setup.py -q build_ext --inplace
 	cd build/sanitize && $(PRELOADED) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -x -k "not memory_is_linear" \
 	    tests/test_attention.py tests/test_cache.py tests/test_capture.py tests/test_kv_cache_update.py tests/test_linear.py \
-	    tests/test_norm.py tests/test_page_allocator.py
+	    tests/test_norm.py tests/test_page_allocator.py tests/test_attention_edges.py tests/test_fuzz_operations.py
 
 # Times everything here within ten minutes, and writes tables and plots; FULL=1 takes all cases and its time, SUITE="decode
 # kv_cache" only some suites. Other libraries are compared with if they are there: pip install .[bench] brings them.

@@ -379,3 +379,18 @@ def test_rotation_errors(case, impl):
     with pytest.raises(error, match=message):
         rope_kv_cache_update(**arguments | {"cos": ANGLES, "sin": ANGLES} | change, impl=impl)
     assert (caches == SENTINEL).all()
+
+
+def test_last_write_wins_in_the_reference_on_any_number_of_threads():
+    T = 3000
+    k, threads = torch.arange(T * 64.0).view(1, 1, T, 64), torch.get_num_threads()
+    positions = torch.arange(T).view(1, T) % 7
+    try:
+        torch.set_num_threads(3)
+        for impl in ("reference", "cpp"):
+            caches = torch.zeros(2, 1, 1, 7, 64)
+            kv_cache_update(k, k, *caches, positions, impl=impl)
+            last = [max(t for t in range(T - 7, T) if t % 7 == slot) for slot in range(7)]
+            assert torch.equal(caches[0, 0, 0], k[0, 0, last]) and torch.equal(caches[1], caches[0])
+    finally:
+        torch.set_num_threads(threads)

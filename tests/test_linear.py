@@ -201,3 +201,10 @@ x, weight, bias = torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(3)
 def test_errors(change, error, message):
     with pytest.raises(error, match=message):
         linear(**({"x": x, "weight": weight} | change))
+
+
+def test_shapes_without_numbers():
+    """Tensors on the meta device, and products of no numbers, which are zeros."""
+    x, weight = torch.empty(40, 8, device="meta"), torch.empty(6, 8, device="meta")
+    assert linear(x, weight, norm_weight=weight[0], gated=True).shape == (40, 3)
+    assert torch.equal(linear(torch.zeros(33, 0), torch.zeros(4, 0), torch.ones(4)), torch.ones(33, 4))
