@@ -2,13 +2,9 @@
 
 import contextlib
 
-import numerics
 import pytest
 import torch
-from attention_features import inputs, options
-from linear_features import call_of
 from models import random_ids, random_model
-from norm_features import call_of as norm_call_of
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +17,10 @@ from fastgpt.ops.attention import attention_reference, attention_varlen_referenc
 from fastgpt.ops.kv_cache_update import kv_cache_update_reference, rope_kv_cache_update_reference
 from fastgpt.ops.linear import linear_reference
 from fastgpt.ops.norm import norm_reference
+from fastgpt.testing import numerics
+from fastgpt.testing.attention_features import inputs, options
+from fastgpt.testing.linear_features import call_of
+from fastgpt.testing.norm_features import call_of as norm_call_of
 
 # A derivative is taken of `scalar(f)` or of f itself at tensors `xs`, along `ts` of their shapes.
 
@@ -266,7 +266,7 @@ def test_derivatives_are_the_references(case, transform):
     low = take(case.reference, case.tensors, tangents)
     oracle = take(case.reference, [x.double() for x in case.tensors], [t.double() for t in tangents])
     for i, (x, wanted, y) in enumerate(zip(actual, oracle, low, strict=True)):
-        numerics.check(x, wanted, y, dtype=torch.float32, k=numerics.BACKWARD, name=f"{i}")
+        numerics.check(x, wanted, y, name=f"{i}")
 
 
 def test_kernels_are_not_chosen_under_transforms():
@@ -317,9 +317,8 @@ def test_one_tensor_as_queries_keys_and_values():
         return penalty(lambda x: f(x, x, x), [x.to(dtype)], None)[0]
 
     numerics.check(
-        of(attention), of(attention_reference, torch.float64), of(attention_reference), dtype=torch.float32,
-        k=numerics.BACKWARD,
-    )  # fmt: skip
+        of(attention), lambda: of(attention_reference, torch.float64)
+    )
 
 
 # Models

@@ -5,7 +5,6 @@ import copy
 import threading
 import types
 
-import numerics
 import pytest
 import torch
 import torch.nn as nn
@@ -18,6 +17,7 @@ from fastgpt import attention_reference
 from fastgpt.fusion import is_plain
 from fastgpt.generate import stream
 from fastgpt.ops.linear import ACTIVATIONS
+from fastgpt.testing import numerics
 
 GATED = dict(
     norm="rms", activation="silu", gated=True, qk_norm=True, post_norms=True, tie_embeddings=False, position="sinusoidal",
