@@ -507,7 +507,7 @@ def resumed(options, given: dict, place: dict) -> Trainer:
 
 
 def run_bench(options) -> None:
-    require_number("seconds", options.seconds, above=0)
+    require_number("seconds", options.seconds, least=0)
     place = bench.Place(device_of(options.device))
     cases = [case for case in bench.cases(place, SHIPPED_MODEL) if options.only in f"{case.section}, {case.name}"]
     if not cases:

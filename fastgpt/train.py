@@ -374,10 +374,9 @@ def require_new_run(folder: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes a folder if need be. Raises OSError where it cannot be made or written to."""
+    """Raises OSError where a folder cannot be written to, or not be made. Makes none: what is checked next may fail."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())).close()
     except OSError as error:
         raise type(error)(f"out: expected a folder that can be written to, {folder} is none: {error.strerror}") from error
 

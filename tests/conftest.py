@@ -1,9 +1,16 @@
 """Fixtures that several test files share, and the rule that tests marked `gpu` need a GPU."""
 
+import os
 import signal
 
-import pytest
-import torch
+# A thread that waits for others sleeps, and does not keep the core that they may need: on a busy machine, and with as many
+# workers as cores, tests of two threads are several times as fast.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+THREADS = torch.get_num_threads()
 
 # A shell's background job ignores SIGINT, and so would what the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,3 +29,9 @@ def pytest_collection_modifyitems(items):
 def same_random_numbers():
     """What a test draws is the same in every run, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def number_of_threads(request):
+    """One, since most models here are tiny; all in tests of operations, whose work is shared: those marked threads."""
+    torch.set_num_threads(THREADS if "threads" in request.keywords else 1)

@@ -8,6 +8,8 @@ import torch
 
 from fastgpt import attention, attention_reference, attention_varlen
 
+pytestmark = pytest.mark.threads
+
 B, H, H_KV, S, D = 2, 4, 2, 70, 16
 IMPLS = ("cpp", "reference")
 NOT_FINITE = (math.nan, math.inf, -math.inf)

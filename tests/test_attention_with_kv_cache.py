@@ -25,6 +25,8 @@ from fastgpt.kernels import attention_decode as kernel  # noqa: E402
 from fastgpt.testing.attention_features import paged  # noqa: E402
 from fastgpt.testing.numerics import check  # noqa: E402
 
+pytestmark = pytest.mark.threads
+
 B, H, H_KV, S, D = 3, 6, 2, 100, 64
 UPDATE = ("k", "v", "k_cache", "v_cache", "positions", "slots", "block_table", "k_scale", "v_scale")
 ROTATION = ("cos", "sin", "interleaved")

@@ -14,6 +14,8 @@ from tape import graph, graphs_on_cpu
 from fastgpt import linear
 from fastgpt.capture import Captured, Graphed, Recording
 
+pytestmark = pytest.mark.threads
+
 KINDS = [
     {},
     {"window": 9},

@@ -243,7 +243,7 @@ def wrong_from(model, monkeypatch, step, row, value):
 
 
 @pytest.mark.parametrize("got", WRONG)
-@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("options", WAYS, ids=" ".join)
 def test_logits_that_are_not_finite_are_an_error(options, got, monkeypatch):
     """With the row and the step; no token that comes of them is seen before."""
     for step, row in ((0, 0), (4, 1)):

@@ -22,6 +22,8 @@ from fastgpt.ops.kv_cache_update import rope_reference
 from fastgpt.ops.quantisation import dequantise, quantise
 from fastgpt.testing import numerics
 
+pytestmark = pytest.mark.threads
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -15,6 +15,8 @@ from fastgpt.ops.linear import ACTIVATIONS
 from fastgpt.testing import numerics
 from fastgpt.testing.linear_features import FEATURES, call_of, in_float64, split
 
+pytestmark = pytest.mark.threads
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(40, 65), (33, 7), (768, 300), (3072, 64), (5, 23)]  # C, N
 ROWS = (1, 2, 3, 4, 7, 32, 33)  # those of the kernel, and more

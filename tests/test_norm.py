@@ -15,6 +15,8 @@ from fastgpt.testing import numerics
 from fastgpt.testing.linear_features import in_float64
 from fastgpt.testing.norm_features import FEATURES, call_of
 
+pytestmark = pytest.mark.threads
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -14,6 +14,8 @@ from models import random_ids, random_model  # noqa: E402
 from fastgpt.kernels import step as kernel  # noqa: E402
 from fastgpt.ops.step import advance, embed, embed_reference, note, rounded  # noqa: E402
 
+pytestmark = pytest.mark.threads
+
 
 def tables(dtype, C=70):
     return torch.randn(50, C, device=DEVICE).to(dtype), torch.randn(9, C, device=DEVICE).to(dtype)

@@ -21,12 +21,9 @@ CONFIGS = pytest.mark.parametrize("config", [FULL, SLIDING], ids=["full", "slidi
 
 @pytest.fixture(autouse=True)
 def registered():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are small
     ft.register()
     yield
     ft.unregister()
-    torch.set_num_threads(threads)
 
 
 def tokens(T: int, B=3, seed=0):

@@ -13,12 +13,9 @@ SERVED = [name for name in ARCHITECTURES if name not in ALONE]
 
 @pytest.fixture(autouse=True)
 def registered():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are small
     ft.register()
     yield
     ft.unregister()
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

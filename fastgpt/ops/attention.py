@@ -394,7 +394,7 @@ def _check(call: Call) -> Call:
             tensors[name] = x
     for name, size, dtypes in (
         ("kv_lengths", B, (torch.int32,)),
-        ("alibi_slopes", H, (torch.float32,)),
+        ("alibi_slopes", H, (torch.float32, q.dtype) if q.dtype == torch.float64 else (torch.float32,)),
         ("sinks", H, (*KERNEL_DTYPES, torch.float64)),
     ):
         x = getattr(call, name)
