@@ -493,6 +493,7 @@ def started(options, given: dict, place: dict) -> Trainer:
     config, model, tokenizer = pretrained(options.init_from, **given)
     trainer = Trainer(options.text, config, model=model, tokenizer=tokenizer, **place)
     if place["processes"].first:  # what else belongs to the tokenizer
+        options.out.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
             file = checkpoint.resolve(options.init_from) / name
             if file.is_file():

@@ -263,14 +263,14 @@ def attention_reference(
 ):  # fmt: skip
     """The same function in plain PyTorch: every device, every float dtype (float64 too), differentiable.
 
-    Scores and softmax are computed in fp32 at least. Holds the (B, H, T, S) scores in memory.
+    Scores and softmax are computed in fp32 at least. Holds the (B, H, T, S) scores in memory. v may have a head dim of its own.
     """
     require_flag("return_lse", return_lse)
     call = Call(
         q, k, v, causal, scale, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale,
         v_scale, dropout_p, dropout_seed,
     )  # fmt: skip
-    call = _check(call)
+    call = _check(call, any_v_dim=True)
     _check_pages(k, block_table, kv_lengths)
     return _reference(call, return_lse)
 
@@ -357,8 +357,11 @@ def _keys(x, scale, block_table, dtype):
     return x.to(dtype) if scale is None else dequantise(x, scale, dtype)
 
 
-def _check(call: Call) -> Call:
-    """The call with plain numbers; raises TypeError or ValueError, named after the argument, for what the contract excludes."""
+def _check(call: Call, any_v_dim: bool = False) -> Call:
+    """The call with plain numbers; raises TypeError or ValueError, named after the argument, for what the contract excludes.
+
+    any_v_dim: v may have a head dim of its own.
+    """
     q, k, v, block_table = call.q, call.k, call.v, call.block_table
     require_tensor("q", q, 4)
     require_tensor("k", k, 4)
@@ -381,7 +384,7 @@ def _check(call: Call) -> Call:
         first, meaning, keys = k.shape[0], "(num_pages, H_kv, page, D)", S * block_table.shape[1]
         tensors["block_table"] = block_table
     require_shape("k", k, (first, H_kv, S, D), f"{meaning} to match q")
-    require_shape("v", v, (first, H_kv, S, D), f"{meaning} to match k")
+    require_shape("v", v, (first, H_kv, S, v.shape[3] if any_v_dim else D), f"{meaning} to match k")
     for name in ("k_scale", "v_scale"):
         x = getattr(call, name)
         if (x is None) == (k.dtype in QUANTISED_DTYPES):

@@ -72,8 +72,9 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
 def kv_cache_update_reference(
     k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None
 ):
-    """The same function in plain PyTorch, on every device; differentiable, but for 8-bit caches, which it then refuses."""
-    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+    """The same function in plain PyTorch, on every device; differentiable, but for 8-bit caches, which it then refuses. v and
+    its cache may have a head dim of their own."""
+    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale, any_v_dim=True)
     _check_slots(positions, k_cache, block_table)
     _store(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
 
@@ -208,7 +209,7 @@ def _last_of_each_slot(b, t, index, n, rows):
     return b[kept], t[kept], index[kept], n[kept]
 
 
-def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_name="positions"):
+def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_name="positions", any_v_dim=False):
     require_tensor("k", k, 4)
     require_tensor("v", v, 4)
     require_tensor("k_cache", k_cache, 4)
@@ -221,7 +222,8 @@ def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_n
     require_dtype("k_cache", k_cache, (k.dtype, *QUANTISED_DTYPES))
     require_dtype("v_cache", v_cache, (k_cache.dtype,))
     require_dtype(slots_name, slots, (torch.int32, torch.int64))
-    require_shape("v", v, (B, H_kv, T, D), "(B, H_kv, T, D) to match k")
+    D_v = v.shape[3] if any_v_dim else D
+    require_shape("v", v, (B, H_kv, T, D_v), "(B, H_kv, T, D) to match k")
     require_shape(slots_name, slots, (B, T), "(B, T)")
     tensors = {"v": v, "k_cache": k_cache, "v_cache": v_cache, slots_name: slots}
     if block_table is None:
@@ -233,7 +235,7 @@ def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_n
         first, meaning = k_cache.shape[0], "(num_pages, H_kv, page, D)"
         tensors["block_table"] = block_table
     require_shape("k_cache", k_cache, (first, H_kv, S, D), f"{meaning} to match k")
-    require_shape("v_cache", v_cache, (first, H_kv, S, D), f"{meaning} to match k_cache")
+    require_shape("v_cache", v_cache, (first, H_kv, S, D_v), f"{meaning} to match k_cache and v")
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if k_cache.dtype not in QUANTISED_DTYPES:
             if scale is not None:
