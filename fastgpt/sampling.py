@@ -211,7 +211,7 @@ class Sampler:
             token = draw(scores, self.uniforms.index_select(0, self.step)[0], largest)
         elif scores.is_cpu:
             token = most_likely(scores)
-            largest = scores.gather(1, token.unsqueeze(1))
+            largest = scores  # `note` finds the token's
         else:
             largest, token = scores.max(-1, keepdim=True)  # in one launch
             token = token.squeeze(1)

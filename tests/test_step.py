@@ -12,7 +12,7 @@ from interpreter import DEVICE, INTERPRETED, passed, runs_kernel, starts_the_int
 from models import random_ids, random_model  # noqa: E402
 
 from fastgpt.kernels import step as kernel  # noqa: E402
-from fastgpt.ops.step import advance, embed, embed_reference, note, rounded  # noqa: E402
+from fastgpt.ops.step import advance, embed, embed_reference, note, note_reference, rounded  # noqa: E402
 
 pytestmark = pytest.mark.threads
 
@@ -78,22 +78,66 @@ def noting(B, device, eos):
 @pytest.mark.parametrize("B", [1, 7, 600])
 def test_the_kernel_notes(B, eos):
     actual, expected = noting(B, DEVICE, eos), noting(B, "cpu", eos)
-    for arguments, function in ((actual, kernel.note), (expected, note)):
+    for arguments, function in ((actual, kernel.note), (expected, note_reference)):
         function(*arguments)
         function(*arguments)
     assert all(a is e is None or torch.equal(a.cpu().nan_to_num(7), e.nan_to_num(7)) for a, e in zip(actual, expected))
 
 
-def test_the_reference_notes():
+@pytest.mark.parametrize("function", [note, note_reference])
+def test_note(function):
     token, largest, tokens, extreme, step, ended, eos = noting(30, "cpu", True)
     before = ended.clone()
-    note(token, largest, tokens, extreme, step, ended, eos)
+    function(token, largest, tokens, extreme, step, ended, eos)
     assert tokens[2].tolist() == torch.where(before, -1, token).tolist() and (tokens[[0, 1, 3, 4]] == -7).all()
     assert ended.tolist() == [old or new in (3, 1) for old, new in zip(before.tolist(), token.tolist())] and step.item() == 3
     expected = torch.where(before[:, None], 1.0, largest.abs())
     assert torch.equal(extreme.nan_to_num(7), expected.nan_to_num(7))
-    note(token, -torch.ones(30, 1), tokens, extreme, step, ended, eos)
+    function(token, -torch.ones(30, 1), tokens, extreme, step, ended, eos)
     assert torch.equal(extreme.nan_to_num(7), expected.nan_to_num(7))  # what was not finite stays, and the largest
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("extreme_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_note_finds_the_scores_of_tokens(dtype, extreme_dtype, eos):
+    """As the reference does, whatever the layout of what is read."""
+    both = [noting(9, "cpu", eos) for _ in range(2)]
+    for arguments in both:
+        arguments[3] = arguments[3].to(extreme_dtype)
+    scores = (torch.randn(5, 18) * 100).to(dtype).t()[::2]
+    scores[3, 1], scores[4, 2], scores[8] = float("nan"), float("inf"), -float("inf")
+    for (token, _, tokens, extreme, step, ended, ends), function in zip(both, (note, note_reference)):
+        apart = token.repeat_interleave(2)[::2]
+        function(apart, scores, tokens, extreme, step, ended, ends)
+        function((apart + 1) % 5, scores, tokens, extreme, step, ended, ends)
+    for a, e in zip(*both):
+        assert a is e is None or torch.equal(a.nan_to_num(7), e.nan_to_num(7))
+
+
+@pytest.mark.parametrize(
+    "position, value, message",
+    [
+        (0, torch.tensor([9, 0, 0]), "token: expected numbers from 0 to 4, got 9"),
+        (0, torch.zeros(3), "token: unexpected dtype"),
+        (1, torch.zeros(3, 5, dtype=torch.int64), "scores: unexpected dtype"),
+        (1, torch.zeros(2, 5), "scores: unexpected shape"),
+        (2, torch.zeros(2, 3, dtype=torch.int64), "step: expected a number from 0 to 1, got 2"),
+        (3, torch.zeros(3), "extreme: unexpected shape"),
+        (4, torch.tensor([-1]), "step: expected a number from 0 to 4, got -1"),
+        (5, None, "ended, eos: expected both or none"),
+        (5, torch.zeros(6, dtype=torch.bool)[::2], "ended: expected a contiguous tensor"),
+        (6, torch.zeros(2), "eos: unexpected dtype"),
+    ],
+)  # fmt: skip
+def test_note_writes_nothing_where_arguments_are_wrong(position, value, message):
+    arguments = noting(3, "cpu", True)
+    arguments[1] = torch.zeros(3, 5)
+    arguments[position] = value
+    before = [x if x is None else x.clone() for x in arguments]
+    with pytest.raises(RuntimeError, match=message):
+        note(*arguments)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(arguments, before))
 
 
 @pytest.mark.parametrize("options", [{}, {"position": "sinusoidal"}, {"position": None, "embedding_scale": 5.3}], ids=str)

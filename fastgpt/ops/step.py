@@ -89,21 +89,28 @@ def advance(lengths, positions):
         lengths += 1
 
 
-def note(token, largest, tokens, extreme, step, ended=None, eos=None):
+def note(token, scores, tokens, extreme, step, ended=None, eos=None):
     """Notes the next token (B,) int64 of each row, in place: tokens[step] becomes it, or -1 where the row has ended, and
     `ended` true where it is one of eos; step grows by one. Where the row has not ended, extreme becomes the magnitude of the
-    largest logit that the token was chosen by, if it is more or NaN: it is finite as long as all of these are.
+    score that `scores` has for the token, if it is more or NaN: it is finite as long as all of these are.
 
-    Args: largest, extreme (B, 1) floating point; tokens (steps, B) int64; step (1,) int64; ended (B,) bool and eos (E,)
-        int64, or both None.
+    Args: scores (B, V) floating point or, whatever the token is, (B, 1); tokens (steps, B) int64; extreme (B, 1) fp32 or
+        fp64; step (1,) int64; ended (B,) bool and eos (E,) int64, or both None. What is written is contiguous.
     """
-    if token.is_cuda and choose("note", IMPLEMENTATIONS, None, token) == "triton":
-        _note(token, largest, tokens, extreme, step, ended, eos)
-        return
-    noted, magnitude = token, largest.abs()
+    if token.is_cpu:
+        _note(token, scores, tokens, extreme, step, ended, eos)
+    elif token.is_cuda and scores.shape[1] == 1 and choose("note", IMPLEMENTATIONS, None, token) == "triton":
+        _note(token, scores, tokens, extreme, step, ended, eos)
+    else:
+        note_reference(token, scores, tokens, extreme, step, ended, eos)
+
+
+def note_reference(token, scores, tokens, extreme, step, ended=None, eos=None):
+    """The same function in plain PyTorch, on every device."""
+    noted, magnitude = token, (scores if scores.shape[1] == 1 else scores.gather(1, token.unsqueeze(1))).abs()
     if ended is not None:
         noted, magnitude = torch.where(ended, -1, token), magnitude.masked_fill(ended.unsqueeze(1), 0)
-        ended |= token == eos if len(eos) == 1 else (token.unsqueeze(1) == eos).any(-1)  # the first takes half the time
+        ended |= (token.unsqueeze(1) == eos).any(-1)
     tokens.index_copy_(0, step, noted.unsqueeze(0))
     torch.maximum(extreme, magnitude, out=extreme)
     step += 1
@@ -117,7 +124,7 @@ library.define(
 )
 library.define("advance_(Tensor(a!) lengths, Tensor(b!) positions) -> ()")
 library.define(
-    "note_(Tensor token, Tensor largest, Tensor(a!) tokens, Tensor(b!) extreme, Tensor(c!) step, Tensor(d!)? ended=None, "
+    "note_(Tensor token, Tensor scores, Tensor(a!) tokens, Tensor(b!) extreme, Tensor(c!) step, Tensor(d!)? ended=None, "
     "Tensor? eos=None) -> ()"
 )
 _embed = torch.ops.fastgpt.embed.default
@@ -137,7 +144,7 @@ def _advance_fake(lengths, positions):
 
 
 @torch.library.register_fake("fastgpt::note_", lib=library)
-def _note_fake(token, largest, tokens, extreme, step, ended=None, eos=None):
+def _note_fake(token, scores, tokens, extreme, step, ended=None, eos=None):
     pass
 
 
