@@ -596,7 +596,3 @@ def of_cache(q, k, v, cache: dict):
     if k.dtype is dtype is q.dtype or dtype in QUANTISED_DTYPES:
         return q, k, v
     return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def is_autocasting(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgpt.checks import is_autocasting
 from fastgpt.fusion import GLOBAL_HOOKS, HOOKS, is_plain
 from fastgpt.ops.library import Plan, Unchanged, library
 
@@ -136,7 +137,7 @@ class Recording:
 
     def __call__(self, x: torch.Tensor, tables=None) -> torch.Tensor:
         """function(x, tables). tables: what else it reads, the very objects each time, or it is recorded anew."""
-        if self.refused or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if self.refused or torch.is_grad_enabled() or is_autocasting(x.device):
             return self.function(x, tables)
         if self.step is None or tables is not self.tables or not self.unchanged.holds():
             self.step = self.unchanged = None  # first: what it held may be large

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from fastgpt.cache import KVCache, Uncached, is_autocasting
+from fastgpt.cache import KVCache, Uncached
+from fastgpt.checks import is_autocasting, require_device, require_dtype, require_shape, require_tensor
 from fastgpt.ops.attention import attention
 from fastgpt.ops.derivatives import through_cache
-from fastgpt.checks import require_device, require_dtype, require_shape, require_tensor
 
 
 class Context:

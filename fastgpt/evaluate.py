@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from fastgpt.checks import require_integer
 from fastgpt.distributed import Processes
+from fastgpt.fusion import evaluating, others
 
 
 def split(tokens: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +26,7 @@ def evaluate(
 
     The text is read in windows of `context` tokens, by default the model's, that do not overlap: all of them, or
     `max_windows` that are spread evenly. With a `cache_dtype`, through a cache of it: what rounding keys and values costs.
-    Processes share the windows. The model is left in training mode, or not, as it was.
+    Processes share the windows. A model in training mode is evaluated, too, and its mode does not change.
 
     Raises: TypeError or ValueError that begins with the argument's name.
     """
@@ -37,17 +38,15 @@ def evaluate(
     starts = list(range(0, len(tokens) - 1, context))
     if max_windows is not None and len(starts) > max_windows:
         starts = [starts[i * len(starts) // max_windows] for i in range(max_windows)]
-    training = model.training
-    model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
-    for i in range(processes.rank, -(-len(starts) // processes.size) * processes.size, processes.size):
-        start = starts[min(i, len(starts) - 1)]  # a sharded model is called as often in every process
-        window = tokens[start : start + context + 1].to(device, torch.int64)
-        cache = None if cache_dtype is None else model.new_cache(1, cache_dtype=cache_dtype)
-        logits = model(window[None, :-1], cache=cache)[0].float()
-        if i < len(starts):
-            loss = F.cross_entropy(logits, window[1:], reduction="sum")
-            total += torch.stack([loss, torch.full_like(loss, len(window) - 1)])
-    model.train(training)
+    with evaluating(others(model)):
+        for i in range(processes.rank, -(-len(starts) // processes.size) * processes.size, processes.size):
+            start = starts[min(i, len(starts) - 1)]  # a sharded model is called as often in every process
+            window = tokens[start : start + context + 1].to(device, torch.int64)
+            cache = None if cache_dtype is None else model.new_cache(1, cache_dtype=cache_dtype)
+            logits = model(window[None, :-1], cache=cache)[0].float()
+            if i < len(starts):
+                loss = F.cross_entropy(logits, window[1:], reduction="sum")
+                total += torch.stack([loss, torch.full_like(loss, len(window) - 1)])
     loss, count = processes.sum(total).tolist()
     return loss / count

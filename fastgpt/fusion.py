@@ -5,7 +5,6 @@ where the modules compute what they were written to compute: `is_plain`.
 """
 
 import threading
-from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -78,16 +77,23 @@ def others(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module) not in PLAIN]
 
 
-@contextmanager
-def evaluating(others: list[nn.Module]):
+class evaluating:
     """Within it, in this thread, models in training mode compute as in evaluation mode, with these modules of `others`. No
     module's own state changes: another thread, or who asks in between, finds it as it was."""
-    before, state.evaluating = state.evaluating, True
-    try:
-        with NoDropout() if any(module.training for module in others) else nullcontext():
-            yield
-    finally:
-        state.evaluating = before
+
+    def __init__(self, others: list[nn.Module]):  # a class: generation enters one at each step, and generators take longer
+        self.others = others
+
+    def __enter__(self) -> None:
+        self.before, state.evaluating, self.mode = state.evaluating, True, None
+        if any(module.training for module in self.others):
+            self.mode = NoDropout()
+            self.mode.__enter__()
+
+    def __exit__(self, *exception) -> None:
+        state.evaluating = self.before
+        if self.mode is not None:
+            self.mode.__exit__(*exception)
 
 
 class NoDropout(TorchFunctionMode):

@@ -23,10 +23,9 @@ from fastgpt.cache import (
     PagePool,
     SlidingCache,
     Uncached,
-    is_autocasting,
     least,
 )
-from fastgpt.checks import require_flag, require_integer
+from fastgpt.checks import is_autocasting, require_flag, require_integer
 from fastgpt.context import Context, Given, read_context, require_causal, require_context, require_ids, stored_context, uncached
 from fastgpt.families import DECODER_SCHEMA, MAX_HEAD_DIM
 from fastgpt.fusion import PLAIN_WEIGHTS, computes, is_training, plain
@@ -506,7 +505,9 @@ class GPT(nn.Module):
     @property
     def first_weight(self) -> torch.Tensor:
         """Of the model's dtype and device: the token embeddings or, where a module without a weight makes them, any."""
-        weight = getattr(self.token_embedding, "weight", None)
+        embedding = self._modules["token_embedding"]
+        weight = embedding._parameters.get("weight")  # at each step: an attribute of a module takes ten times as long
+        weight = getattr(embedding, "weight", None) if weight is None else weight
         return weight if isinstance(weight, torch.Tensor) else next(self.parameters())
 
     @property

@@ -8,6 +8,7 @@ import math
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -170,16 +171,33 @@ def test_info(capsys):
     assert "kv_cache_update on cpu: cpp" in out
 
 
+STOPS_HALFWAY = """
+import itertools, sys, time
+from fastgpt import cli, sampling
+
+steps, sample = itertools.count(), sampling.Sampler.__call__
+
+def sample_or_wait(sampler, logits):
+    if next(steps) == 20:
+        time.sleep(3600)
+    return sample(sampler, logits)
+
+sampling.Sampler.__call__ = sample_or_wait
+cli.main(sys.argv[1:])
+"""
+
+
 def test_text_streams_as_it_comes():
-    """Through a terminal: the first characters are there long before the last."""
+    """Through a terminal: the first characters are there before a later step, which waits to be interrupted."""
     reader, writer = pty.openpty()
-    command = [sys.executable, "-m", "fastgpt", "generate", "ROMEO:", "--max-new-tokens", "500", "--no-cache"]
+    command = [sys.executable, "-c", STOPS_HALFWAY, "generate", "ROMEO:", *TOKENS]
     # A shell's background job ignores SIGINT, and so would its children.
     heed_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, preexec_fn=heed_interrupts)
     os.close(writer)
     first = b""
     while len(first) < 10:
+        assert select.select([reader], [], [], 300)[0], f"only {first!r}"
         first += os.read(reader, 10)
     assert first.startswith(b"ROMEO:") and process.poll() is None
     process.send_signal(signal.SIGINT)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fastgpt.checks import is_autocasting
 from fastgpt.integrations.transformers.deferred import EightBit
 from fastgpt.integrations.transformers.masks import Mask
 from fastgpt.ops import attention as operation
@@ -50,7 +51,7 @@ def attention(
             return out, None
     if cache is not None:
         key, value = _stored(cache, key, value, module, kwargs)
-    if torch.is_autocast_enabled(query.device.type):  # which PyTorch's own function heeds
+    if is_autocasting(query.device):  # which PyTorch's own function heeds
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
     T, S = query.shape[2], key.shape[2]
