@@ -152,6 +152,18 @@ def new_layer(cls: type[nn.Module], *sizes: int, **options) -> nn.Module:
     return nn.utils.skip_init(cls, *sizes, device=torch.get_default_device(), **options)
 
 
+def only_looks_up(embedding: nn.Module) -> bool:
+    """Whether calling it takes rows of its weight, and nothing else."""
+    return computes(embedding, nn.Embedding.forward) and embedding.max_norm is None
+
+
+def look_up(embedding: nn.Module, index: torch.Tensor) -> torch.Tensor:
+    """embedding(index); for a decode step without the Python in between, which takes as long as the rest."""
+    if torch.is_grad_enabled() or not only_looks_up(embedding):
+        return embedding(index)
+    return torch.embedding(embedding._parameters["weight"], index)
+
+
 def project(x, layer: nn.Module, norm: nn.Module | None = None, **options):
     """layer(norm(x)), or layer(x), and what `options` say of `linear` after it: in one operation where both are plain."""
     if not computes(layer, nn.Linear.forward):
@@ -412,7 +424,7 @@ class GPT(nn.Module):
         """Makes room for ids (B, T) in the cache and embeds them: (B, T, C)."""
         self.check(ids, cache, new)
         try:
-            x = self.token_embedding(ids)  # (B, T, C)
+            x = look_up(self.token_embedding, ids)  # (B, T, C)
         except IndexError:
             limit = self.config.vocab_size - 1
             raise ValueError(
@@ -429,7 +441,7 @@ class GPT(nn.Module):
         if config.embedding_scale is not None:
             x = x * torch.tensor(config.embedding_scale, dtype=x.dtype, device="cpu")
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
+            x = x + look_up(self.position_embedding, positions)
         elif config.position == "sinusoidal":
             x = x + F.embedding(positions, tables[0]).to(x.dtype)
         return F.dropout(x, config.dropout) if is_training(self) else x
@@ -439,7 +451,7 @@ class GPT(nn.Module):
         launches, by their weights alone."""
         config, tokens, places = self.config, self.token_embedding, self.position_embedding
         for embedding in (tokens, places):
-            if embedding is not None and not (computes(embedding, nn.Embedding.forward) and embedding.max_norm is None):
+            if embedding is not None and not only_looks_up(embedding):
                 return self.embed_at(tokens(ids), cache.advance(1), tables)
         table = None
         if places is not None:

@@ -121,7 +121,7 @@ def draw(logits, uniform, largest=None):
     largest: of the logits, (B, 1), if it is known. Where it is not finite, the token is any of the vocabulary.
     """
     largest = logits.amax(-1, keepdim=True) if largest is None else largest
-    weights = (logits - largest).exp()
+    weights = (logits - largest).exp_()
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     # Less than the last sum, also when rounded; and tokens of weight 0, whose sum is that of the one before, are passed by.
     token = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
@@ -260,9 +260,10 @@ class Sampler:
     def require_finite(self, steps: range) -> None:
         """Waits for the device. Raises ValueError if at any of these steps, which are those since one last looked, a row that
         had not ended had logits that no token can be chosen by: with NaN or inf among them, or nothing but -inf."""
-        if math.isfinite(self.extreme.max().item()):
+        values = self.extreme.view(-1).tolist()
+        if all(map(math.isfinite, values)):
             return
-        row, value = next((row, value) for row, value in enumerate(self.extreme[:, 0].tolist()) if not math.isfinite(value))
+        row, value = next((row, value) for row, value in enumerate(values) if not math.isfinite(value))
         got = "nan" if math.isnan(value) else "inf, or -inf for every token,"
         when = f"step {steps[0]}" if len(steps) == 1 else f"one of steps {steps[0]} to {steps[-1]}"
         rules = ("logit_bias", "no_repeat_ngram_size", "min_new_tokens", "logits_processors")

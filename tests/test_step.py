@@ -12,7 +12,7 @@ from interpreter import DEVICE, INTERPRETED, passed, runs_kernel, starts_the_int
 from models import random_ids, random_model  # noqa: E402
 
 from fastgpt.kernels import step as kernel  # noqa: E402
-from fastgpt.ops.step import advance, embed, embed_reference, note, note_reference, rounded  # noqa: E402
+from fastgpt.ops.step import advance, advance_reference, embed, embed_reference, note, note_reference, rounded  # noqa: E402
 
 pytestmark = pytest.mark.threads
 
@@ -55,9 +55,10 @@ def test_the_kernel_advances(B):
         assert lengths.tolist() == [b + step + 1 for b in range(B)]
 
 
-def test_the_reference_advances():
+@pytest.mark.parametrize("function", [advance, advance_reference])
+def test_advance(function):
     lengths, positions = torch.tensor([3, 0], dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)
-    advance(lengths, positions)
+    function(lengths, positions)
     assert lengths.tolist() == [4, 1] and positions.tolist() == [[3], [0]]
 
 

@@ -81,12 +81,18 @@ def rounded(scale: float, dtype: torch.dtype) -> float:
 
 
 def advance(lengths, positions):
-    """One more token of each sequence, in place: positions (B, 1) becomes lengths (B,), int32, which grow by one."""
-    if lengths.is_cuda and choose("advance", IMPLEMENTATIONS, None, lengths, positions) == "triton":
+    """One more token of each sequence, in place: positions (B, 1) becomes lengths (B,), which grow by one; both int32,
+    contiguous."""
+    if lengths.is_cpu or lengths.is_cuda and choose("advance", IMPLEMENTATIONS, None, lengths, positions) == "triton":
         _advance(lengths, positions)
     else:
-        positions.copy_(lengths.unsqueeze(1))
-        lengths += 1
+        advance_reference(lengths, positions)
+
+
+def advance_reference(lengths, positions):
+    """The same function in plain PyTorch, on every device."""
+    positions.copy_(lengths.unsqueeze(1))
+    lengths += 1
 
 
 def note(token, scores, tokens, extreme, step, ended=None, eos=None):

@@ -1,4 +1,4 @@
-// `note` on the CPU: what a step does after a token was chosen, in one pass over the rows. See fastgpt/ops/step.py.
+// `advance` and `note` on the CPU: what a step does before the blocks and after a token was chosen. See fastgpt/ops/step.py.
 
 #include <cmath>
 #include <optional>
@@ -35,6 +35,14 @@ Number* written(const Tensor& x, const char* name, ScalarType dtype, std::initia
   check_shape(x, name, shape);
   FASTGPT_CHECK(x.is_contiguous(), name, ": expected a contiguous tensor");
   return static_cast<Number*>(mutable_data_of(x, name, sizeof(Number)));
+}
+
+void advance_cpu(const Tensor& lengths, const Tensor& positions) {
+  FASTGPT_CHECK(lengths.dim() == 1, "lengths: expected shape (B,)");
+  const int64_t B = lengths.size(0);
+  auto* stored = written<int32_t>(lengths, "lengths", ScalarType::Int, {B});
+  auto* next = written<int32_t>(positions, "positions", ScalarType::Int, {B, 1});
+  for (int64_t b = 0; b < B; ++b) next[b] = stored[b]++;
 }
 
 // Where the largest magnitude so far is less than this one, or this one is NaN, it becomes this one.
@@ -95,5 +103,6 @@ void note_cpu(
 }  // namespace fastgpt
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("advance_", TORCH_BOX(&fastgpt::advance_cpu));
   m.impl("note_", TORCH_BOX(&fastgpt::note_cpu));
 }
