@@ -406,6 +406,11 @@ def _cumulated(func, x, dim, **kwargs):
     return func(x, dim, **kwargs), func(x.square(), dim, **kwargs), x.shape[dim]
 
 
+def _scattered(func, grad, indices, *args):
+    n = max(indices.flatten().bincount().tolist(), default=0)
+    return func(grad, indices, *args), func(grad.square(), indices, *args), n
+
+
 # What sums up: its result, that of the terms' squares, and how many terms there are.
 _SUMS = {
     aten.mm.default: _product,
@@ -421,6 +426,7 @@ _SUMS = {
     aten.convolution.default: _convolution,
     aten.linalg_vector_norm.default: _norm,
     aten.cumsum.default: _cumulated,
+    aten.embedding_dense_backward.default: _scattered,
 }
 
 
