@@ -2,7 +2,7 @@
 
 NOTE = (
     "The worst error of results / of gradients, as a share of the bound: at most 1 passes. Exact: what is stored is, bit for "
-    "bit, what the reference stores."
+    "bit, what the reference stores. –: not measured."
 )
 IMPLEMENTATIONS = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
 
@@ -33,8 +33,9 @@ def worst(cases: list[dict]) -> str:
 
 
 def markdown(numerics: dict) -> str:
-    """For README: the worst of all features."""
+    """For README: the worst of all features, of what has been measured."""
     header, *table = rows(numerics, by_feature=False)
+    table = [row for row in table if any(cell != "–" for cell in row[2:])]
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *([f"`{name}`", *cells] for name, *cells in table)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{text}\n\n{NOTE} Over all features; `python -m benchmarks.numerics` measures it and shows each."

@@ -335,7 +335,7 @@ def architecture_rows(result: dict) -> list[list[str]]:
         pairs = [[case.get(key, {}).get(side) for key in ("shares", "gradient_shares")] for side in sides]
         row += [" / ".join(f"{share:.2f}" for share in pair) if pair[0] is not None else "–" for pair in pairs]
         row += [words.get(case.get("tokens", {}).get(cache), "–") for cache in caches]
-        rows.append([*row, f"{max(case['compiled'].values()):.2f}" if "compiled" in case else "–"])
+        rows.append([*row, f"{max(case['compiled'].values()):.2f}" if case.get("compiled") else "–"])
     return rows
 
 
@@ -343,15 +343,19 @@ def architectures(result: dict) -> str:
     """Which are served, and how exactly, in a paragraph."""
     cases = result["architectures"]
     served, others = ([case for case in cases if ("unserved" in case) is unserved] for unserved in (False, True))
-    worst = {key: max(share for case in served for share in case[key].values()) for key in ("shares", "gradient_shares")}
+    worst = [
+        f"{max(shares):.2f} of the bound in {of}"
+        for key, of in (("shares", "outputs"), ("gradient_shares", "gradients"))
+        if (shares := [share for case in served for share in case.get(key, {}).values()])
+    ]
+    errors = f"the worst error is {', '.join(worst)}; " if worst else ""
     caches = [case["tokens"] for case in served if case["tokens"]]
     same = sum(all(tokens.values()) for tokens in caches)
     compiled = [case["architecture"] for case in served if "compiled" in case]
     return (
         f"{len(served)} architectures are served: {', '.join(case['architecture'] for case in served)}. Small models with random "
-        f"weights, not padded and padded left and right, against eager attention in float64: the worst error is "
-        f"{worst['shares']:.2f} of the bound in outputs, {worst['gradient_shares']:.2f} in gradients; 32 greedy tokens are the "
-        f"same in dynamic, static and fastgpt's cache in {same} of the {len(caches)} that generate; {listed_words(compiled)} "
+        f"weights, not padded and padded left and right, against eager attention in float64: {errors}"
+        f"32 greedy tokens are the same in dynamic, static and fastgpt's cache in {same} of the {len(caches)} that generate; {listed_words(compiled)} "
         f"also compile to one graph. Not served, and not counted: "
         f"{', '.join(case['architecture'] for case in others)}, whose attention does not go through transformers' interface."
     )
