@@ -241,7 +241,8 @@ def compare(actual: torch.Tensor, yardstick: Yardstick, *, dtype: torch.dtype | 
 
     yardstick = Yardstick(oracle, yardstick.errors)
     bounds = allowed(yardstick, dtype)
-    shares = error / bounds
+    # A float64 zero may have nothing allowed: half of its smallest subnormal is 0.
+    shares = torch.where(error == 0, 0.0, error / bounds)
     at = int(shares.argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), oracle.shape))
     rows = (K**2 * _variance(yardstick) + rounding.square()).sum(-1).flatten()
