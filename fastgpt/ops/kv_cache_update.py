@@ -88,6 +88,11 @@ def _store(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale):
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
         if x is not None:
             require_apart(name, x)
+            if torch.is_grad_enabled() and x.requires_grad and (x.is_leaf or x._is_view() and x._base.is_leaf):
+                raise ValueError(
+                    f"{name}: expected a tensor that autograd lets be written in place, got a leaf that requires gradients, or a "
+                    f"view of one; call under torch.no_grad(), or with its clone"
+                )
     if slots.is_meta:
         return
     b, t, index, n = _slots_of(slots, k_cache, block_table)
