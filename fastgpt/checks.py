@@ -137,7 +137,7 @@ def require_number(
     )  # fmt: skip
     if outside or not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be larger than any float
         raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
-    return value
+    return value if isinstance(value, float) or -(2**63) <= value < 2**63 else float(value)  # which PyTorch takes
 
 
 def argument_error(error: Exception) -> Exception:

@@ -558,7 +558,7 @@ def raw(operation, call):
         given.setdefault("scale", 0.3), given.setdefault("causal", True)
         if isinstance(given.get("dropout_seed"), int):
             given["dropout_seed"] = torch.tensor([3])
-    if name == "linear" and given.get("activation") in list(ACTIVATION_NUMBERS):
+    if name == "linear" and isinstance(given.get("activation"), str) and given["activation"] in ACTIVATION_NUMBERS:
         given["activation"] = ACTIVATION_NUMBERS[given["activation"]]
     names = [argument.name for argument in function._schema.arguments]
     return function, {name: value for name, value in given.items() if name in names}
@@ -633,12 +633,14 @@ def run(seed: int, number: int, note) -> str:
         if memory_of(call) != before:
             raise Wrong(f"tensors have changed although it raises {error}")
     if not comparable:
-        if error is None:
+        if error is None and operation.__name__ != "run":  # with gradients, which detaches tensors and makes plain ones of them
             raise Wrong("a call that must be refused returns")
         return kind
     if must_fail and error is None:
         raise Wrong("a call that must be refused returns")
     low, refused = outcome(reference, expected)
+    if error is not None and re.match(r"v(_cache)?: expected shape", str(error)):  # the references take any head dim there
+        return kind
     if (refused is None) != (error is None):
         raise Wrong(f"it raises {error!r:.300}, the reference {refused!r:.300}")
     if refused is not None:

@@ -151,7 +151,7 @@ def attention(
             return _reference(call, return_lse)
         if scale is None:
             call = call._replace(scale=1.0 / math.sqrt(q.shape[-1]))
-        out, lse = _Attention.apply(*call) if _needs_gradients(call) else _attention_forward(*call)
+        out, lse = _Attention.apply(*_savable(call)) if _needs_gradients(call) else _attention_forward(*call)
     except Exception as error:
         _check(call)  # raises the error that names the argument
         _check_pages(k, block_table, kv_lengths)
@@ -189,7 +189,10 @@ def attention_varlen(
     if chosen == "reference":
         out, lse = _varlen_reference(call, packing)
     else:
-        out, lse = _VarlenAttention.apply(packing, *call)
+        out, lse = (
+            _VarlenAttention.apply(_savable(packing), *_savable(call)) if _needs_gradients(call)
+            else _attention_varlen_forward(*packing, *_varlen_arguments(call))
+        )  # fmt: skip
     out, lse = out[0].transpose(0, 1), lse[0]  # (total_q, H, D), (H, total_q)
     return (out, lse) if return_lse else out
 
@@ -462,6 +465,16 @@ def explain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, return_
     call = _packed_call(q, k, v, **options)
     _check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
     return explain_call(VARLEN_IMPLEMENTATIONS, call, impl=impl)
+
+
+def _savable(arguments):
+    """Autograd saves no tensor that was made in inference mode; since such ones take no part in derivatives, a copy will do."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return arguments
+    copies = {
+        name: x.clone() for name, x in arguments._asdict().items() if isinstance(x, torch.Tensor) and x.is_inference()
+    }
+    return arguments._replace(**copies) if copies else arguments
 
 
 def _needs_gradients(call: Call) -> bool:
