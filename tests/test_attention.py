@@ -228,6 +228,7 @@ def test_parity_quantised(T, page, D, dtype, kv_dtype):
     check_parity(q, k, v, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T, window", [(1, None), (4, None), (1, 2500)])
 def test_parity_with_splits_of_the_keys(T, window, dtype):
@@ -259,9 +260,12 @@ def test_window_is_the_last_keys_own_position_included(impl):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("level", lower_levels())
-def test_lower_cpu_levels(level):
+@pytest.mark.parametrize(
+    "which", ["(parity and float32 or tanh) and not splits", pytest.param("parity or tanh", marks=pytest.mark.exhaustive)]
+)
+def test_lower_cpu_levels(level, which):
     """The tests of parity and tanh again, in a process that is forced to a lower instruction set."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "parity or tanh", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", which, "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env=os.environ | {"FASTGPT_CPU_LEVEL": level}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 

@@ -108,15 +108,16 @@ def converted(dtype, device, arguments, options):
     return tuple(x.to(device, dtype) for x in arguments), options
 
 
-def with_gradients(function, arguments, options):
-    """The result, and the gradients by query, key, value and a floating-point mask."""
+def with_gradients(function, arguments, options, dtype=None):
+    """The result, and the gradients by query, key, value and a floating-point mask. dtype: that the result's gradient is
+    rounded to, if not that of the arguments."""
     leaves = [x.detach().requires_grad_() for x in arguments]
     mask = options.get("attn_mask")
     if type(mask) is torch.Tensor and mask.is_floating_point():
         options = options | {"attn_mask": mask.detach().requires_grad_()}
         leaves.append(options["attn_mask"])
     out = function(*leaves[:3], **options)
-    dout = random(*out.shape, seed=9).to(out)
+    dout = random(*out.shape, seed=9).to(out.dtype if dtype is None else dtype).to(out)
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
@@ -133,7 +134,7 @@ def test_results_and_gradients_are_pytorchs(case, dtype, device):
     explained = fastgpt.explain(scaled_dot_product_attention, *arguments, **options)
     assert explained["cpp" if device == "cpu" else "triton"] == "chosen", explained
     double = converted(torch.float64, device, arguments, options)
-    yardsticks = numerics.simulate(lambda: with_gradients(F.scaled_dot_product_attention, *double), weights=dtype)
+    yardsticks = numerics.simulate(lambda: with_gradients(F.scaled_dot_product_attention, *double, dtype), weights=dtype)
     ours = with_gradients(scaled_dot_product_attention, arguments, options)
     numerics.check(ours, yardsticks)
     for actual, expected in zip(with_gradients(switched_on, arguments, options), ours):

@@ -453,7 +453,7 @@ def test_capture_in_a_cuda_graph():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["not slow", "slow"])
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.exhaustive)])
 @starts_the_interpreter
 def test_under_the_interpreter(which):
     assert passed(__file__, which) >= len(CASES)

@@ -148,10 +148,10 @@ def test_any_leading_dimensions_and_strides(feature):
     assert linear(x[:0], residual=residual[:0], **call).shape == (0, 17)
 
 
-@runs_kernel
+@pytest.mark.gpu
 @everything
 def test_a_row_gives_the_same_bits_among_any_others(feature):
-    """As long as their number takes the same tile."""
+    """As long as their number takes the same tile. Not in the interpreter, whose products are NumPy's: they round by place."""
     call = call_of(linear_features, feature, 12, 200, 19, torch.float16)
     whole = linear(**call)
     for rows in (2, 5):
