@@ -17,18 +17,21 @@ OUT ?= build/gpu
 demo: $(INSTALLED)
 	$(RUN) -m fastgpt generate "ROMEO:" --compare-cache --temperature 0.8 --seed 1
 
+# In as many processes as there are cores. A thread that waits for others sleeps, so that they have the core.
+PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
 # Every property, on samples of what repeats it; leaves out the tests marked exhaustive.
 test: $(INSTALLED)
-	$(RUN) -m pytest
+	$(PYTEST)
 
 # Without the slow ones either: those that build, compile kernels, start processes or the interpreter.
 test-quick: $(INSTALLED)
-	$(RUN) -m pytest -m "not slow and not exhaustive"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 # All repetitions, too: ten times the fuzz, every demanding kernel's machine code, every shape in the interpreter, every
 # emulated CPU. Hours.
 test-all: $(INSTALLED)
-	$(RUN) -m pytest -m "exhaustive or not exhaustive"
+	$(PYTEST) -m "exhaustive or not exhaustive"
 
 # The CPU operations under AddressSanitizer and UBSan, at every CPU level: a copy of the project is built and tested in
 # build/sanitize. libstdc++ is preloaded because the sanitizer looks there for what throws exceptions. One test measures
