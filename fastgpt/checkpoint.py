@@ -18,9 +18,11 @@ from safetensors.torch import save_file
 
 from fastgpt import memory, schema
 from fastgpt.families import ARCHITECTURES, FAMILIES, HEADS, TOKEN_IDS, Family, architecture, family_of
+from fastgpt.sampling import PENALTY
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
+STATE = "training_state.pt"  # of the run that a folder is of
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 32 << 20  # bytes of a file that are mapped at a time: what is mapped counts as this process's memory
@@ -39,7 +41,11 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     if revision is not None and not isinstance(revision, str):
         raise TypeError(f"revision: expected a string or None, got {revision!r}")
     folder = Path(path)
-    if folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise FileNotFoundError(f"model: expected a checkpoint folder, {folder} is none: {error.strerror}") from error
+    if is_folder:
         if revision is not None:
             raise ValueError(f"revision: expected None for {path}, which is a folder here and not on the Hub, got {revision!r}")
         return folder
@@ -149,7 +155,7 @@ GENERATION = {
     "top_k": schema.integer(0, 2**31 - 1, None, optional=True),
     "top_p": schema.number(None, least=0, most=1, optional=True),
     "min_p": schema.number(None, least=0, most=1, optional=True),
-    "repetition_penalty": schema.number(None, above=0, optional=True),
+    "repetition_penalty": schema.number(None, **PENALTY, optional=True),
     "no_repeat_ngram_size": schema.integer(0, 2**31 - 1, None, optional=True),
     "max_new_tokens": schema.integer(1, 2**31 - 1, None, optional=True),
     "min_new_tokens": schema.integer(0, 2**31 - 1, None, optional=True),
@@ -286,12 +292,14 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
     if index is None:
         others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
         found = f", found {others[0]}: only safetensors are read, which transformers' save_pretrained writes" if others else ""
+        if others == [STATE]:
+            found = f", found {STATE}: the training run there has saved no weights yet"
         raise FileNotFoundError(f"model: expected {WEIGHTS} or {INDEX} in the checkpoint folder {folder}{found}")
     content = _read_json(index)
     with _naming(index):
         shards = schema.read({"weight_map": schema.mapping()}, content)["weight_map"]
         for name, shard in shards.items():
-            if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", shard):
+            if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard):
                 raise ValueError(f"weight_map.{name}: expected the plain name of a .safetensors file in this folder, got {shard!r}")
         if not shards:
             raise ValueError("weight_map: expected at least one weight, got none")

@@ -16,6 +16,7 @@ from fastgpt.checks import require_device, require_integer, require_number, requ
 from fastgpt.ops.step import note
 
 LARGEST = torch.finfo(torch.float32).max
+PENALTY = {"least": 1e-100, "most": 1e100}
 COOL = 1e-3  # temperatures below it take logits out of fp32's range, unless those begin at 0
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -34,7 +35,7 @@ def checked_rules(
         "top_k": require_integer("top_k", top_k, least=1, optional=True),
         "top_p": require_number("top_p", top_p, above=0, most=1, optional=True),
         "min_p": require_number("min_p", min_p, least=0, most=1, optional=True),
-        "repetition_penalty": float(require_number("repetition_penalty", repetition_penalty, least=1e-100, most=1e100)),
+        "repetition_penalty": float(require_number("repetition_penalty", repetition_penalty, **PENALTY)),
         "no_repeat_ngram_size": require_integer("no_repeat_ngram_size", no_repeat_ngram_size, least=0, optional=True) or 0,
         "min_new_tokens": require_integer("min_new_tokens", min_new_tokens, least=0, optional=True) or 0,
         "logit_bias": checked_bias(logit_bias),

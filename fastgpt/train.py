@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from fastgpt import checkpoint
-from fastgpt.checkpoint import TOKENIZER, replacing, resolve
+from fastgpt.checkpoint import STATE, TOKENIZER, replacing, resolve
 from fastgpt.checks import require_choice, require_integer, require_number
 from fastgpt.corpus import summarize, tokenize
 from fastgpt.distributed import Processes, skeleton
@@ -28,7 +28,6 @@ from fastgpt.evaluate import evaluate, split
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.text import Tokenizer
 
-STATE = "training_state.pt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHOW_EVERY = 0.5  # seconds between two looks at the loss, each of which waits for the device
 CHECK_INTERVAL = 20  # steps between two looks at whether the run has diverged, which all processes take together

@@ -352,6 +352,11 @@ def test_what_is_missing_is_said(folder):
     path.rename(folder / "pytorch_model.bin")
     with raises("expected model.safetensors or .*found pytorch_model.bin: only safetensors are read", FileNotFoundError):
         GPT.from_pretrained(folder)
+    (folder / "pytorch_model.bin").rename(folder / "training_state.pt")
+    with raises("found training_state.pt: the training run there has saved no weights yet", FileNotFoundError):
+        GPT.from_pretrained(folder)
+    with raises("^model: expected a checkpoint folder, x+ is none: File name too long", FileNotFoundError):
+        GPT.from_pretrained("x" * 5000)
     path.mkdir()
     with raises("expected model.safetensors or", FileNotFoundError):
         GPT.from_pretrained(folder)
@@ -377,7 +382,7 @@ def test_arguments_are_named(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["../a.safetensors", "/etc/a.safetensors", "x/a.safetensors", "x\\a.safetensors", "C:a.safetensors", "a.safetensors\0", "", "a.bin", 5, None]
+    "name", ["../a.safetensors", "/etc/a.safetensors", "x/a.safetensors", "x\\a.safetensors", "C:a.safetensors", "a.safetensors\0", "a" * 300 + ".safetensors", "", "a.bin", 5, None]
 )  # fmt: skip
 def test_an_index_names_files_in_its_folder(name, folder):
     shard(folder, **{"model.norm.weight": name})
@@ -528,6 +533,7 @@ def test_generation_defaults(stored, expected, folder, tmp_path):
     [
         ('{"temperature": -1}', ": temperature: expected a finite number >= 0 or None, got -1$"),
         ('{"temperature": "hot"}', ": temperature: expected a finite number >= 0 or None, got 'hot'$"),
+        ('{"repetition_penalty": 1e308}', ": repetition_penalty: expected a finite number >= 1e-100 .*, got 1e\\+308$"),
         ('{"top_k": 1.5}', ": top_k: expected an integer >= 0 .*, got 1.5$"),
         ('{"eos_token_id": [2, "x"]}', r": eos_token_id\[1\]: expected an integer .*, got 'x'$"),
         ('{"do_sample": 1}', ": do_sample: expected a bool, got 1$"),
