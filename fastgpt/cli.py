@@ -30,7 +30,7 @@ from fastgpt.train import TrainConfig, Trainer, pretrained, require_new_run, req
 from fastgpt.train import DTYPES as TRAIN_DTYPES
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"
-DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech
+DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech, and most texts a new line
 CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -235,14 +235,22 @@ def given_options(options) -> dict:
 
 
 def prompts_of(options) -> list[str]:
-    """The texts to continue: of the command line, of files, of standard input."""
+    """The texts to continue: of the command line, of files, of standard input; [] where there is none."""
     if options.prompt.count("-") > 1:
         raise ValueError("prompt: expected - once, since there is one standard input, got it several times")
     prompts = [standard_input() if prompt == "-" else prompt for prompt in options.prompt]
     prompts += map(read_prompt, options.prompt_file)
-    if not prompts:
-        prompts = [piped_in() or DEFAULT_PROMPT]
+    if not prompts and (text := piped_in()):
+        prompts = [text]
     return prompts
+
+
+def default_prompt(tokenizer: Tokenizer) -> str:
+    """A line break, or for a model of characters that knows none, the first of them."""
+    try:
+        return DEFAULT_PROMPT if tokenizer.encode(DEFAULT_PROMPT) else tokenizer.decode([0])
+    except ValueError:
+        return tokenizer.decode([0])
 
 
 def piped_in() -> str:
@@ -303,6 +311,7 @@ def run_generate(options) -> None:
             from fastgpt.parallel import tensor_parallel  # slow to load
 
             tensor_parallel(pipe.model)
+        options.prompts = options.prompts or [default_prompt(pipe.tokenizer)]
         if options.seed is None:  # one for both ways of --compare-cache, and for all processes
             options.given["seed"] = processes.agreed(int.from_bytes(os.urandom(4), "big"))
         if processes.first:

@@ -412,6 +412,18 @@ def test_text_too_short_to_train_on(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("text, prompt", [("ab\n" * 50, "\n"), ("\U0001f600" * 150, "\U0001f600"), ("ab" * 80, "a")])
+def test_a_trained_model_generates_by_default(text, prompt, tmp_path, capsys, monkeypatch):
+    """Also where its text has no line break, which is the prompt else."""
+    monkeypatch.setattr(sys, "stdin", None)
+    (tmp_path / "text.txt").write_text(text)
+    sizes = {"layers": 1, "heads": 1, "width": 8, "context": 8, "steps": 1, "batch-size": 2, "eval-windows": 1}
+    arguments = [part for name, size in sizes.items() for part in (f"--{name}", size)]
+    assert run(capsys, "train", "--text", tmp_path / "text.txt", "--out", tmp_path / "run", *arguments)[0] == 0
+    status, out, _ = run(capsys, "generate", "--model", tmp_path / "run")
+    assert status == 0 and out.startswith(prompt) and len(out) == 8 + 1  # as much as the context holds
+
+
 def test_help_and_module(capsys):
     result = subprocess.run([sys.executable, "-m", "fastgpt", "--help"], capture_output=True, text=True, check=True)
     assert all(command in result.stdout for command in ("generate", "train", "bench", "info"))
