@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options = parser().parse_args(arguments)
         options.run(options)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the exit's flush complain
     except (ValueError, TypeError, OSError) as error:
@@ -81,10 +81,18 @@ def parsed(type_: type, expected: str, text: str):
 
 
 def logit_bias(text: str) -> dict[int, float]:
+    def by_token(pairs: list) -> dict[int, float]:
+        result = {int(token): value for token, value in pairs}
+        if len(result) < len(pairs):
+            raise ValueError("a token is there twice")
+        return result
+
     try:
-        entries = json.loads(text)
-        return {int(token): value for token, value in entries.items()}
-    except (ValueError, AttributeError):
+        result = json.loads(text, object_pairs_hook=by_token)
+        if not isinstance(result, dict):
+            raise ValueError(f"got a {type(result).__name__}")
+        return result
+    except (ValueError, RecursionError):
         raise argparse.ArgumentTypeError(
             f"expected a JSON object of token ids and numbers, such as '{{\"12\": -5, \"7\": -Infinity}}', got {text!r}"
         ) from None
@@ -352,7 +360,7 @@ def generate_text(pipe: Pipeline, options, device: torch.device) -> None:
         print(f"tokens: {'the same' if agree else 'NOT the same'} with and without the cache{rounded}")
     else:
         tokens, speed = report["new_tokens"], shown(report["decode_tokens_per_second"])
-        sys.stdout.flush()  # the text comes first where both go to one place
+        print(end="", flush=True)  # the text comes first where both go to one place; there may be no sys.stdout
         print(f"{tokens} tokens, {speed} tok/s, seed {report['seed']}", file=sys.stderr)
     if options.compare_cache and not agree and options.cache_dtype is None:  # rounded to 8 bits, they may differ
         sys.exit(1)

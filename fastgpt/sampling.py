@@ -53,7 +53,7 @@ def checked_bias(bias) -> dict[int, float]:
     for token, value in bias.items():
         token = require_integer("logit_bias", token, least=0)
         forbidden = isinstance(value, (float, np.floating)) and value == float("-inf")
-        result[token] = value if forbidden else require_number("logit_bias", value, least=-LARGEST, most=LARGEST)
+        result[token] = float(value if forbidden else require_number("logit_bias", value, least=-LARGEST, most=LARGEST))
     return result
 
 

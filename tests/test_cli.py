@@ -370,6 +370,9 @@ ERRORS = [
     (["generate", "A", "--cache", "ring"], "cache: invalid choice: 'ring'"),
     (["generate", "A", "--logit-bias", "5"], "logit-bias: expected a JSON object of token ids and numbers, .*, got '5'"),
     (["generate", "A", "--logit-bias", '{"a": 1}'], "logit-bias: expected a JSON object of token ids and numbers"),
+    (["generate", "A", "--logit-bias", "[[1, 2]]"], "logit-bias: expected a JSON object of token ids and numbers"),
+    (["generate", "A", "--logit-bias", '{"1": 1, "01": 2}'], "logit-bias: expected a JSON object of token ids and numbers"),
+    (["generate", "A", "--logit-bias", "[" * 99999], "logit-bias: expected a JSON object of token ids and numbers"),
     (["generate", "A", "--logit-bias", '{"1": "a"}'], "logit_bias: expected a finite number .*, got 'a'"),
     (["generate", "A", "--beams", "3"], "unrecognized arguments: --beams 3"),
     (["inspect", "A", "--top", "0"], "top: expected an integer >= 1, got 0"),
@@ -422,6 +425,14 @@ def test_a_trained_model_generates_by_default(text, prompt, tmp_path, capsys, mo
     assert run(capsys, "train", "--text", tmp_path / "text.txt", "--out", tmp_path / "run", *arguments)[0] == 0
     status, out, _ = run(capsys, "generate", "--model", tmp_path / "run")
     assert status == 0 and out.startswith(prompt) and len(out) == 8 + 1  # as much as the context holds
+
+
+def test_without_standard_output(capsys, monkeypatch):
+    """As processes beyond the first and daemons are."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        status, _, error = run(capsys, "generate", "A", "--max-new-tokens", 2)
+    assert status == 0 and error.startswith("2 tokens, ")
 
 
 def test_help_and_module(capsys):

@@ -346,6 +346,12 @@ def test_rules_are_those_of_transformers(twins, rules):
             assert row.tolist() == prompt + new
 
 
+@pytest.mark.parametrize("bias", [{3: 40}, {np.int64(3): np.float16(40)}, {3: 40, 4: -10**30}, {3: 10**38}])
+def test_numbers_of_every_kind_are_biases(bias):
+    model = random_model()
+    assert model.generate([[1, 2]], 4, logit_bias=bias)[0].tolist() == [1, 2, 3, 3, 3, 3]
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 40, 2**64])
 def test_no_ngram_is_there_twice(n):
     """Of tokens of an alphabet that is small beside them, also with what prompts have already."""
