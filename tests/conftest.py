@@ -6,6 +6,8 @@ import signal
 # A thread that waits for others sleeps, and does not keep the core that they may need: on a busy machine, and with as many
 # workers as cores, tests of two threads are several times as fast.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# What tests start is no worker of pytest-xdist's, though it may be pytest.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -158,7 +158,7 @@ def project(tmp_path_factory):
     (folder / "fastgpt" / "__init__.py").touch()
     (folder / "csrc").mkdir()
     shutil.copy(ROOT / "csrc" / "bindings.cpp", folder / "csrc")
-    for name in ("cpu_level", "page_allocator", "plan"):
+    for name in ("cpu_level", "page_allocator", "plan", "unchanged"):
         for suffix in (".cpp", ".h"):
             shutil.copy(ROOT / "csrc" / f"{name}{suffix}", folder / "csrc")
     (folder / "csrc" / "twice_kernels.cpp").write_text(

@@ -330,7 +330,8 @@ TRANSFORMS = {
 def test_transforms_give_what_they_give_without(name):
     with enabled():
         actual = TRANSFORMS[name](*inputs())
-    numerics.check(actual, lambda: TRANSFORMS[name](*inputs(dtype=torch.float64)))
+    plain = attend if name == "trace" else TRANSFORMS[name]  # a trace cannot be simulated
+    numerics.check(actual, lambda: plain(*inputs(dtype=torch.float64)))
 
 
 def gradients_of_gradients(function, dtype=torch.float32, alike=False):
