@@ -196,7 +196,7 @@ def test_parity_on_8_bits(dtype, cache_dtype, D, short_splits):
 def test_8_bits_of_any_magnitude(cache_dtype, magnitude, short_splits, request):
     """v_scale times a weight is a number that fp16 may not have."""
     if magnitude < 1 and cache_dtype is torch.int8:
-        reason = "1.01 of the bound in the interpreter, where results are subnormal in fp16: cause not found"
+        reason = "1.01 of the bound: of such small values, weights times v_scale · V_UNIT are subnormal in fp16"
         request.applymarker(pytest.mark.xfail(strict=False, reason=reason))
     q, k, v = random_inputs(1, 4, 1, 1, 70, 64, torch.float16)
     k, k_scale = quantise(k, cache_dtype)
