@@ -74,9 +74,22 @@ TILES = {
 # tuned on a GPU yet.
 GROUP, IN_FLIGHT = tl.constexpr(16), 64
 
-# fp16 has no small numbers, and v_scale is one: weights times v_scale are computed this much too large. Of rows that
-# fp16 can hold, v_scale is at most 65504 / 127 if int8, 65504 / 448 if e4m3.
-INT8_UNIT, E4M3_UNIT = tl.constexpr(64.0), tl.constexpr(256.0)
+# Weights times v_scale are multiplied in fp16, which has no small numbers: a program computes them in a unit of its own, a
+# power of two with which they are below 2^(HEADROOM + 1). It follows from the exponent, as fp32 stores it, of the largest
+# scale so far, no less than FIRST, so that both the unit and its inverse are fp32's.
+HEADROOM, FIRST = tl.constexpr(12), tl.constexpr(13)
+
+
+@triton.jit
+def _exponents(scales):
+    """Of fp32 numbers, as stored; the largest finite one for infinity and NaN."""
+    return tl.minimum(scales.to(tl.int32, bitcast=True) >> 23 & 0xFF, 254)
+
+
+@triton.jit
+def _power_of_two(exponent):
+    """2^(exponent - 127) in fp32; 0 if exponent <= 0."""
+    return (tl.maximum(exponent, 0) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -288,7 +301,9 @@ def _attend_split(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     EXACT: tl.constexpr = dtype == tl.float32
-    V_UNIT: tl.constexpr = INT8_UNIT if v_ptr.dtype.element_ty == tl.int8 else E4M3_UNIT
+    HAS_UNIT: tl.constexpr = v_scale_ptr is not None and dtype == tl.float16
+    if HAS_UNIT:
+        exponent = tl.full([], FIRST, tl.int32)
 
     slot = -1  # a key that is not read
     if new_k_ptr is not None:
@@ -345,7 +360,11 @@ def _attend_split(
         score = tl.where(is_own, score, float("-inf"))
         weight, _, row_sum, row_max = online_softmax(score, row_sum, row_max, LOG2_E, MASKED=True, EXACT=EXACT)
         if v_scale_ptr is not None:
-            weight *= tl.where(is_own, new_v_scale * V_UNIT, 0.0)
+            factor = tl.where(is_own, new_v_scale, 0.0)
+            if HAS_UNIT:
+                exponent = tl.maximum(exponent, _exponents(factor))
+                factor *= _power_of_two(254 + HEADROOM - exponent)
+            weight *= factor
         acc = weight.to(dtype).to(tl.float32) * new_v[None, :]
 
     start_loop = tl.maximum(start_split, begin // BLOCK_N * BLOCK_N)
@@ -376,12 +395,18 @@ def _attend_split(
         p, rescale, row_sum, row_max = online_softmax(scores, row_sum, row_max, LOG2_E, MASKED=True, EXACT=EXACT)
         if v_scale_ptr is not None:
             offsets = pages * stride_vsb + h_kv * stride_vsh + key_rows * tl.cast(stride_vsn, tl.int64)
-            p *= (tl.load(v_scale_ptr + offsets, mask=in_reach, other=0.0) * V_UNIT)[None, :]
+            factors = tl.load(v_scale_ptr + offsets, mask=in_reach, other=0.0)
+            if HAS_UNIT:
+                last = exponent
+                exponent = tl.maximum(exponent, tl.max(_exponents(factors), 0))
+                factors *= _power_of_two(254 + HEADROOM - exponent)
+                rescale *= _power_of_two(127 + last - exponent)
+            p *= factors[None, :]
         v = load_keys(v_ptr, stride_vb, stride_vn, pages, key_rows, in_reach, dtype, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
         acc = tl.dot(p.to(dtype), v, acc * rescale[:, None], input_precision="ieee")
 
-    if v_scale_ptr is not None:
-        acc *= 1.0 / V_UNIT
+    if HAS_UNIT:
+        acc *= _power_of_two(exponent - HEADROOM)
     if not EXACT:  # see online_softmax
         row_max *= LN_2
 
