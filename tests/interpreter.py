@@ -15,6 +15,33 @@ INTERPRETED = "TRITON_INTERPRET" in os.environ
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
+def patch_once():
+    """Triton replaces the functions of its language again in every call of a device function, which takes longer than most of
+    them do. Once a launch and module is enough."""
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()
+    if not hasattr(interpreter, "_LangPatchScope"):  # of Triton before 3.7
+        return
+
+    def patch_module(function):
+        if function.__module__ in patched:
+            return interpreter._LangPatchScope()
+        patched.add(function.__module__)
+        return patch(function)
+
+    def launch_afresh(*args, **kwargs):
+        patched.clear()  # the end of a launch undoes them
+        return launch(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_module, launch_afresh
+
+
+if INTERPRETED:
+    patch_once()
+
+
 def runs_kernel(test):
     """Marks a test that launches kernels."""
     return test if INTERPRETED else pytest.mark.gpu(test)
