@@ -1,14 +1,13 @@
-// Runs CUDA kernels on the host, for machines without a GPU: a stand-in for csrc/cuda_launch.h. A thread of a block is a thread of the host, so that the lanes of a shuffle can wait for each other.
+// Runs CUDA kernels on the host, for machines without a GPU: a stand-in for csrc/cuda_launch.h. The 32 threads of a warp are
+// coroutines of one thread of the host, so that the lanes of a shuffle can wait for each other.
 
 #pragma once
 
-#include <barrier>
+#include <ucontext.h>
+
 #include <cstdint>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <thread>
-#include <utility>
+#include <cstdlib>
+#include <functional>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -29,47 +28,60 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
-thread_local Dim3 threadIdx, blockIdx;
+Dim3 threadIdx, blockIdx;
 
-// The lanes of one mask of one warp.
-struct Exchange {
-  explicit Exchange(int lanes) : barrier(lanes) {}
-  std::barrier<> barrier;
-  float values[kWarp];
+struct Lane {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(size_t{1} << 17);
+  bool ended;
+  uint32_t exchanges;  // that it has begun
+  float values[2];     // what it gave to the last two
 };
-std::map<std::pair<uint32_t, uint32_t>, std::unique_ptr<Exchange>> exchanges;  // by warp and mask
-std::mutex exchanges_mutex;
+Lane lanes[kWarp];
+ucontext_t scheduler;
+std::function<void()> thread_of_block;
 
 inline float __shfl_xor_sync(uint32_t mask, float value, uint32_t offset) {
   const uint32_t lane = threadIdx.x % kWarp;
   if (!(mask >> lane & 1) || !(mask >> (lane ^ offset) & 1)) std::abort();  // undefined on a GPU
-  Exchange* exchange;
-  {
-    const std::lock_guard lock(exchanges_mutex);
-    auto& entry = exchanges[{threadIdx.x / kWarp, mask}];
-    if (!entry) entry = std::make_unique<Exchange>(__builtin_popcount(mask));
-    exchange = entry.get();
+  const uint32_t exchange = ++lanes[lane].exchanges;
+  lanes[lane].values[exchange % 2] = value;
+  for (uint32_t other = 0; other < kWarp; ++other) {
+    while ((mask >> other & 1) && lanes[other].exchanges < exchange) {
+      if (lanes[other].ended) std::abort();  // undefined as well
+      swapcontext(&lanes[lane].context, &scheduler);
+    }
   }
-  exchange->values[lane] = value;
-  exchange->barrier.arrive_and_wait();
-  const float result = exchange->values[lane ^ offset];
-  exchange->barrier.arrive_and_wait();
-  return result;
+  return lanes[lane ^ offset].values[exchange % 2];
+}
+
+inline void run_warp(uint32_t first_thread) {
+  for (Lane& lane : lanes) {
+    getcontext(&lane.context);
+    lane.context.uc_stack.ss_sp = lane.stack.data();
+    lane.context.uc_stack.ss_size = lane.stack.size();
+    lane.context.uc_link = &scheduler;
+    lane.ended = false, lane.exchanges = 0;
+    makecontext(&lane.context, +[] { thread_of_block(), lanes[threadIdx.x % kWarp].ended = true; }, 0);
+  }
+  for (bool running = true; running;) {
+    running = false;
+    for (uint32_t i = 0; i < kWarp; ++i) {
+      if (lanes[i].ended) continue;
+      threadIdx.x = first_thread + i;
+      swapcontext(&scheduler, &lanes[i].context);
+      running |= !lanes[i].ended;
+    }
+  }
 }
 
 template <typename... Parameters, typename... Arguments>
 void launch(
     void (*kernel)(Parameters...), int64_t threads, const torch::stable::Tensor&, const Arguments&... arguments) {
+  thread_of_block = [&] { kernel(arguments...); };
   for (int64_t block = 0; block * kThreads < threads; ++block) {
-    exchanges.clear();
-    std::vector<std::thread> running;
-    for (int i = 0; i < kThreads; ++i) {
-      running.emplace_back([=] {
-        threadIdx.x = i, blockIdx.x = static_cast<uint32_t>(block);
-        kernel(arguments...);
-      });
-    }
-    for (std::thread& thread : running) thread.join();
+    blockIdx.x = static_cast<uint32_t>(block);
+    for (uint32_t first = 0; first < kThreads; first += kWarp) run_warp(first);
   }
 }
 
