@@ -146,19 +146,22 @@ def short_splits(monkeypatch):
 
 # The kernel
 
+COMBINATIONS = [
+    ("not rotated", "window", torch.float16), ("rotated", "all", torch.float32), ("some dimensions", "plain", torch.float16),
+    ("interleaved", "plain", torch.float32),
+]  # fmt: skip
+# Every second one of each kind in the interpreter's time, all of them elsewhere and with the exhaustive tests.
+CASES = [
+    pytest.param(kind, *combination, marks=[pytest.mark.exhaustive] if INTERPRETED and (i + j) % 2 else [])
+    for i, kind in enumerate(KINDS)
+    for j, combination in enumerate(COMBINATIONS)
+    if not (KINDS[kind][2] and combination[1] in ("window", "all"))  # a ring is the window
+]
+
+
 @runs_kernel
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "rotation, feature, dtype",
-    [
-        ("not rotated", "window", torch.float16), ("rotated", "all", torch.float32), ("some dimensions", "plain", torch.float16),
-        ("interleaved", "plain", torch.float32),
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("kind, rotation, feature, dtype", CASES, ids=str)
 def test_parity(kind, rotation, feature, dtype, short_splits):
-    if KINDS[kind][2] and "window" in FEATURES[feature]:
-        pytest.skip("a ring is the window")
     counters = torch.zeros(100, dtype=torch.int32, device=DEVICE)
     assert_parity(example(kind, rotation, feature, dtype), counters)
     assert not counters.any()
@@ -259,9 +262,10 @@ def test_a_decoder_by_the_kernel(options, short_splits):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", ["not exhaustive", pytest.param("exhaustive", marks=pytest.mark.exhaustive)])
 @starts_the_interpreter
-def test_under_the_interpreter():
-    assert passed(__file__, "not slow") >= 30
+def test_under_the_interpreter(which):
+    assert passed(__file__, which) >= len(CASES) // 2
 
 
 # On a GPU, at sizes at which programs run at the same time

@@ -37,7 +37,7 @@ def test_greedy_tokens(name, padding):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", ["gemma2", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in COMPILED if x != "gemma2")])
 def test_compiled(name):
     for padding in (None, "right"):
         calls, found = compiled(name, padding)
