@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -406,7 +407,7 @@ def train(trainer: Trainer, folder: Path) -> None:
         trainer.save(folder, weights=False)
     with (
         processes.interruptible() as interrupted,
-        tqdm(total=config.steps, initial=trainer.step, unit="step", disable=not processes.first) as bar,
+        tqdm(total=config.steps, initial=trainer.step, unit="step", disable=not processes.first or sys.stderr is None) as bar,
     ):
         since, counted = time.perf_counter(), trainer.step
         while trainer.step < config.steps and not stop:
@@ -431,7 +432,7 @@ def train(trainer: Trainer, folder: Path) -> None:
                 trainer.save(folder, weights=best)
                 saved = trainer.step
                 text = trainer.sample()
-                if processes.first:
+                if processes.first and sys.stdout is not None:
                     bar.write(
                         f"\nstep {trainer.step}: loss {loss:.4f}, held-out loss {held_out:.4f} nats per token"
                         f"{', the lowest so far: saved' if best else f' (lowest {trainer.best_loss:.4f})'}\n"
