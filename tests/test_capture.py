@@ -85,7 +85,6 @@ CHANGES = {
     "activation": lambda patch, model: patch.setattr(model.blocks[0].mlp, "activation", "relu"),
     "scale of attention": lambda patch, model: patch.setitem(model.blocks[0].attention.options, "scale", 2.0),
     "forward of a class": other_forward,
-    "bias of a norm": lambda patch, model: model.norm.register_parameter("bias", None),
 }
 
 
