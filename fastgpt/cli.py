@@ -142,8 +142,8 @@ def parser() -> argparse.ArgumentParser:
     add = command.add_argument_group("text").add_argument
     add("prompt", nargs="*", metavar="PROMPT", help="the text to continue, or several texts; - is standard input, which is "
         "also read if there is no PROMPT and something is piped in (a line break)")  # fmt: skip
-    add("--prompt-file", type=named, action="append", default=[], metavar="FILE", help="continue a text in UTF-8; may be given several "
-        "times. Of FILE, and of standard input, one final line break is left out")  # fmt: skip
+    add("--prompt-file", type=named, action="append", default=[], metavar="FILE", help="continue a text in UTF-8; may be given "
+        "several times. Of FILE, and of standard input, one final line break is left out")  # fmt: skip
     add("--chat", action="store_true", help="PROMPT is a user's message, to be answered; only the answer is printed")
     add("--template-var", action="append", default=[], metavar="NAME=VALUE", help="with --chat: a variable of the chat "
         "template, enable_thinking=false say; VALUE is JSON, or else a text; may be given several times")
@@ -230,8 +230,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_model(add) -> None:
-    add("--model", type=named, default=SHIPPED_MODEL, metavar="PATH_OR_ID", help="checkpoint folder, or the id of one on the Hugging Face "
-        "Hub (the shipped model)")  # fmt: skip
+    add("--model", type=named, default=SHIPPED_MODEL, metavar="PATH_OR_ID", help="checkpoint folder, or the id of one on the "
+        "Hugging Face Hub (the shipped model)")  # fmt: skip
     add("--revision", metavar="REV", help="of a model on the Hub: a branch, a tag or a commit (its main branch)")
     add_device(add)
 
@@ -315,8 +315,8 @@ def read_prompt(path: str) -> str:
 
 
 def decoded(name: str, source: str, content: bytes) -> str:
-    """A prompt in UTF-8, without the line break that ends it, unless it is nothing else. Line breaks are \n, as in a text that
-    is trained on."""
+    """A prompt in UTF-8, without the line break that ends it, unless it is nothing else. Line breaks become line feeds, as in
+    a text that is trained on."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -556,7 +556,7 @@ def run_bench(options) -> None:
     torch.manual_seed(0)
     results = []
     try:
-        with tqdm(cases, unit="case", leave=False, disable=None if sys.stderr else True) as bar:
+        with tqdm(cases, unit="case", leave=False, disable=sys.stderr is None or None) as bar:
             for case in bar:
                 bar.set_description(case.name)
                 results.append(bench.measure(case, place, options.seconds / len(cases)))

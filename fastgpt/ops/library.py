@@ -19,7 +19,6 @@ except ImportError as error:
 build_info, Plan, Unchanged = _C.build_info, _C.Plan, _C.Unchanged
 build_info()  # raises ValueError for a FASTGPT_CPU_LEVEL that this CPU does not have
 
-
 AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 
 

@@ -201,7 +201,7 @@ def _triton_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p
         reason = "x is empty"
     elif reason is None and x.numel() > MAX_ROWS * x.shape[-1]:
         reason = f"it multiplies up to {MAX_ROWS} rows, and x has more"
-    elif reason is None and dropout_p > 0:
+    elif reason is None and dropout_p != 0:
         reason = "it has no dropout"
     elif reason is None and not weight.is_contiguous():
         reason = "it takes a contiguous weight"
@@ -216,8 +216,12 @@ library.define(
     "Tensor? norm_weight=None, Tensor? norm_bias=None, bool rms=False, float norm_eps=1e-5, float norm_offset=0.0) -> Tensor"
 )
 # What follows the product, in place or, where a gate halves it, not.
-library.define("linear_finish_(Tensor(a!) out, Tensor? bias=None, Tensor? residual=None, int activation=0) -> ()", "fastgpt.linear")
-library.define("linear_gate(Tensor product, Tensor? bias=None, Tensor? residual=None, int activation=0) -> Tensor", "fastgpt.linear")
+library.define(
+    "linear_finish_(Tensor(a!) out, Tensor? bias=None, Tensor? residual=None, int activation=0) -> ()", "fastgpt.linear"
+)
+library.define(
+    "linear_gate(Tensor product, Tensor? bias=None, Tensor? residual=None, int activation=0) -> Tensor", "fastgpt.linear"
+)
 
 _linear = without_autograd(torch.ops.fastgpt.linear.default)
 _finish = without_autograd(torch.ops.fastgpt.linear_finish_.default)
