@@ -366,8 +366,15 @@ def pretrained(path: str | Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
 
 
 def require_new_run(folder: Path) -> None:
-    """Raises ValueError if a folder holds a run or a model, which a new run would overwrite."""
-    if (folder / STATE).exists():
+    """Raises ValueError if a folder holds a run or a model, which a new run would overwrite, or if no folder has such a name."""
+    try:
+        folder.joinpath(STATE).lstat()
+        holds_run = True
+    except (FileNotFoundError, NotADirectoryError):
+        holds_run = False
+    except (OSError, ValueError) as error:  # one that is too long, or that has a null character
+        raise ValueError(f"out: expected a folder, got {str(folder)!r}: {getattr(error, 'strerror', None) or error}") from error
+    if holds_run:
         raise ValueError(f"out: expected a new folder, {folder} holds a run; continue it with --resume")
     if weights := sorted(path.name for pattern in ("*.safetensors", "*.safetensors.index.json") for path in folder.glob(pattern)):
         raise ValueError(f"out: expected a new folder, {folder} holds the model {weights[0]}")

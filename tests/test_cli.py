@@ -393,6 +393,8 @@ ERRORS = [
     (["inspect", "A", "--attention", ""], "attention: expected the path of a file or a folder, got ''"),
     (["train", "--text", "", "--out", "/tmp/x"], "text: expected the path of a file or a folder, got ''"),
     (["train", "--text", "/nowhere", "--out", ""], "out: expected the path of a file or a folder, got ''"),
+    (["train", "--text", "/nowhere", "--out", "a\0b"], r"out: expected a folder, got 'a\\x00b': embedded null byte"),
+    (["train", "--text", "/nowhere", "--out", "x" * 5000], "out: expected a folder, got 'x+': File name too long"),
     (["train", "--text", "/nowhere", "--out", "/tmp/x", "--init-from", ""], "init-from: expected the path of a file or"),
     (["train", "--text", "/nowhere", "--out", "/tmp/x"], "text: expected a file, /nowhere does not exist"),
 ]

@@ -511,7 +511,8 @@ RAW = {  # arguments of registered operations, and the function that they name f
     "attention_forward": (lambda x: (x, x, x, True, 1.0), "fastgpt.attention"),
     "attention_backward": (lambda x: (x, None, x, x[..., 0], False, x, x, x, True, 1.0), "fastgpt.attention"),
     "kv_cache_update": (
-        lambda x: (x, x, torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), torch.tensor([[0, 1, 2]])), "fastgpt.kv_cache_update",
+        lambda x: (x, x, torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), torch.tensor([[0, 1, 2]])),
+        "fastgpt.kv_cache_update",
     ),
 }  # fmt: skip
 

@@ -611,7 +611,8 @@ def _check_backward(call: Call, dout, dlse, out, lse) -> None:
     _check(call)
     q = call.q
     for name, x, shape, meaning, dtype in (
-        ("dout", dout, tuple(q.shape), "(B, H, T, D) to match q", q.dtype), ("out", out, tuple(q.shape), "(B, H, T, D)", q.dtype),
+        ("dout", dout, tuple(q.shape), "(B, H, T, D) to match q", q.dtype),
+        ("out", out, tuple(q.shape), "(B, H, T, D)", q.dtype),
         ("lse", lse, tuple(q.shape[:3]), "(B, H, T)", torch.float32), ("dlse", dlse, tuple(q.shape[:3]), "(B, H, T)", None),
     ):  # fmt: skip
         if x is not None or name != "dlse":
