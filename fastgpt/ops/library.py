@@ -58,11 +58,13 @@ def without_autograd(operator: Callable) -> Callable:
     @functools.wraps(operator)
     def call(*args, **options):
         # Inference mode has no autograd to begin with, and what is compiled is traced with it.
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        if is_inference_mode_enabled() or is_compiling():
             return operator(*args, **options)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return operator(*args, **options)
 
+    is_inference_mode_enabled, is_compiling = torch.is_inference_mode_enabled, torch.compiler.is_compiling
+    below_autograd = torch._C._AutoDispatchBelowAutograd
     return call
 
 
