@@ -172,7 +172,10 @@ void define_plan(py::module_& module) {
 // What a recorded step of a model relies on: Python dictionaries, such as those of modules, and where tensors lie.
 class Unchanged {
  public:
-  Unchanged(const std::vector<py::dict>& entries, const std::vector<py::dict>& counts) {
+  using Attribute = std::pair<py::dict, py::str>;
+
+  Unchanged(
+      const std::vector<py::dict>& entries, const std::vector<py::dict>& counts, const std::vector<Attribute>& attributes) {
     dicts_.reserve(entries.size() + counts.size());
     for (const auto& dict : entries) {
       Dict kept{dict, PyDict_Size(dict.ptr()), {}};
@@ -183,6 +186,7 @@ class Unchanged {
       dicts_.push_back(std::move(kept));
     }
     for (const auto& dict : counts) dicts_.push_back({dict, PyDict_Size(dict.ptr()), {}});
+    for (const auto& [dict, name] : attributes) attributes_.push_back({dict, name, dict[name]});
   }
 
   void watch() { addresses_.watch(); }
@@ -197,6 +201,9 @@ class Unchanged {
         if (!PyDict_Next(kept.dict.ptr(), &position, &key, &value) || value != expected.ptr()) return false;
       }
     }
+    for (const auto& [dict, name, value] : attributes_) {
+      if (PyDict_GetItem(dict.ptr(), name.ptr()) != value.ptr()) return false;
+    }
     return addresses_.hold();
   }
 
@@ -207,14 +214,23 @@ class Unchanged {
     std::vector<py::object> values;  // owned: nothing else can take their place in memory; none where only keys count
   };
 
+  struct Value {
+    py::dict dict;
+    py::str name;
+    py::object value;  // owned, likewise
+  };
+
   std::vector<Dict> dicts_;
+  std::vector<Value> attributes_;
   fastgpt::Addresses addresses_;
 };
 
 void define_unchanged(py::module_& module) {
   py::class_<Unchanged>(module, "Unchanged", "What a recorded step of a model relies on: fastgpt/capture.py.")
-      .def(py::init<const std::vector<py::dict>&, const std::vector<py::dict>&>(), py::arg("entries"), py::arg("counts"),
-           "entries: dicts that must keep their values, the very objects; counts: that must keep their number of keys.")
+      .def(py::init<const std::vector<py::dict>&, const std::vector<py::dict>&, const std::vector<Unchanged::Attribute>&>(),
+           py::arg("entries"), py::arg("counts"), py::arg("attributes"),
+           R"(entries: dicts that must keep their values, the very objects; counts: that must keep their number of keys;
+attributes: pairs of a dict and a key whose value it must keep, likewise.)")
       .def("watch", &Unchanged::watch, "From now on tensors that this thread passes to fastgpt::watch must stay in place.")
       .def("finish", &Unchanged::finish)
       .def("holds", &Unchanged::holds, "Whether all of it is as it was.");

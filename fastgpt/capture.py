@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt.checks import is_autocasting
-from fastgpt.fusion import GLOBAL_HOOKS, HOOKS, is_plain
-from fastgpt.ops.library import Plan, Unchanged, library
+from fastgpt.fusion import GLOBAL_HOOKS, HOOKS, have_own_forwards, is_plain
+from fastgpt.ops.library import Plan, Unchanged, library, without_autograd
 
 
 class Captured:
@@ -123,8 +123,9 @@ class Recording:
     """A step of a model, `function` of one tensor, that is recorded or captured as long as that changes nothing.
 
     It is where all the model's modules are plain (fastgpt/fusion.py): a call of another one is not for us to leave out. When
-    a module is replaced or gets a hook or another forward, or when a weight is replaced or moves, it is recorded anew, or
-    called each time from then on if a module is no longer plain. Weights that change in place are seen.
+    a module is replaced or gets a hook, another forward, its class's included, or another value of an attribute such as a
+    norm's eps, or when a weight is replaced or moves, it is recorded anew, or called each time from then on if a module is no
+    longer plain. Weights that change in place are seen.
 
     Args:
         record: Captured or Graphed.
@@ -139,13 +140,14 @@ class Recording:
         """function(x, tables). tables: what else it reads, the very objects each time, or it is recorded anew."""
         if self.refused or torch.is_grad_enabled() or is_autocasting(x.device):
             return self.function(x, tables)
-        if self.step is None or tables is not self.tables or not self.unchanged.holds():
+        if self.step is None or tables is not self.tables or not self.unchanged.holds() or not have_own_forwards(self.kinds):
             self.step = self.unchanged = None  # first: what it held may be large
             modules = list(self.model.modules())
             if not all(map(is_plain, modules)):
                 self.refused = True
                 return self.function(x, tables)
             self.unchanged, self.weights = watch(modules)
+            self.kinds = set(map(type, modules))
             self.tables, self.step = tables, self.record(lambda x: self.function(x, tables))
         return self.step(x)
 
@@ -155,7 +157,16 @@ def watch(modules: list[torch.nn.Module]) -> tuple[Unchanged, list[torch.Tensor]
     entries = [entries for module in modules for entries in (module._modules, module._parameters, module._buffers)]
     counts = [getattr(module, name) for module in modules for name in HOOKS] + [vars(module) for module in modules]
     weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
-    unchanged = Unchanged(entries, counts + GLOBAL_HOOKS)
+    # What a forward pass reads besides. PyTorch's own hold what follows from their weights.
+    attributes = [
+        (vars(module), name)
+        for module in modules
+        if not isinstance(module, (torch.nn.Linear, torch.nn.ModuleList))
+        for name in vars(module)
+        if not name.startswith("_") and name != "training"
+    ]
+    entries += [owner[name] for owner, name in attributes if isinstance(owner[name], dict)]
+    unchanged = Unchanged(entries, counts + GLOBAL_HOOKS, attributes)
     unchanged.watch()
     try:
         _watch(weights)
@@ -195,7 +206,7 @@ def cuda_graph(function: Callable[[], torch.Tensor], device: torch.device) -> tu
 
 
 library.define("watch(Tensor[] tensors) -> ()")
-_watch = torch.ops.fastgpt.watch.default
+_watch = without_autograd(torch.ops.fastgpt.watch.default)
 
 
 @torch.library.register_fake("fastgpt::watch", lib=library)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastgpt import memory, schema
+from fastgpt.checks import is_terminal, require_path
 from fastgpt.families import ARCHITECTURES, FAMILIES, HEADS, TOKEN_IDS, Family, architecture, family_of
 from fastgpt.sampling import PENALTY
 
@@ -36,11 +37,9 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
 
     Raises: FileNotFoundError where there is neither; ValueError, TypeError for a revision of a folder, or one that is no string.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"model: expected a path or the id of a model, got {path!r}")
     if revision is not None and not isinstance(revision, str):
         raise TypeError(f"revision: expected a string or None, got {revision!r}")
-    folder = Path(path)
+    folder = require_path("model", path)
     try:
         is_folder = folder.is_dir()
     except OSError as error:  # a name that is too long, or a folder that may not be entered
@@ -424,8 +423,8 @@ def _fill(module: torch.nn.Module, family: Family, stored: dict[str, _Stored], d
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    """A bar of bytes on stderr, where a person looks and it takes a while."""
-    if total < SHOW_PROGRESS or not sys.stderr.isatty():
+    """A bar of bytes on stderr, where a person looks and it takes a while; of several processes, the first one's."""
+    if total < SHOW_PROGRESS or not is_terminal(sys.stderr) or os.environ.get("RANK", "0") != "0":
         yield lambda count: None
         return
     from tqdm import tqdm
@@ -472,7 +471,7 @@ def write(
 
     Raises: ValueError that names what is wrong in generation_defaults; nothing is written then.
     """
-    folder = Path(folder)
+    folder = require_path("folder", folder)
     generation = generation_config(generation_defaults or {})
     config, weights = contents(model, head, entries)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,10 @@
 came: TypeError for a wrong type or dtype, ValueError for a wrong shape, layout, device or range."""
 
 import operator
+import os
 import re
 import sys
+from pathlib import Path
 
 import torch
 from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # a tenth of the time of a question for one device
@@ -138,6 +140,23 @@ def require_number(
     if outside or not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be larger than any float
         raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
     return value if isinstance(value, float) or -(2**63) <= value < 2**63 else float(value)  # which PyTorch takes
+
+
+def require_path(name: str, value) -> Path:
+    """The value as a path. An empty one, which would be the current directory, is none."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: expected a path, got {_shown(value)}")
+    if not os.fspath(value):
+        raise ValueError(f"{name}: expected a path, got an empty string")
+    return Path(value)
+
+
+def is_terminal(stream) -> bool:
+    """Whether a stream, of sys say, is one; None, which sys has in a program without a console, is not."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # another object that takes text, or closed
+        return False
 
 
 def argument_error(error: Exception) -> Exception:

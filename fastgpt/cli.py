@@ -19,7 +19,7 @@ from tqdm import tqdm
 import fastgpt
 from fastgpt import bench, checkpoint, inspection
 from fastgpt.cache import CACHE_KINDS
-from fastgpt.checks import require_integer, require_number
+from fastgpt.checks import is_terminal, require_integer, require_number
 from fastgpt.context import require_causal
 from fastgpt.distributed import PARALLEL, joined, own_device
 from fastgpt.generate import MAX_NEW_TOKENS, Options
@@ -32,6 +32,10 @@ from fastgpt.train import DTYPES as TRAIN_DTYPES
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"
 DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech, and most texts a new line
 CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+TOKENIZER_FILES = (  # what a checkpoint has beside its tokenizer.json, into which added tokens have gone
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,14 +48,20 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the exit's flush complain
     except (ValueError, TypeError, OSError) as error:
-        print(f"fastgpt: error: {error}", file=sys.stderr)
+        report(f"fastgpt: error: {error}")
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"fastgpt: error: out of memory: {error}", file=sys.stderr)
+        report(f"fastgpt: error: out of memory: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nfastgpt: interrupted", file=sys.stderr)
+        report("\nfastgpt: interrupted")
         sys.exit(130)
+
+
+def report(line: str) -> None:
+    """Prints on standard error, or nowhere where there is none: in a program without a console, a daemon."""
+    if sys.stderr is not None:
+        print(line, file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,6 +88,16 @@ def parsed(type_: type, expected: str, text: str):
         return type_(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+
+def named(text: str) -> str:
+    if not text:  # which would be the current directory
+        raise argparse.ArgumentTypeError("expected the path of a file or a folder, got ''")
+    return text
+
+
+def path(text: str) -> Path:
+    return Path(named(text))
 
 
 def logit_bias(text: str) -> dict[int, float]:
@@ -122,8 +142,8 @@ def parser() -> argparse.ArgumentParser:
     add = command.add_argument_group("text").add_argument
     add("prompt", nargs="*", metavar="PROMPT", help="the text to continue, or several texts; - is standard input, which is "
         "also read if there is no PROMPT and something is piped in (a line break)")  # fmt: skip
-    add("--prompt-file", action="append", default=[], metavar="FILE", help="continue a text in UTF-8; may be given several "
-        "times. Of FILE, and of standard input, one final line break is left out")  # fmt: skip
+    add("--prompt-file", type=named, action="append", default=[], metavar="FILE", help="continue a text in UTF-8; may be given "
+        "several times. Of FILE, and of standard input, one final line break is left out")  # fmt: skip
     add("--chat", action="store_true", help="PROMPT is a user's message, to be answered; only the answer is printed")
     add("--template-var", action="append", default=[], metavar="NAME=VALUE", help="with --chat: a variable of the chat "
         "template, enable_thinking=false say; VALUE is JSON, or else a text; may be given several times")
@@ -170,19 +190,19 @@ def parser() -> argparse.ArgumentParser:
     add_model(add)
     add("--top", type=integer, default=10, metavar="N", help="how many next tokens to show (10)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
-    add("--attention", type=Path, metavar="FILE", help="save a picture of what attends to what: .png, .svg, .pdf, ...")
+    add("--attention", type=path, metavar="FILE", help="save a picture of what attends to what: .png, .svg, .pdf, ...")
     add("--layer", type=integer, default=0, metavar="L", help="of the picture; the first is 0 (0)")
     add("--head", type=integer, default=0, metavar="H", help="of the picture; the first is 0 (0)")
 
     command = commands.add_parser("train", help="train a model on a text file", formatter_class=Formatter)
     command.set_defaults(run=run_train)
     add = command.add_argument
-    add("--text", type=Path, required=True, metavar="FILE", help="the text, in UTF-8; its last 10%% is held out")
-    add("--out", type=Path, required=True, metavar="DIR", help="a new folder for checkpoints, or with --resume that of a run")
+    add("--text", type=path, required=True, metavar="FILE", help="the text, in UTF-8; its last 10%% is held out")
+    add("--out", type=path, required=True, metavar="DIR", help="a new folder for checkpoints, or with --resume that of a run")
     add("--resume", action="store_true", help="continue the run in DIR with its settings; of these, all but layers, heads, "
         "width, context, dropout and eval-windows may be given anew")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
-    add("--init-from", metavar="PATH_OR_ID", help="go on from a checkpoint: its model and its tokenizer")
+    add("--init-from", type=named, metavar="PATH_OR_ID", help="go on from a checkpoint: its model and its tokenizer")
     add("--parallel", choices=PARALLEL, help="under torchrun, each process has the whole model (ddp) or a part (fsdp) (ddp)")
     add("--accumulate", type=int, default=1, metavar="N", help="compute a process's share of a batch in N parts, which takes "
         "less memory (1)")
@@ -210,8 +230,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_model(add) -> None:
-    add("--model", default=SHIPPED_MODEL, metavar="PATH_OR_ID", help="checkpoint folder, or the id of one on the Hugging Face "
-        "Hub (the shipped model)")  # fmt: skip
+    add("--model", type=named, default=SHIPPED_MODEL, metavar="PATH_OR_ID", help="checkpoint folder, or the id of one on the "
+        "Hugging Face Hub (the shipped model)")  # fmt: skip
     add("--revision", metavar="REV", help="of a model on the Hub: a branch, a tag or a commit (its main branch)")
     add_device(add)
 
@@ -267,7 +287,7 @@ def piped_in() -> str:
         mode = os.fstat(sys.stdin.fileno()).st_mode
         return standard_input() if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
     except io.UnsupportedOperation:  # it is no file of the system's, but what the caller of `main` put there
-        return "" if sys.stdin.isatty() else standard_input()
+        return "" if is_terminal(sys.stdin) else standard_input()
     except AttributeError:  # there is none
         return ""
 
@@ -277,7 +297,7 @@ def standard_input() -> str:
         raise ValueError("prompt: expected a text or --prompt-file for several processes, which share standard input, got -")
     try:
         content = getattr(sys.stdin, "buffer", sys.stdin).read()
-    except OSError:  # cannot be read
+    except (AttributeError, OSError):  # there is none, or it cannot be read
         return ""
     return decoded("prompt", "standard input", content.encode() if isinstance(content, str) else content)
 
@@ -295,14 +315,16 @@ def read_prompt(path: str) -> str:
 
 
 def decoded(name: str, source: str, content: bytes) -> str:
-    """A prompt in UTF-8, without the line break that ends it, unless it is nothing else."""
+    """A prompt in UTF-8, without the line break that ends it, unless it is nothing else. Line breaks become line feeds, as in
+    a text that is trained on."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name}: expected text in UTF-8, {source} has the byte {content[error.start]:#04x} at {error.start}"
         ) from error
-    return re.sub(r"\r?\n\Z", "", text) or text
+    text = re.sub("\r\n?", "\n", text)
+    return text.removesuffix("\n") or text
 
 
 def run_generate(options) -> None:
@@ -325,13 +347,13 @@ def run_generate(options) -> None:
         if processes.first:
             generate_text(pipe, options, device)
         else:
-            with contextlib.redirect_stdout(None):
+            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
                 generate_text(pipe, options, device)
 
 
 def generate_text(pipe: Pipeline, options, device: torch.device) -> None:
     run = run_generation(pipe, options, use_cache=not options.no_cache, quiet=options.json)
-    report = texts(pipe, run, options) | {
+    result = texts(pipe, run, options) | {
         "prompt_tokens": sum(map(len, run.prompts)),
         "new_tokens": sum(len(row.tokens) for row in run.rows),
         "prefill_seconds": run.prefill_seconds,
@@ -346,22 +368,22 @@ def generate_text(pipe: Pipeline, options, device: torch.device) -> None:
         other = run_generation(pipe, options, use_cache=options.no_cache, quiet=True)
         cached, uncached = (other, run) if options.no_cache else (run, other)
         agree = [row.tokens for row in cached.rows] == [row.tokens for row in uncached.rows]
-        report["decode_tokens_per_second"] = cached.tokens_per_second
-        report["uncached_tokens_per_second"] = uncached.tokens_per_second
-        report["speed_up"] = ratio(cached.tokens_per_second, uncached.tokens_per_second)
-        report["tokens_agree"] = agree
+        result["decode_tokens_per_second"] = cached.tokens_per_second
+        result["uncached_tokens_per_second"] = uncached.tokens_per_second
+        result["speed_up"] = ratio(cached.tokens_per_second, uncached.tokens_per_second)
+        result["tokens_agree"] = agree
     if options.json:
-        print(json.dumps(report))
+        print(json.dumps(result))
     elif options.compare_cache:
-        print(f"\ncached: {shown(report['decode_tokens_per_second'])} tok/s")
-        print(f"uncached: {shown(report['uncached_tokens_per_second'])} tok/s")
-        print(f"speed-up: {shown(report['speed_up'])}x")
+        print(f"\ncached: {shown(result['decode_tokens_per_second'])} tok/s")
+        print(f"uncached: {shown(result['uncached_tokens_per_second'])} tok/s")
+        print(f"speed-up: {shown(result['speed_up'])}x")
         rounded = "" if agree or options.cache_dtype is None else f", which is rounded to {options.cache_dtype}"
         print(f"tokens: {'the same' if agree else 'NOT the same'} with and without the cache{rounded}")
     else:
-        tokens, speed = report["new_tokens"], shown(report["decode_tokens_per_second"])
+        tokens, speed = result["new_tokens"], shown(result["decode_tokens_per_second"])
         print(end="", flush=True)  # the text comes first where both go to one place; there may be no sys.stdout
-        print(f"{tokens} tokens, {speed} tok/s, seed {report['seed']}", file=sys.stderr)
+        report(f"{tokens} tokens, {speed} tok/s, seed {result['seed']}")
     if options.compare_cache and not agree and options.cache_dtype is None:  # rounded to 8 bits, they may differ
         sys.exit(1)
 
@@ -500,7 +522,7 @@ def run_train(options) -> None:
             train(trainer, options.out)
         except FloatingPointError as error:  # in all processes at once
             if processes.first:
-                print(f"fastgpt: error: {error}", file=sys.stderr)
+                report(f"fastgpt: error: {error}")
             sys.exit(1)
 
 
@@ -511,10 +533,11 @@ def started(options, given: dict, place: dict) -> Trainer:
     trainer = Trainer(options.text, config, model=model, tokenizer=tokenizer, **place)
     if place["processes"].first:  # what else belongs to the tokenizer
         options.out.mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
-            file = checkpoint.resolve(options.init_from) / name
-            if file.is_file():
-                shutil.copyfile(file, options.out / name)
+        folder = checkpoint.resolve(options.init_from)
+        for file in (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()):
+            copy = options.out / file.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
     return trainer
 
 
@@ -533,7 +556,7 @@ def run_bench(options) -> None:
     torch.manual_seed(0)
     results = []
     try:
-        with tqdm(cases, unit="case", leave=False, disable=None) as bar:
+        with tqdm(cases, unit="case", leave=False, disable=sys.stderr is None or None) as bar:
             for case in bar:
                 bar.set_description(case.name)
                 results.append(bench.measure(case, place, options.seconds / len(cases)))

@@ -52,6 +52,14 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
+def have_own_forwards(kinds: set[type]) -> bool:
+    """Whether plain types compute what they were written to compute: nobody has put another function in its place."""
+    for kind in kinds:
+        if kind.forward is not PLAIN[kind][0]:
+            return False
+    return True
+
+
 def computes(module: nn.Module, forward) -> bool:
     """Whether calling a module is this forward, of a plain class, and nothing else."""
     return type(module).forward is forward and is_plain(module)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from fastgpt.cache import Uncached
+from fastgpt.checks import require_path
 from fastgpt.context import Context, uncached
 from fastgpt.ops.attention import attention_reference
 
@@ -134,6 +135,7 @@ def draw_attention(pattern: torch.Tensor, tokens: list[str], path: str | Path, t
 
     Raises: ValueError without matplotlib, or for a format that it does not know; OSError.
     """
+    path = require_path("path", path)
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from fastgpt import vocabularies
-from fastgpt.checks import require_flag, require_integer
+from fastgpt.checks import require_flag, require_integer, require_path
 from fastgpt.vocabularies import read_json, read_text
 
 CONTEXT = 16  # tokens of a prompt that decide how the next ones read: with a space before them, say
@@ -48,7 +48,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path, **options) -> "Tokenizer":
         """Reads a `tokenizer.json`; options: those of the class. Raises FileNotFoundError, ValueError if it is damaged."""
-        path = Path(path)
+        path = require_path("tokenizer", path)
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer: expected the file {path}, which does not exist")
         content = read_text(path)
@@ -79,7 +79,7 @@ class Tokenizer:
 
         Raises: FileNotFoundError, or ValueError that says which file is damaged, or which library to install.
         """
-        folder = Path(folder)
+        folder = require_path("tokenizer", folder)
         config = read_json(folder / "tokenizer_config.json")
         older, eos, special_tokens = None, _eos_ids(folder), _special_tokens(folder, config)
         if (folder / "tokenizer.json").is_file():
@@ -111,7 +111,7 @@ class Tokenizer:
         return cls(backend, special_tokens=special_tokens, eos=eos, chat_template=_chat_templates(folder, config))
 
     def save(self, path: str | Path) -> None:
-        self.backend.save(str(path))
+        self.backend.save(str(require_path("path", path)))
 
     @property
     def vocab_size(self) -> int:

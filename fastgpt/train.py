@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -365,8 +366,15 @@ def pretrained(path: str | Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
 
 
 def require_new_run(folder: Path) -> None:
-    """Raises ValueError if a folder holds a run or a model, which a new run would overwrite."""
-    if (folder / STATE).exists():
+    """Raises ValueError if a folder holds a run or a model, which a new run would overwrite, or if no folder has such a name."""
+    try:
+        folder.joinpath(STATE).lstat()
+        holds_run = True
+    except (FileNotFoundError, NotADirectoryError):
+        holds_run = False
+    except (OSError, ValueError) as error:  # one that is too long, or that has a null character
+        raise ValueError(f"out: expected a folder, got {str(folder)!r}: {getattr(error, 'strerror', None) or error}") from error
+    if holds_run:
         raise ValueError(f"out: expected a new folder, {folder} holds a run; continue it with --resume")
     if weights := sorted(path.name for pattern in ("*.safetensors", "*.safetensors.index.json") for path in folder.glob(pattern)):
         raise ValueError(f"out: expected a new folder, {folder} holds the model {weights[0]}")
@@ -406,7 +414,7 @@ def train(trainer: Trainer, folder: Path) -> None:
         trainer.save(folder, weights=False)
     with (
         processes.interruptible() as interrupted,
-        tqdm(total=config.steps, initial=trainer.step, unit="step", disable=not processes.first) as bar,
+        tqdm(total=config.steps, initial=trainer.step, unit="step", disable=not processes.first or sys.stderr is None) as bar,
     ):
         since, counted = time.perf_counter(), trainer.step
         while trainer.step < config.steps and not stop:
@@ -431,7 +439,7 @@ def train(trainer: Trainer, folder: Path) -> None:
                 trainer.save(folder, weights=best)
                 saved = trainer.step
                 text = trainer.sample()
-                if processes.first:
+                if processes.first and sys.stdout is not None:
                     bar.write(
                         f"\nstep {trainer.step}: loss {loss:.4f}, held-out loss {held_out:.4f} nats per token"
                         f"{', the lowest so far: saved' if best else f' (lowest {trainer.best_loss:.4f})'}\n"

@@ -19,6 +19,7 @@ CONFIG = TrainConfig(
     layers=2, heads=2, width=32, context=16, batch_size=8, steps=12, warmup=3, dropout=0.0, eval_windows=7
 )  # fmt: skip
 SAVED = 5  # steps until a run is saved
+DROPOUT = 0.2  # of the runs that have any
 
 
 def curve(trainer: Trainer, steps: int = CONFIG.steps) -> list[list[float]]:
@@ -42,13 +43,11 @@ def local_share(tensors) -> float:
 def results(folder: Path, together: Processes) -> dict:
     alone = Trainer(TEXT, CONFIG)
     seen = {"one": {"held-out loss at first": alone.evaluate()}}
-    dropout = dataclasses.replace(CONFIG, dropout=0.2)
+    dropout = dataclasses.replace(CONFIG, dropout=DROPOUT)
     curves = {
         "one": curve(alone),
         "one in two parts": curve(Trainer(TEXT, CONFIG, accumulate=2)),
-        "one in float64": curve(in_float64(Trainer(TEXT, CONFIG))),
         "one in two parts, dropout": curve(Trainer(TEXT, dropout, accumulate=2)),
-        "one in two parts, dropout, in float64": curve(in_float64(Trainer(TEXT, dropout, accumulate=2))),
     }
     seen["one"]["sample"] = alone.sample(12)
 

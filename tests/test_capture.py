@@ -13,6 +13,7 @@ from tape import graph, graphs_on_cpu
 
 from fastgpt import linear
 from fastgpt.capture import Captured, Graphed, Recording
+from fastgpt.model import MLP
 
 pytestmark = pytest.mark.threads
 
@@ -71,6 +72,40 @@ def test_hooks_are_called_at_every_step():
     hook.remove()
     model.generate(random_ids(model, 1, 4), 5)
     assert len(calls) == 5
+
+
+def other_forward(patch, model):
+    forward = MLP.forward
+    patch.setattr(MLP, "forward", lambda self, *arguments, **options: 2 * forward(self, *arguments, **options))
+
+
+CHANGES = {
+    "eps": lambda patch, model: patch.setattr(model.blocks[1].mlp_norm, "eps", 1.0),
+    "kind of norm": lambda patch, model: patch.setattr(model.norm, "kind", "rms"),
+    "activation": lambda patch, model: patch.setattr(model.blocks[0].mlp, "activation", "relu"),
+    "scale of attention": lambda patch, model: patch.setitem(model.blocks[0].attention.options, "scale", 2.0),
+    "forward of a class": other_forward,
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_steps_is_seen(change):
+    def logits(changed: bool, recorded: bool):
+        model = random_model()
+        with pytest.MonkeyPatch.context() as patch:
+            if not recorded:
+                patch.setattr(Recording, "__call__", lambda self, x, tables=None: self.function(x, tables))
+            step, token = model.decoding(model.new_cache(1)), torch.tensor([3])
+            result = [step(token).clone() for _ in range(3)]
+            if changed:
+                CHANGES[change](patch, model)
+            return result + [step(token).clone() for _ in range(3)]
+
+    expected = logits(True, recorded=False)
+    for actual, wanted in zip(logits(True, recorded=True), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    assert not torch.equal(expected[-1], logits(False, recorded=True)[-1])
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import argparse
+import contextlib
 import functools
 import io
 import json
@@ -20,8 +21,10 @@ from models import random_model
 from texts import CHATML, byte_level, write_checkpoint
 
 import fastgpt
-from fastgpt import cli
+from fastgpt import checkpoint, cli
 from fastgpt.cli import SHIPPED_MODEL, main
+from fastgpt.distributed import Processes
+from fastgpt.text import Tokenizer
 
 TOKENS = ["--max-new-tokens", "40"]
 
@@ -252,7 +255,7 @@ def test_standard_input_is_read_only_where_it_is_asked_for(capsys, monkeypatch):
     "content, prompt",
     [
         (b"Hark", "Hark"), (b"Hark\n", "Hark"), (b"Hark\r\n", "Hark"), (b"Hark\n\n", "Hark\n"), (b"\n", "\n"),
-        (b"\xef\xbb\xbfHark", "Hark"),
+        (b"\xef\xbb\xbfHark", "Hark"), (b"Ha\r\nrk\r\n\r\n", "Ha\nrk\n"), (b"Ha\rrk\r", "Ha\nrk"),
     ],
     ids=str,
 )  # fmt: skip
@@ -385,6 +388,14 @@ ERRORS = [
     (["generate", "A", "--model", "/nowhere"], "expected a checkpoint folder, /nowhere does not exist"),
     (["generate", "A", "--device", "tpu9"], "device: expected cpu, cuda or cuda:N, got 'tpu9'"),
     (["bench", "--only", "nothing of this name"], "only: expected a part of what can be measured, 'nothing of this name' is"),
+    (["generate", "--model", ""], "model: expected the path of a file or a folder, got ''"),
+    (["generate", "--prompt-file", ""], "prompt-file: expected the path of a file or a folder, got ''"),
+    (["inspect", "A", "--attention", ""], "attention: expected the path of a file or a folder, got ''"),
+    (["train", "--text", "", "--out", "/tmp/x"], "text: expected the path of a file or a folder, got ''"),
+    (["train", "--text", "/nowhere", "--out", ""], "out: expected the path of a file or a folder, got ''"),
+    (["train", "--text", "/nowhere", "--out", "a\0b"], r"out: expected a folder, got 'a\\x00b': embedded null byte"),
+    (["train", "--text", "/nowhere", "--out", "x" * 5000], "out: expected a folder, got 'x+': File name too long"),
+    (["train", "--text", "/nowhere", "--out", "/tmp/x", "--init-from", ""], "init-from: expected the path of a file or"),
     (["train", "--text", "/nowhere", "--out", "/tmp/x"], "text: expected a file, /nowhere does not exist"),
 ]
 
@@ -433,6 +444,61 @@ def test_without_standard_output(capsys, monkeypatch):
         patch.setattr(sys, "stdout", None)
         status, _, error = run(capsys, "generate", "A", "--max-new-tokens", 2)
     assert status == 0 and error.startswith("2 tokens, ")
+
+
+def test_without_standard_error(tmp_path, capsys, monkeypatch):
+    """As programs without a console are: nothing that belongs there comes elsewhere."""
+    monkeypatch.setattr(checkpoint, "SHOW_PROGRESS", 0)
+    (tmp_path / "text.txt").write_text("ab\n" * 50)
+    sizes = {"layers": 1, "heads": 1, "width": 8, "context": 8, "steps": 1, "batch-size": 2, "eval-windows": 1}
+    arguments = [part for name, size in sizes.items() for part in (f"--{name}", size)]
+    for names in (("stderr",), ("stdin", "stdout", "stderr")):
+        with monkeypatch.context() as patch:
+            for name in names:
+                patch.setattr(sys, name, None)
+            bad = run(capsys, "generate", "A", "--top-k", 0)
+            generated = run(capsys, "generate", "A", "--max-new-tokens", 2, "--temperature", 0)
+            trained = run(capsys, "train", "--text", tmp_path / "text.txt", "--out", tmp_path / names[0], *arguments)
+        assert (bad[0], bad[1]) == (2, "") and generated[0] == trained[0] == 0
+        assert "tok/s" not in generated[1]
+
+
+def test_processes_beyond_the_first_say_nothing(capsys, monkeypatch):
+    @contextlib.contextmanager
+    def second(parallel, device):
+        yield Processes(rank=1, size=1)
+
+    monkeypatch.setattr(cli, "joined", second)
+    assert run(capsys, "generate", "A", "--max-new-tokens", 2, "--seed", 1) == (0, "", "")
+
+
+@pytest.mark.parametrize("call", [
+    fastgpt.GPT.from_pretrained, fastgpt.pipeline, random_model().save_pretrained, Tokenizer.load, Tokenizer.from_folder,
+    Tokenizer.from_corpus("ab").save,
+])  # fmt: skip
+@pytest.mark.parametrize("path, error", [("", ValueError), (None, TypeError), (3, TypeError)])
+def test_paths_in_python(call, path, error, tmp_path, monkeypatch):
+    """An empty one is not the current directory."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match="(model|folder|tokenizer|path): expected a path, got"):
+        call(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_from_a_checkpoint_keeps_what_belongs_to_its_tokenizer(chat_model, tmp_path, capsys):
+    folder, text = tmp_path / "from", tmp_path / "text.txt"
+    shutil.copytree(chat_model, folder)
+    more = {"additional_chat_templates/tools.jinja": "tools", "special_tokens_map.json": "{}"}
+    for name, content in more.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    text.write_text("the quick brown fox\n" * 200)
+    flags = ["--text", text, "--out", tmp_path / "out", "--init-from", folder, "--context", 8]
+    status, _, error = run(capsys, "train", *flags, "--steps", 1, "--batch-size", 2, "--eval-windows", 1)
+    assert status == 0, error
+    for name, content in more.items():
+        assert (tmp_path / "out" / name).read_text() == content
+    assert Tokenizer.from_folder(tmp_path / "out").chat_template == Tokenizer.from_folder(folder).chat_template
 
 
 def test_help_and_module(capsys):

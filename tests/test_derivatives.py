@@ -1,6 +1,7 @@
 """Derivatives are right or refused: every operation under every way to ask for one, beside the same of its reference."""
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -337,6 +338,26 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_functional_call_is_the_model_with_these_weights(family):
+    """Bit for bit: logits and gradients, with gradients and without."""
+    model, other = (random_model(layers=1, seed=seed, **FAMILIES[family]) for seed in (0, 1))
+    ids, weights = random_ids(model, 2, 7), {name: x.detach().clone() for name, x in other.named_parameters()}
+    with torch.no_grad():
+        called = functional_call(model, weights, (ids,))
+    leaves = {name: x.requires_grad_() for name, x in weights.items()}
+    logits = functional_call(model, leaves, (ids,))
+    gradients = torch.autograd.grad(logits.square().mean(), list(leaves.values()))
+    model.load_state_dict(other.state_dict())
+    expected = model(ids)
+    of_loaded = torch.autograd.grad(expected.square().mean(), list(model.parameters()))
+    assert torch.equal(logits, expected)
+    for gradient, wanted in zip(gradients, of_loaded, strict=True):
+        assert torch.equal(gradient, wanted)
+    with torch.no_grad():
+        assert torch.equal(called, model(ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_derivatives_of_a_model(family):
     """Forward mode agrees with backward mode; each sequence's gradient is that of a batch of it alone."""
     model = random_model(layers=1, width=64, **FAMILIES[family])
@@ -479,6 +500,47 @@ def test_registered_operations_refuse_transforms(operation):
     for transform in (grad(run), vmap(run), lambda x: jvp(run, (x,), (x,))):
         with pytest.raises(RuntimeError, match="the registered operation takes no part in transforms"):
             transform(arguments[0])
+
+
+RAW = {  # arguments of registered operations, and the function that they name for derivatives
+    "linear": (lambda x: (x[0, 0], x[0, 1]), "fastgpt.linear"),
+    "linear_finish_": (lambda x: (x[0, 0].clone(), x[0, 1, 0]), "fastgpt.linear"),
+    "linear_gate": (lambda x: (x[0, 0],), "fastgpt.linear"),
+    "norm": (lambda x: (x[0, 0], x[0, 1, 0]), "fastgpt.norm"),
+    "embed": (lambda x: (torch.tensor([[1, 2]]), x[0, 0]), "fastgpt.ops.step.embed"),
+    "attention_forward": (lambda x: (x, x, x, True, 1.0), "fastgpt.attention"),
+    "attention_backward": (lambda x: (x, None, x, x[..., 0], False, x, x, x, True, 1.0), "fastgpt.attention"),
+    "kv_cache_update": (
+        lambda x: (x, x, torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), torch.tensor([[0, 1, 2]])),
+        "fastgpt.kv_cache_update",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", RAW)
+@pytest.mark.parametrize("kind", ["gradient", "dual number"])
+def test_registered_operations_refuse_derivatives(operation, kind):
+    """They know none: a call would take its arguments for constants."""
+    arguments, function = RAW[operation]
+    run, x = getattr(torch.ops.fastgpt, operation), torch.randn(1, 2, 3, 8)
+    refused = pytest.raises(RuntimeError, match=rf"fastgpt::{operation}: .* no derivatives.* call {re.escape(function)}, or")
+    if kind == "gradient":
+        with refused:
+            run(*arguments(x.requires_grad_()))
+    else:
+        with forward_ad.dual_level(), torch.no_grad(), refused:
+            run(*arguments(forward_ad.make_dual(x, x.cos())))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_registered_operations_compute_where_no_derivative_is_asked_for(mode):
+    x = torch.randn(1, 2, 3, 8, requires_grad=True)
+    expected = fastgpt.attention(x, x, x, scale=1.0)
+    with mode():
+        assert torch.equal(torch.ops.fastgpt.attention_forward(x, x, x, True, 1.0)[0], expected)
+    with forward_ad.dual_level():  # of nothing that is passed
+        plain = x.detach()
+        assert torch.equal(torch.ops.fastgpt.attention_forward(plain, plain, plain, True, 1.0)[0], expected)
 
 
 # Compiled

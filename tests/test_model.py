@@ -281,3 +281,12 @@ def test_a_cache_of_another_batch_size():
     model = random_model()
     with pytest.raises(ValueError, match="cache: expected one for a batch of 2, got one for 1"):
         model(random_ids(model, 2, 3), cache=model.new_cache(1))
+
+
+@pytest.mark.parametrize("fields", [{}, {"norm": "rms", "gated": True, "activation": "silu", "num_kv_heads": 2}], ids=str)
+@torch.no_grad()
+def test_on_the_meta_device_logits_have_their_shape(fields):
+    """As tools ask that lay out a model without memory for it."""
+    model, ids = random_model(layers=1, **fields), random_ids(random_model(), 2, 5)
+    expected, actual = model(ids), model.to("meta")(ids.to("meta"))
+    assert actual.is_meta and (actual.shape, actual.dtype) == (expected.shape, expected.dtype)

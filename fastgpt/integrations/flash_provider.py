@@ -17,9 +17,10 @@ The functions have the names of the operators of aten that they override. q, k, 
 import torch
 
 from fastgpt.integrations.flash_attn import attend, attend_packed, bounds
+from fastgpt.ops.library import without_autograd
 
-_attention_backward = torch.ops.fastgpt.attention_backward.default
-_attention_varlen_backward = torch.ops.fastgpt.attention_varlen_backward.default
+_attention_backward = without_autograd(torch.ops.fastgpt.attention_backward.default)
+_attention_varlen_backward = without_autograd(torch.ops.fastgpt.attention_varlen_backward.default)
 
 
 class Handle:

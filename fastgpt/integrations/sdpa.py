@@ -18,9 +18,10 @@ from fastgpt.ops.derivatives import transforms_active
 from fastgpt.ops.dropout import keep_mask
 from fastgpt.ops.explain import OPERATIONS
 from fastgpt.ops.implementations import runs_elsewhere
+from fastgpt.ops.library import without_autograd
 
-_attention_forward = torch.ops.fastgpt.attention_forward.default
-_attention_backward = torch.ops.fastgpt.attention_backward.default
+_attention_forward = without_autograd(torch.ops.fastgpt.attention_forward.default)
+_attention_backward = without_autograd(torch.ops.fastgpt.attention_backward.default)
 
 FEW_QUERIES = 16
 

@@ -20,7 +20,7 @@ from fastgpt.checks import (
 from fastgpt.ops.derivatives import TRANSFORMED, transforms_active
 from fastgpt.ops.dropout import keep_mask, seed_tensor
 from fastgpt.ops.implementations import TRITON_INSTALLED, choose, explain_call, runs_elsewhere
-from fastgpt.ops.library import library
+from fastgpt.ops.library import library, without_autograd
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, dequantise
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -142,7 +142,7 @@ def attention(
         scale, dropout_p = call.scale, call.dropout_p
     try:
         chosen = choose("attention", IMPLEMENTATIONS, impl, call)
-        if chosen != "cpp" or dropout_p > 0:  # cpp checks for itself, in a fraction of the time, all but the seed
+        if chosen == "reference" or dropout_p > 0:  # kernels check for themselves all but the seed
             call = _check(call)
         if dropout_p > 0:
             call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device))
@@ -530,27 +530,31 @@ library.define(
     "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, SymInt? window=None, float? softcap=None, "
     "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? mask=None, Tensor? bias=None, Tensor? kv_lengths=None, "
     "Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None, float dropout_p=0.0, "
-    "Tensor? dropout_seed=None) -> (Tensor, Tensor)"
+    "Tensor? dropout_seed=None) -> (Tensor, Tensor)",
+    "fastgpt.attention",
 )
 library.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool needs_dbias, Tensor q, Tensor k, "
     "Tensor v, bool causal, float scale, SymInt? window=None, float? softcap=None, Tensor? alibi_slopes=None, "
     "Tensor? sinks=None, Tensor? mask=None, Tensor? bias=None, Tensor? kv_lengths=None, float dropout_p=0.0, "
-    "Tensor? dropout_seed=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? dropout_seed=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "fastgpt.attention",
 )
 _PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k"
 library.define(
     f"attention_varlen_forward({_PACKING}, Tensor q, Tensor k, Tensor v, bool causal, float scale, SymInt? window=None, "
     "float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None, float dropout_p=0.0, "
-    "Tensor? dropout_seed=None) -> (Tensor, Tensor)"
+    "Tensor? dropout_seed=None) -> (Tensor, Tensor)",
+    "fastgpt.attention_varlen",
 )
 library.define(
     f"attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PACKING}, Tensor q, Tensor k, "
     "Tensor v, bool causal, float scale, SymInt? window=None, float? softcap=None, Tensor? alibi_slopes=None, "
-    "Tensor? sinks=None, float dropout_p=0.0, Tensor? dropout_seed=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? sinks=None, float dropout_p=0.0, Tensor? dropout_seed=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "fastgpt.attention_varlen",
 )
-_attention_forward = torch.ops.fastgpt.attention_forward.default
-_attention_backward = torch.ops.fastgpt.attention_backward.default
+_attention_forward = without_autograd(torch.ops.fastgpt.attention_forward.default)
+_attention_backward = without_autograd(torch.ops.fastgpt.attention_backward.default)
 
 
 @torch.library.register_fake("fastgpt::attention_forward", lib=library)
@@ -579,7 +583,9 @@ def _attention_forward_triton(*arguments):
     from fastgpt.kernels.attention_decode import attention_decode
     from fastgpt.kernels.attention_forward import attention_forward
 
-    call = Call(*arguments)._asdict()
+    call = Call(*arguments)
+    _check(call)
+    call = call._asdict()
     q, k, v = call.pop("q"), call.pop("k"), call.pop("v")
     if q.shape[2] > DECODE_QUERIES or call["mask"] is not None or call["bias"] is not None or call["dropout_p"] > 0:
         return attention_forward(q, k, v, **call)
@@ -593,8 +599,30 @@ def _attention_backward_triton(dout, dlse, out, lse, needs_dbias, q, k, v, *argu
 
     names = (*Call._fields[3:12], "dropout_p", "dropout_seed")
     options = dict(zip(names, arguments))
+    _check_backward(Call(q, k, v, **options), dout, dlse, out, lse)
+    if needs_dbias and options.get("bias") is None:
+        raise ValueError("bias: expected a tensor, whose gradient is asked for, got None")
     dq, dk, dv, dbias, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, needs_dbias=needs_dbias, **options)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsinks is None else dsinks
+
+
+def _check_backward(call: Call, dout, dlse, out, lse) -> None:
+    """A call that is checked as a forward one, and what the backward pass takes beyond it."""
+    _check(call)
+    q = call.q
+    for name, x, shape, meaning, dtype in (
+        ("dout", dout, tuple(q.shape), "(B, H, T, D) to match q", q.dtype),
+        ("out", out, tuple(q.shape), "(B, H, T, D)", q.dtype),
+        ("lse", lse, tuple(q.shape[:3]), "(B, H, T)", torch.float32), ("dlse", dlse, tuple(q.shape[:3]), "(B, H, T)", None),
+    ):  # fmt: skip
+        if x is not None or name != "dlse":
+            require_tensor(name, x)
+            require_shape(name, x, shape, meaning)
+            require_device(name, x, q.device)
+            if dtype is not None:
+                require_dtype(name, x, (dtype,))
+            if x.dim() == 4:
+                require_last_dim_contiguous(name, x)
 
 
 library.impl("attention_forward", _attention_forward_triton, "CUDA")
@@ -688,6 +716,7 @@ def _attention_varlen_forward_triton(cu_seqlens_q, cu_seqlens_k, max_q, max_k, *
     from fastgpt.kernels.attention_forward import attention_forward
 
     options = dict(zip(_VARLEN_FIELDS, arguments))
+    _check_packing(_check(Call(**options)), Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
     q, k, v = options.pop("q"), options.pop("k"), options.pop("v")
     return attention_forward(q, k, v, **options, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_q=max_q)
 
@@ -698,15 +727,17 @@ def _attention_varlen_backward_triton(
     from fastgpt.kernels.attention_backward import attention_backward
 
     options = dict(zip(_VARLEN_FIELDS[3:], arguments))
-    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k)._asdict()
+    packing, call = Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k), Call(q, k, v, **options)
+    _check_backward(call, dout, dlse, out, lse)
+    packing = _check_packing(call, packing)._asdict()
     dq, dk, dv, _, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, **options, **packing)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
 library.impl("attention_varlen_forward", _attention_varlen_forward_triton, "CUDA")
 library.impl("attention_varlen_backward", _attention_varlen_backward_triton, "CUDA")
-_attention_varlen_forward = torch.ops.fastgpt.attention_varlen_forward.default
-_attention_varlen_backward = torch.ops.fastgpt.attention_varlen_backward.default
+_attention_varlen_forward = without_autograd(torch.ops.fastgpt.attention_varlen_forward.default)
+_attention_varlen_backward = without_autograd(torch.ops.fastgpt.attention_varlen_backward.default)
 
 
 class _VarlenAttention(torch.autograd.Function):

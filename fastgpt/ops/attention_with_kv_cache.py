@@ -20,7 +20,7 @@ from fastgpt.ops.kv_cache_update import (
     rope_kv_cache_update,
     rope_kv_cache_update_reference,
 )
-from fastgpt.ops.library import library
+from fastgpt.ops.library import library, without_autograd
 
 
 def attention_with_kv_cache(
@@ -68,12 +68,21 @@ def attention_with_kv_cache(
     if chosen != "triton":
         call = _check_reading(call, interleaved, counters, return_lse)  # before the update writes, which checks what it takes
         return _one_after_the_other(call, new, return_lse, "reference" if chosen == "reference" else None)
-    call = _check(call, new, counters, return_lse)
-    out, lse = _attention_with_kv_cache(
-        q, k, v, k_cache, v_cache, positions if slots is None else slots, counters, causal,
-        1.0 / math.sqrt(q.shape[-1]) if scale is None else call.scale, None if cos is None else positions, cos, sin,
-        interleaved, kv_lengths, block_table, k_scale, v_scale, call.window, call.softcap, alibi_slopes, sinks,
-    )  # fmt: skip
+    # The launcher checks what PyTorch's dispatcher does not take for something else.
+    if not (
+        type(causal) is type(interleaved) is type(return_lse) is bool and (scale is None or type(scale) is float)
+        and (window is None or type(window) is int) and (softcap is None or type(softcap) is float)
+    ):  # fmt: skip
+        call = _check(call, new, counters, return_lse)
+    try:
+        out, lse = _attention_with_kv_cache(
+            q, k, v, k_cache, v_cache, positions if slots is None else slots, counters, causal,
+            1.0 / math.sqrt(q.shape[-1]) if scale is None else call.scale, None if cos is None else positions, cos, sin,
+            interleaved, kv_lengths, block_table, k_scale, v_scale, call.window, call.softcap, alibi_slopes, sinks,
+        )  # fmt: skip
+    except Exception:
+        _check(call, new, counters, return_lse)  # raises the error that names the argument
+        raise
     return (out, lse) if return_lse else out
 
 
@@ -183,7 +192,7 @@ library.define(
     "Tensor(e!)? v_scale=None, SymInt? window=None, float? softcap=None, Tensor? alibi_slopes=None, "
     "Tensor? sinks=None) -> (Tensor, Tensor)"
 )
-_attention_with_kv_cache = torch.ops.fastgpt.attention_with_kv_cache.default
+_attention_with_kv_cache = without_autograd(torch.ops.fastgpt.attention_with_kv_cache.default)
 
 
 @torch.library.register_fake("fastgpt::attention_with_kv_cache", lib=library)
@@ -197,7 +206,21 @@ def _attention_with_kv_cache_triton(
     kv_lengths=None, block_table=None, k_scale=None, v_scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None,
 ):  # fmt: skip
     from fastgpt.kernels.attention_decode import New, attention_decode
+    from fastgpt.kernels.attention_tiles import has_aligned_rows
 
+    call = Call(
+        q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,
+        block_table=block_table, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+    rotated = cos is not None or sin is not None
+    if rotated and positions is None:
+        raise ValueError("positions: expected a tensor, of tokens that are rotated, got None")
+    _check(call, (k, v, positions if rotated else slots, cos, sin, slots, interleaved), counters, False)
+    if q.shape[2] != 1:
+        raise ValueError(f"q: expected one token of each sequence, got shape {tuple(q.shape)}")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not has_aligned_rows(x):
+            raise ValueError(f"{name}: expected rows that start and end at multiples of 16 bytes, got strides {x.stride()}")
     return attention_decode(
         q, k_cache, v_cache, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
         sinks=sinks, kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale,

@@ -27,6 +27,21 @@ def derivatives_refused(*tensors) -> str | None:
     return None
 
 
+def asks_for_derivatives(arguments) -> bool:
+    """Whether a derivative by one of an operator's arguments, or of a list of them, is asked for: a gradient, or that of a dual
+    number."""
+    dual, gradients = forward_ad._current_level >= 0, torch.is_grad_enabled()
+    if not (dual or gradients):
+        return False
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            if gradients and argument.requires_grad or dual and forward_ad.unpack_dual(argument).tangent is not None:
+                return True
+        elif isinstance(argument, (list, tuple)) and asks_for_derivatives(argument):
+            return True
+    return False
+
+
 _CACHE = (
     "cache: expected no derivatives through stored keys and values, which carry none. To differentiate a model, call it "
     "without a cache; to generate, call it under torch.no_grad()"

@@ -14,7 +14,7 @@ from fastgpt.checks import (
 )
 from fastgpt.ops.derivatives import derivatives_refused
 from fastgpt.ops.implementations import choose, explain_call, require_impl, runs_elsewhere
-from fastgpt.ops.library import CUDA_MISSING, library
+from fastgpt.ops.library import CUDA_MISSING, library, without_autograd
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, quantise
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -367,8 +367,8 @@ library.define(
     "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> Tensor"
 )
 
-_kv_cache_update = torch.ops.fastgpt.kv_cache_update.default
-_rope_kv_cache_update = torch.ops.fastgpt.rope_kv_cache_update.default
+_kv_cache_update = without_autograd(torch.ops.fastgpt.kv_cache_update.default)
+_rope_kv_cache_update = without_autograd(torch.ops.fastgpt.rope_kv_cache_update.default)
 
 
 @torch.library.register_fake("fastgpt::kv_cache_update", lib=library)

@@ -1,8 +1,12 @@
 """The `fastgpt::` operator library: schemas are defined in Python, the compiled libraries only add kernels to them."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from fastgpt.ops.derivatives import asks_for_derivatives
 
 try:
     from fastgpt import _C
@@ -15,20 +19,53 @@ except ImportError as error:
 build_info, Plan, Unchanged = _C.build_info, _C.Plan, _C.Unchanged
 build_info()  # raises ValueError for a FASTGPT_CPU_LEVEL that this CPU does not have
 
-class Operators(torch.library.Library):
-    """A library whose operators refuse the transforms of torch.func, which would take their results for constants."""
+AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 
-    def define(self, schema, *args, **options):
-        defined = super().define(schema, *args, **options)
+
+class Operators(torch.library.Library):
+    """A library whose operators refuse derivatives and the transforms of torch.func, which would take their results for
+    constants."""
+
+    def define(self, schema, function: str | None = None, **options):
+        """function: that of fastgpt's which has derivatives; by default, it has the operator's name."""
+        defined = super().define(schema, **options)
         name = schema.partition("(")[0]
+        function = f"fastgpt.{name}" if function is None else function
 
         def refuse(*args, **options):
             raise RuntimeError(
-                f"fastgpt::{name}: the registered operation takes no part in transforms of torch.func; call fastgpt's function"
+                f"fastgpt::{name}: the registered operation takes no part in transforms of torch.func; call {function}"
             )
 
+        def require_constants(keys, *args, **options):
+            if asks_for_derivatives((*args, *options.values())):
+                raise RuntimeError(
+                    f"fastgpt::{name}: the registered operation has no derivatives, and an argument asks for them; call "
+                    f"{function}, or this one under torch.no_grad() and without dual numbers"
+                )
+            return operator.redispatch(keys & AFTER_AUTOGRAD, *args, **options)
+
+        operator = getattr(getattr(torch.ops.fastgpt, name), "default")
         self.impl(name, refuse, "FuncTorchDynamicLayerFrontMode")
+        self.impl(name, require_constants, "Autograd", with_keyset=True)
         return defined
+
+
+def without_autograd(operator: Callable) -> Callable:
+    """A registered operator for fastgpt's own calls, which have seen to derivatives: what its kernel for Autograd would ask
+    in Python at each call, nobody asks."""
+
+    @functools.wraps(operator)
+    def call(*args, **options):
+        # Inference mode has no autograd to begin with, and what is compiled is traced with it.
+        if is_inference_mode_enabled() or is_compiling():
+            return operator(*args, **options)
+        with below_autograd():
+            return operator(*args, **options)
+
+    is_inference_mode_enabled, is_compiling = torch.is_inference_mode_enabled, torch.compiler.is_compiling
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    return call
 
 
 library = Operators("fastgpt", "DEF")

@@ -16,7 +16,7 @@ from fastgpt.checks import (
     require_tensor,
 )
 from fastgpt.ops.implementations import choose, decoder_cpp_refuses, decoder_triton_refuses, explain_call
-from fastgpt.ops.library import library
+from fastgpt.ops.library import library, without_autograd
 from fastgpt.ops.norm import KINDS, norm_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -86,13 +86,14 @@ def linear(
                 return _matrix_product(x, weight, bias, residual, number, gated)
             # The kernel checks the rest for itself, in a fraction of the time.
             return _linear(x, weight, bias, residual, number, gated, *of_norm)
+        if impl in (None, "triton") and _triton_refuses(*call) is None:
+            of_norm = norm_weight, norm_bias, KINDS[norm], norm_eps, norm_offset
+            return _linear(x, weight, bias, residual, ACTIVATION_NUMBERS[activation], gated, *of_norm)
     except Exception as error:
         _check(*call, norm, norm_eps, norm_offset, activation, gated)  # raises the error that names the argument
         raise argument_error(error)
     _check(*call, norm, norm_eps, norm_offset, activation, gated)
-    if choose("linear", IMPLEMENTATIONS, impl, *call) == "triton":
-        of_norm = norm_weight, norm_bias, KINDS[norm], norm_eps, norm_offset
-        return _linear(x, weight, bias, residual, ACTIVATION_NUMBERS[activation], gated, *of_norm)
+    choose("linear", IMPLEMENTATIONS, impl, *call)  # raises for one that cannot serve the call
     if impl is None and norm_weight is not None and decoder_triton_refuses(*call[:-1]) is None:
         x, norm_weight, norm_bias = _norm(x, norm_weight, norm_bias, None, KINDS[norm], norm_eps, norm_offset), None, None
     return linear_reference(
@@ -200,7 +201,7 @@ def _triton_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p
         reason = "x is empty"
     elif reason is None and x.numel() > MAX_ROWS * x.shape[-1]:
         reason = f"it multiplies up to {MAX_ROWS} rows, and x has more"
-    elif reason is None and dropout_p > 0:
+    elif reason is None and dropout_p != 0:
         reason = "it has no dropout"
     elif reason is None and not weight.is_contiguous():
         reason = "it takes a contiguous weight"
@@ -215,13 +216,17 @@ library.define(
     "Tensor? norm_weight=None, Tensor? norm_bias=None, bool rms=False, float norm_eps=1e-5, float norm_offset=0.0) -> Tensor"
 )
 # What follows the product, in place or, where a gate halves it, not.
-library.define("linear_finish_(Tensor(a!) out, Tensor? bias=None, Tensor? residual=None, int activation=0) -> ()")
-library.define("linear_gate(Tensor product, Tensor? bias=None, Tensor? residual=None, int activation=0) -> Tensor")
+library.define(
+    "linear_finish_(Tensor(a!) out, Tensor? bias=None, Tensor? residual=None, int activation=0) -> ()", "fastgpt.linear"
+)
+library.define(
+    "linear_gate(Tensor product, Tensor? bias=None, Tensor? residual=None, int activation=0) -> Tensor", "fastgpt.linear"
+)
 
-_linear = torch.ops.fastgpt.linear.default
-_finish = torch.ops.fastgpt.linear_finish_.default
-_gate = torch.ops.fastgpt.linear_gate.default
-_norm = torch.ops.fastgpt.norm.default
+_linear = without_autograd(torch.ops.fastgpt.linear.default)
+_finish = without_autograd(torch.ops.fastgpt.linear_finish_.default)
+_gate = without_autograd(torch.ops.fastgpt.linear_gate.default)
+_norm = without_autograd(torch.ops.fastgpt.norm.default)
 
 
 @torch.library.register_fake("fastgpt::linear", lib=library)
@@ -233,10 +238,22 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0])
 
 
-def _linear_triton(*arguments):
+def _linear_triton(
+    x, weight, bias=None, residual=None, activation=0, gated=False,
+    norm_weight=None, norm_bias=None, rms=False, norm_eps=1e-5, norm_offset=0.0,
+):  # fmt: skip
+    _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, "layer", norm_eps, norm_offset, None, gated)
+    if not x.numel() or x.numel() > MAX_ROWS * x.shape[-1]:
+        raise ValueError(f"x: expected from 1 to {MAX_ROWS} rows, got shape {tuple(x.shape)}")
+    if not weight.is_contiguous():
+        raise ValueError(f"weight: expected a contiguous tensor, got strides {weight.stride()}")
+    if activation not in ACTIVATION_NUMBERS.values():
+        raise ValueError(f"activation: expected a number from 0 to {max(ACTIVATION_NUMBERS.values())}, got {activation}")
     from fastgpt.kernels.linear import linear  # Triton is imported only when a CUDA tensor needs it
 
-    return linear(*arguments)
+    return linear(
+        x, weight, bias, residual, activation, gated, norm_weight, norm_bias, rms, norm_eps, norm_offset
+    )
 
 
 library.impl("linear", _linear_triton, "CUDA")

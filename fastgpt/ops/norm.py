@@ -14,7 +14,7 @@ from fastgpt.checks import (
     require_tensor,
 )
 from fastgpt.ops.implementations import choose, decoder_cpp_refuses, decoder_triton_refuses, explain_call
-from fastgpt.ops.library import library
+from fastgpt.ops.library import library, without_autograd
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KINDS = {"layer": False, "rms": True}
@@ -46,15 +46,16 @@ def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=N
     if type(eps) is not float or type(offset) is not float:  # PyTorch's dispatcher would take True
         eps, offset = require_number("eps", eps, least=0), require_number("offset", offset)
     try:
-        if impl in (None, "cpp") and decoder_cpp_refuses(*call) is None:
-            # The kernel checks the rest for itself, in a fraction of the time.
+        # The kernels check the rest for themselves, that of the CPU in a fraction of the time.
+        if (impl in (None, "cpp") and decoder_cpp_refuses(*call) is None) or (
+            impl in (None, "triton") and decoder_triton_refuses(*call) is None
+        ):
             return _norm(x, weight, bias, residual, KINDS[kind], eps, offset)
     except Exception as error:
         _check(*call, kind, eps, offset)  # raises the error that names the argument
         raise argument_error(error)
     eps, offset = _check(*call, kind, eps, offset)
-    if choose("norm", IMPLEMENTATIONS, impl, *call) == "triton":
-        return _norm(x, weight, bias, residual, KINDS[kind], eps, offset)
+    choose("norm", IMPLEMENTATIONS, impl, *call)  # raises for one that cannot serve the call
     return norm_reference(x, weight, bias, kind=kind, eps=eps, offset=offset, residual=residual)
 
 
@@ -112,7 +113,7 @@ library.define(
     "float offset=0.0) -> Tensor"
 )
 
-_norm = torch.ops.fastgpt.norm.default
+_norm = without_autograd(torch.ops.fastgpt.norm.default)
 
 
 @torch.library.register_fake("fastgpt::norm", lib=library)
@@ -121,10 +122,11 @@ def _norm_fake(x, weight, bias=None, residual=None, rms=False, eps=1e-5, offset=
     return x.new_empty(x.shape)
 
 
-def _norm_triton(*arguments):
+def _norm_triton(x, weight, bias=None, residual=None, rms=False, eps=1e-5, offset=0.0):
+    _check(x, weight, bias, residual, "layer", eps, offset)
     from fastgpt.kernels.norm import norm  # Triton is imported only when a CUDA tensor needs it
 
-    return norm(*arguments)
+    return norm(x, weight, bias, residual, rms, eps, offset)
 
 
 library.impl("norm", _norm_triton, "CUDA")

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fastgpt.checks import require_device, require_dtype, require_number, require_shape, require_tensor
 from fastgpt.ops.implementations import choose, decoder_triton_refuses
-from fastgpt.ops.library import library
+from fastgpt.ops.library import library, without_autograd
 
 IDS = (torch.int64, torch.int32)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -126,16 +126,18 @@ def note_reference(token, scores, tokens, extreme, step, ended=None, eos=None):
 IMPLEMENTATIONS = {"triton": decoder_triton_refuses, "reference": lambda *call: None}
 
 library.define(
-    "embed(Tensor ids, Tensor weight, Tensor? positions=None, Tensor? position_weight=None, float? scale=None) -> Tensor"
+    "embed(Tensor ids, Tensor weight, Tensor? positions=None, Tensor? position_weight=None, float? scale=None) -> Tensor",
+    "fastgpt.ops.step.embed",
 )
-library.define("advance_(Tensor(a!) lengths, Tensor(b!) positions) -> ()")
+library.define("advance_(Tensor(a!) lengths, Tensor(b!) positions) -> ()", "fastgpt.ops.step.advance")
 library.define(
     "note_(Tensor token, Tensor scores, Tensor(a!) tokens, Tensor(b!) extreme, Tensor(c!) step, Tensor(d!)? ended=None, "
-    "Tensor? eos=None) -> ()"
+    "Tensor? eos=None) -> ()",
+    "fastgpt.ops.step.note",
 )
-_embed = torch.ops.fastgpt.embed.default
-_advance = torch.ops.fastgpt.advance_.default
-_note = torch.ops.fastgpt.note_.default
+_embed = without_autograd(torch.ops.fastgpt.embed.default)
+_advance = without_autograd(torch.ops.fastgpt.advance_.default)
+_note = without_autograd(torch.ops.fastgpt.note_.default)
 
 
 @torch.library.register_fake("fastgpt::embed", lib=library)
@@ -154,22 +156,54 @@ def _note_fake(token, scores, tokens, extreme, step, ended=None, eos=None):
     pass
 
 
-def _embed_triton(*arguments):
+def _embed_triton(ids, weight, positions=None, position_weight=None, scale=None):
+    _check(ids, weight, positions, position_weight, scale)
     from fastgpt.kernels.step import embed  # Triton is imported only when a CUDA tensor needs it
 
-    return embed(*arguments)
+    return embed(ids, weight, positions, position_weight, scale)
 
 
 def _advance_triton(lengths, positions):
+    require_tensor("lengths", lengths, 1)
+    for name, x, shape, meaning in (
+        ("lengths", lengths, (len(lengths),), "(B,)"), ("positions", positions, (len(lengths), 1), "(B, 1)"),
+    ):  # fmt: skip
+        _require_contiguous(name, x, (torch.int32,), shape, meaning, lengths.device)
     from fastgpt.kernels.step import advance
 
     advance(lengths, positions)
 
 
-def _note_triton(*arguments):
+def _note_triton(token, scores, tokens, extreme, step, ended=None, eos=None):
+    require_tensor("token", token, 1)
+    require_tensor("tokens", tokens, 2)
+    B, device = len(token), token.device
+    if (ended is None) != (eos is None):
+        raise ValueError("ended, eos: expected both or none, got one")
+    for name, x, dtypes, shape, meaning in (
+        ("token", token, (torch.int64,), (B,), "(B,)"), ("scores", scores, FLOATS, (B, 1), "(B, 1)"),
+        ("tokens", tokens, (torch.int64,), (len(tokens), B), "(steps, B)"),
+        ("extreme", extreme, (torch.float32, torch.float64), (B, 1), "(B, 1)"),
+        ("step", step, (torch.int64,), (1,), "(1,)"), ("ended", ended, (torch.bool,), (B,), "(B,)"),
+    ):  # fmt: skip
+        if x is not None:
+            _require_contiguous(name, x, dtypes, shape, meaning, device)
+    if eos is not None:
+        require_tensor("eos", eos, 1)
+        _require_contiguous("eos", eos, (torch.int64,), (len(eos),), "(E,)", device)
     from fastgpt.kernels.step import note
 
-    note(*arguments)
+    note(token, scores, tokens, extreme, step, ended, eos)
+
+
+def _require_contiguous(name, x, dtypes, shape, meaning, device):
+    """What a kernel reads or writes as one stretch of memory."""
+    require_tensor(name, x)
+    require_dtype(name, x, dtypes)
+    require_shape(name, x, shape, meaning)
+    require_device(name, x, device)
+    if not x.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {x.stride()}")
 
 
 library.impl("embed", _embed_triton, "CUDA")

@@ -16,8 +16,9 @@ from fastgpt.integrations.transformers.masks import Mask
 from fastgpt.ops import attention as operation
 from fastgpt.ops.derivatives import transforms_active
 from fastgpt.ops.explain import explain
+from fastgpt.ops.library import without_autograd
 
-_attention_forward = torch.ops.fastgpt.attention_forward.default
+_attention_forward = without_autograd(torch.ops.fastgpt.attention_forward.default)
 
 DTYPES = (*operation.KERNEL_DTYPES, torch.float64)
 

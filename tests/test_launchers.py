@@ -1,0 +1,123 @@
+"""What a registered operation hands to a Triton kernel, which looks at nothing: checked where it is launched, without a GPU."""
+
+import pytest
+import torch
+
+from fastgpt.ops import attention, linear, norm, step
+from fastgpt.ops import attention_with_kv_cache as cached
+
+LAUNCHERS = {
+    "norm": (norm._norm_triton, "fastgpt.kernels.norm.norm", lambda: {"x": torch.ones(2, 8), "weight": torch.ones(8)}),
+    "linear": (linear._linear_triton, "fastgpt.kernels.linear.linear", lambda: {
+        "x": torch.ones(2, 8), "weight": torch.ones(4, 8), "bias": torch.ones(4), "residual": torch.ones(2, 4),
+        "norm_weight": torch.ones(8),
+    }),
+    "embed": (step._embed_triton, "fastgpt.kernels.step.embed", lambda: {
+        "ids": torch.ones(2, 1, dtype=torch.int64), "weight": torch.ones(4, 8),
+        "positions": torch.ones(2, 1, dtype=torch.int32), "position_weight": torch.ones(4, 8),
+    }),
+    "advance_": (step._advance_triton, "fastgpt.kernels.step.advance", lambda: {
+        "lengths": torch.ones(2, dtype=torch.int32), "positions": torch.ones(2, 1, dtype=torch.int32),
+    }),
+    "note_": (step._note_triton, "fastgpt.kernels.step.note", lambda: {
+        "token": torch.ones(2, dtype=torch.int64), "scores": torch.ones(2, 1), "tokens": torch.ones(3, 2, dtype=torch.int64),
+        "extreme": torch.ones(2, 1), "step": torch.zeros(1, dtype=torch.int64), "ended": torch.zeros(2, dtype=torch.bool),
+        "eos": torch.ones(1, dtype=torch.int64),
+    }),
+    "attention_forward": (
+        lambda *, causal=True, **call: attention._attention_forward_triton(*attention.Call(causal=causal, scale=1.0, **call)),
+        "fastgpt.kernels.attention_decode.attention_decode",
+        lambda: {
+            "q": torch.ones(1, 2, 1, 8), "k": torch.ones(1, 2, 4, 8), "v": torch.ones(1, 2, 4, 8),
+            "kv_lengths": torch.ones(1, dtype=torch.int32), "sinks": torch.ones(2),
+        },
+    ),
+    "attention_backward": (
+        lambda *, dout, out, lse, **call: attention._attention_backward_triton(
+            dout, None, out, lse, False, *call.values(), True, 1.0
+        ),
+        "fastgpt.kernels.attention_backward.attention_backward",
+        lambda: {"dout": torch.ones(1, 2, 3, 8), "out": torch.ones(1, 2, 3, 8), "lse": torch.ones(1, 2, 3)} | {
+            name: torch.ones(1, 2, 3, 8) for name in "qkv"
+        },
+    ),
+    "attention_with_kv_cache": (
+        lambda **call: cached._attention_with_kv_cache_triton(counters=None, causal=True, scale=1.0, **call),
+        "fastgpt.kernels.attention_decode.attention_decode",
+        lambda: {
+            "q": torch.ones(1, 2, 1, 8), "k": torch.ones(1, 2, 1, 8), "v": torch.ones(1, 2, 1, 8),
+            "k_cache": torch.ones(1, 2, 4, 8), "v_cache": torch.ones(1, 2, 4, 8), "slots": torch.ones(1, 1, dtype=torch.int32),
+            "kv_lengths": torch.ones(1, dtype=torch.int32),
+        },
+    ),
+}  # fmt: skip
+FAULTS = {
+    "shape": lambda x: torch.cat([x, x]),
+    "dimensions": lambda x: x.unsqueeze(0),
+    "dtype": lambda x: x.to(torch.complex64),
+    "device": lambda x: x.to("meta"),
+    "layout": lambda x: x.to_sparse(),
+}
+ANY_ROWS = {("norm", "x"), ("embed", "weight"), ("embed", "position_weight"), ("note_", "eos"), ("note_", "tokens")}
+CASES = [
+    (operation, name, fault)
+    for operation, (_, _, call) in LAUNCHERS.items()
+    for name in call()
+    for fault in FAULTS
+    if not (fault == "shape" and (operation, name) in ANY_ROWS or (name, fault, operation) == ("x", "dimensions", "norm"))
+]
+
+
+class Launched(Exception):
+    pass
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Calls a launcher whose kernel cannot be reached unnoticed."""
+    pytest.importorskip("triton")
+
+    def run(operation, **changed):
+        launcher, kernel, call = LAUNCHERS[operation]
+
+        def launched(*args, **options):
+            raise Launched
+
+        monkeypatch.setattr(kernel, launched)
+        launcher(**(call() | changed))
+
+    return run
+
+
+@pytest.mark.parametrize("operation", LAUNCHERS)
+def test_what_fits_is_launched(operation, launch):
+    with pytest.raises(Launched):
+        launch(operation)
+
+
+@pytest.mark.parametrize("operation, name, fault", CASES)
+def test_what_does_not_fit_is_refused(operation, name, fault, launch):
+    good = LAUNCHERS[operation][2]()
+    with pytest.raises((TypeError, ValueError), match=r"^[a-z_]+: expected "):
+        launch(operation, **{name: FAULTS[fault](good[name])})
+
+
+@pytest.mark.parametrize(
+    "operation, name, value",
+    [
+        ("linear", "x", torch.ones(33, 8)), ("linear", "x", torch.ones(0, 8)), ("linear", "weight", torch.ones(4, 16)[:, ::2]),
+        ("linear", "activation", 9), ("linear", "activation", -1),
+        ("advance_", "lengths", torch.ones(4, dtype=torch.int32)[::2]),
+        ("note_", "tokens", torch.ones(2, 3, dtype=torch.int64).t()), ("note_", "scores", torch.ones(2, 5)),
+        ("note_", "ended", None), ("attention_forward", "k", torch.ones(1, 2, 4, 16)[..., ::2]),
+        ("attention_with_kv_cache", "k_cache", torch.ones(1, 2, 4, 9)[..., :8]),
+        ("attention_with_kv_cache", "cos", torch.ones(4, 4)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_kernels_cannot_read_is_refused(operation, name, value, launch):
+    changed = {name: value}
+    if operation == "linear" and name == "x":
+        changed["residual"] = torch.ones(len(value), 4)
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        launch(operation, **changed)
