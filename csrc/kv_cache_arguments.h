@@ -44,7 +44,8 @@ inline Rows rows_of(
   for (int64_t i = 0; i < ndim; ++i) FASTGPT_CHECK(x.sizes[i] == sizes[i], x.name, ": unexpected shape");
   FASTGPT_CHECK(ndim == 3 || x.strides[3] == 1 || sizes[3] <= 1, x.name, ": expected a contiguous last dimension");
   const int64_t size = size_of(element);
-  void* data = writable ? mutable_data_of(x.tensor, x.name, size) : const_cast<void*>(data_of(x.tensor, x.name, size));
+  check_storage(x.tensor, x.name, size, x.sizes, x.strides);
+  void* data = writable ? x.tensor.mutable_data_ptr() : const_cast<void*>(x.tensor.const_data_ptr());
   return {static_cast<char*>(data), x.strides[0] * size, x.strides[1] * size, x.strides[2] * size};
 }
 
@@ -55,16 +56,17 @@ inline Indices indices_of(const Facts& x, const Facts& k) {
       x.dim() == 2 && x.sizes[0] == k.sizes[0] && x.sizes[1] == k.sizes[2], x.name, ": expected shape (B, T)");
   check_device(x, k);
   const bool is_int64 = dtype == ScalarType::Long;
-  return {data_of(x.tensor, x.name, is_int64 ? 8 : 4), is_int64, x.strides[0], x.strides[1]};
+  check_storage(x.tensor, x.name, is_int64 ? 8 : 4, x.sizes, x.strides);
+  return {x.tensor.const_data_ptr(), is_int64, x.strides[0], x.strides[1]};
 }
 
 // What an update writes: no two numbers share memory, in one tensor or in several, and what is read lies elsewhere.
 class Written {
  public:
   // Tensors with the size of their numbers: first all that are written.
-  void add(const Tensor& x, const char* name, const Rows& rows, int64_t size) {
-    const Region region = region_of(x, rows.data, size);
-    FASTGPT_CHECK(lies_apart(region), name, ": expected numbers that share no memory with each other");
+  void add(const Facts& x, const Rows& rows, int64_t size) {
+    const Region region = region_of(rows.data, size, x.sizes, x.strides);
+    FASTGPT_CHECK(lies_apart(region), x.name, ": expected numbers that share no memory with each other");
     for (int i = 0; i < count_; ++i) {
       const Region& other = regions_[i];
       if (!overlap(region, other)) continue;
@@ -73,18 +75,19 @@ class Written {
       const bool alike = size == other.size && std::equal(
           region.strides.begin(), region.strides.end(), other.strides.begin(), other.strides.end());
       FASTGPT_CHECK(
-          alike && (distance % size != 0 || !reaches(distance / size, region)), name,
+          alike && (distance % size != 0 || !reaches(distance / size, region)), x.name,
           ": expected memory apart from that of ", names_[i]);
     }
-    regions_[count_] = region, names_[count_++] = name;
+    regions_[count_] = region, names_[count_++] = x.name;
   }
 
   // Then all that are read.
-  void check_apart(const Tensor& x, const char* name, const void* data, int64_t size) const {
-    const Region read = region_of(x, data, size);
+  void check_apart(const Facts& x, const void* data, int64_t size) const {
+    const Region read = region_of(data, size, x.sizes, x.strides);
     for (int i = 0; i < count_; ++i) {
       FASTGPT_CHECK(
-          !overlap(read, regions_[i]), name, ": expected memory apart from that of ", names_[i], ", which is written; clone it");
+          !overlap(read, regions_[i]), x.name, ": expected memory apart from that of ", names_[i],
+          ", which is written; clone it");
     }
   }
 
@@ -95,18 +98,20 @@ class Written {
 };
 
 inline KVCacheUpdate kv_cache_arguments(
-    const Tensor& k_tensor, const Tensor& v, const Tensor& k_cache_tensor, const Tensor& v_cache, const Tensor& slots,
+    const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& k_cache_tensor, const Tensor& v_cache_tensor,
+    const Tensor& slots_tensor,
     const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale, Written& written) {
   KVCacheUpdate u{};
-  const Facts k(k_tensor, "k"), k_cache(k_cache_tensor, "k_cache");
+  const Facts k(k_tensor, "k"), v(v_tensor, "v"), k_cache(k_cache_tensor, "k_cache"), v_cache(v_cache_tensor, "v_cache");
+  const Facts slots(slots_tensor, "positions");
   FASTGPT_CHECK(k.dim() == 4, "k: expected 4 dimensions");
   FASTGPT_CHECK(k_cache.dim() == 4, "k_cache: expected 4 dimensions");
   u.B = k.sizes[0], u.H_kv = k.sizes[1], u.T = k.sizes[2], u.D = k.sizes[3];
   u.element = floating_element_of(k_tensor, "k");
   u.k = rows_of(k, u.element, k, {u.B, u.H_kv, u.T, u.D}, false);
-  u.v = rows_of({v, "v"}, u.element, k, {u.B, u.H_kv, u.T, u.D}, false);
-  u.slots = indices_of({slots, "positions"}, k);
+  u.v = rows_of(v, u.element, k, {u.B, u.H_kv, u.T, u.D}, false);
+  u.slots = indices_of(slots, k);
 
   const int64_t rows = k_cache.sizes[2];
   u.capacity = rows;
@@ -127,7 +132,7 @@ inline KVCacheUpdate kv_cache_arguments(
   }
   u.cache_element = element_of(k_cache_tensor, "k_cache");
   u.k_cache = rows_of(k_cache, u.cache_element, k, {first, u.H_kv, rows, u.D}, true);
-  u.v_cache = rows_of({v_cache, "v_cache"}, u.cache_element, k, {first, u.H_kv, rows, u.D}, true);
+  u.v_cache = rows_of(v_cache, u.cache_element, k, {first, u.H_kv, rows, u.D}, true);
 
   const bool quantised = size_of(u.cache_element) == 1;
   FASTGPT_CHECK(quantised || u.cache_element == u.element, "k_cache: expected the dtype of k, int8 or float8_e4m3fn");
@@ -142,14 +147,14 @@ inline KVCacheUpdate kv_cache_arguments(
   }
 
   const int64_t size = size_of(u.element), cache_size = size_of(u.cache_element);
-  written.add(k_cache_tensor, "k_cache", u.k_cache, cache_size);
-  written.add(v_cache, "v_cache", u.v_cache, cache_size);
-  if (k_scale) written.add(*k_scale, "k_scale", u.k_scale, sizeof(float));
-  if (v_scale) written.add(*v_scale, "v_scale", u.v_scale, sizeof(float));
-  written.check_apart(k_tensor, "k", u.k.data, size);
-  written.check_apart(v, "v", u.v.data, size);
-  written.check_apart(slots, "positions", u.slots.data, u.slots.is_int64 ? 8 : 4);
-  if (block_table) written.check_apart(*block_table, "block_table", u.block_table, sizeof(int32_t));
+  written.add(k_cache, u.k_cache, cache_size);
+  written.add(v_cache, u.v_cache, cache_size);
+  if (k_scale) written.add({*k_scale, "k_scale"}, u.k_scale, sizeof(float));
+  if (v_scale) written.add({*v_scale, "v_scale"}, u.v_scale, sizeof(float));
+  written.check_apart(k, u.k.data, size);
+  written.check_apart(v, u.v.data, size);
+  written.check_apart(slots, u.slots.data, u.slots.is_int64 ? 8 : 4);
+  if (block_table) written.check_apart({*block_table, "block_table"}, u.block_table, sizeof(int32_t));
   return u;
 }
 
@@ -161,7 +166,8 @@ inline Tensor add_rotation(
   FASTGPT_CHECK(q.dim() == 4, "q: expected 4 dimensions");
   u.H = q.sizes[1];
   u.q = rows_of(q, u.element, k, {u.B, u.H, u.T, u.D}, false);
-  u.positions = indices_of({positions, "positions"}, k);
+  const Facts p(positions, "positions");
+  u.positions = indices_of(p, k);
   u.interleaved = interleaved;
   FASTGPT_CHECK(u.D <= kMaxTransformedDim, "q: expected a head dim up to ", kMaxTransformedDim);
   const auto table = [&](const Facts& x, int64_t& stride) {
@@ -169,17 +175,18 @@ inline Tensor add_rotation(
     FASTGPT_CHECK(x.strides[1] == 1 || x.sizes[1] == 1, x.name, ": expected contiguous rows");
     check_device(x, k);
     stride = x.strides[0];
-    return static_cast<const float*>(data_of(x.tensor, x.name, sizeof(float)));
+    check_storage(x.tensor, x.name, sizeof(float), x.sizes, x.strides);
+    return static_cast<const float*>(x.tensor.const_data_ptr());
   };
   const Facts c(cos, "cos"), s(sin, "sin");
   u.cos = table(c, u.cos_stride), u.sin = table(s, u.sin_stride);
   u.angles = c.sizes[0], u.rotary_dim = 2 * c.sizes[1];
   FASTGPT_CHECK(u.rotary_dim >= 2 && u.rotary_dim <= u.D, "cos: expected from 1 to D / 2 columns");
   FASTGPT_CHECK(s.sizes[0] == c.sizes[0] && s.sizes[1] == c.sizes[1], "sin: expected the shape of cos");
-  written.check_apart(q_tensor, "q", u.q.data, size_of(u.element));
-  written.check_apart(positions, "positions", u.positions.data, u.positions.is_int64 ? 8 : 4);
-  written.check_apart(cos, "cos", u.cos, sizeof(float));
-  written.check_apart(sin, "sin", u.sin, sizeof(float));
+  written.check_apart(q, u.q.data, size_of(u.element));
+  written.check_apart(p, u.positions.data, u.positions.is_int64 ? 8 : 4);
+  written.check_apart(c, u.cos, sizeof(float));
+  written.check_apart(s, u.sin, sizeof(float));
 
   const Tensor q_out = new_empty(
       q_tensor, {u.B, u.H, u.T, u.D}, {u.H * u.T * u.D, u.T * u.D, u.D, int64_t{1}}, dtype_of(q_tensor));

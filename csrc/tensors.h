@@ -88,9 +88,10 @@ inline void check_shape(const torch::stable::Tensor& x, const char* name, const 
 }
 
 // Checks that a tensor's numbers, of `size` bytes each, lie within its storage: whoever resizes a storage leaves tensors
-// that do not.
-inline void check_storage(const torch::stable::Tensor& x, const char* name, int64_t size) {
-  const auto sizes = x.sizes(), strides = x.strides();
+// that do not. Its sizes and strides come from whoever has read them: each read is a call through PyTorch's C interface.
+inline void check_storage(
+    const torch::stable::Tensor& x, const char* name, int64_t size, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+    torch::headeronly::IntHeaderOnlyArrayRef strides) {
   int64_t last = 0;  // index of the last number
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (sizes[i] == 0) return;
@@ -101,6 +102,9 @@ inline void check_storage(const torch::stable::Tensor& x, const char* name, int6
       aoti_torch_get_storage_offset(x.get(), &offset) == 0 && aoti_torch_get_storage_size(x.get(), &bytes) == 0 &&
           (offset + last + 1) * size <= bytes,
       name, ": expected a storage that holds the tensor");
+}
+inline void check_storage(const torch::stable::Tensor& x, const char* name, int64_t size) {
+  check_storage(x, name, size, x.sizes(), x.strides());
 }
 
 // Where the numbers of a tensor are that was checked for its dtype, of `size` bytes.
@@ -121,8 +125,10 @@ struct Region {
   int64_t size;  // of a number
 };
 
-inline Region region_of(const torch::stable::Tensor& x, const void* data, int64_t size) {
-  Region region{static_cast<const char*>(data), static_cast<const char*>(data), x.sizes(), x.strides(), size};
+inline Region region_of(
+    const void* data, int64_t size, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+    torch::headeronly::IntHeaderOnlyArrayRef strides) {
+  Region region{static_cast<const char*>(data), static_cast<const char*>(data), sizes, strides, size};
   int64_t last = 0;
   for (size_t i = 0; i < region.sizes.size(); ++i) {
     if (region.sizes[i] == 0) return region;
@@ -130,6 +136,10 @@ inline Region region_of(const torch::stable::Tensor& x, const void* data, int64_
   }
   region.end += (last + 1) * size;
   return region;
+}
+
+inline Region region_of(const torch::stable::Tensor& x, const void* data, int64_t size) {
+  return region_of(data, size, x.sizes(), x.strides());
 }
 
 inline bool overlap(const Region& a, const Region& b) { return a.begin < b.end && b.begin < a.end; }

@@ -55,16 +55,19 @@ def without_autograd(operator: Callable) -> Callable:
     """A registered operator for fastgpt's own calls, which have seen to derivatives: what its kernel for Autograd would ask
     in Python at each call, nobody asks."""
 
+    run = operator._op  # what the operator itself calls, one call of Python later
+    is_compiling, is_inference_mode_enabled = torch.compiler.is_compiling, torch.is_inference_mode_enabled
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+
     @functools.wraps(operator)
     def call(*args, **options):
-        # Inference mode has no autograd to begin with, and what is compiled is traced with it.
-        if is_inference_mode_enabled() or is_compiling():
+        if is_compiling():  # it is traced with autograd
             return operator(*args, **options)
+        if is_inference_mode_enabled():  # without autograd to begin with
+            return run(*args, **options)
         with below_autograd():
-            return operator(*args, **options)
+            return run(*args, **options)
 
-    is_inference_mode_enabled, is_compiling = torch.is_inference_mode_enabled, torch.compiler.is_compiling
-    below_autograd = torch._C._AutoDispatchBelowAutograd
     return call
 
 
