@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fastgpt import attention_reference
+from fastgpt.ops import attention as ops
 from fastgpt.testing import attention_parity, numerics
+from fastgpt.testing.attention_features import inputs
 from fastgpt.testing.draws import normal
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -107,6 +109,21 @@ def test_planted_faults_of_gradients(fault, dtype, shape):
     attention_parity.check_attention(Faults(fault), "bias", shape=shape, dtype=dtype, gradients=False)
     with pytest.raises(AssertionError, match="d(q|k|bias): .*(exceeds|no gradient)"):
         attention_parity.check_attention(Faults(fault), "bias", shape=shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("fault, dtype, shape", in_turn(["no fault", *FORWARD[:5]]))
+def test_planted_faults_show_in_gradients(fault, dtype, shape):
+    """Of the faults that change results, by their gradients alone."""
+    call = ops.Call(*inputs(*shape, dtype), scale=shape[-1] ** -0.5)
+
+    def run(call, douts):
+        leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+        results = Faults(fault)(*leaves)
+        names = ("out", "lse", "dq", "dk", "dv")
+        return {name: x.detach() for name, x in zip(names, (*results, *torch.autograd.grad(results, leaves, douts)))}
+
+    shares = [numerics.compare(x, yardstick).share for name, x, yardstick in attention_parity.compare(call, run) if name[0] == "d"]
+    assert (max(shares) > 1) == (fault != "no fault")
 
 
 @every_dtype
