@@ -111,9 +111,11 @@ def test_planted_faults_of_gradients(fault, dtype, shape):
         attention_parity.check_attention(Faults(fault), "bias", shape=shape, dtype=dtype)
 
 
-@pytest.mark.parametrize("fault, dtype, shape", in_turn(["no fault", *FORWARD[:5]]))
-def test_planted_faults_show_in_gradients(fault, dtype, shape):
-    """Of the faults that change results, by their gradients alone."""
+@every_dtype
+@pytest.mark.parametrize("fault", ["no fault", *FORWARD[:5]])
+def test_planted_faults_show_in_gradients(fault, dtype):
+    """Faults that change results are found by the gradients alone: 1% of few numbers is less than rounding to bf16."""
+    shape = SHAPES["large"]
     call = ops.Call(*inputs(*shape, dtype), scale=shape[-1] ** -0.5)
 
     def run(call, douts):
@@ -122,8 +124,8 @@ def test_planted_faults_show_in_gradients(fault, dtype, shape):
         names = ("out", "lse", "dq", "dk", "dv")
         return {name: x.detach() for name, x in zip(names, (*results, *torch.autograd.grad(results, leaves, douts)))}
 
-    shares = [numerics.compare(x, yardstick).share for name, x, yardstick in attention_parity.compare(call, run) if name[0] == "d"]
-    assert (max(shares) > 1) == (fault != "no fault")
+    found = {name: numerics.compare(x, yardstick) for name, x, yardstick in attention_parity.compare(call, run)}
+    assert any(found[name].share > 1 for name in ("dq", "dk", "dv")) == (fault != "no fault")
 
 
 @every_dtype
