@@ -13,7 +13,7 @@ from fastgpt import attention_with_kv_cache, attention_with_kv_cache_reference, 
 from fastgpt import cache
 from fastgpt.ops import attention_with_kv_cache as ops
 from fastgpt.ops.attention import attention, attention_reference
-from fastgpt.ops.kv_cache_update import kv_cache_update_reference, rope_kv_cache_update_reference
+from fastgpt.ops.kv_cache_update import kv_cache_update_reference, rope_kv_cache_update_reference, rope_reference
 from fastgpt.ops.quantisation import quantise
 from fastgpt.positions import Rope
 
@@ -125,10 +125,18 @@ def assert_parity(arguments, counters=None):
         expected, kv_cache_update_reference, rope_kv_cache_update_reference, attention_reference, return_lse=True
     )
     assert not differing(actual, expected)
-    caches = [expected[name] for name in ("k_cache", "v_cache")]
-    wide = [x if x.itemsize == 1 else x.double() for x in (q, *caches)]
+    caches = [x if x.itemsize == 1 else x.double() for x in (expected["k_cache"], expected["v_cache"])]
+
+    def reference():
+        exact = q.double()
+        if q.dtype == torch.float32 and "cos" in expected:  # what rotation errs by is a part of it; of 16 bits q is rounded
+            cos, sin = (expected[name].double() for name in ("cos", "sin"))
+            interleaved = expected.get("interleaved", False)
+            exact = rope_reference(expected["q"].double(), expected["positions"], cos, sin, interleaved=interleaved)
+        return attention_reference(exact, *caches, **options, return_lse=True)
+
     assert out.dtype == q.dtype and out.transpose(1, 2).is_contiguous()
-    check((out, lse), lambda: attention_reference(*wide, **options, return_lse=True), weights=q.dtype)
+    check((out, lse), reference, weights=q.dtype)
     return out, lse
 
 
@@ -241,23 +249,22 @@ def test_neither_batch_nor_capacity_nor_a_run_changes_a_bit(short_splits):
     ids=str,
 )
 def test_a_decoder_by_the_kernel(options, short_splits):
-    """Logits of tokens that are given, in a batch of sequences of different lengths, as by the two operations."""
+    """What a decoder asks of it, for a batch of sequences of different lengths, is within the contract at every step."""
     model = random_model(layers=1, num_kv_heads=2, position="rotary", rope=Rope(dim=16))
     ids = random_ids(model, 3, 39)
-    caches = [model.new_cache(3, **options) for _ in range(2)]
-    for c in caches:
-        model(ids[:, :35], cache=c, new=[35, 2, 30])
+    filled = model.new_cache(3, **options)
+    model(ids[:, :35], cache=filled, new=[35, 2, 30])
     calls = []
 
     def by_the_kernel(q, k, v, k_cache, v_cache, positions, cos, sin, counters, **rest):
         calls.append(counters)
         arguments = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "positions": positions, "cos": cos, "sin": sin}
+        assert_parity(arguments | rest)  # on copies of the caches
         return run_kernel(arguments | rest, counters)[0]
 
     for i in range(35, 39):
-        expected = model(ids[:, i : i + 1], cache=caches[0])
         with mock.patch.object(cache, "attention_with_kv_cache", by_the_kernel):
-            torch.testing.assert_close(model(ids[:, i : i + 1], cache=caches[1]), expected, atol=1e-3, rtol=1e-3)
+            model(ids[:, i : i + 1], cache=filled)
     assert len(calls) == 4 and not any(counters.any() for counters in calls)
 
 
@@ -322,11 +329,8 @@ def test_replays_of_a_cuda_graph_advance(has_counters):
         graph.replay()
         assert torch.equal(attention_with_kv_cache(**expected, impl="triton"), out)
         if step % 50 == 0:  # the cache holds the token already, so storing it again changes nothing
-            low = attention_with_kv_cache_reference(**expected)
-            wide = attention_with_kv_cache(**expected, impl="apart")
             assert not differing(actual, on("cpu", expected))
-            torch.testing.assert_close(out, wide, atol=2e-3, rtol=2e-3)
-            torch.testing.assert_close(out, low, atol=2e-3, rtol=2e-3)
+            assert_parity({name: x for name, x in expected.items() if name != "counters"}, expected["counters"])
         for arguments in (actual, expected):
             arguments["positions"] += 1
             arguments["kv_lengths"] += 1

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fastgpt import attention_reference
+from fastgpt.ops import attention as ops
 from fastgpt.testing import attention_parity, numerics
+from fastgpt.testing.attention_features import inputs
 from fastgpt.testing.draws import normal
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -107,6 +109,23 @@ def test_planted_faults_of_gradients(fault, dtype, shape):
     attention_parity.check_attention(Faults(fault), "bias", shape=shape, dtype=dtype, gradients=False)
     with pytest.raises(AssertionError, match="d(q|k|bias): .*(exceeds|no gradient)"):
         attention_parity.check_attention(Faults(fault), "bias", shape=shape, dtype=dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("fault", ["no fault", *FORWARD[:5]])
+def test_planted_faults_show_in_gradients(fault, dtype):
+    """Faults that change results are found by the gradients alone: 1% of few numbers is less than rounding to bf16."""
+    shape = SHAPES["large"]
+    call = ops.Call(*inputs(*shape, dtype), scale=shape[-1] ** -0.5)
+
+    def run(call, douts):
+        leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+        results = Faults(fault)(*leaves)
+        names = ("out", "lse", "dq", "dk", "dv")
+        return {name: x.detach() for name, x in zip(names, (*results, *torch.autograd.grad(results, leaves, douts)))}
+
+    found = {name: numerics.compare(x, yardstick) for name, x, yardstick in attention_parity.compare(call, run)}
+    assert any(found[name].share > 1 for name in ("dq", "dk", "dv")) == (fault != "no fault")
 
 
 @every_dtype
