@@ -93,6 +93,19 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   return run(args, q, k.size(0));
 }
 
+// What attention_forward would refuse, for whoever writes something first.
+void attention_check_cpu(
+    const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
+    std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& kv_lengths, const std::optional<Tensor>& block_table,
+    const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  AttentionForward args{};
+  Features features{causal, scale, window, softcap, alibi_slopes, sinks, 0.0, std::nullopt};
+  set_inputs(args, q, k, v, features, block_table, k_scale, v_scale);
+  set_lengths(args, kv_lengths);
+  perform([] {});  // a plan has each operation
+}
+
 std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t /*max_q*/, int64_t /*max_k*/, const Tensor& q,
     const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
@@ -111,5 +124,6 @@ std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fastgpt::attention_forward_cpu));
+  m.impl("attention_check", TORCH_BOX(&fastgpt::attention_check_cpu));
   m.impl("attention_varlen_forward", TORCH_BOX(&fastgpt::attention_varlen_forward_cpu));
 }

@@ -534,6 +534,12 @@ library.define(
     "fastgpt.attention",
 )
 library.define(
+    "attention_check(Tensor q, Tensor k, Tensor v, bool causal, float scale, SymInt? window=None, float? softcap=None, "
+    "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? kv_lengths=None, Tensor? block_table=None, "
+    "Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    "fastgpt.attention",
+)
+library.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool needs_dbias, Tensor q, Tensor k, "
     "Tensor v, bool causal, float scale, SymInt? window=None, float? softcap=None, Tensor? alibi_slopes=None, "
     "Tensor? sinks=None, Tensor? mask=None, Tensor? bias=None, Tensor? kv_lengths=None, float dropout_p=0.0, "
@@ -555,6 +561,12 @@ library.define(
 )
 _attention_forward = without_autograd(torch.ops.fastgpt.attention_forward.default)
 _attention_backward = without_autograd(torch.ops.fastgpt.attention_backward.default)
+_attention_check = without_autograd(torch.ops.fastgpt.attention_check.default)
+
+
+@torch.library.register_fake("fastgpt::attention_check", lib=library)
+def _attention_check_fake(*arguments):
+    pass
 
 
 @torch.library.register_fake("fastgpt::attention_forward", lib=library)

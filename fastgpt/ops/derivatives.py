@@ -5,6 +5,7 @@ by the reference, which is plain PyTorch, or refused: a derivative is right or a
 """
 
 import torch
+from torch import is_grad_enabled
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch.autograd import forward_ad
 
@@ -16,11 +17,16 @@ def transforms_active() -> bool:
     return forward_ad._current_level >= 0 or functorch_active()
 
 
+def derivatives_possible() -> bool:
+    """Whether some call could be asked for a derivative now. Every call asks it, most of them from generation, where none can."""
+    return is_grad_enabled() or forward_ad._current_level >= 0 or functorch_active()
+
+
 def derivatives_refused(*tensors) -> str | None:
     """Why an implementation without derivatives cannot take these tensors (or None), or None. It is asked at each call."""
     if forward_ad._current_level >= 0 or functorch_active():
         return TRANSFORMED
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return "it has no backward pass, and a gradient is asked for"
@@ -30,7 +36,7 @@ def derivatives_refused(*tensors) -> str | None:
 def asks_for_derivatives(arguments) -> bool:
     """Whether a derivative by one of an operator's arguments, or of a list of them, is asked for: a gradient, or that of a dual
     number."""
-    dual, gradients = forward_ad._current_level >= 0, torch.is_grad_enabled()
+    dual, gradients = forward_ad._current_level >= 0, is_grad_enabled()
     if not (dual or gradients):
         return False
     for argument in arguments:
@@ -64,7 +70,7 @@ def through_cache(operation, *tensors):
 
     They are refused when somebody asks for them, not here: who forgot torch.no_grad() gets the same numbers.
     """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _ThroughCache.apply(operation, *tensors)
     return operation(*tensors)
 

@@ -6,7 +6,7 @@ import importlib.util
 import torch
 from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # four times as fast as a question for one device
 
-from fastgpt.ops.derivatives import derivatives_refused
+from fastgpt.ops.derivatives import derivatives_possible, derivatives_refused
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -64,7 +64,7 @@ def decoder_cpp_refuses(x, *others, device: str = "cpu") -> str | None:
         return "it takes fp32, fp16 and bf16, and x is torch.float64"
     if _any_autocast_enabled() and torch.is_autocast_enabled(device):
         return "it knows no autocast, which is on"
-    return derivatives_refused(x, *others)
+    return derivatives_refused(x, *others) if derivatives_possible() else None
 
 
 def decoder_triton_refuses(*tensors) -> str | None:

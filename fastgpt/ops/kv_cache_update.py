@@ -12,7 +12,7 @@ from fastgpt.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops.derivatives import derivatives_refused
+from fastgpt.ops.derivatives import derivatives_possible, derivatives_refused
 from fastgpt.ops.implementations import choose, explain_call, require_impl, runs_elsewhere
 from fastgpt.ops.library import CUDA_MISSING, library, without_autograd
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, quantise
@@ -57,7 +57,9 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
         if impl is not None:
             choose("kv_cache_update", IMPLEMENTATIONS, impl, k, v, k_cache, v_cache, k_scale, v_scale)
         # The kernels check for themselves, in a fraction of the time, before they write.
-        if impl != "reference" and derivatives_refused(k, v, k_cache, v_cache, k_scale, v_scale) is None:
+        if impl != "reference" and (
+            not derivatives_possible() or derivatives_refused(k, v, k_cache, v_cache, k_scale, v_scale) is None
+        ):
             return _kv_cache_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     except Exception as error:
         _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)  # raises the error that names the argument
@@ -142,7 +144,7 @@ def rope_kv_cache_update(
     try:
         if impl is not None:
             choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, *tensors)
-        if impl != "reference" and derivatives_refused(*tensors) is None:
+        if impl != "reference" and (not derivatives_possible() or derivatives_refused(*tensors) is None):
             return _rope_kv_cache_update(
                 q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale
             )

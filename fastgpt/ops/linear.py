@@ -67,7 +67,7 @@ def linear(
         argument, expected, got.
     """
     call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
-    if type(gated) is not bool or type(norm_eps) is not float or type(norm_offset) is not float:
+    if type(gated) is not bool or norm_weight is not None and not type(norm_eps) is type(norm_offset) is float:
         # PyTorch's dispatcher would take None for a flag and True for a number.
         require_flag("gated", gated)
         norm_eps, norm_offset = require_number("norm_eps", norm_eps, least=0), require_number("norm_offset", norm_offset)
@@ -80,7 +80,11 @@ def linear(
             if no_norm and (norm_eps != 1e-5 or norm_offset != 0.0):  # which the kernel will not see
                 _check(*call, norm, norm_eps, norm_offset, activation, gated)
             if x.numel() > MAX_ROWS * x.shape[-1] or not x.shape[-1]:
-                _check(*call, norm, norm_eps, norm_offset, activation, gated)
+                # PyTorch's product compares shapes and dtypes, our kernels check the rest.
+                require_tensor("x", x)
+                require_tensor("weight", weight, 2)
+                if x.dtype not in DTYPES or not x.shape[-1] or norm_weight is None and norm_bias is not None:
+                    _check(*call, norm, norm_eps, norm_offset, activation, gated)
                 if norm_weight is not None:
                     x = _norm(x, norm_weight, norm_bias, None, rms, norm_eps, norm_offset)
                 return _matrix_product(x, weight, bias, residual, number, gated)
