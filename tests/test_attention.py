@@ -12,6 +12,7 @@ import torch
 from cpu_levels import lower_levels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinned import thinned
 
 import fastgpt
 from fastgpt import attention, attention_reference, attention_varlen
@@ -93,9 +94,7 @@ FEATURE_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("shape", FEATURE_SHAPES, ids=str)
+@pytest.mark.parametrize("shape, feature, dtype", thinned(FEATURE_SHAPES, FEATURES, DTYPES, one_of=3), ids=str)
 def test_parity_of_features(shape, feature, dtype):
     B, H, _, T, S, D = shape
     call = ops.Call(*inputs(*shape, dtype), **options(feature, B, H, T, S, dtype))
@@ -189,10 +188,9 @@ def test_parity_with_lengths_never_reads_past_them(T, causal, dtype):
     check_parity(q, k, v, causal=causal, kv_lengths=lengths)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("window", [1, 2, 60, 64, 200])
-@pytest.mark.parametrize("T", [1, 3, 150])
+@pytest.mark.parametrize(
+    "T, window, causal, dtype", thinned((1, 3, 150), (1, 2, 60, 64, 200), (True, False), DTYPES, one_of=2), ids=str
+)
 def test_parity_with_a_window(T, window, causal, dtype):
     q, k, v = make(3, 4, 2, T, 150, 40, dtype)
     check_parity(q, k, v, causal=causal, window=window)
@@ -258,14 +256,11 @@ def test_window_is_the_last_keys_own_position_included(impl):
     numerics.check(attention(q, k, v, window=2, impl=impl), lambda: row_by_row(q.double(), k.double(), v.double()))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_numerics.py has a sample
 @pytest.mark.parametrize("level", lower_levels())
-@pytest.mark.parametrize(
-    "which", ["(parity and float32 or tanh) and not splits", pytest.param("parity or tanh", marks=pytest.mark.exhaustive)]
-)
-def test_lower_cpu_levels(level, which):
+def test_lower_cpu_levels(level):
     """The tests of parity and tanh again, in a process that is forced to a lower instruction set."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", which, "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "parity or tanh", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env=os.environ | {"FASTGPT_CPU_LEVEL": level}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 

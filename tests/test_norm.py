@@ -30,7 +30,7 @@ def test_contract(feature, C, dtype):
     numerics.check(actual, lambda: norm_reference(**in_float64(call)))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_numerics.py has a sample
 @pytest.mark.parametrize("level", lower_levels())
 def test_lower_cpu_levels(level):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "contract", "-p", "no:cacheprovider", __file__]

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from fastgpt.ops import attention as ops
+from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
 from fastgpt.ops.norm import norm, norm_reference
 from fastgpt.ops.quantisation import quantise
@@ -29,14 +30,15 @@ from fastgpt.testing import attention_parity, linear_features, norm_features, nu
 from fastgpt.testing.attention_features import FEATURES, PACKED_FEATURES, inputs, options, paged
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BUILT = build_info()
+LOWER_LEVELS = BUILT["cpu_levels"][: BUILT["cpu_levels"].index(BUILT["cpu_level"])]
 MACHINES = {
     "this one": {},
     "2 threads": {"OMP_NUM_THREADS": "2"},
     "baseline BLAS, 1 thread": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"},
     "AVX2 BLAS, 3 threads": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "OMP_NUM_THREADS": "3"},
-    "AVX2 kernels, 1 thread": {"FASTGPT_CPU_LEVEL": "avx2", "OMP_NUM_THREADS": "1"},
-    "baseline kernels, 1 thread": {"FASTGPT_CPU_LEVEL": "baseline", "OMP_NUM_THREADS": "1"},
-    "baseline kernels and BLAS, 3 threads": {
+    **{f"{level} kernels, 1 thread": {"FASTGPT_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"} for level in LOWER_LEVELS},
+    "lowest kernels, baseline BLAS, 3 threads": {
         "FASTGPT_CPU_LEVEL": "baseline", "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "3",
     },
 }  # fmt: skip
