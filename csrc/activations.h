@@ -34,7 +34,7 @@ inline Vector gelu(Vector x) {
 
 // x / (1 + e^-x), with e^-|x| only.
 inline Vector silu(Vector x) {
-  const Vector e = exp_nonpositive(-magnitude(x));
+  const Vector e = exp_nonpositive<true>(-magnitude(x));
   return x * (x < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
 }
 

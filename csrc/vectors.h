@@ -125,11 +125,13 @@ inline Vector maxima(Vector (&rows)[kWidth]) {
 // e^x for x <= 0, zero below 2^-126: with y = x · log2(e), 2^y = 2^n · 2^f where n = round(y) and a polynomial for 2^f
 // on [-1/2, 1/2], fitted for least relative error (1.9e-9 before rounding). Scores stay in natural units until here: the
 // rounding of y then matters least for the largest weights, while scores in base 2 would all carry it at full size.
+// kSmallToo: what is small is as accurate, in proportion: f follows from x less n log(2) in two parts, the first of few bits.
+template <bool kSmallToo = false>
 [[gnu::always_inline]] inline Vector exp_nonpositive(Vector natural) {
   const Vector x = natural * kLog2e;
   const Vector shifter = broadcast(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer in the low bits
-  const Vector shifted = x + shifter;
-  const Vector f = x - (shifted - shifter);
+  const Vector shifted = x + shifter, whole = shifted - shifter;
+  const Vector f = kSmallToo ? (natural - whole * 0.693359375f + whole * 2.12194440e-4f) * kLog2e : x - whole;
   Vector y = broadcast(1.534581097e-04f);
   y = y * f + 1.339993090e-03f;
   y = y * f + 9.618489072e-03f;
