@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as imported_before
@@ -322,13 +322,16 @@ def calls(draw):
     return arguments, options
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(calls(), st.booleans())
 def test_any_call_ends_as_pytorchs_does(call, differentiable):
     arguments, options = call
     arguments = [x.requires_grad_(differentiable) for x in arguments]
     expected = outcome(F.scaled_dot_product_attention, arguments, options)
-    yardstick = None if isinstance(expected, type) else oracle(arguments, options)
+    try:
+        yardstick = None if isinstance(expected, type) else oracle(arguments, options)
+    except RuntimeError:  # PyTorch's plain operations refuse values of fewer keys, which its fused kernel reads past
+        assume(False)
     for function in (scaled_dot_product_attention, switched_on):
         actual = outcome(function, arguments, options)
         check_same(actual, expected, yardstick)
