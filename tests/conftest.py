@@ -1,5 +1,6 @@
 """Fixtures that several test files share, and the rule that tests marked `gpu` need a GPU."""
 
+import contextlib
 import os
 import signal
 
@@ -11,6 +12,13 @@ os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+with contextlib.suppress(ImportError):  # a GPU machine may have pytest alone
+    from hypothesis import settings
+
+    # The same examples in every run, however long they take.
+    settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
+    settings.load_profile("reproducible")
 
 THREADS = torch.get_num_threads()
 

@@ -306,7 +306,7 @@ dims = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(dims, st.integers(0, 2**16))
 def test_causality(dims, seed):
     """Changing a later key or value changes nothing before it, bit for bit."""
@@ -320,7 +320,7 @@ def test_causality(dims, seed):
     assert not torch.equal(before[:, :, -1], after[:, :, -1])
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(dims, st.integers(0, 2**16))
 def test_permuting_the_batch_permutes_the_result(dims, seed):
     B, H_kv, group, T, extra, D = dims

@@ -112,7 +112,7 @@ def assert_same_cache(actual, expected, before, slots):
         assert same(cache.transpose(1, 2)[~touched], unwritten.transpose(1, 2)[~touched]), name
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=250)
 @given(st.data())
 def test_exact(data):
     actual = draw_update(data)
@@ -122,7 +122,7 @@ def test_exact(data):
     assert_same_cache(actual, expected, before, actual["positions"])
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=250)
 @given(st.data())
 def test_rope_exact(data):
     actual = draw_update(data, min_dim=2)

@@ -322,7 +322,7 @@ def calls(draw):
     return arguments, options
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(calls(), st.booleans())
 def test_any_call_ends_as_pytorchs_does(call, differentiable):
     arguments, options = call
