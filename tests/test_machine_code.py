@@ -15,7 +15,7 @@ from benchmarks.machine_code import SHARED_MEMORY, compile_for, demanding, usage
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
-MODULES = ["attention_forward", "attention_backward", "attention_decode", "linear and norm"]  # of fastgpt.kernels
+MODULES = ["attention_forward", "attention_backward", "attention_decode", "linear and norm and step"]  # of fastgpt.kernels
 
 
 def configurations(modules, arch):

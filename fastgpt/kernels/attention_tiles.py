@@ -50,9 +50,16 @@ def store_rows(ptr, stride, offs_row, n_rows, x, HEAD_DIM: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def tile_pointers(ptr, rows, cols, stride_row, stride_col):
+    """Pointers to a tile, from its rows (M, 1) and columns (1, N), or transposed."""
+    return ptr + rows * tl.cast(stride_row, tl.int64) + cols * tl.cast(stride_col, tl.int64)
+
+
+@triton.jit
 def page_rows(block_table_ptr, stride_tp, offs_n, end, page, n_pages):
     """Keys offs_n of a paged sequence: their pages, int64, and their rows in them. From `end` on anything valid."""
-    pages = tl.load(block_table_ptr + offs_n // page * stride_tp, mask=offs_n < end, other=0)
+    entries = block_table_ptr + offs_n // page * tl.cast(stride_tp, tl.int64)
+    pages = tl.load(entries, mask=offs_n < end, other=0)
     return tl.cast(tl.maximum(tl.minimum(pages, n_pages - 1), 0), tl.int64), offs_n % page
 
 
