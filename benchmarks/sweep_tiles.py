@@ -82,7 +82,7 @@ def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
         if table == DECODE:
             fits_table = function.__name__ == "_attend_split" and constants["BLOCK_M"] == decode.TILES[key][1].BLOCK_M
         else:
-            fits_table = ("rich " if RICH & set(given) else "") + PASSES[function.__name__] == table
+            fits_table = ("rich " if RICH & set(given) else "") + PASSES.get(function.__name__, "") == table
         if fits_table:
             chosen.append(configuration)
     return chosen

@@ -494,14 +494,15 @@ def _backward_queries(
     if not EXACT:
         shift += tl.log2(row_sum)
     tl.store(shift_ptr + at + rows, shift, mask=rows < n_rows)
-    mean_dp *= norm
+    mean_dp = tl.where(seen, mean_dp * norm, 0.0)  # a value that is NaN reaches no row that sees no key
     if dlse_ptr is not None:
         mean_dp -= tl.load(dlse_ptr + at + rows, mask=rows < n_rows, other=0.0)
     tl.store(delta_ptr + at + rows, mean_dp, mask=rows < n_rows)
     if EXACT:
         dq -= (mean_dp - delta)[:, None] * pk
     dq_ptr += b * stride_dqb + h * stride_dqh + row * stride_dqm
-    store_rows(dq_ptr, stride_dqm, rows, n_rows, dq * (norm * scale)[:, None], HEAD_DIM, BLOCK_D)
+    dq = tl.where(seen[:, None], dq * (norm * scale)[:, None], 0.0)
+    store_rows(dq_ptr, stride_dqm, rows, n_rows, dq, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS, "n_batch", "bias_batch", "bias_heads", "m_tiles", "n_tiles"])

@@ -184,8 +184,10 @@ def finish_softmax(acc, row_sum, row_max, sinks_ptr, heads):
         row_sum = row_sum * rescale + tl.where(blind, 0.0, tl.exp2((sink - shift) * LOG2_E))
         row_max = new_max
         acc *= rescale[:, None]
-    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # no key seen: out 0, lse -inf
-    return acc * (1.0 / row_sum)[:, None], row_max + tl.log2(row_sum) * LN_2
+    fully_masked = row_sum == 0.0  # out is 0 then, though a value may be NaN, and lse -inf
+    row_sum = tl.where(fully_masked, 1.0, row_sum)
+    out = tl.where(fully_masked[:, None], 0.0, acc * (1.0 / row_sum)[:, None])
+    return out, row_max + tl.log2(row_sum) * LN_2
 
 
 @triton.jit
