@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from fastgpt.kernels.attention_forward import Tile
 
@@ -22,7 +23,8 @@ ELEMENTS = {
 # Of arguments that are neither 32-bit integers nor of the inputs' dtype.
 TYPES = {
     "mask_ptr": "*u8", "ended_ptr": "*u8", "extreme_ptr": "*fp32",
-    **dict.fromkeys(("seed_ptr", "ids_ptr", "token_ptr", "tokens_ptr", "step_ptr", "eos_ptr"), "*i64"), **dict.fromkeys(("scale", "softcap", "keep_scale", "eps", "offset"), "fp32"),
+    **dict.fromkeys(("seed_ptr", "ids_ptr", "token_ptr", "tokens_ptr", "step_ptr", "eos_ptr"), "*i64"),
+    **dict.fromkeys(("scale", "softcap", "keep_scale", "eps", "offset"), "fp32"),
     **dict.fromkeys(
         (
             "kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "block_table_ptr", "counters_ptr", "slots_ptr", "positions_ptr",
@@ -95,6 +97,25 @@ def source_of(function, dtype: torch.dtype, cache_dtype: torch.dtype, constants:
     return ASTSource(function, signature, constants, aligned), options
 
 
+def ir_of(source: ASTSource, arch: int, options: dict, stage: str) -> str:
+    """The text of a kernel's intermediate representation after the passes of a stage, "ttir" or "ttgir"."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    options = backend.parse_options({**options, **source.parse_options()})
+    stages = {}
+    backend.add_stages(stages, options, source.language)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    code_generators = backend.get_codegen_implementation(options)
+    module = source.make_ir(target, options, code_generators, backend.get_module_map(), context)
+    for name, passes in stages.items():
+        module = passes(module, {"num_warps": options.num_warps})
+        if name == stage:
+            return module.str_nodebug()
+    raise ValueError(f"stage: expected one of {', '.join(stages)}, got {stage!r}")
+
+
 def usage_of(compiled) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -144,4 +165,4 @@ def _presses(name: str, constants: dict, features: frozenset) -> bool:
     if not constants["IS_CAUSAL"] or constants.get("ONE_ROW") or constants.get("ONE_COLUMN"):
         return False
     rich = {"bias_ptr", "seed_ptr", "mask_ptr" if name.startswith("_backward") else "alibi_ptr"}
-    return features == {"kv_lengths_ptr"} or rich <= features
+    return features in ({"kv_lengths_ptr"}, {"cu_q_ptr", "cu_k_ptr"}) or rich <= features

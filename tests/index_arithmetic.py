@@ -6,10 +6,6 @@ What a kernel adds to a pointer, and where a bulk copy begins, must not have pas
 import re
 from typing import NamedTuple
 
-from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-
 # An offset of 32 bits, in elements, has to be below this whatever the arguments are: that of a tile, or of a row.
 SMALL = 2**24
 OPERATION = re.compile(r'^\s*(?:(%[\w.]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)$')
@@ -22,21 +18,6 @@ class Value(NamedTuple):
     high: int
     faults: frozenset = frozenset()  # operations on its way that may not have fitted
     root: str = ""  # of a pointer: the argument that it comes from
-
-
-def ttir_of(source, arch: int, options: dict) -> str:
-    """The text of a kernel's TTIR, after Triton's passes over it. source: triton.compiler.ASTSource."""
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    options = backend.parse_options({**options, **source.parse_options()})
-    stages = {}
-    backend.add_stages(stages, options, source.language)
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    code_generators = backend.get_codegen_implementation(options)
-    module = source.make_ir(target, options, code_generators, backend.get_module_map(), context)
-    return stages["ttir"](module, {}).str_nodebug()
 
 
 def faults_of(text: str, names: list[str], limits: dict[str, int]) -> list[str]:

@@ -14,10 +14,10 @@ if "TRITON_INTERPRET" in os.environ:
 
 import triton.language as tl  # noqa: E402
 from fake_gpu import launches, meta  # noqa: E402
-from index_arithmetic import faults_of, ttir_of  # noqa: E402
+from index_arithmetic import faults_of  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from benchmarks.machine_code import source_of  # noqa: E402
+from benchmarks.machine_code import ir_of, source_of  # noqa: E402
 from fastgpt.kernels import attention_backward as backward  # noqa: E402
 from fastgpt.kernels import attention_decode as decode  # noqa: E402
 from fastgpt.kernels import attention_forward as forward  # noqa: E402
@@ -42,7 +42,7 @@ def limits_of(constants):
 def faults_in(function, dtype, cache_dtype, constants, given, arch):
     source, options = source_of(function, dtype, cache_dtype, constants, given)
     names = [name for i, name in enumerate(function.arg_names) if (i,) not in source.constants]
-    return faults_of(ttir_of(source, arch, options), names, limits_of(constants))
+    return faults_of(ir_of(source, arch, options, "ttir"), names, limits_of(constants))
 
 
 def distinct(module, dtypes, causal, head_dims):
@@ -127,7 +127,7 @@ def test_a_planted_fault_is_found(fault):
     signature = {"x_ptr": "*fp32", "stride_m": "i32", "stride_n": "i32", "n_rows": "i32", "n_keys": "i32"}
     constants = {"FAULT": fault, "BLOCK": 64}
     source = ASTSource(_planted, signature | dict.fromkeys(constants, "constexpr"), constants)
-    found = faults_of(ttir_of(source, 90, {"enable_fp_fusion": True}), list(signature), {"n_keys": MOST})
+    found = faults_of(ir_of(source, 90, {"enable_fp_fusion": True}, "ttir"), list(signature), {"n_keys": MOST})
     assert bool(found) == (fault != "no fault"), found
 
 

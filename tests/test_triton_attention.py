@@ -504,6 +504,29 @@ def test_offsets_beyond_32_bits():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("far", ("heads of k", "rows of a mask", "rows of a bias", "heads of a mask", "heads of a bias"))
+def test_offsets_beyond_32_bits_in_the_backward(far):
+    """The same bits as near the beginning."""
+    q, k, v = random_inputs(1, 6, 3, 40, 48, 64, torch.float16)
+    arguments = {"scale": 0.125, "causal": False}
+    if "mask" in far:
+        arguments["mask"] = torch.rand(1, 6, 40, 48, device=DEVICE) < 0.6
+    if "bias" in far:
+        arguments["bias"] = torch.randn(1, 6, 40, 48, device=DEVICE).half()
+    near = ops.Call(q, k, v, **arguments)
+    name = far.split()[-1]
+    x = getattr(near, name)
+    heads, rows = x.shape[1:3]
+    step = 2**32 // (heads if "heads" in far else rows) // 64 * 64  # rows begin at multiples of 16 bytes
+    strides = (0, step, x.shape[3], 1) if "heads" in far else (0, x.shape[3], step, 1)
+    pool = torch.empty(2**32 + 2**16, dtype=x.dtype, device=DEVICE)  # the last head, or row, begins past element 2^31
+    moved = near._replace(**{name: pool.as_strided(x.shape, strides).copy_(x)})
+    douts = torch.randn_like(q), torch.randn(1, 6, 40, device=DEVICE)
+    expected, actual = run_triton(near, douts), run_triton(moved, douts)
+    assert all(torch.equal(actual[result], y) for result, y in expected.items())
+
+
+@pytest.mark.gpu
 def test_capture_in_a_cuda_graph():
     q, k, v = random_inputs(2, 4, 2, 1, 100, 64, torch.float16)
     kv_lengths = lengths_of((100, 30))

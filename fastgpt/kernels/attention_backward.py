@@ -45,7 +45,7 @@ TILES = {
         (16, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
         (32, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
         (64, 2): (Tile(64, 32, 8, 1), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
-        (128, 2): (Tile(32, 32, 4, 1), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        (128, 2): (Tile(32, 32, 4, 1), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
         (256, 2): (Tile(32, 32, 8, 1),) * 3,
         (16, 4): (Tile(32, 64, 8, 2),) * 3,
         (32, 4): (Tile(32, 32, 8, 2),) * 3,
@@ -90,7 +90,8 @@ TILES = {
         (256, 4): (Tile(16, 16, 8, 1),) * 3,
     },
 }
-
+# Of packed sequences, the pass over the keys has fewer registers left.
+TILES["packed keys"] = {**TILES["keys"], (128, 2): (Tile(32, 32, 4, 1), *(Tile(32, 64, 8, 2),) * 2)}
 
 DELTA_ROWS = 32
 # Of wider heads, or where scores are more than q·k · scale, a pass over the queries has no registers left for bulk copies.
@@ -98,7 +99,8 @@ BULK_HEAD_DIM = 128
 
 
 DELTA_ARGUMENTS = [
-    "dlse_ptr", "stride_ob", "stride_oh", "stride_om", "stride_gb", "stride_gh", "stride_gm", "stride_lb", "stride_lh", "n_heads", "n_queries",
+    "dlse_ptr", "stride_ob", "stride_oh", "stride_om", "stride_gb", "stride_gh", "stride_gm", "stride_lb", "stride_lh",
+    "n_heads", "n_queries",
 ]  # fmt: skip
 
 
@@ -203,8 +205,8 @@ BACKWARD_NUMBERS = [
 
 @triton.jit
 def _fold_queries(
-    dk, dv, k, v, q_ptr, dout_ptr, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr, delta_ptr, norm_ptr, begin, stop, n_queries, length,
-    b, h, start_n, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
+    dk, dv, k, v, q_ptr, dout_ptr, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr, delta_ptr, norm_ptr, begin, stop,
+    n_queries, length, b, h, start_n, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
     stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
@@ -327,23 +329,28 @@ def _backward_keys(
         stop = tl.minimum(inner, last) if mask_ptr is None else last
         if IS_CAUSAL or mask_ptr is not None:
             dk, dv = _fold_queries(
-                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at, norm_ptr + at, first, stop, T, length,
+                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
+                norm_ptr + at, first, stop, T, length,
                 b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
                 stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, BULK and cu_q_ptr is None,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+                BULK and cu_q_ptr is None,
             )  # fmt: skip
         if mask_ptr is None:
             dk, dv = _fold_queries(
-                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at, norm_ptr + at, inner, tl.minimum(outer, last),
+                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
+                norm_ptr + at, inner, tl.minimum(outer, last),
                 T, length, b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
                 stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
             )  # fmt: skip
             dk, dv = _fold_queries(
-                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at, norm_ptr + at, tl.maximum(inner, outer), last,
+                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
+                norm_ptr + at, tl.maximum(inner, outer), last,
                 T, length, b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
                 stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, BULK and cu_q_ptr is None,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+                BULK and cu_q_ptr is None,
             )  # fmt: skip
     unread = offs_n[:, None] >= length
     dk_ptr += b * stride_dkb + h_kv * stride_dkh + start * stride_dkn
@@ -632,7 +639,7 @@ def attention_backward(
     rich = "rich " if extras.rich else ""
     flags = (D, q.element_size(), causal, window is not None, softcap is not None)
     bulk = have_bulk_copies(q, k, v, dout)
-    of_keys = _constants(rich + "keys", architecture(q.device) if bulk else 80, *flags)
+    of_keys = _constants((rich or ("packed " if packed else "")) + "keys", architecture(q.device) if bulk else 80, *flags)
     tiles = {"q_desc": (q, "BLOCK_M"), "dout_desc": (dout, "BLOCK_M")}
     bulk_of_keys = descriptors(of_keys, tiles) if bulk else {}
     bulk = bulk and not rich and D <= BULK_HEAD_DIM
@@ -684,9 +691,8 @@ def attention_backward(
 
 @functools.cache
 def _delta_constants(head_dim: int) -> dict:
-    return dict(
-        HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), BLOCK_M=DELTA_ROWS, enable_fp_fusion=True
-    )
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=DELTA_ROWS, enable_fp_fusion=True)
 
 
 @functools.cache
@@ -730,7 +736,8 @@ def aot_configurations(arch: int):
             rich = "rich " if "seed_ptr" in given else ""
             sizes = (head_dim, element_size, causal)
             for bulk in (False, True) if arch >= 90 and element_size == 2 else (False,):
-                of_keys = _constants(rich + "keys", arch if bulk else 80, *sizes, **flags)
+                kind = rich or ("packed " if "cu_q_ptr" in given else "")
+                of_keys = _constants(kind + "keys", arch if bulk else 80, *sizes, **flags)
                 yield _backward_keys, dtype, dtype, of_keys, (*given, "q_desc", "dout_desc") if bulk else given
                 if bulk and (rich or head_dim > BULK_HEAD_DIM):
                     continue

@@ -59,7 +59,7 @@ TILES = {
     (16, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
     (32, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
     (64, 2): (Tile(128, 64, 4, 4), *(Tile(128, 128, 8, 3),) * 2),
-    (128, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
+    (128, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
     (256, 2): (Tile(64, 32, 8, 2), *(Tile(64, 64, 8, 2),) * 2),
     (16, 4): (Tile(64, 32, 4, 2),) * 3,
     (32, 4): (Tile(64, 64, 8, 2),) * 3,
@@ -67,6 +67,9 @@ TILES = {
     (128, 4): (Tile(32, 16, 8, 3),) * 3,
     (256, 4): (Tile(16, 16, 8, 2),) * 3,
 }
+
+# Where sequences have lengths of their own, and keys a window or queries no causal mask, which takes registers, too.
+RAGGED_TILES = {**TILES, (128, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3))}
 
 # Where scores are more than q·k · scale, or keys are not rows in a row, tiles that leave registers for that.
 RICH_TILES = {
@@ -334,7 +337,8 @@ def attention_forward(
     n_queries = T if max_q is None else min(max_q, T)
     bulk = block_table is None and k.dtype is q.dtype and have_bulk_copies(q, k, v)
     arch = architecture(q.device) if bulk else 80
-    constants = _constants(D, q.element_size(), arch, causal, window is not None, softcap is not None, extras.rich)
+    flags = causal, window is not None, softcap is not None, extras.rich, extras.ragged
+    constants = _constants(D, q.element_size(), arch, *flags)
     tiles = {"q_desc": (q, "BLOCK_M"), "k_desc": (k, "BLOCK_N"), "v_desc": (v, "BLOCK_N")}
     packed = cu_seqlens_q is not None
     batch = len(cu_seqlens_q) - 1 if packed else B
@@ -387,11 +391,19 @@ class Extras:
             "threshold": keep_threshold(dropout_p),
             "keep_scale": 1.0 / (1.0 - dropout_p),
         }
+        self.ragged = kv_lengths is not None or cu_seqlens_q is not None
         # Whether tiles need registers for it.
         self.rich = softcap is not None or any(
             self.tensors[name] is not None
             for name in ("alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr")
         )
+
+
+def table_of(causal: bool, has_window: bool, rich: bool, ragged: bool) -> dict:
+    """The tiles of a variant: of the forward's three tables."""
+    if rich:
+        return RICH_TILES
+    return RAGGED_TILES if ragged and (has_window or not causal) else TILES
 
 
 def have_bulk_copies(*tensors: Tensor) -> bool:
@@ -431,11 +443,12 @@ def bytes_of(x: Tensor) -> Tensor:
 
 @functools.cache
 def _constants(
-    head_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False, rich=False
+    head_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False, rich=False, ragged=False
 ) -> dict:
     """The kernel's compile-time arguments and options."""
     block_d = max(16, triton.next_power_of_2(head_dim))
-    tile = (RICH_TILES if rich else TILES)[block_d, element_size][ARCHITECTURES.index(arch)]
+    table = table_of(causal, has_window, rich, ragged)
+    tile = table[block_d, element_size][ARCHITECTURES.index(arch)]
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
         # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
@@ -452,7 +465,12 @@ def aot_configurations(arch: int):
     """
     features = [
         ((), {}),
-        (("kv_lengths_ptr",), {"has_window": True}),
+        ((), {"has_window": True}),
+        (("kv_lengths_ptr",), {"ragged": True}),
+        (("kv_lengths_ptr",), {"ragged": True, "has_window": True}),
+        (("sinks_ptr", "kv_lengths_ptr"), {"ragged": True, "has_window": True}),
+        (("cu_q_ptr", "cu_k_ptr"), {"ragged": True}),
+        (("cu_q_ptr", "cu_k_ptr"), {"ragged": True, "has_window": True}),
         (("alibi_ptr", "sinks_ptr", "bias_ptr", "seed_ptr"), {"has_window": True, "has_softcap": True, "rich": True}),
         (("mask_ptr", "bias_ptr", "sinks_ptr"), {"rich": True}),
         (("kv_lengths_ptr", "block_table_ptr"), {"rich": True, "has_window": True}),
