@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from fastgpt.kernels.attention_forward import Tile
 
@@ -21,9 +22,15 @@ ELEMENTS = {
 }  # fmt: skip
 # Of arguments that are neither 32-bit integers nor of the inputs' dtype.
 TYPES = {
-    "mask_ptr": "*u8", "seed_ptr": "*i64", **dict.fromkeys(("scale", "softcap", "keep_scale", "eps", "offset"), "fp32"),
+    "mask_ptr": "*u8", "ended_ptr": "*u8", "extreme_ptr": "*fp32",
+    **dict.fromkeys(("seed_ptr", "ids_ptr", "token_ptr", "tokens_ptr", "step_ptr", "eos_ptr"), "*i64"),
+    **dict.fromkeys(("scale", "softcap", "keep_scale", "eps", "offset"), "fp32"),
     **dict.fromkeys(
-        ("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "block_table_ptr", "counters_ptr", "slots_ptr", "positions_ptr"), "*i32"
+        (
+            "kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "block_table_ptr", "counters_ptr", "slots_ptr", "positions_ptr",
+            "lengths_ptr",
+        ),
+        "*i32",
     ),
     **dict.fromkeys(
         (
@@ -37,7 +44,7 @@ TYPES = {
 OPTIONAL = {
     "kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "block_table_ptr",
     "k_scale_ptr", "v_scale_ptr", "seed_ptr", "q_desc", "dout_desc", "k_desc", "v_desc", "acc_ptr", "softmax_ptr",
-    "residual_ptr", "norm_weight_ptr", "norm_bias_ptr",
+    "residual_ptr", "norm_weight_ptr", "norm_bias_ptr", "dlse_ptr", "position_weight_ptr", "ended_ptr", "eos_ptr",
     "counters_ptr", "new_k_ptr", "new_v_ptr", "slots_ptr", "positions_ptr", "cos_ptr", "sin_ptr",
 }  # fmt: skip
 ALIGNED = {"acc_ptr", "softmax_ptr", "norm_weight_ptr", "norm_bias_ptr"}  # of these, what does
@@ -56,7 +63,13 @@ class Usage(NamedTuple):
 
 
 def compile_for(arch: int, function, dtype: torch.dtype, cache_dtype: torch.dtype, constants: dict, given):
-    """A kernel as a launch compiles it: rows start at multiples of 16 bytes, nothing else is specialised.
+    """A kernel, compiled: see source_of."""
+    source, options = source_of(function, dtype, cache_dtype, constants, given)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def source_of(function, dtype: torch.dtype, cache_dtype: torch.dtype, constants: dict, given) -> tuple[ASTSource, dict]:
+    """A kernel as a launch compiles it, and the options: rows start at multiples of 16 bytes, nothing else is specialised.
 
     Args: dtype of q, cache_dtype of k and v; constants: compile-time arguments and options; given: names of the optional
         arguments that are not None.
@@ -81,8 +94,26 @@ def compile_for(arch: int, function, dtype: torch.dtype, cache_dtype: torch.dtyp
         for i, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") and (name not in OPTIONAL or name in ALIGNED)
     }
-    source = ASTSource(function, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return ASTSource(function, signature, constants, aligned), options
+
+
+def ir_of(source: ASTSource, arch: int, options: dict, stage: str) -> str:
+    """The text of a kernel's intermediate representation after the passes of a stage, "ttir" or "ttgir"."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    options = backend.parse_options({**options, **source.parse_options()})
+    stages = {}
+    backend.add_stages(stages, options, source.language)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    code_generators = backend.get_codegen_implementation(options)
+    module = source.make_ir(target, options, code_generators, backend.get_module_map(), context)
+    for name, passes in stages.items():
+        module = passes(module, {"num_warps": options.num_warps})
+        if name == stage:
+            return module.str_nodebug()
+    raise ValueError(f"stage: expected one of {', '.join(stages)}, got {stage!r}")
 
 
 def usage_of(compiled) -> Usage:
@@ -117,6 +148,8 @@ def demanding(configurations) -> list:
 
 
 def _presses(name: str, constants: dict, features: frozenset) -> bool:
+    if name in ("_delta", "_embed", "_advance", "_note"):
+        return True
     if name == "_norm":
         return "residual_ptr" in features
     if name in ("_one_row", "_several_rows"):  # of some models, and tiles of the fewest rows and of the most
@@ -132,4 +165,4 @@ def _presses(name: str, constants: dict, features: frozenset) -> bool:
     if not constants["IS_CAUSAL"] or constants.get("ONE_ROW") or constants.get("ONE_COLUMN"):
         return False
     rich = {"bias_ptr", "seed_ptr", "mask_ptr" if name.startswith("_backward") else "alibi_ptr"}
-    return features == {"kv_lengths_ptr"} or rich <= features
+    return features in ({"kv_lengths_ptr"}, {"cu_q_ptr", "cu_k_ptr"}) or rich <= features

@@ -41,7 +41,8 @@ from fastgpt.kernels import linear
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
 from fastgpt.kernels.attention_forward import Tile
 
-TABLES = {"forward": forward.TILES, "rich forward": forward.RICH_TILES, **backward.TILES}
+TABLES = {"forward": forward.TILES, "ragged forward": forward.RAGGED_TILES, "rich forward": forward.RICH_TILES}
+TABLES |= backward.TILES
 DECODE = "decode"  # the tile for few rows: queries of heads that share keys
 ORDER = ["linear", DECODE, "forward", "linear of several rows", *list(TABLES)[1:]]  # the most telling tables first
 OF_A_TILE = {"tile", "ships", "fits", "seconds", "problem"}  # of a row of results
@@ -82,7 +83,12 @@ def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
         if table == DECODE:
             fits_table = function.__name__ == "_attend_split" and constants["BLOCK_M"] == decode.TILES[key][1].BLOCK_M
         else:
-            fits_table = ("rich " if RICH & set(given) else "") + PASSES[function.__name__] == table
+            fits_table = ("rich " if RICH & set(given) else "") + PASSES.get(function.__name__, "") == table
+        if function.__name__ == "_backward_keys" and "cu_q_ptr" in given and not RICH & set(given):
+            fits_table = table == "packed keys"
+        if function.__name__ == "_attention_forward" and not RICH & set(given):
+            flags = constants["IS_CAUSAL"], constants["HAS_WINDOW"], False, bool({"kv_lengths_ptr", "cu_q_ptr"} & set(given))
+            fits_table = forward.table_of(*flags) is TABLES[table]
         if fits_table:
             chosen.append(configuration)
     return chosen
@@ -140,11 +146,18 @@ def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
     options = {"scale": head_dim**-0.5}
     if table.startswith("rich"):
         options["softcap"] = 20.0
+    if table.startswith("packed"):
+        q, k, v, dout = (x.transpose(1, 2).reshape(1, 2 * tokens, 16, head_dim).transpose(1, 2) for x in (q, k, v, dout))
+        starts = torch.tensor([0, tokens, 2 * tokens], device="cuda", dtype=torch.int32)
+        options |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_q": tokens}
+    if table.startswith("ragged"):
+        options |= {"kv_lengths": torch.full((2,), tokens, device="cuda", dtype=torch.int32), "window": tokens}
     try:
         out, lse = forward.attention_forward(q, k, v, **options)
         if "forward" in table:
             return triton.testing.do_bench(lambda: forward.attention_forward(q, k, v, **options), return_mode="median") / 1e3
-        run = lambda: backward.attention_backward(dout, None, q, k, v, out, lse, **options)  # noqa: E731
+        longest = {"max_k": tokens} if table.startswith("packed") else {}
+        run = lambda: backward.attention_backward(dout, None, q, k, v, out, lse, **options, **longest)  # noqa: E731
         return triton.testing.do_bench(run, return_mode="median") / 1e3
     finally:
         TABLES[table][key] = entry
@@ -213,7 +226,7 @@ def attention_jobs(tables: list[str], head_dims: list[int] | None, sizes: list[i
         if head_dim not in (head_dims or usual) or size not in (sizes or (2, 4)):
             continue
         ships, tiles = tiles_of(table, (head_dim, size), arch)
-        table_rank = size == 4, "rich" in table, usual.index(head_dim) > 1, ORDER.index(table), usual.index(head_dim)
+        table_rank = size == 4, table.startswith(("rich", "ragged", "packed")), usual.index(head_dim) > 1, ORDER.index(table), usual.index(head_dim)
         for tile in tiles:
             far, arguments = distance(tile, ships), (table, (head_dim, size), tile, arch)
             row = {"table": table, "head dim": head_dim, "bytes": size, "tile": list(tile), "ships": tile == ships}

@@ -401,7 +401,7 @@ def by_the_formula(q, k, v, causal=True, scale=None, window=None, softcap=None, 
         scores = {}
         for j in range(length):
             hidden = causal and j > own or window is not None and j <= own - window
-            if hidden or mask is not None and not mask[b, h, i, j]:
+            if hidden or mask is not None and not mask[b, h, i, j] or bias is not None and bias[b, h, i, j] == -torch.inf:
                 continue
             score = scale * (q[b, h, i].double() @ k[b, h // (H // k.shape[1]), j].double()).item()
             if softcap is not None:

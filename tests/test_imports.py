@@ -36,9 +36,9 @@ LAYERS = [
     {"ops.attention", "ops.kv_cache_update", "ops.linear", "ops.step"},
     {"ops.norm"},
     {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear"},
-    {"kernels.attention_forward", "kernels.norm", "ops.implementations", "ops.library"},
+    {"kernels.attention_forward", "kernels.norm", "kernels.step", "ops.implementations", "ops.library"},
     {
-        "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.step", "memory", "ops.dropout",
+        "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.limits", "memory", "ops.dropout",
         "ops.derivatives", "ops.quantisation",
     },  # fmt: skip
     {"_C", "integrations", "kernels", "ops", "testing.draws", "testing.numerics"},

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
@@ -11,11 +12,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.machine_code import SHARED_MEMORY, compile_for, demanding, usage_of  # noqa: E402
+from benchmarks.machine_code import SHARED_MEMORY, compile_for, demanding, ir_of, source_of, usage_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
-MODULES = ["attention_forward", "attention_backward", "attention_decode", "linear and norm"]  # of fastgpt.kernels
+MODULES = ["attention_forward", "attention_backward", "attention_decode", "linear and norm and step"]  # of fastgpt.kernels
 
 
 def configurations(modules, arch):
@@ -74,6 +75,61 @@ def test_programs_that_are_done_are_seen_to_be():
     ptx = compile_for(90, *next(chosen)).asm["ptx"]
     assert ptx.count("atom.") == 2 and not unordered_atomics(ptx)
     assert unordered_atomics(ptx.replace("bar.sync", "")) and unordered_atomics(ptx.replace("acq_rel", "relaxed"))
+
+
+def copies_underway(ttgir: str) -> list[int]:
+    """Of each loop and tensor that it copies in bulk, tile after tile: tiles whose copies have begun and are not waited for,
+    at the least, while the loop waits for one before them."""
+    copy, waits = re.compile(r"ttng\.async_tma_copy_global_to_local (%\w+)\["), "ttng.wait_barrier"
+    found, before, loop = [], Counter(), None
+    for line in ttgir.splitlines():
+        if "scf.for" in line:
+            loop, waited = Counter(), False
+        elif "scf.yield" in line and loop is not None:
+            # One tile of those that began is waited for; and one more has begun if the loop copies before it waits.
+            found += [before[tensor] - 1 + early for tensor, early in loop.items()]
+            before, loop = Counter(), None
+        elif match := copy.search(line):
+            if loop is None:
+                before[match[1]] += 1
+            else:
+                loop[match[1]] = not waited
+        elif waits in line and loop is not None:
+            waited = True
+    return found
+
+
+@pytest.mark.parametrize("stages, underway", [(2, 0), (3, 1)])
+def test_copies_underway_are_counted(stages, underway):
+    """Where a loop waits for what it has begun to copy at the end of the last iteration, no product covers the copy."""
+    function, dtype, cache_dtype, constants, given = next(hopper_forward())
+    source, options = source_of(function, dtype, cache_dtype, constants | {"num_stages": stages}, given)
+    # Of K and V, in the loop without masks and the one with.
+    assert copies_underway(ir_of(source, 90, options, "ttgir")) == [underway] * 4
+
+
+def hopper_forward():
+    """The forward kernels of head dim 128 in fp16 that have bulk copies and no more than a window and lengths of their own."""
+    for configuration in import_module("fastgpt.kernels.attention_forward").aot_configurations(90):
+        _, dtype, _, constants, given = configuration
+        if dtype is torch.float16 and constants["HEAD_DIM"] == 128 and BULK <= {*given, "dout_desc"}:
+            if set(given) - BULK <= {"kv_lengths_ptr", "sinks_ptr"}:
+                yield configuration
+
+
+def test_hopper_copies_a_tile_while_it_multiplies_with_another():
+    """Forward, at the commonest head dim: the wait for a tile comes a whole tile after its copy began. What has lengths of its
+    own has no registers left for that where there is a window, or no causal mask."""
+    deep = {}
+    for _, dtype, cache_dtype, constants, given in hopper_forward():
+        variant = constants["IS_CAUSAL"], constants["HAS_WINDOW"], "kv_lengths_ptr" in given
+        if variant not in deep:
+            deep[variant] = constants["num_stages"] == 3
+    shallow = {variant for variant, is_deep in deep.items() if not is_deep}
+    assert len(deep) == 8 and shallow <= {(True, True, True), (False, True, True), (False, False, True)}
+    source, options = source_of(*next(hopper_forward()))
+    underway = copies_underway(ir_of(source, 90, options, "ttgir"))
+    assert underway and min(underway) >= 1
 
 
 def assert_sound(arch, chosen):

@@ -121,6 +121,72 @@ def test_a_bias_of_minus_infinity_hides_keys(sinks, dtype):
 
 
 @runs_kernel
+@pytest.mark.parametrize("dtype, sinks", ((torch.float32, False), (torch.float16, True)), ids=str)
+@pytest.mark.parametrize("how", ("bias", "bias of queries", "mask", "lengths", "causal"))
+def test_rows_that_see_no_key_give_zeros_whatever_keys_hold(how, dtype, sinks):
+    """In results and gradients, though keys and values are NaN."""
+    T, S = 40, 35
+    q, k, v = random_inputs(1, 2, 1, T, S, 16, dtype)
+    hidden = torch.zeros(T, 1, dtype=torch.bool, device=DEVICE)
+    hidden[:5], hidden[20] = True, how != "causal"
+    bias = torch.zeros(T, 1, device=DEVICE, dtype=dtype).masked_fill(hidden, -math.inf)
+    options = {
+        "bias": {"bias": bias.expand(T, S).contiguous()},
+        "bias of queries": {"bias": bias},
+        "mask": {"mask": ~hidden},
+        "lengths": {"kv_lengths": lengths_of((0,))},
+        "causal": {},  # the first T - S queries are before the first key
+    }[how]
+    if how == "lengths":
+        hidden[:] = True
+    sinks = torch.randn(2, device=DEVICE) if sinks else None
+    call = ops.Call(q, k, v, causal=how == "causal", scale=0.25, sinks=sinks, **options)
+    douts = torch.randn_like(q), torch.randn(1, 2, T, device=DEVICE)
+    actual = run_triton(call._replace(k=torch.full_like(k, NAN), v=torch.full_like(v, NAN)), douts)
+    for name, expected in (("out", 0.0), ("lse", -math.inf), ("dq", 0.0)):
+        assert (actual[name][:, :, hidden[:, 0]] == expected).all(), name
+    if how == "lengths":  # none of which is read
+        assert all((x == 0).all() for name, x in actual.items() if name in ("dk", "dv", "dsinks"))
+
+
+@runs_kernel
+@pytest.mark.parametrize("how", ("bias", "mask", "causal", "window"))
+def test_a_hidden_key_is_not_seen_whatever_it_is(how):
+    """Its score is replaced, not added to. Values meet weights of zero in a product of matrices, and must be finite."""
+    T, S, key = 40, 70, 33
+    q, k, v = random_inputs(1, 2, 1, T, S, 16, torch.float32)
+    hidden = torch.zeros(T, S, dtype=torch.bool, device=DEVICE)
+    hidden[:, key] = True
+    seeing = torch.zeros(T, dtype=torch.bool, device=DEVICE)
+    options = {
+        "bias": {"bias": torch.randn(2, T, S, device=DEVICE).masked_fill(hidden, -math.inf), "causal": False},
+        "mask": {"mask": ~hidden, "causal": False},
+        "causal": {},
+        "window": {"window": 8, "causal": True},
+    }[how]
+    if how in ("causal", "window"):  # query i is at position i + S - T
+        position = torch.arange(T, device=DEVICE) + S - T
+        seeing = (position >= key) & (position < key + options.get("window", S))
+    expected = kernel.attention_forward(q, k, v, scale=0.25, **options)
+    for number in (NAN, math.inf):
+        k[:, :, key] = number
+        for actual, wanted in zip(kernel.attention_forward(q, k, v, scale=0.25, **options), expected):
+            assert torch.equal(actual[:, :, ~seeing], wanted[:, :, ~seeing])
+
+
+@runs_kernel
+@pytest.mark.parametrize("T, S", ((20, 40), (40, 20)))
+def test_windows_beyond_all_keys(T, S):
+    """Are none, in results and gradients, also of queries before the first key."""
+    call = ops.Call(*random_inputs(1, 1, 1, T, S, 16, torch.float32), causal=False, scale=0.25)
+    douts = torch.randn_like(call.q), torch.zeros(1, 1, T, device=DEVICE)
+    expected = run_triton(call, douts)
+    for window in (2**31 - 1, 2**40):
+        actual = run_triton(call._replace(window=window), douts)
+        assert all(torch.equal(actual[name], x) for name, x in expected.items())
+
+
+@runs_kernel
 @pytest.mark.parametrize("causal", (True, False))
 def test_lengths_are_clamped_to_the_capacity(causal):
     q, k, v = random_inputs(2, 1, 1, 3, 20, 16, torch.float32)
@@ -435,6 +501,29 @@ def test_offsets_beyond_32_bits():
     assert_parity(q, far_batch, v)
     far_row = pool.as_strided(k.shape, (64, 192, 3 * 2**24, 1)).copy_(k)  # row 43 begins past element 2^31
     assert_parity(q, far_row, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("far", ("heads of k", "rows of a mask", "rows of a bias", "heads of a mask", "heads of a bias"))
+def test_offsets_beyond_32_bits_in_the_backward(far):
+    """The same bits as near the beginning."""
+    q, k, v = random_inputs(1, 6, 3, 40, 48, 64, torch.float16)
+    arguments = {"scale": 0.125, "causal": False}
+    if "mask" in far:
+        arguments["mask"] = torch.rand(1, 6, 40, 48, device=DEVICE) < 0.6
+    if "bias" in far:
+        arguments["bias"] = torch.randn(1, 6, 40, 48, device=DEVICE).half()
+    near = ops.Call(q, k, v, **arguments)
+    name = far.split()[-1]
+    x = getattr(near, name)
+    heads, rows = x.shape[1:3]
+    step = 2**32 // (heads if "heads" in far else rows) // 64 * 64  # rows begin at multiples of 16 bytes
+    strides = (0, step, x.shape[3], 1) if "heads" in far else (0, x.shape[3], step, 1)
+    pool = torch.empty(2**32 + 2**16, dtype=x.dtype, device=DEVICE)  # the last head, or row, begins past element 2^31
+    moved = near._replace(**{name: pool.as_strided(x.shape, strides).copy_(x)})
+    douts = torch.randn_like(q), torch.randn(1, 6, 40, device=DEVICE)
+    expected, actual = run_triton(near, douts), run_triton(moved, douts)
+    assert all(torch.equal(actual[result], y) for result, y in expected.items())
 
 
 @pytest.mark.gpu

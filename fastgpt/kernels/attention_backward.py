@@ -25,7 +25,18 @@ from torch import Tensor
 
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
 from fastgpt.kernels.attention_forward import INTERPRETED, NUMBERS, POINTERS, Extras, Tile, descriptors, have_bulk_copies, strides
-from fastgpt.kernels.attention_tiles import LOG2_E, aligned_rows, kept_weights, key_ranges, load_rows, store_rows, tanh, visible_keys
+from fastgpt.kernels.attention_tiles import (
+    LOG2_E,
+    aligned_rows,
+    kept_weights,
+    key_ranges,
+    load_rows,
+    store_rows,
+    tanh,
+    tile_pointers,
+    visible_keys,
+)
+from fastgpt.kernels.limits import grid
 
 # pass -> (head dim padded to a power of two, bytes per element) -> a tile for each of ARCHITECTURES, see attention_forward.py.
 # The rich ones leave registers for scores that are more than q·k · scale; the bias's pass uses that of the queries.
@@ -34,7 +45,7 @@ TILES = {
         (16, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
         (32, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
         (64, 2): (Tile(64, 32, 8, 1), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
-        (128, 2): (Tile(32, 32, 4, 1), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        (128, 2): (Tile(32, 32, 4, 1), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
         (256, 2): (Tile(32, 32, 8, 1),) * 3,
         (16, 4): (Tile(32, 64, 8, 2),) * 3,
         (32, 4): (Tile(32, 32, 8, 2),) * 3,
@@ -79,14 +90,21 @@ TILES = {
         (256, 4): (Tile(16, 16, 8, 1),) * 3,
     },
 }
-
+# Of packed sequences, the pass over the keys has fewer registers left.
+TILES["packed keys"] = {**TILES["keys"], (128, 2): (Tile(32, 32, 4, 1), *(Tile(32, 64, 8, 2),) * 2)}
 
 DELTA_ROWS = 32
 # Of wider heads, or where scores are more than q·k · scale, a pass over the queries has no registers left for bulk copies.
 BULK_HEAD_DIM = 128
 
 
-@triton.jit
+DELTA_ARGUMENTS = [
+    "dlse_ptr", "stride_ob", "stride_oh", "stride_om", "stride_gb", "stride_gh", "stride_gm", "stride_lb", "stride_lh",
+    "n_heads", "n_queries",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=DELTA_ARGUMENTS)
 def _delta(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, n_heads, n_queries,
@@ -101,8 +119,8 @@ def _delta(
     rows = tl.arange(0, BLOCK_M)
     n_rows = n_queries - start_m
     start = tl.cast(start_m, tl.int64)
-    out_ptr += b * stride_ob + h * stride_oh + start * stride_om
-    dout_ptr += b * stride_gb + h * stride_gh + start * stride_gm
+    out_ptr = tl.multiple_of(out_ptr + b * stride_ob + h * stride_oh + start * stride_om, 16)
+    dout_ptr = tl.multiple_of(dout_ptr + b * stride_gb + h * stride_gh + start * stride_gm, 16)
     out = load_rows(out_ptr, stride_om, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True).to(tl.float32)
     dout = load_rows(dout_ptr, stride_gm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True).to(tl.float32)
     delta = tl.sum(out * dout, 1)
@@ -137,7 +155,7 @@ def _weights(
     if HAS_ALIBI:
         qk -= slope * tl.abs(own - offs_n).to(tl.float32)
     if bias_ptr is not None:
-        ptrs = bias_ptr + rows * stride_bias_m + offs_n * stride_bias_n
+        ptrs = tile_pointers(bias_ptr, rows, offs_n, stride_bias_m, stride_bias_n)
         bias = tl.load(ptrs, mask=(rows < n_rows) & (offs_n < n_keys), other=0.0).to(tl.float32)
         qk = tl.where(bias == float("-inf"), float("-inf"), qk + bias)
     if EXACT:
@@ -149,7 +167,7 @@ def _weights(
         if HAS_ALIBI:  # of which no row past the last may make an infinity; else its p is finite, and met by zeros
             visible = visible & (rows < n_rows)
         if mask_ptr is not None:
-            ptrs = mask_ptr + rows * stride_mask_m + offs_n * stride_mask_n
+            ptrs = tile_pointers(mask_ptr, rows, offs_n, stride_mask_m, stride_mask_n)
             visible = visible & (tl.load(ptrs, mask=(rows < n_rows) & (offs_n < n_keys), other=0) != 0)
         p = tl.where(visible, p, 0.0)
     return p, slope_of_cap
@@ -187,8 +205,8 @@ BACKWARD_NUMBERS = [
 
 @triton.jit
 def _fold_queries(
-    dk, dv, k, v, q_ptr, dout_ptr, q_desc, dout_desc, desc_b, desc_m, shift_ptr, delta_ptr, norm_ptr, begin, stop, n_queries, length,
-    b, h, start_n, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
+    dk, dv, k, v, q_ptr, dout_ptr, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr, delta_ptr, norm_ptr, begin, stop,
+    n_queries, length, b, h, start_n, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
     stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
@@ -202,23 +220,26 @@ def _fold_queries(
     """
     EXACT: tl.constexpr = k.dtype == tl.float32
     offs_n = (start_n + tl.arange(0, BLOCK_N))[:, None]
+    cols = tl.arange(0, BLOCK_M)
     for start_m in range(begin, stop, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
+        offs_m = start_m + cols
         rows = offs_m[None, :]
         if BULK:
-            q = q_desc.load([desc_b, h, desc_m + start_m, 0]).reshape(BLOCK_M, BLOCK_D)
-            dout = dout_desc.load([desc_b, h, desc_m + start_m, 0]).reshape(BLOCK_M, BLOCK_D)
+            q = q_desc.load([desc_b, desc_h, desc_m + start_m, 0]).reshape(BLOCK_M, BLOCK_D)
+            dout = dout_desc.load([desc_b, desc_h, desc_m + start_m, 0]).reshape(BLOCK_M, BLOCK_D)
         else:
             q = load_rows(q_ptr, stride_qm, offs_m, n_queries, HEAD_DIM, BLOCK_D, MASKED)
             dout = load_rows(dout_ptr, stride_gm, offs_m, n_queries, HEAD_DIM, BLOCK_D, MASKED)
-        shift = _load_vector(shift_ptr, offs_m, n_queries, 0.0, MASKED)
+        at = tl.cast(start_m, tl.int64)
+        n_rows = n_queries - start_m
+        shift = _load_vector(shift_ptr + at, cols, n_rows, 0.0, MASKED)
         p, slope_of_cap = _weights(
             tl.dot(k, q.T, input_precision="ieee"), shift[None, :], rows, n_queries, offs_n, rows + length - n_queries,
             None, length, scale, softcap, slope, window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m,
             stride_bias_n, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, MASKED, EXACT,
         )  # fmt: skip
         if EXACT:
-            p *= _load_vector(norm_ptr, offs_m, n_queries, 1.0, MASKED)[None, :]
+            p *= _load_vector(norm_ptr + at, cols, n_rows, 1.0, MASKED)[None, :]
         if seed is not None:
             heads = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
             keep = kept_weights(seed, threshold, b, heads, offs_m, start_n, BLOCK_N).T
@@ -230,7 +251,7 @@ def _fold_queries(
         dp = tl.dot(v, dout.T, input_precision="ieee")
         if seed is not None:
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        delta = _load_vector(delta_ptr, offs_m, n_queries, 0.0, MASKED)
+        delta = _load_vector(delta_ptr + at, cols, n_rows, 0.0, MASKED)
         ds = p.to(tl.float32) * (dp - delta[None, :]) * slope_of_cap
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -255,7 +276,7 @@ def _backward_keys(
     start_n = pid % n_tiles * BLOCK_N
     n_kv_heads = n_heads // group
     b = tl.cast(pid // n_tiles // n_kv_heads, tl.int64)
-    h_kv = pid // n_tiles % n_kv_heads
+    h_kv = tl.cast(pid // n_tiles % n_kv_heads, tl.int64)
     n_rows_of_k = n_keys - start_n  # to write
     T, length, first_q, first_k = _sequence(b, n_queries, n_keys, kv_lengths_ptr, cu_q_ptr, cu_k_ptr)
     if cu_q_ptr is not None:
@@ -292,6 +313,7 @@ def _backward_keys(
         seed = tl.load(seed_ptr)
     for i in range(group):
         h = h_kv * group + i
+        desc_h = tl.cast(tl.minimum(h, n_heads - 1), tl.int32)  # it is no more, which tells that 32 bits are enough
         slope = 0.0
         if alibi_ptr is not None:
             slope = tl.load(alibi_ptr + h)
@@ -307,23 +329,28 @@ def _backward_keys(
         stop = tl.minimum(inner, last) if mask_ptr is None else last
         if IS_CAUSAL or mask_ptr is not None:
             dk, dv = _fold_queries(
-                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_m, shift_ptr + at, delta_ptr + at, norm_ptr + at, first, stop, T, length,
+                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
+                norm_ptr + at, first, stop, T, length,
                 b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
                 stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, BULK and cu_q_ptr is None,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+                BULK and cu_q_ptr is None,
             )  # fmt: skip
         if mask_ptr is None:
             dk, dv = _fold_queries(
-                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_m, shift_ptr + at, delta_ptr + at, norm_ptr + at, inner, tl.minimum(outer, last),
+                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
+                norm_ptr + at, inner, tl.minimum(outer, last),
                 T, length, b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
                 stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
             )  # fmt: skip
             dk, dv = _fold_queries(
-                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_m, shift_ptr + at, delta_ptr + at, norm_ptr + at, tl.maximum(inner, outer), last,
+                dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
+                norm_ptr + at, tl.maximum(inner, outer), last,
                 T, length, b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
                 stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, BULK and cu_q_ptr is None,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+                BULK and cu_q_ptr is None,
             )  # fmt: skip
     unread = offs_n[:, None] >= length
     dk_ptr += b * stride_dkb + h_kv * stride_dkh + start * stride_dkn
@@ -373,7 +400,7 @@ def _fold_keys(
     return dq, pk, row_sum, mean_dp
 
 
-@triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS])
+@triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS, "lse_ptr", "dlse_ptr"])
 def _backward_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr, shift_ptr, delta_ptr, norm_ptr, dq_ptr,
     kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr, seed_ptr,
@@ -474,14 +501,15 @@ def _backward_queries(
     if not EXACT:
         shift += tl.log2(row_sum)
     tl.store(shift_ptr + at + rows, shift, mask=rows < n_rows)
-    mean_dp *= norm
+    mean_dp = tl.where(seen, mean_dp * norm, 0.0)  # a value that is NaN reaches no row that sees no key
     if dlse_ptr is not None:
         mean_dp -= tl.load(dlse_ptr + at + rows, mask=rows < n_rows, other=0.0)
     tl.store(delta_ptr + at + rows, mean_dp, mask=rows < n_rows)
     if EXACT:
         dq -= (mean_dp - delta)[:, None] * pk
     dq_ptr += b * stride_dqb + h * stride_dqh + row * stride_dqm
-    store_rows(dq_ptr, stride_dqm, rows, n_rows, dq * (norm * scale)[:, None], HEAD_DIM, BLOCK_D)
+    dq = tl.where(seen[:, None], dq * (norm * scale)[:, None], 0.0)
+    store_rows(dq_ptr, stride_dqm, rows, n_rows, dq, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS, "n_batch", "bias_batch", "bias_heads", "m_tiles", "n_tiles"])
@@ -508,15 +536,15 @@ def _backward_bias(
     own_n_tiles = 1 if ONE_COLUMN else n_tiles
     n_tile = pid % own_n_tiles
     m_tile = pid // own_n_tiles % own_m_tiles
-    bias_h = pid // own_n_tiles // own_m_tiles % bias_heads
-    bias_b = pid // own_n_tiles // own_m_tiles // bias_heads
+    bias_h = tl.cast(pid // own_n_tiles // own_m_tiles % bias_heads, tl.int64)
+    bias_b = tl.cast(pid // own_n_tiles // own_m_tiles // bias_heads, tl.int64)
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
-    for index in range((n_batch // bias_batch) * (n_heads // bias_heads)):
-        b = tl.cast(bias_b + index // (n_heads // bias_heads), tl.int64)
-        h = tl.cast(bias_h + index % (n_heads // bias_heads), tl.int64)
+    for index in range(tl.cast(n_batch // bias_batch, tl.int64) * (n_heads // bias_heads)):
+        b = bias_b + index // (n_heads // bias_heads)
+        h = bias_h + index % (n_heads // bias_heads)
         h_kv = h // group
         length = n_keys
         if kv_lengths_ptr is not None:
@@ -564,7 +592,7 @@ def _backward_bias(
     offs_m = m_tile * BLOCK_M + rows
     offs_n = n_tile * BLOCK_N + cols
     mask = (offs_m[:, None] < n_queries) & (offs_n[None, :] < n_keys)
-    dbias_ptr += tl.cast(bias_b, tl.int64) * stride_dbb + tl.cast(bias_h, tl.int64) * stride_dbh
+    dbias_ptr += bias_b * stride_dbb + bias_h * stride_dbh
     if ONE_ROW:
         total = tl.broadcast_to(tl.sum(total, 0)[None, :], [BLOCK_M, BLOCK_N])
         mask = mask & (rows[:, None] == 0)
@@ -611,14 +639,14 @@ def attention_backward(
     rich = "rich " if extras.rich else ""
     flags = (D, q.element_size(), causal, window is not None, softcap is not None)
     bulk = have_bulk_copies(q, k, v, dout)
-    of_keys = _constants(rich + "keys", architecture(q.device) if bulk else 80, *flags)
+    of_keys = _constants((rich or ("packed " if packed else "")) + "keys", architecture(q.device) if bulk else 80, *flags)
     tiles = {"q_desc": (q, "BLOCK_M"), "dout_desc": (dout, "BLOCK_M")}
     bulk_of_keys = descriptors(of_keys, tiles) if bulk else {}
     bulk = bulk and not rich and D <= BULK_HEAD_DIM
     of_queries = _constants(rich + "queries", architecture(q.device) if bulk else 80, *flags)
     tiles |= {"k_desc": (k, "BLOCK_N"), "v_desc": (v, "BLOCK_N")}
     bulk_of_queries = descriptors(of_queries, tiles) if bulk else {}
-    n_queries, n_keys = (T, S) if not packed else (max_q, max_k)
+    n_queries, n_keys = (T, S) if not packed else (min(max_q, T), min(max_k, S))
     batch = len(cu_seqlens_q) - 1 if packed else B
     m_tiles = triton.cdiv(n_queries, of_queries["BLOCK_M"])
     names = ("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr")
@@ -627,17 +655,17 @@ def attention_backward(
     common |= {name: value for name, value in extras.numbers.items() if not name.startswith(skipped)}
     common |= {**strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed)}
     common |= {**strides(dout, "g", "bhm", packed), **strides(lse, "l", "bh", packed)}
-    common |= {"n_heads": H, "group": H // H_kv, "n_queries": n_queries, "n_keys": n_keys, "scale": scale}
+    common |= {"n_heads": H, "group": H // H_kv, "n_queries": n_queries, "n_keys": n_keys, "scale": float(scale)}
     with torch.cuda.device_of(q):
-        _delta[(triton.cdiv(T, DELTA_ROWS) * B * H,)](
+        _delta[grid("q", triton.cdiv(T, DELTA_ROWS), B, H)](
             out, dout, dlse, delta, **strides(out, "o", "bhm"), **strides(dout, "g", "bhm"), **strides(lse, "l", "bh"),
-            n_heads=H, n_queries=T, HEAD_DIM=D, BLOCK_D=of_keys["BLOCK_D"], BLOCK_M=DELTA_ROWS,
+            n_heads=H, n_queries=T, **_delta_constants(D),
         )  # fmt: skip
-        _backward_queries[(m_tiles * batch * H,)](
+        _backward_queries[grid("q", m_tiles, batch, H)](
             q, k, v, dout, lse, dlse, shift, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common,
             **of_queries, **bulk_of_queries,
         )  # fmt: skip
-        _backward_keys[(triton.cdiv(n_keys, of_keys["BLOCK_N"]) * batch * H_kv,)](
+        _backward_keys[grid("k", triton.cdiv(n_keys, of_keys["BLOCK_N"]), batch, H_kv)](
             q, k, v, dout, shift, delta, norm, dk, dv, **strides(dk, "dk", "bhn", packed),
             **strides(dv, "dv", "bhn", packed), **common, **of_keys,
             **bulk_of_keys,
@@ -646,8 +674,8 @@ def attention_backward(
             shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
             one_row, one_column = shape[2] == 1, shape[3] == 1
             n_tiles = triton.cdiv(n_keys, of_queries["BLOCK_N"])
-            grid = shape[0] * shape[1] * (1 if one_row else m_tiles) * (1 if one_column else n_tiles)
-            _backward_bias[(grid,)](
+            tiles = shape[0], shape[1], 1 if one_row else m_tiles, 1 if one_column else n_tiles
+            _backward_bias[grid("bias", *tiles)](
                 q, k, v, dout, shift, delta, norm, dbias, **strides(dbias.view(shape), "db", "bhmn"),
                 n_batch=B, bias_batch=shape[0], bias_heads=shape[1], m_tiles=m_tiles, n_tiles=n_tiles,
                 ONE_ROW=one_row, ONE_COLUMN=one_column, **of_queries,
@@ -659,6 +687,12 @@ def attention_backward(
         weight = (sinks.double().view(-1, 1) - lse).exp().masked_fill(lse == -torch.inf, 0.0)  # (B, H, T)
         dsinks = -(weight * norm * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
+
+
+@functools.cache
+def _delta_constants(head_dim: int) -> dict:
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=DELTA_ROWS, enable_fp_fusion=True)
 
 
 @functools.cache
@@ -679,10 +713,11 @@ def aot_configurations(arch: int):
     """As in attention_forward.py."""
     features = [
         ((), {}),
+        (("dlse_ptr",), {}),
         (("kv_lengths_ptr",), {"has_window": True}),
         (("cu_q_ptr", "cu_k_ptr"), {"has_window": True}),
         (
-            ("kv_lengths_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "seed_ptr"),
+            ("kv_lengths_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "seed_ptr", "dlse_ptr"),
             {"has_window": True, "has_softcap": True},
         ),
         (("alibi_ptr", "bias_ptr", "seed_ptr"), {"has_softcap": True}),
@@ -694,10 +729,15 @@ def aot_configurations(arch: int):
         for head_dim, causal, (given, flags) in itertools.product(
             (block_d, block_d * 5 // 8), (True, False), features
         ):
+            if causal and given in ((), ("dlse_ptr",)):
+                yield _delta, dtype, dtype, _delta_constants(head_dim), given
+            if given == ("dlse_ptr",):
+                continue
             rich = "rich " if "seed_ptr" in given else ""
             sizes = (head_dim, element_size, causal)
             for bulk in (False, True) if arch >= 90 and element_size == 2 else (False,):
-                of_keys = _constants(rich + "keys", arch if bulk else 80, *sizes, **flags)
+                kind = rich or ("packed " if "cu_q_ptr" in given else "")
+                of_keys = _constants(kind + "keys", arch if bulk else 80, *sizes, **flags)
                 yield _backward_keys, dtype, dtype, of_keys, (*given, "q_desc", "dout_desc") if bulk else given
                 if bulk and (rich or head_dim > BULK_HEAD_DIM):
                     continue

@@ -40,6 +40,7 @@ from fastgpt.kernels.attention_tiles import (
     page_rows,
     visible_keys,
 )
+from fastgpt.kernels.limits import check_count, check_sizes, grid
 
 
 class Tile(NamedTuple):
@@ -238,7 +239,7 @@ def _finish(
         "stride_vsb", "stride_vsh", "stride_vsn",
         "stride_tb", "stride_tp",
         "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh", "stride_sb", "stride_pb", "stride_cos", "stride_sin",
-        "n_heads", "group", "n_queries", "n_keys", "n_splits", "page", "n_pages", "n_angles", "pairs", "window",
+        "n_heads", "group", "rows_of_head", "n_queries", "n_keys", "n_splits", "page", "n_pages", "n_angles", "pairs", "window",
     ]
 )  # fmt: skip
 def _attend_split(
@@ -252,7 +253,7 @@ def _attend_split(
     stride_vsb, stride_vsh, stride_vsn,
     stride_tb, stride_tp,
     stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_sb, stride_pb, stride_cos, stride_sin,
-    n_heads, group, n_queries, n_keys, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
+    n_heads, group, rows_of_head, n_queries, n_keys, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -266,8 +267,9 @@ def _attend_split(
     With new_k (B, H_kv, 1, D), a token of each sequence joins the cache in slot slots[b], if it has one, and counts as key
     there: all programs know it from new_k and new_v, and one of each head stores it, so none waits for another. With cos, q
     and new_k are rotated by positions[b] first. Optional tensors and numbers are None where they do not apply.
+
+    Row r of rows_of_head = group * n_queries is head h_kv * group + r // n_queries, token r % n_queries.
     """
-    rows_of_head = group * n_queries  # row r: head h_kv * group + r // n_queries, token r % n_queries
     n_tiles = tl.cdiv(rows_of_head, BLOCK_M)
     pid = tl.program_id(0)
     tile = pid % n_tiles  # tiles that read the same keys run side by side
@@ -328,7 +330,7 @@ def _attend_split(
         slot_page = b
         slot_row = slot.to(tl.int64)
         if block_table_ptr is not None:
-            entry = block_table_ptr + b * stride_tb + slot // page * tl.cast(stride_tp, tl.int64)
+            entry = block_table_ptr + (b * stride_tb + slot // page * tl.cast(stride_tp, tl.int64))
             slot_page = tl.load(entry, mask=joins, other=-1).to(tl.int64)
             joins = joins & (slot_page >= 0) & (slot_page < n_pages)
             slot_row = slot_row % page
@@ -411,7 +413,7 @@ def _attend_split(
         row_max *= LN_2
 
     first_row = (b * n_heads + h_kv * group) * n_queries  # of all B * H * T
-    lse_rows = lse_ptr + first_row + rows
+    lse_rows = lse_ptr + (first_row + rows)
     out_rows = out_ptr + ((b * n_queries + tokens) * n_heads + heads) * HEAD_DIM
     if acc_ptr is None:
         _finish(out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, HEAD_DIM, BLOCK_D)
@@ -420,7 +422,7 @@ def _attend_split(
     else:
         n_groups = tl.cdiv(n_splits, GROUP)
         parts = (first_row + rows) * (n_splits + n_groups)
-        counters_ptr += tl.cast(head_kv * n_tiles + tile, tl.int64) * (n_groups + 1)
+        counters_ptr += (tl.cast(head_kv, tl.int64) * n_tiles + tile) * (n_groups + 1)
         of_group = split // GROUP
         n_parts = tl.minimum(n_written - of_group * GROUP, GROUP)
         _store_part(softmax_ptr, acc_ptr, parts + split, acc, row_sum, row_max, stored, HEAD_DIM, BLOCK_D)
@@ -495,6 +497,9 @@ def attention_decode(
     B, H, T, D = q.shape
     n_pages, H_kv, page = k.shape[:3]
     S = page if block_table is None else page * block_table.shape[1]
+    check_sizes(q=q, k=k)
+    check_count("q", "queries of heads that share keys", H // H_kv * T)
+    check_count("block_table", "keys in a sequence's pages", S)
     options = dict(
         causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale,
@@ -513,6 +518,7 @@ def attention_decode(
     q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     kv_lengths, alibi_slopes, sinks = (x if x is None else x.contiguous() for x in (kv_lengths, alibi_slopes, sinks))
     window = None if window is None else min(window, S)
+    scale, softcap = float(scale), None if softcap is None else float(softcap)
 
     constants = _constants(D, q.element_size(), k_scale is not None, H // H_kv * T <= FEW, new is not None)
     split = constants["SPLIT"]
@@ -534,7 +540,7 @@ def attention_decode(
     n_angles, pairs = (0, 0) if x.cos is None else x.cos.shape
 
     with torch.cuda.device_of(q):
-        _attend_split[(n_tiles * n_splits * B * H_kv,)](
+        _attend_split[grid("q", n_tiles, n_splits, B, H_kv)](
             q, k, v, out, lse, acc, softmax, counters,
             kv_lengths, block_table, k_scale, v_scale, alibi_slopes, sinks,
             x.k, x.v, x.slots, x.positions, x.cos, x.sin,
@@ -544,7 +550,7 @@ def attention_decode(
             *((0, 0) if block_table is None else block_table.stride()),
             *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride(0))),
             *((0, 0, 0) if x.cos is None else (x.positions.stride(0), x.cos.stride(0), x.sin.stride(0))),
-            H, H // H_kv, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
+            H, H // H_kv, H // H_kv * T, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
             IS_CAUSAL=causal, INTERLEAVED=x.interleaved, **constants,
         )  # fmt: skip
     return out, lse

@@ -36,8 +36,10 @@ from fastgpt.kernels.attention_tiles import (
     online_softmax,
     page_rows,
     store_rows,
+    tile_pointers,
     visible_keys,
 )
+from fastgpt.kernels.limits import check_count, check_sizes, grid
 from fastgpt.ops.dropout import keep_threshold
 
 
@@ -57,7 +59,7 @@ TILES = {
     (16, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
     (32, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
     (64, 2): (Tile(128, 64, 4, 4), *(Tile(128, 128, 8, 3),) * 2),
-    (128, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
+    (128, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
     (256, 2): (Tile(64, 32, 8, 2), *(Tile(64, 64, 8, 2),) * 2),
     (16, 4): (Tile(64, 32, 4, 2),) * 3,
     (32, 4): (Tile(64, 64, 8, 2),) * 3,
@@ -65,6 +67,9 @@ TILES = {
     (128, 4): (Tile(32, 16, 8, 3),) * 3,
     (256, 4): (Tile(16, 16, 8, 2),) * 3,
 }
+
+# Where sequences have lengths of their own, and keys a window or queries no causal mask, which takes registers, too.
+RAGGED_TILES = {**TILES, (128, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3))}
 
 # Where scores are more than q·k · scale, or keys are not rows in a row, tiles that leave registers for that.
 RICH_TILES = {
@@ -105,18 +110,18 @@ def _attend(
         elif block_table_ptr is not None:
             pages, key_rows = page_rows(block_table_ptr, stride_tp, offs_n, end, page, n_pages)
             k = load_keys(k_ptr, stride_kb, stride_kn, pages, key_rows, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
-            k_scales = pages * stride_ksb + key_rows * stride_ksn
-            v_scales = pages * stride_vsb + key_rows * stride_vsn
+            k_scales = pages * stride_ksb + key_rows * tl.cast(stride_ksn, tl.int64)
+            v_scales = pages * stride_vsb + key_rows * tl.cast(stride_vsn, tl.int64)
         else:
             k = load_keys(k_ptr, 0, stride_kn, 0, offs_n, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
-            k_scales, v_scales = offs_n * stride_ksn, offs_n * stride_vsn
+            k_scales, v_scales = offs_n * tl.cast(stride_ksn, tl.int64), offs_n * tl.cast(stride_vsn, tl.int64)
         qk = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32, not yet scaled
         if k_scale_ptr is not None:
             qk *= tl.load(k_scale_ptr + k_scales, mask=in_range, other=0.0)[None, :]
         if MODIFIED:
             bias = 0.0
             if bias_ptr is not None:
-                ptrs = bias_ptr + rows[:, None] * stride_bias_m + offs_n[None, :] * stride_bias_n
+                ptrs = tile_pointers(bias_ptr, rows[:, None], offs_n[None, :], stride_bias_m, stride_bias_n)
                 within = (rows[:, None] < n_rows) & in_range[None, :]
                 bias = tl.load(ptrs, mask=within, other=0.0).to(tl.float32)
             qk = modified_scores(
@@ -125,7 +130,7 @@ def _attend(
         if MASKED:
             visible = visible_keys(own[:, None], offs_n[None, :], end, window, IS_CAUSAL, HAS_WINDOW)
             if mask_ptr is not None:
-                ptrs = mask_ptr + rows[:, None] * stride_mask_m + offs_n[None, :] * stride_mask_n
+                ptrs = tile_pointers(mask_ptr, rows[:, None], offs_n[None, :], stride_mask_m, stride_mask_n)
                 within = (rows[:, None] < n_rows) & in_range[None, :]
                 visible = visible & (tl.load(ptrs, mask=within, other=0) != 0)
             qk = tl.where(visible, qk, float("-inf"))
@@ -202,7 +207,7 @@ def _attention_forward(
             return
         q_ptr += tl.cast(first_q, tl.int64) * stride_qm
         out_ptr += tl.cast(first_q, tl.int64) * stride_om
-        lse_ptr += first_q
+        lse_ptr += tl.cast(first_q, tl.int64)
         k_ptr += tl.cast(first_k, tl.int64) * stride_kn
         v_ptr += tl.cast(first_k, tl.int64) * stride_vn
     rows = tl.arange(0, BLOCK_M)  # queries of the tile, counted from start_m
@@ -287,7 +292,7 @@ def _attention_forward(
 
     row_max *= unit if q.dtype == tl.float32 else LN_2  # see online_softmax
     out, lse = finish_softmax(acc, row_sum, row_max, sinks_ptr, h)
-    tl.store(lse_ptr + b * stride_lb + h * stride_lh + start_m + rows, lse, mask=rows < n_rows)
+    tl.store(lse_ptr + (b * stride_lb + h * stride_lh + start_m) + rows, lse, mask=rows < n_rows)
     out_ptr += b * stride_ob + h * stride_oh + tl.cast(start_m, tl.int64) * stride_om
     store_rows(out_ptr, stride_om, rows, n_rows, out, HEAD_DIM, BLOCK_D)
 
@@ -329,21 +334,21 @@ def attention_forward(
 
     extras = Extras(q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
                     dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
-    n_queries = T if max_q is None else max_q
+    n_queries = T if max_q is None else min(max_q, T)
     bulk = block_table is None and k.dtype is q.dtype and have_bulk_copies(q, k, v)
     arch = architecture(q.device) if bulk else 80
-    constants = _constants(D, q.element_size(), arch, causal, window is not None, softcap is not None, extras.rich)
+    flags = causal, window is not None, softcap is not None, extras.rich, extras.ragged
+    constants = _constants(D, q.element_size(), arch, *flags)
     tiles = {"q_desc": (q, "BLOCK_M"), "k_desc": (k, "BLOCK_N"), "v_desc": (v, "BLOCK_N")}
     packed = cu_seqlens_q is not None
     batch = len(cu_seqlens_q) - 1 if packed else B
-    grid = (triton.cdiv(n_queries, constants["BLOCK_M"]) * batch * H,)
     with torch.cuda.device_of(q):
-        _attention_forward[grid](
+        _attention_forward[grid("q", triton.cdiv(n_queries, constants["BLOCK_M"]), batch, H)](
             q, bytes_of(k), bytes_of(v), out, lse, **extras.tensors,
             **(descriptors(constants, tiles) if bulk else {}),
             **strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed),
             **strides(out, "o", "bhm", packed), **strides(lse, "l", "bh", packed),
-            **extras.numbers, n_heads=H, group=H // k.shape[1], n_queries=n_queries, scale=scale, **constants,
+            **extras.numbers, n_heads=H, group=H // k.shape[1], n_queries=n_queries, scale=float(scale), **constants,
         )  # fmt: skip
     return out, lse
 
@@ -355,6 +360,8 @@ class Extras:
                  dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k):  # fmt: skip
         B, H, T, _ = q.shape
         S = k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
+        check_sizes(q=q, k=k)
+        check_count("block_table", "keys in a sequence's pages", S)
         mask = None if mask is None else mask.expand(B, H, T, S).view(torch.uint8)
         bias = None if bias is None else bias.expand(B, H, T, S)
         self.tensors = {
@@ -379,16 +386,24 @@ class Extras:
             "page": k.shape[2],
             "n_pages": k.shape[0],
             "n_keys": S,
-            "window": 0 if window is None else min(window, 2**31 - 1),
+            "window": 0 if window is None else min(window, S),
             "softcap": 0.0 if softcap is None else float(softcap),
             "threshold": keep_threshold(dropout_p),
             "keep_scale": 1.0 / (1.0 - dropout_p),
         }
+        self.ragged = kv_lengths is not None or cu_seqlens_q is not None
         # Whether tiles need registers for it.
         self.rich = softcap is not None or any(
             self.tensors[name] is not None
             for name in ("alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr")
         )
+
+
+def table_of(causal: bool, has_window: bool, rich: bool, ragged: bool) -> dict:
+    """The tiles of a variant: of the forward's three tables."""
+    if rich:
+        return RICH_TILES
+    return RAGGED_TILES if ragged and (has_window or not causal) else TILES
 
 
 def have_bulk_copies(*tensors: Tensor) -> bool:
@@ -428,11 +443,12 @@ def bytes_of(x: Tensor) -> Tensor:
 
 @functools.cache
 def _constants(
-    head_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False, rich=False
+    head_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False, rich=False, ragged=False
 ) -> dict:
     """The kernel's compile-time arguments and options."""
     block_d = max(16, triton.next_power_of_2(head_dim))
-    tile = (RICH_TILES if rich else TILES)[block_d, element_size][ARCHITECTURES.index(arch)]
+    table = table_of(causal, has_window, rich, ragged)
+    tile = table[block_d, element_size][ARCHITECTURES.index(arch)]
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
         # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
@@ -449,7 +465,12 @@ def aot_configurations(arch: int):
     """
     features = [
         ((), {}),
-        (("kv_lengths_ptr",), {"has_window": True}),
+        ((), {"has_window": True}),
+        (("kv_lengths_ptr",), {"ragged": True}),
+        (("kv_lengths_ptr",), {"ragged": True, "has_window": True}),
+        (("sinks_ptr", "kv_lengths_ptr"), {"ragged": True, "has_window": True}),
+        (("cu_q_ptr", "cu_k_ptr"), {"ragged": True}),
+        (("cu_q_ptr", "cu_k_ptr"), {"ragged": True, "has_window": True}),
         (("alibi_ptr", "sinks_ptr", "bias_ptr", "seed_ptr"), {"has_window": True, "has_softcap": True, "rich": True}),
         (("mask_ptr", "bias_ptr", "sinks_ptr"), {"rich": True}),
         (("kv_lengths_ptr", "block_table_ptr"), {"rich": True, "has_window": True}),

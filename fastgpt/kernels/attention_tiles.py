@@ -50,9 +50,16 @@ def store_rows(ptr, stride, offs_row, n_rows, x, HEAD_DIM: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def tile_pointers(ptr, rows, cols, stride_row, stride_col):
+    """Pointers to a tile, from its rows (M, 1) and columns (1, N), or transposed."""
+    return ptr + rows * tl.cast(stride_row, tl.int64) + cols * tl.cast(stride_col, tl.int64)
+
+
+@triton.jit
 def page_rows(block_table_ptr, stride_tp, offs_n, end, page, n_pages):
     """Keys offs_n of a paged sequence: their pages, int64, and their rows in them. From `end` on anything valid."""
-    pages = tl.load(block_table_ptr + offs_n // page * stride_tp, mask=offs_n < end, other=0)
+    entries = block_table_ptr + offs_n // page * tl.cast(stride_tp, tl.int64)
+    pages = tl.load(entries, mask=offs_n < end, other=0)
     return tl.cast(tl.maximum(tl.minimum(pages, n_pages - 1), 0), tl.int64), offs_n % page
 
 
@@ -177,8 +184,10 @@ def finish_softmax(acc, row_sum, row_max, sinks_ptr, heads):
         row_sum = row_sum * rescale + tl.where(blind, 0.0, tl.exp2((sink - shift) * LOG2_E))
         row_max = new_max
         acc *= rescale[:, None]
-    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # no key seen: out 0, lse -inf
-    return acc * (1.0 / row_sum)[:, None], row_max + tl.log2(row_sum) * LN_2
+    fully_masked = row_sum == 0.0  # out is 0 then, though a value may be NaN, and lse -inf
+    row_sum = tl.where(fully_masked, 1.0, row_sum)
+    out = tl.where(fully_masked[:, None], 0.0, acc * (1.0 / row_sum)[:, None])
+    return out, row_max + tl.log2(row_sum) * LN_2
 
 
 @triton.jit

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention_tiles import LOG2_E, tanh
+from fastgpt.kernels.limits import grid
 from fastgpt.kernels.norm import finish_moments, moments, update_moments
 
 
@@ -114,8 +115,8 @@ def _normalised(x, g, b, mean, rest, factor, offset, HAS_NORM: tl.constexpr, HAS
     return x + b.to(tl.float32) if HAS_BIAS else x
 
 
-# Numbers that vary between calls must not compile a kernel again.
-@triton.jit(do_not_specialize=["n_features"])
+# Numbers that vary between calls, and where what is read by single numbers begins, must not compile a kernel again.
+@triton.jit(do_not_specialize=["n_features", "bias_ptr", "residual_ptr"])
 def _one_row(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr,
     n_features, eps, offset,
@@ -124,8 +125,8 @@ def _one_row(
 ):  # fmt: skip
     """One program: BLOCK_N of the output features, of all K columns. Everything is contiguous; what is left out is None. If
     gated, the first n_features rows of the weight are the gate's."""
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    features = tl.minimum(offs_n, n_features - 1).to(tl.int64)  # past the last, the last again, which is not stored
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    features = tl.minimum(offs_n, n_features - 1)  # past the last, the last again, which is not stored
     weights = weight_ptr + features[:, None] * K
     others = weight_ptr + (features[:, None] + n_features) * K if GATED else None
     x, g, b, w, u = _read_columns(x_ptr, norm_weight_ptr, norm_bias_ptr, weights, others, 0, K, BLOCK_K)
@@ -180,7 +181,7 @@ def _normalised_product(acc, offs_m, n_rows, mean, factor, RMS: tl.constexpr, HA
     return product * factor + _row_of(acc, offs_m, n_rows + 1)[None, :] if HAS_BIAS else product * factor
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_features", "stride_xm", "stride_rm"])
+@triton.jit(do_not_specialize=["n_rows", "n_features", "stride_xm", "stride_rm", "bias_ptr", "residual_ptr"])
 def _several_rows(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr,
     n_rows, n_features, stride_xm, stride_rm, eps, offset,
@@ -188,8 +189,8 @@ def _several_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The same for n_rows rows of x, two less than BLOCK_M with a norm. Strides are in elements; X_UNIT divides stride_xm."""
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    features = tl.minimum(offs_n, n_features - 1).to(tl.int64)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    features = tl.minimum(offs_n, n_features - 1)
     offs_m = tl.arange(0, BLOCK_M)
     rows = tl.minimum(offs_m, n_rows - 1)
     x_rows = (x_ptr + rows * tl.multiple_of(tl.cast(stride_xm, tl.int64), X_UNIT))[:, None]
@@ -287,14 +288,15 @@ def linear(
     tile = tile_of(rows, weight_rows, K, size, norm_weight is not None)
     unit = 1 if rows == 1 else unit_of(x.stride(0), size)
     constants = _constants(tile, K, rms, activation, gated, unit)
-    grid = (triton.cdiv(N, constants["BLOCK_N"]),)
+    programs = grid("weight", triton.cdiv(N, constants["BLOCK_N"]))
     tensors = x, weight, bias, residual, norm_weight, norm_bias, out
+    of_norm = float(norm_eps), float(norm_offset)
     with torch.cuda.device_of(x):
         if rows == 1:
-            _one_row[grid](*tensors, N, norm_eps, norm_offset, **constants)
+            _one_row[programs](*tensors, N, *of_norm, **constants)
         else:
             strides = x.stride(0), 0 if residual is None else residual.stride(0)
-            _several_rows[grid](*tensors, rows, N, *strides, norm_eps, norm_offset, **constants)
+            _several_rows[programs](*tensors, rows, N, *strides, *of_norm, **constants)
     return out
 
 

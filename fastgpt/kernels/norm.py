@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.limits import grid
+
 TILE = 1024  # numbers that a program normalises at least, if there are so many
 LONGEST = 4096  # numbers of a row that it reads at a time
 
@@ -74,8 +76,8 @@ def _norm(
 ):  # fmt: skip
     """One program: BLOCK_M rows. Row r of x is row (r // size_2 // size_1, r // size_2 % size_1, r % size_2) of what has
     the strides stride_0 to stride_2, in elements; residual and out are contiguous."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.minimum(offs_m, n_rows - 1).to(tl.int64)  # past the last row, the last row again, which is not stored
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.minimum(offs_m, n_rows - 1)  # past the last row, the last row again, which is not stored
     starts = rows // size_2 // size_1 * stride_0 + rows // size_2 % size_1 * stride_1 + rows % size_2 * stride_2
     x_rows = (x_ptr + starts)[:, None]
     mean, rest, factor = moments(x_rows, eps, C, BLOCK_C, RMS, KEEP=True)
@@ -117,9 +119,10 @@ def norm(
     rows = out.numel() // C
     constants = _constants(C, rms, rows > 128)
     with torch.cuda.device_of(x):
-        _norm[(triton.cdiv(rows, constants["BLOCK_M"]),)](
-            x, weight, bias, residual, out, rows, size_1, size_2, stride_0, stride_1, stride_2, eps, offset, **constants
-        )
+        _norm[grid("x", triton.cdiv(rows, constants["BLOCK_M"]))](
+            x, weight, bias, residual, out, rows, size_1, size_2, stride_0, stride_1, stride_2, float(eps), float(offset),
+            **constants,
+        )  # fmt: skip
     return out
 
 

@@ -1,24 +1,28 @@
 """What a decode step does before and after the blocks, each in one launch: embedding, positions, and noting tokens."""
 
 import functools
+import itertools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.limits import grid
+
 LONGEST = 1024  # numbers of a row that a program writes
+ADVANCED = 128  # sequences whose lengths a program advances
 ONE_WARP = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
 
-@triton.jit(do_not_specialize=["vocabulary", "n_positions", "period"])
+@triton.jit(do_not_specialize=["ids_ptr", "positions_ptr", "vocabulary", "n_positions", "period"])
 def _embed(
     ids_ptr, weight_ptr, positions_ptr, position_weight_ptr, out_ptr, vocabulary, n_positions, period, scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C numbers of one token. Positions repeat after `period` tokens. Everything is contiguous."""
     token = tl.program_id(0).to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = offs_c < C
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     row = tl.load(ids_ptr + token).to(tl.int64)
@@ -51,9 +55,10 @@ def embed(
         period, n_positions = positions.numel(), len(position_weight)
     else:
         positions = None
+    scale = None if scale is None else float(scale)
     constants = _constants(C)
     with torch.cuda.device_of(weight):
-        _embed[(ids.numel(), triton.cdiv(C, constants["BLOCK_C"]))](
+        _embed[(*grid("ids", ids.numel()), triton.cdiv(C, constants["BLOCK_C"]))](
             ids, weight, positions, position_weight, out, len(weight), n_positions, period, scale, **constants
         )
     return out
@@ -65,9 +70,9 @@ def _constants(C: int) -> dict:
     return dict(C=C, BLOCK_C=min(triton.next_power_of_2(C), LONGEST), num_warps=4, num_stages=1, enable_fp_fusion=False)
 
 
-@triton.jit(do_not_specialize=["n_sequences"])
+@triton.jit(do_not_specialize=["lengths_ptr", "positions_ptr", "n_sequences"])
 def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n_sequences
     lengths = tl.load(lengths_ptr + offsets, mask=mask)
     tl.store(positions_ptr + offsets, lengths, mask=mask)
@@ -77,17 +82,21 @@ def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr):
 def advance(lengths: Tensor, positions: Tensor) -> None:
     """Launches the kernel: see `fastgpt.ops.step.advance`. Both are contiguous."""
     with torch.cuda.device_of(lengths):
-        _advance[(triton.cdiv(len(lengths), 128),)](lengths, positions, len(lengths), BLOCK=128, **ONE_WARP)
+        _advance[(triton.cdiv(len(lengths), ADVANCED),)](lengths, positions, len(lengths), BLOCK=ADVANCED, **ONE_WARP)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_eos"])
+@triton.jit(
+    do_not_specialize=[
+        "token_ptr", "largest_ptr", "tokens_ptr", "extreme_ptr", "step_ptr", "ended_ptr", "eos_ptr", "n_rows", "n_eos",
+    ]
+)  # fmt: skip
 def _note(
     token_ptr, largest_ptr, tokens_ptr, extreme_ptr, step_ptr, ended_ptr, eos_ptr, n_rows, n_eos, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program, of one warp: each of its threads has read the step before any writes the next."""
     step = tl.load(step_ptr)
     for start in range(0, n_rows, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
+        offsets = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
         mask = offsets < n_rows
         token = tl.load(token_ptr + offsets, mask=mask, other=0)
         magnitude = tl.abs(tl.load(largest_ptr + offsets, mask=mask, other=0)).to(extreme_ptr.dtype.element_ty)
@@ -97,9 +106,9 @@ def _note(
             ended = tl.load(ended_ptr + offsets, mask=mask, other=0)
             noted, grows = tl.where(ended != 0, -1, token), grows & (ended == 0)
             for i in range(n_eos):
-                ended = tl.where(token == tl.load(eos_ptr + i), 1, ended)
+                ended = tl.where(token == tl.load(eos_ptr + tl.cast(i, tl.int64)), 1, ended)
             tl.store(ended_ptr + offsets, ended.to(tl.uint8), mask=mask)
-        tl.store(tokens_ptr + step * n_rows + offsets, noted, mask=mask)
+        tl.store(tokens_ptr + (tl.cast(step, tl.int64) * n_rows + offsets), noted, mask=mask)
         tl.store(extreme_ptr + offsets, magnitude, mask=mask & grows)
     tl.store(step_ptr, step + 1)
 
@@ -117,3 +126,13 @@ def note(
         _note[(1,)](
             token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), BLOCK=block, **ONE_WARP
         )
+
+
+def aot_configurations(arch: int):
+    """As in attention_forward.py; the same for every architecture."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    for dtype, C, given in itertools.product(dtypes, (768, 4096), ((), ("positions_ptr", "position_weight_ptr"))):
+        yield _embed, dtype, dtype, _constants(C), given
+    yield _advance, torch.float32, torch.float32, {"BLOCK": ADVANCED, **ONE_WARP}, ("positions_ptr",)
+    for block, given in itertools.product((1, 256), ((), ("ended_ptr", "eos_ptr"))):
+        yield _note, torch.float32, torch.float32, {"BLOCK": block, **ONE_WARP}, given

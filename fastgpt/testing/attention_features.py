@@ -22,6 +22,14 @@ def options(feature, B, H, T, S, dtype, device="cpu", seed=1):
     def random(*shape):
         return normal(shape, generator).to(dtype)
 
+    def hiding(bias):
+        """With -inf for some keys, from the first on for most of them, and in whole rows."""
+        B, H, T, S = bias.shape
+        hidden = torch.rand(bias.shape, generator=generator, device=device) < 0.4
+        hidden[..., : 2 * S // 3] |= torch.rand((B, H, T, 1), generator=generator, device=device) < 0.3
+        hidden |= torch.rand((B, H, T, 1), generator=generator, device=device) < 0.2
+        return bias.masked_fill(hidden, -torch.inf)
+
     def mask():
         return torch.rand((B, 1, T, S), generator=generator, device=device) < 0.6
 
@@ -42,18 +50,21 @@ def options(feature, B, H, T, S, dtype, device="cpu", seed=1):
         "bias of heads": lambda: {"bias": random(H, T, S)},
         "bias of keys": lambda: {"bias": random(B, 1, 1, S)},
         "bias of queries": lambda: {"bias": random(1, H, T, 1)},
+        "hiding bias": lambda: {"bias": hiding(random(B, H, T, S))},
+        "hiding bias of keys": lambda: {"bias": hiding(random(B, 1, 1, S)), "sinks": random(H)},
         "lengths": lambda: {"kv_lengths": lengths},
         "dropout": lambda: {"dropout_p": 0.3, "dropout_seed": seed},
         "everything": lambda: {
             "window": S // 2 + 3, "softcap": 3.0, "alibi_slopes": slopes, "sinks": random(H), "mask": mask(),
-            "bias": random(1, H, T, S), "kv_lengths": lengths, "dropout_p": 0.2, "dropout_seed": seed,
+            "bias": hiding(random(1, H, T, S)), "kv_lengths": lengths, "dropout_p": 0.2, "dropout_seed": seed,
         },
     }[feature]()  # fmt: skip
 
 
 FEATURES = [
     "plain", "not causal", "scale", "window", "window, not causal", "softcap", "alibi", "sinks", "mask", "bias",
-    "bias of heads", "bias of keys", "bias of queries", "lengths", "dropout", "everything",
+    "bias of heads", "bias of keys", "bias of queries", "hiding bias", "hiding bias of keys", "lengths", "dropout",
+    "everything",
 ]  # fmt: skip
 PACKED_FEATURES = ["plain", "not causal", "window", "softcap", "alibi", "sinks", "scale", "dropout"]
 
