@@ -45,7 +45,7 @@ TILES = {
         (16, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
         (32, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
         (64, 2): (Tile(64, 32, 8, 1), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
-        (128, 2): (Tile(32, 32, 4, 1), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+        (128, 2): (Tile(32, 32, 4, 1), Tile(32, 128, 8, 2), Tile(32, 64, 8, 1)),
         (256, 2): (Tile(32, 32, 8, 1),) * 3,
         (16, 4): (Tile(32, 64, 8, 2),) * 3,
         (32, 4): (Tile(32, 32, 8, 2),) * 3,
@@ -91,7 +91,7 @@ TILES = {
     },
 }
 # Of packed sequences, the pass over the keys has fewer registers left.
-TILES["packed keys"] = {**TILES["keys"], (128, 2): (Tile(32, 32, 4, 1), *(Tile(32, 64, 8, 2),) * 2)}
+TILES["packed keys"] = {**TILES["keys"], (128, 2): (Tile(32, 32, 4, 1), Tile(32, 64, 8, 2), Tile(32, 64, 8, 1))}
 
 DELTA_ROWS = 32
 # Of wider heads, or where scores are more than q·k · scale, a pass over the queries has no registers left for bulk copies.
