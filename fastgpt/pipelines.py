@@ -103,6 +103,11 @@ class Pipeline:
         else:
             if not (template_variables is None or isinstance(template_variables, dict)):
                 raise TypeError(f"template_variables: expected a dict, got {template_variables!r}")
+            for name in template_variables or ():
+                if not isinstance(name, str):
+                    raise TypeError(f"template_variables: expected names that are strings, got {name!r}")
+                if name in ("messages", "self"):
+                    raise ValueError(f"template_variables: expected none named {name}, which the template has already")
             name, ids = "messages", self.tokenizer.encode_chat(prompt, **template_variables or {})
         if not ids:
             raise ValueError(f"{name}: expected at least one token, got an empty prompt")

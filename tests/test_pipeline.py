@@ -252,7 +252,9 @@ CHAT_ERRORS = [
     ([{"role": "user", "content": "\ud800"}], {}, ValueError, "messages: expected characters, got the lone surrogate"),
     ("x", {"template_variables": [1]}, TypeError, r"template_variables: expected a dict, got \[1\]"),
     ("x", {"template_variables": {"x": object()}}, TypeError, "x: expected strings, numbers, lists and dicts, got object"),
-    ("x", {"template_variables": {"messages": []}}, TypeError, "messages"),
+    ("x", {"template_variables": {"messages": []}}, ValueError, "template_variables: expected none named messages"),
+    ("x", {"template_variables": {"self": 1}}, ValueError, "template_variables: expected none named self"),
+    ("x", {"template_variables": {1: 2}}, TypeError, "template_variables: expected names that are strings, got 1"),
 ]
 
 
