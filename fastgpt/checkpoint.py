@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fastgpt import memory, schema
+from fastgpt import folders, memory, schema
 from fastgpt.checks import is_terminal, require_path
 from fastgpt.families import ARCHITECTURES, FAMILIES, HEADS, TOKEN_IDS, Family, architecture, family_of
 from fastgpt.sampling import PENALTY
@@ -79,27 +79,6 @@ def _hub_reason(error: Exception, revision: str | None) -> str:
     return type(error).__name__ + (f": {lines[0]}" if lines else "")
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    """The file of that name in a checkpoint, or None.
-
-    A checkpoint may come from anywhere, so that links do not lead out of the folder, except into the Hub's cache: there a
-    checkpoint is a folder CACHE/models--ID/snapshots/COMMIT of links to CACHE/models--ID/blobs, some of them links to
-    CACHE/blobs.
-
-    Raises: ValueError for another link.
-    """
-    path = folder / name
-    if not path.is_file():
-        return None
-    own, target = folder.resolve(), path.resolve()
-    roots = [own]
-    if own.parent.name == "snapshots":
-        roots += [own.parents[1] / "blobs", own.parents[2] / "blobs"]
-    if not any(target.is_relative_to(root) for root in roots):
-        raise ValueError(f"model: {path}: expected a file in this folder, got a link to {target}")
-    return path
-
-
 def _read_json(path: Path) -> dict:
     try:
         return schema.read_json(path)
@@ -123,7 +102,7 @@ def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, di
 
     Raises: FileNotFoundError; ValueError that names the file and the entry that is wrong.
     """
-    path = _file(folder, CONFIG)
+    path = folders.find(folder, CONFIG)
     if path is None:
         raise FileNotFoundError(f"model: expected {CONFIG} in the checkpoint folder {folder}")
     config = _read_json(path)
@@ -170,7 +149,7 @@ def read_generation_config(folder: Path) -> dict:
 
     Raises: ValueError that names the file and the entry.
     """
-    path = _file(folder, GENERATION_CONFIG)
+    path = folders.find(folder, GENERATION_CONFIG)
     if path is None:
         return {}
     content = _read_json(path)
@@ -286,7 +265,7 @@ def load(folder: Path, build: Callable[[dict, dict], torch.nn.Module], head: str
 
 def _weight_files(folder: Path) -> dict[Path, list[str]]:
     """The safetensors files of a checkpoint, and the names of weights that the index says are in each."""
-    path, index = _file(folder, WEIGHTS), _file(folder, INDEX)
+    path, index = folders.find(folder, WEIGHTS), folders.find(folder, INDEX)
     if path is not None:
         return {path: []}
     if index is None:
@@ -305,7 +284,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
             raise ValueError("weight_map: expected at least one weight, got none")
     files = {}
     for shard in sorted(set(shards.values())):
-        path = _file(folder, shard)
+        path = folders.find(folder, shard)
         if path is None:
             raise FileNotFoundError(f"model: expected {shard} in the checkpoint folder {folder}, which {INDEX} names")
         files[path] = [name for name, entry in shards.items() if entry == shard]

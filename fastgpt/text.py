@@ -10,7 +10,7 @@ import tokenizers
 
 from fastgpt import vocabularies
 from fastgpt.checks import require_flag, require_integer, require_path
-from fastgpt.vocabularies import read_json, read_text
+from fastgpt.vocabularies import find, read_json, read_text
 
 CONTEXT = 16  # tokens of a prompt that decide how the next ones read: with a space before them, say
 # The library's panics are no Exception; these are none either, and are no faults of what it was given.
@@ -80,13 +80,13 @@ class Tokenizer:
         Raises: FileNotFoundError, or ValueError that says which file is damaged, or which library to install.
         """
         folder = require_path("tokenizer", folder)
-        config = read_json(folder / "tokenizer_config.json")
+        config = read_json(folder, "tokenizer_config.json")
         older, eos, special_tokens = None, _eos_ids(folder), _special_tokens(folder, config)
-        if (folder / "tokenizer.json").is_file():
-            backend = cls.load(folder / "tokenizer.json").backend
-        elif (folder / "tokenizer.model").is_file():
-            older = vocabularies.sentencepiece, folder / "tokenizer.model"
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        if (path := find(folder, "tokenizer.json")) is not None:
+            backend = cls.load(path).backend
+        elif (path := find(folder, "tokenizer.model")) is not None:
+            older = vocabularies.sentencepiece, path
+        elif find(folder, "vocab.json") is not None and find(folder, "merges.txt") is not None:
             older = vocabularies.byte_level, folder
         else:
             raise FileNotFoundError(
@@ -380,7 +380,7 @@ TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
     """Names of special tokens -> what they are."""
     result = {}
-    for source in (read_json(folder / "special_tokens_map.json"), config):
+    for source in (read_json(folder, "special_tokens_map.json"), config):
         for name, token in source.items():
             token = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(token, str):
@@ -391,7 +391,7 @@ def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
 def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_tokens: dict[str, str]) -> None:
     """Adds the tokens that the vocabulary lacks, and makes those special that are named so."""
     special = list(special_tokens.values())
-    for source in (read_json(folder / "special_tokens_map.json"), config):
+    for source in (read_json(folder, "special_tokens_map.json"), config):
         for name in ("additional_special_tokens", "extra_special_tokens"):
             listed = source.get(name)
             listed = listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else []
@@ -400,7 +400,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, speci
 
     declared = {}  # id -> token, in files of which the last goes before the others
     path = folder / "added_tokens.json"
-    for content, index in read_json(path).items():
+    for content, index in read_json(folder, path.name).items():
         declared[_added_id(path, index)] = tokenizers.AddedToken(
             content, special=content in special, normalized=content not in special
         )
@@ -452,20 +452,21 @@ def _chat_templates(folder: Path, config: dict) -> str | dict[str, str] | None:
     if not all(isinstance(part, str) for entry in stored for part in entry):
         raise ValueError(f"tokenizer: {path} is damaged: chat_template: expected texts, by name, got {_shown(stored)}")
     templates = dict(stored)
-    if (folder / "chat_template.jinja").is_file():
-        templates["default"] = read_text(folder / "chat_template.jinja")
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = read_text(path)
+    if (path := find(folder, "chat_template.jinja")) is not None:
+        templates["default"] = read_text(path)
+    for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        if find(folder, path.relative_to(folder)) is not None:
+            templates[path.stem] = read_text(path)
     return templates.get("default") if templates.keys() <= {"default"} else templates
 
 
 def _eos_ids(folder: Path) -> list[int]:
     """The tokens that end a text, whether the vocabulary has them or not."""
-    generation = read_json(folder / "generation_config.json")
+    generation = read_json(folder, "generation_config.json")
     path, config = folder / "generation_config.json", generation
     if "eos_token_id" not in generation:
         path = folder / "config.json"
-        config = read_json(path)
+        config = read_json(folder, path.name)
     stored = config.get("eos_token_id")
     ids = stored if isinstance(stored, list) else [] if stored is None else [stored]
     if not all(type(token) is int for token in ids):
