@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastgpt import folders, memory, schema
-from fastgpt.checks import is_terminal, require_path
+from fastgpt.checks import is_terminal, require_path, writing
 from fastgpt.families import ARCHITECTURES, FAMILIES, HEADS, TOKEN_IDS, Family, architecture, family_of
 from fastgpt.sampling import PENALTY
 
@@ -167,7 +168,10 @@ def read_generation_config(folder: Path) -> dict:
 def generation_config(defaults: dict) -> dict:
     """What `read_generation_config` reads as these."""
     config = {"eos_token_id" if name == "eos" else name: value for name, value in defaults.items()}
-    schema.read(GENERATION, config, "generation_defaults.", closed=True)
+    if isinstance(eos := config.get("eos_token_id"), (np.ndarray, torch.Tensor)):
+        config["eos_token_id"] = eos.tolist()
+    checked = schema.read(GENERATION, config, "generation_defaults.", closed=True)
+    config = {name: checked[name] for name in config}
     if config.get("temperature") is not None:
         config["do_sample"] = config["temperature"] > 0
         if not config["do_sample"]:
@@ -448,22 +452,43 @@ def write(
 
     head: one of HEADS, if the model is one; entries: of config.json, beyond what its decoder has.
 
-    Raises: ValueError that names what is wrong in generation_defaults; nothing is written then.
+    Raises: ValueError that names what is wrong in the model or generation_defaults; OSError where the folder cannot be written
+        to. It is as it was then.
     """
     folder = require_path("folder", folder)
     generation = generation_config(generation_defaults or {})
     config, weights = contents(model, head, entries)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
-    with replacing(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-    # What a checkpoint that was there before had.
-    (folder / INDEX).unlink(missing_ok=True)
-    (folder / GENERATION_CONFIG).unlink(missing_ok=True)
-    if generation:
-        with replacing(folder / GENERATION_CONFIG) as temporary:
-            temporary.write_text(json.dumps(generation, indent=2) + "\n")
+    for name, weight in weights.items():
+        if weight.is_meta:
+            raise ValueError(f"model: expected weights, got {name} on the meta device, which has none")
+    files = {CONFIG: json_text(config)} | ({GENERATION_CONFIG: json_text(generation)} if generation else {})
+    with writing("folder", folder, "a folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Each is there before the first takes its place.
+        with contextlib.ExitStack() as written:
+            for name, text in files.items():
+                written.enter_context(replacing(folder / name)).write_text(text)
+            save_file(weights, written.enter_context(replacing(folder / WEIGHTS)), metadata={"format": "pt"})
+        # What a checkpoint that was there before had.
+        for name in {INDEX, GENERATION_CONFIG} - files.keys():
+            (folder / name).unlink(missing_ok=True)
+
+
+def json_text(config: dict) -> str:
+    """What a JSON file of a checkpoint says. NumPy's and PyTorch's numbers are such there, too.
+
+    Raises: ValueError for what is none of JSON's values.
+    """
+
+    def plain(value):
+        if getattr(value, "ndim", None) == 0:
+            return value.item()
+        raise TypeError(f"got {type(value).__name__} among them")
+
+    try:
+        return json.dumps(config, indent=2, default=plain, allow_nan=False) + "\n"
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{CONFIG}: expected finite numbers, strings, lists and dicts, {error}") from None
 
 
 class replacing:

@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from fastgpt import vocabularies
-from fastgpt.checks import require_flag, require_integer, require_path
+from fastgpt.checks import require_flag, require_integer, require_path, writing
 from fastgpt.vocabularies import find, read_json, read_text
 
 CONTEXT = 16  # tokens of a prompt that decide how the next ones read: with a space before them, say
@@ -111,7 +111,9 @@ class Tokenizer:
         return cls(backend, special_tokens=special_tokens, eos=eos, chat_template=_chat_templates(folder, config))
 
     def save(self, path: str | Path) -> None:
-        self.backend.save(str(require_path("path", path)))
+        path = require_path("path", path)
+        with writing("path", path, "a file"):
+            self.backend.save(str(path))
 
     @property
     def vocab_size(self) -> int:

@@ -4,7 +4,6 @@ It runs in one process or, started by torchrun, in several that share each batch
 """
 
 import copy
-import json
 import math
 import pickle
 import sys
@@ -248,7 +247,7 @@ class Trainer:
                 model.save_pretrained(folder)
             elif not (folder / checkpoint.CONFIG).exists():  # the architecture, which a resumed run reads
                 with replacing(folder / checkpoint.CONFIG) as temporary:
-                    temporary.write_text(json.dumps(checkpoint.contents(model)[0], indent=2) + "\n")
+                    temporary.write_text(checkpoint.json_text(checkpoint.contents(model)[0]))
             with replacing(folder / TOKENIZER) as temporary:
                 self.tokenizer.save(temporary)
             with replacing(folder / STATE) as temporary:
