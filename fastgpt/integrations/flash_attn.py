@@ -197,8 +197,9 @@ def flash_attn_with_kvcache(
         if rows.is_cpu and ((rows < 0) | (rows >= len(k_cache))).any():
             raise ValueError(f"cache_batch_idx: expected rows from 0 to {len(k_cache) - 1}, got {rows.tolist()}")
         table = rows.unsqueeze(1)  # each row of the cache is a page
-    if k is None and (v is not None or rotary_cos is not None):
-        raise ValueError(f"k: expected new keys with {'v' if v is not None else 'rotary_cos'}, got None")
+    for name, x in (("v", v), ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+        if k is None and x is not None:
+            raise ValueError(f"k: expected new keys with {name}, got None")
     if lengths is not None:
         new = 0 if k is None else _number_of_tokens("k", k)
         _check_room(lengths, new, k_cache.shape[1], table if rows is None else None)
@@ -268,6 +269,11 @@ def _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, int
         return q, cache_seqlens + T_new
     for name, x in (("cos", cos), ("sin", sin)):
         require_tensor(name, x, 2)
+    if 2 * cos.shape[1] > q.shape[3]:
+        raise ValueError(f"cos: expected at most {q.shape[3] // 2} columns, half of the head dim, got shape {tuple(cos.shape)}")
+    require_shape("sin", sin, tuple(cos.shape), "to match rotary_cos")
+    if positions.is_cpu and positions[:, :T_new].numel() and (last := positions[:, :T_new].max().item()) >= cos.shape[0]:
+        raise ValueError(f"cos: expected more than {last} rows, the last position of k, got {cos.shape[0]}")
     angles = [x.float() for x in (cos, sin)]
     options = {"interleaved": interleaved, "block_table": block_table}
     if T == T_new and (local or T == 1):
