@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from fastgpt.checks import (
     require_device, require_dtype, require_flag, require_integer, require_number, require_shape, require_tensor,
 )  # fmt: skip
-from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, attention, attention_varlen
+from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, SOFTCAPS, attention, attention_varlen
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 
@@ -438,9 +438,16 @@ def _options(
         require_device("alibi_slopes", alibi_slopes, q.device)
     return {
         "causal": causal, "window_size": tuple(_integer("window_size", size, -1) for size in window_size),
-        "softcap": require_number("softcap", softcap, least=0), "alibi_slopes": alibi_slopes,
+        "softcap": _softcap(softcap), "alibi_slopes": alibi_slopes,
         "scale": require_number("softmax_scale", softmax_scale, optional=True), "dropout_p": dropout_p,
     }  # fmt: skip
+
+
+def _softcap(value) -> float:
+    value, (least, most) = require_number("softcap", value), SOFTCAPS
+    if value != 0 and not least <= value <= most:
+        raise ValueError(f"softcap: expected 0 for none, or a number >= {least} and <= {most}, got {value}")
+    return value
 
 
 def _integer(name: str, value, least: int) -> int:

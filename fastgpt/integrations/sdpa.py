@@ -24,6 +24,7 @@ _attention_forward = without_autograd(torch.ops.fastgpt.attention_forward.defaul
 _attention_backward = without_autograd(torch.ops.fastgpt.attention_backward.default)
 
 FEW_QUERIES = 16
+LARGEST_SCALE = torch.finfo(torch.float32).max
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -168,6 +169,8 @@ def _refuses_surroundings(query, key, value, attn_mask, dropout_p, is_causal, sc
         or type(enable_gqa) is not bool
     ):
         return "dropout_p, is_causal, scale or enable_gqa is of a type that PyTorch converts or rejects"
+    if scale is not None and not abs(scale) <= LARGEST_SCALE:
+        return f"scale is {scale}, which is no finite number in fp32"
     if torch._C._len_torch_dispatch_stack():
         return "a mode of __torch_dispatch__ is active, which is to see PyTorch's operators"
     if transforms_active():
