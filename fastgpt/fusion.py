@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 PLAIN = {
     nn.Linear: (nn.Linear.forward, 2), nn.Embedding: (nn.Embedding.forward, 1), nn.ModuleList: (nn.ModuleList.forward, 0)
 }  # fmt: skip
-PLAIN_WEIGHTS = {nn.Parameter, torch.Tensor, type(None)}  # no type that derives from them, whose operations may be its own
+_PLAIN_TYPES = (nn.Parameter, torch.Tensor)  # no type that derives from them, whose operations may be its own
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(hooked, f"_global{name}") for name in HOOKS]
 
@@ -32,11 +32,16 @@ def plain(weights: int):
     return decorate
 
 
+def is_plain_weight(weight) -> bool:
+    """Whether an operation takes a weight as it is: a plain tensor whose rows are contiguous, not a transposed one say."""
+    return type(weight) in _PLAIN_TYPES and (weight.dim() < 2 or weight.stride(-1) == 1)
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module does what its class says, and nothing else.
 
     It does not with hooks, its own or global ones, with another forward, or where weights are not plain tensors: sharded,
-    quantized or computed ones. A class that derives from a plain one is not plain, nor is one that was parametrized.
+    quantized, computed or transposed ones. A class that derives from a plain one is not plain, nor is one that was parametrized.
     """
     kind, state = type(module), module.__dict__
     known, weights = PLAIN.get(kind), state["_parameters"]
@@ -47,7 +52,7 @@ def is_plain(module: nn.Module) -> bool:
         and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
         and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
         and len(weights) == known[1]
-        and PLAIN_WEIGHTS.issuperset(map(type, weights.values()))
+        and all(weight is None or is_plain_weight(weight) for weight in weights.values())
         and not any(GLOBAL_HOOKS)
     )
 
