@@ -464,6 +464,9 @@ def write(
     files = {CONFIG: json_text(config)} | ({GENERATION_CONFIG: json_text(generation)} if generation else {})
     with writing("folder", folder, "a folder"):
         folder.mkdir(parents=True, exist_ok=True)
+        for name in (*files, WEIGHTS):
+            if (folder / name).is_dir():
+                raise IsADirectoryError(f"{name} in it is a folder")
         # Each is there before the first takes its place.
         with contextlib.ExitStack() as written:
             for name, text in files.items():
@@ -501,7 +504,8 @@ class replacing:
         return self.temporary
 
     def __exit__(self, exception, *_):
-        if exception is None:
-            os.replace(self.temporary, self.path)
-        else:
+        try:
+            if exception is None:
+                os.replace(self.temporary, self.path)
+        finally:
             self.temporary.unlink(missing_ok=True)

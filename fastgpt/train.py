@@ -75,7 +75,6 @@ class TrainConfig:
             object.__setattr__(self, name, value)
 
 
-
 ANYTHING = schema.Field(lambda name, value: value)
 
 

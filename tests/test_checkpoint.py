@@ -395,6 +395,12 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(folder, tmp_path, monkeyp
     fails(ValueError, "^generation_defaults.top_k: expected", generation_defaults={"top_k": np.array([5])})
     fails(ValueError, "^config.json: expected .*got object", checkpoint_config=model.checkpoint_config | {"x_token_id": object()})
     fails(OSError, "^folder: expected a folder that can be written to, .* is none: I/O error: No space", save_file=full)
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").mkdir()
+    with raises("^folder: .* is none: generation_config.json in it is a folder", OSError):
+        model.save_pretrained(folder)
+    (folder / "generation_config.json").rmdir()
+    del before["generation_config.json"]
     monkeypatch.setattr(model.norm, "weight", torch.nn.Parameter(model.norm.weight.to("meta")))
     fails(ValueError, "^model: expected weights, got model.norm.weight on the meta device")
 
