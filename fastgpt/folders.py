@@ -1,5 +1,6 @@
 """Files of a checkpoint folder, which may come from anywhere: where one lies, and that it lies there."""
 
+import os
 from pathlib import Path
 
 
@@ -16,7 +17,7 @@ def find(folder: Path, name: str | Path, argument: str = "model") -> Path | None
     Raises: ValueError for another link.
     """
     path = folder / name
-    if not path.is_file():
+    if not os.path.isfile(path):  # nor of a name that is too long, of which Path.is_file() is an error
         return None
     own, target = folder.resolve(), path.resolve()
     roots = [own]

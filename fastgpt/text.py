@@ -1,6 +1,7 @@
 """Text to token ids and back: one wrapper around the `tokenizers` library, for character-level and any other model."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -49,7 +50,7 @@ class Tokenizer:
     def load(cls, path: str | Path, **options) -> "Tokenizer":
         """Reads a `tokenizer.json`; options: those of the class. Raises FileNotFoundError, ValueError if it is damaged."""
         path = require_path("tokenizer", path)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise FileNotFoundError(f"tokenizer: expected the file {path}, which does not exist")
         content = read_text(path)
         try:

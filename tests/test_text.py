@@ -42,6 +42,12 @@ def test_unknown_characters_are_named():
         Tokenizer.from_corpus("abc").encode("0123456789")
 
 
+def test_names_that_are_too_long(tmp_path):
+    for read in (Tokenizer.load, Tokenizer.from_folder):
+        with pytest.raises(FileNotFoundError, match="^tokenizer: expected the file .*x.*, which does not exist"):
+            read(tmp_path / ("x" * 5000))
+
+
 LINKED = [
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "generation_config.json", "config.json", "chat_template.jinja", "additional_chat_templates/a.jinja",
