@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 PLAIN = {
     nn.Linear: (nn.Linear.forward, 2), nn.Embedding: (nn.Embedding.forward, 1), nn.ModuleList: (nn.ModuleList.forward, 0)
 }  # fmt: skip
-_PLAIN_TYPES = (nn.Parameter, torch.Tensor)  # no type that derives from them, whose operations may be its own
+PLAIN_WEIGHTS = {nn.Parameter, torch.Tensor, type(None)}  # no type that derives from them, whose operations may be its own
+MATRICES = {nn.Linear, nn.Embedding}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(hooked, f"_global{name}") for name in HOOKS]
 
@@ -32,9 +33,9 @@ def plain(weights: int):
     return decorate
 
 
-def is_plain_weight(weight) -> bool:
-    """Whether an operation takes a weight as it is: a plain tensor whose rows are contiguous, not a transposed one say."""
-    return type(weight) in _PLAIN_TYPES and (weight.dim() < 2 or weight.stride(-1) == 1)
+def is_plain_matrix(weight) -> bool:
+    """Whether operations take a matrix as it is: a plain tensor whose rows are contiguous, not a transposed one say."""
+    return weight is not None and type(weight) in PLAIN_WEIGHTS and weight.stride(-1) == 1
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -52,7 +53,8 @@ def is_plain(module: nn.Module) -> bool:
         and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
         and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
         and len(weights) == known[1]
-        and all(weight is None or is_plain_weight(weight) for weight in weights.values())
+        and PLAIN_WEIGHTS.issuperset(map(type, weights.values()))
+        and (kind not in MATRICES or is_plain_matrix(weights.get("weight")))
         and not any(GLOBAL_HOOKS)
     )
 
