@@ -38,7 +38,6 @@ TOKENIZER_FILES = (  # what a checkpoint has beside its tokenizer.json, into whi
     "generation_config.json",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 OUTPUT_ERRORS = {errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT}  # of a stream, which has no name: of the file behind it
 
 

@@ -169,8 +169,6 @@ def _refuses_surroundings(query, key, value, attn_mask, dropout_p, is_causal, sc
         or type(enable_gqa) is not bool
     ):
         return "dropout_p, is_causal, scale or enable_gqa is of a type that PyTorch converts or rejects"
-    if scale is not None and not abs(scale) <= LARGEST_SCALE:
-        return f"scale is {scale}, which is no finite number in fp32"
     if torch._C._len_torch_dispatch_stack():
         return "a mode of __torch_dispatch__ is active, which is to see PyTorch's operators"
     if transforms_active():
@@ -181,6 +179,8 @@ def _refuses_surroundings(query, key, value, attn_mask, dropout_p, is_causal, sc
 
 
 def _refuses_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> str | None:
+    if scale is not None and not abs(scale) <= LARGEST_SCALE:
+        return f"scale is {scale}, which is no finite number in fp32"
     dtype = query.dtype
     if dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and query is {dtype}"

@@ -124,6 +124,8 @@ def _store(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale):
         for name, target, rows in stored:
             try:  # a view made now, of a base that the write before may have been to
                 target.transpose(1, 2)[index[tokens], n[tokens]] = rows[tokens]
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise ValueError(f"{name}: expected a tensor that can be written to, which PyTorch refuses: {error}") from error
 
