@@ -20,7 +20,7 @@ from jinja2 import TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
@@ -33,6 +33,8 @@ WORK_PER_CHARACTER, WORK_PER_ENTRY = 64, 500  # of messages, tools, documents, v
 SIZE, SIZE_PER_CHARACTER = 4_000_000, 16  # characters and entries of one value, and of the prompt; likewise
 CHARACTERS_PER_STEP = 8  # that are copied or looked at
 INTEGER_BITS = 4096
+LARGE = 10**18  # more than anything has the size of
+SCOPES = ("_loop_vars", "_block_vars")  # what Jinja passes on to every call that is made within a loop or a block
 DEPTH = 100  # of lists and dicts in each other
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one entry of a message, the usual one first
 END = "\ue000end of the last message\ue000 "
@@ -426,16 +428,17 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context, __obj, *args, **kwargs):  # names that no keyword of a template has
         budget = BUDGET.get()
-        budget.spend(CALL + len(args) + len(kwargs))
+        given = {name: value for name, value in kwargs.items() if name not in SCOPES}
+        budget.spend(CALL + len(args) + len(given))
         if not isinstance(__obj, Macro):
-            budget.read(*args, *kwargs.values())
+            budget.read(*args, *given.values())
         owner = getattr(__obj, "__self__", None)
         if isinstance(__obj, types.BuiltinMethodType) or isinstance(owner, str):  # Markup's are not built in
             bound = METHODS.get(type(owner), {}).get(__obj.__name__)
             if bound is None:
                 raise SecurityError(f"{__obj.__name__!r} is not safely callable")
             args = [listed(value) for value in args]
-            bound(budget, owner, *args, **kwargs)
+            bound(budget, owner, *args, **given)
         with budget.calling():
             return budget.checked(super().call(__context, __obj, *args, **kwargs))
 
@@ -443,12 +446,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         name = getattr(value, "__name__", None)
         if name not in ("format", "format_map") or not isinstance(getattr(value, "__self__", None), str):
             return None
-        text = str(value.__self__)
+        text = value.__self__
+        formatter = EscapingFormatter(self, escape=text.escape) if isinstance(text, Markup) else LimitedFormatter(self)
 
         def formatted(*args, **kwargs):
             if name == "format_map":
                 (kwargs,), args = args, ()
-            return LimitedFormatter(self).vformat(text, args, kwargs)
+            return type(text)(formatter.vformat(str(text), args, kwargs))
 
         return update_wrapper(formatted, value)
 
@@ -465,6 +469,10 @@ class LimitedFormatter(SandboxedFormatter):
         return super().format_field(value, format_spec)
 
 
+class EscapingFormatter(LimitedFormatter, SandboxedEscapeFormatter):
+    """That of Markup."""
+
+
 def require_small_format(budget: Budget, text: str, values) -> None:
     """Pays for `text % values`."""
     budget.take(len(text))
@@ -474,8 +482,10 @@ def require_small_format(budget: Budget, text: str, values) -> None:
 
 
 def largest_number(text: str) -> int:
-    """Of those in a format, which are widths and precisions, or at least not smaller."""
-    return max((int(digits[:12]) for digits in re.findall("[0-9]+", text)), default=0)
+    """Of those in a format, which are widths and precisions, or at least not smaller. Python takes every script's digits, and
+    any number of zeros before a number."""
+    found = re.findall(r"\d+", text)
+    return max((min(int(digits), LARGE) if len(digits) < 1000 else LARGE for digits in found), default=0)
 
 
 def listed(value):

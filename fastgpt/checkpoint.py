@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fastgpt import memory, schema
-from fastgpt.checks import is_terminal, require_path
+from fastgpt import folders, memory, schema
+from fastgpt.checks import is_terminal, require_path, writing
 from fastgpt.families import ARCHITECTURES, FAMILIES, HEADS, TOKEN_IDS, Family, architecture, family_of
 from fastgpt.sampling import PENALTY
 
@@ -79,27 +80,6 @@ def _hub_reason(error: Exception, revision: str | None) -> str:
     return type(error).__name__ + (f": {lines[0]}" if lines else "")
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    """The file of that name in a checkpoint, or None.
-
-    A checkpoint may come from anywhere, so that links do not lead out of the folder, except into the Hub's cache: there a
-    checkpoint is a folder CACHE/models--ID/snapshots/COMMIT of links to CACHE/models--ID/blobs, some of them links to
-    CACHE/blobs.
-
-    Raises: ValueError for another link.
-    """
-    path = folder / name
-    if not path.is_file():
-        return None
-    own, target = folder.resolve(), path.resolve()
-    roots = [own]
-    if own.parent.name == "snapshots":
-        roots += [own.parents[1] / "blobs", own.parents[2] / "blobs"]
-    if not any(target.is_relative_to(root) for root in roots):
-        raise ValueError(f"model: {path}: expected a file in this folder, got a link to {target}")
-    return path
-
-
 def _read_json(path: Path) -> dict:
     try:
         return schema.read_json(path)
@@ -123,7 +103,7 @@ def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, di
 
     Raises: FileNotFoundError; ValueError that names the file and the entry that is wrong.
     """
-    path = _file(folder, CONFIG)
+    path = folders.find(folder, CONFIG)
     if path is None:
         raise FileNotFoundError(f"model: expected {CONFIG} in the checkpoint folder {folder}")
     config = _read_json(path)
@@ -170,7 +150,7 @@ def read_generation_config(folder: Path) -> dict:
 
     Raises: ValueError that names the file and the entry.
     """
-    path = _file(folder, GENERATION_CONFIG)
+    path = folders.find(folder, GENERATION_CONFIG)
     if path is None:
         return {}
     content = _read_json(path)
@@ -188,7 +168,10 @@ def read_generation_config(folder: Path) -> dict:
 def generation_config(defaults: dict) -> dict:
     """What `read_generation_config` reads as these."""
     config = {"eos_token_id" if name == "eos" else name: value for name, value in defaults.items()}
-    schema.read(GENERATION, config, "generation_defaults.", closed=True)
+    if isinstance(eos := config.get("eos_token_id"), (np.ndarray, torch.Tensor)):
+        config["eos_token_id"] = eos.tolist()
+    checked = schema.read(GENERATION, config, "generation_defaults.", closed=True)
+    config = {name: checked[name] for name in config}
     if config.get("temperature") is not None:
         config["do_sample"] = config["temperature"] > 0
         if not config["do_sample"]:
@@ -286,7 +269,7 @@ def load(folder: Path, build: Callable[[dict, dict], torch.nn.Module], head: str
 
 def _weight_files(folder: Path) -> dict[Path, list[str]]:
     """The safetensors files of a checkpoint, and the names of weights that the index says are in each."""
-    path, index = _file(folder, WEIGHTS), _file(folder, INDEX)
+    path, index = folders.find(folder, WEIGHTS), folders.find(folder, INDEX)
     if path is not None:
         return {path: []}
     if index is None:
@@ -305,7 +288,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
             raise ValueError("weight_map: expected at least one weight, got none")
     files = {}
     for shard in sorted(set(shards.values())):
-        path = _file(folder, shard)
+        path = folders.find(folder, shard)
         if path is None:
             raise FileNotFoundError(f"model: expected {shard} in the checkpoint folder {folder}, which {INDEX} names")
         files[path] = [name for name, entry in shards.items() if entry == shard]
@@ -469,22 +452,46 @@ def write(
 
     head: one of HEADS, if the model is one; entries: of config.json, beyond what its decoder has.
 
-    Raises: ValueError that names what is wrong in generation_defaults; nothing is written then.
+    Raises: ValueError that names what is wrong in the model or generation_defaults; OSError where the folder cannot be written
+        to. It is as it was then.
     """
     folder = require_path("folder", folder)
     generation = generation_config(generation_defaults or {})
     config, weights = contents(model, head, entries)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
-    with replacing(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-    # What a checkpoint that was there before had.
-    (folder / INDEX).unlink(missing_ok=True)
-    (folder / GENERATION_CONFIG).unlink(missing_ok=True)
-    if generation:
-        with replacing(folder / GENERATION_CONFIG) as temporary:
-            temporary.write_text(json.dumps(generation, indent=2) + "\n")
+    for name, weight in weights.items():
+        if weight.is_meta:
+            raise ValueError(f"model: expected weights, got {name} on the meta device, which has none")
+    files = {CONFIG: json_text(config)} | ({GENERATION_CONFIG: json_text(generation)} if generation else {})
+    with writing("folder", folder, "a folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*files, WEIGHTS):
+            if (folder / name).is_dir():
+                raise IsADirectoryError(f"{name} in it is a folder")
+        # Each is there before the first takes its place.
+        with contextlib.ExitStack() as written:
+            for name, text in files.items():
+                written.enter_context(replacing(folder / name)).write_text(text)
+            save_file(weights, written.enter_context(replacing(folder / WEIGHTS)), metadata={"format": "pt"})
+        # What a checkpoint that was there before had.
+        for name in {INDEX, GENERATION_CONFIG} - files.keys():
+            (folder / name).unlink(missing_ok=True)
+
+
+def json_text(config: dict) -> str:
+    """What a JSON file of a checkpoint says. NumPy's and PyTorch's numbers are such there, too.
+
+    Raises: ValueError for what is none of JSON's values.
+    """
+
+    def plain(value):
+        if getattr(value, "ndim", None) == 0:
+            return value.item()
+        raise TypeError(f"got {type(value).__name__} among them")
+
+    try:
+        return json.dumps(config, indent=2, default=plain, allow_nan=False) + "\n"
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{CONFIG}: expected finite numbers, strings, lists and dicts, {error}") from None
 
 
 class replacing:
@@ -497,7 +504,8 @@ class replacing:
         return self.temporary
 
     def __exit__(self, exception, *_):
-        if exception is None:
-            os.replace(self.temporary, self.path)
-        else:
+        try:
+            if exception is None:
+                os.replace(self.temporary, self.path)
+        finally:
             self.temporary.unlink(missing_ok=True)

@@ -1,10 +1,12 @@
 """Input checks that the package shares. Each error begins with the argument's name and says what was expected and what
 came: TypeError for a wrong type or dtype, ValueError for a wrong shape, layout, device or range."""
 
+import contextlib
 import operator
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -143,12 +145,33 @@ def require_number(
 
 
 def require_path(name: str, value) -> Path:
-    """The value as a path. An empty one, which would be the current directory, is none."""
-    if not isinstance(value, (str, os.PathLike)):
+    """The value as a path. An empty one, which would be the current directory, is none, and one that no file can have."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise TypeError(f"{name}: expected a path, got {_shown(value)}")
     if not os.fspath(value):
         raise ValueError(f"{name}: expected a path, got an empty string")
+    try:
+        is_possible = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # a lone surrogate
+        is_possible = False
+    if not is_possible:
+        raise ValueError(f"{name}: expected a path, got {os.fspath(value)!r}, which no file can have")
     return Path(value)
+
+
+@contextlib.contextmanager
+def writing(name: str, path: Path, kind: str) -> Iterator[None]:
+    """What goes wrong when something is written there is an OSError that begins with the argument's name.
+
+    kind: of thing that was expected, such as "a folder".
+    """
+    try:
+        yield
+    except (MemoryError, TypeError, ValueError):
+        raise
+    except Exception as error:  # of what is full or may not be written to, libraries make errors of their own kinds
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise OSError(f"{name}: expected {kind} that can be written to, {path} is none: {reason}") from error
 
 
 def is_terminal(stream) -> bool:

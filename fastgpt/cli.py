@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -37,6 +38,7 @@ TOKENIZER_FILES = (  # what a checkpoint has beside its tokenizer.json, into whi
     "generation_config.json",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OUTPUT_ERRORS = {errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT}  # of a stream, which has no name: of the file behind it
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,6 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the exit's flush complain
     except (ValueError, TypeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in OUTPUT_ERRORS and error.filename is None and sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            error = f"output: expected one that can be written to, got {error.strerror}"
         report(f"fastgpt: error: {error}")
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -18,6 +18,7 @@ PLAIN = {
     nn.Linear: (nn.Linear.forward, 2), nn.Embedding: (nn.Embedding.forward, 1), nn.ModuleList: (nn.ModuleList.forward, 0)
 }  # fmt: skip
 PLAIN_WEIGHTS = {nn.Parameter, torch.Tensor, type(None)}  # no type that derives from them, whose operations may be its own
+MATRICES = {nn.Linear, nn.Embedding}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(hooked, f"_global{name}") for name in HOOKS]
 
@@ -32,11 +33,16 @@ def plain(weights: int):
     return decorate
 
 
+def is_plain_matrix(weight) -> bool:
+    """Whether operations take a matrix as it is: a plain tensor whose rows are contiguous, not a transposed one say."""
+    return weight is not None and type(weight) in PLAIN_WEIGHTS and weight.stride(-1) == 1
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module does what its class says, and nothing else.
 
     It does not with hooks, its own or global ones, with another forward, or where weights are not plain tensors: sharded,
-    quantized or computed ones. A class that derives from a plain one is not plain, nor is one that was parametrized.
+    quantized, computed or transposed ones. A class that derives from a plain one is not plain, nor is one that was parametrized.
     """
     kind, state = type(module), module.__dict__
     known, weights = PLAIN.get(kind), state["_parameters"]
@@ -48,6 +54,7 @@ def is_plain(module: nn.Module) -> bool:
         and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
         and len(weights) == known[1]
         and PLAIN_WEIGHTS.issuperset(map(type, weights.values()))
+        and (kind not in MATRICES or is_plain_matrix(weights.get("weight")))
         and not any(GLOBAL_HOOKS)
     )
 

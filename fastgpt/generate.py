@@ -341,14 +341,14 @@ def as_prompts(model, ids) -> list[torch.Tensor]:
     """The rows of ids, or of a list of prompts, as 1-d int64 tensors. Raises TypeError or ValueError."""
     device = next(model.parameters()).device
     if isinstance(ids, np.ndarray):
-        ids = as_integers(ids).to(device)
+        ids = as_integers(ids, model).to(device)
     if isinstance(ids, torch.Tensor):
         require_tensor("ids", ids)
         if ids.dim() != 2:
             raise ValueError(f"ids: expected shape (B, T) or a list of prompts, got shape {tuple(ids.shape)}")
         prompts = list(ids)
     elif is_several(ids):
-        prompts = [as_prompt(prompt, device) for prompt in ids]
+        prompts = [as_prompt(prompt, model, device) for prompt in ids]
     else:
         raise TypeError(f"ids: expected a torch.Tensor or a list of prompts, got {type(ids).__name__}")
     if not prompts or any(prompt.dim() != 1 or len(prompt) == 0 for prompt in prompts):
@@ -364,12 +364,12 @@ def as_prompts(model, ids) -> list[torch.Tensor]:
     return prompts
 
 
-def as_prompt(prompt, device) -> torch.Tensor:
+def as_prompt(prompt, model, device) -> torch.Tensor:
     if isinstance(prompt, torch.Tensor):
         require_tensor("ids", prompt)
         return prompt
     if isinstance(prompt, np.ndarray):
-        return as_integers(prompt).to(device)
+        return as_integers(prompt, model).to(device)
     try:
         ids = torch.tensor(prompt, device=device)
     except (TypeError, ValueError, RuntimeError):  # not numbers, or too large
@@ -382,9 +382,11 @@ def as_prompt(prompt, device) -> torch.Tensor:
     return ids
 
 
-def as_integers(ids: np.ndarray) -> torch.Tensor:
+def as_integers(ids: np.ndarray, model) -> torch.Tensor:
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"ids: expected integers, got an array of {ids.dtype}")
+    if ids.dtype == np.uint64 and ids.size:  # which int64 may have no room for
+        require_in_vocabulary("ids", int(ids.max()), model)
     return torch.from_numpy(ids.astype(np.int64))
 
 

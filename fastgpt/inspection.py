@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastgpt.cache import Uncached
-from fastgpt.checks import require_path
+from fastgpt.checks import require_path, writing
 from fastgpt.context import Context, uncached
 from fastgpt.ops.attention import attention_reference
 
@@ -163,6 +163,7 @@ def draw_attention(pattern: torch.Tensor, tokens: list[str], path: str | Path, t
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
         try:
-            figure.savefig(path, dpi=150)
+            with writing("attention", path, "a file"):
+                figure.savefig(path, dpi=150)
         except ValueError as error:
             raise ValueError(f"attention: expected a file of a kind that matplotlib draws, got {path}: {error}") from error

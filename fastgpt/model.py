@@ -28,7 +28,7 @@ from fastgpt.cache import (
 from fastgpt.checks import is_autocasting, require_flag, require_integer
 from fastgpt.context import Context, Given, read_context, require_causal, require_context, require_ids, stored_context, uncached
 from fastgpt.families import DECODER_SCHEMA, MAX_HEAD_DIM
-from fastgpt.fusion import PLAIN_WEIGHTS, computes, is_training, plain
+from fastgpt.fusion import computes, is_plain_matrix, is_training, plain
 from fastgpt.generate import generate
 from fastgpt.inspection import run_with_cache
 from fastgpt.ops.linear import finish, linear
@@ -376,7 +376,7 @@ class GPT(nn.Module):
         if not isinstance(weight, torch.Tensor):
             got = type(self.token_embedding).__name__
             raise ValueError(f"token_embedding: expected a weight, which is the output matrix too, in a module of type {got}")
-        if type(weight) not in PLAIN_WEIGHTS or not computes(self.norm, Norm.forward):
+        if not is_plain_matrix(weight) or not computes(self.norm, Norm.forward):
             return F.linear(self.norm(hidden), weight)
         return linear(hidden, weight, **self.norm.before())
 

@@ -34,7 +34,8 @@ def pipeline(
 
     Raises: FileNotFoundError, ValueError that says what is missing or damaged.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = checkpoint.resolve(path, revision)
     tokenizer = Tokenizer.from_folder(folder)
     return Pipeline(GPT.from_pretrained(folder, dtype=dtype, device=device), tokenizer)
@@ -75,7 +76,7 @@ class Pipeline:
         """Yields the text that follows on a prompt or on messages as it comes, in whole characters."""
         if options.get("num_samples", 1) != 1:
             raise ValueError(f"num_samples: expected 1 for a stream, got {options['num_samples']!r}")
-        run = self.start([prompt], max_new_tokens, **options)
+        run = self._text_run([prompt], max_new_tokens, options)
         return (piece for pieces in run for piece in pieces if piece)
 
     def start(
@@ -103,6 +104,11 @@ class Pipeline:
         else:
             if not (template_variables is None or isinstance(template_variables, dict)):
                 raise TypeError(f"template_variables: expected a dict, got {template_variables!r}")
+            for name in template_variables or ():
+                if not isinstance(name, str):
+                    raise TypeError(f"template_variables: expected names that are strings, got {name!r}")
+                if name in ("messages", "self"):
+                    raise ValueError(f"template_variables: expected none named {name}, which the template has already")
             name, ids = "messages", self.tokenizer.encode_chat(prompt, **template_variables or {})
         if not ids:
             raise ValueError(f"{name}: expected at least one token, got an empty prompt")
@@ -111,8 +117,18 @@ class Pipeline:
             raise ValueError(f"{name}: expected tokens of the model, which has {size}, got {token!r} with id {max(ids)}")
         return ids
 
-    def _texts(self, prompts, max_new_tokens, options):
+    def _text_run(self, prompts, max_new_tokens, options) -> "Run":
+        """Of which only the texts are given."""
         run = self.start(prompts, max_new_tokens, **options)
+        if run.options.return_logprobs:
+            raise ValueError(
+                "return_logprobs: expected False where the text is all that is returned, got True; the rows of "
+                "pipe.start([prompt], return_logprobs=True).finish() have logprobs"
+            )
+        return run
+
+    def _texts(self, prompts, max_new_tokens, options):
+        run = self._text_run(prompts, max_new_tokens, options)
         texts, n = [row.text for row in run.finish()], run.options.num_samples
         return texts if n == 1 else [texts[begin : begin + n] for begin in range(0, len(texts), n)]
 

@@ -1,6 +1,7 @@
 """Text to token ids and back: one wrapper around the `tokenizers` library, for character-level and any other model."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -9,8 +10,8 @@ from pathlib import Path
 import tokenizers
 
 from fastgpt import vocabularies
-from fastgpt.checks import require_flag, require_integer, require_path
-from fastgpt.vocabularies import read_json, read_text
+from fastgpt.checks import require_flag, require_integer, require_path, writing
+from fastgpt.vocabularies import find, read_json, read_text
 
 CONTEXT = 16  # tokens of a prompt that decide how the next ones read: with a space before them, say
 # The library's panics are no Exception; these are none either, and are no faults of what it was given.
@@ -49,7 +50,7 @@ class Tokenizer:
     def load(cls, path: str | Path, **options) -> "Tokenizer":
         """Reads a `tokenizer.json`; options: those of the class. Raises FileNotFoundError, ValueError if it is damaged."""
         path = require_path("tokenizer", path)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise FileNotFoundError(f"tokenizer: expected the file {path}, which does not exist")
         content = read_text(path)
         try:
@@ -80,13 +81,13 @@ class Tokenizer:
         Raises: FileNotFoundError, or ValueError that says which file is damaged, or which library to install.
         """
         folder = require_path("tokenizer", folder)
-        config = read_json(folder / "tokenizer_config.json")
+        config = read_json(folder, "tokenizer_config.json")
         older, eos, special_tokens = None, _eos_ids(folder), _special_tokens(folder, config)
-        if (folder / "tokenizer.json").is_file():
-            backend = cls.load(folder / "tokenizer.json").backend
-        elif (folder / "tokenizer.model").is_file():
-            older = vocabularies.sentencepiece, folder / "tokenizer.model"
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        if (path := find(folder, "tokenizer.json")) is not None:
+            backend = cls.load(path).backend
+        elif (path := find(folder, "tokenizer.model")) is not None:
+            older = vocabularies.sentencepiece, path
+        elif find(folder, "vocab.json") is not None and find(folder, "merges.txt") is not None:
             older = vocabularies.byte_level, folder
         else:
             raise FileNotFoundError(
@@ -111,7 +112,9 @@ class Tokenizer:
         return cls(backend, special_tokens=special_tokens, eos=eos, chat_template=_chat_templates(folder, config))
 
     def save(self, path: str | Path) -> None:
-        self.backend.save(str(require_path("path", path)))
+        path = require_path("path", path)
+        with writing("path", path, "a file"):
+            self.backend.save(str(path))
 
     @property
     def vocab_size(self) -> int:
@@ -380,7 +383,7 @@ TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
     """Names of special tokens -> what they are."""
     result = {}
-    for source in (read_json(folder / "special_tokens_map.json"), config):
+    for source in (read_json(folder, "special_tokens_map.json"), config):
         for name, token in source.items():
             token = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(token, str):
@@ -391,7 +394,7 @@ def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
 def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_tokens: dict[str, str]) -> None:
     """Adds the tokens that the vocabulary lacks, and makes those special that are named so."""
     special = list(special_tokens.values())
-    for source in (read_json(folder / "special_tokens_map.json"), config):
+    for source in (read_json(folder, "special_tokens_map.json"), config):
         for name in ("additional_special_tokens", "extra_special_tokens"):
             listed = source.get(name)
             listed = listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else []
@@ -400,7 +403,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, speci
 
     declared = {}  # id -> token, in files of which the last goes before the others
     path = folder / "added_tokens.json"
-    for content, index in read_json(path).items():
+    for content, index in read_json(folder, path.name).items():
         declared[_added_id(path, index)] = tokenizers.AddedToken(
             content, special=content in special, normalized=content not in special
         )
@@ -452,20 +455,21 @@ def _chat_templates(folder: Path, config: dict) -> str | dict[str, str] | None:
     if not all(isinstance(part, str) for entry in stored for part in entry):
         raise ValueError(f"tokenizer: {path} is damaged: chat_template: expected texts, by name, got {_shown(stored)}")
     templates = dict(stored)
-    if (folder / "chat_template.jinja").is_file():
-        templates["default"] = read_text(folder / "chat_template.jinja")
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = read_text(path)
+    if (path := find(folder, "chat_template.jinja")) is not None:
+        templates["default"] = read_text(path)
+    for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        if find(folder, path.relative_to(folder)) is not None:
+            templates[path.stem] = read_text(path)
     return templates.get("default") if templates.keys() <= {"default"} else templates
 
 
 def _eos_ids(folder: Path) -> list[int]:
     """The tokens that end a text, whether the vocabulary has them or not."""
-    generation = read_json(folder / "generation_config.json")
+    generation = read_json(folder, "generation_config.json")
     path, config = folder / "generation_config.json", generation
     if "eos_token_id" not in generation:
         path = folder / "config.json"
-        config = read_json(path)
+        config = read_json(folder, path.name)
     stored = config.get("eos_token_id")
     ids = stored if isinstance(stored, list) else [] if stored is None else [stored]
     if not all(type(token) is int for token in ids):

@@ -4,9 +4,7 @@ It runs in one process or, started by torchrun, in several that share each batch
 """
 
 import copy
-import json
 import math
-import pickle
 import sys
 import tempfile
 import time
@@ -20,9 +18,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from fastgpt import checkpoint
+from fastgpt import checkpoint, schema
 from fastgpt.checkpoint import STATE, TOKENIZER, replacing, resolve
-from fastgpt.checks import require_choice, require_integer, require_number
+from fastgpt.checks import require_choice, require_integer, require_number, require_path, require_tensor
 from fastgpt.corpus import summarize, tokenize
 from fastgpt.distributed import Processes, skeleton
 from fastgpt.evaluate import evaluate, split
@@ -76,6 +74,58 @@ class TrainConfig:
         for name, value in checked.items():  # NumPy's numbers as Python's
             object.__setattr__(self, name, value)
 
+
+ANYTHING = schema.Field(lambda name, value: value)
+
+
+def _dict_of(kind: type, entry: schema.Field = ANYTHING) -> schema.Field:
+    """A dict from keys of one type."""
+
+    def check(name, value):
+        if not isinstance(value, dict):
+            raise TypeError(f"{name}: expected a dict, got {type(value).__name__}")
+        for key in value:
+            if type(key) is not kind:
+                raise TypeError(f"{name}: expected keys of type {kind.__name__}, got {key!r}")
+        return {key: entry.check(f"{name}.{key}", x) for key, x in value.items()}
+
+    return schema.Field(check)
+
+
+def _numbers(name: str, value) -> torch.Tensor:
+    require_tensor(name, value)
+    if not value.is_floating_point() or value.device.type != "cpu" or not value.isfinite().all():
+        raise ValueError(f"{name}: expected finite floating-point numbers, got {value.dtype} or NaN or infinity")
+    return value
+
+
+def _loss(name: str, value) -> float:
+    return math.inf if value == math.inf else require_number(name, value)  # before the first evaluation
+
+
+def _settings(name: str, value) -> TrainConfig:
+    given = _dict_of(str).check(name, value)
+    try:
+        return TrainConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+TENSORS = _dict_of(str, schema.Field(_numbers))
+STATE_ENTRIES = {  # of the file STATE
+    "config": schema.Field(_settings),
+    "text_hash": schema.text(),
+    "step": schema.integer(0, 2**62),
+    "best_loss": schema.Field(_loss),
+    "model": TENSORS,
+    "optimizer": schema.Field(
+        lambda name, value: schema.read(
+            {"state": _dict_of(int, TENSORS), "param_groups": schema.several(_dict_of(str))},
+            _dict_of(str).check(name, value),
+            f"{name}.",
+        )
+    ),
+}
 
 # Settings that a resumed run keeps: they make the model, or what its held-out losses are compared by.
 KEPT = ("layers", "heads", "width", "context", "dropout", "eval_windows")
@@ -248,7 +298,7 @@ class Trainer:
                 model.save_pretrained(folder)
             elif not (folder / checkpoint.CONFIG).exists():  # the architecture, which a resumed run reads
                 with replacing(folder / checkpoint.CONFIG) as temporary:
-                    temporary.write_text(json.dumps(checkpoint.contents(model)[0], indent=2) + "\n")
+                    temporary.write_text(checkpoint.json_text(checkpoint.contents(model)[0]))
             with replacing(folder / TOKENIZER) as temporary:
                 self.tokenizer.save(temporary)
             with replacing(folder / STATE) as temporary:
@@ -271,15 +321,12 @@ class Trainer:
 
         Raises: FileNotFoundError; ValueError when the state is damaged or belongs to another text, or a setting cannot change.
         """
+        folder = require_path("resume", folder)
         path = folder / STATE
         if not path.is_file():
             raise FileNotFoundError(f"resume: expected {STATE} of an earlier run in {folder}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            config, text_hash, step, best_loss = (state[name] for name in ("config", "text_hash", "step", "best_loss"))
-            config = TrainConfig(**config)
-        except (EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"resume: {path} is damaged: {_reason(error)}") from error
+        state = read_state(path)
+        config, step = state["config"], state["step"]
         for name, value in changed.items():
             if name in KEPT and value != getattr(config, name):
                 raise ValueError(
@@ -288,7 +335,7 @@ class Trainer:
         config = replace(config, **changed)
         if config.steps < step:
             raise ValueError(f"steps: expected at least {step}, which the run in {folder} has done, got {config.steps}")
-        if summarize(text).sha256 != text_hash:
+        if summarize(text).sha256 != state["text_hash"]:
             raise ValueError(f"text: expected the text that the run in {folder} was started with, got another")
         _, model_config, of_config = checkpoint.read_config(folder)
         model = GPT(GPTConfig(**of_config))
@@ -297,25 +344,59 @@ class Trainer:
         trainer = cls(text, config, device, model=model, tokenizer=tokenizer, accumulate=accumulate, processes=processes)
         try:
             trainer.load(state["model"], state["optimizer"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"resume: {path} is damaged: {_reason(error)}") from error
-        trainer.optimizer.param_groups[0]["weight_decay"] = config.weight_decay  # the state's was that of before
-        trainer.step, trainer.best_loss = step, best_loss
+        except ValueError as error:
+            raise ValueError(f"resume: {path} is damaged: {error}") from None
+        trainer.step, trainer.best_loss = step, state["best_loss"]
         return trainer
 
     def load(self, model: dict, optimizer: dict) -> None:
-        """Takes over whole states of model and optimizer, of which this process may have a part."""
+        """Takes over whole states of model and optimizer, of which this process may have a part. Of the optimizer's these are
+        the moments: its settings are those of the run.
+
+        Raises: ValueError that names what does not fit.
+        """
         part, own = self.processes.part, self.model.state_dict()
+        _require_shapes("model", model, own)
+        groups = self.optimizer.state_dict()["param_groups"]
+        if [group.get("params") for group in optimizer["param_groups"]] != [group["params"] for group in groups]:
+            raise ValueError("optimizer.param_groups: expected the parameters of the model, got others")
+        parameters = dict(enumerate(parameter for group in self.optimizer.param_groups for parameter in group["params"]))
+        moments = optimizer["state"]  # none before the first step
+        if moments and moments.keys() != parameters.keys():
+            raise ValueError(f"optimizer.state: expected an entry for each of {len(parameters)} parameters, got {len(moments)}")
+        for i, entry in moments.items():
+            like = {"step": torch.empty(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+            _require_shapes(f"optimizer.state.{i}", entry, like)
         self.model.load_state_dict({name: part(value, own[name]) for name, value in model.items()})
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        moments = {
-            i: {name: part(value, parameters[i]) for name, value in entry.items()} for i, entry in optimizer["state"].items()
-        }
-        self.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
+        moments = {i: {name: part(value, parameters[i]) for name, value in entry.items()} for i, entry in moments.items()}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _require_shapes(name: str, given: dict, expected: dict) -> None:
+    if given.keys() != expected.keys():
+        lacking, more = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+        raise ValueError(f"{name}: expected the entries of this model, got {lacking[:5]} missing and {more[:5]} unexpected")
+    for entry, value in given.items():
+        if value.shape != expected[entry].shape:
+            raise ValueError(f"{name}.{entry}: expected shape {tuple(expected[entry].shape)}, got {tuple(value.shape)}")
+
+
+def read_state(path: Path) -> dict:
+    """What `Trainer.save` wrote of a run, every entry of the type that it has, and its config as a TrainConfig.
+
+    Raises: OSError; ValueError that names the file and what is wrong in it.
+    """
+    with path.open("rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # of half a dozen kinds, OSError among them, depending on where the file ends
+            raise ValueError(f"resume: {path} is damaged: {type(error).__name__}: {error}".splitlines()[0]) from error
+    try:
+        return schema.read(STATE_ENTRIES, _dict_of(str).check("state", state))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"resume: {path} is damaged: {error}") from None
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:

@@ -10,6 +10,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from fastgpt import folders
+
 SPACE = "▁"  # SentencePiece's
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of its pieces
 UNIGRAM, BPE = 1, 2  # and of its models
@@ -22,9 +24,15 @@ QWEN2_CLASSES = ("Qwen2Tokenizer",)
 END_OF_TEXT = "<|endoftext|>"  # of tokenizers of these classes that name no special tokens
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object, empty if there is no such file. Raises ValueError if it is damaged."""
-    if not path.is_file():
+def find(folder: Path, name: str | Path) -> Path | None:
+    """The file of that name in a tokenizer's folder, or None. Raises ValueError for a link out of it."""
+    return folders.find(folder, name, "tokenizer")
+
+
+def read_json(folder: Path, name: str) -> dict:
+    """The JSON object in that file, empty if there is none. Raises ValueError if it is damaged, or a link out of the folder."""
+    path = find(folder, name)
+    if path is None:
         return {}
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -60,11 +68,11 @@ def byte_level(folder: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[s
             f"merges.txt, got {name!r}"
         )
     path = folder / "vocab.json"
-    vocabulary = read_json(path)
+    vocabulary = read_json(folder, path.name)
     ids = list(vocabulary.values())
     if not all(type(index) is int and 0 <= index < 2**31 for index in ids) or len(set(ids)) < len(ids):
         raise ValueError(f"tokenizer: {path} is damaged: expected a distinct id for each token")
-    path = folder / "merges.txt"
+    path = find(folder, "merges.txt")
     merges = [line.rstrip("\r") for line in read_text(path).split("\n")]  # no other characters end a line
     if merges[0].startswith("#version"):
         del merges[0]

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from datetime import datetime
 
+import jinja2
 import numpy as np
 import pytest
 import transformers
@@ -225,6 +226,64 @@ def test_the_last_message_is_continued(template, content):
     assert tokenizer.chat_text(messages, continue_final_message=True) == expected and expected.rstrip().endswith("Sure")
 
 
+# Each method that a template may call, on the first content, and what formats, with keywords where Python takes them.
+EXPRESSIONS = [
+    f"c.{call}"
+    for call in (
+        "strip()", "lstrip(' H')", "rstrip('.')", "startswith('He')", "endswith(('.', '!'))", "removeprefix('H')",
+        "removesuffix('.')", "find('l')", "rfind('l', 1, 9)", "index('e')", "rindex('e')", "count('l')", "upper()", "lower()",
+        "capitalize()", "casefold()", "swapcase()", "isalnum()", "isalpha()", "isascii()", "isdecimal()", "isdigit()",
+        "isidentifier()", "islower()", "isnumeric()", "isprintable()", "isspace()", "istitle()", "isupper()", "split()",
+        "split(sep='l', maxsplit=1)", "rsplit('l', 1)", "splitlines(keepends=true)", "partition('l')", "rpartition('l')",
+        "title()", "center(20)", "center(20, '*')", "ljust(20)", "rjust(20, '.')", "zfill(20)", "expandtabs()",
+        "expandtabs(tabsize=3)", "replace('l', 'LL')", "replace('l', '', 1)", "join(['a', 'b'])",
+        "join(m.keys())", "join(messages | map(attribute='role'))", "format(1)", "format(a=1)",
+    )
+] + [
+    "m.get('role')", "m.get('x', 'none')", "m.keys() | list", "m.values() | list", "m.items() | list", "m.copy()",
+    "[1, 2, 1].count(1)", "[1, 2].index(2)", "[1, 2].copy()", "(1, 2, 1).count(1)", "(1, 2).index(2)", "(5).bit_length()",
+    "(1.5).is_integer()", "'{:>9}|{:.2f}|{!r:5}|{x:{w}}'.format(1, 2.5, 'a', x=3, w=4)", "'{role}'.format_map(m)",
+    "'%5d %-5s|' % (1, 'a')", "'%05.1f' | format(2.5)", "('<{}>' | e).format('<')", "('<b>' | e).join(['<', 'a'])",
+    "('<b>' | e).replace('b', '<')", "('<b>' | e).center(20)", "('<%s>' | e) % '<'", "range(3) | join", "dict(a=1)",
+    "namespace(x=3).x", "cycler('a', 'b').next()", "joiner(', ')()",
+]  # fmt: skip
+PLACES = {
+    "top": "{{ %s }}",
+    "loop": "{%% for i in range(2) %%}{{ %s }}{%% endfor %%}",
+    "loop with a condition": "{%% for i in range(3) if (%s) is defined %%}{{ i }}{%% endfor %%}",
+    "loops": "{%% for i in [1] recursive %%}{%% for k in [1, 2] %%}{%% set x = %s %%}{{ x }}{%% endfor %%}{%% endfor %%}",
+    "block": "{%% block a %%}{{ %s }}{%% endblock %%}",
+    "block in a loop": "{%% for i in [1, 2] %%}{%% block a scoped %%}{{ %s }}{%% endblock %%}{%% endfor %%}",
+    "loop in a block": "{%% block a %%}{%% set z = 1 %%}{%% for i in [1, 2] %%}{{ %s }}{%% endfor %%}{%% endblock %%}"
+    "{{ self.a() }}",
+    "macro": "{%% macro f(c, m) %%}{%% for i in [1] %%}{{ %s }}{%% endfor %%}{%% endmacro %%}"
+    "{%% for i in [1, 2] %%}{{ f(c, m=m) }}{%% endfor %%}",
+    "call": "{%% macro f() %%}{{ caller(2) }}{%% endmacro %%}"
+    "{%% for i in [1] %%}{%% call(n) f() %%}{{ %s }}{%% endcall %%}{%% endfor %%}",
+    "with": "{%% for i in [1] %%}{%% with y = %s %%}{%% if y is defined %%}{{ y }}{%% endif %%}{%% endwith %%}{%% endfor %%}",
+    "set block": "{%% for i in [1] %%}{%% set y %%}{{ %s }}{%% endset %%}{{ y }}{%% endfor %%}",
+    "filter": "{%% for i in [1] %%}{%% filter upper %%}{{ %s }}{%% endfilter %%}{%% endfor %%}",
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_every_method_gives_everywhere_what_jinja_gives(place):
+    """Jinja passes the variables of loops and blocks on to every call in them."""
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    messages = [{"role": "user", "content": "Hello {{}}{{a}},\tworld.\n"}, {"role": "assistant", "content": "x"}]
+    for expression in EXPRESSIONS:
+        source = "{% set m = messages[0] %}{% set c = m.content %}" + place % expression
+        # A block does not see what is set outside.
+        source = source.replace("{% block a %}", "{% block a %}{% set m = messages[0] %}{% set c = m.content %}")
+        assert ChatTemplate(source).render(messages) == plain.from_string(source).render(messages=messages), source
+
+
+def test_a_call_costs_the_same_whatever_is_set_around_it(monkeypatch):
+    monkeypatch.setattr(chat, "WORK", 20_000)
+    source = "{% set x = 'a' * 8000 %}{% for i in range(100) %}{% set y = x %}{{ range(1) and '' }}{% endfor %}"
+    assert ChatTemplate(source).render([{"role": "user"}]) == ""
+
+
 PRINTING = ["{{ messages[0].content }}", "{{ messages[0]['content'] | trim }}", "{{ '' + messages[0].content }}",
             "{{ '' ~ messages[0].content + '' }}"]  # fmt: skip
 
@@ -328,6 +387,20 @@ BOMBS = [
     '{{ "%1000000000d"|format(1) }}',
     '{{ "{:1000000000}".format(1) }}',
     '{{ "{:{}}".format(1, 10**9) }}',
+    # Python takes the digits of every script, and zeros before a number.
+    '{{ "{:٩٩٩٩٩٩٩٩٩}".format(1) }}',
+    '{{ "{:９９９９９９９９９}".format(1) }}',
+    '{{ "{:1९९९९९९९९}".format(1) }}',
+    '{{ "{:.٩٩٩٩٩٩٩٩٩f}".format(1.5) }}',
+    '{{ ("{:٩٩٩٩٩٩٩٩٩}"|e).format(1) }}',
+    '{{ "{:{}}".format(1, "٩٩٩٩٩٩٩٩٩") }}',
+    '{{ "{x:٩٩٩٩٩٩٩٩٩}".format_map({"x": 1}) }}',
+    '{{ "{:0000000000000999999999}".format(1) }}',
+    '{{ "%0000000000000999999999d" % 1 }}',
+    '{{ "{:' + "9" * 5000 + '}".format(1) }}',
+    '{{ ("{0:3999999}" * 60).format(1) }}',
+    '{{ ("{0:9999999}" * 60).format(1) }}',
+    '{{ ("%3999999d" * 60) % ((1,) * 60) }}',
     '{{ "{0:.999999999f}".format(1.0) }}',
     "{{ ('a'*1000000)|replace('a', 'b'*1000000) }}",
     "{{ ('a'*1000000).replace('a', 'b'*1000000) }}",

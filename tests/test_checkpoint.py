@@ -8,16 +8,19 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_fuzz import CONFIGS
 from models import random_ids, random_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastgpt import GPT, GPTConfig, SequenceClassifier, checkpoint
 from fastgpt.families import FAMILIES
 from fastgpt.positions import Rope
 from fastgpt.schema import REQUIRED
+from fastgpt.text import Tokenizer
 
 HERE = Path(__file__).parent
 VALID = {f"{i} {config['model_type']}": config for i, config in enumerate(CONFIGS)}
@@ -362,10 +365,71 @@ def test_what_is_missing_is_said(folder):
         GPT.from_pretrained(folder)
     for wrong, error, message in (
         (folder / "config.json", FileNotFoundError, "does not exist or is not a folder"), (5, TypeError, "model: expected a path"),
-        ("", FileNotFoundError, "config.json|does not exist"),
+        ("", ValueError, "model: expected a path, got an empty string"), ("a\0b", ValueError, "model: expected a path, got 'a"),
+        ("\ud800", ValueError, "model: expected a path, got '"), (b"a", TypeError, "model: expected a path, got b'a'"),
     ):  # fmt: skip
         with raises(message, error):
             GPT.from_pretrained(wrong)
+
+
+def contents(folder: Path) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_save_that_fails_leaves_the_folder_as_it_was(folder, tmp_path, monkeypatch):
+    (folder / "generation_config.json").write_text('{"top_k": 7}')
+    model, before = GPT.from_pretrained(folder), contents(folder)
+    torch.nn.init.zeros_(model.norm.weight)
+
+    def fails(error, message, **changed):
+        with monkeypatch.context() as patch, raises(message, error):
+            for name, value in changed.items():
+                patch.setattr(*((checkpoint, name) if name == "save_file" else (model, name)), value)
+            model.save_pretrained(folder)
+        assert contents(folder) == before
+
+    def full(weights, path, **options):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    fails(ValueError, "^generation_defaults.top_k: expected", generation_defaults={"top_k": np.array([5])})
+    fails(ValueError, "^config.json: expected .*got object", checkpoint_config=model.checkpoint_config | {"x_token_id": object()})
+    fails(OSError, "^folder: expected a folder that can be written to, .* is none: I/O error: No space", save_file=full)
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").mkdir()
+    with raises("^folder: .* is none: generation_config.json in it is a folder", OSError):
+        model.save_pretrained(folder)
+    (folder / "generation_config.json").rmdir()
+    del before["generation_config.json"]
+    monkeypatch.setattr(model.norm, "weight", torch.nn.Parameter(model.norm.weight.to("meta")))
+    fails(ValueError, "^model: expected weights, got model.norm.weight on the meta device")
+
+
+def test_folders_that_cannot_be_written_to_are_named(folder, tmp_path):
+    model = GPT.from_pretrained(folder)
+    for wrong, error, message in (
+        (folder / "config.json", OSError, "config.json is none: File exists"), ("/proc/nowhere", OSError, "nowhere is none: No such"),
+        (folder / "config.json" / "x", OSError, "x is none: Not a directory"), ("x" * 5000, OSError, "is none: File name too long"),
+        ("a\0b", ValueError, "expected a path, got 'a"), ("", ValueError, "expected a path"), (5, TypeError, "expected a path"),
+    ):  # fmt: skip
+        with raises("^folder: .*" + message, error):
+            model.save_pretrained(wrong)
+        with raises("^path: expected a (file|path)", (error, OSError)):
+            Tokenizer.from_corpus("abc").save(folder if isinstance(wrong, Path) else wrong)
+
+
+def test_numbers_of_numpy_are_saved(folder, tmp_path):
+    model = GPT.from_pretrained(folder)
+    given = {"temperature": np.float32(0.5), "top_k": np.int64(5), "top_p": np.float64(0.9), "eos": np.array([3, 4])}
+    model.generation_defaults, model.checkpoint_config["pad_token_id"] = given, np.int64(1)
+    model.save_pretrained(tmp_path / "again")
+    again = GPT.from_pretrained(tmp_path / "again")
+    assert again.generation_defaults == {"temperature": 0.5, "top_k": 5, "top_p": 0.9, "eos": [3, 4]}
+    assert again.checkpoint_config["pad_token_id"] == 1
+    for eos in (np.int64(3), torch.tensor(3), [np.uint8(3)], (3,)):
+        model.generation_defaults = {"eos": eos}
+        model.save_pretrained(tmp_path / "again")
+        assert GPT.from_pretrained(tmp_path / "again").generation_defaults == {"eos": [3]}
 
 
 def test_arguments_are_named(folder):

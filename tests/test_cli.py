@@ -219,6 +219,15 @@ def test_a_reader_that_leaves_early_leaves_no_trace(count):
     assert process.wait(timeout=600) == 0 and process.stderr.read() == b""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_an_output_that_is_full_is_an_error_in_one_line():
+    command = [sys.executable, "-m", "fastgpt", "generate", "A", "--max-new-tokens", "1"]
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    expected = "fastgpt: error: output: expected one that can be written to, got No space left on device\n"
+    assert (result.returncode, result.stderr) == (2, expected)
+
+
 # Prompts
 
 

@@ -434,6 +434,10 @@ BAD = {
     ),
     "causal": (flash_attn_func, (q1, cache1, cache1), {"causal": "yes"}, TypeError, "causal: expected a bool"),
     "softcap": (flash_attn_func, (q1, cache1, cache1), {"softcap": "1"}, TypeError, "softcap: expected a finite number"),
+    **{
+        f"softcap {x}": (flash_attn_func, (q1, cache1, cache1), {"softcap": x}, ValueError, "softcap: expected 0 for none, or")
+        for x in (1e-300, 1e-38, 1e39, -1.0)
+    },
     "scale": (flash_attn_func, (q1, cache1, cache1), {"softmax_scale": float("nan")}, ValueError, "softmax_scale: expected"),
     "dropout": (flash_attn_func, (q1, cache1, cache1), {"dropout_p": None}, TypeError, "dropout_p: expected a finite number"),
     "slopes in a list": (flash_attn_func, (q1, cache1, cache1), {"alibi_slopes": [1.0]}, TypeError, "alibi_slopes: expected a"),
@@ -490,6 +494,25 @@ BAD = {
     "no keys": (
         flash_attn_with_kvcache, (q1, cache1, cache1), angles1 | {"cache_seqlens": 1}, ValueError,
         "k: expected new keys with rotary_cos",
+    ),
+    "sines without keys": (
+        flash_attn_with_kvcache, (q1, cache1, cache1), {"rotary_sin": random(9, 8), "cache_seqlens": 1}, ValueError,
+        "k: expected new keys with rotary_sin",
+    ),
+    "wide angles": (
+        flash_attn_with_kvcache, (q1, cache1, cache1),
+        new1 | {"rotary_cos": random(9, 9), "rotary_sin": random(9, 9), "cache_seqlens": 1}, ValueError,
+        r"rotary_cos: expected at most 8 columns, half of the head dim, got shape \(9, 9\)",
+    ),
+    "few angles": (
+        flash_attn_with_kvcache, (q1, cache1, cache1),
+        new1 | {"rotary_cos": random(3, 8), "rotary_sin": random(3, 8), "cache_seqlens": 3}, ValueError,
+        "rotary_cos: expected more than 3 rows, the last position of k, got 3",
+    ),
+    "other sines": (
+        flash_attn_with_kvcache, (q1, cache1, cache1),
+        new1 | {"rotary_cos": random(9, 8), "rotary_sin": random(9, 4), "cache_seqlens": 3}, ValueError,
+        r"rotary_sin: expected shape \(9, 8\) to match rotary_cos",
     ),
     "full": (
         flash_attn_with_kvcache, (q1, cache1, cache1), new1 | {"cache_seqlens": 9}, ValueError,

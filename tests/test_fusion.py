@@ -439,3 +439,22 @@ def test_it_compiles_as_one_graph(training):
     ids = random_ids(model, 2, 8)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(ids), model(ids))
+
+
+@pytest.mark.parametrize("config", [{}, GATED | CROSSED], ids=["plain", "gated"])
+def test_weights_that_lie_otherwise_compute_the_same(config):
+    """What nn.Linear and nn.Embedding take: transposed, with steps between columns, or parts of wider ones."""
+    model = random_model(**config)
+    ids = random_ids(model, 1, 6)
+    states = {"context": torch.randn(1, 3, model.config.hidden_size)} if config else {}
+    oracle = copy.deepcopy(model).double()(ids, **{name: x.double() for name, x in states.items()})
+    lying = {
+        "transposed": lambda w: w.t().contiguous().t(), "steps": lambda w: torch.stack([w, w], -1).flatten(1)[:, ::2],
+        "parts": lambda w: torch.cat([w, w], 1)[:, : w.shape[1]],
+    }  # fmt: skip
+    for way in lying.values():
+        other = copy.deepcopy(model)
+        other.load_state_dict({name: way(w) if w.dim() == 2 else w for name, w in model.state_dict().items()}, assign=True)
+        numerics.check(other(ids, **states), oracle, model(ids, **states), dtype=torch.float32)
+        if not states:
+            assert torch.equal(other.generate(ids, 8), model.generate(ids, 8))

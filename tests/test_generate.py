@@ -663,6 +663,8 @@ BAD = [
     ({"ids": torch.tensor([[1, 65]])}, ValueError, "ids: expected token ids from 0 to 64, got 65"),
     ({"ids": torch.tensor([[-1, 5]])}, ValueError, "ids: expected token ids from 0 to 64, got -1"),
     ({"max_new_tokens": 92}, ValueError, "max_new_tokens: expected .* context of 96 tokens, got 5 . 92"),
+    ({"ids": np.array([[2**64 - 1]], dtype=np.uint64)}, ValueError, "ids: expected token ids from 0 to 64, got 1844.*615"),
+    ({"ids": [np.array([2**63], dtype=np.uint64)]}, ValueError, "ids: expected token ids .*, got 9223372036854775808"),
     ({"ids": np.zeros((1, 3))}, TypeError, "ids: expected integers, got an array of float64"),
     ({"ids": [np.array([1, 65])]}, ValueError, "ids: expected token ids from 0 to 64, got 65"),
     ({"ids": torch.zeros(1, 3, dtype=torch.int64).to_sparse()}, TypeError, "ids: expected a strided tensor, got layout"),

@@ -23,7 +23,7 @@ LAYERS = [
     {"integrations.flash_attn"},
     {"cache", "capture", "distributed", "families", "limits", "sampling", "text"},
     {"chat", "fusion", "positions", "vocabularies"},
-    {"schema"},
+    {"folders", "schema"},
     {"integrations.transformers"},
     {"integrations.transformers.attention"},
     {"integrations.transformers.cache", "integrations.transformers.masks"},

@@ -396,3 +396,93 @@ def test_last_write_wins_in_the_reference_on_any_number_of_threads():
             assert torch.equal(caches[0, 0, 0], k[0, 0, last]) and torch.equal(caches[1], caches[0])
     finally:
         torch.set_num_threads(threads)
+
+
+def writers(q, k, v, k_cache, v_cache):
+    """Each operation that writes to a cache, called with these: name -> call."""
+    positions, angles = torch.arange(k.shape[2])[None], torch.ones(8, k.shape[3] // 2)
+    return {
+        "update": lambda: kv_cache_update(k, v, k_cache, v_cache, positions),
+        "rope": lambda: rope_kv_cache_update(q, k, v, k_cache, v_cache, positions, angles, 0 * angles),
+        "attention": lambda: fastgpt.attention_with_kv_cache(q, k, v, k_cache, v_cache, positions),
+    }
+
+
+WRITERS = ["update", "rope", "attention"]
+
+
+def without_gradients():
+    with torch.no_grad():
+        return torch.zeros(2, 1, 2, 8, 16).select(0, 0), torch.zeros(2, 1, 2, 8, 16).select(0, 1)
+
+
+def inference():
+    with torch.inference_mode():
+        return torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16)
+
+
+UNWRITABLE = {
+    "unpacked": (lambda: torch.zeros(2, 1, 2, 8, 16), "one of several views"),
+    "split": (lambda: torch.zeros(1, 2, 8, 32).split(16, dim=-1), "one of several views"),
+    "made without gradients": (without_gradients, "a view made under torch.no_grad"),
+    "made in inference mode": (inference, "a tensor made in inference mode"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_views_that_autograd_does_not_let_be_written(case, writer):
+    make, message = UNWRITABLE[case]
+    for name in ("k", "v"):
+        k_cache, v_cache = make()
+        q, k, v = torch.randn(3, 1, 2, 6, 16).unbind()
+        {"k": k, "v": v}[name].requires_grad_()
+        call = writers(q, k, v, k_cache, v_cache)[writer]
+        with pytest.raises(ValueError, match=f"^{name}_cache: expected a tensor that autograd lets be written .*, got {message}"):
+            call()
+        assert not k_cache.any() and not v_cache.any()
+        with torch.no_grad():
+            call()
+        assert torch.equal(v_cache[:, :, :6], v)
+
+
+def test_caches_that_are_parts_of_one_tensor_carry_gradients():
+    q, k, v, dk, dv = torch.randn(5, 1, 2, 6, 16).unbind()
+    k.requires_grad_(), v.requires_grad_()
+    whole = torch.zeros(2, 1, 2, 8, 16)
+    kv_cache_update(k, v, whole[0], whole[1], torch.arange(6)[None])
+    (whole[0, :, :, :6] * dk + whole[1, :, :, :6] * dv).sum().backward()
+    assert torch.equal(k.grad, dk) and torch.equal(v.grad, dv)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("negated", ["new", "k_cache", "v_cache", "caches", "all"])
+def test_views_that_negate(negated, writer):
+    """The imaginary part of a conjugate is one."""
+    new, caches = torch.randn(3, 1, 2, 6, 16), torch.randn(2, 1, 2, 8, 16)
+
+    def run(given):
+        q, k, v = (torch._neg_view(-x) if given in ("new", "all") else x for x in new)
+        k_cache, v_cache = (
+            torch._neg_view(-x) if given in ("caches", "all", name) else x.clone() for name, x in zip(("k_cache", "v_cache"), caches)
+        )
+        out = writers(q, k, v, k_cache, v_cache)[writer]()
+        return [x.resolve_neg() for x in (out, k_cache, v_cache) if x is not None]
+
+    for actual, expected in zip(run(negated), run(None), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("mapped", ["k", "v"])
+def test_a_cache_that_is_the_same_for_all_of_vmap(mapped, writer):
+    q, k, v = torch.randn(3, 1, 2, 6, 16).unbind()
+    k_cache, v_cache = torch.zeros(2, 1, 2, 8, 16).unbind()
+
+    def one(x):
+        writers(q, x if mapped == "k" else k, x if mapped == "v" else v, k_cache, v_cache)[writer]()
+        return x
+
+    with pytest.raises(ValueError, match=f"^{mapped}_cache: expected a tensor that can be written to, which PyTorch refuses"):
+        torch.func.vmap(one)(torch.stack([k, v]))
+    assert not k_cache.any() and not v_cache.any()

@@ -247,12 +247,23 @@ def test_variables_of_the_chat_template(pipe, monkeypatch):
         assert "".join(pipe.stream([{"role": "user", "content": "the dog"}], 9, template_variables=given)) == pipe(prompt, 9)
 
 
+def test_what_gives_text_does_not_swallow_log_probabilities(pipe):
+    for call in (pipe, pipe.chat, pipe.stream):
+        with pytest.raises(ValueError, match="^return_logprobs: expected False where the text is all that is returned, got True"):
+            call("the dog", 3, return_logprobs=True)
+        call("the dog", 3, return_logprobs=False)
+    (row,) = pipe.start(["the dog"], 3, return_logprobs=True).finish()
+    assert len(row.logprobs) == len(row.tokens) == 3
+
+
 CHAT_ERRORS = [
     ([], {}, ValueError, "messages: expected at least one, got an empty chat"),
     ([{"role": "user", "content": "\ud800"}], {}, ValueError, "messages: expected characters, got the lone surrogate"),
     ("x", {"template_variables": [1]}, TypeError, r"template_variables: expected a dict, got \[1\]"),
     ("x", {"template_variables": {"x": object()}}, TypeError, "x: expected strings, numbers, lists and dicts, got object"),
-    ("x", {"template_variables": {"messages": []}}, TypeError, "messages"),
+    ("x", {"template_variables": {"messages": []}}, ValueError, "template_variables: expected none named messages"),
+    ("x", {"template_variables": {"self": 1}}, ValueError, "template_variables: expected none named self"),
+    ("x", {"template_variables": {1: 2}}, TypeError, "template_variables: expected names that are strings, got 1"),
 ]
 
 

@@ -1,6 +1,7 @@
 """PyTorch's scaled_dot_product_attention by fastgpt: results, gradients, strides and errors are PyTorch's."""
 
 import itertools
+import math
 
 import numpy
 import pytest
@@ -254,6 +255,7 @@ ELSEWHERE = {
     "sparse": ((x.to_sparse(), x, x), {}, "dense"),
     "sparse keys": ((x, x.to_sparse(), x), {}, "dense"),
     "meta": ((x.to("meta"),) * 3, {}, "CPU and CUDA"),
+    **{f"scale {scale}": ((x, x, x), {"scale": scale}, "finite") for scale in (math.nan, math.inf, -math.inf, 1e39)},
     "scale of numpy": ((x, x, x), {"scale": numpy.float32(0.5)}, "type"),
 }  # fmt: skip
 

@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from texts import CHATML, byte_fallback, byte_level, write_folder
+from texts import CHATML, byte_fallback, byte_level, write_folder, write_merges, write_sentencepiece
 
 from fastgpt.text import Decoder, Stops, Tokenizer, unescape
 
@@ -39,6 +40,54 @@ def test_unknown_characters_are_named():
         Tokenizer.from_corpus("abc").encode("aé?")
     with pytest.raises(ValueError, match="and more"):
         Tokenizer.from_corpus("abc").encode("0123456789")
+
+
+def test_names_that_are_too_long(tmp_path):
+    for read in (Tokenizer.load, Tokenizer.from_folder):
+        with pytest.raises(FileNotFoundError, match="^tokenizer: expected the file .*x.*, which does not exist"):
+            read(tmp_path / ("x" * 5000))
+
+
+LINKED = [
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "generation_config.json", "config.json", "chat_template.jinja", "additional_chat_templates/a.jinja",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_links_do_not_lead_out_of_the_folder(name, tmp_path):
+    """Nor a folder that is a link; they may lead to another file there, or to the blobs of the Hub's cache."""
+    folder = tmp_path / "models--x" / "snapshots" / "0123"
+    outside, blobs = tmp_path / "outside", tmp_path / "models--x" / "blobs"
+    for place in (folder, outside, blobs):
+        place.mkdir(parents=True)
+    write = write_merges if name in ("vocab.json", "merges.txt") else write_sentencepiece if name == "tokenizer.model" else None
+    write(folder) if write else write_folder(folder, byte_level())
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        path.write_text("{}")
+    expected = Tokenizer.from_folder(folder)
+    path.rename(outside / path.name)
+    path.symlink_to(outside / path.name)
+    message = rf"tokenizer: .*{re.escape(name)}: expected a file in this folder, got a link to .*outside/{re.escape(path.name)}"
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_folder(folder)
+    if path.parent != folder:
+        path.unlink()
+        path.parent.rmdir()
+        path.parent.symlink_to(outside)
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.from_folder(folder)
+        path.parent.unlink()
+        path.parent.mkdir()
+        path.symlink_to(outside)
+    for target in (folder / "inside", blobs / "4567"):
+        shutil.copyfile(outside / path.name, target)
+        path.unlink()
+        path.symlink_to(target)
+        loaded = Tokenizer.from_folder(folder)
+        assert loaded.encode("the dog") == expected.encode("the dog") and loaded.chat_template == expected.chat_template
 
 
 def test_how_texts_were_made_of_one_length_is_forgotten(tmp_path):

@@ -311,6 +311,75 @@ def test_bad_state(tmp_path):
         Trainer.resume(tmp_path, TEXT)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of one step."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = Trainer(TEXT, TINY)
+    trainer.train_step()
+    trainer.save(folder, weights=True)
+    return folder
+
+
+def test_a_state_that_ends_early(run):
+    path = run / "training_state.pt"
+    whole = path.read_bytes()
+    try:
+        for end in [*range(0, len(whole), len(whole) // 40), len(whole) - 1]:
+            path.write_bytes(whole[:end])
+            with pytest.raises(ValueError, match="resume: .*training_state.pt is damaged: "):
+                Trainer.resume(run, TEXT)
+    finally:
+        path.write_bytes(whole)
+    assert Trainer.resume(run, TEXT).step == 1
+
+
+WEIGHT = "token_embedding.weight"
+DAMAGES = [
+    ((), [1], "state: expected a dict, got list"),
+    (("step",), None, "step: expected an integer"), (("step",), "a", "step: expected an integer >= 0 .* got 'a'"),
+    (("step",), -5, "step: expected an integer >= 0 .* got -5"), (("step",), 1.0, "step: expected an integer"),
+    (("step",), ..., "step: expected an integer .* got nothing"), (("best_loss",), None, "best_loss: expected a finite number"),
+    (("best_loss",), math.nan, "best_loss: expected a finite number, got nan"), (("best_loss",), "a", "best_loss: expected a"),
+    (("text_hash",), 5, "text_hash: expected a string, got 5"), (("config",), [1], "config: expected a dict, got list"),
+    (("config", "steps"), "a", "config: steps: expected an integer"), (("config", "nonsense"), 1, "config: .*nonsense"),
+    (("model",), [], "model: expected a dict, got list"), (("model",), {}, "model: expected the entries of this model"),
+    (("model", 1), torch.ones(1), "model: expected keys of type str, got 1"),
+    (("model", WEIGHT), "a", f"model.{WEIGHT}: expected a torch.Tensor, got str"),
+    (("model", WEIGHT), torch.ones(2, 3), rf"model.{WEIGHT}: expected shape .*, got \(2, 3\)"),
+    (("model", WEIGHT), torch.tensor(math.nan), f"model.{WEIGHT}: expected finite floating-point numbers"),
+    (("model", WEIGHT), torch.ones(1, dtype=torch.int64), f"model.{WEIGHT}: expected finite floating-point numbers"),
+    (("model", WEIGHT), torch.ones(1, device="meta"), f"model.{WEIGHT}: expected "),
+    (("optimizer",), {}, "optimizer.state: expected a dict"), (("optimizer",), None, "optimizer: expected a dict, got NoneType"),
+    (("optimizer", "param_groups"), [], "optimizer.param_groups: expected the parameters of the model"),
+    (("optimizer", "param_groups"), {}, "optimizer.param_groups: expected a list"),
+    (("optimizer", "param_groups"), [1, 2], r"optimizer.param_groups\[0\]: expected a dict"),
+    (("optimizer", "state"), [], "optimizer.state: expected a dict, got list"),
+    (("optimizer", "state", 0), ..., "optimizer.state: expected an entry for each"),
+    (("optimizer", "state", 0), {}, "optimizer.state.0: expected the entries of this model, got .*exp_avg"),
+    (("optimizer", "state", 0, "exp_avg"), torch.ones(3), r"optimizer.state.0.exp_avg: expected shape .* got \(3,\)"),
+    (("optimizer", "state", 0, "exp_avg"), None, "optimizer.state.0.exp_avg: expected a torch.Tensor, got NoneType"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place, value, message", DAMAGES, ids=[".".join(map(str, entry[0])) or "state" for entry in DAMAGES])
+def test_a_state_with_a_wrong_entry(place, value, message, run):
+    """... stands for a missing one."""
+    path = run / "training_state.pt"
+    whole = path.read_bytes()
+    state = outer = {"state": torch.load(path)}
+    *ways, last = ("state", *place)
+    for name in ways:
+        outer = outer[name]
+    outer.pop(last) if value is ... else outer.__setitem__(last, value)
+    try:
+        torch.save(state["state"], path)
+        with pytest.raises(ValueError, match=f"^resume: .*training_state.pt is damaged: {message}"):
+            Trainer.resume(run, TEXT)
+    finally:
+        path.write_bytes(whole)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from fastgpt.checks import (
     require_device, require_dtype, require_flag, require_integer, require_number, require_shape, require_tensor,
 )  # fmt: skip
-from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, attention, attention_varlen
+from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, SOFTCAPS, attention, attention_varlen
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 
@@ -197,8 +197,9 @@ def flash_attn_with_kvcache(
         if rows.is_cpu and ((rows < 0) | (rows >= len(k_cache))).any():
             raise ValueError(f"cache_batch_idx: expected rows from 0 to {len(k_cache) - 1}, got {rows.tolist()}")
         table = rows.unsqueeze(1)  # each row of the cache is a page
-    if k is None and (v is not None or rotary_cos is not None):
-        raise ValueError(f"k: expected new keys with {'v' if v is not None else 'rotary_cos'}, got None")
+    for name, x in (("v", v), ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+        if k is None and x is not None:
+            raise ValueError(f"k: expected new keys with {name}, got None")
     if lengths is not None:
         new = 0 if k is None else _number_of_tokens("k", k)
         _check_room(lengths, new, k_cache.shape[1], table if rows is None else None)
@@ -268,6 +269,11 @@ def _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, int
         return q, cache_seqlens + T_new
     for name, x in (("cos", cos), ("sin", sin)):
         require_tensor(name, x, 2)
+    if 2 * cos.shape[1] > q.shape[3]:
+        raise ValueError(f"cos: expected at most {q.shape[3] // 2} columns, half of the head dim, got shape {tuple(cos.shape)}")
+    require_shape("sin", sin, tuple(cos.shape), "to match rotary_cos")
+    if positions.is_cpu and positions[:, :T_new].numel() and (last := positions[:, :T_new].max().item()) >= cos.shape[0]:
+        raise ValueError(f"cos: expected more than {last} rows, the last position of k, got {cos.shape[0]}")
     angles = [x.float() for x in (cos, sin)]
     options = {"interleaved": interleaved, "block_table": block_table}
     if T == T_new and (local or T == 1):
@@ -432,9 +438,16 @@ def _options(
         require_device("alibi_slopes", alibi_slopes, q.device)
     return {
         "causal": causal, "window_size": tuple(_integer("window_size", size, -1) for size in window_size),
-        "softcap": require_number("softcap", softcap, least=0), "alibi_slopes": alibi_slopes,
+        "softcap": _softcap(softcap), "alibi_slopes": alibi_slopes,
         "scale": require_number("softmax_scale", softmax_scale, optional=True), "dropout_p": dropout_p,
     }  # fmt: skip
+
+
+def _softcap(value) -> float:
+    value, (least, most) = require_number("softcap", value), SOFTCAPS
+    if value != 0 and not least <= value <= most:
+        raise ValueError(f"softcap: expected 0 for none, or a number >= {least} and <= {most}, got {value}")
+    return value
 
 
 def _integer(name: str, value, least: int) -> int:

@@ -24,6 +24,7 @@ _attention_forward = without_autograd(torch.ops.fastgpt.attention_forward.defaul
 _attention_backward = without_autograd(torch.ops.fastgpt.attention_backward.default)
 
 FEW_QUERIES = 16
+LARGEST_SCALE = torch.finfo(torch.float32).max
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -178,6 +179,8 @@ def _refuses_surroundings(query, key, value, attn_mask, dropout_p, is_causal, sc
 
 
 def _refuses_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> str | None:
+    if scale is not None and not abs(scale) <= LARGEST_SCALE:
+        return f"scale is {scale}, which is no finite number in fp32"
     dtype = query.dtype
     if dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and query is {dtype}"

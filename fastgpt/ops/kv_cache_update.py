@@ -1,6 +1,8 @@
 """The KV-cache update, alone and fused with rotary embedding: contract, checks, reference, dispatch to the kernels."""
 
 import torch
+from torch._C._autograd import CreationMeta
+from torch._C._autograd import _get_creation_meta as _creation_of
 
 from fastgpt.checks import (
     argument_error,
@@ -12,7 +14,7 @@ from fastgpt.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops.derivatives import derivatives_possible, derivatives_refused
+from fastgpt.ops.derivatives import derivatives_possible, derivatives_refused, transforms_active
 from fastgpt.ops.implementations import choose, explain_call, require_impl, runs_elsewhere
 from fastgpt.ops.library import CUDA_MISSING, library, without_autograd
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, quantise
@@ -65,10 +67,21 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
         _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)  # raises the error that names the argument
         _check_slots(positions, k_cache, block_table)
         if choose("kv_cache_update", IMPLEMENTATIONS, impl, k, v, k_cache, v_cache, k_scale, v_scale) != "reference":
-            raise argument_error(error)
+            _raise_unless_negated(error, impl, k_cache, v_cache, k_scale, v_scale)
     kv_cache_update_reference(
         k, v, k_cache, v_cache, positions, block_table=block_table, k_scale=k_scale, v_scale=v_scale
     )
+
+
+def _raise_unless_negated(error: Exception, impl: str | None, k_cache, v_cache, k_scale, v_scale) -> None:
+    """Returns where the reference can serve what the kernels cannot: PyTorch writes for them to one view that stands for what
+    lies in memory negated, the imaginary part of a conjugate say, but not to several."""
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if x is not None and x.is_neg():
+            if impl is None:
+                return
+            raise ValueError(f"{name}: expected its numbers in memory with impl {impl!r}, got a view that negates") from error
+    raise argument_error(error)
 
 
 def kv_cache_update_reference(
@@ -87,29 +100,54 @@ def _store(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale):
             f"k_cache: expected the dtype of k where derivatives are asked for, since rounding to 8 bits has none, got "
             f"{k_cache.dtype}; call under torch.no_grad(), or with k.detach() and v.detach()"
         )
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
+    for name, x, source in (
+        ("k_cache", k_cache, k), ("v_cache", v_cache, v), ("k_scale", k_scale, k), ("v_scale", v_scale, v)
+    ):  # fmt: skip
         if x is not None:
             require_apart(name, x)
-            if torch.is_grad_enabled() and x.requires_grad and (x.is_leaf or x._is_view() and x._base.is_leaf):
-                raise ValueError(
-                    f"{name}: expected a tensor that autograd lets be written in place, got a leaf that requires gradients, or a "
-                    f"view of one; call under torch.no_grad(), or with its clone"
-                )
+            _require_writable(name, x, source)
     if slots.is_meta:
         return
     b, t, index, n = _slots_of(slots, k_cache, block_table)
     stored = []
-    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+    for name, x, cache, scale in (("k", k, k_cache, k_scale), ("v", v, v_cache, v_scale)):
         # Tokens before heads, so that what is indexed comes first: vmap takes no other index.
-        rows, cache = x.transpose(1, 2)[b, t], cache.transpose(1, 2)  # (tokens, H_kv, D), (N, rows, H_kv, D)
+        rows = x.transpose(1, 2)[b, t]  # (tokens, H_kv, D)
         if cache.dtype in QUANTISED_DTYPES:
             rows, scales = quantise(rows, cache.dtype)
-            stored.append((scale.transpose(1, 2), scales))
+            stored.append((f"{name}_scale", scale, scales))
         if cache.dtype == torch.float8_e4m3fn:  # for which PyTorch has no indexed assignment
             rows, cache = rows.view(torch.uint8), cache.view(torch.uint8)
-        stored.append((cache, rows))
-    for target, rows in stored:
-        target[index, n] = rows
+        stored.append((f"{name}_cache", cache, rows))
+    # A transform of torch.func may refuse the second after the first: it is asked about both with no tokens.
+    for tokens in (slice(0), slice(None)) if transforms_active() else (slice(None),):
+        for name, target, rows in stored:
+            try:  # a view made now, of a base that the write before may have been to
+                target.transpose(1, 2)[index[tokens], n[tokens]] = rows[tokens]
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ValueError(f"{name}: expected a tensor that can be written to, which PyTorch refuses: {error}") from error
+
+
+def _require_writable(name: str, x: torch.Tensor, source: torch.Tensor) -> None:
+    """Raises ValueError where autograd does not let x be written to in place."""
+    if not torch.is_grad_enabled() or not (x.requires_grad or source.requires_grad):
+        return
+    got = None
+    if x.requires_grad and (x.is_leaf or x._is_view() and x._base.is_leaf):
+        got = "a leaf that requires gradients, or a view of one"
+    elif x.is_inference() and not torch.is_inference_mode_enabled():
+        got = "a tensor made in inference mode"
+    elif not torch.compiler.is_compiling() and x._is_view() and (made := _creation_of(x)) != CreationMeta.DEFAULT:
+        got = "one of several views made by unpacking, unbind or split" if made == CreationMeta.MULTI_OUTPUT_NODE else (
+            "a view made under torch.no_grad(), in inference mode or in a custom function"
+        )  # fmt: skip
+    if got is not None:
+        raise ValueError(
+            f"{name}: expected a tensor that autograd lets be written in place, got {got}; call under torch.no_grad(), or with "
+            "its clone"
+        )
 
 
 def rope_kv_cache_update(
@@ -152,7 +190,7 @@ def rope_kv_cache_update(
         _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
         _check_rope_slots(k_cache, positions, cos, slots, block_table)
         if choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, *tensors) != "reference":
-            raise argument_error(error)
+            _raise_unless_negated(error, impl, k_cache, v_cache, k_scale, v_scale)
     return rope_kv_cache_update_reference(
         q, k, v, k_cache, v_cache, positions, cos, sin, slots=slots, interleaved=interleaved,
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
