@@ -129,7 +129,7 @@ def _one_after_the_other(call: Call, new: tuple, return_lse: bool, impl: str | N
 
 
 def _is_accepted(call: Call) -> bool:
-    """Whether the CPU's kernel takes the call, by its own checks: in a twentieth of the time that Python needs."""
+    """Whether the CPU's kernel takes the call, by its own checks, which take less time than those in Python."""
     if is_compiling() or not call.q.is_cpu:
         return False
     scale = 1.0 if call.scale is None else call.scale
