@@ -1,5 +1,7 @@
 """The KV-cache update, alone and fused with rotary embedding: contract, checks, reference, dispatch to the kernels."""
 
+import functools
+
 import torch
 
 from fastgpt.checks import (
@@ -344,7 +346,29 @@ def _kernel_refuses(k, *others):
 def _cuda_refuses(k, *others):
     if not k.is_cuda:
         return runs_elsewhere("CUDA", "k", k.device)
-    return CUDA_MISSING or _kernel_refuses(k, *others)
+    if (reason := CUDA_MISSING or _kernel_refuses(k, *others)) is not None:
+        return reason
+    if torch.compiler.is_compiling() or type(k) is not torch.Tensor or torch.cuda.is_current_stream_capturing():
+        return None  # nothing can be launched to try it
+    return _launch_fails(k.device)
+
+
+@functools.cache
+def _launch_fails(device: torch.device) -> str | None:
+    """Why the library's kernels do not run on a device, or None: it stores a number, and waits for it, once."""
+    try:
+        one, caches = torch.ones(1, 1, 1, 1, device=device), torch.zeros(2, 1, 1, 1, 1, device=device)
+        _kv_cache_update(one, one, *caches, torch.zeros(1, 1, dtype=torch.int32, device=device), None, None, None)
+        got = caches.flatten().tolist()
+    except RuntimeError as error:
+        got = str(error).partition("\n")[0]
+    if got == [1.0, 1.0]:
+        return None
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return (
+        f"its kernels do not run on {device} ({got}): build fastgpt again with TORCH_CUDA_ARCH_LIST={capability}, by an nvcc "
+        f"of CUDA {torch.version.cuda}"
+    )
 
 
 def _cpp_refuses(k, *others):
