@@ -23,7 +23,7 @@ from fastgpt._C import OutOfPages, PageAllocator
 from fastgpt import memory
 from fastgpt.checks import require_integer
 from fastgpt.ops.attention import attention
-from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache
+from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, waits
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, as_bytes
@@ -255,6 +255,21 @@ class KVCache:
             q, k, v, self.storage.layers[layer], self.positions, rotation=rotation, kv_lengths=self.lengths,
             window=least(window, self.window), block_table=self.block_table, counters=self._counters, **options,
         )  # fmt: skip
+
+    def step_waits(self, num_heads: int, dtype: torch.dtype) -> str | None:
+        """Why `step`, of queries of so many heads in this dtype, waits for the device, as no CUDA graph can; or None."""
+        for storage in self.storages:
+            for layer in storage.layers[:1]:
+                new = [self.batch_size, layer["k"].shape[1], 1, layer["k"].shape[3]]
+                k = torch.empty(new, dtype=dtype, device=self.lengths.device)
+                q = k.new_empty(new[0], num_heads, 1, new[3])
+                reason = waits(
+                    q, k, k, layer["k"], layer["v"], self._next, block_table=self.block_table, k_scale=layer["k_scale"],
+                    v_scale=layer["v_scale"],
+                )  # fmt: skip
+                if reason is not None:
+                    return reason
+        return None
 
     def truncate(self, counts: list[int]) -> None:
         """Forgets all but the first counts[b] tokens of each sequence b.
