@@ -14,9 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgpt
 from fastgpt.integrations import sdpa
+from fastgpt.ops import attention_with_kv_cache as attending
 from fastgpt.ops import implementations
 from fastgpt.ops import kv_cache_update as updating
 from fastgpt.ops.step import embed
+from fastgpt.positions import Rope
 
 triton = pytest.importorskip("triton")
 
@@ -179,3 +181,116 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         step.note(ids[0], torch.zeros(1, 1), ids.clone(), torch.zeros(1, 1), step_of)
     assert launched.keys() == launched_kernels()
     assert all(all(guarded) for guarded in launched.values()), launched
+
+
+# Tracing
+
+
+def traced(function, *arguments, **options) -> list[str]:
+    """The package's operations in the graph that torch.compile makes of a call, without a break."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, fullgraph=True, backend=backend)(*arguments, **options)
+    (graph,) = graphs
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    return [name.removeprefix("fastgpt.").removesuffix(".default") for name in targets if name.startswith("fastgpt.")]
+
+
+def tracings(cuda):
+    """Name -> (operation, arguments, options, the operations that its graph has)."""
+    new, k, v = cuda(1, 4, 1, 64), cuda(1, 4, 32, 64), cuda(1, 4, 32, 64)
+    k8, v8 = (cuda(1, 4, 32, 64, dtype=torch.int8) for _ in range(2))
+    scales = {name: cuda(1, 4, 32, dtype=torch.float32) for name in ("k_scale", "v_scale")}
+    several, positions = cuda(1, 4, 3, 64), cuda(1, 1, dtype=torch.int32)
+    positions_3, angles = cuda(1, 3, dtype=torch.int32), cuda(32, 32, dtype=torch.float32)
+    pages, table = [cuda(8, 4, 16, 64) for _ in range(2)], cuda(1, 2, dtype=torch.int32)
+    packed, cu_seqlens, x, weight = cuda(9, 4, 64), cuda(3, dtype=torch.int32), cuda(1, 64), cuda(64, 64)
+    norm = {"norm_weight": cuda(64), "norm_bias": cuda(64)}
+    update, forward, whole = "kv_cache_update", "attention_forward", "attention_with_kv_cache"
+    return {
+        "attention": (fastgpt.attention, (several, k, v), {}, [forward]),
+        "attention, all": (
+            fastgpt.attention, (several, k, v),
+            {"bias": cuda(3, 32), "mask": cuda(3, 32, dtype=torch.bool), "sinks": cuda(4), "softcap": 2.0, "window": 7}, [forward],
+        ),
+        "attention, pages": (fastgpt.attention, (new, *pages), {"block_table": table}, [forward]),
+        "attention, 8 bits": (fastgpt.attention, (new, k8, v8), scales, [forward]),
+        "varlen": (
+            fastgpt.attention_varlen, (packed, packed, packed, cu_seqlens, cu_seqlens, 9, 9), {}, ["attention_varlen_forward"],
+        ),
+        "update": (fastgpt.kv_cache_update, (new, new, k, v, positions), {}, [update]),
+        "update, rotated": (fastgpt.rope_kv_cache_update, (new, new, new, k, v, positions, angles, angles), {}, ["rope_" + update]),
+        "step": (fastgpt.attention_with_kv_cache, (new, new, new, k, v, positions), {}, [whole]),
+        "step, rotated": (fastgpt.attention_with_kv_cache, (new, new, new, k, v, positions, angles, angles), {}, [whole]),
+        "step, 8 bits": (fastgpt.attention_with_kv_cache, (new, new, new, k8, v8, positions), scales, [whole]),
+        "step, pages": (fastgpt.attention_with_kv_cache, (new, new, new, *pages, positions), {"block_table": table}, [whole]),
+        "several tokens": (fastgpt.attention_with_kv_cache, (several, several, several, k, v, positions_3), {}, [update, forward]),
+        "linear": (fastgpt.linear, (x, weight), norm, ["linear"]),
+        "linear, many rows": (fastgpt.linear, (cuda(100, 64), weight), norm, ["norm"]),
+        "norm": (fastgpt.norm, (x, cuda(64)), {"residual": x}, ["norm"]),
+        "embed": (embed, (cuda(1, 1, dtype=torch.int64), weight), {}, ["embed"]),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_operations_are_traced_whole(cuda):
+    """Nothing in them looks at an address or waits for numbers but the operations themselves."""
+    for name, (operation, arguments, options, expected) in tracings(cuda).items():
+        assert traced(operation, *arguments, **options) == expected, name
+
+
+def test_a_step_is_traced_whole(cuda):
+    operation, arguments, options, expected = tracings(cuda)["step, rotated"]
+    assert traced(operation, *arguments, **options) == expected
+
+
+@pytest.mark.parametrize("impl", [None, "triton"])
+def test_a_step_is_traced_by_other_tracers(impl, cuda):
+    """Which say to nobody that they trace."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    operation, (q, *arguments), options, _ = tracings(cuda)["step"]
+    graph = make_fx(lambda q: operation(q, *arguments, impl=impl), tracing_mode="fake")(q).graph
+    assert any("attention_with_kv_cache" in str(node.target) for node in graph.nodes)
+
+
+def test_old_devices_are_traced_as_they_are_served(cuda):
+    x, weight = cuda(1, 64), cuda(64, 64)
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: (7, 5)):
+        assert traced(fastgpt.linear, x, weight) == []
+
+
+# Of a decode step
+LAYER = ["linear", "attention_with_kv_cache", "linear", "linear", "linear"]
+
+
+ROTARY = {"position": "rotary", "rope": Rope(16)}
+KINDS = [{}, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ({"kind": "sliding", "window": 9}, {"cache_dtype": torch.int8}))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.parametrize("fields", [ROTARY, pytest.param({}, marks=pytest.mark.exhaustive)], ids=["rotary", "learned"])
+def test_the_decoder_is_traced_whole(fields, options):
+    with fake_cuda(random_model(layers=1, **fields), torch.bfloat16) as model:
+        cache = model.new_cache(2, **options)
+        ids, token = (torch.empty(2, T, dtype=torch.int64, device="cuda:0") for T in (5, 1))
+        assert traced(model, ids).count("attention_forward") == 1
+        assert traced(lambda ids: model(ids, cache=cache), ids).count("attention_forward") == 1
+        assert traced(lambda ids: model(ids, cache=cache), token) == ["advance_", *LAYER, "linear"]
+
+
+def test_compiled_without_a_look_at_addresses_rows_may_be_anywhere():
+    """What the kernel of a step does not take is served by two operations then, with the same results."""
+    q, k, v = (torch.randn(1, 4, 1, 6) for _ in range(3))  # rows of 24 bytes
+    caches, positions, lengths = torch.randn(2, 1, 4, 9, 6), torch.tensor([[3]]), torch.tensor([4], dtype=torch.int32)
+    expected_caches = caches.clone()
+    expected = fastgpt.attention_with_kv_cache(q, k, v, *expected_caches, positions, kv_lengths=lengths, return_lse=True)
+    slots_and_options = (positions, None, True, 6**-0.5, None, None, None, False, lengths)
+    actual = attending._attention_with_kv_cache_triton(q, k, v, *caches, *slots_and_options)
+    assert all(map(torch.equal, actual, expected)) and torch.equal(caches, expected_caches)

@@ -193,7 +193,7 @@ def attention_varlen(
             _VarlenAttention.apply(_savable(packing), *_savable(call)) if _needs_gradients(call)
             else _attention_varlen_forward(*packing, *_varlen_arguments(call))
         )  # fmt: skip
-    out, lse = out[0].transpose(0, 1), lse[0]  # (total_q, H, D), (H, total_q)
+    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # (total_q, H, D), (H, total_q)
     return (out, lse) if return_lse else out
 
 

@@ -21,13 +21,20 @@ def runs_elsewhere(kind: str, name: str, device: torch.device) -> str:
 def triton_unusable(device: torch.device) -> str | None:
     """Why no Triton kernel of the package runs on a CUDA device, or None. A device that cannot be asked, which an operation is
     compiled for elsewhere, counts as new enough."""
-    if not TRITON_INSTALLED:
-        return "triton is not installed"
+    return _too_old(device) if TRITON_INSTALLED else "triton is not installed"
+
+
+def _too_old(device: torch.device) -> str | None:
     try:
         capability = _capability(torch.cuda.get_device_capability, device)
     except (AssertionError, RuntimeError):  # this torch has no CUDA, or it finds no device
         return None
-    return None if capability >= LEAST_CAPABILITY else _too_old(device, capability)
+    return None if capability >= LEAST_CAPABILITY else _too_old_sentence(device, capability)
+
+
+# What torch.compiler.assume_constant_result sets, without loading torch.compile, which takes seconds: traced, the question
+# would become a part of the graph, which nothing can run.
+_too_old._dynamo_marked_constant = True
 
 
 @functools.cache  # asking PyTorch takes microseconds
@@ -36,7 +43,7 @@ def _capability(ask, device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
-def _too_old(device: torch.device, capability: tuple[int, int]) -> str:
+def _too_old_sentence(device: torch.device, capability: tuple[int, int]) -> str:
     needed, found = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
     return f"it needs a GPU of compute capability {needed} or newer, and {device} has {found}"
 

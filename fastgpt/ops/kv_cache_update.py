@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from fastgpt.checks import (
     argument_error,
@@ -181,16 +182,17 @@ def rope_reference(x, positions, cos, sin, *, interleaved=False):
     """
     pairs = cos.shape[1]
     index = positions.clamp(0, cos.shape[0] - 1).long()
-    c, s = cos[index].unsqueeze(1), sin[index].unsqueeze(1)  # (B, 1, T, R/2)
-    rotary, rest = x[..., : 2 * pairs].to(torch.promote_types(x.dtype, torch.float32)), x[..., 2 * pairs :]
+    c, s = F.embedding(index, cos).unsqueeze(1), F.embedding(index, sin).unsqueeze(1)  # (B, 1, T, R/2)
+    rotary, rest = x.split([2 * pairs, x.shape[-1] - 2 * pairs], dim=-1)
+    rotary = rotary.to(torch.promote_types(x.dtype, torch.float32))
     if interleaved:
-        a, b = rotary[..., 0::2], rotary[..., 1::2]
+        a, b = rotary.unflatten(-1, (pairs, 2)).unbind(-1)
         rotary = torch.stack([a * c - b * s, b * c + a * s], dim=-1).flatten(-2)
     else:
-        a, b = rotary[..., :pairs], rotary[..., pairs:]
+        a, b = rotary.split(pairs, dim=-1)
         rotary = torch.cat([a * c - b * s, b * c + a * s], dim=-1)
     rotated = torch.cat([rotary.to(x.dtype), rest], dim=-1)
-    return torch.where(((positions >= 0) & (positions < cos.shape[0]))[:, None, :, None], rotated, x)
+    return torch.where(((positions >= 0) & (positions < cos.shape[0])).unsqueeze(1).unsqueeze(-1), rotated, x)
 
 
 def _slots_of(positions, k_cache, block_table):
