@@ -53,7 +53,7 @@ class Captured:
             calls.refused = "an operation of fastgpt's cannot be recorded"
         self.refused = calls.refused
         if self.refused is None:
-            self.plan, self.owned = plan, calls.owned
+            self.plan, self.owned, self.function = plan, calls.owned, None
         return self.output
 
 
@@ -141,7 +141,7 @@ class Graphed:
                     f"a step could not be captured in a CUDA graph ({error}), after which PyTorch's state on {x.device} is "
                     "not to be relied on"
                 ) from error
-            self.owned = calls.owned
+            self.owned, self.function = calls.owned, None
         self.replay()
         return self.output
 
@@ -170,8 +170,8 @@ class Recording:
         self, model: torch.nn.Module, function: Callable[..., torch.Tensor], record: type,
         refuses: Callable[[], str | None] | None = None,
     ):  # fmt: skip
-        self.model, self.function, self.record = model, function, record
-        self.refuses = functools.partial(modules_refuse, model) if refuses is None else refuses
+        self.record = record
+        self.resume(model, function, refuses)
         self.step = self.unchanged = self.tables = self.refused = None
 
     def __call__(self, x: torch.Tensor, tables=None) -> torch.Tensor:
@@ -186,12 +186,22 @@ class Recording:
             if self.refused is not None:
                 return self.function(x, tables)
             self.unchanged, self.weights = watch(list(self.model.modules()))
-            self.tables, self.step = tables, self.record(lambda x: self.function(x, tables))
+            function = self.function
+            self.tables, self.step = tables, self.record(lambda x: function(x, tables))
         return self.step(x)
 
     def holds(self) -> bool:
         """Whether what was recorded may run again: modules and weights are what they were."""
-        return self.unchanged is not None and self.unchanged.holds()
+        return self.step is not None and getattr(self.step, "refused", None) is None and self.unchanged.holds()
+
+    def let_go(self) -> None:
+        """Lets go of the model, which what was recorded does not need, until `resume`."""
+        self.model = self.function = self.refuses = None
+
+    def resume(self, model, function, refuses=None) -> None:
+        """With the arguments that this one was made with, or others that do the same."""
+        self.model, self.function = model, function
+        self.refuses = functools.partial(modules_refuse, model) if refuses is None else refuses
 
 
 def modules_refuse(model: torch.nn.Module) -> str | None:

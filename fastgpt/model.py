@@ -29,7 +29,7 @@ from fastgpt.checks import is_autocasting, require_flag, require_integer
 from fastgpt.context import Context, Given, read_context, require_causal, require_context, require_ids, stored_context, uncached
 from fastgpt.families import DECODER_SCHEMA, MAX_HEAD_DIM
 from fastgpt.fusion import PLAIN_WEIGHTS, computes, is_training, plain
-from fastgpt.generate import generate
+from fastgpt.generate import generate, sessions
 from fastgpt.inspection import run_with_cache
 from fastgpt.ops.explain import OPERATIONS
 from fastgpt.ops.implementations import decoder_cpp_refuses, decoder_triton_refuses, explain_call, runs_elsewhere
@@ -328,6 +328,10 @@ class GPT(nn.Module):
                 parameter.normal_(0.0, 0.02 / math.sqrt(additions) if residual else 0.02)
         memory.collapse(self.parameters())
 
+    def _apply(self, fn, recurse=True):
+        sessions.forget(self)  # which would keep the memory of weights that move
+        return super()._apply(fn, recurse)
+
     def forward(
         self, ids, cache: KVCache | None = None, new: list[int] | None = None,
         *, lengths=None, context=None, context_lengths=None, output_hidden_states: bool = False,
@@ -386,7 +390,10 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
-    def decoding(self, cache: KVCache, choose: Callable[[torch.Tensor], torch.Tensor] | None = None):
+    def decoding(
+        self, cache: KVCache, choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        recording: capture.Recording | None = None,
+    ):  # fmt: skip
         """A function of each sequence's next token, (B,) int64, that lets it join the cache -> its logits (B, V).
 
         It is captured, on the CPU at its first call, where all of it runs in fastgpt's operations, on a GPU at its second,
@@ -397,6 +404,8 @@ class GPT(nn.Module):
         Args:
             choose: a function of the logits, whose result is returned in their place. A CUDA graph has it inside: it must
                 then follow the rules of `Graphed`.
+            recording: `recording` of a function that this returned for the same cache and `choose`, to go on with what that
+                has captured.
 
         Raises: RuntimeError, from the function, where a CUDA graph cannot be captured all the same.
         """
@@ -420,10 +429,18 @@ class GPT(nn.Module):
             return chosen(self.capped(plan(x, self.position_tables(x, cache))))
 
         if capture.has_graphs(cache.lengths.device):
-            graph = capture.Recording(self, whole, capture.Graphed, functools.partial(self.graph_refused, cache))
+            graph = self._recording(recording, whole, capture.Graphed, functools.partial(self.graph_refused, cache))
+            replayed.recording = graph
             return replayed
-        plan = capture.Recording(self, step, capture.Captured)
+        plan = self._recording(recording, step, capture.Captured)
+        recorded.recording = plan
         return recorded
+
+    def _recording(self, earlier: capture.Recording | None, function, record: type, refuses=None) -> capture.Recording:
+        if earlier is None or earlier.record is not record:
+            return capture.Recording(self, function, record, refuses)
+        earlier.resume(self, function, refuses)
+        return earlier
 
     def graph_refused(self, cache: KVCache) -> str | None:
         """Why a decode step over this cache is no CUDA graph, or None: modules are not plain (fastgpt/fusion.py), or no kernel

@@ -6,6 +6,7 @@ row's seed, which of its prompt's samples the row is, and the step; so a row's t
 on the cache or on the device, as far as rounding of the logits does not move a probability across u.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -172,13 +173,13 @@ class Sampler:
     def __init__(self, prompts, steps: int, vocab_size: int, *, uniforms=None, eos=(), logprobs=False, **rules):
         B, device = len(prompts), prompts[0].device
         self.rules = rules = checked_rules(**rules)
-        self.uniforms = None if uniforms is None else uniforms.to(device)
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        self.tokens = torch.full((steps, B), -1, device=device)
-        self.logprobs = torch.zeros(steps, B, device=device) if logprobs else None
+        self.uniforms = None if uniforms is None else uniforms.to(device, copy=True)
+        self.step = torch.empty(1, dtype=torch.int64, device=device)
+        self.tokens = torch.empty(steps, B, dtype=torch.int64, device=device)
+        self.logprobs = torch.empty(steps, B, device=device) if logprobs else None
         dtype = torch.float32 if mild(rules["repetition_penalty"]) else torch.float64
-        self.extreme = torch.zeros(B, 1, dtype=dtype, device=device)
-        self.ended = torch.zeros(B, dtype=torch.bool, device=device) if eos else None
+        self.extreme = torch.empty(B, 1, dtype=dtype, device=device)
+        self.ended = torch.empty(B, dtype=torch.bool, device=device) if eos else None
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device) if eos else None
         self.bias = self.seen = self.history = self.repeats = None
         self.then = []
@@ -187,9 +188,7 @@ class Sampler:
             self.bias[list(rules["logit_bias"])] = torch.tensor(list(rules["logit_bias"].values()))
             self.bias = self.bias.to(device)
         if rules["repetition_penalty"] != 1:
-            self.seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in zip(self.seen, prompts):
-                row[prompt] = True
+            self.seen = torch.empty(B, vocab_size, dtype=torch.bool, device=device)
         if rules["no_repeat_ngram_size"] or rules["logits_processors"]:
             self.history = History(prompts, steps)
         if rules["no_repeat_ngram_size"]:
@@ -200,10 +199,38 @@ class Sampler:
             self.then.append(self.forbid_ends)
         if rules["logits_processors"]:
             self.then.append(self.call_processors)
-            self.calls = 0
         self.warpers = {name: rules[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
         # the likeliest by the logits as they come
         self.plain = uniforms is None and self.bias is None and self.seen is None and not self.then
+        self.begin(prompts)
+
+    def begin(self, prompts, uniforms=None) -> None:
+        """From the first step, for as many prompts, with other numbers to draw by if they are given; in place, so that a
+        captured step sees it. With a history, the longest prompt is as long as it was."""
+        if uniforms is not None:
+            self.uniforms.copy_(uniforms)
+        self.step.zero_()
+        self.tokens.fill_(-1)
+        self.extreme.zero_()
+        for zeros in (self.logprobs, self.ended, self.seen):
+            if zeros is not None:
+                zeros.zero_()
+        if self.seen is not None:
+            for row, prompt in zip(self.seen, prompts):
+                row[prompt] = True
+        if self.history is not None:
+            self.history.begin(prompts)
+        if self.repeats is not None:
+            self.repeats.begin()
+        self.calls = 0  # of logits_processors
+
+    def results(self) -> "Sampler":
+        """A sampler with the results so far, which `begin` of this one leaves as they are."""
+        result = copy.copy(self)
+        for name in ("tokens", "logprobs", "extreme"):
+            value = getattr(self, name)
+            setattr(result, name, None if value is None else value.clone())
+        return result
 
     def __call__(self, logits):
         scores = logits if self.plain else self.score(logits)
@@ -276,17 +303,20 @@ class Sampler:
 
 
 class History:
-    """The tokens of each row so far, in place.
+    """The tokens of each row so far, in place, after `begin`.
 
     tokens: (B, longest prompt + steps) int64; all rows end in the same column. -1 before a row's first, and to come.
     """
 
     def __init__(self, prompts: Sequence[torch.Tensor], steps: int):
         self.longest = max(map(len, prompts))
+        self.tokens = prompts[0].new_empty(len(prompts), self.longest + steps)
+
+    def begin(self, prompts: Sequence[torch.Tensor]) -> None:
         self.rows = {}  # by the length of their prompts
         for row, prompt in enumerate(prompts):
             self.rows.setdefault(len(prompt), []).append(row)
-        self.tokens = prompts[0].new_full((len(prompts), self.longest + steps), -1)
+        self.tokens.fill_(-1)
         for row, prompt in zip(self.tokens, prompts):
             row[self.longest - len(prompt) : self.longest] = prompt
 
@@ -302,16 +332,21 @@ class History:
 
 
 class Repeats:
-    """Forbids tokens that would complete an n-gram which its row has already.
+    """Forbids tokens that would complete an n-gram which its row has already, after `begin`.
 
     overlap: (B, columns of the history) int32: of each column, how many tokens right before it are, one by one, those that
         the row ends with; of more than n - 1, any number from there.
     """
 
     def __init__(self, history: History, n: int):
-        tokens, end = history.tokens, history.longest
-        self.tokens, self.needed = tokens, min(n - 1, tokens.shape[1])
-        self.overlap = torch.zeros(tokens.shape, dtype=torch.int32, device=tokens.device)
+        self.tokens, self.longest = history.tokens, history.longest
+        self.needed = min(n - 1, self.tokens.shape[1])
+        self.overlap = torch.empty(self.tokens.shape, dtype=torch.int32, device=self.tokens.device)
+
+    def begin(self) -> None:
+        """Of the prompts, which are in the history."""
+        tokens, end = self.tokens, self.longest
+        self.overlap.zero_()
         alike = torch.ones(len(tokens), end, dtype=torch.bool, device=tokens.device)
         for back in range(min(self.needed, end - 1)):
             last = tokens[:, end - 1 - back, None]

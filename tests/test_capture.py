@@ -3,9 +3,11 @@
 A GPU's way, a CUDA graph of the whole step, is gone here too, with a tape that plays the graph: tests/tape.py.
 """
 
+import gc
 import re
 import subprocess
 import sys
+import weakref
 from unittest import mock
 
 import pytest
@@ -18,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import fastgpt
 from fastgpt import linear
 from fastgpt.capture import Captured, Graphed, Recording
+from fastgpt.generate import sessions, stream
 from fastgpt.positions import Rope, Tables
 
 pytestmark = pytest.mark.threads
@@ -280,6 +283,133 @@ def test_within_the_callers_capture_a_step_just_runs():
         with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
             recording(torch.zeros(1))
     assert len(calls) == 1 and "CUDAGraph" not in stub.calls
+
+
+# From one call of generate to the next
+
+RULES = SAMPLED | {"no_repeat_ngram_size": 3, "logit_bias": {5: -2.0}, "min_new_tokens": 4, "seed": 4}
+
+
+@pytest.mark.parametrize("rules", [{}, RULES], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("options", GRAPHED, ids=str)
+def test_a_graph_serves_later_calls(options, rules):
+    """Of prompts of the same lengths, with the same options: the tokens are those without, and nothing is captured."""
+    model, options = random_model(), options | rules | {"eos": [7, 8], "return_logprobs": True}
+    calls = [[random_ids(model, 1, n, seed=seed + n)[0] for n in (5, 14, 9)] for seed in (0, 50, 100)]
+    expected = []
+    for prompts in calls:
+        sessions.forget(model)
+        expected.append(model.generate(prompts, 12, **options))
+    sessions.forget(model)
+    with stubbed_cuda() as stub:
+        results = [model.generate(prompts, 12, **options) for prompts in calls]  # kept: a later call leaves them as they are
+        assert stub.calls.count("CUDAGraph") == 1 and not {"synchronize", "empty_cache"} & set(stub.calls)
+    for (rows, logprobs), (expected_rows, expected_logprobs) in zip(results, expected):
+        assert all(map(torch.equal, rows, expected_rows)) and all(map(torch.equal, logprobs, expected_logprobs))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.5}, {"top_k": 3}, {"eos": 3}, {"return_logprobs": True}, {"num_samples": 2}, {"window": 7},
+        {"cache": "paged"}, {"cache_dtype": torch.int8}, {"logit_bias": {3: 1.0}}, {"repetition_penalty": 1.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_call_with_other_options_has_a_graph_of_its_own(options):
+    model = random_model()
+    ids = random_ids(model, 2, 5)
+    with stubbed_cuda() as stub:
+        first = model.generate(ids, 9)
+        model.generate(ids, 9, **options)
+        assert torch.equal(model.generate(ids, 9), first)
+        assert len(stub.graphs) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.norm, "weight", torch.nn.Parameter(torch.rand(64))),
+        lambda model: setattr(model.blocks[0].mlp.up.weight, "data", torch.randn(256, 64)),
+        lambda model: setattr(model.blocks[1], "mlp", random_model(seed=4).blocks[0].mlp),
+        lambda model: model.bfloat16(),
+        lambda model: model.load_state_dict(random_model(seed=9).state_dict(), assign=True),
+    ],
+    ids=["weight", "storage", "module", "dtype", "state"],
+)
+def test_a_model_that_has_changed_is_captured_anew(change):
+    """And what was captured is gone, with the memory of the weights that it was captured with."""
+    model = random_model()
+    ids = random_ids(model, 2, 5)
+    with stubbed_cuda() as stub:
+        model.generate(ids, 9)
+        (storage,) = [StorageWeakRef(cache.storage.k.untyped_storage()) for _, cache, _ in sessions.of_model[model].values()]
+        change(model)
+        actual = model.generate(ids, 9)
+        assert len(stub.graphs) == 2
+        stub.graphs.clear()
+        gc.collect()
+        assert storage.expired()
+    sessions.forget(model)
+    assert torch.equal(actual, model.generate(ids, 9, use_cache=False))
+
+
+def test_weights_that_change_in_place_are_seen_by_later_calls():
+    model, other = random_model(), random_model(seed=5)
+    ids = random_ids(model, 2, 5)
+    with stubbed_cuda() as stub:
+        model.generate(ids, 9)
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(model.generate(ids, 9), other.generate(ids, 9, use_cache=False)) and len(stub.graphs) == 1
+
+
+def test_sessions_are_few_and_go_with_the_model():
+    model = random_model()
+    ids = random_ids(model, 2, 5)
+    for new in range(2, 9):
+        model.generate(ids, new)
+    kept = sessions.of_model[model]
+    assert len(kept) == sessions.MOST
+    storages = [StorageWeakRef(cache.storage.k.untyped_storage()) for _, cache, _ in kept.values()]
+    with mock.patch.object(sessions, "BYTES", 0):  # less than a cache takes
+        model.generate(ids, 80)
+        assert sum(cache.nbytes for _, cache, _ in kept.values()) <= sum(weight.nbytes for weight in model.parameters())
+    gone = weakref.ref(model)
+    del model, kept
+    gc.collect()
+    assert gone() is None and all(expired(storages))
+
+
+def test_calls_at_once_share_no_session():
+    """One that is on its way keeps its memory to itself; and its tokens are what they were, whoever comes after it."""
+    model = random_model()
+    ids, others = random_ids(model, 2, 5), random_ids(model, 2, 5, seed=8)
+    expected, expected_others = model.generate(ids, 9)[:, 5:], model.generate(others, 9)[:, 5:]
+    first = stream(model, ids, 9)
+    tokens = [next(first), next(first)]
+    assert torch.equal(torch.stack(list(stream(model, others, 9)), 1), expected_others)
+    tokens += first
+    model.generate(others, 9)
+    assert torch.equal(torch.stack(tokens, 1), expected)
+
+
+def test_a_call_that_fails_leaves_no_session():
+    model = random_model()
+    ids = random_ids(model, 1, 5)
+    with torch.no_grad():
+        model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="logits: expected finite ones"):
+        model.generate(ids, 5)
+    assert not sessions.of_model.get(model)
+
+
+def test_recorded_steps_serve_later_calls():
+    """On a CPU as well."""
+    model = random_model()
+    ids = random_ids(model, 2, 5)
+    expected = model.generate(ids, 9)
+    with mock.patch.object(Captured, "_record", side_effect=AssertionError("recorded again")):
+        assert torch.equal(model.generate(ids, 9), expected)
 
 
 # What is read by its address
