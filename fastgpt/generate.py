@@ -313,7 +313,8 @@ class Request:
 
     def decoding(self) -> Step:
         if not self.options.logits_processors:
-            step = self.model.decoding(self.cache, self.sampler, **({} if self.recording is None else {"recording": self.recording}))
+            earlier = {} if self.recording is None else {"recording": self.recording}
+            step = self.model.decoding(self.cache, self.sampler, **earlier)
             self.recording = getattr(step, "recording", None)
             return step
         logits = self.model.decoding(self.cache)  # anybody's Python can be no part of a CUDA graph

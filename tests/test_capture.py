@@ -249,7 +249,7 @@ def test_a_capture_neither_waits_nor_empties_the_allocator():
     [
         (lambda model: model.double(), "kv_cache_update would be served by its reference, which waits .*torch.float64"),
         (lambda model: model.blocks[1].mlp.register_forward_hook(lambda *arguments: None), "blocks.1.mlp has hooks"),
-        (lambda model: setattr(model.blocks[0], "mlp", Doubled(model.blocks[0].mlp)), "blocks.0.mlp is of a class that .* Doubled"),
+        (lambda model: setattr(model.blocks[0], "mlp", Doubled(model.blocks[0].mlp)), "blocks.0.mlp is of a class .* Doubled"),
         (lambda model: setattr(model.norm, "forward", model.norm.forward), "norm has another forward"),
         (lambda model: setattr(model.blocks[1].attention.out, "waits", True), "blocks.1.attention.out waits for the device"),
     ],

@@ -49,9 +49,10 @@ def calls(cuda, device="cuda:0"):
 
 def test_every_operation_with_a_triton_implementation_is_asked(cuda):
     explained = fastgpt.ops.explain.OPERATIONS
-    for operation, explain in explained.items():
+    for operation in explained:
         names = getattr(inspect.getmodule(operation), "IMPLEMENTATIONS", {})
-        assert ("triton" in names) == (operation in calls(cuda)) or operation.__name__ in ("scaled_dot_product_attention", "decoding")
+        others = "scaled_dot_product_attention", "decoding"
+        assert ("triton" in names) == (operation in calls(cuda)) or operation.__name__ in others
 
 
 @pytest.mark.parametrize("capability", [(3, 5), (7, 0), (7, 5)])
@@ -106,7 +107,7 @@ def test_a_decode_step_is_a_graph_where_kernels_serve_it(options):
 @pytest.mark.parametrize(
     "patch, dtype, reason",
     [
-        (mock.patch.object(torch.cuda, "get_device_capability", lambda device: (7, 5)), torch.float16, "compute capability 8.0 or newer"),
+        (mock.patch.object(torch.cuda, "get_device_capability", lambda device: (7, 5)), torch.float16, "capability 8.0 or newer"),
         (mock.patch.object(implementations, "TRITON_INSTALLED", False), torch.bfloat16, "triton is not installed"),
         (contextlib.nullcontext(), torch.float64, "x is torch.float64"),
     ],
@@ -216,7 +217,8 @@ def tracings(cuda):
         "attention": (fastgpt.attention, (several, k, v), {}, [forward]),
         "attention, all": (
             fastgpt.attention, (several, k, v),
-            {"bias": cuda(3, 32), "mask": cuda(3, 32, dtype=torch.bool), "sinks": cuda(4), "softcap": 2.0, "window": 7}, [forward],
+            {"bias": cuda(3, 32), "mask": cuda(3, 32, dtype=torch.bool), "sinks": cuda(4), "softcap": 2.0, "window": 7},
+            [forward],
         ),
         "attention, pages": (fastgpt.attention, (new, *pages), {"block_table": table}, [forward]),
         "attention, 8 bits": (fastgpt.attention, (new, k8, v8), scales, [forward]),
@@ -224,12 +226,16 @@ def tracings(cuda):
             fastgpt.attention_varlen, (packed, packed, packed, cu_seqlens, cu_seqlens, 9, 9), {}, ["attention_varlen_forward"],
         ),
         "update": (fastgpt.kv_cache_update, (new, new, k, v, positions), {}, [update]),
-        "update, rotated": (fastgpt.rope_kv_cache_update, (new, new, new, k, v, positions, angles, angles), {}, ["rope_" + update]),
+        "update, rotated": (
+            fastgpt.rope_kv_cache_update, (new, new, new, k, v, positions, angles, angles), {}, ["rope_" + update],
+        ),
         "step": (fastgpt.attention_with_kv_cache, (new, new, new, k, v, positions), {}, [whole]),
         "step, rotated": (fastgpt.attention_with_kv_cache, (new, new, new, k, v, positions, angles, angles), {}, [whole]),
         "step, 8 bits": (fastgpt.attention_with_kv_cache, (new, new, new, k8, v8, positions), scales, [whole]),
         "step, pages": (fastgpt.attention_with_kv_cache, (new, new, new, *pages, positions), {"block_table": table}, [whole]),
-        "several tokens": (fastgpt.attention_with_kv_cache, (several, several, several, k, v, positions_3), {}, [update, forward]),
+        "several tokens": (
+            fastgpt.attention_with_kv_cache, (several, several, several, k, v, positions_3), {}, [update, forward],
+        ),
         "linear": (fastgpt.linear, (x, weight), norm, ["linear"]),
         "linear, many rows": (fastgpt.linear, (cuda(100, 64), weight), norm, ["norm"]),
         "norm": (fastgpt.norm, (x, cuda(64)), {"residual": x}, ["norm"]),
@@ -270,7 +276,7 @@ LAYER = ["linear", "attention_with_kv_cache", "linear", "linear", "linear"]
 
 
 ROTARY = {"position": "rotary", "rope": Rope(16)}
-KINDS = [{}, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ({"kind": "sliding", "window": 9}, {"cache_dtype": torch.int8}))]
+KINDS = [{}, *(pytest.param(options, marks=pytest.mark.exhaustive) for options in DECODING[2:])]
 
 
 @pytest.mark.slow
