@@ -99,8 +99,9 @@ class Calls(TorchDispatchMode):
 
 
 def storages(values):
-    """Of each tensor in a nested structure: its storage's identity, and the tensor."""
-    return [(x.untyped_storage()._cdata, x) for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+    """Of each strided tensor in a nested structure: its storage's identity, and the tensor."""
+    tensors = (x for x in tree_leaves(values) if isinstance(x, torch.Tensor) and x.layout is torch.strided)
+    return [(x.untyped_storage()._cdata, x) for x in tensors]
 
 
 class Graphed:

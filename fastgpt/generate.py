@@ -237,7 +237,7 @@ class Request:
         session = None if self.key is None else sessions.take(model, self.key)
         if session is None:
             self.sampler = self.new_sampler(uniforms)
-            self.cache = model.new_cache(**cache) if options.use_cache else None
+            self.cache = self.new_cache(cache) if options.use_cache else None
             return
         self.sampler, self.cache, self.recording = session
         with torch.inference_mode():  # in which a fork was made
@@ -245,7 +245,7 @@ class Request:
             self.cache.truncate([0] * len(self.rows))
         if options.num_samples > 1:
             self.shared = self.cache
-            self.cache = self.shared.like(len(prompts)) if isinstance(self.shared, PagedCache) else model.new_cache(**cache)
+            self.cache = self.shared.like(len(prompts)) if isinstance(self.shared, PagedCache) else self.new_cache(cache)
 
     @classmethod
     def of(cls, model, ids, max_new_tokens: int | None, options: dict) -> "Request":
@@ -360,6 +360,13 @@ class Request:
             return next_token()
 
         return next_token(), step
+
+    def new_cache(self, arguments: dict) -> KVCache:
+        try:
+            return self.model.new_cache(**arguments)
+        except torch.OutOfMemoryError:  # which caches of earlier calls may have
+            sessions.forget(self.model)
+            return self.model.new_cache(**arguments)
 
     def cache_arguments(self) -> dict:
         """Of `new_cache`: with room for the request and no more. The last token is never stored."""

@@ -380,6 +380,20 @@ def test_sessions_are_few_and_go_with_the_model():
     assert gone() is None and all(expired(storages))
 
 
+def test_sessions_go_when_memory_is_short():
+    model = random_model()
+    ids, new_cache = random_ids(model, 2, 5), model.new_cache
+    model.generate(ids, 9)
+
+    def short(*args, **options):
+        if model in sessions.of_model:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return new_cache(*args, **options)
+
+    with mock.patch.object(model, "new_cache", short):
+        assert model.generate(ids, 12).shape == (2, 17)
+
+
 def test_calls_at_once_share_no_session():
     """One that is on its way keeps its memory to itself; and its tokens are what they were, whoever comes after it."""
     model = random_model()
