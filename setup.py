@@ -131,6 +131,27 @@ def cuda_archs(nvcc):
     return [*archs[:-1], archs[-1] + "+PTX"]
 
 
+def nvcc_version(nvcc):
+    """Its CUDA version, like "13.0", or "" if it does not say."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found[1] if found else ""
+
+
+def mismatch(nvcc_cuda):
+    """Why libraries that an nvcc of this version compiles do not run beside the installed torch, and what to do; or None."""
+    torch_cuda = getattr(getattr(importlib.import_module("torch"), "version", None), "cuda", None)
+    if not nvcc_cuda or not torch_cuda:  # a CPU build of torch says nothing about where the library will be used
+        return None
+    ours, theirs = nvcc_cuda.partition(".")[0], torch_cuda.partition(".")[0]
+    if ours == theirs:
+        return None
+    return (
+        f"nvcc is of CUDA {nvcc_cuda} and torch {torch_cuda}, whose majors must be the same: set CUDA_HOME to a CUDA {theirs} "
+        f"or install a torch for CUDA {ours}"
+    )
+
+
 def gencode(archs):
     flags = []
     for arch in archs:
@@ -166,6 +187,13 @@ class NinjaBuild(build_ext):
         nvcc = None if wish == "0" else find_nvcc()
         if wish == "1" and nvcc is None:
             fail("FASTGPT_BUILD_CUDA=1, but nvcc is not in CUDA_HOME, PATH or an nvidia-cuda-nvcc wheel.")
+        self.cuda_version = nvcc_version(nvcc) if nvcc else ""
+        problem = mismatch(self.cuda_version)
+        if problem and wish == "1":
+            fail(f"FASTGPT_BUILD_CUDA=1, but {problem}.")
+        if problem:
+            print(f"fastgpt: WARNING: the CUDA library was left out: {problem}.", file=sys.stderr)
+            nvcc = None
         archs = cuda_archs(nvcc) if nvcc else []
 
         failed = self.compile(nvcc, archs)
@@ -238,6 +266,7 @@ class NinjaBuild(build_ext):
         python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
         facts = [word for path in (self.pybind11, *sorted(python)) for word in ("-isystem", path)]
         facts += [f'-DFASTGPT_CUDA_ARCHS="{" ".join(archs)}"']
+        facts += [f'-DFASTGPT_CUDA_VERSION="{self.cuda_version if archs else ""}"']
         facts += [f'-DFASTGPT_CPU_LEVELS="{" ".join(levels)}"']
         objects = compile_each("cxx", [bindings], facts) + compile_each("cxx", others)
         for level, flags in levels.items():

@@ -40,6 +40,7 @@ py::dict build_info() {
   info["cpu_levels"] = words(FASTGPT_CPU_LEVELS);
   info["cpu_level"] = fastgpt::cpu_level_name(fastgpt::cpu_level());
   info["cuda_archs"] = words(FASTGPT_CUDA_ARCHS);
+  info["cuda_version"] = FASTGPT_CUDA_VERSION;
   return info;
 }
 
@@ -243,7 +244,7 @@ PYBIND11_MODULE(_C, module) {
 
 compiler: its name and version; torch_target_version: the oldest torch it loads on; cpu_levels:
 the instruction sets compiled in; cpu_level: the one in use; cuda_archs: GPU architectures of
-libfastgpt_cuda.so, [] if that was not built.
+libfastgpt_cuda.so, [] if that was not built; cuda_version: of the nvcc that compiled it, like "13.0", "" likewise.
 
 Raises ValueError if FASTGPT_CPU_LEVEL names a level that is unknown or that this CPU lacks.)");
   define_page_allocator(module);

@@ -23,7 +23,7 @@ from fastgpt._C import OutOfPages, PageAllocator
 from fastgpt import memory
 from fastgpt.checks import require_integer
 from fastgpt.ops.attention import attention
-from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache
+from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, waits
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, as_bytes
@@ -88,13 +88,18 @@ class Storage:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.tensors())
 
-    def repeated(self, n: int) -> "Storage":
-        """A copy in which each of the N is there n times in a row."""
-        result = object.__new__(Storage)
+    def repeated(self, n: int, into: "Storage | None" = None) -> "Storage":
+        """A copy in which each of the N is there n times in a row, in the memory of an earlier one if that is given."""
+        result = object.__new__(Storage) if into is None else into
         for name in ("k", "v", "k_scale", "v_scale"):
             x = getattr(self, name)
-            setattr(result, name, None if x is None else as_bytes(x).repeat_interleave(n, dim=1).view(x.dtype))
-        result._make_views()
+            copies = None if x is None else as_bytes(x).repeat_interleave(n, dim=1)
+            if into is None:
+                setattr(result, name, None if x is None else copies.view(x.dtype))
+            elif x is not None:
+                as_bytes(getattr(into, name)).copy_(copies)
+        if into is None:
+            result._make_views()
         return result
 
     def copy(self, source: list[int], target: list[int]) -> None:
@@ -256,6 +261,21 @@ class KVCache:
             window=least(window, self.window), block_table=self.block_table, counters=self._counters, **options,
         )  # fmt: skip
 
+    def step_waits(self, num_heads: int, dtype: torch.dtype) -> str | None:
+        """Why `step`, of queries of so many heads in this dtype, waits for the device, as no CUDA graph can; or None."""
+        for storage in self.storages:
+            for layer in storage.layers[:1]:
+                new = [self.batch_size, layer["k"].shape[1], 1, layer["k"].shape[3]]
+                k = torch.empty(new, dtype=dtype, device=self.lengths.device)
+                q = k.new_empty(new[0], num_heads, 1, new[3])
+                reason = waits(
+                    q, k, k, layer["k"], layer["v"], self._next, block_table=self.block_table, k_scale=layer["k_scale"],
+                    v_scale=layer["v_scale"],
+                )  # fmt: skip
+                if reason is not None:
+                    return reason
+        return None
+
     def truncate(self, counts: list[int]) -> None:
         """Forgets all but the first counts[b] tokens of each sequence b.
 
@@ -270,16 +290,23 @@ class KVCache:
     def _give_back(self, counts: list[int]) -> None:
         """Gives back storage that truncated sequences no longer need; raises before anything changes."""
 
-    def fork(self, n: int) -> "KVCache":
-        """A cache with n copies of each sequence in a row, which go on apart from each other and from this one."""
+    def fork(self, n: int, into: "KVCache | None" = None) -> "KVCache":
+        """A cache with n copies of each sequence in a row, which go on apart from each other and from this one.
+
+        into: a fork of one like this, whose sequences are forgotten; what a captured step reads of it stays in place.
+        """
         raise NotImplementedError
 
-    def _forked(self, n: int) -> "KVCache":
+    def _forked(self, n: int, into: "KVCache | None") -> "KVCache":
         """Everything of a fork but its storage."""
+        counts, lengths = [count for count in self.counts for _ in range(n)], self.lengths.repeat_interleave(n)
+        if into is not None:
+            into.counts, into.reach = counts, self.reach
+            into.lengths.copy_(lengths)
+            return into
         result = object.__new__(type(self))
         result.__dict__.update(self.__dict__)
-        result.counts = [count for count in self.counts for _ in range(n)]
-        result.lengths = self.lengths.repeat_interleave(n)
+        result.counts, result.lengths = counts, lengths
         result.context = None if self.context is None else self.context.repeated(n)
         result._make_steady()
         return result
@@ -292,9 +319,9 @@ class ContiguousCache(KVCache):
         super().__init__(batch_size, capacity, window, storage.get("device"))
         self.storage = Storage(batch_size, capacity, **storage)
 
-    def fork(self, n):
-        result = self._forked(n)
-        result.storage = self.storage.repeated(n)
+    def fork(self, n, into=None):
+        result = self._forked(n, into)
+        result.storage = self.storage.repeated(n, None if into is None else into.storage)
         return result
 
 
@@ -360,8 +387,12 @@ class SlidingCache(KVCache):
                         f"counts: expected {old} or 0 for a sequence whose ring of {size} has overwritten older tokens, got {new}"
                     )
 
-    def fork(self, n):
-        result = self._forked(n)
+    def fork(self, n, into=None):
+        result = self._forked(n, into)
+        if into is not None:
+            for size, ring in self.rings.items():
+                ring.storage.repeated(n, into.rings[size].storage)
+            return into
         result.rings = {size: Ring(size, ring.storage.repeated(n)) for size, ring in self.rings.items()}
         result.places = [(result.rings[ring.size], place) for ring, place in self.places]
         return result
@@ -495,10 +526,17 @@ class PagedCache(KVCache):
         for sequence, count in zip(self.sequences, counts):
             self.pool.allocator.truncate(sequence, count)
 
-    def fork(self, n):
-        result = self._forked(n)
+    def like(self, batch_size: int) -> "PagedCache":
+        """An empty one of so many sequences over the same pages, with this one's capacity and window."""
+        return PagedCache(self.pool, batch_size=batch_size, capacity=self.capacity, window=self.window)
+
+    def fork(self, n, into=None):
+        if into is not None:
+            into.free()
+        result = self._forked(n, into)
         result.sequences = [self.pool.allocator.fork(sequence) for sequence in self.sequences for _ in range(n)]
-        result.block_table = self.block_table.repeat_interleave(n, dim=0)
+        table = self.block_table.repeat_interleave(n, dim=0)
+        result.block_table = table if into is None else into.block_table.copy_(table)
         return result
 
     def free(self) -> None:

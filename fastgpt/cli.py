@@ -24,7 +24,8 @@ from fastgpt.checks import is_terminal, require_integer, require_number
 from fastgpt.context import require_causal
 from fastgpt.distributed import PARALLEL, joined, own_device
 from fastgpt.generate import MAX_NEW_TOKENS, Options
-from fastgpt.model import GPT
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.ops.library import CUDA_MISSING
 from fastgpt.pipelines import Pipeline, Run, as_messages, pipeline
 from fastgpt.text import Tokenizer, unescape
 from fastgpt.train import TrainConfig, Trainer, pretrained, require_new_run, require_writable, train
@@ -584,7 +585,10 @@ def run_info(options) -> None:
     print(f"compiled by {build['compiler']} for torch >= {build['torch_target_version']}")
     print(f"CPU: {build['cpu_level']} in use, compiled: {', '.join(build['cpu_levels'])}; {torch.get_num_threads()} threads")
     archs = ", ".join(build["cuda_archs"])
-    print(f"CUDA library: {f'built for {archs}' if archs else 'not built (no working nvcc was found, or it was left out)'}")
+    library = "not built (no working nvcc was found, or it was left out)"
+    if archs:
+        library = f"built for {archs} by CUDA {build['cuda_version']}"
+    print(f"CUDA library: {library}" + (f"; not loaded: {CUDA_MISSING}" if archs and CUDA_MISSING else ""))
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         devices.append(torch.device("cuda", index))
@@ -599,6 +603,7 @@ def run_info(options) -> None:
 def serving(device: torch.device) -> dict[str, tuple[str, dict[str, str]]]:
     """Operation -> (the implementation that serves generation on this device, the others with why not)."""
     x = torch.zeros(1, 1, 1, 16, device=device)
+    tiny = GPT(GPTConfig(vocab_size=16, context_length=16, num_layers=1, num_heads=1, hidden_size=16)).to(device)
     positions = torch.zeros(1, 1, dtype=torch.int32, device=device)
     calls = {
         "attention": fastgpt.explain(fastgpt.attention, x, x, x),
@@ -609,6 +614,7 @@ def serving(device: torch.device) -> dict[str, tuple[str, dict[str, str]]]:
         ),
         "linear": fastgpt.explain(fastgpt.linear, x, x[0, 0]),
         "norm": fastgpt.explain(fastgpt.norm, x, x[0, 0, 0]),
+        "decode step": fastgpt.explain(GPT.decoding, tiny, tiny.new_cache(1)),
     }
     result = {}
     for operation, reasons in calls.items():

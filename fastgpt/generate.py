@@ -1,5 +1,8 @@
 """Generation: prefill, the decode loop and streaming. It knows a decoder only by how it is called."""
 
+import contextlib
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -170,8 +173,44 @@ def stream(model, ids, max_new_tokens: int | None = None, **options) -> Iterator
 
     Arguments, their defaults and errors are those of `generate`; bad input raises here, not at the first token.
     """
-    return Request.of(model, ids, max_new_tokens, options).run()
+    return Request.of(model, ids, max_new_tokens, options).stream()
 
+
+class Sessions:
+    """What calls of `generate` leave to later ones: sampler, cache and captured steps, by model and by what decides all three.
+
+    A call takes a session out and leaves it when it has ended, so that no two calls have the same one. A session goes when
+    the model's modules or weights have changed, when the model goes, or when later ones take its place.
+    """
+
+    MOST = 2  # of a model
+    BYTES = 256 << 20  # of all their caches, or as many as the model's weights take
+
+    def __init__(self):
+        self.lock, self.of_model = threading.Lock(), weakref.WeakKeyDictionary()
+
+    def take(self, model, key):
+        """What was left for this key, or None."""
+        with self.lock:
+            kept = self.of_model.get(model, {})
+            for old in [old for old, (_, _, recording) in kept.items() if not recording.holds()]:
+                del kept[old]
+            return kept.pop(key, None)
+
+    def leave(self, model, key, session: tuple) -> None:
+        room = max(self.BYTES, sum(weight.nbytes for weight in model.parameters()))
+        with self.lock:
+            kept = self.of_model.setdefault(model, {})
+            kept[key] = session
+            while kept and (len(kept) > self.MOST or sum(cache.nbytes for _, cache, _ in kept.values()) > room):
+                del kept[next(iter(kept))]  # the one that was left first
+
+    def forget(self, model) -> None:
+        with self.lock:
+            self.of_model.pop(model, None)
+
+
+sessions = Sessions()
 
 Step = Callable[[torch.Tensor], torch.Tensor]  # each row's last token (B · num_samples,) -> the next one
 
@@ -179,25 +218,65 @@ Step = Callable[[torch.Tensor], torch.Tensor]  # each row's last token (B · num
 class Request:
     """A call of `generate`, checked, with all the memory that it takes.
 
+    Where an earlier call had as many prompts and tokens and the same options, it is what that call had, with the steps that
+    it captured: `sessions`.
+
     rows: the prompts, each num_samples times.
     max_new_tokens: a number also where None was given.
+    sampler: has the results, also after another call.
     """
 
     def __init__(self, model, prompts: list[torch.Tensor], max_new_tokens: int | None, options: Options):
         self.model, self.prompts, self.options = model, prompts, options
         self.max_new_tokens = self.checked(max_new_tokens)
         self.rows = [prompt for prompt in prompts for _ in range(options.num_samples)]
-        self.sampler = self.new_sampler()
-        self.cache = self.new_cache() if options.use_cache else None
+        self.shared = self.recording = self.key = None  # shared: the cache in which samples of a prompt will go on
+        uniforms, cache = self.uniforms(), self.cache_arguments()
+        if options.use_cache and not options.logits_processors:
+            self.key = self.session_key(cache)
+        session = None if self.key is None else sessions.take(model, self.key)
+        if session is None:
+            self.sampler = self.new_sampler(uniforms)
+            self.cache = self.new_cache(cache) if options.use_cache else None
+            return
+        self.sampler, self.cache, self.recording = session
+        with torch.inference_mode():  # in which a fork was made
+            self.sampler.begin(self.rows, uniforms)
+            self.cache.truncate([0] * len(self.rows))
+        if options.num_samples > 1:
+            self.shared = self.cache
+            self.cache = self.shared.like(len(prompts)) if isinstance(self.shared, PagedCache) else self.new_cache(cache)
 
     @classmethod
     def of(cls, model, ids, max_new_tokens: int | None, options: dict) -> "Request":
         """Of the arguments of `generate`."""
         return cls(model, as_prompts(model, ids), max_new_tokens, Options.of(model, options))
 
-    @torch.inference_mode()
-    def run(self) -> Iterator:
+    def stream(self) -> Iterator:
         """What `stream` yields."""
+        with contextlib.closing(self.run()) as steps:
+            for i in steps:
+                tokens, logprobs = self.sampler.tokens, self.sampler.logprobs
+                # Copies: a later call may write there.
+                yield tokens[i].clone() if logprobs is None else (tokens[i].clone(), logprobs[i].clone())
+
+    def run(self) -> Iterator[int]:
+        """Yields the number of each step when the device has been told to do it. Then its session is the next call's."""
+        try:
+            yield from self.steps()
+        except GeneratorExit:
+            self.leave()
+            raise
+        self.leave()
+
+    def leave(self) -> None:
+        if self.key is not None and self.recording is not None and self.recording.holds():
+            self.recording.let_go()
+            sessions.leave(self.model, self.key, (self.sampler, self.cache, self.recording))
+            self.sampler, self.key = self.sampler.results(), None
+
+    @torch.inference_mode()
+    def steps(self) -> Iterator[int]:
         model, sampler, look = self.model, self.sampler, STEPS_PER_LOOK[self.rows[0].device.type]
         foreign, step = others(model), None
         for i in range(self.max_new_tokens):
@@ -211,7 +290,7 @@ class Request:
             looks = (i + 1) % look == 0 or i + 1 == self.max_new_tokens
             if looks:
                 sampler.require_finite(range(i - i % look, i + 1))
-            yield sampler.tokens[i] if sampler.logprobs is None else (sampler.tokens[i], sampler.logprobs[i])
+            yield i
             if looks and sampler.ended is not None and sampler.ended.all():
                 return
 
@@ -219,7 +298,7 @@ class Request:
         """The first new token of each row, and a function for the next ones."""
         logits, n = self.prefill(self.prompts), self.options.num_samples
         if n > 1:
-            whole, self.cache = self.cache, self.cache.fork(n)
+            whole, self.cache = self.cache, self.cache.fork(n, self.shared)
             if isinstance(whole, PagedCache):
                 whole.free()
             logits = logits.repeat_interleave(n, dim=0)
@@ -234,7 +313,10 @@ class Request:
 
     def decoding(self) -> Step:
         if not self.options.logits_processors:
-            return self.model.decoding(self.cache, self.sampler)
+            earlier = {} if self.recording is None else {"recording": self.recording}
+            step = self.model.decoding(self.cache, self.sampler, **earlier)
+            self.recording = getattr(step, "recording", None)
+            return step
         logits = self.model.decoding(self.cache)  # anybody's Python can be no part of a CUDA graph
         return lambda token: self.sampler(logits(token))
 
@@ -279,8 +361,15 @@ class Request:
 
         return next_token(), step
 
-    def new_cache(self) -> KVCache:
-        """With room for the request and no more. The last token is never stored."""
+    def new_cache(self, arguments: dict) -> KVCache:
+        try:
+            return self.model.new_cache(**arguments)
+        except torch.OutOfMemoryError:  # which caches of earlier calls may have
+            sessions.forget(self.model)
+            return self.model.new_cache(**arguments)
+
+    def cache_arguments(self) -> dict:
+        """Of `new_cache`: with room for the request and no more. The last token is never stored."""
         lengths, options = [len(prompt) for prompt in self.prompts], self.options
         new = max(self.max_new_tokens - 1, 0)
         page, samples = min(options.page_size, max(lengths) + new), options.num_samples
@@ -288,9 +377,18 @@ class Request:
             num_pages = sum(-(-(length + new) // page) for length in lengths)
         else:  # shared pages of the prompt, and the rest of each sample
             num_pages = sum(length // page + samples * (-(-(length + new) // page) - length // page) for length in lengths)
-        return self.model.new_cache(
-            len(lengths), max(lengths) + new, kind=options.cache, cache_dtype=options.cache_dtype, window=self.window,
-            page_size=page, num_pages=num_pages,
+        return {
+            "batch_size": len(lengths), "capacity": max(lengths) + new, "kind": options.cache,
+            "cache_dtype": options.cache_dtype, "window": self.window, "page_size": page, "num_pages": num_pages,
+        }  # fmt: skip
+
+    def session_key(self, cache: dict):
+        """What decides how the memory of a call is laid out, and what its steps compute."""
+        options, device = self.options, self.rows[0].device
+        rules = {name: value for name, value in options.rules.items() if name != "logit_bias"}
+        return (
+            *cache.values(), *rules.values(), *options.logit_bias.items(), options.num_samples, tuple(options.eos),
+            options.return_logprobs, self.max_new_tokens, getattr(self.model, "key_dtype", None), device,
         )  # fmt: skip
 
     @property
@@ -298,15 +396,20 @@ class Request:
         window = self.options.window
         return None if window is None else min(window, self.model.config.context_length)
 
-    def new_sampler(self) -> Sampler:
-        options, uniforms = self.options, None
-        if options.temperature > 0:
-            seeds = options.seed
-            if seeds is None:
-                seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
-            elif not isinstance(seeds, list):
-                seeds = [seeds] * len(self.prompts)
-            uniforms = uniform_numbers(seeds, options.num_samples, self.max_new_tokens)
+    def uniforms(self) -> torch.Tensor | None:
+        """The numbers to draw by, or None."""
+        options = self.options
+        if options.temperature == 0:
+            return None
+        seeds = options.seed
+        if seeds is None:
+            seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
+        elif not isinstance(seeds, list):
+            seeds = [seeds] * len(self.prompts)
+        return uniform_numbers(seeds, options.num_samples, self.max_new_tokens)
+
+    def new_sampler(self, uniforms: torch.Tensor | None) -> Sampler:
+        options = self.options
         return Sampler(
             self.rows, self.max_new_tokens, self.model.config.vocab_size, uniforms=uniforms, eos=options.eos,
             logprobs=options.return_logprobs, **options.rules,

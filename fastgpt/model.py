@@ -29,9 +29,11 @@ from fastgpt.checks import is_autocasting, require_flag, require_integer
 from fastgpt.context import Context, Given, read_context, require_causal, require_context, require_ids, stored_context, uncached
 from fastgpt.families import DECODER_SCHEMA, MAX_HEAD_DIM
 from fastgpt.fusion import computes, is_plain_matrix, is_training, plain
-from fastgpt.generate import generate
+from fastgpt.generate import generate, sessions
 from fastgpt.inspection import run_with_cache
-from fastgpt.ops.linear import finish, linear
+from fastgpt.ops.explain import OPERATIONS
+from fastgpt.ops.implementations import decoder_cpp_refuses, decoder_triton_refuses, explain_call, runs_elsewhere
+from fastgpt.ops.linear import MAX_ROWS, finish, linear
 from fastgpt.ops.norm import norm
 from fastgpt.ops.quantisation import QUANTISED_DTYPES
 from fastgpt.ops.step import embed
@@ -326,6 +328,10 @@ class GPT(nn.Module):
                 parameter.normal_(0.0, 0.02 / math.sqrt(additions) if residual else 0.02)
         memory.collapse(self.parameters())
 
+    def _apply(self, fn, recurse=True):
+        sessions.forget(self)  # which would keep the memory of weights that move
+        return super()._apply(fn, recurse)
+
     def forward(
         self, ids, cache: KVCache | None = None, new: list[int] | None = None,
         *, lengths=None, context=None, context_lengths=None, output_hidden_states: bool = False,
@@ -384,16 +390,24 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
-    def decoding(self, cache: KVCache, choose: Callable[[torch.Tensor], torch.Tensor] | None = None):
+    def decoding(
+        self, cache: KVCache, choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        recording: capture.Recording | None = None,
+    ):  # fmt: skip
         """A function of each sequence's next token, (B,) int64, that lets it join the cache -> its logits (B, V).
 
         It is captured, on the CPU at its first call, where all of it runs in fastgpt's operations, on a GPU at its second,
-        in a CUDA graph; so what it returns may be overwritten by the next call. A model whose modules are not all plain
-        (fastgpt/fusion.py) runs each time instead, and one that changes on the way is captured again, or no longer.
+        in a CUDA graph; so what it returns may be overwritten by the next call. A model that cannot be, see `graph_refused`,
+        runs each time instead, and one that changes on the way is captured again, or no longer.
+        `fastgpt.explain(GPT.decoding, model, cache)` tells.
 
         Args:
             choose: a function of the logits, whose result is returned in their place. A CUDA graph has it inside: it must
                 then follow the rules of `Graphed`.
+            recording: `recording` of a function that this returned for the same cache and `choose`, to go on with what that
+                has captured.
+
+        Raises: RuntimeError, from the function, where a CUDA graph cannot be captured all the same.
         """
 
         def step(x, tables):
@@ -415,10 +429,31 @@ class GPT(nn.Module):
             return chosen(self.capped(plan(x, self.position_tables(x, cache))))
 
         if capture.has_graphs(cache.lengths.device):
-            graph = capture.Recording(self, whole, capture.Graphed)
+            graph = self._recording(recording, whole, capture.Graphed, functools.partial(self.graph_refused, cache))
+            replayed.recording = graph
             return replayed
-        plan = capture.Recording(self, step, capture.Captured)
+        plan = self._recording(recording, step, capture.Captured)
+        recorded.recording = plan
         return recorded
+
+    def _recording(self, earlier: capture.Recording | None, function, record: type, refuses=None) -> capture.Recording:
+        if earlier is None or earlier.record is not record:
+            return capture.Recording(self, function, record, refuses)
+        earlier.resume(self, function, refuses)
+        return earlier
+
+    def graph_refused(self, cache: KVCache) -> str | None:
+        """Why a decode step over this cache is no CUDA graph, or None: modules are not plain (fastgpt/fusion.py), or no kernel
+        takes their dtype, or runs on the device, and a reference would wait for it."""
+        weight = self.first_weight
+        if weight.is_cuda and (reason := decoder_triton_refuses(weight)) is not None:
+            return f"the Triton kernels do not serve it: {reason}"
+        if (reason := capture.modules_refuse(self)) is not None:
+            return reason
+        if (name := next((name for name, module in self.named_modules() if getattr(module, "waits", False)), None)) is not None:
+            return f"{name} waits for the device"
+        heads = self.blocks[0].attention.num_heads if self.blocks else 0  # this process's share
+        return cache.step_waits(heads, cache.dtype if cache.casts else weight.dtype)
 
     def embed(self, ids, cache: KVCache | Uncached, new: list[int] | None = None):
         """Makes room for ids (B, T) in the cache and embeds them: (B, T, C)."""
@@ -628,3 +663,31 @@ class GPT(nn.Module):
         """Writes `config.json`, `model.safetensors` and, if there are generation_defaults, `generation_config.json`, which
         transformers reads too if it has this architecture."""
         checkpoint.write(self, folder, generation_defaults=self.generation_defaults)
+
+
+def explain_decoding(model: GPT, cache: KVCache) -> dict[str, str]:
+    """How the steps of `model.decoding(cache)` would run: a CUDA graph, recorded operations on a CPU, or all their Python each
+    time; "chosen", "available", or why not."""
+    model.check(torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=model.first_weight.device), cache)
+    with torch.no_grad():
+        return explain_call(DECODING, model, cache)
+
+
+def _cuda_graph_refuses(model: GPT, cache: KVCache) -> str | None:
+    if not capture.has_graphs(cache.lengths.device):
+        return runs_elsewhere("CUDA", "the model", cache.lengths.device)
+    return model.graph_refused(cache)
+
+
+def _cpu_replay_refuses(model: GPT, cache: KVCache) -> str | None:
+    if not cache.lengths.is_cpu:
+        return runs_elsewhere("CPU", "the model", cache.lengths.device)
+    if cache.batch_size > MAX_ROWS:
+        return f"it takes up to {MAX_ROWS} sequences, and the cache has {cache.batch_size}"
+    return capture.modules_refuse(model) or decoder_cpp_refuses(model.first_weight)
+
+
+DECODING = {"cuda_graph": _cuda_graph_refuses, "cpu_replay": _cpu_replay_refuses, "eager": lambda model, cache: None}
+
+
+OPERATIONS[GPT.decoding] = explain_decoding

@@ -43,6 +43,11 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
 class SummedLinear(nn.Linear):
     """A layer whose columns the processes of `group` hold, each some of them: what they compute is added up."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether to call it waits for a GPU, as no CUDA graph can: only NCCL's sums do not."""
+        return torch.distributed.get_backend(self.group) != "nccl"
+
     def forward(self, x):
         y = linear(x, self.weight)
         torch.distributed.all_reduce(y, group=self.group)

@@ -209,8 +209,8 @@ class Run:
         stop, stop_ids = split_stop(stop, model.config.vocab_size)
         special_texts = tokenizer.special_texts() if stop else {}
         request = Request.of(model, prompts, max_new_tokens, options | {"eos": eos})
-        self.prompts, self.options, self.steps = prompts, request.options, request.run()
-        self.sampler, self.eos = request.sampler, set(self.options.eos)
+        self.prompts, self.options, self.steps = prompts, request.options, request.stream()
+        self.request, self.eos = request, set(self.options.eos)
         samples = self.options.num_samples
         self.rows = [
             Row(Decoder(tokenizer, prompt), Stops(stop), stop_ids, special_texts) for prompt in prompts for _ in range(samples)
@@ -233,7 +233,7 @@ class Run:
                 break
         self.steps.close()
         if self.times[1:]:
-            self.sampler.require_finite(range(len(self.times) - 1))  # of a GPU's last steps it may not be known yet
+            self.request.sampler.require_finite(range(len(self.times) - 1))  # of a GPU's last steps it may not be known yet
         if not all(row.finish_reason for row in self.rows):
             yield ["" if row.finish_reason else row.finish("length") for row in self.rows]
 

@@ -136,8 +136,9 @@ class Tables:
     """Rows for positions, kept as long as passes have needed them: made anew, twice as long, when one needs more.
 
     Those that are kept are made in a thread of their own, where no mode of the caller's is active: neither inference mode nor
-    torch.export's fake tensors nor a default device nor a transform of torch.func. What holds tables that were replaced keeps
-    their memory. Copied or pickled, it is empty.
+    torch.export's fake tensors nor a default device nor a transform of torch.func. Tables that were replaced are kept, too: a
+    CUDA graph that somebody captured may read them, and all together are no larger than the last. Copied or pickled, it is
+    empty.
 
     Args:
         make: a function of the number of positions, and of keys that tell tables apart, that returns tensors with so many
@@ -148,7 +149,7 @@ class Tables:
     LEAST = 1024  # positions
 
     def __init__(self, make: Callable[..., tuple[torch.Tensor, ...]], most: int):
-        self.make, self.most, self.held = make, most, {}
+        self.make, self.most, self.held, self.replaced = make, most, {}, []
 
     def __reduce__(self):
         return Tables, (self.make, self.most)
@@ -162,8 +163,10 @@ class Tables:
         if held is None or len(held[0]) < positions:
             rows = min(max(self.LEAST, 1 << (positions - 1).bit_length()), self.most)
             with ThreadPoolExecutor(1) as thread:
-                held = thread.submit(self._made, rows, x.device, *keys).result()
-            self.held[x.device, *keys] = held
+                made = thread.submit(self._made, rows, x.device, *keys).result()
+            if held is not None:
+                self.replaced.append(held)
+            held = self.held[x.device, *keys] = made
         return held
 
     def _made(self, rows, device, *keys):

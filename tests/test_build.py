@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import _C
+import fastgpt
+from fastgpt import _C, cli
+from fastgpt.ops import kv_cache_update as updating
+from fastgpt.ops import library
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = Path(_C.__file__)
@@ -40,7 +43,7 @@ def run_python(*arguments, cwd=None, **environment):
 
 def test_build_info():
     info = _C.build_info()
-    assert list(info) == ["compiler", "torch_target_version", "cpu_levels", "cpu_level", "cuda_archs"]
+    assert list(info) == ["compiler", "torch_target_version", "cpu_levels", "cpu_level", "cuda_archs", "cuda_version"]
     assert re.match(r"(gcc|clang) \d+", info["compiler"])
     assert info["torch_target_version"] == "2.10"
     assert info["cpu_levels"] in (LEVELS, LEVELS[:3], LEVELS[:1])  # an old compiler has no AMX
@@ -49,7 +52,9 @@ def test_build_info():
 
 
 def test_cuda_library_is_there_exactly_when_reported():
-    assert CUDA_LIBRARY.exists() == bool(_C.build_info()["cuda_archs"])
+    info = _C.build_info()
+    assert CUDA_LIBRARY.exists() == bool(info["cuda_archs"])
+    assert re.fullmatch(r"\d+\.\d+" if info["cuda_archs"] else "", info["cuda_version"])
 
 
 PRINT_LEVEL = "import fastgpt; print(fastgpt._C.build_info()['cpu_level'])"
@@ -141,6 +146,55 @@ def test_resources_of_cuda_kernels(source, arch, tmp_path):
         assert int(registers) <= 64, name
 
 
+# Loading the CUDA library
+
+
+@pytest.mark.parametrize("built, ours, loads", [("13.0", "12.8", False), ("12.4", "13.0", False), ("13.0", "13.2", True)])
+def test_a_library_of_another_major_of_cuda_is_not_loaded(built, ours, loads, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(library, "CUDA_LIBRARY", tmp_path)
+    monkeypatch.setattr(library, "build_info", lambda: {"cuda_version": built})
+    monkeypatch.setattr(torch.version, "cuda", ours)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    missing = library._load_cuda_library()
+    assert loaded == [str(tmp_path)] * loads
+    assert (missing is None) == loads
+    if not loads:
+        expected = rf"its CUDA library was compiled by CUDA {built}, and this torch is for CUDA {ours}: .* of CUDA {ours[:2]}, "
+        assert re.match(expected, missing)
+
+
+def test_info_says_why_the_library_is_not_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "CUDA_MISSING", "its CUDA library was compiled by another CUDA")
+    monkeypatch.setattr(fastgpt, "build_info", lambda: _C.build_info() | {"cuda_archs": ["9.0"], "cuda_version": "13.0"})
+    cli.main(["info"])
+    line = "CUDA library: built for 9.0 by CUDA 13.0; not loaded: its CUDA library was compiled by another CUDA\n"
+    assert line in capsys.readouterr().out
+
+
+def stores_nothing(*arguments):
+    pass
+
+
+def does_not_launch(*arguments):
+    raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+
+
+@pytest.mark.parametrize(
+    "kernel, reason", [(stores_nothing, r"\(\[0.0, 0.0\]\)"), (does_not_launch, r"\(CUDA error: no kernel .* device\)")]
+)
+def test_kernels_that_do_not_run_are_found_by_one_launch(kernel, reason, monkeypatch):
+    """And the reference serves the call."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(updating, "_kv_cache_update", kernel)
+    expected = rf"its kernels do not run on cpu {reason}: build fastgpt again with TORCH_CUDA_ARCH_LIST=7.5, by an nvcc "
+    assert re.match(expected, updating._launch_fails.__wrapped__(torch.device("cpu")))
+
+
+def test_kernels_that_run_pass_the_launch():
+    assert updating._launch_fails.__wrapped__(torch.device("cpu")) is None
+
+
 # What setup.py does, in a small copy of the project
 
 
@@ -217,6 +271,26 @@ def test_wrong_settings_are_one_sentence(project, tmp_path):
     nvcc = fake_nvcc(tmp_path, "exit 1")
     assert last_line(build(project, FASTGPT_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;Big", **nvcc)) == (
         'fastgpt: TORCH_CUDA_ARCH_LIST: expected entries like "8.0", "9.0a" or "10.0+PTX", got \'Big\'.'
+    )
+
+
+def nvcc_of(cuda):
+    return f'if [ "$1" = --version ]; then echo "Cuda compilation tools, release {cuda}, V{cuda}.48"; else exit 1; fi'
+
+
+def torch_of(cuda):
+    """The real one's files, for another CUDA."""
+    return f"__version__ = '2.13.0'; __file__ = {str(TORCH / '__init__.py')!r}\nclass version: cuda = {cuda!r}"
+
+
+@pytest.mark.parametrize("nvcc_cuda, torch_cuda", [("13.0", "12.8"), ("12.9", "13.0"), ("11.8", "12.1")])
+def test_another_major_of_cuda_is_one_sentence(nvcc_cuda, torch_cuda, project, tmp_path):
+    """A library would load, and then none of its launches would run."""
+    fakes = fake_torch(tmp_path, torch_of(torch_cuda)) | fake_nvcc(tmp_path, nvcc_of(nvcc_cuda))
+    ours, theirs = nvcc_cuda.partition(".")[0], torch_cuda.partition(".")[0]
+    assert last_line(build(project, FASTGPT_BUILD_CUDA="1", **fakes)) == (
+        f"fastgpt: FASTGPT_BUILD_CUDA=1, but nvcc is of CUDA {nvcc_cuda} and torch {torch_cuda}, whose majors must be the same"
+        f": set CUDA_HOME to a CUDA {theirs} or install a torch for CUDA {ours}."
     )
 
 
@@ -301,3 +375,16 @@ def test_broken_nvcc_costs_the_cuda_library_only(project, tmp_path):
 
     result = build(project, FASTGPT_BUILD_CUDA="1", **nvcc)
     assert last_line(result) == "fastgpt: compilation failed; the compiler's message is above."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torch_cuda", ["12.8", "13.2", None], ids=str)
+def test_another_major_of_cuda_costs_the_cuda_library_only(torch_cuda, project, tmp_path):
+    """Minors may differ; and a CPU build of torch says nothing about where the library will be used."""
+    (project / "csrc" / "empty.cu").touch()
+    fakes = fake_torch(tmp_path, torch_of(torch_cuda)) | fake_nvcc(tmp_path, nvcc_of("13.0"))
+    result = build(project, FASTGPT_BUILD_CUDA="", **fakes)
+    assert result.returncode == 0, result.stdout + result.stderr
+    left_out = "WARNING: the CUDA library was left out: nvcc is of CUDA 13.0 and torch 12.8, whose majors" in result.stderr
+    assert left_out == (torch_cuda == "12.8") != ("because nvcc failed" in result.stderr)
+    assert list((project / "fastgpt").glob("_C.*")) and not (project / "fastgpt" / "libfastgpt_cuda.so").exists()

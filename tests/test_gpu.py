@@ -201,8 +201,7 @@ def test_logits_of_a_cuda_graph_are_those_without(kind):
         model(ids[:, :5], cache=cache, new=[5, 2, 4])
     for i in range(5, 40):
         assert torch.equal(step(ids[:, i]), model(ids[:, i : i + 1], cache=eager)[:, -1])
-    graph = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, capture.Graphed))
-    assert graph.refused is None and graph.replay is not None
+    assert step.recording.refused is None and step.recording.step.replay is not None
 
 
 @pytest.mark.parametrize("rules", [{}, SAMPLED], ids=["greedy", "sampled"])

@@ -1,6 +1,7 @@
 """Sampling: logits are processed as transformers does, and tokens are drawn by their probabilities, each row on its own."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,7 +9,17 @@ import torch
 from models import random_ids, random_model
 from transformers.generation import logits_process as theirs
 
-from fastgpt.sampling import draw, most_likely, process, uniform_numbers
+from fastgpt import sampling
+from fastgpt.sampling import (
+    _least_by_digits,
+    draw,
+    least_of_nucleus,
+    least_of_nucleus_reference,
+    masses,
+    most_likely,
+    process,
+    uniform_numbers,
+)
 
 RULES = [
     {"temperature": 0.7},
@@ -109,6 +120,63 @@ def test_tokens_as_likely_as_one_that_is_kept_are_kept():
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
     assert process(logits, top_k=2).isfinite().tolist() == [[True, True, True, True, False]]
     assert process(logits, top_p=0.6).isfinite().tolist() == [[True, True, True, True, False]]
+
+
+# The nucleus
+
+NUCLEUS_LOGITS = {
+    "normal": lambda g: torch.randn(4, 3000, generator=g) * 3,
+    "flat": lambda g: torch.randn(4, 3000, generator=g) * 1e-3,
+    "peaked": lambda g: torch.randn(4, 3000, generator=g) * 30,
+    "equal": lambda g: torch.full((3, 2048), -7.25),
+    "ties": lambda g: torch.randint(-9, 3, (5, 3000), generator=g).float(),
+    "zeros of both signs": lambda g: torch.where(torch.rand(3, 2000, generator=g) < 0.5, 0.0, -0.0),
+    "one": lambda g: torch.randn(3, 1, generator=g),
+    "few": lambda g: torch.randn(3, 7, generator=g),
+    "forbidden": lambda g: torch.randn(4, 3000, generator=g).masked_fill(torch.rand(4, 3000, generator=g) < 0.9, -math.inf),
+    "one allowed": lambda g: torch.full((2, 900), -math.inf).index_fill(1, torch.tensor([77]), 3.0),
+    "large": lambda g: torch.randn(4, 2000, generator=g) * 1e37,
+    "subnormal": lambda g: torch.randn(4, 2000, generator=g) * 1e-40,
+    "sorted": lambda g: torch.linspace(-20, 20, 3000).repeat(2, 1),
+    "reversed": lambda g: torch.linspace(20, -20, 3000).repeat(2, 1),
+    "nothing allowed": lambda g: torch.full((2, 700), -math.inf),
+}
+TOP_P = [5e-324, 1e-9, 0.1, 0.25, 0.5, 0.9, 0.95, 0.999, 1 - 1e-16]
+
+
+@pytest.mark.parametrize("kind", NUCLEUS_LOGITS)
+def test_the_nucleus_is_found_without_an_order(kind):
+    """On a CPU and as on a GPU, exactly where the reference ends it, which puts all tokens in order."""
+    logits = NUCLEUS_LOGITS[kind](torch.Generator().manual_seed(0))
+    for top_p in TOP_P:
+        expected = least_of_nucleus_reference(logits, top_p)
+        assert torch.equal(least_of_nucleus(logits, top_p), expected) and torch.equal(by_digits(logits, top_p), expected)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("kind", ["normal", "flat", "peaked", "ties"])
+def test_the_nucleus_is_the_fewest_tokens_with_the_probability(kind, top_p):
+    logits = NUCLEUS_LOGITS[kind](torch.Generator().manual_seed(1))
+    probabilities = logits.double().softmax(-1)
+    kept = logits >= least_of_nucleus(logits, top_p)
+    likelier = logits > logits.masked_fill(~kept, math.inf).amin(-1, keepdim=True)
+    assert ((probabilities * kept).sum(-1) >= top_p - 1e-6).all() and ((probabilities * likelier).sum(-1) < top_p + 1e-6).all()
+
+
+def by_digits(logits, top_p):
+    """As on a GPU."""
+    mass = masses(logits)
+    return _least_by_digits(logits, mass, top_p * mass.sum(-1, keepdim=True).double())
+
+
+@pytest.mark.parametrize("rules", [{"top_p": 0.9}, {"top_p": 0.4, "temperature": 1.3}, {"top_p": 0.7, "min_p": 0.01}], ids=str)
+def test_tokens_are_those_of_the_reference_for_the_same_numbers(rules):
+    logits = torch.cat([torch.randn(300, 400), torch.randint(-4, 4, (300, 400)).float()])
+    uniform = uniform_numbers([3], 600, 1)[0]
+    tokens = draw(process(logits, **rules), uniform)
+    for way in (least_of_nucleus_reference, by_digits):
+        with mock.patch.object(sampling, "least_of_nucleus", way):
+            assert torch.equal(tokens, draw(process(logits, **rules), uniform))
 
 
 def test_the_most_likely_token_is_the_first_of_equals():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from architectures import build, cache_of, generated, inputs, named_cache
 from transformers import DynamicCache, GemmaConfig, MistralConfig
 
 import fastgpt.integrations.transformers as ft
+from fastgpt.integrations.transformers import cache as ft_cache
 from fastgpt.integrations.transformers.cache import CROPS_TO_LENGTH
 from fastgpt.integrations.transformers.deferred import EightBit
 from fastgpt.ops.quantisation import dequantise, quantise
@@ -356,3 +358,17 @@ def test_a_prompt_for_several():
 def test_errors(error, options, message):
     with pytest.raises(error, match=message):
         ft.Cache(FULL, **options)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_graph_that_is_captured_has_positions_of_its_own(capturing):
+    """And not those that passes share, which nothing keeps once there were others."""
+    k, seen = torch.randn(1, 2, 3, 8), []
+    with (
+        mock.patch.object(ft_cache, "kv_cache_update", lambda *args, positions, **cache: seen.append(positions)),
+        mock.patch.object(torch.Tensor, "is_cuda", True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: capturing),
+    ):
+        for _ in range(2):
+            ft.Cache(FULL).update(k, k, 0)
+    assert seen[0].tolist() == [[0, 1, 2]] and (seen[0] is not seen[1]) == capturing

@@ -13,10 +13,11 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, TRITON_INSTALLED, attention
+from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, attention
 from fastgpt.ops.derivatives import transforms_active
 from fastgpt.ops.dropout import keep_mask
 from fastgpt.ops.explain import OPERATIONS
+from fastgpt.ops.implementations import triton_unusable
 from fastgpt.ops.implementations import runs_elsewhere
 from fastgpt.ops.library import without_autograd
 
@@ -190,8 +191,8 @@ def _refuses_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale
         return f"it runs on CPU and CUDA tensors, and query is on {query.device}"
     if key.device != query.device or value.device != query.device:
         return f"query, key and value are on {query.device}, {key.device} and {value.device}"
-    if query.is_cuda and not TRITON_INSTALLED:
-        return "triton is not installed"
+    if query.is_cuda and (reason := triton_unusable(query.device)) is not None:
+        return reason
     reason = _refuses_shapes(query.shape, key.shape, value.shape, is_causal, enable_gqa)
     if reason is not None:
         return reason

@@ -19,7 +19,7 @@ from fastgpt.checks import (
 )
 from fastgpt.ops.derivatives import TRANSFORMED, transforms_active
 from fastgpt.ops.dropout import keep_mask, seed_tensor
-from fastgpt.ops.implementations import TRITON_INSTALLED, choose, explain_call, runs_elsewhere
+from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere, triton_unusable
 from fastgpt.ops.library import library, without_autograd
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, dequantise
 
@@ -193,7 +193,7 @@ def attention_varlen(
             _VarlenAttention.apply(_savable(packing), *_savable(call)) if _needs_gradients(call)
             else _attention_varlen_forward(*packing, *_varlen_arguments(call))
         )  # fmt: skip
-    out, lse = out[0].transpose(0, 1), lse[0]  # (total_q, H, D), (H, total_q)
+    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # (total_q, H, D), (H, total_q)
     return (out, lse) if return_lse else out
 
 
@@ -489,8 +489,8 @@ def _needs_gradients(call: Call) -> bool:
 def _triton_refuses(call: Call):
     if not call.q.is_cuda:
         return runs_elsewhere("CUDA", "q", call.q.device)
-    if not TRITON_INSTALLED:
-        return "triton is not installed"
+    if (reason := triton_unusable(call.q.device)) is not None:
+        return reason
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
     return _cannot_differentiate(call)

@@ -180,6 +180,26 @@ def explain(
     return explain_call(IMPLEMENTATIONS, call, new, impl=impl)
 
 
+def waits(q, k, v, k_cache, v_cache, positions, cos=None, sin=None, **options) -> str | None:
+    """Why the call, without gradients, cannot be part of a CUDA graph, or None: references wait for the device.
+
+    Arguments: those of `attention_with_kv_cache`.
+    """
+    reasons = explain(q, k, v, k_cache, v_cache, positions, cos, sin, **options)
+    if reasons["triton"] == "chosen":
+        return None
+    cache = {name: options.get(name) for name in ("block_table", "k_scale", "v_scale")}
+    parts = {
+        "kv_cache_update": updating.explain(k, v, k_cache, v_cache, positions, **cache),
+        "attention": attending.explain(q, k_cache, v_cache, **cache),
+    }
+    for operation, reasons in parts.items():
+        if reasons["reference"] == "chosen":
+            others = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if name != "reference")
+            return f"{operation} would be served by its reference, which waits for the device ({others})"
+    return None
+
+
 def _triton_refuses(call: Call, new: tuple):
     if not call.q.is_cuda:
         return runs_elsewhere("CUDA", "q", call.q.device)
@@ -190,11 +210,15 @@ def _triton_refuses(call: Call, new: tuple):
     k, v, _, cos, sin, _, _ = new
     if (reason := derivatives_refused(call.q, k, v, call.k, call.v, cos, sin, call.sinks)) is not None:
         return reason
-    from fastgpt.kernels.attention_tiles import has_aligned_rows
+    if torch.compiler.is_compiling() or type(call.k) is not torch.Tensor or type(call.v) is not torch.Tensor:
+        return None  # traced, it has no address; the operation itself will know
+    return None if _rows_are_aligned(call.k, call.v) else "it takes caches whose rows start and end at multiples of 16 bytes"
 
-    if not (has_aligned_rows(call.k) and has_aligned_rows(call.v)):
-        return "it takes caches whose rows start and end at multiples of 16 bytes"
-    return None
+
+def _rows_are_aligned(k_cache, v_cache) -> bool:
+    from fastgpt.kernels.attention_tiles import has_aligned_rows  # Triton is imported only when a CUDA tensor needs it
+
+    return has_aligned_rows(k_cache) and has_aligned_rows(v_cache)
 
 
 # In order of preference: the first that does not refuse serves the call.
@@ -221,6 +245,11 @@ def _attention_with_kv_cache_triton(
     q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions=None, cos=None, sin=None, interleaved=False,
     kv_lengths=None, block_table=None, k_scale=None, v_scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None,
 ):  # fmt: skip
+    if not _rows_are_aligned(k_cache, v_cache):  # compiled without a look at addresses
+        return _attention_with_kv_cache_apart(
+            q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions, cos, sin, interleaved, kv_lengths,
+            block_table, k_scale, v_scale, window, softcap, alibi_slopes, sinks,
+        )  # fmt: skip
     from fastgpt.kernels.attention_decode import New, attention_decode
     from fastgpt.kernels.attention_tiles import has_aligned_rows
 
@@ -244,11 +273,11 @@ def _attention_with_kv_cache_triton(
     )  # fmt: skip
 
 
-def _attention_with_kv_cache_cpu(
+def _attention_with_kv_cache_apart(
     q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions=None, cos=None, sin=None, interleaved=False,
     kv_lengths=None, block_table=None, k_scale=None, v_scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None,
 ):  # fmt: skip
-    """For who calls the registered operation itself; `attention_with_kv_cache` calls the two."""
+    """The two operations. On a CPU for who calls the registered operation itself; `attention_with_kv_cache` calls the two."""
     call = Call(
         q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
@@ -258,4 +287,4 @@ def _attention_with_kv_cache_cpu(
 
 
 library.impl("attention_with_kv_cache", _attention_with_kv_cache_triton, "CUDA")
-library.impl("attention_with_kv_cache", _attention_with_kv_cache_cpu, "CPU")
+library.impl("attention_with_kv_cache", _attention_with_kv_cache_apart, "CPU")

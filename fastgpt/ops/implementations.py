@@ -9,12 +9,43 @@ from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # four t
 from fastgpt.ops.derivatives import derivatives_possible, derivatives_refused
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+LEAST_CAPABILITY = 8, 0  # what tiles and the kernels' instructions are made for, bf16's among them
 
 
 @functools.cache  # formatting a device takes a microsecond
 def runs_elsewhere(kind: str, name: str, device: torch.device) -> str:
     """Why an implementation refuses a tensor on another kind of device."""
     return f"it runs on {kind} tensors, and {name} is on {device}"
+
+
+def triton_unusable(device: torch.device) -> str | None:
+    """Why no Triton kernel of the package runs on a CUDA device, or None. A device that cannot be asked, which an operation is
+    compiled for elsewhere, counts as new enough."""
+    return _too_old(device) if TRITON_INSTALLED else "triton is not installed"
+
+
+def _too_old(device: torch.device) -> str | None:
+    try:
+        capability = _capability(torch.cuda.get_device_capability, device)
+    except (AssertionError, RuntimeError):  # this torch has no CUDA, or it finds no device
+        return None
+    return None if capability >= LEAST_CAPABILITY else _too_old_sentence(device, capability)
+
+
+# What torch.compiler.assume_constant_result sets, without loading torch.compile, which takes seconds: traced, the question
+# would become a part of the graph, which nothing can run.
+_too_old._dynamo_marked_constant = True
+
+
+@functools.cache  # asking PyTorch takes microseconds
+def _capability(ask, device: torch.device) -> tuple[int, int]:
+    return tuple(ask(device))
+
+
+@functools.cache
+def _too_old_sentence(device: torch.device, capability: tuple[int, int]) -> str:
+    needed, found = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
+    return f"it needs a GPU of compute capability {needed} or newer, and {device} has {found}"
 
 
 def require_impl(implementations: dict, impl) -> None:
@@ -69,4 +100,6 @@ def decoder_cpp_refuses(x, *others, device: str = "cpu") -> str | None:
 
 def decoder_triton_refuses(*tensors) -> str | None:
     """The same of the Triton kernels."""
-    return decoder_cpp_refuses(*tensors, device="cuda") if TRITON_INSTALLED else "triton is not installed"
+    if tensors[0].is_cuda and (reason := triton_unusable(tensors[0].device)) is not None:
+        return reason
+    return decoder_cpp_refuses(*tensors, device="cuda")

@@ -1,6 +1,10 @@
 """The KV-cache update, alone and fused with rotary embedding: contract, checks, reference, dispatch to the kernels."""
 
+import functools
+
 import torch
+import torch
+import torch.nn.functional as F
 from torch._C._autograd import CreationMeta
 from torch._C._autograd import _get_creation_meta as _creation_of
 
@@ -219,16 +223,17 @@ def rope_reference(x, positions, cos, sin, *, interleaved=False):
     """
     pairs = cos.shape[1]
     index = positions.clamp(0, cos.shape[0] - 1).long()
-    c, s = cos[index].unsqueeze(1), sin[index].unsqueeze(1)  # (B, 1, T, R/2)
-    rotary, rest = x[..., : 2 * pairs].to(torch.promote_types(x.dtype, torch.float32)), x[..., 2 * pairs :]
+    c, s = F.embedding(index, cos).unsqueeze(1), F.embedding(index, sin).unsqueeze(1)  # (B, 1, T, R/2)
+    rotary, rest = x.split([2 * pairs, x.shape[-1] - 2 * pairs], dim=-1)
+    rotary = rotary.to(torch.promote_types(x.dtype, torch.float32))
     if interleaved:
-        a, b = rotary[..., 0::2], rotary[..., 1::2]
+        a, b = rotary.unflatten(-1, (pairs, 2)).unbind(-1)
         rotary = torch.stack([a * c - b * s, b * c + a * s], dim=-1).flatten(-2)
     else:
-        a, b = rotary[..., :pairs], rotary[..., pairs:]
+        a, b = rotary.split(pairs, dim=-1)
         rotary = torch.cat([a * c - b * s, b * c + a * s], dim=-1)
     rotated = torch.cat([rotary.to(x.dtype), rest], dim=-1)
-    return torch.where(((positions >= 0) & (positions < cos.shape[0]))[:, None, :, None], rotated, x)
+    return torch.where(((positions >= 0) & (positions < cos.shape[0])).unsqueeze(1).unsqueeze(-1), rotated, x)
 
 
 def _slots_of(positions, k_cache, block_table):
@@ -384,7 +389,29 @@ def _kernel_refuses(k, *others):
 def _cuda_refuses(k, *others):
     if not k.is_cuda:
         return runs_elsewhere("CUDA", "k", k.device)
-    return CUDA_MISSING or _kernel_refuses(k, *others)
+    if (reason := CUDA_MISSING or _kernel_refuses(k, *others)) is not None:
+        return reason
+    if torch.compiler.is_compiling() or type(k) is not torch.Tensor or torch.cuda.is_current_stream_capturing():
+        return None  # nothing can be launched to try it
+    return _launch_fails(k.device)
+
+
+@functools.cache
+def _launch_fails(device: torch.device) -> str | None:
+    """Why the library's kernels do not run on a device, or None: it stores a number, and waits for it, once."""
+    try:
+        one, caches = torch.ones(1, 1, 1, 1, device=device), torch.zeros(2, 1, 1, 1, 1, device=device)
+        _kv_cache_update(one, one, *caches, torch.zeros(1, 1, dtype=torch.int32, device=device), None, None, None)
+        got = caches.flatten().tolist()
+    except RuntimeError as error:
+        got = str(error).partition("\n")[0]
+    if got == [1.0, 1.0]:
+        return None
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return (
+        f"its kernels do not run on {device} ({got}): build fastgpt again with TORCH_CUDA_ARCH_LIST={capability}, by an nvcc "
+        f"of CUDA {torch.version.cuda}"
+    )
 
 
 def _cpp_refuses(k, *others):

@@ -76,6 +76,10 @@ library = Operators("fastgpt", "DEF")
 CUDA_LIBRARY = Path(_C.__file__).parent / "libfastgpt_cuda.so"
 
 
+def major(version: str) -> str:
+    return version.partition(".")[0]
+
+
 def _load_cuda_library() -> str | None:
     """Loads the CUDA operations; returns why they are missing, or None."""
     if torch.version.cuda is None:
@@ -83,6 +87,12 @@ def _load_cuda_library() -> str | None:
         return "this torch is a CPU build"
     if not CUDA_LIBRARY.exists():
         return "fastgpt was built without its CUDA library: no working nvcc was found, or it was left out"
+    built, ours = build_info()["cuda_version"], torch.version.cuda
+    if major(built) != major(ours):  # it would load, and then every launch would fail
+        return (
+            f"its CUDA library was compiled by CUDA {built}, and this torch is for CUDA {ours}: build fastgpt again with an "
+            f"nvcc of CUDA {major(ours)}, or install a torch for CUDA {major(built)}"
+        )
     try:
         torch.ops.load_library(str(CUDA_LIBRARY))
     except OSError as error:

@@ -141,7 +141,9 @@ class Layer(DynamicLayer):
         if k.dtype != self.dtype or v.dtype != self.dtype or k.stride(3) != 1 or v.stride(3) != 1:
             k, v = k.to(self.dtype).contiguous(), v.to(self.dtype).contiguous()
         write = kv_cache_update if k.shape == v.shape else kv_cache_update_reference
-        positions = _positions if type(k) is torch.Tensor else _positions.__wrapped__  # what is fake, nobody else can use
+        # What is fake, nobody else can use; and what a CUDA graph reads must be its own, not that of a cache that forgets it.
+        shared = type(k) is torch.Tensor and not (k.is_cuda and torch.cuda.is_current_stream_capturing())
+        positions = _positions if shared else _positions.__wrapped__
         write(k, v, positions=positions(k.shape[0], self.length, T, k.device), **self.storage)
         self.length += T
 
