@@ -28,7 +28,7 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.library import CUDA_MISSING
 from fastgpt.pipelines import Pipeline, Run, as_messages, pipeline
 from fastgpt.text import Tokenizer, unescape
-from fastgpt.train import TrainConfig, Trainer, pretrained, require_new_run, require_writable, train
+from fastgpt.train import TrainConfig, Trainer, claimed, pretrained, require_new_run, train
 from fastgpt.train import DTYPES as TRAIN_DTYPES
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"
@@ -510,11 +510,10 @@ def run_train(options) -> None:
         for field in dataclasses.fields(TrainConfig)
         if getattr(options, field.name) is not None
     }
-    with joined(options.parallel, device) as processes:
+    with joined(options.parallel, device) as processes, claimed(options.out, processes):
         if not options.resume:
             require_new_run(options.out)
             processes.any(False)  # all have looked before one writes
-        require_writable(options.out)
         place = {"device": device, "accumulate": options.accumulate, "processes": processes}
         trainer = resumed(options, given, place) if options.resume else started(options, given, place)
         if processes.first:

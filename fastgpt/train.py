@@ -5,13 +5,20 @@ It runs in one process or, started by torchrun, in several that share each batch
 
 import copy
 import math
+import os
+import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +36,7 @@ from fastgpt.text import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHOW_EVERY = 0.5  # seconds between two looks at the loss, each of which waits for the device
+LOCK = "training.lock"  # in a run's folder while the run goes on
 CHECK_INTERVAL = 20  # steps between two looks at whether the run has diverged, which all processes take together
 
 
@@ -279,7 +287,7 @@ class Trainer:
         Every file appears whole or not at all, and the state last: whenever a process is ended, what the folder holds can
         be resumed, or has no state yet. The checkpoint's weights may be those of an earlier step.
 
-        Raises: OSError.
+        Raises: OSError; ValueError while another run has the folder, see `claimed`.
         """
         model, optimizer = self.whole(), self.processes.gathered(self.optimizer.state_dict())
         if not self.processes.first:
@@ -292,19 +300,19 @@ class Trainer:
             "model": model.state_dict(),
             "optimizer": optimizer,
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if weights:
-                model.save_pretrained(folder)
-            elif not (folder / checkpoint.CONFIG).exists():  # the architecture, which a resumed run reads
-                with replacing(folder / checkpoint.CONFIG) as temporary:
-                    temporary.write_text(checkpoint.json_text(checkpoint.contents(model)[0]))
-            with replacing(folder / TOKENIZER) as temporary:
-                self.tokenizer.save(temporary)
-            with replacing(folder / STATE) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-            raise OSError(f"out: {folder} cannot be written to: {error}") from error
+        with claimed(folder):
+            try:
+                if weights:
+                    model.save_pretrained(folder)
+                elif not (folder / checkpoint.CONFIG).exists():  # the architecture, which a resumed run reads
+                    with replacing(folder / checkpoint.CONFIG) as temporary:
+                        temporary.write_text(checkpoint.json_text(checkpoint.contents(model)[0]))
+                with replacing(folder / TOKENIZER) as temporary:
+                    self.tokenizer.save(temporary)
+                with replacing(folder / STATE) as temporary:
+                    torch.save(state, temporary)
+            except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+                raise OSError(f"out: {folder} cannot be written to: {error}") from error
 
     @classmethod
     def resume(
@@ -447,26 +455,84 @@ def pretrained(path: str | Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
 
 
 def require_new_run(folder: Path) -> None:
-    """Raises ValueError if a folder holds a run or a model, which a new run would overwrite, or if no folder has such a name."""
-    try:
-        folder.joinpath(STATE).lstat()
-        holds_run = True
-    except (FileNotFoundError, NotADirectoryError):
-        holds_run = False
-    except (OSError, ValueError) as error:  # one that is too long, or that has a null character
-        raise ValueError(f"out: expected a folder, got {str(folder)!r}: {getattr(error, 'strerror', None) or error}") from error
-    if holds_run:
+    """Raises ValueError if a folder holds a run or a model, which a new run would overwrite."""
+    if os.path.lexists(folder / STATE):
         raise ValueError(f"out: expected a new folder, {folder} holds a run; continue it with --resume")
     if weights := sorted(path.name for pattern in ("*.safetensors", "*.safetensors.index.json") for path in folder.glob(pattern)):
         raise ValueError(f"out: expected a new folder, {folder} holds the model {weights[0]}")
 
 
-def require_writable(folder: Path) -> None:
-    """Raises OSError where a folder cannot be written to, or not be made. Makes none: what is checked next may fail."""
+_claimed = ContextVar("claimed", default=frozenset())  # folders, by this thread's runs: a claim may be within another one's
+
+
+@contextmanager
+def claimed(folder: Path, processes: Processes = Processes()) -> Iterator[None]:
+    """Within it, a folder, made where there is none, is this run's alone: two would overwrite each other's checkpoints.
+
+    The first process holds an exclusive lock on a file there, which the system releases when the process dies. The file is
+    removed at the end, and so are folders that were made and hold nothing. Where the system or the file system has no such
+    locks, the folder is only made. All processes enter and leave together.
+
+    Raises: ValueError in all processes where another run has the folder; OSError where it cannot be made or written to.
+    """
+    path = Path(folder).absolute()
+    if path in _claimed.get():
+        yield
+        return
+    lock, error, made = None, None, []
+    if processes.first:
+        try:
+            made = [missing for missing in (path, *path.parents) if not missing.exists()]
+            lock = _lock(path)
+        except BlockingIOError as raised:
+            error = ValueError(f"out: expected a folder that no other run uses, {folder} is in use by {raised.strerror}")
+        except (OSError, ValueError) as raised:  # also of a name that is too long, or that has a null character
+            reason = getattr(raised, "strerror", None) or raised
+            error = type(raised)(f"out: expected a folder, got {str(folder)!r}: {reason}")
+    before = _claimed.set(_claimed.get() | {path})
     try:
-        tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())).close()
-    except OSError as error:
-        raise type(error)(f"out: expected a folder that can be written to, {folder} is none: {error.strerror}") from error
+        if processes.any(error is not None):
+            raise error or ValueError(f"out: expected a folder that the first process can use, got {str(folder)!r}")
+        yield
+    finally:
+        _claimed.reset(before)
+        if lock is not None:
+            with suppress(OSError):
+                (path / LOCK).unlink()  # before it is free: nobody else's is removed
+            lock.close()
+        for missing in made:
+            with suppress(OSError, ValueError):
+                missing.rmdir()
+
+
+def _lock(folder: Path):
+    """The folder's lock file, open and locked. Raises BlockingIOError, whose strerror says who has it."""
+    for _ in range(10):  # a run that ends may remove file or folder in between
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / LOCK, "a+")
+        except FileNotFoundError as error:
+            missing = error
+            continue
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                raise BlockingIOError(error.errno, file.read().strip() or "another process") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            current = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
+        except FileNotFoundError as error:
+            current, missing = False, error
+        if current:
+            file.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+            return file
+        file.close()
+    raise missing
 
 
 def train(trainer: Trainer, folder: Path) -> None:
@@ -477,8 +543,14 @@ def train(trainer: Trainer, folder: Path) -> None:
     after the current step in the same way; a second one ends it at once.
 
     Raises: FloatingPointError when the loss or its gradient is not finite any more: the folder keeps the state that was
-        saved last, which can be resumed with other settings. OSError when the folder cannot be written to.
+        saved last, which can be resumed with other settings. OSError when the folder cannot be written to. ValueError while
+        another run has the folder, before anything is computed.
     """
+    with claimed(folder, trainer.processes):
+        _train(trainer, Path(folder))
+
+
+def _train(trainer: Trainer, folder: Path) -> None:
     config, processes = trainer.config, trainer.processes
     trainer.model.train()
     stop, saved = False, trainer.step

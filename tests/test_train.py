@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from fastgpt.cli import main
 from fastgpt.evaluate import evaluate, split
 from fastgpt.testing import numerics
 from fastgpt.text import Tokenizer
-from fastgpt.train import TrainConfig, Trainer, pretrained, train
+from fastgpt.train import LOCK, TrainConfig, Trainer, claimed, pretrained, train
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 TINY = TrainConfig(layers=1, heads=2, width=32, context=16, batch_size=8, steps=60, warmup=5, eval_interval=20)
@@ -531,3 +532,62 @@ def test_out_is_looked_at_before_the_text(holds, tmp_path, capsys):
         main(["train", "--text", str(tmp_path / "missing"), "--out", str(out)])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith("fastgpt: error: out: expected a") and str(out) in error
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fastgpt.train import claimed
+with claimed(Path(sys.argv[1])):
+    print("claimed", flush=True)
+    time.sleep(3600)
+"""
+
+
+def test_a_folder_is_one_runs_until_its_process_dies(text_file, tmp_path, capsys):
+    """For new runs, resumed ones and those of Python, each of which is refused before it computes."""
+    out = tmp_path / "folder" / "run"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, out], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "claimed\n"
+    arguments = ["train", "--text", str(tmp_path / "never read"), "--out", str(out)]
+    problem = f"out: expected a folder that no other run uses, {out} is in use by process {process.pid} on "
+    for more in ([], ["--resume"]):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments + more)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and problem in error and len(error.splitlines()) == 1
+    trainer = Trainer(TEXT, replace(TINY, steps=2))
+    for call in (lambda: train(trainer, out), lambda: trainer.save(out, weights=True)):
+        with pytest.raises(ValueError, match="^out: expected a folder that no other run uses"):
+            call()
+    assert trainer.step == 0 and [path.name for path in out.iterdir()] == [LOCK]
+    process.kill()
+    process.communicate()
+    assert (out / LOCK).exists()  # which the dead process left: neither a new run nor what loads it minds
+    main(["train", "--text", str(text_file), "--out", str(out), *map(str, SMALL), "--steps", "2"])
+    (out / LOCK).write_text("process 1 on another machine\n")
+    GPT.from_pretrained(out)
+    train(Trainer.resume(out, TEXT, steps=3), out)
+    assert Trainer.resume(out, TEXT).step == 3 and not (out / LOCK).exists()
+
+
+def test_two_threads_are_two_runs(tmp_path):
+    refused = []
+
+    def second():
+        try:
+            train(Trainer(TEXT, replace(TINY, steps=1)), tmp_path / "run")
+        except ValueError as error:
+            refused.append(str(error))
+
+    with claimed(tmp_path / "run"), claimed(tmp_path / "run"):
+        (thread := threading.Thread(target=second)).start()
+        thread.join()
+    assert len(refused) == 1 and refused[0].startswith("out: expected a folder that no other run uses")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    with pytest.raises(SystemExit):
+        main(["train", "--text", str(tmp_path / "missing"), "--out", str(tmp_path / "a" / "b")])
+    assert not list(tmp_path.iterdir())
