@@ -4,6 +4,10 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
+from fastgpt import startup
+
+startup.watch()
+
 import torch  # whose libraries the compiled operations need
 
 try:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import stat
 import sys
 import warnings
 from collections import Counter
@@ -501,11 +502,15 @@ class replacing:
         self.path, self.temporary = path, path.with_name(path.name + ".writing")
 
     def __enter__(self) -> Path:
+        self.temporary.unlink(missing_ok=True)
+        self.temporary.touch()
+        self.mode = stat.S_IMODE(self.temporary.stat().st_mode)  # what the umask leaves; safetensors' own files are private
         return self.temporary
 
     def __exit__(self, exception, *_):
         try:
             if exception is None:
+                self.temporary.chmod(self.mode)
                 os.replace(self.temporary, self.path)
         finally:
             self.temporary.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import fastgpt
-from fastgpt import bench, checkpoint, inspection
+from fastgpt import bench, checkpoint, inspection, startup
 from fastgpt.cache import CACHE_KINDS
 from fastgpt.checks import is_terminal, require_integer, require_number
 from fastgpt.context import require_causal
@@ -44,17 +44,21 @@ OUTPUT_ERRORS = {errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT}  # of a str
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; exits with status 2 and one line on bad input, 130 on Ctrl-C."""
+    options = argparse.Namespace()
     try:
-        options = parser().parse_args(arguments)
+        startup.unwatch()
+        options, unknown = parser().parse_known_args(arguments)
+        if unknown:
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         options.run(options)
         print(end="", flush=True)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the exit's flush complain
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if isinstance(error, OSError) and error.errno in OUTPUT_ERRORS and error.filename is None and sys.stdout is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             error = f"output: expected one that can be written to, got {error.strerror}"
-        report(f"fastgpt: error: {error}")
+        report(f"fastgpt: error: {as_typed(str(error), options)}")
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError) as error:
         report(f"fastgpt: error: out of memory: {error}")
@@ -62,6 +66,21 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         report("\nfastgpt: interrupted")
         sys.exit(130)
+
+
+def as_typed(message: str, options: argparse.Namespace) -> str:
+    """A library's message about its arguments, with those that are options of this command as they are typed."""
+    names = {name for name in vars(options) if name not in ("prompt", "prompts", "given", "run", "parser")}
+    name, colon, rest = message.partition(":")
+    if name.replace("-", "_") in names and colon:
+        name = shown_option(name)
+    rest = re.sub(r" or None\b(?=[,;: ]|$)", "", rest)
+    rest = re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", lambda word: shown_option(word[0]) if word[0] in names else word[0], rest)
+    return name + colon + re.sub(r"\b([a-z]+)=(?=\w)", lambda word: f"--{word[1]} " if word[1] in names else word[0], rest)
+
+
+def shown_option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def report(line: str) -> None:
@@ -73,7 +92,7 @@ def report(line: str) -> None:
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line that begins with the option, as other errors do."""
-        self.exit(2, f"fastgpt: error: {re.sub('^argument (--)?', '', message)} (see {self.prog} --help)\n")
+        self.exit(2, f"fastgpt: error: {re.sub('^argument ', '', message)} (see {self.prog} --help)\n")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -144,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         "generate", help="continue a prompt", usage="%(prog)s [options] [PROMPT ...]", formatter_class=Formatter,
         description=GENERATE, epilog=GENERATE_EXAMPLES,
     )  # fmt: skip
-    command.set_defaults(run=run_generate)
+    command.set_defaults(run=run_generate, parser=command)
     add = command.add_argument_group("text").add_argument
     add("prompt", nargs="*", metavar="PROMPT", help="the text to continue, or several texts; - is standard input, which is "
         "also read if there is no PROMPT and something is piped in (a line break)")  # fmt: skip
@@ -190,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
         "inspect", help="what a model sees in a prompt", usage="%(prog)s [options] PROMPT", formatter_class=Formatter,
         description="Prints the tokens of a prompt and those that are most likely to follow.",
     )  # fmt: skip
-    command.set_defaults(run=run_inspect)
+    command.set_defaults(run=run_inspect, parser=command)
     add = command.add_argument
     add("prompt", metavar="PROMPT", help="the text to look at; - is standard input")
     add_model(add)
@@ -201,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     add("--head", type=integer, default=0, metavar="H", help="of the picture; the first is 0 (0)")
 
     command = commands.add_parser("train", help="train a model on a text file", formatter_class=Formatter)
-    command.set_defaults(run=run_train)
+    command.set_defaults(run=run_train, parser=command)
     add = command.add_argument
     add("--text", type=path, required=True, metavar="FILE", help="the text, in UTF-8; its last 10%% is held out")
     add("--out", type=path, required=True, metavar="DIR", help="a new folder for checkpoints, or with --resume that of a run")
@@ -222,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
         "bench", help="how fast this machine is, in two minutes", formatter_class=Formatter,
         description="Times generation and its operations beside PyTorch's and this machine's limits.",
     )  # fmt: skip
-    command.set_defaults(run=run_bench)
+    command.set_defaults(run=run_bench, parser=command)
     add = command.add_argument
     add_device(add)
     add("--only", default="", metavar="TEXT", help="what has TEXT in its name: GPT-2, attention, one token, ... (everything)")
@@ -231,7 +250,7 @@ def parser() -> argparse.ArgumentParser:
 
     what = "versions, device, and which implementation serves each operation"
     command = commands.add_parser("info", help=what, formatter_class=Formatter, description=f"Prints {what}, and why.")
-    command.set_defaults(run=run_info)
+    command.set_defaults(run=run_info, parser=command)
     return top
 
 
@@ -338,6 +357,10 @@ def run_generate(options) -> None:
         raise ValueError("logprobs: expected --json with it, got --logprobs alone")
     if options.template_var and not options.chat:
         raise ValueError("template-var: expected --chat with it, got --template-var alone")
+    if options.no_cache and not options.compare_cache:
+        for name in ("cache", "cache_dtype"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name}: expected none with --no-cache, got {getattr(options, name)}")
     options.given = given_options(options)
     options.prompts = prompts_of(options)
     device = device_of(own_device(options.device))
@@ -359,13 +382,15 @@ def run_generate(options) -> None:
 
 def generate_text(pipe: Pipeline, options, device: torch.device) -> None:
     run = run_generation(pipe, options, use_cache=not options.no_cache, quiet=options.json)
+    if run.options.num_samples > 1 and run.options.temperature == 0:
+        report("fastgpt: the samples of a prompt are all the same without --temperature")
     result = texts(pipe, run, options) | {
         "prompt_tokens": sum(map(len, run.prompts)),
         "new_tokens": sum(len(row.tokens) for row in run.rows),
         "prefill_seconds": run.prefill_seconds,
         "decode_seconds": run.decode_seconds,
         "decode_tokens_per_second": run.tokens_per_second,
-        "seed": options.given["seed"],
+        "seed": options.given["seed"] if run.options.temperature > 0 else None,  # where something is sampled
         "device": str(device),
         "dtype": str(pipe.model.token_embedding.weight.dtype).removeprefix("torch."),
         "implementation": serving(device)["attention"][0],
@@ -387,9 +412,11 @@ def generate_text(pipe: Pipeline, options, device: torch.device) -> None:
         rounded = "" if agree or options.cache_dtype is None else f", which is rounded to {options.cache_dtype}"
         print(f"tokens: {'the same' if agree else 'NOT the same'} with and without the cache{rounded}")
     else:
-        tokens, speed = result["new_tokens"], shown(result["decode_tokens_per_second"])
+        tokens, speed, seed = result["new_tokens"], result["decode_tokens_per_second"], result["seed"]
         print(end="", flush=True)  # the text comes first where both go to one place; there may be no sys.stdout
-        report(f"{tokens} tokens, {speed} tok/s, seed {result['seed']}")
+        parts = [f"{tokens} token{'' if tokens == 1 else 's'}"]
+        parts += [] if speed is None else [f"{shown(speed)} tok/s"]
+        report(", ".join(parts + ([] if seed is None else [f"seed {seed}"])))
     if options.compare_cache and not agree and options.cache_dtype is None:  # rounded to 8 bits, they may differ
         sys.exit(1)
 
@@ -409,8 +436,19 @@ def run_generation(pipe: Pipeline, options, *, use_cache: bool, quiet: bool) -> 
         print()
     elif not quiet:
         texts = [before + row.text for before, row in zip(befores, run.rows)]
-        print("\n".join(f"--- {number} of {len(texts)}\n{text}\n" for number, text in enumerate(texts, 1)), end="")
+        heads = [shortened(prompt) for prompt in options.prompts for _ in range(run.options.num_samples)]
+        print(
+            "\n".join(
+                f"--- {number} of {len(texts)}: {head}\n{text}\n" for number, (head, text) in enumerate(zip(heads, texts), 1)
+            ),
+            end="",
+        )
     return run
+
+
+def shortened(prompt: str) -> str:
+    """The beginning of a prompt, in one line."""
+    return repr(prompt if len(prompt) <= 40 else prompt[:39] + "\u2026")
 
 
 def printed_before(run: Run, options) -> list[str]:

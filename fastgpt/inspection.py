@@ -133,13 +133,13 @@ def draw_attention(pattern: torch.Tensor, tokens: list[str], path: str | Path, t
         tokens: the text of each of the S; of the T the last of them.
         path: of the picture, whose ending says the format: .png, .svg, .pdf, ...
 
-    Raises: ValueError without matplotlib, or for a format that it does not know; OSError.
+    Raises: ImportError without matplotlib; ValueError for a format that it does not know; OSError that names the file.
     """
     path = require_path("path", path)
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ValueError("attention: expected matplotlib, which draws the picture, to be installed: pip install matplotlib") from error
+        raise ImportError("a picture needs matplotlib, which is not installed: pip install matplotlib") from error
     T, S = pattern.shape
     if len(tokens) != S:
         raise ValueError(f"tokens: expected {S}, as many as the pattern has columns, got {len(tokens)}")

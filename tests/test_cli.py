@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_samples(capsys):
     assert status == 0 and len(report["samples"]) == 3 and report["new_tokens"] == 120 and "text" not in report
     texts = [sample["text"] for sample in report["samples"]]
     assert len(set(texts)) == 3 and all(text.startswith("ROMEO:") and len(text) == 46 for text in texts)
-    assert out == "\n".join(f"--- {number} of 3\n{text}\n" for number, text in enumerate(texts, 1))
+    assert out == "\n".join(f"--- {number} of 3: 'ROMEO:'\n{text}\n" for number, text in enumerate(texts, 1))
     assert report["decode_tokens_per_second"] == pytest.approx(117 / report["decode_seconds"])
 
 
@@ -278,17 +279,18 @@ def test_several_prompts(tmp_path, capsys):
     flags = [*TOKENS, "--prompt-file", tmp_path / "prompt"]
     _, out, _ = run(capsys, "generate", "A", "B", *flags)
     texts = [generated(prompt)[:-1] for prompt in ("A", "B", "ROMEO:")]
-    assert out == "\n".join(f"--- {number} of 3\n{text}\n" for number, text in enumerate(texts, 1))
+    numbered = enumerate(zip(("A", "B", "ROMEO:"), texts), 1)
+    assert out == "\n".join(f"--- {number} of 3: {prompt!r}\n{text}\n" for number, (prompt, text) in numbered)
     report = json.loads(run(capsys, "generate", "A", "B", *flags, "--json", "--num-samples", 2)[1])
     assert [sample["text"] for sample in report["samples"]] == [text for text in texts for _ in range(2)]
     assert report["prompt_tokens"] == 1 + 1 + 6 and report["new_tokens"] == 6 * 40
 
 
 BAD_FILES = [
-    (b"", "prompt_file: expected at least one character, .*prompt is empty"),
-    (b"caf\xe9", "prompt_file: expected text in UTF-8, .*prompt has the byte 0xe9 at 3"),
-    (None, "prompt_file: expected a file to read, got .*prompt: No such file or directory"),
-    ("folder", "prompt_file: expected a file to read, got .*prompt: Is a directory"),
+    (b"", "--prompt-file: expected at least one character, .*prompt is empty"),
+    (b"caf\xe9", "--prompt-file: expected text in UTF-8, .*prompt has the byte 0xe9 at 3"),
+    (None, "--prompt-file: expected a file to read, got .*prompt: No such file or directory"),
+    ("folder", "--prompt-file: expected a file to read, got .*prompt: Is a directory"),
 ]
 
 
@@ -312,6 +314,11 @@ def test_speed_and_seed_are_said_beside_the_text(capsys):
     assert number == "40" and float(speed.replace(",", "")) > 0
     assert run(capsys, "generate", "A", *TOKENS, "--temperature", 1, "--seed", seed)[1] == out
     assert run(capsys, "generate", "A", *TOKENS, "--json")[2] == ""
+    greedy = run(capsys, "generate", "A", *TOKENS)[2]
+    assert re.fullmatch(r"40 tokens, [\d.,]+ tok/s\n", greedy)
+    assert json.loads(run(capsys, "generate", "A", *TOKENS, "--json")[1])["seed"] is None
+    assert run(capsys, "generate", "A", "--max-new-tokens", 0)[2] == "0 tokens\n"
+    assert "samples of a prompt are all the same" in run(capsys, "generate", "A", *TOKENS, "--num-samples", 2)[2]
 
 
 def test_by_default_texts_end_where_the_context_does(tmp_path, capsys):
@@ -323,7 +330,7 @@ def test_by_default_texts_end_where_the_context_does(tmp_path, capsys):
         report = json.loads(run(capsys, "generate", prompt, "--model", tmp_path, "--json")[1])
         assert report["new_tokens"] == 60 - len(prompt) and report["finish_reason"] == "length"
     status, _, error = run(capsys, "generate", "A" * 50, "--model", tmp_path, "--max-new-tokens", 11)
-    assert status == 2 and "max_new_tokens: expected at most 10, " in error
+    assert status == 2 and "max-new-tokens: expected at most 10, " in error
 
 
 def test_rules(capsys):
@@ -371,11 +378,11 @@ ERRORS = [
     (["generate", "A" * 600], r"ids: expected prompts of at most 512 tokens \(the context\), got one of 600"),
     (["generate", "A", "--logprobs"], "logprobs: expected --json with it, got --logprobs alone"),
     (["generate", "A", "--stop", ""], r"stop: expected strings that are not empty, got \[''\]"),
-    (["generate", "A", "--num-samples", "0"], "num_samples: expected an integer >= 1, got 0"),
+    (["generate", "A", "--num-samples", "0"], "--num-samples: expected an integer >= 1, got 0"),
     (["generate", "A", "--temperature", "a"], "temperature: expected a number, got 'a'"),
     (["generate", "A", "--temperature", "nan"], "temperature: expected a finite number >= 0, got nan"),
     (["generate", "A", "--temperature", "inf"], "temperature: expected a finite number >= 0, got inf"),
-    (["generate", "A", "--max-new-tokens", "-1"], "max_new_tokens: expected an integer >= 0 or None, got -1"),
+    (["generate", "A", "--max-new-tokens", "-1"], "--max-new-tokens: expected an integer >= 0, got -1"),
     (["generate", "A", "--max-new-tokens", "1.5"], "max-new-tokens: expected an integer, got '1.5'"),
     (["generate", "A", "--max-new-tokens"], "max-new-tokens: expected one argument"),
     (["generate", "A", "--seed", "-1"], "seed: expected integers from 0 to .*, got -1"),
@@ -385,15 +392,18 @@ ERRORS = [
     (["generate", "A", "--logit-bias", "[[1, 2]]"], "logit-bias: expected a JSON object of token ids and numbers"),
     (["generate", "A", "--logit-bias", '{"1": 1, "01": 2}'], "logit-bias: expected a JSON object of token ids and numbers"),
     (["generate", "A", "--logit-bias", "[" * 99999], "logit-bias: expected a JSON object of token ids and numbers"),
-    (["generate", "A", "--logit-bias", '{"1": "a"}'], "logit_bias: expected a finite number .*, got 'a'"),
-    (["generate", "A", "--beams", "3"], "unrecognized arguments: --beams 3"),
+    (["generate", "A", "--logit-bias", '{"1": "a"}'], "--logit-bias: expected a finite number .*, got 'a'"),
+    (["generate", "A", "--beams", "3"], r"unrecognized arguments: --beams 3 \(see fastgpt generate --help\)"),
+    (["train", "--text", "/nowhere", "--out", "x", "--stepz", "3"], r"--stepz 3 \(see fastgpt train --help\)"),
+    (["generate", "A", "--no-cache", "--cache", "paged"], "--cache: expected none with --no-cache, got paged"),
+    (["generate", "A", "--no-cache", "--cache-dtype", "int8"], "--cache-dtype: expected none with --no-cache, got int8"),
     (["inspect", "A", "--top", "0"], "top: expected an integer >= 1, got 0"),
     (["inspect"], "the following arguments are required: PROMPT"),
     (["bench", "--seconds", "nan"], "seconds: expected a finite number >= 0, got nan"),
     (["dance"], "invalid choice: 'dance'"),
     ([], "the following arguments are required: COMMAND"),
     (["generate", "A", "--chat"], "messages: expected a model with a chat template, this one has none"),
-    (["generate", "A", "--top-p", "1.5"], "top_p: expected a finite number <= 1 and > 0 or None, got 1.5"),
+    (["generate", "A", "--top-p", "1.5"], "--top-p: expected a finite number <= 1 and > 0, got 1.5"),
     (["generate", "A", "--model", "/nowhere"], "expected a checkpoint folder, /nowhere does not exist"),
     (["generate", "A", "--device", "tpu9"], "device: expected cpu, cuda or cuda:N, got 'tpu9'"),
     (["bench", "--only", "nothing of this name"], "only: expected a part of what can be measured, 'nothing of this name' is"),
@@ -508,6 +518,25 @@ def test_training_from_a_checkpoint_keeps_what_belongs_to_its_tokenizer(chat_mod
     for name, content in more.items():
         assert (tmp_path / "out" / name).read_text() == content
     assert Tokenizer.from_folder(tmp_path / "out").chat_template == Tokenizer.from_folder(folder).chat_template
+
+
+@pytest.mark.parametrize("module", ["-m", "script"])
+def test_interrupted_while_it_starts(module, tmp_path):
+    """The import of PyTorch, here a module that waits, is under way."""
+    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(600)")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "fastgpt").write_text("from fastgpt.cli import main\nmain()")
+    command = [sys.executable, *(["-m", "fastgpt"] if module == "-m" else [tmp_path / "bin" / "fastgpt"]), "info"]
+    folders = os.pathsep.join([str(tmp_path), str(Path(fastgpt.__file__).parents[1])])
+    heed_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": folders}, cwd=tmp_path,
+        preexec_fn=heed_interrupts,
+    )  # fmt: skip
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.strip() == b"fastgpt: interrupted"
 
 
 def test_help_and_module(capsys):

@@ -39,7 +39,7 @@ LAYERS = [
     {"kernels.attention_forward", "kernels.norm", "kernels.step", "ops.implementations", "ops.library"},
     {
         "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.limits", "memory", "ops.dropout",
-        "ops.derivatives", "ops.quantisation",
+        "ops.derivatives", "ops.quantisation", "startup",
     },  # fmt: skip
     {"_C", "integrations", "kernels", "ops", "testing.draws", "testing.numerics"},
 ]

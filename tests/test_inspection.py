@@ -291,7 +291,7 @@ def test_without_matplotlib(capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, out, error = run(capsys, "A", "--attention", "a.png")
-    assert status == 2 and "attention: expected matplotlib, which draws the picture, to be installed" in error
+    assert status == 2 and "a picture needs matplotlib, which is not installed: pip install matplotlib" in error
     assert run(capsys, "A")[0] == 0
 
 

@@ -1,5 +1,7 @@
 """`fastgpt.explain`: which implementation a call would use, and why not the others."""
 
+import inspect
+
 from fastgpt.ops import attention, attention_with_kv_cache, kv_cache_update, linear, norm
 
 # Integrations add theirs.
@@ -28,4 +30,12 @@ def explain(operation, *args, **kwargs) -> dict[str, str]:
     if operation not in OPERATIONS:
         known = ", ".join(f"fastgpt.{function.__name__}" for function in OPERATIONS)
         raise ValueError(f"operation: expected one of {known}, got {operation!r}")
-    return OPERATIONS[operation](*args, **kwargs)
+    answer = OPERATIONS[operation]
+    try:
+        inspect.signature(answer).bind(*args, **kwargs)
+    except TypeError as error:
+        name = f"fastgpt.{operation.__name__}"
+        raise TypeError(
+            f"operation: expected with {name} what a call of it takes, as in fastgpt.explain({name}, ...), got a call with {error}"
+        ) from None
+    return answer(*args, **kwargs)

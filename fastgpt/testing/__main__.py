@@ -158,7 +158,9 @@ def measure(path: Path, first: int, seeds: int, implementation: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgpt.testing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=20, help="of the C++ kernels (20)")
     parser.add_argument("--triton-seeds", type=int, default=1, help="of Triton's interpreter, which is slow (1)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (0)")

@@ -9,8 +9,15 @@
 
 import threading
 
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+try:
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError(
+        'fastgpt.integrations.transformers needs transformers 5, which is not installed: pip install "transformers>=5"'
+    ) from error
 
 from fastgpt.integrations.transformers.attention import attention, record
 from fastgpt.integrations.transformers.cache import Cache
