@@ -7,6 +7,10 @@ import signal
 # A thread that waits for others sleeps, and does not keep the core that they may need: on a busy machine, and with as many
 # workers as cores, tests of two threads are several times as fast.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# What torch.compile generated for another instruction set, under another ATEN_CPU_CAPABILITY, is no use: PyTorch 2.13 keeps
+# its graphs by keys without it.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 # What tests start is no worker of pytest-xdist's, though it may be pytest.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
 
