@@ -331,7 +331,8 @@ def test_jobs_are_a_number(project):
 )
 def test_import_without_compiled_operations(library, sentence, tmp_path):
     (tmp_path / "fastgpt").mkdir()
-    shutil.copy(MODULE.parent / "__init__.py", tmp_path / "fastgpt")
+    for name in ("__init__.py", "startup.py"):
+        shutil.copy(MODULE.parent / name, tmp_path / "fastgpt")
     if library:
         (tmp_path / "fastgpt" / library).touch()
     # Without the finder of an editable install, which would find the operations all the same.

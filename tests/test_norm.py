@@ -87,13 +87,18 @@ def test_a_plan_runs_it_again():
     """Of queries within a row, where no operation but fastgpt's may run; what is copied is not recorded."""
     weight, residual, ones = torch.randn(D), torch.randn(B, T, H, D), torch.ones(3 * H * D)
     for kind in ("layer", "rms"):
-        function = Captured(lambda x: norm(x.view(B, T, 3, H, D)[:, :, 0], weight, kind=kind, residual=residual))
-        columns = Captured(lambda x: norm(x.view(B, -1, T).transpose(1, 2), ones, kind=kind))
+        def of_heads(x):
+            return norm(x.view(B, T, 3, H, D)[:, :, 0], weight, kind=kind, residual=residual)
+
+        def of_columns(x):
+            return norm(x.view(B, -1, T).transpose(1, 2), ones, kind=kind)
+
+        heads, columns = Captured(of_heads), Captured(of_columns)
         for _ in range(3):
             x = torch.randn(B, T, 3 * H * D)
-            assert torch.equal(function(x), function.function(x))
-            assert torch.equal(columns(x), columns.function(x))
-        assert function.refused is None and len(function.plan) == 1
+            assert torch.equal(heads(x), of_heads(x))
+            assert torch.equal(columns(x), of_columns(x))
+        assert heads.refused is None and len(heads.plan) == 1
         assert columns.refused == "an operation of fastgpt's cannot be recorded"
 
 

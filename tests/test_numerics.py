@@ -134,6 +134,31 @@ def test_sums_in_too_low_a_precision(dtype):
         attention_parity.check_attention(Faults("sums in 16 bits"), shape=SHAPES["large"], dtype=dtype, gradients=False)
 
 
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.exhaustive), torch.bfloat16], ids=str)
+@pytest.mark.parametrize("low", [True, False], ids=["16 bits", "fp32"])
+def test_gradients_summed_in_too_low_a_precision(low, dtype):
+    """Query by query, as PyTorch adds up the derivatives of a tensor that is used again and again: in its dtype. Of 512
+    numbers or more it shows; what matrix products take, which may be rounded to 16 bits, errs as much as sums of fewer."""
+    call = ops.Call(*inputs(1, 4, 1, 128, 128, 16, dtype), scale=0.25)
+
+    def attend(q, k, v):
+        outs = []
+        for i in range(128):
+            scores = q[:, :, i : i + 1].float() @ k[:, :, : i + 1].float().expand(-1, 4, -1, -1).mT * 0.25
+            outs.append((scores.softmax(-1) @ v[:, :, : i + 1].float().expand(-1, 4, -1, -1), scores.logsumexp(-1)))
+        out, lse = (torch.cat(parts, 2) for parts in zip(*outs))
+        return out.to(dtype), lse
+
+    def run(call, douts):
+        leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+        results = attend(*(leaves if low else [x.float() for x in leaves]))
+        names = ("out", "lse", "dq", "dk", "dv")
+        return {name: x.detach() for name, x in zip(names, (*results, *torch.autograd.grad(results, leaves, douts)))}
+
+    shares = {name: numerics.compare(x, yardstick).share for name, x, yardstick in attention_parity.compare(call, run)}
+    assert (shares["dv"] > 1) == low and max(shares[name] for name in ("out", "lse", "dq")) <= 1
+
+
 @every_shape
 def test_products_in_tf32(shape):
     with pytest.raises(AssertionError, match="exceeds the bound"):

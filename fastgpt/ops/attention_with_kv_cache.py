@@ -245,14 +245,6 @@ def _attention_with_kv_cache_triton(
     q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions=None, cos=None, sin=None, interleaved=False,
     kv_lengths=None, block_table=None, k_scale=None, v_scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None,
 ):  # fmt: skip
-    if not _rows_are_aligned(k_cache, v_cache):  # compiled without a look at addresses
-        return _attention_with_kv_cache_apart(
-            q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions, cos, sin, interleaved, kv_lengths,
-            block_table, k_scale, v_scale, window, softcap, alibi_slopes, sinks,
-        )  # fmt: skip
-    from fastgpt.kernels.attention_decode import New, attention_decode
-    from fastgpt.kernels.attention_tiles import has_aligned_rows
-
     call = Call(
         q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
@@ -263,9 +255,13 @@ def _attention_with_kv_cache_triton(
     _check(call, (k, v, positions if rotated else slots, cos, sin, slots, interleaved), counters, False)
     if q.shape[2] != 1:
         raise ValueError(f"q: expected one token of each sequence, got shape {tuple(q.shape)}")
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not has_aligned_rows(x):
-            raise ValueError(f"{name}: expected rows that start and end at multiples of 16 bytes, got strides {x.stride()}")
+    if not _rows_are_aligned(k_cache, v_cache):  # compiled without a look at addresses
+        return _attention_with_kv_cache_apart(
+            q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions, cos, sin, interleaved, kv_lengths,
+            block_table, k_scale, v_scale, window, softcap, alibi_slopes, sinks,
+        )  # fmt: skip
+    from fastgpt.kernels.attention_decode import New, attention_decode
+
     return attention_decode(
         q, k_cache, v_cache, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
         sinks=sinks, kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale,

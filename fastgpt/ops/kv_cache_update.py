@@ -3,7 +3,6 @@
 import functools
 
 import torch
-import torch
 import torch.nn.functional as F
 from torch._C._autograd import CreationMeta
 from torch._C._autograd import _get_creation_meta as _creation_of
