@@ -24,9 +24,10 @@ PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 8 --di
 test: $(INSTALLED)
 	$(PYTEST)
 
-# Without the slow ones either: those that build, compile kernels, start processes or the interpreter.
+# Three cases of each test that takes less than a second, for a first answer: nothing is built, no kernel is compiled or
+# interpreted.
 test-quick: $(INSTALLED)
-	$(PYTEST) -m "not slow and not exhaustive"
+	$(PYTEST) -m "not slow and not exhaustive" --cases 3
 
 # All repetitions, too: ten times the fuzz, every demanding kernel's machine code, every shape in the interpreter, every
 # emulated CPU. Hours.

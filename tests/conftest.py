@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from collections import defaultdict
 
 # A thread that waits for others sleeps, and does not keep the core that they may need: on a busy machine, and with as many
 # workers as cores, tests of two threads are several times as fast.
@@ -30,13 +31,34 @@ THREADS = torch.get_num_threads()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, metavar="N", help="at most N of each test's parameters, spread over all")
+
+
+@pytest.hookimpl(trylast=True)  # after those that other options leave out
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+    if (most := config.getoption("cases")) is not None:
+        kept = spread(items, most)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def spread(items, most: int) -> set:
+    """At most so many of each test's cases, the first and the last among them; skipped ones do not count."""
+    cases = defaultdict(list)
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if item.get_closest_marker("skip") is None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for every in cases.values():
+        number = min(most, len(every))
+        kept.update(every[i * (len(every) - 1) // max(number - 1, 1)] for i in range(number))
+    return kept
 
 
 @pytest.fixture(autouse=True)

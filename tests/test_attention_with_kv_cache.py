@@ -158,9 +158,9 @@ COMBINATIONS = [
     ("not rotated", "window", torch.float16), ("rotated", "all", torch.float32), ("some dimensions", "plain", torch.float16),
     ("interleaved", "plain", torch.float32),
 ]  # fmt: skip
-# Every second one of each kind in the interpreter's time, all of them elsewhere and with the exhaustive tests.
+# Every third one in the interpreter's time, all of them elsewhere and with the exhaustive tests.
 CASES = [
-    pytest.param(kind, *combination, marks=[pytest.mark.exhaustive] if INTERPRETED and (i + j) % 2 else [])
+    pytest.param(kind, *combination, marks=[pytest.mark.exhaustive] if INTERPRETED and (i + j) % 3 else [])
     for i, kind in enumerate(KINDS)
     for j, combination in enumerate(COMBINATIONS)
     if not (KINDS[kind][2] and combination[1] in ("window", "all"))  # a ring is the window

@@ -22,6 +22,7 @@ def small(monkeypatch):
     monkeypatch.setattr(timing, "COLD", 1 << 20)
 
 
+@pytest.mark.slow
 def test_table(capsys):
     status, out, _ = run(capsys, "bench", "--seconds", 0, "--only", "128", "--device", "cpu")
     lines = out.splitlines()
@@ -32,6 +33,7 @@ def test_table(capsys):
     assert len({len(line) for line in lines[:3]}) == 1  # aligned
 
 
+@pytest.mark.slow
 def test_json(capsys):
     status, out, _ = run(capsys, "bench", "--seconds", 0, "--only", "512 tokens", "--device", "cpu", "--json")
     result = json.loads(out)
@@ -43,6 +45,7 @@ def test_json(capsys):
     assert set(case["microseconds"]) == {"ours", "SDPA", "matrix product"} and case["times_ours"]["ours"] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_every_section_is_measured(capsys):
     names = [(case.section, case.name) for case in bench.cases(bench.Place(torch.device("cpu")), "nowhere")]
     assert names[0][0] == "cached against uncached" and len(set(names)) == len(names)

@@ -69,6 +69,7 @@ def test_cpu_level_can_be_forced_downwards():
         assert result.stdout.split() == [level], result.stderr
 
 
+@pytest.mark.slow
 def test_unknown_cpu_level_is_a_clear_error():
     result = run_python("-c", PRINT_LEVEL, FASTGPT_CPU_LEVEL="avx1024")
     assert result.returncode != 0
@@ -264,6 +265,7 @@ def test_old_torch_is_one_sentence(project, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_wrong_settings_are_one_sentence(project, tmp_path):
     assert last_line(build(project, FASTGPT_BUILD_CUDA="yes")) == (
         "fastgpt: FASTGPT_BUILD_CUDA: expected 0, 1 or unset, got 'yes'."
@@ -320,6 +322,7 @@ def test_jobs_are_a_number(project):
     assert last_line(build(project, MAX_JOBS="many")) == "fastgpt: MAX_JOBS: expected an integer >= 1 or unset, got 'many'."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "library, sentence",
     [

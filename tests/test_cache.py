@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import random_ids, random_model, reference_operations
+from thinned import thinned
 
 from fastgpt import GPT, OutOfPages, PagedCache
 from fastgpt.cache import CACHE_KINDS, Uncached
@@ -36,10 +37,10 @@ def test_cached_logits_are_the_uncached_ones(chunks, kind, window):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind, window", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_ragged_batch_is_its_sequences_one_by_one(dtype, kind, window):
+@pytest.mark.parametrize("dtype, cache", thinned(DTYPES, KINDS, one_of=2), ids=str)
+def test_a_ragged_batch_is_its_sequences_one_by_one(dtype, cache):
     """Through prompts, single tokens and pieces of different lengths, some of them empty."""
+    kind, window = cache
     model = random_model()
     pieces = [[5, 1, 13], [1, 1, 1], [0, 1, 1], [2, 0, 9], [1, 1, 1], [12, 3, 0]]
     rows = [random_ids(model, 1, sum(counts), seed)[0] for seed, counts in enumerate(zip(*pieces))]
@@ -125,9 +126,9 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("kind, window", [*KINDS, ("sliding", 1)])
-@pytest.mark.parametrize("layers, heads, width, lengths", SETTINGS)
-def test_cached_and_uncached_tokens_are_identical(layers, heads, width, lengths, kind, window):
+@pytest.mark.parametrize("setting, cache", thinned(SETTINGS, [*KINDS, ("sliding", 1)], one_of=2), ids=str)
+def test_cached_and_uncached_tokens_are_identical(setting, cache):
+    (layers, heads, width, lengths), (kind, window) = setting, cache
     for seed in range(2):
         model = random_model(layers=layers, heads=heads, width=width, context=128, seed=seed)
         prompts = [random_ids(model, 1, length, seed)[0] for length in lengths]
@@ -233,6 +234,7 @@ def test_8_bit_caches_are_a_quarter_and_a_scale(dtype, share):
 # 8 bits
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, limit", [(torch.int8, 0.005), (torch.float8_e4m3fn, 0.02)])
 def test_8_bit_caches_hardly_change_the_loss(dtype, limit):

@@ -139,6 +139,7 @@ def test_a_copy_inside_an_operation_is_not_captured():
     assert function.refused == "an operation of fastgpt's cannot be recorded"
 
 
+@pytest.mark.slow
 def test_recording_loads_nothing_of_torch_compile():
     """Which takes longer than most generations."""
     program = (

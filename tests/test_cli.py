@@ -160,6 +160,7 @@ def test_no_speed_without_decoding(tokens, capsys):
     assert run(capsys, "generate", "A", "--max-new-tokens", tokens, "--compare-cache")[0] == 0
 
 
+@pytest.mark.slow
 def test_no_cache_and_dtype(capsys):
     with_cache, without = (run(capsys, "generate", "A", *TOKENS, *more)[1] for more in ([], ["--no-cache"]))
     assert with_cache == without
@@ -191,6 +192,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_text_streams_as_it_comes():
     """Through a terminal: the first characters are there before a later step, which waits to be interrupted."""
     reader, writer = pty.openpty()
@@ -210,6 +212,7 @@ def test_text_streams_as_it_comes():
     os.close(reader)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 10])
 def test_a_reader_that_leaves_early_leaves_no_trace(count):
     """As `| head -c 10` does; nor is its status an error."""
@@ -220,6 +223,7 @@ def test_a_reader_that_leaves_early_leaves_no_trace(count):
     assert process.wait(timeout=600) == 0 and process.stderr.read() == b""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
 def test_an_output_that_is_full_is_an_error_in_one_line():
     command = [sys.executable, "-m", "fastgpt", "generate", "A", "--max-new-tokens", "1"]
@@ -236,6 +240,7 @@ def generated(prompt):
     return prompt + fastgpt.pipeline(SHIPPED_MODEL)(prompt, 40) + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["-"]], ids=str)
 def test_prompts_from_standard_input(arguments):
     command = [sys.executable, "-m", "fastgpt", "generate", *arguments, *TOKENS]
@@ -243,6 +248,7 @@ def test_prompts_from_standard_input(arguments):
     assert result.stdout.decode() == generated("But hark!")
 
 
+@pytest.mark.slow
 def test_standard_input_is_read_only_where_it_is_asked_for(capsys, monkeypatch):
     for given, prompt in (("A", "A"), (None, "hark\n")):
         monkeypatch.setattr("sys.stdin", io.StringIO("hark\n\n"))
@@ -539,6 +545,7 @@ def test_interrupted_while_it_starts(module, tmp_path):
     assert process.returncode == 130 and error.strip() == b"fastgpt: interrupted"
 
 
+@pytest.mark.slow
 def test_help_and_module(capsys):
     result = subprocess.run([sys.executable, "-m", "fastgpt", "--help"], capture_output=True, text=True, check=True)
     assert all(command in result.stdout for command in ("generate", "train", "bench", "info"))

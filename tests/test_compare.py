@@ -136,6 +136,7 @@ def test_folders(run, tmp_path):
     assert run(then / "decode.json", now)[0] == 0  # of a folder, the file of that name
 
 
+@pytest.mark.slow
 def test_without_new_it_is_the_results_of_this_machine(tmp_path):
     (tmp_path / "nothing.json").write_text(json.dumps(suite(case())))
     run = subprocess.run(

@@ -40,6 +40,7 @@ def test_logits(case, dtype, folders, tmp_path):
         numerics.check(actual, yardstick)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONFIGS)
 def test_greedy_tokens(case, folders):
     """Of single prompts and of a ragged batch, in every kind of cache and without one."""
@@ -51,6 +52,7 @@ def test_greedy_tokens(case, folders):
             assert our_tokens(model, prompts, **options) == expected, options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["phi3, longrope", "gemma2", "llama"])
 def test_prompts_in_pieces(case, folders):
     """Of 30 tokens: the first ones are within longrope's border, which the prompt is not, windows end within others."""

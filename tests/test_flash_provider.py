@@ -44,6 +44,7 @@ def test_it_is_activated_and_removed_as_pytorch_does():
     assert torch.nn.attention.current_flash_attention_impl() is None and overridden("CUDA") == before
 
 
+@pytest.mark.slow
 def test_importing_activates_nothing():
     program = (
         "import torch; has = torch._C._dispatch_has_kernel_for_dispatch_key;"
@@ -199,6 +200,7 @@ def test_dropout_is_the_same_in_the_gradient(on_cpu):
     numerics.check((out.detach(), *torch.autograd.grad(out, (q, k, v), dout)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=str)
 def test_graphs(order, on_cpu):
     """The compiler checks strides."""

@@ -433,6 +433,7 @@ def test_dropout_of_other_modules_is_off_too():
     assert model.blocks[0].mlp.down[1].training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_it_compiles_as_one_graph(training):
     model = random_model(layers=1, **GATED).train(training)

@@ -28,6 +28,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers, heads, width, batch, prompt", SETTINGS)
 def test_cached_and_uncached_tokens_are_identical(layers, heads, width, batch, prompt):
     for seed in range(3):
@@ -48,6 +49,7 @@ def test_shipped_model_generates_300_identical_tokens():
     assert torch.equal(cached, uncached)
 
 
+@pytest.mark.slow
 def test_a_cached_step_takes_a_fifth_of_the_time_at_200_tokens():
     """Of a CPU's time, on one thread: how busy the machine is does not count."""
     model = GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32, device="cpu")
@@ -67,6 +69,7 @@ def test_a_cached_step_takes_a_fifth_of_the_time_at_200_tokens():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_shipped_model_writes_like_a_play():
     """Sampled text has lines of a play's length and speakers' names before their speeches."""
     model = GPT.from_pretrained(SHIPPED_MODEL)
@@ -561,6 +564,7 @@ def test_without_a_seed_that_of_pytorch_counts():
 # Log-probabilities
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, SAMPLED | {"seed": 3}, SAMPLED | {"seed": 3, "use_cache": False}], ids=str)
 def test_logprobs_are_those_of_the_model(options):

@@ -106,6 +106,7 @@ def test_a_child_that_outlives_its_part_is_ended(tmp_path):
     assert result.outcome == "ok" and gone(result.last_line)
 
 
+@pytest.mark.slow
 def test_a_part_may_use_all_but_what_later_ones_were_granted(tmp_path, monkeypatch):
     parts = {"first": (HANGS, 0.1), "second": (HANGS, 0.3), "cannot run": (FINE, 0.5, {}, "needs a GPU"), "third": (FINE, 0.2)}
     clock = Clock(lambda: not (tmp_path / "third.log").exists() and not sent)
@@ -125,6 +126,7 @@ def test_a_part_may_use_all_but_what_later_ones_were_granted(tmp_path, monkeypat
     assert results["cannot run"].outcome == "skipped" and results["cannot run"].last_line == "needs a GPU"
 
 
+@pytest.mark.slow
 def test_without_time_parts_are_skipped(tmp_path):
     results = run(tmp_path, {"is deaf": (DEAF, 0.0), "late": (FINE, 0.0), "later": (FINE, 0.0)}, seconds=1.0)
     assert [result.outcome for result in results.values()] == ["timed out", "skipped", "skipped"]
@@ -187,6 +189,7 @@ def test_exit_status(code, status, tmp_path):
     assert run.returncode == status, run.stdout + run.stderr
 
 
+@pytest.mark.slow
 def test_what_is_interrupted_has_the_grace_to_write_what_it_has(tmp_path, monkeypatch):
     code = (
         "import time, pathlib\ntry:\n    print('measures')\n    time.sleep(1000)\n"

@@ -152,6 +152,7 @@ def test_gradients_reach_every_weight(head, causal):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_classifier_learns(causal):
     """Whether a 1 stands anywhere in a sequence of other digits."""

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fastgpt
 
 PACKAGE = Path(fastgpt.__file__).parent
@@ -70,6 +72,7 @@ def imported(path: Path):
                 yield rest or "__init__"
 
 
+@pytest.mark.slow
 def test_imports_point_downwards():
     files = list(PACKAGE.rglob("*.py"))
     assert len(files) > 10
@@ -86,6 +89,7 @@ def test_integrations_see_operations_and_caches_only():
             assert name in ("cache", "checks") or name.partition(".")[0] in ("integrations", "ops"), f"{path} imports {name}"
 
 
+@pytest.mark.slow
 def test_nothing_optional_is_imported():
     """Beyond what torch imports itself."""
     program = "import sys, torch; before = set(sys.modules); import fastgpt; print(*(set(sys.modules) - before))"

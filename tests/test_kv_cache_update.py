@@ -112,6 +112,7 @@ def assert_same_cache(actual, expected, before, slots):
         assert same(cache.transpose(1, 2)[~touched], unwritten.transpose(1, 2)[~touched]), name
 
 
+@pytest.mark.slow
 @settings(max_examples=250)
 @given(st.data())
 def test_exact(data):
@@ -122,6 +123,7 @@ def test_exact(data):
     assert_same_cache(actual, expected, before, actual["positions"])
 
 
+@pytest.mark.slow
 @settings(max_examples=250)
 @given(st.data())
 def test_rope_exact(data):
@@ -237,6 +239,7 @@ def test_of_two_tokens_for_one_slot_the_last_stays():
     assert cache[0].flatten().tolist() == [SENTINEL, SENTINEL, 2.0, SENTINEL]
 
 
+@pytest.mark.slow
 def test_opcheck():
     k, v = tokens(1, 2, 3, 4, torch.float32), tokens(1, 2, 3, 4, torch.float32)
     positions, table = torch.tensor([[0, -1, 4]]), torch.tensor([[2, 0]], dtype=torch.int32)

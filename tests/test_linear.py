@@ -158,6 +158,7 @@ def test_autocast():
         assert linear(half, call["weight"].new_ones(3, 65)).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_opcheck():
     call = call_of("everything", 3, 40, 65, torch.float32)
     op, order = torch.ops.fastgpt.linear.default, ("x", "weight", "bias", "residual")

@@ -93,6 +93,7 @@ def test_a_decode_step_allocates_the_same_at_any_context_length():
     assert 0 < many <= few
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph():
     model = random_model(layers=1)
     ids = random_ids(model, 2, 8)
@@ -101,6 +102,7 @@ def test_compiles_as_one_graph():
         assert torch.equal(compiled(ids), model(ids))
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph_with_a_cache():
     model = random_model(layers=1)
     ids = random_ids(model, 2, 8)

@@ -169,6 +169,7 @@ def test_products_in_tf32(shape):
 LIMITS = {torch.float32: 1e-5, torch.float16: 8 * 2**-10, torch.bfloat16: 8 * 2**-7}
 
 
+@pytest.mark.slow
 @every_dtype
 def test_one_wrong_number_among_a_million(dtype):
     """In fp32 one that is off by 1e-5 of its size; in 16 bits by eight times the dtype's eps."""

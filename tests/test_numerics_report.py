@@ -24,6 +24,7 @@ def measured(monkeypatch):
     return lambda *chosen: list(numerics.cases("cpp", list(chosen)))
 
 
+@pytest.mark.slow
 def test_every_operation_passes(measured):
     cases = measured()
     assert len(cases) == 3 * sum(len(features) for features, _ in SMALL.values())
@@ -66,6 +67,7 @@ def test_planted_faults(fault, measured, monkeypatch):
     assert not all(map(numerics.passes, measured(operation)))
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_told():
     cases, why = numerics.measure("cpp", ["linear"], {"FASTGPT_CPU_LEVEL": "none of them"})
     assert cases == [] and why == "its process ended with 1"

@@ -63,6 +63,7 @@ def assert_whole_addresses(configurations):
     assert not faults, f"{len(faults)} faults\n" + "\n".join(listed[:20])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_addresses_are_computed_in_64_bits(module):
     """Of every kernel and set of arguments, by the TTIR, in which every product and sum on the way to an address is."""
@@ -265,6 +266,7 @@ def calls(scale, offset):
         embed(meta(B * T + offset, dtype=torch.int64)[offset:], meta(50 + T, 64), scale=scale)
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_once():
     """Whatever sizes, strides and numbers are, or where vectors begin. Only what is passed at all, and constants of the kernel,
     make variants."""

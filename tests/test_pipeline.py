@@ -291,6 +291,7 @@ def test_dtype_and_device(folder):
     assert pipe.model.token_embedding.weight.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.slow
 def test_it_is_loaded_late():
     program = (
         "import sys, fastgpt; before = 'tokenizers' in sys.modules; fastgpt.pipeline; fastgpt.pipeline; "

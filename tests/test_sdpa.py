@@ -324,6 +324,7 @@ def calls(draw):
     return arguments, options
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(calls(), st.booleans())
 def test_any_call_ends_as_pytorchs_does(call, differentiable):

@@ -213,6 +213,7 @@ def of_leaves(function, dtype=torch.float32):
     return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_graphs_are_served_inside_whenever_they_were_compiled(backend, served):
     """And give what they give without."""
@@ -233,6 +234,7 @@ def test_graphs_are_served_inside_whenever_they_were_compiled(backend, served):
         assert counts == [inside_first, not inside_first]
 
 
+@pytest.mark.slow
 def test_the_function_compiles_to_one_graph():
     def function(q, k, v, mask):
         out = scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -284,6 +286,7 @@ def test_callers_below_autograd_get_no_graph(served):
     assert not out.requires_grad and len(served) == 1
 
 
+@pytest.mark.slow
 def test_export_keeps_pytorchs_operators():
     class Model(nn.Module):
         def forward(self, q, k, v):
@@ -491,6 +494,7 @@ def train(dtype, dropout=0.0, steps=25):
     return torch.stack(losses)
 
 
+@pytest.mark.slow
 def test_a_model_trains_to_the_same_losses(served):
     with enabled():
         actual = train(torch.float32)

@@ -64,6 +64,7 @@ def test_partial_results_are_stored_as_they_come(swept):
     assert {row["problem"] for row in timed if row["tile"][-1] == 1} == {"RuntimeError: out of resources"}
 
 
+@pytest.mark.slow
 def test_the_most_telling_come_first(swept):
     rows = swept(60)[-1]["tiles"]
     assert (rows[0]["table"], rows[0]["rows"], rows[0]["bytes"], rows[0]["ships"]) == ("linear", 1, 2, True)

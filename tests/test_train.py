@@ -34,6 +34,7 @@ def weights(trainer):
     return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_learns(dtype, tmp_path):
     trainer = Trainer(TEXT, replace(TINY, steps=150, learning_rate=5e-3, eval_interval=50, dtype=dtype))
@@ -81,6 +82,7 @@ def test_evaluation_and_sampling_do_not_disturb_the_run(tmp_path):
         assert torch.equal(weight, weights(once)[name]), name
 
 
+@pytest.mark.slow
 def test_no_layers_are_a_bigram_model(tmp_path):
     """Each token predicts the next alone: what is left is the text's own entropy of a character given the one before."""
     config = replace(TINY, layers=0, dropout=0.0, steps=300, learning_rate=3e-2, eval_interval=300)
@@ -94,6 +96,7 @@ def test_no_layers_are_a_bigram_model(tmp_path):
     assert entropy < trainer.best_loss < 1.05 * entropy
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_batch():
     """But for rounding: sums in another order err as much as in the usual order."""
     config = replace(TINY, layers=2, dropout=0.0, steps=20)
@@ -237,6 +240,7 @@ def text_file(tmp_path):
 SMALL = ["--layers", 1, "--heads", 2, "--width", 32, "--context", 16, "--batch-size", 4, "--eval-interval", 1000]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_that_generates_and_resumes(text_file, tmp_path):
     out = tmp_path / "run"
     arguments = ("--text", text_file, "--out", out, *SMALL, "--steps", 100000)

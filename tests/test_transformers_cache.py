@@ -334,6 +334,7 @@ def test_eight_bit_generation(name):
     assert torch.equal(actual, expected) and calls.keys() == {"cpp"}
 
 
+@pytest.mark.slow
 def test_a_prompt_for_several():
     """A cache that has a prompt, copied for each text that goes on from it."""
     model = build("gemma2", "fastgpt")

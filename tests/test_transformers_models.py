@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from architectures import ALONE, ARCHITECTURES, COMPILED, agreement, build, compiled, gradients, inputs, outputs, shares, unserved
+from thinned import thinned
 
 import fastgpt.integrations.transformers as ft
 
@@ -21,17 +22,31 @@ def registered():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SERVED)
 def test_outputs_and_gradients(name):
-    for padding in (None, *ARCHITECTURES[name].padding):
-        for function in outputs, gradients:
-            calls, found = shares(name, padding, function)
-            assert sum(calls.values()) >= 2  # one a layer
-            assert name == "deepseek_v3" or calls.keys() == {"cpp"}
-            # Written so that a NaN fails.
-            assert not {part: share for part, share in found.items() if not share <= 1}, padding
+    """Gradients of whole batches, outputs of padded ones."""
+    check(name, None, gradients)
+    for padding in ARCHITECTURES[name].padding:
+        check(name, padding, outputs)
 
 
-@pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("name", [name for name in SERVED if ARCHITECTURES[name].generates])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", SERVED)
+def test_gradients_of_padded_batches(name):
+    check(name, None, outputs)
+    for padding in ARCHITECTURES[name].padding:
+        check(name, padding, gradients)
+
+
+def check(name, padding, function):
+    calls, found = shares(name, padding, function)
+    assert sum(calls.values()) >= 2  # one a layer
+    assert name == "deepseek_v3" or calls.keys() == {"cpp"}
+    # Written so that a NaN fails.
+    assert not {part: share for part, share in found.items() if not share <= 1}, padding
+
+
+@pytest.mark.parametrize(
+    "name, padding", thinned([name for name in SERVED if ARCHITECTURES[name].generates], (None, "left"), one_of=2)
+)
 def test_greedy_tokens(name, padding):
     assert agreement(name, padding) == {"dynamic": True, "static": True, "ours": True}
 
@@ -44,6 +59,7 @@ def test_compiled(name):
         assert calls == 2 and max(found.values()) <= 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_layers():
     """A mask that was made before, and comes to them as an argument."""

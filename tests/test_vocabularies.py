@@ -64,6 +64,7 @@ def test_sentencepiece_gives_the_ids_of_transformers(add_bos, tmp_path):
         assert ours.encode(text) == transformers_ids(folder, text), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer"])
 def test_vocab_and_merges_give_the_ids_of_transformers(name, tmp_path):
     size = byte_level().get_vocab_size()
