@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import fastgpt
-from fastgpt import bench, checkpoint, inspection, startup
+from fastgpt import bench, checkpoint, inspection
 from fastgpt.cache import CACHE_KINDS
 from fastgpt.checks import is_terminal, require_integer, require_number
 from fastgpt.context import require_causal
@@ -46,7 +46,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command; exits with status 2 and one line on bad input, 130 on Ctrl-C."""
     options = argparse.Namespace()
     try:
-        startup.unwatch()
         options, unknown = parser().parse_known_args(arguments)
         if unknown:
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
