@@ -1,4 +1,4 @@
-"""Ctrl-C while the command is being loaded. Importing PyTorch takes seconds, and a traceback of its modules tells nobody anything.
+"""Ctrl-C while the command is being loaded: importing PyTorch takes seconds, and a traceback out of it helps nobody.
 
 Only the command itself asks for this, and only until it is loaded: a program that imports fastgpt keeps its own handling.
 """

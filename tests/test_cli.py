@@ -26,6 +26,7 @@ import fastgpt
 from fastgpt import checkpoint, cli, startup
 from fastgpt.cli import SHIPPED_MODEL, main
 from fastgpt.distributed import Processes
+from fastgpt.ops import explain
 from fastgpt.text import Tokenizer
 
 TOKENS = ["--max-new-tokens", "40"]
@@ -173,7 +174,17 @@ def test_info(capsys):
     assert status == 0
     assert f"fastgpt {fastgpt.__version__}" in out and f"torch {torch.__version__}" in out
     assert "attention on cpu: cpp" in out and "not triton: it runs on CUDA tensors" in out
-    assert "kv_cache_update on cpu: cpp" in out
+    assert "attention_with_kv_cache on cpu: unfused" in out
+
+
+def test_info_tells_of_all_that_can_be_explained(capsys):
+    """And what each name of an implementation means."""
+    assert cli.OPERATIONS.keys() == explain.OPERATIONS.keys()
+    _, out, _ = run(capsys, "info")
+    for operation, meaning in cli.OPERATIONS.items():
+        assert re.search(rf"^{operation.__qualname__} on cpu: \w+\n    {meaning}\n    not \w+: ", out, re.MULTILINE)
+    named = set(re.findall(r"^\S+ on cpu: (\w+)$|^    not (\w+): ", out, re.MULTILINE))
+    assert {name for pair in named for name in pair if name} == set(re.findall(r"^(\w+): [a-zP]", out[out.index("\n\n") :], re.MULTILINE))
 
 
 STOPS_HALFWAY = """
@@ -319,7 +330,12 @@ def test_speed_and_seed_are_said_beside_the_text(capsys):
     assert re.fullmatch(r"40 tokens, [\d.,]+ tok/s\n", greedy)
     assert json.loads(run(capsys, "generate", "A", *TOKENS, "--json")[1])["seed"] is None
     assert run(capsys, "generate", "A", "--max-new-tokens", 0)[2] == "0 tokens\n"
-    assert "samples of a prompt are all the same" in run(capsys, "generate", "A", *TOKENS, "--num-samples", 2)[2]
+    alike = "samples of a prompt are all the same at temperature 0"
+    assert alike in run(capsys, "generate", "A", *TOKENS, "--num-samples", 2)[2]
+    for flags in (["--temperature", 1], ["--json", "--temperature", 1]):
+        assert alike not in run(capsys, "generate", "A", *TOKENS, "--num-samples", 2, *flags)[2]
+    assert "fills the model's context" in run(capsys, "generate", "A" * 512)[2]
+    assert "fills the model's context" not in run(capsys, "generate", "A" * 511)[2]
 
 
 def test_by_default_texts_end_where_the_context_does(tmp_path, capsys):
@@ -376,7 +392,8 @@ ERRORS = [
     (["generate", ""], "prompt: expected at least one token, got an empty prompt"),
     (["generate", "naïve"], "text: expected only the 65 characters .*, got 'ï'"),
     (["generate", "A", "--max-new-tokens", "512"], "context of 512 tokens, got 1 . 512"),
-    (["generate", "A" * 600], r"ids: expected prompts of at most 512 tokens \(the context\), got one of 600"),
+    (["generate", "A" * 600], "prompt: expected a prompt of at most 512 tokens, .*, got 600: shorten it, or .*--model"),
+    (["inspect", "A" * 600], "prompt: expected a prompt of at most 512 tokens, .*, got 600: shorten it, or .*--model"),
     (["generate", "A", "--logprobs"], "logprobs: expected --json with it, got --logprobs alone"),
     (["generate", "A", "--stop", ""], r"stop: expected strings that are not empty, got \[''\]"),
     (["generate", "A", "--num-samples", "0"], "--num-samples: expected an integer >= 1, got 0"),
@@ -403,7 +420,8 @@ ERRORS = [
     (["bench", "--seconds", "nan"], "seconds: expected a finite number >= 0, got nan"),
     (["dance"], "invalid choice: 'dance'"),
     ([], "the following arguments are required: COMMAND"),
-    (["generate", "A", "--chat"], "messages: expected a model with a chat template, this one has none"),
+    (["generate", "A", "--chat"], "--chat: expected a --model with a chat template, the shipped model has none"),
+    (["generate", "A", "--cache", "sliding"], "--window: expected a number of tokens for a sliding cache, .* contiguous or paged"),
     (["generate", "A", "--top-p", "1.5"], "--top-p: expected a finite number <= 1 and > 0, got 1.5"),
     (["generate", "A", "--model", "/nowhere"], "expected a checkpoint folder, /nowhere does not exist"),
     (["generate", "A", "--device", "tpu9"], "device: expected cpu, cuda or cuda:N, got 'tpu9'"),
@@ -425,6 +443,28 @@ def test_errors_are_one_line(arguments, message, capsys):
     status, out, error = run(capsys, *arguments)
     assert status == 2 and out == "" and error.startswith("fastgpt: error: ") and len(error.splitlines()) == 1
     assert re.search(message, error)
+
+
+SAID = [
+    ("top_p: expected a number or None, got 1.5", "--top-p: expected a number, got 1.5"),
+    ("max_new_tokens: expected an integer >= 0 or None, got -1", "--max-new-tokens: expected an integer >= 0, got -1"),
+    ("max_new_tokens: expected at most max_new_tokens or None", "--max-new-tokens: expected at most max_new_tokens or None"),
+    ("model: expected a folder, got 'top_p or None, got'", "--model: expected a folder, got 'top_p or None, got'"),
+    ("prompt: expected a text or None, got 3", None),
+    ("layers: expected an integer or None, got 3", None),
+    ("top_p expected a number or None, got 3", None),
+    ("run: or None, got 3", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize("message, expected", SAID)
+def test_arguments_are_named_as_they_are_typed(message, expected):
+    """Those of this command; and nothing of what was given is changed."""
+    options = cli.parser().parse_args(["generate", "A", "--top-p", "1"])
+    options.prompts, options.given = ["A"], {}  # as the command goes on
+    assert cli.as_typed(ValueError(message), options) == (message if expected is None else expected)
+    assert cli.as_typed(ValueError(message), argparse.Namespace()) == message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
