@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import fastgpt
-from fastgpt import bench, checkpoint, inspection
+from fastgpt import bench, checkpoint, folders, inspection
 from fastgpt.cache import CACHE_KINDS
 from fastgpt.checks import is_terminal, require_integer, require_number
 from fastgpt.context import require_causal
@@ -563,6 +563,8 @@ def run_train(options) -> None:
         if processes.first:
             parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
             several = f" in each of {processes.size} processes ({processes.parallel})" if processes.parallel else ""
+            if options.resume and trainer.step == trainer.config.steps:
+                report(f"fastgpt: the run in {options.out} has done all its {trainer.step:,} steps: --steps MORE goes on with it")
             print(
                 f"{parameters / 1e6:.2f} M parameters; {len(trainer.train_tokens):,} tokens to train on, "
                 f"{len(trainer.held_out):,} held out; {trainer.config.steps - trainer.step} steps to go on {device}{several}"
@@ -583,10 +585,11 @@ def started(options, given: dict, place: dict) -> Trainer:
     if place["processes"].first:  # what else belongs to the tokenizer
         options.out.mkdir(parents=True, exist_ok=True)
         folder = checkpoint.resolve(options.init_from)
-        for file in (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()):
-            copy = options.out / file.relative_to(folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
+        for name in (path.relative_to(folder) for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+            if (file := folders.find(folder, name, "init-from")) is not None:
+                (options.out / name).parent.mkdir(exist_ok=True)
+                with checkpoint.replacing(options.out / name) as copy:
+                    shutil.copyfile(file, copy)
     return trainer
 
 
