@@ -10,7 +10,6 @@ A suite's file is that of one run: what the run left out is named in it, and wha
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ import torch
 
 import fastgpt
 from benchmarks import families_table, numerics_table, pages, plots
+from fastgpt.timing import uncertainty
 
 STORED = Path(__file__).parent / "results"
 RESULTS = Path(os.environ.get("FASTGPT_RESULTS") or STORED)
@@ -133,21 +133,6 @@ def condense_case(case: dict) -> dict:
 
 def quartiles(values) -> list[float]:
     return [float(f"{value:.4g}") for value in np.percentile(values, (25, 50, 75))]
-
-
-def uncertainty(values) -> float:
-    """How far the 95% confidence interval of the median reaches from it, as a share of it.
-
-    The interval is between the k-th smallest and the k-th largest value: that a median lies below k of n values has the
-    probability of fewer than k heads in n tosses. Fewer than six values have no such interval; all of them are taken.
-    """
-    values, n = np.sort(values), len(values)
-    k, below = 0, 1 / 2**n
-    while below <= 0.025:
-        k += 1
-        below += math.comb(n, k) / 2**n
-    k, median = max(k, 1), np.median(values)
-    return max(values[-k] - median, median - values[k - 1]) / median
 
 
 def growth(cases: list[dict]) -> list[dict]:

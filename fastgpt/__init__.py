@@ -6,7 +6,8 @@ from importlib import import_module
 
 from fastgpt import startup
 
-startup.watch()
+if startup.is_command():
+    startup.watch()
 
 import torch  # whose libraries the compiled operations need
 
@@ -45,6 +46,8 @@ from fastgpt.ops.kv_cache_update import (
 from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
 from fastgpt.ops.norm import norm, norm_reference
+
+startup.unwatch()
 
 __all__ = [
     "GPT",

@@ -1,5 +1,15 @@
 """`python -m fastgpt` is the command `fastgpt`."""
 
-from fastgpt.cli import main
+from fastgpt import startup
 
-main()
+
+def main() -> None:
+    startup.watch()
+    from fastgpt.cli import main as run
+
+    startup.unwatch()
+    run()
+
+
+if __name__ == "__main__":
+    main()

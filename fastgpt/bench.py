@@ -21,7 +21,7 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.attention import attention
 from fastgpt.ops.kv_cache_update import kv_cache_update
 from fastgpt.ops.library import build_info
-from fastgpt.timing import cold, in_rounds
+from fastgpt.timing import cold, in_rounds, uncertainty
 
 GPT2 = GPTConfig(vocab_size=50257, context_length=1024, num_layers=12, num_heads=12, hidden_size=768)
 H, D = 12, 64  # of attention and cache updates
@@ -143,7 +143,8 @@ def update(place: Place, B: int, T: int) -> Ways:
 
 
 def measure(case: Case, place: Place, seconds: float) -> dict:
-    """Quartiles of one case's times, ratios and share of its limit; or, where the two ways differ, that `problem`."""
+    """Quartiles of one case's times, of the ratios of times in the same round, and of its share of the limit, with what of these
+    is `noisy`: its median is not known to 10%. Or, where the two ways differ, that `problem`."""
     with torch.inference_mode():
         ours, other, limit, work, turns, step = case.ways()
         result = {"what": case.section, "case": case.name, "compared_with": case.compared_with}
@@ -154,13 +155,15 @@ def measure(case: Case, place: Place, seconds: float) -> dict:
                 return result | {"problem": f"differs from {case.compared_with} by {error:.1e} of the largest number"}
         functions = {"ours": ours, case.compared_with: other}
         rounds = list(in_rounds(functions, turns=turns, device=place.device, seconds=seconds, limit=limit, flush=not step))
+    ratios = {name: [taken[name] / taken["ours"] for taken in rounds] for name in rounds[0]}
     return result | {
         limit.unit: work,
         "limit": limit.name,
         f"limit_{limit.unit}": limit.amount,
         "microseconds": {name: quartiles([1e6 * taken[name] for taken in rounds]) for name in rounds[0]},
-        "times_ours": {name: quartiles([taken[name] / taken["ours"] for taken in rounds]) for name in rounds[0]},
-        "of_limit": quartiles([work / limit.amount * taken[limit.name] / taken["ours"] for taken in rounds]),
+        "times_ours": {name: quartiles(values) for name, values in ratios.items()},
+        "of_limit": quartiles([work / limit.amount * ratio for ratio in ratios[limit.name]]),
+        "noisy": [name for name, values in ratios.items() if uncertainty(values) > 0.1],
     }
 
 
@@ -188,8 +191,8 @@ def machine(place: Place) -> dict:
 
 
 def table(machine: dict, results: list[dict]) -> str:
-    """The results in aligned columns, section by section, and below them the machine and its limits."""
-    rows, limits = [], {}
+    """The results in aligned columns, section by section, and below them the machine, its limits and how to read them."""
+    rows, limits, noisy = [], {}, False
     for result, previous in zip(results, [None, *results]):
         if previous is None or result["what"] != previous["what"]:
             rows.append([result["what"], "ours", "rate", "compared with", "ratio", "of the limit"])
@@ -201,14 +204,16 @@ def table(machine: dict, results: list[dict]) -> str:
         unit = "bytes" if "bytes" in result else "flops"
         limits.setdefault((limit, unit), []).append(1e6 * result[f"limit_{unit}"] / microseconds[limit][1])
         tokens = result["what"] == "cached against uncached"
+        mark = {name: "≈" * (name in result["noisy"]) for name in (other, limit)}
+        noisy |= any(mark.values())
         rows.append(
             [
                 f"  {result['case']}",
                 duration(ours),
                 f"{1e6 / ours:,.0f} tok/s" if tokens else rate(1e6 * result[unit] / ours, unit),
                 f"{other} {duration(microseconds[other][1])}",
-                f"{result['times_ours'][other][1]:,.1f}x",
-                f"{result['of_limit'][1]:.0%}",
+                f"{mark[other]}{result['times_ours'][other][1]:,.{1 if result['times_ours'][other][1] >= 10 else 2}f}x",
+                f"{mark[limit]}{result['of_limit'][1]:.0%}",
             ]
         )
     widths = [max(len(cell) for cell in column) for column in zip(*(row for row in rows if len(row) > 2))]
@@ -218,9 +223,16 @@ def table(machine: dict, results: list[dict]) -> str:
             lines.append("")
         first, *others = row if len(row) > 2 else (*row, "", "", "", "")
         lines.append("  ".join([first.ljust(widths[0]), *(x.rjust(n) for x, n in zip(others, widths[1:]))]).rstrip())
-    about = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {machine['cpu_level']}, "
     rates = ", ".join(f"{name} {rate(statistics.median(values), unit)}" for (name, unit), values in limits.items())
-    return "\n".join([*lines, "", f"{about}torch {machine['torch']}, {machine['dtype']}; medians.", f"Limits, measured in between: {rates}."])
+    lines += [
+        "",
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {machine['cpu_level']}, torch {machine['torch']}, "
+        f"{machine['dtype']}.",
+        f"Limits, measured in between: {rates}.",
+        "All are medians of rounds, in each of which the ways are timed one after the other. Ratios and shares of a limit are",
+        "taken in each round, so they hold also where the machine's speed changes, and need not be those of the times shown.",
+    ]
+    return "\n".join(lines + ["≈: noisy, this median is not known to 10%."] * noisy)
 
 
 def duration(microseconds: float) -> str:

@@ -463,8 +463,7 @@ def write(
         if weight.is_meta:
             raise ValueError(f"model: expected weights, got {name} on the meta device, which has none")
     files = {CONFIG: json_text(config)} | ({GENERATION_CONFIG: json_text(generation)} if generation else {})
-    with writing("folder", folder, "a folder"):
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing("folder", folder, "a folder"), folders.made(folder):
         for name in (*files, WEIGHTS):
             if (folder / name).is_dir():
                 raise IsADirectoryError(f"{name} in it is a folder")
@@ -496,21 +495,32 @@ def json_text(config: dict) -> str:
 
 
 class replacing:
-    """`with replacing(path) as temporary`: what is written to `temporary` appears at `path` whole, or not at all."""
+    """`with replacing(path) as temporary`: what is written to `temporary` appears at `path` whole, or not at all.
+
+    A file that is replaced keeps its mode; a new one has what the umask leaves, whoever writes it: safetensors makes files that
+    nobody else can read. A link is replaced itself, not what it leads to.
+    """
 
     def __init__(self, path: Path):
         self.path, self.temporary = path, path.with_name(path.name + ".writing")
 
     def __enter__(self) -> Path:
-        self.temporary.unlink(missing_ok=True)
-        self.temporary.touch()
-        self.mode = stat.S_IMODE(self.temporary.stat().st_mode)  # what the umask leaves; safetensors' own files are private
+        self.temporary.unlink(missing_ok=True)  # of a process that was killed
+        self.mode = None
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISREG((present := os.lstat(self.path)).st_mode):
+                self.mode = stat.S_IMODE(present.st_mode)
+        mode = 0o666 if self.mode is None else self.mode | stat.S_IWUSR
+        with open(os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            if self.mode is None:
+                self.mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         return self.temporary
 
     def __exit__(self, exception, *_):
         try:
             if exception is None:
-                self.temporary.chmod(self.mode)
+                with contextlib.suppress(OSError):  # some file systems have no modes
+                    self.temporary.chmod(self.mode)
                 os.replace(self.temporary, self.path)
         finally:
             self.temporary.unlink(missing_ok=True)

@@ -170,8 +170,21 @@ def writing(name: str, path: Path, kind: str) -> Iterator[None]:
     except (MemoryError, TypeError, ValueError):
         raise
     except Exception as error:  # of what is full or may not be written to, libraries make errors of their own kinds
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise OSError(f"{name}: expected {kind} that can be written to, {path} is none: {reason}") from error
+        raise OSError(f"{name}: expected {kind} that can be written to, {path} is none: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why something could not be written, in the system's own words if it has said something, whoever has wrapped them."""
+    while getattr(error, "errno", None) is None:
+        if isinstance(error, OSError) and error.__cause__ is not None:  # an error of `writing`
+            error = error.__cause__
+        elif isinstance(error.__context__, OSError):  # what torch.save makes of it
+            error = error.__context__
+        else:
+            break
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    replaced = getattr(error, "filename2", None)  # where a finished file could not be put
+    return f"{reason} ({os.path.basename(replaced)})" if replaced else reason
 
 
 def is_terminal(stream) -> bool:

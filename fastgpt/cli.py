@@ -12,22 +12,24 @@ import re
 import shutil
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import fastgpt
-from fastgpt import bench, checkpoint, inspection, startup
+from fastgpt import bench, checkpoint, folders, inspection
 from fastgpt.cache import CACHE_KINDS
 from fastgpt.checks import is_terminal, require_integer, require_number
 from fastgpt.context import require_causal
 from fastgpt.distributed import PARALLEL, joined, own_device
-from fastgpt.generate import MAX_NEW_TOKENS, Options
+from fastgpt.generate import MAX_NEW_TOKENS, Options, PromptTooLong, require_room
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.library import CUDA_MISSING
 from fastgpt.pipelines import Pipeline, Run, as_messages, pipeline
 from fastgpt.text import Tokenizer, unescape
+from fastgpt.timing import implementation
 from fastgpt.train import TrainConfig, Trainer, claimed, pretrained, require_new_run, train
 from fastgpt.train import DTYPES as TRAIN_DTYPES
 
@@ -39,6 +41,7 @@ TOKENIZER_FILES = (  # what a checkpoint has beside its tokenizer.json, into whi
     "generation_config.json",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+NO_OPTIONS = {"prompt", "prompts", "given", "run", "parser"}  # what there is in the parsed arguments beside them
 OUTPUT_ERRORS = {errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT}  # of a stream, which has no name: of the file behind it
 
 
@@ -46,7 +49,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command; exits with status 2 and one line on bad input, 130 on Ctrl-C."""
     options = argparse.Namespace()
     try:
-        startup.unwatch()
         options, unknown = parser().parse_known_args(arguments)
         if unknown:
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -57,8 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if isinstance(error, OSError) and error.errno in OUTPUT_ERRORS and error.filename is None and sys.stdout is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            error = f"output: expected one that can be written to, got {error.strerror}"
-        report(f"fastgpt: error: {as_typed(str(error), options)}")
+            error = OSError(f"output: expected one that can be written to, got {error.strerror}")
+        report(f"fastgpt: error: {as_typed(error, options)}")
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError) as error:
         report(f"fastgpt: error: out of memory: {error}")
@@ -68,19 +70,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def as_typed(message: str, options: argparse.Namespace) -> str:
-    """A library's message about its arguments, with those that are options of this command as they are typed."""
-    names = {name for name in vars(options) if name not in ("prompt", "prompts", "given", "run", "parser")}
+def as_typed(error: Exception, options: argparse.Namespace) -> str:
+    """What a library says about an argument, for one who types options: that name, with which its message begins, as an option
+    of this command, if it is one; and without the None that only Python can say."""
+    message = str(error)
+    if isinstance(error, PromptTooLong):
+        message += " (--model)"
     name, colon, rest = message.partition(":")
-    if name.replace("-", "_") in names and colon:
-        name = shown_option(name)
-    rest = re.sub(r" or None\b(?=[,;: ]|$)", "", rest)
-    rest = re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", lambda word: shown_option(word[0]) if word[0] in names else word[0], rest)
-    return name + colon + re.sub(r"\b([a-z]+)=(?=\w)", lambda word: f"--{word[1]} " if word[1] in names else word[0], rest)
-
-
-def shown_option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    if not colon or name.replace("-", "_") not in vars(options).keys() - NO_OPTIONS:
+        return message
+    return f"--{name.replace('_', '-')}:" + re.sub("^((?:(?!, got ).)*) or None, got ", r"\1, got ", rest)
 
 
 def report(line: str) -> None:
@@ -381,9 +380,15 @@ def run_generate(options) -> None:
 
 
 def generate_text(pipe: Pipeline, options, device: torch.device) -> None:
+    if options.chat and pipe.tokenizer.chat_template is None:
+        which = "the shipped model" if options.model == SHIPPED_MODEL else options.model
+        raise ValueError(f"chat: expected a --model with a chat template, {which} has none")
     run = run_generation(pipe, options, use_cache=not options.no_cache, quiet=options.json)
     if run.options.num_samples > 1 and run.options.temperature == 0:
-        report("fastgpt: the samples of a prompt are all the same without --temperature")
+        report("fastgpt: the samples of a prompt are all the same at temperature 0: choose a --temperature above it")
+    longest, context = max(map(len, run.prompts)), pipe.model.config.context_length
+    if options.max_new_tokens is None and longest == context:
+        report(f"fastgpt: a prompt of {longest:,} tokens fills the model's context: there is no room for new ones")
     result = texts(pipe, run, options) | {
         "prompt_tokens": sum(map(len, run.prompts)),
         "new_tokens": sum(len(row.tokens) for row in run.rows),
@@ -393,7 +398,7 @@ def generate_text(pipe: Pipeline, options, device: torch.device) -> None:
         "seed": options.given["seed"] if run.options.temperature > 0 else None,  # where something is sampled
         "device": str(device),
         "dtype": str(pipe.model.token_embedding.weight.dtype).removeprefix("torch."),
-        "implementation": serving(device)["attention"][0],
+        "implementation": implementation(fastgpt.explain(fastgpt.attention, *example_calls(device)[fastgpt.attention])),
     }
     if options.compare_cache:
         other = run_generation(pipe, options, use_cache=options.no_cache, quiet=True)
@@ -448,7 +453,7 @@ def run_generation(pipe: Pipeline, options, *, use_cache: bool, quiet: bool) -> 
 
 def shortened(prompt: str) -> str:
     """The beginning of a prompt, in one line."""
-    return repr(prompt if len(prompt) <= 40 else prompt[:39] + "\u2026")
+    return repr(prompt if len(prompt) <= 40 else prompt[:39] + "…")
 
 
 def printed_before(run: Run, options) -> list[str]:
@@ -498,6 +503,7 @@ def run_inspect(options) -> None:
     prompt = tokenizer.encode(text)
     if not prompt:
         raise ValueError("prompt: expected at least one character, got an empty prompt")
+    require_room("prompt", len(prompt), model.config)
     texts = [inspection.text_of(tokenizer, *pair) for pair in zip(prompt, [None, *prompt])]
     ids = torch.tensor([prompt], device=model.token_embedding.weight.device)
     with torch.no_grad():
@@ -557,6 +563,8 @@ def run_train(options) -> None:
         if processes.first:
             parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
             several = f" in each of {processes.size} processes ({processes.parallel})" if processes.parallel else ""
+            if options.resume and trainer.step == trainer.config.steps:
+                report(f"fastgpt: the run in {options.out} has done all its {trainer.step:,} steps: --steps MORE goes on with it")
             print(
                 f"{parameters / 1e6:.2f} M parameters; {len(trainer.train_tokens):,} tokens to train on, "
                 f"{len(trainer.held_out):,} held out; {trainer.config.steps - trainer.step} steps to go on {device}{several}"
@@ -577,10 +585,11 @@ def started(options, given: dict, place: dict) -> Trainer:
     if place["processes"].first:  # what else belongs to the tokenizer
         options.out.mkdir(parents=True, exist_ok=True)
         folder = checkpoint.resolve(options.init_from)
-        for file in (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()):
-            copy = options.out / file.relative_to(folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
+        for name in (path.relative_to(folder) for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+            if (file := folders.find(folder, name, "init-from")) is not None:
+                (options.out / name).parent.mkdir(exist_ok=True)
+                with checkpoint.replacing(options.out / name) as copy:
+                    shutil.copyfile(file, copy)
     return trainer
 
 
@@ -630,39 +639,63 @@ def run_info(options) -> None:
     for index in range(torch.cuda.device_count()):
         devices.append(torch.device("cuda", index))
         print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
+    names = set()
     for device in devices:
-        for operation, (chosen, others) in serving(device).items():
-            print(f"\n{operation} on {device}: {chosen}")
-            for name, reason in others.items():
-                print(f"    not {name}: {reason}")
+        for operation, arguments in example_calls(device).items():
+            reasons = fastgpt.explain(operation, *arguments)
+            chosen = implementation(reasons)
+            print(f"\n{operation.__qualname__} on {device}: {chosen}\n    {OPERATIONS[operation]}")
+            for name, reason in reasons.items():
+                if name != chosen:
+                    print(f"    not {name}: {f'{chosen} comes first' if reason == 'available' else reason}")
+            names |= reasons.keys()
+    print()
+    for name, meaning in IMPLEMENTATIONS.items():
+        if name in names:
+            print(f"{name}: {meaning}")
 
 
-def serving(device: torch.device) -> dict[str, tuple[str, dict[str, str]]]:
-    """Operation -> (the implementation that serves generation on this device, the others with why not)."""
+OPERATIONS = {  # what can be explained, in words
+    fastgpt.attention: "softmax attention over keys and values, with its gradients",
+    fastgpt.attention_varlen: "attention of sequences of different lengths, packed without padding",
+    fastgpt.attention_with_kv_cache: "rotary embedding, storing into a cache, and attention over that cache",
+    fastgpt.kv_cache_update: "storing keys and values into a cache",
+    fastgpt.rope_kv_cache_update: "rotary embedding of queries and keys, and storing keys and values into a cache",
+    fastgpt.linear: "product with a weight, with norm, activation, gate and residual; here of one row",
+    fastgpt.norm: "layer norm or RMS norm, with the residual added",
+    fastgpt.scaled_dot_product_attention: "attention as PyTorch's function of this name defines it",
+    GPT.decoding: "a decoder's whole step from a token to the next logits",
+}
+IMPLEMENTATIONS = {
+    "cpp": "a compiled C++ kernel, for CPUs",
+    "cuda": "a compiled CUDA C++ kernel",
+    "triton": "a Triton kernel, compiled for the GPU at its first use",
+    "reference": "plain PyTorch, on every device",
+    "unfused": "rope_kv_cache_update, then attention, each by the implementation that serves it",
+    "torch": "PyTorch's own function",
+    "cuda_graph": "captured in a CUDA graph once, and launched as a whole at every step",
+    "cpu_replay": "its operations are recorded once, and called without Python at every step",
+    "eager": "the model's modules are called from Python at every step",
+}
+
+
+def example_calls(device: torch.device) -> dict[Callable, tuple]:
+    """Operation -> arguments as in generation, of what can be explained."""
     x = torch.zeros(1, 1, 1, 16, device=device)
     tiny = GPT(GPTConfig(vocab_size=16, context_length=16, num_layers=1, num_heads=1, hidden_size=16)).to(device)
-    positions = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    calls = {
-        "attention": fastgpt.explain(fastgpt.attention, x, x, x),
-        "attention_with_kv_cache": fastgpt.explain(fastgpt.attention_with_kv_cache, x, x, x, x, x, positions),
-        "kv_cache_update": fastgpt.explain(fastgpt.kv_cache_update, x, x, x, x, positions),
-        "rope_kv_cache_update": fastgpt.explain(
-            fastgpt.rope_kv_cache_update, x, x, x, x, x, positions, x[0, 0, :, :8], x[0, 0, :, :8]
-        ),
-        "linear": fastgpt.explain(fastgpt.linear, x, x[0, 0]),
-        "norm": fastgpt.explain(fastgpt.norm, x, x[0, 0, 0]),
-        "decode step": fastgpt.explain(GPT.decoding, tiny, tiny.new_cache(1)),
+    positions, ends = (torch.tensor(row, dtype=torch.int32, device=device) for row in ([[0]], [0, 1]))
+    angles = x[0, 0, :, :8]
+    return {
+        fastgpt.attention: (x, x, x),
+        fastgpt.attention_varlen: (x[0], x[0], x[0], ends, ends, 1, 1),
+        fastgpt.attention_with_kv_cache: (x, x, x, x, x, positions),
+        fastgpt.kv_cache_update: (x, x, x, x, positions),
+        fastgpt.rope_kv_cache_update: (x, x, x, x, x, positions, angles, angles),
+        fastgpt.linear: (x, x[0, 0]),
+        fastgpt.norm: (x, x[0, 0, 0]),
+        fastgpt.scaled_dot_product_attention: (x, x, x),
+        GPT.decoding: (tiny, tiny.new_cache(1)),
     }
-    result = {}
-    for operation, reasons in calls.items():
-        chosen = next(name for name, reason in reasons.items() if reason == "chosen")
-        others = {
-            name: f"{chosen} comes first" if reason == "available" else reason
-            for name, reason in reasons.items()
-            if name != chosen
-        }
-        result[operation] = chosen, others
-    return result
 
 
 def device_of(name: str) -> torch.device:

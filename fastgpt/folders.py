@@ -1,6 +1,8 @@
-"""Files of a checkpoint folder, which may come from anywhere: where one lies, and that it lies there."""
+"""Folders of checkpoints and runs: files in one that may come from anywhere, and folders that are made."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,3 +28,17 @@ def find(folder: Path, name: str | Path, argument: str = "model") -> Path | None
     if not any(target.is_relative_to(root) for root in roots):
         raise ValueError(f"{argument}: {path}: expected a file in this folder, got a link to {target}")
     return path
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Within it there is a folder. At the end, of it and its parents those that were made for it are removed if they are empty:
+    what fails leaves nothing behind."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()

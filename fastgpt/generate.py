@@ -418,8 +418,7 @@ class Request:
     def checked(self, max_new_tokens: int | None) -> int:
         """How many new tokens there can be. Raises if the request does not fit the model, or the seeds the prompts."""
         context, longest, options = self.model.config.context_length, max(map(len, self.prompts)), self.options
-        if longest > context:
-            raise ValueError(f"ids: expected prompts of at most {context} tokens (the context), got one of {longest}")
+        require_room("ids", longest, self.model.config)
         new, room = require_integer("max_new_tokens", max_new_tokens, least=0, optional=True), context - longest
         if new is None:
             new = min(defaults_of(self.model).get("max_new_tokens", MAX_NEW_TOKENS), room)
@@ -438,6 +437,19 @@ class Request:
             for token in getattr(options, name):
                 require_in_vocabulary(name, token, self.model)
         return new
+
+
+class PromptTooLong(ValueError):
+    """A prompt has more tokens than the model's context."""
+
+
+def require_room(name: str, tokens: int, config) -> None:
+    """Raises PromptTooLong where a prompt does not fit the model."""
+    if tokens > config.context_length:
+        raise PromptTooLong(
+            f"{name}: expected a prompt of at most {config.context_length} tokens, the model's context, got {tokens}: "
+            "shorten it, or choose a model with a longer context"
+        )
 
 
 def as_prompts(model, ids) -> list[torch.Tensor]:

@@ -616,7 +616,10 @@ class GPT(nn.Module):
         elif kind == "sliding":
             windows = [least(window, self.config.window(layer)) for layer in range(self.config.num_layers)]
             if all(window is None for window in windows):
-                raise ValueError("window: expected a number of tokens for a sliding cache, got None")
+                raise ValueError(
+                    "window: expected a number of tokens for a sliding cache, got None, and the model has no window of its "
+                    "own: give one, or choose a contiguous or paged cache"
+                )
             cache = SlidingCache(**options, windows=windows, **storage)
         elif kind == "paged":
             page_size = require_integer("page_size", page_size, 1)

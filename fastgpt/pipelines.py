@@ -9,7 +9,7 @@ import torch
 
 from fastgpt import checkpoint
 from fastgpt.checks import require_integer
-from fastgpt.generate import Request, defaults_of
+from fastgpt.generate import Request, defaults_of, require_room
 from fastgpt.model import GPT
 from fastgpt.text import Decoder, Stops, Tokenizer, require_text
 
@@ -96,7 +96,7 @@ class Pipeline:
         return Run(self.model, self.tokenizer, ids, max_new_tokens, stop, eos, options)
 
     def encode(self, prompt: str | Messages, template_variables: dict | None = None) -> list[int]:
-        """The ids of a text, or of a chat."""
+        """The ids of a text, or of a chat. Raises `fastgpt.generate.PromptTooLong`, a ValueError, of more than the context."""
         if isinstance(prompt, str):
             if template_variables is not None:
                 raise ValueError("template_variables: expected none with a prompt that is no chat")
@@ -112,6 +112,7 @@ class Pipeline:
             name, ids = "messages", self.tokenizer.encode_chat(prompt, **template_variables or {})
         if not ids:
             raise ValueError(f"{name}: expected at least one token, got an empty prompt")
+        require_room(name, len(ids), self.model.config)
         if max(ids) >= (size := self.model.config.vocab_size):
             token = self.tokenizer.backend.id_to_token(max(ids))
             raise ValueError(f"{name}: expected tokens of the model, which has {size}, got {token!r} with id {max(ids)}")

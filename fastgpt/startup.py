@@ -1,24 +1,35 @@
-"""Ctrl-C while PyTorch is imported, which takes seconds: nothing of what the command would do about it is there yet."""
+"""Ctrl-C while the command is being loaded: importing PyTorch takes seconds, and a traceback out of it helps nobody.
 
+Only the command itself asks for this, and only until it is loaded: a program that imports fastgpt keeps its own handling.
+"""
+
+import contextlib
 import os
 import signal
 import sys
 
 
-def interrupted(*_) -> None:
-    os.write(2, b"\nfastgpt: interrupted\n")
-    os._exit(130)
+def is_command() -> bool:
+    """Whether Python was started as `fastgpt` or `python -m fastgpt`, asked while the package is imported."""
+    argv, words = getattr(sys, "argv", None) or [""], sys.orig_argv
+    if argv[0] == "-m":  # what it is until the module is found, for which its package is imported
+        return "-mfastgpt" in words or ("-m", "fastgpt") in zip(words, words[1:])
+    return os.path.basename(argv[0]) in ("fastgpt", "fastgpt.exe")
 
 
 def watch() -> None:
-    """Where Python was started as the command, ends it with one line on Ctrl-C, until `unwatch`."""
-    script = os.path.basename(sys.argv[0]).partition(".")[0] == "fastgpt" if sys.argv else False
-    words = sys.orig_argv
-    module = sys.argv[:1] == ["-m"] and ("-mfastgpt" in words or ("-m", "fastgpt") in zip(words, words[1:]))
-    if (script or module) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupted)
+    """Until `unwatch`, Ctrl-C ends the process with one line and status 130, unless it is ignored or handled already."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            signal.signal(signal.SIGINT, _interrupted)
 
 
 def unwatch() -> None:
-    if signal.getsignal(signal.SIGINT) is interrupted:
+    if signal.getsignal(signal.SIGINT) is _interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupted(*_) -> None:
+    with contextlib.suppress(OSError):  # there may be no standard error
+        os.write(2, b"\nfastgpt: interrupted\n")
+    os._exit(130)  # an exception might be caught by whatever is being imported

@@ -101,6 +101,21 @@ def _scratch(device) -> torch.Tensor:
     return torch.empty(FLUSHED, dtype=torch.uint8, device=device)
 
 
+def uncertainty(values: Sequence[float]) -> float:
+    """How far the 95% confidence interval of the median reaches from it, as a share of it.
+
+    The interval is between the k-th smallest and the k-th largest value: that a median lies below k of n values has the
+    probability of fewer than k heads in n tosses. Fewer than six values have no such interval; all of them are taken.
+    """
+    values, n = sorted(values), len(values)
+    k, below = 0, 1 / 2**n
+    while below <= 0.025:
+        k += 1
+        below += math.comb(n, k) / 2**n
+    k, median = max(k, 1), statistics.median(values)
+    return max(values[-k] - median, median - values[k - 1]) / median
+
+
 def _nothing() -> None: ...
 
 

@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from fastgpt import checkpoint, schema
+from fastgpt import checkpoint, folders, schema
 from fastgpt.checkpoint import STATE, TOKENIZER, replacing, resolve
-from fastgpt.checks import require_choice, require_integer, require_number, require_path, require_tensor
+from fastgpt.checks import reason_of, require_choice, require_integer, require_number, require_path, require_tensor
 from fastgpt.corpus import summarize, tokenize
 from fastgpt.distributed import Processes, skeleton
 from fastgpt.evaluate import evaluate, split
@@ -309,10 +309,10 @@ class Trainer:
                         temporary.write_text(checkpoint.json_text(checkpoint.contents(model)[0]))
                 with replacing(folder / TOKENIZER) as temporary:
                     self.tokenizer.save(temporary)
-                with replacing(folder / STATE) as temporary:
-                    torch.save(state, temporary)
+                with replacing(folder / STATE) as temporary, temporary.open("wb") as file:
+                    torch.save(state, file)  # to a path, it does not say what went wrong
             except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-                raise OSError(f"out: {folder} cannot be written to: {error}") from error
+                raise OSError(f"out: {folder} cannot be written to: {reason_of(error)}") from error
 
     @classmethod
     def resume(
@@ -330,8 +330,8 @@ class Trainer:
         Raises: FileNotFoundError; ValueError when the state is damaged or belongs to another text, or a setting cannot change.
         """
         folder = require_path("resume", folder)
-        path = folder / STATE
-        if not path.is_file():
+        path = folders.find(folder, STATE, "resume")
+        if path is None:
             raise FileNotFoundError(f"resume: expected {STATE} of an earlier run in {folder}")
         state = read_state(path)
         config, step = state["config"], state["step"]
@@ -479,30 +479,28 @@ def claimed(folder: Path, processes: Processes = Processes()) -> Iterator[None]:
     if path in _claimed.get():
         yield
         return
-    lock, error, made = None, None, []
-    if processes.first:
+    lock, error = None, None
+    with ExitStack() as made:
+        if processes.first:
+            try:
+                made.enter_context(folders.made(path))
+                lock = _lock(path)
+            except BlockingIOError as raised:
+                error = ValueError(f"out: expected a folder that no other run uses, {folder} is in use by {raised.strerror}")
+            except (OSError, ValueError) as raised:  # also of a name that is too long, or that has a null character
+                reason = getattr(raised, "strerror", None) or raised
+                error = type(raised)(f"out: expected a folder, got {str(folder)!r}: {reason}")
+        before = _claimed.set(_claimed.get() | {path})
         try:
-            made = [missing for missing in (path, *path.parents) if not missing.exists()]
-            lock = _lock(path)
-        except BlockingIOError as raised:
-            error = ValueError(f"out: expected a folder that no other run uses, {folder} is in use by {raised.strerror}")
-        except (OSError, ValueError) as raised:  # also of a name that is too long, or that has a null character
-            reason = getattr(raised, "strerror", None) or raised
-            error = type(raised)(f"out: expected a folder, got {str(folder)!r}: {reason}")
-    before = _claimed.set(_claimed.get() | {path})
-    try:
-        if processes.any(error is not None):
-            raise error or ValueError(f"out: expected a folder that the first process can use, got {str(folder)!r}")
-        yield
-    finally:
-        _claimed.reset(before)
-        if lock is not None:
-            with suppress(OSError):
-                (path / LOCK).unlink()  # before it is free: nobody else's is removed
-            lock.close()
-        for missing in made:
-            with suppress(OSError, ValueError):
-                missing.rmdir()
+            if processes.any(error is not None):
+                raise error or ValueError(f"out: expected a folder that the first process can use, got {str(folder)!r}")
+            yield
+        finally:
+            _claimed.reset(before)
+            if lock is not None:
+                with suppress(OSError):
+                    (path / LOCK).unlink()  # before it is free: nobody else's is removed
+                lock.close()
 
 
 def _lock(folder: Path):
@@ -510,7 +508,7 @@ def _lock(folder: Path):
     for _ in range(10):  # a run that ends may remove file or folder in between
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(folder / LOCK, "a+")
+            file = open(folder / LOCK, "a+", opener=_opened_here)
         except FileNotFoundError as error:
             missing = error
             continue
@@ -528,11 +526,24 @@ def _lock(folder: Path):
         except FileNotFoundError as error:
             current, missing = False, error
         if current:
-            file.truncate(0)
-            print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
-            return file
+            try:
+                file.truncate(0)
+                print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+                return file
+            except OSError:
+                (folder / LOCK).unlink()
+                with suppress(OSError):  # what could not be written is tried again
+                    file.close()
+                raise
         file.close()
     raise missing
+
+
+def _opened_here(path: str, flags: int) -> int:
+    """A file that is written to. A link would lead to another one."""
+    if os.path.islink(path):
+        raise OSError(f"{os.path.basename(path)} in it is a link")
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def train(trainer: Trainer, folder: Path) -> None:

@@ -110,9 +110,11 @@ def sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[
         )
     try:
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
-    except ImportError as error:
+    except Exception as error:  # where their versions do not go together, a TypeError
+        found = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"tokenizer: expected the libraries that read {path} to be installed: pip install sentencepiece protobuf"
+            f"tokenizer: expected the libraries sentencepiece and protobuf, which read {path}, got {found}: "
+            "pip install sentencepiece protobuf"
         ) from error
     try:
         model = ModelProto.FromString(content)

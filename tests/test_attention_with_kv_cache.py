@@ -377,7 +377,7 @@ if not INTERPRETED:
         torch.testing.assert_close(attention_with_kv_cache_reference(**plain), out)
         assert not differing(actual, plain)
         named = on("cpu", arguments)
-        assert torch.equal(attention_with_kv_cache(**named, impl="apart"), out)
+        assert torch.equal(attention_with_kv_cache(**named, impl="unfused"), out)
 
     def test_several_tokens():
         k, q = torch.randn(1, 2, 3, 8), torch.randn(1, 4, 3, 8)
@@ -399,7 +399,7 @@ if not INTERPRETED:
         arguments = example()
         reasons = fastgpt.explain(attention_with_kv_cache, **arguments)
         assert reasons == {
-            "triton": "it runs on CUDA tensors, and q is on cpu", "apart": "chosen", "reference": "available"
+            "triton": "it runs on CUDA tensors, and q is on cpu", "unfused": "chosen", "reference": "available"
         }  # fmt: skip
         with pytest.raises(ValueError, match="impl='triton' cannot serve this call: it runs on CUDA tensors"):
             attention_with_kv_cache(**arguments, impl="triton")

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_cli import run
@@ -28,8 +29,8 @@ def test_table(capsys):
     lines = out.splitlines()
     assert status == 0 and re.search(r"^cached against uncached +ours +rate +compared with +ratio +of the limit$", lines[0])
     for line, name in zip(lines[1:3], ("shipped model", "GPT-2 124M"), strict=True):
-        assert re.search(rf"^  {name}, context 128 +[\d.]+ .s +[\d,]+ tok/s +uncached [\d.]+ .s +[\d.]+x +[\d.]+%$", line)
-    assert re.search(r"threads, .*torch .*float32; medians", lines[4]) and re.search(r"reading [\d.]+ GB/s", lines[5])
+        assert re.search(rf"^  {name}, context 128 +[\d.]+ .s +[\d,]+ tok/s +uncached [\d.]+ .s +≈?[\d.]+x +≈?[\d.]+%$", line)
+    assert re.search(r"threads, .*torch .*float32\.$", lines[4]) and re.search(r"reading [\d.]+ GB/s", lines[5])
     assert len({len(line) for line in lines[:3]}) == 1  # aligned
 
 
@@ -43,6 +44,22 @@ def test_json(capsys):
     assert case["flops"] == 2 * 12 * 512 * 512 * 64
     assert all(low <= middle <= high for low, middle, high in case["microseconds"].values())
     assert set(case["microseconds"]) == {"ours", "SDPA", "matrix product"} and case["times_ours"]["ours"] == [1, 1, 1]
+
+
+def test_the_table_says_what_its_ratios_are(monkeypatch):
+    """Where the machine's speed changes, a ratio of paired times is not that of their medians."""
+    place = bench.Place(torch.device("cpu"))
+    case = next(case for case in bench.cases(place, "nowhere") if case.name.startswith("512 tokens"))
+    for others, ratio, noisy in (([2.0] * 7, "2.00x", False), ([0.5, 0.5, 2, 2, 2, 3, 3], "≈2.00x", True)):
+        speeds = [1, 1, 1, 10, 10, 10, 10]
+        rounds = [{"matrix product": s, "ours": s, "SDPA": s * other} for s, other in zip(speeds, others)]
+        monkeypatch.setattr(bench, "in_rounds", lambda *_, rounds=rounds, **__: iter(rounds))
+        result = bench.measure(case, place, 0)
+        assert ("SDPA" in result["noisy"]) == noisy and "ours" not in result["noisy"] and "matrix product" not in result["noisy"]
+        lines = bench.table(bench.machine(place), [result]).splitlines()
+        assert lines[1].split()[-2] == ratio
+        assert any(line.startswith("taken in each round") for line in lines)
+        assert (lines[-1] == "≈: noisy, this median is not known to 10%.") == noisy
 
 
 @pytest.mark.slow
@@ -119,3 +136,10 @@ def test_cold_data():
     assert sum(copy["x"].nbytes + copy["y"].nbytes for copy in copies) >= 1 << 20
     assert all(torch.equal(copy["x"], x) and copy["y"].dtype == y.dtype for copy in copies)
     assert len({copy[name].data_ptr() for copy in copies for name in copy}) == 2 * len(copies)
+
+
+def test_uncertainty_is_that_of_order_statistics():
+    """Of 21 values, the 6th and the 16th are the ends of the 95% confidence interval of the median."""
+    values = np.arange(1, 22) + 10.0
+    assert timing.uncertainty(np.random.default_rng(0).permutation(values)) == pytest.approx(5 / 21)
+    assert timing.uncertainty([1.0, 1.0, 1.3]) == pytest.approx(0.3)  # too few: all of them

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
+import stat
 import subprocess
 import sys
 import warnings
@@ -500,6 +502,85 @@ def test_links_of_the_hub_cache_are_followed(shared, folder, tmp_path):
             blob.symlink_to(f"../../blobs/{path.stem}")
         (snapshot / path.name).symlink_to(f"../../blobs/{path.stem}")
     assert GPT.from_pretrained(snapshot).config.vocab_size == 33
+
+
+# Files that take another's place
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_saved_files_have_the_modes_of_files(umask, tmp_path):
+    """Not those that safetensors gives its own; and one that is replaced keeps its mode, as when it is written into."""
+    model = random_model()
+    model.generation_defaults = {"temperature": 0.5}
+    model.save_pretrained(tmp_path)
+    names = ["config.json", "generation_config.json", "model.safetensors"]
+    assert {path.name: mode_of(path) for path in tmp_path.iterdir()} == dict.fromkeys(names, 0o640)
+    for name, mode in zip(names, (0o600, 0o444, 0o664)):
+        (tmp_path / name).chmod(mode)
+    model.save_pretrained(tmp_path)
+    assert [mode_of(tmp_path / name) for name in names] == [0o600, 0o444, 0o664]
+    assert GPT.from_pretrained(tmp_path).generation_defaults == {"temperature": 0.5}
+
+
+def test_a_link_is_replaced_and_not_written_through(umask, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("new", "new.writing"):
+        elsewhere.write_text("somebody's")
+        elsewhere.chmod(0o600)
+        (tmp_path / name).symlink_to(elsewhere)
+        with checkpoint.replacing(tmp_path / "new") as temporary:
+            temporary.write_text("mine")
+        assert elsewhere.read_text() == "somebody's" and (tmp_path / "new").read_text() == "mine"
+        assert not (tmp_path / "new").is_symlink() and mode_of(tmp_path / "new") == 0o640
+        assert not os.path.lexists(tmp_path / "new.writing")
+        (tmp_path / "new").unlink()
+
+
+def test_where_there_are_no_modes(tmp_path, monkeypatch):
+    def refuses(*args, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuses)
+    monkeypatch.setattr(Path, "chmod", refuses)
+    with checkpoint.replacing(tmp_path / "file") as temporary:
+        temporary.write_text("mine")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_write_that_fails_changes_nothing(tmp_path):
+    path = tmp_path / "file"
+    for content in (None, "before"):
+        if content:
+            path.write_text(content)
+        with pytest.raises(OSError, match="No space"), checkpoint.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+        assert [file.read_text() for file in tmp_path.iterdir()] == ([content] if content else [])
+
+
+@pytest.mark.parametrize("made_before", ["", "a", "a/b", "a/b/c"])
+def test_a_save_that_fails_leaves_no_folder(made_before, tmp_path, monkeypatch):
+    """But those that were there, empty or not."""
+
+    def full(*args, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    (tmp_path / made_before).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="folder: expected a folder that can be written to"):
+        random_model().save_pretrained(tmp_path / "a" / "b" / "c")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # The Hub

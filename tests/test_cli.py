@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,10 @@ from models import random_model
 from texts import CHATML, byte_level, write_checkpoint
 
 import fastgpt
-from fastgpt import checkpoint, cli
+from fastgpt import checkpoint, cli, startup
 from fastgpt.cli import SHIPPED_MODEL, main
 from fastgpt.distributed import Processes
+from fastgpt.ops import explain
 from fastgpt.text import Tokenizer
 
 TOKENS = ["--max-new-tokens", "40"]
@@ -173,7 +175,17 @@ def test_info(capsys):
     assert status == 0
     assert f"fastgpt {fastgpt.__version__}" in out and f"torch {torch.__version__}" in out
     assert "attention on cpu: cpp" in out and "not triton: it runs on CUDA tensors" in out
-    assert "kv_cache_update on cpu: cpp" in out
+    assert "attention_with_kv_cache on cpu: unfused" in out
+
+
+def test_info_tells_of_all_that_can_be_explained(capsys):
+    """And what each name of an implementation means."""
+    assert cli.OPERATIONS.keys() == explain.OPERATIONS.keys()
+    _, out, _ = run(capsys, "info")
+    for operation, meaning in cli.OPERATIONS.items():
+        assert re.search(rf"^{operation.__qualname__} on cpu: \w+\n    {meaning}\n    not \w+: ", out, re.MULTILINE)
+    named = set(re.findall(r"^\S+ on cpu: (\w+)$|^    not (\w+): ", out, re.MULTILINE))
+    assert {name for pair in named for name in pair if name} == set(re.findall(r"^(\w+): [a-zP]", out[out.index("\n\n") :], re.MULTILINE))
 
 
 STOPS_HALFWAY = """
@@ -324,7 +336,12 @@ def test_speed_and_seed_are_said_beside_the_text(capsys):
     assert re.fullmatch(r"40 tokens, [\d.,]+ tok/s\n", greedy)
     assert json.loads(run(capsys, "generate", "A", *TOKENS, "--json")[1])["seed"] is None
     assert run(capsys, "generate", "A", "--max-new-tokens", 0)[2] == "0 tokens\n"
-    assert "samples of a prompt are all the same" in run(capsys, "generate", "A", *TOKENS, "--num-samples", 2)[2]
+    alike = "samples of a prompt are all the same at temperature 0"
+    assert alike in run(capsys, "generate", "A", *TOKENS, "--num-samples", 2)[2]
+    for flags in (["--temperature", 1], ["--json", "--temperature", 1]):
+        assert alike not in run(capsys, "generate", "A", *TOKENS, "--num-samples", 2, *flags)[2]
+    assert "fills the model's context" in run(capsys, "generate", "A" * 512)[2]
+    assert "fills the model's context" not in run(capsys, "generate", "A" * 511)[2]
 
 
 def test_by_default_texts_end_where_the_context_does(tmp_path, capsys):
@@ -381,7 +398,8 @@ ERRORS = [
     (["generate", ""], "prompt: expected at least one token, got an empty prompt"),
     (["generate", "naïve"], "text: expected only the 65 characters .*, got 'ï'"),
     (["generate", "A", "--max-new-tokens", "512"], "context of 512 tokens, got 1 . 512"),
-    (["generate", "A" * 600], r"ids: expected prompts of at most 512 tokens \(the context\), got one of 600"),
+    (["generate", "A" * 600], "prompt: expected a prompt of at most 512 tokens, .*, got 600: shorten it, or .*--model"),
+    (["inspect", "A" * 600], "prompt: expected a prompt of at most 512 tokens, .*, got 600: shorten it, or .*--model"),
     (["generate", "A", "--logprobs"], "logprobs: expected --json with it, got --logprobs alone"),
     (["generate", "A", "--stop", ""], r"stop: expected strings that are not empty, got \[''\]"),
     (["generate", "A", "--num-samples", "0"], "--num-samples: expected an integer >= 1, got 0"),
@@ -408,7 +426,8 @@ ERRORS = [
     (["bench", "--seconds", "nan"], "seconds: expected a finite number >= 0, got nan"),
     (["dance"], "invalid choice: 'dance'"),
     ([], "the following arguments are required: COMMAND"),
-    (["generate", "A", "--chat"], "messages: expected a model with a chat template, this one has none"),
+    (["generate", "A", "--chat"], "--chat: expected a --model with a chat template, the shipped model has none"),
+    (["generate", "A", "--cache", "sliding"], "--window: expected a number of tokens for a sliding cache, .* contiguous or paged"),
     (["generate", "A", "--top-p", "1.5"], "--top-p: expected a finite number <= 1 and > 0, got 1.5"),
     (["generate", "A", "--model", "/nowhere"], "expected a checkpoint folder, /nowhere does not exist"),
     (["generate", "A", "--device", "tpu9"], "device: expected cpu, cuda or cuda:N, got 'tpu9'"),
@@ -430,6 +449,28 @@ def test_errors_are_one_line(arguments, message, capsys):
     status, out, error = run(capsys, *arguments)
     assert status == 2 and out == "" and error.startswith("fastgpt: error: ") and len(error.splitlines()) == 1
     assert re.search(message, error)
+
+
+SAID = [
+    ("top_p: expected a number or None, got 1.5", "--top-p: expected a number, got 1.5"),
+    ("max_new_tokens: expected an integer >= 0 or None, got -1", "--max-new-tokens: expected an integer >= 0, got -1"),
+    ("max_new_tokens: expected at most max_new_tokens or None", "--max-new-tokens: expected at most max_new_tokens or None"),
+    ("model: expected a folder, got 'top_p or None, got'", "--model: expected a folder, got 'top_p or None, got'"),
+    ("prompt: expected a text or None, got 3", None),
+    ("layers: expected an integer or None, got 3", None),
+    ("top_p expected a number or None, got 3", None),
+    ("run: or None, got 3", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize("message, expected", SAID)
+def test_arguments_are_named_as_they_are_typed(message, expected):
+    """Those of this command; and nothing of what was given is changed."""
+    options = cli.parser().parse_args(["generate", "A", "--top-p", "1"])
+    options.prompts, options.given = ["A"], {}  # as the command goes on
+    assert cli.as_typed(ValueError(message), options) == (message if expected is None else expected)
+    assert cli.as_typed(ValueError(message), argparse.Namespace()) == message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -526,23 +567,81 @@ def test_training_from_a_checkpoint_keeps_what_belongs_to_its_tokenizer(chat_mod
     assert Tokenizer.from_folder(tmp_path / "out").chat_template == Tokenizer.from_folder(folder).chat_template
 
 
-@pytest.mark.parametrize("module", ["-m", "script"])
-def test_interrupted_while_it_starts(module, tmp_path):
-    """The import of PyTorch, here a module that waits, is under way."""
-    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(600)")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "fastgpt").write_text("from fastgpt.cli import main\nmain()")
-    command = [sys.executable, *(["-m", "fastgpt"] if module == "-m" else [tmp_path / "bin" / "fastgpt"]), "info"]
-    folders = os.pathsep.join([str(tmp_path), str(Path(fastgpt.__file__).parents[1])])
+# Ctrl-C while modules are imported
+
+WAITS = "print('importing', flush=True)\nimport time\ntime.sleep(600)"
+
+
+def interrupted(command, folder):
+    """(exit status, stdout, stderr) of a program that is interrupted when it prints a line; its modules may be in `folder`."""
+    folders = os.pathsep.join([str(folder), str(Path(fastgpt.__file__).parents[1])])
+    # A shell's background job ignores SIGINT, and so would its children.
     heed_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": folders}, cwd=tmp_path,
-        preexec_fn=heed_interrupts,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": folders}, cwd=folder,
+        preexec_fn=heed_interrupts, text=True,
     )  # fmt: skip
-    assert process.stdout.readline() == b"importing\n"
+    line = process.stdout.readline()
+    assert line, process.communicate()
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and error.strip() == b"fastgpt: interrupted"
+    out, error = process.communicate(timeout=60)
+    return process.returncode, line + out, error
+
+
+@pytest.mark.parametrize("imported, how", [("torch", "-m"), ("torch", "script"), ("tqdm", "-m"), ("tqdm", "script")])
+def test_interrupted_while_it_starts(imported, how, tmp_path):
+    """A module that the command imports, PyTorch or a later one, takes its time."""
+    (tmp_path / f"{imported}.py").write_text(WAITS)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "fastgpt").write_text("from fastgpt.__main__ import main\nmain()")
+    command = [sys.executable, *(["-m", "fastgpt"] if how == "-m" else [tmp_path / "bin" / "fastgpt"]), "info"]
+    assert interrupted(command, tmp_path) == (130, "importing\n", "\nfastgpt: interrupted\n")
+
+
+CATCHES = """
+try:
+    import fastgpt
+except KeyboardInterrupt:
+    print("caught")
+"""
+
+
+@pytest.mark.parametrize("how", ["-m", "script"])
+def test_a_program_that_imports_fastgpt_is_interrupted_as_ever(how, tmp_path):
+    (tmp_path / "torch.py").write_text(WAITS)
+    (tmp_path / "fastgpt_server.py").write_text(CATCHES)
+    command = [sys.executable, *(["-m", "fastgpt_server"] if how == "-m" else [tmp_path / "fastgpt_server.py"]), "-m", "fastgpt"]
+    assert interrupted(command, tmp_path) == (0, "importing\ncaught\n", "")
+
+
+def test_interrupts_are_the_programs_own_once_it_is_loaded(tmp_path):
+    """Even where it has the command's name; and no thread other than the main one sets a handler."""
+    (tmp_path / "fastgpt").write_text("import fastgpt, signal\nprint(signal.getsignal(signal.SIGINT).__name__)")
+    environment = os.environ | {"PYTHONPATH": str(Path(fastgpt.__file__).parents[1])}
+    heed_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    result = subprocess.run(
+        [sys.executable, tmp_path / "fastgpt"], capture_output=True, text=True, env=environment, preexec_fn=heed_interrupts
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "default_int_handler\n", "")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ThreadPoolExecutor() as pool:
+            pool.submit(startup.watch).result()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        for handler in (signal.SIG_IGN, lambda *_: None):  # a background job's, or the program's
+            signal.signal(signal.SIGINT, handler)
+            startup.watch()
+            assert signal.getsignal(signal.SIGINT) is handler
+            startup.unwatch()
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_installed_command_is_the_module():
+    """Whose imports may be interrupted."""
+    scripts = (Path(fastgpt.__file__).parents[1] / "pyproject.toml").read_text()
+    assert '\nfastgpt = "fastgpt.__main__:main"\n' in scripts
 
 
 @pytest.mark.slow

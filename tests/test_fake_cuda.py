@@ -63,7 +63,7 @@ def test_old_devices_are_refused_in_one_sentence(capability, cuda):
         for operation, arguments in calls(cuda, "cuda:1").items():
             reasons = fastgpt.explain(operation, *arguments)
             assert reasons["triton"] == sentence and reasons["reference"] in ("chosen", "available")
-            assert "chosen" in (reasons["reference"], reasons.get("apart"))
+            assert "chosen" in (reasons["reference"], reasons.get("unfused"))
             with pytest.raises(ValueError, match=f"impl='triton' cannot serve this call: {sentence}"):
                 operation(*arguments, impl="triton")
         x = cuda(4, 8, device="cuda:1")

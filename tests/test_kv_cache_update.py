@@ -449,6 +449,25 @@ def test_views_that_autograd_does_not_let_be_written(case, writer):
         assert torch.equal(v_cache[:, :, :6], v)
 
 
+ANOTHER_PYTORCH = """
+import torch
+del torch._C._autograd._get_creation_meta, torch._C._autograd.CreationMeta
+import fastgpt
+k, v, k_cache, v_cache = torch.randn(1, 2, 6, 16, requires_grad=True), torch.randn(1, 2, 6, 16), *torch.zeros(2, 1, 2, 8, 16)
+try:
+    fastgpt.kv_cache_update(k, v, k_cache, v_cache, torch.arange(6)[None])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_pytorch_that_does_not_tell_how_views_were_made():
+    """Its name for that is not public. The package loads, and the write is refused in PyTorch's words."""
+    result = subprocess.run([sys.executable, "-c", ANOTHER_PYTORCH], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("k_cache: expected a tensor that can be written to, which PyTorch refuses: ")
+
+
 def test_caches_that_are_parts_of_one_tensor_carry_gradients():
     q, k, v, dk, dv = torch.randn(5, 1, 2, 6, 16).unbind()
     k.requires_grad_(), v.requires_grad_()

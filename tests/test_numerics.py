@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from fastgpt.ops import attention as ops
 from fastgpt.testing import attention_parity, numerics
 from fastgpt.testing.attention_features import inputs
 from fastgpt.testing.draws import normal
+
+pytestmark = pytest.mark.filterwarnings("ignore::fastgpt.testing.BlindSpot")  # of small shapes
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = {"small": (1, 2, 2, 7, 9, 16), "large": (1, 4, 2, 48, 96, 32)}
@@ -126,6 +129,56 @@ def test_planted_faults_show_in_gradients(fault, dtype):
 
     found = {name: numerics.compare(x, yardstick) for name, x, yardstick in attention_parity.compare(call, run)}
     assert any(found[name].share > 1 for name in ("dq", "dk", "dv")) == (fault != "no fault")
+
+
+def blind(fault):
+    """Attention with a fault that some inputs cannot show."""
+
+    def function(q, k, v, kv_lengths=None, **options):
+        T, S = q.shape[2], k.shape[2]
+        if fault == "another sequence":
+            k, v = k.roll(1, 0), v.roll(1, 0)
+        if fault == "another head":
+            k, v = k.roll(1, 1), v.roll(1, 1)
+        if fault == "another order":
+            k, v = (x.repeat(1, q.shape[1] // k.shape[1], 1, 1) for x in (k, v))
+        if fault == "aligned to the first":
+            causal = options.pop("causal", True)
+            inside = torch.ones(T, S, dtype=torch.bool) if kv_lengths is None else torch.arange(S) < kv_lengths.view(-1, 1, 1, 1)
+            options |= {"mask": inside.tril() if causal else inside, "causal": False}
+        else:
+            options["kv_lengths"] = kv_lengths
+        return attention_reference(q, k, v, **options)
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "fault, feature, hiding, warning, showing",
+    [
+        ("another sequence", "plain", (1, 4, 2, 5, 9, 16), "keys of another sequence", (2, 4, 2, 5, 9, 16)),
+        ("another head", "plain", (2, 4, 1, 5, 9, 16), "keys of another head", (2, 4, 2, 5, 9, 16)),
+        ("another order", "plain", (2, 4, 1, 5, 9, 16), "keys of another head", (2, 4, 2, 5, 9, 16)),
+        ("another order", "plain", (2, 4, 4, 5, 9, 16), "heads that share keys in another order", (2, 4, 2, 5, 9, 16)),
+        ("aligned to the first", "plain", (2, 4, 2, 9, 9, 16), "a mask aligned to the first key", (2, 4, 2, 5, 9, 16)),
+        ("aligned to the first", "bias", (2, 4, 2, 9, 9, 16), "a mask aligned to the first key", (2, 4, 2, 9, 8, 16)),
+    ],
+)
+def test_inputs_that_cannot_show_a_fault_are_warned_of(fault, feature, hiding, warning, showing):
+    """The faulty function passes with them, and only with them; where another feature shows it, there is no warning."""
+    with pytest.warns(attention_parity.BlindSpot, match=f"^shape: .* cannot show {warning}"):
+        attention_parity.check_attention(blind(fault), feature, shape=hiding, gradients=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", attention_parity.BlindSpot)
+        with pytest.raises(AssertionError, match="exceeds the bound"):
+            attention_parity.check_attention(blind(fault), feature, shape=showing, gradients=False)
+        if fault == "aligned to the first":
+            with pytest.raises(AssertionError, match="exceeds the bound|NaN differ"):
+                attention_parity.check_attention(blind(fault), "lengths", shape=hiding, gradients=False)
+        attention_parity.check_attention(blind(None), feature, shape=showing, gradients=False)
+        for always in ("not causal", "mask"):  # where nothing depends on positions
+            attention_parity.check_attention(blind(None), always, shape=(2, 4, 2, 9, 9, 16), gradients=False)
+        attention_parity.check_attention(blind(None), gradients=False)
 
 
 @every_dtype

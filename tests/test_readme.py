@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from architectures import named_cache
 
 from benchmarks import pages, plots, report
 
@@ -32,7 +33,8 @@ def test_pictures_exist():
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda code: code[:30])
 def test_python_runs(code, capsys):
-    exec(code, {})
+    (name,) = named_cache(None)  # of the installed transformers, as README's comment has it
+    exec(code.replace("cache=ft.Cache", f"{name}=ft.Cache"), {})
     assert capsys.readouterr().out.strip()
 
 

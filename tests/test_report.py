@@ -79,13 +79,6 @@ def test_cases_of_one_benchmark_share_what_is_beside_them():
     assert result == {"memory": [{"model": "shipped", "bytes": 1}, {"model": "shipped", "bytes": 2}]}
 
 
-def test_uncertainty_is_that_of_order_statistics():
-    """Of 21 values, the 6th and the 16th are the ends of the 95% confidence interval of the median."""
-    values = np.arange(1, 22) + 10.0
-    assert report.uncertainty(np.random.default_rng(0).permutation(values)) == pytest.approx(5 / 21)
-    assert report.uncertainty([1.0, 1.0, 1.3]) == pytest.approx(0.3)  # too few: all of them
-
-
 def test_noise_is_of_the_ratio_and_falls_with_rounds():
     def noisy(ours, other):
         return report.condense_case({"seconds": {"ours": ours, "other": other}})["noisy"]

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +17,12 @@ import torch
 import transformers
 from family_checkpoints import theirs
 from models import random_model
+from safetensors import SafetensorError
 from texts import CHATML, CORPUS, byte_fallback, byte_level
 
 from fastgpt import GPT, corpus
 from fastgpt import checkpoint as checkpoints
+from fastgpt.checks import writing
 from fastgpt.cli import main
 from fastgpt.evaluate import evaluate, split
 from fastgpt.testing import numerics
@@ -456,12 +459,99 @@ def test_a_save_that_is_cut_off_leaves_a_run(where, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "replacing", Cut)
     monkeypatch.setattr("fastgpt.train.replacing", Cut)
-    with pytest.raises(OSError, match="^out: .* cannot be written to: .*No space left"):
+    with pytest.raises(OSError, match=f"^out: {re.escape(str(tmp_path))} cannot be written to: No space left on device$"):
         trainer.save(tmp_path, weights=True)
     monkeypatch.undo()
     resumed = Trainer.resume(tmp_path, TEXT)
     assert resumed.step == 2
     assert all(torch.equal(weight, before[name]) for name, weight in weights(resumed).items())
+
+
+def no_space(*args, **options):
+    raise OSError(28, "No space left on device")
+
+
+def no_space_for_weights(*args, **options):
+    raise SafetensorError("I/O error: No space left on device")
+
+
+def no_space_for_a_tokenizer(tokenizer, path):
+    with writing("path", path, "a file"):
+        no_space()
+
+
+def no_space_for_a_state(*args, **options):
+    try:
+        no_space()
+    except OSError:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+
+WRITES = {
+    "fastgpt.checkpoint.save_file": no_space_for_weights,
+    "fastgpt.train.Tokenizer.save": no_space_for_a_tokenizer,
+    "fastgpt.train.torch.save": no_space_for_a_state,
+    "fastgpt.train.os.getpid": no_space,  # of the lock file
+}
+
+
+@pytest.mark.parametrize("writes", WRITES)
+def test_a_save_that_fails_says_why_once(writes, tmp_path, monkeypatch):
+    """In the words of the system, where a library's error hides them. A new folder is gone if nothing is in it."""
+    (tmp_path / "old").mkdir()
+    monkeypatch.setattr(writes, WRITES[writes])
+    reason = "I/O error: No space left on device" if "save_file" in writes else "No space left on device"
+    for folder in (tmp_path / "new" / "run", tmp_path / "old"):
+        with pytest.raises(OSError) as raised:
+            Trainer(TEXT, TINY).save(folder, weights=True)
+        begins = f"out: expected a folder, got '{folder}': " if "getpid" in writes else f"out: {folder} cannot be written to: "
+        assert str(raised.value) == begins + reason
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left <= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert (tmp_path / "new").exists() == bool(left) and (tmp_path / "old").exists()
+
+
+def test_a_run_is_neither_read_nor_written_through_links(tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    trainer = Trainer(TEXT, replace(TINY, steps=1))
+    trainer.save(out, weights=True)
+    for name in ("training_state.pt", "training_state.pt.writing", LOCK):
+        (out / name).unlink(missing_ok=True)
+        elsewhere.write_text("somebody's")
+        (out / name).symlink_to(elsewhere)
+        if name == "training_state.pt":
+            with pytest.raises(ValueError, match="^resume: .*training_state.pt: expected a file in this folder, got a link to"):
+                Trainer.resume(out, TEXT)
+        if name == LOCK:
+            with pytest.raises(OSError, match=f"^out: expected a folder, got .*: {LOCK} in it is a link$"):
+                trainer.save(out, weights=True)
+        else:
+            trainer.save(out, weights=True)
+            assert Trainer.resume(out, TEXT).step == 0
+        assert elsewhere.read_text() == "somebody's"
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/x.jinja"])
+def test_what_is_copied_with_a_tokenizer_is_no_link_out_of_its_folder(name, tmp_path, text_file, capsys):
+    random_model().save_pretrained(tmp_path / "from")
+    Tokenizer.from_corpus(TEXT).save(tmp_path / "from" / "tokenizer.json")
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "from" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "from" / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--text", str(text_file), "--out", str(tmp_path / "out"), "--init-from", str(tmp_path / "from")])
+    assert exit.value.code == 2 and f"{name}: expected a file in this folder, got a link to" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_what_is_finished_says_how_to_go_on(text_file, tmp_path, capsys):
+    arguments = ["train", "--text", str(text_file), "--out", str(tmp_path / "out"), *map(str, SMALL)]
+    main([*arguments, "--steps", "2"])
+    assert "--steps MORE" not in capsys.readouterr().err
+    main([*arguments[:5], "--resume"])
+    assert "has done all its 2 steps: --steps MORE goes on with it" in capsys.readouterr().err
+    main([*arguments[:5], "--resume", "--steps", "3"])
+    assert "--steps MORE" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

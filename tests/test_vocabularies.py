@@ -168,8 +168,27 @@ def test_damaged_files_are_named(name, content, message, tmp_path):
         Tokenizer.from_folder(folder)
 
 
-def test_without_sentencepiece(tmp_path, monkeypatch):
+@pytest.mark.parametrize("missing", ["sentencepiece", "google.protobuf"])
+def test_without_the_libraries_of_a_format(missing, tmp_path, monkeypatch):
     folder = write_sentencepiece(tmp_path)
-    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
-    with pytest.raises(ValueError, match="tokenizer: expected the libraries .*: pip install sentencepiece protobuf"):
+    for name in [name for name in sys.modules if name.startswith(("sentencepiece", "google.protobuf"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    message = "^tokenizer: expected the libraries sentencepiece and protobuf, which read .*: pip install sentencepiece protobuf$"
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_folder(folder)
+
+
+def test_libraries_of_a_format_that_do_not_go_together(tmp_path, monkeypatch):
+    """As where protobuf is newer than what was generated for it."""
+    folder = write_sentencepiece(tmp_path)
+
+    class Fails:
+        def find_spec(self, name, *_):
+            if name == "sentencepiece.sentencepiece_model_pb2":
+                raise TypeError("Descriptors cannot be created directly.\nIf this call came from a _pb2.py file, ...")
+
+    monkeypatch.delitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Fails(), *sys.meta_path])
+    with pytest.raises(ValueError, match="^tokenizer: .*, got Descriptors cannot be created directly: pip install [a-z ]+$"):
         Tokenizer.from_folder(folder)

@@ -49,7 +49,7 @@ def attention_with_kv_cache(
             the last: B · H_kv · (1 + capacity / 4096) are enough. No other call may use them at the same time. Where they are
             too few, or None, the call makes some, which is another launch; others than "triton" have no use for them.
         causal, scale, window, softcap, alibi_slopes, sinks, return_lse: as in `attention`.
-        impl: "triton" (CUDA, T = 1, one launch), "apart" (the two operations one after the other, each by the implementation
+        impl: "triton" (CUDA, T = 1, one launch), "unfused" (the two operations one after the other, each by the implementation
             that serves it) or "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
 
     Returns: out (B, H, T, D) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log. What is
@@ -65,7 +65,7 @@ def attention_with_kv_cache(
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     new = (k, v, positions, cos, sin, slots, interleaved)
-    chosen = choose("attention_with_kv_cache", IMPLEMENTATIONS, impl, call, new) if q.is_cuda or impl is not None else "apart"
+    chosen = choose("attention_with_kv_cache", IMPLEMENTATIONS, impl, call, new) if q.is_cuda or impl is not None else "unfused"
     # Kernels and launchers check what PyTorch's dispatcher does not take for something else.
     plain = (
         type(causal) is type(interleaved) is type(return_lse) is bool and (scale is None or type(scale) is float)
@@ -222,7 +222,7 @@ def _rows_are_aligned(k_cache, v_cache) -> bool:
 
 
 # In order of preference: the first that does not refuse serves the call.
-IMPLEMENTATIONS = {"triton": _triton_refuses, "apart": lambda call, new: None, "reference": lambda call, new: None}
+IMPLEMENTATIONS = {"triton": _triton_refuses, "unfused": lambda call, new: None, "reference": lambda call, new: None}
 
 
 library.define(
@@ -256,7 +256,7 @@ def _attention_with_kv_cache_triton(
     if q.shape[2] != 1:
         raise ValueError(f"q: expected one token of each sequence, got shape {tuple(q.shape)}")
     if not _rows_are_aligned(k_cache, v_cache):  # compiled without a look at addresses
-        return _attention_with_kv_cache_apart(
+        return _attention_with_kv_cache_unfused(
             q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions, cos, sin, interleaved, kv_lengths,
             block_table, k_scale, v_scale, window, softcap, alibi_slopes, sinks,
         )  # fmt: skip
@@ -269,7 +269,7 @@ def _attention_with_kv_cache_triton(
     )  # fmt: skip
 
 
-def _attention_with_kv_cache_apart(
+def _attention_with_kv_cache_unfused(
     q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions=None, cos=None, sin=None, interleaved=False,
     kv_lengths=None, block_table=None, k_scale=None, v_scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None,
 ):  # fmt: skip
@@ -283,4 +283,4 @@ def _attention_with_kv_cache_apart(
 
 
 library.impl("attention_with_kv_cache", _attention_with_kv_cache_triton, "CUDA")
-library.impl("attention_with_kv_cache", _attention_with_kv_cache_apart, "CPU")
+library.impl("attention_with_kv_cache", _attention_with_kv_cache_unfused, "CPU")

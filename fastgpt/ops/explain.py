@@ -28,13 +28,13 @@ def explain(operation, *args, **kwargs) -> dict[str, str]:
     Raises: what the call itself would raise for bad input.
     """
     if operation not in OPERATIONS:
-        known = ", ".join(f"fastgpt.{function.__name__}" for function in OPERATIONS)
+        known = ", ".join(f"fastgpt.{function.__qualname__}" for function in OPERATIONS)
         raise ValueError(f"operation: expected one of {known}, got {operation!r}")
     answer = OPERATIONS[operation]
     try:
         inspect.signature(answer).bind(*args, **kwargs)
     except TypeError as error:
-        name = f"fastgpt.{operation.__name__}"
+        name = f"fastgpt.{operation.__qualname__}"
         raise TypeError(
             f"operation: expected with {name} what a call of it takes, as in fastgpt.explain({name}, ...), got a call with {error}"
         ) from None

@@ -4,8 +4,6 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch._C._autograd import CreationMeta
-from torch._C._autograd import _get_creation_meta as _creation_of
 
 from fastgpt.checks import (
     argument_error,
@@ -24,6 +22,9 @@ from fastgpt.ops.quantisation import QUANTISED_DTYPES, quantise
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_TRANSFORMED_DIM = 1024
+# How a view was made, which decides whether autograd lets it be written to. PyTorch has no public name for it: where another
+# version has none at all, the write itself is refused, with PyTorch's words.
+_made_by = getattr(torch._C._autograd, "_get_creation_meta", None)
 
 
 def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
@@ -142,8 +143,8 @@ def _require_writable(name: str, x: torch.Tensor, source: torch.Tensor) -> None:
         got = "a leaf that requires gradients, or a view of one"
     elif x.is_inference() and not torch.is_inference_mode_enabled():
         got = "a tensor made in inference mode"
-    elif not torch.compiler.is_compiling() and x._is_view() and (made := _creation_of(x)) != CreationMeta.DEFAULT:
-        got = "one of several views made by unpacking, unbind or split" if made == CreationMeta.MULTI_OUTPUT_NODE else (
+    elif _made_by is not None and not torch.compiler.is_compiling() and x._is_view() and (made := _made_by(x).name) != "DEFAULT":
+        got = "one of several views made by unpacking, unbind or split" if made == "MULTI_OUTPUT_NODE" else (
             "a view made under torch.no_grad(), in inference mode or in a custom function"
         )  # fmt: skip
     if got is not None:

@@ -12,11 +12,13 @@ attention_features, linear_features, norm_features
 
 >>> from fastgpt.testing import check_attention
 >>> def mine(q, k, v):
-...     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
->>> check_attention(mine, shape=(2, 8, 2, 64, 64, 32), dtype=torch.bfloat16)
+...     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+...     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+>>> check_attention(mine, dtype=torch.bfloat16)
+>>> check_attention(mine, shape=(2, 8, 2, 1, 300, 64))
 """
 
-from fastgpt.testing.attention_parity import check_attention
+from fastgpt.testing.attention_parity import BlindSpot, check_attention
 from fastgpt.testing.numerics import check, compare, simulate
 
-__all__ = ["check", "check_attention", "compare", "simulate"]
+__all__ = ["BlindSpot", "check", "check_attention", "compare", "simulate"]

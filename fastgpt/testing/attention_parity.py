@@ -1,6 +1,7 @@
 """Attention by an implementation, with its gradients, against the reference."""
 
 import math
+import warnings
 
 import torch
 
@@ -13,8 +14,16 @@ DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 SHAPE = (2, 4, 2, 37, 70, 40)
 
 
+class BlindSpot(UserWarning):
+    """The inputs of a check cannot show some fault, whatever the function does."""
+
+
 def check_attention(function, feature="plain", *, shape=SHAPE, dtype=torch.float32, device="cpu", seed=0, gradients=True):
     """Holds a function to the numerics contract: its result and, by autograd, its gradients.
+
+    What passes is right for inputs like these only. Where no inputs of this shape could show a fault that is common, a
+    `BlindSpot` warns of it: choose another shape or, if the function takes no other, filter the warning. The default shape has
+    none: it has several sequences, heads that share keys in groups, and other numbers of queries and keys.
 
     Args:
         function: takes q, k, v and, by name, the arguments that the feature needs, as `fastgpt.attention` defines them;
@@ -33,10 +42,12 @@ def check_attention(function, feature="plain", *, shape=SHAPE, dtype=torch.float
     ...     hidden = position < 0 if window is None else (position < 0) | (position >= window)
     ...     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
     >>> check_attention(mine)
-    >>> check_attention(mine, "window", shape=(1, 8, 1, 5, 300, 64))
+    >>> check_attention(mine, "window", shape=(2, 8, 2, 5, 300, 64))
     """
     B, H, _, T, S, D = shape
     chosen = options(feature, B, H, T, S, dtype, device)
+    if unseen := blind_spots(shape, chosen):
+        warnings.warn(f"shape: {shape} cannot show {'; nor '.join(unseen)}", BlindSpot, stacklevel=2)
     call = ops.Call(*inputs(*shape, dtype, device, seed), **{"scale": D**-0.5} | chosen)
 
     def run(call, douts):
@@ -60,6 +71,22 @@ def check_attention(function, feature="plain", *, shape=SHAPE, dtype=torch.float
     expected = yardsticks(call, douts=douts if gradients else None)
     for name, x in actual.items():
         numerics.check(x, expected[name], name=f"{feature}, {dtype}: {name}")
+
+
+def blind_spots(shape, options) -> list[str]:
+    """The common faults that attention of inputs of this shape, with these arguments, cannot show."""
+    B, H, H_kv, T, S, *_ = shape
+    unseen = []
+    if B == 1:
+        unseen.append("keys of another sequence (one does: B > 1)")
+    if H_kv == 1:
+        unseen.append("keys of another head (what does: H > H_kv > 1)")
+    elif H == H_kv:
+        unseen.append("heads that share keys in another order than in groups of neighbors (what does: H > H_kv > 1)")
+    positions = options.get("causal", True) or not options.keys().isdisjoint({"window", "alibi_slopes"})
+    if positions and T == S and "kv_lengths" not in options:
+        unseen.append("a mask aligned to the first key and not, as it should be, to the last (what does: T != S)")
+    return unseen
 
 
 def compare(call, run, packing=None):

@@ -285,7 +285,7 @@ class SlidingLayer(Layer, DynamicSlidingWindowLayer):
 
 
 class Cache(DynamicCache):
-    """A cache to pass to `generate`, or to a model, as `cache` (in earlier versions of transformers, `past_key_values`).
+    """A cache to pass to `generate`, or to a model, as `cache` (before transformers 5.24, `past_key_values`).
 
     Args:
         config: of the model.
