@@ -215,8 +215,8 @@ def parser() -> argparse.ArgumentParser:
     add("--top", type=integer, default=10, metavar="N", help="how many next tokens to show (10)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
     add("--attention", type=path, metavar="FILE", help="save a picture of what attends to what: .png, .svg, .pdf, ...")
-    add("--layer", type=integer, default=0, metavar="L", help="of the picture; the first is 0 (0)")
-    add("--head", type=integer, default=0, metavar="H", help="of the picture; the first is 0 (0)")
+    add("--layer", type=integer, metavar="L", help="of the picture; the first is 0 (0)")
+    add("--head", type=integer, metavar="H", help="of the picture; the first is 0 (0)")
 
     command = commands.add_parser("train", help="train a model on a text file", formatter_class=Formatter)
     command.set_defaults(run=run_train, parser=command)
@@ -506,6 +506,11 @@ def shown(value: float | None) -> str:
 def run_inspect(options) -> None:
     """Tokens -> logits -> probabilities -> next token."""
     require_integer("top", options.top, least=1)
+    for name in ("layer", "head"):
+        if getattr(options, name) is None:
+            setattr(options, name, 0)
+        elif options.attention is None:
+            raise ValueError(f"{name}: expected --attention with it, got --{name} alone")
     text = given_prompt(options.prompt)
     folder = checkpoint.resolve(options.model, options.revision)
     model = GPT.from_pretrained(folder, device=device_of(options.device))
