@@ -174,14 +174,9 @@ def writing(name: str, path: Path, kind: str) -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Why something could not be written, in the system's own words if it has said something, whoever has wrapped them."""
-    while getattr(error, "errno", None) is None:
-        if isinstance(error, OSError) and error.__cause__ is not None:  # an error of `writing`
-            error = error.__cause__
-        elif isinstance(error.__context__, OSError):  # what torch.save makes of it
-            error = error.__context__
-        else:
-            break
+    """Why something could not be written: the words of the system or a library, also where `writing` has wrapped them."""
+    while isinstance(error, OSError) and error.errno is None and error.__cause__ is not None:
+        error = error.__cause__
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     replaced = getattr(error, "filename2", None)  # where a finished file could not be put
     return f"{reason} ({os.path.basename(replaced)})" if replaced else reason

@@ -215,8 +215,8 @@ def parser() -> argparse.ArgumentParser:
     add("--top", type=integer, default=10, metavar="N", help="how many next tokens to show (10)")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
     add("--attention", type=path, metavar="FILE", help="save a picture of what attends to what: .png, .svg, .pdf, ...")
-    add("--layer", type=integer, default=0, metavar="L", help="of the picture; the first is 0 (0)")
-    add("--head", type=integer, default=0, metavar="H", help="of the picture; the first is 0 (0)")
+    add("--layer", type=integer, metavar="L", help="of the picture; the first is 0 (0)")
+    add("--head", type=integer, metavar="H", help="of the picture; the first is 0 (0)")
 
     command = commands.add_parser("train", help="train a model on a text file", formatter_class=Formatter)
     command.set_defaults(run=run_train, parser=command)
@@ -228,13 +228,13 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
     add("--init-from", type=named, metavar="PATH_OR_ID", help="go on from a checkpoint: its model and its tokenizer")
     add("--parallel", choices=PARALLEL, help="under torchrun, each process has the whole model (ddp) or a part (fsdp) (ddp)")
-    add("--accumulate", type=int, default=1, metavar="N", help="compute a process's share of a batch in N parts, which takes "
+    add("--accumulate", type=integer, default=1, metavar="N", help="compute a process's share of a batch in N parts, which takes "
         "less memory (1)")
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
-        metavar = {int: "N", float: "X", str: "D"}[field.type]
+        type_, metavar = {int: (integer, "N"), float: (number, "X"), str: (str, "D")}[field.type]
         choices = TRAIN_DTYPES if field.name == "dtype" else None
-        add(flag, type=field.type, choices=choices, metavar=metavar, help=f"{field.metadata['meaning']} ({field.default})")
+        add(flag, type=type_, choices=choices, metavar=metavar, help=f"{field.metadata['meaning']} ({field.default})")
 
     command = commands.add_parser(
         "bench", help="how fast this machine is, in two minutes", formatter_class=Formatter,
@@ -290,11 +290,22 @@ def prompts_of(options) -> list[str]:
     """The texts to continue: of the command line, of files, of standard input; [] where there is none."""
     if options.prompt.count("-") > 1:
         raise ValueError("prompt: expected - once, since there is one standard input, got it several times")
-    prompts = [standard_input() if prompt == "-" else prompt for prompt in options.prompt]
+    prompts = [given_prompt(prompt) for prompt in options.prompt]
     prompts += map(read_prompt, options.prompt_file)
     if not prompts and (text := piped_in()):
         prompts = [text]
     return prompts
+
+
+def given_prompt(prompt: str) -> str:
+    """A prompt of the command line, or standard input for -."""
+    if prompt == "-":
+        return standard_input()
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes that Python has made surrogates of
+        decoded("prompt", "it", os.fsencode(prompt))
+    return prompt
 
 
 def default_prompt(tokenizer: Tokenizer) -> str:
@@ -495,7 +506,12 @@ def shown(value: float | None) -> str:
 def run_inspect(options) -> None:
     """Tokens -> logits -> probabilities -> next token."""
     require_integer("top", options.top, least=1)
-    text = standard_input() if options.prompt == "-" else options.prompt
+    for name in ("layer", "head"):
+        if getattr(options, name) is None:
+            setattr(options, name, 0)
+        elif options.attention is None:
+            raise ValueError(f"{name}: expected --attention with it, got --{name} alone")
+    text = given_prompt(options.prompt)
     folder = checkpoint.resolve(options.model, options.revision)
     model = GPT.from_pretrained(folder, device=device_of(options.device))
     require_causal(model.config)

@@ -37,6 +37,7 @@ def pipeline(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = checkpoint.resolve(path, revision)
+    checkpoint.read_config(folder)  # a folder that is no checkpoint is not one that lacks a tokenizer
     tokenizer = Tokenizer.from_folder(folder)
     return Pipeline(GPT.from_pretrained(folder, dtype=dtype, device=device), tokenizer)
 

@@ -300,6 +300,7 @@ class Trainer:
             "model": model.state_dict(),
             "optimizer": optimizer,
         }
+        handled = sys.exc_info()[1]  # by the caller
         with claimed(folder):
             try:
                 if weights:
@@ -310,9 +311,11 @@ class Trainer:
                 with replacing(folder / TOKENIZER) as temporary:
                     self.tokenizer.save(temporary)
                 with replacing(folder / STATE) as temporary, temporary.open("wb") as file:
-                    torch.save(state, file)  # to a path, it does not say what went wrong
+                    torch.save(state, file)
             except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-                raise OSError(f"out: {folder} cannot be written to: {reason_of(error)}") from error
+                said = error.__context__  # torch.save's own error does not tell what the file's was
+                said = said if isinstance(said, OSError) and said is not handled else error
+                raise OSError(f"out: {folder} cannot be written to: {reason_of(said)}") from error
 
     @classmethod
     def resume(

@@ -4,7 +4,9 @@ import pytest
 import torch
 from models import random_ids, random_model
 
+import fastgpt
 from fastgpt import SequenceClassifier, TokenClassifier
+from fastgpt.ops import explain
 
 IDS = torch.zeros(2, 3, dtype=torch.int64)
 BAD_IDS = {
@@ -105,3 +107,29 @@ def test_contexts():
         for call in (model, model.run_with_cache, lambda ids, context: model(ids, cache=model.new_cache(2, context=context))):
             with pytest.raises(error, match=f"^{message}"):
                 call(IDS, context=context)
+
+
+NO_CALLS = {
+    "nothing": ((), {}, "missing a required argument: 'q'"),
+    "too little": ((IDS,), {}, "missing a required argument: 'k'"),
+    "too much": ((IDS,) * 9, {}, "too many positional arguments"),
+    "another name": ((IDS,) * 3, {"heads": 3}, "got an unexpected keyword argument 'heads'"),
+    "twice": ((IDS,) * 3, {"q": IDS}, "multiple values for argument 'q'"),
+}
+
+
+@pytest.mark.parametrize("case", NO_CALLS)
+def test_explaining_what_is_no_call(case):
+    args, kwargs, problem = NO_CALLS[case]
+    expected = r"fastgpt.attention and the arguments of a call, as in fastgpt.explain\(fastgpt.attention, ...\)"
+    with pytest.raises(TypeError, match=f"^operation: expected {expected}: {problem}$"):
+        fastgpt.explain(fastgpt.attention, *args, **kwargs)
+
+
+def test_what_can_be_explained_is_named_as_it_is_reached():
+    with pytest.raises(ValueError, match="^operation: expected one of ") as raised:
+        fastgpt.explain("attention")
+    names = str(raised.value).removeprefix("operation: expected one of ").partition(", got ")[0].split(", ")
+    assert "fastgpt.GPT.decoding" in names and all(eval(name) in explain.OPERATIONS for name in names)
+    with pytest.raises(TypeError, match="^operation: expected fastgpt.GPT.decoding and the arguments of a call, .*'recording'$"):
+        fastgpt.explain(fastgpt.GPT.decoding, None, None, recording=None)

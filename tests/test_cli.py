@@ -304,6 +304,14 @@ def test_several_prompts(tmp_path, capsys):
     assert report["prompt_tokens"] == 1 + 1 + 6 and report["new_tokens"] == 6 * 40
 
 
+def test_headings_are_one_short_line(capsys):
+    prompts = ["A\nB", "A" * 40, "A" * 41]
+    _, out, _ = run(capsys, "generate", *prompts, "--max-new-tokens", 0)
+    shown = [r"'A\nB'", repr("A" * 40), repr("A" * 39 + "…")]
+    assert re.findall("^--- .*$", out, re.MULTILINE) == [f"--- {i} of 3: {prompt}" for i, prompt in enumerate(shown, 1)]
+    assert all(f"\n{prompt}\n" in out for prompt in prompts)
+
+
 BAD_FILES = [
     (b"", "--prompt-file: expected at least one character, .*prompt is empty"),
     (b"caf\xe9", "--prompt-file: expected text in UTF-8, .*prompt has the byte 0xe9 at 3"),
@@ -421,6 +429,14 @@ ERRORS = [
     (["train", "--text", "/nowhere", "--out", "x", "--stepz", "3"], r"--stepz 3 \(see fastgpt train --help\)"),
     (["generate", "A", "--no-cache", "--cache", "paged"], "--cache: expected none with --no-cache, got paged"),
     (["generate", "A", "--no-cache", "--cache-dtype", "int8"], "--cache-dtype: expected none with --no-cache, got int8"),
+    (["generate", "abc\udcff"], "prompt: expected text in UTF-8, it has the byte 0xff at 3"),
+    (["inspect", "abc\udcff"], "prompt: expected text in UTF-8, it has the byte 0xff at 3"),
+    (["generate", "A", "--model", "/"], "--model: expected config.json in the checkpoint folder /"),
+    (["train", "--text", "/nowhere", "--out", "x", "--learning-rate", "a"], "--learning-rate: expected a number, got 'a'"),
+    (["train", "--text", "/nowhere", "--out", "x", "--steps", "1.5"], "--steps: expected an integer, got '1.5'"),
+    (["train", "--text", "/nowhere", "--out", "x", "--accumulate", "a"], "--accumulate: expected an integer, got 'a'"),
+    (["inspect", "A", "--layer", "1"], "--layer: expected --attention with it, got --layer alone"),
+    (["inspect", "A", "--head", "0"], "--head: expected --attention with it, got --head alone"),
     (["inspect", "A", "--top", "0"], "top: expected an integer >= 1, got 0"),
     (["inspect"], "the following arguments are required: PROMPT"),
     (["bench", "--seconds", "nan"], "seconds: expected a finite number >= 0, got nan"),

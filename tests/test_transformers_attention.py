@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 from unittest import mock
@@ -545,3 +547,16 @@ def test_models_with_attention_of_their_own():
                 logits.append(model(ids, attention_mask=padding).logits)
         assert not calls
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("installed", [None, "4.40.0"])
+def test_without_transformers_5(installed, tmp_path):
+    if installed:
+        (tmp_path / "transformers").mkdir()
+        (tmp_path / "transformers" / "__init__.py").write_text(f"__version__ = {installed!r}")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    program += "" if installed else "sys.modules['transformers'] = None\n"
+    program += "try:\n    import fastgpt.integrations.transformers\nexcept ImportError as error:\n    print(error)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    expected = 'needs transformers 5, which is not installed: pip install "transformers>=5"'
+    assert result.stdout == f"fastgpt.integrations.transformers {expected}\n", result.stderr

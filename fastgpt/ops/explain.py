@@ -32,10 +32,10 @@ def explain(operation, *args, **kwargs) -> dict[str, str]:
         raise ValueError(f"operation: expected one of {known}, got {operation!r}")
     answer = OPERATIONS[operation]
     try:
-        inspect.signature(answer).bind(*args, **kwargs)
+        for function in (operation, answer):
+            inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:
         name = f"fastgpt.{operation.__qualname__}"
-        raise TypeError(
-            f"operation: expected with {name} what a call of it takes, as in fastgpt.explain({name}, ...), got a call with {error}"
-        ) from None
+        expected = f"{name} and the arguments of a call, as in fastgpt.explain({name}, ...)"
+        raise TypeError(f"operation: expected {expected}: {error}") from None
     return answer(*args, **kwargs)

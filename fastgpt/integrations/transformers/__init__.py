@@ -12,8 +12,8 @@ import threading
 try:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
-except ModuleNotFoundError as error:
-    if error.name != "transformers":
+except ImportError as error:
+    if (error.name or "").partition(".")[0] != "transformers":  # something that transformers needs
         raise
     raise ImportError(
         'fastgpt.integrations.transformers needs transformers 5, which is not installed: pip install "transformers>=5"'
