@@ -37,7 +37,8 @@ from fastgpt.kernels.attention_tiles import (
     load_keys,
     modified_scores,
     online_softmax,
-    page_rows,
+    pages_of,
+    values_from_8_bits,
     visible_keys,
 )
 from fastgpt.kernels.limits import check_count, check_sizes, grid
@@ -298,7 +299,7 @@ def _attend_split(
     k_ptr = tl.multiple_of(k_ptr + h_kv * stride_kh, 16)
     v_ptr = tl.multiple_of(v_ptr + h_kv * stride_vh, 16)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    q = load_keys(q_ptr, stride_qh, stride_qm, heads, tokens, True, dtype, HEAD_DIM, BLOCK_D, MASK_ROWS=False)
+    q = load_keys(q_ptr, stride_qh, stride_qm, heads, tokens, True, HEAD_DIM, BLOCK_D, MASK_ROWS=False)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -370,18 +371,21 @@ def _attend_split(
         acc = weight.to(dtype).to(tl.float32) * new_v[None, :]
 
     start_loop = tl.maximum(start_split, begin // BLOCK_N * BLOCK_N)
+    if block_table_ptr is not None:  # looked up a step ahead: pipelined as what depends on it, it would take that one's stages
+        block_table_ptr += b * stride_tb
+        next_pages = pages_of(block_table_ptr, stride_tp, start_loop + tl.arange(0, BLOCK_N), end, page, n_pages)
     for start_n in range(start_loop, tl.minimum(start_split + SPLIT, end), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         in_reach = (offs_n >= begin) & (offs_n < end)  # other keys are not read
         if new_k_ptr is not None:
             in_reach = in_reach & (offs_n != slot)
+        pages, key_rows = b, offs_n
         if block_table_ptr is not None:
-            pages, key_rows = page_rows(block_table_ptr + b * stride_tb, stride_tp, offs_n, end, page, n_pages)
-        else:
-            pages, key_rows = b, offs_n
+            pages, key_rows = next_pages.to(tl.int64), offs_n % page
+            next_pages = pages_of(block_table_ptr, stride_tp, offs_n + BLOCK_N, end, page, n_pages)
 
-        k = load_keys(k_ptr, stride_kb, stride_kn, pages, key_rows, in_reach, dtype, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-        qk = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32
+        k = load_keys(k_ptr, stride_kb, stride_kn, pages, key_rows, in_reach, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+        qk = tl.dot(q, from_8_bits(k, dtype).T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32
         if k_scale_ptr is not None:
             offsets = pages * stride_ksb + h_kv * stride_ksh + key_rows * tl.cast(stride_ksn, tl.int64)
             qk *= tl.load(k_scale_ptr + offsets, mask=in_reach, other=0.0)[None, :]
@@ -404,8 +408,8 @@ def _attend_split(
                 factors *= _power_of_two(254 + HEADROOM - exponent)
                 rescale *= _power_of_two(127 + last - exponent)
             p *= factors[None, :]
-        v = load_keys(v_ptr, stride_vb, stride_vn, pages, key_rows, in_reach, dtype, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-        acc = tl.dot(p.to(dtype), v, acc * rescale[:, None], input_precision="ieee")
+        v = load_keys(v_ptr, stride_vb, stride_vn, pages, key_rows, in_reach, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+        acc = tl.dot(p.to(dtype), values_from_8_bits(v, dtype), acc * rescale[:, None], input_precision="ieee")
 
     if HAS_UNIT:
         acc *= _power_of_two(exponent - HEADROOM)

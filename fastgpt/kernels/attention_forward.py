@@ -28,15 +28,17 @@ from fastgpt.kernels.attention_tiles import (
     LOG2_E,
     aligned_rows,
     finish_softmax,
+    from_8_bits,
     kept_weights,
     key_ranges,
     load_keys,
     load_rows,
     modified_scores,
     online_softmax,
-    page_rows,
+    pages_of,
     store_rows,
     tile_pointers,
+    values_from_8_bits,
     visible_keys,
 )
 from fastgpt.kernels.limits import check_count, check_sizes, grid
@@ -102,20 +104,23 @@ def _attend(
     Masked, keys from `end` on are not read, and each query sees what visible_keys and the mask leave to it.
     """
     MODIFIED: tl.constexpr = HAS_SOFTCAP or HAS_ALIBI or bias_ptr is not None
+    if block_table_ptr is not None:  # as in attention_decode.py, looked up a step ahead
+        next_pages = pages_of(block_table_ptr, stride_tp, begin + tl.arange(0, BLOCK_N), end, page, n_pages)
     for start_n in range(begin, stop, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         in_range = offs_n < end
         if BULK:
             k = k_desc.load([desc_b, desc_h, first_k + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
         elif block_table_ptr is not None:
-            pages, key_rows = page_rows(block_table_ptr, stride_tp, offs_n, end, page, n_pages)
-            k = load_keys(k_ptr, stride_kb, stride_kn, pages, key_rows, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
+            pages, key_rows = next_pages.to(tl.int64), offs_n % page
+            next_pages = pages_of(block_table_ptr, stride_tp, offs_n + BLOCK_N, end, page, n_pages)
+            k = load_keys(k_ptr, stride_kb, stride_kn, pages, key_rows, in_range, HEAD_DIM, BLOCK_D, MASKED)
             k_scales = pages * stride_ksb + key_rows * tl.cast(stride_ksn, tl.int64)
             v_scales = pages * stride_vsb + key_rows * tl.cast(stride_vsn, tl.int64)
         else:
-            k = load_keys(k_ptr, 0, stride_kn, 0, offs_n, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
+            k = load_keys(k_ptr, 0, stride_kn, 0, offs_n, in_range, HEAD_DIM, BLOCK_D, MASKED)
             k_scales, v_scales = offs_n * tl.cast(stride_ksn, tl.int64), offs_n * tl.cast(stride_vsn, tl.int64)
-        qk = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32, not yet scaled
+        qk = tl.dot(q, from_8_bits(k, q.dtype).T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32, not yet scaled
         if k_scale_ptr is not None:
             qk *= tl.load(k_scale_ptr + k_scales, mask=in_range, other=0.0)[None, :]
         if MODIFIED:
@@ -144,9 +149,10 @@ def _attend(
         if BULK:
             v = v_desc.load([desc_b, desc_h, first_k + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
         elif block_table_ptr is not None:
-            v = load_keys(v_ptr, stride_vb, stride_vn, pages, key_rows, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_keys(v_ptr, stride_vb, stride_vn, pages, key_rows, in_range, HEAD_DIM, BLOCK_D, MASKED)
         else:
-            v = load_keys(v_ptr, 0, stride_vn, 0, offs_n, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_keys(v_ptr, 0, stride_vn, 0, offs_n, in_range, HEAD_DIM, BLOCK_D, MASKED)
+        v = values_from_8_bits(v, q.dtype)
         if v_scale_ptr is not None:
             v_scale = tl.load(v_scale_ptr + v_scales, mask=in_range, other=0.0)
             v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)

@@ -56,29 +56,39 @@ def tile_pointers(ptr, rows, cols, stride_row, stride_col):
 
 
 @triton.jit
-def page_rows(block_table_ptr, stride_tp, offs_n, end, page, n_pages):
-    """Keys offs_n of a paged sequence: their pages, int64, and their rows in them. From `end` on anything valid."""
+def pages_of(block_table_ptr, stride_tp, offs_n, end, page, n_pages):
+    """The pages of keys offs_n of a paged sequence. From `end` on any that there are."""
     entries = block_table_ptr + offs_n // page * tl.cast(stride_tp, tl.int64)
     pages = tl.load(entries, mask=offs_n < end, other=0)
-    return tl.cast(tl.maximum(tl.minimum(pages, n_pages - 1), 0), tl.int64), offs_n % page
+    return tl.maximum(tl.minimum(pages, n_pages - 1), 0)
 
 
 @triton.jit
 def load_keys(
-    ptr, stride_page, stride_row, pages, rows, end_mask, dtype: tl.constexpr,
+    ptr, stride_page, stride_row, pages, rows, end_mask,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys or values (rows, BLOCK_D) in `dtype`: rows `rows` of pages `pages`. int8 and e4m3 (as uint8) are
-    what their bits say, without their scale."""
+    """A tile of keys or values (rows, BLOCK_D) as it is stored: rows `rows` of pages `pages`."""
     ALIGN: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     offsets = pages * tl.multiple_of(tl.cast(stride_page, tl.int64), ALIGN)
     offsets += rows * tl.multiple_of(tl.cast(stride_row, tl.int64), ALIGN)
-    x = _load_tile(ptr, offsets, end_mask, HEAD_DIM, BLOCK_D, MASK_ROWS)
-    return from_8_bits(x, dtype)
+    return _load_tile(ptr, offsets, end_mask, HEAD_DIM, BLOCK_D, MASK_ROWS)
+
+
+@triton.jit
+def values_from_8_bits(x, dtype: tl.constexpr):
+    """`from_8_bits` of values x (N, BLOCK_D), by halves: what splits numbers that lie side by side in a register keeps the
+    compiler from reading 8 bits as the matrix units want 16 of them, one by one, and from copying no more than 8 bytes at once
+    to where it does."""
+    if x.dtype.primitive_bitwidth == 8:
+        even, odd = x.reshape(x.shape[0], x.shape[1] // 2, 2).split()
+        return tl.join(from_8_bits(even, dtype), from_8_bits(odd, dtype)).reshape(x.shape[0], x.shape[1])
+    return x.to(dtype)
 
 
 @triton.jit
 def from_8_bits(x, dtype: tl.constexpr):
+    """x in `dtype`. int8 and e4m3 (as uint8) are what their bits say, without their scale."""
     if x.dtype == tl.uint8:
         # e4m3 to fp16: exponents differ by 8, which the multiplication adds, for subnormal numbers too.
         bits = x.to(tl.int16)
