@@ -24,16 +24,27 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
-from fastgpt.kernels.attention_forward import INTERPRETED, NUMBERS, POINTERS, Extras, Tile, descriptors, have_bulk_copies, strides
+from fastgpt.kernels.attention_forward import (
+    INTERPRETED,
+    NUMBERS,
+    POINTERS,
+    Extras,
+    Tile,
+    descriptors,
+    have_bulk_copies,
+    strides,
+)
 from fastgpt.kernels.attention_tiles import (
     LOG2_E,
     aligned_rows,
     kept_weights,
     key_ranges,
     load_rows,
+    load_scores,
+    score_rows,
     store_rows,
     tanh,
-    tile_pointers,
+    units_of,
     visible_keys,
 )
 from fastgpt.kernels.limits import grid
@@ -135,7 +146,7 @@ def _weights(
     qk, shift, rows, n_rows, offs_n, own, end, n_keys, scale, softcap, slope, window,
     mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    MASKED: tl.constexpr, EXACT: tl.constexpr,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The softmax's weights before dropout; and d score / d (scale q·k). MASKED: zero where a query does not see a key, for
     keys before `end`, or all if it is None.
@@ -155,8 +166,8 @@ def _weights(
     if HAS_ALIBI:
         qk -= slope * tl.abs(own - offs_n).to(tl.float32)
     if bias_ptr is not None:
-        ptrs = tile_pointers(bias_ptr, rows, offs_n, stride_bias_m, stride_bias_n)
-        bias = tl.load(ptrs, mask=(rows < n_rows) & (offs_n < n_keys), other=0.0).to(tl.float32)
+        bias_rows = score_rows(bias_ptr, rows, stride_bias_m, BIAS_UNIT)
+        bias = load_scores(bias_rows, offs_n, stride_bias_n, rows < n_rows, n_keys, BIAS_UNIT, False).to(tl.float32)
         qk = tl.where(bias == float("-inf"), float("-inf"), qk + bias)
     if EXACT:
         p = tl.exp2((qk - shift) * factor)
@@ -167,8 +178,8 @@ def _weights(
         if HAS_ALIBI:  # of which no row past the last may make an infinity; else its p is finite, and met by zeros
             visible = visible & (rows < n_rows)
         if mask_ptr is not None:
-            ptrs = tile_pointers(mask_ptr, rows, offs_n, stride_mask_m, stride_mask_n)
-            visible = visible & (tl.load(ptrs, mask=(rows < n_rows) & (offs_n < n_keys), other=0) != 0)
+            mask_rows = score_rows(mask_ptr, rows, stride_mask_m, MASK_UNIT)
+            visible = visible & (load_scores(mask_rows, offs_n, stride_mask_n, rows < n_rows, n_keys, MASK_UNIT, False) != 0)
         p = tl.where(visible, p, 0.0)
     return p, slope_of_cap
 
@@ -207,8 +218,8 @@ BACKWARD_NUMBERS = [
 def _fold_queries(
     dk, dv, k, v, q_ptr, dout_ptr, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr, delta_ptr, norm_ptr, begin, stop,
     n_queries, length, b, h, start_n, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
-    stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
@@ -235,8 +246,8 @@ def _fold_queries(
         shift = _load_vector(shift_ptr + at, cols, n_rows, 0.0, MASKED)
         p, slope_of_cap = _weights(
             tl.dot(k, q.T, input_precision="ieee"), shift[None, :], rows, n_queries, offs_n, rows + length - n_queries,
-            None, length, scale, softcap, slope, window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m,
-            stride_bias_n, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, MASKED, EXACT,
+            None, n_keys, scale, softcap, slope, window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m,
+            stride_bias_n, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, MASK_UNIT, BIAS_UNIT, MASKED, EXACT,
         )  # fmt: skip
         if EXACT:
             p *= _load_vector(norm_ptr + at, cols, n_rows, 1.0, MASKED)[None, :]
@@ -268,7 +279,8 @@ def _backward_keys(
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, q_desc=None, dout_desc=None,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, q_desc=None, dout_desc=None,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key/value head. Strides are in elements; the last dimension's is 1."""
     n_tiles = tl.cdiv(n_keys, BLOCK_N)
@@ -332,8 +344,8 @@ def _backward_keys(
                 dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
                 norm_ptr + at, first, stop, T, length,
                 b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
-                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+                MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
                 BULK and cu_q_ptr is None,
             )  # fmt: skip
         if mask_ptr is None:
@@ -341,15 +353,15 @@ def _backward_keys(
                 dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
                 norm_ptr + at, inner, tl.minimum(outer, last),
                 T, length, b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
-                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
+                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+                MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
             )  # fmt: skip
             dk, dv = _fold_queries(
                 dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
                 norm_ptr + at, tl.maximum(inner, outer), last,
                 T, length, b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
-                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+                MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
                 BULK and cu_q_ptr is None,
             )  # fmt: skip
     unread = offs_n[:, None] >= length
@@ -363,8 +375,8 @@ def _backward_keys(
 def _fold_keys(
     dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, begin, stop, end,
     own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
-    stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
@@ -374,6 +386,7 @@ def _fold_keys(
     """
     EXACT: tl.constexpr = q.dtype == tl.float32
     for start_n in range(begin, stop, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         if BULK:
             k = k_desc.load([desc_b, desc_h, desc_n + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -383,8 +396,8 @@ def _fold_keys(
             v = load_rows(v_ptr, stride_vn, offs_n, end, HEAD_DIM, BLOCK_D, MASKED)
         p, slope_of_cap = _weights(
             tl.dot(q, k.T, input_precision="ieee"), shift[:, None], rows[:, None], n_rows, offs_n[None, :], own[:, None],
-            end, end, scale, softcap, slope, window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m,
-            stride_bias_n, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, MASKED, EXACT,
+            end, n_keys, scale, softcap, slope, window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m,
+            stride_bias_n, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, MASK_UNIT, BIAS_UNIT, MASKED, EXACT,
         )  # fmt: skip
         row_sum += tl.sum(p, 1)
         dp = tl.dot(dout, v.T, input_precision="ieee")
@@ -411,7 +424,7 @@ def _backward_queries(
     n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    q_desc=None, k_desc=None, v_desc=None, dout_desc=None,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, q_desc=None, k_desc=None, v_desc=None, dout_desc=None,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head. Strides are in elements; the last dimension's is 1."""
     n_tiles = tl.cdiv(n_queries, BLOCK_M)
@@ -473,8 +486,8 @@ def _backward_queries(
         dq, pk, row_sum, mean_dp = _fold_keys(
             dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, begin, tl.minimum(inner, end), end,
             own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
-            stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+            stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+            MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
             BULK and cu_k_ptr is None and kv_lengths_ptr is None,
         )  # fmt: skip
         begin = inner
@@ -482,14 +495,14 @@ def _backward_queries(
         dq, pk, row_sum, mean_dp = _fold_keys(
             dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, begin, outer, end,
             own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
-            stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
+            stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+            MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
         )  # fmt: skip
     dq, pk, row_sum, mean_dp = _fold_keys(
         dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, tl.maximum(begin, outer), end, end,
         own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
-        stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+        stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+        MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
             BULK and cu_k_ptr is None and kv_lengths_ptr is None,
     )  # fmt: skip
     seen = row_sum > 0.0
@@ -524,7 +537,7 @@ def _backward_bias(
     n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """One tile of the bias's gradient: ds, summed over the dimensions in which the bias has size 1.
 
@@ -575,9 +588,10 @@ def _backward_bias(
                 v = load_rows(v_tile, stride_vn, offs_n, length, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
                 p, _ = _weights(
                     tl.dot(q, k.T, input_precision="ieee"), shift[:, None], rows[:, None], n_rows, offs_n[None, :],
-                    own[:, None], length, length, scale, softcap, slope, window, mask_tile, bias_tile,
+                    own[:, None], length, n_keys, scale, softcap, slope, window, mask_tile, bias_tile,
                     stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                    IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASKED=True, EXACT=q.dtype == tl.float32,
+                    IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASK_UNIT, BIAS_UNIT,
+                    MASKED=True, EXACT=q.dtype == tl.float32,
                 )  # fmt: skip
                 if q.dtype == tl.float32:
                     p *= _load_vector(norm_ptr + at, rows, n_rows, 1.0, True)[:, None]
@@ -655,6 +669,7 @@ def attention_backward(
     common |= {name: value for name, value in extras.numbers.items() if not name.startswith(skipped)}
     common |= {**strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed)}
     common |= {**strides(dout, "g", "bhm", packed), **strides(lse, "l", "bh", packed)}
+    common |= extras.units
     common |= {"n_heads": H, "group": H // H_kv, "n_queries": n_queries, "n_keys": n_keys, "scale": float(scale)}
     with torch.cuda.device_of(q):
         _delta[grid("q", triton.cdiv(T, DELTA_ROWS), B, H)](
@@ -737,11 +752,11 @@ def aot_configurations(arch: int):
             sizes = (head_dim, element_size, causal)
             for bulk in (False, True) if arch >= 90 and element_size == 2 else (False,):
                 kind = rich or ("packed " if "cu_q_ptr" in given else "")
-                of_keys = _constants(kind + "keys", arch if bulk else 80, *sizes, **flags)
+                of_keys = _constants(kind + "keys", arch if bulk else 80, *sizes, **flags) | units_of(given, dtype)
                 yield _backward_keys, dtype, dtype, of_keys, (*given, "q_desc", "dout_desc") if bulk else given
                 if bulk and (rich or head_dim > BULK_HEAD_DIM):
                     continue
-                of_queries = _constants(rich + "queries", arch if bulk else 80, *sizes, **flags)
+                of_queries = _constants(rich + "queries", arch if bulk else 80, *sizes, **flags) | units_of(given, dtype)
                 tiles = ("q_desc", "k_desc", "v_desc", "dout_desc") if bulk else ()
                 yield _backward_queries, dtype, dtype, of_queries, (*given, *tiles)
                 if "bias_ptr" in given:

@@ -13,8 +13,9 @@ the last one theirs,
 always in the order of the keys, whichever program it is, so that results are the same bits in every run. A token that joins
 the cache is rotated, stored and attended to in the same launch.
 
-Lengths are read on the device, and where a sequence is cut depends neither on them nor on the rest of the batch: what
-is returned for a sequence is, bit for bit, what it would be alone or in a larger cache.
+Lengths are read on the device, and where a sequence is cut does not depend on them, nor on what the other sequences hold, but
+on how many programs there would be for the GPU's multiprocessors: on numbers of sequences and heads, and on how many keys a
+cache has room for. Calls that are cut alike return, bit for bit, the same for a sequence.
 
 Source: Flash-Decoding (https://pytorch.org/blog/flash-decoding/), FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 """
@@ -28,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.architecture import multiprocessors
 from fastgpt.kernels.attention_tiles import (
     LN_2,
     LOG2_E,
@@ -35,9 +37,13 @@ from fastgpt.kernels.attention_tiles import (
     finish_softmax,
     from_8_bits,
     load_keys,
+    load_scores,
     modified_scores,
     online_softmax,
     pages_of,
+    score_rows,
+    unit_of,
+    units_of,
     values_from_8_bits,
     visible_keys,
 )
@@ -49,7 +55,7 @@ class Tile(NamedTuple):
 
     BLOCK_M: int  # rows: queries of the heads that share K and V
     BLOCK_N: int  # keys per step
-    SPLIT: int  # keys per program, a multiple of BLOCK_N
+    SPLIT: int  # keys per program, BLOCK_N times a power of two: at the most, see `keys_per_split`
     num_warps: int
     num_stages: int
     maxnreg: int  # registers a thread may use; left to itself, ptxas spills some for more programs at once
@@ -75,6 +81,21 @@ TILES = {
 # the splits of 64 Ki keys. So many registers of a thread hold parts on their way, half of them where few are left. Neither was
 # tuned on a GPU yet.
 GROUP, IN_FLIGHT = tl.constexpr(16), 64
+
+SHORTEST = 64  # keys that are worth a program of their own
+
+
+def keys_per_split(tile: Tile, tiles: int, n_keys: int, n_multiprocessors: int) -> int:
+    """The most keys, the tile's or those halved again and again, whose programs are as many as the multiprocessors; if none
+    are, the fewest. Decided without a look at the device, and by few powers of two, as each is a kernel of its own.
+
+    Args: tiles of rows, all that read other keys or hold other rows; n_keys that there are at most for each.
+    """
+    split = tile.SPLIT
+    while split > max(SHORTEST, tile.BLOCK_N) and tiles * triton.cdiv(n_keys, split) < n_multiprocessors:
+        split //= 2
+    return split
+
 
 # Weights times v_scale are multiplied in fp16, which has no small numbers: a program computes them in a unit of its own, a
 # power of two with which they are below 2^(HEADROOM + 1). It follows from the exponent, as fp32 stores it, of the largest
@@ -231,7 +252,8 @@ def _finish(
 # strides, the launcher guarantees and the kernel states.
 @triton.jit(
     do_not_specialize=[
-        "counters_ptr", "kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr", "alibi_ptr", "sinks_ptr",
+        "counters_ptr", "kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr",
+        "bias_ptr",
         "new_k_ptr", "new_v_ptr", "slots_ptr", "positions_ptr", "cos_ptr", "sin_ptr",
         "stride_qb", "stride_qh", "stride_qm",
         "stride_kb", "stride_kh", "stride_kn",
@@ -239,13 +261,15 @@ def _finish(
         "stride_ksb", "stride_ksh", "stride_ksn",
         "stride_vsb", "stride_vsh", "stride_vsn",
         "stride_tb", "stride_tp",
+        "stride_mask_b", "stride_mask_h", "stride_mask_m", "stride_mask_n",
+        "stride_bias_b", "stride_bias_h", "stride_bias_m", "stride_bias_n",
         "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh", "stride_sb", "stride_pb", "stride_cos", "stride_sin",
         "n_heads", "group", "rows_of_head", "n_queries", "n_keys", "n_splits", "page", "n_pages", "n_angles", "pairs", "window",
     ]
 )  # fmt: skip
 def _attend_split(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, acc_ptr, softmax_ptr, counters_ptr,
-    kv_lengths_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, alibi_ptr, sinks_ptr,
+    kv_lengths_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr,
     new_k_ptr, new_v_ptr, slots_ptr, positions_ptr, cos_ptr, sin_ptr,
     stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn,
@@ -253,9 +277,11 @@ def _attend_split(
     stride_ksb, stride_ksh, stride_ksn,
     stride_vsb, stride_vsh, stride_vsn,
     stride_tb, stride_tp,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_sb, stride_pb, stride_cos, stride_sin,
     n_heads, group, rows_of_head, n_queries, n_keys, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of one key/value head, over the keys of one split.
@@ -361,7 +387,7 @@ def _attend_split(
             HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_ptr is not None, HAS_BIAS=False,
         )  # fmt: skip
         score = tl.where(is_own, score, float("-inf"))
-        weight, _, row_sum, row_max = online_softmax(score, row_sum, row_max, LOG2_E, MASKED=True, EXACT=EXACT)
+        weight, _, row_sum, row_max = online_softmax(score, row_sum, row_max, LOG2_E, EXACT=EXACT)
         if v_scale_ptr is not None:
             factor = tl.where(is_own, new_v_scale, 0.0)
             if HAS_UNIT:
@@ -370,11 +396,18 @@ def _attend_split(
             weight *= factor
         acc = weight.to(dtype).to(tl.float32) * new_v[None, :]
 
+    if mask_ptr is not None:
+        mask_rows = score_rows(mask_ptr + b * stride_mask_b, heads[:, None], stride_mask_h, MASK_UNIT)
+        mask_rows = score_rows(mask_rows, tokens[:, None], stride_mask_m, MASK_UNIT)
+    if bias_ptr is not None:
+        bias_rows = score_rows(bias_ptr + b * stride_bias_b, heads[:, None], stride_bias_h, BIAS_UNIT)
+        bias_rows = score_rows(bias_rows, tokens[:, None], stride_bias_m, BIAS_UNIT)
     start_loop = tl.maximum(start_split, begin // BLOCK_N * BLOCK_N)
     if block_table_ptr is not None:  # looked up a step ahead: pipelined as what depends on it, it would take that one's stages
         block_table_ptr += b * stride_tb
         next_pages = pages_of(block_table_ptr, stride_tp, start_loop + tl.arange(0, BLOCK_N), end, page, n_pages)
     for start_n in range(start_loop, tl.minimum(start_split + SPLIT, end), BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         in_reach = (offs_n >= begin) & (offs_n < end)  # other keys are not read
         if new_k_ptr is not None:
@@ -389,16 +422,23 @@ def _attend_split(
         if k_scale_ptr is not None:
             offsets = pages * stride_ksb + h_kv * stride_ksh + key_rows * tl.cast(stride_ksn, tl.int64)
             qk *= tl.load(k_scale_ptr + offsets, mask=in_reach, other=0.0)[None, :]
+        bias = 0.0
+        if bias_ptr is not None:
+            bias = load_scores(bias_rows, offs_n[None, :], stride_bias_n, True, n_keys, BIAS_UNIT, WHOLE=False)
+            bias = bias.to(tl.float32)
         scores = modified_scores(
-            qk, scale, softcap, slopes, own, offs_n, None,
-            HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_ptr is not None, HAS_BIAS=False,
+            qk, scale, softcap, slopes, own, offs_n, bias,
+            HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_ptr is not None, HAS_BIAS=bias_ptr is not None,
         )  # fmt: skip
         visible = visible_keys(own[:, None], offs_n[None, :], end, window, IS_CAUSAL, HAS_WINDOW=window is not None)
         if new_k_ptr is not None:
             visible = visible & (offs_n != slot)[None, :]
+        if mask_ptr is not None:
+            kept = load_scores(mask_rows, offs_n[None, :], stride_mask_n, True, n_keys, MASK_UNIT, WHOLE=False)
+            visible = visible & (kept != 0)
         scores = tl.where(visible, scores, float("-inf"))
 
-        p, rescale, row_sum, row_max = online_softmax(scores, row_sum, row_max, LOG2_E, MASKED=True, EXACT=EXACT)
+        p, rescale, row_sum, row_max = online_softmax(scores, row_sum, row_max, LOG2_E, EXACT=EXACT)
         if v_scale_ptr is not None:
             offsets = pages * stride_vsb + h_kv * stride_vsh + key_rows * tl.cast(stride_vsn, tl.int64)
             factors = tl.load(v_scale_ptr + offsets, mask=in_reach, other=0.0)
@@ -470,6 +510,7 @@ def attention_decode(
     *, causal: bool, scale: float, window: int | None = None, softcap: float | None = None,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, kv_lengths: Tensor | None = None,
     block_table: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    mask: Tensor | None = None, bias: Tensor | None = None,
     new: New | None = None, counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the kernel; no host sync. What it computes, see `attention`, and with a new token `attention_with_kv_cache`.
@@ -489,7 +530,9 @@ def attention_decode(
         kv_lengths: (B,) int32 on the device, or None. Keys at and past it are not read, nor are their pages.
         block_table: (B, pages) int32.
         k_scale, v_scale: (B, H_kv, S) or (num_pages, H_kv, page) fp32, with 8-bit k and v.
-        new: a token of each sequence that joins the cache, if T = 1. k's and v's rows then start and end at multiples of 16
+        mask: bool, broadcastable to (B, H, T, S); where it is False, a query does not see a key.
+        bias: fp16|bf16|fp32, likewise, added to the scores; -inf hides a key.
+        new: a token of each sequence that joins the cache, if T = 1, without mask and bias. k's and v's rows then start and end at multiples of 16
             bytes (`has_aligned_rows`).
         counters: int32 zeros, which are zero again afterwards; no call may use them at the same time. Where there are too few
             or none, and keys are split, zeros are made, which is another launch.
@@ -506,7 +549,7 @@ def attention_decode(
     check_count("block_table", "keys in a sequence's pages", S)
     options = dict(
         causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale,
+        kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale, mask=mask, bias=bias,
     )  # fmt: skip
     if INTERPRETED and q.dtype is torch.bfloat16 and new is None:  # there, tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
         k, v = (x.float() if x.dtype is torch.bfloat16 else x for x in (k, v))
@@ -524,12 +567,13 @@ def attention_decode(
     window = None if window is None else min(window, S)
     scale, softcap = float(scale), None if softcap is None else float(softcap)
 
-    constants = _constants(D, q.element_size(), k_scale is not None, H // H_kv * T <= FEW, new is not None)
-    split = constants["SPLIT"]
+    tile, constants = _constants(D, q.element_size(), k_scale is not None, H // H_kv * T <= FEW, new is not None)
+    n_tiles = triton.cdiv(H // H_kv * T, tile.BLOCK_M)
+    in_reach = S if window is None else min(S, T + window - 1)  # all queries together see no more, wherever these begin
+    split = keys_per_split(tile, B * H_kv * n_tiles, in_reach, multiprocessors(q.device))
     n_splits = max(1, triton.cdiv(S, split))
-    if window is not None:  # all queries together see at most T + window - 1 keys, wherever these begin
-        n_splits = min(n_splits, (T + window - 3) // split + 2)
-    n_tiles = triton.cdiv(H // H_kv * T, constants["BLOCK_M"])
+    if window is not None:
+        n_splits = min(n_splits, (in_reach - 2) // split + 2)
     acc = softmax = None
     if n_splits > 1:
         n_groups = triton.cdiv(n_splits, GROUP.value)
@@ -540,29 +584,33 @@ def attention_decode(
             counters = torch.zeros(needed, dtype=torch.int32, device=q.device)
     else:
         counters = None
+    mask = None if mask is None else mask.expand(B, H, T, S).view(torch.uint8)
+    bias = None if bias is None else bias.expand(B, H, T, S)
     x = New(None, None, None) if new is None else new
     n_angles, pairs = (0, 0) if x.cos is None else x.cos.shape
 
     with torch.cuda.device_of(q):
         _attend_split[grid("q", n_tiles, n_splits, B, H_kv)](
             q, k, v, out, lse, acc, softmax, counters,
-            kv_lengths, block_table, k_scale, v_scale, alibi_slopes, sinks,
+            kv_lengths, block_table, k_scale, v_scale, alibi_slopes, sinks, mask, bias,
             x.k, x.v, x.slots, x.positions, x.cos, x.sin,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *((0, 0, 0) if k_scale is None else k_scale.stride()),
             *((0, 0, 0) if v_scale is None else v_scale.stride()),
             *((0, 0) if block_table is None else block_table.stride()),
+            *((0, 0, 0, 0) if mask is None else mask.stride()),
+            *((0, 0, 0, 0) if bias is None else bias.stride()),
             *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride(0))),
             *((0, 0, 0) if x.cos is None else (x.positions.stride(0), x.cos.stride(0), x.sin.stride(0))),
             H, H // H_kv, H // H_kv * T, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
-            IS_CAUSAL=causal, INTERLEAVED=x.interleaved, **constants,
+            IS_CAUSAL=causal, INTERLEAVED=x.interleaved, MASK_UNIT=unit_of(mask), BIAS_UNIT=unit_of(bias), SPLIT=split, **constants,
         )  # fmt: skip
     return out, lse
 
 
 @functools.cache
-def _constants(head_dim: int, element_size: int, is_8_bits: bool, few: bool, is_new: bool) -> dict:
-    """Compile-time arguments and options of `_attend_split` that follow from shapes and dtypes."""
+def _constants(head_dim: int, element_size: int, is_8_bits: bool, few: bool, is_new: bool) -> tuple[Tile, dict]:
+    """The tile, and the compile-time arguments and options of `_attend_split` that follow from shapes and dtypes, but SPLIT."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     tile = TILES[block_d, element_size][few]
     if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers; 32 keys too
@@ -571,7 +619,9 @@ def _constants(head_dim: int, element_size: int, is_8_bits: bool, few: bool, is_
         tile = tile._replace(maxnreg=255) if few else tile._replace(BLOCK_N=32, num_warps=8)
     in_flight = IN_FLIGHT if few and tile.maxnreg == 255 else IN_FLIGHT // 2
     at_once = min(8, in_flight * 32 * tile.num_warps // (tile.BLOCK_M * block_d))
-    return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, AT_ONCE=at_once, **tile._asdict(), enable_fp_fusion=not is_new)
+    options = tile._asdict()
+    del options["SPLIT"]
+    return tile, dict(HEAD_DIM=head_dim, BLOCK_D=block_d, AT_ONCE=at_once, **options, enable_fp_fusion=not is_new)
 
 
 # What a call may bring along, by the kernel's argument that is None without it, and what tells that keys are split.
@@ -595,6 +645,7 @@ def aot_configurations(arch: int):
                 (dtype, ()),
                 (dtype, (*PARTS, "kv_lengths_ptr")),
                 (dtype, (*PARTS, "kv_lengths_ptr", "block_table_ptr")),
+                (dtype, (*PARTS, "mask_ptr", "bias_ptr")),
                 (torch.int8, (*PARTS, "kv_lengths_ptr")),
                 (torch.float8_e4m3fn, (*PARTS, "kv_lengths_ptr")),
                 (torch.int8, (*PARTS, *FEATURES)),
@@ -607,6 +658,7 @@ def aot_configurations(arch: int):
                 (torch.int8, (*PARTS, *NEW, *ROTATION, *FEATURES)),
                 (torch.float8_e4m3fn, (*PARTS, *NEW, *ROTATION, *FEATURES, "sinks_ptr")),
             ):
-                constants = _constants(head_dim, element_size, cache_dtype != dtype, few, "new_k_ptr" in given)
+                tile, constants = _constants(head_dim, element_size, cache_dtype != dtype, few, "new_k_ptr" in given)
                 scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
-                yield _attend_split, dtype, cache_dtype, dict(constants, IS_CAUSAL=True, INTERLEAVED=False), (*given, *scales)
+                constants = constants | {"SPLIT": tile.SPLIT, "IS_CAUSAL": True, "INTERLEAVED": False} | units_of(given, dtype)
+                yield _attend_split, dtype, cache_dtype, constants, (*given, *scales)

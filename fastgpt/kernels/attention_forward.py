@@ -33,11 +33,14 @@ from fastgpt.kernels.attention_tiles import (
     key_ranges,
     load_keys,
     load_rows,
+    load_scores,
     modified_scores,
     online_softmax,
     pages_of,
+    score_rows,
     store_rows,
-    tile_pointers,
+    unit_of,
+    units_of,
     values_from_8_bits,
     visible_keys,
 )
@@ -94,8 +97,8 @@ def _attend(
     factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
     mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
     stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-    stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys begin..stop-1 into (acc, row_sum, row_max); begin is a multiple of BLOCK_N.
@@ -107,6 +110,7 @@ def _attend(
     if block_table_ptr is not None:  # as in attention_decode.py, looked up a step ahead
         next_pages = pages_of(block_table_ptr, stride_tp, begin + tl.arange(0, BLOCK_N), end, page, n_pages)
     for start_n in range(begin, stop, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         in_range = offs_n < end
         if BULK:
@@ -126,22 +130,24 @@ def _attend(
         if MODIFIED:
             bias = 0.0
             if bias_ptr is not None:
-                ptrs = tile_pointers(bias_ptr, rows[:, None], offs_n[None, :], stride_bias_m, stride_bias_n)
-                within = (rows[:, None] < n_rows) & in_range[None, :]
-                bias = tl.load(ptrs, mask=within, other=0.0).to(tl.float32)
+                bias_rows = score_rows(bias_ptr, rows[:, None], stride_bias_m, BIAS_UNIT)
+                in_rows = rows[:, None] < n_rows
+                bias = load_scores(
+                    bias_rows, offs_n[None, :], stride_bias_n, in_rows, n_keys, BIAS_UNIT, not MASKED
+                ).to(tl.float32)  # fmt: skip
             qk = modified_scores(
                 qk, scale, softcap, slope, own, offs_n, bias, HAS_SOFTCAP, HAS_ALIBI, bias_ptr is not None
             )
         if MASKED:
             visible = visible_keys(own[:, None], offs_n[None, :], end, window, IS_CAUSAL, HAS_WINDOW)
             if mask_ptr is not None:
-                ptrs = tile_pointers(mask_ptr, rows[:, None], offs_n[None, :], stride_mask_m, stride_mask_n)
-                within = (rows[:, None] < n_rows) & in_range[None, :]
-                visible = visible & (tl.load(ptrs, mask=within, other=0) != 0)
+                mask_rows = score_rows(mask_ptr, rows[:, None], stride_mask_m, MASK_UNIT)
+                in_rows = rows[:, None] < n_rows
+                kept = load_scores(mask_rows, offs_n[None, :], stride_mask_n, in_rows, n_keys, MASK_UNIT, False)
+                visible = visible & (kept != 0)
             qk = tl.where(visible, qk, float("-inf"))
 
-        HIDES: tl.constexpr = MASKED or bias_ptr is not None  # a bias of -inf hides a key, too
-        p, rescale, row_sum, row_max = online_softmax(qk, row_sum, row_max, factor, HIDES, EXACT=q.dtype == tl.float32)
+        p, rescale, row_sum, row_max = online_softmax(qk, row_sum, row_max, factor, EXACT=q.dtype == tl.float32)
         if seed is not None:
             keep = kept_weights(seed, threshold, b, head, offs_m, start_n, BLOCK_N)
             p = tl.where(keep, p * keep_scale, 0.0)
@@ -186,7 +192,7 @@ def _attention_forward(
     page, n_pages, n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    q_desc=None, k_desc=None, v_desc=None,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, q_desc=None, k_desc=None, v_desc=None,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Strides are in elements; the last dimension's is 1.
 
@@ -274,8 +280,8 @@ def _attention_forward(
             factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
             mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
             stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
+            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
+            MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
         )  # fmt: skip
         begin = inner
     if mask_ptr is None:
@@ -284,16 +290,16 @@ def _attention_forward(
             factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
             mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
             stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
+            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
+            MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, first_k, tl.maximum(begin, outer), end, end,
         factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
         mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
         stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-        stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
-        HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
+        stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
+        MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
     )  # fmt: skip
 
     row_max *= unit if q.dtype == tl.float32 else LN_2  # see online_softmax
@@ -354,7 +360,7 @@ def attention_forward(
             **(descriptors(constants, tiles) if bulk else {}),
             **strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed),
             **strides(out, "o", "bhm", packed), **strides(lse, "l", "bh", packed),
-            **extras.numbers, n_heads=H, group=H // k.shape[1], n_queries=n_queries, scale=float(scale), **constants,
+            **extras.numbers, **extras.units, n_heads=H, group=H // k.shape[1], n_queries=n_queries, scale=float(scale), **constants,
         )  # fmt: skip
     return out, lse
 
@@ -397,6 +403,7 @@ class Extras:
             "threshold": keep_threshold(dropout_p),
             "keep_scale": 1.0 / (1.0 - dropout_p),
         }
+        self.units = {"MASK_UNIT": unit_of(mask), "BIAS_UNIT": unit_of(bias)}
         self.ragged = kv_lengths is not None or cu_seqlens_q is not None
         # Whether tiles need registers for it.
         self.rich = softcap is not None or any(
@@ -490,8 +497,9 @@ def aot_configurations(arch: int):
             (block_d, block_d * 5 // 8), (True, False), features
         ):
             cache_dtype = torch.int8 if "k_scale_ptr" in given else dtype
-            constants = _constants(head_dim, element_size, 80, causal, **flags)
+            units = units_of(given, dtype)
+            constants = _constants(head_dim, element_size, 80, causal, **flags) | units
             yield _attention_forward, dtype, cache_dtype, constants, given
             if arch >= 90 and element_size == 2 and "block_table_ptr" not in given:
-                constants = _constants(head_dim, element_size, arch, causal, **flags)
+                constants = _constants(head_dim, element_size, arch, causal, **flags) | units
                 yield _attention_forward, dtype, cache_dtype, constants, (*given, "q_desc", "k_desc", "v_desc")

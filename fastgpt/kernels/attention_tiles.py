@@ -50,9 +50,27 @@ def store_rows(ptr, stride, offs_row, n_rows, x, HEAD_DIM: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def tile_pointers(ptr, rows, cols, stride_row, stride_col):
-    """Pointers to a tile, from its rows (M, 1) and columns (1, N), or transposed."""
-    return ptr + rows * tl.cast(stride_row, tl.int64) + cols * tl.cast(stride_col, tl.int64)
+def score_rows(ptr, rows, stride_row, UNIT: tl.constexpr):
+    """Where rows (M, 1), or (1, M), of a mask or a bias begin. UNIT: see `unit_of`."""
+    ALIGN: tl.constexpr = UNIT * ptr.dtype.scalar.element_ty.primitive_bitwidth // 8 if UNIT > 1 else 1
+    return tl.multiple_of(ptr + rows * tl.cast(stride_row, tl.int64), (ALIGN, ALIGN))
+
+
+@triton.jit
+def load_scores(row_ptrs, cols, stride_col, row_mask, n_cols, UNIT: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of a mask or a bias, from `score_rows` (M, 1) and columns (1, N), or transposed; 0 beyond what there is.
+
+    WHOLE: all columns are before n_cols.
+    """
+    if UNIT == 0:
+        ptrs = row_ptrs + cols * tl.cast(stride_col, tl.int64)
+    else:
+        ptrs = row_ptrs + cols
+    mask = row_mask
+    if not WHOLE:
+        STEP: tl.constexpr = UNIT if UNIT > 1 else 1
+        mask = mask & (cols < n_cols // STEP * STEP)  # which is n_cols, and tells that vectors are in or out as a whole
+    return tl.load(ptrs, mask=mask, other=0)
 
 
 @triton.jit
@@ -162,17 +180,17 @@ def key_ranges(
 
 
 @triton.jit
-def online_softmax(x, row_sum, row_max, factor, MASKED: tl.constexpr, EXACT: tl.constexpr):
+def online_softmax(x, row_sum, row_max, factor, EXACT: tl.constexpr):
     """Folds a tile of scores (M, N) into each row's maximum m and sum l of exp(score - m), (M,) each.
 
-    `factor` makes scores in base 2 of x. MASKED: some of x may be -inf. EXACT, for weights in fp32, keeps row_max in the
+    `factor` makes scores in base 2 of x. EXACT, for weights in fp32, keeps row_max in the
     units of x and rounds after the subtraction, which itself rounds nothing where it matters; else row_max is in base 2,
     and the subtraction one with the scaling.
     Returns the weights exp(score - m), what to multiply with that was summed so far, l and m.
     """
     new_max = tl.maximum(row_max, tl.max(x, 1) if EXACT else tl.max(x, 1) * factor)
     # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     if EXACT:
         p = tl.exp2((x - shift[:, None]) * factor)
         rescale = tl.exp2((row_max - shift) * factor)
@@ -211,6 +229,20 @@ def kept_weights(seed, threshold, b, heads, offs_m, start_n, BLOCK_N: tl.constex
     w0, w1, w2, w3 = tl.philox(seed, blocks.to(tl.uint32), rows.to(tl.uint32), heads.to(tl.uint32), (zero + b).to(tl.uint32))
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return (words >> 1).to(tl.int32) >= threshold
+
+
+def unit_of(x: Tensor | None) -> int:
+    """How a kernel may read rows of a mask or a bias x (B, H, T, S): 16 bytes of so many elements at once, as they begin and
+    end at multiples of that; 1 if neighbours lie side by side in memory; else 0."""
+    if x is None or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        return 0
+    return 16 // x.element_size() if has_aligned_rows(x) else 1
+
+
+def units_of(given, dtype: torch.dtype) -> dict[str, int]:
+    """The constants that are `unit_of` a mask and a bias, of those arguments that are given, with aligned rows."""
+    sizes = {"MASK_UNIT": ("mask_ptr", 1), "BIAS_UNIT": ("bias_ptr", dtype.itemsize)}
+    return {name: 16 // size if pointer in given else 0 for name, (pointer, size) in sizes.items()}
 
 
 def has_aligned_rows(x: Tensor) -> bool:

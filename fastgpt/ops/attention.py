@@ -599,9 +599,9 @@ def _attention_forward_triton(*arguments):
     _check(call)
     call = call._asdict()
     q, k, v = call.pop("q"), call.pop("k"), call.pop("v")
-    if q.shape[2] > DECODE_QUERIES or call["mask"] is not None or call["bias"] is not None or call["dropout_p"] > 0:
+    if q.shape[2] > DECODE_QUERIES or call["dropout_p"] > 0:
         return attention_forward(q, k, v, **call)
-    for name in ("mask", "bias", "dropout_p", "dropout_seed"):
+    for name in ("dropout_p", "dropout_seed"):
         del call[name]
     return attention_decode(q, k, v, **call)
 
