@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from benchmarks.machine_code import SHARED_MEMORY, compile_for, demanding, ir_of, source_of, usage_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
-BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
+BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}  # and of what is left of wide heads
 MODULES = ["attention_forward", "attention_backward", "attention_decode", "linear and norm and step"]  # of fastgpt.kernels
 
 
@@ -44,7 +44,7 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
         faults.append("operations that may be fused, where what is stored must be the same bits as elsewhere")
     if (plain or decoding) and ("cp.async.cg" not in ptx or "cp.async.ca" in ptx):
         faults.append("copies narrower than 16 bytes")
-    if cache_dtype.itemsize == 1 and constants["BLOCK_D"] >= 32 and (narrow := narrow_copies(ptx)):  # but those of scales
+    if cache_dtype.itemsize == 1 and constants["BLOCK_V"] >= 32 and (narrow := narrow_copies(ptx)):  # but those of scales
         faults.append(f"copies of {', '.join(narrow)} bytes")
     if name == "_one_row" and "ld.global.v4.b32" not in ptx or name == "_several_rows" and "cp.async.cg" not in ptx:
         faults.append("loads narrower than 16 bytes")

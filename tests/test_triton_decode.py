@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 from interpreter import DEVICE, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
 from fastgpt.kernels import attention_decode as kernel  # noqa: E402
+from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
 from fastgpt.ops.quantisation import quantise  # noqa: E402
 from fastgpt.testing.attention_features import paged  # noqa: E402
@@ -135,7 +136,7 @@ def test_splits_fill_the_multiprocessors(tile, tiles, n_keys, n_multiprocessors,
 def test_parity_of_splits_for_any_number_of_multiprocessors(n_multiprocessors, split, monkeypatch):
     monkeypatch.setattr(kernel, "multiprocessors", lambda device: n_multiprocessors)
     q, k, v = random_inputs(1, 4, 2, 1, 300, 16, torch.float16)
-    tile, _ = kernel._constants(16, 2, False, True, False)
+    tile, _ = kernel._constants(16, 16, 2, False, True, False)
     assert kernel.keys_per_split(tile, 2, 300, n_multiprocessors) == split
     for options in {}, {"window": 90}:
         assert_parity(q, k, v, kv_lengths=ints((290,)), **options)
@@ -146,6 +147,26 @@ def test_parity_of_splits_for_any_number_of_multiprocessors(n_multiprocessors, s
 def test_parity_of_the_tiles_that_ship(D):
     q, k, v = random_inputs(2, 4, 2, 2, 300, D, torch.float16)
     assert_parity(q, k, v, kv_lengths=ints((300, 70)))
+
+
+@runs_kernel
+@pytest.mark.parametrize("D, D_v, dtype, cache_dtype", (
+    (192, 128, torch.float16, None), (192, 128, torch.float32, torch.int8), (576, 512, torch.float16, torch.float8_e4m3fn),
+    (20, 90, torch.float16, None), (160, 16, torch.float32, None), (64, 576, torch.bfloat16, None),
+), ids=str)  # fmt: skip
+def test_values_of_another_head_dim(D, D_v, dtype, cache_dtype, short_splits):
+    q, k, _ = random_inputs(2, 4, 2, 1, 70, D, dtype)
+    v = torch.randn(2, 2, 70, D_v, device=DEVICE).to(dtype)
+    lengths, options = (70, 33), {}
+    if cache_dtype is None:
+        poison(k, v, lengths)
+    else:
+        (k, options["k_scale"]), (v, options["v_scale"]) = quantise(k, cache_dtype), quantise(v, cache_dtype)
+    options |= dict(causal=True, scale=D**-0.5, kv_lengths=ints(lengths))
+    out, lse = kernel.attention_decode(q, k, v, **options)
+    assert out.shape == (2, 4, 1, D_v) and out.transpose(1, 2).is_contiguous()
+    double = (x if x.dtype in EIGHT_BITS else x.double() for x in (q, k, v))
+    check((out, lse), lambda call=ops.Call(*double, **options): ops._reference(call, return_lse=True), weights=dtype)
 
 
 # Tensors are functions of the number of heads.
@@ -202,7 +223,8 @@ def test_parity_of_masks_and_biases(layout, S, dtype, short_splits):
         if layout == "rows":
             assert not out[:, :, 1].any() and (lse[:, :, 1] == -math.inf).all()
     if layout == "rows":  # a key that nobody sees
-        decode = functools.partial(kernel.attention_decode, q, k, v, causal=True, scale=0.25, bias=bias, kv_lengths=ints(lengths))
+        options = dict(causal=True, scale=0.25, bias=bias, kv_lengths=ints(lengths))
+        decode = functools.partial(kernel.attention_decode, q, k, v, **options)
         expected = decode()
         k[:, :, 0] = NAN
         for actual, wanted in zip(decode(), expected, strict=True):

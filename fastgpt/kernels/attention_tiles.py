@@ -231,6 +231,33 @@ def kept_weights(seed, threshold, b, heads, offs_m, start_n, BLOCK_N: tl.constex
     return (words >> 1).to(tl.int32) >= threshold
 
 
+def head_blocks(head_dim: int) -> tuple[int, int]:
+    """(main, rest): the powers of two in which a kernel holds a head of q and k. 192 = 128 + 64 and 576 = 512 + 64 rather than
+    the next power of two, where that is wide and the rest is less than half of it; else the rest is 0."""
+    padded = padded_dim(head_dim)
+    rest = padded_dim(head_dim - padded // 2)
+    return (padded // 2, rest) if head_dim > 128 and rest < padded // 2 else (padded, 0)
+
+
+def padded_dim(head_dim: int) -> int:
+    """The power of two in which a kernel holds a head of v."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def tile_key(head_dim: int, v_dim: int, element_size: int) -> tuple[int, int]:
+    """What tables of tiles are keyed by: a power of two for the head dims of k and v, 512 with a rest included, and bytes."""
+    return max(min(padded_dim(head_dim), 512), padded_dim(v_dim)), element_size
+
+
+def head_dims(tiles: dict, element_size: int):
+    """Yields (head dim of k, of v) of kernels to compile ahead of time: of each tile those that fill it, and those that do not;
+    of the widest, and of different ones, what models have."""
+    for block, size in tiles:
+        if size == element_size and block <= 256:
+            yield from ((block, block), (block * 5 // 8, block * 5 // 8))
+    yield from ((192, 128), (576, 512))
+
+
 def unit_of(x: Tensor | None) -> int:
     """How a kernel may read rows of a mask or a bias x (B, H, T, S): 16 bytes of so many elements at once, as they begin and
     end at multiples of that; 1 if neighbours lie side by side in memory; else 0."""

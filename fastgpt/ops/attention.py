@@ -493,6 +493,11 @@ def _triton_refuses(call: Call):
         return reason
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
+    D, D_v = call.q.shape[-1], call.v.shape[-1]
+    if D_v > 512 and call.q.dtype is torch.float32:
+        return f"it takes values of head dims up to 512 in fp32, and v has {D_v}"
+    if max(D, D_v) > 256 and _needs_gradients(call):
+        return f"it has no backward for head dims above 256, and those are {D} and {D_v}"
     return _cannot_differentiate(call)
 
 
