@@ -44,7 +44,7 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
         faults.append("operations that may be fused, where what is stored must be the same bits as elsewhere")
     if (plain or decoding) and ("cp.async.cg" not in ptx or "cp.async.ca" in ptx):
         faults.append("copies narrower than 16 bytes")
-    if cache_dtype.itemsize == 1 and constants["BLOCK_V"] >= 32 and (narrow := narrow_copies(ptx)):  # but those of scales
+    if cache_dtype.itemsize == 1 and fills_vectors(constants) and (narrow := narrow_copies(ptx)):
         faults.append(f"copies of {', '.join(narrow)} bytes")
     if name == "_one_row" and "ld.global.v4.b32" not in ptx or name == "_several_rows" and "cp.async.cg" not in ptx:
         faults.append("loads narrower than 16 bytes")
@@ -77,6 +77,12 @@ def test_programs_that_are_done_are_seen_to_be():
     ptx = compile_for(90, *next(chosen)).asm["ptx"]
     assert ptx.count("atom.") == 2 and not unordered_atomics(ptx)
     assert unordered_atomics(ptx.replace("bar.sync", "")) and unordered_atomics(ptx.replace("acq_rel", "relaxed"))
+
+
+def fills_vectors(constants: dict) -> bool:
+    """Whether a tile of 8-bit keys or values has 16 bytes for each thread."""
+    columns = min(x for x in (constants["BLOCK_D"], constants["BLOCK_R"], constants["BLOCK_V"]) if x)
+    return constants["BLOCK_N"] * columns >= 16 * 32 * constants["num_warps"]
 
 
 def narrow_copies(ptx: str) -> set[str]:

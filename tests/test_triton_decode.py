@@ -132,7 +132,7 @@ def test_splits_fill_the_multiprocessors(tile, tiles, n_keys, n_multiprocessors,
 
 
 @runs_kernel
-@pytest.mark.parametrize("n_multiprocessors, split", ((1, 256), (4, 128), (132, 64)))
+@pytest.mark.parametrize("n_multiprocessors, split", ((1, 256), (5, 128), (132, 64)))
 def test_parity_of_splits_for_any_number_of_multiprocessors(n_multiprocessors, split, monkeypatch):
     monkeypatch.setattr(kernel, "multiprocessors", lambda device: n_multiprocessors)
     q, k, v = random_inputs(1, 4, 2, 1, 300, 16, torch.float16)
