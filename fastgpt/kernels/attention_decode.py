@@ -415,11 +415,11 @@ def _attend_split(
         # The softmax begins with this key, as it reads back, if it is one of this split.
         new_k = from_8_bits(new_k, dtype).to(tl.float32)
         new_v = tl.where(is_own, from_8_bits(new_v, dtype).to(tl.float32), 0.0)
-        qk = tl.sum(q.to(tl.float32) * new_k[None, :], 1)
+        product = tl.sum(q.to(tl.float32) * new_k[None, :], 1)
         if BLOCK_R > 0:
-            qk += tl.sum(q_rest.to(tl.float32) * from_8_bits(new_k_rest, dtype).to(tl.float32)[None, :], 1)
+            product += tl.sum(q_rest.to(tl.float32) * from_8_bits(new_k_rest, dtype).to(tl.float32)[None, :], 1)
         score = modified_scores(
-            qk[:, None] * new_k_scale, scale, softcap, slopes, own, slot + tl.zeros([1], tl.int32), None,
+            product[:, None] * new_k_scale, scale, softcap, slopes, own, slot + tl.zeros([1], tl.int32), None,
             HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_ptr is not None, HAS_BIAS=False,
         )  # fmt: skip
         score = tl.where(is_own, score, float("-inf"))
