@@ -43,7 +43,8 @@ TYPES = {
 # Where a launch may give None, or what does not start at a multiple of 16 bytes.
 OPTIONAL = {
     "kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "block_table_ptr",
-    "k_scale_ptr", "v_scale_ptr", "seed_ptr", "q_desc", "dout_desc", "k_desc", "v_desc", "acc_ptr", "softmax_ptr",
+    "k_scale_ptr", "v_scale_ptr", "seed_ptr", "q_desc", "dout_desc", "k_desc", "v_desc", "q_rest_desc", "k_rest_desc",
+    "acc_ptr", "softmax_ptr",
     "residual_ptr", "norm_weight_ptr", "norm_bias_ptr", "dlse_ptr", "position_weight_ptr", "ended_ptr", "eos_ptr",
     "counters_ptr", "new_k_ptr", "new_v_ptr", "slots_ptr", "positions_ptr", "cos_ptr", "sin_ptr",
 }  # fmt: skip
@@ -82,8 +83,9 @@ def source_of(function, dtype: torch.dtype, cache_dtype: torch.dtype, constants:
 
     def type_of(name):
         if name.endswith("_desc"):
-            rows = constants["BLOCK_N" if name in ("k_desc", "v_desc") else "BLOCK_M"]
-            return f"tensordesc<{element}[1, 1, {rows}, {constants['BLOCK_D']}]>"
+            rows = constants["BLOCK_N" if name[0] in "kv" else "BLOCK_M"]
+            columns = "BLOCK_R" if "rest" in name else "BLOCK_V" if name in ("v_desc", "dout_desc") else "BLOCK_D"
+            return f"tensordesc<{element}[1, 1, {rows}, {constants[columns]}]>"
         if name in ("k_ptr", "v_ptr"):
             return f"*{ELEMENTS[cache_dtype]}"
         return TYPES.get(name, f"*{element}" if name.endswith("_ptr") else "i32")
@@ -140,7 +142,7 @@ def demanding(configurations) -> list:
         features = frozenset(name for name in given if not name.endswith("_desc"))
         if dtype is torch.bfloat16 or not _presses(name, constants, features):
             continue
-        of_tile = Tile._fields if "BLOCK_D" in constants else ()  # other kernels' tiles follow from what they work on
+        of_tile = Tile._fields if "V_DIM" in constants else ()  # other kernels' tiles follow from what they work on
         key = (name, dtype, cache_dtype, features, tuple(constants[n] for n in constants if n not in of_tile))
         if key not in chosen or len(given) > len(features):
             chosen[key] = configuration
@@ -156,7 +158,7 @@ def _presses(name: str, constants: dict, features: frozenset) -> bool:
         return bool(constants["ACTIVATION"]) and constants["K"] != 2048 and constants.get("BLOCK_M") in (None, 16, 64)
     if "new_k_ptr" in features and constants["BLOCK_M"] > 16:  # for more heads than most models have
         return False
-    if constants["HEAD_DIM"] == constants["BLOCK_D"]:
+    if constants["V_DIM"] == constants["BLOCK_V"]:
         if "new_k_ptr" in features:
             return {"cos_ptr", "k_scale_ptr"} < features and "block_table_ptr" not in features
         return not features and constants["IS_CAUSAL"] and name != "_attend_split"

@@ -40,6 +40,7 @@ from fastgpt.kernels import attention_forward as forward
 from fastgpt.kernels import linear
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
 from fastgpt.kernels.attention_forward import Tile
+from fastgpt.kernels.attention_tiles import tile_key
 
 TABLES = {"forward": forward.TILES, "ragged forward": forward.RAGGED_TILES, "rich forward": forward.RICH_TILES}
 TABLES |= backward.TILES
@@ -78,7 +79,7 @@ def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
     modules = [decode] if table == DECODE else [forward, backward]
     for configuration in demanding([kernel for module in modules for kernel in module.aot_configurations(arch)]):
         function, dtype, cache_dtype, constants, given = configuration
-        if (constants["BLOCK_D"], dtype.itemsize) != key:
+        if "V_DIM" not in constants or tile_key(constants["HEAD_DIM"], constants["V_DIM"], dtype.itemsize) != key:
             continue
         if table == DECODE:
             fits_table = function.__name__ == "_attend_split" and constants["BLOCK_M"] == decode.TILES[key][1].BLOCK_M

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from benchmarks.machine_code import SHARED_MEMORY, compile_for, demanding, ir_of, source_of, usage_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
-BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
+BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}  # and of what is left of wide heads
 MODULES = ["attention_forward", "attention_backward", "attention_decode", "linear and norm and step"]  # of fastgpt.kernels
 
 
@@ -38,12 +38,14 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
     if arch == 90 and cache_dtype.itemsize == 2 and rows >= 64 and "wgmma.mma_async" not in ptx:
         faults.append("no wgmma")
     plain = name == "_attention_forward" and not set(given) - {"kv_lengths_ptr"}
-    unpaged = name == "_attend_split" and cache_dtype is dtype and "block_table_ptr" not in given
+    decoding = name == "_attend_split" and cache_dtype is dtype
     faults += unordered_atomics(ptx)
     if "new_k_ptr" in given and re.search(r"\b(mul|add|sub)\.f32", ptx):
         faults.append("operations that may be fused, where what is stored must be the same bits as elsewhere")
-    if (plain or unpaged) and ("cp.async.cg" not in ptx or "cp.async.ca" in ptx):
+    if (plain or decoding) and ("cp.async.cg" not in ptx or "cp.async.ca" in ptx):
         faults.append("copies narrower than 16 bytes")
+    if cache_dtype.itemsize == 1 and fills_vectors(constants) and (narrow := narrow_copies(ptx)):
+        faults.append(f"copies of {', '.join(narrow)} bytes")
     if name == "_one_row" and "ld.global.v4.b32" not in ptx or name == "_several_rows" and "cp.async.cg" not in ptx:
         faults.append("loads narrower than 16 bytes")
     what = f"sm_{arch} {name} {dtype} {cache_dtype} {constants} {given}"
@@ -75,6 +77,94 @@ def test_programs_that_are_done_are_seen_to_be():
     ptx = compile_for(90, *next(chosen)).asm["ptx"]
     assert ptx.count("atom.") == 2 and not unordered_atomics(ptx)
     assert unordered_atomics(ptx.replace("bar.sync", "")) and unordered_atomics(ptx.replace("acq_rel", "relaxed"))
+
+
+def fills_vectors(constants: dict) -> bool:
+    """Whether a tile of 8-bit keys or values has 16 bytes for each thread."""
+    columns = min(x for x in (constants["BLOCK_D"], constants["BLOCK_R"], constants["BLOCK_V"]) if x)
+    return constants["BLOCK_N"] * columns >= 16 * 32 * constants["num_warps"]
+
+
+def narrow_copies(ptx: str) -> set[str]:
+    """The bytes that a thread copies to shared memory, or reads from there, at once, as numbers; but those of whole vectors and
+    of a scale."""
+    copied = {int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)}
+    return {str(size) for size in copied - {4, 16}} | ({"1"} if re.search(r"ld\.shared\.[su]8", ptx) else set())
+
+
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
+
+
+def shipped(module, arch, cache_dtype, given, dtype=torch.float16, head_dim=128):
+    """A kernel of few rows, if tiles differ in that, with just these optional arguments."""
+    for configuration in configurations(module, arch):
+        _, q_dtype, kv_dtype, constants, arguments = configuration
+        few = module != "attention_decode" or constants["BLOCK_M"] == 16
+        if few and (q_dtype, kv_dtype, constants["HEAD_DIM"], set(arguments)) == (dtype, cache_dtype, head_dim, set(given)):
+            return configuration
+    raise ValueError(f"given: expected what ships, got {given}")
+
+
+SCALES = ("k_scale_ptr", "v_scale_ptr")
+LENGTHS = ("acc_ptr", "softmax_ptr", "counters_ptr", "kv_lengths_ptr")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", (80, 90))
+@pytest.mark.parametrize(
+    "module, cache_dtype, given",
+    [
+        ("attention_decode", torch.int8, (*LENGTHS, *SCALES)),
+        ("attention_decode", torch.float8_e4m3fn, (*LENGTHS, *SCALES)),
+        ("attention_forward", torch.int8, ("kv_lengths_ptr", "block_table_ptr", *SCALES)),
+    ],
+    ids=("int8", "fp8", "prefill"),
+)  # fmt: skip
+def test_keys_and_values_of_8_bits_are_copied_16_bytes_at_a_time(module, cache_dtype, given, arch):
+    """And read so from shared memory; then the matrix units get 16 bits of each number from there."""
+    ptx = compile_for(arch, *shipped(module, arch, cache_dtype, given)).asm["ptx"]
+    assert "cp.async.cg" in ptx and not narrow_copies(ptx)
+    assert narrow_copies(ptx.replace(", 0x10", ", 0x8")) == {"8"}
+
+
+def tiles_underway(ttgir: str) -> list[int]:
+    """Of each loop with two products of matrices that copies K and V a group each, tile after tile: tiles whose copies have
+    begun and are not waited for while the loop multiplies."""
+    found, waits, copies, dots = [], [], 0, 0
+    for line in ttgir.splitlines():
+        if "scf.for" in line:
+            waits, copies, dots = [], 0, 0
+        elif match := re.search(r"ttg\.async_wait .*num = (\d+)", line):
+            waits.append(int(match[1]))
+        elif "ttg.async_commit_group" in line:
+            copies += 1
+        elif re.search(r"\btt\.dot\b|warp_group_dot\b", line):
+            dots += 1
+        elif "scf.yield" in line:
+            if dots == 2 and copies:
+                found.append(min(waits) // copies)
+            dots = 0
+    return found
+
+
+@pytest.mark.parametrize("arch", (90, pytest.param(80, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("given, cache_dtype", [
+    ((), torch.float16), ((*LENGTHS, "block_table_ptr"), torch.float16), ((*LENGTHS, *SCALES), torch.int8),
+], ids=("contiguous", "paged", "8 bits"))  # fmt: skip
+def test_decoding_copies_a_tile_while_it_multiplies_with_another(given, cache_dtype, arch):
+    """From memory in order and through a block table, whose look-up takes none of the copies' stages."""
+    source, options = source_of(*shipped("attention_decode", arch, cache_dtype, given))
+    ttgir = ir_of(source, arch, options, "ttgir")
+    assert tiles_underway(ttgir) == [1]
+    widths = re.findall(r"async_copy_global_to_local .*contiguity = (\d+) : .*: tensor<\d+x\d+x", ttgir)
+    assert widths and {int(width) * cache_dtype.itemsize for width in widths} == {16}
+
+
+def test_tiles_underway_are_counted():
+    *which, constants, given = shipped("attention_decode", 90, torch.float16, ())
+    for stages in (2, 4):
+        source, options = source_of(*which, constants | {"num_stages": stages}, given)
+        assert tiles_underway(ir_of(source, 90, options, "ttgir")) == [stages - 2]
 
 
 def copies_underway(ttgir: str) -> list[int]:

@@ -256,6 +256,44 @@ def test_where_bulk_copies_are_taken(monkeypatch):
 
 
 @runs_kernel
+@pytest.mark.parametrize("D, D_v, dtype, arch", (
+    (192, 128, torch.float16, 80), (192, 128, torch.float16, 90), (20, 90, torch.float16, 90), (160, 24, torch.float32, 80),
+    (576, 512, torch.float16, 80),
+), ids=str)  # fmt: skip
+def test_values_of_another_head_dim(D, D_v, dtype, arch, monkeypatch):
+    """With bulk copies, which 90 has, and without. The gradients of wide heads are the reference's."""
+    monkeypatch.setattr(kernel, "architecture", lambda device: arch)
+    q, k, _ = random_inputs(1, 2, 1, 20, 37, D, dtype)
+    v = torch.randn(1, 1, 37, D_v, device=DEVICE).to(dtype)
+    call = ops.Call(q, k, v, scale=D**-0.5)
+    douts = torch.randn(1, 2, 20, D_v, device=DEVICE).to(dtype), torch.randn(1, 2, 20, device=DEVICE)
+    if D <= 256:
+        actual, expected = run_triton(call, douts), yardsticks(call, None, douts)
+        assert actual.keys() == expected.keys()
+        for name, yardstick in expected.items():
+            check(actual[name], yardstick, name=name)
+        return
+    out, lse = kernel.attention_forward(**call._asdict())
+    assert out.transpose(1, 2).is_contiguous()
+    double = call._replace(q=q.double(), k=k.double(), v=v.double())
+    check((out, lse), lambda: ops._reference(double, True), weights=dtype)
+    with pytest.raises(ValueError, match="^q: expected head dims up to 256 of q, k and v, got 576 and 512"):
+        run_triton(call, douts)
+
+
+@runs_kernel
+def test_packed_values_of_another_head_dim():
+    q, k, v = torch.randn(1, 2, 30, 20), torch.randn(1, 1, 41, 20), torch.randn(1, 1, 41, 90)
+    call = ops.Call(*(x.to(DEVICE) for x in (q, k, v)), scale=0.2)
+    packing = ops.Packing(lengths_of((0, 12, 30)), lengths_of((0, 5, 41)), 18, 36)
+    options = dict(scale=0.2, **packing._asdict())
+    del options["max_k"]
+    actual = kernel.attention_forward(call.q, call.k, call.v, **options)
+    double = call._replace(**{name: getattr(call, name).double() for name in "qkv"})
+    check(actual, lambda: ops._varlen_reference(double, packing), weights=torch.float32)
+
+
+@runs_kernel
 @pytest.mark.parametrize("scale", (3.0, 1.0, 0.0, -0.5))
 def test_parity_at_any_scale(scale):
     q, k, v = random_inputs(1, 2, 1, 30, 40, 64, torch.float32)

@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 from interpreter import DEVICE, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
 from fastgpt.kernels import attention_decode as kernel  # noqa: E402
+from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
 from fastgpt.ops.quantisation import quantise  # noqa: E402
 from fastgpt.testing.attention_features import paged  # noqa: E402
@@ -68,8 +69,9 @@ def assert_parity(q, k, v, *, causal=True, scale=None, **options):
     out, lse = kernel.attention_decode(q, k, v, **options)
     assert (out.dtype, lse.dtype) == (q.dtype, torch.float32)
     assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous()
+    exact = {"bias": options["bias"].double()} if options.get("bias") is not None else {}
     double = [x if x.dtype in EIGHT_BITS else x.double() for x in (q, k, v)]
-    check((out, lse), lambda: attention_reference(*double, **options, return_lse=True), weights=q.dtype)
+    check((out, lse), lambda: attention_reference(*double, **options | exact, return_lse=True), weights=q.dtype)
     return out, lse
 
 
@@ -106,11 +108,65 @@ def test_parity(case, dtype, short_splits):
     assert_parity(q, k, v, kv_lengths=None if lengths is None else ints(lengths))
 
 
+# A tile of 64 keys and splits of 256, and a larger one for more rows.
+FEW, MANY = kernel.TILES[128, 2][1]._replace(BLOCK_N=64, SPLIT=256), kernel.TILES[128, 2][0]._replace(BLOCK_N=64, SPLIT=1024)
+
+
+@pytest.mark.parametrize(
+    "tile, tiles, n_keys, n_multiprocessors, expected",
+    [
+        (FEW, 8, 2048, 132, 64),  # one sequence, 8 key/value heads: 256 programs, where 256 keys each would be 64
+        (FEW, 8, 2048, 64, 256),
+        (FEW, 8, 2048, 65, 128),
+        (FEW, 64, 2048, 132, 256),
+        (FEW, 1, 64, 132, 64),  # no more programs than tiles of keys
+        (FEW, 1, 0, 132, 64),
+        (MANY, 8, 8192, 132, 256),  # more rows leave more to combine
+        (MANY, 200, 100, 132, 1024),
+        (FEW._replace(BLOCK_N=16), 1, 2048, 132, 64),  # and none for a few keys
+        (FEW._replace(BLOCK_N=128), 1, 2048, 132, 128),
+    ],
+)  # fmt: skip
+def test_splits_fill_the_multiprocessors(tile, tiles, n_keys, n_multiprocessors, expected):
+    assert kernel.keys_per_split(tile, tiles, n_keys, n_multiprocessors) == expected
+
+
+@runs_kernel
+@pytest.mark.parametrize("n_multiprocessors, split", ((1, 256), (5, 128), (132, 64)))
+def test_parity_of_splits_for_any_number_of_multiprocessors(n_multiprocessors, split, monkeypatch):
+    monkeypatch.setattr(kernel, "multiprocessors", lambda device: n_multiprocessors)
+    q, k, v = random_inputs(1, 4, 2, 1, 300, 16, torch.float16)
+    tile, _ = kernel._constants(16, 16, 2, False, True, False)
+    assert kernel.keys_per_split(tile, 2, 300, n_multiprocessors) == split
+    for options in {}, {"window": 90}:
+        assert_parity(q, k, v, kv_lengths=ints((290,)), **options)
+
+
 @runs_kernel
 @pytest.mark.parametrize("D", (64, 128))
 def test_parity_of_the_tiles_that_ship(D):
     q, k, v = random_inputs(2, 4, 2, 2, 300, D, torch.float16)
     assert_parity(q, k, v, kv_lengths=ints((300, 70)))
+
+
+@runs_kernel
+@pytest.mark.parametrize("D, D_v, dtype, cache_dtype", (
+    (192, 128, torch.float16, None), (192, 128, torch.float32, torch.int8), (576, 512, torch.float16, torch.float8_e4m3fn),
+    (20, 90, torch.float16, None), (160, 16, torch.float32, None), (64, 576, torch.bfloat16, None),
+), ids=str)  # fmt: skip
+def test_values_of_another_head_dim(D, D_v, dtype, cache_dtype, short_splits):
+    q, k, _ = random_inputs(2, 4, 2, 1, 70, D, dtype)
+    v = torch.randn(2, 2, 70, D_v, device=DEVICE).to(dtype)
+    lengths, options = (70, 33), {}
+    if cache_dtype is None:
+        poison(k, v, lengths)
+    else:
+        (k, options["k_scale"]), (v, options["v_scale"]) = quantise(k, cache_dtype), quantise(v, cache_dtype)
+    options |= dict(causal=True, scale=D**-0.5, kv_lengths=ints(lengths))
+    out, lse = kernel.attention_decode(q, k, v, **options)
+    assert out.shape == (2, 4, 1, D_v) and out.transpose(1, 2).is_contiguous()
+    double = (x if x.dtype in EIGHT_BITS else x.double() for x in (q, k, v))
+    check((out, lse), lambda call=ops.Call(*double, **options): ops._reference(call, return_lse=True), weights=dtype)
 
 
 # Tensors are functions of the number of heads.
@@ -138,6 +194,41 @@ def test_parity_of_features(dtype, options, S, short_splits):
     out, lse = assert_parity(3.0 * q, k, v, kv_lengths=ints(lengths), **options)
     if options.get("causal", True):
         assert not out[1, :, 0].any() and (lse[1, :, 0] == -math.inf).all()
+
+
+def one_in_three_hidden(x):
+    """Some keys of a row, the first of all rows, and all of one row."""
+    hidden = torch.arange(x.numel(), device=DEVICE).view(x.shape) % 3 == 1
+    hidden[..., 0] = hidden[..., 1, :] = True
+    return hidden
+
+
+@runs_kernel
+@pytest.mark.parametrize(("dtype", "S"), ((torch.float32, 25), (torch.float16, 96)), ids=str)  # rows of 96 are aligned
+@pytest.mark.parametrize("layout", ("rows", "columns", "of keys", "of queries", "of heads"))
+def test_parity_of_masks_and_biases(layout, S, dtype, short_splits):
+    """Of any strides; where a bias is -inf it hides a key, whatever that is."""
+    B, H, T = 2, 4, 2
+    shape = {"of keys": (B, 1, 1, S), "of queries": (B, H, T, 1), "of heads": (H, 1, 1)}.get(layout, (B, H, T, S))
+    whole = torch.randn(B, H, T, S, device=DEVICE)
+    whole.masked_fill_(one_in_three_hidden(whole), -math.inf)
+    bias = whole[tuple(slice(n) for n in (1, 1, 1, 1)[len(shape):] + shape)].reshape(shape).to(dtype)
+    if layout == "columns":
+        bias = bias.mT.contiguous().mT
+    q, k, v = random_inputs(B, H, 2, T, S, 40, dtype)
+    for options in ({"mask": bias > 0.0}, {"bias": bias, "sinks": sinks_of(H)}):
+        lengths = (S, S // 2)
+        poison(k, v, lengths)
+        out, lse = assert_parity(q, k, v, kv_lengths=ints(lengths), causal=layout != "rows", **options)
+        if layout == "rows":
+            assert not out[:, :, 1].any() and (lse[:, :, 1] == -math.inf).all()
+    if layout == "rows":  # a key that nobody sees
+        options = dict(causal=True, scale=0.25, bias=bias, kv_lengths=ints(lengths))
+        decode = functools.partial(kernel.attention_decode, q, k, v, **options)
+        expected = decode()
+        k[:, :, 0] = NAN
+        for actual, wanted in zip(decode(), expected, strict=True):
+            assert torch.equal(actual, wanted)
 
 
 @runs_kernel
@@ -231,7 +322,7 @@ def test_lengths_are_clamped_to_the_capacity(short_splits):
 @runs_kernel
 @pytest.mark.parametrize("window", (None, 45))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
-def test_neither_batch_nor_capacity_changes_a_bit(dtype, window, short_splits):
+def test_neither_the_batch_nor_room_for_more_changes_a_bit_of_what_is_cut_alike(dtype, window, short_splits):
     q, k, v = random_inputs(3, 4, 2, 2, 99, 64, dtype)
     lengths = (99, 20, 70)
     options = dict(causal=True, scale=0.125, window=window, sinks=sinks_of(4))

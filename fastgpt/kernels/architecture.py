@@ -15,3 +15,9 @@ def architecture(device: torch.device) -> int:
         return 90
     major, _ = torch.cuda.get_device_capability(device)
     return {9: 90, 10: 100}.get(major, 80)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; of what is no GPU as many as an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -24,21 +24,35 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
-from fastgpt.kernels.attention_forward import INTERPRETED, NUMBERS, POINTERS, Extras, Tile, descriptors, have_bulk_copies, strides
+from fastgpt.kernels.attention_forward import (
+    INTERPRETED,
+    NUMBERS,
+    POINTERS,
+    Extras,
+    Tile,
+    descriptors,
+    have_bulk_copies,
+    strides,
+)
 from fastgpt.kernels.attention_tiles import (
     LOG2_E,
     aligned_rows,
+    head_dims,
     kept_weights,
     key_ranges,
     load_rows,
+    load_scores,
+    padded_dim,
+    score_rows,
     store_rows,
     tanh,
-    tile_pointers,
+    tile_key,
+    units_of,
     visible_keys,
 )
 from fastgpt.kernels.limits import grid
 
-# pass -> (head dim padded to a power of two, bytes per element) -> a tile for each of ARCHITECTURES, see attention_forward.py.
+# pass -> (head dims as of `tile_key`, bytes per element) -> a tile for each of ARCHITECTURES, see attention_forward.py.
 # The rich ones leave registers for scores that are more than q·k · scale; the bias's pass uses that of the queries.
 TILES = {
     "keys": {
@@ -93,6 +107,7 @@ TILES = {
 # Of packed sequences, the pass over the keys has fewer registers left.
 TILES["packed keys"] = {**TILES["keys"], (128, 2): (Tile(32, 32, 4, 1), Tile(32, 64, 8, 2), Tile(32, 64, 8, 1))}
 
+WIDEST = 256  # head dim
 DELTA_ROWS = 32
 # Of wider heads, or where scores are more than q·k · scale, a pass over the queries has no registers left for bulk copies.
 BULK_HEAD_DIM = 128
@@ -108,7 +123,7 @@ DELTA_ARGUMENTS = [
 def _delta(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, n_heads, n_queries,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta (B, H, T): sum over the head dim of out · dout, less the gradient of lse."""
     n_tiles = tl.cdiv(n_queries, BLOCK_M)
@@ -121,8 +136,8 @@ def _delta(
     start = tl.cast(start_m, tl.int64)
     out_ptr = tl.multiple_of(out_ptr + b * stride_ob + h * stride_oh + start * stride_om, 16)
     dout_ptr = tl.multiple_of(dout_ptr + b * stride_gb + h * stride_gh + start * stride_gm, 16)
-    out = load_rows(out_ptr, stride_om, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True).to(tl.float32)
-    dout = load_rows(dout_ptr, stride_gm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True).to(tl.float32)
+    out = load_rows(out_ptr, stride_om, rows, n_rows, V_DIM, BLOCK_V, MASK_ROWS=True).to(tl.float32)
+    dout = load_rows(dout_ptr, stride_gm, rows, n_rows, V_DIM, BLOCK_V, MASK_ROWS=True).to(tl.float32)
     delta = tl.sum(out * dout, 1)
     at = b * stride_lb + h * stride_lh + start + rows
     if dlse_ptr is not None:
@@ -135,7 +150,7 @@ def _weights(
     qk, shift, rows, n_rows, offs_n, own, end, n_keys, scale, softcap, slope, window,
     mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    MASKED: tl.constexpr, EXACT: tl.constexpr,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The softmax's weights before dropout; and d score / d (scale q·k). MASKED: zero where a query does not see a key, for
     keys before `end`, or all if it is None.
@@ -155,8 +170,8 @@ def _weights(
     if HAS_ALIBI:
         qk -= slope * tl.abs(own - offs_n).to(tl.float32)
     if bias_ptr is not None:
-        ptrs = tile_pointers(bias_ptr, rows, offs_n, stride_bias_m, stride_bias_n)
-        bias = tl.load(ptrs, mask=(rows < n_rows) & (offs_n < n_keys), other=0.0).to(tl.float32)
+        bias_rows = score_rows(bias_ptr, rows, stride_bias_m, BIAS_UNIT)
+        bias = load_scores(bias_rows, offs_n, stride_bias_n, rows < n_rows, n_keys, BIAS_UNIT, False).to(tl.float32)
         qk = tl.where(bias == float("-inf"), float("-inf"), qk + bias)
     if EXACT:
         p = tl.exp2((qk - shift) * factor)
@@ -167,8 +182,8 @@ def _weights(
         if HAS_ALIBI:  # of which no row past the last may make an infinity; else its p is finite, and met by zeros
             visible = visible & (rows < n_rows)
         if mask_ptr is not None:
-            ptrs = tile_pointers(mask_ptr, rows, offs_n, stride_mask_m, stride_mask_n)
-            visible = visible & (tl.load(ptrs, mask=(rows < n_rows) & (offs_n < n_keys), other=0) != 0)
+            mask_rows = score_rows(mask_ptr, rows, stride_mask_m, MASK_UNIT)
+            visible = visible & (load_scores(mask_rows, offs_n, stride_mask_n, rows < n_rows, n_keys, MASK_UNIT, False) != 0)
         p = tl.where(visible, p, 0.0)
     return p, slope_of_cap
 
@@ -207,8 +222,9 @@ BACKWARD_NUMBERS = [
 def _fold_queries(
     dk, dv, k, v, q_ptr, dout_ptr, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr, delta_ptr, norm_ptr, begin, stop,
     n_queries, length, b, h, start_n, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
-    stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
@@ -226,17 +242,17 @@ def _fold_queries(
         rows = offs_m[None, :]
         if BULK:
             q = q_desc.load([desc_b, desc_h, desc_m + start_m, 0]).reshape(BLOCK_M, BLOCK_D)
-            dout = dout_desc.load([desc_b, desc_h, desc_m + start_m, 0]).reshape(BLOCK_M, BLOCK_D)
+            dout = dout_desc.load([desc_b, desc_h, desc_m + start_m, 0]).reshape(BLOCK_M, BLOCK_V)
         else:
             q = load_rows(q_ptr, stride_qm, offs_m, n_queries, HEAD_DIM, BLOCK_D, MASKED)
-            dout = load_rows(dout_ptr, stride_gm, offs_m, n_queries, HEAD_DIM, BLOCK_D, MASKED)
+            dout = load_rows(dout_ptr, stride_gm, offs_m, n_queries, V_DIM, BLOCK_V, MASKED)
         at = tl.cast(start_m, tl.int64)
         n_rows = n_queries - start_m
         shift = _load_vector(shift_ptr + at, cols, n_rows, 0.0, MASKED)
         p, slope_of_cap = _weights(
             tl.dot(k, q.T, input_precision="ieee"), shift[None, :], rows, n_queries, offs_n, rows + length - n_queries,
-            None, length, scale, softcap, slope, window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m,
-            stride_bias_n, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, MASKED, EXACT,
+            None, n_keys, scale, softcap, slope, window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m,
+            stride_bias_n, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, MASK_UNIT, BIAS_UNIT, MASKED, EXACT,
         )  # fmt: skip
         if EXACT:
             p *= _load_vector(norm_ptr + at, cols, n_rows, 1.0, MASKED)[None, :]
@@ -267,8 +283,9 @@ def _backward_keys(
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, q_desc=None, dout_desc=None,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, q_desc=None, dout_desc=None,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key/value head. Strides are in elements; the last dimension's is 1."""
     n_tiles = tl.cdiv(n_keys, BLOCK_N)
@@ -293,9 +310,9 @@ def _backward_keys(
     k_ptr = tl.multiple_of(k_ptr + b * stride_kb + h_kv * stride_kh + start * stride_kn, 16)
     v_ptr = tl.multiple_of(v_ptr + b * stride_vb + h_kv * stride_vh + start * stride_vn, 16)
     k = load_rows(k_ptr, stride_kn, cols, length - start_n, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-    v = load_rows(v_ptr, stride_vn, cols, length - start_n, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+    v = load_rows(v_ptr, stride_vn, cols, length - start_n, V_DIM, BLOCK_V, MASK_ROWS=True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
     # Tokens that may see a key of the tile: own position, token + length - T, from start_n on if causal, and before
     # the last key's position + window. Of those, all from `inner` to `outer` see all its keys.
@@ -332,8 +349,9 @@ def _backward_keys(
                 dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
                 norm_ptr + at, first, stop, T, length,
                 b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
-                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+                MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, V_DIM, BLOCK_V, BLOCK_M, BLOCK_N,
+                IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
                 BULK and cu_q_ptr is None,
             )  # fmt: skip
         if mask_ptr is None:
@@ -341,30 +359,33 @@ def _backward_keys(
                 dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
                 norm_ptr + at, inner, tl.minimum(outer, last),
                 T, length, b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
-                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
+                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+                MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, V_DIM, BLOCK_V, BLOCK_M, BLOCK_N,
+                IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
             )  # fmt: skip
             dk, dv = _fold_queries(
                 dk, dv, k, v, q_head, dout_head, q_desc, dout_desc, desc_b, desc_h, desc_m, shift_ptr + at, delta_ptr + at,
                 norm_ptr + at, tl.maximum(inner, outer), last,
                 T, length, b, h, start_n, scale, softcap, slope, window, mask_head, bias_head, seed, threshold, keep_scale,
-                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+                stride_qm, stride_gm, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+                MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, V_DIM, BLOCK_V, BLOCK_M, BLOCK_N,
+                IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
                 BULK and cu_q_ptr is None,
             )  # fmt: skip
     unread = offs_n[:, None] >= length
     dk_ptr += b * stride_dkb + h_kv * stride_dkh + start * stride_dkn
     dv_ptr += b * stride_dvb + h_kv * stride_dvh + start * stride_dvn
     store_rows(dk_ptr, stride_dkn, cols, n_rows_of_k, tl.where(unread, 0.0, dk * scale), HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr, stride_dvn, cols, n_rows_of_k, tl.where(unread, 0.0, dv), HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, stride_dvn, cols, n_rows_of_k, tl.where(unread, 0.0, dv), V_DIM, BLOCK_V)
 
 
 @triton.jit
 def _fold_keys(
     dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, begin, stop, end,
     own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
-    stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
@@ -374,17 +395,18 @@ def _fold_keys(
     """
     EXACT: tl.constexpr = q.dtype == tl.float32
     for start_n in range(begin, stop, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         if BULK:
             k = k_desc.load([desc_b, desc_h, desc_n + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
-            v = v_desc.load([desc_b, desc_h, desc_n + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
+            v = v_desc.load([desc_b, desc_h, desc_n + start_n, 0]).reshape(BLOCK_N, BLOCK_V)
         else:
             k = load_rows(k_ptr, stride_kn, offs_n, end, HEAD_DIM, BLOCK_D, MASKED)
-            v = load_rows(v_ptr, stride_vn, offs_n, end, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_rows(v_ptr, stride_vn, offs_n, end, V_DIM, BLOCK_V, MASKED)
         p, slope_of_cap = _weights(
             tl.dot(q, k.T, input_precision="ieee"), shift[:, None], rows[:, None], n_rows, offs_n[None, :], own[:, None],
-            end, end, scale, softcap, slope, window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m,
-            stride_bias_n, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, MASKED, EXACT,
+            end, n_keys, scale, softcap, slope, window, mask_ptr, bias_ptr, stride_mask_m, stride_mask_n, stride_bias_m,
+            stride_bias_n, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, MASK_UNIT, BIAS_UNIT, MASKED, EXACT,
         )  # fmt: skip
         row_sum += tl.sum(p, 1)
         dp = tl.dot(dout, v.T, input_precision="ieee")
@@ -409,9 +431,9 @@ def _backward_queries(
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    q_desc=None, k_desc=None, v_desc=None, dout_desc=None,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, q_desc=None, k_desc=None, v_desc=None, dout_desc=None,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head. Strides are in elements; the last dimension's is 1."""
     n_tiles = tl.cdiv(n_queries, BLOCK_M)
@@ -436,12 +458,12 @@ def _backward_queries(
     if BULK:  # also rows past the last, which are not stored
         at_m = [desc_b, tl.cast(h, tl.int32), tl.cast(row, tl.int32), 0]
         q = q_desc.load(at_m).reshape(BLOCK_M, BLOCK_D)
-        dout = dout_desc.load(at_m).reshape(BLOCK_M, BLOCK_D)
+        dout = dout_desc.load(at_m).reshape(BLOCK_M, BLOCK_V)
     else:
         q_ptr = tl.multiple_of(q_ptr + b * stride_qb + h * stride_qh + row * stride_qm, 16)
         dout_ptr = tl.multiple_of(dout_ptr + b * stride_gb + h * stride_gh + row * stride_gm, 16)
         q = load_rows(q_ptr, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-        dout = load_rows(dout_ptr, stride_gm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+        dout = load_rows(dout_ptr, stride_gm, rows, n_rows, V_DIM, BLOCK_V, MASK_ROWS=True)
     at = b * stride_lb + h * stride_lh + row
     lse = _load_vector(lse_ptr + at, rows, n_rows, 0.0, True)
     lse = tl.where(lse == float("-inf"), 0.0, lse)  # sees no key: all its weights are masked
@@ -473,8 +495,9 @@ def _backward_queries(
         dq, pk, row_sum, mean_dp = _fold_keys(
             dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, begin, tl.minimum(inner, end), end,
             own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
-            stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+            stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+            MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, V_DIM, BLOCK_V, BLOCK_M, BLOCK_N,
+            IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
             BULK and cu_k_ptr is None and kv_lengths_ptr is None,
         )  # fmt: skip
         begin = inner
@@ -482,14 +505,16 @@ def _backward_queries(
         dq, pk, row_sum, mean_dp = _fold_keys(
             dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, begin, outer, end,
             own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
-            stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
+            stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+            MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, V_DIM, BLOCK_V, BLOCK_M, BLOCK_N,
+            IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
         )  # fmt: skip
     dq, pk, row_sum, mean_dp = _fold_keys(
         dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, desc_n, tl.maximum(begin, outer), end, end,
         own, offs_m, rows, n_rows, b, h, scale, softcap, slope, window, mask_ptr, bias_ptr, seed, threshold, keep_scale,
-        stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
+        stride_kn, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n, n_keys,
+        MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, V_DIM, BLOCK_V, BLOCK_M, BLOCK_N,
+        IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True,
             BULK and cu_k_ptr is None and kv_lengths_ptr is None,
     )  # fmt: skip
     seen = row_sum > 0.0
@@ -522,9 +547,9 @@ def _backward_bias(
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     n_batch, bias_batch, bias_heads, m_tiles, n_tiles,
     n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """One tile of the bias's gradient: ds, summed over the dimensions in which the bias has size 1.
 
@@ -559,7 +584,7 @@ def _backward_bias(
             q_tile = tl.multiple_of(q_ptr + b * stride_qb + h * stride_qh + start_m * stride_qm, 16)
             dout_tile = tl.multiple_of(dout_ptr + b * stride_gb + h * stride_gh + start_m * stride_gm, 16)
             q = load_rows(q_tile, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-            dout = load_rows(dout_tile, stride_gm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+            dout = load_rows(dout_tile, stride_gm, rows, n_rows, V_DIM, BLOCK_V, MASK_ROWS=True)
             at = b * stride_lb + h * stride_lh + start_m
             shift = _load_vector(shift_ptr + at, rows, n_rows, 0.0, True)
             delta = _load_vector(delta_ptr + at, rows, n_rows, 0.0, True)
@@ -572,12 +597,13 @@ def _backward_bias(
                 k_tile = tl.multiple_of(k_ptr + b * stride_kb + h_kv * stride_kh, 16)
                 v_tile = tl.multiple_of(v_ptr + b * stride_vb + h_kv * stride_vh, 16)
                 k = load_rows(k_tile, stride_kn, offs_n, length, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-                v = load_rows(v_tile, stride_vn, offs_n, length, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+                v = load_rows(v_tile, stride_vn, offs_n, length, V_DIM, BLOCK_V, MASK_ROWS=True)
                 p, _ = _weights(
                     tl.dot(q, k.T, input_precision="ieee"), shift[:, None], rows[:, None], n_rows, offs_n[None, :],
-                    own[:, None], length, length, scale, softcap, slope, window, mask_tile, bias_tile,
+                    own[:, None], length, n_keys, scale, softcap, slope, window, mask_tile, bias_tile,
                     stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-                    IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASKED=True, EXACT=q.dtype == tl.float32,
+                    IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, MASK_UNIT, BIAS_UNIT,
+                    MASKED=True, EXACT=q.dtype == tl.float32,
                 )  # fmt: skip
                 if q.dtype == tl.float32:
                     p *= _load_vector(norm_ptr + at, rows, n_rows, 1.0, True)[:, None]
@@ -611,8 +637,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Launches the passes: dq, dk, dv in the dtypes and shapes of q, k, v; dbias in that of bias, or None; dsinks or None.
 
-    Args: dout (B, H, T, D) and dlse (B, H, T) or None, the gradients of out and lse that `attention_forward` returned;
-        the rest as it took them. No host sync.
+    Args: dout (B, H, T, D_v) and dlse (B, H, T) or None, the gradients of out and lse that `attention_forward` returned;
+        the rest as it took them, with D and D_v up to 256. No host sync.
+    Raises: ValueError for wider heads.
     """
     if INTERPRETED and q.dtype is torch.bfloat16:  # as in attention_forward
         options = {name: value for name, value in locals().items() if name not in ("dout", "dlse", "q", "k", "v", "out", "lse")}
@@ -620,7 +647,9 @@ def attention_backward(
         return (*(grad.bfloat16() for grad in grads[:3]), *grads[3:])
 
     B, H, T, D = q.shape
-    H_kv, S = k.shape[1:3]
+    H_kv, S, D_v = v.shape[1:]
+    if max(D, D_v) > WIDEST:
+        raise ValueError(f"q: expected head dims up to {WIDEST} of q, k and v, got {D} and {D_v}")
     packed = cu_seqlens_q is not None
     # No program writes what is past the last of packed sequences.
     dq, dk, dv = (torch.zeros_like(x) if packed else torch.empty_like(x) for x in (q, k, v))
@@ -637,14 +666,14 @@ def attention_backward(
     extras = Extras(q, k, window, softcap, alibi_slopes, None, mask, bias, kv_lengths, None, None, None, dropout_p,
                     dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
     rich = "rich " if extras.rich else ""
-    flags = (D, q.element_size(), causal, window is not None, softcap is not None)
+    flags = (D, D_v, q.element_size(), causal, window is not None, softcap is not None)
     bulk = have_bulk_copies(q, k, v, dout)
     of_keys = _constants((rich or ("packed " if packed else "")) + "keys", architecture(q.device) if bulk else 80, *flags)
-    tiles = {"q_desc": (q, "BLOCK_M"), "dout_desc": (dout, "BLOCK_M")}
+    tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "dout_desc": (dout, "BLOCK_M", "BLOCK_V")}
     bulk_of_keys = descriptors(of_keys, tiles) if bulk else {}
-    bulk = bulk and not rich and D <= BULK_HEAD_DIM
+    bulk = bulk and not rich and max(D, D_v) <= BULK_HEAD_DIM
     of_queries = _constants(rich + "queries", architecture(q.device) if bulk else 80, *flags)
-    tiles |= {"k_desc": (k, "BLOCK_N"), "v_desc": (v, "BLOCK_N")}
+    tiles |= {"k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
     bulk_of_queries = descriptors(of_queries, tiles) if bulk else {}
     n_queries, n_keys = (T, S) if not packed else (min(max_q, T), min(max_k, S))
     batch = len(cu_seqlens_q) - 1 if packed else B
@@ -655,11 +684,12 @@ def attention_backward(
     common |= {name: value for name, value in extras.numbers.items() if not name.startswith(skipped)}
     common |= {**strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed)}
     common |= {**strides(dout, "g", "bhm", packed), **strides(lse, "l", "bh", packed)}
+    common |= extras.units
     common |= {"n_heads": H, "group": H // H_kv, "n_queries": n_queries, "n_keys": n_keys, "scale": float(scale)}
     with torch.cuda.device_of(q):
         _delta[grid("q", triton.cdiv(T, DELTA_ROWS), B, H)](
             out, dout, dlse, delta, **strides(out, "o", "bhm"), **strides(dout, "g", "bhm"), **strides(lse, "l", "bh"),
-            n_heads=H, n_queries=T, **_delta_constants(D),
+            n_heads=H, n_queries=T, **_delta_constants(D_v),
         )  # fmt: skip
         _backward_queries[grid("q", m_tiles, batch, H)](
             q, k, v, dout, lse, dlse, shift, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common,
@@ -690,20 +720,19 @@ def attention_backward(
 
 
 @functools.cache
-def _delta_constants(head_dim: int) -> dict:
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    return dict(HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=DELTA_ROWS, enable_fp_fusion=True)
+def _delta_constants(v_dim: int) -> dict:
+    return dict(V_DIM=v_dim, BLOCK_V=padded_dim(v_dim), BLOCK_M=DELTA_ROWS, enable_fp_fusion=True)
 
 
 @functools.cache
 def _constants(
-    tiles: str, arch: int, head_dim: int, element_size: int, causal: bool, has_window=False, has_softcap=False
+    tiles: str, arch: int, head_dim: int, v_dim: int, element_size: int, causal: bool, has_window=False, has_softcap=False
 ) -> dict:
     """The compile-time arguments and options of a pass."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    tile = TILES[tiles][block_d, element_size][ARCHITECTURES.index(arch)]
+    tile = TILES[tiles][tile_key(head_dim, v_dim, element_size)][ARCHITECTURES.index(arch)]
     return dict(
-        HEAD_DIM=head_dim, BLOCK_D=block_d, IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
+        HEAD_DIM=head_dim, BLOCK_D=padded_dim(head_dim), V_DIM=v_dim, BLOCK_V=padded_dim(v_dim),
+        IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
         # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
         **tile._asdict(), enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip
@@ -723,25 +752,22 @@ def aot_configurations(arch: int):
         (("alibi_ptr", "bias_ptr", "seed_ptr"), {"has_softcap": True}),
         (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {}),
     ]
-    for (block_d, element_size), dtype in itertools.product(TILES["keys"], (torch.float16, torch.bfloat16, torch.float32)):
-        if dtype.itemsize != element_size:
-            continue
-        for head_dim, causal, (given, flags) in itertools.product(
-            (block_d, block_d * 5 // 8), (True, False), features
-        ):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        dims = [x for x in head_dims(TILES["keys"], dtype.itemsize) if max(x) <= WIDEST]
+        for (head_dim, v_dim), causal, (given, flags) in itertools.product(dims, (True, False), features):
             if causal and given in ((), ("dlse_ptr",)):
-                yield _delta, dtype, dtype, _delta_constants(head_dim), given
+                yield _delta, dtype, dtype, _delta_constants(v_dim), given
             if given == ("dlse_ptr",):
                 continue
             rich = "rich " if "seed_ptr" in given else ""
-            sizes = (head_dim, element_size, causal)
-            for bulk in (False, True) if arch >= 90 and element_size == 2 else (False,):
+            sizes = (head_dim, v_dim, dtype.itemsize, causal)
+            for bulk in (False, True) if arch >= 90 and dtype.itemsize == 2 else (False,):
                 kind = rich or ("packed " if "cu_q_ptr" in given else "")
-                of_keys = _constants(kind + "keys", arch if bulk else 80, *sizes, **flags)
+                of_keys = _constants(kind + "keys", arch if bulk else 80, *sizes, **flags) | units_of(given, dtype)
                 yield _backward_keys, dtype, dtype, of_keys, (*given, "q_desc", "dout_desc") if bulk else given
-                if bulk and (rich or head_dim > BULK_HEAD_DIM):
+                if bulk and (rich or max(head_dim, v_dim) > BULK_HEAD_DIM):
                     continue
-                of_queries = _constants(rich + "queries", arch if bulk else 80, *sizes, **flags)
+                of_queries = _constants(rich + "queries", arch if bulk else 80, *sizes, **flags) | units_of(given, dtype)
                 tiles = ("q_desc", "k_desc", "v_desc", "dout_desc") if bulk else ()
                 yield _backward_queries, dtype, dtype, of_queries, (*given, *tiles)
                 if "bias_ptr" in given:

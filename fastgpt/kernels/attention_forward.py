@@ -28,15 +28,24 @@ from fastgpt.kernels.attention_tiles import (
     LOG2_E,
     aligned_rows,
     finish_softmax,
+    from_8_bits,
+    head_blocks,
+    head_dims,
     kept_weights,
     key_ranges,
     load_keys,
     load_rows,
+    load_scores,
     modified_scores,
     online_softmax,
-    page_rows,
+    padded_dim,
+    pages_of,
+    score_rows,
     store_rows,
-    tile_pointers,
+    tile_key,
+    unit_of,
+    units_of,
+    values_from_8_bits,
     visible_keys,
 )
 from fastgpt.kernels.limits import check_count, check_sizes, grid
@@ -52,7 +61,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (head dim padded to a power of two, bytes per element) -> a tile for each of ARCHITECTURES; that of 80 also wherever tiles
+# (head dims as of `tile_key`, bytes per element) -> a tile for each of ARCHITECTURES; that of 80 also wherever tiles
 # cannot be copied in bulk. Each fits, as benchmarks/sweep_tiles.py has it; which is fastest, that would tell on a GPU, where
 # none has been timed. Few queries are the business of attention_decode.py.
 TILES = {
@@ -66,7 +75,11 @@ TILES = {
     (64, 4): (Tile(32, 32, 8, 2),) * 3,
     (128, 4): (Tile(32, 16, 8, 3),) * 3,
     (256, 4): (Tile(16, 16, 8, 2),) * 3,
+    (512, 2): (Tile(32, 16, 8, 2),) * 3,
+    (512, 4): (Tile(16, 16, 8, 1),) * 3,
+    (1024, 2): (Tile(16, 16, 8, 1),) * 3,
 }
+WIDEST_BULK = 256  # head dim whose rows can be copied in bulk
 
 # Where sequences have lengths of their own, and keys a window or queries no causal mask, which takes registers, too.
 RAGGED_TILES = {**TILES, (128, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3))}
@@ -83,17 +96,21 @@ RICH_TILES = {
     (64, 4): (Tile(32, 16, 8, 1),) * 3,
     (128, 4): (Tile(16, 16, 8, 2),) * 3,
     (256, 4): (Tile(16, 16, 8, 1),) * 3,
+    (512, 2): (Tile(16, 16, 8, 2),) * 3,
+    (512, 4): (Tile(16, 16, 8, 1),) * 3,
+    (1024, 2): (Tile(16, 16, 8, 1),) * 3,
 }
 
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, first_k, begin, stop, end,
+    acc, row_sum, row_max, q, q_rest, k_ptr, v_ptr, k_desc, k_rest_desc, v_desc, desc_b, desc_h, first_k, begin, stop, end,
     factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
     mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
     stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-    stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys begin..stop-1 into (acc, row_sum, row_max); begin is a multiple of BLOCK_N.
@@ -102,53 +119,66 @@ def _attend(
     Masked, keys from `end` on are not read, and each query sees what visible_keys and the mask leave to it.
     """
     MODIFIED: tl.constexpr = HAS_SOFTCAP or HAS_ALIBI or bias_ptr is not None
+    if block_table_ptr is not None:  # as in attention_decode.py, looked up a step ahead
+        next_pages = pages_of(block_table_ptr, stride_tp, begin + tl.arange(0, BLOCK_N), end, page, n_pages)
     for start_n in range(begin, stop, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         in_range = offs_n < end
+        pages, key_rows, page_stride_k, page_stride_v = 0, offs_n, 0, 0
+        if block_table_ptr is not None:
+            pages, key_rows = next_pages.to(tl.int64), offs_n % page
+            page_stride_k, page_stride_v = stride_kb, stride_vb
+            next_pages = pages_of(block_table_ptr, stride_tp, offs_n + BLOCK_N, end, page, n_pages)
         if BULK:
             k = k_desc.load([desc_b, desc_h, first_k + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
-        elif block_table_ptr is not None:
-            pages, key_rows = page_rows(block_table_ptr, stride_tp, offs_n, end, page, n_pages)
-            k = load_keys(k_ptr, stride_kb, stride_kn, pages, key_rows, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
-            k_scales = pages * stride_ksb + key_rows * tl.cast(stride_ksn, tl.int64)
-            v_scales = pages * stride_vsb + key_rows * tl.cast(stride_vsn, tl.int64)
         else:
-            k = load_keys(k_ptr, 0, stride_kn, 0, offs_n, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
-            k_scales, v_scales = offs_n * tl.cast(stride_ksn, tl.int64), offs_n * tl.cast(stride_vsn, tl.int64)
-        qk = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32, not yet scaled
+            k = load_keys(k_ptr, page_stride_k, stride_kn, pages, key_rows, in_range, HEAD_DIM, BLOCK_D, MASKED)
+        qk = tl.dot(q, from_8_bits(k, q.dtype).T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32, not yet scaled
+        if BLOCK_R > 0:
+            if BULK:
+                k_rest = k_rest_desc.load([desc_b, desc_h, first_k + start_n, BLOCK_D]).reshape(BLOCK_N, BLOCK_R)
+            else:
+                k_rest = load_keys(
+                    k_ptr + BLOCK_D, page_stride_k, stride_kn, pages, key_rows, in_range, HEAD_DIM - BLOCK_D, BLOCK_R, MASKED
+                )
+            qk = tl.dot(q_rest, from_8_bits(k_rest, q.dtype).T, qk, input_precision="ieee")
         if k_scale_ptr is not None:
-            qk *= tl.load(k_scale_ptr + k_scales, mask=in_range, other=0.0)[None, :]
+            offsets = pages * stride_ksb + key_rows * tl.cast(stride_ksn, tl.int64)
+            qk *= tl.load(k_scale_ptr + offsets, mask=in_range, other=0.0)[None, :]
         if MODIFIED:
             bias = 0.0
             if bias_ptr is not None:
-                ptrs = tile_pointers(bias_ptr, rows[:, None], offs_n[None, :], stride_bias_m, stride_bias_n)
-                within = (rows[:, None] < n_rows) & in_range[None, :]
-                bias = tl.load(ptrs, mask=within, other=0.0).to(tl.float32)
+                bias_rows = score_rows(bias_ptr, rows[:, None], stride_bias_m, BIAS_UNIT)
+                in_rows = rows[:, None] < n_rows
+                bias = load_scores(
+                    bias_rows, offs_n[None, :], stride_bias_n, in_rows, n_keys, BIAS_UNIT, not MASKED
+                ).to(tl.float32)  # fmt: skip
             qk = modified_scores(
                 qk, scale, softcap, slope, own, offs_n, bias, HAS_SOFTCAP, HAS_ALIBI, bias_ptr is not None
             )
         if MASKED:
             visible = visible_keys(own[:, None], offs_n[None, :], end, window, IS_CAUSAL, HAS_WINDOW)
             if mask_ptr is not None:
-                ptrs = tile_pointers(mask_ptr, rows[:, None], offs_n[None, :], stride_mask_m, stride_mask_n)
-                within = (rows[:, None] < n_rows) & in_range[None, :]
-                visible = visible & (tl.load(ptrs, mask=within, other=0) != 0)
+                mask_rows = score_rows(mask_ptr, rows[:, None], stride_mask_m, MASK_UNIT)
+                in_rows = rows[:, None] < n_rows
+                kept = load_scores(mask_rows, offs_n[None, :], stride_mask_n, in_rows, n_keys, MASK_UNIT, False)
+                visible = visible & (kept != 0)
             qk = tl.where(visible, qk, float("-inf"))
 
-        HIDES: tl.constexpr = MASKED or bias_ptr is not None  # a bias of -inf hides a key, too
-        p, rescale, row_sum, row_max = online_softmax(qk, row_sum, row_max, factor, HIDES, EXACT=q.dtype == tl.float32)
+        p, rescale, row_sum, row_max = online_softmax(qk, row_sum, row_max, factor, EXACT=q.dtype == tl.float32)
         if seed is not None:
             keep = kept_weights(seed, threshold, b, head, offs_m, start_n, BLOCK_N)
             p = tl.where(keep, p * keep_scale, 0.0)
 
         if BULK:
-            v = v_desc.load([desc_b, desc_h, first_k + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
-        elif block_table_ptr is not None:
-            v = load_keys(v_ptr, stride_vb, stride_vn, pages, key_rows, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
+            v = v_desc.load([desc_b, desc_h, first_k + start_n, 0]).reshape(BLOCK_N, BLOCK_V)
         else:
-            v = load_keys(v_ptr, 0, stride_vn, 0, offs_n, in_range, q.dtype, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_keys(v_ptr, page_stride_v, stride_vn, pages, key_rows, in_range, V_DIM, BLOCK_V, MASKED)
+        v = values_from_8_bits(v, q.dtype)
         if v_scale_ptr is not None:
-            v_scale = tl.load(v_scale_ptr + v_scales, mask=in_range, other=0.0)
+            offsets = pages * stride_vsb + key_rows * tl.cast(stride_vsn, tl.int64)
+            v_scale = tl.load(v_scale_ptr + offsets, mask=in_range, other=0.0)
             v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     return acc, row_sum, row_max
@@ -178,12 +208,14 @@ def _attention_forward(
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     stride_tb, stride_tp, stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
     page, n_pages, n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    q_desc=None, k_desc=None, v_desc=None,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    q_desc=None, k_desc=None, v_desc=None, q_rest_desc=None, k_rest_desc=None,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Strides are in elements; the last dimension's is 1.
 
+    q and k have HEAD_DIM numbers a row, those past BLOCK_D in a tile of BLOCK_R, if it is not 0; v and out V_DIM.
     lse (B, H, T) fp32. Packed sequences: cu_q, cu_k (B + 1,) int32 say where each begins, batch strides are 0 and
     n_queries is that of the longest. What is None has no part in the kernel.
     """
@@ -254,47 +286,55 @@ def _attention_forward(
     # Bulk copies of a tile of keys read all of it, and where a tensor ends, zeros.
     WHOLE: tl.constexpr = BULK and kv_lengths_ptr is None and cu_k_ptr is None
 
+    q_rest = None
     if q_desc is not None:  # also rows past the last, which are not stored
         at_m = tl.cast(first_q, tl.int32) + start_m
         q = q_desc.load([desc_b, tl.cast(h, tl.int32), at_m, 0]).reshape(BLOCK_M, BLOCK_D)
+        if BLOCK_R > 0:
+            q_rest = q_rest_desc.load([desc_b, tl.cast(h, tl.int32), at_m, BLOCK_D]).reshape(BLOCK_M, BLOCK_R)
     else:
         q = load_rows(q_ptr, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if BLOCK_R > 0:
+            q_rest = load_rows(q_ptr + BLOCK_D, stride_qm, rows, n_rows, HEAD_DIM - BLOCK_D, BLOCK_R, MASK_ROWS=True)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if HAS_WINDOW:
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, first_k, begin, tl.minimum(inner, end), end,
-            factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
+            acc, row_sum, row_max, q, q_rest, k_ptr, v_ptr, k_desc, k_rest_desc, v_desc, desc_b, desc_h, first_k,
+            begin, tl.minimum(inner, end), end, factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
             mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
             stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
+            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
+            MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_R, V_DIM, BLOCK_V, BLOCK_N,
+            IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
         )  # fmt: skip
         begin = inner
     if mask_ptr is None:
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, first_k, begin, outer, end,
-            factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
+            acc, row_sum, row_max, q, q_rest, k_ptr, v_ptr, k_desc, k_rest_desc, v_desc, desc_b, desc_h, first_k,
+            begin, outer, end, factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
             mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
             stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
+            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
+            MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_R, V_DIM, BLOCK_V, BLOCK_N,
+            IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, desc_b, desc_h, first_k, tl.maximum(begin, outer), end, end,
-        factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
+        acc, row_sum, row_max, q, q_rest, k_ptr, v_ptr, k_desc, k_rest_desc, v_desc, desc_b, desc_h, first_k,
+        tl.maximum(begin, outer), end, end, factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
         mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
         stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-        stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages,
-        HEAD_DIM, BLOCK_D, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
+        stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
+        MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_R, V_DIM, BLOCK_V, BLOCK_N,
+        IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
     )  # fmt: skip
 
     row_max *= unit if q.dtype == tl.float32 else LN_2  # see online_softmax
     out, lse = finish_softmax(acc, row_sum, row_max, sinks_ptr, h)
     tl.store(lse_ptr + (b * stride_lb + h * stride_lh + start_m) + rows, lse, mask=rows < n_rows)
     out_ptr += b * stride_ob + h * stride_oh + tl.cast(start_m, tl.int64) * stride_om
-    store_rows(out_ptr, stride_om, rows, n_rows, out, HEAD_DIM, BLOCK_D)
+    store_rows(out_ptr, stride_om, rows, n_rows, out, V_DIM, BLOCK_V)
 
 
 INTERPRETED = not isinstance(_attention_forward, triton.JITFunction)  # TRITON_INTERPRET was set
@@ -306,13 +346,13 @@ def attention_forward(
     dropout_seed=None, cu_seqlens_q=None, cu_seqlens_k=None, max_q=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the kernel: one launch, no host sync. Arguments: `fastgpt.attention`, with dropout_seed (1,) int64 on
-    the device.
+    the device; head dims D <= 576 of q and k, D_v of v up to 576, in fp32 512.
 
     Packed sequences: q (1, H, total_q, D), k, v (1, H_kv, total_k, D), and cu_seqlens_q, cu_seqlens_k (B + 1,) int32;
     max_q is the longest sequence's number of queries. What is past the last sequence sees no key; two launches more fill it.
 
     Returns:
-        out (B, H, T, D) in q's dtype, contiguous as (B, T, H, D), and lse (B, H, T) fp32, natural log.
+        out (B, H, T, D_v) in q's dtype, contiguous as (B, T, H, D_v), and lse (B, H, T) fp32, natural log.
         A query that sees no key gets zeros and -inf.
     """
     if INTERPRETED and q.dtype is torch.bfloat16:  # there, tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
@@ -322,7 +362,8 @@ def attention_forward(
         return out.bfloat16(), lse
 
     B, H, T, D = q.shape
-    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
+    D_v = v.shape[3]
+    out = torch.empty((B, T, H, D_v), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if cu_seqlens_q is not None:  # no program writes what is past the last sequence
         out.zero_(), lse.fill_(-math.inf)
@@ -335,11 +376,14 @@ def attention_forward(
     extras = Extras(q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
                     dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
     n_queries = T if max_q is None else min(max_q, T)
-    bulk = block_table is None and k.dtype is q.dtype and have_bulk_copies(q, k, v)
+    narrow = max(D, D_v) <= WIDEST_BULK
+    bulk = narrow and block_table is None and k.dtype is q.dtype and have_bulk_copies(q, k, v)
     arch = architecture(q.device) if bulk else 80
     flags = causal, window is not None, softcap is not None, extras.rich, extras.ragged
-    constants = _constants(D, q.element_size(), arch, *flags)
-    tiles = {"q_desc": (q, "BLOCK_M"), "k_desc": (k, "BLOCK_N"), "v_desc": (v, "BLOCK_N")}
+    constants = _constants(D, D_v, q.element_size(), arch, *flags)
+    tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
+    if constants["BLOCK_R"]:
+        tiles |= {"q_rest_desc": (q, "BLOCK_M", "BLOCK_R"), "k_rest_desc": (k, "BLOCK_N", "BLOCK_R")}
     packed = cu_seqlens_q is not None
     batch = len(cu_seqlens_q) - 1 if packed else B
     with torch.cuda.device_of(q):
@@ -348,7 +392,8 @@ def attention_forward(
             **(descriptors(constants, tiles) if bulk else {}),
             **strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed),
             **strides(out, "o", "bhm", packed), **strides(lse, "l", "bh", packed),
-            **extras.numbers, n_heads=H, group=H // k.shape[1], n_queries=n_queries, scale=float(scale), **constants,
+            **extras.numbers, **extras.units, n_heads=H, group=H // k.shape[1], n_queries=n_queries,
+            scale=float(scale), **constants,
         )  # fmt: skip
     return out, lse
 
@@ -391,6 +436,7 @@ class Extras:
             "threshold": keep_threshold(dropout_p),
             "keep_scale": 1.0 / (1.0 - dropout_p),
         }
+        self.units = {"MASK_UNIT": unit_of(mask), "BIAS_UNIT": unit_of(bias)}
         self.ragged = kv_lengths is not None or cu_seqlens_q is not None
         # Whether tiles need registers for it.
         self.rich = softcap is not None or any(
@@ -416,14 +462,14 @@ def have_bulk_copies(*tensors: Tensor) -> bool:
     )
 
 
-def descriptors(constants: dict, tiles: dict[str, tuple[Tensor, str]]) -> dict[str, TensorDescriptor]:
-    """For bulk copies of tiles. tiles: name -> (tensor, the constant that says how many rows a tile has)."""
+def descriptors(constants: dict, tiles: dict[str, tuple[Tensor, str, str]]) -> dict[str, TensorDescriptor]:
+    """For bulk copies of tiles. tiles: name -> (tensor, the constants that say how many rows and columns a tile has)."""
     result = {}
-    for name, (x, rows) in tiles.items():
+    for name, (x, rows, columns) in tiles.items():
         # A stride that is never taken has to be a multiple of 16 bytes nevertheless.
         steps = [128 if n == 1 else step for n, step in zip(x.shape[:3], x.stride())]
-        shape = [*x.shape[:3], constants["HEAD_DIM"]]
-        result[name] = TensorDescriptor(x, shape, [*steps, 1], [1, 1, constants[rows], constants["BLOCK_D"]])
+        dim = constants["V_DIM" if columns == "BLOCK_V" else "HEAD_DIM"]  # what aligned_rows has added lies past it
+        result[name] = TensorDescriptor(x, [*x.shape[:3], dim], [*steps, 1], [1, 1, constants[rows], constants[columns]])
     return result
 
 
@@ -443,14 +489,16 @@ def bytes_of(x: Tensor) -> Tensor:
 
 @functools.cache
 def _constants(
-    head_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False, rich=False, ragged=False
-) -> dict:
+    head_dim: int, v_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False, rich=False,
+    ragged=False,
+) -> dict:  # fmt: skip
     """The kernel's compile-time arguments and options."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d, block_r = head_blocks(head_dim)
     table = table_of(causal, has_window, rich, ragged)
-    tile = table[block_d, element_size][ARCHITECTURES.index(arch)]
+    tile = table[tile_key(head_dim, v_dim, element_size)][ARCHITECTURES.index(arch)]
     return dict(
-        HEAD_DIM=head_dim, BLOCK_D=block_d, IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_R=block_r, V_DIM=v_dim, BLOCK_V=padded_dim(v_dim),
+        IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
         # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
         **tile._asdict(), enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip
@@ -477,15 +525,15 @@ def aot_configurations(arch: int):
         (("kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr"), {"rich": True}),
         (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {"rich": True}),
     ]
-    for (block_d, element_size), dtype in itertools.product(TILES, (torch.float16, torch.bfloat16, torch.float32)):
-        if dtype.itemsize != element_size:
-            continue
-        for head_dim, causal, (given, flags) in itertools.product(
-            (block_d, block_d * 5 // 8), (True, False), features
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for (head_dim, v_dim), causal, (given, flags) in itertools.product(
+            head_dims(TILES, dtype.itemsize), (True, False), features
         ):
             cache_dtype = torch.int8 if "k_scale_ptr" in given else dtype
-            constants = _constants(head_dim, element_size, 80, causal, **flags)
+            units = units_of(given, dtype)
+            constants = _constants(head_dim, v_dim, dtype.itemsize, 80, causal, **flags) | units
             yield _attention_forward, dtype, cache_dtype, constants, given
-            if arch >= 90 and element_size == 2 and "block_table_ptr" not in given:
-                constants = _constants(head_dim, element_size, arch, causal, **flags)
-                yield _attention_forward, dtype, cache_dtype, constants, (*given, "q_desc", "k_desc", "v_desc")
+            if arch >= 90 and dtype.itemsize == 2 and head_dim <= WIDEST_BULK and "block_table_ptr" not in given:
+                constants = _constants(head_dim, v_dim, dtype.itemsize, arch, causal, **flags) | units
+                rest = ("q_rest_desc", "k_rest_desc") if constants["BLOCK_R"] else ()
+                yield _attention_forward, dtype, cache_dtype, constants, (*given, "q_desc", "k_desc", "v_desc", *rest)

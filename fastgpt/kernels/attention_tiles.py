@@ -50,35 +50,63 @@ def store_rows(ptr, stride, offs_row, n_rows, x, HEAD_DIM: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def tile_pointers(ptr, rows, cols, stride_row, stride_col):
-    """Pointers to a tile, from its rows (M, 1) and columns (1, N), or transposed."""
-    return ptr + rows * tl.cast(stride_row, tl.int64) + cols * tl.cast(stride_col, tl.int64)
+def score_rows(ptr, rows, stride_row, UNIT: tl.constexpr):
+    """Where rows (M, 1), or (1, M), of a mask or a bias begin. UNIT: see `unit_of`."""
+    ALIGN: tl.constexpr = UNIT * ptr.dtype.scalar.element_ty.primitive_bitwidth // 8 if UNIT > 1 else 1
+    return tl.multiple_of(ptr + rows * tl.cast(stride_row, tl.int64), (ALIGN, ALIGN))
 
 
 @triton.jit
-def page_rows(block_table_ptr, stride_tp, offs_n, end, page, n_pages):
-    """Keys offs_n of a paged sequence: their pages, int64, and their rows in them. From `end` on anything valid."""
+def load_scores(row_ptrs, cols, stride_col, row_mask, n_cols, UNIT: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of a mask or a bias, from `score_rows` (M, 1) and columns (1, N), or transposed; 0 beyond what there is.
+
+    WHOLE: all columns are before n_cols.
+    """
+    if UNIT == 0:
+        ptrs = row_ptrs + cols * tl.cast(stride_col, tl.int64)
+    else:
+        ptrs = row_ptrs + cols
+    mask = row_mask
+    if not WHOLE:
+        STEP: tl.constexpr = UNIT if UNIT > 1 else 1
+        mask = mask & (cols < n_cols // STEP * STEP)  # which is n_cols, and tells that vectors are in or out as a whole
+    return tl.load(ptrs, mask=mask, other=0)
+
+
+@triton.jit
+def pages_of(block_table_ptr, stride_tp, offs_n, end, page, n_pages):
+    """The pages of keys offs_n of a paged sequence. From `end` on any that there are."""
     entries = block_table_ptr + offs_n // page * tl.cast(stride_tp, tl.int64)
     pages = tl.load(entries, mask=offs_n < end, other=0)
-    return tl.cast(tl.maximum(tl.minimum(pages, n_pages - 1), 0), tl.int64), offs_n % page
+    return tl.maximum(tl.minimum(pages, n_pages - 1), 0)
 
 
 @triton.jit
 def load_keys(
-    ptr, stride_page, stride_row, pages, rows, end_mask, dtype: tl.constexpr,
+    ptr, stride_page, stride_row, pages, rows, end_mask,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys or values (rows, BLOCK_D) in `dtype`: rows `rows` of pages `pages`. int8 and e4m3 (as uint8) are
-    what their bits say, without their scale."""
+    """A tile of keys or values (rows, BLOCK_D) as it is stored: rows `rows` of pages `pages`."""
     ALIGN: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     offsets = pages * tl.multiple_of(tl.cast(stride_page, tl.int64), ALIGN)
     offsets += rows * tl.multiple_of(tl.cast(stride_row, tl.int64), ALIGN)
-    x = _load_tile(ptr, offsets, end_mask, HEAD_DIM, BLOCK_D, MASK_ROWS)
-    return from_8_bits(x, dtype)
+    return _load_tile(ptr, offsets, end_mask, HEAD_DIM, BLOCK_D, MASK_ROWS)
+
+
+@triton.jit
+def values_from_8_bits(x, dtype: tl.constexpr):
+    """`from_8_bits` of values x (N, BLOCK_D), by halves: what splits numbers that lie side by side in a register keeps the
+    compiler from reading 8 bits as the matrix units want 16 of them, one by one, and from copying no more than 8 bytes at once
+    to where it does."""
+    if x.dtype.primitive_bitwidth == 8:
+        even, odd = x.reshape(x.shape[0], x.shape[1] // 2, 2).split()
+        return tl.join(from_8_bits(even, dtype), from_8_bits(odd, dtype)).reshape(x.shape[0], x.shape[1])
+    return x.to(dtype)
 
 
 @triton.jit
 def from_8_bits(x, dtype: tl.constexpr):
+    """x in `dtype`. int8 and e4m3 (as uint8) are what their bits say, without their scale."""
     if x.dtype == tl.uint8:
         # e4m3 to fp16: exponents differ by 8, which the multiplication adds, for subnormal numbers too.
         bits = x.to(tl.int16)
@@ -152,17 +180,17 @@ def key_ranges(
 
 
 @triton.jit
-def online_softmax(x, row_sum, row_max, factor, MASKED: tl.constexpr, EXACT: tl.constexpr):
+def online_softmax(x, row_sum, row_max, factor, EXACT: tl.constexpr):
     """Folds a tile of scores (M, N) into each row's maximum m and sum l of exp(score - m), (M,) each.
 
-    `factor` makes scores in base 2 of x. MASKED: some of x may be -inf. EXACT, for weights in fp32, keeps row_max in the
+    `factor` makes scores in base 2 of x. EXACT, for weights in fp32, keeps row_max in the
     units of x and rounds after the subtraction, which itself rounds nothing where it matters; else row_max is in base 2,
     and the subtraction one with the scaling.
     Returns the weights exp(score - m), what to multiply with that was summed so far, l and m.
     """
     new_max = tl.maximum(row_max, tl.max(x, 1) if EXACT else tl.max(x, 1) * factor)
     # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     if EXACT:
         p = tl.exp2((x - shift[:, None]) * factor)
         rescale = tl.exp2((row_max - shift) * factor)
@@ -201,6 +229,47 @@ def kept_weights(seed, threshold, b, heads, offs_m, start_n, BLOCK_N: tl.constex
     w0, w1, w2, w3 = tl.philox(seed, blocks.to(tl.uint32), rows.to(tl.uint32), heads.to(tl.uint32), (zero + b).to(tl.uint32))
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return (words >> 1).to(tl.int32) >= threshold
+
+
+def head_blocks(head_dim: int) -> tuple[int, int]:
+    """(main, rest): the powers of two in which a kernel holds a head of q and k. 192 = 128 + 64 and 576 = 512 + 64 rather than
+    the next power of two, where that is wide and the rest is less than half of it; else the rest is 0."""
+    padded = padded_dim(head_dim)
+    rest = padded_dim(head_dim - padded // 2)
+    return (padded // 2, rest) if head_dim > 128 and rest < padded // 2 else (padded, 0)
+
+
+def padded_dim(head_dim: int) -> int:
+    """The power of two in which a kernel holds a head of v."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def tile_key(head_dim: int, v_dim: int, element_size: int) -> tuple[int, int]:
+    """What tables of tiles are keyed by: a power of two for the head dims of k and v, 512 with a rest included, and bytes."""
+    return max(min(padded_dim(head_dim), 512), padded_dim(v_dim)), element_size
+
+
+def head_dims(tiles: dict, element_size: int):
+    """Yields (head dim of k, of v) of kernels to compile ahead of time: of each tile those that fill it, and those that do not;
+    of the widest, and of different ones, what models have."""
+    for block, size in tiles:
+        if size == element_size and block <= 256:
+            yield from ((block, block), (block * 5 // 8, block * 5 // 8))
+    yield from ((192, 128), (576, 512))
+
+
+def unit_of(x: Tensor | None) -> int:
+    """How a kernel may read rows of a mask or a bias x (B, H, T, S): 16 bytes of so many elements at once, as they begin and
+    end at multiples of that; 1 if neighbours lie side by side in memory; else 0."""
+    if x is None or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        return 0
+    return 16 // x.element_size() if has_aligned_rows(x) else 1
+
+
+def units_of(given, dtype: torch.dtype) -> dict[str, int]:
+    """The constants that are `unit_of` a mask and a bias, of those arguments that are given, with aligned rows."""
+    sizes = {"MASK_UNIT": ("mask_ptr", 1), "BIAS_UNIT": ("bias_ptr", dtype.itemsize)}
+    return {name: 16 // size if pointer in given else 0 for name, (pointer, size) in sizes.items()}
 
 
 def has_aligned_rows(x: Tensor) -> bool:

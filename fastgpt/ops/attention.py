@@ -493,6 +493,11 @@ def _triton_refuses(call: Call):
         return reason
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
+    D, D_v = call.q.shape[-1], call.v.shape[-1]
+    if D_v > 512 and call.q.dtype is torch.float32:
+        return f"it takes values of head dims up to 512 in fp32, and v has {D_v}"
+    if max(D, D_v) > 256 and _needs_gradients(call):
+        return f"it has no backward for head dims above 256, and those are {D} and {D_v}"
     return _cannot_differentiate(call)
 
 
@@ -599,9 +604,9 @@ def _attention_forward_triton(*arguments):
     _check(call)
     call = call._asdict()
     q, k, v = call.pop("q"), call.pop("k"), call.pop("v")
-    if q.shape[2] > DECODE_QUERIES or call["mask"] is not None or call["bias"] is not None or call["dropout_p"] > 0:
+    if q.shape[2] > DECODE_QUERIES or call["dropout_p"] > 0:
         return attention_forward(q, k, v, **call)
-    for name in ("mask", "bias", "dropout_p", "dropout_seed"):
+    for name in ("dropout_p", "dropout_seed"):
         del call[name]
     return attention_decode(q, k, v, **call)
 
