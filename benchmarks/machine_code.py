@@ -45,7 +45,8 @@ OPTIONAL = {
     "kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "block_table_ptr",
     "k_scale_ptr", "v_scale_ptr", "seed_ptr", "q_desc", "dout_desc", "k_desc", "v_desc", "acc_ptr", "softmax_ptr",
     "residual_ptr", "norm_weight_ptr", "norm_bias_ptr", "dlse_ptr", "position_weight_ptr", "ended_ptr", "eos_ptr",
-    "counters_ptr", "new_k_ptr", "new_v_ptr", "slots_ptr", "positions_ptr", "cos_ptr", "sin_ptr",
+    "counters_ptr", "new_k_ptr", "new_v_ptr", "slots_ptr", "positions_ptr", "cos_ptr", "sin_ptr", "new_q_ptr",
+    "rotated_q_ptr",
 }  # fmt: skip
 ALIGNED = {"acc_ptr", "softmax_ptr", "norm_weight_ptr", "norm_bias_ptr"}  # of these, what does
 
@@ -150,6 +151,8 @@ def demanding(configurations) -> list:
 def _presses(name: str, constants: dict, features: frozenset) -> bool:
     if name in ("_delta", "_embed", "_advance", "_note"):
         return True
+    if name == "_update_cache":
+        return {"block_table_ptr", "cos_ptr", "k_scale_ptr"} < features
     if name == "_norm":
         return "residual_ptr" in features
     if name in ("_one_row", "_several_rows"):  # of some models, and tiles of the fewest rows and of the most
