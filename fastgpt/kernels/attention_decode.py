@@ -40,6 +40,7 @@ from fastgpt.kernels.attention_tiles import (
     page_rows,
     visible_keys,
 )
+from fastgpt.kernels.kv_cache_update import quantised, rotated
 from fastgpt.kernels.limits import check_count, check_sizes, grid
 
 
@@ -124,39 +125,9 @@ def _rotated(x, rows, cos_ptr, sin_ptr, pairs, end, BLOCK_D: tl.constexpr, INTER
     mask = offs_d < end
     cosine = tl.load(cos_ptr + pair, mask=mask, other=1.0)
     sine = tl.load(sin_ptr + pair, mask=mask, other=0.0)
-    other = tl.load(rows[:, None] + partner[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
-    crossed = other * sine[None, :]
-    straight = x.to(tl.float32) * cosine[None, :]
-    turned = tl.where(is_first[None, :], straight - crossed, straight + crossed)
-    return tl.where(mask[None, :], turned.to(x.dtype), x)
-
-
-@triton.jit
-def _quantised(x, element: tl.constexpr):
-    """A row x (BLOCK_D,) as int8, or e4m3 in uint8, and its scale: bit for bit what csrc/elements.h makes of it, in a kernel
-    without floating-point fusion."""
-    LIMIT: tl.constexpr = 127.0 if element == tl.int8 else 448.0
-    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-    largest_bits = tl.max(bits & 0x7FFFFFFF, 0)  # as integers NaN is on top
-    largest = largest_bits.to(tl.float32, bitcast=True)
-    finite = largest_bits < 0x7F800000
-    counts = finite & (largest >= 1e-30)
-    divisor = tl.where(counts, largest, LIMIT)
-    scale = tl.where(finite, tl.where(counts, tl.div_rn(divisor, LIMIT), 0.0), float("nan"))
-    scaled = tl.where(counts, x.to(tl.float32) * tl.div_rn(tl.full([], LIMIT, tl.float32), divisor), 0.0)
-    if element == tl.int8:
-        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the low bits.
-        stored = ((scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
-    else:
-        bits = scaled.to(tl.int32, bitcast=True)
-        magnitude = bits & 0x7FFFFFFF
-        normal = (magnitude - (120 << 23) + 0x7FFFF + (magnitude >> 20 & 1)) >> 20
-        # Below 2^-6: adding 2^14 leaves the rounded multiple of 2^-9 in the low bits.
-        subnormal = (tl.abs(scaled) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-        rounded = tl.where(magnitude < (121 << 23), subnormal, normal)
-        capped = tl.where(magnitude >= 0x43E00000, 0x7E, rounded)
-        stored = ((bits >> 24 & 0x80) | capped).to(tl.uint8)
-    return stored, scale
+    other = tl.load(rows[:, None] + partner[None, :], mask=mask[None, :], other=0.0)
+    turned = rotated(x, other, cosine[None, :], sine[None, :], is_first[None, :])
+    return tl.where(mask[None, :], turned, x)
 
 
 @triton.jit
@@ -342,8 +313,8 @@ def _attend_split(
         new_k_scale = 1.0
         new_v_scale = 1.0
         if k_scale_ptr is not None:
-            new_k, new_k_scale = _quantised(new_k, k_ptr.dtype.element_ty)
-            new_v, new_v_scale = _quantised(new_v, v_ptr.dtype.element_ty)
+            new_k, new_k_scale = quantised(new_k, k_ptr.dtype.element_ty, KEEP=False)
+            new_v, new_v_scale = quantised(new_v, v_ptr.dtype.element_ty, KEEP=False)
             offset = slot_page * stride_ksb + h_kv * stride_ksh + slot_row * stride_ksn
             tl.store(k_scale_ptr + offset, new_k_scale, mask=stores)
             offset = slot_page * stride_vsb + h_kv * stride_vsh + slot_row * stride_vsn
