@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
 from fastgpt.kernels.limits import check_count, check_sizes, grid
 
 TILE = 4096  # bytes of k that a program stores, of several tokens: 16 a thread, twice
@@ -175,7 +176,7 @@ def _update_cache(
     n_heads, n_heads_kv, n_tokens, capacity, page, n_pages, n_angles,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     NEW_ALIGN: tl.constexpr, CACHE_ALIGN: tl.constexpr, ANGLE_ALIGN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T tokens of one head of k and v, or of q.
 
@@ -183,6 +184,8 @@ def _update_cache(
     with a block table the pool of pages, of which stride_kb and the like are. rotated_q is (B, H, T, D), contiguous. Without
     rotation, n_heads is 0 and PAIRS, too. Optional tensors are None where they do not apply.
     """
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     n_rows = n_heads_kv + n_heads
     head = pid % n_rows  # all heads of a token side by side
@@ -280,7 +283,7 @@ def _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, 
     aligned = alignment(k, v, *(() if q is None else (q,))), alignment(k_cache, v_cache)
     constants = _constants(
         D, v.shape[3], 0 if cos is None else cos.shape[1], interleaved, T > 1, k.element_size(),
-        *aligned, WIDEST if cos is None else alignment(cos, sin),
+        *aligned, WIDEST if cos is None else alignment(cos, sin), has_dependent_launch(k.device),
     )  # fmt: skip
     with torch.cuda.device_of(k):
         _update_cache[grid("k", triton.cdiv(T, constants["BLOCK_T"]), B, H_kv + H)](
@@ -311,7 +314,7 @@ def alignment(*tensors: Tensor) -> int:
 @functools.cache
 def _constants(
     head_dim: int, v_dim: int, pairs: int, interleaved: bool, several: bool, element_size: int, new_align: int, cache_align: int,
-    angle_align: int,
+    angle_align: int, pdl: bool,
 ) -> dict:  # fmt: skip
     """Compile-time arguments and options."""
     block_d, block_dv = (min(LONGEST, triton.next_power_of_2(max(1, dim))) for dim in (head_dim, v_dim))
@@ -321,7 +324,7 @@ def _constants(
     return dict(
         HEAD_DIM=head_dim, V_DIM=v_dim, PAIRS=pairs, INTERLEAVED=interleaved, NEW_ALIGN=new_align, CACHE_ALIGN=cache_align,
         ANGLE_ALIGN=angle_align, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_DV=block_dv, num_warps=num_warps, num_stages=1,
-        enable_fp_fusion=False,
+        enable_fp_fusion=False, **dependent_launch(pdl),
     )  # fmt: skip
 
 
@@ -329,8 +332,8 @@ NEW, ROTATION = ("new_k_ptr", "new_v_ptr", "slots_ptr"), ("new_q_ptr", "rotated_
 
 
 def aot_configurations(arch: int):
-    """As in attention_forward.py; the same for every architecture. Rows are aligned as most are, and of one model as little as
-    any."""
+    """As in attention_forward.py; the same for every architecture but for dependent launches. Rows are aligned as most are, and
+    of one model as little as any."""
     of_models = (  # head dims of k and v, pairs, interleaved, how rows are aligned
         (64, 64, 32, False, WIDEST), (128, 128, 64, False, WIDEST), (80, 80, 16, False, 1), (128, 128, 64, True, WIDEST),
         (576, 512, 32, True, WIDEST),
@@ -342,7 +345,7 @@ def aot_configurations(arch: int):
         for cache_dtype in (dtype, torch.int8, torch.float8_e4m3fn):
             aligned = (max(least, size) for size in (dtype.itemsize, cache_dtype.itemsize, 4))
             rotation = (pairs, interleaved) if turns else (0, False)
-            constants = _constants(head_dim, v_dim, *rotation, several, dtype.itemsize, *aligned)
+            constants = _constants(head_dim, v_dim, *rotation, several, dtype.itemsize, *aligned, arch >= 90)
             given = (*NEW, *("block_table_ptr",) * paged, *ROTATION * turns)
             scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
             yield _update_cache, dtype, cache_dtype, constants, (*given, *scales)
