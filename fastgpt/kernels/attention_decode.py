@@ -40,6 +40,7 @@ from fastgpt.kernels.attention_tiles import (
     page_rows,
     visible_keys,
 )
+from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
 from fastgpt.kernels.kv_cache_update import quantised, rotated
 from fastgpt.kernels.limits import check_count, check_sizes, grid
 
@@ -226,7 +227,7 @@ def _attend_split(
     stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_sb, stride_pb, stride_cos, stride_sin,
     n_heads, group, rows_of_head, n_queries, n_keys, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of one key/value head, over the keys of one split.
 
@@ -241,6 +242,8 @@ def _attend_split(
 
     Row r of rows_of_head = group * n_queries is head h_kv * group + r // n_queries, token r % n_queries.
     """
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     n_tiles = tl.cdiv(rows_of_head, BLOCK_M)
     pid = tl.program_id(0)
     tile = pid % n_tiles  # tiles that read the same keys run side by side
@@ -522,7 +525,7 @@ def attention_decode(
             *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride(0))),
             *((0, 0, 0) if x.cos is None else (x.positions.stride(0), x.cos.stride(0), x.sin.stride(0))),
             H, H // H_kv, H // H_kv * T, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
-            IS_CAUSAL=causal, INTERLEAVED=x.interleaved, **constants,
+            IS_CAUSAL=causal, INTERLEAVED=x.interleaved, **constants, **dependent_launch(has_dependent_launch(q.device)),
         )  # fmt: skip
     return out, lse
 
@@ -549,7 +552,7 @@ ROTATION = ("positions_ptr", "cos_ptr", "sin_ptr")
 
 
 def aot_configurations(arch: int):
-    """As in attention_forward.py; tiles are the same for every architecture.
+    """As in attention_forward.py; the same for every architecture but for dependent launches.
 
     Of each tile there are the kernels without features, with all, and those in between that serving a model needs. Of
     the head dims that share a tile there are two: one that fills it and one that does not.
@@ -576,4 +579,5 @@ def aot_configurations(arch: int):
             ):
                 constants = _constants(head_dim, element_size, cache_dtype != dtype, few, "new_k_ptr" in given)
                 scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
-                yield _attend_split, dtype, cache_dtype, dict(constants, IS_CAUSAL=True, INTERLEAVED=False), (*given, *scales)
+                constants = constants | dict(IS_CAUSAL=True, INTERLEAVED=False) | dependent_launch(arch >= 90)
+                yield _attend_split, dtype, cache_dtype, constants, (*given, *scales)
