@@ -16,7 +16,7 @@ from fastgpt.kernels.attention_forward import Tile
 
 # Shared memory a block may use, in bytes. Chips of compute capability 8.6 and 8.9 run the code of 8.0 in 99 KiB.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 ELEMENTS = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.float8_e4m3fn: "u8",
 }  # fmt: skip
@@ -46,7 +46,8 @@ OPTIONAL = {
     "k_scale_ptr", "v_scale_ptr", "seed_ptr", "q_desc", "dout_desc", "k_desc", "v_desc", "q_rest_desc", "k_rest_desc",
     "acc_ptr", "softmax_ptr",
     "residual_ptr", "norm_weight_ptr", "norm_bias_ptr", "dlse_ptr", "position_weight_ptr", "ended_ptr", "eos_ptr",
-    "counters_ptr", "new_k_ptr", "new_v_ptr", "slots_ptr", "positions_ptr", "cos_ptr", "sin_ptr",
+    "counters_ptr", "new_k_ptr", "new_v_ptr", "slots_ptr", "positions_ptr", "cos_ptr", "sin_ptr", "new_q_ptr",
+    "rotated_q_ptr",
 }  # fmt: skip
 ALIGNED = {"acc_ptr", "softmax_ptr", "norm_weight_ptr", "norm_bias_ptr"}  # of these, what does
 
@@ -100,7 +101,7 @@ def source_of(function, dtype: torch.dtype, cache_dtype: torch.dtype, constants:
 
 
 def ir_of(source: ASTSource, arch: int, options: dict, stage: str) -> str:
-    """The text of a kernel's intermediate representation after the passes of a stage, "ttir" or "ttgir"."""
+    """The text of a kernel's intermediate representation after the passes of a stage: "ttir", "ttgir", "llir" or "ptx"."""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     options = backend.parse_options({**options, **source.parse_options()})
@@ -114,7 +115,7 @@ def ir_of(source: ASTSource, arch: int, options: dict, stage: str) -> str:
     for name, passes in stages.items():
         module = passes(module, {"num_warps": options.num_warps})
         if name == stage:
-            return module.str_nodebug()
+            return module if isinstance(module, str) else module.str_nodebug()
     raise ValueError(f"stage: expected one of {', '.join(stages)}, got {stage!r}")
 
 
@@ -152,6 +153,8 @@ def demanding(configurations) -> list:
 def _presses(name: str, constants: dict, features: frozenset) -> bool:
     if name in ("_delta", "_embed", "_advance", "_note"):
         return True
+    if name == "_update_cache":
+        return {"block_table_ptr", "cos_ptr", "k_scale_ptr"} < features
     if name == "_norm":
         return "residual_ptr" in features
     if name in ("_one_row", "_several_rows"):  # of some models, and tiles of the fewest rows and of the most

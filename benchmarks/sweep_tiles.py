@@ -259,7 +259,7 @@ def fit_of(table: str, key: tuple[int, int], tile, arch: int) -> tuple[bool, str
 def fit_of_linear(place: int, rows: int, size: int, tile: linear.Tile, arch: int) -> tuple[bool, str]:
     _, K, activation, gated, given = linear.PRODUCTS[place]
     dtype = torch.bfloat16 if size == 2 else torch.float32
-    constants = linear._constants(tile, K, "norm_bias_ptr" not in given, activation, gated, 16 // size)
+    constants = linear._constants(tile, K, "norm_bias_ptr" not in given, activation, gated, 16 // size, arch >= 90)
     kernel = linear._one_row if rows == 1 else linear._several_rows
     return fit(tile, [(kernel, dtype, dtype, constants, given)], arch, replaced={})
 

@@ -99,6 +99,8 @@ def test_one_token(benchmark, B):
         "index_copy_": index_copy,
         "reference": lambda step, **caches: kv_cache_update_reference(k, v, positions=positions[step], **caches),
     }
+    if DEVICE == "cuda":
+        functions["Triton"] = lambda step, **caches: kv_cache_update(k, v, positions=positions[step], **caches, impl="triton")
     agree(functions, caches, CONTEXT)
     absent, prepare = {}, {}
     try:
@@ -165,6 +167,8 @@ def test_prompt(benchmark, kind, layout):
         "ours": lambda step, **caches: kv_cache_update(k, v, **caches, **options),
         "reference": lambda step, **caches: kv_cache_update_reference(k, v, **caches, **options),
     }
+    if DEVICE == "cuda":
+        functions["Triton"] = lambda step, **caches: kv_cache_update(k, v, **caches, **options, impl="triton")
 
     def assign_slices(step, k_cache, v_cache):
         k_cache[:, :, :T] = k
@@ -197,6 +201,8 @@ def test_rope(benchmark, B, T):
         return rope_reference(q, positions[step], cos, sin)
 
     functions = {"ours": fused, "rope, then update": apart, "reference": partial(fused, operation=rope_kv_cache_update_reference)}
+    if DEVICE == "cuda":
+        functions["Triton"] = partial(fused, operation=partial(rope_kv_cache_update, impl="triton"))
     agree(functions, caches, len(positions) - 1)
     reasons = explain(rope_kv_cache_update, q, k, v, **caches, positions=positions[0], cos=cos, sin=sin)
     measure(

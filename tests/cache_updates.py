@@ -45,5 +45,6 @@ def on(device, arguments):
 def differing(actual, expected) -> list[str]:
     """The caches and scales that are not the expected ones, bit for bit."""
     names = [name for name in WRITTEN if expected.get(name) is not None]
-    bits = [[x[name].cpu().contiguous().view(torch.uint8) for name in names] for x in (actual, expected)]
+    whole = torch.contiguous_format
+    bits = [[x[name].cpu().clone(memory_format=whole).view(torch.uint8) for name in names] for x in (actual, expected)]
     return [name for name, a, b in zip(names, *bits) if not torch.equal(a, b)]

@@ -23,6 +23,13 @@ from fastgpt.positions import Rope
 triton = pytest.importorskip("triton")
 
 
+@pytest.fixture(autouse=True)
+def no_cuda_library():
+    """As where fastgpt was installed without nvcc."""
+    with mock.patch.object(updating, "CUDA_MISSING", "the CUDA library is not there"):
+        yield
+
+
 @pytest.fixture
 def cuda():
     """Makes tensors on a GPU that is not there."""
@@ -42,6 +49,8 @@ def calls(cuda, device="cuda:0"):
         fastgpt.attention: (x(1, 4, 9, 64), cache, cache),
         fastgpt.attention_varlen: (x(9, 4, 64), x(9, 4, 64), x(9, 4, 64), cu_seqlens, cu_seqlens, 9, 9),
         fastgpt.attention_with_kv_cache: (new, new, new, cache, x(1, 4, 32, 64), positions),
+        fastgpt.kv_cache_update: (new, new, cache, x(1, 4, 32, 64), positions),
+        fastgpt.rope_kv_cache_update: (new, new, new, cache, x(1, 4, 32, 64), positions, *(x(9, 32, dtype=torch.float32),) * 2),
         fastgpt.linear: (x(1, 64), x(64, 64)),
         fastgpt.norm: (x(1, 64), x(64)),
     }
@@ -119,16 +128,29 @@ def test_a_decode_step_is_no_graph_where_references_serve_it(patch, dtype, reaso
         assert reason in reasons["cuda_graph"] and reasons["eager"] == "chosen"
 
 
-@pytest.mark.parametrize("missing", ["the CUDA library is not there", None])
-def test_two_launches_are_captured_if_neither_waits(missing):
+@pytest.mark.parametrize("implementations", [("cuda",), ("triton",), ("cuda", "triton"), ()], ids=str)
+def test_two_launches_are_captured_if_neither_waits(implementations):
     """Of a cache whose rows are not aligned, which the single launch does not take."""
     refuses = mock.patch.dict("fastgpt.ops.attention_with_kv_cache.IMPLEMENTATIONS", {"triton": lambda call, new: "rows"})
-    with fake_cuda(random_model()) as model, refuses, mock.patch.object(updating, "CUDA_MISSING", missing):
+    answers = {name: lambda *call, name=name: None if name in implementations else f"no {name}" for name in ("cuda", "triton")}
+    answer = mock.patch.dict(updating.IMPLEMENTATIONS, answers)
+    with fake_cuda(random_model()) as model, refuses, answer:
         reason = model.graph_refused(model.new_cache(3))
-        if missing is None:
+        if implementations:
             assert reason is None
         else:
-            assert reason.startswith("kv_cache_update would be served by its reference, which waits") and missing in reason
+            assert reason.startswith("kv_cache_update would be served by its reference, which waits")
+            assert "cuda: no cuda; triton: no triton" in reason
+
+
+def test_without_the_cuda_library_a_model_is_captured():
+    """And prefill does not wait: the update has a kernel, whatever the rows of the cache are."""
+    with fake_cuda(random_model()) as model:
+        cache = model.new_cache(3)
+        assert model.graph_refused(cache) is None
+        x = torch.empty(3, 4, 5, 12, device="cuda:0")  # rows of 48 bytes, but of a head dim of its own
+        reasons = fastgpt.explain(fastgpt.kv_cache_update, x, x, x, x, torch.empty(3, 5, dtype=torch.int32, device="cuda:0"))
+        assert reasons["triton"] == "chosen" and reasons["cuda"] == "the CUDA library is not there"
 
 
 # Launchers
@@ -152,6 +174,7 @@ def test_every_launch_is_on_the_device_of_its_tensors():
     from fastgpt.kernels.attention_backward import attention_backward
     from fastgpt.kernels.attention_decode import attention_decode
     from fastgpt.kernels.attention_forward import attention_forward
+    from fastgpt.kernels.kv_cache_update import kv_cache_update
     from fastgpt.kernels.linear import linear
     from fastgpt.kernels.norm import norm
 
@@ -174,6 +197,7 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         attention_forward(q, kv, kv, causal=True, scale=1.0)
         attention_backward(q, None, q, kv, kv, q, lse, needs_dbias=True, causal=True, scale=1.0, bias=bias, sinks=slopes)
         attention_decode(q[:, :, :1], kv, kv, causal=True, scale=1.0)
+        kv_cache_update(kv, kv, kv.clone(), kv.clone(), torch.zeros(2, 40, dtype=torch.int64))
         linear(x, torch.randn(8, 64))
         linear(x[:1], torch.randn(8, 64))
         norm(x, x[0])

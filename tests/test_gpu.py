@@ -20,16 +20,23 @@ from fastgpt import capture
 from fastgpt.cache import CACHE_KINDS
 from fastgpt.cli import SHIPPED_MODEL
 from fastgpt.generate import stream
+from fastgpt.ops.library import CUDA_MISSING
 from fastgpt.sampling import Sampler
 from fastgpt.testing.numerics import check
 
 pytestmark = pytest.mark.gpu
 
 
+# The kernels of the CUDA library, where it was built. More of those that take its place: test_triton_kv_cache_update.py.
+built = pytest.mark.skipif(CUDA_MISSING is not None, reason=str(CUDA_MISSING))
+implementations = pytest.mark.parametrize("impl", [pytest.param("cuda", marks=built), "triton"])
+
+
 def assert_same_cache(actual, expected):
     assert not differing(actual, expected)
 
 
+@built
 @pytest.mark.parametrize("page", [None, 5, 16])
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("layout", ["head-major", "token-major"])
@@ -45,6 +52,7 @@ def test_kv_cache_update_is_exact(dtype, D, layout, cache_dtype, page):
         assert_same_cache(actual, expected)
 
 
+@built
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("page", [None, 16])
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
@@ -74,8 +82,9 @@ CHANGES = [
 ]  # fmt: skip
 
 
+@implementations
 @pytest.mark.parametrize("page", [None, 4])
-def test_update_kernels_one_by_one(page):
+def test_update_kernels_one_by_one(page, impl):
     """What benchmarks.sanitizer runs: every kernel of both operations, in several blocks, with tokens that are skipped."""
     for dtype, D, cache_dtype, rotary in [*((*copy, 0) for copy in COPIES), *CHANGES]:
         for interleaved in (False, True)[: 2 if rotary else 1]:
@@ -86,7 +95,7 @@ def test_update_kernels_one_by_one(page):
                 expected |= {"q": torch.randn(3, 7, 4, D).transpose(1, 2).to(dtype), "interleaved": interleaved}
                 expected["cos"], expected["sin"] = angles(9, rotary // 2)
             actual = on("cuda", expected)
-            q, q_reference = update(**actual), reference(**expected)
+            q, q_reference = update(**actual, impl=impl), reference(**expected)
             assert_same_cache(actual, expected)
             assert q is None or torch.equal(q.cpu(), q_reference)
 
@@ -126,7 +135,8 @@ def test_tokens_outside_the_cache_are_not_written(page):
     assert_same_cache(outside, expected)
 
 
-def test_a_decode_step_can_be_captured_in_a_cuda_graph():
+@implementations
+def test_a_decode_step_can_be_captured_in_a_cuda_graph(impl):
     """The operations alone: stored and attended at positions that change between replays."""
     q, k, v = (torch.randn(2, 4, 1, 64, device="cuda") for _ in range(3))
     k_cache, v_cache = (torch.zeros(2, 4, 50, 64, device="cuda") for _ in range(2))
@@ -134,7 +144,7 @@ def test_a_decode_step_can_be_captured_in_a_cuda_graph():
     lengths = torch.ones(2, dtype=torch.int32, device="cuda")
 
     def step():
-        kv_cache_update(k, v, k_cache, v_cache, positions)
+        kv_cache_update(k, v, k_cache, v_cache, positions, impl=impl)
         return fastgpt.attention(q, k_cache, v_cache, kv_lengths=lengths)
 
     step()

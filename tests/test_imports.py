@@ -38,9 +38,13 @@ LAYERS = [
     {"ops.attention", "ops.kv_cache_update", "ops.linear", "ops.step"},
     {"ops.norm"},
     {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear"},
-    {"kernels.attention_forward", "kernels.norm", "kernels.step", "ops.implementations", "ops.library"},
     {
-        "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.limits", "memory", "ops.dropout",
+        "kernels.attention_forward", "kernels.kv_cache_update", "kernels.norm", "kernels.step", "ops.implementations",
+        "ops.library",
+    },  # fmt: skip
+    {
+        "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.dependent_launch", "kernels.limits", "memory",
+        "ops.dropout",
         "ops.derivatives", "ops.quantisation", "startup",
     },  # fmt: skip
     {"_C", "integrations", "kernels", "ops", "testing.draws", "testing.numerics"},

@@ -261,15 +261,20 @@ def test_explain():
         fastgpt.explain(kv_cache_update, k, k, k.clone(), k.clone(), positions),
         fastgpt.explain(rope_kv_cache_update, k, k, k, k.clone(), k.clone(), positions, *angles(1, 2)),
     ):
-        assert reasons["cpp"] == "chosen" and reasons["reference"] == "available" and "CUDA tensors" in reasons["cuda"]
+        assert reasons["cpp"] == "chosen" and reasons["reference"] == "available"
+        assert list(reasons) == ["cpp", "cuda", "triton", "reference"]
+        assert reasons["cuda"] == reasons["triton"] == "it runs on CUDA tensors, and k is on cpu"
 
 
 def test_a_named_implementation_does_not_fall_back():
     k, cache = torch.ones(1, 1, 1, 4), torch.zeros(2, 1, 1, 1, 4)
     kv_cache_update(k, k, *cache, torch.zeros(1, 1, dtype=torch.int32), impl="reference")
     assert (cache == 1).all()
-    with pytest.raises(ValueError, match="impl='cuda' cannot serve this call: it runs on CUDA tensors"):
-        kv_cache_update(k, k, *cache, torch.zeros(1, 1, dtype=torch.int32), impl="cuda")
+    for impl in ("cuda", "triton"):
+        with pytest.raises(ValueError, match=f"impl='{impl}' cannot serve this call: it runs on CUDA tensors"):
+            kv_cache_update(k, k, *cache, torch.zeros(1, 1, dtype=torch.int32), impl=impl)
+        with pytest.raises(ValueError, match=f"impl='{impl}' cannot serve this call: it runs on CUDA tensors"):
+            rope_kv_cache_update(k, k, k, *cache, torch.zeros(1, 1, dtype=torch.int32), *angles(1, 2), impl=impl)
     with pytest.raises(ValueError, match="impl='cpp' cannot serve this call: it takes fp32, fp16 and bf16"):
         kv_cache_update(*[k.double()] * 4, torch.zeros(1, 1, dtype=torch.int32), impl="cpp")
 

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from fastgpt.ops import attention, linear, norm, step
+from fastgpt.ops import attention, kv_cache_update, linear, norm, step
 from fastgpt.ops import attention_with_kv_cache as cached
+
+
+
+def cache(dtype=torch.int8):
+    new, stored = torch.ones(2, 1, 2, 3, 8), torch.ones(2, 1, 2, 4, 8, dtype=dtype)
+    positions = torch.ones(1, 3, dtype=torch.int32)
+    return {"k": new[0], "v": new[1], "k_cache": stored[0], "v_cache": stored[1], "positions": positions}
+
 
 LAUNCHERS = {
     "norm": (norm._norm_triton, "fastgpt.kernels.norm.norm", lambda: {"x": torch.ones(2, 8), "weight": torch.ones(8)}),
@@ -24,6 +32,17 @@ LAUNCHERS = {
         "extreme": torch.ones(2, 1), "step": torch.zeros(1, dtype=torch.int64), "ended": torch.zeros(2, dtype=torch.bool),
         "eos": torch.ones(1, dtype=torch.int64),
     }),
+    "kv_cache_update": (
+        kv_cache_update._kv_cache_update_triton, "fastgpt.kernels.kv_cache_update.kv_cache_update",
+        lambda: {**cache(), **{name: torch.ones(1, 2, 4) for name in ("k_scale", "v_scale")}},
+    ),
+    "rope_kv_cache_update": (
+        kv_cache_update._rope_kv_cache_update_triton, "fastgpt.kernels.kv_cache_update.rope_kv_cache_update",
+        lambda: {
+            "q": torch.ones(1, 4, 3, 8), **cache(torch.float32), "slots": torch.ones(1, 3, dtype=torch.int64),
+            "cos": torch.ones(9, 4), "sin": torch.ones(9, 4), "block_table": torch.zeros(1, 1, dtype=torch.int32),
+        },
+    ),
     "attention_forward": (
         lambda *, causal=True, **call: attention._attention_forward_triton(*attention.Call(causal=causal, scale=1.0, **call)),
         "fastgpt.kernels.attention_decode.attention_decode",
@@ -111,6 +130,11 @@ def test_what_does_not_fit_is_refused(operation, name, fault, launch):
         ("note_", "tokens", torch.ones(2, 3, dtype=torch.int64).t()), ("note_", "scores", torch.ones(2, 5)),
         ("note_", "ended", None), ("attention_forward", "k", torch.ones(1, 2, 4, 16)[..., ::2]),
         ("attention_with_kv_cache", "cos", torch.ones(4, 4)),
+        ("kv_cache_update", "k_cache", torch.ones(1, 2, 4, 16, dtype=torch.int8)[..., ::2]),
+        ("kv_cache_update", "k_cache", torch.ones(1, 1, 4, 8, dtype=torch.int8).expand(1, 2, 4, 8)),
+        ("kv_cache_update", "v_scale", torch.ones(1, 2, 1).expand(1, 2, 4)), ("kv_cache_update", "k_scale", None),
+        ("kv_cache_update", "k", torch.ones(1, 2, 3, 8).double()), ("rope_kv_cache_update", "cos", torch.ones(9, 5)),
+        ("rope_kv_cache_update", "q", torch.ones(1, 4, 3, 16)[..., ::2]),
     ],
     ids=str,
 )  # fmt: skip

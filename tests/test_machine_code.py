@@ -16,7 +16,7 @@ from benchmarks.machine_code import SHARED_MEMORY, compile_for, demanding, ir_of
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}  # and of what is left of wide heads
-MODULES = ["attention_forward", "attention_backward", "attention_decode", "linear and norm and step"]  # of fastgpt.kernels
+MODULES = ["attention_forward", "attention_backward", "attention_decode", "linear and norm and step and kv_cache_update"]  # of fastgpt.kernels
 
 
 def configurations(modules, arch):
@@ -48,6 +48,10 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
         faults.append(f"copies of {', '.join(narrow)} bytes")
     if name == "_one_row" and "ld.global.v4.b32" not in ptx or name == "_several_rows" and "cp.async.cg" not in ptx:
         faults.append("loads narrower than 16 bytes")
+    if name == "_update_cache" and constants["BLOCK_T"] > 1 and constants["NEW_ALIGN"] == 16:
+        # But for scales, slots and positions: one number of a row.
+        if re.search(r"\b(ld|st)\.global(\.v2)?\.b(8|16)\b", ptx) or len(re.findall(r"\bst\.global\.v4", ptx)) < 2:
+            faults.append("accesses narrower than 16 bytes")
     what = f"sm_{arch} {name} {dtype} {cache_dtype} {constants} {given}"
     return f"{what}: {', '.join(faults)}" if faults else ""
 
@@ -230,9 +234,9 @@ def assert_sound(arch, chosen):
 
 
 def chosen_demanding(modules, arch):
-    """Those in fp32, which use the same instructions everywhere, and those that store a token, for one architecture."""
+    """Those in fp32, which use the same instructions everywhere, and those that store a token and attend, for one architecture."""
     chosen = demanding(configurations(modules, arch))
-    return [x for x in chosen if x[1] is not torch.float32 and "new_k_ptr" not in x[4] or arch == 90]
+    return [x for x in chosen if x[1] is not torch.float32 and not {"acc_ptr", "new_k_ptr"} <= {*x[4]} or arch == 90]
 
 
 @pytest.mark.slow

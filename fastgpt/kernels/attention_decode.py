@@ -51,6 +51,8 @@ from fastgpt.kernels.attention_tiles import (
     values_from_8_bits,
     visible_keys,
 )
+from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
+from fastgpt.kernels.kv_cache_update import largest_of, quantised, rotated
 from fastgpt.kernels.limits import check_count, check_sizes, grid
 
 
@@ -154,43 +156,9 @@ def _rotated(x, rows, cos_ptr, sin_ptr, pairs, end, FIRST_D: tl.constexpr, BLOCK
     mask = offs_d < end
     cosine = tl.load(cos_ptr + pair, mask=mask, other=1.0)
     sine = tl.load(sin_ptr + pair, mask=mask, other=0.0)
-    other = tl.load(rows[:, None] + partner[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
-    crossed = other * sine[None, :]
-    straight = x.to(tl.float32) * cosine[None, :]
-    turned = tl.where(is_first[None, :], straight - crossed, straight + crossed)
-    return tl.where(mask[None, :], turned.to(x.dtype), x)
-
-
-@triton.jit
-def _largest(x):
-    """The bits of the largest magnitude of a row x (BLOCK_D,) in fp32: as integers NaN is on top."""
-    return tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-
-
-@triton.jit
-def _quantised(x, largest_bits, element: tl.constexpr):
-    """A row x (BLOCK_D,) as int8, or e4m3 in uint8, and its scale, by the `_largest` of all of it: bit for bit what
-    csrc/elements.h makes of it, in a kernel without floating-point fusion."""
-    LIMIT: tl.constexpr = 127.0 if element == tl.int8 else 448.0
-    largest = largest_bits.to(tl.float32, bitcast=True)
-    finite = largest_bits < 0x7F800000
-    counts = finite & (largest >= 1e-30)
-    divisor = tl.where(counts, largest, LIMIT)
-    scale = tl.where(finite, tl.where(counts, tl.div_rn(divisor, LIMIT), 0.0), float("nan"))
-    scaled = tl.where(counts, x.to(tl.float32) * tl.div_rn(tl.full([], LIMIT, tl.float32), divisor), 0.0)
-    if element == tl.int8:
-        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the low bits.
-        stored = ((scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
-    else:
-        bits = scaled.to(tl.int32, bitcast=True)
-        magnitude = bits & 0x7FFFFFFF
-        normal = (magnitude - (120 << 23) + 0x7FFFF + (magnitude >> 20 & 1)) >> 20
-        # Below 2^-6: adding 2^14 leaves the rounded multiple of 2^-9 in the low bits.
-        subnormal = (tl.abs(scaled) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-        rounded = tl.where(magnitude < (121 << 23), subnormal, normal)
-        capped = tl.where(magnitude >= 0x43E00000, 0x7E, rounded)
-        stored = ((bits >> 24 & 0x80) | capped).to(tl.uint8)
-    return stored, scale
+    other = tl.load(rows[:, None] + partner[None, :], mask=mask[None, :], other=0.0)
+    turned = rotated(x, other, cosine[None, :], sine[None, :], is_first[None, :])
+    return tl.where(mask[None, :], turned, x)
 
 
 @triton.jit
@@ -294,7 +262,7 @@ def _attend_split(
     n_heads, group, rows_of_head, n_queries, n_keys, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     IS_CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of one key/value head, over the keys of one split.
 
@@ -310,6 +278,8 @@ def _attend_split(
 
     Row r of rows_of_head = group * n_queries is head h_kv * group + r // n_queries, token r % n_queries.
     """
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     n_tiles = tl.cdiv(rows_of_head, BLOCK_M)
     pid = tl.program_id(0)
     tile = pid % n_tiles  # tiles that read the same keys run side by side
@@ -396,12 +366,12 @@ def _attend_split(
         new_k_scale = 1.0
         new_v_scale = 1.0
         if k_scale_ptr is not None:
-            largest = _largest(new_k)
+            largest = largest_of(new_k, KEEP=False)
             if BLOCK_R > 0:
-                largest = tl.maximum(largest, _largest(new_k_rest))
-                new_k_rest, _ = _quantised(new_k_rest, largest, k_ptr.dtype.element_ty)
-            new_k, new_k_scale = _quantised(new_k, largest, k_ptr.dtype.element_ty)
-            new_v, new_v_scale = _quantised(new_v, _largest(new_v), v_ptr.dtype.element_ty)
+                largest = tl.maximum(largest, largest_of(new_k_rest, KEEP=False))
+                new_k_rest, _ = quantised(new_k_rest, largest, k_ptr.dtype.element_ty)
+            new_k, new_k_scale = quantised(new_k, largest, k_ptr.dtype.element_ty)
+            new_v, new_v_scale = quantised(new_v, largest_of(new_v, KEEP=False), v_ptr.dtype.element_ty)
             offset = slot_page * stride_ksb + h_kv * stride_ksh + slot_row * stride_ksn
             tl.store(k_scale_ptr + offset, new_k_scale, mask=stores)
             offset = slot_page * stride_vsb + h_kv * stride_vsh + slot_row * stride_vsn
@@ -646,6 +616,7 @@ def attention_decode(
             *((0, 0, 0) if x.cos is None else (x.positions.stride(0), x.cos.stride(0), x.sin.stride(0))),
             H, H // H_kv, H // H_kv * T, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
             SPLIT=split, IS_CAUSAL=causal, INTERLEAVED=x.interleaved, MASK_UNIT=unit_of(mask), BIAS_UNIT=unit_of(bias), **constants,
+            **dependent_launch(has_dependent_launch(q.device)),
         )  # fmt: skip
     return out, lse
 
@@ -678,7 +649,7 @@ ROTATION = ("positions_ptr", "cos_ptr", "sin_ptr")
 
 
 def aot_configurations(arch: int):
-    """As in attention_forward.py; tiles are the same for every architecture.
+    """As in attention_forward.py; the same for every architecture but for dependent launches.
 
     Of each tile there are the kernels without features, with all, and those in between that serving a model needs. Of
     the head dims that share a tile there are two: one that fills it and one that does not.
@@ -707,4 +678,5 @@ def aot_configurations(arch: int):
                 )  # fmt: skip
                 scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
                 constants = constants | {"SPLIT": tile.SPLIT, "IS_CAUSAL": True, "INTERLEAVED": False} | units_of(given, dtype)
+                constants |= dependent_launch(arch >= 90)
                 yield _attend_split, dtype, cache_dtype, constants, (*given, *scales)

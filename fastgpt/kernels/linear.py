@@ -25,6 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention_tiles import LOG2_E, tanh
+from fastgpt.kernels.dependent_launch import (
+    dependent_launch,
+    has_dependent_launch,
+    let_next_start,
+    read_ahead,
+    wait_for_previous,
+)
 from fastgpt.kernels.limits import grid
 from fastgpt.kernels.norm import finish_moments, moments, update_moments
 
@@ -115,16 +122,31 @@ def _normalised(x, g, b, mean, rest, factor, offset, HAS_NORM: tl.constexpr, HAS
     return x + b.to(tl.float32) if HAS_BIAS else x
 
 
+@triton.jit
+def _start(weight_ptr, n_features, K: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    """What a program does before it reads anything else: of its rows of the weight, BLOCK_N or less, the L2 cache gets as many
+    as there is room for, while the kernel before is still at what they will be multiplied with."""
+    let_next_start(PDL)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    SIZE: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    n_bytes = tl.minimum(n_features - first, BLOCK_N) * (K * SIZE)
+    read_ahead(weight_ptr + first * K, n_bytes, PDL)
+    if GATED:
+        read_ahead(weight_ptr + (first + n_features) * K, n_bytes, PDL)
+    wait_for_previous(PDL)
+
+
 # Numbers that vary between calls, and where what is read by single numbers begins, must not compile a kernel again.
 @triton.jit(do_not_specialize=["n_features", "bias_ptr", "residual_ptr"])
 def _one_row(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr,
     n_features, eps, offset,
     K: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N of the output features, of all K columns. Everything is contiguous; what is left out is None. If
     gated, the first n_features rows of the weight are the gate's."""
+    _start(weight_ptr, n_features, K, GATED, BLOCK_N, PDL)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.minimum(offs_n, n_features - 1)  # past the last, the last again, which is not stored
     weights = weight_ptr + features[:, None] * K
@@ -186,9 +208,10 @@ def _several_rows(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr,
     n_rows, n_features, stride_xm, stride_rm, eps, offset,
     K: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, X_UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same for n_rows rows of x, two less than BLOCK_M with a norm. Strides are in elements; X_UNIT divides stride_xm."""
+    _start(weight_ptr, n_features, K, GATED, BLOCK_N, PDL)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.minimum(offs_n, n_features - 1)
     offs_m = tl.arange(0, BLOCK_M)
@@ -287,7 +310,7 @@ def linear(
     rows, size = len(x), x.element_size()
     tile = tile_of(rows, weight_rows, K, size, norm_weight is not None)
     unit = 1 if rows == 1 else unit_of(x.stride(0), size)
-    constants = _constants(tile, K, rms, activation, gated, unit)
+    constants = _constants(tile, K, rms, activation, gated, unit, has_dependent_launch(x.device))
     programs = grid("weight", triton.cdiv(N, constants["BLOCK_N"]))
     tensors = x, weight, bias, residual, norm_weight, norm_bias, out
     of_norm = float(norm_eps), float(norm_offset)
@@ -306,9 +329,10 @@ def unit_of(stride: int, element_size: int) -> int:
 
 
 @functools.cache
-def _constants(tile: Tile, K: int, rms: bool, activation: int, gated: bool, unit: int) -> dict:
+def _constants(tile: Tile, K: int, rms: bool, activation: int, gated: bool, unit: int, pdl: bool) -> dict:
     """Compile-time arguments and options."""
-    constants = dict(K=K, RMS=rms, ACTIVATION=activation, GATED=gated, **tile._asdict(), enable_fp_fusion=True)
+    options = dict(enable_fp_fusion=True, **dependent_launch(pdl))
+    constants = dict(K=K, RMS=rms, ACTIVATION=activation, GATED=gated, **tile._asdict(), **options)
     if gated:
         constants["BLOCK_N"] = max(1 if tile.BLOCK_M == 1 else 16, tile.BLOCK_N // 2)
     if tile.BLOCK_M == 1:
@@ -336,10 +360,10 @@ PRODUCTS = (  # of GPT-2 124M, its XL, and Llamas of 1B and 8B: rows of the weig
 
 
 def aot_configurations(arch: int):
-    """As in attention_forward.py, of the products of some models; the same for every architecture."""
+    """As in attention_forward.py, of the products of some models; the same for every architecture but for dependent launches."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     for dtype, product, rows in itertools.product(dtypes, PRODUCTS, (1, 8, 24, 32)):
         weight_rows, K, activation, gated, given = product
         tile = tile_of(rows, weight_rows, K, dtype.itemsize, "norm_weight_ptr" in given)
-        constants = _constants(tile, K, given[:2] != NORM, activation, gated, 16 // dtype.itemsize)
+        constants = _constants(tile, K, given[:2] != NORM, activation, gated, 16 // dtype.itemsize, arch >= 90)
         yield _one_row if rows == 1 else _several_rows, dtype, dtype, constants, given

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
 from fastgpt.kernels.limits import grid
 
 TILE = 1024  # numbers that a program normalises at least, if there are so many
@@ -72,10 +73,12 @@ def moments(rows, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr
 def _norm(
     x_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr,
     n_rows, size_1, size_2, stride_0, stride_1, stride_2, eps, offset,
-    C: tl.constexpr, RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows. Row r of x is row (r // size_2 // size_1, r // size_2 % size_1, r % size_2) of what has
     the strides stride_0 to stride_2, in elements; residual and out are contiguous."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.minimum(offs_m, n_rows - 1)  # past the last row, the last row again, which is not stored
     starts = rows // size_2 // size_1 * stride_0 + rows // size_2 % size_1 * stride_1 + rows % size_2 * stride_2
@@ -117,7 +120,7 @@ def norm(
     (_, stride_0), (size_1, stride_1), (size_2, stride_2) = dims
     weight, bias, residual = (y if y is None else y.contiguous() for y in (weight, bias, residual))
     rows = out.numel() // C
-    constants = _constants(C, rms, rows > 128)
+    constants = _constants(C, rms, rows > 128, has_dependent_launch(x.device))
     with torch.cuda.device_of(x):
         _norm[grid("x", triton.cdiv(rows, constants["BLOCK_M"]))](
             x, weight, bias, residual, out, rows, size_1, size_2, stride_0, stride_1, stride_2, float(eps), float(offset),
@@ -142,18 +145,19 @@ def folded(x: Tensor) -> list[tuple[int, int]] | None:
 
 
 @functools.cache
-def _constants(C: int, rms: bool, many: bool) -> dict:
+def _constants(C: int, rms: bool, many: bool, pdl: bool) -> dict:
     """Compile-time arguments and options. Few rows get a program each."""
     block_c = min(triton.next_power_of_2(C), LONGEST)
     block_m = max(1, TILE // block_c) if many else 1
     num_warps = 4 if block_m * block_c >= TILE else 1
-    return dict(C=C, RMS=rms, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=num_warps, num_stages=1, enable_fp_fusion=True)
+    options = dict(num_warps=num_warps, num_stages=1, enable_fp_fusion=True, **dependent_launch(pdl))
+    return dict(C=C, RMS=rms, BLOCK_M=block_m, BLOCK_C=block_c, **options)
 
 
 def aot_configurations(arch: int):
-    """As in attention_forward.py; the same for every architecture."""
+    """As in attention_forward.py; the same for every architecture but for dependent launches."""
     features = (True, ()), (False, ("norm_bias_ptr", "residual_ptr"))
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     for C, dtype, (rms, given) in itertools.product((64, 128, 768, 4096), dtypes, features):
         for many in (False, True):
-            yield _norm, dtype, dtype, _constants(C, rms, many), ("norm_weight_ptr", *given)
+            yield _norm, dtype, dtype, _constants(C, rms, many, arch >= 90), ("norm_weight_ptr", *given)

@@ -8,19 +8,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
 from fastgpt.kernels.limits import grid
 
 LONGEST = 1024  # numbers of a row that a program writes
 ADVANCED = 128  # sequences whose lengths a program advances
-ONE_WARP = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
 
 @triton.jit(do_not_specialize=["ids_ptr", "positions_ptr", "vocabulary", "n_positions", "period"])
 def _embed(
     ids_ptr, weight_ptr, positions_ptr, position_weight_ptr, out_ptr, vocabulary, n_positions, period, scale,
-    C: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C numbers of one token. Positions repeat after `period` tokens. Everything is contiguous."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = offs_c < C
@@ -56,7 +58,7 @@ def embed(
     else:
         positions = None
     scale = None if scale is None else float(scale)
-    constants = _constants(C)
+    constants = _constants(C, has_dependent_launch(weight.device))
     with torch.cuda.device_of(weight):
         _embed[(*grid("ids", ids.numel()), triton.cdiv(C, constants["BLOCK_C"]))](
             ids, weight, positions, position_weight, out, len(weight), n_positions, period, scale, **constants
@@ -65,13 +67,16 @@ def embed(
 
 
 @functools.cache
-def _constants(C: int) -> dict:
+def _constants(C: int, pdl: bool) -> dict:
     """Compile-time arguments and options: 16 bytes a thread, of 16-bit numbers. Sums are rounded as PyTorch's."""
-    return dict(C=C, BLOCK_C=min(triton.next_power_of_2(C), LONGEST), num_warps=4, num_stages=1, enable_fp_fusion=False)
+    options = dict(num_warps=4, num_stages=1, enable_fp_fusion=False, **dependent_launch(pdl))
+    return dict(C=C, BLOCK_C=min(triton.next_power_of_2(C), LONGEST), **options)
 
 
 @triton.jit(do_not_specialize=["lengths_ptr", "positions_ptr", "n_sequences"])
-def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr):
+def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n_sequences
     lengths = tl.load(lengths_ptr + offsets, mask=mask)
@@ -81,8 +86,9 @@ def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr):
 
 def advance(lengths: Tensor, positions: Tensor) -> None:
     """Launches the kernel: see `fastgpt.ops.step.advance`. Both are contiguous."""
+    constants = _constants_of_one_warp(ADVANCED, has_dependent_launch(lengths.device))
     with torch.cuda.device_of(lengths):
-        _advance[(triton.cdiv(len(lengths), ADVANCED),)](lengths, positions, len(lengths), BLOCK=ADVANCED, **ONE_WARP)
+        _advance[(triton.cdiv(len(lengths), ADVANCED),)](lengths, positions, len(lengths), **constants)
 
 
 @triton.jit(
@@ -91,9 +97,12 @@ def advance(lengths: Tensor, positions: Tensor) -> None:
     ]
 )  # fmt: skip
 def _note(
-    token_ptr, largest_ptr, tokens_ptr, extreme_ptr, step_ptr, ended_ptr, eos_ptr, n_rows, n_eos, BLOCK: tl.constexpr
+    token_ptr, largest_ptr, tokens_ptr, extreme_ptr, step_ptr, ended_ptr, eos_ptr, n_rows, n_eos, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program, of one warp: each of its threads has read the step before any writes the next."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     step = tl.load(step_ptr)
     for start in range(0, n_rows, BLOCK):
         offsets = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
@@ -121,18 +130,24 @@ def note(
     if ended is not None:
         ended = ended.view(torch.uint8)
     n_rows = len(token)
-    block = min(triton.next_power_of_2(n_rows), 256)
+    constants = _constants_of_one_warp(min(triton.next_power_of_2(n_rows), 256), has_dependent_launch(token.device))
     with torch.cuda.device_of(token):
         _note[(1,)](
-            token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), BLOCK=block, **ONE_WARP
+            token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), **constants
         )
 
 
+@functools.cache
+def _constants_of_one_warp(block: int, pdl: bool) -> dict:
+    """Likewise, of the other two kernels."""
+    return dict(BLOCK=block, num_warps=1, num_stages=1, enable_fp_fusion=False, **dependent_launch(pdl))
+
+
 def aot_configurations(arch: int):
-    """As in attention_forward.py; the same for every architecture."""
+    """As in attention_forward.py; the same for every architecture but for dependent launches."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     for dtype, C, given in itertools.product(dtypes, (768, 4096), ((), ("positions_ptr", "position_weight_ptr"))):
-        yield _embed, dtype, dtype, _constants(C), given
-    yield _advance, torch.float32, torch.float32, {"BLOCK": ADVANCED, **ONE_WARP}, ("positions_ptr",)
+        yield _embed, dtype, dtype, _constants(C, arch >= 90), given
+    yield _advance, torch.float32, torch.float32, _constants_of_one_warp(ADVANCED, arch >= 90), ("positions_ptr",)
     for block, given in itertools.product((1, 256), ((), ("ended_ptr", "eos_ptr"))):
-        yield _note, torch.float32, torch.float32, {"BLOCK": block, **ONE_WARP}, given
+        yield _note, torch.float32, torch.float32, _constants_of_one_warp(block, arch >= 90), given

@@ -16,7 +16,7 @@ from fastgpt.checks import (
     require_tensor,
 )
 from fastgpt.ops.derivatives import derivatives_possible, derivatives_refused, transforms_active
-from fastgpt.ops.implementations import choose, explain_call, require_impl, runs_elsewhere
+from fastgpt.ops.implementations import choose, explain_call, require_impl, runs_elsewhere, triton_unusable
 from fastgpt.ops.library import CUDA_MISSING, library, without_autograd
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, quantise
 
@@ -40,14 +40,15 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
             memory, nor be read by the call.
         positions: (B, T) int32|int64 on the device: the slot of each token, in tokens. Negative skips the token
             (padding). Where two tokens name the same slot, the last one of the last sequence stays on a CPU and in the
-            reference; in the CUDA kernel either may.
+            reference; in the kernels of a GPU any may, or parts of several.
         block_table: (B, pages) int32 on the device. Token p of sequence b lies in row p % page of page
             block_table[b, p // page]; S is then pages · page. Entries that no token of the call needs may be anything.
         k_scale, v_scale: for int8 and float8_e4m3fn caches, (B, H_kv, S) or (num_pages, H_kv, page) fp32; written. A
             row x (D numbers of a token and head) is stored as round(x · limit / max|x|), ties to even, with the scale
             max|x| / limit that restores it; limit is 127 for int8, 448 for float8_e4m3fn. A row with max|x| < 1e-30
             is zero; a row that holds infinity or NaN gets scale NaN. D <= 1024.
-        impl: "cuda", "cpp" or "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
+        impl: "cpp" (CPU), "cuda" (CUDA C++, where the library was built), "triton" (CUDA) or "reference"; None picks the first
+            that can serve the call; see `fastgpt.explain`.
 
     Returns None. Under CUDA it neither synchronises nor allocates, so it can be captured in a CUDA graph. Where k, v or a
     cache asks for derivatives, the reference serves the call: an assignment in place, as autograd knows it. Then the caches
@@ -59,22 +60,32 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
     """
     if impl is not None:
         require_impl(IMPLEMENTATIONS, impl)
+    tensors = k, v, k_cache, v_cache, k_scale, v_scale
     try:
-        if impl is not None:
-            choose("kv_cache_update", IMPLEMENTATIONS, impl, k, v, k_cache, v_cache, k_scale, v_scale)
         # The kernels check for themselves, in a fraction of the time, before they write.
-        if impl != "reference" and (
-            not derivatives_possible() or derivatives_refused(k, v, k_cache, v_cache, k_scale, v_scale) is None
-        ):
-            return _kv_cache_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+        operator = _operators("kv_cache_update", impl, *tensors)[0]
+        if operator is not None:
+            return operator(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     except Exception as error:
         _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)  # raises the error that names the argument
         _check_slots(positions, k_cache, block_table)
-        if choose("kv_cache_update", IMPLEMENTATIONS, impl, k, v, k_cache, v_cache, k_scale, v_scale) != "reference":
+        if choose("kv_cache_update", IMPLEMENTATIONS, impl, *tensors) != "reference":
             _raise_unless_negated(error, impl, k_cache, v_cache, k_scale, v_scale)
     kv_cache_update_reference(
         k, v, k_cache, v_cache, positions, block_table=block_table, k_scale=k_scale, v_scale=v_scale
     )
+
+
+def _operators(operation: str, impl: str | None, k, *others):
+    """The registered operations, kv_cache_update and rope_kv_cache_update, of the kernels that serve a call; None where the
+    reference does. Raises ValueError for an impl that cannot."""
+    if impl is None and not k.is_cuda:
+        served = not derivatives_possible() or derivatives_refused(k, *others) is None
+        return (_kv_cache_update, _rope_kv_cache_update) if served else (None, None)
+    chosen = choose(operation, IMPLEMENTATIONS, impl, k, *others)
+    if chosen == "triton":
+        return _with_triton
+    return (None, None) if chosen == "reference" else (_kv_cache_update, _rope_kv_cache_update)
 
 
 def _raise_unless_negated(error: Exception, impl: str | None, k_cache, v_cache, k_scale, v_scale) -> None:
@@ -184,10 +195,9 @@ def rope_kv_cache_update(
     if impl is not None:
         require_impl(IMPLEMENTATIONS, impl)
     try:
-        if impl is not None:
-            choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, *tensors)
-        if impl != "reference" and (not derivatives_possible() or derivatives_refused(*tensors) is None):
-            return _rope_kv_cache_update(
+        operator = _operators("rope_kv_cache_update", impl, *tensors)[1]
+        if operator is not None:
+            return operator(
                 q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale
             )
     except Exception as error:
@@ -414,6 +424,12 @@ def _launch_fails(device: torch.device) -> str | None:
     )
 
 
+def _triton_refuses(k, *others):
+    if not k.is_cuda:
+        return runs_elsewhere("CUDA", "k", k.device)
+    return triton_unusable(k.device) or _kernel_refuses(k, *others)
+
+
 def _cpp_refuses(k, *others):
     if not k.is_cpu:
         return runs_elsewhere("CPU", "k", k.device)
@@ -421,32 +437,79 @@ def _cpp_refuses(k, *others):
 
 
 # In order of preference: the first that does not refuse serves the call.
-IMPLEMENTATIONS = {"cpp": _cpp_refuses, "cuda": _cuda_refuses, "reference": lambda *tensors: None}
+IMPLEMENTATIONS = {
+    "cpp": _cpp_refuses, "cuda": _cuda_refuses, "triton": _triton_refuses, "reference": lambda *tensors: None,
+}  # fmt: skip
 
 
-library.define(
-    "kv_cache_update(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
-    "Tensor? block_table=None, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()"
-)
-library.define(
-    "rope_kv_cache_update(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
-    "Tensor cos, Tensor sin, Tensor? slots=None, bool interleaved=False, Tensor? block_table=None, "
-    "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> Tensor"
-)
-
-_kv_cache_update = without_autograd(torch.ops.fastgpt.kv_cache_update.default)
-_rope_kv_cache_update = without_autograd(torch.ops.fastgpt.rope_kv_cache_update.default)
-
-
-@torch.library.register_fake("fastgpt::kv_cache_update", lib=library)
 def _kv_cache_update_fake(k, v, k_cache, v_cache, positions, block_table=None, k_scale=None, v_scale=None):
     _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
 
 
-@torch.library.register_fake("fastgpt::rope_kv_cache_update", lib=library)
 def _rope_kv_cache_update_fake(
     q, k, v, k_cache, v_cache, positions, cos, sin,
     slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
     _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
     return q.new_empty(q.shape)
+
+
+def _kv_cache_update_triton(k, v, k_cache, v_cache, positions, block_table=None, k_scale=None, v_scale=None):
+    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+    _check_kernel(k, k_cache, v_cache, k_scale, v_scale)
+    from fastgpt.kernels.kv_cache_update import kv_cache_update  # Triton is imported only when a CUDA tensor needs it
+
+    kv_cache_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+
+
+def _rope_kv_cache_update_triton(
+    q, k, v, k_cache, v_cache, positions, cos, sin,
+    slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None,
+):  # fmt: skip
+    _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
+    _check_kernel(k, k_cache, v_cache, k_scale, v_scale)
+    from fastgpt.kernels.kv_cache_update import rope_kv_cache_update
+
+    return rope_kv_cache_update(
+        q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale
+    )
+
+
+def _check_kernel(k, k_cache, v_cache, k_scale, v_scale):
+    """What the Triton kernel takes less than the reference."""
+    require_dtype("k", k, KERNEL_DTYPES)
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if x is not None:
+            require_apart(name, x)
+
+
+# Name -> schema, the kernel of fake tensors and that of Triton.
+OPERATORS = {
+    "kv_cache_update": (
+        "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor? block_table=None, "
+        "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()",
+        _kv_cache_update_fake, _kv_cache_update_triton,
+    ),
+    "rope_kv_cache_update": (
+        "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor cos, Tensor sin, "
+        "Tensor? slots=None, bool interleaved=False, Tensor? block_table=None, Tensor(c!)? k_scale=None, "
+        "Tensor(d!)? v_scale=None) -> Tensor",
+        _rope_kv_cache_update_fake, _rope_kv_cache_update_triton,
+    ),
+}  # fmt: skip
+
+
+def _registered(suffix: str, with_triton: bool) -> list:
+    """The two operations, to which the compiled libraries add kernels. with_triton: Triton's are those of CUDA tensors."""
+    for name, (schema, fake, triton) in OPERATORS.items():
+        library.define(f"{name}{suffix}{schema}", f"fastgpt.{name}")
+        torch.library.register_fake(f"fastgpt::{name}{suffix}", fake, lib=library)
+        if with_triton:
+            library.impl(f"{name}{suffix}", triton, "CUDA")
+    return [without_autograd(getattr(torch.ops.fastgpt, f"{name}{suffix}").default) for name in OPERATORS]
+
+
+_kv_cache_update, _rope_kv_cache_update = _registered("", with_triton=CUDA_MISSING is not None)
+_with_triton = _kv_cache_update, _rope_kv_cache_update
+if CUDA_MISSING is None:  # its kernels are those of the operations, and Triton's have some of their own
+    _with_triton = _registered("_triton", with_triton=True)

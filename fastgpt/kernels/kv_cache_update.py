@@ -1,0 +1,357 @@
+"""The KV-cache update, alone and fused with rotary embedding, in one launch; and how a row is rotated and stored in 8 bits.
+
+What is stored is what csrc/kv_cache_update.cu stores, bit for bit: each operation on fp32 is rounded for itself, which takes a
+kernel without floating-point fusion. Where the CUDA library is not there, prefill needs no host sync all the same.
+
+Rows start wherever the caller has them. How far they are aligned is a compile-time argument: mostly 16 bytes, of all that is
+read and written.
+"""
+
+import functools
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
+from fastgpt.kernels.limits import check_count, check_sizes, grid
+
+TILE = 4096  # bytes of k that a program stores, of several tokens: 16 a thread, twice
+LONGEST = 1024  # numbers of a row at a time; rows that are rotated or quantised are no longer
+WIDEST = 16  # bytes of the widest access
+
+
+@triton.jit
+def to_float32(x):
+    """x in fp32, exactly. bf16 goes by its bits: Triton's interpreter (3.6 to 3.9) loses subnormal numbers."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def from_float32(x, dtype: tl.constexpr):
+    """x, in fp32, rounded to the nearest number of a dtype, ties to even. To bf16 by its bits: Triton's interpreter (3.6 to
+    3.9) cuts off what does not fit."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        x = tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def rotated(x, other, cosine, sine, is_first):
+    """Numbers x of rotated pairs, with their partners in `other`, in fp32 and rounded once: of the first of a pair (a, b)
+    a cos - b sin, of the second b cos + a sin."""
+    crossed = to_float32(other) * sine
+    straight = to_float32(x) * cosine
+    return from_float32(tl.where(is_first, straight - crossed, straight + crossed), x.dtype)
+
+
+@triton.jit
+def to_e4m3(x):
+    """fp32 that is not NaN -> the nearest e4m3 as uint8, ties to even, 448 for all that is larger; on every architecture."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = (magnitude - (120 << 23) + 0x7FFFF + (magnitude >> 20 & 1)) >> 20
+    # Below 2^-6: adding 2^14 leaves the rounded multiple of 2^-9 in the low bits.
+    subnormal = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    rounded = tl.where(magnitude < (121 << 23), subnormal, normal)
+    capped = tl.where(magnitude >= 0x43E00000, 0x7E, rounded)
+    return ((bits >> 24 & 0x80) | capped).to(tl.uint8)
+
+
+@triton.jit
+def largest_of(x, KEEP: tl.constexpr):
+    """The bits of the largest magnitude of each row x (..., BLOCK_D) in fp32, as integers, of which NaN is on top. With KEEP
+    they are (..., 1), else that of one row a scalar."""
+    return tl.max(to_float32(x).to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1, keep_dims=KEEP)
+
+
+@triton.jit
+def quantised(x, largest_bits, element: tl.constexpr):
+    """Rows x (..., BLOCK_D) as int8, or e4m3 in uint8, and their scales, by `largest_of` all of each row: bit for bit what
+    csrc/elements.h makes of them, in a kernel without floating-point fusion."""
+    LIMIT: tl.constexpr = 127.0 if element == tl.int8 else 448.0
+    x = to_float32(x)
+    largest = largest_bits.to(tl.float32, bitcast=True)
+    finite = largest_bits < 0x7F800000
+    counts = finite & (largest >= 1e-30)
+    divisor = tl.where(counts, largest, LIMIT)
+    scale = tl.where(finite, tl.where(counts, tl.div_rn(divisor, LIMIT), 0.0), float("nan"))
+    scaled = tl.where(counts, x * tl.div_rn(tl.full([], LIMIT, tl.float32), divisor), 0.0)
+    if element == tl.int8:
+        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the low bits.
+        stored = ((scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+    else:
+        stored = to_e4m3(scaled)
+    return stored, scale
+
+
+@triton.jit
+def _read(ptr, start, stride, tokens, mask_t, offs_d, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr):
+    """Pointers (M,) of rows at start + tokens * stride, and what lies at offs_d of them. ALIGN divides the pointers."""
+    rows = tl.multiple_of(ptr + (start + tokens * stride), [ALIGN])
+    mask = mask_t[:, None] & (offs_d < HEAD_DIM)[None, :]
+    return rows, tl.load(rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _angles(ptr, positions, stride, pair, is_rotated, other, PAIRS: tl.constexpr, ALIGN: tl.constexpr):
+    """Of each position its row of cos or sin, or `other`, at pair (N,): (M, N)."""
+    rows = tl.multiple_of(ptr + tl.where(is_rotated, positions, 0) * stride, [ALIGN])
+    return tl.load(rows[:, None] + pair[None, :], mask=is_rotated[:, None] & (pair < PAIRS)[None, :], other=other)
+
+
+@triton.jit
+def _both(a, b, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Numbers of a and b (BLOCK_T, BLOCK_D / 2) in turn: (BLOCK_T, BLOCK_D)."""
+    return tl.join(a, b).reshape([BLOCK_T, BLOCK_D])
+
+
+@triton.jit
+def _turn(
+    x, rows, cos_ptr, sin_ptr, stride_cos, stride_sin, positions, is_rotated,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Rows x (BLOCK_T, BLOCK_D), which lie at the pointers `rows`, rotated by their positions where is_rotated says so."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = is_rotated[:, None] & (offs_d < 2 * PAIRS)[None, :]
+    if INTERLEAVED:
+        is_first = offs_d % 2 == 0
+        pair = tl.arange(0, BLOCK_D // 2)
+        a, b = tl.split(x.reshape([BLOCK_T, BLOCK_D // 2, 2]))
+        other = _both(b, a, BLOCK_T, BLOCK_D)
+        cosine = _angles(cos_ptr, positions, stride_cos, pair, is_rotated, 1.0, PAIRS, ALIGN)
+        sine = _angles(sin_ptr, positions, stride_sin, pair, is_rotated, 0.0, PAIRS, ALIGN)
+        cosine, sine = _both(cosine, cosine, BLOCK_T, BLOCK_D), _both(sine, sine, BLOCK_T, BLOCK_D)
+    else:
+        is_first = offs_d < PAIRS
+        pair = tl.where(is_first, offs_d, offs_d - PAIRS)
+        partner = tl.where(is_first, offs_d + PAIRS, offs_d - PAIRS)
+        other = tl.load(rows[:, None] + partner[None, :], mask=mask, other=0.0)
+        cosine = _angles(cos_ptr, positions, stride_cos, pair, is_rotated, 1.0, PAIRS, ALIGN)
+        sine = _angles(sin_ptr, positions, stride_sin, pair, is_rotated, 0.0, PAIRS, ALIGN)
+    return tl.where(mask, rotated(x, other, cosine, sine, is_first[None, :]), x)
+
+
+@triton.jit
+def _store(
+    x, ptr, scale_ptr, first, h, row, stride_b, stride_h, stride_n, stride_sb, stride_sh, stride_sn, stored, offs_d,
+    HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Rows x (M, BLOCK_D) of head h to the rows `row` (M,) of sequences or pages `first`, where `stored` (M,)."""
+    if scale_ptr is not None:
+        x, scale = quantised(x, largest_of(x, KEEP=True), ptr.dtype.element_ty)
+        scales = scale_ptr + (first * stride_sb + h * stride_sh + row * stride_sn)
+        tl.store(scales[:, None], scale, mask=stored[:, None])
+    rows = tl.multiple_of(ptr + (first * stride_b + h * stride_h + row * stride_n), [ALIGN])
+    tl.store(rows[:, None] + offs_d[None, :], x, mask=stored[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+
+# Numbers that vary between calls, and where tensors begin, must not compile a kernel again.
+@triton.jit(
+    do_not_specialize=[
+        "new_k_ptr", "new_v_ptr", "k_ptr", "v_ptr", "slots_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr",
+        "new_q_ptr", "rotated_q_ptr", "positions_ptr", "cos_ptr", "sin_ptr",
+        "stride_nkb", "stride_nkh", "stride_nkt",
+        "stride_nvb", "stride_nvh", "stride_nvt",
+        "stride_kb", "stride_kh", "stride_kn",
+        "stride_vb", "stride_vh", "stride_vn",
+        "stride_ksb", "stride_ksh", "stride_ksn",
+        "stride_vsb", "stride_vsh", "stride_vsn",
+        "stride_sb", "stride_st", "stride_tb", "stride_tp",
+        "stride_qb", "stride_qh", "stride_qt", "stride_pb", "stride_pt", "stride_cos", "stride_sin",
+        "n_heads", "n_heads_kv", "n_tokens", "capacity", "page", "n_pages", "n_angles",
+    ]
+)  # fmt: skip
+def _update_cache(
+    new_k_ptr, new_v_ptr, k_ptr, v_ptr, slots_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr,
+    new_q_ptr, rotated_q_ptr, positions_ptr, cos_ptr, sin_ptr,
+    stride_nkb, stride_nkh, stride_nkt,
+    stride_nvb, stride_nvh, stride_nvt,
+    stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    stride_ksb, stride_ksh, stride_ksn,
+    stride_vsb, stride_vsh, stride_vsn,
+    stride_sb, stride_st, stride_tb, stride_tp,
+    stride_qb, stride_qh, stride_qt, stride_pb, stride_pt, stride_cos, stride_sin,
+    n_heads, n_heads_kv, n_tokens, capacity, page, n_pages, n_angles,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    NEW_ALIGN: tl.constexpr, CACHE_ALIGN: tl.constexpr, ANGLE_ALIGN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_T tokens of one head of k and v, or of q.
+
+    Strides are in elements; the last dimension of all is contiguous. k_ptr and v_ptr are the cache, (B, H_kv, capacity, D), or
+    with a block table the pool of pages, of which stride_kb and the like are. rotated_q is (B, H, T, D), contiguous. Without
+    rotation, n_heads is 0 and PAIRS, too. Optional tensors are None where they do not apply.
+    """
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    pid = tl.program_id(0)
+    n_rows = n_heads_kv + n_heads
+    head = pid % n_rows  # all heads of a token side by side
+    n_tiles = tl.cdiv(n_tokens, BLOCK_T)
+    b = tl.cast(pid // n_rows // n_tiles, tl.int64)
+    tokens = (pid // n_rows % n_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = tokens < n_tokens
+
+    positions, is_rotated = tokens, mask_t
+    if cos_ptr is not None:
+        positions = tl.load(positions_ptr + (b * stride_pb + tokens * stride_pt), mask=mask_t, other=-1).to(tl.int64)
+        is_rotated = (positions >= 0) & (positions < n_angles)
+
+    if head < n_heads_kv:
+        h = tl.cast(head, tl.int64)
+        slots = tl.load(slots_ptr + (b * stride_sb + tokens * stride_st), mask=mask_t, other=-1).to(tl.int64)
+        stored = (slots >= 0) & (slots < capacity)
+        if cos_ptr is not None:
+            stored = stored & (positions < n_angles)
+        row = tl.where(stored, slots, 0)
+        first = b + tl.zeros_like(row)
+        if block_table_ptr is not None:
+            entries = block_table_ptr + (b * stride_tb + row // page * stride_tp)
+            first = tl.load(entries, mask=stored, other=-1).to(tl.int64)
+            stored = stored & (first >= 0) & (first < n_pages)
+            row = row % page
+        # Rows that are rotated or quantised are read at once.
+        for start_d in range(0, HEAD_DIM, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            start = b * stride_nkb + h * stride_nkh
+            rows, k = _read(new_k_ptr, start, stride_nkt, tokens, mask_t, offs_d, HEAD_DIM, NEW_ALIGN)
+            if cos_ptr is not None:
+                k = _turn(
+                    k, rows, cos_ptr, sin_ptr, stride_cos, stride_sin, positions, is_rotated,
+                    PAIRS, INTERLEAVED, BLOCK_T, BLOCK_D, ANGLE_ALIGN,
+                )  # fmt: skip
+            _store(
+                k, k_ptr, k_scale_ptr, first, h, row, stride_kb, stride_kh, stride_kn, stride_ksb, stride_ksh, stride_ksn,
+                stored, offs_d, HEAD_DIM, CACHE_ALIGN,
+            )  # fmt: skip
+        for start_d in range(0, V_DIM, BLOCK_DV):
+            offs_d = start_d + tl.arange(0, BLOCK_DV)
+            start = b * stride_nvb + h * stride_nvh
+            _, v = _read(new_v_ptr, start, stride_nvt, tokens, mask_t, offs_d, V_DIM, NEW_ALIGN)
+            _store(
+                v, v_ptr, v_scale_ptr, first, h, row, stride_vb, stride_vh, stride_vn, stride_vsb, stride_vsh, stride_vsn,
+                stored, offs_d, V_DIM, CACHE_ALIGN,
+            )  # fmt: skip
+    elif new_q_ptr is not None:
+        h = tl.cast(head - n_heads_kv, tl.int64)
+        offs_d = tl.arange(0, BLOCK_D)
+        start = b * stride_qb + h * stride_qh
+        rows, q = _read(new_q_ptr, start, stride_qt, tokens, mask_t, offs_d, HEAD_DIM, NEW_ALIGN)
+        q = _turn(
+            q, rows, cos_ptr, sin_ptr, stride_cos, stride_sin, positions, is_rotated,
+            PAIRS, INTERLEAVED, BLOCK_T, BLOCK_D, ANGLE_ALIGN,
+        )  # fmt: skip
+        BITS: tl.constexpr = HEAD_DIM * (rotated_q_ptr.dtype.element_ty.primitive_bitwidth // 8) | 16  # the lowest counts
+        out_rows = tl.multiple_of(rotated_q_ptr + ((b * n_heads + h) * n_tokens + tokens) * HEAD_DIM, [BITS & -BITS])
+        tl.store(out_rows[:, None] + offs_d[None, :], q, mask=mask_t[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+
+def kv_cache_update(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor,
+    block_table: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launches the kernel; no host sync. What it does, and the arguments, see `fastgpt.kv_cache_update`; v and its cache may
+    have a head dim of their own."""
+    _launch(None, k, v, k_cache, v_cache, positions, None, None, None, False, block_table, k_scale, v_scale)
+
+
+def rope_kv_cache_update(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, cos: Tensor, sin: Tensor,
+    slots: Tensor | None = None, interleaved: bool = False,
+    block_table: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Launches the kernel; no host sync. What it does, and the arguments, see `fastgpt.rope_kv_cache_update`; v and its cache
+    may have a head dim of their own. Returns the rotated q (B, H, T, D), contiguous."""
+    slots = positions if slots is None else slots
+    return _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, block_table, k_scale, v_scale)
+
+
+def _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, block_table, k_scale, v_scale):
+    B, H_kv, T, D = k.shape
+    H = 0 if q is None else q.shape[1]
+    n_pages, _, page = k_cache.shape[:3]
+    capacity = page if block_table is None else page * block_table.shape[1]
+    check_sizes(k=k, v=v, k_cache=k_cache, v_cache=v_cache, q=q)
+    check_count("block_table", "keys in a sequence's pages", capacity)
+    out = None if q is None else torch.empty((B, H, T, D), dtype=q.dtype, device=q.device)
+    if k.numel() == v.numel() == 0 and (out is None or out.numel() == 0):
+        return out
+    if k_cache.dtype is torch.float8_e4m3fn:  # which the kernel makes itself: not every architecture can
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    aligned = alignment(k, v, *(() if q is None else (q,))), alignment(k_cache, v_cache)
+    constants = _constants(
+        D, v.shape[3], 0 if cos is None else cos.shape[1], interleaved, T > 1, k.element_size(),
+        *aligned, WIDEST if cos is None else alignment(cos, sin), has_dependent_launch(k.device),
+    )  # fmt: skip
+    with torch.cuda.device_of(k):
+        _update_cache[grid("k", triton.cdiv(T, constants["BLOCK_T"]), B, H_kv + H)](
+            k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale,
+            q, out, positions, cos, sin,
+            *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            *((0, 0, 0, 0, 0, 0) if k_scale is None else (*k_scale.stride(), *v_scale.stride())),
+            *slots.stride(), *((0, 0) if block_table is None else block_table.stride()),
+            *((0,) * 7 if q is None else (*q.stride()[:3], *positions.stride(), cos.stride(0), sin.stride(0))),
+            H, H_kv, T, capacity, max(page, 1), n_pages, 0 if cos is None else len(cos),
+            **constants,
+        )  # fmt: skip
+    return out
+
+
+def alignment(*tensors: Tensor) -> int:
+    """The widest access in bytes, a power of two up to WIDEST, that rows of all tensors are aligned for. The stride of a
+    dimension of size 1 is never used and may be anything."""
+    bits = WIDEST
+    for x in tensors:
+        bits |= x.data_ptr()
+        for size, stride in zip(x.shape[:-1], x.stride()):
+            if size > 1:
+                bits |= stride * x.element_size()
+    return bits & -bits
+
+
+@functools.cache
+def _constants(
+    head_dim: int, v_dim: int, pairs: int, interleaved: bool, several: bool, element_size: int, new_align: int, cache_align: int,
+    angle_align: int, pdl: bool,
+) -> dict:  # fmt: skip
+    """Compile-time arguments and options."""
+    block_d, block_dv = (min(LONGEST, triton.next_power_of_2(max(1, dim))) for dim in (head_dim, v_dim))
+    longest = max(block_d, block_dv)
+    block_t = max(1, min(64, TILE // (longest * element_size))) if several else 1
+    num_warps = max(1, min(4, block_t * longest * element_size // (32 * WIDEST)))
+    return dict(
+        HEAD_DIM=head_dim, V_DIM=v_dim, PAIRS=pairs, INTERLEAVED=interleaved, NEW_ALIGN=new_align, CACHE_ALIGN=cache_align,
+        ANGLE_ALIGN=angle_align, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_DV=block_dv, num_warps=num_warps, num_stages=1,
+        enable_fp_fusion=False, **dependent_launch(pdl),
+    )  # fmt: skip
+
+
+NEW, ROTATION = ("new_k_ptr", "new_v_ptr", "slots_ptr"), ("new_q_ptr", "rotated_q_ptr", "positions_ptr", "cos_ptr", "sin_ptr")
+
+
+def aot_configurations(arch: int):
+    """As in attention_forward.py; the same for every architecture but for dependent launches. Rows are aligned as most are, and
+    of one model as little as any."""
+    of_models = (  # head dims of k and v, pairs, interleaved, how rows are aligned
+        (64, 64, 32, False, WIDEST), (128, 128, 64, False, WIDEST), (80, 80, 16, False, 1), (128, 128, 64, True, WIDEST),
+        (576, 512, 32, True, WIDEST),
+    )  # fmt: skip
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    choices = (False, True)
+    for dtype, of_model, several, paged, turns in itertools.product(dtypes, of_models, choices, choices, choices):
+        head_dim, v_dim, pairs, interleaved, least = of_model
+        for cache_dtype in (dtype, torch.int8, torch.float8_e4m3fn):
+            aligned = (max(least, size) for size in (dtype.itemsize, cache_dtype.itemsize, 4))
+            rotation = (pairs, interleaved) if turns else (0, False)
+            constants = _constants(head_dim, v_dim, *rotation, several, dtype.itemsize, *aligned, arch >= 90)
+            given = (*NEW, *("block_table_ptr",) * paged, *ROTATION * turns)
+            scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
+            yield _update_cache, dtype, cache_dtype, constants, (*given, *scales)
