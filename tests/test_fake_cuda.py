@@ -1,9 +1,7 @@
 """What is decided about CUDA tensors before anything is launched: known without a GPU, of tensors that are fake."""
 
-import ast
 import contextlib
 import inspect
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -133,21 +131,10 @@ def test_two_launches_are_captured_if_neither_waits(missing):
 
 # Launchers
 
-KERNELS = Path(fastgpt.__file__).parent / "kernels"
-
-
-def launched_kernels() -> set[str]:
-    """Names of the functions that the launchers launch: NAME[grid](...)."""
-    names = set()
-    for path in KERNELS.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name):
-                names.add(node.func.value.id)
-    return names
-
-
 def test_every_launch_is_on_the_device_of_its_tensors():
     """Also where another one is the current device: a guard is entered with a tensor of the call, and left after it."""
+    from fake_gpu import launched_kernels
+
     from fastgpt.kernels import step
     from fastgpt.kernels.attention_backward import attention_backward
     from fastgpt.kernels.attention_decode import attention_decode
@@ -180,7 +167,7 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         step.embed(ids, x)
         step.advance(lengths, lengths.clone().unsqueeze(1))
         step.note(ids[0], torch.zeros(1, 1), ids.clone(), torch.zeros(1, 1), step_of)
-    assert launched.keys() == launched_kernels()
+    assert launched.keys() == launched_kernels().keys()
     assert all(all(guarded) for guarded in launched.values()), launched
 
 

@@ -121,7 +121,7 @@ def note(
     if ended is not None:
         ended = ended.view(torch.uint8)
     n_rows = len(token)
-    block = min(triton.next_power_of_2(n_rows), 256)
+    block = 32 if n_rows <= 32 else 256
     with torch.cuda.device_of(token):
         _note[(1,)](
             token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), BLOCK=block, **ONE_WARP
@@ -134,5 +134,5 @@ def aot_configurations(arch: int):
     for dtype, C, given in itertools.product(dtypes, (768, 4096), ((), ("positions_ptr", "position_weight_ptr"))):
         yield _embed, dtype, dtype, _constants(C), given
     yield _advance, torch.float32, torch.float32, {"BLOCK": ADVANCED, **ONE_WARP}, ("positions_ptr",)
-    for block, given in itertools.product((1, 256), ((), ("ended_ptr", "eos_ptr"))):
+    for block, given in itertools.product((32, 256), ((), ("ended_ptr", "eos_ptr"))):
         yield _note, torch.float32, torch.float32, {"BLOCK": block, **ONE_WARP}, given
