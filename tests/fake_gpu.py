@@ -8,6 +8,7 @@ directly. Within `gpu`, tensors are on cuda:0, and all of the package and PyTorc
 import ast
 import contextlib
 import ctypes
+import functools
 import inspect
 import itertools
 import pkgutil
@@ -87,6 +88,7 @@ class Kernel:
         self.found.append(launch)
 
 
+@functools.cache
 def launched_kernels() -> dict[str, JITFunction]:
     """The functions that the package's launchers launch, NAME[grid](...), by their names."""
     found = {}

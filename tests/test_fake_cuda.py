@@ -139,6 +139,7 @@ def test_every_launch_is_on_the_device_of_its_tensors():
     from fastgpt.kernels.attention_backward import attention_backward
     from fastgpt.kernels.attention_decode import attention_decode
     from fastgpt.kernels.attention_forward import attention_forward
+    from fastgpt.kernels.launch import Kernel
     from fastgpt.kernels.linear import linear
     from fastgpt.kernels.norm import norm
 
@@ -150,14 +151,14 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         yield
         guards.pop()
 
-    def run(self, *args, **kwargs):
+    def launch(self, grid, *args, **kwargs):
         launched.setdefault(self.fn.__name__, []).append(bool(guards) and any(x is guards[-1] for x in args))
 
     q, kv, x = torch.randn(2, 4, 40, 64), torch.randn(2, 2, 40, 64), torch.randn(3, 64)
     lse, step_of, ids = torch.zeros(2, 4, 40), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
     lengths = torch.zeros(2, dtype=torch.int32)
     slopes, bias = torch.rand(4), torch.randn(2, 4, 40, 40)
-    with mock.patch.object(torch.cuda, "device_of", device_of), mock.patch.object(triton.JITFunction, "run", run):
+    with mock.patch.object(torch.cuda, "device_of", device_of), mock.patch.object(Kernel, "launch", launch):
         attention_forward(q, kv, kv, causal=True, scale=1.0)
         attention_backward(q, None, q, kv, kv, q, lse, needs_dbias=True, causal=True, scale=1.0, bias=bias, sinks=slopes)
         attention_decode(q[:, :, :1], kv, kv, causal=True, scale=1.0)

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.limits import grid
+from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.limits import cdiv, grid
 
 TILE = 1024  # numbers that a program normalises at least, if there are so many
 LONGEST = 4096  # numbers of a row that it reads at a time
@@ -68,7 +69,7 @@ def moments(rows, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr
 
 
 # Numbers that vary between calls must not compile a kernel again.
-@triton.jit(do_not_specialize=["n_rows", "size_1", "size_2", "stride_0", "stride_1", "stride_2"])
+@kernel(do_not_specialize=["n_rows", "size_1", "size_2", "stride_0", "stride_1", "stride_2"])
 def _norm(
     x_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr,
     n_rows, size_1, size_2, stride_0, stride_1, stride_2, eps, offset,
@@ -107,7 +108,7 @@ def norm(
     Returns: (..., C) in x's dtype, contiguous.
     """
     C = x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
     dims = folded(x)
@@ -119,7 +120,7 @@ def norm(
     rows = out.numel() // C
     constants = _constants(C, rms, rows > 128)
     with torch.cuda.device_of(x):
-        _norm[grid("x", triton.cdiv(rows, constants["BLOCK_M"]))](
+        _norm[grid("x", cdiv(rows, constants["BLOCK_M"]))](
             x, weight, bias, residual, out, rows, size_1, size_2, stride_0, stride_1, stride_2, float(eps), float(offset),
             **constants,
         )  # fmt: skip

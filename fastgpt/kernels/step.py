@@ -8,14 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.limits import grid
+from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.limits import cdiv, grid
 
 LONGEST = 1024  # numbers of a row that a program writes
 ADVANCED = 128  # sequences whose lengths a program advances
 ONE_WARP = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
 
-@triton.jit(do_not_specialize=["ids_ptr", "positions_ptr", "vocabulary", "n_positions", "period"])
+@kernel(do_not_specialize=["ids_ptr", "positions_ptr", "vocabulary", "n_positions", "period"])
 def _embed(
     ids_ptr, weight_ptr, positions_ptr, position_weight_ptr, out_ptr, vocabulary, n_positions, period, scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -58,7 +59,7 @@ def embed(
     scale = None if scale is None else float(scale)
     constants = _constants(C)
     with torch.cuda.device_of(weight):
-        _embed[(*grid("ids", ids.numel()), triton.cdiv(C, constants["BLOCK_C"]))](
+        _embed[(*grid("ids", ids.numel()), cdiv(C, constants["BLOCK_C"]))](
             ids, weight, positions, position_weight, out, len(weight), n_positions, period, scale, **constants
         )
     return out
@@ -70,7 +71,7 @@ def _constants(C: int) -> dict:
     return dict(C=C, BLOCK_C=min(triton.next_power_of_2(C), LONGEST), num_warps=4, num_stages=1, enable_fp_fusion=False)
 
 
-@triton.jit(do_not_specialize=["lengths_ptr", "positions_ptr", "n_sequences"])
+@kernel(do_not_specialize=["lengths_ptr", "positions_ptr", "n_sequences"])
 def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n_sequences
@@ -82,10 +83,10 @@ def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr):
 def advance(lengths: Tensor, positions: Tensor) -> None:
     """Launches the kernel: see `fastgpt.ops.step.advance`. Both are contiguous."""
     with torch.cuda.device_of(lengths):
-        _advance[(triton.cdiv(len(lengths), ADVANCED),)](lengths, positions, len(lengths), BLOCK=ADVANCED, **ONE_WARP)
+        _advance[(cdiv(len(lengths), ADVANCED),)](lengths, positions, len(lengths), BLOCK=ADVANCED, **ONE_WARP)
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=[
         "token_ptr", "largest_ptr", "tokens_ptr", "extreme_ptr", "step_ptr", "ended_ptr", "eos_ptr", "n_rows", "n_eos",
     ]
