@@ -1,8 +1,24 @@
-"""The machine code of a Triton kernel, compiled for an architecture without a GPU, and what it takes there."""
+"""The machine code of Triton kernels, compiled for an architecture without a GPU, and what it takes there.
 
+python -m benchmarks.machine_code [--arch 80 89 90 100 120] [--share I/N] [--workers N]
+
+Compiles every configuration that ships, of each architecture, on all cores, and counts those that compile without spilling and
+within the architecture's shared memory. That takes many hours; --share 3/50 takes every 50th from the third on. Exits with 1 if
+one does not.
+"""
+
+import argparse
+import os
+import pkgutil
 import re
 import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +28,12 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from fastgpt import kernels
+from fastgpt.kernels.architecture import tiles_of
 from fastgpt.kernels.attention_forward import Tile
 
-# Shared memory a block may use, in bytes. Chips of compute capability 8.6 and 8.9 run the code of 8.0 in 99 KiB.
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Shared memory a block may use, in bytes. A chip of compute capability 8.0 has 163 KiB, but 8.6 runs its code in 99 KiB.
+SHARED_MEMORY = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 ELEMENTS = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.float8_e4m3fn: "u8",
@@ -171,3 +189,49 @@ def _presses(name: str, constants: dict, features: frozenset) -> bool:
         return False
     rich = {"bias_ptr", "seed_ptr", "mask_ptr" if name.startswith("_backward") else "alibi_ptr"}
     return features in ({"kv_lengths_ptr"}, {"cu_q_ptr", "cu_k_ptr"}) or rich <= features
+
+
+def shipped(arch: int, modules=None) -> Iterator[tuple]:
+    """(kernel, dtype, the cache's dtype, constants, optional arguments given) of all that ship for an architecture."""
+    for name in modules or [module.name for module in pkgutil.iter_modules(kernels.__path__)]:
+        module = import_module(f"fastgpt.kernels.{name}")
+        if hasattr(module, "aot_configurations"):
+            yield from module.aot_configurations(tiles_of(arch))
+
+
+def fault_of(arch: int, module: str, name: str, *configuration) -> str:
+    """What is wrong with a kernel's machine code, and which it is; empty if nothing is."""
+    what = f"sm_{arch} {name} {configuration}"
+    try:
+        faults = usage_of(compile_for(arch, getattr(import_module(module), name), *configuration)).faults(arch)
+    except Exception as error:  # whatever keeps one from compiling, the others are compiled
+        return f"{what}: {type(error).__name__}: {error}"
+    return f"{what}: {', '.join(faults)}" if faults else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
+    parser.add_argument("--share", default="1/1", metavar="I/N", help="every N-th configuration from the I-th on")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    first, step = map(int, args.share.split("/"))
+    faults = 0
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        for arch in args.arch:
+            start, all_of_arch = time.perf_counter(), list(shipped(arch))
+            chosen = all_of_arch[first - 1 :: step]
+            jobs = [(arch, function.__module__, function.__name__, *rest) for function, *rest in chosen]
+            found = [fault for fault in pool.map(fault_of, *zip(*jobs, strict=True)) if fault]
+            faults += len(found)
+            seconds = time.perf_counter() - start
+            print(*found, sep="\n", end="\n" * bool(found))
+            print(
+                f"sm_{arch}: of {len(all_of_arch)} configurations that ship {len(jobs)} were compiled, {len(jobs) - len(found)} "
+                f"without spills and within {SHARED_MEMORY[arch] >> 10} KiB, in {seconds:.0f} s", flush=True
+            )  # fmt: skip
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -47,12 +47,32 @@ class StubGraph:
             self.tape.play()
 
 
-class StubStream:
-    def __init__(self, device=None):
-        self.device = device
+@contextlib.contextmanager
+def torch_cuda(graph, wait, wait_stream=lambda: None):
+    """Within it, what of torch.cuda capturing takes is there without a GPU.
 
-    def wait_stream(self, other):
-        StubGraph.log.append("wait_stream")
+    graph: in place of CUDAGraph. wait: called with the name of what would wait for the device. wait_stream: when a stream is
+        to wait for another one, which the host does not.
+    """
+
+    class Stream:
+        def __init__(self, device=None):
+            self.device = device
+
+        def wait_stream(self, other):
+            wait_stream()
+
+    with (
+        mock.patch.object(torch.cuda, "CUDAGraph", graph),
+        mock.patch.object(torch.cuda, "Stream", Stream),
+        mock.patch.object(torch.cuda, "current_stream", lambda device=None: Stream(device)),
+        mock.patch.object(torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "synchronize", lambda device=None: wait("synchronize")),
+        mock.patch.object(torch.cuda, "empty_cache", lambda: wait("empty_cache")),
+    ):
+        capture.side_stream.cache_clear()
+        yield
+    capture.side_stream.cache_clear()
 
 
 @contextlib.contextmanager
@@ -68,24 +88,14 @@ def stubbed_cuda(plays: bool = True):
             super().__init__()
             graphs.append(self)
 
-    def waits(name):
-        return lambda *args, **kwargs: log.append(name)
-
     with (
         mock.patch.object(StubGraph, "log", log, create=True),
         mock.patch.object(StubGraph, "plays", plays),
-        mock.patch.object(torch.cuda, "CUDAGraph", Graph),
-        mock.patch.object(torch.cuda, "Stream", StubStream),
-        mock.patch.object(torch.cuda, "current_stream", lambda device=None: StubStream(device)),
-        mock.patch.object(torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
-        mock.patch.object(torch.cuda, "synchronize", waits("synchronize")),
-        mock.patch.object(torch.cuda, "empty_cache", waits("empty_cache")),
+        torch_cuda(Graph, log.append, lambda: log.append("wait_stream")),
         mock.patch.object(capture, "has_graphs", lambda device: True),
         taped_operations(),
     ):
-        capture.side_stream.cache_clear()
         yield Log(log, graphs)
-    capture.side_stream.cache_clear()
 
 
 class Log:

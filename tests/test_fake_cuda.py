@@ -1,9 +1,7 @@
 """What is decided about CUDA tensors before anything is launched: known without a GPU, of tensors that are fake."""
 
-import ast
 import contextlib
 import inspect
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -155,26 +153,16 @@ def test_without_the_cuda_library_a_model_is_captured():
 
 # Launchers
 
-KERNELS = Path(fastgpt.__file__).parent / "kernels"
-
-
-def launched_kernels() -> set[str]:
-    """Names of the functions that the launchers launch: NAME[grid](...)."""
-    names = set()
-    for path in KERNELS.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name):
-                names.add(node.func.value.id)
-    return names
-
-
 def test_every_launch_is_on_the_device_of_its_tensors():
     """Also where another one is the current device: a guard is entered with a tensor of the call, and left after it."""
+    from fake_gpu import launched_kernels
+
     from fastgpt.kernels import step
     from fastgpt.kernels.attention_backward import attention_backward
     from fastgpt.kernels.attention_decode import attention_decode
     from fastgpt.kernels.attention_forward import attention_forward
     from fastgpt.kernels.kv_cache_update import kv_cache_update
+    from fastgpt.kernels.launch import Kernel
     from fastgpt.kernels.linear import linear
     from fastgpt.kernels.norm import norm
 
@@ -186,14 +174,14 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         yield
         guards.pop()
 
-    def run(self, *args, **kwargs):
+    def launch(self, grid, *args, **kwargs):
         launched.setdefault(self.fn.__name__, []).append(bool(guards) and any(x is guards[-1] for x in args))
 
     q, kv, x = torch.randn(2, 4, 40, 64), torch.randn(2, 2, 40, 64), torch.randn(3, 64)
     lse, step_of, ids = torch.zeros(2, 4, 40), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
     lengths = torch.zeros(2, dtype=torch.int32)
     slopes, bias = torch.rand(4), torch.randn(2, 4, 40, 40)
-    with mock.patch.object(torch.cuda, "device_of", device_of), mock.patch.object(triton.JITFunction, "run", run):
+    with mock.patch.object(torch.cuda, "device_of", device_of), mock.patch.object(Kernel, "launch", launch):
         attention_forward(q, kv, kv, causal=True, scale=1.0)
         attention_backward(q, None, q, kv, kv, q, lse, needs_dbias=True, causal=True, scale=1.0, bias=bias, sinks=slopes)
         attention_decode(q[:, :, :1], kv, kv, causal=True, scale=1.0)
@@ -204,7 +192,7 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         step.embed(ids, x)
         step.advance(lengths, lengths.clone().unsqueeze(1))
         step.note(ids[0], torch.zeros(1, 1), ids.clone(), torch.zeros(1, 1), step_of)
-    assert launched.keys() == launched_kernels()
+    assert launched.keys() == launched_kernels().keys()
     assert all(all(guarded) for guarded in launched.values()), launched
 
 

@@ -43,7 +43,7 @@ LAYERS = [
         "ops.library",
     },  # fmt: skip
     {
-        "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.dependent_launch", "kernels.limits", "memory",
+        "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.dependent_launch", "kernels.launch", "kernels.limits", "memory",
         "ops.dropout",
         "ops.derivatives", "ops.quantisation", "startup",
     },  # fmt: skip

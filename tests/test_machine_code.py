@@ -12,7 +12,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.machine_code import SHARED_MEMORY, compile_for, demanding, ir_of, source_of, usage_of  # noqa: E402
+from benchmarks.machine_code import (  # noqa: E402
+    SHARED_MEMORY,
+    compile_for,
+    demanding,
+    ir_of,
+    shipped,
+    source_of,
+    usage_of,
+)
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}  # and of what is left of wide heads
@@ -20,9 +28,8 @@ MODULES = ["attention_forward", "attention_backward", "attention_decode", "linea
 
 
 def configurations(modules, arch):
-    """(kernel, dtype, the cache's dtype, constants, optional arguments given) of all that ship."""
-    for module in modules.split(" and "):
-        yield from import_module(f"fastgpt.kernels.{module}").aot_configurations(arch)
+    """As `shipped`, of some modules."""
+    return shipped(arch, modules.split(" and "))
 
 
 def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, given):

@@ -50,7 +50,8 @@ from fastgpt.kernels.attention_tiles import (
     units_of,
     visible_keys,
 )
-from fastgpt.kernels.limits import grid
+from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.limits import cdiv, grid
 
 # pass -> (head dims as of `tile_key`, bytes per element) -> a tile for each of ARCHITECTURES, see attention_forward.py.
 # The rich ones leave registers for scores that are more than q·k · scale; the bias's pass uses that of the queries.
@@ -119,7 +120,7 @@ DELTA_ARGUMENTS = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=DELTA_ARGUMENTS)
+@kernel(do_not_specialize=DELTA_ARGUMENTS)
 def _delta(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, n_heads, n_queries,
@@ -273,7 +274,7 @@ def _fold_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS])
+@kernel(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS])
 def _backward_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, shift_ptr, delta_ptr, norm_ptr, dk_ptr, dv_ptr,
     kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, mask_ptr, bias_ptr, seed_ptr,
@@ -422,7 +423,7 @@ def _fold_keys(
     return dq, pk, row_sum, mean_dp
 
 
-@triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS, "lse_ptr", "dlse_ptr"])
+@kernel(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS, "lse_ptr", "dlse_ptr"])
 def _backward_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr, shift_ptr, delta_ptr, norm_ptr, dq_ptr,
     kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr, seed_ptr,
@@ -537,7 +538,7 @@ def _backward_queries(
     store_rows(dq_ptr, stride_dqm, rows, n_rows, dq, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS, "n_batch", "bias_batch", "bias_heads", "m_tiles", "n_tiles"])
+@kernel(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS, "n_batch", "bias_batch", "bias_heads", "m_tiles", "n_tiles"])
 def _backward_bias(
     q_ptr, k_ptr, v_ptr, dout_ptr, shift_ptr, delta_ptr, norm_ptr, dbias_ptr,
     kv_lengths_ptr, alibi_ptr, mask_ptr, bias_ptr, seed_ptr,
@@ -677,17 +678,18 @@ def attention_backward(
     bulk_of_queries = descriptors(of_queries, tiles) if bulk else {}
     n_queries, n_keys = (T, S) if not packed else (min(max_q, T), min(max_k, S))
     batch = len(cu_seqlens_q) - 1 if packed else B
-    m_tiles = triton.cdiv(n_queries, of_queries["BLOCK_M"])
+    m_tiles = cdiv(n_queries, of_queries["BLOCK_M"])
     names = ("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr")
     skipped = ("stride_t", "stride_ks", "stride_vs", "page", "n_pages", "n_keys")
     common = {name: extras.tensors[name] for name in names}
-    common |= {name: value for name, value in extras.numbers.items() if not name.startswith(skipped)}
+    numbers = extras.strides | extras.numbers
+    common |= {name: value for name, value in numbers.items() if not name.startswith(skipped)}
     common |= {**strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed)}
     common |= {**strides(dout, "g", "bhm", packed), **strides(lse, "l", "bh", packed)}
     common |= extras.units
     common |= {"n_heads": H, "group": H // H_kv, "n_queries": n_queries, "n_keys": n_keys, "scale": float(scale)}
     with torch.cuda.device_of(q):
-        _delta[grid("q", triton.cdiv(T, DELTA_ROWS), B, H)](
+        _delta[grid("q", cdiv(T, DELTA_ROWS), B, H)](
             out, dout, dlse, delta, **strides(out, "o", "bhm"), **strides(dout, "g", "bhm"), **strides(lse, "l", "bh"),
             n_heads=H, n_queries=T, **_delta_constants(D_v),
         )  # fmt: skip
@@ -695,7 +697,7 @@ def attention_backward(
             q, k, v, dout, lse, dlse, shift, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common,
             **of_queries, **bulk_of_queries,
         )  # fmt: skip
-        _backward_keys[grid("k", triton.cdiv(n_keys, of_keys["BLOCK_N"]), batch, H_kv)](
+        _backward_keys[grid("k", cdiv(n_keys, of_keys["BLOCK_N"]), batch, H_kv)](
             q, k, v, dout, shift, delta, norm, dk, dv, **strides(dk, "dk", "bhn", packed),
             **strides(dv, "dv", "bhn", packed), **common, **of_keys,
             **bulk_of_keys,
@@ -703,7 +705,7 @@ def attention_backward(
         if needs_dbias:
             shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
             one_row, one_column = shape[2] == 1, shape[3] == 1
-            n_tiles = triton.cdiv(n_keys, of_queries["BLOCK_N"])
+            n_tiles = cdiv(n_keys, of_queries["BLOCK_N"])
             tiles = shape[0], shape[1], 1 if one_row else m_tiles, 1 if one_column else n_tiles
             _backward_bias[grid("bias", *tiles)](
                 q, k, v, dout, shift, delta, norm, dbias, **strides(dbias.view(shape), "db", "bhmn"),

@@ -53,7 +53,8 @@ from fastgpt.kernels.attention_tiles import (
 )
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
 from fastgpt.kernels.kv_cache_update import largest_of, quantised, rotated
-from fastgpt.kernels.limits import check_count, check_sizes, grid
+from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
 
 
 class Tile(NamedTuple):
@@ -101,7 +102,7 @@ def keys_per_split(tile: Tile, tiles: int, n_keys: int, n_multiprocessors: int) 
     Args: tiles of rows, all that read other keys or hold other rows; n_keys that there are at most for each.
     """
     split = tile.SPLIT
-    while split > max(SHORTEST, tile.BLOCK_N) and tiles * triton.cdiv(n_keys, split) < n_multiprocessors:
+    while split > max(SHORTEST, tile.BLOCK_N) and tiles * cdiv(n_keys, split) < n_multiprocessors:
         split //= 2
     return split
 
@@ -230,7 +231,7 @@ def _finish(
 
 # Numbers that vary between calls must not compile a kernel again. What specialising would gain, the divisibility of
 # strides, the launcher guarantees and the kernel states.
-@triton.jit(
+@kernel(
     do_not_specialize=[
         "counters_ptr", "kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr",
         "bias_ptr",
@@ -559,38 +560,40 @@ def attention_decode(
     check_sizes(q=q, k=k)
     check_count("q", "queries of heads that share keys", H // H_kv * T)
     check_count("block_table", "keys in a sequence's pages", S)
-    options = dict(
-        causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale, mask=mask, bias=bias,
-    )  # fmt: skip
     if INTERPRETED and q.dtype is torch.bfloat16 and new is None:  # there, tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
+        options = dict(
+            causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale, mask=mask, bias=bias,
+        )  # fmt: skip
         k, v = (x.float() if x.dtype is torch.bfloat16 else x for x in (k, v))
         out, lse = attention_decode(q.float(), k, v, **options)
         return out.bfloat16(), lse
 
-    out = torch.empty((B, T, H, D_v), dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    out = q.new_empty_strided((B, H, T, D_v), (T * H * D_v, D_v, H * D_v, 1))
+    lse = q.new_empty((B, H, T), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     if k.dtype is torch.float8_e4m3fn:  # which the kernel decodes itself: not every architecture can
         k, v = k.view(torch.uint8), v.view(torch.uint8)
-    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
+    q = aligned_rows(q)
+    if new is None:
+        k, v = aligned_rows(k), aligned_rows(v)
     kv_lengths, alibi_slopes, sinks = (x if x is None else x.contiguous() for x in (kv_lengths, alibi_slopes, sinks))
     window = None if window is None else min(window, S)
     scale, softcap = float(scale), None if softcap is None else float(softcap)
 
     tile, constants = _constants(D, D_v, q.element_size(), k_scale is not None, H // H_kv * T <= FEW, new is not None)
-    n_tiles = triton.cdiv(H // H_kv * T, tile.BLOCK_M)
+    n_tiles = cdiv(H // H_kv * T, tile.BLOCK_M)
     in_reach = S if window is None else min(S, T + window - 1)  # all queries together see no more, wherever these begin
     split = keys_per_split(tile, B * H_kv * n_tiles, in_reach, multiprocessors(q.device))
-    n_splits = max(1, triton.cdiv(S, split))
+    n_splits = max(1, cdiv(S, split))
     if window is not None:
         n_splits = min(n_splits, (in_reach - 2) // split + 2)
     acc = softmax = None
     if n_splits > 1:
-        n_groups = triton.cdiv(n_splits, GROUP.value)
-        acc = torch.empty((B, H, T, n_splits + n_groups, D_v), dtype=torch.float32, device=q.device)
-        softmax = torch.empty((B, H, T, n_splits + n_groups, 2), dtype=torch.float32, device=q.device)
+        n_groups = cdiv(n_splits, GROUP.value)
+        acc = q.new_empty((B, H, T, n_splits + n_groups, D_v), dtype=torch.float32)
+        softmax = q.new_empty((B, H, T, n_splits + n_groups, 2), dtype=torch.float32)
         needed = B * H_kv * n_tiles * (n_groups + 1)
         if counters is None or counters.numel() < needed:
             counters = torch.zeros(needed, dtype=torch.int32, device=q.device)

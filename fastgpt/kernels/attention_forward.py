@@ -48,7 +48,8 @@ from fastgpt.kernels.attention_tiles import (
     values_from_8_bits,
     visible_keys,
 )
-from fastgpt.kernels.limits import check_count, check_sizes, grid
+from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
 from fastgpt.ops.dropout import keep_threshold
 
 
@@ -198,7 +199,7 @@ POINTERS = ["kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", 
 POINTERS += ["block_table_ptr", "k_scale_ptr", "v_scale_ptr", "seed_ptr"]
 
 
-@triton.jit(do_not_specialize=[*NUMBERS, *POINTERS])
+@kernel(do_not_specialize=[*NUMBERS, *POINTERS])
 def _attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr,
     block_table_ptr, k_scale_ptr, v_scale_ptr, seed_ptr,
@@ -363,8 +364,8 @@ def attention_forward(
 
     B, H, T, D = q.shape
     D_v = v.shape[3]
-    out = torch.empty((B, T, H, D_v), dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    out = q.new_empty_strided((B, H, T, D_v), (T * H * D_v, D_v, H * D_v, 1))
+    lse = q.new_empty((B, H, T), dtype=torch.float32)
     if cu_seqlens_q is not None:  # no program writes what is past the last sequence
         out.zero_(), lse.fill_(-math.inf)
     if out.numel() == 0:
@@ -387,19 +388,19 @@ def attention_forward(
     packed = cu_seqlens_q is not None
     batch = len(cu_seqlens_q) - 1 if packed else B
     with torch.cuda.device_of(q):
-        _attention_forward[grid("q", triton.cdiv(n_queries, constants["BLOCK_M"]), batch, H)](
-            q, bytes_of(k), bytes_of(v), out, lse, **extras.tensors,
-            **(descriptors(constants, tiles) if bulk else {}),
-            **strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed),
-            **strides(out, "o", "bhm", packed), **strides(lse, "l", "bh", packed),
-            **extras.numbers, **extras.units, n_heads=H, group=H // k.shape[1], n_queries=n_queries,
-            scale=float(scale), **constants,
+        _attention_forward[grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H)](
+            # Most by their places: names take Python as long as all the rest.
+            q, bytes_of(k), bytes_of(v), out, lse, *extras.tensors.values(),
+            *steps(q, packed), *steps(k, packed), *steps(v, packed), *steps(out, packed), 0 if packed else H * T, T,
+            *extras.strides.values(), **extras.numbers, **extras.units, n_heads=H, group=H // k.shape[1],
+            n_queries=n_queries, scale=float(scale), **constants, **(descriptors(constants, tiles) if bulk else {}),
         )  # fmt: skip
     return out, lse
 
 
 class Extras:
-    """Everything that attention can do beyond softmax(scale q·k) v, as the kernels take it."""
+    """Everything that attention can do beyond softmax(scale q·k) v, as the kernels take it: tensors, their strides and other
+    numbers by the names of arguments, the first two in the order of the forward kernel's."""
 
     def __init__(self, q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
                  dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k):  # fmt: skip
@@ -422,12 +423,14 @@ class Extras:
             "v_scale_ptr": v_scale,
             "seed_ptr": dropout_seed if dropout_p > 0 else None,
         }
-        self.numbers = {
+        self.strides = {
             **strides(mask, "mask_", "bhmn"),
             **strides(bias, "bias_", "bhmn"),
             **strides(block_table, "t", "bp"),
             **strides(k_scale, "ks", "bhn"),
             **strides(v_scale, "vs", "bhn"),
+        }
+        self.numbers = {
             "page": k.shape[2],
             "n_pages": k.shape[0],
             "n_keys": S,
@@ -439,10 +442,8 @@ class Extras:
         self.units = {"MASK_UNIT": unit_of(mask), "BIAS_UNIT": unit_of(bias)}
         self.ragged = kv_lengths is not None or cu_seqlens_q is not None
         # Whether tiles need registers for it.
-        self.rich = softcap is not None or any(
-            self.tensors[name] is not None
-            for name in ("alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr")
-        )
+        features = softcap, alibi_slopes, mask, bias, block_table, k_scale, self.tensors["seed_ptr"]
+        self.rich = any(x is not None for x in features)
 
 
 def table_of(causal: bool, has_window: bool, rich: bool, ragged: bool) -> dict:
@@ -454,32 +455,56 @@ def table_of(causal: bool, has_window: bool, rich: bool, ragged: bool) -> dict:
 
 def have_bulk_copies(*tensors: Tensor) -> bool:
     """Whether the hardware, of 9.0 or later, can copy tiles of these tensors (B, heads, N, D) from aligned_rows in bulk."""
-    return architecture(tensors[0].device) >= 90 and all(
-        x.element_size() == 2
-        and x.numel() > 0
-        and all(0 < step < 2**39 for n, step in zip(x.shape[:3], x.stride()) if n > 1)
-        for x in tensors
-    )
+    if architecture(tensors[0].device) < 90:
+        return False
+    most = 2**39
+    for x in tensors:
+        (B, H, N, _), (step_b, step_h, step_n, _) = x.shape, x.stride()
+        if x.element_size() != 2 or x.numel() == 0:
+            return False
+        if not ((B == 1 or 0 < step_b < most) and (H == 1 or 0 < step_h < most) and (N == 1 or 0 < step_n < most)):
+            return False
+    return True
+
+
+class TileDescriptor(TensorDescriptor):
+    """Of rows that are known to be aligned, and are not looked at again."""
+
+    def __post_init__(self):
+        pass
 
 
 def descriptors(constants: dict, tiles: dict[str, tuple[Tensor, str, str]]) -> dict[str, TensorDescriptor]:
-    """For bulk copies of tiles. tiles: name -> (tensor, the constants that say how many rows and columns a tile has)."""
-    result = {}
+    """For bulk copies of tiles, of tensors that have_bulk_copies. tiles: name -> (tensor, the constants that say how many rows
+    and columns a tile has)."""
+    result, dims = {}, {"BLOCK_V": constants["V_DIM"]}  # what aligned_rows has added lies past them
     for name, (x, rows, columns) in tiles.items():
+        (B, H, N, _), (step_b, step_h, step_n, _) = x.shape, x.stride()
         # A stride that is never taken has to be a multiple of 16 bytes nevertheless.
-        steps = [128 if n == 1 else step for n, step in zip(x.shape[:3], x.stride())]
-        dim = constants["V_DIM" if columns == "BLOCK_V" else "HEAD_DIM"]  # what aligned_rows has added lies past it
-        result[name] = TensorDescriptor(x, [*x.shape[:3], dim], [*steps, 1], [1, 1, constants[rows], constants[columns]])
+        steps = [128 if B == 1 else step_b, 128 if H == 1 else step_h, 128 if N == 1 else step_n, 1]
+        dim = dims.get(columns, constants["HEAD_DIM"])
+        result[name] = TileDescriptor(x, [B, H, N, dim], steps, [1, 1, constants[rows], constants[columns]])
     return result
+
+
+def steps(x: Tensor, packed: bool) -> tuple[int, int, int]:
+    """The first three strides of x (B, H, N, D); 0 for the batch if packed."""
+    return (0, *x.stride()[1:3]) if packed else x.stride()[:3]
 
 
 def strides(x: Tensor | None, prefix: str, dims: str, packed: bool = False) -> dict[str, int]:
     """stride_<prefix><dim> of each of the first dimensions, in elements; 0 for none, and for the batch if packed."""
-    values = [0] * len(dims) if x is None else x.stride()
-    return {
-        f"stride_{prefix}{dim}": 0 if packed and dim == "b" else value
-        for dim, value in zip(dims, values)
-    }
+    if x is None:
+        return _no_strides(prefix, dims)
+    result = dict(zip(_no_strides(prefix, dims), x.stride()))
+    if packed:
+        result[f"stride_{prefix}b"] = 0
+    return result
+
+
+@functools.cache
+def _no_strides(prefix: str, dims: str) -> dict[str, int]:
+    return {f"stride_{prefix}{dim}": 0 for dim in dims}
 
 
 def bytes_of(x: Tensor) -> Tensor:

@@ -274,12 +274,11 @@ def units_of(given, dtype: torch.dtype) -> dict[str, int]:
 
 def has_aligned_rows(x: Tensor) -> bool:
     """Whether the rows of x (B, H, N, D) start and end at multiples of 16 bytes, as vector loads need."""
-    size, D = x.element_size(), x.shape[-1]
-    bits = x.data_ptr() | D * size
-    for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if n > 1:  # else the stride is never taken, and may be any
-            bits |= stride * size
-    return bits % 16 == 0
+    steps = x.shape[-1]
+    for size, step in zip(x.shape[:-1], x.stride()):
+        if size > 1:  # else the stride is never taken, and may be any
+            steps |= step
+    return (x.data_ptr() | steps * x.element_size()) % 16 == 0
 
 
 def aligned_rows(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
-from fastgpt.kernels.limits import check_count, check_sizes, grid
+from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
 
 TILE = 4096  # bytes of k that a program stores, of several tokens: 16 a thread, twice
 LONGEST = 1024  # numbers of a row at a time; rows that are rotated or quantised are no longer
@@ -153,7 +154,7 @@ def _store(
 
 
 # Numbers that vary between calls, and where tensors begin, must not compile a kernel again.
-@triton.jit(
+@kernel(
     do_not_specialize=[
         "new_k_ptr", "new_v_ptr", "k_ptr", "v_ptr", "slots_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr",
         "new_q_ptr", "rotated_q_ptr", "positions_ptr", "cos_ptr", "sin_ptr",
@@ -292,7 +293,7 @@ def _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, 
         *aligned, WIDEST if cos is None else alignment(cos, sin), has_dependent_launch(k.device),
     )  # fmt: skip
     with torch.cuda.device_of(k):
-        _update_cache[grid("k", triton.cdiv(T, constants["BLOCK_T"]), B, H_kv + H)](
+        _update_cache[grid("k", cdiv(T, constants["BLOCK_T"]), B, H_kv + H)](
             k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale,
             q, out, positions, cos, sin,
             *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],

@@ -13,7 +13,7 @@ MOST_PROGRAMS = 2**31 - 1
 def check_sizes(**tensors: Tensor | None) -> None:
     """Raises ValueError if a dimension is larger than the kernels can count."""
     for name, x in tensors.items():
-        if x is not None and any(size > MOST for size in x.shape):
+        if x is not None and max(x.shape) > MOST:
             raise ValueError(f"{name}: expected no dimension above 2^28 = {MOST}, got {tuple(x.shape)}")
 
 
@@ -35,3 +35,8 @@ def grid(name: str, *factors: int) -> tuple[int]:
         made = " * ".join(map(str, factors))
         raise ValueError(f"{name}: expected work for at most 2^31 - 1 programs, got {made} = {programs}; split the batch")
     return (programs,)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. triton.cdiv takes microseconds outside of kernels."""
+    return -(-a // b)

@@ -32,7 +32,8 @@ from fastgpt.kernels.dependent_launch import (
     read_ahead,
     wait_for_previous,
 )
-from fastgpt.kernels.limits import grid
+from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.norm import finish_moments, moments, update_moments
 
 
@@ -66,7 +67,7 @@ def tile_of(n_rows: int, weight_rows: int, K: int, element_size: int, norm: bool
         while block_n > LEAST_ROWS and (block_n * K * element_size > PROGRAM or weight_rows < block_n * PROGRAMS):
             block_n //= 2
         block_k = min(max(WIDEST, TILE // block_n) // element_size, max(16, triton.next_power_of_2(K)))
-        while block_k * element_size > WIDEST and 3 * triton.cdiv(K, block_k) * block_k > 4 * K:  # a third more than there is
+        while block_k * element_size > WIDEST and 3 * cdiv(K, block_k) * block_k > 4 * K:  # a third more than there is
             block_k //= 2
         if K > block_k:
             block_n = min(block_n, TILE // element_size // block_k)
@@ -137,7 +138,7 @@ def _start(weight_ptr, n_features, K: tl.constexpr, GATED: tl.constexpr, BLOCK_N
 
 
 # Numbers that vary between calls, and where what is read by single numbers begins, must not compile a kernel again.
-@triton.jit(do_not_specialize=["n_features", "bias_ptr", "residual_ptr"])
+@kernel(do_not_specialize=["n_features", "bias_ptr", "residual_ptr"])
 def _one_row(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr,
     n_features, eps, offset,
@@ -203,7 +204,7 @@ def _normalised_product(acc, offs_m, n_rows, mean, factor, RMS: tl.constexpr, HA
     return product * factor + _row_of(acc, offs_m, n_rows + 1)[None, :] if HAS_BIAS else product * factor
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_features", "stride_xm", "stride_rm", "bias_ptr", "residual_ptr"])
+@kernel(do_not_specialize=["n_rows", "n_features", "stride_xm", "stride_rm", "bias_ptr", "residual_ptr"])
 def _several_rows(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr,
     n_rows, n_features, stride_xm, stride_rm, eps, offset,
@@ -298,7 +299,7 @@ def linear(
         tensors = (y if y is None else y.float() for y in (x, weight, bias, residual))
         norms = (y if y is None else y.float() for y in (norm_weight, norm_bias))
         return linear(*tensors, activation, gated, *norms, rms, norm_eps, norm_offset).bfloat16()
-    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    out = x.new_empty((*x.shape[:-1], N))
     if out.numel() == 0:
         return out
     x = x.reshape(-1, K)
@@ -311,7 +312,7 @@ def linear(
     tile = tile_of(rows, weight_rows, K, size, norm_weight is not None)
     unit = 1 if rows == 1 else unit_of(x.stride(0), size)
     constants = _constants(tile, K, rms, activation, gated, unit, has_dependent_launch(x.device))
-    programs = grid("weight", triton.cdiv(N, constants["BLOCK_N"]))
+    programs = grid("weight", cdiv(N, constants["BLOCK_N"]))
     tensors = x, weight, bias, residual, norm_weight, norm_bias, out
     of_norm = float(norm_eps), float(norm_offset)
     with torch.cuda.device_of(x):

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
-from fastgpt.kernels.limits import grid
+from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.limits import cdiv, grid
 
 TILE = 1024  # numbers that a program normalises at least, if there are so many
 LONGEST = 4096  # numbers of a row that it reads at a time
@@ -69,7 +70,7 @@ def moments(rows, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr
 
 
 # Numbers that vary between calls must not compile a kernel again.
-@triton.jit(do_not_specialize=["n_rows", "size_1", "size_2", "stride_0", "stride_1", "stride_2"])
+@kernel(do_not_specialize=["n_rows", "size_1", "size_2", "stride_0", "stride_1", "stride_2"])
 def _norm(
     x_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr,
     n_rows, size_1, size_2, stride_0, stride_1, stride_2, eps, offset,
@@ -110,7 +111,7 @@ def norm(
     Returns: (..., C) in x's dtype, contiguous.
     """
     C = x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
     dims = folded(x)
@@ -122,7 +123,7 @@ def norm(
     rows = out.numel() // C
     constants = _constants(C, rms, rows > 128, has_dependent_launch(x.device))
     with torch.cuda.device_of(x):
-        _norm[grid("x", triton.cdiv(rows, constants["BLOCK_M"]))](
+        _norm[grid("x", cdiv(rows, constants["BLOCK_M"]))](
             x, weight, bias, residual, out, rows, size_1, size_2, stride_0, stride_1, stride_2, float(eps), float(offset),
             **constants,
         )  # fmt: skip

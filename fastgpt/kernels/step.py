@@ -9,13 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
-from fastgpt.kernels.limits import grid
+from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.limits import cdiv, grid
 
 LONGEST = 1024  # numbers of a row that a program writes
 ADVANCED = 128  # sequences whose lengths a program advances
 
 
-@triton.jit(do_not_specialize=["ids_ptr", "positions_ptr", "vocabulary", "n_positions", "period"])
+@kernel(do_not_specialize=["ids_ptr", "positions_ptr", "vocabulary", "n_positions", "period"])
 def _embed(
     ids_ptr, weight_ptr, positions_ptr, position_weight_ptr, out_ptr, vocabulary, n_positions, period, scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
@@ -60,7 +61,7 @@ def embed(
     scale = None if scale is None else float(scale)
     constants = _constants(C, has_dependent_launch(weight.device))
     with torch.cuda.device_of(weight):
-        _embed[(*grid("ids", ids.numel()), triton.cdiv(C, constants["BLOCK_C"]))](
+        _embed[(*grid("ids", ids.numel()), cdiv(C, constants["BLOCK_C"]))](
             ids, weight, positions, position_weight, out, len(weight), n_positions, period, scale, **constants
         )
     return out
@@ -73,7 +74,7 @@ def _constants(C: int, pdl: bool) -> dict:
     return dict(C=C, BLOCK_C=min(triton.next_power_of_2(C), LONGEST), **options)
 
 
-@triton.jit(do_not_specialize=["lengths_ptr", "positions_ptr", "n_sequences"])
+@kernel(do_not_specialize=["lengths_ptr", "positions_ptr", "n_sequences"])
 def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr, PDL: tl.constexpr):
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -88,10 +89,10 @@ def advance(lengths: Tensor, positions: Tensor) -> None:
     """Launches the kernel: see `fastgpt.ops.step.advance`. Both are contiguous."""
     constants = _constants_of_one_warp(ADVANCED, has_dependent_launch(lengths.device))
     with torch.cuda.device_of(lengths):
-        _advance[(triton.cdiv(len(lengths), ADVANCED),)](lengths, positions, len(lengths), **constants)
+        _advance[(cdiv(len(lengths), ADVANCED),)](lengths, positions, len(lengths), **constants)
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=[
         "token_ptr", "largest_ptr", "tokens_ptr", "extreme_ptr", "step_ptr", "ended_ptr", "eos_ptr", "n_rows", "n_eos",
     ]
@@ -130,7 +131,7 @@ def note(
     if ended is not None:
         ended = ended.view(torch.uint8)
     n_rows = len(token)
-    constants = _constants_of_one_warp(min(triton.next_power_of_2(n_rows), 256), has_dependent_launch(token.device))
+    constants = _constants_of_one_warp(32 if n_rows <= 32 else 256, has_dependent_launch(token.device))
     with torch.cuda.device_of(token):
         _note[(1,)](
             token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), **constants
@@ -149,5 +150,5 @@ def aot_configurations(arch: int):
     for dtype, C, given in itertools.product(dtypes, (768, 4096), ((), ("positions_ptr", "position_weight_ptr"))):
         yield _embed, dtype, dtype, _constants(C, arch >= 90), given
     yield _advance, torch.float32, torch.float32, _constants_of_one_warp(ADVANCED, arch >= 90), ("positions_ptr",)
-    for block, given in itertools.product((1, 256), ((), ("ended_ptr", "eos_ptr"))):
+    for block, given in itertools.product((32, 256), ((), ("ended_ptr", "eos_ptr"))):
         yield _note, torch.float32, torch.float32, _constants_of_one_warp(block, arch >= 90), given

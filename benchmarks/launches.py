@@ -1,0 +1,54 @@
+"""Python in front of a launch, in microseconds: Triton's own way, and that of fastgpt/kernels/launch.py. No GPU is needed.
+
+python -m benchmarks.launches [--rounds N]
+
+Every launcher is called on tensors without memory and through Triton's real launch path, up to the launch itself. The two ways
+take turns; of each, the fastest of all rounds counts. On a GPU, entering its device and reading the stream come on top.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+from benchmarks.table import aligned
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # whose driver stands for a GPU's
+
+import fake_gpu  # noqa: E402
+from launcher_calls import calls  # noqa: E402
+
+from fastgpt.kernels.launch import Kernel  # noqa: E402
+
+REPEATS = 20
+
+
+def by_triton(self, grid, *args, **options):
+    self.run(*args, grid=grid, warmup=False, **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=100)
+    rounds = parser.parse_args().rounds
+    ways = {"Triton's": mock.patch.object(Kernel, "launch", by_triton), "ours": mock.patch.object(Kernel, "launch", Kernel.launch)}
+    best = {}
+    with fake_gpu.launches(), mock.patch.object(fake_gpu.Kernel, "run", lambda *args: None):
+        for _ in range(rounds):
+            for name, call in calls(3).items():
+                for way, patch in ways.items():
+                    with patch:
+                        call()
+                        start = time.perf_counter()
+                        for _ in range(REPEATS):
+                            call()
+                        seconds = (time.perf_counter() - start) / REPEATS
+                    best[name, way] = min(best.get((name, way), seconds), seconds)
+    rows = [["call", *ways]]
+    rows += [[name, *(f"{best[name, way] * 1e6:.1f}" for way in ways)] for name in calls(3)]
+    print(aligned(rows, "lrr"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""A call of every launcher of the package, of tensors without memory."""
+
+import torch
+from fake_gpu import meta
+
+from fastgpt.kernels import attention_backward, attention_decode, attention_forward, kv_cache_update, linear, norm, step
+
+
+def calls(n: int):
+    """Every launcher -> a call in which all that may vary without another kernel depends on n, of tensors without memory."""
+    keys = 65 + 2 * n  # odd, so that no row of a mask is read in vectors
+    q, kv = meta(n, 2 * n, 64 + n, 64), meta(n, n, keys, 64)
+    lse, lengths = meta(n, 2 * n, 64 + n, dtype=torch.float32), meta(n, dtype=torch.int32)
+    bias, mask = meta(64 + n, keys), meta(64 + n, keys, dtype=torch.bool)
+    x, w, many = meta(1, 128), meta(16 * n, 128), meta(130 + n, 128)
+    pages, table = meta(5 * n, n, 16, 64), meta(n, 20 * n, dtype=torch.int32)
+    token, one, slots = meta(n, 2 * n, 1, 64), meta(n, n, 1, 64), meta(n, 1, dtype=torch.int32)
+    angles, ids = meta(100 * n, 32, dtype=torch.float32), meta(n, 1, dtype=torch.int64)
+    long = meta(n, n, 600 + n, 64)
+    new = attention_decode.New(one, one, slots, slots, angles, angles)
+    decode, options = attention_decode.attention_decode, {"causal": True, "scale": 0.1}
+    return {
+        "forward": lambda: attention_forward.attention_forward(q, kv, kv, scale=0.1, window=3 * n),
+        "forward, bias and mask": lambda: attention_forward.attention_forward(q, kv, kv, scale=0.1, bias=bias, mask=mask),
+        "forward, packed": lambda: attention_forward.attention_forward(
+            *(meta(1, heads, 500 * n, 64) for heads in (2 * n, n, n)), scale=0.1, cu_seqlens_q=lengths, cu_seqlens_k=lengths,
+            max_q=300 * n,
+        ),
+        "forward, pages": lambda: attention_forward.attention_forward(q, pages, pages, scale=0.1, block_table=table),
+        "backward": lambda: attention_backward.attention_backward(
+            q, None, q, kv, kv, q, lse, scale=0.1, bias=bias, needs_dbias=True, window=3 * n
+        ),
+        "decode": lambda: decode(token, long, long, **options, window=400 + n, kv_lengths=lengths),
+        "decode, pages": lambda: decode(token, pages, pages, **options, block_table=table),
+        "decode, new": lambda: decode(token, long, long, **options, new=new),
+        "update": lambda: kv_cache_update.kv_cache_update(q, q, meta(n, 2 * n, 99 * n, 64), meta(n, 2 * n, 99 * n, 64), meta(n, 64 + n, dtype=torch.int32)),
+        "linear": lambda: linear.linear(x, w),
+        "linear, rows": lambda: linear.linear(meta(n, 128), w, residual=meta(n, 16 * n)),
+        "norm": lambda: norm.norm(many, meta(128), residual=many),
+        "norm, strided": lambda: norm.norm(meta(3, n, 128, strides=(3000 + n * 130, 130, 1)), meta(128)),
+        "embed": lambda: step.embed(ids, meta(50 * n, 128), slots, meta(60 * n, 128)),
+        "advance": lambda: step.advance(lengths, slots),
+        "note": lambda: step.note(
+            ids[:, 0], meta(n, 1), meta(7 * n, n, dtype=torch.int64), meta(n, 1, dtype=torch.float32),
+            meta(1, dtype=torch.int64), meta(n, dtype=torch.bool), meta(n, dtype=torch.int64),
+        ),
+    }  # fmt: skip
