@@ -143,8 +143,8 @@ def update(place: Place, B: int, T: int) -> Ways:
 
 
 def measure(case: Case, place: Place, seconds: float) -> dict:
-    """Quartiles of one case's times, of the ratios of times in the same round, and of its share of the limit, with what of these
-    is `noisy`: its median is not known to 10%. Or, where the two ways differ, that `problem`."""
+    """Quartiles of one case's times, of the ratios of times in the same round, and of its share of the limit, and which are
+    `noisy`: their medians are not known to 10%. Or, where the two ways differ, that `problem`."""
     with torch.inference_mode():
         ours, other, limit, work, turns, step = case.ways()
         result = {"what": case.section, "case": case.name, "compared_with": case.compared_with}

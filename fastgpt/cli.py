@@ -228,8 +228,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
     add("--init-from", type=named, metavar="PATH_OR_ID", help="go on from a checkpoint: its model and its tokenizer")
     add("--parallel", choices=PARALLEL, help="under torchrun, each process has the whole model (ddp) or a part (fsdp) (ddp)")
-    add("--accumulate", type=integer, default=1, metavar="N", help="compute a process's share of a batch in N parts, which takes "
-        "less memory (1)")
+    add("--accumulate", type=integer, default=1, metavar="N", help="compute a process's share of a batch in N parts, which "
+        "takes less memory (1)")
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
         type_, metavar = {int: (integer, "N"), float: (number, "X"), str: (str, "D")}[field.type]
@@ -580,7 +580,7 @@ def run_train(options) -> None:
             parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
             several = f" in each of {processes.size} processes ({processes.parallel})" if processes.parallel else ""
             if options.resume and trainer.step == trainer.config.steps:
-                report(f"fastgpt: the run in {options.out} has done all its {trainer.step:,} steps: --steps MORE goes on with it")
+                report(f"fastgpt: the run in {options.out} has done all its {trainer.step:,} steps: --steps MORE continues it")
             print(
                 f"{parameters / 1e6:.2f} M parameters; {len(trainer.train_tokens):,} tokens to train on, "
                 f"{len(trainer.held_out):,} held out; {trainer.config.steps - trainer.step} steps to go on {device}{several}"

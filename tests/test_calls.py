@@ -131,5 +131,5 @@ def test_what_can_be_explained_is_named_as_it_is_reached():
         fastgpt.explain("attention")
     names = str(raised.value).removeprefix("operation: expected one of ").partition(", got ")[0].split(", ")
     assert "fastgpt.GPT.decoding" in names and all(eval(name) in explain.OPERATIONS for name in names)
-    with pytest.raises(TypeError, match="^operation: expected fastgpt.GPT.decoding and the arguments of a call, .*'recording'$"):
+    with pytest.raises(TypeError, match="^operation: expected fastgpt.GPT.decoding and the arguments of .*'recording'$"):
         fastgpt.explain(fastgpt.GPT.decoding, None, None, recording=None)

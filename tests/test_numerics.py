@@ -144,7 +144,9 @@ def blind(fault):
             k, v = (x.repeat(1, q.shape[1] // k.shape[1], 1, 1) for x in (k, v))
         if fault == "aligned to the first":
             causal = options.pop("causal", True)
-            inside = torch.ones(T, S, dtype=torch.bool) if kv_lengths is None else torch.arange(S) < kv_lengths.view(-1, 1, 1, 1)
+            inside = torch.ones(1, 1, T, S, dtype=torch.bool)
+            if kv_lengths is not None:
+                inside = inside & (torch.arange(S) < kv_lengths.view(-1, 1, 1, 1))
             options |= {"mask": inside.tril() if causal else inside, "causal": False}
         else:
             options["kv_lengths"] = kv_lengths

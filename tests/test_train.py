@@ -552,7 +552,7 @@ def test_resuming_what_is_finished_says_how_to_go_on(text_file, tmp_path, capsys
     main([*arguments, "--steps", "2"])
     assert "--steps MORE" not in capsys.readouterr().err
     main([*arguments[:5], "--resume"])
-    assert "has done all its 2 steps: --steps MORE goes on with it" in capsys.readouterr().err
+    assert "has done all its 2 steps: --steps MORE continues it" in capsys.readouterr().err
     main([*arguments[:5], "--resume", "--steps", "3"])
     assert "--steps MORE" not in capsys.readouterr().err
 

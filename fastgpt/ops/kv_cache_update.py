@@ -154,8 +154,8 @@ def _require_writable(name: str, x: torch.Tensor, source: torch.Tensor) -> None:
         got = "a leaf that requires gradients, or a view of one"
     elif x.is_inference() and not torch.is_inference_mode_enabled():
         got = "a tensor made in inference mode"
-    elif _made_by is not None and not torch.compiler.is_compiling() and x._is_view() and (made := _made_by(x).name) != "DEFAULT":
-        got = "one of several views made by unpacking, unbind or split" if made == "MULTI_OUTPUT_NODE" else (
+    elif _made_by is not None and not torch.compiler.is_compiling() and x._is_view() and (how := _made_by(x).name) != "DEFAULT":
+        got = "one of several views made by unpacking, unbind or split" if how == "MULTI_OUTPUT_NODE" else (
             "a view made under torch.no_grad(), in inference mode or in a custom function"
         )  # fmt: skip
     if got is not None:
