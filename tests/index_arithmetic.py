@@ -211,6 +211,8 @@ class _Walk:
         if operation in SAME:
             chosen = places[1:] if operation == "arith.select" else places
             low, high = min(place.low for place in chosen), max(place.high for place in chosen)
+            if operation == "tt.bitcast" and bits is not None:  # of a float: any number of so many bits
+                low, high = max(low, _whole(bits)[0]), min(high, _whole(bits)[1])
             return Value(low, high, faults, chosen[0].root)
         if bits is None:
             return Value(*_whole(64))

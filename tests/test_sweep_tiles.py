@@ -76,7 +76,8 @@ def test_the_most_telling_come_first(swept):
     for row in rows:
         firsts.setdefault(sweep_tiles.table_of(row), row)
     assert all(row["ships"] for row in firsts.values())
-    assert len(firsts) == sum(map(len, [*TABLES.values(), decode.TILES])) + 3 * 2 * 2
+    keys = [key for table in [*TABLES.values(), decode.TILES] for key in table if key[0] <= 256]  # the rest few models have
+    assert len(firsts) == len(keys) + 3 * 2 * 2
 
 
 def test_what_is_asked_for_is_swept_whole(swept):

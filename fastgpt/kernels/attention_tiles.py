@@ -62,15 +62,14 @@ def load_scores(row_ptrs, cols, stride_col, row_mask, n_cols, UNIT: tl.constexpr
 
     WHOLE: all columns are before n_cols.
     """
+    offsets = cols.to(tl.int64)
     if UNIT == 0:
-        ptrs = row_ptrs + cols * tl.cast(stride_col, tl.int64)
-    else:
-        ptrs = row_ptrs + cols
+        offsets *= stride_col
     mask = row_mask
     if not WHOLE:
         STEP: tl.constexpr = UNIT if UNIT > 1 else 1
         mask = mask & (cols < n_cols // STEP * STEP)  # which is n_cols, and tells that vectors are in or out as a whole
-    return tl.load(ptrs, mask=mask, other=0)
+    return tl.load(row_ptrs + offsets, mask=mask, other=0)
 
 
 @triton.jit
