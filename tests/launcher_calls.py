@@ -1,4 +1,4 @@
-"""A call of every launcher of the package, of tensors without memory."""
+"""A call of every launcher of the package."""
 
 import torch
 from fake_gpu import meta
@@ -6,8 +6,9 @@ from fake_gpu import meta
 from fastgpt.kernels import attention_backward, attention_decode, attention_forward, linear, norm, step
 
 
-def calls(n: int):
-    """Every launcher -> a call in which all that may vary without another kernel depends on n, of tensors without memory."""
+def calls(n: int, meta=meta):
+    """Every launcher -> a call in which all that may vary without another kernel depends on n, of tensors without memory, or of
+    what else `meta` makes."""
     q, kv = meta(n, 2 * n, 64 + n, 64), meta(n, n, 64 + n, 64)
     lse, lengths = meta(n, 2 * n, 64 + n, dtype=torch.float32), meta(n, dtype=torch.int32)
     bias, mask = meta(64 + n, 64 + n), meta(64 + n, 64 + n, dtype=torch.bool)
