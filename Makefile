@@ -61,10 +61,11 @@ bench-compare: $(INSTALLED)
 	@$(RUN) -m benchmarks.compare $(BASE) $(NEW)
 
 # Everything that a GPU machine can tell, on one that has torch, triton, nvcc and pytest, within 9 minutes: parts that
-# fail or hang are reported at the end. Logs and results are in $(OUT), and all of it in $(OUT).tar.gz. ONLY="sanitizer
-# generate report" runs these parts again; DRY=1 needs no GPU: a little of each part.
+# fail or hang are reported at the end. Logs and results are in $(OUT), and all of it in $(OUT).tar.gz. PART=2 goes on where
+# that run ended, also on another machine, if $(OUT).tar.gz is brought there. ONLY="sanitizer generate report" runs these
+# parts again; DRY=1 needs no GPU: a little of each part.
 gpu:
-	@$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(ONLY),--only $(ONLY)) $(if $(DRY),--dry-run)
+	@$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(PART),--part $(PART)) $(if $(ONLY),--only $(ONLY)) $(if $(DRY),--dry-run)
 
 # Times the tiles of the Triton kernels that fit, on a GPU, for MINUTES, the most telling first: see
 # benchmarks/sweep_tiles.py.

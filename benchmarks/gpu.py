@@ -1,6 +1,6 @@
 """Everything that a GPU machine can tell, within a time: build, tests, benchmarks, numerics. This is `make gpu`.
 
-python -m benchmarks.gpu [--out FOLDER] [--minutes N] [--only PART ...] [--dry-run]
+python -m benchmarks.gpu [--out FOLDER] [--minutes N] [--part N] [--only PART ...] [--dry-run]
 
 Each part is a process of its own with a log in FOLDER. Each is granted a share of the time, and may use what earlier parts
 left of theirs. A part that fails, crashes or hangs does not keep the next from running; one that is out of time is
@@ -8,6 +8,15 @@ interrupted, so that pytest writes what it has, and then killed with all it star
 which ends the run. The table at the end is also in FOLDER/summary.txt, and results are in FOLDER/results and, unless it is
 a dry run, under benchmarks/results. After every part all of FOLDER is in FOLDER.tar.gz, too: one file to take along. Where
 its results/ are unpacked to benchmarks/results, `python -m benchmarks.report` puts them into README.
+
+The most telling come first: whether it builds and imports, one kernel of each kind, parity of attention and caches, cached
+generation against uncached, how fast GPT-2 is. Tests run in as many processes as there are cores, since they compile 1,500
+kernels; what the benchmarks launch is compiled on all cores before (benchmarks/compile_ahead.py), as they are to time and not
+to compile. What a part needs beyond torch, triton, NumPy, nvcc and pytest it does without: xdist, hypothesis, matplotlib.
+
+--part 2 goes on where a run ended: parts that were well are left out, and tests that have run, by what is in FOLDER, or in
+FOLDER.tar.gz if only that is there: so the archive of the first run is what to bring to the machine of the second, beside
+where FOLDER is to be. What the machine itself needs is done again: build, device, info, compile. Logs are PART.2.log then.
 
 --only runs these parts again, with all of the time: build, sanitizer, "GPU tests" or gpu-tests, "benchmark generate" or
 generate, ... Logs and results of others stay; `report` makes results of what all benchmarks left. A dry run needs no GPU:
@@ -19,6 +28,7 @@ Needs the standard library only: the build may fail.
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -36,10 +46,23 @@ from benchmarks.table import aligned
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 9
 GRACE = 20  # seconds from the interrupt to the kill, if there are as many
+OUTCOMES = "outcomes.json"  # of all parts so far, by their names
 POLL = 0.05  # seconds between two looks at a part
 SKIPPED = sanitizer.SKIPPED  # the exit status of a part that cannot do here what it is for; its last line says why
 SUITES = {  # shares of the whole time, the most telling first; 0.02 for others
-    "generate": 0.26, "attention": 0.07, "decode": 0.06, "linear": 0.04, "kv_cache": 0.03, "integrations": 0.02,
+    "generate": 0.2, "attention": 0.05, "decode": 0.04, "linear": 0.03, "kv_cache": 0.02, "integrations": 0.02,
+}  # fmt: skip
+AGAIN = ("build", "device", "info", "compile")  # on each machine
+TESTS = {  # of a GPU: parts, most telling first: their share, their files, and which tests
+    "first tests": (0.05, ["tests/test_gpu.py"], "each_kind or identical or few_launches or uses_the_kernels or trains"),
+    "parity tests": (0.15, [
+        "tests/test_triton_attention.py", "tests/test_triton_decode.py", "tests/test_attention_with_kv_cache.py",
+        "tests/test_triton_linear.py", "tests/test_step.py",
+    ], ""),
+    "cache tests": (0.07, ["tests/test_gpu.py"], ""),
+    "other tests": (0.05, [
+        "tests/test_sdpa.py", "tests/test_gpu_families.py", "tests/test_flash_provider.py", "tests/test_flash_attn.py",
+    ], ""),
 }  # fmt: skip
 
 
@@ -61,44 +84,59 @@ class Result(NamedTuple):
 
 def parts(out: Path, dry_run: bool) -> list[Part]:
     """The most telling first, and last what other machines can tell as well."""
-    python, cores = sys.executable, os.cpu_count()
-    workers = min(8, cores)
+    python = sys.executable
     test = [python, "-m", "pytest", "-v", "-rfE", "--durations=15", "--continue-on-collection-errors"]
     test += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=100"]
-    parallel = ["-n", workers] if importlib.util.find_spec("xdist") else []
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // workers))} if parallel else {}
     tiny = {"FASTGPT_BENCH_TINY": "1"} if dry_run else {}
     stores = {"FASTGPT_RESULTS": str(out / "results")}
     untimed = "" if importlib.util.find_spec("pytest_benchmark") else "pytest-benchmark is not installed"
     bench = [*test, "--benchmark-only", "--benchmark-quiet", "-rs"]
     little = {"generate": ["-k", "gpt2-124m"], "integrations": ["-k", "adapter"]}  # of a suite in a dry run
-    last = 0.06 if dry_run else 0.03
-    some = f"not gpu{' and not slow' * dry_run}"
+    last = 0.05 if dry_run else 0.02
     few = ["tests/test_numerics.py", "tests/test_page_allocator.py", "tests/test_imports.py"] if dry_run else ["tests"]
     device = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'; print(torch.cuda.get_device_name())"
     condense = 'exec "$0" -m benchmarks.report "$1"/benchmark_*.json'
     build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+    compiling = [python, "-m", "benchmarks.compile_ahead", *["decode", "--arch", "90", "--share", "1/40"] * dry_run]
+    of_tests = {
+        name: Part(name, gpu_tests(out, name, *["--workers", "2"] * dry_run), 0.02 if dry_run else TESTS[name][0])
+        for name in TESTS
+    }
+    of_suites = {
+        suite: Part(
+            f"benchmark {suite}",
+            [
+                *bench, *little.get(suite, ["-p", "benchmarks.first_only"]) * dry_run, f"benchmarks/test_{suite}.py",
+                f"--benchmark-json={out}/benchmark_{suite}.json",
+            ],
+            0.05 if dry_run else SUITES.get(suite, 0.02), tiny, missing=untimed,
+        )
+        for suite in suites()
+    }  # fmt: skip
     return [
-        Part("build", build, 0.3 if dry_run else 0.15),
+        Part("build", build, 0.2 if dry_run else 0.15),
         Part("device", [python, "-c", device], 0.02, missing="needs a GPU" if dry_run else ""),
         Part("info", [python, "-m", "fastgpt", "info"], 0.01),
-        Part("sanitizer", [python, "-m", "benchmarks.sanitizer"], 0.08, missing=sanitizer.missing()),
-        Part("GPU tests", [*test, *parallel, "-m", "gpu", "tests"], 0.1 if dry_run else 0.18, threads),
-        *(
-            Part(
-                f"benchmark {suite}",
-                [
-                    *bench, *little.get(suite, ["-p", "benchmarks.first_only"]) * dry_run, f"benchmarks/test_{suite}.py",
-                    f"--benchmark-json={out}/benchmark_{suite}.json",
-                ],
-                0.05 if dry_run else SUITES.get(suite, 0.02), tiny, missing=untimed,
-            )
-            for suite in suites()
-        ),
+        *(of_tests[name] for name in ("first tests", "parity tests", "cache tests")),
+        Part("compile", compiling, 0.05),
+        of_suites.pop("generate"),
+        of_tests["other tests"],
+        Part("sanitizer", [python, "-m", "benchmarks.sanitizer"], 0.04, missing=sanitizer.missing()),
+        *of_suites.values(),
         Part("report", ["sh", "-c", condense, python, out], last, stores, missing=untimed),
         Part("numerics", [python, "-m", "benchmarks.numerics", *["--operation", "kv_cache_update"] * dry_run], last, stores),
-        Part("CPU tests", [*test, *parallel, "-m", some, *few], 0.06 if dry_run else 0.01, threads),
-    ]  # fmt: skip
+        Part("CPU tests", gpu_tests(out, "CPU tests", "-m", f"not gpu{' and not slow' * dry_run}", *few), last / 2),
+    ]
+
+
+def gpu_tests(out: Path, name: str, *arguments: str) -> list:
+    """The command of a part that consists of tests: those of TESTS, or of other arguments of pytest."""
+    command = [sys.executable, "-m", "benchmarks.gpu_tests", out / f"{name.replace(' ', '_')}.done", "-v", "-rfE"]
+    command += ["--durations=15", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=100"]
+    if name in TESTS:
+        _, files, which = TESTS[name]
+        command += ["-m", "gpu", *files, *["-k", which] * bool(which)]
+    return [*command, *arguments]
 
 
 def suites() -> list[str]:
@@ -113,13 +151,29 @@ def chosen(parts: list[Part], names: list[str]) -> list[Part]:
     known = {part.name.lower().removeprefix("benchmark "): part for part in parts}
     if unknown := asked - known.keys():
         raise ValueError(f"--only: expected {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    kept = [part for name, part in known.items() if name in asked]
-    whole = sum(part.share for part in kept)
-    return [part._replace(share=part.share / whole) for part in kept]
+    return with_all_time([part for name, part in known.items() if name in asked])
 
 
-def log_of(part: Part) -> str:
-    return f"{part.name.lower().replace(' ', '_')}.log"
+def log_of(part: Part, run: int = 1) -> str:
+    return f"{part.name.lower().replace(' ', '_')}{f'.{run}' if run > 1 else ''}.log"
+
+
+def left_over(parts: list[Part], out: Path) -> list[Part]:
+    """Those that were not well in the runs before, by what these left in `out` or in its archive, and those that each machine
+    needs. Raises ValueError if there is neither."""
+    archive = archive_of(out)
+    if not out.exists() and archive.exists():
+        with tarfile.open(archive) as tar:
+            tar.extractall(out.parent, filter="data")
+    if not (out / OUTCOMES).exists():
+        raise ValueError(f"--part: expected {out} of an earlier run, or {archive}, and there is none")
+    outcomes = json.loads((out / OUTCOMES).read_text())
+    return with_all_time([part for part in parts if part.name in AGAIN or outcomes.get(part.name) != "ok"])
+
+
+def with_all_time(parts: list[Part]) -> list[Part]:
+    whole = sum(part.share for part in parts)
+    return [part._replace(share=part.share / whole) for part in parts]
 
 
 @contextlib.contextmanager
@@ -185,8 +239,11 @@ def last_line(log: Path) -> str:
     return next((line.strip("= \r")[:100] for line in reversed(lines) if line.strip("= \r")), "")
 
 
-def run_all(parts: list[Part], out: Path, seconds: float, grace: float = GRACE, arrived: Sequence[int] = ()) -> list[Result]:
-    """Runs one part after the other, all within so many seconds, or until a signal arrives: see `signals`."""
+def run_all(
+    parts: list[Part], out: Path, seconds: float, grace: float = GRACE, arrived: Sequence[int] = (), number: int = 1
+) -> list[Result]:
+    """Runs one part after the other, all within so many seconds, or until a signal arrives: see `signals`. number: which run
+    it is that the folder is from."""
     end, results = time.monotonic() + seconds, []
     for i, part in enumerate(parts):
         granted_later = seconds * sum(later.share for later in parts[i + 1 :] if not later.missing)
@@ -196,7 +253,7 @@ def run_all(parts: list[Part], out: Path, seconds: float, grace: float = GRACE, 
             results.append(Result(part.name, "skipped", 0.0, None, why))
         else:
             print(f"{part.name}: at most {left:.0f} s", flush=True)
-            results.append(run(part, out / log_of(part), left, grace, arrived))
+            results.append(run(part, out / log_of(part, number), left, grace, arrived))
         print(f"{part.name}: {results[-1].outcome}, {results[-1].seconds:.0f} s: {results[-1].last_line}", flush=True)
         finish(out, results)
     return results
@@ -208,10 +265,17 @@ def table(results: list[Result]) -> str:
     return aligned(rows, "llrll")
 
 
+def archive_of(out: Path) -> Path:
+    return out.with_name(out.name + ".tar.gz")
+
+
 def finish(out: Path, results: list[Result]) -> None:
     """What there is so far, in the table and in the one file to take along."""
     (out / "summary.txt").write_text(table(results) + "\n")
-    archive = out.with_name(out.name + ".tar.gz")
+    outcomes = json.loads((out / OUTCOMES).read_text()) if (out / OUTCOMES).exists() else {}
+    outcomes |= {result.part: result.outcome for result in results}
+    (out / OUTCOMES).write_text(json.dumps(outcomes, indent=1) + "\n")
+    archive = archive_of(out)
     partial = archive.with_name(archive.name + ".writing")
     with tarfile.open(partial, "w:gz") as tar:
         tar.add(out, out.name)
@@ -222,23 +286,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default="build/gpu", help="for logs and results; default: %(default)s")
     parser.add_argument("--minutes", type=float, help=f"for all of it; default: {MINUTES}, or 4 for a dry run")
+    parser.add_argument("--part", type=int, default=1, help="2, 3, ...: go on where the run before ended; default: anew")
     parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts only")
     parser.add_argument("--dry-run", action="store_true", help="on a machine without a GPU, a little of each part")
     args = parser.parse_args()
     out = args.out.absolute()
     todo = parts(out, args.dry_run)
-    if args.only:
-        try:
+    try:
+        if args.part > 1:
+            todo = left_over(todo, out)
+        if args.only:
             todo = chosen(todo, args.only)
-        except ValueError as error:
-            parser.error(str(error))
+    except ValueError as error:
+        parser.error(str(error))
     out.mkdir(parents=True, exist_ok=True)
     for part in todo:
-        for stale in (out / log_of(part), (out / log_of(part)).with_suffix(".json")):
+        log = out / log_of(part)
+        of_part = [log, log.with_suffix(".done"), *out.glob(f"{log.stem}.done.*.log")] if args.part == 1 else []
+        for stale in (*of_part, log.with_suffix(".json")):
             stale.unlink(missing_ok=True)
+    if args.part == 1 and not args.only:
+        (out / OUTCOMES).unlink(missing_ok=True)
 
     with signals() as arrived:
-        results = run_all(todo, out, 60 * (args.minutes or (4 if args.dry_run else MINUTES)), arrived=arrived)
+        results = run_all(todo, out, 60 * (args.minutes or (4 if args.dry_run else MINUTES)), arrived=arrived, number=args.part)
         if (out / "results").exists() and not args.dry_run:
             shutil.copytree(out / "results", ROOT / "benchmarks" / "results", dirs_exist_ok=True)
         print(f"\n{table(results)}\n\nlogs and results are in {out} and {out.name}.tar.gz beside it")

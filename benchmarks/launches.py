@@ -2,8 +2,8 @@
 
 python -m benchmarks.launches [--rounds N]
 
-Every launcher is called on tensors without memory and through Triton's real launch path, up to the launch itself. The two ways
-take turns; of each, the fastest of all rounds counts. On a GPU, entering its device and reading the stream come on top.
+Every launcher is called on small tensors of the CPU and goes through Triton's real launch path, up to the launch itself. The
+two ways take turns; of each, the fastest of all rounds counts. On a GPU, entering its device and reading the stream come on top.
 """
 
 import argparse
@@ -17,11 +17,16 @@ from benchmarks.table import aligned
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # whose driver stands for a GPU's
 
 import fake_gpu  # noqa: E402
+import torch  # noqa: E402
 from launcher_calls import calls  # noqa: E402
 
 from fastgpt.kernels.launch import Kernel  # noqa: E402
 
 REPEATS = 20
+
+
+def tensor(*shape, strides=None, dtype=torch.float16):
+    return torch.empty(shape, dtype=dtype) if strides is None else torch.empty_strided(shape, strides, dtype=dtype)
 
 
 def by_triton(self, grid, *args, **options):
@@ -33,10 +38,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     rounds = parser.parse_args().rounds
     ways = {"Triton's": mock.patch.object(Kernel, "launch", by_triton), "ours": mock.patch.object(Kernel, "launch", Kernel.launch)}
-    best = {}
+    best, launchers = {}, calls(3, tensor)
     with fake_gpu.launches(), mock.patch.object(fake_gpu.Kernel, "run", lambda *args: None):
         for _ in range(rounds):
-            for name, call in calls(3).items():
+            for name, call in launchers.items():
                 for way, patch in ways.items():
                     with patch:
                         call()
@@ -46,7 +51,7 @@ def main() -> None:
                         seconds = (time.perf_counter() - start) / REPEATS
                     best[name, way] = min(best.get((name, way), seconds), seconds)
     rows = [["call", *ways]]
-    rows += [[name, *(f"{best[name, way] * 1e6:.1f}" for way in ways)] for name in calls(3)]
+    rows += [[name, *(f"{best[name, way] * 1e6:.1f}" for way in ways)] for name in launchers]
     print(aligned(rows, "lrr"))
 
 

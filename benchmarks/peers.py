@@ -72,13 +72,16 @@ def gpt2(device="cpu", dtype=torch.float32, context_length: int = 1024) -> GPT:
     return randomised(GPT(config)).to(device, dtype)
 
 
+LLAMA = GPTConfig(
+    32000, context_length=2048, num_layers=12, num_heads=12, num_kv_heads=3, hidden_size=768, intermediate_size=3072,
+    norm="rms", norm_eps=1e-6, activation="silu", gated=True, qkv_bias=False, out_bias=False, mlp_bias=False,
+    position="rotary", rope=Rope(64), tie_embeddings=False,
+)  # fmt: skip
+
+
 def llama(device="cpu", dtype=torch.float32) -> GPT:
     """A Llama of 160 M parameters with random weights, four query heads for each head of keys."""
-    return randomised(GPT(GPTConfig(
-        32000, context_length=2048, num_layers=12, num_heads=12, num_kv_heads=3, hidden_size=768, intermediate_size=3072,
-        norm="rms", norm_eps=1e-6, activation="silu", gated=True, qkv_bias=False, out_bias=False, mlp_bias=False,
-        position="rotary", rope=Rope(64), tie_embeddings=False,
-    ))).to(device, dtype)  # fmt: skip
+    return randomised(GPT(LLAMA)).to(device, dtype)
 
 
 @torch.no_grad()

@@ -112,9 +112,14 @@ def fake_cuda(model, dtype=None):
         FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda:0"), torch.no_grad(),
         mock.patch.object(fusion, "PLAIN_WEIGHTS", fusion.PLAIN_WEIGHTS | {FakeTensor}),
     ):  # fmt: skip
-        for module in model.modules():
-            for name, weight in module._parameters.items():
-                if weight is not None:
-                    made = torch.empty(weight.shape, dtype=dtype or weight.dtype, device="cuda:0")
-                    module._parameters[name] = torch.nn.Parameter(made)
-        yield model
+        yield on_fake_cuda(model, dtype)
+
+
+def on_fake_cuda(model, dtype=None):
+    """The model itself, within a FakeTensorMode, with fake weights on a GPU."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                made = torch.empty(weight.shape, dtype=dtype or weight.dtype, device="cuda:0")
+                module._parameters[name] = torch.nn.Parameter(made)
+    return model

@@ -67,6 +67,7 @@ class Launch(NamedTuple):
     signature: dict[str, str]  # argument -> type
     arguments: dict  # argument -> what was passed
     grid: tuple[int, ...]
+    source: tuple  # module, name, signature, constants and attributes: what the compiler takes
     options: dict  # of the compiler
     compiled: CompiledKernel | None
 
@@ -76,8 +77,8 @@ class Kernel:
 
     function, packed_metadata = None, ()
 
-    def __init__(self, of, key, signature, options, compiled, found):
-        self.of, self.key, self.signature, self.options = of, key, signature, options
+    def __init__(self, of, key, source, options, compiled, found):
+        self.of, self.key, self.source, self.options = of, key, source, options
         self.compiled, self.found = compiled, found
 
     def launch_metadata(self, grid, stream, *args):
@@ -85,8 +86,9 @@ class Kernel:
 
     def run(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *args):
         arguments = dict(zip(self.of.arg_names, args, strict=True))
-        launch = Launch(self.of.fn.__name__, self.key, self.signature, arguments, (x, y, z), self.options, self.compiled)
-        self.found.append(launch)
+        signature, grid = self.source[2], (x, y, z)
+        name = self.of.fn.__name__
+        self.found.append(Launch(name, self.key, signature, arguments, grid, self.source, self.options, self.compiled))
 
 
 @functools.cache
@@ -112,9 +114,10 @@ def launches(arch: int = 90, compiles: bool = False, found: list | None = None):
     found = [] if found is None else found
     compile_kernel = JITFunction._do_compile
 
-    def stand_in(self, key, signature, device, constexprs, options, *rest):
-        compiled = compile_kernel(self, key, signature, device, constexprs, options, *rest) if compiles else None
-        kernel = Kernel(self, key, signature, vars(options), compiled, found)
+    def stand_in(self, key, signature, device, constexprs, options, attrs, warmup):
+        compiled = compile_kernel(self, key, signature, device, constexprs, options, attrs, warmup) if compiles else None
+        source = self.module, self.fn.__name__, signature, constexprs, attrs
+        kernel = Kernel(self, key, source, vars(options), compiled, found)
         self.device_caches[device][0][key] = kernel
         return kernel
 

@@ -1,4 +1,4 @@
-"""A call of every launcher of the package, of tensors without memory."""
+"""A call of every launcher of the package."""
 
 import torch
 from fake_gpu import meta
@@ -6,8 +6,9 @@ from fake_gpu import meta
 from fastgpt.kernels import attention_backward, attention_decode, attention_forward, kv_cache_update, linear, norm, step
 
 
-def calls(n: int):
-    """Every launcher -> a call in which all that may vary without another kernel depends on n, of tensors without memory."""
+def calls(n: int, meta=meta):
+    """Every launcher -> a call in which all that may vary without another kernel depends on n, of tensors without memory, or of
+    what else `meta` makes."""
     keys = 65 + 2 * n  # odd, so that no row of a mask is read in vectors
     q, kv = meta(n, 2 * n, 64 + n, 64), meta(n, n, keys, 64)
     lse, lengths = meta(n, 2 * n, 64 + n, dtype=torch.float32), meta(n, dtype=torch.int32)
@@ -17,6 +18,7 @@ def calls(n: int):
     token, one, slots = meta(n, 2 * n, 1, 64), meta(n, n, 1, 64), meta(n, 1, dtype=torch.int32)
     angles, ids = meta(100 * n, 32, dtype=torch.float32), meta(n, 1, dtype=torch.int64)
     long = meta(n, n, 600 + n, 64)
+    room = meta(n, 2 * n, 99 * n, 64)
     new = attention_decode.New(one, one, slots, slots, angles, angles)
     decode, options = attention_decode.attention_decode, {"causal": True, "scale": 0.1}
     return {
@@ -33,7 +35,7 @@ def calls(n: int):
         "decode": lambda: decode(token, long, long, **options, window=400 + n, kv_lengths=lengths),
         "decode, pages": lambda: decode(token, pages, pages, **options, block_table=table),
         "decode, new": lambda: decode(token, long, long, **options, new=new),
-        "update": lambda: kv_cache_update.kv_cache_update(q, q, meta(n, 2 * n, 99 * n, 64), meta(n, 2 * n, 99 * n, 64), meta(n, 64 + n, dtype=torch.int32)),
+        "update": lambda: kv_cache_update.kv_cache_update(q, q, room, room, meta(n, 64 + n, dtype=torch.int32)),
         "linear": lambda: linear.linear(x, w),
         "linear, rows": lambda: linear.linear(meta(n, 128), w, residual=meta(n, 16 * n)),
         "norm": lambda: norm.norm(many, meta(128), residual=many),

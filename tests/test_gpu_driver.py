@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,8 +230,8 @@ def test_after_every_part_one_file_has_all_that_there_is(tmp_path):
 
 def test_parts_by_name(tmp_path):
     parts = gpu.parts(tmp_path, False)
-    chosen = gpu.chosen(parts, ["report", "gpu-tests", "Generate", "benchmark decode"])
-    assert [part.name for part in chosen] == ["GPU tests", "benchmark generate", "benchmark decode", "report"]
+    chosen = gpu.chosen(parts, ["report", "parity-tests", "Generate", "benchmark decode"])
+    assert [part.name for part in chosen] == ["parity tests", "benchmark generate", "benchmark decode", "report"]
     assert sum(part.share for part in chosen) == pytest.approx(1)
     with pytest.raises(ValueError, match="expected build, device, .* got speed"):
         gpu.chosen(parts, ["build", "speed"])
@@ -244,6 +245,83 @@ def test_parts_again_leave_the_logs_of_others(tmp_path):
     command = [sys.executable, "-c", driver, "--out", tmp_path, "--dry-run", "--only", "generate", "report"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert kept.exists() and not anew.exists()
+
+
+def outcomes(out):
+    return json.loads((out / gpu.OUTCOMES).read_text())
+
+
+def test_a_later_run_goes_on_where_one_ended(tmp_path):
+    """By the folder that the first left, or its archive: what was well is left out, but for what each machine needs."""
+    out = tmp_path / "gpu"
+    out.mkdir()
+    parts = [
+        gpu.Part("build", FINE, 0.2), gpu.Part("first tests", FINE, 0.2), gpu.Part("numerics", python("raise SystemExit(1)"), 0.2),
+        gpu.Part("report", FINE, 0.1, missing="cannot run here"),
+    ]  # fmt: skip
+    gpu.run_all(parts, out, 60.0)
+    assert outcomes(out) == {"build": "ok", "first tests": "ok", "numerics": "failed", "report": "skipped"}
+    for path in out.iterdir():
+        path.unlink()
+    out.rmdir()
+    left = gpu.left_over(parts, out)
+    assert [part.name for part in left] == ["build", "numerics", "report"] and (out / "first_tests.log").exists()
+    assert sum(part.share for part in left) == pytest.approx(1)
+    first = (out / "numerics.log").read_text()
+    gpu.run_all([part._replace(command=FINE) for part in left], out, 60.0, number=2)
+    assert outcomes(out)["numerics"] == "ok" and outcomes(out)["first tests"] == "ok"
+    assert (out / "numerics.log").read_text() == first and "fine" in (out / "numerics.2.log").read_text()
+    with pytest.raises(ValueError, match="--part: expected .*another of an earlier run, or .*another.tar.gz, and there is none"):
+        gpu.left_over(parts, tmp_path / "another")
+
+
+TESTS = """
+import os, time, pytest
+@pytest.mark.parametrize("i", range(7))
+def test_each(i):
+    if i == 3 and "CUT" in os.environ:
+        time.sleep(1000)
+    assert i != 5
+def test_skipped():
+    pytest.skip("here")
+"""
+
+
+def run_tests(tmp_path, seconds=100.0, workers=2, **environment):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    command = [sys.executable, "-m", "benchmarks.gpu_tests", tmp_path / "tests.done", "--workers", str(workers), "-p",
+               "no:cacheprovider", "-c", "/dev/null", "--rootdir", tmp_path, tmp_path / "test_some.py"]  # fmt: skip
+    return gpu.run(gpu.Part("tests", command, 1, environment), tmp_path / "log", seconds)
+
+
+def test_tests_run_once_in_several_processes(tmp_path):
+    result = run_tests(tmp_path, workers=3)
+    assert (result.outcome, result.last_line) == ("failed", "6 passed, 1 failed, 1 skipped")
+    assert "failed test_some.py::test_each[5]" in result.log.read_text()
+    lines = (tmp_path / "tests.done").read_text().splitlines()
+    assert len(lines) == len({line.split()[1] for line in lines}) == 8
+
+
+@pytest.mark.slow
+def test_tests_that_were_cut_go_on_with_the_others(tmp_path, monkeypatch):
+    done = tmp_path / "tests.done"
+    waits = lambda: done.exists() and len(done.read_text().splitlines()) == 5  # noqa: E731  of one process: the other hangs
+    monkeypatch.setattr(gpu, "time", Clock(waits))
+    cut = run_tests(tmp_path, seconds=8.0, CUT="1")
+    assert cut.outcome == "timed out"
+    before = done.read_text()
+    assert "test_each[3]" not in before and "passed test_some.py::test_each[1]" in before
+    monkeypatch.undo()
+    result = run_tests(tmp_path)
+    assert result.last_line == "6 passed, 1 failed, 1 skipped"
+    assert done.read_text().startswith(before) and len(done.read_text().splitlines()) == 8
+
+
+def test_every_test_of_a_gpu_belongs_to_a_part():
+    files = {file for _, files, _ in gpu.TESTS.values() for file in files}
+    marks = re.compile(r"mark\.gpu\b|^@runs_kernel", re.MULTILINE)
+    marked = {path for path in Path(ROOT, "tests").glob("test_*.py") if marks.search(path.read_text())}
+    assert {str(path.relative_to(ROOT)) for path in marked} <= files
 
 
 SUMMARY = "========= ERROR SUMMARY: {} errors"
@@ -292,7 +370,8 @@ def test_without_the_sanitizer_its_part_is_skipped_with_a_reason(tmp_path, monke
 def test_every_suite_is_a_part(tmp_path):
     names = [part.name for part in gpu.parts(tmp_path, False)]
     assert {f"benchmark {path.stem.removeprefix('test_')}" for path in (ROOT / "benchmarks").glob("test_*.py")} <= set(names)
-    assert names.index("sanitizer") < names.index("GPU tests") < names.index("benchmark generate") < names.index("report")
+    telling = ["build", "device", "info", "first tests", "parity tests", "cache tests", "compile", "benchmark generate", "report"]
+    assert sorted(telling, key=names.index) == telling
 
 
 def test_what_takes_too_long_is_given_up():

@@ -76,6 +76,7 @@ def test_no_kernel_is_compiled_for_a_number():
 SIZES = (3, 4, 7, 8)  # and what follows from them, with and without a factor of 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_sizes_compile_nothing_anew(arch):
     """Of every launcher: one variant of each kernel, whatever the number of sequences, heads, tokens, pages, features. Of the
@@ -103,6 +104,7 @@ def test_a_number_that_is_specialized_is_found(monkeypatch):
         test_no_kernel_is_compiled_for_a_number()
 
 
+@pytest.mark.slow
 def test_where_a_tensor_starts_decides_how_it_is_read():
     """Of 16-byte addresses and others there are two variants: one for both would read at wrong addresses."""
     with gpu() as device, torch.device("cuda:0"):
@@ -116,7 +118,7 @@ def test_where_a_tensor_starts_decides_how_it_is_read():
 # A first call of everything that users begin with
 
 # Distinct kernels that it compiles, which takes about a second each. More are not forbidden; they are to be noticed.
-MOST = {"shipped": 12, "llama": 11}
+MOST = {"shipped": 13, "llama": 12}
 
 
 def generated(model, arch, *prompts, **options):
@@ -129,6 +131,7 @@ def generated(model, arch, *prompts, **options):
     return device, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, cache, rules, arch", thinned(MOST, CACHES, RULES, ARCHITECTURES, one_of=10))
 def test_first_generate(model, cache, rules, arch):
     """Few kernels; none more for other lengths; steps after the first two are a graph, and nothing waits in it."""
@@ -138,6 +141,7 @@ def test_first_generate(model, cache, rules, arch):
     assert len(device.captures) == 2 and names(device.events).count("replay") >= 20 + 31 - 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MOST)
 def test_longer_contexts_compile_three_kernels_more(model):
     """Where keys are split among programs, of a prompt's last token and of new ones, and where a norm has many rows; no more
@@ -148,6 +152,7 @@ def test_longer_contexts_compile_three_kernels_more(model):
     assert sorted(kernel for kernel, _ in second - first) == ["_attend_split", "_attend_split", "_norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in (80, 89, 100, 120))])
 @pytest.mark.parametrize("model", MOST)
 def test_training_step(model, arch):
@@ -186,6 +191,7 @@ def as_transformers(q, k, mask):
     attention(layer, q.transpose(1, 2).contiguous().transpose(1, 2), k, k, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in (80, 89, 100, 120))])
 @pytest.mark.parametrize("call", [as_pytorch, as_transformers])
 @pytest.mark.parametrize("mask", MASKS)
@@ -203,6 +209,7 @@ def test_attention_dropped_in(mask, call, arch):
         assert not [event for event in device.events if isinstance(event, Wait)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_dropped_in_for_training(mask):
     with gpu(90) as device, torch.device("cuda:0"), sdpa.enabled():
@@ -220,6 +227,7 @@ LAYER = ["_one_row", "_attend_split", "_one_row", "_one_row", "_one_row"]
 BEFORE, AFTER = ["_advance", "_embed"], ["_one_row", "aten::max", "_note", "aten::copy_"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, cache", thinned(MODELS, CACHES, one_of=2))
 def test_launches_of_a_decode_step(model, cache):
     """In their order: 5 a layer and 6 around them, of which a sliding cache adds 2, for where a token goes."""
@@ -232,6 +240,7 @@ def test_launches_of_a_decode_step(model, cache):
     assert len(step) == len(before) + len(slots)
 
 
+@pytest.mark.slow
 def test_rules_of_sampling_are_few_launches():
     """Whatever the vocabulary; the blocks are those of a greedy step."""
     counts = set()
@@ -243,6 +252,7 @@ def test_rules_of_sampling_are_few_launches():
     assert len(counts) == 1 and counts.pop() <= 34
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("cache", CACHES)
 def test_steps_wait_for_nothing(cache, rules):
