@@ -244,4 +244,4 @@ def test_launches_are_what_their_device_has(has_it, monkeypatch):
         call_all()
     assert {launch.kernel for launch in found} == set().union(*map(launched, MODULES))
     for launch in found:
-        assert launch.arguments["PDL"] == launch.arguments.get("launch_pdl", False) == has_it, launch.kernel
+        assert launch.arguments["PDL"] == launch.options.get("launch_pdl", False) == has_it, launch.kernel
