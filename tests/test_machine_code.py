@@ -139,7 +139,8 @@ def test_no_reduction_is_folded_into_a_loop(modules):
     chosen = {}
     for x in configurations(modules, 90):
         if x[1] is not torch.bfloat16 and x[3].get("HEAD_DIM", 64) == 64:
-            chosen.setdefault((x[0].__name__, x[1], x[3].get("RMS"), x[3].get("GATED"), "acc_ptr" in x[4], "new_k_ptr" in x[4]), x)
+            tells = x[3].get("RMS"), x[3].get("GATED"), "acc_ptr" in x[4], "new_k_ptr" in x[4]
+            chosen.setdefault((x[0].__name__, x[1], *tells), x)
     for function, dtype, cache_dtype, constants, given in chosen.values():
         source, options = source_of(function, dtype, cache_dtype, constants, given)
         assert not reductions_folded_into_loops(ir_of(source, 90, options, "ttir")), (function, dtype, given)
