@@ -200,7 +200,8 @@ def test_rope(benchmark, B, T):
         kv_cache_update(rope_reference(k, positions[step], cos, sin), v, **caches, positions=positions[step])
         return rope_reference(q, positions[step], cos, sin)
 
-    functions = {"ours": fused, "rope, then update": apart, "reference": partial(fused, operation=rope_kv_cache_update_reference)}
+    reference = partial(fused, operation=rope_kv_cache_update_reference)
+    functions = {"ours": fused, "rope, then update": apart, "reference": reference}
     if DEVICE == "cuda":
         functions["Triton"] = partial(fused, operation=partial(rope_kv_cache_update, impl="triton"))
     agree(functions, caches, len(positions) - 1)

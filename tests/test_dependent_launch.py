@@ -1,4 +1,4 @@
-"""Programmatic dependent launch: every kernel of a decode step waits for the one before it ahead of all that it reads and writes.
+"""Programmatic dependent launch: every kernel of a decode step waits for the one before ahead of all that it reads and writes.
 
 Shown in the PTX of what ships. No GPU is needed.
 """
@@ -188,8 +188,8 @@ def test_programs_read_their_own_rows_of_the_weight_ahead(N, K, gated, rows):
     for program in range(triton.cdiv(N, block)):
         first, count = program * block, min(block, N - program * block) * K * 2
         ahead += [(start * K * 2, count) for start in ((first, first + N) if gated else (first,))]
-    covered = sorted(ahead)
-    assert all(a + n == b for (a, n), (b, _) in zip(covered, covered[1:])) and covered[-1][0] + covered[-1][1] == N * (1 + gated) * K * 2
+    covered = [*sorted(ahead), (N * (1 + gated) * K * 2, 0)]
+    assert all(start + count == after for (start, count), (after, _) in zip(covered, covered[1:]))
 
 
 # Who has it

@@ -1,8 +1,11 @@
 """What a registered operation hands to a Triton kernel, which looks at nothing: checked where it is launched, without a GPU."""
 
+import contextlib
+
 import pytest
 import torch
 
+import fastgpt
 from fastgpt.ops import attention, kv_cache_update, linear, norm, step
 from fastgpt.ops import attention_with_kv_cache as cached
 
@@ -106,6 +109,34 @@ def launch(monkeypatch):
         return launcher(**(call() | changed))
 
     return run
+
+
+def parts():
+    """Tensors for an update that are parts of one: name -> arguments, and whether the kernel takes them."""
+    whole, halves = torch.ones(4, 1, 2, 4, 8), torch.ones(1, 2, 4, 16)
+    k_cache, v_cache = halves[..., :8], halves[..., 8:]
+    return {
+        "planes": ({"k_cache": whole[0], "v_cache": whole[1], "k": whole[2, :, :, :3], "v": whole[3, :, :, :3]}, True),
+        "halves of rows": ({"k_cache": k_cache, "v_cache": v_cache}, True),
+        "the same": ({"k_cache": k_cache, "v_cache": k_cache}, False),
+        "one number": ({"k_cache": k_cache, "v_cache": halves[..., 7:15]}, False),
+        "other strides": ({"k_cache": halves[..., :8], "v_cache": halves.view(1, 4, 4, 8)[:, 1:3]}, False),
+        "k is read": ({"k_cache": whole[0], "v_cache": whole[1], "k": whole[0, :, :, 1:]}, False),
+        "v between rows": ({"k_cache": k_cache, "v_cache": whole[0], "v": v_cache[:, :, :3]}, False),
+    }
+
+
+@pytest.mark.parametrize("case", parts())
+def test_what_an_update_writes_shares_no_memory(case, launch):
+    """As in the compiled kernels, which say so in the same words."""
+    arguments, fits = parts()[case]
+    call = LAUNCHERS["rope_kv_cache_update"][2]()
+    arguments = {name: x for name, x in call.items() if name != "block_table"} | arguments
+    sentence = "^[kv](_cache)?: expected memory apart from that of"
+    with pytest.raises(Launched) if fits else pytest.raises(ValueError, match=sentence):
+        launch("rope_kv_cache_update", block_table=None, **arguments)
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=sentence):
+        fastgpt.rope_kv_cache_update(**arguments)
 
 
 @pytest.mark.parametrize("operation", LAUNCHERS)

@@ -10,7 +10,10 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks.machine_code import (  # noqa: E402
     SHARED_MEMORY,
@@ -106,7 +109,7 @@ def narrow_copies(ptx: str) -> set[str]:
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 
 
-def shipped(module, arch, cache_dtype, given, dtype=torch.float16, head_dim=128):
+def one_that_ships(module, arch, cache_dtype, given, dtype=torch.float16, head_dim=128):
     """A kernel of few rows, if tiles differ in that, with just these optional arguments."""
     for configuration in configurations(module, arch):
         _, q_dtype, kv_dtype, constants, arguments = configuration
@@ -133,7 +136,7 @@ LENGTHS = ("acc_ptr", "softmax_ptr", "counters_ptr", "kv_lengths_ptr")
 )  # fmt: skip
 def test_keys_and_values_of_8_bits_are_copied_16_bytes_at_a_time(module, cache_dtype, given, arch):
     """And read so from shared memory; then the matrix units get 16 bits of each number from there."""
-    ptx = compile_for(arch, *shipped(module, arch, cache_dtype, given)).asm["ptx"]
+    ptx = compile_for(arch, *one_that_ships(module, arch, cache_dtype, given)).asm["ptx"]
     assert "cp.async.cg" in ptx and not narrow_copies(ptx)
     assert narrow_copies(ptx.replace(", 0x10", ", 0x8")) == {"8"}
 
@@ -164,7 +167,7 @@ def tiles_underway(ttgir: str) -> list[int]:
 ], ids=("contiguous", "paged", "8 bits"))  # fmt: skip
 def test_decoding_copies_a_tile_while_it_multiplies_with_another(given, cache_dtype, arch):
     """From memory in order and through a block table, whose look-up takes none of the copies' stages."""
-    source, options = source_of(*shipped("attention_decode", arch, cache_dtype, given))
+    source, options = source_of(*one_that_ships("attention_decode", arch, cache_dtype, given))
     ttgir = ir_of(source, arch, options, "ttgir")
     assert tiles_underway(ttgir) == [1]
     widths = re.findall(r"async_copy_global_to_local .*contiguity = (\d+) : .*: tensor<\d+x\d+x", ttgir)
@@ -172,10 +175,72 @@ def test_decoding_copies_a_tile_while_it_multiplies_with_another(given, cache_dt
 
 
 def test_tiles_underway_are_counted():
-    *which, constants, given = shipped("attention_decode", 90, torch.float16, ())
+    *which, constants, given = one_that_ships("attention_decode", 90, torch.float16, ())
     for stages in (2, 4):
         source, options = source_of(*which, constants | {"num_stages": stages}, given)
         assert tiles_underway(ir_of(source, 90, options, "ttgir")) == [stages - 2]
+
+
+def reductions_folded_into_loops(ttir: str) -> list[str]:
+    """Loops of which a result only adds up, or is the maximum of, what is reduced in each iteration, and has several uses. Not
+    those with matrix products, whose tiles lie otherwise."""
+    lines, found = ttir.splitlines(), []
+    indents = [len(line) - len(line.lstrip()) for line in lines]
+    for i, line in enumerate(lines):
+        loop = re.match(r"\s*(%\w+)(:\d+)? = scf\.for .*iter_args\((.*?)\) ->", line)
+        if loop is None:
+            continue
+        end = next(k for k in range(i + 1, len(lines)) if indents[k] <= indents[i])
+        after = next(k for k in range(end, len(lines)) if indents[k] < indents[i])  # where its results are known no more
+        body, scope = "\n".join(lines[i + 1 : end]), "\n".join(lines[end:after])
+        made = {match[1]: match[2] for match in re.finditer(r"(%\w+) = (.*)", body)}
+        values = re.findall(r"%[\w#]+", lines[end - 1])
+        for place, (name, value) in enumerate(zip(re.findall(r"(%\w+) = ", loop[3]), values, strict=True)):
+            operands = re.match(r"arith\.(?:addf|mulf|m(?:ax|in)(?:num|imum)f) (%\w+), (%\w+)", made.get(value, ""))
+            others = {*operands.groups()} - {name} if operands else ()
+            folds = len(others) == 1 and "tt.reduce" in made.get(*others, "") and uses_of(value, body) == 2
+            if folds and "tt.dot" not in body and uses_of(f"{loop[1]}#{place}" if loop[2] else loop[1], scope) > 1:
+                found.append(line.strip())
+    return found
+
+
+def uses_of(name: str, text: str) -> int:
+    return len(re.findall(rf"{name}(?![\w#])", text))
+
+
+@triton.jit
+def _folds(x_ptr, n, IN_LOOP: tl.constexpr):
+    offsets = tl.arange(0, 64)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    largest = tl.zeros([64], tl.float32)
+    tile = tl.zeros([64, 16], tl.float32)
+    for i in range(n):
+        x = tl.load(x_ptr + i.to(tl.int64) * 1024 + offsets)
+        if IN_LOOP:
+            largest = tl.maximum(largest, tl.max(x, 1))
+        else:
+            tile = tl.maximum(tile, x)
+    if not IN_LOOP:
+        largest = tl.max(tile, 1)
+    tl.store(x_ptr + tl.arange(0, 64), largest * 2 + tl.where(largest > 1, 1.0, 0.0))
+
+
+def test_reductions_folded_into_loops_are_found():
+    for in_loop in (True, False):
+        source = ASTSource(_folds, {"x_ptr": "*fp32", "n": "i32", "IN_LOOP": "constexpr"}, {"IN_LOOP": in_loop})
+        assert len(reductions_folded_into_loops(ir_of(source, 90, {"enable_fp_fusion": True}, "ttir"))) == in_loop
+
+
+@pytest.mark.parametrize("modules", MODULES)
+def test_no_reduction_is_folded_into_a_loop(modules):
+    """Triton 3.6 fails an assertion where the result of such a loop has two uses (OptimizeThreadLocality.cpp, hasOneUse)."""
+    chosen = {}
+    for x in configurations(modules, 90):
+        if x[1] is not torch.bfloat16 and x[3].get("HEAD_DIM", 64) == 64:
+            tells = x[3].get("RMS"), x[3].get("GATED"), "acc_ptr" in x[4], "new_k_ptr" in x[4]
+            chosen.setdefault((x[0].__name__, x[1], *tells), x)
+    for function, dtype, cache_dtype, constants, given in chosen.values():
+        source, options = source_of(function, dtype, cache_dtype, constants, given)
+        assert not reductions_folded_into_loops(ir_of(source, 90, options, "ttir")), (function, dtype, given)
 
 
 def copies_underway(ttgir: str) -> list[int]:

@@ -28,8 +28,8 @@ from fastgpt.kernels.step import embed  # noqa: E402
 
 MODULES = ["attention_forward", "attention_backward", "attention_decode", "kv_cache_update", "linear", "norm", "step"]
 COUNTS = (
-    "n_queries", "n_keys", "n_heads", "n_heads_kv", "n_tokens", "capacity", "group", "rows_of_head", "window", "page", "n_pages",
-    "cu_q_ptr", "cu_k_ptr",
+    "n_queries", "n_keys", "n_heads", "n_heads_kv", "n_tokens", "capacity", "group", "rows_of_head", "window", "page",
+    "n_pages", "cu_q_ptr", "cu_k_ptr",
 )  # fmt: skip
 
 

@@ -193,12 +193,13 @@ def _add_parts(
 ):  # fmt: skip
     """The sums (acc, row_sum, row_max) of the `count` parts from `parts` (M,) on, added in their order."""
     offs_d = tl.arange(0, BLOCK_V)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    maxima = tl.full([BLOCK_M, GROUP], float("-inf"), tl.float32)  # reduced in the loop, Triton 3.6 does not compile them
     for start in range(0, count, GROUP):
         offs_s = start + tl.arange(0, GROUP)
         mask = stored[:, None] & (offs_s < count)[None, :]
-        maxima = softmax_ptr + 2 * (parts[:, None] + offs_s[None, :])
-        row_max = tl.maximum(row_max, tl.max(tl.load(maxima, mask=mask, other=float("-inf"), cache_modifier=".cg"), 1))
+        ptrs = softmax_ptr + 2 * (parts[:, None] + offs_s[None, :])
+        maxima = tl.maximum(maxima, tl.load(ptrs, mask=mask, other=float("-inf"), cache_modifier=".cg"))
+    row_max = tl.max(maxima, 1)
     shift = tl.where(row_max == float("-inf"), 0.0, row_max)  # as in online_softmax
 
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)

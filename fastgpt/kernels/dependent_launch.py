@@ -1,4 +1,4 @@
-"""Programmatic dependent launch: a kernel's programs start, and read ahead, while the kernel before it in the stream still runs.
+"""Programmatic dependent launch: a kernel's programs start, and read ahead, while the kernel before in the stream still runs.
 
 A decode step of a small model is dozens of kernels of a few microseconds each, and between two of them the GPU idles: the last
 programs end, their stores become visible, the next programs start and wait for memory. A kernel that is launched with

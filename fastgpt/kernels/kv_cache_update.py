@@ -320,8 +320,8 @@ def alignment(*tensors: Tensor) -> int:
 
 @functools.cache
 def _constants(
-    head_dim: int, v_dim: int, pairs: int, interleaved: bool, several: bool, element_size: int, new_align: int, cache_align: int,
-    angle_align: int, pdl: bool,
+    head_dim: int, v_dim: int, pairs: int, interleaved: bool, several: bool, element_size: int,
+    new_align: int, cache_align: int, angle_align: int, pdl: bool,
 ) -> dict:  # fmt: skip
     """Compile-time arguments and options."""
     block_d, block_dv = (min(LONGEST, triton.next_power_of_2(max(1, dim))) for dim in (head_dim, v_dim))

@@ -361,7 +361,8 @@ PRODUCTS = (  # of GPT-2 124M, its XL, and Llamas of 1B and 8B: rows of the weig
 
 
 def aot_configurations(arch: int):
-    """As in attention_forward.py, of the products of some models; the same for every architecture but for dependent launches."""
+    """As in attention_forward.py, of the products of some models; the same for every architecture but for dependent
+    launches."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     for dtype, product, rows in itertools.product(dtypes, PRODUCTS, (1, 8, 24, 32)):
         weight_rows, K, activation, gated, given = product

@@ -401,9 +401,16 @@ def _cuda_refuses(k, *others):
         return runs_elsewhere("CUDA", "k", k.device)
     if (reason := CUDA_MISSING or _kernel_refuses(k, *others)) is not None:
         return reason
-    if torch.compiler.is_compiling() or type(k) is not torch.Tensor or torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_compiling() or type(k) is not torch.Tensor:
         return None  # nothing can be launched to try it
+    if k.device not in _TRIED:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        _TRIED.add(k.device)
     return _launch_fails(k.device)
+
+
+_TRIED: set[torch.device] = set()  # of which `_launch_fails` knows the answer, under capture, too
 
 
 @functools.cache
@@ -456,7 +463,8 @@ def _rope_kv_cache_update_fake(
 
 def _kv_cache_update_triton(k, v, k_cache, v_cache, positions, block_table=None, k_scale=None, v_scale=None):
     _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
-    _check_kernel(k, k_cache, v_cache, k_scale, v_scale)
+    written = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
+    _check_kernel(written, {"k": k, "v": v, "positions": positions, "block_table": block_table})
     from fastgpt.kernels.kv_cache_update import kv_cache_update  # Triton is imported only when a CUDA tensor needs it
 
     kv_cache_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
@@ -467,7 +475,9 @@ def _rope_kv_cache_update_triton(
     slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
     _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
-    _check_kernel(k, k_cache, v_cache, k_scale, v_scale)
+    written = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
+    read = {"k": k, "v": v, "positions": positions, "block_table": block_table, "q": q, "cos": cos, "sin": sin, "slots": slots}
+    _check_kernel(written, read)
     from fastgpt.kernels.kv_cache_update import rope_kv_cache_update
 
     return rope_kv_cache_update(
@@ -475,12 +485,48 @@ def _rope_kv_cache_update_triton(
     )
 
 
-def _check_kernel(k, k_cache, v_cache, k_scale, v_scale):
-    """What the Triton kernel takes less than the reference."""
-    require_dtype("k", k, KERNEL_DTYPES)
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
-        if x is not None:
-            require_apart(name, x)
+def _check_kernel(written: dict, read: dict) -> None:
+    """What the Triton kernel takes less than the reference. Both: name -> tensor or None."""
+    require_dtype("k", read["k"], KERNEL_DTYPES)
+    regions = []
+    for name, x in written.items():
+        if x is None or x.numel() == 0:
+            continue
+        require_apart(name, x)
+        for other, y, region in regions:
+            if _overlap(_region_of(x), region) and not _interleaved(x, y):
+                raise ValueError(f"{name}: expected memory apart from that of {other}")
+        regions.append((name, x, _region_of(x)))
+    for name, x in read.items():
+        for other, _, region in regions if x is not None and x.numel() else ():
+            if _overlap(_region_of(x), region):
+                raise ValueError(f"{name}: expected memory apart from that of {other}, which is written; clone it")
+
+
+def _region_of(x) -> tuple[int, int, int]:
+    """Of a tensor with numbers: its storage, and there its first byte and the one past its last."""
+    first, size = x.storage_offset(), x.element_size()
+    last = first + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
+    return x.untyped_storage()._cdata, first * size, (last + 1) * size
+
+
+def _overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
+
+
+def _interleaved(x, y) -> bool:
+    """Whether two parts of a tensor, each of numbers apart from each other, share none: told of those with the same strides."""
+    dims = sorted(((stride, n) for stride, n in zip(x.stride(), x.shape) if n > 1), reverse=True)
+    return (x.stride(), x.dtype) == (y.stride(), y.dtype) and not _reaches(x.storage_offset() - y.storage_offset(), dims)
+
+
+def _reaches(distance: int, dims: list[tuple[int, int]]) -> bool:
+    """Whether two numbers of a tensor with these strides and sizes, the larger strides first, are so far from each other."""
+    if not dims:
+        return distance == 0
+    (stride, size), *rest = dims
+    steps = distance // stride, distance // stride + 1
+    return any(abs(i) < size and _reaches(distance - i * stride, rest) for i in steps)
 
 
 # Name -> schema, the kernel of fake tensors and that of Triton.
