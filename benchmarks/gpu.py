@@ -54,7 +54,9 @@ SUITES = {  # shares of the whole time, the most telling first; 0.02 for others
 }  # fmt: skip
 AGAIN = ("build", "device", "info", "compile")  # on each machine
 TESTS = {  # of a GPU: parts, most telling first: their share, their files, and which tests
-    "first tests": (0.05, ["tests/test_gpu.py"], "each_kind or identical or few_launches or uses_the_kernels or trains"),
+    "first tests": (
+        0.05, ["tests/test_gpu.py"], "each_kind or float_masks or identical or few_launches or uses_the_kernels or trains",
+    ),
     "parity tests": (0.15, [
         "tests/test_triton_attention.py", "tests/test_triton_decode.py", "tests/test_attention_with_kv_cache.py",
         "tests/test_triton_linear.py", "tests/test_step.py",

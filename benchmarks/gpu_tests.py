@@ -3,7 +3,8 @@
 python -m benchmarks.gpu_tests DONE [--workers N] [PYTEST ARGUMENT ...]
 
 DONE is a file of lines, an outcome and a test each. Those that are in it are left out: a later run goes on where one before it
-was cut. Each process takes every N-th of the others, with its output in DONE.I.log. Exits with 1 if a test failed, now or before.
+was cut. Each process takes every N-th of the others, with its output in DONE.I.log. Exits with 1 if a test failed, now or
+before.
 
 As a plugin, `-p benchmarks.gpu_tests`, with FASTGPT_SHARD="I/N" and FASTGPT_DONE: what one of the processes does. All of them
 leave out what is in DONE.before, which does not change while they run, so that each test is one process's.
