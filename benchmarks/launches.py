@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     rounds = parser.parse_args().rounds
     ways = {"Triton's": by_triton, "ours": Kernel.launch}
+    torch.set_num_threads(1)
     best, launchers = {}, calls(3, tensor)
     with fake_gpu.launches(), mock.patch.object(fake_gpu.Kernel, "run", lambda *args: None):
         for _ in range(rounds):
