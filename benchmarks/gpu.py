@@ -101,7 +101,7 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
     build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     compiling = [python, "-m", "benchmarks.compile_ahead", *["decode", "--arch", "90", "--share", "1/40"] * dry_run]
     of_tests = {
-        name: Part(name, gpu_tests(out, name, *["--workers", "2"] * dry_run), 0.02 if dry_run else TESTS[name][0])
+        name: Part(name, gpu_tests(out, name, *["--workers", "2"] * dry_run), 0.05 if dry_run else TESTS[name][0])
         for name in TESTS
     }
     of_suites = {
@@ -133,7 +133,7 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
 
 def gpu_tests(out: Path, name: str, *arguments: str) -> list:
     """The command of a part that consists of tests: those of TESTS, or of other arguments of pytest."""
-    command = [sys.executable, "-m", "benchmarks.gpu_tests", out / f"{name.replace(' ', '_')}.done", "-v", "-rfE"]
+    command = [sys.executable, "-m", "benchmarks.gpu_tests", out / f"{name.lower().replace(' ', '_')}.done", "-v", "-rfE"]
     command += ["--durations=15", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=100"]
     if name in TESTS:
         _, files, which = TESTS[name]
