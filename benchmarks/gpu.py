@@ -54,13 +54,15 @@ SUITES = {  # shares of the whole time, the most telling first; 0.02 for others
 }  # fmt: skip
 AGAIN = ("build", "device", "info", "compile")  # on each machine
 TESTS = {  # of a GPU: parts, most telling first: their share, their files, and which tests
-    "first tests": (0.05, ["tests/test_gpu.py"], "each_kind or identical or few_launches or uses_the_kernels or trains"),
+    "first tests": (
+        0.05, ["tests/test_gpu.py"], "each_kind or float_masks or identical or few_launches or uses_the_kernels or trains",
+    ),
     "parity tests": (0.15, [
         "tests/test_triton_attention.py", "tests/test_triton_decode.py", "tests/test_attention_with_kv_cache.py",
         "tests/test_triton_linear.py", "tests/test_step.py",
     ], ""),
     "cache tests": (0.07, ["tests/test_gpu.py"], ""),
-    "other tests": (0.05, [
+    "other tests": (0.04, [
         "tests/test_sdpa.py", "tests/test_gpu_families.py", "tests/test_flash_provider.py", "tests/test_flash_attn.py",
     ], ""),
 }  # fmt: skip
@@ -99,7 +101,7 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
     build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     compiling = [python, "-m", "benchmarks.compile_ahead", *["decode", "--arch", "90", "--share", "1/40"] * dry_run]
     of_tests = {
-        name: Part(name, gpu_tests(out, name, *["--workers", "2"] * dry_run), 0.02 if dry_run else TESTS[name][0])
+        name: Part(name, gpu_tests(out, name, *["--workers", "2"] * dry_run), 0.05 if dry_run else TESTS[name][0])
         for name in TESTS
     }
     of_suites = {
@@ -131,7 +133,7 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
 
 def gpu_tests(out: Path, name: str, *arguments: str) -> list:
     """The command of a part that consists of tests: those of TESTS, or of other arguments of pytest."""
-    command = [sys.executable, "-m", "benchmarks.gpu_tests", out / f"{name.replace(' ', '_')}.done", "-v", "-rfE"]
+    command = [sys.executable, "-m", "benchmarks.gpu_tests", out / f"{name.lower().replace(' ', '_')}.done", "-v", "-rfE"]
     command += ["--durations=15", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=100"]
     if name in TESTS:
         _, files, which = TESTS[name]

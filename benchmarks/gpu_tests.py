@@ -3,13 +3,16 @@
 python -m benchmarks.gpu_tests DONE [--workers N] [PYTEST ARGUMENT ...]
 
 DONE is a file of lines, an outcome and a test each. Those that are in it are left out: a later run goes on where one before it
-was cut. Each process takes every N-th of the others, with its output in DONE.I.log. Exits with 1 if a test failed, now or before.
+was cut. Each process takes every N-th of the others, with its output in DONE.I.log. Exits with 1 if a test failed, now or
+before.
 
-As a plugin, `-p benchmarks.gpu_tests`, with FASTGPT_SHARD="I/N" and FASTGPT_DONE: what one of the processes does.
+As a plugin, `-p benchmarks.gpu_tests`, with FASTGPT_SHARD="I/N" and FASTGPT_DONE: what one of the processes does. All of them
+leave out what is in DONE.before, which does not change while they run, so that each test is one process's.
 """
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +20,10 @@ from collections import Counter
 from pathlib import Path
 
 SHARD, DONE = "FASTGPT_SHARD", "FASTGPT_DONE"
+
+
+def before(done: Path) -> Path:
+    return done.with_name(f"{done.name}.before")
 
 
 def done_in(path: Path) -> dict[str, str]:
@@ -27,7 +34,7 @@ def done_in(path: Path) -> dict[str, str]:
 
 def pytest_collection_modifyitems(config, items):
     index, count = map(int, os.environ[SHARD].split("/"))
-    done = done_in(Path(os.environ[DONE]))
+    done = done_in(before(Path(os.environ[DONE])))
     left = [item for item in items if item.nodeid not in done]
     kept = left[index - 1 :: count]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
@@ -45,10 +52,14 @@ def main() -> None:
     parser.add_argument("done", type=Path)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args, rest = parser.parse_known_args()
+    if args.done.exists():
+        shutil.copyfile(args.done, before(args.done))
+    else:
+        before(args.done).unlink(missing_ok=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
-    processes = []
+    processes, threads = [], str(max(1, os.cpu_count() // args.workers))
     for i in range(1, args.workers + 1):
-        environment = os.environ | {SHARD: f"{i}/{args.workers}", DONE: str(args.done.absolute())}
+        environment = {"OMP_NUM_THREADS": threads} | os.environ | {SHARD: f"{i}/{args.workers}", DONE: str(args.done.absolute())}
         with args.done.with_name(f"{args.done.name}.{i}.log").open("ab") as log:
             command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_tests", *rest]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))

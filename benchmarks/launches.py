@@ -3,7 +3,8 @@
 python -m benchmarks.launches [--rounds N]
 
 Every launcher is called on small tensors of the CPU and goes through Triton's real launch path, up to the launch itself. The
-two ways take turns; of each, the fastest of all rounds counts. On a GPU, entering its device and reading the stream come on top.
+two ways take turns; of each, the fastest of all rounds counts. On a GPU, entering its device and reading the stream come on
+top.
 """
 
 import argparse
@@ -37,13 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
     rounds = parser.parse_args().rounds
-    ways = {"Triton's": mock.patch.object(Kernel, "launch", by_triton), "ours": mock.patch.object(Kernel, "launch", Kernel.launch)}
+    ways = {"Triton's": by_triton, "ours": Kernel.launch}
+    torch.set_num_threads(1)
     best, launchers = {}, calls(3, tensor)
     with fake_gpu.launches(), mock.patch.object(fake_gpu.Kernel, "run", lambda *args: None):
         for _ in range(rounds):
             for name, call in launchers.items():
-                for way, patch in ways.items():
-                    with patch:
+                for way, launch in ways.items():
+                    with mock.patch.object(Kernel, "launch", launch):
                         call()
                         start = time.perf_counter()
                         for _ in range(REPEATS):

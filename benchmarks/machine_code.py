@@ -227,8 +227,9 @@ def main() -> None:
             seconds = time.perf_counter() - start
             print(*found, sep="\n", end="\n" * bool(found))
             print(
-                f"sm_{arch}: of {len(all_of_arch)} configurations that ship {len(jobs)} were compiled, {len(jobs) - len(found)} "
-                f"without spills and within {SHARED_MEMORY[arch] >> 10} KiB, in {seconds:.0f} s", flush=True
+                f"sm_{arch}: of {len(all_of_arch)} configurations that ship {len(jobs)} were compiled, "
+                f"{len(jobs) - len(found)} without spills and within {SHARED_MEMORY[arch] >> 10} KiB, in {seconds:.0f} s",
+                flush=True,
             )  # fmt: skip
     sys.exit(bool(faults))
 

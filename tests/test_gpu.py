@@ -290,3 +290,138 @@ def test_the_decoder_trains():
     ids = random_ids(model, 2, 16).cuda()
     torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# What a first run is to tell: one kernel of each kind, and what can go wrong only on a GPU
+
+
+def attended(attend, device, dtype, *shape, T=None, **options):
+    """(out, dq, dk, dv) of an attention function of q, k and v (B, H, S, D), T of them queries, by CPU's random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(shape, generator=generator).half() for _ in range(4))
+    q, dout = (x[:, :, : T or shape[2]] for x in (q, dout))
+    leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves, **{name: x.to(device) if torch.is_tensor(x) else x for name, x in options.items()})
+    return out, *torch.autograd.grad(out, leaves, dout.to(device, dtype))
+
+
+def exactly(*shape, **options):
+    """The same by the reference in float64, for `check`."""
+
+    def reference(q, k, v, **options):
+        options = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in options.items()}
+        return attention_reference(q, k, v, **options)
+
+    return lambda: attended(reference, "cpu", torch.float64, *shape, **options)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_attention_of_each_kind(D):
+    shape = 2, 4, 200, D
+    check(attended(fastgpt.attention, "cuda", torch.float16, *shape), exactly(*shape), weights=torch.float16)
+    q, k, v = (torch.randn(2, 4, 700, D).half() for _ in range(3))
+    out = fastgpt.attention(*on("cuda", {"q": q[:, :, :1], "k": k, "v": v}).values(), impl="triton")
+    check(out, lambda: attention_reference(q[:, :, :1].double(), k.double(), v.double()), weights=torch.float16)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_linear_and_norm_of_each_kind(rows):
+    x, weight, scale = torch.randn(rows, 768).half(), torch.randn(1024, 768).half() / 16, torch.rand(768).half()
+    x_64, weight_64, scale_64 = (y.double() for y in (x, weight, scale))
+    out = fastgpt.linear(x.cuda(), weight.cuda(), norm_weight=scale.cuda(), norm="rms", impl="triton")
+    expected = lambda: fastgpt.linear_reference(x_64, weight_64, norm_weight=scale_64, norm="rms")  # noqa: E731
+    check(out, expected, weights=torch.float16)
+    out = fastgpt.norm(x.cuda(), scale.cuda(), kind="rms", impl="triton")
+    check(out, lambda: fastgpt.norm_reference(x_64, scale_64, kind="rms"))
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_float_masks_of_pytorch_hide_keys(D):
+    """-inf in a sliding window's mask, the first tiles of later rows among it: never NaN, and the gradients of the rest."""
+    from fastgpt.integrations.sdpa import scaled_dot_product_attention
+
+    T = 300
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    mask = torch.zeros(T, T).masked_fill((distance < 0) | (distance >= 40), -torch.inf)
+
+    def attend(q, k, v, bias, causal):
+        return scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
+
+    actual = attended(attend, "cuda", torch.float16, 2, 3, T, D, bias=mask, causal=False)
+    assert all(x.isfinite().all() for x in actual)
+    check(actual, exactly(2, 3, T, D, bias=mask, causal=False), weights=torch.float16)
+
+
+def needs_memory(gigabytes):
+    if torch.cuda.mem_get_info()[0] < gigabytes << 30:
+        pytest.skip(f"needs {gigabytes} GiB of GPU memory")
+
+
+def test_gradients_past_2_31_numbers_of_a_mask():
+    """Only the last queries see keys, and only the last, where offsets in the mask take more than 32 bits."""
+    needs_memory(8)
+    seen_by_last(46_400, "cuda")
+
+
+def seen_by_last(S, device, few=64, D=64):
+    generator = torch.Generator().manual_seed(0)
+    few_q, few_k, few_v, few_dout = (torch.randn(1, 1, few, D, generator=generator).half() for _ in range(4))
+    few_mask = torch.rand(few, few, generator=generator) < 0.5
+    mask = torch.zeros(S, S, dtype=torch.bool, device=device)
+    mask[-few:, -few:] = few_mask.to(device)
+    whole = [torch.zeros(1, 1, S, D, dtype=torch.float16, device=device) for _ in range(4)]
+    for x, last in zip(whole, (few_q, few_k, few_v, few_dout)):
+        x[:, :, -few:] = last.to(device)
+    q, k, v = (x.requires_grad_() for x in whole[:3])
+    out = fastgpt.attention(q, k, v, mask=mask, causal=False)
+    gradients = torch.autograd.grad(out, (q, k, v), whole[3])
+
+    def reference():
+        leaves = [x.double().requires_grad_() for x in (few_q, few_k, few_v)]
+        out = attention_reference(*leaves, mask=few_mask, causal=False)
+        return out, *torch.autograd.grad(out, leaves, few_dout.double())
+
+    check(tuple(x[:, :, -few:] for x in (out, *gradients)), reference, weights=torch.float16)
+    assert not any(x[:, :, :-few].any() for x in (out, *gradients))
+
+
+def test_gradients_of_heads_2_31_numbers_apart():
+    needs_memory(12)
+    heads_apart(2**31, "cuda")
+
+
+def heads_apart(step, device, N=100, D=64):
+    shape, strides = (1, 2, N, D), (2 * step, step, D, 1)
+    memory = torch.empty(step + N * D, dtype=torch.float16, device=device)
+
+    def apart(x):
+        view = memory.as_strided(shape, strides)
+        view.copy_(x)
+        return view
+
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    q = apart(dense.to(device)).requires_grad_()
+    out = fastgpt.attention(q, q.detach(), q.detach())
+    (dq,) = torch.autograd.grad(out, q, torch.ones_like(out))
+
+    def reference():
+        q = dense.double().requires_grad_()
+        out = attention_reference(q, q.detach(), q.detach())
+        return out, *torch.autograd.grad(out, q, torch.ones_like(out))
+
+    check((out, dq), reference, weights=torch.float16)
+
+
+@pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two GPUs")
+def test_tensors_of_another_device_than_the_current_one():
+    """Each launch is on the device of its tensors, and what was compiled for one is not taken for the other."""
+    torch.cuda.set_device(0)
+    results = [attended(fastgpt.attention, device, torch.float16, 2, 4, 200, 64) for device in ("cuda:0", "cuda:1")]
+    for here, there in zip(*results):
+        assert there.device.index == 1 and torch.equal(here.cpu(), there.cpu())
+    model = random_model()
+    ids = random_ids(model, 2, 9)
+    for options in ({}, {"cache": "paged"}, {"cache_dtype": torch.int8}):
+        tokens = [model.to(device).generate(ids.to(device), 40, **options).cpu() for device in ("cuda:0", "cuda:1")]
+        assert torch.equal(*tokens)
+    assert torch.cuda.current_device() == 0

@@ -43,9 +43,8 @@ LAYERS = [
         "ops.library",
     },  # fmt: skip
     {
-        "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.dependent_launch", "kernels.launch", "kernels.limits", "memory",
-        "ops.dropout",
-        "ops.derivatives", "ops.quantisation", "startup",
+        "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.dependent_launch", "kernels.launch",
+        "kernels.limits", "memory", "ops.dropout", "ops.derivatives", "ops.quantisation", "startup",
     },  # fmt: skip
     {"_C", "integrations", "kernels", "ops", "testing.draws", "testing.numerics"},
 ]

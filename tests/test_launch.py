@@ -15,6 +15,7 @@ from launcher_calls import calls  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction, compute_cache_key  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from fastgpt.kernels.launch import Kernel, kernel  # noqa: E402
 
@@ -81,8 +82,8 @@ def changes(name, value):
         if value is None:
             return [None]
         shapes = value.block_shape, [1, 1, 16, 16]
-        return [None, *(triton.tools.tensor_descriptor.TensorDescriptor(meta(1, 1, 64, 64, dtype=dtype), [1, 1, 64, 64],
-                        [4096, 4096, 64, 1], shape) for dtype in (torch.float16, torch.bfloat16) for shape in shapes)]  # fmt: skip
+        tensors = [meta(1, 1, 64, 64, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
+        return [None, *(TensorDescriptor(x, [1, 1, 64, 64], [4096, 4096, 64, 1], shape) for x in tensors for shape in shapes)]
     if isinstance(value, bool):
         return [True, False]
     if name.startswith(("stride_", "n_")):  # always integers

@@ -17,8 +17,8 @@ def architecture(device: torch.device) -> int:
 
 
 def tiles_of(capability: int) -> int:
-    """80, 90 or 100, of a compute capability times ten. Chips of others (8.6, 8.9, 12.0) have the shared memory that tiles of 80
-    fit in, and neither wgmma nor tcgen05."""
+    """80, 90 or 100, of a compute capability times ten. Chips of others (8.6, 8.9, 12.0) have the shared memory that tiles of
+    80 fit in, and neither wgmma nor tcgen05."""
     return {9: 90, 10: 100}.get(capability // 10, 80)
 
 
