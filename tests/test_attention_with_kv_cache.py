@@ -176,11 +176,12 @@ def test_parity(kind, rotation, feature, dtype, short_splits):
 
 
 @runs_kernel
-@pytest.mark.parametrize("size", (1, 40, 256))
+@pytest.mark.parametrize("size", (1, 40, 192, 256))  # 192 is held as 128 + 64
 def test_parity_of_head_dims(size, short_splits):
     for dtype in (torch.float16, torch.float32):
         head_dim = 16 // dtype.itemsize if size == 1 else size
-        arguments = example("contiguous", "not rotated", "plain", dtype, lengths=(50, 3), head_dim=head_dim, size=50)
+        kind = "int8" if (size, dtype) == (192, torch.float16) else "contiguous"
+        arguments = example(kind, "not rotated", "plain", dtype, lengths=(50, 3), head_dim=head_dim, size=50)
         cos, sin = angles(50, head_dim // 2)
         assert_parity(arguments | {"cos": cos, "sin": sin, "interleaved": size == 40})
 

@@ -174,6 +174,35 @@ def test_decoding_copies_a_tile_while_it_multiplies_with_another(given, cache_dt
     assert widths and {int(width) * cache_dtype.itemsize for width in widths} == {16}
 
 
+SCORES = ("mask_ptr", "bias_ptr")
+
+
+def widths_of_scores(configuration) -> dict[str, set[int]]:
+    """Bytes that a thread copies at once of tiles of a bias in fp16, "f16", and a mask, "i8", of as many columns as keys."""
+    source, options = source_of(*configuration)
+    found = {}
+    tile = rf"tensor<\d+x{configuration[3]['BLOCK_N']}x!tt.ptr<(f16|i8)>"
+    for line in ir_of(source, 90, options, "ttgir").splitlines():
+        if match := re.search(rf"async_copy_global_to_local .*contiguity = (\d+) : .*: {tile}", line):
+            found.setdefault(match[2], set()).add(int(match[1]) * (2 if match[2] == "f16" else 1))
+    return found
+
+
+@pytest.mark.parametrize("module, given", [
+    ("attention_decode", (*LENGTHS[:3], *SCORES)), ("attention_forward", (*SCORES, "sinks_ptr")),
+], ids=("decode", "forward"))  # fmt: skip
+def test_masks_and_biases_are_copied_in_vectors(module, given):
+    """Ahead of their use, as keys and values are; a mask in as many bytes as there are for each thread."""
+    assert widths_of_scores(one_that_ships(module, 90, torch.float16, given)) == {"f16": {16}, "i8": {8}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", (0, 1), ids=("any strides", "rows that begin anywhere"))
+def test_other_masks_and_biases_are_read_as_they_lie(unit):
+    *which, constants, given = one_that_ships("attention_forward", 90, torch.float16, (*SCORES, "sinks_ptr"))
+    assert not widths_of_scores((*which, constants | {"MASK_UNIT": unit, "BIAS_UNIT": unit}, given))
+
+
 def test_tiles_underway_are_counted():
     *which, constants, given = one_that_ships("attention_decode", 90, torch.float16, ())
     for stages in (2, 4):

@@ -136,7 +136,7 @@ def test_splits_fill_the_multiprocessors(tile, tiles, n_keys, n_multiprocessors,
 def test_parity_of_splits_for_any_number_of_multiprocessors(n_multiprocessors, split, monkeypatch):
     monkeypatch.setattr(kernel, "multiprocessors", lambda device: n_multiprocessors)
     q, k, v = random_inputs(1, 4, 2, 1, 300, 16, torch.float16)
-    tile, _ = kernel._constants(16, 16, 2, False, True, False)
+    tile, _ = kernel._constants(16, 16, 2, False, True, False, False)
     assert kernel.keys_per_split(tile, 2, 300, n_multiprocessors) == split
     for options in {}, {"window": 90}:
         assert_parity(q, k, v, kv_lengths=ints((290,)), **options)
@@ -167,6 +167,22 @@ def test_values_of_another_head_dim(D, D_v, dtype, cache_dtype, short_splits):
     assert out.shape == (2, 4, 1, D_v) and out.transpose(1, 2).is_contiguous()
     double = (x if x.dtype in EIGHT_BITS else x.double() for x in (q, k, v))
     check((out, lse), lambda call=ops.Call(*double, **options): ops._reference(call, return_lse=True), weights=dtype)
+
+
+@runs_kernel
+@pytest.mark.parametrize("D, D_v", ((24, 40), (144, 16)))
+def test_a_new_token_with_values_of_another_head_dim(D, D_v, short_splits):
+    q, k, _ = random_inputs(2, 4, 2, 1, 70, D, torch.float32)
+    v = torch.randn(2, 2, 70, D_v, device=DEVICE)
+    lengths, new = (70, 33), (torch.randn(2, 2, 1, D, device=DEVICE), torch.randn(2, 2, 1, D_v, device=DEVICE))
+    poison(k, v, [length - 1 for length in lengths])
+    options = dict(causal=True, scale=D**-0.5, kv_lengths=ints(lengths))
+    slots = ints(lengths).view(2, 1) - 1
+    results = kernel.attention_decode(q, k, v, **options, new=kernel.New(*new, slots))
+    for cache, row in ((k, new[0]), (v, new[1])):
+        assert all(torch.equal(cache[b, :, length - 1], row[b, :, 0]) for b, length in enumerate(lengths))
+    call = ops.Call(q.double(), k.double(), v.double(), **options)
+    check(results, lambda: ops._reference(call, return_lse=True), weights=torch.float32)
 
 
 # Tensors are functions of the number of heads.

@@ -84,8 +84,8 @@ TILES = {
     (128, 4): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 4, 2, 168)),
     (256, 4): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 8, 2, 255)),
     (512, 2): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 32, 256, 8, 2, 255)),
-    (512, 4): (Tile(16, 16, 1024, 8, 1, 255), Tile(16, 16, 256, 8, 1, 255)),
-    (1024, 2): (Tile(16, 16, 1024, 8, 1, 255), Tile(16, 16, 256, 8, 1, 255)),
+    (512, 4): (Tile(8, 16, 1024, 8, 2, 255), Tile(8, 16, 256, 8, 2, 255)),
+    (1024, 2): (Tile(16, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 8, 2, 255)),
 }
 # Parts that one program adds. More in a group make fewer groups, of which the last program adds all: 16 is the square root of
 # the splits of 64 Ki keys. So many registers of a thread hold parts on their way, half of them where few are left. Neither was
@@ -583,7 +583,9 @@ def attention_decode(
     window = None if window is None else min(window, S)
     scale, softcap = float(scale), None if softcap is None else float(softcap)
 
-    tile, constants = _constants(D, D_v, q.element_size(), k_scale is not None, H // H_kv * T <= FEW, new is not None)
+    has_scores = mask is not None or bias is not None
+    few = H // H_kv * T <= FEW
+    tile, constants = _constants(D, D_v, q.element_size(), k_scale is not None, few, new is not None, has_scores)
     n_tiles = cdiv(H // H_kv * T, tile.BLOCK_M)
     in_reach = S if window is None else min(S, T + window - 1)  # all queries together see no more, wherever these begin
     split = keys_per_split(tile, B * H_kv * n_tiles, in_reach, multiprocessors(q.device))
@@ -626,7 +628,9 @@ def attention_decode(
 
 
 @functools.cache
-def _constants(head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, few: bool, is_new: bool) -> tuple[Tile, dict]:
+def _constants(
+    head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, few: bool, is_new: bool, has_scores: bool
+) -> tuple[Tile, dict]:
     """The tile, and the compile-time arguments and options of `_attend_split` that follow from shapes and dtypes, but SPLIT."""
     block_d, block_r = head_blocks(head_dim)
     block_v = padded_dim(v_dim)
@@ -635,6 +639,8 @@ def _constants(head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, fe
         tile = tile._replace(BLOCK_N=16, num_stages=1)
     elif is_8_bits and is_new:  # whose token takes registers, too
         tile = tile._replace(maxnreg=255) if few else tile._replace(BLOCK_N=32, num_warps=8)
+    elif has_scores and not few:  # a mask and a bias of many rows, which are copied ahead, too, take shared memory
+        tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, 32))
     in_flight = IN_FLIGHT if few and tile.maxnreg == 255 else IN_FLIGHT // 2
     at_once = max(1, min(8, in_flight * 32 * tile.num_warps // (tile.BLOCK_M * block_v)))
     options = tile._asdict()
@@ -678,7 +684,7 @@ def aot_configurations(arch: int):
                 (torch.float8_e4m3fn, (*PARTS, *NEW, *ROTATION, *FEATURES, "sinks_ptr")),
             ):
                 tile, constants = _constants(
-                    head_dim, v_dim, dtype.itemsize, cache_dtype != dtype, few, "new_k_ptr" in given
+                    head_dim, v_dim, dtype.itemsize, cache_dtype != dtype, few, "new_k_ptr" in given, "mask_ptr" in given
                 )  # fmt: skip
                 scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
                 constants = constants | {"SPLIT": tile.SPLIT, "IS_CAUSAL": True, "INTERLEAVED": False} | units_of(given, dtype)
