@@ -15,7 +15,7 @@
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
     // Floats of scratch memory, 64-byte aligned, that a thread needs for `group` blocks.
-    int64_t attention_workspace(int64_t D, int64_t group);
+    int64_t attention_workspace(int64_t D, int64_t D_v, int64_t group);
     void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace);
     // Joins the splits of B · H_kv blocks of queries.
     void attention_forward_join(const AttentionForward& args, int64_t begin, int64_t end, float* workspace);)
@@ -23,7 +23,7 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(
 namespace fastgpt {
 namespace {
 
-// This thread's scratch memory: grows to the largest head dim seen, and stays.
+// This thread's scratch memory: grows to the largest head dims seen, and stays.
 float* workspace(int64_t floats) {
   thread_local Scratch memory;
   thread_local int64_t size = 0;
@@ -45,11 +45,12 @@ void check_pages(const Attention& args, int64_t pages) {
   }
 }
 
-void run_tasks(const AttentionForward& args, int64_t D) {
-  const int64_t floats = FASTGPT_AT_CPU_LEVEL(attention_workspace)(D, args.group), splits = args.splits();
+void run_tasks(const AttentionForward& args) {
+  const int64_t splits = args.splits();
+  const int64_t floats = FASTGPT_AT_CPU_LEVEL(attention_workspace)(args.D, args.D_v, args.group);
   const auto tasks = [&](auto kernel, int64_t count, int64_t keys) {
     const int64_t rows = std::min(args.H / args.H_kv * args.T, args.group * kBlockM);
-    const int64_t work = kAttentionGrains * 2 * D * keys * rows + 1;
+    const int64_t work = kAttentionGrains * (args.D + args.D_v) * keys * rows + 1;
     for_tasks(count, work, [&](int64_t begin, int64_t end) { kernel(args, begin, end, workspace(floats)); });
   };
   tasks(FASTGPT_AT_CPU_LEVEL(attention_forward), args.tasks(), splits > 1 ? kSplit : args.S);
@@ -58,23 +59,23 @@ void run_tasks(const AttentionForward& args, int64_t D) {
 
 // (out, lse) of a call whose arguments are all set but these. pages: of the pool that a block table is of.
 std::tuple<Tensor, Tensor> run(AttentionForward args, const Tensor& q, int64_t pages = 0) {
-  const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D = q.size(3);
+  const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D_v = args.D_v;
   const bool packed = args.cu_seqlens_q != nullptr;
-  // Token-major storage: the model reads the result as (B, T, H * D) without a copy.
-  Tensor out = new_empty(q, {B, H, T, D}, {T * H * D, D, H * D, 1}, dtype_of(q));
+  // Token-major storage: the model reads the result as (B, T, H * D_v) without a copy.
+  Tensor out = new_empty(q, {B, H, T, D_v}, {T * H * D_v, D_v, H * D_v, 1}, dtype_of(q));
   Tensor lse = new_empty(q, {B, H, T}, {H * T, T, 1}, aoti_torch_dtype_float32());
-  args.out = {out.mutable_data_ptr(), packed ? 0 : T * H * D, D, H * D};
+  args.out = {out.mutable_data_ptr(), packed ? 0 : T * H * D_v, D_v, H * D_v};
   args.lse = {static_cast<float*>(lse.mutable_data_ptr()), packed ? 0 : H * T, T, 1};
 
   // Four tasks for a thread, if there is so much to do. Results do not depend on it.
   const int64_t share = args.B * args.H_kv * args.blocks() / (4 * torch::stable::get_num_threads());
-  args.group = std::max<int64_t>(std::min(share, kGroup), 1);
+  args.group = std::max<int64_t>(std::min(share, largest_group(args.D, D_v)), 1);
   std::shared_ptr<float> partial;
   if (args.splits() > 1) partial = scratch(args.tasks() * args.split_size());
   args.partial = partial.get();
-  perform([args, D, partial, pages] {
+  perform([args, partial, pages] {
     if (args.block_table) check_pages(args, pages);  // also when a plan runs again: tables change
-    run_tasks(args, D);
+    run_tasks(args);
   });
   return {out, lse};
 }

@@ -16,12 +16,18 @@ constexpr int64_t kGroup = 4;
 // heads than threads. What belongs to which split depends on the shape alone.
 constexpr int64_t kFewQueries = 8, kSplit = 2048;
 
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 576;
 
 constexpr int64_t padded_head_dim(int64_t D) { return (D + 15) / 16 * 16; }
 
-// One row of D numbers per query: (B, H, T, D), last dimension contiguous; or one number per query, (B, H, T). Strides
-// in elements.
+// Of large head dims fewer blocks walk together: queries and sums of all of them stay in a core's second level of cache.
+constexpr int64_t largest_group(int64_t D, int64_t D_v) {
+  const int64_t fit = kGroup * 512 / (padded_head_dim(D) + padded_head_dim(D_v));
+  return fit < 1 ? 1 : fit < kGroup ? fit : kGroup;
+}
+
+// One row per query, (B, H, T, D) or of values (B, H, T, D_v), last dimension contiguous; or one number per query, (B, H, T).
+// Strides in elements.
 template <typename Data>
 struct PerQuery {
   Data data;
@@ -30,9 +36,11 @@ struct PerQuery {
   int64_t at(int64_t b, int64_t h, int64_t t) const { return b * stride_b + h * stride_h + t * stride_t; }
 };
 
-// Keys or values: (B, H_kv, S, D), or with a block table a pool of pages (pages, H_kv, page, D). Strides in elements.
+// Keys (B, H_kv, S, D) or values (B, H_kv, S, D_v), or with a block table a pool of pages (pages, H_kv, page, ...). Strides in
+// elements.
 struct Keys {
   const void* data;
+  int64_t head_dim;
   int64_t stride_b, stride_h, stride_s;
   const float* scale;  // (B, H_kv, S) or (pages, H_kv, page) for elements of 8 bits, or null
   int64_t scale_stride_b, scale_stride_h, scale_stride_s;
@@ -70,7 +78,8 @@ struct Attention {
   const int64_t* dropout_seed;  // null for no dropout
   uint32_t keep_threshold;      // weights with a smaller random number of 31 bits are dropped
   float keep_scale;             // 1 / (1 - dropout_p)
-  int64_t B, H, H_kv, T, S, D;  // T and S: of the longest sequence
+  int64_t B, H, H_kv, T, S;     // T and S: of the longest sequence
+  int64_t D, D_v;               // head dims of q and k, and of v and out
 
   // The queries of the heads that share a key/value head form one list of rows, cut into blocks of kBlockM, so that
   // keys and values are read once for all of them. Keys are cut into tiles of kBlockN.
@@ -82,18 +91,18 @@ struct AttentionForward : Attention {
   PerQuery<void*> out;
   PerQuery<float*> lse;  // natural log
   float* partial;        // split_size() floats for each (b, h_kv, split), if there is more than one split
-  int64_t group;         // blocks of queries that a task takes, up to kGroup
+  int64_t group;         // blocks of queries that a task takes, up to largest_group(D, D_v)
 
   bool few_queries() const { return H / H_kv * T <= kFewQueries && !dropout_seed; }
   int64_t splits() const { return few_queries() && S > kSplit ? (S + kSplit - 1) / kSplit : 1; }
-  int64_t split_size() const { return H / H_kv * T * (padded_head_dim(D) + 2); }
+  int64_t split_size() const { return H / H_kv * T * (padded_head_dim(D_v) + 2); }
 
   // A task is one group of blocks of one (b, h_kv), and one split of its keys.
   int64_t groups() const { return (blocks() + group - 1) / group; }
   int64_t tasks() const { return B * H_kv * groups() * splits(); }
 };
 
-// Gradients of keys or values: (B, H_kv, S, D). Strides in elements.
+// Gradients of keys (B, H_kv, S, D) or values (B, H_kv, S, D_v). Strides in elements.
 struct KeyGradients {
   void* data;
   int64_t stride_b, stride_h, stride_s;

@@ -32,14 +32,15 @@ inline const int32_t* int32_data(const Tensor& x, const char* name) {
   return static_cast<const int32_t*>(data_of(x, name, sizeof(int32_t)));
 }
 
-// k or v, (first, H_kv, rows, D), with the scale that elements of 8 bits need.
+// k or v, (first, H_kv, rows, head dim), with the scale that elements of 8 bits need.
 inline Keys keys_of(
     const Tensor& x, const char* name, Element element, const std::optional<Tensor>& scale,
     const char* scale_name, std::initializer_list<int64_t> sizes) {
   FASTGPT_CHECK(element_of(x, name) == element, name, ": unexpected dtype");
   check_sizes(x, name, sizes);
   check_rows(x, name);
-  Keys keys{data_of(x, name, size_of(element)), x.stride(0), x.stride(1), x.stride(2), nullptr, 0, 0, 0};
+  const void* data = data_of(x, name, size_of(element));
+  Keys keys{data, x.size(3), x.stride(0), x.stride(1), x.stride(2), nullptr, 0, 0, 0};
   FASTGPT_CHECK(scale.has_value() == (size_of(element) == 1), scale_name, ": expected for 8 bits, and only then");
   if (scale) {
     check_sizes(*scale, scale_name, {sizes.begin()[0], sizes.begin()[1], sizes.begin()[2]});
@@ -51,9 +52,9 @@ inline Keys keys_of(
   return keys;
 }
 
-// q, or a gradient of its shape and dtype.
-inline PerQuery<const void*> queries_of(const Tensor& x, const char* name, const Tensor& q) {
-  check_sizes(x, name, {q.size(0), q.size(1), q.size(2), q.size(3)});
+// A row of head_dim numbers for each query of q, in its dtype.
+inline PerQuery<const void*> queries_of(const Tensor& x, const char* name, const Tensor& q, int64_t head_dim) {
+  check_sizes(x, name, {q.size(0), q.size(1), q.size(2), head_dim});
   check_rows(x, name);
   FASTGPT_CHECK(x.scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
   return {data_of(x, name, size_of(element_of(x, name))), x.stride(0), x.stride(1), x.stride(2)};
@@ -111,15 +112,17 @@ inline void set_inputs(
     const std::optional<Tensor>& v_scale = {}) {
   FASTGPT_CHECK(q.dim() == 4, "q: expected 4 dimensions");
   FASTGPT_CHECK(k.dim() == 4, "k: expected 4 dimensions");
-  args.B = q.size(0), args.H = q.size(1), args.T = q.size(2), args.D = q.size(3);
+  FASTGPT_CHECK(v.dim() == 4, "v: expected 4 dimensions");
+  args.B = q.size(0), args.H = q.size(1), args.T = q.size(2), args.D = q.size(3), args.D_v = v.size(3);
   args.H_kv = k.size(1), args.S = k.size(2);
   FASTGPT_CHECK(args.H_kv > 0 && args.H % args.H_kv == 0, "k: expected a number of heads that divides q's");
-  FASTGPT_CHECK(args.D >= 1 && args.D <= kMaxHeadDim, "q: expected a head dim from 1 to 256");
+  FASTGPT_CHECK(args.D >= 1 && args.D <= kMaxHeadDim, "q: expected a head dim from 1 to ", kMaxHeadDim);
+  FASTGPT_CHECK(args.D_v >= 1 && args.D_v <= kMaxHeadDim, "v: expected a head dim from 1 to ", kMaxHeadDim);
   FASTGPT_CHECK(args.T <= INT32_MAX && args.H <= INT32_MAX, "q: expected at most 2^31 - 1 queries and heads");
   args.element = floating_element_of(q, "q"), args.key_element = element_of(k, "k");
   FASTGPT_CHECK(
       args.key_element == args.element || size_of(args.key_element) == 1, "k: expected the dtype of q, or 8 bits");
-  args.q = queries_of(q, "q", q);
+  args.q = queries_of(q, "q", q, args.D);
   int64_t first = args.B;
   if (block_table) {
     FASTGPT_CHECK(block_table->dim() == 2, "block_table: expected (B, pages)");
@@ -132,7 +135,7 @@ inline void set_inputs(
   }
   FASTGPT_CHECK(args.S <= INT32_MAX, "k: expected at most 2^31 - 1 keys");
   args.k = keys_of(k, "k", args.key_element, k_scale, "k_scale", {first, args.H_kv, k.size(2), args.D});
-  args.v = keys_of(v, "v", args.key_element, v_scale, "v_scale", {first, args.H_kv, k.size(2), args.D});
+  args.v = keys_of(v, "v", args.key_element, v_scale, "v_scale", {first, args.H_kv, k.size(2), args.D_v});
 
   args.causal = features.causal;
   args.scale = static_cast<float>(features.scale);
@@ -198,7 +201,7 @@ inline int64_t check_starts(const Tensor& starts, const char* name, int64_t B, i
   return longest;
 }
 
-// Turns q, k and v of one sequence (1, heads, total, D) into those of packed ones. Call it when they are set.
+// Turns q, k and v of one sequence (1, heads, total, head dim) into those of packed ones. Call it when they are set.
 inline void set_packing(Attention& args, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k) {
   FASTGPT_CHECK(args.B == 1 && cu_seqlens_q.dim() == 1, "cu_seqlens_q: expected (B + 1,), and q (1, H, total, D)");
   args.B = cu_seqlens_q.size(0) - 1;

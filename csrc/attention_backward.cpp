@@ -18,7 +18,7 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(
     // dq of a block of queries, dbias and dsinks; leaves in `workspace` what the next needs.
     void attention_backward_queries(
         const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace);
-    // Adds the block's share to the gradients (S, padded D) of some tiles of keys and values.
+    // Adds the block's share to the gradients (S, padded head dim) of some tiles of keys and values.
     void attention_backward_keys(
         const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, int64_t first_tile, int64_t last_tile,
         float* workspace, float* dk, float* dv);
@@ -49,9 +49,8 @@ KeyGradients gradients_of(const Tensor& x) {
 // for_each(tasks, run).
 template <typename ForEach>
 void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t threads, float* memory, ForEach for_each) {
-  const int64_t keys_size = args.tiles() * kBlockN * padded_head_dim(args.D);
-  const int64_t size = FASTGPT_AT_CPU_LEVEL(attention_backward_workspace)(args);
-  float *dk = memory, *dv = dk + keys_size, *workspaces = dv + keys_size;
+  const int64_t rows = args.tiles() * kBlockN, size = FASTGPT_AT_CPU_LEVEL(attention_backward_workspace)(args);
+  float *dk = memory, *dv = dk + rows * padded_head_dim(args.D), *workspaces = dv + rows * padded_head_dim(args.D_v);
   std::fill(dk, workspaces, 0.0f);
   for (int64_t first = 0; first < args.blocks(); first += threads) {
     const int64_t count = std::min(threads, args.blocks() - first);
@@ -73,11 +72,12 @@ void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t th
 // Heads in parallel; or one after the other, with blocks of queries and tiles of keys in parallel, where there are fewer
 // heads than threads. (Blocks of queries may share numbers of dbias.)
 void run_heads(const AttentionBackward& args) {
-  const int64_t keys_size = 2 * args.tiles() * kBlockN * padded_head_dim(args.D);
+  const int64_t keys_size = args.tiles() * kBlockN * (padded_head_dim(args.D) + padded_head_dim(args.D_v));
   const int64_t size = FASTGPT_AT_CPU_LEVEL(attention_backward_workspace)(args);
   const int64_t batches = args.batch_tasks(), heads = args.head_tasks(), tasks = batches * heads;
   if (tasks == 0) return;
-  const int64_t work = kAttentionGrains * 5 * args.B * args.H * args.T * args.S * args.D / tasks + 1;
+  const int64_t head_dims = 3 * args.D + 2 * args.D_v;  // of five products
+  const int64_t work = kAttentionGrains * args.B * args.H * args.T * args.S * head_dims / tasks + 1;
   const int64_t threads = torch::stable::get_num_threads();
   if (tasks < threads && work > kGrain && !args.dbias.data) {
     const Scratch memory = scratch(keys_size + threads * size);
@@ -108,11 +108,11 @@ struct Gradients {
 Gradients run(
     AttentionBackward& args, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse,
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& sinks) {
-  queries_of(out, "out", q), numbers_of(lse, "lse", q);  // which other implementations read
+  queries_of(out, "out", q, args.D_v), numbers_of(lse, "lse", q);  // which other implementations read
   const int64_t H = q.size(1), T = q.size(2);
   const bool packed = args.cu_seqlens_q != nullptr;
   Gradients grads{gradient_like(q), gradient_like(k), gradient_like(v), new_empty(q, {0}, {1}, dtype_of(q))};
-  args.dout = queries_of(dout, "dout", q);
+  args.dout = queries_of(dout, "dout", q, args.D_v);
   if (dlse) args.dlse = numbers_of(*dlse, "dlse", q);
   args.dq = {grads.dq.mutable_data_ptr(), grads.dq.stride(0), grads.dq.stride(1), grads.dq.stride(2)};
   args.dk = gradients_of(grads.dk), args.dv = gradients_of(grads.dv);

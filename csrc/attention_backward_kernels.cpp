@@ -24,26 +24,26 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Terms of a part of a sum, and up to how many queries dot products are summed in parts.
-constexpr int64_t kPart = 8, kFewRows = 16;
+// Terms of a part of a sum, of dot products of many queries, and how many queries are few.
+constexpr int64_t kPart = 8, kLongPart = 256, kFewRows = 16;
 
 // The scratch memory of a block of queries.
 struct Workspace : Parts {
   Workspace(const Attention& args, float* memory) : Parts(memory) {
-    const int64_t D = padded_head_dim(args.D), S = args.tiles() * kBlockN;
+    const int64_t D = padded_head_dim(args.D), D_v = padded_head_dim(args.D_v), S = args.tiles() * kBlockN;
     weights = take(S * kBlockM), dweights = take(S * kBlockM);
     cap_slopes = args.softcap > 0.0f ? take(S * kBlockM) : nullptr;
     keep_factors = args.dropout_seed ? take(S * kBlockM) : nullptr;
-    q = take(kBlockM * D), dout = take(kBlockM * D);
-    q_columns = take(D * kBlockM), dout_columns = take(D * kBlockM), dq = take(D * kBlockM);
-    k = take(kBlockN * D), v = take(kBlockN * D);
+    q = take(kBlockM * D), dout = take(kBlockM * D_v);
+    q_columns = take(D * kBlockM), dout_columns = take(D_v * kBlockM), dq = take(D * kBlockM);
+    k = take(kBlockN * copied_stride(D)), v = take(kBlockN * copied_stride(D_v));
     max = take(kBlockM), sum = take(kBlockM), mean = take(kBlockM), norm = take(kBlockM), dlse = take(kBlockM);
     finite = take(1);
   }
 
   float *weights, *dweights, *cap_slopes, *keep_factors;     // (S, kBlockM), a tile after the other
-  float *q, *dout, *q_columns, *dout_columns, *dq;           // (kBlockM, D); columns and dq: (D, kBlockM)
-  float *k, *v;                                              // (kBlockN, D)
+  float *q, *dout, *q_columns, *dout_columns, *dq;           // (kBlockM, D or D_v); columns and dq: (D or D_v, kBlockM)
+  float *k, *v;                                              // (kBlockN, D or D_v)
   float *max, *sum, *mean, *norm, *dlse;                     // (kBlockM,) of scores, of weights; norm is 1 / sum
   float* finite;                                             // (1,): 0 if q or dout holds what is not
 };
@@ -70,15 +70,15 @@ class BackwardBlock : QueryBlock {
     const int64_t keys = keys_from(n);
     if (n < start() || keys <= 0 || (args_.mask.data && !mask_shows(n, keys))) return;
     if (*w_.finite == 0.0f) {
-      add_products(tile(w_.dweights, n), keys, w_.q, dk + n * D_);
-      add_products(tile(w_.weights, n), keys, w_.dout, dv + n * D_);
+      add_products(tile(w_.dweights, n), keys, w_.q, D_, dk + n * D_);
+      add_products(tile(w_.weights, n), keys, w_.dout, D_v_, dv + n * D_v_);
       return;
     }
     // dk[n][d] += sum_m ds[n][m] · q[m][d], dv likewise
     multiply<kTileRows, kTileVectors>(
-        keys, vectors(), tile(w_.dweights, n), kBlockM, 1, w_.q, D_, dk + n * D_, D_, rows_, true);
+        keys, vectors(args_.D), tile(w_.dweights, n), kBlockM, 1, w_.q, D_, dk + n * D_, D_, rows_, true);
     multiply<kTileRows, kTileVectors>(
-        keys, vectors(), tile(w_.weights, n), kBlockM, 1, w_.dout, D_, dv + n * D_, D_, rows_, true);
+        keys, vectors(args_.D_v), tile(w_.weights, n), kBlockM, 1, w_.dout, D_v_, dv + n * D_v_, D_v_, rows_, true);
   }
 
  private:
@@ -92,19 +92,20 @@ class BackwardBlock : QueryBlock {
 
   // q · scale and dout, as rows and transposed. What lies beyond is zero.
   void load_queries() {
-    std::memset(w_.q, 0, 5 * D_ * kBlockM * sizeof(float));  // up to dq
+    std::memset(w_.q, 0, (3 * D_ + 2 * D_v_) * kBlockM * sizeof(float));  // up to dq
     for (int64_t r = 0; r < kBlockM; ++r) w_.max[r] = -kInfinity;
     for (int64_t r = 0; r < rows_; ++r) {
-      float *q = w_.q + r * D_, *dout = w_.dout + r * D_;
-      load_row(args_.q, r, q);
-      load_row(grads_.dout, r, dout);
+      float* q = w_.q + r * D_;
+      load_row(args_.q, r, args_.D, q);
+      load_row(grads_.dout, r, args_.D_v, w_.dout + r * D_v_);
       for (int64_t d = 0; d < args_.D; ++d) q[d] *= args_.scale;
     }
     Vector zeros{};  // NaN from the first number on that is not finite
-    for (int64_t i = 0; i < rows_ * D_; i += kWidth) zeros += load(w_.q + i) * 0.0f + load(w_.dout + i) * 0.0f;
+    for (int64_t i = 0; i < rows_ * D_; i += kWidth) zeros += load(w_.q + i) * 0.0f;
+    for (int64_t i = 0; i < rows_ * D_v_; i += kWidth) zeros += load(w_.dout + i) * 0.0f;
     *w_.finite = sum(zeros) == 0.0f ? 1.0f : 0.0f;
-    to_columns(w_.q, w_.q_columns);
-    to_columns(w_.dout, w_.dout_columns);
+    to_columns(w_.q, D_, w_.q_columns);
+    to_columns(w_.dout, D_v_, w_.dout_columns);
   }
 
   // Where the tile of the keys from n on is in a panel (S, kBlockM).
@@ -114,9 +115,9 @@ class BackwardBlock : QueryBlock {
   void score(int64_t n, int64_t keys) {
     float *scores = tile(w_.weights, n), *dweights = tile(w_.dweights, n);
     const Rows k = load_keys(args_.k, n, keys, w_.k), v = load_keys(args_.v, n, keys, w_.v);
-    dot_products(k, keys, w_.q_columns, scores);
+    dot_products(k, keys, w_.q_columns, args_.D, scores);
     finish_scores<Along::queries>(scores, n, keys, w_.cap_slopes ? tile(w_.cap_slopes, n) : nullptr);
-    dot_products(v, keys, w_.dout_columns, dweights);
+    dot_products(v, keys, w_.dout_columns, args_.D_v, dweights);
     if (w_.keep_factors) {
       load_keep_factors(tile(w_.keep_factors, n), n, keys);
       scale_tile(dweights, tile(w_.keep_factors, n), keys);
@@ -165,10 +166,10 @@ class BackwardBlock : QueryBlock {
 
   // tile[n][m] = rows[n] · columns[m]. Summed in parts they have half the rounding error, and take longer. That matters
   // for few queries, whose errors do not average out, and which PyTorch multiplies as vectors, more accurately.
-  void dot_products(const Rows& rows, int64_t keys, const float* columns, float* tile) const {
-    const int64_t part = rows_ <= kFewRows ? kPart : args_.D;
-    for (int64_t d = 0; d < args_.D; d += part) {
-      const int64_t terms = args_.D - d < part ? args_.D - d : part;
+  void dot_products(const Rows& rows, int64_t keys, const float* columns, int64_t head_dim, float* tile) const {
+    const int64_t part = rows_ <= kFewRows ? kPart : kLongPart;
+    for (int64_t d = 0; d < head_dim; d += part) {
+      const int64_t terms = head_dim - d < part ? head_dim - d : part;
       multiply<kTileRows, kTileVectors>(
           keys, this->columns(), rows.data + d, rows.stride, 1, columns + d * kBlockM, kBlockM, tile, kBlockM, terms, d > 0);
     }
@@ -181,13 +182,13 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  // target[n][d] += sum_m weights[n][m] · rows[m][d], where weights are not 0.
-  void add_products(const float* weights, int64_t keys, const float* rows, float* target) const {
+  // target[n][d] += sum_m weights[n][m] · rows[m][d], where weights are not 0, for a padded head dim D.
+  void add_products(const float* weights, int64_t keys, const float* rows, int64_t D, float* target) const {
     for (int64_t i = 0; i < keys; ++i) {
       for (int64_t r = 0; r < rows_; ++r) {
         const float weight = weights[i * kBlockM + r];
         if (weight == 0.0f) continue;
-        for (int64_t d = 0; d < args_.D; ++d) target[i * D_ + d] += weight * rows[r * D_ + d];
+        for (int64_t d = 0; d < D; ++d) target[i * D + d] += weight * rows[r * D + d];
       }
     }
   }
@@ -263,7 +264,7 @@ class BackwardBlock : QueryBlock {
 
   void write_dq() const {
     float* rows = w_.q_columns;  // not in use any more
-    to_rows(w_.dq, rows);
+    to_rows(w_.dq, D_, rows);
     Vector zeros{};
     for (int64_t i = 0; i < rows_ * D_; i += kWidth) zeros += load(rows + i) * 0.0f;
     if (sum(zeros) != 0.0f) sum_dq(rows);
@@ -296,12 +297,12 @@ class BackwardBlock : QueryBlock {
 
 // Gradients of `rows` keys or values, of which those past `seen` have none.
 void write_key_gradients(
-    const AttentionBackward& args, const KeyGradients& target, int64_t b, int64_t h_kv, int64_t first, int64_t rows,
-    int64_t seen, const float* source) {
+    const AttentionBackward& args, const KeyGradients& target, int64_t head_dim, int64_t b, int64_t h_kv, int64_t first,
+    int64_t rows, int64_t seen, const float* source) {
   const float zeros[kMaxHeadDim] = {};
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t offset = b * target.stride_b + h_kv * target.stride_h + (first + i) * target.stride_s;
-    write(i < seen ? source + i * padded_head_dim(args.D) : zeros, args.D, target.data, offset, args.element);
+    write(i < seen ? source + i * padded_head_dim(head_dim) : zeros, head_dim, target.data, offset, args.element);
   }
 }
 
@@ -325,8 +326,8 @@ void attention_backward_write_keys(
     const AttentionBackward& args, int64_t b, int64_t h_kv, const float* dk, const float* dv) {
   const Sequence sequence = sequence_of(args, b);
   const int64_t rows = args.cu_seqlens_q ? sequence.keys : args.S;
-  write_key_gradients(args, args.dk, b, h_kv, sequence.first_k, rows, sequence.keys, dk);
-  write_key_gradients(args, args.dv, b, h_kv, sequence.first_k, rows, sequence.keys, dv);
+  write_key_gradients(args, args.dk, args.D, b, h_kv, sequence.first_k, rows, sequence.keys, dk);
+  write_key_gradients(args, args.dv, args.D_v, b, h_kv, sequence.first_k, rows, sequence.keys, dv);
 }
 
 }  // namespace fastgpt::FASTGPT_CPU_LEVEL

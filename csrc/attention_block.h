@@ -33,6 +33,14 @@ class Parts {
   float *begin_, *next_;
 };
 
+// Floats from a copied row of keys or values to the next one: no multiple of 2 KiB, which would put all rows of a tile into few
+// sets of the first level of cache.
+constexpr int64_t kConflicts = 512;
+constexpr int64_t copied_stride(int64_t head_dim) {
+  const int64_t padded = padded_head_dim(head_dim);
+  return padded % kConflicts == 0 ? padded + 16 : padded;
+}
+
 // Queries and keys of a sequence, and the rows where they begin: 0 unless sequences are packed.
 struct Sequence {
   int64_t queries, keys, first_q, first_k;
@@ -51,7 +59,12 @@ inline Sequence sequence_of(const Attention& args, int64_t b) {
 class QueryBlock {
  public:
   QueryBlock(const Attention& args, int64_t b, int64_t h_kv, int64_t first)
-      : args_(args), b_(b), h_kv_(h_kv), D_(padded_head_dim(args.D)), sequence_(sequence_of(args, b)) {
+      : args_(args),
+        b_(b),
+        h_kv_(h_kv),
+        D_(padded_head_dim(args.D)),
+        D_v_(padded_head_dim(args.D_v)),
+        sequence_(sequence_of(args, b)) {
     const int64_t T = sequence_.queries, group = args.H / args.H_kv, left = group * T - first;
     rows_ = left < 0 ? 0 : left < kBlockM ? left : kBlockM;
     first_begin_ = first_end_ = args.S;
@@ -82,35 +95,38 @@ class QueryBlock {
     return x.at(b_, head_[r], sequence_.first_q + token_[r]);
   }
 
-  // Vectors that cover the block's rows, and the head dim.
+  // Vectors that cover the block's rows, and a head dim.
   int64_t columns() const { return (rows_ + kWidth - 1) / kWidth; }
-  int64_t vectors() const { return (args_.D + kWidth - 1) / kWidth; }
+  static int64_t vectors(int64_t head_dim) { return (head_dim + kWidth - 1) / kWidth; }
 
   // Row r, as floats.
-  void load_row(const PerQuery<const void*>& x, int64_t r, float* row) const {
-    convert(x.data, at(x, r), args_.D, args_.element, row);
+  void load_row(const PerQuery<const void*>& x, int64_t r, int64_t head_dim, float* row) const {
+    convert(x.data, at(x, r), head_dim, args_.element, row);
   }
 
-  // Some keys or values as floats: where they lie, or a copy padded with zeros to D_.
+  // Some keys or values as floats: where they lie, or a copy, copied_stride() apart and padded with zeros to a multiple of 16.
   struct Rows {
     const float* data;
     int64_t stride;
   };
   Rows load_keys(const Keys& source, int64_t n, int64_t keys, float* copy) const {
-    Rows rows{copy, D_};
+    const int64_t head_dim = source.head_dim, padded = padded_head_dim(head_dim);
+    Rows rows{copy, copied_stride(head_dim)};
+    const bool as_they_lie = args_.key_element == Element::float32 && head_dim % kWidth == 0 &&
+        (head_dim < kConflicts || source.stride_s % kConflicts != 0);
     each_run(source, n, keys, [&](int64_t i, int64_t count, int64_t offset, const float* scale) {
-      if (count == keys && args_.key_element == Element::float32 && args_.D % kWidth == 0) {
+      if (count == keys && as_they_lie) {
         rows = {static_cast<const float*>(source.data) + offset, source.stride_s};
         return;
       }
       for (int64_t j = 0; j < count; ++j) {
-        float* target = copy + (i + j) * D_;
-        convert(source.data, offset + j * source.stride_s, args_.D, args_.key_element, target);
+        float* target = copy + (i + j) * rows.stride;
+        convert(source.data, offset + j * source.stride_s, head_dim, args_.key_element, target);
         if (scale) {
           const float factor = scale[j * source.scale_stride_s];
-          for (int64_t d = 0; d < args_.D; ++d) target[d] *= factor;
+          for (int64_t d = 0; d < head_dim; ++d) target[d] *= factor;
         }
-        for (int64_t d = args_.D; d < D_; ++d) target[d] = 0.0f;
+        for (int64_t d = head_dim; d < padded; ++d) target[d] = 0.0f;
       }
     });
     return rows;
@@ -134,9 +150,9 @@ class QueryBlock {
     }
   }
 
-  // The block's rows (kBlockM, D_) to columns (D_, kBlockM), and back. Whole vectors of them.
-  void to_columns(const float* rows, float* columns) const { transpose_all(rows, D_, rows_, columns, kBlockM, D_); }
-  void to_rows(const float* columns, float* rows) const { transpose_all(columns, kBlockM, D_, rows, D_, rows_); }
+  // The block's rows (kBlockM, D) to columns (D, kBlockM), and back, for a padded head dim D. Whole vectors of them.
+  void to_columns(const float* rows, int64_t D, float* columns) const { transpose_all(rows, D, rows_, columns, kBlockM, D); }
+  void to_rows(const float* columns, int64_t D, float* rows) const { transpose_all(columns, kBlockM, D, rows, D, rows_); }
 
   // The first key of the first tile. Tiles are aligned, as pages are.
   int64_t start() const { return first_begin_ / kBlockN * kBlockN; }
@@ -228,7 +244,7 @@ class QueryBlock {
   }
 
   const Attention& args_;
-  const int64_t b_, h_kv_, D_;  // D_: head dim padded to 16
+  const int64_t b_, h_kv_, D_, D_v_;  // D_, D_v_: head dims padded to 16
   int64_t rows_;
   const Sequence sequence_;
   // Of the keys that rows see: where the first and the last begin, and where the first and the last end.

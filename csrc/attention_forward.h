@@ -23,12 +23,12 @@ class ForwardBlock : protected QueryBlock {
       : QueryBlock(args, b, h_kv, block * kBlockM), results_(args) {}
 
  protected:
-  // `rows`: sums of values (rows, D_), changed on the way.
+  // `rows`: sums of values (rows, D_v_), changed on the way.
   void write_results(float* rows) const {
     uint64_t broken = 0;  // a bit for each row
     static_assert(kBlockM <= 64);
     for (int64_t r = 0; r < rows_; ++r) {
-      if (!write_result(r, rows + r * D_, max_[r], sum_[r])) broken |= uint64_t{1} << r;
+      if (!write_result(r, rows + r * D_v_, max_[r], sum_[r])) broken |= uint64_t{1} << r;
     }
     if (broken) write_again(broken);
   }
@@ -47,12 +47,12 @@ class ForwardBlock : protected QueryBlock {
     }
     const float factor = blind ? 0.0f : rescale / total * divided;
     Vector zeros{};  // NaN from the first result on that is not finite
-    for (int64_t d = 0; d < D_; d += kWidth) {
+    for (int64_t d = 0; d < D_v_; d += kWidth) {
       const Vector result = load(row + d) * factor;
       store(row + d, result);
       zeros += result * 0.0f;
     }
-    write(row, args_.D, results_.out.data, at(results_.out, r), args_.element);
+    write(row, args_.D_v, results_.out.data, at(results_.out, r), args_.element);
     results_.lse.data[at(results_.lse, r)] = blind ? -kInfinity
         : highest == kInfinity                         ? highest
                                                        : highest + __builtin_logf(total);
@@ -62,7 +62,11 @@ class ForwardBlock : protected QueryBlock {
   // The rows whose bits are set, of nothing but the keys that they see: those with a score above -inf.
   void write_again(uint64_t broken) const {
     alignas(64) float scores[kBlockN * kBlockM] = {}, factors[kBlockN * kBlockM];  // a line for each key
-    alignas(64) float k_copy[kBlockN * kMaxHeadDim], v_copy[kBlockN * kMaxHeadDim], q[kMaxHeadDim] = {};
+    alignas(64) float q[kMaxHeadDim] = {};
+    struct Copies {
+      float k[kBlockN * kMaxHeadDim], v[kBlockN * kMaxHeadDim];
+    };
+    const std::unique_ptr<Copies> copies(new Copies);  // too large for some threads' stacks
     const auto each_broken = [&](auto function) {
       for (int64_t r = 0; r < rows_; ++r) {
         if (broken >> r & 1) function(r);
@@ -75,9 +79,9 @@ class ForwardBlock : protected QueryBlock {
     each_broken([&](int64_t r) { sums[r].highest = -kInfinity; });
     for (int64_t n = start(); n < last_end_; n += kBlockN) {
       const int64_t keys = keys_from(n);
-      const Rows k = load_keys(args_.k, n, keys, k_copy), v = load_keys(args_.v, n, keys, v_copy);
+      const Rows k = load_keys(args_.k, n, keys, copies->k), v = load_keys(args_.v, n, keys, copies->v);
       each_broken([&](int64_t r) {
-        load_row(args_.q, r, q);
+        load_row(args_.q, r, args_.D, q);
         for (int64_t i = 0; i < keys; ++i) {
           double dot = 0.0;
           for (int64_t d = 0; d < args_.D; ++d) dot += double{q[d]} * double{k.data[i * k.stride + d]};
@@ -93,7 +97,7 @@ class ForwardBlock : protected QueryBlock {
           if (score == -double{kInfinity}) continue;
           if (score > row.highest) {
             const double rescale = __builtin_exp(row.highest - score);
-            for (int64_t d = 0; d < args_.D; ++d) row.of_values[d] *= rescale;
+            for (int64_t d = 0; d < args_.D_v; ++d) row.of_values[d] *= rescale;
             row.of_weights *= rescale, row.highest = score;
           }
           double weight = __builtin_exp(score - row.highest);  // NaN where that is infinite
@@ -103,14 +107,15 @@ class ForwardBlock : protected QueryBlock {
             if (factor == 0.0f) continue;
             weight *= double{factor};
           }
-          for (int64_t d = 0; d < args_.D; ++d) row.of_values[d] += weight * double{v.data[i * v.stride + d]};
+          for (int64_t d = 0; d < args_.D_v; ++d) row.of_values[d] += weight * double{v.data[i * v.stride + d]};
         }
       });
     }
     each_broken([&](int64_t r) {
       alignas(64) float row[kMaxHeadDim] = {};
       const double weights = sums[r].of_weights;
-      for (int64_t d = 0; d < args_.D; ++d) row[d] = static_cast<float>(sums[r].of_values[d] / (weights == 0.0 ? 1.0 : weights));
+      const double divisor = weights == 0.0 ? 1.0 : weights;
+      for (int64_t d = 0; d < args_.D_v; ++d) row[d] = static_cast<float>(sums[r].of_values[d] / divisor);
       const float total = static_cast<float>(weights);
       write_result(r, row, static_cast<float>(sums[r].highest), total, total);
     });

@@ -5,7 +5,9 @@
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 
-int64_t attention_workspace(int64_t D, int64_t group) { return larger(wide_workspace(D, group), narrow_workspace(D)); }
+int64_t attention_workspace(int64_t D, int64_t D_v, int64_t group) {
+  return larger(wide_workspace(D, D_v, group), narrow_workspace(D, D_v));
+}
 
 void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
   if (args.few_queries()) return run_narrow_tasks(args, begin, end, workspace);
@@ -27,7 +29,7 @@ void attention_forward(const AttentionForward& args, int64_t begin, int64_t end,
 void attention_forward_join(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
   for (int64_t head = begin; head < end; ++head) {
     Parts parts(workspace);
-    const NarrowShared shared(args.D, parts);
+    const NarrowShared shared(args.D, args.D_v, parts);
     NarrowBlock(args, head / args.H_kv, head % args.H_kv, 0, shared, parts).join();
   }
 }

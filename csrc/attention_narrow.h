@@ -46,6 +46,13 @@ struct Prefetch {
   }
 };
 
+// Asks at once for what lies past the first `done` bytes of each of a group's rows of `bytes`.
+inline void prefetch_rest(const char* ahead, int64_t stride, int64_t done, int64_t bytes) {
+  for (int i = 0; i < kWidth; ++i, ahead += stride) {
+    for (int64_t byte = done; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+  }
+}
+
 // Adds kVectors' part of q[r] · k[i] to total[r · kKeys + i], lane by lane.
 template <int kRows, int kVectors, typename Stored>
 inline void add_products(
@@ -188,21 +195,20 @@ static_assert(kFewQueries <= kBlockLanes && kBlockLanes % kWidth == 0);
 
 // Memory that blocks share, and that a block of `rows` queries has.
 struct NarrowShared {
-  NarrowShared(int64_t head_dim, Parts& parts) {
-    const int64_t D = padded_head_dim(head_dim);
-    scores = parts.take(kFewQueries * kBlockN), k = parts.take(kBlockN * D), v = parts.take(kBlockN * D);
+  NarrowShared(int64_t D, int64_t D_v, Parts& parts) {
+    scores = parts.take(kFewQueries * kBlockN);
+    k = parts.take(kBlockN * copied_stride(D)), v = parts.take(kBlockN * copied_stride(D_v));
   }
 
-  float *scores, *k, *v;  // (kFewQueries, kBlockN); (kBlockN, D), copies where they are needed
+  float *scores, *k, *v;  // (kFewQueries, kBlockN); (kBlockN, D) and (kBlockN, D_v), copies where they are needed
 };
 struct NarrowMemory {
-  NarrowMemory(int64_t head_dim, int64_t rows, Parts& parts) {
-    const int64_t D = padded_head_dim(head_dim);
-    q = parts.take(rows * D), acc = parts.take(rows * D);
+  NarrowMemory(int64_t D, int64_t D_v, int64_t rows, Parts& parts) {
+    q = parts.take(rows * padded_head_dim(D)), acc = parts.take(rows * padded_head_dim(D_v));
     max = parts.take(kBlockLanes), sum = parts.take(kBlockLanes), rescale = parts.take(kBlockLanes);
   }
 
-  float *q, *acc, *max, *sum, *rescale;  // q, acc: (rows, D); max, sum, rescale: (kBlockLanes,)
+  float *q, *acc, *max, *sum, *rescale;  // q: (rows, D); acc: (rows, D_v); max, sum, rescale: (kBlockLanes,)
 };
 
 // All keys, or one split of them.
@@ -211,9 +217,9 @@ class NarrowBlock : public ForwardBlock {
   NarrowBlock(
       const AttentionForward& args, int64_t b, int64_t h_kv, int64_t split, const NarrowShared& shared, Parts& parts)
       : ForwardBlock(args, b, h_kv, 0), w_(shared), begin_(start()), end_(last_end_) {
-    const NarrowMemory memory(args.D, rows_, parts);
+    const NarrowMemory memory(args.D, args.D_v, rows_, parts);
     q_ = memory.q, acc_ = memory.acc, max_ = memory.max, sum_ = memory.sum, rescale_ = memory.rescale;
-    std::memset(acc_, 0, rows_ * D_ * sizeof(float));
+    std::memset(acc_, 0, rows_ * D_v_ * sizeof(float));
     for (int64_t r = 0; r < kBlockLanes; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f;
     if (args.splits() > 1) {
       partial_ = args.partial + ((b * args.H_kv + h_kv) * args.splits() + split) * args.split_size();
@@ -236,14 +242,14 @@ class NarrowBlock : public ForwardBlock {
     if (rows_ == 0) return;
     for (int64_t r = 0; r < rows_; ++r) {
       for (int64_t s = 0; s < results_.splits(); ++s) {
-        const float highest = partial(s, r)[D_];
+        const float highest = partial(s, r)[D_v_];
         max_[r] = highest > max_[r] ? highest : max_[r];
       }
       const float shift = max_[r] > -kInfinity ? max_[r] : 0.0f;  // as in WideBlock
       for (int64_t s = 0; s < results_.splits(); ++s) {
-        const float *part = partial(s, r), factor = exp_nonpositive(part[D_] - shift);
-        for (int64_t d = 0; d < D_; ++d) acc_[r * D_ + d] += part[d] * factor;
-        sum_[r] += part[D_ + 1] * factor;
+        const float *part = partial(s, r), factor = exp_nonpositive(part[D_v_] - shift);
+        for (int64_t d = 0; d < D_v_; ++d) acc_[r * D_v_ + d] += part[d] * factor;
+        sum_[r] += part[D_v_ + 1] * factor;
       }
     }
     write_results(acc_);
@@ -255,7 +261,7 @@ class NarrowBlock : public ForwardBlock {
     std::memset(q_, 0, rows_ * D_ * sizeof(float));
     for (int64_t r = 0; r < rows_; ++r) {
       float* row = q_ + r * D_;
-      load_row(args_.q, r, row);
+      load_row(args_.q, r, args_.D, row);
       for (int64_t d = 0; d < args_.D; ++d) row[d] *= args_.scale;
     }
   }
@@ -264,14 +270,14 @@ class NarrowBlock : public ForwardBlock {
     const int64_t keys = keys_from(n);
     if (args_.mask.data && !mask_shows(n, keys)) return;
     with_stored(args_.k, n, keys, w_.k, args_.v, n, [&](const auto& k) {
-      multiply_keys(rows_, q_, D_, k, vectors() * kWidth, w_.scores);
+      multiply_keys(rows_, q_, D_, k, vectors(args_.D) * kWidth, w_.scores);
       if (k.scaled) scale_scores(rows_, k, w_.scores);
     });
     finish_scores<Along::keys>(w_.scores, n, keys);
     weigh_keys(keys);
     with_stored(args_.v, n, keys, w_.v, args_.k, n + keys, [&](const auto& v) {
       if (v.scaled) scale_scores(rows_, v, w_.scores);
-      add_values(rows_, w_.scores, v, vectors() * kWidth, rescale_, acc_, D_);
+      add_values(rows_, w_.scores, v, vectors(args_.D_v) * kWidth, rescale_, acc_, D_v_);
     });
   }
 
@@ -305,17 +311,19 @@ class NarrowBlock : public ForwardBlock {
     }
   }
 
-  // function(rows): keys or values from n on as they are stored, while those of `next` from next_n on are prefetched; or a
-  // copy, where vectors do not divide D or a page, so that pages change no bits.
+  // function(rows): keys or values from n on as they are stored, while those of `next` from next_n on are prefetched, as much of
+  // each row as is read; what is left of longer rows is asked for at once, and so are shorter ones. Or function(rows) of a
+  // copy, where vectors do not divide the head dim or a page, so that pages change no bits.
   template <typename Function>
   void with_stored(
       const Keys& source, int64_t n, int64_t keys, float* copy, const Keys& next, int64_t next_n,
       const Function& function) const {
     const auto group_size = [&](int64_t i) { return keys - i < kWidth ? keys - i : kWidth; };
-    if (args_.D % kWidth != 0 || (args_.block_table && args_.page % kWidth != 0)) {
+    if (source.head_dim % kWidth != 0 || (args_.block_table && args_.page % kWidth != 0)) {
       const Rows rows = load_keys(source, n, keys, copy);
       StoredRows<float> stored;
       stored.stride = rows.stride, stored.count = keys, stored.scaled = false;
+      stored.ahead_stride = 0;
       for (int64_t i = 0; i < keys; i += kWidth) {
         stored.group[i / kWidth] = rows.data + i * rows.stride;
         stored.ahead[i / kWidth] = nullptr;
@@ -335,7 +343,10 @@ class NarrowBlock : public ForwardBlock {
         stored.ahead[i / kWidth] = nullptr;
         if (next_n + i >= end_) continue;
         each_run(next, next_n + i, 1, [&](int64_t, int64_t, int64_t offset, const float*) {
-          stored.ahead[i / kWidth] = static_cast<const char*>(next.data) + offset * size;
+          const char* ahead = static_cast<const char*>(next.data) + offset * size;
+          const int64_t along = next.head_dim < source.head_dim ? 0 : source.head_dim * size, bytes = next.head_dim * size;
+          stored.ahead[i / kWidth] = along ? ahead : nullptr;
+          if (along < bytes) prefetch_rest(ahead, stored.ahead_stride, along, bytes);
         });
       }
       function(stored);
@@ -350,14 +361,14 @@ class NarrowBlock : public ForwardBlock {
     }
   }
 
-  float* partial(int64_t split, int64_t r) const { return partial_ + split * results_.split_size() + r * (D_ + 2); }
+  float* partial(int64_t split, int64_t r) const { return partial_ + split * results_.split_size() + r * (D_v_ + 2); }
 
   // A row is its sum of values, its highest score and its sum of weights.
   void write_partial() const {
     for (int64_t r = 0; r < rows_; ++r) {
       float* row = partial(0, r);
-      std::memcpy(row, acc_ + r * D_, D_ * sizeof(float));
-      row[D_] = max_[r], row[D_ + 1] = sum_[r];
+      std::memcpy(row, acc_ + r * D_v_, D_v_ * sizeof(float));
+      row[D_v_] = max_[r], row[D_v_ + 1] = sum_[r];
     }
   }
 
@@ -367,10 +378,10 @@ class NarrowBlock : public ForwardBlock {
   int64_t begin_, end_;       // keys to walk over
 };
 
-inline int64_t narrow_workspace(int64_t D) {
+inline int64_t narrow_workspace(int64_t D, int64_t D_v) {
   Parts parts(nullptr);
-  NarrowShared(D, parts);
-  for (int64_t i = 0; i < kBlocks; ++i) NarrowMemory(D, kBlockM / kBlocks, parts);
+  NarrowShared(D, D_v, parts);
+  for (int64_t i = 0; i < kBlocks; ++i) NarrowMemory(D, D_v, kBlockM / kBlocks, parts);
   return parts.taken();
 }
 
@@ -378,7 +389,7 @@ inline int64_t narrow_workspace(int64_t D) {
 inline void run_narrow(
     const AttentionForward& args, int64_t b, int64_t h_kv, int64_t heads, int64_t split, float* workspace) {
   Parts parts(workspace);
-  const NarrowShared shared(args.D, parts);
+  const NarrowShared shared(args.D, args.D_v, parts);
   std::optional<NarrowBlock> blocks[kBlocks];
   for (int64_t i = 0; i < heads; ++i) blocks[i].emplace(args, b, h_kv + i, split, shared, parts);
   NarrowBlock::run(blocks, heads);

@@ -251,19 +251,23 @@ inline void multiply(
   });
 }
 
-// c[i][j] = c[i][j] · factors[j] + (left · right)[i][j], for up to kMaxHeadDim rows and whole vectors of columns. No
-// factors: 1. All tiles are stored before one is loaded again, which would wait for it.
+// c[i][j] = c[i][j] · factors[j] + (left · right)[i][j], for whole vectors of columns. No factors: 1. All tiles of kPart rows,
+// which the first level of cache holds, are stored before one is loaded again, which would wait for it.
 inline void multiply_add(
     const Left& left, const Right& right, int64_t rows, int64_t columns, int64_t K, float* c, int64_t stride,
     const float* factors = nullptr) {
-  alignas(64) float product[kMaxHeadDim][kPanel];
+  constexpr int64_t kPart = 256;
+  alignas(64) float product[kPart][kPanel];
   for (int64_t j = 0; j < columns; j += kPanel) {
-    multiply(left, right.from(0, j), rows, kPanel, K, product[0], kPanel);
-    for (int64_t m = 0; m < kPanel && j + m < columns; m += kWidth) {
-      const Vector factor = factors ? load(factors + j + m) : broadcast(1.0f);
-      for (int64_t i = 0; i < rows; ++i) {
-        float* target = c + i * stride + j + m;
-        store(target, load(target) * factor + load(product[i] + m));
+    for (int64_t first = 0; first < rows; first += kPart) {
+      const int64_t count = smaller(rows - first, kPart);
+      multiply(left.from(first, 0), right.from(0, j), count, kPanel, K, product[0], kPanel);
+      for (int64_t m = 0; m < kPanel && j + m < columns; m += kWidth) {
+        const Vector factor = factors ? load(factors + j + m) : broadcast(1.0f);
+        for (int64_t i = 0; i < count; ++i) {
+          float* target = c + (first + i) * stride + j + m;
+          store(target, load(target) * factor + load(product[i] + m));
+        }
       }
     }
   }

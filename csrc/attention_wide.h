@@ -17,35 +17,38 @@ namespace {
 
 // Memory that the blocks of a task share, and that each of them has.
 struct WideShared {
-  WideShared(int64_t head_dim, Parts& parts) {
-    const int64_t D = padded_head_dim(head_dim);
+  WideShared(int64_t head_dim, int64_t v_head_dim, Parts& parts) {
+    const int64_t D = padded_head_dim(head_dim), D_v = padded_head_dim(v_head_dim);
     scores = parts.take(kBlockN * kBlockM), factors = parts.take(kBlockN * kBlockM), rescale = parts.take(kBlockM);
-    k = parts.take(kBlockN * D), v = parts.take(kBlockN * D);
-    k_operand = parts.take(operand_size(kBlockN, D)), v_operand = parts.take(operand_size(D, kBlockN));
+    k = parts.take(kBlockN * copied_stride(D)), v = parts.take(kBlockN * copied_stride(D_v));
+    k_operand = parts.take(operand_size(kBlockN, D)), v_operand = parts.take(operand_size(D_v, kBlockN));
     weights = parts.take(operand_size(kBlockM, kBlockN));
   }
 
   float *scores, *factors, *rescale;       // (kBlockN, kBlockM); rescale: (kBlockM,) of the last step
-  float *k, *v;                            // (kBlockN, D), copies where they are needed
+  float *k, *v;                            // (kBlockN, D or D_v), copies where they are needed
   float *k_operand, *v_operand, *weights;  // see attention_products.h
 };
 struct WideMemory {
-  WideMemory(int64_t head_dim, Parts& parts) {
-    const int64_t D = padded_head_dim(head_dim);
-    acc = parts.take(D * kBlockM), q = parts.take(D * kBlockM), q_operand = parts.take(operand_size(kBlockM, D));
+  WideMemory(int64_t head_dim, int64_t v_head_dim, Parts& parts) {
+    const int64_t D = padded_head_dim(head_dim), size = larger(D, padded_head_dim(v_head_dim)) * kBlockM;
+    acc = parts.take(size), q = parts.take(size), q_operand = parts.take(operand_size(kBlockM, D));
     max = parts.take(kBlockM), sum = parts.take(kBlockM);
   }
 
-  float *acc, *q, *q_operand, *max, *sum;  // acc, q: (D, kBlockM); max, sum: (kBlockM,)
+  // acc: (D_v, kBlockM), where rows of queries come through; q: (D, kBlockM), where those of results leave; max, sum:
+  // (kBlockM,).
+  float *acc, *q, *q_operand, *max, *sum;
 };
 
 // Rows to ask memory for, a little at a time between other work: many at once are dropped, and the hardware's own
 // prefetching stops at every 4 KiB.
 class Prefetches {
  public:
-  // For `rows` rows of `bytes` each, to be asked for in `calls` calls of next().
-  void start(int64_t rows, int64_t bytes, int64_t calls) {
-    row_ = count_ = byte_ = 0, bytes_ = bytes, lines_ = (rows * ((bytes + 63) / 64) + calls - 1) / calls;
+  // For `rows` rows of k_bytes each and then as many of v_bytes, to be asked for in `calls` calls of next().
+  void start(int64_t rows, int64_t k_bytes, int64_t v_bytes, int64_t calls) {
+    row_ = count_ = byte_ = 0, keys_ = rows, bytes_ = k_bytes, v_bytes_ = v_bytes;
+    lines_ = (rows * ((k_bytes + 63) / 64 + (v_bytes + 63) / 64) + calls - 1) / calls;
   }
 
   void add(const char* row) { rows_[count_++] = row; }
@@ -54,13 +57,15 @@ class Prefetches {
     for (int64_t i = 0; i < lines_ && row_ < count_; ++i) {
       __builtin_prefetch(rows_[row_] + byte_, 0, 2);
       byte_ += 64;
-      if (byte_ >= bytes_) byte_ = 0, ++row_;
+      if (byte_ < bytes_) continue;
+      byte_ = 0;
+      if (++row_ == keys_) bytes_ = v_bytes_;
     }
   }
 
  private:
   const char* rows_[2 * kBlockN];
-  int64_t row_ = 0, count_ = 0, byte_ = 0, bytes_ = 0, lines_ = 0;
+  int64_t row_ = 0, count_ = 0, keys_ = 0, byte_ = 0, bytes_ = 0, v_bytes_ = 0, lines_ = 0;
 };
 
 // The keys and values of a tile as operands of the products K · Q^T and V^T · P^T.
@@ -80,7 +85,7 @@ class WideBlock : public ForwardBlock {
         q_(memory.q) {
     acc_ = memory.acc, max_ = memory.max, sum_ = memory.sum;
     load_queries(memory.q_operand);
-    std::memset(acc_, 0, D_ * kBlockM * sizeof(float));
+    std::memset(acc_, 0, D_v_ * kBlockM * sizeof(float));
     for (int64_t r = 0; r < kBlockM; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f;
     find_panels();
   }
@@ -91,7 +96,7 @@ class WideBlock : public ForwardBlock {
   // Has the keys and values from n on prefetched during the next step.
   void prefetch(int64_t n, int64_t keys) {
     const int64_t size = size_of(args_.key_element);
-    ahead_.start(2 * keys, args_.D * size, columns() * kBlockN / 2);
+    ahead_.start(keys, args_.D * size, args_.D_v * size, columns() * kBlockN / 2);
     for (const Keys* source : {&args_.k, &args_.v}) {
       each_run(*source, n, keys, [&](int64_t, int64_t count, int64_t offset, const float*) {
         const char* row = static_cast<const char*>(source->data) + offset * size;
@@ -105,7 +110,7 @@ class WideBlock : public ForwardBlock {
     const Rows k = load_keys(args_.k, n, keys, w_.k), v = load_keys(args_.v, n, keys, w_.v);
     return {
         n, left_of_rows(k.data, k.stride, keys, args_.D, pieces_, w_.k_operand),
-        left_of_columns(v.data, v.stride, args_.D, keys, pieces_, w_.v_operand)};
+        left_of_columns(v.data, v.stride, args_.D_v, keys, pieces_, w_.v_operand)};
   }
 
   // Whether a query sees one of the keys from n on.
@@ -138,12 +143,12 @@ class WideBlock : public ForwardBlock {
     each_panel([&](int64_t m, int64_t lanes, int64_t first, int64_t count) {
       const Right weights = new_right(count, lanes, pieces_, w_.weights);
       for (int64_t j = 0; j < lanes; j += kWidth) weigh(m + j, first, count, weights.from(0, j));
-      multiply_add(tile.v.from(0, first), weights, args_.D, lanes, count, acc_ + m, kBlockM, w_.rescale + m);
+      multiply_add(tile.v.from(0, first), weights, args_.D_v, lanes, count, acc_ + m, kBlockM, w_.rescale + m);
     });
   }
 
   void finish() const {
-    to_rows(acc_, q_);  // whose queries are not in use any more
+    to_rows(acc_, D_v_, q_);  // whose queries are not in use any more
     write_results(q_);
   }
 
@@ -158,10 +163,10 @@ class WideBlock : public ForwardBlock {
     std::memset(rows, 0, D_ * kBlockM * sizeof(float));
     for (int64_t r = 0; r < rows_; ++r) {
       float* row = rows + r * D_;
-      load_row(args_.q, r, row);
+      load_row(args_.q, r, args_.D, row);
       for (int64_t d = 0; d < args_.D; ++d) row[d] *= scale;
     }
-    to_columns(rows, q_);
+    to_columns(rows, D_, q_);
     q_operand_ = right_of_rows(q_, kBlockM, args_.D, columns() * kWidth, pieces_, operand);
   }
 
@@ -216,10 +221,10 @@ class WideBlock : public ForwardBlock {
   Panel panels_[(kBlockM + kPanel - 1) / kPanel];
 };
 
-inline int64_t wide_workspace(int64_t D, int64_t blocks) {
+inline int64_t wide_workspace(int64_t D, int64_t D_v, int64_t blocks) {
   Parts parts(nullptr);
-  WideShared(D, parts);
-  for (int64_t i = 0; i < blocks; ++i) WideMemory(D, parts);
+  WideShared(D, D_v, parts);
+  for (int64_t i = 0; i < blocks; ++i) WideMemory(D, D_v, parts);
   return parts.taken();
 }
 
@@ -228,11 +233,11 @@ inline void run_wide(
     const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, int64_t count, float* workspace) {
   const Tiles tiles;
   Parts parts(workspace);
-  const WideShared shared(args.D, parts);
+  const WideShared shared(args.D, args.D_v, parts);
   std::optional<WideBlock> blocks[kGroup];
   int64_t begin = args.S, end = 0;
   for (int64_t i = 0; i < count; ++i) {
-    WideBlock& block = blocks[i].emplace(args, b, h_kv, first + i, shared, WideMemory(args.D, parts));
+    WideBlock& block = blocks[i].emplace(args, b, h_kv, first + i, shared, WideMemory(args.D, args.D_v, parts));
     begin = smaller(begin, block.begin()), end = larger(end, block.end());
   }
   for (int64_t n = begin; n < end; n += kBlockN) {

@@ -9,7 +9,7 @@ namespace fastgpt {
 
 constexpr int64_t kMaxTransformedDim = 1024;  // largest head dim that is rotated or quantised
 
-// A tensor (B, H, N, D) with contiguous rows of D elements. Strides are in bytes.
+// A tensor (B, H, N, D) or (B, H, N, D_v) with contiguous rows. Strides are in bytes.
 struct Rows {
   char* data;
   int64_t stride_b, stride_h, stride_n;
@@ -23,11 +23,12 @@ struct Indices {
 };
 
 struct KVCacheUpdate {
-  int64_t B, H_kv, T, D;
+  int64_t B, H_kv, T;
+  int64_t D, D_v;               // head dims of q and k, and of v
   Element element;              // of q, k and v
-  Rows k, v;                    // (B, H_kv, T, D)
+  Rows k, v;                    // (B, H_kv, T, D) and (B, H_kv, T, D_v)
   Indices slots;                // (B, T): where each token is stored; negative: nowhere
-  // The cache: (B, H_kv, S, D), or with a block table a pool of pages (pages, H_kv, page, D).
+  // The cache: (B, H_kv, S, D or D_v), or with a block table a pool of pages (pages, H_kv, page, D or D_v).
   Element cache_element;        // `element`, int8 or float8_e4m3
   Rows k_cache, v_cache;
   Rows k_scale, v_scale;        // (B, H_kv, S) or (pages, H_kv, page) of float; data is null if the cache has none

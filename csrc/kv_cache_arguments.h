@@ -75,7 +75,7 @@ class Written {
       const bool alike = size == other.size && std::equal(
           region.strides.begin(), region.strides.end(), other.strides.begin(), other.strides.end());
       FASTGPT_CHECK(
-          alike && (distance % size != 0 || !reaches(distance / size, region)), x.name,
+          alike && (distance % size != 0 || !reaches(distance / size, other, region)), x.name,
           ": expected memory apart from that of ", names_[i]);
     }
     regions_[count_] = region, names_[count_++] = x.name;
@@ -106,11 +106,12 @@ inline KVCacheUpdate kv_cache_arguments(
   const Facts k(k_tensor, "k"), v(v_tensor, "v"), k_cache(k_cache_tensor, "k_cache"), v_cache(v_cache_tensor, "v_cache");
   const Facts slots(slots_tensor, "positions");
   FASTGPT_CHECK(k.dim() == 4, "k: expected 4 dimensions");
+  FASTGPT_CHECK(v.dim() == 4, "v: expected 4 dimensions");
   FASTGPT_CHECK(k_cache.dim() == 4, "k_cache: expected 4 dimensions");
-  u.B = k.sizes[0], u.H_kv = k.sizes[1], u.T = k.sizes[2], u.D = k.sizes[3];
+  u.B = k.sizes[0], u.H_kv = k.sizes[1], u.T = k.sizes[2], u.D = k.sizes[3], u.D_v = v.sizes[3];
   u.element = floating_element_of(k_tensor, "k");
   u.k = rows_of(k, u.element, k, {u.B, u.H_kv, u.T, u.D}, false);
-  u.v = rows_of(v, u.element, k, {u.B, u.H_kv, u.T, u.D}, false);
+  u.v = rows_of(v, u.element, k, {u.B, u.H_kv, u.T, u.D_v}, false);
   u.slots = indices_of(slots, k);
 
   const int64_t rows = k_cache.sizes[2];
@@ -132,7 +133,7 @@ inline KVCacheUpdate kv_cache_arguments(
   }
   u.cache_element = element_of(k_cache_tensor, "k_cache");
   u.k_cache = rows_of(k_cache, u.cache_element, k, {first, u.H_kv, rows, u.D}, true);
-  u.v_cache = rows_of(v_cache, u.cache_element, k, {first, u.H_kv, rows, u.D}, true);
+  u.v_cache = rows_of(v_cache, u.cache_element, k, {first, u.H_kv, rows, u.D_v}, true);
 
   const bool quantised = size_of(u.cache_element) == 1;
   FASTGPT_CHECK(quantised || u.cache_element == u.element, "k_cache: expected the dtype of k, int8 or float8_e4m3fn");
@@ -140,7 +141,11 @@ inline KVCacheUpdate kv_cache_arguments(
     FASTGPT_CHECK(
         scale->has_value() == quantised, name, ": expected for int8 and float8_e4m3fn caches, and only for them");
   }
-  FASTGPT_CHECK(!quantised || u.D <= kMaxTransformedDim, "k: expected a head dim up to ", kMaxTransformedDim);
+  for (const auto& [head_dim, name] : {std::pair(u.D, "k"), std::pair(u.D_v, "v")}) {
+    FASTGPT_CHECK(
+        !quantised || (head_dim >= 1 && head_dim <= kMaxTransformedDim), name, ": expected a head dim from 1 to ",
+        kMaxTransformedDim);
+  }
   if (quantised) {
     u.k_scale = rows_of({*k_scale, "k_scale"}, Element::float32, k, {first, u.H_kv, rows, 1}, true, 3);
     u.v_scale = rows_of({*v_scale, "v_scale"}, Element::float32, k, {first, u.H_kv, rows, 1}, true, 3);

@@ -36,7 +36,7 @@ void run(const KVCacheUpdate& u) {
   const auto kernel = FASTGPT_AT_CPU_LEVEL(kv_cache_store);
   // An item is one head's rows of one sequence; only items of different slots run in parallel.
   const int64_t items = u.B * (u.H + 2 * u.H_kv);
-  const int64_t item_bytes = std::max<int64_t>(u.T * u.D * size_of(u.element), 1);
+  const int64_t item_bytes = std::max<int64_t>(u.T * std::max(u.D, u.D_v) * size_of(u.element), 1);
   if (items * item_bytes <= kGrainBytes) return kernel(u, 0, items);
   if (u.block_table) {
     // Sequences may share a page: a head of them all is one thread's, so that of two tokens for one slot the last stays.

@@ -3,6 +3,8 @@
 // They can be captured into a CUDA graph: positions are read by the kernel and nothing waits. If two tokens name the same
 // slot, either may stay, K and V independently. A token whose position or page is outside the cache is not written.
 
+#include <algorithm>
+
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_launch.h"
@@ -11,10 +13,12 @@
 namespace fastgpt {
 namespace {
 
-// Rows that stay as they are. One thread copies one Vec of K and one of V; threads are numbered over (b, h, t, Vec of the
-// row). The rows are on their way before the slot is known: the waits for both overlap.
+// Rows that stay as they are. One thread copies one Vec of K and one of V, as far as the shorter row goes; threads are numbered
+// over (b, h, t, Vec of the longer row). The rows are on their way before the slot is known: the waits for both overlap.
 template <typename Vec>
-__global__ void __launch_bounds__(kThreads) copy_rows(KVCacheUpdate u, uint32_t vecs_per_row, uint32_t vecs) {
+__global__ void __launch_bounds__(kThreads) copy_rows(
+    KVCacheUpdate u, uint32_t k_vecs_per_row, uint32_t v_vecs_per_row, uint32_t vecs) {
+  const uint32_t vecs_per_row = k_vecs_per_row > v_vecs_per_row ? k_vecs_per_row : v_vecs_per_row;
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= vecs) return;
   const uint32_t heads = static_cast<uint32_t>(u.H_kv), tokens = static_cast<uint32_t>(u.T);
@@ -22,12 +26,14 @@ __global__ void __launch_bounds__(kThreads) copy_rows(KVCacheUpdate u, uint32_t 
   const uint32_t t = bht % tokens, bh = bht / tokens;
   const uint32_t h = bh % heads, b = bh / heads;
 
-  const Vec k = reinterpret_cast<const Vec*>(row_of(u.k, b, h, t))[vec];
-  const Vec v = reinterpret_cast<const Vec*>(row_of(u.v, b, h, t))[vec];
+  const bool has_k = vec < k_vecs_per_row, has_v = vec < v_vecs_per_row;
+  Vec k, v;
+  if (has_k) k = reinterpret_cast<const Vec*>(row_of(u.k, b, h, t))[vec];
+  if (has_v) v = reinterpret_cast<const Vec*>(row_of(u.v, b, h, t))[vec];
   const Slot slot = slot_of(u, b, t);
   if (slot.b < 0) return;
-  reinterpret_cast<Vec*>(row_of(u.k_cache, slot.b, h, slot.n))[vec] = k;
-  reinterpret_cast<Vec*>(row_of(u.v_cache, slot.b, h, slot.n))[vec] = v;
+  if (has_k) reinterpret_cast<Vec*>(row_of(u.k_cache, slot.b, h, slot.n))[vec] = k;
+  if (has_v) reinterpret_cast<Vec*>(row_of(u.v_cache, slot.b, h, slot.n))[vec] = v;
 }
 
 // How one format is read and written, as its bits.
@@ -141,11 +147,16 @@ __device__ void write_quantised(const Unit<N>& unit, float factor, Element eleme
   if (unit.b < D) store<N>(row, unit.b, b);
 }
 
+template <int N>
+FASTGPT_HOST_DEVICE uint32_t units_of(int64_t D) {
+  return static_cast<uint32_t>((D + 2 * N - 1) / (2 * N));
+}
+
 // Rows that are rotated or quantised, and, with rotation, those of v, which only go along. `group` threads, a power of
 // two up to a warp, do a row: of the heads of q, k and v, in this order, of token t of sequence b. N elements at a time;
 // with N > 1 a thread has one unit at most, which then stays in registers.
 template <typename Format, int N>
-__global__ void __launch_bounds__(kThreads) transform_rows(KVCacheUpdate u, uint32_t group, uint32_t units, uint32_t rows) {
+__global__ void __launch_bounds__(kThreads) transform_rows(KVCacheUpdate u, uint32_t group, uint32_t rows) {
   const uint32_t index = blockIdx.x * (kThreads / group) + threadIdx.x / group;
   if (index >= rows) return;
   const uint32_t first_unit = threadIdx.x % group;
@@ -153,7 +164,8 @@ __global__ void __launch_bounds__(kThreads) transform_rows(KVCacheUpdate u, uint
   const uint32_t bt = index / heads, head = index % heads;
   const uint32_t b = bt / tokens, t = bt % tokens;
   const bool is_q = head < u.H, is_k = !is_q && head < u.H + u.H_kv;
-  const int D = static_cast<int>(u.D);
+  const int D = static_cast<int>(is_q || is_k ? u.D : u.D_v);
+  const uint32_t units = units_of<N>(D);
   const uint32_t h = is_q ? head : is_k ? head - u.H : head - u.H - u.H_kv;
 
   const int64_t position = u.rotary_dim > 0 ? index_at(u.positions, b, t) : -1;
@@ -237,18 +249,19 @@ uint32_t count32(int64_t count, const char* what) {
 
 template <typename Vec>
 void copy(const KVCacheUpdate& u, const Tensor& k) {
-  const int64_t vecs_per_row = u.D * size_of(u.element) / static_cast<int64_t>(sizeof(Vec));
-  const uint32_t vecs = count32(u.B * u.H_kv * u.T * vecs_per_row, "accesses");
-  launch(copy_rows<Vec>, vecs, k, u, static_cast<uint32_t>(vecs_per_row), vecs);
+  const auto vecs_of = [&](int64_t D) { return D * size_of(u.element) / static_cast<int64_t>(sizeof(Vec)); };
+  const int64_t k_vecs = vecs_of(u.D), v_vecs = vecs_of(u.D_v);
+  const uint32_t vecs = count32(u.B * u.H_kv * u.T * std::max(k_vecs, v_vecs), "accesses");
+  launch(copy_rows<Vec>, vecs, k, u, static_cast<uint32_t>(k_vecs), static_cast<uint32_t>(v_vecs), vecs);
 }
 
 template <typename Format, int N>
 void transform(const KVCacheUpdate& u, const Tensor& k) {
-  const uint32_t units = static_cast<uint32_t>((u.D + 2 * N - 1) / (2 * N));
+  const uint32_t units = units_of<N>(std::max(u.D, u.D_v));
   uint32_t group = 1;
   while (group < units && group < kWarp) group *= 2;
   const uint32_t rows = count32(u.B * u.T * (u.H + 2 * u.H_kv), "rows");
-  launch(transform_rows<Format, N>, static_cast<int64_t>(rows) * group, k, u, group, units, rows);
+  launch(transform_rows<Format, N>, static_cast<int64_t>(rows) * group, k, u, group, rows);
 }
 
 template <typename Format>
@@ -258,14 +271,14 @@ void transform(const KVCacheUpdate& u, const Tensor& k) {
   const auto aligned = [](const float* data, int64_t stride) {
     return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride * sizeof(float))) % 16 == 0;
   };
-  const bool wide = u.D % (2 * N) == 0 && u.D / (2 * N) <= kWarp && source_alignment(u) == 16 &&
+  const bool wide = (u.D | u.D_v) % (2 * N) == 0 && std::max(u.D, u.D_v) / (2 * N) <= kWarp && source_alignment(u) == 16 &&
       cache_alignment(u) >= (quantised ? N : 16) && u.rotary_dim % (2 * N) == 0 && aligned(u.cos, u.cos_stride) &&
       aligned(u.sin, u.sin_stride);
   return wide ? transform<Format, N>(u, k) : transform<Format, 1>(u, k);
 }
 
 void run(const KVCacheUpdate& u, const Tensor& k) {
-  if (u.D == 0) return;
+  if (u.D == 0 && u.D_v == 0) return;
   if (u.rotary_dim > 0 || u.cache_element != u.element) {
     switch (u.element) {
       case Element::float32: return transform<Float32>(u, k);
@@ -273,7 +286,7 @@ void run(const KVCacheUpdate& u, const Tensor& k) {
       default: return transform<BFloat16>(u, k);
     }
   }
-  const int64_t bits = u.D * size_of(u.element) | source_alignment(u) | cache_alignment(u);
+  const int64_t bits = (u.D | u.D_v) * size_of(u.element) | source_alignment(u) | cache_alignment(u);
   switch (bits & -bits) {
     case 16: return copy<uint4>(u, k);
     case 8: return copy<uint2>(u, k);

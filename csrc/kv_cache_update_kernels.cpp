@@ -105,21 +105,22 @@ void rotate_queries(const KVCacheUpdate& u, int64_t b, int64_t h, int64_t begin,
 void store_transformed(
     const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64_t begin, int64_t end, const Slot* slots) {
   const Rows &source = is_k ? u.k : u.v, &cache = is_k ? u.k_cache : u.v_cache, &scale = is_k ? u.k_scale : u.v_scale;
+  const int64_t D = is_k ? u.D : u.D_v;
   const bool quantised = u.cache_element != u.element;
   alignas(64) float x[kMaxTransformedDim];
   for (int64_t t = begin; t < end; ++t) {
     const Slot slot = slots[t - begin];
     if (slot.b < 0) continue;
-    load(row_of(source, b, h, t), u.element, u.D, x);
+    load(row_of(source, b, h, t), u.element, D, x);
     if (is_k && u.rotary_dim > 0) {
       rotate_for(u, b, t, x);
-      if (quantised) round_to(u.element, u.D, x);  // as if rotated first and stored afterwards
+      if (quantised) round_to(u.element, D, x);  // as if rotated first and stored afterwards
     }
     char* target = row_of(cache, slot.b, h, slot.n);
     if (quantised) {
-      *reinterpret_cast<float*>(row_of(scale, slot.b, h, slot.n)) = quantise(x, u.cache_element, u.D, target);
+      *reinterpret_cast<float*>(row_of(scale, slot.b, h, slot.n)) = quantise(x, u.cache_element, D, target);
     } else {
-      store(x, u.element, u.D, target);
+      store(x, u.element, D, target);
     }
   }
 }
@@ -157,7 +158,7 @@ inline void copy_past_caches(char* target, const char* source, int64_t bytes) {
 void store_copied(
     const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64_t begin, int64_t end, const Slot* slots) {
   const Rows &source = is_k ? u.k : u.v, &cache = is_k ? u.k_cache : u.v_cache;
-  const int64_t row_bytes = u.D * size_of(u.element);
+  const int64_t row_bytes = (is_k ? u.D : u.D_v) * size_of(u.element);
   const bool large = u.B * u.H_kv * u.T * row_bytes >= kLargeBytes;
   const bool dense = source.stride_n == row_bytes && cache.stride_n == row_bytes;
   for (int64_t t = begin; t < end;) {

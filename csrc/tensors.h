@@ -144,16 +144,18 @@ inline Region region_of(const torch::stable::Tensor& x, const void* data, int64_
 
 inline bool overlap(const Region& a, const Region& b) { return a.begin < b.end && b.begin < a.end; }
 
-// Whether numbers `distance` numbers apart are both in a tensor of these sizes and strides, dimension by dimension.
-inline bool reaches(int64_t distance, const Region& x, size_t dim = 0) {
-  if (dim == x.sizes.size()) return distance == 0;
-  int64_t rest = 0;  // how far the dimensions after this one reach
-  for (size_t i = dim + 1; i < x.sizes.size(); ++i) rest += (x.sizes[i] - 1) * x.strides[i];
-  const int64_t stride = x.strides[dim], most = x.sizes[dim] - 1;
-  if (stride == 0 || most == 0) return reaches(distance, x, dim + 1);
-  for (int64_t n = std::max<int64_t>(-most, (distance - rest) / stride - 1);
-       n <= std::min<int64_t>(most, (distance + rest) / stride + 1); ++n) {
-    if (reaches(distance - n * stride, x, dim + 1)) return true;
+// Whether two tensors of the same strides, of which b begins `distance` numbers after a, share one, dimension by dimension.
+inline bool reaches(int64_t distance, const Region& a, const Region& b, size_t dim = 0) {
+  if (dim == a.sizes.size()) return distance == 0;
+  int64_t after_a = 0, after_b = 0;  // how far the dimensions after this one reach
+  for (size_t i = dim + 1; i < a.sizes.size(); ++i) {
+    after_a += (a.sizes[i] - 1) * a.strides[i], after_b += (b.sizes[i] - 1) * b.strides[i];
+  }
+  const int64_t stride = a.strides[dim], least = 1 - b.sizes[dim], most = a.sizes[dim] - 1;
+  if (stride == 0 || least == most) return reaches(distance, a, b, dim + 1);
+  for (int64_t n = std::max<int64_t>(least, (distance - after_a) / stride - 1);
+       n <= std::min<int64_t>(most, (distance + after_b) / stride + 1); ++n) {
+    if (reaches(distance - n * stride, a, b, dim + 1)) return true;
   }
   return false;
 }

@@ -39,16 +39,19 @@ CACHE_KINDS = ("contiguous", "sliding", "paged")
 
 
 class Storage:
-    """Keys and values of every layer, allocated once: (layers, N, H_kv, rows, D) each, with scales if quantised.
+    """Keys and values of every layer, allocated once: (layers, N, H_kv, rows, head dim) each, with scales if quantised.
 
     Args:
         num_layers, num_kv_heads, head_dim: of the decoder.
+        v_head_dim: of values, if another than that of keys.
         N, rows: sequences and tokens of each; or pages and their size.
         dtype: of the decoder's keys and values.
         cache_dtype: dtype, torch.int8 or torch.float8_e4m3fn; default dtype.
     """
 
-    def __init__(self, N, rows, *, num_layers, num_kv_heads, head_dim, dtype=None, cache_dtype=None, device=None):
+    def __init__(
+        self, N, rows, *, num_layers, num_kv_heads, head_dim, v_head_dim=None, dtype=None, cache_dtype=None, device=None
+    ):
         refuse_transforms_of_cache(filled=False)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         cache_dtype = dtype if cache_dtype is None else cache_dtype
@@ -57,11 +60,14 @@ class Storage:
                 f"cache_dtype: expected {dtype} (of the model) or {' or '.join(map(str, QUANTISED_DTYPES))}, "
                 f"got {cache_dtype}"
             )
-        shape = (num_layers, N, num_kv_heads, rows, head_dim)
-        self.k, self.v = (memory.empty(shape, dtype=cache_dtype, device=device).zero_() for _ in range(2))
+        shape = (num_layers, N, num_kv_heads, rows)
+        self.k, self.v = (
+            memory.empty((*shape, size), dtype=cache_dtype, device=device).zero_()
+            for size in (head_dim, head_dim if v_head_dim is None else v_head_dim)
+        )
         self.k_scale = self.v_scale = None
         if cache_dtype in QUANTISED_DTYPES:
-            self.k_scale, self.v_scale = (torch.zeros(shape[:-1], device=device) for _ in range(2))
+            self.k_scale, self.v_scale = (torch.zeros(shape, device=device) for _ in range(2))
         self._make_views()
 
     def _make_views(self):
@@ -195,12 +201,13 @@ class KVCache:
 
     def require_model(self, layers: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
         """Raises ValueError if a model's keys and values do not fit in."""
-        storage = self.storages[0]
-        expected, got = (layers, num_kv_heads, head_dim), (self.num_layers, storage.k.shape[2], storage.k.shape[4])
-        if expected != got:
+        k, v = self.storages[0].k, self.storages[0].v
+        got, of_values = (self.num_layers, k.shape[2], k.shape[4]), v.shape[4]
+        if (layers, num_kv_heads, head_dim) != got or of_values != head_dim:
+            values = "" if of_values == got[2] else f", with values of {of_values}"
             raise ValueError(
                 f"cache: expected one of this model's, with {layers} layers of {num_kv_heads} key heads of {head_dim}, "
-                f"got {got[0]} of {got[1]} of {got[2]}"
+                f"got {got[0]} of {got[1]} of {got[2]}{values}"
             )
         if self.lengths.device != device:
             raise ValueError(f"cache: expected device {device}, where the tokens are, got {self.lengths.device}")
@@ -236,7 +243,7 @@ class KVCache:
         """Takes what storage the new tokens need; raises before anything changes."""
 
     def append(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotation=None) -> torch.Tensor:
-        """Stores k, v (B, H_kv, T, D) of the current tokens; returns q (B, H, T, D).
+        """Stores k (B, H_kv, T, D) and v (B, H_kv, T, D_v) of the current tokens; returns q (B, H, T, D).
 
         rotation: cos and sin, (positions, R/2) fp32 each, by which q and k are rotated first; default: they are not.
         """
@@ -245,7 +252,7 @@ class KVCache:
         )
 
     def attend(self, layer: int, q: torch.Tensor, *, window: int | None = None, **options) -> torch.Tensor:
-        """The attention of q (B, H, T, D) that `append` returned, or of the last of its tokens only.
+        """The attention (B, H, T, D_v) of q (B, H, T, D) that `append` returned, or of the last of its tokens only.
 
         window: of this layer; that of the cache counts as well. Further options: those of `attention`.
         """
@@ -265,11 +272,13 @@ class KVCache:
         """Why `step`, of queries of so many heads in this dtype, waits for the device, as no CUDA graph can; or None."""
         for storage in self.storages:
             for layer in storage.layers[:1]:
-                new = [self.batch_size, layer["k"].shape[1], 1, layer["k"].shape[3]]
-                k = torch.empty(new, dtype=dtype, device=self.lengths.device)
-                q = k.new_empty(new[0], num_heads, 1, new[3])
+                k, v = (
+                    torch.empty(self.batch_size, x.shape[1], 1, x.shape[3], dtype=dtype, device=self.lengths.device)
+                    for x in (layer["k"], layer["v"])
+                )
+                q = k.new_empty(len(k), num_heads, 1, k.shape[3])
                 reason = waits(
-                    q, k, k, layer["k"], layer["v"], self._next, block_table=self.block_table, k_scale=layer["k_scale"],
+                    q, k, v, layer["k"], layer["v"], self._next, block_table=self.block_table, k_scale=layer["k_scale"],
                     v_scale=layer["v_scale"],
                 )  # fmt: skip
                 if reason is not None:

@@ -26,7 +26,11 @@ SEQ2SEQ = TEXT | {
 }  # fmt: skip
 T5 = {"num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48, "relative_attention_num_buckets": 8}
 WHISPER = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64, "begin_suppress_tokens": None}
-MLA = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 2}
+# Values of other head dims than keys.
+MLA = {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "first_k_dense_replace": 2,
+}  # fmt: skip
 PAIRS = {"num_key_value_heads": 2}  # of the four heads
 WIDE = PAIRS | {"head_dim": 16}
 SLIDING = {"sliding_window": 6}
@@ -73,7 +77,8 @@ ARCHITECTURES = {
     "cohere2": decoder("Cohere2ForCausalLM", **PAIRS, **BOTH),
     "granite": decoder("GraniteForCausalLM", **PAIRS, attention_multiplier=0.3),
     "starcoder2": decoder("Starcoder2ForCausalLM", **PAIRS, **SLIDING),
-    "deepseek_v3": decoder("DeepseekV3ForCausalLM", **MLA),  # values of other head dims than keys
+    "deepseek_v2": decoder("DeepseekV2ForCausalLM", **MLA),
+    "deepseek_v3": decoder("DeepseekV3ForCausalLM", **MLA),
     "llama4": decoder("Llama4ForCausalLM", **WIDE, attention_chunk_size=5, intermediate_size_mlp=48, num_local_experts=2),
     "bert": Architecture("BertModel", "encoder", TEXT),
     "roberta": Architecture("RobertaModel", "encoder", TEXT),

@@ -6,8 +6,8 @@ SENTINEL = -77.0  # what an update must not touch
 WRITTEN = ("k_cache", "v_cache", "k_scale", "v_scale")
 
 
-def update_inputs(B, H, T, S, D, dtype, layout="head-major", cache_dtype=None, page=None):
-    """Random arguments of kv_cache_update on the CPU, as a dict."""
+def update_inputs(B, H, T, S, D, dtype, layout="head-major", cache_dtype=None, page=None, D_v=None):
+    """Random arguments of kv_cache_update on the CPU, as a dict. D_v: head dim of values, if another than D."""
 
     def tensor(*sizes):
         B, H, N, D = sizes
@@ -15,16 +15,17 @@ def update_inputs(B, H, T, S, D, dtype, layout="head-major", cache_dtype=None, p
         return x.to(dtype)
 
     cache_dtype = dtype if cache_dtype is None else cache_dtype
+    sizes = {"k": D, "v": D if D_v is None else D_v}
     slots = torch.stack([torch.randperm(S)[:T] for _ in range(B)])
-    arguments = {"k": tensor(B, H, T, D), "v": tensor(B, H, T, D)}
+    arguments = {name: tensor(B, H, T, size) for name, size in sizes.items()}
     arguments["positions"] = slots.masked_fill(torch.rand(B, T) < 0.2, -1).int()
     first, rows = B, S
     if page:
         pages = -(-S // page)
         first, rows = B * pages + 1, page
         arguments["block_table"] = torch.randperm(first)[: B * pages].view(B, pages).int()
-    for name in ("k_cache", "v_cache"):
-        arguments[name] = torch.full((first, H, rows, D), SENTINEL).to(cache_dtype)
+    for name, size in sizes.items():
+        arguments[f"{name}_cache"] = torch.full((first, H, rows, size), SENTINEL).to(cache_dtype)
     if cache_dtype.itemsize == 1:
         for name in ("k_scale", "v_scale"):
             arguments[name] = torch.full((first, H, rows), SENTINEL)

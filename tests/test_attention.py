@@ -27,7 +27,7 @@ pytestmark = pytest.mark.threads
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-# B, H, H_kv, T, S, D: shapes that hurt.
+# B, H, H_kv, T, S, D, or (D, D_v) for values of another head dim: shapes that hurt.
 SHAPES = [
     (1, 2, 2, 1, 1, 64),
     (2, 4, 2, 1, 77, 64),  # decode
@@ -41,6 +41,18 @@ SHAPES = [
     (1, 2, 2, 66, 300, 256),
     (1, 6, 2, 3, 128, 96),
     (1, 1, 1, 5, 9, 1),
+    (1, 2, 1, 70, 90, (192, 128)),
+    (1, 2, 1, 2, 90, (192, 128)),
+    (1, 2, 1, 66, 70, (576, 512)),
+    (1, 4, 1, 2, 130, (576, 512)),
+    (1, 2, 2, 66, 70, (16, 576)),
+    (3, 8, 2, 2, 129, (7, 5)),
+    (2, 4, 2, 40, 77, (72, 40)),
+    (1, 2, 2, 3, 65, (3, 257)),
+    (1, 2, 1, 65, 40, (257, 3)),
+    (1, 2, 1, 9, 20, (40, 64)),
+    (2, 2, 2, 3, 0, (16, 24)),
+    (2, 2, 2, 0, 5, (16, 24)),
     (2, 2, 2, 3, 0, 16),  # no keys at all
     (2, 2, 2, 0, 5, 16),  # no queries
     (0, 2, 2, 3, 5, 16),
@@ -48,10 +60,11 @@ SHAPES = [
 
 
 def make(B, H, H_kv, T, S, D, dtype=torch.float32, seed=0):
+    D, D_v = D if isinstance(D, tuple) else (D, D)
     generator = torch.Generator().manual_seed(seed)
     # Token-major storage, as a model has it: strided, last dimension contiguous.
     q = torch.randn(B, T, H, D, generator=generator).transpose(1, 2).to(dtype)
-    k, v = (torch.randn(B, S, H_kv, D, generator=generator).transpose(1, 2).to(dtype) for _ in range(2))
+    k, v = (torch.randn(B, S, H_kv, size, generator=generator).transpose(1, 2).to(dtype) for size in (D, D_v))
     return q, k, v
 
 
@@ -61,6 +74,7 @@ def check_parity(q, k, v, **options):
     double = *(x.double() for x in exact), *(k, v)[len(exact) - 1 :]
     numerics.check((out, lse), lambda: attention_reference(*double, return_lse=True, **options), weights=q.dtype)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert out.shape == (*q.shape[:3], v.shape[3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,10 +93,11 @@ def check_all(call, run=run_cpp, packing=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parity_of_gradients(shape, dtype):
-    check_all(ops.Call(*make(*shape, dtype), scale=shape[-1] ** -0.5))
+    q, k, v = make(*shape, dtype)
+    check_all(ops.Call(q, k, v, scale=q.shape[-1] ** -0.5))
 
 
-# B, H, H_kv, T, S, D
+# B, H, H_kv, T, S, D or (D, D_v)
 FEATURE_SHAPES = [
     (2, 4, 2, 37, 70, 40),
     (2, 3, 1, 3, 33, 64),  # a few queries of heads that share keys
@@ -91,14 +106,16 @@ FEATURE_SHAPES = [
     (2, 2, 2, 1, 77, 64),
     (1, 2, 1, 66, 300, 80),
     (1, 2, 2, 65, 66, 7),
+    (2, 4, 2, 37, 70, (40, 24)),
+    (2, 3, 1, 2, 33, (24, 80)),
 ]
 
 
 @pytest.mark.parametrize("shape, feature, dtype", thinned(FEATURE_SHAPES, FEATURES, DTYPES, one_of=3), ids=str)
 def test_parity_of_features(shape, feature, dtype):
-    B, H, _, T, S, D = shape
+    B, H, _, T, S, _ = shape
     call = ops.Call(*inputs(*shape, dtype), **options(feature, B, H, T, S, dtype))
-    check_all(call._replace(scale=D**-0.5 if call.scale is None else call.scale))
+    check_all(call._replace(scale=call.q.shape[-1] ** -0.5 if call.scale is None else call.scale))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +216,10 @@ def test_parity_with_a_window(T, window, causal, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("page", [1, 16, 64, 100])
-@pytest.mark.parametrize("T, window, D", [(1, None, 64), (1, 20, 40), (3, None, 64), (70, None, 40), (70, 33, 64)])
+@pytest.mark.parametrize(
+    "T, window, D",
+    [(1, None, 64), (1, 20, 40), (3, None, 64), (70, None, 40), (70, 33, 64), (1, None, (72, 40)), (70, 33, (40, 64))],
+)
 def test_parity_paged(T, window, D, page, dtype):
     """And with the bits that the contiguous cache gives."""
     q, k, v = make(3, 4, 2, T, 150, D, dtype)
@@ -214,7 +234,7 @@ def test_parity_paged(T, window, D, page, dtype):
 
 @pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [40, 64])
+@pytest.mark.parametrize("D", [40, 64, (64, 40)])
 @pytest.mark.parametrize("T, page", [(1, None), (3, None), (70, None), (1, 16), (70, 64)])
 def test_parity_quantised(T, page, D, dtype, kv_dtype):
     q, k, v = make(3, 4, 2, T, 150, D, dtype)
@@ -227,11 +247,13 @@ def test_parity_quantised(T, page, D, dtype, kv_dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case, dtype", thinned([(1, None), (4, None), (1, 2500)], DTYPES, one_of=3), ids=str)
+@pytest.mark.parametrize(
+    "case, dtype", thinned([(1, None, 64), (4, None, 64), (1, 2500, 64), (1, None, (24, 40))], DTYPES, one_of=3), ids=str
+)
 def test_parity_with_splits_of_the_keys(case, dtype):
     """Also where all keys are in the first, and with the bits of only those."""
-    T, window = case
-    q, k, v = make(3, 4, 2, T, 5000, 64, dtype)
+    T, window, D = case
+    q, k, v = make(3, 4, 2, T, 5000, D, dtype)
     lengths = torch.tensor([0, 83, 5000], dtype=torch.int32)
     options = {"window": window, "sinks": torch.ones(4), "kv_lengths": lengths}
     check_parity(q, k, v, **options)
@@ -390,7 +412,7 @@ def by_the_formula(q, k, v, causal=True, scale=None, window=None, softcap=None, 
     """out and lse in float64, one score at a time."""
     (B, H, T, D), S = q.shape, k.shape[2]
     scale = D**-0.5 if scale is None else scale
-    out, lse = torch.zeros(B, H, T, D, dtype=torch.float64), torch.full((B, H, T), -torch.inf, dtype=torch.float64)
+    out, lse = torch.zeros(B, H, T, v.shape[3], dtype=torch.float64), torch.full((B, H, T), -torch.inf, dtype=torch.float64)
     whole = torch.broadcast_to
     mask = None if mask is None else whole(mask, (B, H, T, S))
     bias = None if bias is None else whole(bias, (B, H, T, S)).double()
@@ -421,8 +443,7 @@ def by_the_formula(q, k, v, causal=True, scale=None, window=None, softcap=None, 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_reference_is_the_formula(feature):
-    shape = (2, 4, 2, 5, 9, 8)
-    q, k, v = inputs(*shape, torch.float64)
+    q, k, v = inputs(2, 4, 2, 5, 9, (8, 12), torch.float64)
     arguments = options(feature, 2, 4, 5, 9, torch.float64)
     expected = by_the_formula(q, k, v, **arguments)
     for actual, wanted in zip(attention_reference(q, k, v, **arguments, return_lse=True), expected):
@@ -432,7 +453,8 @@ def test_reference_is_the_formula(feature):
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features_through_the_public_operation(feature):
     """Forward and backward, the same numbers as through the operators."""
-    call = ops.Call(*inputs(2, 4, 2, 5, 9, 8, torch.float32), **{"scale": 0.35} | options(feature, 2, 4, 5, 9, torch.float32))
+    tensors, arguments = inputs(2, 4, 2, 5, 9, (8, 12), torch.float32), options(feature, 2, 4, 5, 9, torch.float32)
+    call = ops.Call(*tensors, **{"scale": 0.35} | arguments)
     leaves = {name: getattr(call, name) for name in ("q", "k", "v", "bias", "sinks")}
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items() if x is not None}
     out, lse = attention(**call._replace(**leaves)._asdict(), return_lse=True, impl="cpp")
@@ -488,10 +510,10 @@ def packed(q, k, v):
 @pytest.mark.parametrize("feature", PACKED_FEATURES[:-1])  # dropout counts sequences
 def test_packed_sequences_are_a_loop(feature, impl):
     """The same bits, and gradients."""
-    leaves = [x.requires_grad_() for x in inputs(1, 4, 2, 8, 12, 16, torch.float32)]
+    leaves = [x.requires_grad_() for x in inputs(1, 4, 2, 8, 12, (16, 24), torch.float32)]
     arguments = options(feature, 1, 4, 8, 12, torch.float32) | {"impl": impl, "return_lse": True}
     out, lse = attention_varlen(*packed(*leaves), CU_Q, CU_K, 5, 6, **arguments)
-    assert out.shape == (8, 4, 16) and lse.shape == (4, 8)
+    assert out.shape == (8, 4, 24) and lse.shape == (4, 8)
     dout = torch.randn(out.shape)
     gradients = torch.autograd.grad(out, leaves, dout)
     q, k, v = leaves
@@ -506,10 +528,11 @@ def test_packed_sequences_are_a_loop(feature, impl):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature", PACKED_FEATURES)
-def test_parity_of_packed_sequences(feature, dtype):
+@pytest.mark.parametrize("D", [40, (40, 24)])
+def test_parity_of_packed_sequences(D, feature, dtype):
     starts = ([0, 70, 70, 75, 205], [0, 90, 93, 98, 300])
     packing = ops.Packing(*(torch.tensor(numbers, dtype=torch.int32) for numbers in starts), 130, 202)
-    call = ops.Call(*inputs(1, 4, 2, 205, 300, 40, dtype), **{"scale": 0.15} | options(feature, 1, 4, 205, 300, dtype))
+    call = ops.Call(*inputs(1, 4, 2, 205, 300, D, dtype), **{"scale": 0.15} | options(feature, 1, 4, 205, 300, dtype))
     check_all(call, lambda call, douts: run_cpp_packed(call, packing, douts), packing)
 
 
@@ -547,7 +570,7 @@ def test_reference_gradients():
 
 @pytest.mark.slow
 def test_opcheck():
-    q, k, v = make(2, 4, 2, 3, 20, 16)
+    q, k, v = make(2, 4, 2, 3, 20, (16, 24))
     lengths = torch.tensor([5, 20], dtype=torch.int32)
     for options in ({}, {"kv_lengths": lengths}, {"kv_lengths": lengths, "window": 7}):
         torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), options)
@@ -559,7 +582,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("feature", ["plain", "lengths", "bias of queries", "everything"])
 def test_opcheck_of_gradients(feature):
-    call = ops.Call(*make(2, 4, 2, 3, 20, 16), **{"scale": 0.25} | options(feature, 2, 4, 3, 20, torch.float32))
+    call = ops.Call(*make(2, 4, 2, 3, 20, (16, 24)), **{"scale": 0.25} | options(feature, 2, 4, 3, 20, torch.float32))
     torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, tuple(call))
     out, lse = torch.ops.fastgpt.attention_forward(*call)
     arguments = (out, lse, out, lse, call.bias is not None, *call[:12], call.dropout_p, call.dropout_seed)
@@ -567,7 +590,7 @@ def test_opcheck_of_gradients(feature):
 
 
 def test_opcheck_of_packed_sequences():
-    q, k, v = make(1, 4, 2, 8, 12, 16)
+    q, k, v = make(1, 4, 2, 8, 12, (16, 24))
     packing, options = (CU_Q, CU_K, 5, 6), {"sinks": torch.ones(4)}
     torch.library.opcheck(torch.ops.fastgpt.attention_varlen_forward.default, (*packing, q, k, v, True, 0.25), options)
     out, lse = torch.ops.fastgpt.attention_varlen_forward(*packing, q, k, v, True, 0.25, **options)
@@ -575,8 +598,9 @@ def test_opcheck_of_packed_sequences():
     torch.library.opcheck(torch.ops.fastgpt.attention_varlen_backward.default, arguments, options)
 
 
-def test_fake_strides_are_real_strides():
-    q, k, v = make(2, 4, 2, 3, 20, 16)
+@pytest.mark.parametrize("D", [16, (16, 24)])
+def test_fake_strides_are_real_strides(D):
+    q, k, v = make(2, 4, 2, 3, 20, D)
     real = torch.ops.fastgpt.attention_forward(q, k, v, True, 0.25)
     fake = torch.ops.fastgpt.attention_forward(q.to("meta"), k.to("meta"), v.to("meta"), True, 0.25)
     for a, b in zip(real, fake):
@@ -585,7 +609,7 @@ def test_fake_strides_are_real_strides():
 
 @pytest.mark.parametrize("feature", ["plain", "window", "sinks", "mask", "dropout", "everything"])
 def test_compiles_as_one_graph(feature):
-    q, k, v = inputs(2, 4, 2, 5, 9, 8, torch.float32)
+    q, k, v = inputs(2, 4, 2, 5, 9, (8, 12), torch.float32)
     arguments = options(feature, 2, 4, 5, 9, torch.float32)
     torch._dynamo.reset()  # each feature compiles this test's function anew, which is limited
 
@@ -641,7 +665,10 @@ BAD = {
     "dimensions": ((Q[0], KV, KV), {}, ValueError, r"q: expected 4 dimensions, got shape \(4, 3, 16\)"),
     "dtype": ((Q.int(), KV, KV), {}, TypeError, "q: expected dtype .*, got torch.int32"),
     "mixed dtypes": ((Q, KV.half(), KV), {}, TypeError, "k: expected dtype torch.float32 or .*, got torch.float16"),
-    "head dim": ((Q.repeat(1, 1, 1, 17), KV, KV), {}, ValueError, "q: expected a head dim from 1 to 256, got 272"),
+    "head dim": ((Q.repeat(1, 1, 1, 37), KV, KV), {}, ValueError, "q: expected a head dim from 1 to 576, got 592"),
+    "head dim of values": ((Q, KV, KV.repeat(1, 1, 1, 37)), {}, ValueError, "v: expected a head dim from 1 to 576, got 592"),
+    "no values": ((Q, KV, KV[..., :0]), {}, ValueError, r"v: expected a head dim from 1 to 576, got 0 in shape \(2, 2, 5, 0\)"),
+    "head dim of keys": ((Q, KV[..., :8], KV), {}, ValueError, r"k: expected shape \(2, 2, 5, 16\) .*, got \(2, 2, 5, 8\)"),
     "heads": ((Q[:, :3], KV, KV), {}, ValueError, "k: expected a number of heads that divides q's 3, got 2"),
     "batch": ((Q, KV[:1], KV), {}, ValueError, r"k: expected shape \(2, 2, 5, 16\) .*, got \(1, 2, 5, 16\)"),
     "v": ((Q, KV, KV[:, :, :4]), {}, ValueError, r"v: expected shape \(2, 2, 5, 16\) .*, got \(2, 2, 4, 16\)"),
@@ -708,6 +735,7 @@ def test_operators_check_what_memory_safety_needs():
 
     for call, message in (
         (lambda: backward(dout=out[:, :, :7]), "dout: unexpected shape"),
+        (lambda: backward(dout=out[..., :8]), "dout: unexpected shape"),
         (lambda: backward(dout=out.half()), "dout: expected the dtype of q"),
         (lambda: backward(dout=torch.zeros(1, 4, 16, 8).mT), "dout: expected a contiguous last dimension"),
         (lambda: backward(dlse=lse[:, :3]), "dlse: unexpected shape"),

@@ -10,13 +10,13 @@ from fastgpt import attention, attention_reference, attention_varlen
 
 pytestmark = pytest.mark.threads
 
-B, H, H_KV, S, D = 2, 4, 2, 70, 16
+B, H, H_KV, S, D, D_V = 2, 4, 2, 70, 16, 24  # D_V: head dim of values
 IMPLS = ("cpp", "reference")
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 
 
 def inputs(T, dtype=torch.float32):
-    return torch.randn(B, H, T, D).to(dtype), torch.randn(B, H_KV, S, D).to(dtype), torch.randn(B, H_KV, S, D).to(dtype)
+    return torch.randn(B, H, T, D).to(dtype), torch.randn(B, H_KV, S, D).to(dtype), torch.randn(B, H_KV, S, D_V).to(dtype)
 
 
 def hide(how, T, key):
@@ -57,7 +57,7 @@ def test_what_a_query_does_not_see_does_not_reach_it(how, what, T, impl):
     else:
         seen[-1 if how == "causal" else -(-T // 2) :] = True
     call = {"q": q, "k": k, "v": v, **options}
-    dout, dlse = torch.randn(B, H, T, D), torch.randn(B, H, T)
+    dout, dlse = torch.randn(B, H, T, D_V), torch.randn(B, H, T)
     # Gradients of queries that see the key would make all that of keys infinite.
     dout[:, :, seen], dlse[:, :, seen] = 0.0, 0.0
     expected = with_gradients(call, impl, dout, dlse)
@@ -78,7 +78,7 @@ def test_queries_do_not_reach_keys_that_they_do_not_see(number, impl):
     """What is not finite in q, or in the gradient of out, makes no gradient NaN of a key that the query does not see."""
     T = 40
     for name in ("q", "dout"):
-        tensors = dict(zip("qkv", inputs(T)), dout=torch.randn(B, H, T, D))
+        tensors = dict(zip("qkv", inputs(T)), dout=torch.randn(B, H, T, D_V))
         tensors[name][:, :, 7] = number
         mask = torch.ones(T, S, dtype=torch.bool)
         mask[7, 20:] = False
@@ -104,7 +104,7 @@ def test_rows_that_see_no_key(how, sinks, T, impl):
     call |= {"bias": torch.zeros(T, 1).masked_fill(hidden, -math.inf)} if how == "bias" else {"mask": ~hidden}
     if sinks:
         call["sinks"] = torch.randn(H)
-    dout, dlse = torch.randn(B, H, T, D), torch.randn(B, H, T)
+    dout, dlse = torch.randn(B, H, T, D_V), torch.randn(B, H, T)
     for number in (0.0, math.nan):
         if number != 0.0:
             call |= {"k": torch.full_like(k, number), "v": torch.full_like(v, number)}
@@ -126,7 +126,7 @@ def test_infinite_scores(T, impl):
     out, lse = attention(q, k, v, bias=bias, causal=False, return_lse=True, impl=impl)
     assert out[0, 1, 0].isnan().all() and lse[0, 1, 0] == math.inf
     bias[0, 1, 0, 3] = 0.0
-    assert torch.equal(out.isnan().sum(), torch.tensor(D))
+    assert torch.equal(out.isnan().sum(), torch.tensor(D_V))
     q = q.abs() + 0.1
     k[:, :, 5] = -math.inf
     rest = [i for i in range(S) if i != 5]
@@ -138,7 +138,7 @@ def test_infinite_scores(T, impl):
 
 def test_long_caches_in_splits():
     """A token's keys, cut into splits, of which one holds what it does not see."""
-    q, k, v = torch.randn(1, 2, 1, D), torch.randn(1, 1, 5000, D), torch.randn(1, 1, 5000, D)
+    q, k, v = torch.randn(1, 2, 1, D), torch.randn(1, 1, 5000, D), torch.randn(1, 1, 5000, D_V)
     mask = torch.ones(5000, dtype=torch.bool)
     mask[2100:2200] = False
     expected = attention(q, k, v, mask=mask, return_lse=True)
@@ -149,7 +149,7 @@ def test_long_caches_in_splits():
 
 def test_packed_sequences_do_not_reach_each_other():
     starts = torch.tensor([0, 5, 12], dtype=torch.int32)
-    q, k, v = torch.randn(12, H, D), torch.randn(12, H_KV, D), torch.randn(12, H_KV, D)
+    q, k, v = torch.randn(12, H, D), torch.randn(12, H_KV, D), torch.randn(12, H_KV, D_V)
     expected = attention_varlen(q, k, v, starts, starts, 7, 7)
     for x in (q, k, v):
         x[5:] = math.nan

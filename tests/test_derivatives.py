@@ -127,7 +127,8 @@ class Case:
         self.reference = lambda *xs: reference(**fixed, **dict(zip(self.names, xs)))
 
 
-B, H, H_KV, T, S, D = 2, 4, 2, 3, 5, 8
+B, H, H_KV, T, S = 2, 4, 2, 3, 5
+D = 8, 6  # of keys and of values
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
 
 
@@ -164,12 +165,12 @@ def through_update(update, rotated):
     """An update of caches that are made here, and what it leaves in them."""
 
     def function(k, v, q=None):
-        caches = [torch.zeros(B, H_KV, S, D, dtype=k.dtype) + 0 * x.sum() for x in (k, v)]
+        caches = [torch.zeros(B, H_KV, S, x.shape[-1], dtype=k.dtype) + 0 * x.sum() for x in (k, v)]
         positions = torch.arange(1, 1 + T).expand(B, T)
         if not rotated:
             update(k, v, *caches, positions)
             return tuple(caches)
-        angles = torch.linspace(0, 3, S * D // 2).view(S, D // 2).to(torch.promote_types(k.dtype, torch.float32))
+        angles = torch.linspace(0, 3, S * 4).view(S, 4).to(torch.promote_types(k.dtype, torch.float32))
         return update(q, k, v, *caches, positions, angles.cos(), angles.sin()), *caches
 
     return function
@@ -191,7 +192,7 @@ def flash_case():
     return Case(flash_attn.flash_attn_func, flash_reference, {"q": q, "k": k, "v": v}, ("q", "k", "v"))
 
 
-def sdpa_case():
+def sdpa_case(D):
     query, key, value = inputs(B, H, H, T, S, D, torch.float32)
     named = {"query": query, "key": key, "value": value}
 
@@ -229,7 +230,8 @@ CASES = {
     "kv_cache_update": lambda: update_case(kv_cache_update, kv_cache_update_reference, False),
     "rope_kv_cache_update": lambda: update_case(rope_kv_cache_update, rope_kv_cache_update_reference, True),
     "flash_attn": flash_case,
-    "sdpa": sdpa_case,
+    "sdpa": lambda: sdpa_case(8),
+    "sdpa, values of another head dim": lambda: sdpa_case(D),
     "transformers": drop_in_case,
 }
 

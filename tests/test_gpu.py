@@ -84,11 +84,13 @@ CHANGES = [
 
 @implementations
 @pytest.mark.parametrize("page", [None, 4])
-def test_update_kernels_one_by_one(page, impl):
-    """What benchmarks.sanitizer runs: every kernel of both operations, in several blocks, with tokens that are skipped."""
+@pytest.mark.parametrize("times", [1, 3])
+def test_update_kernels_one_by_one(times, page, impl):
+    """What benchmarks.sanitizer runs: every kernel of both operations, in several blocks, with tokens that are skipped; of
+    values as long as keys or three times as long."""
     for dtype, D, cache_dtype, rotary in [*((*copy, 0) for copy in COPIES), *CHANGES]:
         for interleaved in (False, True)[: 2 if rotary else 1]:
-            expected = update_inputs(3, 2, 7, 9, D, dtype, "token-major", cache_dtype, page)
+            expected = update_inputs(3, 2, 7, 9, D, dtype, "token-major", cache_dtype, page, D_v=times * D)
             update, reference = kv_cache_update, kv_cache_update_reference
             if rotary:
                 update, reference = rope_kv_cache_update, rope_kv_cache_update_reference

@@ -53,14 +53,17 @@ def sentinel(shape, dtype):
 
 def same(a, b):
     """Equal bit for bit, NaN included."""
-    return a.shape == b.shape and torch.equal(*(x.flatten().clone().view(torch.uint8) for x in (a, b)))
+    flat = (x.flatten().clone(memory_format=torch.contiguous_format) for x in (a, b))
+    return a.shape == b.shape and torch.equal(*(x.view(torch.uint8) for x in flat))
 
 
 def draw_update(data, min_dim=1):
     """Random arguments of kv_cache_update, as a dict."""
     B, H, T, S = (data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 3), (0, 9), (1, 12)))
     aligned = data.draw(st.booleans())  # as wide accesses want it
-    D = data.draw(st.sampled_from([16, 32, 64, 80, 96, 128, 256]) if aligned else st.integers(min_dim, 80))
+    dims = st.sampled_from([16, 32, 64, 80, 96, 128, 256]) if aligned else st.integers(min_dim, 80)
+    D = data.draw(dims)
+    D_v = data.draw(st.just(D) | dims)
     dtype = data.draw(st.sampled_from(DTYPES))
     cache_dtype = data.draw(st.sampled_from([dtype, torch.int8, torch.float8_e4m3fn]))
     index = data.draw(st.sampled_from([torch.int32, torch.int64]))
@@ -76,8 +79,8 @@ def draw_update(data, min_dim=1):
             block_table = block_table.mT.contiguous().mT
     # Numbers of very different size, zeros among them.
     size = 10.0 ** torch.randint(-6, 4, (B, H, T, 1)) * (torch.rand(B, H, T, 1) < 0.9)
-    k, v = (laid_out(tokens(B, H, T, D, torch.float32).mul(size).to(dtype), data.draw(layouts(aligned))) for _ in range(2))
-    caches = [laid_out(sentinel((first, H, rows, D), cache_dtype), data.draw(layouts(aligned))) for _ in range(2)]
+    k, v = (laid_out(tokens(B, H, T, x, torch.float32).mul(size).to(dtype), data.draw(layouts(aligned))) for x in (D, D_v))
+    caches = [laid_out(sentinel((first, H, rows, x), cache_dtype), data.draw(layouts(aligned))) for x in (D, D_v)]
     scales = [None, None]
     if cache_dtype != dtype:
         scales = [laid_out(torch.full((first, H, rows, 1), SENTINEL), data.draw(layouts(aligned)))[..., 0] for _ in range(2)]

@@ -346,7 +346,7 @@ def eager(name: str):
 
 
 @pytest.mark.parametrize("asked", [True, False])
-@pytest.mark.parametrize("D", [8, 264])  # the latter is more than the kernels take
+@pytest.mark.parametrize("D", [8, 584])  # the latter is more than the kernels take
 @pytest.mark.parametrize("model, options", [("gemma2", {"softcap": 2.0}), ("gpt_oss", {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])})])
 def test_softcap_and_sinks(model, options, D, asked):
     """With all weights if asked for."""
@@ -398,9 +398,9 @@ def test_weights(window, side):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"D": 264}, "head dims 264"),
+        ({"D": 584}, "head dims 584"),
         ({"B": 1}, "1 x 4 heads of queries, 3 x 4 of keys"),
-        ({"v": 16}, "head dims 8, 8, 16"),
+        ({"v": 584}, "head dims 8, 8, 584"),
         ({"dropout": 1.0}, "dropout 1.0"),
     ],
 )

@@ -31,7 +31,7 @@ def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
-    """Attention of q (B, T, H, D) to k, v (B, S, H_kv, D), H a multiple of H_kv.
+    """Attention of q (B, T, H, D) to k (B, S, H_kv, D) and v (B, S, H_kv, D_v), H a multiple of H_kv.
 
     Args:
         dropout_p: see `fastgpt.attention`.
@@ -42,7 +42,7 @@ def flash_attn_func(
         deterministic: it always is.
         return_attn_probs: also return the log-sum-exp, and an empty tensor for the weights.
 
-    Returns: out (B, T, H, D), or (out, lse (B, H, T) fp32, empty).
+    Returns: out (B, T, H, D_v), or (out, lse (B, H, T) fp32, empty).
     Raises: TypeError, ValueError: argument, expected, got. Shapes of q, k and v in messages have heads before tokens.
     """
     require_tensor("q", q, 4)
@@ -84,7 +84,8 @@ def flash_attn_varlen_func(
 
     Args:
         q: (total_q, H, D). Sequence b has rows cu_seqlens_q[b] to cu_seqlens_q[b+1].
-        k, v: (total_k, H_kv, D) likewise; with a block table a pool of pages (num_pages, page, H_kv, D).
+        k: (total_k, H_kv, D) likewise; with a block table a pool of pages (num_pages, page, H_kv, D).
+        v: as k, with a head dim D_v that may be another.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device, ascending from 0. Rows past the last sequence count for
             nothing: their out is 0 and their lse -inf.
         max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
@@ -92,7 +93,7 @@ def flash_attn_varlen_func(
         The rest: see `flash_attn_func`. Windows to the right, alibi_slopes (B, H) and block tables are served by padding
             the sequences to the longest, which takes that much more time and memory.
 
-    Returns: out (total_q, H, D), or (out, lse (H, total_q) fp32, empty).
+    Returns: out (total_q, H, D_v), or (out, lse (H, total_q) fp32, empty).
     """
     require_tensor("q", q, 3)
     options = _options(q, causal, window_size, softcap, alibi_slopes, softmax_scale, dropout_p, return_attn_probs)
@@ -160,8 +161,9 @@ def flash_attn_with_kvcache(
 
     Args:
         q: (B, T, H, D).
-        k_cache, v_cache: (B_cache, S, H_kv, D), or with a block table a pool of pages (num_pages, page, H_kv, D); written.
-        k, v: (B, T_new, H_kv, D), stored from position cache_seqlens on.
+        k_cache: (B_cache, S, H_kv, D), or with a block table a pool of pages (num_pages, page, H_kv, D); written.
+        v_cache: as k_cache, with a head dim D_v that may be another.
+        k, v: (B, T_new, H_kv, D) and (B, T_new, H_kv, D_v), stored from position cache_seqlens on.
         rotary_cos, rotary_sin: (positions, R / 2), best in fp32: rotate the first R dimensions of new keys, at position
             cache_seqlens + t, and of q: at cache_seqlens + t with `causal` or a window, else all at cache_seqlens.
         cache_seqlens: int, or (B,) int32: tokens of each sequence in the cache before this call. None: it is full.
@@ -173,7 +175,7 @@ def flash_attn_with_kvcache(
         return_softmax_lse: also return the log-sum-exp.
         The rest: see `flash_attn_func`, with cache_seqlens + T_new for S.
 
-    Returns: out (B, T, H, D), or (out, lse (B, H, T) fp32). Their backward pass raises RuntimeError.
+    Returns: out (B, T, H, D_v), or (out, lse (B, H, T) fp32). Their backward pass raises RuntimeError.
     Raises: TypeError, ValueError: argument, expected, got, before anything is written; on CPU also for a token outside the
         cache or the rows of rotary_cos.
     """
@@ -219,14 +221,16 @@ def _check_attends(q, k_cache, v_cache, alibi_slopes) -> None:
     """Raises what the attention would raise for tensors that do not go together."""
     H, D = q.shape[2:]
     require_dtype("q", q, (*KERNEL_DTYPES, torch.float64))
-    if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head dim from 1 to {MAX_HEAD_DIM}, got {D} in shape {tuple(q.shape)}")
+    for name, x in (("q", q), ("v_cache", v_cache)):
+        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
+            got = f"{x.shape[3]} in shape {tuple(x.shape)}"
+            raise ValueError(f"{name}: expected a head dim from 1 to {MAX_HEAD_DIM}, got {got}")
     heads = k_cache.shape[2]
     if heads == 0 or H % heads:
         raise ValueError(f"k_cache: expected a number of heads that divides q's {H}, got {heads}")
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+    for name, x, head_dim in (("k_cache", k_cache, D), ("v_cache", v_cache, v_cache.shape[3])):
         require_dtype(name, x, (q.dtype,))
-        require_shape(name, x, (*k_cache.shape[:3], D), "to match q and k_cache")
+        require_shape(name, x, (*k_cache.shape[:3], head_dim), "to match q and k_cache")
         require_device(name, x, q.device)
     if alibi_slopes is not None:
         whole = (H,) if alibi_slopes.dim() == 1 else (len(q), H)
@@ -292,7 +296,8 @@ def attend(
     q, k, v, *, causal, window_size, softcap, alibi_slopes, scale, lengths=None, leftpad=None, block_table=None,
     dropout_p=0.0, dropout_seed=None,
 ):  # fmt: skip
-    """(out (B, T, H, D), lse (B, H, T)) of q (B, T, H, D) and k, v (B, S, H_kv, D) or pages (num_pages, page, H_kv, D)."""
+    """(out (B, T, H, D_v), lse (B, H, T)) of q (B, T, H, D), k (B, S, H_kv, D) and v (B, S, H_kv, D_v), or pages of them
+    (num_pages, page, H_kv, D or D_v)."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require_tensor(name, x, 4)
     causal, window, right = bounds(causal, window_size)
@@ -323,7 +328,7 @@ def attend_packed(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, causal, window_size, softcap, alibi_slopes, scale,
     lengths=None, block_table=None, dropout_p=0.0, dropout_seed=None,
 ):  # fmt: skip
-    """(out (total_q, H, D), lse (H, total_q)) of packed sequences. lengths: (B,) keys that each has, if not all."""
+    """(out (total_q, H, D_v), lse (H, total_q)) of packed sequences. lengths: (B,) keys that each has, if not all."""
     options = {
         "softcap": softcap, "alibi_slopes": alibi_slopes, "scale": scale, "dropout_p": dropout_p,
         "dropout_seed": dropout_seed,

@@ -10,8 +10,8 @@ Importing this module makes the name known, and activates nothing. Served are al
 windows; not the weights themselves (return_debug_mask), gradients through windows to the right, and 8-bit floats, which
 PyTorch's own operators keep: RuntimeError.
 
-The functions have the names of the operators of aten that they override. q, k, v and results are (B, T, H, D), or packed
-(total, H, D), and (B, H, T, D) for scaled_dot_product_...; causal attention is aligned to the bottom right.
+The functions have the names of the operators of aten that they override. q, k, v and results are (B, T, H, head dim), or packed
+(total, H, head dim), and (B, H, T, head dim) for scaled_dot_product_...; causal attention is aligned to the bottom right.
 """
 
 import torch
@@ -136,6 +136,9 @@ def _window(left, right):
 
 
 def _in_order_of(like, x):
-    """x with its dimensions in memory in the order of those of `like`: what graphs were compiled for."""
+    """x with its dimensions in memory in the order of those of `like`: what graphs were compiled for. For values of another
+    head dim there are none."""
+    if x.shape != like.shape:
+        return x
     expected = torch.empty_like(like)
     return x if x.stride() == expected.stride() else expected.copy_(x)

@@ -13,7 +13,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, attention
+from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, attention, triton_refuses_head_dims
 from fastgpt.ops.derivatives import transforms_active
 from fastgpt.ops.dropout import keep_mask
 from fastgpt.ops.explain import OPERATIONS
@@ -24,7 +24,6 @@ from fastgpt.ops.library import without_autograd
 _attention_forward = without_autograd(torch.ops.fastgpt.attention_forward.default)
 _attention_backward = without_autograd(torch.ops.fastgpt.attention_backward.default)
 
-FEW_QUERIES = 16
 LARGEST_SCALE = torch.finfo(torch.float32).max
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -133,7 +132,7 @@ def _serve_common(query, key, value, attn_mask, dropout_p, is_causal, scale, ena
         return None
     _, H, T, E = query.shape
     keys = key.shape
-    if E < 2 or keys != value.shape or not (T and keys[2]) or (keys[1] != H and not enable_gqa):
+    if E < 2 or keys[:3] != value.shape[:3] or not (T and keys[2]) or (keys[1] != H and not enable_gqa):
         return None
     options = {}
     if attn_mask is not None:
@@ -146,7 +145,7 @@ def _serve_common(query, key, value, attn_mask, dropout_p, is_causal, scale, ena
         out, _ = _attention_forward(query, key, value, is_causal, E**-0.5 if scale is None else scale, **options)
     except (RuntimeError, TypeError, ValueError):
         return None
-    return _in_order_of(query, out)
+    return _in_order_of(query, out) if value.shape[3] == E else out.contiguous()  # as PyTorch's unfused function
 
 
 def _refuses(*call) -> str | None:
@@ -194,6 +193,9 @@ def _refuses_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale
     if query.is_cuda and (reason := triton_unusable(query.device)) is not None:
         return reason
     reason = _refuses_shapes(query.shape, key.shape, value.shape, is_causal, enable_gqa)
+    if reason is None and query.is_cuda:
+        gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        reason = triton_refuses_head_dims(query, value, gradients)
     if reason is not None:
         return reason
     if not 0 <= dropout_p < 1:
@@ -222,8 +224,6 @@ def _refuses_shapes(q, k, v, is_causal, enable_gqa) -> str | None:
     # What the kernels would be made to serve in a longer time.
     if is_causal and q[-2] > k[-2]:
         return "is_causal with more queries than keys takes two calls"
-    if q[-1] != v[-1] and q[-2] < FEW_QUERIES:
-        return f"values of another head dim are padded, which pays from {FEW_QUERIES} queries on"
     return None
 
 
@@ -257,8 +257,6 @@ def _serve_any(query, key, value, attn_mask, dropout_p, is_causal, scale, enable
     q, k, v, mask = query, key, value, attn_mask
     if query.dim() != 4:
         q, k, v, mask = _in_four_dimensions(query, key, value, attn_mask)
-    if E != Ev:
-        q, k, v = (F.pad(x, (0, max(E, Ev) - x.shape[-1])) for x in (q, k, v))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     T = q.shape[2]
     if is_causal and T < k.shape[2]:  # no query sees the other keys
@@ -270,7 +268,7 @@ def _serve_any(query, key, value, attn_mask, dropout_p, is_causal, scale, enable
     out = _attention(q, k, v, bias, mask, is_causal, scale, dropout_p, differentiable)
     if fused:
         return _in_order_of(query, out)
-    out = out[..., :Ev].reshape(*query.shape[:-1], Ev)
+    out = out.reshape(*query.shape[:-1], Ev)
     # The unfused function does not need its result for gradients, so it may be written to: that of ours may not.
     return out.clone(memory_format=torch.contiguous_format) if out.requires_grad else out.contiguous()
 

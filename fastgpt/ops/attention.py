@@ -24,7 +24,8 @@ from fastgpt.ops.library import library, without_autograd
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, dequantise
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 576  # of keys and of values, which may differ: MLA (arXiv 2405.04434) has 576 and 512, or 192 and 128
+TRITON_MAX_DIFFERENTIABLE_DIM = 256
 # Kernels compute in fp32: a scale fits, and neither a soft cap nor its inverse is subnormal.
 LARGEST_SCALE = torch.finfo(torch.float32).max
 SOFTCAPS = 2.0**-126, 2.0**126
@@ -78,10 +79,11 @@ def attention(
     either's gradients, even where it is NaN; on CUDA that holds for keys past kv_lengths and pages that are not read.
 
     Args:
-        q: (B, H, T, D) fp16|bf16|fp32, D <= 256, last dimension contiguous, other strides free. fp64 too, which only
-            the reference serves.
-        k, v: (B, H_kv, S, D), or with a block table a pool of pages (num_pages, H_kv, page, D); device of q, and its
-            dtype, or int8 or float8_e4m3fn with scales; H must be a multiple of H_kv.
+        q: (B, H, T, D) fp16|bf16|fp32, D <= 576, last dimension contiguous, other strides free. fp64 too, which only the
+            reference serves.
+        k: (B, H_kv, S, D), or with a block table a pool of pages (num_pages, H_kv, page, D); device of q, and its dtype, or
+            int8 or float8_e4m3fn with scales; H must be a multiple of H_kv.
+        v: (B, H_kv, S, D_v), or with a block table (num_pages, H_kv, page, D_v); as k, but for its head dim: D_v <= 576.
         causal: bottom-right aligned: query i sees key j when j <= i + L - T.
             T=2, L=5 attends  1 1 1 1 0
                               1 1 1 1 1
@@ -110,7 +112,7 @@ def attention(
             one never falls back: it raises ValueError with the reason. `fastgpt.explain` tells without running.
 
     Returns:
-        out (B, H, T, D) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log.
+        out (B, H, T, D_v) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log.
         A row that sees no key gives zeros, lse = -inf and zero gradients.
 
     Gradients by q, k, v, bias and sinks come from the kernels; the reference, whose scores take memory in T · S, serves all
@@ -167,13 +169,13 @@ def attention_varlen(
     """`attention` of sequences of different lengths, packed one after the other without padding.
 
     Args:
-        q: (total_q, H, D); k, v: (total_k, H_kv, D). Sequence b has rows cu_seqlens_q[b] to cu_seqlens_q[b+1] of q,
-            and cu_seqlens_k[b] to cu_seqlens_k[b+1] of k and v.
+        q: (total_q, H, D); k: (total_k, H_kv, D); v: (total_k, H_kv, D_v). Sequence b has rows cu_seqlens_q[b] to
+            cu_seqlens_q[b+1] of q, and cu_seqlens_k[b] to cu_seqlens_k[b+1] of k and v.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device, ascending from 0 to total_q and total_k.
         max_q, max_k: at least the queries and keys of the longest sequence.
         The rest: as in `attention`, within each sequence.
 
-    Returns: out (total_q, H, D); with return_lse the pair (out, lse), lse (H, total_q) fp32.
+    Returns: out (total_q, H, D_v); with return_lse the pair (out, lse), lse (H, total_q) fp32.
     Raises: TypeError, ValueError as `attention`; on CPU also for cu_seqlens that are not as above.
     """
     require_flag("return_lse", return_lse)
@@ -193,7 +195,7 @@ def attention_varlen(
             _VarlenAttention.apply(_savable(packing), *_savable(call)) if _needs_gradients(call)
             else _attention_varlen_forward(*packing, *_varlen_arguments(call))
         )  # fmt: skip
-    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # (total_q, H, D), (H, total_q)
+    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # (total_q, H, D_v), (H, total_q)
     return (out, lse) if return_lse else out
 
 
@@ -217,7 +219,7 @@ def attention_varlen_reference(
 
 
 def _packed_call(q, k, v, **options) -> Call:
-    """Checked; q, k, v as (1, heads, total, D): one sequence whose batch dimension does not count."""
+    """Checked; q, k, v as (1, heads, total, head dim): one sequence whose batch dimension does not count."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require_tensor(name, x, 3)
     return _check(Call(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), **options))
@@ -266,14 +268,14 @@ def attention_reference(
 ):  # fmt: skip
     """The same function in plain PyTorch: every device, every float dtype (float64 too), differentiable.
 
-    Scores and softmax are computed in fp32 at least. Holds the (B, H, T, S) scores in memory. v may have a head dim of its own.
+    Scores and softmax are computed in fp32 at least. Holds the (B, H, T, S) scores in memory.
     """
     require_flag("return_lse", return_lse)
     call = Call(
         q, k, v, causal, scale, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale,
         v_scale, dropout_p, dropout_seed,
     )  # fmt: skip
-    call = _check(call, any_v_dim=True)
+    call = _check(call)
     _check_pages(k, block_table, kv_lengths)
     return _reference(call, return_lse)
 
@@ -342,7 +344,7 @@ def _products(q, k):
 
 
 def _weighted(weights, seen, v):
-    """weights (..., T, S) · v (..., S, D), of what is not finite in v only what is seen (..., T, S)."""
+    """weights (..., T, S) · v (..., S, D_v), of what is not finite in v only what is seen (..., T, S)."""
     infinite = torch.cat([v.isnan() | (v == torch.inf), v.isnan() | (v == -torch.inf)], dim=-1)
     up, down = (seen.to(v.dtype) @ infinite.to(v.dtype) > 0).chunk(2, dim=-1)
     beyond = torch.where(up, torch.inf, 0.0) - torch.where(down, torch.inf, 0.0)  # both: NaN
@@ -350,44 +352,44 @@ def _weighted(weights, seen, v):
 
 
 def _keys(x, scale, block_table, dtype):
-    """Keys or values as the numbers they stand for: (B, H_kv, S, D) in `dtype`."""
+    """Keys or values as the numbers they stand for: (B, H_kv, S, head dim) in `dtype`."""
     if block_table is not None:
         index = block_table.clamp(0, x.shape[0] - 1).long()  # entries that are never read may be anything
-        # (B, pages, H_kv, page, D) -> (B, H_kv, pages * page, D); float8 has no indexing
+        # (B, pages, H_kv, page, head dim) -> (B, H_kv, pages * page, head dim); float8 has no indexing
         x = x.view(torch.uint8)[index].view(x.dtype) if x.itemsize == 1 else x[index]
         x = x.transpose(1, 2).flatten(2, 3)
         scale = None if scale is None else scale[index].transpose(1, 2).flatten(2, 3)
     return x.to(dtype) if scale is None else dequantise(x, scale, dtype)
 
 
-def _check(call: Call, any_v_dim: bool = False) -> Call:
-    """The call with plain numbers; raises TypeError or ValueError, named after the argument, for what the contract excludes.
-
-    any_v_dim: v may have a head dim of its own.
-    """
+def _check(call: Call) -> Call:
+    """The call with plain numbers; raises TypeError or ValueError, named after the argument, for what the contract excludes."""
     q, k, v, block_table = call.q, call.k, call.v, call.block_table
     require_tensor("q", q, 4)
     require_tensor("k", k, 4)
     require_tensor("v", v, 4)
     B, H, T, D = q.shape
     _, H_kv, S, _ = k.shape
+    D_v = v.shape[3]
     require_dtype("q", q, (*KERNEL_DTYPES, torch.float64))
-    if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head dim from 1 to {MAX_HEAD_DIM}, got {D} in shape {tuple(q.shape)}")
+    for name, x in (("q", q), ("v", v)):
+        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
+            got = f"{x.shape[3]} in shape {tuple(x.shape)}"
+            raise ValueError(f"{name}: expected a head dim from 1 to {MAX_HEAD_DIM}, got {got}")
     if H_kv == 0 or H % H_kv:
         raise ValueError(f"k: expected a number of heads that divides q's {H}, got {H_kv}")
     require_dtype("k", k, (q.dtype, *QUANTISED_DTYPES))
     require_dtype("v", v, (k.dtype,))
-    first, meaning, keys = B, "(B, H_kv, S, D)", S
+    first, layout, keys = B, "(B, H_kv, S", S
     tensors = {"k": k, "v": v}
     if block_table is not None:
         require_tensor("block_table", block_table, 2)
         require_dtype("block_table", block_table, (torch.int32,))
         require_shape("block_table", block_table, (B, block_table.shape[1]), "(B, pages)")
-        first, meaning, keys = k.shape[0], "(num_pages, H_kv, page, D)", S * block_table.shape[1]
+        first, layout, keys = k.shape[0], "(num_pages, H_kv, page", S * block_table.shape[1]
         tensors["block_table"] = block_table
-    require_shape("k", k, (first, H_kv, S, D), f"{meaning} to match q")
-    require_shape("v", v, (first, H_kv, S, v.shape[3] if any_v_dim else D), f"{meaning} to match k")
+    require_shape("k", k, (first, H_kv, S, D), f"{layout}, D) to match q")
+    require_shape("v", v, (first, H_kv, S, D_v), f"{layout}, D_v) to match k")
     for name in ("k_scale", "v_scale"):
         x = getattr(call, name)
         if (x is None) == (k.dtype in QUANTISED_DTYPES):
@@ -396,7 +398,7 @@ def _check(call: Call, any_v_dim: bool = False) -> Call:
         if x is not None:
             require_tensor(name, x, 3)
             require_dtype(name, x, (torch.float32,))
-            require_shape(name, x, (first, H_kv, S), f"{meaning.rpartition(',')[0]}) to match k")
+            require_shape(name, x, (first, H_kv, S), f"{layout}) to match k")
             tensors[name] = x
     for name, size, dtypes in (
         ("kv_lengths", B, (torch.int32,)),
@@ -493,12 +495,20 @@ def _triton_refuses(call: Call):
         return reason
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
-    D, D_v = call.q.shape[-1], call.v.shape[-1]
-    if D_v > 512 and call.q.dtype is torch.float32:
-        return f"it takes values of head dims up to 512 in fp32, and v has {D_v}"
-    if max(D, D_v) > 256 and _needs_gradients(call):
-        return f"it has no backward for head dims above 256, and those are {D} and {D_v}"
+    if isinstance(call.v, torch.Tensor) and call.v.dim() == call.q.dim():  # else the check of the call says what is wrong
+        if (reason := triton_refuses_head_dims(call.q, call.v, _needs_gradients(call))) is not None:
+            return reason
     return _cannot_differentiate(call)
+
+
+def triton_refuses_head_dims(q: torch.Tensor, v: torch.Tensor, gradients: bool) -> str | None:
+    """Why the Triton kernels cannot take q and v of these head dims, with gradients if they are asked for; or None."""
+    D, D_v = q.shape[-1], v.shape[-1]
+    if D_v > 512 and q.dtype is torch.float32:
+        return f"it takes values of head dims up to 512 in fp32, and v has {D_v}"
+    if gradients and max(D, D_v) > TRITON_MAX_DIFFERENTIABLE_DIM:
+        return f"it has no backward for head dims above {TRITON_MAX_DIFFERENTIABLE_DIM}, and those are {D} and {D_v}"
+    return None
 
 
 def _cpp_refuses(call: Call):
@@ -578,9 +588,9 @@ def _attention_check_fake(*arguments):
 def _attention_forward_fake(*arguments):
     call = Call(*arguments)
     _check(call)
-    B, H, T, D = call.q.shape
-    # Token-major storage: the model reads the result as (B, T, H * D) without a copy.
-    out = call.q.new_empty(B, T, H, D).transpose(1, 2)
+    B, H, T, _ = call.q.shape
+    # Token-major storage: the model reads the result as (B, T, H * D_v) without a copy.
+    out = call.q.new_empty(B, T, H, call.v.shape[3]).transpose(1, 2)
     return out, call.q.new_empty(B, H, T, dtype=torch.float32)
 
 
@@ -601,7 +611,7 @@ def _attention_forward_triton(*arguments):
     from fastgpt.kernels.attention_forward import attention_forward
 
     call = Call(*arguments)
-    _check(call)
+    _check_triton(call)
     call = call._asdict()
     q, k, v = call.pop("q"), call.pop("k"), call.pop("v")
     if q.shape[2] > DECODE_QUERIES or call["dropout_p"] > 0:
@@ -609,6 +619,14 @@ def _attention_forward_triton(*arguments):
     for name in ("dropout_p", "dropout_seed"):
         del call[name]
     return attention_decode(q, k, v, **call)
+
+
+def _check_triton(call: Call, gradients: bool = False) -> Call:
+    """`_check`; raises ValueError also for head dims that the Triton kernels do not take."""
+    checked = _check(call)
+    if (reason := triton_refuses_head_dims(call.q, call.v, gradients)) is not None:
+        raise ValueError(f"v: expected a head dim that Triton's kernels serve, got shape {tuple(call.v.shape)}: {reason}")
+    return checked
 
 
 def _attention_backward_triton(dout, dlse, out, lse, needs_dbias, q, k, v, *arguments):
@@ -625,11 +643,11 @@ def _attention_backward_triton(dout, dlse, out, lse, needs_dbias, q, k, v, *argu
 
 def _check_backward(call: Call, dout, dlse, out, lse) -> None:
     """A call that is checked as a forward one, and what the backward pass takes beyond it."""
-    _check(call)
-    q = call.q
+    _check_triton(call, gradients=True)
+    q, outputs = call.q, (*call.q.shape[:3], call.v.shape[3])
     for name, x, shape, meaning, dtype in (
-        ("dout", dout, tuple(q.shape), "(B, H, T, D) to match q", q.dtype),
-        ("out", out, tuple(q.shape), "(B, H, T, D)", q.dtype),
+        ("dout", dout, outputs, "(B, H, T, D_v) to match q and v", q.dtype),
+        ("out", out, outputs, "(B, H, T, D_v)", q.dtype),
         ("lse", lse, tuple(q.shape[:3]), "(B, H, T)", torch.float32), ("dlse", dlse, tuple(q.shape[:3]), "(B, H, T)", None),
     ):  # fmt: skip
         if x is not None or name != "dlse":
@@ -716,9 +734,9 @@ def _varlen_arguments(call: Call) -> list:
 
 
 @torch.library.register_fake("fastgpt::attention_varlen_forward", lib=library)
-def _attention_varlen_forward_fake(cu_seqlens_q, cu_seqlens_k, max_q, max_k, q, *arguments):
-    _, H, total, D = q.shape
-    out = q.new_empty(1, total, H, D).transpose(1, 2)
+def _attention_varlen_forward_fake(cu_seqlens_q, cu_seqlens_k, max_q, max_k, q, k, v, *arguments):
+    _, H, total, _ = q.shape
+    out = q.new_empty(1, total, H, v.shape[3]).transpose(1, 2)
     return out, q.new_empty(1, H, total, dtype=torch.float32)
 
 
@@ -733,7 +751,7 @@ def _attention_varlen_forward_triton(cu_seqlens_q, cu_seqlens_k, max_q, max_k, *
     from fastgpt.kernels.attention_forward import attention_forward
 
     options = dict(zip(_VARLEN_FIELDS, arguments))
-    _check_packing(_check(Call(**options)), Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
+    _check_packing(_check_triton(Call(**options)), Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
     q, k, v = options.pop("q"), options.pop("k"), options.pop("v")
     return attention_forward(q, k, v, **options, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_q=max_q)
 

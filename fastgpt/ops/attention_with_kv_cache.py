@@ -39,7 +39,7 @@ def attention_with_kv_cache(
     Args:
         q: (B, H, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free: q, k and v may be views of the rows
             that a projection leaves. fp64 too, which only the reference serves.
-        k, v: (B, H_kv, T, D), likewise; H_kv divides H.
+        k: (B, H_kv, T, D), v: (B, H_kv, T, D_v), likewise; H_kv divides H.
         k_cache, v_cache, block_table, k_scale, v_scale: as in both operations; the caches and the scales are written. No
             sequence may attend to a slot that the call writes for another one.
         positions, cos, sin, slots, interleaved: as in `rope_kv_cache_update`. Without cos and sin, slots counts in place of
@@ -52,7 +52,7 @@ def attention_with_kv_cache(
         impl: "triton" (CUDA, T = 1, one launch), "unfused" (the two operations one after the other, each by the implementation
             that serves it) or "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
 
-    Returns: out (B, H, T, D) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log. What is
+    Returns: out (B, H, T, D_v) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log. What is
         stored is the same, bit for bit, in all implementations; out agrees as implementations of `attention` do. Under CUDA
         it does not synchronise, so it can be captured in a CUDA graph. Derivatives are those of the two operations.
 
@@ -237,8 +237,8 @@ _attention_with_kv_cache = without_autograd(torch.ops.fastgpt.attention_with_kv_
 
 @torch.library.register_fake("fastgpt::attention_with_kv_cache", lib=library)
 def _attention_with_kv_cache_fake(q, k, v, k_cache, v_cache, slots, counters, causal, scale, *rotation_and_options):
-    B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
+    B, H, T, _ = q.shape
+    return q.new_empty(B, T, H, v_cache.shape[3]).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
 
 
 def _attention_with_kv_cache_triton(
@@ -255,7 +255,8 @@ def _attention_with_kv_cache_triton(
     _check(call, (k, v, positions if rotated else slots, cos, sin, slots, interleaved), counters, False)
     if q.shape[2] != 1:
         raise ValueError(f"q: expected one token of each sequence, got shape {tuple(q.shape)}")
-    if not _rows_are_aligned(k_cache, v_cache):  # compiled without a look at addresses
+    if attending.triton_refuses_head_dims(q, v_cache, False) or not _rows_are_aligned(k_cache, v_cache):
+        # Called as the registered operation, or compiled without a look at addresses.
         return _attention_with_kv_cache_unfused(
             q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions, cos, sin, interleaved, kv_lengths,
             block_table, k_scale, v_scale, window, softcap, alibi_slopes, sinks,

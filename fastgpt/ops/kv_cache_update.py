@@ -33,20 +33,21 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
         k_cache[b,h,p] = k[b,h,t],  v_cache[b,h,p] = v[b,h,t],   p = positions[b,t], for every p >= 0
 
     Args:
-        k, v: (B, H_kv, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free. fp64 too, which only the
+        k: (B, H_kv, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free. fp64 too, which only the
             reference serves.
-        k_cache, v_cache: (B, H_kv, S, D), or with a block table a pool of pages (num_pages, H_kv, page, D); dtype of
-            k, or int8 or float8_e4m3fn; strides likewise; written. No two of their numbers, nor of the scales', may share
-            memory, nor be read by the call.
+        v: (B, H_kv, T, D_v), likewise.
+        k_cache, v_cache: (B, H_kv, S, D) and (B, H_kv, S, D_v), or with a block table pools of pages (num_pages, H_kv, page, D)
+            and (num_pages, H_kv, page, D_v); dtype of k, or int8 or float8_e4m3fn; strides likewise; written. No two of their
+            numbers, nor of the scales', may share memory, nor be read by the call.
         positions: (B, T) int32|int64 on the device: the slot of each token, in tokens. Negative skips the token
             (padding). Where two tokens name the same slot, the last one of the last sequence stays on a CPU and in the
             reference; in the kernels of a GPU any may, or parts of several.
         block_table: (B, pages) int32 on the device. Token p of sequence b lies in row p % page of page
             block_table[b, p // page]; S is then pages · page. Entries that no token of the call needs may be anything.
         k_scale, v_scale: for int8 and float8_e4m3fn caches, (B, H_kv, S) or (num_pages, H_kv, page) fp32; written. A
-            row x (D numbers of a token and head) is stored as round(x · limit / max|x|), ties to even, with the scale
+            row x (the numbers of a token and head) is stored as round(x · limit / max|x|), ties to even, with the scale
             max|x| / limit that restores it; limit is 127 for int8, 448 for float8_e4m3fn. A row with max|x| < 1e-30
-            is zero; a row that holds infinity or NaN gets scale NaN. D <= 1024.
+            is zero; a row that holds infinity or NaN gets scale NaN. Head dims are then at most 1024.
         impl: "cpp" (CPU), "cuda" (CUDA C++, where the library was built), "triton" (CUDA) or "reference"; None picks the first
             that can serve the call; see `fastgpt.explain`.
 
@@ -102,9 +103,8 @@ def _raise_unless_negated(error: Exception, impl: str | None, k_cache, v_cache, 
 def kv_cache_update_reference(
     k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None
 ):
-    """The same function in plain PyTorch, on every device; differentiable, but for 8-bit caches, which it then refuses. v and
-    its cache may have a head dim of their own."""
-    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale, any_v_dim=True)
+    """The same function in plain PyTorch, on every device; differentiable, but for 8-bit caches, which it then refuses."""
+    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     _check_slots(positions, k_cache, block_table)
     _store(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
 
@@ -127,7 +127,7 @@ def _store(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale):
     stored = []
     for name, x, cache, scale in (("k", k, k_cache, k_scale), ("v", v, v_cache, v_scale)):
         # Tokens before heads, so that what is indexed comes first: vmap takes no other index.
-        rows = x.transpose(1, 2)[b, t]  # (tokens, H_kv, D)
+        rows = x.transpose(1, 2)[b, t]  # (tokens, H_kv, head dim)
         if cache.dtype in QUANTISED_DTYPES:
             rows, scales = quantise(rows, cache.dtype)
             stored.append((f"{name}_scale", scale, scales))
@@ -269,7 +269,7 @@ def _last_of_each_slot(b, t, index, n, rows):
     return b[kept], t[kept], index[kept], n[kept]
 
 
-def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_name="positions", any_v_dim=False):
+def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_name="positions"):
     require_tensor("k", k, 4)
     require_tensor("v", v, 4)
     require_tensor("k_cache", k_cache, 4)
@@ -282,21 +282,21 @@ def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_n
     require_dtype("k_cache", k_cache, (k.dtype, *QUANTISED_DTYPES))
     require_dtype("v_cache", v_cache, (k_cache.dtype,))
     require_dtype(slots_name, slots, (torch.int32, torch.int64))
-    D_v = v.shape[3] if any_v_dim else D
-    require_shape("v", v, (B, H_kv, T, D_v), "(B, H_kv, T, D) to match k")
+    D_v = v.shape[3]
+    require_shape("v", v, (B, H_kv, T, D_v), "(B, H_kv, T, D_v) to match k")
     require_shape(slots_name, slots, (B, T), "(B, T)")
     tensors = {"v": v, "k_cache": k_cache, "v_cache": v_cache, slots_name: slots}
     if block_table is None:
-        first, meaning = B, "(B, H_kv, S, D)"
+        first, layout = B, "(B, H_kv, S"
     else:
         require_tensor("block_table", block_table, 2)
         require_dtype("block_table", block_table, (torch.int32,))
         require_shape("block_table", block_table, (B, block_table.shape[1]), "(B, pages)")
-        first, meaning = k_cache.shape[0], "(num_pages, H_kv, page, D)"
+        first, layout = k_cache.shape[0], "(num_pages, H_kv, page"
         tensors["block_table"] = block_table
-    require_shape("k_cache", k_cache, (first, H_kv, S, D), f"{meaning} to match k")
-    require_shape("v_cache", v_cache, (first, H_kv, S, D_v), f"{meaning} to match k_cache and v")
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+    require_shape("k_cache", k_cache, (first, H_kv, S, D), f"{layout}, D) to match k")
+    require_shape("v_cache", v_cache, (first, H_kv, S, D_v), f"{layout}, D_v) to match k_cache and v")
+    for name, scale, x in (("k_scale", k_scale, k), ("v_scale", v_scale, v)):
         if k_cache.dtype not in QUANTISED_DTYPES:
             if scale is not None:
                 raise ValueError(f"{name}: expected None for a cache of {k_cache.dtype}, got a scale")
@@ -305,12 +305,11 @@ def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_n
             raise ValueError(f"{name}: expected a scale for a cache of {k_cache.dtype}, got None")
         require_tensor(name, scale, 3)
         require_dtype(name, scale, (torch.float32,))
-        require_shape(name, scale, (first, H_kv, S), f"{meaning.rpartition(',')[0]}) to match k_cache")
+        require_shape(name, scale, (first, H_kv, S), f"{layout}) to match k_cache")
         tensors[name] = scale
-        if not 1 <= D <= MAX_TRANSFORMED_DIM:
-            raise ValueError(
-                f"k: expected a head dim from 1 to {MAX_TRANSFORMED_DIM} for a cache of {k_cache.dtype}, got {D}"
-            )
+        if not 1 <= x.shape[3] <= MAX_TRANSFORMED_DIM:
+            expected = f"a head dim from 1 to {MAX_TRANSFORMED_DIM} for a cache of {k_cache.dtype}"
+            raise ValueError(f"{name[0]}: expected {expected}, got {x.shape[3]}")
     for name, tensor in tensors.items():
         require_device(name, tensor, k.device)
     for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):

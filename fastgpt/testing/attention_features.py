@@ -6,13 +6,14 @@ from fastgpt.testing.draws import normal
 
 
 def inputs(B, H, H_kv, T, S, D, dtype, device="cpu", seed=0):
-    """Random q (B, H, T, D), k and v (B, H_kv, S, D)."""
+    """Random q (B, H, T, D), k and v (B, H_kv, S, D). For v of another head dim, D is a pair: that of q and k, and v's."""
+    D, D_v = D if isinstance(D, tuple) else (D, D)
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape):
         return normal(shape, generator).to(dtype)
 
-    return random(B, H, T, D), random(B, H_kv, S, D), random(B, H_kv, S, D)
+    return random(B, H, T, D), random(B, H_kv, S, D), random(B, H_kv, S, D_v)
 
 
 def options(feature, B, H, T, S, dtype, device="cpu", seed=1):

@@ -27,9 +27,9 @@ def check_attention(function, feature="plain", *, shape=SHAPE, dtype=torch.float
 
     Args:
         function: takes q, k, v and, by name, the arguments that the feature needs, as `fastgpt.attention` defines them;
-            returns out (B, H, T, D), or (out, lse).
+            returns out (B, H, T, D_v), or (out, lse).
         feature: one of attention_features.FEATURES.
-        shape: B, H, H_kv, T, S, D of the random inputs.
+        shape: B, H, H_kv, T, S, D of the random inputs; for v of another head dim (D, D_v) in place of D.
         dtype, device, seed: theirs.
         gradients: whether they are compared, too.
 
@@ -43,12 +43,14 @@ def check_attention(function, feature="plain", *, shape=SHAPE, dtype=torch.float
     ...     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
     >>> check_attention(mine)
     >>> check_attention(mine, "window", shape=(2, 8, 2, 5, 300, 64))
+    >>> check_attention(mine, shape=(2, 4, 2, 5, 30, (192, 128)))
     """
-    B, H, _, T, S, D = shape
+    B, H, _, T, S, _ = shape
     chosen = options(feature, B, H, T, S, dtype, device)
     if unseen := blind_spots(shape, chosen):
         warnings.warn(f"shape: {shape} cannot show {'; nor '.join(unseen)}", BlindSpot, stacklevel=2)
-    call = ops.Call(*inputs(*shape, dtype, device, seed), **{"scale": D**-0.5} | chosen)
+    tensors = inputs(*shape, dtype, device, seed)
+    call = ops.Call(*tensors, **{"scale": tensors[0].shape[-1] ** -0.5} | chosen)
 
     def run(call, douts):
         leaves = _leaves(call)
@@ -108,7 +110,8 @@ def compare(call, run, packing=None):
 def output_gradients(call, packing=None):
     """Random (dout, dlse) for a call, dlse zero where a row sees no key."""
     generator = torch.Generator(call.q.device).manual_seed(2)
-    shapes = call.q.shape, call.q.shape[:-1]
+    rows = call.q.shape[:-1]
+    shapes = (*rows, call.v.shape[-1]), rows
     dout, dlse = (normal(shape, generator) for shape in shapes)
     with torch.no_grad():
         fully_masked = reference(call, packing)["lse"] == -math.inf

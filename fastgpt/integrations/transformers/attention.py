@@ -31,7 +31,7 @@ def attention(
 
     Args:
         module: the layer; its `is_causal` counts where that argument is None.
-        query: (B, H, T, D); key, value: (B, H_kv, S, D), H_kv divides H. Of a `Cache` they may be 8-bit.
+        query: (B, H, T, D); key: (B, H_kv, S, D); value: (B, H_kv, S, D_v); H_kv divides H. Of a `Cache` they may be 8-bit.
         attention_mask: what `mask` returned; or a mask that broadcasts to (B, H, T, S), boolean or additive. None: query i
             of several sees the keys 0 to i if the layer is causal, else all.
         dropout, scaling, softcap, s_aux, position_bias: dropout_p, scale, softcap, sinks, bias of `fastgpt.attention`.
@@ -40,7 +40,7 @@ def attention(
         kwargs: cu_seq_lens_q and cu_seq_lens_k, where packed sequences begin and end; sliding_window, which counts only
             there: masks have it otherwise. The rest is ignored.
 
-    Returns: (B, T, H, D), and None or the weights (B, H, T, S).
+    Returns: (B, T, H, D_v), and None or the weights (B, H, T, S).
 
     What the kernels do not take goes to transformers' own function for PyTorch's attention, or is computed in plain PyTorch:
     `record` tells.
@@ -130,8 +130,13 @@ def _served_simply(query, key, value, scaling, is_causal, kwargs: dict) -> torch
 def _why_not(query, key, value, dropout, scaling) -> str | None:
     """Why `fastgpt.attention` cannot take these."""
     (B, H, _, D), (B_kv, H_kv, _, D_k), D_v, dtype = query.shape, key.shape, value.shape[3], query.dtype
-    if not D_k == D_v == D <= operation.MAX_HEAD_DIM:
-        return f"head dims {D}, {D_k}, {D_v} of queries, keys, values: expected the same, up to {operation.MAX_HEAD_DIM}"
+    if D_k != D or max(D, D_v) > operation.MAX_HEAD_DIM:
+        most = operation.MAX_HEAD_DIM
+        return f"head dims {D}, {D_k}, {D_v} of queries, keys, values: expected the same of queries and keys, and up to {most}"
+    if query.is_cuda:
+        gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        if (reason := operation.triton_refuses_head_dims(query, value, gradients)) is not None:
+            return reason
     if B_kv != B or H % H_kv:
         return f"{B} x {H} heads of queries, {B_kv} x {H_kv} of keys: expected as many sequences, and heads that divide"
     if not dtype == key.dtype == value.dtype or dtype not in DTYPES:
@@ -161,10 +166,10 @@ def _packing(short: Mask | None, kwargs: dict) -> tuple | None:
 
 
 def _packed(query, key, value, *packing, **options) -> torch.Tensor:
-    B, H, T, D = query.shape
-    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B · T, H, D)
+    B, H, T, _ = query.shape
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B · T, H, head dim)
     _note(operation.attention_varlen, query, key, value, *packing, **options)
-    return operation.attention_varlen(query, key, value, *packing, **options).view(B, T, H, D)
+    return operation.attention_varlen(query, key, value, *packing, **options).view(B, T, H, value.shape[2])
 
 
 def _fused(query, key, value, options) -> torch.Tensor:

@@ -11,7 +11,7 @@ from fastgpt import memory
 from fastgpt.checks import require_integer, require_tensor
 from fastgpt.integrations.transformers.deferred import EightBit
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
-from fastgpt.ops.kv_cache_update import kv_cache_update, kv_cache_update_reference
+from fastgpt.ops.kv_cache_update import kv_cache_update
 from fastgpt.ops.quantisation import QUANTISED_DTYPES, as_bytes
 
 CROPS_TO_LENGTH = Version(transformers.__version__) < Version("5.16")  # if told a positive number
@@ -19,14 +19,14 @@ ROOM = 256  # rows of storage beyond those that the first tokens take
 
 
 class Layer(DynamicLayer):
-    """Keys and values of a layer: storage (B, H_kv, rows, D), whose first `length` rows are tokens.
+    """Keys and values of a layer: storage (B, H_kv, rows, head dim), whose first `length` rows are tokens.
 
     It doubles when it is full, or has max_cache_len rows from the start. The model gets views of it or, if it is quantised,
     `EightBit` tensors. Gradients reach the keys and values of the call, not those that earlier calls have stored: where these
     had gradients, the backward pass raises RuntimeError.
 
-    keys, values (B, H_kv, `length`, D) can be assigned, which copies them into storage. If that changes their batch, number or
-    device, both have to be, and nothing else goes in between.
+    keys, values (B, H_kv, `length`, head dim) can be assigned, which copies them into storage. If that changes their batch,
+    number or device, both have to be, and nothing else goes in between.
     """
 
     def __init__(self, max_cache_len: int | None, cache_dtype: torch.dtype | None):
@@ -140,11 +140,10 @@ class Layer(DynamicLayer):
         self._make_room(T)
         if k.dtype != self.dtype or v.dtype != self.dtype or k.stride(3) != 1 or v.stride(3) != 1:
             k, v = k.to(self.dtype).contiguous(), v.to(self.dtype).contiguous()
-        write = kv_cache_update if k.shape == v.shape else kv_cache_update_reference
         # What is fake, nobody else can use; and what a CUDA graph reads must be its own, not that of a cache that forgets it.
         shared = type(k) is torch.Tensor and not (k.is_cuda and torch.cuda.is_current_stream_capturing())
         positions = _positions if shared else _positions.__wrapped__
-        write(k, v, positions=positions(k.shape[0], self.length, T, k.device), **self.storage)
+        kv_cache_update(k, v, positions=positions(k.shape[0], self.length, T, k.device), **self.storage)
         self.length += T
 
     def _make_room(self, new: int) -> None:
