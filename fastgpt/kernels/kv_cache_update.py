@@ -331,6 +331,7 @@ def _constants(
     return dict(
         HEAD_DIM=head_dim, V_DIM=v_dim, PAIRS=pairs, INTERLEAVED=interleaved, NEW_ALIGN=new_align, CACHE_ALIGN=cache_align,
         ANGLE_ALIGN=angle_align, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_DV=block_dv, num_warps=num_warps, num_stages=1,
+        maxnreg=255,  # left to itself, ptxas spills some for more programs at once
         enable_fp_fusion=False, **dependent_launch(pdl),
     )  # fmt: skip
 
