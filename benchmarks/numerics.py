@@ -24,6 +24,7 @@ import fastgpt
 from benchmarks import numerics_table, report
 from benchmarks.table import aligned
 from fastgpt.ops import attention as ops
+from fastgpt.ops.implementations import TRITON_INSTALLED
 from fastgpt.ops.kv_cache_update import rope_reference
 from fastgpt.ops.library import CUDA_MISSING
 from fastgpt.ops.quantisation import quantise
@@ -226,7 +227,7 @@ def main() -> None:
 
     runs = [("cpp", {})]
     runs += [("cpp", {"FASTGPT_CPU_LEVEL": level}) for level in reversed(lower_levels() if args.levels else [])]
-    runs += [("triton", {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})] if ops.TRITON_INSTALLED else []
+    runs += [("triton", {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})] if TRITON_INSTALLED else []
     runs += [("cuda", {})] if torch.cuda.is_available() and not CUDA_MISSING else []
     result, left_out = {}, {}
     for implementation, environment in runs:
