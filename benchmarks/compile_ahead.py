@@ -12,7 +12,6 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
@@ -46,14 +45,20 @@ def model_of(config: fastgpt.GPTConfig) -> fastgpt.GPT:
     return on_fake_cuda(model, BF16)
 
 
-def generate() -> None:
+SHIPPED = fastgpt.GPTConfig(65, context_length=512, num_layers=6, num_heads=3, hidden_size=192)
+GENERATED = [  # config, prompts, their tokens, options
+    *((decoding.SHAPES[name], 1, T, {"num_samples": batch}) for name, batch, T in decoding.CASES),
+    *(
+        (config, batch, 100, options)
+        for config in (decoding.SHAPES["gpt2-124m"], peers.LLAMA, SHIPPED)
+        for batch, options in ((1, {}), (8, {}), (1, {"use_cache": False}))
+    ),
+]
+
+
+def generate(config, batch, T, options) -> None:
     """Greedily: to draw a token is PyTorch's."""
-    for name, batch, T in decoding.CASES:
-        model_of(decoding.SHAPES[name]).generate(empty(1, T, dtype=torch.int64), 3, num_samples=batch)
-    shipped = fastgpt.GPTConfig(65, context_length=512, num_layers=6, num_heads=3, hidden_size=192)
-    for config in (decoding.SHAPES["gpt2-124m"], peers.LLAMA, shipped):
-        for batch, options in ((1, {}), (8, {}), (1, {"use_cache": False})):
-            model_of(config).generate(empty(batch, 100, dtype=torch.int64), 3, **options)
+    model_of(config).generate(empty(batch, T, dtype=torch.int64), 3, **options)
 
 
 def attention() -> None:
@@ -99,15 +104,18 @@ def linear() -> None:
             fastgpt.linear(empty(x_rows, K), empty(rows, K), **options)
 
 
-SUITES = {"generate": generate, "attention": attention, "decode": decode, "linear": linear}
+SUITES = {  # a function, and each of its calls' arguments
+    "generate": (generate, GENERATED), "attention": (attention, [()]), "decode": (decode, [()]), "linear": (linear, [()]),
+}  # fmt: skip
 
 
-def launched(arch: int, suite: str) -> Iterator[Launch]:
-    """One launch of each kernel that a suite compiles."""
+def launched(arch: int, suite: str, number: int) -> dict[tuple, tuple]:
+    """Of a call of a suite, by kernel and variant: what its compiler takes."""
+    function, calls = SUITES[suite]
     with gpu(arch) as device, torch.device("cuda:0"), torch.no_grad():
-        SUITES[suite]()
+        function(*calls[number])
     events = device.events + [event for capture in device.captures for event in capture]
-    yield from {(event.kernel, event.variant): event for event in events if isinstance(event, Launch)}.values()
+    return {(x.kernel, x.variant): (*x.source, x.options) for x in events if isinstance(x, Launch)}
 
 
 def compiled(arch: int, module: str, name: str, signature: dict, constants: dict, attributes: dict, options: dict) -> float:
@@ -131,14 +139,18 @@ def main() -> None:
         major, minor = torch.cuda.get_device_capability()
         args.arch = 10 * major + minor
     first, step = map(int, args.share.split("/"))
-    done, start = set(), time.perf_counter()
+    done, start, suites = set(), time.perf_counter(), args.suites or list(SUITES)
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        listing = {
+            suite: [pool.submit(launched, args.arch, suite, i) for i in range(len(SUITES[suite][1]))] for suite in suites
+        }
         waiting = []
-        for suite in args.suites or SUITES:
-            new = {(x.kernel, x.variant): x for x in launched(args.arch, suite) if (x.kernel, x.variant) not in done}
+        for suite, lists in listing.items():
+            found = {key: sources for listed in lists for key, sources in listed.result().items()}
+            new = {key: sources for key, sources in found.items() if key not in done}
             done |= new.keys()
             chosen = list(new.values())[first - 1 :: step]
-            waiting.append((suite, len(new), [pool.submit(compiled, args.arch, *x.source, x.options) for x in chosen]))
+            waiting.append((suite, len(new), [pool.submit(compiled, args.arch, *sources) for sources in chosen]))
         for suite, count, results in waiting:
             seconds, faults = 0.0, 0
             for result in results:

@@ -5,6 +5,7 @@ step pays for on a GPU.
 """
 
 import os
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -311,3 +312,14 @@ def test_what_is_launched_fits(arch):
     found = compiled_kernels(arch)
     faults = {kernel: faults for (kernel, _), compiled in found.items() if (faults := usage_of(compiled).faults(arch))}
     assert len(found) >= 13 and not faults
+
+
+@pytest.mark.slow
+def test_what_benchmarks_launch_is_known_before():
+    """By the names and sources that another process can compile."""
+    from benchmarks import compile_ahead
+
+    found = pickle.loads(pickle.dumps(compile_ahead.launched(90, "linear", 0)))
+    assert {kernel for kernel, _ in found} == {"_one_row", "_several_rows"}
+    for (kernel, _), (module, name, signature, *_) in found.items():
+        assert name == kernel and list(signature) == launched_kernels()[name].arg_names and module == "fastgpt.kernels.linear"
