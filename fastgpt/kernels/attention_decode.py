@@ -83,6 +83,7 @@ TILES = {
     (512, 2): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 32, 256, 8, 2, 255)),
     (512, 4): (Tile(8, 16, 1024, 8, 2, 255), Tile(8, 16, 256, 8, 2, 255)),
     (1024, 2): (Tile(16, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 8, 2, 255)),
+    (1024, 4): (Tile(8, 16, 1024, 8, 1, 255), Tile(8, 16, 256, 8, 1, 255)),  # bf16 in the interpreter; a GPU is not asked to
 }
 # Parts that one program adds. More in a group make fewer groups, of which the last program adds all: 16 is the square root of
 # the splits of 64 Ki keys. So many registers of a thread hold parts on their way, half of them where few are left. Neither was
