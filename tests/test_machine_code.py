@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from benchmarks.machine_code import SHARED_MEMORY, compile_for, demanding, ir_of, source_of, usage_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
-BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}  # and of what is left of wide heads
+BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
 MODULES = ["attention_forward", "attention_backward", "attention_decode", "linear and norm and step"]  # of fastgpt.kernels
 
 
