@@ -311,8 +311,8 @@ class NarrowBlock : public ForwardBlock {
     }
   }
 
-  // function(rows): keys or values from n on as they are stored, while those of `next` from next_n on are prefetched, as much of
-  // each row as is read; what is left of longer rows is asked for at once, and so are shorter ones. Or function(rows) of a
+  // function(rows): keys or values from n on as they are stored, while those of `next` from next_n on are prefetched, as much
+  // of each row as is read; what is left of longer rows is asked for at once, and so are shorter ones. Or function(rows) of a
   // copy, where vectors do not divide the head dim or a page, so that pages change no bits.
   template <typename Function>
   void with_stored(

@@ -86,6 +86,7 @@ TILES = {
     (512, 2): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 32, 256, 8, 2, 255)),
     (512, 4): (Tile(8, 16, 1024, 8, 2, 255), Tile(8, 16, 256, 8, 2, 255)),
     (1024, 2): (Tile(16, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 8, 2, 255)),
+    (1024, 4): (Tile(8, 16, 1024, 8, 1, 255), Tile(8, 16, 256, 8, 1, 255)),  # bf16 in the interpreter; a GPU is not asked to
 }
 # Parts that one program adds. More in a group make fewer groups, of which the last program adds all: 16 is the square root of
 # the splits of 64 Ki keys. So many registers of a thread hold parts on their way, half of them where few are left. Neither was
@@ -275,8 +276,8 @@ def _attend_split(
     after the parts of splits, those of groups of splits. Where there is one split, acc, softmax and counters are None.
 
     With new_k and new_v (B, H_kv, 1, ...), a token of each sequence joins the cache in slot slots[b], if it has one, and counts
-    as key there: all programs know it from new_k and new_v, and one of each head stores it, so none waits for another. With cos, q
-    and new_k are rotated by positions[b] first. Optional tensors and numbers are None where they do not apply.
+    as key there: all programs know it from new_k and new_v, and one of each head stores it, so none waits for another. With
+    cos, q and new_k are rotated by positions[b] first. Optional tensors and numbers are None where they do not apply.
 
     Row r of rows_of_head = group * n_queries is head h_kv * group + r // n_queries, token r % n_queries.
     """
@@ -621,8 +622,8 @@ def attention_decode(
             *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride(0))),
             *((0, 0, 0) if x.cos is None else (x.positions.stride(0), x.cos.stride(0), x.sin.stride(0))),
             H, H // H_kv, H // H_kv * T, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
-            SPLIT=split, IS_CAUSAL=causal, INTERLEAVED=x.interleaved, MASK_UNIT=unit_of(mask), BIAS_UNIT=unit_of(bias), **constants,
-            **dependent_launch(has_dependent_launch(q.device)),
+            SPLIT=split, IS_CAUSAL=causal, INTERLEAVED=x.interleaved, MASK_UNIT=unit_of(mask), BIAS_UNIT=unit_of(bias),
+            **constants, **dependent_launch(has_dependent_launch(q.device)),
         )  # fmt: skip
     return out, lse
 

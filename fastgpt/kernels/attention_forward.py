@@ -79,6 +79,7 @@ TILES = {
     (512, 2): (Tile(32, 16, 8, 2),) * 3,
     (512, 4): (Tile(16, 16, 8, 1),) * 3,
     (1024, 2): (Tile(16, 16, 8, 1),) * 3,
+    (1024, 4): (Tile(16, 16, 8, 1),) * 3,  # bf16 in the interpreter; a GPU is not asked to
 }
 WIDEST_BULK = 256  # head dim whose rows can be copied in bulk
 
@@ -100,6 +101,7 @@ RICH_TILES = {
     (512, 2): (Tile(16, 16, 8, 2),) * 3,
     (512, 4): (Tile(16, 16, 8, 1),) * 3,
     (1024, 2): (Tile(16, 16, 8, 1),) * 3,
+    (1024, 4): (Tile(16, 16, 8, 1),) * 3,  # bf16 in the interpreter; a GPU is not asked to
 }
 
 
