@@ -63,7 +63,7 @@ TESTS = {  # of a GPU: parts, most telling first: their share, their files, and 
         "tests/test_triton_attention.py", "tests/test_triton_decode.py", "tests/test_attention_with_kv_cache.py",
         "tests/test_triton_linear.py", "tests/test_step.py",
     ], ""),
-    "cache tests": (0.07, ["tests/test_gpu.py"], ""),
+    "cache tests": (0.07, ["tests/test_gpu.py", "tests/test_triton_kv_cache_update.py"], ""),
     "other tests": (0.04, [
         "tests/test_sdpa.py", "tests/test_gpu_families.py", "tests/test_flash_provider.py", "tests/test_flash_attn.py",
     ], ""),

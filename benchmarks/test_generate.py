@@ -27,9 +27,10 @@ from benchmarks.timing import (
     time_left,
     tiny,
 )
+import fastgpt
 from fastgpt import GPT
-from fastgpt.cli import SHIPPED_MODEL, serving
-from fastgpt.timing import clock
+from fastgpt.cli import SHIPPED_MODEL, example_calls
+from fastgpt.timing import clock, implementation
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.bfloat16, torch.float32][: 2 if full() else 1]
@@ -56,8 +57,8 @@ def prompts(model: GPT, batch: int, T: int) -> torch.Tensor:
 
 
 def about(name: str, dtype: torch.dtype, batch: int) -> dict:
-    implementation = serving(torch.device(DEVICE))["attention"][0]
-    return {"model": name, "device": DEVICE, "dtype": name_of(dtype), "batch": batch, "implementation": implementation}
+    chosen = implementation(fastgpt.explain(fastgpt.attention, *example_calls(torch.device(DEVICE))[fastgpt.attention]))
+    return {"model": name, "device": DEVICE, "dtype": name_of(dtype), "batch": batch, "implementation": chosen}
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not tiny(), reason="needs a CUDA GPU")

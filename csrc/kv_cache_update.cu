@@ -147,16 +147,12 @@ __device__ void write_quantised(const Unit<N>& unit, float factor, Element eleme
   if (unit.b < D) store<N>(row, unit.b, b);
 }
 
-template <int N>
-FASTGPT_HOST_DEVICE uint32_t units_of(int64_t D) {
-  return static_cast<uint32_t>((D + 2 * N - 1) / (2 * N));
-}
-
 // Rows that are rotated or quantised, and, with rotation, those of v, which only go along. `group` threads, a power of
 // two up to a warp, do a row: of the heads of q, k and v, in this order, of token t of sequence b. N elements at a time;
 // with N > 1 a thread has one unit at most, which then stays in registers.
 template <typename Format, int N>
-__global__ void __launch_bounds__(kThreads) transform_rows(KVCacheUpdate u, uint32_t group, uint32_t rows) {
+__global__ void __launch_bounds__(kThreads) transform_rows(
+    KVCacheUpdate u, uint32_t group, uint32_t k_units, uint32_t v_units, uint32_t rows) {
   const uint32_t index = blockIdx.x * (kThreads / group) + threadIdx.x / group;
   if (index >= rows) return;
   const uint32_t first_unit = threadIdx.x % group;
@@ -165,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) transform_rows(KVCacheUpdate u, uint
   const uint32_t b = bt / tokens, t = bt % tokens;
   const bool is_q = head < u.H, is_k = !is_q && head < u.H + u.H_kv;
   const int D = static_cast<int>(is_q || is_k ? u.D : u.D_v);
-  const uint32_t units = units_of<N>(D);
+  const uint32_t units = is_q || is_k ? k_units : v_units;
   const uint32_t h = is_q ? head : is_k ? head - u.H : head - u.H - u.H_kv;
 
   const int64_t position = u.rotary_dim > 0 ? index_at(u.positions, b, t) : -1;
@@ -257,11 +253,12 @@ void copy(const KVCacheUpdate& u, const Tensor& k) {
 
 template <typename Format, int N>
 void transform(const KVCacheUpdate& u, const Tensor& k) {
-  const uint32_t units = units_of<N>(std::max(u.D, u.D_v));
+  const auto units_of = [](int64_t D) { return static_cast<uint32_t>((D + 2 * N - 1) / (2 * N)); };
+  const uint32_t k_units = units_of(u.D), v_units = units_of(u.D_v);
   uint32_t group = 1;
-  while (group < units && group < kWarp) group *= 2;
+  while (group < std::max(k_units, v_units) && group < kWarp) group *= 2;
   const uint32_t rows = count32(u.B * u.T * (u.H + 2 * u.H_kv), "rows");
-  launch(transform_rows<Format, N>, static_cast<int64_t>(rows) * group, k, u, group, rows);
+  launch(transform_rows<Format, N>, static_cast<int64_t>(rows) * group, k, u, group, k_units, v_units, rows);
 }
 
 template <typename Format>

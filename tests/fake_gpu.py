@@ -23,6 +23,7 @@ import torch
 from cuda_stub import torch_cuda
 from tape import WAITS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
@@ -313,6 +314,7 @@ def gpu(arch: int = 90, compiles: bool = False, cuda_library: bool = True):
 
     tensors = contextlib.nullcontext() if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) else FakeTensorMode()
     architecture.cache_clear(), implementations._capability.cache_clear()
+    _device_constructors()  # which it remembers, and which would else be those patched here
     with (
         mock.patch.object(FakeTensor, "data_ptr", data_ptr),
         mock.patch.object(torch.Tensor, "backward", backward),

@@ -210,6 +210,7 @@ def attention_gradients(draw):
             names = [name for name in ("q", "k", "v", "bias", "sinks") if differentiable(call.get(name))]
             leaves = [call[name].detach().clone().requires_grad_() for name in names]
             out = function(**call | dict(zip(names, leaves)))
+            out = out[0] if isinstance(out, tuple) else out  # of a call that asks for lse, too
             return torch.autograd.grad(out, leaves, dout.to(out.dtype))
 
         run.__signature__ = inspect.signature(function)

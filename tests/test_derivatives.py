@@ -485,7 +485,7 @@ def test_transformers_cache_refuses_gradients_of_earlier_passes():
 
 @pytest.mark.parametrize("transform", ["double backward", "dual numbers in backward", "batched backward", "vmap of grad"])
 def test_sdpa_in_place_of_pytorchs(transform):
-    case, take = sdpa_case(), TRANSFORMS[transform]
+    case, take = sdpa_case(D), TRANSFORMS[transform]
     with enabled():
         actual = take(torch.nn.functional.scaled_dot_product_attention, case.tensors, None)
     for x, expected in zip(actual, take(case.reference, case.tensors, None), strict=True):

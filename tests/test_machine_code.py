@@ -56,7 +56,7 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
         faults.append("operations that may be fused, where what is stored must be the same bits as elsewhere")
     if (plain or decoding) and ("cp.async.cg" not in ptx or "cp.async.ca" in ptx):
         faults.append("copies narrower than 16 bytes")
-    if cache_dtype.itemsize == 1 and fills_vectors(constants) and (narrow := narrow_copies(ptx)):
+    if cache_dtype.itemsize == 1 and "BLOCK_R" in constants and fills_vectors(constants) and (narrow := narrow_copies(ptx)):
         faults.append(f"copies of {', '.join(narrow)} bytes")
     if name == "_one_row" and "ld.global.v4.b32" not in ptx or name == "_several_rows" and "cp.async.cg" not in ptx:
         faults.append("loads narrower than 16 bytes")
