@@ -69,7 +69,7 @@ TILES = {
     (16, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
     (32, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
     (64, 2): (Tile(128, 64, 4, 4), *(Tile(128, 128, 8, 3),) * 2),
-    (128, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
+    (128, 2): (Tile(128, 64, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
     (256, 2): (Tile(64, 32, 8, 2), *(Tile(64, 64, 8, 2),) * 2),
     (16, 4): (Tile(64, 32, 4, 2),) * 3,
     (32, 4): (Tile(64, 64, 8, 2),) * 3,
@@ -84,7 +84,7 @@ TILES = {
 WIDEST_BULK = 256  # head dim whose rows can be copied in bulk
 
 # Where sequences have lengths of their own, and keys a window or queries no causal mask, which takes registers, too.
-RAGGED_TILES = {**TILES, (128, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3))}
+RAGGED_TILES = {**TILES, (128, 2): (Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3))}
 
 # Where scores are more than q·k · scale, or keys are not rows in a row, tiles that leave registers for that.
 RICH_TILES = {
