@@ -126,7 +126,7 @@ LENGTHS = ("acc_ptr", "softmax_ptr", "counters_ptr", "kv_lengths_ptr")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", (80, 90))
+@pytest.mark.parametrize("arch", (pytest.param(80, marks=pytest.mark.exhaustive), 90))
 @pytest.mark.parametrize(
     "module, cache_dtype, given",
     [
@@ -343,7 +343,7 @@ def chosen_demanding(modules, arch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("arch", [90, 120, *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in (80, 89, 100))])
 def test_one_of_each_kernel(arch):
     """The most demanding in 16 bits, of the commonest head dim."""
     one = {}
