@@ -282,6 +282,22 @@ def test_exact_results_pass_and_empty_ones_do():
         numerics.check(torch.full((3, 4), 1e-12), lambda: torch.zeros(3, 4, dtype=torch.float64))
 
 
+def test_inference_mode_changes_no_yardstick():
+    q, k, v = (x.double() for x in inputs(2, 4, 2, 5, 9, 16, torch.float32))
+
+    def reference():
+        scores = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(2, 1))
+        return attention_reference(q, k, v), torch.nn.functional.linear(q, k[0, 0]), torch.matmul(scores.softmax(-1), v[0, 0])
+
+    outside = numerics.simulate(reference)
+    with torch.inference_mode():
+        q, k, v = q.clone(), k.clone(), v.clone()
+        inside = numerics.simulate(reference)
+    for x, y in zip(outside, inside):
+        assert torch.equal(x.oracle, y.oracle) and torch.equal(x.errors, y.errors)
+
+
+
 @pytest.mark.parametrize("n", [2, 100, 5000])
 def test_simulated_sums_err_as_sequential_sums_do(n):
     """Of terms of either sign, and of one."""

@@ -319,6 +319,10 @@ class SimulatedArithmetic(TorchDispatchMode):
         if (composite := _COMPOSITES.get(func)) is not None:
             with self:
                 return composite(self, *args, **kwargs)
+        if func not in _SUMS and func not in _FUNCTIONS:
+            with self:  # what consists of other operations, which PyTorch has taken apart before, but in inference mode
+                if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return result
         # Numbers are those of the precision, too.
         args = [self._number(x) if isinstance(x, float) else x for x in args]
         kwargs = {name: self._number(x) if isinstance(x, float) else x for name, x in kwargs.items()}
