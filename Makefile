@@ -24,10 +24,10 @@ PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 8 --di
 test: $(INSTALLED)
 	$(PYTEST)
 
-# Three cases of each test that takes less than a second, for a first answer: nothing is built, no kernel is compiled or
+# Two cases of each test that takes less than a second, for a first answer: nothing is built, no kernel is compiled or
 # interpreted.
 test-quick: $(INSTALLED)
-	$(PYTEST) -m "not slow and not exhaustive" --cases 3
+	$(PYTEST) -m "not slow and not exhaustive" --cases 2
 
 # All repetitions, too: ten times the fuzz, every demanding kernel's machine code, every shape in the interpreter, every
 # emulated CPU. Hours.

@@ -328,6 +328,7 @@ dims = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(dims, st.integers(0, 2**16))
 def test_causality(dims, seed):
@@ -526,6 +527,7 @@ def test_packed_sequences_are_a_loop(feature, impl):
             assert torch.equal(x[:, :, part], y[:, :, part])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D, feature, dtype", thinned([40, (40, 24)], PACKED_FEATURES, DTYPES, one_of=3), ids=str)
 def test_parity_of_packed_sequences(D, feature, dtype):
     starts = ([0, 70, 70, 75, 205], [0, 90, 93, 98, 300])
@@ -578,6 +580,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", ["plain", "lengths", "bias of queries", "everything"])
 def test_opcheck_of_gradients(feature):
     call = ops.Call(*make(2, 4, 2, 3, 20, (16, 24)), **{"scale": 0.25} | options(feature, 2, 4, 3, 20, torch.float32))
@@ -587,6 +590,7 @@ def test_opcheck_of_gradients(feature):
     torch.library.opcheck(torch.ops.fastgpt.attention_backward.default, arguments)
 
 
+@pytest.mark.slow
 def test_opcheck_of_packed_sequences():
     q, k, v = make(1, 4, 2, 8, 12, (16, 24))
     packing, options = (CU_Q, CU_K, 5, 6), {"sinks": torch.ones(4)}
@@ -605,6 +609,7 @@ def test_fake_strides_are_real_strides(D):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", ["plain", "window", "sinks", "mask", "dropout", "everything"])
 def test_compiles_as_one_graph(feature):
     q, k, v = inputs(2, 4, 2, 5, 9, (8, 12), torch.float32)

@@ -294,6 +294,7 @@ def run_tests(tmp_path, seconds=100.0, workers=2, **environment):
     return gpu.run(gpu.Part("tests", command, 1, environment), tmp_path / "log", seconds)
 
 
+@pytest.mark.slow
 def test_tests_run_once_in_several_processes(tmp_path):
     result = run_tests(tmp_path, workers=3)
     assert (result.outcome, result.last_line) == ("failed", "6 passed, 1 failed, 1 skipped")

@@ -469,6 +469,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_pytorch_that_does_not_tell_how_views_were_made():
     """Its name for that is not public. The package loads, and the write is refused in PyTorch's words."""
     result = subprocess.run([sys.executable, "-c", ANOTHER_PYTORCH], capture_output=True, text=True)
