@@ -31,6 +31,7 @@ def trained():
     return model.eval(), ids, loss.item()
 
 
+@pytest.mark.slow
 def test_it_learns_the_bigrams_of_a_text(trained):
     """The loss is the entropy of a letter given the one before, which no model of that kind can get below."""
     pairs, firsts = Counter(zip(TEXT, TEXT[1:])), Counter(TEXT[:-1])

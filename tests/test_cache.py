@@ -36,6 +36,7 @@ def test_cached_logits_are_the_uncached_ones(chunks, kind, window):
     assert cache.length == 20 and cache.counts == [20, 20, 20] and cache.lengths.tolist() == [20, 20, 20]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, cache", thinned(DTYPES, KINDS, one_of=2), ids=str)
 def test_a_ragged_batch_is_its_sequences_one_by_one(dtype, cache):
@@ -126,6 +127,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting, cache", thinned(SETTINGS, [*KINDS, ("sliding", 1)], one_of=2), ids=str)
 def test_cached_and_uncached_tokens_are_identical(setting, cache):
     (layers, heads, width, lengths), (kind, window) = setting, cache

@@ -48,6 +48,7 @@ def test_generate_continues_the_prompt(capsys):
     assert status == 0 and out.startswith("ROMEO:") and len(out) == len("ROMEO:") + 40 + 1
 
 
+@pytest.mark.slow
 def test_the_default_is_the_shipped_model_and_a_default_prompt(capsys):
     status, out, _ = run(capsys, "generate")
     assert status == 0 and len(out) == 1 + 300 + 1
@@ -293,6 +294,7 @@ def test_a_prompt_from_a_file(content, prompt, tmp_path, capsys):
     assert run(capsys, "generate", "--prompt-file", tmp_path / "prompt", *TOKENS)[1] == generated(prompt)
 
 
+@pytest.mark.slow
 def test_several_prompts(tmp_path, capsys):
     (tmp_path / "prompt").write_text("ROMEO:\n")
     flags = [*TOKENS, "--prompt-file", tmp_path / "prompt"]
@@ -335,6 +337,7 @@ def test_bad_prompt_files(content, message, tmp_path, capsys):
 # What is said beside the text, and by default
 
 
+@pytest.mark.slow
 def test_speed_and_seed_are_said_beside_the_text(capsys):
     _, out, error = run(capsys, "generate", "A", *TOKENS, "--temperature", 1)
     number, speed, seed = re.fullmatch(r"(\d+) tokens, ([\d.,]+) tok/s, seed (\d+)\n", error).groups()
@@ -631,6 +634,7 @@ def test_a_program_that_imports_fastgpt_is_interrupted_as_ever(how, tmp_path):
     assert interrupted([sys.executable, *program, "-m", "fastgpt"], tmp_path) == (0, "importing\ncaught\n", "")
 
 
+@pytest.mark.slow
 def test_interrupts_are_the_programs_own_once_it_is_loaded(tmp_path):
     """Even where it has the command's name; and no thread other than the main one sets a handler."""
     (tmp_path / "fastgpt").write_text("import fastgpt, signal\nprint(signal.getsignal(signal.SIGINT).__name__)")

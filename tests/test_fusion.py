@@ -257,6 +257,7 @@ def test_dynamic_quantization():
 # LoRA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, CROSSED, GATED], ids=["gpt2", "crossed", "gated"])
 def test_adapters(fields):
     """PEFT's LoRA on every layer and the embedding: on, off, merged and not merged again."""

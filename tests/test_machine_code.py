@@ -190,6 +190,7 @@ def widths_of_scores(configuration) -> dict[str, set[int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module, given", [
     ("attention_decode", (*LENGTHS[:3], *SCORES)), ("attention_forward", (*SCORES, "sinks_ptr")),
 ], ids=("decode", "forward"))  # fmt: skip
@@ -261,6 +262,7 @@ def test_reductions_folded_into_loops_are_found():
         assert len(reductions_folded_into_loops(ir_of(source, 90, {"enable_fp_fusion": True}, "ttir"))) == in_loop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", MODULES)
 def test_no_reduction_is_folded_into_a_loop(modules):
     """Triton 3.6 fails an assertion where the result of such a loop has two uses (OptimizeThreadLocality.cpp, hasOneUse)."""

@@ -159,6 +159,7 @@ def test_autocast(kind):
         assert norm(x.bfloat16(), weight, kind=kind).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_opcheck():
     call = call_of("everything", (3, 40), torch.float32)
     order = ("x", "weight", "bias", "residual")

@@ -53,6 +53,7 @@ def swept(monkeypatch):
     return swept
 
 
+@pytest.mark.slow
 def test_partial_results_are_stored_as_they_come(swept):
     stored = swept(1)
     assert [len(result["tiles"]) for result in stored] == list(range(1, len(stored) + 1))

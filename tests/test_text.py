@@ -15,6 +15,7 @@ from fastgpt.text import Decoder, Stops, Tokenizer, unescape
 CORPUS = "Hello, wörld!\n\r\n\t  日本 😀"
 
 
+@pytest.mark.slow
 @given(st.text(alphabet=sorted(set(CORPUS))))
 def test_round_trip(text):
     tokenizer = Tokenizer.from_corpus(CORPUS)

@@ -401,6 +401,7 @@ def test_bad_settings(change):
         replace(TINY, **change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_diverged_run_keeps_its_last_good_state(kind, text_file, tmp_path, capsys, monkeypatch):
     """And goes on from there."""
@@ -584,6 +585,7 @@ def test_a_file_is_its_text(tmp_path):
         assert torch.equal(torch.cat([trainer.train_tokens.long(), trainer.held_out]), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
 def test_tokens_of_pieces_are_those_of_the_whole(make, monkeypatch):
     monkeypatch.setattr(corpus, "PIECE", 3000)
@@ -641,6 +643,7 @@ with claimed(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_folder_is_one_runs_until_its_process_dies(text_file, tmp_path, capsys):
     """For new runs, resumed ones and those of Python, each of which is refused before it computes."""
     out = tmp_path / "folder" / "run"

@@ -549,6 +549,7 @@ def test_models_with_attention_of_their_own():
     assert torch.equal(*logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", [None, "4.40.0"])
 def test_without_transformers_5(installed, tmp_path):
     if installed:

@@ -44,6 +44,7 @@ def check(name, padding, function):
     assert not {part: share for part, share in found.items() if not share <= 1}, padding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, padding", thinned([name for name in SERVED if ARCHITECTURES[name].generates], (None, "left"), one_of=2)
 )

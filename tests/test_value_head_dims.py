@@ -149,6 +149,7 @@ def test_head_dims_of_8_bit_caches():
         kv_cache_update(**update((8, 0), None, torch.int8))
 
 
+@pytest.mark.slow
 def test_registrations():
     """opcheck: fake kernels, mutation and schemas."""
     call = update((8, 24), 4, torch.int8)
@@ -186,6 +187,7 @@ def test_attention_with_kv_cache(D, page, cache_dtype, rotation):
     numerics.check(actual, lambda: attention_reference(q.double(), *caches, **reading))
 
 
+@pytest.mark.slow
 def test_compiled_attention_with_kv_cache():
     call = update((8, 24), 4, torch.int8) | {"q": torch.randn(2, 4, 3, 8), "return_lse": True}
     call |= dict(zip(("cos", "sin"), angles(20, 4)))
