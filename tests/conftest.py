@@ -35,6 +35,26 @@ def pytest_addoption(parser):
     parser.addoption("--cases", type=int, metavar="N", help="at most N of each test's parameters, spread over all")
 
 
+def pytest_itemcollected(item):
+    """Of a test marked one_of(n), one case in n is always tested, spread so that each value of a parameter meets each other
+    parameter's in turn; the rest belongs to the exhaustive tests."""
+    if mark := item.get_closest_marker("one_of"):
+        indices = (index_in(axis, item.callspec.params) for axis in item.iter_markers("parametrize"))
+        if sum(indices) % mark.args[0]:
+            item.add_marker(pytest.mark.exhaustive)
+
+
+def index_in(axis: pytest.Mark, params: dict) -> int:
+    """Which of the values of pytest.mark.parametrize these are."""
+    names, values = axis.args
+    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    for i, value in enumerate(values):
+        several = value.values if hasattr(value, "marks") else value if len(names) > 1 else (value,)
+        if all(params[name] is part for name, part in zip(names, several)):
+            return i
+    raise AssertionError(f"{params} is none of {values}")
+
+
 @pytest.hookimpl(trylast=True)  # after those that other options leave out
 def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():

@@ -47,6 +47,11 @@ def runs_kernel(test):
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
+def one_of_interpreted(n: int):
+    """one_of(n) in the interpreter, which is slow."""
+    return pytest.mark.one_of(n if INTERPRETED else 1)
+
+
 def starts_the_interpreter(test):
     """Marks a test that calls `passed`."""
     broken = Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4")

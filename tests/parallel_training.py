@@ -16,9 +16,9 @@ from fastgpt.train import TrainConfig, Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 CONFIG = TrainConfig(
-    layers=2, heads=2, width=32, context=16, batch_size=8, steps=12, warmup=3, dropout=0.0, eval_windows=7
+    layers=2, heads=2, width=32, context=16, batch_size=8, steps=8, warmup=3, dropout=0.0, eval_windows=7
 )  # fmt: skip
-SAVED = 5  # steps until a run is saved
+SAVED = 3  # steps until a run is saved
 DROPOUT = 0.2  # of the runs that have any
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from models import random_ids, random_model, reference_operations
-from thinned import thinned
 
 from fastgpt import GPT, OutOfPages, PagedCache
 from fastgpt.cache import CACHE_KINDS, Uncached
@@ -38,7 +37,9 @@ def test_cached_logits_are_the_uncached_ones(chunks, kind, window):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("dtype, cache", thinned(DTYPES, KINDS, one_of=2), ids=str)
+@pytest.mark.one_of(2)
+@pytest.mark.parametrize("cache", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_ragged_batch_is_its_sequences_one_by_one(dtype, cache):
     """Through prompts, single tokens and pieces of different lengths, some of them empty."""
     kind, window = cache
@@ -128,7 +129,9 @@ SETTINGS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting, cache", thinned(SETTINGS, [*KINDS, ("sliding", 1)], one_of=2), ids=str)
+@pytest.mark.one_of(2)
+@pytest.mark.parametrize("cache", [*KINDS, ("sliding", 1)], ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_cached_and_uncached_tokens_are_identical(setting, cache):
     (layers, heads, width, lengths), (kind, window) = setting, cache
     for seed in range(2):

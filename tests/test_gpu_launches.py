@@ -20,7 +20,6 @@ from cuda_stub import fake_cuda  # noqa: E402
 from fake_gpu import ARCHITECTURES, Launch, Operation, Wait, gpu, launched_kernels, launches, variants  # noqa: E402
 from launcher_calls import calls  # noqa: E402
 from models import random_model  # noqa: E402
-from thinned import thinned  # noqa: E402
 
 from benchmarks.machine_code import usage_of  # noqa: E402
 from fastgpt import GPT  # noqa: E402
@@ -133,7 +132,11 @@ def generated(model, arch, *prompts, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model, cache, rules, arch", thinned(MOST, CACHES, RULES, ARCHITECTURES, one_of=10))
+@pytest.mark.one_of(10)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("model", MOST)
 def test_first_generate(model, cache, rules, arch):
     """Few kernels; none more for other lengths; steps after the first two are a graph, and nothing waits in it."""
     device, (first, second) = generated(MODELS[model](), arch, (40, 20), (43, 21), **CACHES[cache], **RULES[rules])
@@ -229,7 +232,9 @@ BEFORE, AFTER = ["_advance", "_embed"], ["_one_row", "aten::max", "_note", "aten
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model, cache", thinned(MODELS, CACHES, one_of=2))
+@pytest.mark.one_of(2)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("model", MODELS)
 def test_launches_of_a_decode_step(model, cache):
     """In their order: 5 a layer and 6 around them, of which a sliding cache adds 2, for where a token goes."""
     decoder = MODELS[model]()

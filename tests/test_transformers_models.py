@@ -5,7 +5,6 @@ from unittest import mock
 import pytest
 import torch
 from architectures import ALONE, ARCHITECTURES, COMPILED, agreement, build, compiled, gradients, inputs, outputs, shares, unserved
-from thinned import thinned
 
 import fastgpt.integrations.transformers as ft
 
@@ -21,18 +20,16 @@ def registered():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SERVED)
-def test_outputs_and_gradients(name):
-    """Gradients of whole batches, outputs of padded ones."""
-    check(name, None, gradients)
-    for padding in ARCHITECTURES[name].padding:
+def test_outputs(name):
+    for padding in (None, *ARCHITECTURES[name].padding):
         check(name, padding, outputs)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", SERVED)
-def test_gradients_of_padded_batches(name):
-    check(name, None, outputs)
-    for padding in ARCHITECTURES[name].padding:
+def test_gradients(name):
+    for padding in (None, *ARCHITECTURES[name].padding):
         check(name, padding, gradients)
 
 
@@ -45,9 +42,9 @@ def check(name, padding, function):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, padding", thinned([name for name in SERVED if ARCHITECTURES[name].generates], (None, "left"), one_of=2)
-)
+@pytest.mark.one_of(2)
+@pytest.mark.parametrize("padding", (None, "left"))
+@pytest.mark.parametrize("name", [name for name in SERVED if ARCHITECTURES[name].generates])
 def test_greedy_tokens(name, padding):
     assert agreement(name, padding) == {"dynamic": True, "static": True, "ours": True}
 

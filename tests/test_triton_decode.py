@@ -11,7 +11,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from interpreter import DEVICE, passed, runs_kernel, starts_the_interpreter  # noqa: E402
+from interpreter import DEVICE, one_of_interpreted, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
 from fastgpt.kernels import attention_decode as kernel  # noqa: E402
 from fastgpt.ops import attention as ops  # noqa: E402
@@ -98,6 +98,7 @@ CASES = {
 
 
 @runs_kernel
+@one_of_interpreted(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_parity(case, dtype, short_splits):
@@ -200,7 +201,8 @@ FEATURES = {
 
 
 @runs_kernel
-@pytest.mark.parametrize(("dtype", "S"), ((torch.float16, 25), (torch.float32, 90)), ids=str)
+@one_of_interpreted(2)
+@pytest.mark.parametrize("dtype, S", ((torch.float16, 25), (torch.float32, 90)), ids=str)
 @pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
 def test_parity_of_features(dtype, options, S, short_splits):
     options = {name: value(6) if callable(value) else value for name, value in options.items()}
@@ -220,7 +222,8 @@ def one_in_three_hidden(x):
 
 
 @runs_kernel
-@pytest.mark.parametrize(("dtype", "S"), ((torch.float32, 25), (torch.float16, 96)), ids=str)  # rows of 96 are aligned
+@one_of_interpreted(2)
+@pytest.mark.parametrize("dtype, S", ((torch.float32, 25), (torch.float16, 96)), ids=str)  # rows of 96 are aligned
 @pytest.mark.parametrize("layout", ("rows", "columns", "of keys", "of queries", "of heads"))
 def test_parity_of_masks_and_biases(layout, S, dtype, short_splits):
     """Of any strides; where a bias is -inf it hides a key, whatever that is."""
@@ -263,6 +266,7 @@ def test_large_scores_do_not_overflow(short_splits):
 
 
 @runs_kernel
+@one_of_interpreted(2)
 @pytest.mark.parametrize("page", (1, 16, 33))
 @pytest.mark.parametrize("window", (None, 40))
 def test_parity_on_pages(page, window, short_splits):
@@ -285,6 +289,7 @@ def test_parity_on_pages(page, window, short_splits):
 
 
 @runs_kernel
+@one_of_interpreted(3)
 @pytest.mark.parametrize("cache_dtype", EIGHT_BITS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", (40, 128))
@@ -298,6 +303,7 @@ def test_parity_on_8_bits(dtype, cache_dtype, D, short_splits):
 
 
 @runs_kernel
+@one_of_interpreted(2)
 @pytest.mark.parametrize("magnitudes", ((1e-4, 1e-4), (6e4, 6e4), (1e-4, 6e4), (6e4, 1e-4)))
 @pytest.mark.parametrize("cache_dtype", EIGHT_BITS, ids=str)
 def test_8_bits_of_any_magnitude(cache_dtype, magnitudes, short_splits):
@@ -336,6 +342,7 @@ def test_lengths_are_clamped_to_the_capacity(short_splits):
 
 
 @runs_kernel
+@one_of_interpreted(2)
 @pytest.mark.parametrize("window", (None, 45))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
 def test_neither_the_batch_nor_room_for_more_changes_a_bit_of_what_is_cut_alike(dtype, window, short_splits):
@@ -389,6 +396,7 @@ def expanded(x):
 
 
 @runs_kernel
+@one_of_interpreted(2)
 @pytest.mark.parametrize("D", (33, 64))
 @pytest.mark.parametrize("view", (packed, sliced, misaligned, expanded))
 def test_parity_on_views(view, D, short_splits):

@@ -11,7 +11,7 @@ from models import random_ids, random_model
 
 triton = pytest.importorskip("triton")
 
-from interpreter import DEVICE, INTERPRETED, passed, runs_kernel, starts_the_interpreter  # noqa: E402
+from interpreter import DEVICE, INTERPRETED, one_of_interpreted, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
 import fastgpt  # noqa: E402
 from fastgpt import model  # noqa: E402
@@ -62,6 +62,7 @@ def assert_parity(call, rows):
 
 
 @runs_kernel
+@one_of_interpreted(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @features
 def test_parity(feature, dtype):
@@ -322,4 +323,4 @@ def test_capture_in_a_cuda_graph(rows):
 @pytest.mark.slow
 @starts_the_interpreter
 def test_under_the_interpreter():
-    assert passed(__file__) >= len(linear_features.FEATURES) * len(DTYPES)
+    assert passed(__file__) >= 90
