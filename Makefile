@@ -46,8 +46,8 @@ sanitize: $(INSTALLED)
 	rm -f build/sanitize/fastgpt/*.so
 	cd build/sanitize && $(SANITIZED) FASTGPT_BUILD_CUDA=0 $(RUN) setup.py -q build_ext --inplace
 	cd build/sanitize && $(PRELOADED) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -x -k "not memory_is_linear" \
-	    tests/test_attention.py tests/test_cache.py tests/test_capture.py tests/test_kv_cache_update.py tests/test_linear.py \
-	    tests/test_norm.py tests/test_page_allocator.py tests/test_attention_edges.py tests/test_fuzz_operations.py
+	    tests/ops/test_attention.py tests/cache/test_cache.py tests/generation/test_replay.py tests/ops/test_kv_cache_update.py tests/ops/test_linear.py \
+	    tests/ops/test_norm.py tests/ops/test_page_allocator.py tests/ops/test_attention_edges.py tests/ops/test_fuzz_operations.py
 
 # Times everything here within ten minutes, and writes tables and plots; FULL=1 takes all cases and its time, SUITE="decode
 # kv_cache" only some suites. Other libraries are compared with if they are there: pip install .[bench] brings them.
@@ -73,7 +73,7 @@ MINUTES ?= 9
 sweep:
 	$(PYTHON) -m benchmarks.sweep_tiles --minutes $(MINUTES)
 
-$(INSTALLED): pyproject.toml setup.py Makefile $(wildcard csrc/*)
+$(INSTALLED): pyproject.toml setup.py Makefile $(wildcard csrc/* csrc/*/*)
 ifneq ($(VENV),)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV) || (echo "make: $(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1)
 	$(RUN) -m pip install --quiet "$(TORCH)"

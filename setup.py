@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from glob import glob
 from pathlib import Path
 
 import setuptools
@@ -28,11 +27,11 @@ from setuptools.command.build_ext import build_ext
 
 CUDA_LIBRARY = "fastgpt.libfastgpt_cuda"
 # Multiply-adds fuse where the CPU level has them, but not here: results are the reference's, bit for bit.
-UNFUSED = "csrc/kv_cache_update_kernels.cpp"
+UNFUSED = "csrc/kv_cache/kv_cache_update_kernels.cpp"
 TARGET_VERSION = "2.10"  # the oldest torch that a build must load on
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")  # the last also as PTX, for GPUs newer than the compiler
 
-# *_kernels.cpp is compiled once per level and csrc/cpu_level.h picks at run time. Without exceptions, whose tables would
+# *_kernels.cpp is compiled once per level and csrc/common/cpu_level.h picks at run time. Without exceptions, whose tables would
 # share a symbol between levels.
 CPU_LEVELS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -42,6 +41,11 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mprefer-vector-width=512",
     ]
     CPU_LEVELS["amx"] = CPU_LEVELS["avx512"] + ["-mamx-tile", "-mamx-bf16"]
+
+
+def find_sources(pattern):
+    """Paths in csrc and its folders."""
+    return sorted(map(str, Path("csrc").rglob(pattern)))
 
 
 def fail(sentence):
@@ -261,8 +265,8 @@ class NinjaBuild(build_ext):
         rule("cxx", f"{self.cxx} $flags {join(cxxflags)} -MD -MF $out.d -c $in -o $out", depfile=True)
         rule("link", f"{self.cxx} {join(shared)} $in {join(torch_cpu)} -o $out")
 
-        bindings, kernels = "csrc/bindings.cpp", sorted(glob("csrc/*_kernels.cpp"))
-        others = sorted(set(glob("csrc/*.cpp")) - {bindings, *kernels})
+        bindings, kernels = "csrc/bindings.cpp", find_sources("*_kernels.cpp")
+        others = sorted(set(find_sources("*.cpp")) - {bindings, *kernels})
         python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
         facts = [word for path in (self.pybind11, *sorted(python)) for word in ("-isystem", path)]
         facts += [f'-DFASTGPT_CUDA_ARCHS="{" ".join(archs)}"']
@@ -286,7 +290,7 @@ class NinjaBuild(build_ext):
             nvcc = join([nvcc, *flags])
             rule("nvcc", f"{nvcc} -MD -MF $out.d -c $in -o $out", depfile=True)
             rule("nvlink", f"{nvcc} -shared $in {join(libraries)} -o $out")
-            link("nvlink", CUDA_LIBRARY, compile_each("nvcc", sorted(glob("csrc/*.cu"))))
+            link("nvlink", CUDA_LIBRARY, compile_each("nvcc", find_sources("*.cu")))
         return "\n".join(lines) + "\n"
 
 
@@ -298,8 +302,8 @@ def join(words):
 require_tools("setuptools")  # before an old one fails to read pyproject.toml, at length
 setup(
     ext_modules=[
-        Extension("fastgpt._C", sorted(glob("csrc/*.cpp"))),
-        Extension(CUDA_LIBRARY, sorted(glob("csrc/*.cu")), optional=True),
+        Extension("fastgpt._C", find_sources("*.cpp")),
+        Extension(CUDA_LIBRARY, find_sources("*.cu"), optional=True),
     ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,6 +1,6 @@
 """Models of transformers with fastgpt's attention, against eager attention on the same small random weights.
 
-python -m benchmarks.architectures     prints what tests/test_transformers_models.py requires, for each architecture, and
+python -m benchmarks.architectures     prints what tests/integrations/test_transformers_models.py requires, for each architecture, and
                                        writes results/<machine>/architectures.json
 
 Exits with 1 if a share of the numerics contract's bound is above 1, or tokens differ.

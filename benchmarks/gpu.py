@@ -57,15 +57,15 @@ SUITES = {  # shares of the whole time, the most telling first; 0.02 for others
 AGAIN = ("build", "device", "info", "compile")  # on each machine
 TESTS = {  # of a GPU: parts, most telling first: their share, their files, and which tests
     "first tests": (
-        0.05, ["tests/test_gpu.py"], "each_kind or float_masks or identical or few_launches or uses_the_kernels or trains",
+        0.05, ["tests/kernels/test_gpu.py"], "each_kind or float_masks or identical or few_launches or uses_the_kernels or trains",
     ),
     "parity tests": (0.15, [
-        "tests/test_triton_attention.py", "tests/test_triton_decode.py", "tests/test_attention_with_kv_cache.py",
-        "tests/test_triton_linear.py", "tests/test_step.py",
+        "tests/kernels/test_triton_attention.py", "tests/kernels/test_triton_decode.py", "tests/ops/test_attention_with_kv_cache.py",
+        "tests/kernels/test_triton_linear.py", "tests/ops/test_decode_step.py",
     ], ""),
-    "cache tests": (0.07, ["tests/test_gpu.py", "tests/test_triton_kv_cache_update.py"], ""),
+    "cache tests": (0.07, ["tests/kernels/test_gpu.py", "tests/kernels/test_triton_kv_cache_update.py"], ""),
     "other tests": (0.04, [
-        "tests/test_sdpa.py", "tests/test_gpu_families.py", "tests/test_flash_provider.py", "tests/test_flash_attn.py",
+        "tests/integrations/test_sdpa.py", "tests/kernels/test_gpu_families.py", "tests/integrations/test_flash_provider.py", "tests/integrations/test_flash_attn.py",
     ], ""),
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
     bench = [*test, "--benchmark-only", "--benchmark-quiet", "-rs"]
     little = {"generate": ["-k", "gpt2-124m"], "integrations": ["-k", "adapter"]}  # of a suite in a dry run
     last = 0.05 if dry_run else 0.02
-    few = ["tests/test_numerics.py", "tests/test_page_allocator.py", "tests/test_imports.py"] if dry_run else ["tests"]
+    few = ["tests/testing/test_numerics.py", "tests/ops/test_page_allocator.py", "tests/test_imports.py"] if dry_run else ["tests"]
     device = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'; print(torch.cuda.get_device_name())"
     condense = 'exec "$0" -m benchmarks.report "$1"/benchmark_*.json'
     build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]

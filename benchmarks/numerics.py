@@ -27,7 +27,7 @@ from fastgpt.ops import attention as ops
 from fastgpt.ops.implementations import TRITON_INSTALLED
 from fastgpt.ops.kv_cache_update import rope_reference
 from fastgpt.ops.library import CUDA_MISSING
-from fastgpt.ops.quantisation import quantise
+from fastgpt.ops.quantization import quantise
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))  # whose helpers decide what passes

@@ -3,7 +3,7 @@
 What is timed is the library's own greedy loop, from the ids of the prompt to tokens known on the host, without an end token,
 with torch's number of threads and the fastest settings that are open to a user:
 
-    ours             `fastgpt.generate.stream`
+    ours             `fastgpt.generation.generate.stream`
     transformers     `generate` with its dynamic and static caches and with none; on CUDA also the static one with torch.compile
     CTranslate2      `generate_batch`, which takes the prompt in one pass; int8: matrices, and activations row by row
     llama.cpp        `llama_decode` through llama-cpp-python's low-level interface, logits of the last token only, and NumPy's
@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 from benchmarks.timing import name_of
-from fastgpt import GPT, GPTConfig, checkpoint
-from fastgpt.generate import stream
-from fastgpt.positions import Rope
-from fastgpt.timing import synchronize
+from fastgpt import GPT, GPTConfig
+from fastgpt.checkpoints import transformers_format
+from fastgpt.generation.generate import stream
+from fastgpt.model.rope import Rope
+from fastgpt.bench.timing import synchronize
 
 BUILD = Path(__file__).parents[1] / "build"
 NEW = 16  # tokens of one run
@@ -181,7 +182,7 @@ def in_transformers(model: GPT):
     import transformers
 
     weight = model.token_embedding.weight
-    config, weights = checkpoint.contents(model)
+    config, weights = transformers_format.contents(model)
     with torch.device(weight.device):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config), dtype=weight.dtype)
     missing, unexpected = theirs.load_state_dict(weights, strict=False, assign=True)

@@ -22,7 +22,7 @@ import torch
 
 import fastgpt
 from benchmarks import families_table, numerics_table, pages, plots
-from fastgpt.timing import uncertainty
+from fastgpt.bench.timing import uncertainty
 
 STORED = Path(__file__).parent / "results"
 RESULTS = Path(os.environ.get("FASTGPT_RESULTS") or STORED)

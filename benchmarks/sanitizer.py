@@ -2,7 +2,7 @@
 
 python -m benchmarks.sanitizer
 
-Those tests in tests/test_gpu.py whose names end in `one_by_one` launch them. All run under memcheck (accesses outside of
+Those tests in tests/kernels/test_gpu.py whose names end in `one_by_one` launch them. All run under memcheck (accesses outside of
 memory, or not aligned): every kernel of cache updates, in every width of access, and attention over caches of several kinds.
 Updates, which are C++, also run under racecheck (hazards in shared memory) and synccheck (lanes that a shuffle waits for in
 vain); the tools run at the same time. PyTorch's allocator is off: every tensor is an allocation of its own, and one byte
@@ -37,7 +37,7 @@ def missing() -> str:
 
 
 def command(tool: str) -> list[str]:
-    test = ["-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", TOOLS[tool]]
+    test = ["-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "tests/kernels/test_gpu.py", "-k", TOOLS[tool]]
     # Errors that calls of CUDA return are PyTorch's to judge, which asks for some.
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all", "--report-api-errors", "no"]
     return [find(), *options, sys.executable, *test]

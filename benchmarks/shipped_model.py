@@ -11,8 +11,8 @@ import torch
 from benchmarks.report import store
 from fastgpt import GPT
 from fastgpt.cli import CACHE_DTYPES, SHIPPED_MODEL
-from fastgpt.text import Tokenizer
-from fastgpt.train import evaluate, split
+from fastgpt.text.tokenizer import Tokenizer
+from fastgpt.training.trainer import evaluate, split
 
 
 def main() -> None:

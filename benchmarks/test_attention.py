@@ -12,7 +12,7 @@ import torch
 from benchmarks.attention_peers import check, peers
 from benchmarks.timing import DEVICE, DTYPE, full, in_turns, matrix_product, measured_time, name_of
 from fastgpt import attention, explain
-from fastgpt.timing import implementation
+from fastgpt.bench.timing import implementation
 
 pytestmark = pytest.mark.benchmark(timer=measured_time)
 B, H = (1, 12) if DEVICE == "cpu" else (4, 16)

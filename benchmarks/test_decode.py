@@ -13,8 +13,8 @@ import torch
 from benchmarks.attention_peers import check, peers
 from benchmarks.timing import DEVICE, DTYPE, full, in_turns, measured_time, name_of, reading
 from fastgpt import attention, attention_with_kv_cache, explain, kv_cache_update, rope_kv_cache_update
-from fastgpt.ops.quantisation import quantise
-from fastgpt.timing import cold, implementation
+from fastgpt.ops.quantization import quantise
+from fastgpt.bench.timing import cold, implementation
 
 pytestmark = pytest.mark.benchmark(timer=measured_time)
 PAGE = 16

@@ -30,7 +30,7 @@ from benchmarks.timing import (
 import fastgpt
 from fastgpt import GPT
 from fastgpt.cli import SHIPPED_MODEL, example_calls
-from fastgpt.timing import clock, implementation
+from fastgpt.bench.timing import clock, implementation
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.bfloat16, torch.float32][: 2 if full() else 1]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from benchmarks.timing import DEVICE, DTYPE, full, in_turns, measured_time, name_of, reading
 from fastgpt import explain, linear, linear_reference
-from fastgpt.timing import cold, implementation
+from fastgpt.bench.timing import cold, implementation
 
 pytestmark = pytest.mark.benchmark(timer=measured_time)
 GPT2 = {"norm": "layer", "norm_weight": "K", "norm_bias": "K", "bias": "rows"}

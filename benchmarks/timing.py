@@ -1,4 +1,4 @@
-"""What the suites share: where they run, how much of them, and fastgpt.timing's rounds as pytest-benchmark's."""
+"""What the suites share: where they run, how much of them, and fastgpt.bench.timing's rounds as pytest-benchmark's."""
 
 import contextlib
 import functools
@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from fastgpt import limits
-from fastgpt.timing import in_rounds
+from fastgpt.bench import limits
+from fastgpt.bench.timing import in_rounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # unless a benchmark is about another
@@ -55,7 +55,7 @@ def measured_time() -> float:
 
 
 def in_turns(benchmark, ours: Callable, others: dict[str, Callable], *, limit=None, info: dict, **options) -> None:
-    """Times `ours` and every other in turns: see `fastgpt.timing.in_rounds`, which gets the limit and the options.
+    """Times `ours` and every other in turns: see `fastgpt.bench.timing.in_rounds`, which gets the limit and the options.
 
     pytest-benchmark's figures are those of ours; extra_info gets `info`, the seconds of all, and the limit's name and
     what it moves.

@@ -10,10 +10,10 @@
 #include <utility>
 #include <vector>
 
-#include "cpu_level.h"
-#include "page_allocator.h"
-#include "plan.h"
-#include "unchanged.h"
+#include "common/cpu_level.h"
+#include "kv_cache/page_allocator.h"
+#include "decode_step/plan.h"
+#include "decode_step/unchanged.h"
 
 namespace py = pybind11;
 
@@ -162,7 +162,7 @@ several sequences), sequences, tokens (of all sequences; those in a shared page 
 
 void define_plan(py::module_& module) {
   using fastgpt::Plan;
-  py::class_<Plan>(module, "Plan", "Operations on the CPU, recorded to run again on the same tensors: fastgpt/capture.py.")
+  py::class_<Plan>(module, "Plan", "Operations on the CPU, recorded to run again on the same tensors: fastgpt/generation/replay.py.")
       .def(py::init<>())
       .def("record", &Plan::record, "From now on this thread's operations join the plan. RuntimeError if another does it.")
       .def("finish", &Plan::finish)
@@ -227,7 +227,7 @@ class Unchanged {
 };
 
 void define_unchanged(py::module_& module) {
-  py::class_<Unchanged>(module, "Unchanged", "What a recorded step of a model relies on: fastgpt/capture.py.")
+  py::class_<Unchanged>(module, "Unchanged", "What a recorded step of a model relies on: fastgpt/generation/replay.py.")
       .def(py::init<const std::vector<py::dict>&, const std::vector<py::dict>&, const std::vector<Unchanged::Attribute>&>(),
            py::arg("entries"), py::arg("counts"), py::arg("attributes"),
            R"(entries: dicts that must keep their values, the very objects; counts: that must keep their number of keys;

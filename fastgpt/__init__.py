@@ -30,10 +30,10 @@ except ImportError as error:
         )
     raise ImportError(f"fastgpt cannot be imported: {reason}") from error
 
-from fastgpt.cache import ContiguousCache, KVCache, OutOfPages, PagedCache, PagePool, SlidingCache
-from fastgpt.heads import SequenceClassifier, TokenClassifier
+from fastgpt.cache.base import ContiguousCache, KVCache, OutOfPages, PagedCache, PagePool, SlidingCache
+from fastgpt.model.classifiers import SequenceClassifier, TokenClassifier
 from fastgpt.integrations.sdpa import scaled_dot_product_attention
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model.decoder import GPT, GPTConfig
 from fastgpt.ops.attention import attention, attention_reference, attention_varlen, attention_varlen_reference
 from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, attention_with_kv_cache_reference
 from fastgpt.ops.explain import explain
@@ -83,7 +83,7 @@ __all__ = [
 
 def __getattr__(name: str):
     if name == "pipeline":  # loads tokenizers
-        from fastgpt.pipelines import pipeline
+        from fastgpt.generation.pipeline import pipeline
 
         return pipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,19 +19,22 @@ import torch
 from tqdm import tqdm
 
 import fastgpt
-from fastgpt import bench, checkpoint, folders, inspection
-from fastgpt.cache import CACHE_KINDS
+from fastgpt import folders
+from fastgpt.bench import suite
+from fastgpt.checkpoints import transformers_format
+from fastgpt.model import inspection
+from fastgpt.cache.base import CACHE_KINDS
 from fastgpt.checks import is_terminal, require_integer, require_number
-from fastgpt.context import require_causal
-from fastgpt.distributed import PARALLEL, joined, own_device
-from fastgpt.generate import MAX_NEW_TOKENS, Options, PromptTooLong, require_room
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model.encoder_states import require_causal
+from fastgpt.training.processes import PARALLEL, joined, own_device
+from fastgpt.generation.generate import MAX_NEW_TOKENS, Options, PromptTooLong, require_room
+from fastgpt.model.decoder import GPT, GPTConfig
 from fastgpt.ops.library import CUDA_MISSING
-from fastgpt.pipelines import Pipeline, Run, as_messages, pipeline
-from fastgpt.text import Tokenizer, unescape
-from fastgpt.timing import implementation
-from fastgpt.train import TrainConfig, Trainer, claimed, pretrained, require_new_run, train
-from fastgpt.train import DTYPES as TRAIN_DTYPES
+from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
+from fastgpt.text.tokenizer import Tokenizer, unescape
+from fastgpt.bench.timing import implementation
+from fastgpt.training.trainer import TrainConfig, Trainer, claimed, pretrained, require_new_run, train
+from fastgpt.training.trainer import DTYPES as TRAIN_DTYPES
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"
 DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech, and most texts a new line
@@ -512,7 +515,7 @@ def run_inspect(options) -> None:
         elif options.attention is None:
             raise ValueError(f"{name}: expected --attention with it, got --{name} alone")
     text = given_prompt(options.prompt)
-    folder = checkpoint.resolve(options.model, options.revision)
+    folder = transformers_format.resolve(options.model, options.revision)
     model = GPT.from_pretrained(folder, device=device_of(options.device))
     require_causal(model.config)
     tokenizer = Tokenizer.from_folder(folder)
@@ -600,11 +603,11 @@ def started(options, given: dict, place: dict) -> Trainer:
     trainer = Trainer(options.text, config, model=model, tokenizer=tokenizer, **place)
     if place["processes"].first:  # what else belongs to the tokenizer
         options.out.mkdir(parents=True, exist_ok=True)
-        folder = checkpoint.resolve(options.init_from)
+        folder = transformers_format.resolve(options.init_from)
         for name in (path.relative_to(folder) for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
             if (file := folders.find(folder, name, "init-from")) is not None:
                 (options.out / name).parent.mkdir(exist_ok=True)
-                with checkpoint.replacing(options.out / name) as copy:
+                with transformers_format.replacing(options.out / name) as copy:
                     shutil.copyfile(file, copy)
     return trainer
 
@@ -617,8 +620,8 @@ def resumed(options, given: dict, place: dict) -> Trainer:
 
 def run_bench(options) -> None:
     require_number("seconds", options.seconds, least=0)
-    place = bench.Place(device_of(options.device))
-    cases = [case for case in bench.cases(place, SHIPPED_MODEL) if options.only in f"{case.section}, {case.name}"]
+    place = suite.Place(device_of(options.device))
+    cases = [case for case in suite.cases(place, SHIPPED_MODEL) if options.only in f"{case.section}, {case.name}"]
     if not cases:
         raise ValueError(f"only: expected a part of what can be measured, {options.only!r} is in no name")
     torch.manual_seed(0)
@@ -627,13 +630,13 @@ def run_bench(options) -> None:
         with tqdm(cases, unit="case", leave=False, disable=sys.stderr is None or None) as bar:
             for case in bar:
                 bar.set_description(case.name)
-                results.append(bench.measure(case, place, options.seconds / len(cases)))
+                results.append(suite.measure(case, place, options.seconds / len(cases)))
     finally:  # on Ctrl-C, what there is so far
-        machine = bench.machine(place)
+        machine = suite.machine(place)
         if options.json:
             print(json.dumps({"machine": machine, "cases": results}))
         elif results:
-            print(bench.table(machine, results))
+            print(suite.table(machine, results))
     if any("problem" in result for result in results):
         sys.exit(1)
 

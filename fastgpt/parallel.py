@@ -13,8 +13,8 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from fastgpt.fusion import is_plain, plain
-from fastgpt.model import GPT, MLP, Attention
+from fastgpt.model.fusion import is_plain, plain
+from fastgpt.model.decoder import GPT, MLP, Attention
 from fastgpt.ops.linear import linear
 
 
@@ -25,7 +25,7 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
     be run and not trained from then on.
 
     Raises: ValueError when heads, or the MLP's width, cannot be divided among so many processes, or a layer that is not
-        plain (fastgpt/fusion.py: with an adapter, say) at all.
+        plain (fastgpt/model/fusion.py: with an adapter, say) at all.
     """
     if mesh is None:
         mesh = init_device_mesh(model.token_embedding.weight.device.type, (torch.distributed.get_world_size(),))

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from fastgpt import capture, fusion
+from fastgpt.generation import replay
+from fastgpt.model import fusion
 
 
 class StubGraph:
@@ -70,9 +71,9 @@ def torch_cuda(graph, wait, wait_stream=lambda: None):
         mock.patch.object(torch.cuda, "synchronize", lambda device=None: wait("synchronize")),
         mock.patch.object(torch.cuda, "empty_cache", lambda: wait("empty_cache")),
     ):
-        capture.side_stream.cache_clear()
+        replay.side_stream.cache_clear()
         yield
-    capture.side_stream.cache_clear()
+    replay.side_stream.cache_clear()
 
 
 @contextlib.contextmanager
@@ -92,7 +93,7 @@ def stubbed_cuda(plays: bool = True):
         mock.patch.object(StubGraph, "log", log, create=True),
         mock.patch.object(StubGraph, "plays", plays),
         torch_cuda(Graph, log.append, lambda: log.append("wait_stream")),
-        mock.patch.object(capture, "has_graphs", lambda device: True),
+        mock.patch.object(replay, "has_graphs", lambda device: True),
         taped_operations(),
     ):
         yield Log(log, graphs)

@@ -31,12 +31,13 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastgpt import fusion, kernels
+from fastgpt import kernels
+from fastgpt.model import fusion
 from fastgpt.integrations import sdpa
 from fastgpt.kernels.architecture import architecture
 from fastgpt.ops import implementations
 from fastgpt.ops import kv_cache_update as updating
-from fastgpt.positions import Tables
+from fastgpt.model.rope import Tables
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 

@@ -3,7 +3,7 @@
 import torch
 from fake_gpu import meta
 
-from fastgpt.kernels import attention_backward, attention_decode, attention_forward, kv_cache_update, linear, norm, step
+from fastgpt.kernels import attention_backward, attention_decode, attention_forward, kv_cache_update, linear, norm, decode_step
 
 
 def calls(n: int, meta=meta):
@@ -40,9 +40,9 @@ def calls(n: int, meta=meta):
         "linear, rows": lambda: linear.linear(meta(n, 128), w, residual=meta(n, 16 * n)),
         "norm": lambda: norm.norm(many, meta(128), residual=many),
         "norm, strided": lambda: norm.norm(meta(3, n, 128, strides=(3000 + n * 130, 130, 1)), meta(128)),
-        "embed": lambda: step.embed(ids, meta(50 * n, 128), slots, meta(60 * n, 128)),
-        "advance": lambda: step.advance(lengths, slots),
-        "note": lambda: step.note(
+        "embed": lambda: decode_step.embed(ids, meta(50 * n, 128), slots, meta(60 * n, 128)),
+        "advance": lambda: decode_step.advance(lengths, slots),
+        "note": lambda: decode_step.note(
             ids[:, 0], meta(n, 1), meta(7 * n, n, dtype=torch.int64), meta(n, 1, dtype=torch.float32),
             meta(1, dtype=torch.int64), meta(n, dtype=torch.bool), meta(n, dtype=torch.int64),
         ),

@@ -5,16 +5,9 @@ from unittest import mock
 
 import torch
 
-from fastgpt import (
-    GPT,
-    GPTConfig,
-    attention_reference,
-    attention_with_kv_cache_reference,
-    cache,
-    context,
-    linear_reference,
-    model,
-)
+from fastgpt import GPT, GPTConfig, attention_reference, attention_with_kv_cache_reference, linear_reference
+from fastgpt.cache import base
+from fastgpt.model import decoder, encoder_states
 
 
 def random_model(*, layers=2, heads=4, width=64, context=96, vocabulary=65, seed=0, **fields) -> GPT:
@@ -44,9 +37,9 @@ def random_ids(model: GPT, batch: int, tokens: int, seed=1) -> torch.Tensor:
 def reference_operations():
     """Within it, decoders compute by the references: what an error in low precision is measured against."""
     with (
-        mock.patch.object(model, "linear", linear_reference),
-        mock.patch.object(cache, "attention", attention_reference),
-        mock.patch.object(cache, "attention_with_kv_cache", attention_with_kv_cache_reference),
-        mock.patch.object(context, "attention", attention_reference),
+        mock.patch.object(decoder, "linear", linear_reference),
+        mock.patch.object(base, "attention", attention_reference),
+        mock.patch.object(base, "attention_with_kv_cache", attention_with_kv_cache_reference),
+        mock.patch.object(encoder_states, "attention", attention_reference),
     ):
         yield

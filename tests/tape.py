@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgpt import capture, sampling
+from fastgpt.generation import replay
+from fastgpt.generation import sampling
 
 WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
 
@@ -73,9 +74,9 @@ def graphs_on_cpu():
         return tapes[-1]
 
     with (
-        mock.patch.object(capture, "has_graphs", lambda device: True),
-        mock.patch.object(capture, "warm_up", lambda function, device: function()),
-        mock.patch.object(capture, "cuda_graph", taped),
+        mock.patch.object(replay, "has_graphs", lambda device: True),
+        mock.patch.object(replay, "warm_up", lambda function, device: function()),
+        mock.patch.object(replay, "cuda_graph", taped),
         taped_operations(),
     ):
         yield tapes

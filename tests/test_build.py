@@ -130,7 +130,7 @@ def test_kernels_of_a_cpu_level_keep_their_code_to_themselves():
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["90a", *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in ("80", "100"))])
-@pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*.cu")), ids=lambda path: path.name)
+@pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*/*.cu")), ids=lambda path: path.name)
 def test_resources_of_cuda_kernels(source, arch, tmp_path):
     """Nothing spills, and a multiprocessor holds at least four blocks of 256 threads."""
     command = ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]

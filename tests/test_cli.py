@@ -23,11 +23,12 @@ from models import random_model
 from texts import CHATML, byte_level, write_checkpoint
 
 import fastgpt
-from fastgpt import checkpoint, cli, startup
+from fastgpt import cli, startup
+from fastgpt.checkpoints import transformers_format
 from fastgpt.cli import SHIPPED_MODEL, main
-from fastgpt.distributed import Processes
+from fastgpt.training.processes import Processes
 from fastgpt.ops import explain
-from fastgpt.text import Tokenizer
+from fastgpt.text.tokenizer import Tokenizer
 
 TOKENS = ["--max-new-tokens", "40"]
 
@@ -192,7 +193,8 @@ def test_info_tells_of_all_that_can_be_explained(capsys):
 
 STOPS_HALFWAY = """
 import itertools, sys, time
-from fastgpt import cli, sampling
+from fastgpt import cli
+from fastgpt.generation import sampling
 
 steps, sample = itertools.count(), sampling.Sampler.__call__
 
@@ -399,7 +401,7 @@ def test_the_revision_reaches_the_hub(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(cli, "pipeline", lambda *path, **options: asked.append(options["revision"]) or sys.exit(0))
     run(capsys, "generate", "A", "--model", "some/model", "--revision", "v2")
-    monkeypatch.setattr(cli.checkpoint, "resolve", lambda path, revision: asked.append(revision) or sys.exit(0))
+    monkeypatch.setattr(cli.transformers_format, "resolve", lambda path, revision: asked.append(revision) or sys.exit(0))
     run(capsys, "inspect", "A", "--model", "some/model", "--revision", "v3")
     assert asked == ["v2", "v3"]
 
@@ -534,7 +536,7 @@ def test_without_standard_output(capsys, monkeypatch):
 
 def test_without_standard_error(tmp_path, capsys, monkeypatch):
     """As programs without a console are: nothing that belongs there comes elsewhere."""
-    monkeypatch.setattr(checkpoint, "SHOW_PROGRESS", 0)
+    monkeypatch.setattr(transformers_format, "SHOW_PROGRESS", 0)
     (tmp_path / "text.txt").write_text("ab\n" * 50)
     sizes = {"layers": 1, "heads": 1, "width": 8, "context": 8, "steps": 1, "batch-size": 2, "eval-windows": 1}
     arguments = [part for name, size in sizes.items() for part in (f"--{name}", size)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import memory
+from fastgpt import huge_pages
 
 SMAPS = Path("/proc/self/smaps")
 OFFERED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -25,7 +25,7 @@ def flags_at(address: int) -> list[str]:
 )
 def test_huge_pages_are_asked_for():
     """Whether there are any free ones is the kernel's matter."""
-    x = memory.empty((32 << 20,), dtype=torch.uint8).fill_(7)
+    x = huge_pages.empty((32 << 20,), dtype=torch.uint8).fill_(7)
     assert "hg" in flags_at(x.data_ptr()) and "hg" in flags_at(x.data_ptr() + x.nbytes - 1)
     assert (x == 7).all()
     y = torch.empty(64 << 20, dtype=torch.uint8)
@@ -35,10 +35,10 @@ def test_huge_pages_are_asked_for():
 def test_collapsing_keeps_contents_and_addresses():
     tensors = [torch.randn(1 << 20), torch.randn(3), torch.randn(1024, 1024).t(), torch.zeros(0)]
     copies, addresses = [x.clone() for x in tensors], [x.data_ptr() for x in tensors]
-    memory.collapse(tensors)
+    huge_pages.collapse(tensors)
     assert addresses == [x.data_ptr() for x in tensors]
     assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies))
 
 
 def test_other_devices_are_left_alone():
-    assert memory.empty((1 << 21, 4), device="meta").device.type == "meta"
+    assert huge_pages.empty((1 << 21, 4), device="meta").device.type == "meta"

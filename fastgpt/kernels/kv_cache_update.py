@@ -1,6 +1,6 @@
 """The KV-cache update, alone and fused with rotary embedding, in one launch; and how a row is rotated and stored in 8 bits.
 
-What is stored is what csrc/kv_cache_update.cu stores, bit for bit: each operation on fp32 is rounded for itself, which takes a
+What is stored is what csrc/kv_cache/kv_cache_update.cu stores, bit for bit: each operation on fp32 is rounded for itself, which takes a
 kernel without floating-point fusion. Where the CUDA library is not there, prefill needs no host sync all the same.
 
 Rows start wherever the caller has them. How far they are aligned is a compile-time argument: mostly 16 bytes, of all that is
@@ -75,7 +75,7 @@ def largest_of(x, KEEP: tl.constexpr):
 @triton.jit
 def quantised(x, largest_bits, element: tl.constexpr):
     """Rows x (..., BLOCK_D) as int8, or e4m3 in uint8, and their scales, by `largest_of` all of each row: bit for bit what
-    csrc/elements.h makes of them, in a kernel without floating-point fusion."""
+    csrc/common/elements.h makes of them, in a kernel without floating-point fusion."""
     LIMIT: tl.constexpr = 127.0 if element == tl.int8 else 448.0
     x = to_float32(x)
     largest = largest_bits.to(tl.float32, bitcast=True)

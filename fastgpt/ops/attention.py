@@ -21,7 +21,7 @@ from fastgpt.ops.derivatives import TRANSFORMED, transforms_active
 from fastgpt.ops.dropout import keep_mask, seed_tensor
 from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere, triton_unusable
 from fastgpt.ops.library import library, without_autograd
-from fastgpt.ops.quantisation import QUANTISED_DTYPES, dequantise
+from fastgpt.ops.quantization import QUANTISED_DTYPES, dequantise
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 576  # of keys and of values, which may differ: MLA (arXiv 2405.04434) has 576 and 512, or 192 and 128

@@ -18,7 +18,7 @@ from fastgpt.checks import (
 from fastgpt.ops.derivatives import derivatives_possible, derivatives_refused, transforms_active
 from fastgpt.ops.implementations import choose, explain_call, require_impl, runs_elsewhere, triton_unusable
 from fastgpt.ops.library import CUDA_MISSING, library, without_autograd
-from fastgpt.ops.quantisation import QUANTISED_DTYPES, quantise
+from fastgpt.ops.quantization import QUANTISED_DTYPES, quantise
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_TRANSFORMED_DIM = 1024

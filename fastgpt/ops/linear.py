@@ -20,7 +20,7 @@ from fastgpt.ops.library import library, without_autograd
 from fastgpt.ops.norm import KINDS, norm_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_ROWS = 32  # that the kernels multiply; csrc/linear.h
+MAX_ROWS = 32  # that the kernels multiply; csrc/linear/linear.h
 ACTIVATIONS = {
     None: lambda x: x,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -28,7 +28,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
 }
-ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # csrc/linear.h
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # csrc/linear/linear.h
 
 
 def linear(

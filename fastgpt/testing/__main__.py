@@ -25,7 +25,7 @@ from fastgpt.ops import attention as ops
 from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
 from fastgpt.ops.norm import norm, norm_reference
-from fastgpt.ops.quantisation import quantise
+from fastgpt.ops.quantization import quantise
 from fastgpt.testing import attention_parity, linear_features, norm_features, numerics
 from fastgpt.testing.attention_features import FEATURES, PACKED_FEATURES, inputs, options, paged
 

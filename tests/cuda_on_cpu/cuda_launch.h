@@ -1,4 +1,4 @@
-// Runs CUDA kernels on the host, for machines without a GPU: a stand-in for csrc/cuda_launch.h. The 32 threads of a warp are
+// Runs CUDA kernels on the host, for machines without a GPU: a stand-in for csrc/common/cuda_launch.h. The 32 threads of a warp are
 // coroutines of one thread of the host, so that the lanes of a shuffle can wait for each other.
 
 #pragma once

@@ -7,12 +7,12 @@ import transformers
 from packaging.version import Version
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from fastgpt import memory
+from fastgpt import huge_pages
 from fastgpt.checks import require_integer, require_tensor
 from fastgpt.integrations.transformers.deferred import EightBit
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update
-from fastgpt.ops.quantisation import QUANTISED_DTYPES, as_bytes
+from fastgpt.ops.quantization import QUANTISED_DTYPES, as_bytes
 
 CROPS_TO_LENGTH = Version(transformers.__version__) < Version("5.16")  # if told a positive number
 ROOM = 256  # rows of storage beyond those that the first tokens take
@@ -164,7 +164,7 @@ class Layer(DynamicLayer):
             stored = as_bytes(x)[:, :, : self.length]
             stored = stored if index is None else stored.index_select(0, index.to(x.device))
             with torch.inference_mode(False):  # which a cache may outlive
-                moved = memory.empty((len(stored), x.shape[1], rows, *x.shape[3:]), dtype=x.dtype, device=x.device)
+                moved = huge_pages.empty((len(stored), x.shape[1], rows, *x.shape[3:]), dtype=x.dtype, device=x.device)
             as_bytes(moved)[:, :, : self.length] = stored
             self.storage[name] = moved
 

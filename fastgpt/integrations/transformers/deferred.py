@@ -3,7 +3,7 @@
 import torch
 from torch.utils._pytree import tree_map_only
 
-from fastgpt.ops.quantisation import dequantise
+from fastgpt.ops.quantization import dequantise
 
 _METADATA = frozenset(
     getattr(torch.Tensor, name).__get__

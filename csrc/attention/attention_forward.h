@@ -1,0 +1,130 @@
+// A block of queries on its way to its output, whichever way its keys are walked over.
+//
+// Products of whole tiles multiply values that a query does not see with a weight of 0, which makes NaN of what is not finite.
+// So rows of results that are not finite are computed again, of the keys alone that the query sees.
+//
+// For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
+
+#pragma once
+
+#include <memory>
+
+#include "attention/attention_block.h"
+
+namespace fastgpt::FASTGPT_CPU_LEVEL {
+namespace {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+class ForwardBlock : protected QueryBlock {
+ public:
+  ForwardBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block)
+      : QueryBlock(args, b, h_kv, block * kBlockM), results_(args) {}
+
+ protected:
+  // `rows`: sums of values (rows, D_v_), changed on the way.
+  void write_results(float* rows) const {
+    uint64_t broken = 0;  // a bit for each row
+    static_assert(kBlockM <= 64);
+    for (int64_t r = 0; r < rows_; ++r) {
+      if (!write_result(r, rows + r * D_v_, max_[r], sum_[r])) broken |= uint64_t{1} << r;
+    }
+    if (broken) write_again(broken);
+  }
+
+ private:
+  // A row of results from its sum of values over `divided`, which is changed on the way, its highest score and its sum of
+  // weights. Returns whether it is finite.
+  bool write_result(int64_t r, float* row, float highest, float total, float divided = 1.0f) const {
+    const bool blind = total == 0.0f;  // it sees no key
+    float rescale = 1.0f;
+    if (args_.sinks) {
+      const float sink = args_.sinks[head_[r]], before = highest;
+      highest = sink > highest ? sink : highest;
+      rescale = exp_nonpositive(before - highest);
+      total = total * rescale + exp_nonpositive(sink - highest);
+    }
+    const float factor = blind ? 0.0f : rescale / total * divided;
+    Vector zeros{};  // NaN from the first result on that is not finite
+    for (int64_t d = 0; d < D_v_; d += kWidth) {
+      const Vector result = load(row + d) * factor;
+      store(row + d, result);
+      zeros += result * 0.0f;
+    }
+    write(row, args_.D_v, results_.out.data, at(results_.out, r), args_.element);
+    results_.lse.data[at(results_.lse, r)] = blind ? -kInfinity
+        : highest == kInfinity                         ? highest
+                                                       : highest + __builtin_logf(total);
+    return sum(zeros) == 0.0f;
+  }
+
+  // The rows whose bits are set, of nothing but the keys that they see: those with a score above -inf.
+  void write_again(uint64_t broken) const {
+    alignas(64) float scores[kBlockN * kBlockM] = {}, factors[kBlockN * kBlockM];  // a line for each key
+    alignas(64) float q[kMaxHeadDim] = {};
+    struct Copies {
+      float k[kBlockN * kMaxHeadDim], v[kBlockN * kMaxHeadDim];
+    };
+    const std::unique_ptr<Copies> copies(new Copies);  // too large for some threads' stacks
+    const auto each_broken = [&](auto function) {
+      for (int64_t r = 0; r < rows_; ++r) {
+        if (broken >> r & 1) function(r);
+      }
+    };
+    struct Sums {
+      double of_values[kMaxHeadDim], of_weights, highest;
+    };
+    const std::unique_ptr<Sums[]> sums(new Sums[rows_]());
+    each_broken([&](int64_t r) { sums[r].highest = -kInfinity; });
+    for (int64_t n = start(); n < last_end_; n += kBlockN) {
+      const int64_t keys = keys_from(n);
+      const Rows k = load_keys(args_.k, n, keys, copies->k), v = load_keys(args_.v, n, keys, copies->v);
+      each_broken([&](int64_t r) {
+        load_row(args_.q, r, args_.D, q);
+        for (int64_t i = 0; i < keys; ++i) {
+          double dot = 0.0;
+          for (int64_t d = 0; d < args_.D; ++d) dot += double{q[d]} * double{k.data[i * k.stride + d]};
+          scores[i * kBlockM + r] = static_cast<float>(dot * double{args_.scale});
+        }
+      });
+      finish_scores<Along::queries>(scores, n, keys);
+      if (args_.dropout_seed) load_keep_factors(factors, n, keys);
+      each_broken([&](int64_t r) {
+        Sums& row = sums[r];
+        for (int64_t i = 0; i < keys; ++i) {
+          const double score = scores[i * kBlockM + r];
+          if (score == -double{kInfinity}) continue;
+          if (score > row.highest) {
+            const double rescale = __builtin_exp(row.highest - score);
+            for (int64_t d = 0; d < args_.D_v; ++d) row.of_values[d] *= rescale;
+            row.of_weights *= rescale, row.highest = score;
+          }
+          double weight = __builtin_exp(score - row.highest);  // NaN where that is infinite
+          row.of_weights += weight;
+          if (args_.dropout_seed) {
+            const float factor = factors[i * kBlockM + r];
+            if (factor == 0.0f) continue;
+            weight *= double{factor};
+          }
+          for (int64_t d = 0; d < args_.D_v; ++d) row.of_values[d] += weight * double{v.data[i * v.stride + d]};
+        }
+      });
+    }
+    each_broken([&](int64_t r) {
+      alignas(64) float row[kMaxHeadDim] = {};
+      const double weights = sums[r].of_weights;
+      const double divisor = weights == 0.0 ? 1.0 : weights;
+      for (int64_t d = 0; d < args_.D_v; ++d) row[d] = static_cast<float>(sums[r].of_values[d] / divisor);
+      const float total = static_cast<float>(weights);
+      write_result(r, row, static_cast<float>(sums[r].highest), total, total);
+    });
+  }
+
+ protected:
+  const AttentionForward& results_;
+  float *acc_, *max_, *sum_;  // per row: sum of values, running maximum of scores and sum of weights
+};
+
+}  // namespace
+}  // namespace fastgpt::FASTGPT_CPU_LEVEL

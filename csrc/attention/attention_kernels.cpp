@@ -1,0 +1,37 @@
+// Attention on the CPU, compiled once per CPU level: FlashAttention-2's forward (arXiv 2307.08691, algorithm 1) in fp32.
+
+#include "attention/attention_narrow.h"
+#include "attention/attention_wide.h"
+
+namespace fastgpt::FASTGPT_CPU_LEVEL {
+
+int64_t attention_workspace(int64_t D, int64_t D_v, int64_t group) {
+  return larger(wide_workspace(D, D_v, group), narrow_workspace(D, D_v));
+}
+
+void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
+  if (args.few_queries()) return run_narrow_tasks(args, begin, end, workspace);
+  const int64_t groups = args.groups();
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t head = task / groups, b = head / args.H_kv, h_kv = head % args.H_kv;
+    // From both ends in turn: early and late queries of a causal mask cost differently, and threads get equal shares.
+    const int64_t index = task % groups, group = index % 2 ? groups - 1 - index / 2 : index / 2;
+    const int64_t first = group * args.group, count = smaller(args.blocks() - first, args.group);
+    // A short one of packed sequences gets the bits that it would get alone.
+    if (args.H / args.H_kv * sequence_of(args, b).queries <= kFewQueries && !args.dropout_seed) {
+      if (first == 0) run_narrow(args, b, h_kv, 1, 0, workspace);
+    } else {
+      run_wide(args, b, h_kv, first, count, workspace);
+    }
+  }
+}
+
+void attention_forward_join(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
+  for (int64_t head = begin; head < end; ++head) {
+    Parts parts(workspace);
+    const NarrowShared shared(args.D, args.D_v, parts);
+    NarrowBlock(args, head / args.H_kv, head % args.H_kv, 0, shared, parts).join();
+  }
+}
+
+}  // namespace fastgpt::FASTGPT_CPU_LEVEL

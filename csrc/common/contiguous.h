@@ -1,0 +1,62 @@
+// The memory of an operation's tensors.
+
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "common/tensors.h"
+
+namespace fastgpt {
+namespace {
+
+using torch::stable::Tensor;
+
+inline std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+
+// The numbers of a norm.
+inline void check_norm(double eps, const char* eps_name, double offset, const char* offset_name) {
+  FASTGPT_CHECK(eps >= 0.0 && std::isfinite(eps), eps_name, ": expected a finite number >= 0");
+  FASTGPT_CHECK(std::isfinite(offset), offset_name, ": expected a finite number");
+}
+
+// Checks tensors and hands out their memory; copies what is not contiguous. All are of the first one's format.
+class Memory {
+ public:
+  Memory(const Tensor& x, const char* name)
+      : element_(floating_element_of(x, name)), dtype_(dtype_of(x)), size_(size_of(element_)) {}
+
+  Element element() const { return element_; }
+
+  void check(const Tensor& tensor, const char* name) const {
+    FASTGPT_CHECK(dtype_of(tensor) == dtype_, name, ": expected the dtype of the other tensors");
+    check_cpu(tensor, name);
+    check_storage(tensor, name, size_);
+  }
+
+  const void* of(const Tensor& tensor, const char* name) {
+    check(tensor, name);
+    if (tensor.is_contiguous()) return tensor.const_data_ptr();
+    return copies_.emplace_back(torch::stable::contiguous(tensor)).const_data_ptr();
+  }
+
+  const void* of(const std::optional<Tensor>& tensor, const char* name, const std::vector<int64_t>& shape) {
+    if (!tensor) return nullptr;
+    check_shape(*tensor, name, shape);
+    return of(*tensor, name);
+  }
+
+  bool copied() const { return !copies_.empty(); }
+
+ private:
+  Element element_;
+  int32_t dtype_;
+  int64_t size_;
+  std::vector<Tensor> copies_;
+};
+
+}  // namespace
+}  // namespace fastgpt

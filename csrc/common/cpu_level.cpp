@@ -1,0 +1,80 @@
+#include "common/cpu_level.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#if defined(FASTGPT_HAS_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace fastgpt {
+namespace {
+
+constexpr CpuLevel kLevels[] = {CpuLevel::baseline, CpuLevel::avx2, CpuLevel::avx512, CpuLevel::amx};
+
+// The CPU has tiles and multiplies them as bfloat16, and Linux lets this process use them when asked.
+bool supports_tiles() {
+#if defined(FASTGPT_HAS_AMX) && defined(__linux__)
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;   // of leaf 7's edx
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBFloat16) && (edx & kTiles) &&
+      syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// Counts the operating system's support too: without it the registers' upper halves are lost.
+bool supported(CpuLevel level) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl");
+#else
+  const bool avx2 = false, avx512 = false;
+#endif
+  switch (level) {
+    case CpuLevel::baseline: return true;
+    case CpuLevel::avx2: return avx2;
+    case CpuLevel::avx512: return avx512;
+    case CpuLevel::amx: return avx512 && supports_tiles();
+  }
+  return false;
+}
+
+CpuLevel choose() {
+  const char* forced = std::getenv("FASTGPT_CPU_LEVEL");
+  const std::string name = forced ? forced : "";
+  CpuLevel best = CpuLevel::baseline;
+  std::string usable;
+  for (CpuLevel level : kLevels) {
+    if (!supported(level)) continue;
+    if (name == cpu_level_name(level)) return level;
+    best = level;
+    usable += (usable.empty() ? "" : ", ") + std::string(cpu_level_name(level));
+  }
+  if (name.empty()) return best;
+  throw std::invalid_argument(
+      "FASTGPT_CPU_LEVEL: expected one of " + usable + " on this CPU, got '" + name + "'");
+}
+
+}  // namespace
+
+CpuLevel cpu_level() {
+  static const CpuLevel level = choose();
+  return level;
+}
+
+const char* cpu_level_name(CpuLevel level) {
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
+  return kNames[static_cast<int>(level)];
+}
+
+}  // namespace fastgpt

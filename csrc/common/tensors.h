@@ -1,0 +1,211 @@
+// Tensors as the kernels take them: the checks that memory safety needs, and what the stable ABI lacks or does slowly.
+//
+// Everything that an operation is given goes through these functions, which look at dtype, device, shape, layout and storage
+// before an address is handed out. Messages begin with the argument's name; the Python wrappers make a TypeError or
+// ValueError of them that says more.
+
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "common/elements.h"
+
+// What STD_TORCH_CHECK does, without the name of the file in front of the message: it begins with an argument's name.
+#define FASTGPT_CHECK(condition, ...)                  \
+  do {                                                 \
+    if (!(condition)) fastgpt::fail(__VA_ARGS__);      \
+  } while (false)
+
+namespace fastgpt {
+namespace {
+
+template <typename... Parts>
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// The dtype's number in the C interface.
+inline int32_t dtype_of(const torch::stable::Tensor& x) {
+  int32_t dtype;
+  FASTGPT_CHECK(aoti_torch_get_dtype(x.get(), &dtype) == 0, "cannot read a tensor's dtype");
+  return dtype;
+}
+
+inline Element element_of(const torch::stable::Tensor& x, const char* name) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Element::float32;
+    case ScalarType::Half: return Element::float16;
+    case ScalarType::BFloat16: return Element::bfloat16;
+    case ScalarType::Char: return Element::int8;
+    case ScalarType::Float8_e4m3fn: return Element::float8_e4m3;
+    default: FASTGPT_CHECK(false, name, ": unexpected dtype");
+  }
+}
+
+// One of the formats that kernels compute on.
+inline Element floating_element_of(const torch::stable::Tensor& x, const char* name) {
+  const Element element = element_of(x, name);
+  FASTGPT_CHECK(size_of(element) > 1, name, ": expected dtype float32, float16 or bfloat16");
+  return element;
+}
+
+inline void check_dtype(const torch::stable::Tensor& x, const char* name, torch::headeronly::ScalarType dtype) {
+  FASTGPT_CHECK(x.scalar_type() == dtype, name, ": unexpected dtype");
+}
+
+inline bool is_on_cpu(const torch::stable::Tensor& x) {
+  int32_t device_type;
+  return aoti_torch_get_device_type(x.get(), &device_type) == 0 && device_type == aoti_torch_device_type_cpu();
+}
+
+inline void check_cpu(const torch::stable::Tensor& x, const char* name) {
+  FASTGPT_CHECK(is_on_cpu(x), name, ": expected a tensor on the CPU");
+}
+
+inline void check_shape(
+    const torch::stable::Tensor& x, const char* name, const int64_t* sizes, size_t dims) {
+  const auto actual = x.sizes();
+  FASTGPT_CHECK(std::equal(actual.begin(), actual.end(), sizes, sizes + dims), name, ": unexpected shape");
+}
+inline void check_shape(const torch::stable::Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
+  check_shape(x, name, sizes.begin(), sizes.size());
+}
+inline void check_shape(const torch::stable::Tensor& x, const char* name, const std::vector<int64_t>& sizes) {
+  check_shape(x, name, sizes.data(), sizes.size());
+}
+
+// Checks that a tensor's numbers, of `size` bytes each, lie within its storage: whoever resizes a storage leaves tensors
+// that do not. Its sizes and strides come from whoever has read them: each read is a call through PyTorch's C interface.
+inline void check_storage(
+    const torch::stable::Tensor& x, const char* name, int64_t size, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+    torch::headeronly::IntHeaderOnlyArrayRef strides) {
+  int64_t last = 0;  // index of the last number
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return;
+    last += (sizes[i] - 1) * strides[i];
+  }
+  int64_t offset, bytes;
+  FASTGPT_CHECK(
+      aoti_torch_get_storage_offset(x.get(), &offset) == 0 && aoti_torch_get_storage_size(x.get(), &bytes) == 0 &&
+          (offset + last + 1) * size <= bytes,
+      name, ": expected a storage that holds the tensor");
+}
+inline void check_storage(const torch::stable::Tensor& x, const char* name, int64_t size) {
+  check_storage(x, name, size, x.sizes(), x.strides());
+}
+
+// Where the numbers of a tensor are that was checked for its dtype, of `size` bytes.
+inline const void* data_of(const torch::stable::Tensor& x, const char* name, int64_t size) {
+  check_storage(x, name, size);
+  return x.const_data_ptr();
+}
+inline void* mutable_data_of(const torch::stable::Tensor& x, const char* name, int64_t size) {
+  check_storage(x, name, size);
+  return x.mutable_data_ptr();
+}
+
+// Bytes [begin, end) that a tensor's numbers lie in, and what tells whether two such tensors share one.
+struct Region {
+  const char* begin;
+  const char* end;
+  torch::headeronly::IntHeaderOnlyArrayRef sizes, strides;
+  int64_t size;  // of a number
+};
+
+inline Region region_of(
+    const void* data, int64_t size, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+    torch::headeronly::IntHeaderOnlyArrayRef strides) {
+  Region region{static_cast<const char*>(data), static_cast<const char*>(data), sizes, strides, size};
+  int64_t last = 0;
+  for (size_t i = 0; i < region.sizes.size(); ++i) {
+    if (region.sizes[i] == 0) return region;
+    last += (region.sizes[i] - 1) * region.strides[i];
+  }
+  region.end += (last + 1) * size;
+  return region;
+}
+
+inline Region region_of(const torch::stable::Tensor& x, const void* data, int64_t size) {
+  return region_of(data, size, x.sizes(), x.strides());
+}
+
+inline bool overlap(const Region& a, const Region& b) { return a.begin < b.end && b.begin < a.end; }
+
+// Whether two tensors of the same strides, of which b begins `distance` numbers after a, share one, dimension by dimension.
+inline bool reaches(int64_t distance, const Region& a, const Region& b, size_t dim = 0) {
+  if (dim == a.sizes.size()) return distance == 0;
+  int64_t after_a = 0, after_b = 0;  // how far the dimensions after this one reach
+  for (size_t i = dim + 1; i < a.sizes.size(); ++i) {
+    after_a += (a.sizes[i] - 1) * a.strides[i], after_b += (b.sizes[i] - 1) * b.strides[i];
+  }
+  const int64_t stride = a.strides[dim], least = 1 - b.sizes[dim], most = a.sizes[dim] - 1;
+  if (stride == 0 || least == most) return reaches(distance, a, b, dim + 1);
+  for (int64_t n = std::max<int64_t>(least, (distance - after_a) / stride - 1);
+       n <= std::min<int64_t>(most, (distance + after_b) / stride + 1); ++n) {
+    if (reaches(distance - n * stride, a, b, dim + 1)) return true;
+  }
+  return false;
+}
+
+// Whether no two numbers of a tensor of up to 4 dimensions share memory, as far as the order of its strides tells: each is
+// past what smaller ones reach.
+inline bool lies_apart(const Region& x) {
+  std::pair<int64_t, int64_t> dims[4];  // stride and size, in order
+  size_t count = 0;
+  for (size_t i = 0; i < x.sizes.size() && i < 4; ++i) {
+    if (x.sizes[i] == 0) return true;
+    if (x.sizes[i] == 1) continue;
+    size_t at = count++;
+    for (; at > 0 && dims[at - 1].first > x.strides[i]; --at) dims[at] = dims[at - 1];
+    dims[at] = {x.strides[i], x.sizes[i]};
+  }
+  int64_t reach = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (dims[i].first <= reach) return false;
+    reach += (dims[i].second - 1) * dims[i].first;
+  }
+  return true;
+}
+
+// An uninitialised tensor on the device of `like`. torch::stable::new_empty goes through the boxed dispatcher: two of
+// them and a transpose cost more than a decode step's attention.
+inline torch::stable::Tensor new_empty(
+    const torch::stable::Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  int32_t device_type, device_index;
+  AtenTensorHandle handle;
+  FASTGPT_CHECK(
+      aoti_torch_get_device_type(like.get(), &device_type) == 0 &&
+          aoti_torch_get_device_index(like.get(), &device_index) == 0 &&
+          aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle) == 0,
+      "cannot allocate the output");
+  return torch::stable::Tensor(handle);
+}
+
+template <size_t N>
+torch::stable::Tensor new_empty(
+    const torch::stable::Tensor& like, const int64_t (&sizes)[N], const int64_t (&strides)[N], int32_t dtype) {
+  return new_empty(like, N, sizes, strides, dtype);
+}
+
+// A contiguous one of the dtype of `like`.
+inline torch::stable::Tensor new_empty(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  return new_empty(like, sizes.size(), sizes.data(), strides.data(), dtype_of(like));
+}
+
+}  // namespace
+}  // namespace fastgpt

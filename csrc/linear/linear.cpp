@@ -1,0 +1,158 @@
+// `linear` on the CPU: unpacking, parallel parts, and the kernels of the CPU's level.
+
+#include <atomic>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/cpu_level.h"
+#include "linear/linear.h"
+#include "common/contiguous.h"
+#include "common/parallel.h"
+#include "decode_step/plan.h"
+
+FASTGPT_DECLARE_PER_CPU_LEVEL(void linear_inputs(const Linear& l, float* x);
+                              void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next);
+                              void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t end);)
+
+namespace fastgpt {
+namespace {
+
+// Output features [begin, end).
+struct Range {
+  int64_t begin, end;
+};
+
+// Hands out the output features. Threads of a shared machine are not equally fast, so each takes a part of what is left,
+// smaller and smaller ones, and they end together.
+class Ranges {
+ public:
+  Ranges(int64_t features, int64_t threads) : features_(features), threads_(threads) {}
+
+  Range next() {
+    int64_t begin = taken_.load(std::memory_order_relaxed), end;
+    do {
+      const int64_t part = (features_ - begin) / (2 * threads_) / kLeast * kLeast;
+      end = std::min(begin + std::max(part, kLeast), features_);
+    } while (begin < features_ && !taken_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+    return {begin, end};
+  }
+
+ private:
+  static constexpr int64_t kLeast = 16;
+  const int64_t features_, threads_;
+  std::atomic<int64_t> taken_ = 0;
+};
+
+void run(const Linear& l, float* x) {
+  FASTGPT_AT_CPU_LEVEL(linear_inputs)(l, x);
+  const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_outputs);
+  if (l.rows * l.in * l.weight_rows() <= kGrain) return kernel(l, x, 0, l.out_features, l.out_features);
+  const int64_t threads = torch::stable::get_num_threads();
+  Ranges ranges(l.out_features, threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    // The next range is known before this one ends: its weights are fetched in time.
+    for (Range now = ranges.next(), next; now.begin < l.out_features; now = next) {
+      next = ranges.next();
+      kernel(l, x, now.begin, now.end, next.begin);
+    }
+  });
+}
+
+Activation activation_of(int64_t number) {
+  FASTGPT_CHECK(number >= 0 && number <= static_cast<int64_t>(Activation::relu), "activation: unknown number ", number);
+  return static_cast<Activation>(number);
+}
+
+Tensor linear_cpu(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    int64_t activation, bool gated, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+    bool rms, double norm_eps, double norm_offset) {
+  const int64_t dims = x.dim();
+  FASTGPT_CHECK(dims >= 1, "x: expected shape (..., C)");
+  FASTGPT_CHECK(weight.dim() == 2, "weight: expected shape (N, C)");
+  FASTGPT_CHECK(weight.size(1) == x.size(dims - 1), "weight: expected as many columns as x has");
+  FASTGPT_CHECK(!gated || weight.size(0) % 2 == 0, "weight: expected an even number of rows with a gate");
+  FASTGPT_CHECK(norm_weight || !norm_bias, "norm_bias: expected none without norm_weight");
+  Linear l{};
+  Memory memory(x, "x");
+  l.element = memory.element();
+  l.in = weight.size(1), l.out_features = gated ? weight.size(0) / 2 : weight.size(0);
+  l.activation = activation_of(activation), l.gated = gated;
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = l.out_features;
+  l.rows = 1;
+  for (int64_t i = 0; i < dims - 1; ++i) {
+    if (__builtin_mul_overflow(l.rows, shape[i], &l.rows)) l.rows = INT64_MAX;
+  }
+  FASTGPT_CHECK(l.rows <= kMaxRows, "x: expected at most ", kMaxRows, " rows");
+
+  l.x = memory.of(x, "x"), l.weight = memory.of(weight, "weight");
+  l.bias = memory.of(bias, "bias", {l.weight_rows()});
+  l.residual = memory.of(residual, "residual", shape);
+  l.norm.weight = memory.of(norm_weight, "norm_weight", {l.in});
+  l.norm.bias = memory.of(norm_bias, "norm_bias", {l.in});
+  check_norm(norm_eps, "norm_eps", norm_offset, "norm_offset");
+  l.norm.rms = rms, l.norm.eps = norm_eps, l.norm.offset = norm_offset;
+  Tensor out = new_empty(x, shape);
+  l.out = out.mutable_data_ptr();
+  const std::shared_ptr<float> floats = scratch((l.rows + 2) * padded(l.in) + 1);
+  const auto operation = [l, floats] { run(l, floats.get()); };
+  memory.copied() ? operation() : perform(operation);  // a copy is not what a plan should read again
+  return out;
+}
+
+// Into `out`, (..., out_features), what follows the product, which is `out` itself or, if gated, twice as wide.
+void finish(
+    Linear& l, Memory& memory, const void* product, const Tensor& out, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& residual) {
+  l.element = memory.element();
+  l.out = out.mutable_data_ptr();
+  l.bias = memory.of(bias, "bias", {l.weight_rows()});
+  l.residual = memory.of(residual, "residual", shape_of(out));
+  const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_finish);
+  // A number takes about as long as 16 multiply-adds.
+  for_tasks(out.numel() / std::max<int64_t>(l.out_features, 1), 16 * l.weight_rows() + 1, [&](int64_t begin, int64_t end) {
+    kernel(l, product, begin, end);
+  });
+}
+
+void linear_finish_cpu(
+    const Tensor& out, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t activation) {
+  FASTGPT_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: expected a contiguous tensor (..., N)");
+  Linear l{};
+  l.out_features = out.size(out.dim() - 1), l.activation = activation_of(activation);
+  Memory memory(out, "out");
+  memory.check(out, "out");
+  const Region written = region_of(out, out.const_data_ptr(), size_of(memory.element()));
+  const auto check_apart = [&](const std::optional<Tensor>& x, const char* name) {
+    FASTGPT_CHECK(
+        !x || !overlap(region_of(*x, x->const_data_ptr(), written.size), written), name, ": expected memory apart from out");
+  };
+  check_apart(bias, "bias"), check_apart(residual, "residual");
+  finish(l, memory, out.const_data_ptr(), out, bias, residual);
+}
+
+Tensor linear_gate_cpu(
+    const Tensor& product, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    int64_t activation) {
+  std::vector<int64_t> shape = shape_of(product);
+  FASTGPT_CHECK(!shape.empty() && shape.back() % 2 == 0, "product: expected shape (..., 2N)");
+  shape.back() /= 2;
+  Linear l{};
+  l.out_features = shape.back(), l.activation = activation_of(activation), l.gated = true;
+  Memory memory(product, "product");
+  const void* source = memory.of(product, "product");
+  const Tensor out = new_empty(product, shape);
+  finish(l, memory, source, out, bias, residual);
+  return out;
+}
+
+}  // namespace
+}  // namespace fastgpt
+
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("linear", TORCH_BOX(&fastgpt::linear_cpu));
+  m.impl("linear_finish_", TORCH_BOX(&fastgpt::linear_finish_cpu));
+  m.impl("linear_gate", TORCH_BOX(&fastgpt::linear_gate_cpu));
+}

@@ -1,0 +1,35 @@
+// The arguments of the CPU kernels of `linear`: out = residual + activation(norm(x) weight^T + bias), or if gated the
+// activation of the product's first half times the second. Of many rows of x, the product is PyTorch's, and the kernels do
+// what follows it.
+
+#pragma once
+
+#include <cstdint>
+
+#include "common/elements.h"
+#include "norm/norm.h"
+
+namespace fastgpt {
+
+constexpr int64_t kMaxRows = 32;   // that the kernels multiply
+constexpr int64_t kFeatures = 64;  // that are finished at a time, or half of it if gated
+
+enum class Activation : int64_t { none, gelu_tanh, gelu, silu, relu };  // as ACTIVATIONS in fastgpt/ops/linear.py
+
+// Everything is contiguous and of one element type; what may be null is left out.
+struct Linear {
+  Element element;
+  int64_t rows, in, out_features;
+  const void* x;         // (rows, in)
+  const void* weight;    // (weight_rows(), in)
+  const void* bias;      // (weight_rows(),) or null
+  const void* residual;  // (rows, out_features) or null
+  Norm norm;
+  Activation activation;
+  bool gated;
+  void* out;  // (rows, out_features)
+
+  int64_t weight_rows() const { return gated ? 2 * out_features : out_features; }
+};
+
+}  // namespace fastgpt

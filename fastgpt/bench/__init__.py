@@ -1,0 +1,1 @@
+"""What `fastgpt bench` measures, the limits of machines, and timing."""

@@ -1,0 +1,1 @@
+"""KV caches: keys and values of past tokens."""

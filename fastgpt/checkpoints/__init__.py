@@ -1,0 +1,1 @@
+"""Checkpoints: families of models and the formats of their files."""

@@ -1,0 +1,522 @@
+"""Generation: prefill, the decode loop and streaming. It knows a decoder only by how it is called."""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from fastgpt.cache.base import CACHE_KINDS, KVCache, PagedCache, Uncached
+from fastgpt.checks import require_choice, require_flag, require_integer, require_tensor
+from fastgpt.model.fusion import evaluating, others
+from fastgpt.generation.sampling import Processor, Sampler, checked_rules, uniform_numbers
+
+MAX_NEW_TOKENS = 300  # where neither the caller nor the checkpoint says how many
+MAX_ROWS = 2**20  # more are a mistake, and would take all memory before anything is generated
+# By device. To look whether all rows have ended is, on a GPU, to wait for it; so it is done after so many steps only.
+STEPS_PER_LOOK = {"cpu": 1, "cuda": 16}
+PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `generate` can be told.
+
+    An option that is given wins, None included; then that of the checkpoint (`model.generation_defaults`, what its
+    generation_config.json says); then the default here. The checkpoint's count one by one: with temperature=0.5 its top_k
+    still holds, unless top_k=None.
+
+    Of tokens, in the order in which they apply (they are transformers'):
+        logit_bias: a dict of token ids and numbers that are added to their logits; -inf forbids a token.
+        repetition_penalty: of a token that is in the prompt or was generated, a positive logit is divided by it and a
+            negative one multiplied; 1 is none. It applies to the most likely token too.
+        no_repeat_ngram_size: no so many tokens follow on one another twice in prompt and new tokens; 0 is no limit.
+        min_new_tokens: no row ends with an eos before it has so many new tokens.
+        logits_processors: a function, or several, called at each step with the tokens (B, T) int64 of rows so far, prompts
+            included, and their logits (B, V) fp32, which it may write into; returns (B, V). Those of transformers are such.
+            Rows of prompts of different lengths are not padded: those of one length are a call, in their order. Rows that
+            have ended are still there, with eos for tokens. With them, a step's choice of a token is not part of its CUDA
+            graph.
+        temperature: 0 takes the most likely token, otherwise logits are divided by it and sampled.
+        top_k: sample among the k most likely tokens only.
+        top_p: sample among the most likely tokens that together have probability top_p only, 0 < top_p <= 1.
+        min_p: sample among tokens only that are at least min_p times as likely as the most likely one, 0 <= min_p <= 1.
+        seed: makes sampling repeatable: with the same seed, a prompt is continued by the same tokens whatever the cache,
+            the rest of the batch and the device, as far as logits are the same. One for all prompts, each of which is then
+            sampled as it would be alone; or a list, one for each. Default: one for each prompt, drawn by PyTorch's
+            generator (torch.manual_seed).
+        num_samples: continuations of each prompt, which is read once; in a paged cache they share its pages.
+        eos: a token, or several, that ends its row; None or (): nothing does.
+        return_logprobs: also returns the log-probability of each new token, by the logits as the model gave them, before
+            all of the above: log_softmax in fp32.
+    Of how they are computed:
+        use_cache: keep keys and values of past tokens; False recomputes all of them at every step.
+        cache: "contiguous", "sliding" or "paged": see fastgpt/cache/base.py. The tokens are the same.
+        cache_dtype: the weights' (default), torch.int8 or torch.float8_e4m3fn.
+        window: tokens that one attends to, itself included; default all. A sliding cache needs it and keeps only these.
+        page_size: tokens in a page of a paged cache.
+        prefill_chunk: longer prompts join the cache in pieces of at most so many tokens, so that memory for activations does
+            not grow with the prompt. Default: 512 on a CPU, where it costs no time, 4,096 on a GPU.
+
+    Raises: TypeError, ValueError, naming the option.
+    """
+
+    logit_bias: Mapping[int, float] | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    logits_processors: Processor | Sequence[Processor] = ()
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | Sequence[int] | None = None
+    num_samples: int = 1
+    eos: int | Sequence[int] | None = None
+    return_logprobs: bool = False
+    use_cache: bool = True
+    cache: str = "contiguous"
+    cache_dtype: torch.dtype | None = None
+    window: int | None = None
+    page_size: int = 16
+    prefill_chunk: int | None = None
+
+    def __post_init__(self):
+        checked = checked_rules(**self.rules)
+        for name in ("window", "prefill_chunk"):
+            checked[name] = require_integer(name, getattr(self, name), least=1, optional=True)
+        checked["page_size"] = require_integer("page_size", self.page_size, least=1)
+        checked["num_samples"] = require_integer("num_samples", self.num_samples, least=1)
+        for name in ("return_logprobs", "use_cache"):
+            require_flag(name, getattr(self, name))
+        require_choice("cache", self.cache, CACHE_KINDS)
+        if not isinstance(self.cache_dtype, torch.dtype | None):
+            raise TypeError(f"cache_dtype: expected a torch.dtype or None, got {self.cache_dtype!r}")
+        if self.seed is not None:
+            seeds = integers("seed", self.seed)
+            if not all(0 <= seed < 2**64 for seed in seeds):
+                raise ValueError(f"seed: expected integers from 0 to 2**64 - 1, got {self.seed!r}")
+            checked["seed"] = seeds if is_several(self.seed) else seeds[0]
+        checked["eos"] = [] if self.eos is None else integers("eos", self.eos)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def rules(self) -> dict:
+        """Those of how a token is chosen, which a `Sampler` wants."""
+        return {name: getattr(self, name) for name in checked_rules.__kwdefaults__}
+
+    @classmethod
+    def of(cls, model, given: dict) -> "Options":
+        """What a call was given, and the model's own defaults for the rest."""
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise TypeError(f"{name}: unexpected keyword argument {name!r}, expected one of {', '.join(known)}")
+        return cls(**{name: value for name, value in defaults_of(model).items() if name != "max_new_tokens"} | given)
+
+
+def defaults_of(model) -> dict:
+    """Options by their names, and max_new_tokens, that the model's checkpoint gives."""
+    defaults = dict(getattr(model, "generation_defaults", {}))
+    if "eos" in defaults:  # some name tokens that the vocabulary lacks
+        defaults["eos"] = [token for token in integers("eos", defaults["eos"]) if token < model.config.vocab_size]
+    return defaults
+
+
+def generate(model, ids, max_new_tokens: int | None = None, **options):
+    """Continues each sequence by `max_new_tokens` tokens, or up to a token that ends it.
+
+    Args:
+        ids: (B, T) int64 token ids, T >= 1, a tensor or an array; or a list of B prompts of any length, each a list, a 1-d
+            tensor or array of ids.
+        max_new_tokens: prompt and new tokens must fit into the model's context. None: as many as the model's checkpoint
+            says, or else 300; but no more than fit after the longest prompt.
+        options: see `Options`, also for what the model's checkpoint says of those that are not given. If it names tokens
+            that end a text, they end rows here too, unless eos says otherwise: eos=() lets them go on.
+
+    Returns: (B · num_samples, T + n) int64, the prompt included, samples of a prompt one after the other; n is
+        max_new_tokens or the length of the longest row, and shorter rows are padded with the (first) eos. For a list of
+        prompts, a list of 1-d tensors without padding.
+        With return_logprobs also the log-probabilities of the new tokens, fp32: (B · num_samples, n), 0 where rows are
+        padded; or a list of 1-d tensors.
+    Raises: TypeError, ValueError, naming the argument; ValueError where logits are NaN or infinite, or rules forbid every
+        token, with the row and the step.
+    """
+    request = Request.of(model, ids, max_new_tokens, options)
+    for _ in request.run():
+        pass
+    new, options = request.sampler.tokens.t(), request.options  # (B · num_samples, max_new_tokens), -1 where a row has ended
+    lengths = (new >= 0).sum(1).tolist()
+    table = isinstance(ids, (torch.Tensor, np.ndarray))
+    if table:
+        new = new[:, : max(lengths)]
+        new = new.where(new >= 0, options.eos[0]) if options.eos else new
+        tokens = torch.cat([torch.stack(request.rows), new], dim=1)
+    else:
+        tokens = [torch.cat([row, more[:n]]) for row, more, n in zip(request.rows, new, lengths)]
+    if not options.return_logprobs:
+        return tokens
+    logprobs = request.sampler.logprobs.t()[:, : max(lengths)]
+    return tokens, logprobs if table else [row[:n] for row, n in zip(logprobs, lengths)]
+
+
+def stream(model, ids, max_new_tokens: int | None = None, **options) -> Iterator[torch.Tensor]:
+    """Yields the next token of each sequence, (B · num_samples,) int64, as soon as it is known; -1 for those that have ended.
+
+    With return_logprobs, yields pairs of that and of the log-probabilities (B · num_samples,) fp32. It ends when all
+    sequences have. On a GPU this is seen at every 16th step only: the last ones may be -1 throughout, and logits that are not
+    finite raise then; until then they give any tokens.
+
+    Arguments, their defaults and errors are those of `generate`; bad input raises here, not at the first token.
+    """
+    return Request.of(model, ids, max_new_tokens, options).stream()
+
+
+class Sessions:
+    """What calls of `generate` leave to later ones: sampler, cache and captured steps, by model and by what decides all three.
+
+    A call takes a session out and leaves it when it has ended, so that no two calls have the same one. A session goes when
+    the model's modules or weights have changed, when the model goes, or when later ones take its place.
+    """
+
+    MOST = 2  # of a model
+    BYTES = 256 << 20  # of all their caches, or as many as the model's weights take
+
+    def __init__(self):
+        self.lock, self.of_model = threading.Lock(), weakref.WeakKeyDictionary()
+
+    def take(self, model, key):
+        """What was left for this key, or None."""
+        with self.lock:
+            kept = self.of_model.get(model, {})
+            for old in [old for old, (_, _, recording) in kept.items() if not recording.holds()]:
+                del kept[old]
+            return kept.pop(key, None)
+
+    def leave(self, model, key, session: tuple) -> None:
+        room = max(self.BYTES, sum(weight.nbytes for weight in model.parameters()))
+        with self.lock:
+            kept = self.of_model.setdefault(model, {})
+            kept[key] = session
+            while kept and (len(kept) > self.MOST or sum(cache.nbytes for _, cache, _ in kept.values()) > room):
+                del kept[next(iter(kept))]  # the one that was left first
+
+    def forget(self, model) -> None:
+        with self.lock:
+            self.of_model.pop(model, None)
+
+
+sessions = Sessions()
+
+Step = Callable[[torch.Tensor], torch.Tensor]  # each row's last token (B · num_samples,) -> the next one
+
+
+class Request:
+    """A call of `generate`, checked, with all the memory that it takes.
+
+    Where an earlier call had as many prompts and tokens and the same options, it is what that call had, with the steps that
+    it captured: `sessions`.
+
+    rows: the prompts, each num_samples times.
+    max_new_tokens: a number also where None was given.
+    sampler: has the results, also after another call.
+    """
+
+    def __init__(self, model, prompts: list[torch.Tensor], max_new_tokens: int | None, options: Options):
+        self.model, self.prompts, self.options = model, prompts, options
+        self.max_new_tokens = self.checked(max_new_tokens)
+        self.rows = [prompt for prompt in prompts for _ in range(options.num_samples)]
+        self.shared = self.recording = self.key = None  # shared: the cache in which samples of a prompt will go on
+        uniforms, cache = self.uniforms(), self.cache_arguments()
+        if options.use_cache and not options.logits_processors:
+            self.key = self.session_key(cache)
+        session = None if self.key is None else sessions.take(model, self.key)
+        if session is None:
+            self.sampler = self.new_sampler(uniforms)
+            self.cache = self.new_cache(cache) if options.use_cache else None
+            return
+        self.sampler, self.cache, self.recording = session
+        with torch.inference_mode():  # in which a fork was made
+            self.sampler.begin(self.rows, uniforms)
+            self.cache.truncate([0] * len(self.rows))
+        if options.num_samples > 1:
+            self.shared = self.cache
+            self.cache = self.shared.like(len(prompts)) if isinstance(self.shared, PagedCache) else self.new_cache(cache)
+
+    @classmethod
+    def of(cls, model, ids, max_new_tokens: int | None, options: dict) -> "Request":
+        """Of the arguments of `generate`."""
+        return cls(model, as_prompts(model, ids), max_new_tokens, Options.of(model, options))
+
+    def stream(self) -> Iterator:
+        """What `stream` yields."""
+        with contextlib.closing(self.run()) as steps:
+            for i in steps:
+                tokens, logprobs = self.sampler.tokens, self.sampler.logprobs
+                # Copies: a later call may write there.
+                yield tokens[i].clone() if logprobs is None else (tokens[i].clone(), logprobs[i].clone())
+
+    def run(self) -> Iterator[int]:
+        """Yields the number of each step when the device has been told to do it. Then its session is the next call's."""
+        try:
+            yield from self.steps()
+        except GeneratorExit:
+            self.leave()
+            raise
+        self.leave()
+
+    def leave(self) -> None:
+        if self.key is not None and self.recording is not None and self.recording.holds():
+            self.recording.let_go()
+            sessions.leave(self.model, self.key, (self.sampler, self.cache, self.recording))
+            self.sampler, self.key = self.sampler.results(), None
+
+    @torch.inference_mode()
+    def steps(self) -> Iterator[int]:
+        model, sampler, look = self.model, self.sampler, STEPS_PER_LOOK[self.rows[0].device.type]
+        foreign, step = others(model), None
+        for i in range(self.max_new_tokens):
+            with evaluating(foreign):  # and not while the caller has the token
+                if step is None:
+                    token, step = self.begin_uncached() if self.cache is None else self.begin_cached()
+                elif self.cache is not None and model.turns(self.cache.length, self.cache.length + 1):
+                    token, step = self.begin_again(i)
+                else:
+                    token = step(token)
+            looks = (i + 1) % look == 0 or i + 1 == self.max_new_tokens
+            if looks:
+                sampler.require_finite(range(i - i % look, i + 1))
+            yield i
+            if looks and sampler.ended is not None and sampler.ended.all():
+                return
+
+    def begin_cached(self) -> tuple[torch.Tensor, Step]:
+        """The first new token of each row, and a function for the next ones."""
+        logits, n = self.prefill(self.prompts), self.options.num_samples
+        if n > 1:
+            whole, self.cache = self.cache, self.cache.fork(n, self.shared)
+            if isinstance(whole, PagedCache):
+                whole.free()
+            logits = logits.repeat_interleave(n, dim=0)
+        return self.sampler(logits), self.decoding()
+
+    def begin_again(self, steps: int) -> tuple[torch.Tensor, Step]:
+        """After so many steps, all rows anew: the model keeps other keys from now on."""
+        new = self.sampler.tokens[:steps].t().clamp(min=0)  # of rows that have ended: any
+        self.cache.truncate([0] * len(self.rows))
+        logits = self.prefill([torch.cat(row) for row in zip(self.rows, new)])
+        return self.sampler(logits), self.decoding()
+
+    def decoding(self) -> Step:
+        if not self.options.logits_processors:
+            earlier = {} if self.recording is None else {"recording": self.recording}
+            step = self.model.decoding(self.cache, self.sampler, **earlier)
+            self.recording = getattr(step, "recording", None)
+            return step
+        logits = self.model.decoding(self.cache)  # anybody's Python can be no part of a CUDA graph
+        return lambda token: self.sampler(logits(token))
+
+    def prefill(self, prompts: list[torch.Tensor]) -> torch.Tensor:
+        """Lets the prompts join the cache. Returns the logits of the last token of each, (B, V)."""
+        # Padded on the left: as the cache wants it, and the last column is the last token of each.
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        ids = prompts[0].new_zeros(len(lengths), longest)
+        for row, prompt in zip(ids, prompts):
+            row[longest - len(prompt) :] = prompt
+        self.cache.reach = longest
+        pieces = -(-longest // (self.options.prefill_chunk or PREFILL_CHUNK[ids.device.type]))
+        size = -(-longest // pieces)  # as good as equal: no piece of a token or two at the end
+        for begin in range(0, longest, size):
+            end = min(begin + size, longest)
+            new = [min(max(end - (longest - length), 0), end - begin) for length in lengths]
+            new = new if min(new) < end - begin else None
+            hidden = self.model.hidden(ids[:, begin:end], self.cache, new, last_only=True)
+        return self.model.logits(hidden[:, -1])
+
+    def begin_uncached(self) -> tuple[torch.Tensor, Step]:
+        """As `begin_cached`, but everything is computed anew at each step."""
+        # Padded on the right, where no token looks.
+        longest = max(len(row) for row in self.rows)
+        ids = self.rows[0].new_zeros(len(self.rows), longest + self.max_new_tokens)
+        for padded, row in zip(ids, self.rows):
+            padded[: len(row)] = row
+        rows = torch.arange(len(ids), device=ids.device)
+        ends = torch.tensor([len(row) for row in self.rows], device=ids.device)
+
+        def next_token():
+            hidden = self.model.hidden(ids[:, :longest], Uncached(self.window, ids.device))
+            return self.sampler(self.model.logits(hidden[rows, ends - 1]))
+
+        def step(token):
+            nonlocal longest
+            ids[rows, ends] = token
+            ends.add_(1)
+            longest += 1
+            return next_token()
+
+        return next_token(), step
+
+    def new_cache(self, arguments: dict) -> KVCache:
+        try:
+            return self.model.new_cache(**arguments)
+        except torch.OutOfMemoryError:  # which caches of earlier calls may have
+            sessions.forget(self.model)
+            return self.model.new_cache(**arguments)
+
+    def cache_arguments(self) -> dict:
+        """Of `new_cache`: with room for the request and no more. The last token is never stored."""
+        lengths, options = [len(prompt) for prompt in self.prompts], self.options
+        new = max(self.max_new_tokens - 1, 0)
+        page, samples = min(options.page_size, max(lengths) + new), options.num_samples
+        if samples == 1:
+            num_pages = sum(-(-(length + new) // page) for length in lengths)
+        else:  # shared pages of the prompt, and the rest of each sample
+            num_pages = sum(length // page + samples * (-(-(length + new) // page) - length // page) for length in lengths)
+        return {
+            "batch_size": len(lengths), "capacity": max(lengths) + new, "kind": options.cache,
+            "cache_dtype": options.cache_dtype, "window": self.window, "page_size": page, "num_pages": num_pages,
+        }  # fmt: skip
+
+    def session_key(self, cache: dict):
+        """What decides how the memory of a call is laid out, and what its steps compute."""
+        options, device = self.options, self.rows[0].device
+        rules = {name: value for name, value in options.rules.items() if name != "logit_bias"}
+        return (
+            *cache.values(), *rules.values(), *options.logit_bias.items(), options.num_samples, tuple(options.eos),
+            options.return_logprobs, self.max_new_tokens, getattr(self.model, "key_dtype", None), device,
+        )  # fmt: skip
+
+    @property
+    def window(self) -> int | None:
+        window = self.options.window
+        return None if window is None else min(window, self.model.config.context_length)
+
+    def uniforms(self) -> torch.Tensor | None:
+        """The numbers to draw by, or None."""
+        options = self.options
+        if options.temperature == 0:
+            return None
+        seeds = options.seed
+        if seeds is None:
+            seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
+        elif not isinstance(seeds, list):
+            seeds = [seeds] * len(self.prompts)
+        return uniform_numbers(seeds, options.num_samples, self.max_new_tokens)
+
+    def new_sampler(self, uniforms: torch.Tensor | None) -> Sampler:
+        options = self.options
+        return Sampler(
+            self.rows, self.max_new_tokens, self.model.config.vocab_size, uniforms=uniforms, eos=options.eos,
+            logprobs=options.return_logprobs, **options.rules,
+        )  # fmt: skip
+
+    def checked(self, max_new_tokens: int | None) -> int:
+        """How many new tokens there can be. Raises if the request does not fit the model, or the seeds the prompts."""
+        context, longest, options = self.model.config.context_length, max(map(len, self.prompts)), self.options
+        require_room("ids", longest, self.model.config)
+        new, room = require_integer("max_new_tokens", max_new_tokens, least=0, optional=True), context - longest
+        if new is None:
+            new = min(defaults_of(self.model).get("max_new_tokens", MAX_NEW_TOKENS), room)
+        if new > room:
+            raise ValueError(
+                f"max_new_tokens: expected at most {room}, with which prompt and new tokens fill the context of {context} "
+                f"tokens, got {longest} + {new}"
+            )
+        prompts = len(self.prompts)
+        if prompts * options.num_samples > MAX_ROWS:
+            most = MAX_ROWS // prompts
+            raise ValueError(f"num_samples: expected at most {most} of {prompts} prompts, got {options.num_samples}")
+        if isinstance(options.seed, list) and len(options.seed) != prompts:
+            raise ValueError(f"seed: expected one integer or {prompts}, one for each prompt, got {len(options.seed)}")
+        for name in ("eos", "logit_bias"):
+            for token in getattr(options, name):
+                require_in_vocabulary(name, token, self.model)
+        return new
+
+
+class PromptTooLong(ValueError):
+    """A prompt has more tokens than the model's context."""
+
+
+def require_room(name: str, tokens: int, config) -> None:
+    """Raises PromptTooLong where a prompt does not fit the model."""
+    if tokens > config.context_length:
+        raise PromptTooLong(
+            f"{name}: expected a prompt of at most {config.context_length} tokens, the model's context, got {tokens}: "
+            "shorten it, or choose a model with a longer context"
+        )
+
+
+def as_prompts(model, ids) -> list[torch.Tensor]:
+    """The rows of ids, or of a list of prompts, as 1-d int64 tensors. Raises TypeError or ValueError."""
+    device = next(model.parameters()).device
+    if isinstance(ids, np.ndarray):
+        ids = as_integers(ids, model).to(device)
+    if isinstance(ids, torch.Tensor):
+        require_tensor("ids", ids)
+        if ids.dim() != 2:
+            raise ValueError(f"ids: expected shape (B, T) or a list of prompts, got shape {tuple(ids.shape)}")
+        prompts = list(ids)
+    elif is_several(ids):
+        prompts = [as_prompt(prompt, model, device) for prompt in ids]
+    else:
+        raise TypeError(f"ids: expected a torch.Tensor or a list of prompts, got {type(ids).__name__}")
+    if not prompts or any(prompt.dim() != 1 or len(prompt) == 0 for prompt in prompts):
+        got = [tuple(prompt.shape) for prompt in prompts]
+        raise ValueError(f"ids: expected at least one sequence, each of at least one token, got shapes {got}")
+    for prompt in prompts:
+        if prompt.dtype != torch.int64:
+            raise TypeError(f"ids: expected dtype torch.int64, got {prompt.dtype}")
+        if prompt.device != device:
+            raise ValueError(f"ids: expected tokens on {device}, where the model is, got some on {prompt.device}")
+    low, high = (bound.item() for bound in torch.cat(prompts).aminmax())
+    require_in_vocabulary("ids", low if low < 0 else high, model)
+    return prompts
+
+
+def as_prompt(prompt, model, device) -> torch.Tensor:
+    if isinstance(prompt, torch.Tensor):
+        require_tensor("ids", prompt)
+        return prompt
+    if isinstance(prompt, np.ndarray):
+        return as_integers(prompt, model).to(device)
+    try:
+        ids = torch.tensor(prompt, device=device)
+    except (TypeError, ValueError, RuntimeError):  # not numbers, or too large
+        ids = None
+    if ids is not None and ids.numel() == 0:
+        ids = ids.long()
+    if ids is None or ids.dim() != 1 or ids.dtype != torch.int64:
+        shown = repr(prompt) if len(repr(prompt)) < 50 else f"a {type(prompt).__name__}"
+        raise TypeError(f"ids: expected each prompt to be a list of integers or a 1-d tensor, got {shown}")
+    return ids
+
+
+def as_integers(ids: np.ndarray, model) -> torch.Tensor:
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"ids: expected integers, got an array of {ids.dtype}")
+    if ids.dtype == np.uint64 and ids.size:  # which int64 may have no room for
+        require_in_vocabulary("ids", int(ids.max()), model)
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def require_in_vocabulary(name: str, token: int, model) -> None:
+    if not 0 <= token < model.config.vocab_size:
+        raise ValueError(f"{name}: expected token ids from 0 to {model.config.vocab_size - 1}, got {token}")
+
+
+def is_several(value) -> bool:
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
+
+
+def integers(name: str, value: int | Sequence[int]) -> list[int]:
+    """One integer or several, as a list. Raises TypeError."""
+    try:
+        return [require_integer(name, x) for x in (value if is_several(value) else [value])]
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer or a list of integers, got {value!r}") from None

@@ -1,0 +1,262 @@
+"""Text in, text out: a checkpoint's decoder and its tokenizer together."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fastgpt.checkpoints import transformers_format
+from fastgpt.checks import require_integer
+from fastgpt.generation.generate import Request, defaults_of, require_room
+from fastgpt.model.decoder import GPT
+from fastgpt.text.tokenizer import Decoder, Stops, Tokenizer, require_text
+
+Messages = Sequence[dict]  # a chat: see Tokenizer.encode_chat
+OWN_EOS = "the checkpoint's"
+
+
+def pipeline(
+    path: str | Path,
+    *, revision: str | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+) -> "Pipeline":  # fmt: skip
+    """Loads a checkpoint to go from text to text.
+
+        pipe = fastgpt.pipeline("path/to/checkpoint")
+        print(pipe("Once upon a time", max_new_tokens=50, temperature=0.8))
+
+    Args:
+        path: what `GPT.from_pretrained` takes, with the files of a tokenizer: see `Tokenizer.from_folder`.
+        revision: of a model on the Hugging Face Hub: a branch, a tag or a commit; default its main branch.
+        dtype: of the weights; default as stored.
+        device: default a GPU if there is one.
+
+    Raises: FileNotFoundError, ValueError that says what is missing or damaged.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = transformers_format.resolve(path, revision)
+    transformers_format.read_config(folder)  # a folder that is no checkpoint is not one that lacks a tokenizer
+    tokenizer = Tokenizer.from_folder(folder)
+    return Pipeline(GPT.from_pretrained(folder, dtype=dtype, device=device), tokenizer)
+
+
+class Pipeline:
+    """A decoder and its tokenizer.
+
+    Args of its methods:
+        max_new_tokens: of each text. None: as many as the checkpoint's generation_config.json says, or else 300; but no more
+            than the context has room for after the longest prompt.
+        stop: a string, or several, before which a text ends; it may be cut into tokens in any way, and special tokens may
+            be in it. In a list there may also be ids of tokens.
+        template_variables: what the chat template is to know besides the messages, by name: those of `Tokenizer.chat_text`,
+            tools say, and further ones of the model, such as `{"enable_thinking": False}`.
+        options: those of `generate` (see `fastgpt.generation.generate.Options`). What is given wins, then what the checkpoint's
+            generation_config.json says, then the defaults there. Of eos the default is all tokens that end a text according
+            to the checkpoint, those of its tokenizer included; with None, none does.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def __call__(self, prompts: str | Sequence[str], max_new_tokens: int | None = None, **options):
+        """The text that follows on a prompt, without the prompt; or a list of them for a list of prompts. With num_samples > 1
+        each text is a list of texts."""
+        single = isinstance(prompts, str)
+        if not single and not (isinstance(prompts, Sequence) and all(isinstance(prompt, str) for prompt in prompts)):
+            raise TypeError(f"prompts: expected a str or a list of them, got {prompts!r}")
+        texts = self._texts([prompts] if single else prompts, max_new_tokens, options)
+        return texts[0] if single else texts
+
+    def chat(self, messages: Messages | str, max_new_tokens: int | None = None, **options):
+        """The answer to messages, each a dict with role and content, or to one of a user; several if num_samples > 1."""
+        return self._texts([as_messages(messages)], max_new_tokens, options)[0]
+
+    def stream(self, prompt: str | Messages, max_new_tokens: int | None = None, **options) -> Iterator[str]:
+        """Yields the text that follows on a prompt or on messages as it comes, in whole characters."""
+        if options.get("num_samples", 1) != 1:
+            raise ValueError(f"num_samples: expected 1 for a stream, got {options['num_samples']!r}")
+        run = self._text_run([prompt], max_new_tokens, options)
+        return (piece for pieces in run for piece in pieces if piece)
+
+    def start(
+        self, prompts: Sequence[str | Messages], max_new_tokens: int | None = None,
+        *, stop: str | int | Sequence[str | int] = (), eos: int | Sequence[int] | None | str = OWN_EOS,
+        template_variables: dict | None = None, **options,
+    ) -> "Run":  # fmt: skip
+        """What the others do, for those who want to know more than the text."""
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts: expected a list of them, got {prompts!r}")
+        if not prompts:
+            raise ValueError("prompts: expected at least one, got none")
+        ids = [self.encode(prompt, template_variables) for prompt in prompts]
+        if eos is OWN_EOS:
+            own = [token for token in self.tokenizer.eos if token < self.model.config.vocab_size]
+            eos = list(dict.fromkeys([*defaults_of(self.model).get("eos", ()), *own]))
+        return Run(self.model, self.tokenizer, ids, max_new_tokens, stop, eos, options)
+
+    def encode(self, prompt: str | Messages, template_variables: dict | None = None) -> list[int]:
+        """The ids of a text, or of a chat. Raises `fastgpt.generation.generate.PromptTooLong`, a ValueError, of more than the context."""
+        if isinstance(prompt, str):
+            if template_variables is not None:
+                raise ValueError("template_variables: expected none with a prompt that is no chat")
+            name, ids = "prompt", self.tokenizer.encode(prompt)
+        else:
+            if not (template_variables is None or isinstance(template_variables, dict)):
+                raise TypeError(f"template_variables: expected a dict, got {template_variables!r}")
+            for name in template_variables or ():
+                if not isinstance(name, str):
+                    raise TypeError(f"template_variables: expected names that are strings, got {name!r}")
+                if name in ("messages", "self"):
+                    raise ValueError(f"template_variables: expected none named {name}, which the template has already")
+            name, ids = "messages", self.tokenizer.encode_chat(prompt, **template_variables or {})
+        if not ids:
+            raise ValueError(f"{name}: expected at least one token, got an empty prompt")
+        require_room(name, len(ids), self.model.config)
+        if max(ids) >= (size := self.model.config.vocab_size):
+            token = self.tokenizer.backend.id_to_token(max(ids))
+            raise ValueError(f"{name}: expected tokens of the model, which has {size}, got {token!r} with id {max(ids)}")
+        return ids
+
+    def _text_run(self, prompts, max_new_tokens, options) -> "Run":
+        """Of which only the texts are given."""
+        run = self.start(prompts, max_new_tokens, **options)
+        if run.options.return_logprobs:
+            raise ValueError(
+                "return_logprobs: expected False where the text is all that is returned, got True; the rows of "
+                "pipe.start([prompt], return_logprobs=True).finish() have logprobs"
+            )
+        return run
+
+    def _texts(self, prompts, max_new_tokens, options):
+        run = self._text_run(prompts, max_new_tokens, options)
+        texts, n = [row.text for row in run.finish()], run.options.num_samples
+        return texts if n == 1 else [texts[begin : begin + n] for begin in range(0, len(texts), n)]
+
+
+def as_messages(messages: Messages | str) -> Messages:
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def split_stop(stop, vocab_size: int) -> tuple[list[str], frozenset[int]]:
+    """The stop strings, and the ids of tokens to stop at."""
+    entries = [stop] if isinstance(stop, str) else stop if isinstance(stop, Sequence) else [None]
+    strings = [entry for entry in entries if isinstance(entry, str)]
+    ids = [entry for entry in entries if not isinstance(entry, (str, bool)) and hasattr(entry, "__index__")]
+    if len(strings) + len(ids) < len(entries):
+        raise TypeError(f"stop: expected a string or a list of them, got {stop!r}; ids of tokens may be in a list, too")
+    if not all(strings):
+        raise ValueError(f"stop: expected strings that are not empty, got {stop!r}")
+    for text in strings:
+        require_text(text, "stop")
+    return strings, frozenset(require_integer("stop", token, 0, vocab_size - 1) for token in ids)
+
+
+@dataclass
+class Row:
+    """One text as it is generated.
+
+    tokens: the new ones, the one that ended it included.
+    logprobs: theirs, with return_logprobs.
+    stop_ids: of tokens that end it.
+    special_texts: tokens that are no text, but may be part of a stop string.
+    text: of the new tokens, without what ended it.
+    finish_reason: "eos"; "stop", a stop string; "length", max_new_tokens; None as long as it goes on.
+    """
+
+    decoder: Decoder
+    stops: Stops
+    stop_ids: frozenset[int] = frozenset()
+    special_texts: dict[int, str] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    def push(self, token: int, ends: bool) -> str:
+        """Takes a token; returns the text that has become certain."""
+        self.tokens.append(token)
+        if ends:
+            return self.finish("eos")
+        if token in self.stop_ids:
+            return self.finish("stop")
+        piece = self.stops.push(self.decoder.push(token))
+        if token in self.special_texts:
+            piece += self.stops.push(self.special_texts[token], is_text=False)
+        self.text += piece
+        if self.stops.found:
+            self.finish_reason = "stop"
+        return piece
+
+    def finish(self, reason: str) -> str:
+        """Ends it; returns the rest of the text."""
+        piece = self.stops.push(self.decoder.finish())
+        self.finish_reason = "stop" if self.stops.found else reason
+        piece += self.stops.finish()
+        self.text += piece
+        return piece
+
+
+class Run:
+    """Texts in the making: iterating gives, for each step, the list of new pieces of text, one for each row.
+
+    rows: the samples of the first prompt, then of the next one.
+    prompts: their ids.
+    options: of the generation, defaults of the checkpoint included.
+    times: when the first step began, and when the tokens of each were known, in seconds.
+    """
+
+    def __init__(self, model, tokenizer, prompts: list[list[int]], max_new_tokens: int | None, stop, eos, options):
+        stop, stop_ids = split_stop(stop, model.config.vocab_size)
+        special_texts = tokenizer.special_texts() if stop else {}
+        request = Request.of(model, prompts, max_new_tokens, options | {"eos": eos})
+        self.prompts, self.options, self.steps = prompts, request.options, request.stream()
+        self.request, self.eos = request, set(self.options.eos)
+        samples = self.options.num_samples
+        self.rows = [
+            Row(Decoder(tokenizer, prompt), Stops(stop), stop_ids, special_texts) for prompt in prompts for _ in range(samples)
+        ]
+        self.times = []
+
+    def __iter__(self) -> Iterator[list[str]]:
+        self.times = [time.perf_counter()]
+        for step in self.steps:
+            known = step if self.options.return_logprobs else (step,)
+            tokens, *logprobs = [x.tolist() for x in known]  # waits for the device
+            self.times.append(time.perf_counter())
+            pieces = [""] * len(tokens)
+            for i, row in enumerate(self.rows):
+                if row.finish_reason is None:
+                    pieces[i] = row.push(tokens[i], tokens[i] in self.eos)
+                    row.logprobs += [x[i] for x in logprobs]
+            yield pieces
+            if all(row.finish_reason for row in self.rows):
+                break
+        self.steps.close()
+        if self.times[1:]:
+            self.request.sampler.require_finite(range(len(self.times) - 1))  # of a GPU's last steps it may not be known yet
+        if not all(row.finish_reason for row in self.rows):
+            yield ["" if row.finish_reason else row.finish("length") for row in self.rows]
+
+    def finish(self) -> list[Row]:
+        """Runs to the end; the rows."""
+        for _ in self:
+            pass
+        return self.rows
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Until the first new token."""
+        return self.times[min(1, len(self.times) - 1)] - self.times[0]
+
+    @property
+    def decode_seconds(self) -> float:
+        """For the others."""
+        return self.times[-1] - self.times[0] - self.prefill_seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed, all rows together; None where there was nothing to decode."""
+        steps = sum(len(row.tokens) - 1 for row in self.rows)
+        return steps / self.decode_seconds if len(self.times) > 2 else None

@@ -1,0 +1,440 @@
+"""Sampling: from the logits of each row to its next token.
+
+Names, meaning and order of what logits go through are those of transformers. A token is drawn by one uniform number u, as
+the first, in the order of the vocabulary, up to which probabilities add up to more than u. The number is a function of the
+row's seed, which of its prompt's samples the row is, and the step; so a row's tokens do not depend on the rest of the batch,
+on the cache or on the device, as far as rounding of the logits does not move a probability across u.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from fastgpt.checks import require_device, require_integer, require_number, require_shape, require_tensor
+from fastgpt.ops.decode_step import note
+
+LARGEST = torch.finfo(torch.float32).max
+PENALTY = {"least": 1e-100, "most": 1e100}
+COOL = 1e-3  # temperatures below it take logits out of fp32's range, unless those begin at 0
+
+Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def checked_rules(
+    *, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0,
+    logit_bias=None, logits_processors=(),
+) -> dict:  # fmt: skip
+    """The rules of how a token is chosen as this module wants them: `generate.Options` says what they are.
+
+    Raises: TypeError, ValueError, naming the rule.
+    """
+    return {
+        "temperature": float(require_number("temperature", temperature, least=0)),
+        "top_k": require_integer("top_k", top_k, least=1, optional=True),
+        "top_p": require_number("top_p", top_p, above=0, most=1, optional=True),
+        "min_p": require_number("min_p", min_p, least=0, most=1, optional=True),
+        "repetition_penalty": float(require_number("repetition_penalty", repetition_penalty, **PENALTY)),
+        "no_repeat_ngram_size": require_integer("no_repeat_ngram_size", no_repeat_ngram_size, least=0, optional=True) or 0,
+        "min_new_tokens": require_integer("min_new_tokens", min_new_tokens, least=0, optional=True) or 0,
+        "logit_bias": checked_bias(logit_bias),
+        "logits_processors": checked_processors(logits_processors),
+    }
+
+
+def checked_bias(bias) -> dict[int, float]:
+    """A logit_bias: finite in fp32, or -inf."""
+    if bias is None:
+        return {}
+    if not isinstance(bias, Mapping):
+        raise TypeError(f"logit_bias: expected a dict of token ids and numbers to add to their logits, got {bias!r}")
+    result = {}
+    for token, value in bias.items():
+        token = require_integer("logit_bias", token, least=0)
+        forbidden = isinstance(value, (float, np.floating)) and value == float("-inf")
+        result[token] = float(value if forbidden else require_number("logit_bias", value, least=-LARGEST, most=LARGEST))
+    return result
+
+
+def checked_processors(processors) -> tuple[Processor, ...]:
+    """logits_processors, one or several; a list of them that is callable too, as transformers', is several."""
+    several = tuple(processors) if isinstance(processors, Sequence) else () if processors is None else (processors,)
+    if not all(map(callable, several)):
+        raise TypeError(f"logits_processors: expected a callable or a list of them, got {processors!r}")
+    return several
+
+
+def process(
+    logits, *, seen=None, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+    then: Iterable[Callable[[torch.Tensor], torch.Tensor]] = (),
+):  # fmt: skip
+    """Logits (B, V) -> those that tokens are drawn by, fp32; -inf for tokens that are not to be drawn.
+
+    Each of these follows on the others: repetition_penalty divides the positive logits of tokens in `seen` (B, V), bool,
+    and multiplies the negative ones; `then` are functions of logits; temperature divides all; top_k, top_p and min_p leave
+    out unlikely ones. A token that is as likely as another one that is kept, is kept. At temperature 0 nothing follows on
+    `then`. Of a temperature near 0, logits are given less their largest, and of an extreme penalty in float64: they would
+    overflow.
+    """
+    logits = logits.float()
+    if repetition_penalty != 1:
+        logits = logits if mild(repetition_penalty) else logits.double()
+        penalised = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    for function in then:
+        logits = function(logits)
+    if temperature == 0:
+        return logits
+    if temperature < COOL:
+        logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits / min(max(temperature, 2.0**-126), 2.0**127)  # fp32's normal numbers
+    if top_p is not None and logits.dtype == torch.float64:
+        logits = (logits - logits.amax(-1, keepdim=True)).float()
+    likeliest, least = None, None
+    if top_k is not None and top_k < logits.shape[-1]:
+        likeliest = logits.topk(top_k).values
+        least = likeliest[:, -1:]
+    if top_p is not None and top_p < 1:
+        least = least_of_nucleus(logits, top_p) if likeliest is None else least_of_sorted(likeliest, masses(likeliest), top_p)
+    if min_p is not None and min_p > 0:
+        enough = logits.amax(-1, keepdim=True) + math.log(min_p)
+        least = enough if least is None else torch.maximum(least, enough)
+    return logits if least is None else logits.masked_fill_(logits < least, float("-inf"))
+
+
+def mild(repetition_penalty: float) -> bool:
+    """Whether logits stay within fp32's range."""
+    return 1e-4 <= repetition_penalty <= 1e4
+
+
+# The nucleus: the fewest of the likeliest tokens whose masses, together, are at least top_p of all.
+
+
+def masses(logits):
+    """What tokens (B, V) weigh against each other: int64, 2^40 for the likeliest. Sums are the same in whatever order; of up
+    to 2^23 tokens they do not overflow."""
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+    return weights.mul_(2.0**40).nan_to_num_(0.0).to(torch.int64)  # NaN: of infinity less itself, too
+
+
+def least_of_nucleus_reference(logits, top_p: float):
+    """The least (B, 1) of the logits (B, V) fp32 of the nucleus, from all of them in order; the largest, if nothing weighs."""
+    values, order = logits.sort(descending=True)
+    return least_of_sorted(values, masses(logits).gather(-1, order), top_p)
+
+
+def least_of_sorted(values, mass, top_p: float):
+    """The same of values (B, V) in descending order and what they weigh."""
+    before = mass.cumsum(-1) - mass  # of all likelier ones
+    kept = before < top_p * mass.sum(-1, keepdim=True).double()
+    return values.gather(-1, kept.sum(-1, keepdim=True).clamp(min=1) - 1)
+
+
+def least_of_nucleus(logits, top_p: float):
+    """As the reference, exactly, without putting the vocabulary in order."""
+    mass = masses(logits)
+    limit = top_p * mass.sum(-1, keepdim=True).double()
+    if logits.is_cpu and not torch._C._len_torch_dispatch_stack():
+        rows = zip(logits.numpy(), mass.numpy(), limit.flatten().tolist())
+        return torch.tensor([[_least_by_bisection(*row)] for row in rows])
+    return _least_by_digits(logits, mass, limit)
+
+
+# Logits so far below the largest weigh nothing; how often the range from there is halved, to where the least is looked for.
+REACH, HALVINGS = 28.0, 8
+
+
+def _least_by_bisection(values: np.ndarray, mass: np.ndarray, limit: float) -> float:
+    """Of one row: only logits near the least are put in order, between two that are found by what those above weigh."""
+    largest = float(values.max())
+    if not limit > 0:  # nothing weighs
+        return largest
+    low, high, rough = largest - REACH, largest + 1, mass.astype(np.float32)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if np.dot(rough, (values >= middle).astype(np.float32)) >= limit:
+            low = middle
+        else:
+            high = middle
+    above = values >= high
+    likelier = int((mass * above).sum())
+    near = np.flatnonzero((values >= low) & ~above)
+    if not likelier < limit <= likelier + int(mass[near].sum()):  # numbers so large that these are as good as equal
+        near, likelier = np.arange(len(values)), 0
+    values, mass = values[near], mass[near]
+    order = np.argsort(-values)
+    before = likelier + np.cumsum(mass[order]) - mass[order]
+    return float(values[order[np.count_nonzero(before < limit) - 1]])
+
+
+DIGITS = ((21, 11), (10, 11), (0, 10))  # of a 32-bit key: shift and bits, the first first
+
+
+def _least_by_digits(logits, mass, limit):
+    """Of all rows at once, in as many launches whatever the numbers are, and without waiting for them: digit by digit of the
+    logits as integers in the same order, the masses by digit say which one the least of the nucleus has."""
+    bits = (logits + 0.0).view(torch.int32).to(torch.int64)  # + 0: there is a -0
+    keys = torch.where(bits < 0, ~bits, bits + 2**31)  # from 0 to 2^32 - 1
+    key, likelier = torch.zeros_like(limit, dtype=torch.int64), 0
+    for shift, width in DIGITS:
+        digits = keys >> shift & (1 << width) - 1
+        of_digit = mass.new_zeros(len(mass), 1 << width).scatter_add_(1, digits, mass)
+        above = of_digit.sum(-1, keepdim=True) - of_digit.cumsum(-1) + likelier
+        digit = (above >= limit).sum(-1, keepdim=True).clamp(max=(1 << width) - 1)  # above falls as digits grow
+        likelier = above.gather(-1, digit)
+        key += digit << shift
+        mass = torch.where(digits == digit, mass, 0)
+    least = torch.where(key < 2**31, ~key, key - 2**31).to(torch.int32).view(torch.float32)
+    return torch.where(limit > 0, least, logits.amax(-1, keepdim=True))
+
+
+def draw(logits, uniform, largest=None):
+    """The token (B,) at uniform (B,) float64, 0 <= uniform < 1, of the distribution that logits (B, V) stand for.
+
+    largest: of the logits, (B, 1), if it is known. Where it is not finite, the token is any of the vocabulary.
+    """
+    largest = logits.amax(-1, keepdim=True) if largest is None else largest
+    weights = (logits - largest).exp_()
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    # Less than the last sum, also when rounded; and tokens of weight 0, whose sum is that of the one before, are passed by.
+    token = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
+    return token.clamp_(max=logits.shape[-1] - 1)  # of sums that are no numbers
+
+
+def most_likely(logits):
+    """argmax (B,) of logits (B, V) on a CPU; where there are NaN, of one of those."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.from_numpy(logits.numpy().argmax(-1))  # 4 µs for 50,000 logits, PyTorch's takes 40 to 160
+
+
+def uniform_numbers(seeds: Sequence[int], num_samples: int, steps: int) -> torch.Tensor:
+    """(steps, B * num_samples) float64: of each step, the number of each sample of each prompt.
+
+    Sample i of a prompt has a generator of its own, Philox with the key (seed, i): the first steps are the same however many
+    follow, and the first samples however many there are.
+    """
+    rows = [
+        np.random.Generator(np.random.Philox(key=np.array([seed, sample], dtype=np.uint64))).random(steps)
+        for seed in seeds
+        for sample in range(num_samples)
+    ]
+    return torch.from_numpy(np.stack(rows, axis=1))
+
+
+class Sampler:
+    """Takes the next token of each row, step by step: logits (B, V) -> (B,) int64, always of the vocabulary.
+
+    All it knows is on the device and updated in place, and without logits_processors it never waits for the device nor runs
+    anybody's Python: a CUDA graph can have it inside.
+
+    Args:
+        prompts: of each row, (T,) int64.
+        steps: how many there will be at most.
+        uniforms: (steps, B) numbers to draw by; None takes the most likely token.
+        eos: tokens that end a row.
+        logprobs: whether to note log-probabilities.
+        rules: those of `checked_rules`.
+
+    tokens: (steps, B) int64, what was taken; -1 for rows that had ended.
+    extreme: (B, 1), the largest magnitude so far of the largest logits that tokens were chosen by; see `require_finite`.
+    logprobs: (steps, B) fp32, their log-probabilities by the logits as they came, or None; 0 for rows that had ended.
+    ended: (B,) bool, or None without eos.
+    """
+
+    def __init__(self, prompts, steps: int, vocab_size: int, *, uniforms=None, eos=(), logprobs=False, **rules):
+        B, device = len(prompts), prompts[0].device
+        self.rules = rules = checked_rules(**rules)
+        self.uniforms = None if uniforms is None else uniforms.to(device, copy=True)
+        self.step = torch.empty(1, dtype=torch.int64, device=device)
+        self.tokens = torch.empty(steps, B, dtype=torch.int64, device=device)
+        self.logprobs = torch.empty(steps, B, device=device) if logprobs else None
+        dtype = torch.float32 if mild(rules["repetition_penalty"]) else torch.float64
+        self.extreme = torch.empty(B, 1, dtype=dtype, device=device)
+        self.ended = torch.empty(B, dtype=torch.bool, device=device) if eos else None
+        self.eos = torch.tensor(eos, dtype=torch.int64, device=device) if eos else None
+        self.bias = self.seen = self.history = self.repeats = None
+        self.then = []
+        if rules["logit_bias"]:
+            self.bias = torch.zeros(vocab_size)
+            self.bias[list(rules["logit_bias"])] = torch.tensor(list(rules["logit_bias"].values()))
+            self.bias = self.bias.to(device)
+        if rules["repetition_penalty"] != 1:
+            self.seen = torch.empty(B, vocab_size, dtype=torch.bool, device=device)
+        if rules["no_repeat_ngram_size"] or rules["logits_processors"]:
+            self.history = History(prompts, steps)
+        if rules["no_repeat_ngram_size"]:
+            self.repeats = Repeats(self.history, rules["no_repeat_ngram_size"])
+            self.then.append(self.repeats.forbid)
+        if rules["min_new_tokens"] and eos:
+            self.is_eos = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, self.eos, True)
+            self.then.append(self.forbid_ends)
+        if rules["logits_processors"]:
+            self.then.append(self.call_processors)
+        self.warpers = {name: rules[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+        # the likeliest by the logits as they come
+        self.plain = uniforms is None and self.bias is None and self.seen is None and not self.then
+        self.begin(prompts)
+
+    def begin(self, prompts, uniforms=None) -> None:
+        """From the first step, for as many prompts, with other numbers to draw by if they are given; in place, so that a
+        captured step sees it. With a history, the longest prompt is as long as it was."""
+        if uniforms is not None:
+            self.uniforms.copy_(uniforms)
+        self.step.zero_()
+        self.tokens.fill_(-1)
+        self.extreme.zero_()
+        for zeros in (self.logprobs, self.ended, self.seen):
+            if zeros is not None:
+                zeros.zero_()
+        if self.seen is not None:
+            for row, prompt in zip(self.seen, prompts):
+                row[prompt] = True
+        if self.history is not None:
+            self.history.begin(prompts)
+        if self.repeats is not None:
+            self.repeats.begin()
+        self.calls = 0  # of logits_processors
+
+    def results(self) -> "Sampler":
+        """A sampler with the results so far, which `begin` of this one leaves as they are."""
+        result = copy.copy(self)
+        for name in ("tokens", "logprobs", "extreme"):
+            value = getattr(self, name)
+            setattr(result, name, None if value is None else value.clone())
+        return result
+
+    def __call__(self, logits):
+        scores = logits if self.plain else self.score(logits)
+        if self.uniforms is not None:
+            largest = scores.amax(-1, keepdim=True)
+            token = draw(scores, self.uniforms.index_select(0, self.step)[0], largest)
+        elif scores.is_cpu:
+            token = most_likely(scores)
+            largest = scores  # `note` finds the token's
+        else:
+            largest, token = scores.max(-1, keepdim=True)  # in one launch
+            token = token.squeeze(1)
+        if self.seen is not None:
+            self.seen.scatter_(1, token.unsqueeze(1), True)
+        if self.history is not None:
+            self.history.append(token if self.ended is None else torch.where(self.ended, self.eos[0], token), self.step)
+        if self.repeats is not None:
+            self.repeats.append(token)
+        if self.logprobs is not None:
+            logprobs = logits.float().log_softmax(-1).gather(-1, token.unsqueeze(1)).squeeze(1)
+            logprobs = logprobs if self.ended is None else torch.where(self.ended, 0.0, logprobs)
+            self.logprobs.index_copy_(0, self.step, logprobs.unsqueeze(0))
+        note(token, largest, self.tokens, self.extreme, self.step, self.ended, self.eos)
+        return token
+
+    def score(self, logits):
+        """What tokens are chosen by: the logits after all rules."""
+        logits = logits if self.bias is None else logits.float() + self.bias
+        return process(logits, seen=self.seen, then=self.then, **self.warpers)
+
+    def forbid_ends(self, logits):
+        return logits.masked_fill(self.is_eos & (self.step < self.rules["min_new_tokens"]), float("-inf"))
+
+    def call_processors(self, logits):
+        logits = logits.to(torch.float32, copy=True)  # a processor may write into it
+        for rows, tokens in self.history.alike(self.calls):
+            logits[rows] = self.processed(tokens, logits[rows])
+        self.calls += 1
+        return logits
+
+    def processed(self, tokens, logits):
+        """By every processor, of rows with equally many tokens."""
+        processors = self.rules["logits_processors"]
+        for i, processor in enumerate(processors):
+            name = "logits_processors" if len(processors) == 1 else f"logits_processors[{i}]"
+            result = processor(tokens, logits)
+            require_tensor(name, result)
+            require_shape(name, result, tuple(logits.shape), "(B, V) from each, as it was given")
+            require_device(name, result, logits.device)
+            if not result.is_floating_point():
+                raise TypeError(f"{name}: expected floating-point logits from each, got {result.dtype}")
+            logits = result.float()
+        return logits
+
+    def require_finite(self, steps: range) -> None:
+        """Waits for the device. Raises ValueError if at any of these steps, which are those since one last looked, a row that
+        had not ended had logits that no token can be chosen by: with NaN or inf among them, or nothing but -inf."""
+        values = self.extreme.view(-1).tolist()
+        if all(map(math.isfinite, values)):
+            return
+        row, value = next((row, value) for row, value in enumerate(values) if not math.isfinite(value))
+        got = "nan" if math.isnan(value) else "inf, or -inf for every token,"
+        when = f"step {steps[0]}" if len(steps) == 1 else f"one of steps {steps[0]} to {steps[-1]}"
+        rules = ("logit_bias", "no_repeat_ngram_size", "min_new_tokens", "logits_processors")
+        after = ["repetition_penalty"] * (self.seen is not None) + [name for name in rules if self.rules[name]]
+        raise ValueError(
+            f"logits: expected finite ones to choose a token by, got {got} in row {row} at {when}"
+            + (f", after {', '.join(after)}" if after else "")
+        )
+
+
+class History:
+    """The tokens of each row so far, in place, after `begin`.
+
+    tokens: (B, longest prompt + steps) int64; all rows end in the same column. -1 before a row's first, and to come.
+    """
+
+    def __init__(self, prompts: Sequence[torch.Tensor], steps: int):
+        self.longest = max(map(len, prompts))
+        self.tokens = prompts[0].new_empty(len(prompts), self.longest + steps)
+
+    def begin(self, prompts: Sequence[torch.Tensor]) -> None:
+        self.rows = {}  # by the length of their prompts
+        for row, prompt in enumerate(prompts):
+            self.rows.setdefault(len(prompt), []).append(row)
+        self.tokens.fill_(-1)
+        for row, prompt in zip(self.tokens, prompts):
+            row[self.longest - len(prompt) : self.longest] = prompt
+
+    def append(self, token, step) -> None:
+        """Notes the tokens (B,) of a step (1,)."""
+        self.tokens.index_copy_(1, step + self.longest, token.unsqueeze(1))
+
+    def alike(self, steps: int):
+        """After so many steps: rows whose prompts are equally long and their tokens (rows, T), without padding."""
+        for length, rows in self.rows.items():
+            tokens = self.tokens[:, self.longest - length : self.longest + steps]
+            yield rows, tokens if len(rows) == len(tokens) else tokens[rows]
+
+
+class Repeats:
+    """Forbids tokens that would complete an n-gram which its row has already, after `begin`.
+
+    overlap: (B, columns of the history) int32: of each column, how many tokens right before it are, one by one, those that
+        the row ends with; of more than n - 1, any number from there.
+    """
+
+    def __init__(self, history: History, n: int):
+        self.tokens, self.longest = history.tokens, history.longest
+        self.needed = min(n - 1, self.tokens.shape[1])
+        self.overlap = torch.empty(self.tokens.shape, dtype=torch.int32, device=self.tokens.device)
+
+    def begin(self) -> None:
+        """Of the prompts, which are in the history."""
+        tokens, end = self.tokens, self.longest
+        self.overlap.zero_()
+        alike = torch.ones(len(tokens), end, dtype=torch.bool, device=tokens.device)
+        for back in range(min(self.needed, end - 1)):
+            last = tokens[:, end - 1 - back, None]
+            alike[:, : back + 1] = False  # too few tokens before them
+            alike[:, back + 1 :] &= (tokens[:, : end - 1 - back] == last) & (last >= 0)
+            if not alike.any():
+                break
+            self.overlap[:, :end] += alike
+
+    def append(self, token) -> None:
+        """Rows end with these tokens (B,) now, which are in the history."""
+        longer = (self.overlap[:, :-1] + 1) * (self.tokens[:, :-1] == token.unsqueeze(1))
+        self.overlap[:, 1:].copy_(longer)
+
+    def forbid(self, logits):
+        forbidden = torch.where(self.overlap >= self.needed, self.tokens, -1)
+        limits = torch.where(forbidden >= 0, float("-inf"), float("inf")).to(logits.dtype)
+        return logits.scatter_reduce(1, forbidden.clamp(min=0), limits, "amin")

@@ -1,0 +1,154 @@
+"""What a decode step does before and after the blocks, each in one launch: embedding, positions, and noting tokens."""
+
+import functools
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
+from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.limits import cdiv, grid
+
+LONGEST = 1024  # numbers of a row that a program writes
+ADVANCED = 128  # sequences whose lengths a program advances
+
+
+@kernel(do_not_specialize=["ids_ptr", "positions_ptr", "vocabulary", "n_positions", "period"])
+def _embed(
+    ids_ptr, weight_ptr, positions_ptr, position_weight_ptr, out_ptr, vocabulary, n_positions, period, scale,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C numbers of one token. Positions repeat after `period` tokens. Everything is contiguous."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = offs_c < C
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    row = tl.load(ids_ptr + token).to(tl.int64)
+    read = tl.minimum(tl.maximum(row, 0), vocabulary - 1)
+    x = tl.load(weight_ptr + read * C + offs_c, mask=mask, other=0.0)
+    x = tl.where(row == read, x, float("nan")).to(dtype)
+    if scale is not None:
+        x = (x.to(tl.float32) * scale).to(dtype)
+    if position_weight_ptr is not None:
+        place = tl.load(positions_ptr + token % period).to(tl.int64)
+        place = tl.minimum(tl.maximum(place, 0), n_positions - 1)
+        p = tl.load(position_weight_ptr + place * C + offs_c, mask=mask, other=0.0).to(dtype)
+        x = (x.to(tl.float32) + p.to(tl.float32)).to(dtype)
+    tl.store(out_ptr + token * C + offs_c, x, mask=mask)
+
+
+def embed(
+    ids: Tensor, weight: Tensor, positions: Tensor | None = None, position_weight: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Launches the kernel. What it computes, and the arguments, see `fastgpt.ops.decode_step.embed`."""
+    C = weight.shape[1]
+    out = torch.empty((*ids.shape, C), dtype=weight.dtype, device=weight.device)
+    if out.numel() == 0:
+        return out
+    ids, weight = ids.contiguous(), weight.contiguous()
+    period, n_positions = 1, 1
+    if position_weight is not None:
+        positions, position_weight = positions.contiguous(), position_weight.contiguous()
+        period, n_positions = positions.numel(), len(position_weight)
+    else:
+        positions = None
+    scale = None if scale is None else float(scale)
+    constants = _constants(C, has_dependent_launch(weight.device))
+    with torch.cuda.device_of(weight):
+        _embed[(*grid("ids", ids.numel()), cdiv(C, constants["BLOCK_C"]))](
+            ids, weight, positions, position_weight, out, len(weight), n_positions, period, scale, **constants
+        )
+    return out
+
+
+@functools.cache
+def _constants(C: int, pdl: bool) -> dict:
+    """Compile-time arguments and options: 16 bytes a thread, of 16-bit numbers. Sums are rounded as PyTorch's."""
+    options = dict(num_warps=4, num_stages=1, enable_fp_fusion=False, **dependent_launch(pdl))
+    return dict(C=C, BLOCK_C=min(triton.next_power_of_2(C), LONGEST), **options)
+
+
+@kernel(do_not_specialize=["lengths_ptr", "positions_ptr", "n_sequences"])
+def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n_sequences
+    lengths = tl.load(lengths_ptr + offsets, mask=mask)
+    tl.store(positions_ptr + offsets, lengths, mask=mask)
+    tl.store(lengths_ptr + offsets, lengths + 1, mask=mask)
+
+
+def advance(lengths: Tensor, positions: Tensor) -> None:
+    """Launches the kernel: see `fastgpt.ops.decode_step.advance`. Both are contiguous."""
+    constants = _constants_of_one_warp(ADVANCED, has_dependent_launch(lengths.device))
+    with torch.cuda.device_of(lengths):
+        _advance[(cdiv(len(lengths), ADVANCED),)](lengths, positions, len(lengths), **constants)
+
+
+@kernel(
+    do_not_specialize=[
+        "token_ptr", "largest_ptr", "tokens_ptr", "extreme_ptr", "step_ptr", "ended_ptr", "eos_ptr", "n_rows", "n_eos",
+    ]
+)  # fmt: skip
+def _note(
+    token_ptr, largest_ptr, tokens_ptr, extreme_ptr, step_ptr, ended_ptr, eos_ptr, n_rows, n_eos, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program, of one warp: each of its threads has read the step before any writes the next."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    step = tl.load(step_ptr)
+    for start in range(0, n_rows, BLOCK):
+        offsets = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
+        mask = offsets < n_rows
+        token = tl.load(token_ptr + offsets, mask=mask, other=0)
+        magnitude = tl.abs(tl.load(largest_ptr + offsets, mask=mask, other=0)).to(extreme_ptr.dtype.element_ty)
+        extreme = tl.load(extreme_ptr + offsets, mask=mask, other=0)
+        noted, grows = token, (magnitude > extreme) | (magnitude != magnitude)
+        if ended_ptr is not None:
+            ended = tl.load(ended_ptr + offsets, mask=mask, other=0)
+            noted, grows = tl.where(ended != 0, -1, token), grows & (ended == 0)
+            for i in range(n_eos):
+                ended = tl.where(token == tl.load(eos_ptr + tl.cast(i, tl.int64)), 1, ended)
+            tl.store(ended_ptr + offsets, ended.to(tl.uint8), mask=mask)
+        tl.store(tokens_ptr + (tl.cast(step, tl.int64) * n_rows + offsets), noted, mask=mask)
+        tl.store(extreme_ptr + offsets, magnitude, mask=mask & grows)
+    tl.store(step_ptr, step + 1)
+
+
+def note(
+    token: Tensor, largest: Tensor, tokens: Tensor, extreme: Tensor, step: Tensor, ended: Tensor | None = None,
+    eos: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launches the kernel: see `fastgpt.ops.decode_step.note`. All are contiguous."""
+    if ended is not None:
+        ended = ended.view(torch.uint8)
+    n_rows = len(token)
+    constants = _constants_of_one_warp(32 if n_rows <= 32 else 256, has_dependent_launch(token.device))
+    with torch.cuda.device_of(token):
+        _note[(1,)](
+            token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), **constants
+        )
+
+
+@functools.cache
+def _constants_of_one_warp(block: int, pdl: bool) -> dict:
+    """Likewise, of the other two kernels."""
+    return dict(BLOCK=block, num_warps=1, num_stages=1, enable_fp_fusion=False, **dependent_launch(pdl))
+
+
+def aot_configurations(arch: int):
+    """As in attention_forward.py; the same for every architecture but for dependent launches."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    for dtype, C, given in itertools.product(dtypes, (768, 4096), ((), ("positions_ptr", "position_weight_ptr"))):
+        yield _embed, dtype, dtype, _constants(C, arch >= 90), given
+    yield _advance, torch.float32, torch.float32, _constants_of_one_warp(ADVANCED, arch >= 90), ("positions_ptr",)
+    for block, given in itertools.product((32, 256), ((), ("ended_ptr", "eos_ptr"))):
+        yield _note, torch.float32, torch.float32, _constants_of_one_warp(block, arch >= 90), given

@@ -1,0 +1,183 @@
+"""Heads other than the next token's: what class a sequence has, or each of its tokens, read off a decoder or an encoder."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from fastgpt.checkpoints import transformers_format
+from fastgpt.checks import require_integer, require_number
+from fastgpt.model.encoder_states import as_lengths, require_ids
+from fastgpt.model.fusion import is_training
+from fastgpt.generation.generate import as_prompts
+from fastgpt.model.decoder import GPT, GPTConfig, project
+from fastgpt.schema import integer, mapping, number, read
+
+MAX_LABELS = 1 << 16
+
+
+def labels_of(stored: dict | None) -> dict[int, str] | None:
+    """id2label of config.json, whose keys are numbers as strings."""
+    if stored is None:
+        return None
+    for label, name in stored.items():
+        if not re.fullmatch(r"[0-9]{1,7}", label) or not isinstance(name, str):
+            raise ValueError(f"id2label: expected numbers with their names, got {label!r}: {name!r}")
+    return {int(label): name for label, name in stored.items()}
+
+
+class Classifier(nn.Module):
+    """What both heads have.
+
+    Args:
+        model: the decoder or encoder whose states are classified; it becomes part of this. Its output matrix is not used.
+        num_labels: classes; 1 for a regression.
+        id2label: the name of each, by its number; default LABEL_0, LABEL_1, ...
+        pad_token_id: what a tensor of ids is padded with; default: it is not padded.
+    """
+
+    head: str  # one of fastgpt.checkpoints.families.HEADS
+    schema = {  # of config.json, beyond its decoder's
+        "id2label": mapping(None, optional=True),
+        "num_labels": integer(1, MAX_LABELS, 2),
+        "pad_token_id": integer(-(2**31), 2**31 - 1, None, optional=True),
+    }
+
+    def __init__(
+        self, model: GPT, num_labels: int, *, id2label: Mapping[int, str] | None = None, pad_token_id: int | None = None
+    ):
+        super().__init__()
+        num_labels = require_integer("num_labels", num_labels, least=1, most=MAX_LABELS)
+        pad_token_id = require_integer("pad_token_id", pad_token_id, optional=True)
+        id2label = {label: f"LABEL_{label}" for label in range(num_labels)} if id2label is None else dict(id2label)
+        if sorted(id2label) != list(range(num_labels)):
+            raise ValueError(f"id2label: expected a name for each of 0 to {num_labels - 1}, got {id2label!r}")
+        self.model, self.num_labels, self.id2label, self.pad_token_id = model, num_labels, id2label, pad_token_id
+
+    def new_layer(self, bias: bool) -> nn.Linear:
+        weight = self.model.token_embedding.weight
+        layer = nn.Linear(self.config.hidden_size, self.num_labels, bias=bias, device=weight.device, dtype=weight.dtype)
+        nn.init.normal_(layer.weight, 0.0, 0.02)
+        if bias:
+            nn.init.zeros_(layer.bias)
+        return layer
+
+    @property
+    def config(self) -> GPTConfig:
+        return self.model.config
+
+    @property
+    def checkpoint_config(self) -> dict:
+        return self.model.checkpoint_config
+
+    def batch(self, ids, lengths=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Ids (B, T), padded on the right, and the lengths (B,) int32 of sequences that differ; arguments: `forward`."""
+        if not isinstance(ids, torch.Tensor):
+            if lengths is not None:
+                raise ValueError("lengths: expected None for a list of sequences, which have their own")
+            sequences = as_prompts(self.model, ids)
+            ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+            return ids, as_lengths("lengths", [len(sequence) for sequence in sequences], ids)
+        require_ids(ids, self.model.first_weight.device)
+        if lengths is not None:
+            return ids, as_lengths("lengths", lengths, ids)
+        if self.pad_token_id is None or ids.dim() != 2:
+            return ids, None
+        columns = torch.arange(1, ids.shape[1] + 1, dtype=torch.int32, device=ids.device)
+        return ids, (columns * (ids != self.pad_token_id)).amax(1).clamp(min=1)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype=None, device=None):
+        """A checkpoint that transformers' class of this head wrote, in evaluation mode; arguments, errors: those of GPT's."""
+        folder = transformers_format.resolve(path, revision)
+
+        def build(fields: dict, stored: dict):
+            settings = read(cls.schema, stored)
+            labels = labels_of(settings["id2label"])
+            count = settings["num_labels"] if labels is None else len(labels)
+            model = GPT(GPTConfig(**fields))
+            return cls(model, count, id2label=labels, pad_token_id=settings["pad_token_id"], **cls.settings(settings))
+
+        return transformers_format.load(folder, build, cls.head, dtype=dtype, device=device)
+
+    @staticmethod
+    def settings(stored: dict) -> dict:
+        """What else a head is told by config.json."""
+        return {}
+
+    def entries(self) -> dict:
+        """What a head has in config.json beyond its decoder."""
+        kept = ("tie_word_embeddings", "problem_type")
+        return {key: self.checkpoint_config[key] for key in kept if key in self.checkpoint_config} | {
+            "id2label": {str(label): name for label, name in self.id2label.items()},
+            "label2id": {name: label for label, name in self.id2label.items()},
+            "pad_token_id": self.pad_token_id,
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`, which transformers reads too if it has this architecture."""
+        transformers_format.write(self, folder, self.head, self.entries())
+
+
+class SequenceClassifier(Classifier):
+    """The class of each sequence: scores of its last token, which has seen all of it; in an encoder, of the mean of all."""
+
+    head = "ForSequenceClassification"
+
+    def __init__(self, model, num_labels, **options):
+        super().__init__(model, num_labels, **options)
+        self.score = self.new_layer(bias=False)
+
+    def forward(self, ids, lengths=None):
+        """ids -> logits (B, num_labels).
+
+        Args:
+            ids: a list of B sequences of any length; or (B, T) int64, padded on the right.
+            lengths: (B,), tokens of each sequence of such a tensor; default: all up to the last that is not padding.
+
+        Raises: TypeError, ValueError as `GPT.forward`.
+        """
+        ids, lengths = self.batch(ids, lengths)
+        if self.config.causal:
+            hidden = self.model.hidden(ids, last_only=lengths is None)
+            last = -1 if lengths is None else lengths.long() - 1
+            return project(hidden[torch.arange(len(ids), device=ids.device), last], self.score, self.model.norm)
+        states = self.model.encode(ids, lengths)
+        if lengths is None:
+            return project(states.mean(1), self.score)
+        padding = torch.arange(ids.shape[1], device=ids.device) >= lengths.unsqueeze(1)
+        states = states.masked_fill(padding.unsqueeze(-1), 0.0)
+        return project(states.sum(1) / lengths.unsqueeze(1).to(states.dtype), self.score)
+
+
+class TokenClassifier(Classifier):
+    """The class of each token.
+
+    dropout: in training, of the states that are classified. Further arguments: `Classifier`.
+    """
+
+    head = "ForTokenClassification"
+    schema = Classifier.schema | {
+        name: number(None, least=0, below=1, optional=True) for name in ("classifier_dropout", "hidden_dropout")
+    }
+
+    def __init__(self, model, num_labels, *, dropout: float = 0.1, **options):
+        super().__init__(model, num_labels, **options)
+        self.dropout = require_number("dropout", dropout, least=0, below=1)
+        self.classifier = self.new_layer(bias=True)
+
+    def forward(self, ids, lengths=None):
+        """ids -> logits (B, T, num_labels); those of padding mean nothing. Arguments and errors: `SequenceClassifier`."""
+        states = self.model.encode(*self.batch(ids, lengths))
+        return project(F.dropout(states, self.dropout, is_training(self)), self.classifier)
+
+    @staticmethod
+    def settings(stored):
+        given = (stored[key] for key in ("classifier_dropout", "hidden_dropout"))
+        return {"dropout": next((value for value in given if value is not None), 0.1)}
+
+    def entries(self):
+        return super().entries() | {"classifier_dropout": self.dropout}

@@ -1,0 +1,40 @@
+"""The suites in benchmarks/ run, and say what the report needs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMON = {"what", "device", "dtype", "implementation", "limit", "seconds", "absent"}
+CASES = {
+    "attention.py::test_prefill": ("128tokens", {"T", "batch", "heads", "head_dim", "flops", "limit_flops"}, "matrix product"),
+    "decode.py": (
+        "1024keys and float32 and not batch16", {"keys", "kind", "batch", "heads", "kv_heads", "head_dim", "bytes", "limit_bytes"}, "reading",
+    ),
+    "kv_cache.py::test_one_token": ("batch1", {"batch", "heads", "head_dim", "bytes", "limit_bytes"}, "copying"),
+    "linear.py": ("qkv and 1row", {"product", "rows", "weight", "bytes", "limit_bytes"}, "reading"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", CASES)
+def test_a_case_of_each_suite(suite, tmp_path):
+    chosen, parameters, limit = CASES[suite]
+    path = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", f"benchmarks/test_{suite}", "-k", chosen, f"--benchmark-json={path}"]
+    environment = os.environ | {"FASTGPT_BENCH_TINY": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    benchmark = json.loads(path.read_text())["benchmarks"][0]
+    case = benchmark["extra_info"]
+    assert set(case) == COMMON | parameters and case["limit"] == limit
+    assert {"ours", "reference", limit} < set(case["seconds"])
+    assert len({len(values) for values in case["seconds"].values()}) == 1  # paired
+    assert benchmark["stats"]["data"] == pytest.approx(case["seconds"]["ours"])
+    for name, reason in case["absent"].items():
+        assert re.search(rf"^absent from \d+ benchmarks: {name}: {re.escape(reason)}$", result.stdout, re.MULTILINE)

@@ -1,0 +1,330 @@
+"""KV caches of every kind: the same logits and tokens as without one, and the memory that each promises."""
+
+import pytest
+import torch
+from models import random_ids, random_model, reference_operations
+
+from fastgpt import GPT, OutOfPages, PagedCache
+from fastgpt.cache.base import CACHE_KINDS, Uncached
+from fastgpt.cli import SHIPPED_MODEL
+from fastgpt.testing import numerics
+
+DTYPES = [None, torch.int8, torch.float8_e4m3fn]
+KINDS = [("contiguous", None), ("contiguous", 9), ("sliding", 9), ("sliding", 100), ("paged", None), ("paged", 9)]
+
+
+def new_cache(model, batch, kind, window, **options):
+    return model.new_cache(batch, kind=kind, window=window, page_size=4, **options)
+
+
+def tokens_of(logits, new):
+    """The rows that belong to tokens, not to padding: (tokens, V), sequence by sequence."""
+    return torch.cat([row[len(row) - count :] for row, count in zip(logits, new)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, window", KINDS)
+@pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 1, 11], [19, 1]], ids=str)
+def test_cached_logits_are_the_uncached_ones(chunks, kind, window):
+    """Whatever the pieces in which the tokens come."""
+    model = random_model()
+    ids = random_ids(model, 3, 20)
+    cache = new_cache(model, 3, kind, window)
+    logits = torch.cat([model(piece, cache=cache) for piece in ids.split(chunks, dim=1)], dim=1)
+    numerics.check(logits, lambda: model.double()(ids, cache=Uncached(window)))
+    assert cache.length == 20 and cache.counts == [20, 20, 20] and cache.lengths.tolist() == [20, 20, 20]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.one_of(2)
+@pytest.mark.parametrize("cache", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_ragged_batch_is_its_sequences_one_by_one(dtype, cache):
+    """Through prompts, single tokens and pieces of different lengths, some of them empty."""
+    kind, window = cache
+    model = random_model()
+    pieces = [[5, 1, 13], [1, 1, 1], [0, 1, 1], [2, 0, 9], [1, 1, 1], [12, 3, 0]]
+    rows = [random_ids(model, 1, sum(counts), seed)[0] for seed, counts in enumerate(zip(*pieces))]
+    cache = new_cache(model, 3, kind, window, cache_dtype=dtype)
+    logits, starts = [], [0, 0, 0]
+    for new in pieces:
+        ids = torch.full((3, max(new)), 64)
+        for i, count in enumerate(new):
+            ids[i, len(ids[i]) - count :] = rows[i][starts[i] : starts[i] + count]
+            starts[i] += count
+        logits.append(tokens_of(model(ids, cache=cache, new=new), new))
+    assert cache.counts == starts and cache.lengths.tolist() == starts
+    actual = torch.cat(logits)
+
+    def alone(model):
+        """The same pieces, each sequence in a cache of its own; in the order in which they came above."""
+        caches = [new_cache(model, 1, kind, window, cache_dtype=dtype) for _ in rows]
+        logits, starts = [], [0, 0, 0]
+        for new in pieces:
+            for i, count in enumerate(new):
+                if count:
+                    logits.append(model(rows[i][None, starts[i] : starts[i] + count], cache=caches[i])[0])
+                    starts[i] += count
+        return torch.cat(logits)
+
+    if dtype is None:
+        numerics.check(actual, lambda: alone(model.double()))
+    else:
+        # Rounding before quantisation may turn a number to the next step: of 8-bit rows, 1/127 or 1/16 of the largest.
+        with reference_operations():
+            low = alone(model)
+        assert (actual - low).abs().max() <= 0.05 * low.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, window", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_copies_of_a_sequence_go_on_apart(dtype, kind, window):
+    """A fork is what recomputing each copy from the start gives, and leaves the original as it was."""
+    model = random_model()
+    prompts, after = random_ids(model, 2, 5), random_ids(model, 6, 7, seed=2)  # 30 rows: one kernel, the same bits
+    cache = new_cache(model, 2, kind, window, cache_dtype=dtype, **({"num_pages": 40} if kind == "paged" else {}))
+    model(prompts, cache=cache)
+    fork = cache.fork(3)
+    assert fork.batch_size == 6 and fork.counts == [5] * 6
+    actual = torch.cat([model(token, cache=fork) for token in after.split(1, dim=1)], dim=1)
+    own = new_cache(model, 6, kind, window, cache_dtype=dtype)
+    model(prompts.repeat_interleave(3, dim=0), cache=own)
+    expected = torch.cat([model(token, cache=own) for token in after.split(1, dim=1)], dim=1)
+    assert torch.equal(actual, expected)
+    untouched = new_cache(model, 2, kind, window, cache_dtype=dtype)
+    model(prompts, cache=untouched)
+    assert cache.counts == [5, 5] and torch.equal(model(after[:2], cache=cache), model(after[:2], cache=untouched))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, window", KINDS)
+def test_tokens_can_be_forgotten(kind, window):
+    model = random_model()
+    ids, other = random_ids(model, 2, 20), random_ids(model, 2, 6, seed=2)
+    cache, expected = (new_cache(model, 2, kind, window) for _ in range(2))
+    model(ids[:, :7], cache=cache), model(ids[:, :7], cache=expected)
+    model(ids[:, 7:8] if window == 9 else ids[:, 7:12], cache=cache)
+    cache.truncate([7, 7])
+    assert cache.counts == [7, 7]
+    assert torch.equal(model(other, cache=cache), model(other, cache=expected))
+    if kind == "paged":
+        assert cache.pool.statistics() == expected.pool.statistics()
+    with pytest.raises(ValueError, match=r"counts: expected 2, each from 0 to that of \[13, 13\], got \[14, 1\]"):
+        cache.truncate([14, 1])
+    if kind == "sliding" and window == 9:
+        with pytest.raises(ValueError, match="counts: expected 13 or 0 for a sequence whose ring of 9 has overwritten older"):
+            cache.truncate([13, 12])
+
+
+SETTINGS = [
+    # layers, heads, width, prompts
+    (2, 2, 32, [5, 5, 5]),
+    (3, 4, 64, [17]),
+    (2, 8, 128, [1, 30, 7, 16]),
+    (4, 3, 96, [40, 39]),
+    (2, 1, 80, [64, 1, 2]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.one_of(2)
+@pytest.mark.parametrize("cache", [*KINDS, ("sliding", 1)], ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_cached_and_uncached_tokens_are_identical(setting, cache):
+    (layers, heads, width, lengths), (kind, window) = setting, cache
+    for seed in range(2):
+        model = random_model(layers=layers, heads=heads, width=width, context=128, seed=seed)
+        prompts = [random_ids(model, 1, length, seed)[0] for length in lengths]
+        options = {"window": window, "page_size": 4}
+        cached = model.generate(prompts, 60, cache=kind, **options)
+        uncached = model.generate(prompts, 60, use_cache=False, **options)
+        for prompt, a, b in zip(prompts, cached, uncached, strict=True):
+            assert torch.equal(a, b) and torch.equal(a[: len(prompt)], prompt) and len(a) == len(prompt) + 60
+            assert window == 1 or len(a[len(prompt) :].unique()) > 3  # a model stuck on a token would prove little
+
+
+@pytest.mark.parametrize("kind, window", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_samples_share_a_prompt(kind, window, dtype):
+    """Each goes on as the prompt would alone."""
+    model = random_model()
+    prompts = [random_ids(model, 1, length)[0] for length in (9, 13)]
+    options = {"cache": kind, "window": window, "cache_dtype": dtype, "page_size": 4}
+    alone = model.generate(prompts, 30, **options)
+    assert all(map(torch.equal, model.generate(prompts, 30, num_samples=3, **options), [x for x in alone for _ in range(3)]))
+    options |= {"temperature": 1.0, "seed": 3}
+    samples = model.generate(prompts, 30, num_samples=3, **options)
+    assert len(samples) == 6 and all(map(torch.equal, samples[::3], model.generate(prompts, 30, **options)))
+    assert not torch.equal(samples[0], samples[1])
+    contiguous = model.generate(prompts, 30, num_samples=3, **options | {"cache": "contiguous"})
+    assert all(map(torch.equal, samples, contiguous))
+    if dtype is None:
+        uncached = model.generate(prompts, 30, num_samples=3, use_cache=False, **options)
+        assert all(map(torch.equal, samples, uncached))
+
+
+# Memory
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CACHE_KINDS)
+def test_nothing_is_allocated_anew_or_moved(kind):
+    model = random_model()
+    cache = new_cache(model, 2, kind, 10)
+    before = [x.data_ptr() for x in (*cache.storages[0].tensors(), cache.lengths)]
+    for token in random_ids(model, 2, 40).split(1, dim=1):
+        model(token, cache=cache)
+    assert before == [x.data_ptr() for x in (*cache.storages[0].tensors(), cache.lengths)]
+
+
+@torch.no_grad()
+def test_a_ring_is_as_large_as_its_window_and_is_not_rolled():
+    model = random_model()
+    cache = model.new_cache(1, kind="sliding", window=8)
+    (storage,) = cache.storages
+    assert storage.k.shape == (2, 1, 4, 8, 16) and cache.nbytes == 2 * 2 * 4 * 8 * 16 * 4
+    ids = random_ids(model, 1, 30)
+    model(ids[:, :20], cache=cache)
+    before = storage.k.clone()
+    model(ids[:, 20:21], cache=cache)
+    changed = (storage.k != before).any(-1).any(0)[0].any(0)  # (8,) slots
+    assert changed.tolist() == [slot == 20 % 8 for slot in range(8)]
+
+
+@torch.no_grad()
+def test_64_ragged_sequences_take_at_most_a_page_each_more_than_their_tokens():
+    model = random_model(layers=1, heads=1, width=16, context=128)
+    lengths = torch.randint(1, 100, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    page, tokens = 16, sum(lengths)
+    cache = model.new_cache(64, kind="paged", page_size=page, num_pages=tokens // page + 64)
+    ids = random_ids(model, 64, max(lengths))
+    model(ids, cache=cache, new=lengths)
+    statistics = cache.pool.statistics()
+    assert statistics["tokens"] == tokens and statistics["sequences"] == 64
+    assert statistics["used_pages"] <= tokens / page + 64
+    bytes_a_token = 2 * 16 * 4
+    assert cache.nbytes <= (tokens + 64 * page) * bytes_a_token
+    contiguous = model.new_cache(64, max(lengths))
+    assert cache.nbytes < 0.75 * contiguous.nbytes
+    cache.free()
+    assert cache.pool.statistics()["free_pages"] == statistics["num_pages"]
+
+
+def test_generate_takes_the_pages_that_it_needs(monkeypatch):
+    pools = []
+    original = PagedCache.__init__
+
+    def spy(self, pool, **options):
+        pools.append(pool)
+        original(self, pool, **options)
+
+    monkeypatch.setattr(PagedCache, "__init__", spy)
+    model = random_model()
+    prompts = [random_ids(model, 1, length)[0] for length in (9, 16, 1)]
+    model.generate(prompts, 21, cache="paged", page_size=8, num_samples=4, temperature=1.0)
+    # 29, 36 and 21 tokens are stored; 1, 2 and 0 pages of the prompts are shared.
+    expected = (1 + 4 * 3) + (2 + 4 * 3) + 4 * 3
+    statistics = pools[0].statistics()
+    assert (statistics["num_pages"], statistics["used_pages"], statistics["shared_pages"]) == (expected, expected, 3)
+
+
+@pytest.mark.parametrize("dtype, share", [(torch.int8, (64 + 4) / 256), (torch.float8_e4m3fn, (64 + 4) / 256)])
+def test_8_bit_caches_are_a_quarter_and_a_scale(dtype, share):
+    model = random_model(heads=1, width=64)
+    assert model.new_cache(2, cache_dtype=dtype).nbytes == share * model.new_cache(2).nbytes
+
+
+# 8 bits
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, limit", [(torch.int8, 0.005), (torch.float8_e4m3fn, 0.02)])
+def test_8_bit_caches_hardly_change_the_loss(dtype, limit):
+    """Of the shipped model, on text that it wrote itself."""
+    model = GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
+    ids = model.generate(random_ids(model, 4, 1), 400, temperature=1.0, seed=0)
+
+    def loss(cache):
+        logits = model(ids[:, :-1], cache=cache)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+
+    exact, rounded = loss(None), loss(model.new_cache(4, cache_dtype=dtype))
+    assert exact != rounded and abs(rounded / exact - 1) < limit
+
+
+# Errors
+
+
+@torch.no_grad()
+def test_running_out_of_pages_leaves_every_sequence_intact():
+    model = random_model()
+    ids = random_ids(model, 2, 20)
+    cache = model.new_cache(2, kind="paged", page_size=4, num_pages=6)
+    model(ids[:, :9], cache=cache)
+    before = [x.clone() for x in cache.storages[0].tensors()], cache.block_table.clone(), list(cache.counts)
+    with pytest.raises(OutOfPages, match="pages: expected 2 free for this step, got 0 of 6"):
+        model(ids[:, 9:13], cache=cache)
+    assert all(map(torch.equal, before[0], cache.storages[0].tensors()))
+    assert torch.equal(before[1], cache.block_table) and before[2] == cache.counts and cache.lengths.tolist() == [9, 9]
+    # It goes on as far as there is room: rows 9 to 11 of the last pages.
+    logits = model(ids[:, 9:12], cache=cache)
+    numerics.check(logits, lambda: model.double()(ids[:, :12])[:, 9:])
+
+
+def test_pools_are_shared_between_caches():
+    model = random_model()
+    first = model.new_cache(1, kind="paged", page_size=4, num_pages=8)
+    second = PagedCache(first.pool, batch_size=2, capacity=96)
+    ids = random_ids(model, 3, 8)
+    with torch.no_grad():
+        model(ids[:1], cache=first), model(ids[1:], cache=second)
+        assert first.pool.statistics()["used_pages"] == 6
+        with pytest.raises(OutOfPages):
+            model(random_ids(model, 2, 8), cache=second)
+        first.free()
+        model(random_ids(model, 2, 8), cache=second)
+    assert first.pool.statistics()["free_pages"] == 0
+
+
+BAD = {
+    "kind": ({"kind": "ring"}, ValueError, "kind: expected one of 'contiguous', 'sliding', 'paged', got 'ring'"),
+    "window": ({"kind": "sliding"}, ValueError, "window: expected a number of tokens for a sliding cache, got None"),
+    "window 0": ({"window": 0}, ValueError, "window: expected an integer >= 1, got 0"),
+    "dtype": ({"cache_dtype": torch.float16}, TypeError, "cache_dtype: expected torch.float32 .* or torch.int8 or .*, got torch.float16"),
+    "capacity": ({"capacity": 0}, ValueError, "capacity: expected an integer >= 1, got 0"),
+    "page size": ({"kind": "paged", "page_size": 0}, ValueError, "page_size: expected an integer >= 1, got 0"),
+    "pages": ({"kind": "paged", "num_pages": -1}, ValueError, "num_pages: expected an integer >= 0, got -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors(case):
+    options, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        random_model().new_cache(2, **options)
+
+
+@pytest.mark.parametrize("kind", CACHE_KINDS)
+def test_more_than_the_capacity_raises_and_changes_nothing(kind):
+    model = random_model()
+    cache = new_cache(model, 2, kind, 96, capacity=10)
+    with torch.no_grad():
+        model(random_ids(model, 2, 8), cache=cache, new=[8, 3])
+        before = [x.clone() for x in cache.storages[0].tensors()]
+        with pytest.raises(ValueError, match=r"cache: expected at most 10 tokens \(its capacity\), got 8 stored \+ 3 new"):
+            model(random_ids(model, 2, 7), cache=cache, new=[3, 7])
+        assert cache.counts == [8, 3] and all(map(torch.equal, before, cache.storages[0].tensors()))
+        model(random_ids(model, 2, 7), cache=cache, new=[2, 7])
+
+
+def test_counts_of_new_tokens_are_checked():
+    model = random_model()
+    ids = random_ids(model, 2, 4)
+    for new in ([4], [5, 1], [-1, 2]):
+        with pytest.raises(ValueError, match="new: expected 2 counts, each from 0 to 4"):
+            model(ids, cache=model.new_cache(2), new=new)
+    with pytest.raises(ValueError, match="new: expected None without a cache"):
+        model(ids, new=[4, 4])

@@ -1,0 +1,314 @@
+"""What is decided about CUDA tensors before anything is launched: known without a GPU, of tensors that are fake."""
+
+import contextlib
+import inspect
+from unittest import mock
+
+import pytest
+import torch
+from cuda_stub import fake_cuda
+from models import random_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastgpt
+from fastgpt.integrations import sdpa
+from fastgpt.ops import attention_with_kv_cache as attending
+from fastgpt.ops import implementations
+from fastgpt.ops import kv_cache_update as updating
+from fastgpt.ops.decode_step import embed
+from fastgpt.model.rope import Rope
+
+triton = pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def no_cuda_library():
+    """As where fastgpt was installed without nvcc."""
+    with mock.patch.object(updating, "CUDA_MISSING", "the CUDA library is not there"):
+        yield
+
+
+@pytest.fixture
+def cuda():
+    """Makes tensors on a GPU that is not there."""
+    with FakeTensorMode(), torch.no_grad():
+        yield lambda *shape, dtype=torch.bfloat16, device="cuda:0": torch.empty(shape, dtype=dtype, device=device)
+
+
+def calls(cuda, device="cuda:0"):
+    """Operation -> arguments that its Triton implementation takes."""
+
+    def x(*shape, dtype=torch.bfloat16):
+        return cuda(*shape, dtype=dtype, device=device)
+
+    cu_seqlens, positions = x(3, dtype=torch.int32), x(1, 1, dtype=torch.int32)
+    new, cache = x(1, 4, 1, 64), x(1, 4, 32, 64)
+    return {
+        fastgpt.attention: (x(1, 4, 9, 64), cache, cache),
+        fastgpt.attention_varlen: (x(9, 4, 64), x(9, 4, 64), x(9, 4, 64), cu_seqlens, cu_seqlens, 9, 9),
+        fastgpt.attention_with_kv_cache: (new, new, new, cache, x(1, 4, 32, 64), positions),
+        fastgpt.kv_cache_update: (new, new, cache, x(1, 4, 32, 64), positions),
+        fastgpt.rope_kv_cache_update: (new, new, new, cache, x(1, 4, 32, 64), positions, *(x(9, 32, dtype=torch.float32),) * 2),
+        fastgpt.linear: (x(1, 64), x(64, 64)),
+        fastgpt.norm: (x(1, 64), x(64)),
+    }
+
+
+def test_every_operation_with_a_triton_implementation_is_asked(cuda):
+    explained = fastgpt.ops.explain.OPERATIONS
+    for operation in explained:
+        names = getattr(inspect.getmodule(operation), "IMPLEMENTATIONS", {})
+        others = "scaled_dot_product_attention", "decoding"
+        assert ("triton" in names) == (operation in calls(cuda)) or operation.__name__ in others
+
+
+@pytest.mark.parametrize("capability", [(3, 5), (7, 0), (7, 5)])
+def test_old_devices_are_refused_in_one_sentence(capability, cuda):
+    found = ".".join(map(str, capability))
+    sentence = f"it needs a GPU of compute capability 8.0 or newer, and cuda:1 has {found}"
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability if device.index == 1 else (9, 0)):
+        for operation, arguments in calls(cuda, "cuda:1").items():
+            reasons = fastgpt.explain(operation, *arguments)
+            assert reasons["triton"] == sentence and reasons["reference"] in ("chosen", "available")
+            assert "chosen" in (reasons["reference"], reasons.get("unfused"))
+            with pytest.raises(ValueError, match=f"impl='triton' cannot serve this call: {sentence}"):
+                operation(*arguments, impl="triton")
+        x = cuda(4, 8, device="cuda:1")
+        with pytest.raises(ValueError, match=f"impl='triton' cannot serve this call: {sentence}"):
+            embed(cuda(1, 1, dtype=torch.int64, device="cuda:1"), x, impl="triton")
+        q = cuda(1, 4, 9, 64, device="cuda:1")
+        assert sdpa._refuses_arguments(q, q, q, None, 0.0, False, None, False) == sentence
+        for operation, arguments in calls(cuda).items():  # the other device is new enough
+            assert fastgpt.explain(operation, *arguments)["triton"] == "chosen"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_newer_devices_are_served(capability, cuda):
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability):
+        for operation, arguments in calls(cuda).items():
+            assert fastgpt.explain(operation, *arguments)["triton"] == "chosen"
+
+
+def test_the_capability_is_asked_once_a_device(cuda):
+    asked = []
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0)):
+        for _ in range(3):
+            for operation, arguments in calls(cuda).items():
+                fastgpt.explain(operation, *arguments)
+    assert asked == [torch.device("cuda:0")]
+
+
+DECODING = [{}, {"kind": "paged", "page_size": 4}, {"kind": "sliding", "window": 9}, {"cache_dtype": torch.int8}]
+
+
+@pytest.mark.parametrize("options", DECODING, ids=str)
+def test_a_decode_step_is_a_graph_where_kernels_serve_it(options):
+    with fake_cuda(random_model(), torch.bfloat16) as model:
+        assert fastgpt.explain(fastgpt.GPT.decoding, model, model.new_cache(3, **options)) == {
+            "cuda_graph": "chosen",
+            "cpu_replay": "it runs on CPU tensors, and the model is on cuda:0",
+            "eager": "available",
+        }
+
+
+@pytest.mark.parametrize(
+    "patch, dtype, reason",
+    [
+        (mock.patch.object(torch.cuda, "get_device_capability", lambda device: (7, 5)), torch.float16, "capability 8.0 or newer"),
+        (mock.patch.object(implementations, "TRITON_INSTALLED", False), torch.bfloat16, "triton is not installed"),
+        (contextlib.nullcontext(), torch.float64, "x is torch.float64"),
+    ],
+    ids=["old device", "no Triton", "fp64"],
+)  # fmt: skip
+def test_a_decode_step_is_no_graph_where_references_serve_it(patch, dtype, reason):
+    with fake_cuda(random_model(), dtype) as model, patch:
+        reasons = fastgpt.explain(fastgpt.GPT.decoding, model, model.new_cache(3))
+        assert reason in reasons["cuda_graph"] and reasons["eager"] == "chosen"
+
+
+@pytest.mark.parametrize("implementations", [("cuda",), ("triton",), ("cuda", "triton"), ()], ids=str)
+def test_two_launches_are_captured_if_neither_waits(implementations):
+    """Of a cache whose rows are not aligned, which the single launch does not take."""
+    refuses = mock.patch.dict("fastgpt.ops.attention_with_kv_cache.IMPLEMENTATIONS", {"triton": lambda call, new: "rows"})
+    answers = {name: lambda *call, name=name: None if name in implementations else f"no {name}" for name in ("cuda", "triton")}
+    answer = mock.patch.dict(updating.IMPLEMENTATIONS, answers)
+    with fake_cuda(random_model()) as model, refuses, answer:
+        reason = model.graph_refused(model.new_cache(3))
+        if implementations:
+            assert reason is None
+        else:
+            assert reason.startswith("kv_cache_update would be served by its reference, which waits")
+            assert "cuda: no cuda; triton: no triton" in reason
+
+
+def test_without_the_cuda_library_a_model_is_captured():
+    """And prefill does not wait: the update has a kernel, whatever the rows of the cache are."""
+    with fake_cuda(random_model()) as model:
+        cache = model.new_cache(3)
+        assert model.graph_refused(cache) is None
+        x = torch.empty(3, 4, 5, 12, device="cuda:0")  # rows of 48 bytes, but of a head dim of its own
+        reasons = fastgpt.explain(fastgpt.kv_cache_update, x, x, x, x, torch.empty(3, 5, dtype=torch.int32, device="cuda:0"))
+        assert reasons["triton"] == "chosen" and reasons["cuda"] == "the CUDA library is not there"
+
+
+# Launchers
+
+def test_every_launch_is_on_the_device_of_its_tensors():
+    """Also where another one is the current device: a guard is entered with a tensor of the call, and left after it."""
+    from fake_gpu import launched_kernels
+
+    from fastgpt.kernels import decode_step
+    from fastgpt.kernels.attention_backward import attention_backward
+    from fastgpt.kernels.attention_decode import attention_decode
+    from fastgpt.kernels.attention_forward import attention_forward
+    from fastgpt.kernels.kv_cache_update import kv_cache_update
+    from fastgpt.kernels.launch import Kernel
+    from fastgpt.kernels.linear import linear
+    from fastgpt.kernels.norm import norm
+
+    guards, launched = [], {}
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        guards.append(tensor)
+        yield
+        guards.pop()
+
+    def launch(self, grid, *args, **kwargs):
+        launched.setdefault(self.fn.__name__, []).append(bool(guards) and any(x is guards[-1] for x in args))
+
+    q, kv, x = torch.randn(2, 4, 40, 64), torch.randn(2, 2, 40, 64), torch.randn(3, 64)
+    lse, step_of, ids = torch.zeros(2, 4, 40), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    slopes, bias = torch.rand(4), torch.randn(2, 4, 40, 40)
+    with mock.patch.object(torch.cuda, "device_of", device_of), mock.patch.object(Kernel, "launch", launch):
+        attention_forward(q, kv, kv, causal=True, scale=1.0)
+        attention_backward(q, None, q, kv, kv, q, lse, needs_dbias=True, causal=True, scale=1.0, bias=bias, sinks=slopes)
+        attention_decode(q[:, :, :1], kv, kv, causal=True, scale=1.0)
+        kv_cache_update(kv, kv, kv.clone(), kv.clone(), torch.zeros(2, 40, dtype=torch.int64))
+        linear(x, torch.randn(8, 64))
+        linear(x[:1], torch.randn(8, 64))
+        norm(x, x[0])
+        decode_step.embed(ids, x)
+        decode_step.advance(lengths, lengths.clone().unsqueeze(1))
+        decode_step.note(ids[0], torch.zeros(1, 1), ids.clone(), torch.zeros(1, 1), step_of)
+    assert launched.keys() == launched_kernels().keys()
+    assert all(all(guarded) for guarded in launched.values()), launched
+
+
+# Tracing
+
+
+def traced(function, *arguments, **options) -> list[str]:
+    """The package's operations in the graph that torch.compile makes of a call, without a break."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, fullgraph=True, backend=backend)(*arguments, **options)
+    (graph,) = graphs
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    return [name.removeprefix("fastgpt.").removesuffix(".default") for name in targets if name.startswith("fastgpt.")]
+
+
+def tracings(cuda):
+    """Name -> (operation, arguments, options, the operations that its graph has)."""
+    new, k, v = cuda(1, 4, 1, 64), cuda(1, 4, 32, 64), cuda(1, 4, 32, 64)
+    k8, v8 = (cuda(1, 4, 32, 64, dtype=torch.int8) for _ in range(2))
+    scales = {name: cuda(1, 4, 32, dtype=torch.float32) for name in ("k_scale", "v_scale")}
+    several, positions = cuda(1, 4, 3, 64), cuda(1, 1, dtype=torch.int32)
+    positions_3, angles = cuda(1, 3, dtype=torch.int32), cuda(32, 32, dtype=torch.float32)
+    pages, table = [cuda(8, 4, 16, 64) for _ in range(2)], cuda(1, 2, dtype=torch.int32)
+    packed, cu_seqlens, x, weight = cuda(9, 4, 64), cuda(3, dtype=torch.int32), cuda(1, 64), cuda(64, 64)
+    norm = {"norm_weight": cuda(64), "norm_bias": cuda(64)}
+    update, forward, whole = "kv_cache_update", "attention_forward", "attention_with_kv_cache"
+    return {
+        "attention": (fastgpt.attention, (several, k, v), {}, [forward]),
+        "attention, all": (
+            fastgpt.attention, (several, k, v),
+            {"bias": cuda(3, 32), "mask": cuda(3, 32, dtype=torch.bool), "sinks": cuda(4), "softcap": 2.0, "window": 7},
+            [forward],
+        ),
+        "attention, pages": (fastgpt.attention, (new, *pages), {"block_table": table}, [forward]),
+        "attention, 8 bits": (fastgpt.attention, (new, k8, v8), scales, [forward]),
+        "varlen": (
+            fastgpt.attention_varlen, (packed, packed, packed, cu_seqlens, cu_seqlens, 9, 9), {}, ["attention_varlen_forward"],
+        ),
+        "update": (fastgpt.kv_cache_update, (new, new, k, v, positions), {}, [update]),
+        "update, rotated": (
+            fastgpt.rope_kv_cache_update, (new, new, new, k, v, positions, angles, angles), {}, ["rope_" + update],
+        ),
+        "step": (fastgpt.attention_with_kv_cache, (new, new, new, k, v, positions), {}, [whole]),
+        "step, rotated": (fastgpt.attention_with_kv_cache, (new, new, new, k, v, positions, angles, angles), {}, [whole]),
+        "step, 8 bits": (fastgpt.attention_with_kv_cache, (new, new, new, k8, v8, positions), scales, [whole]),
+        "step, pages": (fastgpt.attention_with_kv_cache, (new, new, new, *pages, positions), {"block_table": table}, [whole]),
+        "several tokens": (
+            fastgpt.attention_with_kv_cache, (several, several, several, k, v, positions_3), {}, [update, forward],
+        ),
+        "linear": (fastgpt.linear, (x, weight), norm, ["linear"]),
+        "linear, many rows": (fastgpt.linear, (cuda(100, 64), weight), norm, ["norm"]),
+        "norm": (fastgpt.norm, (x, cuda(64)), {"residual": x}, ["norm"]),
+        "embed": (embed, (cuda(1, 1, dtype=torch.int64), weight), {}, ["embed"]),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_operations_are_traced_whole(cuda):
+    """Nothing in them looks at an address or waits for numbers but the operations themselves."""
+    for name, (operation, arguments, options, expected) in tracings(cuda).items():
+        assert traced(operation, *arguments, **options) == expected, name
+
+
+def test_a_step_is_traced_whole(cuda):
+    operation, arguments, options, expected = tracings(cuda)["step, rotated"]
+    assert traced(operation, *arguments, **options) == expected
+
+
+@pytest.mark.parametrize("impl", [None, "triton"])
+def test_a_step_is_traced_by_other_tracers(impl, cuda):
+    """Which say to nobody that they trace."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    operation, (q, *arguments), options, _ = tracings(cuda)["step"]
+    graph = make_fx(lambda q: operation(q, *arguments, impl=impl), tracing_mode="fake")(q).graph
+    assert any("attention_with_kv_cache" in str(node.target) for node in graph.nodes)
+
+
+def test_old_devices_are_traced_as_they_are_served(cuda):
+    x, weight = cuda(1, 64), cuda(64, 64)
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: (7, 5)):
+        assert traced(fastgpt.linear, x, weight) == []
+
+
+# Of a decode step
+LAYER = ["linear", "attention_with_kv_cache", "linear", "linear", "linear"]
+
+
+ROTARY = {"position": "rotary", "rope": Rope(16)}
+KINDS = [{}, *(pytest.param(options, marks=pytest.mark.exhaustive) for options in DECODING[2:])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.parametrize("fields", [ROTARY, pytest.param({}, marks=pytest.mark.exhaustive)], ids=["rotary", "learned"])
+def test_the_decoder_is_traced_whole(fields, options):
+    with fake_cuda(random_model(layers=1, **fields), torch.bfloat16) as model:
+        cache = model.new_cache(2, **options)
+        ids, token = (torch.empty(2, T, dtype=torch.int64, device="cuda:0") for T in (5, 1))
+        assert traced(model, ids).count("attention_forward") == 1
+        assert traced(lambda ids: model(ids, cache=cache), ids).count("attention_forward") == 1
+        assert traced(lambda ids: model(ids, cache=cache), token) == ["advance_", *LAYER, "linear"]
+
+
+def test_compiled_without_a_look_at_addresses_rows_may_be_anywhere():
+    """What the kernel of a step does not take is served by two operations then, with the same results."""
+    q, k, v = (torch.randn(1, 4, 1, 6) for _ in range(3))  # rows of 24 bytes
+    caches, positions, lengths = torch.randn(2, 1, 4, 9, 6), torch.tensor([[3]]), torch.tensor([4], dtype=torch.int32)
+    expected_caches = caches.clone()
+    expected = fastgpt.attention_with_kv_cache(q, k, v, *expected_caches, positions, kv_lengths=lengths, return_lse=True)
+    slots_and_options = (positions, None, True, 6**-0.5, None, None, None, False, lengths)
+    actual = attending._attention_with_kv_cache_triton(q, k, v, *caches, *slots_and_options)
+    assert all(map(torch.equal, actual, expected)) and torch.equal(caches, expected_caches)
