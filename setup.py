@@ -124,10 +124,7 @@ def cuda_archs(nvcc):
         archs = re.split(r"[;,\s]+", listed.strip(" ;,"))
         for arch in archs:
             if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
-                fail(
-                    'TORCH_CUDA_ARCH_LIST: expected entries like "8.0", "9.0a" or "10.0+PTX", '
-                    f"got {arch!r}."
-                )
+                fail(f'TORCH_CUDA_ARCH_LIST: expected entries like "8.0", "9.0a" or "10.0+PTX", got {arch!r}.')
         return archs
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     archs = [arch for arch in DEFAULT_ARCHS if "compute_" + arch.replace(".", "") in known]

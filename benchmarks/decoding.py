@@ -16,9 +16,9 @@ import torch
 from benchmarks import peers
 from benchmarks.timing import DEVICE, tiny
 from fastgpt import GPT, GPTConfig
+from fastgpt.bench.timing import clock, synchronize
 from fastgpt.generation.generate import stream
 from fastgpt.model.rope import Rope
-from fastgpt.bench.timing import clock, synchronize
 
 FIRST, ROUNDS = 8, 7  # steps that compile, capture and warm up; and rounds after them
 STEPS, THEIR_STEPS = (2, 2) if tiny() else (32, 8)  # in a round

@@ -22,6 +22,7 @@ from fastgpt import GPT
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # whose helpers decide what passes
 
 from family_checkpoints import CONFIGS, PROMPTS, kinds_of_cache, logits_of, our_tokens, their_tokens, theirs  # noqa: E402
+
 from fastgpt.testing.numerics import compare  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -37,7 +38,10 @@ def measure(case: str) -> dict:
             shares[str(dtype).removeprefix("torch.")] = float(f"{max(found):.3g}")
         model = GPT.from_pretrained(folder)
     expected = [their_tokens(case, prompts) for prompts in (PROMPTS[:1], PROMPTS)]
-    kinds = {options.get("cache", "contiguous" if options.get("use_cache", True) else "none"): options for options in kinds_of_cache(model)}
+    kinds = {
+        options.get("cache", "contiguous" if options.get("use_cache", True) else "none"): options
+        for options in kinds_of_cache(model)
+    }
     same = {
         kind: all(our_tokens(model, prompts, **options) == tokens for prompts, tokens in zip((PROMPTS[:1], PROMPTS), expected))
         for kind, options in kinds.items()

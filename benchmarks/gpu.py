@@ -97,7 +97,11 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
     bench = [*test, "--benchmark-only", "--benchmark-quiet", "-rs"]
     little = {"generate": ["-k", "gpt2-124m"], "integrations": ["-k", "adapter"]}  # of a suite in a dry run
     last = 0.05 if dry_run else 0.02
-    few = ["tests/testing/test_numerics.py", "tests/ops/test_page_allocator.py", "tests/test_imports.py"] if dry_run else ["tests"]
+    few = (
+        ["tests/testing/test_numerics.py", "tests/ops/test_page_allocator.py", "tests/test_imports.py"]
+        if dry_run
+        else ["tests"]
+    )
     device = "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'; print(torch.cuda.get_device_name())"
     condense = 'exec "$0" -m benchmarks.report "$1"/benchmark_*.json'
     build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]

@@ -59,7 +59,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     processes, threads = [], str(max(1, os.cpu_count() // args.workers))
     for i in range(1, args.workers + 1):
-        environment = {"OMP_NUM_THREADS": threads} | os.environ | {SHARD: f"{i}/{args.workers}", DONE: str(args.done.absolute())}
+        environment = (
+            {"OMP_NUM_THREADS": threads} | os.environ | {SHARD: f"{i}/{args.workers}", DONE: str(args.done.absolute())}
+        )
         with args.done.with_name(f"{args.done.name}.{i}.log").open("ab") as log:
             command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_tests", *rest]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))

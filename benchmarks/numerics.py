@@ -32,10 +32,11 @@ from fastgpt.ops.quantization import quantise
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))  # whose helpers decide what passes
 
-from fastgpt.testing import attention_parity as parity  # noqa: E402
-from fastgpt.testing.attention_features import FEATURES, PACKED_FEATURES, inputs, options, paged  # noqa: E402
 from cache_updates import angles, differing, on, update_inputs  # noqa: E402
 from cpu_levels import lower_levels  # noqa: E402
+
+from fastgpt.testing import attention_parity as parity  # noqa: E402
+from fastgpt.testing.attention_features import FEATURES, PACKED_FEATURES, inputs, options, paged  # noqa: E402
 from fastgpt.testing.linear_features import FEATURES as LINEAR_FEATURES  # noqa: E402
 from fastgpt.testing.linear_features import call_of, in_float64, split  # noqa: E402
 from fastgpt.testing.norm_features import FEATURES as NORM_FEATURES  # noqa: E402

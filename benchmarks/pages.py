@@ -192,7 +192,13 @@ def whole_calls(result: dict) -> list[str]:
         f"{named(model)} " + ", ".join(f"{ratio(c, 'transformers')} after {c['T']:,}" for c in cases if c["model"] == model)
         for model in models
     ]
-    return [f"Whole calls of `generate` with {cases[0]['new_tokens']} new tokens, beside transformers': {'; '.join(ratios)} tokens."] if cases else []
+    return (
+        [
+            f"Whole calls of `generate` with {cases[0]['new_tokens']} new tokens, beside transformers': {'; '.join(ratios)} tokens."
+        ]
+        if cases
+        else []
+    )
 
 
 def attention(result: dict) -> str:

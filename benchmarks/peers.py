@@ -14,7 +14,6 @@ with torch's number of threads and the fastest settings that are open to a user:
 Absent libraries are named with the reason.
 """
 
-import ctypes
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +27,10 @@ import torch
 
 from benchmarks.timing import name_of
 from fastgpt import GPT, GPTConfig
+from fastgpt.bench.timing import synchronize
 from fastgpt.checkpoints import transformers_format
 from fastgpt.generation.generate import stream
 from fastgpt.model.rope import Rope
-from fastgpt.bench.timing import synchronize
 
 BUILD = Path(__file__).parents[1] / "build"
 NEW = 16  # tokens of one run

@@ -295,6 +295,12 @@ def shown(name: str) -> str:
 FUNCTIONS = {
     function.__name__: function
     for function in (
-        decoding, cached_against_uncached, against_peers, attention, attention_over_caches, cache_update, kinds_of_cache,
+        decoding,
+        cached_against_uncached,
+        against_peers,
+        attention,
+        attention_over_caches,
+        cache_update,
+        kinds_of_cache,
     )  # fmt: skip
 }

@@ -180,7 +180,11 @@ def sections() -> dict[str, str]:
     folder = STORED / SHOWN
     results = pages.results_in(folder)
     parts = pages.parts(folder, results, within(folder))
-    if missing := {*pages.PARTS, "architectures", "models of transformers", "numerics", "families", "training"} - parts.keys() - results.keys():
+    if (
+        missing := {*pages.PARTS, "architectures", "models of transformers", "numerics", "families", "training"}
+        - parts.keys()
+        - results.keys()
+    ):
         raise FileNotFoundError(f"{folder}: README shows {', '.join(sorted(missing))}, of which there are no results")
     training = results["training"]
     others = {path: pages.results_in(path) for path in machines() if path != folder}

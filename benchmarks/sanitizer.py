@@ -44,7 +44,7 @@ def command(tool: str) -> list[str]:
 
 
 def outcome(status: int, output: str) -> str:
-    """"clean", or what is wrong: found, failed (the tests did), refused."""
+    """ "clean", or what is wrong: found, failed (the tests did), refused."""
     if REFUSED in output:
         return "refused"
     if status == FOUND:

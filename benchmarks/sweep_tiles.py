@@ -227,7 +227,13 @@ def attention_jobs(tables: list[str], head_dims: list[int] | None, sizes: list[i
         if head_dim not in (head_dims or usual) or size not in (sizes or (2, 4)):
             continue
         ships, tiles = tiles_of(table, (head_dim, size), arch)
-        table_rank = size == 4, table.startswith(("rich", "ragged", "packed")), usual.index(head_dim) > 1, ORDER.index(table), usual.index(head_dim)
+        table_rank = (
+            size == 4,
+            table.startswith(("rich", "ragged", "packed")),
+            usual.index(head_dim) > 1,
+            ORDER.index(table),
+            usual.index(head_dim),
+        )
         for tile in tiles:
             far, arguments = distance(tile, ships), (table, (head_dim, size), tile, arch)
             row = {"table": table, "head dim": head_dim, "bytes": size, "tile": list(tile), "ships": tile == ships}

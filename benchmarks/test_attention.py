@@ -33,9 +33,7 @@ def cases(*quick, longer_than=0):
 
 def inputs(T, D, dtype, **options):
     torch.manual_seed(0)
-    return {
-        name: torch.randn(B, T, H, D, device=DEVICE).to(dtype).transpose(1, 2).requires_grad_(**options) for name in "qkv"
-    }
+    return {name: torch.randn(B, T, H, D, device=DEVICE).to(dtype).transpose(1, 2).requires_grad_(**options) for name in "qkv"}
 
 
 def measure(benchmark, what, example, ours, others, absent, *, flops, **parameters):

@@ -13,8 +13,8 @@ import torch
 from benchmarks.attention_peers import check, peers
 from benchmarks.timing import DEVICE, DTYPE, full, in_turns, measured_time, name_of, reading
 from fastgpt import attention, attention_with_kv_cache, explain, kv_cache_update, rope_kv_cache_update
-from fastgpt.ops.quantization import quantise
 from fastgpt.bench.timing import cold, implementation
+from fastgpt.ops.quantization import quantise
 
 pytestmark = pytest.mark.benchmark(timer=measured_time)
 PAGE = 16
@@ -105,9 +105,7 @@ def test_step(benchmark, keys, kind, heads, B, rotated):
     rotation = (angles.cos(), angles.sin()) if rotated else ()
 
     def fused(counters=counters):
-        return attention_with_kv_cache(
-            q, k, v, *caches, positions, *rotation, kv_lengths=lengths, counters=counters, **example
-        )
+        return attention_with_kv_cache(q, k, v, *caches, positions, *rotation, kv_lengths=lengths, counters=counters, **example)
 
     def apart():
         if rotated:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastgpt
 from benchmarks import decoding, peers
 from benchmarks.timing import (
     DEVICE,
@@ -27,10 +28,9 @@ from benchmarks.timing import (
     time_left,
     tiny,
 )
-import fastgpt
 from fastgpt import GPT
-from fastgpt.cli import SHIPPED_MODEL, example_calls
 from fastgpt.bench.timing import clock, implementation
+from fastgpt.cli import SHIPPED_MODEL, example_calls
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.bfloat16, torch.float32][: 2 if full() else 1]

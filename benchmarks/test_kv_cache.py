@@ -28,8 +28,8 @@ from fastgpt import (
     rope_kv_cache_update,
     rope_kv_cache_update_reference,
 )
-from fastgpt.ops.kv_cache_update import rope_reference
 from fastgpt.bench.timing import cold, implementation
+from fastgpt.ops.kv_cache_update import rope_reference
 
 pytestmark = pytest.mark.benchmark(timer=measured_time)
 H, D = 12, 64

@@ -31,8 +31,8 @@ except ImportError as error:
     raise ImportError(f"fastgpt cannot be imported: {reason}") from error
 
 from fastgpt.cache.base import ContiguousCache, KVCache, OutOfPages, PagedCache, PagePool, SlidingCache
-from fastgpt.model.classifiers import SequenceClassifier, TokenClassifier
 from fastgpt.integrations.sdpa import scaled_dot_product_attention
+from fastgpt.model.classifiers import SequenceClassifier, TokenClassifier
 from fastgpt.model.decoder import GPT, GPTConfig
 from fastgpt.ops.attention import attention, attention_reference, attention_varlen, attention_varlen_reference
 from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, attention_with_kv_cache_reference

@@ -21,20 +21,20 @@ from tqdm import tqdm
 import fastgpt
 from fastgpt import folders
 from fastgpt.bench import suite
-from fastgpt.checkpoints import transformers_format
-from fastgpt.model import inspection
-from fastgpt.cache.base import CACHE_KINDS
-from fastgpt.checks import is_terminal, require_integer, require_number
-from fastgpt.model.encoder_states import require_causal
-from fastgpt.training.processes import PARALLEL, joined, own_device
-from fastgpt.generation.generate import MAX_NEW_TOKENS, Options, PromptTooLong, require_room
-from fastgpt.model.decoder import GPT, GPTConfig
-from fastgpt.ops.library import CUDA_MISSING
-from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
-from fastgpt.text.tokenizer import Tokenizer, unescape
 from fastgpt.bench.timing import implementation
-from fastgpt.training.trainer import TrainConfig, Trainer, claimed, pretrained, require_new_run, train
+from fastgpt.cache.base import CACHE_KINDS
+from fastgpt.checkpoints import transformers_format
+from fastgpt.checks import is_terminal, require_integer, require_number
+from fastgpt.generation.generate import MAX_NEW_TOKENS, Options, PromptTooLong, require_room
+from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
+from fastgpt.model import inspection
+from fastgpt.model.decoder import GPT, GPTConfig
+from fastgpt.model.encoder_states import require_causal
+from fastgpt.ops.library import CUDA_MISSING
+from fastgpt.text.tokenizer import Tokenizer, unescape
+from fastgpt.training.processes import PARALLEL, joined, own_device
 from fastgpt.training.trainer import DTYPES as TRAIN_DTYPES
+from fastgpt.training.trainer import TrainConfig, Trainer, claimed, pretrained, require_new_run, train
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"
 DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech, and most texts a new line
@@ -141,7 +141,7 @@ def logit_bias(text: str) -> dict[int, float]:
         return result
     except (ValueError, RecursionError):
         raise argparse.ArgumentTypeError(
-            f"expected a JSON object of token ids and numbers, such as '{{\"12\": -5, \"7\": -Infinity}}', got {text!r}"
+            f'expected a JSON object of token ids and numbers, such as \'{{"12": -5, "7": -Infinity}}\', got {text!r}'
         ) from None
 
 
@@ -172,8 +172,14 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt-file", type=named, action="append", default=[], metavar="FILE", help="continue a text in UTF-8; may be given "
         "several times. Of FILE, and of standard input, one final line break is left out")  # fmt: skip
     add("--chat", action="store_true", help="PROMPT is a user's message, to be answered; only the answer is printed")
-    add("--template-var", action="append", default=[], metavar="NAME=VALUE", help="with --chat: a variable of the chat "
-        "template, enable_thinking=false say; VALUE is JSON, or else a text; may be given several times")
+    add(
+        "--template-var",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="with --chat: a variable of the chat "
+        "template, enable_thinking=false say; VALUE is JSON, or else a text; may be given several times",
+    )
     add("--max-new-tokens", type=integer, metavar="N", help=f"tokens to generate; by default no more than the context has room "
         f"for ({MAX_NEW_TOKENS})")  # fmt: skip
     add("--min-new-tokens", type=integer, metavar="N", help="no end of the text before there are so many (0)")
@@ -226,13 +232,22 @@ def parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add("--text", type=path, required=True, metavar="FILE", help="the text, in UTF-8; its last 10%% is held out")
     add("--out", type=path, required=True, metavar="DIR", help="a new folder for checkpoints, or with --resume that of a run")
-    add("--resume", action="store_true", help="continue the run in DIR with its settings; of these, all but layers, heads, "
-        "width, context, dropout and eval-windows may be given anew")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue the run in DIR with its settings; of these, all but layers, heads, "
+        "width, context, dropout and eval-windows may be given anew",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="cpu, cuda, cuda:1, ...")
     add("--init-from", type=named, metavar="PATH_OR_ID", help="go on from a checkpoint: its model and its tokenizer")
     add("--parallel", choices=PARALLEL, help="under torchrun, each process has the whole model (ddp) or a part (fsdp) (ddp)")
-    add("--accumulate", type=integer, default=1, metavar="N", help="compute a process's share of a batch in N parts, which "
-        "takes less memory (1)")
+    add(
+        "--accumulate",
+        type=integer,
+        default=1,
+        metavar="N",
+        help="compute a process's share of a batch in N parts, which takes less memory (1)",
+    )
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
         type_, metavar = {int: (integer, "N"), float: (number, "X"), str: (str, "D")}[field.type]

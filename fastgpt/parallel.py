@@ -13,8 +13,8 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from fastgpt.model.fusion import is_plain, plain
 from fastgpt.model.decoder import GPT, MLP, Attention
+from fastgpt.model.fusion import is_plain, plain
 from fastgpt.ops.linear import linear
 
 

@@ -90,11 +90,16 @@ ARCHITECTURES = {
     "whisper": Architecture("WhisperForConditionalGeneration", "speech", SEQ2SEQ | WHISPER),
     "vit": Architecture("ViTModel", "image", IMAGE, ()),
     "clip": Architecture(
-        "CLIPModel", "both", {"text_config": TEXT | {"eos_token_id": 2}, "vision_config": IMAGE, "projection_dim": 16}, ("right",)
+        "CLIPModel",
+        "both",
+        {"text_config": TEXT | {"eos_token_id": 2}, "vision_config": IMAGE, "projection_dim": 16},
+        ("right",),
     ),
     "falcon": decoder("FalconForCausalLM"),
     "bloom": decoder("BloomForCausalLM", n_layer=2, n_head=4),
-    "gpt_neo": decoder("GPTNeoForCausalLM", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=6),
+    "gpt_neo": decoder(
+        "GPTNeoForCausalLM", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=6
+    ),
 }
 COMPILED = ("gpt2", "gemma2", "bert")
 ALONE = ("falcon", "bloom", "gpt_neo")  # whose attention does not go through transformers' AttentionInterface
@@ -193,7 +198,9 @@ def generated(model, arguments: dict[str, torch.Tensor], **options) -> torch.Ten
     arguments = {key: x for key, x in arguments.items() if not key.startswith("decoder")}
     if "cache" in options:
         options |= named_cache(options.pop("cache"))
-    return model.generate(**arguments, **{"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0} | options)
+    return model.generate(
+        **arguments, **{"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0} | options
+    )
 
 
 def named_cache(cache) -> dict:
@@ -222,7 +229,7 @@ def unserved(name: str) -> str | None:
     try:
         model = build(name, "fastgpt")
     except (KeyError, ValueError) as error:
-        return f"attn_implementation=\"fastgpt\" raises {type(error).__name__}"
+        return f'attn_implementation="fastgpt" raises {type(error).__name__}'
     with ft.record() as calls, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outputs(model, inputs(name))

@@ -16,7 +16,10 @@ COMMON = dict(
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 LONGROPE = dict(rope_type="longrope", short_factor=[1.0, 1.5, 2.0, 2.5], long_factor=[4.0, 3.0, 2.0, 6.0])
 CONFIGS = {
-    "gpt2": ("GPT2", dict(vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=None)),
+    "gpt2": (
+        "GPT2",
+        dict(vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=None),
+    ),
     "llama": ("Llama", COMMON),
     "llama, rope of llama 3": ("Llama", COMMON | dict(rope_parameters=LLAMA3 | dict(rope_theta=500000.0))),
     "llama, linear rope": ("Llama", COMMON | dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))),
@@ -78,7 +81,9 @@ def logits_of(case, folder, dtype, rounded):
         yield model(ids, cache=model.new_cache(2)), yardstick
 
 
-PROMPTS = [ids_of(1, length, seed=length)[0].tolist() for length in (40, 3, 21, 57)]  # with 64 more, over windows and longrope's border
+PROMPTS = [
+    ids_of(1, length, seed=length)[0].tolist() for length in (40, 3, 21, 57)
+]  # with 64 more, over windows and longrope's border
 
 
 @torch.no_grad()

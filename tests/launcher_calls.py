@@ -3,7 +3,7 @@
 import torch
 from fake_gpu import meta
 
-from fastgpt.kernels import attention_backward, attention_decode, attention_forward, kv_cache_update, linear, norm, decode_step
+from fastgpt.kernels import attention_backward, attention_decode, attention_forward, decode_step, kv_cache_update, linear, norm
 
 
 def calls(n: int, meta=meta):

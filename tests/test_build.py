@@ -25,17 +25,13 @@ LEVELS = ["baseline", "avx2", "avx512", "amx"]
 
 needs_cuda_library = pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="built without libfastgpt_cuda.so")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-needs_nm = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("nm") is None, reason="reads ELF symbols with nm"
-)
+needs_nm = pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="reads ELF symbols with nm")
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
 
 
 def run_python(*arguments, cwd=None, **environment):
     environment = {name: str(value) for name, value in environment.items()}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
 
 
 # What the build reports
@@ -73,9 +69,7 @@ def test_cpu_level_can_be_forced_downwards():
 def test_unknown_cpu_level_is_a_clear_error():
     result = run_python("-c", PRINT_LEVEL, FASTGPT_CPU_LEVEL="avx1024")
     assert result.returncode != 0
-    assert re.search(
-        r"ValueError: FASTGPT_CPU_LEVEL: expected one of baseline.* on this CPU, got 'avx1024'", result.stderr
-    )
+    assert re.search(r"ValueError: FASTGPT_CPU_LEVEL: expected one of baseline.* on this CPU, got 'avx1024'", result.stderr)
 
 
 # Which symbols the libraries need
@@ -326,7 +320,10 @@ def test_jobs_are_a_number(project):
 @pytest.mark.parametrize(
     "library, sentence",
     [
-        (None, "which has no compiled operations .* run Python in another folder; or build .*pip install --no-build-isolation -e"),
+        (
+            None,
+            "which has no compiled operations .* run Python in another folder; or build .*pip install --no-build-isolation -e",
+        ),
         ("_C.cpython-32-none.so", r"are for another Python \(_C.cpython-32-none.so\). Build them anew: pip install"),
         (MODULE.name, r"do not load with torch .*file too short.*Build them anew: pip install"),
     ],

@@ -26,9 +26,9 @@ import fastgpt
 from fastgpt import cli, startup
 from fastgpt.checkpoints import transformers_format
 from fastgpt.cli import SHIPPED_MODEL, main
-from fastgpt.training.processes import Processes
 from fastgpt.ops import explain
 from fastgpt.text.tokenizer import Tokenizer
+from fastgpt.training.processes import Processes
 
 TOKENS = ["--max-new-tokens", "40"]
 
@@ -108,7 +108,14 @@ def test_variables_of_the_chat_template(tmp_path, capsys):
     template = "{{ messages[0].content }}{{ '!' if enable_thinking is false }}{{ style }}{{ tools[0].name if tools }}"
     folder = write_checkpoint(tmp_path, byte_level(), tokenizer_config={"chat_template": template})
     arguments = ["generate", "the dog", "--model", folder, *TOKENS, "--json"]
-    flags = ["--template-var", "enable_thinking=false", "--template-var", "style=a=b", "--template-var", 'tools=[{"name": "f"}]']
+    flags = [
+        "--template-var",
+        "enable_thinking=false",
+        "--template-var",
+        "style=a=b",
+        "--template-var",
+        'tools=[{"name": "f"}]',
+    ]
     status, out, err = run(capsys, *arguments, "--chat", *flags)
     assert status == 0, err
     assert json.loads(out)["text"] == fastgpt.pipeline(folder)("the dog!a=bf", 40)

@@ -19,11 +19,26 @@ LAYERS = [
     {"__init__", "parallel", "training.trainer"},
     {"model.classifiers", "generation.pipeline"},
     {"model.decoder"},
-    {"checkpoints.transformers_format", "training.corpus", "training.evaluation", "generation.generate", "model.inspection", "bench.timing"},
+    {
+        "checkpoints.transformers_format",
+        "training.corpus",
+        "training.evaluation",
+        "generation.generate",
+        "model.inspection",
+        "bench.timing",
+    },
     {"model.encoder_states"},
     {"integrations.flash_provider", "integrations.sdpa"},
     {"integrations.flash_attn"},
-    {"cache.base", "generation.replay", "training.processes", "checkpoints.families", "bench.limits", "generation.sampling", "text.tokenizer"},
+    {
+        "cache.base",
+        "generation.replay",
+        "training.processes",
+        "checkpoints.families",
+        "bench.limits",
+        "generation.sampling",
+        "text.tokenizer",
+    },
     {"text.chat_template", "model.fusion", "model.rope", "text.vocabularies"},
     {"folders", "schema"},
     {"integrations.transformers"},
@@ -39,16 +54,40 @@ LAYERS = [
     {"ops.norm"},
     {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear"},
     {
-        "kernels.attention_forward", "kernels.kv_cache_update", "kernels.norm", "kernels.decode_step", "ops.implementations",
+        "kernels.attention_forward",
+        "kernels.kv_cache_update",
+        "kernels.norm",
+        "kernels.decode_step",
+        "ops.implementations",
         "ops.library",
     },  # fmt: skip
     {
-        "checks", "kernels.architecture", "kernels.attention_tiles", "kernels.dependent_launch", "kernels.launch",
-        "kernels.limits", "huge_pages", "ops.dropout", "ops.derivatives", "ops.quantization", "startup",
+        "checks",
+        "kernels.architecture",
+        "kernels.attention_tiles",
+        "kernels.dependent_launch",
+        "kernels.launch",
+        "kernels.limits",
+        "huge_pages",
+        "ops.dropout",
+        "ops.derivatives",
+        "ops.quantization",
+        "startup",
     },  # fmt: skip
     {
-        "_C", "bench", "cache", "checkpoints", "generation", "integrations", "kernels", "model", "ops", "testing.draws",
-        "testing.numerics", "text", "training",
+        "_C",
+        "bench",
+        "cache",
+        "checkpoints",
+        "generation",
+        "integrations",
+        "kernels",
+        "model",
+        "ops",
+        "testing.draws",
+        "testing.numerics",
+        "text",
+        "training",
     },  # fmt: skip,
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -92,7 +131,9 @@ def test_imports_point_downwards():
 def test_integrations_see_operations_and_caches_only():
     for path in (PACKAGE / "integrations").rglob("*.py"):
         for name in imported(path):
-            assert name in ("cache.base", "checks", "huge_pages") or name.partition(".")[0] in ("integrations", "ops"), f"{path} imports {name}"
+            assert name in ("cache.base", "checks", "huge_pages") or name.partition(".")[0] in ("integrations", "ops"), (
+                f"{path} imports {name}"
+            )
 
 
 @pytest.mark.slow

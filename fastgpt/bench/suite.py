@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.bench import limits
+from fastgpt.bench.timing import cold, in_rounds, uncertainty
 from fastgpt.model.decoder import GPT, GPTConfig
 from fastgpt.ops.attention import attention
 from fastgpt.ops.kv_cache_update import kv_cache_update
 from fastgpt.ops.library import build_info
-from fastgpt.bench.timing import cold, in_rounds, uncertainty
 
 GPT2 = GPTConfig(vocab_size=50257, context_length=1024, num_layers=12, num_heads=12, hidden_size=768)
 H, D = 12, 64  # of attention and cache updates
@@ -137,7 +137,9 @@ def update(place: Place, B: int, T: int) -> Ways:
         v_cache.index_copy_(2, index[t], v)
         return k_cache, v_cache
 
-    caches = cold(**{name: torch.zeros(B, H, max(T, 1024), D, device=place.device, dtype=place.dtype) for name in ("k_cache", "v_cache")})
+    caches = cold(
+        **{name: torch.zeros(B, H, max(T, 1024), D, device=place.device, dtype=place.dtype) for name in ("k_cache", "v_cache")}
+    )
     turns = [{"t": t, **held} for t, held in itertools.product(starts, caches)]
     return Ways(ours, index_copy, place.copying, 2 * (k.nbytes + v.nbytes), turns)
 

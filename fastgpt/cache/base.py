@@ -19,15 +19,15 @@ from collections.abc import Sequence
 
 import torch
 
-from fastgpt._C import OutOfPages, PageAllocator
 from fastgpt import huge_pages
+from fastgpt._C import OutOfPages, PageAllocator
 from fastgpt.checks import require_integer
 from fastgpt.ops.attention import attention
 from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, waits
+from fastgpt.ops.decode_step import advance
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 from fastgpt.ops.quantization import QUANTISED_DTYPES, as_bytes
-from fastgpt.ops.decode_step import advance
 
 __all__ = ["CACHE_KINDS", "ContiguousCache", "KVCache", "OutOfPages", "PagePool", "PagedCache", "SlidingCache", "Uncached"]
 
@@ -57,8 +57,7 @@ class Storage:
         cache_dtype = dtype if cache_dtype is None else cache_dtype
         if cache_dtype not in (dtype, *QUANTISED_DTYPES):
             raise TypeError(
-                f"cache_dtype: expected {dtype} (of the model) or {' or '.join(map(str, QUANTISED_DTYPES))}, "
-                f"got {cache_dtype}"
+                f"cache_dtype: expected {dtype} (of the model) or {' or '.join(map(str, QUANTISED_DTYPES))}, got {cache_dtype}"
             )
         shape = (num_layers, N, num_kv_heads, rows)
         self.k, self.v = (
@@ -74,8 +73,7 @@ class Storage:
         """Views of each layer, made once and not at every step."""
         scales = [(None, None)] * len(self.k) if self.k_scale is None else zip(self.k_scale, self.v_scale)
         self.layers = [
-            {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
-            for k, v, (k_scale, v_scale) in zip(self.k, self.v, scales)
+            {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale} for k, v, (k_scale, v_scale) in zip(self.k, self.v, scales)
         ]
 
     def __getstate__(self):
@@ -247,9 +245,7 @@ class KVCache:
 
         rotation: cos and sin, (positions, R/2) fp32 each, by which q and k are rotated first; default: they are not.
         """
-        return store(
-            q, k, v, self.storage.layers[layer], self.positions, rotation=rotation, block_table=self.block_table
-        )
+        return store(q, k, v, self.storage.layers[layer], self.positions, rotation=rotation, block_table=self.block_table)
 
     def attend(self, layer: int, q: torch.Tensor, *, window: int | None = None, **options) -> torch.Tensor:
         """The attention (B, H, T, D_v) of q (B, H, T, D) that `append` returned, or of the last of its tokens only.
@@ -355,7 +351,8 @@ class SlidingCache(KVCache):
         if any(not isinstance(size, int) or size < 1 for size in sizes):
             raise ValueError(f"windows: expected integers >= 1, and a capacity for layers without one, got {windows!r}")
         self.rings = {
-            size: Ring(size, Storage(batch_size, size, num_layers=sizes.count(size), **storage)) for size in dict.fromkeys(sizes)
+            size: Ring(size, Storage(batch_size, size, num_layers=sizes.count(size), **storage))
+            for size in dict.fromkeys(sizes)
         }
         self.places = [(self.rings[size], sizes[:layer].count(size)) for layer, size in enumerate(sizes)]
 

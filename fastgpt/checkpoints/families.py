@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fastgpt import schema
+from fastgpt.model.rope import MAX_POSITIONS, ROPE_SCHEMA, Rope
 from fastgpt.ops.linear import ACTIVATIONS
-from fastgpt.model.rope import FACTOR, MAX_POSITIONS, ROPE_SCHEMA, Rope
 from fastgpt.schema import OMITTED, Field, choice, flag, integer, mapping, number, only, several, unsupported
 
 # Ranges of sizes. Numbers of elements and bytes of every matrix in them are integers of 64 bits.
@@ -246,7 +246,12 @@ GPT2 = Family(
     transposed=frozenset(
         f"h.{{i}}.{matrix}"
         for matrix in (
-            "attn.c_attn", "attn.c_proj", "crossattention.q_attn", "crossattention.c_attn", "crossattention.c_proj", "mlp.c_fc",
+            "attn.c_attn",
+            "attn.c_proj",
+            "crossattention.q_attn",
+            "crossattention.c_attn",
+            "crossattention.c_proj",
+            "mlp.c_fc",
             "mlp.c_proj",
         )  # fmt: skip
     ),
@@ -286,7 +291,9 @@ LLAMA_SCHEMA = COMMON | {
 def _llama_fields_from(config: dict, *, activation: str = "hidden_act", rope_schema: Mapping | None = None, **fields) -> dict:
     """What all of them have in common; rope_schema, fields: what a family has beyond it, or instead."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    _expect(kv_heads is None or heads % kv_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads={heads}", kv_heads)
+    _expect(
+        kv_heads is None or heads % kv_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads={heads}", kv_heads
+    )
     head_dim = _head_dim(config, "hidden_size", "num_attention_heads")
     if "windows" not in fields:
         fields["windows"] = _windows(config, None)

@@ -18,10 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fastgpt import folders, schema
-from fastgpt import huge_pages
-from fastgpt.checks import is_terminal, require_path, writing
+from fastgpt import folders, huge_pages, schema
 from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, TOKEN_IDS, Family, architecture, family_of
+from fastgpt.checks import is_terminal, require_path, writing
 from fastgpt.generation.sampling import PENALTY
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
@@ -209,7 +208,9 @@ class _Stored:
             part = target[rows].copy_(self.read(rows))
             # Not torch.aminmax, which copies what is transposed.
             if not part.is_meta and not all(map(math.isfinite, (part.amin(), part.amax()))):
-                raise ValueError(f"model: {self.path}: {self.name}: expected finite numbers in {target.dtype}, got NaN or infinity")
+                raise ValueError(
+                    f"model: {self.path}: {self.name}: expected finite numbers in {target.dtype}, got NaN or infinity"
+                )
             shown(part.nbytes)
 
     def equal(self, other: "_Stored") -> bool:
@@ -285,7 +286,9 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
         shards = schema.read({"weight_map": schema.mapping()}, content)["weight_map"]
         for name, shard in shards.items():
             if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard):
-                raise ValueError(f"weight_map.{name}: expected the plain name of a .safetensors file in this folder, got {shard!r}")
+                raise ValueError(
+                    f"weight_map.{name}: expected the plain name of a .safetensors file in this folder, got {shard!r}"
+                )
         if not shards:
             raise ValueError("weight_map: expected at least one weight, got none")
     files = {}

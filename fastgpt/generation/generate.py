@@ -11,8 +11,8 @@ import torch
 
 from fastgpt.cache.base import CACHE_KINDS, KVCache, PagedCache, Uncached
 from fastgpt.checks import require_choice, require_flag, require_integer, require_tensor
-from fastgpt.model.fusion import evaluating, others
 from fastgpt.generation.sampling import Processor, Sampler, checked_rules, uniform_numbers
+from fastgpt.model.fusion import evaluating, others
 
 MAX_NEW_TOKENS = 300  # where neither the caller nor the checkpoint says how many
 MAX_ROWS = 2**20  # more are a mistake, and would take all memory before anything is generated

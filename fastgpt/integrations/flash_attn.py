@@ -20,7 +20,13 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.checks import (
-    require_device, require_dtype, require_flag, require_integer, require_number, require_shape, require_tensor,
+    require_device,
+    require_dtype,
+    require_flag,
+    require_integer,
+    require_number,
+    require_shape,
+    require_tensor,
 )  # fmt: skip
 from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, SOFTCAPS, attention, attention_varlen
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
@@ -190,7 +196,11 @@ def flash_attn_with_kvcache(
         cache_seqlens = torch.full((B,), length, dtype=torch.int32, device=q.device)
     lengths, rows, leftpad = (
         None if x is None else _int32(name, x, q.device, 1, B)
-        for name, x in (("cache_seqlens", cache_seqlens), ("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad))
+        for name, x in (
+            ("cache_seqlens", cache_seqlens),
+            ("cache_batch_idx", cache_batch_idx),
+            ("cache_leftpad", cache_leftpad),
+        )
     )
     table = None if block_table is None else _int32("block_table", block_table, q.device, 2, B)
     if rows is not None:
@@ -253,13 +263,17 @@ def _check_room(lengths, new: int, rows: int, table) -> None:
     if most + new > capacity and table is not None:
         raise ValueError(f"block_table: expected pages for {most} tokens and {new} new ones, got {capacity} slots")
     if most + new > capacity:
-        raise ValueError(f"cache_seqlens: expected at most {capacity - new}, the rows of the cache less {new} new ones, got {most}")
+        raise ValueError(
+            f"cache_seqlens: expected at most {capacity - new}, the rows of the cache less {new} new ones, got {most}"
+        )
 
 
 def _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, interleaved, local):
     """Stores k and v. Returns q, rotated if there are angles, and the lengths afterwards."""
     if v is None or cache_seqlens is None or (cos is None) != (sin is None):
-        missing = "v" if v is None else "cache_seqlens" if cache_seqlens is None else "rotary_cos" if cos is None else "rotary_sin"
+        missing = (
+            "v" if v is None else "cache_seqlens" if cache_seqlens is None else "rotary_cos" if cos is None else "rotary_sin"
+        )
         raise ValueError(f"{missing}: expected with k, got None")
     require_tensor("k", k, 4)
     require_tensor("v", v, 4)
@@ -349,9 +363,7 @@ def attend_packed(
     else:
         tensors += [k, v]
     lengths = cu_seqlens_k.diff() if lengths is None else lengths
-    out, lse = attend(
-        *tensors, causal=causal, window_size=window_size, lengths=lengths, block_table=block_table, **options
-    )
+    out, lse = attend(*tensors, causal=causal, window_size=window_size, lengths=lengths, block_table=block_table, **options)
     out, lse = F.pad(out, (0, 0, 0, 0, 0, 1)), F.pad(lse, (0, 1), value=-torch.inf)
     return out[b, row], lse[b, :, row].T
 
@@ -424,9 +436,7 @@ def _unpacked(name, x, parts, dims):
     return x.unbind(-3)
 
 
-def _options(
-    q, causal, window_size, softcap, alibi_slopes, softmax_scale, dropout_p=0.0, return_attn_probs=False
-) -> dict:
+def _options(q, causal, window_size, softcap, alibi_slopes, softmax_scale, dropout_p=0.0, return_attn_probs=False) -> dict:
     """What the functions have in common, checked, as `attend` takes it."""
     require_flag("causal", causal)
     require_flag("return_attn_probs", return_attn_probs)

@@ -126,9 +126,7 @@ def _flash_attention_backward(
     else:
         grads = _attention_backward(dout, None, out, logsumexp, False, q, k, v, causal, scale, window, **dropout)
     grads = (x.transpose(1, 2) for x in grads[:3])
-    return tuple(
-        _in_order_of(like, x[0] if packed else x) for like, x in zip((query, key, value), grads)
-    )
+    return tuple(_in_order_of(like, x[0] if packed else x) for like, x in zip((query, key, value), grads))
 
 
 def _window(left, right):

@@ -17,8 +17,7 @@ from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, attention, triton
 from fastgpt.ops.derivatives import transforms_active
 from fastgpt.ops.dropout import keep_mask
 from fastgpt.ops.explain import OPERATIONS
-from fastgpt.ops.implementations import triton_unusable
-from fastgpt.ops.implementations import runs_elsewhere
+from fastgpt.ops.implementations import runs_elsewhere, triton_unusable
 from fastgpt.ops.library import without_autograd
 
 _attention_forward = without_autograd(torch.ops.fastgpt.attention_forward.default)
@@ -437,16 +436,12 @@ def _serve_fused(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask
     return _in_order_of(query, out), _token_major(lse)
 
 
-def _serve_fused_backward(
-    grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None
-):
+def _serve_fused_backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None):
     if _refuses_fused(query, key, value, attn_mask, dropout_p, is_causal, scale):
         return None
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-    grads = _attention_backward(
-        grad_out, None, out, logsumexp, False, query, key, value, is_causal, scale, bias=attn_mask
-    )
+    grads = _attention_backward(grad_out, None, out, logsumexp, False, query, key, value, is_causal, scale, bias=attn_mask)
     return tuple(_token_major(x) for x in grads[:3])
 
 

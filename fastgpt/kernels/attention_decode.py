@@ -486,9 +486,7 @@ def _attend_split(
         _store_part(softmax_ptr, acc_ptr, parts + split, acc, row_sum, row_max, stored, V_DIM, BLOCK_V)
         if _is_last(counters_ptr + 1 + of_group, n_parts):
             first = parts + of_group * GROUP
-            acc, row_sum, row_max = _add_parts(
-                softmax_ptr, acc_ptr, first, n_parts, stored, V_DIM, BLOCK_M, BLOCK_V, AT_ONCE
-            )
+            acc, row_sum, row_max = _add_parts(softmax_ptr, acc_ptr, first, n_parts, stored, V_DIM, BLOCK_M, BLOCK_V, AT_ONCE)
             is_last = n_written <= GROUP
             if n_written > GROUP:
                 sums = parts + n_splits  # of groups

@@ -157,9 +157,7 @@ def _attend(
                 bias = load_scores(
                     bias_rows, offs_n[None, :], stride_bias_n, in_rows, n_keys, BIAS_UNIT, not MASKED
                 ).to(tl.float32)  # fmt: skip
-            qk = modified_scores(
-                qk, scale, softcap, slope, own, offs_n, bias, HAS_SOFTCAP, HAS_ALIBI, bias_ptr is not None
-            )
+            qk = modified_scores(qk, scale, softcap, slope, own, offs_n, bias, HAS_SOFTCAP, HAS_ALIBI, bias_ptr is not None)
         if MASKED:
             visible = visible_keys(own[:, None], offs_n[None, :], end, window, IS_CAUSAL, HAS_WINDOW)
             if mask_ptr is not None:

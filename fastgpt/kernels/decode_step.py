@@ -133,9 +133,7 @@ def note(
     n_rows = len(token)
     constants = _constants_of_one_warp(32 if n_rows <= 32 else 256, has_dependent_launch(token.device))
     with torch.cuda.device_of(token):
-        _note[(1,)](
-            token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), **constants
-        )
+        _note[(1,)](token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), **constants)
 
 
 @functools.cache

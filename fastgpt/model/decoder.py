@@ -14,10 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastgpt import schema
-from fastgpt.generation import replay
-from fastgpt.checkpoints import transformers_format
-from fastgpt import huge_pages
+from fastgpt import huge_pages, schema
 from fastgpt.cache.base import (
     CACHE_KINDS,
     ContiguousCache,
@@ -28,19 +25,30 @@ from fastgpt.cache.base import (
     Uncached,
     least,
 )
-from fastgpt.checks import is_autocasting, require_flag, require_integer
-from fastgpt.model.encoder_states import Context, Given, read_context, require_causal, require_context, require_ids, stored_context, uncached
+from fastgpt.checkpoints import transformers_format
 from fastgpt.checkpoints.families import DECODER_SCHEMA, MAX_HEAD_DIM
-from fastgpt.model.fusion import computes, is_plain_matrix, is_training, plain
+from fastgpt.checks import is_autocasting, require_flag, require_integer
+from fastgpt.generation import replay
 from fastgpt.generation.generate import generate, sessions
+from fastgpt.model.encoder_states import (
+    Context,
+    Given,
+    read_context,
+    require_causal,
+    require_context,
+    require_ids,
+    stored_context,
+    uncached,
+)
+from fastgpt.model.fusion import computes, is_plain_matrix, is_training, plain
 from fastgpt.model.inspection import run_with_cache
+from fastgpt.model.rope import Rope, Tables, sinusoidal
+from fastgpt.ops.decode_step import embed
 from fastgpt.ops.explain import OPERATIONS
 from fastgpt.ops.implementations import decoder_cpp_refuses, decoder_triton_refuses, explain_call, runs_elsewhere
 from fastgpt.ops.linear import MAX_ROWS, finish, linear
 from fastgpt.ops.norm import norm
 from fastgpt.ops.quantization import QUANTISED_DTYPES
-from fastgpt.ops.decode_step import embed
-from fastgpt.model.rope import Rope, Tables, sinusoidal
 
 
 @dataclass(frozen=True)

@@ -473,9 +473,7 @@ def _savable(arguments):
     """Autograd saves no tensor that was made in inference mode; since such ones take no part in derivatives, a copy will do."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return arguments
-    copies = {
-        name: x.clone() for name, x in arguments._asdict().items() if isinstance(x, torch.Tensor) and x.is_inference()
-    }
+    copies = {name: x.clone() for name, x in arguments._asdict().items() if isinstance(x, torch.Tensor) and x.is_inference()}
     return arguments._replace(**copies) if copies else arguments
 
 
@@ -756,9 +754,7 @@ def _attention_varlen_forward_triton(cu_seqlens_q, cu_seqlens_k, max_q, max_k, *
     return attention_forward(q, k, v, **options, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_q=max_q)
 
 
-def _attention_varlen_backward_triton(
-    dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, q, k, v, *arguments
-):
+def _attention_varlen_backward_triton(dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, q, k, v, *arguments):
     from fastgpt.kernels.attention_backward import attention_backward
 
     options = dict(zip(_VARLEN_FIELDS[3:], arguments))

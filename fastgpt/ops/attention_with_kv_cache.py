@@ -9,10 +9,10 @@ import math
 import torch
 from torch.compiler import is_compiling
 
+from fastgpt.checks import require_device, require_dtype, require_flag, require_tensor
 from fastgpt.ops import attention as attending
 from fastgpt.ops import kv_cache_update as updating
 from fastgpt.ops.attention import Call, attention, attention_reference
-from fastgpt.checks import require_device, require_dtype, require_flag, require_tensor
 from fastgpt.ops.derivatives import derivatives_refused
 from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.kv_cache_update import (

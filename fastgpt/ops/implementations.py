@@ -81,8 +81,7 @@ def explain_call(implementations: dict, *call, impl: str | None = None) -> dict[
     reasons = {name: refuses(*call) for name, refuses in implementations.items()}
     able = [name for name, reason in reasons.items() if reason is None]
     return {
-        name: reason if reason is not None else "chosen" if name == able[0] else "available"
-        for name, reason in reasons.items()
+        name: reason if reason is not None else "chosen" if name == able[0] else "available" for name, reason in reasons.items()
     }
 
 

@@ -72,9 +72,7 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
         _check_slots(positions, k_cache, block_table)
         if choose("kv_cache_update", IMPLEMENTATIONS, impl, *tensors) != "reference":
             _raise_unless_negated(error, impl, k_cache, v_cache, k_scale, v_scale)
-    kv_cache_update_reference(
-        k, v, k_cache, v_cache, positions, block_table=block_table, k_scale=k_scale, v_scale=v_scale
-    )
+    kv_cache_update_reference(k, v, k_cache, v_cache, positions, block_table=block_table, k_scale=k_scale, v_scale=v_scale)
 
 
 def _operators(operation: str, impl: str | None, k, *others):
@@ -100,9 +98,7 @@ def _raise_unless_negated(error: Exception, impl: str | None, k_cache, v_cache, 
     raise argument_error(error)
 
 
-def kv_cache_update_reference(
-    k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None
-):
+def kv_cache_update_reference(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
     """The same function in plain PyTorch, on every device; differentiable, but for 8-bit caches, which it then refuses."""
     _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     _check_slots(positions, k_cache, block_table)
@@ -197,9 +193,7 @@ def rope_kv_cache_update(
     try:
         operator = _operators("rope_kv_cache_update", impl, *tensors)[1]
         if operator is not None:
-            return operator(
-                q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale
-            )
+            return operator(q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale)
     except Exception as error:
         _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
         _check_rope_slots(k_cache, positions, cos, slots, block_table)

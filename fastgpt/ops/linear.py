@@ -255,9 +255,7 @@ def _linear_triton(
         raise ValueError(f"activation: expected a number from 0 to {max(ACTIVATION_NUMBERS.values())}, got {activation}")
     from fastgpt.kernels.linear import linear  # Triton is imported only when a CUDA tensor needs it
 
-    return linear(
-        x, weight, bias, residual, activation, gated, norm_weight, norm_bias, rms, norm_eps, norm_offset
-    )
+    return linear(x, weight, bias, residual, activation, gated, norm_weight, norm_bias, rms, norm_eps, norm_offset)
 
 
 library.impl("linear", _linear_triton, "CUDA")

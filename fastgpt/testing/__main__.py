@@ -48,7 +48,12 @@ SHAPES = [
     (2, 4, 2, 9, 40, 16), (1, 2, 1, 37, 70, 40), (2, 2, 2, 1, 77, (24, 16)), (2, 2, 2, 1, 77, 64), (1, 2, 2, 20, 11, 24),
     (1, 2, 1, 40, 66, (72, 40)), (2, 2, 1, 3, 60, (7, 33)), (1, 2, 1, 66, 80, (192, 128)),
 ]  # fmt: skip
-CACHES = {"contiguous": (None, None), "pages": (None, 16), "int8": (torch.int8, None), "fp8 in pages": (torch.float8_e4m3fn, 16)}
+CACHES = {
+    "contiguous": (None, None),
+    "pages": (None, 16),
+    "int8": (torch.int8, None),
+    "fp8 in pages": (torch.float8_e4m3fn, 16),
+}
 
 
 class Case(NamedTuple):

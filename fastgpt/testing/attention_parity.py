@@ -159,9 +159,7 @@ def run_cpp(call, douts) -> dict[str, torch.Tensor]:
         gradients = torch.ops.fastgpt.attention_backward(
             *douts, out, lse, call.bias is not None, *call[:12], call.dropout_p, call.dropout_seed
         )
-        results |= {
-            f"d{name}": x for name, x in zip(DIFFERENTIABLE, gradients) if getattr(call, name) is not None
-        }
+        results |= {f"d{name}": x for name, x in zip(DIFFERENTIABLE, gradients) if getattr(call, name) is not None}
     return results
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tokenizers
 
-from fastgpt.text import vocabularies
 from fastgpt.checks import require_flag, require_integer, require_path, writing
+from fastgpt.text import vocabularies
 from fastgpt.text.vocabularies import find, read_json, read_text
 
 CONTEXT = 16  # tokens of a prompt that decide how the next ones read: with a space before them, say

@@ -16,9 +16,7 @@ SPACE = "▁"  # SentencePiece's
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of its pieces
 UNIGRAM, BPE = 1, 2  # and of its models
 # What is cut from a text before its bytes are merged: by class of tokenizer, as tokenizer_config.json calls it.
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2_CLASSES = ("GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend", None)
 QWEN2_CLASSES = ("Qwen2Tokenizer",)
 END_OF_TEXT = "<|endoftext|>"  # of tokenizers of these classes that name no special tokens

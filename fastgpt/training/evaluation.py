@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.checks import require_integer
-from fastgpt.training.processes import Processes
 from fastgpt.model.fusion import evaluating, others
+from fastgpt.training.processes import Processes
 
 
 def split(tokens: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 try:
@@ -29,11 +29,11 @@ from fastgpt import folders, schema
 from fastgpt.checkpoints import transformers_format
 from fastgpt.checkpoints.transformers_format import STATE, TOKENIZER, replacing, resolve
 from fastgpt.checks import reason_of, require_choice, require_integer, require_number, require_path, require_tensor
-from fastgpt.training.corpus import summarize, tokenize
-from fastgpt.training.processes import Processes, skeleton
-from fastgpt.training.evaluation import evaluate, split
 from fastgpt.model.decoder import GPT, GPTConfig
 from fastgpt.text.tokenizer import Tokenizer
+from fastgpt.training.corpus import summarize, tokenize
+from fastgpt.training.evaluation import evaluate, split
+from fastgpt.training.processes import Processes, skeleton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHOW_EVERY = 0.5  # seconds between two looks at the loss, each of which waits for the device
@@ -462,7 +462,9 @@ def require_new_run(folder: Path) -> None:
     """Raises ValueError if a folder holds a run or a model, which a new run would overwrite."""
     if os.path.lexists(folder / STATE):
         raise ValueError(f"out: expected a new folder, {folder} holds a run; continue it with --resume")
-    if weights := sorted(path.name for pattern in ("*.safetensors", "*.safetensors.index.json") for path in folder.glob(pattern)):
+    if weights := sorted(
+        path.name for pattern in ("*.safetensors", "*.safetensors.index.json") for path in folder.glob(pattern)
+    ):
         raise ValueError(f"out: expected a new folder, {folder} holds the model {weights[0]}")
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from test_cli import run
 
-from fastgpt.bench import suite
-from fastgpt.bench import timing
+from fastgpt.bench import suite, timing
 from fastgpt.bench.limits import Limit
 from fastgpt.model.decoder import GPTConfig
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Calls it with results or paths of files; returns the exit status and what it printed."""
+
     def run(*paths):
         monkeypatch.setattr(sys, "argv", ["compare", *map(str, paths)])
         with pytest.raises(SystemExit) as exit:

@@ -186,7 +186,9 @@ def test_a_signal_while_a_part_is_started(number, tmp_path, monkeypatch):
 @pytest.mark.parametrize("code, status", [("print()", 0), ("raise SystemExit(1)", 1)])
 def test_exit_status(code, status, tmp_path):
     driver = DRIVER.replace("time.sleep(1000)", code.replace("print()", "pass"))
-    run = subprocess.run([sys.executable, "-c", driver, "--out", tmp_path, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", driver, "--out", tmp_path, "--dry-run"], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == status, run.stdout + run.stderr
 
 
@@ -414,7 +416,5 @@ def test_the_parts_fit_into_the_time(dry_run, tmp_path):
 
 def test_it_starts_without_what_it_builds(tmp_path):
     """No torch, no fastgpt: isolated from site-packages."""
-    run = subprocess.run(
-        [sys.executable, "-S", "-m", "benchmarks.gpu", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-S", "-m", "benchmarks.gpu", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "--dry-run" in run.stdout, run.stderr

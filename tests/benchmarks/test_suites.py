@@ -14,7 +14,9 @@ COMMON = {"what", "device", "dtype", "implementation", "limit", "seconds", "abse
 CASES = {
     "attention.py::test_prefill": ("128tokens", {"T", "batch", "heads", "head_dim", "flops", "limit_flops"}, "matrix product"),
     "decode.py": (
-        "1024keys and float32 and not batch16", {"keys", "kind", "batch", "heads", "kv_heads", "head_dim", "bytes", "limit_bytes"}, "reading",
+        "1024keys and float32 and not batch16",
+        {"keys", "kind", "batch", "heads", "kv_heads", "head_dim", "bytes", "limit_bytes"},
+        "reading",
     ),
     "kv_cache.py::test_one_token": ("batch1", {"batch", "heads", "head_dim", "bytes", "limit_bytes"}, "copying"),
     "linear.py": ("qkv and 1row", {"product", "rows", "weight", "bytes", "limit_bytes"}, "reading"),

@@ -293,7 +293,11 @@ BAD = {
     "kind": ({"kind": "ring"}, ValueError, "kind: expected one of 'contiguous', 'sliding', 'paged', got 'ring'"),
     "window": ({"kind": "sliding"}, ValueError, "window: expected a number of tokens for a sliding cache, got None"),
     "window 0": ({"window": 0}, ValueError, "window: expected an integer >= 1, got 0"),
-    "dtype": ({"cache_dtype": torch.float16}, TypeError, "cache_dtype: expected torch.float32 .* or torch.int8 or .*, got torch.float16"),
+    "dtype": (
+        {"cache_dtype": torch.float16},
+        TypeError,
+        "cache_dtype: expected torch.float32 .* or torch.int8 or .*, got torch.float16",
+    ),
     "capacity": ({"capacity": 0}, ValueError, "capacity: expected an integer >= 1, got 0"),
     "page size": ({"kind": "paged", "page_size": 0}, ValueError, "page_size: expected an integer >= 1, got 0"),
     "pages": ({"kind": "paged", "num_pages": -1}, ValueError, "num_pages: expected an integer >= 0, got -1"),

@@ -28,7 +28,12 @@ LLAMA = {
     "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "rope_theta": 10000.0, "eos_token_id": [2, 3],
 }  # fmt: skip
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
-QWEN = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": ["full_attention", "sliding_attention"]}
+QWEN = {
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "max_window_layers": 1,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
 CONFIGS = [
     {
         "model_type": "gpt2", "vocab_size": 33, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_inner": 24,
@@ -81,7 +86,8 @@ ADDED = {
     "rope_scaling": {"rope_type": "linear", "factor": 0}, "partial_rotary_factor": 0.3, "attention_bias": True,
 }  # fmt: skip
 NAMED = re.compile(
-    r"model: \S+(config\.json: .*expected | is damaged: | (lacks|has unexpected|has misshapen) weights: |: (.*: )?expected )", re.DOTALL
+    r"model: \S+(config\.json: .*expected | is damaged: | (lacks|has unexpected|has misshapen) weights: |: (.*: )?expected )",
+    re.DOTALL,
 )
 
 
@@ -153,7 +159,21 @@ def damage_files(folder: Path, draw: random.Random) -> str:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     name = draw.choice([name for name in header if name != "__metadata__"])
     index = folder / "model.safetensors.index.json"
-    ways = ["cut", "longer", "header byte", "data byte", "length", "entry", "twice", "tensor", "rename", "drop", "gone", "folder", "link"]
+    ways = [
+        "cut",
+        "longer",
+        "header byte",
+        "data byte",
+        "length",
+        "entry",
+        "twice",
+        "tensor",
+        "rename",
+        "drop",
+        "gone",
+        "folder",
+        "link",
+    ]
     way = draw.choice(ways + ["index"] * 4 * index.is_file())
     if way == "cut":
         path.write_bytes(data[: draw.choice((0, 4, 8, 20, len(data) - 1, draw.randrange(len(data))))])
@@ -169,7 +189,24 @@ def damage_files(folder: Path, draw: random.Random) -> str:
         path.write_bytes(draw.choice((0, 1, 2**31, 2**63, 2**64 - 1, len(data))).to_bytes(8, "little") + data[8:])
     elif way == "entry":
         key = draw.choice(("dtype", "shape", "data_offsets"))
-        garbage = [None, "F8_E4M3", "I64", "BOOL", "F32", "X", [], [2**62, 4], [0], [-1], [[1]], [1.5], [4, 0], [0, 2**64], "1", {}]
+        garbage = [
+            None,
+            "F8_E4M3",
+            "I64",
+            "BOOL",
+            "F32",
+            "X",
+            [],
+            [2**62, 4],
+            [0],
+            [-1],
+            [[1]],
+            [1.5],
+            [4, 0],
+            [0, 2**64],
+            "1",
+            {},
+        ]
         header[name] = header[name] | {key: draw.choice(garbage)}
         with_header(path, lambda _: json.dumps(header).encode())
     elif way == "twice":
@@ -197,7 +234,9 @@ def damage_files(folder: Path, draw: random.Random) -> str:
         path.symlink_to(draw.choice(("/etc/hostname", "nowhere", path.name, "..", "/dev/zero")))
     else:
         shards = json.loads(index.read_text())
-        shard = draw.choice(["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\0b", "C:\\x.safetensors", 5, None, []])
+        shard = draw.choice(
+            ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\0b", "C:\\x.safetensors", 5, None, []]
+        )
         entry = draw.choice((shard, path.name, "missing.safetensors"))
         change = draw.randrange(4)
         if change == 0:

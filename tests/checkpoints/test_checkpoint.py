@@ -144,7 +144,10 @@ def test_a_wrong_config_is_named(config, change, message, tmp_path):
     "text, message",
     [
         ('{"model_type": "llama", "head_dim": Infinity}', "config.json: head_dim: expected a finite number, got inf$"),
-        ('{"rope_scaling": {"factor": [1, NaN]}}', r"config.json: rope_scaling.factor\[1\]: expected a finite number, got nan$"),
+        (
+            '{"rope_scaling": {"factor": [1, NaN]}}',
+            r"config.json: rope_scaling.factor\[1\]: expected a finite number, got nan$",
+        ),
         ('{"a": {"hidden_size": 1, "hidden_size": 2}}', "config.json: hidden_size: expected one entry of this name, got two$"),
         ('{"vocab_size": ' + "9" * 5000 + "}", "config.json: vocab_size: expected a finite number, got inf$"),
         ("[" * 100000, "config.json is damaged: .* nested too deeply"),
@@ -212,7 +215,10 @@ def test_rotations_are_those_of_transformers(kind, change, version):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     scaling = SCALED[kind] | change
-    config = {key: value for key, value in LLAMA.items() if not key.startswith("rope_")} | {"head_dim": 16, "max_position_embeddings": 128}
+    config = {key: value for key, value in LLAMA.items() if not key.startswith("rope_")} | {
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+    }
     if version == 5:
         config["rope_parameters"] = {"rope_type": kind, "rope_theta": 5e4} | scaling
     else:
@@ -230,7 +236,9 @@ def test_rotations_are_those_of_transformers(kind, change, version):
 def test_yarn_reaches_as_far_as_it_stretches():
     scaling = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
     for context, expected in ((32, 128), (128, 128), (200, 200)):
-        assert FAMILIES["qwen2"].config_from(LLAMA | scaling | {"max_position_embeddings": context})["context_length"] == expected
+        assert (
+            FAMILIES["qwen2"].config_from(LLAMA | scaling | {"max_position_embeddings": context})["context_length"] == expected
+        )
 
 
 # Weights
@@ -263,7 +271,9 @@ def test_a_tied_matrix_may_be_stored_under_either_name(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("most, few", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float64)])
+@pytest.mark.parametrize(
+    "most, few", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float64)]
+)
 def test_weights_of_several_dtypes_become_what_most_numbers_are(most, few, folder):
     edit_weights(folder, lambda weights: weights.update({n: x.to(few if "norm" in n else most) for n, x in weights.items()}))
     model = GPT.from_pretrained(folder)
@@ -272,17 +282,23 @@ def test_weights_of_several_dtypes_become_what_most_numbers_are(most, few, folde
     assert GPT.from_pretrained(folder, dtype=torch.float32).norm.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64], ids=str
+)
 def test_other_dtypes_are_named(dtype, folder):
     edit_weights(folder, lambda weights: weights.update({"model.norm.weight": weights["model.norm.weight"].to(dtype)}))
     for options in ({}, {"dtype": torch.float32}):
-        with raises("model.safetensors: model.norm.weight: expected dtype F64 or F32 or F16 or BF16, got .*: quantized weights"):
+        with raises(
+            "model.safetensors: model.norm.weight: expected dtype F64 or F32 or F16 or BF16, got .*: quantized weights"
+        ):
             GPT.from_pretrained(folder, **options)
 
 
 def test_numbers_that_are_not_finite_are_named(folder):
     edit_weights(folder, lambda weights: weights["model.layers.1.mlp.up_proj.weight"].view(-1)[77:78].fill_(torch.nan))
-    with raises("model.safetensors: model.layers.1.mlp.up_proj.weight: expected finite numbers in torch.float32, got NaN or infinity"):
+    with raises(
+        "model.safetensors: model.layers.1.mlp.up_proj.weight: expected finite numbers in torch.float32, got NaN or infinity"
+    ):
         GPT.from_pretrained(folder)
     edit_weights(folder, lambda weights: weights["model.layers.1.mlp.up_proj.weight"].view(-1)[77:78].fill_(1e30))
     with raises("up_proj.weight: expected finite numbers in torch.float16"):
@@ -316,7 +332,10 @@ def test_matrices_of_any_shape_are_compared(shape, tmp_path):
     folder = write(tmp_path, LLAMA | {"tie_word_embeddings": True})
     wrong = {"model.embed_tokens.weight": torch.ones(shape), "lm_head.weight": torch.ones(shape)}
     edit_weights(folder, lambda weights: weights.update(wrong))
-    with warnings.catch_warnings(action="ignore"), raises(r"misshapen weights: .*model.embed_tokens.weight: expected shape \(33, 16\)"):
+    with (
+        warnings.catch_warnings(action="ignore"),
+        raises(r"misshapen weights: .*model.embed_tokens.weight: expected shape \(33, 16\)"),
+    ):
         GPT.from_pretrained(folder)
 
 
@@ -396,7 +415,9 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(folder, tmp_path, monkeyp
         raise SafetensorError("I/O error: No space left on device")
 
     fails(ValueError, "^generation_defaults.top_k: expected", generation_defaults={"top_k": np.array([5])})
-    fails(ValueError, "^config.json: expected .*got object", checkpoint_config=model.checkpoint_config | {"x_token_id": object()})
+    fails(
+        ValueError, "^config.json: expected .*got object", checkpoint_config=model.checkpoint_config | {"x_token_id": object()}
+    )
     fails(OSError, "^folder: expected a folder that can be written to, .* is none: I/O error: No space", save_file=full)
     (folder / "generation_config.json").unlink()
     (folder / "generation_config.json").mkdir()
@@ -456,7 +477,9 @@ def test_an_index_names_files_in_its_folder(name, folder):
     (folder / "x").mkdir()
     for place in (folder.parent, folder / "x"):
         (place / "a.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
-    with raises(r"index.json: weight_map.model.norm.weight: expected the plain name of a .safetensors file in this folder, got "):
+    with raises(
+        r"index.json: weight_map.model.norm.weight: expected the plain name of a .safetensors file in this folder, got "
+    ):
         GPT.from_pretrained(folder)
 
 
@@ -470,7 +493,10 @@ def test_shards_are_what_the_index_says(folder):
     index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": other}}))
     with raises(f"{other} lacks weights: model.norm.weight, which model.safetensors.index.json says is in it"):
         GPT.from_pretrained(folder)
-    for content, message in (({}, "weight_map: expected a JSON object, got nothing"), ({"weight_map": {}}, "weight_map: expected at least")):
+    for content, message in (
+        ({}, "weight_map: expected a JSON object, got nothing"),
+        ({"weight_map": {}}, "weight_map: expected at least"),
+    ):
         index.write_text(json.dumps(content))
         with raises(f"index.json: {message}"):
             GPT.from_pretrained(folder)

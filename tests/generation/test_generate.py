@@ -12,8 +12,8 @@ from tape import graphs_on_cpu
 from transformers.generation import logits_process
 
 from fastgpt import GPT
-from fastgpt.generation import generate
 from fastgpt.cli import SHIPPED_MODEL
+from fastgpt.generation import generate
 from fastgpt.generation.generate import Options, Request, stream
 from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
@@ -350,7 +350,7 @@ def test_rules_are_those_of_transformers(twins, rules):
             assert row.tolist() == prompt + new
 
 
-@pytest.mark.parametrize("bias", [{3: 40}, {np.int64(3): np.float16(40)}, {3: 40, 4: -10**30}, {3: 10**38}])
+@pytest.mark.parametrize("bias", [{3: 40}, {np.int64(3): np.float16(40)}, {3: 40, 4: -(10**30)}, {3: 10**38}])
 def test_numbers_of_every_kind_are_biases(bias):
     model = random_model()
     assert model.generate([[1, 2]], 4, logit_bias=bias)[0].tolist() == [1, 2, 3, 3, 3, 3]

@@ -249,7 +249,9 @@ def test_variables_of_the_chat_template(pipe, monkeypatch):
 
 def test_what_gives_text_does_not_swallow_log_probabilities(pipe):
     for call in (pipe, pipe.chat, pipe.stream):
-        with pytest.raises(ValueError, match="^return_logprobs: expected False where the text is all that is returned, got True"):
+        with pytest.raises(
+            ValueError, match="^return_logprobs: expected False where the text is all that is returned, got True"
+        ):
             call("the dog", 3, return_logprobs=True)
         call("the dog", 3, return_logprobs=False)
     (row,) = pipe.start(["the dog"], 3, return_logprobs=True).finish()

@@ -19,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastgpt
 from fastgpt import linear
-from fastgpt.generation.replay import Captured, Graphed, Recording
 from fastgpt.generation.generate import sessions, stream
+from fastgpt.generation.replay import Captured, Graphed, Recording
 from fastgpt.model.decoder import MLP
 from fastgpt.model.rope import Rope, Tables
 
@@ -277,7 +277,16 @@ def test_a_capture_neither_waits_nor_empties_the_allocator():
         step = Graphed(lambda x: x + 1)
         for _ in range(4):
             step(torch.tensor([1]))
-    assert stub.calls == ["wait_stream", "wait_stream", "CUDAGraph", "capture_begin", "capture_end", "replay", "replay", "replay"]
+    assert stub.calls == [
+        "wait_stream",
+        "wait_stream",
+        "CUDAGraph",
+        "capture_begin",
+        "capture_end",
+        "replay",
+        "replay",
+        "replay",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,7 @@ def results(function, tensors, dtype, **options):
     leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
     out, lse, *_ = function(*leaves, **options)
     dout = random(*out.shape, seed=9).to(out.dtype)
-    return {"out": out.detach(), "lse": lse.detach()} | dict(
-        zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout))
-    )
+    return {"out": out.detach(), "lse": lse.detach()} | dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout)))
 
 
 FEATURES = {
@@ -253,7 +251,9 @@ def test_integers_of_any_kind(integer):
     actual = flash_attn_varlen_func(q, k, v, cu_q.long(), cu_k.long(), integer(max_q), integer(max_k), window_size=window)
     assert torch.equal(actual, expected)
     q, cache, lengths, table = random(2, 1, 4, 16), random(8, 4, 2, 16), torch.tensor([5, 3]), torch.tensor([[1, 0], [4, 7]])
-    expected = flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths.int(), block_table=table.int(), window_size=(2, 0))
+    expected = flash_attn_with_kvcache(
+        q, cache, cache, cache_seqlens=lengths.int(), block_table=table.int(), window_size=(2, 0)
+    )
     window = integer(2), integer(0)
     actual = flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths, block_table=table, window_size=window)
     assert torch.equal(actual, expected)

@@ -182,7 +182,9 @@ def test_pages_and_lengths(on_cpu):
         q.unsqueeze(1), k, v, None, None, 1, 9, 0.0, True, False, seqused_k=used
     )[0].squeeze(1)  # fmt: skip
     for (b, n), out in itertools.product(enumerate(used), (actual, dense)):
-        check_forward((out[b : b + 1],), lambda *x, **y: reference(*x, **y)[:1], (q[b : b + 1], k[b, :n], v[b, :n]), {"causal": True})
+        check_forward(
+            (out[b : b + 1],), lambda *x, **y: reference(*x, **y)[:1], (q[b : b + 1], k[b, :n], v[b, :n]), {"causal": True}
+        )
 
 
 def test_dropout_is_the_same_in_the_gradient(on_cpu):

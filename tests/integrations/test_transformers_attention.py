@@ -215,7 +215,9 @@ def test_the_padding_of_a_mask_is_its_own():
 def test_bidirectional_masks(T, S, side):
     """Of encoders, and of attention to an encoder's tokens."""
     padding = padding_of(side, S)
-    ours, mask = made("bidirectional_mask", MistralConfig(**CONFIG), T, padding=padding, encoder_hidden_states=torch.empty(3, S, 32))
+    ours, mask = made(
+        "bidirectional_mask", MistralConfig(**CONFIG), T, padding=padding, encoder_hidden_states=torch.empty(3, S, 32)
+    )
     check_against_theirs(layer(is_causal=False), *inputs(T=T, S=S), ours, mask)
     assert (ours is None) == (mask is None) and (mask is None or torch.equal(ours, mask))
 
@@ -233,7 +235,10 @@ def test_packed_sequences(by, window):
     lengths = [[3, 4, 2], [9], [1, 8]] if by == "positions" else [[3, 4, 2] * 3]
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     B, T = positions.shape
-    kind, config = "causal_mask" if window is None else "sliding_window_causal_mask", MistralConfig(**CONFIG, sliding_window=window)
+    kind, config = (
+        "causal_mask" if window is None else "sliding_window_causal_mask",
+        MistralConfig(**CONFIG, sliding_window=window),
+    )
     create = getattr(masking_utils, f"create_{kind}")
     arguments = {"inputs_embeds": torch.empty(B, T, 32), "attention_mask": None, "cache": None}
     config._attn_implementation = "sdpa"
@@ -347,7 +352,9 @@ def eager(name: str):
 
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("D", [8, 584])  # the latter is more than the kernels take
-@pytest.mark.parametrize("model, options", [("gemma2", {"softcap": 2.0}), ("gpt_oss", {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])})])
+@pytest.mark.parametrize(
+    "model, options", [("gemma2", {"softcap": 2.0}), ("gpt_oss", {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])})]
+)
 def test_softcap_and_sinks(model, options, D, asked):
     """With all weights if asked for."""
     q, k, v = inputs(D=D)
@@ -426,7 +433,9 @@ def test_within_transforms():
 
     expected = call(q)
     torch.testing.assert_close(torch.func.vmap(call, randomness="same")(torch.stack([q, q]))[1], expected)
-    torch.testing.assert_close(torch.func.grad(lambda q: call(q).sum())(q), torch.autograd.grad(call(q.requires_grad_()).sum(), q)[0])
+    torch.testing.assert_close(
+        torch.func.grad(lambda q: call(q).sum())(q), torch.autograd.grad(call(q.requires_grad_()).sum(), q)[0]
+    )
     with pytest.warns((DeprecationWarning, torch.jit.TracerWarning)):
         torch.testing.assert_close(torch.jit.trace(call, q.detach())(q.detach()), expected)
 
@@ -475,7 +484,10 @@ def test_dropout():
 
 
 def served_by_us() -> bool:
-    return AttentionInterface._global_mapping.get("fastgpt") is ft.attention and AttentionMaskInterface._global_mapping.get("fastgpt") is ft.mask
+    return (
+        AttentionInterface._global_mapping.get("fastgpt") is ft.attention
+        and AttentionMaskInterface._global_mapping.get("fastgpt") is ft.mask
+    )
 
 
 def test_registering():

@@ -131,7 +131,9 @@ def test_cropping(config, lengths):
 def test_cropping_what_is_gone():
     cache = ft.Cache(SLIDING)
     cache.update(*tokens(40), 0)
-    with pytest.raises(RuntimeError, match="tokens_to_remove: expected at most 0 tokens, since a layer with a window of 6 has 5"):
+    with pytest.raises(
+        RuntimeError, match="tokens_to_remove: expected at most 0 tokens, since a layer with a window of 6 has 5"
+    ):
         cache.layers[0].crop(-1)
     for config in FULL, SLIDING:
         cache = ft.Cache(config)
@@ -209,7 +211,9 @@ def test_half_an_assignment():
 
 
 @CONFIGS
-@pytest.mark.parametrize("indices", [(0, 2), [2, 0, 0], slice(1, None), [True, False, True], torch.tensor([1]), range(2)], ids=str)
+@pytest.mark.parametrize(
+    "indices", [(0, 2), [2, 0, 0], slice(1, None), [True, False, True], torch.tensor([1]), range(2)], ids=str
+)
 @torch.no_grad()
 def test_selecting_sequences(config, indices):
     ours, theirs = ft.Cache(config), DynamicCache(config=config)
@@ -308,7 +312,9 @@ def test_ways_to_generate(name, way):
     for implementation in ("eager", "fastgpt"):
         model.set_attn_implementation(implementation)
         torch.manual_seed(0)
-        results.append(generated(model, arguments, **WAYS[way], **({} if implementation == "eager" else {"cache": cache_of(model)})))
+        results.append(
+            generated(model, arguments, **WAYS[way], **({} if implementation == "eager" else {"cache": cache_of(model)}))
+        )
     assert torch.equal(*results)
 
 

@@ -4,7 +4,19 @@ from unittest import mock
 
 import pytest
 import torch
-from architectures import ALONE, ARCHITECTURES, COMPILED, agreement, build, compiled, gradients, inputs, outputs, shares, unserved
+from architectures import (
+    ALONE,
+    ARCHITECTURES,
+    COMPILED,
+    agreement,
+    build,
+    compiled,
+    gradients,
+    inputs,
+    outputs,
+    shares,
+    unserved,
+)
 
 import fastgpt.integrations.transformers as ft
 
@@ -50,7 +62,9 @@ def test_greedy_tokens(name, padding):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma2", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in COMPILED if x != "gemma2")])
+@pytest.mark.parametrize(
+    "name", ["gemma2", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in COMPILED if x != "gemma2")]
+)
 def test_compiled(name):
     for padding in (None, "right"):
         calls, found = compiled(name, padding)

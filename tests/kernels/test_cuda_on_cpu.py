@@ -26,7 +26,9 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", sys.argv[2], s
 """
 
 
-@pytest.mark.parametrize("source, tests, selected", [("kv_cache/kv_cache_update", "ops/test_kv_cache_update.py", "exact or rows_that")])
+@pytest.mark.parametrize(
+    "source, tests, selected", [("kv_cache/kv_cache_update", "ops/test_kv_cache_update.py", "exact or rows_that")]
+)
 def test_kernels_of(source, tests, selected, tmp_path):
     folder, library = tmp_path / "csrc", tmp_path / "cuda_on_cpu.so"
     shutil.copytree(ROOT / "csrc", folder)

@@ -6,7 +6,6 @@ Shown in the PTX of what ships. No GPU is needed.
 import ast
 import os
 import re
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from fake_gpu import launches, meta  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks.machine_code import ir_of, source_of  # noqa: E402
-from fastgpt.kernels import attention_decode, kv_cache_update, linear, norm, decode_step  # noqa: E402
+from fastgpt.kernels import attention_decode, decode_step, kv_cache_update, linear, norm  # noqa: E402
 from fastgpt.kernels.dependent_launch import (  # noqa: E402
     dependent_launch,
     has_dependent_launch,

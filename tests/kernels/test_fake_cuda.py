@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgpt
 from fastgpt.integrations import sdpa
+from fastgpt.model.rope import Rope
 from fastgpt.ops import attention_with_kv_cache as attending
 from fastgpt.ops import implementations
 from fastgpt.ops import kv_cache_update as updating
 from fastgpt.ops.decode_step import embed
-from fastgpt.model.rope import Rope
 
 triton = pytest.importorskip("triton")
 
@@ -152,6 +152,7 @@ def test_without_the_cuda_library_a_model_is_captured():
 
 
 # Launchers
+
 
 def test_every_launch_is_on_the_device_of_its_tensors():
     """Also where another one is the current device: a guard is entered with a tensor of the call, and left after it."""

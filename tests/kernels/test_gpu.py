@@ -16,12 +16,12 @@ from fastgpt import (
     rope_kv_cache_update,
     rope_kv_cache_update_reference,
 )
-from fastgpt.generation import replay
 from fastgpt.cache.base import CACHE_KINDS
 from fastgpt.cli import SHIPPED_MODEL
+from fastgpt.generation import replay
 from fastgpt.generation.generate import stream
-from fastgpt.ops.library import CUDA_MISSING
 from fastgpt.generation.sampling import Sampler
+from fastgpt.ops.library import CUDA_MISSING
 from fastgpt.testing.numerics import check
 
 pytestmark = pytest.mark.gpu

@@ -15,7 +15,7 @@ from models import reference_operations  # noqa: E402
 from test_gpu import SAMPLED  # noqa: E402
 
 from fastgpt import GPT  # noqa: E402
-from fastgpt.generation import replay
+from fastgpt.generation import replay  # noqa: E402
 from fastgpt.generation.generate import STEPS_PER_LOOK, stream  # noqa: E402
 from fastgpt.testing import numerics  # noqa: E402
 

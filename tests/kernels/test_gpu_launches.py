@@ -26,7 +26,7 @@ from fastgpt import GPT  # noqa: E402
 from fastgpt.cli import SHIPPED_MODEL  # noqa: E402
 from fastgpt.generation.generate import stream  # noqa: E402
 from fastgpt.integrations import sdpa  # noqa: E402
-from fastgpt.kernels import attention_backward, norm, decode_step  # noqa: E402
+from fastgpt.kernels import attention_backward, decode_step, norm  # noqa: E402
 from fastgpt.model.rope import Rope  # noqa: E402
 
 LLAMA = {

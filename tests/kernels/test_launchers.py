@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt.ops import attention, kv_cache_update, linear, norm, decode_step
+from fastgpt.ops import attention, decode_step, kv_cache_update, linear, norm
 from fastgpt.ops import attention_with_kv_cache as cached
-
 
 
 def cache(dtype=torch.int8):

@@ -28,7 +28,10 @@ from benchmarks.machine_code import (  # noqa: E402
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
 MODULES = [  # of fastgpt.kernels
-    "attention_forward", "attention_backward", "attention_decode", "linear and norm and step and kv_cache_update",
+    "attention_forward",
+    "attention_backward",
+    "attention_decode",
+    "linear and norm and step and kv_cache_update",
 ]
 
 

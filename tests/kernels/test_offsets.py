@@ -21,10 +21,10 @@ from benchmarks.machine_code import ir_of, source_of  # noqa: E402
 from fastgpt.kernels import attention_backward as backward  # noqa: E402
 from fastgpt.kernels import attention_decode as decode  # noqa: E402
 from fastgpt.kernels import attention_forward as forward  # noqa: E402
-from fastgpt.kernels.linear import linear  # noqa: E402
-from fastgpt.kernels.limits import MOST  # noqa: E402
-from fastgpt.kernels.norm import norm  # noqa: E402
 from fastgpt.kernels.decode_step import embed  # noqa: E402
+from fastgpt.kernels.limits import MOST  # noqa: E402
+from fastgpt.kernels.linear import linear  # noqa: E402
+from fastgpt.kernels.norm import norm  # noqa: E402
 
 MODULES = ["attention_forward", "attention_backward", "attention_decode", "kv_cache_update", "linear", "norm", "step"]
 COUNTS = (

@@ -15,7 +15,6 @@ pytest.importorskip("triton")
 
 from interpreter import DEVICE, INTERPRETED, one_of_interpreted, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
-from fastgpt.kernels import attention_backward as backward  # noqa: E402
 from fastgpt.kernels import attention_forward as kernel  # noqa: E402
 from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402

@@ -231,7 +231,7 @@ def test_parity_of_masks_and_biases(layout, S, dtype, short_splits):
     shape = {"of keys": (B, 1, 1, S), "of queries": (B, H, T, 1), "of heads": (H, 1, 1)}.get(layout, (B, H, T, S))
     whole = torch.randn(B, H, T, S, device=DEVICE)
     whole.masked_fill_(one_in_three_hidden(whole), -math.inf)
-    bias = whole[tuple(slice(n) for n in (1, 1, 1, 1)[len(shape):] + shape)].reshape(shape).to(dtype)
+    bias = whole[tuple(slice(n) for n in (1, 1, 1, 1)[len(shape) :] + shape)].reshape(shape).to(dtype)
     if layout == "columns":
         bias = bias.mT.contiguous().mT
     q, k, v = random_inputs(B, H, 2, T, S, 40, dtype)

@@ -14,12 +14,12 @@ triton = pytest.importorskip("triton")
 from interpreter import DEVICE, INTERPRETED, one_of_interpreted, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
 import fastgpt  # noqa: E402
-from fastgpt.model import decoder  # noqa: E402
 from fastgpt.kernels import linear as kernel  # noqa: E402
 from fastgpt.kernels import norm as norm_kernel  # noqa: E402
+from fastgpt.model import decoder  # noqa: E402
+from fastgpt.model.rope import Rope  # noqa: E402
 from fastgpt.ops.linear import ACTIVATION_NUMBERS, ACTIVATIONS, MAX_ROWS, linear_reference  # noqa: E402
 from fastgpt.ops.norm import norm_reference  # noqa: E402
-from fastgpt.model.rope import Rope  # noqa: E402
 from fastgpt.testing import linear_features, norm_features  # noqa: E402
 from fastgpt.testing.linear_features import in_float64, split  # noqa: E402
 from fastgpt.testing.numerics import check  # noqa: E402
@@ -48,9 +48,7 @@ def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=N
 
 
 def call_of(features, *arguments):
-    return {
-        name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in features.call_of(*arguments).items()
-    }
+    return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in features.call_of(*arguments).items()}
 
 
 def assert_parity(call, rows):

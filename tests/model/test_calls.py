@@ -68,13 +68,21 @@ def test_caches():
     model = random_model()
     ids = random_ids(model, 2, 3)
     wrong = {
-        "layers": (random_model(layers=1).new_cache(2), ValueError, "cache: expected one of this model's, with 2 layers of 4 key "),
+        "layers": (
+            random_model(layers=1).new_cache(2),
+            ValueError,
+            "cache: expected one of this model's, with 2 layers of 4 key ",
+        ),
         "heads": (random_model(num_kv_heads=2).new_cache(2), ValueError, "cache: expected one of this model's"),
         "head dim": (random_model(width=32).new_cache(2, kind="paged"), ValueError, "cache: expected one of this model's"),
         "batch": (model.new_cache(3), ValueError, "cache: expected one for a batch of 2, got one for 3"),
         "a tuple": ((1, 2), TypeError, "cache: expected one of `new_cache`'s, got tuple"),
         "a flag": (True, TypeError, "cache: expected one of `new_cache`'s, got bool"),
-        "dtype": (random_model().double().new_cache(2), TypeError, "cache: expected one of torch.float32, as the model's keys are"),
+        "dtype": (
+            random_model().double().new_cache(2),
+            TypeError,
+            "cache: expected one of torch.float32, as the model's keys are",
+        ),
     }
     for cache, error, message in wrong.values():
         with pytest.raises(error, match=f"^{message}"), torch.no_grad():

@@ -189,8 +189,16 @@ def test_an_encoder_is_classified_by_the_mean_of_its_tokens(tmp_path):
 @pytest.mark.parametrize(
     "load, head, message",
     [
-        (GPT, "ForSequenceClassification", "GPT2LMHeadModel, got GPT2ForSequenceClassification, which .*SequenceClassifier loads"),
-        (TokenClassifier, "ForSequenceClassification", "expected the architecture GPT2ForTokenClassification, got GPT2ForSequence"),
+        (
+            GPT,
+            "ForSequenceClassification",
+            "GPT2LMHeadModel, got GPT2ForSequenceClassification, which .*SequenceClassifier loads",
+        ),
+        (
+            TokenClassifier,
+            "ForSequenceClassification",
+            "expected the architecture GPT2ForTokenClassification, got GPT2ForSequence",
+        ),
         (SequenceClassifier, "ForTokenClassification", "got GPT2ForTokenClassification, which fastgpt.TokenClassifier loads"),
     ],
 )
@@ -221,7 +229,11 @@ def test_another_number_of_labels(folders, tmp_path):
 BAD = [
     (lambda: SequenceClassifier(random_model(), 0), ValueError, "num_labels: expected an integer >= 1 and .*, got 0"),
     (lambda: SequenceClassifier(random_model(), 2, id2label={1: "a"}), ValueError, "id2label: expected a name for each of 0"),
-    (lambda: TokenClassifier(random_model(), 2, dropout=1.0), ValueError, "dropout: expected a finite number >= 0 and < 1, got 1.0"),
+    (
+        lambda: TokenClassifier(random_model(), 2, dropout=1.0),
+        ValueError,
+        "dropout: expected a finite number >= 0 and < 1, got 1.0",
+    ),
     (lambda: TokenClassifier(random_model(), 2)([[1], []]), ValueError, "ids: expected .* each of at least one token"),
     (lambda: TokenClassifier(random_model(), 2)([[1, 65]]), ValueError, "ids: expected token ids from 0 to 64, got 65"),
     (lambda: TokenClassifier(random_model(), 2)([[1] * 97]), ValueError, "ids: expected at most 96 tokens"),

@@ -176,10 +176,18 @@ BAD = [
     (lambda model, ids, states: model(ids, context=states[0]), ValueError, "context: expected 3 dimensions"),
     (lambda model, ids, states: model(ids, context=states.double()), TypeError, "context: expected dtype torch.float32, got"),
     (lambda model, ids, states: model(ids, context=[1]), TypeError, "context: expected a torch.Tensor, got list"),
-    (lambda model, ids, states: model(ids, context=states, context_lengths=[1, 8, 2]), ValueError, "context_lengths: expected 3"),
+    (
+        lambda model, ids, states: model(ids, context=states, context_lengths=[1, 8, 2]),
+        ValueError,
+        "context_lengths: expected 3",
+    ),
     (lambda model, ids, states: model(ids, context_lengths=[1, 2, 3]), ValueError, "context_lengths: expected None without"),
     (lambda model, ids, states: random_model()(ids, context=states), ValueError, "context: expected None for a model"),
-    (lambda model, ids, states: model(ids, model.new_cache(3, context=states), context=states), ValueError, "expected None with"),
+    (
+        lambda model, ids, states: model(ids, model.new_cache(3, context=states), context=states),
+        ValueError,
+        "expected None with",
+    ),
 ]
 
 

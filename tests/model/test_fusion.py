@@ -14,8 +14,8 @@ from tape import graphs_on_cpu
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from fastgpt import attention_reference
-from fastgpt.model.fusion import is_plain
 from fastgpt.generation.generate import stream
+from fastgpt.model.fusion import is_plain
 from fastgpt.ops.linear import ACTIVATIONS
 from fastgpt.testing import numerics
 
@@ -357,7 +357,9 @@ def test_a_change_of_dtype_on_the_way_is_an_error():
         for _ in range(2):
             step(torch.tensor([3]))
         model.half()
-        with pytest.raises(TypeError, match="cache: expected one of torch.float16, as the model's keys are, got one of torch.f"):
+        with pytest.raises(
+            TypeError, match="cache: expected one of torch.float16, as the model's keys are, got one of torch.f"
+        ):
             step(torch.tensor([3]))
 
 

@@ -170,7 +170,11 @@ def edit_config(folder, **changes):
 
 
 DAMAGE = {
-    "weights missing": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "expected model.safetensors or .*index.json in"),
+    "weights missing": (
+        lambda f: (f / "model.safetensors").unlink(),
+        FileNotFoundError,
+        "expected model.safetensors or .*index.json in",
+    ),
     "weights cut off": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
         ValueError,
@@ -194,7 +198,11 @@ DAMAGE = {
     "config missing": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "expected config.json in"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is damaged"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), ValueError, "config.json is damaged"),
-    "an entry missing": (lambda f: edit_config(f, n_layer="gone"), ValueError, "config.json: n_layer: expected an integer .*, got nothing"),
+    "an entry missing": (
+        lambda f: edit_config(f, n_layer="gone"),
+        ValueError,
+        "config.json: n_layer: expected an integer .*, got nothing",
+    ),
     "another architecture": (
         lambda f: edit_config(f, model_type="bert"),
         ValueError,

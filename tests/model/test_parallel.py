@@ -9,8 +9,8 @@ import pytest
 import torch
 from models import random_model
 
-from fastgpt.parallel import tensor_parallel
 from fastgpt.model.rope import Rope
+from fastgpt.parallel import tensor_parallel
 
 LLAMA = dict(
     num_kv_heads=2, intermediate_size=112, norm="rms", activation="silu", gated=True, qkv_bias=False, out_bias=False,

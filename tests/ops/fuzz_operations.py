@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastgpt._C import OutOfPages, PageAllocator
 
 import fastgpt
-from fastgpt._C import OutOfPages, PageAllocator
-from fastgpt.ops.linear import ACTIVATION_NUMBERS
 from fastgpt.ops.decode_step import embed
+from fastgpt.ops.linear import ACTIVATION_NUMBERS
 from fastgpt.testing import numerics
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -159,8 +159,11 @@ def attention(draw):
         options["block_table"] = table
         pages = table.shape[1] * k.shape[2]
         for name in {"mask", "bias"} & options.keys():  # of the capacity, which is more than S
-            options[name] = torch.nn.functional.pad(options[name].float(), (0, pages - S)).to(options[name].dtype) \
-                if options[name].dim() and options[name].shape[-1] == S and S != 1 else options[name][..., :1]
+            options[name] = (
+                torch.nn.functional.pad(options[name].float(), (0, pages - S)).to(options[name].dtype)
+                if options[name].dim() and options[name].shape[-1] == S and S != 1
+                else options[name][..., :1]
+            )
     call |= {"k": k, "v": v, **options}
     if scales:
         call |= dict(zip(("k_scale", "v_scale"), scales))
@@ -425,7 +428,13 @@ def aliased(draw, call):
 
 def bad(draw, operation, call):
     """(call with one argument that is something else, whether it must be refused, whether the reference may be asked)"""
-    if "k_cache" in call and draw.chance(0.1) and call["k_cache"].dtype in FLOATS and call["k_cache"].numel() and call["k"].numel():
+    if (
+        "k_cache" in call
+        and draw.chance(0.1)
+        and call["k_cache"].dtype in FLOATS
+        and call["k_cache"].numel()
+        and call["k"].numel()
+    ):
         changed, harmless = aliased(draw, call)
         return changed, not harmless, harmless
     name = draw.choice([name for name in inspect.signature(operation).parameters if name != "impl"])
@@ -489,7 +498,9 @@ def outcome(function, call):
 
 
 def in_double(x):
-    return x.to(torch.float64, memory_format=torch.contiguous_format) if isinstance(x, torch.Tensor) and x.dtype in FLOATS else x
+    return (
+        x.to(torch.float64, memory_format=torch.contiguous_format) if isinstance(x, torch.Tensor) and x.dtype in FLOATS else x
+    )
 
 
 # What float64 takes beside it: scales and angles are fp32 in any case.

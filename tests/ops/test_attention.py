@@ -572,9 +572,7 @@ def test_reference_gradients():
     """Through masks, lengths, shared heads and blind rows."""
     q, k, v = (x.double().requires_grad_() for x in make(2, 4, 2, 4, 3, 8))
     lengths = torch.tensor([2, 3], dtype=torch.int32)
-    assert torch.autograd.gradcheck(
-        lambda *x: attention_reference(*x, kv_lengths=lengths, return_lse=False), (q, k, v)
-    )
+    assert torch.autograd.gradcheck(lambda *x: attention_reference(*x, kv_lengths=lengths, return_lse=False), (q, k, v))
 
 
 # Registration
@@ -584,12 +582,12 @@ def test_reference_gradients():
 def test_opcheck():
     q, k, v = make(2, 4, 2, 3, 20, (16, 24))
     lengths = torch.tensor([5, 20], dtype=torch.int32)
-    for options in ({}, {"kv_lengths": lengths}, {"kv_lengths": lengths, "window": 7}):
-        torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), options)
+    for arguments in ({}, {"kv_lengths": lengths}, {"kv_lengths": lengths, "window": 7}):
+        torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), arguments)
     (k, k_scale), (v, v_scale) = quantise(k, torch.int8), quantise(v, torch.int8)
     (k, table), (v, _), (k_scale, _), (v_scale, _) = (paged(x, 8) for x in (k, v, k_scale, v_scale))
-    options = {"kv_lengths": lengths, "block_table": table, "k_scale": k_scale, "v_scale": v_scale}
-    torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), options)
+    arguments = {"kv_lengths": lengths, "block_table": table, "k_scale": k_scale, "v_scale": v_scale}
+    torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), arguments)
 
 
 @pytest.mark.slow
@@ -712,16 +710,28 @@ BAD = {
     "page": ((Q, KV, KV), {"block_table": INT[:, None] + 2}, ValueError, "block_table: expected pages from 0 to 1, got 2"),
     "softcap": ((Q, KV, KV), {"softcap": 0.0}, ValueError, "softcap: expected a finite number >= 1.17.*, got 0.0"),
     "slopes shape": ((Q, KV, KV), {"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \(4,\) \(H,\)"),
-    "slopes dtype": ((Q, KV, KV), {"alibi_slopes": torch.ones(4).half()}, TypeError, "alibi_slopes: expected dtype torch.float32"),
+    "slopes dtype": (
+        (Q, KV, KV),
+        {"alibi_slopes": torch.ones(4).half()},
+        TypeError,
+        "alibi_slopes: expected dtype torch.float32",
+    ),
     "sinks shape": ((Q, KV, KV), {"sinks": torch.ones(2)}, ValueError, r"sinks: expected shape \(4,\) \(H,\), got \(2,\)"),
     "sinks dtype": ((Q, KV, KV), {"sinks": torch.ones(4).int()}, TypeError, "sinks: expected dtype .*, got torch.int32"),
     "mask dtype": ((Q, KV, KV), {"mask": torch.ones(3, 5)}, TypeError, "mask: expected dtype torch.bool, got torch.float32"),
     "mask shape": (
-        (Q, KV, KV), {"mask": torch.ones(3, 4).bool()}, ValueError,
+        (Q, KV, KV),
+        {"mask": torch.ones(3, 4).bool()},
+        ValueError,
         r"mask: expected a shape that broadcasts to \(2, 4, 3, 5\) \(B, H, T, S\), got \(3, 4\)",
     ),
     "bias shape": ((Q, KV, KV), {"bias": torch.ones(3, 4, 3, 5)}, ValueError, "bias: expected a shape that broadcasts to"),
-    "bias dtype": ((Q, KV, KV), {"bias": torch.ones(5).half()}, TypeError, "bias: expected dtype torch.float32 .*, got torch.float16"),
+    "bias dtype": (
+        (Q, KV, KV),
+        {"bias": torch.ones(5).half()},
+        TypeError,
+        "bias: expected dtype torch.float32 .*, got torch.float16",
+    ),
     "bias device": ((Q, KV, KV), {"bias": torch.ones(5, device="meta")}, ValueError, "bias: expected device cpu, got meta"),
     "dropout": ((Q, KV, KV), {"dropout_p": 1.0}, ValueError, "dropout_p: expected a finite number >= 0 and < 1, got 1.0"),
     "seed": ((Q, KV, KV), {"dropout_p": 0.5, "dropout_seed": -1}, ValueError, "dropout_seed: expected an integer >= 0"),

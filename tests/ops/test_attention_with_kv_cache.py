@@ -11,11 +11,11 @@ from models import random_ids, random_model
 import fastgpt
 from fastgpt import attention_with_kv_cache, attention_with_kv_cache_reference, kv_cache_update, rope_kv_cache_update
 from fastgpt.cache import base
+from fastgpt.model.rope import Rope
 from fastgpt.ops import attention_with_kv_cache as ops
 from fastgpt.ops.attention import attention, attention_reference
 from fastgpt.ops.kv_cache_update import kv_cache_update_reference, rope_kv_cache_update_reference, rope_reference
 from fastgpt.ops.quantization import quantise
-from fastgpt.model.rope import Rope
 
 triton = pytest.importorskip("triton")
 
@@ -51,7 +51,9 @@ FEATURES = {
 }  # fmt: skip
 
 
-def example(kind="contiguous", rotation="rotated", feature="plain", dtype=torch.float16, lengths=(S, 33, 1), head_dim=D, size=S):
+def example(
+    kind="contiguous", rotation="rotated", feature="plain", dtype=torch.float16, lengths=(S, 33, 1), head_dim=D, size=S
+):
     """Arguments on the CPU. Slots that no token has, and those that the new ones get, hold NaN, or a scale that is NaN."""
     torch.manual_seed(0)
     cache_dtype, page, is_ring = KINDS[kind]
@@ -259,7 +261,16 @@ def test_a_decoder_by_the_kernel(options, short_splits):
 
     def by_the_kernel(q, k, v, k_cache, v_cache, positions, cos, sin, counters, **rest):
         calls.append(counters)
-        arguments = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "positions": positions, "cos": cos, "sin": sin}
+        arguments = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "positions": positions,
+            "cos": cos,
+            "sin": sin,
+        }
         assert_parity(arguments | rest)  # on copies of the caches
         return run_kernel(arguments | rest, counters)[0]
 
@@ -289,7 +300,9 @@ def test_under_the_interpreter(which):
     ids=str,
 )
 def test_parity_at_size(kind, head_dim, dtype):
-    arguments = example(kind, "rotated" if head_dim > 64 else "interleaved", "plain", dtype, (9000, 33, 257, 5000), head_dim, 9000)
+    arguments = example(
+        kind, "rotated" if head_dim > 64 else "interleaved", "plain", dtype, (9000, 33, 257, 5000), head_dim, 9000
+    )
     counters = torch.zeros(100, dtype=torch.int32, device=DEVICE)
     assert fastgpt.explain(attention_with_kv_cache, **on(DEVICE, arguments))["triton"] == "chosen"
     assert_parity(arguments, counters)
@@ -383,7 +396,9 @@ if not INTERPRETED:
     def test_several_tokens():
         k, q = torch.randn(1, 2, 3, 8), torch.randn(1, 4, 3, 8)
         caches = torch.zeros(2, 1, 2, 5, 8)
-        out = attention_with_kv_cache(q, k, k, *caches, torch.tensor([[0, 1, 2]]), kv_lengths=torch.tensor([3], dtype=torch.int32))
+        out = attention_with_kv_cache(
+            q, k, k, *caches, torch.tensor([[0, 1, 2]]), kv_lengths=torch.tensor([3], dtype=torch.int32)
+        )
         assert torch.equal(out, attention(q, k, k))
 
     def test_opcheck():
@@ -424,4 +439,6 @@ if not INTERPRETED:
         before = on("cpu", arguments)
         with pytest.raises(error, match=message):
             attention_with_kv_cache(**arguments)
-        assert not [name for name in ("k_cache", "v_cache") if not torch.equal(*(x[name].nan_to_num(9.0) for x in (arguments, before)))]
+        assert not [
+            name for name in ("k_cache", "v_cache") if not torch.equal(*(x[name].nan_to_num(9.0) for x in (arguments, before)))
+        ]

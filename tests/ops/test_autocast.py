@@ -32,7 +32,10 @@ def test_generation(fields, options, dtype):
         logits = torch.cat([model(ids[:, :5], cache=cache), model(ids[:, 5:], cache=cache)], 1)
     assert cache.storage.k.dtype == dtype and tokens.shape == (2 * options.get("num_samples", 1), 24)
     error = (logits - model(ids)).abs().max()
-    assert error <= 2 * (model.to(dtype)(ids).float() - model.float()(ids)).abs().max() + torch.finfo(dtype).eps * logits.abs().max()
+    assert (
+        error
+        <= 2 * (model.to(dtype)(ids).float() - model.float()(ids)).abs().max() + torch.finfo(dtype).eps * logits.abs().max()
+    )
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)

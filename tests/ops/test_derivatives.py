@@ -306,9 +306,7 @@ def test_one_tensor_as_queries_keys_and_values():
     def of(f, dtype=torch.float32):
         return penalty(lambda x: f(x, x, x), [x.to(dtype)], None)[0]
 
-    numerics.check(
-        of(attention), lambda: of(attention_reference, torch.float64)
-    )
+    numerics.check(of(attention), lambda: of(attention_reference, torch.float64))
 
 
 # Models

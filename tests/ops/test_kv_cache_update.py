@@ -449,7 +449,9 @@ def test_views_that_autograd_does_not_let_be_written(case, writer):
         q, k, v = torch.randn(3, 1, 2, 6, 16).unbind()
         {"k": k, "v": v}[name].requires_grad_()
         call = writers(q, k, v, k_cache, v_cache)[writer]
-        with pytest.raises(ValueError, match=f"^{name}_cache: expected a tensor that autograd lets be written .*, got {message}"):
+        with pytest.raises(
+            ValueError, match=f"^{name}_cache: expected a tensor that autograd lets be written .*, got {message}"
+        ):
             call()
         assert not k_cache.any() and not v_cache.any()
         with torch.no_grad():
@@ -495,7 +497,8 @@ def test_views_that_negate(negated, writer):
     def run(given):
         q, k, v = (torch._neg_view(-x) if given in ("new", "all") else x for x in new)
         k_cache, v_cache = (
-            torch._neg_view(-x) if given in ("caches", "all", name) else x.clone() for name, x in zip(("k_cache", "v_cache"), caches)
+            torch._neg_view(-x) if given in ("caches", "all", name) else x.clone()
+            for name, x in zip(("k_cache", "v_cache"), caches)
         )
         out = writers(q, k, v, k_cache, v_cache)[writer]()
         return [x.resolve_neg() for x in (out, k_cache, v_cache) if x is not None]

@@ -87,6 +87,7 @@ def test_a_plan_runs_it_again():
     """Of queries within a row, where no operation but fastgpt's may run; what is copied is not recorded."""
     weight, residual, ones = torch.randn(D), torch.randn(B, T, H, D), torch.ones(3 * H * D)
     for kind in ("layer", "rms"):
+
         def of_heads(x):
             return norm(x.view(B, T, 3, H, D)[:, :, 0], weight, kind=kind, residual=residual)
 

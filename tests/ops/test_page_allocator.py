@@ -3,9 +3,7 @@
 import random
 
 import pytest
-
-from fastgpt._C import OutOfPages
-from fastgpt._C import PageAllocator
+from fastgpt._C import OutOfPages, PageAllocator
 
 
 class Model:

@@ -256,7 +256,10 @@ def test_one_percent_everywhere_is_found_in_the_mean_square():
 
 def test_infinities_and_nan_must_be_the_oracles():
     oracle = torch.tensor([0.0, -torch.inf, torch.nan, 1e6], dtype=torch.float64)
-    for right in (torch.tensor([0.0, -torch.inf, torch.nan, 1e6]), torch.tensor([0.0, -torch.inf, torch.nan, torch.inf]).half()):
+    for right in (
+        torch.tensor([0.0, -torch.inf, torch.nan, 1e6]),
+        torch.tensor([0.0, -torch.inf, torch.nan, torch.inf]).half(),
+    ):
         numerics.check(right, lambda: oracle)
         for i, wrong in enumerate((torch.inf, -6e4, 0.0, -torch.inf)):
             changed = right.clone()
@@ -295,7 +298,6 @@ def test_inference_mode_changes_no_yardstick():
         inside = numerics.simulate(reference)
     for x, y in zip(outside, inside):
         assert torch.equal(x.oracle, y.oracle) and torch.equal(x.errors, y.errors)
-
 
 
 @pytest.mark.parametrize("n", [2, 100, 5000])

@@ -12,7 +12,6 @@ from texts import byte_fallback, byte_level, write_folder, write_json, write_mer
 
 from fastgpt.text.tokenizer import Tokenizer
 
-
 PARTS = ("the", "dog", " ", "  ", "token", "\n", "é", "日", "😀", "q", "▁", "\t", "ing", ".", "ﬁ", "'s", "42")
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.training.processes import Processes, joined
 from fastgpt.training.evaluation import evaluate
+from fastgpt.training.processes import Processes, joined
 from fastgpt.training.trainer import TrainConfig, Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40

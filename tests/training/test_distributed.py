@@ -15,8 +15,8 @@ import torch
 from parallel_training import CONFIG, DROPOUT, SAVED, TEXT, curve, in_float64
 
 from fastgpt import GPT
-from fastgpt.training.processes import Processes, joined, own_device
 from fastgpt.testing import numerics
+from fastgpt.training.processes import Processes, joined, own_device
 from fastgpt.training.trainer import Trainer
 
 

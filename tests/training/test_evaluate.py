@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from models import random_ids, random_model
 
-from fastgpt.training.processes import Processes
-from fastgpt.training.evaluation import evaluate, split
 from fastgpt.testing import numerics
+from fastgpt.training.evaluation import evaluate, split
+from fastgpt.training.processes import Processes
 
 
 def expected(model, tokens, starts, context):

@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 from texts import CHATML, CORPUS, byte_fallback, byte_level
 
 from fastgpt import GPT
-from fastgpt.training import corpus
 from fastgpt.checkpoints import transformers_format as checkpoints
 from fastgpt.checks import writing
 from fastgpt.cli import main
-from fastgpt.training.evaluation import evaluate, split
 from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
+from fastgpt.training import corpus
+from fastgpt.training.evaluation import evaluate, split
 from fastgpt.training.trainer import LOCK, TrainConfig, Trainer, claimed, pretrained, train
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
@@ -451,7 +451,12 @@ def test_a_save_that_is_cut_off_leaves_a_run(where, tmp_path, monkeypatch):
     train(trainer, tmp_path)
     before = weights(trainer)
     trainer.train_step()
-    names = {"weights": "model.safetensors", "config": "config.json", "tokenizer": "tokenizer.json", "state": "training_state.pt"}
+    names = {
+        "weights": "model.safetensors",
+        "config": "config.json",
+        "tokenizer": "tokenizer.json",
+        "state": "training_state.pt",
+    }
 
     class Cut(checkpoints.replacing):
         def __exit__(self, exception, *rest):

@@ -210,7 +210,9 @@ def _with_weights(
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).view(1, H, 1, 1).expand(B, H, T, 1)], dim=-1)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)[..., :S], dropout_p)
+    weights = F.dropout(
+        scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)[..., :S], dropout_p
+    )
     return weights @ value, weights
 
 

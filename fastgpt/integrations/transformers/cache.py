@@ -92,7 +92,9 @@ class Layer(DynamicLayer):
     def _require_pair(self) -> None:
         for name, x in self.assigned.items():
             other = "values" if name == "keys" else "keys"
-            raise ValueError(f"{other}: expected to be assigned as {name} were, with shape {tuple(x.shape[:3])}, got those of before")
+            raise ValueError(
+                f"{other}: expected to be assigned as {name} were, with shape {tuple(x.shape[:3])}, got those of before"
+            )
 
     @property
     def _rows(self) -> int:
