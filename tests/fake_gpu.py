@@ -32,12 +32,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastgpt import kernels
-from fastgpt.model import fusion
 from fastgpt.integrations import sdpa
 from fastgpt.kernels.architecture import architecture
+from fastgpt.model import fusion
+from fastgpt.model.rope import Tables
 from fastgpt.ops import implementations
 from fastgpt.ops import kv_cache_update as updating
-from fastgpt.model.rope import Tables
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 
@@ -247,9 +247,9 @@ def device_guard():
 def tables(self: Tables, positions: int, x: torch.Tensor, *keys) -> tuple[torch.Tensor, ...]:
     """As for real tensors, in which a table that is kept is made in another thread, outside of all modes."""
     rows = min(max(self.LEAST, positions), self.most)
-    if (x.device, *keys) not in self.held or len(self.held[x.device, *keys][0]) < rows:
-        self.held[x.device, *keys] = self._made(rows, x.device, *keys)
-    return self.held[x.device, *keys]
+    if (x.device, *keys) not in self.held or len(self.held[(x.device, *keys)][0]) < rows:
+        self.held[(x.device, *keys)] = self._made(rows, x.device, *keys)
+    return self.held[(x.device, *keys)]
 
 
 def pinned(x: torch.Tensor) -> torch.Tensor:

@@ -166,7 +166,7 @@ class Tables:
                 made = thread.submit(self._made, rows, x.device, *keys).result()
             if held is not None:
                 self.replaced.append(held)
-            held = self.held[x.device, *keys] = made
+            held = self.held[(x.device, *keys)] = made
         return held
 
     def _made(self, rows, device, *keys):
