@@ -58,7 +58,7 @@ GENERATED = [  # config, prompts, their tokens, options
 
 def generate(config, batch, T, options) -> None:
     """Greedily: to draw a token is PyTorch's."""
-    model_of(config).generate(empty(batch, T, dtype=torch.int64), 3, **options)
+    generate(model_of(config), empty(batch, T, dtype=torch.int64), 3, **options)
 
 
 def attention() -> None:

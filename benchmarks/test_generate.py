@@ -28,7 +28,7 @@ from benchmarks.timing import (
     time_left,
     tiny,
 )
-from fastgpt import GPT
+from fastgpt import GPT, generate
 from fastgpt.bench.timing import clock, implementation
 from fastgpt.cli import SHIPPED_MODEL, example_calls
 
@@ -211,7 +211,7 @@ def test_cached_against_uncached(benchmark, dtype, name, batch, T):
     ids = prompts(model, batch, T)
     cache = model.new_cache(batch)
     model.hidden(ids[:, :-1], cache)
-    step = model.decoding(cache)
+    step = decoding(model, cache)
 
     def cached():
         cache.counts, _ = [T - 1] * batch, cache.lengths.fill_(T - 1)  # forget the last token, without waiting for a GPU
@@ -239,13 +239,13 @@ def test_whole_calls(benchmark, name, dtype, T, new=64):
     mask = torch.ones_like(ids)
 
     def ours():
-        return model.generate(ids, new)
+        return generate(model, ids, new)
 
     def transformers():
         return theirs.generate(ids, attention_mask=mask, max_new_tokens=new)
 
-    for generate in ours, transformers:
-        assert peers.regret(model, ids, generate()[:, T:].T.tolist()) <= 2 * peers.rounding(model)
+    for run in ours, transformers:
+        assert peers.regret(model, ids, run()[:, T:].T.tolist()) <= 2 * peers.rounding(model)
     info = {"what": "whole calls", **about(name, dtype, 1), "T": T, "new_tokens": new}
     in_turns(benchmark, ours, {"transformers": transformers}, info=info, rounds=5, calls=1)
 
@@ -277,15 +277,15 @@ def test_memory(benchmark, dtype, batch, T=900):
 def peak_bytes(dtype: str, batch: int, T: int, use_cache: bool) -> int:
     model = model_of("gpt2-124m", getattr(torch, dtype))
     ids = prompts(model, batch, T)
-    model.generate(ids[:, :2], 2, use_cache=use_cache)  # what is loaded and started once is not counted
+    generate(model, ids[:, :2], 2, use_cache=use_cache)  # what is loaded and started once is not counted
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model.generate(ids, 2, use_cache=use_cache)
+        generate(model, ids, 2, use_cache=use_cache)
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident_bytes("VmRSS")
-    model.generate(ids, 2, use_cache=use_cache)
+    generate(model, ids, 2, use_cache=use_cache)
     return resident_bytes("VmHWM") - before
 
 

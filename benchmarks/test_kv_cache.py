@@ -241,14 +241,14 @@ def test_kinds(benchmark, kind):
         cache = ContiguousCache(batch_size=B, capacity=CAPACITY, **options)
     prompts = [new_tokens(B, CONTEXT) for _ in range(3)]
     cache.extend(CONTEXT, LENGTHS)
-    cache.append(0, *prompts)
+    cache.attend(0, *prompts, last_only=True)
     for x in cache.storages[0].tensors():  # the other layers hold the same
         x.view(torch.uint8)[1:] = x.view(torch.uint8)[0]
     q, k, v = (new_tokens(B, 1) for _ in range(3))
 
     def step():
         cache.extend(1)
-        return [cache.step(layer, q, k, v) for layer in range(LAYERS)]
+        return [cache.attend(layer, q, k, v) for layer in range(LAYERS)]
 
     check_step(step()[-1], prompts, q, k, v, cache)
     seen = sum(min(length, cache.window or length) for length in LENGTHS)

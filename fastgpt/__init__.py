@@ -30,10 +30,18 @@ except ImportError as error:
         )
     raise ImportError(f"fastgpt cannot be imported: {reason}") from error
 
-from fastgpt.cache.base import ContiguousCache, KVCache, OutOfPages, PagedCache, PagePool, SlidingCache
+from fastgpt._C import OutOfPages
+from fastgpt.cache.base import KVCache
+from fastgpt.cache.contiguous import ContiguousCache
+from fastgpt.cache.paged import PagedCache, PagePool
+from fastgpt.cache.sliding import SlidingCache
+from fastgpt.generation.decoding import decoding
+from fastgpt.generation.generate import generate, stream
 from fastgpt.integrations.sdpa import scaled_dot_product_attention
 from fastgpt.model.classifiers import SequenceClassifier, TokenClassifier
-from fastgpt.model.decoder import GPT, GPTConfig
+from fastgpt.model.config import GPTConfig
+from fastgpt.model.decoder import GPT
+from fastgpt.model.inspection import run_with_cache
 from fastgpt.ops.attention import attention, attention_reference, attention_varlen, attention_varlen_reference
 from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, attention_with_kv_cache_reference
 from fastgpt.ops.explain import explain
@@ -67,7 +75,9 @@ __all__ = [
     "attention_with_kv_cache",
     "attention_with_kv_cache_reference",
     "build_info",
+    "decoding",
     "explain",
+    "generate",
     "kv_cache_update",
     "kv_cache_update_reference",
     "linear",
@@ -77,7 +87,9 @@ __all__ = [
     "pipeline",
     "rope_kv_cache_update",
     "rope_kv_cache_update_reference",
+    "run_with_cache",
     "scaled_dot_product_attention",
+    "stream",
 ]
 
 

@@ -14,6 +14,8 @@ from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # a tent
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # what torch.compile and torch.export trace numbers as
 
+PENALTY = {"least": 1e-100, "most": 1e100}  # bounds of a repetition penalty, which logits are divided and multiplied by
+
 
 def require_tensor(name: str, value, ndim: int | None = None) -> None:
     """A plain strided tensor, neither nested nor sparse, which kernels cannot read, whose storage holds it."""

@@ -22,14 +22,17 @@ import fastgpt
 from fastgpt import folders
 from fastgpt.bench import suite
 from fastgpt.bench.timing import implementation
-from fastgpt.cache.base import CACHE_KINDS
+from fastgpt.cache.create import CACHE_KINDS
 from fastgpt.checkpoints import transformers_format
 from fastgpt.checks import is_terminal, require_integer, require_number
-from fastgpt.generation.generate import MAX_NEW_TOKENS, Options, PromptTooLong, require_room
+from fastgpt.generation.decoding import decoding
+from fastgpt.generation.generate import MAX_NEW_TOKENS, Options
 from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
 from fastgpt.model import inspection
-from fastgpt.model.decoder import GPT, GPTConfig
+from fastgpt.model.config import GPTConfig
+from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder_states import require_causal
+from fastgpt.model.inputs import PromptTooLong, require_room
 from fastgpt.ops.library import CUDA_MISSING
 from fastgpt.text.tokenizer import Tokenizer, unescape
 from fastgpt.training.processes import PARALLEL, joined, own_device
@@ -547,7 +550,7 @@ def run_inspect(options) -> None:
             for name, count in (("layer", model.config.num_layers), ("head", model.config.num_heads)):
                 if not 0 <= getattr(options, name) < count:
                     raise ValueError(f"{name}: expected a number from 0 to {count - 1}, got {getattr(options, name)}")
-            logits, activations = model.run_with_cache(ids)
+            logits, activations = inspection.run_with_cache(model, ids)
             pattern = activations[f"blocks.{options.layer}.attention.pattern"][0, options.head]
             inspection.draw_attention(pattern, texts, options.attention, f"layer {options.layer}, head {options.head}")
     following = [
@@ -698,7 +701,7 @@ OPERATIONS = {  # what can be explained, in words
     fastgpt.linear: "product with a weight, with norm, activation, gate and residual; here of one row",
     fastgpt.norm: "layer norm or RMS norm, with the residual added",
     fastgpt.scaled_dot_product_attention: "attention as PyTorch's function of this name defines it",
-    GPT.decoding: "a decoder's whole step from a token to the next logits",
+    decoding: "a decoder's whole step from a token to the next logits",
 }
 IMPLEMENTATIONS = {
     "cpp": "a compiled C++ kernel, for CPUs",
@@ -728,7 +731,7 @@ def example_calls(device: torch.device) -> dict[Callable, tuple]:
         fastgpt.linear: (x, x[0, 0]),
         fastgpt.norm: (x, x[0, 0, 0]),
         fastgpt.scaled_dot_product_attention: (x, x, x),
-        GPT.decoding: (tiny, tiny.new_cache(1)),
+        decoding: (tiny, tiny.new_cache(1)),
     }
 
 

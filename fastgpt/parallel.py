@@ -2,7 +2,7 @@
 
     torch.distributed.init_process_group("gloo")  # "nccl" on GPUs; under torchrun
     model = tensor_parallel(GPT.from_pretrained(path))
-    model.generate(ids, 20)  # in every process: each returns the same tokens
+    fastgpt.generate(model, ids, 20)  # in every process: each returns the same tokens
 
 Every process computes some of the heads and some of the MLP's width; what their output matrices add to the residual stream
 is summed over the processes, twice a layer. Embeddings and the output matrix are whole in each of them.

@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 
 from fastgpt import GPT, GPTConfig, attention_reference, attention_with_kv_cache_reference, linear_reference
-from fastgpt.cache import base
+from fastgpt.cache import base, uncached
 from fastgpt.model import decoder, encoder_states
 
 
@@ -39,6 +39,7 @@ def reference_operations():
     with (
         mock.patch.object(decoder, "linear", linear_reference),
         mock.patch.object(base, "attention", attention_reference),
+        mock.patch.object(uncached, "attention", attention_reference),
         mock.patch.object(base, "attention_with_kv_cache", attention_with_kv_cache_reference),
         mock.patch.object(encoder_states, "attention", attention_reference),
     ):

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 
 from fastgpt.bench import limits
 from fastgpt.bench.timing import cold, in_rounds, uncertainty
-from fastgpt.model.decoder import GPT, GPTConfig
+from fastgpt.generation.decoding import decoding
+from fastgpt.model.config import GPTConfig
+from fastgpt.model.decoder import GPT
 from fastgpt.ops.attention import attention
 from fastgpt.ops.kv_cache_update import kv_cache_update
 from fastgpt.ops.library import build_info
@@ -88,7 +90,7 @@ def decode_step(place: Place, load: Callable[[], GPT], context: int) -> Ways:
     ids = torch.randint(config.vocab_size, (1, context), device=place.device)
     kv_cache = model.new_cache(1, context)
     model.hidden(ids[:, :-1], kv_cache)
-    step = model.decoding(kv_cache)
+    step = decoding(model, kv_cache)
 
     def cached():
         kv_cache.truncate([context - 1])

@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 
 from fastgpt import folders, huge_pages, schema
 from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, TOKEN_IDS, Family, architecture, family_of
-from fastgpt.checks import is_terminal, require_path, writing
-from fastgpt.generation.sampling import PENALTY
+from fastgpt.checks import PENALTY, is_terminal, require_path, writing
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"

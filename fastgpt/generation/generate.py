@@ -1,4 +1,4 @@
-"""Generation: prefill, the decode loop and streaming. It knows a decoder only by how it is called."""
+"""Generation: prefill, the decode loop and streaming."""
 
 import contextlib
 import threading
@@ -9,10 +9,16 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from fastgpt.cache.base import CACHE_KINDS, KVCache, PagedCache, Uncached
-from fastgpt.checks import require_choice, require_flag, require_integer, require_tensor
+from fastgpt.cache.base import KVCache
+from fastgpt.cache.create import CACHE_KINDS
+from fastgpt.cache.paged import PagedCache
+from fastgpt.cache.uncached import Uncached
+from fastgpt.checks import require_choice, require_flag, require_integer
+from fastgpt.generation.decoding import decoding
 from fastgpt.generation.sampling import Processor, Sampler, checked_rules, uniform_numbers
-from fastgpt.model.fusion import evaluating, others
+from fastgpt.model.encoder_states import read_context
+from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, evaluating, others
+from fastgpt.model.inputs import as_prompts, is_several, require_in_vocabulary, require_room
 
 MAX_NEW_TOKENS = 300  # where neither the caller nor the checkpoint says how many
 MAX_ROWS = 2**20  # more are a mistake, and would take all memory before anything is generated
@@ -127,7 +133,7 @@ def defaults_of(model) -> dict:
     return defaults
 
 
-def generate(model, ids, max_new_tokens: int | None = None, **options):
+def generate(model, ids, max_new_tokens: int | None = None, *, context=None, context_lengths=None, **options):
     """Continues each sequence by `max_new_tokens` tokens, or up to a token that ends it.
 
     Args:
@@ -135,6 +141,7 @@ def generate(model, ids, max_new_tokens: int | None = None, **options):
             tensor or array of ids.
         max_new_tokens: prompt and new tokens must fit into the model's context. None: as many as the model's checkpoint
             says, or else 300; but no more than fit after the longest prompt.
+        context, context_lengths: the second stream of a model with cross-attention, one for each prompt: see `GPT.forward`.
         options: see `Options`, also for what the model's checkpoint says of those that are not given. If it names tokens
             that end a text, they end rows here too, unless eos says otherwise: eos=() lets them go on.
 
@@ -146,7 +153,7 @@ def generate(model, ids, max_new_tokens: int | None = None, **options):
     Raises: TypeError, ValueError, naming the argument; ValueError where logits are NaN or infinite, or rules forbid every
         token, with the row and the step.
     """
-    request = Request.of(model, ids, max_new_tokens, options)
+    request = Request.of(model, ids, max_new_tokens, options, context, context_lengths)
     for _ in request.run():
         pass
     new, options = request.sampler.tokens.t(), request.options  # (B · num_samples, max_new_tokens), -1 where a row has ended
@@ -164,7 +171,9 @@ def generate(model, ids, max_new_tokens: int | None = None, **options):
     return tokens, logprobs if table else [row[:n] for row, n in zip(logprobs, lengths)]
 
 
-def stream(model, ids, max_new_tokens: int | None = None, **options) -> Iterator[torch.Tensor]:
+def stream(
+    model, ids, max_new_tokens: int | None = None, *, context=None, context_lengths=None, **options
+) -> Iterator[torch.Tensor]:
     """Yields the next token of each sequence, (B · num_samples,) int64, as soon as it is known; -1 for those that have ended.
 
     With return_logprobs, yields pairs of that and of the log-probabilities (B · num_samples,) fp32. It ends when all
@@ -173,7 +182,7 @@ def stream(model, ids, max_new_tokens: int | None = None, **options) -> Iterator
 
     Arguments, their defaults and errors are those of `generate`; bad input raises here, not at the first token.
     """
-    return Request.of(model, ids, max_new_tokens, options).stream()
+    return Request.of(model, ids, max_new_tokens, options, context, context_lengths).stream()
 
 
 class Sessions:
@@ -211,6 +220,7 @@ class Sessions:
 
 
 sessions = Sessions()
+BEFORE_WEIGHTS_MOVE.append(sessions.forget)
 
 Step = Callable[[torch.Tensor], torch.Tensor]  # each row's last token (B · num_samples,) -> the next one
 
@@ -223,16 +233,17 @@ class Request:
 
     rows: the prompts, each num_samples times.
     max_new_tokens: a number also where None was given.
+    context: what the model's cross-attention reads, of each prompt, or None.
     sampler: has the results, also after another call.
     """
 
-    def __init__(self, model, prompts: list[torch.Tensor], max_new_tokens: int | None, options: Options):
-        self.model, self.prompts, self.options = model, prompts, options
+    def __init__(self, model, prompts: list[torch.Tensor], max_new_tokens: int | None, options: Options, context=None):
+        self.model, self.prompts, self.options, self.context = model, prompts, options, context
         self.max_new_tokens = self.checked(max_new_tokens)
         self.rows = [prompt for prompt in prompts for _ in range(options.num_samples)]
         self.shared = self.recording = self.key = None  # shared: the cache in which samples of a prompt will go on
         uniforms, cache = self.uniforms(), self.cache_arguments()
-        if options.use_cache and not options.logits_processors:
+        if options.use_cache and not options.logits_processors and context is None:
             self.key = self.session_key(cache)
         session = None if self.key is None else sessions.take(model, self.key)
         if session is None:
@@ -248,9 +259,11 @@ class Request:
             self.cache = self.shared.like(len(prompts)) if isinstance(self.shared, PagedCache) else self.new_cache(cache)
 
     @classmethod
-    def of(cls, model, ids, max_new_tokens: int | None, options: dict) -> "Request":
+    def of(cls, model, ids, max_new_tokens: int | None, options: dict, context=None, context_lengths=None) -> "Request":
         """Of the arguments of `generate`."""
-        return cls(model, as_prompts(model, ids), max_new_tokens, Options.of(model, options))
+        with torch.no_grad():
+            context = read_context(model, context, context_lengths)
+        return cls(model, as_prompts(model, ids), max_new_tokens, Options.of(model, options), context)
 
     def stream(self) -> Iterator:
         """What `stream` yields."""
@@ -313,11 +326,10 @@ class Request:
 
     def decoding(self) -> Step:
         if not self.options.logits_processors:
-            earlier = {} if self.recording is None else {"recording": self.recording}
-            step = self.model.decoding(self.cache, self.sampler, **earlier)
-            self.recording = getattr(step, "recording", None)
+            step = decoding(self.model, self.cache, self.sampler, self.recording)
+            self.recording = step.recording
             return step
-        logits = self.model.decoding(self.cache)  # anybody's Python can be no part of a CUDA graph
+        logits = decoding(self.model, self.cache)  # anybody's Python can be no part of a CUDA graph
         return lambda token: self.sampler(logits(token))
 
     def prefill(self, prompts: list[torch.Tensor]) -> torch.Tensor:
@@ -349,7 +361,10 @@ class Request:
         ends = torch.tensor([len(row) for row in self.rows], device=ids.device)
 
         def next_token():
-            hidden = self.model.hidden(ids[:, :longest], Uncached(self.window, ids.device))
+            cache = Uncached(self.window, ids.device)
+            if self.context is not None:
+                cache.context = self.context.repeated(self.options.num_samples)
+            hidden = self.model.hidden(ids[:, :longest], cache)
             return self.sampler(self.model.logits(hidden[rows, ends - 1]))
 
         def step(token):
@@ -363,10 +378,12 @@ class Request:
 
     def new_cache(self, arguments: dict) -> KVCache:
         try:
-            return self.model.new_cache(**arguments)
+            cache = self.model.new_cache(**arguments)
         except torch.OutOfMemoryError:  # which caches of earlier calls may have
             sessions.forget(self.model)
-            return self.model.new_cache(**arguments)
+            cache = self.model.new_cache(**arguments)
+        cache.context = self.context
+        return cache
 
     def cache_arguments(self) -> dict:
         """Of `new_cache`: with room for the request and no more. The last token is never stored."""
@@ -437,81 +454,6 @@ class Request:
             for token in getattr(options, name):
                 require_in_vocabulary(name, token, self.model)
         return new
-
-
-class PromptTooLong(ValueError):
-    """A prompt has more tokens than the model's context."""
-
-
-def require_room(name: str, tokens: int, config) -> None:
-    """Raises PromptTooLong where a prompt does not fit the model."""
-    if tokens > config.context_length:
-        raise PromptTooLong(
-            f"{name}: expected a prompt of at most {config.context_length} tokens, the model's context, got {tokens}: "
-            "shorten it, or choose a model with a longer context"
-        )
-
-
-def as_prompts(model, ids) -> list[torch.Tensor]:
-    """The rows of ids, or of a list of prompts, as 1-d int64 tensors. Raises TypeError or ValueError."""
-    device = next(model.parameters()).device
-    if isinstance(ids, np.ndarray):
-        ids = as_integers(ids, model).to(device)
-    if isinstance(ids, torch.Tensor):
-        require_tensor("ids", ids)
-        if ids.dim() != 2:
-            raise ValueError(f"ids: expected shape (B, T) or a list of prompts, got shape {tuple(ids.shape)}")
-        prompts = list(ids)
-    elif is_several(ids):
-        prompts = [as_prompt(prompt, model, device) for prompt in ids]
-    else:
-        raise TypeError(f"ids: expected a torch.Tensor or a list of prompts, got {type(ids).__name__}")
-    if not prompts or any(prompt.dim() != 1 or len(prompt) == 0 for prompt in prompts):
-        got = [tuple(prompt.shape) for prompt in prompts]
-        raise ValueError(f"ids: expected at least one sequence, each of at least one token, got shapes {got}")
-    for prompt in prompts:
-        if prompt.dtype != torch.int64:
-            raise TypeError(f"ids: expected dtype torch.int64, got {prompt.dtype}")
-        if prompt.device != device:
-            raise ValueError(f"ids: expected tokens on {device}, where the model is, got some on {prompt.device}")
-    low, high = (bound.item() for bound in torch.cat(prompts).aminmax())
-    require_in_vocabulary("ids", low if low < 0 else high, model)
-    return prompts
-
-
-def as_prompt(prompt, model, device) -> torch.Tensor:
-    if isinstance(prompt, torch.Tensor):
-        require_tensor("ids", prompt)
-        return prompt
-    if isinstance(prompt, np.ndarray):
-        return as_integers(prompt, model).to(device)
-    try:
-        ids = torch.tensor(prompt, device=device)
-    except (TypeError, ValueError, RuntimeError):  # not numbers, or too large
-        ids = None
-    if ids is not None and ids.numel() == 0:
-        ids = ids.long()
-    if ids is None or ids.dim() != 1 or ids.dtype != torch.int64:
-        shown = repr(prompt) if len(repr(prompt)) < 50 else f"a {type(prompt).__name__}"
-        raise TypeError(f"ids: expected each prompt to be a list of integers or a 1-d tensor, got {shown}")
-    return ids
-
-
-def as_integers(ids: np.ndarray, model) -> torch.Tensor:
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise TypeError(f"ids: expected integers, got an array of {ids.dtype}")
-    if ids.dtype == np.uint64 and ids.size:  # which int64 may have no room for
-        require_in_vocabulary("ids", int(ids.max()), model)
-    return torch.from_numpy(ids.astype(np.int64))
-
-
-def require_in_vocabulary(name: str, token: int, model) -> None:
-    if not 0 <= token < model.config.vocab_size:
-        raise ValueError(f"{name}: expected token ids from 0 to {model.config.vocab_size - 1}, got {token}")
-
-
-def is_several(value) -> bool:
-    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
 
 
 def integers(name: str, value: int | Sequence[int]) -> list[int]:

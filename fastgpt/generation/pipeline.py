@@ -9,8 +9,9 @@ import torch
 
 from fastgpt.checkpoints import transformers_format
 from fastgpt.checks import require_integer
-from fastgpt.generation.generate import Request, defaults_of, require_room
+from fastgpt.generation.generate import Request, defaults_of
 from fastgpt.model.decoder import GPT
+from fastgpt.model.inputs import require_room
 from fastgpt.text.tokenizer import Decoder, Stops, Tokenizer, require_text
 
 Messages = Sequence[dict]  # a chat: see Tokenizer.encode_chat
@@ -97,7 +98,7 @@ class Pipeline:
         return Run(self.model, self.tokenizer, ids, max_new_tokens, stop, eos, options)
 
     def encode(self, prompt: str | Messages, template_variables: dict | None = None) -> list[int]:
-        """The ids of a text, or of a chat. Raises `fastgpt.generation.generate.PromptTooLong`, a ValueError, of more than the context."""
+        """The ids of a text, or of a chat. Raises `fastgpt.model.inputs.PromptTooLong`, a ValueError, of more than the context."""
         if isinstance(prompt, str):
             if template_variables is not None:
                 raise ValueError("template_variables: expected none with a prompt that is no chat")

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from fastgpt.checks import require_device, require_integer, require_number, require_shape, require_tensor
+from fastgpt.checks import PENALTY, require_device, require_integer, require_number, require_shape, require_tensor
 from fastgpt.ops.decode_step import note
 
 LARGEST = torch.finfo(torch.float32).max
-PENALTY = {"least": 1e-100, "most": 1e100}
 COOL = 1e-3  # temperatures below it take logits out of fp32's range, unless those begin at 0
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

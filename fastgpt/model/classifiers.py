@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from fastgpt.checkpoints import transformers_format
 from fastgpt.checks import require_integer, require_number
-from fastgpt.generation.generate import as_prompts
-from fastgpt.model.decoder import GPT, GPTConfig, project
-from fastgpt.model.encoder_states import as_lengths, require_ids
+from fastgpt.model.config import GPTConfig
+from fastgpt.model.decoder import GPT, project
 from fastgpt.model.fusion import is_training
+from fastgpt.model.inputs import as_lengths, as_prompts, require_ids
 from fastgpt.schema import integer, mapping, number, read
 
 MAX_LABELS = 1 << 16

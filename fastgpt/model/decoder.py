@@ -6,135 +6,27 @@ V vocabulary.
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastgpt import huge_pages, schema
-from fastgpt.cache.base import (
-    CACHE_KINDS,
-    ContiguousCache,
-    KVCache,
-    PagedCache,
-    PagePool,
-    SlidingCache,
-    Uncached,
-    least,
-)
+from fastgpt import huge_pages
+from fastgpt.cache.base import KVCache
+from fastgpt.cache.create import new_cache
+from fastgpt.cache.uncached import Uncached
 from fastgpt.checkpoints import transformers_format
-from fastgpt.checkpoints.families import DECODER_SCHEMA, MAX_HEAD_DIM
-from fastgpt.checks import is_autocasting, require_flag, require_integer
-from fastgpt.generation import replay
-from fastgpt.generation.generate import generate, sessions
-from fastgpt.model.encoder_states import (
-    Context,
-    Given,
-    read_context,
-    require_causal,
-    require_context,
-    require_ids,
-    stored_context,
-    uncached,
-)
-from fastgpt.model.fusion import computes, is_plain_matrix, is_training, plain
-from fastgpt.model.inspection import run_with_cache
-from fastgpt.model.rope import Rope, Tables, sinusoidal
+from fastgpt.checks import is_autocasting, require_flag
+from fastgpt.model.config import GPTConfig
+from fastgpt.model.encoder_states import Context, require_causal, require_context, stored_context, uncached
+from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, computes, is_plain_matrix, is_training, plain
+from fastgpt.model.inputs import require_ids
+from fastgpt.model.rope import Tables, sinusoidal
 from fastgpt.ops.decode_step import embed
-from fastgpt.ops.explain import OPERATIONS
-from fastgpt.ops.implementations import decoder_cpp_refuses, decoder_triton_refuses, explain_call, runs_elsewhere
-from fastgpt.ops.linear import MAX_ROWS, finish, linear
+from fastgpt.ops.linear import finish, linear
 from fastgpt.ops.norm import norm
 from fastgpt.ops.quantization import QUANTISED_DTYPES
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """What a decoder is made of. The defaults are GPT-2's.
-
-    num_heads, num_kv_heads, head_dim: of attention; default as many key and value heads as query heads, and
-        hidden_size / num_heads. Each key head serves num_heads / num_kv_heads query heads.
-    intermediate_size: width of the MLP; default 4 · hidden_size.
-    dropout: in training, of the embeddings and of what each attention and MLP adds to the residual stream.
-    norm: "layer" or "rms", with norm_eps; norm_offset is added to its weight.
-    post_norms: what attention and MLP add to the residual stream is normalised, too.
-    activation: of the MLP: down(activation(up(x))), or if gated down(activation(gate(x)) · up(x)).
-    qkv_bias, out_bias, mlp_bias: whether the matrices have one.
-    qk_norm: queries and keys are normalised, head by head.
-    position: "learned" or "sinusoidal" embeddings, "rotary" as `rope` says, or None.
-    windows: for each layer the last tokens that one attends to, itself included, or None for all; default all, everywhere.
-    causal: False lets tokens attend to later ones as well: an encoder.
-    cross_attention: between attention and MLP, each block attends to a second stream, too: the states of an encoder, say.
-    attention_scale, attention_softcap: of `attention`; default 1 / sqrt(head_dim), and none.
-    logit_softcap: bound on the logits, c · tanh(logits / c).
-    embedding_scale: factor on the token embeddings, rounded to their dtype.
-    tie_embeddings: the output matrix is the token embedding.
-
-    Raises: TypeError, ValueError that begins with the field's name.
-    """
-
-    vocab_size: int
-    context_length: int
-    num_layers: int
-    num_heads: int
-    hidden_size: int
-    dropout: float = 0.0
-    norm_eps: float = 1e-5
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    norm: str = "layer"
-    norm_offset: float = 0.0
-    post_norms: bool = False
-    activation: str = "gelu_tanh"
-    gated: bool = False
-    qkv_bias: bool = True
-    out_bias: bool = True
-    mlp_bias: bool = True
-    qk_norm: bool = False
-    position: str | None = "learned"
-    rope: Rope | None = None
-    windows: tuple[int | None, ...] | None = None
-    causal: bool = True
-    cross_attention: bool = False
-    attention_scale: float | None = None
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    embedding_scale: float | None = None
-    tie_embeddings: bool = True
-
-    def __post_init__(self):
-        schema.check_fields(self, DECODER_SCHEMA)
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size: expected a multiple of num_heads={self.num_heads}, got {self.hidden_size}")
-        derived = {
-            "num_kv_heads": self.num_heads,
-            "head_dim": self.hidden_size // self.num_heads,
-            "intermediate_size": 4 * self.hidden_size,
-        }
-        for name, value in derived.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {self.num_kv_heads}")
-        if self.num_layers and self.head_dim > MAX_HEAD_DIM:
-            raise ValueError(f"head_dim: expected at most {MAX_HEAD_DIM}, got {self.head_dim}")
-        if self.rope is not None and not isinstance(self.rope, Rope):
-            raise TypeError(f"rope: expected a Rope or None, got {self.rope!r}")
-        if (self.position == "rotary") != (self.rope is not None):
-            raise ValueError(f"rope: expected a Rope if position is 'rotary', and None else, got {self.rope!r}")
-        if self.rope is not None and self.rope.dim > self.head_dim:
-            raise ValueError(f"rope.dim: expected at most head_dim={self.head_dim}, got {self.rope.dim}")
-        if self.windows is not None and len(self.windows) != self.num_layers:
-            raise ValueError(f"windows: expected {self.num_layers}, one for each layer, got {self.windows!r}")
-        if self.windows is not None and not self.causal:
-            raise ValueError(f"windows: expected None for a model that is not causal, got {self.windows!r}")
-
-    def window(self, layer: int) -> int | None:
-        return None if self.windows is None else self.windows[layer]
 
 
 @plain(weights=2)
@@ -222,16 +114,10 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D) twice
-        dtype = q.dtype
-        if T == 1:
-            y = cache.step(self.layer, q, k, v, rotation, **self.options)  # as q
-        else:
-            q = cache.append(self.layer, q, k, v, rotation)
-            if last_only:
-                q, x = q[:, :, -1:], x[:, -1:]
-            y = cache.attend(self.layer, q, **self.options)  # as q
-        if y.dtype is not dtype:  # that of a cache which autocast, on or off since, made another
-            y = y.to(dtype)
+        y = cache.attend(self.layer, q, k, v, rotation, last_only=last_only, **self.options)  # as q, or the last of it
+        x = x[:, -1:] if last_only else x
+        if y.dtype is not q.dtype:  # that of a cache which autocast, on or off since, made another
+            y = y.to(q.dtype)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H · D)
         return add(x, y, self.out, self.post_norm, self.dropout if is_training(self) else 0.0)
 
@@ -340,7 +226,8 @@ class GPT(nn.Module):
         huge_pages.collapse(self.parameters())
 
     def _apply(self, fn, recurse=True):
-        sessions.forget(self)  # which would keep the memory of weights that move
+        for forget in BEFORE_WEIGHTS_MOVE:
+            forget(self)
         return super()._apply(fn, recurse)
 
     def forward(
@@ -400,71 +287,6 @@ class GPT(nn.Module):
     def capped(self, scores):
         cap = self.config.logit_softcap
         return scores if cap is None else cap * torch.tanh(scores / cap)
-
-    def decoding(
-        self, cache: KVCache, choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        recording: replay.Recording | None = None,
-    ):  # fmt: skip
-        """A function of each sequence's next token, (B,) int64, that lets it join the cache -> its logits (B, V).
-
-        It is captured, on the CPU at its first call, where all of it runs in fastgpt's operations, on a GPU at its second,
-        in a CUDA graph; so what it returns may be overwritten by the next call. A model that cannot be, see `graph_refused`,
-        runs each time instead, and one that changes on the way is captured again, or no longer.
-        `fastgpt.explain(GPT.decoding, model, cache)` tells.
-
-        Args:
-            choose: a function of the logits, whose result is returned in their place. A CUDA graph has it inside: it must
-                then follow the rules of `Graphed`.
-            recording: `recording` of a function that this returned for the same cache and `choose`, to go on with what that
-                has captured.
-
-        Raises: RuntimeError, from the function, where a CUDA graph cannot be captured all the same.
-        """
-
-        def step(x, tables):
-            return self.scores(self.transform(x, cache, tables=tables)[:, -1])
-
-        def chosen(logits):
-            return logits if choose is None else choose(logits)
-
-        def whole(token, tables):
-            return chosen(self.capped(step(self.embed_reserved(token.unsqueeze(1), cache, tables), tables)))
-
-        def replayed(token):
-            self.check(token.unsqueeze(1), cache)
-            cache.reserve(1)
-            return graph(token, self.position_tables(token, cache))
-
-        def recorded(token):
-            x = self.embed(token.unsqueeze(1), cache)
-            return chosen(self.capped(plan(x, self.position_tables(x, cache))))
-
-        if replay.has_graphs(cache.lengths.device):
-            graph = self._recording(recording, whole, replay.Graphed, functools.partial(self.graph_refused, cache))
-            replayed.recording = graph
-            return replayed
-        plan = self._recording(recording, step, replay.Captured)
-        recorded.recording = plan
-        return recorded
-
-    def _recording(self, earlier: replay.Recording | None, function, record: type, refuses=None) -> replay.Recording:
-        if earlier is None or earlier.record is not record:
-            return replay.Recording(self, function, record, refuses)
-        earlier.resume(self, function, refuses)
-        return earlier
-
-    def graph_refused(self, cache: KVCache) -> str | None:
-        """Why a decode step over this cache is no CUDA graph, or None: modules are not plain (fastgpt/model/fusion.py), or no kernel
-        takes their dtype, or runs on the device, and a reference would wait for it."""
-        weight = self.first_weight
-        if weight.is_cuda and (reason := decoder_triton_refuses(weight)) is not None:
-            return f"the Triton kernels do not serve it: {reason}"
-        if (reason := replay.modules_refuse(self)) is not None:
-            return reason
-        if (name := next((name for name, module in self.named_modules() if getattr(module, "waits", False)), None)) is not None:
-            return f"{name} waits for the device"
-        heads = self.blocks[0].attention.num_heads if self.blocks else 0  # this process's share
-        return cache.step_waits(heads, cache.dtype if cache.casts else weight.dtype)
 
     def embed(self, ids, cache: KVCache | Uncached, new: list[int] | None = None):
         """Makes room for ids (B, T) in the cache and embeds them: (B, T, C)."""
@@ -611,47 +433,24 @@ class GPT(nn.Module):
         Raises: TypeError, ValueError, naming the argument.
         """
         require_causal(self.config)
-        device = self.first_weight.device
-        capacity = self.config.context_length if capacity is None else capacity
-        options = {"batch_size": batch_size, "capacity": capacity, "window": window}
-        storage = {
-            "num_layers": self.config.num_layers,
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.config.head_dim,
-            "dtype": self.key_dtype,
-            "cache_dtype": cache_dtype,
-            "device": device,
-        }
-        if kind == "contiguous":
-            cache = ContiguousCache(**options, **storage)
-        elif kind == "sliding":
-            windows = [least(window, self.config.window(layer)) for layer in range(self.config.num_layers)]
-            if all(window is None for window in windows):
-                raise ValueError(
-                    "window: expected a number of tokens for a sliding cache, got None, and the model has no window of its "
-                    "own: give one, or choose a contiguous or paged cache"
-                )
-            cache = SlidingCache(**options, windows=windows, **storage)
-        elif kind == "paged":
-            page_size = require_integer("page_size", page_size, 1)
-            if num_pages is None:
-                num_pages = batch_size * -(-capacity // page_size)
-            cache = PagedCache(PagePool(num_pages=num_pages, page_size=page_size, **storage), **options)
-        else:
-            raise ValueError(f"kind: expected one of {', '.join(map(repr, CACHE_KINDS))}, got {kind!r}")
+        cache = new_cache(
+            kind,
+            batch_size=batch_size,
+            capacity=self.config.context_length if capacity is None else capacity,
+            window=window,
+            windows=[self.config.window(layer) for layer in range(self.config.num_layers)],
+            page_size=page_size,
+            num_pages=num_pages,
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.key_dtype,
+            cache_dtype=cache_dtype,
+            device=self.first_weight.device,
+        )
         cache.casts = self.key_dtype != self.first_weight.dtype
         cache.context = stored_context(self, context, context_lengths)
         return cache
-
-    def generate(self, ids, max_new_tokens: int | None = None, *, context=None, context_lengths=None, **options):
-        """`fastgpt.generation.generate.generate`, of a decoder that attends to `context` (one for each prompt), if there is one."""
-        if context is None and context_lengths is None:
-            return generate(self, ids, max_new_tokens, **options)
-        with torch.no_grad():
-            given = Given(self, read_context(self, context, context_lengths))
-        return generate(given, ids, max_new_tokens, **options)
-
-    run_with_cache = run_with_cache
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype=None, device=None) -> "GPT":
@@ -677,31 +476,3 @@ class GPT(nn.Module):
         """Writes `config.json`, `model.safetensors` and, if there are generation_defaults, `generation_config.json`, which
         transformers reads too if it has this architecture."""
         transformers_format.write(self, folder, generation_defaults=self.generation_defaults)
-
-
-def explain_decoding(model: GPT, cache: KVCache) -> dict[str, str]:
-    """How the steps of `model.decoding(cache)` would run: a CUDA graph, recorded operations on a CPU, or all their Python each
-    time; "chosen", "available", or why not."""
-    model.check(torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=model.first_weight.device), cache)
-    with torch.no_grad():
-        return explain_call(DECODING, model, cache)
-
-
-def _cuda_graph_refuses(model: GPT, cache: KVCache) -> str | None:
-    if not replay.has_graphs(cache.lengths.device):
-        return runs_elsewhere("CUDA", "the model", cache.lengths.device)
-    return model.graph_refused(cache)
-
-
-def _cpu_replay_refuses(model: GPT, cache: KVCache) -> str | None:
-    if not cache.lengths.is_cpu:
-        return runs_elsewhere("CPU", "the model", cache.lengths.device)
-    if cache.batch_size > MAX_ROWS:
-        return f"it takes up to {MAX_ROWS} sequences, and the cache has {cache.batch_size}"
-    return replay.modules_refuse(model) or decoder_cpp_refuses(model.first_weight)
-
-
-DECODING = {"cuda_graph": _cuda_graph_refuses, "cpu_replay": _cpu_replay_refuses, "eager": lambda model, cache: None}
-
-
-OPERATIONS[GPT.decoding] = explain_decoding

@@ -1,11 +1,11 @@
 """What tokens attend to beside one another: padding, which they must not, and a second stream, such as an encoder's states."""
 
-from collections.abc import Sequence
-
 import torch
 
-from fastgpt.cache.base import KVCache, Uncached
+from fastgpt.cache.base import KVCache
+from fastgpt.cache.uncached import Uncached
 from fastgpt.checks import is_autocasting, require_device, require_dtype, require_shape, require_tensor
+from fastgpt.model.inputs import as_lengths, require_ids
 from fastgpt.ops.attention import attention
 from fastgpt.ops.derivatives import through_cache
 
@@ -40,26 +40,6 @@ class Context:
         layers = [tuple(x.repeat_interleave(n, dim=0) for x in layer) for layer in self.layers]
         lengths = None if self.lengths is None else self.lengths.repeat_interleave(n)
         return Context(layers, n * self.batch_size, lengths)
-
-
-class Given:
-    """A decoder together with what it attends to: for generation, which knows a decoder only by how it is called."""
-
-    def __init__(self, model, context: Context):
-        self.model, self.context = model, context
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def new_cache(self, *args, **options):
-        cache = self.model.new_cache(*args, **options)
-        cache.context = self.context
-        return cache
-
-    def hidden(self, ids, cache, *args, **options):
-        if isinstance(cache, Uncached):
-            cache.context = self.context.repeated(len(ids) // self.context.batch_size)
-        return self.model.hidden(ids, cache, *args, **options)
 
 
 def uncached(model, ids, lengths=None, context=None, context_lengths=None) -> Uncached:
@@ -99,32 +79,6 @@ def stored_context(model, states, lengths=None) -> Context | None:
     if context is not None:
         context.layers = [through_cache(lambda _, layer=layer: layer, states) for layer in context.layers]
     return context
-
-
-def require_ids(ids, device: torch.device) -> None:
-    """Raises TypeError, ValueError for what cannot be ids (B, T) of a model on a device."""
-    require_tensor("ids", ids)
-    require_dtype("ids", ids, (torch.int64, torch.int32))
-    if ids.dim() != 2 or ids.shape[1] == 0:
-        raise ValueError(f"ids: expected shape (B, T) with at least one token, got {tuple(ids.shape)}")
-    require_device("ids", ids, device)
-
-
-def as_lengths(name: str, lengths, x: torch.Tensor) -> torch.Tensor:
-    """How many of x's columns (B, T, ...), the first ones, are tokens: a list or a tensor -> (B,) int32 on its device.
-
-    Raises: TypeError, ValueError, but for numbers outside 1 to T that are on a GPU.
-    """
-    if not isinstance(lengths, torch.Tensor):
-        if not isinstance(lengths, Sequence) or not all(isinstance(n, int) for n in lengths):
-            raise TypeError(f"{name}: expected a tensor or a list of integers, got {lengths!r}")
-        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected integers, got {lengths.dtype}")
-    if lengths.shape != x.shape[:1] or lengths.is_cpu and not all(1 <= n <= x.shape[1] for n in lengths.tolist()):
-        got = lengths.tolist() if lengths.shape == x.shape[:1] else f"shape {tuple(lengths.shape)}"
-        raise ValueError(f"{name}: expected {len(x)} numbers, each from 1 to {x.shape[1]} (the columns), got {got}")
-    return lengths.to(x.device, torch.int32)
 
 
 def require_context(config, cache: KVCache | Uncached, batch_size: int) -> None:

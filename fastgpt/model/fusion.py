@@ -21,6 +21,8 @@ PLAIN_WEIGHTS = {nn.Parameter, torch.Tensor, type(None)}  # no type that derives
 MATRICES = {nn.Linear, nn.Embedding}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(hooked, f"_global{name}") for name in HOOKS]
+# Functions that are called with a decoder before its weights move, as to another device: what holds their memory lets go of it.
+BEFORE_WEIGHTS_MOVE = []
 
 
 def plain(weights: int):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.cache.base import Uncached
+from fastgpt.cache.uncached import Uncached
 from fastgpt.checks import require_path, writing
 from fastgpt.model.encoder_states import Context, uncached
 from fastgpt.ops.attention import attention_reference
@@ -29,7 +29,7 @@ def run_with_cache(model, ids, *, lengths=None, context=None, context_lengths=No
     Query head h attends to key and value head h // (H / H_kv). Arguments and errors are those of `GPT.forward`. The logits
     are those of `model(ids)`; gradients flow, where they are enabled.
 
-    >>> logits, activations = model.run_with_cache(ids)
+    >>> logits, activations = fastgpt.run_with_cache(model, ids)
     >>> activations["blocks.0.attention.pattern"].shape
     torch.Size([1, 12, 7, 7])
     """
@@ -66,10 +66,9 @@ class Recorder(Uncached):
         self.activations = activations
         self.context = None if plain.context is None else ContextRecorder(activations, plain.context)
 
-    def attend(self, layer, q, *, window=None, **options):
-        k, v = self.k, self.v
-        output = super().attend(layer, q, window=window, **options)
-        keep_attention(self.activations, f"blocks.{layer}.attention", q, k, v, output, **self.visible(window), **options)
+    def attend_rotated(self, layer, q, k, v, **options):
+        output = super().attend_rotated(layer, q, k, v, **options)
+        keep_attention(self.activations, f"blocks.{layer}.attention", q, k, v, output, **options)
         return output
 
 

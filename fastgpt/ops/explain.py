@@ -21,7 +21,7 @@ def explain(operation, *args, **kwargs) -> dict[str, str]:
 
     Args:
         operation: fastgpt.attention, attention_varlen, attention_with_kv_cache, kv_cache_update, rope_kv_cache_update, linear,
-            norm or scaled_dot_product_attention; the rest is what it would be called with. Or fastgpt.GPT.decoding, with a
+            norm or scaled_dot_product_attention; the rest is what it would be called with. Or fastgpt.decoding, with a
             model and a cache: how a decode step runs.
 
     Returns: implementation -> "chosen", "available" (it could, but another comes first), or why it cannot.

@@ -29,7 +29,9 @@ from fastgpt import folders, schema
 from fastgpt.checkpoints import transformers_format
 from fastgpt.checkpoints.transformers_format import STATE, TOKENIZER, replacing, resolve
 from fastgpt.checks import reason_of, require_choice, require_integer, require_number, require_path, require_tensor
-from fastgpt.model.decoder import GPT, GPTConfig
+from fastgpt.generation.generate import generate
+from fastgpt.model.config import GPTConfig
+from fastgpt.model.decoder import GPT
 from fastgpt.text.tokenizer import Tokenizer
 from fastgpt.training.corpus import summarize, tokenize
 from fastgpt.training.evaluation import evaluate, split
@@ -279,7 +281,7 @@ class Trainer:
             return None
         prompt = self.held_out[:1].unsqueeze(0).to(model.token_embedding.weight.device)
         num_tokens = min(num_tokens, self.config.context - 1)
-        ids = model.generate(prompt, num_tokens, temperature=0.8, seed=self.config.seed)
+        ids = generate(model, prompt, num_tokens, temperature=0.8, seed=self.config.seed)
         return self.tokenizer.decode(ids[0].tolist())
 
     def save(self, folder: Path, *, weights: bool) -> None:

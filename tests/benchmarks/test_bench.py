@@ -13,7 +13,7 @@ from test_cli import run
 
 from fastgpt.bench import suite, timing
 from fastgpt.bench.limits import Limit
-from fastgpt.model.decoder import GPTConfig
+from fastgpt.model.config import GPTConfig
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from models import random_ids, random_model, reference_operations
 
-from fastgpt import GPT, OutOfPages, PagedCache
-from fastgpt.cache.base import CACHE_KINDS, Uncached
+from fastgpt import GPT, OutOfPages, PagedCache, generate
+from fastgpt.cache.create import CACHE_KINDS
+from fastgpt.cache.uncached import Uncached
 from fastgpt.cli import SHIPPED_MODEL
 from fastgpt.testing import numerics
 
@@ -138,8 +139,8 @@ def test_cached_and_uncached_tokens_are_identical(setting, cache):
         model = random_model(layers=layers, heads=heads, width=width, context=128, seed=seed)
         prompts = [random_ids(model, 1, length, seed)[0] for length in lengths]
         options = {"window": window, "page_size": 4}
-        cached = model.generate(prompts, 60, cache=kind, **options)
-        uncached = model.generate(prompts, 60, use_cache=False, **options)
+        cached = generate(model, prompts, 60, cache=kind, **options)
+        uncached = generate(model, prompts, 60, use_cache=False, **options)
         for prompt, a, b in zip(prompts, cached, uncached, strict=True):
             assert torch.equal(a, b) and torch.equal(a[: len(prompt)], prompt) and len(a) == len(prompt) + 60
             assert window == 1 or len(a[len(prompt) :].unique()) > 3  # a model stuck on a token would prove little
@@ -152,16 +153,16 @@ def test_samples_share_a_prompt(kind, window, dtype):
     model = random_model()
     prompts = [random_ids(model, 1, length)[0] for length in (9, 13)]
     options = {"cache": kind, "window": window, "cache_dtype": dtype, "page_size": 4}
-    alone = model.generate(prompts, 30, **options)
-    assert all(map(torch.equal, model.generate(prompts, 30, num_samples=3, **options), [x for x in alone for _ in range(3)]))
+    alone = generate(model, prompts, 30, **options)
+    assert all(map(torch.equal, generate(model, prompts, 30, num_samples=3, **options), [x for x in alone for _ in range(3)]))
     options |= {"temperature": 1.0, "seed": 3}
-    samples = model.generate(prompts, 30, num_samples=3, **options)
-    assert len(samples) == 6 and all(map(torch.equal, samples[::3], model.generate(prompts, 30, **options)))
+    samples = generate(model, prompts, 30, num_samples=3, **options)
+    assert len(samples) == 6 and all(map(torch.equal, samples[::3], generate(model, prompts, 30, **options)))
     assert not torch.equal(samples[0], samples[1])
-    contiguous = model.generate(prompts, 30, num_samples=3, **options | {"cache": "contiguous"})
+    contiguous = generate(model, prompts, 30, num_samples=3, **options | {"cache": "contiguous"})
     assert all(map(torch.equal, samples, contiguous))
     if dtype is None:
-        uncached = model.generate(prompts, 30, num_samples=3, use_cache=False, **options)
+        uncached = generate(model, prompts, 30, num_samples=3, use_cache=False, **options)
         assert all(map(torch.equal, samples, uncached))
 
 
@@ -223,7 +224,7 @@ def test_generate_takes_the_pages_that_it_needs(monkeypatch):
     monkeypatch.setattr(PagedCache, "__init__", spy)
     model = random_model()
     prompts = [random_ids(model, 1, length)[0] for length in (9, 16, 1)]
-    model.generate(prompts, 21, cache="paged", page_size=8, num_samples=4, temperature=1.0)
+    generate(model, prompts, 21, cache="paged", page_size=8, num_samples=4, temperature=1.0)
     # 29, 36 and 21 tokens are stored; 1, 2 and 0 pages of the prompts are shared.
     expected = (1 + 4 * 3) + (2 + 4 * 3) + 4 * 3
     statistics = pools[0].statistics()
@@ -245,7 +246,7 @@ def test_8_bit_caches_are_a_quarter_and_a_scale(dtype, share):
 def test_8_bit_caches_hardly_change_the_loss(dtype, limit):
     """Of the shipped model, on text that it wrote itself."""
     model = GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
-    ids = model.generate(random_ids(model, 4, 1), 400, temperature=1.0, seed=0)
+    ids = generate(model, random_ids(model, 4, 1), 400, temperature=1.0, seed=0)
 
     def loss(cache):
         logits = model(ids[:, :-1], cache=cache)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from models import random_ids, random_model
 
-from fastgpt import PagedCache
-from fastgpt.cache.base import Uncached
+from fastgpt import PagedCache, decoding
+from fastgpt.cache.uncached import Uncached
 from fastgpt.model.rope import Rope
 
 KINDS = [
@@ -50,7 +50,7 @@ def test_a_copy_goes_on_as_the_original(options, way):
         if options.get("kind") != "sliding":
             for cache in (mine, theirs):
                 cache.truncate([count - 2 for count in cache.counts])
-        steps = [model.decoding(cache) for cache in (mine, theirs)]
+        steps = [decoding(model, cache) for cache in (mine, theirs)]
         for token in tokens[:, :6].T:
             assert torch.equal(*(step(token) for step in steps))
         assert torch.equal(model(tokens[:, 6:9], cache=mine), model(tokens[:, 6:9], cache=theirs))

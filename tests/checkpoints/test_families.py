@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastgpt import GPT, GPTConfig
+from fastgpt import GPT, GPTConfig, decoding
 from fastgpt.checkpoints import families
 from fastgpt.generation.replay import Recording
 from fastgpt.testing import numerics
@@ -72,7 +72,7 @@ def test_decode_steps_are_captured(case, folders):
         ids, eager, captured = ids_of(batch, 40), model.new_cache(batch), model.new_cache(batch)
         for cache in (eager, captured):
             model(ids[:, :20], cache=cache)
-        step = model.decoding(captured)
+        step = decoding(model, captured)
         (recorded,) = [cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, Recording)]
         for token in ids[:, 20:].T:
             assert torch.equal(step(token), model(token.unsqueeze(1), cache=eager)[:, -1])

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from fastgpt import GPT, GPTConfig
-from fastgpt.cache.base import CACHE_KINDS
+from fastgpt import GPT, GPTConfig, generate, run_with_cache
+from fastgpt.cache.create import CACHE_KINDS
 
 TEXT = (
     "She sells sea shells by the sea shore; the shells she sells are surely seashells. "
@@ -65,8 +65,8 @@ def test_it_generates(trained, kind):
     options = {"temperature": 1.0, "seed": 0}
     prompts = [ids[0, :5], ids[0, :1]]
     for prompts in (ids[:, :3], [ids[0, :5], ids[0, :1]]):
-        cached = model.generate(prompts, 40, cache=kind, **options)
-        assert all(map(torch.equal, cached, model.generate(prompts, 40, use_cache=False, **options)))
+        cached = generate(model, prompts, 40, cache=kind, **options)
+        assert all(map(torch.equal, cached, generate(model, prompts, 40, use_cache=False, **options)))
     letters = sorted(set(TEXT))
     text = "".join(letters[i] for i in cached[0].tolist())
     assert sum(pair in set(zip(TEXT, TEXT[1:])) for pair in zip(text, text[1:])) > 0.9 * (len(text) - 1)
@@ -76,5 +76,5 @@ def test_it_is_saved_and_looked_into(trained, tmp_path):
     model, ids, _ = trained
     model.save_pretrained(tmp_path)
     again = GPT.from_pretrained(tmp_path)
-    logits, activations = again.run_with_cache(ids)
+    logits, activations = run_with_cache(again, ids)
     assert again.config == model.config and torch.equal(logits, model(ids)) and list(activations) == ["embedding", "norm"]

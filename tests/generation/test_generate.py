@@ -11,9 +11,9 @@ from models import random_ids, random_model
 from tape import graphs_on_cpu
 from transformers.generation import logits_process
 
-from fastgpt import GPT
+from fastgpt import GPT, generate
 from fastgpt.cli import SHIPPED_MODEL
-from fastgpt.generation import generate
+from fastgpt.generation import generate as generation
 from fastgpt.generation.generate import Options, Request, stream
 from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def test_cached_and_uncached_tokens_are_identical(layers, heads, width, batch, p
     for seed in range(3):
         model = random_model(layers=layers, heads=heads, width=width, context=128, seed=seed)
         ids = random_ids(model, batch, prompt, seed)
-        cached, uncached = (model.generate(ids, 64, use_cache=use_cache) for use_cache in (True, False))
+        cached, uncached = (generate(model, ids, 64, use_cache=use_cache) for use_cache in (True, False))
         assert torch.equal(cached, uncached)
         assert cached.shape == (batch, prompt + 64) and torch.equal(cached[:, :prompt], ids)
         assert len(cached[:, prompt:].unique()) > 3  # a model stuck on a token or two would prove little
@@ -46,7 +46,7 @@ def test_shipped_model_generates_300_identical_tokens():
     model = GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
     tokenizer = Tokenizer.load(SHIPPED_MODEL / "tokenizer.json")
     ids = torch.tensor([tokenizer.encode("ROMEO:\n")])
-    cached, uncached = (model.generate(ids, 300, use_cache=use_cache) for use_cache in (True, False))
+    cached, uncached = (generate(model, ids, 300, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached, uncached)
 
 
@@ -76,7 +76,7 @@ def test_shipped_model_writes_like_a_play():
     model = GPT.from_pretrained(SHIPPED_MODEL)
     tokenizer = Tokenizer.load(SHIPPED_MODEL / "tokenizer.json")
     ids = torch.tensor([tokenizer.encode("\n")] * 8)
-    texts = [tokenizer.decode(row) for row in model.generate(ids, 400, temperature=0.8, seed=range(8)).tolist()]
+    texts = [tokenizer.decode(row) for row in generate(model, ids, 400, temperature=0.8, seed=range(8)).tolist()]
     lines = "\n".join(texts).splitlines()
     speakers = [line for line in lines if line.endswith(":") and line[0].isupper() and len(line) < 30]
     assert len(speakers) >= 8  # about one in 100 to 400 characters of the corpus
@@ -88,7 +88,7 @@ def test_stream_yields_what_generate_returns_and_leaves_the_mode():
     model = random_model(dropout=0.3).train()
     ids = random_ids(model, 2, 4)
     new = torch.stack(list(stream(model, ids, 10)), dim=1)
-    assert torch.equal(torch.cat([ids, new], dim=1), model.generate(ids, 10)) and model.training
+    assert torch.equal(torch.cat([ids, new], dim=1), generate(model, ids, 10)) and model.training
     abandoned = stream(model, ids, 10)
     next(abandoned)
     abandoned.close()
@@ -98,12 +98,12 @@ def test_stream_yields_what_generate_returns_and_leaves_the_mode():
 def test_no_new_tokens():
     model = random_model()
     ids = random_ids(model, 2, 4)
-    assert torch.equal(model.generate(ids, 0), ids)
+    assert torch.equal(generate(model, ids, 0), ids)
 
 
 def test_the_context_can_be_filled():
     model = random_model(context=16)
-    assert model.generate(random_ids(model, 1, 4), 12).shape == (1, 16)
+    assert generate(model, random_ids(model, 1, 4), 12).shape == (1, 16)
 
 
 # As transformers
@@ -138,7 +138,7 @@ def test_greedy_tokens_are_those_of_transformers(twins, lengths, rules):
     prompts = prompts_of(*lengths)
     expected = generated_by_transformers(theirs, prompts, 64, **rules)
     for options in ({}, {"use_cache": False}, {"cache": "paged"}, {"prefill_chunk": 4}):
-        actual = ours.generate(prompts, 64, **rules, **options)
+        actual = generate(ours, prompts, 64, **rules, **options)
         for row, prompt, new in zip(actual, prompts, expected, strict=True):
             assert row.tolist() == prompt + new.tolist()
 
@@ -147,10 +147,10 @@ def test_ends_are_those_of_transformers(twins):
     """Rows of one length, and several tokens that end them, at different steps."""
     ours, theirs = twins
     ids = random_ids(ours, 4, 9)
-    free = ours.generate(ids, 40)[:, 9:]
+    free = generate(ours, ids, 40)[:, 9:]
     eos = [free[0, 11].item(), free[1, 4].item()]
     expected = generated_by_transformers(theirs, ids.tolist(), 40, eos_token_id=eos, pad_token_id=eos[0])
-    assert torch.equal(ours.generate(ids, 40, eos=eos)[:, 9:], expected)
+    assert torch.equal(generate(ours, ids, 40, eos=eos)[:, 9:], expected)
 
 
 # Ends
@@ -161,7 +161,7 @@ def ending():
     """A model, prompts of different lengths, what follows on them without an end, and a token that ends only some of them."""
     model = random_model()
     prompts = prompts_of(3, 9, 5, 2)
-    free = [row[len(prompt) :].tolist() for prompt, row in zip(prompts, model.generate(prompts, 30))]
+    free = [row[len(prompt) :].tolist() for prompt, row in zip(prompts, generate(model, prompts, 30))]
     eos = next(token for token in free[0] if 0 < sum(token in row for row in free) < 4 and free[0].index(token) > 2)
     return model, prompts, free, eos
 
@@ -173,7 +173,7 @@ def cut(row, eos):
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache": "paged", "page_size": 4}], ids=str)
 def test_a_row_ends_with_its_eos(ending, options):
     model, prompts, free, eos = ending
-    rows = model.generate(prompts, 30, eos=eos, **options)
+    rows = generate(model, prompts, 30, eos=eos, **options)
     for row, prompt, new in zip(rows, prompts, free, strict=True):
         assert row.tolist() == prompt + cut(new, eos)
 
@@ -196,12 +196,12 @@ def test_ends_that_are_seen_late_change_nothing_but_the_stream(ending, monkeypat
     """On a GPU, one looks at every 16th step only."""
     model, prompts, free, eos = ending
     alone = [prompt for prompt, new in zip(prompts, free) if eos in new]
-    rows, steps = model.generate(alone, 30, eos=eos), list(stream(model, alone, 30, eos=eos))
+    rows, steps = generate(model, alone, 30, eos=eos), list(stream(model, alone, 30, eos=eos))
     ids = torch.tensor([prompt[-2:] for prompt in alone])
-    table = model.generate(ids, 30, eos=eos)
-    monkeypatch.setitem(generate.STEPS_PER_LOOK, "cpu", 16)
-    assert all(map(torch.equal, model.generate(alone, 30, eos=eos), rows))
-    assert torch.equal(model.generate(ids, 30, eos=eos), table)
+    table = generate(model, ids, 30, eos=eos)
+    monkeypatch.setitem(generation.STEPS_PER_LOOK, "cpu", 16)
+    assert all(map(torch.equal, generate(model, alone, 30, eos=eos), rows))
+    assert torch.equal(generate(model, ids, 30, eos=eos), table)
     late = list(stream(model, alone, 30, eos=eos))
     assert len(late) == -(-len(steps) // 16) * 16 > len(steps) and all(map(torch.equal, late, steps))
     assert all((step == -1).all() for step in late[len(steps) :])
@@ -210,9 +210,9 @@ def test_ends_that_are_seen_late_change_nothing_but_the_stream(ending, monkeypat
 def test_a_tensor_is_padded_with_eos_and_no_wider_than_its_longest_row():
     model = random_model()
     ids = random_ids(model, 3, 5)
-    free = model.generate(ids, 20)[:, 5:].tolist()
+    free = generate(model, ids, 20)[:, 5:].tolist()
     eos = sorted({row[i] for i, row in enumerate(free)})  # the rows end after one, two and three tokens at the latest
-    result = model.generate(ids, 20, eos=eos)
+    result = generate(model, ids, 20, eos=eos)
     lengths = [min(row.index(token) for token in eos if token in row) + 1 for row in free]
     assert torch.equal(result[:, :5], ids) and result.shape == (3, 5 + max(lengths))
     for row, new, length in zip(result[:, 5:].tolist(), free, lengths):
@@ -265,9 +265,9 @@ def test_logits_that_are_not_finite_are_an_error(options, got, monkeypatch):
 def test_logits_of_rows_that_have_ended_may_be_anything(ending, monkeypatch):
     model, prompts, free, eos = ending
     row = next(row for row, new in enumerate(free) if eos in new)
-    expected = model.generate(prompts, 30, eos=eos)
+    expected = generate(model, prompts, 30, eos=eos)
     wrong_from(model, monkeypatch, free[row].index(eos) + 1, row, float("nan"))
-    assert all(map(torch.equal, model.generate(prompts, 30, eos=eos), expected))
+    assert all(map(torch.equal, generate(model, prompts, 30, eos=eos), expected))
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}], ids=str)
@@ -275,7 +275,7 @@ def test_they_are_seen_late_on_a_gpu(options, monkeypatch):
     """When one looks, and at the end; until then tokens are of the vocabulary."""
     model = random_model()
     prompts = prompts_of(5, 9)
-    monkeypatch.setitem(generate.STEPS_PER_LOOK, "cpu", 16)
+    monkeypatch.setitem(generation.STEPS_PER_LOOK, "cpu", 16)
     for new, at, seen in ((40, 1, 15), (40, 16, 31), (9, 8, 8)):
         with monkeypatch.context() as patch:
             wrong_from(model, patch, at, 1, float("nan"))
@@ -289,11 +289,11 @@ def test_they_are_seen_late_on_a_gpu(options, monkeypatch):
 def test_when_every_token_is_forbidden_the_error_says_by_what():
     model = random_model()
     with pytest.raises(ValueError, match="-inf for every token, in row 0 at step 0, after logit_bias"):
-        model.generate(random_ids(model, 1, 5), 5, logit_bias={token: float("-inf") for token in range(65)})
+        generate(model, random_ids(model, 1, 5), 5, logit_bias={token: float("-inf") for token in range(65)})
     with pytest.raises(ValueError, match="-inf for every token, in row 0 at step 61, after no_repeat_ngram_size"):
-        model.generate([[1, 2, 1, 3, 4]], 70, no_repeat_ngram_size=1)
+        generate(model, [[1, 2, 1, 3, 4]], 70, no_repeat_ngram_size=1)
     with pytest.raises(ValueError, match="got nan in row 0 at step 2, after logits_processors"):
-        model.generate([[1, 2]], 5, logits_processors=lambda tokens, logits: logits / (tokens.shape[1] != 4) * 0)
+        generate(model, [[1, 2]], 5, logits_processors=lambda tokens, logits: logits / (tokens.shape[1] != 4) * 0)
 
 
 def test_a_model_of_nan_weights():
@@ -302,7 +302,7 @@ def test_a_model_of_nan_weights():
         model.norm.weight.fill_(float("nan"))
     for options in WAYS:
         with pytest.raises(ValueError, match="logits: expected finite ones to choose a token by, got nan in row 0 at step 0"):
-            model.generate([[1, 2]], 3, **options)
+            generate(model, [[1, 2]], 3, **options)
 
 
 @pytest.mark.parametrize(
@@ -316,10 +316,10 @@ def test_a_model_of_nan_weights():
 def test_extreme_options_give_tokens(options):
     model = random_model()
     ids = random_ids(model, 2, 5)
-    tokens = model.generate(ids, 20, **{"temperature": 1.0, "seed": 3} | options)
+    tokens = generate(model, ids, 20, **{"temperature": 1.0, "seed": 3} | options)
     assert ((0 <= tokens) & (tokens < 65)).all()
     if options.get("temperature") == 1e-38:
-        assert torch.equal(tokens, model.generate(ids, 20))
+        assert torch.equal(tokens, generate(model, ids, 20))
 
 
 # Rules
@@ -339,13 +339,13 @@ def test_rules_are_those_of_transformers(twins, rules):
     """Alone, where they pad nothing: a batch is what each prompt is alone."""
     ours, theirs = twins
     prompts = [[7, 7, 7, 7], *prompts_of(30, 1, 12)]
-    eos = ours.generate(prompts[1:2], 5)[0][32].item()
+    eos = generate(ours, prompts[1:2], 5)[0][32].item()
     bias = rules.get("logit_bias")
     given = rules | ({"sequence_bias": {(token,): value for token, value in bias.items()}} if bias else {})
     given.pop("logit_bias", None)
     expected = [generated_by_transformers(theirs, [prompt], 34, eos_token_id=eos, **given)[0].tolist() for prompt in prompts]
     for options in ({}, {"use_cache": False}, {"cache": "paged", "page_size": 4}, {"cache": "sliding", "window": 128}):
-        actual = ours.generate(prompts, 34, eos=eos, **rules, **options)
+        actual = generate(ours, prompts, 34, eos=eos, **rules, **options)
         for row, prompt, new in zip(actual, prompts, expected, strict=True):
             assert row.tolist() == prompt + new
 
@@ -353,7 +353,7 @@ def test_rules_are_those_of_transformers(twins, rules):
 @pytest.mark.parametrize("bias", [{3: 40}, {np.int64(3): np.float16(40)}, {3: 40, 4: -(10**30)}, {3: 10**38}])
 def test_numbers_of_every_kind_are_biases(bias):
     model = random_model()
-    assert model.generate([[1, 2]], 4, logit_bias=bias)[0].tolist() == [1, 2, 3, 3, 3, 3]
+    assert generate(model, [[1, 2]], 4, logit_bias=bias)[0].tolist() == [1, 2, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 40, 2**64])
@@ -362,8 +362,8 @@ def test_no_ngram_is_there_twice(n):
     model = random_model(vocabulary=65, seed=3)
     prompts = [[1, 2, 1, 2, 1], [4] * 9, [5]]
     biased = {"logit_bias": dict.fromkeys(range(12), 40.0)}
-    rows = model.generate(prompts, 50, no_repeat_ngram_size=n, repetition_penalty=0.5, **biased)
-    free = model.generate(prompts, 50, repetition_penalty=0.5, **biased)
+    rows = generate(model, prompts, 50, no_repeat_ngram_size=n, repetition_penalty=0.5, **biased)
+    free = generate(model, prompts, 50, repetition_penalty=0.5, **biased)
     for row, prompt, other in zip(rows, prompts, free):
         grams = [tuple(row[i : i + n].tolist()) for i in range(len(row) - n + 1)]
         assert all(gram not in grams[:i] for i, gram in enumerate(grams) if i + n > len(prompt))
@@ -375,12 +375,12 @@ def test_rules_in_a_graph_and_in_every_batch():
     prompts = prompts_of(5, 14, 9, 14)
     options = {"no_repeat_ngram_size": 2, "min_new_tokens": 6, "logit_bias": {9: 1.0}, "eos": list(range(20)), "cache": "paged"}
     for sampling in ({}, {"temperature": 1.0, "seed": 4, "num_samples": 2}):
-        rows = model.generate(prompts, 40, **options, **sampling)
-        alone = [row for prompt in prompts for row in model.generate([prompt], 40, **options, **sampling)]
+        rows = generate(model, prompts, 40, **options, **sampling)
+        alone = [row for prompt in prompts for row in generate(model, [prompt], 40, **options, **sampling)]
         assert all(map(torch.equal, rows, alone))
         assert min(map(len, rows)) - 5 >= 6 and len({len(row) for row in rows}) > 1
         with graphs_on_cpu() as graphs:
-            again = model.generate(prompts, 40, **options, **sampling)
+            again = generate(model, prompts, 40, **options, **sampling)
         assert len(graphs) == 1 and all(map(torch.equal, again, rows))
 
 
@@ -399,8 +399,8 @@ def test_processors_are_given_the_tokens_of_each_row():
 
     for options in ({}, {"use_cache": False}, {"cache": "paged", "page_size": 4}):
         given.clear()
-        rows = model.generate(prompts, 6, logits_processors=watches, **options)
-        assert all(map(torch.equal, rows, model.generate(prompts, 6)))
+        rows = generate(model, prompts, 6, logits_processors=watches, **options)
+        assert all(map(torch.equal, rows, generate(model, prompts, 6)))
         for step in range(6):
             calls = given[3 * step : 3 * step + 3]
             for (tokens, logits), group in zip(calls, ([0, 2], [1], [3]), strict=True):
@@ -417,18 +417,18 @@ def test_a_batch_with_processors_is_what_each_prompt_is_alone(options):
         logits[:, 0::2] += torch.where(tokens[:, -1:] % 2 == 1, 3.0, tokens.sum(1, keepdim=True) % 3)
         return logits
 
-    rows = model.generate(prompts, 20, logits_processors=even_after_odd, **options)
+    rows = generate(model, prompts, 20, logits_processors=even_after_odd, **options)
     seeds = options.get("seed", [None] * 3)
     alone = [
         row
         for prompt, seed in zip(prompts, seeds)
-        for row in model.generate([prompt], 20, logits_processors=[even_after_odd], **options | {"seed": seed})
+        for row in generate(model, [prompt], 20, logits_processors=[even_after_odd], **options | {"seed": seed})
     ]
     assert all(map(torch.equal, rows, alone))
     steps = torch.stack(list(stream(model, prompts, 20, logits_processors=even_after_odd, **options)), dim=1)
     assert [row[-20:].tolist() for row in rows] == steps.tolist()
     with graphs_on_cpu() as graphs:  # the logits in a graph, the processor in Python
-        again = model.generate(prompts, 20, logits_processors=even_after_odd, **options)
+        again = generate(model, prompts, 20, logits_processors=even_after_odd, **options)
     assert len(graphs) == 1 and all(map(torch.equal, again, rows))
 
 
@@ -450,10 +450,10 @@ def test_processors_of_transformers(twins):
     expected = theirs.generate(
         ids, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0, logits_processor=processors()
     )
-    tokens, logprobs = ours.generate(ids, 30, logits_processors=processors(), return_logprobs=True)
+    tokens, logprobs = generate(ours, ids, 30, logits_processors=processors(), return_logprobs=True)
     assert torch.equal(tokens, expected)
     rules = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "logit_bias": dict.fromkeys((3, 4, 5), float("-inf"))}
-    same, same_logprobs = ours.generate(ids, 30, return_logprobs=True, **rules)
+    same, same_logprobs = generate(ours, ids, 30, return_logprobs=True, **rules)
     assert torch.equal(tokens, same) and torch.equal(logprobs, same_logprobs)
 
 
@@ -461,7 +461,7 @@ def test_processors_go_before_temperature_and_after_the_other_rules():
     model, given = random_model(), []
     bias = {3: 1.0}
     prompt = prompts_of(5)
-    model.generate(
+    generate(model,
         prompt, 1, logits_processors=[lambda t, x: given.append(x.clone()) or x * 2, lambda t, x: given.append(x) or x.half()],
         logit_bias=bias, repetition_penalty=2.0, temperature=0.5, seed=1,
     )  # fmt: skip
@@ -483,9 +483,9 @@ def test_what_a_processor_returns_is_checked():
         (torch.zeros(1, 65, device="meta"), ValueError, "logits_processors: expected device cpu, got meta"),
     ):
         with pytest.raises(error, match=message):
-            model.generate([[1]], 3, logits_processors=lambda tokens, logits: result)
+            generate(model, [[1]], 3, logits_processors=lambda tokens, logits: result)
     with pytest.raises(TypeError, match=r"logits_processors\[1\]: expected a torch.Tensor, got NoneType"):
-        model.generate([[1]], 3, logits_processors=[lambda tokens, logits: logits, lambda tokens, logits: None])
+        generate(model, [[1]], 3, logits_processors=[lambda tokens, logits: logits, lambda tokens, logits: None])
 
 
 # Defaults
@@ -494,29 +494,29 @@ def test_what_a_processor_returns_is_checked():
 def test_what_is_given_wins_over_the_checkpoints_defaults_and_those_over_our_own(ending):
     model, prompts, free, eos = ending
     rules = {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3}
-    expected = model.generate(prompts, 7, seed=1, eos=eos, **rules)
+    expected = generate(model, prompts, 7, seed=1, eos=eos, **rules)
     model.generation_defaults = rules | {"max_new_tokens": 7, "eos": [eos, 10**6]}  # one that is not in the vocabulary
     try:
-        assert all(map(torch.equal, model.generate(prompts, seed=1), expected))
+        assert all(map(torch.equal, generate(model, prompts, seed=1), expected))
         assert len(list(stream(model, prompts, seed=1))) <= 7
         ours = {"temperature": 0.0, "top_k": None, "repetition_penalty": 1.0, "eos": ()}
-        rows = model.generate(prompts, 30, **ours)
+        rows = generate(model, prompts, 30, **ours)
         assert [row[len(prompt) :].tolist() for row, prompt in zip(rows, prompts)] == free
-        without_top_k = model.generate(prompts, 9, seed=1, top_k=None)
+        without_top_k = generate(model, prompts, 9, seed=1, top_k=None)
         model.generation_defaults = {"temperature": 0.7, "repetition_penalty": 1.3, "eos": eos}
-        assert all(map(torch.equal, model.generate(prompts, 9, seed=1), without_top_k))
+        assert all(map(torch.equal, generate(model, prompts, 9, seed=1), without_top_k))
     finally:
         del model.generation_defaults
 
 
 def test_by_default_generation_ends_where_the_context_does():
     model = random_model(context=500)
-    assert [len(model.generate([[1] * length])[0]) for length in (1, 300, 499, 500)] == [301, 500, 500, 500]
-    assert [len(row) for row in model.generate([[1], [1] * 490])] == [11, 500]
+    assert [len(generate(model, [[1] * length])[0]) for length in (1, 300, 499, 500)] == [301, 500, 500, 500]
+    assert [len(row) for row in generate(model, [[1], [1] * 490])] == [11, 500]
     model.generation_defaults = {"max_new_tokens": 9}
-    assert [len(model.generate([[1] * length])[0]) for length in (1, 498)] == [10, 500]
+    assert [len(generate(model, [[1] * length])[0]) for length in (1, 498)] == [10, 500]
     with pytest.raises(ValueError, match=r"max_new_tokens: expected at most 2, .* context of 500 tokens, got 498 \+ 3"):
-        model.generate([[1] * 498], 3)
+        generate(model, [[1] * 498], 3)
 
 
 # Seeds
@@ -530,19 +530,19 @@ SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repeti
 def test_the_same_seed_gives_the_same_tokens_without_cache_and_in_any_cache(options):
     model = random_model()
     prompts = prompts_of(5, 11)
-    expected = model.generate(prompts, 40, seed=7, **SAMPLED)
-    assert all(map(torch.equal, model.generate(prompts, 40, seed=7, **SAMPLED, **options), expected))
-    assert not any(map(torch.equal, model.generate(prompts, 40, seed=8, **SAMPLED, **options), expected))
+    expected = generate(model, prompts, 40, seed=7, **SAMPLED)
+    assert all(map(torch.equal, generate(model, prompts, 40, seed=7, **SAMPLED, **options), expected))
+    assert not any(map(torch.equal, generate(model, prompts, 40, seed=8, **SAMPLED, **options), expected))
 
 
 def test_the_same_seed_gives_the_same_tokens_in_every_batch_and_row():
     model = random_model()
     prompts = prompts_of(5, 11, 3, 1)
-    alone = [model.generate([prompt], 30, seed=seed, **SAMPLED)[0] for prompt, seed in zip(prompts, (7, 7, 8, 9))]
-    assert all(map(torch.equal, model.generate(prompts, 30, seed=[7, 7, 8, 9], **SAMPLED), alone))
-    assert all(map(torch.equal, model.generate(prompts[::-1], 30, seed=(9, 8, 7, 7), **SAMPLED), alone[::-1]))
-    assert all(map(torch.equal, model.generate(prompts[:2], 30, seed=7, **SAMPLED), alone[:2]))
-    longer = model.generate(prompts, 50, seed=[7, 7, 8, 9], num_samples=2, **SAMPLED)
+    alone = [generate(model, [prompt], 30, seed=seed, **SAMPLED)[0] for prompt, seed in zip(prompts, (7, 7, 8, 9))]
+    assert all(map(torch.equal, generate(model, prompts, 30, seed=[7, 7, 8, 9], **SAMPLED), alone))
+    assert all(map(torch.equal, generate(model, prompts[::-1], 30, seed=(9, 8, 7, 7), **SAMPLED), alone[::-1]))
+    assert all(map(torch.equal, generate(model, prompts[:2], 30, seed=7, **SAMPLED), alone[:2]))
+    longer = generate(model, prompts, 50, seed=[7, 7, 8, 9], num_samples=2, **SAMPLED)
     assert all(torch.equal(row[: len(short)], short) for row, short in zip(longer[::2], alone))
     assert not any(torch.equal(row[: len(short)], short) for row, short in zip(longer[1::2], alone))
 
@@ -550,7 +550,7 @@ def test_the_same_seed_gives_the_same_tokens_in_every_batch_and_row():
 def test_without_a_seed_every_row_and_every_call_is_another():
     model = random_model()
     prompt = prompts_of(5)
-    rows = [*model.generate(prompt * 3, 40, temperature=1.0), *model.generate(prompt, 40, temperature=1.0, num_samples=2)]
+    rows = [*generate(model, prompt * 3, 40, temperature=1.0), *generate(model, prompt, 40, temperature=1.0, num_samples=2)]
     assert len({tuple(row.tolist()) for row in rows}) == 5
 
 
@@ -558,7 +558,7 @@ def test_without_a_seed_that_of_pytorch_counts():
     model, prompts, rows = random_model(), prompts_of(5), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        rows.append(model.generate(prompts, 20, temperature=1.0)[0])
+        rows.append(generate(model, prompts, 20, temperature=1.0)[0])
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
 
 
@@ -572,7 +572,7 @@ def test_logprobs_are_those_of_the_model(options):
     """Before penalty, temperature and all else: the tokens are scored again in one pass."""
     model = random_model()
     prompts = prompts_of(5, 12)
-    rows, logprobs = model.generate(prompts, 20, num_samples=2, return_logprobs=True, **options)
+    rows, logprobs = generate(model, prompts, 20, num_samples=2, return_logprobs=True, **options)
 
     def scored(model, prompt, row):
         return model(row[None])[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, row[len(prompt) :, None])[:, 0]
@@ -585,11 +585,11 @@ def test_logprobs_are_those_of_the_model(options):
 def test_logprobs_end_with_their_rows(ending):
     model, prompts, free, eos = ending
     options = {"eos": eos, "return_logprobs": True}
-    rows, logprobs = model.generate(prompts, 30, **options)
+    rows, logprobs = generate(model, prompts, 30, **options)
     assert [len(row) for row in logprobs] == [len(cut(new, eos)) for new in free]
     longest = max(map(len, logprobs))
     ids = torch.tensor([prompt[-2:] for prompt in prompts])
-    tokens, table = model.generate(ids, 30, **options)
+    tokens, table = generate(model, ids, 30, **options)
     assert table.shape == (4, tokens.shape[1] - 2)
     for row, new in zip(table, tokens[:, 2:].tolist()):
         assert (row[: len(cut(new, eos))] < 0).all() and (row[len(cut(new, eos)) :] == 0).all()
@@ -600,9 +600,9 @@ def test_logprobs_end_with_their_rows(ending):
 def test_no_tokens_and_their_logprobs():
     model = random_model()
     ids = random_ids(model, 2, 4)
-    tokens, logprobs = model.generate(ids, 0, return_logprobs=True)
+    tokens, logprobs = generate(model, ids, 0, return_logprobs=True)
     assert torch.equal(tokens, ids) and logprobs.shape == (2, 0)
-    rows, logprobs = model.generate(ids.tolist(), 0, return_logprobs=True)
+    rows, logprobs = generate(model, ids.tolist(), 0, return_logprobs=True)
     assert [len(row) for row in (*rows, *logprobs)] == [4, 4, 0, 0]
 
 
@@ -635,7 +635,7 @@ def test_no_piece_is_longer_than_asked_for_and_they_are_as_good_as_equal(monkeyp
     monkeypatch.setattr(model, "hidden", lambda ids, *a, **k: passes.append(ids.shape[1]) or hidden(ids, *a, **k))
     for length, chunk, expected in ((65, 64, [33, 32]), (64, 64, [64]), (10, 4, [4, 4, 2]), (3, 1, [1, 1, 1])):
         passes.clear()
-        model.generate(random_ids(model, 2, length), 1, prefill_chunk=chunk)
+        generate(model, random_ids(model, 2, length), 1, prefill_chunk=chunk)
         assert passes == expected
 
 
@@ -644,7 +644,7 @@ def test_only_the_last_positions_logits_are_computed(options, monkeypatch):
     model, rows = random_model(), []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: rows.append(hidden[..., 0].numel()) or logits(hidden))
-    model.generate(prompts_of(30, 11), 1, **options)
+    generate(model, prompts_of(30, 11), 1, **options)
     assert rows == [2]
 
 
@@ -722,28 +722,28 @@ def test_numbers_are_checked(name):
     no_numbers = [(value, TypeError) for value in ("a", True, [1], {}, b"1", torch.tensor(1.0), 1j)]
     no_numbers += [(value, TypeError if name in INTEGERS else ValueError) for value in (float("nan"), float("inf"))]
     for value, error in outside + no_numbers + [(1.5, TypeError)] * (name in INTEGERS):
-        for function in (model.generate, lambda *a, **k: stream(model, *a, **k)):
+        for function in (generate, stream):
             with pytest.raises(error, match=f"^{name}: expected "):
-                function(**{"ids": [[1, 2]], "max_new_tokens": 3, name: value})
+                function(**{"model": model, "ids": [[1, 2]], "max_new_tokens": 3, name: value})
 
 
 @pytest.mark.parametrize("name", ["use_cache", "return_logprobs"])
 def test_flags_are_checked(name):
     for value in (1, None, "yes", [True]):
         with pytest.raises(TypeError, match=f"^{name}: expected a bool, got "):
-            random_model().generate([[1]], 1, **{name: value})
+            generate(random_model(), [[1]], 1, **{name: value})
 
 
 def test_numbers_of_numpy_and_arrays_are_as_good():
     model = random_model()
     ids = random_ids(model, 2, 5)
     options = {"temperature": 0.5, "top_k": 9, "top_p": 0.9, "seed": [3, 4], "eos": [7, 8], "window": 50}
-    expected = model.generate(ids, 9, **options)
+    expected = generate(model, ids, 9, **options)
     others = {"temperature": np.float32(0.5), "top_k": np.int8(9), "top_p": np.float64(0.9), "seed": np.array([3, 4])}
     others |= {"eos": (np.int64(7), np.uint8(8)), "window": 2**64, "page_size": 2**64}
     for given in (ids.numpy(), ids.to(torch.int32).numpy(), np.ascontiguousarray(ids.numpy().astype(np.uint64))):
-        assert torch.equal(model.generate(given, np.int64(9), **others), expected)
-    rows = model.generate([np.array(row, dtype=np.int16) for row in ids.tolist()], 9, cache="paged", **others)
+        assert torch.equal(generate(model, given, np.int64(9), **others), expected)
+    rows = generate(model, [np.array(row, dtype=np.int16) for row in ids.tolist()], 9, cache="paged", **others)
     assert [row.tolist() for row in rows] == [cut_at(row, 5, (7, 8)) for row in expected.tolist()]
 
 
@@ -757,4 +757,4 @@ def test_errors(change, error, message):
     model = random_model()
     arguments = {"ids": random_ids(model, 1, 5), "max_new_tokens": 4} | change
     with pytest.raises(error, match=message):
-        model.generate(**arguments)
+        generate(model, **arguments)

@@ -9,7 +9,8 @@ from models import random_model
 from texts import CHATML, byte_fallback, byte_level, write_checkpoint
 
 import fastgpt
-from fastgpt.generation import generate
+from fastgpt import generate
+from fastgpt.generation import generate as generation
 from fastgpt.text.tokenizer import Tokenizer
 
 CONFIG = {"tokenizer_config": {"bos_token": "<|eos|>", "eos_token": "<|end|>", "chat_template": CHATML}}
@@ -31,7 +32,7 @@ PROMPT = "the dog and é😀"
 def generated(pipe, prompt, new, **options):
     """New ids, by the model itself."""
     ids = pipe.tokenizer.encode(prompt)
-    return [row[len(ids) :].tolist() for row in pipe.model.generate([ids], new, **options)]
+    return [row[len(ids) :].tolist() for row in generate(pipe.model, [ids], new, **options)]
 
 
 def expected_text(pipe, prompt, new_ids):
@@ -153,7 +154,7 @@ def test_logits_that_are_not_finite_are_an_error_wherever_one_looks(pipe, monkey
 
     monkeypatch.setattr(pipe.model, "capped", logits)
     for look in (1, 16):
-        monkeypatch.setitem(generate.STEPS_PER_LOOK, "cpu", look)
+        monkeypatch.setitem(generation.STEPS_PER_LOOK, "cpu", look)
         calls.clear()
         run = pipe.start([PROMPT], 12, eos=None)
         run.eos = set(range(400)) if look == 16 else set()  # ends it at once
@@ -192,7 +193,7 @@ def test_nothing_is_generated_after_the_last_row_has_ended(pipe, monkeypatch):
 
 def test_logprobs_of_a_run(pipe):
     ids = pipe.tokenizer.encode(PROMPT)
-    _, expected = pipe.model.generate([ids], 20, num_samples=2, temperature=1.0, seed=1, return_logprobs=True)
+    _, expected = generate(pipe.model, [ids], 20, num_samples=2, temperature=1.0, seed=1, return_logprobs=True)
     rows = pipe.start([PROMPT], 20, num_samples=2, temperature=1.0, seed=1, return_logprobs=True).finish()
     assert [row.logprobs for row in rows] == [row[: len(r.tokens)].tolist() for row, r in zip(expected, rows)]
 

@@ -18,7 +18,7 @@ from tape import graph, graphs_on_cpu
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastgpt
-from fastgpt import linear
+from fastgpt import decoding, generate, linear
 from fastgpt.generation.generate import sessions, stream
 from fastgpt.generation.replay import Captured, Graphed, Recording
 from fastgpt.model.decoder import MLP
@@ -46,7 +46,7 @@ def test_a_captured_step_is_the_same_bits(options, dtype):
     eager, captured = model.new_cache(3, **options), model.new_cache(3, **options)
     for cache in (eager, captured):
         model(ids[:, :5], cache=cache, new=[5, 2, 4])
-    step = model.decoding(captured)
+    step = decoding(model, captured)
     for i in range(5, 40):
         expected = model.logits(model.hidden(ids[:, i : i + 1], eager)[:, -1])
         assert torch.equal(step(ids[:, i]), expected)
@@ -64,10 +64,10 @@ def captured(step):
 @torch.inference_mode()
 def test_it_is_captured_where_it_can_be():
     model, few, many = random_model(), random_ids(random_model(), 32, 1)[:, 0], random_ids(random_model(), 33, 1)[:, 0]
-    step = model.decoding(model.new_cache(32))
+    step = decoding(model, model.new_cache(32))
     step(few)
     assert captured(step).refused is None and len(captured(step).plan) == 2 * 6 + 1
-    step = model.decoding(model.new_cache(33))  # more rows than the linear kernel takes
+    step = decoding(model, model.new_cache(33))  # more rows than the linear kernel takes
     step(many)
     assert "is not one of fastgpt's operations" in captured(step).refused
 
@@ -76,10 +76,10 @@ def test_it_is_captured_where_it_can_be():
 def test_hooks_are_called_at_every_step():
     model, calls = random_model(), []
     hook = model.blocks[1].mlp.register_forward_hook(lambda *arguments: calls.append(1))
-    model.generate(random_ids(model, 1, 4), 5)
+    generate(model, random_ids(model, 1, 4), 5)
     assert len(calls) == 5
     hook.remove()
-    model.generate(random_ids(model, 1, 4), 5)
+    generate(model, random_ids(model, 1, 4), 5)
     assert len(calls) == 5
 
 
@@ -105,7 +105,7 @@ def test_what_changes_between_steps_is_seen(change):
         with pytest.MonkeyPatch.context() as patch:
             if not recorded:
                 patch.setattr(Recording, "__call__", lambda self, x, tables=None: self.function(x, tables))
-            step, token = model.decoding(model.new_cache(1)), torch.tensor([3])
+            step, token = decoding(model, model.new_cache(1)), torch.tensor([3])
             result = [step(token).clone() for _ in range(3)]
             if changed:
                 CHANGES[change](patch, model)
@@ -167,9 +167,9 @@ def test_an_error_while_recording_ends_it():
 def test_two_captured_generations_side_by_side():
     model = random_model()
     ids = random_ids(model, 2, 6)
-    alone = [model.generate(row[None], 20)[0] for row in ids]
+    alone = [generate(model, row[None], 20)[0] for row in ids]
     caches = [model.new_cache(1) for _ in ids]
-    streams = [model.decoding(cache) for cache in caches]
+    streams = [decoding(model, cache) for cache in caches]
     tokens = []
     for row, cache in zip(ids, caches):
         tokens.append([model(row[None], cache=cache)[0, -1].argmax()])
@@ -199,9 +199,9 @@ def test_a_graph_of_the_step_gives_the_same_tokens(options, rules):
     model = random_model()
     prompts = [random_ids(model, 1, length, seed=length)[0] for length in (5, 14, 9)]
     options = options | rules | {"eos": [7, 8], "return_logprobs": True}
-    rows, logprobs = model.generate(prompts, 40, **options)
+    rows, logprobs = generate(model, prompts, 40, **options)
     with graphs_on_cpu() as graphs:
-        again, again_logprobs = model.generate(prompts, 40, **options)
+        again, again_logprobs = generate(model, prompts, 40, **options)
     assert len(graphs) == 1 and max(map(len, rows)) > 14 + 5
     assert all(map(torch.equal, again, rows)) and all(map(torch.equal, again_logprobs, logprobs))
 
@@ -214,7 +214,7 @@ def test_a_graph_gives_the_same_logits(options):
     ids = random_ids(model, 3, 40)
     eager, graphed = model.new_cache(3, **options), model.new_cache(3, **options)
     with graphs_on_cpu() as graphs:
-        step = model.decoding(graphed)
+        step = decoding(model, graphed)
         for cache in (eager, graphed):
             model(ids[:, :5], cache=cache, new=[5, 2, 4])
         for i in range(5, 40):
@@ -232,7 +232,7 @@ def test_a_graphs_host_still_checks():
     """What Python checks at every step: the capacity, the context and the batch."""
     model = random_model()
     with graphs_on_cpu():
-        step = model.decoding(model.new_cache(2, 4))
+        step = decoding(model, model.new_cache(2, 4))
         for _ in range(4):
             step(torch.tensor([1, 2]))
         with pytest.raises(ValueError, match=r"cache: expected at most 4 tokens \(its capacity\), got 4 stored \+ 1 new"):
@@ -303,10 +303,10 @@ def test_a_capture_neither_waits_nor_empties_the_allocator():
 def test_what_cannot_be_captured_is_known_before_it_is_tried(change, reason):
     model, ids = random_model(), random_ids(random_model(), 2, 5)
     change(model)
-    expected = model.generate(ids, 12)
+    expected = generate(model, ids, 12)
     with stubbed_cuda() as stub:
-        assert torch.equal(model.generate(ids, 12), expected)
-        assert re.match(reason, fastgpt.explain(fastgpt.GPT.decoding, model, model.new_cache(2))["cuda_graph"])
+        assert torch.equal(generate(model, ids, 12), expected)
+        assert re.match(reason, fastgpt.explain(fastgpt.decoding, model, model.new_cache(2))["cuda_graph"])
     assert stub.calls == []
 
 
@@ -344,10 +344,10 @@ def test_a_graph_serves_later_calls(options, rules):
     expected = []
     for prompts in calls:
         sessions.forget(model)
-        expected.append(model.generate(prompts, 12, **options))
+        expected.append(generate(model, prompts, 12, **options))
     sessions.forget(model)
     with stubbed_cuda() as stub:
-        results = [model.generate(prompts, 12, **options) for prompts in calls]  # kept: a later call leaves them as they are
+        results = [generate(model, prompts, 12, **options) for prompts in calls]  # kept: a later call leaves them as they are
         assert stub.calls.count("CUDAGraph") == 1 and not {"synchronize", "empty_cache"} & set(stub.calls)
     for (rows, logprobs), (expected_rows, expected_logprobs) in zip(results, expected):
         assert all(map(torch.equal, rows, expected_rows)) and all(map(torch.equal, logprobs, expected_logprobs))
@@ -365,9 +365,9 @@ def test_a_call_with_other_options_has_a_graph_of_its_own(options):
     model = random_model()
     ids = random_ids(model, 2, 5)
     with stubbed_cuda() as stub:
-        first = model.generate(ids, 9)
-        model.generate(ids, 9, **options)
-        assert torch.equal(model.generate(ids, 9), first)
+        first = generate(model, ids, 9)
+        generate(model, ids, 9, **options)
+        assert torch.equal(generate(model, ids, 9), first)
         assert len(stub.graphs) == 2
 
 
@@ -387,37 +387,37 @@ def test_a_model_that_has_changed_is_captured_anew(change):
     model = random_model()
     ids = random_ids(model, 2, 5)
     with stubbed_cuda() as stub:
-        model.generate(ids, 9)
+        generate(model, ids, 9)
         (storage,) = [StorageWeakRef(cache.storage.k.untyped_storage()) for _, cache, _ in sessions.of_model[model].values()]
         change(model)
-        actual = model.generate(ids, 9)
+        actual = generate(model, ids, 9)
         assert len(stub.graphs) == 2
         stub.graphs.clear()
         gc.collect()
         assert storage.expired()
     sessions.forget(model)
-    assert torch.equal(actual, model.generate(ids, 9, use_cache=False))
+    assert torch.equal(actual, generate(model, ids, 9, use_cache=False))
 
 
 def test_weights_that_change_in_place_are_seen_by_later_calls():
     model, other = random_model(), random_model(seed=5)
     ids = random_ids(model, 2, 5)
     with stubbed_cuda() as stub:
-        model.generate(ids, 9)
+        generate(model, ids, 9)
         model.load_state_dict(other.state_dict())
-        assert torch.equal(model.generate(ids, 9), other.generate(ids, 9, use_cache=False)) and len(stub.graphs) == 1
+        assert torch.equal(generate(model, ids, 9), generate(other, ids, 9, use_cache=False)) and len(stub.graphs) == 1
 
 
 def test_sessions_are_few_and_go_with_the_model():
     model = random_model()
     ids = random_ids(model, 2, 5)
     for new in range(2, 9):
-        model.generate(ids, new)
+        generate(model, ids, new)
     kept = sessions.of_model[model]
     assert len(kept) == sessions.MOST
     storages = [StorageWeakRef(cache.storage.k.untyped_storage()) for _, cache, _ in kept.values()]
     with mock.patch.object(sessions, "BYTES", 0):  # less than a cache takes
-        model.generate(ids, 80)
+        generate(model, ids, 80)
         assert sum(cache.nbytes for _, cache, _ in kept.values()) <= sum(weight.nbytes for weight in model.parameters())
     gone = weakref.ref(model)
     del model, kept
@@ -428,7 +428,7 @@ def test_sessions_are_few_and_go_with_the_model():
 def test_sessions_go_when_memory_is_short():
     model = random_model()
     ids, new_cache = random_ids(model, 2, 5), model.new_cache
-    model.generate(ids, 9)
+    generate(model, ids, 9)
 
     def short(*args, **options):
         if model in sessions.of_model:
@@ -436,19 +436,19 @@ def test_sessions_go_when_memory_is_short():
         return new_cache(*args, **options)
 
     with mock.patch.object(model, "new_cache", short):
-        assert model.generate(ids, 12).shape == (2, 17)
+        assert generate(model, ids, 12).shape == (2, 17)
 
 
 def test_calls_at_once_share_no_session():
     """One that is on its way keeps its memory to itself; and its tokens are what they were, whoever comes after it."""
     model = random_model()
     ids, others = random_ids(model, 2, 5), random_ids(model, 2, 5, seed=8)
-    expected, expected_others = model.generate(ids, 9)[:, 5:], model.generate(others, 9)[:, 5:]
+    expected, expected_others = generate(model, ids, 9)[:, 5:], generate(model, others, 9)[:, 5:]
     first = stream(model, ids, 9)
     tokens = [next(first), next(first)]
     assert torch.equal(torch.stack(list(stream(model, others, 9)), 1), expected_others)
     tokens += first
-    model.generate(others, 9)
+    generate(model, others, 9)
     assert torch.equal(torch.stack(tokens, 1), expected)
 
 
@@ -458,7 +458,7 @@ def test_a_call_that_fails_leaves_no_session():
     with torch.no_grad():
         model.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match="logits: expected finite ones"):
-        model.generate(ids, 5)
+        generate(model, ids, 5)
     assert not sessions.of_model.get(model)
 
 
@@ -466,9 +466,9 @@ def test_recorded_steps_serve_later_calls():
     """On a CPU as well."""
     model = random_model()
     ids = random_ids(model, 2, 5)
-    expected = model.generate(ids, 9)
+    expected = generate(model, ids, 9)
     with mock.patch.object(Captured, "_record", side_effect=AssertionError("recorded again")):
-        assert torch.equal(model.generate(ids, 9), expected)
+        assert torch.equal(generate(model, ids, 9), expected)
 
 
 # What is read by its address
@@ -533,7 +533,7 @@ def test_a_recorded_step_owns_what_it_reads(leaves):
 def test_a_graph_owns_its_tables_when_the_model_makes_longer_ones(fields):
     model = random_model(context=5000, **fields)
     with stubbed_cuda(plays=False) as stub:
-        step, token = model.decoding(model.new_cache(1, 50)), torch.tensor([1])
+        step, token = decoding(model, model.new_cache(1, 50)), torch.tensor([1])
         step(token)
         step(token)
         ((_, *keys),) = model.tables.held
@@ -559,7 +559,7 @@ def test_a_graph_owns_the_stream_that_it_attends_to():
     model = random_model(cross_attention=True)
     with stubbed_cuda(plays=False) as stub:
         cache = model.new_cache(1, 20, context=torch.randn(1, 7, 64))
-        step = model.decoding(cache)
+        step = decoding(model, cache)
         step(torch.tensor([1]))
         step(torch.tensor([1]))
         first = [StorageWeakRef(x.untyped_storage()) for layer in cache.context.layers for x in layer]

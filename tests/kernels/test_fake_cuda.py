@@ -11,6 +11,7 @@ from models import random_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgpt
+from fastgpt.generation.decoding import graph_refused
 from fastgpt.integrations import sdpa
 from fastgpt.model.rope import Rope
 from fastgpt.ops import attention_with_kv_cache as attending
@@ -104,7 +105,7 @@ DECODING = [{}, {"kind": "paged", "page_size": 4}, {"kind": "sliding", "window":
 @pytest.mark.parametrize("options", DECODING, ids=str)
 def test_a_decode_step_is_a_graph_where_kernels_serve_it(options):
     with fake_cuda(random_model(), torch.bfloat16) as model:
-        assert fastgpt.explain(fastgpt.GPT.decoding, model, model.new_cache(3, **options)) == {
+        assert fastgpt.explain(fastgpt.decoding, model, model.new_cache(3, **options)) == {
             "cuda_graph": "chosen",
             "cpu_replay": "it runs on CPU tensors, and the model is on cuda:0",
             "eager": "available",
@@ -122,7 +123,7 @@ def test_a_decode_step_is_a_graph_where_kernels_serve_it(options):
 )  # fmt: skip
 def test_a_decode_step_is_no_graph_where_references_serve_it(patch, dtype, reason):
     with fake_cuda(random_model(), dtype) as model, patch:
-        reasons = fastgpt.explain(fastgpt.GPT.decoding, model, model.new_cache(3))
+        reasons = fastgpt.explain(fastgpt.decoding, model, model.new_cache(3))
         assert reason in reasons["cuda_graph"] and reasons["eager"] == "chosen"
 
 
@@ -133,7 +134,7 @@ def test_two_launches_are_captured_if_neither_waits(implementations):
     answers = {name: lambda *call, name=name: None if name in implementations else f"no {name}" for name in ("cuda", "triton")}
     answer = mock.patch.dict(updating.IMPLEMENTATIONS, answers)
     with fake_cuda(random_model()) as model, refuses, answer:
-        reason = model.graph_refused(model.new_cache(3))
+        reason = graph_refused(model, model.new_cache(3))
         if implementations:
             assert reason is None
         else:
@@ -145,7 +146,7 @@ def test_without_the_cuda_library_a_model_is_captured():
     """And prefill does not wait: the update has a kernel, whatever the rows of the cache are."""
     with fake_cuda(random_model()) as model:
         cache = model.new_cache(3)
-        assert model.graph_refused(cache) is None
+        assert graph_refused(model, cache) is None
         x = torch.empty(3, 4, 5, 12, device="cuda:0")  # rows of 48 bytes, but of a head dim of its own
         reasons = fastgpt.explain(fastgpt.kv_cache_update, x, x, x, x, torch.empty(3, 5, dtype=torch.int32, device="cuda:0"))
         assert reasons["triton"] == "chosen" and reasons["cuda"] == "the CUDA library is not there"

@@ -11,12 +11,14 @@ import fastgpt
 from fastgpt import (
     GPT,
     attention_reference,
+    decoding,
+    generate,
     kv_cache_update,
     kv_cache_update_reference,
     rope_kv_cache_update,
     rope_kv_cache_update_reference,
 )
-from fastgpt.cache.base import CACHE_KINDS
+from fastgpt.cache.create import CACHE_KINDS
 from fastgpt.cli import SHIPPED_MODEL
 from fastgpt.generation import replay
 from fastgpt.generation.generate import stream
@@ -168,13 +170,13 @@ def test_cached_and_uncached_tokens_are_identical():
     for seed in range(3):
         model = random_model(layers=3, heads=4, width=128, context=256, seed=seed).cuda()
         ids = random_ids(model, 3, 17, seed).cuda()
-        uncached = model.generate(ids, 150, window=100, use_cache=False)
+        uncached = generate(model, ids, 150, window=100, use_cache=False)
         for kind in CACHE_KINDS:
-            assert torch.equal(model.generate(ids, 150, window=100, cache=kind), uncached)
-        assert torch.equal(model.generate(ids, 150), model.generate(ids, 150, use_cache=False))
+            assert torch.equal(generate(model, ids, 150, window=100, cache=kind), uncached)
+        assert torch.equal(generate(model, ids, 150), generate(model, ids, 150, use_cache=False))
     model = GPT.from_pretrained(SHIPPED_MODEL, dtype=torch.float32, device="cuda")
     ids = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
-    assert torch.equal(model.generate(ids, 300), model.generate(ids, 300, use_cache=False))
+    assert torch.equal(generate(model, ids, 300), generate(model, ids, 300, use_cache=False))
 
 
 GRAPHED = [
@@ -195,9 +197,9 @@ def test_steps_of_a_cuda_graph_are_those_without(options, rules):
     prompts = [random_ids(model, 1, length, seed=length)[0].cuda() for length in (5, 14, 9)]
     options = options | rules | {"return_logprobs": True}
     with mock.patch.object(replay, "has_graphs", lambda device: False):
-        rows, logprobs = model.generate(prompts, 60, **options)
+        rows, logprobs = generate(model, prompts, 60, **options)
     with mock.patch.object(replay, "cuda_graph", wraps=replay.cuda_graph) as captures:
-        again, again_logprobs = model.generate(prompts, 60, **options)
+        again, again_logprobs = generate(model, prompts, 60, **options)
     assert captures.call_count == 1
     assert all(map(torch.equal, again, rows)) and all(map(torch.equal, again_logprobs, logprobs))
 
@@ -208,7 +210,7 @@ def test_logits_of_a_cuda_graph_are_those_without(kind):
     model = random_model().cuda()
     ids = random_ids(model, 3, 40).cuda()
     eager, graphed = model.new_cache(3, **kind), model.new_cache(3, **kind)
-    step = model.decoding(graphed)
+    step = decoding(model, graphed)
     for cache in (eager, graphed):
         model(ids[:, :5], cache=cache, new=[5, 2, 4])
     for i in range(5, 40):
@@ -246,7 +248,7 @@ def test_a_decode_step_is_few_launches(dtype):
     samplers = [Sampler(list(ids), 40, 50257, repetition_penalty=1.0) for _ in range(2)]
     graphed, eager = model.new_cache(1, 600), model.new_cache(1, 600)
     tokens = [sampler(model(ids, cache=cache)[:, -1]) for sampler, cache in zip(samplers, (graphed, eager))]
-    step = model.decoding(graphed, samplers[0])
+    step = decoding(model, graphed, samplers[0])
     for _ in range(30):
         tokens[0] = step(tokens[0])
         tokens[1] = samplers[1](model(tokens[1].unsqueeze(1), cache=eager)[:, -1])
@@ -264,20 +266,20 @@ def test_rows_end_with_their_eos():
     """Which the host sees some steps later."""
     model = random_model().cuda()
     ids = random_ids(model, 4, 6).cuda()
-    free = model.generate(ids, 60)[:, 6:].tolist()
+    free = generate(model, ids, 60)[:, 6:].tolist()
     eos = free[0][20]
     lengths = [row.index(eos) + 1 if eos in row else 60 for row in free]
-    rows = model.generate(ids.tolist(), 60, eos=eos)
+    rows = generate(model, ids.tolist(), 60, eos=eos)
     assert [row[6:].tolist() for row in rows] == [row[:length] for row, length in zip(free, lengths)]
-    assert model.generate(ids[:1], 60, eos=eos)[0, 6:].tolist() == free[0][: lengths[0]]
+    assert generate(model, ids[:1], 60, eos=eos)[0, 6:].tolist() == free[0][: lengths[0]]
 
 
 def test_sampled_tokens_are_those_of_the_cpu():
     """In float64, so that rounding moves no probability across the number that is drawn."""
     model = random_model().double()
     ids = random_ids(model, 3, 9)
-    expected = model.generate(ids, 40, num_samples=2, **SAMPLED)
-    assert torch.equal(model.cuda().generate(ids.cuda(), 40, num_samples=2, **SAMPLED).cpu(), expected)
+    expected = generate(model, ids, 40, num_samples=2, **SAMPLED)
+    assert torch.equal(generate(model.cuda(), ids.cuda(), 40, num_samples=2, **SAMPLED).cpu(), expected)
 
 
 def test_the_decoder_uses_the_kernels():
@@ -424,6 +426,6 @@ def test_tensors_of_another_device_than_the_current_one():
     model = random_model()
     ids = random_ids(model, 2, 9)
     for options in ({}, {"cache": "paged"}, {"cache_dtype": torch.int8}):
-        tokens = [model.to(device).generate(ids.to(device), 40, **options).cpu() for device in ("cuda:0", "cuda:1")]
+        tokens = [generate(model.to(device), ids.to(device), 40, **options).cpu() for device in ("cuda:0", "cuda:1")]
         assert torch.equal(*tokens)
     assert torch.cuda.current_device() == 0

@@ -22,7 +22,7 @@ from launcher_calls import calls  # noqa: E402
 from models import random_model  # noqa: E402
 
 from benchmarks.machine_code import usage_of  # noqa: E402
-from fastgpt import GPT  # noqa: E402
+from fastgpt import GPT, generate  # noqa: E402
 from fastgpt.cli import SHIPPED_MODEL  # noqa: E402
 from fastgpt.generation.generate import stream  # noqa: E402
 from fastgpt.integrations import sdpa  # noqa: E402
@@ -126,7 +126,7 @@ def generated(model, arch, *prompts, **options):
     seen = []
     with fake_cuda(model, torch.bfloat16), gpu(arch) as device:
         for tokens, new in prompts:
-            model.generate(ids(1, tokens), new, **options)
+            generate(model, ids(1, tokens), new, **options)
             seen.append(compiled(device))
     return device, seen
 
@@ -303,7 +303,7 @@ def compiled_kernels(arch) -> dict[str, object]:
     """Kernel and variant -> what Triton compiled, of a first generate of a short Llama and of a backward pass, as launched."""
     model = random_model(layers=2, **LLAMA)
     with fake_cuda(model, torch.bfloat16), gpu(arch, compiles=True) as device:
-        model.generate(ids(1, 40), 3)
+        generate(model, ids(1, 40), 3)
         q = torch.empty(2, 8, 300, 128, dtype=torch.bfloat16)
         attention_backward.attention_backward(q, None, q, q, q, q, torch.empty(2, 8, 300), scale=0.1)
     events = device.events + [event for capture in device.captures for event in capture]

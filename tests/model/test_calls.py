@@ -1,11 +1,13 @@
 """What a decoder, its heads and its caches say to arguments that are none: the argument first."""
 
+from functools import partial
+
 import pytest
 import torch
 from models import random_ids, random_model
 
 import fastgpt
-from fastgpt import SequenceClassifier, TokenClassifier
+from fastgpt import SequenceClassifier, TokenClassifier, run_with_cache
 from fastgpt.ops import explain
 
 IDS = torch.zeros(2, 3, dtype=torch.int64)
@@ -29,7 +31,7 @@ CALLS = {
     "model": lambda model, ids: model(ids),
     "hidden": lambda model, ids: model.hidden(ids),
     "encode": lambda model, ids: model.encode(ids),
-    "run_with_cache": lambda model, ids: model.run_with_cache(ids),
+    "run_with_cache": lambda model, ids: run_with_cache(model, ids),
     "cache": lambda model, ids: model(ids, cache=model.new_cache(ids.shape[0] if hasattr(ids, "shape") and ids.dim() else 2)),
     "lengths": lambda model, ids: model(ids, lengths=[1, 1]),
 }
@@ -112,7 +114,11 @@ def test_contexts():
         "none": (None, ValueError, r"context: expected a second stream \(B, S, C\)"),
     }
     for context, error, message in wrong.values():
-        for call in (model, model.run_with_cache, lambda ids, context: model(ids, cache=model.new_cache(2, context=context))):
+        for call in (
+            model,
+            partial(run_with_cache, model),
+            lambda ids, context: model(ids, cache=model.new_cache(2, context=context)),
+        ):
             with pytest.raises(error, match=f"^{message}"):
                 call(IDS, context=context)
 
@@ -138,6 +144,6 @@ def test_what_can_be_explained_is_named_as_it_is_reached():
     with pytest.raises(ValueError, match="^operation: expected one of ") as raised:
         fastgpt.explain("attention")
     names = str(raised.value).removeprefix("operation: expected one of ").partition(", got ")[0].split(", ")
-    assert "fastgpt.GPT.decoding" in names and all(eval(name) in explain.OPERATIONS for name in names)
-    with pytest.raises(TypeError, match="^operation: expected fastgpt.GPT.decoding and the arguments of .*'recording'$"):
-        fastgpt.explain(fastgpt.GPT.decoding, None, None, recording=None)
+    assert "fastgpt.decoding" in names and all(eval(name) in explain.OPERATIONS for name in names)
+    with pytest.raises(TypeError, match="^operation: expected fastgpt.decoding and the arguments of .*'recording'$"):
+        fastgpt.explain(fastgpt.decoding, None, None, recording=None)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from models import random_ids, random_model
 
-from fastgpt import GPT, GPTConfig
-from fastgpt.cache.base import CACHE_KINDS
+from fastgpt import GPT, GPTConfig, generate
+from fastgpt.cache.create import CACHE_KINDS
 from fastgpt.model.decoder import CrossAttention
 from fastgpt.model.rope import Rope
 from fastgpt.testing import numerics
@@ -84,9 +84,9 @@ def test_cached_and_uncached_tokens_are_identical(lengths, kind):
     model, states = decoder(), random_states()
     prompts = [random_ids(model, 1, length)[0] for length in (4, 1, 9)]
     options = {"context": states, "context_lengths": lengths, "window": 30}
-    cached, uncached = (model.generate(prompts, 40, **options, **way) for way in ({"cache": kind}, {"use_cache": False}))
+    cached, uncached = (generate(model, prompts, 40, **options, **way) for way in ({"cache": kind}, {"use_cache": False}))
     assert all(map(torch.equal, cached, uncached)) and len(cached[0].unique()) > 3
-    other = model.generate(prompts, 40, **options | {"context": random_states(seed=6)})
+    other = generate(model, prompts, 40, **options | {"context": random_states(seed=6)})
     assert not any(map(torch.equal, cached, other))
 
 
@@ -95,12 +95,12 @@ def test_samples_share_a_context(use_cache):
     model, states = decoder(), random_states()
     ids = random_ids(model, 3, 4)
     options = {"temperature": 1.0, "use_cache": use_cache}
-    samples = model.generate(ids, 12, num_samples=2, context=states, context_lengths=LENGTHS, seed=1, **options)
+    samples = generate(model, ids, 12, num_samples=2, context=states, context_lengths=LENGTHS, seed=1, **options)
     assert samples.shape == (6, 16)
     # The likeliest continuation of each prompt is that of the prompt and its context alone.
-    greedy = model.generate(ids, 12, num_samples=2, context=states, context_lengths=LENGTHS, use_cache=use_cache)
+    greedy = generate(model, ids, 12, num_samples=2, context=states, context_lengths=LENGTHS, use_cache=use_cache)
     for b, n in enumerate(LENGTHS):
-        alone = model.generate(ids[b : b + 1], 12, context=states[b : b + 1, :n])
+        alone = generate(model, ids[b : b + 1], 12, context=states[b : b + 1, :n])
         assert torch.equal(greedy[2 * b : 2 * b + 2], alone.expand(2, -1))
     assert not torch.equal(samples[0], samples[1])
 
@@ -109,9 +109,9 @@ def test_a_context_is_read_once():
     """Its keys and values are computed before the first step, not at each."""
     model, states = decoder(), random_states()
     with mock.patch.object(CrossAttention, "read", autospec=True, side_effect=CrossAttention.read) as read:
-        model.generate(random_ids(model, 3, 4), 20, context=states)
+        generate(model, random_ids(model, 3, 4), 20, context=states)
         assert read.call_count == model.config.num_layers
-        model.generate(random_ids(model, 3, 4), 5, context=states, use_cache=False)
+        generate(model, random_ids(model, 3, 4), 5, context=states, use_cache=False)
         assert read.call_count == 2 * model.config.num_layers
 
 
@@ -161,17 +161,17 @@ def test_an_encoder_and_a_decoder_learn_to_reverse_strings():
 
     strings, lengths, reverses = examples(200)
     begin, context = torch.full((200, 1), start), encoder.eval().encode(strings, lengths)
-    outputs = decoder.generate(begin, longest, context=context, context_lengths=lengths)[:, 1:]
+    outputs = generate(decoder, begin, longest, context=context, context_lengths=lengths)[:, 1:]
     right = (outputs == reverses) | (reverses < 0)
     assert right.all(1).float().mean() > 0.95
 
 
 BAD = [
     (lambda model, ids, states: model(ids), ValueError, r"context: expected a second stream \(B, S, C\) .*, got None"),
-    (lambda model, ids, states: model.generate(ids, 3), ValueError, "context: expected a second stream"),
+    (lambda model, ids, states: generate(model, ids, 3), ValueError, "context: expected a second stream"),
     (lambda model, ids, states: model(ids, cache=model.new_cache(3)), ValueError, "context: expected a second stream"),
     (lambda model, ids, states: model(ids, context=states[:2]), ValueError, "context: expected one for a batch of 3, got"),
-    (lambda model, ids, states: model.generate(ids, 3, context=states[:2]), ValueError, "context: expected one for a batch"),
+    (lambda model, ids, states: generate(model, ids, 3, context=states[:2]), ValueError, "context: expected one for a batch"),
     (lambda model, ids, states: model(ids, context=states[..., :8]), ValueError, r"context: expected shape \(3, 7, 64\) "),
     (lambda model, ids, states: model(ids, context=states[0]), ValueError, "context: expected 3 dimensions"),
     (lambda model, ids, states: model(ids, context=states.double()), TypeError, "context: expected dtype torch.float32, got"),

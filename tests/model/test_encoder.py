@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import random_ids, random_model
 
-from fastgpt import GPTConfig
+from fastgpt import GPTConfig, generate
 from fastgpt.generation.generate import stream
 from fastgpt.model.rope import Rope
 from fastgpt.testing import numerics
@@ -88,8 +88,8 @@ def test_states_are_what_logits_are_made_of():
 
 
 BAD = [
-    (lambda model, ids: model.generate(ids, 3), "model: expected a causal one to generate from .*, got one with causal=False"),
-    (lambda model, ids: model.generate(ids, 3, use_cache=False), "model: expected a causal one to generate from"),
+    (lambda model, ids: generate(model, ids, 3), "model: expected a causal one to generate from .*, got one with causal=False"),
+    (lambda model, ids: generate(model, ids, 3, use_cache=False), "model: expected a causal one to generate from"),
     (lambda model, ids: stream(model, ids, 3), "model: expected a causal one to generate from"),
     (lambda model, ids: model.new_cache(2), "model: expected a causal one to generate from or to cache tokens of"),
     (lambda model, ids: model(ids, cache=random_model().new_cache(2)), "model: expected a causal one"),

@@ -13,7 +13,7 @@ from models import random_ids, random_model
 from tape import graphs_on_cpu
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from fastgpt import attention_reference
+from fastgpt import attention_reference, decoding, generate
 from fastgpt.generation.generate import stream
 from fastgpt.model.fusion import is_plain
 from fastgpt.ops.linear import ACTIVATIONS
@@ -81,11 +81,11 @@ def assert_unfused(model):
             cache = model.new_cache(2, context=states)
             logits = [model(ids[:, :4], cache=cache)[:, -1]]
             with ways():
-                step = model.decoding(cache)
+                step = decoding(model, cache)
                 logits += [step(token).clone() for token in ids[:, 4:].T]
             numerics.check(torch.stack(logits, 1), oracle[:, 3:], low[:, 3:], dtype=torch.float32)
     options = {} if states is None else {"context": states}
-    assert torch.equal(model.generate(ids, 12, **options), model.generate(ids, 12, use_cache=False, **options))
+    assert torch.equal(generate(model, ids, 12, **options), generate(model, ids, 12, use_cache=False, **options))
 
 
 def replaced(model, name, change):
@@ -207,7 +207,7 @@ def test_embeddings_and_blocks_are_called(change):
         pre_hook = lambda m: changed(m, lambda m: m.register_forward_pre_hook(lambda m, x: (x[0] * 1.5, *x[1:])))  # noqa: E731
         replaced(model, name, pre_hook if change == "pre-hook" else LAYER_CHANGES[change])
         assert not torch.equal(model(ids), before)
-        assert torch.equal(model.generate(ids, 12), model.generate(ids, 12, use_cache=False))
+        assert torch.equal(generate(model, ids, 12), generate(model, ids, 12, use_cache=False))
 
 
 def test_hooks_on_all_modules():
@@ -218,7 +218,7 @@ def test_hooks_on_all_modules():
     try:
         assert_unfused(model)
         seen.clear()
-        model.generate(random_ids(model, 1, 4), 3)
+        generate(model, random_ids(model, 1, 4), 3)
     finally:
         hook.remove()
     assert seen.count("Linear") == 3 * 8 and seen.count("Norm") == 3 * 5
@@ -251,7 +251,7 @@ def test_dynamic_quantization():
     ids = random_ids(model, 1, 5)
     assert not torch.equal(quantized(ids), model(ids))
     numerics.check(quantized(ids), unfused(quantized, ids).double(), model(ids), dtype=torch.float32)
-    assert torch.equal(quantized.generate(ids, 8)[:, :6], quantized.generate(ids, 1))
+    assert torch.equal(generate(quantized, ids, 8)[:, :6], generate(quantized, ids, 1))
 
 
 # LoRA
@@ -298,7 +298,7 @@ def test_training_an_adapter():
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     # Generation, in between, has no dropout and leaves it on.
-    assert torch.equal(model.generate(ids[:1], 12), model.generate(ids[:1], 12, use_cache=False))
+    assert torch.equal(generate(model, ids[:1], 12), generate(model, ids[:1], 12, use_cache=False))
     assert all(module.training for module in adapted.modules()) and not torch.equal(adapted(ids), adapted(ids))
 
 
@@ -341,7 +341,7 @@ def test_a_recorded_step_sees_changes(change, ways):
         eager, recorded = (model.new_cache(2) for _ in range(2))
         for cache in (eager, recorded):
             model(ids[:, :4], cache=cache)
-        step = model.decoding(recorded)
+        step = decoding(model, recorded)
         for i in range(4, 14):
             if i == 8:
                 ON_THE_WAY[change](model)
@@ -353,7 +353,7 @@ def test_a_change_of_dtype_on_the_way_is_an_error():
     model = random_model()
     with torch.inference_mode():
         cache = model.new_cache(1)
-        step = model.decoding(cache)
+        step = decoding(model, cache)
         for _ in range(2):
             step(torch.tensor([3]))
         model.half()
@@ -372,7 +372,7 @@ def test_an_adapter_that_comes_while_tokens_are_streamed():
     peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["up", "qkv"], init_lora_weights=False)).eval()
     seen = torch.cat([*seen, *tokens])
     # With the adapter, of a cache that was filled without it: not the plain model's, nor the adapted one's.
-    assert not torch.equal(seen, random_model().generate(ids, 30)[0, 6:])
+    assert not torch.equal(seen, generate(random_model(), ids, 30)[0, 6:])
 
 
 # Generation leaves the model's state alone
@@ -381,7 +381,7 @@ def test_an_adapter_that_comes_while_tokens_are_streamed():
 def test_two_streams_of_a_model_in_training_mode():
     model = random_model(dropout=0.5).train()
     ids = random_ids(model, 1, 6)
-    expected = copy.deepcopy(model).eval().generate(ids, 12)[0, 6:].tolist()
+    expected = generate(copy.deepcopy(model).eval(), ids, 12)[0, 6:].tolist()
     first, second = stream(model, ids, 12), stream(model, ids, 12)
     tokens = [[], []]
     for _ in range(4):
@@ -415,9 +415,9 @@ def test_streams_that_are_given_up_or_fail_leave_the_state(training, monkeypatch
 def test_generation_in_a_thread_beside_training():
     model = random_model(dropout=0.5).train()
     ids = random_ids(model, 1, 6)
-    expected = copy.deepcopy(model).eval().generate(ids, 20)
+    expected = generate(copy.deepcopy(model).eval(), ids, 20)
     results = []
-    threads = [threading.Thread(target=lambda: results.append(model.generate(ids, 20))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: results.append(generate(model, ids, 20))) for _ in range(2)]
     for thread in threads:
         thread.start()
     dropped = [not torch.equal(model(ids), model(ids)) for _ in range(5)]
@@ -430,9 +430,9 @@ def test_dropout_of_other_modules_is_off_too():
     model = replaced(random_model(), "blocks.0.mlp.down", lambda layer: nn.Sequential(layer, nn.Dropout(0.5))).train()
     ids = random_ids(model, 1, 6)
     assert not torch.equal(model(ids), model(ids))
-    expected = copy.deepcopy(model).eval().generate(ids, 20)
+    expected = generate(copy.deepcopy(model).eval(), ids, 20)
     for options in ({}, {"use_cache": False}):
-        assert torch.equal(model.generate(ids, 20, **options), expected)
+        assert torch.equal(generate(model, ids, 20, **options), expected)
     assert model.blocks[0].mlp.down[1].training
 
 
@@ -461,4 +461,4 @@ def test_weights_that_lie_otherwise_compute_the_same(config):
         other.load_state_dict({name: way(w) if w.dim() == 2 else w for name, w in model.state_dict().items()}, assign=True)
         numerics.check(other(ids, **states), oracle, model(ids, **states), dtype=torch.float32)
         if not states:
-            assert torch.equal(other.generate(ids, 8), model.generate(ids, 8))
+            assert torch.equal(generate(other, ids, 8), generate(model, ids, 8))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import random_ids, random_model
 
-from fastgpt import GPT
+from fastgpt import GPT, generate, run_with_cache
 from fastgpt.cli import SHIPPED_MODEL, main
 from fastgpt.model.inspection import draw_attention, likeliest, text_of
 from fastgpt.model.rope import Rope
@@ -32,9 +32,9 @@ T = 12
 def test_patterns_make_the_output_and_the_logits_are_the_same(family):
     model = random_model(**FAMILIES[family])
     config, ids = model.config, random_ids(model, 3, T)
-    logits, activations = model.run_with_cache(ids)
+    logits, activations = run_with_cache(model, ids)
     assert torch.equal(logits, model(ids)) and torch.equal(model.logits(activations["blocks.1.output"]), logits)
-    yardsticks = numerics.simulate(lambda: model.double().run_with_cache(ids)[1])
+    yardsticks = numerics.simulate(lambda: run_with_cache(model.double(), ids)[1])
     group = config.num_heads // config.num_kv_heads
     for layer in range(config.num_layers):
         q, k, v, pattern, output = (
@@ -60,7 +60,7 @@ def test_patterns_make_the_output_and_the_logits_are_the_same(family):
 def test_names_in_the_order_of_computation():
     model = random_model(cross_attention=True)
     ids, states = random_ids(model, 2, T), torch.randn(2, 5, 64)
-    _, activations = model.run_with_cache(ids, context=states, context_lengths=[5, 2])
+    _, activations = run_with_cache(model, ids, context=states, context_lengths=[5, 2])
     attention = ["q", "k", "v", "pattern", "output"]
     block = [*(f"{kind}.{part}" for kind in ("attention", "cross_attention") for part in attention), "middle", "output"]
     assert list(activations) == ["embedding", *(f"blocks.{i}.{name}" for i in range(2) for name in block), "norm"]
@@ -74,7 +74,7 @@ def test_names_in_the_order_of_computation():
 def test_the_residual_stream():
     """What each part of a block adds to it."""
     model = random_model()
-    logits, activations = model.run_with_cache(random_ids(model, 2, T))
+    logits, activations = run_with_cache(model, random_ids(model, 2, T))
     streams = [activations["embedding"], activations["blocks.0.output"]]
     for i, block in enumerate(model.blocks):
         heads = activations[f"blocks.{i}.attention.output"].transpose(1, 2).flatten(2)
@@ -87,19 +87,19 @@ def test_the_residual_stream():
 def test_looking_leaves_no_trace_and_gradients_flow():
     model = random_model()
     ids = random_ids(model, 2, T)
-    logits, activations = model.run_with_cache(ids)
+    logits, activations = run_with_cache(model, ids)
     activations["blocks.0.attention.pattern"][0, 1, 5, 2].backward()
     assert model.blocks[0].attention.qkv.weight.grad.abs().max() > 0 and model.blocks[1].mlp.up.weight.grad is None
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ValueError, match="ids: expected token ids from 0 to 64"):
-        model.run_with_cache(ids + 60)
+        run_with_cache(model, ids + 60)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @torch.no_grad()
 def test_bfloat16():
     model = random_model(**LLAMA).bfloat16()
-    logits, activations = model.run_with_cache(random_ids(model, 2, T))
+    logits, activations = run_with_cache(model, random_ids(model, 2, T))
     assert logits.dtype == activations["blocks.0.attention.q"].dtype == torch.bfloat16
     pattern = activations["blocks.0.attention.pattern"]
     torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 4, T))  # of fp32
@@ -151,7 +151,7 @@ def test_they_are_those_of_transformers(family, checkpoints):
     logits, states = model(ids, output_hidden_states=True)
     assert torch.equal(logits, model(ids)) and len(states) == 3
     numerics.check(states, hidden)
-    _, activations = model.run_with_cache(ids)
+    _, activations = run_with_cache(model, ids)
     names = ["embedding", "blocks.0.output", "norm"]
     assert all(torch.equal(activations[name], state) for name, state in zip(names, states, strict=True))
     for layer in range(2):
@@ -204,7 +204,7 @@ def test_inspect_tells_what_generation_does(capsys):
     assert [token["text"] for token in report["tokens"]] == list("ROMEO:") and len(report["next"]) == 65
     model, tokenizer = GPT.from_pretrained(SHIPPED_MODEL), Tokenizer.load(SHIPPED_MODEL / "tokenizer.json")
     ids = torch.tensor([tokenizer.encode("ROMEO:")])
-    assert report["greedy"] == report["next"][0] and report["greedy"]["id"] == model.generate(ids, 1)[0, -1]
+    assert report["greedy"] == report["next"][0] and report["greedy"]["id"] == generate(model, ids, 1)[0, -1]
     with torch.no_grad():
         logits = model(ids)[0, -1]
     for row in report["next"]:

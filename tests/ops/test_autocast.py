@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import random_ids, random_model
 
+from fastgpt import generate
 from fastgpt.generation.generate import stream
 from fastgpt.model.rope import Rope
 
@@ -27,7 +28,7 @@ def test_generation(fields, options, dtype):
     model = random_model(**fields)
     ids = random_ids(model, 2, 12)
     with torch.autocast("cpu", dtype):
-        tokens = model.generate(ids, 12, **options)
+        tokens = generate(model, ids, 12, **options)
         cache = model.new_cache(2)
         logits = torch.cat([model(ids[:, :5], cache=cache), model(ids[:, 5:], cache=cache)], 1)
     assert cache.storage.k.dtype == dtype and tokens.shape == (2 * options.get("num_samples", 1), 24)
@@ -54,8 +55,8 @@ def test_cross_attention():
     model, states = random_model(cross_attention=True), torch.randn(2, 5, 64)
     ids = random_ids(model, 2, 6)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.generate(ids, 6, context=states).shape == (2, 12)
-        assert model.generate(ids, 6, context=states.bfloat16(), use_cache=False).shape == (2, 12)
+        assert generate(model, ids, 6, context=states).shape == (2, 12)
+        assert generate(model, ids, 6, context=states.bfloat16(), use_cache=False).shape == (2, 12)
     cache = model.new_cache(2, context=states)  # in fp32, as are its keys and values
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert model(ids, cache=cache).isfinite().all()

@@ -9,7 +9,11 @@ from torch.nn.functional import scaled_dot_product_attention as pytorchs
 
 import fastgpt
 from fastgpt import attention, attention_reference, attention_with_kv_cache, kv_cache_update, rope_kv_cache_update
-from fastgpt.cache.base import ContiguousCache, PagedCache, PagePool, SlidingCache, Storage, Uncached
+from fastgpt.cache.contiguous import ContiguousCache
+from fastgpt.cache.paged import PagedCache, PagePool
+from fastgpt.cache.sliding import SlidingCache
+from fastgpt.cache.storage import Storage
+from fastgpt.cache.uncached import Uncached
 from fastgpt.integrations import flash_provider
 from fastgpt.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from fastgpt.integrations.sdpa import enabled, scaled_dot_product_attention
@@ -227,9 +231,7 @@ def test_caches(D, kind, cache_dtype):
     def attended(cache, first, last):
         cache.extend(last - first)
         new = [x[:, :, first:last] for x in (q, k, v)]
-        if last - first == 1:
-            return cache.step(1, *new)
-        return cache.attend(1, cache.append(1, *new))
+        return cache.attend(1, *new)
 
     done = 0
     for count in (5, 1, 1, 7, 1, 12, 1):
@@ -240,7 +242,7 @@ def test_caches(D, kind, cache_dtype):
     assert out.shape == (B, H, 1, D[1])
     forked = cache.fork(1)
     assert torch.equal(attended(forked, 28, 29), attended(cache, 28, 29))
-    assert cache.step_waits(H, torch.float32) is None or not q.is_cuda
+    assert cache.attend_waits(H, torch.float32) is None or not q.is_cuda
 
 
 def test_storage_of_each():

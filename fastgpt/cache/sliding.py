@@ -1,0 +1,151 @@
+"""A cache of the last tokens only, in rings."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fastgpt.cache.base import KVCache, read, store, store_and_attend
+from fastgpt.cache.storage import Storage
+from fastgpt.ops.quantization import as_bytes
+
+
+class SlidingCache(KVCache):
+    """Rings of the last tokens: in a layer with a window, the token at position p is in slot p % window. Nothing is ever
+    moved, and memory does not grow with the text.
+
+    Args:
+        window: of every layer.
+        windows: instead, the window of each layer; None: the layer keeps all `capacity` tokens.
+        capacity: tokens that a sequence can have; default: no limit, if every layer has a window.
+        storage: `Storage`, but for N and rows.
+    """
+
+    def __init__(
+        self, *, batch_size: int, window: int | None = None, windows: Sequence[int | None] | None = None,
+        capacity: int | None = None, num_layers: int, **storage,
+    ):  # fmt: skip
+        super().__init__(batch_size, capacity, window, storage.get("device"))
+        windows = [window] * num_layers if windows is None else windows
+        sizes = [capacity if size is None else size for size in windows]
+        if any(not isinstance(size, int) or size < 1 for size in sizes):
+            raise ValueError(f"windows: expected integers >= 1, and a capacity for layers without one, got {windows!r}")
+        self.rings = {
+            size: Ring(size, Storage(batch_size, size, num_layers=sizes.count(size), **storage))
+            for size in dict.fromkeys(sizes)
+        }
+        self.places = [(self.rings[size], sizes[:layer].count(size)) for layer, size in enumerate(sizes)]
+
+    @property
+    def storages(self):
+        return [ring.storage for ring in self.rings.values()]
+
+    def advance(self, num_tokens, new=None):
+        if num_tokens == 1 and new is None:
+            positions = super().advance(1)
+            for ring in self.rings.values():
+                ring.advance(positions, self.lengths)
+            return positions
+        past_lengths = self.lengths.clone()
+        past_counts = [count - (num_tokens if new is None else new[b]) for b, count in enumerate(self.counts)]
+        positions = super().advance(num_tokens, new)
+        for ring in self.rings.values():
+            ring.extend(past_counts, past_lengths, self.counts, self.lengths, positions)
+        return positions
+
+    def attend(self, layer, q, k, v, rotation=None, *, window=None, last_only=False, **options):
+        ring, place = self.places[layer]
+        return ring.attend(
+            place, q, k, v, self.positions, rotation=rotation, counters=self._counters, last_only=last_only, **options
+        )
+
+    def _give_back(self, counts):
+        for size in self.rings:
+            for new, old in zip(counts, self.counts):
+                if 0 < new < old and old > size:
+                    raise ValueError(
+                        f"counts: expected {old} or 0 for a sequence whose ring of {size} has overwritten older tokens, got {new}"
+                    )
+
+    def fork(self, n, into=None):
+        result = self._forked(n, into)
+        if into is not None:
+            for size, ring in self.rings.items():
+                ring.storage.repeated(n, into.rings[size].storage)
+            return into
+        result.rings = {size: Ring(size, ring.storage.repeated(n)) for size, ring in self.rings.items()}
+        result.places = [(result.rings[ring.size], place) for ring, place in self.places]
+        return result
+
+
+class Ring:
+    """What a SlidingCache holds of the layers that keep `size` tokens of each sequence.
+
+    slots: (B, T) int32, where the tokens of the current pass go; negative for those that are not stored.
+    held: (B,) int32, tokens in the ring after it.
+    chunk: what a pass attends over if its tokens overwrite some that its first ones still see; else None.
+    """
+
+    def __init__(self, size: int, storage: Storage):
+        self.size, self.storage, self.chunk = size, storage, None
+        # Passes of one token write to these: a captured step (fastgpt/generation/replay.py) finds them in place.
+        self._held = torch.zeros(storage.k.shape[1], dtype=torch.int32, device=storage.k.device)
+        self._slot = torch.zeros_like(self._held).unsqueeze(1)
+
+    def advance(self, positions, lengths):
+        """One new token of each sequence."""
+        self.slots = torch.remainder(positions, self.size, out=self._slot)
+        self.held = torch.clamp(lengths, max=self.size, out=self._held)
+        self.chunk, self.in_order = None, False
+
+    def extend(self, past_counts, past_lengths, counts, lengths, positions):
+        """New tokens at `positions` (B, T); counts and lengths, before and after, are those of the cache."""
+        self.held, self.chunk = lengths.clamp(max=self.size), None
+        self.in_order = max(counts) <= self.size
+        if self.in_order:
+            self.slots = positions
+            return
+        # Only the last `size` tokens of each sequence are stored.
+        kept = (positions >= 0) & (positions >= (lengths - self.size).unsqueeze(1))
+        self.slots = torch.where(kept, positions % self.size, -1)
+        if positions.shape[1] > 1:
+            self.chunk = self._chunk(past_counts, past_lengths, lengths, positions)
+
+    def _chunk(self, past_counts, past_lengths, lengths, positions):
+        """Where the tokens that a pass of several new ones may attend to come from.
+
+        Its first token sees size - 1 older ones, which its last ones replace in the ring. So they are attended in a cache of
+        the pass alone: older ones first, in order, then the new ones.
+        """
+        before = min(max(past_counts), self.size - 1)  # older ones, of the sequence that has most
+        old = past_lengths.clamp(max=self.size - 1).unsqueeze(1)  # (B, 1)
+        order = torch.arange(before, dtype=torch.int32, device=positions.device)
+        ring = (past_lengths.unsqueeze(1) - old + order) % self.size  # (B, before) slots; beyond `old`, anything
+        slots = torch.where(positions < 0, -1, positions - (past_lengths.unsqueeze(1) - old))
+        return before, ring.long(), slots, old.squeeze(1) + lengths - past_lengths
+
+    def attend(self, place, q, k, v, positions, *, rotation, counters, last_only, **options):
+        """`KVCache.attend`, in the layer at a place of the storage."""
+        cache = self.storage.layers[place]
+        if self.chunk is None:
+            return store_and_attend(
+                q, k, v, cache, positions, slots=self.slots, rotation=rotation, counters=counters, last_only=last_only,
+                **self._visible(), **options,
+            )  # fmt: skip
+        before, ring, slots, lengths = self.chunk
+        B = len(positions)
+        seen = {}
+        for name, x in cache.items():
+            seen[name] = None
+            if x is not None:
+                seen[name] = x.new_zeros(*x.shape[:2], before + k.shape[2], *x.shape[3:])
+                index = ring.view(B, 1, before, *[1] * (x.dim() - 3)).expand(-1, x.shape[1], -1, *x.shape[3:])
+                as_bytes(seen[name])[:, :, :before] = as_bytes(x).gather(2, index)
+        store(q, k, v, cache, positions, slots=self.slots, rotation=rotation)
+        q = store(q, k, v, seen, positions, slots=slots, rotation=rotation)
+        return read(q[:, :, -1:] if last_only else q, seen, kv_lengths=lengths, window=self.size, **options)
+
+    def _visible(self) -> dict:
+        """Which keys a query sees, as `attention` takes it."""
+        if self.in_order:
+            return {"kv_lengths": self.held, "window": self.size}
+        return {"kv_lengths": self.held, "causal": False}  # in the ring's order: attention has none

@@ -1,0 +1,87 @@
+"""The memory of a cache: keys and values of every layer, and their scales."""
+
+import torch
+
+from fastgpt import huge_pages
+from fastgpt.ops.derivatives import refuse_transforms_of_cache
+from fastgpt.ops.quantization import QUANTISED_DTYPES, as_bytes
+
+
+class Storage:
+    """Keys and values of every layer, allocated once: (layers, N, H_kv, rows, head dim) each, with scales if quantised.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: of the decoder.
+        v_head_dim: of values, if another than that of keys.
+        N, rows: sequences and tokens of each; or pages and their size.
+        dtype: of the decoder's keys and values.
+        cache_dtype: dtype, torch.int8 or torch.float8_e4m3fn; default dtype.
+    """
+
+    def __init__(
+        self, N, rows, *, num_layers, num_kv_heads, head_dim, v_head_dim=None, dtype=None, cache_dtype=None, device=None
+    ):
+        refuse_transforms_of_cache(filled=False)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        cache_dtype = dtype if cache_dtype is None else cache_dtype
+        if cache_dtype not in (dtype, *QUANTISED_DTYPES):
+            raise TypeError(
+                f"cache_dtype: expected {dtype} (of the model) or {' or '.join(map(str, QUANTISED_DTYPES))}, got {cache_dtype}"
+            )
+        shape = (num_layers, N, num_kv_heads, rows)
+        self.k, self.v = (
+            huge_pages.empty((*shape, size), dtype=cache_dtype, device=device).zero_()
+            for size in (head_dim, head_dim if v_head_dim is None else v_head_dim)
+        )
+        self.k_scale = self.v_scale = None
+        if cache_dtype in QUANTISED_DTYPES:
+            self.k_scale, self.v_scale = (torch.zeros(shape, device=device) for _ in range(2))
+        self._make_views()
+
+    def _make_views(self):
+        """Views of each layer, made once and not at every step."""
+        scales = [(None, None)] * len(self.k) if self.k_scale is None else zip(self.k_scale, self.v_scale)
+        self.layers = [
+            {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale} for k, v, (k_scale, v_scale) in zip(self.k, self.v, scales)
+        ]
+
+    def __getstate__(self):
+        state = {name: value for name, value in vars(self).items() if name != "layers"}
+        return state | {"k": as_bytes(self.k), "v": as_bytes(self.v), "cache_dtype": self.k.dtype}  # 8-bit floats do not pickle
+
+    def __setstate__(self, state):
+        dtype = state.pop("cache_dtype")
+        vars(self).update(state, k=state["k"].view(dtype), v=state["v"].view(dtype))
+        self._make_views()  # a copy's layers are its own
+
+    def tensors(self):
+        return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors())
+
+    def repeated(self, n: int, into: "Storage | None" = None) -> "Storage":
+        """A copy in which each of the N is there n times in a row, in the memory of an earlier one if that is given."""
+        result = object.__new__(Storage) if into is None else into
+        for name in ("k", "v", "k_scale", "v_scale"):
+            x = getattr(self, name)
+            copies = None if x is None else as_bytes(x).repeat_interleave(n, dim=1)
+            if into is None:
+                setattr(result, name, None if x is None else copies.view(x.dtype))
+            elif x is not None:
+                as_bytes(getattr(into, name)).copy_(copies)
+        if into is None:
+            result._make_views()
+        return result
+
+    def copy(self, source: list[int], target: list[int]) -> None:
+        """Copies the sequences or pages `source` to `target`, in every layer."""
+        source, target = on_device([source, target], self.k.device)
+        for x in map(as_bytes, self.tensors()):
+            x[:, target] = x[:, source]
+
+
+def on_device(numbers: list, device: torch.device) -> torch.Tensor:
+    """int64. Copied from pinned memory, a GPU's are there in time for what follows, without the host waiting for it."""
+    return torch.tensor(numbers, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -1,0 +1,107 @@
+"""A decoder's step from one token of each sequence to its logits, replayed without Python where that changes nothing."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from fastgpt.cache.base import KVCache
+from fastgpt.generation import replay
+from fastgpt.model.decoder import GPT
+from fastgpt.ops.explain import OPERATIONS
+from fastgpt.ops.implementations import decoder_cpp_refuses, decoder_triton_refuses, explain_call, runs_elsewhere
+from fastgpt.ops.linear import MAX_ROWS
+
+
+def decoding(
+    model: GPT, cache: KVCache, choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    recording: replay.Recording | None = None,
+) -> Callable[[torch.Tensor], torch.Tensor]:  # fmt: skip
+    """A function of each sequence's next token, (B,) int64, that lets it join the cache -> its logits (B, V).
+
+    It is captured, on the CPU at its first call, where all of it runs in fastgpt's operations, on a GPU at its second, in a
+    CUDA graph; so what it returns may be overwritten by the next call. A model that cannot be, see `graph_refused`, runs each
+    time instead, and one that changes on the way is captured again, or no longer.
+    `fastgpt.explain(decoding, model, cache)` tells.
+
+    Args:
+        choose: a function of the logits, whose result is returned in their place. A CUDA graph has it inside: it must then
+            follow the rules of `replay.Graphed`.
+        recording: `recording` of a function that this returned for the same cache and `choose`, to go on with what that has
+            captured.
+
+    Raises: RuntimeError, from the function, where a CUDA graph cannot be captured all the same.
+    """
+
+    def step(x, tables):
+        return model.scores(model.transform(x, cache, tables=tables)[:, -1])
+
+    def chosen(logits):
+        return logits if choose is None else choose(logits)
+
+    def whole(token, tables):
+        return chosen(model.capped(step(model.embed_reserved(token.unsqueeze(1), cache, tables), tables)))
+
+    def replayed(token):
+        model.check(token.unsqueeze(1), cache)
+        cache.reserve(1)
+        return graph(token, model.position_tables(token, cache))
+
+    def recorded(token):
+        x = model.embed(token.unsqueeze(1), cache)
+        return chosen(model.capped(plan(x, model.position_tables(x, cache))))
+
+    if replay.has_graphs(cache.lengths.device):
+        graph = _recording(model, recording, whole, replay.Graphed, functools.partial(graph_refused, model, cache))
+        replayed.recording = graph
+        return replayed
+    plan = _recording(model, recording, step, replay.Captured)
+    recorded.recording = plan
+    return recorded
+
+
+def _recording(model: GPT, earlier: replay.Recording | None, function, record: type, refuses=None) -> replay.Recording:
+    if earlier is None or earlier.record is not record:
+        return replay.Recording(model, function, record, refuses)
+    earlier.resume(model, function, refuses)
+    return earlier
+
+
+def graph_refused(model: GPT, cache: KVCache) -> str | None:
+    """Why a decode step over this cache is no CUDA graph, or None: modules are not plain (fastgpt/model/fusion.py), or no
+    kernel takes their dtype, or runs on the device, and a reference would wait for it."""
+    weight = model.first_weight
+    if weight.is_cuda and (reason := decoder_triton_refuses(weight)) is not None:
+        return f"the Triton kernels do not serve it: {reason}"
+    if (reason := replay.modules_refuse(model)) is not None:
+        return reason
+    if (name := next((name for name, module in model.named_modules() if getattr(module, "waits", False)), None)) is not None:
+        return f"{name} waits for the device"
+    heads = model.blocks[0].attention.num_heads if model.blocks else 0  # this process's share
+    return cache.attend_waits(heads, cache.dtype if cache.casts else weight.dtype)
+
+
+def _explain(model: GPT, cache: KVCache) -> dict[str, str]:
+    """How the steps of `decoding(model, cache)` would run: a CUDA graph, recorded operations on a CPU, or all their Python each
+    time; "chosen", "available", or why not."""
+    model.check(torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=model.first_weight.device), cache)
+    with torch.no_grad():
+        return explain_call(DECODING, model, cache)
+
+
+def _cuda_graph_refuses(model: GPT, cache: KVCache) -> str | None:
+    if not replay.has_graphs(cache.lengths.device):
+        return runs_elsewhere("CUDA", "the model", cache.lengths.device)
+    return graph_refused(model, cache)
+
+
+def _cpu_replay_refuses(model: GPT, cache: KVCache) -> str | None:
+    if not cache.lengths.is_cpu:
+        return runs_elsewhere("CPU", "the model", cache.lengths.device)
+    if cache.batch_size > MAX_ROWS:
+        return f"it takes up to {MAX_ROWS} sequences, and the cache has {cache.batch_size}"
+    return replay.modules_refuse(model) or decoder_cpp_refuses(model.first_weight)
+
+
+DECODING = {"cuda_graph": _cuda_graph_refuses, "cpu_replay": _cpu_replay_refuses, "eager": lambda model, cache: None}
+OPERATIONS[decoding] = _explain

@@ -1,0 +1,109 @@
+"""Token ids, prompts and lengths as a decoder takes them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fastgpt.checks import require_device, require_dtype, require_tensor
+
+
+def require_ids(ids, device: torch.device) -> None:
+    """Raises TypeError, ValueError for what cannot be ids (B, T) of a model on a device."""
+    require_tensor("ids", ids)
+    require_dtype("ids", ids, (torch.int64, torch.int32))
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(f"ids: expected shape (B, T) with at least one token, got {tuple(ids.shape)}")
+    require_device("ids", ids, device)
+
+
+def as_lengths(name: str, lengths, x: torch.Tensor) -> torch.Tensor:
+    """How many of x's columns (B, T, ...), the first ones, are tokens: a list or a tensor -> (B,) int32 on its device.
+
+    Raises: TypeError, ValueError, but for numbers outside 1 to T that are on a GPU.
+    """
+    if not isinstance(lengths, torch.Tensor):
+        if not isinstance(lengths, Sequence) or not all(isinstance(n, int) for n in lengths):
+            raise TypeError(f"{name}: expected a tensor or a list of integers, got {lengths!r}")
+        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected integers, got {lengths.dtype}")
+    if lengths.shape != x.shape[:1] or lengths.is_cpu and not all(1 <= n <= x.shape[1] for n in lengths.tolist()):
+        got = lengths.tolist() if lengths.shape == x.shape[:1] else f"shape {tuple(lengths.shape)}"
+        raise ValueError(f"{name}: expected {len(x)} numbers, each from 1 to {x.shape[1]} (the columns), got {got}")
+    return lengths.to(x.device, torch.int32)
+
+
+class PromptTooLong(ValueError):
+    """A prompt has more tokens than the model's context."""
+
+
+def require_room(name: str, tokens: int, config) -> None:
+    """Raises PromptTooLong where a prompt does not fit the model."""
+    if tokens > config.context_length:
+        raise PromptTooLong(
+            f"{name}: expected a prompt of at most {config.context_length} tokens, the model's context, got {tokens}: "
+            "shorten it, or choose a model with a longer context"
+        )
+
+
+def as_prompts(model, ids) -> list[torch.Tensor]:
+    """The rows of ids, or of a list of prompts, as 1-d int64 tensors. Raises TypeError or ValueError."""
+    device = next(model.parameters()).device
+    if isinstance(ids, np.ndarray):
+        ids = as_integers(ids, model).to(device)
+    if isinstance(ids, torch.Tensor):
+        require_tensor("ids", ids)
+        if ids.dim() != 2:
+            raise ValueError(f"ids: expected shape (B, T) or a list of prompts, got shape {tuple(ids.shape)}")
+        prompts = list(ids)
+    elif is_several(ids):
+        prompts = [as_prompt(prompt, model, device) for prompt in ids]
+    else:
+        raise TypeError(f"ids: expected a torch.Tensor or a list of prompts, got {type(ids).__name__}")
+    if not prompts or any(prompt.dim() != 1 or len(prompt) == 0 for prompt in prompts):
+        got = [tuple(prompt.shape) for prompt in prompts]
+        raise ValueError(f"ids: expected at least one sequence, each of at least one token, got shapes {got}")
+    for prompt in prompts:
+        if prompt.dtype != torch.int64:
+            raise TypeError(f"ids: expected dtype torch.int64, got {prompt.dtype}")
+        if prompt.device != device:
+            raise ValueError(f"ids: expected tokens on {device}, where the model is, got some on {prompt.device}")
+    low, high = (bound.item() for bound in torch.cat(prompts).aminmax())
+    require_in_vocabulary("ids", low if low < 0 else high, model)
+    return prompts
+
+
+def as_prompt(prompt, model, device) -> torch.Tensor:
+    if isinstance(prompt, torch.Tensor):
+        require_tensor("ids", prompt)
+        return prompt
+    if isinstance(prompt, np.ndarray):
+        return as_integers(prompt, model).to(device)
+    try:
+        ids = torch.tensor(prompt, device=device)
+    except (TypeError, ValueError, RuntimeError):  # not numbers, or too large
+        ids = None
+    if ids is not None and ids.numel() == 0:
+        ids = ids.long()
+    if ids is None or ids.dim() != 1 or ids.dtype != torch.int64:
+        shown = repr(prompt) if len(repr(prompt)) < 50 else f"a {type(prompt).__name__}"
+        raise TypeError(f"ids: expected each prompt to be a list of integers or a 1-d tensor, got {shown}")
+    return ids
+
+
+def as_integers(ids: np.ndarray, model) -> torch.Tensor:
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"ids: expected integers, got an array of {ids.dtype}")
+    if ids.dtype == np.uint64 and ids.size:  # which int64 may have no room for
+        require_in_vocabulary("ids", int(ids.max()), model)
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def require_in_vocabulary(name: str, token: int, model) -> None:
+    if not 0 <= token < model.config.vocab_size:
+        raise ValueError(f"{name}: expected token ids from 0 to {model.config.vocab_size - 1}, got {token}")
+
+
+def is_several(value) -> bool:
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
