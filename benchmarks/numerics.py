@@ -24,6 +24,7 @@ import fastgpt
 from benchmarks import numerics_table, report
 from benchmarks.table import aligned
 from fastgpt.ops import attention as ops
+from fastgpt.ops.attention.operators import attention_forward_triton
 from fastgpt.ops.implementations import TRITON_INSTALLED
 from fastgpt.ops.kv_cache_update import rope_reference
 from fastgpt.ops.library import CUDA_MISSING
@@ -104,7 +105,7 @@ def decode(kind, dtype, device, implementation, shape):
         caches = {name: paged(x, page) for name, x in caches.items()}
         table = caches["k"][1]
         caches = {name: x for name, (x, _) in caches.items()} | {"block_table": table}
-    forward = ops._attention_forward_triton if implementation == "triton" else torch.ops.fastgpt.attention_forward
+    forward = attention_forward_triton if implementation == "triton" else torch.ops.fastgpt.attention_forward
 
     def run(call, douts):
         return dict(zip(("out", "lse"), forward(*call)))

@@ -43,6 +43,10 @@ LAYERS = [
     {"ops.explain"},
     {"ops.attention_with_kv_cache"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear", "ops.decode_step"},
+    {"ops.attention.autograd", "ops.attention.refusals"},
+    {"ops.attention.operators", "ops.attention.reference"},
+    {"ops.attention.checks"},
+    {"ops.attention.call"},
     {"ops.norm"},
     {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear"},
     {
@@ -118,6 +122,20 @@ def test_imports_point_downwards():
         assert importer in LEVEL, f"{path} has no layer: add it to LAYERS"
         for name in imported(path):
             assert LEVEL[name] > LEVEL[importer], f"{importer} imports {name}"
+
+
+def test_what_is_private_stays_in_its_file():
+    """No file imports another's _name, or reads one off a module."""
+    for path in PACKAGE.rglob("*.py"):
+        modules = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "fastgpt":
+                private = [alias.name for alias in node.names if alias.name.startswith("_") and alias.name != "_C"]
+                assert not private, f"{path} imports {private} of {node.module}"
+                modules |= {alias.asname or alias.name for alias in node.names if f"{node.module}.{alias.name}"[8:] in LEVEL}
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules - {"_C"}:
+                assert not node.attr.startswith("_"), f"{path} reads {node.value.id}.{node.attr}"
 
 
 def test_integrations_see_operations_and_caches_only():

@@ -28,7 +28,8 @@ from fastgpt.checks import (
     require_shape,
     require_tensor,
 )  # fmt: skip
-from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, SOFTCAPS, attention, attention_varlen
+from fastgpt.ops.attention import attention, attention_varlen
+from fastgpt.ops.attention.checks import KERNEL_DTYPES, MAX_HEAD_DIM, SOFTCAPS
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 

@@ -13,7 +13,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from fastgpt.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, attention, triton_refuses_head_dims
+from fastgpt.ops.attention import attention
+from fastgpt.ops.attention.checks import KERNEL_DTYPES, MAX_HEAD_DIM, triton_refuses_head_dims
 from fastgpt.ops.derivatives import transforms_active
 from fastgpt.ops.dropout import keep_mask
 from fastgpt.ops.explain import OPERATIONS

@@ -12,10 +12,16 @@ from torch.compiler import is_compiling
 from fastgpt.checks import require_device, require_dtype, require_flag, require_tensor
 from fastgpt.ops import attention as attending
 from fastgpt.ops import kv_cache_update as updating
-from fastgpt.ops.attention import Call, attention, attention_reference
+from fastgpt.ops.attention import attention, attention_reference
+from fastgpt.ops.attention.call import Call
+from fastgpt.ops.attention.checks import check_call, check_pages, triton_refuses_head_dims
+from fastgpt.ops.attention.operators import attention_check
+from fastgpt.ops.attention.refusals import triton_refuses
 from fastgpt.ops.derivatives import derivatives_refused
 from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.kv_cache_update import (
+    check_rope_update,
+    check_update,
     kv_cache_update,
     kv_cache_update_reference,
     rope_kv_cache_update,
@@ -101,7 +107,7 @@ def attention_with_kv_cache_reference(
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     _check(call, (k, v, positions, cos, sin, slots, interleaved), counters, return_lse)
-    attending._check_pages(k_cache, block_table, kv_lengths)
+    check_pages(k_cache, block_table, kv_lengths)
     cache = {"block_table": block_table, "k_scale": k_scale, "v_scale": v_scale}
     if cos is None and sin is None:
         kv_cache_update_reference(k, v, k_cache, v_cache, positions if slots is None else slots, **cache)
@@ -134,7 +140,7 @@ def _is_accepted(call: Call) -> bool:
         return False
     scale = 1.0 if call.scale is None else call.scale
     try:
-        attending._attention_check(*call[:3], call.causal, scale, *call[5:9], *call[11:15])
+        attention_check(*call[:3], call.causal, scale, *call[5:9], *call[11:15])
     except Exception:
         return False
     return True
@@ -144,7 +150,7 @@ def _check_reading(call: Call, interleaved, counters, return_lse) -> Call:
     """All but what the update takes."""
     require_flag("interleaved", interleaved)
     require_flag("return_lse", return_lse)
-    call = attending._check(call)
+    call = check_call(call)
     if counters is not None:
         require_tensor("counters", counters)
         require_dtype("counters", counters, (torch.int32,))
@@ -158,9 +164,9 @@ def _check(call: Call, new: tuple, counters, return_lse) -> Call:
     k, v, positions, cos, sin, slots, interleaved = new
     if cos is None and sin is None:
         name, stored = ("positions", positions) if slots is None else ("slots", slots)
-        updating._check(k, v, call.k, call.v, stored, call.block_table, call.k_scale, call.v_scale, name)
+        check_update(k, v, call.k, call.v, stored, call.block_table, call.k_scale, call.v_scale, name)
     else:
-        updating._check_rope(
+        check_rope_update(
             call.q, k, v, call.k, call.v, positions, cos, sin, slots, call.block_table, call.k_scale, call.v_scale
         )
     return _check_reading(call, interleaved, counters, return_lse)
@@ -203,7 +209,7 @@ def waits(q, k, v, k_cache, v_cache, positions, cos=None, sin=None, **options) -
 def _triton_refuses(call: Call, new: tuple):
     if not call.q.is_cuda:
         return runs_elsewhere("CUDA", "q", call.q.device)
-    if (reason := attending._triton_refuses(call)) is not None:
+    if (reason := triton_refuses(call)) is not None:
         return reason
     if call.q.dim() == 4 and call.q.shape[2] != 1:
         return f"it takes one token of each sequence, and q has {call.q.shape[2]}"
@@ -255,7 +261,7 @@ def _attention_with_kv_cache_triton(
     _check(call, (k, v, positions if rotated else slots, cos, sin, slots, interleaved), counters, False)
     if q.shape[2] != 1:
         raise ValueError(f"q: expected one token of each sequence, got shape {tuple(q.shape)}")
-    if attending.triton_refuses_head_dims(q, v_cache, False) or not _rows_are_aligned(k_cache, v_cache):
+    if triton_refuses_head_dims(q, v_cache, False) or not _rows_are_aligned(k_cache, v_cache):
         # Called as the registered operation, or compiled without a look at addresses.
         return _attention_with_kv_cache_unfused(
             q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions, cos, sin, interleaved, kv_lengths,

@@ -68,7 +68,9 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
         if operator is not None:
             return operator(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     except Exception as error:
-        _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)  # raises the error that names the argument
+        check_update(
+            k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale
+        )  # raises the error that names the argument
         _check_slots(positions, k_cache, block_table)
         if choose("kv_cache_update", IMPLEMENTATIONS, impl, *tensors) != "reference":
             _raise_unless_negated(error, impl, k_cache, v_cache, k_scale, v_scale)
@@ -100,7 +102,7 @@ def _raise_unless_negated(error: Exception, impl: str | None, k_cache, v_cache, 
 
 def kv_cache_update_reference(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
     """The same function in plain PyTorch, on every device; differentiable, but for 8-bit caches, which it then refuses."""
-    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+    check_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     _check_slots(positions, k_cache, block_table)
     _store(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
 
@@ -195,7 +197,7 @@ def rope_kv_cache_update(
         if operator is not None:
             return operator(q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale)
     except Exception as error:
-        _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
+        check_rope_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
         _check_rope_slots(k_cache, positions, cos, slots, block_table)
         if choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, *tensors) != "reference":
             _raise_unless_negated(error, impl, k_cache, v_cache, k_scale, v_scale)
@@ -211,7 +213,7 @@ def rope_kv_cache_update_reference(
 ):  # fmt: skip
     """The same function in plain PyTorch, on every device: `rope_reference`, then `kv_cache_update_reference`."""
     require_flag("interleaved", interleaved)
-    _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
+    check_rope_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
     _check_rope_slots(k_cache, positions, cos, slots, block_table)
     slots = positions if slots is None else slots
     slots = slots.masked_fill(positions >= cos.shape[0], -1)
@@ -263,7 +265,7 @@ def _last_of_each_slot(b, t, index, n, rows):
     return b[kept], t[kept], index[kept], n[kept]
 
 
-def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_name="positions"):
+def check_update(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_name="positions"):
     require_tensor("k", k, 4)
     require_tensor("v", v, 4)
     require_tensor("k_cache", k_cache, 4)
@@ -310,14 +312,14 @@ def _check(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_n
         require_last_dim_contiguous(name, tensor)
 
 
-def _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale):
+def check_rope_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale):
     stored = ("positions", positions) if slots is None else ("slots", slots)
-    _check(k, v, k_cache, v_cache, stored[1], block_table, k_scale, v_scale, stored[0])
+    check_update(k, v, k_cache, v_cache, stored[1], block_table, k_scale, v_scale, stored[0])
     _check_rotation(q, k, positions, cos, sin)
 
 
 def _check_rotation(q, k, positions, cos, sin):
-    """What rope_kv_cache_update takes beyond what `_check` saw."""
+    """What rope_kv_cache_update takes beyond what `check_update` saw."""
     require_tensor("q", q, 4)
     B, _, T, D = k.shape
     require_dtype("q", q, (k.dtype,))
@@ -369,7 +371,7 @@ def _check_rope_slots(k_cache, positions, cos, slots, block_table):
 
 def explain(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
     """Implementation -> "chosen", "available", or why it refuses this call."""
-    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+    check_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     return explain_call(IMPLEMENTATIONS, k, v, k_cache, v_cache, k_scale, v_scale, impl=impl)
 
 
@@ -379,7 +381,7 @@ def explain_rope(
 ):  # fmt: skip
     """The same for rope_kv_cache_update."""
     require_flag("interleaved", interleaved)
-    _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
+    check_rope_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
     return explain_call(IMPLEMENTATIONS, k, v, k_cache, v_cache, k_scale, v_scale, q, cos, sin, impl=impl)
 
 
@@ -443,19 +445,19 @@ IMPLEMENTATIONS = {
 
 
 def _kv_cache_update_fake(k, v, k_cache, v_cache, positions, block_table=None, k_scale=None, v_scale=None):
-    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+    check_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
 
 
 def _rope_kv_cache_update_fake(
     q, k, v, k_cache, v_cache, positions, cos, sin,
     slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
-    _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
+    check_rope_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
     return q.new_empty(q.shape)
 
 
 def _kv_cache_update_triton(k, v, k_cache, v_cache, positions, block_table=None, k_scale=None, v_scale=None):
-    _check(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
+    check_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     written = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
     _check_kernel(written, {"k": k, "v": v, "positions": positions, "block_table": block_table})
     from fastgpt.kernels.kv_cache_update import kv_cache_update  # Triton is imported only when a CUDA tensor needs it
@@ -467,7 +469,7 @@ def _rope_kv_cache_update_triton(
     q, k, v, k_cache, v_cache, positions, cos, sin,
     slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
-    _check_rope(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
+    check_rope_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
     written = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
     read = {"k": k, "v": v, "positions": positions, "block_table": block_table, "q": q, "cos": cos, "sin": sin, "slots": slots}
     _check_kernel(written, read)

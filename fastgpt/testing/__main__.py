@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from fastgpt.ops import attention as ops
+from fastgpt.ops.attention.operators import attention_forward_triton
 from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
 from fastgpt.ops.norm import norm, norm_reference
@@ -139,7 +140,7 @@ def decode_case(kind, dtype, seed):
     call = scaled((q, arguments.pop("k"), arguments.pop("v")), arguments | {"kv_lengths": lengths})
 
     def run(implementation):
-        forward = ops._attention_forward_triton if implementation == "triton" else torch.ops.fastgpt.attention_forward
+        forward = attention_forward_triton if implementation == "triton" else torch.ops.fastgpt.attention_forward
         return dict(zip(("out", "lse"), forward(*call)))
 
     return Case("decode", kind, dtype, run, lambda: attention_parity.yardsticks(call), fits_triton(call, False))

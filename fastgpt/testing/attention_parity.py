@@ -6,6 +6,9 @@ import warnings
 import torch
 
 from fastgpt.ops import attention as ops
+from fastgpt.ops.attention.call import varlen_arguments
+from fastgpt.ops.attention.operators import attention_varlen_backward_triton, attention_varlen_forward_triton
+from fastgpt.ops.attention.reference import varlen_reference_of
 from fastgpt.testing import numerics
 from fastgpt.testing.attention_features import inputs, options
 from fastgpt.testing.draws import normal
@@ -130,7 +133,7 @@ def reference(call, packing=None, douts=None) -> dict[str, torch.Tensor]:
     if packing is None:
         out, lse = ops.attention_reference(**call._asdict(), return_lse=True)
     else:
-        out, lse = ops._varlen_reference(call, packing)
+        out, lse = varlen_reference_of(call, packing)
     results = {"out": out, "lse": lse}
     if douts is not None:
         torch.autograd.backward((out, lse), tuple(dout.to(x.dtype) for dout, x in zip(douts, (out, lse))))
@@ -171,11 +174,11 @@ def run_cpp_packed(call, packing, douts) -> dict[str, torch.Tensor]:
 
 def run_triton_packed(call, packing, douts) -> dict[str, torch.Tensor]:
     """The Triton kernels on packed sequences, forward and backward."""
-    return _run_packed(ops._attention_varlen_forward_triton, ops._attention_varlen_backward_triton, call, packing, douts)
+    return _run_packed(attention_varlen_forward_triton, attention_varlen_backward_triton, call, packing, douts)
 
 
 def _run_packed(forward, backward, call, packing, douts):
-    arguments = ops._varlen_arguments(call)
+    arguments = varlen_arguments(call)
     out, lse = forward(*packing, *arguments)
     gradients = backward(*douts, out, lse, *packing, *arguments)
     names = ("dq", "dk", "dv") if call.sinks is None else ("dq", "dk", "dv", "dsinks")

@@ -8,6 +8,7 @@ import torch
 import fastgpt
 from fastgpt.ops import attention, decode_step, kv_cache_update, linear, norm
 from fastgpt.ops import attention_with_kv_cache as cached
+from fastgpt.ops.attention.operators import attention_backward_triton, attention_forward_triton
 
 
 def cache(dtype=torch.int8):
@@ -46,7 +47,7 @@ LAUNCHERS = {
         },
     ),
     "attention_forward": (
-        lambda *, causal=True, **call: attention._attention_forward_triton(*attention.Call(causal=causal, scale=1.0, **call)),
+        lambda *, causal=True, **call: attention_forward_triton(*attention.Call(causal=causal, scale=1.0, **call)),
         "fastgpt.kernels.attention_decode.attention_decode",
         lambda: {
             "q": torch.ones(1, 2, 1, 8), "k": torch.ones(1, 2, 4, 8), "v": torch.ones(1, 2, 4, 8),
@@ -54,7 +55,7 @@ LAUNCHERS = {
         },
     ),
     "attention_backward": (
-        lambda *, dout, out, lse, **call: attention._attention_backward_triton(
+        lambda *, dout, out, lse, **call: attention_backward_triton(
             dout, None, out, lse, False, *call.values(), True, 1.0
         ),
         "fastgpt.kernels.attention_backward.attention_backward",

@@ -17,7 +17,13 @@ from interpreter import DEVICE, INTERPRETED, one_of_interpreted, passed, runs_ke
 
 from fastgpt.kernels import attention_forward as kernel  # noqa: E402
 from fastgpt.ops import attention as ops  # noqa: E402
-from fastgpt.ops.attention import attention_reference  # noqa: E402
+from fastgpt.ops.attention import (
+    attention_reference,  # noqa: E402
+    operators,  # noqa: E402
+)
+from fastgpt.ops.attention.autograd import FusedAttention  # noqa: E402
+from fastgpt.ops.attention.operators import attention_forward_triton  # noqa: E402
+from fastgpt.ops.attention.reference import reference_of, varlen_reference_of  # noqa: E402
 from fastgpt.ops.quantization import quantise  # noqa: E402
 from fastgpt.testing.attention_features import FEATURES, inputs, options, paged  # noqa: E402
 from fastgpt.testing.attention_parity import compare, run_triton, yardsticks  # noqa: E402
@@ -278,7 +284,7 @@ def test_values_of_another_head_dim(D, D_v, dtype, arch, monkeypatch):
     out, lse = kernel.attention_forward(**call._asdict())
     assert out.transpose(1, 2).is_contiguous()
     double = call._replace(q=q.double(), k=k.double(), v=v.double())
-    check((out, lse), lambda: ops._reference(double, True), weights=dtype)
+    check((out, lse), lambda: reference_of(double, True), weights=dtype)
     with pytest.raises(ValueError, match="^q: expected head dims up to 256 of q, k and v, got 576 and 512"):
         run_triton(call, douts)
 
@@ -292,7 +298,7 @@ def test_packed_values_of_another_head_dim():
     del options["max_k"]
     actual = kernel.attention_forward(call.q, call.k, call.v, **options)
     double = call._replace(**{name: getattr(call, name).double() for name in "qkv"})
-    check(actual, lambda: ops._varlen_reference(double, packing), weights=torch.float32)
+    check(actual, lambda: varlen_reference_of(double, packing), weights=torch.float32)
 
 
 @runs_kernel
@@ -429,8 +435,8 @@ def triton_serves_the_cpu(monkeypatch):
         return
     library = torch.library.Library("fastgpt", "IMPL")
     for name in ("attention_backward", "attention_varlen_forward", "attention_varlen_backward"):
-        library.impl(name, getattr(ops, f"_{name}_triton"), "CPU")
-    monkeypatch.setattr(ops, "_attention_forward", ops._attention_forward_triton)  # the CPU has one of its own
+        library.impl(name, getattr(operators, f"{name}_triton"), "CPU")
+    monkeypatch.setattr(operators, "attention_forward", attention_forward_triton)  # the CPU has one of its own
     yield
     library._destroy()
 
@@ -447,7 +453,7 @@ def test_autograd(feature, triton_serves_the_cpu):
     douts = torch.randn_like(q), torch.zeros(2, 4, 20, device=DEVICE)
 
     def actual(**tensors):
-        return ops._Attention.apply(*ops.Call(**tensors, **arguments))
+        return FusedAttention.apply(None, *ops.Call(**tensors, **arguments))
 
     def reference(**tensors):
         return attention_reference(**tensors, **arguments, return_lse=True)
@@ -476,14 +482,14 @@ def test_autograd_of_packed_sequences(arguments, triton_serves_the_cpu):
         if name in arguments:
             arguments[name] = torch.tensor(arguments[name], dtype=dtype, device=DEVICE).view(-1)
     differentiable = {"q": q, "k": k, "v": v, "sinks": torch.randn(8, device=DEVICE)}
-    blind = ops._varlen_reference(ops.Call(**differentiable, **arguments), packing)[1] == -math.inf
+    blind = varlen_reference_of(ops.Call(**differentiable, **arguments), packing)[1] == -math.inf
     douts = torch.randn_like(q), torch.randn(1, 8, sum(lengths_q), device=DEVICE).masked_fill(blind, 0.0)
 
     def actual(**tensors):
-        return ops._VarlenAttention.apply(packing, *ops.Call(**tensors, **arguments))
+        return FusedAttention.apply(packing, *ops.Call(**tensors, **arguments))
 
     def reference(**tensors):
-        return ops._varlen_reference(ops.Call(**tensors, **arguments), packing)
+        return varlen_reference_of(ops.Call(**tensors, **arguments), packing)
 
     doubled = {name: x.double() for name, x in differentiable.items()}
     check(gradients(actual, differentiable, douts), lambda: gradients(reference, doubled, douts))

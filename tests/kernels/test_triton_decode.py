@@ -16,6 +16,7 @@ from interpreter import DEVICE, one_of_interpreted, passed, runs_kernel, starts_
 from fastgpt.kernels import attention_decode as kernel  # noqa: E402
 from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
+from fastgpt.ops.attention.reference import reference_of  # noqa: E402
 from fastgpt.ops.quantization import quantise  # noqa: E402
 from fastgpt.testing.attention_features import paged  # noqa: E402
 from fastgpt.testing.numerics import check  # noqa: E402
@@ -167,7 +168,7 @@ def test_values_of_another_head_dim(D, D_v, dtype, cache_dtype, short_splits):
     out, lse = kernel.attention_decode(q, k, v, **options)
     assert out.shape == (2, 4, 1, D_v) and out.transpose(1, 2).is_contiguous()
     double = (x if x.dtype in EIGHT_BITS else x.double() for x in (q, k, v))
-    check((out, lse), lambda call=ops.Call(*double, **options): ops._reference(call, return_lse=True), weights=dtype)
+    check((out, lse), lambda call=ops.Call(*double, **options): reference_of(call, return_lse=True), weights=dtype)
 
 
 @runs_kernel
@@ -183,7 +184,7 @@ def test_a_new_token_with_values_of_another_head_dim(D, D_v, short_splits):
     for cache, row in ((k, new[0]), (v, new[1])):
         assert all(torch.equal(cache[b, :, length - 1], row[b, :, 0]) for b, length in enumerate(lengths))
     call = ops.Call(q.double(), k.double(), v.double(), **options)
-    check(results, lambda: ops._reference(call, return_lse=True), weights=torch.float32)
+    check(results, lambda: reference_of(call, return_lse=True), weights=torch.float32)
 
 
 # Tensors are functions of the number of heads.

@@ -27,6 +27,7 @@ PROGRAM = """
 import torch
 from models import random_ids, random_model
 from test_parallel import SHAPES
+from fastgpt import generate
 from fastgpt.parallel import tensor_parallel
 
 torch.distributed.init_process_group("gloo")
@@ -34,8 +35,8 @@ for name, fields in SHAPES.items():
     model = random_model(**fields)
     prompts = [random_ids(model, 1, length, seed=length)[0].tolist() for length in (12, 3, 7)]
     for options in ({}, {"cache": "paged"}, {"use_cache": False}, {"temperature": 1.0, "seed": 1}):
-        whole = random_model(**fields).generate(prompts, 12, **options)
-        parts = tensor_parallel(random_model(**fields)).generate(prompts, 12, **options)
+        whole = generate(random_model(**fields), prompts, 12, **options)
+        parts = generate(tensor_parallel(random_model(**fields)), prompts, 12, **options)
         assert all(map(torch.equal, whole, parts)), (name, options)
     divided = tensor_parallel(model)
     held = sum(x.numel() for x in divided.blocks.parameters() if x.dim() == 2)

@@ -68,6 +68,7 @@ def test_shapes():
 def test_what_triton_does_not_take():
     """It says so of the head dims; a named implementation raises, and operators for CUDA do before anything is launched."""
     from fastgpt.ops import attention as ops
+    from fastgpt.ops.attention.operators import attention_forward_triton
 
     for D, D_v in ((16, 24), (300, 300)):
         call = inputs(1, 2, 2, 3, 5, (D, D_v), torch.float32)
@@ -75,7 +76,7 @@ def test_what_triton_does_not_take():
             continue
         assert str(D) in reason
         with pytest.raises(ValueError, match="^v: expected a head dim that Triton's kernels serve"):
-            ops._attention_forward_triton(*call, True, 0.25)
+            attention_forward_triton(*call, True, 0.25)
 
 
 # Updates
@@ -267,7 +268,7 @@ def test_without_a_cache():
     q, k, v = inputs(1, 4, 2, 6, 6, (16, 24), torch.float32)
     uncached = Uncached(3)
     uncached.extend(6)
-    assert torch.equal(uncached.attend(0, uncached.append(0, q, k, v)), attention(q, k, v, window=3))
+    assert torch.equal(uncached.attend(0, q, k, v), attention(q, k, v, window=3))
 
 
 # Drop-ins

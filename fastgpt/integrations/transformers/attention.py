@@ -14,13 +14,14 @@ from fastgpt.checks import is_autocasting
 from fastgpt.integrations.transformers.deferred import EightBit
 from fastgpt.integrations.transformers.masks import Mask
 from fastgpt.ops import attention as operation
+from fastgpt.ops.attention.checks import KERNEL_DTYPES, MAX_HEAD_DIM, triton_refuses_head_dims
 from fastgpt.ops.derivatives import transforms_active
 from fastgpt.ops.explain import explain
 from fastgpt.ops.library import without_autograd
 
 _attention_forward = without_autograd(torch.ops.fastgpt.attention_forward.default)
 
-DTYPES = (*operation.KERNEL_DTYPES, torch.float64)
+DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def attention(
@@ -130,12 +131,12 @@ def _served_simply(query, key, value, scaling, is_causal, kwargs: dict) -> torch
 def _why_not(query, key, value, dropout, scaling) -> str | None:
     """Why `fastgpt.attention` cannot take these."""
     (B, H, _, D), (B_kv, H_kv, _, D_k), D_v, dtype = query.shape, key.shape, value.shape[3], query.dtype
-    if D_k != D or max(D, D_v) > operation.MAX_HEAD_DIM:
-        most = operation.MAX_HEAD_DIM
+    if D_k != D or max(D, D_v) > MAX_HEAD_DIM:
+        most = MAX_HEAD_DIM
         return f"head dims {D}, {D_k}, {D_v} of queries, keys, values: expected the same of queries and keys, and up to {most}"
     if query.is_cuda:
         gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        if (reason := operation.triton_refuses_head_dims(query, value, gradients)) is not None:
+        if (reason := triton_refuses_head_dims(query, value, gradients)) is not None:
             return reason
     if B_kv != B or H % H_kv:
         return f"{B} x {H} heads of queries, {B_kv} x {H_kv} of keys: expected as many sequences, and heads that divide"

@@ -1,0 +1,170 @@
+"""The attention operation: its contract, and the choice of implementation."""
+
+import math
+
+from fastgpt.checks import argument_error, require_flag
+from fastgpt.ops.attention import operators
+from fastgpt.ops.attention.autograd import FusedAttention, savable
+from fastgpt.ops.attention.call import Call, Packing, varlen_arguments
+from fastgpt.ops.attention.checks import check_call, check_packing, check_pages, packed_call
+from fastgpt.ops.attention.reference import (
+    attention_reference,
+    attention_varlen_reference,
+    reference_of,
+    varlen_reference_of,
+)
+from fastgpt.ops.attention.refusals import IMPLEMENTATIONS, VARLEN_IMPLEMENTATIONS, needs_gradients
+from fastgpt.ops.dropout import seed_tensor
+from fastgpt.ops.implementations import choose, explain_call
+
+__all__ = ["attention", "attention_reference", "attention_varlen", "attention_varlen_reference", "explain", "explain_varlen"]
+
+
+def attention(
+    q, k, v,
+    *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None, bias=None,
+    kv_lengths=None, block_table=None, k_scale=None, v_scale=None, dropout_p=0.0, dropout_seed=None,
+    return_lse=False, impl=None,
+):  # fmt: skip
+    """Softmax attention over keys and values, computed tile by tile.
+
+        out[b,h,i] = sum_j softmax_j(score[b,h,i,j]) v[b,h//g,j],   g = H // H_kv
+        score[b,h,i,j] = cap(scale * q[b,h,i]·k[b,h//g,j]) - alibi_slopes[h] |i + L - T - j| + bias[b,h,i,j]
+        cap(x) = softcap * tanh(x / softcap),   L = kv_lengths[b] or S: query i is at position i + L - T
+
+    over the keys j that causal, window, kv_lengths and mask leave to query i, and whose score is above -inf: a bias of -inf
+    hides a key as a mask does. On a CPU and in the reference, what a query does not see does not reach its results, nor
+    either's gradients, even where it is NaN; on CUDA that holds for keys past kv_lengths and pages that are not read.
+
+    Args:
+        q: (B, H, T, D) fp16|bf16|fp32, D <= 576, last dimension contiguous, other strides free. fp64 too, which only the
+            reference serves.
+        k: (B, H_kv, S, D), or with a block table a pool of pages (num_pages, H_kv, page, D); device of q, and its dtype, or
+            int8 or float8_e4m3fn with scales; H must be a multiple of H_kv.
+        v: (B, H_kv, S, D_v), or with a block table (num_pages, H_kv, page, D_v); as k, but for its head dim: D_v <= 576.
+        causal: bottom-right aligned: query i sees key j when j <= i + L - T.
+            T=2, L=5 attends  1 1 1 1 0
+                              1 1 1 1 1
+        scale: factor on q·k; default 1 / sqrt(D).
+        window: query i sees only keys with j > i + L - T - window: if causal, the last `window` ones, that at its own
+            position included. window=2 attends  0 0 1 1 0
+                                                 0 0 0 1 1
+        softcap: bound on the scaled scores, from 2^-126 to 2^126.
+        alibi_slopes: (H,) fp32, a penalty on distance (arXiv 2108.12409).
+        sinks: (H,), floating point: one more logit a head in the softmax's denominator, which attends to nothing. It
+            counts in lse. Differentiable.
+        mask: bool, broadcastable to (B, H, T, S); where it is False, a query does not see a key.
+        bias: in the dtype of q or fp32, broadcastable to (B, H, T, S), added to the scores. Differentiable.
+        kv_lengths: (B,) int32 on q's device, each in [0, S]; keys at and past it are never read. This is how a
+            cache of capacity S is attended. A value outside [0, S] is clamped to that range.
+        block_table: (B, pages) int32 on q's device. Key j of sequence b lies in row j % page of page
+            block_table[b, j // page]; S is then pages · page. Entries past kv_lengths may be anything.
+        k_scale, v_scale: (B, H_kv, S), or (num_pages, H_kv, page) with a block table, fp32: key j stands for
+            k_scale[b,h,j] · k[b,h,j]. See `kv_cache_update`, which writes them.
+        dropout_p: each weight of the softmax is dropped with this probability, the others divided by 1 - dropout_p.
+            lse does not know of it. 0 <= dropout_p < 1.
+        dropout_seed: an integer in [0, 2^63), or a (1,) int64 tensor, that decides which weights, on every device and in
+            every implementation the same; None draws one from PyTorch's CPU generator.
+        return_lse: also return the log-sum-exp of each row's scores. Differentiable.
+        impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call. A named
+            one never falls back: it raises ValueError with the reason. `fastgpt.explain` tells without running.
+
+    Returns:
+        out (B, H, T, D_v) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log.
+        A row that sees no key gives zeros, lse = -inf and zero gradients.
+
+    Gradients by q, k, v, bias and sinks come from the kernels; the reference, whose scores take memory in T · S, serves all
+    other derivatives: by alibi_slopes and scales, through a block table, forward mode, transforms of torch.func, and
+    gradients that are themselves differentiated (create_graph).
+
+    Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, range, impl; on CPU a page outside the
+        pool): argument, expected, got.
+    Source: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
+
+    >>> q, k, v = torch.randn(1, 8, 3, 64), torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64)
+    >>> attention(q, k, v, window=4).shape
+    torch.Size([1, 8, 3, 64])
+    """
+    call = Call(
+        q, k, v, causal, scale, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale,
+        v_scale, dropout_p, dropout_seed,
+    )  # fmt: skip
+    # What PyTorch's dispatcher would take for something else: it has causal=None, and True for a number.
+    if not (
+        type(causal) is bool and type(dropout_p) is float and (scale is None or type(scale) is float)
+        and (window is None or type(window) is int) and (softcap is None or type(softcap) is float)
+        and dropout_seed is None and type(return_lse) is bool
+    ):  # fmt: skip
+        require_flag("return_lse", return_lse)
+        call = check_call(call)
+        if call.dropout_p == 0:
+            call = call._replace(dropout_seed=None)
+        scale, dropout_p = call.scale, call.dropout_p
+    try:
+        chosen = choose("attention", IMPLEMENTATIONS, impl, call)
+        if chosen == "reference" or dropout_p > 0:  # kernels check for themselves all but the seed
+            call = check_call(call)
+        if dropout_p > 0:
+            call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device))
+        if chosen == "reference":
+            check_pages(k, block_table, kv_lengths)
+            return reference_of(call, return_lse)
+        if scale is None:
+            call = call._replace(scale=1.0 / math.sqrt(q.shape[-1]))
+        out, lse = FusedAttention.apply(None, *savable(call)) if needs_gradients(call) else operators.attention_forward(*call)
+    except Exception as error:
+        check_call(call)  # raises the error that names the argument
+        check_pages(k, block_table, kv_lengths)
+        raise argument_error(error)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
+    *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, dropout_p=0.0,
+    dropout_seed=None, return_lse=False, impl=None,
+):  # fmt: skip
+    """`attention` of sequences of different lengths, packed one after the other without padding.
+
+    Args:
+        q: (total_q, H, D); k: (total_k, H_kv, D); v: (total_k, H_kv, D_v). Sequence b has rows cu_seqlens_q[b] to
+            cu_seqlens_q[b+1] of q, and cu_seqlens_k[b] to cu_seqlens_k[b+1] of k and v.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device, ascending from 0 to total_q and total_k.
+        max_q, max_k: at least the queries and keys of the longest sequence.
+        The rest: as in `attention`, within each sequence.
+
+    Returns: out (total_q, H, D_v); with return_lse the pair (out, lse), lse (H, total_q) fp32.
+    Raises: TypeError, ValueError as `attention`; on CPU also for cu_seqlens that are not as above.
+    """
+    require_flag("return_lse", return_lse)
+    call = packed_call(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        dropout_p=dropout_p, dropout_seed=dropout_seed,
+    )  # fmt: skip
+    packing = check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
+    chosen = choose("attention_varlen", VARLEN_IMPLEMENTATIONS, impl, call)
+    call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device) if call.dropout_p > 0 else None)
+    if scale is None:
+        call = call._replace(scale=1.0 / math.sqrt(q.shape[-1]))
+    if chosen == "reference":
+        out, lse = varlen_reference_of(call, packing)
+    elif needs_gradients(call):
+        out, lse = FusedAttention.apply(savable(packing), *savable(call))
+    else:
+        out, lse = operators.attention_varlen_forward(*packing, *varlen_arguments(call))
+    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # (total_q, H, D_v), (H, total_q)
+    return (out, lse) if return_lse else out
+
+
+def explain(q, k, v, *, return_lse=False, impl=None, **options):
+    """Implementation -> "chosen", "available", or why it refuses this call."""
+    require_flag("return_lse", return_lse)
+    return explain_call(IMPLEMENTATIONS, check_call(Call(q, k, v, **options)), impl=impl)
+
+
+def explain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, return_lse=False, impl=None, **options):
+    """The same for attention_varlen."""
+    require_flag("return_lse", return_lse)
+    call = packed_call(q, k, v, **options)
+    check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
+    return explain_call(VARLEN_IMPLEMENTATIONS, call, impl=impl)

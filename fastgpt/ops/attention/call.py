@@ -1,0 +1,44 @@
+"""The arguments of a call of attention, as they go from its checks to its kernels."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Call(NamedTuple):
+    """The arguments of `attention` that decide what it computes."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    causal: bool = True
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    kv_lengths: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: int | torch.Tensor | None = None
+
+
+class Packing(NamedTuple):
+    """Where packed sequences begin and end: the arguments that attention_varlen has beyond those of attention."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_q: int
+    max_k: int
+
+
+# Packed sequences: the same, without what only a batch has.
+VARLEN_FIELDS = (*Call._fields[:9], "dropout_p", "dropout_seed")
+
+
+def varlen_arguments(call: Call) -> list:
+    return [getattr(call, name) for name in VARLEN_FIELDS]

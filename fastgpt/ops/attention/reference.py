@@ -1,0 +1,143 @@
+"""Attention in plain PyTorch."""
+
+import math
+
+import torch
+
+from fastgpt.checks import require_flag
+from fastgpt.ops.attention.call import Call, Packing
+from fastgpt.ops.attention.checks import check_call, check_packing, check_pages, packed_call
+from fastgpt.ops.dropout import keep_mask, seed_tensor
+from fastgpt.ops.quantization import dequantise
+
+
+def attention_reference(
+    q, k, v,
+    *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None, bias=None,
+    kv_lengths=None, block_table=None, k_scale=None, v_scale=None, dropout_p=0.0, dropout_seed=None,
+    return_lse=False, impl=None,
+):  # fmt: skip
+    """The same function in plain PyTorch: every device, every float dtype (float64 too), differentiable.
+
+    Scores and softmax are computed in fp32 at least. Holds the (B, H, T, S) scores in memory.
+    """
+    require_flag("return_lse", return_lse)
+    call = Call(
+        q, k, v, causal, scale, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale,
+        v_scale, dropout_p, dropout_seed,
+    )  # fmt: skip
+    call = check_call(call)
+    check_pages(k, block_table, kv_lengths)
+    return reference_of(call, return_lse)
+
+
+def reference_of(call: Call, return_lse: bool, dropout_batch: int = 0):
+    """dropout_batch: what the first sequence counts as in dropout's random numbers."""
+    q, k, v, block_table = call.q, call.k, call.v, call.block_table
+    out_dtype, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(dtype), _keys(k, call.k_scale, block_table, dtype), _keys(v, call.v_scale, block_table, dtype)
+    B, H, T, D = q.shape
+    H_kv, S = k.shape[1], k.shape[2]
+    scale = 1.0 / math.sqrt(D) if call.scale is None else call.scale
+
+    key = torch.arange(S, device=q.device)
+    query = torch.arange(T, device=q.device).unsqueeze(1)
+    if call.kv_lengths is None:
+        lengths = S
+        hidden = torch.zeros(T, S, dtype=torch.bool, device=q.device)
+    else:
+        lengths = call.kv_lengths.clamp(0, S).view(B, 1, 1, 1)
+        hidden = (key >= lengths).expand(B, 1, T, S)
+    own = query + lengths - T  # the query's position among the keys
+    if call.causal:
+        hidden = hidden | (key > own)
+    if call.window is not None:
+        hidden = hidden | (key - own <= -call.window)
+    if call.mask is not None:
+        hidden = hidden | ~call.mask
+    if call.bias is not None:
+        hidden = hidden | (call.bias == -torch.inf)
+
+    if H != H_kv:
+        k = k.repeat_interleave(H // H_kv, dim=1)  # (B, H, S, D)
+        v = v.repeat_interleave(H // H_kv, dim=1)
+    scores = _products(q * scale, k)  # (B, H, T, S)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.alibi_slopes is not None:
+        scores = scores - call.alibi_slopes.to(dtype).view(H, 1, 1) * (own - key).abs()
+    if call.bias is not None:
+        scores = scores + call.bias.to(dtype)
+    hidden = hidden | (scores == -torch.inf)
+    blind = hidden.all(-1, keepdim=True)  # rows that see no key
+    # Softmax over a row of -inf is NaN; such a row is zeroed below.
+    scores = scores.masked_fill(hidden, -torch.inf).masked_fill(blind, 0.0)
+    if call.sinks is not None:
+        sink = call.sinks.to(dtype).view(H, 1, 1).expand(B, H, T, 1).masked_fill(blind, 0.0)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., :S].masked_fill(hidden, 0.0)
+    kept = ~hidden
+    if call.dropout_p > 0:
+        keep = keep_mask(seed_tensor(call.dropout_seed, q.device), call.dropout_p, B, H, T, S, q.device, dropout_batch)
+        weights, kept = weights * keep / (1.0 - call.dropout_p), kept & keep
+    out = _weighted(weights, kept, v).to(out_dtype)
+    if not return_lse:
+        return out
+    return out, scores.logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf).to(dtype)
+
+
+def _products(q, k):
+    """q (..., T, D) · k (..., S, D), whose gradients do not meet what is not finite: of a score that nobody uses they are 0,
+    and 0 times infinity or NaN would be NaN."""
+    finite_q, finite_k = (torch.where(x.isfinite(), x, 0.0) for x in (q, k))
+    true = q.detach() @ k.detach().transpose(-2, -1)
+    return torch.where(true.isfinite(), finite_q @ finite_k.transpose(-2, -1), true)
+
+
+def _weighted(weights, seen, v):
+    """weights (..., T, S) · v (..., S, D_v), of what is not finite in v only what is seen (..., T, S)."""
+    infinite = torch.cat([v.isnan() | (v == torch.inf), v.isnan() | (v == -torch.inf)], dim=-1)
+    up, down = (seen.to(v.dtype) @ infinite.to(v.dtype) > 0).chunk(2, dim=-1)
+    beyond = torch.where(up, torch.inf, 0.0) - torch.where(down, torch.inf, 0.0)  # both: NaN
+    return weights @ torch.where(v.isfinite(), v, 0.0) + beyond.to(v.dtype)
+
+
+def _keys(x, scale, block_table, dtype):
+    """Keys or values as the numbers they stand for: (B, H_kv, S, head dim) in `dtype`."""
+    if block_table is not None:
+        index = block_table.clamp(0, x.shape[0] - 1).long()  # entries that are never read may be anything
+        # (B, pages, H_kv, page, head dim) -> (B, H_kv, pages * page, head dim); float8 has no indexing
+        x = x.view(torch.uint8)[index].view(x.dtype) if x.itemsize == 1 else x[index]
+        x = x.transpose(1, 2).flatten(2, 3)
+        scale = None if scale is None else scale[index].transpose(1, 2).flatten(2, 3)
+    return x.to(dtype) if scale is None else dequantise(x, scale, dtype)
+
+
+def attention_varlen_reference(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
+    *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, dropout_p=0.0,
+    dropout_seed=None, return_lse=False, impl=None,
+):  # fmt: skip
+    """The same function in plain PyTorch: `attention_reference` of one sequence after the other."""
+    require_flag("return_lse", return_lse)
+    call = packed_call(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        dropout_p=dropout_p, dropout_seed=dropout_seed,
+    )  # fmt: skip
+    packing = check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
+    if call.dropout_p > 0:
+        call = call._replace(dropout_seed=seed_tensor(call.dropout_seed, q.device))
+    out, lse = varlen_reference_of(call, packing)
+    out, lse = out[0].transpose(0, 1), lse[0]
+    return (out, lse) if return_lse else out
+
+
+def varlen_reference_of(call: Call, packing: Packing):
+    starts_q, starts_k = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
+    outs, lses = [], []
+    for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:])):
+        part = call._replace(q=call.q[:, :, q0:q1], k=call.k[:, :, k0:k1], v=call.v[:, :, k0:k1])
+        out, lse = reference_of(part, return_lse=True, dropout_batch=b)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
