@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "common/cpu_level.h"
-#include "kv_cache/page_allocator.h"
 #include "decode_step/plan.h"
 #include "decode_step/unchanged.h"
+#include "kv_cache/page_allocator.h"
 
 namespace py = pybind11;
 
@@ -35,8 +35,8 @@ py::list words(const char* text) {
 py::dict build_info() {
   py::dict info;
   info["compiler"] = kCompiler;
-  info["torch_target_version"] =
-      std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
+  info["torch_target_version"] = std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
+      std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
   info["cpu_levels"] = words(FASTGPT_CPU_LEVELS);
   info["cpu_level"] = fastgpt::cpu_level_name(fastgpt::cpu_level());
   info["cuda_archs"] = words(FASTGPT_CUDA_ARCHS);
@@ -48,9 +48,8 @@ using fastgpt::PageAllocator;
 
 // A Python integer (NumPy's count, bools do not), named in what is thrown if it is none.
 int64_t integer(const py::handle& value, const char* name) {
-  const py::object index = PyBool_Check(value.ptr())
-      ? py::object()
-      : py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  const py::object index = PyBool_Check(value.ptr()) ? py::object()
+                                                     : py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
   if (!index) {
     PyErr_Clear();
     throw py::type_error(std::string(name) + ": expected an integer, got " + Py_TYPE(value.ptr())->tp_name);
@@ -115,8 +114,8 @@ PageAllocator allocator_of(const py::tuple& state) {
     sequences[sequence[0].cast<int64_t>()] = {sequence[1].cast<int64_t>(), sequence[2].cast<std::vector<int64_t>>()};
   }
   return {
-      state[0].cast<int64_t>(), state[1].cast<int64_t>(), state[2].cast<int64_t>(),
-      state[3].cast<std::vector<int64_t>>(), std::move(sequences)};
+      state[0].cast<int64_t>(), state[1].cast<int64_t>(), state[2].cast<int64_t>(), state[3].cast<std::vector<int64_t>>(),
+      std::move(sequences)};
 }
 
 void define_page_allocator(py::module_& module) {
@@ -133,26 +132,32 @@ void define_page_allocator(py::module_& module) {
   py::class_<PageAllocator>(module, "PageAllocator", R"(Which sequence has which of `num_pages` pages of `page_size` tokens.
 
 Sequences are numbers. Raises ValueError for one that is unknown or was freed.)")
-      .def(py::init([](const py::object& num_pages, const py::object& page_size) {
-             return std::make_unique<PageAllocator>(integer(num_pages, "num_pages"), integer(page_size, "page_size"));
-           }),
-           py::arg("num_pages"), py::arg("page_size"))
+      .def(
+          py::init([](const py::object& num_pages, const py::object& page_size) {
+            return std::make_unique<PageAllocator>(integer(num_pages, "num_pages"), integer(page_size, "page_size"));
+          }),
+          py::arg("num_pages"), py::arg("page_size"))
       .def("allocate", &PageAllocator::allocate, "A new sequence without tokens. Numbers are never used again.")
       .def("fork", of_sequence(&PageAllocator::fork), py::arg("sequence"), "A new sequence that shares the pages of another.")
-      .def("free", of_sequence(&PageAllocator::free), py::arg("sequence"), "Forgets a sequence and frees the pages that only it has.")
-      .def("append", [](PageAllocator& allocator, const py::object& sequences, const py::object& counts) {
-             return allocator.append(integers(sequences, "sequences"), integers(counts, "counts"));
-           },
-           py::arg("sequences"), py::arg("counts"),
-           R"(Makes room for counts[i] more tokens of sequences[i], which are distinct. Returns PageChanges.
+      .def(
+          "free", of_sequence(&PageAllocator::free), py::arg("sequence"),
+          "Forgets a sequence and frees the pages that only it has.")
+      .def(
+          "append",
+          [](PageAllocator& allocator, const py::object& sequences, const py::object& counts) {
+            return allocator.append(integers(sequences, "sequences"), integers(counts, "counts"));
+          },
+          py::arg("sequences"), py::arg("counts"),
+          R"(Makes room for counts[i] more tokens of sequences[i], which are distinct. Returns PageChanges.
 
 A page that is to be written and that others share is replaced by one of its own (copy-on-write).
 Raises OutOfPages before anything has changed.)")
-      .def("truncate", [](PageAllocator& allocator, const py::object& sequence, const py::object& length) {
-             allocator.truncate(integer(sequence, "sequence"), integer(length, "length"));
-           },
-           py::arg("sequence"), py::arg("length"),
-           "Forgets all but the first `length` tokens.")
+      .def(
+          "truncate",
+          [](PageAllocator& allocator, const py::object& sequence, const py::object& length) {
+            allocator.truncate(integer(sequence, "sequence"), integer(length, "length"));
+          },
+          py::arg("sequence"), py::arg("length"), "Forgets all but the first `length` tokens.")
       .def("length", of_sequence(&PageAllocator::length), py::arg("sequence"), "Tokens of a sequence.")
       .def("pages", of_sequence(&PageAllocator::pages), py::arg("sequence"), "Pages of a sequence, in order of its tokens.")
       .def("statistics", &statistics, R"(A dict: num_pages, page_size, used_pages, free_pages, shared_pages (those of
@@ -162,7 +167,8 @@ several sequences), sequences, tokens (of all sequences; those in a shared page 
 
 void define_plan(py::module_& module) {
   using fastgpt::Plan;
-  py::class_<Plan>(module, "Plan", "Operations on the CPU, recorded to run again on the same tensors: fastgpt/generation/replay.py.")
+  py::class_<Plan>(
+      module, "Plan", "Operations on the CPU, recorded to run again on the same tensors: fastgpt/generation/replay.py.")
       .def(py::init<>())
       .def("record", &Plan::record, "From now on this thread's operations join the plan. RuntimeError if another does it.")
       .def("finish", &Plan::finish)
@@ -228,9 +234,10 @@ class Unchanged {
 
 void define_unchanged(py::module_& module) {
   py::class_<Unchanged>(module, "Unchanged", "What a recorded step of a model relies on: fastgpt/generation/replay.py.")
-      .def(py::init<const std::vector<py::dict>&, const std::vector<py::dict>&, const std::vector<Unchanged::Attribute>&>(),
-           py::arg("entries"), py::arg("counts"), py::arg("attributes"),
-           R"(entries: dicts that must keep their values, the very objects; counts: that must keep their number of keys;
+      .def(
+          py::init<const std::vector<py::dict>&, const std::vector<py::dict>&, const std::vector<Unchanged::Attribute>&>(),
+          py::arg("entries"), py::arg("counts"), py::arg("attributes"),
+          R"(entries: dicts that must keep their values, the very objects; counts: that must keep their number of keys;
 attributes: pairs of a dict and a key whose value it must keep, likewise.)")
       .def("watch", &Unchanged::watch, "From now on tensors that this thread passes to fastgpt::watch must stay in place.")
       .def("finish", &Unchanged::finish)

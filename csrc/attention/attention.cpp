@@ -84,8 +84,8 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
     const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
     std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& bias, const std::optional<Tensor>& kv_lengths,
-    const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
-    const std::optional<Tensor>& v_scale, double dropout_p, const std::optional<Tensor>& dropout_seed) {
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+    double dropout_p, const std::optional<Tensor>& dropout_seed) {
   AttentionForward args{};
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed};
   set_inputs(args, q, k, v, features, block_table, k_scale, v_scale);
@@ -98,8 +98,8 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
 void attention_check_cpu(
     const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
     std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
-    const std::optional<Tensor>& kv_lengths, const std::optional<Tensor>& block_table,
-    const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+    const std::optional<Tensor>& kv_lengths, const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale) {
   AttentionForward args{};
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, 0.0, std::nullopt};
   set_inputs(args, q, k, v, features, block_table, k_scale, v_scale);
@@ -109,9 +109,9 @@ void attention_check_cpu(
 
 std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t /*max_q*/, int64_t /*max_k*/, const Tensor& q,
-    const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
-    std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
-    double dropout_p, const std::optional<Tensor>& dropout_seed) {
+    const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window, std::optional<double> softcap,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, double dropout_p,
+    const std::optional<Tensor>& dropout_seed) {
   AttentionForward args{};
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed};
   set_inputs(args, q, k, v, features);

@@ -60,20 +60,20 @@ struct PerScore {
 struct Attention {
   PerQuery<const void*> q;
   Keys k, v;
-  const int32_t* kv_lengths;    // (B,) keys of each sequence, or null for S
+  const int32_t* kv_lengths;  // (B,) keys of each sequence, or null for S
   int64_t kv_length_stride;
-  const int32_t* block_table;   // (B, S / page) page of each `page` keys, or null
+  const int32_t* block_table;  // (B, S / page) page of each `page` keys, or null
   int64_t table_stride_b, table_stride_p, page;
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (B + 1,) where packed sequences begin and end, or null
-  Element element;              // of q and out
-  Element key_element;          // of k and v
-  bool causal;                  // bottom-right aligned
-  int64_t window;               // keys that a query sees at most, up to its own position
+  Element element;                             // of q and out
+  Element key_element;                         // of k and v
+  bool causal;                                 // bottom-right aligned
+  int64_t window;                              // keys that a query sees at most, up to its own position
   float scale;
-  float softcap;                // 0 for none
-  const float* alibi_slopes;    // (H,) or null
-  const float* sinks;           // (H,) or null
-  PerScore<const uint8_t*> mask;    // 0 where a query does not see a key
+  float softcap;                  // 0 for none
+  const float* alibi_slopes;      // (H,) or null
+  const float* sinks;             // (H,) or null
+  PerScore<const uint8_t*> mask;  // 0 where a query does not see a key
   PerScore<const void*> bias;
   const int64_t* dropout_seed;  // null for no dropout
   uint32_t keep_threshold;      // weights with a smaller random number of 31 bits are dropped
@@ -113,8 +113,8 @@ struct AttentionBackward : Attention {
   PerQuery<const float*> dlse;  // or null
   PerQuery<void*> dq;
   KeyGradients dk, dv;
-  PerScore<float*> dbias;       // zeros, to be added to; or null
-  PerQuery<float*> dsinks;      // (B, H, T) what each query adds to its head's; or null
+  PerScore<float*> dbias;   // zeros, to be added to; or null
+  PerQuery<float*> dsinks;  // (B, H, T) what each query adds to its head's; or null
 
   // A task is all queries and keys of one (b, h_kv), or of all b or h_kv that share a number of dbias.
   int64_t batch_tasks() const { return dbias.data && dbias.stride_b == 0 ? B > 0 : B; }

@@ -34,8 +34,8 @@ inline const int32_t* int32_data(const Tensor& x, const char* name) {
 
 // k or v, (first, H_kv, rows, head dim), with the scale that elements of 8 bits need.
 inline Keys keys_of(
-    const Tensor& x, const char* name, Element element, const std::optional<Tensor>& scale,
-    const char* scale_name, std::initializer_list<int64_t> sizes) {
+    const Tensor& x, const char* name, Element element, const std::optional<Tensor>& scale, const char* scale_name,
+    std::initializer_list<int64_t> sizes) {
   FASTGPT_CHECK(element_of(x, name) == element, name, ": unexpected dtype");
   check_sizes(x, name, sizes);
   check_rows(x, name);
@@ -84,10 +84,10 @@ inline std::vector<float> heads_of(const Tensor& x, const char* name, int64_t H)
   const Element element = is_double ? Element::float32 : floating_element_of(x, name);
   const void* data = data_of(x, name, is_double ? sizeof(double) : size_of(element));
   for (int64_t h = 0; h < H; ++h) {
-    numbers[h] = is_double                 ? static_cast<float>(static_cast<const double*>(data)[h * stride])
-        : element == Element::float32      ? static_cast<const float*>(data)[h * stride]
-        : element == Element::float16      ? half_to_float(static_cast<const uint16_t*>(data)[h * stride])
-                                           : bfloat16_to_float(static_cast<const uint16_t*>(data)[h * stride]);
+    numbers[h] = is_double            ? static_cast<float>(static_cast<const double*>(data)[h * stride])
+        : element == Element::float32 ? static_cast<const float*>(data)[h * stride]
+        : element == Element::float16 ? half_to_float(static_cast<const uint16_t*>(data)[h * stride])
+                                      : bfloat16_to_float(static_cast<const uint16_t*>(data)[h * stride]);
   }
   return numbers;
 }
@@ -120,8 +120,7 @@ inline void set_inputs(
   FASTGPT_CHECK(args.D_v >= 1 && args.D_v <= kMaxHeadDim, "v: expected a head dim from 1 to ", kMaxHeadDim);
   FASTGPT_CHECK(args.T <= INT32_MAX && args.H <= INT32_MAX, "q: expected at most 2^31 - 1 queries and heads");
   args.element = floating_element_of(q, "q"), args.key_element = element_of(k, "k");
-  FASTGPT_CHECK(
-      args.key_element == args.element || size_of(args.key_element) == 1, "k: expected the dtype of q, or 8 bits");
+  FASTGPT_CHECK(args.key_element == args.element || size_of(args.key_element) == 1, "k: expected the dtype of q, or 8 bits");
   args.q = queries_of(q, "q", q, args.D);
   int64_t first = args.B;
   if (block_table) {
@@ -144,8 +143,7 @@ inline void set_inputs(
   args.window = std::min<int64_t>(features.window.value_or(INT32_MAX), INT32_MAX);
   args.softcap = static_cast<float>(features.softcap.value_or(0.0));
   // Neither it nor its inverse may be subnormal.
-  FASTGPT_CHECK(
-      !features.softcap || (args.softcap >= 0x1p-126f && args.softcap <= 0x1p126f), "softcap: expected a number > 0");
+  FASTGPT_CHECK(!features.softcap || (args.softcap >= 0x1p-126f && args.softcap <= 0x1p126f), "softcap: expected a number > 0");
   if (features.alibi_slopes) {
     FASTGPT_CHECK(features.alibi_slopes->scalar_type() == ScalarType::Float, "alibi_slopes: expected dtype float32");
     features.slopes_of_heads = heads_of(*features.alibi_slopes, "alibi_slopes", args.H);

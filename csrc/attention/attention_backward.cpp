@@ -16,8 +16,7 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(
     // Floats of scratch memory, 64-byte aligned, for one block of queries and all keys.
     int64_t attention_backward_workspace(const Attention& args);
     // dq of a block of queries, dbias and dsinks; leaves in `workspace` what the next needs.
-    void attention_backward_queries(
-        const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace);
+    void attention_backward_queries(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace);
     // Adds the block's share to the gradients (S, padded head dim) of some tiles of keys and values.
     void attention_backward_keys(
         const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, int64_t first_tile, int64_t last_tile,
@@ -41,9 +40,7 @@ PerQuery<const float*> numbers_of(const Tensor& x, const char* name, const Tenso
   return {static_cast<const float*>(data_of(x, name, sizeof(float))), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-KeyGradients gradients_of(const Tensor& x) {
-  return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
+KeyGradients gradients_of(const Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 // All gradients of one key/value head of one sequence. `threads` blocks of queries are in work at a time, through
 // for_each(tasks, run).
@@ -61,8 +58,7 @@ void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t th
     });
     for_each(args.tiles(), [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; ++i) {
-        FASTGPT_AT_CPU_LEVEL(attention_backward_keys)(
-            args, b, h_kv, first + i, begin, end, workspaces + i * size, dk, dv);
+        FASTGPT_AT_CPU_LEVEL(attention_backward_keys)(args, b, h_kv, first + i, begin, end, workspaces + i * size, dk, dv);
       }
     });
   }
@@ -144,11 +140,11 @@ Gradients run(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse,
-    bool needs_dbias, const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
-    std::optional<int64_t> window, std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sinks, const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& kv_lengths, double dropout_p, const std::optional<Tensor>& dropout_seed) {
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse, bool needs_dbias,
+    const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
+    std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& bias, const std::optional<Tensor>& kv_lengths,
+    double dropout_p, const std::optional<Tensor>& dropout_seed) {
   AttentionBackward args{};
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed};
   set_inputs(args, q, k, v, features);
@@ -159,8 +155,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     FASTGPT_CHECK(bias, "bias: expected a tensor");
     dbias = torch::stable::new_zeros(*bias, bias->sizes(), ScalarType::Float);
     const auto layout = scores_of<const void*>(dbias, "bias", Element::float32, args);
-    args.dbias = {static_cast<float*>(dbias.mutable_data_ptr()), Element::float32,
-                  layout.stride_b, layout.stride_h, layout.stride_t, layout.stride_s};
+    args.dbias = {
+        static_cast<float*>(dbias.mutable_data_ptr()),
+        Element::float32,
+        layout.stride_b,
+        layout.stride_h,
+        layout.stride_t,
+        layout.stride_s};
   }
   Gradients grads = run(args, dout, dlse, out, lse, q, k, v, sinks);
   if (needs_dbias) dbias = torch::stable::to(dbias, bias->scalar_type());
@@ -168,11 +169,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward_cpu(
-    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse,
-    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t /*max_q*/, int64_t /*max_k*/, const Tensor& q,
-    const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
-    std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
-    double dropout_p, const std::optional<Tensor>& dropout_seed) {
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, int64_t /*max_q*/, int64_t /*max_k*/, const Tensor& q, const Tensor& k, const Tensor& v,
+    bool causal, double scale, std::optional<int64_t> window, std::optional<double> softcap,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, double dropout_p,
+    const std::optional<Tensor>& dropout_seed) {
   AttentionBackward args{};
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed};
   set_inputs(args, q, k, v, features);

@@ -41,11 +41,11 @@ struct Workspace : Parts {
     finite = take(1);
   }
 
-  float *weights, *dweights, *cap_slopes, *keep_factors;     // (S, kBlockM), a tile after the other
-  float *q, *dout, *q_columns, *dout_columns, *dq;           // (kBlockM, D or D_v); columns and dq: (D or D_v, kBlockM)
-  float *k, *v;                                              // (kBlockN, D or D_v)
-  float *max, *sum, *mean, *norm, *dlse;                     // (kBlockM,) of scores, of weights; norm is 1 / sum
-  float* finite;                                             // (1,): 0 if q or dout holds what is not
+  float *weights, *dweights, *cap_slopes, *keep_factors;  // (S, kBlockM), a tile after the other
+  float *q, *dout, *q_columns, *dout_columns, *dq;        // (kBlockM, D or D_v); columns and dq: (D or D_v, kBlockM)
+  float *k, *v;                                           // (kBlockN, D or D_v)
+  float *max, *sum, *mean, *norm, *dlse;                  // (kBlockM,) of scores, of weights; norm is 1 / sum
+  float* finite;                                          // (1,): 0 if q or dout holds what is not
 };
 
 // One block of queries against all its keys.
@@ -223,8 +223,7 @@ class BackwardBlock : QueryBlock {
 
     // dq[d][m] += sum_n k[n][d] · ds[n][m]
     const Rows k = load_keys(args_.k, n, keys, w_.k);
-    multiply<kTileRows, kTileVectors>(
-        args_.D, columns(), k.data, 1, k.stride, ds, kBlockM, w_.dq, kBlockM, keys, true);
+    multiply<kTileRows, kTileVectors>(args_.D, columns(), k.data, 1, k.stride, ds, kBlockM, w_.dq, kBlockM, keys, true);
   }
 
   // kWidth columns of a tile as rows.
@@ -310,8 +309,7 @@ void write_key_gradients(
 
 int64_t attention_backward_workspace(const Attention& args) { return Workspace(args, nullptr).taken(); }
 
-void attention_backward_queries(
-    const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace) {
+void attention_backward_queries(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace) {
   BackwardBlock(args, b, h_kv, block, workspace).run();
 }
 
@@ -322,8 +320,7 @@ void attention_backward_keys(
   for (int64_t tile = first_tile; tile < last_tile; ++tile) queries.add_to_keys(tile * kBlockN, dk, dv);
 }
 
-void attention_backward_write_keys(
-    const AttentionBackward& args, int64_t b, int64_t h_kv, const float* dk, const float* dv) {
+void attention_backward_write_keys(const AttentionBackward& args, int64_t b, int64_t h_kv, const float* dk, const float* dv) {
   const Sequence sequence = sequence_of(args, b);
   const int64_t rows = args.cu_seqlens_q ? sequence.keys : args.S;
   write_key_gradients(args, args.dk, args.D, b, h_kv, sequence.first_k, rows, sequence.keys, dk);

@@ -144,8 +144,9 @@ class QueryBlock {
         row %= args_.page;
         count = count < args_.page - row ? count : args_.page - row;
       }
-      const float* scale = source.scale ? source.scale + b * source.scale_stride_b + h_kv_ * source.scale_stride_h +
-              row * source.scale_stride_s : nullptr;
+      const float* scale = source.scale
+          ? source.scale + b * source.scale_stride_b + h_kv_ * source.scale_stride_h + row * source.scale_stride_s
+          : nullptr;
       function(i, count, b * source.stride_b + h_kv_ * source.stride_h + row * source.stride_s, scale);
     }
   }
@@ -221,9 +222,8 @@ class QueryBlock {
         const uint8_t* mask = mask_row(r, n);
         for (int64_t i = 0; i < keys; ++i) row[i] = static_cast<float>(mask[i * args_.mask.stride_s]);
       };
-      combine_rows<kAlong>(scores, keys, load_mask, [](Vector score, Vector shown) {
-        return shown > 0.0f ? score : broadcast(-kInfinity);
-      });
+      combine_rows<kAlong>(
+          scores, keys, load_mask, [](Vector score, Vector shown) { return shown > 0.0f ? score : broadcast(-kInfinity); });
     }
   }
 

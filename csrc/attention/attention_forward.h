@@ -54,8 +54,8 @@ class ForwardBlock : protected QueryBlock {
     }
     write(row, args_.D_v, results_.out.data, at(results_.out, r), args_.element);
     results_.lse.data[at(results_.lse, r)] = blind ? -kInfinity
-        : highest == kInfinity                         ? highest
-                                                       : highest + __builtin_logf(total);
+        : highest == kInfinity                     ? highest
+                                                   : highest + __builtin_logf(total);
     return sum(zeros) == 0.0f;
   }
 

@@ -131,7 +131,7 @@ inline void add_columns(
     const float* weights, const StoredRows<Stored>& v, int64_t j, const float* rescale, float* acc, int64_t acc_stride,
     bool ahead) {
   Vector total[kKeys][kRows][kVectors] = {};
-  const auto add = [&](Vector (&sums)[kRows][kVectors], const float* weight, const Stored* row) {
+  const auto add = [&](Vector(&sums)[kRows][kVectors], const float* weight, const Stored* row) {
     Vector values[kVectors];
     for (int c = 0; c < kVectors; ++c) values[c] = load(row + c * kWidth);
     for (int r = 0; r < kRows; ++r) {
@@ -170,8 +170,7 @@ inline void add_values(
     constexpr int kRows = block, kKeys = kRows < 4 ? 4 / kRows : 1, kVectors = 4 * kTileVectors / (kRows * kKeys);
     int64_t j = 0;
     const auto add = [&](auto vectors) {
-      add_columns<kRows, kKeys, vectors>(
-          weights + r * kBlockN, v, j, rescale + r, acc + r * acc_stride, acc_stride, r == 0);
+      add_columns<kRows, kKeys, vectors>(weights + r * kBlockN, v, j, rescale + r, acc + r * acc_stride, acc_stride, r == 0);
       j += vectors * kWidth;
     };
     while (j + kVectors * kWidth <= width) add(std::integral_constant<int, kVectors>());
@@ -214,8 +213,7 @@ struct NarrowMemory {
 // All keys, or one split of them.
 class NarrowBlock : public ForwardBlock {
  public:
-  NarrowBlock(
-      const AttentionForward& args, int64_t b, int64_t h_kv, int64_t split, const NarrowShared& shared, Parts& parts)
+  NarrowBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t split, const NarrowShared& shared, Parts& parts)
       : ForwardBlock(args, b, h_kv, 0), w_(shared), begin_(start()), end_(last_end_) {
     const NarrowMemory memory(args.D, args.D_v, rows_, parts);
     q_ = memory.q, acc_ = memory.acc, max_ = memory.max, sum_ = memory.sum, rescale_ = memory.rescale;
@@ -386,8 +384,7 @@ inline int64_t narrow_workspace(int64_t D, int64_t D_v) {
 }
 
 // One split of the keys of `heads` heads, tile by tile.
-inline void run_narrow(
-    const AttentionForward& args, int64_t b, int64_t h_kv, int64_t heads, int64_t split, float* workspace) {
+inline void run_narrow(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t heads, int64_t split, float* workspace) {
   Parts parts(workspace);
   const NarrowShared shared(args.D, args.D_v, parts);
   std::optional<NarrowBlock> blocks[kBlocks];

@@ -43,9 +43,7 @@ struct Right : Operand {
 constexpr int64_t kPanel = kStep;
 
 // Numbers of 8 bits have a scale in float32.
-constexpr int pieces_of(Element element) {
-  return element == Element::bfloat16 ? 1 : element == Element::float16 ? 2 : 3;
-}
+constexpr int pieces_of(Element element) { return element == Element::bfloat16 ? 1 : element == Element::float16 ? 2 : 3; }
 
 // Floats of memory that an operand takes at most, for n rows or columns.
 constexpr int64_t operand_size(int64_t n, int64_t K) {
@@ -93,9 +91,11 @@ template <int kPieces, int kPiece = 0>
 inline void store_line(Vector a, Vector b, uint16_t* target, int64_t size) {
   constexpr bool kLast = kPiece == kPieces - 1;
   const Words first = take_piece<kLast, kPieces>(a), second = take_piece<kLast, kPieces>(b);
+  // clang-format off
   const __m512i upper_halves = _mm512_set_epi16(
       63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
       31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  // clang-format on
   const __m512i line = _mm512_permutex2var_epi16(
       reinterpret_cast<__m512i>(first), upper_halves, reinterpret_cast<__m512i>(second));
   std::memcpy(target, &line, sizeof line);
@@ -238,8 +238,7 @@ inline void store_tiles(float* c, int64_t stride) {
 }
 
 // c = left · right. Lines of c are `stride` floats apart; it has room for a multiple of kStep of rows and columns.
-inline void multiply(
-    const Left& left, const Right& right, int64_t rows, int64_t columns, int64_t K, float* c, int64_t stride) {
+inline void multiply(const Left& left, const Right& right, int64_t rows, int64_t columns, int64_t K, float* c, int64_t stride) {
   asm volatile("" ::: "memory");  // operands are written: the intrinsics do not say that they read memory
   with_pieces(left.pieces, [&](auto pieces) {
     for (int64_t i = 0; i < rows; i += kStep) {
@@ -318,8 +317,7 @@ inline void store_rows(const Right& right, int64_t k, int64_t j, Vector a, Vecto
   store(right.data + (k + 1) * right.k + j, b);
 }
 
-inline void multiply(
-    const Left& left, const Right& right, int64_t rows, int64_t columns, int64_t K, float* c, int64_t stride) {
+inline void multiply(const Left& left, const Right& right, int64_t rows, int64_t columns, int64_t K, float* c, int64_t stride) {
   for (int64_t k = 0; k < K; k += kPiece) {
     const Left a = left.from(0, k);
     const Right b = right.from(k, 0);

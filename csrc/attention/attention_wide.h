@@ -77,8 +77,7 @@ struct Tile {
 class WideBlock : public ForwardBlock {
  public:
   WideBlock(
-      const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block, const WideShared& shared,
-      const WideMemory& memory)
+      const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block, const WideShared& shared, const WideMemory& memory)
       : ForwardBlock(args, b, h_kv, block),
         w_(shared),
         pieces_(larger(pieces_of(args.element), pieces_of(args.key_element))),
@@ -229,8 +228,7 @@ inline int64_t wide_workspace(int64_t D, int64_t D_v, int64_t blocks) {
 }
 
 // `count` blocks of queries from `first` on, which walk over their keys together.
-inline void run_wide(
-    const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, int64_t count, float* workspace) {
+inline void run_wide(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, int64_t count, float* workspace) {
   const Tiles tiles;
   Parts parts(workspace);
   const WideShared shared(args.D, args.D_v, parts);

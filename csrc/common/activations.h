@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "linear/linear.h"
 #include "common/vectors.h"
+#include "linear/linear.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -12,9 +12,7 @@ inline Vector magnitude(Vector x) { return x < 0.0f ? -x : x; }
 
 inline Vector relu(Vector x) { return x < 0.0f ? Vector{} : x; }
 
-inline Vector gelu_tanh(Vector x) {
-  return 0.5f * x * (1.0f + tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-}
+inline Vector gelu_tanh(Vector x) { return 0.5f * x * (1.0f + tanh(0.7978845608028654f * (x + 0.044715f * x * x * x))); }
 
 // x Φ(x) = max(x, 0) - |x| Φ(-|x|), where nothing cancels. Φ(-a) is e^(-a²/2) times a polynomial in 1 / (1 + 0.346 a),
 // fitted for least relative error (2.2e-8 before rounding) up to a = 14, from where on the power is zero.

@@ -18,8 +18,8 @@ constexpr CpuLevel kLevels[] = {CpuLevel::baseline, CpuLevel::avx2, CpuLevel::av
 // The CPU has tiles and multiplies them as bfloat16, and Linux lets this process use them when asked.
 bool supports_tiles() {
 #if defined(FASTGPT_HAS_AMX) && defined(__linux__)
-  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;   // of leaf 7's edx
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7's edx
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBFloat16) && (edx & kTiles) &&
       syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -32,11 +32,9 @@ bool supports_tiles() {
 bool supported(CpuLevel level) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
   const bool avx2 = false, avx512 = false;
 #endif
@@ -61,8 +59,7 @@ CpuLevel choose() {
     usable += (usable.empty() ? "" : ", ") + std::string(cpu_level_name(level));
   }
   if (name.empty()) return best;
-  throw std::invalid_argument(
-      "FASTGPT_CPU_LEVEL: expected one of " + usable + " on this CPU, got '" + name + "'");
+  throw std::invalid_argument("FASTGPT_CPU_LEVEL: expected one of " + usable + " on this CPU, got '" + name + "'");
 }
 
 }  // namespace

@@ -17,8 +17,7 @@ constexpr int kWarp = 32;
 
 // Runs at least `threads` threads, in blocks of kThreads; nothing if 0. Does not wait.
 template <typename... Parameters, typename... Arguments>
-void launch(
-    void (*kernel)(Parameters...), int64_t threads, const torch::stable::Tensor& like, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), int64_t threads, const torch::stable::Tensor& like, const Arguments&... arguments) {
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   if (blocks == 0) return;
   STD_TORCH_CHECK(blocks < int64_t{1} << 31, "expected less than 2^31 blocks in one launch, got ", blocks);

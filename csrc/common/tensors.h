@@ -75,8 +75,7 @@ inline void check_cpu(const torch::stable::Tensor& x, const char* name) {
   FASTGPT_CHECK(is_on_cpu(x), name, ": expected a tensor on the CPU");
 }
 
-inline void check_shape(
-    const torch::stable::Tensor& x, const char* name, const int64_t* sizes, size_t dims) {
+inline void check_shape(const torch::stable::Tensor& x, const char* name, const int64_t* sizes, size_t dims) {
   const auto actual = x.sizes();
   FASTGPT_CHECK(std::equal(actual.begin(), actual.end(), sizes, sizes + dims), name, ": unexpected shape");
 }

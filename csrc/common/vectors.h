@@ -230,9 +230,7 @@ inline Vector load(const Half* source) { return _mm512_maskz_cvtph_ps(0xffff, lo
 #elif defined(__AVX2__)
 inline __m128i load_8_bytes(const void* source) { return _mm_loadl_epi64(static_cast<const __m128i*>(source)); }
 inline __m128i load_16_bytes(const void* source) { return _mm_loadu_si128(static_cast<const __m128i*>(source)); }
-inline IntVector widen(const int8_t* source) {
-  return reinterpret_cast<IntVector>(_mm256_cvtepi8_epi32(load_8_bytes(source)));
-}
+inline IntVector widen(const int8_t* source) { return reinterpret_cast<IntVector>(_mm256_cvtepi8_epi32(load_8_bytes(source))); }
 inline IntVector widen(const uint8_t* source) {
   return reinterpret_cast<IntVector>(_mm256_cvtepu8_epi32(load_8_bytes(source)));
 }

@@ -1,4 +1,5 @@
-// `advance` and `note` on the CPU: what a step does before the blocks and after a token was chosen. See fastgpt/ops/decode_step.py.
+// `advance` and `note` on the CPU: what a step does before the blocks and after a token was chosen. See
+// fastgpt/ops/decode_step.py.
 
 #include <cmath>
 #include <optional>

@@ -34,6 +34,4 @@ bool Addresses::hold() const {
 
 }  // namespace fastgpt
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CompositeExplicitAutograd, m) {
-  m.impl("watch", TORCH_BOX(&fastgpt::watch));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CompositeExplicitAutograd, m) { m.impl("watch", TORCH_BOX(&fastgpt::watch)); }

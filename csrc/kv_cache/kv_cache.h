@@ -24,26 +24,26 @@ struct Indices {
 
 struct KVCacheUpdate {
   int64_t B, H_kv, T;
-  int64_t D, D_v;               // head dims of q and k, and of v
-  Element element;              // of q, k and v
-  Rows k, v;                    // (B, H_kv, T, D) and (B, H_kv, T, D_v)
-  Indices slots;                // (B, T): where each token is stored; negative: nowhere
+  int64_t D, D_v;   // head dims of q and k, and of v
+  Element element;  // of q, k and v
+  Rows k, v;        // (B, H_kv, T, D) and (B, H_kv, T, D_v)
+  Indices slots;    // (B, T): where each token is stored; negative: nowhere
   // The cache: (B, H_kv, S, D or D_v), or with a block table a pool of pages (pages, H_kv, page, D or D_v).
-  Element cache_element;        // `element`, int8 or float8_e4m3
+  Element cache_element;  // `element`, int8 or float8_e4m3
   Rows k_cache, v_cache;
-  Rows k_scale, v_scale;        // (B, H_kv, S) or (pages, H_kv, page) of float; data is null if the cache has none
-  int64_t capacity;             // tokens of a sequence that the cache has slots for
-  const int32_t* block_table;   // (B, capacity / page): the page of each `page` tokens; or null
+  Rows k_scale, v_scale;       // (B, H_kv, S) or (pages, H_kv, page) of float; data is null if the cache has none
+  int64_t capacity;            // tokens of a sequence that the cache has slots for
+  const int32_t* block_table;  // (B, capacity / page): the page of each `page` tokens; or null
   int64_t table_stride_b, table_stride_p;
-  int64_t page, pages;          // tokens in a page, pages in the pool
+  int64_t page, pages;  // tokens in a page, pages in the pool
   // Rotation; rotary_dim is 0 without. cos, sin: (angles, rotary_dim / 2), a row for each position.
-  int64_t H;                    // heads of q; 0 without rotation
-  Rows q, q_out;                // (B, H, T, D)
-  Indices positions;            // (B, T); a token at a negative position is not rotated
+  int64_t H;          // heads of q; 0 without rotation
+  Rows q, q_out;      // (B, H, T, D)
+  Indices positions;  // (B, T); a token at a negative position is not rotated
   const float *cos, *sin;
   int64_t cos_stride, sin_stride;  // of a row, in elements
   int64_t angles, rotary_dim;
-  bool interleaved;             // pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2)
+  bool interleaved;  // pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2)
 };
 
 namespace {

@@ -7,8 +7,8 @@
 #include <optional>
 #include <utility>
 
-#include "kv_cache/kv_cache.h"
 #include "common/tensors.h"
+#include "kv_cache/kv_cache.h"
 
 namespace fastgpt {
 namespace {
@@ -19,7 +19,11 @@ using torch::stable::Tensor;
 // What the checks need to know of a tensor, each read once: every read is a call through PyTorch's C interface.
 struct Facts {
   Facts(const Tensor& tensor, const char* name)
-      : tensor(tensor), name(name), sizes(tensor.sizes()), strides(tensor.strides()), is_cuda(tensor.is_cuda()),
+      : tensor(tensor),
+        name(name),
+        sizes(tensor.sizes()),
+        strides(tensor.strides()),
+        is_cuda(tensor.is_cuda()),
         device_index(is_cuda ? tensor.get_device_index() : -1) {}
 
   int64_t dim() const { return static_cast<int64_t>(sizes.size()); }
@@ -52,8 +56,7 @@ inline Rows rows_of(
 inline Indices indices_of(const Facts& x, const Facts& k) {
   const ScalarType dtype = x.tensor.scalar_type();
   FASTGPT_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, x.name, ": expected dtype int32 or int64");
-  FASTGPT_CHECK(
-      x.dim() == 2 && x.sizes[0] == k.sizes[0] && x.sizes[1] == k.sizes[2], x.name, ": expected shape (B, T)");
+  FASTGPT_CHECK(x.dim() == 2 && x.sizes[0] == k.sizes[0] && x.sizes[1] == k.sizes[2], x.name, ": expected shape (B, T)");
   check_device(x, k);
   const bool is_int64 = dtype == ScalarType::Long;
   check_storage(x.tensor, x.name, is_int64 ? 8 : 4, x.sizes, x.strides);
@@ -72,8 +75,8 @@ class Written {
       if (!overlap(region, other)) continue;
       // Two that are interleaved, with the same strides, may still be apart.
       const int64_t distance = region.begin - other.begin;
-      const bool alike = size == other.size && std::equal(
-          region.strides.begin(), region.strides.end(), other.strides.begin(), other.strides.end());
+      const bool alike = size == other.size &&
+          std::equal(region.strides.begin(), region.strides.end(), other.strides.begin(), other.strides.end());
       FASTGPT_CHECK(
           alike && (distance % size != 0 || !reaches(distance / size, other, region)), x.name,
           ": expected memory apart from that of ", names_[i]);
@@ -99,8 +102,7 @@ class Written {
 
 inline KVCacheUpdate kv_cache_arguments(
     const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& k_cache_tensor, const Tensor& v_cache_tensor,
-    const Tensor& slots_tensor,
-    const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
+    const Tensor& slots_tensor, const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale, Written& written) {
   KVCacheUpdate u{};
   const Facts k(k_tensor, "k"), v(v_tensor, "v"), k_cache(k_cache_tensor, "k_cache"), v_cache(v_cache_tensor, "v_cache");
@@ -138,8 +140,7 @@ inline KVCacheUpdate kv_cache_arguments(
   const bool quantised = size_of(u.cache_element) == 1;
   FASTGPT_CHECK(quantised || u.cache_element == u.element, "k_cache: expected the dtype of k, int8 or float8_e4m3fn");
   for (const auto& [scale, name] : {std::pair(&k_scale, "k_scale"), std::pair(&v_scale, "v_scale")}) {
-    FASTGPT_CHECK(
-        scale->has_value() == quantised, name, ": expected for int8 and float8_e4m3fn caches, and only for them");
+    FASTGPT_CHECK(scale->has_value() == quantised, name, ": expected for int8 and float8_e4m3fn caches, and only for them");
   }
   for (const auto& [head_dim, name] : {std::pair(u.D, "k"), std::pair(u.D_v, "v")}) {
     FASTGPT_CHECK(
@@ -165,8 +166,8 @@ inline KVCacheUpdate kv_cache_arguments(
 
 // Adds q and its rotation to u. Returns the tensor for the rotated q, contiguous.
 inline Tensor add_rotation(
-    KVCacheUpdate& u, const Written& written, const Tensor& q_tensor, const Tensor& k_tensor, const Tensor& positions, const Tensor& cos,
-    const Tensor& sin, bool interleaved) {
+    KVCacheUpdate& u, const Written& written, const Tensor& q_tensor, const Tensor& k_tensor, const Tensor& positions,
+    const Tensor& cos, const Tensor& sin, bool interleaved) {
   const Facts k(k_tensor, "k"), q(q_tensor, "q");
   FASTGPT_CHECK(q.dim() == 4, "q: expected 4 dimensions");
   u.H = q.sizes[1];

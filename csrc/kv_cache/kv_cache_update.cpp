@@ -6,8 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/cpu_level.h"
-#include "kv_cache/kv_cache_arguments.h"
 #include "decode_step/plan.h"
+#include "kv_cache/kv_cache_arguments.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(void kv_cache_store(const KVCacheUpdate& u, int64_t begin, int64_t end);)
 
@@ -25,8 +25,8 @@ void check_slots(const KVCacheUpdate& u) {
       FASTGPT_CHECK(problem != kOutside, "positions: expected values < ", u.capacity, " (cache capacity)");
       FASTGPT_CHECK(problem != kNoPage, "block_table: expected pages from 0 to ", u.pages - 1);
       FASTGPT_CHECK(
-          u.rotary_dim == 0 || index_at(u.positions, b, t) < u.angles,
-          "positions: expected values < ", u.angles, " (rows of cos)");
+          u.rotary_dim == 0 || index_at(u.positions, b, t) < u.angles, "positions: expected values < ", u.angles,
+          " (rows of cos)");
     }
   }
 }
@@ -47,24 +47,21 @@ void run(const KVCacheUpdate& u) {
         });
   }
   torch::stable::parallel_for(
-      0, items, std::max<int64_t>(kGrainBytes / item_bytes, 1),
-      [&](int64_t begin, int64_t end) { kernel(u, begin, end); });
+      0, items, std::max<int64_t>(kGrainBytes / item_bytes, 1), [&](int64_t begin, int64_t end) { kernel(u, begin, end); });
 }
 
 void kv_cache_update_cpu(
     const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions,
-    const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
-    const std::optional<Tensor>& v_scale) {
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   Written written;
   const KVCacheUpdate u = kv_cache_arguments(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale, written);
   perform([u] { run(u); });
 }
 
 Tensor rope_kv_cache_update_cpu(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-    const Tensor& positions, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& slots,
-    bool interleaved, const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
-    const std::optional<Tensor>& v_scale) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions,
+    const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& slots, bool interleaved,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   Written written;
   KVCacheUpdate u = kv_cache_arguments(
       k, v, k_cache, v_cache, slots ? *slots : positions, block_table, k_scale, v_scale, written);

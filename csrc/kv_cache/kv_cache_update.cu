@@ -16,8 +16,8 @@ namespace {
 // Rows that stay as they are. One thread copies one Vec of K and one of V, as far as the shorter row goes; threads are numbered
 // over (b, h, t, Vec of the longer row). The rows are on their way before the slot is known: the waits for both overlap.
 template <typename Vec>
-__global__ void __launch_bounds__(kThreads) copy_rows(
-    KVCacheUpdate u, uint32_t k_vecs_per_row, uint32_t v_vecs_per_row, uint32_t vecs) {
+__global__ void __launch_bounds__(kThreads)
+    copy_rows(KVCacheUpdate u, uint32_t k_vecs_per_row, uint32_t v_vecs_per_row, uint32_t vecs) {
   const uint32_t vecs_per_row = k_vecs_per_row > v_vecs_per_row ? k_vecs_per_row : v_vecs_per_row;
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= vecs) return;
@@ -151,8 +151,8 @@ __device__ void write_quantised(const Unit<N>& unit, float factor, Element eleme
 // two up to a warp, do a row: of the heads of q, k and v, in this order, of token t of sequence b. N elements at a time;
 // with N > 1 a thread has one unit at most, which then stays in registers.
 template <typename Format, int N>
-__global__ void __launch_bounds__(kThreads) transform_rows(
-    KVCacheUpdate u, uint32_t group, uint32_t k_units, uint32_t v_units, uint32_t rows) {
+__global__ void __launch_bounds__(kThreads)
+    transform_rows(KVCacheUpdate u, uint32_t group, uint32_t k_units, uint32_t v_units, uint32_t rows) {
   const uint32_t index = blockIdx.x * (kThreads / group) + threadIdx.x / group;
   if (index >= rows) return;
   const uint32_t first_unit = threadIdx.x % group;
@@ -294,17 +294,15 @@ void run(const KVCacheUpdate& u, const Tensor& k) {
 
 void kv_cache_update_cuda(
     const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions,
-    const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
-    const std::optional<Tensor>& v_scale) {
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   Written written;
   run(kv_cache_arguments(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale, written), k);
 }
 
 Tensor rope_kv_cache_update_cuda(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-    const Tensor& positions, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& slots,
-    bool interleaved, const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
-    const std::optional<Tensor>& v_scale) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions,
+    const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& slots, bool interleaved,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   Written written;
   KVCacheUpdate u = kv_cache_arguments(
       k, v, k_cache, v_cache, slots ? *slots : positions, block_table, k_scale, v_scale, written);

@@ -102,8 +102,7 @@ void rotate_queries(const KVCacheUpdate& u, int64_t b, int64_t h, int64_t begin,
 }
 
 // Rows that are rotated or quantised, or both.
-void store_transformed(
-    const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64_t begin, int64_t end, const Slot* slots) {
+void store_transformed(const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64_t begin, int64_t end, const Slot* slots) {
   const Rows &source = is_k ? u.k : u.v, &cache = is_k ? u.k_cache : u.v_cache, &scale = is_k ? u.k_scale : u.v_scale;
   const int64_t D = is_k ? u.D : u.D_v;
   const bool quantised = u.cache_element != u.element;
@@ -144,8 +143,7 @@ inline void copy_past_caches(char* target, const char* source, int64_t bytes) {
       _mm256_stream_si256(
           reinterpret_cast<__m256i*>(target + i), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
 #else
-      _mm_stream_si128(
-          reinterpret_cast<__m128i*>(target + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
 #endif
     }
     return;
@@ -155,8 +153,7 @@ inline void copy_past_caches(char* target, const char* source, int64_t bytes) {
 }
 
 // Rows that stay as they are, whole runs of them where they lie together.
-void store_copied(
-    const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64_t begin, int64_t end, const Slot* slots) {
+void store_copied(const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64_t begin, int64_t end, const Slot* slots) {
   const Rows &source = is_k ? u.k : u.v, &cache = is_k ? u.k_cache : u.v_cache;
   const int64_t row_bytes = (is_k ? u.D : u.D_v) * size_of(u.element);
   const bool large = u.B * u.H_kv * u.T * row_bytes >= kLargeBytes;

@@ -82,11 +82,11 @@ void PageAllocator::truncate(int64_t number, int64_t length) {
   }
 }
 
-PageAllocator::Changes PageAllocator::append(
-    const std::vector<int64_t>& sequences, const std::vector<int64_t>& counts) {
+PageAllocator::Changes PageAllocator::append(const std::vector<int64_t>& sequences, const std::vector<int64_t>& counts) {
   expect(
-      sequences.size() == counts.size(), "counts: expected one for each of " + std::to_string(sequences.size()) +
-                                             " sequences, got " + std::to_string(counts.size()));
+      sequences.size() == counts.size(),
+      "counts: expected one for each of " + std::to_string(sequences.size()) + " sequences, got " +
+          std::to_string(counts.size()));
   std::vector<int64_t> sorted = sequences;
   std::sort(sorted.begin(), sorted.end());
   const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
@@ -154,9 +154,7 @@ PageAllocator::Statistics PageAllocator::statistics() const {
 
 const PageAllocator::Sequence& PageAllocator::find(int64_t sequence) const {
   const auto found = sequences_.find(sequence);
-  expect(
-      found != sequences_.end(),
-      "sequence: expected one that was allocated and not freed, got " + std::to_string(sequence));
+  expect(found != sequences_.end(), "sequence: expected one that was allocated and not freed, got " + std::to_string(sequence));
   return found->second;
 }
 

@@ -19,8 +19,8 @@ class PageAllocator {
  public:
   // What the caller must do after an append, in this order.
   struct Changes {
-    std::vector<int64_t> copy_from, copy_to;      // pages to copy
-    std::vector<int64_t> rows, columns, pages;    // block_table[row, column] = page; row: index in the append's list
+    std::vector<int64_t> copy_from, copy_to;    // pages to copy
+    std::vector<int64_t> rows, columns, pages;  // block_table[row, column] = page; row: index in the append's list
   };
 
   struct Statistics {

@@ -5,15 +5,16 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/cpu_level.h"
-#include "linear/linear.h"
 #include "common/contiguous.h"
+#include "common/cpu_level.h"
 #include "common/parallel.h"
 #include "decode_step/plan.h"
+#include "linear/linear.h"
 
-FASTGPT_DECLARE_PER_CPU_LEVEL(void linear_inputs(const Linear& l, float* x);
-                              void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next);
-                              void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t end);)
+FASTGPT_DECLARE_PER_CPU_LEVEL(
+    void linear_inputs(const Linear& l, float* x);
+    void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next);
+    void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t end);)
 
 namespace fastgpt {
 namespace {
@@ -66,8 +67,8 @@ Activation activation_of(int64_t number) {
 
 Tensor linear_cpu(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-    int64_t activation, bool gated, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
-    bool rms, double norm_eps, double norm_offset) {
+    int64_t activation, bool gated, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, bool rms,
+    double norm_eps, double norm_offset) {
   const int64_t dims = x.dim();
   FASTGPT_CHECK(dims >= 1, "x: expected shape (..., C)");
   FASTGPT_CHECK(weight.dim() == 2, "weight: expected shape (N, C)");
@@ -134,8 +135,7 @@ void linear_finish_cpu(
 }
 
 Tensor linear_gate_cpu(
-    const Tensor& product, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-    int64_t activation) {
+    const Tensor& product, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t activation) {
   std::vector<int64_t> shape = shape_of(product);
   FASTGPT_CHECK(!shape.empty() && shape.back() % 2 == 0, "product: expected shape (..., 2N)");
   shape.back() /= 2;

@@ -1,9 +1,9 @@
 // `linear` for few rows of x. Such a product reads every weight once, from memory; all else must hide behind that.
 
 #include "common/activations.h"
+#include "common/vectors.h"
 #include "linear/linear.h"
 #include "norm/normalize.h"
-#include "common/vectors.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -16,8 +16,7 @@ constexpr int kMostRows = kWidth == 16 ? 4 : 2;  // of x, multiplied with them a
 // dots[i][s] = sum_c x[i][c] · weight[s][c] for kRows rows of x and kStreams of weights. If `next` is not 0, the weights
 // that many bytes on are fetched into the caches.
 template <int kRows, int kStreams, typename T>
-void multiply_rows(
-    const float* x, int64_t x_row, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
+void multiply_rows(const float* x, int64_t x_row, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
   Vector total[kRows][kStreams] = {};
   int64_t c = 0;
   for (; c + kWidth <= in; c += kWidth) {
@@ -44,8 +43,7 @@ void multiply_rows(
 // The same for any number of rows of x.
 template <int kRows, int kStreams, typename T>
 void multiply_blocks(
-    const float* x, int64_t x_row, int64_t rows, const T* weight, int64_t in, int64_t next, float* dots,
-    int64_t dots_row) {
+    const float* x, int64_t x_row, int64_t rows, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
   for (; rows >= kRows; rows -= kRows, x += kRows * x_row, dots += kRows * dots_row, next = 0) {
     multiply_rows<kRows, kStreams>(x, x_row, weight, in, next, dots, dots_row);
   }
@@ -84,8 +82,7 @@ void outputs(const Linear& l, const float* x, const T* weight, int64_t begin, in
       // Weight rows from `now` on, before those from `then` on if there are such.
       const auto multiply_from = [&](int64_t now, int64_t then, float* column) {
         const int64_t ahead = then < l.weight_rows() ? (then - now) * l.in * sizeof(T) : 0;
-        multiply_blocks<kMostRows, kStreams>(
-            x, padded(l.in), l.rows, weight + now * l.in, l.in, ahead, column, kFeatures);
+        multiply_blocks<kMostRows, kStreams>(x, padded(l.in), l.rows, weight + now * l.in, l.in, ahead, column, kFeatures);
       };
       const int64_t now = first + n, then = now + kStreams < end ? now + kStreams : next;
       if (l.gated) {

@@ -4,11 +4,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/cpu_level.h"
 #include "common/contiguous.h"
-#include "norm/norm.h"
+#include "common/cpu_level.h"
 #include "common/parallel.h"
 #include "decode_step/plan.h"
+#include "norm/norm.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(void norm_rows(const NormRows& n, float* scratch, int64_t begin, int64_t end);)
 
@@ -53,8 +53,8 @@ void run(const NormRows& n) {
 }
 
 Tensor norm_cpu(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-    bool rms, double eps, double offset) {
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool rms,
+    double eps, double offset) {
   const std::vector<int64_t> shape = shape_of(x);
   FASTGPT_CHECK(!shape.empty(), "x: expected shape (..., C)");
   NormRows n{};
@@ -81,6 +81,4 @@ Tensor norm_cpu(
 }  // namespace
 }  // namespace fastgpt
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("norm", TORCH_BOX(&fastgpt::norm_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) { m.impl("norm", TORCH_BOX(&fastgpt::norm_cpu)); }

@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "norm/norm.h"
 #include "common/vectors.h"
+#include "norm/norm.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -63,9 +63,7 @@ class Normaliser {
     }
     const float shift = rms_ ? 0.0f : sum(rest) / count;  // what rounding left of the mean
     const float factor = 1.0f / __builtin_sqrtf(sum(squares) / count - shift * shift + eps_);
-    for_vectors(end, [&](int64_t c, int) {
-      store(x + c, (load(x + c) - shift) * factor * load(weight + c) + load(bias + c));
-    });
+    for_vectors(end, [&](int64_t c, int) { store(x + c, (load(x + c) - shift) * factor * load(weight + c) + load(bias + c)); });
   }
 
  private:

@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the host, for machines without a GPU: a stand-in for csrc/common/cuda_launch.h. The 32 threads of a warp are
-// coroutines of one thread of the host, so that the lanes of a shuffle can wait for each other.
+// Runs CUDA kernels on the host, for machines without a GPU: a stand-in for csrc/common/cuda_launch.h. The 32 threads of a warp
+// are coroutines of one thread of the host, so that the lanes of a shuffle can wait for each other.
 
 #pragma once
 
@@ -18,9 +18,15 @@
 #define __device__
 #define __launch_bounds__(threads)
 
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct alignas(8) uint2 { uint32_t x, y; };
-struct Dim3 { uint32_t x; };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct Dim3 {
+  uint32_t x;
+};
 
 namespace fastgpt {
 namespace {
@@ -76,8 +82,7 @@ inline void run_warp(uint32_t first_thread) {
 }
 
 template <typename... Parameters, typename... Arguments>
-void launch(
-    void (*kernel)(Parameters...), int64_t threads, const torch::stable::Tensor&, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), int64_t threads, const torch::stable::Tensor&, const Arguments&... arguments) {
   thread_of_block = [&] { kernel(arguments...); };
   for (int64_t block = 0; block * kThreads < threads; ++block) {
     blockIdx.x = static_cast<uint32_t>(block);
