@@ -1,11 +1,12 @@
 // A block of queries and what is between it and its keys, for the forward and the backward kernel: which keys it sees,
-// how they are read, and how products q·k become scores. And how kernels divide their memory.
+// how they are read, and how products q·k become scores.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
 #pragma once
 
 #include "attention/attention.h"
+#include "common/arena.h"
 #include "common/vectors.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
@@ -16,22 +17,6 @@ namespace {
 enum class Along { queries, keys };
 
 static_assert(kBlockM == kBlockN, "a tile of scores has lines of one length");
-
-// Hands out parts of a piece of memory, 64-byte aligned as that is. Of null, it measures how much they take.
-class Parts {
- public:
-  explicit Parts(float* memory) : begin_(memory), next_(memory) {}
-
-  float* take(int64_t floats) {
-    float* taken = next_;
-    next_ += (floats + 15) / 16 * 16;
-    return taken;
-  }
-  int64_t taken() const { return next_ - begin_; }
-
- private:
-  float *begin_, *next_;
-};
 
 // Floats from a copied row of keys or values to the next one: no multiple of 2 KiB, which would put all rows of a tile into few
 // sets of the first level of cache.

@@ -1,0 +1,273 @@
+// The products of attention in tiles of bfloat16 (AMX): see attention_products.h.
+//
+// Numbers are split: bfloat16 has 8 significant bits, so float16 is the sum of 2 such pieces and float32 of 3, and the product
+// of two numbers is that of their pieces: 1, 4, or 6 without those below the last bit. Summed in float32 they have no more error
+// than products of floats. What is infinite, or so large that a piece of it is, leaves nothing finite (see ForwardBlock);
+// numbers below 2^-126 count as zero.
+//
+// For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
+
+#pragma once
+
+#include "attention/attention.h"
+#include "common/vectors.h"
+
+namespace fastgpt::FASTGPT_CPU_LEVEL {
+namespace {
+
+constexpr int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// A tile has kWidth rows of kWidth pairs: a row and a pair are neighbours along k. Results are made kStep rows and columns
+// at a time, of 2 x 2 tiles, and kStep is how much of k a tile covers.
+constexpr int64_t kStep = 2 * kWidth;
+
+// bfloat16 numbers, `size` of them per piece, of which both operands of a product have the same number. Of a left operand,
+// lines of `stride` numbers run along k; of a right one, lines hold the pairs (k, k + 1) of all columns. Zero along k up to
+// a multiple of kStep.
+struct Operand {
+  uint16_t* data;
+  int64_t stride, size;
+  int pieces;
+};
+struct Left : Operand {
+  Left from(int64_t i, int64_t k) const { return {{data + i * stride + k, stride, size, pieces}}; }
+};
+struct Right : Operand {
+  Right from(int64_t k, int64_t j) const { return {{data + k / 2 * stride + 2 * j, stride, size, pieces}}; }
+};
+
+// Products begin at multiples of kPanel columns and of kStep rows and numbers along k.
+constexpr int64_t kPanel = kStep;
+
+// Numbers of 8 bits have a scale in float32.
+constexpr int pieces_of(Element element) { return element == Element::bfloat16 ? 1 : element == Element::float16 ? 2 : 3; }
+
+// Floats of memory that an operand takes at most, for n rows or columns.
+constexpr int64_t operand_size(int64_t n, int64_t K) {
+  return rounded_up(n, kStep) * rounded_up(K, kStep) * pieces_of(Element::float32) / 2;
+}
+
+// Eight tiles of 16 rows of 64 bytes, as the instruction that takes this wants it.
+struct TileConfiguration {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+alignas(64) constexpr TileConfiguration kConfiguration = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+// Lets this thread use the tiles, while it lives.
+struct Tiles {
+  Tiles() { _tile_loadconfig(&kConfiguration); }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+};
+
+// Takes the next piece off x, and returns it in the upper halves of the lanes. The last of several is what is left, cut off
+// to its upper half: rounding makes zero of some NaN.
+template <bool kLast, int kPieces>
+inline Words take_piece(Vector& x) {
+  Words bits = reinterpret_cast<Words>(x);
+  if constexpr (kLast && kPieces > 1) return bits & 0xffff0000u;
+  bits = (bits + 0x8000u) & 0xffff0000u;
+  x -= reinterpret_cast<Vector>(bits);
+  return bits;
+}
+
+// Pieces of the lanes of a and b as pairs, each kind `size` numbers after the one before.
+template <int kPieces, int kPiece = 0>
+inline void store_pairs(Vector a, Vector b, uint16_t* target, int64_t size) {
+  constexpr bool kLast = kPiece == kPieces - 1;
+  const Words pairs = take_piece<kLast, kPieces>(a) >> 16 | take_piece<kLast, kPieces>(b);
+  std::memcpy(target, &pairs, sizeof pairs);
+  if constexpr (!kLast) store_pairs<kPieces, kPiece + 1>(a, b, target + size, size);
+}
+
+// Pieces of the lanes of a and then b, likewise.
+template <int kPieces, int kPiece = 0>
+inline void store_line(Vector a, Vector b, uint16_t* target, int64_t size) {
+  constexpr bool kLast = kPiece == kPieces - 1;
+  const Words first = take_piece<kLast, kPieces>(a), second = take_piece<kLast, kPieces>(b);
+  // clang-format off
+  const __m512i upper_halves = _mm512_set_epi16(
+      63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
+      31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  // clang-format on
+  const __m512i line = _mm512_permutex2var_epi16(
+      reinterpret_cast<__m512i>(first), upper_halves, reinterpret_cast<__m512i>(second));
+  std::memcpy(target, &line, sizeof line);
+  if constexpr (!kLast) store_line<kPieces, kPiece + 1>(a, b, target + size, size);
+}
+
+// function(number of pieces, as a type)
+template <typename Function>
+inline void with_pieces(int pieces, const Function& function) {
+  if (pieces == 1) return function(std::integral_constant<int, 1>());
+  if (pieces == 2) return function(std::integral_constant<int, 2>());
+  function(std::integral_constant<int, 3>());
+}
+
+// left[i][k] = rows[i * stride + k], for K up to a multiple of kWidth.
+inline Left left_of_rows(const float* rows, int64_t stride, int64_t count, int64_t K, int pieces, float* memory) {
+  uint16_t* data = reinterpret_cast<uint16_t*>(memory);
+  const int64_t line = rounded_up(K, kStep), size = rounded_up(count, kStep) * line;
+  with_pieces(pieces, [&](auto number) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = 0; k < K; k += kStep) {
+        const float* source = rows + i * stride + k;
+        const Vector second = K - k > kWidth ? load(source + kWidth) : Vector{};
+        store_line<decltype(number)::value>(load(source), second, data + i * line + k, size);
+      }
+    }
+  });
+  return {{data, line, size, pieces}};
+}
+
+// A right operand of K rows, of which the zeros past K are there. To be filled with store_rows, two rows at a time.
+inline Right new_right(int64_t K, int64_t columns, int pieces, float* memory) {
+  const int64_t line = 2 * rounded_up(columns, kStep), lines = rounded_up(K, kStep) / 2, size = lines * line;
+  const Right right{{reinterpret_cast<uint16_t*>(memory), line, size, pieces}};
+  for (int p = 0; p < pieces; ++p) {
+    const int64_t used = (K + 1) / 2 * line;
+    std::memset(right.data + p * size + used, 0, (size - used) * sizeof(uint16_t));
+  }
+  return right;
+}
+
+// Columns j to j + kWidth of rows k and k + 1.
+template <int kPieces>
+inline void store_rows(const Right& right, int64_t k, int64_t j, Vector a, Vector b) {
+  store_pairs<kPieces>(a, b, right.data + k / 2 * right.stride + 2 * j, right.size);
+}
+
+// right[k][j] = rows[k * stride + j], whole vectors of columns.
+inline Right right_of_rows(const float* rows, int64_t stride, int64_t K, int64_t columns, int pieces, float* memory) {
+  const Right right = new_right(K, columns, pieces, memory);
+  with_pieces(pieces, [&](auto number) {
+    for (int64_t k = 0; k < K; k += 2) {
+      for (int64_t j = 0; j < columns; j += kWidth) {
+        const float* source = rows + k * stride + j;
+        store_rows<decltype(number)::value>(right, k, j, load(source), k + 1 < K ? load(source + stride) : Vector{});
+      }
+    }
+  });
+  return right;
+}
+
+// left[i][k] = rows[k * stride + i], whole vectors of i: pairs of rows, transposed.
+inline Left left_of_columns(const float* rows, int64_t stride, int64_t count, int64_t K, int pieces, float* memory) {
+  uint16_t* data = reinterpret_cast<uint16_t*>(memory);
+  const int64_t line = rounded_up(K, kStep), size = rounded_up(count, kStep) * line;
+  with_pieces(pieces, [&](auto number) {
+    for (int64_t k = 0; k < K; k += kStep) {
+      for (int64_t i = 0; i < count; i += kWidth) {
+        uint16_t pairs[pieces_of(Element::float32)][kWidth][kStep];
+        for (int64_t l = 0; l < kWidth; ++l) {
+          const int64_t row = k + 2 * l;
+          const float* source = rows + row * stride + i;
+          const Vector a = row < K ? load(source) : Vector{}, b = row + 1 < K ? load(source + stride) : Vector{};
+          store_pairs<decltype(number)::value>(a, b, pairs[0][l], sizeof pairs[0] / sizeof **pairs[0]);
+        }
+        for (int p = 0; p < decltype(number)::value; ++p) {
+          Vector block[kWidth];
+          std::memcpy(block, pairs[p], sizeof block);
+          transpose(block);
+          for (int64_t l = 0; l < kWidth; ++l) {
+            std::memcpy(data + p * size + (i + l) * line + k, &block[l], sizeof block[l]);
+          }
+        }
+      }
+    }
+  });
+  return {{data, line, size, pieces}};
+}
+
+// Tiles 0 to 3 += the product of tiles 4 and 5, one below the other, and 6 and 7, side by side.
+inline void multiply_held_tiles() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+inline void load_left_tiles(const uint16_t* data, int64_t stride) {
+  _tile_loadd(4, data, stride * sizeof *data);
+  _tile_loadd(5, data + kWidth * stride, stride * sizeof *data);
+}
+
+inline void load_right_tiles(const uint16_t* data, int64_t stride) {
+  _tile_loadd(6, data, stride * sizeof *data);
+  _tile_loadd(7, data + kStep, stride * sizeof *data);
+}
+
+// Tiles 0 to 3 = left[i to i + kStep][all k] · right[all k][j to j + kStep]. From one product of pieces to the next, one of
+// the two changes.
+template <int kPieces>
+inline void multiply_tiles(const Left& left, const Right& right, int64_t i, int64_t j, int64_t K) {
+  const uint16_t* a = left.data + i * left.stride;
+  const uint16_t* b = right.data + 2 * j;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < K; k += kStep, a += kStep, b += kWidth * right.stride) {
+    const auto load_left = [&](int piece) { load_left_tiles(a + piece * left.size, left.stride); };
+    const auto load_right = [&](int piece) { load_right_tiles(b + piece * right.size, right.stride); };
+    if constexpr (kPieces == 1) {
+      load_right(0);
+    } else {
+      load_left(1), load_right(1), multiply_held_tiles();
+      load_right(0), multiply_held_tiles();
+    }
+    if constexpr (kPieces == 3) load_left(2), multiply_held_tiles();
+    load_left(0), multiply_held_tiles();
+    if constexpr (kPieces > 1) load_right(1), multiply_held_tiles();
+    if constexpr (kPieces > 2) load_right(2), multiply_held_tiles();
+  }
+}
+
+inline void store_tiles(float* c, int64_t stride) {
+  float* const below = c + kWidth * stride;
+  _tile_stored(0, c, stride * sizeof(float));
+  _tile_stored(1, c + kWidth, stride * sizeof(float));
+  _tile_stored(2, below, stride * sizeof(float));
+  _tile_stored(3, below + kWidth, stride * sizeof(float));
+}
+
+// c = left · right. Lines of c are `stride` floats apart; it has room for a multiple of kStep of rows and columns.
+inline void multiply(const Left& left, const Right& right, int64_t rows, int64_t columns, int64_t K, float* c, int64_t stride) {
+  asm volatile("" ::: "memory");  // operands are written: the intrinsics do not say that they read memory
+  with_pieces(left.pieces, [&](auto pieces) {
+    for (int64_t i = 0; i < rows; i += kStep) {
+      for (int64_t j = 0; j < columns; j += kStep) {
+        multiply_tiles<decltype(pieces)::value>(left, right, i, j, K);
+        store_tiles(c + i * stride + j, stride);
+      }
+    }
+  });
+}
+
+// c[i][j] = c[i][j] · factors[j] + (left · right)[i][j], for whole vectors of columns. No factors: 1. All tiles of kPart rows,
+// which the first level of cache holds, are stored before one is loaded again, which would wait for it.
+inline void multiply_add(
+    const Left& left, const Right& right, int64_t rows, int64_t columns, int64_t K, float* c, int64_t stride,
+    const float* factors = nullptr) {
+  constexpr int64_t kPart = 256;
+  alignas(64) float product[kPart][kPanel];
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    for (int64_t first = 0; first < rows; first += kPart) {
+      const int64_t count = smaller(rows - first, kPart);
+      multiply(left.from(first, 0), right.from(0, j), count, kPanel, K, product[0], kPanel);
+      for (int64_t m = 0; m < kPanel && j + m < columns; m += kWidth) {
+        const Vector factor = factors ? load(factors + j + m) : broadcast(1.0f);
+        for (int64_t i = 0; i < count; ++i) {
+          float* target = c + (first + i) * stride + j + m;
+          store(target, load(target) * factor + load(product[i] + m));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastgpt::FASTGPT_CPU_LEVEL

@@ -1,0 +1,25 @@
+// How kernels divide a piece of memory.
+
+#pragma once
+
+#include <cstdint>
+
+namespace fastgpt {
+
+// Hands out parts of a piece of memory, 64-byte aligned as that is. Of null, it measures how much they take.
+class Parts {
+ public:
+  explicit Parts(float* memory) : begin_(memory), next_(memory) {}
+
+  float* take(int64_t floats) {
+    float* taken = next_;
+    next_ += (floats + 15) / 16 * 16;
+    return taken;
+  }
+  int64_t taken() const { return next_ - begin_; }
+
+ private:
+  float *begin_, *next_;
+};
+
+}  // namespace fastgpt
