@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from fastgpt.ops import attention as ops
+from fastgpt.ops.attention.checks import triton_refuses_head_dims
 from fastgpt.ops.attention.operators import attention_forward_triton
 from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
@@ -106,7 +107,7 @@ def attention_case(feature, shape, dtype, seed):
 
 
 def fits_triton(call, gradients=True):
-    return ops.triton_refuses_head_dims(call.q, call.v, gradients) is None
+    return triton_refuses_head_dims(call.q, call.v, gradients) is None
 
 
 def packed_case(feature, dtype, seed):

@@ -31,7 +31,7 @@ MODULES = [  # of fastgpt.kernels
     "attention_forward",
     "attention_backward",
     "attention_decode",
-    "linear and norm and step and kv_cache_update",
+    "linear and norm and decode_step and kv_cache_update",
 ]
 
 

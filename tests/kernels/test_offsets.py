@@ -26,7 +26,7 @@ from fastgpt.kernels.limits import MOST  # noqa: E402
 from fastgpt.kernels.linear import linear  # noqa: E402
 from fastgpt.kernels.norm import norm  # noqa: E402
 
-MODULES = ["attention_forward", "attention_backward", "attention_decode", "kv_cache_update", "linear", "norm", "step"]
+MODULES = ["attention_forward", "attention_backward", "attention_decode", "kv_cache_update", "linear", "norm", "decode_step"]
 COUNTS = (
     "n_queries", "n_keys", "n_heads", "n_heads_kv", "n_tokens", "capacity", "group", "rows_of_head", "window", "page",
     "n_pages", "cu_q_ptr", "cu_k_ptr",

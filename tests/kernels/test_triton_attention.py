@@ -453,7 +453,7 @@ def test_autograd(feature, triton_serves_the_cpu):
     douts = torch.randn_like(q), torch.zeros(2, 4, 20, device=DEVICE)
 
     def actual(**tensors):
-        return FusedAttention.apply(None, *ops.Call(**tensors, **arguments))
+        return FusedAttention.apply(*ops.Call(**tensors, **arguments), None)
 
     def reference(**tensors):
         return attention_reference(**tensors, **arguments, return_lse=True)
@@ -486,7 +486,7 @@ def test_autograd_of_packed_sequences(arguments, triton_serves_the_cpu):
     douts = torch.randn_like(q), torch.randn(1, 8, sum(lengths_q), device=DEVICE).masked_fill(blind, 0.0)
 
     def actual(**tensors):
-        return FusedAttention.apply(packing, *ops.Call(**tensors, **arguments))
+        return FusedAttention.apply(*ops.Call(**tensors, **arguments), packing)
 
     def reference(**tensors):
         return varlen_reference_of(ops.Call(**tensors, **arguments), packing)

@@ -67,12 +67,12 @@ def test_shapes():
 
 def test_what_triton_does_not_take():
     """It says so of the head dims; a named implementation raises, and operators for CUDA do before anything is launched."""
-    from fastgpt.ops import attention as ops
+    from fastgpt.ops.attention.checks import triton_refuses_head_dims
     from fastgpt.ops.attention.operators import attention_forward_triton
 
     for D, D_v in ((16, 24), (300, 300)):
         call = inputs(1, 2, 2, 3, 5, (D, D_v), torch.float32)
-        if (reason := ops.triton_refuses_head_dims(call[0], call[2], False)) is None:
+        if (reason := triton_refuses_head_dims(call[0], call[2], False)) is None:
             continue
         assert str(D) in reason
         with pytest.raises(ValueError, match="^v: expected a head dim that Triton's kernels serve"):

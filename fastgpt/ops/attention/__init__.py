@@ -111,7 +111,7 @@ def attention(
             return reference_of(call, return_lse)
         if scale is None:
             call = call._replace(scale=1.0 / math.sqrt(q.shape[-1]))
-        out, lse = FusedAttention.apply(None, *savable(call)) if needs_gradients(call) else operators.attention_forward(*call)
+        out, lse = FusedAttention.apply(*savable(call), None) if needs_gradients(call) else operators.attention_forward(*call)
     except Exception as error:
         check_call(call)  # raises the error that names the argument
         check_pages(k, block_table, kv_lengths)
@@ -149,7 +149,7 @@ def attention_varlen(
     if chosen == "reference":
         out, lse = varlen_reference_of(call, packing)
     elif needs_gradients(call):
-        out, lse = FusedAttention.apply(savable(packing), *savable(call))
+        out, lse = FusedAttention.apply(*savable(call), savable(packing))
     else:
         out, lse = operators.attention_varlen_forward(*packing, *varlen_arguments(call))
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # (total_q, H, D_v), (H, total_q)

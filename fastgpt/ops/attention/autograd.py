@@ -11,11 +11,12 @@ from fastgpt.ops.derivatives import transforms_active
 class FusedAttention(torch.autograd.Function):
     """The forward operations with the backward ones as their gradients, by q, k, v, sinks and bias.
 
-    Its arguments are a Packing, or None, and those of a Call.
+    Its arguments are those of a Call, and a Packing or None.
     """
 
     @staticmethod
-    def forward(ctx, packing, *arguments):
+    def forward(ctx, *arguments):
+        *arguments, packing = arguments
         call = Call(*arguments)
         if packing is None:
             out, lse = operators.attention_forward(*call)
@@ -34,12 +35,12 @@ class FusedAttention(torch.autograd.Function):
         given = ctx.given | dict(zip(ctx.names, tensors))
         call = Call(*map(given.get, Call._fields))
         packing = Packing(*map(given.get, Packing._fields)) if ctx.is_packed else None
-        needed = dict(zip(Call._fields, ctx.needs_input_grad[1:]))
+        needed = dict(zip(Call._fields, ctx.needs_input_grad))
         if _is_differentiated():
             gradients = _reference_gradients(call, packing, needed, dout, dlse)
         else:
             gradients = _kernel_gradients(call, packing, needed, dout, dlse, out, lse)
-        return None, *(gradients[name] if need else None for name, need in needed.items())
+        return *(gradients[name] if need else None for name, need in needed.items()), None
 
 
 def _kernel_gradients(call: Call, packing: Packing | None, needed: dict[str, bool], dout, dlse, out, lse) -> dict:
