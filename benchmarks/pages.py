@@ -1,4 +1,4 @@
-"""Results as text: the parts of README, and the page of each machine, which has all of them."""
+"""Results as text: the parts of README and docs/, and the page of each machine, which has all of them."""
 
 import json
 import math
@@ -162,7 +162,7 @@ def decoding(result: dict) -> str:
     notes[0] = notes[0].format(**cases[0])
     absent = [(name, why) for case in cases for name, why in case["absent"].items()]
     notes += [f"–: {listed(absent)}."] * bool(absent)
-    return with_notes(table(["whole steps", "tokens/s", "of the limit", *names], rows), result, *notes)
+    return with_notes(table(["whole steps", "tokens/s", "% of roofline", *names], rows), result, *notes)
 
 
 def aim(aims: dict, name: str, form: str) -> str:
@@ -179,7 +179,7 @@ def against_peers(result: dict) -> str:
     names = list(dict.fromkeys(name for case in cases for name in peers(case)))
     header = [named(first["model"]), *(f"at {c['context']:,}" for c in decode), *(f"prefill of {c['T']:,}" for c in prefill)]
     ours = [f"**{figures(1e6 / median(c))} tok/s**" for c in decode] + [f"**{time(median(c))}**" for c in prefill]
-    rows = [[f"**fastgpt**, {first['dtype']}", *ours], ["of the limit", *map(of_limit, cases)]]
+    rows = [[f"**fastgpt**, {first['dtype']}", *ours], ["% of roofline", *map(of_limit, cases)]]
     rows += [[name, *(ratio(case, name) for case in cases)] for name in names]
     return with_notes(table(header, rows), result, *whole_calls(result))
 
@@ -223,13 +223,13 @@ def attention_over_caches(result: dict) -> str:
     for case in result["decode"]:
         differs = [name for name in ("kind", "kv_heads", "batch") if case[name] != first[name]]
         if not differs or case["keys"] == 8192 and case["batch"] == 1:
-            heads = f", {case['heads']} heads of {case['head_dim']}, {case['kv_heads']} of keys" * ("kv_heads" in differs)
+            heads = f", {case['heads']} heads of {case['head_dim']}, {case['kv_heads']} KV heads" * ("kv_heads" in differs)
             rows.append([f"{case['keys']:,} keys" + f", {case['kind']}" * ("kind" in differs) + heads, *compared(case)])
     what = "Batch {batch}, {heads} heads of {head_dim}, {kind}".format(**first)
     return with_notes(table([what, *COMPARED], rows), result)
 
 
-COMPARED = ["fastgpt", "rate", "of the limit", "fastest other", "ratio"]
+COMPARED = ["fastgpt", "rate", "% of roofline", "fastest other", "ratio"]
 
 
 def compared(case: dict) -> list[str]:
@@ -276,7 +276,7 @@ def models_of_transformers(result: dict) -> str:
     return with_notes(table(header, rows), result, *notes)
 
 
-PARTS = {  # README's marker -> its plot and its table
+PARTS = {  # marker -> its plot and its table
     "cached against uncached": ("cached_against_uncached", cached_against_uncached),
     "against peers": ("against_peers", against_peers),
     "attention": ("attention", attention),
@@ -285,7 +285,7 @@ PARTS = {  # README's marker -> its plot and its table
 }
 
 
-GPU_PARTS = {"decoding": ("decoding", decoding), **PARTS}  # of what README shows under one marker
+GPU_PARTS = {"decoding": ("decoding", decoding), **PARTS}  # of what the documentation shows under one marker
 
 
 def parts(folder: Path, results: dict[str, dict], within: str, shown_parts: dict = PARTS) -> dict[str, str]:
@@ -385,7 +385,7 @@ def every(cases: list[dict]) -> str:
     parameters = [name for name in dict.fromkeys(name for case in cases for name in case) if name not in MEASURED]
     differing = [name for name in parameters if len({case.get(name) for case in cases}) > 1]
     others = list(dict.fromkeys(name for case in cases if timed for name in peers(case)))
-    header = [*differing, *(["fastgpt", "rate", "of the limit", *others] if timed else ["MB"])]
+    header = [*differing, *(["fastgpt", "rate", "% of roofline", *others] if timed else ["MB"])]
     rows = []
     for case in cases:
         values = (case.get(name, "–") for name in differing)
