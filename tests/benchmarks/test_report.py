@@ -251,7 +251,9 @@ def test_readme_shows_each_gpu_or_that_there_is_none(of_a_gpu, monkeypatch, tmp_
     assert report.sections(document)["on a GPU"] == report.NO_GPU and "\n" not in report.NO_GPU
 
 
-@pytest.mark.parametrize("text", ["<!-- attention -->", "<!-- a name that nothing has --><!-- end of a name that nothing has -->"])
+@pytest.mark.parametrize(
+    "text", ["<!-- attention -->", "<!-- a name that nothing has --><!-- end of a name that nothing has -->"]
+)
 def test_markers_without_an_end_or_a_meaning_are_refused(text, tmp_path):
     document = tmp_path / "page.md"
     document.write_text(text)
