@@ -8,8 +8,8 @@ from benchmarks import numerics_table
 
 RATIOS = (
     "Times are medians. A ratio is how many times as long the other takes as fastgpt: the median over rounds in which both "
-    "were timed, one after the other. So is the share of a limit of the machine, which is what its memory or its arithmetic "
-    "were seen to do in those rounds."
+    "were timed, one after the other. % of roofline compares in the same way with what the memory or the arithmetic of the "
+    "machine did in those rounds."
 )
 NOISY = "≈: noisy, this median is not known to 10%."
 SUITES = {  # in the order of a page
@@ -147,7 +147,7 @@ def cached_against_uncached(result: dict) -> str:
 
 
 def decoding(result: dict) -> str:
-    """Tokens per second of every case, the share of the limit, and ratios; behind each, what is aimed at."""
+    """Tokens per second of every case, the share of the roofline, and ratios; behind each, what is aimed at."""
     cases = result["decoding"]
     names = list(dict.fromkeys(name for case in cases for name in peers(case)))
     rows = []
@@ -158,7 +158,7 @@ def decoding(result: dict) -> str:
         times = [ratio(case, name) + aim(aims.get("times", {}), name, "{}x") for name in names]
         label = f"{named(case['model'])}, batch {case['batch']}, {case['context']:,} tokens"
         rows.append([label, own, of_limit(case) + aim(aims, "of_limit", "{:.0%}"), *times])
-    notes = ["In parentheses what is aimed at. Random weights in {dtype}; the limit is to read them and the cache once."]
+    notes = ["In parentheses what is aimed at. Random weights in {dtype}; the roofline is to read them and the cache once."]
     notes[0] = notes[0].format(**cases[0])
     absent = [(name, why) for case in cases for name, why in case["absent"].items()]
     notes += [f"–: {listed(absent)}."] * bool(absent)
@@ -266,10 +266,10 @@ def models_of_transformers(result: dict) -> str:
             sdpa, least = (case["times_ours"].get(name) for name in ("sdpa", "no attention"))
             bound = f"{sdpa[1] / least[1]:.2f}x" if least else "–"
             rows[-1] += [time(median(case)), ratio(case, "sdpa"), bound, ratio(case, "ours, dynamic cache")]
-    header = ["transformers, {dtype}".format(**case), "tokens", "fastgpt", "PyTorch's", "limit", "fastgpt, dynamic cache"]
+    header = ["transformers, {dtype}".format(**case), "tokens", "fastgpt", "PyTorch's", "upper bound", "fastgpt, dynamic cache"]
     notes = [
         "The same weights and layers, with fastgpt's attention and cache and with PyTorch's attention and a dynamic cache. "
-        "The limit is that ratio if attention and the cache took no time at all. A generation is its prompt and 64 new tokens."
+        "The upper bound is that ratio if attention and the cache took no time at all. A generation is its prompt and 64 new tokens."
     ]
     if adapter := result.get("adapter"):
         notes.append(f"A call that does next to nothing takes {time(median(adapter[0]))} through transformers.")

@@ -5,7 +5,7 @@ import re
 import griffe
 
 NAMES = r"[A-Za-z_*]\w*(?:, \w+)*"
-SECTION = re.compile(r"(Args|Args of its methods|Returns|Raises|Source|Derivatives)\b:? ?(.*)")
+SECTION = re.compile(r"(Args(?: of its methods)?(?=:)|Returns|Raises|Source|Derivatives)\b:? ?(.*)")
 ITEM = re.compile(rf"({NAMES}): (.*)")  # an argument and what is said of it
 TERM = re.compile(rf"({NAMES})$")  # a name on a line of its own, explained below
 DRAWN = re.compile(r"\S {2,}\S")  # columns: a mask, a table of choices
@@ -35,7 +35,7 @@ def markdown(text: str) -> str:
             result += [*[""] * (margin is None), f"- `{line}`: "]
             margin = 4
         elif margin is not None and content and indent >= margin:
-            end = next((j for j in range(i, len(lines)) if not is_drawn(lines[j], margin)), len(lines))
+            end = end_of_drawing(lines, i, margin)
             if end > i:
                 drawn = [line[margin:] for line in lines[i:end]]
                 result += ["", *[f"    {line}" for line in ["```text", *drawn, "```"]], ""]
@@ -58,8 +58,14 @@ def starts_list(before: list[str]) -> bool:
     return bool(before) and (before[-1].endswith(":") or before[-1].startswith("    ") and starts_list(before[:-1]))
 
 
-def is_drawn(line: str, margin: int) -> bool:
-    return bool(line.startswith(" " * margin) and DRAWN.search(line) or line.startswith(" " * (margin + 8)))
+def end_of_drawing(lines: list[str], begin: int, margin: int) -> int:
+    """Where the columns end that begin in a line, `begin` if there are none: lines of columns, and what is indented below them."""
+    end = begin
+    while end < len(lines) and lines[end].startswith(" " * margin):
+        if not (DRAWN.search(lines[end]) or end > begin and lines[end].startswith(" " * (margin + 1))):
+            break
+        end += 1
+    return end
 
 
 def in_section(result: list[str]) -> bool:

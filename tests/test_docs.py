@@ -3,8 +3,11 @@
 import ast
 import importlib
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from architectures import named_cache
@@ -96,3 +99,56 @@ def test_the_api_reference_has_every_public_name():
             if not hasattr(found, part):
                 importlib.import_module(".".join(["fastgpt", *rest[: i + 1]]))
             found = getattr(found, part)
+
+
+DOCSTRING = """What it does.
+
+    a formula
+
+Args:
+    x: (B, T), of which
+        some more.
+    causal: aligned to the last key:
+        T=2  1 1 0
+             1 1 1
+    impl: a name.
+
+Returns: a number
+    of some kind.
+Raises: ValueError.
+
+>>> f(1)
+2
+"""
+MARKDOWN = """What it does.
+
+    a formula
+
+**Args:**
+
+- `x`: (B, T), of which
+    some more.
+- `causal`: aligned to the last key:
+
+    ```text
+    T=2  1 1 0
+         1 1 1
+    ```
+
+- `impl`: a name.
+
+**Returns:** a number
+of some kind.
+
+**Raises:** ValueError.
+
+```pycon
+>>> f(1)
+2
+```"""
+
+
+def test_docstrings_become_markdown(monkeypatch):
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object))  # which only `make docs` installs
+    markdown = runpy.run_path(str(ROOT / "docs" / "docstrings.py"))["markdown"]
+    assert re.sub(r" *\n(\s*\n)+", "\n\n", markdown(DOCSTRING)) == MARKDOWN
