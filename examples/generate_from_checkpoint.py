@@ -33,6 +33,6 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder:
             theirs, ours = random_checkpoint(folder), fastgpt.GPT.from_pretrained(folder)
         prompt = torch.tensor([[1, 5, 7, 42]])
-        tokens = ours.generate(prompt, 20)[0].tolist()
+        tokens = fastgpt.generate(ours, prompt, 20)[0].tolist()
         assert tokens == theirs.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)[0].tolist()
         print("prompt and 20 tokens, as transformers generates them:", tokens)
