@@ -12,7 +12,7 @@ INSTALLED := $(or $(VENV),build)/.fastgpt-installed
 RUN := $(if $(VENV),$(abspath $(VENV))/bin/python,$(PYTHON))
 OUT ?= build/gpu
 
-.PHONY: demo test test-quick test-all sanitize bench bench-compare gpu sweep clean
+.PHONY: demo test test-quick test-all sanitize docs bench bench-compare gpu sweep clean
 
 demo: $(INSTALLED)
 	$(RUN) -m fastgpt generate "ROMEO:" --compare-cache --temperature 0.8 --seed 1
@@ -48,6 +48,12 @@ sanitize: $(INSTALLED)
 	cd build/sanitize && $(PRELOADED) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -x -k "not memory_is_linear" \
 	    tests/ops/test_attention.py tests/cache/test_cache.py tests/generation/test_replay.py tests/ops/test_kv_cache_update.py tests/ops/test_linear.py \
 	    tests/ops/test_norm.py tests/ops/test_page_allocator.py tests/ops/test_attention_edges.py tests/ops/test_fuzz_operations.py
+
+# The pages of docs/ and an API reference, into build/docs. An extra of what is installed already is not another build.
+docs: $(INSTALLED)
+	$(RUN) -m pip install --quiet "fastgpt[docs]"
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
 
 # Times everything here within ten minutes, and writes tables and plots; FULL=1 takes all cases and its time, SUITE="decode
 # kv_cache" only some suites. Other libraries are compared with if they are there: pip install .[bench] brings them.

@@ -1,1 +1,1 @@
-"""The benchmark suite: `make bench` runs it and brings the results and README up to date."""
+"""The benchmark suite: `make bench` runs it and brings the results, README and docs/ up to date."""

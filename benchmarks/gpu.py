@@ -7,7 +7,7 @@ left of theirs. A part that fails, crashes or hangs does not keep the next from 
 interrupted, so that pytest writes what it has, and then killed with all it started. So is the part that runs at Ctrl-C,
 which ends the run. The table at the end is also in FOLDER/summary.txt, and results are in FOLDER/results and, unless it is
 a dry run, under benchmarks/results. After every part all of FOLDER is in FOLDER.tar.gz, too: one file to take along. Where
-its results/ are unpacked to benchmarks/results, `python -m benchmarks.report` puts them into README.
+its results/ are unpacked to benchmarks/results, `python -m benchmarks.report` puts them into docs/performance.md.
 
 The most telling come first: whether it builds and imports, one kernel of each kind, parity of attention and caches, cached
 generation against uncached, how fast GPT-2 is. Tests run in as many processes as there are cores, since they compile 1,500

@@ -33,7 +33,7 @@ def worst(cases: list[dict]) -> str:
 
 
 def markdown(numerics: dict) -> str:
-    """For README: the worst of all features, of what has been measured."""
+    """For the documentation: the worst of all features, of what has been measured."""
     header, *table = rows(numerics, by_feature=False)
     table = [row for row in table if any(cell != "–" for cell in row[2:])]
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *([f"`{name}`", *cells] for name, *cells in table)]

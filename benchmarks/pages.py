@@ -1,4 +1,4 @@
-"""Results as text: the parts of README, and the page of each machine, which has all of them."""
+"""Results as text: the parts of README and docs/, and the page of each machine, which has all of them."""
 
 import json
 import math
@@ -8,8 +8,8 @@ from benchmarks import numerics_table
 
 RATIOS = (
     "Times are medians. A ratio is how many times as long the other takes as fastgpt: the median over rounds in which both "
-    "were timed, one after the other. So is the share of a limit of the machine, which is what its memory or its arithmetic "
-    "were seen to do in those rounds."
+    "were timed, one after the other. % of roofline compares in the same way with what the memory or the arithmetic of the "
+    "machine did in those rounds."
 )
 NOISY = "≈: noisy, this median is not known to 10%."
 SUITES = {  # in the order of a page
@@ -147,7 +147,7 @@ def cached_against_uncached(result: dict) -> str:
 
 
 def decoding(result: dict) -> str:
-    """Tokens per second of every case, the share of the limit, and ratios; behind each, what is aimed at."""
+    """Tokens per second of every case, the share of the roofline, and ratios; behind each, what is aimed at."""
     cases = result["decoding"]
     names = list(dict.fromkeys(name for case in cases for name in peers(case)))
     rows = []
@@ -158,11 +158,11 @@ def decoding(result: dict) -> str:
         times = [ratio(case, name) + aim(aims.get("times", {}), name, "{}x") for name in names]
         label = f"{named(case['model'])}, batch {case['batch']}, {case['context']:,} tokens"
         rows.append([label, own, of_limit(case) + aim(aims, "of_limit", "{:.0%}"), *times])
-    notes = ["In parentheses what is aimed at. Random weights in {dtype}; the limit is to read them and the cache once."]
+    notes = ["In parentheses what is aimed at. Random weights in {dtype}; the roofline is to read them and the cache once."]
     notes[0] = notes[0].format(**cases[0])
     absent = [(name, why) for case in cases for name, why in case["absent"].items()]
     notes += [f"–: {listed(absent)}."] * bool(absent)
-    return with_notes(table(["whole steps", "tokens/s", "of the limit", *names], rows), result, *notes)
+    return with_notes(table(["whole steps", "tokens/s", "% of roofline", *names], rows), result, *notes)
 
 
 def aim(aims: dict, name: str, form: str) -> str:
@@ -179,7 +179,7 @@ def against_peers(result: dict) -> str:
     names = list(dict.fromkeys(name for case in cases for name in peers(case)))
     header = [named(first["model"]), *(f"at {c['context']:,}" for c in decode), *(f"prefill of {c['T']:,}" for c in prefill)]
     ours = [f"**{figures(1e6 / median(c))} tok/s**" for c in decode] + [f"**{time(median(c))}**" for c in prefill]
-    rows = [[f"**fastgpt**, {first['dtype']}", *ours], ["of the limit", *map(of_limit, cases)]]
+    rows = [[f"**fastgpt**, {first['dtype']}", *ours], ["% of roofline", *map(of_limit, cases)]]
     rows += [[name, *(ratio(case, name) for case in cases)] for name in names]
     return with_notes(table(header, rows), result, *whole_calls(result))
 
@@ -223,13 +223,13 @@ def attention_over_caches(result: dict) -> str:
     for case in result["decode"]:
         differs = [name for name in ("kind", "kv_heads", "batch") if case[name] != first[name]]
         if not differs or case["keys"] == 8192 and case["batch"] == 1:
-            heads = f", {case['heads']} heads of {case['head_dim']}, {case['kv_heads']} of keys" * ("kv_heads" in differs)
+            heads = f", {case['heads']} heads of {case['head_dim']}, {case['kv_heads']} KV heads" * ("kv_heads" in differs)
             rows.append([f"{case['keys']:,} keys" + f", {case['kind']}" * ("kind" in differs) + heads, *compared(case)])
     what = "Batch {batch}, {heads} heads of {head_dim}, {kind}".format(**first)
     return with_notes(table([what, *COMPARED], rows), result)
 
 
-COMPARED = ["fastgpt", "rate", "of the limit", "fastest other", "ratio"]
+COMPARED = ["fastgpt", "rate", "% of roofline", "fastest other", "ratio"]
 
 
 def compared(case: dict) -> list[str]:
@@ -266,17 +266,17 @@ def models_of_transformers(result: dict) -> str:
             sdpa, least = (case["times_ours"].get(name) for name in ("sdpa", "no attention"))
             bound = f"{sdpa[1] / least[1]:.2f}x" if least else "–"
             rows[-1] += [time(median(case)), ratio(case, "sdpa"), bound, ratio(case, "ours, dynamic cache")]
-    header = ["transformers, {dtype}".format(**case), "tokens", "fastgpt", "PyTorch's", "limit", "fastgpt, dynamic cache"]
+    header = ["transformers, {dtype}".format(**case), "tokens", "fastgpt", "PyTorch's", "upper bound", "fastgpt, dynamic cache"]
     notes = [
         "The same weights and layers, with fastgpt's attention and cache and with PyTorch's attention and a dynamic cache. "
-        "The limit is that ratio if attention and the cache took no time at all. A generation is its prompt and 64 new tokens."
+        "The upper bound is that ratio if attention and the cache took no time at all. A generation is its prompt and 64 new tokens."
     ]
     if adapter := result.get("adapter"):
         notes.append(f"A call that does next to nothing takes {time(median(adapter[0]))} through transformers.")
     return with_notes(table(header, rows), result, *notes)
 
 
-PARTS = {  # README's marker -> its plot and its table
+PARTS = {  # marker -> its plot and its table
     "cached against uncached": ("cached_against_uncached", cached_against_uncached),
     "against peers": ("against_peers", against_peers),
     "attention": ("attention", attention),
@@ -285,7 +285,7 @@ PARTS = {  # README's marker -> its plot and its table
 }
 
 
-GPU_PARTS = {"decoding": ("decoding", decoding), **PARTS}  # of what README shows under one marker
+GPU_PARTS = {"decoding": ("decoding", decoding), **PARTS}  # of what the documentation shows under one marker
 
 
 def parts(folder: Path, results: dict[str, dict], within: str, shown_parts: dict = PARTS) -> dict[str, str]:
@@ -385,7 +385,7 @@ def every(cases: list[dict]) -> str:
     parameters = [name for name in dict.fromkeys(name for case in cases for name in case) if name not in MEASURED]
     differing = [name for name in parameters if len({case.get(name) for case in cases}) > 1]
     others = list(dict.fromkeys(name for case in cases if timed for name in peers(case)))
-    header = [*differing, *(["fastgpt", "rate", "of the limit", *others] if timed else ["MB"])]
+    header = [*differing, *(["fastgpt", "rate", "% of roofline", *others] if timed else ["MB"])]
     rows = []
     for case in cases:
         values = (case.get(name, "–") for name in differing)

@@ -2,8 +2,8 @@
 
 python -m benchmarks.report [BENCHMARK.json ...]
     condenses pytest-benchmark's output, if given, to results/<machine>/<suite>.json; draws the plots and writes the page of
-    that machine, or of all; and brings README's marked parts up to date. With the variable FASTGPT_RESULTS results are in
-    that folder, and README is left alone.
+    that machine, or of all; and brings the marked parts of README and docs/ up to date. With the variable FASTGPT_RESULTS
+    results are in that folder, and README and docs/ are left alone.
 
 A suite's file is that of one run: what the run left out is named in it, and what an earlier one had is gone.
 """
@@ -26,8 +26,9 @@ from fastgpt.bench.timing import uncertainty
 
 STORED = Path(__file__).parent / "results"
 RESULTS = Path(os.environ.get("FASTGPT_RESULTS") or STORED)
-README = Path(__file__).parents[1] / "README.md"
-SHOWN = "amd-epyc-2-threads"  # the machine whose results README shows
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]  # which have parts between markers
+SHOWN = "amd-epyc-2-threads"  # the machine whose results they show
 PEERS = ("transformers", "ctranslate2", "llama-cpp-python", "triton", "flash-attn", "flashinfer-python")
 
 
@@ -163,7 +164,9 @@ def update(outputs: list[Path]) -> None:
             print(f"no plots: {error}")
         write(folder / "README.md", pages.page(folder, pages.results_in(folder)))
     if RESULTS == STORED:
-        write(README, rendered(README.read_text()))
+        for path in DOCUMENTS:
+            if (text := rendered(path)) != path.read_text():
+                write(path, text)
 
 
 def write(path: Path, text: str) -> None:
@@ -175,28 +178,35 @@ def machines() -> list[Path]:
     return sorted(path for path in RESULTS.iterdir() if pages.SUITES.keys() & {file.stem for file in path.glob("*.json")})
 
 
-def sections() -> dict[str, str]:
-    """Marker -> the text that README shows there."""
+def sections(document: Path) -> dict[str, str]:
+    """Marker -> the text that a document shows there. Links in it are relative to the document."""
     folder = STORED / SHOWN
     results = pages.results_in(folder)
-    parts = pages.parts(folder, results, within(folder))
-    if (
-        missing := {*pages.PARTS, "architectures", "models of transformers", "numerics", "families", "training"}
-        - parts.keys()
-        - results.keys()
-    ):
-        raise FileNotFoundError(f"{folder}: README shows {', '.join(sorted(missing))}, of which there are no results")
+    parts = pages.parts(folder, results, within(folder, document))
+    expected = {*pages.PARTS, "architectures", "models of transformers", "numerics", "families", "training"}
+    if missing := expected - parts.keys() - results.keys():
+        raise FileNotFoundError(f"{folder}: README and docs show {', '.join(sorted(missing))}, of which there are no results")
     training = results["training"]
-    others = {path: pages.results_in(path) for path in machines() if path != folder}
-    gpus = [on_a_gpu(path, of_it) for path, of_it in others.items() if "gpu" in next(iter(of_it.values()))["machine"]]
+    gpus, names = [], []
+    for path in machines():
+        others = pages.results_in(path)
+        if "gpu" in (about := next(iter(others.values()))["machine"]):
+            gpus.append(on_a_gpu(path, others, document))
+            names.append(about["gpu"])
+    page = f"{within(folder, document)}README.md"
     return {
         "demo": "```\n" + (folder / "demo.txt").read_text().strip() + "\n```",
-        "kinds of cache": pages.plot(folder, "kinds_of_cache", within(folder)),
+        "kinds of cache": pages.plot(folder, "kinds_of_cache", within(folder, document)),
+        "plot against peers": pages.plot(folder, "against_peers", within(folder, document)),
         "machine": f"Measured on {pages.about(results['generate'])}.",
+        "every case": f"[Every case on this machine]({page}).",
         **parts,
+        "against peers, table": pages.against_peers(results["generate"]),
+        "GPU status": f"Timed on {', '.join(names)}." if names else NO_GPU,
         "on a GPU": "\n\n".join(gpus) or NO_GPU,
         "numerics": numerics_table.markdown(results["numerics"]),
-        "architectures": f"{pages.architectures(results['architectures'])} [Each of them]({within(folder)}README.md#architectures-of-transformers).",
+        "architectures": f"{pages.architectures(results['architectures'])} "
+        f"[Each of them]({page}#architectures-of-transformers).",
         "families": families_table.markdown(results["families"]["families"]),
         "8-bit caches": eight_bit_caches(training),
         "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "
@@ -205,21 +215,22 @@ def sections() -> dict[str, str]:
     }
 
 
-INLINE = {"machine", "shipped model", "8-bit caches"}  # within a sentence
+INLINE = {"machine", "every case", "GPU status", "shipped model", "8-bit caches"}  # within a sentence
 NO_GPU = (
-    "The GPU kernels are compiled and checked for sm_80, sm_90 and sm_100 by the tests, which also run the Triton kernels "
-    "in Triton's interpreter and the CUDA kernels as C++; none has been timed on a GPU yet."
+    "**No GPU has run any of this yet.** The GPU kernels are compiled and checked for sm_80, sm_90 and sm_100 by the tests, "
+    "which also run the Triton kernels in Triton's interpreter and the CUDA kernels as C++."
 )
+MARKER = re.compile(r"<!-- (?!end of |not run: )(.*?) -->")
 
 
-def within(folder: Path) -> str:
-    return f"{os.path.relpath(folder, README.parent)}/"
+def within(folder: Path, document: Path) -> str:
+    return f"{os.path.relpath(folder, document.parent)}/"
 
 
-def on_a_gpu(folder: Path, results: dict[str, dict]) -> str:
+def on_a_gpu(folder: Path, results: dict[str, dict], document: Path) -> str:
     about = next(results[suite] for suite in pages.SUITES if suite in results)
-    lines = [f"### {about['machine']['gpu']}", f"{pages.about(about)}. [Every case]({within(folder)}README.md)."]
-    return "\n\n".join([*lines, *pages.parts(folder, results, within(folder), pages.GPU_PARTS).values()])
+    lines = [f"### {about['machine']['gpu']}", f"{pages.about(about)}. [Every case]({within(folder, document)}README.md)."]
+    return "\n\n".join([*lines, *pages.parts(folder, results, within(folder, document), pages.GPU_PARTS).values()])
 
 
 def eight_bit_caches(training: dict) -> str:
@@ -231,16 +242,20 @@ def eight_bit_caches(training: dict) -> str:
     return f"the validation loss of the shipped model changes by {' and '.join(changes)}"
 
 
-def rendered(readme: str) -> str:
-    """README with its marked parts brought up to date. Raises ValueError when a marker is missing."""
-    for name, text in sections().items():
+def rendered(document: Path) -> str:
+    """A document with its marked parts brought up to date. Raises ValueError for a marker that has no end or no meaning."""
+    text = document.read_text()
+    if not MARKER.search(text):
+        return text
+    known = sections(document)
+    for name in MARKER.findall(text):
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        if begin not in readme or end not in readme:
-            raise ValueError(f"README.md: expected the markers {begin} and {end}")
-        before, rest = readme.split(begin)
+        if name not in known or end not in text:
+            raise ValueError(f"{document}: expected {end} after {begin}, and a name of {', '.join(known)}")
+        before, rest = text.split(begin)
         inline = "" if name in INLINE else "\n"
-        readme = before + begin + inline + text + inline + end + rest.split(end)[1]
-    return readme
+        text = before + begin + inline + known[name] + inline + end + rest.split(end)[1]
+    return text
 
 
 def main() -> None:

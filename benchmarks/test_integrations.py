@@ -29,7 +29,7 @@ LLAMA = {
 }  # fmt: skip
 MODELS = {  # name in results -> class, configuration
     "GPT-2 124M": ("GPT2LMHeadModel", {}),
-    "Llama 160M, 12 heads, 3 of keys": ("LlamaForCausalLM", LLAMA),
+    "Llama 160M, 12 heads, 3 KV heads": ("LlamaForCausalLM", LLAMA),
     "Mistral 160M, window of 1,024": ("MistralForCausalLM", LLAMA | {"sliding_window": 1024}),
     "BERT-base": ("BertModel", {}),
 }

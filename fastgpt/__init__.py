@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from fastgpt import startup
 
@@ -35,6 +36,7 @@ from fastgpt.cache.base import KVCache
 from fastgpt.cache.contiguous import ContiguousCache
 from fastgpt.cache.paged import PagedCache, PagePool
 from fastgpt.cache.sliding import SlidingCache
+from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.decoding import decoding
 from fastgpt.generation.generate import generate, stream
 from fastgpt.integrations.sdpa import scaled_dot_product_attention
@@ -55,10 +57,14 @@ from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
 from fastgpt.ops.norm import norm, norm_reference
 
+if TYPE_CHECKING:  # loads tokenizers: see __getattr__
+    from fastgpt.generation.pipeline import pipeline
+
 startup.unwatch()
 
 __all__ = [
     "GPT",
+    "SHIPPED_MODEL",
     "ContiguousCache",
     "GPTConfig",
     "KVCache",
@@ -94,7 +100,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "pipeline":  # loads tokenizers
+    if name == "pipeline":
         from fastgpt.generation.pipeline import pipeline
 
         return pipeline

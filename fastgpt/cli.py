@@ -25,6 +25,7 @@ from fastgpt.bench.timing import implementation
 from fastgpt.cache.create import CACHE_KINDS
 from fastgpt.checkpoints import transformers_format
 from fastgpt.checks import is_terminal, require_integer, require_number
+from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.decoding import decoding
 from fastgpt.generation.generate import MAX_NEW_TOKENS, Options
 from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
@@ -39,7 +40,6 @@ from fastgpt.training.processes import PARALLEL, joined, own_device
 from fastgpt.training.trainer import DTYPES as TRAIN_DTYPES
 from fastgpt.training.trainer import TrainConfig, Trainer, claimed, pretrained, require_new_run, train
 
-SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"
 DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech, and most texts a new line
 CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 TOKENIZER_FILES = (  # what a checkpoint has beside its tokenizer.json, into which added tokens have gone

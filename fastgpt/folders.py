@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"  # a checkpoint that comes with the package
+
 
 def find(folder: Path, name: str | Path, argument: str = "model") -> Path | None:
     """The file of that name in a checkpoint, or None. All that is read of a checkpoint is found here.

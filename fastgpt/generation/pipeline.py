@@ -9,6 +9,7 @@ import torch
 
 from fastgpt.checkpoints import transformers_format
 from fastgpt.checks import require_integer
+from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.generate import Request, defaults_of
 from fastgpt.model.decoder import GPT
 from fastgpt.model.inputs import require_room
@@ -19,7 +20,7 @@ OWN_EOS = "the checkpoint's"
 
 
 def pipeline(
-    path: str | Path,
+    path: str | Path = SHIPPED_MODEL,
     *, revision: str | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
 ) -> "Pipeline":  # fmt: skip
     """Loads a checkpoint to go from text to text.
@@ -28,7 +29,8 @@ def pipeline(
         print(pipe("Once upon a time", max_new_tokens=50, temperature=0.8))
 
     Args:
-        path: what `GPT.from_pretrained` takes, with the files of a tokenizer: see `Tokenizer.from_folder`.
+        path: what `GPT.from_pretrained` takes, with the files of a tokenizer: see `Tokenizer.from_folder`. Default: the
+            character-level model of Shakespeare that comes with the package.
         revision: of a model on the Hugging Face Hub: a branch, a tag or a commit; default its main branch.
         dtype: of the weights; default as stored.
         device: default a GPU if there is one.

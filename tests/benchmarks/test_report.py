@@ -163,7 +163,7 @@ def test_results_of_a_gpu_have_a_folder_of_its_name():
 def test_readme_says_which_results_it_misses(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "STORED", tmp_path)
     with pytest.raises(FileNotFoundError, match="attention, attention over caches"):
-        report.sections()
+        report.sections(report.ROOT / "README.md")
 
 
 GPU = {"gpu": "NVIDIA H200", "cuda": "13.0"}
@@ -225,7 +225,7 @@ def test_what_is_aimed_at_is_beside_what_was_measured(of_a_gpu):
     text = pages.decoding(pages.results_in(of_a_gpu)["generate"])
     header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
     others = "ours, sampled | transformers, dynamic cache | transformers, static cache, compiled"
-    assert header == f"| whole steps | tokens/s | of the limit | {others} |"
+    assert header == f"| whole steps | tokens/s | % of roofline | {others} |"
     cells = "**6,402** (5,000 on an H200) | 40% | 1.10x | 40.0x (10x) | 3.00x (2x)"
     assert rows[0] == f"| GPT-2 124M, batch 1, 128 tokens | {cells} |"
     assert rows[1] == "| Llama 8B, batch 1, 128 tokens | **213** | 80% (85%) | 1.02x | 4.00x | – |"
@@ -240,13 +240,25 @@ def test_readme_shows_each_gpu_or_that_there_is_none(of_a_gpu, monkeypatch, tmp_
     plots.draw(of_a_gpu)
     assert plots.stale(of_a_gpu) == []
     shown = ("decoding", "cached_against_uncached", "attention", "attention_over_caches")
-    text = report.sections()["on a GPU"]
+    document = report.ROOT / "docs" / "performance.md"
+    assert report.sections(document)["GPU status"] == "Timed on NVIDIA H200."
+    text = report.sections(document)["on a GPU"]
     assert text.startswith("### NVIDIA H200\n")
     assert [text.index(f"{name}.svg") for name in shown] == sorted(text.index(f"{name}.svg") for name in shown)
     assert "| 16,384 |" in text and "adds 2.00 µs to a cached token of GPT-2 124M, 16k positions, 20.0 µs" in text
     assert "| causal, 8,192 tokens |" in text and "SDPA, flash | 1.50x |" in text
     shutil.rmtree(of_a_gpu)
-    assert report.sections()["on a GPU"] == report.NO_GPU and "\n" not in report.NO_GPU
+    assert report.sections(document)["on a GPU"] == report.NO_GPU and "\n" not in report.NO_GPU
+
+
+@pytest.mark.parametrize(
+    "text", ["<!-- attention -->", "<!-- a name that nothing has --><!-- end of a name that nothing has -->"]
+)
+def test_markers_without_an_end_or_a_meaning_are_refused(text, tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text(text)
+    with pytest.raises(ValueError, match="expected"):
+        report.rendered(document)
 
 
 @pytest.fixture

@@ -47,6 +47,12 @@ def test_a_prompt_gives_a_text(pipe):
     assert pipe(PROMPT, 40) == pipe(PROMPT, 40, use_cache=False)
 
 
+def test_the_default_checkpoint_is_the_one_of_the_package():
+    pipe = fastgpt.pipeline(device="cpu")
+    assert pipe("ROMEO:", 20) == fastgpt.pipeline(fastgpt.SHIPPED_MODEL, device="cpu")("ROMEO:", 20)
+    assert pipe.model.config.vocab_size == 65
+
+
 def test_prompts_give_texts_and_samples_lists_of_texts(pipe):
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 5}
     a, b = pipe(PROMPT, **options), pipe("a token", **options)

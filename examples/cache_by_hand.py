@@ -1,0 +1,43 @@
+"""A decode loop with a KV cache kept by hand: rope_kv_cache_update rotates a token's query and key and stores its key and value in
+place, attention attends to what is stored. The result is that of attention over the whole sequence at once."""
+
+import torch
+
+import fastgpt
+
+B, H, H_kv, D, CAPACITY = 2, 8, 2, 64, 32
+
+
+def rotary_tables(positions: int, theta: float = 10000.0):
+    """cos and sin (positions, D/2), fp32."""
+    angles = torch.outer(torch.arange(positions), theta ** (-torch.arange(0, D, 2) / D))
+    return angles.cos(), angles.sin()
+
+
+def decode(q, k, v, cos, sin):
+    """q (B, H, T, D), k and v (B, H_kv, T, D), taken one token at a time, as a model would make them."""
+    k_cache, v_cache = torch.zeros(B, H_kv, CAPACITY, D), torch.zeros(B, H_kv, CAPACITY, D)
+    outs = []
+    for t in range(q.shape[2]):
+        token = slice(t, t + 1)
+        positions = torch.full((B, 1), t)
+        rotated = fastgpt.rope_kv_cache_update(
+            q[:, :, token], k[:, :, token], v[:, :, token], k_cache, v_cache, positions, cos, sin
+        )
+        lengths = torch.full((B,), t + 1, dtype=torch.int32)  # keys at and past it are not read
+        outs.append(fastgpt.attention(rotated, k_cache, v_cache, kv_lengths=lengths))
+    return torch.cat(outs, dim=2), k_cache
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    q, k, v = torch.randn(B, H, 20, D), torch.randn(B, H_kv, 20, D), torch.randn(B, H_kv, 20, D)
+    cos, sin = rotary_tables(CAPACITY)
+    out, k_cache = decode(q, k, v, cos, sin)
+
+    every = torch.arange(20).expand(B, 20)  # the whole sequence in one call
+    rotated = fastgpt.rope_kv_cache_update(q, k, v, k_whole := torch.zeros_like(k), torch.zeros_like(v), every, cos, sin)
+    torch.testing.assert_close(out, fastgpt.attention(rotated, k_whole, v))
+    assert torch.equal(k_cache[:, :, :20], k_whole)
+    difference = (out - fastgpt.attention(rotated, k_whole, v)).abs().max()
+    print(f"20 tokens one by one and all at once differ by at most {difference:.1e}")
