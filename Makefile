@@ -12,10 +12,33 @@ INSTALLED := $(or $(VENV),build)/.fastgpt-installed
 RUN := $(if $(VENV),$(abspath $(VENV))/bin/python,$(PYTHON))
 OUT ?= build/gpu
 
-.PHONY: demo test test-quick test-all sanitize docs bench bench-compare gpu sweep clean
+.PHONY: demo lint format wheel sdist test test-quick test-all sanitize docs bench bench-compare gpu sweep clean
 
 demo: $(INSTALLED)
 	$(RUN) -m fastgpt generate "ROMEO:" --compare-cache --temperature 0.8 --seed 1
+
+# Format, lint and types; `make format` mends what can be mended. The tools' versions are in pyproject.toml, and are
+# installed once: no network is needed after that.
+LINTERS := $(or $(VENV),build)/.fastgpt-linters
+BIN = $(shell $(RUN) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+CPP := $(wildcard csrc/*.[hc]* csrc/*/*.[hc]* tests/cuda_on_cpu/*.h)
+lint: $(INSTALLED) $(LINTERS)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(RUN) -m mypy
+
+format: $(INSTALLED) $(LINTERS)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# `pip install dist/fastgpt-*.whl`: for this Python and machine, with the CUDA library if there is nvcc.
+wheel: $(INSTALLED)
+	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+sdist: $(INSTALLED)
+	$(RUN) setup.py -q sdist
 
 # In as many processes as there are cores. A thread that waits for others sleeps, so that they have the core.
 PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
@@ -88,5 +111,9 @@ endif
 	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test]"
 	mkdir -p $(@D) && touch $@
 
+$(LINTERS): pyproject.toml $(INSTALLED)
+	$(RUN) -m pip install --quiet $$($(RUN) -c 'import re; print(*re.findall(r"[a-z-]+==[0-9.]+", re.search(r"^lint = .*$$", open("pyproject.toml").read(), re.M)[0]))')
+	mkdir -p $(@D) && touch $@
+
 clean:
-	rm -rf build .venv *.egg-info fastgpt/*.so
+	rm -rf build dist .venv *.egg-info fastgpt/*.so

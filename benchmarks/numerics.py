@@ -98,7 +98,7 @@ def decode(kind, dtype, device, implementation, shape):
     caches = {"k": k, "v": v}
     if cache_dtype is not None:
         (caches["k"], caches["k_scale"]), (caches["v"], caches["v_scale"]) = quantise(k, cache_dtype), quantise(v, cache_dtype)
-    for name, x in caches.items():
+    for x in caches.values():
         for b, length in enumerate(lengths.tolist() if x.is_floating_point() else ()):
             x[b, :, length:] = torch.nan
     if page is not None:

@@ -125,7 +125,7 @@ def require_number(
         return None
     expected = "a finite number" + _bounds(least, most, above, below) + (" or None" if optional else "")
     if isinstance(value, SYMBOLS):
-        return value
+        return value  # type: ignore[return-value]  # stands for a number under torch.compile
     number = None
     if not isinstance(value, (bool, str, bytes, bytearray, torch.Tensor)):
         for convert in operator.index, float:

@@ -6,7 +6,7 @@ with madvise, where the system has it (Linux); elsewhere nothing happens.
 
 import ctypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ PAGE, HUGE_PAGE = 4096, 2 << 20  # bytes
 HUGEPAGE, COLLAPSE = 14, 25  # advice: huge pages for what is first touched from now on; for what is there (Linux 6.1)
 
 
-def empty(shape: Iterable[int], *, dtype=None, device=None) -> torch.Tensor:
+def empty(shape: Sequence[int], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> torch.Tensor:
     """torch.empty, in huge pages where that is possible."""
     x = torch.empty(shape, dtype=dtype, device=device)
     _advise(x, HUGEPAGE)

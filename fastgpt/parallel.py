@@ -36,7 +36,9 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
         if name.endswith((".qkv", ".out", ".up", ".down")) and not (isinstance(layer, nn.Linear) and is_plain(layer)):
             raise ValueError(f"model: expected plain layers to divide, got blocks.{name} of type {type(layer).__name__}")
     plan = {"blocks.*.attention": ByHeads(), "blocks.*.mlp": ByWidth()}
-    return parallelize_module(model.requires_grad_(False), mesh, plan) if mesh.size() > 1 else model
+    if mesh.size() > 1:
+        parallelize_module(model.requires_grad_(False), mesh, plan)  # in place
+    return model.requires_grad_(False)
 
 
 @plain(weights=2)
@@ -55,7 +57,7 @@ class SummedLinear(nn.Linear):
 
 
 class ByHeads(ParallelStyle):
-    def _apply(self, attention: Attention, mesh: DeviceMesh) -> Attention:
+    def _apply(self, attention: Attention, mesh: DeviceMesh) -> Attention:  # type: ignore[override]
         heads = attention.num_heads, attention.num_kv_heads, attention.num_kv_heads
         keep_rows(attention.qkv, [n * attention.head_dim for n in heads], mesh)
         keep_columns(attention.out, mesh)
@@ -65,7 +67,7 @@ class ByHeads(ParallelStyle):
 
 
 class ByWidth(ParallelStyle):
-    def _apply(self, mlp: MLP, mesh: DeviceMesh) -> MLP:
+    def _apply(self, mlp: MLP, mesh: DeviceMesh) -> MLP:  # type: ignore[override]
         parts = 2 if mlp.gated else 1
         keep_rows(mlp.up, [mlp.up.out_features // parts] * parts, mesh)
         keep_columns(mlp.down, mesh)

@@ -1,8 +1,8 @@
 // The products of attention in tiles of bfloat16 (AMX): see attention_products.h.
 //
 // Numbers are split: bfloat16 has 8 significant bits, so float16 is the sum of 2 such pieces and float32 of 3, and the product
-// of two numbers is that of their pieces: 1, 4, or 6 without those below the last bit. Summed in float32 they have no more error
-// than products of floats. What is infinite, or so large that a piece of it is, leaves nothing finite (see ForwardBlock);
+// of two numbers is that of their pieces: 1, 4, or 6 without those below the last bit. Summed in float32 they have no more
+// error than products of floats. What is infinite, or so large that a piece of it is, leaves nothing finite (see ForwardBlock);
 // numbers below 2^-126 count as zero.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).

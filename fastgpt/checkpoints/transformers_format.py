@@ -54,8 +54,7 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        options = {} if revision is None else {"revision": revision}
-        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED, **options))
+        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED, revision=revision))
     except Exception as error:  # of half a dozen kinds: no network, no such id, no permission, no space, ...
         raise FileNotFoundError(
             f"model: expected a checkpoint folder or the id of one on the Hugging Face Hub, {path} is no folder, and the "

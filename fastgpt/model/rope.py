@@ -119,7 +119,7 @@ class Rope:
     def rotation(self, positions: int, long: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the first positions, (positions, dim / 2) fp32 each, as `rope_kv_cache_update` takes them."""
         angles = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * self.frequencies(long)
-        return tuple(x * self.attention_factor for x in (angles.cos(), angles.sin()))
+        return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
 
 def sinusoidal(positions: int, width: int) -> tuple[torch.Tensor]:

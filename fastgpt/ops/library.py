@@ -26,7 +26,7 @@ class Operators(torch.library.Library):
     """A library whose operators refuse derivatives and the transforms of torch.func, which would take their results for
     constants."""
 
-    def define(self, schema, function: str | None = None, **options):
+    def define(self, schema, function: str | None = None, **options):  # type: ignore[override]
         """function: that of fastgpt's which has derivatives; by default, it has the operator's name."""
         defined = super().define(schema, **options)
         name = schema.partition("(")[0]
@@ -45,7 +45,7 @@ class Operators(torch.library.Library):
                 )
             return operator.redispatch(keys & AFTER_AUTOGRAD, *args, **options)
 
-        operator = getattr(getattr(torch.ops.fastgpt, name), "default")
+        operator = getattr(torch.ops.fastgpt, name).default
         self.impl(name, refuse, "FuncTorchDynamicLayerFrontMode")
         self.impl(name, require_constants, "Autograd", with_keyset=True)
         return defined

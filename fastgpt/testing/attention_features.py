@@ -38,7 +38,7 @@ def options(feature, B, H, T, S, dtype, device="cpu", seed=1):
     lengths = torch.tensor([(S * i + S // 3) // B % (S + 1) for i in range(B)], dtype=torch.int32, device=device)
     seed = torch.tensor([(7 << 40) + 5], device=device)
     return {
-        "plain": lambda: {},
+        "plain": dict,
         "not causal": lambda: {"causal": False},
         "scale": lambda: {"scale": 0.7},
         "window": lambda: {"window": max(S // 4, 1)},

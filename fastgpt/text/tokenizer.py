@@ -244,8 +244,8 @@ class Decoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self.tokenizer = tokenizer
-        begin = max(len(prompt) - CONTEXT, 0)
-        for begin in range(begin, max(begin - 4, -1), -1):  # not amidst a character
+        latest = max(len(prompt) - CONTEXT, 0)
+        for begin in range(latest, max(latest - 4, -1), -1):  # not amidst a character
             if not tokenizer.decode(prompt[begin:]).startswith("\ufffd"):
                 break
         # What was given last, and then the tokens since: together they read as they do in the whole.

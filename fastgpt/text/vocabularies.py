@@ -128,12 +128,12 @@ def sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[
     if trainer.model_type == UNIGRAM:
         vocabulary = [(piece.piece, piece.score) for piece in model.pieces]
         unknown_id = pieces.get(unknown)
-        result = models.Unigram(vocab=vocabulary, unk_id=unknown_id, byte_fallback=trainer.byte_fallback)
+        model_of_pieces = models.Unigram(vocab=vocabulary, unk_id=unknown_id, byte_fallback=trainer.byte_fallback)
     else:
-        result = models.BPE(
+        model_of_pieces = models.BPE(
             vocab=pieces, merges=_merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback
         )
-    result = tokenizers.Tokenizer(result)
+    result = tokenizers.Tokenizer(model_of_pieces)
 
     steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:  # spaces, that is

@@ -67,7 +67,7 @@ class Processes:
 
     def agreed(self, number: int) -> int:
         """The first process's number, in all of them."""
-        return self.sum(torch.tensor(number if self.first else 0)).item()
+        return int(self.sum(torch.tensor(number if self.first else 0)))
 
     @contextmanager
     def interruptible(self):

@@ -628,7 +628,7 @@ def test_hub(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert GPT.from_pretrained("someone/a-model.1").config.num_kv_heads == 2
     GPT.from_pretrained("someone/a-model.1", revision="v2")
-    assert asked == [("someone/a-model.1", {}), ("someone/a-model.1", {"revision": "v2"})]
+    assert asked == [("someone/a-model.1", {"revision": None}), ("someone/a-model.1", {"revision": "v2"})]
     with raises("^revision: expected None for .*, which is a folder here", ValueError):
         GPT.from_pretrained(folder, revision="main")
     with raises("^revision: expected a string or None, got 5", TypeError):

@@ -323,7 +323,7 @@ def test_hopper_copies_a_tile_while_it_multiplies_with_another():
     """Forward, at the commonest head dim: the wait for a tile comes a whole tile after its copy began. What has lengths of its
     own has no registers left for that where there is a window, or no causal mask."""
     deep = {}
-    for _, dtype, cache_dtype, constants, given in hopper_forward():
+    for _, _, _, constants, given in hopper_forward():
         variant = constants["IS_CAUSAL"], constants["HAS_WINDOW"], "kv_lengths_ptr" in given
         if variant not in deep:
             deep[variant] = constants["num_stages"] == 3

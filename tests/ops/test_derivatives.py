@@ -238,7 +238,7 @@ CASES = {
 
 FORWARD_MODE = ("dual numbers", "jvp", "linearize", "jacfwd", "hessian")
 # PyTorch refuses: its tracing by linearize where shapes depend on numbers, its attention in forward mode.
-REFUSED = {transform: ("sdpa",) for transform in FORWARD_MODE}
+REFUSED = dict.fromkeys(FORWARD_MODE, ("sdpa",))
 REFUSED["linearize"] = ("attention_varlen", "attention_varlen, dropout", "kv_cache_update", "rope_kv_cache_update", "sdpa")
 
 

@@ -154,7 +154,9 @@ def _models_call_interface(config: type) -> bool:
     if not models or any(model._can_set_attn_implementation() for model in models):
         return True
     name = config.model_type or config.__name__
-    warnings.warn(f"{name}: its attention does not go through transformers' AttentionInterface: fastgpt does not serve it")
+    warnings.warn(
+        f"{name}: its attention does not go through transformers' AttentionInterface: fastgpt does not serve it", stacklevel=2
+    )
     return False
 
 
