@@ -49,8 +49,13 @@ LAYERS = [
     {"ops.attention.call"},
     {"ops.norm"},
     {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear"},
+    {"kernels.attention_backward_bias", "kernels.attention_backward_keys", "kernels.attention_backward_queries"},
     {
+        "kernels.attention_decode_new",
+        "kernels.attention_decode_parts",
         "kernels.attention_forward",
+    },  # fmt: skip
+    {
         "kernels.kv_cache_update",
         "kernels.norm",
         "kernels.decode_step",

@@ -30,11 +30,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.architecture import multiprocessors
+from fastgpt.kernels.attention_decode_new import Rotation, join, rotated_rows
+from fastgpt.kernels.attention_decode_parts import GROUP, combine, finish
 from fastgpt.kernels.attention_tiles import (
+    FIRST,
+    HEADROOM,
     LN_2,
     LOG2_E,
+    Features,
+    KeysValues,
     aligned_rows,
-    finish_softmax,
+    exponents_of,
     from_8_bits,
     head_blocks,
     head_dims,
@@ -44,6 +50,7 @@ from fastgpt.kernels.attention_tiles import (
     online_softmax,
     padded_dim,
     pages_of,
+    power_of_two,
     score_rows,
     tile_key,
     unit_of,
@@ -52,7 +59,6 @@ from fastgpt.kernels.attention_tiles import (
     visible_keys,
 )
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
-from fastgpt.kernels.kv_cache_update import largest_of, quantised, rotated
 from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
 
@@ -88,10 +94,8 @@ TILES = {
     (1024, 2): (Tile(16, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 8, 2, 255)),
     (1024, 4): (Tile(8, 16, 1024, 8, 1, 255), Tile(8, 16, 256, 8, 1, 255)),  # bf16 in the interpreter; a GPU is not asked to
 }
-# Parts that one program adds. More in a group make fewer groups, of which the last program adds all: 16 is the square root of
-# the splits of 64 Ki keys. So many registers of a thread hold parts on their way, half of them where few are left. Neither was
-# tuned on a GPU yet.
-GROUP, IN_FLIGHT = tl.constexpr(16), 64
+# Registers of a thread that hold parts on their way, half of them where few are left. Not tuned on a GPU yet.
+IN_FLIGHT = 64
 
 SHORTEST = 64  # keys that are worth a program of their own
 
@@ -108,24 +112,6 @@ def keys_per_split(tile: Tile, tiles: int, n_keys: int, n_multiprocessors: int) 
     return split
 
 
-# Weights times v_scale are multiplied in fp16, which has no small numbers: a program computes them in a unit of its own, a
-# power of two with which they are below 2^(HEADROOM + 1). It follows from the exponent, as fp32 stores it, of the largest
-# scale so far, no less than FIRST, so that both the unit and its inverse are fp32's.
-HEADROOM, FIRST = tl.constexpr(12), tl.constexpr(13)
-
-
-@triton.jit
-def _exponents(scales):
-    """Of fp32 numbers, as stored; the largest finite one for infinity and NaN."""
-    return tl.minimum(scales.to(tl.int32, bitcast=True) >> 23 & 0xFF, 254)
-
-
-@triton.jit
-def _power_of_two(exponent):
-    """2^(exponent - 127) in fp32; 0 if exponent <= 0."""
-    return (tl.maximum(exponent, 0) << 23).to(tl.float32, bitcast=True)
-
-
 @triton.jit
 def _reach(kv_lengths_ptr, b, n_keys, n_queries, window):
     """The keys begin..end-1 that some query of sequence b may see."""
@@ -139,96 +125,82 @@ def _reach(kv_lengths_ptr, b, n_keys, n_queries, window):
 
 
 @triton.jit
-def _rotated(x, rows, cos_ptr, sin_ptr, pairs, end, FIRST_D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Rows x (M, BLOCK_D), dimensions FIRST_D and on of those at the pointers `rows` (M,), rotated as by
-    `rope_kv_cache_update`: in fp32, each operation rounded for itself, which takes a kernel without floating-point fusion, and
-    rounded to x's dtype.
-
-    cos_ptr, sin_ptr: the position's rows; pairs: numbers in each; end: of what is rotated, 2 * pairs, or 0 for nothing.
-    """
-    offs_d = FIRST_D + tl.arange(0, BLOCK_D)
-    if INTERLEAVED:
-        is_first = offs_d % 2 == 0
-        partner = tl.where(is_first, offs_d + 1, offs_d - 1)
-        pair = offs_d // 2
-    else:
-        is_first = offs_d < pairs
-        partner = tl.where(is_first, offs_d + pairs, offs_d - pairs)
-        pair = tl.where(is_first, offs_d, offs_d - pairs)
-    mask = offs_d < end
-    cosine = tl.load(cos_ptr + pair, mask=mask, other=1.0)
-    sine = tl.load(sin_ptr + pair, mask=mask, other=0.0)
-    other = tl.load(rows[:, None] + partner[None, :], mask=mask[None, :], other=0.0)
-    turned = rotated(x, other, cosine[None, :], sine[None, :], is_first[None, :])
-    return tl.where(mask[None, :], turned, x)
-
-
-@triton.jit
-def _is_last(counter_ptr, expected):
-    """Whether this is the last of `expected` programs to come here; it then sees what each of them stored before.
-
-    The counter is zero at first, and again afterwards, for the next launch.
-    """
-    tl.debug_barrier()  # the stores of all threads come before the atomic operation of one, which releases them
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
-    tl.debug_barrier()  # and their loads after it
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
-
-
-@triton.jit
-def _store_part(softmax_ptr, acc_ptr, parts, acc, row_sum, row_max, stored, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr):
-    """What each row's keys so far leave, to its part: parts (M,), of all."""
-    offs_d = tl.arange(0, BLOCK_V)
-    tl.store(softmax_ptr + 2 * parts, row_max, mask=stored)
-    tl.store(softmax_ptr + 2 * parts + 1, row_sum, mask=stored)
-    mask = stored[:, None] & (offs_d[None, :] < V_DIM)
-    tl.store(acc_ptr + parts[:, None] * V_DIM + offs_d[None, :], acc, mask=mask)
-
-
-@triton.jit
-def _add_parts(
-    softmax_ptr, acc_ptr, parts, count, stored,
-    V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, AT_ONCE: tl.constexpr,
+def _attend_keys(
+    acc, row_sum, row_max, exponent, q, q_rest, kv, features, mask_rows, bias_rows, b, own, start, stop, begin, end, slot,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """The sums (acc, row_sum, row_max) of the `count` parts from `parts` (M,) on, added in their order."""
-    offs_d = tl.arange(0, BLOCK_V)
-    maxima = tl.full([BLOCK_M, GROUP], float("-inf"), tl.float32)  # reduced in the loop, Triton 3.6 does not compile them
-    for start in range(0, count, GROUP):
-        offs_s = start + tl.arange(0, GROUP)
-        mask = stored[:, None] & (offs_s < count)[None, :]
-        ptrs = softmax_ptr + 2 * (parts[:, None] + offs_s[None, :])
-        maxima = tl.maximum(maxima, tl.load(ptrs, mask=mask, other=float("-inf"), cache_modifier=".cg"))
-    row_max = tl.max(maxima, 1)
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max)  # as in online_softmax
+    """Folds a split's keys into (acc, row_sum, row_max), of which row_max is returned in base e.
 
-    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, count, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            part = parts + start + i
-            row_mask = stored & (start + i + tl.zeros([BLOCK_M], tl.int32) < count)
-            maximum = tl.load(softmax_ptr + 2 * part, mask=row_mask, other=float("-inf"), cache_modifier=".cg")
-            sums = tl.load(softmax_ptr + 2 * part + 1, mask=row_mask, other=0.0, cache_modifier=".cg")
-            mask = row_mask[:, None] & (offs_d[None, :] < V_DIM)
-            x = tl.load(acc_ptr + part[:, None] * V_DIM + offs_d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-            weight = tl.exp2((maximum - shift) * LOG2_E)
-            row_sum += weight * sums
-            acc += weight[:, None] * x
+    Args: exponent of acc's unit, see FIRST; kv and features: `KeysValues` of sequence b, and `Features`; mask_rows and bias_rows
+        (M, 1), where rows of their tiles begin, or None; own (M,), each query's position among the keys; start, stop: the
+        split's keys, a multiple of BLOCK_N, and where they end; begin, end: those that some query sees, others are not read;
+        slot: a key that is not read either, or None.
+    """
+    dtype: tl.constexpr = q.dtype
+    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_V: tl.constexpr = acc.shape[1]
+    EXACT: tl.constexpr = dtype == tl.float32
+    HAS_UNIT: tl.constexpr = kv.v_scale_ptr is not None and dtype == tl.float16
+    start = tl.maximum(start, begin // BLOCK_N * BLOCK_N)
+    if kv.block_table_ptr is not None:  # a step ahead: pipelined as what depends on it, it would take that one's stages
+        next_pages = pages_of(kv, start + tl.arange(0, BLOCK_N), end)
+    for start_n in range(start, stop, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        in_reach = (offs_n >= begin) & (offs_n < end)
+        if slot is not None:
+            in_reach = in_reach & (offs_n != slot)
+        pages, key_rows = b, offs_n
+        if kv.block_table_ptr is not None:
+            pages, key_rows = next_pages.to(tl.int64), offs_n % kv.page
+            next_pages = pages_of(kv, offs_n + BLOCK_N, end)
+
+        k = load_keys(kv.k_ptr, kv.stride_kb, kv.stride_kn, pages, key_rows, in_reach, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+        qk = tl.dot(q, from_8_bits(k, dtype).T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32
+        if q_rest is not None:
+            k_rest = load_keys(
+                kv.k_ptr + BLOCK_D, kv.stride_kb, kv.stride_kn, pages, key_rows, in_reach, HEAD_DIM - BLOCK_D,
+                q_rest.shape[1], MASK_ROWS=True,
+            )  # fmt: skip
+            qk = tl.dot(q_rest, from_8_bits(k_rest, dtype).T, qk, input_precision="ieee")
+        if kv.k_scale_ptr is not None:
+            offsets = pages * kv.stride_ksb + key_rows * tl.cast(kv.stride_ksn, tl.int64)
+            qk *= tl.load(kv.k_scale_ptr + offsets, mask=in_reach, other=0.0)[None, :]
+        bias = None
+        if bias_rows is not None:
+            bias = load_scores(
+                bias_rows, offs_n[None, :], features.stride_bias_n, True, features.n_keys, BIAS_UNIT, WHOLE=False
+            ).to(tl.float32)  # fmt: skip
+        scores = modified_scores(qk, features.scale, features.softcap, features.slope, own, offs_n, bias)
+        visible = visible_keys(own[:, None], offs_n[None, :], end, features.window, IS_CAUSAL)
+        if slot is not None:
+            visible = visible & (offs_n != slot)[None, :]
+        if mask_rows is not None:
+            kept = load_scores(
+                mask_rows, offs_n[None, :], features.stride_mask_n, True, features.n_keys, MASK_UNIT, WHOLE=False
+            )
+            visible = visible & (kept != 0)
+        scores = tl.where(visible, scores, float("-inf"))
+
+        p, rescale, row_sum, row_max = online_softmax(scores, row_sum, row_max, LOG2_E, EXACT=EXACT)
+        if kv.v_scale_ptr is not None:
+            offsets = pages * kv.stride_vsb + key_rows * tl.cast(kv.stride_vsn, tl.int64)
+            factors = tl.load(kv.v_scale_ptr + offsets, mask=in_reach, other=0.0)
+            if HAS_UNIT:
+                last = exponent
+                exponent = tl.maximum(exponent, tl.max(exponents_of(factors), 0))
+                factors *= power_of_two(254 + HEADROOM - exponent)
+                rescale *= power_of_two(127 + last - exponent)
+            p *= factors[None, :]
+        v = load_keys(kv.v_ptr, kv.stride_vb, kv.stride_vn, pages, key_rows, in_reach, V_DIM, BLOCK_V, MASK_ROWS=True)
+        acc = tl.dot(p.to(dtype), values_from_8_bits(v, dtype), acc * rescale[:, None], input_precision="ieee")
+
+    if HAS_UNIT:
+        acc *= power_of_two(exponent - HEADROOM)
+    if not EXACT:  # see online_softmax
+        row_max *= LN_2
     return acc, row_sum, row_max
-
-
-@triton.jit
-def _finish(
-    out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr
-):  # fmt: skip
-    """Stores rows of out and lse, at the pointers (M,), from the sums over all their keys."""
-    out, lse = finish_softmax(acc, row_sum, row_max, sinks_ptr, heads)
-    tl.store(lse_rows, lse, mask=stored)
-    offs_d = tl.arange(0, BLOCK_V)
-    mask = stored[:, None] & (offs_d[None, :] < V_DIM)
-    tl.store(out_rows[:, None] + offs_d[None, :], out.to(out_rows.dtype.element_ty), mask=mask)
 
 
 # Numbers that vary between calls must not compile a kernel again. What specialising would gain, the divisibility of
@@ -298,207 +270,93 @@ def _attend_split(
         if split >= n_written:
             return
     start_split = (begin // SPLIT + split) * SPLIT
+    stop = tl.minimum(start_split + SPLIT, end)
 
-    offs_r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.minimum(offs_r, rows_of_head - 1)  # past the last row, the last row again, which is not stored
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.minimum(offs_m, rows_of_head - 1)  # past the last row, the last row again, which is not stored
     heads = h_kv * group + rows // n_queries
     tokens = rows % n_queries
     own = tokens + end - n_queries  # a query's position among the keys
-    slopes = tl.load(alibi_ptr + heads) if alibi_ptr is not None else None
-    stored = offs_r < rows_of_head
+    stored = offs_m < rows_of_head
 
     q_ptr = tl.multiple_of(q_ptr + b * stride_qb, 16)
-    k_ptr = tl.multiple_of(k_ptr + h_kv * stride_kh, 16)
-    v_ptr = tl.multiple_of(v_ptr + h_kv * stride_vh, 16)
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
     q = load_keys(q_ptr, stride_qh, stride_qm, heads, tokens, True, HEAD_DIM, BLOCK_D, MASK_ROWS=False)
+    q_rest = None
     if BLOCK_R > 0:
         q_rest = load_keys(
             q_ptr + BLOCK_D, stride_qh, stride_qm, heads, tokens, True, HEAD_DIM - BLOCK_D, BLOCK_R, MASK_ROWS=False
         )
+    if k_scale_ptr is not None:
+        k_scale_ptr += h_kv * stride_ksh
+        v_scale_ptr += h_kv * stride_vsh
+    if block_table_ptr is not None:
+        block_table_ptr += b * stride_tb
+    kv = KeysValues(
+        tl.multiple_of(k_ptr + h_kv * stride_kh, 16), stride_kb, stride_kn,
+        tl.multiple_of(v_ptr + h_kv * stride_vh, 16), stride_vb, stride_vn,
+        k_scale_ptr, stride_ksb, stride_ksn, v_scale_ptr, stride_vsb, stride_vsn, block_table_ptr, stride_tp, page, n_pages,
+    )  # fmt: skip
+    slopes = None
+    if alibi_ptr is not None:
+        slopes = tl.load(alibi_ptr + heads)
+    features = Features(
+        scale, softcap, slopes, window, mask_ptr, stride_mask_m, stride_mask_n, bias_ptr, stride_bias_m, stride_bias_n,
+        n_keys, None, 0, 1.0,
+    )  # fmt: skip
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    EXACT: tl.constexpr = dtype == tl.float32
-    HAS_UNIT: tl.constexpr = v_scale_ptr is not None and dtype == tl.float16
-    if HAS_UNIT:
-        exponent = tl.full([], FIRST, tl.int32)
+    exponent = tl.full([], FIRST, tl.int32)
 
     slot = -1  # a key that is not read
     if new_k_ptr is not None:
-        offs_d, offs_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-        k_row = new_k_ptr + b * stride_nkb + h_kv * stride_nkh
-        new_k = tl.load(k_row + offs_d, mask=offs_d < HEAD_DIM, other=0.0)
-        if BLOCK_R > 0:
-            offs_r = BLOCK_D + tl.arange(0, BLOCK_R)
-            new_k_rest = tl.load(k_row + offs_r, mask=offs_r < HEAD_DIM, other=0.0)
-        new_v = tl.load(new_v_ptr + b * stride_nvb + h_kv * stride_nvh + offs_v, mask=offs_v < V_DIM, other=0.0)
-        wanted = tl.load(slots_ptr + b * stride_sb).to(tl.int64)
-        joins = (wanted >= 0) & (wanted < n_keys)
+        rotation = None
         if cos_ptr is not None:
             position = tl.load(positions_ptr + b * stride_pb).to(tl.int64)
-            joins = joins & (position < n_angles)
             end_rotary = tl.where((position >= 0) & (position < n_angles), 2 * pairs, 0)
-            cos_row = cos_ptr + position * stride_cos
-            sin_row = sin_ptr + position * stride_sin
+            rotation = Rotation(
+                cos_ptr + position * stride_cos, sin_ptr + position * stride_sin, pairs, end_rotary, position < n_angles
+            )
             q_rows = q_ptr + heads * stride_qh + tokens * tl.cast(stride_qm, tl.int64)
-            q = _rotated(q, q_rows, cos_row, sin_row, pairs, end_rotary, 0, BLOCK_D, INTERLEAVED)
-            k_rows = k_row + tl.zeros([1], tl.int64)
-            new_k = _rotated(
-                new_k[None, :], k_rows, cos_row, sin_row, pairs, end_rotary, 0, BLOCK_D, INTERLEAVED
-            ).reshape([BLOCK_D])  # fmt: skip
+            q = rotated_rows(q, q_rows, rotation, 0, INTERLEAVED)
             if BLOCK_R > 0:
-                q_rest = _rotated(q_rest, q_rows, cos_row, sin_row, pairs, end_rotary, BLOCK_D, BLOCK_R, INTERLEAVED)
-                new_k_rest = _rotated(
-                    new_k_rest[None, :], k_rows, cos_row, sin_row, pairs, end_rotary, BLOCK_D, BLOCK_R, INTERLEAVED
-                ).reshape([BLOCK_R])  # fmt: skip
-        slot = tl.where(joins, wanted, 0).to(tl.int32)
-        slot_page = b
-        slot_row = slot.to(tl.int64)
-        if block_table_ptr is not None:
-            entry = block_table_ptr + (b * stride_tb + slot // page * tl.cast(stride_tp, tl.int64))
-            slot_page = tl.load(entry, mask=joins, other=-1).to(tl.int64)
-            joins = joins & (slot_page >= 0) & (slot_page < n_pages)
-            slot_row = slot_row % page
-        slot = tl.where(joins, slot, -1)
-        is_own = (slot >= tl.maximum(begin, start_split)) & (slot < tl.minimum(end, start_split + SPLIT))
-        stores = joins & (split == 0) & (tile == 0)
-        end_k = tl.where(stores, HEAD_DIM, 0)
-        end_v = tl.where(stores, V_DIM, 0)
-
-        new_k_scale = 1.0
-        new_v_scale = 1.0
-        if k_scale_ptr is not None:
-            largest = largest_of(new_k, KEEP=False)
-            if BLOCK_R > 0:
-                largest = tl.maximum(largest, largest_of(new_k_rest, KEEP=False))
-                new_k_rest, _ = quantised(new_k_rest, largest, k_ptr.dtype.element_ty)
-            new_k, new_k_scale = quantised(new_k, largest, k_ptr.dtype.element_ty)
-            new_v, new_v_scale = quantised(new_v, largest_of(new_v, KEEP=False), v_ptr.dtype.element_ty)
-            offset = slot_page * stride_ksb + h_kv * stride_ksh + slot_row * stride_ksn
-            tl.store(k_scale_ptr + offset, new_k_scale, mask=stores)
-            offset = slot_page * stride_vsb + h_kv * stride_vsh + slot_row * stride_vsn
-            tl.store(v_scale_ptr + offset, new_v_scale, mask=stores)
-        k_slot = k_ptr + slot_page * stride_kb + slot_row * stride_kn
-        tl.store(k_slot + offs_d, new_k, mask=offs_d < end_k)
-        if BLOCK_R > 0:
-            tl.store(k_slot + offs_r, new_k_rest, mask=offs_r < end_k)
-        tl.store(v_ptr + slot_page * stride_vb + slot_row * stride_vn + offs_v, new_v, mask=offs_v < end_v)
-
-        # The softmax begins with this key, as it reads back, if it is one of this split.
-        new_k = from_8_bits(new_k, dtype).to(tl.float32)
-        new_v = tl.where(is_own, from_8_bits(new_v, dtype).to(tl.float32), 0.0)
-        product = tl.sum(q.to(tl.float32) * new_k[None, :], 1)
-        if BLOCK_R > 0:
-            product += tl.sum(q_rest.to(tl.float32) * from_8_bits(new_k_rest, dtype).to(tl.float32)[None, :], 1)
-        score = modified_scores(
-            product[:, None] * new_k_scale, scale, softcap, slopes, own, slot + tl.zeros([1], tl.int32), None,
-            HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_ptr is not None, HAS_BIAS=False,
+                q_rest = rotated_rows(q_rest, q_rows, rotation, BLOCK_D, INTERLEAVED)
+        new_k_row = new_k_ptr + b * stride_nkb + h_kv * stride_nkh
+        new_v_row = new_v_ptr + b * stride_nvb + h_kv * stride_nvh
+        wanted = tl.load(slots_ptr + b * stride_sb).to(tl.int64)
+        acc, row_sum, row_max, exponent, slot = join(
+            acc, row_sum, row_max, exponent, q, q_rest, new_k_row, new_v_row, wanted, rotation, kv, features, b, own,
+            tl.maximum(begin, start_split), stop, (split == 0) & (tile == 0), HEAD_DIM, V_DIM, INTERLEAVED,
         )  # fmt: skip
-        score = tl.where(is_own, score, float("-inf"))
-        weight, _, row_sum, row_max = online_softmax(score, row_sum, row_max, LOG2_E, EXACT=EXACT)
-        if v_scale_ptr is not None:
-            factor = tl.where(is_own, new_v_scale, 0.0)
-            if HAS_UNIT:
-                exponent = tl.maximum(exponent, _exponents(factor))
-                factor *= _power_of_two(254 + HEADROOM - exponent)
-            weight *= factor
-        acc = weight.to(dtype).to(tl.float32) * new_v[None, :]
 
+    mask_rows = None
     if mask_ptr is not None:
         mask_rows = score_rows(mask_ptr + b * stride_mask_b, heads[:, None], stride_mask_h, MASK_UNIT)
         mask_rows = score_rows(mask_rows, tokens[:, None], stride_mask_m, MASK_UNIT)
+    bias_rows = None
     if bias_ptr is not None:
         bias_rows = score_rows(bias_ptr + b * stride_bias_b, heads[:, None], stride_bias_h, BIAS_UNIT)
         bias_rows = score_rows(bias_rows, tokens[:, None], stride_bias_m, BIAS_UNIT)
-    start_loop = tl.maximum(start_split, begin // BLOCK_N * BLOCK_N)
-    if block_table_ptr is not None:  # looked up a step ahead: pipelined as what depends on it, it would take that one's stages
-        block_table_ptr += b * stride_tb
-        next_pages = pages_of(block_table_ptr, stride_tp, start_loop + tl.arange(0, BLOCK_N), end, page, n_pages)
-    for start_n in range(start_loop, tl.minimum(start_split + SPLIT, end), BLOCK_N):
-        start_n = tl.multiple_of(start_n, BLOCK_N)
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        in_reach = (offs_n >= begin) & (offs_n < end)  # other keys are not read
-        if new_k_ptr is not None:
-            in_reach = in_reach & (offs_n != slot)
-        pages, key_rows = b, offs_n
-        if block_table_ptr is not None:
-            pages, key_rows = next_pages.to(tl.int64), offs_n % page
-            next_pages = pages_of(block_table_ptr, stride_tp, offs_n + BLOCK_N, end, page, n_pages)
-
-        k = load_keys(k_ptr, stride_kb, stride_kn, pages, key_rows, in_reach, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
-        qk = tl.dot(q, from_8_bits(k, dtype).T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32
-        if BLOCK_R > 0:
-            k_rest = load_keys(
-                k_ptr + BLOCK_D, stride_kb, stride_kn, pages, key_rows, in_reach, HEAD_DIM - BLOCK_D, BLOCK_R, MASK_ROWS=True
-            )
-            qk = tl.dot(q_rest, from_8_bits(k_rest, dtype).T, qk, input_precision="ieee")
-        if k_scale_ptr is not None:
-            offsets = pages * stride_ksb + h_kv * stride_ksh + key_rows * tl.cast(stride_ksn, tl.int64)
-            qk *= tl.load(k_scale_ptr + offsets, mask=in_reach, other=0.0)[None, :]
-        bias = 0.0
-        if bias_ptr is not None:
-            bias = load_scores(bias_rows, offs_n[None, :], stride_bias_n, True, n_keys, BIAS_UNIT, WHOLE=False)
-            bias = bias.to(tl.float32)
-        scores = modified_scores(
-            qk, scale, softcap, slopes, own, offs_n, bias,
-            HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_ptr is not None, HAS_BIAS=bias_ptr is not None,
-        )  # fmt: skip
-        visible = visible_keys(own[:, None], offs_n[None, :], end, window, IS_CAUSAL, HAS_WINDOW=window is not None)
-        if new_k_ptr is not None:
-            visible = visible & (offs_n != slot)[None, :]
-        if mask_ptr is not None:
-            kept = load_scores(mask_rows, offs_n[None, :], stride_mask_n, True, n_keys, MASK_UNIT, WHOLE=False)
-            visible = visible & (kept != 0)
-        scores = tl.where(visible, scores, float("-inf"))
-
-        p, rescale, row_sum, row_max = online_softmax(scores, row_sum, row_max, LOG2_E, EXACT=EXACT)
-        if v_scale_ptr is not None:
-            offsets = pages * stride_vsb + h_kv * stride_vsh + key_rows * tl.cast(stride_vsn, tl.int64)
-            factors = tl.load(v_scale_ptr + offsets, mask=in_reach, other=0.0)
-            if HAS_UNIT:
-                last = exponent
-                exponent = tl.maximum(exponent, tl.max(_exponents(factors), 0))
-                factors *= _power_of_two(254 + HEADROOM - exponent)
-                rescale *= _power_of_two(127 + last - exponent)
-            p *= factors[None, :]
-        v = load_keys(v_ptr, stride_vb, stride_vn, pages, key_rows, in_reach, V_DIM, BLOCK_V, MASK_ROWS=True)
-        acc = tl.dot(p.to(dtype), values_from_8_bits(v, dtype), acc * rescale[:, None], input_precision="ieee")
-
-    if HAS_UNIT:
-        acc *= _power_of_two(exponent - HEADROOM)
-    if not EXACT:  # see online_softmax
-        row_max *= LN_2
+    acc, row_sum, row_max = _attend_keys(
+        acc, row_sum, row_max, exponent, q, q_rest, kv, features, mask_rows, bias_rows, b, own, start_split, stop, begin, end,
+        slot if new_k_ptr is not None else None, HEAD_DIM, V_DIM, BLOCK_N, MASK_UNIT, BIAS_UNIT, IS_CAUSAL,
+    )  # fmt: skip
 
     first_row = (b * n_heads + h_kv * group) * n_queries  # of all B * H * T
     lse_rows = lse_ptr + (first_row + rows)
     out_rows = out_ptr + ((b * n_queries + tokens) * n_heads + heads) * V_DIM
     if acc_ptr is None:
-        _finish(out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, V_DIM, BLOCK_V)
+        finish(out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, V_DIM)
     elif n_written == 1:
-        _finish(out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, V_DIM, BLOCK_V)
+        finish(out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, V_DIM)
     else:
         n_groups = tl.cdiv(n_splits, GROUP)
-        parts = (first_row + rows) * (n_splits + n_groups)
         counters_ptr += (tl.cast(head_kv, tl.int64) * n_tiles + tile) * (n_groups + 1)
-        of_group = split // GROUP
-        n_parts = tl.minimum(n_written - of_group * GROUP, GROUP)
-        _store_part(softmax_ptr, acc_ptr, parts + split, acc, row_sum, row_max, stored, V_DIM, BLOCK_V)
-        if _is_last(counters_ptr + 1 + of_group, n_parts):
-            first = parts + of_group * GROUP
-            acc, row_sum, row_max = _add_parts(softmax_ptr, acc_ptr, first, n_parts, stored, V_DIM, BLOCK_M, BLOCK_V, AT_ONCE)
-            is_last = n_written <= GROUP
-            if n_written > GROUP:
-                sums = parts + n_splits  # of groups
-                _store_part(softmax_ptr, acc_ptr, sums + of_group, acc, row_sum, row_max, stored, V_DIM, BLOCK_V)
-                n_sums = tl.cdiv(n_written, GROUP)
-                is_last = _is_last(counters_ptr, n_sums)
-                if is_last:
-                    acc, row_sum, row_max = _add_parts(
-                        softmax_ptr, acc_ptr, sums, n_sums, stored, V_DIM, BLOCK_M, BLOCK_V, AT_ONCE
-                    )
-            if is_last:
-                _finish(out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, V_DIM, BLOCK_V)
+        parts = (first_row + rows) * (n_splits + n_groups)
+        combine(
+            out_rows, lse_rows, acc, row_sum, row_max, softmax_ptr, acc_ptr, counters_ptr, parts, split, n_splits, n_written,
+            sinks_ptr, heads, stored, V_DIM, AT_ONCE,
+        )  # fmt: skip
 
 
 INTERPRETED = not isinstance(_attend_split, triton.JITFunction)  # TRITON_INTERPRET was set

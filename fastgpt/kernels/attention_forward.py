@@ -26,6 +26,9 @@ from fastgpt.kernels.architecture import ARCHITECTURES, architecture
 from fastgpt.kernels.attention_tiles import (
     LN_2,
     LOG2_E,
+    Descriptors,
+    Features,
+    KeysValues,
     aligned_rows,
     finish_softmax,
     from_8_bits,
@@ -33,14 +36,15 @@ from fastgpt.kernels.attention_tiles import (
     head_dims,
     kept_weights,
     key_ranges,
+    load_bias,
     load_keys,
+    load_mask,
     load_rows,
-    load_scores,
     modified_scores,
     online_softmax,
     padded_dim,
     pages_of,
-    score_rows,
+    sequence_of,
     store_rows,
     tile_key,
     unit_of,
@@ -107,79 +111,75 @@ RICH_TILES = {
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max, q, q_rest, k_ptr, v_ptr, k_desc, k_rest_desc, v_desc, desc_b, desc_h, first_k, begin, stop, end,
-    factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
-    mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
-    stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-    stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
-    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
+    acc, row_sum, row_max, q, q_rest, kv, bulk, features, begin, stop, end, factor, own, offs_m, n_rows, b, heads,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys begin..stop-1 into (acc, row_sum, row_max); begin is a multiple of BLOCK_N.
 
     Unmasked, every query sees every key of that range and stop - begin is a multiple of BLOCK_N.
     Masked, keys from `end` on are not read, and each query sees what visible_keys and the mask leave to it.
+
+    Args: kv, bulk, features: `KeysValues`, of which k_rest too is, `Descriptors` of keys and values, and `Features`;
+        factor makes scores in base 2 of what `features` leaves of q·k; own, offs_m, heads (M,): position among the keys, token
+        and head of each query, of which n_rows are there.
     """
-    MODIFIED: tl.constexpr = HAS_SOFTCAP or HAS_ALIBI or bias_ptr is not None
-    if block_table_ptr is not None:  # as in attention_decode.py, looked up a step ahead
-        next_pages = pages_of(block_table_ptr, stride_tp, begin + tl.arange(0, BLOCK_N), end, page, n_pages)
+    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_V: tl.constexpr = acc.shape[1]
+    rows = tl.arange(0, q.shape[0])
+    MODIFIED: tl.constexpr = features.softcap is not None or features.slope is not None or features.bias_ptr is not None
+    if kv.block_table_ptr is not None:  # as in attention_decode.py, looked up a step ahead
+        next_pages = pages_of(kv, begin + tl.arange(0, BLOCK_N), end)
     for start_n in range(begin, stop, BLOCK_N):
         start_n = tl.multiple_of(start_n, BLOCK_N)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         in_range = offs_n < end
-        pages, key_rows, page_stride_k, page_stride_v = 0, offs_n, 0, 0
-        if block_table_ptr is not None:
-            pages, key_rows = next_pages.to(tl.int64), offs_n % page
-            page_stride_k, page_stride_v = stride_kb, stride_vb
-            next_pages = pages_of(block_table_ptr, stride_tp, offs_n + BLOCK_N, end, page, n_pages)
+        pages, key_rows = 0, offs_n
+        if kv.block_table_ptr is not None:
+            pages, key_rows = next_pages.to(tl.int64), offs_n % kv.page
+            next_pages = pages_of(kv, offs_n + BLOCK_N, end)
         if BULK:
-            k = k_desc.load([desc_b, desc_h, first_k + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
+            k = bulk.x.load([bulk.b, bulk.h, bulk.row + start_n, 0]).reshape(BLOCK_N, BLOCK_D)
         else:
-            k = load_keys(k_ptr, page_stride_k, stride_kn, pages, key_rows, in_range, HEAD_DIM, BLOCK_D, MASKED)
+            k = load_keys(kv.k_ptr, kv.stride_kb, kv.stride_kn, pages, key_rows, in_range, HEAD_DIM, BLOCK_D, MASKED)
         qk = tl.dot(q, from_8_bits(k, q.dtype).T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32, not yet scaled
-        if BLOCK_R > 0:
+        if q_rest is not None:
+            BLOCK_R: tl.constexpr = q_rest.shape[1]
             if BULK:
-                k_rest = k_rest_desc.load([desc_b, desc_h, first_k + start_n, BLOCK_D]).reshape(BLOCK_N, BLOCK_R)
+                k_rest = bulk.x_rest.load([bulk.b, bulk.h, bulk.row + start_n, BLOCK_D]).reshape(BLOCK_N, BLOCK_R)
             else:
                 k_rest = load_keys(
-                    k_ptr + BLOCK_D, page_stride_k, stride_kn, pages, key_rows, in_range, HEAD_DIM - BLOCK_D, BLOCK_R, MASKED
-                )
+                    kv.k_ptr + BLOCK_D, kv.stride_kb, kv.stride_kn, pages, key_rows, in_range, HEAD_DIM - BLOCK_D, BLOCK_R,
+                    MASKED,
+                )  # fmt: skip
             qk = tl.dot(q_rest, from_8_bits(k_rest, q.dtype).T, qk, input_precision="ieee")
-        if k_scale_ptr is not None:
-            offsets = pages * stride_ksb + key_rows * tl.cast(stride_ksn, tl.int64)
-            qk *= tl.load(k_scale_ptr + offsets, mask=in_range, other=0.0)[None, :]
+        if kv.k_scale_ptr is not None:
+            offsets = pages * kv.stride_ksb + key_rows * tl.cast(kv.stride_ksn, tl.int64)
+            qk *= tl.load(kv.k_scale_ptr + offsets, mask=in_range, other=0.0)[None, :]
         if MODIFIED:
-            bias = 0.0
-            if bias_ptr is not None:
-                bias_rows = score_rows(bias_ptr, rows[:, None], stride_bias_m, BIAS_UNIT)
-                in_rows = rows[:, None] < n_rows
-                bias = load_scores(
-                    bias_rows, offs_n[None, :], stride_bias_n, in_rows, n_keys, BIAS_UNIT, not MASKED
-                ).to(tl.float32)  # fmt: skip
-            qk = modified_scores(qk, scale, softcap, slope, own, offs_n, bias, HAS_SOFTCAP, HAS_ALIBI, bias_ptr is not None)
+            bias = None
+            if features.bias_ptr is not None:
+                bias = load_bias(features, rows[:, None], offs_n[None, :], n_rows, BIAS_UNIT, not MASKED)
+            qk = modified_scores(qk, features.scale, features.softcap, features.slope, own, offs_n, bias)
         if MASKED:
-            visible = visible_keys(own[:, None], offs_n[None, :], end, window, IS_CAUSAL, HAS_WINDOW)
-            if mask_ptr is not None:
-                mask_rows = score_rows(mask_ptr, rows[:, None], stride_mask_m, MASK_UNIT)
-                in_rows = rows[:, None] < n_rows
-                kept = load_scores(mask_rows, offs_n[None, :], stride_mask_n, in_rows, n_keys, MASK_UNIT, False)
-                visible = visible & (kept != 0)
+            visible = visible_keys(own[:, None], offs_n[None, :], end, features.window, IS_CAUSAL)
+            if features.mask_ptr is not None:
+                visible = visible & load_mask(features, rows[:, None], offs_n[None, :], n_rows, MASK_UNIT)
             qk = tl.where(visible, qk, float("-inf"))
 
         p, rescale, row_sum, row_max = online_softmax(qk, row_sum, row_max, factor, EXACT=q.dtype == tl.float32)
-        if seed is not None:
-            keep = kept_weights(seed, threshold, b, head, offs_m, start_n, BLOCK_N)
-            p = tl.where(keep, p * keep_scale, 0.0)
+        if features.seed is not None:
+            keep = kept_weights(features, b, heads, offs_m, start_n, BLOCK_N)
+            p = tl.where(keep, p * features.keep_scale, 0.0)
 
         if BULK:
-            v = v_desc.load([desc_b, desc_h, first_k + start_n, 0]).reshape(BLOCK_N, BLOCK_V)
+            v = bulk.y.load([bulk.b, bulk.h, bulk.row + start_n, 0]).reshape(BLOCK_N, BLOCK_V)
         else:
-            v = load_keys(v_ptr, page_stride_v, stride_vn, pages, key_rows, in_range, V_DIM, BLOCK_V, MASKED)
+            v = load_keys(kv.v_ptr, kv.stride_vb, kv.stride_vn, pages, key_rows, in_range, V_DIM, BLOCK_V, MASKED)
         v = values_from_8_bits(v, q.dtype)
-        if v_scale_ptr is not None:
-            offsets = pages * stride_vsb + key_rows * tl.cast(stride_vsn, tl.int64)
-            v_scale = tl.load(v_scale_ptr + offsets, mask=in_range, other=0.0)
+        if kv.v_scale_ptr is not None:
+            offsets = pages * kv.stride_vsb + key_rows * tl.cast(kv.stride_vsn, tl.int64)
+            v_scale = tl.load(kv.v_scale_ptr + offsets, mask=in_range, other=0.0)
             v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     return acc, row_sum, row_max
@@ -194,6 +194,11 @@ NUMBERS = [
     "stride_bias_b", "stride_bias_h", "stride_bias_m", "stride_bias_n",
     "stride_tb", "stride_tp", "stride_ksb", "stride_ksh", "stride_ksn", "stride_vsb", "stride_vsh", "stride_vsn",
     "page", "n_pages", "n_heads", "group", "n_queries", "n_keys", "window", "threshold",
+]  # fmt: skip
+BACKWARD_NUMBERS = [
+    *NUMBERS, "stride_gb", "stride_gh", "stride_gm", "stride_dqb", "stride_dqh", "stride_dqm",
+    "stride_dkb", "stride_dkh", "stride_dkn", "stride_dvb", "stride_dvh", "stride_dvn",
+    "stride_dbb", "stride_dbh", "stride_dbm", "stride_dbn",
 ]  # fmt: skip
 POINTERS = ["kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr"]
 POINTERS += ["block_table_ptr", "k_scale_ptr", "v_scale_ptr", "seed_ptr"]
@@ -227,30 +232,19 @@ def _attention_forward(
     h = tl.cast(pid // n_tiles % n_heads, tl.int64)
     h_kv = tl.cast(pid // n_tiles % n_heads // group, tl.int64)
 
-    length = n_keys
-    first_q = 0
-    first_k = 0
-    if kv_lengths_ptr is not None:
-        length = tl.maximum(0, tl.minimum(tl.load(kv_lengths_ptr + b), n_keys))
+    n_queries, length, first_q, first_k = sequence_of(b, n_queries, n_keys, kv_lengths_ptr, cu_q_ptr, cu_k_ptr)
     if cu_q_ptr is not None:
-        first_q, first_k = tl.load(cu_q_ptr + b), tl.load(cu_k_ptr + b)
-        n_queries = tl.load(cu_q_ptr + b + 1) - first_q
-        length = tl.load(cu_k_ptr + b + 1) - first_k
         if start_m >= n_queries:
             return
-        q_ptr += tl.cast(first_q, tl.int64) * stride_qm
-        out_ptr += tl.cast(first_q, tl.int64) * stride_om
-        lse_ptr += tl.cast(first_q, tl.int64)
-        k_ptr += tl.cast(first_k, tl.int64) * stride_kn
-        v_ptr += tl.cast(first_k, tl.int64) * stride_vn
+        q_ptr += first_q * stride_qm
+        out_ptr += first_q * stride_om
+        lse_ptr += first_q
+        k_ptr += first_k * stride_kn
+        v_ptr += first_k * stride_vn
     rows = tl.arange(0, BLOCK_M)  # queries of the tile, counted from start_m
     n_rows = n_queries - start_m
     past = start_m + length - n_queries  # keys before the one at the position of the tile's first query
     own = past + rows
-
-    begin, inner, outer, end = key_ranges(past, n_rows, length, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)
-    if mask_ptr is not None:
-        outer = begin
 
     q_ptr = tl.multiple_of(q_ptr + b * stride_qb + h * stride_qh + tl.cast(start_m, tl.int64) * stride_qm, 16)
     k_ptr = tl.multiple_of(k_ptr + h_kv * stride_kh, 16)
@@ -270,22 +264,29 @@ def _attention_forward(
         mask_ptr += b * stride_mask_b + h * stride_mask_h + tl.cast(start_m, tl.int64) * stride_mask_m
     if bias_ptr is not None:
         bias_ptr += b * stride_bias_b + h * stride_bias_h + tl.cast(start_m, tl.int64) * stride_bias_m
-    slope = tl.zeros([BLOCK_M], tl.float32)
+    slope = None
     if alibi_ptr is not None:
-        slope += tl.load(alibi_ptr + h)
+        slope = tl.zeros([BLOCK_M], tl.float32) + tl.load(alibi_ptr + h)
     seed = None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    head = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
-    offs_m = start_m + rows
-    desc_b = 0 if cu_k_ptr is not None else tl.cast(b, tl.int32)
-    desc_h = tl.cast(h_kv, tl.int32)
+    heads = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
     MODIFIED: tl.constexpr = HAS_SOFTCAP or alibi_ptr is not None or bias_ptr is not None
     unit = 1.0 if MODIFIED else scale  # what the loop's scores are yet to be multiplied with
-    factor = unit * LOG2_E
     BULK: tl.constexpr = k_desc is not None
     # Bulk copies of a tile of keys read all of it, and where a tensor ends, zeros.
     WHOLE: tl.constexpr = BULK and kv_lengths_ptr is None and cu_k_ptr is None
+    kv = KeysValues(
+        k_ptr, stride_kb if block_table_ptr is not None else 0, stride_kn,
+        v_ptr, stride_vb if block_table_ptr is not None else 0, stride_vn,
+        k_scale_ptr, stride_ksb, stride_ksn, v_scale_ptr, stride_vsb, stride_vsn, block_table_ptr, stride_tp, page, n_pages,
+    )  # fmt: skip
+    desc_b = 0 if cu_k_ptr is not None else tl.cast(b, tl.int32)
+    bulk = Descriptors(k_desc, k_rest_desc, v_desc, desc_b, tl.cast(h_kv, tl.int32), tl.cast(first_k, tl.int32))
+    features = Features(
+        scale, softcap if HAS_SOFTCAP else None, slope, window if HAS_WINDOW else None, mask_ptr, stride_mask_m, stride_mask_n,
+        bias_ptr, stride_bias_m, stride_bias_n, n_keys, seed, threshold, keep_scale,
+    )  # fmt: skip
 
     q_rest = None
     if q_desc is not None:  # also rows past the last, which are not stored
@@ -300,36 +301,16 @@ def _attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if HAS_WINDOW:
-        acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, q_rest, k_ptr, v_ptr, k_desc, k_rest_desc, v_desc, desc_b, desc_h, first_k,
-            begin, tl.minimum(inner, end), end, factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
-            mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
-            stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
-            MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_R, V_DIM, BLOCK_V, BLOCK_N,
-            IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
-        )  # fmt: skip
-        begin = inner
-    if mask_ptr is None:
-        acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, q_rest, k_ptr, v_ptr, k_desc, k_rest_desc, v_desc, desc_b, desc_h, first_k,
-            begin, outer, end, factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
-            mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
-            stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-            stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
-            MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_R, V_DIM, BLOCK_V, BLOCK_N,
-            IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, False, BULK,
-        )  # fmt: skip
-    acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, q_rest, k_ptr, v_ptr, k_desc, k_rest_desc, v_desc, desc_b, desc_h, first_k,
-        tl.maximum(begin, outer), end, end, factor, own, offs_m, rows, n_rows, b, head, scale, softcap, slope, window,
-        mask_ptr, bias_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, seed, threshold, keep_scale,
-        stride_kb, stride_kn, stride_vb, stride_vn, stride_mask_m, stride_mask_n, stride_bias_m, stride_bias_n,
-        stride_tp, stride_ksb, stride_ksn, stride_vsb, stride_vsn, page, n_pages, n_keys,
-        MASK_UNIT, BIAS_UNIT, HEAD_DIM, BLOCK_D, BLOCK_R, V_DIM, BLOCK_V, BLOCK_N,
-        IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_ptr is not None, True, WHOLE,
+    begins, stops, end = key_ranges(
+        past, n_rows, length, features.window, mask_ptr is not None, BLOCK_M, BLOCK_N, IS_CAUSAL
     )  # fmt: skip
+    for i in tl.static_range(3):
+        if i == 2 or (HAS_WINDOW if i == 0 else mask_ptr is None):
+            acc, row_sum, row_max = _attend(
+                acc, row_sum, row_max, q, q_rest, kv, bulk, features, begins[i], stops[i], end, unit * LOG2_E, own,
+                start_m + rows, n_rows, b, heads, HEAD_DIM, V_DIM, BLOCK_N, MASK_UNIT, BIAS_UNIT, IS_CAUSAL,
+                MASKED=i != 1, BULK=BULK if i == 1 else WHOLE,
+            )  # fmt: skip
 
     row_max *= unit if q.dtype == tl.float32 else LN_2  # see online_softmax
     out, lse = finish_softmax(acc, row_sum, row_max, sinks_ptr, h)

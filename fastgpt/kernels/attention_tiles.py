@@ -5,6 +5,7 @@ written 2^(x log2 e), the hardware's exponential.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,6 +14,57 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
+
+
+class Features(NamedTuple):
+    """What attention has beyond softmax(scale q·k) v, for the tiles of a program. What is None has no part in it."""
+
+    scale: tl.tensor
+    softcap: tl.tensor | None
+    slope: tl.tensor | None  # ALiBi's, of the program's head or of each row's
+    window: tl.tensor | None
+    mask_ptr: tl.tensor | None  # at the program's first row, as bias_ptr
+    stride_mask_m: tl.tensor
+    stride_mask_n: tl.tensor
+    bias_ptr: tl.tensor | None
+    stride_bias_m: tl.tensor
+    stride_bias_n: tl.tensor
+    n_keys: tl.tensor  # columns of the mask and the bias
+    seed: tl.tensor | None  # dropout's
+    threshold: tl.tensor
+    keep_scale: tl.tensor
+
+
+class KeysValues(NamedTuple):
+    """Where the keys and values of one head are: rows of one sequence, or of pages. Strides are in elements."""
+
+    k_ptr: tl.tensor
+    stride_kb: tl.tensor  # of a page
+    stride_kn: tl.tensor
+    v_ptr: tl.tensor
+    stride_vb: tl.tensor
+    stride_vn: tl.tensor
+    k_scale_ptr: tl.tensor | None  # with 8-bit keys and values
+    stride_ksb: tl.tensor
+    stride_ksn: tl.tensor
+    v_scale_ptr: tl.tensor | None
+    stride_vsb: tl.tensor
+    stride_vsn: tl.tensor
+    block_table_ptr: tl.tensor | None  # None without pages
+    stride_tp: tl.tensor
+    page: tl.tensor  # keys
+    n_pages: tl.tensor
+
+
+class Descriptors(NamedTuple):
+    """Tensor descriptors of tiles that are copied in bulk, or None, and where in them a program's head begins."""
+
+    x: tl.tensor_descriptor | None  # keys, or queries
+    x_rest: tl.tensor_descriptor | None  # of their dimensions past the first block
+    y: tl.tensor_descriptor | None  # values, or dout
+    b: tl.tensor
+    h: tl.tensor
+    row: tl.tensor
 
 
 @triton.jit
@@ -73,11 +125,25 @@ def load_scores(row_ptrs, cols, stride_col, row_mask, n_cols, UNIT: tl.constexpr
 
 
 @triton.jit
-def pages_of(block_table_ptr, stride_tp, offs_n, end, page, n_pages):
-    """The pages of keys offs_n of a paged sequence. From `end` on any that there are."""
-    entries = block_table_ptr + offs_n // page * tl.cast(stride_tp, tl.int64)
+def load_bias(features, rows, cols, n_rows, UNIT: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of `Features`' bias in fp32: its rows (M, 1), of which there are n_rows, and columns (1, N), or transposed."""
+    row_ptrs = score_rows(features.bias_ptr, rows, features.stride_bias_m, UNIT)
+    return load_scores(row_ptrs, cols, features.stride_bias_n, rows < n_rows, features.n_keys, UNIT, WHOLE).to(tl.float32)
+
+
+@triton.jit
+def load_mask(features, rows, cols, n_rows, UNIT: tl.constexpr):
+    """Which scores of a tile `Features`' mask keeps, likewise; none beyond what there is."""
+    row_ptrs = score_rows(features.mask_ptr, rows, features.stride_mask_m, UNIT)
+    return load_scores(row_ptrs, cols, features.stride_mask_n, rows < n_rows, features.n_keys, UNIT, WHOLE=False) != 0
+
+
+@triton.jit
+def pages_of(kv, offs_n, end):
+    """The pages of keys offs_n of a paged sequence of `KeysValues`. From `end` on any that there are."""
+    entries = kv.block_table_ptr + offs_n // kv.page * tl.cast(kv.stride_tp, tl.int64)
     pages = tl.load(entries, mask=offs_n < end, other=0)
-    return tl.maximum(tl.minimum(pages, n_pages - 1), 0)
+    return tl.maximum(tl.minimum(pages, kv.n_pages - 1), 0)
 
 
 @triton.jit
@@ -115,6 +181,24 @@ def from_8_bits(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+# Weights times v_scale are multiplied in fp16, which has no small numbers: a program computes them in a unit of its own, a
+# power of two with which they are below 2^(HEADROOM + 1). It follows from the exponent, as fp32 stores it, of the largest
+# scale so far, no less than FIRST, so that both the unit and its inverse are fp32's.
+HEADROOM, FIRST = tl.constexpr(12), tl.constexpr(13)
+
+
+@triton.jit
+def exponents_of(scales):
+    """Of fp32 numbers, as stored; the largest finite one for infinity and NaN."""
+    return tl.minimum(scales.to(tl.int32, bitcast=True) >> 23 & 0xFF, 254)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^(exponent - 127) in fp32; 0 if exponent <= 0."""
+    return (tl.maximum(exponent, 0) << 23).to(tl.float32, bitcast=True)
+
+
 @triton.jit
 def tanh(x):
     """Within 2 units of the last place: a polynomial where exp would cancel (Cephes, tanhf.c)."""
@@ -129,42 +213,64 @@ def tanh(x):
 
 
 @triton.jit
-def modified_scores(
-    qk, scale, softcap, slope, own, offs_n, bias,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Scores from q·k (M, N): scale, soft cap, ALiBi and bias, in this order. slope (M,) of each row's head."""
+def modified_scores(qk, scale, softcap, slope, own, offs_n, bias):
+    """Scores from q·k (M, N): scale, soft cap, ALiBi and bias, in this order, but those that are None. slope (M,) of each row's
+    head."""
     x = qk * scale
-    if HAS_SOFTCAP:
+    if softcap is not None:
         x = softcap * tanh(x / softcap)
-    if HAS_ALIBI:
+    if slope is not None:
         x -= slope[:, None] * tl.abs(own[:, None] - offs_n[None, :]).to(tl.float32)
-    if HAS_BIAS:
+    if bias is not None:
         x = tl.where(bias == float("-inf"), float("-inf"), x + bias)  # also where x is infinite or NaN
     return x
 
 
 @triton.jit
-def visible_keys(own, offs_n, end, window, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Which keys before `end`, or all if it is None, the mask and the window leave to each query: own (M, 1), offs_n (1, N),
-    or transposed."""
+def visible_keys(own, offs_n, end, window, IS_CAUSAL: tl.constexpr):
+    """Which keys before `end`, or all if it is None, the causal mask and the window, if any, leave to each query: own (M, 1),
+    offs_n (1, N), or transposed."""
     visible = tl.full([1, 1], True, tl.int1)
     if end is not None:
         visible = visible & (offs_n < end)
     if IS_CAUSAL:
         visible = visible & (offs_n <= own)
-    if HAS_WINDOW:
+    if window is not None:
         visible = visible & (offs_n > own - window)
     return visible
 
 
 @triton.jit
-def key_ranges(
-    past, n_rows, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """(begin, inner, outer, end): no query of a tile sees the keys before begin and from end on, and every one sees those
-    from inner to outer. All but `end` are multiples of BLOCK_N; outer may be less than inner.
+def sequence_of(b, n_queries, n_keys, kv_lengths_ptr, cu_q_ptr, cu_k_ptr):
+    """(queries, keys, first query, first key) of sequence b; the firsts are 0 unless sequences are packed."""
+    length = n_keys
+    first_q = 0
+    first_k = 0
+    if kv_lengths_ptr is not None:
+        length = tl.maximum(0, tl.minimum(tl.load(kv_lengths_ptr + b), n_keys))
+    if cu_q_ptr is not None:
+        first_q = tl.load(cu_q_ptr + b)
+        first_k = tl.load(cu_k_ptr + b)
+        n_queries = tl.load(cu_q_ptr + b + 1) - first_q
+        length = tl.load(cu_k_ptr + b + 1) - first_k
+    return n_queries, length, tl.cast(first_q, tl.int64), tl.cast(first_k, tl.int64)
+
+
+@triton.jit
+def load_vector(ptr, rows, n_rows, other, MASKED: tl.constexpr):
+    """A number of each row; MASKED: `other` from n_rows on."""
+    if MASKED:
+        return tl.load(ptr + rows, mask=rows < n_rows, other=other)
+    return tl.load(ptr + rows)
+
+
+@triton.jit
+def key_ranges(past, n_rows, length, window, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+               IS_CAUSAL: tl.constexpr):  # fmt: skip
+    """The keys that some query of a tile sees, in three ranges: (begins, stops, end).
+
+    Range 0, of a window alone, are those before which it begins for some query, range 1, without a mask, those that every
+    query sees, and range 2 the others, up to `end`. All but `end` are multiples of BLOCK_N; a range may stop before it begins.
 
     past: keys before the one at the position of the tile's first query; n_rows: queries from that one on.
     """
@@ -172,10 +278,12 @@ def key_ranges(
     outer = (tl.maximum(past + 1, 0) if IS_CAUSAL else length) // BLOCK_N * BLOCK_N
     begin = 0
     inner = 0
-    if HAS_WINDOW:
+    if window is not None:
         begin = tl.maximum(past + 1 - window, 0) // BLOCK_N * BLOCK_N
         inner = tl.cdiv(tl.maximum(past + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
-    return begin, inner, outer, end
+    if HAS_MASK:
+        outer = begin
+    return (begin, inner, tl.maximum(inner, outer)), (tl.minimum(inner, end), outer, end), end
 
 
 @triton.jit
@@ -218,16 +326,56 @@ def finish_softmax(acc, row_sum, row_max, sinks_ptr, heads):
 
 
 @triton.jit
-def kept_weights(seed, threshold, b, heads, offs_m, start_n, BLOCK_N: tl.constexpr):
-    """(M, BLOCK_N): which weights dropout keeps, see fastgpt/ops/dropout.py. start_n is a multiple of 4; heads, offs_m:
+def recomputed_weights(
+    qk, shift, features, rows, n_rows, offs_n, own, end, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """The softmax's weights before dropout; and d score / d (scale q·k). MASKED: zero where a query does not see a key, for
+    keys before `end`, or all if it is None.
+
+    qk is (M, N) with shift, rows, own (M, 1) and offs_n (1, N), or all of them transposed. shift is the log-sum-exp, in
+    base e if EXACT (as in online_softmax), else in base 2. The slope of `Features` is a scalar.
+    """
+    slope_of_cap = 1.0
+    factor = features.scale * LOG2_E  # what is left to multiply qk with for scores in base 2
+    if EXACT or features.softcap is not None or features.slope is not None or features.bias_ptr is not None:
+        qk *= features.scale
+        factor = LOG2_E
+    if features.softcap is not None:
+        capped = tanh(qk / features.softcap)
+        qk = features.softcap * capped
+        slope_of_cap = 1.0 - capped * capped
+    if features.slope is not None:
+        qk -= features.slope * tl.abs(own - offs_n).to(tl.float32)
+    if features.bias_ptr is not None:
+        bias = load_bias(features, rows, offs_n, n_rows, BIAS_UNIT, WHOLE=False)
+        qk = tl.where(bias == float("-inf"), float("-inf"), qk + bias)
+    if EXACT:
+        p = tl.exp2((qk - shift) * factor)
+    else:
+        p = tl.exp2(qk * factor - shift)
+    if MASKED:
+        visible = visible_keys(own, offs_n, end, features.window, IS_CAUSAL)
+        if features.slope is not None:  # no row past the last may make an infinity; else its p is finite, and met by zeros
+            visible = visible & (rows < n_rows)
+        if features.mask_ptr is not None:
+            visible = visible & load_mask(features, rows, offs_n, n_rows, MASK_UNIT)
+        p = tl.where(visible, p, 0.0)
+    return p, slope_of_cap
+
+
+@triton.jit
+def kept_weights(features, b, heads, offs_m, start_n, BLOCK_N: tl.constexpr):
+    """(M, BLOCK_N): which weights the dropout of `Features` keeps, see fastgpt/ops/dropout.py. start_n is a multiple of 4; heads, offs_m:
     (M,) head and token of each row. Every number of a counter is below 2^32."""
     zero = tl.zeros([1, BLOCK_N // 4], tl.int32) + tl.zeros_like(offs_m).to(tl.int32)[:, None]
     blocks = zero + (start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.int32)[None, :]
     rows = zero + offs_m.to(tl.int32)[:, None]
     heads = zero + heads.to(tl.int32)[:, None]
-    w0, w1, w2, w3 = tl.philox(seed, blocks.to(tl.uint32), rows.to(tl.uint32), heads.to(tl.uint32), (zero + b).to(tl.uint32))
+    counters = blocks.to(tl.uint32), rows.to(tl.uint32), heads.to(tl.uint32), (zero + b).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(features.seed, *counters)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return (words >> 1).to(tl.int32) >= threshold
+    return (words >> 1).to(tl.int32) >= features.threshold
 
 
 def head_blocks(head_dim: int) -> tuple[int, int]:
