@@ -49,7 +49,7 @@ ORDER = ["linear", DECODE, "forward", "linear of several rows", *list(TABLES)[1:
 OF_A_TILE = {"tile", "ships", "fits", "seconds", "problem"}  # of a row of results
 RICH = {"alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr"}
 PASSES = {
-    "_attention_forward": "forward", "_backward_keys": "keys", "_backward_queries": "queries", "_backward_bias": "queries",
+    "_attention_forward": "forward", "backward_keys": "keys", "backward_queries": "queries", "backward_bias": "queries",
 }  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
             fits_table = function.__name__ == "_attend_split" and constants["BLOCK_M"] == decode.TILES[key][1].BLOCK_M
         else:
             fits_table = ("rich " if RICH & set(given) else "") + PASSES.get(function.__name__, "") == table
-        if function.__name__ == "_backward_keys" and "cu_q_ptr" in given and not RICH & set(given):
+        if function.__name__ == "backward_keys" and "cu_q_ptr" in given and not RICH & set(given):
             fits_table = table == "packed keys"
         if function.__name__ == "_attention_forward" and not RICH & set(given):
             flags = constants["IS_CAUSAL"], constants["HAS_WINDOW"], False, bool({"kv_lengths_ptr", "cu_q_ptr"} & set(given))

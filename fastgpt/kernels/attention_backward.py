@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
-from fastgpt.kernels.attention_backward_bias import _backward_bias
-from fastgpt.kernels.attention_backward_keys import _backward_keys
-from fastgpt.kernels.attention_backward_queries import _backward_queries
+from fastgpt.kernels.attention_backward_bias import backward_bias
+from fastgpt.kernels.attention_backward_keys import backward_keys
+from fastgpt.kernels.attention_backward_queries import backward_queries
 from fastgpt.kernels.attention_forward import (
     INTERPRETED,
     Extras,
@@ -201,11 +201,11 @@ def attention_backward(
             out, dout, dlse, delta, **strides(out, "o", "bhm"), **strides(dout, "g", "bhm"), **strides(lse, "l", "bh"),
             n_heads=H, n_queries=T, **_delta_constants(D_v),
         )  # fmt: skip
-        _backward_queries[grid("q", m_tiles, batch, H)](
+        backward_queries[grid("q", m_tiles, batch, H)](
             q, k, v, dout, lse, dlse, shift, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common,
             **of_queries, **bulk_of_queries,
         )  # fmt: skip
-        _backward_keys[grid("k", cdiv(n_keys, of_keys["BLOCK_N"]), batch, H_kv)](
+        backward_keys[grid("k", cdiv(n_keys, of_keys["BLOCK_N"]), batch, H_kv)](
             q, k, v, dout, shift, delta, norm, dk, dv, **strides(dk, "dk", "bhn", packed),
             **strides(dv, "dv", "bhn", packed), **common, **of_keys,
             **bulk_of_keys,
@@ -215,7 +215,7 @@ def attention_backward(
             one_row, one_column = shape[2] == 1, shape[3] == 1
             n_tiles = cdiv(n_keys, of_queries["BLOCK_N"])
             tiles = shape[0], shape[1], 1 if one_row else m_tiles, 1 if one_column else n_tiles
-            _backward_bias[grid("bias", *tiles)](
+            backward_bias[grid("bias", *tiles)](
                 q, k, v, dout, shift, delta, norm, dbias, **strides(dbias.view(shape), "db", "bhmn"),
                 n_batch=B, bias_batch=shape[0], bias_heads=shape[1], m_tiles=m_tiles, n_tiles=n_tiles,
                 ONE_ROW=one_row, ONE_COLUMN=one_column, **of_queries,
@@ -274,13 +274,13 @@ def aot_configurations(arch: int):
             for bulk in (False, True) if arch >= 90 and dtype.itemsize == 2 else (False,):
                 kind = rich or ("packed " if "cu_q_ptr" in given else "")
                 of_keys = _constants(kind + "keys", arch if bulk else 80, *sizes, **flags) | units_of(given, dtype)
-                yield _backward_keys, dtype, dtype, of_keys, (*given, "q_desc", "dout_desc") if bulk else given
+                yield backward_keys, dtype, dtype, of_keys, (*given, "q_desc", "dout_desc") if bulk else given
                 if bulk and (rich or max(head_dim, v_dim) > BULK_HEAD_DIM):
                     continue
                 of_queries = _constants(rich + "queries", arch if bulk else 80, *sizes, **flags) | units_of(given, dtype)
                 tiles = ("q_desc", "k_desc", "v_desc", "dout_desc") if bulk else ()
-                yield _backward_queries, dtype, dtype, of_queries, (*given, *tiles)
+                yield backward_queries, dtype, dtype, of_queries, (*given, *tiles)
                 if "bias_ptr" in given:
                     for one_row, one_column in itertools.product((False, True), repeat=2):
                         shape = {"ONE_ROW": one_row, "ONE_COLUMN": one_column}
-                        yield _backward_bias, dtype, dtype, of_queries | shape, given
+                        yield backward_bias, dtype, dtype, of_queries | shape, given

@@ -14,7 +14,7 @@ from fastgpt.kernels.launch import kernel
 
 
 @kernel(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS, "n_batch", "bias_batch", "bias_heads", "m_tiles", "n_tiles"])
-def _backward_bias(
+def backward_bias(
     q_ptr, k_ptr, v_ptr, dout_ptr, shift_ptr, delta_ptr, norm_ptr, dbias_ptr,
     kv_lengths_ptr, alibi_ptr, mask_ptr, bias_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,

@@ -98,7 +98,7 @@ def _fold_queries(
 
 
 @kernel(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS])
-def _backward_keys(
+def backward_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, shift_ptr, delta_ptr, norm_ptr, dk_ptr, dv_ptr,
     kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, mask_ptr, bias_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,

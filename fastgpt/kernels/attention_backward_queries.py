@@ -64,7 +64,7 @@ def _fold_keys(
 
 
 @kernel(do_not_specialize=[*BACKWARD_NUMBERS, *POINTERS, "lse_ptr", "dlse_ptr"])
-def _backward_queries(
+def backward_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr, shift_ptr, delta_ptr, norm_ptr, dq_ptr,
     kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,

@@ -49,7 +49,7 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
         faults.append("fp32 rounded to tf32")
     if BULK & set(given) and "cp.async.bulk.tensor" not in ptx:
         faults.append("no bulk copies")
-    rows = constants.get("BLOCK_N" if name == "_backward_keys" else "BLOCK_M", 0)  # of the matrix units' operands
+    rows = constants.get("BLOCK_N" if name == "backward_keys" else "BLOCK_M", 0)  # of the matrix units' operands
     if arch == 90 and cache_dtype.itemsize == 2 and rows >= 64 and "wgmma.mma_async" not in ptx:
         faults.append("no wgmma")
     plain = name == "_attention_forward" and not set(given) - {"kv_lengths_ptr"}

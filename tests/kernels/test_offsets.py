@@ -182,7 +182,7 @@ def test_larger_numbers_compile_anew(arch, monkeypatch):
         assert_wide_enough(launch)
         kinds = tuple(launch.signature.items())
         assert variants.setdefault((launch.kernel, launch.variant), kinds) == kinds
-    for kernel in ("_attention_forward", "_backward_keys", "_backward_queries", "_attend_split", "_norm", "_several_rows"):
+    for kernel in ("_attention_forward", "backward_keys", "backward_queries", "_attend_split", "_norm", "_several_rows"):
         kinds = [dict(x) for (name, _), x in variants.items() if name == kernel]
         assert any("i64" in x.values() for x in kinds) and any("i64" not in x.values() for x in kinds), kernel
 
@@ -283,7 +283,7 @@ def test_kernels_are_compiled_once():
         values = tuple((name, str(launch.arguments.get(name))) for name, _ in constants)
         variants.setdefault((launch.kernel, values), set()).add(launch.variant)
     assert {kernel for kernel, _ in variants} >= {
-        "_attention_forward", "_delta", "_backward_keys", "_backward_queries", "_backward_bias", "_attend_split", "_norm",
+        "_attention_forward", "_delta", "backward_keys", "backward_queries", "backward_bias", "_attend_split", "_norm",
         "_one_row", "_several_rows", "_embed",
     }  # fmt: skip
     for (kernel, values), keys in variants.items():
