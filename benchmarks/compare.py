@@ -90,7 +90,7 @@ def facts(machine: dict) -> dict:
     return flat
 
 
-def compare(file: str, base: dict, new: dict, colours: bool) -> bool:
+def compare(file: str, base: dict, new: dict, colors: bool) -> bool:
     """Prints how the cases of one suite changed. Returns whether any is slower."""
     about = [facts(result["machine"]) for result in (base, new)]
     print(f"{file}: then {about[0].pop('commit', 'unknown')}, now {about[1].pop('commit', 'unknown')}")
@@ -105,7 +105,7 @@ def compare(file: str, base: dict, new: dict, colours: bool) -> bool:
         shown = [duration(case["microseconds"]["ours"][1]) for case in (then[name], now[name])]
         rows.append([name, *shown, f"{time:.2f}x", f"{relative:.2f}x", against, changes[name].verdict])
     for row, line in zip(rows, aligned(rows, "lrrrrll").splitlines()):
-        print(f"{COLOURS[row[-1]]}{line}\033[0m" if colours and row[-1] in COLOURS else line)
+        print(f"{COLOURS[row[-1]]}{line}\033[0m" if colors and row[-1] in COLOURS else line)
     only("then", then.keys() - now)
     only("now", now.keys() - then)
     print()
@@ -166,8 +166,8 @@ def main() -> None:
         now = dict(zip(then, now.values()))  # whatever it is called
     if not then.keys() & now:
         fail(f"{new}: expected one of {', '.join(then)}, got {', '.join(now)}")
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    slower = [compare(name, then[name], now[name], colours) for name in then if name in now]
+    colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    slower = [compare(name, then[name], now[name], colors) for name in then if name in now]
     only("then", then.keys() - now)
     only("now", now.keys() - then)
     sys.exit(1 if any(slower) else 0)

@@ -3,7 +3,7 @@
 python -m benchmarks.compile_ahead [SUITE ...] [--arch N] [--share I/N] [--workers N]
 
 Which kernels these are, a GPU that is not there tells (tests/fake_gpu.py): the suites' models and shapes go through Triton's
-own path to a launch, once. What is compiled lies in Triton's cache, where the launch finds it. --arch is that of the GPU at
+q_pos path to a launch, once. What is compiled lies in Triton's cache, where the launch finds it. --arch is that of the GPU at
 hand, and must be given where there is none.
 """
 

@@ -89,7 +89,7 @@ def compile_for(arch: int, function, dtype: torch.dtype, cache_dtype: torch.dtyp
 
 
 def source_of(function, dtype: torch.dtype, cache_dtype: torch.dtype, constants: dict, given) -> tuple[ASTSource, dict]:
-    """A kernel as a launch compiles it, and the options: rows start at multiples of 16 bytes, nothing else is specialised.
+    """A kernel as a launch compiles it, and the options: rows start at multiples of 16 bytes, nothing else is specialized.
 
     Args: dtype of q, cache_dtype of k and v; constants: compile-time arguments and options; given: names of the optional
         arguments that are not None.
@@ -169,7 +169,7 @@ def demanding(configurations) -> list:
 
 
 def _presses(name: str, constants: dict, features: frozenset) -> bool:
-    if name in ("_delta", "_embed", "_advance", "_note"):
+    if name in ("_delta", "_embed", "_advance", "_record_token"):
         return True
     if name == "_update_cache":
         return {"block_table_ptr", "cos_ptr", "k_scale_ptr"} < features
@@ -187,8 +187,8 @@ def _presses(name: str, constants: dict, features: frozenset) -> bool:
         return "sinks_ptr" in features
     if not constants["IS_CAUSAL"] or constants.get("ONE_ROW") or constants.get("ONE_COLUMN"):
         return False
-    rich = {"bias_ptr", "seed_ptr", "mask_ptr" if name.startswith("_backward") else "alibi_ptr"}
-    return features in ({"kv_lengths_ptr"}, {"cu_q_ptr", "cu_k_ptr"}) or rich <= features
+    with_extras = {"bias_ptr", "seed_ptr", "mask_ptr" if name.startswith("_backward") else "alibi_ptr"}
+    return features in ({"kv_lengths_ptr"}, {"cu_q_ptr", "cu_k_ptr"}) or with_extras <= features
 
 
 def shipped(arch: int, modules=None) -> Iterator[tuple]:

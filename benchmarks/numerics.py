@@ -28,7 +28,7 @@ from fastgpt.ops.attention.operators import attention_forward_triton
 from fastgpt.ops.implementations import TRITON_INSTALLED
 from fastgpt.ops.kv_cache_update import rope_reference
 from fastgpt.ops.library import CUDA_MISSING
-from fastgpt.ops.quantization import quantise
+from fastgpt.ops.quantization import quantize
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))  # whose helpers decide what passes
@@ -97,7 +97,7 @@ def decode(kind, dtype, device, implementation, shape):
     lengths = torch.tensor([S, S // 2 + 1, 0], dtype=torch.int32, device=device)
     caches = {"k": k, "v": v}
     if cache_dtype is not None:
-        (caches["k"], caches["k_scale"]), (caches["v"], caches["v_scale"]) = quantise(k, cache_dtype), quantise(v, cache_dtype)
+        (caches["k"], caches["k_scale"]), (caches["v"], caches["v_scale"]) = quantize(k, cache_dtype), quantize(v, cache_dtype)
     for x in caches.values():
         for b, length in enumerate(lengths.tolist() if x.is_floating_point() else ()):
             x[b, :, length:] = torch.nan

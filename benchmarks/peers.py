@@ -322,8 +322,8 @@ def write_gguf(model: GPT, path: Path, kind: str) -> None:
         rest = ".".join(module[2:] if block else module)
         matrix = parameter.dim() == 2 and rest != "position_embedding"
         dtype = gguf.GGMLQuantizationType[kind.upper() if matrix else "F32"]
-        quantised = gguf.quantize(numbers(parameter), dtype)
-        writer.add_tensor(f"{block}{GGUF_NAMES[rest]}.{last}", quantised, raw_dtype=dtype)
+        quantized = gguf.quantize(numbers(parameter), dtype)
+        writer.add_tensor(f"{block}{GGUF_NAMES[rest]}.{last}", quantized, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

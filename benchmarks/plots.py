@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.pages import PLOTS, about, figures, median, named, of_first, tokens_per_second
 
 OURS, LIMIT, INK, FAINT = "#0969da", "#6e7781", "#1f2328", "#d0d7de"
-OTHERS = ("#d1661a", "#1a7f64", "#a13ea1", "#a8841a", "#c4314b")  # a colour for each family of peers
+OTHERS = ("#d1661a", "#1a7f64", "#a13ea1", "#a8841a", "#c4314b")  # a color for each family of peers
 MARKERS = "osD^v"
 STYLE = {
     "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -65,12 +65,12 @@ def card(result: dict, title: str, panels: int, height: float = 3.3, **options):
     return figure, figure.subplots(1, panels, squeeze=False, **options)[0]
 
 
-def curves(axis, lines: dict[str, list[tuple]], unit: str, label: str, colours: dict, scale: str = "log") -> None:
+def curves(axis, lines: dict[str, list[tuple]], unit: str, label: str, colors: dict, scale: str = "log") -> None:
     """Draws lines over lengths, each named at its end.
 
     Args:
         lines: name -> points (length, value).
-        colours: of families of names, which share their first word; families that are new are added.
+        colors: of families of names, which share their first word; families that are new are added.
     """
     lines = {name: sorted(points) for name, points in lines.items() if points}
     lengths = sorted({length for points in lines.values() for length, _ in points})
@@ -81,18 +81,18 @@ def curves(axis, lines: dict[str, list[tuple]], unit: str, label: str, colours: 
     drawn, ends = [], []
     for name, points in lines.items():
         family = name.replace(",", " ").split()[0]
-        colour = {"ours": OURS, "limit": LIMIT}.get(family) or colours.setdefault(family, OTHERS[len(colours) % len(OTHERS)])
+        color = {"ours": OURS, "limit": LIMIT}.get(family) or colors.setdefault(family, OTHERS[len(colors) % len(OTHERS)])
         look = {"linestyle": ":"} if name == "limit" else {"marker": MARKERS[drawn.count(family) % len(MARKERS)]}
-        axis.plot(*zip(*points), color=colour, **look, **{"linewidth": 2.6, "zorder": 3} if name == "ours" else {})
+        axis.plot(*zip(*points), color=color, **look, **{"linewidth": 2.6, "zorder": 3} if name == "ours" else {})
         drawn.append(family)
-        ends.append((points[-1][1], shown(name), colour))
+        ends.append((points[-1][1], shown(name), color))
     top = 1.06 * max(value for points in lines.values() for _, value in points)
     axis.set_ylim(0, top)
     lowest = 0.0  # names must not touch: each is put above the one below it
-    for value, name, colour in sorted(ends):
+    for value, name, color in sorted(ends):
         place = max(value / top, lowest)
         lowest = place + 0.065
-        axis.annotate(name, (1.03, place), xycoords="axes fraction", color=colour, fontsize=8, va="center")
+        axis.annotate(name, (1.03, place), xycoords="axes fraction", color=color, fontsize=8, va="center")
 
 
 def rates(cases: list[dict], length: str, work: str) -> tuple[dict[str, list[tuple]], str]:
@@ -119,13 +119,13 @@ def cached_against_uncached(result: dict):
         wide = contexts[-1] > 100 * contexts[0]
         along = [contexts[0] * (contexts[-1] / contexts[0]) ** (i / 50) for i in range(51)] if wide else contexts
         top = max(median(case, "uncached") for case in cases) / 1000
-        for name, key, colour in (("uncached", "uncached", OTHERS[0]), ("cached", "ours", OURS)):
+        for name, key, color in (("uncached", "uncached", OTHERS[0]), ("cached", "ours", OURS)):
             times = [median(case, key) / 1000 for case in cases]
-            axis.plot(contexts, times, "o", color=colour)
+            axis.plot(contexts, times, "o", color=color)
             if model in fits:
                 line = fits[model][name]
-                axis.plot(along, [(line["start"] + line["slope"] * context) / 1000 for context in along], color=colour)
-            axis.annotate(name, (contexts[-1], times[-1]), (6, 0), textcoords="offset points", color=colour, va="center")
+                axis.plot(along, [(line["start"] + line["slope"] * context) / 1000 for context in along], color=color)
+            axis.annotate(name, (contexts[-1], times[-1]), (6, 0), textcoords="offset points", color=color, va="center")
         for case in cases:
             place = (case["context"], median(case, "uncached") / 1000)
             if wide or place[0] > 0.1 * contexts[-1]:  # below, they would lie on each other
@@ -157,13 +157,13 @@ def decoding(result: dict):
         timed = {name: [(i, case) for i, case in enumerate(part) if name in case["microseconds"]] for name in names}
         timed = {name: places for name, places in timed.items() if places}
         for i, (name, places) in enumerate(timed.items()):
-            rates, (colour, marker) = [tokens_per_second(case, name) for _, case in places], looks[name]
+            rates, (color, marker) = [tokens_per_second(case, name) for _, case in places], looks[name]
             if single:
-                axis.plot([case["bytes"] / 1e9 for _, case in places], rates, f"{marker}-", color=colour, label=shown(name))
+                axis.plot([case["bytes"] / 1e9 for _, case in places], rates, f"{marker}-", color=color, label=shown(name))
             else:
                 height = 0.84 / len(timed)
                 heights = [row + (i - (len(timed) - 1) / 2) * height for row, _ in places]
-                axis.barh(heights, rates, 0.92 * height, color=colour, label=shown(name))
+                axis.barh(heights, rates, 0.92 * height, color=color, label=shown(name))
                 for at, value in zip(heights, rates):
                     axis.annotate(f"{value:,.0f}", (value, at), (4, 0), textcoords="offset points", fontsize=7, va="center")
         limits = [case["batch"] * 1e6 * rate / case["bytes"] for case in part]
@@ -201,7 +201,7 @@ def against_peers(result: dict):
             sizes.setdefault(size, {}).setdefault(name, {})[case["context"]] = amount
     rate = statistics.median(case["limit_bytes"] / median(case, case["limit"]) for case in cases)  # bytes/µs
     figure, axes = card(result, f"Decoding with {named(cases[0]['model'])}, batch {cases[0]['batch']}", len(sizes), 3.5)
-    colours = {}
+    colors = {}
     for axis, (size, amounts) in zip(axes, sorted(sizes.items(), reverse=True)):
         lines = {"limit": [], **{name: [] for name in amounts}}
         for case in cases:
@@ -209,7 +209,7 @@ def against_peers(result: dict):
             lines["limit"].append((case["context"], 1e6 * rate / least))
             for name in amounts.keys() & case["microseconds"]:
                 lines[name].append((case["context"], 1e6 / median(case, name)))
-        curves(axis, lines, "tokens per second" if axis is axes[0] else "", "context (tokens)", colours, "linear")
+        curves(axis, lines, "tokens per second" if axis is axes[0] else "", "context (tokens)", colors, "linear")
         axis.set(title=f"weights of {8 * size} bits", xlim=0)
     return figure
 
@@ -220,11 +220,11 @@ def attention(result: dict):
     for case in result["prefill"]:
         panels.setdefault((case["dtype"], case["head_dim"]), []).append(case)
     panels = {key: cases for key, cases in panels.items() if len(cases) > 1} or panels
-    first, colours = result["prefill"][0], {}
+    first, colors = result["prefill"][0], {}
     title = f"Causal attention of batch {first['batch']}, {first['heads']} heads"
     figure, axes = card(result, title, min(3, len(panels)))
     for axis, ((dtype, head_dim), cases) in zip(axes, panels.items()):
-        curves(axis, *rates(cases, "T", "flops"), "length (tokens)", colours)
+        curves(axis, *rates(cases, "T", "flops"), "length (tokens)", colors)
         axis.set(title=f"{dtype}, heads of {head_dim}")
     return figure
 

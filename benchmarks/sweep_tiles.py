@@ -42,7 +42,7 @@ from fastgpt.kernels.architecture import ARCHITECTURES, architecture
 from fastgpt.kernels.attention_forward import Tile
 from fastgpt.kernels.attention_tiles import tile_key
 
-TABLES = {"forward": forward.TILES, "ragged forward": forward.RAGGED_TILES, "rich forward": forward.RICH_TILES}
+TABLES = {"forward": forward.TILES, "ragged forward": forward.RAGGED_TILES, "with_extras forward": forward.RICH_TILES}
 TABLES |= backward.TILES
 DECODE = "decode"  # the tile for few rows: queries of heads that share keys
 ORDER = ["linear", DECODE, "forward", "linear of several rows", *list(TABLES)[1:]]  # the most telling tables first
@@ -84,7 +84,7 @@ def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
         if table == DECODE:
             fits_table = function.__name__ == "_attend_split" and constants["BLOCK_M"] == decode.TILES[key][1].BLOCK_M
         else:
-            fits_table = ("rich " if RICH & set(given) else "") + PASSES.get(function.__name__, "") == table
+            fits_table = ("with_extras " if RICH & set(given) else "") + PASSES.get(function.__name__, "") == table
         if function.__name__ == "backward_keys" and "cu_q_ptr" in given and not RICH & set(given):
             fits_table = table == "packed keys"
         if function.__name__ == "_attention_forward" and not RICH & set(given):
@@ -145,19 +145,19 @@ def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
     tokens, dtype = (8192, torch.bfloat16) if size == 2 else (2048, torch.float32)
     q, k, v, dout = (torch.randn(2, 16, tokens, head_dim, device="cuda", dtype=dtype) for _ in range(4))
     options = {"scale": head_dim**-0.5}
-    if table.startswith("rich"):
+    if table.startswith("with_extras"):
         options["softcap"] = 20.0
     if table.startswith("packed"):
         q, k, v, dout = (x.transpose(1, 2).reshape(1, 2 * tokens, 16, head_dim).transpose(1, 2) for x in (q, k, v, dout))
         starts = torch.tensor([0, tokens, 2 * tokens], device="cuda", dtype=torch.int32)
-        options |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_q": tokens}
+        options |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": tokens}
     if table.startswith("ragged"):
         options |= {"kv_lengths": torch.full((2,), tokens, device="cuda", dtype=torch.int32), "window": tokens}
     try:
         out, lse = forward.attention_forward(q, k, v, **options)
         if "forward" in table:
             return triton.testing.do_bench(lambda: forward.attention_forward(q, k, v, **options), return_mode="median") / 1e3
-        longest = {"max_k": tokens} if table.startswith("packed") else {}
+        longest = {"max_seqlen_k": tokens} if table.startswith("packed") else {}
         run = lambda: backward.attention_backward(dout, None, q, k, v, out, lse, **options, **longest)  # noqa: E731
         return triton.testing.do_bench(run, return_mode="median") / 1e3
     finally:
@@ -229,7 +229,7 @@ def attention_jobs(tables: list[str], head_dims: list[int] | None, sizes: list[i
         ships, tiles = tiles_of(table, (head_dim, size), arch)
         table_rank = (
             size == 4,
-            table.startswith(("rich", "ragged", "packed")),
+            table.startswith(("with_extras", "ragged", "packed")),
             usual.index(head_dim) > 1,
             ORDER.index(table),
             usual.index(head_dim),

@@ -14,7 +14,7 @@ from benchmarks.attention_peers import check, peers
 from benchmarks.timing import DEVICE, DTYPE, full, in_turns, measured_time, name_of, reading
 from fastgpt import attention, attention_with_kv_cache, explain, kv_cache_update, rope_kv_cache_update
 from fastgpt.bench.timing import cold, implementation
-from fastgpt.ops.quantization import quantise
+from fastgpt.ops.quantization import quantize
 
 pytestmark = pytest.mark.benchmark(timer=measured_time)
 PAGE = 16
@@ -55,7 +55,7 @@ def example_of(kind, H, H_kv, D, keys, B):
             x = torch.empty_like(pages.flatten(0, 1))
             x[table] = pages
         if KINDS[kind].itemsize == 1:
-            x, example[f"{name}_scale"] = quantise(x, KINDS[kind])
+            x, example[f"{name}_scale"] = quantize(x, KINDS[kind])
         example[name] = x
     return example | ({"block_table": table.int()} if kind == "paged" else {})
 

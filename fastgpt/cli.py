@@ -27,7 +27,7 @@ from fastgpt.checkpoints import transformers_format
 from fastgpt.checks import is_terminal, require_integer, require_number
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.decoding import decoding
-from fastgpt.generation.generate import MAX_NEW_TOKENS, Options
+from fastgpt.generation.generate import MAX_NEW_TOKENS, GenerationConfig
 from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
 from fastgpt.model import inspection
 from fastgpt.model.config import GPTConfig
@@ -299,7 +299,7 @@ def given_options(options) -> dict:
     if options.cache_dtype is not None:
         given["cache_dtype"] = CACHE_DTYPES[options.cache_dtype]
     given["return_logprobs"] = options.logprobs
-    Options(**given)
+    GenerationConfig(**given)
     require_integer("max_new_tokens", options.max_new_tokens, least=0, optional=True)
     given["stop"] = [unescape(text, "stop") for text in options.stop]
     if options.template_var:
@@ -638,8 +638,8 @@ def resumed(options, given: dict, place: dict) -> Trainer:
 
 def run_bench(options) -> None:
     require_number("seconds", options.seconds, least=0)
-    place = suite.Place(device_of(options.device))
-    cases = [case for case in suite.cases(place, SHIPPED_MODEL) if options.only in f"{case.section}, {case.name}"]
+    device_limits = suite.DeviceLimits(device_of(options.device))
+    cases = [case for case in suite.cases(device_limits, SHIPPED_MODEL) if options.only in f"{case.section}, {case.name}"]
     if not cases:
         raise ValueError(f"only: expected a part of what can be measured, {options.only!r} is in no name")
     torch.manual_seed(0)
@@ -648,9 +648,9 @@ def run_bench(options) -> None:
         with tqdm(cases, unit="case", leave=False, disable=sys.stderr is None or None) as bar:
             for case in bar:
                 bar.set_description(case.name)
-                results.append(suite.measure(case, place, options.seconds / len(cases)))
+                results.append(suite.measure(case, device_limits, options.seconds / len(cases)))
     finally:  # on Ctrl-C, what there is so far
-        machine = suite.machine(place)
+        machine = suite.machine(device_limits)
         if options.json:
             print(json.dumps({"machine": machine, "cases": results}))
         elif results:

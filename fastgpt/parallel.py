@@ -38,7 +38,7 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
     plan = {"blocks.*.attention": ByHeads(), "blocks.*.mlp": ByWidth()}
     if mesh.size() > 1:
         parallelize_module(model.requires_grad_(False), mesh, plan)  # in place
-    return model.requires_grad_(False)
+    return model
 
 
 @plain(weights=2)

@@ -26,7 +26,7 @@ def calls(n: int, meta=meta):
         "forward, bias and mask": lambda: attention_forward.attention_forward(q, kv, kv, scale=0.1, bias=bias, mask=mask),
         "forward, packed": lambda: attention_forward.attention_forward(
             *(meta(1, heads, 500 * n, 64) for heads in (2 * n, n, n)), scale=0.1, cu_seqlens_q=lengths, cu_seqlens_k=lengths,
-            max_q=300 * n,
+            max_seqlen_q=300 * n,
         ),
         "forward, pages": lambda: attention_forward.attention_forward(q, pages, pages, scale=0.1, block_table=table),
         "backward": lambda: attention_backward.attention_backward(
@@ -42,7 +42,7 @@ def calls(n: int, meta=meta):
         "norm, strided": lambda: norm.norm(meta(3, n, 128, strides=(3000 + n * 130, 130, 1)), meta(128)),
         "embed": lambda: decode_step.embed(ids, meta(50 * n, 128), slots, meta(60 * n, 128)),
         "advance": lambda: decode_step.advance(lengths, slots),
-        "note": lambda: decode_step.note(
+        "record_token": lambda: decode_step.record_token(
             ids[:, 0], meta(n, 1), meta(7 * n, n, dtype=torch.int64), meta(n, 1, dtype=torch.float32),
             meta(1, dtype=torch.int64), meta(n, dtype=torch.bool), meta(n, dtype=torch.int64),
         ),

@@ -205,7 +205,7 @@ def project(tmp_path_factory):
     for name in ("README.md", "LICENSE"):
         (folder / name).touch()
     (folder / "fastgpt").mkdir()
-    (folder / "fastgpt" / "__init__.py").touch()
+    (folder / "fastgpt" / "__init__.py").write_text('__version__ = "0.1.0"\n')
     (folder / "csrc").mkdir()
     (folder / "csrc" / "twice.h").write_text("namespace fastgpt { int half(int x); }\n")
     (folder / "csrc" / "half.cpp").write_text('#include "twice.h"\nint fastgpt::half(int x) { return x / 2; }\n')

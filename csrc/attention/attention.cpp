@@ -108,7 +108,7 @@ void attention_check_cpu(
 }
 
 std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(
-    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t /*max_q*/, int64_t /*max_k*/, const Tensor& q,
+    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/, const Tensor& q,
     const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window, std::optional<double> softcap,
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, double dropout_p,
     const std::optional<Tensor>& dropout_seed) {

@@ -170,8 +170,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward_cpu(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, int64_t /*max_q*/, int64_t /*max_k*/, const Tensor& q, const Tensor& k, const Tensor& v,
-    bool causal, double scale, std::optional<int64_t> window, std::optional<double> softcap,
+    const Tensor& cu_seqlens_k, int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/, const Tensor& q, const Tensor& k,
+    const Tensor& v, bool causal, double scale, std::optional<int64_t> window, std::optional<double> softcap,
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, double dropout_p,
     const std::optional<Tensor>& dropout_seed) {
   AttentionBackward args{};

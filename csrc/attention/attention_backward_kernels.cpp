@@ -28,8 +28,8 @@ namespace {
 constexpr int64_t kPart = 8, kLongPart = 256, kFewRows = 16;
 
 // The scratch memory of a block of queries.
-struct Workspace : Parts {
-  Workspace(const Attention& args, float* memory) : Parts(memory) {
+struct Workspace : Arena {
+  Workspace(const Attention& args, float* memory) : Arena(memory) {
     const int64_t D = padded_head_dim(args.D), D_v = padded_head_dim(args.D_v), S = args.tiles() * kBlockN;
     weights = take(S * kBlockM), dweights = take(S * kBlockM);
     cap_slopes = args.softcap > 0.0f ? take(S * kBlockM) : nullptr;
@@ -141,7 +141,7 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  // Weights that are not normalised yet, and the sums of p and p dp.
+  // Weights that are not normalized yet, and the sums of p and p dp.
   void weigh(int64_t n, int64_t keys) {
     float *weights = tile(w_.weights, n), *dweights = tile(w_.dweights, n);
     for (int64_t m = 0; m < rows_; m += kWidth) {

@@ -56,7 +56,7 @@ class QueryBlock {
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t t = (first + r) % T, h = h_kv * group + (first + r) / T, begin = keys_before(t), end = keys_seen(t);
       token_[r] = static_cast<int32_t>(t), head_[r] = static_cast<int32_t>(h);
-      hidden_[r] = static_cast<int32_t>(begin), visible_[r] = static_cast<int32_t>(end);
+      key_begin_[r] = static_cast<int32_t>(begin), key_end_[r] = static_cast<int32_t>(end);
       if (args.alibi_slopes) slope_[r] = args.alibi_slopes[h];
       first_begin_ = begin < first_begin_ ? begin : first_begin_, last_begin_ = begin > last_begin_ ? begin : last_begin_;
       first_end_ = end < first_end_ ? end : first_end_, last_end_ = end > last_end_ ? end : last_end_;
@@ -197,7 +197,7 @@ class QueryBlock {
     if (partial || first_end_ < n + keys || last_begin_ > n) {
       each_vector<kAlong>(keys, [&](int64_t line, int64_t lane) {
         const IntVector at = key<kAlong>(line, lane) + static_cast<int32_t>(n);
-        const auto seen = (at < of_rows<kAlong>(visible_, line, lane)) & (at >= of_rows<kAlong>(hidden_, line, lane));
+        const auto seen = (at < of_rows<kAlong>(key_end_, line, lane)) & (at >= of_rows<kAlong>(key_begin_, line, lane));
         float* score = scores + line * kBlockN + lane;
         store(score, seen ? load(score) : broadcast(-kInfinity));
       });
@@ -234,8 +234,8 @@ class QueryBlock {
   const Sequence sequence_;
   // Of the keys that rows see: where the first and the last begin, and where the first and the last end.
   int64_t first_begin_, last_begin_ = 0, first_end_, last_end_ = 0;
-  // Per row: its query and head, and that it sees the keys from hidden_ to visible_. Zero past rows_.
-  int32_t token_[kBlockM] = {}, head_[kBlockM] = {}, visible_[kBlockM] = {}, hidden_[kBlockM] = {};
+  // Per row: its query and head, and that it sees the keys from key_begin_ to key_end_. Zero past rows_.
+  int32_t token_[kBlockM] = {}, head_[kBlockM] = {}, key_end_[kBlockM] = {}, key_begin_[kBlockM] = {};
   float slope_[kBlockM] = {};
 
  private:

@@ -1,7 +1,7 @@
 // Attention on the CPU, compiled once per CPU level: FlashAttention-2's forward (arXiv 2307.08691, algorithm 1) in fp32.
 
-#include "attention/attention_narrow.h"
-#include "attention/attention_wide.h"
+#include "attention/attention_decode.h"
+#include "attention/attention_prefill.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 
@@ -28,9 +28,9 @@ void attention_forward(const AttentionForward& args, int64_t begin, int64_t end,
 
 void attention_forward_join(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
   for (int64_t head = begin; head < end; ++head) {
-    Parts parts(workspace);
-    const NarrowShared shared(args.D, args.D_v, parts);
-    NarrowBlock(args, head / args.H_kv, head % args.H_kv, 0, shared, parts).join();
+    Arena parts(workspace);
+    const DecodeShared shared(args.D, args.D_v, parts);
+    DecodeBlock(args, head / args.H_kv, head % args.H_kv, 0, shared, parts).join();
   }
 }
 

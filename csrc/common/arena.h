@@ -7,9 +7,9 @@
 namespace fastgpt {
 
 // Hands out parts of a piece of memory, 64-byte aligned as that is. Of null, it measures how much they take.
-class Parts {
+class Arena {
  public:
-  explicit Parts(float* memory) : begin_(memory), next_(memory) {}
+  explicit Arena(float* memory) : begin_(memory), next_(memory) {}
 
   float* take(int64_t floats) {
     float* taken = next_;

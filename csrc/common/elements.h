@@ -1,4 +1,4 @@
-// Element arithmetic that CPU and CUDA kernels share: conversion between formats, rotation, quantisation. Each function
+// Element arithmetic that CPU and CUDA kernels share: conversion between formats, rotation, quantization. Each function
 // rounds after every operation, as PyTorch does, so that results are the same bits everywhere. Everything is in an
 // anonymous namespace, for files that are compiled once per CPU level (see cpu_level.h).
 
@@ -116,14 +116,14 @@ FASTGPT_HOST_DEVICE float rotated_second(float a, float b, float cosine, float s
   return add(multiply(b, cosine), multiply(a, sine));
 }
 
-// How a row is quantised: its numbers are multiplied by `factor` and rounded; `scale` is what to multiply them by again.
-struct Quantiser {
+// How a row is quantized: its numbers are multiplied by `factor` and rounded; `scale` is what to multiply them by again.
+struct Quantizer {
   float scale, factor;
 };
 
 // For a row whose largest magnitude is `largest`, which counts as zero below 1e-30; if it is not finite (NaN: any
 // number that fails largest <= FLT_MAX) the scale is NaN, and so is what is read.
-FASTGPT_HOST_DEVICE Quantiser quantiser_of(float largest, Element element) {
+FASTGPT_HOST_DEVICE Quantizer quantizer_of(float largest, Element element) {
   const float limit = element == Element::int8 ? 127.0f : 448.0f;
   if (!(largest <= 3.402823466e+38f)) return {bits_to_float(0x7fc00000u), 0.0f};
   if (largest < 1e-30f) return {0.0f, 0.0f};
@@ -141,14 +141,14 @@ FASTGPT_HOST_DEVICE float larger_magnitude(float magnitude, float x) {
 }
 
 // Numbers of a row without a factor (one that is not finite) are stored as zero.
-FASTGPT_HOST_DEVICE uint8_t quantised_int8(float x, float factor) {
+FASTGPT_HOST_DEVICE uint8_t quantized_int8(float x, float factor) {
   const float y = multiply(x, factor);
   // Adding 1.5 · 2^23 rounds to the nearest integer, ties to even, in the low bits.
   const uint32_t rounded = float_to_bits(add(y, 12582912.0f)) - 0x4b400000u;
   return static_cast<uint8_t>(factor == 0.0f ? 0u : rounded);
 }
 
-FASTGPT_HOST_DEVICE uint8_t quantised_e4m3(float x, float factor) {
+FASTGPT_HOST_DEVICE uint8_t quantized_e4m3(float x, float factor) {
   return factor == 0.0f ? 0 : float_to_e4m3(multiply(x, factor));
 }
 

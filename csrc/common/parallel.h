@@ -33,7 +33,7 @@ struct FreeScratch {
 };
 using Scratch = std::unique_ptr<float, FreeScratch>;
 
-// 64-byte aligned, uninitialised.
+// 64-byte aligned, uninitialized.
 inline Scratch scratch(int64_t floats) {
   const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
   Scratch memory(static_cast<float*>(std::aligned_alloc(64, bytes)));

@@ -179,7 +179,7 @@ inline bool lies_apart(const Region& x) {
   return true;
 }
 
-// An uninitialised tensor on the device of `like`. torch::stable::new_empty goes through the boxed dispatcher: two of
+// An uninitialized tensor on the device of `like`. torch::stable::new_empty goes through the boxed dispatcher: two of
 // them and a transpose cost more than a decode step's attention.
 inline torch::stable::Tensor new_empty(
     const torch::stable::Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {

@@ -1,4 +1,4 @@
-// `advance` and `note` on the CPU: what a step does before the blocks and after a token was chosen. See
+// `advance` and `record_token` on the CPU: what a step does before the blocks and after a token was chosen. See
 // fastgpt/ops/decode_step.py.
 
 #include <cmath>
@@ -54,7 +54,7 @@ void grow(void* extreme, int64_t row, double magnitude) {
   if (!(number <= largest) && largest == largest) largest = number;
 }
 
-void note_cpu(
+void record_token_cpu(
     const Tensor& token, const Tensor& scores, const Tensor& tokens, const Tensor& extreme, const Tensor& step,
     const std::optional<Tensor>& ended, const std::optional<Tensor>& eos) {
   FASTGPT_CHECK(token.dim() == 1, "token: expected shape (B,)");
@@ -105,5 +105,5 @@ void note_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("advance_", TORCH_BOX(&fastgpt::advance_cpu));
-  m.impl("note_", TORCH_BOX(&fastgpt::note_cpu));
+  m.impl("record_token_", TORCH_BOX(&fastgpt::record_token_cpu));
 }

@@ -7,7 +7,7 @@
 
 namespace fastgpt {
 
-constexpr int64_t kMaxTransformedDim = 1024;  // largest head dim that is rotated or quantised
+constexpr int64_t kMaxTransformedDim = 1024;  // largest head dim that is rotated or quantized
 
 // A tensor (B, H, N, D) or (B, H, N, D_v) with contiguous rows. Strides are in bytes.
 struct Rows {

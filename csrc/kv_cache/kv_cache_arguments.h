@@ -17,8 +17,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // What the checks need to know of a tensor, each read once: every read is a call through PyTorch's C interface.
-struct Facts {
-  Facts(const Tensor& tensor, const char* name)
+struct TensorInfo {
+  TensorInfo(const Tensor& tensor, const char* name)
       : tensor(tensor),
         name(name),
         sizes(tensor.sizes()),
@@ -35,13 +35,13 @@ struct Facts {
   int32_t device_index;
 };
 
-inline void check_device(const Facts& x, const Facts& k) {
+inline void check_device(const TensorInfo& x, const TensorInfo& k) {
   FASTGPT_CHECK(x.is_cuda == k.is_cuda && x.device_index == k.device_index, x.name, ": expected the device of k");
 }
 
 // (B, H, N, D) with contiguous rows, or (B, H, N) if D is 1 and ndim 3.
 inline Rows rows_of(
-    const Facts& x, Element element, const Facts& k, const int64_t (&sizes)[4], bool writable, int64_t ndim = 4) {
+    const TensorInfo& x, Element element, const TensorInfo& k, const int64_t (&sizes)[4], bool writable, int64_t ndim = 4) {
   FASTGPT_CHECK(element_of(x.tensor, x.name) == element, x.name, ": unexpected dtype");
   check_device(x, k);
   FASTGPT_CHECK(x.dim() == ndim, x.name, ": expected ", ndim, " dimensions");
@@ -53,7 +53,7 @@ inline Rows rows_of(
   return {static_cast<char*>(data), x.strides[0] * size, x.strides[1] * size, x.strides[2] * size};
 }
 
-inline Indices indices_of(const Facts& x, const Facts& k) {
+inline Indices indices_of(const TensorInfo& x, const TensorInfo& k) {
   const ScalarType dtype = x.tensor.scalar_type();
   FASTGPT_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, x.name, ": expected dtype int32 or int64");
   FASTGPT_CHECK(x.dim() == 2 && x.sizes[0] == k.sizes[0] && x.sizes[1] == k.sizes[2], x.name, ": expected shape (B, T)");
@@ -67,7 +67,7 @@ inline Indices indices_of(const Facts& x, const Facts& k) {
 class Written {
  public:
   // Tensors with the size of their numbers: first all that are written.
-  void add(const Facts& x, const Rows& rows, int64_t size) {
+  void add(const TensorInfo& x, const Rows& rows, int64_t size) {
     const Region region = region_of(rows.data, size, x.sizes, x.strides);
     FASTGPT_CHECK(lies_apart(region), x.name, ": expected numbers that share no memory with each other");
     for (int i = 0; i < count_; ++i) {
@@ -85,7 +85,7 @@ class Written {
   }
 
   // Then all that are read.
-  void check_apart(const Facts& x, const void* data, int64_t size) const {
+  void check_apart(const TensorInfo& x, const void* data, int64_t size) const {
     const Region read = region_of(data, size, x.sizes, x.strides);
     for (int i = 0; i < count_; ++i) {
       FASTGPT_CHECK(
@@ -105,8 +105,8 @@ inline KVCacheUpdate kv_cache_arguments(
     const Tensor& slots_tensor, const std::optional<Tensor>& block_table, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale, Written& written) {
   KVCacheUpdate u{};
-  const Facts k(k_tensor, "k"), v(v_tensor, "v"), k_cache(k_cache_tensor, "k_cache"), v_cache(v_cache_tensor, "v_cache");
-  const Facts slots(slots_tensor, "positions");
+  const TensorInfo k(k_tensor, "k"), v(v_tensor, "v"), k_cache(k_cache_tensor, "k_cache"), v_cache(v_cache_tensor, "v_cache");
+  const TensorInfo slots(slots_tensor, "positions");
   FASTGPT_CHECK(k.dim() == 4, "k: expected 4 dimensions");
   FASTGPT_CHECK(v.dim() == 4, "v: expected 4 dimensions");
   FASTGPT_CHECK(k_cache.dim() == 4, "k_cache: expected 4 dimensions");
@@ -120,7 +120,7 @@ inline KVCacheUpdate kv_cache_arguments(
   u.capacity = rows;
   int64_t first = u.B;
   if (block_table) {
-    const Facts table(*block_table, "block_table");
+    const TensorInfo table(*block_table, "block_table");
     FASTGPT_CHECK(
         block_table->scalar_type() == ScalarType::Int && table.dim() == 2 && table.sizes[0] == u.B,
         "block_table: expected (B, pages) int32");
@@ -137,17 +137,17 @@ inline KVCacheUpdate kv_cache_arguments(
   u.k_cache = rows_of(k_cache, u.cache_element, k, {first, u.H_kv, rows, u.D}, true);
   u.v_cache = rows_of(v_cache, u.cache_element, k, {first, u.H_kv, rows, u.D_v}, true);
 
-  const bool quantised = size_of(u.cache_element) == 1;
-  FASTGPT_CHECK(quantised || u.cache_element == u.element, "k_cache: expected the dtype of k, int8 or float8_e4m3fn");
+  const bool quantized = size_of(u.cache_element) == 1;
+  FASTGPT_CHECK(quantized || u.cache_element == u.element, "k_cache: expected the dtype of k, int8 or float8_e4m3fn");
   for (const auto& [scale, name] : {std::pair(&k_scale, "k_scale"), std::pair(&v_scale, "v_scale")}) {
-    FASTGPT_CHECK(scale->has_value() == quantised, name, ": expected for int8 and float8_e4m3fn caches, and only for them");
+    FASTGPT_CHECK(scale->has_value() == quantized, name, ": expected for int8 and float8_e4m3fn caches, and only for them");
   }
   for (const auto& [head_dim, name] : {std::pair(u.D, "k"), std::pair(u.D_v, "v")}) {
     FASTGPT_CHECK(
-        !quantised || (head_dim >= 1 && head_dim <= kMaxTransformedDim), name, ": expected a head dim from 1 to ",
+        !quantized || (head_dim >= 1 && head_dim <= kMaxTransformedDim), name, ": expected a head dim from 1 to ",
         kMaxTransformedDim);
   }
-  if (quantised) {
+  if (quantized) {
     u.k_scale = rows_of({*k_scale, "k_scale"}, Element::float32, k, {first, u.H_kv, rows, 1}, true, 3);
     u.v_scale = rows_of({*v_scale, "v_scale"}, Element::float32, k, {first, u.H_kv, rows, 1}, true, 3);
   }
@@ -168,15 +168,15 @@ inline KVCacheUpdate kv_cache_arguments(
 inline Tensor add_rotation(
     KVCacheUpdate& u, const Written& written, const Tensor& q_tensor, const Tensor& k_tensor, const Tensor& positions,
     const Tensor& cos, const Tensor& sin, bool interleaved) {
-  const Facts k(k_tensor, "k"), q(q_tensor, "q");
+  const TensorInfo k(k_tensor, "k"), q(q_tensor, "q");
   FASTGPT_CHECK(q.dim() == 4, "q: expected 4 dimensions");
   u.H = q.sizes[1];
   u.q = rows_of(q, u.element, k, {u.B, u.H, u.T, u.D}, false);
-  const Facts p(positions, "positions");
+  const TensorInfo p(positions, "positions");
   u.positions = indices_of(p, k);
   u.interleaved = interleaved;
   FASTGPT_CHECK(u.D <= kMaxTransformedDim, "q: expected a head dim up to ", kMaxTransformedDim);
-  const auto table = [&](const Facts& x, int64_t& stride) {
+  const auto table = [&](const TensorInfo& x, int64_t& stride) {
     FASTGPT_CHECK(x.tensor.scalar_type() == ScalarType::Float && x.dim() == 2, x.name, ": expected 2-d float32");
     FASTGPT_CHECK(x.strides[1] == 1 || x.sizes[1] == 1, x.name, ": expected contiguous rows");
     check_device(x, k);
@@ -184,7 +184,7 @@ inline Tensor add_rotation(
     check_storage(x.tensor, x.name, sizeof(float), x.sizes, x.strides);
     return static_cast<const float*>(x.tensor.const_data_ptr());
   };
-  const Facts c(cos, "cos"), s(sin, "sin");
+  const TensorInfo c(cos, "cos"), s(sin, "sin");
   u.cos = table(c, u.cos_stride), u.sin = table(s, u.sin_stride);
   u.angles = c.sizes[0], u.rotary_dim = 2 * c.sizes[1];
   FASTGPT_CHECK(u.rotary_dim >= 2 && u.rotary_dim <= u.D, "cos: expected from 1 to D / 2 columns");

@@ -136,18 +136,18 @@ __device__ void write(const Unit<N>& unit, char* row, int D) {
 }
 
 template <int N>
-__device__ void write_quantised(const Unit<N>& unit, float factor, Element element, char* row, int D) {
+__device__ void write_quantized(const Unit<N>& unit, float factor, Element element, char* row, int D) {
   uint8_t a[N], b[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    a[i] = element == Element::int8 ? quantised_int8(unit.x[i], factor) : quantised_e4m3(unit.x[i], factor);
-    b[i] = element == Element::int8 ? quantised_int8(unit.x[N + i], factor) : quantised_e4m3(unit.x[N + i], factor);
+    a[i] = element == Element::int8 ? quantized_int8(unit.x[i], factor) : quantized_e4m3(unit.x[i], factor);
+    b[i] = element == Element::int8 ? quantized_int8(unit.x[N + i], factor) : quantized_e4m3(unit.x[N + i], factor);
   }
   store<N>(row, unit.a, a);
   if (unit.b < D) store<N>(row, unit.b, b);
 }
 
-// Rows that are rotated or quantised, and, with rotation, those of v, which only go along. `group` threads, a power of
+// Rows that are rotated or quantized, and, with rotation, those of v, which only go along. `group` threads, a power of
 // two up to a warp, do a row: of the heads of q, k and v, in this order, of token t of sequence b. N elements at a time;
 // with N > 1 a thread has one unit at most, which then stays in registers.
 template <typename Format, int N>
@@ -208,11 +208,11 @@ __global__ void __launch_bounds__(kThreads)
   for (uint32_t offset = group / 2; offset > 0; offset /= 2) {
     largest = larger_magnitude(largest, __shfl_xor_sync(mask, largest, offset));
   }
-  const Quantiser quantiser = quantiser_of(largest, u.cache_element);
-  if (first_unit == 0) *reinterpret_cast<float*>(scale) = quantiser.scale;
+  const Quantizer quantizer = quantizer_of(largest, u.cache_element);
+  if (first_unit == 0) *reinterpret_cast<float*>(scale) = quantizer.scale;
   for (uint32_t i = first_unit; i < units; i += group) {
     if (N == 1) prepare(i);
-    write_quantised(unit, quantiser.factor, u.cache_element, target, D);
+    write_quantized(unit, quantizer.factor, u.cache_element, target, D);
   }
 }
 
@@ -264,12 +264,12 @@ void transform(const KVCacheUpdate& u, const Tensor& k) {
 template <typename Format>
 void transform(const KVCacheUpdate& u, const Tensor& k) {
   constexpr int N = 16 / sizeof(typename Format::Bits);
-  const bool quantised = u.cache_element != u.element;
+  const bool quantized = u.cache_element != u.element;
   const auto aligned = [](const float* data, int64_t stride) {
     return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride * sizeof(float))) % 16 == 0;
   };
   const bool wide = (u.D | u.D_v) % (2 * N) == 0 && std::max(u.D, u.D_v) / (2 * N) <= kWarp && source_alignment(u) == 16 &&
-      cache_alignment(u) >= (quantised ? N : 16) && u.rotary_dim % (2 * N) == 0 && aligned(u.cos, u.cos_stride) &&
+      cache_alignment(u) >= (quantized ? N : 16) && u.rotary_dim % (2 * N) == 0 && aligned(u.cos, u.cos_stride) &&
       aligned(u.sin, u.sin_stride);
   return wide ? transform<Format, N>(u, k) : transform<Format, 1>(u, k);
 }

@@ -1,4 +1,4 @@
-// The cache update on the CPU, compiled once per CPU level: rows copied as they are, or rotated and quantised on the way.
+// The cache update on the CPU, compiled once per CPU level: rows copied as they are, or rotated and quantized on the way.
 // setup.py compiles this file with -ffp-contract=off: results are the reference's, bit for bit.
 
 #include "kv_cache/kv_cache.h"
@@ -71,17 +71,17 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t pairs, 
 }
 
 // Returns the scale.
-inline float quantise(const float* x, Element element, int64_t D, char* target) {
+inline float quantize(const float* x, Element element, int64_t D, char* target) {
   float largest = 0.0f;
   for (int64_t d = 0; d < D; ++d) largest = larger_magnitude(largest, x[d]);
-  const Quantiser quantiser = quantiser_of(largest, element);
+  const Quantizer quantizer = quantizer_of(largest, element);
   uint8_t* bytes = reinterpret_cast<uint8_t*>(target);
   if (element == Element::int8) {
-    for (int64_t d = 0; d < D; ++d) bytes[d] = quantised_int8(x[d], quantiser.factor);
+    for (int64_t d = 0; d < D; ++d) bytes[d] = quantized_int8(x[d], quantizer.factor);
   } else {
-    for (int64_t d = 0; d < D; ++d) bytes[d] = quantised_e4m3(x[d], quantiser.factor);
+    for (int64_t d = 0; d < D; ++d) bytes[d] = quantized_e4m3(x[d], quantizer.factor);
   }
-  return quantiser.scale;
+  return quantizer.scale;
 }
 
 inline void rotate_for(const KVCacheUpdate& u, int64_t b, int64_t t, float* x) {
@@ -101,11 +101,11 @@ void rotate_queries(const KVCacheUpdate& u, int64_t b, int64_t h, int64_t begin,
   }
 }
 
-// Rows that are rotated or quantised, or both.
+// Rows that are rotated or quantized, or both.
 void store_transformed(const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64_t begin, int64_t end, const Slot* slots) {
   const Rows &source = is_k ? u.k : u.v, &cache = is_k ? u.k_cache : u.v_cache, &scale = is_k ? u.k_scale : u.v_scale;
   const int64_t D = is_k ? u.D : u.D_v;
-  const bool quantised = u.cache_element != u.element;
+  const bool quantized = u.cache_element != u.element;
   alignas(64) float x[kMaxTransformedDim];
   for (int64_t t = begin; t < end; ++t) {
     const Slot slot = slots[t - begin];
@@ -113,11 +113,11 @@ void store_transformed(const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, 
     load(row_of(source, b, h, t), u.element, D, x);
     if (is_k && u.rotary_dim > 0) {
       rotate_for(u, b, t, x);
-      if (quantised) round_to(u.element, D, x);  // as if rotated first and stored afterwards
+      if (quantized) round_to(u.element, D, x);  // as if rotated first and stored afterwards
     }
     char* target = row_of(cache, slot.b, h, slot.n);
-    if (quantised) {
-      *reinterpret_cast<float*>(row_of(scale, slot.b, h, slot.n)) = quantise(x, u.cache_element, D, target);
+    if (quantized) {
+      *reinterpret_cast<float*>(row_of(scale, slot.b, h, slot.n)) = quantize(x, u.cache_element, D, target);
     } else {
       store(x, u.element, D, target);
     }
@@ -181,11 +181,11 @@ void store_copied(const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64
 // slot, the last stays. Every slot has been checked.
 void kv_cache_store(const KVCacheUpdate& u, int64_t begin, int64_t end) {
   const int64_t heads = u.H + 2 * u.H_kv;
-  const bool quantised = u.cache_element != u.element;
+  const bool quantized = u.cache_element != u.element;
   // What a projection left token by token (the heads of a token together) is read so that it comes from memory in order:
   // rows that are computed on one token at a time, rows that are only copied in the blocks that were fastest.
   const bool token_major = u.k.stride_n > u.k.stride_h;
-  const int64_t block = !token_major ? kBlockTokens : quantised || u.rotary_dim > 0 ? 1 : 16;
+  const int64_t block = !token_major ? kBlockTokens : quantized || u.rotary_dim > 0 ? 1 : 16;
   Slot slots[kBlockTokens];
   while (begin < end) {
     const int64_t b = begin / heads, first = begin % heads;
@@ -200,7 +200,7 @@ void kv_cache_store(const KVCacheUpdate& u, int64_t begin, int64_t end) {
         }
         const bool is_k = head < u.H + u.H_kv;
         const int64_t h = is_k ? head - u.H : head - u.H - u.H_kv;
-        const auto store_rows = quantised || (is_k && u.rotary_dim > 0) ? store_transformed : store_copied;
+        const auto store_rows = quantized || (is_k && u.rotary_dim > 0) ? store_transformed : store_copied;
         store_rows(u, is_k, b, h, t, t_end, slots);
       }
     }

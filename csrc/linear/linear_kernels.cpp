@@ -124,12 +124,12 @@ void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t 
   }
 }
 
-// Rows of x as floats, normalised, filled up with zeros: (rows, padded(in)), and two more of scratch.
+// Rows of x as floats, normalized, filled up with zeros: (rows, padded(in)), and two more of scratch.
 void linear_inputs(const Linear& l, float* x) {
   for (int64_t r = 0; r < l.rows; ++r) convert_padded(l.x, r * l.in, l.in, l.element, x + r * padded(l.in));
   if (!l.norm.weight) return;
-  const Normaliser normalise(l.norm, l.in, l.element, x + l.rows * padded(l.in));
-  for (int64_t r = 0; r < l.rows; ++r) normalise(x + r * padded(l.in));
+  const Normalizer normalize(l.norm, l.in, l.element, x + l.rows * padded(l.in));
+  for (int64_t r = 0; r < l.rows; ++r) normalize(x + r * padded(l.in));
 }
 
 }  // namespace fastgpt::FASTGPT_CPU_LEVEL

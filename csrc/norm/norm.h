@@ -1,4 +1,4 @@
-// The arguments of the CPU kernels of `norm`, and how `linear` and it normalise a row.
+// The arguments of the CPU kernels of `norm`, and how `linear` and it normalize a row.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// `norm`: rows normalised, and added to a residual.
+// `norm`: rows normalized, and added to a residual.
 
 #include "norm/normalize.h"
 
@@ -37,11 +37,11 @@ class Walk {
 void norm_rows(const NormRows& n, float* scratch, int64_t begin, int64_t end) {
   const int64_t size = padded(n.count);
   float *y = scratch, *residual = y + size;
-  const Normaliser normalise(n.norm, n.count, n.element, residual + size);
+  const Normalizer normalize(n.norm, n.count, n.element, residual + size);
   Walk xs(n.x, begin), residuals(n.residual, begin);
   for (int64_t r = begin; r < end; ++r) {
     convert_padded(xs.next(), 0, n.count, n.element, y);
-    normalise(y);
+    normalize(y);
     if (n.residual.data) {
       convert_padded(residuals.next(), 0, n.count, n.element, residual);
       for (int64_t c = 0; c < size; c += kWidth) store(y + c, load(residual + c) + load(y + c));

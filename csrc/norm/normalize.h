@@ -1,4 +1,4 @@
-// A row normalised. For files that are compiled once per CPU level: see cpu_level.h.
+// A row normalized. For files that are compiled once per CPU level: see cpu_level.h.
 
 #pragma once
 
@@ -28,11 +28,11 @@ inline void for_vectors(int64_t end, const Each& each) {
 
 inline float sum(const Vector (&parts)[kSums]) { return sum((parts[0] + parts[1]) + (parts[2] + parts[3])); }
 
-// Normalises rows of `count` floats, filled up with zeros.
-class Normaliser {
+// Normalizes rows of `count` floats, filled up with zeros.
+class Normalizer {
  public:
   // scratch: two such rows, for as long as this lives.
-  Normaliser(const Norm& norm, int64_t count, Element element, float* scratch)
+  Normalizer(const Norm& norm, int64_t count, Element element, float* scratch)
       : count_(count), eps_(norm.eps), rms_(norm.rms), weight_(scratch), bias_(scratch + padded(count)) {
     convert_padded(norm.weight, 0, count, element, weight_);
     for (int64_t c = 0; c < count; ++c) weight_[c] += norm.offset;

@@ -29,7 +29,7 @@ GPT2 = GPTConfig(vocab_size=50257, context_length=1024, num_layers=12, num_heads
 H, D = 12, 64  # of attention and cache updates
 
 
-class Place:
+class DeviceLimits:
     """A device, the dtype that is measured there, and the device's limits, each made when it is first needed."""
 
     def __init__(self, device: torch.device):
@@ -44,7 +44,7 @@ class Place:
         return torch.randn(*shape, device=self.device).to(self.dtype)
 
 
-class Ways(NamedTuple):
+class Comparison(NamedTuple):
     """Two ways to do the same work. Both return what must agree."""
 
     ours: Callable
@@ -59,35 +59,35 @@ class Case(NamedTuple):
     section: str
     name: str
     compared_with: str
-    ways: Callable[[], Ways]  # makes what they work on
+    comparison: Callable[[], Comparison]  # makes what they work on
 
 
-def cases(place: Place, shipped: Path) -> list[Case]:
+def cases(device_limits: DeviceLimits, shipped: Path) -> list[Case]:
     """All there is to measure. `shipped`: folder of the shipped model."""
-    shipped_model = cache(lambda: GPT.from_pretrained(shipped, dtype=place.dtype, device=place.device))
-    gpt2 = cache(lambda: GPT(GPT2).to(place.device, place.dtype).eval())
+    shipped_model = cache(lambda: GPT.from_pretrained(shipped, dtype=device_limits.dtype, device=device_limits.device))
+    gpt2 = cache(lambda: GPT(GPT2).to(device_limits.device, device_limits.dtype).eval())
     result = []
     for name, model, contexts in (("shipped model", shipped_model, (32, 128, 500)), ("GPT-2 124M", gpt2, (32, 128, 512, 900))):
         for context in contexts:
-            ways = partial(decode_step, place, model, context)
-            result.append(Case("cached against uncached", f"{name}, context {context}", "uncached", ways))
-    on_cpu = place.device.type == "cpu"
+            comparison = partial(decode_step, device_limits, model, context)
+            result.append(Case("cached against uncached", f"{name}, context {context}", "uncached", comparison))
+    on_cpu = device_limits.device.type == "cpu"
     B, lengths, keys = (1, (512, 2048), (1024, 8192)) if on_cpu else (4, (2048, 8192), (8192, 65536))
     for T in lengths:
-        result.append(Case("attention", f"{T:,} tokens, batch {B}", "SDPA", partial(prefill, place, B, T)))
+        result.append(Case("attention", f"{T:,} tokens, batch {B}", "SDPA", partial(prefill, device_limits, B, T)))
     for S in keys:
-        result.append(Case("attention", f"one token, {S:,} keys, batch {B}", "SDPA", partial(decode, place, B, S)))
+        result.append(Case("attention", f"one token, {S:,} keys, batch {B}", "SDPA", partial(decode, device_limits, B, S)))
     for T, B in ((1, 1), (1, 32), (1302, 8)):
         tokens = "one token" if T == 1 else f"{T:,} tokens"
-        result.append(Case("cache update", f"{tokens}, batch {B}", "index_copy_", partial(update, place, B, T)))
+        result.append(Case("cache update", f"{tokens}, batch {B}", "index_copy_", partial(update, device_limits, B, T)))
     return result
 
 
-def decode_step(place: Place, load: Callable[[], GPT], context: int) -> Ways:
+def decode_step(device_limits: DeviceLimits, load: Callable[[], GPT], context: int) -> Comparison:
     """One more token after context - 1 others, computed over the cache or over everything again."""
     model = load()
     config = model.config
-    ids = torch.randint(config.vocab_size, (1, context), device=place.device)
+    ids = torch.randint(config.vocab_size, (1, context), device=device_limits.device)
     kv_cache = model.new_cache(1, context)
     model.hidden(ids[:, :-1], kv_cache)
     step = decoding(model, kv_cache)
@@ -100,34 +100,34 @@ def decode_step(place: Place, load: Callable[[], GPT], context: int) -> Ways:
         return model.logits(model.hidden(ids, last_only=True)[:, -1])
 
     weights = sum(x.nbytes for x in model.parameters()) - model.position_embedding.weight.nbytes
-    past = 2 * context * config.num_layers * config.hidden_size * place.dtype.itemsize
-    return Ways(cached, uncached, place.reading, weights + past, step=True)
+    past = 2 * context * config.num_layers * config.hidden_size * device_limits.dtype.itemsize
+    return Comparison(cached, uncached, device_limits.reading, weights + past, step=True)
 
 
-def prefill(place: Place, B: int, T: int) -> Ways:
+def prefill(device_limits: DeviceLimits, B: int, T: int) -> Comparison:
     """Causal attention over tokens as a decoder's projection leaves them."""
-    q, k, v = (place.random(B, T, H, D).transpose(1, 2) for _ in range(3))
-    return Ways(
+    q, k, v = (device_limits.random(B, T, H, D).transpose(1, 2) for _ in range(3))
+    return Comparison(
         lambda: attention(q, k, v), lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        place.matrix_product, 2 * B * H * T * T * D,
+        device_limits.matrix_product, 2 * B * H * T * T * D,
     )  # fmt: skip
 
 
-def decode(place: Place, B: int, keys: int) -> Ways:
+def decode(device_limits: DeviceLimits, B: int, keys: int) -> Comparison:
     """Attention of one token over a cache."""
-    q, k, v = (place.random(B, H, tokens, D) for tokens in (1, keys, keys))
-    return Ways(
+    q, k, v = (device_limits.random(B, H, tokens, D) for tokens in (1, keys, keys))
+    return Comparison(
         lambda k, v: attention(q, k, v), lambda k, v: F.scaled_dot_product_attention(q, k, v),
-        place.reading, k.nbytes + v.nbytes, cold(k=k, v=v),
+        device_limits.reading, k.nbytes + v.nbytes, cold(k=k, v=v),
     )  # fmt: skip
 
 
-def update(place: Place, B: int, T: int) -> Ways:
+def update(device_limits: DeviceLimits, B: int, T: int) -> Comparison:
     """T tokens of each sequence are stored, at the same positions in all, as PyTorch wants it. One token goes to another
     position at every turn: it is there that caches are cold."""
-    k, v = (place.random(B, T, H, D).transpose(1, 2) for _ in range(2))
+    k, v = (device_limits.random(B, T, H, D).transpose(1, 2) for _ in range(2))
     starts = range(1000 if T == 1 else 1)
-    positions = [torch.arange(t, t + T, dtype=torch.int32, device=place.device).expand(B, T) for t in starts]
+    positions = [torch.arange(t, t + T, dtype=torch.int32, device=device_limits.device).expand(B, T) for t in starts]
     index = [x[0].long() for x in positions]
 
     def ours(t, k_cache, v_cache):
@@ -140,17 +140,20 @@ def update(place: Place, B: int, T: int) -> Ways:
         return k_cache, v_cache
 
     caches = cold(
-        **{name: torch.zeros(B, H, max(T, 1024), D, device=place.device, dtype=place.dtype) for name in ("k_cache", "v_cache")}
+        **{
+            name: torch.zeros(B, H, max(T, 1024), D, device=device_limits.device, dtype=device_limits.dtype)
+            for name in ("k_cache", "v_cache")
+        }
     )
     turns = [{"t": t, **held} for t, held in itertools.product(starts, caches)]
-    return Ways(ours, index_copy, place.copying, 2 * (k.nbytes + v.nbytes), turns)
+    return Comparison(ours, index_copy, device_limits.copying, 2 * (k.nbytes + v.nbytes), turns)
 
 
-def measure(case: Case, place: Place, seconds: float) -> dict:
+def measure(case: Case, device_limits: DeviceLimits, seconds: float) -> dict:
     """Quartiles of one case's times, of the ratios of times in the same round, and of its share of the limit, and which are
     `noisy`: their medians are not known to 10%. Or, where the two ways differ, that `problem`."""
     with torch.inference_mode():
-        ours, other, limit, work, turns, step = case.ways()
+        ours, other, limit, work, turns, step = case.comparison()
         result = {"what": case.section, "case": case.name, "compared_with": case.compared_with}
         actual = [x.clone() for x in tensors(ours(**turns[0]))]
         for x, expected in zip(actual, tensors(other(**turns[0])), strict=True):
@@ -158,7 +161,9 @@ def measure(case: Case, place: Place, seconds: float) -> dict:
             if not error <= max(1e-4, 8 * torch.finfo(x.dtype).eps):
                 return result | {"problem": f"differs from {case.compared_with} by {error:.1e} of the largest number"}
         functions = {"ours": ours, case.compared_with: other}
-        rounds = list(in_rounds(functions, turns=turns, device=place.device, seconds=seconds, limit=limit, flush=not step))
+        rounds = list(
+            in_rounds(functions, turns=turns, device=device_limits.device, seconds=seconds, limit=limit, flush=not step)
+        )
     ratios = {name: [taken[name] / taken["ours"] for taken in rounds] for name in rounds[0]}
     return result | {
         limit.unit: work,
@@ -179,7 +184,7 @@ def quartiles(values: list[float]) -> list[float]:
     return [float(f"{value:.4g}") for value in statistics.quantiles(values, n=4)]
 
 
-def machine(place: Place) -> dict:
+def machine(device_limits: DeviceLimits) -> dict:
     """What the results depend on."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -188,9 +193,9 @@ def machine(place: Place) -> dict:
         "cpu": cpu,
         "cpu_level": build_info()["cpu_level"],
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else None,
+        "gpu": torch.cuda.get_device_name(device_limits.device) if device_limits.device.type == "cuda" else None,
         "torch": torch.__version__,
-        "dtype": str(place.dtype).removeprefix("torch."),
+        "dtype": str(device_limits.dtype).removeprefix("torch."),
     }
 
 

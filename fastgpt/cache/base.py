@@ -11,7 +11,7 @@ from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, waits
 from fastgpt.ops.decode_step import advance
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update
-from fastgpt.ops.quantization import QUANTISED_DTYPES
+from fastgpt.ops.quantization import QUANTIZED_DTYPES
 
 # Counters of a GPU's kernels for each sequence of a cache: attention_with_kv_cache says how many it needs, which are more only
 # for a hundred thousand tokens of a model with dozens of key and value heads.
@@ -21,19 +21,19 @@ COUNTERS = 1024
 class KVCache:
     """What every kind has. See `fastgpt.cache` for how a decoder uses it.
 
-    counts: tokens of each sequence so far, known on the host: no synchronisation to check them.
+    counts: tokens of each sequence so far, known on the host: no synchronization to check them.
     lengths: (B,) int32 the same on the device, for the kernels.
     capacity: tokens that a sequence can have; None if the cache sets no limit.
     window: tokens that one attends to, itself included; None for all, or as many as a layer says in `attend`.
-    context: keys and values of a second stream (fastgpt/model/encoder_states.py) that the sequences attend to, too; None without one.
+    encoder_kv: keys and values of a second stream (fastgpt/model/encoder_states.py) that the sequences attend to, too; None without one.
     nbytes: bytes of keys, values and scales, used or not.
-    reach: tokens that the longest sequence will have when a prompt has joined that comes in pieces; a decoder may rotate keys
+    expected_length: tokens that the longest sequence will have when a prompt has joined that comes in pieces; a decoder may rotate keys
         otherwise for it, from the first piece on.
     """
 
-    reach = 0
+    expected_length = 0
     causal = True
-    context = None
+    encoder_kv = None
     fits = None  # the id of a model that was seen to have such layers
     casts = False  # its dtype is autocast's, and not that of the model's weights
     block_table = None  # (B, pages) int32, if tokens lie in pages
@@ -208,13 +208,13 @@ class KVCache:
         """Everything of a fork but its storage."""
         counts, lengths = [count for count in self.counts for _ in range(n)], self.lengths.repeat_interleave(n)
         if into is not None:
-            into.counts, into.reach = counts, self.reach
+            into.counts, into.expected_length = counts, self.expected_length
             into.lengths.copy_(lengths)
             return into
         result = object.__new__(type(self))
         result.__dict__.update(self.__dict__)
         result.counts, result.lengths = counts, lengths
-        result.context = None if self.context is None else self.context.repeated(n)
+        result.encoder_kv = None if self.encoder_kv is None else self.encoder_kv.repeated(n)
         result._make_steady()
         return result
 
@@ -272,6 +272,6 @@ def of_cache(q, k, v, cache: dict):
     """q, k and v in a cache's dtype: autocast, switched on or off since it was made, or modules of another precision may make
     them in another one."""
     dtype = cache["k"].dtype
-    if k.dtype is dtype is q.dtype or dtype in QUANTISED_DTYPES:
+    if k.dtype is dtype is q.dtype or dtype in QUANTIZED_DTYPES:
         return q, k, v
     return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -4,11 +4,11 @@ import torch
 
 from fastgpt import huge_pages
 from fastgpt.ops.derivatives import refuse_transforms_of_cache
-from fastgpt.ops.quantization import QUANTISED_DTYPES, as_bytes
+from fastgpt.ops.quantization import QUANTIZED_DTYPES, as_bytes
 
 
 class Storage:
-    """Keys and values of every layer, allocated once: (layers, N, H_kv, rows, head dim) each, with scales if quantised.
+    """Keys and values of every layer, allocated once: (layers, N, H_kv, rows, head dim) each, with scales if quantized.
 
     Args:
         num_layers, num_kv_heads, head_dim: of the decoder.
@@ -24,9 +24,9 @@ class Storage:
         refuse_transforms_of_cache(filled=False)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         cache_dtype = dtype if cache_dtype is None else cache_dtype
-        if cache_dtype not in (dtype, *QUANTISED_DTYPES):
+        if cache_dtype not in (dtype, *QUANTIZED_DTYPES):
             raise TypeError(
-                f"cache_dtype: expected {dtype} (of the model) or {' or '.join(map(str, QUANTISED_DTYPES))}, got {cache_dtype}"
+                f"cache_dtype: expected {dtype} (of the model) or {' or '.join(map(str, QUANTIZED_DTYPES))}, got {cache_dtype}"
             )
         shape = (num_layers, N, num_kv_heads, rows)
         self.k, self.v = (
@@ -34,7 +34,7 @@ class Storage:
             for size in (head_dim, head_dim if v_head_dim is None else v_head_dim)
         )
         self.k_scale = self.v_scale = None
-        if cache_dtype in QUANTISED_DTYPES:
+        if cache_dtype in QUANTIZED_DTYPES:
             self.k_scale, self.v_scale = (torch.zeros(shape, device=device) for _ in range(2))
         self._make_views()
 

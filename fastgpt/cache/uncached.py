@@ -16,8 +16,8 @@ class Uncached:
             attends to. Default: all.
     """
 
-    reach = 0
-    context = None  # as of KVCache
+    expected_length = 0
+    encoder_kv = None  # as of KVCache
 
     def __init__(self, window: int | None = None, device=None, *, causal: bool = True, lengths: torch.Tensor | None = None):
         self.window, self.device, self.causal, self.lengths = window, device, causal, lengths

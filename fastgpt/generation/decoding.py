@@ -9,7 +9,12 @@ from fastgpt.cache.base import KVCache
 from fastgpt.generation import replay
 from fastgpt.model.decoder import GPT
 from fastgpt.ops.explain import OPERATIONS
-from fastgpt.ops.implementations import decoder_cpp_refuses, decoder_triton_refuses, explain_call, runs_elsewhere
+from fastgpt.ops.implementations import (
+    explain_call,
+    inference_unsupported_reason,
+    runs_elsewhere,
+    triton_inference_unsupported_reason,
+)
 from fastgpt.ops.linear import MAX_ROWS
 
 
@@ -26,7 +31,7 @@ def decoding(
 
     Args:
         choose: a function of the logits, whose result is returned in their place. A CUDA graph has it inside: it must then
-            follow the rules of `replay.Graphed`.
+            follow the rules of `replay.CudaGraphReplay`.
         recording: `recording` of a function that this returned for the same cache and `choose`, to go on with what that has
             captured.
 
@@ -34,13 +39,13 @@ def decoding(
     """
 
     def step(x, tables):
-        return model.scores(model.transform(x, cache, tables=tables)[:, -1])
+        return model.uncapped_logits(model.run_blocks(x, cache, tables=tables)[:, -1])
 
     def chosen(logits):
         return logits if choose is None else choose(logits)
 
     def whole(token, tables):
-        return chosen(model.capped(step(model.embed_reserved(token.unsqueeze(1), cache, tables), tables)))
+        return chosen(model.softcap_logits(step(model.embed_reserved(token.unsqueeze(1), cache, tables), tables)))
 
     def replayed(token):
         model.check(token.unsqueeze(1), cache)
@@ -49,13 +54,13 @@ def decoding(
 
     def recorded(token):
         x = model.embed(token.unsqueeze(1), cache)
-        return chosen(model.capped(plan(x, model.position_tables(x, cache))))
+        return chosen(model.softcap_logits(plan(x, model.position_tables(x, cache))))
 
     if replay.has_graphs(cache.lengths.device):
-        graph = _recording(model, recording, whole, replay.Graphed, functools.partial(graph_refused, model, cache))
+        graph = _recording(model, recording, whole, replay.CudaGraphReplay, functools.partial(graph_refused, model, cache))
         replayed.recording = graph
         return replayed
-    plan = _recording(model, recording, step, replay.Captured)
+    plan = _recording(model, recording, step, replay.CpuReplay)
     recorded.recording = plan
     return recorded
 
@@ -71,7 +76,7 @@ def graph_refused(model: GPT, cache: KVCache) -> str | None:
     """Why a decode step over this cache is no CUDA graph, or None: modules are not plain (fastgpt/model/fusion.py), or no
     kernel takes their dtype, or runs on the device, and a reference would wait for it."""
     weight = model.first_weight
-    if weight.is_cuda and (reason := decoder_triton_refuses(weight)) is not None:
+    if weight.is_cuda and (reason := triton_inference_unsupported_reason(weight)) is not None:
         return f"the Triton kernels do not serve it: {reason}"
     if (reason := replay.modules_refuse(model)) is not None:
         return reason
@@ -100,7 +105,7 @@ def _cpu_replay_refuses(model: GPT, cache: KVCache) -> str | None:
         return runs_elsewhere("CPU", "the model", cache.lengths.device)
     if cache.batch_size > MAX_ROWS:
         return f"it takes up to {MAX_ROWS} sequences, and the cache has {cache.batch_size}"
-    return replay.modules_refuse(model) or decoder_cpp_refuses(model.first_weight)
+    return replay.modules_refuse(model) or inference_unsupported_reason(model.first_weight)
 
 
 DECODING = {"cuda_graph": _cuda_graph_refuses, "cpu_replay": _cpu_replay_refuses, "eager": lambda model, cache: None}

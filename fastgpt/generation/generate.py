@@ -16,19 +16,19 @@ from fastgpt.cache.uncached import Uncached
 from fastgpt.checks import require_choice, require_flag, require_integer
 from fastgpt.generation.decoding import decoding
 from fastgpt.generation.sampling import Processor, Sampler, checked_rules, uniform_numbers
-from fastgpt.model.encoder_states import read_context
+from fastgpt.model.encoder_states import read_encoder_states
 from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, evaluating, others
 from fastgpt.model.inputs import as_prompts, is_several, require_in_vocabulary, require_room
 
 MAX_NEW_TOKENS = 300  # where neither the caller nor the checkpoint says how many
 MAX_ROWS = 2**20  # more are a mistake, and would take all memory before anything is generated
 # By device. To look whether all rows have ended is, on a GPU, to wait for it; so it is done after so many steps only.
-STEPS_PER_LOOK = {"cpu": 1, "cuda": 16}
+EOS_POLL_INTERVAL = {"cpu": 1, "cuda": 16}
 PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)
-class Options:
+class GenerationConfig:
     """What `generate` can be told.
 
     An option that is given wins, None included; then that of the checkpoint (`model.generation_defaults`, what its
@@ -116,7 +116,7 @@ class Options:
         return {name: getattr(self, name) for name in checked_rules.__kwdefaults__}
 
     @classmethod
-    def of(cls, model, given: dict) -> "Options":
+    def of(cls, model, given: dict) -> "GenerationConfig":
         """What a call was given, and the model's own defaults for the rest."""
         known = [field.name for field in fields(cls)]
         for name in given:
@@ -133,7 +133,7 @@ def defaults_of(model) -> dict:
     return defaults
 
 
-def generate(model, ids, max_new_tokens: int | None = None, *, context=None, context_lengths=None, **options):
+def generate(model, ids, max_new_tokens: int | None = None, *, encoder_states=None, encoder_lengths=None, **options):
     """Continues each sequence by `max_new_tokens` tokens, or up to a token that ends it.
 
     Args:
@@ -141,8 +141,8 @@ def generate(model, ids, max_new_tokens: int | None = None, *, context=None, con
             tensor or array of ids.
         max_new_tokens: prompt and new tokens must fit into the model's context. None: as many as the model's checkpoint
             says, or else 300; but no more than fit after the longest prompt.
-        context, context_lengths: the second stream of a model with cross-attention, one for each prompt: see `GPT.forward`.
-        options: see `Options`, also for what the model's checkpoint says of those that are not given. If it names tokens
+        encoder_states, encoder_lengths: the second stream of a model with cross-attention, one for each prompt: see `GPT.forward`.
+        options: see `GenerationConfig`, also for what the model's checkpoint says of those that are not given. If it names tokens
             that end a text, they end rows here too, unless eos says otherwise: eos=() lets them go on.
 
     Returns: (B · num_samples, T + n) int64, the prompt included, samples of a prompt one after the other; n is
@@ -153,7 +153,7 @@ def generate(model, ids, max_new_tokens: int | None = None, *, context=None, con
     Raises: TypeError, ValueError, naming the argument; ValueError where logits are NaN or infinite, or rules forbid every
         token, with the row and the step.
     """
-    request = Request.of(model, ids, max_new_tokens, options, context, context_lengths)
+    request = Request.of(model, ids, max_new_tokens, options, encoder_states, encoder_lengths)
     for _ in request.run():
         pass
     new, options = request.sampler.tokens.t(), request.options  # (B · num_samples, max_new_tokens), -1 where a row has ended
@@ -172,7 +172,7 @@ def generate(model, ids, max_new_tokens: int | None = None, *, context=None, con
 
 
 def stream(
-    model, ids, max_new_tokens: int | None = None, *, context=None, context_lengths=None, **options
+    model, ids, max_new_tokens: int | None = None, *, encoder_states=None, encoder_lengths=None, **options
 ) -> Iterator[torch.Tensor]:
     """Yields the next token of each sequence, (B · num_samples,) int64, as soon as it is known; -1 for those that have ended.
 
@@ -182,7 +182,7 @@ def stream(
 
     Arguments, their defaults and errors are those of `generate`; bad input raises here, not at the first token.
     """
-    return Request.of(model, ids, max_new_tokens, options, context, context_lengths).stream()
+    return Request.of(model, ids, max_new_tokens, options, encoder_states, encoder_lengths).stream()
 
 
 class Sessions:
@@ -233,17 +233,19 @@ class Request:
 
     rows: the prompts, each num_samples times.
     max_new_tokens: a number also where None was given.
-    context: what the model's cross-attention reads, of each prompt, or None.
+    encoder_kv: what the model's cross-attention reads, of each prompt, or None.
     sampler: has the results, also after another call.
     """
 
-    def __init__(self, model, prompts: list[torch.Tensor], max_new_tokens: int | None, options: Options, context=None):
-        self.model, self.prompts, self.options, self.context = model, prompts, options, context
+    def __init__(
+        self, model, prompts: list[torch.Tensor], max_new_tokens: int | None, options: GenerationConfig, encoder_kv=None
+    ):
+        self.model, self.prompts, self.options, self.encoder_kv = model, prompts, options, encoder_kv
         self.max_new_tokens = self.checked(max_new_tokens)
         self.rows = [prompt for prompt in prompts for _ in range(options.num_samples)]
         self.shared = self.recording = self.key = None  # shared: the cache in which samples of a prompt will go on
         uniforms, cache = self.uniforms(), self.cache_arguments()
-        if options.use_cache and not options.logits_processors and context is None:
+        if options.use_cache and not options.logits_processors and encoder_kv is None:
             self.key = self.session_key(cache)
         session = None if self.key is None else sessions.take(model, self.key)
         if session is None:
@@ -259,11 +261,11 @@ class Request:
             self.cache = self.shared.like(len(prompts)) if isinstance(self.shared, PagedCache) else self.new_cache(cache)
 
     @classmethod
-    def of(cls, model, ids, max_new_tokens: int | None, options: dict, context=None, context_lengths=None) -> "Request":
+    def of(cls, model, ids, max_new_tokens: int | None, options: dict, encoder_states=None, encoder_lengths=None) -> "Request":
         """Of the arguments of `generate`."""
         with torch.no_grad():
-            context = read_context(model, context, context_lengths)
-        return cls(model, as_prompts(model, ids), max_new_tokens, Options.of(model, options), context)
+            encoder_kv = read_encoder_states(model, encoder_states, encoder_lengths)
+        return cls(model, as_prompts(model, ids), max_new_tokens, GenerationConfig.of(model, options), encoder_kv)
 
     def stream(self) -> Iterator:
         """What `stream` yields."""
@@ -290,14 +292,14 @@ class Request:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[int]:
-        model, sampler, look = self.model, self.sampler, STEPS_PER_LOOK[self.rows[0].device.type]
+        model, sampler, look = self.model, self.sampler, EOS_POLL_INTERVAL[self.rows[0].device.type]
         foreign, step = others(model), None
         for i in range(self.max_new_tokens):
             with evaluating(foreign):  # and not while the caller has the token
                 if step is None:
                     token, step = self.begin_uncached() if self.cache is None else self.begin_cached()
-                elif self.cache is not None and model.turns(self.cache.length, self.cache.length + 1):
-                    token, step = self.begin_again(i)
+                elif self.cache is not None and model.rope_factors_change(self.cache.length, self.cache.length + 1):
+                    token, step = self.recompute_cache(i)
                 else:
                     token = step(token)
             looks = (i + 1) % look == 0 or i + 1 == self.max_new_tokens
@@ -317,7 +319,7 @@ class Request:
             logits = logits.repeat_interleave(n, dim=0)
         return self.sampler(logits), self.decoding()
 
-    def begin_again(self, steps: int) -> tuple[torch.Tensor, Step]:
+    def recompute_cache(self, steps: int) -> tuple[torch.Tensor, Step]:
         """After so many steps, all rows anew: the model keeps other keys from now on."""
         new = self.sampler.tokens[:steps].t().clamp(min=0)  # of rows that have ended: any
         self.cache.truncate([0] * len(self.rows))
@@ -340,7 +342,7 @@ class Request:
         ids = prompts[0].new_zeros(len(lengths), longest)
         for row, prompt in zip(ids, prompts):
             row[longest - len(prompt) :] = prompt
-        self.cache.reach = longest
+        self.cache.expected_length = longest
         pieces = -(-longest // (self.options.prefill_chunk or PREFILL_CHUNK[ids.device.type]))
         size = -(-longest // pieces)  # as good as equal: no piece of a token or two at the end
         for begin in range(0, longest, size):
@@ -362,8 +364,8 @@ class Request:
 
         def next_token():
             cache = Uncached(self.window, ids.device)
-            if self.context is not None:
-                cache.context = self.context.repeated(self.options.num_samples)
+            if self.encoder_kv is not None:
+                cache.encoder_kv = self.encoder_kv.repeated(self.options.num_samples)
             hidden = self.model.hidden(ids[:, :longest], cache)
             return self.sampler(self.model.logits(hidden[rows, ends - 1]))
 
@@ -382,7 +384,7 @@ class Request:
         except torch.OutOfMemoryError:  # which caches of earlier calls may have
             sessions.forget(self.model)
             cache = self.model.new_cache(**arguments)
-        cache.context = self.context
+        cache.encoder_kv = self.encoder_kv
         return cache
 
     def cache_arguments(self) -> dict:

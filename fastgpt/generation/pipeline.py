@@ -13,7 +13,7 @@ from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.generate import Request, defaults_of
 from fastgpt.model.decoder import GPT
 from fastgpt.model.inputs import require_room
-from fastgpt.text.tokenizer import Decoder, Stops, Tokenizer, require_text
+from fastgpt.text.tokenizer import IncrementalDetokenizer, Stops, Tokenizer, require_text
 
 Messages = Sequence[dict]  # a chat: see Tokenizer.encode_chat
 OWN_EOS = "the checkpoint's"
@@ -55,7 +55,7 @@ class Pipeline:
             be in it. In a list there may also be ids of tokens.
         template_variables: what the chat template is to know besides the messages, by name: those of `Tokenizer.chat_text`,
             tools say, and further ones of the model, such as `{"enable_thinking": False}`.
-        options: those of `generate` (see `fastgpt.generation.generate.Options`). What is given wins, then what the checkpoint's
+        options: those of `generate` (see `fastgpt.generation.generate.GenerationConfig`). What is given wins, then what the checkpoint's
             generation_config.json says, then the defaults there. Of eos the default is all tokens that end a text according
             to the checkpoint, those of its tokenizer included; with None, none does.
     """
@@ -168,7 +168,7 @@ class Row:
     finish_reason: "eos"; "stop", a stop string; "length", max_new_tokens; None as long as it goes on.
     """
 
-    decoder: Decoder
+    decoder: IncrementalDetokenizer
     stops: Stops
     stop_ids: frozenset[int] = frozenset()
     special_texts: dict[int, str] = field(default_factory=dict)
@@ -218,7 +218,9 @@ class Run:
         self.request, self.eos = request, set(self.options.eos)
         samples = self.options.num_samples
         self.rows = [
-            Row(Decoder(tokenizer, prompt), Stops(stop), stop_ids, special_texts) for prompt in prompts for _ in range(samples)
+            Row(IncrementalDetokenizer(tokenizer, prompt), Stops(stop), stop_ids, special_texts)
+            for prompt in prompts
+            for _ in range(samples)
         ]
         self.times = []
 

@@ -1,8 +1,8 @@
-"""Captured functions: a decode step that runs again without Python.
+"""CpuReplay functions: a decode step that runs again without Python.
 
 A step of a small model is over before Python and PyTorch's dispatcher have called its hundred operations. So the step's
-operations are recorded once. From then on they run one after the other: on the CPU in C++ (`Captured`), on a GPU as a CUDA
-graph (`Graphed`).
+operations are recorded once. From then on they run one after the other: on the CPU in C++ (`CpuReplay`), on a GPU as a CUDA
+graph (`CudaGraphReplay`).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from fastgpt.model.fusion import GLOBAL_HOOKS, HOOKS, PLAIN, have_own_forwards, 
 from fastgpt.ops.library import Plan, Unchanged, library, without_autograd
 
 
-class Captured:
+class CpuReplay:
     """`function`, a function of one tensor, recorded at its first call and replayed at later ones.
 
     Whatever else the function reads must be updated in place: other tensors at the same addresses are not seen. Only
@@ -42,7 +42,7 @@ class Captured:
         return self.output
 
     def _record(self, x):
-        self.input, plan, calls = x.clone(), Plan(), Calls()
+        self.input, plan, calls = x.clone(), Plan(), DispatchRecorder()
         plan.record()
         try:
             with calls:
@@ -57,7 +57,7 @@ class Captured:
         return self.output
 
 
-class Calls(TorchDispatchMode):
+class DispatchRecorder(TorchDispatchMode):
     """Sees every operation that PyTorch dispatches, and owns the memory that they read and write by its address.
 
     Args:
@@ -104,7 +104,7 @@ def storages(values):
     return [(x.untyped_storage()._cdata, x) for x in tensors]
 
 
-class Graphed:
+class CudaGraphReplay:
     """`function`, a function of one tensor on a GPU, captured in a CUDA graph at its second call and replayed from then on.
 
     The first call just runs, and so compiles and loads what a capture must not. Whatever else the function reads and writes
@@ -129,7 +129,7 @@ class Graphed:
         if x is not self.input:
             self.input.copy_(x)
         if self.replay is None:
-            calls = Calls(results=False)
+            calls = DispatchRecorder(results=False)
 
             def run():
                 with calls:
@@ -162,7 +162,7 @@ class Recording:
     refused. Weights that change in place are seen.
 
     Args:
-        record: Captured or Graphed.
+        record: CpuReplay or CudaGraphReplay.
         refuses: says why the step cannot be recorded or captured, or None; asked before each time that it is to be.
 
     refused: what it said last.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastgpt.checks import PENALTY, require_device, require_integer, require_number, require_shape, require_tensor
-from fastgpt.ops.decode_step import note
+from fastgpt.ops.decode_step import record_token
 
 LARGEST = torch.finfo(torch.float32).max
 COOL = 1e-3  # temperatures below it take logits out of fp32's range, unless those begin at 0
@@ -26,7 +26,7 @@ def checked_rules(
     *, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0,
     logit_bias=None, logits_processors=(),
 ) -> dict:  # fmt: skip
-    """The rules of how a token is chosen as this module wants them: `generate.Options` says what they are.
+    """The rules of how a token is chosen as this module wants them: `generate.GenerationConfig` says what they are.
 
     Raises: TypeError, ValueError, naming the rule.
     """
@@ -311,7 +311,7 @@ class Sampler:
             token = draw(scores, self.uniforms.index_select(0, self.step)[0], largest)
         elif scores.is_cpu:
             token = most_likely(scores)
-            largest = scores  # `note` finds the token's
+            largest = scores  # `record_token` finds the token's
         else:
             largest, token = scores.max(-1, keepdim=True)  # in one launch
             token = token.squeeze(1)
@@ -325,7 +325,7 @@ class Sampler:
             logprobs = logits.float().log_softmax(-1).gather(-1, token.unsqueeze(1)).squeeze(1)
             logprobs = logprobs if self.ended is None else torch.where(self.ended, 0.0, logprobs)
             self.logprobs.index_copy_(0, self.step, logprobs.unsqueeze(0))
-        note(token, largest, self.tokens, self.extreme, self.step, self.ended, self.eos)
+        record_token(token, largest, self.tokens, self.extreme, self.step, self.ended, self.eos)
         return token
 
     def score(self, logits):

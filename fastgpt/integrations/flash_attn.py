@@ -340,7 +340,7 @@ def attend(
 
 
 def attend_packed(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, causal, window_size, softcap, alibi_slopes, scale,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal, window_size, softcap, alibi_slopes, scale,
     lengths=None, block_table=None, dropout_p=0.0, dropout_seed=None,
 ):  # fmt: skip
     """(out (total_q, H, D_v), lse (H, total_q)) of packed sequences. lengths: (B,) keys that each has, if not all."""
@@ -353,14 +353,14 @@ def attend_packed(
     if as_it_is and (alibi_slopes is None or alibi_slopes.dim() == 1):
         options |= {"causal": left_to_right[0], "window": left_to_right[1], "softcap": softcap or None}
         q, k, v = (_last_contiguous(x) for x in (q, k, v))
-        return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, return_lse=True, **options)
+        return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse=True, **options)
     # The last query of each sequence goes to the last row, for that is the one that attention aligns with the last key. What is
     # past the last sequence goes to one more.
-    b, row = _rows(cu_seqlens_q, len(q), max_q, to_the_right=True)
-    tensors = [_padded(q, b, row, len(cu_seqlens_q) - 1, max_q)]
+    b, row = _rows(cu_seqlens_q, len(q), max_seqlen_q, to_the_right=True)
+    tensors = [_padded(q, b, row, len(cu_seqlens_q) - 1, max_seqlen_q)]
     if block_table is None:
-        index = _rows(cu_seqlens_k, len(k), max_k)
-        tensors += [_padded(x, *index, len(cu_seqlens_k) - 1, max_k) for x in (k, v)]
+        index = _rows(cu_seqlens_k, len(k), max_seqlen_k)
+        tensors += [_padded(x, *index, len(cu_seqlens_k) - 1, max_seqlen_k) for x in (k, v)]
     else:
         tensors += [k, v]
     lengths = cu_seqlens_k.diff() if lengths is None else lengths

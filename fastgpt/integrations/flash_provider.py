@@ -64,12 +64,12 @@ def _scaled_dot_product_flash_attention(
 
 
 def _scaled_dot_product_flash_attention_backward(
-    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, philox_seed,
+    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_seqlen_q, max_seqlen_k, dropout_p, is_causal, philox_seed,
     philox_offset, *, scale=None,
 ):  # fmt: skip
     grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
     grads = _flash_attention_backward(
-        grad_out, query, key, value, out, logsumexp, None, None, max_q, max_k, dropout_p, is_causal, philox_seed,
+        grad_out, query, key, value, out, logsumexp, None, None, max_seqlen_q, max_seqlen_k, dropout_p, is_causal, philox_seed,
         philox_offset, scale=scale,
     )  # fmt: skip
     return tuple(x.transpose(1, 2) for x in grads)
@@ -77,7 +77,7 @@ def _scaled_dot_product_flash_attention_backward(
 
 @torch.no_grad()
 def _flash_attention_forward(
-    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask,
+    query, key, value, cum_seq_q, cum_seq_k, max_seqlen_q, max_seqlen_k, dropout_p, is_causal, return_debug_mask,
     *, scale=None, window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None, block_table=None,
     num_splits=None,
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def _flash_attention_forward(
     if cum_seq_q is None:
         out, lse = attend(query, key, value, **options)
     else:
-        out, lse = attend_packed(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, **options)
+        out, lse = attend_packed(query, key, value, cum_seq_q, cum_seq_k, max_seqlen_q, max_seqlen_k, **options)
     offset = query.new_zeros((), dtype=torch.uint64)
     return _in_order_of(query, out), lse.contiguous(), state.view(torch.uint64), offset, query.new_empty(0)
 
@@ -106,7 +106,7 @@ def _flash_attention_forward_no_dropout_inplace(out, *arguments, **options):
 
 @torch.no_grad()
 def _flash_attention_backward(
-    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
+    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_seqlen_q, max_seqlen_k, dropout_p, is_causal, rng_state,
     unused, *, scale=None, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
     causal, window, right = bounds(is_causal, _window(window_size_left, window_size_right))
@@ -119,7 +119,7 @@ def _flash_attention_backward(
     dout, q, k, v, out = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in tensors)
     dropout = {"dropout_p": dropout_p, "dropout_seed": rng_state.view(torch.int64)[:1]}
     if packed:
-        packing = (cum_seq_q, cum_seq_k, max_q, max_k)
+        packing = (cum_seq_q, cum_seq_k, max_seqlen_q, max_seqlen_k)
         grads = _attention_varlen_backward(
             dout, None, out, logsumexp.unsqueeze(0), *packing, q, k, v, causal, scale, window, **dropout
         )

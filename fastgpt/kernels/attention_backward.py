@@ -46,7 +46,7 @@ from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, grid
 
 # pass -> (head dims as of `tile_key`, bytes per element) -> a tile for each of ARCHITECTURES, see attention_forward.py.
-# The rich ones leave registers for scores that are more than q·k · scale; the bias's pass uses that of the queries.
+# Those with extras leave registers for scores that are more than q·k · scale; the bias's pass uses that of the queries.
 TILES = {
     "keys": {
         (16, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
@@ -72,7 +72,7 @@ TILES = {
         (128, 4): (Tile(16, 16, 8, 1),) * 3,
         (256, 4): (Tile(16, 16, 8, 1),) * 3,
     },
-    "rich keys": {
+    "with_extras keys": {
         (16, 2): (Tile(32, 32, 8, 1),) * 3,
         (32, 2): (Tile(32, 32, 8, 1),) * 3,
         (64, 2): (Tile(32, 32, 8, 1),) * 3,
@@ -84,7 +84,7 @@ TILES = {
         (128, 4): (Tile(32, 16, 8, 1),) * 3,
         (256, 4): (Tile(16, 16, 8, 1),) * 3,
     },
-    "rich queries": {
+    "with_extras queries": {
         (16, 2): (Tile(64, 32, 8, 1),) * 3,
         (32, 2): (Tile(64, 32, 8, 1),) * 3,
         (64, 2): (Tile(32, 32, 8, 1),) * 3,
@@ -141,7 +141,7 @@ def _delta(
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     *, causal=True, scale, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None, bias=None,
-    kv_lengths=None, dropout_p=0.0, dropout_seed=None, cu_seqlens_q=None, cu_seqlens_k=None, max_q=None, max_k=None,
+    kv_lengths=None, dropout_p=0.0, dropout_seed=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
     needs_dbias=False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Launches the passes: dq, dk, dv in the dtypes and shapes of q, k, v; dbias in that of bias, or None; dsinks or None.
@@ -174,17 +174,19 @@ def attention_backward(
 
     extras = Extras(q, k, window, softcap, alibi_slopes, None, mask, bias, kv_lengths, None, None, None, dropout_p,
                     dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
-    rich = "rich " if extras.rich else ""
+    with_extras = "with_extras " if extras.with_extras else ""
     flags = (D, D_v, q.element_size(), causal, window is not None, softcap is not None)
     bulk = have_bulk_copies(q, k, v, dout)
-    of_keys = _constants((rich or ("packed " if packed else "")) + "keys", architecture(q.device) if bulk else 80, *flags)
+    of_keys = _constants(
+        (with_extras or ("packed " if packed else "")) + "keys", architecture(q.device) if bulk else 80, *flags
+    )
     tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "dout_desc": (dout, "BLOCK_M", "BLOCK_V")}
     bulk_of_keys = descriptors(of_keys, tiles) if bulk else {}
-    bulk = bulk and not rich and max(D, D_v) <= BULK_HEAD_DIM
-    of_queries = _constants(rich + "queries", architecture(q.device) if bulk else 80, *flags)
+    bulk = bulk and not with_extras and max(D, D_v) <= BULK_HEAD_DIM
+    of_queries = _constants(with_extras + "queries", architecture(q.device) if bulk else 80, *flags)
     tiles |= {"k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
     bulk_of_queries = descriptors(of_queries, tiles) if bulk else {}
-    n_queries, n_keys = (T, S) if not packed else (min(max_q, T), min(max_k, S))
+    n_queries, n_keys = (T, S) if not packed else (min(max_seqlen_q, T), min(max_seqlen_k, S))
     batch = len(cu_seqlens_q) - 1 if packed else B
     m_tiles = cdiv(n_queries, of_queries["BLOCK_M"])
     names = ("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr")
@@ -269,15 +271,15 @@ def aot_configurations(arch: int):
                 yield _delta, dtype, dtype, _delta_constants(v_dim), given
             if given == ("dlse_ptr",):
                 continue
-            rich = "rich " if "seed_ptr" in given else ""
+            with_extras = "with_extras " if "seed_ptr" in given else ""
             sizes = (head_dim, v_dim, dtype.itemsize, causal)
             for bulk in (False, True) if arch >= 90 and dtype.itemsize == 2 else (False,):
-                kind = rich or ("packed " if "cu_q_ptr" in given else "")
+                kind = with_extras or ("packed " if "cu_q_ptr" in given else "")
                 of_keys = _constants(kind + "keys", arch if bulk else 80, *sizes, **flags) | units_of(given, dtype)
                 yield backward_keys, dtype, dtype, of_keys, (*given, "q_desc", "dout_desc") if bulk else given
-                if bulk and (rich or max(head_dim, v_dim) > BULK_HEAD_DIM):
+                if bulk and (with_extras or max(head_dim, v_dim) > BULK_HEAD_DIM):
                     continue
-                of_queries = _constants(rich + "queries", arch if bulk else 80, *sizes, **flags) | units_of(given, dtype)
+                of_queries = _constants(with_extras + "queries", arch if bulk else 80, *sizes, **flags) | units_of(given, dtype)
                 tiles = ("q_desc", "k_desc", "v_desc", "dout_desc") if bulk else ()
                 yield backward_queries, dtype, dtype, of_queries, (*given, *tiles)
                 if "bias_ptr" in given:

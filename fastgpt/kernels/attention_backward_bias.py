@@ -59,7 +59,7 @@ def backward_bias(
         for tile_m in range(m_tile, m_tiles if ONE_ROW else m_tile + 1):
             start_m = tl.cast(tile_m * BLOCK_M, tl.int64)
             n_rows = n_queries - tile_m * BLOCK_M
-            own = tile_m * BLOCK_M + rows + length - n_queries
+            q_pos = tile_m * BLOCK_M + rows + length - n_queries
             q_tile = tl.multiple_of(q_ptr + b * stride_qb + h * stride_qh + start_m * stride_qm, 16)
             dout_tile = tl.multiple_of(dout_ptr + b * stride_gb + h * stride_gh + start_m * stride_gm, 16)
             q = load_rows(q_tile, stride_qm, rows, n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
@@ -84,7 +84,7 @@ def backward_bias(
                 v = load_rows(v_tile, stride_vn, offs_n, length, V_DIM, BLOCK_V, MASK_ROWS=True)
                 p, _ = recomputed_weights(
                     tl.dot(q, k.T, input_precision="ieee"), shift[:, None], features, rows[:, None], n_rows, offs_n[None, :],
-                    own[:, None], length, MASK_UNIT, BIAS_UNIT, IS_CAUSAL, MASKED=True, EXACT=q.dtype == tl.float32,
+                    q_pos[:, None], length, MASK_UNIT, BIAS_UNIT, IS_CAUSAL, MASKED=True, EXACT=q.dtype == tl.float32,
                 )  # fmt: skip
                 if q.dtype == tl.float32:
                     p *= load_vector(norm_ptr + at, rows, n_rows, 1.0, True)[:, None]

@@ -22,7 +22,7 @@ from fastgpt.kernels.launch import kernel
 @triton.jit
 def _fold_keys(
     dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, stride_kn, stride_vn, bulk, features, begin, stop, end,
-    own, offs_m, n_rows, b, h,
+    q_pos, offs_m, n_rows, b, h,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def _fold_keys(
             k = load_rows(k_ptr, stride_kn, offs_n, end, HEAD_DIM, BLOCK_D, MASKED)
             v = load_rows(v_ptr, stride_vn, offs_n, end, V_DIM, BLOCK_V, MASKED)
         p, slope_of_cap = recomputed_weights(
-            tl.dot(q, k.T, input_precision="ieee"), shift[:, None], features, rows, n_rows, offs_n[None, :], own[:, None],
+            tl.dot(q, k.T, input_precision="ieee"), shift[:, None], features, rows, n_rows, offs_n[None, :], q_pos[:, None],
             end, MASK_UNIT, BIAS_UNIT, IS_CAUSAL, MASKED, EXACT,
         )  # fmt: skip
         row_sum += tl.sum(p, 1)
@@ -90,7 +90,7 @@ def backward_queries(
     rows = tl.arange(0, BLOCK_M)
     n_rows = T - start_m
     past = start_m + length - T
-    own = past + rows
+    q_pos = past + rows
     row = first_q + start_m
     BULK: tl.constexpr = k_desc is not None
     desc_b = 0 if cu_k_ptr is not None else tl.cast(b, tl.int32)
@@ -138,7 +138,7 @@ def backward_queries(
         if i == 2 or (HAS_WINDOW if i == 0 else mask_ptr is None):
             dq, pk, row_sum, mean_dp = _fold_keys(
                 dq, pk, row_sum, mean_dp, q, dout, shift, delta, k_ptr, v_ptr, stride_kn, stride_vn, bulk, features,
-                begins[i], stops[i], end, own, start_m + rows, n_rows, b, h,
+                begins[i], stops[i], end, q_pos, start_m + rows, n_rows, b, h,
                 HEAD_DIM, V_DIM, BLOCK_N, MASK_UNIT, BIAS_UNIT, IS_CAUSAL,
                 MASKED=i != 1, BULK=BULK and (i == 1 or cu_k_ptr is None and kv_lengths_ptr is None),
             )  # fmt: skip

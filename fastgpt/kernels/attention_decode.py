@@ -3,7 +3,7 @@
     out[b,h,i] = sum_j softmax_j(score[b,h,i,j]) v[b,h//g,j],   g = H // H_kv
 
 One token's queries are too few programs to fill a GPU, and the time goes into reading K and V. So the keys of a
-sequence are cut into splits of a fixed number, each a program's own, and the queries of all heads that share K and V
+sequence are cut into splits of a fixed number, each a program's q_pos, and the queries of all heads that share K and V
 are rows of that program's tile: K and V are read once. Of each row a split leaves the maximum score m, the sum l of
 exp(score - m) and acc, the sum of exp(score - m) v; of GROUP splits, the program that ends last adds theirs, and of the groups
 the last one theirs,
@@ -126,14 +126,14 @@ def _reach(kv_lengths_ptr, b, n_keys, n_queries, window):
 
 @triton.jit
 def _attend_keys(
-    acc, row_sum, row_max, exponent, q, q_rest, kv, features, mask_rows, bias_rows, b, own, start, stop, begin, end, slot,
+    acc, row_sum, row_max, exponent, q, q_rest, kv, features, mask_rows, bias_rows, b, q_pos, start, stop, begin, end, slot,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Folds a split's keys into (acc, row_sum, row_max), of which row_max is returned in base e.
 
     Args: exponent of acc's unit, see FIRST; kv and features: `KeysValues` of sequence b, and `Features`; mask_rows and bias_rows
-        (M, 1), where rows of their tiles begin, or None; own (M,), each query's position among the keys; start, stop: the
+        (M, 1), where rows of their tiles begin, or None; q_pos (M,), each query's position among the keys; start, stop: the
         split's keys, a multiple of BLOCK_N, and where they end; begin, end: those that some query sees, others are not read;
         slot: a key that is not read either, or None.
     """
@@ -172,8 +172,8 @@ def _attend_keys(
             bias = load_scores(
                 bias_rows, offs_n[None, :], features.stride_bias_n, True, features.n_keys, BIAS_UNIT, WHOLE=False
             ).to(tl.float32)  # fmt: skip
-        scores = modified_scores(qk, features.scale, features.softcap, features.slope, own, offs_n, bias)
-        visible = visible_keys(own[:, None], offs_n[None, :], end, features.window, IS_CAUSAL)
+        scores = modified_scores(qk, features.scale, features.softcap, features.slope, q_pos, offs_n, bias)
+        visible = visible_keys(q_pos[:, None], offs_n[None, :], end, features.window, IS_CAUSAL)
         if slot is not None:
             visible = visible & (offs_n != slot)[None, :]
         if mask_rows is not None:
@@ -203,7 +203,7 @@ def _attend_keys(
     return acc, row_sum, row_max
 
 
-# Numbers that vary between calls must not compile a kernel again. What specialising would gain, the divisibility of
+# Numbers that vary between calls must not compile a kernel again. What specializing would gain, the divisibility of
 # strides, the launcher guarantees and the kernel states.
 @kernel(
     do_not_specialize=[
@@ -276,7 +276,7 @@ def _attend_split(
     rows = tl.minimum(offs_m, rows_of_head - 1)  # past the last row, the last row again, which is not stored
     heads = h_kv * group + rows // n_queries
     tokens = rows % n_queries
-    own = tokens + end - n_queries  # a query's position among the keys
+    q_pos = tokens + end - n_queries  # a query's position among the keys
     stored = offs_m < rows_of_head
 
     q_ptr = tl.multiple_of(q_ptr + b * stride_qb, 16)
@@ -325,7 +325,7 @@ def _attend_split(
         new_v_row = new_v_ptr + b * stride_nvb + h_kv * stride_nvh
         wanted = tl.load(slots_ptr + b * stride_sb).to(tl.int64)
         acc, row_sum, row_max, exponent, slot = join(
-            acc, row_sum, row_max, exponent, q, q_rest, new_k_row, new_v_row, wanted, rotation, kv, features, b, own,
+            acc, row_sum, row_max, exponent, q, q_rest, new_k_row, new_v_row, wanted, rotation, kv, features, b, q_pos,
             tl.maximum(begin, start_split), stop, (split == 0) & (tile == 0), HEAD_DIM, V_DIM, INTERLEAVED,
         )  # fmt: skip
 
@@ -338,7 +338,7 @@ def _attend_split(
         bias_rows = score_rows(bias_ptr + b * stride_bias_b, heads[:, None], stride_bias_h, BIAS_UNIT)
         bias_rows = score_rows(bias_rows, tokens[:, None], stride_bias_m, BIAS_UNIT)
     acc, row_sum, row_max = _attend_keys(
-        acc, row_sum, row_max, exponent, q, q_rest, kv, features, mask_rows, bias_rows, b, own, start_split, stop, begin, end,
+        acc, row_sum, row_max, exponent, q, q_rest, kv, features, mask_rows, bias_rows, b, q_pos, start_split, stop, begin, end,
         slot if new_k_ptr is not None else None, HEAD_DIM, V_DIM, BLOCK_N, MASK_UNIT, BIAS_UNIT, IS_CAUSAL,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from fastgpt.kernels.attention_tiles import (
     online_softmax,
     power_of_two,
 )
-from fastgpt.kernels.kv_cache_update import largest_of, quantised, rotated
+from fastgpt.kernels.kv_cache_update import largest_of, quantized, rotated
 
 
 class Rotation(NamedTuple):
@@ -78,14 +78,14 @@ def _place(wanted, rotation, kv, b, n_keys):
 
 @triton.jit
 def join(
-    acc, row_sum, row_max, exponent, q, q_rest, k_row, v_row, wanted, rotation, kv, features, b, own, begin, stop, writes,
+    acc, row_sum, row_max, exponent, q, q_rest, k_row, v_row, wanted, rotation, kv, features, b, q_pos, begin, stop, writes,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Stores a token's key and value if this program `writes`, and begins the softmax with it if its slot is one of this
     program's keys, begin..stop-1. Returns (acc, row_sum, row_max, exponent, slot), slot -1 where none is.
 
     Args: q and q_rest (M, ...), or None, rotated; k_row, v_row: where the key and value are; wanted: the slot for it, of any
-        value; rotation: `Rotation`, or None; kv and features: `KeysValues` of sequence b, and `Features`; own (M,), each
+        value; rotation: `Rotation`, or None; kv and features: `KeysValues` of sequence b, and `Features`; q_pos (M,), each
         query's position among the keys.
     """
     dtype: tl.constexpr = q.dtype
@@ -109,9 +109,9 @@ def join(
         largest = largest_of(k, KEEP=False)
         if q_rest is not None:
             largest = tl.maximum(largest, largest_of(k_rest, KEEP=False))
-            k_rest, _ = quantised(k_rest, largest, kv.k_ptr.dtype.element_ty)
-        k, k_scale = quantised(k, largest, kv.k_ptr.dtype.element_ty)
-        v, v_scale = quantised(v, largest_of(v, KEEP=False), kv.v_ptr.dtype.element_ty)
+            k_rest, _ = quantized(k_rest, largest, kv.k_ptr.dtype.element_ty)
+        k, k_scale = quantized(k, largest, kv.k_ptr.dtype.element_ty)
+        v, v_scale = quantized(v, largest_of(v, KEEP=False), kv.v_ptr.dtype.element_ty)
         tl.store(kv.k_scale_ptr + (page * kv.stride_ksb + row * kv.stride_ksn), k_scale, mask=stores)
         tl.store(kv.v_scale_ptr + (page * kv.stride_vsb + row * kv.stride_vsn), v_scale, mask=stores)
     k_slot = kv.k_ptr + page * kv.stride_kb + row * kv.stride_kn
@@ -127,7 +127,13 @@ def join(
     if q_rest is not None:
         product += tl.sum(q_rest.to(tl.float32) * from_8_bits(k_rest, dtype).to(tl.float32)[None, :], 1)
     score = modified_scores(
-        product[:, None] * k_scale, features.scale, features.softcap, features.slope, own, slot + tl.zeros([1], tl.int32), None
+        product[:, None] * k_scale,
+        features.scale,
+        features.softcap,
+        features.slope,
+        q_pos,
+        slot + tl.zeros([1], tl.int32),
+        None,
     )
     score = tl.where(is_own, score, float("-inf"))
     weight, _, row_sum, row_max = online_softmax(score, row_sum, row_max, LOG2_E, EXACT=dtype == tl.float32)

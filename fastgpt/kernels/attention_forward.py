@@ -111,7 +111,7 @@ RICH_TILES = {
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max, q, q_rest, kv, bulk, features, begin, stop, end, factor, own, offs_m, n_rows, b, heads,
+    acc, row_sum, row_max, q, q_rest, kv, bulk, features, begin, stop, end, factor, q_pos, offs_m, n_rows, b, heads,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _attend(
     Masked, keys from `end` on are not read, and each query sees what visible_keys and the mask leave to it.
 
     Args: kv, bulk, features: `KeysValues`, of which k_rest too is, `Descriptors` of keys and values, and `Features`;
-        factor makes scores in base 2 of what `features` leaves of q·k; own, offs_m, heads (M,): position among the keys, token
+        factor makes scores in base 2 of what `features` leaves of q·k; q_pos, offs_m, heads (M,): position among the keys, token
         and head of each query, of which n_rows are there.
     """
     BLOCK_D: tl.constexpr = q.shape[1]
@@ -160,9 +160,9 @@ def _attend(
             bias = None
             if features.bias_ptr is not None:
                 bias = load_bias(features, rows[:, None], offs_n[None, :], n_rows, BIAS_UNIT, not MASKED)
-            qk = modified_scores(qk, features.scale, features.softcap, features.slope, own, offs_n, bias)
+            qk = modified_scores(qk, features.scale, features.softcap, features.slope, q_pos, offs_n, bias)
         if MASKED:
-            visible = visible_keys(own[:, None], offs_n[None, :], end, features.window, IS_CAUSAL)
+            visible = visible_keys(q_pos[:, None], offs_n[None, :], end, features.window, IS_CAUSAL)
             if features.mask_ptr is not None:
                 visible = visible & load_mask(features, rows[:, None], offs_n[None, :], n_rows, MASK_UNIT)
             qk = tl.where(visible, qk, float("-inf"))
@@ -185,7 +185,7 @@ def _attend(
     return acc, row_sum, row_max
 
 
-# Numbers that vary between calls must not compile the kernel again. What specialising would gain, the divisibility
+# Numbers that vary between calls must not compile the kernel again. What specializing would gain, the divisibility
 # of strides, the launcher guarantees and the kernel states.
 NUMBERS = [
     "stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn",
@@ -244,7 +244,7 @@ def _attention_forward(
     rows = tl.arange(0, BLOCK_M)  # queries of the tile, counted from start_m
     n_rows = n_queries - start_m
     past = start_m + length - n_queries  # keys before the one at the position of the tile's first query
-    own = past + rows
+    q_pos = past + rows
 
     q_ptr = tl.multiple_of(q_ptr + b * stride_qb + h * stride_qh + tl.cast(start_m, tl.int64) * stride_qm, 16)
     k_ptr = tl.multiple_of(k_ptr + h_kv * stride_kh, 16)
@@ -307,7 +307,7 @@ def _attention_forward(
     for i in tl.static_range(3):
         if i == 2 or (HAS_WINDOW if i == 0 else mask_ptr is None):
             acc, row_sum, row_max = _attend(
-                acc, row_sum, row_max, q, q_rest, kv, bulk, features, begins[i], stops[i], end, unit * LOG2_E, own,
+                acc, row_sum, row_max, q, q_rest, kv, bulk, features, begins[i], stops[i], end, unit * LOG2_E, q_pos,
                 start_m + rows, n_rows, b, heads, HEAD_DIM, V_DIM, BLOCK_N, MASK_UNIT, BIAS_UNIT, IS_CAUSAL,
                 MASKED=i != 1, BULK=BULK if i == 1 else WHOLE,
             )  # fmt: skip
@@ -325,13 +325,13 @@ INTERPRETED = not isinstance(_attention_forward, triton.JITFunction)  # TRITON_I
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, *, causal=True, scale, window=None, softcap=None, alibi_slopes=None, sinks=None,
     mask=None, bias=None, kv_lengths=None, block_table=None, k_scale=None, v_scale=None, dropout_p=0.0,
-    dropout_seed=None, cu_seqlens_q=None, cu_seqlens_k=None, max_q=None,
+    dropout_seed=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the kernel: one launch, no host sync. Arguments: `fastgpt.attention`, with dropout_seed (1,) int64 on
     the device; head dims D <= 576 of q and k, D_v of v up to 576, in fp32 512.
 
     Packed sequences: q (1, H, total_q, D), k, v (1, H_kv, total_k, D), and cu_seqlens_q, cu_seqlens_k (B + 1,) int32;
-    max_q is the longest sequence's number of queries. What is past the last sequence sees no key; two launches more fill it.
+    max_seqlen_q is the longest sequence's number of queries. What is past the last sequence sees no key; two launches more fill it.
 
     Returns:
         out (B, H, T, D_v) in q's dtype, contiguous as (B, T, H, D_v), and lse (B, H, T) fp32, natural log.
@@ -357,11 +357,11 @@ def attention_forward(
 
     extras = Extras(q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
                     dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
-    n_queries = T if max_q is None else min(max_q, T)
+    n_queries = T if max_seqlen_q is None else min(max_seqlen_q, T)
     narrow = max(D, D_v) <= WIDEST_BULK
     bulk = narrow and block_table is None and k.dtype is q.dtype and have_bulk_copies(q, k, v)
     arch = architecture(q.device) if bulk else 80
-    flags = causal, window is not None, softcap is not None, extras.rich, extras.ragged
+    flags = causal, window is not None, softcap is not None, extras.with_extras, extras.ragged
     constants = _constants(D, D_v, q.element_size(), arch, *flags)
     tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
     if constants["BLOCK_R"]:
@@ -424,12 +424,12 @@ class Extras:
         self.ragged = kv_lengths is not None or cu_seqlens_q is not None
         # Whether tiles need registers for it.
         features = softcap, alibi_slopes, mask, bias, block_table, k_scale, self.tensors["seed_ptr"]
-        self.rich = any(x is not None for x in features)
+        self.with_extras = any(x is not None for x in features)
 
 
-def table_of(causal: bool, has_window: bool, rich: bool, ragged: bool) -> dict:
+def table_of(causal: bool, has_window: bool, with_extras: bool, ragged: bool) -> dict:
     """The tiles of a variant: of the forward's three tables."""
-    if rich:
+    if with_extras:
         return RICH_TILES
     return RAGGED_TILES if ragged and (has_window or not causal) else TILES
 
@@ -495,12 +495,12 @@ def bytes_of(x: Tensor) -> Tensor:
 
 @functools.cache
 def _constants(
-    head_dim: int, v_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False, rich=False,
+    head_dim: int, v_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False, with_extras=False,
     ragged=False,
 ) -> dict:  # fmt: skip
     """The kernel's compile-time arguments and options."""
     block_d, block_r = head_blocks(head_dim)
-    table = table_of(causal, has_window, rich, ragged)
+    table = table_of(causal, has_window, with_extras, ragged)
     tile = table[tile_key(head_dim, v_dim, element_size)][ARCHITECTURES.index(arch)]
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_R=block_r, V_DIM=v_dim, BLOCK_V=padded_dim(v_dim),
@@ -525,11 +525,11 @@ def aot_configurations(arch: int):
         (("sinks_ptr", "kv_lengths_ptr"), {"ragged": True, "has_window": True}),
         (("cu_q_ptr", "cu_k_ptr"), {"ragged": True}),
         (("cu_q_ptr", "cu_k_ptr"), {"ragged": True, "has_window": True}),
-        (("alibi_ptr", "sinks_ptr", "bias_ptr", "seed_ptr"), {"has_window": True, "has_softcap": True, "rich": True}),
-        (("mask_ptr", "bias_ptr", "sinks_ptr"), {"rich": True}),
-        (("kv_lengths_ptr", "block_table_ptr"), {"rich": True, "has_window": True}),
-        (("kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr"), {"rich": True}),
-        (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {"rich": True}),
+        (("alibi_ptr", "sinks_ptr", "bias_ptr", "seed_ptr"), {"has_window": True, "has_softcap": True, "with_extras": True}),
+        (("mask_ptr", "bias_ptr", "sinks_ptr"), {"with_extras": True}),
+        (("kv_lengths_ptr", "block_table_ptr"), {"with_extras": True, "has_window": True}),
+        (("kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr"), {"with_extras": True}),
+        (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {"with_extras": True}),
     ]
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for (head_dim, v_dim), causal, (given, flags) in itertools.product(

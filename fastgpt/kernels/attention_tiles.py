@@ -1,6 +1,6 @@
 """What the attention kernels share: how a tile of keys is read, what becomes of its scores, which of them count.
 
-Names: offs_m are tokens of the query, offs_n keys; own is a query's own position, token + L - T. exp(x) is
+Names: offs_m are tokens of the query, offs_n keys; q_pos is a query's own position, token + L - T. exp(x) is
 written 2^(x log2 e), the hardware's exponential.
 """
 
@@ -213,30 +213,30 @@ def tanh(x):
 
 
 @triton.jit
-def modified_scores(qk, scale, softcap, slope, own, offs_n, bias):
+def modified_scores(qk, scale, softcap, slope, q_pos, offs_n, bias):
     """Scores from q·k (M, N): scale, soft cap, ALiBi and bias, in this order, but those that are None. slope (M,) of each row's
     head."""
     x = qk * scale
     if softcap is not None:
         x = softcap * tanh(x / softcap)
     if slope is not None:
-        x -= slope[:, None] * tl.abs(own[:, None] - offs_n[None, :]).to(tl.float32)
+        x -= slope[:, None] * tl.abs(q_pos[:, None] - offs_n[None, :]).to(tl.float32)
     if bias is not None:
         x = tl.where(bias == float("-inf"), float("-inf"), x + bias)  # also where x is infinite or NaN
     return x
 
 
 @triton.jit
-def visible_keys(own, offs_n, end, window, IS_CAUSAL: tl.constexpr):
-    """Which keys before `end`, or all if it is None, the causal mask and the window, if any, leave to each query: own (M, 1),
+def visible_keys(q_pos, offs_n, end, window, IS_CAUSAL: tl.constexpr):
+    """Which keys before `end`, or all if it is None, the causal mask and the window, if any, leave to each query: q_pos (M, 1),
     offs_n (1, N), or transposed."""
     visible = tl.full([1, 1], True, tl.int1)
     if end is not None:
         visible = visible & (offs_n < end)
     if IS_CAUSAL:
-        visible = visible & (offs_n <= own)
+        visible = visible & (offs_n <= q_pos)
     if window is not None:
-        visible = visible & (offs_n > own - window)
+        visible = visible & (offs_n > q_pos - window)
     return visible
 
 
@@ -327,13 +327,13 @@ def finish_softmax(acc, row_sum, row_max, sinks_ptr, heads):
 
 @triton.jit
 def recomputed_weights(
-    qk, shift, features, rows, n_rows, offs_n, own, end, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    qk, shift, features, rows, n_rows, offs_n, q_pos, end, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The softmax's weights before dropout; and d score / d (scale q·k). MASKED: zero where a query does not see a key, for
     keys before `end`, or all if it is None.
 
-    qk is (M, N) with shift, rows, own (M, 1) and offs_n (1, N), or all of them transposed. shift is the log-sum-exp, in
+    qk is (M, N) with shift, rows, q_pos (M, 1) and offs_n (1, N), or all of them transposed. shift is the log-sum-exp, in
     base e if EXACT (as in online_softmax), else in base 2. The slope of `Features` is a scalar.
     """
     slope_of_cap = 1.0
@@ -346,7 +346,7 @@ def recomputed_weights(
         qk = features.softcap * capped
         slope_of_cap = 1.0 - capped * capped
     if features.slope is not None:
-        qk -= features.slope * tl.abs(own - offs_n).to(tl.float32)
+        qk -= features.slope * tl.abs(q_pos - offs_n).to(tl.float32)
     if features.bias_ptr is not None:
         bias = load_bias(features, rows, offs_n, n_rows, BIAS_UNIT, WHOLE=False)
         qk = tl.where(bias == float("-inf"), float("-inf"), qk + bias)
@@ -355,7 +355,7 @@ def recomputed_weights(
     else:
         p = tl.exp2(qk * factor - shift)
     if MASKED:
-        visible = visible_keys(own, offs_n, end, features.window, IS_CAUSAL)
+        visible = visible_keys(q_pos, offs_n, end, features.window, IS_CAUSAL)
         if features.slope is not None:  # no row past the last may make an infinity; else its p is finite, and met by zeros
             visible = visible & (rows < n_rows)
         if features.mask_ptr is not None:
@@ -407,7 +407,7 @@ def head_dims(tiles: dict, element_size: int):
 
 def unit_of(x: Tensor | None) -> int:
     """How a kernel may read rows of a mask or a bias x (B, H, T, S): 16 bytes of so many elements at once, as they begin and
-    end at multiples of that; 1 if neighbours lie side by side in memory; else 0."""
+    end at multiples of that; 1 if neighbors lie side by side in memory; else 0."""
     if x is None or (x.stride(-1) != 1 and x.shape[-1] > 1):
         return 0
     return 16 // x.element_size() if has_aligned_rows(x) else 1

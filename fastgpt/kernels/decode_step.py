@@ -97,7 +97,7 @@ def advance(lengths: Tensor, positions: Tensor) -> None:
         "token_ptr", "largest_ptr", "tokens_ptr", "extreme_ptr", "step_ptr", "ended_ptr", "eos_ptr", "n_rows", "n_eos",
     ]
 )  # fmt: skip
-def _note(
+def _record_token(
     token_ptr, largest_ptr, tokens_ptr, extreme_ptr, step_ptr, ended_ptr, eos_ptr, n_rows, n_eos, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -123,17 +123,19 @@ def _note(
     tl.store(step_ptr, step + 1)
 
 
-def note(
+def record_token(
     token: Tensor, largest: Tensor, tokens: Tensor, extreme: Tensor, step: Tensor, ended: Tensor | None = None,
     eos: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launches the kernel: see `fastgpt.ops.decode_step.note`. All are contiguous."""
+    """Launches the kernel: see `fastgpt.ops.decode_step.record_token`. All are contiguous."""
     if ended is not None:
         ended = ended.view(torch.uint8)
     n_rows = len(token)
     constants = _constants_of_one_warp(32 if n_rows <= 32 else 256, has_dependent_launch(token.device))
     with torch.cuda.device_of(token):
-        _note[(1,)](token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), **constants)
+        _record_token[(1,)](
+            token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), **constants
+        )
 
 
 @functools.cache
@@ -149,4 +151,4 @@ def aot_configurations(arch: int):
         yield _embed, dtype, dtype, _constants(C, arch >= 90), given
     yield _advance, torch.float32, torch.float32, _constants_of_one_warp(ADVANCED, arch >= 90), ("positions_ptr",)
     for block, given in itertools.product((32, 256), ((), ("ended_ptr", "eos_ptr"))):
-        yield _note, torch.float32, torch.float32, _constants_of_one_warp(block, arch >= 90), given
+        yield _record_token, torch.float32, torch.float32, _constants_of_one_warp(block, arch >= 90), given

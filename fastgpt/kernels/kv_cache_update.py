@@ -20,7 +20,7 @@ from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
 
 TILE = 4096  # bytes of k that a program stores, of several tokens: 16 a thread, twice
-LONGEST = 1024  # numbers of a row at a time; rows that are rotated or quantised are no longer
+LONGEST = 1024  # numbers of a row at a time; rows that are rotated or quantized are no longer
 WIDEST = 16  # bytes of the widest access
 
 
@@ -73,7 +73,7 @@ def largest_of(x, KEEP: tl.constexpr):
 
 
 @triton.jit
-def quantised(x, largest_bits, element: tl.constexpr):
+def quantized(x, largest_bits, element: tl.constexpr):
     """Rows x (..., BLOCK_D) as int8, or e4m3 in uint8, and their scales, by `largest_of` all of each row: bit for bit what
     csrc/common/elements.h makes of them, in a kernel without floating-point fusion."""
     LIMIT: tl.constexpr = 127.0 if element == tl.int8 else 448.0
@@ -146,7 +146,7 @@ def _store(
 ):  # fmt: skip
     """Rows x (M, BLOCK_D) of head h to the rows `row` (M,) of sequences or pages `first`, where `stored` (M,)."""
     if scale_ptr is not None:
-        x, scale = quantised(x, largest_of(x, KEEP=True), ptr.dtype.element_ty)
+        x, scale = quantized(x, largest_of(x, KEEP=True), ptr.dtype.element_ty)
         scales = scale_ptr + (first * stride_sb + h * stride_sh + row * stride_sn)
         tl.store(scales[:, None], scale, mask=stored[:, None])
     rows = tl.multiple_of(ptr + (first * stride_b + h * stride_h + row * stride_n), [ALIGN])
@@ -219,7 +219,7 @@ def _update_cache(
             first = tl.load(entries, mask=stored, other=-1).to(tl.int64)
             stored = stored & (first >= 0) & (first < n_pages)
             row = row % page
-        # Rows that are rotated or quantised are read at once.
+        # Rows that are rotated or quantized are read at once.
         for start_d in range(0, HEAD_DIM, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
             start = b * stride_nkb + h * stride_nkh

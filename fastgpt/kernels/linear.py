@@ -10,7 +10,7 @@ and the norm is put together after it from what one pass over x gives:
 
     norm(x) weight^T = (x g weight^T - mean · g weight^T) / sqrt(variance + eps) + b weight^T,   g = norm_weight + offset
 
-where g and b, the norm's bias, are two more rows of x, and x is first normalised by what its first columns suggest, so that
+where g and b, the norm's bias, are two more rows of x, and x is first normalized by what its first columns suggest, so that
 nothing cancels or overflows. Each of these rows is then two 16-bit numbers, a large one and what it lacks, so that all but
 the result is as good as fp32. fp32 itself is multiplied without TF32.
 """
@@ -116,7 +116,7 @@ def _read_columns(
 
 
 @triton.jit
-def _normalised(x, g, b, mean, rest, factor, offset, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _normalized(x, g, b, mean, rest, factor, offset, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr):
     x = x.to(tl.float32)
     if HAS_NORM:
         x = ((x - mean) - rest) * factor * (g.to(tl.float32) + offset)
@@ -168,12 +168,12 @@ def _one_row(
     other_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(BLOCK_K, K, BLOCK_K):
         next = _read_columns(x_ptr, norm_weight_ptr, norm_bias_ptr, weights, others, start, K, BLOCK_K)
-        y = _normalised(x, g, b, mean, rest, factor, offset, HAS_NORM, HAS_BIAS)[None, :]
+        y = _normalized(x, g, b, mean, rest, factor, offset, HAS_NORM, HAS_BIAS)[None, :]
         acc += w.to(tl.float32) * y
         if GATED:
             other_acc += u.to(tl.float32) * y
         x, g, b, w, u = next
-    y = _normalised(x, g, b, mean, rest, factor, offset, HAS_NORM, HAS_BIAS)[None, :]
+    y = _normalized(x, g, b, mean, rest, factor, offset, HAS_NORM, HAS_BIAS)[None, :]
     out = _activate(tl.sum(acc + w.to(tl.float32) * y, 1) + bias, ACTIVATION)
     if GATED:
         out *= tl.sum(other_acc + u.to(tl.float32) * y, 1) + other_bias
@@ -198,7 +198,7 @@ def _row_of(acc, offs_m, row):
 
 
 @triton.jit
-def _normalised_product(acc, offs_m, n_rows, mean, factor, RMS: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _normalized_product(acc, offs_m, n_rows, mean, factor, RMS: tl.constexpr, HAS_BIAS: tl.constexpr):
     """That of norm(x), from that of x g, with those of g and b in the rows after the last of x."""
     product = acc if RMS else acc - mean * _row_of(acc, offs_m, n_rows)[None, :]
     return product * factor + _row_of(acc, offs_m, n_rows + 1)[None, :] if HAS_BIAS else product * factor
@@ -258,9 +258,9 @@ def _several_rows(
     if HAS_NORM:
         EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
         of_row, rest, factor = finish_moments(mean, squares, eps * scale * scale, K, BLOCK_K, RMS, KEEP=True, EXACT=EXACT)
-        acc = _normalised_product(acc, offs_m, n_rows, of_row + rest, factor, RMS, HAS_BIAS)
+        acc = _normalized_product(acc, offs_m, n_rows, of_row + rest, factor, RMS, HAS_BIAS)
         if GATED:
-            other_acc = _normalised_product(other_acc, offs_m, n_rows, of_row + rest, factor, RMS, HAS_BIAS)
+            other_acc = _normalized_product(other_acc, offs_m, n_rows, of_row + rest, factor, RMS, HAS_BIAS)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + features).to(tl.float32)[None, :]
     acc = _activate(acc, ACTIVATION)

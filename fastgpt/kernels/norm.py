@@ -19,7 +19,7 @@ from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_lau
 from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, grid
 
-TILE = 1024  # numbers that a program normalises at least, if there are so many
+TILE = 1024  # numbers that a program normalizes at least, if there are so many
 LONGEST = 4096  # numbers of a row that it reads at a time
 
 

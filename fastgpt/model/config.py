@@ -16,10 +16,10 @@ class GPTConfig:
     intermediate_size: width of the MLP; default 4 · hidden_size.
     dropout: in training, of the embeddings and of what each attention and MLP adds to the residual stream.
     norm: "layer" or "rms", with norm_eps; norm_offset is added to its weight.
-    post_norms: what attention and MLP add to the residual stream is normalised, too.
+    post_norms: what attention and MLP add to the residual stream is normalized, too.
     activation: of the MLP: down(activation(up(x))), or if gated down(activation(gate(x)) · up(x)).
     qkv_bias, out_bias, mlp_bias: whether the matrices have one.
-    qk_norm: queries and keys are normalised, head by head.
+    qk_norm: queries and keys are normalized, head by head.
     position: "learned" or "sinusoidal" embeddings, "rotary" as `rope` says, or None.
     windows: for each layer the last tokens that one attends to, itself included, or None for all; default all, everywhere.
     causal: False lets tokens attend to later ones as well: an encoder.

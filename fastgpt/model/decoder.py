@@ -19,14 +19,14 @@ from fastgpt.cache.uncached import Uncached
 from fastgpt.checkpoints import transformers_format
 from fastgpt.checks import is_autocasting, require_flag
 from fastgpt.model.config import GPTConfig
-from fastgpt.model.encoder_states import Context, require_causal, require_context, stored_context, uncached
+from fastgpt.model.encoder_states import EncoderKV, require_causal, require_encoder_states, stored_encoder_states, uncached
 from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, computes, is_plain_matrix, is_training, plain
 from fastgpt.model.inputs import require_ids
 from fastgpt.model.rope import Tables, sinusoidal
 from fastgpt.ops.decode_step import embed
 from fastgpt.ops.linear import finish, linear
 from fastgpt.ops.norm import norm
-from fastgpt.ops.quantization import QUANTISED_DTYPES
+from fastgpt.ops.quantization import QUANTIZED_DTYPES
 
 
 @plain(weights=2)
@@ -142,9 +142,9 @@ class CrossAttention(nn.Module):
         k, v = project(states, self.kv).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(2)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, norm: Norm, context: Context):
+    def forward(self, x, norm: Norm, encoder_kv: EncoderKV):
         q = project(x, self.q, norm).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        y = context.attend(self.layer, q, **self.options).transpose(1, 2).flatten(2)  # (B, T, H · D)
+        y = encoder_kv.attend(self.layer, q, **self.options).transpose(1, 2).flatten(2)  # (B, T, H · D)
         return add(x, y, self.out, self.post_norm, self.dropout if is_training(self) else 0.0)
 
 
@@ -180,7 +180,7 @@ class Block(nn.Module):
         """x (B, T, C) -> the same, or (B, 1, C) of the last token, which still looks back at all."""
         x = self.attention(x, self.attention_norm, cache, rotation, last_only)
         if self.cross_attention is not None:
-            x = self.cross_attention(x, self.cross_attention_norm, cache.context)
+            x = self.cross_attention(x, self.cross_attention_norm, cache.encoder_kv)
         return self.mlp(x, self.mlp_norm)
 
 
@@ -232,7 +232,7 @@ class GPT(nn.Module):
 
     def forward(
         self, ids, cache: KVCache | None = None, new: list[int] | None = None,
-        *, lengths=None, context=None, context_lengths=None, output_hidden_states: bool = False,
+        *, lengths=None, encoder_states=None, encoder_lengths=None, output_hidden_states: bool = False,
     ):  # fmt: skip
         """ids (B, T) int64 -> logits (B, T, V).
 
@@ -241,27 +241,27 @@ class GPT(nn.Module):
             new: with a cache, how many of the columns, the last ones, are tokens of each sequence; the others are
                 padding, whose logits mean nothing. Default: all.
             lengths: without a cache, how many of the columns, the first ones, are; a list or a tensor (B,). Default: all.
-            context: (B, S, C), the second stream, without a cache. A model with cross-attention needs one.
-            context_lengths: as lengths, of the context.
+            encoder_states: (B, S, C), the second stream, without a cache. A model with cross-attention needs one.
+            encoder_lengths: as lengths, of encoder_states.
             output_hidden_states: also return the residual stream (B, T, C) before each block and, through the final norm,
                 after the last: the pair (logits, a tuple of num_layers + 1).
 
         Raises: TypeError, ValueError for ids that are not (B, T) int64, out of the vocabulary (on CPU), or more than
-            the context or the cache holds; for lengths and a context that do not fit them.
+            the context or the cache holds; for lengths and encoder states that do not fit them.
         """
         if cache is None:
-            cache = uncached(self, ids, lengths, context, context_lengths)
-        elif not (lengths is context is context_lengths is None):
-            raise ValueError("lengths, context, context_lengths: expected None with a cache, which has its own")
+            cache = uncached(self, ids, lengths, encoder_states, encoder_lengths)
+        elif not (lengths is encoder_states is encoder_lengths is None):
+            raise ValueError("lengths, encoder_states, encoder_lengths: expected None with a cache, which has its own")
         require_flag("output_hidden_states", output_hidden_states)
         states = [] if output_hidden_states else None
-        x = self.transform(self.embed(ids, cache, new), cache, states=states)
+        x = self.run_blocks(self.embed(ids, cache, new), cache, states=states)
         return (self.logits(x), (*states, self.norm(x))) if output_hidden_states else self.logits(x)
 
     def hidden(self, ids, cache: KVCache | Uncached | None = None, new: list[int] | None = None, last_only=False):
         """The last block's output, which `logits` takes: ids (B, T) -> (B, T, C), or with last_only (B, 1, C)."""
         cache = uncached(self, ids) if cache is None else cache
-        return self.transform(self.embed(ids, cache, new), cache, last_only)
+        return self.run_blocks(self.embed(ids, cache, new), cache, last_only)
 
     def encode(self, ids, lengths=None):
         """The same through the final norm, of sequences of the given lengths (as in `forward`): what heads and the
@@ -270,9 +270,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """The final norm and the output matrix: (..., C) -> (..., V)."""
-        return self.capped(self.scores(hidden))
+        return self.softcap_logits(self.uncapped_logits(hidden))
 
-    def scores(self, hidden):
+    def uncapped_logits(self, hidden):
         """The logits before a cap."""
         if self.output is not None:
             return project(hidden, self.output, self.norm)
@@ -284,9 +284,9 @@ class GPT(nn.Module):
             return F.linear(self.norm(hidden), weight)
         return linear(hidden, weight, **self.norm.before())
 
-    def capped(self, scores):
+    def softcap_logits(self, logits):
         cap = self.config.logit_softcap
-        return scores if cap is None else cap * torch.tanh(scores / cap)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def embed(self, ids, cache: KVCache | Uncached, new: list[int] | None = None):
         """Makes room for ids (B, T) in the cache and embeds them: (B, T, C)."""
@@ -336,7 +336,7 @@ class GPT(nn.Module):
         rope, rows = self.config.rope, cache.length
         if torch.compiler.is_compiling() and not isinstance(cache, Uncached):  # as many at each pass: compiled once
             rows = self.config.context_length if cache.capacity is None else min(cache.capacity, self.config.context_length)
-        return self.tables(rows, x, *(() if rope is None else (rope.is_long(max(cache.length, cache.reach)),)))
+        return self.tables(rows, x, *(() if rope is None else (rope.is_long(max(cache.length, cache.expected_length)),)))
 
     def check(self, ids, cache: KVCache | Uncached, new: list[int] | None = None) -> None:
         """Raises TypeError, ValueError for ids that cannot join the cache, as far as the host can tell."""
@@ -357,20 +357,20 @@ class GPT(nn.Module):
             past = cache.length
             longest = past + T if new is None else max(map(sum, zip(cache.counts, new)))
             dtype = cache.dtype
-            same = dtype is weight.dtype or dtype in QUANTISED_DTYPES or cache.casts
+            same = dtype is weight.dtype or dtype in QUANTIZED_DTYPES or cache.casts
             if not same and not is_autocasting(ids.device):
                 expected = f"one of {weight.dtype}, as the model's keys are"
                 raise TypeError(f"cache: expected {expected}, got one of {dtype}: make a new one")
             if cache.fits != id(self):
                 cache.require_model(self.config.num_layers, self.num_kv_heads, self.config.head_dim, ids.device)
                 cache.fits = id(self)
-        require_context(self.config, cache, B)
+        require_encoder_states(self.config, cache, B)
         if longest > self.config.context_length:
             raise ValueError(
                 f"ids: expected at most {self.config.context_length} tokens (the context), "
                 f"got {past} cached + {longest - past} new"
             )
-        if past and self.turns(max(past, cache.reach), max(longest, cache.reach)):
+        if past and self.rope_factors_change(max(past, cache.expected_length), max(longest, cache.expected_length)):
             raise ValueError(
                 f"cache: expected an empty one for a pass beyond {self.config.rope.original_context} tokens, where the "
                 f"rotation of all keys changes (longrope), got {past} cached + {longest - past} new"
@@ -397,12 +397,12 @@ class GPT(nn.Module):
         cast = is_autocasting(weight.device) and weight.dtype.is_floating_point and weight.dtype != torch.float64
         return torch.get_autocast_dtype(weight.device.type) if cast else weight.dtype
 
-    def turns(self, before: int, after: int) -> bool:
+    def rope_factors_change(self, before: int, after: int) -> bool:
         """Whether sequences that grow from so many tokens to so many need all their keys anew, rotated otherwise."""
         rope = self.config.rope
         return rope is not None and rope.is_long(before) != rope.is_long(after)
 
-    def transform(self, x, cache: KVCache | Uncached, last_only: bool = False, states: list | None = None, tables=None):
+    def run_blocks(self, x, cache: KVCache | Uncached, last_only: bool = False, states: list | None = None, tables=None):
         """The blocks, one after the other: (B, T, C) -> (B, T, C). With last_only the last block computes no other token's
         output: (B, 1, C). What goes into each block is appended to `states`. tables: `position_tables`, if they are known."""
         rotation = None
@@ -417,7 +417,7 @@ class GPT(nn.Module):
     def new_cache(
         self, batch_size: int, capacity: int | None = None,
         *, kind: str = "contiguous", cache_dtype: torch.dtype | None = None, window: int | None = None,
-        page_size: int = 16, num_pages: int | None = None, context=None, context_lengths=None,
+        page_size: int = 16, num_pages: int | None = None, encoder_states=None, encoder_lengths=None,
     ) -> KVCache:  # fmt: skip
         """An empty cache.
 
@@ -428,7 +428,7 @@ class GPT(nn.Module):
             window: tokens that one attends to, itself included; default as many as the model's layers do. "sliding" needs
                 one, here or in the model.
             page_size, num_pages: of a paged cache; default pages for `capacity` tokens of every sequence.
-            context, context_lengths: what cross-attention reads; see `forward`. Its keys and values are computed here, once.
+            encoder_states, encoder_lengths: what cross-attention reads; see `forward`. Its keys and values are computed here, once.
 
         Raises: TypeError, ValueError, naming the argument.
         """
@@ -449,7 +449,7 @@ class GPT(nn.Module):
             device=self.first_weight.device,
         )
         cache.casts = self.key_dtype != self.first_weight.dtype
-        cache.context = stored_context(self, context, context_lengths)
+        cache.encoder_kv = stored_encoder_states(self, encoder_states, encoder_lengths)
         return cache
 
     @classmethod

@@ -7,11 +7,11 @@ import torch
 
 from fastgpt.cache.uncached import Uncached
 from fastgpt.checks import require_path, writing
-from fastgpt.model.encoder_states import Context, uncached
+from fastgpt.model.encoder_states import EncoderKV, uncached
 from fastgpt.ops.attention import attention_reference
 
 
-def run_with_cache(model, ids, *, lengths=None, context=None, context_lengths=None):
+def run_with_cache(model, ids, *, lengths=None, encoder_states=None, encoder_lengths=None):
     """The logits of ids (B, T), and the activations on the way to them: a dict by name, in the order of computation.
 
         embedding                     (B, T, C)     what enters the first block: token and position embedding
@@ -34,14 +34,14 @@ def run_with_cache(model, ids, *, lengths=None, context=None, context_lengths=No
     torch.Size([1, 12, 7, 7])
     """
     activations = {}
-    cache = Recorder(activations, uncached(model, ids, lengths, context, context_lengths))
+    cache = Recorder(activations, uncached(model, ids, lengths, encoder_states, encoder_lengths))
     hooks = []
     for i, block in enumerate(model.blocks):
         hooks.append(block.mlp.register_forward_pre_hook(keeping(activations, f"blocks.{i}.middle")))
         hooks.append(block.register_forward_hook(keeping(activations, f"blocks.{i}.output")))
     try:
         activations["embedding"] = model.embed(ids, cache)
-        hidden = model.transform(activations["embedding"], cache)
+        hidden = model.run_blocks(activations["embedding"], cache)
     finally:
         for hook in hooks:
             hook.remove()
@@ -64,7 +64,7 @@ class Recorder(Uncached):
     def __init__(self, activations: dict, plain: Uncached):
         super().__init__(plain.window, plain.device, causal=plain.causal, lengths=plain.lengths)
         self.activations = activations
-        self.context = None if plain.context is None else ContextRecorder(activations, plain.context)
+        self.encoder_kv = None if plain.encoder_kv is None else EncoderKVRecorder(activations, plain.encoder_kv)
 
     def attend_rotated(self, layer, q, k, v, **options):
         output = super().attend_rotated(layer, q, k, v, **options)
@@ -72,10 +72,10 @@ class Recorder(Uncached):
         return output
 
 
-class ContextRecorder(Context):
-    """A Context that does."""
+class EncoderKVRecorder(EncoderKV):
+    """A EncoderKV that does."""
 
-    def __init__(self, activations: dict, plain: Context):
+    def __init__(self, activations: dict, plain: EncoderKV):
         super().__init__(plain.layers, plain.batch_size, plain.lengths)
         self.activations = activations
 

@@ -60,7 +60,7 @@ def attention_with_kv_cache(
 
     Returns: out (B, H, T, D_v) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log. What is
         stored is the same, bit for bit, in all implementations; out agrees as implementations of `attention` do. Under CUDA
-        it does not synchronise, so it can be captured in a CUDA graph. Derivatives are those of the two operations.
+        it does not synchronize, so it can be captured in a CUDA graph. Derivatives are those of the two operations.
 
     Raises: TypeError, ValueError as the two operations. On CUDA a token without a slot is not stored and not reported.
     Source: Flash-Decoding (https://pytorch.org/blog/flash-decoding/).

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.checks import require_device, require_dtype, require_number, require_shape, require_tensor
-from fastgpt.ops.implementations import choose, decoder_triton_refuses
+from fastgpt.ops.implementations import choose, triton_inference_unsupported_reason
 from fastgpt.ops.library import library, without_autograd
 
 IDS = (torch.int64, torch.int32)
@@ -95,7 +95,7 @@ def advance_reference(lengths, positions):
     lengths += 1
 
 
-def note(token, scores, tokens, extreme, step, ended=None, eos=None):
+def record_token(token, scores, tokens, extreme, step, ended=None, eos=None):
     """Notes the next token (B,) int64 of each row, in place: tokens[step] becomes it, or -1 where the row has ended, and
     `ended` true where it is one of eos; step grows by one. Where the row has not ended, extreme becomes the magnitude of the
     score that `scores` has for the token, if it is more or NaN: it is finite as long as all of these are.
@@ -104,14 +104,14 @@ def note(token, scores, tokens, extreme, step, ended=None, eos=None):
         fp64; step (1,) int64; ended (B,) bool and eos (E,) int64, or both None. What is written is contiguous.
     """
     if token.is_cpu:
-        _note(token, scores, tokens, extreme, step, ended, eos)
-    elif token.is_cuda and scores.shape[1] == 1 and choose("note", IMPLEMENTATIONS, None, token) == "triton":
-        _note(token, scores, tokens, extreme, step, ended, eos)
+        _record_token(token, scores, tokens, extreme, step, ended, eos)
+    elif token.is_cuda and scores.shape[1] == 1 and choose("record_token", IMPLEMENTATIONS, None, token) == "triton":
+        _record_token(token, scores, tokens, extreme, step, ended, eos)
     else:
-        note_reference(token, scores, tokens, extreme, step, ended, eos)
+        record_token_reference(token, scores, tokens, extreme, step, ended, eos)
 
 
-def note_reference(token, scores, tokens, extreme, step, ended=None, eos=None):
+def record_token_reference(token, scores, tokens, extreme, step, ended=None, eos=None):
     """The same function in plain PyTorch, on every device."""
     noted, magnitude = token, (scores if scores.shape[1] == 1 else scores.gather(1, token.unsqueeze(1))).abs()
     if ended is not None:
@@ -123,7 +123,7 @@ def note_reference(token, scores, tokens, extreme, step, ended=None, eos=None):
 
 
 # In order of preference: the first that does not refuse serves the call.
-IMPLEMENTATIONS = {"triton": decoder_triton_refuses, "reference": lambda *call: None}
+IMPLEMENTATIONS = {"triton": triton_inference_unsupported_reason, "reference": lambda *call: None}
 
 library.define(
     "embed(Tensor ids, Tensor weight, Tensor? positions=None, Tensor? position_weight=None, float? scale=None) -> Tensor",
@@ -131,13 +131,13 @@ library.define(
 )
 library.define("advance_(Tensor(a!) lengths, Tensor(b!) positions) -> ()", "fastgpt.ops.decode_step.advance")
 library.define(
-    "note_(Tensor token, Tensor scores, Tensor(a!) tokens, Tensor(b!) extreme, Tensor(c!) step, Tensor(d!)? ended=None, "
+    "record_token_(Tensor token, Tensor scores, Tensor(a!) tokens, Tensor(b!) extreme, Tensor(c!) step, Tensor(d!)? ended=None, "
     "Tensor? eos=None) -> ()",
-    "fastgpt.ops.decode_step.note",
+    "fastgpt.ops.decode_step.record_token",
 )
 _embed = without_autograd(torch.ops.fastgpt.embed.default)
 _advance = without_autograd(torch.ops.fastgpt.advance_.default)
-_note = without_autograd(torch.ops.fastgpt.note_.default)
+_record_token = without_autograd(torch.ops.fastgpt.record_token_.default)
 
 
 @torch.library.register_fake("fastgpt::embed", lib=library)
@@ -151,8 +151,8 @@ def _advance_fake(lengths, positions):
     pass
 
 
-@torch.library.register_fake("fastgpt::note_", lib=library)
-def _note_fake(token, scores, tokens, extreme, step, ended=None, eos=None):
+@torch.library.register_fake("fastgpt::record_token_", lib=library)
+def _record_token_fake(token, scores, tokens, extreme, step, ended=None, eos=None):
     pass
 
 
@@ -174,7 +174,7 @@ def _advance_triton(lengths, positions):
     advance(lengths, positions)
 
 
-def _note_triton(token, scores, tokens, extreme, step, ended=None, eos=None):
+def _record_token_triton(token, scores, tokens, extreme, step, ended=None, eos=None):
     require_tensor("token", token, 1)
     require_tensor("tokens", tokens, 2)
     B, device = len(token), token.device
@@ -191,9 +191,9 @@ def _note_triton(token, scores, tokens, extreme, step, ended=None, eos=None):
     if eos is not None:
         require_tensor("eos", eos, 1)
         _require_contiguous("eos", eos, (torch.int64,), (len(eos),), "(E,)", device)
-    from fastgpt.kernels.decode_step import note
+    from fastgpt.kernels.decode_step import record_token
 
-    note(token, scores, tokens, extreme, step, ended, eos)
+    record_token(token, scores, tokens, extreme, step, ended, eos)
 
 
 def _require_contiguous(name, x, dtypes, shape, meaning, device):
@@ -208,4 +208,4 @@ def _require_contiguous(name, x, dtypes, shape, meaning, device):
 
 library.impl("embed", _embed_triton, "CUDA")
 library.impl("advance_", _advance_triton, "CUDA")
-library.impl("note_", _note_triton, "CUDA")
+library.impl("record_token_", _record_token_triton, "CUDA")

@@ -85,7 +85,7 @@ def explain_call(implementations: dict, *call, impl: str | None = None) -> dict[
     }
 
 
-def decoder_cpp_refuses(x, *others, device: str = "cpu") -> str | None:
+def inference_unsupported_reason(x, *others, device: str = "cpu") -> str | None:
     """Why the C++ kernels of `linear` and `norm` cannot take x and the other tensors (or None), or None. It is asked at each
     call, so what it shares with the Triton kernels, those of "cuda", costs no call more."""
     if not (x.is_cpu if device == "cpu" else x.is_cuda):
@@ -97,8 +97,8 @@ def decoder_cpp_refuses(x, *others, device: str = "cpu") -> str | None:
     return derivatives_refused(x, *others) if derivatives_possible() else None
 
 
-def decoder_triton_refuses(*tensors) -> str | None:
+def triton_inference_unsupported_reason(*tensors) -> str | None:
     """The same of the Triton kernels."""
     if tensors[0].is_cuda and (reason := triton_unusable(tensors[0].device)) is not None:
         return reason
-    return decoder_cpp_refuses(*tensors, device="cuda")
+    return inference_unsupported_reason(*tensors, device="cuda")

@@ -18,7 +18,7 @@ from fastgpt.checks import (
 from fastgpt.ops.derivatives import derivatives_possible, derivatives_refused, transforms_active
 from fastgpt.ops.implementations import choose, explain_call, require_impl, runs_elsewhere, triton_unusable
 from fastgpt.ops.library import CUDA_MISSING, library, without_autograd
-from fastgpt.ops.quantization import QUANTISED_DTYPES, quantise
+from fastgpt.ops.quantization import QUANTIZED_DTYPES, quantize
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_TRANSFORMED_DIM = 1024
@@ -51,13 +51,13 @@ def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_sc
         impl: "cpp" (CPU), "cuda" (CUDA C++, where the library was built), "triton" (CUDA) or "reference"; None picks the first
             that can serve the call; see `fastgpt.explain`.
 
-    Returns None. Under CUDA it neither synchronises nor allocates, so it can be captured in a CUDA graph. Where k, v or a
+    Returns None. Under CUDA it neither synchronizes nor allocates, so it can be captured in a CUDA graph. Where k, v or a
     cache asks for derivatives, the reference serves the call: an assignment in place, as autograd knows it. Then the caches
     hold on to what k and v were computed from; call under torch.no_grad() to cut that. 8-bit caches carry none.
 
     Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, impl; on CPU a position >= S, or a page
         outside the pool): argument, expected, got. Nothing is written then. On CUDA such a token is not stored and not
-        reported: telling would need a synchronisation. ValueError also for derivatives through an 8-bit cache.
+        reported: telling would need a synchronization. ValueError also for derivatives through an 8-bit cache.
     """
     if impl is not None:
         require_impl(IMPLEMENTATIONS, impl)
@@ -108,7 +108,7 @@ def kv_cache_update_reference(k, v, k_cache, v_cache, positions, *, block_table=
 
 
 def _store(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale):
-    if k_cache.dtype in QUANTISED_DTYPES and derivatives_refused(k, v, k_scale, v_scale) is not None:
+    if k_cache.dtype in QUANTIZED_DTYPES and derivatives_refused(k, v, k_scale, v_scale) is not None:
         raise ValueError(
             f"k_cache: expected the dtype of k where derivatives are asked for, since rounding to 8 bits has none, got "
             f"{k_cache.dtype}; call under torch.no_grad(), or with k.detach() and v.detach()"
@@ -126,8 +126,8 @@ def _store(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale):
     for name, x, cache, scale in (("k", k, k_cache, k_scale), ("v", v, v_cache, v_scale)):
         # Tokens before heads, so that what is indexed comes first: vmap takes no other index.
         rows = x.transpose(1, 2)[b, t]  # (tokens, H_kv, head dim)
-        if cache.dtype in QUANTISED_DTYPES:
-            rows, scales = quantise(rows, cache.dtype)
+        if cache.dtype in QUANTIZED_DTYPES:
+            rows, scales = quantize(rows, cache.dtype)
             stored.append((f"{name}_scale", scale, scales))
         if cache.dtype == torch.float8_e4m3fn:  # for which PyTorch has no indexed assignment
             rows, cache = rows.view(torch.uint8), cache.view(torch.uint8)
@@ -275,7 +275,7 @@ def check_update(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, s
     S = k_cache.shape[2]
     require_dtype("k", k, (*KERNEL_DTYPES, torch.float64))
     require_dtype("v", v, (k.dtype,))
-    require_dtype("k_cache", k_cache, (k.dtype, *QUANTISED_DTYPES))
+    require_dtype("k_cache", k_cache, (k.dtype, *QUANTIZED_DTYPES))
     require_dtype("v_cache", v_cache, (k_cache.dtype,))
     require_dtype(slots_name, slots, (torch.int32, torch.int64))
     D_v = v.shape[3]
@@ -293,7 +293,7 @@ def check_update(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, s
     require_shape("k_cache", k_cache, (first, H_kv, S, D), f"{layout}, D) to match k")
     require_shape("v_cache", v_cache, (first, H_kv, S, D_v), f"{layout}, D_v) to match k_cache and v")
     for name, scale, x in (("k_scale", k_scale, k), ("v_scale", v_scale, v)):
-        if k_cache.dtype not in QUANTISED_DTYPES:
+        if k_cache.dtype not in QUANTIZED_DTYPES:
             if scale is not None:
                 raise ValueError(f"{name}: expected None for a cache of {k_cache.dtype}, got a scale")
             continue
@@ -344,7 +344,7 @@ def _check_rotation(q, k, positions, cos, sin):
 
 
 def _check_slots(positions, k_cache, block_table, name="positions"):
-    """On CPU, raises ValueError for tokens without a slot; on CUDA that would need a synchronisation."""
+    """On CPU, raises ValueError for tokens without a slot; on CUDA that would need a synchronization."""
     if positions.device.type != "cpu" or positions.numel() == 0:
         return
     rows = k_cache.shape[2]

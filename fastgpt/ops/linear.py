@@ -15,7 +15,7 @@ from fastgpt.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops.implementations import choose, decoder_cpp_refuses, decoder_triton_refuses, explain_call
+from fastgpt.ops.implementations import choose, explain_call, inference_unsupported_reason, triton_inference_unsupported_reason
 from fastgpt.ops.library import library, without_autograd
 from fastgpt.ops.norm import KINDS, norm_reference
 
@@ -98,7 +98,7 @@ def linear(
         raise argument_error(error)
     _check(*call, norm, norm_eps, norm_offset, activation, gated)
     choose("linear", IMPLEMENTATIONS, impl, *call)  # raises for one that cannot serve the call
-    if impl is None and norm_weight is not None and decoder_triton_refuses(*call[:-1]) is None:
+    if impl is None and norm_weight is not None and triton_inference_unsupported_reason(*call[:-1]) is None:
         x, norm_weight, norm_bias = _norm(x, norm_weight, norm_bias, None, KINDS[norm], norm_eps, norm_offset), None, None
     return linear_reference(
         x, weight, bias, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps,
@@ -189,7 +189,7 @@ def explain(
 
 
 def _cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
-    reason = decoder_cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual)
+    reason = inference_unsupported_reason(x, weight, bias, norm_weight, norm_bias, residual)
     if reason is not None:
         return reason
     if dropout_p != 0:
@@ -200,7 +200,7 @@ def _cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
 
 
 def _triton_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
-    reason = decoder_triton_refuses(x, weight, bias, norm_weight, norm_bias, residual)
+    reason = triton_inference_unsupported_reason(x, weight, bias, norm_weight, norm_bias, residual)
     if reason is None and x.numel() == 0:
         reason = "x is empty"
     elif reason is None and x.numel() > MAX_ROWS * x.shape[-1]:

@@ -13,7 +13,7 @@ from fastgpt.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops.implementations import choose, decoder_cpp_refuses, decoder_triton_refuses, explain_call
+from fastgpt.ops.implementations import choose, explain_call, inference_unsupported_reason, triton_inference_unsupported_reason
 from fastgpt.ops.library import library, without_autograd
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -21,7 +21,7 @@ KINDS = {"layer": False, "rms": True}
 
 
 def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=None, impl=None):
-    """Normalises the last dimension, and adds the result to a residual where one is given.
+    """Normalizes the last dimension, and adds the result to a residual where one is given.
 
         out = residual + (x - mean) / sqrt(variance + eps) · (weight + offset) + bias        kind "layer"
         out = residual + x / sqrt(mean of x^2 + eps) · (weight + offset) + bias              kind "rms"
@@ -47,8 +47,8 @@ def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=N
         eps, offset = require_number("eps", eps, least=0), require_number("offset", offset)
     try:
         # The kernels check the rest for themselves, that of the CPU in a fraction of the time.
-        if (impl in (None, "cpp") and decoder_cpp_refuses(*call) is None) or (
-            impl in (None, "triton") and decoder_triton_refuses(*call) is None
+        if (impl in (None, "cpp") and inference_unsupported_reason(*call) is None) or (
+            impl in (None, "triton") and triton_inference_unsupported_reason(*call) is None
         ):
             return _norm(x, weight, bias, residual, KINDS[kind], eps, offset)
     except Exception as error:
@@ -106,7 +106,11 @@ def explain(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residua
 
 
 # In order of preference: the first that does not refuse serves the call.
-IMPLEMENTATIONS = {"cpp": decoder_cpp_refuses, "triton": decoder_triton_refuses, "reference": lambda *call: None}
+IMPLEMENTATIONS = {
+    "cpp": inference_unsupported_reason,
+    "triton": triton_inference_unsupported_reason,
+    "reference": lambda *call: None,
+}
 
 library.define(
     "norm(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, bool rms=False, float eps=1e-5, "

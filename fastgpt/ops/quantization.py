@@ -4,11 +4,11 @@ import torch
 
 # Element type -> the largest number that a row's largest magnitude becomes.
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-QUANTISED_DTYPES = tuple(LIMITS)
+QUANTIZED_DTYPES = tuple(LIMITS)
 SMALLEST = 1e-30  # rows whose largest magnitude is below are zero
 
 
-def quantise(x, dtype):
+def quantize(x, dtype):
     """Rows of numbers (..., D) -> the same in `dtype` (int8 or float8_e4m3fn), and a scale (...) fp32 for each row.
 
     values = round(x · limit / max|x|), ties to even;  scale = max|x| / limit. See `kv_cache_update`.
@@ -24,7 +24,7 @@ def quantise(x, dtype):
     return values, torch.where(finite, torch.where(large, largest / limit, 0.0), torch.nan)
 
 
-def dequantise(values, scale, dtype=torch.float32):
+def dequantize(values, scale, dtype=torch.float32):
     """The numbers that `values` (..., D) with scale (...) stand for."""
     return values.to(dtype) * scale.unsqueeze(-1).to(dtype)
 

@@ -27,7 +27,7 @@ from fastgpt.ops.attention.operators import attention_forward_triton
 from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
 from fastgpt.ops.norm import norm, norm_reference
-from fastgpt.ops.quantization import quantise
+from fastgpt.ops.quantization import quantize
 from fastgpt.testing import attention_parity, linear_features, norm_features, numerics
 from fastgpt.testing.attention_features import FEATURES, PACKED_FEATURES, inputs, options, paged
 
@@ -130,7 +130,7 @@ def decode_case(kind, dtype, seed):
     q, k, v = inputs(3, 4, 2, 1, 150, 40 if seed % 2 == 0 else (40, 24), dtype, seed=seed)
     arguments = {"k": k, "v": v}
     if cache_dtype is not None:
-        (k, k_scale), (v, v_scale) = quantise(k, cache_dtype), quantise(v, cache_dtype)
+        (k, k_scale), (v, v_scale) = quantize(k, cache_dtype), quantize(v, cache_dtype)
         arguments = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
     if page is not None:
         # Of pages in random order; a pool of 8-bit floats is moved as bytes.

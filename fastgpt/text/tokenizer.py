@@ -227,7 +227,7 @@ class Tokenizer:
 
     def decode_stream(self, ids: Iterable[int]):
         """Yields text as ids come, each piece as soon as it is whole characters."""
-        stream = Decoder(self)
+        stream = IncrementalDetokenizer(self)
         for token in ids:
             if piece := stream.push(token):
                 yield piece
@@ -235,7 +235,7 @@ class Tokenizer:
             yield piece
 
 
-class Decoder:
+class IncrementalDetokenizer:
     """The text of tokens that come one by one, in whole characters.
 
     Args:

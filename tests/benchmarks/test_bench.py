@@ -48,7 +48,7 @@ def test_json(capsys):
 
 def test_the_table_says_what_its_ratios_are(monkeypatch):
     """Where the machine's speed changes, a ratio of paired times is not that of their medians."""
-    place = suite.Place(torch.device("cpu"))
+    place = suite.DeviceLimits(torch.device("cpu"))
     case = next(case for case in suite.cases(place, "nowhere") if case.name.startswith("512 tokens"))
     for others, ratio, noisy in (([2.0] * 7, "2.00x", False), ([0.5, 0.5, 2, 2, 2, 3, 3], "≈2.00x", True)):
         speeds = [1, 1, 1, 10, 10, 10, 10]
@@ -64,7 +64,7 @@ def test_the_table_says_what_its_ratios_are(monkeypatch):
 
 @pytest.mark.slow
 def test_every_section_is_measured(capsys):
-    names = [(case.section, case.name) for case in suite.cases(suite.Place(torch.device("cpu")), "nowhere")]
+    names = [(case.section, case.name) for case in suite.cases(suite.DeviceLimits(torch.device("cpu")), "nowhere")]
     assert names[0][0] == "cached against uncached" and len(set(names)) == len(names)
     for only in ("1,024 keys", "one token, batch 1"):
         assert run(capsys, "bench", "--seconds", 0, "--only", only, "--device", "cpu")[0] == 0

@@ -116,12 +116,12 @@ def test_other_machines_and_versions_are_said(compared):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("terminal, no_color, coloured", [(True, "", True), (True, "1", False), (False, "", False)])
-def test_colours(terminal, no_color, coloured, compared, monkeypatch):
+@pytest.mark.parametrize("terminal, no_color, colored", [(True, "", True), (True, "1", False), (False, "", False)])
+def test_colors(terminal, no_color, colored, compared, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     monkeypatch.setenv("NO_COLOR", no_color)
     _, printed = compared(suite(case(limit=1.8)), suite(case(limit=1.2)))
-    assert ("\033[31mdecode" in printed) == coloured and ("\033[" in printed) == coloured
+    assert ("\033[31mdecode" in printed) == colored and ("\033[" in printed) == colored
 
 
 def test_folders(run, tmp_path):

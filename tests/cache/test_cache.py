@@ -72,7 +72,7 @@ def test_a_ragged_batch_is_its_sequences_one_by_one(dtype, cache):
     if dtype is None:
         numerics.check(actual, lambda: alone(model.double()))
     else:
-        # Rounding before quantisation may turn a number to the next step: of 8-bit rows, 1/127 or 1/16 of the largest.
+        # Rounding before quantization may turn a number to the next step: of 8-bit rows, 1/127 or 1/16 of the largest.
         with reference_operations():
             low = alone(model)
         assert (actual - low).abs().max() <= 0.05 * low.abs().max()

@@ -38,10 +38,10 @@ WAYS = {"pickle": lambda cache: pickle.loads(pickle.dumps(cache)), "deepcopy": c
 def test_a_copy_goes_on_as_the_original(options, way):
     model = random_model(position="rotary", rope=Rope(16), cross_attention=True)
     ids = random_ids(model, 2, 24)
-    original = model.new_cache(2, **options, context=torch.randn(2, 5, 64), context_lengths=[5, 3])
+    original = model.new_cache(2, **options, encoder_states=torch.randn(2, 5, 64), encoder_lengths=[5, 3])
     model(ids[:, :11], cache=original, new=[11, 7])
     size = len(pickle.dumps(original))
-    held = original.nbytes + sum(x.nbytes for kv in original.context.layers for x in kv)
+    held = original.nbytes + sum(x.nbytes for kv in original.encoder_kv.layers for x in kv)
     assert size < 1.2 * held + 20_000
     other = WAYS[way](original)
     forks = [cache.fork(2) for cache in (original, other)]

@@ -14,7 +14,7 @@ from transformers.generation import logits_process
 from fastgpt import GPT, generate
 from fastgpt.cli import SHIPPED_MODEL
 from fastgpt.generation import generate as generation
-from fastgpt.generation.generate import Options, Request, stream
+from fastgpt.generation.generate import GenerationConfig, Request, stream
 from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
 
@@ -199,7 +199,7 @@ def test_ends_that_are_seen_late_change_nothing_but_the_stream(ending, monkeypat
     rows, steps = generate(model, alone, 30, eos=eos), list(stream(model, alone, 30, eos=eos))
     ids = torch.tensor([prompt[-2:] for prompt in alone])
     table = generate(model, ids, 30, eos=eos)
-    monkeypatch.setitem(generation.STEPS_PER_LOOK, "cpu", 16)
+    monkeypatch.setitem(generation.EOS_POLL_INTERVAL, "cpu", 16)
     assert all(map(torch.equal, generate(model, alone, 30, eos=eos), rows))
     assert torch.equal(generate(model, ids, 30, eos=eos), table)
     late = list(stream(model, alone, 30, eos=eos))
@@ -234,7 +234,7 @@ WAYS = [
 
 def wrong_from(model, monkeypatch, step, row, value):
     """Lets the logits of a row be `value`, one of them or for -inf all, at a step; counted through both ways of a decoder."""
-    capped, calls = model.capped, []
+    capped, calls = model.softcap_logits, []
 
     def logits(scores):
         result = capped(scores).clone()
@@ -243,7 +243,7 @@ def wrong_from(model, monkeypatch, step, row, value):
         calls.append(1)
         return result
 
-    monkeypatch.setattr(model, "capped", logits)
+    monkeypatch.setattr(model, "softcap_logits", logits)
 
 
 @pytest.mark.parametrize("got", WRONG)
@@ -275,7 +275,7 @@ def test_they_are_seen_late_on_a_gpu(options, monkeypatch):
     """When one looks, and at the end; until then tokens are of the vocabulary."""
     model = random_model()
     prompts = prompts_of(5, 9)
-    monkeypatch.setitem(generation.STEPS_PER_LOOK, "cpu", 16)
+    monkeypatch.setitem(generation.EOS_POLL_INTERVAL, "cpu", 16)
     for new, at, seen in ((40, 1, 15), (40, 16, 31), (9, 8, 8)):
         with monkeypatch.context() as patch:
             wrong_from(model, patch, at, 1, float("nan"))
@@ -620,7 +620,7 @@ def test_a_prompt_in_pieces_gives_the_same_logits(options, chunk):
     prompts = [torch.tensor(prompt) for prompt in prompts_of(40, 5, 23)]
 
     def logits(prefill_chunk):
-        request = Request(model, prompts, 8, Options(prefill_chunk=prefill_chunk, **options))
+        request = Request(model, prompts, 8, GenerationConfig(prefill_chunk=prefill_chunk, **options))
         return request.prefill(request.prompts), request.cache
 
     actual, cache = logits(chunk)

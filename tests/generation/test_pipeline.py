@@ -152,15 +152,15 @@ def test_rules_and_processors(pipe):
 
 def test_logits_that_are_not_finite_are_an_error_wherever_one_looks(pipe, monkeypatch):
     """On a GPU one may not have looked when the text has ended."""
-    capped, calls = pipe.model.capped, []
+    capped, calls = pipe.model.softcap_logits, []
 
     def logits(scores):
         calls.append(1)
         return capped(scores) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(pipe.model, "capped", logits)
+    monkeypatch.setattr(pipe.model, "softcap_logits", logits)
     for look in (1, 16):
-        monkeypatch.setitem(generation.STEPS_PER_LOOK, "cpu", look)
+        monkeypatch.setitem(generation.EOS_POLL_INTERVAL, "cpu", look)
         calls.clear()
         run = pipe.start([PROMPT], 12, eos=None)
         run.eos = set(range(400)) if look == 16 else set()  # ends it at once

@@ -1,4 +1,4 @@
-"""Captured decode steps: the tokens and logits of steps that are not, and no capture where that would be wrong.
+"""CpuReplay decode steps: the tokens and logits of steps that are not, and no capture where that would be wrong.
 
 A GPU's way, a CUDA graph of the whole step, is gone here too, with a tape that plays the graph: tests/tape.py.
 """
@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import fastgpt
 from fastgpt import decoding, generate, linear
 from fastgpt.generation.generate import sessions, stream
-from fastgpt.generation.replay import Captured, Graphed, Recording
+from fastgpt.generation.replay import CpuReplay, CudaGraphReplay, Recording
 from fastgpt.model.decoder import MLP
 from fastgpt.model.rope import Rope, Tables
 
@@ -56,7 +56,7 @@ def test_a_captured_step_is_the_same_bits(options, dtype):
 
 
 def captured(step):
-    """The Captured within what `decoding` returned, or None."""
+    """The CpuReplay within what `decoding` returned, or None."""
     (recording,) = (cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, Recording))
     return recording.step
 
@@ -120,7 +120,7 @@ def test_what_changes_between_steps_is_seen(change):
 @torch.inference_mode()
 def test_a_function_of_other_operations_is_called_each_time():
     weight = torch.randn(8, 8)
-    function = Captured(lambda x: linear(x, weight).relu())
+    function = CpuReplay(lambda x: linear(x, weight).relu())
     for _ in range(3):
         x = torch.randn(1, 8)
         assert torch.equal(function(x), linear(x, weight).relu())
@@ -131,7 +131,7 @@ def test_a_function_of_other_operations_is_called_each_time():
 def test_a_copy_inside_an_operation_is_not_captured():
     """A tensor that is not contiguous is copied at each call; the copy of the first must not be read again."""
     weight, bias = torch.randn(8, 8), torch.randn(16)[::2]
-    function = Captured(lambda x: linear(x, weight, bias))
+    function = CpuReplay(lambda x: linear(x, weight, bias))
     for _ in range(3):
         x = torch.randn(1, 8)
         bias.mul_(2)
@@ -159,8 +159,8 @@ def test_an_error_while_recording_ends_it():
 
     for _ in range(2):
         with pytest.raises(KeyError, match="mine"):
-            Captured(fails)(torch.randn(1, 8))
-    assert Captured(lambda x: linear(x, torch.eye(8)))(torch.randn(1, 8)).shape == (1, 8)
+            CpuReplay(fails)(torch.randn(1, 8))
+    assert CpuReplay(lambda x: linear(x, torch.eye(8)))(torch.randn(1, 8)).shape == (1, 8)
 
 
 @torch.inference_mode()
@@ -250,7 +250,7 @@ def test_the_result_is_the_next_argument_and_stays_where_it_is():
         return x + state
 
     with graphs_on_cpu():
-        step, token, expected = Graphed(count), torch.tensor([10]), 10
+        step, token, expected = CudaGraphReplay(count), torch.tensor([10]), 10
         places = set()
         for i in range(1, 6):
             token, expected = step(token), expected + i
@@ -264,7 +264,7 @@ def test_the_result_is_the_next_argument_and_stays_where_it_is():
 def test_a_step_that_waits_for_the_device_is_an_error_once_it_is_captured():
     """And the capture is ended, on the stream where it began."""
     with stubbed_cuda() as stub:
-        step = Graphed(lambda x: x * (2 if x.sum().item() > 0 else 3))
+        step = CudaGraphReplay(lambda x: x * (2 if x.sum().item() > 0 else 3))
         assert step(torch.tensor([1, 1])).tolist() == [2, 2]
         with pytest.raises(RuntimeError, match="could not be captured in a CUDA graph .*waits for the device"):
             step(torch.tensor([1, 1]))
@@ -274,7 +274,7 @@ def test_a_step_that_waits_for_the_device_is_an_error_once_it_is_captured():
 @torch.inference_mode()
 def test_a_capture_neither_waits_nor_empties_the_allocator():
     with stubbed_cuda() as stub:
-        step = Graphed(lambda x: x + 1)
+        step = CudaGraphReplay(lambda x: x + 1)
         for _ in range(4):
             step(torch.tensor([1]))
     assert stub.calls == [
@@ -324,7 +324,7 @@ def test_within_the_callers_capture_a_step_just_runs():
     model = random_model()
     with stubbed_cuda() as stub, mock.patch.object(torch.Tensor, "is_cuda", True):
         calls = []
-        recording = Recording(model, lambda x, tables: calls.append(1), Graphed, lambda: None)
+        recording = Recording(model, lambda x, tables: calls.append(1), CudaGraphReplay, lambda: None)
         with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
             recording(torch.zeros(1))
     assert len(calls) == 1 and "CUDAGraph" not in stub.calls
@@ -467,7 +467,7 @@ def test_recorded_steps_serve_later_calls():
     model = random_model()
     ids = random_ids(model, 2, 5)
     expected = generate(model, ids, 9)
-    with mock.patch.object(Captured, "_record", side_effect=AssertionError("recorded again")):
+    with mock.patch.object(CpuReplay, "_record", side_effect=AssertionError("recorded again")):
         assert torch.equal(generate(model, ids, 9), expected)
 
 
@@ -501,7 +501,7 @@ def test_a_graph_owns_what_it_reads(leaves):
         return made.view(2, 4).sum()
 
     with stubbed_cuda(plays=False) as stub:
-        step = Graphed(function)
+        step = CudaGraphReplay(function)
         step(torch.randn(8))
         step(torch.randn(8))
         (graph,) = stub.graphs
@@ -518,7 +518,7 @@ def test_a_graph_owns_what_it_reads(leaves):
 @pytest.mark.parametrize("leaves", [replaced, cleared])
 def test_a_recorded_step_owns_what_it_reads(leaves):
     state = {"weight": torch.randn(8, 8), "bias": torch.randn(8)}
-    step, x = Captured(lambda x: linear(linear(x, state["weight"], state["bias"]), state["weight"])), torch.randn(1, 8)
+    step, x = CpuReplay(lambda x: linear(linear(x, state["weight"], state["bias"]), state["weight"])), torch.randn(1, 8)
     expected = step(x).clone()
     held = [StorageWeakRef(value.untyped_storage()) for value in state.values()]
     leaves(state)
@@ -558,12 +558,12 @@ def test_a_graph_owns_the_stream_that_it_attends_to():
     """A second one in its place, and the first one's memory is still there."""
     model = random_model(cross_attention=True)
     with stubbed_cuda(plays=False) as stub:
-        cache = model.new_cache(1, 20, context=torch.randn(1, 7, 64))
+        cache = model.new_cache(1, 20, encoder_states=torch.randn(1, 7, 64))
         step = decoding(model, cache)
         step(torch.tensor([1]))
         step(torch.tensor([1]))
-        first = [StorageWeakRef(x.untyped_storage()) for layer in cache.context.layers for x in layer]
-        cache.context = None
+        first = [StorageWeakRef(x.untyped_storage()) for layer in cache.encoder_kv.layers for x in layer]
+        cache.encoder_kv = None
         assert not any(expired(first)) and {x.cdata for x in first} <= {x.cdata for x in stub.graphs[0].reads}
 
 

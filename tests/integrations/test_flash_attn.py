@@ -199,7 +199,7 @@ def packed_inputs(lengths=LENGTHS):
     return tensors, (*cu, *map(max, lengths))
 
 
-def packed_reference(q, k, v, cu_q, cu_k, max_q, max_k, alibi_slopes=None, **options):
+def packed_reference(q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, alibi_slopes=None, **options):
     parts = [
         reference(q[q0:q1], k[k0:k1], v[k0:k1],
                   alibi_slopes=None if alibi_slopes is None else alibi_slopes.expand(3, -1)[b], **options)
@@ -245,10 +245,12 @@ def test_rows_past_the_last_sequence(feature, device):
 @pytest.mark.parametrize("integer", [np.int64, np.int32, torch.tensor, lambda n: torch.tensor([n], dtype=torch.int32)])
 def test_integers_of_any_kind(integer):
     """Numbers from NumPy, tensors of one number, and lengths and tables in int64 are what they say."""
-    (q, k, v), (cu_q, cu_k, max_q, max_k) = packed_inputs()
-    expected = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(3, 1))
+    (q, k, v), (cu_q, cu_k, max_seqlen_q, max_seqlen_k) = packed_inputs()
+    expected = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, window_size=(3, 1))
     window = integer(3), integer(1)
-    actual = flash_attn_varlen_func(q, k, v, cu_q.long(), cu_k.long(), integer(max_q), integer(max_k), window_size=window)
+    actual = flash_attn_varlen_func(
+        q, k, v, cu_q.long(), cu_k.long(), integer(max_seqlen_q), integer(max_seqlen_k), window_size=window
+    )
     assert torch.equal(actual, expected)
     q, cache, lengths, table = random(2, 1, 4, 16), random(8, 4, 2, 16), torch.tensor([5, 3]), torch.tensor([[1, 0], [4, 7]])
     expected = flash_attn_with_kvcache(

@@ -14,7 +14,7 @@ import fastgpt.integrations.transformers as ft
 from fastgpt.integrations.transformers import cache as ft_cache
 from fastgpt.integrations.transformers.cache import CROPS_TO_LENGTH
 from fastgpt.integrations.transformers.deferred import EightBit
-from fastgpt.ops.quantization import dequantise, quantise
+from fastgpt.ops.quantization import dequantize, quantize
 
 WINDOW = 6
 FULL, SLIDING = GemmaConfig(num_hidden_layers=2), MistralConfig(num_hidden_layers=2, sliding_window=WINDOW)
@@ -246,14 +246,14 @@ def test_eight_bits(config, dtype):
     for T in (5, 1, 1, 6, 3):
         k, v = tokens(T, seed=T)
         actual = ours.update(k, v, 0)
-        exact = [dequantise(*quantise(x, dtype)) for x in (k, v)]
+        exact = [dequantize(*quantize(x, dtype)) for x in (k, v)]
         same(actual, theirs.update(*exact, 0))
         assert all(isinstance(x, EightBit) and x.codes.dtype == dtype for x in actual)
     for cache in ours, theirs:
         cache.reorder_cache(torch.tensor([2, 0, 0]))
         cache.batch_repeat_interleave(2)
     k, v = tokens(2, B=6)
-    same(ours.update(k, v, 0), theirs.update(*(dequantise(*quantise(x, dtype)) for x in (k, v)), 0))
+    same(ours.update(k, v, 0), theirs.update(*(dequantize(*quantize(x, dtype)) for x in (k, v)), 0))
     copied = copy.deepcopy(ours)
     same((copied.layers[0].keys, copied.layers[0].values), (ours.layers[0].keys, ours.layers[0].values))
 
@@ -264,7 +264,7 @@ def test_values_of_another_head_dim():
         cache = ft.Cache(FULL, cache_dtype=dtype)
         k, v = torch.randn(2, 3, 5, 16), torch.randn(2, 3, 5, 8)
         keys, values = cache.update(k, v, 0)
-        expected = (k, v) if dtype is None else (dequantise(*quantise(x, dtype)) for x in (k, v))
+        expected = (k, v) if dtype is None else (dequantize(*quantize(x, dtype)) for x in (k, v))
         same((keys, values), expected)
 
 

@@ -69,7 +69,7 @@ def distinct(arch, thorough=False):
         tells = [name in given for name in ("acc_ptr", "new_k_ptr", "cos_ptr")]
         kind = (cache_dtype, given, *flags) if thorough else (constants.get("GATED"), *tells)
         chosen.setdefault((function.__name__, dtype.itemsize == 2, *kind), x)
-    return [x for x in chosen.values() if thorough or x[1].itemsize == 2 or x[0].__name__ in ("_advance", "_note")]
+    return [x for x in chosen.values() if thorough or x[1].itemsize == 2 or x[0].__name__ in ("_advance", "_record_token")]
 
 
 def name_of(x):
@@ -94,7 +94,7 @@ def test_every_kernel_that_a_step_launches_is_looked_at():
 
 
 def small(arch):
-    return [x for x in distinct(arch) if x[0].__name__ in ("_advance", "_note", "_embed", "_norm")]
+    return [x for x in distinct(arch) if x[0].__name__ in ("_advance", "_record_token", "_embed", "_norm")]
 
 
 @pytest.mark.parametrize("arch", (90, 120))
@@ -230,7 +230,7 @@ def call_all():
     norm.norm(x, meta(64))
     linear.linear(x, meta(64, 64)), linear.linear(meta(4, 64), meta(64, 64))
     decode_step.embed(ids, meta(9, 64)), decode_step.advance(lengths, positions)
-    decode_step.note(ids, meta(2, 1), meta(5, 2, dtype=torch.int64), meta(2, 1, dtype=torch.float32), count)
+    decode_step.record_token(ids, meta(2, 1), meta(5, 2, dtype=torch.int64), meta(2, 1, dtype=torch.float32), count)
     kv_cache_update.kv_cache_update(q, q, q, q, positions)
     attention_decode.attention_decode(q, meta(2, 4, 9, 64), meta(2, 4, 9, 64), causal=True, scale=1.0)
 

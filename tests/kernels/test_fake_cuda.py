@@ -193,7 +193,7 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         norm(x, x[0])
         decode_step.embed(ids, x)
         decode_step.advance(lengths, lengths.clone().unsqueeze(1))
-        decode_step.note(ids[0], torch.zeros(1, 1), ids.clone(), torch.zeros(1, 1), step_of)
+        decode_step.record_token(ids[0], torch.zeros(1, 1), ids.clone(), torch.zeros(1, 1), step_of)
     assert launched.keys() == launched_kernels().keys()
     assert all(all(guarded) for guarded in launched.values()), launched
 

@@ -16,7 +16,7 @@ from test_gpu import SAMPLED  # noqa: E402
 
 from fastgpt import GPT, generate  # noqa: E402
 from fastgpt.generation import replay  # noqa: E402
-from fastgpt.generation.generate import STEPS_PER_LOOK, stream  # noqa: E402
+from fastgpt.generation.generate import EOS_POLL_INTERVAL, stream  # noqa: E402
 from fastgpt.testing import numerics  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -88,7 +88,7 @@ def test_rows_end_where_they_should(case, rules, tmp_path):
         eos = [row[step] for row, step in zip(free, (4, 15, 16, 32), strict=True)]
         lengths = [next(i + 1 for i, token in enumerate(row) if token in eos) for row in free]
         steps = torch.stack(list(stream(model, PROMPTS, 64, eos=eos, **options)), dim=1).tolist()
-        look = STEPS_PER_LOOK[DEVICE]
+        look = EOS_POLL_INTERVAL[DEVICE]
         assert {len(row) for row in steps} == {min(64, look * math.ceil(max(lengths) / look))}
         for row, unended, length in zip(steps, free, lengths, strict=True):
             assert row == unended[:length] + [-1] * (len(row) - length), options

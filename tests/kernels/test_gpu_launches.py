@@ -228,7 +228,7 @@ def test_attention_dropped_in_for_training(mask):
 # Decode steps
 
 LAYER = ["_one_row", "_attend_split", "_one_row", "_one_row", "_one_row"]
-BEFORE, AFTER = ["_advance", "_embed"], ["_one_row", "aten::max", "_note", "aten::copy_"]
+BEFORE, AFTER = ["_advance", "_embed"], ["_one_row", "aten::max", "_record_token", "aten::copy_"]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ LAUNCHERS = {
     "advance_": (decode_step._advance_triton, "fastgpt.kernels.decode_step.advance", lambda: {
         "lengths": torch.ones(2, dtype=torch.int32), "positions": torch.ones(2, 1, dtype=torch.int32),
     }),
-    "note_": (decode_step._note_triton, "fastgpt.kernels.decode_step.note", lambda: {
+    "record_token_": (decode_step._record_token_triton, "fastgpt.kernels.decode_step.record_token", lambda: {
         "token": torch.ones(2, dtype=torch.int64), "scores": torch.ones(2, 1), "tokens": torch.ones(3, 2, dtype=torch.int64),
         "extreme": torch.ones(2, 1), "step": torch.zeros(1, dtype=torch.int64), "ended": torch.zeros(2, dtype=torch.bool),
         "eos": torch.ones(1, dtype=torch.int64),
@@ -80,7 +80,13 @@ FAULTS = {
     "device": lambda x: x.to("meta"),
     "layout": lambda x: x.to_sparse(),
 }
-ANY_ROWS = {("norm", "x"), ("embed", "weight"), ("embed", "position_weight"), ("note_", "eos"), ("note_", "tokens")}
+ANY_ROWS = {
+    ("norm", "x"),
+    ("embed", "weight"),
+    ("embed", "position_weight"),
+    ("record_token_", "eos"),
+    ("record_token_", "tokens"),
+}
 CASES = [
     (operation, name, fault)
     for operation, (_, _, call) in LAUNCHERS.items()
@@ -158,8 +164,8 @@ def test_what_does_not_fit_is_refused(operation, name, fault, launch):
         ("linear", "x", torch.ones(33, 8)), ("linear", "x", torch.ones(0, 8)), ("linear", "weight", torch.ones(4, 16)[:, ::2]),
         ("linear", "activation", 9), ("linear", "activation", -1),
         ("advance_", "lengths", torch.ones(4, dtype=torch.int32)[::2]),
-        ("note_", "tokens", torch.ones(2, 3, dtype=torch.int64).t()), ("note_", "scores", torch.ones(2, 5)),
-        ("note_", "ended", None), ("attention_forward", "k", torch.ones(1, 2, 4, 16)[..., ::2]),
+        ("record_token_", "tokens", torch.ones(2, 3, dtype=torch.int64).t()), ("record_token_", "scores", torch.ones(2, 5)),
+        ("record_token_", "ended", None), ("attention_forward", "k", torch.ones(1, 2, 4, 16)[..., ::2]),
         ("attention_with_kv_cache", "cos", torch.ones(4, 4)),
         ("kv_cache_update", "k_cache", torch.ones(1, 2, 4, 16, dtype=torch.int8)[..., ::2]),
         ("kv_cache_update", "k_cache", torch.ones(1, 1, 4, 8, dtype=torch.int8).expand(1, 2, 4, 8)),

@@ -158,7 +158,7 @@ def assert_wide_enough(launch):
 
 @pytest.mark.parametrize("arch", (80, 90))
 def test_larger_numbers_compile_anew(arch, monkeypatch):
-    """The type of a number that is not specialised still follows from its value: none is cut off by a kernel that was compiled
+    """The type of a number that is not specialized still follows from its value: none is cut off by a kernel that was compiled
     for smaller ones."""
     for module in (forward, backward):
         monkeypatch.setattr(module, "architecture", lambda device: arch)
@@ -191,11 +191,11 @@ def cu_seqlens(n):
     return meta(n + 1, dtype=torch.int32)
 
 
-def packed(max_q, max_k):
+def packed(max_seqlen_q, max_seqlen_k):
     q = meta(1, 4, 100, 64)
-    options = dict(scale=0.1, cu_seqlens_q=cu_seqlens(3), cu_seqlens_k=cu_seqlens(3), max_q=max_q)
+    options = dict(scale=0.1, cu_seqlens_q=cu_seqlens(3), cu_seqlens_k=cu_seqlens(3), max_seqlen_q=max_seqlen_q)
     out, lse = forward.attention_forward(q, q, q, **options)
-    backward.attention_backward(out, None, q, q, q, out, lse, **options, max_k=max_k)
+    backward.attention_backward(out, None, q, q, q, out, lse, **options, max_seqlen_k=max_seqlen_k)
 
 
 def test_what_is_counted_in_32_bits_has_a_limit():

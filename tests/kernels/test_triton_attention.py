@@ -24,7 +24,7 @@ from fastgpt.ops.attention import (
 from fastgpt.ops.attention.autograd import FusedAttention  # noqa: E402
 from fastgpt.ops.attention.operators import attention_forward_triton  # noqa: E402
 from fastgpt.ops.attention.reference import reference_of, varlen_reference_of  # noqa: E402
-from fastgpt.ops.quantization import quantise  # noqa: E402
+from fastgpt.ops.quantization import quantize  # noqa: E402
 from fastgpt.testing.attention_features import FEATURES, inputs, options, paged  # noqa: E402
 from fastgpt.testing.attention_parity import compare, run_triton, yardsticks  # noqa: E402
 from fastgpt.testing.numerics import check  # noqa: E402
@@ -295,7 +295,7 @@ def test_packed_values_of_another_head_dim():
     call = ops.Call(*(x.to(DEVICE) for x in (q, k, v)), scale=0.2)
     packing = ops.Packing(lengths_of((0, 12, 30)), lengths_of((0, 5, 41)), 18, 36)
     options = dict(scale=0.2, **packing._asdict())
-    del options["max_k"]
+    del options["max_seqlen_k"]
     actual = kernel.attention_forward(call.q, call.k, call.v, **options)
     double = call._replace(**{name: getattr(call, name).double() for name in "qkv"})
     check(actual, lambda: varlen_reference_of(double, packing), weights=torch.float32)
@@ -408,11 +408,11 @@ def test_gradients_on_views(view):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 @pytest.mark.parametrize("kv_dtype", (None, torch.int8, torch.float8_e4m3fn), ids=str)
 @pytest.mark.parametrize("page", (None, 1, 16, 48))
-def test_paged_and_quantised(page, kv_dtype, dtype):
+def test_paged_and_quantized(page, kv_dtype, dtype):
     q, k, v = inputs(3, 4, 2, 20, 90, 40, dtype, DEVICE)
     arguments = {"kv_lengths": lengths_of((0, 90, 33)), "causal": True, "scale": 0.2}
     if kv_dtype is not None:
-        (k, k_scale), (v, v_scale) = quantise(k, kv_dtype), quantise(v, kv_dtype)
+        (k, k_scale), (v, v_scale) = quantize(k, kv_dtype), quantize(v, kv_dtype)
         arguments |= {"k_scale": k_scale, "v_scale": v_scale}
     if page is not None:
         (k, table), (v, _) = paged(k, page), paged(v, page)
@@ -482,8 +482,8 @@ def test_autograd_of_packed_sequences(arguments, triton_serves_the_cpu):
         if name in arguments:
             arguments[name] = torch.tensor(arguments[name], dtype=dtype, device=DEVICE).view(-1)
     differentiable = {"q": q, "k": k, "v": v, "sinks": torch.randn(8, device=DEVICE)}
-    blind = varlen_reference_of(ops.Call(**differentiable, **arguments), packing)[1] == -math.inf
-    douts = torch.randn_like(q), torch.randn(1, 8, sum(lengths_q), device=DEVICE).masked_fill(blind, 0.0)
+    fully_masked = varlen_reference_of(ops.Call(**differentiable, **arguments), packing)[1] == -math.inf
+    douts = torch.randn_like(q), torch.randn(1, 8, sum(lengths_q), device=DEVICE).masked_fill(fully_masked, 0.0)
 
     def actual(**tensors):
         return FusedAttention.apply(*ops.Call(**tensors, **arguments), packing)

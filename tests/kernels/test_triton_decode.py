@@ -17,7 +17,7 @@ from fastgpt.kernels import attention_decode as kernel  # noqa: E402
 from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
 from fastgpt.ops.attention.reference import reference_of  # noqa: E402
-from fastgpt.ops.quantization import quantise  # noqa: E402
+from fastgpt.ops.quantization import quantize  # noqa: E402
 from fastgpt.testing.attention_features import paged  # noqa: E402
 from fastgpt.testing.numerics import check  # noqa: E402
 
@@ -163,7 +163,7 @@ def test_values_of_another_head_dim(D, D_v, dtype, cache_dtype, short_splits):
     if cache_dtype is None:
         poison(k, v, lengths)
     else:
-        (k, options["k_scale"]), (v, options["v_scale"]) = quantise(k, cache_dtype), quantise(v, cache_dtype)
+        (k, options["k_scale"]), (v, options["v_scale"]) = quantize(k, cache_dtype), quantize(v, cache_dtype)
     options |= dict(causal=True, scale=D**-0.5, kv_lengths=ints(lengths))
     out, lse = kernel.attention_decode(q, k, v, **options)
     assert out.shape == (2, 4, 1, D_v) and out.transpose(1, 2).is_contiguous()
@@ -296,8 +296,8 @@ def test_parity_on_pages(page, window, short_splits):
 @pytest.mark.parametrize("D", (40, 128))
 def test_parity_on_8_bits(dtype, cache_dtype, D, short_splits):
     q, k, v = random_inputs(2, 6, 2, 1, 70, D, dtype)
-    k, k_scale = quantise(k, cache_dtype)
-    v, v_scale = quantise(v, cache_dtype)
+    k, k_scale = quantize(k, cache_dtype)
+    v, v_scale = quantize(v, cache_dtype)
     lengths = (70, 33)
     poison(k_scale, v_scale, lengths)
     assert_parity(q, k, v, k_scale=k_scale, v_scale=v_scale, kv_lengths=ints(lengths))
@@ -310,9 +310,9 @@ def test_parity_on_8_bits(dtype, cache_dtype, D, short_splits):
 def test_8_bits_of_any_magnitude(cache_dtype, magnitudes, short_splits):
     """v_scale times a weight is a number that fp16 may not have, and the largest v_scale may be any key's."""
     q, k, v = random_inputs(1, 4, 1, 1, 70, 64, torch.float16)
-    k, k_scale = quantise(k, cache_dtype)
+    k, k_scale = quantize(k, cache_dtype)
     first, last = map(math.log, magnitudes)
-    v, v_scale = quantise(v.float() / v.float().abs().max() * torch.linspace(first, last, 70).exp()[:, None], cache_dtype)
+    v, v_scale = quantize(v.float() / v.float().abs().max() * torch.linspace(first, last, 70).exp()[:, None], cache_dtype)
     assert_parity(q, k, v, k_scale=k_scale, v_scale=v_scale)
 
 
@@ -320,8 +320,8 @@ def test_8_bits_of_any_magnitude(cache_dtype, magnitudes, short_splits):
 @pytest.mark.parametrize("cache_dtype", EIGHT_BITS, ids=str)
 def test_parity_of_everything(cache_dtype, short_splits):
     q, k, v = random_inputs(3, 6, 2, 3, 99, 80, torch.float16)
-    k, k_scale = quantise(k, cache_dtype)
-    v, v_scale = quantise(v, cache_dtype)
+    k, k_scale = quantize(k, cache_dtype)
+    v, v_scale = quantize(v, cache_dtype)
     lengths = (99, 50, 2)
     poison(k_scale, v_scale, lengths)
     pools = [paged(x.view(torch.int8) if x.dtype in EIGHT_BITS else x, 16) for x in (k, v, k_scale, v_scale)]
@@ -410,8 +410,8 @@ def test_parity_on_views(view, D, short_splits):
 @runs_kernel
 def test_scales_on_views(short_splits):
     q, k, v = random_inputs(2, 4, 2, 1, 40, 64, torch.float16)
-    k, k_scale = quantise(k, torch.int8)
-    v, v_scale = quantise(v, torch.int8)
+    k, k_scale = quantize(k, torch.int8)
+    v, v_scale = quantize(v, torch.int8)
     k_scale, v_scale = (x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (k_scale, v_scale))
     assert_parity(q, k, v, k_scale=k_scale, v_scale=v_scale)
 
@@ -434,8 +434,8 @@ def test_parity_at_size(case, dtype, cache_dtype):
     q, k, v = random_inputs(*shape, dtype)
     options = dict(kv_lengths=None if lengths is None else ints(lengths))
     if cache_dtype is not None:
-        k, options["k_scale"] = quantise(k, cache_dtype)
-        v, options["v_scale"] = quantise(v, cache_dtype)
+        k, options["k_scale"] = quantize(k, cache_dtype)
+        v, options["v_scale"] = quantize(v, cache_dtype)
     assert_parity(q, k, v, **options)
 
 

@@ -203,7 +203,7 @@ def test_padding_that_has_a_slot_is_stored_as_it_is():
 @runs_kernel
 @pytest.mark.parametrize("cache_dtype", EIGHT_BITS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_that_cannot_be_quantised(dtype, cache_dtype):
+def test_rows_that_cannot_be_quantized(dtype, cache_dtype):
     call = update_inputs(1, 1, 6, 6, 8, dtype, cache_dtype=cache_dtype)
     call["positions"] = torch.arange(6).unsqueeze(0)
     k = call["k"][0, 0]

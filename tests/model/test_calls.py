@@ -105,22 +105,22 @@ def test_counts(new):
 def test_contexts():
     model, states = random_model(cross_attention=True), torch.randn(2, 4, 64)
     wrong = {
-        "list": ([[1.0]], TypeError, "context: expected a torch.Tensor, got list"),
-        "dims": (states[0], ValueError, "context: expected 3 dimensions"),
-        "width": (states[..., :3], ValueError, r"context: expected shape \(2, 4, 64\)"),
-        "dtype": (states.double(), TypeError, "context: expected dtype torch.float32"),
-        "device": (states.to("meta"), ValueError, "context: expected device cpu"),
-        "batch": (states[:1], ValueError, "context: expected one for a batch of 2, got one for 1"),
-        "none": (None, ValueError, r"context: expected a second stream \(B, S, C\)"),
+        "list": ([[1.0]], TypeError, "encoder_states: expected a torch.Tensor, got list"),
+        "dims": (states[0], ValueError, "encoder_states: expected 3 dimensions"),
+        "width": (states[..., :3], ValueError, r"encoder_states: expected shape \(2, 4, 64\)"),
+        "dtype": (states.double(), TypeError, "encoder_states: expected dtype torch.float32"),
+        "device": (states.to("meta"), ValueError, "encoder_states: expected device cpu"),
+        "batch": (states[:1], ValueError, "encoder_states: expected one for a batch of 2, got one for 1"),
+        "none": (None, ValueError, r"encoder_states: expected a second stream \(B, S, C\)"),
     }
     for context, error, message in wrong.values():
         for call in (
             model,
             partial(run_with_cache, model),
-            lambda ids, context: model(ids, cache=model.new_cache(2, context=context)),
+            lambda ids, encoder_states: model(ids, cache=model.new_cache(2, encoder_states=encoder_states)),
         ):
             with pytest.raises(error, match=f"^{message}"):
-                call(IDS, context=context)
+                call(IDS, encoder_states=context)
 
 
 NO_CALLS = {

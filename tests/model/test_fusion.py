@@ -75,16 +75,16 @@ def assert_unfused(model):
     with torch.no_grad():
         wide = copy.deepcopy(model).double()
         oracle, low = unfused(wide, ids, None if states is None else states.double()), unfused(model, ids, states)
-        numerics.check(model(ids, context=states), oracle, low, dtype=torch.float32)
+        numerics.check(model(ids, encoder_states=states), oracle, low, dtype=torch.float32)
     with torch.inference_mode():
         for ways in (contextlib.nullcontext, graphs_on_cpu):
-            cache = model.new_cache(2, context=states)
+            cache = model.new_cache(2, encoder_states=states)
             logits = [model(ids[:, :4], cache=cache)[:, -1]]
             with ways():
                 step = decoding(model, cache)
                 logits += [step(token).clone() for token in ids[:, 4:].T]
             numerics.check(torch.stack(logits, 1), oracle[:, 3:], low[:, 3:], dtype=torch.float32)
-    options = {} if states is None else {"context": states}
+    options = {} if states is None else {"encoder_states": states}
     assert torch.equal(generate(model, ids, 12, **options), generate(model, ids, 12, use_cache=False, **options))
 
 
@@ -264,7 +264,7 @@ def test_adapters(fields):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = random_model(layers=1, **fields)
     ids = random_ids(model, 2, 5)
-    states = {"context": torch.randn(2, 4, 64)} if fields is CROSSED else {}
+    states = {"encoder_states": torch.randn(2, 4, 64)} if fields is CROSSED else {}
     before, oracle = model(ids, **states), copy.deepcopy(model).double()(ids, **{k: x.double() for k, x in states.items()})
     names = [name.rpartition(".")[2] for name in (*LAYERS, *(CROSS_LAYERS if fields is CROSSED else ()))]
     config = peft.LoraConfig(r=4, target_modules=[*names, "token_embedding"], init_lora_weights=False)
@@ -345,7 +345,7 @@ def test_a_recorded_step_sees_changes(change, ways):
         for i in range(4, 14):
             if i == 8:
                 ON_THE_WAY[change](model)
-            expected = model.scores(model.hidden(ids[:, i : i + 1], eager)[:, -1])
+            expected = model.uncapped_logits(model.hidden(ids[:, i : i + 1], eager)[:, -1])
             assert torch.equal(step(ids[:, i]), expected), i
 
 
@@ -450,7 +450,7 @@ def test_weights_that_lie_otherwise_compute_the_same(config):
     """What nn.Linear and nn.Embedding take: transposed, with steps between columns, or parts of wider ones."""
     model = random_model(**config)
     ids = random_ids(model, 1, 6)
-    states = {"context": torch.randn(1, 3, model.config.hidden_size)} if config else {}
+    states = {"encoder_states": torch.randn(1, 3, model.config.hidden_size)} if config else {}
     oracle = copy.deepcopy(model).double()(ids, **{name: x.double() for name, x in states.items()})
     lying = {
         "transposed": lambda w: w.t().contiguous().t(), "steps": lambda w: torch.stack([w, w], -1).flatten(1)[:, ::2],

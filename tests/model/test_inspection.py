@@ -60,7 +60,7 @@ def test_patterns_make_the_output_and_the_logits_are_the_same(family):
 def test_names_in_the_order_of_computation():
     model = random_model(cross_attention=True)
     ids, states = random_ids(model, 2, T), torch.randn(2, 5, 64)
-    _, activations = run_with_cache(model, ids, context=states, context_lengths=[5, 2])
+    _, activations = run_with_cache(model, ids, encoder_states=states, encoder_lengths=[5, 2])
     attention = ["q", "k", "v", "pattern", "output"]
     block = [*(f"{kind}.{part}" for kind in ("attention", "cross_attention") for part in attention), "middle", "output"]
     assert list(activations) == ["embedding", *(f"blocks.{i}.{name}" for i in range(2) for name in block), "norm"]
@@ -236,7 +236,7 @@ def test_a_picture_shows_the_pattern(tmp_path):
     first, last = (imread(tmp_path / name)[..., :3] for name in ("first.png", "last.png"))
     dark = [(picture[..., 0] < 0.1) & (picture[..., 2] > 0.3) & (picture[..., 2] < 0.5) for picture in (first, last)]
     columns = [mask[mask.any(1).nonzero()[0][5]].nonzero()[0] for mask in dark]
-    middle = [row[row < 0.8 * first.shape[1]].mean() for row in columns]  # left of the colour bar
+    middle = [row[row < 0.8 * first.shape[1]].mean() for row in columns]  # left of the color bar
     assert middle[0] < middle[1]
 
 

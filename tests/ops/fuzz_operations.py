@@ -232,7 +232,7 @@ def attention_varlen(draw):
     call = {
         "q": draw.numbers(total_q, H, D, dtype=dtype), "k": draw.numbers(total_k, H_kv, D, dtype=dtype),
         "v": draw.numbers(total_k, H_kv, of_values(draw, D), dtype=dtype), "cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1],
-        "max_q": max(lengths[0]) + draw.integer(0, 2), "max_k": max(lengths[1]),
+        "max_seqlen_q": max(lengths[0]) + draw.integer(0, 2), "max_seqlen_k": max(lengths[1]),
         **attention_options(draw, 1, H, total_q, total_k, dtype, packed=True), "return_lse": True,
     }  # fmt: skip
     return fastgpt.attention_varlen, fastgpt.attention_varlen_reference, call

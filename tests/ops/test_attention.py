@@ -17,7 +17,7 @@ import fastgpt
 from fastgpt import attention, attention_reference, attention_varlen
 from fastgpt.ops import attention as ops
 from fastgpt.ops.dropout import keep_mask, philox
-from fastgpt.ops.quantization import quantise
+from fastgpt.ops.quantization import quantize
 from fastgpt.testing import numerics
 from fastgpt.testing.attention_features import FEATURES, PACKED_FEATURES, inputs, options, paged
 from fastgpt.testing.attention_parity import compare, run_cpp, run_cpp_packed
@@ -245,9 +245,9 @@ def test_parity_paged(T, window, D, page, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [40, 64, (64, 40)])
 @pytest.mark.parametrize("T, page", [(1, None), (3, None), (70, None), (1, 16), (70, 64)])
-def test_parity_quantised(T, page, D, dtype, kv_dtype):
+def test_parity_quantized(T, page, D, dtype, kv_dtype):
     q, k, v = make(3, 4, 2, T, 150, D, dtype)
-    (k, k_scale), (v, v_scale) = quantise(k, kv_dtype), quantise(v, kv_dtype)
+    (k, k_scale), (v, v_scale) = quantize(k, kv_dtype), quantize(v, kv_dtype)
     options = {"kv_lengths": torch.tensor([0, 83, 150], dtype=torch.int32), "k_scale": k_scale, "v_scale": v_scale}
     if page is not None:
         (k, options["block_table"]), (v, _) = paged(k, page), paged(v, page)
@@ -555,14 +555,14 @@ def test_parity_of_packed_sequences(D, feature, dtype):
         ({"cu_seqlens_q": CU_Q.long()}, TypeError, "cu_seqlens_q: expected dtype torch.int32"),
         ({"cu_seqlens_k": CU_K[:3]}, ValueError, r"cu_seqlens_k: expected shape \(B \+ 1,\)"),
         ({"cu_seqlens_k": CU_K + 1}, ValueError, r"cu_seqlens_k: expected numbers that ascend from 0 to 12, got \[1, 6"),
-        ({"max_q": 4}, ValueError, "max_q: expected at least 5, the longest sequence, got 4"),
-        ({"max_k": 5}, ValueError, "max_k: expected at least 6, the longest sequence, got 5"),
+        ({"max_seqlen_q": 4}, ValueError, "max_seqlen_q: expected at least 5, the longest sequence, got 4"),
+        ({"max_seqlen_k": 5}, ValueError, "max_seqlen_k: expected at least 6, the longest sequence, got 5"),
         ({"window": 0}, ValueError, "window: expected an integer >= 1"),
     ],
 )
 def test_packing_errors(change, error, message):
     q, k, v = packed(*inputs(1, 4, 2, 8, 12, 16, torch.float32))
-    arguments = {"q": q, "k": k, "v": v, "cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K, "max_q": 5, "max_k": 6}
+    arguments = {"q": q, "k": k, "v": v, "cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K, "max_seqlen_q": 5, "max_seqlen_k": 6}
     with pytest.raises(error, match=message):
         attention_varlen(**arguments | change)
 
@@ -584,7 +584,7 @@ def test_opcheck():
     lengths = torch.tensor([5, 20], dtype=torch.int32)
     for arguments in ({}, {"kv_lengths": lengths}, {"kv_lengths": lengths, "window": 7}):
         torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), arguments)
-    (k, k_scale), (v, v_scale) = quantise(k, torch.int8), quantise(v, torch.int8)
+    (k, k_scale), (v, v_scale) = quantize(k, torch.int8), quantize(v, torch.int8)
     (k, table), (v, _), (k_scale, _), (v_scale, _) = (paged(x, 8) for x in (k, v, k_scale, v_scale))
     arguments = {"kv_lengths": lengths, "block_table": table, "k_scale": k_scale, "v_scale": v_scale}
     torch.library.opcheck(torch.ops.fastgpt.attention_forward.default, (q, k, v, True, 0.25), arguments)

@@ -15,7 +15,7 @@ from fastgpt.model.rope import Rope
 from fastgpt.ops import attention_with_kv_cache as ops
 from fastgpt.ops.attention import attention, attention_reference
 from fastgpt.ops.kv_cache_update import kv_cache_update_reference, rope_kv_cache_update_reference, rope_reference
-from fastgpt.ops.quantization import quantise
+from fastgpt.ops.quantization import quantize
 
 triton = pytest.importorskip("triton")
 
@@ -77,7 +77,7 @@ def example(
         if cache_dtype is None:
             x.transpose(1, 2)[hidden] = math.nan
         else:
-            x, scale = quantise(x, cache_dtype)
+            x, scale = quantize(x, cache_dtype)
             scale.transpose(1, 2)[hidden] = math.nan
             stored = {f"{name}_cache": x, f"{name}_scale": scale}
         if page:
@@ -215,7 +215,7 @@ def test_tokens_that_are_not_stored(short_splits):
 @runs_kernel
 @pytest.mark.parametrize("rows", (False, True), ids=("zero", "not finite"))
 @pytest.mark.parametrize("cache_dtype", ("int8", "fp8"))
-def test_rows_that_cannot_be_quantised(cache_dtype, rows, short_splits):
+def test_rows_that_cannot_be_quantized(cache_dtype, rows, short_splits):
     arguments = example(cache_dtype, "not rotated", lengths=(40, 40, 40), size=40)
     for name in ("k", "v"):
         arguments[name] = arguments[name].clone()

@@ -55,9 +55,9 @@ def test_cross_attention():
     model, states = random_model(cross_attention=True), torch.randn(2, 5, 64)
     ids = random_ids(model, 2, 6)
     with torch.autocast("cpu", torch.bfloat16):
-        assert generate(model, ids, 6, context=states).shape == (2, 12)
-        assert generate(model, ids, 6, context=states.bfloat16(), use_cache=False).shape == (2, 12)
-    cache = model.new_cache(2, context=states)  # in fp32, as are its keys and values
+        assert generate(model, ids, 6, encoder_states=states).shape == (2, 12)
+        assert generate(model, ids, 6, encoder_states=states.bfloat16(), use_cache=False).shape == (2, 12)
+    cache = model.new_cache(2, encoder_states=states)  # in fp32, as are its keys and values
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert model(ids, cache=cache).isfinite().all()
 

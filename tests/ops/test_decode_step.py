@@ -12,7 +12,15 @@ from interpreter import DEVICE, INTERPRETED, passed, runs_kernel, starts_the_int
 from models import random_ids, random_model  # noqa: E402
 
 from fastgpt.kernels import decode_step as kernel  # noqa: E402
-from fastgpt.ops.decode_step import advance, advance_reference, embed, embed_reference, note, note_reference, rounded  # noqa: E402
+from fastgpt.ops.decode_step import (  # noqa: E402
+    advance,
+    advance_reference,
+    embed,
+    embed_reference,
+    record_token,
+    record_token_reference,
+    rounded,
+)
 
 pytestmark = pytest.mark.threads
 
@@ -63,7 +71,7 @@ def test_advance(function):
 
 
 def noting(B, device, eos):
-    """Arguments of note: the third of five steps."""
+    """Arguments of record_token: the third of five steps."""
     generator = torch.Generator().manual_seed(0)
     ended = torch.randint(2, (B,), generator=generator).bool() if eos else None
     largest = torch.tensor([3e38, float("nan"), float("inf"), -float("inf"), -3.0]).repeat(B)[:B, None]
@@ -79,13 +87,13 @@ def noting(B, device, eos):
 @pytest.mark.parametrize("B", [1, 7, 600])
 def test_the_kernel_notes(B, eos):
     actual, expected = noting(B, DEVICE, eos), noting(B, "cpu", eos)
-    for arguments, function in ((actual, kernel.note), (expected, note_reference)):
+    for arguments, function in ((actual, kernel.record_token), (expected, record_token_reference)):
         function(*arguments)
         function(*arguments)
     assert all(a is e is None or torch.equal(a.cpu().nan_to_num(7), e.nan_to_num(7)) for a, e in zip(actual, expected))
 
 
-@pytest.mark.parametrize("function", [note, note_reference])
+@pytest.mark.parametrize("function", [record_token, record_token_reference])
 def test_note(function):
     token, largest, tokens, extreme, step, ended, eos = noting(30, "cpu", True)
     before = ended.clone()
@@ -108,7 +116,7 @@ def test_note_finds_the_scores_of_tokens(dtype, extreme_dtype, eos):
         arguments[3] = arguments[3].to(extreme_dtype)
     scores = (torch.randn(5, 18) * 100).to(dtype).t()[::2]
     scores[3, 1], scores[4, 2], scores[8] = float("nan"), float("inf"), -float("inf")
-    for (token, _, tokens, extreme, step, ended, ends), function in zip(both, (note, note_reference)):
+    for (token, _, tokens, extreme, step, ended, ends), function in zip(both, (record_token, record_token_reference)):
         apart = token.repeat_interleave(2)[::2]
         function(apart, scores, tokens, extreme, step, ended, ends)
         function((apart + 1) % 5, scores, tokens, extreme, step, ended, ends)
@@ -137,7 +145,7 @@ def test_note_writes_nothing_where_arguments_are_wrong(position, value, message)
     arguments[position] = value
     before = [x if x is None else x.clone() for x in arguments]
     with pytest.raises(RuntimeError, match=message):
-        note(*arguments)
+        record_token(*arguments)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(arguments, before))
 
 
@@ -181,7 +189,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fastgpt.embed.default, (ids, weight, ids[0] % 9, table, 2.0))
     lengths = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(torch.ops.fastgpt.advance_.default, (lengths, lengths.clone().unsqueeze(1)))
-    torch.library.opcheck(torch.ops.fastgpt.note_.default, tuple(noting(3, DEVICE, True)))
+    torch.library.opcheck(torch.ops.fastgpt.record_token_.default, tuple(noting(3, DEVICE, True)))
 
 
 @pytest.mark.slow

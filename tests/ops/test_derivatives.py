@@ -142,7 +142,7 @@ def attention_case(feature, operation=attention, reference=attention_reference, 
 def packed_case(**more):
     q, k, v = (x[0].transpose(0, 1) for x in inputs(1, H, H_KV, 6, 8, D, torch.float32))
     starts = [torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 6], [0, 5, 8])]
-    packing = dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_q", "max_k"), (*starts, 4, 5)))
+    packing = dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), (*starts, 4, 5)))
     named = {"q": q, "k": k, "v": v, **packing, "window": 3, "return_lse": True, **more}
     return Case(attention_varlen, attention_varlen_reference, named, DIFFERENTIABLE)
 
@@ -396,8 +396,8 @@ def test_a_cache_refuses_gradients_and_only_those(kind, cache_dtype):
 def test_a_cache_refuses_gradients_of_the_stream_that_it_has_read():
     model = random_model(layers=1, cross_attention=True).requires_grad_(False)
     ids, states = random_ids(model, 1, 4), torch.randn(1, 5, 64, requires_grad=True)
-    logits = model(ids, model.new_cache(1, context=states))
-    torch.testing.assert_close(logits, model(ids, model.new_cache(1, context=states.detach())))
+    logits = model(ids, model.new_cache(1, encoder_states=states))
+    torch.testing.assert_close(logits, model(ids, model.new_cache(1, encoder_states=states.detach())))
     with pytest.raises(RuntimeError, match="cache: expected no derivatives"):
         (logits.sum() + states.sum()).backward()
 

@@ -19,7 +19,7 @@ from fastgpt import (
     rope_kv_cache_update_reference,
 )
 from fastgpt.ops.kv_cache_update import rope_reference
-from fastgpt.ops.quantization import dequantise, quantise
+from fastgpt.ops.quantization import dequantize, quantize
 from fastgpt.testing import numerics
 
 pytestmark = pytest.mark.threads
@@ -172,7 +172,7 @@ def test_rotation_meets_the_numerics_contract(dtype, interleaved):
     assert same(cache[torch.arange(2)[:, None], :, positions].transpose(1, 2), actual)  # keys are rotated likewise
 
 
-def test_quantisation_of_every_half():
+def test_quantization_of_every_half():
     """Each fp16 number, among rows of its own size and of larger ones."""
     x = torch.arange(2**16).to(torch.uint16).view(torch.float16)
     x = x[x.isfinite()].float().view(-1, 8)
@@ -183,23 +183,23 @@ def test_quantisation_of_every_half():
         scales = torch.empty(2, *x.shape[:3])
         kv_cache_update(x, -x, *caches, positions, k_scale=scales[0], v_scale=scales[1])
         for cache, scale, source in zip(caches, scales, (x, -x), strict=True):
-            values, expected = quantise(source, dtype)
+            values, expected = quantize(source, dtype)
             assert same(cache, values) and same(scale, expected)
             # Half a step of int8; half a unit of the mantissa's last place, or of the smallest subnormal, of e4m3.
-            error = (dequantise(cache, scale).double() - source.double()).abs()
+            error = (dequantize(cache, scale).double() - source.double()).abs()
             step = scale.unsqueeze(-1).double()
             bound = step / 2 if dtype == torch.int8 else torch.maximum(source.double().abs() / 16, step * 2**-10)
             assert (error <= bound * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_rows_that_cannot_be_quantised(dtype):
+def test_rows_that_cannot_be_quantized(dtype):
     """NaN and infinity are seen by whoever reads the row; what is too small is zero."""
     x = torch.ones(1, 1, 5, 8)
     x[0, 0, 0, 3], x[0, 0, 1, 0], x[0, 0, 2], x[0, 0, 3] = torch.nan, -torch.inf, 0.0, 1e-31
     cache, scale = torch.zeros(1, 1, 5, 8, dtype=dtype), torch.zeros(1, 1, 5)
     kv_cache_update(x, x, cache, cache.clone(), torch.arange(5)[None], k_scale=scale, v_scale=scale.clone())
-    read = dequantise(cache, scale)[0, 0]
+    read = dequantize(cache, scale)[0, 0]
     assert read[:2].isnan().all() and (read[2:4] == 0).all() and (read[4] == 1).all()
 
 
@@ -235,7 +235,7 @@ def test_large_update_in_parallel():
     assert all(map(torch.equal, caches, expected))
 
 
-def test_of_two_tokens_for_one_slot_the_last_stays():
+def test_last_write_wins_for_duplicate_slots():
     k = torch.arange(3.0).view(1, 1, 3, 1)
     cache = torch.full((2, 1, 1, 4, 1), SENTINEL)
     kv_cache_update(k, k, *cache, torch.tensor([[2, 2, 2]]))

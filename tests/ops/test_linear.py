@@ -10,7 +10,7 @@ from cpu_levels import lower_levels
 
 import fastgpt
 from fastgpt import linear, linear_reference
-from fastgpt.generation.replay import Captured
+from fastgpt.generation.replay import CpuReplay
 from fastgpt.ops.linear import ACTIVATIONS
 from fastgpt.testing import numerics
 from fastgpt.testing.linear_features import FEATURES, call_of, in_float64, split
@@ -98,7 +98,7 @@ def test_many_rows_leave_their_inputs_alone(feature):
 def test_a_plan_runs_it_again(feature):
     call = call_of(feature, 2, 40, 65, torch.float32)
     call.pop("x")
-    function = Captured(lambda x: linear(x, **call))
+    function = CpuReplay(lambda x: linear(x, **call))
     for _ in range(3):
         x = torch.randn(2, 40)
         assert torch.equal(function(x), linear(x, **call))

@@ -10,7 +10,7 @@ from cpu_levels import lower_levels
 
 import fastgpt
 from fastgpt import norm, norm_reference
-from fastgpt.generation.replay import Captured
+from fastgpt.generation.replay import CpuReplay
 from fastgpt.testing import numerics
 from fastgpt.testing.linear_features import in_float64
 from fastgpt.testing.norm_features import FEATURES, call_of
@@ -94,7 +94,7 @@ def test_a_plan_runs_it_again():
         def of_columns(x):
             return norm(x.view(B, -1, T).transpose(1, 2), ones, kind=kind)
 
-        heads, columns = Captured(of_heads), Captured(of_columns)
+        heads, columns = CpuReplay(of_heads), CpuReplay(of_columns)
         for _ in range(3):
             x = torch.randn(B, T, 3 * H * D)
             assert torch.equal(heads(x), of_heads(x))

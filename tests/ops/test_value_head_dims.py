@@ -18,7 +18,7 @@ from fastgpt.integrations import flash_provider
 from fastgpt.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from fastgpt.integrations.sdpa import enabled, scaled_dot_product_attention
 from fastgpt.ops.kv_cache_update import kv_cache_update_reference, rope_kv_cache_update_reference
-from fastgpt.ops.quantization import dequantise, quantise
+from fastgpt.ops.quantization import dequantize, quantize
 from fastgpt.testing import check_attention, numerics
 from fastgpt.testing.attention_features import inputs, options
 
@@ -227,7 +227,7 @@ def test_caches(D, kind, cache_dtype):
     """Pieces of several tokens and single ones: each attends as over all tokens so far; a fork goes on as its original."""
     cache, B, H = new_cache(kind, D, cache_dtype), 2, 4
     q, k, v = inputs(B, H, 2, 30, 30, D, torch.float32)
-    kept = (k, v) if cache_dtype is None else [dequantise(*quantise(x, cache_dtype)) for x in (k, v)]
+    kept = (k, v) if cache_dtype is None else [dequantize(*quantize(x, cache_dtype)) for x in (k, v)]
 
     def attended(cache, first, last):
         cache.extend(last - first)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import CHATML, byte_fallback, byte_level, write_folder, write_merges, write_sentencepiece
 
-from fastgpt.text.tokenizer import Decoder, Stops, Tokenizer, unescape
+from fastgpt.text.tokenizer import IncrementalDetokenizer, Stops, Tokenizer, unescape
 
 CORPUS = "Hello, wörld!\n\r\n\t  日本 😀"
 
@@ -190,7 +190,7 @@ TEXTS = st.text(alphabet=st.one_of(st.sampled_from("the quick brown\n😀👩‍
 
 def pieces(tokenizer, ids, prompt=()):
     """What each token gave, and what was left."""
-    decoder = Decoder(tokenizer, prompt)
+    decoder = IncrementalDetokenizer(tokenizer, prompt)
     return [decoder.push(token) for token in ids] + [decoder.finish()]
 
 

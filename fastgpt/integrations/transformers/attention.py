@@ -155,7 +155,7 @@ def _why_not(query, key, value, dropout, scaling) -> str | None:
 
 
 def _packing(short: Mask | None, kwargs: dict) -> tuple | None:
-    """cu_seqlens_q, cu_seqlens_k, max_q, max_k, if the tokens are packed sequences."""
+    """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, if the tokens are packed sequences."""
     if short is not None and short.segments is not None:
         bounds, longest = short.packing
         return bounds, bounds, longest, longest

@@ -12,7 +12,7 @@ from fastgpt.checks import require_integer, require_tensor
 from fastgpt.integrations.transformers.deferred import EightBit
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update
-from fastgpt.ops.quantization import QUANTISED_DTYPES, as_bytes
+from fastgpt.ops.quantization import QUANTIZED_DTYPES, as_bytes
 
 CROPS_TO_LENGTH = Version(transformers.__version__) < Version("5.16")  # if told a positive number
 ROOM = 256  # rows of storage beyond those that the first tokens take
@@ -21,7 +21,7 @@ ROOM = 256  # rows of storage beyond those that the first tokens take
 class Layer(DynamicLayer):
     """Keys and values of a layer: storage (B, H_kv, rows, head dim), whose first `length` rows are tokens.
 
-    It doubles when it is full, or has max_cache_len rows from the start. The model gets views of it or, if it is quantised,
+    It doubles when it is full, or has max_cache_len rows from the start. The model gets views of it or, if it is quantized,
     `EightBit` tensors. Gradients reach the keys and values of the call, not those that earlier calls have stored: where these
     had gradients, the backward pass raises RuntimeError.
 
@@ -32,7 +32,7 @@ class Layer(DynamicLayer):
     def __init__(self, max_cache_len: int | None, cache_dtype: torch.dtype | None):
         # Not DynamicLayer's, which makes attributes of what are properties here.
         self.max_cache_len, self.cache_dtype = max_cache_len, cache_dtype
-        self.storage = {}  # by argument of kv_cache_update: k_cache, v_cache and, if quantised, k_scale, v_scale
+        self.storage = {}  # by argument of kv_cache_update: k_cache, v_cache and, if quantized, k_scale, v_scale
         self.length = 0
         self.required_gradients = False  # one of the keys or values that are stored
         self.is_initialized = False
@@ -305,8 +305,8 @@ class Cache(DynamicCache):
 
     def __init__(self, config, *, max_cache_len: int | None = None, cache_dtype: torch.dtype | None = None):
         max_cache_len = require_integer("max_cache_len", max_cache_len, least=1, optional=True)
-        if cache_dtype not in (None, *QUANTISED_DTYPES):
-            raise TypeError(f"cache_dtype: expected {' or '.join(map(str, QUANTISED_DTYPES))} or None, got {cache_dtype}")
+        if cache_dtype not in (None, *QUANTIZED_DTYPES):
+            raise TypeError(f"cache_dtype: expected {' or '.join(map(str, QUANTIZED_DTYPES))} or None, got {cache_dtype}")
         super().__init__(config=config)
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:

@@ -3,7 +3,7 @@
 import torch
 from torch.utils._pytree import tree_map_only
 
-from fastgpt.ops.quantization import dequantise
+from fastgpt.ops.quantization import dequantize
 
 _METADATA = frozenset(
     getattr(torch.Tensor, name).__get__
@@ -81,4 +81,4 @@ class EightBit(Deferred):
     """Keys or values (B, H_kv, S, D) stored as `codes` of that shape, int8 or float8_e4m3fn, and `scale` (B, H_kv, S)."""
 
     def _compute(self):
-        return dequantise(self.codes, self.scale, self.dtype)
+        return dequantize(self.codes, self.scale, self.dtype)

@@ -94,13 +94,13 @@ def _pattern_of(call: dict) -> Pattern | None:
     offset, padding = call.get("q_offset"), call.get("attention_mask")
     if offset is None or call.get("use_vmap") or is_tracing(offset) or is_tracing(padding):  # no offset before 5.3
         return None
-    # A static cache has its offset in a tensor, so as not to synchronise; the mask of one query is short anyway.
+    # A static cache has its offset in a tensor, so as not to synchronize; the mask of one query is short anyway.
     if isinstance(offset, torch.Tensor) and call["q_length"] == 1 or padding is not None and padding.dim() != 2:
         return None
-    return _recognised(call.get("mask_function", masking_utils.causal_mask_function))
+    return _recognized(call.get("mask_function", masking_utils.causal_mask_function))
 
 
-def _recognised(function) -> Pattern | None:
+def _recognized(function) -> Pattern | None:
     """transformers composes its mask functions of closures: we know them by their code and what they close over."""
     match _opened(function):
         case "causal_mask_function", _:
@@ -108,13 +108,13 @@ def _recognised(function) -> Pattern | None:
         case "bidirectional_mask_function", _:
             return Pattern(causal=False)
         case "remap_positions_for_packed_sequence", {"mask_function": inner}:  # positions count from 0 in each segment
-            return _recognised(inner)
+            return _recognized(inner)
         case "and_masks", {"mask_functions": (first, second)}:
             match _opened(first), _opened(second):
                 case ("sliding_window_overlay", {"sliding_window": int(window)}), ("causal_mask_function", _):
                     return Pattern(causal=True, window=window)
                 case _, ("packed_sequence_mask_function", {"packed_sequence_mask": segments}):
-                    inner = _recognised(first)
+                    inner = _recognized(first)
                     return inner._replace(segments=segments) if inner is not None and inner.causal else None
     return None
 

@@ -120,7 +120,7 @@ def attention(
 
 
 def attention_varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, dropout_p=0.0,
     dropout_seed=None, return_lse=False, impl=None,
 ):  # fmt: skip
@@ -130,7 +130,7 @@ def attention_varlen(
         q: (total_q, H, D); k: (total_k, H_kv, D); v: (total_k, H_kv, D_v). Sequence b has rows cu_seqlens_q[b] to
             cu_seqlens_q[b+1] of q, and cu_seqlens_k[b] to cu_seqlens_k[b+1] of k and v.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device, ascending from 0 to total_q and total_k.
-        max_q, max_k: at least the queries and keys of the longest sequence.
+        max_seqlen_q, max_seqlen_k: at least the queries and keys of the longest sequence.
         The rest: as in `attention`, within each sequence.
 
     Returns: out (total_q, H, D_v); with return_lse the pair (out, lse), lse (H, total_q) fp32.
@@ -141,7 +141,7 @@ def attention_varlen(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         dropout_p=dropout_p, dropout_seed=dropout_seed,
     )  # fmt: skip
-    packing = check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
+    packing = check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
     chosen = choose("attention_varlen", VARLEN_IMPLEMENTATIONS, impl, call)
     call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device) if call.dropout_p > 0 else None)
     if scale is None:
@@ -162,9 +162,9 @@ def explain(q, k, v, *, return_lse=False, impl=None, **options):
     return explain_call(IMPLEMENTATIONS, check_call(Call(q, k, v, **options)), impl=impl)
 
 
-def explain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, return_lse=False, impl=None, **options):
+def explain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, return_lse=False, impl=None, **options):
     """The same for attention_varlen."""
     require_flag("return_lse", return_lse)
     call = packed_call(q, k, v, **options)
-    check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
+    check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
     return explain_call(VARLEN_IMPLEMENTATIONS, call, impl=impl)

@@ -32,8 +32,8 @@ class Packing(NamedTuple):
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
-    max_q: int
-    max_k: int
+    max_seqlen_q: int
+    max_seqlen_k: int
 
 
 # Packed sequences: the same, without what only a batch has.

@@ -14,7 +14,7 @@ from fastgpt.checks import (
     require_tensor,
 )
 from fastgpt.ops.attention.call import Call, Packing
-from fastgpt.ops.quantization import QUANTISED_DTYPES
+from fastgpt.ops.quantization import QUANTIZED_DTYPES
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 576  # of keys and of values, which may differ: MLA (arXiv 2405.04434) has 576 and 512, or 192 and 128
@@ -40,7 +40,7 @@ def check_call(call: Call) -> Call:
             raise ValueError(f"{name}: expected a head dim from 1 to {MAX_HEAD_DIM}, got {got}")
     if H_kv == 0 or H % H_kv:
         raise ValueError(f"k: expected a number of heads that divides q's {H}, got {H_kv}")
-    require_dtype("k", k, (q.dtype, *QUANTISED_DTYPES))
+    require_dtype("k", k, (q.dtype, *QUANTIZED_DTYPES))
     require_dtype("v", v, (k.dtype,))
     first, layout, keys = B, "(B, H_kv, S", S
     tensors = {"k": k, "v": v}
@@ -54,7 +54,7 @@ def check_call(call: Call) -> Call:
     require_shape("v", v, (first, H_kv, S, D_v), f"{layout}, D_v) to match k")
     for name in ("k_scale", "v_scale"):
         x = getattr(call, name)
-        if (x is None) == (k.dtype in QUANTISED_DTYPES):
+        if (x is None) == (k.dtype in QUANTIZED_DTYPES):
             wanted, got = ("a scale", "None") if x is None else ("None", "a scale")
             raise ValueError(f"{name}: expected {wanted} for k and v of {k.dtype}, got {got}")
         if x is not None:
@@ -127,7 +127,8 @@ def packed_call(q, k, v, **options) -> Call:
 def check_packing(call: Call, packing: Packing) -> Packing:
     """The packing with plain integers; raises TypeError or ValueError for what does not fit the call."""
     packing = packing._replace(
-        max_q=require_integer("max_q", packing.max_q, 0, 2**63 - 1), max_k=require_integer("max_k", packing.max_k, 0, 2**63 - 1)
+        max_seqlen_q=require_integer("max_seqlen_q", packing.max_seqlen_q, 0, 2**63 - 1),
+        max_seqlen_k=require_integer("max_seqlen_k", packing.max_seqlen_k, 0, 2**63 - 1),
     )
     require_tensor("cu_seqlens_q", packing.cu_seqlens_q, 1)
     for name, total in (("cu_seqlens_q", call.q.shape[2]), ("cu_seqlens_k", call.k.shape[2])):
@@ -137,13 +138,13 @@ def check_packing(call: Call, packing: Packing) -> Packing:
         require_device(name, x, call.q.device)
         if x.shape != packing.cu_seqlens_q.shape or len(x) < 2:
             raise ValueError(f"{name}: expected shape (B + 1,), B >= 1, as the other one, got {tuple(x.shape)}")
-        longest = packing.max_q if name == "cu_seqlens_q" else packing.max_k
+        longest = packing.max_seqlen_q if name == "cu_seqlens_q" else packing.max_seqlen_k
         if x.device.type == "cpu":
             lengths = x.diff()
             if x[0] != 0 or x[-1] != total or (lengths < 0).any():
                 raise ValueError(f"{name}: expected numbers that ascend from 0 to {total}, got {x.tolist()}")
             if lengths.max() > longest:
-                limit = "max_q" if name == "cu_seqlens_q" else "max_k"
+                limit = "max_seqlen_q" if name == "cu_seqlens_q" else "max_seqlen_k"
                 raise ValueError(f"{limit}: expected at least {lengths.max().item()}, the longest sequence, got {longest}")
     return packing
 

@@ -26,7 +26,7 @@ library.define(
     "Tensor? dropout_seed=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastgpt.attention",
 )
-_PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k"
+_PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 library.define(
     f"attention_varlen_forward({_PACKING}, Tensor q, Tensor k, Tensor v, bool causal, float scale, SymInt? window=None, "
     "float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None, float dropout_p=0.0, "
@@ -103,33 +103,39 @@ library.impl("attention_backward", attention_backward_triton, "CUDA")
 
 
 @torch.library.register_fake("fastgpt::attention_varlen_forward", lib=library)
-def _attention_varlen_forward_fake(cu_seqlens_q, cu_seqlens_k, max_q, max_k, q, k, v, *arguments):
+def _attention_varlen_forward_fake(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k, v, *arguments):
     _, H, total, _ = q.shape
     out = q.new_empty(1, total, H, v.shape[3]).transpose(1, 2)
     return out, q.new_empty(1, H, total, dtype=torch.float32)
 
 
 @torch.library.register_fake("fastgpt::attention_varlen_backward", lib=library)
-def _attention_varlen_backward_fake(dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, q, k, v, *arguments):
+def _attention_varlen_backward_fake(
+    dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k, v, *arguments
+):
     sinks = dict(zip(VARLEN_FIELDS[3:], arguments)).get("sinks")
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
 
 
-def attention_varlen_forward_triton(cu_seqlens_q, cu_seqlens_k, max_q, max_k, *arguments):
+def attention_varlen_forward_triton(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *arguments):
     from fastgpt.kernels.attention_forward import attention_forward
 
     options = dict(zip(VARLEN_FIELDS, arguments))
-    check_packing(check_for_triton(Call(**options)), Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
+    check_packing(check_for_triton(Call(**options)), Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
     q, k, v = options.pop("q"), options.pop("k"), options.pop("v")
-    return attention_forward(q, k, v, **options, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_q=max_q)
+    return attention_forward(
+        q, k, v, **options, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q
+    )
 
 
-def attention_varlen_backward_triton(dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, q, k, v, *arguments):
+def attention_varlen_backward_triton(
+    dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k, v, *arguments
+):
     from fastgpt.kernels.attention_backward import attention_backward
 
     options = dict(zip(VARLEN_FIELDS[3:], arguments))
-    packing, call = Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k), Call(q, k, v, **options)
+    packing, call = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), Call(q, k, v, **options)
     check_backward(call, dout, dlse, out, lse)
     packing = check_packing(call, packing)._asdict()
     dq, dk, dv, _, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, **options, **packing)

@@ -8,7 +8,7 @@ from fastgpt.checks import require_flag
 from fastgpt.ops.attention.call import Call, Packing
 from fastgpt.ops.attention.checks import check_call, check_packing, check_pages, packed_call
 from fastgpt.ops.dropout import keep_mask, seed_tensor
-from fastgpt.ops.quantization import dequantise
+from fastgpt.ops.quantization import dequantize
 
 
 def attention_reference(
@@ -48,11 +48,11 @@ def reference_of(call: Call, return_lse: bool, dropout_batch: int = 0):
     else:
         lengths = call.kv_lengths.clamp(0, S).view(B, 1, 1, 1)
         hidden = (key >= lengths).expand(B, 1, T, S)
-    own = query + lengths - T  # the query's position among the keys
+    q_pos = query + lengths - T  # the query's position among the keys
     if call.causal:
-        hidden = hidden | (key > own)
+        hidden = hidden | (key > q_pos)
     if call.window is not None:
-        hidden = hidden | (key - own <= -call.window)
+        hidden = hidden | (key - q_pos <= -call.window)
     if call.mask is not None:
         hidden = hidden | ~call.mask
     if call.bias is not None:
@@ -65,15 +65,15 @@ def reference_of(call: Call, return_lse: bool, dropout_batch: int = 0):
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if call.alibi_slopes is not None:
-        scores = scores - call.alibi_slopes.to(dtype).view(H, 1, 1) * (own - key).abs()
+        scores = scores - call.alibi_slopes.to(dtype).view(H, 1, 1) * (q_pos - key).abs()
     if call.bias is not None:
         scores = scores + call.bias.to(dtype)
     hidden = hidden | (scores == -torch.inf)
-    blind = hidden.all(-1, keepdim=True)  # rows that see no key
+    fully_masked = hidden.all(-1, keepdim=True)  # rows that see no key
     # Softmax over a row of -inf is NaN; such a row is zeroed below.
-    scores = scores.masked_fill(hidden, -torch.inf).masked_fill(blind, 0.0)
+    scores = scores.masked_fill(hidden, -torch.inf).masked_fill(fully_masked, 0.0)
     if call.sinks is not None:
-        sink = call.sinks.to(dtype).view(H, 1, 1).expand(B, H, T, 1).masked_fill(blind, 0.0)
+        sink = call.sinks.to(dtype).view(H, 1, 1).expand(B, H, T, 1).masked_fill(fully_masked, 0.0)
         scores = torch.cat([scores, sink], dim=-1)
     weights = scores.softmax(-1)[..., :S].masked_fill(hidden, 0.0)
     kept = ~hidden
@@ -83,7 +83,7 @@ def reference_of(call: Call, return_lse: bool, dropout_batch: int = 0):
     out = _weighted(weights, kept, v).to(out_dtype)
     if not return_lse:
         return out
-    return out, scores.logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf).to(dtype)
+    return out, scores.logsumexp(-1).masked_fill(fully_masked.squeeze(-1), -torch.inf).to(dtype)
 
 
 def _products(q, k):
@@ -110,11 +110,11 @@ def _keys(x, scale, block_table, dtype):
         x = x.view(torch.uint8)[index].view(x.dtype) if x.itemsize == 1 else x[index]
         x = x.transpose(1, 2).flatten(2, 3)
         scale = None if scale is None else scale[index].transpose(1, 2).flatten(2, 3)
-    return x.to(dtype) if scale is None else dequantise(x, scale, dtype)
+    return x.to(dtype) if scale is None else dequantize(x, scale, dtype)
 
 
 def attention_varlen_reference(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     *, causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, dropout_p=0.0,
     dropout_seed=None, return_lse=False, impl=None,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def attention_varlen_reference(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         dropout_p=dropout_p, dropout_seed=dropout_seed,
     )  # fmt: skip
-    packing = check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k))
+    packing = check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
     if call.dropout_p > 0:
         call = call._replace(dropout_seed=seed_tensor(call.dropout_seed, q.device))
     out, lse = varlen_reference_of(call, packing)

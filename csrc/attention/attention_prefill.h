@@ -16,8 +16,8 @@ namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
 // Memory that the blocks of a task share, and that each of them has.
-struct WideShared {
-  WideShared(int64_t head_dim, int64_t v_head_dim, Parts& parts) {
+struct PrefillShared {
+  PrefillShared(int64_t head_dim, int64_t v_head_dim, Arena& parts) {
     const int64_t D = padded_head_dim(head_dim), D_v = padded_head_dim(v_head_dim);
     scores = parts.take(kBlockN * kBlockM), factors = parts.take(kBlockN * kBlockM), rescale = parts.take(kBlockM);
     k = parts.take(kBlockN * copied_stride(D)), v = parts.take(kBlockN * copied_stride(D_v));
@@ -29,8 +29,8 @@ struct WideShared {
   float *k, *v;                            // (kBlockN, D or D_v), copies where they are needed
   float *k_operand, *v_operand, *weights;  // see attention_products.h
 };
-struct WideMemory {
-  WideMemory(int64_t head_dim, int64_t v_head_dim, Parts& parts) {
+struct PrefillMemory {
+  PrefillMemory(int64_t head_dim, int64_t v_head_dim, Arena& parts) {
     const int64_t D = padded_head_dim(head_dim), size = larger(D, padded_head_dim(v_head_dim)) * kBlockM;
     acc = parts.take(size), q = parts.take(size), q_operand = parts.take(operand_size(kBlockM, D));
     max = parts.take(kBlockM), sum = parts.take(kBlockM);
@@ -74,10 +74,11 @@ struct Tile {
   Left k, v;
 };
 
-class WideBlock : public ForwardBlock {
+class PrefillBlock : public ForwardBlock {
  public:
-  WideBlock(
-      const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block, const WideShared& shared, const WideMemory& memory)
+  PrefillBlock(
+      const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block, const PrefillShared& shared,
+      const PrefillMemory& memory)
       : ForwardBlock(args, b, h_kv, block),
         w_(shared),
         pieces_(larger(pieces_of(args.element), pieces_of(args.key_element))),
@@ -179,7 +180,7 @@ class WideBlock : public ForwardBlock {
       Panel& panel = panels_[m / kPanel];
       panel = {args_.S, 0};
       for (int64_t r = m; r < m + kPanel && r < rows_; ++r) {
-        panel.first = smaller(panel.first, hidden_[r]), panel.end = larger(panel.end, visible_[r]);
+        panel.first = smaller(panel.first, key_begin_[r]), panel.end = larger(panel.end, key_end_[r]);
       }
     }
   }
@@ -211,7 +212,7 @@ class WideBlock : public ForwardBlock {
     store(w_.rescale + m, factor);
   }
 
-  const WideShared& w_;
+  const PrefillShared& w_;
   const int pieces_;
   float* const q_;
   float late_scale_;
@@ -221,21 +222,21 @@ class WideBlock : public ForwardBlock {
 };
 
 inline int64_t wide_workspace(int64_t D, int64_t D_v, int64_t blocks) {
-  Parts parts(nullptr);
-  WideShared(D, D_v, parts);
-  for (int64_t i = 0; i < blocks; ++i) WideMemory(D, D_v, parts);
+  Arena parts(nullptr);
+  PrefillShared(D, D_v, parts);
+  for (int64_t i = 0; i < blocks; ++i) PrefillMemory(D, D_v, parts);
   return parts.taken();
 }
 
 // `count` blocks of queries from `first` on, which walk over their keys together.
 inline void run_wide(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, int64_t count, float* workspace) {
   const Tiles tiles;
-  Parts parts(workspace);
-  const WideShared shared(args.D, args.D_v, parts);
-  std::optional<WideBlock> blocks[kGroup];
+  Arena parts(workspace);
+  const PrefillShared shared(args.D, args.D_v, parts);
+  std::optional<PrefillBlock> blocks[kGroup];
   int64_t begin = args.S, end = 0;
   for (int64_t i = 0; i < count; ++i) {
-    WideBlock& block = blocks[i].emplace(args, b, h_kv, first + i, shared, WideMemory(args.D, args.D_v, parts));
+    PrefillBlock& block = blocks[i].emplace(args, b, h_kv, first + i, shared, PrefillMemory(args.D, args.D_v, parts));
     begin = smaller(begin, block.begin()), end = larger(end, block.end());
   }
   for (int64_t n = begin; n < end; n += kBlockN) {

@@ -193,16 +193,16 @@ constexpr int64_t kBlocks = 16, kBlockLanes = 16;
 static_assert(kFewQueries <= kBlockLanes && kBlockLanes % kWidth == 0);
 
 // Memory that blocks share, and that a block of `rows` queries has.
-struct NarrowShared {
-  NarrowShared(int64_t D, int64_t D_v, Parts& parts) {
+struct DecodeShared {
+  DecodeShared(int64_t D, int64_t D_v, Arena& parts) {
     scores = parts.take(kFewQueries * kBlockN);
     k = parts.take(kBlockN * copied_stride(D)), v = parts.take(kBlockN * copied_stride(D_v));
   }
 
   float *scores, *k, *v;  // (kFewQueries, kBlockN); (kBlockN, D) and (kBlockN, D_v), copies where they are needed
 };
-struct NarrowMemory {
-  NarrowMemory(int64_t D, int64_t D_v, int64_t rows, Parts& parts) {
+struct DecodeMemory {
+  DecodeMemory(int64_t D, int64_t D_v, int64_t rows, Arena& parts) {
     q = parts.take(rows * padded_head_dim(D)), acc = parts.take(rows * padded_head_dim(D_v));
     max = parts.take(kBlockLanes), sum = parts.take(kBlockLanes), rescale = parts.take(kBlockLanes);
   }
@@ -211,11 +211,11 @@ struct NarrowMemory {
 };
 
 // All keys, or one split of them.
-class NarrowBlock : public ForwardBlock {
+class DecodeBlock : public ForwardBlock {
  public:
-  NarrowBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t split, const NarrowShared& shared, Parts& parts)
+  DecodeBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t split, const DecodeShared& shared, Arena& parts)
       : ForwardBlock(args, b, h_kv, 0), w_(shared), begin_(start()), end_(last_end_) {
-    const NarrowMemory memory(args.D, args.D_v, rows_, parts);
+    const DecodeMemory memory(args.D, args.D_v, rows_, parts);
     q_ = memory.q, acc_ = memory.acc, max_ = memory.max, sum_ = memory.sum, rescale_ = memory.rescale;
     std::memset(acc_, 0, rows_ * D_v_ * sizeof(float));
     for (int64_t r = 0; r < kBlockLanes; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f;
@@ -226,7 +226,7 @@ class NarrowBlock : public ForwardBlock {
   }
 
   // Runs blocks that see the same keys, tile by tile.
-  static void run(std::optional<NarrowBlock>* blocks, int64_t count) {
+  static void run(std::optional<DecodeBlock>* blocks, int64_t count) {
     if (blocks[0]->rows_ == 0) return;  // a shorter sequence than the longest
     for (int64_t i = 0; i < count; ++i) blocks[i]->load_queries();
     for (int64_t n = blocks[0]->begin_; n < blocks[0]->end_; n += kBlockN) {
@@ -243,7 +243,7 @@ class NarrowBlock : public ForwardBlock {
         const float highest = partial(s, r)[D_v_];
         max_[r] = highest > max_[r] ? highest : max_[r];
       }
-      const float shift = max_[r] > -kInfinity ? max_[r] : 0.0f;  // as in WideBlock
+      const float shift = max_[r] > -kInfinity ? max_[r] : 0.0f;  // as in PrefillBlock
       for (int64_t s = 0; s < results_.splits(); ++s) {
         const float *part = partial(s, r), factor = exp_nonpositive(part[D_v_] - shift);
         for (int64_t d = 0; d < D_v_; ++d) acc_[r * D_v_ + d] += part[d] * factor;
@@ -292,7 +292,7 @@ class NarrowBlock : public ForwardBlock {
         }
       }
       const Vector before = load(max_ + m), highest = maximum(maxima(highest_lanes), before);
-      const Vector shift = highest > broadcast(-kInfinity) ? highest : Vector{};  // as in WideBlock
+      const Vector shift = highest > broadcast(-kInfinity) ? highest : Vector{};  // as in PrefillBlock
       float shifts[kWidth];
       store(shifts, shift);
       for (int64_t r = 0; r < rows; ++r) {
@@ -370,26 +370,26 @@ class NarrowBlock : public ForwardBlock {
     }
   }
 
-  const NarrowShared& w_;
+  const DecodeShared& w_;
   float *q_, *rescale_;       // rescale: factor of the last rescaling
   float* partial_ = nullptr;  // where a split leaves its rows
   int64_t begin_, end_;       // keys to walk over
 };
 
 inline int64_t narrow_workspace(int64_t D, int64_t D_v) {
-  Parts parts(nullptr);
-  NarrowShared(D, D_v, parts);
-  for (int64_t i = 0; i < kBlocks; ++i) NarrowMemory(D, D_v, kBlockM / kBlocks, parts);
+  Arena parts(nullptr);
+  DecodeShared(D, D_v, parts);
+  for (int64_t i = 0; i < kBlocks; ++i) DecodeMemory(D, D_v, kBlockM / kBlocks, parts);
   return parts.taken();
 }
 
 // One split of the keys of `heads` heads, tile by tile.
 inline void run_narrow(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t heads, int64_t split, float* workspace) {
-  Parts parts(workspace);
-  const NarrowShared shared(args.D, args.D_v, parts);
-  std::optional<NarrowBlock> blocks[kBlocks];
+  Arena parts(workspace);
+  const DecodeShared shared(args.D, args.D_v, parts);
+  std::optional<DecodeBlock> blocks[kBlocks];
   for (int64_t i = 0; i < heads; ++i) blocks[i].emplace(args, b, h_kv + i, split, shared, parts);
-  NarrowBlock::run(blocks, heads);
+  DecodeBlock::run(blocks, heads);
 }
 
 // Tasks go through the splits first, or with a block table through the heads: those of a page lie side by side, and small
