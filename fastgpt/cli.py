@@ -253,7 +253,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
-        type_, metavar = {int: (integer, "N"), float: (number, "X"), str: (str, "D")}[field.type]
+        type_, metavar = {int: (integer, "N"), float: (number, "X"), str: (str, "D")}[field.type]  # type: ignore[index]  # types, not their names
         choices = TRAIN_DTYPES if field.name == "dtype" else None
         add(flag, type=type_, choices=choices, metavar=metavar, help=f"{field.metadata['meaning']} ({field.default})")
 

@@ -162,8 +162,8 @@ def _packing(short: Mask | None, kwargs: dict) -> tuple | None:
     starts = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if None in starts or short is not None and short.options["mask"] is not None:
         return None
-    longest = kwargs.get("max_length_q"), kwargs.get("max_length_k")
-    return *(x.int() for x in starts), *(n or int(x.diff().max()) for x, n in zip(starts, longest))
+    given = kwargs.get("max_length_q"), kwargs.get("max_length_k")
+    return *(x.int() for x in starts), *(n or int(x.diff().max()) for x, n in zip(starts, given))
 
 
 def _packed(query, key, value, *packing, **options) -> torch.Tensor:

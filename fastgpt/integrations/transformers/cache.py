@@ -107,7 +107,8 @@ class Layer(DynamicLayer):
         if self.cache_dtype is None:
             return k, v
         scales = self.storage["k_scale"].narrow(2, first, n), self.storage["v_scale"].narrow(2, first, n)
-        return tuple(EightBit(x.shape, self.dtype, x.device, codes=x, scale=scale) for x, scale in zip((k, v), scales))
+        k, v = (EightBit(x.shape, self.dtype, x.device, codes=x, scale=scale) for x, scale in zip((k, v), scales))
+        return k, v
 
     def update(self, key_states, value_states, *args, **kwargs):
         self._require_pair()
