@@ -211,7 +211,7 @@ def test_cached_against_uncached(benchmark, dtype, name, batch, T):
     ids = prompts(model, batch, T)
     cache = model.new_cache(batch)
     model.hidden(ids[:, :-1], cache)
-    step = decoding(model, cache)
+    step = fastgpt.decoding(model, cache)
 
     def cached():
         cache.counts, _ = [T - 1] * batch, cache.lengths.fill_(T - 1)  # forget the last token, without waiting for a GPU

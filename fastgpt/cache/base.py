@@ -38,7 +38,7 @@ class KVCache:
     casts = False  # its dtype is autocast's, and not that of the model's weights
     block_table = None  # (B, pages) int32, if tokens lie in pages
 
-    def __init__(self, batch_size: int, capacity: int | None, window: int | None, device):
+    def __init__(self, batch_size: int, capacity: int | None, window: int | None, device: torch.device | str | None) -> None:
         batch_size = require_integer("batch_size", batch_size, 1)
         self.capacity = None if capacity is None else require_integer("capacity", capacity, 1)
         self.window = None if window is None else require_integer("window", window, 1)
@@ -146,9 +146,17 @@ class KVCache:
         """Takes what storage the new tokens need; raises before anything changes."""
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotation=None,
-        *, window: int | None = None, last_only: bool = False, **options,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        window: int | None = None,
+        last_only: bool = False,
+        **options,
+    ) -> torch.Tensor:
         """Stores k and v of the current tokens, and attends over all that the cache then holds of the layer; of one token, on
         a GPU, in one launch.
 

@@ -13,7 +13,7 @@ class PagePool:
     Args: num_pages; page_size; further ones: `Storage`.
     """
 
-    def __init__(self, *, num_pages: int, page_size: int = 16, **storage):
+    def __init__(self, *, num_pages: int, page_size: int = 16, **storage) -> None:
         self.allocator = PageAllocator(num_pages, page_size)  # which checks them
         self.page_size = page_size
         self.storage = Storage(num_pages, page_size, **storage)
@@ -35,7 +35,7 @@ class PagedCache(KVCache):
     gives the pages back; the cache must not be used afterwards.
     """
 
-    def __init__(self, pool: PagePool, *, batch_size: int, capacity: int, window: int | None = None):
+    def __init__(self, pool: PagePool, *, batch_size: int, capacity: int, window: int | None = None) -> None:
         device = pool.storage.k.device
         super().__init__(batch_size, capacity, window, device)
         self.pool, self.storage = pool, pool.storage
@@ -59,7 +59,7 @@ class PagedCache(KVCache):
         """An empty one of so many sequences over the same pages, with this one's capacity and window."""
         return PagedCache(self.pool, batch_size=batch_size, capacity=self.capacity, window=self.window)
 
-    def fork(self, n, into=None):
+    def fork(self, n: int, into: "KVCache | None" = None) -> "KVCache":
         if into is not None:
             into.free()
         result = self._forked(n, into)

@@ -21,9 +21,15 @@ class SlidingCache(KVCache):
     """
 
     def __init__(
-        self, *, batch_size: int, window: int | None = None, windows: Sequence[int | None] | None = None,
-        capacity: int | None = None, num_layers: int, **storage,
-    ):  # fmt: skip
+        self,
+        *,
+        batch_size: int,
+        window: int | None = None,
+        windows: Sequence[int | None] | None = None,
+        capacity: int | None = None,
+        num_layers: int,
+        **storage,
+    ) -> None:
         super().__init__(batch_size, capacity, window, storage.get("device"))
         windows = [window] * num_layers if windows is None else windows
         sizes = [capacity if size is None else size for size in windows]
@@ -39,7 +45,7 @@ class SlidingCache(KVCache):
     def storages(self):
         return [ring.storage for ring in self.rings.values()]
 
-    def advance(self, num_tokens, new=None):
+    def advance(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
         if num_tokens == 1 and new is None:
             positions = super().advance(1)
             for ring in self.rings.values():
@@ -52,7 +58,18 @@ class SlidingCache(KVCache):
             ring.extend(past_counts, past_lengths, self.counts, self.lengths, positions)
         return positions
 
-    def attend(self, layer, q, k, v, rotation=None, *, window=None, last_only=False, **options):
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        window: int | None = None,
+        last_only: bool = False,
+        **options,
+    ) -> torch.Tensor:
         ring, place = self.places[layer]
         return ring.attend(
             place, q, k, v, self.positions, rotation=rotation, counters=self._counters, last_only=last_only, **options
@@ -66,7 +83,7 @@ class SlidingCache(KVCache):
                         f"counts: expected {old} or 0 for a sequence whose ring of {size} has overwritten older tokens, got {new}"
                     )
 
-    def fork(self, n, into=None):
+    def fork(self, n: int, into: "KVCache | None" = None) -> "KVCache":
         result = self._forked(n, into)
         if into is not None:
             for size, ring in self.rings.items():

@@ -16,6 +16,7 @@ from fastgpt.cache.uncached import Uncached
 from fastgpt.checks import require_choice, require_flag, require_integer
 from fastgpt.generation.decoding import decoding
 from fastgpt.generation.sampling import Processor, Sampler, checked_rules, uniform_numbers
+from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder_states import read_encoder_states
 from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, evaluating, others
 from fastgpt.model.inputs import as_prompts, is_several, require_in_vocabulary, require_room
@@ -133,7 +134,15 @@ def defaults_of(model) -> dict:
     return defaults
 
 
-def generate(model, ids, max_new_tokens: int | None = None, *, encoder_states=None, encoder_lengths=None, **options):
+def generate(
+    model: GPT,
+    ids: torch.Tensor | np.ndarray | Sequence,
+    max_new_tokens: int | None = None,
+    *,
+    encoder_states: torch.Tensor | None = None,
+    encoder_lengths: torch.Tensor | Sequence[int] | None = None,
+    **options,
+) -> torch.Tensor | list[torch.Tensor] | tuple:
     """Continues each sequence by `max_new_tokens` tokens, or up to a token that ends it.
 
     Args:
@@ -172,7 +181,13 @@ def generate(model, ids, max_new_tokens: int | None = None, *, encoder_states=No
 
 
 def stream(
-    model, ids, max_new_tokens: int | None = None, *, encoder_states=None, encoder_lengths=None, **options
+    model: GPT,
+    ids: torch.Tensor | np.ndarray | Sequence,
+    max_new_tokens: int | None = None,
+    *,
+    encoder_states: torch.Tensor | None = None,
+    encoder_lengths: torch.Tensor | Sequence[int] | None = None,
+    **options,
 ) -> Iterator[torch.Tensor]:
     """Yields the next token of each sequence, (B · num_samples,) int64, as soon as it is known; -1 for those that have ended.
 

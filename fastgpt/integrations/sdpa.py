@@ -30,8 +30,15 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
     """torch.nn.functional.scaled_dot_product_attention, by fastgpt's kernels where they can serve the call.
 
     Signature, results, strides and errors are PyTorch's. Dropout draws other numbers from the same distribution; their

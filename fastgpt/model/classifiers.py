@@ -1,7 +1,7 @@
 """Heads other than the next token's: what class a sequence has, or each of its tokens, read off a decoder or an encoder."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
 
     def __init__(
         self, model: GPT, num_labels: int, *, id2label: Mapping[int, str] | None = None, pad_token_id: int | None = None
-    ):
+    ) -> None:
         super().__init__()
         num_labels = require_integer("num_labels", num_labels, least=1, most=MAX_LABELS)
         pad_token_id = require_integer("pad_token_id", pad_token_id, optional=True)
@@ -127,11 +127,11 @@ class SequenceClassifier(Classifier):
 
     head = "ForSequenceClassification"
 
-    def __init__(self, model, num_labels, **options):
+    def __init__(self, model: GPT, num_labels: int, **options) -> None:
         super().__init__(model, num_labels, **options)
         self.score = self.new_layer(bias=False)
 
-    def forward(self, ids, lengths=None):
+    def forward(self, ids: torch.Tensor | Sequence, lengths: torch.Tensor | Sequence[int] | None = None) -> torch.Tensor:
         """ids -> logits (B, num_labels).
 
         Args:
@@ -164,12 +164,12 @@ class TokenClassifier(Classifier):
         name: number(None, least=0, below=1, optional=True) for name in ("classifier_dropout", "hidden_dropout")
     }
 
-    def __init__(self, model, num_labels, *, dropout: float = 0.1, **options):
+    def __init__(self, model: GPT, num_labels: int, *, dropout: float = 0.1, **options) -> None:
         super().__init__(model, num_labels, **options)
         self.dropout = require_number("dropout", dropout, least=0, below=1)
         self.classifier = self.new_layer(bias=True)
 
-    def forward(self, ids, lengths=None):
+    def forward(self, ids: torch.Tensor | Sequence, lengths: torch.Tensor | Sequence[int] | None = None) -> torch.Tensor:
         """ids -> logits (B, T, num_labels); those of padding mean nothing. Arguments and errors: `SequenceClassifier`."""
         states = self.model.encode(*self.batch(ids, lengths))
         return project(F.dropout(states, self.dropout, is_training(self)), self.classifier)
@@ -179,5 +179,5 @@ class TokenClassifier(Classifier):
         given = (stored[key] for key in ("classifier_dropout", "hidden_dropout"))
         return {"dropout": next((value for value in given if value is not None), 0.1)}
 
-    def entries(self):
+    def entries(self) -> dict:
         return super().entries() | {"classifier_dropout": self.dropout}

@@ -6,6 +6,7 @@ V vocabulary.
 
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -193,7 +194,7 @@ class GPT(nn.Module):
         `generate`'s names: {"temperature": 0.6, "top_p": 0.9, "eos": [2]}, say. `save_pretrained` writes it.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config, self.checkpoint_config, self.generation_defaults = config, {}, {}
         self.token_embedding = new_layer(nn.Embedding, config.vocab_size, config.hidden_size)
@@ -211,7 +212,7 @@ class GPT(nn.Module):
         self.initialize()
 
     @torch.no_grad()
-    def initialize(self):
+    def initialize(self) -> None:
         """GPT-2's initial weights: N(0, 0.02), and where a block adds to the residual stream that over the square root of
         how often one does. On the meta device, none."""
         if self.token_embedding.weight.is_meta:
@@ -231,9 +232,16 @@ class GPT(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(
-        self, ids, cache: KVCache | None = None, new: list[int] | None = None,
-        *, lengths=None, encoder_states=None, encoder_lengths=None, output_hidden_states: bool = False,
-    ):  # fmt: skip
+        self,
+        ids: torch.Tensor,
+        cache: KVCache | None = None,
+        new: list[int] | None = None,
+        *,
+        lengths: torch.Tensor | Sequence[int] | None = None,
+        encoder_states: torch.Tensor | None = None,
+        encoder_lengths: torch.Tensor | Sequence[int] | None = None,
+        output_hidden_states: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """ids (B, T) int64 -> logits (B, T, V).
 
         Args:
@@ -258,21 +266,23 @@ class GPT(nn.Module):
         x = self.run_blocks(self.embed(ids, cache, new), cache, states=states)
         return (self.logits(x), (*states, self.norm(x))) if output_hidden_states else self.logits(x)
 
-    def hidden(self, ids, cache: KVCache | Uncached | None = None, new: list[int] | None = None, last_only=False):
+    def hidden(
+        self, ids: torch.Tensor, cache: KVCache | Uncached | None = None, new: list[int] | None = None, last_only: bool = False
+    ) -> torch.Tensor:
         """The last block's output, which `logits` takes: ids (B, T) -> (B, T, C), or with last_only (B, 1, C)."""
         cache = uncached(self, ids) if cache is None else cache
         return self.run_blocks(self.embed(ids, cache, new), cache, last_only)
 
-    def encode(self, ids, lengths=None):
+    def encode(self, ids: torch.Tensor, lengths: torch.Tensor | Sequence[int] | None = None) -> torch.Tensor:
         """The same through the final norm, of sequences of the given lengths (as in `forward`): what heads and the
         cross-attention of another model read."""
         return self.norm(self.hidden(ids, uncached(self, ids, lengths)))
 
-    def logits(self, hidden):
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm and the output matrix: (..., C) -> (..., V)."""
         return self.softcap_logits(self.uncapped_logits(hidden))
 
-    def uncapped_logits(self, hidden):
+    def uncapped_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits before a cap."""
         if self.output is not None:
             return project(hidden, self.output, self.norm)
@@ -284,11 +294,11 @@ class GPT(nn.Module):
             return F.linear(self.norm(hidden), weight)
         return linear(hidden, weight, **self.norm.before())
 
-    def softcap_logits(self, logits):
+    def softcap_logits(self, logits: torch.Tensor) -> torch.Tensor:
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def embed(self, ids, cache: KVCache | Uncached, new: list[int] | None = None):
+    def embed(self, ids: torch.Tensor, cache: KVCache | Uncached, new: list[int] | None = None) -> torch.Tensor:
         """Makes room for ids (B, T) in the cache and embeds them: (B, T, C)."""
         self.check(ids, cache, new)
         try:
@@ -303,7 +313,7 @@ class GPT(nn.Module):
             positions = positions.clamp(min=0)  # of padding: any
         return self.embed_at(x, positions, self.position_tables(x, cache))
 
-    def embed_at(self, x, positions, tables):
+    def embed_at(self, x: torch.Tensor, positions: torch.Tensor, tables: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Token embeddings (B, T, C) scaled, and with those of their positions, (T,) or (B, T)."""
         config = self.config
         if config.embedding_scale is not None:
@@ -314,7 +324,7 @@ class GPT(nn.Module):
             x = x + F.embedding(positions, tables[0]).to(x.dtype)
         return F.dropout(x, config.dropout) if is_training(self) else x
 
-    def embed_reserved(self, ids, cache: KVCache, tables=None):
+    def embed_reserved(self, ids: torch.Tensor, cache: KVCache, tables: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
         """As `embed`, of ids (B, 1) of a step on a GPU that `check` and `cache.reserve` know of: plain embeddings in two
         launches, by their weights alone."""
         config, tokens, places = self.config, self.token_embedding, self.position_embedding
@@ -329,7 +339,7 @@ class GPT(nn.Module):
         x = embed(ids, tokens.weight, cache.advance(1), table, scale=config.embedding_scale)
         return F.dropout(x, config.dropout) if is_training(self) else x
 
-    def position_tables(self, x, cache: KVCache | Uncached):
+    def position_tables(self, x: torch.Tensor, cache: KVCache | Uncached) -> tuple[torch.Tensor, ...] | None:
         """What a pass needs of `tables`, whose tokens have joined the cache, where x is: cos and sin, embeddings, or None."""
         if self.tables is None:
             return None
@@ -338,7 +348,7 @@ class GPT(nn.Module):
             rows = self.config.context_length if cache.capacity is None else min(cache.capacity, self.config.context_length)
         return self.tables(rows, x, *(() if rope is None else (rope.is_long(max(cache.length, cache.expected_length)),)))
 
-    def check(self, ids, cache: KVCache | Uncached, new: list[int] | None = None) -> None:
+    def check(self, ids: torch.Tensor, cache: KVCache | Uncached, new: list[int] | None = None) -> None:
         """Raises TypeError, ValueError for ids that cannot join the cache, as far as the host can tell."""
         weight = self.first_weight
         require_ids(ids, weight.device)
@@ -402,7 +412,14 @@ class GPT(nn.Module):
         rope = self.config.rope
         return rope is not None and rope.is_long(before) != rope.is_long(after)
 
-    def run_blocks(self, x, cache: KVCache | Uncached, last_only: bool = False, states: list | None = None, tables=None):
+    def run_blocks(
+        self,
+        x: torch.Tensor,
+        cache: KVCache | Uncached,
+        last_only: bool = False,
+        states: list | None = None,
+        tables: tuple[torch.Tensor, ...] | None = None,
+    ) -> torch.Tensor:
         """The blocks, one after the other: (B, T, C) -> (B, T, C). With last_only the last block computes no other token's
         output: (B, 1, C). What goes into each block is appended to `states`. tables: `position_tables`, if they are known."""
         rotation = None
@@ -415,10 +432,18 @@ class GPT(nn.Module):
         return x if self.blocks or not last_only else x[:, -1:]
 
     def new_cache(
-        self, batch_size: int, capacity: int | None = None,
-        *, kind: str = "contiguous", cache_dtype: torch.dtype | None = None, window: int | None = None,
-        page_size: int = 16, num_pages: int | None = None, encoder_states=None, encoder_lengths=None,
-    ) -> KVCache:  # fmt: skip
+        self,
+        batch_size: int,
+        capacity: int | None = None,
+        *,
+        kind: str = "contiguous",
+        cache_dtype: torch.dtype | None = None,
+        window: int | None = None,
+        page_size: int = 16,
+        num_pages: int | None = None,
+        encoder_states: torch.Tensor | None = None,
+        encoder_lengths: torch.Tensor | Sequence[int] | None = None,
+    ) -> KVCache:
         """An empty cache.
 
         Args:

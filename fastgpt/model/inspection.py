@@ -1,17 +1,26 @@
 """Looking inside a decoder: every number on the way from tokens to logits by its name, and pictures of attention."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from fastgpt.cache.uncached import Uncached
 from fastgpt.checks import require_path, writing
+from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder_states import EncoderKV, uncached
 from fastgpt.ops.attention import attention_reference
 
 
-def run_with_cache(model, ids, *, lengths=None, encoder_states=None, encoder_lengths=None):
+def run_with_cache(
+    model: GPT,
+    ids: torch.Tensor,
+    *,
+    lengths: torch.Tensor | Sequence[int] | None = None,
+    encoder_states: torch.Tensor | None = None,
+    encoder_lengths: torch.Tensor | Sequence[int] | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The logits of ids (B, T), and the activations on the way to them: a dict by name, in the order of computation.
 
         embedding                     (B, T, C)     what enters the first block: token and position embedding

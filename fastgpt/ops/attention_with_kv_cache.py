@@ -31,10 +31,31 @@ from fastgpt.ops.library import library, without_autograd
 
 
 def attention_with_kv_cache(
-    q, k, v, k_cache, v_cache, positions, cos=None, sin=None,
-    *, slots=None, interleaved=False, kv_lengths=None, block_table=None, k_scale=None, v_scale=None, counters=None,
-    causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, return_lse=False, impl=None,
-):  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    *,
+    slots: torch.Tensor | None = None,
+    interleaved: bool = False,
+    kv_lengths: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Rotates queries and keys, stores keys and values into a cache, and attends over the cache, which holds them then.
 
         q = rope_kv_cache_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots=slots, ...)
@@ -97,10 +118,31 @@ def attention_with_kv_cache(
 
 
 def attention_with_kv_cache_reference(
-    q, k, v, k_cache, v_cache, positions, cos=None, sin=None,
-    *, slots=None, interleaved=False, kv_lengths=None, block_table=None, k_scale=None, v_scale=None, counters=None,
-    causal=True, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, return_lse=False, impl=None,
-):  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    *,
+    slots: torch.Tensor | None = None,
+    interleaved: bool = False,
+    kv_lengths: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The same function in plain PyTorch, on every device: the update's reference, then the attention's."""
     call = Call(
         q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,

@@ -1,6 +1,7 @@
 """`fastgpt.explain`: which implementation a call would use, and why not the others."""
 
 import inspect
+from collections.abc import Callable
 
 from fastgpt.ops import attention, attention_with_kv_cache, kv_cache_update, linear, norm
 
@@ -16,7 +17,7 @@ OPERATIONS = {
 }
 
 
-def explain(operation, *args, **kwargs) -> dict[str, str]:
+def explain(operation: Callable, *args, **kwargs) -> dict[str, str]:
     """Says how `operation(*args, **kwargs)` would be served, without running it.
 
     Args:

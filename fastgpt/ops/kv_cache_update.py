@@ -27,7 +27,18 @@ MAX_TRANSFORMED_DIM = 1024
 _made_by = getattr(torch._C._autograd, "_get_creation_meta", None)
 
 
-def kv_cache_update(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
+def kv_cache_update(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    block_table: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> None:
     """Stores new keys and values into a cache, in place.
 
         k_cache[b,h,p] = k[b,h,t],  v_cache[b,h,p] = v[b,h,t],   p = positions[b,t], for every p >= 0
@@ -100,7 +111,18 @@ def _raise_unless_negated(error: Exception, impl: str | None, k_cache, v_cache, 
     raise argument_error(error)
 
 
-def kv_cache_update_reference(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
+def kv_cache_update_reference(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    block_table: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> None:
     """The same function in plain PyTorch, on every device; differentiable, but for 8-bit caches, which it then refuses."""
     check_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     _check_slots(positions, k_cache, block_table)
@@ -164,9 +186,22 @@ def _require_writable(name: str, x: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def rope_kv_cache_update(
-    q, k, v, k_cache, v_cache, positions, cos, sin,
-    *, slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None, impl=None,
-):  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    slots: torch.Tensor | None = None,
+    interleaved: bool = False,
+    block_table: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
     """Rotates queries and keys by their positions, and stores keys and values into a cache, in one pass.
 
         (x[i], x[j]) becomes (x[i] cos - x[j] sin, x[j] cos + x[i] sin),  cos = cos[p,n], sin = sin[p,n],
@@ -208,9 +243,22 @@ def rope_kv_cache_update(
 
 
 def rope_kv_cache_update_reference(
-    q, k, v, k_cache, v_cache, positions, cos, sin,
-    *, slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None, impl=None,
-):  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    slots: torch.Tensor | None = None,
+    interleaved: bool = False,
+    block_table: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
     """The same function in plain PyTorch, on every device: `rope_reference`, then `kv_cache_update_reference`."""
     require_flag("interleaved", interleaved)
     check_rope_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)

@@ -32,10 +32,21 @@ ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  
 
 
 def linear(
-    x, weight, bias=None,
-    *, norm="layer", norm_weight=None, norm_bias=None, norm_eps=1e-5, norm_offset=0.0, activation=None, gated=False,
-    residual=None, dropout_p=0.0, impl=None,
-):  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: str = "layer",
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    norm_eps: float = 1e-5,
+    norm_offset: float = 0.0,
+    activation: str | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    impl: str | None = None,
+) -> torch.Tensor:
     """A linear layer, with a norm before it and activation, gate, dropout and residual after it, each where it is given.
 
         y = norm(x) weight^T + bias
@@ -117,10 +128,21 @@ def _matrix_product(x, weight, bias, residual, activation, gated):
 
 
 def linear_reference(
-    x, weight, bias=None,
-    *, norm="layer", norm_weight=None, norm_bias=None, norm_eps=1e-5, norm_offset=0.0, activation=None, gated=False,
-    residual=None, dropout_p=0.0, impl=None,
-):  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: str = "layer",
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    norm_eps: float = 1e-5,
+    norm_offset: float = 0.0,
+    activation: str | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    impl: str | None = None,
+) -> torch.Tensor:
     """The same function in plain PyTorch, on every device, differentiable."""
     _check(x, weight, bias, norm_weight, norm_bias, residual, dropout_p, norm, norm_eps, norm_offset, activation, gated)
     if norm_weight is not None:

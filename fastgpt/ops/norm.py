@@ -20,7 +20,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KINDS = {"layer": False, "rms": True}
 
 
-def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=None, impl=None):
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    kind: str = "layer",
+    eps: float = 1e-5,
+    offset: float = 0.0,
+    residual: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
     """Normalizes the last dimension, and adds the result to a residual where one is given.
 
         out = residual + (x - mean) / sqrt(variance + eps) · (weight + offset) + bias        kind "layer"
@@ -59,7 +69,17 @@ def norm(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=N
     return norm_reference(x, weight, bias, kind=kind, eps=eps, offset=offset, residual=residual)
 
 
-def norm_reference(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=None, impl=None):
+def norm_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    kind: str = "layer",
+    eps: float = 1e-5,
+    offset: float = 0.0,
+    residual: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
     """The same function in plain PyTorch, on every device, differentiable."""
     eps, offset = _check(x, weight, bias, residual, kind, eps, offset)
     dtype = x.dtype

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -21,7 +22,16 @@ class BlindSpot(UserWarning):
     """The inputs of a check cannot show some fault, whatever the function does."""
 
 
-def check_attention(function, feature="plain", *, shape=SHAPE, dtype=torch.float32, device="cpu", seed=0, gradients=True):
+def check_attention(
+    function: Callable,
+    feature: str = "plain",
+    *,
+    shape: tuple = SHAPE,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    gradients: bool = True,
+) -> None:
     """Holds a function to the numerics contract: its result and, by autograd, its gradients.
 
     What passes is right for inputs like these only. Where no inputs of this shape could show a fault that is common, a
@@ -52,7 +62,7 @@ def check_attention(function, feature="plain", *, shape=SHAPE, dtype=torch.float
     chosen = options(feature, B, H, T, S, dtype, device)
     if unseen := blind_spots(shape, chosen):
         warnings.warn(f"shape: {shape} cannot show {'; nor '.join(unseen)}", BlindSpot, stacklevel=2)
-    tensors = inputs(*shape, dtype, device, seed)
+    tensors = inputs(*shape, dtype=dtype, device=device, seed=seed)
     call = ops.Call(*tensors, **{"scale": tensors[0].shape[-1] ** -0.5} | chosen)
 
     def run(call, douts):

@@ -50,7 +50,7 @@ of that, if errors are as modeled; `python -m fastgpt.testing` counts how far co
 import contextlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -100,7 +100,16 @@ class Comparison(NamedTuple):
         return self.largest if not self.rms > self.largest else self.rms
 
 
-def check(actual, reference, low_precision=None, *, dtype=None, arithmetic=torch.float32, weights=None, name="result"):
+def check(
+    actual: Any,
+    reference: Any,
+    low_precision: Callable | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    arithmetic: torch.dtype = torch.float32,
+    weights: torch.dtype | None = None,
+    name: str = "result",
+) -> None:
     """Raises AssertionError where a result errs by more than the contract allows.
 
     Args:
@@ -167,7 +176,14 @@ def _walk(actual, yardsticks, path):
         yield from _walk(actual[key], yardsticks[key], f"{path}[{key!r}]")
 
 
-def simulate(reference: Callable, *, arithmetic=torch.float32, weights=None, runs=None, seed=0):
+def simulate(
+    reference: Callable,
+    *,
+    arithmetic: torch.dtype = torch.float32,
+    weights: torch.dtype | None = None,
+    runs: int | None = None,
+    seed: int = 0,
+) -> Any:
     """Runs a reference in float64, and several times in simulated arithmetic.
 
     Args:
