@@ -191,7 +191,7 @@ BAD = [
         TypeError,
         "encoder_states: expected dtype torch.float32, got",
     ),
-    (lambda model, ids, states: model(ids, context=[1]), TypeError, "encoder_states: expected a torch.Tensor, got list"),
+    (lambda model, ids, states: model(ids, encoder_states=[1]), TypeError, "encoder_states: expected a torch.Tensor, got list"),
     (
         lambda model, ids, states: model(ids, encoder_states=states, encoder_lengths=[1, 8, 2]),
         ValueError,
