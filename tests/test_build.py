@@ -128,7 +128,7 @@ def test_kernels_of_a_cpu_level_keep_their_code_to_themselves():
 def test_resources_of_cuda_kernels(source, arch, tmp_path):
     """Nothing spills, and a multiprocessor holds at least four blocks of 256 threads."""
     command = ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
-    command += ["-isystem", TORCH / "include", "-Xptxas=-v", "-c", source, "-o", tmp_path / "out.o"]
+    command += ["-isystem", TORCH / "include", "-I", ROOT / "csrc", "-Xptxas=-v", "-c", source, "-o", tmp_path / "out.o"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

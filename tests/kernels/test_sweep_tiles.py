@@ -60,7 +60,7 @@ def test_partial_results_are_stored_as_they_come(swept):
     timed = [row for row in stored[-1]["tiles"] if "seconds" in row or "problem" in row]
     assert 60 <= len(timed) <= 61  # of one second each
     assert stored[-1]["command"] == "python -m benchmarks.sweep_tiles --minutes 1"
-    assert "table rich forward, head dim 16, bytes 4" in stored[-1]["not reached"]
+    assert "table with_extras forward, head dim 16, bytes 4" in stored[-1]["not reached"]
     assert "table decode, head dim 128, bytes 2" not in stored[-1]["not reached"]
     assert {row["problem"] for row in timed if row["tile"][-1] == 1} == {"RuntimeError: out of resources"}
 
