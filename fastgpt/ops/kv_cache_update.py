@@ -72,10 +72,12 @@ def kv_cache_update(
     """
     if impl is not None:
         require_impl(IMPLEMENTATIONS, impl)
-    tensors = k, v, k_cache, v_cache, k_scale, v_scale
     try:
-        # The kernels check for themselves, in a fraction of the time, before they write.
-        operator = _operators("kv_cache_update", impl, *tensors)[0]
+        # The kernels check for themselves, in a fraction of the time, before they write. On a CPU even the choice shows.
+        if impl is None and not derivatives_possible() and k.is_cpu:
+            operator = _kv_cache_update
+        else:
+            operator = _operators("kv_cache_update", impl, k, v, k_cache, v_cache, k_scale, v_scale)[0]
         if operator is not None:
             return operator(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     except Exception as error:
@@ -83,7 +85,7 @@ def kv_cache_update(
             k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale
         )  # raises the error that names the argument
         _check_slots(positions, k_cache, block_table)
-        if choose("kv_cache_update", IMPLEMENTATIONS, impl, *tensors) != "reference":
+        if choose("kv_cache_update", IMPLEMENTATIONS, impl, k, v, k_cache, v_cache, k_scale, v_scale) != "reference":
             _raise_unless_negated(error, impl, k_cache, v_cache, k_scale, v_scale)
     kv_cache_update_reference(k, v, k_cache, v_cache, positions, block_table=block_table, k_scale=k_scale, v_scale=v_scale)
 
@@ -224,17 +226,22 @@ def rope_kv_cache_update(
     """
     if type(interleaved) is not bool:  # PyTorch's dispatcher would take None
         require_flag("interleaved", interleaved)
-    tensors = k, v, k_cache, v_cache, k_scale, v_scale, q, cos, sin
     if impl is not None:
         require_impl(IMPLEMENTATIONS, impl)
     try:
-        operator = _operators("rope_kv_cache_update", impl, *tensors)[1]
+        if impl is None and not derivatives_possible() and k.is_cpu:
+            operator = _rope_kv_cache_update
+        else:
+            operator = _operators("rope_kv_cache_update", impl, k, v, k_cache, v_cache, k_scale, v_scale, q, cos, sin)[1]
         if operator is not None:
             return operator(q, k, v, k_cache, v_cache, positions, cos, sin, slots, interleaved, block_table, k_scale, v_scale)
     except Exception as error:
         check_rope_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
         _check_rope_slots(k_cache, positions, cos, slots, block_table)
-        if choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, *tensors) != "reference":
+        if (
+            choose("rope_kv_cache_update", IMPLEMENTATIONS, impl, k, v, k_cache, v_cache, k_scale, v_scale, q, cos, sin)
+            != "reference"
+        ):
             _raise_unless_negated(error, impl, k_cache, v_cache, k_scale, v_scale)
     return rope_kv_cache_update_reference(
         q, k, v, k_cache, v_cache, positions, cos, sin, slots=slots, interleaved=interleaved,
