@@ -272,7 +272,7 @@ ERRORS = [
     (["A", "--attention", "a.png", "--layer", "6"], "layer: expected a number from 0 to 5, got 6"),
     (["A", "--attention", "a.png", "--head", "-1"], "head: expected a number from 0 to 2, got -1"),
     (["A", "--attention", "a.xyz"], "attention: expected a file of a kind that matplotlib draws, got a.xyz"),
-    (["A", "--attention", "/nowhere/a.png"], "No such file or directory: '/nowhere/a.png'"),
+    (["A", "--attention", "/nowhere/a.png"], "attention: expected a file that can be written to, /nowhere/a.png is none"),
 ]
 
 
