@@ -3,7 +3,7 @@
 python -m benchmarks.compile_ahead [SUITE ...] [--arch N] [--share I/N] [--workers N]
 
 Which kernels these are, a GPU that is not there tells (tests/fake_gpu.py): the suites' models and shapes go through Triton's
-q_pos path to a launch, once. What is compiled lies in Triton's cache, where the launch finds it. --arch is that of the GPU at
+own path to a launch, once. What is compiled lies in Triton's cache, where the launch finds it. --arch is that of the GPU at
 hand, and must be given where there is none.
 """
 
@@ -58,7 +58,7 @@ GENERATED = [  # config, prompts, their tokens, options
 
 def generate(config, batch, T, options) -> None:
     """Greedily: to draw a token is PyTorch's."""
-    generate(model_of(config), empty(batch, T, dtype=torch.int64), 3, **options)
+    fastgpt.generate(model_of(config), empty(batch, T, dtype=torch.int64), 3, **options)
 
 
 def attention() -> None:
@@ -91,7 +91,7 @@ def decode() -> None:
 
 
 def linear() -> None:
-    from fastgpt.kernels.linear import PRODUCTS
+    from benchmarks.shipped_kernels import PRODUCTS
 
     for rows, K, activation, gated, given in PRODUCTS:
         names = {"bias_ptr": ("bias", (rows,)), "norm_weight_ptr": ("norm_weight", (K,)), "norm_bias_ptr": ("norm_bias", (K,))}

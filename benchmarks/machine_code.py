@@ -2,20 +2,18 @@
 
 python -m benchmarks.machine_code [--arch 80 89 90 100 120] [--share I/N] [--workers N]
 
-Compiles every configuration that ships, of each architecture, on all cores, and counts those that compile without spilling and
-within the architecture's shared memory. That takes many hours; --share 3/50 takes every 50th from the third on. Exits with 1 if
-one does not.
+Compiles every configuration that ships (shipped_kernels.py), of each architecture, on all cores, and counts those that compile
+without spilling and within the architecture's shared memory. That takes many hours; --share 3/50 takes every 50th from the
+third on. Exits with 1 if one does not.
 """
 
 import argparse
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
@@ -28,9 +26,8 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from fastgpt import kernels
-from fastgpt.kernels.architecture import tiles_of
-from fastgpt.kernels.attention_forward import Tile
+from benchmarks.shipped_kernels import shipped
+from fastgpt.kernels.tiles import Tile
 
 # Shared memory a block may use, in bytes. A chip of compute capability 8.0 has 163 KiB, but 8.6 runs its code in 99 KiB.
 SHARED_MEMORY = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -152,7 +149,7 @@ def demanding(configurations) -> list:
     go to the tile, those of nothing but a whole head dim. With bulk copies, where a call may have them.
 
     configurations: (kernel, or its name, dtype, the cache's dtype, constants, optional arguments given), as of
-    aot_configurations.
+    benchmarks.shipped_kernels.
     """
     chosen = {}
     for configuration in configurations:
@@ -187,16 +184,8 @@ def _presses(name: str, constants: dict, features: frozenset) -> bool:
         return "sinks_ptr" in features
     if not constants["IS_CAUSAL"] or constants.get("ONE_ROW") or constants.get("ONE_COLUMN"):
         return False
-    with_extras = {"bias_ptr", "seed_ptr", "mask_ptr" if name.startswith("_backward") else "alibi_ptr"}
+    with_extras = {"bias_ptr", "seed_ptr", "mask_ptr" if name.startswith("backward") else "alibi_ptr"}
     return features in ({"kv_lengths_ptr"}, {"cu_q_ptr", "cu_k_ptr"}) or with_extras <= features
-
-
-def shipped(arch: int, modules=None) -> Iterator[tuple]:
-    """(kernel, dtype, the cache's dtype, constants, optional arguments given) of all that ship for an architecture."""
-    for name in modules or [module.name for module in pkgutil.iter_modules(kernels.__path__)]:
-        module = import_module(f"fastgpt.kernels.{name}")
-        if hasattr(module, "aot_configurations"):
-            yield from module.aot_configurations(tiles_of(arch))
 
 
 def fault_of(arch: int, module: str, name: str, *configuration) -> str:

@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels: which fit, and on a GPU which are fastest. The tables in fastgpt/kernels come from it.
+"""Tiles of the Triton kernels: which fit, and on a GPU which are fastest. Those in fastgpt/kernels/tiles.py come from it.
 
 python -m benchmarks.sweep_tiles --minutes 9          on a GPU: times what fits, writes results/<machine>/tiles.json
 python -m benchmarks.sweep_tiles --arch 90            anywhere: registers, spilled bytes and shared memory of each tile
@@ -34,20 +34,20 @@ import torch
 import triton
 
 from benchmarks.machine_code import compile_for, demanding, usage_of
+from benchmarks.shipped_kernels import PRODUCTS, shipped
 from fastgpt.kernels import attention_backward as backward
 from fastgpt.kernels import attention_decode as decode
 from fastgpt.kernels import attention_forward as forward
-from fastgpt.kernels import linear
+from fastgpt.kernels import linear, tiles
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
-from fastgpt.kernels.attention_forward import Tile
-from fastgpt.kernels.attention_tiles import tile_key
+from fastgpt.kernels.tiles import DecodeTile, LinearTile, Tile, forward_table, linear_tile, tile_key
 
-TABLES = {"forward": forward.TILES, "ragged forward": forward.RAGGED_TILES, "with_extras forward": forward.RICH_TILES}
-TABLES |= backward.TILES
+TABLES = tiles.ATTENTION
 DECODE = "decode"  # the tile for few rows: queries of heads that share keys
-ORDER = ["linear", DECODE, "forward", "linear of several rows", *list(TABLES)[1:]]  # the most telling tables first
+ORDER = ["linear", DECODE, "forward", "linear of several rows", *(table for table in TABLES if table != "forward")]
+# The most telling tables first.
 OF_A_TILE = {"tile", "ships", "fits", "seconds", "problem"}  # of a row of results
-RICH = {"alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr"}
+EXTRAS = {"alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr"}
 PASSES = {
     "_attention_forward": "forward", "backward_keys": "keys", "backward_queries": "queries", "backward_bias": "queries",
 }  # fmt: skip
@@ -59,15 +59,15 @@ def candidates():
     return [Tile(m, n, warps, stages) for (m, n) in sizes for stages in (4, 3, 2, 1) for warps in (4, 8)]
 
 
-def decode_candidates(ships: decode.Tile) -> list[decode.Tile]:
+def decode_candidates(ships: DecodeTile) -> list[DecodeTile]:
     sizes = itertools.product((16, 32, 64, 128), (128, 256, 512, 1024), (2, 4, 8), (2, 3, 4, 5))
-    return [decode.Tile(ships.BLOCK_M, *size, ships.maxnreg) for size in sizes]
+    return [DecodeTile(ships.BLOCK_M, *size, ships.maxnreg) for size in sizes]
 
 
 def tiles_of(table: str, key: tuple[int, int], arch: int) -> tuple[tuple, list]:
     """The tile that ships, and all that might."""
     if table == DECODE:
-        ships = decode.TILES[key][1]
+        ships = tiles.DECODE[key][1]
         return ships, decode_candidates(ships)
     return TABLES[table][key][ARCHITECTURES.index(arch)], candidates()
 
@@ -76,20 +76,20 @@ def tiles_of(table: str, key: tuple[int, int], arch: int) -> tuple[tuple, list]:
 def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
     """The kernels that decide whether a tile fits, as machine_code.demanding gives them."""
     chosen = []
-    modules = [decode] if table == DECODE else [forward, backward]
-    for configuration in demanding([kernel for module in modules for kernel in module.aot_configurations(arch)]):
+    modules = ["attention_decode"] if table == DECODE else ["attention_forward", "attention_backward"]
+    for configuration in demanding(shipped(arch, modules)):
         function, dtype, cache_dtype, constants, given = configuration
         if "V_DIM" not in constants or tile_key(constants["HEAD_DIM"], constants["V_DIM"], dtype.itemsize) != key:
             continue
         if table == DECODE:
-            fits_table = function.__name__ == "_attend_split" and constants["BLOCK_M"] == decode.TILES[key][1].BLOCK_M
+            fits_table = function.__name__ == "_attend_split" and constants["BLOCK_M"] == tiles.DECODE[key][1].BLOCK_M
         else:
-            fits_table = ("with_extras " if RICH & set(given) else "") + PASSES.get(function.__name__, "") == table
-        if function.__name__ == "backward_keys" and "cu_q_ptr" in given and not RICH & set(given):
+            fits_table = ("with_extras " if EXTRAS & set(given) else "") + PASSES.get(function.__name__, "") == table
+        if function.__name__ == "backward_keys" and "cu_q_ptr" in given and not EXTRAS & set(given):
             fits_table = table == "packed keys"
-        if function.__name__ == "_attention_forward" and not RICH & set(given):
+        if function.__name__ == "_attention_forward" and not EXTRAS & set(given):
             flags = constants["IS_CAUSAL"], constants["HAS_WINDOW"], False, bool({"kv_lengths_ptr", "cu_q_ptr"} & set(given))
-            fits_table = forward.table_of(*flags) is TABLES[table]
+            fits_table = forward_table(*flags) == table
         if fits_table:
             chosen.append(configuration)
     return chosen
@@ -110,11 +110,11 @@ def fit(tile, kernels: list, arch: int, replaced: dict | None = None) -> tuple[b
     return True, f"{worst.registers} registers, {worst.shared // 1024} KiB"
 
 
-def decode_seconds(key: tuple[int, int], tile: decode.Tile) -> float:
+def decode_seconds(key: tuple[int, int], tile: DecodeTile) -> float:
     """Median time of one query for each of 32 heads over 8,192 keys of 8 heads, 8 sequences, in a CUDA graph: more keys than
     a cache holds."""
     head_dim, size = key
-    entry, decode.TILES[key] = decode.TILES[key], (decode.TILES[key][0], tile)
+    entry, tiles.DECODE[key] = tiles.DECODE[key], (tiles.DECODE[key][0], tile)
     decode._constants.cache_clear()
     dtype = torch.bfloat16 if size == 2 else torch.float32
     q = torch.randn(8, 32, 1, head_dim, device="cuda", dtype=dtype)
@@ -128,7 +128,7 @@ def decode_seconds(key: tuple[int, int], tile: decode.Tile) -> float:
         run()  # compiles
         return triton.testing.do_bench_cudagraph(run, return_mode="median") / 1e3
     finally:
-        decode.TILES[key] = entry
+        tiles.DECODE[key] = entry
         decode._constants.cache_clear()
 
 
@@ -166,19 +166,22 @@ def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
         backward._constants.cache_clear()
 
 
-def linear_candidates(rows: int, K: int, size: int, ships: linear.Tile):
+def linear_candidates(rows: int, K: int, size: int, ships: LinearTile):
     """Tiles of a product of so many rows with so many columns of `size` bytes: that which ships first."""
     most = min(triton.next_power_of_2(K), 4096)
     if rows == 1:
         shapes = itertools.product((1,), (2, 4, 8, 16, 32), (256, 512, 1024, 2048, 4096), (2, 4, 8), (1,))
     else:
         shapes = itertools.product((ships.BLOCK_M,), (16, 32, 64, 128), (32, 64, 128, 256), (4, 8), (2, 3, 4, 5))
-    tiles = [linear.Tile(*shape) for shape in shapes]
-    fine = [x for x in tiles if x.BLOCK_K <= most and x.BLOCK_N * x.BLOCK_K * size <= 128 * x.num_warps * 32]
+    fine = [
+        x
+        for x in (LinearTile(*shape) for shape in shapes)
+        if x.BLOCK_K <= most and x.BLOCK_N * x.BLOCK_K * size <= 128 * x.num_warps * 32
+    ]
     return [ships, *(tile for tile in fine if tile != ships)]
 
 
-def linear_seconds(product: tuple, rows: int, dtype: torch.dtype, tile: linear.Tile) -> float:
+def linear_seconds(product: tuple, rows: int, dtype: torch.dtype, tile: LinearTile) -> float:
     """Time of a product in a CUDA graph that goes through weights which are together larger than the L2 cache."""
     weight_rows, K, activation, gated, given = product
     N = weight_rows // (2 if gated else 1)
@@ -195,7 +198,7 @@ def linear_seconds(product: tuple, rows: int, dtype: torch.dtype, tile: linear.T
         for weight in weights:
             linear.linear(x, weight, **tensors, **options)
 
-    with mock.patch.object(linear, "tile_of", lambda *shape: tile):
+    with mock.patch.object(linear, "linear_tile", lambda *shape: tile):
         run()  # compiles
         return triton.testing.do_bench_cudagraph(run, return_mode="median") / 1e3 / len(weights)
 
@@ -223,10 +226,10 @@ def distance(tile, other) -> float:
 
 def attention_jobs(tables: list[str], head_dims: list[int] | None, sizes: list[int] | None, arch: int) -> list[Job]:
     usual, jobs = (128, 64, 256, 32, 16), []
-    for table, (head_dim, size) in itertools.product(tables, forward.TILES):
+    for table, (head_dim, size) in itertools.product(tables, tiles.DECODE):
         if head_dim not in (head_dims or usual) or size not in (sizes or (2, 4)):
             continue
-        ships, tiles = tiles_of(table, (head_dim, size), arch)
+        ships, others = tiles_of(table, (head_dim, size), arch)
         table_rank = (
             size == 4,
             table.startswith(("with_extras", "ragged", "packed")),
@@ -234,7 +237,7 @@ def attention_jobs(tables: list[str], head_dims: list[int] | None, sizes: list[i
             ORDER.index(table),
             usual.index(head_dim),
         )
-        for tile in tiles:
+        for tile in others:
             far, arguments = distance(tile, ships), (table, (head_dim, size), tile, arch)
             row = {"table": table, "head dim": head_dim, "bytes": size, "tile": list(tile), "ships": tile == ships}
             timing = functools.partial(seconds, *arguments)
@@ -245,9 +248,9 @@ def attention_jobs(tables: list[str], head_dims: list[int] | None, sizes: list[i
 def linear_jobs(products: list[int], rows: list[int], sizes: list[int] | None, arch: int) -> list[Job]:
     jobs = []
     for place, n, size in itertools.product(products, rows, sizes or (2, 4)):
-        weight_rows, K, _, gated, given = product = linear.PRODUCTS[place]
+        weight_rows, K, _, gated, given = product = PRODUCTS[place]
         dtype = torch.bfloat16 if size == 2 else torch.float32
-        ships = linear.tile_of(n, weight_rows, K, size, "norm_weight_ptr" in given)
+        ships = linear_tile(n, weight_rows, K, size, "norm_weight_ptr" in given)
         for tile in linear_candidates(n, K, size, ships):
             far = distance(tile, ships)
             rank = far > 1, size == 4, False, False, ORDER.index("linear" if n == 1 else "linear of several rows"), place, far
@@ -262,8 +265,8 @@ def fit_of(table: str, key: tuple[int, int], tile, arch: int) -> tuple[bool, str
     return fit(tile, kernels_of(table, key, arch), arch)
 
 
-def fit_of_linear(place: int, rows: int, size: int, tile: linear.Tile, arch: int) -> tuple[bool, str]:
-    _, K, activation, gated, given = linear.PRODUCTS[place]
+def fit_of_linear(place: int, rows: int, size: int, tile: LinearTile, arch: int) -> tuple[bool, str]:
+    _, K, activation, gated, given = PRODUCTS[place]
     dtype = torch.bfloat16 if size == 2 else torch.float32
     constants = linear._constants(tile, K, "norm_bias_ptr" not in given, activation, gated, 16 // size, arch >= 90)
     kernel = linear._one_row if rows == 1 else linear._several_rows
@@ -308,7 +311,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="compile for it instead of timing")
     parser.add_argument("--table", choices=("linear", DECODE, *TABLES), action="append", help="default: all")
     parser.add_argument("--rows", type=int, nargs="+", default=(1, 8), help="of linear's x; default: 1 8")
-    parser.add_argument("--product", type=int, nargs="+", help="by place in kernels/linear.py's PRODUCTS; default: all")
+    parser.add_argument("--product", type=int, nargs="+", help="by place in shipped_kernels.py's PRODUCTS; default: all")
     parser.add_argument("--head-dim", type=int, choices=(16, 32, 64, 128, 256), action="append", help="default: all")
     parser.add_argument("--bytes", type=int, choices=(2, 4), action="append", help="of an element; default: both")
     parser.add_argument("--first", action="store_true", help="stop at the first that fits")
@@ -320,7 +323,7 @@ def main() -> None:
     asked = args.table or ["linear", DECODE, *TABLES]
     jobs = attention_jobs([table for table in asked if table != "linear"], args.head_dim, args.bytes, arch)
     if "linear" in asked:
-        jobs += linear_jobs(args.product or range(len(linear.PRODUCTS)), args.rows, args.bytes, arch)
+        jobs += linear_jobs(args.product or range(len(PRODUCTS)), args.rows, args.bytes, arch)
     if args.arch is None:
         from benchmarks.report import machine, store
 

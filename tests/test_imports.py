@@ -51,25 +51,24 @@ LAYERS = [
     {"ops.norm"},
     {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear"},
     {"kernels.attention_backward_bias", "kernels.attention_backward_keys", "kernels.attention_backward_queries"},
+    {"kernels.attention_decode_new", "kernels.attention_decode_parts", "kernels.attention_forward"},
+    {"kernels.attention_arguments"},
+    {"kernels.attention_scores"},
     {
-        "kernels.attention_decode_new",
-        "kernels.attention_decode_parts",
-        "kernels.attention_forward",
-    },  # fmt: skip
-    {
+        "kernels.attention_rows",
         "kernels.kv_cache_update",
         "kernels.norm",
         "kernels.decode_step",
         "ops.implementations",
         "ops.library",
     },  # fmt: skip
+    {"kernels.tiles"},
     {
         "checks",
         "kernels.architecture",
-        "kernels.attention_tiles",
+        "kernels.limits",
         "kernels.dependent_launch",
         "kernels.launch",
-        "kernels.limits",
         "huge_pages",
         "ops.dropout",
         "ops.derivatives",

@@ -16,92 +16,23 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 """
 
 import functools
-import itertools
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.architecture import ARCHITECTURES, architecture
+from fastgpt.kernels.architecture import architecture
+from fastgpt.kernels.attention_arguments import Extras, descriptors, have_bulk_copies, strides
 from fastgpt.kernels.attention_backward_bias import backward_bias
 from fastgpt.kernels.attention_backward_keys import backward_keys
 from fastgpt.kernels.attention_backward_queries import backward_queries
-from fastgpt.kernels.attention_forward import (
-    INTERPRETED,
-    Extras,
-    Tile,
-    descriptors,
-    have_bulk_copies,
-    strides,
-)
-from fastgpt.kernels.attention_tiles import (
-    aligned_rows,
-    head_dims,
-    load_rows,
-    padded_dim,
-    tile_key,
-    units_of,
-)
+from fastgpt.kernels.attention_forward import INTERPRETED
+from fastgpt.kernels.attention_rows import aligned_rows, load_rows
 from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, grid
-
-# pass -> (head dims as of `tile_key`, bytes per element) -> a tile for each of ARCHITECTURES, see attention_forward.py.
-# Those with extras leave registers for scores that are more than q·k · scale; the bias's pass uses that of the queries.
-TILES = {
-    "keys": {
-        (16, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
-        (32, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
-        (64, 2): (Tile(64, 32, 8, 1), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
-        (128, 2): (Tile(32, 32, 4, 1), Tile(32, 128, 8, 2), Tile(32, 64, 8, 1)),
-        (256, 2): (Tile(32, 32, 8, 1),) * 3,
-        (16, 4): (Tile(32, 64, 8, 2),) * 3,
-        (32, 4): (Tile(32, 32, 8, 2),) * 3,
-        (64, 4): (Tile(32, 32, 8, 1),) * 3,
-        (128, 4): (Tile(16, 16, 8, 1),) * 3,
-        (256, 4): (Tile(16, 16, 4, 1),) * 3,
-    },
-    "queries": {
-        (16, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-        (32, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-        (64, 2): (Tile(64, 32, 8, 1), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-        (128, 2): (Tile(32, 32, 4, 1), *(Tile(128, 32, 8, 2),) * 2),
-        (256, 2): (Tile(32, 16, 8, 1),) * 3,
-        (16, 4): (Tile(64, 32, 8, 2),) * 3,
-        (32, 4): (Tile(64, 32, 8, 1),) * 3,
-        (64, 4): (Tile(32, 32, 8, 1),) * 3,
-        (128, 4): (Tile(16, 16, 8, 1),) * 3,
-        (256, 4): (Tile(16, 16, 8, 1),) * 3,
-    },
-    "with_extras keys": {
-        (16, 2): (Tile(32, 32, 8, 1),) * 3,
-        (32, 2): (Tile(32, 32, 8, 1),) * 3,
-        (64, 2): (Tile(32, 32, 8, 1),) * 3,
-        (128, 2): (Tile(32, 32, 8, 1),) * 3,
-        (256, 2): (Tile(16, 16, 8, 1),) * 3,
-        (16, 4): (Tile(32, 32, 8, 1),) * 3,
-        (32, 4): (Tile(32, 32, 8, 1),) * 3,
-        (64, 4): (Tile(32, 16, 8, 1),) * 3,
-        (128, 4): (Tile(32, 16, 8, 1),) * 3,
-        (256, 4): (Tile(16, 16, 8, 1),) * 3,
-    },
-    "with_extras queries": {
-        (16, 2): (Tile(64, 32, 8, 1),) * 3,
-        (32, 2): (Tile(64, 32, 8, 1),) * 3,
-        (64, 2): (Tile(32, 32, 8, 1),) * 3,
-        (128, 2): (Tile(32, 16, 8, 1),) * 3,
-        (256, 2): (Tile(16, 16, 8, 1),) * 3,
-        (16, 4): (Tile(64, 32, 8, 1),) * 3,
-        (32, 4): (Tile(32, 32, 8, 1),) * 3,
-        (64, 4): (Tile(32, 16, 8, 1),) * 3,
-        (128, 4): (Tile(16, 16, 8, 1),) * 3,
-        (256, 4): (Tile(16, 16, 8, 1),) * 3,
-    },
-}
-# Of packed sequences, the pass over the keys has fewer registers left.
-TILES["packed keys"] = {**TILES["keys"], (128, 2): (Tile(32, 32, 4, 1), Tile(32, 64, 8, 2), Tile(32, 64, 8, 1))}
+from fastgpt.kernels.tiles import DELTA_ROWS, attention_tile, padded_dim
 
 WIDEST = 256  # head dim
-DELTA_ROWS = 32
 # Of wider heads, or where scores are more than q·k · scale, a pass over the queries has no registers left for bulk copies.
 BULK_HEAD_DIM = 128
 
@@ -141,8 +72,8 @@ def _delta(
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     *, causal=True, scale, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None, bias=None,
-    kv_lengths=None, dropout_p=0.0, dropout_seed=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-    needs_dbias=False,
+    kv_lengths=None, dropout_p=0.0, dropout_seed=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+    max_seqlen_k=None, needs_dbias=False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Launches the passes: dq, dk, dv in the dtypes and shapes of q, k, v; dbias in that of bias, or None; dsinks or None.
 
@@ -241,48 +172,10 @@ def _constants(
     tiles: str, arch: int, head_dim: int, v_dim: int, element_size: int, causal: bool, has_window=False, has_softcap=False
 ) -> dict:
     """The compile-time arguments and options of a pass."""
-    tile = TILES[tiles][tile_key(head_dim, v_dim, element_size)][ARCHITECTURES.index(arch)]
+    tile = attention_tile(tiles, head_dim, v_dim, element_size, arch)
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=padded_dim(head_dim), V_DIM=v_dim, BLOCK_V=padded_dim(v_dim),
         IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
         # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
         **tile._asdict(), enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip
-
-
-def aot_configurations(arch: int):
-    """As in attention_forward.py."""
-    features = [
-        ((), {}),
-        (("dlse_ptr",), {}),
-        (("kv_lengths_ptr",), {"has_window": True}),
-        (("cu_q_ptr", "cu_k_ptr"), {"has_window": True}),
-        (
-            ("kv_lengths_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "seed_ptr", "dlse_ptr"),
-            {"has_window": True, "has_softcap": True},
-        ),
-        (("alibi_ptr", "bias_ptr", "seed_ptr"), {"has_softcap": True}),
-        (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {}),
-    ]
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        dims = [x for x in head_dims(TILES["keys"], dtype.itemsize) if max(x) <= WIDEST]
-        for (head_dim, v_dim), causal, (given, flags) in itertools.product(dims, (True, False), features):
-            if causal and given in ((), ("dlse_ptr",)):
-                yield _delta, dtype, dtype, _delta_constants(v_dim), given
-            if given == ("dlse_ptr",):
-                continue
-            with_extras = "with_extras " if "seed_ptr" in given else ""
-            sizes = (head_dim, v_dim, dtype.itemsize, causal)
-            for bulk in (False, True) if arch >= 90 and dtype.itemsize == 2 else (False,):
-                kind = with_extras or ("packed " if "cu_q_ptr" in given else "")
-                of_keys = _constants(kind + "keys", arch if bulk else 80, *sizes, **flags) | units_of(given, dtype)
-                yield backward_keys, dtype, dtype, of_keys, (*given, "q_desc", "dout_desc") if bulk else given
-                if bulk and (with_extras or max(head_dim, v_dim) > BULK_HEAD_DIM):
-                    continue
-                of_queries = _constants(with_extras + "queries", arch if bulk else 80, *sizes, **flags) | units_of(given, dtype)
-                tiles = ("q_desc", "k_desc", "v_desc", "dout_desc") if bulk else ()
-                yield backward_queries, dtype, dtype, of_queries, (*given, *tiles)
-                if "bias_ptr" in given:
-                    for one_row, one_column in itertools.product((False, True), repeat=2):
-                        shape = {"ONE_ROW": one_row, "ONE_COLUMN": one_column}
-                        yield backward_bias, dtype, dtype, of_queries | shape, given

@@ -2,14 +2,9 @@
 
 import triton.language as tl
 
-from fastgpt.kernels.attention_forward import BACKWARD_NUMBERS, POINTERS
-from fastgpt.kernels.attention_tiles import (
-    Features,
-    kept_weights,
-    load_rows,
-    load_vector,
-    recomputed_weights,
-)
+from fastgpt.kernels.attention_arguments import BACKWARD_NUMBERS, POINTERS
+from fastgpt.kernels.attention_rows import load_rows, load_vector
+from fastgpt.kernels.attention_scores import Features, kept_weights, recomputed_weights
 from fastgpt.kernels.launch import kernel
 
 

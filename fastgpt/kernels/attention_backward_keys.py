@@ -1,19 +1,14 @@
-"""Attention, backward: the pass over keys, each program of which owns some and walks over the queries that see them; see attention_backward.py."""
+"""Attention, backward: the pass over keys, each program of which owns some and walks over the queries that see them.
+
+See attention_backward.py.
+"""
 
 import triton
 import triton.language as tl
 
-from fastgpt.kernels.attention_forward import BACKWARD_NUMBERS, POINTERS
-from fastgpt.kernels.attention_tiles import (
-    Descriptors,
-    Features,
-    kept_weights,
-    load_rows,
-    load_vector,
-    recomputed_weights,
-    sequence_of,
-    store_rows,
-)
+from fastgpt.kernels.attention_arguments import BACKWARD_NUMBERS, POINTERS
+from fastgpt.kernels.attention_rows import Descriptors, load_rows, load_vector, sequence_of, store_rows
+from fastgpt.kernels.attention_scores import Features, kept_weights, recomputed_weights
 from fastgpt.kernels.launch import kernel
 
 

@@ -1,21 +1,14 @@
-"""Attention, backward: the pass over queries, each program of which owns some and walks over the keys they see; see attention_backward.py."""
+"""Attention, backward: the pass over queries, each program of which owns some and walks over the keys that they see.
+
+See attention_backward.py.
+"""
 
 import triton
 import triton.language as tl
 
-from fastgpt.kernels.attention_forward import BACKWARD_NUMBERS, POINTERS
-from fastgpt.kernels.attention_tiles import (
-    LOG2_E,
-    Descriptors,
-    Features,
-    kept_weights,
-    key_ranges,
-    load_rows,
-    load_vector,
-    recomputed_weights,
-    sequence_of,
-    store_rows,
-)
+from fastgpt.kernels.attention_arguments import BACKWARD_NUMBERS, POINTERS
+from fastgpt.kernels.attention_rows import Descriptors, load_rows, load_vector, sequence_of, store_rows
+from fastgpt.kernels.attention_scores import LOG2_E, Features, kept_weights, key_ranges, recomputed_weights
 from fastgpt.kernels.launch import kernel
 
 

@@ -3,7 +3,7 @@
     out[b,h,i] = sum_j softmax_j(score[b,h,i,j]) v[b,h//g,j],   g = H // H_kv
 
 One token's queries are too few programs to fill a GPU, and the time goes into reading K and V. So the keys of a
-sequence are cut into splits of a fixed number, each a program's q_pos, and the queries of all heads that share K and V
+sequence are cut into splits of a fixed number, each a program's own, and the queries of all heads that share K and V
 are rows of that program's tile: K and V are read once. Of each row a split leaves the maximum score m, the sum l of
 exp(score - m) and acc, the sum of exp(score - m) v; of GROUP splits, the program that ends last adds theirs, and of the groups
 the last one theirs,
@@ -21,7 +21,6 @@ Source: Flash-Decoding (https://pytorch.org/blog/flash-decoding/), FlashAttentio
 """
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -32,84 +31,26 @@ from torch import Tensor
 from fastgpt.kernels.architecture import multiprocessors
 from fastgpt.kernels.attention_decode_new import Rotation, join, rotated_rows
 from fastgpt.kernels.attention_decode_parts import GROUP, combine, finish
-from fastgpt.kernels.attention_tiles import (
+from fastgpt.kernels.attention_rows import KeysValues, aligned_rows, from_8_bits, load_keys, pages_of, values_from_8_bits
+from fastgpt.kernels.attention_scores import (
     FIRST,
     HEADROOM,
     LN_2,
     LOG2_E,
     Features,
-    KeysValues,
-    aligned_rows,
     exponents_of,
-    from_8_bits,
-    head_blocks,
-    head_dims,
-    load_keys,
     load_scores,
     modified_scores,
     online_softmax,
-    padded_dim,
-    pages_of,
     power_of_two,
     score_rows,
-    tile_key,
     unit_of,
-    units_of,
-    values_from_8_bits,
     visible_keys,
 )
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
 from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
-
-
-class Tile(NamedTuple):
-    """What one program works on, and the warps, pipeline stages and registers it works with."""
-
-    BLOCK_M: int  # rows: queries of the heads that share K and V
-    BLOCK_N: int  # keys per step
-    SPLIT: int  # keys per program, BLOCK_N times a power of two: at the most, see `keys_per_split`
-    num_warps: int
-    num_stages: int
-    maxnreg: int  # registers a thread may use; left to itself, ptxas spills some for more programs at once
-
-
-FEW = 16  # up to this many rows, the second tile of a pair
-
-# (head dims as of `tile_key`, bytes per element of q) -> tiles for (more than FEW rows, up to FEW).
-# More rows leave more to combine, so they get longer splits. The same for every architecture: memory sets the pace.
-TILES = {
-    (16, 2): (Tile(64, 64, 1024, 4, 3, 255), Tile(16, 64, 256, 4, 3, 168)),
-    (32, 2): (Tile(64, 64, 1024, 4, 3, 255), Tile(16, 64, 256, 4, 3, 168)),
-    (64, 2): (Tile(64, 64, 1024, 4, 3, 255), Tile(16, 64, 256, 4, 4, 168)),
-    (128, 2): (Tile(64, 64, 1024, 8, 3, 255), Tile(16, 64, 256, 4, 3, 255)),
-    (256, 2): (Tile(32, 32, 1024, 8, 2, 255), Tile(16, 32, 256, 4, 3, 255)),
-    (16, 4): (Tile(32, 32, 1024, 4, 2, 255), Tile(16, 32, 256, 4, 2, 168)),
-    (32, 4): (Tile(32, 32, 1024, 4, 2, 255), Tile(16, 32, 256, 4, 2, 168)),
-    (64, 4): (Tile(32, 32, 1024, 8, 2, 255), Tile(16, 32, 256, 4, 2, 255)),
-    (128, 4): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 4, 2, 168)),
-    (256, 4): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 8, 2, 255)),
-    (512, 2): (Tile(32, 16, 1024, 8, 2, 255), Tile(16, 32, 256, 8, 2, 255)),
-    (512, 4): (Tile(8, 16, 1024, 8, 2, 255), Tile(8, 16, 256, 8, 2, 255)),
-    (1024, 2): (Tile(16, 16, 1024, 8, 2, 255), Tile(16, 16, 256, 8, 2, 255)),
-    (1024, 4): (Tile(8, 16, 1024, 8, 1, 255), Tile(8, 16, 256, 8, 1, 255)),  # bf16 in the interpreter; a GPU is not asked to
-}
-# Registers of a thread that hold parts on their way, half of them where few are left. Not tuned on a GPU yet.
-IN_FLIGHT = 64
-
-SHORTEST = 64  # keys that are worth a program of their own
-
-
-def keys_per_split(tile: Tile, tiles: int, n_keys: int, n_multiprocessors: int) -> int:
-    """The most keys, the tile's or those halved again and again, whose programs are as many as the multiprocessors; if none
-    are, the fewest. Decided without a look at the device, and by few powers of two, as each is a kernel of its own.
-
-    Args: tiles of rows, all that read other keys or hold other rows; n_keys that there are at most for each.
-    """
-    split = tile.SPLIT
-    while split > max(SHORTEST, tile.BLOCK_N) and tiles * cdiv(n_keys, split) < n_multiprocessors:
-        split //= 2
-    return split
+from fastgpt.kernels.tiles import FEW, DecodeTile, decode_tile, head_blocks, keys_per_split, padded_dim, parts_at_once
 
 
 @triton.jit
@@ -132,10 +73,10 @@ def _attend_keys(
 ):  # fmt: skip
     """Folds a split's keys into (acc, row_sum, row_max), of which row_max is returned in base e.
 
-    Args: exponent of acc's unit, see FIRST; kv and features: `KeysValues` of sequence b, and `Features`; mask_rows and bias_rows
-        (M, 1), where rows of their tiles begin, or None; q_pos (M,), each query's position among the keys; start, stop: the
-        split's keys, a multiple of BLOCK_N, and where they end; begin, end: those that some query sees, others are not read;
-        slot: a key that is not read either, or None.
+    Args: exponent of acc's unit, see FIRST; kv and features: `KeysValues` of sequence b, and `Features`; mask_rows and
+        bias_rows (M, 1), where rows of their tiles begin, or None; q_pos (M,), each query's position among the keys; start,
+        stop: the split's keys, a multiple of BLOCK_N, and where they end; begin, end: those that some query sees, others are
+        not read; slot: a key that is not read either, or None.
     """
     dtype: tl.constexpr = q.dtype
     BLOCK_D: tl.constexpr = q.shape[1]
@@ -487,63 +428,14 @@ def attention_decode(
 @functools.cache
 def _constants(
     head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, few: bool, is_new: bool, has_scores: bool
-) -> tuple[Tile, dict]:
+) -> tuple[DecodeTile, dict]:
     """The tile, and the compile-time arguments and options of `_attend_split` that follow from shapes and dtypes, but SPLIT."""
     block_d, block_r = head_blocks(head_dim)
     block_v = padded_dim(v_dim)
-    tile = TILES[tile_key(head_dim, v_dim, element_size)][few]
-    if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers; 32 keys too
-        tile = tile._replace(BLOCK_N=16, num_stages=1)
-    elif is_8_bits and is_new:  # whose token takes registers, too
-        tile = tile._replace(maxnreg=255) if few else tile._replace(BLOCK_N=32, num_warps=8)
-    elif has_scores and not few:  # a mask and a bias of many rows, which are copied ahead, too, take shared memory
-        tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, 32))
-    in_flight = IN_FLIGHT if few and tile.maxnreg == 255 else IN_FLIGHT // 2
-    at_once = max(1, min(8, in_flight * 32 * tile.num_warps // (tile.BLOCK_M * block_v)))
+    tile = decode_tile(head_dim, v_dim, element_size, is_8_bits, few, is_new, has_scores)
     options = tile._asdict()
     del options["SPLIT"]
     return tile, dict(
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_R=block_r, V_DIM=v_dim, BLOCK_V=block_v, AT_ONCE=at_once, **options,
-        enable_fp_fusion=not is_new,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_R=block_r, V_DIM=v_dim, BLOCK_V=block_v,
+        AT_ONCE=parts_at_once(tile, block_v, few), **options, enable_fp_fusion=not is_new,
     )  # fmt: skip
-
-
-# What a call may bring along, by the kernel's argument that is None without it, and what tells that keys are split.
-FEATURES = ("kv_lengths_ptr", "block_table_ptr", "alibi_ptr", "softcap", "window")
-PARTS = ("acc_ptr", "softmax_ptr", "counters_ptr")
-NEW = ("kv_lengths_ptr", "new_k_ptr", "new_v_ptr", "slots_ptr")
-ROTATION = ("positions_ptr", "cos_ptr", "sin_ptr")
-
-
-def aot_configurations(arch: int):
-    """As in attention_forward.py; the same for every architecture but for dependent launches.
-
-    Of each tile there are the kernels without features, with all, and those in between that serving a model needs. Of
-    the head dims that share a tile there are two: one that fills it and one that does not.
-    """
-    for dtype, few in itertools.product((torch.float16, torch.bfloat16, torch.float32), (False, True)):
-        for head_dim, v_dim in head_dims(TILES, dtype.itemsize):
-            for cache_dtype, given in (
-                (dtype, ()),
-                (dtype, (*PARTS, "kv_lengths_ptr")),
-                (dtype, (*PARTS, "kv_lengths_ptr", "block_table_ptr")),
-                (dtype, (*PARTS, "mask_ptr", "bias_ptr")),
-                (torch.int8, (*PARTS, "kv_lengths_ptr")),
-                (torch.float8_e4m3fn, (*PARTS, "kv_lengths_ptr")),
-                (torch.int8, (*PARTS, *FEATURES)),
-                (torch.float8_e4m3fn, (*PARTS, *FEATURES, "sinks_ptr")),
-                (dtype, (*PARTS, *NEW)),
-                (dtype, (*PARTS, *NEW, *ROTATION)),
-                (dtype, (*PARTS, *NEW, *ROTATION, "block_table_ptr")),
-                (torch.int8, (*PARTS, *NEW, *ROTATION)),
-                (torch.float8_e4m3fn, (*PARTS, *NEW, *ROTATION)),
-                (torch.int8, (*PARTS, *NEW, *ROTATION, *FEATURES)),
-                (torch.float8_e4m3fn, (*PARTS, *NEW, *ROTATION, *FEATURES, "sinks_ptr")),
-            ):
-                tile, constants = _constants(
-                    head_dim, v_dim, dtype.itemsize, cache_dtype != dtype, few, "new_k_ptr" in given, "mask_ptr" in given
-                )  # fmt: skip
-                scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
-                constants = constants | {"SPLIT": tile.SPLIT, "IS_CAUSAL": True, "INTERLEAVED": False} | units_of(given, dtype)
-                constants |= dependent_launch(arch >= 90)
-                yield _attend_split, dtype, cache_dtype, constants, (*given, *scales)

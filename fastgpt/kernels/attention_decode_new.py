@@ -6,15 +6,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastgpt.kernels.attention_tiles import (
-    HEADROOM,
-    LOG2_E,
-    exponents_of,
-    from_8_bits,
-    modified_scores,
-    online_softmax,
-    power_of_two,
-)
+from fastgpt.kernels.attention_rows import from_8_bits
+from fastgpt.kernels.attention_scores import HEADROOM, LOG2_E, exponents_of, modified_scores, online_softmax, power_of_two
 from fastgpt.kernels.kv_cache_update import largest_of, quantized, rotated
 
 

@@ -4,7 +4,7 @@ attention_decode.py."""
 import triton
 import triton.language as tl
 
-from fastgpt.kernels.attention_tiles import LOG2_E, finish_softmax
+from fastgpt.kernels.attention_scores import LOG2_E, finish_softmax
 
 # Parts that one program adds. More in a group make fewer groups, of which the last program adds all: 16 is the square root of
 # the splits of 64 Ki keys. Not tuned on a GPU yet.

@@ -12,101 +12,45 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 """
 
 import functools
-import itertools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels.architecture import ARCHITECTURES, architecture
-from fastgpt.kernels.attention_tiles import (
-    LN_2,
-    LOG2_E,
+from fastgpt.kernels.architecture import architecture
+from fastgpt.kernels.attention_arguments import NUMBERS, POINTERS, Extras, bytes_of, descriptors, have_bulk_copies, steps
+from fastgpt.kernels.attention_rows import (
     Descriptors,
-    Features,
     KeysValues,
     aligned_rows,
-    finish_softmax,
     from_8_bits,
-    head_blocks,
-    head_dims,
-    kept_weights,
-    key_ranges,
-    load_bias,
     load_keys,
-    load_mask,
     load_rows,
-    modified_scores,
-    online_softmax,
-    padded_dim,
     pages_of,
     sequence_of,
     store_rows,
-    tile_key,
-    unit_of,
-    units_of,
     values_from_8_bits,
+)
+from fastgpt.kernels.attention_scores import (
+    LN_2,
+    LOG2_E,
+    Features,
+    finish_softmax,
+    kept_weights,
+    key_ranges,
+    load_bias,
+    load_mask,
+    modified_scores,
+    online_softmax,
     visible_keys,
 )
 from fastgpt.kernels.launch import kernel
-from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
-from fastgpt.ops.dropout import keep_threshold
+from fastgpt.kernels.limits import cdiv, grid
+from fastgpt.kernels.tiles import attention_tile, forward_table, head_blocks, padded_dim
 
-
-class Tile(NamedTuple):
-    """What one program works on, and the warps and pipeline stages it works with."""
-
-    BLOCK_M: int  # queries
-    BLOCK_N: int  # keys per step
-    num_warps: int
-    num_stages: int
-
-
-# (head dims as of `tile_key`, bytes per element) -> a tile for each of ARCHITECTURES; that of 80 also wherever tiles
-# cannot be copied in bulk. Each fits, as benchmarks/sweep_tiles.py has it; which is fastest, that would tell on a GPU, where
-# none has been timed. Few queries are the business of attention_decode.py.
-TILES = {
-    (16, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
-    (32, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
-    (64, 2): (Tile(128, 64, 4, 4), *(Tile(128, 128, 8, 3),) * 2),
-    (128, 2): (Tile(128, 64, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
-    (256, 2): (Tile(64, 32, 8, 2), *(Tile(64, 64, 8, 2),) * 2),
-    (16, 4): (Tile(64, 32, 4, 2),) * 3,
-    (32, 4): (Tile(64, 64, 8, 2),) * 3,
-    (64, 4): (Tile(32, 32, 8, 2),) * 3,
-    (128, 4): (Tile(32, 16, 8, 3),) * 3,
-    (256, 4): (Tile(16, 16, 8, 2),) * 3,
-    (512, 2): (Tile(32, 16, 8, 2),) * 3,
-    (512, 4): (Tile(16, 16, 8, 1),) * 3,
-    (1024, 2): (Tile(16, 16, 8, 1),) * 3,
-    (1024, 4): (Tile(16, 16, 8, 1),) * 3,  # bf16 in the interpreter; a GPU is not asked to
-}
 WIDEST_BULK = 256  # head dim whose rows can be copied in bulk
-
-# Where sequences have lengths of their own, and keys a window or queries no causal mask, which takes registers, too.
-RAGGED_TILES = {**TILES, (128, 2): (Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3))}
-
-# Where scores are more than q·k · scale, or keys are not rows in a row, tiles that leave registers for that.
-RICH_TILES = {
-    (16, 2): (Tile(64, 32, 4, 2),) * 3,
-    (32, 2): (Tile(64, 32, 4, 2),) * 3,
-    (64, 2): (Tile(64, 64, 8, 2),) * 3,
-    (128, 2): (Tile(64, 32, 8, 2),) * 3,
-    (256, 2): (Tile(32, 32, 8, 2), *(Tile(16, 32, 8, 1),) * 2),
-    (16, 4): (Tile(32, 32, 8, 2),) * 3,
-    (32, 4): (Tile(32, 32, 8, 2),) * 3,
-    (64, 4): (Tile(32, 16, 8, 1),) * 3,
-    (128, 4): (Tile(16, 16, 8, 2),) * 3,
-    (256, 4): (Tile(16, 16, 8, 1),) * 3,
-    (512, 2): (Tile(16, 16, 8, 2),) * 3,
-    (512, 4): (Tile(16, 16, 8, 1),) * 3,
-    (1024, 2): (Tile(16, 16, 8, 1),) * 3,
-    (1024, 4): (Tile(16, 16, 8, 1),) * 3,  # bf16 in the interpreter; a GPU is not asked to
-}
 
 
 @triton.jit
@@ -120,9 +64,9 @@ def _attend(
     Unmasked, every query sees every key of that range and stop - begin is a multiple of BLOCK_N.
     Masked, keys from `end` on are not read, and each query sees what visible_keys and the mask leave to it.
 
-    Args: kv, bulk, features: `KeysValues`, of which k_rest too is, `Descriptors` of keys and values, and `Features`;
-        factor makes scores in base 2 of what `features` leaves of q·k; q_pos, offs_m, heads (M,): position among the keys, token
-        and head of each query, of which n_rows are there.
+    Args: kv, bulk, features: `KeysValues`, `Descriptors` of keys and values, and `Features`; q and q_rest, or None;
+        factor makes scores in base 2 of what `features` leaves of q·k; q_pos, offs_m, heads (M,): position among the keys,
+        token and head of each query, of which n_rows are there.
     """
     BLOCK_D: tl.constexpr = q.shape[1]
     BLOCK_V: tl.constexpr = acc.shape[1]
@@ -183,25 +127,6 @@ def _attend(
             v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     return acc, row_sum, row_max
-
-
-# Numbers that vary between calls must not compile the kernel again. What specializing would gain, the divisibility
-# of strides, the launcher guarantees and the kernel states.
-NUMBERS = [
-    "stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn",
-    "stride_ob", "stride_oh", "stride_om", "stride_lb", "stride_lh",
-    "stride_mask_b", "stride_mask_h", "stride_mask_m", "stride_mask_n",
-    "stride_bias_b", "stride_bias_h", "stride_bias_m", "stride_bias_n",
-    "stride_tb", "stride_tp", "stride_ksb", "stride_ksh", "stride_ksn", "stride_vsb", "stride_vsh", "stride_vsn",
-    "page", "n_pages", "n_heads", "group", "n_queries", "n_keys", "window", "threshold",
-]  # fmt: skip
-BACKWARD_NUMBERS = [
-    *NUMBERS, "stride_gb", "stride_gh", "stride_gm", "stride_dqb", "stride_dqh", "stride_dqm",
-    "stride_dkb", "stride_dkh", "stride_dkn", "stride_dvb", "stride_dvh", "stride_dvn",
-    "stride_dbb", "stride_dbh", "stride_dbm", "stride_dbn",
-]  # fmt: skip
-POINTERS = ["kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr"]
-POINTERS += ["block_table_ptr", "k_scale_ptr", "v_scale_ptr", "seed_ptr"]
 
 
 @kernel(do_not_specialize=[*NUMBERS, *POINTERS])
@@ -331,7 +256,8 @@ def attention_forward(
     the device; head dims D <= 576 of q and k, D_v of v up to 576, in fp32 512.
 
     Packed sequences: q (1, H, total_q, D), k, v (1, H_kv, total_k, D), and cu_seqlens_q, cu_seqlens_k (B + 1,) int32;
-    max_seqlen_q is the longest sequence's number of queries. What is past the last sequence sees no key; two launches more fill it.
+    max_seqlen_q is the longest sequence's number of queries. What is past the last sequence sees no key; two more launches
+    fill it.
 
     Returns:
         out (B, H, T, D_v) in q's dtype, contiguous as (B, T, H, D_v), and lse (B, H, T) fp32, natural log.
@@ -379,167 +305,17 @@ def attention_forward(
     return out, lse
 
 
-class Extras:
-    """Everything that attention can do beyond softmax(scale q·k) v, as the kernels take it: tensors, their strides and other
-    numbers by the names of arguments, the first two in the order of the forward kernel's."""
-
-    def __init__(self, q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
-                 dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k):  # fmt: skip
-        B, H, T, _ = q.shape
-        S = k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
-        check_sizes(q=q, k=k)
-        check_count("block_table", "keys in a sequence's pages", S)
-        mask = None if mask is None else mask.expand(B, H, T, S).view(torch.uint8)
-        bias = None if bias is None else bias.expand(B, H, T, S)
-        self.tensors = {
-            "kv_lengths_ptr": None if kv_lengths is None else kv_lengths.contiguous(),
-            "cu_q_ptr": None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
-            "cu_k_ptr": None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
-            "alibi_ptr": None if alibi_slopes is None else alibi_slopes.contiguous(),
-            "sinks_ptr": None if sinks is None else sinks.contiguous(),
-            "mask_ptr": mask,
-            "bias_ptr": bias,
-            "block_table_ptr": block_table,
-            "k_scale_ptr": k_scale,
-            "v_scale_ptr": v_scale,
-            "seed_ptr": dropout_seed if dropout_p > 0 else None,
-        }
-        self.strides = {
-            **strides(mask, "mask_", "bhmn"),
-            **strides(bias, "bias_", "bhmn"),
-            **strides(block_table, "t", "bp"),
-            **strides(k_scale, "ks", "bhn"),
-            **strides(v_scale, "vs", "bhn"),
-        }
-        self.numbers = {
-            "page": k.shape[2],
-            "n_pages": k.shape[0],
-            "n_keys": S,
-            "window": 0 if window is None else min(window, S),
-            "softcap": 0.0 if softcap is None else float(softcap),
-            "threshold": keep_threshold(dropout_p),
-            "keep_scale": 1.0 / (1.0 - dropout_p),
-        }
-        self.units = {"MASK_UNIT": unit_of(mask), "BIAS_UNIT": unit_of(bias)}
-        self.ragged = kv_lengths is not None or cu_seqlens_q is not None
-        # Whether tiles need registers for it.
-        features = softcap, alibi_slopes, mask, bias, block_table, k_scale, self.tensors["seed_ptr"]
-        self.with_extras = any(x is not None for x in features)
-
-
-def table_of(causal: bool, has_window: bool, with_extras: bool, ragged: bool) -> dict:
-    """The tiles of a variant: of the forward's three tables."""
-    if with_extras:
-        return RICH_TILES
-    return RAGGED_TILES if ragged and (has_window or not causal) else TILES
-
-
-def have_bulk_copies(*tensors: Tensor) -> bool:
-    """Whether the hardware, of 9.0 or later, can copy tiles of these tensors (B, heads, N, D) from aligned_rows in bulk."""
-    if architecture(tensors[0].device) < 90:
-        return False
-    most = 2**39
-    for x in tensors:
-        (B, H, N, _), (step_b, step_h, step_n, _) = x.shape, x.stride()
-        if x.element_size() != 2 or x.numel() == 0:
-            return False
-        if not ((B == 1 or 0 < step_b < most) and (H == 1 or 0 < step_h < most) and (N == 1 or 0 < step_n < most)):
-            return False
-    return True
-
-
-class TileDescriptor(TensorDescriptor):
-    """Of rows that are known to be aligned, and are not looked at again."""
-
-    def __post_init__(self):
-        pass
-
-
-def descriptors(constants: dict, tiles: dict[str, tuple[Tensor, str, str]]) -> dict[str, TensorDescriptor]:
-    """For bulk copies of tiles, of tensors that have_bulk_copies. tiles: name -> (tensor, the constants that say how many rows
-    and columns a tile has)."""
-    result, dims = {}, {"BLOCK_V": constants["V_DIM"]}  # what aligned_rows has added lies past them
-    for name, (x, rows, columns) in tiles.items():
-        (B, H, N, _), (step_b, step_h, step_n, _) = x.shape, x.stride()
-        # A stride that is never taken has to be a multiple of 16 bytes nevertheless.
-        steps = [128 if B == 1 else step_b, 128 if H == 1 else step_h, 128 if N == 1 else step_n, 1]
-        dim = dims.get(columns, constants["HEAD_DIM"])
-        result[name] = TileDescriptor(x, [B, H, N, dim], steps, [1, 1, constants[rows], constants[columns]])
-    return result
-
-
-def steps(x: Tensor, packed: bool) -> tuple[int, int, int]:
-    """The first three strides of x (B, H, N, D); 0 for the batch if packed."""
-    return (0, *x.stride()[1:3]) if packed else x.stride()[:3]
-
-
-def strides(x: Tensor | None, prefix: str, dims: str, packed: bool = False) -> dict[str, int]:
-    """stride_<prefix><dim> of each of the first dimensions, in elements; 0 for none, and for the batch if packed."""
-    if x is None:
-        return _no_strides(prefix, dims)
-    result = dict(zip(_no_strides(prefix, dims), x.stride()))
-    if packed:
-        result[f"stride_{prefix}b"] = 0
-    return result
-
-
-@functools.cache
-def _no_strides(prefix: str, dims: str) -> dict[str, int]:
-    return {f"stride_{prefix}{dim}": 0 for dim in dims}
-
-
-def bytes_of(x: Tensor) -> Tensor:
-    """x, or its bytes if it is of 8-bit floats, which not every architecture knows."""
-    return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x
-
-
 @functools.cache
 def _constants(
-    head_dim: int, v_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False, with_extras=False,
-    ragged=False,
+    head_dim: int, v_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False,
+    with_extras=False, ragged=False,
 ) -> dict:  # fmt: skip
     """The kernel's compile-time arguments and options."""
     block_d, block_r = head_blocks(head_dim)
-    table = table_of(causal, has_window, with_extras, ragged)
-    tile = table[tile_key(head_dim, v_dim, element_size)][ARCHITECTURES.index(arch)]
+    tile = attention_tile(forward_table(causal, has_window, with_extras, ragged), head_dim, v_dim, element_size, arch)
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_R=block_r, V_DIM=v_dim, BLOCK_V=padded_dim(v_dim),
         IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
         # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
         **tile._asdict(), enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip
-
-
-def aot_configurations(arch: int):
-    """Yields (kernel, dtype, the cache's dtype, constants, the optional arguments that are given) of what ships, to
-    compile ahead of time for an architecture.
-
-    Of the head dims that share a tile there are two: one that fills it and one that does not. Of the features, none;
-    all that go together, as they ask for most; and each kind of storage.
-    """
-    features = [
-        ((), {}),
-        ((), {"has_window": True}),
-        (("kv_lengths_ptr",), {"ragged": True}),
-        (("kv_lengths_ptr",), {"ragged": True, "has_window": True}),
-        (("sinks_ptr", "kv_lengths_ptr"), {"ragged": True, "has_window": True}),
-        (("cu_q_ptr", "cu_k_ptr"), {"ragged": True}),
-        (("cu_q_ptr", "cu_k_ptr"), {"ragged": True, "has_window": True}),
-        (("alibi_ptr", "sinks_ptr", "bias_ptr", "seed_ptr"), {"has_window": True, "has_softcap": True, "with_extras": True}),
-        (("mask_ptr", "bias_ptr", "sinks_ptr"), {"with_extras": True}),
-        (("kv_lengths_ptr", "block_table_ptr"), {"with_extras": True, "has_window": True}),
-        (("kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr"), {"with_extras": True}),
-        (("cu_q_ptr", "cu_k_ptr", "seed_ptr"), {"with_extras": True}),
-    ]
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for (head_dim, v_dim), causal, (given, flags) in itertools.product(
-            head_dims(TILES, dtype.itemsize), (True, False), features
-        ):
-            cache_dtype = torch.int8 if "k_scale_ptr" in given else dtype
-            units = units_of(given, dtype)
-            constants = _constants(head_dim, v_dim, dtype.itemsize, 80, causal, **flags) | units
-            yield _attention_forward, dtype, cache_dtype, constants, given
-            if arch >= 90 and dtype.itemsize == 2 and head_dim <= WIDEST_BULK and "block_table_ptr" not in given:
-                constants = _constants(head_dim, v_dim, dtype.itemsize, arch, causal, **flags) | units
-                rest = ("q_rest_desc", "k_rest_desc") if constants["BLOCK_R"] else ()
-                yield _attention_forward, dtype, cache_dtype, constants, (*given, "q_desc", "k_desc", "v_desc", *rest)

@@ -1,19 +1,15 @@
 """What a decode step does before and after the blocks, each in one launch: embedding, positions, and noting tokens."""
 
 import functools
-import itertools
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
 from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, grid
-
-LONGEST = 1024  # numbers of a row that a program writes
-ADVANCED = 128  # sequences whose lengths a program advances
+from fastgpt.kernels.tiles import ADVANCED, embedding_tile
 
 
 @kernel(do_not_specialize=["ids_ptr", "positions_ptr", "vocabulary", "n_positions", "period"])
@@ -69,9 +65,8 @@ def embed(
 
 @functools.cache
 def _constants(C: int, pdl: bool) -> dict:
-    """Compile-time arguments and options: 16 bytes a thread, of 16-bit numbers. Sums are rounded as PyTorch's."""
-    options = dict(num_warps=4, num_stages=1, enable_fp_fusion=False, **dependent_launch(pdl))
-    return dict(C=C, BLOCK_C=min(triton.next_power_of_2(C), LONGEST), **options)
+    """Compile-time arguments and options. Sums are rounded as PyTorch's."""
+    return dict(C=C, **embedding_tile(C), enable_fp_fusion=False, **dependent_launch(pdl))
 
 
 @kernel(do_not_specialize=["lengths_ptr", "positions_ptr", "n_sequences"])
@@ -142,13 +137,3 @@ def record_token(
 def _constants_of_one_warp(block: int, pdl: bool) -> dict:
     """Likewise, of the other two kernels."""
     return dict(BLOCK=block, num_warps=1, num_stages=1, enable_fp_fusion=False, **dependent_launch(pdl))
-
-
-def aot_configurations(arch: int):
-    """As in attention_forward.py; the same for every architecture but for dependent launches."""
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    for dtype, C, given in itertools.product(dtypes, (768, 4096), ((), ("positions_ptr", "position_weight_ptr"))):
-        yield _embed, dtype, dtype, _constants(C, arch >= 90), given
-    yield _advance, torch.float32, torch.float32, _constants_of_one_warp(ADVANCED, arch >= 90), ("positions_ptr",)
-    for block, given in itertools.product((32, 256), ((), ("ended_ptr", "eos_ptr"))):
-        yield _record_token, torch.float32, torch.float32, _constants_of_one_warp(block, arch >= 90), given

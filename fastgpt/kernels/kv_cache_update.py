@@ -1,14 +1,13 @@
 """The KV-cache update, alone and fused with rotary embedding, in one launch; and how a row is rotated and stored in 8 bits.
 
-What is stored is what csrc/kv_cache/kv_cache_update.cu stores, bit for bit: each operation on fp32 is rounded for itself, which takes a
-kernel without floating-point fusion. Where the CUDA library is not there, prefill needs no host sync all the same.
+What is stored is what csrc/kv_cache/kv_cache_update.cu stores, bit for bit: each operation on fp32 is rounded for itself,
+which takes a kernel without floating-point fusion. Prefill needs no host sync without the CUDA library, either.
 
 Rows start wherever the caller has them. How far they are aligned is a compile-time argument: mostly 16 bytes, of all that is
 read and written.
 """
 
 import functools
-import itertools
 
 import torch
 import triton
@@ -18,10 +17,7 @@ from torch import Tensor
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
 from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
-
-TILE = 4096  # bytes of k that a program stores, of several tokens: 16 a thread, twice
-LONGEST = 1024  # numbers of a row at a time; rows that are rotated or quantized are no longer
-WIDEST = 16  # bytes of the widest access
+from fastgpt.kernels.tiles import WIDEST_ACCESS, update_tile
 
 
 @triton.jit
@@ -290,7 +286,7 @@ def _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, 
     aligned = alignment(k, v, *(() if q is None else (q,))), alignment(k_cache, v_cache)
     constants = _constants(
         D, v.shape[3], 0 if cos is None else cos.shape[1], interleaved, T > 1, k.element_size(),
-        *aligned, WIDEST if cos is None else alignment(cos, sin), has_dependent_launch(k.device),
+        *aligned, WIDEST_ACCESS if cos is None else alignment(cos, sin), has_dependent_launch(k.device),
     )  # fmt: skip
     with torch.cuda.device_of(k):
         _update_cache[grid("k", cdiv(T, constants["BLOCK_T"]), B, H_kv + H)](
@@ -307,9 +303,9 @@ def _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, 
 
 
 def alignment(*tensors: Tensor) -> int:
-    """The widest access in bytes, a power of two up to WIDEST, that rows of all tensors are aligned for. The stride of a
+    """The widest access in bytes, a power of two up to WIDEST_ACCESS, that rows of all tensors are aligned for. The stride of a
     dimension of size 1 is never used and may be anything."""
-    bits = WIDEST
+    bits = WIDEST_ACCESS
     for x in tensors:
         bits |= x.data_ptr()
         for size, stride in zip(x.shape[:-1], x.stride()):
@@ -324,36 +320,9 @@ def _constants(
     new_align: int, cache_align: int, angle_align: int, pdl: bool,
 ) -> dict:  # fmt: skip
     """Compile-time arguments and options."""
-    block_d, block_dv = (min(LONGEST, triton.next_power_of_2(max(1, dim))) for dim in (head_dim, v_dim))
-    longest = max(block_d, block_dv)
-    block_t = max(1, min(64, TILE // (longest * element_size))) if several else 1
-    num_warps = max(1, min(4, block_t * longest * element_size // (32 * WIDEST)))
     return dict(
         HEAD_DIM=head_dim, V_DIM=v_dim, PAIRS=pairs, INTERLEAVED=interleaved, NEW_ALIGN=new_align, CACHE_ALIGN=cache_align,
-        ANGLE_ALIGN=angle_align, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_DV=block_dv, num_warps=num_warps, num_stages=1,
+        ANGLE_ALIGN=angle_align, **update_tile(head_dim, v_dim, several, element_size),
         maxnreg=255,  # left to itself, ptxas spills some for more programs at once
         enable_fp_fusion=False, **dependent_launch(pdl),
     )  # fmt: skip
-
-
-NEW, ROTATION = ("new_k_ptr", "new_v_ptr", "slots_ptr"), ("new_q_ptr", "rotated_q_ptr", "positions_ptr", "cos_ptr", "sin_ptr")
-
-
-def aot_configurations(arch: int):
-    """As in attention_forward.py; the same for every architecture but for dependent launches. Rows are aligned as most are, and
-    of one model as little as any."""
-    of_models = (  # head dims of k and v, pairs, interleaved, how rows are aligned
-        (64, 64, 32, False, WIDEST), (128, 128, 64, False, WIDEST), (80, 80, 16, False, 1), (128, 128, 64, True, WIDEST),
-        (576, 512, 32, True, WIDEST),
-    )  # fmt: skip
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    choices = (False, True)
-    for dtype, of_model, several, paged, turns in itertools.product(dtypes, of_models, choices, choices, choices):
-        head_dim, v_dim, pairs, interleaved, least = of_model
-        for cache_dtype in (dtype, torch.int8, torch.float8_e4m3fn):
-            aligned = (max(least, size) for size in (dtype.itemsize, cache_dtype.itemsize, 4))
-            rotation = (pairs, interleaved) if turns else (0, False)
-            constants = _constants(head_dim, v_dim, *rotation, several, dtype.itemsize, *aligned, arch >= 90)
-            given = (*NEW, *("block_table_ptr",) * paged, *ROTATION * turns)
-            scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
-            yield _update_cache, dtype, cache_dtype, constants, (*given, *scales)

@@ -1,4 +1,4 @@
-"""Kernels that are launched with less Python in front than Triton's q_pos way takes.
+"""Kernels that are launched with less Python in front than Triton's own way takes.
 
 At each launch Triton decides, argument by argument and option by option, which of a function's compiled kernels serves it: tens
 of microseconds, where the kernels of a decode step run for a few. Here the first launch of a kind goes Triton's way, and what

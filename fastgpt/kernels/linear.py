@@ -16,15 +16,13 @@ the result is as good as fp32. fp32 itself is multiplied without TF32.
 """
 
 import functools
-import itertools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.attention_tiles import LOG2_E, tanh
+from fastgpt.kernels.attention_scores import LOG2_E, tanh
 from fastgpt.kernels.dependent_launch import (
     dependent_launch,
     has_dependent_launch,
@@ -35,47 +33,7 @@ from fastgpt.kernels.dependent_launch import (
 from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.norm import finish_moments, moments, update_moments
-
-
-class Tile(NamedTuple):
-    """What one program works on: rows of x, rows of the weight (if gated, half of them of the gate) and columns per step; and
-    the warps and pipeline stages it works with."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
-
-
-# Of one row: bytes of weights that a program reads, programs that there should be at least, bytes of a tile unless it is the
-# only one, and of one row of it: 16 a thread, so that each thread has the columns of x that it multiplies with.
-PROGRAM, PROGRAMS, TILE, WIDEST = 32 << 10, 384, 8 << 10, 2 << 10
-MOST_ROWS, LEAST_ROWS = 8, 2  # of the weight, a program
-LONGEST = 4096  # numbers of x whose moments are taken at a time
-# Of several: rows of the weight at least -> rows of it a program. Few are enough programs for every multiprocessor.
-SEVERAL = {16384: 64, 8192: 32, 0: 16}
-WIDE = 128  # bytes of a row of their tiles, twice as many where tiles of 16 bits have few rows
-
-
-@functools.cache
-def tile_of(n_rows: int, weight_rows: int, K: int, element_size: int, norm: bool) -> Tile:
-    """The tile of a product of x (n_rows, K) and weight (weight_rows, K). As others, not measured yet:
-    `python -m benchmarks.sweep_tiles --table linear` times them."""
-    if n_rows == 1:
-        block_n = MOST_ROWS
-        while block_n > LEAST_ROWS and (block_n * K * element_size > PROGRAM or weight_rows < block_n * PROGRAMS):
-            block_n //= 2
-        block_k = min(max(WIDEST, TILE // block_n) // element_size, max(16, triton.next_power_of_2(K)))
-        while block_k * element_size > WIDEST and 3 * cdiv(K, block_k) * block_k > 4 * K:  # a third more than there is
-            block_k //= 2
-        if K > block_k:
-            block_n = min(block_n, TILE // element_size // block_k)
-        return Tile(1, block_n, block_k, 4, 1)
-    block_n = next(rows for least, rows in SEVERAL.items() if weight_rows >= least)
-    block_m = max(16, triton.next_power_of_2(n_rows + 2 * norm))
-    block_k = WIDE // element_size * (2 if block_n < 64 and block_m < 32 and element_size == 2 else 1)
-    return Tile(block_m, block_n, block_k, *((8, 3) if block_m == 64 else (4, 4)))
+from fastgpt.kernels.tiles import LONGEST_NORM, LinearTile, linear_tile
 
 
 @triton.jit
@@ -309,7 +267,7 @@ def linear(
         residual = residual.reshape(-1, N)
         residual = residual if residual.stride(1) == 1 or N == 1 else residual.contiguous()
     rows, size = len(x), x.element_size()
-    tile = tile_of(rows, weight_rows, K, size, norm_weight is not None)
+    tile = linear_tile(rows, weight_rows, K, size, norm_weight is not None)
     unit = 1 if rows == 1 else unit_of(x.stride(0), size)
     constants = _constants(tile, K, rms, activation, gated, unit, has_dependent_launch(x.device))
     programs = grid("weight", cdiv(N, constants["BLOCK_N"]))
@@ -330,7 +288,7 @@ def unit_of(stride: int, element_size: int) -> int:
 
 
 @functools.cache
-def _constants(tile: Tile, K: int, rms: bool, activation: int, gated: bool, unit: int, pdl: bool) -> dict:
+def _constants(tile: LinearTile, K: int, rms: bool, activation: int, gated: bool, unit: int, pdl: bool) -> dict:
     """Compile-time arguments and options."""
     options = dict(enable_fp_fusion=True, **dependent_launch(pdl))
     constants = dict(K=K, RMS=rms, ACTIVATION=activation, GATED=gated, **tile._asdict(), **options)
@@ -338,34 +296,5 @@ def _constants(tile: Tile, K: int, rms: bool, activation: int, gated: bool, unit
         constants["BLOCK_N"] = max(1 if tile.BLOCK_M == 1 else 16, tile.BLOCK_N // 2)
     if tile.BLOCK_M == 1:
         del constants["BLOCK_M"]
-        return constants | {"BLOCK_C": min(triton.next_power_of_2(K), LONGEST)}
+        return constants | {"BLOCK_C": min(triton.next_power_of_2(K), LONGEST_NORM)}
     return constants | {"X_UNIT": unit}
-
-
-NORM, RMS_NORM = ("norm_weight_ptr", "norm_bias_ptr"), ("norm_weight_ptr",)
-PRODUCTS = (  # of GPT-2 124M, its XL, and Llamas of 1B and 8B: rows of the weight, columns, activation, gated, what is given
-    (2304, 768, 0, False, (*NORM, "bias_ptr")),
-    (768, 768, 0, False, ("bias_ptr", "residual_ptr")),
-    (3072, 768, 1, False, (*NORM, "bias_ptr")),
-    (50257, 768, 0, False, NORM),
-    (768, 3072, 0, False, ("bias_ptr", "residual_ptr")),
-    (6400, 1600, 1, False, (*NORM, "bias_ptr")),
-    (1600, 6400, 0, False, ("bias_ptr", "residual_ptr")),
-    (16384, 2048, 3, True, RMS_NORM),
-    (2048, 8192, 0, False, ("residual_ptr",)),
-    (6144, 4096, 0, False, RMS_NORM),
-    (28672, 4096, 3, True, RMS_NORM),
-    (4096, 14336, 0, False, ("residual_ptr",)),
-    (128256, 4096, 0, False, RMS_NORM),
-)  # fmt: skip
-
-
-def aot_configurations(arch: int):
-    """As in attention_forward.py, of the products of some models; the same for every architecture but for dependent
-    launches."""
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    for dtype, product, rows in itertools.product(dtypes, PRODUCTS, (1, 8, 24, 32)):
-        weight_rows, K, activation, gated, given = product
-        tile = tile_of(rows, weight_rows, K, dtype.itemsize, "norm_weight_ptr" in given)
-        constants = _constants(tile, K, given[:2] != NORM, activation, gated, 16 // dtype.itemsize, arch >= 90)
-        yield _one_row if rows == 1 else _several_rows, dtype, dtype, constants, given

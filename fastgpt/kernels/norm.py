@@ -8,7 +8,6 @@ parts of a row is put together as in Chan, Golub, LeVeque, Updating Formulae and
 """
 
 import functools
-import itertools
 
 import torch
 import triton
@@ -18,9 +17,7 @@ from torch import Tensor
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
 from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, grid
-
-TILE = 1024  # numbers that a program normalizes at least, if there are so many
-LONGEST = 4096  # numbers of a row that it reads at a time
+from fastgpt.kernels.tiles import norm_tile
 
 
 @triton.jit
@@ -147,18 +144,5 @@ def folded(x: Tensor) -> list[tuple[int, int]] | None:
 
 @functools.cache
 def _constants(C: int, rms: bool, many: bool, pdl: bool) -> dict:
-    """Compile-time arguments and options. Few rows get a program each."""
-    block_c = min(triton.next_power_of_2(C), LONGEST)
-    block_m = max(1, TILE // block_c) if many else 1
-    num_warps = 4 if block_m * block_c >= TILE else 1
-    options = dict(num_warps=num_warps, num_stages=1, enable_fp_fusion=True, **dependent_launch(pdl))
-    return dict(C=C, RMS=rms, BLOCK_M=block_m, BLOCK_C=block_c, **options)
-
-
-def aot_configurations(arch: int):
-    """As in attention_forward.py; the same for every architecture but for dependent launches."""
-    features = (True, ()), (False, ("norm_bias_ptr", "residual_ptr"))
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    for C, dtype, (rms, given) in itertools.product((64, 128, 768, 4096), dtypes, features):
-        for many in (False, True):
-            yield _norm, dtype, dtype, _constants(C, rms, many, arch >= 90), ("norm_weight_ptr", *given)
+    """Compile-time arguments and options."""
+    return dict(C=C, RMS=rms, **norm_tile(C, many), enable_fp_fusion=True, **dependent_launch(pdl))

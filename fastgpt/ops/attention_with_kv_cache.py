@@ -264,7 +264,7 @@ def _triton_refuses(call: Call, new: tuple):
 
 
 def _rows_are_aligned(k_cache, v_cache) -> bool:
-    from fastgpt.kernels.attention_tiles import has_aligned_rows  # Triton is imported only when a CUDA tensor needs it
+    from fastgpt.kernels.attention_rows import has_aligned_rows  # Triton is imported only when a CUDA tensor needs it
 
     return has_aligned_rows(k_cache) and has_aligned_rows(v_cache)
 

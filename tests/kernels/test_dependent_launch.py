@@ -19,8 +19,9 @@ import triton.language as tl  # noqa: E402
 from fake_gpu import launches, meta  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from benchmarks import shipped_kernels  # noqa: E402
 from benchmarks.machine_code import ir_of, source_of  # noqa: E402
-from fastgpt.kernels import attention_decode, decode_step, kv_cache_update, linear, norm  # noqa: E402
+from fastgpt.kernels import attention_decode, decode_step, kv_cache_update, linear, norm, tiles  # noqa: E402
 from fastgpt.kernels.dependent_launch import (  # noqa: E402
     dependent_launch,
     has_dependent_launch,
@@ -57,7 +58,7 @@ def ptx_of(configuration, arch):
 
 
 def shipped(arch):
-    return [x for module in MODULES for x in module.aot_configurations(arch)]
+    return list(shipped_kernels.shipped(arch, [module.__name__.rpartition(".")[2] for module in MODULES]))
 
 
 def distinct(arch, thorough=False):
@@ -88,7 +89,7 @@ def launched(module) -> set[str]:
 def test_every_kernel_that_a_step_launches_is_looked_at():
     names = set().union(*map(launched, MODULES))
     assert names == {x[0].__name__ for x in distinct(90)} and len(names) == 8
-    for arch, has_it in ((80, False), (90, True), (100, True)):
+    for arch, has_it in ((80, False), (89, False), (90, True), (100, True), (120, True)):
         for x in shipped(arch):
             assert (x[3]["PDL"], x[3].get("launch_pdl", False)) == (has_it, has_it), name_of(x)
 
@@ -99,7 +100,7 @@ def small(arch):
 
 @pytest.mark.parametrize("arch", (90, 120))
 def test_kernels_wait_before_they_read_or_write(arch):
-    for x in small(100):
+    for x in small(arch):
         assert not faults_in(ptx_of(x, arch)), name_of(x)
 
 
@@ -182,7 +183,7 @@ def test_one_thread_of_a_program_reads_ahead():
 @pytest.mark.parametrize("rows", (1, 8))
 def test_programs_read_their_own_rows_of_the_weight_ahead(N, K, gated, rows):
     """From where the kernel reads it, and no further: all programs together, the weight or of each the most."""
-    constants = linear._constants(linear.tile_of(rows, N * (1 + gated), K, 2, False), K, False, 0, gated, 8, True)
+    constants = linear._constants(tiles.linear_tile(rows, N * (1 + gated), K, 2, False), K, False, 0, gated, 8, True)
     block, ahead = constants["BLOCK_N"], []
     for program in range(triton.cdiv(N, block)):
         first, count = program * block, min(block, N - program * block) * K * 2

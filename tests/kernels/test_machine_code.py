@@ -20,14 +20,14 @@ from benchmarks.machine_code import (  # noqa: E402
     compile_for,
     demanding,
     ir_of,
-    shipped,
     source_of,
     usage_of,
 )
+from benchmarks.shipped_kernels import shipped  # noqa: E402
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
-MODULES = [  # of fastgpt.kernels
+MODULES = [  # of fastgpt.kernels, by those that launch
     "attention_forward",
     "attention_backward",
     "attention_decode",
@@ -312,7 +312,7 @@ def test_copies_underway_are_counted(stages, underway):
 
 def hopper_forward():
     """The forward kernels of head dim 128 in fp16 that have bulk copies and no more than a window and lengths of their own."""
-    for configuration in import_module("fastgpt.kernels.attention_forward").aot_configurations(90):
+    for configuration in shipped(90, ["attention_forward"]):
         _, dtype, _, constants, given = configuration
         if dtype is torch.float16 and constants["HEAD_DIM"] == 128 and BULK <= {*given, "dout_desc"}:
             if set(given) - BULK <= {"kv_lengths_ptr", "sinks_ptr"}:
@@ -342,7 +342,8 @@ def assert_sound(arch, chosen):
 
 
 def chosen_demanding(modules, arch):
-    """Those in fp32, which use the same instructions everywhere, and those that store a token and attend, for one architecture."""
+    """Those in fp32, which use the same instructions everywhere, and those that store a token and attend, for one
+    architecture."""
     chosen = demanding(configurations(modules, arch))
     return [x for x in chosen if x[1] is not torch.float32 and not {"acc_ptr", "new_k_ptr"} <= {*x[4]} or arch == 90]
 

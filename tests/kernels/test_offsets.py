@@ -3,7 +3,6 @@ what a launch would count in too few bits is refused. Nothing is launched, and n
 
 import math
 import os
-from importlib import import_module
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ from index_arithmetic import faults_of  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks.machine_code import ir_of, source_of  # noqa: E402
+from benchmarks.shipped_kernels import shipped  # noqa: E402
+from fastgpt.kernels import attention_arguments  # noqa: E402
 from fastgpt.kernels import attention_backward as backward  # noqa: E402
 from fastgpt.kernels import attention_decode as decode  # noqa: E402
 from fastgpt.kernels import attention_forward as forward  # noqa: E402
@@ -51,7 +52,7 @@ def faults_in(function, dtype, cache_dtype, constants, given, arch):
 def distinct(module, dtypes, causal, head_dims):
     """Of the kernels that ship those that differ in more than sizes."""
     chosen = {}
-    for configuration in import_module(f"fastgpt.kernels.{module}").aot_configurations(90):
+    for configuration in shipped(90, [module]):
         function, dtype, cache_dtype, constants, given = configuration
         if dtype in dtypes and constants.get("IS_CAUSAL", True) in causal and constants.get("HEAD_DIM", 80) in head_dims:
             flags = [value for value in constants.values() if type(value) is bool]
@@ -160,7 +161,7 @@ def assert_wide_enough(launch):
 def test_larger_numbers_compile_anew(arch, monkeypatch):
     """The type of a number that is not specialized still follows from its value: none is cut off by a kernel that was compiled
     for smaller ones."""
-    for module in (forward, backward):
+    for module in (forward, backward, attention_arguments):
         monkeypatch.setattr(module, "architecture", lambda device: arch)
     small, far = meta(2, 4, 40, 64), meta(2, 4, 40, 64, strides=(2**33, 2**32, 2**31, 1))
     near = meta(2, 4, 40, 64, strides=(2**31 - 8, 2**29, 64, 1))
@@ -256,8 +257,8 @@ def calls(scale, offset):
         bias, mask = (meta(B, H, T, S + offset, dtype=dtype)[..., offset:] for dtype in (torch.float16, torch.bool))
         dlse = meta(B * H * T + offset, dtype=torch.float32)[offset:].view(B, H, T)
         lse = meta(B * H * T + offset, dtype=torch.float32)[offset:].view(B, H, T)
-        rich = dict(alibi_slopes=slopes, sinks=sinks, kv_lengths=lengths, bias=bias, mask=mask, window=T, softcap=scale)
-        for options in {}, rich:
+        with_extras = dict(alibi_slopes=slopes, sinks=sinks, kv_lengths=lengths, bias=bias, mask=mask, window=T, softcap=scale)
+        for options in {}, with_extras:
             out, _ = forward.attention_forward(q, k, k, scale=scale, **options)
             backward.attention_backward(out, dlse, q, k, k, out, lse, scale=scale, **options, needs_dbias="bias" in options)
         several = dict(alibi_slopes=slopes, sinks=sinks, kv_lengths=lengths, window=T, softcap=scale)

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import sweep_tiles  # noqa: E402
-from benchmarks.sweep_tiles import TABLES, Tile, decode  # noqa: E402
+from benchmarks.sweep_tiles import TABLES, Tile, tiles  # noqa: E402
 
 
 class Here:
@@ -77,7 +77,7 @@ def test_the_most_telling_come_first(swept):
     for row in rows:
         firsts.setdefault(sweep_tiles.table_of(row), row)
     assert all(row["ships"] for row in firsts.values())
-    keys = [key for table in [*TABLES.values(), decode.TILES] for key in table if key[0] <= 256]  # the rest few models have
+    keys = [key for table in [*TABLES.values(), tiles.DECODE] for key in table if key[0] <= 256]  # the rest few models have
     assert len(firsts) == len(keys) + 3 * 2 * 2
 
 

@@ -15,7 +15,9 @@ pytest.importorskip("triton")
 
 from interpreter import DEVICE, INTERPRETED, one_of_interpreted, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
+from fastgpt.kernels import attention_arguments  # noqa: E402
 from fastgpt.kernels import attention_forward as kernel  # noqa: E402
+from fastgpt.kernels.attention_rows import aligned_rows  # noqa: E402
 from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import (
     attention_reference,  # noqa: E402
@@ -243,24 +245,30 @@ def test_parity_on_views(view, head_dim):
     assert_parity(view(q), view(k), view(v), kv_lengths=kv_lengths)
 
 
+def run_as_on(arch, monkeypatch):
+    """Launches from here on take the tiles and copies of an architecture."""
+    for module in (kernel, attention_arguments):
+        monkeypatch.setattr(module, "architecture", lambda device: arch)
+
+
 @runs_kernel
 @pytest.mark.parametrize("shape", ((2, 4, 2, 70, 150, 64), (1, 2, 1, 40, 21, 40)), ids=str)
 def test_parity_without_bulk_copies(shape, monkeypatch):
     """What chips before 9.0 run, forward and backward."""
-    monkeypatch.setattr(kernel, "architecture", lambda device: 80)
+    run_as_on(80, monkeypatch)
     backward_parity(*inputs(*shape, torch.float16, DEVICE), {})
 
 
 @runs_kernel
 def test_where_bulk_copies_are_taken(monkeypatch):
-    monkeypatch.setattr(kernel, "architecture", lambda device: 90)
-    q, k, v = (kernel.aligned_rows(x) for x in random_inputs(2, 2, 2, 20, 20, 33, torch.float16))
-    assert kernel.have_bulk_copies(q, packed(k), v)
-    assert not kernel.have_bulk_copies(q, k, expanded(v))
-    assert not kernel.have_bulk_copies(q.float(), k.float(), v.float())
-    assert not kernel.have_bulk_copies(q, k[:, :, :0], v[:, :, :0])
-    monkeypatch.setattr(kernel, "architecture", lambda device: 80)
-    assert not kernel.have_bulk_copies(q, k, v)
+    run_as_on(90, monkeypatch)
+    q, k, v = (aligned_rows(x) for x in random_inputs(2, 2, 2, 20, 20, 33, torch.float16))
+    assert attention_arguments.have_bulk_copies(q, packed(k), v)
+    assert not attention_arguments.have_bulk_copies(q, k, expanded(v))
+    assert not attention_arguments.have_bulk_copies(q.float(), k.float(), v.float())
+    assert not attention_arguments.have_bulk_copies(q, k[:, :, :0], v[:, :, :0])
+    run_as_on(80, monkeypatch)
+    assert not attention_arguments.have_bulk_copies(q, k, v)
 
 
 @runs_kernel
@@ -270,7 +278,7 @@ def test_where_bulk_copies_are_taken(monkeypatch):
 ), ids=str)  # fmt: skip
 def test_values_of_another_head_dim(D, D_v, dtype, arch, monkeypatch):
     """With bulk copies, which 90 has, and without. The gradients of wide heads are the reference's."""
-    monkeypatch.setattr(kernel, "architecture", lambda device: arch)
+    run_as_on(arch, monkeypatch)
     q, k, _ = random_inputs(1, 2, 1, 20, 37, D, dtype)
     v = torch.randn(1, 1, 37, D_v, device=DEVICE).to(dtype)
     call = ops.Call(q, k, v, scale=D**-0.5)
@@ -465,7 +473,7 @@ def test_autograd(feature, triton_serves_the_cpu):
 PACKED_OPTIONS = {
     "plain": {},
     "dropout": {"dropout_p": 0.2, "dropout_seed": 9},
-    "rich": {"window": 9, "alibi_slopes": (0.5, 0.25, 0.1, 0.0) * 2, "softcap": 2.0},
+    "extras": {"window": 9, "alibi_slopes": (0.5, 0.25, 0.1, 0.0) * 2, "softcap": 2.0},
 }
 
 

@@ -14,6 +14,8 @@ triton = pytest.importorskip("triton")
 from interpreter import DEVICE, one_of_interpreted, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
 from fastgpt.kernels import attention_decode as kernel  # noqa: E402
+from fastgpt.kernels import tiles  # noqa: E402
+from fastgpt.kernels.tiles import keys_per_split  # noqa: E402
 from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
 from fastgpt.ops.attention.reference import reference_of  # noqa: E402
@@ -29,8 +31,8 @@ NAN = float("nan")
 @pytest.fixture
 def short_splits(monkeypatch):
     """Splits of 32 keys in steps of 16, so that small inputs have several."""
-    tiles = {key: [tile._replace(BLOCK_N=16, SPLIT=32) for tile in pair] for key, pair in kernel.TILES.items()}
-    monkeypatch.setattr(kernel, "TILES", tiles)
+    smaller = {key: [tile._replace(BLOCK_N=16, SPLIT=32) for tile in pair] for key, pair in tiles.DECODE.items()}
+    monkeypatch.setattr(tiles, "DECODE", smaller)
     kernel._constants.cache_clear()
     yield
     kernel._constants.cache_clear()
@@ -111,11 +113,11 @@ def test_parity(case, dtype, short_splits):
 
 
 # A tile of 64 keys and splits of 256, and a larger one for more rows.
-FEW, MANY = kernel.TILES[128, 2][1]._replace(BLOCK_N=64, SPLIT=256), kernel.TILES[128, 2][0]._replace(BLOCK_N=64, SPLIT=1024)
+FEW, MANY = tiles.DECODE[128, 2][1]._replace(BLOCK_N=64, SPLIT=256), tiles.DECODE[128, 2][0]._replace(BLOCK_N=64, SPLIT=1024)
 
 
 @pytest.mark.parametrize(
-    "tile, tiles, n_keys, n_multiprocessors, expected",
+    "tile, row_tiles, n_keys, n_multiprocessors, expected",
     [
         (FEW, 8, 2048, 132, 64),  # one sequence, 8 key/value heads: 256 programs, where 256 keys each would be 64
         (FEW, 8, 2048, 64, 256),
@@ -129,8 +131,8 @@ FEW, MANY = kernel.TILES[128, 2][1]._replace(BLOCK_N=64, SPLIT=256), kernel.TILE
         (FEW._replace(BLOCK_N=128), 1, 2048, 132, 128),
     ],
 )  # fmt: skip
-def test_splits_fill_the_multiprocessors(tile, tiles, n_keys, n_multiprocessors, expected):
-    assert kernel.keys_per_split(tile, tiles, n_keys, n_multiprocessors) == expected
+def test_splits_fill_the_multiprocessors(tile, row_tiles, n_keys, n_multiprocessors, expected):
+    assert keys_per_split(tile, row_tiles, n_keys, n_multiprocessors) == expected
 
 
 @runs_kernel
@@ -139,7 +141,7 @@ def test_parity_of_splits_for_any_number_of_multiprocessors(n_multiprocessors, s
     monkeypatch.setattr(kernel, "multiprocessors", lambda device: n_multiprocessors)
     q, k, v = random_inputs(1, 4, 2, 1, 300, 16, torch.float16)
     tile, _ = kernel._constants(16, 16, 2, False, True, False, False)
-    assert kernel.keys_per_split(tile, 2, 300, n_multiprocessors) == split
+    assert keys_per_split(tile, 2, 300, n_multiprocessors) == split
     for options in {}, {"window": 90}:
         assert_parity(q, k, v, kv_lengths=ints((290,)), **options)
 

@@ -22,6 +22,7 @@ triton = pytest.importorskip("triton")
 from interpreter import DEVICE, INTERPRETED, passed, runs_kernel, starts_the_interpreter  # noqa: E402
 
 from fastgpt.kernels import attention_decode as kernel  # noqa: E402
+from fastgpt.kernels import tiles  # noqa: E402
 from fastgpt.testing.attention_features import paged  # noqa: E402
 from fastgpt.testing.numerics import check  # noqa: E402
 
@@ -145,8 +146,8 @@ def assert_parity(arguments, counters=None):
 @pytest.fixture
 def short_splits(monkeypatch):
     """Splits of 32 keys in steps of 16; in the interpreter they are added in groups of two."""
-    tiles = {key: [tile._replace(BLOCK_N=16, SPLIT=32) for tile in pair] for key, pair in kernel.TILES.items()}
-    monkeypatch.setattr(kernel, "TILES", tiles)
+    smaller = {key: [tile._replace(BLOCK_N=16, SPLIT=32) for tile in pair] for key, pair in tiles.DECODE.items()}
+    monkeypatch.setattr(tiles, "DECODE", smaller)
     if INTERPRETED:  # compiled kernels have the constant in them
         monkeypatch.setattr(kernel, "GROUP", kernel.tl.constexpr(2))
     kernel._constants.cache_clear()

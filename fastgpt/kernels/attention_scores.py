@@ -1,16 +1,17 @@
-"""What the attention kernels share: how a tile of keys is read, what becomes of its scores, which of them count.
+"""What becomes of a tile's scores in attention kernels: scale, soft cap, ALiBi, bias, masks, softmax and dropout.
 
-Names: offs_m are tokens of the query, offs_n keys; q_pos is a query's own position, token + L - T. exp(x) is
-written 2^(x log2 e), the hardware's exponential.
+Names: offs_m are tokens of the query, offs_n keys; q_pos is a query's own position, token + L - T. exp(x) is written
+2^(x log2 e), the hardware's exponential.
 """
 
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastgpt.kernels.attention_rows import has_aligned_rows
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -33,72 +34,6 @@ class Features(NamedTuple):
     seed: tl.tensor | None  # dropout's
     threshold: tl.tensor
     keep_scale: tl.tensor
-
-
-class KeysValues(NamedTuple):
-    """Where the keys and values of one head are: rows of one sequence, or of pages. Strides are in elements."""
-
-    k_ptr: tl.tensor
-    stride_kb: tl.tensor  # of a page
-    stride_kn: tl.tensor
-    v_ptr: tl.tensor
-    stride_vb: tl.tensor
-    stride_vn: tl.tensor
-    k_scale_ptr: tl.tensor | None  # with 8-bit keys and values
-    stride_ksb: tl.tensor
-    stride_ksn: tl.tensor
-    v_scale_ptr: tl.tensor | None
-    stride_vsb: tl.tensor
-    stride_vsn: tl.tensor
-    block_table_ptr: tl.tensor | None  # None without pages
-    stride_tp: tl.tensor
-    page: tl.tensor  # keys
-    n_pages: tl.tensor
-
-
-class Descriptors(NamedTuple):
-    """Tensor descriptors of tiles that are copied in bulk, or None, and where in them a program's head begins."""
-
-    x: tl.tensor_descriptor | None  # keys, or queries
-    x_rest: tl.tensor_descriptor | None  # of their dimensions past the first block
-    y: tl.tensor_descriptor | None  # values, or dout
-    b: tl.tensor
-    h: tl.tensor
-    row: tl.tensor
-
-
-@triton.jit
-def load_rows(ptr, stride, offs_row, n_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """A tile (rows, BLOCK_D), zero from n_rows on and past HEAD_DIM. Rows start and end at multiples of 16 bytes."""
-    ALIGN: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth  # elements in 16 bytes
-    offsets = offs_row * tl.multiple_of(tl.cast(stride, tl.int64), ALIGN)
-    return _load_tile(ptr, offsets, offs_row < n_rows, HEAD_DIM, BLOCK_D, MASK_ROWS)
-
-
-@triton.jit
-def _load_tile(ptr, offsets, row_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
-    ALIGN: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    ROW: tl.constexpr = (HEAD_DIM + ALIGN - 1) // ALIGN * ALIGN
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = tl.full([1, 1], True, tl.int1)
-    if MASK_ROWS:
-        mask = mask & row_mask[:, None]
-    if ROW < BLOCK_D:
-        mask = mask & (offs_d[None, :] < ROW)
-    return tl.load(ptr + offsets[:, None] + offs_d[None, :], mask=mask, other=0)
-
-
-@triton.jit
-def store_rows(ptr, stride, offs_row, n_rows, x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores rows of x (rows, BLOCK_D) where offs_row < n_rows. `stride` is a multiple of HEAD_DIM, as of any dense tensor,
-    and the first row starts at a multiple of that: which is what tells how wide stores can be."""
-    WIDTH: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    POWER: tl.constexpr = HEAD_DIM & -HEAD_DIM  # of two that divides HEAD_DIM
-    UNIT: tl.constexpr = POWER if POWER * WIDTH < 16 else 16 // WIDTH
-    rows = tl.multiple_of(ptr + offs_row * tl.cast(stride, tl.int64), UNIT * WIDTH)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (offs_row < n_rows)[:, None] & (offs_d[None, :] < HEAD_DIM)
-    tl.store(rows[:, None] + offs_d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -136,49 +71,6 @@ def load_mask(features, rows, cols, n_rows, UNIT: tl.constexpr):
     """Which scores of a tile `Features`' mask keeps, likewise; none beyond what there is."""
     row_ptrs = score_rows(features.mask_ptr, rows, features.stride_mask_m, UNIT)
     return load_scores(row_ptrs, cols, features.stride_mask_n, rows < n_rows, features.n_keys, UNIT, WHOLE=False) != 0
-
-
-@triton.jit
-def pages_of(kv, offs_n, end):
-    """The pages of keys offs_n of a paged sequence of `KeysValues`. From `end` on any that there are."""
-    entries = kv.block_table_ptr + offs_n // kv.page * tl.cast(kv.stride_tp, tl.int64)
-    pages = tl.load(entries, mask=offs_n < end, other=0)
-    return tl.maximum(tl.minimum(pages, kv.n_pages - 1), 0)
-
-
-@triton.jit
-def load_keys(
-    ptr, stride_page, stride_row, pages, rows, end_mask,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """A tile of keys or values (rows, BLOCK_D) as it is stored: rows `rows` of pages `pages`."""
-    ALIGN: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    offsets = pages * tl.multiple_of(tl.cast(stride_page, tl.int64), ALIGN)
-    offsets += rows * tl.multiple_of(tl.cast(stride_row, tl.int64), ALIGN)
-    return _load_tile(ptr, offsets, end_mask, HEAD_DIM, BLOCK_D, MASK_ROWS)
-
-
-@triton.jit
-def values_from_8_bits(x, dtype: tl.constexpr):
-    """`from_8_bits` of values x (N, BLOCK_D), by halves: what splits numbers that lie side by side in a register keeps the
-    compiler from reading 8 bits as the matrix units want 16 of them, one by one, and from copying no more than 8 bytes at once
-    to where it does."""
-    if x.dtype.primitive_bitwidth == 8:
-        even, odd = x.reshape(x.shape[0], x.shape[1] // 2, 2).split()
-        return tl.join(from_8_bits(even, dtype), from_8_bits(odd, dtype)).reshape(x.shape[0], x.shape[1])
-    return x.to(dtype)
-
-
-@triton.jit
-def from_8_bits(x, dtype: tl.constexpr):
-    """x in `dtype`. int8 and e4m3 (as uint8) are what their bits say, without their scale."""
-    if x.dtype == tl.uint8:
-        # e4m3 to fp16: exponents differ by 8, which the multiplication adds, for subnormal numbers too.
-        bits = x.to(tl.int16)
-        magnitude = bits & 0x7F
-        half = ((bits & 0x80) << 8 | magnitude << 7).to(tl.float16, bitcast=True) * 256.0
-        x = tl.where(magnitude == 0x7F, float("nan"), half.to(tl.float32)).to(dtype)
-    return x.to(dtype)
 
 
 # Weights times v_scale are multiplied in fp16, which has no small numbers: a program computes them in a unit of its own, a
@@ -238,30 +130,6 @@ def visible_keys(q_pos, offs_n, end, window, IS_CAUSAL: tl.constexpr):
     if window is not None:
         visible = visible & (offs_n > q_pos - window)
     return visible
-
-
-@triton.jit
-def sequence_of(b, n_queries, n_keys, kv_lengths_ptr, cu_q_ptr, cu_k_ptr):
-    """(queries, keys, first query, first key) of sequence b; the firsts are 0 unless sequences are packed."""
-    length = n_keys
-    first_q = 0
-    first_k = 0
-    if kv_lengths_ptr is not None:
-        length = tl.maximum(0, tl.minimum(tl.load(kv_lengths_ptr + b), n_keys))
-    if cu_q_ptr is not None:
-        first_q = tl.load(cu_q_ptr + b)
-        first_k = tl.load(cu_k_ptr + b)
-        n_queries = tl.load(cu_q_ptr + b + 1) - first_q
-        length = tl.load(cu_k_ptr + b + 1) - first_k
-    return n_queries, length, tl.cast(first_q, tl.int64), tl.cast(first_k, tl.int64)
-
-
-@triton.jit
-def load_vector(ptr, rows, n_rows, other, MASKED: tl.constexpr):
-    """A number of each row; MASKED: `other` from n_rows on."""
-    if MASKED:
-        return tl.load(ptr + rows, mask=rows < n_rows, other=other)
-    return tl.load(ptr + rows)
 
 
 @triton.jit
@@ -366,8 +234,8 @@ def recomputed_weights(
 
 @triton.jit
 def kept_weights(features, b, heads, offs_m, start_n, BLOCK_N: tl.constexpr):
-    """(M, BLOCK_N): which weights the dropout of `Features` keeps, see fastgpt/ops/dropout.py. start_n is a multiple of 4; heads, offs_m:
-    (M,) head and token of each row. Every number of a counter is below 2^32."""
+    """(M, BLOCK_N): which weights the dropout of `Features` keeps, see fastgpt/ops/dropout.py. start_n is a multiple of 4;
+    heads, offs_m: (M,) head and token of each row. Every number of a counter is below 2^32."""
     zero = tl.zeros([1, BLOCK_N // 4], tl.int32) + tl.zeros_like(offs_m).to(tl.int32)[:, None]
     blocks = zero + (start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.int32)[None, :]
     rows = zero + offs_m.to(tl.int32)[:, None]
@@ -378,61 +246,9 @@ def kept_weights(features, b, heads, offs_m, start_n, BLOCK_N: tl.constexpr):
     return (words >> 1).to(tl.int32) >= features.threshold
 
 
-def head_blocks(head_dim: int) -> tuple[int, int]:
-    """(main, rest): the powers of two in which a kernel holds a head of q and k. 192 = 128 + 64 and 576 = 512 + 64 rather than
-    the next power of two, where that is wide and the rest is less than half of it; else the rest is 0."""
-    padded = padded_dim(head_dim)
-    rest = padded_dim(head_dim - padded // 2)
-    return (padded // 2, rest) if head_dim > 128 and rest < padded // 2 else (padded, 0)
-
-
-def padded_dim(head_dim: int) -> int:
-    """The power of two in which a kernel holds a head of v."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def tile_key(head_dim: int, v_dim: int, element_size: int) -> tuple[int, int]:
-    """What tables of tiles are keyed by: a power of two for the head dims of k and v, 512 with a rest included, and bytes."""
-    return max(min(padded_dim(head_dim), 512), padded_dim(v_dim)), element_size
-
-
-def head_dims(tiles: dict, element_size: int):
-    """Yields (head dim of k, of v) of kernels to compile ahead of time: of each tile those that fill it, and those that do not;
-    of the widest, and of different ones, what models have."""
-    for block, size in tiles:
-        if size == element_size and block <= 256:
-            yield from ((block, block), (block * 5 // 8, block * 5 // 8))
-    yield from ((192, 128), (576, 512))
-
-
 def unit_of(x: Tensor | None) -> int:
     """How a kernel may read rows of a mask or a bias x (B, H, T, S): 16 bytes of so many elements at once, as they begin and
     end at multiples of that; 1 if neighbors lie side by side in memory; else 0."""
     if x is None or (x.stride(-1) != 1 and x.shape[-1] > 1):
         return 0
     return 16 // x.element_size() if has_aligned_rows(x) else 1
-
-
-def units_of(given, dtype: torch.dtype) -> dict[str, int]:
-    """The constants that are `unit_of` a mask and a bias, of those arguments that are given, with aligned rows."""
-    sizes = {"MASK_UNIT": ("mask_ptr", 1), "BIAS_UNIT": ("bias_ptr", dtype.itemsize)}
-    return {name: 16 // size if pointer in given else 0 for name, (pointer, size) in sizes.items()}
-
-
-def has_aligned_rows(x: Tensor) -> bool:
-    """Whether the rows of x (B, H, N, D) start and end at multiples of 16 bytes, as vector loads need."""
-    steps = x.shape[-1]
-    for size, step in zip(x.shape[:-1], x.stride()):
-        if size > 1:  # else the stride is never taken, and may be any
-            steps |= step
-    return (x.data_ptr() | steps * x.element_size()) % 16 == 0
-
-
-def aligned_rows(x: Tensor) -> Tensor:
-    """x (B, H, N, D), or a copy that has aligned rows."""
-    if has_aligned_rows(x):
-        return x
-    size, D = x.element_size(), x.shape[-1]
-    padded = torch.zeros((*x.shape[:-1], triton.cdiv(D * size, 16) * 16 // size), dtype=x.dtype, device=x.device)
-    padded[..., :D] = x
-    return padded

@@ -1,0 +1,137 @@
+"""What the launches of the attention kernels have in common: their arguments and tensor descriptors."""
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastgpt.kernels.architecture import architecture
+from fastgpt.kernels.attention_scores import unit_of
+from fastgpt.kernels.limits import check_count, check_sizes
+from fastgpt.ops.dropout import keep_threshold
+
+# Numbers that vary between calls must not compile the kernel again. What specializing would gain, the divisibility
+# of strides, the launcher guarantees and the kernel states.
+NUMBERS = [
+    "stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn",
+    "stride_ob", "stride_oh", "stride_om", "stride_lb", "stride_lh",
+    "stride_mask_b", "stride_mask_h", "stride_mask_m", "stride_mask_n",
+    "stride_bias_b", "stride_bias_h", "stride_bias_m", "stride_bias_n",
+    "stride_tb", "stride_tp", "stride_ksb", "stride_ksh", "stride_ksn", "stride_vsb", "stride_vsh", "stride_vsn",
+    "page", "n_pages", "n_heads", "group", "n_queries", "n_keys", "window", "threshold",
+]  # fmt: skip
+BACKWARD_NUMBERS = [
+    *NUMBERS, "stride_gb", "stride_gh", "stride_gm", "stride_dqb", "stride_dqh", "stride_dqm",
+    "stride_dkb", "stride_dkh", "stride_dkn", "stride_dvb", "stride_dvh", "stride_dvn",
+    "stride_dbb", "stride_dbh", "stride_dbm", "stride_dbn",
+]  # fmt: skip
+POINTERS = ["kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr"]
+POINTERS += ["block_table_ptr", "k_scale_ptr", "v_scale_ptr", "seed_ptr"]
+
+
+class Extras:
+    """Everything that attention can do beyond softmax(scale q·k) v, as the kernels take it: tensors, their strides and other
+    numbers by the names of arguments, the first two in the order of the forward kernel's."""
+
+    def __init__(self, q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
+                 dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k):  # fmt: skip
+        B, H, T, _ = q.shape
+        S = k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
+        check_sizes(q=q, k=k)
+        check_count("block_table", "keys in a sequence's pages", S)
+        mask = None if mask is None else mask.expand(B, H, T, S).view(torch.uint8)
+        bias = None if bias is None else bias.expand(B, H, T, S)
+        self.tensors = {
+            "kv_lengths_ptr": None if kv_lengths is None else kv_lengths.contiguous(),
+            "cu_q_ptr": None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
+            "cu_k_ptr": None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
+            "alibi_ptr": None if alibi_slopes is None else alibi_slopes.contiguous(),
+            "sinks_ptr": None if sinks is None else sinks.contiguous(),
+            "mask_ptr": mask,
+            "bias_ptr": bias,
+            "block_table_ptr": block_table,
+            "k_scale_ptr": k_scale,
+            "v_scale_ptr": v_scale,
+            "seed_ptr": dropout_seed if dropout_p > 0 else None,
+        }
+        self.strides = {
+            **strides(mask, "mask_", "bhmn"),
+            **strides(bias, "bias_", "bhmn"),
+            **strides(block_table, "t", "bp"),
+            **strides(k_scale, "ks", "bhn"),
+            **strides(v_scale, "vs", "bhn"),
+        }
+        self.numbers = {
+            "page": k.shape[2],
+            "n_pages": k.shape[0],
+            "n_keys": S,
+            "window": 0 if window is None else min(window, S),
+            "softcap": 0.0 if softcap is None else float(softcap),
+            "threshold": keep_threshold(dropout_p),
+            "keep_scale": 1.0 / (1.0 - dropout_p),
+        }
+        self.units = {"MASK_UNIT": unit_of(mask), "BIAS_UNIT": unit_of(bias)}
+        self.ragged = kv_lengths is not None or cu_seqlens_q is not None
+        # Whether tiles need registers for it.
+        features = softcap, alibi_slopes, mask, bias, block_table, k_scale, self.tensors["seed_ptr"]
+        self.with_extras = any(x is not None for x in features)
+
+
+def have_bulk_copies(*tensors: Tensor) -> bool:
+    """Whether the hardware, of 9.0 or later, can copy tiles of these tensors (B, heads, N, D) from aligned_rows in bulk."""
+    if architecture(tensors[0].device) < 90:
+        return False
+    most = 2**39
+    for x in tensors:
+        (B, H, N, _), (step_b, step_h, step_n, _) = x.shape, x.stride()
+        if x.element_size() != 2 or x.numel() == 0:
+            return False
+        if not ((B == 1 or 0 < step_b < most) and (H == 1 or 0 < step_h < most) and (N == 1 or 0 < step_n < most)):
+            return False
+    return True
+
+
+class TileDescriptor(TensorDescriptor):
+    """Of rows that are known to be aligned, and are not looked at again."""
+
+    def __post_init__(self):
+        pass
+
+
+def descriptors(constants: dict, tiles: dict[str, tuple[Tensor, str, str]]) -> dict[str, TensorDescriptor]:
+    """For bulk copies of tiles, of tensors that have_bulk_copies. tiles: name -> (tensor, the constants that say how many rows
+    and columns a tile has)."""
+    result, dims = {}, {"BLOCK_V": constants["V_DIM"]}  # what aligned_rows has added lies past them
+    for name, (x, rows, columns) in tiles.items():
+        (B, H, N, _), (step_b, step_h, step_n, _) = x.shape, x.stride()
+        # A stride that is never taken has to be a multiple of 16 bytes nevertheless.
+        steps = [128 if B == 1 else step_b, 128 if H == 1 else step_h, 128 if N == 1 else step_n, 1]
+        dim = dims.get(columns, constants["HEAD_DIM"])
+        result[name] = TileDescriptor(x, [B, H, N, dim], steps, [1, 1, constants[rows], constants[columns]])
+    return result
+
+
+def steps(x: Tensor, packed: bool) -> tuple[int, int, int]:
+    """The first three strides of x (B, H, N, D); 0 for the batch if packed."""
+    return (0, *x.stride()[1:3]) if packed else x.stride()[:3]
+
+
+def strides(x: Tensor | None, prefix: str, dims: str, packed: bool = False) -> dict[str, int]:
+    """stride_<prefix><dim> of each of the first dimensions, in elements; 0 for none, and for the batch if packed."""
+    if x is None:
+        return _no_strides(prefix, dims)
+    result = dict(zip(_no_strides(prefix, dims), x.stride()))
+    if packed:
+        result[f"stride_{prefix}b"] = 0
+    return result
+
+
+@functools.cache
+def _no_strides(prefix: str, dims: str) -> dict[str, int]:
+    return {f"stride_{prefix}{dim}": 0 for dim in dims}
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    """x, or its bytes if it is of 8-bit floats, which not every architecture knows."""
+    return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x
