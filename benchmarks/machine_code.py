@@ -4,7 +4,7 @@ python -m benchmarks.machine_code [--arch 80 89 90 100 120] [--share I/N] [--wor
 
 Compiles every configuration that ships (shipped_kernels.py), of each architecture, on all cores, and counts those that compile
 without spilling and within the architecture's shared memory. That takes many hours; --share 3/50 takes every 50th from the
-third on. Exits with 1 if one does not.
+third on. The last line sums up all architectures. Exits with 1 if one does not.
 """
 
 import argparse
@@ -188,14 +188,25 @@ def _presses(name: str, constants: dict, features: frozenset) -> bool:
     return features in ({"kv_lengths_ptr"}, {"cu_q_ptr", "cu_k_ptr"}) or with_extras <= features
 
 
-def fault_of(arch: int, module: str, name: str, *configuration) -> str:
-    """What is wrong with a kernel's machine code, and which it is; empty if nothing is."""
+def looked_at(arch: int, module: str, name: str, *configuration) -> tuple[Usage, str]:
+    """What a kernel takes, and what is wrong with its machine code, and which it is; empty if nothing is."""
     what = f"sm_{arch} {name} {configuration}"
     try:
-        faults = usage_of(compile_for(arch, getattr(import_module(module), name), *configuration)).faults(arch)
+        usage = usage_of(compile_for(arch, getattr(import_module(module), name), *configuration))
     except Exception as error:  # whatever keeps one from compiling, the others are compiled
-        return f"{what}: {type(error).__name__}: {error}"
-    return f"{what}: {', '.join(faults)}" if faults else ""
+        return Usage(0, 0, 0), f"{what}: {type(error).__name__}: {error}"
+    faults = usage.faults(arch)
+    return usage, f"{what}: {', '.join(faults)}" if faults else ""
+
+
+def summary(n_shipped: int, found: list[tuple[Usage, str]], seconds: float) -> str:
+    """Of what `looked_at` found: how much of what ships that is, and the most that a kernel takes."""
+    most = Usage(*map(max, zip(*(usage for usage, _ in found), strict=True)))
+    return (
+        f"{n_shipped} configurations ship, {len(found)} were compiled, {sum(not fault for _, fault in found)} of them without "
+        f"spills and within shared memory; at most {most.registers} registers, {most.spilled} bytes spilled, "
+        f"{most.shared / 1024:.0f} KiB of shared memory; {seconds:.0f} s"
+    )
 
 
 def main() -> None:
@@ -205,22 +216,22 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     first, step = map(int, args.share.split("/"))
-    faults = 0
+    begin, n_shipped, all_found = time.perf_counter(), 0, []
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         for arch in args.arch:
-            start, all_of_arch = time.perf_counter(), list(shipped(arch))
-            chosen = all_of_arch[first - 1 :: step]
-            jobs = [(arch, function.__module__, function.__name__, *rest) for function, *rest in chosen]
-            found = [fault for fault in pool.map(fault_of, *zip(*jobs, strict=True)) if fault]
-            faults += len(found)
-            seconds = time.perf_counter() - start
-            print(*found, sep="\n", end="\n" * bool(found))
-            print(
-                f"sm_{arch}: of {len(all_of_arch)} configurations that ship {len(jobs)} were compiled, "
-                f"{len(jobs) - len(found)} without spills and within {SHARED_MEMORY[arch] >> 10} KiB, in {seconds:.0f} s",
-                flush=True,
-            )  # fmt: skip
-    sys.exit(bool(faults))
+            start, all_of_arch, found = time.perf_counter(), list(shipped(arch)), []
+            jobs = [
+                (arch, function.__module__, function.__name__, *rest) for function, *rest in all_of_arch[first - 1 :: step]
+            ]
+            for usage, fault in pool.map(looked_at, *zip(*jobs, strict=True)):
+                found.append((usage, fault))
+                if fault:
+                    print(fault, flush=True)
+            print(f"sm_{arch}: {summary(len(all_of_arch), found, time.perf_counter() - start)}", flush=True)
+            n_shipped += len(all_of_arch)
+            all_found += found
+    print(f"{len(args.arch)} architectures: {summary(n_shipped, all_found, time.perf_counter() - begin)}")
+    sys.exit(any(fault for _, fault in all_found))
 
 
 if __name__ == "__main__":
