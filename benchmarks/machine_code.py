@@ -156,7 +156,7 @@ def demanding(configurations) -> list:
         function, dtype, cache_dtype, constants, given = configuration
         name = getattr(function, "__name__", function)
         features = frozenset(name for name in given if not name.endswith("_desc"))
-        if dtype is torch.bfloat16 or not _presses(name, constants, features):
+        if dtype is torch.bfloat16 or not _is_demanding(name, constants, features):
             continue
         of_tile = Tile._fields if "V_DIM" in constants else ()  # other kernels' tiles follow from what they work on
         key = (name, dtype, cache_dtype, features, tuple(constants[n] for n in constants if n not in of_tile))
@@ -165,7 +165,7 @@ def demanding(configurations) -> list:
     return list(chosen.values())
 
 
-def _presses(name: str, constants: dict, features: frozenset) -> bool:
+def _is_demanding(name: str, constants: dict, features: frozenset) -> bool:
     if name in ("_delta", "_embed", "_advance", "_record_token"):
         return True
     if name == "_update_cache":
@@ -188,7 +188,7 @@ def _presses(name: str, constants: dict, features: frozenset) -> bool:
     return features in ({"kv_lengths_ptr"}, {"cu_q_ptr", "cu_k_ptr"}) or with_extras <= features
 
 
-def looked_at(arch: int, module: str, name: str, *configuration) -> tuple[Usage, str]:
+def usage_and_fault(arch: int, module: str, name: str, *configuration) -> tuple[Usage, str]:
     """What a kernel takes, and what is wrong with its machine code, and which it is; empty if nothing is."""
     what = f"sm_{arch} {name} {configuration}"
     try:
@@ -200,7 +200,7 @@ def looked_at(arch: int, module: str, name: str, *configuration) -> tuple[Usage,
 
 
 def summary(n_shipped: int, found: list[tuple[Usage, str]], seconds: float) -> str:
-    """Of what `looked_at` found: how much of what ships that is, and the most that a kernel takes."""
+    """Of what `usage_and_fault` found: how much of what ships that is, and the most that a kernel takes."""
     most = Usage(*map(max, zip(*(usage for usage, _ in found), strict=True)))
     return (
         f"{n_shipped} configurations ship, {len(found)} were compiled, {sum(not fault for _, fault in found)} of them without "
@@ -223,7 +223,7 @@ def main() -> None:
             jobs = [
                 (arch, function.__module__, function.__name__, *rest) for function, *rest in all_of_arch[first - 1 :: step]
             ]
-            for usage, fault in pool.map(looked_at, *zip(*jobs, strict=True)):
+            for usage, fault in pool.map(usage_and_fault, *zip(*jobs, strict=True)):
                 found.append((usage, fault))
                 if fault:
                     print(fault, flush=True)

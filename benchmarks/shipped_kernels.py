@@ -30,7 +30,7 @@ def shipped(capability: int, modules=None) -> Iterator[tuple]:
         yield from SHIPPED[name](capability)
 
 
-def depends(capability: int) -> bool:
+def has_pdl(capability: int) -> bool:
     """Whether kernels of a decode step are launched while the ones before them still run, with a driver that can."""
     return divmod(capability, 10) >= LEAST_CAPABILITY
 
@@ -157,7 +157,7 @@ def _decode(capability: int) -> Iterator[tuple]:
                 )  # fmt: skip
                 scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
                 constants = constants | {"SPLIT": tile.SPLIT, "IS_CAUSAL": True, "INTERLEAVED": False} | units_of(given, dtype)
-                constants |= dependent_launch(depends(capability))
+                constants |= dependent_launch(has_pdl(capability))
                 yield attention_decode._attend_split, dtype, cache_dtype, constants, (*given, *scales)
 
 
@@ -185,7 +185,7 @@ def _linear(capability: int) -> Iterator[tuple]:
     for dtype, product, rows in itertools.product(dtypes, PRODUCTS, (1, 8, 24, 32)):
         weight_rows, K, activation, gated, given = product
         tile = tiles.linear_tile(rows, weight_rows, K, dtype.itemsize, "norm_weight_ptr" in given)
-        constants = linear._constants(tile, K, given[:2] != NORM, activation, gated, 16 // dtype.itemsize, depends(capability))
+        constants = linear._constants(tile, K, given[:2] != NORM, activation, gated, 16 // dtype.itemsize, has_pdl(capability))
         yield linear._one_row if rows == 1 else linear._several_rows, dtype, dtype, constants, given
 
 
@@ -195,7 +195,7 @@ def _norm(capability: int) -> Iterator[tuple]:
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     for C, dtype, (rms, given) in itertools.product((64, 128, 768, 4096), dtypes, features):
         for many in (False, True):
-            yield norm._norm, dtype, dtype, norm._constants(C, rms, many, depends(capability)), ("norm_weight_ptr", *given)
+            yield norm._norm, dtype, dtype, norm._constants(C, rms, many, has_pdl(capability)), ("norm_weight_ptr", *given)
 
 
 STORED, ROTATED = ("new_k_ptr", "new_v_ptr", "slots_ptr"), ("new_q_ptr", "rotated_q_ptr", "positions_ptr", "cos_ptr", "sin_ptr")
@@ -210,15 +210,15 @@ def _update(capability: int) -> Iterator[tuple]:
     )  # fmt: skip
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     choices = (False, True)
-    for dtype, of_model, several, paged, turns in itertools.product(dtypes, of_models, choices, choices, choices):
+    for dtype, of_model, several, paged, rotates in itertools.product(dtypes, of_models, choices, choices, choices):
         head_dim, v_dim, pairs, interleaved, least = of_model
         for cache_dtype in (dtype, torch.int8, torch.float8_e4m3fn):
             aligned = (max(least, size) for size in (dtype.itemsize, cache_dtype.itemsize, 4))
-            rotation = (pairs, interleaved) if turns else (0, False)
+            rotation = (pairs, interleaved) if rotates else (0, False)
             constants = kv_cache_update._constants(
-                head_dim, v_dim, *rotation, several, dtype.itemsize, *aligned, depends(capability)
+                head_dim, v_dim, *rotation, several, dtype.itemsize, *aligned, has_pdl(capability)
             )
-            given = (*STORED, *("block_table_ptr",) * paged, *ROTATED * turns)
+            given = (*STORED, *("block_table_ptr",) * paged, *ROTATED * rotates)
             scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
             yield kv_cache_update._update_cache, dtype, cache_dtype, constants, (*given, *scales)
 
@@ -227,12 +227,12 @@ def _step(capability: int) -> Iterator[tuple]:
     """Embeddings of some models, and all that is done with tokens."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     for dtype, C, given in itertools.product(dtypes, (768, 4096), ((), ("positions_ptr", "position_weight_ptr"))):
-        yield decode_step._embed, dtype, dtype, decode_step._constants(C, depends(capability)), given
+        yield decode_step._embed, dtype, dtype, decode_step._constants(C, has_pdl(capability)), given
     dtype = torch.float32  # of what is not named
-    constants = decode_step._constants_of_one_warp(tiles.ADVANCED, depends(capability))
+    constants = decode_step._constants_of_one_warp(tiles.ADVANCED, has_pdl(capability))
     yield decode_step._advance, dtype, dtype, constants, ("positions_ptr",)
     for block, given in itertools.product((32, 256), ((), ("ended_ptr", "eos_ptr"))):
-        constants = decode_step._constants_of_one_warp(block, depends(capability))
+        constants = decode_step._constants_of_one_warp(block, has_pdl(capability))
         yield decode_step._record_token, dtype, dtype, constants, given
 
 

@@ -19,7 +19,7 @@ def calls(n: int, meta=meta):
     angles, ids = meta(100 * n, 32, dtype=torch.float32), meta(n, 1, dtype=torch.int64)
     long = meta(n, n, 600 + n, 64)
     room = meta(n, 2 * n, 99 * n, 64)
-    new = attention_decode.New(one, one, slots, slots, angles, angles)
+    new = attention_decode.NewToken(one, one, slots, slots, angles, angles)
     decode, options = attention_decode.attention_decode, {"causal": True, "scale": 0.1}
     return {
         "forward": lambda: attention_forward.attention_forward(q, kv, kv, scale=0.1, window=3 * n),

@@ -84,10 +84,10 @@ def have_bulk_copies(*tensors: Tensor) -> bool:
         return False
     most = 2**39
     for x in tensors:
-        (B, H, N, _), (step_b, step_h, step_n, _) = x.shape, x.stride()
+        (B, H, N, _), (stride_b, stride_h, stride_n, _) = x.shape, x.stride()
         if x.element_size() != 2 or x.numel() == 0:
             return False
-        if not ((B == 1 or 0 < step_b < most) and (H == 1 or 0 < step_h < most) and (N == 1 or 0 < step_n < most)):
+        if not ((B == 1 or 0 < stride_b < most) and (H == 1 or 0 < stride_h < most) and (N == 1 or 0 < stride_n < most)):
             return False
     return True
 
@@ -104,15 +104,15 @@ def descriptors(constants: dict, tiles: dict[str, tuple[Tensor, str, str]]) -> d
     and columns a tile has)."""
     result, dims = {}, {"BLOCK_V": constants["V_DIM"]}  # what aligned_rows has added lies past them
     for name, (x, rows, columns) in tiles.items():
-        (B, H, N, _), (step_b, step_h, step_n, _) = x.shape, x.stride()
+        (B, H, N, _), (stride_b, stride_h, stride_n, _) = x.shape, x.stride()
         # A stride that is never taken has to be a multiple of 16 bytes nevertheless.
-        steps = [128 if B == 1 else step_b, 128 if H == 1 else step_h, 128 if N == 1 else step_n, 1]
+        copy_strides = [128 if B == 1 else stride_b, 128 if H == 1 else stride_h, 128 if N == 1 else stride_n, 1]
         dim = dims.get(columns, constants["HEAD_DIM"])
-        result[name] = TileDescriptor(x, [B, H, N, dim], steps, [1, 1, constants[rows], constants[columns]])
+        result[name] = TileDescriptor(x, [B, H, N, dim], copy_strides, [1, 1, constants[rows], constants[columns]])
     return result
 
 
-def steps(x: Tensor, packed: bool) -> tuple[int, int, int]:
+def leading_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
     """The first three strides of x (B, H, N, D); 0 for the batch if packed."""
     return (0, *x.stride()[1:3]) if packed else x.stride()[:3]
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.architecture import multiprocessors
-from fastgpt.kernels.attention_decode_new import Rotation, join, rotated_rows
+from fastgpt.kernels.attention_decode_new import Rotation, append_token, rotated_rows
 from fastgpt.kernels.attention_decode_parts import GROUP, combine, finish
 from fastgpt.kernels.attention_rows import KeysValues, aligned_rows, from_8_bits, load_keys, pages_of, values_from_8_bits
 from fastgpt.kernels.attention_scores import (
@@ -50,11 +50,11 @@ from fastgpt.kernels.attention_scores import (
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
 from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
-from fastgpt.kernels.tiles import FEW, DecodeTile, decode_tile, head_blocks, keys_per_split, padded_dim, parts_at_once
+from fastgpt.kernels.tiles import FEW_ROWS, DecodeTile, decode_tile, head_blocks, keys_per_split, padded_dim, parts_at_once
 
 
 @triton.jit
-def _reach(kv_lengths_ptr, b, n_keys, n_queries, window):
+def _visible_range(kv_lengths_ptr, b, n_keys, n_queries, window):
     """The keys begin..end-1 that some query of sequence b may see."""
     end = n_keys
     if kv_lengths_ptr is not None:
@@ -89,25 +89,25 @@ def _attend_keys(
     for start_n in range(start, stop, BLOCK_N):
         start_n = tl.multiple_of(start_n, BLOCK_N)
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        in_reach = (offs_n >= begin) & (offs_n < end)
+        in_range = (offs_n >= begin) & (offs_n < end)
         if slot is not None:
-            in_reach = in_reach & (offs_n != slot)
+            in_range = in_range & (offs_n != slot)
         pages, key_rows = b, offs_n
         if kv.block_table_ptr is not None:
             pages, key_rows = next_pages.to(tl.int64), offs_n % kv.page
             next_pages = pages_of(kv, offs_n + BLOCK_N, end)
 
-        k = load_keys(kv.k_ptr, kv.stride_kb, kv.stride_kn, pages, key_rows, in_reach, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
+        k = load_keys(kv.k_ptr, kv.stride_kb, kv.stride_kn, pages, key_rows, in_range, HEAD_DIM, BLOCK_D, MASK_ROWS=True)
         qk = tl.dot(q, from_8_bits(k, dtype).T, input_precision="ieee")  # (BLOCK_M, BLOCK_N) fp32
         if q_rest is not None:
             k_rest = load_keys(
-                kv.k_ptr + BLOCK_D, kv.stride_kb, kv.stride_kn, pages, key_rows, in_reach, HEAD_DIM - BLOCK_D,
+                kv.k_ptr + BLOCK_D, kv.stride_kb, kv.stride_kn, pages, key_rows, in_range, HEAD_DIM - BLOCK_D,
                 q_rest.shape[1], MASK_ROWS=True,
             )  # fmt: skip
             qk = tl.dot(q_rest, from_8_bits(k_rest, dtype).T, qk, input_precision="ieee")
         if kv.k_scale_ptr is not None:
             offsets = pages * kv.stride_ksb + key_rows * tl.cast(kv.stride_ksn, tl.int64)
-            qk *= tl.load(kv.k_scale_ptr + offsets, mask=in_reach, other=0.0)[None, :]
+            qk *= tl.load(kv.k_scale_ptr + offsets, mask=in_range, other=0.0)[None, :]
         bias = None
         if bias_rows is not None:
             bias = load_scores(
@@ -127,14 +127,14 @@ def _attend_keys(
         p, rescale, row_sum, row_max = online_softmax(scores, row_sum, row_max, LOG2_E, EXACT=EXACT)
         if kv.v_scale_ptr is not None:
             offsets = pages * kv.stride_vsb + key_rows * tl.cast(kv.stride_vsn, tl.int64)
-            factors = tl.load(kv.v_scale_ptr + offsets, mask=in_reach, other=0.0)
+            factors = tl.load(kv.v_scale_ptr + offsets, mask=in_range, other=0.0)
             if HAS_UNIT:
                 last = exponent
                 exponent = tl.maximum(exponent, tl.max(exponents_of(factors), 0))
                 factors *= power_of_two(254 + HEADROOM - exponent)
                 rescale *= power_of_two(127 + last - exponent)
             p *= factors[None, :]
-        v = load_keys(kv.v_ptr, kv.stride_vb, kv.stride_vn, pages, key_rows, in_reach, V_DIM, BLOCK_V, MASK_ROWS=True)
+        v = load_keys(kv.v_ptr, kv.stride_vb, kv.stride_vn, pages, key_rows, in_range, V_DIM, BLOCK_V, MASK_ROWS=True)
         acc = tl.dot(p.to(dtype), values_from_8_bits(v, dtype), acc * rescale[:, None], input_precision="ieee")
 
     if HAS_UNIT:
@@ -205,7 +205,7 @@ def _attend_split(
     b = tl.cast(head_kv // n_heads_kv, tl.int64)
     h_kv = tl.cast(head_kv % n_heads_kv, tl.int64)
 
-    begin, end = _reach(kv_lengths_ptr, b, n_keys, n_queries, window)
+    begin, end = _visible_range(kv_lengths_ptr, b, n_keys, n_queries, window)
     n_written = tl.maximum(tl.cdiv(end, SPLIT) - begin // SPLIT, 1)  # splits of this sequence; without a key still the first
     if acc_ptr is not None:
         if split >= n_written:
@@ -265,7 +265,7 @@ def _attend_split(
         new_k_row = new_k_ptr + b * stride_nkb + h_kv * stride_nkh
         new_v_row = new_v_ptr + b * stride_nvb + h_kv * stride_nvh
         wanted = tl.load(slots_ptr + b * stride_sb).to(tl.int64)
-        acc, row_sum, row_max, exponent, slot = join(
+        acc, row_sum, row_max, exponent, slot = append_token(
             acc, row_sum, row_max, exponent, q, q_rest, new_k_row, new_v_row, wanted, rotation, kv, features, b, q_pos,
             tl.maximum(begin, start_split), stop, (split == 0) & (tile == 0), HEAD_DIM, V_DIM, INTERLEAVED,
         )  # fmt: skip
@@ -303,7 +303,7 @@ def _attend_split(
 INTERPRETED = not isinstance(_attend_split, triton.JITFunction)  # TRITON_INTERPRET was set
 
 
-class New(NamedTuple):
+class NewToken(NamedTuple):
     """A token of each sequence that joins the cache, as `attention_with_kv_cache` takes it; with 8-bit k and v their scales
     are written, too."""
 
@@ -322,7 +322,7 @@ def attention_decode(
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, kv_lengths: Tensor | None = None,
     block_table: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
     mask: Tensor | None = None, bias: Tensor | None = None,
-    new: New | None = None, counters: Tensor | None = None,
+    new: NewToken | None = None, counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the kernel; no host sync. What it computes, see `attention`, and with a new token `attention_with_kv_cache`.
 
@@ -381,15 +381,15 @@ def attention_decode(
     window = None if window is None else min(window, S)
     scale, softcap = float(scale), None if softcap is None else float(softcap)
 
-    has_scores = mask is not None or bias is not None
-    few = H // H_kv * T <= FEW
-    tile, constants = _constants(D, D_v, q.element_size(), k_scale is not None, few, new is not None, has_scores)
+    has_mask_or_bias = mask is not None or bias is not None
+    few = H // H_kv * T <= FEW_ROWS
+    tile, constants = _constants(D, D_v, q.element_size(), k_scale is not None, few, new is not None, has_mask_or_bias)
     n_tiles = cdiv(H // H_kv * T, tile.BLOCK_M)
-    in_reach = S if window is None else min(S, T + window - 1)  # all queries together see no more, wherever these begin
-    split = keys_per_split(tile, B * H_kv * n_tiles, in_reach, multiprocessors(q.device))
+    n_visible = S if window is None else min(S, T + window - 1)  # keys that all queries see together at most
+    split = keys_per_split(tile, B * H_kv * n_tiles, n_visible, multiprocessors(q.device))
     n_splits = max(1, cdiv(S, split))
     if window is not None:
-        n_splits = min(n_splits, (in_reach - 2) // split + 2)
+        n_splits = min(n_splits, (n_visible - 2) // split + 2)
     acc = softmax = None
     if n_splits > 1:
         n_groups = cdiv(n_splits, GROUP.value)
@@ -402,7 +402,7 @@ def attention_decode(
         counters = None
     mask = None if mask is None else mask.expand(B, H, T, S).view(torch.uint8)
     bias = None if bias is None else bias.expand(B, H, T, S)
-    x = New(None, None, None) if new is None else new
+    x = NewToken(None, None, None) if new is None else new
     n_angles, pairs = (0, 0) if x.cos is None else x.cos.shape
 
     with torch.cuda.device_of(q):
@@ -427,15 +427,15 @@ def attention_decode(
 
 @functools.cache
 def _constants(
-    head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, few: bool, is_new: bool, has_scores: bool
+    head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, few: bool, has_new_token: bool, has_mask_or_bias: bool
 ) -> tuple[DecodeTile, dict]:
     """The tile, and the compile-time arguments and options of `_attend_split` that follow from shapes and dtypes, but SPLIT."""
     block_d, block_r = head_blocks(head_dim)
     block_v = padded_dim(v_dim)
-    tile = decode_tile(head_dim, v_dim, element_size, is_8_bits, few, is_new, has_scores)
+    tile = decode_tile(head_dim, v_dim, element_size, is_8_bits, few, has_new_token, has_mask_or_bias)
     options = tile._asdict()
     del options["SPLIT"]
     return tile, dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_R=block_r, V_DIM=v_dim, BLOCK_V=block_v,
-        AT_ONCE=parts_at_once(tile, block_v, few), **options, enable_fp_fusion=not is_new,
+        AT_ONCE=parts_at_once(tile, block_v, few), **options, enable_fp_fusion=not has_new_token,
     )  # fmt: skip

@@ -38,8 +38,8 @@ def rotated_rows(x, rows, rotation, FIRST_D: tl.constexpr, INTERLEAVED: tl.const
     cosine = tl.load(rotation.cos_ptr + pair, mask=mask, other=1.0)
     sine = tl.load(rotation.sin_ptr + pair, mask=mask, other=0.0)
     other = tl.load(rows[:, None] + partner[None, :], mask=mask[None, :], other=0.0)
-    turned = rotated(x, other, cosine[None, :], sine[None, :], is_first[None, :])
-    return tl.where(mask[None, :], turned, x)
+    rotated_x = rotated(x, other, cosine[None, :], sine[None, :], is_first[None, :])
+    return tl.where(mask[None, :], rotated_x, x)
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _new_row(row_ptr, rotation, DIM: tl.constexpr, FIRST_D: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _place(wanted, rotation, kv, b, n_keys):
+def _slot_of(wanted, rotation, kv, b, n_keys):
     """Where a token goes that wants slot `wanted`: (whether it joins, its slot or -1, page or sequence, row there)."""
     joins = (wanted >= 0) & (wanted < n_keys)
     if rotation is not None:
@@ -70,7 +70,7 @@ def _place(wanted, rotation, kv, b, n_keys):
 
 
 @triton.jit
-def join(
+def append_token(
     acc, row_sum, row_max, exponent, q, q_rest, k_row, v_row, wanted, rotation, kv, features, b, q_pos, begin, stop, writes,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -90,8 +90,8 @@ def join(
         offs_rest = BLOCK_D + tl.arange(0, q_rest.shape[1])
         k_rest = _new_row(k_row, rotation, HEAD_DIM, BLOCK_D, q_rest.shape[1], INTERLEAVED)
     v = tl.load(v_row + offs_v, mask=offs_v < V_DIM, other=0.0)
-    joins, slot, page, row = _place(wanted, rotation, kv, b, features.n_keys)
-    is_own = (slot >= begin) & (slot < stop)
+    joins, slot, page, row = _slot_of(wanted, rotation, kv, b, features.n_keys)
+    in_split = (slot >= begin) & (slot < stop)
     stores = joins & writes
     end_k = tl.where(stores, HEAD_DIM, 0)
     end_v = tl.where(stores, V_DIM, 0)
@@ -115,7 +115,7 @@ def join(
 
     # As they read back.
     k = from_8_bits(k, dtype).to(tl.float32)
-    v = tl.where(is_own, from_8_bits(v, dtype).to(tl.float32), 0.0)
+    v = tl.where(in_split, from_8_bits(v, dtype).to(tl.float32), 0.0)
     product = tl.sum(q.to(tl.float32) * k[None, :], 1)
     if q_rest is not None:
         product += tl.sum(q_rest.to(tl.float32) * from_8_bits(k_rest, dtype).to(tl.float32)[None, :], 1)
@@ -128,10 +128,10 @@ def join(
         slot + tl.zeros([1], tl.int32),
         None,
     )
-    score = tl.where(is_own, score, float("-inf"))
+    score = tl.where(in_split, score, float("-inf"))
     weight, _, row_sum, row_max = online_softmax(score, row_sum, row_max, LOG2_E, EXACT=dtype == tl.float32)
     if kv.v_scale_ptr is not None:
-        factor = tl.where(is_own, v_scale, 0.0)
+        factor = tl.where(in_split, v_scale, 0.0)
         if dtype == tl.float16:
             exponent = tl.maximum(exponent, exponents_of(factor))
             factor *= power_of_two(254 + HEADROOM - exponent)

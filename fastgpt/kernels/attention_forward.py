@@ -20,7 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.architecture import architecture
-from fastgpt.kernels.attention_arguments import NUMBERS, POINTERS, Extras, bytes_of, descriptors, have_bulk_copies, steps
+from fastgpt.kernels.attention_arguments import (
+    NUMBERS,
+    POINTERS,
+    Extras,
+    bytes_of,
+    descriptors,
+    have_bulk_copies,
+    leading_strides,
+)
 from fastgpt.kernels.attention_rows import (
     Descriptors,
     KeysValues,
@@ -284,8 +292,7 @@ def attention_forward(
     extras = Extras(q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
                     dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
     n_queries = T if max_seqlen_q is None else min(max_seqlen_q, T)
-    narrow = max(D, D_v) <= WIDEST_BULK
-    bulk = narrow and block_table is None and k.dtype is q.dtype and have_bulk_copies(q, k, v)
+    bulk = max(D, D_v) <= WIDEST_BULK and block_table is None and k.dtype is q.dtype and have_bulk_copies(q, k, v)
     arch = architecture(q.device) if bulk else 80
     flags = causal, window is not None, softcap is not None, extras.with_extras, extras.ragged
     constants = _constants(D, D_v, q.element_size(), arch, *flags)
@@ -298,7 +305,8 @@ def attention_forward(
         _attention_forward[grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H)](
             # Most by their places: names take Python as long as all the rest.
             q, bytes_of(k), bytes_of(v), out, lse, *extras.tensors.values(),
-            *steps(q, packed), *steps(k, packed), *steps(v, packed), *steps(out, packed), 0 if packed else H * T, T,
+            *leading_strides(q, packed), *leading_strides(k, packed), *leading_strides(v, packed),
+            *leading_strides(out, packed), 0 if packed else H * T, T,
             *extras.strides.values(), **extras.numbers, **extras.units, n_heads=H, group=H // k.shape[1],
             n_queries=n_queries, scale=float(scale), **constants, **(descriptors(constants, tiles) if bulk else {}),
         )  # fmt: skip

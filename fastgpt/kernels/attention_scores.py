@@ -180,11 +180,11 @@ def finish_softmax(acc, row_sum, row_max, sinks_ptr, heads):
     """Rows of (out, lse) in fp32 from the sums over all their keys: acc (M, BLOCK_D), the others (M,), row_max in base e."""
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + heads).to(tl.float32)
-        blind = row_max == float("-inf")  # sees no key, so has no use for the sink either
-        new_max = tl.where(blind, row_max, tl.maximum(row_max, sink))
-        shift = tl.where(blind, 0.0, new_max)
+        fully_masked = row_max == float("-inf")  # sees no key, so has no use for the sink either
+        new_max = tl.where(fully_masked, row_max, tl.maximum(row_max, sink))
+        shift = tl.where(fully_masked, 0.0, new_max)
         rescale = tl.exp2((row_max - shift) * LOG2_E)
-        row_sum = row_sum * rescale + tl.where(blind, 0.0, tl.exp2((sink - shift) * LOG2_E))
+        row_sum = row_sum * rescale + tl.where(fully_masked, 0.0, tl.exp2((sink - shift) * LOG2_E))
         row_max = new_max
         acc *= rescale[:, None]
     fully_masked = row_sum == 0.0  # out is 0 then, though a value may be NaN, and lse -inf

@@ -1,4 +1,4 @@
-"""What a decode step does before and after the blocks, each in one launch: embedding, positions, and noting tokens."""
+"""What a decode step does before and after the blocks, each in one launch: embedding, positions, and recording tokens."""
 
 import functools
 
@@ -106,14 +106,14 @@ def _record_token(
         token = tl.load(token_ptr + offsets, mask=mask, other=0)
         magnitude = tl.abs(tl.load(largest_ptr + offsets, mask=mask, other=0)).to(extreme_ptr.dtype.element_ty)
         extreme = tl.load(extreme_ptr + offsets, mask=mask, other=0)
-        noted, grows = token, (magnitude > extreme) | (magnitude != magnitude)
+        recorded, grows = token, (magnitude > extreme) | (magnitude != magnitude)
         if ended_ptr is not None:
             ended = tl.load(ended_ptr + offsets, mask=mask, other=0)
-            noted, grows = tl.where(ended != 0, -1, token), grows & (ended == 0)
+            recorded, grows = tl.where(ended != 0, -1, token), grows & (ended == 0)
             for i in range(n_eos):
                 ended = tl.where(token == tl.load(eos_ptr + tl.cast(i, tl.int64)), 1, ended)
             tl.store(ended_ptr + offsets, ended.to(tl.uint8), mask=mask)
-        tl.store(tokens_ptr + (tl.cast(step, tl.int64) * n_rows + offsets), noted, mask=mask)
+        tl.store(tokens_ptr + (tl.cast(step, tl.int64) * n_rows + offsets), recorded, mask=mask)
         tl.store(extreme_ptr + offsets, magnitude, mask=mask & grows)
     tl.store(step_ptr, step + 1)
 

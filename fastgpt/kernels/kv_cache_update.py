@@ -104,13 +104,13 @@ def _angles(ptr, positions, stride, pair, is_rotated, other, PAIRS: tl.constexpr
 
 
 @triton.jit
-def _both(a, b, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+def _interleave(a, b, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """Numbers of a and b (BLOCK_T, BLOCK_D / 2) in turn: (BLOCK_T, BLOCK_D)."""
     return tl.join(a, b).reshape([BLOCK_T, BLOCK_D])
 
 
 @triton.jit
-def _turn(
+def _rotate(
     x, rows, cos_ptr, sin_ptr, stride_cos, stride_sin, positions, is_rotated,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -121,10 +121,10 @@ def _turn(
         is_first = offs_d % 2 == 0
         pair = tl.arange(0, BLOCK_D // 2)
         a, b = tl.split(x.reshape([BLOCK_T, BLOCK_D // 2, 2]))
-        other = _both(b, a, BLOCK_T, BLOCK_D)
+        other = _interleave(b, a, BLOCK_T, BLOCK_D)
         cosine = _angles(cos_ptr, positions, stride_cos, pair, is_rotated, 1.0, PAIRS, ALIGN)
         sine = _angles(sin_ptr, positions, stride_sin, pair, is_rotated, 0.0, PAIRS, ALIGN)
-        cosine, sine = _both(cosine, cosine, BLOCK_T, BLOCK_D), _both(sine, sine, BLOCK_T, BLOCK_D)
+        cosine, sine = _interleave(cosine, cosine, BLOCK_T, BLOCK_D), _interleave(sine, sine, BLOCK_T, BLOCK_D)
     else:
         is_first = offs_d < PAIRS
         pair = tl.where(is_first, offs_d, offs_d - PAIRS)
@@ -221,7 +221,7 @@ def _update_cache(
             start = b * stride_nkb + h * stride_nkh
             rows, k = _read(new_k_ptr, start, stride_nkt, tokens, mask_t, offs_d, HEAD_DIM, NEW_ALIGN)
             if cos_ptr is not None:
-                k = _turn(
+                k = _rotate(
                     k, rows, cos_ptr, sin_ptr, stride_cos, stride_sin, positions, is_rotated,
                     PAIRS, INTERLEAVED, BLOCK_T, BLOCK_D, ANGLE_ALIGN,
                 )  # fmt: skip
@@ -242,7 +242,7 @@ def _update_cache(
         offs_d = tl.arange(0, BLOCK_D)
         start = b * stride_qb + h * stride_qh
         rows, q = _read(new_q_ptr, start, stride_qt, tokens, mask_t, offs_d, HEAD_DIM, NEW_ALIGN)
-        q = _turn(
+        q = _rotate(
             q, rows, cos_ptr, sin_ptr, stride_cos, stride_sin, positions, is_rotated,
             PAIRS, INTERLEAVED, BLOCK_T, BLOCK_D, ANGLE_ALIGN,
         )  # fmt: skip

@@ -169,7 +169,8 @@ def _several_rows(
     K: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, X_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The same for n_rows rows of x, two less than BLOCK_M with a norm. Strides are in elements; X_UNIT divides stride_xm."""
+    """One program: BLOCK_N of the output features, of n_rows rows of x, two less than BLOCK_M with a norm. Strides are in
+    elements; X_UNIT divides stride_xm."""
     _start(weight_ptr, n_features, K, GATED, BLOCK_N, PDL)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.minimum(offs_n, n_features - 1)

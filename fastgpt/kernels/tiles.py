@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
 # table -> (head dims as of `tile_key`, bytes per element) -> a tile for each of ARCHITECTURES; that of 80 also wherever tiles
 # cannot be copied in bulk. The tables are a pass's: "forward"; "queries", for dq and a bias's gradient; "keys", for dk and dv.
-# Those with extras leave registers for scores that are more than q·k · scale, and for keys that are not rows in a row.
+# Those with extras leave registers for scores that are more than q·k · scale, and for keys in pages or 8 bits.
 ATTENTION = {
     "forward": {
         (16, 2): (Tile(128, 64, 4, 3), *(Tile(128, 128, 8, 3),) * 2),
@@ -170,9 +170,9 @@ class DecodeTile(NamedTuple):
     maxnreg: int  # registers a thread may use; left to itself, ptxas spills some for more programs at once
 
 
-FEW = 16  # up to this many rows, the second tile of a pair
+FEW_ROWS = 16  # up to this many rows, the second tile of a pair
 
-# (head dims as of `tile_key`, bytes per element of q) -> tiles for (more than FEW rows, up to FEW).
+# (head dims as of `tile_key`, bytes per element of q) -> tiles for (more than FEW_ROWS rows, up to FEW_ROWS).
 # More rows leave more to combine, so they get longer splits. The same for every architecture: memory sets the pace.
 DECODE = {
     (16, 2): (DecodeTile(64, 64, 1024, 4, 3, 255), DecodeTile(16, 64, 256, 4, 3, 168)),
@@ -196,15 +196,15 @@ IN_FLIGHT = 64  # registers of a thread that hold parts on their way, half of th
 
 
 def decode_tile(
-    head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, few: bool, is_new: bool, has_scores: bool
+    head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, few: bool, has_new_token: bool, has_mask_or_bias: bool
 ) -> DecodeTile:
     """The tile of a variant: 8-bit keys and values, few rows, a token that joins the cache, a mask or a bias."""
     tile = DECODE[tile_key(head_dim, v_dim, element_size)][few]
     if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers; 32 keys too
         return tile._replace(BLOCK_N=16, num_stages=1)
-    if is_8_bits and is_new:  # whose token takes registers, too
+    if is_8_bits and has_new_token:  # whose token takes registers, too
         return tile._replace(maxnreg=255) if few else tile._replace(BLOCK_N=32, num_warps=8)
-    if has_scores and not few:  # a mask and a bias of many rows, which are copied ahead, too, take shared memory
+    if has_mask_or_bias and not few:  # a mask and a bias of many rows, which are copied ahead, too, take shared memory
         return tile._replace(BLOCK_N=min(tile.BLOCK_N, 32))
     return tile
 
@@ -241,13 +241,15 @@ class LinearTile(NamedTuple):
     num_stages: int
 
 
-# Of one row: bytes of weights that a program reads, programs that there should be at least, bytes of a tile unless it is the
-# only one, and of one row of it: 16 a thread, so that each thread has the columns of x that it multiplies with.
-PROGRAM, PROGRAMS, TILE, WIDEST = 32 << 10, 384, 8 << 10, 2 << 10
+# One row of x:
+PROGRAM_BYTES = 32 << 10  # of the weight that a program reads
+LEAST_PROGRAMS = 384
+TILE_BYTES = 8 << 10  # of the weight, unless the tile is a program's only one
+TILE_ROW_BYTES = 2 << 10  # 16 a thread, so that each thread has the columns of x that it multiplies with
 MOST_ROWS, LEAST_ROWS = 8, 2  # of the weight, a program
-# Of several: rows of the weight at least -> rows of it a program. Few are enough programs for every multiprocessor.
-SEVERAL = {16384: 64, 8192: 32, 0: 16}
-WIDE = 128  # bytes of a row of their tiles, twice as many where tiles of 16 bits have few rows
+# Several rows of x:
+PROGRAM_ROWS = {16384: 64, 8192: 32, 0: 16}  # at least so many rows of the weight -> rows a program, for enough programs
+SHORT_ROW_BYTES = 128  # of a tile, twice as many where tiles of 16 bits have few rows
 
 
 @functools.cache
@@ -255,17 +257,17 @@ def linear_tile(n_rows: int, weight_rows: int, K: int, element_size: int, norm: 
     """The tile of a product of x (n_rows, K) and weight (weight_rows, K)."""
     if n_rows == 1:
         block_n = MOST_ROWS
-        while block_n > LEAST_ROWS and (block_n * K * element_size > PROGRAM or weight_rows < block_n * PROGRAMS):
+        while block_n > LEAST_ROWS and (block_n * K * element_size > PROGRAM_BYTES or weight_rows < block_n * LEAST_PROGRAMS):
             block_n //= 2
-        block_k = min(max(WIDEST, TILE // block_n) // element_size, max(16, triton.next_power_of_2(K)))
-        while block_k * element_size > WIDEST and 3 * cdiv(K, block_k) * block_k > 4 * K:  # a third more than there is
+        block_k = min(max(TILE_ROW_BYTES, TILE_BYTES // block_n) // element_size, max(16, triton.next_power_of_2(K)))
+        while block_k * element_size > TILE_ROW_BYTES and 3 * cdiv(K, block_k) * block_k > 4 * K:  # a third more than there is
             block_k //= 2
         if K > block_k:
-            block_n = min(block_n, TILE // element_size // block_k)
+            block_n = min(block_n, TILE_BYTES // element_size // block_k)
         return LinearTile(1, block_n, block_k, 4, 1)
-    block_n = next(rows for least, rows in SEVERAL.items() if weight_rows >= least)
+    block_n = next(rows for least, rows in PROGRAM_ROWS.items() if weight_rows >= least)
     block_m = max(16, triton.next_power_of_2(n_rows + 2 * norm))
-    block_k = WIDE // element_size * (2 if block_n < 64 and block_m < 32 and element_size == 2 else 1)
+    block_k = SHORT_ROW_BYTES // element_size * (2 if block_n < 64 and block_m < 32 and element_size == 2 else 1)
     return LinearTile(block_m, block_n, block_k, *((8, 3) if block_m == 64 else (4, 4)))
 
 

@@ -309,12 +309,12 @@ def _attention_with_kv_cache_triton(
             q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions, cos, sin, interleaved, kv_lengths,
             block_table, k_scale, v_scale, window, softcap, alibi_slopes, sinks,
         )  # fmt: skip
-    from fastgpt.kernels.attention_decode import New, attention_decode
+    from fastgpt.kernels.attention_decode import NewToken, attention_decode
 
     return attention_decode(
         q, k_cache, v_cache, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
         sinks=sinks, kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale,
-        new=New(k, v, slots, positions, cos, sin, interleaved), counters=counters,
+        new=NewToken(k, v, slots, positions, cos, sin, interleaved), counters=counters,
     )  # fmt: skip
 
 

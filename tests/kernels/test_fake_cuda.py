@@ -115,7 +115,7 @@ def test_a_decode_step_is_a_graph_where_kernels_serve_it(options):
 @pytest.mark.parametrize(
     "patch, dtype, reason",
     [
-        (mock.patch.object(torch.cuda, "get_device_capability", lambda device: (7, 5)), torch.float16, "capability 8.0 or newer"),
+        (mock.patch.object(torch.cuda, "get_device_capability", lambda _: (7, 5)), torch.float16, "capability 8.0 or newer"),
         (mock.patch.object(implementations, "TRITON_INSTALLED", False), torch.bfloat16, "triton is not installed"),
         (contextlib.nullcontext(), torch.float64, "x is torch.float64"),
     ],

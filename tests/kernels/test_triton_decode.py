@@ -182,7 +182,7 @@ def test_a_new_token_with_values_of_another_head_dim(D, D_v, short_splits):
     poison(k, v, [length - 1 for length in lengths])
     options = dict(causal=True, scale=D**-0.5, kv_lengths=ints(lengths))
     slots = ints(lengths).view(2, 1) - 1
-    results = kernel.attention_decode(q, k, v, **options, new=kernel.New(*new, slots))
+    results = kernel.attention_decode(q, k, v, **options, new=kernel.NewToken(*new, slots))
     for cache, row in ((k, new[0]), (v, new[1])):
         assert all(torch.equal(cache[b, :, length - 1], row[b, :, 0]) for b, length in enumerate(lengths))
     call = ops.Call(q.double(), k.double(), v.double(), **options)
