@@ -220,9 +220,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         for arch in args.arch:
             start, all_of_arch, found = time.perf_counter(), list(shipped(arch)), []
-            jobs = [
-                (arch, function.__module__, function.__name__, *rest) for function, *rest in all_of_arch[first - 1 :: step]
-            ]
+            jobs = [(arch, function.__module__, function.__name__, *rest) for function, *rest in all_of_arch[first - 1 :: step]]
             for usage, fault in pool.map(usage_and_fault, *zip(*jobs, strict=True)):
                 found.append((usage, fault))
                 if fault:

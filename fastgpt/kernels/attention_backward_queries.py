@@ -126,7 +126,9 @@ def backward_queries(
         scale, softcap if HAS_SOFTCAP else None, slope, window if HAS_WINDOW else None, mask_ptr, stride_mask_m, stride_mask_n,
         bias_ptr, stride_bias_m, stride_bias_n, n_keys, seed, threshold, keep_scale,
     )  # fmt: skip
-    begins, stops, end = key_ranges(past, n_rows, length, features.window, mask_ptr is not None, BLOCK_M, BLOCK_N, IS_CAUSAL)
+    begins, stops, _, end = key_ranges(
+        past, n_rows, length, features.window, mask_ptr is not None, BLOCK_M, BLOCK_N, IS_CAUSAL
+    )  # fmt: skip
     for i in tl.static_range(3):
         if i == 2 or (HAS_WINDOW if i == 0 else mask_ptr is None):
             dq, pk, row_sum, mean_dp = _fold_keys(

@@ -44,6 +44,7 @@ from fastgpt.kernels.attention_scores import (
     online_softmax,
     power_of_two,
     score_rows,
+    seen_keys,
     unit_of,
     visible_keys,
 )
@@ -124,10 +125,14 @@ def _attend_keys(
             visible = visible & (kept != 0)
         scores = tl.where(visible, scores, float("-inf"))
 
+        if mask_rows is not None or bias_rows is not None:  # values of keys that they hide from all rows count as zeros
+            seen = seen_keys(scores, None)
         p, rescale, row_sum, row_max = online_softmax(scores, row_sum, row_max, LOG2_E, EXACT=EXACT)
         if kv.v_scale_ptr is not None:
             offsets = pages * kv.stride_vsb + key_rows * tl.cast(kv.stride_vsn, tl.int64)
             factors = tl.load(kv.v_scale_ptr + offsets, mask=in_range, other=0.0)
+            if mask_rows is not None or bias_rows is not None:
+                factors = tl.where(seen, factors, 0.0)
             if HAS_UNIT:
                 last = exponent
                 exponent = tl.maximum(exponent, tl.max(exponents_of(factors), 0))
@@ -135,7 +140,10 @@ def _attend_keys(
                 rescale *= power_of_two(127 + last - exponent)
             p *= factors[None, :]
         v = load_keys(kv.v_ptr, kv.stride_vb, kv.stride_vn, pages, key_rows, in_range, V_DIM, BLOCK_V, MASK_ROWS=True)
-        acc = tl.dot(p.to(dtype), values_from_8_bits(v, dtype), acc * rescale[:, None], input_precision="ieee")
+        v = values_from_8_bits(v, dtype)
+        if mask_rows is not None or bias_rows is not None:
+            v = tl.where(seen[:, None], v, 0.0)
+        acc = tl.dot(p.to(dtype), v, acc * rescale[:, None], input_precision="ieee")
 
     if HAS_UNIT:
         acc *= power_of_two(exponent - HEADROOM)

@@ -52,6 +52,7 @@ from fastgpt.kernels.attention_scores import (
     load_mask,
     modified_scores,
     online_softmax,
+    seen_keys,
     visible_keys,
 )
 from fastgpt.kernels.launch import kernel
@@ -63,14 +64,16 @@ WIDEST_BULK = 256  # head dim whose rows can be copied in bulk
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max, q, q_rest, kv, bulk, features, begin, stop, end, factor, q_pos, offs_m, n_rows, b, heads,
+    acc, row_sum, row_max, q, q_rest, kv, bulk, features, begin, stop, first, end, factor, q_pos, offs_m, n_rows, b, heads,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys begin..stop-1 into (acc, row_sum, row_max); begin is a multiple of BLOCK_N.
 
     Unmasked, every query sees every key of that range and stop - begin is a multiple of BLOCK_N.
-    Masked, keys from `end` on are not read, and each query sees what visible_keys and the mask leave to it.
+    Masked, keys from `end` on are not read, nor values before `first` but in bulk, and each query sees what visible_keys and
+    the mask leave to it. Values of keys that a mask or a bias hides from all queries of the tile count as zeros: a weight of
+    zero times what is not finite would be NaN.
 
     Args: kv, bulk, features: `KeysValues`, `Descriptors` of keys and values, and `Features`; q and q_rest, or None;
         factor makes scores in base 2 of what `features` leaves of q·k; q_pos, offs_m, heads (M,): position among the keys,
@@ -127,12 +130,16 @@ def _attend(
         if BULK:
             v = bulk.y.load([bulk.b, bulk.h, bulk.row + start_n, 0]).reshape(BLOCK_N, BLOCK_V)
         else:
+            if features.window is not None:
+                in_range = in_range & (offs_n >= first)
             v = load_keys(kv.v_ptr, kv.stride_vb, kv.stride_vn, pages, key_rows, in_range, V_DIM, BLOCK_V, MASKED)
         v = values_from_8_bits(v, q.dtype)
         if kv.v_scale_ptr is not None:
             offsets = pages * kv.stride_vsb + key_rows * tl.cast(kv.stride_vsn, tl.int64)
             v_scale = tl.load(kv.v_scale_ptr + offsets, mask=in_range, other=0.0)
             v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
+        if features.mask_ptr is not None or features.bias_ptr is not None:
+            v = tl.where(seen_keys(qk, rows < n_rows)[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     return acc, row_sum, row_max
 
@@ -234,15 +241,15 @@ def _attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    begins, stops, end = key_ranges(
+    begins, stops, first, end = key_ranges(
         past, n_rows, length, features.window, mask_ptr is not None, BLOCK_M, BLOCK_N, IS_CAUSAL
     )  # fmt: skip
     for i in tl.static_range(3):
         if i == 2 or (HAS_WINDOW if i == 0 else mask_ptr is None):
             acc, row_sum, row_max = _attend(
-                acc, row_sum, row_max, q, q_rest, kv, bulk, features, begins[i], stops[i], end, unit * LOG2_E, q_pos,
+                acc, row_sum, row_max, q, q_rest, kv, bulk, features, begins[i], stops[i], first, end, unit * LOG2_E, q_pos,
                 start_m + rows, n_rows, b, heads, HEAD_DIM, V_DIM, BLOCK_N, MASK_UNIT, BIAS_UNIT, IS_CAUSAL,
-                MASKED=i != 1, BULK=BULK if i == 1 else WHOLE,
+                MASKED=i != 1, BULK=BULK if i == 1 else WHOLE and i == 2,
             )  # fmt: skip
 
     row_max *= unit if q.dtype == tl.float32 else LN_2  # see online_softmax

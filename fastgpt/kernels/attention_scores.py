@@ -133,25 +133,36 @@ def visible_keys(q_pos, offs_n, end, window, IS_CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def seen_keys(scores, counts):
+    """Of scores (M, N): (N,), whether a key has one above -inf in a row that `counts` (M,), or in any if that is None."""
+    if counts is not None:
+        scores = tl.where(counts[:, None], scores, float("-inf"))
+    return tl.max(scores, 0) > float("-inf")
+
+
+@triton.jit
 def key_ranges(past, n_rows, length, window, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                IS_CAUSAL: tl.constexpr):  # fmt: skip
-    """The keys that some query of a tile sees, in three ranges: (begins, stops, end).
+    """The keys that some query of a tile sees, in three ranges: (begins, stops, first, end).
 
     Range 0, of a window alone, are those before which it begins for some query, range 1, without a mask, those that every
-    query sees, and range 2 the others, up to `end`. All but `end` are multiples of BLOCK_N; a range may stop before it begins.
+    query sees, and range 2 the others. All begin and stop at multiples of BLOCK_N, though no query sees keys before `first`,
+    nor from `end` on; but the last range stops at `end`. A range may stop before it begins.
 
     past: keys before the one at the position of the tile's first query; n_rows: queries from that one on.
     """
     end = tl.minimum(past + tl.minimum(BLOCK_M, n_rows), length) if IS_CAUSAL else length
     outer = (tl.maximum(past + 1, 0) if IS_CAUSAL else length) // BLOCK_N * BLOCK_N
+    first = 0
     begin = 0
     inner = 0
     if window is not None:
-        begin = tl.maximum(past + 1 - window, 0) // BLOCK_N * BLOCK_N
+        first = tl.maximum(past + 1 - window, 0)
+        begin = first // BLOCK_N * BLOCK_N
         inner = tl.cdiv(tl.maximum(past + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
     if HAS_MASK:
         outer = begin
-    return (begin, inner, tl.maximum(inner, outer)), (tl.minimum(inner, end), outer, end), end
+    return (begin, inner, tl.maximum(inner, outer)), (tl.minimum(inner, end), outer, end), first, end
 
 
 @triton.jit

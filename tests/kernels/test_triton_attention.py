@@ -161,7 +161,8 @@ def test_rows_that_see_no_key_give_zeros_whatever_keys_hold(how, dtype, sinks):
 @runs_kernel
 @pytest.mark.parametrize("how", ("bias", "mask", "causal", "window"))
 def test_a_hidden_key_is_not_seen_whatever_it_is(how):
-    """Its score is replaced, not added to. Values meet weights of zero in a product of matrices, and must be finite."""
+    """Its score is replaced, not added to. Values that some queries see meet weights of zero of others in a product of matrices,
+    and must be finite."""
     T, S, key = 40, 70, 33
     q, k, v = random_inputs(1, 2, 1, T, S, 16, torch.float32)
     hidden = torch.zeros(T, S, dtype=torch.bool, device=DEVICE)
@@ -184,9 +185,59 @@ def test_a_hidden_key_is_not_seen_whatever_it_is(how):
 
 
 @runs_kernel
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("arch", (80, 90))
+@pytest.mark.parametrize("how", ("mask", "bias", "mask and bias", "window"))
+def test_a_value_that_no_query_sees_reaches_none(how, arch, dtype, monkeypatch):
+    """Whatever it is, in whichever tile, with bulk copies and without. One that a query sees is seen."""
+    run_as_on(arch, monkeypatch)
+    T, S, keys = 70, 200, [0, 3, 150]
+    q, k, v = random_inputs(1, 2, 1, T, S, 16, dtype)
+    mask = torch.rand(T, S, device=DEVICE) < 0.7
+    bias = torch.zeros(2, T, S, device=DEVICE, dtype=dtype)
+    if how == "mask and bias":  # each hides the key from half of the queries
+        mask[:, keys] = torch.arange(T, device=DEVICE)[:, None] % 2 == 0
+        bias[:, ::2, keys] = -math.inf
+    mask[:, keys] &= how != "mask"
+    if how == "bias":
+        bias[..., keys] = -math.inf
+    options = {"causal": False, "mask": mask, "bias": bias} if how != "window" else {"window": 50}
+    if how in ("mask", "bias"):
+        del options[{"mask": "bias", "bias": "mask"}[how]]
+    if how == "window":  # query 0 sees 81 keys up to its position, 130
+        keys = [0, 78, 80]
+    expected = kernel.attention_forward(q, k, v, scale=0.25, **options)
+    for number in (NAN, math.inf):
+        k[:, :, keys] = v[:, :, keys] = number
+        actual = kernel.attention_forward(q, k, v, scale=0.25, **options)
+        assert all(torch.equal(x, wanted) for x, wanted in zip(actual, expected, strict=True))
+    v[:, :, 199] = NAN
+    out, _ = kernel.attention_forward(q, k, v, scale=0.25, **options)
+    sees = mask[:, 199] if "mask" in options else torch.ones(T, dtype=torch.bool, device=DEVICE)
+    assert out[:, :, sees][:, :, -1].isnan().all()
+
+
+@runs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", ({}, {"causal": False, "window": 90}, {"sinks": (0.5, -1.0)}), ids=str)
+def test_scores_of_minus_infinity_hide_keys(options, dtype):
+    """Whole first tiles of them, without a bias, and all of a sequence."""
+    T, S, hidden = 70, 330, 290
+    q, k, v = random_inputs(2, 2, 1, T, S, 16, dtype)
+    q, k[0, :, :hidden], k[1] = q.abs() + 0.25, -math.inf, -math.inf
+    options = {"scale": 0.25, "causal": True} | options
+    if "sinks" in options:
+        options["sinks"] = torch.tensor(options["sinks"], device=DEVICE)
+    out, lse = kernel.attention_forward(q, k, v, **options)
+    assert not out[1].any() and (lse[1] == -math.inf).all()
+    rest = [x[:1].double() for x in (q, k[:, :, hidden:], v[:, :, hidden:])]
+    check((out[:1], lse[:1]), lambda: attention_reference(*rest, **options, return_lse=True), weights=dtype)
+
+
+@runs_kernel
 @pytest.mark.parametrize("T, S", ((20, 40), (40, 20)))
 def test_windows_beyond_all_keys(T, S):
-    """Are none, in results and gradients, also of queries before the first key."""
+    """Hide no key, in results and gradients, also of queries before the first key."""
     call = ops.Call(*random_inputs(1, 1, 1, T, S, 16, torch.float32), causal=False, scale=0.25)
     douts = torch.randn_like(call.q), torch.zeros(1, 1, T, device=DEVICE)
     expected = run_triton(call, douts)

@@ -254,6 +254,51 @@ def test_parity_of_masks_and_biases(layout, S, dtype, short_splits):
 
 
 @runs_kernel
+@pytest.mark.parametrize("cache", (torch.float16, torch.float32, torch.int8), ids=str)
+@pytest.mark.parametrize("how", ("mask", "bias", "window"))
+def test_a_value_that_no_query_sees_reaches_none(how, cache, short_splits):
+    """Whatever it is, or its scale. One that a query sees is seen."""
+    S, keys = 99, [0, 17, 60]
+    q, k, v = random_inputs(1, 4, 2, 3, S, 40, torch.float16 if cache is torch.int8 else cache)
+    mask = torch.rand(3, S, device=DEVICE) < 0.7
+    mask[:, keys], mask[:, 98] = False, True
+    options = {
+        "mask": {"mask": mask}, "bias": {"bias": torch.zeros(3, S, device=DEVICE).masked_fill(~mask, -math.inf)},
+        "window": {"window": 30},
+    }[how]  # fmt: skip
+    options |= {"causal": True, "scale": 0.2}
+    if cache is torch.int8:
+        (k, k_scale), (v, v_scale) = quantize(k, cache), quantize(v, cache)
+        options |= {"k_scale": k_scale, "v_scale": v_scale}
+    changed = [k_scale, v_scale] if cache is torch.int8 else [k, v]
+    expected = kernel.attention_decode(q, k, v, **options)
+    for number in (NAN, math.inf):
+        for x in changed:
+            x[:, :, keys] = number
+        actual = kernel.attention_decode(q, k, v, **options)
+        assert all(torch.equal(x, wanted) for x, wanted in zip(actual, expected, strict=True))
+    changed[-1][:, :, 98] = NAN
+    assert kernel.attention_decode(q, k, v, **options)[0][:, :, 2].isnan().all()
+
+
+@runs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", ({}, {"window": 90}, {"sinks": (0.5, -1.0)}), ids=str)
+def test_scores_of_minus_infinity_hide_keys(options, dtype, short_splits):
+    """Whole first splits of them, without a bias, and all of a sequence."""
+    hidden = 130
+    q, k, v = random_inputs(2, 2, 1, 3, 150, 16, dtype)
+    q, k[0, :, :hidden], k[1] = q.abs() + 0.25, -math.inf, -math.inf
+    options = {"scale": 0.25, "causal": True} | options
+    if "sinks" in options:
+        options["sinks"] = torch.tensor(options["sinks"], device=DEVICE)
+    out, lse = kernel.attention_decode(q, k, v, **options)
+    assert not out[1].any() and (lse[1] == -math.inf).all()
+    rest = [x[:1].double() for x in (q, k[:, :, hidden:], v[:, :, hidden:])]
+    check((out[:1], lse[:1]), lambda: attention_reference(*rest, **options, return_lse=True), weights=dtype)
+
+
+@runs_kernel
 @pytest.mark.parametrize("scale", (3.0, 0.0, -0.5))
 @pytest.mark.parametrize("softcap", (None, 1.5))
 def test_parity_at_any_scale(scale, softcap, short_splits):
@@ -348,7 +393,7 @@ def test_lengths_are_clamped_to_the_capacity(short_splits):
 @one_of_interpreted(2)
 @pytest.mark.parametrize("window", (None, 45))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
-def test_neither_the_batch_nor_room_for_more_changes_a_bit_of_what_is_cut_alike(dtype, window, short_splits):
+def test_batch_and_capacity_do_not_change_bits_with_the_same_splits(dtype, window, short_splits):
     q, k, v = random_inputs(3, 4, 2, 2, 99, 64, dtype)
     lengths = (99, 20, 70)
     options = dict(causal=True, scale=0.125, window=window, sinks=sinks_of(4))

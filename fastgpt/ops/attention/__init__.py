@@ -52,7 +52,8 @@ def attention(
 
     over the keys j that causal, window, kv_lengths and mask leave to query i, and whose score is above -inf: a bias of -inf
     hides a key as a mask does. On a CPU and in the reference, what a query does not see does not reach its results, nor
-    either's gradients, even where it is NaN; on CUDA that holds for keys past kv_lengths and pages that are not read.
+    either's gradients, even where it is NaN. On CUDA, infinities and NaN in v may reach the results of queries that do not see
+    them, if another query of a head that shares v does; and gradients are kept from what is past kv_lengths alone.
 
     Args:
         q: (B, H, T, D) fp16|bf16|fp32, D <= 576, last dimension contiguous, other strides free. fp64 too, which only the
