@@ -86,7 +86,7 @@ def launched(module) -> set[str]:
     }  # fmt: skip
 
 
-def test_every_kernel_that_a_step_launches_is_looked_at():
+def test_every_kernel_of_a_decode_step_is_checked():
     names = set().union(*map(launched, MODULES))
     assert names == {x[0].__name__ for x in distinct(90)} and len(names) == 8
     for arch, has_it in ((80, False), (89, False), (90, True), (100, True), (120, True)):
@@ -123,7 +123,7 @@ def test_kernels_with_any_arguments_wait_before_they_read_or_write(arch):
         assert not faults_in(ptx_of(x, arch)), name_of(x)
 
 
-def test_older_architectures_have_nothing_of_it():
+def test_older_architectures_do_not_use_it():
     for x in small(80):
         ptx = ptx_of(x, 80)
         assert "griddepcontrol" not in ptx and "prefetch" not in ptx and faults_in(ptx) == ["it does not wait"]
@@ -215,12 +215,12 @@ def test_compute_capability_9_has_it(capability, device):
     assert device(capability, 13000) == (capability >= (9, 0))
 
 
-def test_a_driver_whose_graphs_do_not_know_it_has_it_not(device):
+def test_drivers_whose_graphs_lack_it_do_not_have_it(device):
     """A step would not be captured as it is launched."""
     assert not device((9, 0), 12020) and device((9, 0), 12030) and not device((8, 0), 12030)
 
 
-def test_a_cpu_has_it_not():
+def test_cpus_do_not_have_it():
     assert not has_dependent_launch(torch.device("cpu")) and dependent_launch(False) == {"PDL": False}
 
 

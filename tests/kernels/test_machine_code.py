@@ -88,7 +88,7 @@ def unordered_atomics(ptx: str) -> list[str]:
     return faults
 
 
-def test_programs_that_are_done_are_seen_to_be():
+def test_counters_of_done_programs_are_atomic_and_ordered():
     """Of one kernel that rotates, stores and attends; the slow tests look at all."""
     given = {"acc_ptr", "new_k_ptr", "cos_ptr"}
     shipped = configurations("attention_decode", 90)

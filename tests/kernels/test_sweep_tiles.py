@@ -1,4 +1,4 @@
-"""The sweep of tiles keeps its time, begins with what tells most, and has stored what it timed whenever it ends."""
+"""The sweep of tiles keeps to its time limit, begins with what matters most, and stores each result as it comes."""
 
 import concurrent.futures
 
