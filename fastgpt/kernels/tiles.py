@@ -203,7 +203,11 @@ def decode_tile(
     if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers; 32 keys too
         return tile._replace(BLOCK_N=16, num_stages=1)
     if is_8_bits and has_new_token:  # whose token takes registers, too
-        return tile._replace(maxnreg=255) if few else tile._replace(BLOCK_N=32, num_warps=8)
+        if not few:
+            return tile._replace(BLOCK_N=32, num_warps=8)
+        # Most where rows of k are held in two blocks and those of v in 256 numbers, as for head dim 160.
+        widest = head_blocks(head_dim)[1] > 0 and padded_dim(v_dim) == 256
+        return tile._replace(maxnreg=255, num_warps=8 if widest else tile.num_warps)
     if has_mask_or_bias and not few:  # a mask and a bias of many rows, which are copied ahead, too, take shared memory
         return tile._replace(BLOCK_N=min(tile.BLOCK_N, 32))
     return tile

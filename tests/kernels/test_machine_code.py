@@ -360,6 +360,18 @@ def test_one_of_each_kernel(arch):
     assert_sound(arch, one.values())
 
 
+@pytest.mark.slow
+def test_a_new_token_in_8_bits_with_all_features_does_not_spill():
+    """Of head dim 160, whose keys are held in two blocks: what takes most registers of all that decodes."""
+    chosen = [
+        x
+        for x in chosen_demanding("attention_decode", 90)
+        if (x[1], x[3]["HEAD_DIM"]) == (torch.float16, 160) and {"new_k_ptr", "sinks_ptr"} <= {*x[4]}
+    ]
+    assert [(x[2], x[3]["num_warps"]) for x in chosen] == [(torch.float8_e4m3fn, 8)]
+    assert_sound(90, chosen)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("modules", MODULES)
