@@ -201,7 +201,7 @@ def usage_and_fault(arch: int, module: str, name: str, *configuration) -> tuple[
 
 def summary(n_shipped: int, found: list[tuple[Usage, str]], seconds: float) -> str:
     """Of what `usage_and_fault` found: how much of what ships that is, and the most that a kernel takes."""
-    most = Usage(*map(max, zip(*(usage for usage, _ in found), strict=True)))
+    most = Usage(*map(max, zip(Usage(0, 0, 0), *(usage for usage, _ in found), strict=True)))
     return (
         f"{n_shipped} configurations ship, {len(found)} were compiled, {sum(not fault for _, fault in found)} of them without "
         f"spills and within shared memory; at most {most.registers} registers, {most.spilled} bytes spilled, "

@@ -1,7 +1,7 @@
-"""The kernels that ship: every configuration that a launch may compile, but for sizes that are nobody's in particular.
+"""The kernels that ship, as configurations that tests and `python -m benchmarks.machine_code` compile without a GPU.
 
-Tests and `python -m benchmarks.machine_code` compile them ahead of time, without a GPU. Of the head dims that share a tile
-there are two: one that fills it and one that does not.
+Of sizes that callers choose freely there are examples: of the head dims that share a tile two, one that fills it and one that
+does not; of linear layers, norms and embeddings those of some models.
 """
 
 import itertools

@@ -44,8 +44,8 @@ from fastgpt.kernels.tiles import DecodeTile, LinearTile, Tile, forward_table, l
 
 TABLES = tiles.ATTENTION
 DECODE = "decode"  # the tile for few rows: queries of heads that share keys
-ORDER = ["linear", DECODE, "forward", "linear of several rows", *(table for table in TABLES if table != "forward")]
 # The most telling tables first.
+ORDER = ["linear", DECODE, "forward", "linear of several rows", *(table for table in TABLES if table != "forward")]
 OF_A_TILE = {"tile", "ships", "fits", "seconds", "problem"}  # of a row of results
 EXTRAS = {"alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr"}
 PASSES = {

@@ -17,10 +17,12 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks.machine_code import (  # noqa: E402
     SHARED_MEMORY,
+    Usage,
     compile_for,
     demanding,
     ir_of,
     source_of,
+    summary,
     usage_of,
 )
 from benchmarks.shipped_kernels import shipped  # noqa: E402
@@ -332,6 +334,15 @@ def test_hopper_copies_a_tile_while_it_multiplies_with_another():
     source, options = source_of(*next(hopper_forward()))
     underway = copies_underway(ir_of(source, 90, options, "ttgir"))
     assert underway and min(underway) >= 1
+
+
+def test_what_was_compiled_is_summed_up():
+    found = [(Usage(40, 0, 10 << 10), ""), (Usage(255, 8, 2 << 10), "sm_90 _norm: spills 8 bytes")]
+    assert summary(5, found, 7.2) == (
+        "5 configurations ship, 2 were compiled, 1 of them without spills and within shared memory; at most 255 registers, "
+        "8 bytes spilled, 10 KiB of shared memory; 7 s"
+    )
+    assert summary(5, [], 0.0).startswith("5 configurations ship, 0 were compiled")
 
 
 def assert_sound(arch, chosen):
