@@ -12,7 +12,7 @@ from benchmarks.report import store
 from fastgpt import GPT
 from fastgpt.cli import CACHE_DTYPES, SHIPPED_MODEL
 from fastgpt.text.tokenizer import Tokenizer
-from fastgpt.training.trainer import evaluate, split
+from fastgpt.training.evaluation import evaluate, split
 
 
 def main() -> None:

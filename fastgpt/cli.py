@@ -23,11 +23,11 @@ from fastgpt import folders
 from fastgpt.bench import suite
 from fastgpt.bench.timing import implementation
 from fastgpt.cache.create import CACHE_KINDS
-from fastgpt.checkpoints import transformers_format
+from fastgpt.checkpoints import hub
 from fastgpt.checks import is_terminal, require_integer, require_number
 from fastgpt.folders import SHIPPED_MODEL
+from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig
 from fastgpt.generation.decoding import decoding
-from fastgpt.generation.generate import MAX_NEW_TOKENS, GenerationConfig
 from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
 from fastgpt.model import inspection
 from fastgpt.model.config import GPTConfig
@@ -35,10 +35,13 @@ from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder_states import require_causal
 from fastgpt.model.inputs import PromptTooLong, require_room
 from fastgpt.ops.library import CUDA_MISSING
-from fastgpt.text.tokenizer import Tokenizer, unescape
+from fastgpt.text.tokenizer import Tokenizer
+from fastgpt.training.config import DTYPES as TRAIN_DTYPES
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.loop import train
 from fastgpt.training.processes import PARALLEL, joined, own_device
-from fastgpt.training.trainer import DTYPES as TRAIN_DTYPES
-from fastgpt.training.trainer import TrainConfig, Trainer, claimed, pretrained, require_new_run, train
+from fastgpt.training.run_folder import claimed, require_new_run
+from fastgpt.training.trainer import Trainer, pretrained
 
 DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech, and most texts a new line
 CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
@@ -46,6 +49,7 @@ TOKENIZER_FILES = (  # what a checkpoint has beside its tokenizer.json, into whi
     "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
     "generation_config.json",
 )  # fmt: skip
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", "\\": "\\"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NO_OPTIONS = {"prompt", "prompts", "given", "run", "parser"}  # what there is in the parsed arguments beside them
 OUTPUT_ERRORS = {errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT}  # of a stream, which has no name: of the file behind it
@@ -293,6 +297,28 @@ FLAGS = (
 )  # fmt: skip
 
 
+def unescape(text: str, name: str = "text") -> str:
+    r"""What a shell passes on as written: \n, \r, \t, \\, \0, \xNN, \uNNNN, \UNNNNNNNN become the characters they stand for.
+
+    A backslash before anything else stays. For options such as --stop.
+
+    Args:
+        name: of the option, for errors.
+
+    Raises: ValueError for what is no character.
+    """
+
+    def character(escape: re.Match) -> str:
+        code = escape[1]
+        return ESCAPES[code] if code in ESCAPES else chr(int(code[1:], 16))
+
+    try:
+        result = re.sub(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[nrt0\\])", character, text)
+        return result.encode("utf-16", "surrogatepass").decode("utf-16")  # \uD83D\uDE00 is one character
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: expected escapes of characters, got {text!r}") from error
+
+
 def given_options(options) -> dict:
     """What `generate` is told, checked before anything is loaded; the rest is the checkpoint's to say."""
     given = {name: getattr(options, name) for name in FLAGS if getattr(options, name) is not None}
@@ -533,7 +559,7 @@ def run_inspect(options) -> None:
         elif options.attention is None:
             raise ValueError(f"{name}: expected --attention with it, got --{name} alone")
     text = given_prompt(options.prompt)
-    folder = transformers_format.resolve(options.model, options.revision)
+    folder = hub.resolve(options.model, options.revision)
     model = GPT.from_pretrained(folder, device=device_of(options.device))
     require_causal(model.config)
     tokenizer = Tokenizer.from_folder(folder)
@@ -621,11 +647,11 @@ def started(options, given: dict, place: dict) -> Trainer:
     trainer = Trainer(options.text, config, model=model, tokenizer=tokenizer, **place)
     if place["processes"].first:  # what else belongs to the tokenizer
         options.out.mkdir(parents=True, exist_ok=True)
-        folder = transformers_format.resolve(options.init_from)
+        folder = hub.resolve(options.init_from)
         for name in (path.relative_to(folder) for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
             if (file := folders.find(folder, name, "init-from")) is not None:
                 (options.out / name).parent.mkdir(exist_ok=True)
-                with transformers_format.replacing(options.out / name) as copy:
+                with folders.replacing(options.out / name) as copy:
                     shutil.copyfile(file, copy)
     return trainer
 

@@ -1,6 +1,7 @@
-"""Folders of checkpoints and runs: files in one that may come from anywhere, and folders that are made."""
+"""Folders of checkpoints and runs: files that are found, files that are replaced whole, and folders that are made."""
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,3 +45,35 @@ def made(folder: Path) -> Iterator[None]:
         for path in missing:
             with suppress(OSError):
                 path.rmdir()
+
+
+class replacing:
+    """`with replacing(path) as temporary`: what is written to `temporary` appears at `path` whole, or not at all.
+
+    A file that is replaced keeps its mode; a new one has what the umask leaves, whoever writes it: safetensors makes files that
+    nobody else can read. A link is replaced itself, not what it leads to.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.temporary = path, path.with_name(path.name + ".writing")
+
+    def __enter__(self) -> Path:
+        self.temporary.unlink(missing_ok=True)  # of a process that was killed
+        self.mode = None
+        with suppress(FileNotFoundError):
+            if stat.S_ISREG((present := os.lstat(self.path)).st_mode):
+                self.mode = stat.S_IMODE(present.st_mode)
+        mode = 0o666 if self.mode is None else self.mode | stat.S_IWUSR
+        with open(os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            if self.mode is None:
+                self.mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        return self.temporary
+
+    def __exit__(self, exception: type[BaseException] | None, *_) -> None:
+        try:
+            if exception is None:
+                with suppress(OSError):  # some file systems have no modes
+                    self.temporary.chmod(self.mode)
+                os.replace(self.temporary, self.path)
+        finally:
+            self.temporary.unlink(missing_ok=True)

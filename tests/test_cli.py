@@ -408,7 +408,7 @@ def test_the_revision_reaches_the_hub(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(cli, "pipeline", lambda *path, **options: asked.append(options["revision"]) or sys.exit(0))
     run(capsys, "generate", "A", "--model", "some/model", "--revision", "v2")
-    monkeypatch.setattr(cli.transformers_format, "resolve", lambda path, revision: asked.append(revision) or sys.exit(0))
+    monkeypatch.setattr(cli.hub, "resolve", lambda path, revision: asked.append(revision) or sys.exit(0))
     run(capsys, "inspect", "A", "--model", "some/model", "--revision", "v3")
     assert asked == ["v2", "v3"]
 

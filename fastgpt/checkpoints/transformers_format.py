@@ -1,98 +1,33 @@
-"""Checkpoint folders: `config.json` and safetensors, found or downloaded, read strictly and written atomically."""
+"""Checkpoint folders as transformers writes them: `config.json` and safetensors, read strictly and written atomically."""
 
 import contextlib
 import json
 import math
 import os
 import re
-import stat
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastgpt import folders, huge_pages, schema
-from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, TOKEN_IDS, Family, architecture, family_of
-from fastgpt.checks import PENALTY, is_terminal, require_path, writing
+from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, architecture, family_of
+from fastgpt.checkpoints.families.family import Family
+from fastgpt.checkpoints.files import CONFIG, GENERATION_CONFIG, INDEX, STATE, WEIGHTS, naming, read_json
+from fastgpt.checkpoints.generation_config import generation_config, read_generation_config
+from fastgpt.checks import is_terminal, require_path, writing
+from fastgpt.folders import replacing
 
-CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
-GENERATION_CONFIG = "generation_config.json"
-STATE = "training_state.pt"  # of the run that a folder is of
-DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 32 << 20  # bytes of a file that are mapped at a time: what is mapped counts as this process's memory
 SHOW_PROGRESS = 1 << 30  # bytes of weights, which take a second or more to read
-
-
-def resolve(path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `path` itself, or what the Hugging Face Hub has under that id, downloaded.
-
-    revision: of a model on the Hub, a branch, a tag or a commit; default its main branch.
-
-    Raises: FileNotFoundError where there is neither; ValueError, TypeError for a revision of a folder, or one that is no string.
-    """
-    if revision is not None and not isinstance(revision, str):
-        raise TypeError(f"revision: expected a string or None, got {revision!r}")
-    folder = require_path("model", path)
-    try:
-        is_folder = folder.is_dir()
-    except OSError as error:  # a name that is too long, or a folder that may not be entered
-        raise FileNotFoundError(f"model: expected a checkpoint folder, {folder} is none: {error.strerror}") from error
-    if is_folder:
-        if revision is not None:
-            raise ValueError(f"revision: expected None for {path}, which is a folder here and not on the Hub, got {revision!r}")
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
-        raise FileNotFoundError(f"model: expected a checkpoint folder, {path} does not exist or is not a folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED, revision=revision))
-    except Exception as error:  # of half a dozen kinds: no network, no such id, no permission, no space, ...
-        raise FileNotFoundError(
-            f"model: expected a checkpoint folder or the id of one on the Hugging Face Hub, {path} is no folder, and the "
-            f"Hub did not give it: {_hub_reason(error, revision)}"
-        ) from error
-
-
-def _hub_reason(error: Exception, revision: str | None) -> str:
-    from huggingface_hub import errors
-
-    reasons = (
-        (errors.GatedRepoError, "access must be asked for on its page, and then a login: hf auth login"),
-        (errors.RepositoryNotFoundError, "there is no such model, or it is private and needs a login: hf auth login"),
-        (errors.RevisionNotFoundError, f"it has no revision {revision!r}"),
-        (errors.LocalEntryNotFoundError, "it cannot be reached, and the model has not been downloaded before"),
-        (errors.OfflineModeIsEnabled, "it is not asked in offline mode (HF_HUB_OFFLINE)"),
-    )
-    for kind, reason in reasons:
-        if isinstance(error, kind):
-            return reason
-    lines = str(error).strip().splitlines()
-    return type(error).__name__ + (f": {lines[0]}" if lines else "")
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return schema.read_json(path)
-    except ValueError as error:
-        raise ValueError(f"model: {error}") from None
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors about what a file says name it."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model: {path}: {error}") from None
 
 
 def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, dict]:
@@ -105,8 +40,8 @@ def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, di
     path = folders.find(folder, CONFIG)
     if path is None:
         raise FileNotFoundError(f"model: expected {CONFIG} in the checkpoint folder {folder}")
-    config = _read_json(path)
-    with _naming(path):
+    config = read_json(path)
+    with naming(path):
         model_type = schema.read({"model_type": schema.choice(FAMILIES)}, config)["model_type"]
         _check_architectures(config, model_type, head)
         return FAMILIES[model_type], config, FAMILIES[model_type].config_from(config)
@@ -124,58 +59,6 @@ def _check_architectures(config: dict, model_type: str, head: str | None) -> Non
             f"architectures: expected the architecture {architecture(model_type, head)}, got {stored}"
             + (f", which fastgpt.{loader} loads" if loader else "")
         )
-
-
-# What generation_config.json says that `generate` can do, and its names there and here.
-GENERATION = {
-    "do_sample": schema.Field(lambda name, value: None if value is None else schema.flag().check(name, value), None),
-    "temperature": schema.number(None, least=0, optional=True),
-    "top_k": schema.integer(0, 2**31 - 1, None, optional=True),
-    "top_p": schema.number(None, least=0, most=1, optional=True),
-    "min_p": schema.number(None, least=0, most=1, optional=True),
-    "repetition_penalty": schema.number(None, **PENALTY, optional=True),
-    "no_repeat_ngram_size": schema.integer(0, 2**31 - 1, None, optional=True),
-    "max_new_tokens": schema.integer(1, 2**31 - 1, None, optional=True),
-    "min_new_tokens": schema.integer(0, 2**31 - 1, None, optional=True),
-} | TOKEN_IDS
-OFF = {"top_k": 0, "top_p": 0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}  # values that stand for none
-
-
-def read_generation_config(folder: Path) -> dict:
-    """Options of `generate`, and max_new_tokens, that a checkpoint's generation_config.json gives; {} where it has none.
-
-    do_sample: true without a temperature is one of 1; without do_sample: true, the temperature is 0 whatever it says, as in
-    transformers. What it says of other ways to generate is not read.
-
-    Raises: ValueError that names the file and the entry.
-    """
-    path = folders.find(folder, GENERATION_CONFIG)
-    if path is None:
-        return {}
-    content = _read_json(path)
-    with _naming(path):
-        stored = schema.read(GENERATION, content)
-    if stored["do_sample"]:
-        stored["temperature"] = 1.0 if stored["temperature"] is None else stored["temperature"]
-    elif stored["do_sample"] is False or stored["temperature"] is not None:
-        stored["temperature"] = 0.0
-    eos = [token for token in stored["eos_token_id"] or () if token >= 0]
-    result = {name: stored[name] for name in GENERATION if name != "do_sample" and name not in TOKEN_IDS} | {"eos": eos or None}
-    return {name: value for name, value in result.items() if value is not None and OFF.get(name) != value}
-
-
-def generation_config(defaults: dict) -> dict:
-    """What `read_generation_config` reads as these."""
-    config = {"eos_token_id" if name == "eos" else name: value for name, value in defaults.items()}
-    if isinstance(eos := config.get("eos_token_id"), (np.ndarray, torch.Tensor)):
-        config["eos_token_id"] = eos.tolist()
-    checked = schema.read(GENERATION, config, "generation_defaults.", closed=True)
-    config = {name: checked[name] for name in config}
-    if config.get("temperature") is not None:
-        config["do_sample"] = config["temperature"] > 0
-        if not config["do_sample"]:
-            del config["temperature"]
-    return config
 
 
 @dataclass(frozen=True)
@@ -219,7 +102,10 @@ class _Stored:
         return all(torch.equal(self.read(rows).to(dtype), other.read(rows).to(dtype)) for rows in self.pieces())
 
 
-def load(folder: Path, build: Callable[[dict, dict], torch.nn.Module], head: str | None = None, *, dtype=None, device=None):
+def load(
+    folder: Path, build: Callable[[dict, dict], torch.nn.Module], head: str | None = None,
+    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+) -> Any:  # fmt: skip
     """The decoder or the head in a checkpoint folder, in evaluation mode.
 
     Names and shapes are compared with the headers of the files before memory is taken.
@@ -251,7 +137,7 @@ def load(folder: Path, build: Callable[[dict, dict], torch.nn.Module], head: str
     fields["num_layers"] = built = min(layers, len(held) + 1)
     if fields.get("windows") is not None:
         fields["windows"] = fields["windows"][:built]
-    with _naming(folder / CONFIG), torch.device("meta"):
+    with naming(folder / CONFIG), torch.device("meta"):
         module = build(fields, config)
     expected = _expected(module, family)
     of_last = sum(f".{built - 1}." in name for name in expected)
@@ -279,8 +165,8 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
         if others == [STATE]:
             found = f", found {STATE}: the training run there has saved no weights yet"
         raise FileNotFoundError(f"model: expected {WEIGHTS} or {INDEX} in the checkpoint folder {folder}{found}")
-    content = _read_json(index)
-    with _naming(index):
+    content = read_json(index)
+    with naming(index):
         shards = schema.read({"weight_map": schema.mapping()}, content)["weight_map"]
         for name, shard in shards.items():
             if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard):
@@ -427,7 +313,7 @@ def _rows(model, name: str, parts: int) -> list[int]:
     return [rows // parts] * parts
 
 
-def contents(model, head: str | None = None, entries: dict | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
+def contents(model: Any, head: str | None = None, entries: dict | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
     """What `write` writes: config.json, and the weights by their names, without copies where they lie so already."""
     name = family_of(model.config, model.checkpoint_config.get("model_type"))
     family = FAMILIES[name]
@@ -449,8 +335,9 @@ def contents(model, head: str | None = None, entries: dict | None = None) -> tup
 
 
 def write(
-    model, folder: str | Path, head: str | None = None, entries: dict | None = None, generation_defaults: dict | None = None
-) -> None:
+    model: Any, folder: str | Path, head: str | None = None, entries: dict | None = None,
+    generation_defaults: dict | None = None,
+) -> None:  # fmt: skip
     """Writes a checkpoint that `load` reads.
 
     head: one of HEADS, if the model is one; entries: of config.json, beyond what its decoder has.
@@ -494,35 +381,3 @@ def json_text(config: dict) -> str:
         return json.dumps(config, indent=2, default=plain, allow_nan=False) + "\n"
     except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{CONFIG}: expected finite numbers, strings, lists and dicts, {error}") from None
-
-
-class replacing:
-    """`with replacing(path) as temporary`: what is written to `temporary` appears at `path` whole, or not at all.
-
-    A file that is replaced keeps its mode; a new one has what the umask leaves, whoever writes it: safetensors makes files that
-    nobody else can read. A link is replaced itself, not what it leads to.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.temporary = path, path.with_name(path.name + ".writing")
-
-    def __enter__(self) -> Path:
-        self.temporary.unlink(missing_ok=True)  # of a process that was killed
-        self.mode = None
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISREG((present := os.lstat(self.path)).st_mode):
-                self.mode = stat.S_IMODE(present.st_mode)
-        mode = 0o666 if self.mode is None else self.mode | stat.S_IWUSR
-        with open(os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            if self.mode is None:
-                self.mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        return self.temporary
-
-    def __exit__(self, exception, *_):
-        try:
-            if exception is None:
-                with contextlib.suppress(OSError):  # some file systems have no modes
-                    self.temporary.chmod(self.mode)
-                os.replace(self.temporary, self.path)
-        finally:
-            self.temporary.unlink(missing_ok=True)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.checkpoints import transformers_format
+from fastgpt.checkpoints import hub, transformers_format
 from fastgpt.checks import require_integer
 from fastgpt.folders import SHIPPED_MODEL
-from fastgpt.generation.generate import Request, defaults_of
+from fastgpt.generation.config import defaults_of
+from fastgpt.generation.request import Request
 from fastgpt.model.decoder import GPT
 from fastgpt.model.inputs import require_room
-from fastgpt.text.tokenizer import IncrementalDetokenizer, Stops, Tokenizer, require_text
+from fastgpt.text.streaming import IncrementalDetokenizer, StopStrings
+from fastgpt.text.tokenizer import Tokenizer, require_text
 
 Messages = Sequence[dict]  # a chat: see Tokenizer.encode_chat
 OWN_EOS = "the checkpoint's"
@@ -39,7 +41,7 @@ def pipeline(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = transformers_format.resolve(path, revision)
+    folder = hub.resolve(path, revision)
     transformers_format.read_config(folder)  # a folder that is no checkpoint is not one that lacks a tokenizer
     tokenizer = Tokenizer.from_folder(folder)
     return Pipeline(GPT.from_pretrained(folder, dtype=dtype, device=device), tokenizer)
@@ -55,7 +57,7 @@ class Pipeline:
             be in it. In a list there may also be ids of tokens.
         template_variables: what the chat template is to know besides the messages, by name: those of `Tokenizer.chat_text`,
             tools say, and further ones of the model, such as `{"enable_thinking": False}`.
-        options: those of `generate` (see `fastgpt.generation.generate.GenerationConfig`). What is given wins, then what the checkpoint's
+        options: those of `generate` (see `fastgpt.generation.config.GenerationConfig`). What is given wins, then what the checkpoint's
             generation_config.json says, then the defaults there. Of eos the default is all tokens that end a text according
             to the checkpoint, those of its tokenizer included; with None, none does.
     """
@@ -63,7 +65,9 @@ class Pipeline:
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
 
-    def __call__(self, prompts: str | Sequence[str], max_new_tokens: int | None = None, **options):
+    def __call__(
+        self, prompts: str | Sequence[str], max_new_tokens: int | None = None, **options
+    ) -> str | list[str] | list[list[str]]:
         """The text that follows on a prompt, without the prompt; or a list of them for a list of prompts. With num_samples > 1
         each text is a list of texts."""
         single = isinstance(prompts, str)
@@ -72,7 +76,7 @@ class Pipeline:
         texts = self._texts([prompts] if single else prompts, max_new_tokens, options)
         return texts[0] if single else texts
 
-    def chat(self, messages: Messages | str, max_new_tokens: int | None = None, **options):
+    def chat(self, messages: Messages | str, max_new_tokens: int | None = None, **options) -> str | list[str]:
         """The answer to messages, each a dict with role and content, or to one of a user; several if num_samples > 1."""
         return self._texts([as_messages(messages)], max_new_tokens, options)[0]
 
@@ -122,8 +126,8 @@ class Pipeline:
             raise ValueError(f"{name}: expected tokens of the model, which has {size}, got {token!r} with id {max(ids)}")
         return ids
 
-    def _text_run(self, prompts, max_new_tokens, options) -> "Run":
-        """Of which only the texts are given."""
+    def _text_run(self, prompts: Sequence, max_new_tokens: int | None, options: dict) -> "Run":
+        """A run of which only the texts are returned."""
         run = self.start(prompts, max_new_tokens, **options)
         if run.options.return_logprobs:
             raise ValueError(
@@ -132,7 +136,7 @@ class Pipeline:
             )
         return run
 
-    def _texts(self, prompts, max_new_tokens, options):
+    def _texts(self, prompts: Sequence, max_new_tokens: int | None, options: dict) -> list:
         run = self._text_run(prompts, max_new_tokens, options)
         texts, n = [row.text for row in run.finish()], run.options.num_samples
         return texts if n == 1 else [texts[begin : begin + n] for begin in range(0, len(texts), n)]
@@ -142,7 +146,7 @@ def as_messages(messages: Messages | str) -> Messages:
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
 
 
-def split_stop(stop, vocab_size: int) -> tuple[list[str], frozenset[int]]:
+def split_stop(stop: str | int | Sequence[str | int], vocab_size: int) -> tuple[list[str], frozenset[int]]:
     """The stop strings, and the ids of tokens to stop at."""
     entries = [stop] if isinstance(stop, str) else stop if isinstance(stop, Sequence) else [None]
     strings = [entry for entry in entries if isinstance(entry, str)]
@@ -169,7 +173,7 @@ class Row:
     """
 
     decoder: IncrementalDetokenizer
-    stops: Stops
+    stops: StopStrings
     stop_ids: frozenset[int] = frozenset()
     special_texts: dict[int, str] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
@@ -210,7 +214,10 @@ class Run:
     times: when the first step began, and when the tokens of each were known, in seconds.
     """
 
-    def __init__(self, model, tokenizer, prompts: list[list[int]], max_new_tokens: int | None, stop, eos, options):
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int | None,
+        stop: str | int | Sequence[str | int], eos: int | Sequence[int] | None, options: dict,
+    ):  # fmt: skip
         stop, stop_ids = split_stop(stop, model.config.vocab_size)
         special_texts = tokenizer.special_texts() if stop else {}
         request = Request.of(model, prompts, max_new_tokens, options | {"eos": eos})
@@ -218,7 +225,7 @@ class Run:
         self.request, self.eos = request, set(self.options.eos)
         samples = self.options.num_samples
         self.rows = [
-            Row(IncrementalDetokenizer(tokenizer, prompt), Stops(stop), stop_ids, special_texts)
+            Row(IncrementalDetokenizer(tokenizer, prompt), StopStrings(stop), stop_ids, special_texts)
             for prompt in prompts
             for _ in range(samples)
         ]

@@ -1,4 +1,4 @@
-"""CpuReplay functions: a decode step that runs again without Python.
+"""Replay of a decode step without Python.
 
 A step of a small model is over before Python and PyTorch's dispatcher have called its hundred operations. So the step's
 operations are recorded once. From then on they run one after the other: on the CPU in C++ (`CpuReplay`), on a GPU as a CUDA
@@ -8,6 +8,7 @@ graph (`CudaGraphReplay`).
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,7 +99,7 @@ class DispatchRecorder(TorchDispatchMode):
         return result
 
 
-def storages(values):
+def storages(values: Any) -> list[tuple[int, torch.Tensor]]:
     """Of each strided tensor in a nested structure: its storage's identity, and the tensor."""
     tensors = (x for x in tree_leaves(values) if isinstance(x, torch.Tensor) and x.layout is torch.strided)
     return [(x.untyped_storage()._cdata, x) for x in tensors]
@@ -176,7 +177,7 @@ class Recording:
         self.resume(model, function, refuses)
         self.step = self.unchanged = self.tables = self.refused = None
 
-    def __call__(self, x: torch.Tensor, tables=None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, tables: Any = None) -> torch.Tensor:
         """function(x, tables). tables: what else it reads, the very objects each time, or it is recorded anew."""
         if self.refused is not None or torch.is_grad_enabled() or is_autocasting(x.device):
             return self.function(x, tables)
@@ -207,7 +208,9 @@ class Recording:
         """Lets go of the model, which what was recorded does not need, until `resume`."""
         self.model = self.function = self.refuses = None
 
-    def resume(self, model, function, refuses=None) -> None:
+    def resume(
+        self, model: torch.nn.Module, function: Callable[..., torch.Tensor], refuses: Callable[[], str | None] | None = None
+    ) -> None:
         """With the arguments that this one was made with, or others that do the same."""
         self.model, self.function = model, function
         self.refuses = functools.partial(modules_refuse, model) if refuses is None else refuses

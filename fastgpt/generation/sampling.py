@@ -9,11 +9,14 @@ on the cache or on the device, as far as rounding of the logits does not move a 
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastgpt.checks import PENALTY, require_device, require_integer, require_number, require_shape, require_tensor
+from fastgpt.generation.history import History, NgramBlocker
+from fastgpt.generation.top_p import masses, threshold_of_sorted, top_p_threshold
 from fastgpt.ops.decode_step import record_token
 
 LARGEST = torch.finfo(torch.float32).max
@@ -23,9 +26,10 @@ Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def checked_rules(
-    *, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0,
-    logit_bias=None, logits_processors=(),
-) -> dict:  # fmt: skip
+    *, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+    repetition_penalty: float = 1.0, no_repeat_ngram_size: int | None = 0, min_new_tokens: int | None = 0,
+    logit_bias: Mapping[int, float] | None = None, logits_processors: Processor | Sequence[Processor] | None = (),
+) -> dict[str, Any]:  # fmt: skip
     """The rules of how a token is chosen as this module wants them: `generate.GenerationConfig` says what they are.
 
     Raises: TypeError, ValueError, naming the rule.
@@ -43,7 +47,7 @@ def checked_rules(
     }
 
 
-def checked_bias(bias) -> dict[int, float]:
+def checked_bias(bias: Mapping[int, float] | None) -> dict[int, float]:
     """A logit_bias: finite in fp32, or -inf."""
     if bias is None:
         return {}
@@ -57,7 +61,7 @@ def checked_bias(bias) -> dict[int, float]:
     return result
 
 
-def checked_processors(processors) -> tuple[Processor, ...]:
+def checked_processors(processors: Processor | Sequence[Processor] | None) -> tuple[Processor, ...]:
     """logits_processors, one or several; a list of them that is callable too, as transformers', is several."""
     several = tuple(processors) if isinstance(processors, Sequence) else () if processors is None else (processors,)
     if not all(map(callable, several)):
@@ -66,9 +70,11 @@ def checked_processors(processors) -> tuple[Processor, ...]:
 
 
 def process(
-    logits, *, seen=None, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+    logits: torch.Tensor,
+    *, seen: torch.Tensor | None = None, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    min_p: float | None = None, repetition_penalty: float = 1.0,
     then: Iterable[Callable[[torch.Tensor], torch.Tensor]] = (),
-):  # fmt: skip
+) -> torch.Tensor:  # fmt: skip
     """Logits (B, V) -> those that tokens are drawn by, fp32; -inf for tokens that are not to be drawn.
 
     Each of these follows on the others: repetition_penalty divides the positive logits of tokens in `seen` (B, V), bool,
@@ -80,8 +86,8 @@ def process(
     logits = logits.float()
     if repetition_penalty != 1:
         logits = logits if mild(repetition_penalty) else logits.double()
-        penalised = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
-        logits = torch.where(seen, penalised, logits)
+        penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+        logits = torch.where(seen, penalized, logits)
     for function in then:
         logits = function(logits)
     if temperature == 0:
@@ -96,7 +102,9 @@ def process(
         likeliest = logits.topk(top_k).values
         least = likeliest[:, -1:]
     if top_p is not None and top_p < 1:
-        least = least_of_nucleus(logits, top_p) if likeliest is None else least_of_sorted(likeliest, masses(likeliest), top_p)
+        least = (
+            top_p_threshold(logits, top_p) if likeliest is None else threshold_of_sorted(likeliest, masses(likeliest), top_p)
+        )
     if min_p is not None and min_p > 0:
         enough = logits.amax(-1, keepdim=True) + math.log(min_p)
         least = enough if least is None else torch.maximum(least, enough)
@@ -108,88 +116,7 @@ def mild(repetition_penalty: float) -> bool:
     return 1e-4 <= repetition_penalty <= 1e4
 
 
-# The nucleus: the fewest of the likeliest tokens whose masses, together, are at least top_p of all.
-
-
-def masses(logits):
-    """What tokens (B, V) weigh against each other: int64, 2^40 for the likeliest. Sums are the same in whatever order; of up
-    to 2^23 tokens they do not overflow."""
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_()
-    return weights.mul_(2.0**40).nan_to_num_(0.0).to(torch.int64)  # NaN: of infinity less itself, too
-
-
-def least_of_nucleus_reference(logits, top_p: float):
-    """The least (B, 1) of the logits (B, V) fp32 of the nucleus, from all of them in order; the largest, if nothing weighs."""
-    values, order = logits.sort(descending=True)
-    return least_of_sorted(values, masses(logits).gather(-1, order), top_p)
-
-
-def least_of_sorted(values, mass, top_p: float):
-    """The same of values (B, V) in descending order and what they weigh."""
-    before = mass.cumsum(-1) - mass  # of all likelier ones
-    kept = before < top_p * mass.sum(-1, keepdim=True).double()
-    return values.gather(-1, kept.sum(-1, keepdim=True).clamp(min=1) - 1)
-
-
-def least_of_nucleus(logits, top_p: float):
-    """As the reference, exactly, without putting the vocabulary in order."""
-    mass = masses(logits)
-    limit = top_p * mass.sum(-1, keepdim=True).double()
-    if logits.is_cpu and not torch._C._len_torch_dispatch_stack():
-        rows = zip(logits.numpy(), mass.numpy(), limit.flatten().tolist())
-        return torch.tensor([[_least_by_bisection(*row)] for row in rows])
-    return _least_by_digits(logits, mass, limit)
-
-
-# Logits so far below the largest weigh nothing; how often the range from there is halved, to where the least is looked for.
-REACH, HALVINGS = 28.0, 8
-
-
-def _least_by_bisection(values: np.ndarray, mass: np.ndarray, limit: float) -> float:
-    """Of one row: only logits near the least are put in order, between two that are found by what those above weigh."""
-    largest = float(values.max())
-    if not limit > 0:  # nothing weighs
-        return largest
-    low, high, rough = largest - REACH, largest + 1, mass.astype(np.float32)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        if np.dot(rough, (values >= middle).astype(np.float32)) >= limit:
-            low = middle
-        else:
-            high = middle
-    above = values >= high
-    likelier = int((mass * above).sum())
-    near = np.flatnonzero((values >= low) & ~above)
-    if not likelier < limit <= likelier + int(mass[near].sum()):  # numbers so large that these are as good as equal
-        near, likelier = np.arange(len(values)), 0
-    values, mass = values[near], mass[near]
-    order = np.argsort(-values)
-    before = likelier + np.cumsum(mass[order]) - mass[order]
-    return float(values[order[np.count_nonzero(before < limit) - 1]])
-
-
-DIGITS = ((21, 11), (10, 11), (0, 10))  # of a 32-bit key: shift and bits, the first first
-
-
-def _least_by_digits(logits, mass, limit):
-    """Of all rows at once, in as many launches whatever the numbers are, and without waiting for them: digit by digit of the
-    logits as integers in the same order, the masses by digit say which one the least of the nucleus has."""
-    bits = (logits + 0.0).view(torch.int32).to(torch.int64)  # + 0: there is a -0
-    keys = torch.where(bits < 0, ~bits, bits + 2**31)  # from 0 to 2^32 - 1
-    key, likelier = torch.zeros_like(limit, dtype=torch.int64), 0
-    for shift, width in DIGITS:
-        digits = keys >> shift & (1 << width) - 1
-        of_digit = mass.new_zeros(len(mass), 1 << width).scatter_add_(1, digits, mass)
-        above = of_digit.sum(-1, keepdim=True) - of_digit.cumsum(-1) + likelier
-        digit = (above >= limit).sum(-1, keepdim=True).clamp(max=(1 << width) - 1)  # above falls as digits grow
-        likelier = above.gather(-1, digit)
-        key += digit << shift
-        mass = torch.where(digits == digit, mass, 0)
-    least = torch.where(key < 2**31, ~key, key - 2**31).to(torch.int32).view(torch.float32)
-    return torch.where(limit > 0, least, logits.amax(-1, keepdim=True))
-
-
-def draw(logits, uniform, largest=None):
+def draw(logits: torch.Tensor, uniform: torch.Tensor, largest: torch.Tensor | None = None) -> torch.Tensor:
     """The token (B,) at uniform (B,) float64, 0 <= uniform < 1, of the distribution that logits (B, V) stand for.
 
     largest: of the logits, (B, 1), if it is known. Where it is not finite, the token is any of the vocabulary.
@@ -202,7 +129,7 @@ def draw(logits, uniform, largest=None):
     return token.clamp_(max=logits.shape[-1] - 1)  # of sums that are no numbers
 
 
-def most_likely(logits):
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
     """argmax (B,) of logits (B, V) on a CPU; where there are NaN, of one of those."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.from_numpy(logits.numpy().argmax(-1))  # 4 µs for 50,000 logits, PyTorch's takes 40 to 160
@@ -242,7 +169,10 @@ class Sampler:
     ended: (B,) bool, or None without eos.
     """
 
-    def __init__(self, prompts, steps: int, vocab_size: int, *, uniforms=None, eos=(), logprobs=False, **rules):
+    def __init__(
+        self, prompts: Sequence[torch.Tensor], steps: int, vocab_size: int,
+        *, uniforms: torch.Tensor | None = None, eos: Sequence[int] = (), logprobs: bool = False, **rules,
+    ):  # fmt: skip
         B, device = len(prompts), prompts[0].device
         self.rules = rules = checked_rules(**rules)
         self.uniforms = None if uniforms is None else uniforms.to(device, copy=True)
@@ -264,7 +194,7 @@ class Sampler:
         if rules["no_repeat_ngram_size"] or rules["logits_processors"]:
             self.history = History(prompts, steps)
         if rules["no_repeat_ngram_size"]:
-            self.repeats = Repeats(self.history, rules["no_repeat_ngram_size"])
+            self.repeats = NgramBlocker(self.history, rules["no_repeat_ngram_size"])
             self.then.append(self.repeats.forbid)
         if rules["min_new_tokens"] and eos:
             self.is_eos = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, self.eos, True)
@@ -276,7 +206,7 @@ class Sampler:
         self.plain = uniforms is None and self.bias is None and self.seen is None and not self.then
         self.begin(prompts)
 
-    def begin(self, prompts, uniforms=None) -> None:
+    def begin(self, prompts: Sequence[torch.Tensor], uniforms: torch.Tensor | None = None) -> None:
         """From the first step, for as many prompts, with other numbers to draw by if they are given; in place, so that a
         captured step sees it. With a history, the longest prompt is as long as it was."""
         if uniforms is not None:
@@ -304,7 +234,7 @@ class Sampler:
             setattr(result, name, None if value is None else value.clone())
         return result
 
-    def __call__(self, logits):
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         scores = logits if self.plain else self.score(logits)
         if self.uniforms is not None:
             largest = scores.amax(-1, keepdim=True)
@@ -328,23 +258,23 @@ class Sampler:
         record_token(token, largest, self.tokens, self.extreme, self.step, self.ended, self.eos)
         return token
 
-    def score(self, logits):
+    def score(self, logits: torch.Tensor) -> torch.Tensor:
         """What tokens are chosen by: the logits after all rules."""
         logits = logits if self.bias is None else logits.float() + self.bias
         return process(logits, seen=self.seen, then=self.then, **self.warpers)
 
-    def forbid_ends(self, logits):
+    def forbid_ends(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.masked_fill(self.is_eos & (self.step < self.rules["min_new_tokens"]), float("-inf"))
 
-    def call_processors(self, logits):
+    def call_processors(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.to(torch.float32, copy=True)  # a processor may write into it
         for rows, tokens in self.history.alike(self.calls):
             logits[rows] = self.processed(tokens, logits[rows])
         self.calls += 1
         return logits
 
-    def processed(self, tokens, logits):
-        """By every processor, of rows with equally many tokens."""
+    def processed(self, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The logits after every processor, of rows with equally many tokens."""
         processors = self.rules["logits_processors"]
         for i, processor in enumerate(processors):
             name = "logits_processors" if len(processors) == 1 else f"logits_processors[{i}]"
@@ -372,68 +302,3 @@ class Sampler:
             f"logits: expected finite ones to choose a token by, got {got} in row {row} at {when}"
             + (f", after {', '.join(after)}" if after else "")
         )
-
-
-class History:
-    """The tokens of each row so far, in place, after `begin`.
-
-    tokens: (B, longest prompt + steps) int64; all rows end in the same column. -1 before a row's first, and to come.
-    """
-
-    def __init__(self, prompts: Sequence[torch.Tensor], steps: int):
-        self.longest = max(map(len, prompts))
-        self.tokens = prompts[0].new_empty(len(prompts), self.longest + steps)
-
-    def begin(self, prompts: Sequence[torch.Tensor]) -> None:
-        self.rows = {}  # by the length of their prompts
-        for row, prompt in enumerate(prompts):
-            self.rows.setdefault(len(prompt), []).append(row)
-        self.tokens.fill_(-1)
-        for row, prompt in zip(self.tokens, prompts):
-            row[self.longest - len(prompt) : self.longest] = prompt
-
-    def append(self, token, step) -> None:
-        """Notes the tokens (B,) of a step (1,)."""
-        self.tokens.index_copy_(1, step + self.longest, token.unsqueeze(1))
-
-    def alike(self, steps: int):
-        """After so many steps: rows whose prompts are equally long and their tokens (rows, T), without padding."""
-        for length, rows in self.rows.items():
-            tokens = self.tokens[:, self.longest - length : self.longest + steps]
-            yield rows, tokens if len(rows) == len(tokens) else tokens[rows]
-
-
-class Repeats:
-    """Forbids tokens that would complete an n-gram which its row has already, after `begin`.
-
-    overlap: (B, columns of the history) int32: of each column, how many tokens right before it are, one by one, those that
-        the row ends with; of more than n - 1, any number from there.
-    """
-
-    def __init__(self, history: History, n: int):
-        self.tokens, self.longest = history.tokens, history.longest
-        self.needed = min(n - 1, self.tokens.shape[1])
-        self.overlap = torch.empty(self.tokens.shape, dtype=torch.int32, device=self.tokens.device)
-
-    def begin(self) -> None:
-        """Of the prompts, which are in the history."""
-        tokens, end = self.tokens, self.longest
-        self.overlap.zero_()
-        alike = torch.ones(len(tokens), end, dtype=torch.bool, device=tokens.device)
-        for back in range(min(self.needed, end - 1)):
-            last = tokens[:, end - 1 - back, None]
-            alike[:, : back + 1] = False  # too few tokens before them
-            alike[:, back + 1 :] &= (tokens[:, : end - 1 - back] == last) & (last >= 0)
-            if not alike.any():
-                break
-            self.overlap[:, :end] += alike
-
-    def append(self, token) -> None:
-        """Rows end with these tokens (B,) now, which are in the history."""
-        longer = (self.overlap[:, :-1] + 1) * (self.tokens[:, :-1] == token.unsqueeze(1))
-        self.overlap[:, 1:].copy_(longer)
-
-    def forbid(self, logits):
-        forbidden = torch.where(self.overlap >= self.needed, self.tokens, -1)
-        limits = torch.where(forbidden >= 0, float("-inf"), float("inf")).to(logits.dtype)
-        return logits.scatter_reduce(1, forbidden.clamp(min=0), limits, "amin")

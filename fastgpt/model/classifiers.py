@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastgpt.checkpoints import transformers_format
+from fastgpt.checkpoints import hub, transformers_format
 from fastgpt.checks import require_integer, require_number
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.decoder import GPT, project
@@ -92,7 +92,7 @@ class Classifier(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype=None, device=None):
         """A checkpoint that transformers' class of this head wrote, in evaluation mode; arguments, errors: those of GPT's."""
-        folder = transformers_format.resolve(path, revision)
+        folder = hub.resolve(path, revision)
 
         def build(fields: dict, stored: dict):
             settings = read(cls.schema, stored)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fastgpt import schema
-from fastgpt.checkpoints.families import DECODER_SCHEMA, MAX_HEAD_DIM
+from fastgpt.checkpoints.families.fields import DECODER_SCHEMA, MAX_HEAD_DIM
 from fastgpt.model.rope import Rope
 
 

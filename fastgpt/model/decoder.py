@@ -17,7 +17,7 @@ from fastgpt import huge_pages
 from fastgpt.cache.base import KVCache
 from fastgpt.cache.create import new_cache
 from fastgpt.cache.uncached import Uncached
-from fastgpt.checkpoints import transformers_format
+from fastgpt.checkpoints import hub, transformers_format
 from fastgpt.checks import is_autocasting, require_flag
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.encoder_states import EncoderKV, require_causal, require_encoder_states, stored_encoder_states, uncached
@@ -494,7 +494,7 @@ class GPT(nn.Module):
             it names the file and the entry of config.json or generation_config.json that is wrong, or the weights that are
             missing, unexpected, misshapen, not finite, or of a dtype that is not supported. TypeError for arguments.
         """
-        folder = transformers_format.resolve(path, revision)
+        folder = hub.resolve(path, revision)
         return transformers_format.load(folder, lambda fields, _: cls(GPTConfig(**fields)), dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -3,17 +3,19 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from fastgpt.checks import require_flag, require_integer, require_path, writing
 from fastgpt.text import vocabularies
+from fastgpt.text.streaming import IncrementalDetokenizer
+from fastgpt.text.tokenizer_files import add_tokens, read_chat_templates, read_eos_ids, read_special_tokens, shown
 from fastgpt.text.vocabularies import find, read_json, read_text
 
-CONTEXT = 16  # tokens of a prompt that decide how the next ones read: with a space before them, say
 # The library's panics are no Exception; these are none either, and are no faults of what it was given.
 PASSED_ON = (KeyboardInterrupt, SystemExit, MemoryError)
 
@@ -82,7 +84,7 @@ class Tokenizer:
         """
         folder = require_path("tokenizer", folder)
         config = read_json(folder, "tokenizer_config.json")
-        older, eos, special_tokens = None, _eos_ids(folder), _special_tokens(folder, config)
+        older, eos, special_tokens = None, read_eos_ids(folder), read_special_tokens(folder, config)
         if (path := find(folder, "tokenizer.json")) is not None:
             backend = cls.load(path).backend
         elif (path := find(folder, "tokenizer.model")) is not None:
@@ -99,7 +101,7 @@ class Tokenizer:
                 read, path = older
                 backend, named = read(path, config)
                 special_tokens = named | special_tokens
-            _add_tokens(backend, folder, config, special_tokens)
+            add_tokens(backend, folder, config, special_tokens)
             if older is not None:
                 vocabularies.add_around(backend, config, special_tokens)
         except (*PASSED_ON, ValueError, OSError):
@@ -109,7 +111,7 @@ class Tokenizer:
         eos = [token for token in eos if token < 2**32 and backend.id_to_token(token) is not None]
         named = backend.token_to_id(special_tokens.get("eos_token", ""))
         eos = list(dict.fromkeys(eos if named is None else [*eos, named]))
-        return cls(backend, special_tokens=special_tokens, eos=eos, chat_template=_chat_templates(folder, config))
+        return cls(backend, special_tokens=special_tokens, eos=eos, chat_template=read_chat_templates(folder, config))
 
     def save(self, path: str | Path) -> None:
         path = require_path("path", path)
@@ -175,7 +177,7 @@ class Tokenizer:
         given = {"tools": tools, "documents": documents}
         for name, value in given.items():
             if value is not None and not _is_list_of(Mapping, value):
-                raise TypeError(f"{name}: expected a list of dicts or None, got {_shown(value)}")
+                raise TypeError(f"{name}: expected a list of dicts or None, got {shown(value)}")
         template = self._template(chat_template, tools)
         given |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         text = template.render(messages, **self.special_tokens | variables | given)
@@ -225,7 +227,7 @@ class Tokenizer:
         """Ids of the special tokens, which `decode` leaves out -> how they are written."""
         return {index: token.content for index, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
-    def decode_stream(self, ids: Iterable[int]):
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields text as ids come, each piece as soon as it is whole characters."""
         stream = IncrementalDetokenizer(self)
         for token in ids:
@@ -235,108 +237,8 @@ class Tokenizer:
             yield piece
 
 
-class IncrementalDetokenizer:
-    """The text of tokens that come one by one, in whole characters.
-
-    Args:
-        prompt: ids before them, whose text is not given but may decide about the text of the first.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
-        self.tokenizer = tokenizer
-        latest = max(len(prompt) - CONTEXT, 0)
-        for begin in range(latest, max(latest - 4, -1), -1):  # not amidst a character
-            if not tokenizer.decode(prompt[begin:]).startswith("\ufffd"):
-                break
-        # What was given last, and then the tokens since: together they read as they do in the whole.
-        self.window = list(prompt[begin:])
-        self._begin_at(len(self.window))
-
-    def _begin_at(self, given: int):
-        self.given, self.given_text = given, self.tokenizer.decode(self.window[:given])
-
-    def push(self, token: int) -> str:
-        """The characters that are whole with this token."""
-        self.window.append(token)
-        text = self.tokenizer.decode(self.window)
-        # The replacement character stands for bytes that may be the beginning of a character.
-        if len(text) <= len(self.given_text) or text.endswith("\ufffd"):
-            return ""
-        piece = text[len(self.given_text) :]
-        del self.window[: self.given]
-        self._begin_at(len(self.window))
-        return piece
-
-    def finish(self) -> str:
-        """What is left: characters that stayed incomplete, as the tokenizer decodes them."""
-        return self.tokenizer.decode(self.window)[len(self.given_text) :]
-
-
-class Stops:
-    """Cuts a text that comes in pieces before the first stop string that is complete in it.
-
-    What may be the beginning of a stop string is held back. The cut is the same whatever the pieces. Special tokens, which are
-    no text, count as part of it where they are a part of a stop string.
-    """
-
-    def __init__(self, stop: Sequence[str] = ()):
-        self.stop, self.found = list(stop), False
-        self.held, self.is_text = "", []  # characters, and whether each is text
-
-    def push(self, piece: str, is_text: bool = True) -> str:
-        """The text that is certain; nothing more once a stop string is `found`. is_text: False for a special token."""
-        if not self.stop or self.found:
-            return piece if is_text and not self.found else ""
-        if not is_text and not any(piece in stop for stop in self.stop):
-            return ""
-        text = self.held + piece
-        self.is_text += [is_text] * len(piece)
-        begins = {stop: text.find(stop) for stop in self.stop if stop in text}
-        if begins:
-            self.found = True
-            first = min(begins, key=lambda stop: (begins[stop] + len(stop), begins[stop]))
-            return self._release(text, begins[first])
-        held = max(
-            (n for stop in self.stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0
-        )
-        return self._release(text, len(text) - held)
-
-    def finish(self) -> str:
-        """What was held back and is no stop string after all."""
-        return "" if self.found else self._release(self.held, len(self.held))
-
-    def _release(self, text: str, end: int) -> str:
-        released = "".join(character for character, is_text in zip(text[:end], self.is_text) if is_text)
-        self.held, self.is_text = text[end:], self.is_text[end:]
-        return released
-
-
-def unescape(text: str, name: str = "text") -> str:
-    r"""What a shell passes on as written: \n, \r, \t, \\, \0, \xNN, \uNNNN, \UNNNNNNNN become the characters they stand for.
-
-    A backslash before anything else stays. For options such as --stop, each of whose values goes through it.
-
-    Args:
-        name: of the option, for errors.
-
-    Raises: ValueError for what is no character.
-    """
-
-    def character(escape: re.Match) -> str:
-        code = escape[1]
-        return ESCAPES[code] if code in ESCAPES else chr(int(code[1:], 16))
-
-    try:
-        result = re.sub(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[nrt0\\])", character, text)
-        return result.encode("utf-16", "surrogatepass").decode("utf-16")  # \uD83D\uDE00 is one character
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{name}: expected escapes of characters, got {text!r}") from error
-
-
-ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", "\\": "\\"}
-
-
-def require_text(value, name: str = "text") -> None:
+def require_text(value: Any, name: str = "text") -> None:
+    """Raises TypeError for what is no str; ValueError for a lone surrogate, which UTF-8 cannot encode."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
     try:
@@ -368,110 +270,3 @@ def _require_safe(content: str) -> None:
 
 def _is_list_of(kind: type, value) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(entry, kind) for entry in value)
-
-
-def _shown(value) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 200 else shown[:200] + " ..."
-
-
-# What a folder says besides
-
-TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
-
-
-def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
-    """Names of special tokens -> what they are."""
-    result = {}
-    for source in (read_json(folder, "special_tokens_map.json"), config):
-        for name, token in source.items():
-            token = token.get("content") if isinstance(token, dict) else token
-            if name.endswith("_token") and isinstance(token, str):
-                result[name] = token
-    return result
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_tokens: dict[str, str]) -> None:
-    """Adds the tokens that the vocabulary lacks, and makes those special that are named so."""
-    special = list(special_tokens.values())
-    for source in (read_json(folder, "special_tokens_map.json"), config):
-        for name in ("additional_special_tokens", "extra_special_tokens"):
-            listed = source.get(name)
-            listed = listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else []
-            special += [token["content"] if isinstance(token, dict) and "content" in token else token for token in listed]
-    special = [token for token in dict.fromkeys(token for token in special if isinstance(token, str)) if token]
-
-    declared = {}  # id -> token, in files of which the last goes before the others
-    path = folder / "added_tokens.json"
-    for content, index in read_json(folder, path.name).items():
-        declared[_added_id(path, index)] = tokenizers.AddedToken(
-            content, special=content in special, normalized=content not in special
-        )
-    path = folder / "tokenizer_config.json"
-    entries = config.get("added_tokens_decoder") or {}
-    for index, entry in entries.items() if isinstance(entries, dict) else [(None, entries)]:
-        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not index:
-            raise ValueError(
-                f"tokenizer: {path} is damaged: added_tokens_decoder: expected ids with a dict that has a content each, "
-                f"got {_shown({index: entry})}"
-            )
-        flags = {flag: entry[flag] is True for flag in TOKEN_FLAGS if flag in entry}
-        declared[_added_id(path, index)] = tokenizers.AddedToken(entry["content"], **flags)
-
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    lacking = {index: token for index, token in sorted(declared.items()) if token.content and token.content not in added}
-    new = [index for index, token in lacking.items() if backend.token_to_id(token.content) is None]
-    backend.add_tokens(list(lacking.values()))
-    for index in new:
-        if (got := backend.token_to_id(lacking[index].content)) != index:
-            raise ValueError(
-                f"tokenizer: {folder}: expected added tokens that follow on the vocabulary, {lacking[index].content!r} has the "
-                f"id {index} instead of {got}"
-            )
-    added |= {token.content for token in lacking.values()}
-    known = [token for token in special if token not in added and backend.token_to_id(token) is not None]
-    backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in known])
-
-
-def _added_id(path: Path, index) -> int:
-    try:
-        return require_integer("id", int(index) if isinstance(index, str) else index, 0, 2**31)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"tokenizer: {path} is damaged: an added token: {error}") from error
-
-
-def _chat_templates(folder: Path, config: dict) -> str | dict[str, str] | None:
-    """The one template, or several by name."""
-    path = folder / "tokenizer_config.json"
-    stored = config.get("chat_template")
-    if isinstance(stored, list):  # several, by name
-        if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in stored):
-            raise ValueError(f"tokenizer: {path} is damaged: chat_template: expected dicts with name and template")
-        stored = [(entry["name"], entry["template"]) for entry in stored]
-    elif isinstance(stored, dict):
-        stored = list(stored.items())
-    else:
-        stored = [("default", stored)] if stored is not None else []
-    if not all(isinstance(part, str) for entry in stored for part in entry):
-        raise ValueError(f"tokenizer: {path} is damaged: chat_template: expected texts, by name, got {_shown(stored)}")
-    templates = dict(stored)
-    if (path := find(folder, "chat_template.jinja")) is not None:
-        templates["default"] = read_text(path)
-    for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        if find(folder, path.relative_to(folder)) is not None:
-            templates[path.stem] = read_text(path)
-    return templates.get("default") if templates.keys() <= {"default"} else templates
-
-
-def _eos_ids(folder: Path) -> list[int]:
-    """The tokens that end a text, whether the vocabulary has them or not."""
-    generation = read_json(folder, "generation_config.json")
-    path, config = folder / "generation_config.json", generation
-    if "eos_token_id" not in generation:
-        path = folder / "config.json"
-        config = read_json(folder, path.name)
-    stored = config.get("eos_token_id")
-    ids = stored if isinstance(stored, list) else [] if stored is None else [stored]
-    if not all(type(token) is int for token in ids):
-        raise ValueError(f"tokenizer: {path} is damaged: eos_token_id: expected ids, got {_shown(stored)}")
-    return [token for token in ids if token >= 0]

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.checks import require_integer
+from fastgpt.model.decoder import GPT
 from fastgpt.model.fusion import evaluating, others
 from fastgpt.training.processes import Processes
 
@@ -19,7 +20,7 @@ def split(tokens: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tenso
 
 @torch.inference_mode()
 def evaluate(
-    model, tokens: torch.Tensor, max_windows: int | None = None, cache_dtype: torch.dtype | None = None,
+    model: GPT, tokens: torch.Tensor, max_windows: int | None = None, cache_dtype: torch.dtype | None = None,
     *, context: int | None = None, processes: Processes = Processes(),
 ) -> float:  # fmt: skip
     """Mean loss of predicting each of `tokens` (N,) but the first, in nats per token.

@@ -8,14 +8,16 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 PARALLEL = ("ddp", "fsdp")
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Processes:
         """Whether this is the one that prints and writes."""
         return self.rank == 0
 
-    def spread(self, model, device: torch.device) -> Callable:
+    def spread(self, model: torch.nn.Module, device: torch.device) -> Callable:
         """Moves a model, the same in all processes, to its devices; returns what to call for outputs with gradients.
 
         The model is changed in place. Sharded, it takes calls of itself and in all processes at once only.
@@ -51,7 +53,7 @@ class Processes:
             fully_shard(module, mesh=mesh)
         return model
 
-    def accumulating(self, call: Callable):
+    def accumulating(self, call: Callable) -> AbstractContextManager:
         """Within it, gradients of `call`, from `spread`, need not be summed yet. Those that are sharded always are."""
         return call.no_sync() if self.parallel == "ddp" else nullcontext()
 
@@ -70,7 +72,7 @@ class Processes:
         return int(self.sum(torch.tensor(number if self.first else 0)))
 
     @contextmanager
-    def interruptible(self):
+    def interruptible(self) -> Iterator[Callable[[], bool]]:
         """Yields a function, to be called by all at once: whether Ctrl-C or SIGTERM has come to any process.
 
         Within it, the first of them does nothing else; another one interrupts as usual.
@@ -92,7 +94,7 @@ class Processes:
         finally:
             restore()
 
-    def gathered(self, state):
+    def gathered(self, state: Any) -> Any:
         """Nested dicts and lists with all their tensors whole, on the first process; on others with None for sharded ones."""
         if isinstance(state, dict):
             return {key: self.gathered(value) for key, value in state.items()}
@@ -112,7 +114,7 @@ class Processes:
         return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def skeleton(model):
+def skeleton(model: Model) -> Model:
     """A copy of a model without memory for weights, to which they can be assigned."""
     hollow = {id(weight): torch.nn.Parameter(weight.detach().to("meta")) for weight in model.parameters()}
     return copy.deepcopy(model, hollow)

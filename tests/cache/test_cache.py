@@ -4,10 +4,9 @@ import pytest
 import torch
 from models import random_ids, random_model, reference_operations
 
-from fastgpt import GPT, OutOfPages, PagedCache, generate
+from fastgpt import GPT, SHIPPED_MODEL, OutOfPages, PagedCache, generate
 from fastgpt.cache.create import CACHE_KINDS
 from fastgpt.cache.uncached import Uncached
-from fastgpt.cli import SHIPPED_MODEL
 from fastgpt.testing import numerics
 
 DTYPES = [None, torch.int8, torch.float8_e4m3fn]

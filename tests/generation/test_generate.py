@@ -1,4 +1,4 @@
-"""Generation: the tokens of transformers, whatever the cache and the batch; ends, samples, log-probabilities, pieces."""
+"""Generation: the tokens of transformers, whatever the cache and the batch; streams, ends, chunks of prompts, defaults, bad arguments."""
 
 import itertools
 import time
@@ -6,15 +6,14 @@ import time
 import numpy as np
 import pytest
 import torch
-import transformers
+from generation_cases import cut, generated_by_transformers, prompts_of
 from models import random_ids, random_model
-from tape import graphs_on_cpu
-from transformers.generation import logits_process
 
-from fastgpt import GPT, generate
-from fastgpt.cli import SHIPPED_MODEL
-from fastgpt.generation import generate as generation
-from fastgpt.generation.generate import GenerationConfig, Request, stream
+from fastgpt import GPT, SHIPPED_MODEL, generate
+from fastgpt.generation import request
+from fastgpt.generation.config import GenerationConfig
+from fastgpt.generation.generate import stream
+from fastgpt.generation.request import Request
 from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
 
@@ -106,31 +105,6 @@ def test_the_context_can_be_filled():
     assert generate(model, random_ids(model, 1, 4), 12).shape == (1, 16)
 
 
-# As transformers
-
-
-@pytest.fixture(scope="module")
-def twins(tmp_path_factory):
-    """A model, and transformers' own of the same weights."""
-    folder = tmp_path_factory.mktemp("model")
-    model = random_model(layers=3, context=128)
-    model.save_pretrained(folder)
-    return model, transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
-
-
-def prompts_of(*lengths):
-    return [random_ids(random_model(), 1, length, seed=length)[0].tolist() for length in lengths]
-
-
-def generated_by_transformers(model, prompts, new, **options):
-    """New tokens of each prompt; the batch is padded on the left."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
-    return model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)[:, longest:]
-
-
 @pytest.mark.parametrize("rules", [{}, {"repetition_penalty": 1.3}, {"repetition_penalty": 0.9}], ids=str)
 @pytest.mark.parametrize("lengths", [[12], [30, 1, 7, 19]], ids=str)
 def test_greedy_tokens_are_those_of_transformers(twins, lengths, rules):
@@ -151,23 +125,6 @@ def test_ends_are_those_of_transformers(twins):
     eos = [free[0, 11].item(), free[1, 4].item()]
     expected = generated_by_transformers(theirs, ids.tolist(), 40, eos_token_id=eos, pad_token_id=eos[0])
     assert torch.equal(generate(ours, ids, 40, eos=eos)[:, 9:], expected)
-
-
-# Ends
-
-
-@pytest.fixture(scope="module")
-def ending():
-    """A model, prompts of different lengths, what follows on them without an end, and a token that ends only some of them."""
-    model = random_model()
-    prompts = prompts_of(3, 9, 5, 2)
-    free = [row[len(prompt) :].tolist() for prompt, row in zip(prompts, generate(model, prompts, 30))]
-    eos = next(token for token in free[0] if 0 < sum(token in row for row in free) < 4 and free[0].index(token) > 2)
-    return model, prompts, free, eos
-
-
-def cut(row, eos):
-    return row[: row.index(eos) + 1] if eos in row else row
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache": "paged", "page_size": 4}], ids=str)
@@ -199,7 +156,7 @@ def test_ends_that_are_seen_late_change_nothing_but_the_stream(ending, monkeypat
     rows, steps = generate(model, alone, 30, eos=eos), list(stream(model, alone, 30, eos=eos))
     ids = torch.tensor([prompt[-2:] for prompt in alone])
     table = generate(model, ids, 30, eos=eos)
-    monkeypatch.setitem(generation.EOS_POLL_INTERVAL, "cpu", 16)
+    monkeypatch.setitem(request.EOS_POLL_INTERVAL, "cpu", 16)
     assert all(map(torch.equal, generate(model, alone, 30, eos=eos), rows))
     assert torch.equal(generate(model, ids, 30, eos=eos), table)
     late = list(stream(model, alone, 30, eos=eos))
@@ -217,278 +174,6 @@ def test_a_tensor_is_padded_with_eos_and_no_wider_than_its_longest_row():
     assert torch.equal(result[:, :5], ids) and result.shape == (3, 5 + max(lengths))
     for row, new, length in zip(result[:, 5:].tolist(), free, lengths):
         assert row == new[:length] + [eos[0]] * (max(lengths) - length)
-
-
-# What cannot be chosen from
-
-WRONG = {"nan": float("nan"), "inf": float("inf"), "inf, or -inf for every token": float("-inf")}
-WAYS = [
-    {},
-    {"use_cache": False},
-    {"temperature": 1.0, "seed": 1},
-    {"temperature": 1.0, "seed": 1, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2},
-    {"no_repeat_ngram_size": 2, "min_new_tokens": 3, "logit_bias": {3: 1.0}},
-    {"logits_processors": lambda tokens, logits: logits, "num_samples": 2},
-]
-
-
-def wrong_from(model, monkeypatch, step, row, value):
-    """Lets the logits of a row be `value`, one of them or for -inf all, at a step; counted through both ways of a decoder."""
-    capped, calls = model.softcap_logits, []
-
-    def logits(scores):
-        result = capped(scores).clone()
-        if len(calls) == step:
-            result[row, slice(None) if value == float("-inf") else 5] = value
-        calls.append(1)
-        return result
-
-    monkeypatch.setattr(model, "softcap_logits", logits)
-
-
-@pytest.mark.parametrize("got", WRONG)
-@pytest.mark.parametrize("options", WAYS, ids=" ".join)
-def test_logits_that_are_not_finite_are_an_error(options, got, monkeypatch):
-    """With the row and the step; no token that comes of them is seen before."""
-    for step, row in ((0, 0), (4, 1)):
-        model = random_model()
-        prompts = prompts_of(5, 9)
-        wrong_from(model, monkeypatch, step, row, WRONG[got])
-        row *= options.get("num_samples", 1) if step == 0 else 1  # rows of the prefill are prompts
-        tokens = stream(model, prompts, 12, **options)
-        for _ in range(step):
-            assert (next(tokens) >= 0).all()
-        with pytest.raises(ValueError, match=rf"logits: expected finite ones .*, got {got}.* in row {row} at step {step}"):
-            next(tokens)
-
-
-def test_logits_of_rows_that_have_ended_may_be_anything(ending, monkeypatch):
-    model, prompts, free, eos = ending
-    row = next(row for row, new in enumerate(free) if eos in new)
-    expected = generate(model, prompts, 30, eos=eos)
-    wrong_from(model, monkeypatch, free[row].index(eos) + 1, row, float("nan"))
-    assert all(map(torch.equal, generate(model, prompts, 30, eos=eos), expected))
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}], ids=str)
-def test_they_are_seen_late_on_a_gpu(options, monkeypatch):
-    """When one looks, and at the end; until then tokens are of the vocabulary."""
-    model = random_model()
-    prompts = prompts_of(5, 9)
-    monkeypatch.setitem(generation.EOS_POLL_INTERVAL, "cpu", 16)
-    for new, at, seen in ((40, 1, 15), (40, 16, 31), (9, 8, 8)):
-        with monkeypatch.context() as patch:
-            wrong_from(model, patch, at, 1, float("nan"))
-            tokens = stream(model, prompts, new, **options)
-            steps = torch.stack([next(tokens) for _ in range(seen)])
-            assert ((0 <= steps) & (steps < 65)).all()
-            with pytest.raises(ValueError, match=f"logits: .*, got nan in row 1 at one of steps {at - at % 16} to {seen}"):
-                next(tokens)
-
-
-def test_when_every_token_is_forbidden_the_error_says_by_what():
-    model = random_model()
-    with pytest.raises(ValueError, match="-inf for every token, in row 0 at step 0, after logit_bias"):
-        generate(model, random_ids(model, 1, 5), 5, logit_bias={token: float("-inf") for token in range(65)})
-    with pytest.raises(ValueError, match="-inf for every token, in row 0 at step 61, after no_repeat_ngram_size"):
-        generate(model, [[1, 2, 1, 3, 4]], 70, no_repeat_ngram_size=1)
-    with pytest.raises(ValueError, match="got nan in row 0 at step 2, after logits_processors"):
-        generate(model, [[1, 2]], 5, logits_processors=lambda tokens, logits: logits / (tokens.shape[1] != 4) * 0)
-
-
-def test_a_model_of_nan_weights():
-    model = random_model()
-    with torch.no_grad():
-        model.norm.weight.fill_(float("nan"))
-    for options in WAYS:
-        with pytest.raises(ValueError, match="logits: expected finite ones to choose a token by, got nan in row 0 at step 0"):
-            generate(model, [[1, 2]], 3, **options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": 1e-38}, {"temperature": 2**64}, {"repetition_penalty": 1e30}, {"repetition_penalty": 1e-30},
-        {"top_p": 1e-45},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_extreme_options_give_tokens(options):
-    model = random_model()
-    ids = random_ids(model, 2, 5)
-    tokens = generate(model, ids, 20, **{"temperature": 1.0, "seed": 3} | options)
-    assert ((0 <= tokens) & (tokens < 65)).all()
-    if options.get("temperature") == 1e-38:
-        assert torch.equal(tokens, generate(model, ids, 20))
-
-
-# Rules
-
-RULES = [
-    {"min_new_tokens": 9},
-    {"logit_bias": {3: 4.0, 8: -2.5, 11: float("-inf")}},
-    {"no_repeat_ngram_size": 1},
-    {"no_repeat_ngram_size": 2},
-    {"no_repeat_ngram_size": 3, "repetition_penalty": 0.7},
-    {"no_repeat_ngram_size": 4, "repetition_penalty": 0.7, "min_new_tokens": 5, "logit_bias": {5: 1.5}},
-]
-
-
-@pytest.mark.parametrize("rules", RULES, ids=str)
-def test_rules_are_those_of_transformers(twins, rules):
-    """Alone, where they pad nothing: a batch is what each prompt is alone."""
-    ours, theirs = twins
-    prompts = [[7, 7, 7, 7], *prompts_of(30, 1, 12)]
-    eos = generate(ours, prompts[1:2], 5)[0][32].item()
-    bias = rules.get("logit_bias")
-    given = rules | ({"sequence_bias": {(token,): value for token, value in bias.items()}} if bias else {})
-    given.pop("logit_bias", None)
-    expected = [generated_by_transformers(theirs, [prompt], 34, eos_token_id=eos, **given)[0].tolist() for prompt in prompts]
-    for options in ({}, {"use_cache": False}, {"cache": "paged", "page_size": 4}, {"cache": "sliding", "window": 128}):
-        actual = generate(ours, prompts, 34, eos=eos, **rules, **options)
-        for row, prompt, new in zip(actual, prompts, expected, strict=True):
-            assert row.tolist() == prompt + new
-
-
-@pytest.mark.parametrize("bias", [{3: 40}, {np.int64(3): np.float16(40)}, {3: 40, 4: -(10**30)}, {3: 10**38}])
-def test_numbers_of_every_kind_are_biases(bias):
-    model = random_model()
-    assert generate(model, [[1, 2]], 4, logit_bias=bias)[0].tolist() == [1, 2, 3, 3, 3, 3]
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 40, 2**64])
-def test_no_ngram_is_there_twice(n):
-    """Of tokens of an alphabet that is small beside them, also with what prompts have already."""
-    model = random_model(vocabulary=65, seed=3)
-    prompts = [[1, 2, 1, 2, 1], [4] * 9, [5]]
-    biased = {"logit_bias": dict.fromkeys(range(12), 40.0)}
-    rows = generate(model, prompts, 50, no_repeat_ngram_size=n, repetition_penalty=0.5, **biased)
-    free = generate(model, prompts, 50, repetition_penalty=0.5, **biased)
-    for row, prompt, other in zip(rows, prompts, free):
-        grams = [tuple(row[i : i + n].tolist()) for i in range(len(row) - n + 1)]
-        assert all(gram not in grams[:i] for i, gram in enumerate(grams) if i + n > len(prompt))
-        assert n < 2**64 or torch.equal(row, other)
-
-
-def test_rules_in_a_graph_and_in_every_batch():
-    model = random_model()
-    prompts = prompts_of(5, 14, 9, 14)
-    options = {"no_repeat_ngram_size": 2, "min_new_tokens": 6, "logit_bias": {9: 1.0}, "eos": list(range(20)), "cache": "paged"}
-    for sampling in ({}, {"temperature": 1.0, "seed": 4, "num_samples": 2}):
-        rows = generate(model, prompts, 40, **options, **sampling)
-        alone = [row for prompt in prompts for row in generate(model, [prompt], 40, **options, **sampling)]
-        assert all(map(torch.equal, rows, alone))
-        assert min(map(len, rows)) - 5 >= 6 and len({len(row) for row in rows}) > 1
-        with graphs_on_cpu() as graphs:
-            again = generate(model, prompts, 40, **options, **sampling)
-        assert len(graphs) == 1 and all(map(torch.equal, again, rows))
-
-
-# Processors
-
-
-def test_processors_are_given_the_tokens_of_each_row():
-    """Without padding, rows of one length together, beside their own logits; and what they return is what counts."""
-    model = random_model()
-    prompts, given = prompts_of(5, 3, 5, 8), []
-
-    def watches(tokens, logits):
-        assert tokens.dtype == torch.int64 and logits.dtype == torch.float32 and logits.shape == (len(tokens), 65)
-        given.append((tokens.clone(), logits.clone()))
-        return logits
-
-    for options in ({}, {"use_cache": False}, {"cache": "paged", "page_size": 4}):
-        given.clear()
-        rows = generate(model, prompts, 6, logits_processors=watches, **options)
-        assert all(map(torch.equal, rows, generate(model, prompts, 6)))
-        for step in range(6):
-            calls = given[3 * step : 3 * step + 3]
-            for (tokens, logits), group in zip(calls, ([0, 2], [1], [3]), strict=True):
-                assert tokens.tolist() == [rows[row][: len(prompts[row]) + step].tolist() for row in group]
-                assert logits.argmax(-1).tolist() == [rows[row][len(prompts[row]) + step].item() for row in group]
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": [1, 2, 3], "num_samples": 2, "top_k": 9}], ids=str)
-def test_a_batch_with_processors_is_what_each_prompt_is_alone(options):
-    model = random_model()
-    prompts = prompts_of(5, 3, 9)
-
-    def even_after_odd(tokens, logits):
-        logits[:, 0::2] += torch.where(tokens[:, -1:] % 2 == 1, 3.0, tokens.sum(1, keepdim=True) % 3)
-        return logits
-
-    rows = generate(model, prompts, 20, logits_processors=even_after_odd, **options)
-    seeds = options.get("seed", [None] * 3)
-    alone = [
-        row
-        for prompt, seed in zip(prompts, seeds)
-        for row in generate(model, [prompt], 20, logits_processors=[even_after_odd], **options | {"seed": seed})
-    ]
-    assert all(map(torch.equal, rows, alone))
-    steps = torch.stack(list(stream(model, prompts, 20, logits_processors=even_after_odd, **options)), dim=1)
-    assert [row[-20:].tolist() for row in rows] == steps.tolist()
-    with graphs_on_cpu() as graphs:  # the logits in a graph, the processor in Python
-        again = generate(model, prompts, 20, logits_processors=even_after_odd, **options)
-    assert len(graphs) == 1 and all(map(torch.equal, again, rows))
-
-
-def test_processors_of_transformers(twins):
-    """As they are, several in their order, among rules of the same kind; and log-probabilities are still the model's."""
-    ours, theirs = twins
-    ids = random_ids(ours, 2, 9)
-
-    def processors():
-        return transformers.LogitsProcessorList(
-            [
-                logits_process.RepetitionPenaltyLogitsProcessor(1.4),
-                logits_process.NoRepeatNGramLogitsProcessor(2),
-                logits_process.SuppressTokensLogitsProcessor([3, 4, 5]),
-                logits_process.InfNanRemoveLogitsProcessor(),
-            ]
-        )
-
-    expected = theirs.generate(
-        ids, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0, logits_processor=processors()
-    )
-    tokens, logprobs = generate(ours, ids, 30, logits_processors=processors(), return_logprobs=True)
-    assert torch.equal(tokens, expected)
-    rules = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "logit_bias": dict.fromkeys((3, 4, 5), float("-inf"))}
-    same, same_logprobs = generate(ours, ids, 30, return_logprobs=True, **rules)
-    assert torch.equal(tokens, same) and torch.equal(logprobs, same_logprobs)
-
-
-def test_processors_go_before_temperature_and_after_the_other_rules():
-    model, given = random_model(), []
-    bias = {3: 1.0}
-    prompt = prompts_of(5)
-    generate(model,
-        prompt, 1, logits_processors=[lambda t, x: given.append(x.clone()) or x * 2, lambda t, x: given.append(x) or x.half()],
-        logit_bias=bias, repetition_penalty=2.0, temperature=0.5, seed=1,
-    )  # fmt: skip
-    with torch.no_grad():
-        logits = model(torch.tensor(prompt))[:, -1]
-    logits[:, 3] += 1.0
-    seen = logits[:, prompt[0]]
-    logits[:, prompt[0]] = torch.where(seen < 0, seen * 2, seen / 2)
-    assert torch.equal(given[0], logits) and torch.equal(given[1], 2 * given[0])
-
-
-def test_what_a_processor_returns_is_checked():
-    model = random_model()
-    for result, error, message in (
-        (None, TypeError, "logits_processors: expected a torch.Tensor, got NoneType"),
-        (torch.zeros(1, 64), ValueError, r"logits_processors: expected shape \(1, 65\) .*, got \(1, 64\)"),
-        (torch.zeros(65), ValueError, r"logits_processors: expected shape \(1, 65\) .*, got \(65,\)"),
-        (torch.zeros(1, 65, dtype=torch.int64), TypeError, "logits_processors: expected floating-point logits .* torch.int64"),
-        (torch.zeros(1, 65, device="meta"), ValueError, "logits_processors: expected device cpu, got meta"),
-    ):
-        with pytest.raises(error, match=message):
-            generate(model, [[1]], 3, logits_processors=lambda tokens, logits: result)
-    with pytest.raises(TypeError, match=r"logits_processors\[1\]: expected a torch.Tensor, got NoneType"):
-        generate(model, [[1]], 3, logits_processors=[lambda tokens, logits: logits, lambda tokens, logits: None])
-
-
-# Defaults
 
 
 def test_what_is_given_wins_over_the_checkpoints_defaults_and_those_over_our_own(ending):
@@ -518,95 +203,6 @@ def test_by_default_generation_ends_where_the_context_does():
     with pytest.raises(ValueError, match=r"max_new_tokens: expected at most 2, .* context of 500 tokens, got 498 \+ 3"):
         generate(model, [[1] * 498], 3)
 
-
-# Seeds
-
-SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
-
-
-@pytest.mark.parametrize(
-    "options", [{"use_cache": False}, {"cache": "paged", "page_size": 4}, {"cache": "sliding", "window": 96}], ids=str
-)
-def test_the_same_seed_gives_the_same_tokens_without_cache_and_in_any_cache(options):
-    model = random_model()
-    prompts = prompts_of(5, 11)
-    expected = generate(model, prompts, 40, seed=7, **SAMPLED)
-    assert all(map(torch.equal, generate(model, prompts, 40, seed=7, **SAMPLED, **options), expected))
-    assert not any(map(torch.equal, generate(model, prompts, 40, seed=8, **SAMPLED, **options), expected))
-
-
-def test_the_same_seed_gives_the_same_tokens_in_every_batch_and_row():
-    model = random_model()
-    prompts = prompts_of(5, 11, 3, 1)
-    alone = [generate(model, [prompt], 30, seed=seed, **SAMPLED)[0] for prompt, seed in zip(prompts, (7, 7, 8, 9))]
-    assert all(map(torch.equal, generate(model, prompts, 30, seed=[7, 7, 8, 9], **SAMPLED), alone))
-    assert all(map(torch.equal, generate(model, prompts[::-1], 30, seed=(9, 8, 7, 7), **SAMPLED), alone[::-1]))
-    assert all(map(torch.equal, generate(model, prompts[:2], 30, seed=7, **SAMPLED), alone[:2]))
-    longer = generate(model, prompts, 50, seed=[7, 7, 8, 9], num_samples=2, **SAMPLED)
-    assert all(torch.equal(row[: len(short)], short) for row, short in zip(longer[::2], alone))
-    assert not any(torch.equal(row[: len(short)], short) for row, short in zip(longer[1::2], alone))
-
-
-def test_without_a_seed_every_row_and_every_call_is_another():
-    model = random_model()
-    prompt = prompts_of(5)
-    rows = [*generate(model, prompt * 3, 40, temperature=1.0), *generate(model, prompt, 40, temperature=1.0, num_samples=2)]
-    assert len({tuple(row.tolist()) for row in rows}) == 5
-
-
-def test_without_a_seed_that_of_pytorch_counts():
-    model, prompts, rows = random_model(), prompts_of(5), []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        rows.append(generate(model, prompts, 20, temperature=1.0)[0])
-    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
-
-
-# Log-probabilities
-
-
-@pytest.mark.slow
-@torch.no_grad()
-@pytest.mark.parametrize("options", [{}, SAMPLED | {"seed": 3}, SAMPLED | {"seed": 3, "use_cache": False}], ids=str)
-def test_logprobs_are_those_of_the_model(options):
-    """Before penalty, temperature and all else: the tokens are scored again in one pass."""
-    model = random_model()
-    prompts = prompts_of(5, 12)
-    rows, logprobs = generate(model, prompts, 20, num_samples=2, return_logprobs=True, **options)
-
-    def scored(model, prompt, row):
-        return model(row[None])[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, row[len(prompt) :, None])[:, 0]
-
-    for prompt, row, actual in zip([prompts[0]] * 2 + [prompts[1]] * 2, rows, logprobs, strict=True):
-        numerics.check(actual, lambda: scored(model.double(), prompt, row))
-        assert actual.dtype == torch.float32
-
-
-def test_logprobs_end_with_their_rows(ending):
-    model, prompts, free, eos = ending
-    options = {"eos": eos, "return_logprobs": True}
-    rows, logprobs = generate(model, prompts, 30, **options)
-    assert [len(row) for row in logprobs] == [len(cut(new, eos)) for new in free]
-    longest = max(map(len, logprobs))
-    ids = torch.tensor([prompt[-2:] for prompt in prompts])
-    tokens, table = generate(model, ids, 30, **options)
-    assert table.shape == (4, tokens.shape[1] - 2)
-    for row, new in zip(table, tokens[:, 2:].tolist()):
-        assert (row[: len(cut(new, eos))] < 0).all() and (row[len(cut(new, eos)) :] == 0).all()
-    steps = list(stream(model, prompts, 30, **options))
-    assert len(steps) == longest and all(torch.equal(steps[0][1][i], row[0]) for i, row in enumerate(logprobs))
-
-
-def test_no_tokens_and_their_logprobs():
-    model = random_model()
-    ids = random_ids(model, 2, 4)
-    tokens, logprobs = generate(model, ids, 0, return_logprobs=True)
-    assert torch.equal(tokens, ids) and logprobs.shape == (2, 0)
-    rows, logprobs = generate(model, ids.tolist(), 0, return_logprobs=True)
-    assert [len(row) for row in (*rows, *logprobs)] == [4, 4, 0, 0]
-
-
-# Prefill
 
 CACHES = [{}, {"cache": "sliding", "window": 9}, {"cache": "paged", "page_size": 4}, {"cache_dtype": torch.int8}]
 
@@ -647,8 +243,6 @@ def test_only_the_last_positions_logits_are_computed(options, monkeypatch):
     generate(model, prompts_of(30, 11), 1, **options)
     assert rows == [2]
 
-
-# Errors
 
 BAD = [
     ({"ids": "ROMEO"}, TypeError, "ids: expected a torch.Tensor or a list of prompts, got str"),
@@ -698,6 +292,7 @@ BAD = [
     ({"logits_processors": "abc"}, TypeError, "logits_processors: expected a callable or a list of them, got 'abc'"),
     ({"logits_processors": [3]}, TypeError, r"logits_processors: expected a callable or a list of them, got \[3\]"),
 ]
+
 NUMBERS = {
     "temperature": (-0.1, 1e400),
     "top_p": (0.0, 1.5),
@@ -712,6 +307,7 @@ NUMBERS = {
     "num_samples": (0,),
     "prefill_chunk": (0,),
 }
+
 INTEGERS = set(NUMBERS) - {"temperature", "top_p", "min_p", "repetition_penalty"}
 
 

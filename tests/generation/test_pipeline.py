@@ -10,7 +10,7 @@ from texts import CHATML, byte_fallback, byte_level, write_checkpoint
 
 import fastgpt
 from fastgpt import generate
-from fastgpt.generation import generate as generation
+from fastgpt.generation import request
 from fastgpt.text.tokenizer import Tokenizer
 
 CONFIG = {"tokenizer_config": {"bos_token": "<|eos|>", "eos_token": "<|end|>", "chat_template": CHATML}}
@@ -160,7 +160,7 @@ def test_logits_that_are_not_finite_are_an_error_wherever_one_looks(pipe, monkey
 
     monkeypatch.setattr(pipe.model, "softcap_logits", logits)
     for look in (1, 16):
-        monkeypatch.setitem(generation.EOS_POLL_INTERVAL, "cpu", look)
+        monkeypatch.setitem(request.EOS_POLL_INTERVAL, "cpu", look)
         calls.clear()
         run = pipe.start([PROMPT], 12, eos=None)
         run.eos = set(range(400)) if look == 16 else set()  # ends it at once

@@ -19,8 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastgpt
 from fastgpt import decoding, generate, linear
-from fastgpt.generation.generate import sessions, stream
+from fastgpt.generation.generate import stream
 from fastgpt.generation.replay import CpuReplay, CudaGraphReplay, Recording
+from fastgpt.generation.request import sessions
 from fastgpt.model.decoder import MLP
 from fastgpt.model.rope import Rope, Tables
 
@@ -143,8 +144,8 @@ def test_a_copy_inside_an_operation_is_not_captured():
 def test_recording_loads_nothing_of_torch_compile():
     """Which takes longer than most generations."""
     program = (
-        "import sys, torch, fastgpt; from fastgpt.cli import SHIPPED_MODEL; "
-        "model = fastgpt.GPT.from_pretrained(SHIPPED_MODEL); before = set(sys.modules); "
+        "import sys, torch, fastgpt; "
+        "model = fastgpt.GPT.from_pretrained(fastgpt.SHIPPED_MODEL); before = set(sys.modules); "
         "fastgpt.generate(model, torch.tensor([[1, 2, 3]]), 4); print('torch._dynamo' in set(sys.modules) - before)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -11,16 +11,8 @@ from transformers.generation import logits_process as theirs
 
 from fastgpt import generate
 from fastgpt.generation import sampling
-from fastgpt.generation.sampling import (
-    _least_by_digits,
-    draw,
-    least_of_nucleus,
-    least_of_nucleus_reference,
-    masses,
-    most_likely,
-    process,
-    uniform_numbers,
-)
+from fastgpt.generation.sampling import draw, most_likely, process, uniform_numbers
+from fastgpt.generation.top_p import _threshold_by_digits, masses, top_p_threshold, top_p_threshold_reference
 
 RULES = [
     {"temperature": 0.7},
@@ -150,8 +142,8 @@ def test_the_nucleus_is_found_without_an_order(kind):
     """On a CPU and as on a GPU, exactly where the reference ends it, which puts all tokens in order."""
     logits = NUCLEUS_LOGITS[kind](torch.Generator().manual_seed(0))
     for top_p in TOP_P:
-        expected = least_of_nucleus_reference(logits, top_p)
-        assert torch.equal(least_of_nucleus(logits, top_p), expected) and torch.equal(by_digits(logits, top_p), expected)
+        expected = top_p_threshold_reference(logits, top_p)
+        assert torch.equal(top_p_threshold(logits, top_p), expected) and torch.equal(by_digits(logits, top_p), expected)
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99])
@@ -159,7 +151,7 @@ def test_the_nucleus_is_found_without_an_order(kind):
 def test_the_nucleus_is_the_fewest_tokens_with_the_probability(kind, top_p):
     logits = NUCLEUS_LOGITS[kind](torch.Generator().manual_seed(1))
     probabilities = logits.double().softmax(-1)
-    kept = logits >= least_of_nucleus(logits, top_p)
+    kept = logits >= top_p_threshold(logits, top_p)
     likelier = logits > logits.masked_fill(~kept, math.inf).amin(-1, keepdim=True)
     assert ((probabilities * kept).sum(-1) >= top_p - 1e-6).all() and ((probabilities * likelier).sum(-1) < top_p + 1e-6).all()
 
@@ -167,7 +159,7 @@ def test_the_nucleus_is_the_fewest_tokens_with_the_probability(kind, top_p):
 def by_digits(logits, top_p):
     """As on a GPU."""
     mass = masses(logits)
-    return _least_by_digits(logits, mass, top_p * mass.sum(-1, keepdim=True).double())
+    return _threshold_by_digits(logits, mass, top_p * mass.sum(-1, keepdim=True).double())
 
 
 @pytest.mark.parametrize("rules", [{"top_p": 0.9}, {"top_p": 0.4, "temperature": 1.3}, {"top_p": 0.7, "min_p": 0.01}], ids=str)
@@ -175,8 +167,8 @@ def test_tokens_are_those_of_the_reference_for_the_same_numbers(rules):
     logits = torch.cat([torch.randn(300, 400), torch.randint(-4, 4, (300, 400)).float()])
     uniform = uniform_numbers([3], 600, 1)[0]
     tokens = draw(process(logits, **rules), uniform)
-    for way in (least_of_nucleus_reference, by_digits):
-        with mock.patch.object(sampling, "least_of_nucleus", way):
+    for way in (top_p_threshold_reference, by_digits):
+        with mock.patch.object(sampling, "top_p_threshold", way):
             assert torch.equal(tokens, draw(process(logits, **rules), uniform))
 
 

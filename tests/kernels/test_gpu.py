@@ -10,6 +10,7 @@ from models import random_ids, random_model
 import fastgpt
 from fastgpt import (
     GPT,
+    SHIPPED_MODEL,
     attention_reference,
     decoding,
     generate,
@@ -19,7 +20,6 @@ from fastgpt import (
     rope_kv_cache_update_reference,
 )
 from fastgpt.cache.create import CACHE_KINDS
-from fastgpt.cli import SHIPPED_MODEL
 from fastgpt.generation import replay
 from fastgpt.generation.generate import stream
 from fastgpt.generation.sampling import Sampler

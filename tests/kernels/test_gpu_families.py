@@ -16,7 +16,8 @@ from test_gpu import SAMPLED  # noqa: E402
 
 from fastgpt import GPT, generate  # noqa: E402
 from fastgpt.generation import replay  # noqa: E402
-from fastgpt.generation.generate import EOS_POLL_INTERVAL, stream  # noqa: E402
+from fastgpt.generation.generate import stream  # noqa: E402
+from fastgpt.generation.request import EOS_POLL_INTERVAL  # noqa: E402
 from fastgpt.testing import numerics  # noqa: E402
 
 pytestmark = pytest.mark.gpu

@@ -23,8 +23,11 @@ from launcher_calls import calls  # noqa: E402
 from models import random_model  # noqa: E402
 
 from benchmarks.machine_code import usage_of  # noqa: E402
-from fastgpt import GPT, generate  # noqa: E402
-from fastgpt.cli import SHIPPED_MODEL  # noqa: E402
+from fastgpt import (  # noqa: E402
+    GPT,
+    SHIPPED_MODEL,  # noqa: E402
+    generate,
+)
 from fastgpt.generation.generate import stream  # noqa: E402
 from fastgpt.integrations import sdpa  # noqa: E402
 from fastgpt.kernels import attention_backward, decode_step, norm  # noqa: E402

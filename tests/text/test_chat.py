@@ -11,7 +11,7 @@ import transformers
 from texts import CHATML, byte_fallback
 
 from fastgpt.text import chat_template
-from fastgpt.text.chat_template import ChatTemplate, ChatTemplateError
+from fastgpt.text.chat_template import ChatTemplate, ChatTemplateError, budget
 from fastgpt.text.tokenizer import Tokenizer
 
 # In the manner of the models' own.
@@ -279,7 +279,7 @@ def test_every_method_gives_everywhere_what_jinja_gives(place):
 
 
 def test_a_call_costs_the_same_whatever_is_set_around_it(monkeypatch):
-    monkeypatch.setattr(chat_template, "WORK", 20_000)
+    monkeypatch.setattr(budget, "WORK", 20_000)
     source = "{% set x = 'a' * 8000 %}{% for i in range(100) %}{% set y = x %}{{ range(1) and '' }}{% endfor %}"
     assert ChatTemplate(source).render([{"role": "user"}]) == ""
 
@@ -506,11 +506,11 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("work", [chat_template.WORK // 5, pytest.param(chat_template.WORK, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("work", [budget.WORK // 5, pytest.param(budget.WORK, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("template", [*BOMBS, *LARGE.values()], ids=[*BOMBS, *LARGE])
 def test_what_a_template_may_not_do_ends_in_one_kind_of_error(template, work, monkeypatch):
     """Its work is counted, so it ends."""
-    monkeypatch.setattr(chat_template, "WORK", work)
+    monkeypatch.setattr(budget, "WORK", work)
     with pytest.raises(ChatTemplateError, match="^(chat_template|messages): "):
         ChatTemplate(template).render(CHAT[1:2], add_generation_prompt=True)
 
@@ -536,7 +536,7 @@ def test_the_work_of_a_template_does_not_depend_on_the_machine(monkeypatch):
     monkeypatch.setattr(chat_template, "Budget", Recorded)
     for _ in range(2):
         template.render(CHAT, add_generation_prompt=True)
-    assert budgets[0].work == budgets[1].work > 0.99 * chat_template.WORK
+    assert budgets[0].work == budgets[1].work > 0.99 * budget.WORK
 
 
 def test_one_template_serves_several_threads():

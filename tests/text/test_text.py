@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import CHATML, byte_fallback, byte_level, write_folder, write_merges, write_sentencepiece
 
-from fastgpt.text.tokenizer import IncrementalDetokenizer, Stops, Tokenizer, unescape
+from fastgpt.text.streaming import IncrementalDetokenizer, StopStrings
+from fastgpt.text.tokenizer import Tokenizer
 
 CORPUS = "Hello, wörld!\n\r\n\t  日本 😀"
 
@@ -265,7 +266,7 @@ def cut(text, stop):
     stop=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3),
 )
 def test_a_text_ends_before_a_stop_string_whatever_the_pieces(parts, stop):
-    stops, given = Stops(stop), ""
+    stops, given = StopStrings(stop), ""
     for i, part in enumerate(parts):
         given += stops.push(part)
         so_far, found = cut("".join(parts[: i + 1]), stop)
@@ -284,26 +285,9 @@ def test_a_special_token_is_part_of_the_stop_string_that_it_is_in():
         ([("Hi", True), ("<|other|>", False), ("STOP", True)], "Hi"),
         ([("ST", True), ("<|other|>", False), ("OP", True)], ""),
     ]:
-        stops = Stops(["<|end|>m", "\n<|end|>\nUser:", "STOP"])
+        stops = StopStrings(["<|end|>m", "\n<|end|>\nUser:", "STOP"])
         assert "".join(stops.push(*piece) for piece in pieces_) + stops.finish() == expected
         assert stops.found == (expected != "Hi\nNo")
-
-
-ESCAPES = [
-    (r"\n\n", "\n\n"), (r"a\tb\r", "a\tb\r"), (r"\\n", r"\n"), (r"\x41\u00e9\U0001F600", "Aé😀"), (r"\ud83d\ude00", "😀"),
-    (r"\d\q\xZZ", r"\d\q\xZZ"), ("\n", "\n"), ("", ""), ("\\", "\\"), (r"\0", "\0"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("written, text", ESCAPES, ids=[repr(entry[0]) for entry in ESCAPES])
-def test_escapes(written, text):
-    assert unescape(written) == text
-
-
-@pytest.mark.parametrize("written", [r"\ud800", r"\uFFFF\uDC00", r"\U00110000", r"\UFFFFFFFF"])
-def test_escapes_of_what_is_no_character(written):
-    with pytest.raises(ValueError, match="^stop: expected escapes of characters, got "):
-        unescape(written, "stop")
 
 
 # Folders

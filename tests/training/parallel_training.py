@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from fastgpt.training.config import TrainConfig
 from fastgpt.training.evaluation import evaluate
 from fastgpt.training.processes import Processes, joined
-from fastgpt.training.trainer import TrainConfig, Trainer
+from fastgpt.training.trainer import Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 CONFIG = TrainConfig(

@@ -1,0 +1,44 @@
+"""Checkpoint families. Each is a `Family`, listed here; nothing else in the package knows a family's names."""
+
+from typing import Any
+
+from fastgpt.checkpoints.families.family import Family
+from fastgpt.checkpoints.families.gemma import GEMMA, GEMMA2
+from fastgpt.checkpoints.families.gpt2 import GPT2
+from fastgpt.checkpoints.families.llama import LLAMA, MISTRAL
+from fastgpt.checkpoints.families.own import OWN
+from fastgpt.checkpoints.families.phi3 import PHI3
+from fastgpt.checkpoints.families.qwen import QWEN2, QWEN3
+
+FAMILIES = {
+    "gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "phi3": PHI3, "gemma": GEMMA,
+    "gemma2": GEMMA2, "fastgpt": OWN,
+}  # fmt: skip
+ARCHITECTURES = {  # what the names of transformers' classes begin with, and ours
+    "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "gemma": "Gemma",
+    "gemma2": "Gemma2", "fastgpt": "FastGPT",
+}  # fmt: skip
+HEADS = {  # and what they end with -> the class here that has this head
+    "ForSequenceClassification": "SequenceClassifier",
+    "ForTokenClassification": "TokenClassifier",
+}
+
+
+def architecture(family: str, head: str | None = None) -> str:
+    """The name of the class with one of HEADS, or with none: a language model."""
+    return ARCHITECTURES[family] + (head or ("LMHeadModel" if family == "gpt2" else "ForCausalLM"))
+
+
+def family_of(config: Any, preferred: str | None = None) -> str:
+    """The name of the first family, `preferred` before all others, whose config.json can say all that a GPTConfig does."""
+    names = list(FAMILIES)
+    if preferred in FAMILIES:
+        names.insert(0, preferred)
+    return next(name for name in names if _can_hold(FAMILIES[name], config))
+
+
+def _can_hold(family: Family, config: Any) -> bool:
+    try:
+        return type(config)(**family.config_from(family.config_to(config))) == config
+    except ValueError:
+        return False

@@ -1,0 +1,63 @@
+"""One checkpoint family: how a folder that transformers writes maps to GPTConfig and to the decoder's weights."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fastgpt import schema
+from fastgpt.schema import Field
+
+UNPREFIXED = ("output", "score", "classifier")  # modules of ours: the output matrix and the heads
+
+
+@dataclass(frozen=True)
+class Family:
+    """One checkpoint family.
+
+    schema: what its config.json may say.
+    fields_from: config.json, checked by the schema and with its defaults -> GPTConfig's fields; raises ValueError that begins
+        with the entry's name on what does not fit together.
+    config_to: GPTConfig -> config.json.
+    names: the decoder's module -> the checkpoint's, or several whose rows are one below the other in ours; `{i}` is the layer.
+    transposed: the checkpoint's modules, without the layer, whose matrices are stored (in, out).
+    prefix: what the checkpoint's names may start with or not, depending on who saved it. The output matrix and the heads
+        never do.
+    ignored: a pattern of names that carry no weight.
+    """
+
+    schema: Mapping[str, Field]
+    fields_from: Callable[[dict], dict]
+    config_to: Callable[..., dict]
+    names: dict[str, str | tuple[str, ...]]
+    transposed: frozenset[str] = frozenset()
+    prefix: str = "model."
+    ignored: str = r"\.rotary_emb\.inv_freq$"
+
+    def config_from(self, config: dict) -> dict:
+        """config.json -> GPTConfig's fields. Raises ValueError that begins with the name of an entry that is missing, wrong or
+        of a variant that cannot be served."""
+        return self.fields_from(schema.read(self.schema, config))
+
+    def checkpoint_names(self, parameter: str) -> tuple[list[str], bool]:
+        """The names in the checkpoint, with prefix, of a parameter of the decoder, or of a head that it is the `model` of; and
+        whether they are transposed."""
+        module, _, kind = parameter.removeprefix("model.").rpartition(".")
+        layer = re.search(r"\.(\d+)\.", module)
+        theirs = self.names[re.sub(r"\.\d+\.", ".{i}.", module, count=1)]
+        theirs = [theirs] if isinstance(theirs, str) else theirs
+        prefix = "" if module in UNPREFIXED else self.prefix
+        names = [f"{prefix}{name.format(i=layer[1] if layer else '')}.{kind}" for name in theirs]
+        return names, kind == "weight" and theirs[0] in self.transposed
+
+    def with_prefix(self, name: str) -> str | None:
+        """A stored name as it is with the prefix, or None if it carries no weight."""
+        if re.search(self.ignored, name):
+            return None
+        bare = {self.names[module] + "." for module in UNPREFIXED if module in self.names}
+        return name if name.startswith((self.prefix, *bare)) else self.prefix + name
+
+    @property
+    def layer_pattern(self) -> str:
+        """Of stored names of a layer's weights, with or without prefix; its group is the number of the layer."""
+        first = self.names["blocks.{i}.attention_norm"].partition("{i}")[0]
+        return f"^(?:{re.escape(self.prefix)})?{re.escape(first)}(\\d{{1,9}})\\."

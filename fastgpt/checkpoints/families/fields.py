@@ -1,0 +1,98 @@
+"""What the config.json of several families may say, with its ranges, and the fields of GPTConfig."""
+
+from typing import Any
+
+from fastgpt.model.rope import MAX_POSITIONS
+from fastgpt.ops.linear import ACTIVATIONS
+from fastgpt.schema import OMITTED, Field, choice, flag, integer, number, several, unsupported
+
+# Ranges of sizes. Numbers of elements and bytes of every matrix in them are integers of 64 bits.
+VOCABULARY, POSITIONS = integer(1, 2**31 - 1), integer(1, MAX_POSITIONS)
+LAYERS, HEADS_EACH, WIDTH, MLP_WIDTH = integer(0, 2**16), integer(1, 2**16), integer(1, 2**20), integer(1, 2**24)
+MAX_HEAD_DIM = 576  # of `fastgpt.attention`
+EPSILON = {"least": 1e-30, "most": 1e6}  # a row of zeros has no norm without it
+SCALE = {"least": 1e-6, "most": 1e6}  # of what a number is multiplied or capped with
+ACTIVATION_NAMES = {  # transformers' name -> ours
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
+
+
+def maybe(size: Field, default: Any = OMITTED) -> Field:
+    """The entry, or null."""
+    return Field(lambda name, value: None if value is None else size.check(name, value), default)
+
+
+DECODER_SCHEMA = {  # GPTConfig's fields
+    "vocab_size": VOCABULARY,
+    "context_length": POSITIONS,
+    "num_layers": LAYERS,
+    "num_heads": HEADS_EACH,
+    "hidden_size": WIDTH,
+    "dropout": number(OMITTED, least=0, below=1),
+    "norm_eps": number(OMITTED, **EPSILON),
+    "num_kv_heads": maybe(HEADS_EACH),
+    "head_dim": maybe(integer(1, 2**16)),
+    "intermediate_size": maybe(MLP_WIDTH),
+    "norm": choice(("layer", "rms"), OMITTED),
+    "norm_offset": number(OMITTED, least=-1e6, most=1e6),
+    "post_norms": flag(OMITTED),
+    "activation": choice(ACTIVATIONS, OMITTED),
+    "gated": flag(OMITTED),
+    "qkv_bias": flag(OMITTED),
+    "out_bias": flag(OMITTED),
+    "mlp_bias": flag(OMITTED),
+    "qk_norm": flag(OMITTED),
+    "position": choice(("learned", "sinusoidal", "rotary", None), OMITTED),
+    "windows": several(maybe(POSITIONS), OMITTED, optional=True),
+    "causal": flag(OMITTED),
+    "cross_attention": flag(OMITTED),
+    "attention_scale": number(OMITTED, optional=True, **SCALE),
+    "attention_softcap": number(OMITTED, optional=True, **SCALE),
+    "logit_softcap": number(OMITTED, optional=True, **SCALE),
+    "embedding_scale": number(OMITTED, optional=True, **SCALE),
+    "tie_embeddings": flag(OMITTED),
+}
+
+# What changes results where it is said, in any family but those that override it.
+NOT_SUPPORTED = {
+    name: unsupported()
+    for name in (
+        "quantization_config", "compression_config", "use_bidirectional_attention", "is_encoder_decoder",
+        "add_cross_attention", "alibi", "use_alibi", "use_parallel_residual", "parallel_attn", "use_qk_norm", "qk_layernorm",
+        "attention_chunk_size", "no_rope_layers", "no_rope_layer_interval", "rope_local_base_freq", "rope_local_theta",
+        "attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "kv_lora_rank",
+        "q_lora_rank", "sliding_window",
+    )
+} | {
+    "num_experts": unsupported(0, 1),
+    "num_local_experts": unsupported(0, 1),
+    "n_routed_experts": unsupported(0),
+    "embedding_multiplier": unsupported(1, 1.0),
+    "residual_multiplier": unsupported(1, 1.0),
+    "logits_scaling": unsupported(1, 1.0),
+    "pruned_heads": unsupported({}),
+    "mlp_bias": unsupported(),
+}  # fmt: skip
+TOKEN_ID = integer(-(2**31), 2**31 - 1)  # below 0: no token
+TOKEN_IDS = {
+    name: several(TOKEN_ID, None, optional=True, or_one=True) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+}
+DROPOUT = number(0.0, least=0, below=1)
+UNUSED_DROPOUT = number(0.0, least=0, most=1, optional=True)  # of attention weights in training
+COMMON = NOT_SUPPORTED | TOKEN_IDS
+
+
+def expect(condition: bool, name: str, expected: str, got: Any) -> None:
+    """Raises ValueError that begins with the name of an entry, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def head_dim_of(config: dict, hidden: str, heads: str) -> int:
+    """What config.json says, or else hidden size / heads."""
+    head_dim = config.get("head_dim")
+    if head_dim is None:
+        expect(config[hidden] % config[heads] == 0, hidden, f"a multiple of {heads}={config[heads]}", config[hidden])
+        head_dim = config[hidden] // config[heads]
+        expect(head_dim <= MAX_HEAD_DIM, hidden, f"at most {MAX_HEAD_DIM} for each of {heads}={config[heads]}", config[hidden])
+    return head_dim

@@ -1,0 +1,69 @@
+"""Gemma and Gemma 2."""
+
+import math
+from typing import Any
+
+from fastgpt.checkpoints.families.family import Family
+from fastgpt.checkpoints.families.fields import ACTIVATION_NAMES, MAX_HEAD_DIM, SCALE, maybe
+from fastgpt.checkpoints.families.llama import LLAMA_NAMES, LLAMA_SCHEMA, WINDOW, llama_config_to, llama_fields_from, windows_of
+from fastgpt.schema import choice, flag, integer, number, unsupported
+
+GEMMA_SCHEMA = LLAMA_SCHEMA | {
+    "hidden_act": choice(ACTIVATION_NAMES, "gelu_pytorch_tanh"), "head_dim": maybe(integer(1, MAX_HEAD_DIM), 256),
+    "tie_word_embeddings": flag(True), "mlp_bias": unsupported(),
+}  # fmt: skip
+
+
+def _gemma_fields_from(config: dict, activation: str = "hidden_act", **fields) -> dict:
+    if config[activation] == "gelu":  # which early checkpoints say, and do not mean
+        config = config | {activation: "gelu_pytorch_tanh"}
+    scale = math.sqrt(config["hidden_size"])
+    return llama_fields_from(config, activation=activation, norm_offset=1.0, embedding_scale=scale, **fields)
+
+
+GEMMA = Family(GEMMA_SCHEMA, _gemma_fields_from, llama_config_to, LLAMA_NAMES)
+GEMMA2_SCHEMA = GEMMA_SCHEMA | {
+    "hidden_activation": choice(ACTIVATION_NAMES, "gelu_pytorch_tanh"),
+    "query_pre_attn_scalar": number(256, least=1e-6, most=1e10),
+    "attn_logit_softcapping": number(50.0, optional=True, **SCALE),
+    "final_logit_softcapping": number(30.0, optional=True, **SCALE),
+    "sliding_window": WINDOW,
+}
+
+
+def _gemma2_fields_from(config: dict) -> dict:
+    layers = range(config["num_hidden_layers"])
+    return _gemma_fields_from(
+        config, "hidden_activation", post_norms=True,
+        attention_scale=config["query_pre_attn_scalar"] ** -0.5,
+        attention_softcap=config["attn_logit_softcapping"],
+        logit_softcap=config["final_logit_softcapping"],
+        windows=windows_of(config, config["sliding_window"], [layer % 2 == 0 for layer in layers]),
+    )  # fmt: skip
+
+
+def _gemma2_config_to(config: Any) -> dict:
+    types = ["full_attention" if config.window(i) is None else "sliding_attention" for i in range(config.num_layers)]
+    return llama_config_to(config, "hidden_activation") | {
+        "layer_types": types,
+        "query_pre_attn_scalar": _as_integer((config.attention_scale or config.head_dim**-0.5) ** -2),
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+    }
+
+
+def _as_integer(x: float) -> int | float:
+    return round(x) if math.isclose(x, round(x), rel_tol=1e-9) else x
+
+
+GEMMA2 = Family(
+    GEMMA2_SCHEMA,
+    _gemma2_fields_from,
+    _gemma2_config_to,
+    LLAMA_NAMES
+    | {
+        "blocks.{i}.attention.post_norm": "layers.{i}.post_attention_layernorm",
+        "blocks.{i}.mlp_norm": "layers.{i}.pre_feedforward_layernorm",
+        "blocks.{i}.mlp.post_norm": "layers.{i}.post_feedforward_layernorm",
+    },
+)

@@ -1,0 +1,34 @@
+"""fastgpt's own format, for what transformers has no architecture for: an encoder, a bigram model, any other mixture."""
+
+import dataclasses
+from typing import Any
+
+from fastgpt import schema
+from fastgpt.checkpoints.families.family import Family
+from fastgpt.checkpoints.families.fields import DECODER_SCHEMA, TOKEN_IDS
+from fastgpt.model.rope import ROPE_SCHEMA, Rope
+from fastgpt.schema import mapping
+
+
+class _OwnNames(dict):
+    def __missing__(self, module: str) -> str:
+        return module
+
+
+def _own_fields_from(config: dict) -> dict:
+    stored = config["fields"]
+    rope = stored.get("rope")
+    fields = schema.read(
+        DECODER_SCHEMA, {name: value for name, value in stored.items() if name != "rope"}, "fields.", closed=True
+    )
+    if rope is None:
+        return fields
+    rope = mapping().check("fields.rope", rope)
+    return fields | {"rope": Rope(**schema.read(ROPE_SCHEMA, rope, "fields.rope.", closed=True))}
+
+
+def _own_config_to(config: Any) -> dict:
+    return {"fields": dataclasses.asdict(config)}
+
+
+OWN = Family({"fields": mapping()} | TOKEN_IDS, _own_fields_from, _own_config_to, _OwnNames(), prefix="", ignored=r"$^")

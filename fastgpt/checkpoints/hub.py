@@ -1,0 +1,56 @@
+"""Where a checkpoint is: a folder, or a model on the Hugging Face Hub, which is downloaded."""
+
+import re
+from pathlib import Path
+
+from fastgpt.checks import require_path
+
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+
+
+def resolve(path: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `path` itself, or what the Hugging Face Hub has under that id, downloaded.
+
+    revision: of a model on the Hub, a branch, a tag or a commit; default its main branch.
+
+    Raises: FileNotFoundError where there is neither; ValueError, TypeError for a revision of a folder, or one that is no string.
+    """
+    if revision is not None and not isinstance(revision, str):
+        raise TypeError(f"revision: expected a string or None, got {revision!r}")
+    folder = require_path("model", path)
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise FileNotFoundError(f"model: expected a checkpoint folder, {folder} is none: {error.strerror}") from error
+    if is_folder:
+        if revision is not None:
+            raise ValueError(f"revision: expected None for {path}, which is a folder here and not on the Hub, got {revision!r}")
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+        raise FileNotFoundError(f"model: expected a checkpoint folder, {path} does not exist or is not a folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED, revision=revision))
+    except Exception as error:  # of half a dozen kinds: no network, no such id, no permission, no space, ...
+        raise FileNotFoundError(
+            f"model: expected a checkpoint folder or the id of one on the Hugging Face Hub, {path} is no folder, and the "
+            f"Hub did not give it: {_hub_reason(error, revision)}"
+        ) from error
+
+
+def _hub_reason(error: Exception, revision: str | None) -> str:
+    from huggingface_hub import errors
+
+    reasons = (
+        (errors.GatedRepoError, "access must be asked for on its page, and then a login: hf auth login"),
+        (errors.RepositoryNotFoundError, "there is no such model, or it is private and needs a login: hf auth login"),
+        (errors.RevisionNotFoundError, f"it has no revision {revision!r}"),
+        (errors.LocalEntryNotFoundError, "it cannot be reached, and the model has not been downloaded before"),
+        (errors.OfflineModeIsEnabled, "it is not asked in offline mode (HF_HUB_OFFLINE)"),
+    )
+    for kind, reason in reasons:
+        if isinstance(error, kind):
+            return reason
+    lines = str(error).strip().splitlines()
+    return type(error).__name__ + (f": {lines[0]}" if lines else "")

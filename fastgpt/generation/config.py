@@ -1,0 +1,129 @@
+"""What `generate` can be told, and what a checkpoint says where it is not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from fastgpt.cache.create import CACHE_KINDS
+from fastgpt.checks import require_choice, require_flag, require_integer
+from fastgpt.generation.sampling import Processor, checked_rules
+from fastgpt.model.decoder import GPT
+from fastgpt.model.inputs import is_several
+
+MAX_NEW_TOKENS = 300  # where neither the caller nor the checkpoint says how many
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What `generate` can be told.
+
+    An option that is given wins, None included; then that of the checkpoint (`model.generation_defaults`, what its
+    generation_config.json says); then the default here. The checkpoint's count one by one: with temperature=0.5 its top_k
+    still holds, unless top_k=None.
+
+    Of tokens, in the order in which they apply (they are transformers'):
+        logit_bias: a dict of token ids and numbers that are added to their logits; -inf forbids a token.
+        repetition_penalty: of a token that is in the prompt or was generated, a positive logit is divided by it and a
+            negative one multiplied; 1 is none. It applies to the most likely token too.
+        no_repeat_ngram_size: no so many tokens follow on one another twice in prompt and new tokens; 0 is no limit.
+        min_new_tokens: no row ends with an eos before it has so many new tokens.
+        logits_processors: a function, or several, called at each step with the tokens (B, T) int64 of rows so far, prompts
+            included, and their logits (B, V) fp32, which it may write into; returns (B, V). Those of transformers are such.
+            Rows of prompts of different lengths are not padded: those of one length are a call, in their order. Rows that
+            have ended are still there, with eos for tokens. With them, a step's choice of a token is not part of its CUDA
+            graph.
+        temperature: 0 takes the most likely token, otherwise logits are divided by it and sampled.
+        top_k: sample among the k most likely tokens only.
+        top_p: sample among the most likely tokens that together have probability top_p only, 0 < top_p <= 1.
+        min_p: sample among tokens only that are at least min_p times as likely as the most likely one, 0 <= min_p <= 1.
+        seed: makes sampling repeatable: with the same seed, a prompt is continued by the same tokens whatever the cache,
+            the rest of the batch and the device, as far as logits are the same. One for all prompts, each of which is then
+            sampled as it would be alone; or a list, one for each. Default: one for each prompt, drawn by PyTorch's
+            generator (torch.manual_seed).
+        num_samples: continuations of each prompt, which is read once; in a paged cache they share its pages.
+        eos: a token, or several, that ends its row; None or (): nothing does.
+        return_logprobs: also returns the log-probability of each new token, by the logits as the model gave them, before
+            all of the above: log_softmax in fp32.
+    Of how they are computed:
+        use_cache: keep keys and values of past tokens; False recomputes all of them at every step.
+        cache: "contiguous", "sliding" or "paged": see fastgpt/cache/base.py. The tokens are the same.
+        cache_dtype: the weights' (default), torch.int8 or torch.float8_e4m3fn.
+        window: tokens that one attends to, itself included; default all. A sliding cache needs it and keeps only these.
+        page_size: tokens in a page of a paged cache.
+        prefill_chunk: longer prompts join the cache in pieces of at most so many tokens, so that memory for activations does
+            not grow with the prompt. Default: 512 on a CPU, where it costs no time, 4,096 on a GPU.
+
+    Raises: TypeError, ValueError, naming the option.
+    """
+
+    logit_bias: Mapping[int, float] | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    logits_processors: Processor | Sequence[Processor] = ()
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | Sequence[int] | None = None
+    num_samples: int = 1
+    eos: int | Sequence[int] | None = None
+    return_logprobs: bool = False
+    use_cache: bool = True
+    cache: str = "contiguous"
+    cache_dtype: torch.dtype | None = None
+    window: int | None = None
+    page_size: int = 16
+    prefill_chunk: int | None = None
+
+    def __post_init__(self):
+        checked = checked_rules(**self.rules)
+        for name in ("window", "prefill_chunk"):
+            checked[name] = require_integer(name, getattr(self, name), least=1, optional=True)
+        checked["page_size"] = require_integer("page_size", self.page_size, least=1)
+        checked["num_samples"] = require_integer("num_samples", self.num_samples, least=1)
+        for name in ("return_logprobs", "use_cache"):
+            require_flag(name, getattr(self, name))
+        require_choice("cache", self.cache, CACHE_KINDS)
+        if not isinstance(self.cache_dtype, torch.dtype | None):
+            raise TypeError(f"cache_dtype: expected a torch.dtype or None, got {self.cache_dtype!r}")
+        if self.seed is not None:
+            seeds = integers("seed", self.seed)
+            if not all(0 <= seed < 2**64 for seed in seeds):
+                raise ValueError(f"seed: expected integers from 0 to 2**64 - 1, got {self.seed!r}")
+            checked["seed"] = seeds if is_several(self.seed) else seeds[0]
+        checked["eos"] = [] if self.eos is None else integers("eos", self.eos)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def rules(self) -> dict:
+        """Those of how a token is chosen, which a `Sampler` wants."""
+        return {name: getattr(self, name) for name in checked_rules.__kwdefaults__}
+
+    @classmethod
+    def of(cls, model: GPT, given: dict) -> "GenerationConfig":
+        """What a call was given, and for the rest the defaults of the model's checkpoint."""
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise TypeError(f"{name}: unexpected keyword argument {name!r}, expected one of {', '.join(known)}")
+        return cls(**{name: value for name, value in defaults_of(model).items() if name != "max_new_tokens"} | given)
+
+
+def defaults_of(model: GPT) -> dict[str, Any]:
+    """Options by their names, and max_new_tokens, that the model's checkpoint gives."""
+    defaults = dict(getattr(model, "generation_defaults", {}))
+    if "eos" in defaults:  # some name tokens that the vocabulary lacks
+        defaults["eos"] = [token for token in integers("eos", defaults["eos"]) if token < model.config.vocab_size]
+    return defaults
+
+
+def integers(name: str, value: int | Sequence[int]) -> list[int]:
+    """One integer or several, as a list. Raises TypeError."""
+    try:
+        return [require_integer(name, x) for x in (value if is_several(value) else [value])]
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer or a list of integers, got {value!r}") from None

@@ -1,0 +1,305 @@
+"""A call of `generate`: prefill, the decode loop, and what it leaves to later calls."""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from fastgpt.cache.base import KVCache
+from fastgpt.cache.paged import PagedCache
+from fastgpt.cache.uncached import Uncached
+from fastgpt.checks import require_integer
+from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig, defaults_of
+from fastgpt.generation.decoding import decoding
+from fastgpt.generation.replay import Recording
+from fastgpt.generation.sampling import Sampler, uniform_numbers
+from fastgpt.model.decoder import GPT
+from fastgpt.model.encoder_states import EncoderKV, read_encoder_states
+from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, evaluating, others
+from fastgpt.model.inputs import as_prompts, require_in_vocabulary, require_room
+
+MAX_ROWS = 2**20  # more are a mistake, and would take all memory before anything is generated
+# By device. To look whether all rows have ended is, on a GPU, to wait for it; so it is done after so many steps only.
+EOS_POLL_INTERVAL = {"cpu": 1, "cuda": 16}
+PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
+Session = tuple[Sampler, KVCache, Recording]
+
+
+class Sessions:
+    """What calls of `generate` leave to later ones: sampler, cache and captured steps, by model and by what decides all three.
+
+    A call takes a session out and leaves it when it has ended, so that no two calls have the same one. A session goes when
+    the model's modules or weights have changed, when the model goes, or when later ones take its place.
+    """
+
+    MOST = 2  # of a model
+    BYTES = 256 << 20  # of all their caches, or as many as the model's weights take
+
+    def __init__(self):
+        self.lock, self.of_model = threading.Lock(), weakref.WeakKeyDictionary()
+
+    def take(self, model: GPT, key: tuple) -> Session | None:
+        """What was left for this key, or None."""
+        with self.lock:
+            kept = self.of_model.get(model, {})
+            for old in [old for old, (_, _, recording) in kept.items() if not recording.holds()]:
+                del kept[old]
+            return kept.pop(key, None)
+
+    def leave(self, model: GPT, key: tuple, session: Session) -> None:
+        room = max(self.BYTES, sum(weight.nbytes for weight in model.parameters()))
+        with self.lock:
+            kept = self.of_model.setdefault(model, {})
+            kept[key] = session
+            while kept and (len(kept) > self.MOST or sum(cache.nbytes for _, cache, _ in kept.values()) > room):
+                del kept[next(iter(kept))]  # the one that was left first
+
+    def forget(self, model: torch.nn.Module) -> None:
+        with self.lock:
+            self.of_model.pop(model, None)
+
+
+sessions = Sessions()
+BEFORE_WEIGHTS_MOVE.append(sessions.forget)
+
+Step = Callable[[torch.Tensor], torch.Tensor]  # each row's last token (B · num_samples,) -> the next one
+
+
+class Request:
+    """A call of `generate`, checked, with all the memory that it takes.
+
+    Where an earlier call had as many prompts and tokens and the same options, it is what that call had, with the steps that
+    it captured: `sessions`.
+
+    rows: the prompts, each num_samples times.
+    max_new_tokens: a number also where None was given.
+    encoder_kv: what the model's cross-attention reads, of each prompt, or None.
+    sampler: has the results, also after another call.
+    """
+
+    def __init__(
+        self, model: GPT, prompts: list[torch.Tensor], max_new_tokens: int | None, options: GenerationConfig,
+        encoder_kv: EncoderKV | None = None,
+    ):  # fmt: skip
+        self.model, self.prompts, self.options, self.encoder_kv = model, prompts, options, encoder_kv
+        self.max_new_tokens = self.checked(max_new_tokens)
+        self.rows = [prompt for prompt in prompts for _ in range(options.num_samples)]
+        self.shared = self.recording = self.key = None  # shared: the cache in which samples of a prompt will go on
+        uniforms, cache = self.uniforms(), self.cache_arguments()
+        if options.use_cache and not options.logits_processors and encoder_kv is None:
+            self.key = self.session_key(cache)
+        session = None if self.key is None else sessions.take(model, self.key)
+        if session is None:
+            self.sampler = self.new_sampler(uniforms)
+            self.cache = self.new_cache(cache) if options.use_cache else None
+            return
+        self.sampler, self.cache, self.recording = session
+        with torch.inference_mode():  # in which a fork was made
+            self.sampler.begin(self.rows, uniforms)
+            self.cache.truncate([0] * len(self.rows))
+        if options.num_samples > 1:
+            self.shared = self.cache
+            self.cache = self.shared.like(len(prompts)) if isinstance(self.shared, PagedCache) else self.new_cache(cache)
+
+    @classmethod
+    def of(
+        cls, model: GPT, ids: torch.Tensor | np.ndarray | Sequence, max_new_tokens: int | None, options: dict,
+        encoder_states: torch.Tensor | None = None, encoder_lengths: torch.Tensor | Sequence[int] | None = None,
+    ) -> "Request":  # fmt: skip
+        """From the arguments of `generate`."""
+        with torch.no_grad():
+            encoder_kv = read_encoder_states(model, encoder_states, encoder_lengths)
+        return cls(model, as_prompts(model, ids), max_new_tokens, GenerationConfig.of(model, options), encoder_kv)
+
+    def stream(self) -> Iterator:
+        """What `stream` yields."""
+        with contextlib.closing(self.run()) as steps:
+            for i in steps:
+                tokens, logprobs = self.sampler.tokens, self.sampler.logprobs
+                # Copies: a later call may write there.
+                yield tokens[i].clone() if logprobs is None else (tokens[i].clone(), logprobs[i].clone())
+
+    def run(self) -> Iterator[int]:
+        """Yields the number of each step when the device has been told to do it. Then its session is the next call's."""
+        try:
+            yield from self.steps()
+        except GeneratorExit:
+            self.leave()
+            raise
+        self.leave()
+
+    def leave(self) -> None:
+        if self.key is not None and self.recording is not None and self.recording.holds():
+            self.recording.let_go()
+            sessions.leave(self.model, self.key, (self.sampler, self.cache, self.recording))
+            self.sampler, self.key = self.sampler.results(), None
+
+    @torch.inference_mode()
+    def steps(self) -> Iterator[int]:
+        model, sampler, look = self.model, self.sampler, EOS_POLL_INTERVAL[self.rows[0].device.type]
+        foreign, step = others(model), None
+        for i in range(self.max_new_tokens):
+            with evaluating(foreign):  # and not while the caller has the token
+                if step is None:
+                    token, step = self.begin_uncached() if self.cache is None else self.begin_cached()
+                elif self.cache is not None and model.rope_factors_change(self.cache.length, self.cache.length + 1):
+                    token, step = self.recompute_cache(i)
+                else:
+                    token = step(token)
+            looks = (i + 1) % look == 0 or i + 1 == self.max_new_tokens
+            if looks:
+                sampler.require_finite(range(i - i % look, i + 1))
+            yield i
+            if looks and sampler.ended is not None and sampler.ended.all():
+                return
+
+    def begin_cached(self) -> tuple[torch.Tensor, Step]:
+        """The first new token of each row, and a function for the next ones."""
+        logits, n = self.prefill(self.prompts), self.options.num_samples
+        if n > 1:
+            whole, self.cache = self.cache, self.cache.fork(n, self.shared)
+            if isinstance(whole, PagedCache):
+                whole.free()
+            logits = logits.repeat_interleave(n, dim=0)
+        return self.sampler(logits), self.decoding()
+
+    def recompute_cache(self, steps: int) -> tuple[torch.Tensor, Step]:
+        """After so many steps, all rows anew: the model keeps other keys from now on."""
+        new = self.sampler.tokens[:steps].t().clamp(min=0)  # of rows that have ended: any
+        self.cache.truncate([0] * len(self.rows))
+        logits = self.prefill([torch.cat(row) for row in zip(self.rows, new)])
+        return self.sampler(logits), self.decoding()
+
+    def decoding(self) -> Step:
+        if not self.options.logits_processors:
+            step = decoding(self.model, self.cache, self.sampler, self.recording)
+            self.recording = step.recording
+            return step
+        logits = decoding(self.model, self.cache)  # anybody's Python can be no part of a CUDA graph
+        return lambda token: self.sampler(logits(token))
+
+    def prefill(self, prompts: list[torch.Tensor]) -> torch.Tensor:
+        """Lets the prompts join the cache. Returns the logits of the last token of each, (B, V)."""
+        # Padded on the left: as the cache wants it, and the last column is the last token of each.
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        ids = prompts[0].new_zeros(len(lengths), longest)
+        for row, prompt in zip(ids, prompts):
+            row[longest - len(prompt) :] = prompt
+        self.cache.expected_length = longest
+        pieces = -(-longest // (self.options.prefill_chunk or PREFILL_CHUNK[ids.device.type]))
+        size = -(-longest // pieces)  # as good as equal: no piece of a token or two at the end
+        for begin in range(0, longest, size):
+            end = min(begin + size, longest)
+            new = [min(max(end - (longest - length), 0), end - begin) for length in lengths]
+            new = new if min(new) < end - begin else None
+            hidden = self.model.hidden(ids[:, begin:end], self.cache, new, last_only=True)
+        return self.model.logits(hidden[:, -1])
+
+    def begin_uncached(self) -> tuple[torch.Tensor, Step]:
+        """As `begin_cached`, but everything is computed anew at each step."""
+        # Padded on the right, where no token looks.
+        longest = max(len(row) for row in self.rows)
+        ids = self.rows[0].new_zeros(len(self.rows), longest + self.max_new_tokens)
+        for padded, row in zip(ids, self.rows):
+            padded[: len(row)] = row
+        rows = torch.arange(len(ids), device=ids.device)
+        ends = torch.tensor([len(row) for row in self.rows], device=ids.device)
+
+        def next_token():
+            cache = Uncached(self.window, ids.device)
+            if self.encoder_kv is not None:
+                cache.encoder_kv = self.encoder_kv.repeated(self.options.num_samples)
+            hidden = self.model.hidden(ids[:, :longest], cache)
+            return self.sampler(self.model.logits(hidden[rows, ends - 1]))
+
+        def step(token):
+            nonlocal longest
+            ids[rows, ends] = token
+            ends.add_(1)
+            longest += 1
+            return next_token()
+
+        return next_token(), step
+
+    def new_cache(self, arguments: dict) -> KVCache:
+        try:
+            cache = self.model.new_cache(**arguments)
+        except torch.OutOfMemoryError:  # which caches of earlier calls may have
+            sessions.forget(self.model)
+            cache = self.model.new_cache(**arguments)
+        cache.encoder_kv = self.encoder_kv
+        return cache
+
+    def cache_arguments(self) -> dict:
+        """Of `new_cache`: with room for the request and no more. The last token is never stored."""
+        lengths, options = [len(prompt) for prompt in self.prompts], self.options
+        new = max(self.max_new_tokens - 1, 0)
+        page, samples = min(options.page_size, max(lengths) + new), options.num_samples
+        if samples == 1:
+            num_pages = sum(-(-(length + new) // page) for length in lengths)
+        else:  # shared pages of the prompt, and the rest of each sample
+            num_pages = sum(length // page + samples * (-(-(length + new) // page) - length // page) for length in lengths)
+        return {
+            "batch_size": len(lengths), "capacity": max(lengths) + new, "kind": options.cache,
+            "cache_dtype": options.cache_dtype, "window": self.window, "page_size": page, "num_pages": num_pages,
+        }  # fmt: skip
+
+    def session_key(self, cache: dict) -> tuple:
+        """What decides how the memory of a call is laid out, and what its steps compute."""
+        options, device = self.options, self.rows[0].device
+        rules = {name: value for name, value in options.rules.items() if name != "logit_bias"}
+        return (
+            *cache.values(), *rules.values(), *options.logit_bias.items(), options.num_samples, tuple(options.eos),
+            options.return_logprobs, self.max_new_tokens, getattr(self.model, "key_dtype", None), device,
+        )  # fmt: skip
+
+    @property
+    def window(self) -> int | None:
+        window = self.options.window
+        return None if window is None else min(window, self.model.config.context_length)
+
+    def uniforms(self) -> torch.Tensor | None:
+        """The numbers to draw by, or None."""
+        options = self.options
+        if options.temperature == 0:
+            return None
+        seeds = options.seed
+        if seeds is None:
+            seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
+        elif not isinstance(seeds, list):
+            seeds = [seeds] * len(self.prompts)
+        return uniform_numbers(seeds, options.num_samples, self.max_new_tokens)
+
+    def new_sampler(self, uniforms: torch.Tensor | None) -> Sampler:
+        options = self.options
+        return Sampler(
+            self.rows, self.max_new_tokens, self.model.config.vocab_size, uniforms=uniforms, eos=options.eos,
+            logprobs=options.return_logprobs, **options.rules,
+        )  # fmt: skip
+
+    def checked(self, max_new_tokens: int | None) -> int:
+        """How many new tokens there can be. Raises if the request does not fit the model, or the seeds the prompts."""
+        context, longest, options = self.model.config.context_length, max(map(len, self.prompts)), self.options
+        require_room("ids", longest, self.model.config)
+        new, room = require_integer("max_new_tokens", max_new_tokens, least=0, optional=True), context - longest
+        if new is None:
+            new = min(defaults_of(self.model).get("max_new_tokens", MAX_NEW_TOKENS), room)
+        if new > room:
+            raise ValueError(
+                f"max_new_tokens: expected at most {room}, with which prompt and new tokens fill the context of {context} "
+                f"tokens, got {longest} + {new}"
+            )
+        prompts = len(self.prompts)
+        if prompts * options.num_samples > MAX_ROWS:
+            most = MAX_ROWS // prompts
+            raise ValueError(f"num_samples: expected at most {most} of {prompts} prompts, got {options.num_samples}")
+        if isinstance(options.seed, list) and len(options.seed) != prompts:
+            raise ValueError(f"seed: expected one integer or {prompts}, one for each prompt, got {len(options.seed)}")
+        for name in ("eos", "logit_bias"):
+            for token in getattr(options, name):
+                require_in_vocabulary(name, token, self.model)
+        return new

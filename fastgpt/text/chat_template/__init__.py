@@ -1,0 +1,91 @@
+"""Chat templates: how messages become a prompt, in Jinja, as transformers runs it, within limits of work and size.
+
+A template comes with a checkpoint, so from strangers. It runs in Jinja's sandbox, sees plain data only, and everything it
+does is counted: a step in every loop, macro and block of its syntax tree, worth the number of nodes there, and an operation
+whose work depends on its operands pays for their size, before it makes anything large. The count does not depend on the
+machine: a template that runs on one runs on all.
+
+    messages.py     what a template sees: plain data
+    budget.py       what it may still do
+    costs.py        what each method and filter pays
+    sandbox.py      Jinja's environment, in which they do
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from fastgpt.text.chat_template.budget import Budget, limited
+from fastgpt.text.chat_template.messages import ChatTemplateError, PlainData, cut_at_end, mark_end, prepared
+from fastgpt.text.chat_template.sandbox import ENVIRONMENT, CountSteps, count_nodes
+
+SOURCE_SIZE, SOURCE_NODES = 100_000, 15_000  # characters of a template, nodes of its syntax tree; the longest have a fifth
+
+
+class ChatTemplate:
+    """A template in Jinja.
+
+    Raises: ChatTemplateError if it is none, or exceeds the limits.
+    """
+
+    def __init__(self, source: str):
+        if not isinstance(source, str):
+            raise ChatTemplateError(f"chat_template: expected a Jinja template as a str, got {type(source).__name__}")
+        if len(source) > SOURCE_SIZE:
+            raise ChatTemplateError(f"chat_template: expected at most {SOURCE_SIZE:,} characters, got {len(source):,}")
+        try:
+            with limited(Budget()):
+                tree = ENVIRONMENT.parse(source)
+                if (count := count_nodes(tree)) > SOURCE_NODES:
+                    raise ChatTemplateError(f"chat_template: expected at most {SOURCE_NODES:,} nodes, got {count:,}")
+                self.template = ENVIRONMENT.from_string(CountSteps().visit(tree))
+        except ChatTemplateError:
+            raise
+        except Exception as error:  # Python compiles what Jinja makes of it, and has limits of its own
+            raise ChatTemplateError(f"chat_template: expected a Jinja template, but {_shown(error)}") from error
+
+    def render(self, messages: Sequence[Mapping], *, continue_final_message: bool = False, **variables: Any) -> str:
+        """The prompt.
+
+        Args:
+            messages: an entry that is None counts as missing. A content that is a list of text parts prints as their text
+                where the template takes every content for text.
+            continue_final_message: the prompt ends where the content of the last message does.
+            variables: what else the template sees: strings, numbers, lists and dicts.
+
+        Raises: ChatTemplateError; TypeError for what is not such plain data.
+        """
+        data = PlainData()
+        is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+        chat = [data.copy("messages", message) for message in messages] if is_list else None
+        if chat is None or not all(isinstance(message, dict) and "role" in message for message in chat):
+            raise TypeError(f"messages: expected a list of dicts with role and content, got {repr(messages)[:200]}")
+        chat = [prepared(message) for message in chat]
+        given = {"tools": None, "documents": None} | variables  # templates ask whether they are None
+        given = {name: data.copy(name, value) for name, value in given.items()}
+        if continue_final_message:
+            mark_end(chat)
+        try:
+            prompt = self._run(chat, given, data)
+        except ChatTemplateError:
+            # Some templates add the content to a string, which a message that only calls tools may lack.
+            complete = [{"content": ""} | message for message in chat]
+            if complete == chat:
+                raise
+            prompt = self._run(complete, given, data)
+        return cut_at_end(prompt) if continue_final_message else prompt
+
+    def _run(self, chat: list[dict], given: dict, data: PlainData) -> str:
+        try:
+            with limited(Budget(data)):
+                return self.template.render(given, messages=chat)
+        except ChatTemplateError:
+            raise
+        except Exception as error:  # ZeroDivisionError, RecursionError, ...: it can raise anything
+            raise ChatTemplateError(f"messages: the chat template does not accept them: {_shown(error)}") from error
+
+
+def _shown(error: Exception) -> str:
+    text = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+    return text if len(text) <= 500 else text[:500] + " ..."

@@ -1,0 +1,73 @@
+"""The settings of a training run, and the model that they make."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastgpt.checks import require_choice, require_integer, require_number
+from fastgpt.model.config import GPTConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Settings that a resumed run keeps: they make the model, or what its held-out losses are compared by.
+KEPT = ("layers", "heads", "width", "context", "dropout", "eval_windows")
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A field of TrainConfig, with the meaning that `fastgpt train --help` shows."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run, each with its meaning, which `fastgpt train --help` shows. Lengths are in tokens.
+
+    dtype: of matrix products and attention: "float32", or "bfloat16" by autocast. Weights and their updates are float32.
+
+    Raises: TypeError or ValueError that begins with the name of the setting.
+    """
+
+    layers: int = setting(6, "blocks of the decoder; 0 makes a bigram model, which every other one should beat")
+    heads: int = setting(6, "attention heads, which divide the width")
+    width: int = setting(192, "features of each token")
+    context: int = setting(256, "tokens that the model sees at once, and of each window it is trained on")
+    dropout: float = setting(0.1, "probability with which activations are zeroed in training")
+    batch_size: int = setting(16, "windows in a step, those of all processes together")
+    steps: int = setting(2000, "optimizer steps of the whole run; with --resume, more extend it")
+    learning_rate: float = setting(1e-3, "peak of the learning rate, which then falls along a cosine to a tenth of it")
+    warmup: int = setting(100, "steps in which the learning rate rises to its peak")
+    weight_decay: float = setting(0.1, "AdamW's, of matrices only")
+    grad_clip: float = setting(1.0, "norm that a step's gradient is scaled down to if it has a larger one")
+    eval_interval: int = setting(200, "steps between evaluations, each of which shows a sample and saves")
+    eval_windows: int = setting(256, "windows of the held-out text that are evaluated, at most")
+    seed: int = setting(0, "of the initial weights, batches and dropout")
+    dtype: str = setting("float32", f"of matrix products and attention, not of weights: {', '.join(DTYPES)}")
+
+    def __post_init__(self):
+        checked = {name: require_integer(name, getattr(self, name), 1) for name in (
+            "heads", "width", "context", "batch_size", "steps", "eval_interval", "eval_windows",
+        )}  # fmt: skip
+        checked |= {name: require_integer(name, getattr(self, name), 0) for name in ("layers", "warmup")}
+        checked |= {name: require_number(name, getattr(self, name), above=0) for name in ("learning_rate", "grad_clip")}
+        checked["dropout"] = require_number("dropout", self.dropout, 0, below=1)
+        checked["weight_decay"] = require_number("weight_decay", self.weight_decay, 0)
+        checked["seed"] = require_integer("seed", self.seed, 0, 2**31 - 1)
+        require_choice("dtype", self.dtype, tuple(DTYPES))
+        for name, value in checked.items():  # NumPy's numbers as Python's
+            object.__setattr__(self, name, value)
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The model of a run that begins with random weights."""
+    if config.width % config.heads:
+        raise ValueError(f"width: expected a multiple of the {config.heads} heads, got {config.width}")
+    bigram = {"position": None, "tie_embeddings": False} if config.layers == 0 else {}
+    return GPTConfig(
+        vocab_size=vocab_size,
+        context_length=config.context,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        hidden_size=config.width,
+        dropout=config.dropout,
+        **bigram,
+    )

@@ -1,0 +1,114 @@
+"""The folder of a training run: it is new, and one run's alone."""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
+
+from fastgpt import folders
+from fastgpt.checkpoints.files import STATE
+from fastgpt.training.processes import Processes
+
+LOCK = "training.lock"  # in a run's folder while the run goes on
+
+
+def require_new_run(folder: Path) -> None:
+    """Raises ValueError if a folder holds a run or a model, which a new run would overwrite."""
+    if os.path.lexists(folder / STATE):
+        raise ValueError(f"out: expected a new folder, {folder} holds a run; continue it with --resume")
+    if weights := sorted(
+        path.name for pattern in ("*.safetensors", "*.safetensors.index.json") for path in folder.glob(pattern)
+    ):
+        raise ValueError(f"out: expected a new folder, {folder} holds the model {weights[0]}")
+
+
+_claimed = ContextVar("claimed", default=frozenset())  # folders, by this thread's runs: a claim may be within another one's
+
+
+@contextmanager
+def claimed(folder: Path, processes: Processes = Processes()) -> Iterator[None]:
+    """Within it, a folder, made where there is none, is this run's alone: two would overwrite each other's checkpoints.
+
+    The first process holds an exclusive lock on a file there, which the system releases when the process dies. The file is
+    removed at the end, and so are folders that were made and hold nothing. Where the system or the file system has no such
+    locks, the folder is only made. All processes enter and leave together.
+
+    Raises: ValueError in all processes where another run has the folder; OSError where it cannot be made or written to.
+    """
+    path = Path(folder).absolute()
+    if path in _claimed.get():
+        yield
+        return
+    lock, error = None, None
+    with ExitStack() as made:
+        if processes.first:
+            try:
+                made.enter_context(folders.made(path))
+                lock = _lock(path)
+            except BlockingIOError as raised:
+                error = ValueError(f"out: expected a folder that no other run uses, {folder} is in use by {raised.strerror}")
+            except (OSError, ValueError) as raised:  # also of a name that is too long, or that has a null character
+                reason = getattr(raised, "strerror", None) or raised
+                error = type(raised)(f"out: expected a folder, got {str(folder)!r}: {reason}")
+        before = _claimed.set(_claimed.get() | {path})
+        try:
+            if processes.any(error is not None):
+                raise error or ValueError(f"out: expected a folder that the first process can use, got {str(folder)!r}")
+            yield
+        finally:
+            _claimed.reset(before)
+            if lock is not None:
+                with suppress(OSError):
+                    (path / LOCK).unlink()  # before it is free: nobody else's is removed
+                lock.close()
+
+
+def _lock(folder: Path) -> IO[str]:
+    """The folder's lock file, open and locked. Raises BlockingIOError, whose strerror says who has it."""
+    for _ in range(10):  # a run that ends may remove file or folder in between
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / LOCK, "a+", opener=_opened_here)
+        except FileNotFoundError as error:
+            missing = error
+            continue
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                raise BlockingIOError(error.errno, file.read().strip() or "another process") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            current = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
+        except FileNotFoundError as error:
+            current, missing = False, error
+        if current:
+            try:
+                file.truncate(0)
+                print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+                return file
+            except OSError:
+                (folder / LOCK).unlink()
+                with suppress(OSError):  # what could not be written is tried again
+                    file.close()
+                raise
+        file.close()
+    raise missing
+
+
+def _opened_here(path: str, flags: int) -> int:
+    """A file that is written to. A link would lead to another one."""
+    if os.path.islink(path):
+        raise OSError(f"{os.path.basename(path)} in it is a link")
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

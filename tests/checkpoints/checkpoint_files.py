@@ -1,0 +1,47 @@
+"""Small checkpoints on disk, and edits of their files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from checkpoint_fuzz import CONFIGS
+from safetensors.torch import load_file, save_file
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.checkpoints.families import FAMILIES
+
+LLAMA = next(config for config in CONFIGS if config["model_type"] == "llama")
+
+GPT2 = next(config for config in CONFIGS if config["model_type"] == "gpt2")
+
+
+def write(folder: Path, config: dict) -> Path:
+    """A checkpoint with that config.json and random weights."""
+    GPT(GPTConfig(**FAMILIES[config["model_type"]].config_from(config))).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, edit) -> None:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def shard(folder: Path, **changes) -> None:
+    """Divides the weights into a.safetensors and b.safetensors; changes: of weight_map, by the name with _ for dots."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: ("a", "b")[i % 2] + ".safetensors" for i, name in enumerate(weights)}
+    for file in set(weight_map.values()):
+        save_file({name: x for name, x in weights.items() if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map | changes}))
+
+
+def raises(message: str, error=ValueError):
+    return pytest.raises(error, match=message)
