@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import store
-from fastgpt import GPT
-from fastgpt.cli import CACHE_DTYPES, SHIPPED_MODEL
+from fastgpt import GPT, SHIPPED_MODEL
+from fastgpt.cli.generate import CACHE_DTYPES
 from fastgpt.text.tokenizer import Tokenizer
 from fastgpt.training.evaluation import evaluate, split
 

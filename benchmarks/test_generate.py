@@ -28,9 +28,9 @@ from benchmarks.timing import (
     time_left,
     tiny,
 )
-from fastgpt import GPT, generate
+from fastgpt import GPT, SHIPPED_MODEL, generate
 from fastgpt.bench.timing import clock, implementation
-from fastgpt.cli import SHIPPED_MODEL, example_calls
+from fastgpt.cli.example_calls import example_calls
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.bfloat16, torch.float32][: 2 if full() else 1]

@@ -5,7 +5,7 @@ from fastgpt import startup
 
 def main() -> None:
     startup.watch()
-    from fastgpt.cli import main as run
+    from fastgpt.cli.main import main as run
 
     startup.unwatch()
     run()

@@ -15,7 +15,7 @@ from architectures import named_cache
 import fastgpt
 import fastgpt.testing
 from benchmarks import pages, plots, report
-from fastgpt import cli
+from fastgpt.cli.main import parser
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in report.DOCUMENTS}
@@ -77,7 +77,7 @@ def test_python_runs(code, runs, capsys):
 @pytest.mark.parametrize("line", [line for line in COMMANDS if re.search(r"\bfastgpt [a-z]", line)])
 def test_commands_have_these_options(line):
     _, _, arguments = line.partition("fastgpt ")
-    options, unknown = cli.parser().parse_known_args(shlex.split(arguments, comments=True))
+    options, unknown = parser().parse_known_args(shlex.split(arguments, comments=True))
     assert callable(options.run) and not unknown
 
 

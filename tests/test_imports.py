@@ -14,7 +14,9 @@ PACKAGE = Path(fastgpt.__file__).parent
 # A module imports only what stands below it. Those on one line do not import each other.
 LAYERS = [
     {"__main__"},
-    {"cli"},
+    {"cli.main"},
+    {"cli.bench", "cli.generate", "cli.info", "cli.inspect", "cli.train"},
+    {"cli.arguments", "cli.example_calls", "cli.output", "cli.prompts"},
     {"training.loop"},
     {"bench.suite", "__init__", "parallel", "training.trainer"},
     {"generation.pipeline"},
@@ -93,6 +95,7 @@ LAYERS = [
         "bench",
         "cache",
         "checkpoints",
+        "cli",
         "generation",
         "integrations",
         "kernels",
@@ -172,3 +175,18 @@ def test_nothing_optional_is_imported():
     loaded = {name.partition(".")[0] for name in result.stdout.split()}
     assert "fastgpt" in loaded
     assert not loaded & {"triton", "transformers", "tokenizers", "tqdm", "matplotlib"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments, late", [(["--help"], {"tokenizers", "tqdm", "jinja2"}), (["info"], {"tokenizers", "tqdm", "jinja2"})], ids=str
+)
+def test_a_command_loads_what_it_needs(arguments, late):
+    """Beyond what torch imports itself: it starts as soon as that is there."""
+    program = (
+        "import sys, torch; before = set(sys.modules)\nfrom fastgpt.cli.main import main\n"
+        f"try:\n    main({arguments})\nexcept SystemExit:\n    pass\nprint(*(set(sys.modules) - before))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in result.stdout.splitlines()[-1].split()}
+    assert "fastgpt" in loaded and not loaded & late

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_cli import run
+from command_line import run
 
 from fastgpt.bench import suite, timing
 from fastgpt.bench.limits import Limit

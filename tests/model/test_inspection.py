@@ -7,8 +7,8 @@ import pytest
 import torch
 from models import random_ids, random_model
 
-from fastgpt import GPT, generate, run_with_cache
-from fastgpt.cli import SHIPPED_MODEL, main
+from fastgpt import GPT, SHIPPED_MODEL, generate, run_with_cache
+from fastgpt.cli.main import main
 from fastgpt.model.inspection import draw_attention, likeliest, text_of
 from fastgpt.model.rope import Rope
 from fastgpt.testing import numerics

@@ -1,0 +1,112 @@
+"""Parsers, and the types of options that several commands have."""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fastgpt.folders import SHIPPED_MODEL
+
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", "\\": "\\"}
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of descriptions and examples, and gives long option names room."""
+
+    def __init__(self, prog: str, **options):
+        super().__init__(prog, max_help_position=32, **options)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of commands are."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Formatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fastgpt: error: {re.sub('^argument ', '', message)} (see {self.prog} --help)\n")
+
+
+def integer(text: str) -> int:
+    return _parsed(int, "an integer", text)
+
+
+def number(text: str) -> float:
+    return _parsed(float, "a number", text)
+
+
+def _parsed(type_: Callable[[str], Any], expected: str, text: str) -> Any:
+    try:
+        return type_(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+
+def path_or_id(text: str) -> str:
+    """A path as it is given; it may stand for a model on the Hub."""
+    if not text:  # which would be the current directory
+        raise argparse.ArgumentTypeError("expected the path of a file or a folder, got ''")
+    return text
+
+
+def path(text: str) -> Path:
+    return Path(path_or_id(text))
+
+
+def unescape(text: str, name: str = "text") -> str:
+    r"""What a shell passes on as written: \n, \r, \t, \\, \0, \xNN, \uNNNN, \UNNNNNNNN become the characters they stand for.
+
+    A backslash before anything else stays. For options such as --stop.
+
+    Args:
+        name: of the option, for errors.
+
+    Raises: ValueError for what is no character.
+    """
+
+    def character(escape: re.Match) -> str:
+        code = escape[1]
+        return ESCAPES[code] if code in ESCAPES else chr(int(code[1:], 16))
+
+    try:
+        result = re.sub(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[nrt0\\])", character, text)
+        return result.encode("utf-16", "surrogatepass").decode("utf-16")  # \uD83D\uDE00 is one character
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: expected escapes of characters, got {text!r}") from error
+
+
+def add_model(add: Callable) -> None:
+    """Adds the options that say which model runs where.
+
+    Args:
+        add: `add_argument` of a parser or of a group.
+    """
+    add("--model", type=path_or_id, default=SHIPPED_MODEL, metavar="PATH_OR_ID", help="checkpoint folder, or the id of a model "
+        "on the Hugging Face Hub (the shipped model)")  # fmt: skip
+    add("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub (its main branch)")
+    add_device(add)
+
+
+def add_device(add: Callable) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=default, metavar="D", help=f"cpu, cuda, cuda:1, ... ({default})")
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name. Raises ValueError for one that this machine does not have."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            why = "this torch is a CPU build" if torch.version.cuda is None else "torch finds no CUDA GPU"
+            raise ValueError(f"device: expected one of this machine, got {name!r}, but {why}")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!r}")
+    return device

@@ -1,0 +1,283 @@
+"""`fastgpt generate`: continues prompts, as a stream of text or as JSON, and compares generation with and without a cache."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+
+import torch
+
+import fastgpt
+from fastgpt.bench.timing import implementation
+from fastgpt.cache.create import CACHE_KINDS
+from fastgpt.checks import require_integer
+from fastgpt.cli.arguments import add_model, device_of, integer, number, path_or_id, unescape
+from fastgpt.cli.example_calls import example_calls
+from fastgpt.cli.output import print_stderr
+from fastgpt.cli.prompts import default_prompt, read_prompts
+from fastgpt.folders import SHIPPED_MODEL
+from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig
+from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
+from fastgpt.training.processes import joined, own_device
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+DESCRIPTION = """\
+Continues a prompt and prints both, the text as it is generated. Options that are not given are those of the
+checkpoint's generation_config.json, or else the defaults in parentheses."""
+EXAMPLES = """\
+examples:
+  fastgpt generate "ROMEO:" --temperature 0.8 --seed 1
+  fastgpt generate "Who are you?" --model PATH_OR_ID --chat
+  git diff | fastgpt generate --model PATH_OR_ID --stop "\\n\\n"
+  fastgpt generate --prompt-file story.txt --json --logprobs"""
+# Options of `fastgpt.generate` that the command has by the same names.
+SAME_NAMES = (
+    "logit_bias", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "temperature", "top_k", "top_p", "min_p",
+    "seed", "num_samples", "cache", "window",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.description, parser.epilog = "%(prog)s [options] [PROMPT ...]", DESCRIPTION, EXAMPLES
+    add = parser.add_argument_group("text").add_argument
+    add("prompt", nargs="*", metavar="PROMPT", help="text to continue, one or several; - reads standard input, which is also "
+        "read if there is no PROMPT and something is piped in (a line break)")  # fmt: skip
+    add("--prompt-file", type=path_or_id, action="append", default=[], metavar="FILE", help="read a prompt from FILE, in UTF-8; "
+        "can be repeated. A line break at its end is removed, as from standard input")  # fmt: skip
+    add("--chat", action="store_true", help="PROMPT is a user's message: apply the chat template, and print only the answer")
+    add("--template-var", action="append", default=[], metavar="NAME=VALUE", help="with --chat: a variable of the chat "
+        "template, such as enable_thinking=false; VALUE is JSON, or else a string; can be repeated")  # fmt: skip
+    add("--max-new-tokens", type=integer, metavar="N", help=f"tokens to generate; by default at most what the context has room "
+        f"for ({MAX_NEW_TOKENS})")  # fmt: skip
+    add("--min-new-tokens", type=integer, metavar="N", help="generate at least N tokens before a text may end (0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help=r"stop before TEXT, in which \n is a line break, \t a tab "
+        r"and \\ a backslash; can be repeated")  # fmt: skip
+    add("--ignore-eos", action="store_true", help="do not stop at end-of-sequence tokens")
+    add("--num-samples", type=integer, metavar="N", help="samples of each prompt, printed when all are complete (1)")
+
+    add = parser.add_argument_group("sampling, in this order").add_argument
+    add("--logit-bias", type=logit_bias, metavar="JSON", help="numbers to add to the logits of tokens: '{\"ID\": NUMBER, "
+        "...}'; -Infinity bans a token")  # fmt: skip
+    add("--repetition-penalty", type=number, metavar="X", help="above 1, penalizes tokens that are already in the text (1)")
+    add("--no-repeat-ngram-size", type=integer, metavar="N", help="never repeat a sequence of N tokens; 0 is off (0)")
+    add("--temperature", type=number, metavar="T", help="0 is greedy decoding; otherwise tokens are sampled, from logits "
+        "divided by T (0)")  # fmt: skip
+    add("--top-k", type=integer, metavar="K", help="sample from the K most likely tokens (all)")
+    add("--top-p", type=number, metavar="P", help="sample from the fewest most likely tokens of total probability P (all)")
+    add("--min-p", type=number, metavar="P", help="sample from tokens at least P times as likely as the most likely one (all)")
+    add("--seed", type=integer, metavar="S", help="seed of the samples (a random one, printed at the end)")
+
+    add = parser.add_argument_group("model and device").add_argument
+    add_model(add)
+    add("--dtype", choices=DTYPES, metavar="D", help=f"dtype of the weights: {', '.join(DTYPES)} (as stored)")
+    add("--cache", choices=CACHE_KINDS, metavar="KIND", help=f"kind of KV cache: {', '.join(CACHE_KINDS)} (contiguous)")
+    add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"quantize the cache to {' or '.join(CACHE_DTYPES)} (the "
+        "dtype of the weights)")  # fmt: skip
+    add("--window", type=integer, metavar="N", help="attend to the last N tokens only; a sliding cache keeps only these (all)")
+    add("--no-cache", action="store_true", help="recompute the keys and values of all tokens at every step")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--compare-cache", action="store_true", help="generate with and without the cache, compare tokens and speed")
+    add("--json", action="store_true", help="print one JSON object instead of streaming text")
+    add("--logprobs", action="store_true", help="with --json: each token and its log-probability")
+
+
+def logit_bias(text: str) -> dict[int, float]:
+    def by_token(pairs: list) -> dict[int, float]:
+        result = {int(token): value for token, value in pairs}
+        if len(result) < len(pairs):
+            raise ValueError("a token is there twice")
+        return result
+
+    try:
+        result = json.loads(text, object_pairs_hook=by_token)
+        if not isinstance(result, dict):
+            raise ValueError(f"got a {type(result).__name__}")
+        return result
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(
+            f'expected a JSON object of token ids and numbers, such as \'{{"12": -5, "7": -Infinity}}\', got {text!r}'
+        ) from None
+
+
+def template_variable(argument: str) -> tuple[str, object]:
+    """NAME=VALUE as a name and the value, which is JSON, or else the string as it is."""
+    name, sign, value = argument.partition("=")
+    if not sign or not name.isidentifier():
+        raise ValueError(f"template-var: expected NAME=VALUE, got {argument!r}")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def run(options: argparse.Namespace) -> None:
+    require_consistent(options)
+    settings = generation_settings(options)
+    prompts = read_prompts(options.prompt, options.prompt_file)
+    device = device_of(own_device(options.device))
+    with joined(None, device) as processes:  # one, unless torchrun started several
+        pipe = pipeline(options.model, revision=options.revision, dtype=DTYPES.get(options.dtype), device=device)
+        if processes.size > 1:
+            from fastgpt.parallel import tensor_parallel  # slow to load
+
+            tensor_parallel(pipe.model)
+        prompts = prompts or [default_prompt(pipe.tokenizer)]
+        if options.seed is None:  # one for both ways of --compare-cache, and for all processes
+            settings["seed"] = processes.agreed(int.from_bytes(os.urandom(4), "big"))
+        if processes.first:
+            generate_text(pipe, prompts, settings, options, device)
+        else:
+            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+                generate_text(pipe, prompts, settings, options, device)
+
+
+def require_consistent(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that say nothing without others, or contradict them."""
+    if options.logprobs and not options.json:
+        raise ValueError("logprobs: expected --json with it, got --logprobs alone")
+    if options.template_var and not options.chat:
+        raise ValueError("template-var: expected --chat with it, got --template-var alone")
+    if options.no_cache and not options.compare_cache:
+        for name in ("cache", "cache_dtype"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name}: expected none with --no-cache, got {getattr(options, name)}")
+
+
+def generation_settings(options: argparse.Namespace) -> dict:
+    """What `Pipeline.start` is given, checked before anything is loaded; all else is the checkpoint's to say."""
+    settings = {name: getattr(options, name) for name in SAME_NAMES if getattr(options, name) is not None}
+    if options.cache_dtype is not None:
+        settings["cache_dtype"] = CACHE_DTYPES[options.cache_dtype]
+    settings["return_logprobs"] = options.logprobs
+    GenerationConfig(**settings)
+    require_integer("max_new_tokens", options.max_new_tokens, least=0, optional=True)
+    settings["stop"] = [unescape(text, "stop") for text in options.stop]
+    if options.template_var:
+        settings["template_variables"] = dict(map(template_variable, options.template_var))
+    return settings | ({"eos": None} if options.ignore_eos else {})
+
+
+def generate_text(
+    pipe: Pipeline, prompts: list[str], settings: dict, options: argparse.Namespace, device: torch.device
+) -> None:
+    """Generates and prints, all that the command is for; exits with status 1 where --compare-cache finds other tokens."""
+    if options.chat and pipe.tokenizer.chat_template is None:
+        which = "the shipped model" if options.model == SHIPPED_MODEL else options.model
+        raise ValueError(f"chat: expected a --model with a chat template, {which} has none")
+    generation = generate_once(pipe, prompts, settings, options, use_cache=not options.no_cache, quiet=options.json)
+    print_warnings(generation, options, pipe.model.config.context_length)
+    result = texts(pipe, generation, prompts, options) | measurements(pipe, generation, device)
+    if options.compare_cache:
+        other = generate_once(pipe, prompts, settings, options, use_cache=options.no_cache, quiet=True)
+        result |= comparison(other, generation) if options.no_cache else comparison(generation, other)
+    if options.json:
+        print(json.dumps(result))
+    elif options.compare_cache:
+        print_comparison(result, options.cache_dtype)
+    else:
+        print_speed(result)
+    if options.compare_cache and not result["tokens_agree"] and options.cache_dtype is None:  # of 8 bits, they may differ
+        sys.exit(1)
+
+
+def generate_once(
+    pipe: Pipeline, prompts: list[str], settings: dict, options: argparse.Namespace, *, use_cache: bool, quiet: bool
+) -> Run:
+    """Generates; unless quiet, prints prompts and texts, as they come if there is only one."""
+    given = [as_messages(prompt) if options.chat else prompt for prompt in prompts]
+    generation = pipe.start(given, options.max_new_tokens, use_cache=use_cache, **settings)
+    printed = printed_prompts(generation, prompts, options)
+    streams = len(printed) == 1 and not quiet
+    if streams:
+        print(printed[0], end="", flush=True)
+    for pieces in generation:
+        if streams:
+            print(pieces[0], end="", flush=True)
+    if streams:
+        print()
+    elif not quiet:
+        whole = [prompt + row.text for prompt, row in zip(printed, generation.rows)]
+        headings = [shortened(prompt) for prompt in prompts for _ in range(generation.options.num_samples)]
+        numbered = enumerate(zip(headings, whole), 1)
+        print("\n".join(f"--- {number} of {len(whole)}: {heading}\n{text}\n" for number, (heading, text) in numbered), end="")
+    return generation
+
+
+def shortened(prompt: str) -> str:
+    """The beginning of a prompt, in one line."""
+    return repr(prompt if len(prompt) <= 40 else prompt[:39] + "…")
+
+
+def printed_prompts(generation: Run, prompts: list[str], options: argparse.Namespace) -> list[str]:
+    """What is printed before each text: its prompt, but for chats."""
+    return ["" if options.chat else prompt for prompt in prompts for _ in range(generation.options.num_samples)]
+
+
+def print_warnings(generation: Run, options: argparse.Namespace, context: int) -> None:
+    if generation.options.num_samples > 1 and generation.options.temperature == 0:
+        print_stderr("fastgpt: the samples of a prompt are all the same at temperature 0: choose a --temperature above it")
+    longest = max(map(len, generation.prompts))
+    if options.max_new_tokens is None and longest == context:
+        print_stderr(f"fastgpt: a prompt of {longest:,} tokens fills the model's context: there is no room for new ones")
+
+
+def texts(pipe: Pipeline, generation: Run, prompts: list[str], options: argparse.Namespace) -> dict:
+    """What was generated, for --json: of the one text, or a list in `samples`, those of the first prompt first."""
+    result: list[dict] = []
+    for prompt, row in zip(printed_prompts(generation, prompts, options), generation.rows):
+        result.append({"text": prompt + row.text, "finish_reason": row.finish_reason})
+        if options.logprobs:
+            names = map(pipe.tokenizer.backend.id_to_token, row.tokens)
+            entries = zip(row.tokens, names, row.logprobs)
+            result[-1]["tokens"] = [{"id": token, "token": name, "logprob": logprob} for token, name, logprob in entries]
+    return result[0] if len(result) == 1 else {"samples": result}
+
+
+def measurements(pipe: Pipeline, generation: Run, device: torch.device) -> dict:
+    """How a text was generated, for --json."""
+    reasons = fastgpt.explain(fastgpt.attention, *example_calls(device)[fastgpt.attention])
+    return {
+        "prompt_tokens": sum(map(len, generation.prompts)),
+        "new_tokens": sum(len(row.tokens) for row in generation.rows),
+        "prefill_seconds": generation.prefill_seconds,
+        "decode_seconds": generation.decode_seconds,
+        "decode_tokens_per_second": generation.tokens_per_second,
+        "seed": generation.options.seed if generation.options.temperature > 0 else None,  # where something is sampled
+        "device": str(device),
+        "dtype": str(pipe.model.token_embedding.weight.dtype).removeprefix("torch."),
+        "implementation": implementation(reasons),
+    }
+
+
+def comparison(cached: Run, uncached: Run) -> dict:
+    speed, without = cached.tokens_per_second, uncached.tokens_per_second
+    return {
+        "decode_tokens_per_second": speed,
+        "uncached_tokens_per_second": without,
+        "speed_up": speed / without if speed is not None and without else None,
+        "tokens_agree": [row.tokens for row in cached.rows] == [row.tokens for row in uncached.rows],
+    }
+
+
+def print_comparison(result: dict, cache_dtype: str | None) -> None:
+    print(f"\ncached: {shown(result['decode_tokens_per_second'])} tok/s")
+    print(f"uncached: {shown(result['uncached_tokens_per_second'])} tok/s")
+    print(f"speed-up: {shown(result['speed_up'])}x")
+    agree = result["tokens_agree"]
+    rounded = "" if agree or cache_dtype is None else f", which is rounded to {cache_dtype}"
+    print(f"tokens: {'the same' if agree else 'NOT the same'} with and without the cache{rounded}")
+
+
+def print_speed(result: dict) -> None:
+    tokens, speed, seed = result["new_tokens"], result["decode_tokens_per_second"], result["seed"]
+    print(end="", flush=True)  # the text comes first where both go to one place; there may be no sys.stdout
+    parts = [f"{tokens} token{'' if tokens == 1 else 's'}"]
+    parts += [] if speed is None else [f"{shown(speed)} tok/s"]
+    print_stderr(", ".join(parts + ([] if seed is None else [f"seed {seed}"])))
+
+
+def shown(value: float | None) -> str:
+    return "?" if value is None else f"{value:,.1f}"

@@ -1,0 +1,106 @@
+"""The command `fastgpt`: its parser, and how errors are reported."""
+
+import argparse
+import re
+import sys
+from importlib import import_module
+from typing import Any
+
+import torch
+
+import fastgpt
+from fastgpt import startup
+from fastgpt.cli.arguments import Parser
+from fastgpt.cli.output import discard_stdout, is_of_stdout, print_stderr
+from fastgpt.model.inputs import PromptTooLong
+
+COMMANDS = {  # a module beside this one each
+    "generate": "continue a prompt",
+    "inspect": "show the tokens of a prompt and the predictions for the next one",
+    "train": "train a model on a text file",
+    "bench": "measure how fast this machine is, in two minutes",
+    "info": "show versions, devices, and which implementation each operation uses",
+}
+NOT_OPTIONS = {"prompt", "run", "parser"}  # what else is in the parsed arguments
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command; exits with status 2 and one line on bad input, 130 on Ctrl-C.
+
+    Args:
+        arguments: default those of the process.
+    """
+    options = argparse.Namespace()
+    try:
+        options, unknown = parser().parse_known_args(arguments)
+        if unknown:
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        options.run(options)
+        print(end="", flush=True)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        discard_stdout()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        message = error_message(error, options)
+        if isinstance(error, OSError) and is_of_stdout(error):
+            discard_stdout()
+            message = f"output: expected one that can be written to, got {error.strerror}"
+        print_stderr(f"fastgpt: error: {message}")
+        sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print_stderr(f"fastgpt: error: out of memory: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print_stderr("\nfastgpt: interrupted")
+        sys.exit(130)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = Parser(prog="fastgpt", description=fastgpt.__doc__, epilog="fastgpt COMMAND --help shows the options of a command.")
+    top.add_argument("--version", action="version", version=f"fastgpt {fastgpt.__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=CommandParser)
+    for name, meaning in COMMANDS.items():
+        commands.add_parser(name, help=meaning, module=f"fastgpt.cli.{name}")
+    return top
+
+
+class CommandParser(Parser):
+    """The parser of one command. Its module is imported when the command is chosen: each loads libraries of its own, and
+    `fastgpt --help` need not wait for all of them.
+
+    Args:
+        module: its name. It has `add_arguments(parser)`, and `run(options)`.
+    """
+
+    def __init__(self, *, module: str, **options):
+        super().__init__(**options)
+        self.module, self.is_loaded = module, False
+
+    def load(self) -> None:
+        """Adds the command's options."""
+        if self.is_loaded:
+            return
+        startup.watch()
+        try:
+            module = import_module(self.module)
+        finally:
+            startup.unwatch()
+        module.add_arguments(self)
+        self.set_defaults(run=module.run, parser=self)
+        self.is_loaded = True
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.load()
+        return super().parse_known_args(args, namespace)
+
+
+def error_message(error: Exception, options: argparse.Namespace) -> str:
+    """The message of an error, in terms of the command line: the argument with which it begins as the option of that name, if
+    the command has one, and without "or None", which only Python can pass."""
+    message = str(error)
+    if isinstance(error, PromptTooLong):
+        message += " (--model)"
+    name, colon, rest = message.partition(":")
+    if not colon or name.replace("-", "_") not in vars(options).keys() - NOT_OPTIONS:
+        return message
+    return f"--{name.replace('_', '-')}:" + re.sub("^((?:(?!, got ).)*) or None, got ", r"\1, got ", rest)
