@@ -6,18 +6,20 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # a tenth of the time of a question for one device
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # what torch.compile and torch.export trace numbers as
 
-PENALTY = {"least": 1e-100, "most": 1e100}  # bounds of a repetition penalty, which logits are divided and multiplied by
+# Bounds of a repetition penalty, which logits are divided and multiplied by.
+PENALTY: dict[str, Any] = {"least": 1e-100, "most": 1e100}
 
 
-def require_tensor(name: str, value, ndim: int | None = None) -> None:
+def require_tensor(name: str, value: Any, ndim: int | None = None) -> None:
     """A plain strided tensor, neither nested nor sparse, which kernels cannot read, whose storage holds it."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -89,17 +91,27 @@ def require_broadcastable(name: str, value: torch.Tensor, shape: tuple[int, ...]
         raise ValueError(f"{name}: expected a shape that broadcasts to {shape} {meaning}, got {tuple(value.shape)}")
 
 
-def require_choice(name: str, value, choices) -> None:
+def require_choice(name: str, value: Any, choices: Collection) -> None:
     if not (value is None or isinstance(value, str)) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {_shown(value)}")
 
 
-def require_flag(name: str, value) -> None:
+def require_flag(name: str, value: Any) -> None:
     if not isinstance(value, (bool, torch.SymBool)):
         raise TypeError(f"{name}: expected a bool, got {_shown(value)}")
 
 
-def require_integer(name: str, value, least: int | None = None, most: int | None = None, optional: bool = False) -> int | None:
+@overload
+def require_integer(
+    name: str, value: Any, least: int | None = None, most: int | None = None, optional: Literal[False] = False
+) -> int: ...
+@overload
+def require_integer(
+    name: str, value: Any, least: int | None = None, most: int | None = None, optional: bool = False
+) -> int | None: ...
+def require_integer(
+    name: str, value: Any, least: int | None = None, most: int | None = None, optional: bool = False
+) -> int | None:
     """The value as an int; NumPy's integers are such, bools and floats are not. optional: None is fine, too."""
     if optional and value is None:
         return None
@@ -116,8 +128,18 @@ def require_integer(name: str, value, least: int | None = None, most: int | None
     return value
 
 
+@overload
 def require_number(
-    name: str, value, least: float | None = None, most: float | None = None, above: float | None = None,
+    name: str, value: Any, least: float | None = None, most: float | None = None, above: float | None = None,
+    below: float | None = None, optional: Literal[False] = False,
+) -> float: ...  # fmt: skip
+@overload
+def require_number(
+    name: str, value: Any, least: float | None = None, most: float | None = None, above: float | None = None,
+    below: float | None = None, optional: bool = False,
+) -> float | None: ...  # fmt: skip
+def require_number(
+    name: str, value: Any, least: float | None = None, most: float | None = None, above: float | None = None,
     below: float | None = None, optional: bool = False,
 ) -> float | None:  # fmt: skip
     """A finite number, as an int or a float; bools and tensors are none. least and most are allowed, above and below not."""
@@ -146,7 +168,7 @@ def require_number(
     return value if isinstance(value, float) or -(2**63) <= value < 2**63 else float(value)  # which PyTorch takes
 
 
-def require_path(name: str, value) -> Path:
+def require_path(name: str, value: Any) -> Path:
     """The value as a path. An empty one, which would be the current directory, is none, and one that no file can have."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise TypeError(f"{name}: expected a path, got {_shown(value)}")
@@ -177,14 +199,14 @@ def writing(name: str, path: Path, kind: str) -> Iterator[None]:
 
 def reason_of(error: Exception) -> str:
     """Why something could not be written: the words of the system or a library, also where `writing` has wrapped them."""
-    while isinstance(error, OSError) and error.errno is None and error.__cause__ is not None:
+    while isinstance(error, OSError) and error.errno is None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     replaced = getattr(error, "filename2", None)  # where a finished file could not be put
     return f"{reason} ({os.path.basename(replaced)})" if replaced else reason
 
 
-def is_terminal(stream) -> bool:
+def is_terminal(stream: Any) -> bool:
     """Whether a stream, of sys say, is one; None, which sys has in a program without a console, is not."""
     try:
         return stream.isatty()

@@ -59,14 +59,13 @@ class replacing:
 
     def __enter__(self) -> Path:
         self.temporary.unlink(missing_ok=True)  # of a process that was killed
-        self.mode = None
+        kept = None
         with suppress(FileNotFoundError):
             if stat.S_ISREG((present := os.lstat(self.path)).st_mode):
-                self.mode = stat.S_IMODE(present.st_mode)
-        mode = 0o666 if self.mode is None else self.mode | stat.S_IWUSR
+                kept = stat.S_IMODE(present.st_mode)
+        mode = 0o666 if kept is None else kept | stat.S_IWUSR
         with open(os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            if self.mode is None:
-                self.mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            self.mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode) if kept is None else kept
         return self.temporary
 
     def __exit__(self, exception: type[BaseException] | None, *_) -> None:

@@ -1,11 +1,19 @@
 """Public functions say the types of what they take and return."""
 
+import ast
 import inspect
+from pathlib import Path
 
 import pytest
 
 import fastgpt
 import fastgpt.testing
+
+PACKAGE = Path(fastgpt.__file__).parent
+METHODS = ("__init__", "__call__", "__enter__", "__exit__", "__iter__")  # that are public despite their underscores
+# Packages in which every function is annotated that other files may call, not only those that users do.
+THROUGHOUT = ("checkpoints", "cli", "generation", "integrations", "text", "training")
+FILES = sorted(path for package in THROUGHOUT for path in (PACKAGE / package).rglob("*.py"))
 
 
 def functions():
@@ -17,7 +25,7 @@ def functions():
                 yield f"{module.__name__}.{name}", value
             elif inspect.isclass(value):
                 for attribute, method in vars(value).items():
-                    if inspect.isfunction(method) and (not attribute.startswith("_") or attribute in ("__init__", "__call__")):
+                    if inspect.isfunction(method) and (not attribute.startswith("_") or attribute in METHODS):
                         yield f"{module.__name__}.{name}.{attribute}", method
 
 
@@ -29,3 +37,30 @@ def test_all_is_annotated(function):
     parameters = [p for p in signature.parameters.values() if p.name != "self" and p.kind not in several]
     assert not [p.name for p in parameters if p.annotation is p.empty]
     assert signature.return_annotation is not signature.empty
+
+
+def missing(body: list, inside: str = ""):
+    """What public functions and methods in the body of a module or a class leave out."""
+    for node in body:
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or node.name.startswith("_") and node.name not in METHODS:
+            continue
+        if isinstance(node, ast.ClassDef):
+            yield from missing(node.body, f"{inside}{node.name}.")
+            continue
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        for argument in arguments:
+            if argument.annotation is None and argument.arg.lstrip("_") not in ("self", "cls"):
+                yield f"{inside}{node.name}: {argument.arg}"
+        if node.returns is None and node.name != "__init__":
+            yield f"{inside}{node.name}: what it returns"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_other_files_call_is_annotated(path):
+    assert not list(missing(ast.parse(path.read_text()).body))
+
+
+def test_what_is_missing_is_found():
+    source = "class A:\n    def f(self, x, *y: int): ...\n    def _g(self, x): ...\nclass _B:\n    def f(x): ...\n"
+    assert list(missing(ast.parse(source).body)) == ["A.f: x", "A.f: what it returns"]
+    assert not list(missing(ast.parse("def f(x: int) -> None:\n    def g(y): ...").body))

@@ -1,6 +1,7 @@
 """What every kind of cache has, and how keys and values are stored and read."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -31,12 +32,13 @@ class KVCache:
         otherwise for it, from the first piece on.
     """
 
+    storage: Storage
     expected_length = 0
     causal = True
-    encoder_kv = None
+    encoder_kv: Any = None
     fits = None  # the id of a model that was seen to have such layers
     casts = False  # its dtype is autocast's, and not that of the model's weights
-    block_table = None  # (B, pages) int32, if tokens lie in pages
+    block_table: torch.Tensor | None = None  # (B, pages) int32, if tokens lie in pages
 
     def __init__(self, batch_size: int, capacity: int | None, window: int | None, device: torch.device | str | None) -> None:
         batch_size = require_integer("batch_size", batch_size, 1)
@@ -212,7 +214,7 @@ class KVCache:
         """
         raise NotImplementedError
 
-    def _forked(self, n: int, into: "KVCache | None") -> "KVCache":
+    def _forked(self, n: int, into: "KVCache | None") -> Any:
         """Everything of a fork but its storage."""
         counts, lengths = [count for count in self.counts for _ in range(n)], self.lengths.repeat_interleave(n)
         if into is not None:

@@ -1,5 +1,7 @@
 """A cache in pages of a pool that sequences share."""
 
+from typing import Any
+
 import torch
 
 from fastgpt._C import PageAllocator
@@ -59,7 +61,7 @@ class PagedCache(KVCache):
         """An empty one of so many sequences over the same pages, with this one's capacity and window."""
         return PagedCache(self.pool, batch_size=batch_size, capacity=self.capacity, window=self.window)
 
-    def fork(self, n: int, into: "KVCache | None" = None) -> "KVCache":
+    def fork(self, n: int, into: Any = None) -> "KVCache":
         if into is not None:
             into.free()
         result = self._forked(n, into)

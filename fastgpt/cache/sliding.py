@@ -1,6 +1,7 @@
 """A cache of the last tokens only, in rings."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ class SlidingCache(KVCache):
                         f"counts: expected {old} or 0 for a sequence whose ring of {size} has overwritten older tokens, got {new}"
                     )
 
-    def fork(self, n: int, into: "KVCache | None" = None) -> "KVCache":
+    def fork(self, n: int, into: Any = None) -> "KVCache":
         result = self._forked(n, into)
         if into is not None:
             for size, ring in self.rings.items():

@@ -1,5 +1,7 @@
 """In place of a cache, for a pass that keeps nothing."""
 
+from typing import Any
+
 import torch
 
 from fastgpt.cache.base import least
@@ -17,7 +19,7 @@ class Uncached:
     """
 
     expected_length = 0
-    encoder_kv = None  # as of KVCache
+    encoder_kv: Any = None  # as of KVCache
 
     def __init__(self, window: int | None = None, device=None, *, causal: bool = True, lengths: torch.Tensor | None = None):
         self.window, self.device, self.causal, self.lengths = window, device, causal, lengths

@@ -54,7 +54,7 @@ def _check_architectures(config: dict, model_type: str, head: str | None) -> Non
         if stored == architecture(model_type, head) or (stored == base and head is None):
             continue
         found = next((known for known in HEADS if stored == architecture(model_type, known)), None)
-        loader = "GPT" if stored == architecture(model_type) else HEADS.get(found)
+        loader = "GPT" if stored == architecture(model_type) else None if found is None else HEADS[found]
         raise ValueError(
             f"architectures: expected the architecture {architecture(model_type, head)}, got {stored}"
             + (f", which fastgpt.{loader} loads" if loader else "")
@@ -103,7 +103,7 @@ class _Stored:
 
 
 def load(
-    folder: Path, build: Callable[[dict, dict], torch.nn.Module], head: str | None = None,
+    folder: Path, build: Callable[[dict, dict], Any], head: str | None = None,
     *, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
 ) -> Any:  # fmt: skip
     """The decoder or the head in a checkpoint folder, in evaluation mode.
@@ -146,10 +146,10 @@ def load(
     decoder = module.model if head else module
     decoder.checkpoint_config, decoder.generation_defaults = config, defaults
     if dtype is None:
-        numbers = Counter()
+        numbers: Counter[str] = Counter()
         for part in stored.values():
             numbers[part.dtype] += part.numel
-        dtype = DTYPES[max(numbers, key=numbers.get)]
+        dtype = DTYPES[max(numbers, key=numbers.__getitem__)]
     _fill(module, family, stored, dtype, device)
     return module.eval()
 

@@ -101,7 +101,7 @@ class GenerationConfig:
     @property
     def rules(self) -> dict:
         """Those of how a token is chosen, which a `Sampler` wants."""
-        return {name: getattr(self, name) for name in checked_rules.__kwdefaults__}
+        return {name: getattr(self, name) for name in checked_rules.__kwdefaults__ or ()}
 
     @classmethod
     def of(cls, model: GPT, given: dict) -> "GenerationConfig":
@@ -121,7 +121,7 @@ def defaults_of(model: GPT) -> dict[str, Any]:
     return defaults
 
 
-def integers(name: str, value: int | Sequence[int]) -> list[int]:
+def integers(name: str, value: Any) -> list[int]:
     """One integer or several, as a list. Raises TypeError."""
     try:
         return [require_integer(name, x) for x in (value if is_several(value) else [value])]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -18,10 +19,18 @@ from fastgpt.ops.implementations import (
 from fastgpt.ops.linear import MAX_ROWS
 
 
+class DecodeStep(Protocol):
+    """A function of each sequence's next token, (B,) int64, and what has been recorded of it."""
+
+    recording: replay.Recording
+
+    def __call__(self, token: torch.Tensor, /) -> torch.Tensor: ...
+
+
 def decoding(
     model: GPT, cache: KVCache, choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
     recording: replay.Recording | None = None,
-) -> Callable[[torch.Tensor], torch.Tensor]:  # fmt: skip
+) -> DecodeStep:  # fmt: skip
     """A function of each sequence's next token, (B,) int64, that lets it join the cache -> its logits (B, V).
 
     It is captured, on the CPU at its first call, where all of it runs in fastgpt's operations, on a GPU at its second, in a
@@ -58,11 +67,14 @@ def decoding(
 
     if replay.has_graphs(cache.lengths.device):
         graph = _recording(model, recording, whole, replay.CudaGraphReplay, functools.partial(graph_refused, model, cache))
-        replayed.recording = graph
-        return replayed
+        return _with_recording(replayed, graph)
     plan = _recording(model, recording, step, replay.CpuReplay)
-    recorded.recording = plan
-    return recorded
+    return _with_recording(recorded, plan)
+
+
+def _with_recording(function: Any, recording: replay.Recording) -> DecodeStep:
+    function.recording = recording
+    return function
 
 
 def _recording(model: GPT, earlier: replay.Recording | None, function, record: type, refuses=None) -> replay.Recording:
@@ -82,7 +94,8 @@ def graph_refused(model: GPT, cache: KVCache) -> str | None:
         return reason
     if (name := next((name for name, module in model.named_modules() if getattr(module, "waits", False)), None)) is not None:
         return f"{name} waits for the device"
-    heads = model.blocks[0].attention.num_heads if model.blocks else 0  # this process's share
+    first: Any = model.blocks[0] if model.blocks else None
+    heads = first.attention.num_heads if first is not None else 0  # this process's share
     return cache.attend_waits(heads, cache.dtype if cache.casts else weight.dtype)
 
 

@@ -40,16 +40,16 @@ def generate(
     request = Request.of(model, ids, max_new_tokens, options, encoder_states, encoder_lengths)
     for _ in request.run():
         pass
-    new, options = request.sampler.tokens.t(), request.options  # (B · num_samples, max_new_tokens), -1 where a row has ended
+    new, eos = request.sampler.tokens.t(), request.eos  # (B · num_samples, max_new_tokens), -1 where a row has ended
     lengths = (new >= 0).sum(1).tolist()
     table = isinstance(ids, (torch.Tensor, np.ndarray))
     if table:
         new = new[:, : max(lengths)]
-        new = new.where(new >= 0, options.eos[0]) if options.eos else new
-        tokens = torch.cat([torch.stack(request.rows), new], dim=1)
+        new = new.where(new >= 0, eos[0]) if eos else new
+        tokens: torch.Tensor | list[torch.Tensor] = torch.cat([torch.stack(request.rows), new], dim=1)
     else:
         tokens = [torch.cat([row, more[:n]]) for row, more, n in zip(request.rows, new, lengths)]
-    if not options.return_logprobs:
+    if not request.options.return_logprobs:
         return tokens
     logprobs = request.sampler.logprobs.t()[:, : max(lengths)]
     return tokens, logprobs if table else [row[:n] for row, n in zip(logprobs, lengths)]

@@ -16,7 +16,7 @@ class History:
         self.tokens = prompts[0].new_empty(len(prompts), self.longest + steps)
 
     def begin(self, prompts: Sequence[torch.Tensor]) -> None:
-        self.rows = {}  # by the length of their prompts
+        self.rows: dict[int, list[int]] = {}  # by the length of their prompts
         for row, prompt in enumerate(prompts):
             self.rows.setdefault(len(prompt), []).append(row)
         self.tokens.fill_(-1)

@@ -216,20 +216,20 @@ class Run:
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int | None,
-        stop: str | int | Sequence[str | int], eos: int | Sequence[int] | None, options: dict,
+        stop: str | int | Sequence[str | int], eos: int | Sequence[int] | str | None, options: dict,
     ):  # fmt: skip
         stop, stop_ids = split_stop(stop, model.config.vocab_size)
         special_texts = tokenizer.special_texts() if stop else {}
         request = Request.of(model, prompts, max_new_tokens, options | {"eos": eos})
         self.prompts, self.options, self.steps = prompts, request.options, request.stream()
-        self.request, self.eos = request, set(self.options.eos)
+        self.request, self.eos = request, set(request.eos)
         samples = self.options.num_samples
         self.rows = [
             Row(IncrementalDetokenizer(tokenizer, prompt), StopStrings(stop), stop_ids, special_texts)
             for prompt in prompts
             for _ in range(samples)
         ]
-        self.times = []
+        self.times: list[float] = []
 
     def __iter__(self) -> Iterator[list[str]]:
         self.times = [time.perf_counter()]

@@ -73,7 +73,8 @@ class DispatchRecorder(TorchDispatchMode):
     def __init__(self, results: bool = True):
         super().__init__()
         self.operations, self.refused, self.results = 0, None, results
-        self.owned, self.made = {}, set()
+        self.owned: dict[int, torch.Tensor] = {}
+        self.made: set[int] = set()
 
     @classmethod
     def _should_skip_dynamo(cls):
@@ -120,8 +121,10 @@ class CudaGraphReplay:
     """
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
-        self.function = function
-        self.input = self.output = self.replay = None
+        self.function: Any = function
+        self.input: torch.Tensor | None = None
+        self.output: Any = None
+        self.replay: Callable[[], None] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.input is None:
@@ -174,8 +177,14 @@ class Recording:
         refuses: Callable[[], str | None] | None = None,
     ):  # fmt: skip
         self.record = record
+        self.model: Any
+        self.function: Any
+        self.refuses: Any
         self.resume(model, function, refuses)
-        self.step = self.unchanged = self.tables = self.refused = None
+        self.step: Any = None
+        self.unchanged: Any = None
+        self.tables: Any = None
+        self.refused: str | None = None
 
     def __call__(self, x: torch.Tensor, tables: Any = None) -> torch.Tensor:
         """function(x, tables). tables: what else it reads, the very objects each time, or it is recorded anew."""
@@ -232,7 +241,7 @@ def _what_is_not_plain(module: torch.nn.Module) -> str:
     return "has another forward than its class, or weights that are no plain tensors"
 
 
-def watch(modules: list[torch.nn.Module]) -> tuple[Unchanged, list[torch.Tensor]]:
+def watch(modules: list[torch.nn.Module]) -> tuple[Any, list[torch.Tensor]]:
     """What says whether modules are still the same, with the same weights; and these, whose memory it takes to be theirs."""
     entries = [entries for module in modules for entries in (module._modules, module._parameters, module._buffers)]
     counts = [getattr(module, name) for module in modules for name in HOOKS] + [vars(module) for module in modules]

@@ -3,7 +3,8 @@
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from fastgpt.cache.base import KVCache
 from fastgpt.cache.paged import PagedCache
 from fastgpt.cache.uncached import Uncached
 from fastgpt.checks import require_integer
-from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig, defaults_of
+from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig, defaults_of, integers
 from fastgpt.generation.decoding import decoding
 from fastgpt.generation.replay import Recording
 from fastgpt.generation.sampling import Sampler, uniform_numbers
@@ -75,6 +76,7 @@ class Request:
     it captured: `sessions`.
 
     rows: the prompts, each num_samples times.
+    eos: tokens that end a row.
     max_new_tokens: a number also where None was given.
     encoder_kv: what the model's cross-attention reads, of each prompt, or None.
     sampler: has the results, also after another call.
@@ -85,9 +87,12 @@ class Request:
         encoder_kv: EncoderKV | None = None,
     ):  # fmt: skip
         self.model, self.prompts, self.options, self.encoder_kv = model, prompts, options, encoder_kv
+        self.eos = integers("eos", options.eos or ())
         self.max_new_tokens = self.checked(max_new_tokens)
         self.rows = [prompt for prompt in prompts for _ in range(options.num_samples)]
-        self.shared = self.recording = self.key = None  # shared: the cache in which samples of a prompt will go on
+        self.shared: KVCache | None = None  # the cache in which samples of a prompt will go on
+        self.recording: Recording | None = None
+        self.key: tuple | None = None
         uniforms, cache = self.uniforms(), self.cache_arguments()
         if options.use_cache and not options.logits_processors and encoder_kv is None:
             self.key = self.session_key(cache)
@@ -114,7 +119,7 @@ class Request:
             encoder_kv = read_encoder_states(model, encoder_states, encoder_lengths)
         return cls(model, as_prompts(model, ids), max_new_tokens, GenerationConfig.of(model, options), encoder_kv)
 
-    def stream(self) -> Iterator:
+    def stream(self) -> Generator[Any, None, None]:
         """What `stream` yields."""
         with contextlib.closing(self.run()) as steps:
             for i in steps:
@@ -122,7 +127,7 @@ class Request:
                 # Copies: a later call may write there.
                 yield tokens[i].clone() if logprobs is None else (tokens[i].clone(), logprobs[i].clone())
 
-    def run(self) -> Iterator[int]:
+    def run(self) -> Generator[int, None, None]:
         """Yields the number of each step when the device has been told to do it. Then its session is the next call's."""
         try:
             yield from self.steps()
@@ -195,8 +200,8 @@ class Request:
         for begin in range(0, longest, size):
             end = min(begin + size, longest)
             new = [min(max(end - (longest - length), 0), end - begin) for length in lengths]
-            new = new if min(new) < end - begin else None
-            hidden = self.model.hidden(ids[:, begin:end], self.cache, new, last_only=True)
+            padded = new if min(new) < end - begin else None
+            hidden = self.model.hidden(ids[:, begin:end], self.cache, padded, last_only=True)
         return self.model.logits(hidden[:, -1])
 
     def begin_uncached(self) -> tuple[torch.Tensor, Step]:
@@ -210,7 +215,7 @@ class Request:
         ends = torch.tensor([len(row) for row in self.rows], device=ids.device)
 
         def next_token():
-            cache = Uncached(self.window, ids.device)
+            cache: Any = Uncached(self.window, ids.device)
             if self.encoder_kv is not None:
                 cache.encoder_kv = self.encoder_kv.repeated(self.options.num_samples)
             hidden = self.model.hidden(ids[:, :longest], cache)
@@ -253,7 +258,7 @@ class Request:
         options, device = self.options, self.rows[0].device
         rules = {name: value for name, value in options.rules.items() if name != "logit_bias"}
         return (
-            *cache.values(), *rules.values(), *options.logit_bias.items(), options.num_samples, tuple(options.eos),
+            *cache.values(), *rules.values(), *options.logit_bias.items(), options.num_samples, tuple(self.eos),
             options.return_logprobs, self.max_new_tokens, getattr(self.model, "key_dtype", None), device,
         )  # fmt: skip
 
@@ -271,13 +276,13 @@ class Request:
         if seeds is None:
             seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
         elif not isinstance(seeds, list):
-            seeds = [seeds] * len(self.prompts)
+            seeds = integers("seed", seeds) * len(self.prompts)
         return uniform_numbers(seeds, options.num_samples, self.max_new_tokens)
 
     def new_sampler(self, uniforms: torch.Tensor | None) -> Sampler:
         options = self.options
         return Sampler(
-            self.rows, self.max_new_tokens, self.model.config.vocab_size, uniforms=uniforms, eos=options.eos,
+            self.rows, self.max_new_tokens, self.model.config.vocab_size, uniforms=uniforms, eos=self.eos,
             logprobs=options.return_logprobs, **options.rules,
         )  # fmt: skip
 

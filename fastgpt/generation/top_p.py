@@ -70,7 +70,8 @@ def _threshold_by_digits(logits: torch.Tensor, mass: torch.Tensor, limit: torch.
     logits as integers in the same order, the masses by digit say which one the least of the nucleus has."""
     bits = (logits + 0.0).view(torch.int32).to(torch.int64)  # + 0: there is a -0
     keys = torch.where(bits < 0, ~bits, bits + 2**31)  # from 0 to 2^32 - 1
-    key, likelier = torch.zeros_like(limit, dtype=torch.int64), 0
+    key = torch.zeros_like(limit, dtype=torch.int64)
+    likelier: torch.Tensor | int = 0
     for shift, width in DIGITS:
         digits = keys >> shift & (1 << width) - 1
         of_digit = mass.new_zeros(len(mass), 1 << width).scatter_add_(1, digits, mass)

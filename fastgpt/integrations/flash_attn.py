@@ -33,11 +33,15 @@ from fastgpt.ops.attention.checks import KERNEL_DTYPES, MAX_HEAD_DIM, SOFTCAPS
 from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update, rope_reference
 
+Result = torch.Tensor | tuple[torch.Tensor, ...]  # out, or with what else is asked for
+
 
 def flash_attn_func(
-    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
     """Attention of q (B, T, H, D) to k (B, S, H_kv, D) and v (B, S, H_kv, D_v), H a multiple of H_kv.
 
     Args:
@@ -59,9 +63,11 @@ def flash_attn_func(
 
 
 def flash_attn_kvpacked_func(
-    q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    q: torch.Tensor, kv: torch.Tensor,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
     """`flash_attn_func` of q (B, T, H, D) and kv (B, S, 2, H_kv, D)."""
     k, v = _unpacked("kv", kv, 2, 5)
     with _naming(k="kv", v="kv"):
@@ -71,9 +77,11 @@ def flash_attn_kvpacked_func(
 
 
 def flash_attn_qkvpacked_func(
-    qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    qkv: torch.Tensor,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
     """`flash_attn_func` of qkv (B, T, 3, H, D)."""
     q, k, v = _unpacked("qkv", qkv, 3, 5)
     with _naming(q="qkv", k="qkv", v="qkv"):
@@ -83,10 +91,12 @@ def flash_attn_qkvpacked_func(
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
-    block_table=None,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False, block_table: torch.Tensor | None = None,
+) -> Result:  # fmt: skip
     """Attention of sequences of different lengths, packed one after the other.
 
     Args:
@@ -121,9 +131,12 @@ def flash_attn_varlen_func(
 
 
 def flash_attn_varlen_kvpacked_func(
-    q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    q: torch.Tensor, kv: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
     """`flash_attn_varlen_func` of q (total_q, H, D) and kv (total_k, 2, H_kv, D)."""
     k, v = _unpacked("kv", kv, 2, 4)
     with _naming(k="kv", v="kv"):
@@ -134,9 +147,11 @@ def flash_attn_varlen_kvpacked_func(
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
     """`flash_attn_varlen_func` of qkv (total, 3, H, D)."""
     q, k, v = _unpacked("qkv", qkv, 3, 4)
     with _naming(q="qkv", k="qkv", v="qkv", cu_seqlens_q="cu_seqlens", max_seqlen_q="max_seqlen"):
@@ -160,10 +175,14 @@ def _reading_a_cache(function):
 
 @_reading_a_cache
 def flash_attn_with_kvcache(
-    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
-    cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False,
-):  # fmt: skip
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None, rotary_cos: torch.Tensor | None = None, rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None, cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None, block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    rotary_interleaved: bool = True, alibi_slopes: torch.Tensor | None = None, num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Result:  # fmt: skip
     """Attention to cached keys and values, after appending new ones in place. Nothing of the cache is copied.
 
     Args:
@@ -308,9 +327,11 @@ def _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, int
 
 
 def attend(
-    q, k, v, *, causal, window_size, softcap, alibi_slopes, scale, lengths=None, leftpad=None, block_table=None,
-    dropout_p=0.0, dropout_seed=None,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    *, causal: bool, window_size: tuple[int, int], softcap: float, alibi_slopes: torch.Tensor | None, scale: float | None,
+    lengths: torch.Tensor | None = None, leftpad: torch.Tensor | None = None, block_table: torch.Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(out (B, T, H, D_v), lse (B, H, T)) of q (B, T, H, D), k (B, S, H_kv, D) and v (B, S, H_kv, D_v), or pages of them
     (num_pages, page, H_kv, D or D_v)."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -330,7 +351,7 @@ def attend(
             mask = seen if mask is None else mask & seen
         if slopes_of_sequences:
             require_shape("alibi_slopes", alibi_slopes, (B, H), "(B, H) or (H,)")
-            alibi_slopes, bias = None, -alibi_slopes[:, :, None, None] * (own - key).abs()
+            bias, alibi_slopes = -alibi_slopes[:, :, None, None] * (own - key).abs(), None
     out, lse = attention(
         *(_heads_first(x) for x in (q, k, v)), causal=causal, window=window, softcap=softcap or None, scale=scale,
         alibi_slopes=alibi_slopes, mask=mask, bias=bias, kv_lengths=lengths, block_table=block_table,
@@ -340,9 +361,12 @@ def attend(
 
 
 def attend_packed(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal, window_size, softcap, alibi_slopes, scale,
-    lengths=None, block_table=None, dropout_p=0.0, dropout_seed=None,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int,
+    *, causal: bool, window_size: tuple[int, int], softcap: float, alibi_slopes: torch.Tensor | None, scale: float | None,
+    lengths: torch.Tensor | None = None, block_table: torch.Tensor | None = None, dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(out (total_q, H, D_v), lse (H, total_q)) of packed sequences. lengths: (B,) keys that each has, if not all."""
     options = {
         "softcap": softcap, "alibi_slopes": alibi_slopes, "scale": scale, "dropout_p": dropout_p,
@@ -353,14 +377,16 @@ def attend_packed(
     if as_it_is and (alibi_slopes is None or alibi_slopes.dim() == 1):
         options |= {"causal": left_to_right[0], "window": left_to_right[1], "softcap": softcap or None}
         q, k, v = (_last_contiguous(x) for x in (q, k, v))
-        return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse=True, **options)
+        packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        out, lse = attention_varlen(q, k, v, *packing, return_lse=True, **options)
+        return out, lse
     # The last query of each sequence goes to the last row, for that is the one that attention aligns with the last key. What is
     # past the last sequence goes to one more.
     b, row = _rows(cu_seqlens_q, len(q), max_seqlen_q, to_the_right=True)
     tensors = [_padded(q, b, row, len(cu_seqlens_q) - 1, max_seqlen_q)]
     if block_table is None:
-        index = _rows(cu_seqlens_k, len(k), max_seqlen_k)
-        tensors += [_padded(x, *index, len(cu_seqlens_k) - 1, max_seqlen_k) for x in (k, v)]
+        b_k, row_k = _rows(cu_seqlens_k, len(k), max_seqlen_k)
+        tensors += [_padded(x, b_k, row_k, len(cu_seqlens_k) - 1, max_seqlen_k) for x in (k, v)]
     else:
         tensors += [k, v]
     lengths = cu_seqlens_k.diff() if lengths is None else lengths
@@ -402,7 +428,7 @@ def _checked_packing(starts, longest, *totals) -> list[int]:
     return used
 
 
-def bounds(causal, window_size):
+def bounds(causal: bool, window_size: tuple[int, int]) -> tuple[bool, int | None, int | None]:
     """As fastgpt.attention takes them: causal and window; and how many keys to the right are seen, if it takes a mask."""
     left, right = window_size
     if causal:

@@ -26,14 +26,14 @@ _attention_varlen_backward = without_autograd(torch.ops.fastgpt.attention_varlen
 class Handle:
     """Keeps the operators overridden until it is removed."""
 
-    def __init__(self, library):
-        self.library = library
+    def __init__(self, library: torch.library.Library):
+        self.library: torch.library.Library | None = library
 
-    def remove(self):
+    def remove(self) -> None:
         self.library = None  # which was the only reference
 
 
-def register(key="CUDA"):
+def register(key: str = "CUDA") -> Handle:
     """Overrides PyTorch's flash attention for tensors of a dispatch key. Returns a handle; `remove` restores."""
     library = torch.library.Library("aten", "IMPL", key)
     for function in (

@@ -64,7 +64,10 @@ def scaled_dot_product_attention(
     return out
 
 
-def explain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def explain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> dict[str, str]:  # fmt: skip
     """Implementation -> "chosen", "available", or why it refuses this call. "torch" is PyTorch's own function."""
     call = _prepared(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     reason = _refuses(*call)
@@ -387,19 +390,19 @@ class enabled(contextlib.ContextDecorator):
     _open = 0
     _library = None
 
-    def __enter__(self):
+    def __enter__(self) -> "enabled":
         with enabled._lock:
             if enabled._library is None:
                 enabled._library = _hook()
             enabled._open += 1
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception) -> None:
         with enabled._lock:
             enabled._open -= 1
 
 
-def remove_hook():
+def remove_hook() -> None:
     """Takes out what `enabled` put into PyTorch's dispatcher. No other thread may be in a call of attention meanwhile.
 
     Raises: RuntimeError while an `enabled` is open.

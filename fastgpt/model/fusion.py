@@ -5,6 +5,7 @@ where the modules compute what they were written to compute: `is_plain`.
 """
 
 import threading
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -61,7 +62,7 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def have_own_forwards(kinds: set[type]) -> bool:
+def have_own_forwards(kinds: set[Any]) -> bool:
     """Whether plain types compute what they were written to compute: nobody has put another function in its place."""
     for kind in kinds:
         if kind.forward is not PLAIN[kind][0]:

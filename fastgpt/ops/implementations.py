@@ -34,7 +34,7 @@ def _too_old(device: torch.device) -> str | None:
 
 # What torch.compiler.assume_constant_result sets, without loading torch.compile, which takes seconds: traced, the question
 # would become a part of the graph, which nothing can run.
-_too_old._dynamo_marked_constant = True
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions have any
 
 
 @functools.cache  # asking PyTorch takes microseconds

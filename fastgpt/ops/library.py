@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ class Operators(torch.library.Library):
         return defined
 
 
-def without_autograd(operator: Callable) -> Callable:
+def without_autograd(operator: Any) -> Callable:
     """A registered operator for fastgpt's own calls, which have seen to derivatives: what its kernel for Autograd would ask
     in Python at each call, nobody asks."""
 
@@ -71,7 +72,7 @@ def without_autograd(operator: Callable) -> Callable:
     return call
 
 
-library = Operators("fastgpt", "DEF")
+library: Operators = Operators("fastgpt", "DEF")
 
 CUDA_LIBRARY = Path(_C.__file__).parent / "libfastgpt_cuda.so"
 

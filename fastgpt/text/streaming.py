@@ -58,7 +58,8 @@ class StopStrings:
 
     def __init__(self, stop: Sequence[str] = ()):
         self.stop, self.found = list(stop), False
-        self.held, self.is_text = "", []  # characters, and whether each is text
+        self.held = ""
+        self.is_text: list[bool] = []  # of each character that is held
 
     def push(self, piece: str, is_text: bool = True) -> str:
         """The text that is certain; nothing more once a stop string is `found`. is_text: False for a special token."""

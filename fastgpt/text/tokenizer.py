@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ class Tokenizer:
         """
         folder = require_path("tokenizer", folder)
         config = read_json(folder, "tokenizer_config.json")
-        older, eos, special_tokens = None, read_eos_ids(folder), read_special_tokens(folder, config)
+        older: tuple[Callable, Path] | None = None
+        eos, special_tokens = read_eos_ids(folder), read_special_tokens(folder, config)
         if (path := find(folder, "tokenizer.json")) is not None:
             backend = cls.load(path).backend
         elif (path := find(folder, "tokenizer.model")) is not None:
@@ -109,8 +110,8 @@ class Tokenizer:
         except BaseException as error:
             raise ValueError(f"tokenizer: {folder} is damaged: {error}") from error
         eos = [token for token in eos if token < 2**32 and backend.id_to_token(token) is not None]
-        named = backend.token_to_id(special_tokens.get("eos_token", ""))
-        eos = list(dict.fromkeys(eos if named is None else [*eos, named]))
+        ending = backend.token_to_id(special_tokens.get("eos_token", ""))
+        eos = list(dict.fromkeys(eos if ending is None else [*eos, ending]))
         return cls(backend, special_tokens=special_tokens, eos=eos, chat_template=read_chat_templates(folder, config))
 
     def save(self, path: str | Path) -> None:
@@ -174,7 +175,7 @@ class Tokenizer:
         require_flag("add_generation_prompt", add_generation_prompt)
         if continue_final_message and add_generation_prompt:
             raise ValueError("add_generation_prompt: expected False with continue_final_message, got True")
-        given = {"tools": tools, "documents": documents}
+        given: dict[str, Any] = {"tools": tools, "documents": documents}
         for name, value in given.items():
             if value is not None and not _is_list_of(Mapping, value):
                 raise TypeError(f"{name}: expected a list of dicts or None, got {shown(value)}")

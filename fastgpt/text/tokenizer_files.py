@@ -86,8 +86,8 @@ def read_chat_templates(folder: Path, config: dict) -> str | dict[str, str] | No
     if not all(isinstance(part, str) for entry in stored for part in entry):
         raise ValueError(f"tokenizer: {path} is damaged: chat_template: expected texts, by name, got {shown(stored)}")
     templates = dict(stored)
-    if (path := find(folder, "chat_template.jinja")) is not None:
-        templates["default"] = read_text(path)
+    if (default := find(folder, "chat_template.jinja")) is not None:
+        templates["default"] = read_text(default)
     for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
         if find(folder, path.relative_to(folder)) is not None:
             templates[path.stem] = read_text(path)

@@ -6,6 +6,7 @@ Each becomes a tokenizer of the `tokenizers` library, so that everything else, s
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -70,11 +71,11 @@ def byte_level(folder: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[s
     ids = list(vocabulary.values())
     if not all(type(index) is int and 0 <= index < 2**31 for index in ids) or len(set(ids)) < len(ids):
         raise ValueError(f"tokenizer: {path} is damaged: expected a distinct id for each token")
-    path = find(folder, "merges.txt")
-    merges = [line.rstrip("\r") for line in read_text(path).split("\n")]  # no other characters end a line
-    if merges[0].startswith("#version"):
-        del merges[0]
-    merges = [tuple(line.split(" ")) for line in merges if line]
+    path = find(folder, "merges.txt") or folder / "merges.txt"
+    lines = [line.rstrip("\r") for line in read_text(path).split("\n")]  # no other characters end a line
+    if lines[0].startswith("#version"):
+        del lines[0]
+    merges: list[Any] = [tuple(line.split(" ")) for line in lines if line]
     for pair in merges:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
             raise ValueError(f"tokenizer: {path} is damaged: expected two tokens of vocab.json that make one, got {pair!r}")
@@ -128,14 +129,14 @@ def sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[
     if trainer.model_type == UNIGRAM:
         vocabulary = [(piece.piece, piece.score) for piece in model.pieces]
         unknown_id = pieces.get(unknown)
-        model_of_pieces = models.Unigram(vocab=vocabulary, unk_id=unknown_id, byte_fallback=trainer.byte_fallback)
+        model_of_pieces: models.Model = models.Unigram(vocab=vocabulary, unk_id=unknown_id, byte_fallback=trainer.byte_fallback)
     else:
         model_of_pieces = models.BPE(
             vocab=pieces, merges=_merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback
         )
     result = tokenizers.Tokenizer(model_of_pieces)
 
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:  # spaces, that is
         steps.append(normalizers.Replace(tokenizers.Regex(rf"\A +|[ {SPACE}]+\z"), ""))
         steps.append(normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
@@ -146,8 +147,14 @@ def sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[
     result.normalizer = normalizers.Sequence(steps)
     if spec.add_dummy_prefix and not legacy:
         result.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    result.decoder = decoders.Sequence([*steps, decoders.Strip(" ", int(spec.add_dummy_prefix), 0)])
+    result.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", int(spec.add_dummy_prefix), 0),
+        ]
+    )
 
     special = [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL)]
     result.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in special])
@@ -173,7 +180,7 @@ def add_around(backend: tokenizers.Tokenizer, config: dict, special_tokens: dict
     """Puts a bos before and an eos behind a text where add_bos_token and add_eos_token of tokenizer_config.json say so."""
     names = [special_tokens.get(name) if config.get(f"add_{name}") is True else None for name in ("bos_token", "eos_token")]
     ids = {name: backend.token_to_id(name) for name in names if name is not None}
-    names = [name if ids.get(name) is not None else None for name in names]
+    names = [name if name is not None and ids[name] is not None else None for name in names]
     if any(names):
         # A list, since a name in a template of one string would be cut at its spaces.
         around = [[name] if name else [] for name in names]

@@ -61,7 +61,7 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     """The model of a run that begins with random weights."""
     if config.width % config.heads:
         raise ValueError(f"width: expected a multiple of the {config.heads} heads, got {config.width}")
-    bigram = {"position": None, "tie_embeddings": False} if config.layers == 0 else {}
+    bigram: dict[str, Any] = {"position": None, "tie_embeddings": False} if config.layers == 0 else {}
     return GPTConfig(
         vocab_size=vocab_size,
         context_length=config.context,

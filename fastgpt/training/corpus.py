@@ -64,7 +64,8 @@ class Summary(NamedTuple):
 
 def summarize(text: str | Path) -> Summary:
     """What one look through a text tells. Raises as `pieces` does, and ValueError where a character has no UTF-8."""
-    digest, characters = hashlib.sha256(), set()
+    digest = hashlib.sha256()
+    characters: set[str] = set()
     for piece in pieces(text):
         try:
             digest.update(piece.encode())
@@ -150,7 +151,7 @@ class _NotInPieces(Exception):
     """This text can only be tokenized as a whole."""
 
 
-def _windows(text: str | Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def _windows(text: str | Path, tokenizer: Tokenizer) -> Iterator[np.ndarray | list[int]]:
     read = pieces(text)
     window = _Window(next(read, ""), tokenizer)
     before, after = _special_tokens(tokenizer, window)

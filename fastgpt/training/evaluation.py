@@ -35,7 +35,7 @@ def evaluate(
     context = require_integer("context", context, 1, optional=True) or model.config.context_length
     if len(tokens) < 2:
         raise ValueError(f"tokens: expected at least two, of which the second is predicted, got {len(tokens)}")
-    device = model.token_embedding.weight.device
+    device = model.first_weight.device
     starts = list(range(0, len(tokens) - 1, context))
     if max_windows is not None and len(starts) > max_windows:
         starts = [starts[i * len(starts) // max_windows] for i in range(max_windows)]

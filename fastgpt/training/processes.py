@@ -37,7 +37,7 @@ class Processes:
         """Whether this is the one that prints and writes."""
         return self.rank == 0
 
-    def spread(self, model: torch.nn.Module, device: torch.device) -> Callable:
+    def spread(self, model: Any, device: torch.device) -> Callable:
         """Moves a model, the same in all processes, to its devices; returns what to call for outputs with gradients.
 
         The model is changed in place. Sharded, it takes calls of itself and in all processes at once only.
@@ -53,7 +53,7 @@ class Processes:
             fully_shard(module, mesh=mesh)
         return model
 
-    def accumulating(self, call: Callable) -> AbstractContextManager:
+    def accumulating(self, call: Any) -> AbstractContextManager:
         """Within it, gradients of `call`, from `spread`, need not be summed yet. Those that are sharded always are."""
         return call.no_sync() if self.parallel == "ddp" else nullcontext()
 
@@ -77,7 +77,8 @@ class Processes:
 
         Within it, the first of them does nothing else; another one interrupts as usual.
         """
-        interrupted, before = [], {}
+        interrupted: list[bool] = []
+        before: dict[int, Any] = {}
 
         def restore():
             for number, handler in before.items():
@@ -105,7 +106,7 @@ class Processes:
         whole = state.full_tensor()  # one after the other: only one is whole on every device
         return whole.cpu() if self.first else None
 
-    def part(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def part(self, whole: torch.Tensor, like: Any) -> torch.Tensor:
         """This process's part of a tensor that is the same in all, sharded as `like` is."""
         if not hasattr(like, "full_tensor") or whole.shape != like.shape:
             return whole

@@ -11,7 +11,7 @@ from typing import IO
 try:
     import fcntl
 except ImportError:  # not a Unix
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # stands for the module
 
 from fastgpt import folders
 from fastgpt.checkpoints.files import STATE
@@ -30,7 +30,8 @@ def require_new_run(folder: Path) -> None:
         raise ValueError(f"out: expected a new folder, {folder} holds the model {weights[0]}")
 
 
-_claimed = ContextVar("claimed", default=frozenset())  # folders, by this thread's runs: a claim may be within another one's
+# Folders, by this thread's runs: a claim may be within another one's.
+_claimed: ContextVar[frozenset[Path]] = ContextVar("claimed", default=frozenset())
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def claimed(folder: Path, processes: Processes = Processes()) -> Iterator[None]:
     if path in _claimed.get():
         yield
         return
-    lock, error = None, None
+    lock, error = None, None  # type: IO[str] | None, Exception | None
     with ExitStack() as made:
         if processes.first:
             try:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,16 +162,16 @@ class Trainer:
         weights = self.processes.gathered(self.model.state_dict())
         if not self.processes.first:
             return None
-        model = copy.deepcopy(self.skeleton)
+        model: Any = copy.deepcopy(self.skeleton)
         model.load_state_dict(weights, assign=True)
         return model
 
     def sample(self, num_tokens: int = 200) -> str | None:
         """A sample from the model, begun with the first token of the held-out text; in the first process, others get None."""
         model = self.whole()
-        if not self.processes.first:
+        if model is None or not self.processes.first:
             return None
-        prompt = self.held_out[:1].unsqueeze(0).to(model.token_embedding.weight.device)
+        prompt = self.held_out[:1].unsqueeze(0).to(model.first_weight.device)
         num_tokens = min(num_tokens, self.config.context - 1)
         ids = generate(model, prompt, num_tokens, temperature=0.8, seed=self.config.seed)
         return self.tokenizer.decode(ids[0].tolist())
@@ -184,7 +185,7 @@ class Trainer:
         Raises: OSError; ValueError while another run has the folder, see `claimed`.
         """
         model, optimizer = self.whole(), self.processes.gathered(self.optimizer.state_dict())
-        if not self.processes.first:
+        if model is None or not self.processes.first:
             return
         state = {
             "config": asdict(self.config),

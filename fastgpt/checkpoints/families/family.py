@@ -28,7 +28,7 @@ class Family:
     schema: Mapping[str, Field]
     fields_from: Callable[[dict], dict]
     config_to: Callable[..., dict]
-    names: dict[str, str | tuple[str, ...]]
+    names: Mapping[str, str | tuple[str, ...]]
     transposed: frozenset[str] = frozenset()
     prefix: str = "model."
     ignored: str = r"\.rotary_emb\.inv_freq$"
@@ -43,8 +43,8 @@ class Family:
         whether they are transposed."""
         module, _, kind = parameter.removeprefix("model.").rpartition(".")
         layer = re.search(r"\.(\d+)\.", module)
-        theirs = self.names[re.sub(r"\.\d+\.", ".{i}.", module, count=1)]
-        theirs = [theirs] if isinstance(theirs, str) else theirs
+        stored_as = self.names[re.sub(r"\.\d+\.", ".{i}.", module, count=1)]
+        theirs = [stored_as] if isinstance(stored_as, str) else stored_as
         prefix = "" if module in UNPREFIXED else self.prefix
         names = [f"{prefix}{name.format(i=layer[1] if layer else '')}.{kind}" for name in theirs]
         return names, kind == "weight" and theirs[0] in self.transposed
@@ -53,11 +53,11 @@ class Family:
         """A stored name as it is with the prefix, or None if it carries no weight."""
         if re.search(self.ignored, name):
             return None
-        bare = {self.names[module] + "." for module in UNPREFIXED if module in self.names}
+        bare = {f"{self.names[module]}." for module in UNPREFIXED if module in self.names}
         return name if name.startswith((self.prefix, *bare)) else self.prefix + name
 
     @property
     def layer_pattern(self) -> str:
         """Of stored names of a layer's weights, with or without prefix; its group is the number of the layer."""
-        first = self.names["blocks.{i}.attention_norm"].partition("{i}")[0]
+        first = str(self.names["blocks.{i}.attention_norm"]).partition("{i}")[0]
         return f"^(?:{re.escape(self.prefix)})?{re.escape(first)}(\\d{{1,9}})\\."

@@ -10,8 +10,8 @@ from fastgpt.schema import OMITTED, Field, choice, flag, integer, number, severa
 VOCABULARY, POSITIONS = integer(1, 2**31 - 1), integer(1, MAX_POSITIONS)
 LAYERS, HEADS_EACH, WIDTH, MLP_WIDTH = integer(0, 2**16), integer(1, 2**16), integer(1, 2**20), integer(1, 2**24)
 MAX_HEAD_DIM = 576  # of `fastgpt.attention`
-EPSILON = {"least": 1e-30, "most": 1e6}  # a row of zeros has no norm without it
-SCALE = {"least": 1e-6, "most": 1e6}  # of what a number is multiplied or capped with
+EPSILON: dict[str, Any] = {"least": 1e-30, "most": 1e6}  # a row of zeros has no norm without it
+SCALE: dict[str, Any] = {"least": 1e-6, "most": 1e6}  # of what a number is multiplied or capped with
 ACTIVATION_NAMES = {  # transformers' name -> ours
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
 }  # fmt: skip

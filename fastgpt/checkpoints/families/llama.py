@@ -92,18 +92,18 @@ def windows_of(config: dict, window: int | None, sliding: list[bool] | None = No
     """
     layers, types = config["num_hidden_layers"], config["layer_types"]
     uniform = sliding is None
-    sliding = [window is not None] * layers if uniform else sliding
+    slides = [window is not None] * layers if sliding is None else sliding
     if types is not None:
         expect(len(types) == layers, "layer_types", f"{layers} of them, as many as num_hidden_layers", list(types))
         stored = [kind == "sliding_attention" for kind in types]
         if uniform:
             same = "sliding_attention" if window is not None else "full_attention"
-            expect(stored == sliding, "layer_types", f"only {same!r}, since sliding_window is {window!r}", list(types))
-        sliding = stored
-    if not any(sliding):
+            expect(stored == slides, "layer_types", f"only {same!r}, since sliding_window is {window!r}", list(types))
+        slides = stored
+    if not any(slides):
         return None
     expect(window is not None, "sliding_window", "an integer >= 1, since layers have sliding_attention", window)
-    return tuple(window if slides else None for slides in sliding)
+    return tuple(window if slide else None for slide in slides)
 
 
 def llama_config_to(config: Any, activation: str = "hidden_act") -> dict:
@@ -139,7 +139,7 @@ def llama_config_to(config: Any, activation: str = "hidden_act") -> dict:
     return result
 
 
-LLAMA_NAMES = {
+LLAMA_NAMES: dict[str, str | tuple[str, ...]] = {
     "token_embedding": "embed_tokens",
     "blocks.{i}.attention_norm": "layers.{i}.input_layernorm",
     "blocks.{i}.attention.qkv": tuple(f"layers.{{i}}.self_attn.{x}_proj" for x in "qkv"),

@@ -3,6 +3,7 @@ beside it."""
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from fastgpt import schema
 from fastgpt.checkpoints.families.fields import expect, maybe
@@ -83,7 +84,7 @@ def rope_from(config: dict, head_dim: int, stored_schema: Mapping[str, Field]) -
             stored["factor"] = context / stored["original_max_position_embeddings"]
         if stored.get("attention_factor") is None:
             stored["attention_factor"] = _attention_factor(stored, kind)
-    rope = {"theta": stored.get("rope_theta") or 10000.0, "kind": kind}
+    rope: dict[str, Any] = {"theta": stored.get("rope_theta") or 10000.0, "kind": kind}
     for field in ROPE_KINDS[kind]:
         value = stored.get(ROPE_FIELDS[field])
         if value is not None and not (field in ("fast", "slow") and value == 0):

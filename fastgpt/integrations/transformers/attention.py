@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,11 @@ DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, softcap=None, s_aux=None,
-    position_bias=None, cache=None, output_attentions=False, **kwargs,
-):  # fmt: skip
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | Mask | None, dropout: float = 0.0, scaling: float | None = None,
+    is_causal: bool | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None, cache: Any = None, output_attentions: bool = False, **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """`fastgpt.attention` as a function of transformers' AttentionInterface.
 
     Args:

@@ -1,6 +1,8 @@
 """A cache for transformers' `generate`: new keys and values are appended in place, where its own copies all at every token."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -38,7 +40,7 @@ class Layer(DynamicLayer):
         self.is_initialized = False
         self.assigned = {}  # keys or values that wait for the others
 
-    def lazy_initialization(self, key_states, value_states):
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes sizes, dtype and device from the first keys (B, H_kv, T, D) and values, whose D may be another."""
         self.dtype, self.device = key_states.dtype, key_states.device
         storage = {}
@@ -51,19 +53,19 @@ class Layer(DynamicLayer):
         self.is_initialized = True
 
     @property
-    def keys(self):
+    def keys(self) -> torch.Tensor | None:
         return self._stored("keys")
 
     @keys.setter
-    def keys(self, x):
+    def keys(self, x: torch.Tensor | None) -> None:
         self._assign("keys", x)
 
     @property
-    def values(self):
+    def values(self) -> torch.Tensor | None:
         return self._stored("values")
 
     @values.setter
-    def values(self, x):
+    def values(self, x: torch.Tensor | None) -> None:
         self._assign("values", x)
 
     @property
@@ -110,7 +112,9 @@ class Layer(DynamicLayer):
         k, v = (EightBit(x.shape, self.dtype, x.device, codes=x, scale=scale) for x, scale in zip((k, v), scales))
         return k, v
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._require_pair()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -207,7 +211,7 @@ class Layer(DynamicLayer):
         if self.length:
             self._move(self._rows, torch.arange(len(self.keys)).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices) -> None:
+    def batch_select_indices(self, indices: torch.Tensor | Sequence | slice) -> None:
         """Keeps these sequences of the batch: numbers or booleans, in a tensor or a sequence, or a slice."""
         self._require_pair()
         if self.length:
@@ -236,7 +240,9 @@ class SlidingLayer(Layer, DynamicSlidingWindowLayer):
         if not self.assigned:
             self.uncropped = max(0, self.length - self.sliding_window + 1)
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._require_pair()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -265,13 +271,13 @@ class SlidingLayer(Layer, DynamicSlidingWindowLayer):
         if keep + new > rows:
             self._move(most if keep + new <= most else max(2 * rows, keep + new + ROOM))
 
-    def get_seq_length(self):
+    def get_seq_length(self) -> int:
         return self.cumulative_length
 
-    def get_max_length(self):
+    def get_max_length(self) -> int:
         return self.sliding_window
 
-    def crop(self, tokens_to_remove):
+    def crop(self, tokens_to_remove: int) -> None:
         removed, have = self._cropped(tokens_to_remove), self._kept
         left = self.cumulative_length - removed
         if have - removed < min(left, self.sliding_window - 1):
@@ -281,7 +287,7 @@ class SlidingLayer(Layer, DynamicSlidingWindowLayer):
             )
         self.length, self.cumulative_length, self.uncropped = self.length - removed, left, 0
 
-    def reset(self):
+    def reset(self) -> None:
         super().reset()
         self.cumulative_length = self.uncropped = 0
 
@@ -304,7 +310,7 @@ class Cache(DynamicCache):
     gradients; with `DynamicCache` it does not. Forward-mode derivatives and transforms of torch.func raise at once.
     """
 
-    def __init__(self, config, *, max_cache_len: int | None = None, cache_dtype: torch.dtype | None = None):
+    def __init__(self, config: Any, *, max_cache_len: int | None = None, cache_dtype: torch.dtype | None = None):
         max_cache_len = require_integer("max_cache_len", max_cache_len, least=1, optional=True)
         if cache_dtype not in (None, *QUANTIZED_DTYPES):
             raise TypeError(f"cache_dtype: expected {' or '.join(map(str, QUANTIZED_DTYPES))} or None, got {cache_dtype}")
@@ -315,7 +321,9 @@ class Cache(DynamicCache):
             elif type(layer) is DynamicSlidingWindowLayer:
                 self.layers[i] = SlidingLayer(layer.sliding_window, cache_dtype)
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         refuse_transforms_of_cache()
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 

@@ -30,6 +30,9 @@ class Deferred(torch.Tensor):
     fields, since whoever has seen the numbers may have changed them, through a view, too.
     """
 
+    untouched: bool
+    _value: torch.Tensor | None
+
     @staticmethod
     def __new__(cls, shape, dtype, device, **fields):
         with torch.inference_mode(False):
@@ -79,6 +82,9 @@ def _covers(index, shape) -> bool:
 
 class EightBit(Deferred):
     """Keys or values (B, H_kv, S, D) stored as `codes` of that shape, int8 or float8_e4m3fn, and `scale` (B, H_kv, S)."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
 
     def _compute(self):
         return dequantize(self.codes, self.scale, self.dtype)

@@ -8,7 +8,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,11 @@ class Mask(Deferred):
     options: for `fastgpt.attention` over those keys.
     segments: see Pattern.
     """
+
+    keys: int
+    options: dict
+    segments: torch.Tensor
+    call: dict
 
     def _compute(self):
         return masking_utils.sdpa_mask(**self.call | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
@@ -149,7 +154,7 @@ def _calls_interface(config: type) -> bool:
 
 
 @functools.cache
-def _models_call_interface(config: type) -> bool:
+def _models_call_interface(config: Any) -> bool:
     models = [model for model in _subclasses(PreTrainedModel) if model.config_class is config]
     if not models or any(model._can_set_attn_implementation() for model in models):
         return True

@@ -29,7 +29,8 @@ class Budget:
         self.work = WORK + WORK_PER_CHARACTER * characters + WORK_PER_ENTRY * entries
         self.most = SIZE + SIZE_PER_CHARACTER * characters
         self.calls = 0  # that are being made
-        self.weights = {}  # id of a list or dict -> (weight, entries, depth), and itself, so that its id remains its own
+        # id of a list or dict -> (weight, entries, depth), and itself, so that its id remains its own
+        self.weights: dict[int, tuple[tuple[int, int, int], Any]] = {}
 
     def spend(self, steps: int) -> None:
         self.work -= steps

@@ -49,7 +49,7 @@ class CountSteps(NodeTransformer):
 
     visit_For = visit_Macro = visit_CallBlock = visit_Block = _count_body
 
-    def visit_List(self, node: nodes.List) -> nodes.Node:
+    def visit_List(self, node: nodes.List | nodes.Tuple) -> nodes.Node:
         self.generic_visit(node)
         plain = all(isinstance(item, nodes.Const) for item in node.items)
         return node if plain else nodes.Filter(node, "$made", [], [], None, None)
@@ -176,7 +176,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             bound = METHODS.get(type(owner), {}).get(__obj.__name__)
             if bound is None:
                 raise SecurityError(f"{__obj.__name__!r} is not safely callable")
-            args = [_listed(value) for value in args]
+            args = tuple(_listed(value) for value in args)
             bound(budget, owner, *args, **given)
         with budget.calling():
             return budget.checked(super().call(__context, __obj, *args, **kwargs))
@@ -258,7 +258,7 @@ class Generation(Extension):
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class TemplateNamespace(Namespace):
@@ -288,10 +288,11 @@ def _environment() -> LimitedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"], optimized=False,
         finalize=_printed,
     )  # fmt: skip
-    filters = result.filters | {"tojson": _tojson}
+    filters: dict[str, Any] = result.filters | {"tojson": _tojson}
     result.filters = {name: _paying(filters[name], bound, name in LAZY) for name, bound in FILTERS.items()}
     result.filters |= {"$step": _step, "$made": _made, "$read": _read, "$concat": _concat, "$slice": _sliced}
-    result.tests = {name: _paying(test, pay_for_reading) if name in COMPARING else test for name, test in result.tests.items()}
+    tests: dict[str, Any] = result.tests
+    result.tests = {name: _paying(test, pay_for_reading) if name in COMPARING else test for name, test in tests.items()}
     result.globals.pop("lipsum")
     result.globals |= {
         "namespace": TemplateNamespace, "raise_exception": _raise_exception, "strftime_now": _strftime_now,
