@@ -12,7 +12,7 @@ INSTALLED := $(or $(VENV),build)/.fastgpt-installed
 RUN := $(if $(VENV),$(abspath $(VENV))/bin/python,$(PYTHON))
 OUT ?= build/gpu
 
-.PHONY: demo lint format wheel sdist test test-quick test-all sanitize docs bench bench-compare gpu sweep clean
+.PHONY: demo lint format wheel wheels sdist test test-quick test-all sanitize docs bench bench-compare gpu sweep clean
 
 demo: $(INSTALLED)
 	$(RUN) -m fastgpt generate "ROMEO:" --compare-cache --temperature 0.8 --seed 1
@@ -36,6 +36,14 @@ format: $(INSTALLED) $(LINTERS)
 # `pip install dist/fastgpt-*.whl`: for this Python and machine, with the CUDA library if there is nvcc.
 wheel: $(INSTALLED)
 	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+# One for each Python version, as they are published: what is built, how, and with which smoke test is in pyproject.toml. On
+# Linux they are built in containers of old distributions, so that they run on those, too.
+wheels:
+	@test "$$(uname)" != Linux || docker info >/dev/null 2>&1 || (echo "make: cibuildwheel builds in containers, and needs Docker; \`make wheel\` builds one for this machine without"; exit 1)
+	$(PYTHON) -m venv build/cibuildwheel
+	build/cibuildwheel/bin/python -m pip install --quiet "cibuildwheel==4.3.5"
+	build/cibuildwheel/bin/python -m cibuildwheel --output-dir dist
 
 sdist: $(INSTALLED)
 	$(RUN) setup.py -q sdist
