@@ -188,7 +188,8 @@ class Unchanged {
       Dict kept{dict, PyDict_Size(dict.ptr()), {}};
       PyObject *key, *value;
       for (Py_ssize_t position = 0; PyDict_Next(dict.ptr(), &position, &key, &value);) {
-        kept.values.push_back(py::reinterpret_borrow<py::object>(value));
+        const auto object = py::reinterpret_borrow<py::object>(value);
+        kept.values.emplace_back(object, py::type::of(object));
       }
       dicts_.push_back(std::move(kept));
     }
@@ -204,8 +205,9 @@ class Unchanged {
       if (PyDict_Size(kept.dict.ptr()) != kept.count) return false;
       PyObject *key, *value;
       Py_ssize_t position = 0;
-      for (const auto& expected : kept.values) {
+      for (const auto& [expected, type] : kept.values) {
         if (!PyDict_Next(kept.dict.ptr(), &position, &key, &value) || value != expected.ptr()) return false;
+        if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != type.ptr()) return false;
       }
     }
     for (const auto& [dict, name, value] : attributes_) {
@@ -218,7 +220,7 @@ class Unchanged {
   struct Dict {
     py::dict dict;
     Py_ssize_t count;
-    std::vector<py::object> values;  // owned: nothing else can take their place in memory; none where only keys count
+    std::vector<std::pair<py::object, py::type>> values;  // owned: nothing else can take their place; none where keys count
   };
 
   struct Value {
@@ -237,8 +239,9 @@ void define_unchanged(py::module_& module) {
       .def(
           py::init<const std::vector<py::dict>&, const std::vector<py::dict>&, const std::vector<Unchanged::Attribute>&>(),
           py::arg("entries"), py::arg("counts"), py::arg("attributes"),
-          R"(entries: dicts that must keep their values, the very objects; counts: that must keep their number of keys;
-attributes: pairs of a dict and a key whose value it must keep, likewise.)")
+          R"(entries: dicts that must keep their values, the very objects and their types, which an assignment to __class__
+changes; counts: that must keep their number of keys; attributes: pairs of a dict and a key whose value it must keep, the very
+object.)")
       .def("watch", &Unchanged::watch, "From now on tensors that this thread passes to fastgpt::watch must stay in place.")
       .def("finish", &Unchanged::finish)
       .def("holds", &Unchanged::holds, "Whether all of it is as it was.");

@@ -161,9 +161,9 @@ class Recording:
     """A step of a model, `function` of one tensor, that is recorded or captured as long as that changes nothing.
 
     It is where all the model's modules are plain (fastgpt/model/fusion.py): a call of another one is not for us to leave out. When
-    a module is replaced or gets a hook, another forward, its class's included, or another value of an attribute such as a
-    norm's eps, or when a weight is replaced or moves, it is recorded anew, or called each time from then on if that is
-    refused. Weights that change in place are seen.
+    a module is replaced or gets a hook, another class, another forward, its class's included, or another value of an attribute
+    such as a norm's eps, or when a weight is replaced or moves, it is recorded anew, or called each time from then on if that
+    is refused. Weights that change in place are seen.
 
     Args:
         record: CpuReplay or CudaGraphReplay.
@@ -199,7 +199,7 @@ class Recording:
                 return self.function(x, tables)
             modules = list(self.model.modules())
             self.unchanged, self.weights = watch(modules)
-            self.kinds = set(map(type, modules))
+            self.kinds, self.kind = set(map(type, modules)), type(self.model)
             function = self.function
             self.tables, self.step = tables, self.record(lambda x: function(x, tables))
         return self.step(x)
@@ -210,6 +210,7 @@ class Recording:
             self.step is not None
             and getattr(self.step, "refused", None) is None
             and self.unchanged.holds()
+            and (self.model is None or type(self.model) is self.kind)
             and have_own_forwards(self.kinds)
         )
 

@@ -18,7 +18,7 @@ from tape import graph, graphs_on_cpu
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastgpt
-from fastgpt import decoding, generate, linear
+from fastgpt import GPT, decoding, generate, linear
 from fastgpt.generation.generate import stream
 from fastgpt.generation.replay import CpuReplay, CudaGraphReplay, Recording
 from fastgpt.generation.request import sessions
@@ -89,12 +89,24 @@ def other_forward(patch, model):
     patch.setattr(MLP, "forward", lambda self, *arguments, **options: 2 * forward(self, *arguments, **options))
 
 
+class DoubledMLP(MLP):
+    def forward(self, *arguments, **options):
+        return 2 * super().forward(*arguments, **options)
+
+
+class DoubledLogits(GPT):
+    def uncapped_logits(self, hidden):
+        return 2 * super().uncapped_logits(hidden)
+
+
 CHANGES = {
     "eps": lambda patch, model: patch.setattr(model.blocks[1].mlp_norm, "eps", 1.0),
     "kind of norm": lambda patch, model: patch.setattr(model.norm, "kind", "rms"),
     "activation": lambda patch, model: patch.setattr(model.blocks[0].mlp, "activation", "relu"),
     "scale of attention": lambda patch, model: patch.setitem(model.blocks[0].attention.options, "scale", 2.0),
     "forward of a class": other_forward,
+    "class of a module": lambda patch, model: patch.setattr(model.blocks[0].mlp, "__class__", DoubledMLP),
+    "class of the model": lambda patch, model: patch.setattr(model, "__class__", DoubledLogits),
 }
 
 
