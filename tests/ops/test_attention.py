@@ -567,6 +567,12 @@ def test_packing_errors(change, error, message):
         attention_varlen(**arguments | change)
 
 
+def test_a_longest_sequence_may_be_any_integer():
+    q, k, v = packed(*inputs(1, 4, 2, 8, 12, 16, torch.float32))
+    expected = attention_varlen(q, k, v, CU_Q, CU_K, 5, 6)
+    assert torch.equal(attention_varlen(q, k, v, CU_Q, CU_K, 2**32 + 1, 2**40), expected)
+
+
 @pytest.mark.slow
 def test_reference_gradients():
     """Through masks, lengths, shared heads and blind rows."""

@@ -430,14 +430,17 @@ if not INTERPRETED:
         "cos": ({"cos": None}, TypeError, "cos: expected a torch.Tensor"),
         "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected a finite number >= 1.17"),
         "lengths": ({"kv_lengths": torch.zeros(2, dtype=torch.int32)}, ValueError, "kv_lengths: expected shape"),
+        "device": ({"kv_lengths": torch.ones(B, dtype=torch.int32, device="meta")}, ValueError, "kv_lengths: expected device"),
+        "sinks": ({"sinks": torch.ones(H, device="meta")}, ValueError, "sinks: expected device cpu, got meta"),
         "scale": ({"k_scale": torch.zeros(B, H_KV, S)}, ValueError, "k_scale: expected None"),
     }
 
     @pytest.mark.parametrize("case", BAD)
     def test_errors(case):
         change, error, message = BAD[case]
-        arguments = example() | change
+        arguments = example()
         before = on("cpu", arguments)
+        arguments |= change
         with pytest.raises(error, match=message):
             attention_with_kv_cache(**arguments)
         assert not [

@@ -143,9 +143,9 @@ def check_packing(call: Call, packing: Packing) -> Packing:
             lengths = x.diff()
             if x[0] != 0 or x[-1] != total or (lengths < 0).any():
                 raise ValueError(f"{name}: expected numbers that ascend from 0 to {total}, got {x.tolist()}")
-            if lengths.max() > longest:
+            if (needed := lengths.max().item()) > longest:  # as an int: one of 32 bits would wrap the other around
                 limit = "max_seqlen_q" if name == "cu_seqlens_q" else "max_seqlen_k"
-                raise ValueError(f"{limit}: expected at least {lengths.max().item()}, the longest sequence, got {longest}")
+                raise ValueError(f"{limit}: expected at least {needed}, the longest sequence, got {longest}")
     return packing
 
 
