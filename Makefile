@@ -12,7 +12,7 @@ INSTALLED := $(or $(VENV),build)/.fastgpt-installed
 RUN := $(if $(VENV),$(abspath $(VENV))/bin/python,$(PYTHON))
 OUT ?= build/gpu
 
-.PHONY: demo lint format wheel wheels sdist test test-quick test-all sanitize docs bench bench-compare gpu sweep clean
+.PHONY: demo lint format wheel wheels sdist test test-quick test-all sanitize arm docs bench bench-compare gpu sweep clean
 
 demo: $(INSTALLED)
 	$(RUN) -m fastgpt generate "ROMEO:" --compare-cache --temperature 0.8 --seed 1
@@ -79,6 +79,11 @@ sanitize: $(INSTALLED)
 	cd build/sanitize && $(PRELOADED) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -x -k "not memory_is_linear" \
 	    tests/ops/test_attention.py tests/cache/test_cache.py tests/generation/test_replay.py tests/ops/test_kv_cache_update.py tests/ops/test_linear.py \
 	    tests/ops/test_norm.py tests/ops/test_page_allocator.py tests/ops/test_attention_edges.py tests/ops/test_fuzz_operations.py
+
+# The parity tests of the CPU operations on 64-bit Arm, cross-compiled and run under QEMU. Needs Debian's qemu-user and
+# g++-aarch64-linux-gnu, and downloads an arm64 Python and PyTorch into build/arm. ARGS="tests/ops -k linear" runs others.
+arm: $(INSTALLED)
+	$(RUN) tests/on_arm.py $(ARGS)
 
 # The pages of docs/ and an API reference, into build/docs. An extra of what is installed already is not another build.
 docs: $(INSTALLED)

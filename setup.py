@@ -33,7 +33,7 @@ DEFAULT_ARCHS = ("8.0", "9.0", "10.0")  # the last also as PTX, for GPUs newer t
 
 # *_kernels.cpp is compiled once per level and csrc/common/cpu_level.h picks at run time. Without exceptions, whose tables would
 # share a symbol between levels.
-CPU_LEVELS = {"baseline": []}
+CPU_LEVELS = {"neon" if platform.machine() in ("aarch64", "arm64") else "baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     CPU_LEVELS["avx512"] = CPU_LEVELS["avx2"] + [

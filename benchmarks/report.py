@@ -35,8 +35,8 @@ PEERS = ("transformers", "ctranslate2", "llama-cpp-python", "triton", "flash-att
 def machine() -> dict:
     """What a result depends on."""
     name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    if Path("/proc/cpuinfo").exists():  # without a model name on Arm
+        name = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), name)
     git = ["git", "-C", str(STORED.parent), "describe", "--always", "--dirty"]
     return {
         **({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}),

@@ -5,12 +5,13 @@ with madvise, where the system has it (Linux); elsewhere nothing happens.
 """
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Iterable, Sequence
 
 import torch
 
-PAGE, HUGE_PAGE = 4096, 2 << 20  # bytes
+PAGE, HUGE_PAGE = mmap.PAGESIZE, 2 << 20  # bytes; on Arm, pages of 4, 16 or 64 KiB are in use
 HUGEPAGE, COLLAPSE = 14, 25  # advice: huge pages for what is first touched from now on; for what is there (Linux 6.1)
 
 

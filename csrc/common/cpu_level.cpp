@@ -13,7 +13,8 @@
 namespace fastgpt {
 namespace {
 
-constexpr CpuLevel kLevels[] = {CpuLevel::baseline, CpuLevel::avx2, CpuLevel::avx512, CpuLevel::amx};
+// In ascending order; a CPU supports levels of its own architecture only.
+constexpr CpuLevel kLevels[] = {CpuLevel::baseline, CpuLevel::neon, CpuLevel::avx2, CpuLevel::avx512, CpuLevel::amx};
 
 // The CPU has tiles and multiplies them as bfloat16, and Linux lets this process use them when asked.
 bool supports_tiles() {
@@ -38,8 +39,14 @@ bool supported(CpuLevel level) {
 #else
   const bool avx2 = false, avx512 = false;
 #endif
+#if defined(__aarch64__)
+  const bool neon = true;  // part of the architecture
+#else
+  const bool neon = false;
+#endif
   switch (level) {
-    case CpuLevel::baseline: return true;
+    case CpuLevel::baseline: return !neon;
+    case CpuLevel::neon: return neon;
     case CpuLevel::avx2: return avx2;
     case CpuLevel::avx512: return avx512;
     case CpuLevel::amx: return avx512 && supports_tiles();
@@ -50,7 +57,7 @@ bool supported(CpuLevel level) {
 CpuLevel choose() {
   const char* forced = std::getenv("FASTGPT_CPU_LEVEL");
   const std::string name = forced ? forced : "";
-  CpuLevel best = CpuLevel::baseline;
+  CpuLevel best{};
   std::string usable;
   for (CpuLevel level : kLevels) {
     if (!supported(level)) continue;
@@ -70,8 +77,14 @@ CpuLevel cpu_level() {
 }
 
 const char* cpu_level_name(CpuLevel level) {
-  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
-  return kNames[static_cast<int>(level)];
+  switch (level) {
+    case CpuLevel::baseline: return "baseline";
+    case CpuLevel::neon: return "neon";
+    case CpuLevel::avx2: return "avx2";
+    case CpuLevel::avx512: return "avx512";
+    case CpuLevel::amx: return "amx";
+  }
+  return "";
 }
 
 }  // namespace fastgpt

@@ -35,6 +35,9 @@
    ::fastgpt::cpu_level() == ::fastgpt::CpuLevel::avx512 ? ::fastgpt::avx512::function     \
    : ::fastgpt::cpu_level() == ::fastgpt::CpuLevel::avx2 ? ::fastgpt::avx2::function       \
                                                          : ::fastgpt::baseline::function)
+#elif defined(__aarch64__)
+#define FASTGPT_DECLARE_PER_CPU_LEVEL(...) namespace fastgpt::neon { __VA_ARGS__ }
+#define FASTGPT_AT_CPU_LEVEL(function) (::fastgpt::neon::function)
 #else
 #define FASTGPT_DECLARE_PER_CPU_LEVEL(...) namespace fastgpt::baseline { __VA_ARGS__ }
 #define FASTGPT_AT_CPU_LEVEL(function) (::fastgpt::baseline::function)
@@ -42,8 +45,9 @@
 
 namespace fastgpt {
 
-// The last has tiles of bfloat16 besides AVX-512.
-enum class CpuLevel { baseline, avx2, avx512, amx };
+// On Arm the only level is neon, which every 64-bit one has; on x86-64 the last has tiles of bfloat16 besides AVX-512; what
+// else there may be has the compiler's generic vectors, as plain x86-64 does.
+enum class CpuLevel { baseline, neon, avx2, avx512, amx };
 
 // The best level that this CPU supports, or the one that the environment variable
 // FASTGPT_CPU_LEVEL names; std::invalid_argument (ValueError in Python) if that is unknown or not

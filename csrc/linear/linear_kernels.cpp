@@ -12,24 +12,36 @@ namespace {
 // slower than several.
 constexpr int kMostStreams = 4;
 constexpr int kMostRows = kWidth == 16 ? 4 : 2;  // of x, multiplied with them at a time; registers hold all sums
+// Sums of each dot product that grow side by side. NEON's are of 4 numbers: with one for each weight row, multiply-adds would
+// wait for those before, and weights be read slower than memory has them.
+#if defined(__aarch64__)
+constexpr int kSumsOfDot = 2;
+#else
+constexpr int kSumsOfDot = 1;
+#endif
 
 // dots[i][s] = sum_c x[i][c] · weight[s][c] for kRows rows of x and kStreams of weights. If `next` is not 0, the weights
 // that many bytes on are fetched into the caches.
 template <int kRows, int kStreams, typename T>
 void multiply_rows(const float* x, int64_t x_row, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
-  Vector total[kRows][kStreams] = {};
+  Vector total[kRows][kStreams][kSumsOfDot] = {};
   int64_t c = 0;
-  for (; c + kWidth <= in; c += kWidth) {
+  for (; c + kSumsOfDot * kWidth <= in; c += kSumsOfDot * kWidth) {
     for (int s = 0; s < kStreams; ++s) {
       const T* source = weight + s * in + c;
       if (next) __builtin_prefetch(reinterpret_cast<const char*>(source) + next);
-      const Vector w = load(source);
-      for (int i = 0; i < kRows; ++i) total[i][s] += load(x + i * x_row + c) * w;
+      for (int v = 0; v < kSumsOfDot; ++v) {
+        const Vector w = load(source + v * kWidth);
+        for (int i = 0; i < kRows; ++i) total[i][s][v] += load(x + i * x_row + c + v * kWidth) * w;
+      }
     }
   }
   alignas(64) float lanes[kRows][kStreams][kWidth];
   for (int i = 0; i < kRows; ++i) {
-    for (int s = 0; s < kStreams; ++s) store(lanes[i][s], total[i][s]);
+    for (int s = 0; s < kStreams; ++s) {
+      for (int v = 1; v < kSumsOfDot; ++v) total[i][s][0] += total[i][s][v];
+      store(lanes[i][s], total[i][s][0]);
+    }
   }
   for (int i = 0; i < kRows; ++i) {
     for (int s = 0; s < kStreams; ++s) {

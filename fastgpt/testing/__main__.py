@@ -41,7 +41,7 @@ MACHINES = {
     "AVX2 BLAS, 3 threads": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "OMP_NUM_THREADS": "3"},
     **{f"{level} kernels, 1 thread": {"FASTGPT_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"} for level in LOWER_LEVELS},
     "lowest kernels, baseline BLAS, 3 threads": {
-        "FASTGPT_CPU_LEVEL": "baseline", "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "3",
+        "FASTGPT_CPU_LEVEL": BUILT["cpu_levels"][0], "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "3",
     },
 }  # fmt: skip
 TRITON = "Triton's interpreter"
