@@ -116,6 +116,7 @@ ATTENTION = {
 # Where sequences have lengths of their own, and keys a window or queries no causal mask, which takes registers, too.
 ATTENTION["ragged forward"] = {
     **ATTENTION["forward"],
+    (64, 2): (Tile(128, 32, 8, 3), *(Tile(128, 128, 8, 3),) * 2),
     (128, 2): (Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
 }
 # Of packed sequences, the pass over the keys has fewer registers left.
