@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "common/cpu_level.h"
+#include "decode_step/addresses.h"
 #include "decode_step/plan.h"
-#include "decode_step/unchanged.h"
 #include "kv_cache/page_allocator.h"
 
 namespace py = pybind11;

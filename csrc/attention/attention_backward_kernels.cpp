@@ -19,7 +19,11 @@
 //
 // Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 
-#include "attention/attention_block.h"
+#include "attention/query_block.h"
+#include "common/arena.h"
+#include "common/matrices.h"
+#include "common/stored_elements.h"
+#include "common/vector_math.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -68,7 +72,7 @@ class BackwardBlock : QueryBlock {
   // After run(): adds to the gradients of the keys from n on, one tile of them.
   void add_to_keys(int64_t n, float* dk, float* dv) const {
     const int64_t keys = keys_from(n);
-    if (n < start() || keys <= 0 || (args_.mask.data && !mask_shows(n, keys))) return;
+    if (n < begin() || keys <= 0 || (args_.mask.data && !mask_shows(n, keys))) return;
     if (*w_.finite == 0.0f) {
       add_products(tile(w_.dweights, n), keys, w_.q, D_, dk + n * D_);
       add_products(tile(w_.weights, n), keys, w_.dout, D_v_, dv + n * D_v_);
@@ -84,7 +88,7 @@ class BackwardBlock : QueryBlock {
  private:
   template <typename Function>
   void each_tile(Function function) const {
-    for (int64_t n = start(); n < last_end_; n += kBlockN) {
+    for (int64_t n = begin(); n < end(); n += kBlockN) {
       const int64_t keys = keys_from(n);
       if (!args_.mask.data || mask_shows(n, keys)) function(n, keys);
     }
@@ -114,7 +118,7 @@ class BackwardBlock : QueryBlock {
   // Scores, dp, and the rows' largest scores.
   void score(int64_t n, int64_t keys) {
     float *scores = tile(w_.weights, n), *dweights = tile(w_.dweights, n);
-    const Rows k = load_keys(args_.k, n, keys, w_.k), v = load_keys(args_.v, n, keys, w_.v);
+    const KeyRows k = load_keys(args_.k, n, keys, w_.k), v = load_keys(args_.v, n, keys, w_.v);
     dot_products(k, keys, w_.q_columns, args_.D, scores);
     finish_scores<Along::queries>(scores, n, keys, w_.cap_slopes ? tile(w_.cap_slopes, n) : nullptr);
     dot_products(v, keys, w_.dout_columns, args_.D_v, dweights);
@@ -135,8 +139,8 @@ class BackwardBlock : QueryBlock {
     for (int64_t r = 0; r < kBlockM; ++r) {
       if (w_.max[r] == -kInfinity) {
         w_.max[r] = 0.0f;
-      } else if (r < rows_ && args_.sinks && args_.sinks[head_[r]] > w_.max[r]) {
-        w_.max[r] = args_.sinks[head_[r]];
+      } else if (r < rows_ && args_.sinks && args_.sinks[queries_.head[r]] > w_.max[r]) {
+        w_.max[r] = args_.sinks[queries_.head[r]];
       }
     }
   }
@@ -166,7 +170,7 @@ class BackwardBlock : QueryBlock {
 
   // tile[n][m] = rows[n] · columns[m]. Summed in parts they have half the rounding error, and take longer. That matters
   // for few queries, whose errors do not average out, and which PyTorch multiplies as vectors, more accurately.
-  void dot_products(const Rows& rows, int64_t keys, const float* columns, int64_t head_dim, float* tile) const {
+  void dot_products(const KeyRows& rows, int64_t keys, const float* columns, int64_t head_dim, float* tile) const {
     const int64_t part = rows_ <= kFewRows ? kPart : kLongPart;
     for (int64_t d = 0; d < head_dim; d += part) {
       const int64_t terms = head_dim - d < part ? head_dim - d : part;
@@ -196,11 +200,11 @@ class BackwardBlock : QueryBlock {
   // And what each row adds to the gradient of its head's sink. A row that sees no key has zeros.
   void finish_sums() {
     for (int64_t r = 0; r < rows_; ++r) {
-      const bool blind = w_.sum[r] == 0.0f;
-      const float sink = args_.sinks && !blind ? exp_nonpositive(args_.sinks[head_[r]] - w_.max[r]) : 0.0f;
-      w_.norm[r] = blind ? 0.0f : 1.0f / (w_.sum[r] + sink);
+      const bool fully_masked = w_.sum[r] == 0.0f;
+      const float sink = args_.sinks && !fully_masked ? exp_nonpositive(args_.sinks[queries_.head[r]] - w_.max[r]) : 0.0f;
+      w_.norm[r] = fully_masked ? 0.0f : 1.0f / (w_.sum[r] + sink);
       w_.mean[r] *= w_.norm[r];
-      if (grads_.dlse.data && !blind) w_.dlse[r] = grads_.dlse.data[at(grads_.dlse, r)];
+      if (grads_.dlse.data && !fully_masked) w_.dlse[r] = grads_.dlse.data[at(grads_.dlse, r)];
       if (args_.sinks) grads_.dsinks.data[at(grads_.dsinks, r)] = sink * w_.norm[r] * (w_.dlse[r] - w_.mean[r]);
     }
   }
@@ -222,7 +226,7 @@ class BackwardBlock : QueryBlock {
     if (w_.keep_factors) scale_tile(weights, tile(w_.keep_factors, n), keys);
 
     // dq[d][m] += sum_n k[n][d] · ds[n][m]
-    const Rows k = load_keys(args_.k, n, keys, w_.k);
+    const KeyRows k = load_keys(args_.k, n, keys, w_.k);
     multiply<kTileRows, kTileVectors>(args_.D, columns(), k.data, 1, k.stride, ds, kBlockM, w_.dq, kBlockM, keys, true);
   }
 
@@ -253,7 +257,7 @@ class BackwardBlock : QueryBlock {
     float rows[kWidth][kBlockN];
     for (int64_t r = 0; r < rows_; ++r) {
       if (r % kWidth == 0) transpose_columns(ds + r, keys, rows);
-      float* row = dbias.data + dbias.at(b_, head_[r], token_[r]) + n * dbias.stride_s;
+      float* row = dbias.data + dbias.at(queries_.b, queries_.head[r], queries_.token[r]) + n * dbias.stride_s;
       if (target && row != target) add_total();
       target = row;
       for (int64_t i = 0; i < keys; ++i) total[i] += rows[r % kWidth][i];
@@ -279,7 +283,7 @@ class BackwardBlock : QueryBlock {
     std::memset(rows, 0, rows_ * D_ * sizeof(float));
     each_tile([&](int64_t n, int64_t keys) {
       const float* ds = tile(w_.dweights, n);
-      const Rows k = load_keys(args_.k, n, keys, w_.k);
+      const KeyRows k = load_keys(args_.k, n, keys, w_.k);
       for (int64_t i = 0; i < keys; ++i) {
         for (int64_t r = 0; r < rows_; ++r) {
           const float factor = ds[i * kBlockM + r];

@@ -10,6 +10,10 @@
 #include <type_traits>
 
 #include "attention/attention_forward.h"
+#include "common/arena.h"
+#include "common/integers.h"
+#include "common/stored_elements.h"
+#include "common/vector_math.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -214,7 +218,7 @@ struct DecodeMemory {
 class DecodeBlock : public ForwardBlock {
  public:
   DecodeBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t split, const DecodeShared& shared, Arena& parts)
-      : ForwardBlock(args, b, h_kv, 0), w_(shared), begin_(start()), end_(last_end_) {
+      : ForwardBlock(args, b, h_kv, 0), w_(shared), begin_(begin()), end_(end()) {
     const DecodeMemory memory(args.D, args.D_v, rows_, parts);
     q_ = memory.q, acc_ = memory.acc, max_ = memory.max, sum_ = memory.sum, rescale_ = memory.rescale;
     std::memset(acc_, 0, rows_ * D_v_ * sizeof(float));
@@ -318,7 +322,7 @@ class DecodeBlock : public ForwardBlock {
       const Function& function) const {
     const auto group_size = [&](int64_t i) { return keys - i < kWidth ? keys - i : kWidth; };
     if (source.head_dim % kWidth != 0 || (args_.block_table && args_.page % kWidth != 0)) {
-      const Rows rows = load_keys(source, n, keys, copy);
+      const KeyRows rows = load_keys(source, n, keys, copy);
       StoredRows<float> stored;
       stored.stride = rows.stride, stored.count = keys, stored.scaled = false;
       stored.ahead_stride = 0;
@@ -376,7 +380,7 @@ class DecodeBlock : public ForwardBlock {
   int64_t begin_, end_;       // keys to walk over
 };
 
-inline int64_t narrow_workspace(int64_t D, int64_t D_v) {
+inline int64_t decode_workspace(int64_t D, int64_t D_v) {
   Arena parts(nullptr);
   DecodeShared(D, D_v, parts);
   for (int64_t i = 0; i < kBlocks; ++i) DecodeMemory(D, D_v, kBlockM / kBlocks, parts);
@@ -384,7 +388,7 @@ inline int64_t narrow_workspace(int64_t D, int64_t D_v) {
 }
 
 // One split of the keys of `heads` heads, tile by tile.
-inline void run_narrow(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t heads, int64_t split, float* workspace) {
+inline void run_decode(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t heads, int64_t split, float* workspace) {
   Arena parts(workspace);
   const DecodeShared shared(args.D, args.D_v, parts);
   std::optional<DecodeBlock> blocks[kBlocks];
@@ -394,7 +398,7 @@ inline void run_narrow(const AttentionForward& args, int64_t b, int64_t h_kv, in
 
 // Tasks go through the splits first, or with a block table through the heads: those of a page lie side by side, and small
 // pages are read much faster if their heads are read together, up to kBlockM rows of them.
-inline void run_narrow_tasks(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
+inline void run_decode_tasks(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
   const int64_t splits = args.splits(), rows = larger(args.H / args.H_kv * args.T, 1);
   const int64_t together = args.block_table ? smaller(kBlocks, kBlockM / rows) : 1;
   for (int64_t task = begin, heads; task < end; task += heads) {
@@ -402,7 +406,7 @@ inline void run_narrow_tasks(const AttentionForward& args, int64_t begin, int64_
     const int64_t h_kv = args.block_table ? task % args.H_kv : task / splits % args.H_kv;
     const int64_t split = args.block_table ? task / args.H_kv % splits : task % splits;
     heads = smaller(smaller(together, args.H_kv - h_kv), end - task);
-    run_narrow(args, b, h_kv, heads, split, workspace);
+    run_decode(args, b, h_kv, heads, split, workspace);
   }
 }
 

@@ -9,13 +9,13 @@
 
 #include <memory>
 
-#include "attention/attention_block.h"
+#include "attention/query_block.h"
+#include "common/integers.h"
+#include "common/stored_elements.h"
+#include "common/vector_math.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 class ForwardBlock : protected QueryBlock {
  public:
@@ -37,15 +37,15 @@ class ForwardBlock : protected QueryBlock {
   // A row of results from its sum of values over `divided`, which is changed on the way, its highest score and its sum of
   // weights. Returns whether it is finite.
   bool write_result(int64_t r, float* row, float highest, float total, float divided = 1.0f) const {
-    const bool blind = total == 0.0f;  // it sees no key
+    const bool fully_masked = total == 0.0f;
     float rescale = 1.0f;
     if (args_.sinks) {
-      const float sink = args_.sinks[head_[r]], before = highest;
+      const float sink = args_.sinks[queries_.head[r]], before = highest;
       highest = sink > highest ? sink : highest;
       rescale = exp_nonpositive(before - highest);
       total = total * rescale + exp_nonpositive(sink - highest);
     }
-    const float factor = blind ? 0.0f : rescale / total * divided;
+    const float factor = fully_masked ? 0.0f : rescale / total * divided;
     Vector zeros{};  // NaN from the first result on that is not finite
     for (int64_t d = 0; d < D_v_; d += kWidth) {
       const Vector result = load(row + d) * factor;
@@ -53,9 +53,9 @@ class ForwardBlock : protected QueryBlock {
       zeros += result * 0.0f;
     }
     write(row, args_.D_v, results_.out.data, at(results_.out, r), args_.element);
-    results_.lse.data[at(results_.lse, r)] = blind ? -kInfinity
-        : highest == kInfinity                     ? highest
-                                                   : highest + __builtin_logf(total);
+    results_.lse.data[at(results_.lse, r)] = fully_masked ? -kInfinity
+        : highest == kInfinity                            ? highest
+                                                          : highest + __builtin_logf(total);
     return sum(zeros) == 0.0f;
   }
 
@@ -77,9 +77,9 @@ class ForwardBlock : protected QueryBlock {
     };
     const std::unique_ptr<Sums[]> sums(new Sums[rows_]());
     each_broken([&](int64_t r) { sums[r].highest = -kInfinity; });
-    for (int64_t n = start(); n < last_end_; n += kBlockN) {
+    for (int64_t n = begin(); n < end(); n += kBlockN) {
       const int64_t keys = keys_from(n);
-      const Rows k = load_keys(args_.k, n, keys, copies->k), v = load_keys(args_.v, n, keys, copies->v);
+      const KeyRows k = load_keys(args_.k, n, keys, copies->k), v = load_keys(args_.v, n, keys, copies->v);
       each_broken([&](int64_t r) {
         load_row(args_.q, r, args_.D, q);
         for (int64_t i = 0; i < keys; ++i) {

@@ -6,11 +6,11 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 
 int64_t attention_workspace(int64_t D, int64_t D_v, int64_t group) {
-  return larger(wide_workspace(D, D_v, group), narrow_workspace(D, D_v));
+  return larger(prefill_workspace(D, D_v, group), decode_workspace(D, D_v));
 }
 
 void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
-  if (args.few_queries()) return run_narrow_tasks(args, begin, end, workspace);
+  if (args.few_queries()) return run_decode_tasks(args, begin, end, workspace);
   const int64_t groups = args.groups();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task / groups, b = head / args.H_kv, h_kv = head % args.H_kv;
@@ -19,9 +19,9 @@ void attention_forward(const AttentionForward& args, int64_t begin, int64_t end,
     const int64_t first = group * args.group, count = smaller(args.blocks() - first, args.group);
     // A short one of packed sequences gets the bits that it would get alone.
     if (args.H / args.H_kv * sequence_of(args, b).queries <= kFewQueries && !args.dropout_seed) {
-      if (first == 0) run_narrow(args, b, h_kv, 1, 0, workspace);
+      if (first == 0) run_decode(args, b, h_kv, 1, 0, workspace);
     } else {
-      run_wide(args, b, h_kv, first, count, workspace);
+      run_prefill(args, b, h_kv, first, count, workspace);
     }
   }
 }

@@ -11,6 +11,9 @@
 
 #include "attention/attention_forward.h"
 #include "attention/attention_products.h"
+#include "common/arena.h"
+#include "common/integers.h"
+#include "common/vector_math.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -90,8 +93,7 @@ class PrefillBlock : public ForwardBlock {
     find_panels();
   }
 
-  int64_t begin() const { return start(); }
-  int64_t end() const { return last_end_; }
+  using ForwardBlock::begin, ForwardBlock::end;
 
   // Has the keys and values from n on prefetched during the next step.
   void prefetch(int64_t n, int64_t keys) {
@@ -107,7 +109,7 @@ class PrefillBlock : public ForwardBlock {
 
   // The tile from key n on, as all blocks of this sequence and head can take it.
   Tile load_tile(int64_t n, int64_t keys) const {
-    const Rows k = load_keys(args_.k, n, keys, w_.k), v = load_keys(args_.v, n, keys, w_.v);
+    const KeyRows k = load_keys(args_.k, n, keys, w_.k), v = load_keys(args_.v, n, keys, w_.v);
     return {
         n, left_of_rows(k.data, k.stride, keys, args_.D, pieces_, w_.k_operand),
         left_of_columns(v.data, v.stride, args_.D_v, keys, pieces_, w_.v_operand)};
@@ -116,7 +118,7 @@ class PrefillBlock : public ForwardBlock {
   // Whether a query sees one of the keys from n on.
   bool sees(int64_t n) const {
     const int64_t keys = keys_from(n);
-    return n >= start() && keys > 0 && (!args_.mask.data || mask_shows(n, keys));
+    return n >= begin() && keys > 0 && (!args_.mask.data || mask_shows(n, keys));
   }
 
   void step(const Tile& tile) {
@@ -180,7 +182,7 @@ class PrefillBlock : public ForwardBlock {
       Panel& panel = panels_[m / kPanel];
       panel = {args_.S, 0};
       for (int64_t r = m; r < m + kPanel && r < rows_; ++r) {
-        panel.first = smaller(panel.first, key_begin_[r]), panel.end = larger(panel.end, key_end_[r]);
+        panel.first = smaller(panel.first, queries_.key_begin[r]), panel.end = larger(panel.end, queries_.key_end[r]);
       }
     }
   }
@@ -221,7 +223,7 @@ class PrefillBlock : public ForwardBlock {
   Panel panels_[(kBlockM + kPanel - 1) / kPanel];
 };
 
-inline int64_t wide_workspace(int64_t D, int64_t D_v, int64_t blocks) {
+inline int64_t prefill_workspace(int64_t D, int64_t D_v, int64_t blocks) {
   Arena parts(nullptr);
   PrefillShared(D, D_v, parts);
   for (int64_t i = 0; i < blocks; ++i) PrefillMemory(D, D_v, parts);
@@ -229,7 +231,7 @@ inline int64_t wide_workspace(int64_t D, int64_t D_v, int64_t blocks) {
 }
 
 // `count` blocks of queries from `first` on, which walk over their keys together.
-inline void run_wide(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, int64_t count, float* workspace) {
+inline void run_prefill(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, int64_t count, float* workspace) {
   const Tiles tiles;
   Arena parts(workspace);
   const PrefillShared shared(args.D, args.D_v, parts);

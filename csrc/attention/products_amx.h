@@ -10,12 +10,11 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "common/integers.h"
 #include "common/vectors.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
-
-constexpr int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // A tile has kWidth rows of kWidth pairs: a row and a pair are neighbors along k. Results are made kStep rows and columns
 // at a time, of 2 x 2 tiles, and kStep is how much of k a tile covers.

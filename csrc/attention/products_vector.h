@@ -5,23 +5,22 @@
 #pragma once
 
 #include "attention/attention.h"
-#include "common/vectors.h"
+#include "common/integers.h"
+#include "common/matrices.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-constexpr int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Operands are the floats themselves, where they lie.
+// Operands are the floats themselves, where they lie. Strides in floats.
 struct Left {
   const float* data;
-  int64_t row, k;
+  int64_t row, k;  // strides of a row, and along k
 
   Left from(int64_t i, int64_t first) const { return {data + i * row + first * k, row, k}; }
 };
 struct Right {
   float* data;
-  int64_t k;
+  int64_t k;  // stride along k; columns are contiguous
 
   Right from(int64_t first, int64_t j) const { return {data + first * k + j, k}; }
 };

@@ -7,6 +7,7 @@
 #include <optional>
 #include <utility>
 
+#include "common/regions.h"
 #include "common/tensors.h"
 #include "kv_cache/kv_cache.h"
 

@@ -5,11 +5,13 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/contiguous.h"
+#include "common/contiguous_memory.h"
 #include "common/cpu_level.h"
 #include "common/parallel.h"
+#include "common/regions.h"
 #include "decode_step/plan.h"
 #include "linear/linear.h"
+#include "norm/check_norm.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
     void linear_inputs(const Linear& l, float* x);
@@ -76,7 +78,7 @@ Tensor linear_cpu(
   FASTGPT_CHECK(!gated || weight.size(0) % 2 == 0, "weight: expected an even number of rows with a gate");
   FASTGPT_CHECK(norm_weight || !norm_bias, "norm_bias: expected none without norm_weight");
   Linear l{};
-  Memory memory(x, "x");
+  ContiguousMemory memory(x, "x");
   l.element = memory.element();
   l.in = weight.size(1), l.out_features = gated ? weight.size(0) / 2 : weight.size(0);
   l.activation = activation_of(activation), l.gated = gated;
@@ -105,7 +107,7 @@ Tensor linear_cpu(
 
 // Into `out`, (..., out_features), what follows the product, which is `out` itself or, if gated, twice as wide.
 void finish(
-    Linear& l, Memory& memory, const void* product, const Tensor& out, const std::optional<Tensor>& bias,
+    Linear& l, ContiguousMemory& memory, const void* product, const Tensor& out, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& residual) {
   l.element = memory.element();
   l.out = out.mutable_data_ptr();
@@ -123,7 +125,7 @@ void linear_finish_cpu(
   FASTGPT_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: expected a contiguous tensor (..., N)");
   Linear l{};
   l.out_features = out.size(out.dim() - 1), l.activation = activation_of(activation);
-  Memory memory(out, "out");
+  ContiguousMemory memory(out, "out");
   memory.check(out, "out");
   const Region written = region_of(out, out.const_data_ptr(), size_of(memory.element()));
   const auto check_apart = [&](const std::optional<Tensor>& x, const char* name) {
@@ -141,7 +143,7 @@ Tensor linear_gate_cpu(
   shape.back() /= 2;
   Linear l{};
   l.out_features = shape.back(), l.activation = activation_of(activation), l.gated = true;
-  Memory memory(product, "product");
+  ContiguousMemory memory(product, "product");
   const void* source = memory.of(product, "product");
   const Tensor out = new_empty(product, shape);
   finish(l, memory, source, out, bias, residual);

@@ -1,7 +1,7 @@
 // `linear` for few rows of x. Such a product reads every weight once, from memory; all else must hide behind that.
 
-#include "common/activations.h"
-#include "common/vectors.h"
+#include "common/stored_elements.h"
+#include "linear/activations.h"
 #include "linear/linear.h"
 #include "norm/normalize.h"
 

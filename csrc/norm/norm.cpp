@@ -4,10 +4,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/contiguous.h"
+#include "common/contiguous_memory.h"
 #include "common/cpu_level.h"
 #include "common/parallel.h"
 #include "decode_step/plan.h"
+#include "norm/check_norm.h"
 #include "norm/norm.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(void norm_rows(const NormRows& n, float* scratch, int64_t begin, int64_t end);)
@@ -17,7 +18,7 @@ namespace {
 
 // Dimensions that lie in memory like one count as one. A tensor with more than kRowDims of them, or whose last one is not
 // contiguous, is copied.
-StridedRows rows_of(const Tensor& x, const char* name, Memory& memory) {
+StridedRows rows_of(const Tensor& x, const char* name, ContiguousMemory& memory) {
   memory.check(x, name);
   const auto sizes = x.sizes(), strides = x.strides();
   const int64_t last = x.dim() - 1, size = size_of(memory.element());
@@ -58,7 +59,7 @@ Tensor norm_cpu(
   const std::vector<int64_t> shape = shape_of(x);
   FASTGPT_CHECK(!shape.empty(), "x: expected shape (..., C)");
   NormRows n{};
-  Memory memory(x, "x");
+  ContiguousMemory memory(x, "x");
   n.element = memory.element();
   n.count = shape.back();
   n.rows = n.count > 0 ? x.numel() / n.count : 0;

@@ -6,9 +6,9 @@ namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
 // Rows one after the other, from number `row` on.
-class Walk {
+class RowIterator {
  public:
-  Walk(const StridedRows& rows, int64_t row) : rows_(rows), now_(rows.data) {
+  RowIterator(const StridedRows& rows, int64_t row) : rows_(rows), now_(rows.data) {
     for (int i = 0; i < kRowDims; ++i) {
       at_[i] = row % rows.sizes[i], row /= rows.sizes[i];
       now_ += at_[i] * rows.strides[i];
@@ -38,7 +38,7 @@ void norm_rows(const NormRows& n, float* scratch, int64_t begin, int64_t end) {
   const int64_t size = padded(n.count);
   float *y = scratch, *residual = y + size;
   const Normalizer normalize(n.norm, n.count, n.element, residual + size);
-  Walk xs(n.x, begin), residuals(n.residual, begin);
+  RowIterator xs(n.x, begin), residuals(n.residual, begin);
   for (int64_t r = begin; r < end; ++r) {
     convert_padded(xs.next(), 0, n.count, n.element, y);
     normalize(y);

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "common/vectors.h"
+#include "common/stored_elements.h"
 #include "norm/norm.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {

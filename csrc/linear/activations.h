@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "common/vectors.h"
+#include "common/vector_math.h"
 #include "linear/linear.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {

@@ -1,4 +1,4 @@
-#include "decode_step/unchanged.h"
+#include "decode_step/addresses.h"
 
 #include <stdexcept>
 

@@ -1,8 +1,7 @@
-// The memory of an operation's tensors.
+// The memory of an operation's tensors, where it wants them contiguous.
 
 #pragma once
 
-#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -17,16 +16,10 @@ using torch::stable::Tensor;
 
 inline std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
-// The numbers of a norm.
-inline void check_norm(double eps, const char* eps_name, double offset, const char* offset_name) {
-  FASTGPT_CHECK(eps >= 0.0 && std::isfinite(eps), eps_name, ": expected a finite number >= 0");
-  FASTGPT_CHECK(std::isfinite(offset), offset_name, ": expected a finite number");
-}
-
 // Checks tensors and hands out their memory; copies what is not contiguous. All are of the first one's format.
-class Memory {
+class ContiguousMemory {
  public:
-  Memory(const Tensor& x, const char* name)
+  ContiguousMemory(const Tensor& x, const char* name)
       : element_(floating_element_of(x, name)), dtype_(dtype_of(x)), size_(size_of(element_)) {}
 
   Element element() const { return element_; }

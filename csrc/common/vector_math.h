@@ -1,0 +1,55 @@
+// e^x and tanh of vectors.
+//
+// For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
+
+#pragma once
+
+#include "common/vectors.h"
+
+namespace fastgpt::FASTGPT_CPU_LEVEL {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896340736f;
+
+// e^x for x <= 0, zero below 2^-126: with y = x · log2(e), 2^y = 2^n · 2^f where n = round(y) and a polynomial for 2^f
+// on [-1/2, 1/2], fitted for least relative error (1.9e-9 before rounding). Scores stay in natural units until here: the
+// rounding of y then matters least for the largest weights, while scores in base 2 would all carry it at full size.
+// kSmallToo: what is small is as accurate, in proportion: f follows from x less n log(2) in two parts, the first of few bits.
+template <bool kSmallToo = false>
+[[gnu::always_inline]] inline Vector exp_nonpositive(Vector natural) {
+  const Vector x = natural * kLog2e;
+  const Vector shifter = broadcast(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer in the low bits
+  const Vector shifted = x + shifter, whole = shifted - shifter;
+  const Vector f = kSmallToo ? (natural - whole * 0.693359375f + whole * 2.12194440e-4f) * kLog2e : x - whole;
+  Vector y = broadcast(1.534581097e-04f);
+  y = y * f + 1.339993090e-03f;
+  y = y * f + 9.618489072e-03f;
+  y = y * f + 5.550328642e-02f;
+  y = y * f + 2.402264625e-01f;
+  y = y * f + 6.931471825e-01f;
+  y = y * f + 1.0f;
+  Words n, bits;  // unsigned: below -126 they wrap around, to no use
+  std::memcpy(&n, &shifted, sizeof n);
+  std::memcpy(&bits, &y, sizeof bits);
+  bits += n << 23;  // the shifter's own bits are shifted out
+  std::memcpy(&y, &bits, sizeof y);
+  return x >= broadcast(-126.0f) ? y : maximum(Vector{}, x);  // which is 0, or NaN where x is
+}
+
+inline float exp_nonpositive(float x) { return exp_nonpositive(broadcast(x))[0]; }
+
+// Below 0.625 an odd polynomial (that of Cephes' tanhf), as 1 - e^-2x cancels there: within 2 units in the last place.
+inline Vector tanh(Vector x) {
+  const Vector magnitude = x < 0.0f ? -x : x, square = x * x;
+  Vector y = broadcast(-5.70498872745e-03f);
+  y = y * square + 2.06390887954e-02f;
+  y = y * square - 5.37397155531e-02f;
+  y = y * square + 1.33314422036e-01f;
+  y = y * square - 3.33332819422e-01f;
+  const Vector small = y * square * x + x;
+  const Vector e = exp_nonpositive(-2.0f * magnitude), large = (1.0f - e) / (1.0f + e);
+  return magnitude < 0.625f ? small : x < 0.0f ? -large : large;
+}
+
+}  // namespace
+}  // namespace fastgpt::FASTGPT_CPU_LEVEL
