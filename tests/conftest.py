@@ -19,10 +19,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 with contextlib.suppress(ImportError):  # a GPU machine may have pytest alone
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
     # The same examples in every run, however long they take.
-    settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
+    unhurried = [HealthCheck.too_slow]
+    settings.register_profile("reproducible", derandomize=True, deadline=None, database=None, suppress_health_check=unhurried)
     settings.load_profile("reproducible")
 
 THREADS = torch.get_num_threads()
