@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat", action="store_true", help="PROMPT is a user's message: apply the chat template, and print only the answer")
     add("--template-var", action="append", default=[], metavar="NAME=VALUE", help="with --chat: a variable of the chat "
         "template, such as enable_thinking=false; VALUE is JSON, or else a string; can be repeated")  # fmt: skip
-    add("--max-new-tokens", type=integer, metavar="N", help=f"tokens to generate; by default at most what the context has room "
-        f"for ({MAX_NEW_TOKENS})")  # fmt: skip
-    add("--min-new-tokens", type=integer, metavar="N", help="generate at least N tokens before a text may end (0)")
+    add("--max-new-tokens", type=integer, metavar="N", help=f"tokens to generate ({MAX_NEW_TOKENS}, or as many as the "
+        "context has room for)")  # fmt: skip
+    add("--min-new-tokens", type=integer, metavar="N", help="do not end a text before it has N new tokens (0)")
     add("--stop", action="append", default=[], metavar="TEXT", help=r"stop before TEXT, in which \n is a line break, \t a tab "
         r"and \\ a backslash; can be repeated")  # fmt: skip
     add("--ignore-eos", action="store_true", help="do not stop at end-of-sequence tokens")

@@ -27,21 +27,21 @@ class TrainConfig:
     Raises: TypeError or ValueError that begins with the name of the setting.
     """
 
-    layers: int = setting(6, "blocks of the decoder; 0 makes a bigram model, which every other one should beat")
-    heads: int = setting(6, "attention heads, which divide the width")
-    width: int = setting(192, "features of each token")
-    context: int = setting(256, "tokens that the model sees at once, and of each window it is trained on")
-    dropout: float = setting(0.1, "probability with which activations are zeroed in training")
-    batch_size: int = setting(16, "windows in a step, those of all processes together")
+    layers: int = setting(6, "transformer blocks; 0 makes a bigram model, the baseline to beat")
+    heads: int = setting(6, "attention heads; the width is a multiple of them")
+    width: int = setting(192, "hidden size: features of each token")
+    context: int = setting(256, "context length, which is also that of each training window, in tokens")
+    dropout: float = setting(0.1, "dropout probability in training")
+    batch_size: int = setting(16, "windows per optimizer step, in all processes together")
     steps: int = setting(2000, "optimizer steps of the whole run; with --resume, more extend it")
-    learning_rate: float = setting(1e-3, "peak of the learning rate, which then falls along a cosine to a tenth of it")
-    warmup: int = setting(100, "steps in which the learning rate rises to its peak")
-    weight_decay: float = setting(0.1, "AdamW's, of matrices only")
-    grad_clip: float = setting(1.0, "norm that a step's gradient is scaled down to if it has a larger one")
-    eval_interval: int = setting(200, "steps between evaluations, each of which shows a sample and saves")
-    eval_windows: int = setting(256, "windows of the held-out text that are evaluated, at most")
-    seed: int = setting(0, "of the initial weights, batches and dropout")
-    dtype: str = setting("float32", f"of matrix products and attention, not of weights: {', '.join(DTYPES)}")
+    learning_rate: float = setting(1e-3, "peak learning rate; from there it decays along a cosine to a tenth")
+    warmup: int = setting(100, "steps of linear learning-rate warm-up")
+    weight_decay: float = setting(0.1, "AdamW's weight decay, of matrices only")
+    grad_clip: float = setting(1.0, "largest gradient norm; larger gradients are clipped to it")
+    eval_interval: int = setting(200, "steps between evaluations, each of which prints a sample and saves a checkpoint")
+    eval_windows: int = setting(256, "held-out windows that are evaluated, at most")
+    seed: int = setting(0, "seed of the initial weights, batches and dropout")
+    dtype: str = setting("float32", f"dtype of matrix products and attention, not of weights: {', '.join(DTYPES)}")
 
     def __post_init__(self):
         checked = {name: require_integer(name, getattr(self, name), 1) for name in (
