@@ -19,7 +19,7 @@ from fastgpt.cli.prompts import default_prompt, read_prompts
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig
 from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
-from fastgpt.training.processes import joined, own_device
+from fastgpt.training.processes import joined, local_device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
     require_consistent(options)
     settings = generation_settings(options)
     prompts = read_prompts(options.prompt, options.prompt_file)
-    device = device_of(own_device(options.device))
+    device = device_of(local_device(options.device))
     with joined(None, device) as processes:  # one, unless torchrun started several
         pipe = pipeline(options.model, revision=options.revision, dtype=DTYPES.get(options.dtype), device=device)
         if processes.size > 1:
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
             tensor_parallel(pipe.model)
         prompts = prompts or [default_prompt(pipe.tokenizer)]
         if options.seed is None:  # one for both ways of --compare-cache, and for all processes
-            settings["seed"] = processes.agreed(int.from_bytes(os.urandom(4), "big"))
+            settings["seed"] = processes.broadcast(int.from_bytes(os.urandom(4), "big"))
         if processes.first:
             generate_text(pipe, prompts, settings, options, device)
         else:

@@ -14,7 +14,7 @@ from fastgpt.cli.arguments import add_device, device_of, integer, number, path, 
 from fastgpt.cli.output import print_stderr
 from fastgpt.training.config import DTYPES, KEPT, TrainConfig
 from fastgpt.training.loop import train
-from fastgpt.training.processes import PARALLEL, joined, own_device
+from fastgpt.training.processes import PARALLEL, joined, local_device
 from fastgpt.training.run_folder import claimed, require_new_run
 from fastgpt.training.trainer import Trainer, pretrained
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    device = device_of(own_device(options.device))
+    device = device_of(local_device(options.device))
     settings = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(TrainConfig)

@@ -1,4 +1,4 @@
-"""What `generate` can be told, and what a checkpoint says where it is not."""
+"""The options of `generate`, and the defaults that a checkpoint has for them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,42 +17,42 @@ MAX_NEW_TOKENS = 300  # where neither the caller nor the checkpoint says how man
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What `generate` can be told.
+    """The options of `generate`.
 
-    An option that is given wins, None included; then that of the checkpoint (`model.generation_defaults`, what its
-    generation_config.json says); then the default here. The checkpoint's count one by one: with temperature=0.5 its top_k
-    still holds, unless top_k=None.
+    An option that is passed wins, even None; then the checkpoint's default (`model.generation_defaults`, read from its
+    generation_config.json); then the default here. Options are independent: with temperature=0.5 the checkpoint's top_k still
+    applies, unless top_k=None is passed.
 
-    Of tokens, in the order in which they apply (they are transformers'):
-        logit_bias: a dict of token ids and numbers that are added to their logits; -inf forbids a token.
-        repetition_penalty: of a token that is in the prompt or was generated, a positive logit is divided by it and a
-            negative one multiplied; 1 is none. It applies to the most likely token too.
-        no_repeat_ngram_size: no so many tokens follow on one another twice in prompt and new tokens; 0 is no limit.
-        min_new_tokens: no row ends with an eos before it has so many new tokens.
-        logits_processors: a function, or several, called at each step with the tokens (B, T) int64 of rows so far, prompts
-            included, and their logits (B, V) fp32, which it may write into; returns (B, V). Those of transformers are such.
-            Rows of prompts of different lengths are not padded: those of one length are a call, in their order. Rows that
-            have ended are still there, with eos for tokens. With them, a step's choice of a token is not part of its CUDA
-            graph.
-        temperature: 0 takes the most likely token, otherwise logits are divided by it and sampled.
-        top_k: sample among the k most likely tokens only.
-        top_p: sample among the most likely tokens that together have probability top_p only, 0 < top_p <= 1.
-        min_p: sample among tokens only that are at least min_p times as likely as the most likely one, 0 <= min_p <= 1.
-        seed: makes sampling repeatable: with the same seed, a prompt is continued by the same tokens whatever the cache,
-            the rest of the batch and the device, as far as logits are the same. One for all prompts, each of which is then
-            sampled as it would be alone; or a list, one for each. Default: one for each prompt, drawn by PyTorch's
-            generator (torch.manual_seed).
-        num_samples: continuations of each prompt, which is read once; in a paged cache they share its pages.
-        eos: a token, or several, that ends its row; None or (): nothing does.
-        return_logprobs: also returns the log-probability of each new token, by the logits as the model gave them, before
-            all of the above: log_softmax in fp32.
-    Of how they are computed:
-        use_cache: keep keys and values of past tokens; False recomputes all of them at every step.
+    How tokens are chosen, in the order in which the options apply (the order of transformers):
+        logit_bias: token id -> number to add to its logit; -inf bans the token.
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens that are in the prompt or
+            were generated; 1 is off. It applies to greedy decoding, too.
+        no_repeat_ngram_size: no sequence of this many tokens occurs twice in prompt and new tokens; 0 is off.
+        min_new_tokens: eos tokens are banned until a row has this many new tokens.
+        logits_processors: one or more functions, called at each step with the token ids (B, T) int64 of the rows so far,
+            prompts included, and their logits (B, V) fp32, which may be modified in place; returns (B, V). Those of
+            transformers work. Rows with prompts of different lengths are not padded: each length is a call of its own, with
+            its rows in order. Rows that have ended are included, with eos as their tokens. With processors, choosing the token
+            is not part of the CUDA graph.
+        temperature: 0 is greedy decoding; otherwise logits are divided by it, and tokens are sampled.
+        top_k: sample from the k most likely tokens.
+        top_p: sample from the smallest set of most likely tokens with total probability top_p, 0 < top_p <= 1.
+        min_p: sample from tokens that are at least min_p times as likely as the most likely one, 0 <= min_p <= 1.
+        seed: the same seed gives the same tokens for a prompt, whatever the cache, the rest of the batch and the device, as
+            long as logits are the same. One seed for all prompts, each of which is then sampled as it would be alone, or a list
+            with one for each. Default: drawn for each prompt from PyTorch's generator (torch.manual_seed).
+        num_samples: continuations of each prompt; its prefill runs once, and in a paged cache they share its pages.
+        eos: the token, or tokens, that end a row; None or () for none.
+        return_logprobs: also return the log-probability of each new token: log_softmax in fp32 of the model's logits, before
+            any of the above.
+    How they are computed:
+        use_cache: cache keys and values of past tokens; False recomputes them at every step.
         cache: "contiguous", "sliding" or "paged": see fastgpt/cache/base.py. The tokens are the same.
-        cache_dtype: the weights' (default), torch.int8 or torch.float8_e4m3fn.
-        window: tokens that one attends to, itself included; default all. A sliding cache needs it and keeps only these.
-        page_size: tokens in a page of a paged cache.
-        prefill_chunk: longer prompts join the cache in pieces of at most so many tokens, so that memory for activations does
+        cache_dtype: dtype of keys and values: that of the weights (default), torch.int8 or torch.float8_e4m3fn.
+        window: number of tokens that a token attends to, itself included; default all. A sliding cache needs it, and keeps only
+            these.
+        page_size: tokens per page of a paged cache.
+        prefill_chunk: longer prompts are prefilled in chunks of at most this many tokens, so that memory for activations does
             not grow with the prompt. Default: 512 on a CPU, where it costs no time, 4,096 on a GPU.
 
     Raises: TypeError, ValueError, naming the option.

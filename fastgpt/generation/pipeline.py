@@ -1,4 +1,4 @@
-"""Text in, text out: a checkpoint's decoder and its tokenizer together."""
+"""Text in, text out: the decoder of a checkpoint and its tokenizer."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -51,12 +51,12 @@ class Pipeline:
     """A decoder and its tokenizer.
 
     Args of its methods:
-        max_new_tokens: of each text. None: as many as the checkpoint's generation_config.json says, or else 300; but no more
+        max_new_tokens: for each text. None: the default of the checkpoint's generation_config.json, or else 300; but no more
             than the context has room for after the longest prompt.
-        stop: a string, or several, before which a text ends; it may be cut into tokens in any way, and special tokens may
-            be in it. In a list there may also be ids of tokens.
-        template_variables: what the chat template is to know besides the messages, by name: those of `Tokenizer.chat_text`,
-            tools say, and further ones of the model, such as `{"enable_thinking": False}`.
+        stop: a string, or several, before which a text ends, however it is split into tokens; it may contain special tokens.
+            A list may also contain token ids.
+        template_variables: variables of the chat template besides the messages, by name: those of `Tokenizer.chat_text`, such
+            as tools, and others of the model, such as `{"enable_thinking": False}`.
         options: those of `generate` (see `fastgpt.generation.config.GenerationConfig`). What is given wins, then what the checkpoint's
             generation_config.json says, then the defaults there. Of eos the default is all tokens that end a text according
             to the checkpoint, those of its tokenizer included; with None, none does.
@@ -68,8 +68,8 @@ class Pipeline:
     def __call__(
         self, prompts: str | Sequence[str], max_new_tokens: int | None = None, **options
     ) -> str | list[str] | list[list[str]]:
-        """The text that follows on a prompt, without the prompt; or a list of them for a list of prompts. With num_samples > 1
-        each text is a list of texts."""
+        """The continuation of a prompt, without the prompt; for a list of prompts, a list of them. With num_samples > 1 each is
+        a list of texts."""
         single = isinstance(prompts, str)
         if not single and not (isinstance(prompts, Sequence) and all(isinstance(prompt, str) for prompt in prompts)):
             raise TypeError(f"prompts: expected a str or a list of them, got {prompts!r}")
@@ -77,11 +77,12 @@ class Pipeline:
         return texts[0] if single else texts
 
     def chat(self, messages: Messages | str, max_new_tokens: int | None = None, **options) -> str | list[str]:
-        """The answer to messages, each a dict with role and content, or to one of a user; several if num_samples > 1."""
+        """The answer to messages, each a dict with role and content, or to a user's message as a str; a list of answers if
+        num_samples > 1."""
         return self._texts([as_messages(messages)], max_new_tokens, options)[0]
 
     def stream(self, prompt: str | Messages, max_new_tokens: int | None = None, **options) -> Iterator[str]:
-        """Yields the text that follows on a prompt or on messages as it comes, in whole characters."""
+        """Yields the continuation of a prompt, or the answer to messages, as it is generated, in whole characters."""
         if options.get("num_samples", 1) != 1:
             raise ValueError(f"num_samples: expected 1 for a stream, got {options['num_samples']!r}")
         run = self._text_run([prompt], max_new_tokens, options)
@@ -92,7 +93,7 @@ class Pipeline:
         *, stop: str | int | Sequence[str | int] = (), eos: int | Sequence[int] | None | str = OWN_EOS,
         template_variables: dict | None = None, **options,
     ) -> "Run":  # fmt: skip
-        """What the others do, for those who want to know more than the text."""
+        """Starts a generation and returns it as a `Run`, which has tokens, log-probabilities and times besides the texts."""
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError(f"prompts: expected a list of them, got {prompts!r}")
         if not prompts:
@@ -206,7 +207,7 @@ class Row:
 
 
 class Run:
-    """Texts in the making: iterating gives, for each step, the list of new pieces of text, one for each row.
+    """A generation in progress: iterating yields, for each step, the list of new pieces of text, one for each row.
 
     rows: the samples of the first prompt, then of the next one.
     prompts: their ids.

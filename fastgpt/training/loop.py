@@ -17,11 +17,11 @@ CHECK_INTERVAL = 20  # steps between two looks at whether the run has diverged, 
 
 
 def train(trainer: Trainer, folder: Path) -> None:
-    """Runs what is left of `trainer.config.steps`, in each of the trainer's processes.
+    """Runs the remaining steps of `trainer.config.steps`, in each of the trainer's processes.
 
-    A new run is saved to `folder` at once. At every `eval_interval` steps and at the end it evaluates, shows a sample and
-    saves; the weights kept there are those with the lowest held-out loss. Ctrl-C or SIGTERM, to any process, ends the run
-    after the current step in the same way; a second one ends it at once.
+    A new run is saved to `folder` at once. Every `eval_interval` steps and at the end it evaluates, prints a sample and saves;
+    the weights that are kept are those with the lowest held-out loss. Ctrl-C or SIGTERM, to any process, stops the run after
+    the current step in the same way; a second one stops it at once.
 
     Raises: FloatingPointError when the loss or its gradient is not finite any more: the folder keeps the state that was
         saved last, which can be resumed with other settings. OSError when the folder cannot be written to. ValueError while

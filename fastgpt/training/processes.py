@@ -1,4 +1,4 @@
-"""Several processes that train one model: how they meet, how the model lies on them, and what they tell each other.
+"""Training a model in several processes: how they start, replicate or shard the model, and communicate.
 
 torchrun starts them, on one machine or several; PyTorch's DDP or FSDP keeps their weights the same.
 """
@@ -37,10 +37,10 @@ class Processes:
         """Whether this is the one that prints and writes."""
         return self.rank == 0
 
-    def spread(self, model: Any, device: torch.device) -> Callable:
-        """Moves a model, the same in all processes, to its devices; returns what to call for outputs with gradients.
+    def distribute(self, model: Any, device: torch.device) -> Callable:
+        """Moves a model, the same in all processes, to the devices; returns what to call for outputs with gradients.
 
-        The model is changed in place. Sharded, it takes calls of itself and in all processes at once only.
+        The model is changed in place. A sharded one can only be called as a whole, and in all processes at once.
         """
         if self.parallel != "fsdp":
             model.to(device)
@@ -54,7 +54,7 @@ class Processes:
         return model
 
     def accumulating(self, call: Any) -> AbstractContextManager:
-        """Within it, gradients of `call`, from `spread`, need not be summed yet. Those that are sharded always are."""
+        """A context in which DDP does not synchronize the gradients of `call`, from `distribute`; FSDP always does."""
         return call.no_sync() if self.parallel == "ddp" else nullcontext()
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,11 +64,11 @@ class Processes:
         return x
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process. Does not wait for a GPU."""
+        """Whether the flag is set in any process. Does not wait for a GPU."""
         return self.sum(torch.tensor(int(flag))).item() > 0
 
-    def agreed(self, number: int) -> int:
-        """The first process's number, in all of them."""
+    def broadcast(self, number: int) -> int:
+        """The number of the first process, in all of them."""
         return int(self.sum(torch.tensor(number if self.first else 0)))
 
     @contextmanager
@@ -96,7 +96,7 @@ class Processes:
             restore()
 
     def gathered(self, state: Any) -> Any:
-        """Nested dicts and lists with all their tensors whole, on the first process; on others with None for sharded ones."""
+        """Nested dicts and lists with unsharded tensors in the first process; in others, None for those that are sharded."""
         if isinstance(state, dict):
             return {key: self.gathered(value) for key, value in state.items()}
         if isinstance(state, list):
@@ -107,7 +107,7 @@ class Processes:
         return whole.cpu() if self.first else None
 
     def part(self, whole: torch.Tensor, like: Any) -> torch.Tensor:
-        """This process's part of a tensor that is the same in all, sharded as `like` is."""
+        """This process's shard of a tensor that is the same in all processes, sharded as `like` is."""
         if not hasattr(like, "full_tensor") or whole.shape != like.shape:
             return whole
         from torch.distributed.tensor import distribute_tensor
@@ -116,7 +116,7 @@ class Processes:
 
 
 def skeleton(model: Model) -> Model:
-    """A copy of a model without memory for weights, to which they can be assigned."""
+    """A copy of a model with its weights on the meta device."""
     hollow = {id(weight): torch.nn.Parameter(weight.detach().to("meta")) for weight in model.parameters()}
     return copy.deepcopy(model, hollow)
 
@@ -127,7 +127,7 @@ def joined(parallel: str | None, device: torch.device) -> Iterator[Processes]:
 
     Args:
         parallel: "ddp" (also where it is None) or "fsdp".
-        device: of this process, see `own_device`.
+        device: of this process, see `local_device`.
 
     Raises: ValueError.
     """
@@ -153,8 +153,8 @@ def joined(parallel: str | None, device: torch.device) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def own_device(name: str) -> str:
-    """The device of this process where the run's is `name`: of several on a machine, each has a GPU of its own."""
+def local_device(name: str) -> str:
+    """The device of this process in a run on `name`: with "cuda", each process on a machine has a GPU of its own."""
     if "LOCAL_RANK" not in os.environ or not name.startswith("cuda"):
         return name
     if name != "cuda" and os.environ.get("LOCAL_WORLD_SIZE") != "1":

@@ -35,17 +35,17 @@ from fastgpt.training.state import read_state, require_shapes
 
 
 class Trainer:
-    """Everything a run consists of, between two steps.
+    """A training run: model, optimizer, data and the steps done.
 
-    What is random in step i depends on (seed, i) alone, so a resumed run needs no generator states to draw the
-    batches and dropout masks that an uninterrupted one draws. A batch is cut into `processes.size * accumulate` parts of
-    consecutive windows: each process takes `accumulate` of them, one after the other, and a part's dropout masks depend on
-    its place in the batch. So it does not matter who computes a part.
+    The random numbers of step i depend on (seed, i) alone, so a resumed run draws the batches and dropout masks of an
+    uninterrupted one without saved generator states. A batch is split into `processes.size * accumulate` micro-batches of
+    consecutive windows: each process takes `accumulate` of them, one after the other, and a micro-batch's dropout masks depend
+    on its place in the batch. So it does not matter which process computes it.
 
     Args:
         text: a string, or the pathlib.Path of a file in UTF-8. It is tokenized in pieces: see `fastgpt.training.corpus.tokenize`.
-        tokenizer, model: to begin with, see `pretrained`; default those of a new character-level model.
-        accumulate: parts of a process's share of each batch, whose gradients add up: less memory, the same step.
+        tokenizer, model: to start from, see `pretrained`; default: a new character-level model.
+        accumulate: gradient accumulation: micro-batches of a process in each step; less memory, the same step.
         processes: see `fastgpt.training.processes.joined`.
 
     Attributes:
@@ -78,7 +78,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = model or GPT(model_config(config, self.tokenizer.vocab_size))
         self.skeleton = skeleton(self.model) if processes.parallel == "fsdp" else None
-        self.forward = processes.spread(self.model, self.device)
+        self.forward = processes.distribute(self.model, self.device)
         matrices = [parameter for parameter in self.model.parameters() if parameter.dim() >= 2]
         others = [parameter for parameter in self.model.parameters() if parameter.dim() < 2]
         self.optimizer = torch.optim.AdamW(
@@ -104,10 +104,10 @@ class Trainer:
         progress = (step - config.warmup) / max(1, config.steps - config.warmup)
         return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
-    def parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This process's parts of the current step's batch: inputs and targets, (windows, context) each.
+    def micro_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This process's micro-batches of the current step: inputs and targets, (windows, context) each.
 
-        The windows are at random places of the text. As each part comes, dropout's generator is set for it.
+        The windows are at random positions of the text. Before each micro-batch, the generator is seeded for its dropout.
         """
         config = self.config
         torch.manual_seed((config.seed << 32) + self.step + 1)
@@ -136,7 +136,7 @@ class Trainer:
             group["lr"] = self.learning_rate(self.step)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
-        for i, (inputs, targets) in enumerate(self.parts(), 1):
+        for i, (inputs, targets) in enumerate(self.micro_batches(), 1):
             with nullcontext() if i == self.accumulate else self.processes.accumulating(self.forward):
                 with self.autocast():
                     logits = self.forward(inputs)
@@ -155,8 +155,8 @@ class Trainer:
                 self.model, self.held_out, self.config.eval_windows, context=self.config.context, processes=self.processes
             )
 
-    def whole(self) -> GPT | None:
-        """The model. Where it is sharded, a copy on the CPU of the first process; None for others."""
+    def full_model(self) -> GPT | None:
+        """The model; where it is sharded, an unsharded copy on the CPU in the first process, and None in others."""
         if self.processes.parallel != "fsdp":
             return self.model
         weights = self.processes.gathered(self.model.state_dict())
@@ -167,8 +167,8 @@ class Trainer:
         return model
 
     def sample(self, num_tokens: int = 200) -> str | None:
-        """A sample from the model, begun with the first token of the held-out text; in the first process, others get None."""
-        model = self.whole()
+        """Text sampled from the model, after the first token of the held-out text. In the first process; others get None."""
+        model = self.full_model()
         if model is None or not self.processes.first:
             return None
         prompt = self.held_out[:1].unsqueeze(0).to(model.first_weight.device)
@@ -177,14 +177,14 @@ class Trainer:
         return self.tokenizer.decode(ids[0].tolist())
 
     def save(self, folder: Path, *, weights: bool) -> None:
-        """Writes the state of the run and, with `weights`, the checkpoint that generates. The first process writes.
+        """Saves the state of the run and, with `weights`, the model as a checkpoint. The first process writes.
 
-        Every file appears whole or not at all, and the state last: whenever a process is ended, what the folder holds can
-        be resumed, or has no state yet. The checkpoint's weights may be those of an earlier step.
+        Files are written atomically, the state last: whenever a process is killed, the folder can be resumed, or has no state
+        yet. The weights in the checkpoint may be those of an earlier step.
 
         Raises: OSError; ValueError while another run has the folder, see `claimed`.
         """
-        model, optimizer = self.whole(), self.processes.gathered(self.optimizer.state_dict())
+        model, optimizer = self.full_model(), self.processes.gathered(self.optimizer.state_dict())
         if model is None or not self.processes.first:
             return
         state = {
@@ -256,8 +256,8 @@ class Trainer:
         return trainer
 
     def load(self, model: dict, optimizer: dict) -> None:
-        """Takes over whole states of model and optimizer, of which this process may have a part. Of the optimizer's these are
-        the moments: its settings are those of the run.
+        """Loads unsharded states of model and optimizer, of which this process may hold a shard. Only the moments of the
+        optimizer are taken: its settings are those of the run.
 
         Raises: ValueError that names what does not fit.
         """
@@ -279,7 +279,7 @@ class Trainer:
 
 
 def pretrained(path: str | Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
-    """What a `Trainer` needs to go on training a checkpoint's model: a folder's, or one of the Hub by its id.
+    """What a `Trainer` needs to fine-tune a checkpoint, of a folder or of the Hub by its id.
 
     Args:
         given: settings, as in TrainConfig. The architecture, dropout included, is the checkpoint's; only the context may be

@@ -64,7 +64,7 @@ def results(folder: Path, together: Processes) -> dict:
         curves[parallel] = curve(trainer, SAVED)
         trainer.save(folder / parallel, weights=True)
         curves[parallel] += curve(trainer, CONFIG.steps - SAVED)
-        whole = trainer.whole()
+        whole = trainer.full_model()
         seen[parallel] = {
             "held-out loss": trainer.evaluate(),
             "held-out loss alone": whole and evaluate(whole, trainer.held_out, CONFIG.eval_windows),

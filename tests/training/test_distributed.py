@@ -16,7 +16,7 @@ from parallel_training import CONFIG, DROPOUT, SAVED, TEXT, curve, in_float64
 
 from fastgpt import GPT
 from fastgpt.testing import numerics
-from fastgpt.training.processes import Processes, joined, own_device
+from fastgpt.training.processes import Processes, joined, local_device
 from fastgpt.training.trainer import Trainer
 
 
@@ -98,7 +98,7 @@ def test_dropout_differs_between_processes():
     for rank in (0, 1):
         trainer = Trainer(TEXT, CONFIG)
         trainer.processes = Processes(rank=rank, size=2)
-        next(trainer.parts())
+        next(trainer.micro_batches())
         seeds.append(torch.initial_seed())
     assert seeds[0] != seeds[1]
 
@@ -183,9 +183,9 @@ def test_without_torchrun(monkeypatch):
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert own_device("cuda") == "cuda" and own_device("cuda:1") == "cuda:1"
+    assert local_device("cuda") == "cuda" and local_device("cuda:1") == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert own_device("cuda") == "cuda:3" and own_device("cpu") == "cpu"
+    assert local_device("cuda") == "cuda:3" and local_device("cpu") == "cpu"
     with pytest.raises(ValueError, match="device: expected cuda, of which each process on a machine takes one, got 'cuda:1'"):
-        own_device("cuda:1")
+        local_device("cuda:1")
