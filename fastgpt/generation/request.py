@@ -215,7 +215,7 @@ class Request:
         ends = torch.tensor([len(row) for row in self.rows], device=ids.device)
 
         def next_token():
-            cache: Any = Uncached(self.window, ids.device)
+            cache = Uncached(self.window, ids.device)
             if self.encoder_kv is not None:
                 cache.encoder_kv = self.encoder_kv.repeated(self.options.num_samples)
             hidden = self.model.hidden(ids[:, :longest], cache)
