@@ -13,7 +13,8 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
 
     revision: of a model on the Hub, a branch, a tag or a commit; default its main branch.
 
-    Raises: FileNotFoundError where there is neither; ValueError, TypeError for a revision of a folder, or one that is no string.
+    Raises: FileNotFoundError where there is neither; ValueError for a revision of a local folder; TypeError for one that is not
+        a str.
     """
     if revision is not None and not isinstance(revision, str):
         raise TypeError(f"revision: expected a string or None, got {revision!r}")

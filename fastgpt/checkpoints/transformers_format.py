@@ -217,8 +217,8 @@ def _by_name(found: list[_Stored], family: Family) -> dict[str, _Stored]:
             raise ValueError(f"model: {part.path}: {part.name}: expected one weight of this name, got two")
         if part.dtype not in DTYPES:
             raise ValueError(
-                f"model: {part.path}: {part.name}: expected dtype {' or '.join(DTYPES)}, got {part.dtype}: quantized weights are "
-                "not supported"
+                f"model: {part.path}: {part.name}: expected dtype {' or '.join(DTYPES)}, got {part.dtype}: quantized weights "
+                "are not supported"
             )
         stored[name] = part
     return stored

@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text").add_argument
     add("prompt", nargs="*", metavar="PROMPT", help="text to continue, one or several; - reads standard input, which is also "
         "read if there is no PROMPT and something is piped in (a line break)")  # fmt: skip
-    add("--prompt-file", type=path_or_id, action="append", default=[], metavar="FILE", help="read a prompt from FILE, in UTF-8; "
-        "can be repeated. A line break at its end is removed, as from standard input")  # fmt: skip
+    add("--prompt-file", type=path_or_id, action="append", default=[], metavar="FILE", help="read a prompt from FILE, in "
+        "UTF-8; can be repeated. A line break at its end is removed, as from standard input")  # fmt: skip
     add("--chat", action="store_true", help="PROMPT is a user's message: apply the chat template, and print only the answer")
     add("--template-var", action="append", default=[], metavar="NAME=VALUE", help="with --chat: a variable of the chat "
         "template, such as enable_thinking=false; VALUE is JSON, or else a string; can be repeated")  # fmt: skip

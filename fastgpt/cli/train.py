@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
         type_: Any
-        type_, metavar = {int: (integer, "N"), float: (number, "X"), str: (str, "D")}[field.type]  # type: ignore[index]  # types, not their names
+        type_, metavar = {int: (integer, "N"), float: (number, "X"), str: (str, "D")}[field.type]  # type: ignore[index]  # a type
         choices = DTYPES if field.name == "dtype" else None
         add(flag, type=type_, choices=choices, metavar=metavar, help=f"{field.metadata['meaning']} ({field.default})")
 

@@ -25,9 +25,10 @@ def generate(
             tensor or array of ids.
         max_new_tokens: prompt and new tokens must fit into the model's context. None: as many as the model's checkpoint
             says, or else 300; but no more than fit after the longest prompt.
-        encoder_states, encoder_lengths: the second stream of a model with cross-attention, one for each prompt: see `GPT.forward`.
-        options: see `GenerationConfig`, also for what the model's checkpoint says of those that are not given. If it names tokens
-            that end a text, they end rows here too, unless eos says otherwise: eos=() lets them go on.
+        encoder_states, encoder_lengths: the second stream of a model with cross-attention, one for each prompt: see
+            `GPT.forward`.
+        options: see `GenerationConfig`. Those that are not passed have the defaults of the model's checkpoint: if it names eos
+            tokens, they end rows here, too, unless eos says otherwise; eos=() ignores them.
 
     Returns: (B · num_samples, T + n) int64, the prompt included, samples of a prompt one after the other; n is
         max_new_tokens or the length of the longest row, and shorter rows are padded with the (first) eos. For a list of

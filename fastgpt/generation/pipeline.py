@@ -57,9 +57,9 @@ class Pipeline:
             A list may also contain token ids.
         template_variables: variables of the chat template besides the messages, by name: those of `Tokenizer.chat_text`, such
             as tools, and others of the model, such as `{"enable_thinking": False}`.
-        options: those of `generate` (see `fastgpt.generation.config.GenerationConfig`). What is given wins, then what the checkpoint's
-            generation_config.json says, then the defaults there. Of eos the default is all tokens that end a text according
-            to the checkpoint, those of its tokenizer included; with None, none does.
+        options: those of `generate`, see `fastgpt.generation.config.GenerationConfig`. An option that is passed wins, then the
+            default in the checkpoint's generation_config.json, then the default there. Of eos, the default is all tokens that
+            end a text according to the checkpoint, those of its tokenizer included; with None, there is none.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
@@ -105,7 +105,10 @@ class Pipeline:
         return Run(self.model, self.tokenizer, ids, max_new_tokens, stop, eos, options)
 
     def encode(self, prompt: str | Messages, template_variables: dict | None = None) -> list[int]:
-        """The ids of a text, or of a chat. Raises `fastgpt.model.inputs.PromptTooLong`, a ValueError, of more than the context."""
+        """The token ids of a text or a chat.
+
+        Raises: TypeError, ValueError; `fastgpt.model.inputs.PromptTooLong`, a ValueError, for more tokens than the context.
+        """
         if isinstance(prompt, str):
             if template_variables is not None:
                 raise ValueError("template_variables: expected none with a prompt that is no chat")

@@ -160,10 +160,10 @@ class CudaGraphReplay:
 class Recording:
     """A step of a model, `function` of one tensor, that is recorded or captured as long as that changes nothing.
 
-    It is where all the model's modules are plain (fastgpt/model/fusion.py): a call of another one is not for us to leave out. When
-    a module is replaced or gets a hook, another class, another forward, its class's included, or another value of an attribute
-    such as a norm's eps, or when a weight is replaced or moves, it is recorded anew, or called each time from then on if that
-    is refused. Weights that change in place are seen.
+    That is where all modules of the model are plain (fastgpt/model/fusion.py); calls of others cannot be left out. It is
+    recorded anew, or called each time from then on if that is refused, when a module is replaced or gets a hook, another class,
+    another forward (its class's included) or another value of an attribute such as a norm's eps, and when a weight is replaced
+    or moves. Weights that change in place are seen.
 
     Args:
         record: CpuReplay or CudaGraphReplay.

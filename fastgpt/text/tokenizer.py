@@ -166,8 +166,8 @@ class Tokenizer:
             documents: that it may read.
             variables: further ones that the template knows, such as enable_thinking.
 
-        Raises: TypeError, ValueError where there is no template; `fastgpt.text.chat_template.ChatTemplateError`, a ValueError, where it
-        does not accept the messages, or takes more than its limits of work and size.
+        Raises: TypeError; ValueError where there is no template; `fastgpt.text.chat_template.ChatTemplateError`, a ValueError,
+            where it does not accept the messages, or exceeds its limits of work and size.
         """
         require_flag("continue_final_message", continue_final_message)
         if add_generation_prompt is None:

@@ -43,7 +43,8 @@ class Trainer:
     on its place in the batch. So it does not matter which process computes it.
 
     Args:
-        text: a string, or the pathlib.Path of a file in UTF-8. It is tokenized in pieces: see `fastgpt.training.corpus.tokenize`.
+        text: a string, or the pathlib.Path of a file in UTF-8. It is tokenized in pieces: see
+            `fastgpt.training.corpus.tokenize`.
         tokenizer, model: to start from, see `pretrained`; default: a new character-level model.
         accumulate: gradient accumulation: micro-batches of a process in each step; less memory, the same step.
         processes: see `fastgpt.training.processes.joined`.

@@ -1,4 +1,4 @@
-"""Generation: the tokens of transformers, whatever the cache and the batch; streams, ends, chunks of prompts, defaults, bad arguments."""
+"""Generation: the tokens of transformers, whatever the cache and the batch; streams, ends, defaults, bad arguments."""
 
 import itertools
 import time
