@@ -10,7 +10,7 @@ from fastgpt import startup
 if startup.is_command():
     startup.watch()
 
-import torch  # whose libraries the compiled operations need
+import torch  # loads the libraries that the compiled operations link to
 
 try:
     import_module("fastgpt._C")
@@ -21,9 +21,9 @@ except ImportError as error:
     build = "pip install --no-build-isolation -e ."
     others = sorted(path.name for path in folder.glob("_C.*"))
     if not isinstance(error, ModuleNotFoundError):
-        reason = f"its compiled operations do not load with torch {torch.__version__} ({error}). Build them anew: {build}"
+        reason = f"its compiled operations do not load with torch {torch.__version__} ({error}). Rebuild them: {build}"
     elif others:
-        reason = f"its compiled operations in {folder} are for another Python ({', '.join(others)}). Build them anew: {build}"
+        reason = f"its compiled operations in {folder} are for another Python ({', '.join(others)}). Rebuild them: {build}"
     else:
         reason = (
             f"Python found {folder}, which has no compiled operations (fastgpt._C). If it is the source folder and fastgpt is "
@@ -57,7 +57,7 @@ from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
 from fastgpt.ops.norm import norm, norm_reference
 
-if TYPE_CHECKING:  # loads tokenizers: see __getattr__
+if TYPE_CHECKING:  # at run time in __getattr__, since it loads tokenizers
     from fastgpt.generation.pipeline import pipeline
 
 startup.unwatch()

@@ -1,5 +1,5 @@
-"""Input checks that the package shares. Each error begins with the argument's name and says what was expected and what
-came: TypeError for a wrong type or dtype, ValueError for a wrong shape, layout, device or range."""
+"""Input checks. Each error begins with the argument's name and says what was expected and what was passed: TypeError for a
+wrong type or dtype, ValueError for a wrong shape, layout, device or range."""
 
 import contextlib
 import operator
@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # a tenth of the time of a question for one device
+from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # a tenth of the time of the check for one device
 
-SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # what torch.compile and torch.export trace numbers as
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers under torch.compile and torch.export
 
-# Bounds of a repetition penalty, which logits are divided and multiplied by.
-PENALTY: dict[str, Any] = {"least": 1e-100, "most": 1e100}
+PENALTY: dict[str, Any] = {"least": 1e-100, "most": 1e100}  # bounds of a repetition penalty
 
 
 def require_tensor(name: str, value: Any, ndim: int | None = None) -> None:
-    """A plain strided tensor, neither nested nor sparse, which kernels cannot read, whose storage holds it."""
+    """Raises unless value is a strided tensor (not nested or sparse) inside its storage, with ndim dimensions if given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.is_nested or value.layout is not torch.strided:
         got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name}: expected a strided tensor, got {got}")
     if not torch.compiler.is_compiling() and not _is_within_storage(value):
-        raise ValueError(f"{name}: expected a storage that holds the tensor, got one that was resized")
+        raise ValueError(f"{name}: expected a tensor inside its storage, got a storage that was resized")
     if ndim is not None and value.dim() != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
 
@@ -35,9 +34,9 @@ def require_tensor(name: str, value: Any, ndim: int | None = None) -> None:
 def _is_within_storage(x: torch.Tensor) -> bool:
     try:
         size = x.untyped_storage().nbytes()
-    except RuntimeError:  # a wrapper, of torch.func for example, has none of its own
+    except RuntimeError:  # a wrapper, such as those of torch.func, has no storage
         return True
-    if x.is_contiguous():  # the usual, and in half the time
+    if x.is_contiguous():  # the common case, in half the time
         return (x.storage_offset() + x.numel()) * x.element_size() <= size or x.numel() == 0
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
     return 0 in x.shape or (x.storage_offset() + last + 1) * x.element_size() <= size
@@ -54,12 +53,12 @@ def require_dtype(name: str, value: torch.Tensor, allowed: tuple[torch.dtype, ..
 
 
 def require_dtype_of(name: str, value: torch.Tensor, x: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    """The dtype of x; under autocast, which converts them, any that is allowed."""
+    """Raises unless value has the dtype of x or, under autocast, which converts it, any of `allowed`."""
     require_dtype(name, value, allowed if is_autocasting(x.device) else (x.dtype,))
 
 
 def is_autocasting(device: torch.device) -> bool:
-    """Whether autocast is on for a device; of one that has none, such as the meta device, PyTorch's question is an error."""
+    """Whether autocast is on for a device; False for devices without autocast, for which PyTorch's check raises."""
     if not _any_autocast_enabled():
         return False
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
@@ -75,19 +74,18 @@ def require_last_dim_contiguous(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected a contiguous last dimension (stride 1), got strides {value.stride()}")
 
 
-def require_apart(name: str, value: torch.Tensor) -> None:
-    """No two numbers of what is written share memory, as far as the order of strides tells: each is past what smaller ones
-    reach."""
-    reach = 0
+def require_no_overlap(name: str, value: torch.Tensor) -> None:
+    """Raises if elements of a tensor that is written may overlap: each stride must exceed the extent of the smaller ones."""
+    extent = 0
     for stride, size in sorted((stride, size) for stride, size in zip(value.stride(), value.shape) if size > 1):
-        if stride <= reach and value.numel():
+        if stride <= extent and value.numel():
             raise ValueError(f"{name}: expected numbers that share no memory with each other, got strides {value.stride()}")
-        reach += (size - 1) * stride
+        extent += (size - 1) * stride
 
 
 def require_broadcastable(name: str, value: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
     sizes = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
-    if value.dim() > len(shape) or any(size not in (1, whole) for size, whole in zip(sizes, shape)):
+    if value.dim() > len(shape) or any(size not in (1, n) for size, n in zip(sizes, shape)):
         raise ValueError(f"{name}: expected a shape that broadcasts to {shape} {meaning}, got {tuple(value.shape)}")
 
 
@@ -112,7 +110,7 @@ def require_integer(
 def require_integer(
     name: str, value: Any, least: int | None = None, most: int | None = None, optional: bool = False
 ) -> int | None:
-    """The value as an int; NumPy's integers are such, bools and floats are not. optional: None is fine, too."""
+    """The value as an int. NumPy integers are accepted, bools and floats are not; None if optional."""
     if optional and value is None:
         return None
     expected = "an integer" + _bounds(least, most) + (" or None" if optional else "")
@@ -142,7 +140,7 @@ def require_number(
     name: str, value: Any, least: float | None = None, most: float | None = None, above: float | None = None,
     below: float | None = None, optional: bool = False,
 ) -> float | None:  # fmt: skip
-    """A finite number, as an int or a float; bools and tensors are none. least and most are allowed, above and below not."""
+    """The value as a finite int or float; bools and tensors are not accepted. least and most are inclusive, above and below not."""
     if optional and value is None:
         return None
     expected = "a finite number" + _bounds(least, most, above, below) + (" or None" if optional else "")
@@ -163,13 +161,13 @@ def require_number(
         (least is not None and value < least) or (most is not None and value > most)
         or (above is not None and value <= above) or (below is not None and value >= below)
     )  # fmt: skip
-    if outside or not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be larger than any float
+    if outside or not -sys.float_info.max <= value <= sys.float_info.max:  # an int may exceed the largest float
         raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
-    return value if isinstance(value, float) or -(2**63) <= value < 2**63 else float(value)  # which PyTorch takes
+    return value if isinstance(value, float) or -(2**63) <= value < 2**63 else float(value)  # PyTorch takes no larger ints
 
 
 def require_path(name: str, value: Any) -> Path:
-    """The value as a path. An empty one, which would be the current directory, is none, and one that no file can have."""
+    """The value as a Path. Empty paths (the current directory) and paths that no file can have raise ValueError."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise TypeError(f"{name}: expected a path, got {_shown(value)}")
     if not os.fspath(value):
@@ -185,37 +183,40 @@ def require_path(name: str, value: Any) -> Path:
 
 @contextlib.contextmanager
 def writing(name: str, path: Path, kind: str) -> Iterator[None]:
-    """What goes wrong when something is written there is an OSError that begins with the argument's name.
+    """A context manager that turns exceptions of writing into an OSError that begins with the argument's name.
 
-    kind: of thing that was expected, such as "a folder".
+    Args:
+        name: the argument.
+        path: where is written.
+        kind: what was expected, such as "a folder".
     """
     try:
         yield
     except (MemoryError, TypeError, ValueError):
         raise
-    except Exception as error:  # of what is full or may not be written to, libraries make errors of their own kinds
+    except Exception as error:  # libraries have their own exceptions for a full disk or missing permissions
         raise OSError(f"{name}: expected {kind} that can be written to, {path} is none: {reason_of(error)}") from error
 
 
 def reason_of(error: Exception) -> str:
-    """Why something could not be written: the words of the system or a library, also where `writing` has wrapped them."""
+    """The message of the system or a library about a failed write, also from an error of `writing`."""
     while isinstance(error, OSError) and error.errno is None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-    replaced = getattr(error, "filename2", None)  # where a finished file could not be put
+    replaced = getattr(error, "filename2", None)  # the target of a failed rename
     return f"{reason} ({os.path.basename(replaced)})" if replaced else reason
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a stream, of sys say, is one; None, which sys has in a program without a console, is not."""
+    """Whether a stream is a terminal; False for None, which sys.stdout is without a console."""
     try:
         return stream.isatty()
-    except (AttributeError, ValueError):  # another object that takes text, or closed
+    except (AttributeError, ValueError):  # not a file, or closed
         return False
 
 
 def argument_error(error: Exception) -> Exception:
-    """What a compiled operation raised: as a ValueError, if the message begins with an argument's name, else as it is."""
+    """An exception of a compiled operation, as a ValueError if its message begins with an argument's name, else unchanged."""
     message = str(error).partition("\n")[0]
     return ValueError(message) if re.match(r"[a-z_]+: (un)?expected ", message) else error
 
@@ -223,7 +224,7 @@ def argument_error(error: Exception) -> Exception:
 def _shown(value) -> str:
     try:
         return repr(value)
-    except ValueError:  # of an integer that has too many digits
+    except ValueError:  # an integer with too many digits
         return f"{type(value).__name__} too long to show"
 
 

@@ -1,4 +1,4 @@
-"""Folders of checkpoints and runs: files that are found, files that are replaced whole, and folders that are made."""
+"""Folders of checkpoints and runs: safe access to files of a checkpoint, atomic replacement of files, creation of folders."""
 
 import os
 import stat
@@ -6,37 +6,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"  # a checkpoint that comes with the package
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "shakespeare-char"  # the checkpoint that comes with the package
 
 
 def find(folder: Path, name: str | Path, argument: str = "model") -> Path | None:
-    """The file of that name in a checkpoint, or None. All that is read of a checkpoint is found here.
+    """The path of a file in a checkpoint, or None. All files of a checkpoint are opened through this function.
 
-    Links do not lead out of the folder, except into the Hub's cache: there a checkpoint is a folder
-    CACHE/models--ID/snapshots/COMMIT of links to CACHE/models--ID/blobs, some of them links to CACHE/blobs.
+    Symbolic links must not lead out of the folder, except into the Hub's cache: there a checkpoint is a folder
+    CACHE/models--ID/snapshots/COMMIT of links to CACHE/models--ID/blobs, some of which link to CACHE/blobs.
 
     Args:
-        name: may have a folder in it.
-        argument: whose the folder is, for errors.
+        folder: of the checkpoint.
+        name: of the file, relative to the folder.
+        argument: the name that errors begin with.
 
-    Raises: ValueError for another link.
+    Raises: ValueError for a link that leads elsewhere.
     """
     path = folder / name
-    if not os.path.isfile(path):  # nor of a name that is too long, of which Path.is_file() is an error
+    if not os.path.isfile(path):  # Path.is_file() raises for a name that is too long
         return None
-    own, target = folder.resolve(), path.resolve()
-    roots = [own]
-    if own.parent.name == "snapshots":
-        roots += [own.parents[1] / "blobs", own.parents[2] / "blobs"]
-    if not any(target.is_relative_to(root) for root in roots):
+    root, target = folder.resolve(), path.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots += [root.parents[1] / "blobs", root.parents[2] / "blobs"]
+    if not any(target.is_relative_to(allowed) for allowed in roots):
         raise ValueError(f"{argument}: {path}: expected a file in this folder, got a link to {target}")
     return path
 
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Within it there is a folder. At the end, of it and its parents those that were made for it are removed if they are empty:
-    what fails leaves nothing behind."""
+    """A context manager that creates a folder and its parents. On exit it removes those that it created and that are still
+    empty, so that a failure leaves nothing behind."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Tensor parallelism: processes that hold a part of each matrix of a decoder, and generate together.
+"""Tensor parallelism: each process holds a part of every matrix of a decoder, and all generate together.
 
     torch.distributed.init_process_group("gloo")  # "nccl" on GPUs; under torchrun
     model = tensor_parallel(GPT.from_pretrained(path))
     fastgpt.generate(model, ids, 20)  # in every process: each returns the same tokens
 
-Every process computes some of the heads and some of the MLP's width; what their output matrices add to the residual stream
-is summed over the processes, twice a layer. Embeddings and the output matrix are whole in each of them.
+Each process computes some of the heads and a part of the MLP's width. The outputs of both are summed over the processes
+(all-reduce), twice per layer. Embeddings and the output matrix are replicated.
 """
 
 import torch
@@ -19,22 +19,29 @@ from fastgpt.ops.linear import linear
 
 
 def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
-    """Divides a decoder, in place, among the processes of a one-dimensional mesh; default: all processes.
+    """Shards a decoder, in place, over the processes of a one-dimensional mesh.
 
-    Each of them calls this, with the same weights, and then everything that runs the model, with the same arguments. It can
-    be run and not trained from then on.
+    Every process calls this, with the same weights, and then everything that runs the model, with the same arguments. A sharded
+    model can generate, but not be trained.
 
-    Raises: ValueError when heads, or the MLP's width, cannot be divided among so many processes, or a layer that is not
-        plain (fastgpt/model/fusion.py: with an adapter, say) at all.
+    Args:
+        model: the decoder.
+        mesh: default: all processes of the default process group.
+
+    Returns: the model.
+    Raises: ValueError if heads or the MLP's width are not divisible by the number of processes, or if a layer is not plain
+        (fastgpt/model/fusion.py): with an adapter, for example.
     """
     if mesh is None:
         mesh = init_device_mesh(model.token_embedding.weight.device.type, (torch.distributed.get_world_size(),))
     for name in ("num_heads", "num_kv_heads", "intermediate_size"):
         if getattr(model.config, name) % mesh.size():
-            raise ValueError(f"{name}: expected a multiple of {mesh.size()}, the processes, got {getattr(model.config, name)}")
+            raise ValueError(
+                f"{name}: expected a multiple of {mesh.size()}, the number of processes, got {getattr(model.config, name)}"
+            )
     for name, layer in model.blocks.named_modules():
         if name.endswith((".qkv", ".out", ".up", ".down")) and not (isinstance(layer, nn.Linear) and is_plain(layer)):
-            raise ValueError(f"model: expected plain layers to divide, got blocks.{name} of type {type(layer).__name__}")
+            raise ValueError(f"model: expected plain layers, got blocks.{name} of type {type(layer).__name__}")
     plan = {"blocks.*.attention": ByHeads(), "blocks.*.mlp": ByWidth()}
     if mesh.size() > 1:
         parallelize_module(model.requires_grad_(False), mesh, plan)  # in place
@@ -43,11 +50,11 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
 
 @plain(weights=2)
 class SummedLinear(nn.Linear):
-    """A layer whose columns the processes of `group` hold, each some of them: what they compute is added up."""
+    """A linear layer whose columns are sharded over the processes of `group`; partial results are summed by all-reduce."""
 
     @property
     def waits(self) -> bool:
-        """Whether to call it waits for a GPU, as no CUDA graph can: only NCCL's sums do not."""
+        """Whether a call waits for the device, so that no CUDA graph can capture it: with any backend but NCCL."""
         return torch.distributed.get_backend(self.group) != "nccl"
 
     def forward(self, x):
@@ -57,6 +64,8 @@ class SummedLinear(nn.Linear):
 
 
 class ByHeads(ParallelStyle):
+    """Shards attention by heads."""
+
     def _apply(self, attention: Attention, mesh: DeviceMesh) -> Attention:  # type: ignore[override]
         heads = attention.num_heads, attention.num_kv_heads, attention.num_kv_heads
         keep_rows(attention.qkv, [n * attention.head_dim for n in heads], mesh)
@@ -67,6 +76,8 @@ class ByHeads(ParallelStyle):
 
 
 class ByWidth(ParallelStyle):
+    """Shards an MLP by its width."""
+
     def _apply(self, mlp: MLP, mesh: DeviceMesh) -> MLP:  # type: ignore[override]
         parts = 2 if mlp.gated else 1
         keep_rows(mlp.up, [mlp.up.out_features // parts] * parts, mesh)
@@ -74,24 +85,24 @@ class ByWidth(ParallelStyle):
         return mlp
 
 
-def own(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
-    """This process's share of x along a dimension."""
+def local_shard(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
+    """The shard of x along a dimension that this process holds."""
     return x.chunk(mesh.size(), dim)[mesh.get_local_rank()]
 
 
 def keep_rows(layer: nn.Linear, sizes: list[int], mesh: DeviceMesh) -> None:
-    """Keeps this process's share of the rows of each part: of queries, keys, values; or of gate and up."""
+    """Keeps this process's rows of each part of a weight; sizes: of queries, keys, values, or of gate and up."""
     for name in ("weight", "bias"):
         parameter = getattr(layer, name)
         if parameter is not None:
-            kept = torch.cat([own(part, 0, mesh) for part in parameter.detach().split(sizes)])
-            setattr(layer, name, nn.Parameter(kept, parameter.requires_grad))
+            shards = torch.cat([local_shard(part, 0, mesh) for part in parameter.detach().split(sizes)])
+            setattr(layer, name, nn.Parameter(shards, parameter.requires_grad))
     layer.out_features //= mesh.size()
 
 
 def keep_columns(layer: nn.Linear, mesh: DeviceMesh) -> None:
-    """Keeps this process's share of the columns. The bias is whole: it is added to the sum."""
-    kept = own(layer.weight.detach(), 1, mesh).contiguous()
-    layer.weight = nn.Parameter(kept, layer.weight.requires_grad)
+    """Keeps this process's columns of a weight. The bias is replicated, and added after the sum."""
+    shard = local_shard(layer.weight.detach(), 1, mesh).contiguous()
+    layer.weight = nn.Parameter(shard, layer.weight.requires_grad)
     layer.in_features //= mesh.size()
     layer.group, layer.__class__ = mesh.get_group(), SummedLinear

@@ -32,12 +32,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastgpt import kernels
-from fastgpt.integrations import sdpa
+from fastgpt.integrations.sdpa import refusals as sdpa_refusals
 from fastgpt.kernels.architecture import architecture
 from fastgpt.model import fusion
 from fastgpt.model.rope import Tables
 from fastgpt.ops import implementations
-from fastgpt.ops import kv_cache_update as updating
+from fastgpt.ops.kv_cache_update import refusals as updating
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 
@@ -328,7 +328,7 @@ def gpu(arch: int = 90, compiles: bool = False, cuda_library: bool = True):
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: device.is_capturing),
         mock.patch.object(updating, "CUDA_MISSING", None if cuda_library else "the CUDA library is not there"),
         mock.patch.object(fusion, "PLAIN_WEIGHTS", fusion.PLAIN_WEIGHTS | {FakeTensor}),
-        mock.patch.object(sdpa, "_PLAIN", {*sdpa._PLAIN, FakeTensor}),
+        mock.patch.object(sdpa_refusals, "PLAIN_TENSORS", {*sdpa_refusals.PLAIN_TENSORS, FakeTensor}),
         mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),  # this one is no mode of the caller's
         torch_cuda(device.graph(), device.wait),
         tensors, launches(arch, compiles, device.events), device,

@@ -14,8 +14,8 @@ import torch
 
 import fastgpt
 from fastgpt import _C, cli
-from fastgpt.ops import kv_cache_update as updating
 from fastgpt.ops import library
+from fastgpt.ops.kv_cache_update import operators, refusals
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = Path(_C.__file__)
@@ -182,13 +182,13 @@ def does_not_launch(*arguments):
 def test_kernels_that_do_not_run_are_found_by_one_launch(kernel, reason, monkeypatch):
     """And the reference serves the call."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(updating, "_kv_cache_update", kernel)
+    monkeypatch.setattr(operators, "DEFAULT", (kernel, None))
     expected = rf"its kernels do not run on cpu {reason}: build fastgpt again with TORCH_CUDA_ARCH_LIST=7.5, by an nvcc "
-    assert re.match(expected, updating._launch_fails.__wrapped__(torch.device("cpu")))
+    assert re.match(expected, refusals._launch_fails.__wrapped__(torch.device("cpu")))
 
 
 def test_kernels_that_run_pass_the_launch():
-    assert updating._launch_fails.__wrapped__(torch.device("cpu")) is None
+    assert refusals._launch_fails.__wrapped__(torch.device("cpu")) is None
 
 
 # What setup.py does, in a small copy of the project
@@ -325,8 +325,8 @@ def test_jobs_are_a_number(project):
             None,
             "which has no compiled operations .* run Python in another folder; or build .*pip install --no-build-isolation -e",
         ),
-        ("_C.cpython-32-none.so", r"are for another Python \(_C.cpython-32-none.so\). Build them anew: pip install"),
-        (MODULE.name, r"do not load with torch .*file too short.*Build them anew: pip install"),
+        ("_C.cpython-32-none.so", r"are for another Python \(_C.cpython-32-none.so\). Rebuild them: pip install"),
+        (MODULE.name, r"do not load with torch .*file too short.*Rebuild them: pip install"),
     ],
     ids=["sources", "another Python", "does not load"],
 )

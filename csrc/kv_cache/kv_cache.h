@@ -1,5 +1,5 @@
 // The arguments of kv_cache_update and rope_kv_cache_update as their CPU and CUDA kernels see them, and the arithmetic
-// from a token to its slot. Semantics: fastgpt/ops/kv_cache_update.py.
+// from a token to its slot. Semantics: fastgpt/ops/kv_cache_update/__init__.py.
 
 #pragma once
 

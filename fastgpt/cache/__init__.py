@@ -1,16 +1,16 @@
-"""KV caches: keys and values of past tokens, so that a step computes only its new ones.
+"""KV caches: keys and values of past tokens, so that a step computes those of new tokens only.
 
-A cache serves all layers of a decoder. In each forward pass the decoder calls `extend` once, for the positions of the new
-tokens, and then in each layer `attend`, which stores the layer's new keys and values and attends over all that the cache
-holds. Kinds differ in where they store:
+One cache serves all layers of a decoder. In each forward pass the decoder calls `extend` once, which returns the positions of
+the new tokens, and then `attend` in each layer, which stores the new keys and values and computes attention over all that are
+stored. The kinds differ in where they store:
 
-    ContiguousCache   room for `capacity` tokens for each sequence, allocated at once
-    SlidingCache      a ring of the last `window` tokens, in layers that have a window
-    PagedCache        pages of a pool, taken as sequences grow, and shared by sequences that begin alike
-    Uncached          nowhere: attention over the tokens of the call alone
+    ContiguousCache   one tensor with room for `capacity` tokens of each sequence
+    SlidingCache      a ring buffer of the last `window` tokens, in layers with a window
+    PagedCache        pages from a pool, taken as sequences grow; sequences with a common prefix share pages
+    Uncached          nowhere: attention over the tokens of the call
 
 Sequences of a batch may differ in length: the new tokens of a pass are then padded on the left.
 
-No derivatives flow through what is stored: the backward pass after a forward pass with a cache raises RuntimeError, and so do
-forward-mode derivatives and transforms of torch.func at once.
+No gradients flow through stored keys and values. After a forward pass with a cache, the backward pass raises RuntimeError;
+forward-mode derivatives and transforms of torch.func raise it immediately.
 """

@@ -1,4 +1,4 @@
-"""What every kind of cache has, and how keys and values are stored and read."""
+"""The base class of KV caches, and how keys and values are stored and attended to."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,31 +14,36 @@ from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update, rope_kv_cache_update
 from fastgpt.ops.quantization import QUANTIZED_DTYPES
 
-# Counters of a GPU's kernels for each sequence of a cache: attention_with_kv_cache says how many it needs, which are more only
-# for a hundred thousand tokens of a model with dozens of key and value heads.
+# int32 counters for each sequence, for attention_with_kv_cache on a GPU, which says how many it needs: more only for a hundred
+# thousand tokens and dozens of key and value heads.
 COUNTERS = 1024
 
 
 class KVCache:
-    """What every kind has. See `fastgpt.cache` for how a decoder uses it.
+    """The base class of KV caches: keys and values of past tokens, for all layers of a decoder.
 
-    counts: tokens of each sequence so far, known on the host: no synchronization to check them.
-    lengths: (B,) int32 the same on the device, for the kernels.
-    capacity: tokens that a sequence can have; None if the cache sets no limit.
-    window: tokens that one attends to, itself included; None for all, or as many as a layer says in `attend`.
-    encoder_kv: keys and values of a second stream (fastgpt/model/encoder_states.py) that the sequences attend to, too; None without one.
+    `GPT.new_cache` makes one, and `model(ids, cache=cache)` uses it. In a decoder of your own, call `extend` once for each
+    forward pass, and `attend` in each layer.
+
+    counts: list of B integers, the tokens of each sequence so far; on the host, so reading them needs no device sync.
+    lengths: (B,) int32 on the device, equal to counts.
+    length: tokens of the longest sequence.
+    batch_size: B.
+    capacity: the most tokens of a sequence; None for no limit.
+    window: attention window in tokens, the token itself included; None for full attention. A layer may have a smaller one.
+    dtype: in which keys and values are stored.
     nbytes: bytes of keys, values and scales, used or not.
-    expected_length: tokens that the longest sequence will have when a prompt has joined that comes in pieces; a decoder may rotate keys
-        otherwise for it, from the first piece on.
     """
 
     storage: Storage
+    # Length that the longest sequence will have once all chunks of a prompt are stored: longrope rotates keys by it from the
+    # first chunk on.
     expected_length = 0
     causal = True
-    encoder_kv: Any = None
-    fits = None  # the id of a model that was seen to have such layers
-    casts = False  # its dtype is autocast's, and not that of the model's weights
-    block_table: torch.Tensor | None = None  # (B, pages) int32, if tokens lie in pages
+    encoder_kv: Any = None  # keys and values of encoder states (fastgpt/model/encoder_states.py), for cross-attention
+    fits = None  # id of the last model that `require_model` accepted
+    casts = False  # whether its dtype is that of autocast and not that of the model's weights
+    block_table: torch.Tensor | None = None  # (B, pages) int32, of a paged cache
 
     def __init__(self, batch_size: int, capacity: int | None, window: int | None, device: torch.device | str | None) -> None:
         batch_size = require_integer("batch_size", batch_size, 1)
@@ -50,12 +55,13 @@ class KVCache:
         self._make_steady()
 
     def _make_steady(self) -> None:
-        """Tensors that passes of one token write to: a captured step (fastgpt/generation/replay.py) finds them in place."""
+        """Allocates the tensors that decode steps write to in place, as a captured step (fastgpt/generation/replay.py) requires."""
         self._next = torch.zeros_like(self.lengths).unsqueeze(1)  # (B, 1) positions
         self._counters = self.lengths.new_zeros(len(self.lengths) * COUNTERS)
 
     @property
     def batch_size(self) -> int:
+        """Number of sequences."""
         return len(self.counts)
 
     @property
@@ -69,23 +75,25 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of keys, values and scales, used or not."""
         return sum(storage.nbytes for storage in self.storages)
 
     def extend(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
-        """Makes room for the next tokens: `reserve` and `advance`.
+        """Makes room for new tokens and returns their positions. Call it once for each forward pass.
 
         Args:
             num_tokens: T, columns of this pass.
-            new: how many of them, the last ones, are tokens of each sequence; the others are padding. Default: all.
+            new: the number of new tokens of each sequence: the last new[b] columns. The columns before them are padding.
+                Default: all columns.
 
-        Returns: their positions (B, T) int32, negative for padding.
-        Raises: ValueError, before anything changes, when they do not fit.
+        Returns: positions (B, T) int32, negative for padding.
+        Raises: ValueError if there is no room, and OutOfPages if a pool is empty, before anything changes.
         """
         self.reserve(num_tokens, new)
         return self.advance(num_tokens, new)
 
     def reserve(self, num_tokens: int, new: list[int] | None = None) -> None:
-        """The host's half of `extend`: takes storage and counts. A step that is replayed has it done before each replay."""
+        """The part of `extend` on the host: reserves storage and updates counts. A replayed step calls it before each replay."""
         refuse_transforms_of_cache()
         counts = [num_tokens] * self.batch_size if new is None else self.require_counts(num_tokens, new)
         for stored, count in zip(self.counts, counts):
@@ -97,37 +105,41 @@ class KVCache:
         self.counts = [stored + count for stored, count in zip(self.counts, counts)]
 
     def require_counts(self, num_tokens: int, new: list[int]) -> list[int]:
-        """`new`, if it is what `extend` takes. Raises TypeError, ValueError."""
+        """Returns `new` if it is valid for `extend`. Raises TypeError, ValueError."""
         if not isinstance(new, Sequence) or not all(isinstance(count, int) for count in new):
             raise TypeError(f"new: expected a list of {self.batch_size} integers, got {new!r}")
         if len(new) != self.batch_size or not all(0 <= count <= num_tokens for count in new):
-            raise ValueError(f"new: expected {self.batch_size} counts, each from 0 to {num_tokens} (the columns), got {new}")
+            raise ValueError(
+                f"new: expected {self.batch_size} counts from 0 to {num_tokens} (the number of columns), got {new}"
+            )
         return new
 
     def require_model(self, layers: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
-        """Raises ValueError if a model's keys and values do not fit in."""
+        """Raises ValueError unless the cache was made for a model of these sizes on this device."""
         k, v = self.storages[0].k, self.storages[0].v
         got, of_values = (self.num_layers, k.shape[2], k.shape[4]), v.shape[4]
         if (layers, num_kv_heads, head_dim) != got or of_values != head_dim:
-            values = "" if of_values == got[2] else f", with values of {of_values}"
+            values = "" if of_values == got[2] else f" (values: {of_values})"
             raise ValueError(
-                f"cache: expected one of this model's, with {layers} layers of {num_kv_heads} key heads of {head_dim}, "
-                f"got {got[0]} of {got[1]} of {got[2]}{values}"
+                f"cache: expected {layers} layers of {num_kv_heads} KV heads of head dim {head_dim}, as the model has, "
+                f"got {got[0]} layers of {got[1]} KV heads of head dim {got[2]}{values}"
             )
         if self.lengths.device != device:
             raise ValueError(f"cache: expected device {device}, where the tokens are, got {self.lengths.device}")
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which keys and values are kept."""
+        """The dtype in which keys and values are stored."""
         return self.storages[0].k.dtype
 
     @property
     def num_layers(self) -> int:
+        """Number of layers."""
         return sum(len(storage.k) for storage in self.storages)
 
     def advance(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
-        """The device's half of `extend`. One token of each sequence: in place, so a CUDA graph can capture it."""
+        """The part of `extend` on the device: updates lengths and positions. For one token of each sequence it works in place, so
+        that a CUDA graph can capture it."""
         if num_tokens == 1 and new is None:
             self.positions = self._next
             advance(self.lengths, self.positions)
@@ -139,13 +151,13 @@ class KVCache:
             self.lengths += num_tokens
         else:
             count = on_device(new, self.lengths.device).int()
-            rank = steps - (num_tokens - count).unsqueeze(1)  # of a token among the new ones; negative for padding
+            rank = steps - (num_tokens - count).unsqueeze(1)  # index among the new tokens; negative for padding
             self.positions = torch.where(rank < 0, -1, past + rank)
             self.lengths += count
         return self.positions
 
     def _take(self, counts: list[int]) -> None:
-        """Takes what storage the new tokens need; raises before anything changes."""
+        """Reserves storage for new tokens; raises before anything changes."""
 
     def attend(
         self,
@@ -159,17 +171,20 @@ class KVCache:
         last_only: bool = False,
         **options,
     ) -> torch.Tensor:
-        """Stores k and v of the current tokens, and attends over all that the cache then holds of the layer; of one token, on
-        a GPU, in one launch.
+        """Stores k and v of the new tokens, and computes attention over all keys and values of the layer. On a GPU, a decode
+        step of one token is one launch.
 
         Args:
-            q, k, v: (B, H, T, D), (B, H_kv, T, D) and (B, H_kv, T, D_v).
-            rotation: cos and sin, (positions, R/2) fp32 each, by which q and k are rotated first; default: they are not.
-            window: of this layer; that of the cache counts as well.
-            last_only: attend with the last token of each sequence only.
-            options: further ones of `attention`.
+            layer: index of the layer.
+            q: (B, H, T, D), T as in the last call of `extend`.
+            k: (B, H_kv, T, D).
+            v: (B, H_kv, T, D_v).
+            rotation: cos and sin, (positions, R/2) fp32 each, for rotary embedding of q and k. Default: no rotation.
+            window: attention window of this layer, if it is smaller than that of the cache.
+            last_only: compute the output of the last column only.
+            options: further arguments of `fastgpt.attention`.
 
-        Returns: (B, H, T, D_v), or with last_only (B, H, 1, D_v), in the dtype of q, or of the cache if that is another.
+        Returns: (B, H, T, D_v), or with last_only (B, H, 1, D_v), in the dtype of the cache, or of q if the cache is 8-bit.
         """
         return store_and_attend(
             q, k, v, self.storage.layers[layer], self.positions, rotation=rotation, block_table=self.block_table,
@@ -177,7 +192,7 @@ class KVCache:
         )  # fmt: skip
 
     def attend_waits(self, num_heads: int, dtype: torch.dtype) -> str | None:
-        """Why `attend`, of one query of so many heads in this dtype, waits for the device, as no CUDA graph can; or None."""
+        """Why `attend` of one token, with num_heads query heads in this dtype, cannot be captured in a CUDA graph, or None."""
         for storage in self.storages:
             for layer in storage.layers[:1]:
                 k, v = (
@@ -194,28 +209,34 @@ class KVCache:
         return None
 
     def truncate(self, counts: list[int]) -> None:
-        """Forgets all but the first counts[b] tokens of each sequence b.
+        """Keeps only the first counts[b] tokens of each sequence b.
 
-        Raises: ValueError for more tokens than there are, or where older ones are gone (a ring that was full).
+        Args:
+            counts: list of B integers.
+
+        Raises: ValueError for more tokens than there are, or if earlier tokens have been overwritten (a full ring buffer).
         """
         if len(counts) != self.batch_size or not all(0 <= new <= old for new, old in zip(counts, self.counts)):
-            raise ValueError(f"counts: expected {self.batch_size}, each from 0 to that of {self.counts}, got {counts}")
+            raise ValueError(f"counts: expected {self.batch_size} integers from 0 to those of {self.counts}, got {counts}")
         self._give_back(counts)
         self.counts = list(counts)
         self.lengths.copy_(torch.tensor(counts, dtype=torch.int32, device="cpu"))
 
     def _give_back(self, counts: list[int]) -> None:
-        """Gives back storage that truncated sequences no longer need; raises before anything changes."""
+        """Releases storage that truncated sequences no longer need; raises before anything changes."""
 
     def fork(self, n: int, into: "KVCache | None" = None) -> "KVCache":
-        """A cache with n copies of each sequence in a row, which go on apart from each other and from this one.
+        """Returns a cache with each sequence repeated n times (as by repeat_interleave), all independent of each other and of
+        this one. A paged cache shares pages until one of them writes.
 
-        into: a fork of one like this, whose sequences are forgotten; what a captured step reads of it stays in place.
+        Args:
+            n: copies of each sequence.
+            into: an earlier fork to overwrite, in the same memory, so that a captured step stays valid.
         """
         raise NotImplementedError
 
     def _forked(self, n: int, into: "KVCache | None") -> Any:
-        """Everything of a fork but its storage."""
+        """A fork without its storage."""
         counts, lengths = [count for count in self.counts for _ in range(n)], self.lengths.repeat_interleave(n)
         if into is not None:
             into.counts, into.expected_length = counts, self.expected_length
@@ -230,7 +251,7 @@ class KVCache:
 
 
 def least(a: int | None, b: int | None) -> int | None:
-    """The smaller of two windows, of those that there are."""
+    """The smaller of two windows, where None is no window."""
     if a is None or b is None:
         return b if a is None else a
     return min(a, b)
@@ -239,7 +260,7 @@ def least(a: int | None, b: int | None) -> int | None:
 def store_and_attend(
     q, k, v, cache: dict, positions, *, rotation, counters, last_only=False, slots=None, block_table=None, **options
 ) -> torch.Tensor:
-    """`KVCache.attend` over one layer's tensors. options: what a query sees, and others of `attention`."""
+    """`KVCache.attend` for the tensors of one layer. options: arguments of `attention`, such as kv_lengths and window."""
     if q.shape[2] == 1:
         return step(
             q, k, v, cache, positions, rotation=rotation, counters=counters, slots=slots, block_table=block_table, **options
@@ -249,7 +270,7 @@ def store_and_attend(
 
 
 def store(q, k, v, cache: dict, positions, *, slots=None, rotation=None, block_table=None) -> torch.Tensor:
-    """Stores k and v in `slots` (default: at their positions), rotated if there is a rotation. Returns q, rotated likewise."""
+    """Stores k and v in `slots` (default: at their positions), rotated if there is a rotation. Returns q, also rotated."""
     q, k, v = of_cache(q, k, v, cache)
     options = {"block_table": block_table, "k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
 
@@ -263,13 +284,13 @@ def store(q, k, v, cache: dict, positions, *, slots=None, rotation=None, block_t
 
 
 def read(q, cache: dict, **options) -> torch.Tensor:
-    """The attention of q over what is stored. options: of `attention`."""
+    """Attention of q over the stored keys and values. options: arguments of `attention`."""
     options |= {"k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
     return through_cache(lambda q: attention(q, cache["k"], cache["v"], **options), q)
 
 
 def step(q, k, v, cache: dict, positions, *, rotation=None, **options) -> torch.Tensor:
-    """`store` one token of each sequence and `read`, in one operation. options: theirs, and counters."""
+    """`store` for one token of each sequence, then `read`, in one operation. options: those of both, and counters."""
     q, k, v = of_cache(q, k, v, cache)
     cos, sin = (None, None) if rotation is None else rotation
     options |= {"k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
@@ -279,8 +300,7 @@ def step(q, k, v, cache: dict, positions, *, rotation=None, **options) -> torch.
 
 
 def of_cache(q, k, v, cache: dict):
-    """q, k and v in a cache's dtype: autocast, switched on or off since it was made, or modules of another precision may make
-    them in another one."""
+    """q, k and v in the dtype of the cache. They may have another one under autocast, or from modules of another precision."""
     dtype = cache["k"].dtype
     if k.dtype is dtype is q.dtype or dtype in QUANTIZED_DTYPES:
         return q, k, v

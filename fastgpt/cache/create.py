@@ -1,4 +1,4 @@
-"""Caches by the names of their kinds."""
+"""Making a cache by the name of its kind."""
 
 from collections.abc import Sequence
 
@@ -18,12 +18,14 @@ def new_cache(
     """An empty cache for a decoder.
 
     Args:
-        kind: "contiguous", "sliding" (layers with a window keep the tokens in it only) or "paged".
-        batch_size, capacity: sequences, and tokens that each can have.
-        window: tokens that one attends to, itself included; None: as many as its layer lets it.
-        windows: those of the decoder's layers, None for layers without one. "sliding" needs one, here or there.
-        page_size, num_pages: of a paged cache; default pages for `capacity` tokens of every sequence.
-        storage: arguments of `Storage`, but for its sizes.
+        kind: "contiguous", "sliding" (layers with a window keep only the tokens inside it) or "paged".
+        batch_size: number of sequences.
+        capacity: the most tokens of each sequence.
+        window: attention window in tokens, the token itself included, for layers without a smaller one.
+        windows: the windows of the decoder's layers, None for layers without one. "sliding" needs one, here or in `window`.
+        page_size: tokens in a page of a paged cache.
+        num_pages: pages of a paged cache; default: enough for `capacity` tokens of every sequence.
+        storage: further arguments of `Storage`.
 
     Raises: TypeError, ValueError, naming the argument.
     """
@@ -35,8 +37,8 @@ def new_cache(
         windows = [least(window, of_layer) for of_layer in windows]
         if all(window is None for window in windows):
             raise ValueError(
-                "window: expected a number of tokens for a sliding cache, got None, and the model has no window of its own: "
-                "give one, or choose a contiguous or paged cache"
+                "window: expected a number of tokens for a sliding cache of a model without windows, got None; pass one, or choose "
+                "a contiguous or paged cache"
             )
         return SlidingCache(**options, windows=windows, **storage)
     page_size = require_integer("page_size", page_size, 1)

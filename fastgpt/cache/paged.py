@@ -1,4 +1,4 @@
-"""A cache in pages of a pool that sequences share."""
+"""A paged KV cache, and the pool of pages that sequences share."""
 
 from typing import Any
 
@@ -10,31 +10,43 @@ from fastgpt.cache.storage import Storage, on_device
 
 
 class PagePool:
-    """`num_pages` pages of `page_size` tokens, for all layers, that the sequences of any number of PagedCaches share.
+    """A pool of pages for the keys and values of all layers, which any number of PagedCaches share.
 
-    Args: num_pages; page_size; further ones: `Storage`.
+    Args:
+        num_pages: number of pages.
+        page_size: tokens in a page.
+        num_layers, num_kv_heads, head_dim: of the decoder.
+        v_head_dim: head dim of values, if it differs from that of keys.
+        dtype: dtype of the decoder's keys and values; default: PyTorch's default dtype.
+        cache_dtype: dtype in which they are stored: dtype (default), torch.int8 or torch.float8_e4m3fn.
+        device: default: PyTorch's default device.
+
+    Raises: TypeError, ValueError, naming the argument.
     """
 
     def __init__(self, *, num_pages: int, page_size: int = 16, **storage) -> None:
-        self.allocator = PageAllocator(num_pages, page_size)  # which checks them
+        self.allocator = PageAllocator(num_pages, page_size)  # checks both
         self.page_size = page_size
         self.storage = Storage(num_pages, page_size, **storage)
 
     def statistics(self) -> dict[str, int]:
-        """num_pages, page_size, used_pages, free_pages, shared_pages, sequences, tokens."""
+        """Counts by name: num_pages, page_size, used_pages, free_pages, shared_pages, sequences, tokens."""
         return self.allocator.statistics()
 
 
 class PagedCache(KVCache):
-    """Sequences in pages of a pool, taken one by one as they grow; `fork` shares them, and copies a page when one of its
-    sequences is about to write to it.
+    """A KV cache whose sequences take pages from a pool, one at a time as they grow.
+
+    `fork` shares pages, and a shared page is copied when one of its sequences writes to it. `extend` raises OutOfPages (a
+    RuntimeError), before anything changes, if the pool has too few free pages.
 
     Args:
-        pool: the pages.
-        capacity: tokens that a sequence can have, as far as there are pages.
+        pool: the PagePool.
+        batch_size: number of sequences.
+        capacity: the most tokens of a sequence, if the pool has pages for them.
+        window: attention window in tokens, the token itself included; default: full attention.
 
-    `extend` raises OutOfPages (a RuntimeError), before anything changes, when the pool has too few free pages. `free`
-    gives the pages back; the cache must not be used afterwards.
+    Raises: TypeError, ValueError, naming the argument.
     """
 
     def __init__(self, pool: PagePool, *, batch_size: int, capacity: int, window: int | None = None) -> None:
@@ -58,7 +70,7 @@ class PagedCache(KVCache):
             self.pool.allocator.truncate(sequence, count)
 
     def like(self, batch_size: int) -> "PagedCache":
-        """An empty one of so many sequences over the same pages, with this one's capacity and window."""
+        """An empty cache of batch_size sequences over the same pool, with the same capacity and window."""
         return PagedCache(self.pool, batch_size=batch_size, capacity=self.capacity, window=self.window)
 
     def fork(self, n: int, into: Any = None) -> "KVCache":
@@ -71,7 +83,7 @@ class PagedCache(KVCache):
         return result
 
     def free(self) -> None:
-        """Gives the pages back that no other sequence shares."""
+        """Returns all pages to the pool, except those that other sequences share. The cache must not be used afterwards."""
         for sequence in self.sequences:
             self.pool.allocator.free(sequence)
         self.sequences = []

@@ -1,4 +1,4 @@
-"""A cache of the last tokens only, in rings."""
+"""A sliding-window KV cache: ring buffers of the last tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,18 @@ from fastgpt.ops.quantization import as_bytes
 
 
 class SlidingCache(KVCache):
-    """Rings of the last tokens: in a layer with a window, the token at position p is in slot p % window. Nothing is ever
-    moved, and memory does not grow with the text.
+    """A KV cache that keeps only the tokens inside the attention window: the token at position p is in slot p % window of a
+    ring buffer. Nothing is moved, and memory does not grow with the sequence.
 
     Args:
-        window: of every layer.
-        windows: instead, the window of each layer; None: the layer keeps all `capacity` tokens.
-        capacity: tokens that a sequence can have; default: no limit, if every layer has a window.
-        storage: `Storage`, but for N and rows.
+        batch_size: number of sequences.
+        window: attention window of all layers in tokens, the token itself included.
+        windows: the window of each layer instead; None for a layer that keeps all `capacity` tokens.
+        capacity: the most tokens of a sequence; default: no limit, if every layer has a window.
+        num_layers: of the decoder.
+        storage: num_kv_heads, head_dim, v_head_dim, dtype, cache_dtype and device, as of `ContiguousCache`.
+
+    Raises: TypeError, ValueError, naming the argument.
     """
 
     def __init__(
@@ -40,7 +44,7 @@ class SlidingCache(KVCache):
             size: Ring(size, Storage(batch_size, size, num_layers=sizes.count(size), **storage))
             for size in dict.fromkeys(sizes)
         }
-        self.places = [(self.rings[size], sizes[:layer].count(size)) for layer, size in enumerate(sizes)]
+        self.slices = [(self.rings[size], sizes[:layer].count(size)) for layer, size in enumerate(sizes)]  # ring, index in it
 
     @property
     def storages(self):
@@ -71,9 +75,9 @@ class SlidingCache(KVCache):
         last_only: bool = False,
         **options,
     ) -> torch.Tensor:
-        ring, place = self.places[layer]
+        ring, index = self.slices[layer]
         return ring.attend(
-            place, q, k, v, self.positions, rotation=rotation, counters=self._counters, last_only=last_only, **options
+            index, q, k, v, self.positions, rotation=rotation, counters=self._counters, last_only=last_only, **options
         )
 
     def _give_back(self, counts):
@@ -81,7 +85,7 @@ class SlidingCache(KVCache):
             for new, old in zip(counts, self.counts):
                 if 0 < new < old and old > size:
                     raise ValueError(
-                        f"counts: expected {old} or 0 for a sequence whose ring of {size} has overwritten older tokens, got {new}"
+                        f"counts: expected {old} or 0 for a sequence whose ring buffer of {size} has overwritten older tokens, got {new}"
                     )
 
     def fork(self, n: int, into: Any = None) -> "KVCache":
@@ -91,21 +95,22 @@ class SlidingCache(KVCache):
                 ring.storage.repeated(n, into.rings[size].storage)
             return into
         result.rings = {size: Ring(size, ring.storage.repeated(n)) for size, ring in self.rings.items()}
-        result.places = [(result.rings[ring.size], place) for ring, place in self.places]
+        result.slices = [(result.rings[ring.size], index) for ring, index in self.slices]
         return result
 
 
 class Ring:
-    """What a SlidingCache holds of the layers that keep `size` tokens of each sequence.
+    """The ring buffers of a SlidingCache for all layers that keep `size` tokens of each sequence.
 
-    slots: (B, T) int32, where the tokens of the current pass go; negative for those that are not stored.
-    held: (B,) int32, tokens in the ring after it.
-    chunk: what a pass attends over if its tokens overwrite some that its first ones still see; else None.
+    slots: (B, T) int32, the slots of the tokens of the current pass; negative for those that are not stored.
+    held: (B,) int32, tokens in the ring after this pass.
+    in_order: whether slots are positions: no ring has wrapped around.
+    chunk: see `_chunk`, if new tokens overwrite keys that the first of them still attend to; else None.
     """
 
     def __init__(self, size: int, storage: Storage):
         self.size, self.storage, self.chunk = size, storage, None
-        # Passes of one token write to these: a captured step (fastgpt/generation/replay.py) finds them in place.
+        # Decode steps write to these in place, as a captured step (fastgpt/generation/replay.py) requires.
         self._held = torch.zeros(storage.k.shape[1], dtype=torch.int32, device=storage.k.device)
         self._slot = torch.zeros_like(self._held).unsqueeze(1)
 
@@ -116,34 +121,35 @@ class Ring:
         self.chunk, self.in_order = None, False
 
     def extend(self, past_counts, past_lengths, counts, lengths, positions):
-        """New tokens at `positions` (B, T); counts and lengths, before and after, are those of the cache."""
+        """New tokens at `positions` (B, T); counts and lengths of the cache, before and after them."""
         self.held, self.chunk = lengths.clamp(max=self.size), None
         self.in_order = max(counts) <= self.size
         if self.in_order:
             self.slots = positions
             return
         # Only the last `size` tokens of each sequence are stored.
-        kept = (positions >= 0) & (positions >= (lengths - self.size).unsqueeze(1))
-        self.slots = torch.where(kept, positions % self.size, -1)
+        stored = (positions >= 0) & (positions >= (lengths - self.size).unsqueeze(1))
+        self.slots = torch.where(stored, positions % self.size, -1)
         if positions.shape[1] > 1:
             self.chunk = self._chunk(past_counts, past_lengths, lengths, positions)
 
     def _chunk(self, past_counts, past_lengths, lengths, positions):
-        """Where the tokens that a pass of several new ones may attend to come from.
+        """How to make a temporary cache for a pass of several new tokens: (older tokens, their slots in the ring, slots of the
+        new tokens, lengths).
 
-        Its first token sees size - 1 older ones, which its last ones replace in the ring. So they are attended in a cache of
-        the pass alone: older ones first, in order, then the new ones.
+        The first new token attends to size - 1 older ones, which the last new ones overwrite in the ring. So the pass attends
+        to a cache of its own: the older tokens in order, then the new ones.
         """
-        before = min(max(past_counts), self.size - 1)  # older ones, of the sequence that has most
+        before = min(max(past_counts), self.size - 1)  # the most older tokens of a sequence
         old = past_lengths.clamp(max=self.size - 1).unsqueeze(1)  # (B, 1)
         order = torch.arange(before, dtype=torch.int32, device=positions.device)
         ring = (past_lengths.unsqueeze(1) - old + order) % self.size  # (B, before) slots; beyond `old`, anything
         slots = torch.where(positions < 0, -1, positions - (past_lengths.unsqueeze(1) - old))
         return before, ring.long(), slots, old.squeeze(1) + lengths - past_lengths
 
-    def attend(self, place, q, k, v, positions, *, rotation, counters, last_only, **options):
-        """`KVCache.attend`, in the layer at a place of the storage."""
-        cache = self.storage.layers[place]
+    def attend(self, index, q, k, v, positions, *, rotation, counters, last_only, **options):
+        """`KVCache.attend` for the layer with this index in the storage."""
+        cache = self.storage.layers[index]
         if self.chunk is None:
             return store_and_attend(
                 q, k, v, cache, positions, slots=self.slots, rotation=rotation, counters=counters, last_only=last_only,
@@ -151,19 +157,19 @@ class Ring:
             )  # fmt: skip
         before, ring, slots, lengths = self.chunk
         B = len(positions)
-        seen = {}
+        chunk = {}
         for name, x in cache.items():
-            seen[name] = None
+            chunk[name] = None
             if x is not None:
-                seen[name] = x.new_zeros(*x.shape[:2], before + k.shape[2], *x.shape[3:])
-                index = ring.view(B, 1, before, *[1] * (x.dim() - 3)).expand(-1, x.shape[1], -1, *x.shape[3:])
-                as_bytes(seen[name])[:, :, :before] = as_bytes(x).gather(2, index)
+                chunk[name] = x.new_zeros(*x.shape[:2], before + k.shape[2], *x.shape[3:])
+                rows = ring.view(B, 1, before, *[1] * (x.dim() - 3)).expand(-1, x.shape[1], -1, *x.shape[3:])
+                as_bytes(chunk[name])[:, :, :before] = as_bytes(x).gather(2, rows)
         store(q, k, v, cache, positions, slots=self.slots, rotation=rotation)
-        q = store(q, k, v, seen, positions, slots=slots, rotation=rotation)
-        return read(q[:, :, -1:] if last_only else q, seen, kv_lengths=lengths, window=self.size, **options)
+        q = store(q, k, v, chunk, positions, slots=slots, rotation=rotation)
+        return read(q[:, :, -1:] if last_only else q, chunk, kv_lengths=lengths, window=self.size, **options)
 
     def _visible(self) -> dict:
-        """Which keys a query sees, as `attention` takes it."""
+        """The arguments of `attention` that say which keys a query attends to."""
         if self.in_order:
             return {"kv_lengths": self.held, "window": self.size}
-        return {"kv_lengths": self.held, "causal": False}  # in the ring's order: attention has none
+        return {"kv_lengths": self.held, "causal": False}  # the order of keys does not matter

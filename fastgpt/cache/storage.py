@@ -11,11 +11,12 @@ class Storage:
     """Keys and values of every layer, allocated once: (layers, N, H_kv, rows, head dim) each, with scales if quantized.
 
     Args:
+        N: number of sequences, or of pages.
+        rows: tokens of each of them.
         num_layers, num_kv_heads, head_dim: of the decoder.
-        v_head_dim: of values, if another than that of keys.
-        N, rows: sequences and tokens of each; or pages and their size.
-        dtype: of the decoder's keys and values.
-        cache_dtype: dtype, torch.int8 or torch.float8_e4m3fn; default dtype.
+        v_head_dim: head dim of values, if it differs from that of keys.
+        dtype: dtype of the decoder's keys and values; default: PyTorch's default dtype.
+        cache_dtype: dtype in which they are stored: dtype (default), torch.int8 or torch.float8_e4m3fn.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Storage:
         self._make_views()
 
     def _make_views(self):
-        """Views of each layer, made once and not at every step."""
+        """Makes the views of each layer once, rather than at every step."""
         scales = [(None, None)] * len(self.k) if self.k_scale is None else zip(self.k_scale, self.v_scale)
         self.layers = [
             {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale} for k, v, (k_scale, v_scale) in zip(self.k, self.v, scales)
@@ -52,7 +53,7 @@ class Storage:
     def __setstate__(self, state):
         dtype = state.pop("cache_dtype")
         vars(self).update(state, k=state["k"].view(dtype), v=state["v"].view(dtype))
-        self._make_views()  # a copy's layers are its own
+        self._make_views()
 
     def tensors(self):
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
@@ -62,7 +63,7 @@ class Storage:
         return sum(x.nbytes for x in self.tensors())
 
     def repeated(self, n: int, into: "Storage | None" = None) -> "Storage":
-        """A copy in which each of the N is there n times in a row, in the memory of an earlier one if that is given."""
+        """A copy with each of the N repeated n times, as by repeat_interleave; `into`: an earlier copy to overwrite."""
         result = object.__new__(Storage) if into is None else into
         for name in ("k", "v", "k_scale", "v_scale"):
             x = getattr(self, name)
@@ -83,5 +84,5 @@ class Storage:
 
 
 def on_device(numbers: list, device: torch.device) -> torch.Tensor:
-    """int64. Copied from pinned memory, a GPU's are there in time for what follows, without the host waiting for it."""
+    """An int64 tensor of these numbers. From pinned memory, so copying it to a GPU does not block the host."""
     return torch.tensor(numbers, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)

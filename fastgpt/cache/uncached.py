@@ -1,4 +1,4 @@
-"""In place of a cache, for a pass that keeps nothing."""
+"""The interface of a cache for a forward pass without one."""
 
 from typing import Any
 
@@ -10,27 +10,28 @@ from fastgpt.ops.kv_cache_update import rope_reference
 
 
 class Uncached:
-    """In place of a cache: each pass attends over its own tokens only, each of them over the last `window`.
+    """Takes the place of a KVCache in a forward pass without one: attention over the tokens of the pass.
 
     Args:
+        window: attention window in tokens, the token itself included; default: full attention.
         causal: False lets tokens attend to later ones as well, as in an encoder.
-        lengths: (B,) int32, tokens of each sequence where they differ; the columns from there on are padding, which no token
-            attends to. Default: all.
+        lengths: (B,) int32, the number of tokens of each sequence; the columns past it are padding, which no token attends to.
+            Default: T.
     """
 
     expected_length = 0
-    encoder_kv: Any = None  # as of KVCache
+    encoder_kv: Any = None  # see KVCache
 
     def __init__(self, window: int | None = None, device=None, *, causal: bool = True, lengths: torch.Tensor | None = None):
         self.window, self.device, self.causal, self.lengths = window, device, causal, lengths
 
     def extend(self, num_tokens: int, new: None = None) -> torch.Tensor:
-        """The tokens' positions, (num_tokens,)."""
+        """Positions of the tokens, (num_tokens,)."""
         self.positions, self.length = torch.arange(num_tokens, device=self.device), num_tokens
         return self.positions
 
     def attend(self, layer, q, k, v, rotation=None, *, window=None, last_only=False, **options):
-        """As `KVCache.attend`, which stores nothing here."""
+        """Attention over k and v, rotated if there is a rotation. Arguments and result are those of `KVCache.attend`."""
         if rotation is not None:
             positions = self.positions.expand(len(q), -1)
             q, k = (rope_reference(x, positions, *rotation) for x in (q, k))
@@ -40,6 +41,6 @@ class Uncached:
         return attention(q, k, v, **options)
 
     def visible(self, window: int | None) -> dict:
-        """Which keys a query sees, as `attention` takes it. If causal, none sees the padding, which comes after it."""
+        """The arguments of `attention` that say which keys a query attends to. Causal attention never reaches padding on the right."""
         lengths = None if self.causal else self.lengths
         return {"causal": self.causal, "kv_lengths": lengths, "window": least(window, self.window)}

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
             inspection.draw_attention(pattern, texts, options.attention, f"layer {options.layer}, head {options.head}")
     following = [
         {"id": token, "text": inspection.text_of(tokenizer, token, prompt[-1]), "logit": logit, "probability": probability}
-        for token, logit, probability in inspection.likeliest(logits[0, -1], options.top)
+        for token, logit, probability in inspection.most_likely(logits[0, -1], options.top)
     ]
     tokens = [{"id": token, "text": text} for token, text in zip(prompt, texts)]
     if options.json:

@@ -1,16 +1,16 @@
-"""The functions of flash_attn 2 by fastgpt's kernels, on CPU as well as on CUDA.
+"""The functions of flash_attn 2, served by fastgpt's kernels, on CPU and CUDA.
 
 Names, arguments, defaults, shapes and results are those of flash_attn, with these differences:
 
-- fp32 is served as well as fp16 and bf16, head dims need not be multiples of 8, pages may have any size.
-- The log-sum-exp of a query that sees no key is -inf, and it is differentiable.
-- Lengths and tables may be int64 as well as int32, windows and lengths integers of any kind.
-- `deterministic` and `num_splits` change nothing: gradients are the same bits on every run, and how decoding is split is
-  the kernel's choice.
-- The weights themselves are never in memory: with return_attn_probs the third result is empty, and dropout is refused.
+- dtypes may be fp32 as well as fp16 and bf16, head dims need not be multiples of 8, and pages may have any size.
+- The log-sum-exp of a query that attends to no key is -inf. It is differentiable.
+- Lengths and block tables may be int64 as well as int32.
+- `deterministic` and `num_splits` have no effect: gradients are always deterministic, and the kernel chooses the number of
+  splits.
+- Attention weights are never materialized: with return_attn_probs the third result is an empty tensor, and dropout must be 0.
 
 Causal attention and windows are aligned to the bottom right: query i of T is at position i + S - T among S keys. With
-window_size (left, right) it sees those from left before that to right after, -1 for no bound.
+window_size (left, right) it attends to the keys from `left` before its position to `right` after it; -1 is no bound.
 """
 
 import contextlib
@@ -45,12 +45,14 @@ def flash_attn_func(
     """Attention of q (B, T, H, D) to k (B, S, H_kv, D) and v (B, S, H_kv, D_v), H a multiple of H_kv.
 
     Args:
-        dropout_p: see `fastgpt.attention`.
+        q, k, v: fp16|bf16|fp32 of the same dtype, on the same device.
+        dropout_p: probability of zeroing a weight of the softmax.
         softmax_scale: factor on q·k; default 1 / sqrt(D).
-        causal, window_size: see above.
+        causal: bottom-right aligned causal mask.
+        window_size: (left, right) in tokens, as above; -1 is no bound.
         softcap: bound on the scaled scores; 0 for none.
         alibi_slopes: (H,) or (B, H) fp32; adds -slope · |i + S - T - j| to the scores.
-        deterministic: it always is.
+        deterministic: no effect: gradients are always deterministic.
         return_attn_probs: also return the log-sum-exp, and an empty tensor for the weights.
 
     Returns: out (B, T, H, D_v), or (out, lse (B, H, T) fp32, empty).
@@ -68,7 +70,10 @@ def flash_attn_kvpacked_func(
     window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Result:  # fmt: skip
-    """`flash_attn_func` of q (B, T, H, D) and kv (B, S, 2, H_kv, D)."""
+    """Attention of q (B, T, H, D) to keys and values packed in kv (B, S, 2, H_kv, D); otherwise as `flash_attn_func`.
+
+    Returns: out (B, T, H, D), or (out, lse (B, H, T) fp32, empty).
+    """
     k, v = _unpacked("kv", kv, 2, 5)
     with _naming(k="kv", v="kv"):
         return flash_attn_func(
@@ -82,7 +87,10 @@ def flash_attn_qkvpacked_func(
     window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Result:  # fmt: skip
-    """`flash_attn_func` of qkv (B, T, 3, H, D)."""
+    """Attention of queries, keys and values packed in qkv (B, T, 3, H, D); otherwise as `flash_attn_func`.
+
+    Returns: out (B, T, H, D), or (out, lse (B, H, T) fp32, empty).
+    """
     q, k, v = _unpacked("qkv", qkv, 3, 5)
     with _naming(q="qkv", k="qkv", v="qkv"):
         return flash_attn_func(
@@ -97,20 +105,22 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False, block_table: torch.Tensor | None = None,
 ) -> Result:  # fmt: skip
-    """Attention of sequences of different lengths, packed one after the other.
+    """Attention within sequences of different lengths, packed one after the other.
 
     Args:
         q: (total_q, H, D). Sequence b has rows cu_seqlens_q[b] to cu_seqlens_q[b+1].
         k: (total_k, H_kv, D) likewise; with a block table a pool of pages (num_pages, page, H_kv, D).
-        v: as k, with a head dim D_v that may be another.
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device, ascending from 0. Rows past the last sequence count for
-            nothing: their out is 0 and their lse -inf.
+        v: as k, with a head dim D_v that may differ.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device, ascending from 0. Rows past the last sequence are ignored:
+            their out is 0 and their lse -inf.
         max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
         block_table: (B, pages) int32: key j of sequence b is in row j % page of page block_table[b, j // page].
-        The rest: see `flash_attn_func`. Windows to the right, alibi_slopes (B, H) and block tables are served by padding
-            the sequences to the longest, which takes that much more time and memory.
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs: as in
+            `flash_attn_func`. Windows to the right, alibi_slopes (B, H) and block tables are served by padding all sequences
+            to the longest, with more time and memory.
 
     Returns: out (total_q, H, D_v), or (out, lse (H, total_q) fp32, empty).
+    Raises: TypeError, ValueError as `flash_attn_func`; on CPU also for cu_seqlens that are not as above.
     """
     require_tensor("q", q, 3)
     options = _options(q, causal, window_size, softcap, alibi_slopes, softmax_scale, dropout_p, return_attn_probs)
@@ -137,7 +147,10 @@ def flash_attn_varlen_kvpacked_func(
     window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Result:  # fmt: skip
-    """`flash_attn_varlen_func` of q (total_q, H, D) and kv (total_k, 2, H_kv, D)."""
+    """Attention within packed sequences, of q (total_q, H, D) to kv (total_k, 2, H_kv, D); otherwise as `flash_attn_varlen_func`.
+
+    Returns: out (total_q, H, D), or (out, lse (H, total_q) fp32, empty).
+    """
     k, v = _unpacked("kv", kv, 2, 4)
     with _naming(k="kv", v="kv"):
         return flash_attn_varlen_func(
@@ -152,7 +165,14 @@ def flash_attn_varlen_qkvpacked_func(
     window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Result:  # fmt: skip
-    """`flash_attn_varlen_func` of qkv (total, 3, H, D)."""
+    """Attention within packed sequences, of qkv (total, 3, H, D); otherwise as `flash_attn_varlen_func`.
+
+    Args:
+        cu_seqlens: (B + 1,) int32 on the device of qkv, ascending from 0, of queries and keys.
+        max_seqlen: at least the length of the longest sequence.
+
+    Returns: out (total, H, D), or (out, lse (H, total) fp32, empty).
+    """
     q, k, v = _unpacked("qkv", qkv, 3, 4)
     with _naming(q="qkv", k="qkv", v="qkv", cu_seqlens_q="cu_seqlens", max_seqlen_q="max_seqlen"):
         return flash_attn_varlen_func(
@@ -161,8 +181,8 @@ def flash_attn_varlen_qkvpacked_func(
         )  # fmt: skip
 
 
-def _reading_a_cache(function):
-    """The function with an error for derivatives: for forward mode at once, for gradients in the backward pass."""
+def _without_derivatives(function):
+    """Decorates a function that reads a cache: forward-mode derivatives raise in the call, gradients in the backward pass."""
 
     @functools.wraps(function)
     def wrapper(*args, **options):
@@ -173,7 +193,7 @@ def _reading_a_cache(function):
     return wrapper
 
 
-@_reading_a_cache
+@_without_derivatives
 def flash_attn_with_kvcache(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor | None = None,
     v: torch.Tensor | None = None, rotary_cos: torch.Tensor | None = None, rotary_sin: torch.Tensor | None = None,
@@ -183,23 +203,24 @@ def flash_attn_with_kvcache(
     rotary_interleaved: bool = True, alibi_slopes: torch.Tensor | None = None, num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Result:  # fmt: skip
-    """Attention to cached keys and values, after appending new ones in place. Nothing of the cache is copied.
+    """Attention over a KV cache, after new keys and values are appended to it in place. The cache is not copied.
 
     Args:
         q: (B, T, H, D).
         k_cache: (B_cache, S, H_kv, D), or with a block table a pool of pages (num_pages, page, H_kv, D); written.
-        v_cache: as k_cache, with a head dim D_v that may be another.
+        v_cache: as k_cache, with a head dim D_v that may differ; written.
         k, v: (B, T_new, H_kv, D) and (B, T_new, H_kv, D_v), stored from position cache_seqlens on.
-        rotary_cos, rotary_sin: (positions, R / 2), best in fp32: rotate the first R dimensions of new keys, at position
-            cache_seqlens + t, and of q: at cache_seqlens + t with `causal` or a window, else all at cache_seqlens.
-        cache_seqlens: int, or (B,) int32: tokens of each sequence in the cache before this call. None: it is full.
-        cache_batch_idx: (B,) int32: the rows of the cache that these sequences have; default 0 to B - 1.
-        cache_leftpad: (B,) int32: keys before it are not seen.
+        rotary_cos, rotary_sin: (positions, R / 2), preferably fp32: rotary embedding of the first R dimensions of new keys,
+            at positions cache_seqlens + t, and of q: at cache_seqlens + t if causal or with a window, else all at
+            cache_seqlens.
+        cache_seqlens: int, or (B,) int32: the number of cached tokens of each sequence before this call. None: all S.
+        cache_batch_idx: (B,) int32: the rows of the cache for these sequences; default 0 to B - 1.
+        cache_leftpad: (B,) int32: keys before it are not attended to.
         block_table: (B, pages) int32: token j of sequence b is in row j % page of page block_table[b, j // page].
-        rotary_interleaved: pairs of dimensions are (2n, 2n + 1), else (n, n + R / 2).
-        num_splits: the kernel's choice, whatever it is.
+        rotary_interleaved: whether pairs of dimensions are (2n, 2n + 1) or (n, n + R / 2).
+        num_splits: no effect: the kernel chooses.
         return_softmax_lse: also return the log-sum-exp.
-        The rest: see `flash_attn_func`, with cache_seqlens + T_new for S.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`, with S = cache_seqlens + T_new.
 
     Returns: out (B, T, H, D_v), or (out, lse (B, H, T) fp32). Their backward pass raises RuntimeError.
     Raises: TypeError, ValueError: argument, expected, got, before anything is written; on CPU also for a token outside the
@@ -248,7 +269,7 @@ def flash_attn_with_kvcache(
 
 
 def _check_attends(q, k_cache, v_cache, alibi_slopes) -> None:
-    """Raises what the attention would raise for tensors that do not go together."""
+    """Raises the errors of attention for dtypes, shapes and devices that do not match."""
     H, D = q.shape[2:]
     require_dtype("q", q, (*KERNEL_DTYPES, torch.float64))
     for name, x in (("q", q), ("v_cache", v_cache)):
@@ -257,7 +278,7 @@ def _check_attends(q, k_cache, v_cache, alibi_slopes) -> None:
             raise ValueError(f"{name}: expected a head dim from 1 to {MAX_HEAD_DIM}, got {got}")
     heads = k_cache.shape[2]
     if heads == 0 or H % heads:
-        raise ValueError(f"k_cache: expected a number of heads that divides q's {H}, got {heads}")
+        raise ValueError(f"k_cache: expected a number of heads that divides the {H} heads of q, got {heads}")
     for name, x, head_dim in (("k_cache", k_cache, D), ("v_cache", v_cache, v_cache.shape[3])):
         require_dtype(name, x, (q.dtype,))
         require_shape(name, x, (*k_cache.shape[:3], head_dim), "to match q and k_cache")
@@ -273,7 +294,7 @@ def _number_of_tokens(name, x) -> int:
 
 
 def _check_room(lengths, new: int, rows: int, table) -> None:
-    """On CPU, raises ValueError where the cache has not as many tokens, or has no room for new ones."""
+    """On CPU, raises ValueError if cache_seqlens exceeds the cache, or there is no room for new tokens."""
     if not lengths.is_cpu or lengths.numel() == 0:
         return
     least, most = lengths.min().item(), lengths.max().item()
@@ -289,7 +310,7 @@ def _check_room(lengths, new: int, rows: int, table) -> None:
 
 
 def _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, interleaved, local):
-    """Stores k and v. Returns q, rotated if there are angles, and the lengths afterwards."""
+    """Stores k and v. Returns q, rotated if there are cos and sin, and the lengths of the sequences afterwards."""
     if v is None or cache_seqlens is None or (cos is None) != (sin is None):
         missing = (
             "v" if v is None else "cache_seqlens" if cache_seqlens is None else "rotary_cos" if cos is None else "rotary_sin"
@@ -321,8 +342,8 @@ def _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, int
         if positions_q.is_cpu and positions_q.numel() and (last := positions_q.max().item()) >= cos.shape[0]:
             raise ValueError(f"rotary_cos: expected more than {last} rows, the last position of q, got {cos.shape[0]}")
         rotated = rope_reference(_heads_first(q), positions_q, *angles, interleaved=interleaved)
-        one = new[0][:, :1]  # the operation rotates queries too
-        rope_kv_cache_update(one, *new, *caches, positions[:, :T_new], *angles, **options)
+        unused_q = new[0][:, :1]  # the operation rotates queries, too
+        rope_kv_cache_update(unused_q, *new, *caches, positions[:, :T_new], *angles, **options)
     return rotated.transpose(1, 2), cache_seqlens + T_new
 
 
@@ -343,15 +364,15 @@ def attend(
         B, T, H, _ = q.shape
         key = torch.arange(k.shape[1] * (1 if block_table is None else block_table.shape[1]), device=q.device)
         past = len(key) - T if lengths is None else lengths.view(B, 1, 1, 1) - T
-        own = torch.arange(T, device=q.device).unsqueeze(1) + past  # of each query among the keys; (T, 1) or (B, 1, T, 1)
+        q_pos = torch.arange(T, device=q.device).unsqueeze(1) + past  # positions among the keys, (T, 1) or (B, 1, T, 1)
         if right is not None:
-            mask = key <= own + right
+            mask = key <= q_pos + right
         if leftpad is not None:
-            seen = key >= leftpad.view(B, 1, 1, 1)
-            mask = seen if mask is None else mask & seen
+            is_token = key >= leftpad.view(B, 1, 1, 1)
+            mask = is_token if mask is None else mask & is_token
         if slopes_of_sequences:
             require_shape("alibi_slopes", alibi_slopes, (B, H), "(B, H) or (H,)")
-            bias, alibi_slopes = -alibi_slopes[:, :, None, None] * (own - key).abs(), None
+            bias, alibi_slopes = -alibi_slopes[:, :, None, None] * (q_pos - key).abs(), None
     out, lse = attention(
         *(_heads_first(x) for x in (q, k, v)), causal=causal, window=window, softcap=softcap or None, scale=scale,
         alibi_slopes=alibi_slopes, mask=mask, bias=bias, kv_lengths=lengths, block_table=block_table,
@@ -367,21 +388,21 @@ def attend_packed(
     lengths: torch.Tensor | None = None, block_table: torch.Tensor | None = None, dropout_p: float = 0.0,
     dropout_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(out (total_q, H, D_v), lse (H, total_q)) of packed sequences. lengths: (B,) keys that each has, if not all."""
+    """(out (total_q, H, D_v), lse (H, total_q)) of packed sequences. lengths: (B,) number of keys to use; None: all."""
     options = {
         "softcap": softcap, "alibi_slopes": alibi_slopes, "scale": scale, "dropout_p": dropout_p,
         "dropout_seed": dropout_seed,
     }  # fmt: skip
-    left_to_right = bounds(causal, window_size)
-    as_it_is = block_table is None and lengths is None and left_to_right[2] is None
-    if as_it_is and (alibi_slopes is None or alibi_slopes.dim() == 1):
-        options |= {"causal": left_to_right[0], "window": left_to_right[1], "softcap": softcap or None}
+    is_causal, window, right = bounds(causal, window_size)
+    needs_no_padding = block_table is None and lengths is None and right is None
+    if needs_no_padding and (alibi_slopes is None or alibi_slopes.dim() == 1):
+        options |= {"causal": is_causal, "window": window, "softcap": softcap or None}
         q, k, v = (_last_contiguous(x) for x in (q, k, v))
         packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         out, lse = attention_varlen(q, k, v, *packing, return_lse=True, **options)
         return out, lse
-    # The last query of each sequence goes to the last row, for that is the one that attention aligns with the last key. What is
-    # past the last sequence goes to one more.
+    # Queries are padded on the left, since attention aligns the last row with the last key. Rows past the last sequence go to an
+    # extra row.
     b, row = _rows(cu_seqlens_q, len(q), max_seqlen_q, to_the_right=True)
     tensors = [_padded(q, b, row, len(cu_seqlens_q) - 1, max_seqlen_q)]
     if block_table is None:
@@ -401,8 +422,8 @@ def _padded(x, b, row, B: int, longest: int):
 
 
 def _rows(cu_seqlens, total: int, longest: int, to_the_right=False):
-    """For each packed token the number of its sequence, and its row if all are padded to the longest; row `longest` for what is
-    past the last sequence."""
+    """For each packed token, the index of its sequence and its row after padding to the longest; row `longest` for tokens past
+    the last sequence."""
     lengths = cu_seqlens.diff()
     token = torch.arange(total, device=cu_seqlens.device)
     b = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp(max=len(lengths) - 1)
@@ -412,7 +433,7 @@ def _rows(cu_seqlens, total: int, longest: int, to_the_right=False):
 
 
 def _checked_packing(starts, longest, *totals) -> list[int]:
-    """How many rows the sequences have, of queries and of keys. totals: how many there are; None is not known."""
+    """Checks cu_seqlens on a CPU. Returns the rows of queries and keys that they cover. totals: existing rows; None: unknown."""
     used = []
     for name, cu_seqlens, limit, total in zip("qk", starts, longest, totals):
         if len(cu_seqlens) < 2 or len(cu_seqlens) != len(starts[0]):
@@ -429,7 +450,7 @@ def _checked_packing(starts, longest, *totals) -> list[int]:
 
 
 def bounds(causal: bool, window_size: tuple[int, int]) -> tuple[bool, int | None, int | None]:
-    """As fastgpt.attention takes them: causal and window; and how many keys to the right are seen, if it takes a mask."""
+    """causal and window for fastgpt.attention, and the number of keys to the right, which need a mask, or None."""
     left, right = window_size
     if causal:
         right = 0
@@ -438,7 +459,7 @@ def bounds(causal: bool, window_size: tuple[int, int]) -> tuple[bool, int | None
 
 @contextlib.contextmanager
 def _naming(**names: str):
-    """Errors that name the arguments of operations below name those of the function above."""
+    """Renames the arguments that errors of inner functions begin with."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -464,12 +485,12 @@ def _unpacked(name, x, parts, dims):
 
 
 def _options(q, causal, window_size, softcap, alibi_slopes, softmax_scale, dropout_p=0.0, return_attn_probs=False) -> dict:
-    """What the functions have in common, checked, as `attend` takes it."""
+    """Checks the common arguments, and returns the options of `attend`."""
     require_flag("causal", causal)
     require_flag("return_attn_probs", return_attn_probs)
     dropout_p = require_number("dropout_p", dropout_p, least=0, below=1)
     if return_attn_probs and dropout_p > 0:
-        raise ValueError(f"return_attn_probs: expected False with dropout, got True with dropout_p {dropout_p}")
+        raise ValueError(f"return_attn_probs: expected False with dropout, got True with dropout_p={dropout_p}")
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size: expected two integers >= -1, got {window_size!r}")
     if alibi_slopes is not None:
@@ -493,7 +514,7 @@ def _softcap(value) -> float:
 
 
 def _integer(name: str, value, least: int) -> int:
-    """Of an integer of any kind, a tensor with one included."""
+    """The value as an int; it may also be a tensor with one element."""
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point() and value.dtype != torch.bool:
         value = value.item()
     return require_integer(name, value, least=least, most=2**31 - 1)

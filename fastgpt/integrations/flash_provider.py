@@ -1,16 +1,15 @@
-"""fastgpt as PyTorch's flash attention on CUDA: what scaled_dot_product_attention, compiled graphs and
-torch.nn.attention.varlen use where that backend is chosen.
+"""fastgpt as a provider of PyTorch's flash attention on CUDA, the backend of scaled_dot_product_attention, of compiled graphs and
+of torch.nn.attention.varlen.
 
     import fastgpt.integrations.flash_provider
     torch.nn.attention.activate_flash_attention_impl("fastgpt")
     ...
     torch.nn.attention.restore_flash_attention_impl()
 
-Importing this module makes the name known, and activates nothing. Served are also dropout, pages of any size, slopes and
-windows; not the weights themselves (return_debug_mask), gradients through windows to the right, and 8-bit floats, which
-PyTorch's own operators keep: RuntimeError.
+Importing this module registers the name, and activates nothing. Dropout, pages of any size, ALiBi slopes and windows are
+supported; attention weights (return_debug_mask), gradients through windows to the right and 8-bit floats raise RuntimeError.
 
-The functions have the names of the operators of aten that they override. q, k, v and results are (B, T, H, head dim), or packed
+The functions have the names of the aten operators that they override. q, k, v and results are (B, T, H, head dim), or packed
 (total, H, head dim), and (B, H, T, head dim) for scaled_dot_product_...; causal attention is aligned to the bottom right.
 """
 
@@ -30,11 +29,11 @@ class Handle:
         self.library: torch.library.Library | None = library
 
     def remove(self) -> None:
-        self.library = None  # which was the only reference
+        self.library = None  # the only reference
 
 
 def register(key: str = "CUDA") -> Handle:
-    """Overrides PyTorch's flash attention for tensors of a dispatch key. Returns a handle; `remove` restores."""
+    """Overrides PyTorch's flash attention for tensors of a dispatch key. Returns a handle whose `remove` restores it."""
     library = torch.library.Library("aten", "IMPL", key)
     for function in (
         _scaled_dot_product_flash_attention,
@@ -43,7 +42,7 @@ def register(key: str = "CUDA") -> Handle:
         _flash_attention_forward_no_dropout_inplace,
         _flash_attention_backward,
     ):
-        if hasattr(torch.ops.aten, function.__name__):  # older versions of PyTorch lack one
+        if hasattr(torch.ops.aten, function.__name__):  # older versions of PyTorch lack the in-place one
             library.impl(function.__name__, function)
     return Handle(library)
 
@@ -82,8 +81,8 @@ def _flash_attention_forward(
     num_splits=None,
 ):  # fmt: skip
     if return_debug_mask:
-        raise RuntimeError("return_debug_mask: expected False with fastgpt, which never has the weights in memory, got True")
-    # What the gradient takes for the state of the generator: the seed is its first number.
+        raise RuntimeError("return_debug_mask: expected False with fastgpt, which never materializes the weights, got True")
+    # The backward gets this as the generator's state; its first number is the seed.
     state = torch.randint(2**62, (2,), device=query.device) if dropout_p > 0 else query.new_zeros(2, dtype=torch.int64)
     options = {
         "causal": is_causal, "window_size": _window(window_size_left, window_size_right), "scale": scale,
@@ -134,8 +133,7 @@ def _window(left, right):
 
 
 def _in_order_of(like, x):
-    """x with its dimensions in memory in the order of those of `like`: what graphs were compiled for. For values of another
-    head dim there are none."""
+    """x with the strides of `like`, which compiled graphs expect; unchanged if the shapes differ (other head dim of values)."""
     if x.shape != like.shape:
         return x
     expected = torch.empty_like(like)

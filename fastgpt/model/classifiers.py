@@ -1,4 +1,4 @@
-"""Heads other than the next token's: what class a sequence has, or each of its tokens, read off a decoder or an encoder."""
+"""Sequence and token classification on top of a decoder or an encoder."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,27 +20,27 @@ MAX_LABELS = 1 << 16
 
 
 def labels_of(stored: dict | None) -> dict[int, str] | None:
-    """id2label of config.json, whose keys are numbers as strings."""
+    """id2label of config.json, with its string keys as integers."""
     if stored is None:
         return None
     for label, name in stored.items():
         if not re.fullmatch(r"[0-9]{1,7}", label) or not isinstance(name, str):
-            raise ValueError(f"id2label: expected numbers with their names, got {label!r}: {name!r}")
+            raise ValueError(f"id2label: expected numbers as keys and names as values, got {label!r}: {name!r}")
     return {int(label): name for label, name in stored.items()}
 
 
 class Classifier(nn.Module):
-    """What both heads have.
+    """The base class of both classifiers.
 
     Args:
-        model: the decoder or encoder whose states are classified; it becomes part of this. Its output matrix is not used.
-        num_labels: classes; 1 for a regression.
-        id2label: the name of each, by its number; default LABEL_0, LABEL_1, ...
-        pad_token_id: what a tensor of ids is padded with; default: it is not padded.
+        model: the decoder or encoder whose hidden states are classified; it becomes a submodule. Its output matrix is not used.
+        num_labels: number of classes; 1 for regression.
+        id2label: names of the classes; default LABEL_0, LABEL_1, ...
+        pad_token_id: the token id that tensors of ids are padded with; default: they are not padded.
     """
 
     head: str  # one of fastgpt.checkpoints.families.HEADS
-    schema = {  # of config.json, beyond its decoder's
+    schema = {  # entries of config.json, beyond those of the decoder
         "id2label": mapping(None, optional=True),
         "num_labels": integer(1, MAX_LABELS, 2),
         "pad_token_id": integer(-(2**31), 2**31 - 1, None, optional=True),
@@ -74,7 +74,7 @@ class Classifier(nn.Module):
         return self.model.checkpoint_config
 
     def batch(self, ids, lengths=None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Ids (B, T), padded on the right, and the lengths (B,) int32 of sequences that differ; arguments: `forward`."""
+        """Arguments of `forward` -> ids (B, T), padded on the right, and lengths (B,) int32, or None if all are T."""
         if not isinstance(ids, torch.Tensor):
             if lengths is not None:
                 raise ValueError("lengths: expected None for a list of sequences, which have their own")
@@ -91,7 +91,16 @@ class Classifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype=None, device=None):
-        """A checkpoint that transformers' class of this head wrote, in evaluation mode; arguments, errors: those of GPT's."""
+        """Loads a checkpoint that the class of transformers with this head has written. It is returned in evaluation mode.
+
+        Args:
+            path: a folder with `config.json` and safetensors, or the id of a model on the Hugging Face Hub.
+            revision: a branch, tag or commit of a model on the Hub. Default: its main branch.
+            dtype: of all weights. Default: the dtype of most stored numbers.
+            device: of all weights. Default: PyTorch's default device.
+
+        Raises: OSError, ValueError, TypeError as `GPT.from_pretrained`.
+        """
         folder = hub.resolve(path, revision)
 
         def build(fields: dict, stored: dict):
@@ -105,11 +114,11 @@ class Classifier(nn.Module):
 
     @staticmethod
     def settings(stored: dict) -> dict:
-        """What else a head is told by config.json."""
+        """Further arguments of the head's constructor, from config.json."""
         return {}
 
     def entries(self) -> dict:
-        """What a head has in config.json beyond its decoder."""
+        """Entries of config.json beyond those of the decoder."""
         kept = ("tie_word_embeddings", "problem_type")
         return {key: self.checkpoint_config[key] for key in kept if key in self.checkpoint_config} | {
             "id2label": {str(label): name for label, name in self.id2label.items()},
@@ -118,12 +127,20 @@ class Classifier(nn.Module):
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`, which transformers reads too if it has this architecture."""
+        """Writes `config.json` and `model.safetensors` into a folder, which is made if it is missing. transformers loads them,
+        if it has this architecture."""
         transformers_format.write(self, folder, self.head, self.entries())
 
 
 class SequenceClassifier(Classifier):
-    """The class of each sequence: scores of its last token, which has seen all of it; in an encoder, of the mean of all."""
+    """Classifies sequences: by the hidden state of the last token, or for an encoder by the mean over all tokens.
+
+    Args:
+        model: the decoder or encoder whose hidden states are classified; it becomes a submodule.
+        num_labels: number of classes; 1 for regression.
+        id2label: names of the classes; default LABEL_0, LABEL_1, ...
+        pad_token_id: the token id that tensors of ids are padded with; default: they are not padded.
+    """
 
     head = "ForSequenceClassification"
 
@@ -132,11 +149,12 @@ class SequenceClassifier(Classifier):
         self.score = self.new_layer(bias=False)
 
     def forward(self, ids: torch.Tensor | Sequence, lengths: torch.Tensor | Sequence[int] | None = None) -> torch.Tensor:
-        """ids -> logits (B, num_labels).
+        """Token ids -> logits (B, num_labels).
 
         Args:
-            ids: a list of B sequences of any length; or (B, T) int64, padded on the right.
-            lengths: (B,), tokens of each sequence of such a tensor; default: all up to the last that is not padding.
+            ids: a list of B sequences of any length; or a tensor (B, T) int64 or int32, padded on the right.
+            lengths: (B,), a list or a tensor: the number of tokens of each row of a tensor. Default: up to the last token that
+                is not pad_token_id.
 
         Raises: TypeError, ValueError as `GPT.forward`.
         """
@@ -154,9 +172,14 @@ class SequenceClassifier(Classifier):
 
 
 class TokenClassifier(Classifier):
-    """The class of each token.
+    """Classifies each token by its hidden state.
 
-    dropout: in training, of the states that are classified. Further arguments: `Classifier`.
+    Args:
+        model: the decoder or encoder whose hidden states are classified; it becomes a submodule.
+        num_labels: number of classes.
+        dropout: probability in training, on the hidden states.
+        id2label: names of the classes; default LABEL_0, LABEL_1, ...
+        pad_token_id: the token id that tensors of ids are padded with; default: they are not padded.
     """
 
     head = "ForTokenClassification"
@@ -170,14 +193,22 @@ class TokenClassifier(Classifier):
         self.classifier = self.new_layer(bias=True)
 
     def forward(self, ids: torch.Tensor | Sequence, lengths: torch.Tensor | Sequence[int] | None = None) -> torch.Tensor:
-        """ids -> logits (B, T, num_labels); those of padding mean nothing. Arguments and errors: `SequenceClassifier`."""
+        """Token ids -> logits (B, T, num_labels); those of padding are meaningless.
+
+        Args:
+            ids: a list of B sequences of any length; or a tensor (B, T) int64 or int32, padded on the right.
+            lengths: (B,), a list or a tensor: the number of tokens of each row of a tensor. Default: up to the last token that
+                is not pad_token_id.
+
+        Raises: TypeError, ValueError as `GPT.forward`.
+        """
         states = self.model.encode(*self.batch(ids, lengths))
         return project(F.dropout(states, self.dropout, is_training(self)), self.classifier)
 
     @staticmethod
     def settings(stored):
-        given = (stored[key] for key in ("classifier_dropout", "hidden_dropout"))
-        return {"dropout": next((value for value in given if value is not None), 0.1)}
+        rates = (stored[key] for key in ("classifier_dropout", "hidden_dropout"))
+        return {"dropout": next((rate for rate in rates if rate is not None), 0.1)}
 
     def entries(self) -> dict:
         return super().entries() | {"classifier_dropout": self.dropout}

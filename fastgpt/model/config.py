@@ -1,4 +1,4 @@
-"""What a decoder is made of."""
+"""The configuration of a decoder."""
 
 from dataclasses import dataclass
 
@@ -9,23 +9,34 @@ from fastgpt.model.rope import Rope
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What a decoder is made of. The defaults are GPT-2's.
+    """The architecture and sizes of a decoder. The defaults are GPT-2's.
 
-    num_heads, num_kv_heads, head_dim: of attention; default as many key and value heads as query heads, and
-        hidden_size / num_heads. Each key head serves num_heads / num_kv_heads query heads.
+    vocab_size: number of token ids.
+    context_length: the most tokens of a sequence, prompt included.
+    num_layers: number of blocks.
+    hidden_size: width of the residual stream.
+    num_heads: query heads of attention.
+    num_kv_heads: key and value heads; default num_heads. Each of them is shared by num_heads / num_kv_heads query heads.
+    head_dim: size of a head; default hidden_size / num_heads.
     intermediate_size: width of the MLP; default 4 · hidden_size.
-    dropout: in training, of the embeddings and of what each attention and MLP adds to the residual stream.
-    norm: "layer" or "rms", with norm_eps; norm_offset is added to its weight.
-    post_norms: what attention and MLP add to the residual stream is normalized, too.
-    activation: of the MLP: down(activation(up(x))), or if gated down(activation(gate(x)) · up(x)).
-    qkv_bias, out_bias, mlp_bias: whether the matrices have one.
-    qk_norm: queries and keys are normalized, head by head.
-    position: "learned" or "sinusoidal" embeddings, "rotary" as `rope` says, or None.
-    windows: for each layer the last tokens that one attends to, itself included, or None for all; default all, everywhere.
-    causal: False lets tokens attend to later ones as well: an encoder.
-    cross_attention: between attention and MLP, each block attends to a second stream, too: the states of an encoder, say.
-    attention_scale, attention_softcap: of `attention`; default 1 / sqrt(head_dim), and none.
-    logit_softcap: bound on the logits, c · tanh(logits / c).
+    dropout: probability in training, for the embeddings and for the output of each attention and MLP.
+    norm: "layer" or "rms".
+    norm_eps: added to the variance, or to the mean square.
+    norm_offset: added to the weight of a norm: 1 where a checkpoint stores weights less one (Gemma).
+    post_norms: also normalize the output of each attention and MLP, before it is added to the residual stream.
+    activation: of the MLP, a name that `fastgpt.linear` takes: down(activation(up(x))).
+    gated: the MLP is down(activation(gate(x)) · up(x)).
+    qkv_bias, out_bias, mlp_bias: whether these projections have a bias.
+    qk_norm: normalize queries and keys, per head.
+    position: "learned" or "sinusoidal" embeddings, "rotary", or None.
+    rope: the rotary embedding (`fastgpt.model.rope.Rope`), if position is "rotary".
+    windows: for each layer the size of its attention window in tokens, a token itself included, or None for full attention;
+        default: full attention in all layers.
+    causal: False lets tokens attend to later ones as well, as in an encoder.
+    cross_attention: each block also attends to a second sequence, such as the states of an encoder, between attention and MLP.
+    attention_scale: factor on q·k; default 1 / sqrt(head_dim).
+    attention_softcap: bound on the attention scores, c · tanh(scores / c); default: none.
+    logit_softcap: bound on the logits, c · tanh(logits / c); default: none.
     embedding_scale: factor on the token embeddings, rounded to their dtype.
     tie_embeddings: the output matrix is the token embedding.
 
@@ -81,13 +92,14 @@ class GPTConfig:
         if self.rope is not None and not isinstance(self.rope, Rope):
             raise TypeError(f"rope: expected a Rope or None, got {self.rope!r}")
         if (self.position == "rotary") != (self.rope is not None):
-            raise ValueError(f"rope: expected a Rope if position is 'rotary', and None else, got {self.rope!r}")
+            raise ValueError(f"rope: expected a Rope if position is 'rotary', else None, got {self.rope!r}")
         if self.rope is not None and self.rope.dim > self.head_dim:
             raise ValueError(f"rope.dim: expected at most head_dim={self.head_dim}, got {self.rope.dim}")
         if self.windows is not None and len(self.windows) != self.num_layers:
-            raise ValueError(f"windows: expected {self.num_layers}, one for each layer, got {self.windows!r}")
+            raise ValueError(f"windows: expected {self.num_layers} entries, one for each layer, got {self.windows!r}")
         if self.windows is not None and not self.causal:
             raise ValueError(f"windows: expected None for a model that is not causal, got {self.windows!r}")
 
     def window(self, layer: int) -> int | None:
+        """The attention window of a layer, None for full attention."""
         return None if self.windows is None else self.windows[layer]

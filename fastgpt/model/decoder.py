@@ -1,7 +1,14 @@
-"""The decoder: GPT-2's architecture and what later families changed of it, short enough to read in one sitting.
+"""The decoder: GPT-2's architecture and what later families changed in it, short enough to read in one sitting.
+
+    GPT      ids (B, T) -> token and position embeddings (B, T, C) -> blocks -> final norm -> output matrix -> logits (B, T, V)
+    Block    x = x + attention(norm(x)), then x = x + mlp(norm(x)); x (B, T, C) is the residual stream
+
+A cache holds the keys and values of the tokens before (fastgpt/cache). Without one, `Uncached` takes its place, so the blocks
+are written once. Where the modules are plain ones, `linear` computes a projection with the norm before it and the activation,
+gate and residual after it in one operation (fastgpt/model/fusion.py says when).
 
 Shapes: B batch, T tokens, C hidden size, H query heads, H_kv key and value heads, D head dim, I intermediate size,
-V vocabulary.
+S keys, V vocabulary.
 """
 
 import functools
@@ -32,7 +39,7 @@ from fastgpt.ops.quantization import QUANTIZED_DTYPES
 
 @plain(weights=2)
 class Norm(nn.Module):
-    """Layer norm or RMS norm of the last dimension. Where a matrix follows, `linear` computes both at once."""
+    """Layer norm or RMS norm over the last dimension. Where a projection follows, `linear` computes both in one operation."""
 
     def __init__(self, config: GPTConfig, width: int):
         super().__init__()
@@ -43,8 +50,8 @@ class Norm(nn.Module):
     def forward(self, x, residual=None):
         return norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps, offset=self.offset, residual=residual)
 
-    def before(self) -> dict:
-        """What makes `linear` compute it first."""
+    def as_options(self) -> dict:
+        """The arguments of `linear` that apply this norm to its input."""
         weights = self._parameters
         return {
             "norm": self.kind, "norm_weight": weights["weight"], "norm_bias": weights["bias"], "norm_eps": self.eps,
@@ -53,34 +60,35 @@ class Norm(nn.Module):
 
 
 def new_layer(cls: type[nn.Module], *sizes: int, **options) -> nn.Module:
-    """PyTorch's own nn.Linear or nn.Embedding, the very class, as its tools look for it; without values, which
-    `GPT.initialize` draws: drawing them twice, or without memory, takes a second of loading."""
+    """An nn.Linear or nn.Embedding with uninitialized weights, which `GPT.initialize` draws: drawing them twice would add a
+    second to loading. It is PyTorch's own class, which quantization, adapters and FSDP look for."""
     return nn.utils.skip_init(cls, *sizes, device=torch.get_default_device(), **options)
 
 
-def only_looks_up(embedding: nn.Module) -> bool:
-    """Whether calling it takes rows of its weight, and nothing else."""
+def is_plain_lookup(embedding: nn.Module) -> bool:
+    """Whether calling an embedding only gathers rows of its weight."""
     return computes(embedding, nn.Embedding.forward) and embedding.max_norm is None
 
 
 def look_up(embedding: nn.Module, index: torch.Tensor) -> torch.Tensor:
-    """embedding(index); for a decode step without the Python in between, which takes as long as the rest."""
-    if torch.is_grad_enabled() or not only_looks_up(embedding):
+    """embedding(index); in a decode step without nn.Embedding's Python code, which takes as long as the lookup itself."""
+    if torch.is_grad_enabled() or not is_plain_lookup(embedding):
         return embedding(index)
     return torch.embedding(embedding._parameters["weight"], index)
 
 
 def project(x, layer: nn.Module, norm: nn.Module | None = None, **options):
-    """layer(norm(x)), or layer(x), and what `options` say of `linear` after it: in one operation where both are plain."""
+    """layer(norm(x)), or layer(x), followed by the activation, gate, residual and dropout in `options` (those of `linear`):
+    in one operation where the modules are plain."""
     if not computes(layer, nn.Linear.forward):
         return finish(layer(x if norm is None else norm(x)), **options)
-    weights = layer._parameters  # faster than attributes, which are looked up there
+    weights = layer._parameters  # layer.weight would search this dict, too, but slower
     weight, bias = weights["weight"], weights["bias"]
     if norm is None:
         return linear(x, weight, bias, **options)
     if not computes(norm, Norm.forward):
         return linear(norm(x), weight, bias, **options)
-    return linear(x, weight, bias, **norm.before(), **options)
+    return linear(x, weight, bias, **norm.as_options(), **options)
 
 
 def add(x, y, layer: nn.Module, post_norm: nn.Module | None, dropout_p: float):
@@ -93,7 +101,7 @@ def add(x, y, layer: nn.Module, post_norm: nn.Module | None, dropout_p: float):
 
 @plain(weights=0)
 class Attention(nn.Module):
-    """x + out(attention(qkv(norm(x)))), over the tokens at hand or over a cache that they join."""
+    """x + out(attention(qkv(norm(x)))), where keys and values go through the cache."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -102,22 +110,24 @@ class Attention(nn.Module):
         self.options = {
             "window": config.window(layer), "scale": config.attention_scale, "softcap": config.attention_softcap
         }  # fmt: skip
-        wide = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = new_layer(nn.Linear, config.hidden_size, wide, bias=config.qkv_bias)
+        qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv = new_layer(nn.Linear, config.hidden_size, qkv_size, bias=config.qkv_bias)
         self.q_norm, self.k_norm = (Norm(config, config.head_dim) if config.qk_norm else None for _ in range(2))
         self.out = new_layer(nn.Linear, config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
     def forward(self, x, norm: Norm, cache: KVCache | Uncached, rotation, last_only: bool):
+        """x (B, T, C) -> (B, T, C), or with last_only (B, 1, C). rotation: cos and sin (positions, R/2) each, or None."""
         B, T, _ = x.shape
         heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
-        q, k, v = project(x, self.qkv, norm).view(B, T, sum(heads), self.head_dim).split(heads, dim=2)  # views
+        qkv = project(x, self.qkv, norm).view(B, T, sum(heads), self.head_dim)  # (B, T, H + 2 H_kv, D)
+        q, k, v = qkv.split(heads, dim=2)  # views: (B, T, H, D), (B, T, H_kv, D) twice
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D) twice
-        y = cache.attend(self.layer, q, k, v, rotation, last_only=last_only, **self.options)  # as q, or the last of it
+        y = cache.attend(self.layer, q, k, v, rotation, last_only=last_only, **self.options)  # (B, H, T or 1, D)
         x = x[:, -1:] if last_only else x
-        if y.dtype is not q.dtype:  # that of a cache which autocast, on or off since, made another
+        if y.dtype is not q.dtype:  # the cache was made under another state of autocast, and y has its dtype
             y = y.to(q.dtype)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H · D)
         return add(x, y, self.out, self.post_norm, self.dropout if is_training(self) else 0.0)
@@ -125,21 +135,21 @@ class Attention(nn.Module):
 
 @plain(weights=0)
 class CrossAttention(nn.Module):
-    """x + out(attention(q(norm(x)), k, v)): each token attends to all of a second stream, whose positions do not count."""
+    """x + out(attention(q(norm(x)), k, v)), with k, v of a second sequence (an encoder's states): not causal, no positions."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.options = {"scale": config.attention_scale, "softcap": config.attention_softcap}
-        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q = new_layer(nn.Linear, config.hidden_size, wide, bias=config.qkv_bias)
-        self.kv = new_layer(nn.Linear, config.hidden_size, 2 * narrow, bias=config.qkv_bias)
-        self.out = new_layer(nn.Linear, wide, config.hidden_size, bias=config.out_bias)
+        q_size, kv_size = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+        self.q = new_layer(nn.Linear, config.hidden_size, q_size, bias=config.qkv_bias)
+        self.kv = new_layer(nn.Linear, config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.out = new_layer(nn.Linear, q_size, config.hidden_size, bias=config.out_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
     def read(self, states):
-        """The keys and values of a second stream: (B, S, C) -> (B, H_kv, S, D) twice."""
+        """The keys and values of encoder states: (B, S, C) -> (B, H_kv, S, D) twice."""
         k, v = project(states, self.kv).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(2)
         return k.transpose(1, 2), v.transpose(1, 2)
 
@@ -151,23 +161,26 @@ class CrossAttention(nn.Module):
 
 @plain(weights=0)
 class MLP(nn.Module):
-    """x + down(activation(up(norm(x)))); if gated, up is gate and up, one below the other."""
+    """x + down(activation(up(norm(x)))); if gated, the weight of `up` is (2I, C): the rows of the gate, then those of up."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.dropout, self.activation, self.gated = config.dropout, config.activation, config.gated
-        wide = config.intermediate_size * (2 if config.gated else 1)
-        self.up = new_layer(nn.Linear, config.hidden_size, wide, bias=config.mlp_bias)
+        up_size = config.intermediate_size * (2 if config.gated else 1)
+        self.up = new_layer(nn.Linear, config.hidden_size, up_size, bias=config.mlp_bias)
         self.down = new_layer(nn.Linear, config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
     def forward(self, x, norm: Norm):
+        """x (B, T, C) -> (B, T, C)."""
         y = project(x, self.up, norm, activation=self.activation, gated=self.gated)  # (B, T, C) -> (B, T, I)
         return add(x, y, self.down, self.post_norm, self.dropout if is_training(self) else 0.0)
 
 
 @plain(weights=0)
 class Block(nn.Module):
+    """Attention, cross-attention if the model has it, and an MLP, each with the norm before it and its residual."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attention_norm = Norm(config, config.hidden_size)
@@ -178,7 +191,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache: KVCache | Uncached, rotation=None, last_only: bool = False):
-        """x (B, T, C) -> the same, or (B, 1, C) of the last token, which still looks back at all."""
+        """x (B, T, C) -> (B, T, C), or with last_only (B, 1, C): of the last token, which still attends to all."""
         x = self.attention(x, self.attention_norm, cache, rotation, last_only)
         if self.cross_attention is not None:
             x = self.cross_attention(x, self.cross_attention_norm, cache.encoder_kv)
@@ -187,11 +200,12 @@ class Block(nn.Module):
 
 @plain(weights=0)
 class GPT(nn.Module):
-    """A decoder: `model(ids)` gives logits (B, T, V); with `cache`, ids are the tokens that follow those in it.
+    """A decoder: `model(ids)` returns logits (B, T, V); with a cache, ids are the tokens that follow the cached ones.
 
-    checkpoint_config: what config.json said, if the model came from a checkpoint; `save_pretrained` keeps it.
-    generation_defaults: options of `generate`, and max_new_tokens, that the checkpoint's generation_config.json gives, under
-        `generate`'s names: {"temperature": 0.6, "top_p": 0.9, "eos": [2]}, say. `save_pretrained` writes it.
+    config: the architecture.
+    checkpoint_config: the contents of config.json, if the model came from a checkpoint; `save_pretrained` writes them back.
+    generation_defaults: defaults of `generate` and max_new_tokens from the checkpoint's generation_config.json, under the names
+        of `generate`: for example {"temperature": 0.6, "top_p": 0.9, "eos": [2]}. `save_pretrained` writes them.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -204,7 +218,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = Norm(config, config.hidden_size)
         self.output = None if config.tie_embeddings else new_layer(nn.Linear, config.hidden_size, config.vocab_size, bias=False)
-        self.tables = None  # what positions add to embeddings, or how they rotate queries and keys
+        self.tables = None  # by position: cos and sin of rotary embeddings, or sinusoidal embeddings
         if config.rope is not None:
             self.tables = Tables(config.rope.rotation, config.context_length)
         elif config.position == "sinusoidal":
@@ -213,8 +227,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """GPT-2's initial weights: N(0, 0.02), and where a block adds to the residual stream that over the square root of
-        how often one does. On the meta device, none."""
+        """Draws GPT-2's initial weights: N(0, 0.02), with the standard deviation of the projections into the residual stream
+        divided by the square root of their number. On the meta device it does nothing."""
         if self.token_embedding.weight.is_meta:
             return
         additions = (3 if self.config.cross_attention else 2) * self.config.num_layers
@@ -242,20 +256,25 @@ class GPT(nn.Module):
         encoder_lengths: torch.Tensor | Sequence[int] | None = None,
         output_hidden_states: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """ids (B, T) int64 -> logits (B, T, V).
+        """Token ids (B, T) -> logits (B, T, V).
 
         Args:
-            cache: holds the tokens before, and then these too; see `new_cache`. Default: there are none.
-            new: with a cache, how many of the columns, the last ones, are tokens of each sequence; the others are
-                padding, whose logits mean nothing. Default: all.
-            lengths: without a cache, how many of the columns, the first ones, are; a list or a tensor (B,). Default: all.
-            encoder_states: (B, S, C), the second stream, without a cache. A model with cross-attention needs one.
-            encoder_lengths: as lengths, of encoder_states.
-            output_hidden_states: also return the residual stream (B, T, C) before each block and, through the final norm,
-                after the last: the pair (logits, a tuple of num_layers + 1).
+            ids: (B, T) int64 or int32, on the device of the model.
+            cache: the keys and values of the tokens before, to which those of ids are added; see `new_cache`. Default: there
+                are no tokens before.
+            new: with a cache, the number of new tokens of each sequence: the last new[b] columns of row b. The columns before
+                them are padding, whose logits are meaningless. Default: all columns.
+            lengths: (B,), a list or a tensor; without a cache, the number of tokens of each sequence: the first lengths[b]
+                columns of row b. The others are padding. Default: all columns.
+            encoder_states: (B, S, C) in the dtype of the weights, which cross-attention attends to; with a cache, they are
+                given to `new_cache` instead.
+            encoder_lengths: (B,), a list or a tensor: the number of encoder states of each sequence. Default: S.
+            output_hidden_states: also return the residual stream: a tuple of num_layers + 1 tensors (B, T, C), the input of
+                each block and the output of the last one, after the final norm.
 
-        Raises: TypeError, ValueError for ids that are not (B, T) int64, out of the vocabulary (on CPU), or more than
-            the context or the cache holds; for lengths and encoder states that do not fit them.
+        Returns: logits (B, T, V), or with output_hidden_states (logits, hidden states).
+        Raises: TypeError, ValueError for ids of another shape or dtype, outside the vocabulary (on CPU), or more than the
+            context or the cache has room for; for lengths and encoder states that do not match them.
         """
         if cache is None:
             cache = uncached(self, ids, lengths, encoder_states, encoder_lengths)
@@ -269,13 +288,20 @@ class GPT(nn.Module):
     def hidden(
         self, ids: torch.Tensor, cache: KVCache | Uncached | None = None, new: list[int] | None = None, last_only: bool = False
     ) -> torch.Tensor:
-        """The last block's output, which `logits` takes: ids (B, T) -> (B, T, C), or with last_only (B, 1, C)."""
+        """The output of the last block, which `logits` takes: ids (B, T) -> (B, T, C), or with last_only (B, 1, C)."""
         cache = uncached(self, ids) if cache is None else cache
         return self.run_blocks(self.embed(ids, cache, new), cache, last_only)
 
     def encode(self, ids: torch.Tensor, lengths: torch.Tensor | Sequence[int] | None = None) -> torch.Tensor:
-        """The same through the final norm, of sequences of the given lengths (as in `forward`): what heads and the
-        cross-attention of another model read."""
+        """Token ids (B, T) -> the final hidden states (B, T, C), after the final norm: the input of classification heads, and
+        of the cross-attention of another model.
+
+        Args:
+            ids: (B, T) int64 or int32, padded on the right.
+            lengths: (B,), a list or a tensor: the number of tokens of each sequence. Default: T.
+
+        Raises: TypeError, ValueError as `forward`.
+        """
         return self.norm(self.hidden(ids, uncached(self, ids, lengths)))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -283,23 +309,24 @@ class GPT(nn.Module):
         return self.softcap_logits(self.uncapped_logits(hidden))
 
     def uncapped_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits before a cap."""
+        """`logits` before the soft cap."""
         if self.output is not None:
             return project(hidden, self.output, self.norm)
         weight = getattr(self.token_embedding, "weight", None)
         if not isinstance(weight, torch.Tensor):
             got = type(self.token_embedding).__name__
-            raise ValueError(f"token_embedding: expected a weight, which is the output matrix too, in a module of type {got}")
+            raise ValueError(f"token_embedding: expected a module with a weight, which is also the output matrix, got {got}")
         if not is_plain_matrix(weight) or not computes(self.norm, Norm.forward):
             return F.linear(self.norm(hidden), weight)
-        return linear(hidden, weight, **self.norm.before())
+        return linear(hidden, weight, **self.norm.as_options())
 
     def softcap_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """c · tanh(logits / c), if the model has a soft cap c."""
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def embed(self, ids: torch.Tensor, cache: KVCache | Uncached, new: list[int] | None = None) -> torch.Tensor:
-        """Makes room for ids (B, T) in the cache and embeds them: (B, T, C)."""
+        """Reserves room for ids (B, T) in the cache and returns their embeddings (B, T, C)."""
         self.check(ids, cache, new)
         try:
             x = look_up(self.token_embedding, ids)  # (B, T, C)
@@ -310,11 +337,11 @@ class GPT(nn.Module):
             ) from None
         positions = cache.extend(ids.shape[1], new)  # (T,) or (B, T)
         if new is not None:
-            positions = positions.clamp(min=0)  # of padding: any
+            positions = positions.clamp(min=0)  # those of padding are negative
         return self.embed_at(x, positions, self.position_tables(x, cache))
 
     def embed_at(self, x: torch.Tensor, positions: torch.Tensor, tables: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Token embeddings (B, T, C) scaled, and with those of their positions, (T,) or (B, T)."""
+        """Token embeddings x (B, T, C), scaled, plus the embeddings of their positions (T,) or (B, T), if there are any."""
         config = self.config
         if config.embedding_scale is not None:
             x = x * torch.tensor(config.embedding_scale, dtype=x.dtype, device="cpu")
@@ -325,31 +352,31 @@ class GPT(nn.Module):
         return F.dropout(x, config.dropout) if is_training(self) else x
 
     def embed_reserved(self, ids: torch.Tensor, cache: KVCache, tables: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
-        """As `embed`, of ids (B, 1) of a step on a GPU that `check` and `cache.reserve` know of: plain embeddings in two
-        launches, by their weights alone."""
-        config, tokens, places = self.config, self.token_embedding, self.position_embedding
-        for embedding in (tokens, places):
-            if embedding is not None and not only_looks_up(embedding):
+        """Embeds ids (B, 1) of a decode step that `check` has accepted and `cache.reserve` has made room for: (B, 1, C). On a
+        GPU, plain embeddings take two launches."""
+        config, tokens, positions = self.config, self.token_embedding, self.position_embedding
+        for embedding in (tokens, positions):
+            if embedding is not None and not is_plain_lookup(embedding):
                 return self.embed_at(tokens(ids), cache.advance(1), tables)
         table = None
-        if places is not None:
-            table = places.weight
+        if positions is not None:
+            table = positions.weight
         elif config.position == "sinusoidal":
             table = tables[0]
         x = embed(ids, tokens.weight, cache.advance(1), table, scale=config.embedding_scale)
         return F.dropout(x, config.dropout) if is_training(self) else x
 
     def position_tables(self, x: torch.Tensor, cache: KVCache | Uncached) -> tuple[torch.Tensor, ...] | None:
-        """What a pass needs of `tables`, whose tokens have joined the cache, where x is: cos and sin, embeddings, or None."""
+        """The tables by position for a pass over the cached tokens, on the device of x: (cos, sin), (embeddings,) or None."""
         if self.tables is None:
             return None
         rope, rows = self.config.rope, cache.length
-        if torch.compiler.is_compiling() and not isinstance(cache, Uncached):  # as many at each pass: compiled once
+        if torch.compiler.is_compiling() and not isinstance(cache, Uncached):  # a fixed number: one graph serves all passes
             rows = self.config.context_length if cache.capacity is None else min(cache.capacity, self.config.context_length)
         return self.tables(rows, x, *(() if rope is None else (rope.is_long(max(cache.length, cache.expected_length)),)))
 
     def check(self, ids: torch.Tensor, cache: KVCache | Uncached, new: list[int] | None = None) -> None:
-        """Raises TypeError, ValueError for ids that cannot join the cache, as far as the host can tell."""
+        """Raises TypeError, ValueError for ids and counts that the cache or the model cannot take, without a device sync."""
         weight = self.first_weight
         require_ids(ids, weight.device)
         B, T = ids.shape
@@ -359,9 +386,9 @@ class GPT(nn.Module):
             past, longest = 0, T
         else:
             if not isinstance(cache, KVCache):
-                raise TypeError(f"cache: expected one of `new_cache`'s, got {type(cache).__name__}")
+                raise TypeError(f"cache: expected a KVCache (see `new_cache`), got {type(cache).__name__}")
             if cache.batch_size != B:
-                raise ValueError(f"cache: expected one for a batch of {B}, got one for {cache.batch_size}")
+                raise ValueError(f"cache: expected batch size {B}, as ids has, got {cache.batch_size}")
             if new is not None:
                 new = cache.require_counts(T, new)
             past = cache.length
@@ -369,8 +396,7 @@ class GPT(nn.Module):
             dtype = cache.dtype
             same = dtype is weight.dtype or dtype in QUANTIZED_DTYPES or cache.casts
             if not same and not is_autocasting(ids.device):
-                expected = f"one of {weight.dtype}, as the model's keys are"
-                raise TypeError(f"cache: expected {expected}, got one of {dtype}: make a new one")
+                raise TypeError(f"cache: expected dtype {weight.dtype}, as the model's weights, got {dtype}: make a new cache")
             if cache.fits != id(self):
                 cache.require_model(self.config.num_layers, self.num_kv_heads, self.config.head_dim, ids.device)
                 cache.fits = id(self)
@@ -382,33 +408,33 @@ class GPT(nn.Module):
             )
         if past and self.rope_factors_change(max(past, cache.expected_length), max(longest, cache.expected_length)):
             raise ValueError(
-                f"cache: expected an empty one for a pass beyond {self.config.rope.original_context} tokens, where the "
-                f"rotation of all keys changes (longrope), got {past} cached + {longest - past} new"
+                f"cache: expected an empty cache for a pass beyond {self.config.rope.original_context} tokens, from where on "
+                f"longrope rotates all keys by other factors, got {past} cached + {longest - past} new"
             )
 
     @property
     def num_kv_heads(self) -> int:
-        """Of each layer: the config's, or this process's share of them (fastgpt/parallel.py)."""
+        """Key and value heads of each layer; under tensor parallelism those of this process (fastgpt/parallel.py)."""
         number = self.config.num_kv_heads
         return getattr(self.blocks[0].attention, "num_kv_heads", number) if self.blocks else number
 
     @property
     def first_weight(self) -> torch.Tensor:
-        """Of the model's dtype and device: the token embeddings or, where a module without a weight makes them, any."""
+        """A weight with the model's dtype and device: the token embedding, or any parameter if that module has no weight."""
         embedding = self._modules["token_embedding"]
-        weight = embedding._parameters.get("weight")  # at each step: an attribute of a module takes ten times as long
+        weight = embedding._parameters.get("weight")  # read at each step: attribute access on a module takes ten times as long
         weight = getattr(embedding, "weight", None) if weight is None else weight
         return weight if isinstance(weight, torch.Tensor) else next(self.parameters())
 
     @property
     def key_dtype(self) -> torch.dtype:
-        """Of keys and values: the weights', or under autocast what it casts to."""
+        """The dtype of keys and values: that of the weights, or under autocast the one that it casts to."""
         weight = self.first_weight
         cast = is_autocasting(weight.device) and weight.dtype.is_floating_point and weight.dtype != torch.float64
         return torch.get_autocast_dtype(weight.device.type) if cast else weight.dtype
 
     def rope_factors_change(self, before: int, after: int) -> bool:
-        """Whether sequences that grow from so many tokens to so many need all their keys anew, rotated otherwise."""
+        """Whether longrope's factors for `after` tokens are others than for `before` tokens: all keys must be rotated again."""
         rope = self.config.rope
         return rope is not None and rope.is_long(before) != rope.is_long(after)
 
@@ -420,8 +446,13 @@ class GPT(nn.Module):
         states: list | None = None,
         tables: tuple[torch.Tensor, ...] | None = None,
     ) -> torch.Tensor:
-        """The blocks, one after the other: (B, T, C) -> (B, T, C). With last_only the last block computes no other token's
-        output: (B, 1, C). What goes into each block is appended to `states`. tables: `position_tables`, if they are known."""
+        """Runs the blocks: x (B, T, C) -> (B, T, C).
+
+        Args:
+            last_only: compute the last token's output only: (B, 1, C).
+            states: a list, to which the input of each block is appended.
+            tables: what `position_tables` returned, if the caller has it.
+        """
         rotation = None
         if self.config.rope is not None:
             rotation = self.position_tables(x, cache) if tables is None else tables
@@ -444,17 +475,23 @@ class GPT(nn.Module):
         encoder_states: torch.Tensor | None = None,
         encoder_lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> KVCache:
-        """An empty cache.
+        """Makes an empty KV cache for this model, on its device.
 
         Args:
-            capacity: tokens that each sequence can have; default the whole context.
-            kind: "contiguous", "sliding" (layers with a window keep the tokens in it only) or "paged".
-            cache_dtype: the weights' (default), torch.int8 or torch.float8_e4m3fn.
-            window: tokens that one attends to, itself included; default as many as the model's layers do. "sliding" needs
-                one, here or in the model.
-            page_size, num_pages: of a paged cache; default pages for `capacity` tokens of every sequence.
-            encoder_states, encoder_lengths: what cross-attention reads; see `forward`. Its keys and values are computed here, once.
+            batch_size: number of sequences.
+            capacity: the most tokens of each sequence; default: the model's context_length.
+            kind: "contiguous", "sliding" (layers with a window keep only the tokens inside it) or "paged".
+            cache_dtype: dtype in which keys and values are stored: that of the weights (default), torch.int8 or
+                torch.float8_e4m3fn.
+            window: attention window in tokens, the token itself included, for layers without a smaller one of their own.
+                kind="sliding" needs one, here or in the model.
+            page_size: tokens in a page of a paged cache.
+            num_pages: pages of a paged cache; default: enough for `capacity` tokens of every sequence.
+            encoder_states: (B, S, C) in the dtype of the weights, which cross-attention attends to. Their keys and values are
+                computed here, once.
+            encoder_lengths: (B,), a list or a tensor: the number of encoder states of each sequence. Default: S.
 
+        Returns: a KVCache.
         Raises: TypeError, ValueError, naming the argument.
         """
         require_causal(self.config)
@@ -479,25 +516,29 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype=None, device=None) -> "GPT":
-        """A decoder, in evaluation mode, from a checkpoint as transformers writes it.
+        """Loads a decoder from a checkpoint in the format of transformers. It is returned in evaluation mode.
 
-        Where the files disagree, what is stored decides: an output matrix that differs from the token embedding is used,
-        with a warning, though config.json ties them.
+        If config.json ties the output matrix to the token embedding, but the file has an output matrix that differs, that one
+        is used, with a warning.
 
         Args:
-            path: a folder with `config.json` and safetensors, in one file or several; or the id of one on the Hugging Face
-                Hub, which is downloaded. Nothing else than files in this folder, or in the Hub's cache, is read.
-            revision: of a model on the Hub: a branch, a tag or a commit. Default: its main branch.
-            dtype: of all weights: torch.float32, bfloat16, float16 or float64. Default: that of most of the stored numbers.
+            path: a folder with `config.json` and one or several safetensors files; or the id of a model on the Hugging Face
+                Hub, which is downloaded. Only files in this folder, or in the Hub's cache, are read.
+            revision: a branch, tag or commit of a model on the Hub. Default: its main branch.
+            dtype: of all weights: torch.float32, bfloat16, float16 or float64. Default: the dtype of most stored numbers.
+            device: of all weights. Default: PyTorch's default device.
 
-        Raises: FileNotFoundError, or another OSError, that names the file that cannot be read; ValueError for what files say:
-            it names the file and the entry of config.json or generation_config.json that is wrong, or the weights that are
-            missing, unexpected, misshapen, not finite, or of a dtype that is not supported. TypeError for arguments.
+        Raises: FileNotFoundError or another OSError, naming the file that cannot be read; ValueError, naming the file and the
+            wrong entry of config.json or generation_config.json, or the weights that are missing, unexpected, misshapen, not
+            finite, or of an unsupported dtype; TypeError for arguments of another type.
         """
         folder = hub.resolve(path, revision)
         return transformers_format.load(folder, lambda fields, _: cls(GPTConfig(**fields)), dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json`, `model.safetensors` and, if there are generation_defaults, `generation_config.json`, which
-        transformers reads too if it has this architecture."""
+        """Writes `config.json`, `model.safetensors` and, if there are generation_defaults, `generation_config.json` into a
+        folder, which is made if it is missing. transformers loads them, if it has this architecture.
+
+        Raises: OSError, naming the argument, if the folder cannot be written to.
+        """
         transformers_format.write(self, folder, generation_defaults=self.generation_defaults)

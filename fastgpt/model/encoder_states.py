@@ -1,4 +1,4 @@
-"""What tokens attend to beside one another: padding, which they must not, and a second stream, such as an encoder's states."""
+"""Encoder states for cross-attention: their keys and values, computed once, and their checks."""
 
 import torch
 
@@ -11,30 +11,30 @@ from fastgpt.ops.derivatives import through_cache
 
 
 class EncoderKV:
-    """Keys and values of a second stream, computed once for all passes and steps of a decoder that attends to it.
+    """Keys and values of encoder states for cross-attention, computed once for all passes of a decoder.
 
     Args:
-        layers: k, v (B, H_kv, S, D) of each layer.
+        layers: for each layer k and v (B, H_kv, S, D).
         batch_size: B.
-        lengths: (B,) int32, the stream's tokens where they differ; none attends to the columns from there on. Default: all.
+        lengths: (B,) int32, the number of encoder states of each sequence; those past it are not attended to. Default: S.
     """
 
     def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], batch_size: int, lengths: torch.Tensor | None = None):
         self.layers, self.batch_size, self.lengths = layers, batch_size, lengths
 
     def __getstate__(self):
-        # k and v are views of one tensor, which each of them would take along.
+        # k and v are views of one tensor, of which pickling would store both twice.
         layers = [tuple(x.clone(memory_format=torch.contiguous_format) for x in layer) for layer in self.layers]
         return vars(self) | {"layers": layers}
 
     def attend(self, layer: int, q: torch.Tensor, **options) -> torch.Tensor:
-        """The attention of q (B, H, T, D). Options: those of `attention`."""
+        """Attention of q (B, H, T, D): (B, H, T, D). options: those of `attention`."""
         k, v = self.layers[layer]
-        # k and v differ in dtype where autocast was not on, or not as it is now, when they were read.
+        # k and v have another dtype if autocast was in another state when they were computed.
         return attention(q.to(k.dtype), k, v, causal=False, kv_lengths=self.lengths, **options).to(q.dtype)
 
     def repeated(self, n: int) -> "EncoderKV":
-        """For a batch in which each sequence is there n times in a row."""
+        """A copy in which each sequence is repeated n times, as by repeat_interleave."""
         if n == 1:
             return self
         layers = [tuple(x.repeat_interleave(n, dim=0) for x in layer) for layer in self.layers]
@@ -43,7 +43,7 @@ class EncoderKV:
 
 
 def uncached(model, ids, lengths=None, encoder_states=None, encoder_lengths=None) -> Uncached:
-    """In place of a cache, for a pass of ids (B, T); arguments and errors: `GPT.forward`."""
+    """The `Uncached` for a pass over ids (B, T) without a cache. Arguments and errors are those of `GPT.forward`."""
     require_ids(ids, model.first_weight.device)
     lengths = None if lengths is None else as_lengths("lengths", lengths, ids)
     result = Uncached(device=ids.device, causal=model.config.causal, lengths=lengths)
@@ -52,7 +52,7 @@ def uncached(model, ids, lengths=None, encoder_states=None, encoder_lengths=None
 
 
 def read_encoder_states(model, states, lengths=None) -> EncoderKV | None:
-    """The second stream `states` (B, S, C) as the model's cross-attention reads it; None of None.
+    """Keys and values of encoder states (B, S, C) for a model with cross-attention; None if there are no states.
 
     Raises: TypeError, ValueError for states or lengths of another shape, dtype or device.
     """
@@ -61,7 +61,7 @@ def read_encoder_states(model, states, lengths=None) -> EncoderKV | None:
             raise ValueError("encoder_lengths: expected None without encoder_states, got lengths")
         return None
     if not model.config.cross_attention:
-        raise ValueError("encoder_states: expected None for a model without cross-attention, got a second stream")
+        raise ValueError("encoder_states: expected None for a model without cross-attention, got a tensor")
     weight = model.first_weight
     require_tensor("encoder_states", states, 3)
     require_shape("encoder_states", states, (*states.shape[:2], model.config.hidden_size), "(B, S, C)")
@@ -73,7 +73,7 @@ def read_encoder_states(model, states, lengths=None) -> EncoderKV | None:
 
 
 def stored_encoder_states(model, states, lengths=None) -> EncoderKV | None:
-    """`read_encoder_states` for a cache, which keeps no graph: a gradient by the states is refused in the backward pass."""
+    """`read_encoder_states` for a cache, without a graph: the backward pass raises if it needs a gradient of the states."""
     with torch.no_grad():
         encoder_kv = read_encoder_states(model, states, lengths)
     if encoder_kv is not None:
@@ -82,15 +82,15 @@ def stored_encoder_states(model, states, lengths=None) -> EncoderKV | None:
 
 
 def require_encoder_states(config, cache: KVCache | Uncached, batch_size: int) -> None:
-    """Raises ValueError for a cache that a model of this config cannot use, or that lacks what it attends to."""
+    """Raises ValueError if only the cache is causal, or if encoder states are missing or of another batch size."""
     if cache.causal:
         require_causal(config)
     if config.cross_attention and cache.encoder_kv is None:
-        raise ValueError("encoder_states: expected a second stream (B, S, C) for a model with cross-attention, got None")
+        raise ValueError("encoder_states: expected a tensor (B, S, C) for a model with cross-attention, got None")
     if cache.encoder_kv is not None and cache.encoder_kv.batch_size != batch_size:
-        raise ValueError(f"encoder_states: expected one for a batch of {batch_size}, got one for {cache.encoder_kv.batch_size}")
+        raise ValueError(f"encoder_states: expected batch size {batch_size}, as ids has, got {cache.encoder_kv.batch_size}")
 
 
 def require_causal(config) -> None:
     if not config.causal:
-        raise ValueError("model: expected a causal one to generate from or to cache tokens of, got one with causal=False")
+        raise ValueError("model: expected a causal model for generation or a KV cache, got one with causal=False")

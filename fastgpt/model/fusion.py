@@ -1,7 +1,7 @@
-"""Which modules a decoder may compute without calling them, and the mode in which it generates.
+"""When a decoder may fuse its modules: whether they are plain (unmodified), and evaluation mode for generation.
 
-A decoder calls its modules. One operation in place of several calls, or a recorded step in place of all of them, is right only
-where the modules compute what they were written to compute: `is_plain`.
+A fused operation replaces the calls of several modules, and a replayed decode step those of all. That gives the same result
+only if no hook, subclass or adapter has changed what a module computes. `is_plain` checks this; other modules are called.
 """
 
 import threading
@@ -13,21 +13,20 @@ import torch.nn.functional as F
 from torch.nn.modules import module as hooked
 from torch.overrides import TorchFunctionMode
 
-# Types whose calls may be replaced by what they compute: the forward that says so, and how many weights it has, counting a
-# bias that is None. Types that derive from them are others.
+# Module types that may be fused: their forward, and their number of parameters, counting a bias that is None. Not subclasses.
 PLAIN = {
     nn.Linear: (nn.Linear.forward, 2), nn.Embedding: (nn.Embedding.forward, 1), nn.ModuleList: (nn.ModuleList.forward, 0)
 }  # fmt: skip
-PLAIN_WEIGHTS = {nn.Parameter, torch.Tensor, type(None)}  # no type that derives from them, whose operations may be its own
+PLAIN_WEIGHTS = {nn.Parameter, torch.Tensor, type(None)}  # no subclasses, which may override operations
 MATRICES = {nn.Linear, nn.Embedding}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(hooked, f"_global{name}") for name in HOOKS]
-# Functions that are called with a decoder before its weights move, as to another device: what holds their memory lets go of it.
+# Called with a decoder before its weights move, such as to another device: recorded steps and graphs release their memory.
 BEFORE_WEIGHTS_MOVE = []
 
 
 def plain(weights: int):
-    """A decorator of a module's class with so many weights: its calls may be replaced by what its forward computes."""
+    """Decorates a module class that may be fused; weights: its number of parameters, counting a bias that is None."""
 
     def decorate(cls: type[nn.Module]) -> type[nn.Module]:
         PLAIN[cls] = cls.forward, weights
@@ -37,15 +36,15 @@ def plain(weights: int):
 
 
 def is_plain_matrix(weight) -> bool:
-    """Whether operations take a matrix as it is: a plain tensor whose rows are contiguous, not a transposed one say."""
+    """Whether operations take this weight: a plain tensor with contiguous rows, not a transposed view."""
     return weight is not None and type(weight) in PLAIN_WEIGHTS and weight.stride(-1) == 1
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling a module does what its class says, and nothing else.
+    """Whether calling a module computes exactly the forward of its class.
 
-    It does not with hooks, its own or global ones, with another forward, or where weights are not plain tensors: sharded,
-    quantized, computed or transposed ones. A class that derives from a plain one is not plain, nor is one that was parametrized.
+    It does not if the module has hooks, or global hooks are registered, if its forward was replaced, or if a weight is not a
+    plain tensor (sharded, quantized, transposed). Subclasses and parametrized modules are not plain.
     """
     kind, state = type(module), module.__dict__
     known, weights = PLAIN.get(kind), state["_parameters"]
@@ -63,7 +62,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def have_own_forwards(kinds: set[Any]) -> bool:
-    """Whether plain types compute what they were written to compute: nobody has put another function in its place."""
+    """Whether the forward methods of these plain types are their original ones: nobody has patched them."""
     for kind in kinds:
         if kind.forward is not PLAIN[kind][0]:
             return False
@@ -71,7 +70,7 @@ def have_own_forwards(kinds: set[Any]) -> bool:
 
 
 def computes(module: nn.Module, forward) -> bool:
-    """Whether calling a module is this forward, of a plain class, and nothing else."""
+    """Whether a module is plain and its forward is this one."""
     return type(module).forward is forward and is_plain(module)
 
 
@@ -86,20 +85,23 @@ state = State()
 
 
 def is_training(module: nn.Module) -> bool:
-    """Whether a module drops numbers at random: in training mode, and not within `evaluating`."""
+    """Whether a module applies dropout: in training mode, outside of `evaluating`."""
     return module.training and not state.evaluating
 
 
 def others(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that are not of the decoder's own types."""
+    """The modules of a model that are of other types than the decoder's."""
     return [module for module in model.modules() if type(module) not in PLAIN]
 
 
 class evaluating:
-    """Within it, in this thread, models in training mode compute as in evaluation mode, with these modules of `others`. No
-    module's own state changes: another thread, or who asks in between, finds it as it was."""
+    """A context manager: in this thread, a model in training mode computes as in evaluation mode. `module.training` does not
+    change, so other threads are not affected.
 
-    def __init__(self, others: list[nn.Module]):  # a class: generation enters one at each step, and generators take longer
+    others: those modules of the model that `others` returns.
+    """
+
+    def __init__(self, others: list[nn.Module]):  # not @contextmanager, which is slower: each step enters one
         self.others = others
 
     def __enter__(self) -> None:
@@ -115,7 +117,7 @@ class evaluating:
 
 
 class NoDropout(TorchFunctionMode):
-    """Dropout of PyTorch's changes nothing: that of modules which are not the decoder's own."""
+    """Turns PyTorch's dropout functions into the identity, for modules that are not the decoder's."""
 
     FUNCTIONS = {
         F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,

@@ -1,4 +1,4 @@
-"""Token ids, prompts and lengths as a decoder takes them."""
+"""Checks and conversions of token ids, prompts and lengths."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from fastgpt.checks import require_device, require_dtype, require_tensor
 
 
 def require_ids(ids, device: torch.device) -> None:
-    """Raises TypeError, ValueError for what cannot be ids (B, T) of a model on a device."""
+    """Raises TypeError, ValueError unless ids are (B, T) integers, T >= 1, on the device."""
     require_tensor("ids", ids)
     require_dtype("ids", ids, (torch.int64, torch.int32))
     if ids.dim() != 2 or ids.shape[1] == 0:
@@ -18,9 +18,9 @@ def require_ids(ids, device: torch.device) -> None:
 
 
 def as_lengths(name: str, lengths, x: torch.Tensor) -> torch.Tensor:
-    """How many of x's columns (B, T, ...), the first ones, are tokens: a list or a tensor -> (B,) int32 on its device.
+    """Lengths of the sequences in x (B, T, ...), as a list or a tensor -> (B,) int32 on the device of x.
 
-    Raises: TypeError, ValueError, but for numbers outside 1 to T that are on a GPU.
+    Raises: TypeError, ValueError; a length outside 1 to T is not noticed on a GPU.
     """
     if not isinstance(lengths, torch.Tensor):
         if not isinstance(lengths, Sequence) or not all(isinstance(n, int) for n in lengths):
@@ -30,7 +30,7 @@ def as_lengths(name: str, lengths, x: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"{name}: expected integers, got {lengths.dtype}")
     if lengths.shape != x.shape[:1] or lengths.is_cpu and not all(1 <= n <= x.shape[1] for n in lengths.tolist()):
         got = lengths.tolist() if lengths.shape == x.shape[:1] else f"shape {tuple(lengths.shape)}"
-        raise ValueError(f"{name}: expected {len(x)} numbers, each from 1 to {x.shape[1]} (the columns), got {got}")
+        raise ValueError(f"{name}: expected {len(x)} lengths from 1 to {x.shape[1]} (the number of columns), got {got}")
     return lengths.to(x.device, torch.int32)
 
 
@@ -39,7 +39,7 @@ class PromptTooLong(ValueError):
 
 
 def require_room(name: str, tokens: int, config) -> None:
-    """Raises PromptTooLong where a prompt does not fit the model."""
+    """Raises PromptTooLong for a prompt that is longer than the model's context."""
     if tokens > config.context_length:
         raise PromptTooLong(
             f"{name}: expected a prompt of at most {config.context_length} tokens, the model's context, got {tokens}: "
@@ -48,7 +48,7 @@ def require_room(name: str, tokens: int, config) -> None:
 
 
 def as_prompts(model, ids) -> list[torch.Tensor]:
-    """The rows of ids, or of a list of prompts, as 1-d int64 tensors. Raises TypeError or ValueError."""
+    """A tensor or array (B, T), or a list of prompts, as a list of 1-d int64 tensors. Raises TypeError, ValueError."""
     device = next(model.parameters()).device
     if isinstance(ids, np.ndarray):
         ids = as_integers(ids, model).to(device)
@@ -82,7 +82,7 @@ def as_prompt(prompt, model, device) -> torch.Tensor:
         return as_integers(prompt, model).to(device)
     try:
         ids = torch.tensor(prompt, device=device)
-    except (TypeError, ValueError, RuntimeError):  # not numbers, or too large
+    except (TypeError, ValueError, RuntimeError):  # not numbers, or out of range
         ids = None
     if ids is not None and ids.numel() == 0:
         ids = ids.long()
@@ -95,7 +95,7 @@ def as_prompt(prompt, model, device) -> torch.Tensor:
 def as_integers(ids: np.ndarray, model) -> torch.Tensor:
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"ids: expected integers, got an array of {ids.dtype}")
-    if ids.dtype == np.uint64 and ids.size:  # which int64 may have no room for
+    if ids.dtype == np.uint64 and ids.size:  # it may not fit into int64
         require_in_vocabulary("ids", int(ids.max()), model)
     return torch.from_numpy(ids.astype(np.int64))
 

@@ -1,4 +1,4 @@
-"""Where a token is: angles of rotary embeddings with their scalings, and sinusoidal embeddings."""
+"""Position embeddings: rotary embeddings (RoPE) with their scalings to longer contexts, and sinusoidal embeddings."""
 
 import math
 from collections.abc import Callable
@@ -32,21 +32,28 @@ ROPE_SCHEMA = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of the first `dim` dimensions of a head: pair n of position p turns by p · frequency[n].
+    """Rotary embedding: at position p, pair n of the first `dim` dimensions of a head is rotated by p · frequency[n] radians.
 
-    frequency[n] = theta^(-2n / dim), which a kind of scaling to longer contexts changes:
+    Pairs are (n, n + dim/2), and frequency[n] = theta^(-2n / dim), which a kind of scaling to longer contexts changes:
 
+        default    not at all
         linear     divided by `factor`
-        dynamic    as they are, in the context that the model was trained for, which is all that it can be given; beyond it
-                   the theta of this kind grows with the sequence
-        llama3     those of wavelengths over original_context / low_frequency_factor divided by `factor`; those of wavelengths
-                   under original_context / high_frequency_factor as they are; between them, a mixture
-        yarn       the same, by turns in the original context: `slow` or fewer, `fast` or more (arXiv 2309.00071)
-        longrope   divided by short_factors[n], or by long_factors[n] in passes that reach past original_context
+        dynamic    not at all up to the context that the model was trained for, which is the longest that is supported; beyond
+                   it, theta would grow with the sequence
+        llama3     divided by `factor` for wavelengths (in tokens) above original_context / low_frequency_factor, unchanged
+                   below original_context / high_frequency_factor, interpolated between them
+        yarn       divided by `factor` for pairs that make at most `slow` rotations within original_context, unchanged for
+                   those that make at least `fast`, interpolated between them (arXiv 2309.00071)
+        longrope   divided by short_factors[n], or by long_factors[n] if sequences are longer than original_context
                    (arXiv 2402.13753)
 
-    attention_factor: on cos and sin. truncate: yarn's borders are whole dimensions.
-    Source: RoFormer (arXiv 2104.09864), pairs (n, n + dim/2); Llama 3 (arXiv 2407.21783).
+    dim: number of dimensions that are rotated, even, at most the head dim.
+    original_context: tokens of the context before scaling.
+    truncate: yarn interpolates between whole dimensions.
+    attention_factor: factor on cos and sin.
+
+    Raises: TypeError, ValueError that begins with the field's name.
+    Source: RoFormer (arXiv 2104.09864); Llama 3 (arXiv 2407.21783).
     """
 
     dim: int
@@ -84,7 +91,7 @@ class Rope:
                 raise ValueError(f"rope.{name}: expected {self.dim // 2} numbers, dim / 2, got {len(factors)}")
 
     def is_long(self, tokens: int) -> bool:
-        """Whether a pass over sequences of up to so many tokens takes the long factors."""
+        """Whether a pass takes longrope's long factors; tokens: length of the longest sequence."""
         return self.kind == "longrope" and tokens > self.original_context
 
     def frequencies(self, long: bool = False) -> torch.Tensor:
@@ -97,33 +104,33 @@ class Rope:
             factors = torch.tensor(self.long_factors if long else self.short_factors, dtype=torch.float32, device="cpu")
             return 1.0 / (factors * self.theta**exponents)
         if self.kind == "llama3":
-            turns = self.original_context * frequencies / (2 * math.pi)  # within the original context
+            rotations = self.original_context * frequencies / (2 * math.pi)  # within the original context
             low, high = self.low_frequency_factor, self.high_frequency_factor
-            kept = ((turns - low) / (high - low)).clamp(0, 1)
+            unscaled = ((rotations - low) / (high - low)).clamp(0, 1)  # share of the original frequency
         elif self.kind == "yarn":
             fast, slow = map(self._dimension_of, (self.fast, self.slow))
             if self.truncate:
                 fast, slow = math.floor(fast), math.ceil(slow)
             fast, slow = max(fast, 0), min(slow, self.dim - 1)
             n = torch.arange(self.dim // 2, dtype=torch.float32, device="cpu")
-            # A difference below zero, where all pairs make few turns or all many, means what it means in transformers.
-            kept = 1 - ((n - fast) / ((slow - fast) or 0.001)).clamp(0, 1)
+            # The difference is negative where all pairs make few rotations, or all many: as in transformers.
+            unscaled = 1 - ((n - fast) / ((slow - fast) or 0.001)).clamp(0, 1)
         else:
             return frequencies
-        return frequencies * kept + frequencies / self.factor * (1 - kept)
+        return frequencies * unscaled + frequencies / self.factor * (1 - unscaled)
 
-    def _dimension_of(self, turns: float) -> float:
-        """The n, as a real number, of which pair makes so many turns in the original context."""
-        return self.dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+    def _dimension_of(self, rotations: float) -> float:
+        """The pair n, as a real number, that makes so many rotations within the original context."""
+        return self.dim * math.log(self.original_context / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
     def rotation(self, positions: int, long: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the first positions, (positions, dim / 2) fp32 each, as `rope_kv_cache_update` takes them."""
+        """cos and sin (positions, dim / 2) fp32 for positions 0 to `positions` - 1, as `rope_kv_cache_update` takes them."""
         angles = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * self.frequencies(long)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
 
 def sinusoidal(positions: int, width: int) -> tuple[torch.Tensor]:
-    """A tuple of embeddings (positions, width) fp32: sin(p / 10000^(2n / width)) in dimension 2n, cos of the same in 2n + 1.
+    """Sinusoidal embeddings (positions, width) fp32, in a tuple: sin(p / 10000^(2n / width)) in dimension 2n, cos in 2n + 1.
 
     Source: Attention Is All You Need (arXiv 1706.03762), section 3.5.
     """
@@ -133,17 +140,15 @@ def sinusoidal(positions: int, width: int) -> tuple[torch.Tensor]:
 
 
 class Tables:
-    """Rows for positions, kept as long as passes have needed them: made anew, twice as long, when one needs more.
+    """Cached tables with a row for each position, such as cos and sin. They grow to twice the length when a pass needs more.
 
-    Those that are kept are made in a thread of their own, where no mode of the caller's is active: neither inference mode nor
-    torch.export's fake tensors nor a default device nor a transform of torch.func. Tables that were replaced are kept, too: a
-    CUDA graph that somebody captured may read them, and all together are no larger than the last. Copied or pickled, it is
-    empty.
+    Tables are computed in a separate thread, where none of the caller's modes is active: inference mode, the fake tensors of
+    torch.export, a default device, transforms of torch.func. Replaced tables are kept, since a captured CUDA graph may still
+    read them; together they are no larger than the last one. A copied or unpickled instance starts empty.
 
     Args:
-        make: a function of the number of positions, and of keys that tell tables apart, that returns tensors with so many
-            rows on the CPU.
-        most: positions that there are.
+        make: (number of positions, *keys) -> tensors on the CPU with that many rows; keys select one of several tables.
+        most: the largest number of positions.
     """
 
     LEAST = 1024  # positions
@@ -155,8 +160,8 @@ class Tables:
         return Tables, (self.make, self.most)
 
     def __call__(self, positions: int, x: torch.Tensor, *keys) -> tuple[torch.Tensor, ...]:
-        """With at least so many rows, on x's device. If x is of a special kind of tensors, a fake one or one that
-        torch.compile traces, they are too, and are not kept."""
+        """The tables with at least `positions` rows, on the device of x. If x is a fake tensor, or traced by torch.compile, so
+        are they, and nothing is cached."""
         if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
             return self._made(positions, x.device, *keys)
         held = self.held.get((x.device, *keys))

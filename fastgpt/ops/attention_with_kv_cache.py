@@ -1,7 +1,7 @@
-"""The KV-cache update and the attention over what it leaves, as one operation: contract, reference, choice of implementation.
+"""KV-cache update and attention in one operation: contract, reference, choice of implementation.
 
-A decode step of a small model is bound by the boundaries between kernels. On a GPU the attention of one layer and one token of
-each sequence, with rotation and cache update, is a single launch.
+On a GPU, a decode step of a small model is bound by the number of kernel launches. Rotary embedding, cache update and attention
+for one token of each sequence are a single launch here.
 """
 
 import math
@@ -20,13 +20,12 @@ from fastgpt.ops.attention.refusals import triton_refuses
 from fastgpt.ops.derivatives import derivatives_refused
 from fastgpt.ops.implementations import choose, explain_call, runs_elsewhere
 from fastgpt.ops.kv_cache_update import (
-    check_rope_update,
-    check_update,
     kv_cache_update,
     kv_cache_update_reference,
     rope_kv_cache_update,
     rope_kv_cache_update_reference,
 )
+from fastgpt.ops.kv_cache_update.checks import check_rope_update, check_update
 from fastgpt.ops.library import library, without_autograd
 
 
@@ -56,34 +55,36 @@ def attention_with_kv_cache(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Rotates queries and keys, stores keys and values into a cache, and attends over the cache, which holds them then.
+    """Applies rotary embedding, stores new keys and values in a KV cache, and computes attention over the cache.
 
         q = rope_kv_cache_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots=slots, ...)
         out = attention(q, k_cache, v_cache, kv_lengths=kv_lengths, ...)
 
-    or without cos and sin kv_cache_update in place of the first line.
+    Without cos and sin, the first line is kv_cache_update.
 
     Args:
-        q: (B, H, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free: q, k and v may be views of the rows
-            that a projection leaves. fp64 too, which only the reference serves.
-        k: (B, H_kv, T, D), v: (B, H_kv, T, D_v), likewise; H_kv divides H.
-        k_cache, v_cache, block_table, k_scale, v_scale: as in both operations; the caches and the scales are written. No
-            sequence may attend to a slot that the call writes for another one.
-        positions, cos, sin, slots, interleaved: as in `rope_kv_cache_update`. Without cos and sin, slots counts in place of
+        q: (B, H, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free: q, k and v may be views of the output
+            of one projection. fp64 too, which only the reference serves.
+        k: (B, H_kv, T, D) in the dtype of q, likewise; H must be a multiple of H_kv.
+        v: (B, H_kv, T, D_v) in the dtype of q, likewise.
+        k_cache, v_cache, block_table, k_scale, v_scale: as in `kv_cache_update`; caches and scales are written. No sequence
+            may attend to a slot that this call writes for another sequence.
+        positions, cos, sin, slots, interleaved: as in `rope_kv_cache_update`. Without cos and sin, slots take the place of
             positions, if given.
-        kv_lengths: (B,) int32 on the device, the new tokens included; default the capacity.
-        counters: int32 zeros on the device, zero again afterwards, by which programs of the kernel learn which of them is
-            the last: B · H_kv · (1 + capacity / 4096) are enough. No other call may use them at the same time. Where they are
-            too few, or None, the call makes some, which is another launch; others than "triton" have no use for them.
+        kv_lengths: (B,) int32 on the device: the number of keys of each sequence, new tokens included; default: the capacity.
+        counters: int32 zeros on the device, B · H_kv · (1 + capacity / 4096) of them, by which the programs of the Triton
+            kernel find out which of them finishes last; they are zero again afterwards. No other call may use them at the same
+            time. If they are too few, or None, the call allocates some, which takes another launch.
         causal, scale, window, softcap, alibi_slopes, sinks, return_lse: as in `attention`.
-        impl: "triton" (CUDA, T = 1, one launch), "unfused" (the two operations one after the other, each by the implementation
-            that serves it) or "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
+        impl: "triton" (CUDA, T = 1, one launch), "unfused" (the two operations in turn, each by the implementation that
+            serves it) or "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
 
-    Returns: out (B, H, T, D_v) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log. What is
-        stored is the same, bit for bit, in all implementations; out agrees as implementations of `attention` do. Under CUDA
-        it does not synchronize, so it can be captured in a CUDA graph. Derivatives are those of the two operations.
+    Returns: out (B, H, T, D_v) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log. All
+        implementations store the same bits; out agrees within the numerics contract. On CUDA it does not synchronize, so it
+        can be captured in a CUDA graph. Gradients are those of the two operations.
 
-    Raises: TypeError, ValueError as the two operations. On CUDA a token without a slot is not stored and not reported.
+    Raises: TypeError, ValueError as the two operations. On CUDA a token with a position or page out of range is not stored,
+        without an error.
     Source: Flash-Decoding (https://pytorch.org/blog/flash-decoding/).
     """
     require_tensor("q", q, 4)
@@ -93,16 +94,16 @@ def attention_with_kv_cache(
     )  # fmt: skip
     new = (k, v, positions, cos, sin, slots, interleaved)
     chosen = choose("attention_with_kv_cache", IMPLEMENTATIONS, impl, call, new) if q.is_cuda or impl is not None else "unfused"
-    # Kernels and launchers check what PyTorch's dispatcher does not take for something else.
+    # Kernels and launchers check the rest; PyTorch's dispatcher would convert these types.
     plain = (
         type(causal) is type(interleaved) is type(return_lse) is bool and (scale is None or type(scale) is float)
         and (window is None or type(window) is int) and (softcap is None or type(softcap) is float)
     )  # fmt: skip
     if chosen != "triton":
-        # Before the update writes, which checks what it takes.
+        # The update checks its own arguments; those of attention are checked before it writes.
         if not (plain and counters is None and _is_accepted(call)):
             call = _check_reading(call, interleaved, counters, return_lse)
-        return _one_after_the_other(call, new, return_lse, "reference" if chosen == "reference" else None)
+        return _unfused(call, new, return_lse, "reference" if chosen == "reference" else None)
     if not plain:
         call = _check(call, new, counters, return_lse)
     try:
@@ -143,7 +144,13 @@ def attention_with_kv_cache_reference(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The same function in plain PyTorch, on every device: the update's reference, then the attention's."""
+    """The reference for `fastgpt.attention_with_kv_cache` in plain PyTorch: `rope_kv_cache_update_reference` or
+    `kv_cache_update_reference`, then `attention_reference`. On every device, in every float dtype. It takes the same arguments
+    and ignores impl and counters.
+
+    Returns: out (B, H, T, D_v) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) in at least fp32.
+    Raises: TypeError, ValueError as `fastgpt.attention_with_kv_cache`.
+    """
     call = Call(
         q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
@@ -163,7 +170,7 @@ def attention_with_kv_cache_reference(
     )  # fmt: skip
 
 
-def _one_after_the_other(call: Call, new: tuple, return_lse: bool, impl: str | None):
+def _unfused(call: Call, new: tuple, return_lse: bool, impl: str | None):
     k, v, positions, cos, sin, slots, interleaved = new
     cache = {"block_table": call.block_table, "k_scale": call.k_scale, "v_scale": call.v_scale, "impl": impl}
     if cos is None and sin is None:
@@ -177,7 +184,7 @@ def _one_after_the_other(call: Call, new: tuple, return_lse: bool, impl: str | N
 
 
 def _is_accepted(call: Call) -> bool:
-    """Whether the CPU's kernel takes the call, by its own checks, which take less time than those in Python."""
+    """Whether the C++ kernel accepts the call by its own checks, which are faster than those in Python."""
     if is_compiling() or not call.q.is_cpu:
         return False
     scale = 1.0 if call.scale is None else call.scale
@@ -189,7 +196,7 @@ def _is_accepted(call: Call) -> bool:
 
 
 def _check_reading(call: Call, interleaved, counters, return_lse) -> Call:
-    """All but what the update takes."""
+    """Checks all arguments but those of the update."""
     require_flag("interleaved", interleaved)
     require_flag("return_lse", return_lse)
     call = check_call(call)
@@ -229,7 +236,7 @@ def explain(
 
 
 def waits(q, k, v, k_cache, v_cache, positions, cos=None, sin=None, **options) -> str | None:
-    """Why the call, without gradients, cannot be part of a CUDA graph, or None: references wait for the device.
+    """Why this call (without gradients) cannot be captured in a CUDA graph, or None: references wait for the device.
 
     Arguments: those of `attention_with_kv_cache`.
     """
@@ -259,7 +266,7 @@ def _triton_refuses(call: Call, new: tuple):
     if (reason := derivatives_refused(call.q, k, v, call.k, call.v, cos, sin, call.sinks)) is not None:
         return reason
     if torch.compiler.is_compiling() or type(call.k) is not torch.Tensor or type(call.v) is not torch.Tensor:
-        return None  # traced, it has no address; the operation itself will know
+        return None  # traced tensors have no address; the operation itself checks it
     return None if _rows_are_aligned(call.k, call.v) else "it takes caches whose rows start and end at multiples of 16 bytes"
 
 
@@ -304,7 +311,7 @@ def _attention_with_kv_cache_triton(
     if q.shape[2] != 1:
         raise ValueError(f"q: expected one token of each sequence, got shape {tuple(q.shape)}")
     if triton_refuses_head_dims(q, v_cache, False) or not _rows_are_aligned(k_cache, v_cache):
-        # Called as the registered operation, or compiled without a look at addresses.
+        # Called through torch.ops, or compiled without knowing addresses.
         return _attention_with_kv_cache_unfused(
             q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions, cos, sin, interleaved, kv_lengths,
             block_table, k_scale, v_scale, window, softcap, alibi_slopes, sinks,
@@ -322,13 +329,13 @@ def _attention_with_kv_cache_unfused(
     q, k, v, k_cache, v_cache, slots, counters, causal, scale, positions=None, cos=None, sin=None, interleaved=False,
     kv_lengths=None, block_table=None, k_scale=None, v_scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None,
 ):  # fmt: skip
-    """The two operations. On a CPU for who calls the registered operation itself; `attention_with_kv_cache` calls the two."""
+    """The registered operation on a CPU. `attention_with_kv_cache` itself calls the two operations directly."""
     call = Call(
         q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     new = (k, v, slots if positions is None else positions, cos, sin, slots, interleaved)
-    return _one_after_the_other(call, new, True, None)
+    return _unfused(call, new, True, None)
 
 
 library.impl("attention_with_kv_cache", _attention_with_kv_cache_triton, "CUDA")

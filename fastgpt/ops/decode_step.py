@@ -1,4 +1,4 @@
-"""What a decode step does before and after the blocks: contract, checks, reference, dispatch."""
+"""A decode step before and after the blocks, in one launch each: embedding, positions, recording of the next token."""
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +12,19 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def embed(ids, weight, positions=None, position_weight=None, *, scale=None, impl=None):
-    """Rows of a table for tokens, and added to them rows of another one for their positions.
+    """Token embeddings plus position embeddings.
 
         out = weight[ids] · scale + position_weight[max(positions, 0)]
 
     Args:
-        ids: (B, T) int64|int32. Of one that is not in the table, a CPU raises ValueError, CUDA gives NaN.
+        ids: (B, T) int64|int32. An id outside the table raises ValueError on CPU and gives NaN on CUDA.
         weight: (V, C) floating point.
-        positions: (T,) or (B, T) int64|int32; negative ones are those of padding, whose embedding may be any.
-        position_weight: (P, C), floating point, rounded to the dtype of weight; None: positions do not count.
+        positions: (T,) or (B, T) int64|int32; negative for padding, whose embedding is meaningless.
+        position_weight: (P, C), floating point, rounded to the dtype of weight; None: no position embeddings.
         scale: a number, rounded to the dtype of weight; the product is rounded, too.
         impl: "triton" (CUDA, one launch, the same bits) or "reference"; None picks the first that can serve the call.
 
-    Returns: (B, T, C) in the dtype of weight. Gradients flow through the reference.
+    Returns: (B, T, C) in the dtype of weight. Calls that need gradients are served by the reference.
     Raises: TypeError (not a tensor, dtype), ValueError (shape, device, impl): argument, expected, got.
     """
     _check(ids, weight, positions, position_weight, scale)
@@ -35,7 +35,7 @@ def embed(ids, weight, positions=None, position_weight=None, *, scale=None, impl
 
 
 def embed_reference(ids, weight, positions=None, position_weight=None, *, scale=None, impl=None):
-    """The same function in plain PyTorch, on every device, differentiable."""
+    """The reference for `embed` in plain PyTorch: on every device, differentiable. Same arguments; impl is ignored."""
     _check(ids, weight, positions, position_weight, scale)
     x = _rows(weight, ids, "ids")
     if scale is not None:
@@ -81,8 +81,10 @@ def rounded(scale: float, dtype: torch.dtype) -> float:
 
 
 def advance(lengths, positions):
-    """One more token of each sequence, in place: positions (B, 1) becomes lengths (B,), which grow by one; both int32,
-    contiguous."""
+    """Advances each sequence by one token, in place: positions[b, 0] = lengths[b], then lengths += 1.
+
+    Args: lengths (B,) and positions (B, 1), both int32 and contiguous.
+    """
     if lengths.is_cpu or lengths.is_cuda and choose("advance", IMPLEMENTATIONS, None, lengths, positions) == "triton":
         _advance(lengths, positions)
     else:
@@ -90,18 +92,26 @@ def advance(lengths, positions):
 
 
 def advance_reference(lengths, positions):
-    """The same function in plain PyTorch, on every device."""
+    """The reference for `advance` in plain PyTorch, on every device."""
     positions.copy_(lengths.unsqueeze(1))
     lengths += 1
 
 
 def record_token(token, scores, tokens, extreme, step, ended=None, eos=None):
-    """Notes the next token (B,) int64 of each row, in place: tokens[step] becomes it, or -1 where the row has ended, and
-    `ended` true where it is one of eos; step grows by one. Where the row has not ended, extreme becomes the magnitude of the
-    score that `scores` has for the token, if it is more or NaN: it is finite as long as all of these are.
+    """Records the next token of each sequence, in place.
 
-    Args: scores (B, V) floating point or, whatever the token is, (B, 1); tokens (steps, B) int64; extreme (B, 1) fp32 or
-        fp64; step (1,) int64; ended (B,) bool and eos (E,) int64, or both None. What is written is contiguous.
+        tokens[step, b] = token[b], or -1 if ended[b]
+        extreme[b] = max(extreme[b], |score of token[b]|) unless ended[b]: finite as long as all scores are, NaN included
+        ended[b] |= token[b] in eos,  step += 1
+
+    Args:
+        token: (B,) int64.
+        scores: (B, V) floating point, or (B, 1): the score of the token itself.
+        tokens: (steps, B) int64, contiguous; written.
+        extreme: (B, 1) fp32 or fp64, contiguous; written.
+        step: (1,) int64; written.
+        ended: (B,) bool, contiguous; written. None if there is no end token.
+        eos: (E,) int64, the end tokens, or None.
     """
     if token.is_cpu:
         _record_token(token, scores, tokens, extreme, step, ended, eos)
@@ -112,12 +122,12 @@ def record_token(token, scores, tokens, extreme, step, ended=None, eos=None):
 
 
 def record_token_reference(token, scores, tokens, extreme, step, ended=None, eos=None):
-    """The same function in plain PyTorch, on every device."""
-    noted, magnitude = token, (scores if scores.shape[1] == 1 else scores.gather(1, token.unsqueeze(1))).abs()
+    """The reference for `record_token` in plain PyTorch, on every device."""
+    recorded, magnitude = token, (scores if scores.shape[1] == 1 else scores.gather(1, token.unsqueeze(1))).abs()
     if ended is not None:
-        noted, magnitude = torch.where(ended, -1, token), magnitude.masked_fill(ended.unsqueeze(1), 0)
+        recorded, magnitude = torch.where(ended, -1, token), magnitude.masked_fill(ended.unsqueeze(1), 0)
         ended |= (token.unsqueeze(1) == eos).any(-1)
-    tokens.index_copy_(0, step, noted.unsqueeze(0))
+    tokens.index_copy_(0, step, recorded.unsqueeze(0))
     torch.maximum(extreme, magnitude, out=extreme)
     step += 1
 
@@ -197,7 +207,7 @@ def _record_token_triton(token, scores, tokens, extreme, step, ended=None, eos=N
 
 
 def _require_contiguous(name, x, dtypes, shape, meaning, device):
-    """What a kernel reads or writes as one stretch of memory."""
+    """Checks a tensor that a kernel indexes without strides."""
     require_tensor(name, x)
     require_dtype(name, x, dtypes)
     require_shape(name, x, shape, meaning)

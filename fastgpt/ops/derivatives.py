@@ -1,7 +1,7 @@
-"""Derivatives: which of them a call is asked for, and errors in place of those that it does not have.
+"""Which derivatives a call must support, and errors for those that it cannot.
 
-The kernels compute numbers, and autograd knows nothing of what happens in them. A call that is asked for a derivative is served
-by the reference, which is plain PyTorch, or refused: a derivative is right or an error, never zero.
+Autograd does not see into the kernels. A call that needs a derivative which a kernel does not have is served by the reference,
+or raises: a derivative is right or an error, never silently zero.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import is_grad_enabled
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch.autograd import forward_ad
 
-TRANSFORMED = "it takes no part in forward-mode derivatives and transforms of torch.func, and one is active"
+TRANSFORMED = "it supports neither forward-mode derivatives nor transforms of torch.func, and one is active"
 
 
 def transforms_active() -> bool:
@@ -18,24 +18,23 @@ def transforms_active() -> bool:
 
 
 def derivatives_possible() -> bool:
-    """Whether some call could be asked for a derivative now. Every call asks it, most of them from generation, where none can."""
+    """Whether any call could need a derivative now. A fast check for every call: in generation the answer is no."""
     return is_grad_enabled() or forward_ad._current_level >= 0 or functorch_active()
 
 
 def derivatives_refused(*tensors) -> str | None:
-    """Why an implementation without derivatives cannot take these tensors (or None), or None. It is asked at each call."""
+    """Why an implementation without derivatives cannot serve these tensors (some may be None), or None. Runs at each call."""
     if forward_ad._current_level >= 0 or functorch_active():
         return TRANSFORMED
     if is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
-                return "it has no backward pass, and a gradient is asked for"
+                return "it has no backward pass, and a gradient is required"
     return None
 
 
-def asks_for_derivatives(arguments) -> bool:
-    """Whether a derivative by one of an operator's arguments, or of a list of them, is asked for: a gradient, or that of a dual
-    number."""
+def needs_derivatives(arguments) -> bool:
+    """Whether an argument of an operator, or a tensor in a list among them, requires a gradient or is a dual tensor."""
     dual, gradients = forward_ad._current_level >= 0, is_grad_enabled()
     if not (dual or gradients):
         return False
@@ -43,13 +42,13 @@ def asks_for_derivatives(arguments) -> bool:
         if isinstance(argument, torch.Tensor):
             if gradients and argument.requires_grad or dual and forward_ad.unpack_dual(argument).tangent is not None:
                 return True
-        elif isinstance(argument, (list, tuple)) and asks_for_derivatives(argument):
+        elif isinstance(argument, (list, tuple)) and needs_derivatives(argument):
             return True
     return False
 
 
 _CACHE = (
-    "cache: expected no derivatives through stored keys and values, which carry none. To differentiate a model, call it "
+    "cache: expected no derivatives through stored keys and values, which have none. To differentiate a model, call it "
     "without a cache; to generate, call it under torch.no_grad()"
 )
 
@@ -57,7 +56,7 @@ _CACHE = (
 def refuse_transforms_of_cache(filled: bool = True) -> None:
     """Raises RuntimeError if forward-mode derivatives or a transform of torch.func would pass through a cache.
 
-    filled: False where one is made: that is possible within a level of forward-mode derivatives.
+    filled: False when an empty cache is made, which forward-mode derivatives allow.
     """
     if filled and forward_ad._current_level >= 0 and not torch.is_inference_mode_enabled():
         raise RuntimeError(_CACHE)
@@ -66,9 +65,9 @@ def refuse_transforms_of_cache(filled: bool = True) -> None:
 
 
 def through_cache(operation, *tensors):
-    """operation(*tensors), which writes or reads stored keys and values: gradients end there.
+    """operation(*tensors), which writes or reads a cache and has no gradients.
 
-    They are refused when somebody asks for them, not here: who forgot torch.no_grad() gets the same numbers.
+    Only the backward pass raises: without torch.no_grad() the forward pass gives the same numbers.
     """
     if is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _ThroughCache.apply(operation, *tensors)
@@ -76,7 +75,7 @@ def through_cache(operation, *tensors):
 
 
 class _ThroughCache(torch.autograd.Function):
-    """operation(*tensors), computed without a graph, whose backward pass is an error."""
+    """operation(*tensors) with a backward pass that raises."""
 
     @staticmethod
     def forward(ctx, operation, *tensors):

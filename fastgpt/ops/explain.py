@@ -1,11 +1,11 @@
-"""`fastgpt.explain`: which implementation a call would use, and why not the others."""
+"""`fastgpt.explain`: which implementation would serve a call, and why not the others."""
 
 import inspect
 from collections.abc import Callable
 
 from fastgpt.ops import attention, attention_with_kv_cache, kv_cache_update, linear, norm
 
-# Integrations add theirs.
+# Operation -> its explanation. Generation and integrations add theirs.
 OPERATIONS = {
     attention.attention: attention.explain,
     attention.attention_varlen: attention.explain_varlen,
@@ -18,25 +18,29 @@ OPERATIONS = {
 
 
 def explain(operation: Callable, *args, **kwargs) -> dict[str, str]:
-    """Says how `operation(*args, **kwargs)` would be served, without running it.
+    """Explains which implementation would serve `operation(*args, **kwargs)`, without running it.
 
     Args:
         operation: fastgpt.attention, attention_varlen, attention_with_kv_cache, kv_cache_update, rope_kv_cache_update, linear,
-            norm or scaled_dot_product_attention; the rest is what it would be called with. Or fastgpt.decoding, with a
-            model and a cache: how a decode step runs.
+            norm or scaled_dot_product_attention; or fastgpt.decoding, with a model and a cache: how a decode step runs.
+        args, kwargs: the arguments of the call.
 
-    Returns: implementation -> "chosen", "available" (it could, but another comes first), or why it cannot.
-    Raises: what the call itself would raise for bad input.
+    Returns: a dict from implementation to "chosen", "available" (another one comes first), or the reason why it cannot.
+    Raises: TypeError, ValueError that the call itself would raise for bad input; ValueError for another operation.
+
+    >>> q, k, v = torch.randn(3, 1, 4, 8, 64)
+    >>> explain(fastgpt.attention, q, k, v)["cpp"]
+    'chosen'
     """
     if operation not in OPERATIONS:
         known = ", ".join(f"fastgpt.{function.__qualname__}" for function in OPERATIONS)
         raise ValueError(f"operation: expected one of {known}, got {operation!r}")
-    answer = OPERATIONS[operation]
+    explanation = OPERATIONS[operation]
     try:
-        for function in (operation, answer):
+        for function in (operation, explanation):
             inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:
         name = f"fastgpt.{operation.__qualname__}"
         expected = f"{name} and the arguments of a call, as in fastgpt.explain({name}, ...)"
         raise TypeError(f"operation: expected {expected}: {error}") from None
-    return answer(*args, **kwargs)
+    return explanation(*args, **kwargs)

@@ -1,15 +1,15 @@
-"""Choosing among an operation's implementations, and saying why."""
+"""The choice among the implementations of an operation, and the reasons for it."""
 
 import functools
 import importlib.util
 
 import torch
-from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # four times as fast as a question for one device
+from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # four times as fast as the check for one device
 
 from fastgpt.ops.derivatives import derivatives_possible, derivatives_refused
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-LEAST_CAPABILITY = 8, 0  # what tiles and the kernels' instructions are made for, bf16's among them
+LEAST_CAPABILITY = 8, 0  # the kernels use its instructions, such as bf16 products
 
 
 @functools.cache  # formatting a device takes a microsecond
@@ -19,8 +19,8 @@ def runs_elsewhere(kind: str, name: str, device: torch.device) -> str:
 
 
 def triton_unusable(device: torch.device) -> str | None:
-    """Why no Triton kernel of the package runs on a CUDA device, or None. A device that cannot be asked, which an operation is
-    compiled for elsewhere, counts as new enough."""
+    """Why no Triton kernel of the package runs on a CUDA device, or None. A device that is not there, for which a graph is
+    being compiled, counts as new enough."""
     return _too_old(device) if TRITON_INSTALLED else "triton is not installed"
 
 
@@ -32,12 +32,12 @@ def _too_old(device: torch.device) -> str | None:
     return None if capability >= LEAST_CAPABILITY else _too_old_sentence(device, capability)
 
 
-# What torch.compiler.assume_constant_result sets, without loading torch.compile, which takes seconds: traced, the question
-# would become a part of the graph, which nothing can run.
+# This is what torch.compiler.assume_constant_result sets, without importing torch.compile, which takes seconds. Traced, the
+# check would become an unsupported part of the graph.
 _too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions have any
 
 
-@functools.cache  # asking PyTorch takes microseconds
+@functools.cache  # the query takes microseconds
 def _capability(ask, device: torch.device) -> tuple[int, int]:
     return tuple(ask(device))
 
@@ -57,11 +57,13 @@ def choose(operation: str, implementations: dict, impl: str | None, *call) -> st
     """The name of the implementation that serves this call.
 
     Args:
-        implementations: name -> function of the call's tensors that returns why it refuses them, or None; in order
+        operation: its name, for the error.
+        implementations: name -> function of the call's arguments that returns why it cannot serve them, or None; in order
             of preference.
-        impl: a name to insist on, or None.
+        impl: the required implementation, or None.
+        call: the arguments of those functions.
 
-    Raises: ValueError when `impl` is unknown or cannot serve the call.
+    Raises: ValueError if `impl` is unknown or cannot serve the call.
     """
     if impl is None:
         for name, refuses in implementations.items():
@@ -76,7 +78,7 @@ def choose(operation: str, implementations: dict, impl: str | None, *call) -> st
 
 
 def explain_call(implementations: dict, *call, impl: str | None = None) -> dict[str, str]:
-    """implementation -> "chosen", "available", or why it refuses the call. impl: as the call has it; it must be a known one."""
+    """implementation -> "chosen", "available", or why it cannot serve the call. impl: of the call, which must be a known one."""
     require_impl(implementations, impl)
     reasons = {name: refuses(*call) for name, refuses in implementations.items()}
     able = [name for name, reason in reasons.items() if reason is None]
@@ -86,19 +88,19 @@ def explain_call(implementations: dict, *call, impl: str | None = None) -> dict[
 
 
 def inference_unsupported_reason(x, *others, device: str = "cpu") -> str | None:
-    """Why the C++ kernels of `linear` and `norm` cannot take x and the other tensors (or None), or None. It is asked at each
-    call, so what it shares with the Triton kernels, those of "cuda", costs no call more."""
+    """Why the inference kernels of `linear` and `norm` (C++ on "cpu", Triton on "cuda") cannot serve x and the other tensors
+    (some may be None), or None. Runs at each call, hence one function for both devices."""
     if not (x.is_cpu if device == "cpu" else x.is_cuda):
         return runs_elsewhere(device.upper(), "x", x.device)
     if x.dtype is torch.float64:
         return "it takes fp32, fp16 and bf16, and x is torch.float64"
     if _any_autocast_enabled() and torch.is_autocast_enabled(device):
-        return "it knows no autocast, which is on"
+        return "it does not support autocast, which is on"
     return derivatives_refused(x, *others) if derivatives_possible() else None
 
 
 def triton_inference_unsupported_reason(*tensors) -> str | None:
-    """The same of the Triton kernels."""
+    """Why the Triton inference kernels cannot serve these tensors (some may be None), or None."""
     if tensors[0].is_cuda and (reason := triton_unusable(tensors[0].device)) is not None:
         return reason
     return inference_unsupported_reason(*tensors, device="cuda")

@@ -1,4 +1,4 @@
-"""The `fastgpt::` operator library: schemas are defined in Python, the compiled libraries only add kernels to them."""
+"""The `fastgpt::` operator library. Schemas are defined in Python; the compiled libraries register kernels for them."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastgpt.ops.derivatives import asks_for_derivatives
+from fastgpt.ops.derivatives import needs_derivatives
 
 try:
     from fastgpt import _C
@@ -24,25 +24,25 @@ AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 
 
 class Operators(torch.library.Library):
-    """A library whose operators refuse derivatives and the transforms of torch.func, which would take their results for
+    """A library whose operators raise under autograd and transforms of torch.func, which would treat their results as
     constants."""
 
     def define(self, schema, function: str | None = None, **options):  # type: ignore[override]
-        """function: that of fastgpt's which has derivatives; by default, it has the operator's name."""
+        """function: the public function with derivatives, for the error; default: fastgpt.<name of the operator>."""
         defined = super().define(schema, **options)
         name = schema.partition("(")[0]
         function = f"fastgpt.{name}" if function is None else function
 
         def refuse(*args, **options):
             raise RuntimeError(
-                f"fastgpt::{name}: the registered operation takes no part in transforms of torch.func; call {function}"
+                f"fastgpt::{name}: the registered operation does not support transforms of torch.func; call {function}"
             )
 
         def require_constants(keys, *args, **options):
-            if asks_for_derivatives((*args, *options.values())):
+            if needs_derivatives((*args, *options.values())):
                 raise RuntimeError(
-                    f"fastgpt::{name}: the registered operation has no derivatives, and an argument asks for them; call "
-                    f"{function}, or this one under torch.no_grad() and without dual numbers"
+                    f"fastgpt::{name}: the registered operation has no derivatives, and an argument requires them; call "
+                    f"{function}, or this one under torch.no_grad() and without dual tensors"
                 )
             return operator.redispatch(keys & AFTER_AUTOGRAD, *args, **options)
 
@@ -53,18 +53,18 @@ class Operators(torch.library.Library):
 
 
 def without_autograd(operator: Any) -> Callable:
-    """A registered operator for fastgpt's own calls, which have seen to derivatives: what its kernel for Autograd would ask
-    in Python at each call, nobody asks."""
+    """A registered operator for calls from fastgpt, which have handled derivatives already: it skips the autograd kernel, whose
+    checks in Python would cost time at each call."""
 
-    run = operator._op  # what the operator itself calls, one call of Python later
+    run = operator._op  # without the Python method around it
     is_compiling, is_inference_mode_enabled = torch.compiler.is_compiling, torch.is_inference_mode_enabled
     below_autograd = torch._C._AutoDispatchBelowAutograd
 
     @functools.wraps(operator)
     def call(*args, **options):
-        if is_compiling():  # it is traced with autograd
+        if is_compiling():  # tracing needs the autograd kernel
             return operator(*args, **options)
-        if is_inference_mode_enabled():  # without autograd to begin with
+        if is_inference_mode_enabled():  # autograd is off already
             return run(*args, **options)
         with below_autograd():
             return run(*args, **options)
@@ -82,14 +82,14 @@ def major(version: str) -> str:
 
 
 def _load_cuda_library() -> str | None:
-    """Loads the CUDA operations; returns why they are missing, or None."""
+    """Loads the CUDA operations. Returns why they are missing, or None."""
     if torch.version.cuda is None:
         # The library resolves libtorch_cuda's symbols when it is loaded.
         return "this torch is a CPU build"
     if not CUDA_LIBRARY.exists():
         return "fastgpt was built without its CUDA library: no working nvcc was found, or it was left out"
     built, ours = build_info()["cuda_version"], torch.version.cuda
-    if major(built) != major(ours):  # it would load, and then every launch would fail
+    if major(built) != major(ours):  # it would load, but every launch would fail
         return (
             f"its CUDA library was compiled by CUDA {built}, and this torch is for CUDA {ours}: build fastgpt again with an "
             f"nvcc of CUDA {major(ours)}, or install a torch for CUDA {major(built)}"

@@ -1,4 +1,4 @@
-"""A linear layer with what surrounds it in a decoder, for few tokens: contract, checks, reference, dispatch."""
+"""A linear layer fused with norm, activation, gate, dropout and residual: contract, checks, reference, dispatch."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from fastgpt.ops.library import library, without_autograd
 from fastgpt.ops.norm import KINDS, norm_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_ROWS = 32  # that the kernels multiply; csrc/linear/linear.h
+MAX_ROWS = 32  # of x, for the kernels; equal to csrc/linear/linear.h
 ACTIVATIONS = {
     None: lambda x: x,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -28,7 +28,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
 }
-ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # csrc/linear/linear.h
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # equal to csrc/linear/linear.h
 
 
 def linear(
@@ -47,51 +47,57 @@ def linear(
     dropout_p: float = 0.0,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """A linear layer, with a norm before it and activation, gate, dropout and residual after it, each where it is given.
+    """A linear layer, optionally with a norm before it, and activation, gate, dropout and residual after it.
 
         y = norm(x) weight^T + bias
         out = residual + dropout(activation(y))
         out = residual + dropout(activation(y[..., :N]) · y[..., N:])                        gated
 
-    Decoding multiplies one token with every weight: the time is that of reading them, once it is done in one pass.
+    In decoding, it is bound by reading the weight, which this does once. Up to 32 rows (the product of all dimensions of x but
+    the last) are computed in fp32 and rounded once, on CUDA in one launch; more rows use PyTorch's matrix product.
 
     Args:
         x: (..., C) fp16|bf16|fp32|fp64.
-        weight: (N, C), last dimension contiguous; dtype of x, as all that follow (under autocast: any).
+        weight: (N, C), last dimension contiguous. It and all other tensors have the dtype of x (under autocast: any).
         bias: (N,).
         norm: "layer" or "rms", over the last dimension; see `fastgpt.norm`.
-        norm_weight, norm_bias, norm_eps, norm_offset: its weight (C,), bias (C,), eps and offset; no norm_weight, no norm.
-        activation: of x, None or
-            "gelu_tanh"  x/2 · (1 + tanh(sqrt(2/pi) · (x + 0.044715 x^3)))
-            "gelu"       x/2 · (1 + erf(x / sqrt(2)))
-            "silu"       x / (1 + e^-x)
-            "relu"       max(x, 0)
-        gated: weight is (2N, C) and bias (2N,): the rows of the gate, then those of what it is multiplied with.
+        norm_weight: (C,), weight of the norm; None: no norm.
+        norm_bias: (C,), bias of the norm.
+        norm_eps: added to the variance, or to the mean square.
+        norm_offset: added to norm_weight.
+        activation: None or
+            "gelu_tanh"  y/2 · (1 + tanh(sqrt(2/pi) · (y + 0.044715 y^3)))
+            "gelu"       y/2 · (1 + erf(y / sqrt(2)))
+            "silu"       y / (1 + e^-y)
+            "relu"       max(y, 0)
+        gated: weight is (2N, C) and bias (2N,): the N rows of the gate come first.
         residual: (..., N).
-        dropout_p: probability of zeroing a number; what stays is divided by 1 - dropout_p.
+        dropout_p: probability of zeroing an element; the others are divided by 1 - dropout_p.
         impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
-            `fastgpt.explain`. Up to 32 rows (all dimensions of x but the last, multiplied) are computed in fp32 and rounded
-            once, on CUDA in one launch; more are PyTorch's matrix product, on CUDA the reference's after `norm`.
+            `fastgpt.explain`.
 
-    Returns: (..., N) in the dtype of x. Gradients flow through the reference, which serves every call that needs them.
+    Returns: (..., N) in the dtype of x. Calls that need gradients are served by the reference.
     Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, stride, device, norm, activation, impl):
         argument, expected, got.
+
+    >>> linear(torch.randn(1, 1, 768), torch.randn(3072, 768), norm_weight=torch.ones(768), activation="gelu_tanh").shape
+    torch.Size([1, 1, 3072])
     """
     call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
     if type(gated) is not bool or norm_weight is not None and not type(norm_eps) is type(norm_offset) is float:
-        # PyTorch's dispatcher would take None for a flag and True for a number.
+        # PyTorch's dispatcher would accept None for a flag and True for a number.
         require_flag("gated", gated)
         norm_eps, norm_offset = require_number("norm_eps", norm_eps, least=0), require_number("norm_offset", norm_offset)
     try:
         if impl in (None, "cpp") and _cpp_refuses(*call) is None:
             rms, number = KINDS[norm], ACTIVATION_NUMBERS[activation]
-            # Each argument takes PyTorch a tenth of a microsecond: those of a norm are passed where there is one.
+            # Each argument costs a tenth of a microsecond in the dispatcher: those of the norm are passed only if there is one.
             no_norm = norm_weight is None and norm_bias is None
-            of_norm = () if no_norm else (norm_weight, norm_bias, rms, norm_eps, norm_offset)
-            if no_norm and (norm_eps != 1e-5 or norm_offset != 0.0):  # which the kernel will not see
+            norm_arguments = () if no_norm else (norm_weight, norm_bias, rms, norm_eps, norm_offset)
+            if no_norm and (norm_eps != 1e-5 or norm_offset != 0.0):  # the kernel will not see and check these
                 _check(*call, norm, norm_eps, norm_offset, activation, gated)
             if x.numel() > MAX_ROWS * x.shape[-1] or not x.shape[-1]:
-                # PyTorch's product compares shapes and dtypes, our kernels check the rest.
+                # PyTorch's matrix product checks shapes and dtypes, our kernels check the rest.
                 require_tensor("x", x)
                 require_tensor("weight", weight, 2)
                 if x.dtype not in DTYPES or not x.shape[-1] or norm_weight is None and norm_bias is not None:
@@ -99,16 +105,16 @@ def linear(
                 if norm_weight is not None:
                     x = _norm(x, norm_weight, norm_bias, None, rms, norm_eps, norm_offset)
                 return _matrix_product(x, weight, bias, residual, number, gated)
-            # The kernel checks the rest for itself, in a fraction of the time.
-            return _linear(x, weight, bias, residual, number, gated, *of_norm)
+            # The kernel checks the rest itself, in a fraction of the time.
+            return _linear(x, weight, bias, residual, number, gated, *norm_arguments)
         if impl in (None, "triton") and _triton_refuses(*call) is None:
-            of_norm = norm_weight, norm_bias, KINDS[norm], norm_eps, norm_offset
-            return _linear(x, weight, bias, residual, ACTIVATION_NUMBERS[activation], gated, *of_norm)
+            norm_arguments = norm_weight, norm_bias, KINDS[norm], norm_eps, norm_offset
+            return _linear(x, weight, bias, residual, ACTIVATION_NUMBERS[activation], gated, *norm_arguments)
     except Exception as error:
         _check(*call, norm, norm_eps, norm_offset, activation, gated)  # raises the error that names the argument
         raise argument_error(error)
     _check(*call, norm, norm_eps, norm_offset, activation, gated)
-    choose("linear", IMPLEMENTATIONS, impl, *call)  # raises for one that cannot serve the call
+    choose("linear", IMPLEMENTATIONS, impl, *call)  # raises for an impl that cannot serve the call
     if impl is None and norm_weight is not None and triton_inference_unsupported_reason(*call[:-1]) is None:
         x, norm_weight, norm_bias = _norm(x, norm_weight, norm_bias, None, KINDS[norm], norm_eps, norm_offset), None, None
     return linear_reference(
@@ -118,7 +124,7 @@ def linear(
 
 
 def _matrix_product(x, weight, bias, residual, activation, gated):
-    """Of many rows: PyTorch's, and one pass over it for what follows."""
+    """PyTorch's matrix product for many rows, and one pass for bias, activation, gate and residual."""
     product = F.linear(x, weight)
     if gated:
         return _gate(product, bias, residual, activation)
@@ -143,7 +149,14 @@ def linear_reference(
     dropout_p: float = 0.0,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """The same function in plain PyTorch, on every device, differentiable."""
+    """The reference for `fastgpt.linear` in plain PyTorch: on every device, differentiable. It takes the same arguments and
+    ignores impl.
+
+        y = norm(x) weight^T + bias;  out = residual + dropout(activation(y)), or gated with activation(y[..., :N]) · y[..., N:]
+
+    Returns: (..., N) in the dtype of x.
+    Raises: TypeError, ValueError as `fastgpt.linear`.
+    """
     _check(x, weight, bias, norm_weight, norm_bias, residual, dropout_p, norm, norm_eps, norm_offset, activation, gated)
     if norm_weight is not None:
         x = norm_reference(x, norm_weight, norm_bias, kind=norm, eps=norm_eps, offset=norm_offset)
@@ -151,7 +164,7 @@ def linear_reference(
 
 
 def finish(y, *, activation=None, gated=False, residual=None, dropout_p=0.0):
-    """What `linear` does after the product, in plain PyTorch."""
+    """Activation, gate, dropout and residual of `linear`, in plain PyTorch."""
     activate = ACTIVATIONS[activation]
     if gated:
         gate, y = y.chunk(2, -1)
@@ -175,10 +188,10 @@ def _check(
     rows, C = weight.shape[0], x.shape[-1]
     if gated and rows % 2:
         raise ValueError(f"weight: expected an even number of rows (2N, C) with a gate, got {tuple(weight.shape)}")
-    N, of_weight = (rows // 2, "2N") if gated else (rows, "N")
+    N, rows_name = (rows // 2, "2N") if gated else (rows, "N")
     shapes = {
-        "weight": (weight, (rows, C), f"({of_weight}, C)"),
-        "bias": (bias, (rows,), f"({of_weight},)"),
+        "weight": (weight, (rows, C), f"({rows_name}, C)"),
+        "bias": (bias, (rows,), f"({rows_name},)"),
         "norm_weight": (norm_weight, (C,), "(C,)"),
         "norm_bias": (norm_bias, (C,), "(C,)"),
         "residual": (residual, (*x.shape[:-1], N), "(..., N)"),
@@ -241,7 +254,7 @@ library.define(
     "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, int activation=0, bool gated=False, "
     "Tensor? norm_weight=None, Tensor? norm_bias=None, bool rms=False, float norm_eps=1e-5, float norm_offset=0.0) -> Tensor"
 )
-# What follows the product, in place or, where a gate halves it, not.
+# Bias, activation and residual after a matrix product: in place, or not in place with a gate, which halves the width.
 library.define(
     "linear_finish_(Tensor(a!) out, Tensor? bias=None, Tensor? residual=None, int activation=0) -> ()", "fastgpt.linear"
 )

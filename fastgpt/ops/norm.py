@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm with what surrounds them in a decoder: contract, checks, reference, dispatch."""
+"""Layer norm and RMS norm, with an optional residual: contract, checks, reference, dispatch."""
 
 import torch
 import torch.nn.functional as F
@@ -31,32 +31,36 @@ def norm(
     residual: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Normalizes the last dimension, and adds the result to a residual where one is given.
+    """Layer norm or RMS norm over the last dimension, optionally added to a residual.
 
         out = residual + (x - mean) / sqrt(variance + eps) · (weight + offset) + bias        kind "layer"
         out = residual + x / sqrt(mean of x^2 + eps) · (weight + offset) + bias              kind "rms"
 
-    Args:
-        x: (..., C) fp16|bf16|fp32|fp64. With a contiguous last dimension it is not copied, wherever its rows lie: queries
-            may be a part of rows that hold keys and values too.
-        weight: (C,), dtype of x, as all that follow (under autocast: any).
-        bias: (C,).
-        eps: added to the variance, or to the mean of squares.
-        offset: added to the weight, in fp32: 1 where a checkpoint stores weights less one (Gemma).
-        residual: (..., C), likewise.
-        impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
-            `fastgpt.explain`. Everything is computed in at least fp32 and rounded once.
+    It is computed in at least fp32 and rounded once.
 
-    Returns: (..., C) contiguous, in the dtype of x. Gradients flow through the reference, which serves every call that
-        needs them.
+    Args:
+        x: (..., C) fp16|bf16|fp32|fp64. If the last dimension is contiguous, x is not copied; other strides are free.
+        weight: (C,). It and all other tensors have the dtype of x (under autocast: any).
+        bias: (C,).
+        kind: "layer" or "rms".
+        eps: added to the variance, or to the mean square.
+        offset: added to the weight, in fp32: 1 where a checkpoint stores weights less one (Gemma).
+        residual: (..., C), strides as of x.
+        impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
+            `fastgpt.explain`.
+
+    Returns: (..., C) contiguous, in the dtype of x. Calls that need gradients are served by the reference.
     Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, device, kind, impl): argument, expected, got.
     Source: Layer Normalization (arXiv 1607.06450), Root Mean Square Layer Normalization (arXiv 1910.07467).
+
+    >>> norm(torch.randn(2, 5, 768), torch.ones(768), kind="rms").shape
+    torch.Size([2, 5, 768])
     """
     call = (x, weight, bias, residual)
-    if type(eps) is not float or type(offset) is not float:  # PyTorch's dispatcher would take True
+    if type(eps) is not float or type(offset) is not float:  # PyTorch's dispatcher would accept True
         eps, offset = require_number("eps", eps, least=0), require_number("offset", offset)
     try:
-        # The kernels check the rest for themselves, that of the CPU in a fraction of the time.
+        # The kernels check the rest themselves, in C++ in a fraction of the time.
         if (impl in (None, "cpp") and inference_unsupported_reason(*call) is None) or (
             impl in (None, "triton") and triton_inference_unsupported_reason(*call) is None
         ):
@@ -65,7 +69,7 @@ def norm(
         _check(*call, kind, eps, offset)  # raises the error that names the argument
         raise argument_error(error)
     eps, offset = _check(*call, kind, eps, offset)
-    choose("norm", IMPLEMENTATIONS, impl, *call)  # raises for one that cannot serve the call
+    choose("norm", IMPLEMENTATIONS, impl, *call)  # raises for an impl that cannot serve the call
     return norm_reference(x, weight, bias, kind=kind, eps=eps, offset=offset, residual=residual)
 
 
@@ -80,14 +84,22 @@ def norm_reference(
     residual: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """The same function in plain PyTorch, on every device, differentiable."""
+    """The reference for `fastgpt.norm` in plain PyTorch: on every device, differentiable. It takes the same arguments and
+    ignores impl.
+
+        out = residual + (x - mean) / sqrt(variance + eps) · (weight + offset) + bias        kind "layer"
+        out = residual + x / sqrt(mean of x^2 + eps) · (weight + offset) + bias              kind "rms"
+
+    Returns: (..., C) in the dtype of x.
+    Raises: TypeError, ValueError as `fastgpt.norm`.
+    """
     eps, offset = _check(x, weight, bias, residual, kind, eps, offset)
     dtype = x.dtype
-    bare = not offset and residual is None and (bias is None or kind == "layer")
-    if not bare or weight.dtype != dtype:  # PyTorch's norms round once too, but not what follows them
-        wide = torch.promote_types(dtype, torch.float32)
-        x, weight = x.to(wide), weight.to(wide) + offset
-        bias, residual = (None if tensor is None else tensor.to(wide) for tensor in (bias, residual))
+    is_norm_only = not offset and residual is None and (bias is None or kind == "layer")
+    if not is_norm_only or weight.dtype != dtype:  # PyTorch's norms round to dtype, and the rest would round again
+        compute_dtype = torch.promote_types(dtype, torch.float32)
+        x, weight = x.to(compute_dtype), weight.to(compute_dtype) + offset
+        bias, residual = (None if tensor is None else tensor.to(compute_dtype) for tensor in (bias, residual))
     if kind == "layer":
         out = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     else:
@@ -97,7 +109,7 @@ def norm_reference(
 
 
 def _check(x, weight, bias, residual, kind, eps, offset) -> tuple[float, float]:
-    """eps and offset as plain numbers."""
+    """Returns eps and offset as plain Python numbers; raises TypeError or ValueError that begins with the argument's name."""
     require_tensor("x", x)
     require_dtype("x", x, DTYPES)
     if x.dim() == 0:

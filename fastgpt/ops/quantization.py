@@ -1,21 +1,21 @@
-"""How a cache row is stored in 8 bits: the definition that references use and kernels reproduce bit for bit."""
+"""Quantization of cache rows to 8 bits: the definition, which kernels reproduce bit for bit."""
 
 import torch
 
-# Element type -> the largest number that a row's largest magnitude becomes.
+# Element type -> the value that the largest magnitude of a row is scaled to.
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 QUANTIZED_DTYPES = tuple(LIMITS)
-SMALLEST = 1e-30  # rows whose largest magnitude is below are zero
+SMALLEST = 1e-30  # rows with a smaller largest magnitude are stored as zeros
 
 
 def quantize(x, dtype):
-    """Rows of numbers (..., D) -> the same in `dtype` (int8 or float8_e4m3fn), and a scale (...) fp32 for each row.
+    """Quantizes rows x (..., D) to int8 or float8_e4m3fn: (values (..., D) in that dtype, scales (...) fp32).
 
     values = round(x · limit / max|x|), ties to even;  scale = max|x| / limit. See `kv_cache_update`.
     """
     x = x.float()
     largest = x.abs().amax(-1)
-    # Tensors by tensors: PyTorch divides by a number, or a number by a tensor, through the rounded reciprocal.
+    # As a tensor: dividing by a number, or a number by a tensor, PyTorch multiplies with a rounded reciprocal.
     limit = torch.full_like(largest, LIMITS[dtype])
     finite, large = largest.isfinite(), largest >= SMALLEST
     factor = torch.where(finite & large, limit / largest, 0.0).unsqueeze(-1)
@@ -25,10 +25,10 @@ def quantize(x, dtype):
 
 
 def dequantize(values, scale, dtype=torch.float32):
-    """The numbers that `values` (..., D) with scale (...) stand for."""
+    """Dequantizes values (..., D) with scales (...) to dtype."""
     return values.to(dtype) * scale.unsqueeze(-1).to(dtype)
 
 
 def as_bytes(x):
-    """x, or its bytes if it is of 8-bit floats, which PyTorch cannot index."""
+    """x, viewed as uint8 if it is float8, which PyTorch cannot index."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x

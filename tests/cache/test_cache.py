@@ -111,10 +111,12 @@ def test_tokens_can_be_forgotten(kind, window):
     assert torch.equal(model(other, cache=cache), model(other, cache=expected))
     if kind == "paged":
         assert cache.pool.statistics() == expected.pool.statistics()
-    with pytest.raises(ValueError, match=r"counts: expected 2, each from 0 to that of \[13, 13\], got \[14, 1\]"):
+    with pytest.raises(ValueError, match=r"counts: expected 2 integers from 0 to those of \[13, 13\], got \[14, 1\]"):
         cache.truncate([14, 1])
     if kind == "sliding" and window == 9:
-        with pytest.raises(ValueError, match="counts: expected 13 or 0 for a sequence whose ring of 9 has overwritten older"):
+        with pytest.raises(
+            ValueError, match="counts: expected 13 or 0 for a sequence whose ring buffer of 9 has overwritten older"
+        ):
             cache.truncate([13, 12])
 
 
@@ -328,7 +330,7 @@ def test_counts_of_new_tokens_are_checked():
     model = random_model()
     ids = random_ids(model, 2, 4)
     for new in ([4], [5, 1], [-1, 2]):
-        with pytest.raises(ValueError, match="new: expected 2 counts, each from 0 to 4"):
+        with pytest.raises(ValueError, match="new: expected 2 counts from 0 to 4"):
             model(ids, cache=model.new_cache(2), new=new)
     with pytest.raises(ValueError, match="new: expected None without a cache"):
         model(ids, new=[4, 4])

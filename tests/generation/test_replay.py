@@ -250,7 +250,7 @@ def test_a_graphs_host_still_checks():
             step(torch.tensor([1, 2]))
         with pytest.raises(ValueError, match=r"cache: expected at most 4 tokens \(its capacity\), got 4 stored \+ 1 new"):
             step(torch.tensor([1, 2]))
-        with pytest.raises(ValueError, match="cache: expected one for a batch of 3, got one for 2"):
+        with pytest.raises(ValueError, match="cache: expected batch size 3, as ids has, got 2"):
             step(torch.tensor([1, 2, 3]))
 
 

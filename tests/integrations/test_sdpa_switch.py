@@ -1,4 +1,4 @@
-"""`sdpa.enabled`: whom it reaches, when it holds, and that nothing else changes."""
+"""`sdpa.enabled`: which calls it covers, how long it lasts, and that nothing else changes."""
 
 import contextlib
 import functools
@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from fastgpt.integrations import sdpa
-from fastgpt.integrations.sdpa import enabled, scaled_dot_product_attention
+from fastgpt.integrations.sdpa import enabled, function, remove_hook, scaled_dot_product_attention
 from fastgpt.ops.dropout import keep_mask
 from fastgpt.testing import numerics
 
@@ -32,13 +31,13 @@ def inputs(B=2, H=2, T=6, D=8, dtype=torch.float32, requires_grad=False):
 @pytest.fixture
 def served(monkeypatch):
     """Calls of the operation so far, as a list of query shapes."""
-    shapes, operation = [], sdpa._attention_forward
+    shapes, operation = [], function.attention_forward
 
     def counted(q, *args, **options):
         shapes.append(q.shape)
         return operation(q, *args, **options)
 
-    monkeypatch.setattr(sdpa, "_attention_forward", counted)
+    monkeypatch.setattr(function, "attention_forward", counted)
     return shapes
 
 
@@ -147,8 +146,8 @@ class Attending(torch.utils.data.Dataset):
         return 2
 
     def __getitem__(self, index):
-        served, operation = [], sdpa._attention_forward
-        sdpa._attention_forward = lambda *args, **options: served.append(1) or operation(*args, **options)
+        served, operation = [], function.attention_forward
+        function.attention_forward = lambda *args, **options: served.append(1) or operation(*args, **options)
         return torch.tensor(len(served)), F.scaled_dot_product_attention(*inputs()), torch.tensor(len(served))
 
 
@@ -164,12 +163,12 @@ def test_processes_forked_inside_have_it():
 
 def test_the_hook_can_be_taken_out():
     with enabled():
-        with pytest.raises(RuntimeError, match="remove_hook: expected no open"):
-            sdpa.remove_hook()
+        with pytest.raises(RuntimeError, match="remove_hook: expected no active"):
+            remove_hook()
     kernels = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, "aten::scaled_dot_product_attention")
     assert kernels("CPU") and kernels("AutogradCUDA")
-    sdpa.remove_hook()
-    sdpa.remove_hook()
+    remove_hook()
+    remove_hook()
     assert not kernels("CPU") and not kernels("AutogradCUDA")
     with enabled():
         assert kernels("CPU")
@@ -401,11 +400,11 @@ def test_autocast_gives_its_dtype(masked, served):
     exact = [x.bfloat16().double() for x in inputs()]
     exact_mask = mask.bfloat16().double() if masked else None
     yardstick = numerics.simulate(lambda: F.scaled_dot_product_attention(*exact, exact_mask), weights=torch.bfloat16)
-    for function in (F.scaled_dot_product_attention, scaled_dot_product_attention):
+    for attend in (F.scaled_dot_product_attention, scaled_dot_product_attention):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             expected = F.scaled_dot_product_attention(*inputs(), attn_mask=mask)
             with enabled():
-                actual = function(*inputs(), attn_mask=mask)
+                actual = attend(*inputs(), attn_mask=mask)
         assert actual.dtype == expected.dtype == torch.bfloat16
         numerics.check(actual, yardstick)
     assert len(served) == 2

@@ -201,7 +201,7 @@ def test_half_an_assignment():
     before = layer.values.clone()
     layer.keys = layer.keys[:, :, :2]
     assert layer.keys.shape[2] == 2 and torch.equal(layer.values, before)
-    with pytest.raises(ValueError, match=r"values: expected to be assigned as keys were, with shape \(3, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"values: expected an assignment of shape \(3, 2, 2\), as keys were assigned"):
         layer.update(*tokens(1))
     layer.values = before[:, :, :2]
     layer.update(*tokens(1))

@@ -36,11 +36,11 @@ LAUNCHERS = {
         "eos": torch.ones(1, dtype=torch.int64),
     }),
     "kv_cache_update": (
-        kv_cache_update._kv_cache_update_triton, "fastgpt.kernels.kv_cache_update.kv_cache_update",
+        kv_cache_update.operators.kv_cache_update_triton, "fastgpt.kernels.kv_cache_update.kv_cache_update",
         lambda: {**cache(), **{name: torch.ones(1, 2, 4) for name in ("k_scale", "v_scale")}},
     ),
     "rope_kv_cache_update": (
-        kv_cache_update._rope_kv_cache_update_triton, "fastgpt.kernels.kv_cache_update.rope_kv_cache_update",
+        kv_cache_update.operators.rope_kv_cache_update_triton, "fastgpt.kernels.kv_cache_update.rope_kv_cache_update",
         lambda: {
             "q": torch.ones(1, 4, 3, 8), **cache(torch.float32), "slots": torch.ones(1, 3, dtype=torch.int64),
             "cos": torch.ones(9, 4), "sin": torch.ones(9, 4), "block_table": torch.zeros(1, 1, dtype=torch.int32),

@@ -73,17 +73,17 @@ def test_caches():
         "layers": (
             random_model(layers=1).new_cache(2),
             ValueError,
-            "cache: expected one of this model's, with 2 layers of 4 key ",
+            "cache: expected 2 layers of 4 KV ",
         ),
-        "heads": (random_model(num_kv_heads=2).new_cache(2), ValueError, "cache: expected one of this model's"),
-        "head dim": (random_model(width=32).new_cache(2, kind="paged"), ValueError, "cache: expected one of this model's"),
-        "batch": (model.new_cache(3), ValueError, "cache: expected one for a batch of 2, got one for 3"),
-        "a tuple": ((1, 2), TypeError, "cache: expected one of `new_cache`'s, got tuple"),
-        "a flag": (True, TypeError, "cache: expected one of `new_cache`'s, got bool"),
+        "heads": (random_model(num_kv_heads=2).new_cache(2), ValueError, "cache: expected 2 layers of 4 KV heads"),
+        "head dim": (random_model(width=32).new_cache(2, kind="paged"), ValueError, "cache: expected 2 layers of 4 KV heads"),
+        "batch": (model.new_cache(3), ValueError, "cache: expected batch size 2, as ids has, got 3"),
+        "a tuple": ((1, 2), TypeError, r"cache: expected a KVCache \(see `new_cache`\), got tuple"),
+        "a flag": (True, TypeError, r"cache: expected a KVCache \(see `new_cache`\), got bool"),
         "dtype": (
             random_model().double().new_cache(2),
             TypeError,
-            "cache: expected one of torch.float32, as the model's keys are",
+            "cache: expected dtype torch.float32, as the model's weights",
         ),
     }
     for cache, error, message in wrong.values():
@@ -102,7 +102,7 @@ def test_counts(new):
             model(IDS, cache=model.new_cache(2), new=new)
 
 
-def test_contexts():
+def test_encoder_states():
     model, states = random_model(cross_attention=True), torch.randn(2, 4, 64)
     wrong = {
         "list": ([[1.0]], TypeError, "encoder_states: expected a torch.Tensor, got list"),
@@ -110,17 +110,17 @@ def test_contexts():
         "width": (states[..., :3], ValueError, r"encoder_states: expected shape \(2, 4, 64\)"),
         "dtype": (states.double(), TypeError, "encoder_states: expected dtype torch.float32"),
         "device": (states.to("meta"), ValueError, "encoder_states: expected device cpu"),
-        "batch": (states[:1], ValueError, "encoder_states: expected one for a batch of 2, got one for 1"),
-        "none": (None, ValueError, r"encoder_states: expected a second stream \(B, S, C\)"),
+        "batch": (states[:1], ValueError, "encoder_states: expected batch size 2, as ids has, got 1"),
+        "none": (None, ValueError, r"encoder_states: expected a tensor \(B, S, C\)"),
     }
-    for context, error, message in wrong.values():
+    for encoder_states, error, message in wrong.values():
         for call in (
             model,
             partial(run_with_cache, model),
             lambda ids, encoder_states: model(ids, cache=model.new_cache(2, encoder_states=encoder_states)),
         ):
             with pytest.raises(error, match=f"^{message}"):
-                call(IDS, encoder_states=context)
+                call(IDS, encoder_states=encoder_states)
 
 
 NO_CALLS = {

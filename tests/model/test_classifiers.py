@@ -238,7 +238,7 @@ BAD = [
     (lambda: TokenClassifier(random_model(), 2)([[1, 65]]), ValueError, "ids: expected token ids from 0 to 64, got 65"),
     (lambda: TokenClassifier(random_model(), 2)([[1] * 97]), ValueError, "ids: expected at most 96 tokens"),
     (lambda: SequenceClassifier(random_model(), 2)([[1]], [1]), ValueError, "lengths: expected None for a list of sequences"),
-    (lambda: SequenceClassifier(random_model(), 2)(torch.ones(2, 3).long(), [0, 3]), ValueError, "lengths: expected 2 numbers"),
+    (lambda: SequenceClassifier(random_model(), 2)(torch.ones(2, 3).long(), [0, 3]), ValueError, "lengths: expected 2 lengths"),
 ]
 
 

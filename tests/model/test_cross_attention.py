@@ -167,13 +167,13 @@ def test_an_encoder_and_a_decoder_learn_to_reverse_strings():
 
 
 BAD = [
-    (lambda model, ids, states: model(ids), ValueError, r"encoder_states: expected a second stream \(B, S, C\) .*, got None"),
-    (lambda model, ids, states: generate(model, ids, 3), ValueError, "encoder_states: expected a second stream"),
-    (lambda model, ids, states: model(ids, cache=model.new_cache(3)), ValueError, "encoder_states: expected a second stream"),
+    (lambda model, ids, states: model(ids), ValueError, r"encoder_states: expected a tensor \(B, S, C\) .*, got None"),
+    (lambda model, ids, states: generate(model, ids, 3), ValueError, "encoder_states: expected a tensor"),
+    (lambda model, ids, states: model(ids, cache=model.new_cache(3)), ValueError, "encoder_states: expected a tensor"),
     (
         lambda model, ids, states: model(ids, encoder_states=states[:2]),
         ValueError,
-        "encoder_states: expected one for a batch of 3, got",
+        "encoder_states: expected batch size 3, as ids has, got",
     ),
     (
         lambda model, ids, states: generate(model, ids, 3, encoder_states=states[:2]),

@@ -88,14 +88,14 @@ def test_states_are_what_logits_are_made_of():
 
 
 BAD = [
-    (lambda model, ids: generate(model, ids, 3), "model: expected a causal one to generate from .*, got one with causal=False"),
-    (lambda model, ids: generate(model, ids, 3, use_cache=False), "model: expected a causal one to generate from"),
-    (lambda model, ids: stream(model, ids, 3), "model: expected a causal one to generate from"),
-    (lambda model, ids: model.new_cache(2), "model: expected a causal one to generate from or to cache tokens of"),
-    (lambda model, ids: model(ids, cache=random_model().new_cache(2)), "model: expected a causal one"),
-    (lambda model, ids: model(ids, lengths=[3]), r"lengths: expected 2 numbers, each from 1 to 5 .*, got shape \(1,\)"),
-    (lambda model, ids: model(ids, lengths=[0, 3]), r"lengths: expected 2 numbers, each from 1 to 5 .*, got \[0, 3\]"),
-    (lambda model, ids: model(ids, lengths=[3, 6]), r"lengths: expected 2 numbers, each from 1 to 5 .*, got \[3, 6\]"),
+    (lambda model, ids: generate(model, ids, 3), "model: expected a causal model for generation .*, got one with causal=False"),
+    (lambda model, ids: generate(model, ids, 3, use_cache=False), "model: expected a causal model for generation"),
+    (lambda model, ids: stream(model, ids, 3), "model: expected a causal model for generation"),
+    (lambda model, ids: model.new_cache(2), "model: expected a causal model for generation or a KV cache"),
+    (lambda model, ids: model(ids, cache=random_model().new_cache(2)), "model: expected a causal model"),
+    (lambda model, ids: model(ids, lengths=[3]), r"lengths: expected 2 lengths from 1 to 5 .*, got shape \(1,\)"),
+    (lambda model, ids: model(ids, lengths=[0, 3]), r"lengths: expected 2 lengths from 1 to 5 .*, got \[0, 3\]"),
+    (lambda model, ids: model(ids, lengths=[3, 6]), r"lengths: expected 2 lengths from 1 to 5 .*, got \[3, 6\]"),
     (lambda model, ids: GPTConfig(9, 9, 1, 1, 8, causal=False, windows=(4,)), r"windows: expected None .* causal, got \(4,\)"),
     (lambda model, ids: random_model()(ids, random_model().new_cache(2), lengths=[1, 2]), "lengths.*: expected None with"),
 ]

@@ -357,9 +357,7 @@ def test_a_change_of_dtype_on_the_way_is_an_error():
         for _ in range(2):
             step(torch.tensor([3]))
         model.half()
-        with pytest.raises(
-            TypeError, match="cache: expected one of torch.float16, as the model's keys are, got one of torch.f"
-        ):
+        with pytest.raises(TypeError, match="cache: expected dtype torch.float16, as the model's weights, got torch.f"):
             step(torch.tensor([3]))
 
 

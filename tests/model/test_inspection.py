@@ -9,7 +9,7 @@ from models import random_ids, random_model
 
 from fastgpt import GPT, SHIPPED_MODEL, generate, run_with_cache
 from fastgpt.cli.main import main
-from fastgpt.model.inspection import draw_attention, likeliest, text_of
+from fastgpt.model.inspection import draw_attention, most_likely, text_of
 from fastgpt.model.rope import Rope
 from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
@@ -260,7 +260,7 @@ def test_names_of_tokens():
 
 def test_ties_go_to_the_first_as_in_greedy_decoding():
     logits = torch.tensor([0.0, 2.0, 1.0, 2.0])
-    assert [token for token, _, _ in likeliest(logits, 3)] == [1, 3, 2] and logits.argmax() == 1
+    assert [token for token, _, _ in most_likely(logits, 3)] == [1, 3, 2] and logits.argmax() == 1
 
 
 ERRORS = [
@@ -271,7 +271,7 @@ ERRORS = [
     (["A", "--model", "/nowhere"], "expected a checkpoint folder, /nowhere does not exist"),
     (["A", "--attention", "a.png", "--layer", "6"], "layer: expected a number from 0 to 5, got 6"),
     (["A", "--attention", "a.png", "--head", "-1"], "head: expected a number from 0 to 2, got -1"),
-    (["A", "--attention", "a.xyz"], "attention: expected a file of a kind that matplotlib draws, got a.xyz"),
+    (["A", "--attention", "a.xyz"], "attention: expected a file format that matplotlib supports, got a.xyz"),
     (["A", "--attention", "/nowhere/a.png"], "attention: expected a file that can be written to, /nowhere/a.png is none"),
 ]
 
@@ -291,11 +291,11 @@ def test_without_matplotlib(capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, out, error = run(capsys, "A", "--attention", "a.png")
-    assert status == 2 and "a picture needs matplotlib, which is not installed: pip install matplotlib" in error
+    assert status == 2 and "plotting needs matplotlib, which is not installed: pip install matplotlib" in error
     assert run(capsys, "A")[0] == 0
 
 
 def test_an_encoder_has_no_next_token(capsys, tmp_path):
     random_model(causal=False).save_pretrained(tmp_path)
     status, _, error = run(capsys, "A", "--model", tmp_path)
-    assert status == 2 and "model: expected a causal one" in error
+    assert status == 2 and "model: expected a causal model" in error

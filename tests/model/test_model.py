@@ -289,7 +289,7 @@ def test_a_full_cache_raises_and_stays_as_it_is():
 
 def test_a_cache_of_another_batch_size():
     model = random_model()
-    with pytest.raises(ValueError, match="cache: expected one for a batch of 2, got one for 1"):
+    with pytest.raises(ValueError, match="cache: expected batch size 2, as ids has, got 1"):
         model(random_ids(model, 2, 3), cache=model.new_cache(1))
 
 

@@ -67,7 +67,7 @@ class Three:
 
 
 def test_heads_that_cannot_be_divided():
-    with pytest.raises(ValueError, match="num_heads: expected a multiple of 3, the processes, got 4"):
+    with pytest.raises(ValueError, match="num_heads: expected a multiple of 3, the number of processes, got 4"):
         tensor_parallel(random_model(), Three())
 
 

@@ -688,7 +688,7 @@ BAD = {
     "head dim of values": ((Q, KV, KV.repeat(1, 1, 1, 37)), {}, ValueError, "v: expected a head dim from 1 to 576, got 592"),
     "no values": ((Q, KV, KV[..., :0]), {}, ValueError, r"v: expected a head dim from 1 to 576, got 0 in shape \(2, 2, 5, 0\)"),
     "head dim of keys": ((Q, KV[..., :8], KV), {}, ValueError, r"k: expected shape \(2, 2, 5, 16\) .*, got \(2, 2, 5, 8\)"),
-    "heads": ((Q[:, :3], KV, KV), {}, ValueError, "k: expected a number of heads that divides q's 3, got 2"),
+    "heads": ((Q[:, :3], KV, KV), {}, ValueError, "k: expected a number of heads that divides the 3 heads of q, got 2"),
     "batch": ((Q, KV[:1], KV), {}, ValueError, r"k: expected shape \(2, 2, 5, 16\) .*, got \(1, 2, 5, 16\)"),
     "v": ((Q, KV, KV[:, :, :4]), {}, ValueError, r"v: expected shape \(2, 2, 5, 16\) .*, got \(2, 2, 4, 16\)"),
     "device": ((Q, KV, KV.to("meta")), {}, ValueError, "v: expected device cpu, got meta"),

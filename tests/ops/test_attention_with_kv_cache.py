@@ -422,7 +422,7 @@ if not INTERPRETED:
             attention_with_kv_cache(**arguments, impl="triton")
 
     BAD = {
-        "q": ({"q": torch.zeros(B, 5, 1, D).half()}, ValueError, "k: expected a number of heads that divides q's 5"),
+        "q": ({"q": torch.zeros(B, 5, 1, D).half()}, ValueError, "k: expected a number of heads that divides the 5 heads of q"),
         "text": ({"q": "text"}, TypeError, "q: expected a torch.Tensor, got str"),
         "k": ({"k": None}, TypeError, "k: expected a torch.Tensor, got NoneType"),
         "position": ({"positions": torch.tensor([[S], [0], [0]])}, ValueError, "positions: expected values below"),

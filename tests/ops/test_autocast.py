@@ -79,5 +79,5 @@ def test_a_model_of_another_dtype_than_its_cache(kind):
         model(random_ids(model, 1, 3), cache=cache)
         model.bfloat16()
         for tokens in (1, 2):
-            with pytest.raises(TypeError, match="cache: expected one of torch.bfloat16, as the model's keys are"):
+            with pytest.raises(TypeError, match="cache: expected dtype torch.bfloat16, as the model's weights"):
                 model(random_ids(model, 1, tokens), cache=cache)

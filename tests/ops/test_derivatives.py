@@ -270,7 +270,7 @@ def test_kernels_are_not_chosen_under_transforms():
         assert fastgpt.explain(operation, *arguments)["cpp"] == "chosen"
         with forward_ad.dual_level():
             reasons = fastgpt.explain(operation, *arguments)
-            with pytest.raises(ValueError, match="impl='cpp' cannot serve this call: it takes no part in forward-mode"):
+            with pytest.raises(ValueError, match="impl='cpp' cannot serve this call: it supports neither forward-mode"):
                 operation(*arguments, impl="cpp")
         assert reasons["reference"] == "chosen" and "forward-mode" in reasons["cpp"]
 
@@ -440,7 +440,7 @@ def test_eight_bit_caches_refuse_derivatives():
     scales = {"k_scale": torch.zeros(1, 2, 4), "v_scale": torch.zeros(1, 2, 4)}
     positions = torch.arange(3).view(1, 3)
     for update in (kv_cache_update, kv_cache_update_reference):
-        with pytest.raises(ValueError, match="k_cache: expected the dtype of k where derivatives are asked for"):
+        with pytest.raises(ValueError, match="k_cache: expected the dtype of k when gradients are required"):
             update(k, k, *caches, positions, **scales)
     assert not caches[0].any() and not scales["k_scale"].any()
     kv_cache_update(k.detach(), k.detach(), *caches, positions, **scales)
@@ -492,7 +492,7 @@ def test_registered_operations_refuse_transforms(operation):
         return (result if isinstance(result, torch.Tensor) else result[0]).sum()
 
     for transform in (grad(run), vmap(run), lambda x: jvp(run, (x,), (x,))):
-        with pytest.raises(RuntimeError, match="the registered operation takes no part in transforms"):
+        with pytest.raises(RuntimeError, match="the registered operation does not support transforms"):
             transform(arguments[0])
 
 

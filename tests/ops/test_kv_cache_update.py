@@ -450,7 +450,7 @@ def test_views_that_autograd_does_not_let_be_written(case, writer):
         {"k": k, "v": v}[name].requires_grad_()
         call = writers(q, k, v, k_cache, v_cache)[writer]
         with pytest.raises(
-            ValueError, match=f"^{name}_cache: expected a tensor that autograd lets be written .*, got {message}"
+            ValueError, match=f"^{name}_cache: expected a tensor that autograd allows in-place .*, got {message}"
         ):
             call()
         assert not k_cache.any() and not v_cache.any()
@@ -476,7 +476,7 @@ def test_a_pytorch_that_does_not_tell_how_views_were_made():
     """Its name for that is not public. The package loads, and the write is refused in PyTorch's words."""
     result = subprocess.run([sys.executable, "-c", ANOTHER_PYTORCH], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("k_cache: expected a tensor that can be written to, which PyTorch refuses: ")
+    assert result.stdout.startswith("k_cache: expected a tensor that allows in-place writes, got: ")
 
 
 def test_caches_that_are_parts_of_one_tensor_carry_gradients():
@@ -517,6 +517,6 @@ def test_a_cache_that_is_the_same_for_all_of_vmap(mapped, writer):
         writers(q, x if mapped == "k" else k, x if mapped == "v" else v, k_cache, v_cache)[writer]()
         return x
 
-    with pytest.raises(ValueError, match=f"^{mapped}_cache: expected a tensor that can be written to, which PyTorch refuses"):
+    with pytest.raises(ValueError, match=f"^{mapped}_cache: expected a tensor that allows in-place writes, got"):
         torch.func.vmap(one)(torch.stack([k, v]))
     assert not k_cache.any() and not v_cache.any()

@@ -129,7 +129,7 @@ def test_gradients_are_served_by_the_reference():
     call = call_of("everything", (4, 40), torch.float32)
     call["weight"].requires_grad_()
     reasons = fastgpt.explain(norm, **call)
-    assert reasons["cpp"] == "it has no backward pass, and a gradient is asked for" and reasons["reference"] == "chosen"
+    assert reasons["cpp"] == "it has no backward pass, and a gradient is required" and reasons["reference"] == "chosen"
     (gradient,) = torch.autograd.grad(norm(**call).sum(), call["weight"])
     (expected,) = torch.autograd.grad(norm_reference(**call).sum(), call["weight"])
     assert torch.equal(gradient, expected)

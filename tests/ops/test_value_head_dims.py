@@ -1,5 +1,5 @@
-"""Values of another head dim than keys, as in MLA: the reference against PyTorch, caches, and the drop-ins. Parity of the
-kernels is in test_attention.py, that of updates in test_kv_cache_update.py."""
+"""Values with another head dim than keys, as in MLA: the reference compared with PyTorch, caches, and integrations. Parity of the
+kernels is in test_attention.py and test_kv_cache_update.py."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_what_triton_does_not_take():
         if (reason := triton_refuses_head_dims(call[0], call[2], False)) is None:
             continue
         assert str(D) in reason
-        with pytest.raises(ValueError, match="^v: expected a head dim that Triton's kernels serve"):
+        with pytest.raises(ValueError, match="^v: expected a head dim that the Triton kernels support"):
             attention_forward_triton(*call, True, 0.25)
 
 
@@ -260,7 +260,9 @@ def test_a_model_refuses_a_cache_of_other_values():
 
     model = random_model(layers=2, heads=2, width=16)
     cache = ContiguousCache(batch_size=1, capacity=20, num_layers=2, num_kv_heads=2, head_dim=8, v_head_dim=16)
-    with pytest.raises(ValueError, match="^cache: expected one of this model's, .* got 2 of 2 of 8, with values of 16"):
+    with pytest.raises(
+        ValueError, match="^cache: expected 2 layers of .* got 2 layers of 2 KV heads of head dim 8 \\(values: 16\\)"
+    ):
         model(random_ids(model, 1, 3), cache=cache)
 
 

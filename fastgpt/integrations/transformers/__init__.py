@@ -1,10 +1,10 @@
-"""fastgpt's attention in the models of the transformers library, version 5.
+"""fastgpt's attention and cache for models of transformers 5.
 
     import fastgpt.integrations.transformers as ft
     ft.register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastgpt")
 
-`ft.Cache(model.config)` is a cache for `generate` that goes with it; `ft.record()` tells what serves a model's calls.
+`ft.Cache(model.config)` is a KV cache for `generate`; `ft.record()` counts which implementations serve the calls of a model.
 """
 
 import threading
@@ -13,7 +13,7 @@ try:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 except ImportError as error:
-    if (error.name or "").partition(".")[0] != "transformers":  # something that transformers needs
+    if (error.name or "").partition(".")[0] != "transformers":  # a dependency of transformers
         raise
     raise ImportError(
         'fastgpt.integrations.transformers needs transformers 5, which is not installed: pip install "transformers>=5"'
@@ -30,15 +30,17 @@ _replaced = {}  # (interface, name) -> the function that was there before, or No
 
 
 def register(name: str = "fastgpt") -> None:
-    """Makes `attn_implementation=name` choose fastgpt's attention, in `from_pretrained`, `from_config` and
-    `set_attn_implementation`. Registering what is registered changes nothing.
+    """Registers fastgpt's attention with transformers, for `attn_implementation=name` in `from_pretrained`, `from_config` and
+    `set_attn_implementation`. Registering a name twice has no effect.
 
-    With the name "sdpa" it serves every model that uses PyTorch's attention through transformers, those loaded already, too.
+    Args:
+        name: "fastgpt", or "sdpa" to serve all models that use PyTorch's attention through transformers, including those that
+            are already loaded.
     """
     functions = {
         (AttentionInterface, name): attention,
-        (AttentionMaskInterface, name): mask,  # without which padding would be lost
-        (AttentionInterface, f"paged|{name}"): attention,  # continuous batching before transformers 5.23, which has no mask
+        (AttentionMaskInterface, name): mask,  # without it, padding would be ignored
+        (AttentionInterface, f"paged|{name}"): attention,  # continuous batching before transformers 5.23, without a mask
     }
     with _lock:
         for (interface, key), function in functions.items():
@@ -48,7 +50,7 @@ def register(name: str = "fastgpt") -> None:
 
 
 def unregister(name: str | None = None) -> None:
-    """Restores what was there before `register`, for a name or for all."""
+    """Undoes `register`, for one name or for all."""
     with _lock:
         for interface, key in list(_replaced):
             if name is None or key.removeprefix("paged|") == name:

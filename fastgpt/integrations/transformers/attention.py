@@ -1,4 +1,4 @@
-"""The attention function: what the layers of all models in transformers call with their queries, keys and values."""
+"""The attention function, which the layers of transformers models call with their queries, keys and values."""
 
 import contextlib
 import threading
@@ -34,20 +34,23 @@ def attention(
     """`fastgpt.attention` as a function of transformers' AttentionInterface.
 
     Args:
-        module: the layer; its `is_causal` counts where that argument is None.
-        query: (B, H, T, D); key: (B, H_kv, S, D); value: (B, H_kv, S, D_v); H_kv divides H. Of a `Cache` they may be 8-bit.
-        attention_mask: what `mask` returned; or a mask that broadcasts to (B, H, T, S), boolean or additive. None: query i
-            of several sees the keys 0 to i if the layer is causal, else all.
-        dropout, scaling, softcap, s_aux, position_bias: dropout_p, scale, softcap, sinks, bias of `fastgpt.attention`.
-        cache: a PagedAttentionCache that is to store key and value, and has those to attend to.
+        module: the layer, whose `is_causal` applies if the argument is None.
+        query: (B, H, T, D).
+        key: (B, H_kv, S, D); may be 8-bit, from a `Cache`. H must be a multiple of H_kv.
+        value: (B, H_kv, S, D_v), likewise.
+        attention_mask: the result of `mask`; or a mask that broadcasts to (B, H, T, S), boolean or additive. None: all keys, or
+            for T > 1 in a causal layer keys 0 to i for query i.
+        dropout, scaling, softcap, s_aux, position_bias: dropout_p, scale, softcap, sinks and bias of `fastgpt.attention`.
+        is_causal: whether the layer is causal.
+        cache: a PagedAttentionCache, which stores key and value and returns all keys and values.
         output_attentions: also return the weights.
-        kwargs: cu_seq_lens_q and cu_seq_lens_k, where packed sequences begin and end; sliding_window, which counts only
-            there: masks have it otherwise. The rest is ignored.
+        kwargs: cu_seq_lens_q and cu_seq_lens_k of packed sequences, and sliding_window, which applies to those only: otherwise
+            masks contain it. Others are ignored.
 
     Returns: (B, T, H, D_v), and None or the weights (B, H, T, S).
 
-    What the kernels do not take goes to transformers' own function for PyTorch's attention, or is computed in plain PyTorch:
-    `record` tells.
+    Calls that the kernels do not support go to transformers' function for PyTorch's attention, or are computed in plain
+    PyTorch; `record` shows which.
     """
     if attention_mask is position_bias is softcap is s_aux is cache is None and not dropout and not output_attentions:
         is_causal_layer = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -56,7 +59,7 @@ def attention(
             return out, None
     if cache is not None:
         key, value = _stored(cache, key, value, module, kwargs)
-    if is_autocasting(query.device):  # which PyTorch's own function heeds
+    if is_autocasting(query.device):  # as PyTorch's function does
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
     T, S = query.shape[2], key.shape[2]
@@ -66,7 +69,7 @@ def attention(
     causal = T > 1 and attention_mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options = {"causal": causal, "scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
 
-    reason = "weights asked for" if output_attentions else _why_not(query, key, value, dropout, scaling)
+    reason = "output_attentions" if output_attentions else _why_not(query, key, value, dropout, scaling)
     if reason is None and mask is None and position_bias is None:
         packing = _packing(short, kwargs)
         if packing is not None:
@@ -108,8 +111,8 @@ def attention(
 
 
 def _served_simply(query, key, value, scaling, is_causal, kwargs: dict) -> torch.Tensor | None:
-    """The result of the commonest calls on a CPU, in half the time: one that does not mask, or one query. The operation
-    checks for itself. None where a call takes more than is here."""
+    """A fast path for common calls on a CPU, in half the time: causal or unmasked attention, which checks its arguments
+    itself. None if the call needs the general path."""
     if type(key) is not torch.Tensor or not query.is_cpu or kwargs.get("cu_seq_lens_q") is not None:
         return None
     T, S = query.shape[2], key.shape[2]
@@ -132,7 +135,7 @@ def _served_simply(query, key, value, scaling, is_causal, kwargs: dict) -> torch
 
 
 def _why_not(query, key, value, dropout, scaling) -> str | None:
-    """Why `fastgpt.attention` cannot take these."""
+    """Why `fastgpt.attention` does not support these arguments, or None."""
     (B, H, _, D), (B_kv, H_kv, _, D_k), D_v, dtype = query.shape, key.shape, value.shape[3], query.dtype
     if D_k != D or max(D, D_v) > MAX_HEAD_DIM:
         most = MAX_HEAD_DIM
@@ -150,7 +153,7 @@ def _why_not(query, key, value, dropout, scaling) -> str | None:
     if not 0 <= dropout < 1 or not (scaling is None or isinstance(scaling, (int, float, torch.SymFloat))):
         return f"dropout {dropout}, scaling {scaling}"
     if not torch.compiler.is_compiling() and (
-        # PyTorch's attention has derivatives under torch.func in less memory than our reference, but none in forward mode.
+        # Under torch.func, PyTorch's attention needs less memory than our reference, but it has no forward-mode derivatives.
         torch.jit.is_tracing() or (torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0)
     ):
         return "within torch.jit or torch.func"
@@ -158,15 +161,15 @@ def _why_not(query, key, value, dropout, scaling) -> str | None:
 
 
 def _packing(short: Mask | None, kwargs: dict) -> tuple | None:
-    """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, if the tokens are packed sequences."""
+    """(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) if the tokens are packed sequences, else None."""
     if short is not None and short.segments is not None:
         bounds, longest = short.packing
         return bounds, bounds, longest, longest
     starts = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if None in starts or short is not None and short.options["mask"] is not None:
         return None
-    given = kwargs.get("max_length_q"), kwargs.get("max_length_k")
-    return *(x.int() for x in starts), *(n or int(x.diff().max()) for x, n in zip(starts, given))
+    lengths = kwargs.get("max_length_q"), kwargs.get("max_length_k")
+    return *(x.int() for x in starts), *(n or int(x.diff().max()) for x, n in zip(starts, lengths))
 
 
 def _packed(query, key, value, *packing, **options) -> torch.Tensor:
@@ -188,13 +191,13 @@ def _fused(query, key, value, options) -> torch.Tensor:
     if (bias := options.get("bias")) is not None and bias.dtype != torch.float32:
         options["bias"] = bias.to(query.dtype)
     _note(operation.attention, query, key, value, **options)
-    return operation.attention(query, key, value, **options)  # type: ignore[return-value]  # no lse is asked for
+    return operation.attention(query, key, value, **options)  # type: ignore[return-value]  # without return_lse
 
 
 def _with_weights(
     query, key, value, *, causal, scale, softcap, sinks, dropout_p, window=None, mask=None, bias=None
 ):  # fmt: skip
-    """The same for any head dims in plain PyTorch, and the weights. A row that sees no key has equal ones."""
+    """(out, weights) in plain PyTorch, for any head dims. A query that attends to no key has equal weights."""
     B, H, T, D = query.shape
     S, groups = key.shape[2], H // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -221,7 +224,7 @@ def _with_weights(
 
 
 def _stored(cache, key, value, module, kwargs: dict):
-    """Stores keys and values (1, H_kv, T, D) of packed sequences into a PagedAttentionCache; returns all of theirs."""
+    """Stores keys and values (1, H_kv, T, D) of packed sequences in a PagedAttentionCache; returns all of their keys and values."""
     indices = {name: kwargs[name] for name in ("read_index", "write_index")}
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, **indices)  # (S, H_kv, D)
     for name in ("cu_seq_lens_k", "max_seqlen_k"):
@@ -236,8 +239,8 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def record() -> Iterator[Counter]:
-    """Counts the calls of `attention` in any thread by what serves them: "cpp", "triton", "reference", or else why. Calls from
-    compiled code are not seen.
+    """Counts calls of `attention`, in all threads, by the implementation that serves them: "cpp", "triton", "reference"; or
+    "sdpa" and "plain PyTorch" with the reason. Calls from compiled code are not counted.
 
     >>> with record() as calls:
     ...     model(ids)

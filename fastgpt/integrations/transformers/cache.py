@@ -1,4 +1,4 @@
-"""A cache for transformers' `generate`: new keys and values are appended in place, where its own copies all at every token."""
+"""A KV cache for transformers' `generate`, which appends in place; transformers' DynamicCache copies everything at each token."""
 
 import functools
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ from fastgpt.ops.derivatives import refuse_transforms_of_cache, through_cache
 from fastgpt.ops.kv_cache_update import kv_cache_update
 from fastgpt.ops.quantization import QUANTIZED_DTYPES, as_bytes
 
-CROPS_TO_LENGTH = Version(transformers.__version__) < Version("5.16")  # if told a positive number
-ROOM = 256  # rows of storage beyond those that the first tokens take
+CROPS_TO_LENGTH = Version(transformers.__version__) < Version("5.16")  # `crop` took a positive length
+ROOM = 256  # rows that are allocated beyond the first tokens
 
 
 class Layer(DynamicLayer):
-    """Keys and values of a layer: storage (B, H_kv, rows, head dim), whose first `length` rows are tokens.
+    """Keys and values of a layer in storage (B, H_kv, rows, head dim), whose first `length` rows are tokens.
 
-    It doubles when it is full, or has max_cache_len rows from the start. The model gets views of it or, if it is quantized,
-    `EightBit` tensors. Gradients reach the keys and values of the call, not those that earlier calls have stored: where these
-    had gradients, the backward pass raises RuntimeError.
+    Storage doubles when it is full, or has max_cache_len rows from the start. The model gets views of it or, if it is quantized,
+    `EightBit` tensors. Gradients flow to the keys and values of the current call, not to those of earlier calls: if these
+    required gradients, the backward pass raises RuntimeError.
 
-    keys, values (B, H_kv, `length`, head dim) can be assigned, which copies them into storage. If that changes their batch,
-    number or device, both have to be, and nothing else goes in between.
+    keys and values (B, H_kv, `length`, head dim) can be assigned, which copies them into storage. If the batch size, number of
+    tokens or device changes, both must be assigned, one right after the other.
     """
 
     def __init__(self, max_cache_len: int | None, cache_dtype: torch.dtype | None):
@@ -36,12 +36,12 @@ class Layer(DynamicLayer):
         self.max_cache_len, self.cache_dtype = max_cache_len, cache_dtype
         self.storage = {}  # by argument of kv_cache_update: k_cache, v_cache and, if quantized, k_scale, v_scale
         self.length = 0
-        self.required_gradients = False  # one of the keys or values that are stored
+        self.required_gradients = False  # whether any stored key or value did
         self.is_initialized = False
-        self.assigned = {}  # keys or values that wait for the others
+        self.assigned = {}  # keys or values whose counterpart has not been assigned yet
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Takes sizes, dtype and device from the first keys (B, H_kv, T, D) and values, whose D may be another."""
+        """Takes sizes, dtype and device from the first keys (B, H_kv, T, D) and values (B, H_kv, T, D_v)."""
         self.dtype, self.device = key_states.dtype, key_states.device
         storage = {}
         for name, x in (("k", key_states), ("v", value_states)):
@@ -70,7 +70,7 @@ class Layer(DynamicLayer):
 
     @property
     def _kept(self) -> int:
-        """Of the rows in storage, those that count."""
+        """The number of rows in storage that `keys` and `values` return."""
         return self.length
 
     def _stored(self, name: str) -> torch.Tensor | None:
@@ -85,7 +85,7 @@ class Layer(DynamicLayer):
         self.assigned[name] = x
         k, v = self.keys, self.values
         if k is None or v is None or k.shape[:3] != v.shape[:3] or k.device != v.device:
-            return  # the other one is still that of before
+            return  # the other one has not been assigned yet
         self.required_gradients |= k.requires_grad or v.requires_grad
         self.assigned, self.storage, self.length = {}, {}, 0
         self.lazy_initialization(k, v)
@@ -95,7 +95,7 @@ class Layer(DynamicLayer):
         for name, x in self.assigned.items():
             other = "values" if name == "keys" else "keys"
             raise ValueError(
-                f"{other}: expected to be assigned as {name} were, with shape {tuple(x.shape[:3])}, got those of before"
+                f"{other}: expected an assignment of shape {tuple(x.shape[:3])}, as {name} were assigned, got none"
             )
 
     @property
@@ -121,12 +121,12 @@ class Layer(DynamicLayer):
         return self._append(key_states, value_states, self.length)
 
     def _append(self, key_states, value_states, past: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores new tokens; returns those of the last `past` older ones and theirs."""
-        if torch.is_grad_enabled():  # with gradients, and out of reach of later writes
-            seen = self._joined(past, key_states, value_states)
+        """Stores new tokens; returns the keys and values of the last `past` older tokens and of the new ones."""
+        if torch.is_grad_enabled():  # a copy, with gradients for new tokens, that later in-place writes do not change
+            joined = self._joined(past, key_states, value_states)
             self.required_gradients |= key_states.requires_grad or value_states.requires_grad
             self._store(key_states.detach(), value_states.detach())
-            return seen
+            return joined
         self._store(key_states, value_states)
         return self._last(past + key_states.shape[2])
 
@@ -139,15 +139,15 @@ class Layer(DynamicLayer):
 
         if not self.required_gradients:
             return join(key_states, value_states)
-        asking = torch.empty(0, requires_grad=True)  # even if what is new does not
-        return through_cache(lambda k, v, asking: join(k, v), key_states, value_states, asking)
+        requiring = torch.empty(0, requires_grad=True)  # also if the new tokens do not require gradients
+        return through_cache(lambda k, v, requiring: join(k, v), key_states, value_states, requiring)
 
     def _store(self, k, v) -> None:
         T = k.shape[2]
         self._make_room(T)
         if k.dtype != self.dtype or v.dtype != self.dtype or k.stride(3) != 1 or v.stride(3) != 1:
             k, v = k.to(self.dtype).contiguous(), v.to(self.dtype).contiguous()
-        # What is fake, nobody else can use; and what a CUDA graph reads must be its own, not that of a cache that forgets it.
+        # Not the cached positions for fake tensors, nor under graph capture, since the graph reads them after the cache drops them.
         shared = type(k) is torch.Tensor and not (k.is_cuda and torch.cuda.is_current_stream_capturing())
         positions = _positions if shared else _positions.__wrapped__
         kv_cache_update(k, v, positions=positions(k.shape[0], self.length, T, k.device), **self.storage)
@@ -166,11 +166,11 @@ class Layer(DynamicLayer):
             raise ValueError(f"cache: expected {limit}, got {self.length} stored + {new} new")
 
     def _move(self, rows: int, index: torch.Tensor | None = None) -> None:
-        """To storage of so many rows, of all sequences or those of `index` (N,)."""
+        """Moves tokens to new storage of `rows` rows, for all sequences or those in `index` (N,)."""
         for name, x in self.storage.items():
             stored = as_bytes(x)[:, :, : self.length]
             stored = stored if index is None else stored.index_select(0, index.to(x.device))
-            with torch.inference_mode(False):  # which a cache may outlive
+            with torch.inference_mode(False):  # the cache may outlive inference mode
                 moved = huge_pages.empty((len(stored), x.shape[1], rows, *x.shape[3:]), dtype=x.dtype, device=x.device)
             as_bytes(moved)[:, :, : self.length] = stored
             self.storage[name] = moved
@@ -182,18 +182,18 @@ class Layer(DynamicLayer):
         return -1 if self.max_cache_len is None else self.max_cache_len
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens: -n for n of them. Before transformers 5.16, a positive number of tokens to keep."""
+        """Removes the last n tokens, for tokens_to_remove = -n. Before transformers 5.16, a positive number of tokens to keep."""
         self.length -= self._cropped(tokens_to_remove)
 
     def _cropped(self, tokens_to_remove: int) -> int:
-        """How many tokens that means."""
+        """The number of tokens that `crop` removes."""
         self._require_pair()
         require_integer("tokens_to_remove", tokens_to_remove)
         have = self.get_seq_length()
         removed = max(0, have - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
         if tokens_to_remove > 0 and not CROPS_TO_LENGTH:
             raise ValueError(f"tokens_to_remove: expected -n to remove n tokens, got {tokens_to_remove}")
-        if removed > have and self.is_initialized:  # layers that share those of others have nothing to remove
+        if removed > have and self.is_initialized:  # layers that share the keys of others have nothing to remove
             raise ValueError(f"tokens_to_remove: expected at least {-have}, for the {have} tokens in the cache, got {-removed}")
         return min(removed, have)
 
@@ -212,7 +212,7 @@ class Layer(DynamicLayer):
             self._move(self._rows, torch.arange(len(self.keys)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor | Sequence | slice) -> None:
-        """Keeps these sequences of the batch: numbers or booleans, in a tensor or a sequence, or a slice."""
+        """Keeps these sequences of the batch; indices: integers or booleans, in a tensor or a sequence, or a slice."""
         self._require_pair()
         if self.length:
             indices = indices.cpu() if isinstance(indices, torch.Tensor) else indices
@@ -220,8 +220,8 @@ class Layer(DynamicLayer):
 
 
 class SlidingLayer(Layer, DynamicSlidingWindowLayer):
-    """The same of a layer whose queries see `sliding_window` keys. Its storage has up to twice as many rows: when it is full,
-    the tokens that are still seen move to its beginning, one row for each new token on average.
+    """Keys and values of a layer with a sliding window. Storage has up to twice `sliding_window` rows: when it is full, the
+    tokens inside the window move to its beginning, which is one row per new token on average.
 
     cumulative_length: tokens so far, of which the storage has the last `length`.
     """

@@ -1,4 +1,4 @@
-"""Tensors whose numbers are computed only if somebody asks for them."""
+"""Tensors whose values are computed lazily, on first access."""
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -18,16 +18,16 @@ _METADATA = frozenset(
         "is_complex", "is_inference", "get_device", "storage_offset", "__len__", "__hash__",
     )
 )  # fmt: skip
-# Which return the tensor itself where there is nothing to do.
+# These return the tensor itself if there is nothing to convert.
 _RETURNS_ITSELF = frozenset(getattr(torch.Tensor, name) for name in ("to", "type", "bool", "cpu", "cuda", "contiguous"))
 
 
 class Deferred(torch.Tensor):
-    """Stands for a tensor of this shape and dtype, which `_compute` gives.
+    """A lazy tensor of a known shape and dtype, whose values `_compute` returns.
 
-    Code that knows the subclass reads its fields as long as `untouched` holds, and the tensor is never made. To any other
-    code it is a tensor like others: its first access to the numbers computes them. From then on only these count, and not the
-    fields, since whoever has seen the numbers may have changed them, through a view, too.
+    Code that knows the subclass reads its fields while `untouched` is True, so the values are never computed. Any other code
+    sees an ordinary tensor, whose values are computed at the first access. From then on the fields are no longer valid, since
+    the values may have been changed in place, also through a view.
     """
 
     untouched: bool
@@ -43,7 +43,7 @@ class Deferred(torch.Tensor):
     def __init__(self, *args, **fields): ...
 
     def value(self) -> torch.Tensor:
-        """The numbers as an ordinary tensor, for who does not change them."""
+        """The values as an ordinary tensor, which the caller must not change."""
         if self._value is None:
             self.__dict__["_value"] = self._compute().contiguous()  # as the strides of the wrapper say
         return self._value
@@ -67,13 +67,13 @@ class Deferred(torch.Tensor):
         return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):  # of who calls from C++
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):  # for callers in C++
         args, kwargs = tree_map_only(Deferred, Deferred._handed_out, (args, kwargs or {}))
         return operation(*args, **kwargs)
 
 
 def _covers(index, shape) -> bool:
-    """Whether x[index] is all of x, as in x[:, :, :, :n] where that has n columns."""
+    """Whether x[index] is all of x, such as x[:, :, :, :n] of n columns."""
     index = index if isinstance(index, tuple) else (index,)
     return len(index) <= len(shape) and all(
         isinstance(part, slice) and part.indices(size) == (0, size, 1) for part, size in zip(index, shape)

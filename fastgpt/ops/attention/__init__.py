@@ -1,4 +1,4 @@
-"""The attention operation: its contract, and the choice of implementation."""
+"""The attention operations: their contracts, and the choice of implementation."""
 
 import math
 
@@ -47,54 +47,57 @@ def attention(
     """Softmax attention over keys and values, computed tile by tile.
 
         out[b,h,i] = sum_j softmax_j(score[b,h,i,j]) v[b,h//g,j],   g = H // H_kv
-        score[b,h,i,j] = cap(scale * q[b,h,i]·k[b,h//g,j]) - alibi_slopes[h] |i + L - T - j| + bias[b,h,i,j]
-        cap(x) = softcap * tanh(x / softcap),   L = kv_lengths[b] or S: query i is at position i + L - T
+        score[b,h,i,j] = cap(scale * q[b,h,i]·k[b,h//g,j])
+                         - alibi_slopes[h] |i + L - T - j| + bias[b,h,i,j]
+        cap(x) = softcap * tanh(x / softcap),   L = kv_lengths[b] or S
+        query i is at position i + L - T
 
-    over the keys j that causal, window, kv_lengths and mask leave to query i, and whose score is above -inf: a bias of -inf
-    hides a key as a mask does. On a CPU and in the reference, what a query does not see does not reach its results, nor
-    either's gradients, even where it is NaN. On CUDA, infinities and NaN in v may reach the results of queries that do not see
-    them, if another query of a head that shares v does; and gradients are kept from what is past kv_lengths alone.
+    over the keys j that causal, window, kv_lengths and mask allow for query i; a bias of -inf masks a key, too. On a CPU and in
+    the reference, masked keys and values do not affect results or gradients even if they are NaN. On CUDA, infinities and NaN in
+    v may reach the results of queries that do not attend to them, if another query of a head that shares v does; and gradients
+    are protected from keys past kv_lengths only.
 
     Args:
         q: (B, H, T, D) fp16|bf16|fp32, D <= 576, last dimension contiguous, other strides free. fp64 too, which only the
             reference serves.
-        k: (B, H_kv, S, D), or with a block table a pool of pages (num_pages, H_kv, page, D); device of q, and its dtype, or
-            int8 or float8_e4m3fn with scales; H must be a multiple of H_kv.
-        v: (B, H_kv, S, D_v), or with a block table (num_pages, H_kv, page, D_v); as k, but for its head dim: D_v <= 576.
+        k: (B, H_kv, S, D), or with a block table a pool of pages (num_pages, H_kv, page, D); dtype of q, or int8 or
+            float8_e4m3fn with scales; last dimension contiguous. H must be a multiple of H_kv.
+        v: (B, H_kv, S, D_v), or with a block table (num_pages, H_kv, page, D_v); dtype of k, D_v <= 576.
         causal: bottom-right aligned: query i sees key j when j <= i + L - T.
             T=2, L=5 attends  1 1 1 1 0
                               1 1 1 1 1
         scale: factor on q·k; default 1 / sqrt(D).
-        window: query i sees only keys with j > i + L - T - window: if causal, the last `window` ones, that at its own
-            position included. window=2 attends  0 0 1 1 0
-                                                 0 0 0 1 1
+        window: query i sees only keys with j > i + L - T - window: if causal, the last `window` keys, its own position
+            included.
+            T=2, L=5, window=2 attends  0 0 1 1 0
+                                        0 0 0 1 1
         softcap: bound on the scaled scores, from 2^-126 to 2^126.
-        alibi_slopes: (H,) fp32, a penalty on distance (arXiv 2108.12409).
-        sinks: (H,), floating point: one more logit a head in the softmax's denominator, which attends to nothing. It
-            counts in lse. Differentiable.
-        mask: bool, broadcastable to (B, H, T, S); where it is False, a query does not see a key.
+        alibi_slopes: (H,) fp32, penalty for each token of distance (ALiBi, arXiv 2108.12409).
+        sinks: (H,), floating point: for each head one more logit in the denominator of the softmax, without a value. Included
+            in lse. Differentiable.
+        mask: bool, broadcastable to (B, H, T, S); True attends.
         bias: in the dtype of q or fp32, broadcastable to (B, H, T, S), added to the scores. Differentiable.
-        kv_lengths: (B,) int32 on q's device, each in [0, S]; keys at and past it are never read. This is how a
-            cache of capacity S is attended. A value outside [0, S] is clamped to that range.
-        block_table: (B, pages) int32 on q's device. Key j of sequence b lies in row j % page of page
-            block_table[b, j // page]; S is then pages · page. Entries past kv_lengths may be anything.
-        k_scale, v_scale: (B, H_kv, S), or (num_pages, H_kv, page) with a block table, fp32: key j stands for
-            k_scale[b,h,j] · k[b,h,j]. See `kv_cache_update`, which writes them.
-        dropout_p: each weight of the softmax is dropped with this probability, the others divided by 1 - dropout_p.
-            lse does not know of it. 0 <= dropout_p < 1.
-        dropout_seed: an integer in [0, 2^63), or a (1,) int64 tensor, that decides which weights, on every device and in
-            every implementation the same; None draws one from PyTorch's CPU generator.
-        return_lse: also return the log-sum-exp of each row's scores. Differentiable.
+        kv_lengths: (B,) int32 on q's device: the number of keys of each sequence, for a cache with capacity S. Keys from there
+            on are never read. A value outside [0, S] is clamped to that range.
+        block_table: (B, pages) int32 on q's device. Key j of sequence b is in row j % page of page
+            block_table[b, j // page]; S is then pages · page. Entries past kv_lengths are not read.
+        k_scale, v_scale: (B, H_kv, S), or (num_pages, H_kv, page) with a block table, fp32: the key at j is
+            k_scale[b,h,j] · k[b,h,j]. `kv_cache_update` writes them.
+        dropout_p: probability, 0 <= dropout_p < 1, with which each weight of the softmax is zeroed; the others are divided by
+            1 - dropout_p. lse does not depend on it.
+        dropout_seed: an integer in [0, 2^63), or a (1,) int64 tensor, which determines the dropout mask, the same on every
+            device and in every implementation; None draws one from PyTorch's CPU generator.
+        return_lse: also return the log-sum-exp of the scores of each query. Differentiable.
         impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call. A named
-            one never falls back: it raises ValueError with the reason. `fastgpt.explain` tells without running.
+            implementation never falls back: it raises ValueError with the reason. `fastgpt.explain` shows the choice.
 
     Returns:
         out (B, H, T, D_v) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log.
-        A row that sees no key gives zeros, lse = -inf and zero gradients.
+        A query that attends to no key gives zeros, lse = -inf and zero gradients.
 
-    Gradients by q, k, v, bias and sinks come from the kernels; the reference, whose scores take memory in T · S, serves all
-    other derivatives: by alibi_slopes and scales, through a block table, forward mode, transforms of torch.func, and
-    gradients that are themselves differentiated (create_graph).
+    Gradients with respect to q, k, v, bias and sinks come from the kernels. The reference, which materializes the (B, H, T, S)
+    scores, computes all others: with respect to alibi_slopes and scales, through a block table, in forward mode, under
+    transforms of torch.func, and double backward (create_graph).
 
     Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, range, impl; on CPU a page outside the
         pool): argument, expected, got.
@@ -108,7 +111,7 @@ def attention(
         q, k, v, causal, scale, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale,
         v_scale, dropout_p, dropout_seed,
     )  # fmt: skip
-    # What PyTorch's dispatcher would take for something else: it has causal=None, and True for a number.
+    # PyTorch's dispatcher would accept causal=None, and True for a number.
     if not (
         type(causal) is bool and type(dropout_p) is float and (scale is None or type(scale) is float)
         and (window is None or type(window) is int) and (softcap is None or type(softcap) is float)
@@ -121,7 +124,7 @@ def attention(
         scale, dropout_p = call.scale, call.dropout_p
     try:
         chosen = choose("attention", IMPLEMENTATIONS, impl, call)
-        if chosen == "reference" or dropout_p > 0:  # kernels check for themselves all but the seed
+        if chosen == "reference" or dropout_p > 0:  # kernels check everything but the seed themselves
             call = check_call(call)
         if dropout_p > 0:
             call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device))
@@ -158,17 +161,31 @@ def attention_varlen(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`attention` of sequences of different lengths, packed one after the other without padding.
+    """Softmax attention within sequences of different lengths, packed one after the other without padding.
+
+    Each sequence b is computed as `attention` computes q[cu_seqlens_q[b] : cu_seqlens_q[b+1]] and
+    k, v[cu_seqlens_k[b] : cu_seqlens_k[b+1]], with dimensions 0 and 1 exchanged.
 
     Args:
-        q: (total_q, H, D); k: (total_k, H_kv, D); v: (total_k, H_kv, D_v). Sequence b has rows cu_seqlens_q[b] to
-            cu_seqlens_q[b+1] of q, and cu_seqlens_k[b] to cu_seqlens_k[b+1] of k and v.
+        q: (total_q, H, D) fp16|bf16|fp32, D <= 576, last dimension contiguous, other strides free. fp64 too, which only the
+            reference serves.
+        k: (total_k, H_kv, D), dtype of q. H must be a multiple of H_kv.
+        v: (total_k, H_kv, D_v), dtype of q, D_v <= 576.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device, ascending from 0 to total_q and total_k.
-        max_seqlen_q, max_seqlen_k: at least the queries and keys of the longest sequence.
-        The rest: as in `attention`, within each sequence.
+        max_seqlen_q, max_seqlen_k: at least the number of queries and keys of the longest sequence.
+        causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed: as in `attention`; causal masks and windows
+            are aligned to the last key of each sequence.
+        return_lse: also return the log-sum-exp of the scores of each query. Differentiable.
+        impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call.
 
-    Returns: out (total_q, H, D_v); with return_lse the pair (out, lse), lse (H, total_q) fp32.
-    Raises: TypeError, ValueError as `attention`; on CPU also for cu_seqlens that are not as above.
+    Returns: out (total_q, H, D_v) in q's dtype; with return_lse the pair (out, lse), lse (H, total_q) fp32, natural log.
+    Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, range, impl; on CPU also cu_seqlens that do not
+        ascend from 0 to the total, or a longer sequence than max_seqlen): argument, expected, got.
+
+    >>> q, k, v = torch.randn(3, 12, 4, 64)  # sequences of 5 and 7 tokens
+    >>> bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    >>> attention_varlen(q, k, v, bounds, bounds, 7, 7).shape
+    torch.Size([12, 4, 64])
     """
     require_flag("return_lse", return_lse)
     call = packed_call(
@@ -197,7 +214,7 @@ def explain(q, k, v, *, return_lse=False, impl=None, **options):
 
 
 def explain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, return_lse=False, impl=None, **options):
-    """The same for attention_varlen."""
+    """`explain` for attention_varlen."""
     require_flag("return_lse", return_lse)
     call = packed_call(q, k, v, **options)
     check_packing(call, Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))

@@ -1,4 +1,4 @@
-"""Derivatives of attention: the backward operations, or the reference's where those cannot give them."""
+"""The backward pass of attention: the backward operations, or the reference for double backward and forward mode."""
 
 import torch
 
@@ -9,9 +9,9 @@ from fastgpt.ops.derivatives import transforms_active
 
 
 class FusedAttention(torch.autograd.Function):
-    """The forward operations with the backward ones as their gradients, by q, k, v, sinks and bias.
+    """The forward and backward operations as an autograd function, with gradients for q, k, v, sinks and bias.
 
-    Its arguments are those of a Call, and a Packing or None.
+    Its arguments are the fields of a Call, and a Packing or None.
     """
 
     @staticmethod
@@ -22,9 +22,9 @@ class FusedAttention(torch.autograd.Function):
             out, lse = operators.attention_forward(*call)
         else:
             out, lse = operators.attention_varlen_forward(*packing, *varlen_arguments(call))
-        given = call._asdict() | ({} if packing is None else packing._asdict())
-        tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
-        ctx.given, ctx.names, ctx.is_packed = given | dict.fromkeys(tensors), list(tensors), packing is not None
+        fields = call._asdict() | ({} if packing is None else packing._asdict())
+        tensors = {name: x for name, x in fields.items() if isinstance(x, torch.Tensor)}
+        ctx.fields, ctx.names, ctx.is_packed = fields | dict.fromkeys(tensors), list(tensors), packing is not None
         ctx.save_for_backward(out, lse, *tensors.values())
         ctx.set_materialize_grads(False)
         return out, lse
@@ -32,9 +32,9 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         out, lse, *tensors = ctx.saved_tensors
-        given = ctx.given | dict(zip(ctx.names, tensors))
-        call = Call(*map(given.get, Call._fields))
-        packing = Packing(*map(given.get, Packing._fields)) if ctx.is_packed else None
+        fields = ctx.fields | dict(zip(ctx.names, tensors))
+        call = Call(*map(fields.get, Call._fields))
+        packing = Packing(*map(fields.get, Packing._fields)) if ctx.is_packed else None
         needed = dict(zip(Call._fields, ctx.needs_input_grad))
         if _is_differentiated():
             gradients = _reference_gradients(call, packing, needed, dout, dlse)
@@ -56,22 +56,22 @@ def _kernel_gradients(call: Call, packing: Packing | None, needed: dict[str, boo
 
 
 def _is_differentiated() -> bool:
-    """Whether derivatives are taken of a backward pass: create_graph, forward mode, a vmap over the incoming gradients."""
+    """Whether the backward pass itself is differentiated or transformed: create_graph, forward mode, vmap over gradients."""
     return torch.is_grad_enabled() or transforms_active()
 
 
 def _reference_gradients(call: Call, packing: Packing | None, needed: dict[str, bool], dout, dlse) -> dict:
-    """The gradients by the arguments that are needed, from the reference: unlike those of the kernels, they can be
-    differentiated themselves. The kernels' out and lse, which are constants to autograd, take no part."""
+    """The needed gradients, computed by the reference, so that they are differentiable. The kernels' out and lse, which
+    are constants to autograd, are not used."""
     with torch.enable_grad():
-        # Aliases: where two arguments are one tensor, each has a gradient of its own.
+        # Aliases, so that each argument has its own gradient if two of them are the same tensor.
         leaves = {name: x.view_as(x) for name, x in call._asdict().items() if needed[name]}
         call = call._replace(**leaves)
         if packing is None:
             results = attention_reference(**call._asdict(), return_lse=True)
         else:
             results = varlen_reference_of(call, packing)
-    # Those that there are of results which depend on the leaves: lse does not on v.
+    # Only gradients that exist, of results that depend on a leaf: lse does not depend on v.
     pairs = [(x, gradient) for x, gradient in zip(results, (dout, dlse)) if gradient is not None and x.requires_grad]
     outputs, douts = zip(*pairs) if pairs else ((), ())
     gradients = torch.autograd.grad(
@@ -88,7 +88,7 @@ def _kernel_dout(dout, out):
 
 
 def savable(arguments):
-    """Autograd saves no tensor that was made in inference mode; since such ones take no part in derivatives, a copy will do."""
+    """Clones inference tensors among the arguments, which autograd cannot save; they have no gradients."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return arguments
     copies = {name: x.clone() for name, x in arguments._asdict().items() if isinstance(x, torch.Tensor) and x.is_inference()}

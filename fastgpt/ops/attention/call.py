@@ -1,4 +1,4 @@
-"""The arguments of a call of attention, as they go from its checks to its kernels."""
+"""The arguments of an attention call, as they are passed from checks to kernels."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Call(NamedTuple):
-    """The arguments of `attention` that decide what it computes."""
+    """The arguments of `attention`, without return_lse and impl."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -28,7 +28,7 @@ class Call(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Where packed sequences begin and end: the arguments that attention_varlen has beyond those of attention."""
+    """The boundaries of packed sequences: the arguments of attention_varlen that attention does not have."""
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
@@ -36,7 +36,7 @@ class Packing(NamedTuple):
     max_seqlen_k: int
 
 
-# Packed sequences: the same, without what only a batch has.
+# The fields of Call that apply to packed sequences.
 VARLEN_FIELDS = (*Call._fields[:9], "dropout_p", "dropout_seed")
 
 

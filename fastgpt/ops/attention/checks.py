@@ -1,4 +1,4 @@
-"""What attention takes: the contract, argument by argument."""
+"""The input checks of attention, argument by argument."""
 
 import torch
 
@@ -17,15 +17,15 @@ from fastgpt.ops.attention.call import Call, Packing
 from fastgpt.ops.quantization import QUANTIZED_DTYPES
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 576  # of keys and of values, which may differ: MLA (arXiv 2405.04434) has 576 and 512, or 192 and 128
+MAX_HEAD_DIM = 576  # of keys and of values, which may differ: 576 and 512, or 192 and 128 in MLA (arXiv 2405.04434)
 TRITON_MAX_DIFFERENTIABLE_DIM = 256
-# Kernels compute in fp32: a scale fits, and neither a soft cap nor its inverse is subnormal.
+# Kernels compute in fp32: the scale is finite there, and neither the soft cap nor its inverse is subnormal.
 LARGEST_SCALE = torch.finfo(torch.float32).max
 SOFTCAPS = 2.0**-126, 2.0**126
 
 
 def check_call(call: Call) -> Call:
-    """The call with plain numbers; raises TypeError or ValueError, named after the argument, for what the contract excludes."""
+    """Returns the call with plain Python numbers; raises TypeError or ValueError that begins with the argument's name."""
     q, k, v, block_table = call.q, call.k, call.v, call.block_table
     require_tensor("q", q, 4)
     require_tensor("k", k, 4)
@@ -39,7 +39,7 @@ def check_call(call: Call) -> Call:
             got = f"{x.shape[3]} in shape {tuple(x.shape)}"
             raise ValueError(f"{name}: expected a head dim from 1 to {MAX_HEAD_DIM}, got {got}")
     if H_kv == 0 or H % H_kv:
-        raise ValueError(f"k: expected a number of heads that divides q's {H}, got {H_kv}")
+        raise ValueError(f"k: expected a number of heads that divides the {H} heads of q, got {H_kv}")
     require_dtype("k", k, (q.dtype, *QUANTIZED_DTYPES))
     require_dtype("v", v, (k.dtype,))
     first, layout, keys = B, "(B, H_kv, S", S
@@ -104,7 +104,7 @@ def _float(number):
 
 
 def check_pages(k, block_table, kv_lengths):
-    """On CPU, raises ValueError if a page that would be read is not in the pool."""
+    """On CPU, raises ValueError if a page that would be read is outside the pool."""
     if block_table is None or block_table.device.type != "cpu":
         return
     num_pages, page = k.shape[0], k.shape[2]
@@ -118,14 +118,14 @@ def check_pages(k, block_table, kv_lengths):
 
 
 def packed_call(q, k, v, **options) -> Call:
-    """Checked; q, k, v as (1, heads, total, head dim): one sequence whose batch dimension does not count."""
+    """The checked call with q, k, v as (1, heads, total, head dim)."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require_tensor(name, x, 3)
     return check_call(Call(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), **options))
 
 
 def check_packing(call: Call, packing: Packing) -> Packing:
-    """The packing with plain integers; raises TypeError or ValueError for what does not fit the call."""
+    """Returns the packing with plain integers; raises TypeError or ValueError if it does not match the call."""
     packing = packing._replace(
         max_seqlen_q=require_integer("max_seqlen_q", packing.max_seqlen_q, 0, 2**63 - 1),
         max_seqlen_k=require_integer("max_seqlen_k", packing.max_seqlen_k, 0, 2**63 - 1),
@@ -137,7 +137,7 @@ def check_packing(call: Call, packing: Packing) -> Packing:
         require_dtype(name, x, (torch.int32,))
         require_device(name, x, call.q.device)
         if x.shape != packing.cu_seqlens_q.shape or len(x) < 2:
-            raise ValueError(f"{name}: expected shape (B + 1,), B >= 1, as the other one, got {tuple(x.shape)}")
+            raise ValueError(f"{name}: expected shape (B + 1,), B >= 1, the same for q and k, got {tuple(x.shape)}")
         longest = packing.max_seqlen_q if name == "cu_seqlens_q" else packing.max_seqlen_k
         if x.device.type == "cpu":
             lengths = x.diff()
@@ -150,15 +150,15 @@ def check_packing(call: Call, packing: Packing) -> Packing:
 
 
 def check_for_triton(call: Call, gradients: bool = False) -> Call:
-    """`check_call`; raises ValueError also for head dims that the Triton kernels do not take."""
+    """`check_call`, which also raises ValueError for head dims that the Triton kernels do not support."""
     checked = check_call(call)
     if (reason := triton_refuses_head_dims(call.q, call.v, gradients)) is not None:
-        raise ValueError(f"v: expected a head dim that Triton's kernels serve, got shape {tuple(call.v.shape)}: {reason}")
+        raise ValueError(f"v: expected a head dim that the Triton kernels support, got shape {tuple(call.v.shape)}: {reason}")
     return checked
 
 
 def triton_refuses_head_dims(q: torch.Tensor, v: torch.Tensor, gradients: bool) -> str | None:
-    """Why the Triton kernels cannot take q and v of these head dims, with gradients if they are asked for; or None."""
+    """Why the Triton kernels do not support these head dims (with gradients, if they are needed), or None."""
     D, D_v = q.shape[-1], v.shape[-1]
     if D_v > 512 and q.dtype is torch.float32:
         return f"it takes values of head dims up to 512 in fp32, and v has {D_v}"
@@ -168,7 +168,7 @@ def triton_refuses_head_dims(q: torch.Tensor, v: torch.Tensor, gradients: bool) 
 
 
 def check_backward(call: Call, dout, dlse, out, lse) -> None:
-    """A call that is checked as a forward one, and what the backward pass takes beyond it."""
+    """Checks the arguments of the backward operation: the forward call, and the gradients and results beside it."""
     check_for_triton(call, gradients=True)
     q, outputs = call.q, (*call.q.shape[:3], call.v.shape[3])
     for name, x, shape, meaning, dtype in (

@@ -67,7 +67,7 @@ def _attention_backward_fake(dout, dlse, out, lse, needs_dbias, q, k, v, *argume
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 
 
-DECODE_QUERIES = 16  # up to so many a sequence, the keys are split among programs
+DECODE_QUERIES = 16  # up to this number of queries per sequence, the decode kernel splits the keys among programs
 
 
 def attention_forward_triton(*arguments):
@@ -93,7 +93,7 @@ def attention_backward_triton(dout, dlse, out, lse, needs_dbias, q, k, v, *argum
     options = dict(zip(names, arguments))
     check_backward(Call(q, k, v, **options), dout, dlse, out, lse)
     if needs_dbias and options.get("bias") is None:
-        raise ValueError("bias: expected a tensor, whose gradient is asked for, got None")
+        raise ValueError("bias: expected a tensor, whose gradient is required, got None")
     dq, dk, dv, dbias, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, needs_dbias=needs_dbias, **options)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsinks is None else dsinks
 

@@ -33,9 +33,15 @@ def attention_reference(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The same function in plain PyTorch: every device, every float dtype (float64 too), differentiable.
+    """The reference for `fastgpt.attention` in plain PyTorch: on every device, in every float dtype, float64 too, differentiable.
 
-    Scores and softmax are computed in fp32 at least. Holds the (B, H, T, S) scores in memory.
+        out[b,h,i] = sum_j softmax_j(cap(scale * q[b,h,i]·k[b,h//g,j]) + ...) v[b,h//g,j],   g = H // H_kv
+
+    It takes the same arguments and ignores impl. Scores and softmax are computed in at least fp32, and the (B, H, T, S) scores
+    are materialized.
+
+    Returns: out (B, H, T, D_v) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) in at least fp32.
+    Raises: TypeError, ValueError as `fastgpt.attention`.
     """
     require_flag("return_lse", return_lse)
     call = Call(
@@ -48,7 +54,7 @@ def attention_reference(
 
 
 def reference_of(call: Call, return_lse: bool, dropout_batch: int = 0):
-    """dropout_batch: what the first sequence counts as in dropout's random numbers."""
+    """attention_reference of a checked call; dropout_batch: index of its first sequence, for the random numbers of dropout."""
     q, k, v, block_table = call.q, call.k, call.v, call.block_table
     out_dtype, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(dtype), _keys(k, call.k_scale, block_table, dtype), _keys(v, call.v_scale, block_table, dtype)
@@ -103,15 +109,15 @@ def reference_of(call: Call, return_lse: bool, dropout_batch: int = 0):
 
 
 def _products(q, k):
-    """q (..., T, D) · k (..., S, D), whose gradients do not meet what is not finite: of a score that nobody uses they are 0,
-    and 0 times infinity or NaN would be NaN."""
+    """q (..., T, D) @ k (..., S, D)^T, with gradients that are not NaN for masked keys: their scores have gradient 0, and 0
+    times infinity or NaN would be NaN."""
     finite_q, finite_k = (torch.where(x.isfinite(), x, 0.0) for x in (q, k))
     true = q.detach() @ k.detach().transpose(-2, -1)
     return torch.where(true.isfinite(), finite_q @ finite_k.transpose(-2, -1), true)
 
 
 def _weighted(weights, seen, v):
-    """weights (..., T, S) · v (..., S, D_v), of what is not finite in v only what is seen (..., T, S)."""
+    """weights (..., T, S) @ v (..., S, D_v), where infinities and NaN in v count only for queries that see them (..., T, S)."""
     infinite = torch.cat([v.isnan() | (v == torch.inf), v.isnan() | (v == -torch.inf)], dim=-1)
     up, down = (seen.to(v.dtype) @ infinite.to(v.dtype) > 0).chunk(2, dim=-1)
     beyond = torch.where(up, torch.inf, 0.0) - torch.where(down, torch.inf, 0.0)  # both: NaN
@@ -119,10 +125,10 @@ def _weighted(weights, seen, v):
 
 
 def _keys(x, scale, block_table, dtype):
-    """Keys or values as the numbers they stand for: (B, H_kv, S, head dim) in `dtype`."""
+    """Keys or values, gathered from pages and dequantized: (B, H_kv, S, head dim) in `dtype`."""
     if block_table is not None:
-        index = block_table.clamp(0, x.shape[0] - 1).long()  # entries that are never read may be anything
-        # (B, pages, H_kv, page, head dim) -> (B, H_kv, pages * page, head dim); float8 has no indexing
+        index = block_table.clamp(0, x.shape[0] - 1).long()  # unused entries may be out of range
+        # (B, pages, H_kv, page, head dim) -> (B, H_kv, pages * page, head dim); PyTorch cannot index float8
         x = x.view(torch.uint8)[index].view(x.dtype) if x.itemsize == 1 else x[index]
         x = x.transpose(1, 2).flatten(2, 3)
         scale = None if scale is None else scale[index].transpose(1, 2).flatten(2, 3)
@@ -149,7 +155,12 @@ def attention_varlen_reference(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The same function in plain PyTorch: `attention_reference` of one sequence after the other."""
+    """The reference for `fastgpt.attention_varlen` in plain PyTorch: `attention_reference` of each sequence in turn. On every
+    device, in every float dtype, differentiable. It takes the same arguments and ignores impl.
+
+    Returns: out (total_q, H, D_v) in q's dtype; with return_lse the pair (out, lse), lse (H, total_q) in at least fp32.
+    Raises: TypeError, ValueError as `fastgpt.attention_varlen`.
+    """
     require_flag("return_lse", return_lse)
     call = packed_call(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,

@@ -1,4 +1,4 @@
-"""Which implementations serve a call of attention."""
+"""Which implementations serve an attention call."""
 
 import torch
 
@@ -9,6 +9,7 @@ from fastgpt.ops.implementations import runs_elsewhere, triton_unusable
 
 
 def needs_gradients(call: Call) -> bool:
+    """Whether autograd will ask for a gradient of this call."""
     if not torch.is_grad_enabled():
         return False
     for x in (call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes, call.k_scale, call.v_scale):
@@ -24,7 +25,7 @@ def triton_refuses(call: Call):
         return reason
     if call.q.dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and q is {call.q.dtype}"
-    if isinstance(call.v, torch.Tensor) and call.v.dim() == call.q.dim():  # else the check of the call says what is wrong
+    if isinstance(call.v, torch.Tensor) and call.v.dim() == call.q.dim():  # otherwise check_call raises
         if (reason := triton_refuses_head_dims(call.q, call.v, needs_gradients(call))) is not None:
             return reason
     return _cannot_differentiate(call)
@@ -39,15 +40,15 @@ def cpp_refuses(call: Call):
 
 
 def _cannot_differentiate(call: Call):
-    """Why the kernels cannot give the derivatives that are asked for, or None."""
+    """Why the kernels cannot compute the required derivatives, or None."""
     if transforms_active():
         return TRANSFORMED
     if not needs_gradients(call):
         return None
     if call.block_table is not None or call.k_scale is not None:
-        return "it has no backward through a block table or 8-bit keys, and a gradient is asked for"
+        return "it has no backward through a block table or 8-bit keys, and a gradient is required"
     if call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
-        return "it has no gradient by alibi_slopes, and that is asked for"
+        return "it has no gradient by alibi_slopes, and that is required"
     return None
 
 
