@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import fuzz_operations
+import fuzz_valid_calls
 import pytest
 
 import fastgpt
@@ -73,13 +74,13 @@ def another_slot(rope_kv_cache_update, **call):
     return rope_kv_cache_update(**call)
 
 
-def a_good_call_refused(attention_varlen, **call):
+def a_valid_call_refused(attention_varlen, **call):
     if call.get("softcap") is not None:
         raise ValueError("softcap: expected None")
     return attention_varlen(**call)
 
 
-def a_bad_call_served(attention_with_kv_cache, **call):
+def an_invalid_call_served(attention_with_kv_cache, **call):
     try:
         return attention_with_kv_cache(**call)
     except ValueError:
@@ -87,8 +88,8 @@ def a_bad_call_served(attention_with_kv_cache, **call):
 
 
 FAULTS = [
-    window_of_one_more, a_check_missing, a_name_missing, written_before_it_raises, another_slot, a_good_call_refused,
-    a_bad_call_served,
+    window_of_one_more, a_check_missing, a_name_missing, written_before_it_raises, another_slot, a_valid_call_refused,
+    an_invalid_call_served,
 ]  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def test_planted_faults_are_found(fault, monkeypatch):
     name = fault.__code__.co_varnames[0]
     operation = getattr(fastgpt, name)
     monkeypatch.setattr(fastgpt, name, functools.wraps(operation)(functools.partial(fault, operation)))
-    monkeypatch.setattr(fuzz_operations, "OPERATIONS", [getattr(fuzz_operations, name)])
+    monkeypatch.setattr(fuzz_operations, "OPERATIONS", [getattr(fuzz_valid_calls, name)])
     with pytest.raises(fuzz_operations.Wrong):
         for number in range(300):
             fuzz_operations.run(1, number, lambda call: None)
