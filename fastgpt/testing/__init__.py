@@ -1,14 +1,14 @@
-"""For tests of kernels: the numerics contract, and random inputs for every feature of an operation.
+"""Tools for testing kernels: the numerics contract, and random inputs for every feature of an operation.
 
 numerics
-    `check(actual, reference)`: whether a result is as accurate as its dtype allows, on any machine. How it is decided.
+    `check(actual, reference)`: whether a result is as accurate as its dtype allows, with the same bounds on every machine.
 attention_parity
-    `check_attention(function, feature)`: a function with the arguments of `fastgpt.attention` against the reference, with
-    gradients.
+    `check_attention(function, feature)`: compares a function with the arguments of `fastgpt.attention` with the reference,
+    gradients included.
 attention_features, linear_features, norm_features
-    Names of features, and random arguments for each: biases that broadcast, ragged lengths, pages, sinks, dropout.
+    Names of features, and random arguments for each: broadcast biases, ragged lengths, pages, sinks, dropout.
 
-`python -m fastgpt.testing` holds this package's own kernels to the contract on machines that it emulates.
+`python -m fastgpt.testing` checks the kernels of this package on several emulated machines.
 
 >>> from fastgpt.testing import check_attention
 >>> def mine(q, k, v):

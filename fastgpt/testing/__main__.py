@@ -1,11 +1,11 @@
-"""Holds the kernels of this package to the numerics contract on emulated machines: none may exceed its bounds.
+"""Checks the kernels of this package against the numerics contract on emulated machines.
 
 python -m fastgpt.testing                  all features and dtypes, 20 seeds, C++ kernels and Triton's interpreter
 python -m fastgpt.testing --seeds 2        a sample
 
-A machine is a process of its own with PyTorch, its BLAS and the kernels held to other instruction sets, and other numbers of
-threads. Yardsticks do not depend on it and are made once. Prints the worst share of the bounds for each operation, dtype and
-machine; exits with 1 if one is above 1, or a process fails.
+A machine is emulated by a process in which PyTorch, its BLAS and the kernels use another instruction set, and another number of
+threads. The bounds do not depend on the machine and are computed once. Prints the largest error as a fraction of its bound for
+each operation, dtype and machine; exits with 1 if one is above 1, or a process fails.
 """
 
 import argparse
@@ -45,7 +45,7 @@ MACHINES = {
     },
 }  # fmt: skip
 TRITON = "Triton's interpreter"
-# B, H, H_kv, T, S, D, or (D, D_v) for values of another head dim: a seed takes one of them after the other.
+# B, H, H_kv, T, S, D, or (D, D_v) for values of another head dim; each seed takes the next one.
 SHAPES = [
     (2, 4, 2, 9, 40, 16), (1, 2, 1, 37, 70, 40), (2, 2, 2, 1, 77, (24, 16)), (2, 2, 2, 1, 77, 64), (1, 2, 2, 20, 11, 24),
     (1, 2, 1, 40, 66, (72, 40)), (2, 2, 1, 3, 60, (7, 33)), (1, 2, 1, 66, 80, (192, 128)),
@@ -59,18 +59,18 @@ CACHES = {
 
 
 class Case(NamedTuple):
-    """run: name -> result, by an implementation ("cpp" or "triton"). yardsticks: of the same names."""
+    """run: implementation ("cpp" or "triton") -> results by name. yardsticks: () -> yardsticks of the same names."""
 
     operation: str
     feature: str
     dtype: torch.dtype
     run: Callable[[str], dict[str, torch.Tensor]]
     yardsticks: Callable[[], dict[str, numerics.Yardstick]]
-    in_triton: bool = True  # whether its kernels take the head dims
+    in_triton: bool = True  # whether the Triton kernels support the head dims
 
 
 def cases(seed: int) -> Iterator[Case]:
-    """Every feature and dtype once."""
+    """One case for each feature and dtype."""
     shape = SHAPES[seed % len(SHAPES)]
     for dtype in DTYPES:
         for feature in FEATURES:
@@ -111,7 +111,7 @@ def fits_triton(call, gradients=True):
 
 
 def packed_case(feature, dtype, seed):
-    """Of three sequences, one of which has no queries and one fewer keys than queries."""
+    """Three packed sequences, one without queries, and one with fewer keys than queries."""
     starts = torch.tensor([[0, 20, 20, 31], [0, 33, 38, 45]], dtype=torch.int32)
     D = 24 if seed % 2 == 0 else (24, 40)
     call = scaled(inputs(1, 4, 2, 31, 45, D, dtype, seed=seed), options(feature, 1, 4, 31, 45, dtype, seed=seed + 1))
@@ -133,7 +133,7 @@ def decode_case(kind, dtype, seed):
         (k, k_scale), (v, v_scale) = quantize(k, cache_dtype), quantize(v, cache_dtype)
         arguments = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
     if page is not None:
-        # Of pages in random order; a pool of 8-bit floats is moved as bytes.
+        # Pages in random order; a pool of float8 is moved as bytes.
         moved = {name: paged(x.view(torch.int8) if x.itemsize == 1 else x, page) for name, x in arguments.items()}
         table = moved["k"][1]
         arguments = {name: pool.view(arguments[name].dtype) for name, (pool, _) in moved.items()} | {"block_table": table}
@@ -148,7 +148,7 @@ def decode_case(kind, dtype, seed):
 
 
 def linear_case(feature, dtype, seed):
-    """Of few rows and of many; of many, PyTorch's product is rounded before what follows."""
+    """Few rows and many; with many, PyTorch's product is rounded before the activation."""
     rows, (C, N) = (1, 3, 33), ((40, 65), (768, 30))[seed % 2]
     call = linear_features.call_of(feature, sum(rows), C, N, dtype, seed)
 
@@ -159,8 +159,8 @@ def linear_case(feature, dtype, seed):
 
 
 def chosen(first: int, seeds: int, implementation: str) -> Iterator[tuple[int, Case]]:
-    """Numbered. Triton's interpreter computes bf16 wrongly, and does not run linear and norm as they are dispatched; its
-    kernels do not take all head dims."""
+    """The cases that an implementation runs, with their numbers. Triton's interpreter computes bf16 wrongly, and is not used for
+    linear and norm, which dispatch on CUDA tensors; the Triton kernels do not support all head dims."""
     number = 0
     for seed in range(first, first + seeds):
         for case in cases(seed):
@@ -171,7 +171,7 @@ def chosen(first: int, seeds: int, implementation: str) -> Iterator[tuple[int, C
 
 
 def measure(path: Path, first: int, seeds: int, implementation: str) -> None:
-    """What a machine's process does: computes every case, and writes the results."""
+    """Runs in the process of an emulated machine: computes all cases, and saves the results."""
     torch.save({number: case.run(implementation) for number, case in chosen(first, seeds, implementation)}, path)
 
 
@@ -179,9 +179,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fastgpt.testing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=20, help="of the C++ kernels (20)")
-    parser.add_argument("--triton-seeds", type=int, default=1, help="of Triton's interpreter, which is slow (1)")
-    parser.add_argument("--first", type=int, default=0, help="the first seed (0)")
+    parser.add_argument("--seeds", type=int, default=20, help="seeds for the C++ kernels (default: 20)")
+    parser.add_argument(
+        "--triton-seeds", type=int, default=1, help="seeds for Triton's interpreter, which is slow (default: 1)"
+    )
+    parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--implementation", default="cpp", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -219,7 +221,7 @@ def main() -> None:
     for (operation, machine, dtype), (share, feature, name) in worst.items():
         print(f"{operation:17} {machine:38} {dtype:9} {share:5.2f}  {name} of {feature}")
     total = sum(map(len, results.values()))
-    print(f"{total} cases, the largest share {max((share for share, *_ in worst.values()), default=0.0):.2f}")
+    print(f"{total} cases, largest fraction of a bound {max((share for share, *_ in worst.values()), default=0.0):.2f}")
     for name in failed:
         print(f"{name}: its process failed")
     sys.exit(bool(failed) or any(share > 1 for share, *_ in worst.values()))

@@ -1,4 +1,4 @@
-"""The features of attention, one by one and together, as random arguments."""
+"""Random arguments for each feature of attention, and for all of them together."""
 
 import torch
 
@@ -6,7 +6,15 @@ from fastgpt.testing.draws import normal
 
 
 def inputs(B, H, H_kv, T, S, D, dtype, device="cpu", seed=0):
-    """Random q (B, H, T, D), k and v (B, H_kv, S, D). For v of another head dim, D is a pair: that of q and k, and v's."""
+    """Random q (B, H, T, D), k (B, H_kv, S, D) and v (B, H_kv, S, D_v), the same on every machine.
+
+    Args:
+        D: head dim; or a pair (D, D_v), if values have another one.
+        dtype, device: of the tensors.
+        seed: of the random numbers.
+
+    Returns: q, k, v.
+    """
     D, D_v = D if isinstance(D, tuple) else (D, D)
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -17,14 +25,24 @@ def inputs(B, H, H_kv, T, S, D, dtype, device="cpu", seed=0):
 
 
 def options(feature, B, H, T, S, dtype, device="cpu", seed=1):
-    """The arguments of a feature, by name, for inputs of these sizes: those of `fastgpt.attention`."""
+    """Random arguments of `fastgpt.attention` that exercise a feature, the same on every machine.
+
+    Args:
+        feature: one of FEATURES.
+        B, H, T, S: batch size, query heads, queries and keys.
+        dtype, device: of q.
+        seed: of the random numbers.
+
+    Returns: a dict of keyword arguments.
+    Raises: KeyError for another feature.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape):
         return normal(shape, generator).to(dtype)
 
-    def hiding(bias):
-        """With -inf for some keys, from the first on for most of them, and in whole rows."""
+    def with_infinities(bias):
+        """With -inf for single keys, for the first two thirds of the keys of some rows, and for whole rows."""
         B, H, T, S = bias.shape
         hidden = torch.rand(bias.shape, generator=generator, device=device) < 0.4
         hidden[..., : 2 * S // 3] |= torch.rand((B, H, T, 1), generator=generator, device=device) < 0.3
@@ -51,29 +69,34 @@ def options(feature, B, H, T, S, dtype, device="cpu", seed=1):
         "bias of heads": lambda: {"bias": random(H, T, S)},
         "bias of keys": lambda: {"bias": random(B, 1, 1, S)},
         "bias of queries": lambda: {"bias": random(1, H, T, 1)},
-        "hiding bias": lambda: {"bias": hiding(random(B, H, T, S))},
-        "hiding bias of keys": lambda: {"bias": hiding(random(B, 1, 1, S)), "sinks": random(H)},
+        "bias with -inf": lambda: {"bias": with_infinities(random(B, H, T, S))},
+        "bias of keys with -inf": lambda: {"bias": with_infinities(random(B, 1, 1, S)), "sinks": random(H)},
         "lengths": lambda: {"kv_lengths": lengths},
         "dropout": lambda: {"dropout_p": 0.3, "dropout_seed": seed},
         "everything": lambda: {
             "window": S // 2 + 3, "softcap": 3.0, "alibi_slopes": slopes, "sinks": random(H), "mask": mask(),
-            "bias": hiding(random(1, H, T, S)), "kv_lengths": lengths, "dropout_p": 0.2, "dropout_seed": seed,
+            "bias": with_infinities(random(1, H, T, S)), "kv_lengths": lengths, "dropout_p": 0.2, "dropout_seed": seed,
         },
     }[feature]()  # fmt: skip
 
 
 FEATURES = [
     "plain", "not causal", "scale", "window", "window, not causal", "softcap", "alibi", "sinks", "mask", "bias",
-    "bias of heads", "bias of keys", "bias of queries", "hiding bias", "hiding bias of keys", "lengths", "dropout",
+    "bias of heads", "bias of keys", "bias of queries", "bias with -inf", "bias of keys with -inf", "lengths", "dropout",
     "everything",
 ]  # fmt: skip
 PACKED_FEATURES = ["plain", "not causal", "window", "softcap", "alibi", "sinks", "scale", "dropout"]
 
 
 def paged(x, page, seed=0):
-    """x (B, H, S, ...) as a pool of pages in random order, (pages, H, page, ...), and its block table (B, pages).
+    """Copies keys or values x (B, H, S, ...) to a pool of pages in random order.
 
-    Where no key is, there is NaN.
+    Args:
+        x: keys, values or scales.
+        page: tokens in a page.
+        seed: of the order of pages.
+
+    Returns: the pool (num_pages, H, page, ...), with NaN where no token is, and the block table (B, pages) int32.
     """
     B, H, S = x.shape[:3]
     pages = -(-S // page)

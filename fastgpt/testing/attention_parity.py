@@ -1,4 +1,4 @@
-"""Attention by an implementation, with its gradients, against the reference."""
+"""Compares an implementation of attention, gradients included, with the reference."""
 
 import math
 import warnings
@@ -19,7 +19,7 @@ SHAPE = (2, 4, 2, 37, 70, 40)
 
 
 class BlindSpot(UserWarning):
-    """The inputs of a check cannot show some fault, whatever the function does."""
+    """Warns that the inputs of a check cannot reveal a common fault, whatever the function computes."""
 
 
 def check_attention(
@@ -32,21 +32,22 @@ def check_attention(
     seed: int = 0,
     gradients: bool = True,
 ) -> None:
-    """Holds a function to the numerics contract: its result and, by autograd, its gradients.
+    """Checks a function against the numerics contract: its result and, by autograd, its gradients.
 
-    What passes is right for inputs like these only. Where no inputs of this shape could show a fault that is common, a
-    `BlindSpot` warns of it: choose another shape or, if the function takes no other, filter the warning. The default shape has
-    none: it has several sequences, heads that share keys in groups, and other numbers of queries and keys.
+    Inputs are random, so a function that passes is right for inputs like these. If no inputs of this shape can reveal some
+    common fault, a `BlindSpot` warning names it: choose another shape or, if the function does not support any, filter the
+    warning. The default shape has no blind spots: several sequences, grouped-query heads, and more keys than queries.
 
     Args:
-        function: takes q, k, v and, by name, the arguments that the feature needs, as `fastgpt.attention` defines them;
-            returns out (B, H, T, D_v), or (out, lse).
+        function: takes q, k, v and the keyword arguments of the feature, as `fastgpt.attention` defines them; returns out
+            (B, H, T, D_v), or (out, lse).
         feature: one of attention_features.FEATURES.
-        shape: B, H, H_kv, T, S, D of the random inputs; for v of another head dim (D, D_v) in place of D.
-        dtype, device, seed: theirs.
-        gradients: whether they are compared, too.
+        shape: (B, H, H_kv, T, S, D) of the inputs; (D, D_v) in place of D if values have another head dim.
+        dtype, device: of the inputs.
+        seed: of the random numbers.
+        gradients: whether to check gradients, too.
 
-    Raises: AssertionError, which names the result.
+    Raises: AssertionError, naming the result, its error and the bound.
 
     >>> def mine(q, k, v, window=None):
     ...     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -61,7 +62,7 @@ def check_attention(
     B, H, _, T, S, _ = shape
     chosen = options(feature, B, H, T, S, dtype, device)
     if unseen := blind_spots(shape, chosen):
-        warnings.warn(f"shape: {shape} cannot show {'; nor '.join(unseen)}", BlindSpot, stacklevel=2)
+        warnings.warn(f"shape: {shape} cannot reveal {'; nor '.join(unseen)}", BlindSpot, stacklevel=2)
     tensors = inputs(*shape, dtype=dtype, device=device, seed=seed)
     call = ops.Call(*tensors, **{"scale": tensors[0].shape[-1] ** -0.5} | chosen)
 
@@ -89,29 +90,29 @@ def check_attention(
 
 
 def blind_spots(shape, options) -> list[str]:
-    """The common faults that attention of inputs of this shape, with these arguments, cannot show."""
+    """The common faults that inputs of this shape, with these arguments, cannot reveal."""
     B, H, H_kv, T, S, *_ = shape
     unseen = []
     if B == 1:
-        unseen.append("keys of another sequence (one does: B > 1)")
+        unseen.append("keys of another sequence (use B > 1)")
     if H_kv == 1:
-        unseen.append("keys of another head (what does: H > H_kv > 1)")
+        unseen.append("keys of another head (use H > H_kv > 1)")
     elif H == H_kv:
-        unseen.append("heads that share keys in another order than in groups of neighbors (what does: H > H_kv > 1)")
+        unseen.append("key heads that are shared in another order than by groups of neighbors (use H > H_kv > 1)")
     positions = options.get("causal", True) or not options.keys().isdisjoint({"window", "alibi_slopes"})
     if positions and T == S and "kv_lengths" not in options:
-        unseen.append("a mask aligned to the first key and not, as it should be, to the last (what does: T != S)")
+        unseen.append("a mask aligned to the first key rather than the last (use T != S)")
     return unseen
 
 
 def compare(call, run, packing=None):
-    """Yields (name, actual, yardstick) of every result and gradient, as numerics.check takes them.
+    """Yields (name, actual, yardstick) for every result and gradient, as numerics.check takes them.
 
     Args:
-        call: fastgpt.ops.attention.Call, with a scale.
-        run: takes a call and the gradients (dout, dlse), returns name -> tensor: "out", "lse" and, if it has a backward,
-            "dq", "dk", "dv", "dbias", "dsinks".
-        packing: fastgpt.ops.attention.Packing of a call on packed sequences.
+        call: a Call with a scale.
+        run: (call, (dout, dlse)) -> tensors by name: "out", "lse" and, if it has a backward pass, "dq", "dk", "dv", "dbias",
+            "dsinks".
+        packing: the Packing of a call on packed sequences.
     """
     douts = output_gradients(call, packing)
     actual = run(call, douts)
@@ -121,7 +122,7 @@ def compare(call, run, packing=None):
 
 
 def output_gradients(call, packing=None):
-    """Random (dout, dlse) for a call, dlse zero where a row sees no key."""
+    """Random (dout, dlse) for a call; dlse is zero for queries that attend to no key."""
     generator = torch.Generator(call.q.device).manual_seed(2)
     rows = call.q.shape[:-1]
     shapes = (*rows, call.v.shape[-1]), rows
@@ -132,12 +133,12 @@ def output_gradients(call, packing=None):
 
 
 def yardsticks(call, packing=None, douts=None) -> dict[str, numerics.Yardstick]:
-    """What the results of a call are held to and, given their gradients (dout, dlse), those of what is differentiable."""
+    """Yardsticks for the results of a call and, given (dout, dlse), for its gradients."""
     return numerics.simulate(lambda: reference(in_double(call), packing, douts), weights=call.q.dtype)
 
 
 def reference(call, packing=None, douts=None) -> dict[str, torch.Tensor]:
-    """The reference's results, and given their gradients those of what is differentiable."""
+    """The results of the reference and, given (dout, dlse), its gradients."""
     leaves = _leaves(call)
     call = call._replace(**leaves)
     if packing is None:
@@ -152,20 +153,20 @@ def reference(call, packing=None, douts=None) -> dict[str, torch.Tensor]:
 
 
 def _leaves(call) -> dict[str, torch.Tensor]:
-    """What is differentiable, by name, detached."""
+    """The differentiable tensors of a call by name, detached."""
     tensors = {name: getattr(call, name) for name in DIFFERENTIABLE}
     return {name: x.detach().requires_grad_() for name, x in tensors.items() if x is not None and x.is_floating_point()}
 
 
 def in_double(call):
-    """The same call for the oracle. 8-bit keys are what they are."""
+    """The call in float64, for the oracle. 8-bit keys and values are unchanged."""
     tensors = {name: getattr(call, name) for name in DIFFERENTIABLE}
     exact = ("k", "v") if call.k_scale is not None else ()
     return call._replace(**{name: x.double() for name, x in tensors.items() if x is not None and name not in exact})
 
 
 def run_cpp(call, douts) -> dict[str, torch.Tensor]:
-    """The C++ kernels, forward and, of what has one, backward."""
+    """Runs the C++ kernels, forward and, if the call has one, backward."""
     out, lse = torch.ops.fastgpt.attention_forward(*call)
     results = {"out": out, "lse": lse}
     if call.block_table is None and call.k_scale is None:
@@ -177,13 +178,13 @@ def run_cpp(call, douts) -> dict[str, torch.Tensor]:
 
 
 def run_cpp_packed(call, packing, douts) -> dict[str, torch.Tensor]:
-    """The C++ kernels on packed sequences, forward and backward."""
+    """Runs the C++ kernels on packed sequences, forward and backward."""
     operations = torch.ops.fastgpt
     return _run_packed(operations.attention_varlen_forward, operations.attention_varlen_backward, call, packing, douts)
 
 
 def run_triton_packed(call, packing, douts) -> dict[str, torch.Tensor]:
-    """The Triton kernels on packed sequences, forward and backward."""
+    """Runs the Triton kernels on packed sequences, forward and backward."""
     return _run_packed(attention_varlen_forward_triton, attention_varlen_backward_triton, call, packing, douts)
 
 
@@ -196,7 +197,7 @@ def _run_packed(forward, backward, call, packing, douts):
 
 
 def run_triton(call, douts) -> dict[str, torch.Tensor]:
-    """The Triton kernels, forward and backward."""
+    """Runs the Triton kernels, forward and backward."""
     from fastgpt.kernels.attention_backward import attention_backward
     from fastgpt.kernels.attention_forward import attention_forward
 

@@ -1,11 +1,11 @@
-"""The features of linear, one by one and together, as random arguments."""
+"""Random arguments for each feature of linear, and for all of them together."""
 
 import torch
 
 from fastgpt.testing.draws import normal
 
 NORM = ("norm_weight", "norm_bias")
-# Names of tensors, and other arguments.
+# Feature -> names of its tensors, and other arguments.
 FEATURES = {
     "plain": ((), {}),
     "bias": (("bias",), {}),
@@ -29,18 +29,28 @@ FEATURES = {
 
 
 def call_of(feature, rows, C, N, dtype, seed=0):
-    """Random arguments of `linear`, by name: x (rows, C), weight (N, C) or, of a gate, (2N, C), and what the feature needs."""
+    """Random arguments of `fastgpt.linear` that exercise a feature, the same on every machine.
+
+    Args:
+        feature: a key of FEATURES.
+        rows, C, N: sizes of x (rows, C) and weight (N, C), or (2N, C) with a gate.
+        dtype: of the tensors.
+        seed: of the random numbers.
+
+    Returns: a dict of keyword arguments.
+    Raises: KeyError for another feature.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
         return normal(shape, generator)
 
     names, options = FEATURES[feature]
-    of_weight = 2 * N if options.get("gated") else N
+    weight_rows = 2 * N if options.get("gated") else N
     named = {
         "x": random(rows, C) + 1,
-        "weight": random(of_weight, C) / C**0.5,
-        "bias": random(of_weight),
+        "weight": random(weight_rows, C) / C**0.5,
+        "bias": random(weight_rows),
         "norm_weight": random(C),
         "norm_bias": random(C),
         "residual": random(rows, N),
@@ -49,11 +59,11 @@ def call_of(feature, rows, C, N, dtype, seed=0):
 
 
 def split(call, rows):
-    """A call as several, of so many rows each."""
+    """Splits a call into several; rows: the rows of each."""
     x, residual = call["x"].split(rows), call["residual"].split(rows) if "residual" in call else None
     return [call | {"x": x[i]} | ({"residual": residual[i]} if residual else {}) for i in range(len(rows))]
 
 
 def in_float64(call):
-    """Arguments by name, of linear or norm, for the oracle."""
+    """Arguments of linear or norm in float64, for the oracle."""
     return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in call.items()}

@@ -1,10 +1,10 @@
-"""The features of norm, one by one and together, as random arguments."""
+"""Random arguments for each feature of norm, and for all of them together."""
 
 import torch
 
 from fastgpt.testing.draws import normal
 
-# Names of tensors, and other arguments.
+# Feature -> names of its tensors, and other arguments.
 FEATURES = {
     "layer": ((), {}),
     "layer with bias": (("bias",), {}),
@@ -18,7 +18,17 @@ FEATURES = {
 
 
 def call_of(feature, shape, dtype, seed=0):
-    """Random arguments of `norm`, by name: x of a shape (..., C), weight (C,), and what the feature needs."""
+    """Random arguments of `fastgpt.norm` that exercise a feature, the same on every machine.
+
+    Args:
+        feature: a key of FEATURES.
+        shape: of x, (..., C).
+        dtype: of the tensors.
+        seed: of the random numbers.
+
+    Returns: a dict of keyword arguments.
+    Raises: KeyError for another feature.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):

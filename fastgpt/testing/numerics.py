@@ -1,11 +1,11 @@
-"""The numerics contract: the one place where it is decided whether a result is accurate enough.
+"""The numerics contract: whether a result is as accurate as its dtype allows.
 
     check(actual, lambda: attention_reference(q.double(), k.double(), v.double()))
 
-The **oracle** is a reference in float64 on the same, already rounded inputs. The **yardstick** is what the same reference
-would err by if each of its operations rounded as hardware does; `simulate` runs it that way. No low-precision library takes
-part, so the yardstick is the same on every machine: that a BLAS sums in blocks of 8 here and of 32 there, which changes its
-errors by a factor of two, does not reach it.
+The **oracle** is a reference in float64 on the same, already rounded inputs. The **yardstick** is the error that the same
+reference would have if each of its operations rounded as hardware does; `simulate` measures it. No low-precision library is
+involved, so the yardstick is the same on every machine, whether its BLAS sums in blocks of 8 or of 32, which changes errors by
+a factor of two.
 
 How arithmetic is simulated (`SimulatedArithmetic`, all of it in float64):
 
@@ -18,33 +18,33 @@ How arithmetic is simulated (`SimulatedArithmetic`, all of it in float64):
 * A transcendental function adds noise of standard deviation u: polynomials of last-place accuracy err by a unit in the last
   place, 2u, at most. Where a library does not round correctly, neither must a kernel.
 * Kernels for fp16 and bf16 may round the weights of a softmax to that dtype before they multiply values, and the
-  derivatives of scores before they multiply keys and queries: matrix instructions take no others. `weights` says so.
-* Rounding a result to its dtype at the end is no error of a kernel. It is allowed for, once, to the bit.
+  derivatives of scores before they multiply keys and queries, as matrix instructions require: see `weights`.
+* Rounding a result to its dtype at the end is not an error of a kernel. It is allowed exactly once.
 
-What is compared, e being the errors of a result of N numbers, in rows along its last dimension, s_i the standard deviation
-that the simulated runs give (of the row's errors and, with the weight of PRIOR numbers, of the whole tensor's: of a short
-row, few runs say little; and, in proportion to the number, of those that are large in their row: of a softmax's weights a few
-outdo all others, and so do their errors), and r_i the error of rounding the oracle itself:
+What is compared: let e be the errors of a result of N numbers, in rows along its last dimension; s_i the standard deviation of
+the simulated errors (of the row and, with the weight of PRIOR numbers, of the whole tensor, since a short row has few samples;
+plus a part in proportion to the number itself, since a few large weights of a softmax have the largest errors); and r_i the
+error of rounding the oracle itself:
 
 * **Mean square.** sum e^2 <= E + 2 sqrt(x F) + 2 x M, with E = sum (K s_i)^2 + r_i^2. This is the bound of Laurent and
   Massart (Adaptive estimation of a quadratic functional by model selection, 2000, lemma 1) on a weighted sum of squares of
   Gaussian numbers, exceeded with probability exp(-x) = FALSE_ALARM. Errors of a row count as one number, the worst case;
-  those of different rows have the correlations that the simulated runs show: F is the sum of squares of the weights, or of
-  the eigenvalues of the errors' covariance, M the largest weight. Of many rows the bound is E and little more: this finds
-  what is slightly wrong everywhere.
+  those of different rows have the correlations of the simulated runs: F is the sum of squares of the weights, or of
+  the eigenvalues of the errors' covariance, M the largest weight. For many rows the bound is little more than E: this finds
+  errors that are small but everywhere.
 * **Maximum.** |e_i| <= K z s_i + u|oracle_i|, with z = sqrt(2 ln(N / FALSE_ALARM)), since N Gaussian numbers exceed z
   standard deviations with a probability of at most N exp(-z^2 / 2). z is 6.4 for one number and 8.3 for a million: this
-  finds one number that is wrong. Scales are those of rows, so that rows of other scales hide nothing and a heavy tail of
-  the tensor as a whole, which is rows of different scales, is not mistaken for an error.
+  finds a single wrong number. Scales are per row, so that rows with larger errors do not hide others, and a tensor whose rows
+  have different scales is not mistaken for one with outliers.
 
-K = 2 is the one freedom of an implementation: it may round four times where the reference rounds once, independently, so
-with twice the standard deviation. Attention in base 2 rounds scores twice (the factor log2 e), an exponential by a
-polynomial of last-place accuracy errs twice as much as a correctly rounded one, an online softmax rescales its sums.
+K = 2 is the freedom of an implementation: it may round four times where the reference rounds once, independently, which doubles
+the standard deviation. Attention in base 2 rounds scores twice (the factor log2 e), an exponential by a polynomial of last-place
+accuracy errs twice as much as a correctly rounded one, and an online softmax rescales its sums.
 
 Infinities and NaN must be where the oracle, rounded to the result's dtype, has them.
 
-FALSE_ALARM = 1e-9 for each tensor: a suite of ten thousand comparisons on a thousand machines fails once in a hundred years
-of that, if errors are as modeled; `python -m fastgpt.testing` counts how far correct kernels stay below.
+FALSE_ALARM = 1e-9 for each tensor: ten thousand comparisons on each of a thousand machines have a 1% chance of a false alarm, if
+errors are as modeled; `python -m fastgpt.testing` shows how far correct kernels stay below the bounds.
 """
 
 import contextlib
@@ -69,10 +69,10 @@ UNIT = 2.0**-24  # of the fp32 in which sums are accumulated
 
 
 class Yardstick(NamedTuple):
-    """What a result is held to.
+    """What a result is compared with.
 
-    oracle: the reference in float64.
-    errors: (runs, *oracle's shape) float64, errors of simulated runs before they are rounded to a result's dtype.
+    oracle: the result of the reference in float64.
+    errors: (runs, *oracle.shape) float64, errors of the simulated runs, before rounding to the result's dtype.
     """
 
     oracle: torch.Tensor
@@ -80,12 +80,14 @@ class Yardstick(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A result against its yardstick: at most 1 passes, NaN does not.
+    """The errors of a result relative to their bounds: it passes if rms and largest are at most 1.
 
-    rms: the root mean square of its errors as a share of what is allowed; inf where infinities or NaN differ from the oracle's.
-    largest: its largest error as a share, too, of what is allowed beyond the rounding of the result, which is taken from the
-        error first: the nearest number to an oracle halfway between two would else show as nearly all of the bound.
-    error: the largest error. where: its index. allowed: what was allowed there, rounding included.
+    rms: the root mean square of the errors divided by its bound; inf if infinities or NaN differ from the oracle's.
+    largest: the largest error divided by its bound, after the rounding of the result was subtracted from both.
+    error: the largest error.
+    allowed: its bound, rounding included.
+    where: its index.
+    share: the larger one of rms and largest.
     """
 
     rms: float
@@ -96,7 +98,7 @@ class Comparison(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The worse of the two shares."""
+        """The larger one of rms and largest; NaN if one is."""
         return self.largest if not self.rms > self.largest else self.rms
 
 
@@ -110,19 +112,21 @@ def check(
     weights: torch.dtype | None = None,
     name: str = "result",
 ) -> None:
-    """Raises AssertionError where a result errs by more than the contract allows.
+    """Raises AssertionError if the errors of a result exceed the bounds of the numerics contract.
 
     Args:
-        actual: what an implementation returned: a tensor, or a tuple, list or dict of them.
-        reference: a function without arguments that returns the same in float64, in `actual`'s structure. It is called
-            several times, with the same state of PyTorch's random numbers, and must be free of side effects that change what
-            it returns. Or what `simulate` returned. Or the oracle itself, then with low_precision.
-        low_precision: where the reference cannot be run in simulated arithmetic (because it is compiled, or another
-            library's): its result in the dtype of `actual`, as measured on this machine. Its errors are then the yardstick,
-            pooled over the whole tensor, and doubled, since blocked sums err half as much on some machines as on others.
-        dtype: the precision to which results are rounded at the end; that of each result if None.
-        arithmetic, weights: as `simulate` takes them.
+        actual: the result of an implementation: a tensor, or a tuple, list or dict of tensors.
+        reference: a function without arguments that returns the same in float64, in the same structure. It is called several
+            times, with the same state of PyTorch's random number generator. Or the result of `simulate`; or, with
+            low_precision, the oracle itself.
+        low_precision: if the reference cannot be simulated (because it is compiled, or from another library): its result in
+            the dtype of `actual` on this machine. Its errors are then the yardstick, pooled over the whole tensor and doubled,
+            since the errors of blocked sums differ by a factor of two between machines.
+        dtype: the dtype to which results are rounded at the end; default: that of each result.
+        arithmetic, weights: as in `simulate`.
         name: of the result, for the message.
+
+    Raises: AssertionError, naming the result, its error and the bound; TypeError for another kind of reference.
 
     >>> from fastgpt import attention_reference
     >>> q, k, v = torch.randn(3, 1, 2, 20, 16).half()
@@ -149,7 +153,7 @@ def check(
 
 
 def share_of_bound(actual, reference, low_precision=None, *, dtype=None, arithmetic=torch.float32, weights=None):
-    """The worst (share of the bound, error) of a result: share <= 1 passes. Arguments: `check`."""
+    """The largest (fraction of the bound, error) of a result; a fraction of at most 1 passes. Arguments: those of `check`."""
     found = [compare(x, y, dtype=dtype) for _, x, y in _pairs(actual, reference, low_precision, arithmetic, weights)]
     return max((x.share if x.share == x.share else math.inf, x.error) for x in found)
 
@@ -188,15 +192,15 @@ def simulate(
 
     Args:
         reference: a function without arguments that computes in float64 and returns a tensor, or a tuple, list or dict of
-            them. Derivatives that it takes are simulated like the rest.
-        arithmetic: the dtype that intermediate results are rounded to: fp32 for a kernel that fuses what it computes; that
-            of the tensors for what PyTorch computes one operation at a time, as a whole model. Sums are fp32 in any case.
-        weights: the dtype that weights of a softmax are rounded to, and their derivatives: that of the inputs for attention;
-            None leaves them as the rest.
-        runs: how many; None takes RUNS, and three times as many where a result has fewer than FEW numbers.
-        seed: of the noise of sums: the yardstick is the same wherever and whenever it is made.
+            tensors. Gradients that it computes are simulated, too.
+        arithmetic: the dtype that intermediate results are rounded to: fp32 for a fused kernel; that of the tensors for
+            operations that run one at a time in PyTorch, such as a whole model. Sums are accumulated in fp32 in any case.
+        weights: the dtype that the weights of a softmax and their gradients are rounded to: that of the inputs for attention;
+            None: as arithmetic.
+        runs: number of simulated runs; default: RUNS, or three times as many if a result has fewer than FEW numbers.
+        seed: of the simulated errors, so that the yardstick is always the same.
 
-    Returns: the reference's structure, with a Yardstick in each tensor's place.
+    Returns: the structure of the reference's result, with a Yardstick in place of each tensor.
     """
     with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
         state = torch.get_rng_state()
@@ -220,14 +224,14 @@ def simulate(
 
 @contextlib.contextmanager
 def only_double_precision():
-    """Within it, what asks for float32 by name gets float64: models that compute norms, softmax or angles in fp32 whatever
-    their dtype, and so are no oracle in float64."""
+    """A context manager in which torch.float32 and Tensor.float mean float64, for models that always compute norms, softmax or
+    angles in fp32 and would not be an oracle in float64."""
     with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
         yield
 
 
 def measured(oracle, low_precision):
-    """The yardstick of a low-precision result that another library computed. Both: a tensor or a structure of them."""
+    """The yardstick from the low-precision result of another library. Both arguments: a tensor or a structure of tensors."""
 
     def pooled(exact, low):
         exact, low = _double(exact), _double(low)
@@ -240,7 +244,15 @@ def measured(oracle, low_precision):
 
 
 def compare(actual: torch.Tensor, yardstick: Yardstick, *, dtype: torch.dtype | None = None) -> Comparison:
-    """A result of the oracle's shape against its yardstick. dtype: what it is rounded to, its own if None."""
+    """Compares a result with its yardstick, without raising.
+
+    Args:
+        actual: a tensor of the oracle's shape.
+        yardstick: from `simulate`.
+        dtype: the dtype to which the result is rounded at the end; default: its own.
+
+    Returns: a Comparison.
+    """
     dtype = actual.dtype if dtype is None else dtype
     actual, oracle = _double(actual), yardstick.oracle
     rounded = oracle.to(dtype).double()
@@ -260,7 +272,7 @@ def compare(actual: torch.Tensor, yardstick: Yardstick, *, dtype: torch.dtype | 
     yardstick = Yardstick(oracle, yardstick.errors)
     variance = _variance(yardstick)
     noise, half_ulp = _allowed(variance, oracle, dtype)
-    # Nothing is allowed of a zero among zeros, nor needed.
+    # A zero among zeros has a bound of zero.
     shares = torch.where(error <= half_ulp, 0.0, (error - half_ulp) / noise)
     bounds = noise + half_ulp
     at = int((shares if shares.any() else error / bounds).nan_to_num_(0.0, posinf=math.inf).argmax())
@@ -272,12 +284,12 @@ def compare(actual: torch.Tensor, yardstick: Yardstick, *, dtype: torch.dtype | 
 
 
 def allowed(yardstick: Yardstick, dtype: torch.dtype) -> torch.Tensor:
-    """The largest error that each number may have, in the oracle's shape, of a result that is rounded to a dtype."""
+    """The bound on the error of each number, in the oracle's shape, for a result that is rounded to a dtype."""
     return sum(_allowed(_variance(yardstick), yardstick.oracle, dtype))
 
 
 def _allowed(variance, oracle, dtype):
-    """What each number may err by, and what rounding it at the end may add."""
+    """For each number the bound on its error before rounding, and half a unit in the last place for rounding."""
     z = math.sqrt(2 * math.log(max(oracle.numel(), 1) / FALSE_ALARM))
     info = torch.finfo(dtype)
     half_ulp = (info.eps / 2 * oracle.abs()).clamp(min=info.smallest_normal * info.eps / 2)
@@ -285,7 +297,7 @@ def _allowed(variance, oracle, dtype):
 
 
 def _variance(yardstick: Yardstick) -> torch.Tensor:
-    """Of each number's error, before it is rounded at the end: of its row, with a little of the whole tensor."""
+    """The variance of each number's error before rounding: of its row, smoothed by that of the whole tensor."""
     simulated, size = yardstick.errors.square(), yardstick.oracle.square()
     of_rows, n = simulated.mean((0, -1)).unsqueeze(-1), simulated.shape[0] * simulated.shape[-1]
     uniform = (n * of_rows + PRIOR * simulated.mean()) / (n + PRIOR)
@@ -297,7 +309,7 @@ def _variance(yardstick: Yardstick) -> torch.Tensor:
 
 
 def _mean_square_bound(rows: torch.Tensor, errors: torch.Tensor) -> float:
-    """What the sum of squares stays below: rows (n,) are its expectations, errors (runs, numbers) show correlations."""
+    """The bound on the sum of squares; rows: (n,) expected sums of squares; errors: (runs, numbers), for correlations."""
     x, total = -math.log(FALSE_ALARM), rows.sum().item()
     frobenius, largest = rows.square().sum().item(), rows.max().item()
     if len(errors) > 1:
@@ -315,12 +327,12 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 
 
 class SimulatedArithmetic(TorchDispatchMode):
-    """Within it, operations on float64 tensors err as in a lower precision, on every machine by the same amount.
+    """A mode in which operations on float64 tensors have the errors of a lower precision, the same on every machine.
 
     Args:
-        dtype: what every result is rounded to, to nearest; sums err as if accumulated one by one in fp32.
-        weights: what results of a softmax and derivatives of its scores are rounded to, beyond that.
-        seed: of the noise.
+        dtype: that every result is rounded to; sums have errors as if accumulated sequentially in fp32.
+        weights: dtype that results of a softmax and gradients of its scores are rounded to in addition.
+        seed: of the errors.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, weights: torch.dtype | None = None, seed: int = 0):
@@ -336,10 +348,10 @@ class SimulatedArithmetic(TorchDispatchMode):
             with self:
                 return composite(self, *args, **kwargs)
         if func not in _SUMS and func not in _FUNCTIONS:
-            with self:  # what consists of other operations, which PyTorch has taken apart before, but in inference mode
+            with self:  # composite operations reach this mode in inference mode only
                 if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
                     return result
-        # Numbers are those of the precision, too.
+        # Python numbers are rounded, too.
         args = [self._number(x) if isinstance(x, float) else x for x in args]
         kwargs = {name: self._number(x) if isinstance(x, float) else x for name, x in kwargs.items()}
         if (noisy := _SUMS.get(func)) is not None:
@@ -359,12 +371,12 @@ class SimulatedArithmetic(TorchDispatchMode):
         return type(out)(results) if isinstance(out, (tuple, list)) else results[0]
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
-        """To the nearest number of the mode's dtype; what overflows stays."""
+        """Rounds to the nearest number of the mode's dtype; numbers that would overflow are unchanged."""
         rounded = x.to(self.dtype).to(torch.float64)
         return torch.where(rounded.isinf(), x, rounded)
 
     def perturb(self, x: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-        """x with Gaussian noise of a standard deviation."""
+        """Adds Gaussian noise with this standard deviation."""
         generator = self.generators.get(x.device)
         if generator is None:
             generator = self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
@@ -372,7 +384,7 @@ class SimulatedArithmetic(TorchDispatchMode):
         return torch.addcmul(x, deviation, noise.double())
 
     def perturb_weights(self, x: torch.Tensor) -> torch.Tensor:
-        """With errors as of rounding to the weights' dtype, other ones in each run: they are seen to be independent."""
+        """Adds errors of the size of rounding to the weights' dtype, which differ in each run, as independent errors do."""
         if self.weights is None:
             return x
         return self.perturb(x, ROUNDING * torch.finfo(self.weights).eps / 2 * x.abs())
@@ -428,7 +440,7 @@ def _convolution(func, x, weight, bias, *args):
     return out, squares, weight[0].numel() + 1
 
 
-def _norm(func, x, *args, **kwargs):  # of its square's sum: half the relative error
+def _norm(func, x, *args, **kwargs):  # half the relative error of the sum of squares
     out = func(x, *args, **kwargs)
     return out, torch.zeros_like(out), x.numel() / max(out.numel(), 1) / 4
 
@@ -442,7 +454,7 @@ def _scattered(func, grad, indices, *args):
     return func(grad, indices, *args), func(grad.square(), indices, *args), n
 
 
-# What sums up: its result, that of the terms' squares, and how many terms there are.
+# Sums: (result, sum of the squares of the terms, number of terms).
 _SUMS = {
     aten.mm.default: _product,
     aten.bmm.default: _product,
@@ -461,7 +473,7 @@ _SUMS = {
 }
 
 
-# Transcendental functions, and the argument by whose size they err, if not by that of the result.
+# Transcendental functions -> index of the argument that the error is relative to; None: the result.
 _FUNCTIONS = {
     **dict.fromkeys(
         [
@@ -549,7 +561,7 @@ def _layer_norm_backward(mode, grad, x, shape, mean, rstd, weight, bias, needed)
     return dx if needed[0] else None, dweight, over_batch(grad) if needed[2] else None
 
 
-# What is several operations, each with roundings of its own.
+# Operations that are computed as several, each of which rounds.
 _COMPOSITES = {
     aten.gelu.default: _gelu,
     aten.tanh_backward.default: _tanh_backward,

@@ -131,8 +131,8 @@ def test_planted_faults_show_in_gradients(fault, dtype):
     assert any(found[name].share > 1 for name in ("dq", "dk", "dv")) == (fault != "no fault")
 
 
-def blind(fault):
-    """Attention with a fault that some inputs cannot show."""
+def faulty_attention(fault):
+    """Attention with a fault that some inputs cannot reveal."""
 
     def function(q, k, v, kv_lengths=None, **options):
         T, S = q.shape[2], k.shape[2]
@@ -156,31 +156,31 @@ def blind(fault):
 
 
 @pytest.mark.parametrize(
-    "fault, feature, hiding, warning, showing",
+    "fault, feature, blind_shape, warning, revealing_shape",
     [
         ("another sequence", "plain", (1, 4, 2, 5, 9, 16), "keys of another sequence", (2, 4, 2, 5, 9, 16)),
         ("another head", "plain", (2, 4, 1, 5, 9, 16), "keys of another head", (2, 4, 2, 5, 9, 16)),
         ("another order", "plain", (2, 4, 1, 5, 9, 16), "keys of another head", (2, 4, 2, 5, 9, 16)),
-        ("another order", "plain", (2, 4, 4, 5, 9, 16), "heads that share keys in another order", (2, 4, 2, 5, 9, 16)),
+        ("another order", "plain", (2, 4, 4, 5, 9, 16), "key heads that are shared in another order", (2, 4, 2, 5, 9, 16)),
         ("aligned to the first", "plain", (2, 4, 2, 9, 9, 16), "a mask aligned to the first key", (2, 4, 2, 5, 9, 16)),
         ("aligned to the first", "bias", (2, 4, 2, 9, 9, 16), "a mask aligned to the first key", (2, 4, 2, 9, 8, 16)),
     ],
 )
-def test_inputs_that_cannot_show_a_fault_are_warned_of(fault, feature, hiding, warning, showing):
-    """The faulty function passes with them, and only with them; where another feature shows it, there is no warning."""
-    with pytest.warns(attention_parity.BlindSpot, match=f"^shape: .* cannot show {warning}"):
-        attention_parity.check_attention(blind(fault), feature, shape=hiding, gradients=False)
+def test_blind_spots(fault, feature, blind_shape, warning, revealing_shape):
+    """The faulty function passes with the blind shape only, with a warning; a feature that reveals the fault has none."""
+    with pytest.warns(attention_parity.BlindSpot, match=f"^shape: .* cannot reveal {warning}"):
+        attention_parity.check_attention(faulty_attention(fault), feature, shape=blind_shape, gradients=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", attention_parity.BlindSpot)
         with pytest.raises(AssertionError, match="exceeds the bound"):
-            attention_parity.check_attention(blind(fault), feature, shape=showing, gradients=False)
+            attention_parity.check_attention(faulty_attention(fault), feature, shape=revealing_shape, gradients=False)
         if fault == "aligned to the first":
             with pytest.raises(AssertionError, match="exceeds the bound|NaN differ"):
-                attention_parity.check_attention(blind(fault), "lengths", shape=hiding, gradients=False)
-        attention_parity.check_attention(blind(None), feature, shape=showing, gradients=False)
+                attention_parity.check_attention(faulty_attention(fault), "lengths", shape=blind_shape, gradients=False)
+        attention_parity.check_attention(faulty_attention(None), feature, shape=revealing_shape, gradients=False)
         for always in ("not causal", "mask"):  # where nothing depends on positions
-            attention_parity.check_attention(blind(None), always, shape=(2, 4, 2, 9, 9, 16), gradients=False)
-        attention_parity.check_attention(blind(None), gradients=False)
+            attention_parity.check_attention(faulty_attention(None), always, shape=(2, 4, 2, 9, 9, 16), gradients=False)
+        attention_parity.check_attention(faulty_attention(None), gradients=False)
 
 
 @every_dtype
