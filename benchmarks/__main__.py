@@ -17,22 +17,22 @@ from pathlib import Path
 from benchmarks import report
 
 HERE = Path(__file__).parent
-SUITES = {  # shares of the time that are kept for them
+SUITES = {  # shares of the time
     "generate": 0.5, "attention": 0.15, "decode": 0.15, "kv_cache": 0.15, "linear": 0.05, "integrations": 1.0,
 }  # fmt: skip
-ON_REQUEST = {"integrations"}  # which takes all of the time: only in the full set, or by name
-MINUTES = 9.5  # of ten: the report takes a while, too
-GRACE = 60  # seconds for what is timed at an interrupt to return
+ON_REQUEST = {"integrations"}  # only with --full or by name, since it takes all of the time
+MINUTES = 9.5  # of ten, since the report takes a while
+GRACE = 60  # seconds for the current call to return after an interrupt
 
 
 def run(suite: str, output: Path, seconds: float | None) -> str | None:
-    """Leaves pytest-benchmark's JSON of a suite in `output`. Returns what went wrong, if anything did."""
+    """Runs a suite, with pytest-benchmark's JSON in `output`. Returns the problem, if there was one."""
     output.unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "pytest", str(HERE / f"test_{suite}.py"), "-v", "-rs", "--tb=short", "--no-header",
         "--show-capture=no", "--disable-warnings", "--benchmark-only", "--benchmark-quiet", f"--benchmark-json={output.absolute()}",
     ]  # fmt: skip
-    # A session of its own keeps a terminal's Ctrl-C from pytest, which is to get it once, from here.
+    # In a new session, so that pytest gets Ctrl-C only once, from here.
     process = subprocess.Popen(command, cwd=HERE.parent, start_new_session=True)
     try:
         status = process.wait(seconds)
@@ -42,7 +42,7 @@ def run(suite: str, output: Path, seconds: float | None) -> str | None:
     except KeyboardInterrupt:
         problem = "interrupted"
     try:
-        os.killpg(process.pid, signal.SIGINT)  # pytest writes what it has
+        os.killpg(process.pid, signal.SIGINT)  # pytest writes its results so far
         process.wait(GRACE)
         return problem
     except subprocess.TimeoutExpired:
@@ -55,7 +55,9 @@ def run(suite: str, output: Path, seconds: float | None) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all but the last")
-    parser.add_argument("--full", action="store_true", help="every case, instead of what ten minutes on two cores allow")
+    parser.add_argument(
+        "--full", action="store_true", help="run every case, instead of as many as fit into ten minutes on two cores"
+    )
     parser.add_argument("--minutes", type=float, help=f"when to stop; default: {MINUTES}, or with --full never")
     parser.add_argument("--out", type=Path, default="build/benchmarks", help="for what was timed; default: %(default)s")
     args = parser.parse_args()
@@ -64,7 +66,7 @@ def main() -> None:
     if args.minutes is None and not args.full:
         args.minutes = MINUTES
     os.environ["FASTGPT_BENCH_FULL"] = "1" if args.full else "0"
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell in the background ignores the one
+    for number in (signal.SIGINT, signal.SIGTERM):  # background jobs of a shell ignore SIGINT
         signal.signal(number, signal.default_int_handler)
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,7 @@ def main() -> None:
     problems, outputs, interrupted = {}, [], False
     for i, suite in enumerate(suites):
         if interrupted:
-            problems[suite] = "not reached"
+            problems[suite] = "not started"
             continue
         seconds = None
         if args.minutes is not None:

@@ -1,4 +1,4 @@
-"""Models of transformers with fastgpt's attention, against eager attention on the same small random weights.
+"""Models of transformers with fastgpt's attention, compared with eager attention on the same small random weights.
 
 python -m benchmarks.architectures     prints what tests/integrations/test_transformers_models.py requires, for each architecture, and
                                        writes results/<machine>/architectures.json
@@ -17,13 +17,13 @@ import fastgpt.integrations.transformers as ft
 from benchmarks import pages, report
 from benchmarks.table import aligned
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # whose helpers decide what passes
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # for its helpers
 
 from architectures import ARCHITECTURES, COMPILED, agreement, compiled, gradients, outputs, shares, unserved  # noqa: E402
 
 
 def measured(name: str) -> dict:
-    """`shares` are the worst of each padding; `tokens` tells for each cache whether greedy ones are the same."""
+    """A case: `shares` are the largest fractions for each padding; `tokens`: cache -> whether greedy tokens are the same."""
     architecture, case = ARCHITECTURES[name], {"architecture": name, "model": ARCHITECTURES[name].model}
     if why := unserved(name):
         return case | {"unserved": why}

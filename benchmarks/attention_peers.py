@@ -1,8 +1,7 @@
-"""Attention by others: PyTorch's, and on a GPU flash-attn's and FlashInfer's where they are installed.
+"""Other implementations of attention: PyTorch's, and on a GPU flash-attn's and FlashInfer's if they are installed.
 
-A candidate gets an example of the arguments of `fastgpt.attention` and a window, and returns a function of such arguments:
-what is made once for a shape, compiled or planned, is made there. One that cannot serve raises, or its function does, or
-returns something else.
+A candidate takes example arguments of `fastgpt.attention` and a window, and returns a function of such arguments; compiling and
+planning happen there, once per shape. A candidate that does not support the arguments raises, or its function does.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.timing import DEVICE
 from fastgpt import attention_reference
 
-SCORES = 1 << (26 if DEVICE == "cpu" else 29)  # as many fit into memory, several times
+SCORES = 1 << (26 if DEVICE == "cpu" else 29)  # the most scores that the reference may materialize
 
 
 def reference(window=None, **example):
@@ -36,7 +35,7 @@ def sdpa(q, k, v, window=None, backend=None, **cache):
     if backend is None:
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options)
     if backend == SDPBackend.MATH:
-        reference(q=q, k=k)  # it holds the scores, too
+        reference(q=q, k=k)  # it materializes the scores, too
 
     def restricted(q, k, v):
         with sdpa_kernel(backend):
@@ -58,7 +57,7 @@ def flex(q, k, v, window=None, **cache):
     options = {"enable_gqa": q.shape[1] > k.shape[1]}
     if T > 1:
         options["block_mask"] = create_block_mask(visible, None, None, T, T, device=q.device)
-    torch.compiler.reset()  # which otherwise stops compiling after a few shapes
+    torch.compiler.reset()  # otherwise it stops compiling after a few shapes
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, **options)
 
@@ -114,15 +113,17 @@ else:
 def peers(
     ours: Callable, example: dict, *, window=None, of: Callable = lambda function: function, without: dict | None = None
 ) -> tuple[dict[str, Callable], dict[str, str]]:
-    """What else computes the same as ours, and what does not.
+    """The candidates that give the same results as ours, and the reasons why the others are absent.
 
     Args:
         ours: a function of arguments like the example's.
-        of: what to make of a peer's function before it is compared, its gradients say.
-        without: name -> why not even to try it.
+        example: the arguments.
+        window: attention window.
+        of: applied to each candidate's function before it is compared, such as to compute gradients.
+        without: name -> reason for candidates that are skipped.
 
-    Returns: name -> function, and name -> why it is absent.
-    Raises: AssertionError where ours is not what the reference is.
+    Returns: name -> function, and name -> reason.
+    Raises: AssertionError if ours differs from the reference.
     """
     expected = ours(**example)
     present, absent = {}, dict(without or {})
@@ -133,7 +134,7 @@ def peers(
             function = of(candidate(**example, window=window))
             compare(function(**example), expected)
             present[name] = function
-        except Exception as error:  # whatever keeps a peer from serving is not our failure
+        except Exception as error:  # a peer that does not support the case is no failure
             if name == "reference" and isinstance(error, AssertionError):
                 raise
             absent[name] = next(filter(None, str(error).splitlines()), type(error).__name__)
@@ -148,7 +149,7 @@ def compare(actual, expected):
 
 
 def check(out, q, k, v, window=None, **cache):
-    """Compares with the reference in float64, for as many of the last queries as takes a second."""
+    """Compares with the reference in float64, for as many of the last queries as take about a second."""
     last = max(1, (1 << 24) // scores_of_a_query(q, k, **cache))
     q, k, v = (x if x.itemsize == 1 else x.double() for x in (q[:, :, -last:], k, v))
     compare(out[:, :, -last:], attention_reference(q, k, v, window=window, **cache))

@@ -4,10 +4,10 @@ python -m benchmarks.compare BASE [NEW]
 
 BASE and NEW are files results/<machine>/<suite>.json, or folders of them; NEW is by default the folder of this machine.
 
-Each case shows how many times as fast it is now by its own time, and by its ratio to the limit of the machine that was
-timed in the same rounds. The latter decides: a shared machine that is slower today slows both. Where a case has no limit,
-the median of its ratios to its peers decides, and where it has none, its own time. A case is slower if it takes more than
-10% longer by that measure; if the report called the ratio noisy, or it is only a time, the quartiles must be apart, too.
+Each case shows its speed-up by its own time, and by its ratio to the roofline, which was timed in the same rounds. The latter
+decides, since a shared machine that is slower today slows both. For a case without a roofline, the median of its ratios to its
+peers decides, and without peers its own time. A case is slower if it takes more than 10% longer by that measure; if the report
+called the ratio noisy, or it is only a time, the quartiles must not overlap, either.
 
 Exits with 0; with 1 if a case is slower; with 2 if there is nothing to compare.
 """
@@ -27,18 +27,18 @@ COLOURS = {"slower": "\033[31m", "faster": "\033[32m"}
 
 
 class Change(NamedTuple):
-    """How a case of BASE compares with that of NEW."""
+    """The change of a case from BASE to NEW."""
 
-    time: float  # then / now, so above 1 is faster
-    relative: float  # the same by the ratio to what is named in `against`
+    time: float  # speed-up: base time / new time
+    relative: float  # speed-up by the ratio to `against`
     against: str
-    apart: bool  # the difference is not within what repeating shows
+    significant: bool  # the difference exceeds the noise
 
     @property
     def verdict(self) -> str:
         if 1 / SLOWER <= self.relative <= SLOWER:
             return ""
-        return "noisy" if not self.apart else "slower" if self.relative < 1 else "faster"
+        return "noisy" if not self.significant else "slower" if self.relative < 1 else "faster"
 
 
 def change(base: dict, new: dict) -> Change:
@@ -48,26 +48,26 @@ def change(base: dict, new: dict) -> Change:
         names = {base["limit"]}
     else:
         names = both - noisy or both or {"time"}
-    speeds = {name: (speed(base, name), speed(new, name)) for name in sorted(names)}  # quartiles then and now
+    speeds = {name: (speed(base, name), speed(new, name)) for name in sorted(names)}  # quartiles of base and new
     relative = statistics.median(now[1] / then[1] for then, now in speeds.values())
-    apart = all(now[2] < then[0] or now[0] > then[2] for then, now in speeds.values())
+    disjoint = all(now[2] < then[0] or now[0] > then[2] for then, now in speeds.values())
     time = base["microseconds"]["ours"][1] / new["microseconds"]["ours"][1]
     against = min(names) if len(names) == 1 else f"{len(names)} others"
-    return Change(time, relative, against, apart or not names <= noisy | {"time"})
+    return Change(time, relative, against, disjoint or not names <= noisy | {"time"})
 
 
 def speed(case: dict, name: str) -> list[float]:
-    """Quartiles of how fast ours is beside what is named."""
+    """Quartiles of our speed relative to `name`."""
     if name == "time":
         return [1 / x for x in reversed(case["microseconds"]["ours"])]
     if name != case.get("limit"):
         return case["times_ours"][name]
-    work = case.get("bytes") or case.get("flops")  # of which less is no slower
+    work = case.get("bytes") or case.get("flops")  # doing less work is not slower
     return [share / work for share in case["of_limit"]]
 
 
 def cases(result: dict) -> dict[str, dict]:
-    """What was timed, by its parameters: what is one word or number, and no amount of work."""
+    """The timed cases by their parameters: strings and numbers that are not amounts of work."""
     found = {}
     for what, listed in result.items():
         for case in listed if isinstance(listed, list) else ():
@@ -83,7 +83,7 @@ def cases(result: dict) -> dict[str, dict]:
 
 
 def facts(machine: dict) -> dict:
-    """What a result says of its machine; versions of peers are among it."""
+    """The facts about the machine of a result, versions of peers included."""
     flat = {}
     for name, value in machine.items():
         flat |= value if isinstance(value, dict) else {name: value}
@@ -97,7 +97,7 @@ def compare(file: str, base: dict, new: dict, colors: bool) -> bool:
     for name in dict.fromkeys([*about[0], *about[1]]):
         then, now = (facts.get(name, "unknown") for facts in about)
         if then != now:
-            print(f"not the same: {name} was {then}, is {now}")
+            print(f"changed: {name} was {then}, is {now}")
     then, now = cases(base), cases(new)
     changes = {name: change(then[name], now[name]) for name in then if name in now}
     rows = [["", "then", "now", "by time", "by ratio", "to", ""]]
@@ -161,9 +161,9 @@ def main() -> None:
         new = new / base.name
     then, now = suites(base), suites(new)
     if base.samefile(new):
-        fail(f"{base}: is what it would be compared with; keep a copy of earlier results")
+        fail(f"{base}: is compared with itself; keep a copy of earlier results")
     if not base.is_dir():
-        now = dict(zip(then, now.values()))  # whatever it is called
+        now = dict(zip(then, now.values()))  # under the same name
     if not then.keys() & now:
         fail(f"{new}: expected one of {', '.join(then)}, got {', '.join(now)}")
     colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

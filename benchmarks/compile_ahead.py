@@ -110,7 +110,7 @@ SUITES = {  # a function, and each of its calls' arguments
 
 
 def launched(arch: int, suite: str, number: int) -> dict[tuple, tuple]:
-    """Of a call of a suite, by kernel and variant: what its compiler takes."""
+    """The kernels that a call of a suite launches: (kernel, variant) -> arguments of `compiled`."""
     function, calls = SUITES[suite]
     with gpu(arch) as device, torch.device("cuda:0"), torch.no_grad():
         function(*calls[number])

@@ -1,10 +1,10 @@
-"""What pytest-benchmark's output also says: the machine it ran on, and what the run left out, each with the reason."""
+"""Adds the machine, and what a run left out with the reasons, to the output of pytest-benchmark."""
 
 import pytest
 
 LEFT_OUT = {}  # "test_suite.py::test[parameters]" -> the reason, in one line
 ABSENT = {}  # "peer: reason" -> in how many benchmarks
-ENOUGH = 5  # seconds without which none is begun
+ENOUGH = 5  # seconds that must be left to begin a benchmark
 
 
 def name_of(nodeid: str) -> str:
@@ -27,7 +27,7 @@ def pytest_runtest_logreport(report):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_generate_json(benchmarks):
-    """Takes out those that did not pass: of one that was interrupted, pytest-benchmark 5.3 fails to make statistics."""
+    """Removes benchmarks that did not pass: pytest-benchmark 5.3 fails on the statistics of an interrupted one."""
     benchmarks[:] = [benchmark for benchmark in benchmarks if name_of(benchmark.fullname) not in LEFT_OUT]
 
 

@@ -1,9 +1,9 @@
-"""Decoding at the sizes that people run, on a GPU: by ours and by transformers, with the same random weights.
+"""Decoding with models of popular sizes on a GPU: fastgpt and transformers, with the same random weights.
 
-What is timed is whole steps, choosing the token included, as the clock goes: ours from one wait for the GPU to the next,
-`generate.stream`'s CUDA graph in between; transformers', which waits for the GPU at every step, from one token that it hands
-to its streamer to a later one. A batch is one prompt, read once, whose cache is then repeated: reading 64 prompts of 4,096
-tokens would take longer than all else.
+Decode steps are timed by the wall clock, sampling included: ours from one synchronization to the next, with the CUDA graph of
+`generate.stream` in between; transformers', which synchronizes in every step, from one token of its streamer to a later one. A
+batch is one prompt, prefilled once, whose cache is then repeated: prefilling 64 prompts of 4,096 tokens would take longer than all
+else.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ SHAPES = {
 }  # fmt: skip
 DYNAMIC = "transformers, dynamic cache"  # with sdpa, its default, which picks PyTorch's flash attention where that serves
 COMPILED, FLASH = "transformers, static cache, compiled", "transformers, flash_attention_2"
-CASES = {  # (model, batch, tokens of the prompt) -> what is aimed at, the most telling case first
+CASES = {  # (model, batch, tokens of the prompt) -> targets, the most important case first
     ("gpt2-124m", 1, 128): {"tokens_per_second": 5000, "on": "H200", "times": {DYNAMIC: 10, COMPILED: 2}},
     ("llama-8b", 1, 128): {"of_limit": 0.85},
     ("llama-1b", 1, 128): {"of_limit": 0.75},
@@ -65,9 +65,9 @@ def shape(name: str) -> GPTConfig:
 
 @torch.no_grad()
 def made(config: GPTConfig, dtype: torch.dtype) -> GPT:
-    """A model with random weights, drawn where it is to be and nowhere else.
+    """A model with random weights, drawn on its device.
 
-    Wider matrices have smaller numbers, so that what they compute is of the size that it has in `peers.gpt2`."""
+    Wider matrices have smaller weights, so that activations have the scale of `peers.gpt2`."""
     with torch.device("meta"):
         model = GPT(config).to(dtype)
     model = peers.randomised(model.to_empty(device=DEVICE))

@@ -1,10 +1,10 @@
-"""Checkpoints of every family beside transformers: errors of logits, and greedy tokens.
+"""Checkpoints of every family compared with transformers: errors of logits, and greedy tokens.
 
 python -m benchmarks.families     prints them and writes results/<machine>/families.json
 
-The checkpoints are tiny, with random weights, and made by transformers. Errors are those of logits against transformers in
-float64, as shares of what the numerics contract allows; tokens are 64 of a single prompt and of a batch of prompts of 3 to 57
-tokens, in each kind of cache and without one. Exits with 1 if a share is above 1, or a token is another.
+The checkpoints are tiny, with random weights, and created by transformers. Errors are those of logits against transformers in
+float64, as fractions of the bounds of the numerics contract; tokens are 64 for a single prompt and for a batch of prompts of 3 to
+57 tokens, with each kind of cache and without one. Exits with 1 if a fraction is above 1, or a token differs.
 """
 
 import sys
@@ -19,7 +19,7 @@ from benchmarks import families_table, report
 from benchmarks.table import aligned
 from fastgpt import GPT
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # whose helpers decide what passes
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # for its helpers
 
 from family_checkpoints import CONFIGS, PROMPTS, kinds_of_cache, logits_of, our_tokens, their_tokens, theirs  # noqa: E402
 
@@ -55,7 +55,7 @@ def main() -> None:
     about = report.machine()
     report.store("families", {"families": cases}, about | {"peers": {"transformers": metadata.version("transformers")}})
     bad = [case["family"] for case in cases if max(case["shares"].values()) > 1 or not all(case["same_tokens"].values())]
-    sys.exit(f"not those of transformers: {'; '.join(bad)}" if bad else 0)
+    sys.exit(f"differ from transformers: {'; '.join(bad)}" if bad else 0)
 
 
 if __name__ == "__main__":

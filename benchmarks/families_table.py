@@ -1,14 +1,14 @@
-"""What benchmarks.families stores, as a table."""
+"""The results of benchmarks.families as a table."""
 
-NOTE = "Greedy tokens: 64, of a single prompt and of a ragged batch of four, in these kinds of cache."
-SHARES = "Logits: the worst error against transformers in float64, as a share of the bound; at most 1 passes. "
-NO_SHARES = "`python -m benchmarks.families` measures the errors of logits as shares of the bound, too. "
+NOTE = "Greedy tokens: 64, for a single prompt and for a ragged batch of four, with each of these caches and with none."
+SHARES = "Logits: the largest error against transformers in float64, as a fraction of the bound; at most 1 passes. "
+NO_SHARES = "`python -m benchmarks.families` also measures the errors of logits. "
 
 
 def rows(cases: list[dict]) -> list[list[str]]:
     """The header and a row for each checkpoint."""
     dtypes = list(dict.fromkeys(dtype for case in cases for dtype in case.get("shares", {})))  # none: tokens only
-    table = [["checkpoint", *dtypes, "greedy tokens of transformers"]]
+    table = [["checkpoint", *dtypes, "same greedy tokens as transformers with cache"]]
     for case in cases:
         same = [kind for kind, agrees in case["same_tokens"].items() if agrees]
         differing = [kind for kind, agrees in case["same_tokens"].items() if not agrees]

@@ -1,4 +1,4 @@
-"""A pytest plugin for a dry run, `-p benchmarks.first_only`: of all that was collected, only the first runs."""
+"""A pytest plugin for dry runs, `-p benchmarks.first_only`: only the first collected test runs."""
 
 
 def pytest_collection_modifyitems(items):

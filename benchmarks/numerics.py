@@ -1,13 +1,13 @@
-"""Errors of every operation against the reference in float64, as shares of what the numerics contract allows.
+"""Errors of every operation against the reference in float64, as fractions of the bounds of the numerics contract.
 
 python -m benchmarks.numerics              prints them and writes results/<machine>/numerics.json
-python -m benchmarks.numerics --levels     of the C++ kernels at every CPU level that this machine has
-python -m benchmarks.numerics --operation decode     of one operation, and stores nothing
+python -m benchmarks.numerics --levels     also the C++ kernels at the lower CPU levels of this machine
+python -m benchmarks.numerics --operation decode     one operation only, without storing results
 
-Each implementation runs in a process of its own; the Triton kernels on the GPU, or without one in Triton's interpreter.
-A case is an operation, a feature of it, a dtype and an implementation, over several shapes. Its `errors` and `shares` are
-the worst of each tensor, and `exact` tells whether what is stored is, bit for bit, what the reference stores. Exits with 1
-if a share is above 1, something is not exact, or a process fails.
+Each implementation runs in a separate process; the Triton kernels on the GPU, or without one in Triton's interpreter. A case is an
+operation, a feature of it, a dtype and an implementation, over several shapes. Its `errors` and `shares` are the largest of each
+tensor, and `exact` says whether a cache has the same bits as with the reference. Exits with 1 if a fraction is above 1, a cache
+differs, or a process fails.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def kv_cache_update(kind, dtype, device, implementation, shape):
 
 
 def rope_kv_cache_update(kind, dtype, device, implementation, shape):
-    """Of the reference in float64 against the rotated queries; keys are rotated likewise, which `exact` tells."""
+    """Errors of the rotated queries; rotated keys are checked by `exact`."""
     B, H_kv, T, S, D = shape
     expected = update_inputs(*shape, dtype, "token-major", *KINDS.get(kind, (None, None)))
     rotation = dict(zip(("cos", "sin"), angles(S, D // 4 if kind == "half of the dimensions" else D // 2)))
@@ -136,7 +136,7 @@ def rope_kv_cache_update(kind, dtype, device, implementation, shape):
 
 
 def linear(feature, dtype, device, implementation, shape):
-    """Of few rows and of many, which Triton leaves to others, judged together. Of many, PyTorch rounds the product, too."""
+    """Few rows and, except for Triton, many, whose product PyTorch rounds; compared together."""
     rows = (1, 2, 3, 4, 7, 32, *[33] * (implementation != "triton"))
     call = call_of(feature, sum(rows), *shape, dtype)
     actual = torch.cat([fastgpt.linear(**part, impl=implementation) for part in split(there(device, call), rows)])

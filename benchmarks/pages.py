@@ -1,4 +1,4 @@
-"""Results as text: the parts of README and docs/, and the page of each machine, which has all of them."""
+"""Results as Markdown: the generated parts of README and docs/, and the page of each machine with all cases."""
 
 import json
 import math
@@ -7,25 +7,46 @@ from pathlib import Path
 from benchmarks import numerics_table
 
 RATIOS = (
-    "Times are medians. A ratio is how many times as long the other takes as fastgpt: the median over rounds in which both "
-    "were timed, one after the other. % of roofline compares in the same way with what the memory or the arithmetic of the "
-    "machine did in those rounds."
+    "Times are medians. A ratio is the other's time divided by fastgpt's: the median over rounds in which both were timed, one "
+    "after the other. % of roofline is computed in the same way, from the memory bandwidth or the matrix-product rate of the "
+    "machine in those rounds."
 )
-NOISY = "≈: noisy, this median is not known to 10%."
+NOISY = "≈: noisy; the 95% confidence interval of this median is wider than ±10%."
 SUITES = {  # in the order of a page
     "generate": "Generation", "attention": "Attention", "decode": "Attention over caches", "kv_cache": "Caches",
-    "linear": "Linear layers of few tokens", "integrations": "In models of transformers",
+    "linear": "Linear layers with few rows", "integrations": "Models of transformers",
+}  # fmt: skip
+TITLES = {  # of cases whose name says little by itself
+    "decoding": "Decoding of whole models", "step": "Cache update and attention", "prompt": "Storing prompts",
+    "one token": "Storing one token", "rope": "Rotary embedding and storing", "kind": "A decode step by kind of cache",
+    "graph": "In a CUDA graph", "growth": "Growth with context", "adapter": "Overhead of a call", "whole calls": "Complete calls",
 }  # fmt: skip
 PLOTS = {  # name -> suite, the cases that it needs, what it shows
-    "decoding": ("generate", "decoding", "Tokens per second by model and batch, beside transformers and the limit of memory"),
-    "cached_against_uncached": ("generate", "cached against uncached", "Time of a token by context, cached and uncached"),
-    "against_peers": ("generate", "decode", "Tokens per second by context, beside other libraries and the limits of memory"),
-    "attention": ("attention", "prefill", "Rate of causal attention by length, beside others and a matrix product"),
-    "attention_over_caches": ("decode", "decode", "Rate of attention over caches by number of keys and kind of cache"),
-    "cache_update": ("kv_cache", "prompt", "Rate of storing keys and values by kind of cache, beside copying"),
+    "decoding": (
+        "generate",
+        "decoding",
+        "Tokens per second by model and batch size, with transformers and the memory roofline",
+    ),
+    "cached_against_uncached": (
+        "generate",
+        "cached against uncached",
+        "Time per token by context length, with and without a KV cache",
+    ),
+    "against_peers": (
+        "generate",
+        "decode",
+        "Tokens per second by context length, with other libraries and the memory roofline",
+    ),
+    "attention": (
+        "attention",
+        "prefill",
+        "FLOP rate of causal attention by sequence length, with PyTorch's and a matrix product",
+    ),
+    "attention_over_caches": ("decode", "decode", "Read rate of attention over a KV cache by number of keys and kind of cache"),
+    "cache_update": ("kv_cache", "prompt", "Rate of storing keys and values by kind of cache, with the roofline of copying"),
     "kinds_of_cache": ("kv_cache", "kind", "Memory and time of a decode step by kind of cache"),
 }
-MEASURED = {  # of a case; what else it has are its parameters
+MEASURED = {  # entries of a case that are no parameters
     "microseconds", "times_ours", "of_limit", "noisy", "bytes", "flops", "limit", "limit_bytes", "limit_flops", "peer_bytes",
     "absent", "targets",
 }  # fmt: skip
@@ -42,12 +63,12 @@ def median(case: dict, name: str = "ours") -> float:
 
 
 def peers(case: dict) -> list[str]:
-    """What a case was compared with, other than a limit."""
+    """The names that a case was compared with, other than its limit."""
     return [name for name in case["times_ours"] if name != case.get("limit")]
 
 
 def figures(value: float, digits: int = 3) -> str:
-    """A number with so many digits that count: 0.0123, 4.56, 1,234."""
+    """A number with `digits` significant digits: 0.0123, 4.56, 1,234."""
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}" if value else "0"
 
 
@@ -65,8 +86,13 @@ def rate(case: dict) -> str:
     return f"{figures(speed / size)} {prefix}{unit}"
 
 
+def shown(name: str) -> str:
+    """A name of the results as tables and plots show it."""
+    return f"fastgpt{name.removeprefix('ours')}" if name.partition(",")[0] == "ours" else name
+
+
 def ratio(case: dict, name: str) -> str:
-    """How many times as long another takes as ours."""
+    """The time of another, divided by ours."""
     if name not in case["times_ours"]:
         return "–"
     value = case["times_ours"][name][1]
@@ -74,10 +100,12 @@ def ratio(case: dict, name: str) -> str:
 
 
 def of_limit(case: dict) -> str:
+    """% of roofline."""
     return f"{'≈' * (case['limit'] in case['noisy'])}{case['of_limit'][1]:.0%}" if "limit" in case else "–"
 
 
 def named(model: str) -> str:
+    """A model by its full name."""
     return NAMES.get(model, model)
 
 
@@ -88,7 +116,7 @@ NAMES = {
 
 
 def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """So many columns to the left, the others to the right, as figures are."""
+    """A table in Markdown, with the first `left` columns aligned left and the others right."""
     lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -97,26 +125,26 @@ def about(result: dict) -> str:
     """The machine and the versions."""
     machine = result["machine"]
     processor = f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['cpu_level']}"
-    own = f"{machine['fastgpt']} ({machine['commit']})"
-    versions = {"torch": machine["torch"], **machine["peers"], "fastgpt": own}
+    fastgpt = f"{machine['fastgpt']} ({machine['commit']})"
+    versions = {"torch": machine["torch"], **machine["peers"], "fastgpt": fastgpt}
     parts = [machine.get("gpu"), processor, ", ".join(f"{name} {version}" for name, version in versions.items())]
     return "; ".join(part for part in parts if part)
 
 
 def plot(folder: Path, name: str, within: str) -> str:
-    """The plot of that name, if there is one; `within` leads to the folder from the page."""
+    """The plot of that name as an image, if there is one; within: path of the folder, relative to the page."""
     return f"![{PLOTS[name][2]}]({within}{name}.svg)" if (folder / f"{name}.svg").exists() else ""
 
 
 def with_notes(text: str, result: dict, *notes: str) -> str:
-    """A table and what is to be said of it."""
+    """A table followed by its notes."""
     cut = sum(why == "not finished" or why.startswith("failed") for why in result["left_out"].values())
     notes = [*notes, *[NOISY] * ("≈" in text), *[f"Incomplete: {cut} benchmarks were not finished or failed."] * bool(cut)]
     return f"{text}\n\n{' '.join(notes)}" if notes else text
 
 
 def of_first(cases: list[dict]) -> list[dict]:
-    """Those of the smallest batch, in the dtype of the first."""
+    """The cases with the smallest batch, in the dtype of the first."""
     batch = min((case["batch"] for case in cases), default=0)
     return [case for case in cases if (case["batch"], case["dtype"]) == (batch, cases[0]["dtype"])]
 
@@ -134,35 +162,34 @@ def cached_against_uncached(result: dict) -> str:
     header = ["context (tokens)"]
     for model in models:
         header += [f"{named(model)}, cached", "uncached", "speed-up"]
-    notes = ["Time of a token, batch {batch}, {dtype}.".format(**measured[0])]
+    notes = ["Time per token, batch {batch}, {dtype}.".format(**measured[0])]
     for line in of_first(result["growth"]):
         cached, uncached = (time(line[name]["slope"]) for name in ("cached", "uncached"))
-        one = f"Each token of context adds {cached} to a cached token of {named(line['model'])}"
-        notes.append(f"{one}, {uncached} to an uncached one.")
+        notes.append(f"Each token of context adds {cached} cached and {uncached} uncached to {named(line['model'])}.")
     if memory := {case["mode"]: case for case in of_first(result.get("memory", []))}:
         cached, uncached = (figures(memory[mode]["bytes"] / 1e6) for mode in ("cached", "uncached"))
-        one = f"With {memory['cached']['context']:,} tokens, {named(memory['cached']['model'])} takes up to {cached} MB"
-        notes.append(f"{one} beyond its weights cached, {uncached} MB uncached.")
+        one = f"With {memory['cached']['context']:,} tokens of context, {named(memory['cached']['model'])} needs up to {cached} MB"
+        notes.append(f"{one} beyond its weights cached, and {uncached} MB uncached.")
     return with_notes(table(header, rows, 0), result, *notes)
 
 
 def decoding(result: dict) -> str:
-    """Tokens per second of every case, the share of the roofline, and ratios; behind each, what is aimed at."""
+    """Tokens per second of every case, % of roofline, and ratios, each followed by its target."""
     cases = result["decoding"]
     names = list(dict.fromkeys(name for case in cases for name in peers(case)))
     rows = []
     for case in cases:
         aims = case["targets"]
         where = f" on an {aims['on']}" if "on" in aims else ""
-        own = f"**{tokens_per_second(case):,.0f}**" + aim(aims, "tokens_per_second", "{:,}" + where)
+        ours = f"**{tokens_per_second(case):,.0f}**" + aim(aims, "tokens_per_second", "{:,}" + where)
         times = [ratio(case, name) + aim(aims.get("times", {}), name, "{}x") for name in names]
         label = f"{named(case['model'])}, batch {case['batch']}, {case['context']:,} tokens"
-        rows.append([label, own, of_limit(case) + aim(aims, "of_limit", "{:.0%}"), *times])
-    notes = ["In parentheses what is aimed at. Random weights in {dtype}; the roofline is to read them and the cache once."]
+        rows.append([label, ours, of_limit(case) + aim(aims, "of_limit", "{:.0%}"), *times])
+    notes = ["Targets in parentheses. Random weights in {dtype}; the roofline is reading weights and cache once per step."]
     notes[0] = notes[0].format(**cases[0])
     absent = [(name, why) for case in cases for name, why in case["absent"].items()]
     notes += [f"–: {listed(absent)}."] * bool(absent)
-    return with_notes(table(["whole steps", "tokens/s", "% of roofline", *names], rows), result, *notes)
+    return with_notes(table(["decoding", "tokens/s", "% of roofline", *map(shown, names)], rows), result, *notes)
 
 
 def aim(aims: dict, name: str, form: str) -> str:
@@ -177,7 +204,11 @@ def against_peers(result: dict) -> str:
     decode, prefill = (of_first(result.get(what, [])) for what in ("decode", "prefill"))
     first, cases = decode[0], decode + prefill
     names = list(dict.fromkeys(name for case in cases for name in peers(case)))
-    header = [named(first["model"]), *(f"at {c['context']:,}" for c in decode), *(f"prefill of {c['T']:,}" for c in prefill)]
+    header = [
+        named(first["model"]),
+        *(f"decode at {c['context']:,}" for c in decode),
+        *(f"prefill of {c['T']:,}" for c in prefill),
+    ]
     ours = [f"**{figures(1e6 / median(c))} tok/s**" for c in decode] + [f"**{time(median(c))}**" for c in prefill]
     rows = [[f"**fastgpt**, {first['dtype']}", *ours], ["% of roofline", *map(of_limit, cases)]]
     rows += [[name, *(ratio(case, name) for case in cases)] for name in names]
@@ -185,16 +216,17 @@ def against_peers(result: dict) -> str:
 
 
 def whole_calls(result: dict) -> list[str]:
-    """A sentence on calls of `generate` from start to return, or none."""
+    """A sentence on complete calls of `generate`, prefill included, or none."""
     cases = of_first(result.get("whole calls", []))
     models = dict.fromkeys(case["model"] for case in cases)
     ratios = [
-        f"{named(model)} " + ", ".join(f"{ratio(c, 'transformers')} after {c['T']:,}" for c in cases if c["model"] == model)
+        f"{named(model)} " + ", ".join(f"{ratio(c, 'transformers')} at {c['T']:,}" for c in cases if c["model"] == model)
         for model in models
     ]
     return (
         [
-            f"Whole calls of `generate` with {cases[0]['new_tokens']} new tokens, beside transformers': {'; '.join(ratios)} tokens."
+            f"Complete calls of `generate`, {cases[0]['new_tokens']} new tokens, transformers' time divided by fastgpt's: "
+            f"{'; '.join(ratios)} prompt tokens."
         ]
         if cases
         else []
@@ -202,7 +234,7 @@ def whole_calls(result: dict) -> list[str]:
 
 
 def attention(result: dict) -> str:
-    """Over many tokens: one head dim; all lengths in the first dtype, and 2,048 in others."""
+    """Prefill and training, for one head dim: all lengths in the first dtype, and 2,048 in the others."""
     first = result["prefill"][0]
     rows = []
     names = {"prefill": "causal", "forward and backward": "with gradients", "window": "window of {window:,}"}
@@ -217,7 +249,7 @@ def attention(result: dict) -> str:
 
 
 def attention_over_caches(result: dict) -> str:
-    """One query a sequence: all lengths in the first kind of cache and heads, and 8,192 keys in others."""
+    """One query per sequence: all lengths with the first kind of cache and heads, and 8,192 keys with the others."""
     first = result["decode"][0]
     rows = []
     for case in result["decode"]:
@@ -229,20 +261,20 @@ def attention_over_caches(result: dict) -> str:
     return with_notes(table([what, *COMPARED], rows), result)
 
 
-COMPARED = ["fastgpt", "rate", "% of roofline", "fastest other", "ratio"]
+COMPARED = ["fastgpt", "rate", "% of roofline", "fastest alternative", "ratio"]
 
 
 def compared(case: dict) -> list[str]:
-    """Our time and rate, the share of the limit, and the fastest of what a user could take instead."""
+    """Our time, rate and % of roofline, and the fastest alternative."""
     others = [name for name in peers(case) if name != "reference" and not name.startswith("ours")] or peers(case)
     if not others:
         return [time(median(case)), rate(case), of_limit(case), "–", "–"]
     best = min(others, key=lambda name: case["times_ours"][name][1])
-    return [time(median(case)), rate(case), of_limit(case), best, ratio(case, best)]
+    return [time(median(case)), rate(case), of_limit(case), shown(best), ratio(case, best)]
 
 
 def cache_updates(result: dict) -> str:
-    """Tokens and prompts of the layout that a decoder has, against all that they were compared with."""
+    """Storing tokens and prompts in the layout of a decoder."""
     rows = []
     names = {
         "one token": "one token, batch {batch}", "prompt": "prompts of {tokens}, {kind}",
@@ -257,7 +289,7 @@ def cache_updates(result: dict) -> str:
 
 
 def models_of_transformers(result: dict) -> str:
-    """Times beside the same models with PyTorch's attention, and how much could be gained by any."""
+    """Times of models with fastgpt's attention, ratios to PyTorch's, and the ratio that no attention could exceed."""
     rows = []
     for what in ("generation", "forward", "training"):
         for case in result.get(what, []):
@@ -266,13 +298,13 @@ def models_of_transformers(result: dict) -> str:
             sdpa, least = (case["times_ours"].get(name) for name in ("sdpa", "no attention"))
             bound = f"{sdpa[1] / least[1]:.2f}x" if least else "–"
             rows[-1] += [time(median(case)), ratio(case, "sdpa"), bound, ratio(case, "ours, dynamic cache")]
-    header = ["transformers, {dtype}".format(**case), "tokens", "fastgpt", "PyTorch's", "upper bound", "fastgpt, dynamic cache"]
+    header = ["transformers, {dtype}".format(**case), "tokens", "fastgpt", "SDPA", "upper bound", "fastgpt, dynamic cache"]
     notes = [
-        "The same weights and layers, with fastgpt's attention and cache and with PyTorch's attention and a dynamic cache. "
-        "The upper bound is that ratio if attention and the cache took no time at all. A generation is its prompt and 64 new tokens."
+        "The same weights and layers with fastgpt's attention and cache, and with PyTorch's SDPA and a dynamic cache. The upper "
+        "bound is the ratio if attention and the cache took no time. Generation is the prompt and 64 new tokens."
     ]
     if adapter := result.get("adapter"):
-        notes.append(f"A call that does next to nothing takes {time(median(adapter[0]))} through transformers.")
+        notes.append(f"A call of attention over one token takes {time(median(adapter[0]))} through transformers.")
     return with_notes(table(header, rows), result, *notes)
 
 
@@ -285,11 +317,11 @@ PARTS = {  # marker -> its plot and its table
 }
 
 
-GPU_PARTS = {"decoding": ("decoding", decoding), **PARTS}  # of what the documentation shows under one marker
+GPU_PARTS = {"decoding": ("decoding", decoding), **PARTS}
 
 
 def parts(folder: Path, results: dict[str, dict], within: str, shown_parts: dict = PARTS) -> dict[str, str]:
-    """Marker -> plot and table, of what there are results for."""
+    """Marker -> plot and table, as far as there are results."""
     texts = {}
     if "integrations" in results:
         texts["models of transformers"] = models_of_transformers(results["integrations"])
@@ -301,7 +333,7 @@ def parts(folder: Path, results: dict[str, dict], within: str, shown_parts: dict
 
 
 def page(folder: Path, results: dict[str, dict]) -> str:
-    """Every case of every suite."""
+    """The page of a machine: every case of every suite."""
     suites = {suite: results[suite] for suite in SUITES if suite in results}
     machine = next(iter(suites.values()))["machine"]
     made = "Made by `python -m benchmarks.report` from the JSON files here."
@@ -313,7 +345,10 @@ def page(folder: Path, results: dict[str, dict]) -> str:
         lines += [text for name in PLOTS if PLOTS[name][0] == suite if (text := plot(folder, name, ""))]
         for what, cases in result.items():
             if isinstance(cases, list):
-                lines += [f"### {what[0].upper()}{what[1:]}", growth(cases) if what == "growth" else every(cases)]
+                lines += [
+                    f"### {TITLES.get(what, what[0].upper() + what[1:])}",
+                    growth(cases) if what == "growth" else every(cases),
+                ]
     if "numerics" in results:
         header, *rows = numerics_table.rows(results["numerics"], by_feature=True)
         lines += ["## Numerics", f"{about(results['numerics'])}. {numerics_table.NOTE}", table(header, rows, 3)]
@@ -324,17 +359,17 @@ def page(folder: Path, results: dict[str, dict]) -> str:
 
 
 PARITY = (
-    "Small models with random weights, with fastgpt's attention against eager attention in float64: the worst error of "
-    "outputs / of gradients as a share of the bound, at most 1 passes; and whether 32 greedy tokens are those of eager "
-    "attention, with each cache. Compiled: outputs, in one graph. Made by `python -m benchmarks.architectures`."
+    "Small models with random weights, with fastgpt's attention compared with eager attention in float64: the largest error of "
+    "outputs / of gradients as a fraction of the bound (at most 1 passes), and whether 32 greedy tokens are the same with each "
+    "cache. Compiled: outputs, in a single graph. Made by `python -m benchmarks.architectures`."
 )
 
 
 def architecture_rows(result: dict) -> list[list[str]]:
     """The header and a row for each architecture."""
     sides, caches = ("None", "left", "right"), ("dynamic", "static", "ours")
-    header = ["architecture", "model", "served by", "not padded", "padded left", "padded right"]
-    rows = [[*header, *(f"tokens, {cache}" for cache in caches), "compiled"]]
+    header = ["architecture", "model", "served by", "no padding", "left padding", "right padding"]
+    rows = [[*header, *(f"tokens, {shown(cache)}" for cache in caches), "compiled"]]
     words = {True: "same", False: "differ"}
     for case in result["architectures"]:
         row = [case["architecture"], case["model"], case.get("unserved") or ", ".join(case["calls"])]
@@ -346,24 +381,24 @@ def architecture_rows(result: dict) -> list[list[str]]:
 
 
 def architectures(result: dict) -> str:
-    """Which are served, and how exactly, in a paragraph."""
+    """Which architectures are served, and how accurately, in a paragraph."""
     cases = result["architectures"]
     served, others = ([case for case in cases if ("unserved" in case) is unserved] for unserved in (False, True))
     worst = [
-        f"{max(shares):.2f} of the bound in {of}"
+        f"{max(shares):.2f} of the bound for {of}"
         for key, of in (("shares", "outputs"), ("gradient_shares", "gradients"))
         if (shares := [share for case in served for share in case.get(key, {}).values()])
     ]
-    errors = f"the worst error is {', '.join(worst)}; " if worst else ""
+    errors = f"the largest error is {', '.join(worst)}; " if worst else ""
     caches = [case["tokens"] for case in served if case["tokens"]]
     same = sum(all(tokens.values()) for tokens in caches)
     compiled = [case["architecture"] for case in served if "compiled" in case]
     return (
         f"{len(served)} architectures are served: {', '.join(case['architecture'] for case in served)}. Small models with random "
-        f"weights, not padded and padded left and right, against eager attention in float64: {errors}"
-        f"32 greedy tokens are the same in dynamic, static and fastgpt's cache in {same} of the {len(caches)} that generate; {listed_words(compiled)} "
-        f"also compile to one graph. Not served, and not counted: "
-        f"{', '.join(case['architecture'] for case in others)}, whose attention does not go through transformers' interface."
+        f"weights, without padding and padded on the left and right, compared with eager attention in float64: {errors}"
+        f"32 greedy tokens are the same with a dynamic, a static and fastgpt's cache for {same} of the {len(caches)} that generate; "
+        f"{listed_words(compiled)} also compile to a single graph. Not served: "
+        f"{', '.join(case['architecture'] for case in others)}, whose attention does not go through transformers' AttentionInterface."
     )
 
 
@@ -372,7 +407,7 @@ def listed_words(words: list[str]) -> str:
 
 
 def listed(reasons) -> str:
-    """Pairs (name, why): names by why."""
+    """Pairs (name, reason) as text, names grouped by reason."""
     by = {}
     for name, why in reasons:
         by.setdefault(why, []).append(name)
@@ -380,12 +415,12 @@ def listed(reasons) -> str:
 
 
 def every(cases: list[dict]) -> str:
-    """Cases as they are: parameters that differ, our time and rate, the share of the limit, ratios to all others."""
+    """All cases: parameters that differ, our time and rate, % of roofline, ratios to all others."""
     timed = "microseconds" in cases[0]
     parameters = [name for name in dict.fromkeys(name for case in cases for name in case) if name not in MEASURED]
     differing = [name for name in parameters if len({case.get(name) for case in cases}) > 1]
     others = list(dict.fromkeys(name for case in cases if timed for name in peers(case)))
-    header = [*differing, *(["fastgpt", "rate", "% of roofline", *others] if timed else ["MB"])]
+    header = [*differing, *(["fastgpt", "rate", "% of roofline", *map(shown, others)] if timed else ["MB"])]
     rows = []
     for case in cases:
         values = (case.get(name, "–") for name in differing)
@@ -404,11 +439,11 @@ def every(cases: list[dict]) -> str:
 
 
 def growth(lines: list[dict]) -> str:
-    """Least-squares lines through the times of a token over contexts."""
-    each = "for each token of context"
+    """Least-squares fits of the time per token over context."""
+    each = "per token of context"
     rows = []
     for line in lines:
         fits = [part for name in ("cached", "uncached") for part in (line[name]["start"], line[name]["slope"])]
         contexts = "{} to {}".format(*line["contexts"])
         rows.append([line["model"], line["dtype"], str(line["batch"]), contexts, *map(time, fits)])
-    return table(["model", "dtype", "batch", "contexts", "cached", each, "uncached", each], rows, 4)
+    return table(["model", "dtype", "batch", "contexts", "cached, intercept", each, "uncached, intercept", each], rows, 4)

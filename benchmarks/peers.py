@@ -1,7 +1,7 @@
-"""GPT-2 124M in other libraries, for the benchmarks of generation: the same weights, one interface, nothing downloaded.
+"""GPT-2 124M in other libraries, for the benchmarks of generation: the same weights, one interface, no downloads.
 
-What is timed is the library's own greedy loop, from the ids of the prompt to tokens known on the host, without an end token,
-with torch's number of threads and the fastest settings that are open to a user:
+Each library's own greedy loop is timed, from the ids of the prompt to tokens on the host, without an end token, with torch's
+number of threads and the fastest settings that a user can choose:
 
     ours             `fastgpt.generation.generate.stream`
     transformers     `generate` with its dynamic and static caches and with none; on CUDA also the static one with torch.compile
@@ -37,7 +37,7 @@ NEW = 16  # tokens of one run
 
 
 class Peer(NamedTuple):
-    """A way to generate.
+    """A library, or a configuration of it.
 
     generate: takes ids (B, T) and a function, which it calls with the new tokens, a list of B, whenever the host knows them.
     logits: takes ids (1, T) and gives those (V,) of the token that follows.
@@ -53,7 +53,7 @@ class Peer(NamedTuple):
 
 
 def timed(peer: Peer, ids: torch.Tensor) -> tuple[list[list[int]], list[float]]:
-    """The new tokens, a list of B for each step, and the seconds from the start until each was known."""
+    """The new tokens, a list of B for each step, and the seconds from the start to each of them."""
     tokens, seconds = [], []
 
     def note(step):
@@ -95,7 +95,7 @@ def randomised(model: GPT) -> GPT:
 
 
 def step_bytes(config: GPTConfig, keys: int, peer: Peer, batch: int) -> int:
-    """What a decode step of a peer must read: every matrix, and `keys` keys and values of every sequence. Biases, norms and
+    """The bytes that a decode step of a peer must read: every matrix, and `keys` keys and values of every sequence. Biases, norms and
     rows of embeddings are not counted: they are 0.1% of it."""
     C, L, D = config.hidden_size, config.num_layers, config.head_dim
     attention = C * (2 * config.num_heads + 2 * config.num_kv_heads) * D
@@ -105,7 +105,7 @@ def step_bytes(config: GPTConfig, keys: int, peer: Peer, batch: int) -> int:
 
 
 def prefill_flops(config: GPTConfig, T: int, batch: int = 1) -> int:
-    """What the first token must take: matrix products and causal attention, but of the last layer only keys and values for
+    """The FLOPs of the first token: matrix products and causal attention, but of the last layer only keys and values for
     any token but the last one."""
     C, L = config.hidden_size, config.num_layers
     block, last_block = 2 * 12 * C * C * T + 2 * C * T * (T + 1), 2 * 2 * C * C * T + 2 * 10 * C * C + 4 * C * T
@@ -176,8 +176,8 @@ def ours(model: GPT) -> Peer:
 
 
 def in_transformers(model: GPT):
-    """The same model in transformers, with the same weights in the same memory where they lie alike; it generates greedily
-    and without an end."""
+    """The model in transformers, sharing the memory of weights with the same layout; it generates greedily and without an end
+    token."""
     import transformers
 
     weight = model.token_embedding.weight
@@ -193,7 +193,7 @@ def in_transformers(model: GPT):
 
 
 def streamer(note: Callable[[list[int]], None]):
-    """What transformers' `generate` hands its tokens to."""
+    """A streamer for transformers' `generate`, which passes the tokens on to `note`."""
     import transformers
 
     class Streamer(transformers.generation.BaseStreamer):

@@ -1,4 +1,4 @@
-"""Plots of the results, as SVG and PNG beside them: light cards, which can be read on light and dark pages."""
+"""Plots of the results, as SVG and PNG in their folder, on a white card that is readable on light and dark pages."""
 
 import hashlib
 import json
@@ -7,21 +7,21 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from benchmarks.pages import PLOTS, about, figures, median, named, of_first, tokens_per_second
+from benchmarks.pages import PLOTS, about, figures, median, named, of_first, shown, tokens_per_second
 
 OURS, LIMIT, INK, FAINT = "#0969da", "#6e7781", "#1f2328", "#d0d7de"
 OTHERS = ("#d1661a", "#1a7f64", "#a13ea1", "#a8841a", "#c4314b")  # a color for each family of peers
 MARKERS = "osD^v"
 STYLE = {
-    "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.edgecolor": LIMIT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
-    "axes.axisbelow": True, "axes.titlesize": 9, "axes.titlelocation": "left", "grid.color": "#eaeef2",
-    "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.6, "lines.markersize": 4.5, "svg.hashsalt": "fastgpt",
+    "axes.axisbelow": True, "axes.titlesize": 10, "axes.titlelocation": "left", "grid.color": "#eaeef2",
+    "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.6, "lines.markersize": 4.5, "svg.hashsalt": "fastgpt",
 }  # fmt: skip
 
 
 def draw(folder: Path) -> None:
-    """Draws what the results in `folder` have the cases for, and removes what they no longer have them for."""
+    """Draws the plots for which `folder` has results, and removes the others."""
     import matplotlib
 
     for name, (suite, what, _) in PLOTS.items():
@@ -32,14 +32,14 @@ def draw(folder: Path) -> None:
             if what in result:
                 with matplotlib.rc_context(STYLE):
                     figure = FUNCTIONS[name](result)
-                    # The digest is for the test that a plot is not stale; without a date, equal results give equal files.
+                    # The digest lets a test find stale plots; without a date, equal results give equal files.
                     metadata = {"Description": digest(path)} | ({"Date": None} if image.suffix == ".svg" else {})
                     figure.savefig(image, metadata=metadata, facecolor="white", edgecolor=FAINT, dpi=150)
                     print(f"wrote {image}")
 
 
 def stale(folder: Path) -> list[str]:
-    """The plots in `folder` that are not those of its results."""
+    """The plots in `folder` that were not drawn from its current results."""
     images = []
     for name, (suite, what, _) in PLOTS.items():
         path = folder / f"{suite}.json"
@@ -55,29 +55,28 @@ def digest(path: Path) -> str:
 
 
 def card(result: dict, title: str, panels: int, height: float = 3.3, **options):
-    """A figure with a title, its axes in a row, and below them what was measured where."""
+    """A figure with a title, a row of axes, and the machine and versions below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, height), layout="constrained", linewidth=2)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.03)
     figure.suptitle(title, x=0.012, ha="left", fontsize=11, weight="bold")
-    figure.supxlabel(textwrap.fill(about(result), 175), x=0.012, ha="left", fontsize=7, color=LIMIT)
+    figure.supxlabel(textwrap.fill(about(result), 150), x=0.012, ha="left", fontsize=8, color=LIMIT)
     return figure, figure.subplots(1, panels, squeeze=False, **options)[0]
 
 
 def curves(axis, lines: dict[str, list[tuple]], unit: str, label: str, colors: dict, scale: str = "log") -> None:
-    """Draws lines over lengths, each named at its end.
+    """Draws lines over lengths, each labeled at its end.
 
     Args:
         lines: name -> points (length, value).
-        colors: of families of names, which share their first word; families that are new are added.
+        colors: color of each family of names, which share their first word; new families are added.
     """
     lines = {name: sorted(points) for name, points in lines.items() if points}
     lengths = sorted({length for points in lines.values() for length, _ in points})
     axis.set(xlabel=label, ylabel=unit, xscale=scale)
-    if scale == "log":
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axis.minorticks_off()
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.minorticks_off()
     drawn, ends = [], []
     for name, points in lines.items():
         family = name.replace(",", " ").split()[0]
@@ -85,18 +84,18 @@ def curves(axis, lines: dict[str, list[tuple]], unit: str, label: str, colors: d
         look = {"linestyle": ":"} if name == "limit" else {"marker": MARKERS[drawn.count(family) % len(MARKERS)]}
         axis.plot(*zip(*points), color=color, **look, **{"linewidth": 2.6, "zorder": 3} if name == "ours" else {})
         drawn.append(family)
-        ends.append((points[-1][1], shown(name), color))
+        ends.append((points[-1][1], "roofline" if name == "limit" else shown(name), color))
     top = 1.06 * max(value for points in lines.values() for _, value in points)
     axis.set_ylim(0, top)
-    lowest = 0.0  # names must not touch: each is put above the one below it
+    lowest = 0.0  # labels must not overlap: each is placed above the one below it
     for value, name, color in sorted(ends):
         place = max(value / top, lowest)
-        lowest = place + 0.065
-        axis.annotate(name, (1.03, place), xycoords="axes fraction", color=color, fontsize=8, va="center")
+        lowest = place + 0.075
+        axis.annotate(name, (1.03, place), xycoords="axes fraction", color=color, fontsize=9, va="center")
 
 
 def rates(cases: list[dict], length: str, work: str) -> tuple[dict[str, list[tuple]], str]:
-    """name -> points (length, work in a second), of the limit, ours and the peers; and the unit."""
+    """name -> points (length, work per second), for the limit, ours and the peers; and the unit."""
     lines = {"limit": [], "ours": []}
     for case in cases:
         for name in case["microseconds"]:
@@ -108,16 +107,16 @@ def rates(cases: list[dict], length: str, work: str) -> tuple[dict[str, list[tup
 
 
 def cached_against_uncached(result: dict):
-    """Milliseconds of a token by context: measured points, fitted lines, and the ratio at each context."""
+    """Milliseconds per token by context length: measured points, fitted lines, and the ratio at each context."""
     measured = of_first(result["cached against uncached"])
     fits = {line["model"]: line for line in of_first(result["growth"])}
     models = list(dict.fromkeys(case["model"] for case in measured))
-    figure, axes = card(result, f"Cached against uncached: the time of a token, batch {measured[0]['batch']}", len(models))
+    figure, axes = card(result, f"Time per token with and without a KV cache, batch {measured[0]['batch']}", len(models))
     for axis, model in zip(axes, models):
         cases = sorted((case for case in measured if case["model"] == model), key=lambda case: case["context"])
         contexts = [case["context"] for case in cases]
-        wide = contexts[-1] > 100 * contexts[0]
-        along = [contexts[0] * (contexts[-1] / contexts[0]) ** (i / 50) for i in range(51)] if wide else contexts
+        is_log = contexts[-1] > 100 * contexts[0]
+        along = [contexts[0] * (contexts[-1] / contexts[0]) ** (i / 50) for i in range(51)] if is_log else contexts
         top = max(median(case, "uncached") for case in cases) / 1000
         for name, key, color in (("uncached", "uncached", OTHERS[0]), ("cached", "ours", OURS)):
             times = [median(case, key) / 1000 for case in cases]
@@ -128,13 +127,13 @@ def cached_against_uncached(result: dict):
             axis.annotate(name, (contexts[-1], times[-1]), (6, 0), textcoords="offset points", color=color, va="center")
         for case in cases:
             place = (case["context"], median(case, "uncached") / 1000)
-            if wide or place[0] > 0.1 * contexts[-1]:  # below, they would lie on each other
+            if is_log or place[0] > 0.1 * contexts[-1]:  # below, labels would overlap
                 axis.annotate(
                     f"{figures(case['times_ours']['uncached'][1], 2)}x", place, (-5, 3), textcoords="offset points",
-                    ha="right", fontsize=8,
+                    ha="right", fontsize=9,
                 )  # fmt: skip
         axis.set(title=named(model), xlabel="context (tokens)", ylabel="ms per token")
-        if wide:
+        if is_log:
             axis.set(xscale="log", yscale="log")
             axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
             axis.yaxis.set_major_formatter("{x:g}")
@@ -145,11 +144,11 @@ def cached_against_uncached(result: dict):
 
 
 def decoding(result: dict):
-    """Tokens per second: by what a step reads, with the line of reading it once; and of batches."""
+    """Tokens per second, for batch 1 by the bytes that a step reads, with the memory roofline; and for batches."""
     cases = sorted(result["decoding"], key=lambda case: case["bytes"])
     panels = [part for part in ([c for c in cases if c["batch"] == 1], [c for c in cases if c["batch"] > 1]) if part]
     rate = statistics.median(case["limit_bytes"] / median(case, case["limit"]) for case in cases)  # bytes/µs
-    figure, axes = card(result, "Decoding: tokens per second, whole steps", len(panels), 4.2)
+    figure, axes = card(result, "Decoding: tokens per second, sampling included", len(panels), 4.2)
     names = list(dict.fromkeys(name for case in cases for name in case["microseconds"] if name != case["limit"]))
     looks = dict(zip(names, zip([OURS, *OTHERS], MARKERS)))
     for axis, part in zip(axes, panels):
@@ -167,12 +166,12 @@ def decoding(result: dict):
                 for at, value in zip(heights, rates):
                     axis.annotate(f"{value:,.0f}", (value, at), (4, 0), textcoords="offset points", fontsize=7, va="center")
         limits = [case["batch"] * 1e6 * rate / case["bytes"] for case in part]
-        label = "reading weights and cache once"
+        label = "roofline: reading weights and cache once"
         if single:
             sizes = [case["bytes"] / 1e9 for case in part]
             axis.plot(sizes, limits, ":", color=LIMIT, label=label)
-            axis.set(xscale="log", yscale="log", title="batch 1, by GB that a step reads")
-            # Every second name is below the others: some models are of nearly the same size.
+            axis.set(xscale="log", yscale="log", title="batch 1, by GB read per step")
+            # Every second label is placed lower, since some models have nearly the same size.
             ticks = [f"{named(case['model'])}\n{size:.2g}" for case, size in zip(part, sizes)]
             axis.set_xticks(sizes, ["\n\n" * (i % 2) + tick for i, tick in enumerate(ticks)], fontsize=7)
             axis.minorticks_off()
@@ -190,14 +189,14 @@ def decoding(result: dict):
 
 
 def against_peers(result: dict):
-    """Tokens per second by context, a panel for each size of weights, with what reading them once allows."""
+    """Tokens per second by context length, a panel for each weight size, with the memory roofline."""
     cases = sorted(of_first(result["decode"]), key=lambda case: case["context"])
-    own_size = 4 if cases[0]["dtype"] == "float32" else 2
+    our_size = 4 if cases[0]["dtype"] == "float32" else 2
     size_of, sizes = {}, {}  # bytes of a weight, by name; and name -> context -> bytes that a step reads, by it
     for case in cases:
         for name, amount in {"ours": case["bytes"], **case["peer_bytes"]}.items():
-            sizes_apart = {size: abs(math.log(own_size * amount / case["bytes"] / size)) for size in (4, 2, 1)}
-            size = size_of.setdefault(name, min(sizes_apart, key=sizes_apart.get))  # at the least context, all but weights
+            distances = {size: abs(math.log(our_size * amount / case["bytes"] / size)) for size in (4, 2, 1)}
+            size = size_of.setdefault(name, min(distances, key=distances.get))  # at the shortest context, nearly all is weights
             sizes.setdefault(size, {}).setdefault(name, {})[case["context"]] = amount
     rate = statistics.median(case["limit_bytes"] / median(case, case["limit"]) for case in cases)  # bytes/µs
     figure, axes = card(result, f"Decoding with {named(cases[0]['model'])}, batch {cases[0]['batch']}", len(sizes), 3.5)
@@ -210,30 +209,30 @@ def against_peers(result: dict):
             for name in amounts.keys() & case["microseconds"]:
                 lines[name].append((case["context"], 1e6 / median(case, name)))
         curves(axis, lines, "tokens per second" if axis is axes[0] else "", "context (tokens)", colors, "linear")
-        axis.set(title=f"weights of {8 * size} bits", xlim=0)
+        axis.set(title=f"{8 * size}-bit weights", xlim=0)
     return figure
 
 
 def attention(result: dict):
-    """Rate by length, a panel for each dtype and head dim of several lengths."""
+    """FLOP rate by sequence length, a panel for each dtype and head dim with several lengths."""
     panels = {}
     for case in result["prefill"]:
         panels.setdefault((case["dtype"], case["head_dim"]), []).append(case)
     panels = {key: cases for key, cases in panels.items() if len(cases) > 1} or panels
     first, colors = result["prefill"][0], {}
-    title = f"Causal attention of batch {first['batch']}, {first['heads']} heads"
+    title = f"Causal attention, batch {first['batch']}, {first['heads']} heads"
     figure, axes = card(result, title, min(3, len(panels)))
     for axis, ((dtype, head_dim), cases) in zip(axes, panels.items()):
-        curves(axis, *rates(cases, "T", "flops"), "length (tokens)", colors)
-        axis.set(title=f"{dtype}, heads of {head_dim}")
+        curves(axis, *rates(cases, "T", "flops"), "sequence length (tokens)", colors)
+        axis.set(title=f"{dtype}, head dim {head_dim}")
     return figure
 
 
 def attention_over_caches(result: dict):
-    """Rate of reading keys and values: by their number, and by the kind of cache that holds 8,192 of them."""
+    """Rate of reading keys and values: by their number, and by the kind of cache for 8,192 of them."""
     first = result["decode"][0]
     usual = [case for case in result["decode"] if (case["batch"], case["kv_heads"]) == (first["batch"], first["kv_heads"])]
-    figure, axes = card(result, f"Attention of one token over a cache, {first['heads']} heads of {first['head_dim']}", 2)
+    figure, axes = card(result, f"Attention of one query over a KV cache, {first['heads']} heads of {first['head_dim']}", 2)
     curves(axes[0], *rates([case for case in usual if case["kind"] == first["kind"]], "keys", "bytes"), "keys", {})
     axes[0].set(title=first["kind"])
     keys = statistics.mode(case["keys"] for case in usual)
@@ -245,9 +244,9 @@ def attention_over_caches(result: dict):
 
 
 def cache_update(result: dict):
-    """Rate of reading and writing keys and values of prompts, by the kind of cache."""
+    """Rate of storing keys and values of prompts (bytes read and written), by kind of cache."""
     cases = [case for case in result["prompt"] if case["layout"] == "token-major"]
-    figure, (axis,) = card(result, f"Storing the keys and values of prompts, {cases[0]['bytes'] / 1e6:.0f} MB in and out", 1)
+    figure, (axis,) = card(result, f"Storing keys and values of prompts, {cases[0]['bytes'] / 1e6:.0f} MB read and written", 1)
     lines, unit = rates(cases, "kind", "bytes")
     values = {name: [rate for _, rate in lines[name]] for name in ("ours", "reference", "limit")}
     limit = values.pop("limit")
@@ -256,27 +255,31 @@ def cache_update(result: dict):
 
 
 def kinds_of_cache(result: dict):
-    """Memory of a cache and time of a decode step, by its kind."""
+    """Memory of a cache and time of a decode step, by kind of cache."""
     cases = result["kind"]
     first, names = cases[0], [case["kind"] for case in cases]
-    title = f"{first['batch']} sequences of 20 to 1,000 tokens, {first['layers']} layers of {first['heads']} heads"
+    title = (
+        f"Kinds of cache: {first['batch']} sequences of 20 to 1,000 tokens, {first['layers']} layers of {first['heads']} heads"
+    )
     figure, axes = card(result, title, 2, sharey=True)
     needed = first["tokens"] * first["token_bytes"] / 1e6
-    bars(axes[0], names, {"ours": [case["cache_bytes"] / 1e6 for case in cases]}, "MB", [needed], "what the tokens need")
-    bars(axes[1], names, {"ours": [median(case) / 1000 for case in cases]}, "ms for a step's updates and attention")
+    bars(axes[0], names, {"ours": [case["cache_bytes"] / 1e6 for case in cases]}, "MB", [needed], "needed by the tokens")
+    bars(axes[1], names, {"ours": [median(case) / 1000 for case in cases]}, "ms per decode step: updates and attention")
     return figure
 
 
-def bars(axis, labels, series: dict[str, list[float]], unit: str, limit: list[float] = (), limit_name: str = "limit") -> None:
-    """Bars with their values, the first at the top, those of several series together; a line at the limit's median."""
+def bars(
+    axis, labels, series: dict[str, list[float]], unit: str, limit: list[float] = (), limit_name: str = "roofline"
+) -> None:
+    """Horizontal bars with their values, grouped by label; a line at the median of `limit`."""
     height = 0.84 / len(series)
     for i, (name, values) in enumerate(series.items()):
         places = [row + (i - (len(series) - 1) / 2) * height for row in range(len(labels))]
         axis.barh(places, values, 0.92 * height, color=OURS if name == "ours" else OTHERS[i - 1], label=shown(name))
-        for place, value in zip(places, values):  # within the bar, where it is long enough
+        for place, value in zip(places, values):  # inside the bar, if it is long enough
             within = value > 0.15 * max(map(max, series.values()))
             axis.annotate(
-                figures(value, 2), (value, place), (-4 if within else 4, 0), textcoords="offset points", fontsize=8,
+                figures(value, 2), (value, place), (-4 if within else 4, 0), textcoords="offset points", fontsize=9,
                 va="center_baseline", ha="right" if within else "left", color="white" if within else INK,
             )  # fmt: skip
     axis.set(xlabel=unit, yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
@@ -286,10 +289,6 @@ def bars(axis, labels, series: dict[str, list[float]], unit: str, limit: list[fl
         axis.axvline(at, color=LIMIT, linestyle=":", zorder=0.5, label=f"{limit_name}, {figures(at)}")
     if limit or len(series) > 1:
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
-
-
-def shown(name: str) -> str:
-    return "fastgpt" if name == "ours" else name
 
 
 FUNCTIONS = {

@@ -1,11 +1,11 @@
-"""Results: what the suites timed, condensed, stored by machine, and shown.
+"""Condenses the results of the suites, stores them by machine, and updates plots, tables and documentation.
 
 python -m benchmarks.report [BENCHMARK.json ...]
     condenses pytest-benchmark's output, if given, to results/<machine>/<suite>.json; draws the plots and writes the page of
-    that machine, or of all; and brings the marked parts of README and docs/ up to date. With the variable FASTGPT_RESULTS
-    results are in that folder, and README and docs/ are left alone.
+    that machine, or without arguments of all machines; and updates the parts of README and docs/ between markers. If the
+    environment variable FASTGPT_RESULTS is set, results are in that folder, and README and docs/ are not changed.
 
-A suite's file is that of one run: what the run left out is named in it, and what an earlier one had is gone.
+The file of a suite holds one run: it replaces an earlier one, and names what the run left out.
 """
 
 import importlib.metadata
@@ -27,13 +27,13 @@ from fastgpt.bench.timing import uncertainty
 STORED = Path(__file__).parent / "results"
 RESULTS = Path(os.environ.get("FASTGPT_RESULTS") or STORED)
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]  # which have parts between markers
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]  # with parts between markers
 SHOWN = "amd-epyc-2-threads"  # the machine whose results they show
 PEERS = ("transformers", "ctranslate2", "llama-cpp-python", "triton", "flash-attn", "flashinfer-python")
 
 
 def machine() -> dict:
-    """What a result depends on."""
+    """The hardware and software that results are measured with."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():  # without a model name on Arm
         name = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), name)
@@ -101,7 +101,7 @@ def suite_of(nodeid: str) -> str:
 
 
 def condense(infos: list[dict]) -> tuple[dict, dict]:
-    """What benchmarks put into extra_info -> versions of `peers` and who was `absent` from all of them; and the cases."""
+    """extra_info of benchmarks -> versions of peers and which were absent everywhere; and the cases by name."""
     result, versions, absent, timed = {}, {}, {}, set()
     for info in infos:
         info = dict(info)
@@ -117,7 +117,7 @@ def condense(infos: list[dict]) -> tuple[dict, dict]:
 
 
 def condense_case(case: dict) -> dict:
-    """Seconds of each round become quartiles: of microseconds, of the others' times over ours, of the share of the limit."""
+    """Turns the seconds of each round into quartiles: of microseconds, of ratios to ours, of the share of the roofline."""
     seconds = case.pop("seconds")
     if {len(values) for values in seconds.values()} != {len(seconds["ours"])}:
         raise ValueError(f"seconds of {case}: expected as many of each, got {[len(values) for values in seconds.values()]}")
@@ -137,25 +137,25 @@ def quartiles(values) -> list[float]:
 
 
 def growth(cases: list[dict]) -> list[dict]:
-    """Least-squares lines through the microseconds of a token over contexts, for each model, dtype and batch."""
+    """Least-squares fits of the microseconds per token over context, for each model, dtype and batch."""
     series = {}
     for case in cases:
         series.setdefault((case["model"], case["dtype"], case["batch"]), []).append(case)
     lines = []
-    for (model, dtype, batch), own in series.items():
-        contexts = [case["context"] for case in own]
+    for (model, dtype, batch), points in series.items():
+        contexts = [case["context"] for case in points]
         if len(set(contexts)) < 3:
             continue
         line = {"model": model, "dtype": dtype, "batch": batch, "contexts": [min(contexts), max(contexts)]}
         for name, key in (("cached", "ours"), ("uncached", "uncached")):
-            slope, start = np.polyfit(contexts, [case["microseconds"][key][1] / batch for case in own], 1)
+            slope, start = np.polyfit(contexts, [case["microseconds"][key][1] / batch for case in points], 1)
             line[name] = {"start": float(f"{start:.4g}"), "slope": float(f"{slope:.4g}")}
         lines.append(line)
     return lines
 
 
 def update(outputs: list[Path]) -> None:
-    """Stores pytest-benchmark's outputs and brings what shows them up to date; without outputs, that of all machines."""
+    """Stores pytest-benchmark's outputs and updates the pages of their machines, or without outputs of all machines."""
     folders = set().union(*(store_suites(json.loads(path.read_text())) for path in outputs))
     for folder in sorted(folders) if outputs else machines():
         try:
@@ -179,7 +179,7 @@ def machines() -> list[Path]:
 
 
 def sections(document: Path) -> dict[str, str]:
-    """Marker -> the text that a document shows there. Links in it are relative to the document."""
+    """Marker -> the text between its markers. Links are relative to the document."""
     folder = STORED / SHOWN
     results = pages.results_in(folder)
     parts = pages.parts(folder, results, within(folder, document))
@@ -215,7 +215,7 @@ def sections(document: Path) -> dict[str, str]:
     }
 
 
-INLINE = {"machine", "every case", "GPU status", "shipped model", "8-bit caches"}  # within a sentence
+INLINE = {"machine", "every case", "GPU status", "shipped model", "8-bit caches"}  # inside a sentence
 NO_GPU = (
     "**No GPU has run any of this yet.** The GPU kernels are compiled and checked for sm_80, sm_90 and sm_100 by the tests, "
     "which also run the Triton kernels in Triton's interpreter and the CUDA kernels as C++."
@@ -243,7 +243,7 @@ def eight_bit_caches(training: dict) -> str:
 
 
 def rendered(document: Path) -> str:
-    """A document with its marked parts brought up to date. Raises ValueError for a marker that has no end or no meaning."""
+    """A document with its generated parts updated. Raises ValueError for an unknown marker, or one without an end."""
     text = document.read_text()
     if not MARKER.search(text):
         return text

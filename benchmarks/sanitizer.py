@@ -1,4 +1,4 @@
-"""The kernels that write to caches, and those that decode, under compute-sanitizer, on a GPU: a part of `make gpu`.
+"""Runs the kernels of cache updates and decoding under compute-sanitizer on a GPU: a part of `make gpu`.
 
 python -m benchmarks.sanitizer
 

@@ -1,4 +1,4 @@
-"""The validation loss of the shipped model, also through caches that round keys and values to 8 bits.
+"""The validation loss of the shipped model, also with 8-bit caches.
 
 python -m benchmarks.shipped_model TEXT     (the file it was trained on; its last 10% was held out)
 """

@@ -1,7 +1,7 @@
-"""Attention over many tokens, alone and with gradients, against PyTorch's and other libraries', and against the rate of a
-matrix product of its dtype.
+"""Causal attention over many tokens, forward and with gradients, compared with PyTorch's and other libraries' and with the rate of
+a matrix product of its dtype.
 
-q, k and v are as a decoder's projection leaves them: token-major, and on a CPU warm. All attention is causal.
+q, k and v have the layout of a decoder's projection, token-major, and on a CPU they are warm.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.attention_peers import check, peers
-from benchmarks.timing import DEVICE, DTYPE, full, in_turns, matrix_product, measured_time, name_of
+from benchmarks.timing import DEVICE, DTYPE, full, matrix_product, measured_time, name_of, time_interleaved
 from fastgpt import attention, explain
 from fastgpt.bench.timing import implementation
 
@@ -38,8 +38,8 @@ def inputs(T, D, dtype, **options):
 
 def measure(benchmark, what, example, ours, others, absent, *, flops, **parameters):
     dtype, (T, D) = example["q"].dtype, example["q"].shape[2:]
-    in_turns(
-        benchmark, ours, others, turns=[example], limit=matrix_product(dtype), flush=True,
+    time_interleaved(
+        benchmark, ours, others, inputs=[example], limit=matrix_product(dtype), flush=True,
         info={
             "what": what, "device": DEVICE, "dtype": name_of(dtype), "batch": B, "heads": H, "head_dim": D, "T": T,
             **parameters, "flops": flops, "implementation": implementation(explain(attention, **example)), "absent": absent,

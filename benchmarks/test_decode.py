@@ -1,8 +1,7 @@
-"""Attention of one query a sequence over a cache, against PyTorch's and other libraries', and against reading memory.
+"""Attention of one query per sequence over a KV cache, compared with PyTorch's and other libraries' and with memory bandwidth.
 
-The caches are cold, as they are in a decoder, whose other layers and weights go by before a layer's turn comes again: on a
-CPU each call takes the next of several copies, which together are larger than its caches; on a GPU the L2 cache is flushed
-before each call.
+KV caches are cold, as in a decoder, which reads all other layers and weights before a layer is used again: on a CPU each call
+takes the next of several copies, together larger than its caches; on a GPU the L2 cache is flushed before each call.
 """
 
 import itertools
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.attention_peers import check, peers
-from benchmarks.timing import DEVICE, DTYPE, full, in_turns, measured_time, name_of, reading
+from benchmarks.timing import DEVICE, DTYPE, full, measured_time, name_of, reading, time_interleaved
 from fastgpt import attention, attention_with_kv_cache, explain, kv_cache_update, rope_kv_cache_update
 from fastgpt.bench.timing import cold, implementation
 from fastgpt.ops.quantization import quantize
@@ -70,16 +69,16 @@ def test_decode(benchmark, keys, kind, heads, B):
     others, absent = peers(attention, example, without=None if compiles else SLOW_TO_COMPILE)
 
     def over(cache, function):
-        return lambda **turn: function(**turn[cache])
+        return lambda **copies: function(**copies[cache])
 
-    turns = [{"this": cache} for cache in cold(**example)]
+    inputs = [{"this": cache} for cache in cold(**example)]
     others = {name: over("this", function) for name, function in others.items()}
     if kind != BASE:
         contiguous = itertools.cycle(cold(**example_of(BASE, H, H_kv, D, keys, B)))
-        turns = [turn | {"contiguous": next(contiguous)} for turn in turns]
+        inputs = [copy | {"contiguous": next(contiguous)} for copy in inputs]
         others[f"ours, {BASE}"] = over("contiguous", attention)
-    in_turns(
-        benchmark, over("this", attention), others, turns=turns, limit=reading(), flush=True,
+    time_interleaved(
+        benchmark, over("this", attention), others, inputs=inputs, limit=reading(), flush=True,
         info={
             "what": "decode", "device": DEVICE, "kind": kind, "dtype": name_of(example["q"].dtype), "batch": B, "heads": H,
             "kv_heads": H_kv, "head_dim": D, "keys": keys, "bytes": sum(x.nbytes for x in example.values()),
@@ -93,7 +92,7 @@ def test_decode(benchmark, keys, kind, heads, B):
 @cases()
 @torch.inference_mode()
 def test_step(benchmark, keys, kind, heads, B, rotated):
-    """The last of the keys joins, and is attended to: in one launch, and by the update followed by the attention."""
+    """Stores the last key and attends, in one launch, compared with the update followed by attention."""
     H, H_kv, D = HEADS[heads]
     example = example_of(kind, H, H_kv, D, keys, B)
     q, *caches = (example.pop(name) for name in "qkv")
@@ -107,18 +106,18 @@ def test_step(benchmark, keys, kind, heads, B, rotated):
     def fused(counters=counters):
         return attention_with_kv_cache(q, k, v, *caches, positions, *rotation, kv_lengths=lengths, counters=counters, **example)
 
-    def apart():
+    def unfused():
         if rotated:
-            turned = rope_kv_cache_update(q, k, v, *caches, positions, *rotation, **example)
+            q_rotated = rope_kv_cache_update(q, k, v, *caches, positions, *rotation, **example)
         else:
-            turned = q
+            q_rotated = q
             kv_cache_update(k, v, *caches, positions, **example)
-        return attention(turned, *caches, kv_lengths=lengths, **example)
+        return attention(q_rotated, *caches, kv_lengths=lengths, **example)
 
-    torch.testing.assert_close(fused(), apart(), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(fused(), unfused(), atol=1e-2, rtol=1e-2)
     reasons = explain(attention_with_kv_cache, q, k, v, *caches, positions, *rotation, kv_lengths=lengths, **example)
-    in_turns(
-        benchmark, fused, {"update, then attention": apart, "without counters": lambda: fused(None)}, limit=reading(), flush=True,
+    time_interleaved(
+        benchmark, fused, {"update, then attention": unfused, "without counters": lambda: fused(None)}, limit=reading(), flush=True,
         info={
             "what": "step", "device": DEVICE, "kind": kind, "dtype": name_of(q.dtype), "batch": B, "heads": H, "kv_heads": H_kv,
             "head_dim": D, "keys": keys, "rotated": rotated, "implementation": implementation(reasons), "absent": {},

@@ -1,4 +1,4 @@
-"""Generation end to end, beside other libraries; and cached against uncached.
+"""Generation end to end, compared with other libraries, and with and without a KV cache.
 
 The models are GPT-2 124M and a Llama of 160M with random weights, and the shipped one; on a GPU also larger ones.
 """
@@ -19,12 +19,12 @@ from benchmarks.timing import (
     DEVICE,
     at_most,
     full,
-    in_turns,
     matrix_product,
     measured_time,
     name_of,
     reading,
     record,
+    time_interleaved,
     time_left,
     tiny,
 )
@@ -65,7 +65,7 @@ def about(name: str, dtype: torch.dtype, batch: int) -> dict:
 @pytest.mark.parametrize("name, batch, T", decoding.CASES, ids=[f"{name}-batch{B}-{T}tokens" for name, B, T in decoding.CASES])
 @pytest.mark.benchmark(timer=measured_time)
 def test_decoding(benchmark, name, batch, T):
-    """Whole steps of the models that people run, against reading the weights and the cache once, and against transformers."""
+    """Decode steps of popular models, sampling included, compared with the memory roofline and with transformers."""
     aims, dtype = decoding.CASES[name, batch, T], torch.bfloat16 if DEVICE == "cuda" else torch.float32
     batch, T = (min(batch, 4), 16) if tiny() else (batch, T)
     model = decoding.made(decoding.shape(name), dtype)
@@ -146,8 +146,8 @@ def requests():
 @pytest.mark.skipif(tiny(), reason="takes models of more than a few thousand weights")
 @requests()
 def test_generation(benchmark, opened, batch, T):
-    """In a round, each generates once. Its first token tells the time of prefill; the median of the times from one to the
-    next, which come after it and find caches as generation leaves them, that of a decode step."""
+    """In a round, each library generates once. The time of its first token is that of prefill; the median time between later
+    tokens, for which caches are in the state of generation, that of a decode step."""
     model, oracle, libraries, versions, absent = opened
     libraries = {name: peer for name, peer in libraries.items() if batch == 1 or name.startswith(TAKE_BATCHES)}
     ids, dtype = prompts(model, batch, T), model.token_embedding.weight.dtype
@@ -206,7 +206,7 @@ def steps():
 @pytest.mark.benchmark(timer=measured_time)
 @torch.inference_mode()
 def test_cached_against_uncached(benchmark, dtype, name, batch, T):
-    """One more token, the last of T: with all others in the cache, and with nothing known."""
+    """The next token after T tokens, with T - 1 of them in the cache, and without a cache."""
     model = model_of(name, dtype)
     ids = prompts(model, batch, T)
     cache = model.new_cache(batch)
@@ -222,7 +222,7 @@ def test_cached_against_uncached(benchmark, dtype, name, batch, T):
 
     assert peers.regret(model, ids, [cached().tolist()]) <= 2 * peers.rounding(model)
     info = {"what": "cached against uncached", **about(name, dtype, batch), "context": T}
-    in_turns(benchmark, cached, {"uncached": uncached}, info=info)
+    time_interleaved(benchmark, cached, {"uncached": uncached}, info=info)
 
 
 @pytest.mark.skipif(not full(), reason="takes minutes: FULL=1")
@@ -231,7 +231,7 @@ def test_cached_against_uncached(benchmark, dtype, name, batch, T):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.benchmark(timer=measured_time)
 def test_whole_calls(benchmark, name, dtype, T, new=64):
-    """`generate` from call to return, its prefill included, as it is used: beside transformers' with its default cache."""
+    """Complete calls of `generate`, prefill included, compared with transformers and its default cache."""
     pytest.importorskip("transformers", exc_type=ImportError)
     model = model_of(name, dtype)
     ids = prompts(model, 1, T)
@@ -247,14 +247,14 @@ def test_whole_calls(benchmark, name, dtype, T, new=64):
     for run in ours, transformers:
         assert peers.regret(model, ids, run()[:, T:].T.tolist()) <= 2 * peers.rounding(model)
     info = {"what": "whole calls", **about(name, dtype, 1), "T": T, "new_tokens": new}
-    in_turns(benchmark, ours, {"transformers": transformers}, info=info, rounds=5, calls=1)
+    time_interleaved(benchmark, ours, {"transformers": transformers}, info=info, rounds=5, calls=1)
 
 
 @pytest.mark.skipif(tiny(), reason="takes models of more than a few thousand weights")
 @pytest.mark.parametrize("batch", [1, 16] if full() else [1], ids="batch{}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_memory(benchmark, dtype, batch, T=900):
-    """The most that generation takes beyond the model: on a CPU of a process of its own, on CUDA of PyTorch's allocator."""
+    """Peak memory of generation beyond the model: on a CPU of a separate process, on CUDA of PyTorch's allocator."""
     if DEVICE == "cpu" and not Path("/proc/self/clear_refs").exists():
         pytest.skip("measuring peak memory needs Linux's /proc/self/clear_refs")
     peaks = {}

@@ -1,8 +1,8 @@
-"""Models of transformers with fastgpt's attention and cache, against the same with PyTorch's attention and a dynamic cache.
+"""Models of transformers with fastgpt's attention and cache, compared with PyTorch's attention and a dynamic cache.
 
-The weights are random and the same for all; everything but attention and the cache is transformers'. In a round each does the
-whole work once: a generation is its prompt and 64 new tokens, greedy. "no attention" neither stores nor attends: what it
-takes is the least that any attention could. It takes minutes, so it runs with FULL=1 or by name.
+The weights are random and the same for all; everything but attention and the cache is transformers'. In a round each runs once: a
+generation is its prompt and 64 new tokens, greedy. "no attention" neither stores nor attends: its time is a lower bound for any
+attention. This takes minutes, so it runs with FULL=1 or by name.
 """
 
 import functools
@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 
-from benchmarks.timing import DEVICE, DTYPE, full, in_turns, measured_time, name_of
+from benchmarks.timing import DEVICE, DTYPE, full, measured_time, name_of, time_interleaved
 
 transformers = pytest.importorskip("transformers")
 
@@ -60,7 +60,7 @@ def registered():
 @functools.lru_cache(maxsize=1)
 @torch.inference_mode(False)  # for training, too
 def models(name: str) -> dict[str, torch.nn.Module]:
-    """The same weights with either attention, by the name of what is timed."""
+    """A model with each attention, with the same weights."""
     cls = getattr(transformers, MODELS[name][0])
     config = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0} | MODELS[name][1]
     pair = {}
@@ -74,7 +74,7 @@ def models(name: str) -> dict[str, torch.nn.Module]:
 
 
 def prompts(name: str, batch: int, T: int, side: str | None) -> dict[str, torch.Tensor]:
-    """Of lengths from T / 4 to T, if they are padded on a side."""
+    """Prompts of T tokens; with padding on a side, of T / 4 to T tokens."""
     model = models(name)["sdpa"]
     ids = torch.randint(1, model.config.vocab_size, (batch, T), generator=torch.Generator().manual_seed(T))
     real = torch.ones_like(ids)
@@ -111,7 +111,7 @@ def test_generation(benchmark, name, batch, T, side):
     assert all(torch.equal(ours(), other()) for other in others.values())
     others["no attention"] = functools.partial(generate, "no attention", NoCache)
     rounds = ROUNDS if batch * T < 2000 else 3
-    in_turns(benchmark, ours, others, rounds=rounds, calls=1, info=about("generation", name, batch, T, side))
+    time_interleaved(benchmark, ours, others, rounds=rounds, calls=1, info=about("generation", name, batch, T, side))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_forward(benchmark, name, batch, T, side):
     real = arguments["attention_mask"].bool()
     states = [ways[kind]()[0][real] for kind in ("ours", "sdpa")]
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-3 if DTYPE == torch.float32 else 0.1)
-    in_turns(benchmark, ways.pop("ours"), ways, info=about("forward", name, batch, T, side))
+    time_interleaved(benchmark, ways.pop("ours"), ways, info=about("forward", name, batch, T, side))
 
 
 def test_training(benchmark, name=GPT2, batch=1, T=512):
@@ -138,12 +138,12 @@ def test_training(benchmark, name=GPT2, batch=1, T=512):
         model.zero_grad()
 
     ways = {kind: functools.partial(step, model) for kind, model in pair.items()}
-    in_turns(benchmark, ways.pop("ours"), ways, info=about("training", name, batch, T, None))
+    time_interleaved(benchmark, ways.pop("ours"), ways, info=about("training", name, batch, T, None))
 
 
 @torch.inference_mode()
 def test_adapter(benchmark):
-    """What a call costs that does next to nothing, beside the operation that it calls."""
+    """The cost of a minimal call, compared with the operation that it calls."""
     q, k, v = (torch.randn(1, 1, 4, 16, device=DEVICE, dtype=DTYPE).transpose(1, 2) for _ in range(3))
     module = torch.nn.Module()
     ours = functools.partial(ft.attention, module, q, k, v, None, dropout=0.0, scaling=0.25)
@@ -151,4 +151,4 @@ def test_adapter(benchmark):
         "fastgpt.attention": functools.partial(attention, q, k, v, causal=False, scale=0.25),
         "sdpa": functools.partial(sdpa_attention_forward, module, q, k, v, None, dropout=0.0, scaling=0.25),
     }
-    in_turns(benchmark, ours, others, info={"what": "adapter", "device": DEVICE, "dtype": name_of(DTYPE), "T": 1})
+    time_interleaved(benchmark, ours, others, info={"what": "adapter", "device": DEVICE, "dtype": name_of(DTYPE), "T": 1})

@@ -1,10 +1,9 @@
-"""The cache update against its reference, against copying as many bytes, and against what PyTorch and transformers offer; and
-the memory and the decode step of each kind of cache.
+"""The cache update, compared with its reference, with copying as many bytes, and with PyTorch and transformers; and the memory and
+decode step of each kind of cache.
 
-The new tokens are warm, as a decoder's projection leaves them. The caches are cold, as they are in a decoder, whose other
-layers and weights go by before a layer's turn comes again: on a CPU each call takes the next of several copies, which
-together are larger than its caches, and one token goes to the next position after all of them had their turn; on a GPU the
-L2 cache is flushed before each call.
+The new tokens are warm, as after a decoder's projection. KV caches are cold, as in a decoder, which reads all other layers and
+weights before a layer is used again: on a CPU each call takes the next of several copies, together larger than its caches, and a
+single token goes to the next position after each round of copies; on a GPU the L2 cache is flushed before each call.
 """
 
 import itertools
@@ -14,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.timing import DEVICE, DTYPE, copying, full, in_turns, measured_time, name_of, reading
+from benchmarks.timing import DEVICE, DTYPE, copying, full, measured_time, name_of, reading, time_interleaved
 from fastgpt import (
     ContiguousCache,
     PagedCache,
@@ -46,7 +45,7 @@ def no_gradients():
 
 
 def new_tokens(B, T, layout="token-major"):
-    """q, k or v as a decoder's projection leaves them (token-major), or contiguous (head-major)."""
+    """q, k or v in the layout of a decoder's projection (token-major), or contiguous (head-major)."""
     if layout == "token-major":
         return torch.randn(B, T, H, D, device=DEVICE).to(DTYPE).transpose(1, 2)
     return torch.randn(B, H, T, D, device=DEVICE).to(DTYPE)
@@ -61,7 +60,7 @@ def positions_of(B, start, T=1):
 
 
 def agree(functions, caches, step=0):
-    """Every function leaves the same bits in empty caches, and returns the same."""
+    """Asserts that all functions store the same bits in empty caches, and return the same."""
     results = {}
     for name, function in functions.items():
         results[name] = {key: x.clone() for key, x in caches.items()}
@@ -73,18 +72,18 @@ def agree(functions, caches, step=0):
 
 
 def measure(benchmark, what, functions, caches, reasons, *, steps=1, prepare=None, **info):
-    """Times functions of a step and of caches. Turn by turn the next copy of the caches is taken, and after all of them the
-    next step; so nobody finds what it writes to where somebody left it."""
-    turns = [{"step": step, **copy} for step, copy in itertools.product(range(steps), cold(**caches))]
+    """Times functions of a step and of caches. Each call takes the next copy of the caches, and after all copies the next step,
+    so that no function finds its target in the CPU's caches."""
+    inputs = [{"step": step, **copy} for step, copy in itertools.product(range(steps), cold(**caches))]
     info = {"what": what, "device": DEVICE, "dtype": name_of(DTYPE), "heads": H, "head_dim": D, **info}
     info["implementation"] = implementation(reasons)
     ours = functions.pop("ours")
-    in_turns(benchmark, ours, functions, turns=turns, limit=copying(), prepare=prepare, flush=True, info=info)
+    time_interleaved(benchmark, ours, functions, inputs=inputs, limit=copying(), prepare=prepare, flush=True, info=info)
 
 
 @pytest.mark.parametrize("B", [1, 32], ids=lambda B: f"batch{B}")
 def test_one_token(benchmark, B):
-    """Storing one token a sequence: ours, PyTorch's ways, and what transformers' caches do."""
+    """Storing one token per sequence: ours, PyTorch's index_copy_, and transformers' caches."""
     k, v = new_tokens(B, 1), new_tokens(B, 1)
     caches = empty_caches(B, H, CAPACITY, D)
     positions = [positions_of(B, t) for t in range(CONTEXT + 1)]
@@ -115,7 +114,7 @@ def test_one_token(benchmark, B):
 
 
 def of_transformers(k, v):
-    """Its static cache, its dynamic one, and what makes the static one hold 1,000 tokens again."""
+    """Updates of its static and dynamic caches, and a function that resets the static one to 1,000 tokens."""
     import transformers
 
     config = transformers.LlamaConfig(num_hidden_layers=1, hidden_size=H * D, num_attention_heads=H)
@@ -185,7 +184,7 @@ def test_prompt(benchmark, kind, layout):
 
 @pytest.mark.parametrize("B, T", [(1, 1), (32, 1), (8, 1302)], ids=["batch1-1token", "batch32-1token", "batch8-1302tokens"])
 def test_rope(benchmark, B, T):
-    """Rotating queries and keys and storing in one pass, against rotating in PyTorch and storing afterwards."""
+    """Rotary embedding and storing in one pass, compared with rotary embedding in PyTorch and storing afterwards."""
     q, k, v = (new_tokens(B, T) for _ in range(3))
     capacity = max(CAPACITY, T)
     angles = torch.arange(capacity)[:, None] * 10000.0 ** -(torch.arange(D // 2) / (D // 2))
@@ -196,12 +195,12 @@ def test_rope(benchmark, B, T):
     def fused(step, operation=rope_kv_cache_update, **caches):
         return operation(q, k, v, **caches, positions=positions[step], cos=cos, sin=sin)
 
-    def apart(step, **caches):
+    def unfused(step, **caches):
         kv_cache_update(rope_reference(k, positions[step], cos, sin), v, **caches, positions=positions[step])
         return rope_reference(q, positions[step], cos, sin)
 
     reference = partial(fused, operation=rope_kv_cache_update_reference)
-    functions = {"ours": fused, "rope, then update": apart, "reference": reference}
+    functions = {"ours": fused, "rope, then update": unfused, "reference": reference}
     if DEVICE == "cuda":
         functions["Triton"] = partial(fused, operation=partial(rope_kv_cache_update, impl="triton"))
     agree(functions, caches, len(positions) - 1)
@@ -228,8 +227,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.replace(", ", "-"))
 def test_kinds(benchmark, kind):
-    """A decode step of 16 sequences of 20 to 1,000 tokens, as far as caches go: in each of 12 layers, one after the other, a
-    token of each sequence is stored and attends."""
+    """The part of a decode step that uses the cache, for 16 sequences of 20 to 1,000 tokens: in each of 12 layers, a token of
+    each sequence is stored and attends."""
     B = len(LENGTHS)
     options = {"num_layers": LAYERS, "num_kv_heads": H, "head_dim": D, "dtype": DTYPE, "device": DEVICE, **KINDS[kind]}
     if kind.startswith("paged"):
@@ -254,7 +253,7 @@ def test_kinds(benchmark, kind):
     seen = sum(min(length, cache.window or length) for length in LENGTHS)
     token_bytes = 2 * H * D * DTYPE.itemsize
     stored = token_bytes if "cache_dtype" not in KINDS[kind] else 2 * H * (D + 4)
-    in_turns(
+    time_interleaved(
         benchmark, step, {}, limit=reading(), rounds=ROUNDS, calls=1,
         info={
             "what": "kind", "device": DEVICE, "dtype": name_of(DTYPE), "batch": B, "heads": H, "head_dim": D, "kind": kind,
@@ -275,7 +274,7 @@ def check_step(out, prompts, q, k, v, cache):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA GPU")
 def test_one_token_in_a_cuda_graph(benchmark):
-    """Against the smallest kernel there is, in a graph of 100 of each: what a launch costs anyway."""
+    """Compared with a minimal kernel, in a graph of 100 of each: the cost of a launch."""
     k, v = new_tokens(1, 1), new_tokens(1, 1)
     caches = empty_caches(1, H, CAPACITY, D)
     positions = torch.full((1, 1), CONTEXT, dtype=torch.int32, device=DEVICE)
@@ -293,7 +292,7 @@ def test_one_token_in_a_cuda_graph(benchmark):
         kv_cache_update(k, v, **caches, positions=positions)
 
     chosen = implementation(explain(kv_cache_update, k, v, **caches, positions=positions))
-    in_turns(
+    time_interleaved(
         benchmark, graph_of(update), {"smallest kernel": graph_of(lambda: one.add_(1))},
         info={"what": "graph", "device": DEVICE, "dtype": name_of(DTYPE), "operations": 100, "implementation": chosen},
     )  # fmt: skip

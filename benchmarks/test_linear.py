@@ -1,7 +1,7 @@
-"""Linear layers of few tokens, with what surrounds them in a decoder, against PyTorch's and against reading memory.
+"""Linear layers with few rows, fused as in a decoder, compared with PyTorch's and with memory bandwidth.
 
-The weights are cold, as they are in a decoder, which reads all of them for a token: on a CPU each call takes the next of
-several copies, which together are larger than its caches; on a GPU the L2 cache is flushed before each call.
+The weights are cold, as in a decoder, which reads all of them for each token: on a CPU each call takes the next of several
+copies, together larger than its caches; on a GPU the L2 cache is flushed before each call.
 """
 
 import functools
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import DEVICE, DTYPE, full, in_turns, measured_time, name_of, reading
+from benchmarks.timing import DEVICE, DTYPE, full, measured_time, name_of, reading, time_interleaved
 from fastgpt import explain, linear, linear_reference
 from fastgpt.bench.timing import cold, implementation
 
@@ -82,4 +82,4 @@ def test_product(benchmark, product, rows, dtype):
         "implementation": implementation(explain(linear, **tensors, **options)), "absent": {},
     }  # fmt: skip
     brief = {} if full() else {"seconds": 0.7}
-    in_turns(benchmark, ours, others, turns=cold(**tensors), limit=reading(), flush=True, info=info, **brief)
+    time_interleaved(benchmark, ours, others, inputs=cold(**tensors), limit=reading(), flush=True, info=info, **brief)

@@ -1,4 +1,4 @@
-"""What the suites share: where they run, how much of them, and fastgpt.bench.timing's rounds as pytest-benchmark's."""
+"""Shared by the suites: device, amount of work, and fastgpt.bench.timing's rounds as results of pytest-benchmark."""
 
 import contextlib
 import functools
@@ -19,23 +19,23 @@ _now = 0.0
 
 
 def full() -> bool:
-    """Whether to run everything, and for longer, rather than what takes minutes."""
+    """Whether to run all cases, and for longer, rather than what takes minutes."""
     return os.environ.get("FASTGPT_BENCH_FULL") == "1"
 
 
 def tiny() -> bool:
-    """Whether only to try the way: with models of a few thousand weights and in no time, as a dry run does."""
+    """Whether this is a dry run: with models of a few thousand weights, for a short time."""
     return os.environ.get("FASTGPT_BENCH_TINY") == "1"
 
 
 def time_left() -> float:
-    """Seconds until the suite will be interrupted, if somebody granted it a time (benchmarks/gpu.py)."""
+    """Seconds until the suite will be interrupted, if it has a time limit (benchmarks/gpu.py)."""
     return float(os.environ.get("FASTGPT_BENCH_UNTIL", "inf")) - time.time()
 
 
 @contextlib.contextmanager
 def at_most(seconds: float):
-    """Raises TimeoutError within it when so many seconds are over: one that compiles for minutes must not cost the others."""
+    """A context manager that raises TimeoutError after this many seconds, for peers that might compile for minutes."""
 
     def stop(*_):
         raise TimeoutError(f"it took longer than {seconds:.0f} s")
@@ -50,15 +50,14 @@ def at_most(seconds: float):
 
 
 def measured_time() -> float:
-    """The clock that pytest-benchmark reads: it goes on by what one call of ours was measured to take, and by nothing else."""
+    """The clock that pytest-benchmark reads: it advances by the measured time of our calls only."""
     return _now
 
 
-def in_turns(benchmark, ours: Callable, others: dict[str, Callable], *, limit=None, info: dict, **options) -> None:
-    """Times `ours` and every other in turns: see `fastgpt.bench.timing.in_rounds`, which gets the limit and the options.
+def time_interleaved(benchmark, ours: Callable, others: dict[str, Callable], *, limit=None, info: dict, **options) -> None:
+    """Times `ours` and all others in interleaved rounds: see `fastgpt.bench.timing.in_rounds`, which gets limit and options.
 
-    pytest-benchmark's figures are those of ours; extra_info gets `info`, the seconds of all, and the limit's name and
-    what it moves.
+    pytest-benchmark's figures are those of ours; extra_info gets `info`, the seconds of all, and the limit's name and amount.
     """
     if benchmark.disabled:
         options |= {"rounds": 1, "calls": 1}
@@ -69,7 +68,7 @@ def in_turns(benchmark, ours: Callable, others: dict[str, Callable], *, limit=No
 
 
 def record(benchmark, rounds: list[dict[str, float]], *, limit=None, info: dict) -> None:
-    """Hands over the seconds of each round, by name: see `in_turns`."""
+    """Passes the seconds of each round to pytest-benchmark: see `time_interleaved`."""
 
     def next_of_ours(left=iter(rounds)):
         global _now

@@ -1,5 +1,5 @@
-"""A decode loop with a KV cache kept by hand: rope_kv_cache_update rotates a token's query and key and stores its key and value in
-place, attention attends to what is stored. The result is that of attention over the whole sequence at once."""
+"""A decode loop with a KV cache of your own: rope_kv_cache_update rotates the query and key of a token and stores its key and value
+in place, and attention reads the cache. The result equals attention over the whole sequence at once."""
 
 import torch
 
@@ -15,7 +15,7 @@ def rotary_tables(positions: int, theta: float = 10000.0):
 
 
 def decode(q, k, v, cos, sin):
-    """q (B, H, T, D), k and v (B, H_kv, T, D), taken one token at a time, as a model would make them."""
+    """Attention of q (B, H, T, D) to k and v (B, H_kv, T, D), one token at a time, as in a decode loop. Returns out and the keys."""
     k_cache, v_cache = torch.zeros(B, H_kv, CAPACITY, D), torch.zeros(B, H_kv, CAPACITY, D)
     outs = []
     for t in range(q.shape[2]):
@@ -24,7 +24,7 @@ def decode(q, k, v, cos, sin):
         rotated = fastgpt.rope_kv_cache_update(
             q[:, :, token], k[:, :, token], v[:, :, token], k_cache, v_cache, positions, cos, sin
         )
-        lengths = torch.full((B,), t + 1, dtype=torch.int32)  # keys at and past it are not read
+        lengths = torch.full((B,), t + 1, dtype=torch.int32)  # number of valid keys in the cache
         outs.append(fastgpt.attention(rotated, k_cache, v_cache, kv_lengths=lengths))
     return torch.cat(outs, dim=2), k_cache
 
@@ -35,9 +35,12 @@ if __name__ == "__main__":
     cos, sin = rotary_tables(CAPACITY)
     out, k_cache = decode(q, k, v, cos, sin)
 
-    every = torch.arange(20).expand(B, 20)  # the whole sequence in one call
-    rotated = fastgpt.rope_kv_cache_update(q, k, v, k_whole := torch.zeros_like(k), torch.zeros_like(v), every, cos, sin)
-    torch.testing.assert_close(out, fastgpt.attention(rotated, k_whole, v))
-    assert torch.equal(k_cache[:, :, :20], k_whole)
-    difference = (out - fastgpt.attention(rotated, k_whole, v)).abs().max()
+    # The whole sequence in one call.
+    positions = torch.arange(20).expand(B, 20)
+    k_rotated = torch.zeros_like(k)
+    q_rotated = fastgpt.rope_kv_cache_update(q, k, v, k_rotated, torch.zeros_like(v), positions, cos, sin)
+    expected = fastgpt.attention(q_rotated, k_rotated, v)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(k_cache[:, :, :20], k_rotated)
+    difference = (out - expected).abs().max()
     print(f"20 tokens one by one and all at once differ by at most {difference:.1e}")

@@ -1,7 +1,7 @@
-"""Generates from a checkpoint that transformers wrote: python generate_from_checkpoint.py [FOLDER_OR_ID [PROMPT]]
+"""Generates from a checkpoint in the format of transformers: python generate_from_checkpoint.py [FOLDER_OR_ID [PROMPT]]
 
-Without an argument it makes a tiny Llama with random weights in a temporary folder, and checks that greedy tokens are those of
-transformers."""
+Without arguments it creates a tiny Llama with random weights in a temporary folder, and checks that greedy tokens are the same as
+with transformers."""
 
 import sys
 import tempfile
@@ -12,7 +12,7 @@ import fastgpt
 
 
 def random_checkpoint(folder: str):
-    """Saves a Llama of 99 tokens, whose text is noise. Returns transformers' model."""
+    """Saves a Llama with random weights and a vocabulary of 99 tokens. Returns transformers' model."""
     import transformers
 
     torch.manual_seed(0)

@@ -1,5 +1,5 @@
-"""Switches a transformers model to fastgpt's attention and cache, and compares it with PyTorch's attention: the same tokens for
-a batch of prompts padded on the left, and logits that differ by rounding only."""
+"""Switches a transformers model to fastgpt's attention and cache, and compares it with PyTorch's attention: a left-padded batch of
+prompts gets the same tokens, and logits differ only by rounding."""
 
 import inspect
 

@@ -1,5 +1,5 @@
-"""Holds a kernel of your own to the numerics contract: fastgpt.testing makes inputs that hurt, and knows how accurate a result must
-be in each dtype. Here the kernel is a few lines of PyTorch, and a mask that is off by one is found at once."""
+"""Checks your own kernel against the numerics contract: fastgpt.testing generates demanding inputs, and knows how accurate results
+must be in each dtype. Here the kernel is a few lines of PyTorch; a mask that is off by one is found."""
 
 import torch
 
@@ -7,13 +7,13 @@ from fastgpt.testing import check_attention
 
 
 def online_attention(q, k, v, window=None, off_by=0):
-    """Attention block by block over the keys, with a running maximum and sum, as kernels compute it; in fp32."""
+    """Attention over blocks of keys with a running maximum and sum (online softmax), as in fused kernels; in fp32."""
     T, S, dtype = q.shape[2], k.shape[2], q.dtype
     q, k, v = q.float() / q.shape[-1] ** 0.5, *(x.float().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     largest, total, out = torch.full((*q.shape[:3], 1), -1e30), 0.0, 0.0
     for begin in range(0, S, 16):
         keys = torch.arange(begin, min(begin + 16, S))
-        distance = torch.arange(T).view(-1, 1) + S - T - keys  # from a key to the query's own position
+        distance = torch.arange(T).view(-1, 1) + S - T - keys  # from a key to the position of the query
         hidden = (distance < off_by) if window is None else (distance < off_by) | (distance >= window)
         scores = (q @ k[:, :, keys].mT).masked_fill(hidden, -torch.inf)
         before, largest = largest, torch.maximum(largest, scores.amax(-1, keepdim=True))

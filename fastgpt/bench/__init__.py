@@ -1,1 +1,1 @@
-"""What `fastgpt bench` measures, the limits of machines, and timing."""
+"""`fastgpt bench`: its cases, the roofline of the machine, and timing."""

@@ -1,7 +1,7 @@
-"""What `fastgpt bench` measures, in about two minutes: a decode step with and without a cache, attention, cache updates.
+"""The cases of `fastgpt bench`, about two minutes: decode steps with and without a cache, attention, cache updates.
 
-Each is compared with another way to compute the same, and with a limit of the machine; all three are timed in the same
-rounds, after a check that both ways agree. The suites in benchmarks/ measure more of everything.
+Each is compared with another implementation and with the roofline of the machine. All three are timed in the same rounds, after
+a check that both implementations agree. The suites in benchmarks/ measure more cases.
 """
 
 import itertools
@@ -30,7 +30,7 @@ H, D = 12, 64  # of attention and cache updates
 
 
 class DeviceLimits:
-    """A device, the dtype that is measured there, and the device's limits, each made when it is first needed."""
+    """A device, the dtype that is measured on it, and its roofline, whose parts are created on first use."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -45,25 +45,25 @@ class DeviceLimits:
 
 
 class Comparison(NamedTuple):
-    """Two ways to do the same work. Both return what must agree."""
+    """Two functions that compute the same. Their results are compared."""
 
     ours: Callable
     other: Callable
     limit: limits.Limit
-    work: float  # bytes or FLOPs of ours, as the limit counts
-    turns: Sequence[dict] = ({},)  # the arguments of one call after the other, of either
-    step: bool = False  # a whole step and no single operation: timed with what the host does for it
+    work: float  # bytes or FLOPs of ours, in the unit of the limit
+    inputs: Sequence[dict] = ({},)  # arguments of successive calls, of either function
+    step: bool = False  # a whole decode step rather than a single operation: timed with its work on the host
 
 
 class Case(NamedTuple):
     section: str
     name: str
     compared_with: str
-    comparison: Callable[[], Comparison]  # makes what they work on
+    comparison: Callable[[], Comparison]  # allocates the inputs
 
 
 def cases(device_limits: DeviceLimits, shipped: Path) -> list[Case]:
-    """All there is to measure. `shipped`: folder of the shipped model."""
+    """All cases. shipped: folder of the shipped model."""
     shipped_model = cache(lambda: GPT.from_pretrained(shipped, dtype=device_limits.dtype, device=device_limits.device))
     gpt2 = cache(lambda: GPT(GPT2).to(device_limits.device, device_limits.dtype).eval())
     result = []
@@ -84,7 +84,7 @@ def cases(device_limits: DeviceLimits, shipped: Path) -> list[Case]:
 
 
 def decode_step(device_limits: DeviceLimits, load: Callable[[], GPT], context: int) -> Comparison:
-    """One more token after context - 1 others, computed over the cache or over everything again."""
+    """Logits of the next token after `context` tokens, with context - 1 of them cached or all of them recomputed."""
     model = load()
     config = model.config
     ids = torch.randint(config.vocab_size, (1, context), device=device_limits.device)
@@ -105,7 +105,7 @@ def decode_step(device_limits: DeviceLimits, load: Callable[[], GPT], context: i
 
 
 def prefill(device_limits: DeviceLimits, B: int, T: int) -> Comparison:
-    """Causal attention over tokens as a decoder's projection leaves them."""
+    """Causal attention of q, k, v with the strides of a decoder's projection, (B, T, H, D) in memory."""
     q, k, v = (device_limits.random(B, T, H, D).transpose(1, 2) for _ in range(3))
     return Comparison(
         lambda: attention(q, k, v), lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -114,7 +114,7 @@ def prefill(device_limits: DeviceLimits, B: int, T: int) -> Comparison:
 
 
 def decode(device_limits: DeviceLimits, B: int, keys: int) -> Comparison:
-    """Attention of one token over a cache."""
+    """Attention of one query over a cache of keys and values."""
     q, k, v = (device_limits.random(B, H, tokens, D) for tokens in (1, keys, keys))
     return Comparison(
         lambda k, v: attention(q, k, v), lambda k, v: F.scaled_dot_product_attention(q, k, v),
@@ -123,8 +123,8 @@ def decode(device_limits: DeviceLimits, B: int, keys: int) -> Comparison:
 
 
 def update(device_limits: DeviceLimits, B: int, T: int) -> Comparison:
-    """T tokens of each sequence are stored, at the same positions in all, as PyTorch wants it. One token goes to another
-    position at every turn: it is there that caches are cold."""
+    """Stores T tokens of each sequence, at the same positions in all sequences, as index_copy_ requires. A single token goes
+    to another position at each call, where the CPU's caches are cold."""
     k, v = (device_limits.random(B, T, H, D).transpose(1, 2) for _ in range(2))
     starts = range(1000 if T == 1 else 1)
     positions = [torch.arange(t, t + T, dtype=torch.int32, device=device_limits.device).expand(B, T) for t in starts]
@@ -145,24 +145,24 @@ def update(device_limits: DeviceLimits, B: int, T: int) -> Comparison:
             for name in ("k_cache", "v_cache")
         }
     )
-    turns = [{"t": t, **held} for t, held in itertools.product(starts, caches)]
-    return Comparison(ours, index_copy, device_limits.copying, 2 * (k.nbytes + v.nbytes), turns)
+    inputs = [{"t": t, **copy} for t, copy in itertools.product(starts, caches)]
+    return Comparison(ours, index_copy, device_limits.copying, 2 * (k.nbytes + v.nbytes), inputs)
 
 
 def measure(case: Case, device_limits: DeviceLimits, seconds: float) -> dict:
-    """Quartiles of one case's times, of the ratios of times in the same round, and of its share of the limit, and which are
-    `noisy`: their medians are not known to 10%. Or, where the two ways differ, that `problem`."""
+    """Times one case: quartiles of the times, of the ratios of times in the same round, and of the share of the roofline;
+    `noisy` lists the ratios whose median is not known to 10%. If the two functions disagree, a `problem` instead."""
     with torch.inference_mode():
-        ours, other, limit, work, turns, step = case.comparison()
+        ours, other, limit, work, inputs, step = case.comparison()
         result = {"what": case.section, "case": case.name, "compared_with": case.compared_with}
-        actual = [x.clone() for x in tensors(ours(**turns[0]))]
-        for x, expected in zip(actual, tensors(other(**turns[0])), strict=True):
+        actual = [x.clone() for x in tensors(ours(**inputs[0]))]
+        for x, expected in zip(actual, tensors(other(**inputs[0])), strict=True):
             error = ((x - expected).abs().max() / expected.abs().max()).item()
             if not error <= max(1e-4, 8 * torch.finfo(x.dtype).eps):
                 return result | {"problem": f"differs from {case.compared_with} by {error:.1e} of the largest number"}
         functions = {"ours": ours, case.compared_with: other}
         rounds = list(
-            in_rounds(functions, turns=turns, device=device_limits.device, seconds=seconds, limit=limit, flush=not step)
+            in_rounds(functions, inputs=inputs, device=device_limits.device, seconds=seconds, limit=limit, flush=not step)
         )
     ratios = {name: [taken[name] / taken["ours"] for taken in rounds] for name in rounds[0]}
     return result | {
@@ -185,7 +185,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def machine(device_limits: DeviceLimits) -> dict:
-    """What the results depend on."""
+    """The hardware and software that the results were measured with."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         cpu = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), cpu)
@@ -200,11 +200,11 @@ def machine(device_limits: DeviceLimits) -> dict:
 
 
 def table(machine: dict, results: list[dict]) -> str:
-    """The results in aligned columns, section by section, and below them the machine, its limits and how to read them."""
+    """The results in aligned columns, by section, followed by the machine, its roofline and how to read the columns."""
     rows, limits, noisy = [], {}, False
     for result, previous in zip(results, [None, *results]):
         if previous is None or result["what"] != previous["what"]:
-            rows.append([result["what"], "ours", "rate", "compared with", "ratio", "of the limit"])
+            rows.append([result["what"], "fastgpt", "rate", "compared with", "ratio", "% of roofline"])
         if "problem" in result:
             rows.append([f"  {result['case']}", result["problem"]])
             continue
@@ -237,11 +237,11 @@ def table(machine: dict, results: list[dict]) -> str:
         "",
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {machine['cpu_level']}, torch {machine['torch']}, "
         f"{machine['dtype']}.",
-        f"Limits, measured in between: {rates}.",
-        "All are medians of rounds, in each of which the ways are timed one after the other. Ratios and shares of a limit are",
-        "taken in each round, so they hold also where the machine's speed changes, and need not be those of the times shown.",
+        f"Roofline, measured in the same rounds: {rates}.",
+        "All numbers are medians over rounds. Ratios (times as long as fastgpt) and shares of the roofline are computed within",
+        "each round, so they do not drift with the speed of the machine, and may differ from the quotients of the times shown.",
     ]
-    return "\n".join(lines + ["≈: noisy, this median is not known to 10%."] * noisy)
+    return "\n".join(lines + ["≈: noisy; the 95% confidence interval of this median is wider than ±10%."] * noisy)
 
 
 def duration(microseconds: float) -> str:

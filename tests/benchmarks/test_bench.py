@@ -27,7 +27,7 @@ def small(monkeypatch):
 def test_table(capsys):
     status, out, _ = run(capsys, "bench", "--seconds", 0, "--only", "128", "--device", "cpu")
     lines = out.splitlines()
-    assert status == 0 and re.search(r"^cached against uncached +ours +rate +compared with +ratio +of the limit$", lines[0])
+    assert status == 0 and re.search(r"^cached against uncached +fastgpt +rate +compared with +ratio +% of roofline$", lines[0])
     for line, name in zip(lines[1:3], ("shipped model", "GPT-2 124M"), strict=True):
         assert re.search(rf"^  {name}, context 128 +[\d.]+ .s +[\d,]+ tok/s +uncached [\d.]+ .s +≈?[\d.]+x +≈?[\d.]+%$", line)
     assert re.search(r"threads, .*torch .*float32\.$", lines[4]) and re.search(r"reading [\d.]+ GB/s", lines[5])
@@ -58,8 +58,8 @@ def test_the_table_says_what_its_ratios_are(monkeypatch):
         assert result["noisy"] == ["SDPA"] * noisy
         lines = suite.table(suite.machine(place), [result]).splitlines()
         assert lines[1].split()[-2] == ratio
-        assert any(line.startswith("taken in each round") for line in lines)
-        assert (lines[-1] == "≈: noisy, this median is not known to 10%.") == noisy
+        assert any(line.startswith("each round, so they do not drift") for line in lines)
+        assert (lines[-1] == "≈: noisy; the 95% confidence interval of this median is wider than ±10%.") == noisy
 
 
 @pytest.mark.slow
@@ -110,8 +110,8 @@ def work(monkeypatch):
 def test_rounds_are_paired(work):
     """In every round the limit is timed once, and every function, after a call that is not; each gets the next turn."""
     functions = {"ours": work("ours", 0.002), "other": work("other", 0.004)}
-    limit, turns = Limit("limit", "bytes", 1, work("limit", 1.0)), [{"turn": i} for i in range(5)]
-    rounds = list(timing.in_rounds(functions, turns=turns, rounds=8, calls=3, limit=limit))
+    limit, inputs = Limit("limit", "bytes", 1, work("limit", 1.0)), [{"turn": i} for i in range(5)]
+    rounds = list(timing.in_rounds(functions, inputs=inputs, rounds=8, calls=3, limit=limit))
     assert len(rounds) == 8 and all(taken == pytest.approx({"limit": 1.0, "ours": 0.002, "other": 0.004}) for taken in rounds)
     assert (work.calls["limit"], work.calls["ours"], work.calls["other"]) == (8, 2 + 8 * 4, 2 + 8 * 4)
     assert all(work.calls["turn", i] > 0 for i in range(5)) and sum(work.calls["turn", i] for i in range(5)) == 2 * (2 + 8 * 4)

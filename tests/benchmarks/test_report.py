@@ -22,7 +22,7 @@ MACHINE = {
 
 
 def prefill(T, ours=(0.001,) * 9, **others):
-    """Attention that does 1e9 FLOPs beside a product that does 4e9 in 2 ms."""
+    """Attention with 1e9 FLOPs, and a matrix product of 4e9 FLOPs in twice the time."""
     seconds = {"ours": ours, "matrix product": [2 * x for x in ours], **others}
     return {
         "what": "prefill", "dtype": "float32", "batch": 1, "heads": 12, "head_dim": 64, "T": T, "seconds": seconds,
@@ -73,7 +73,7 @@ def test_seconds_that_are_no_pairs_are_refused():
         report.condense([prefill(128, SDPA=[0.001] * 8)])
 
 
-def test_cases_of_one_benchmark_share_what_is_beside_them():
+def test_cases_of_one_benchmark_share_its_parameters():
     cases = [{"what": "memory", "bytes": 1}, {"what": "memory", "bytes": 2}]
     _, result = report.condense([{"model": "shipped", "cases": cases}])
     assert result == {"memory": [{"model": "shipped", "bytes": 1}, {"model": "shipped", "bytes": 2}]}
@@ -221,11 +221,11 @@ def of_a_gpu(stored):
     return folder
 
 
-def test_what_is_aimed_at_is_beside_what_was_measured(of_a_gpu):
+def test_targets_follow_measurements(of_a_gpu):
     text = pages.decoding(pages.results_in(of_a_gpu)["generate"])
     header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
-    others = "ours, sampled | transformers, dynamic cache | transformers, static cache, compiled"
-    assert header == f"| whole steps | tokens/s | % of roofline | {others} |"
+    others = "fastgpt, sampled | transformers, dynamic cache | transformers, static cache, compiled"
+    assert header == f"| decoding | tokens/s | % of roofline | {others} |"
     cells = "**6,402** (5,000 on an H200) | 40% | 1.10x | 40.0x (10x) | 3.00x (2x)"
     assert rows[0] == f"| GPT-2 124M, batch 1, 128 tokens | {cells} |"
     assert rows[1] == "| Llama 8B, batch 1, 128 tokens | **213** | 80% (85%) | 1.02x | 4.00x | – |"
@@ -245,7 +245,7 @@ def test_readme_shows_each_gpu_or_that_there_is_none(of_a_gpu, monkeypatch, tmp_
     text = report.sections(document)["on a GPU"]
     assert text.startswith("### NVIDIA H200\n")
     assert [text.index(f"{name}.svg") for name in shown] == sorted(text.index(f"{name}.svg") for name in shown)
-    assert "| 16,384 |" in text and "adds 2.00 µs to a cached token of GPT-2 124M, 16k positions, 20.0 µs" in text
+    assert "| 16,384 |" in text and "adds 2.00 µs cached and 20.0 µs uncached to GPT-2 124M, 16k positions." in text
     assert "| causal, 8,192 tokens |" in text and "SDPA, flash | 1.50x |" in text
     shutil.rmtree(of_a_gpu)
     assert report.sections(document)["on a GPU"] == report.NO_GPU and "\n" not in report.NO_GPU

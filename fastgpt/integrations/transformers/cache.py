@@ -293,21 +293,23 @@ class SlidingLayer(Layer, DynamicSlidingWindowLayer):
 
 
 class Cache(DynamicCache):
-    """A cache to pass to `generate`, or to a model, as `cache` (before transformers 5.24, `past_key_values`).
+    """A KV cache for transformers' `generate`, or a model, passed as `cache` (before transformers 5.24, `past_key_values`).
+
+    It works with any attention implementation: fastgpt's reads 8-bit rows directly, others get them dequantized. Layers without
+    keys and values, and special kinds of layers, keep transformers' own cache. A model with cross-attention takes two caches, in
+    an EncoderDecoderCache.
+
+    No gradients flow through stored keys and values: the backward pass raises RuntimeError if tokens of an earlier pass required
+    gradients (with `DynamicCache` it does not). Forward-mode derivatives and transforms of torch.func raise immediately.
 
     Args:
         config: of the model.
-        max_cache_len: tokens for which there is room from the start, and which must not be exceeded; default: it grows.
-            Layers with a sliding window take what that needs in any case.
-        cache_dtype: torch.int8 or torch.float8_e4m3fn to store rows of keys and values in 8 bits, see
-            `fastgpt.kv_cache_update`; default: as they come.
+        max_cache_len: the most tokens, allocated from the start; default: storage grows. Layers with a sliding window allocate
+            what the window needs in any case.
+        cache_dtype: torch.int8 or torch.float8_e4m3fn to quantize rows of keys and values, see `fastgpt.kv_cache_update`;
+            default: the dtype of keys and values.
 
-    It works with any attention; fastgpt's reads 8-bit rows as they are, others get them restored. Layers without keys and
-    values, and those of special kinds, are transformers' own. A model with cross-attention takes two, in an
-    EncoderDecoderCache.
-
-    No gradients flow through what is stored. The backward pass raises RuntimeError where tokens that an earlier pass stored had
-    gradients; with `DynamicCache` it does not. Forward-mode derivatives and transforms of torch.func raise at once.
+    Raises: TypeError, ValueError, naming the argument; `generate` raises ValueError beyond max_cache_len tokens.
     """
 
     def __init__(self, config: Any, *, max_cache_len: int | None = None, cache_dtype: torch.dtype | None = None):
@@ -329,7 +331,7 @@ class Cache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage, used or not, of the layers that are not transformers' own."""
+        """Bytes of storage, used or not, without layers that keep transformers' own cache."""
         return sum(x.nbytes for layer in self.layers if isinstance(layer, Layer) for x in layer.storage.values())
 
 

@@ -1,7 +1,7 @@
-"""The mask function: what transformers asks for before the first layer, and passes to every one of them.
+"""The mask function, which transformers calls before the first layer and whose result it passes to all layers.
 
-Its own builds (B, 1, T, S) booleans as soon as a batch is padded or a window is full. Ours keeps what they are made of,
-which `fastgpt.attention` takes as it is: causal, a window, and (B, 1, 1, S) booleans of padding.
+Its own creates (B, 1, T, S) booleans as soon as a batch is padded or a window is full. Ours keeps the components, which
+`fastgpt.attention` takes as arguments: causal, a window, and (B, 1, 1, S) booleans for padding.
 """
 
 import functools
@@ -20,18 +20,18 @@ from fastgpt.integrations.transformers.deferred import Deferred
 
 
 class Pattern(NamedTuple):
-    """Which keys a query sees, padding aside."""
+    """Which keys a query attends to, apart from padding."""
 
     causal: bool
-    window: int | None = None  # with causal: keys up to a query's own
-    segments: torch.Tensor | None = None  # (B, T): those of the same number only; ascending along T
+    window: int | None = None  # with causal
+    segments: torch.Tensor | None = None  # (B, T): index of the packed sequence of each token, ascending along T
 
 
 class Mask(Deferred):
-    """A (B, 1, T, S) boolean mask, True where a query sees a key.
+    """A lazy (B, 1, T, S) boolean mask; True attends.
 
-    keys: only the first so many of the S keys are seen by anyone; if causal, the last query is the last of them.
-    options: for `fastgpt.attention` over those keys.
+    keys: number of leading keys that any query attends to; if causal, the last query has the position of the last of them.
+    options: arguments of `fastgpt.attention` over those keys.
     segments: see Pattern.
     """
 
@@ -45,7 +45,7 @@ class Mask(Deferred):
 
     @functools.cached_property
     def packing(self) -> tuple[torch.Tensor, int]:
-        """Of the B · T tokens in one row: where segments begin and end, and the tokens of the longest."""
+        """cu_seqlens (segments + 1,) int32 of the B · T tokens in one row, and the length of the longest segment."""
         begins = torch.ones_like(self.segments, dtype=torch.bool)
         begins[:, 1:] = self.segments.diff() != 0
         starts = begins.flatten().nonzero().flatten()
@@ -54,10 +54,10 @@ class Mask(Deferred):
 
 
 def mask(**call) -> torch.Tensor | None:
-    """Stands in for transformers' `sdpa_mask`: takes its arguments by name and returns the same mask, but as a `Mask`. None in
-    the same cases, and for one query that sees all.
+    """The mask function of fastgpt's attention, with the keyword arguments of transformers' `sdpa_mask`.
 
-    A model whose attention does not go through transformers' AttentionInterface gets what its own attention expects.
+    Returns: the mask of `sdpa_mask` as a lazy `Mask`; None if that would return None, or for one query that attends to all keys.
+        A model whose attention does not go through transformers' AttentionInterface gets the mask of eager attention.
     """
     config = call.get("config")
     if config is not None and not _calls_interface(type(config)):
