@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fastgpt.cache.storage import Storage, on_device
-from fastgpt.checks import require_integer
+from fastgpt.checks import require_integer, require_tensor
 from fastgpt.ops.attention import attention
 from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, waits
 from fastgpt.ops.decode_step import advance
@@ -47,7 +47,7 @@ class KVCache:
 
     def __init__(self, batch_size: int, capacity: int | None, window: int | None, device: torch.device | str | None) -> None:
         batch_size = require_integer("batch_size", batch_size, 1)
-        self.capacity = None if capacity is None else require_integer("capacity", capacity, 1)
+        self.capacity = None if capacity is None else require_integer("capacity", capacity, 1, 2**31 - 1)
         self.window = None if window is None else require_integer("window", window, 1)
         self.counts = [0] * batch_size
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
@@ -87,8 +87,9 @@ class KVCache:
                 Default: all columns.
 
         Returns: positions (B, T) int32, negative for padding.
-        Raises: ValueError if there is no room, and OutOfPages if a pool is empty, before anything changes.
+        Raises: TypeError; ValueError if there is no room, and OutOfPages if a pool is empty, before anything changes.
         """
+        require_integer("num_tokens", num_tokens, 0)
         self.reserve(num_tokens, new)
         return self.advance(num_tokens, new)
 
@@ -185,7 +186,9 @@ class KVCache:
             options: further arguments of `fastgpt.attention`.
 
         Returns: (B, H, T, D_v), or with last_only (B, H, 1, D_v), in the dtype of the cache, or of q if the cache is 8-bit.
+        Raises: TypeError, ValueError, as `fastgpt.attention_with_kv_cache`, before anything is stored.
         """
+        require_attend(layer, self.storage.layers, q, k, v, rotation)
         return store_and_attend(
             q, k, v, self.storage.layers[layer], self.positions, rotation=rotation, block_table=self.block_table,
             counters=self._counters, last_only=last_only, kv_lengths=self.lengths, window=least(window, self.window), **options,
@@ -214,12 +217,16 @@ class KVCache:
         Args:
             counts: list of B integers.
 
-        Raises: ValueError for more tokens than there are, or if earlier tokens have been overwritten (a full ring buffer).
+        Raises: TypeError; ValueError for more tokens than there are, or if earlier tokens have been overwritten (a full ring
+            buffer).
         """
+        if not isinstance(counts, Sequence):
+            raise TypeError(f"counts: expected a list of {self.batch_size} integers, got {counts!r}")
+        counts = [require_integer("counts", count) for count in counts]
         if len(counts) != self.batch_size or not all(0 <= new <= old for new, old in zip(counts, self.counts)):
             raise ValueError(f"counts: expected {self.batch_size} integers from 0 to those of {self.counts}, got {counts}")
         self._give_back(counts)
-        self.counts = list(counts)
+        self.counts = counts
         self.lengths.copy_(torch.tensor(counts, dtype=torch.int32, device="cpu"))
 
     def _give_back(self, counts: list[int]) -> None:
@@ -237,6 +244,7 @@ class KVCache:
 
     def _forked(self, n: int, into: "KVCache | None") -> Any:
         """A fork without its storage."""
+        require_integer("n", n, 1)
         counts, lengths = [count for count in self.counts for _ in range(n)], self.lengths.repeat_interleave(n)
         if into is not None:
             into.counts, into.expected_length = counts, self.expected_length
@@ -248,6 +256,17 @@ class KVCache:
         result.encoder_kv = None if self.encoder_kv is None else self.encoder_kv.repeated(n)
         result._make_steady()
         return result
+
+
+def require_attend(layer, layers: list, q, k, v, rotation) -> None:
+    """Raises TypeError, ValueError for arguments of `KVCache.attend` that the operations do not check."""
+    if type(layer) is not int or not 0 <= layer < len(layers):  # nor a negative index
+        require_integer("layer", layer, 0, len(layers) - 1)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor) or x.dim() != 4:
+            require_tensor(name, x, 4)
+    if not (rotation is None or isinstance(rotation, (tuple, list)) and len(rotation) == 2):
+        raise TypeError(f"rotation: expected a pair of tensors, cos and sin, or None, got {rotation!r}")
 
 
 def least(a: int | None, b: int | None) -> int | None:

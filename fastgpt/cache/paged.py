@@ -7,6 +7,7 @@ import torch
 from fastgpt._C import PageAllocator
 from fastgpt.cache.base import KVCache
 from fastgpt.cache.storage import Storage, on_device
+from fastgpt.checks import require_integer
 
 
 class PagePool:
@@ -74,6 +75,7 @@ class PagedCache(KVCache):
         return PagedCache(self.pool, batch_size=batch_size, capacity=self.capacity, window=self.window)
 
     def fork(self, n: int, into: Any = None) -> "KVCache":
+        require_integer("n", n, 1)  # before pages are given back
         if into is not None:
             into.free()
         result = self._forked(n, into)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastgpt.cache.base import KVCache, read, store, store_and_attend
+from fastgpt.cache.base import KVCache, read, require_attend, store, store_and_attend
 from fastgpt.cache.storage import Storage
 from fastgpt.ops.quantization import as_bytes
 
@@ -75,6 +75,7 @@ class SlidingCache(KVCache):
         last_only: bool = False,
         **options,
     ) -> torch.Tensor:
+        require_attend(layer, self.slices, q, k, v, rotation)
         ring, index = self.slices[layer]
         return ring.attend(
             index, q, k, v, self.positions, rotation=rotation, counters=self._counters, last_only=last_only, **options

@@ -300,7 +300,8 @@ BAD = {
         TypeError,
         "cache_dtype: expected torch.float32 .* or torch.int8 or .*, got torch.float16",
     ),
-    "capacity": ({"capacity": 0}, ValueError, "capacity: expected an integer >= 1, got 0"),
+    "capacity": ({"capacity": 0}, ValueError, "capacity: expected an integer >= 1 and <= 2147483647, got 0"),
+    "large": ({"capacity": 2**62}, ValueError, "capacity: expected an integer >= 1 and <= 2147483647, got 4611686018427387904"),
     "page size": ({"kind": "paged", "page_size": 0}, ValueError, "page_size: expected an integer >= 1, got 0"),
     "pages": ({"kind": "paged", "num_pages": -1}, ValueError, "num_pages: expected an integer >= 0, got -1"),
 }
@@ -334,3 +335,38 @@ def test_counts_of_new_tokens_are_checked():
             model(ids, cache=model.new_cache(2), new=new)
     with pytest.raises(ValueError, match="new: expected None without a cache"):
         model(ids, new=[4, 4])
+
+
+Q, KV = torch.randn(2, 4, 1, 16), torch.randn(2, 4, 1, 16)
+BAD_CALLS = {
+    "no counts": (lambda cache: cache.truncate(None), TypeError, "counts: expected a list of 2 integers, got None"),
+    "a text": (lambda cache: cache.truncate("ab"), TypeError, "counts: expected an integer, got 'a'"),
+    "flags": (lambda cache: cache.truncate([True, False]), TypeError, "counts: expected an integer, got True"),
+    "fractions": (lambda cache: cache.truncate([1.5, 2]), TypeError, "counts: expected an integer, got 1.5"),
+    "no copies": (lambda cache: cache.fork(0), ValueError, "n: expected an integer >= 1, got 0"),
+    "half a copy": (lambda cache: cache.fork(1.5), TypeError, "n: expected an integer >= 1, got 1.5"),
+    "fewer tokens": (lambda cache: cache.extend(-1), ValueError, "num_tokens: expected an integer >= 0, got -1"),
+    "tokens": (lambda cache: cache.extend("1"), TypeError, "num_tokens: expected an integer >= 0, got '1'"),
+    "last layer": (lambda cache: cache.attend(-1, Q, KV, KV), ValueError, "layer: expected an integer >= 0 and <= 1, got -1"),
+    "layer": (lambda cache: cache.attend(2, Q, KV, KV), ValueError, "layer: expected an integer >= 0 and <= 1, got 2"),
+    "no queries": (lambda cache: cache.attend(0, None, KV, KV), TypeError, "q: expected a torch.Tensor, got NoneType"),
+    "a list": (lambda cache: cache.attend(0, Q, [1], KV), TypeError, "k: expected a torch.Tensor, got list"),
+    "cosines": (lambda cache: cache.attend(0, Q, KV, KV, (Q,)), TypeError, "rotation: expected a pair of tensors, cos and"),
+    "a number": (lambda cache: cache.attend(0, Q, KV, KV, 3), TypeError, "rotation: expected a pair .*, got 3"),
+    "name of a layer": (lambda cache: cache.attend("0", Q, KV, KV), TypeError, "layer: expected an integer .*, got '0'"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CACHE_KINDS)
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_change_nothing(case, kind):
+    call, error, message = BAD_CALLS[case]
+    model = random_model()
+    cache = new_cache(model, 2, kind, 96)
+    model(random_ids(model, 2, 8), cache=cache)
+    before = [x.clone() for x in cache.storages[0].tensors()]
+    with pytest.raises(error, match=f"^{message}"):
+        call(cache)
+    assert cache.counts == [8, 8] and cache.lengths.tolist() == [8, 8]
+    assert all(map(torch.equal, before, cache.storages[0].tensors()))
