@@ -7,8 +7,10 @@ from typing import Any, Protocol
 import torch
 
 from fastgpt.cache.base import KVCache
+from fastgpt.checks import require_tensor
 from fastgpt.generation import replay
 from fastgpt.model.decoder import GPT
+from fastgpt.model.inputs import require_decoder
 from fastgpt.ops.explain import OPERATIONS
 from fastgpt.ops.implementations import (
     explain_call,
@@ -44,8 +46,14 @@ def decoding(
         recording: `recording` of a function that this returned for the same cache and `choose`, to go on with what that has
             captured.
 
-    Raises: RuntimeError, from the function, where a CUDA graph cannot be captured all the same.
+    Raises: TypeError, ValueError, naming the argument. RuntimeError, from the function, where a CUDA graph cannot be captured
+        all the same.
     """
+    _require(model, cache)
+    if not (choose is None or callable(choose)):
+        raise TypeError(f"choose: expected a function of logits or None, got {choose!r}")
+    if not isinstance(recording, replay.Recording | None):
+        raise TypeError(f"recording: expected that of an earlier function or None, got {recording!r}")
 
     def step(x, tables):
         return model.uncapped_logits(model.run_blocks(x, cache, tables=tables)[:, -1])
@@ -57,12 +65,12 @@ def decoding(
         return chosen(model.softcap_logits(step(model.embed_reserved(token.unsqueeze(1), cache, tables), tables)))
 
     def replayed(token):
-        model.check(token.unsqueeze(1), cache)
+        model.check(column(token), cache)
         cache.reserve(1)
         return graph(token, model.position_tables(token, cache))
 
     def recorded(token):
-        x = model.embed(token.unsqueeze(1), cache)
+        x = model.embed(column(token), cache)
         return chosen(model.softcap_logits(plan(x, model.position_tables(x, cache))))
 
     if replay.has_graphs(cache.lengths.device):
@@ -75,6 +83,19 @@ def decoding(
 def _with_recording(function: Any, recording: replay.Recording) -> DecodeStep:
     function.recording = recording
     return function
+
+
+def column(token: torch.Tensor) -> torch.Tensor:
+    """(B,) -> (B, 1), the ids of a pass."""
+    if not isinstance(token, torch.Tensor) or token.dim() != 1:
+        require_tensor("token", token, 1)
+    return token.unsqueeze(1)
+
+
+def _require(model: GPT, cache: KVCache) -> None:
+    require_decoder(model)
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: expected one of `new_cache`'s, got {type(cache).__name__}")
 
 
 def _recording(model: GPT, earlier: replay.Recording | None, function, record: type, refuses=None) -> replay.Recording:
@@ -102,6 +123,7 @@ def graph_refused(model: GPT, cache: KVCache) -> str | None:
 def _explain(model: GPT, cache: KVCache) -> dict[str, str]:
     """How the steps of `decoding(model, cache)` would run: a CUDA graph, recorded operations on a CPU, or all their Python each
     time; "chosen", "available", or why not."""
+    _require(model, cache)
     model.check(torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=model.first_weight.device), cache)
     with torch.no_grad():
         return explain_call(DECODING, model, cache)

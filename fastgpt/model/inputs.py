@@ -6,6 +6,13 @@ import numpy as np
 import torch
 
 from fastgpt.checks import require_device, require_dtype, require_tensor
+from fastgpt.model.config import GPTConfig
+
+
+def require_decoder(model) -> None:
+    """Raises TypeError for what is not a decoder. A wrapper with a decoder's attributes, such as torch.compile's, is one."""
+    if not isinstance(getattr(model, "config", None), GPTConfig) or not hasattr(model, "run_blocks"):
+        raise TypeError(f"model: expected a fastgpt.GPT, got {type(model).__name__}")
 
 
 def require_ids(ids, device: torch.device) -> None:
@@ -49,7 +56,10 @@ def require_room(name: str, tokens: int, config) -> None:
 
 def as_prompts(model, ids) -> list[torch.Tensor]:
     """A tensor or array (B, T), or a list of prompts, as a list of 1-d int64 tensors. Raises TypeError, ValueError."""
+    require_decoder(model)
     device = next(model.parameters()).device
+    if device.type == "meta":
+        raise ValueError("model: expected weights on a device with data, got the meta device")
     if isinstance(ids, np.ndarray):
         ids = as_integers(ids, model).to(device)
     if isinstance(ids, torch.Tensor):

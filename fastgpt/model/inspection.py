@@ -10,6 +10,7 @@ from fastgpt.cache.uncached import Uncached
 from fastgpt.checks import require_path, writing
 from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder_states import EncoderKV, uncached
+from fastgpt.model.inputs import require_decoder
 from fastgpt.ops.attention import attention_reference
 
 
@@ -51,6 +52,7 @@ def run_with_cache(
     >>> activations["blocks.0.attention.pattern"].shape
     torch.Size([1, 12, 7, 7])
     """
+    require_decoder(model)
     activations = {}
     cache = Recorder(activations, uncached(model, ids, lengths, encoder_states, encoder_lengths))
     hooks = []
@@ -155,6 +157,8 @@ def draw_attention(pattern: torch.Tensor, tokens: list[str], path: str | Path, t
     Raises: ImportError without matplotlib; ValueError for an unknown format; OSError that names the file.
     """
     path = require_path("path", path)
+    if not path.suffix:  # matplotlib would add one, and write to another file
+        raise ValueError(f"attention: expected a file name that ends with its format, such as .png, got {path}")
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:

@@ -147,3 +147,46 @@ def test_what_can_be_explained_is_named_as_it_is_reached():
     assert "fastgpt.decoding" in names and all(eval(name) in explain.OPERATIONS for name in names)
     with pytest.raises(TypeError, match="^operation: expected fastgpt.decoding and the arguments of .*'recording'$"):
         fastgpt.explain(fastgpt.decoding, None, None, recording=None)
+
+
+@pytest.mark.parametrize("model", ["a path", None, IDS, torch.nn.Linear(3, 3), fastgpt.GPT], ids=lambda x: type(x).__name__)
+def test_what_is_no_decoder(model):
+    for call in (
+        lambda: fastgpt.generate(model, IDS, 3),
+        lambda: fastgpt.stream(model, IDS, 3),
+        lambda: run_with_cache(model, IDS),
+        lambda: fastgpt.decoding(model, random_model().new_cache(2)),
+        lambda: fastgpt.explain(fastgpt.decoding, model, random_model().new_cache(2)),
+    ):
+        with pytest.raises(TypeError, match=f"^model: expected a fastgpt.GPT, got {type(model).__name__}$"):
+            call()
+
+
+def test_no_tokens_from_weights_on_meta():
+    model = random_model().to("meta")
+    for call in (fastgpt.generate, fastgpt.stream):
+        with pytest.raises(ValueError, match="^model: expected weights on a device with data, got the meta device$"):
+            call(model, IDS.to("meta"), 3)
+
+
+def test_what_is_no_decoding():
+    model = random_model()
+    with pytest.raises(TypeError, match="^cache: expected one of `new_cache`'s, got str$"):
+        fastgpt.decoding(model, "contiguous")
+    with pytest.raises(TypeError, match="^choose: expected a function of logits or None, got 3$"):
+        fastgpt.decoding(model, model.new_cache(1), 3)
+    with pytest.raises(TypeError, match="^recording: expected that of an earlier function or None, got 3$"):
+        fastgpt.decoding(model, model.new_cache(1), recording=3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("token", [[1, 2], 3, None, torch.tensor(1), torch.tensor([[1], [2]])], ids=str)
+def test_what_is_no_token_of_each_sequence(token):
+    model = random_model()
+    cache = model.new_cache(2)
+    step = fastgpt.decoding(model, cache)
+    for _ in range(2):  # the second time, a recorded step refuses it
+        with pytest.raises((TypeError, ValueError), match="^token: expected (a torch.Tensor|1 dimensions), got"):
+            step(token)
+        step(torch.tensor([1, 2]))
+    assert cache.counts == [2, 2]

@@ -224,6 +224,13 @@ def test_inspect_draws_attention(name, capsys, tmp_path):
         assert "layer 5, head 2" in path.read_text()
 
 
+def test_a_plot_is_not_written_to_another_file(tmp_path):
+    """matplotlib would add .png to the name."""
+    with pytest.raises(ValueError, match="^attention: expected a file name that ends with its format, such as .png, got "):
+        draw_attention(torch.eye(2), ["a", "b"], tmp_path / "plot")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_picture_shows_the_pattern(tmp_path):
     """Read back: dark where the weight is, white elsewhere."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
