@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt import _C, cli
+from fastgpt import _C
+from fastgpt.cli import info
+from fastgpt.cli.main import main
 from fastgpt.ops import library
 from fastgpt.ops.kv_cache_update import operators, refusals
 
@@ -161,9 +163,9 @@ def test_a_library_of_another_major_of_cuda_is_not_loaded(built, ours, loads, tm
 
 
 def test_info_says_why_the_library_is_not_loaded(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "CUDA_MISSING", "its CUDA library was compiled by another CUDA")
+    monkeypatch.setattr(info, "CUDA_MISSING", "its CUDA library was compiled by another CUDA")
     monkeypatch.setattr(fastgpt, "build_info", lambda: _C.build_info() | {"cuda_archs": ["9.0"], "cuda_version": "13.0"})
-    cli.main(["info"])
+    main(["info"])
     line = "CUDA library: built for 9.0 by CUDA 13.0; not loaded: its CUDA library was compiled by another CUDA\n"
     assert line in capsys.readouterr().out
 
