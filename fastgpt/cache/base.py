@@ -51,7 +51,7 @@ class KVCache:
         self.window = None if window is None else require_integer("window", window, 1)
         self.counts = [0] * batch_size
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.positions = None  # (B, T) int32: of the tokens of the current pass; negative for padding
+        self.positions: torch.Tensor | None = None  # (B, T) int32: of the current pass's tokens; negative for padding
         self._make_steady()
 
     def _make_steady(self) -> None:

@@ -206,7 +206,7 @@ def main() -> None:
             results[name] = torch.load(path)
             print(f"{name}: {len(results[name])} cases", flush=True)
 
-    worst = {}
+    worst: dict[tuple, tuple] = {}
     for number, case in tqdm(chosen(args.first, max(args.seeds, args.triton_seeds), "cpp"), unit="case", disable=None):
         here = {name: found[number] for name, found in results.items() if number in found}
         yardsticks = case.yardsticks() if here else {}

@@ -211,7 +211,7 @@ def simulate(
 
         results, structure = tree_flatten(run())
         oracles = [_double(x) for x in results]
-        errors = [[] for _ in oracles]
+        errors: list[list] = [[] for _ in oracles]
         if runs is None:
             runs = RUNS * (3 if any(x.numel() < FEW for x in oracles) else 1)
         for i in range(runs):
@@ -338,7 +338,7 @@ class SimulatedArithmetic(TorchDispatchMode):
     def __init__(self, dtype: torch.dtype = torch.float32, weights: torch.dtype | None = None, seed: int = 0):
         super().__init__()
         self.dtype, self.weights, self.seed = dtype, weights, seed
-        self.generators = {}
+        self.generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
