@@ -139,8 +139,9 @@ class Request:
     def leave(self) -> None:
         if self.key is not None and self.recording is not None and self.recording.holds():
             self.recording.let_go()
-            sessions.leave(self.model, self.key, (self.sampler, self.cache, self.recording))
-            self.sampler, self.key = self.sampler.results(), None
+            sampler, self.sampler = self.sampler, self.sampler.results()  # before another thread may have it
+            sessions.leave(self.model, self.key, (sampler, self.cache, self.recording))
+            self.key = None
 
     @torch.inference_mode()
     def steps(self) -> Iterator[int]:

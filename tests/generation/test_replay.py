@@ -465,6 +465,23 @@ def test_calls_at_once_share_no_session():
     assert torch.equal(torch.stack(tokens, 1), expected)
 
 
+def test_results_are_taken_before_a_session_is_left(monkeypatch):
+    """Another thread may have it at once."""
+    model = random_model()
+    ids, others = random_ids(model, 2, 5), random_ids(model, 2, 5, seed=8)
+    expected = generate(model, ids, 9)
+    leave = sessions.leave
+
+    def leave_and_lose(*session):
+        leave(*session)
+        with monkeypatch.context() as patch:
+            patch.setattr(sessions, "leave", leave)
+            generate(model, others, 9)
+
+    monkeypatch.setattr(sessions, "leave", leave_and_lose)
+    assert torch.equal(generate(model, ids, 9), expected)
+
+
 def test_a_call_that_fails_leaves_no_session():
     model = random_model()
     ids = random_ids(model, 1, 5)
