@@ -293,7 +293,11 @@ def test_pools_are_shared_between_caches():
 
 BAD = {
     "kind": ({"kind": "ring"}, ValueError, "kind: expected one of 'contiguous', 'sliding', 'paged', got 'ring'"),
-    "window": ({"kind": "sliding"}, ValueError, "window: expected a number of tokens for a sliding cache, got None"),
+    "window": (
+        {"kind": "sliding"},
+        ValueError,
+        "window: expected a number of tokens for a sliding cache of a model without windows, got None",
+    ),
     "window 0": ({"window": 0}, ValueError, "window: expected an integer >= 1, got 0"),
     "dtype": (
         {"cache_dtype": torch.float16},

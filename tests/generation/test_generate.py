@@ -268,7 +268,11 @@ BAD = [
     ({"ids": [np.array([1, 65])]}, ValueError, "ids: expected token ids from 0 to 64, got 65"),
     ({"ids": torch.zeros(1, 3, dtype=torch.int64).to_sparse()}, TypeError, "ids: expected a strided tensor, got layout"),
     ({"ids": b"ROMEO"}, TypeError, "ids: expected a torch.Tensor or a list of prompts, got bytes"),
-    ({"cache": "sliding"}, ValueError, "window: expected a number of tokens for a sliding cache, got None"),
+    (
+        {"cache": "sliding"},
+        ValueError,
+        "window: expected a number of tokens for a sliding cache of a model without windows, got None",
+    ),
     ({"cache": "ring"}, ValueError, "cache: expected one of 'contiguous', 'sliding', 'paged', got 'ring'"),
     ({"cache": None}, ValueError, "cache: expected one of 'contiguous', 'sliding', 'paged', got None"),
     ({"cache": ["paged"]}, ValueError, r"cache: expected one of .*, got \['paged'\]"),

@@ -178,7 +178,7 @@ BAD = [
     (
         lambda model, ids, states: generate(model, ids, 3, encoder_states=states[:2]),
         ValueError,
-        "encoder_states: expected one for a batch",
+        "encoder_states: expected batch size",
     ),
     (
         lambda model, ids, states: model(ids, encoder_states=states[..., :8]),
