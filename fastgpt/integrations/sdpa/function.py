@@ -104,7 +104,17 @@ def _autocast(query, *others):
     return tuple(cast(x) for x in (query, *others))
 
 
-def serve(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, differentiable=True):
+def serve(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    differentiable: bool = True,
+) -> torch.Tensor | None:
     """The result, or None if PyTorch's function must serve the call.
 
     differentiable: whether the result needs an autograd graph if gradients are enabled; False below autograd.
@@ -195,7 +205,7 @@ def _in_four_dimensions(query, key, value, attn_mask):
     return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), attn_mask
 
 
-def in_order_of(query, out):
+def in_order_of(query: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out, which is (B, T, H, E) in memory, with the strides that PyTorch's fused kernel gives it: in the order of query's."""
     batch, heads, tokens, _ = query.stride()
     if batch >= tokens >= heads or not (torch.compiler.is_dynamo_compiling() or _fused_follows_query()):

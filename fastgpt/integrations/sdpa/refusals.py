@@ -18,7 +18,16 @@ def refuses(*call) -> str | None:
     return refuses_arguments(*call) if reason is None else reason
 
 
-def refuses_surroundings(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> str | None:
+def refuses_surroundings(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> str | None:
     if torch.compiler.is_dynamo_compiling():  # none of this occurs in a graph
         return None
     for x in (query, key, value) if attn_mask is None else (query, key, value, attn_mask):
@@ -42,7 +51,16 @@ def refuses_surroundings(query, key, value, attn_mask, dropout_p, is_causal, sca
     return None
 
 
-def refuses_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> str | None:
+def refuses_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> str | None:
     if scale is not None and not abs(scale) <= LARGEST_SCALE:
         return f"scale is {scale}, which is not finite in fp32"
     dtype = query.dtype
