@@ -8,34 +8,36 @@ from fastgpt.checks import require_path
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
-def resolve(path: str | Path, revision: str | None = None) -> Path:
+def resolve(path: str | Path, revision: str | None = None, argument: str = "model") -> Path:
     """The folder of a checkpoint: `path` itself, or what the Hugging Face Hub has under that id, downloaded.
 
-    revision: of a model on the Hub, a branch, a tag or a commit; default its main branch.
+    Args:
+        revision: of a model on the Hub, a branch, a tag or a commit; default its main branch.
+        argument: whose the path is, for errors.
 
     Raises: FileNotFoundError where there is neither; ValueError for a revision of a local folder; TypeError for one that is not
         a str.
     """
     if revision is not None and not isinstance(revision, str):
         raise TypeError(f"revision: expected a string or None, got {revision!r}")
-    folder = require_path("model", path)
+    folder = require_path(argument, path)
     try:
         is_folder = folder.is_dir()
     except OSError as error:  # a name that is too long, or a folder that may not be entered
-        raise FileNotFoundError(f"model: expected a checkpoint folder, {folder} is none: {error.strerror}") from error
+        raise FileNotFoundError(f"{argument}: expected a checkpoint folder, {folder} is none: {error.strerror}") from error
     if is_folder:
         if revision is not None:
             raise ValueError(f"revision: expected None for {path}, which is a folder here and not on the Hub, got {revision!r}")
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
-        raise FileNotFoundError(f"model: expected a checkpoint folder, {path} does not exist or is not a folder")
+        raise FileNotFoundError(f"{argument}: expected a checkpoint folder, {path} does not exist or is not a folder")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED, revision=revision))
     except Exception as error:  # of half a dozen kinds: no network, no such id, no permission, no space, ...
         raise FileNotFoundError(
-            f"model: expected a checkpoint folder or the id of one on the Hugging Face Hub, {path} is no folder, and the "
+            f"{argument}: expected a checkpoint folder or the id of one on the Hugging Face Hub, {path} is no folder, and the "
             f"Hub did not give it: {_hub_reason(error, revision)}"
         ) from error
 

@@ -11,6 +11,7 @@ from fastgpt.model.config import GPTConfig
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Settings that a resumed run keeps: they make the model, or what its held-out losses are compared by.
 KEPT = ("layers", "heads", "width", "context", "dropout", "eval_windows")
+SETTINGS = {"context_length": "context", "num_layers": "layers", "num_heads": "heads", "hidden_size": "width"}  # by field
 
 
 def setting(default: Any, meaning: str) -> Any:
@@ -62,12 +63,16 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     if config.width % config.heads:
         raise ValueError(f"width: expected a multiple of the {config.heads} heads, got {config.width}")
     bigram: dict[str, Any] = {"position": None, "tie_embeddings": False} if config.layers == 0 else {}
-    return GPTConfig(
-        vocab_size=vocab_size,
-        context_length=config.context,
-        num_layers=config.layers,
-        num_heads=config.heads,
-        hidden_size=config.width,
-        dropout=config.dropout,
-        **bigram,
-    )
+    try:
+        return GPTConfig(
+            vocab_size=vocab_size,
+            context_length=config.context,
+            num_layers=config.layers,
+            num_heads=config.heads,
+            hidden_size=config.width,
+            dropout=config.dropout,
+            **bigram,
+        )
+    except ValueError as error:  # of a field, which is another name than that of its setting
+        name, _, problem = str(error).partition(":")
+        raise ValueError(f"{SETTINGS.get(name, name)}:{problem}") from error

@@ -13,7 +13,7 @@ from training_runs import TEXT, TINY, weights
 from fastgpt import GPT
 from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
-from fastgpt.training.config import TrainConfig
+from fastgpt.training.config import TrainConfig, model_config
 from fastgpt.training.evaluation import evaluate, split
 from fastgpt.training.loop import train
 from fastgpt.training.trainer import Trainer, pretrained
@@ -191,6 +191,15 @@ def test_settings_that_do_not_fit_the_checkpoint(checkpoint):
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer: expected the file .*tokenizer.json"):
         pretrained(checkpoint)
+    with pytest.raises(FileNotFoundError, match="^init_from: expected a checkpoint folder, .*/none does not exist"):
+        pretrained(checkpoint / "none")
+
+
+@pytest.mark.parametrize("setting", [{"layers": 10**8}, {"width": 10**8, "heads": 1}, {"context": 10**12}], ids=str)
+def test_errors_of_the_architecture_name_the_setting(setting):
+    name, value = next(iter(setting.items()))
+    with pytest.raises(ValueError, match=f"^{name}: expected an integer .*, got {value}$"):
+        model_config(replace(TINY, **setting), vocab_size=65)
 
 
 def test_bad_text(tmp_path):
