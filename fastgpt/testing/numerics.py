@@ -15,6 +15,8 @@ How arithmetic is simulated (`SimulatedArithmetic`, all of it in float64):
   with a mantissa m in [1, 2); averaged over mantissas of logarithmic distribution this is 0.425 u|s|. With partial sums
   s_k, whose squares add up to (n/3 - 1/2) s_n^2 + (n/2) sum t_k^2 in expectation over the order of the terms, and products
   that are rounded once each, the noise has variance (0.425 u)^2 [max(n/3 - 1/2, 0) s_n^2 + (n/2 + 1) sum t_k^2].
+* Matrix units count numbers below the smallest normal one of fp32, 2^-126, as zero (Intel's AMX does in any case), so n terms
+  that are not zero may lose n 2^-126: the noise has that much, too.
 * A transcendental function adds noise of standard deviation u: polynomials of last-place accuracy err by a unit in the last
   place, 2u, at most. Where a library does not round correctly, neither must a kernel.
 * Kernels for fp16 and bf16 may round the weights of a softmax to that dtype before they multiply values, and the
@@ -66,6 +68,7 @@ PRIOR = 32
 RUNS, FEW = 3, 64
 ROUNDING = 0.425  # root mean square of the error of rounding to nearest, in units of u |s|
 UNIT = 2.0**-24  # of the fp32 in which sums are accumulated
+SMALLEST = 2.0**-126  # normal number of fp32
 
 
 class Yardstick(NamedTuple):
@@ -396,6 +399,7 @@ class SimulatedArithmetic(TorchDispatchMode):
     def _sum(self, out, squares, n):
         unit = (ROUNDING * UNIT) ** 2
         variance = out.square().mul_(unit * max(n / 3 - 0.5, 0.0)).add_(squares, alpha=unit * (n / 2 + 1))
+        variance.add_(squares > 0, alpha=(n * SMALLEST) ** 2)
         return self.perturb(out, variance.sqrt_())
 
 
@@ -508,6 +512,11 @@ def _softmax(mode, x, dim, half_to_float):
     return mode.perturb_weights(out)
 
 
+def _safe_softmax(mode, x, dim, dtype=None):
+    """Of scaled_dot_product_attention: rows that see nothing are zero."""
+    return _softmax(mode, x, dim, False).masked_fill((x == -math.inf).all(dim, keepdim=True), 0.0)
+
+
 def _softmax_backward(mode, grad, output, dim, input_dtype):
     terms = grad * output
     total = terms.sum(dim, keepdim=True)
@@ -567,6 +576,7 @@ _COMPOSITES = {
     aten.tanh_backward.default: _tanh_backward,
     aten.sigmoid_backward.default: _sigmoid_backward,
     aten._softmax.default: _softmax,
+    aten._safe_softmax.default: _safe_softmax,
     aten._softmax_backward_data.default: _softmax_backward,
     aten._log_softmax.default: _log_softmax,
     aten._log_softmax_backward_data.default: _log_softmax_backward,

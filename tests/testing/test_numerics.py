@@ -312,6 +312,28 @@ def test_simulated_sums_err_as_sequential_sums_do(n):
         assert 0.4 < simulated / error < 2.5
 
 
+def test_weights_are_rounded_whichever_function_computes_them():
+    """PyTorch's scaled_dot_product_attention has a softmax of its own, for rows that see nothing."""
+    q, k, v = torch.randn(3, 2, 4, 9, 16, dtype=torch.float64).unbind()
+    functions = (
+        lambda: attention_reference(q, k, v, causal=False),
+        lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
+    )
+    ours, pytorchs = (numerics.simulate(f, weights=torch.bfloat16, runs=8).errors.square().mean().sqrt() for f in functions)
+    assert 0.8 < pytorchs / ours < 1.25
+    mask = torch.zeros(9, 9, dtype=torch.bool)
+    seen = numerics.simulate(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask))
+    assert not seen.oracle.any() and not seen.errors.any()
+
+
+def test_terms_below_the_smallest_normal_number_may_be_lost():
+    """As matrix units lose them; but not others."""
+    x, w = torch.full((3, 50), 2.0**-100), torch.full((50, 4), 2.0**-27)
+    numerics.check(torch.zeros(3, 4), lambda: x.double() @ w.double())
+    with pytest.raises(AssertionError, match="exceeds"):
+        numerics.check(torch.zeros(3, 4), lambda: x.double() @ (1000 * w).double())
+
+
 def test_the_yardstick_is_the_same_in_every_run():
     x, w = torch.randn(5, 40, dtype=torch.float64), torch.randn(40, 7, dtype=torch.float64)
     first, again = (numerics.simulate(lambda: (x @ w).softmax(-1)) for _ in range(2))
