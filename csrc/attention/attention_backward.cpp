@@ -75,7 +75,7 @@ void run_heads(const AttentionBackward& args) {
   const int64_t head_dims = 3 * args.D + 2 * args.D_v;  // of five products
   const int64_t work = kAttentionGrains * args.B * args.H * args.T * args.S * head_dims / tasks + 1;
   const int64_t threads = torch::stable::get_num_threads();
-  if (tasks < threads && work > kGrain && !args.dbias.data) {
+  if (tasks < threads && work > grain() && !args.dbias.data) {
     const Scratch memory = scratch(keys_size + threads * size);
     const auto for_each = [](int64_t count, const auto& run) { torch::stable::parallel_for(0, count, 1, run); };
     for (int64_t b = 0; b < args.B; ++b) {

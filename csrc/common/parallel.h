@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -10,21 +11,54 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "common/team.h"
+
 namespace fastgpt {
 
-// Multiply-adds that a thread should have to do: waking it up costs some microseconds.
-constexpr int64_t kGrain = 1 << 19;
+// Multiply-adds that a thread should have to do: waking one of PyTorch's takes some microseconds, having one of a team, which
+// spins, a fraction of one.
+inline int64_t grain() { return team_threads() ? 1 << 16 : 1 << 19; }
 // How many of a product's take as long as one of attention's, where there are few: keys are read for a query or a few, and
 // there are exponentials. Measured from 16 to 512 keys, 6 and 12 heads of 64.
 constexpr int64_t kAttentionGrains = 4;
 
+// run(begin, end, next) on parts of [0, count), of at least `least` each but the last one, by all threads; `next` is where the
+// thread's next part begins, or count.
+template <typename Run>
+void for_parts(int64_t count, int64_t least, const Run& run) {
+  if (team_threads()) {
+    const auto call = [](const void* work, int64_t begin, int64_t end, int64_t next) {
+      (*static_cast<const Run*>(work))(begin, end, next);
+    };
+    return run_on_team(count, least, call, &run);
+  }
+  const int64_t threads = torch::stable::get_num_threads();
+  std::atomic<int64_t> taken{0};
+  const auto take = [&] {
+    int64_t begin = taken.load(std::memory_order_relaxed), end;
+    do {
+      end = begin + part_of(count - begin, threads, least);
+    } while (begin < count && !taken.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+    return std::pair(begin, end);
+  };
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (auto now = take(), next = now; now.first < count; now = next) {
+      next = take();
+      run(now.first, now.second, next.first);
+    }
+  });
+}
+
 // run(begin, end) over all tasks, of about `work` multiply-adds each.
 template <typename Run>
 void for_tasks(int64_t tasks, int64_t work, const Run& run) {
-  if (tasks * work <= kGrain) {
+  const int64_t least = std::max<int64_t>(grain() / work, 1);
+  if (tasks * work <= grain()) {
     run(0, tasks);
+  } else if (team_threads()) {
+    for_parts(tasks, least, [&](int64_t begin, int64_t end, int64_t) { run(begin, end); });
   } else {
-    torch::stable::parallel_for(0, tasks, std::max<int64_t>(kGrain / work, 1), run);
+    torch::stable::parallel_for(0, tasks, least, run);
   }
 }
 

@@ -2,6 +2,10 @@
 
 #include <stdexcept>
 
+#include <torch/csrc/stable/ops.h>
+
+#include "common/team.h"
+
 namespace fastgpt {
 namespace {
 
@@ -15,6 +19,11 @@ void Plan::record() {
   if (current) throw std::runtime_error("another plan is being recorded on this thread");
   operations_.clear();
   current = this;
+}
+
+void Plan::run() const {
+  const TeamStep step(torch::stable::get_num_threads());
+  for (const auto& operation : operations_) operation();
 }
 
 void Plan::finish() {

@@ -20,9 +20,7 @@ class Plan {
   // From now on, until `finish`, the operations of this thread join the plan. Throws std::runtime_error if another does.
   void record();
   void finish();
-  void run() const {
-    for (const auto& operation : operations_) operation();
-  }
+  void run() const;
   int64_t size() const { return static_cast<int64_t>(operations_.size()); }
 
   static Plan* recording();  // this thread's, or null

@@ -1,11 +1,9 @@
 // kv_cache_update and rope_kv_cache_update on the CPU: checks, parallel parts, and the kernels of the CPU's level.
 
-#include <algorithm>
-
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "common/cpu_level.h"
+#include "common/parallel.h"
 #include "decode_step/plan.h"
 #include "kv_cache/kv_cache_arguments.h"
 
@@ -14,8 +12,7 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(void kv_cache_store(const KVCacheUpdate& u, int64_
 namespace fastgpt {
 namespace {
 
-// Bytes that a thread should have to move: waking it up costs about as long as copying these.
-constexpr int64_t kGrainBytes = 256 * 1024;
+constexpr int64_t kWorkOfByte = 2;  // multiply-adds that take as long as moving a byte
 
 // All slots before the first write, so that a bad one leaves the cache as it was.
 void check_slots(const KVCacheUpdate& u) {
@@ -37,17 +34,14 @@ void run(const KVCacheUpdate& u) {
   // An item is one head's rows of one sequence; only items of different slots run in parallel.
   const int64_t items = u.B * (u.H + 2 * u.H_kv);
   const int64_t item_bytes = std::max<int64_t>(u.T * std::max(u.D, u.D_v) * size_of(u.element), 1);
-  if (items * item_bytes <= kGrainBytes) return kernel(u, 0, items);
   if (u.block_table) {
     // Sequences may share a page: a head of them all is one thread's, so that of two tokens for one slot the last stays.
     const int64_t heads = u.H + 2 * u.H_kv;
-    return torch::stable::parallel_for(
-        0, heads, std::max<int64_t>(kGrainBytes / (u.B * item_bytes), 1), [&](int64_t begin, int64_t end) {
-          for (int64_t b = 0; b < u.B; ++b) kernel(u, b * heads + begin, b * heads + end);
-        });
+    return for_tasks(heads, u.B * item_bytes * kWorkOfByte, [&](int64_t begin, int64_t end) {
+      for (int64_t b = 0; b < u.B; ++b) kernel(u, b * heads + begin, b * heads + end);
+    });
   }
-  torch::stable::parallel_for(
-      0, items, std::max<int64_t>(kGrainBytes / item_bytes, 1), [&](int64_t begin, int64_t end) { kernel(u, begin, end); });
+  for_tasks(items, item_bytes * kWorkOfByte, [&](int64_t begin, int64_t end) { kernel(u, begin, end); });
 }
 
 void kv_cache_update_cpu(

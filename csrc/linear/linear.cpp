@@ -1,6 +1,5 @@
 // `linear` on the CPU: unpacking, parallel parts, and the kernels of the CPU's level.
 
-#include <atomic>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -21,45 +20,14 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(
 namespace fastgpt {
 namespace {
 
-// Output features [begin, end).
-struct Range {
-  int64_t begin, end;
-};
-
-// Hands out the output features. Threads of a shared machine are not equally fast, so each takes a part of what is left,
-// smaller and smaller ones, and they end together.
-class Ranges {
- public:
-  Ranges(int64_t features, int64_t threads) : features_(features), threads_(threads) {}
-
-  Range next() {
-    int64_t begin = taken_.load(std::memory_order_relaxed), end;
-    do {
-      const int64_t part = (features_ - begin) / (2 * threads_) / kLeast * kLeast;
-      end = std::min(begin + std::max(part, kLeast), features_);
-    } while (begin < features_ && !taken_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
-    return {begin, end};
-  }
-
- private:
-  static constexpr int64_t kLeast = 16;
-  const int64_t features_, threads_;
-  std::atomic<int64_t> taken_ = 0;
-};
+constexpr int64_t kLeastFeatures = 16;  // that a thread takes at a time
 
 void run(const Linear& l, float* x) {
   FASTGPT_AT_CPU_LEVEL(linear_inputs)(l, x);
   const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_outputs);
-  if (l.rows * l.in * l.weight_rows() <= kGrain) return kernel(l, x, 0, l.out_features, l.out_features);
-  const int64_t threads = torch::stable::get_num_threads();
-  Ranges ranges(l.out_features, threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    // The next range is known before this one ends: its weights are fetched in time.
-    for (Range now = ranges.next(), next; now.begin < l.out_features; now = next) {
-      next = ranges.next();
-      kernel(l, x, now.begin, now.end, next.begin);
-    }
-  });
+  if (l.rows * l.in * l.weight_rows() <= grain()) return kernel(l, x, 0, l.out_features, l.out_features);
+  // The next part is known before this one ends: its weights are fetched in time.
+  for_parts(l.out_features, kLeastFeatures, [&](int64_t begin, int64_t end, int64_t next) { kernel(l, x, begin, end, next); });
 }
 
 Activation activation_of(int64_t number) {
