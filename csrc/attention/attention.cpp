@@ -23,17 +23,6 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(
 namespace fastgpt {
 namespace {
 
-// This thread's scratch memory: grows to the largest head dims seen, and stays.
-float* workspace(int64_t floats) {
-  thread_local Scratch memory;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    memory = scratch(floats);
-    size = floats;
-  }
-  return memory.get();
-}
-
 // Every page that will be read is in the pool.
 void check_pages(const Attention& args, int64_t pages) {
   for (int64_t b = 0; b < args.B; ++b) {
@@ -51,7 +40,7 @@ void run_tasks(const AttentionForward& args) {
   const auto tasks = [&](auto kernel, int64_t count, int64_t keys) {
     const int64_t rows = std::min(args.H / args.H_kv * args.T, args.group * kBlockM);
     const int64_t work = kAttentionGrains * (args.D + args.D_v) * keys * rows + 1;
-    for_tasks(count, work, [&](int64_t begin, int64_t end) { kernel(args, begin, end, workspace(floats)); });
+    for_tasks(count, work, [&](int64_t begin, int64_t end) { kernel(args, begin, end, thread_scratch(floats)); });
   };
   tasks(FASTGPT_AT_CPU_LEVEL(attention_forward), args.tasks(), splits > 1 ? kSplit : args.S);
   if (splits > 1) tasks(FASTGPT_AT_CPU_LEVEL(attention_forward_join), args.B * args.H_kv, splits);

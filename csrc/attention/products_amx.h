@@ -1,17 +1,16 @@
 // The products of attention in tiles of bfloat16 (AMX): see attention_products.h.
 //
-// Numbers are split: bfloat16 has 8 significant bits, so float16 is the sum of 2 such pieces and float32 of 3, and the product
-// of two numbers is that of their pieces: 1, 4, or 6 without those below the last bit. Summed in float32 they have no more
-// error than products of floats. What is infinite, or so large that a piece of it is, leaves nothing finite (see ForwardBlock);
-// numbers below 2^-126 count as zero.
+// Numbers are split into pieces (see bfloat16_tiles.h), and the product of two is that of their pieces: 1, 4, or 6 without
+// those below the last bit. Summed in float32 they have no more error than products of floats. What is infinite, or so large
+// that a piece of it is, leaves nothing finite (see ForwardBlock); numbers below 2^-126 count as zero.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
 #pragma once
 
 #include "attention/attention.h"
+#include "common/bfloat16_tiles.h"
 #include "common/integers.h"
-#include "common/vectors.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -44,66 +43,6 @@ constexpr int pieces_of(Element element) { return element == Element::bfloat16 ?
 // Floats of memory that an operand takes at most, for n rows or columns.
 constexpr int64_t operand_size(int64_t n, int64_t K) {
   return rounded_up(n, kStep) * rounded_up(K, kStep) * pieces_of(Element::float32) / 2;
-}
-
-// Eight tiles of 16 rows of 64 bytes, as the instruction that takes this wants it.
-struct TileConfiguration {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-alignas(64) constexpr TileConfiguration kConfiguration = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
-// Lets this thread use the tiles, while it lives.
-struct Tiles {
-  Tiles() { _tile_loadconfig(&kConfiguration); }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-};
-
-// Takes the next piece off x, and returns it in the upper halves of the lanes. The last of several is what is left, cut off
-// to its upper half: rounding makes zero of some NaN.
-template <bool kLast, int kPieces>
-inline Words take_piece(Vector& x) {
-  Words bits = reinterpret_cast<Words>(x);
-  if constexpr (kLast && kPieces > 1) return bits & 0xffff0000u;
-  bits = (bits + 0x8000u) & 0xffff0000u;
-  x -= reinterpret_cast<Vector>(bits);
-  return bits;
-}
-
-// Pieces of the lanes of a and b as pairs, each kind `size` numbers after the one before.
-template <int kPieces, int kPiece = 0>
-inline void store_pairs(Vector a, Vector b, uint16_t* target, int64_t size) {
-  constexpr bool kLast = kPiece == kPieces - 1;
-  const Words pairs = take_piece<kLast, kPieces>(a) >> 16 | take_piece<kLast, kPieces>(b);
-  std::memcpy(target, &pairs, sizeof pairs);
-  if constexpr (!kLast) store_pairs<kPieces, kPiece + 1>(a, b, target + size, size);
-}
-
-// Pieces of the lanes of a and then b, likewise.
-template <int kPieces, int kPiece = 0>
-inline void store_line(Vector a, Vector b, uint16_t* target, int64_t size) {
-  constexpr bool kLast = kPiece == kPieces - 1;
-  const Words first = take_piece<kLast, kPieces>(a), second = take_piece<kLast, kPieces>(b);
-  // clang-format off
-  const __m512i upper_halves = _mm512_set_epi16(
-      63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
-      31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-  // clang-format on
-  const __m512i line = _mm512_permutex2var_epi16(
-      reinterpret_cast<__m512i>(first), upper_halves, reinterpret_cast<__m512i>(second));
-  std::memcpy(target, &line, sizeof line);
-  if constexpr (!kLast) store_line<kPieces, kPiece + 1>(a, b, target + size, size);
-}
-
-// function(number of pieces, as a type)
-template <typename Function>
-inline void with_pieces(int pieces, const Function& function) {
-  if (pieces == 1) return function(std::integral_constant<int, 1>());
-  if (pieces == 2) return function(std::integral_constant<int, 2>());
-  function(std::integral_constant<int, 3>());
 }
 
 // left[i][k] = rows[i * stride + k], for K up to a multiple of kWidth.

@@ -75,4 +75,15 @@ inline Scratch scratch(int64_t floats) {
   return memory;
 }
 
+// This thread's scratch memory for one task: grows to the most that was asked for, and stays.
+inline float* thread_scratch(int64_t floats) {
+  thread_local Scratch memory;
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    memory = scratch(floats);
+    size = floats;
+  }
+  return memory.get();
+}
+
 }  // namespace fastgpt

@@ -1,5 +1,6 @@
 // `linear` on the CPU: unpacking, parallel parts, and the kernels of the CPU's level.
 
+#include <algorithm>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -13,7 +14,9 @@
 #include "norm/check_norm.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
-    void linear_inputs(const Linear& l, float* x);
+    // Floats of x as linear_inputs lays it out, and of scratch memory that it needs.
+    int64_t linear_inputs_size(const Linear& l); int64_t linear_inputs_scratch(const Linear& l);
+    void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int64_t end);
     void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next);
     void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t end);)
 
@@ -23,7 +26,11 @@ namespace {
 constexpr int64_t kLeastFeatures = 16;  // that a thread takes at a time
 
 void run(const Linear& l, float* x) {
-  FASTGPT_AT_CPU_LEVEL(linear_inputs)(l, x);
+  // A number takes about as long as 16 multiply-adds.
+  for_tasks(l.row_blocks(), 16 * std::min(l.rows, kRowBlock) * l.in + 1, [&](int64_t begin, int64_t end) {
+    float* memory = thread_scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_scratch)(l));
+    FASTGPT_AT_CPU_LEVEL(linear_inputs)(l, x, memory, begin, end);
+  });
   const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_outputs);
   if (l.rows * l.in * l.weight_rows() <= grain()) return kernel(l, x, 0, l.out_features, l.out_features);
   // The next part is known before this one ends: its weights are fetched in time.
@@ -67,7 +74,7 @@ Tensor linear_cpu(
   l.norm.rms = rms, l.norm.eps = norm_eps, l.norm.offset = norm_offset;
   Tensor out = new_empty(x, shape);
   l.out = out.mutable_data_ptr();
-  const std::shared_ptr<float> floats = scratch((l.rows + 2) * padded(l.in) + 1);
+  const std::shared_ptr<float> floats = scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_size)(l) + 1);
   const auto operation = [l, floats] { run(l, floats.get()); };
   memory.copied() ? operation() : perform(operation);  // a copy is not what a plan should read again
   return out;

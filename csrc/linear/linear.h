@@ -11,7 +11,8 @@
 
 namespace fastgpt {
 
-constexpr int64_t kMaxRows = 32;   // that the kernels multiply
+constexpr int64_t kMaxRows = 64;   // that the kernels multiply
+constexpr int64_t kRowBlock = 16;  // of x that are prepared at a time
 constexpr int64_t kFeatures = 64;  // that are finished at a time, or half of it if gated
 
 enum class Activation : int64_t { none, gelu_tanh, gelu, silu, relu };  // as ACTIVATIONS in fastgpt/ops/linear.py
@@ -30,6 +31,7 @@ struct Linear {
   void* out;  // (rows, out_features)
 
   int64_t weight_rows() const { return gated ? 2 * out_features : out_features; }
+  int64_t row_blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
 };
 
 }  // namespace fastgpt

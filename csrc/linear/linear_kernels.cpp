@@ -1,68 +1,18 @@
-// `linear` for few rows of x. Such a product reads every weight once, from memory; all else must hide behind that.
+// `linear` for few rows of x. Such a product reads every weight once, from memory; all else must hide behind that, up to as
+// many rows as there is time for.
 
-#include "common/stored_elements.h"
+#include "common/integers.h"
+#include "common/matrices.h"
 #include "linear/activations.h"
 #include "linear/linear.h"
+#include "linear/products_vector.h"
+#if defined(__AMX_BF16__)
+#include "linear/products_amx.h"
+#endif
 #include "norm/normalize.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
-
-// Weight rows that are read side by side: the CPU fetches ahead within a page of memory, so one row alone is read 20%
-// slower than several.
-constexpr int kMostStreams = 4;
-constexpr int kMostRows = kWidth == 16 ? 4 : 2;  // of x, multiplied with them at a time; registers hold all sums
-// Sums of each dot product that grow side by side. NEON's are of 4 numbers: with one for each weight row, multiply-adds would
-// wait for those before, and weights be read slower than memory has them.
-#if defined(__aarch64__)
-constexpr int kSumsOfDot = 2;
-#else
-constexpr int kSumsOfDot = 1;
-#endif
-
-// dots[i][s] = sum_c x[i][c] · weight[s][c] for kRows rows of x and kStreams of weights. If `next` is not 0, the weights
-// that many bytes on are fetched into the caches.
-template <int kRows, int kStreams, typename T>
-void multiply_rows(const float* x, int64_t x_row, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
-  Vector total[kRows][kStreams][kSumsOfDot] = {};
-  int64_t c = 0;
-  for (; c + kSumsOfDot * kWidth <= in; c += kSumsOfDot * kWidth) {
-    for (int s = 0; s < kStreams; ++s) {
-      const T* source = weight + s * in + c;
-      if (next) __builtin_prefetch(reinterpret_cast<const char*>(source) + next);
-      for (int v = 0; v < kSumsOfDot; ++v) {
-        const Vector w = load(source + v * kWidth);
-        for (int i = 0; i < kRows; ++i) total[i][s][v] += load(x + i * x_row + c + v * kWidth) * w;
-      }
-    }
-  }
-  alignas(64) float lanes[kRows][kStreams][kWidth];
-  for (int i = 0; i < kRows; ++i) {
-    for (int s = 0; s < kStreams; ++s) {
-      for (int v = 1; v < kSumsOfDot; ++v) total[i][s][0] += total[i][s][v];
-      store(lanes[i][s], total[i][s][0]);
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int s = 0; s < kStreams; ++s) {
-      float dot = sum(load(lanes[i][s]));
-      for (int64_t rest = c; rest < in; ++rest) dot += x[i * x_row + rest] * static_cast<float>(weight[s * in + rest]);
-      dots[i * dots_row + s] = dot;
-    }
-  }
-}
-
-// The same for any number of rows of x.
-template <int kRows, int kStreams, typename T>
-void multiply_blocks(
-    const float* x, int64_t x_row, int64_t rows, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
-  for (; rows >= kRows; rows -= kRows, x += kRows * x_row, dots += kRows * dots_row, next = 0) {
-    multiply_rows<kRows, kStreams>(x, x_row, weight, in, next, dots, dots_row);
-  }
-  if constexpr (kRows > 1) {
-    if (rows) multiply_blocks<kRows - 1, kStreams>(x, x_row, rows, weight, in, next, dots, dots_row);
-  }
-}
 
 // What follows the product, for up to kFeatures of a row's output features, from `first` on; `factors` are what a gate is
 // multiplied with.
@@ -84,7 +34,7 @@ void finish(const Linear& l, int64_t row, int64_t first, int64_t count, float* y
 }
 
 template <typename T>
-void outputs(const Linear& l, const float* x, const T* weight, int64_t begin, int64_t end, int64_t next) {
+void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_t begin, int64_t end, int64_t next) {
   alignas(64) float dots[kMaxRows][kFeatures] = {};  // if gated: those of the gate, and in the second half its factors
   const int64_t step = l.gated ? kFeatures / 2 : kFeatures;
   for (int64_t first = begin; first < end; first += step) {
@@ -111,14 +61,42 @@ void outputs(const Linear& l, const float* x, const T* weight, int64_t begin, in
   }
 }
 
+#if defined(__AMX_BF16__)
+bool takes_tiles(const Linear& l) { return l.element == Element::bfloat16 && l.rows >= TileRows::kLeast; }
+
+void outputs_in_tiles(const Linear& l, const TileRows& x, int64_t begin, int64_t end, int64_t next) {
+  constexpr int64_t kStep = TileRows::kGroup, kLines = 2 * kStep;  // if gated: those of the gate, and then its factors
+  alignas(64) float dots[kLines][kMaxRows] = {}, lines[kMaxRows][kLines];
+  for (int64_t first = begin; first < end; first += kStep) {
+    const int64_t count = smaller(end - first, kStep), then = first + kStep < end ? first + kStep : next;
+    // Of `count` weight rows from `now` on, before those from `then` on if there are such.
+    const auto multiply_from = [&](int64_t now, int64_t then, float* target) {
+      const auto* weight = static_cast<const BFloat16*>(l.weight) + now * l.in;
+      x.multiply(weight, count, then < l.weight_rows() ? (then - now) * l.in : 0, target);
+    };
+    if (l.gated) {
+      multiply_from(first, first + l.out_features, dots[0]);
+      multiply_from(first + l.out_features, then < l.out_features ? then : l.weight_rows(), dots[0] + kStep * x.rows());
+    } else {
+      multiply_from(first, then, dots[0]);
+    }
+    transpose_matrix(dots[0], x.rows(), l.gated ? kLines : kStep, lines[0], kLines, x.rows());
+    for (int64_t r = 0; r < l.rows; ++r) finish(l, r, first, count, lines[r], lines[r] + kStep);
+  }
+}
+#endif
+
 }  // namespace
 
 // Output features begin to end, of all rows. The weights of `next`, if there is such a feature, are needed after them.
 void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
+#if defined(__AMX_BF16__)
+  if (takes_tiles(l)) return outputs_in_tiles(l, TileRows(l, const_cast<float*>(x)), begin, end, next);
+#endif
   switch (l.element) {
-    case Element::float32: return outputs(l, x, static_cast<const float*>(l.weight), begin, end, next);
-    case Element::float16: return outputs(l, x, static_cast<const Half*>(l.weight), begin, end, next);
-    default: return outputs(l, x, static_cast<const BFloat16*>(l.weight), begin, end, next);
+    case Element::float32: return outputs_in_vectors(l, x, static_cast<const float*>(l.weight), begin, end, next);
+    case Element::float16: return outputs_in_vectors(l, x, static_cast<const Half*>(l.weight), begin, end, next);
+    default: return outputs_in_vectors(l, x, static_cast<const BFloat16*>(l.weight), begin, end, next);
   }
 }
 
@@ -136,12 +114,36 @@ void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t 
   }
 }
 
-// Rows of x as floats, normalized, filled up with zeros: (rows, padded(in)), and two more of scratch.
-void linear_inputs(const Linear& l, float* x) {
-  for (int64_t r = 0; r < l.rows; ++r) convert_padded(l.x, r * l.in, l.in, l.element, x + r * padded(l.in));
-  if (!l.norm.weight) return;
-  const Normalizer normalize(l.norm, l.in, l.element, x + l.rows * padded(l.in));
-  for (int64_t r = 0; r < l.rows; ++r) normalize(x + r * padded(l.in));
+int64_t linear_inputs_size(const Linear& l) {
+#if defined(__AMX_BF16__)
+  if (takes_tiles(l)) return TileRows(l, nullptr).size();
+#endif
+  return l.rows * padded(l.in);
+}
+
+int64_t linear_inputs_scratch(const Linear& l) { return (kRowBlock + 2) * padded(l.in); }
+
+// Blocks of kRowBlock rows of x as products take them: normalized, as floats filled up with zeros, or in tiles.
+void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int64_t end) {
+  const int64_t line = padded(l.in);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kRowBlock, count = smaller(l.rows - first, kRowBlock);
+    float* rows = x + first * line;
+#if defined(__AMX_BF16__)
+    if (takes_tiles(l)) rows = scratch + 2 * line;
+#endif
+    for (int64_t r = 0; r < count; ++r) convert_padded(l.x, (first + r) * l.in, l.in, l.element, rows + r * line);
+    if (l.norm.weight) {
+      const Normalizer normalize(l.norm, l.in, l.element, scratch);
+      for (int64_t r = 0; r < count; ++r) normalize(rows + r * line);
+    }
+#if defined(__AMX_BF16__)
+    if (takes_tiles(l)) {
+      std::memset(rows + count * line, 0, (kRowBlock - count) * line * sizeof(float));
+      TileRows(l, x).set(first, rows, line);
+    }
+#endif
+  }
 }
 
 }  // namespace fastgpt::FASTGPT_CPU_LEVEL

@@ -18,7 +18,7 @@ from fastgpt.ops.implementations import (
     runs_elsewhere,
     triton_inference_unsupported_reason,
 )
-from fastgpt.ops.linear import MAX_ROWS
+from fastgpt.ops.linear import MAX_ROWS_CPU
 
 
 class DecodeStep(Protocol):
@@ -138,8 +138,8 @@ def _cuda_graph_refuses(model: GPT, cache: KVCache) -> str | None:
 def _cpu_replay_refuses(model: GPT, cache: KVCache) -> str | None:
     if not cache.lengths.is_cpu:
         return runs_elsewhere("CPU", "the model", cache.lengths.device)
-    if cache.batch_size > MAX_ROWS:
-        return f"it takes up to {MAX_ROWS} sequences, and the cache has {cache.batch_size}"
+    if cache.batch_size > MAX_ROWS_CPU:
+        return f"it takes up to {MAX_ROWS_CPU} sequences, and the cache has {cache.batch_size}"
     return replay.modules_refuse(model) or inference_unsupported_reason(model.first_weight)
 
 

@@ -16,11 +16,13 @@ from fastgpt.checks import (
     require_tensor,
 )
 from fastgpt.ops.implementations import choose, explain_call, inference_unsupported_reason, triton_inference_unsupported_reason
-from fastgpt.ops.library import library, without_autograd
+from fastgpt.ops.library import build_info, library, without_autograd
 from fastgpt.ops.norm import KINDS, norm_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_ROWS = 32  # of x, for the kernels; equal to csrc/linear/linear.h
+# Rows of x, for the kernels: on a CPU at most kMaxRows of csrc/linear/linear.h, as far as they keep up with PyTorch's product.
+MAX_ROWS_CPU = 64 if build_info()["cpu_level"] in ("avx512", "amx") else 32
+MAX_ROWS_CUDA = 32
 ACTIVATIONS = {
     None: lambda x: x,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -53,8 +55,9 @@ def linear(
         out = residual + dropout(activation(y))
         out = residual + dropout(activation(y[..., :N]) · y[..., N:])                        gated
 
-    In decoding, it is bound by reading the weight, which this does once. Up to 32 rows (the product of all dimensions of x but
-    the last) are computed in fp32 and rounded once, on CUDA in one launch; more rows use PyTorch's matrix product.
+    In decoding, it is bound by reading the weight, which this does once. Up to 32 rows (the product of all dimensions of x but the
+    last; 64 on CPUs with AVX-512) are computed in fp32 and rounded once, on CUDA in one launch; more rows use PyTorch's matrix
+    product. On CPUs with AMX, from 9 rows on, what a norm makes of x in bf16 is rounded to 16 bits.
 
     Args:
         x: (..., C) fp16|bf16|fp32|fp64.
@@ -84,9 +87,15 @@ def linear(
     torch.Size([1, 1, 3072])
     """
     call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
-    if type(gated) is not bool or norm_weight is not None and not type(norm_eps) is type(norm_offset) is float:
+    if (
+        type(gated) is not bool
+        or type(dropout_p) is not float
+        or norm_weight is not None
+        and not type(norm_eps) is type(norm_offset) is float
+    ):
         # PyTorch's dispatcher would accept None for a flag and True for a number.
         require_flag("gated", gated)
+        require_number("dropout_p", dropout_p, least=0, below=1)
         norm_eps, norm_offset = require_number("norm_eps", norm_eps, least=0), require_number("norm_offset", norm_offset)
     try:
         if impl in (None, "cpp") and _cpp_refuses(*call) is None:
@@ -96,7 +105,7 @@ def linear(
             norm_arguments = () if no_norm else (norm_weight, norm_bias, rms, norm_eps, norm_offset)
             if no_norm and (norm_eps != 1e-5 or norm_offset != 0.0):  # the kernel will not see and check these
                 _check(*call, norm, norm_eps, norm_offset, activation, gated)
-            if x.numel() > MAX_ROWS * x.shape[-1] or not x.shape[-1]:
+            if x.numel() > MAX_ROWS_CPU * x.shape[-1] or not x.shape[-1]:
                 # PyTorch's matrix product checks shapes and dtypes, our kernels check the rest.
                 require_tensor("x", x)
                 require_tensor("weight", weight, 2)
@@ -238,8 +247,8 @@ def _triton_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p
     reason = triton_inference_unsupported_reason(x, weight, bias, norm_weight, norm_bias, residual)
     if reason is None and x.numel() == 0:
         reason = "x is empty"
-    elif reason is None and x.numel() > MAX_ROWS * x.shape[-1]:
-        reason = f"it multiplies up to {MAX_ROWS} rows, and x has more"
+    elif reason is None and x.numel() > MAX_ROWS_CUDA * x.shape[-1]:
+        reason = f"it multiplies up to {MAX_ROWS_CUDA} rows, and x has more"
     elif reason is None and dropout_p != 0:
         reason = "it has no dropout"
     elif reason is None and not weight.is_contiguous():
@@ -282,8 +291,8 @@ def _linear_triton(
     norm_weight=None, norm_bias=None, rms=False, norm_eps=1e-5, norm_offset=0.0,
 ):  # fmt: skip
     _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, "layer", norm_eps, norm_offset, None, gated)
-    if not x.numel() or x.numel() > MAX_ROWS * x.shape[-1]:
-        raise ValueError(f"x: expected from 1 to {MAX_ROWS} rows, got shape {tuple(x.shape)}")
+    if not x.numel() or x.numel() > MAX_ROWS_CUDA * x.shape[-1]:
+        raise ValueError(f"x: expected from 1 to {MAX_ROWS_CUDA} rows, got shape {tuple(x.shape)}")
     if not weight.is_contiguous():
         raise ValueError(f"weight: expected a contiguous tensor, got strides {weight.stride()}")
     if activation not in ACTIVATION_NUMBERS.values():

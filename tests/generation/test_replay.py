@@ -24,6 +24,7 @@ from fastgpt.generation.replay import CpuReplay, CudaGraphReplay, Recording
 from fastgpt.generation.request import sessions
 from fastgpt.model.decoder import MLP
 from fastgpt.model.rope import Rope, Tables
+from fastgpt.ops.linear import MAX_ROWS_CPU
 
 pytestmark = pytest.mark.threads
 
@@ -64,11 +65,12 @@ def captured(step):
 
 @torch.inference_mode()
 def test_it_is_captured_where_it_can_be():
-    model, few, many = random_model(), random_ids(random_model(), 32, 1)[:, 0], random_ids(random_model(), 33, 1)[:, 0]
-    step = decoding(model, model.new_cache(32))
+    model = random_model()
+    few, many = (random_ids(model, rows, 1)[:, 0] for rows in (MAX_ROWS_CPU, MAX_ROWS_CPU + 1))
+    step = decoding(model, model.new_cache(len(few)))
     step(few)
     assert captured(step).refused is None and len(captured(step).plan) == 2 * 6 + 1
-    step = decoding(model, model.new_cache(33))  # more rows than the linear kernel takes
+    step = decoding(model, model.new_cache(len(many)))  # more rows than the linear kernel takes
     step(many)
     assert "is not one of fastgpt's operations" in captured(step).refused
 

@@ -18,7 +18,7 @@ from fastgpt.kernels import linear as kernel  # noqa: E402
 from fastgpt.kernels import norm as norm_kernel  # noqa: E402
 from fastgpt.model import decoder  # noqa: E402
 from fastgpt.model.rope import Rope  # noqa: E402
-from fastgpt.ops.linear import ACTIVATION_NUMBERS, ACTIVATIONS, MAX_ROWS, linear_reference  # noqa: E402
+from fastgpt.ops.linear import ACTIVATION_NUMBERS, ACTIVATIONS, MAX_ROWS_CUDA, linear_reference  # noqa: E402
 from fastgpt.ops.norm import norm_reference  # noqa: E402
 from fastgpt.testing import linear_features, norm_features  # noqa: E402
 from fastgpt.testing.linear_features import in_float64, split  # noqa: E402
@@ -77,7 +77,7 @@ def test_parity_of_shapes(feature, K, N, dtype):
 
 
 @runs_kernel
-@pytest.mark.parametrize("rows", [2, 14, 15, 30, 31, MAX_ROWS])
+@pytest.mark.parametrize("rows", [2, 14, 15, 30, 31, MAX_ROWS_CUDA])
 @everything
 def test_parity_of_more_rows(feature, rows):
     """What is left of a tile's rows, two or none, decides which tile."""

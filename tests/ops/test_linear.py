@@ -11,7 +11,7 @@ from cpu_levels import lower_levels
 import fastgpt
 from fastgpt import linear, linear_reference
 from fastgpt.generation.replay import CpuReplay
-from fastgpt.ops.linear import ACTIVATIONS
+from fastgpt.ops.linear import ACTIVATIONS, MAX_ROWS_CPU
 from fastgpt.testing import numerics
 from fastgpt.testing.linear_features import FEATURES, call_of, in_float64, split
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.threads
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(40, 65), (33, 7), (768, 300), (3072, 64), (5, 23)]  # C, N
-ROWS = (1, 2, 3, 4, 7, 32, 33)  # those of the kernel, and more
+ROWS = (1, 2, 3, 4, 7, 9, 17, 33, 64, 65)  # those of the kernel, and more
 everything = pytest.mark.parametrize("feature", ["everything", "everything, gated"])
 
 
@@ -27,7 +27,7 @@ everything = pytest.mark.parametrize("feature", ["everything", "everything, gate
 @pytest.mark.parametrize("C, N", SHAPES)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_contract(feature, C, N, dtype):
-    """Judged over all numbers of rows together; beyond 32 rows PyTorch's product rounds once more."""
+    """Judged over all numbers of rows together; beyond 64 rows PyTorch's product rounds once more."""
     call = call_of(feature, sum(ROWS), C, N, dtype)
     actual = torch.cat([linear(**part, impl="cpp") for part in split(call, ROWS)])
     assert actual.dtype == dtype
@@ -48,6 +48,26 @@ def test_large_means_do_not_cancel():
         call = call_of("norm", 2, C, 8, torch.float32)
         call["x"] = call["x"] + 1000
         numerics.check(linear(**call, impl="cpp"), lambda: linear_reference(**in_float64(call)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [3, 9, 17, MAX_ROWS_CPU])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_number_depends_on_its_row_and_feature_only(gated, rows, dtype):
+    """Whatever is multiplied side by side, and fills up blocks: not a neighbor's NaN, nor what lies past the last weight."""
+    N, C = 37, 45
+    weight = torch.randn(((2 if gated else 1) * N + 2, C)).to(dtype)
+    weight[-2:] = torch.nan
+    x = torch.randn(rows + 2, C).to(dtype)
+    x[rows:] = torch.nan
+    weight, x = weight[:-2], x[:rows]
+    clean = linear(x, weight, gated=gated, impl="cpp")
+    assert clean.isfinite().all()
+    weight[5], x[2] = torch.nan, torch.nan
+    dirty = linear(x, weight, gated=gated, impl="cpp")
+    hit = torch.zeros_like(clean, dtype=torch.bool)
+    hit[2], hit[:, 5] = True, True
+    assert dirty[hit].isnan().all() and torch.equal(dirty[~hit], clean[~hit])
 
 
 @everything

@@ -1,0 +1,78 @@
+// The products of `linear` in vectors of floats. Weights are multiplied as memory has them: of few rows of x, in the time that
+// reading them takes.
+//
+// For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
+
+#pragma once
+
+#include "common/stored_elements.h"
+
+namespace fastgpt::FASTGPT_CPU_LEVEL {
+namespace {
+
+// Weight rows that are read side by side: the CPU fetches ahead within a page of memory, so one row alone is read 20%
+// slower than several.
+constexpr int kMostStreams = 4;
+constexpr int kMostRows = kWidth == 16 ? 4
+    : kWidth == 8                      ? 3
+                                       : 2;  // of x, multiplied with them at a time; registers hold all sums
+// Sums of each dot product that grow side by side. NEON's are of 4 numbers: with one for each weight row, multiply-adds would
+// wait for those before, and weights be read slower than memory has them.
+#if defined(__aarch64__)
+constexpr int kSumsOfDot = 2;
+#else
+constexpr int kSumsOfDot = 1;
+#endif
+
+// dots[i][s] = sum_c x[i][c] · weight[s][c] for kRows rows of x and kStreams of weights. If `next` is not 0, the weights
+// that many bytes on are fetched into the caches.
+template <int kRows, int kStreams, typename T>
+void multiply_rows(const float* x, int64_t x_row, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
+  Vector total[kRows][kStreams][kSumsOfDot] = {};
+  int64_t c = 0;
+  for (; c + kSumsOfDot * kWidth <= in; c += kSumsOfDot * kWidth) {
+    for (int s = 0; s < kStreams; ++s) {
+      const T* source = weight + s * in + c;
+      if (next) __builtin_prefetch(reinterpret_cast<const char*>(source) + next);
+      for (int v = 0; v < kSumsOfDot; ++v) {
+        const Vector w = load(source + v * kWidth);
+        for (int i = 0; i < kRows; ++i) total[i][s][v] += load(x + i * x_row + c + v * kWidth) * w;
+      }
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int s = 0; s < kStreams; ++s) {
+      for (int v = 1; v < kSumsOfDot; ++v) total[i][s][0] += total[i][s][v];
+    }
+  }
+  alignas(64) float sums_of_lanes[kRows * kStreams];
+  constexpr int kTogether = kRows * kStreams / kWidth * kWidth;  // whose lanes are added up side by side
+  for (int first = 0; first < kTogether; first += kWidth) {
+    Vector lanes[kWidth];
+    for (int j = 0; j < kWidth; ++j) lanes[j] = total[(first + j) / kStreams][(first + j) % kStreams][0];
+    store(sums_of_lanes + first, sums(lanes));
+  }
+  for (int j = kTogether; j < kRows * kStreams; ++j) sums_of_lanes[j] = sum(total[j / kStreams][j % kStreams][0]);
+  for (int i = 0; i < kRows; ++i) {
+    for (int s = 0; s < kStreams; ++s) {
+      float dot = sums_of_lanes[i * kStreams + s];
+      for (int64_t rest = c; rest < in; ++rest) dot += x[i * x_row + rest] * static_cast<float>(weight[s * in + rest]);
+      dots[i * dots_row + s] = dot;
+    }
+  }
+}
+
+// The same for any number of rows of x.
+template <int kRows, int kStreams, typename T>
+void multiply_blocks(
+    const float* x, int64_t x_row, int64_t rows, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
+  for (; rows >= kRows; rows -= kRows, x += kRows * x_row, dots += kRows * dots_row, next = 0) {
+    multiply_rows<kRows, kStreams>(x, x_row, weight, in, next, dots, dots_row);
+  }
+  if constexpr (kRows > 1) {
+    if (rows) multiply_blocks<kRows - 1, kStreams>(x, x_row, rows, weight, in, next, dots, dots_row);
+  }
+}
+
+}  // namespace
+}  // namespace fastgpt::FASTGPT_CPU_LEVEL
