@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/cpu_level.h"
+#include "common/pytorch_threads.h"
 #include "decode_step/addresses.h"
 #include "decode_step/plan.h"
 #include "kv_cache/page_allocator.h"
@@ -165,7 +166,16 @@ several sequences), sequences, tokens (of all sequences; those in a shared page 
       .def(py::pickle(&state_of, &allocator_of), "For pickle and copy.deepcopy.");
 }
 
+struct OneThread {};
+
 void define_plan(py::module_& module) {
+  py::class_<OneThread>(
+      module, "OneThread",
+      "Within it, PyTorch's operations of this thread use one: more would spin for milliseconds beside those that run a plan.")
+      .def(py::init<>())
+      .def("__enter__", [](const OneThread&) { fastgpt::begin_one_thread(); })
+      .def("__exit__", [](const OneThread&, const py::args&) { fastgpt::end_one_thread(); });
+
   using fastgpt::Plan;
   py::class_<Plan>(
       module, "Plan", "Operations on the CPU, recorded to run again on the same tensors: fastgpt/generation/replay.py.")

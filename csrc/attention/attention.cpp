@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> run(AttentionForward args, const Tensor& q, int64_t p
   args.lse = {static_cast<float*>(lse.mutable_data_ptr()), packed ? 0 : H * T, T, 1};
 
   // Four tasks for a thread, if there is so much to do. Results do not depend on it.
-  const int64_t share = args.B * args.H_kv * args.blocks() / (4 * torch::stable::get_num_threads());
+  const int64_t share = args.B * args.H_kv * args.blocks() / (4 * num_threads());
   args.group = std::max<int64_t>(std::min(share, largest_group(args.D, D_v)), 1);
   std::shared_ptr<float> partial;
   if (args.splits() > 1) partial = scratch(args.tasks() * args.split_size());

@@ -74,7 +74,7 @@ void run_heads(const AttentionBackward& args) {
   if (tasks == 0) return;
   const int64_t head_dims = 3 * args.D + 2 * args.D_v;  // of five products
   const int64_t work = kAttentionGrains * args.B * args.H * args.T * args.S * head_dims / tasks + 1;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = num_threads();
   if (tasks < threads && work > grain() && !args.dbias.data) {
     const Scratch memory = scratch(keys_size + threads * size);
     const auto for_each = [](int64_t count, const auto& run) { torch::stable::parallel_for(0, count, 1, run); };

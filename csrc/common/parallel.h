@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "common/pytorch_threads.h"
 #include "common/team.h"
 
 namespace fastgpt {
@@ -32,7 +33,7 @@ void for_parts(int64_t count, int64_t least, const Run& run) {
     };
     return run_on_team(count, least, call, &run);
   }
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = num_threads();
   std::atomic<int64_t> taken{0};
   const auto take = [&] {
     int64_t begin = taken.load(std::memory_order_relaxed), end;

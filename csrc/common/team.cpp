@@ -32,10 +32,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Work = void (*)(const void* run, int64_t begin, int64_t end, int64_t next);
 
-// A member that is waited for longer than this, and than the leader took for its own share, was taken off its CPU.
+// A member that is waited for longer than this, and than the leader took for its own share, was taken off its CPU. It rests for
+// so many times as long as it was waited for, so that waiting takes no more than that part of the time.
 constexpr Clock::duration kLate = std::chrono::microseconds(100);
-// How long it is then left alone, twice as long each time that it is late again.
-constexpr Clock::duration kShortestRest = std::chrono::milliseconds(8), kLongestRest = std::chrono::milliseconds(256);
+constexpr int kRest = 8;
 constexpr int kSpinsPerLook = 64;  // at the clock
 constexpr int64_t kMostLeft = (int64_t(1) << 32) - 1;
 
@@ -108,29 +108,21 @@ class Team {
     threads = std::min(threads, allowed());
     while (static_cast<int64_t>(members_.size()) < threads - 1 && hire()) {
     }
-    const Clock::time_point now = Clock::now();
-    int64_t present = 0;
+    threads_ = std::min<int64_t>(threads, members_.size() + 1);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       ++step_;
       std::fegetenv(&environment_);
-      for (Member* member : members_) {
-        const bool called = present < threads - 1 && now >= member->rests_until;
-        member->called.store(called ? step_ : 0, std::memory_order_relaxed);
-        present += called;
-      }
-      threads_ = 1 + present;
+      for (int64_t i = 0; i < threads_ - 1; ++i) members_[i]->called.store(step_, std::memory_order_relaxed);
     }
-    if (present) wake_.notify_all();
+    if (threads_ > 1) wake_.notify_all();
     led = this;
     return true;
   }
 
   void end() {
     led = nullptr;
-    for (Member* member : members_) {
-      if (member->called.exchange(0, std::memory_order_relaxed)) member->rest = std::max(member->rest / 2, kShortestRest);
-    }
+    for (Member* member : members_) member->called.store(0, std::memory_order_relaxed);
     is_led_.store(false, std::memory_order_release);
   }
 
@@ -160,14 +152,12 @@ class Team {
 
  private:
   struct alignas(64) Member {
-    std::atomic<int64_t> called{0};   // the step that it takes part in, or 0
-    std::atomic<bool> works{false};   // on a part
-    int64_t computes_as_in = 0;       // the step whose floating-point environment it has
-    Clock::time_point rests_until{};  // this and the following are the leader's
-    Clock::duration rest = kShortestRest;
+    std::atomic<int64_t> called{0};          // the step that it takes part in, or 0
+    std::atomic<bool> works{false};          // on a part
+    int64_t computes_as_in = 0;              // the step whose floating-point environment it has
+    std::atomic<Clock::rep> rests_until{0};  // ticks of the clock
 #if defined(__linux__)
     pthread_t thread{};
-    int kept_off = -1;  // the CPU that it may not run on, the leader's
 #endif
   };
   struct Part {
@@ -221,24 +211,19 @@ class Team {
     return total;
   }
 
-  // For parts that members have begun. One that has been taken off its CPU is not asked again for some time.
+  // For parts that members have begun.
   void wait_for(int64_t others, Clock::time_point start) {
     const Clock::time_point waiting = Clock::now();
     const Clock::duration patience = std::max<Clock::duration>(kLate, 2 * (waiting - start));
-    bool late = false;
     for (int spins = 1; done_.load(std::memory_order_acquire) != others; ++spins) {
       pause();
       if (spins % kSpinsPerLook) continue;
       const Clock::time_point now = Clock::now();
       if (now - waiting < patience) continue;
+      const Clock::rep until = (now + kRest * (now - waiting)).time_since_epoch().count();
       for (Member* member : members_) {
-        if (!late && member->works.load(std::memory_order_relaxed)) {
-          member->rests_until = now + member->rest;
-          member->rest = std::min(2 * member->rest, kLongestRest);
-          member->called.store(0, std::memory_order_relaxed);
-        }
+        if (member->works.load(std::memory_order_relaxed)) member->rests_until.store(until, std::memory_order_relaxed);
       }
-      late = true;
       std::this_thread::yield();  // it may be this CPU that it waits for
     }
   }
@@ -296,7 +281,13 @@ class Team {
         step = step_;
       }
       while (self.called.load(std::memory_order_relaxed) == step) {
-        if (!take_parts(&self)) pause();
+        if (!take_parts(&self)) {
+          pause();
+        } else if (
+            const Clock::time_point until{Clock::duration(self.rests_until.load(std::memory_order_relaxed))};
+            until > Clock::now()) {
+          std::this_thread::sleep_until(until);
+        }
       }
     }
   }

@@ -2,8 +2,7 @@
 
 #include <stdexcept>
 
-#include <torch/csrc/stable/ops.h>
-
+#include "common/pytorch_threads.h"
 #include "common/team.h"
 
 namespace fastgpt {
@@ -22,7 +21,7 @@ void Plan::record() {
 }
 
 void Plan::run() const {
-  const TeamStep step(torch::stable::get_num_threads());
+  const TeamStep step(num_threads());
   for (const auto& operation : operations_) operation();
 }
 

@@ -18,7 +18,10 @@ from fastgpt.ops.implementations import (
     runs_elsewhere,
     triton_inference_unsupported_reason,
 )
+from fastgpt.ops.library import OneThread
 from fastgpt.ops.linear import MAX_ROWS_CPU
+
+ONE_THREAD = OneThread()
 
 
 class DecodeStep(Protocol):
@@ -69,9 +72,15 @@ def decoding(
         cache.reserve(1)
         return graph(token, model.position_tables(token, cache))
 
-    def recorded(token):
+    def around_plan(token):
         x = model.embed(column(token), cache)
         return chosen(model.softcap_logits(plan(x, model.position_tables(x, cache))))
+
+    def recorded(token):
+        if not plan.is_recorded:
+            return around_plan(token)
+        with ONE_THREAD:  # what PyTorch does around the plan is little, and its threads would spin beside the plan's
+            return around_plan(token)
 
     if replay.has_graphs(cache.lengths.device):
         graph = _recording(model, recording, whole, replay.CudaGraphReplay, functools.partial(graph_refused, model, cache))

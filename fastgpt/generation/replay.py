@@ -207,12 +207,16 @@ class Recording:
     def holds(self) -> bool:
         """Whether what was recorded may run again: modules and weights are what they were."""
         return (
-            self.step is not None
-            and getattr(self.step, "refused", None) is None
+            self.is_recorded
             and self.unchanged.holds()
             and (self.model is None or type(self.model) is self.kind)
             and have_own_forwards(self.kinds)
         )
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the next call replays, if what was recorded still holds."""
+        return self.step is not None and getattr(self.step, "refused", None) is None
 
     def let_go(self) -> None:
         """Lets go of the model, which what was recorded does not need, until `resume`."""

@@ -17,7 +17,7 @@ except ImportError as error:
         "in a checkout, or reinstall the package."
     ) from error
 
-build_info, Plan, Unchanged = _C.build_info, _C.Plan, _C.Unchanged
+build_info, OneThread, Plan, Unchanged = _C.build_info, _C.OneThread, _C.Plan, _C.Unchanged
 build_info()  # raises ValueError for a FASTGPT_CPU_LEVEL that this CPU does not have
 
 AFTER_AUTOGRAD = torch._C._after_autograd_keyset

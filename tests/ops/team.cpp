@@ -139,26 +139,27 @@ void environment() {
   std::fesetround(FE_TONEAREST);
 }
 
-// A member that was stopped within a part is waited for once, and not asked again at once.
+// Members that stop within a part cost little: they are waited for, and then left alone for several times as long.
 void late_members() {
   const auto leader = std::this_thread::get_id();
-  int64_t shared = 0, waited = 0;
-  for (int step = 0; step < 200; ++step) {
+  using Clock = std::chrono::steady_clock;
+  Clock::duration of_leader{};
+  std::atomic<int64_t> late{0};
+  const Clock::time_point start = Clock::now();
+  for (int step = 0; step < 100; ++step) {
     const TeamStep team(2);
-    std::atomic<bool> late{false};
-    const auto start = std::chrono::steady_clock::now();
     for (int operation = 0; operation < 20; ++operation) {
       share_out(8, 1, [&](int64_t, int64_t, int64_t) {
         const bool member = std::this_thread::get_id() != leader;
-        if (member) late = true;
+        const Clock::time_point begin = Clock::now();
         std::this_thread::sleep_for(member ? std::chrono::milliseconds(4) : std::chrono::microseconds(5));
+        member ? static_cast<void>(++late) : static_cast<void>(of_leader += Clock::now() - begin);
       });
     }
-    shared += late;
-    waited += std::chrono::steady_clock::now() - start > std::chrono::milliseconds(60);
   }
-  EXPECT(shared <= 20);  // of 200 steps of some 10 ms: rests grow from 8 ms to 256
-  EXPECT(waited <= 3);   // and none of these steps waits for it in each of 20 operations
+  const double ratio = std::chrono::duration<double>(Clock::now() - start) / std::chrono::duration<double>(of_leader);
+  if (ratio > 1.6) std::fprintf(stderr, "%f times as long as the leader's own work, %ld parts late\n", ratio, long(late));
+  EXPECT(ratio <= 1.6);
 }
 
 void parts_within_parts() {
