@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA GPU")
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # not a keyword: so may a folder be named
                 item.add_marker(skip)
     if (most := config.getoption("cases")) is not None:
         kept = spread(items, most)
