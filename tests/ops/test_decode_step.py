@@ -70,7 +70,7 @@ def test_advance(function):
     assert lengths.tolist() == [4, 1] and positions.tolist() == [[3], [0]]
 
 
-def noting(B, device, eos):
+def random_recording(B, device, eos):
     """Arguments of record_token: the third of five steps."""
     generator = torch.Generator().manual_seed(0)
     ended = torch.randint(2, (B,), generator=generator).bool() if eos else None
@@ -85,8 +85,8 @@ def noting(B, device, eos):
 @runs_kernel
 @pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("B", [1, 7, 600])
-def test_the_kernel_notes(B, eos):
-    actual, expected = noting(B, DEVICE, eos), noting(B, "cpu", eos)
+def test_the_kernel_records_tokens_as_the_reference(B, eos):
+    actual, expected = random_recording(B, DEVICE, eos), random_recording(B, "cpu", eos)
     for arguments, function in ((actual, kernel.record_token), (expected, record_token_reference)):
         function(*arguments)
         function(*arguments)
@@ -94,8 +94,8 @@ def test_the_kernel_notes(B, eos):
 
 
 @pytest.mark.parametrize("function", [record_token, record_token_reference])
-def test_note(function):
-    token, largest, tokens, extreme, step, ended, eos = noting(30, "cpu", True)
+def test_record_token(function):
+    token, largest, tokens, extreme, step, ended, eos = random_recording(30, "cpu", True)
     before = ended.clone()
     function(token, largest, tokens, extreme, step, ended, eos)
     assert tokens[2].tolist() == torch.where(before, -1, token).tolist() and (tokens[[0, 1, 3, 4]] == -7).all()
@@ -109,9 +109,9 @@ def test_note(function):
 @pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("extreme_dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_note_finds_the_scores_of_tokens(dtype, extreme_dtype, eos):
+def test_record_token_finds_the_scores_of_tokens(dtype, extreme_dtype, eos):
     """As the reference does, whatever the layout of what is read."""
-    both = [noting(9, "cpu", eos) for _ in range(2)]
+    both = [random_recording(9, "cpu", eos) for _ in range(2)]
     for arguments in both:
         arguments[3] = arguments[3].to(extreme_dtype)
     scores = (torch.randn(5, 18) * 100).to(dtype).t()[::2]
@@ -139,8 +139,8 @@ def test_note_finds_the_scores_of_tokens(dtype, extreme_dtype, eos):
         (6, torch.zeros(2), "eos: unexpected dtype"),
     ],
 )  # fmt: skip
-def test_note_writes_nothing_where_arguments_are_wrong(position, value, message):
-    arguments = noting(3, "cpu", True)
+def test_record_token_writes_nothing_where_arguments_are_wrong(position, value, message):
+    arguments = random_recording(3, "cpu", True)
     arguments[1] = torch.zeros(3, 5)
     arguments[position] = value
     before = [x if x is None else x.clone() for x in arguments]
@@ -189,7 +189,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fastgpt.embed.default, (ids, weight, ids[0] % 9, table, 2.0))
     lengths = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(torch.ops.fastgpt.advance_.default, (lengths, lengths.clone().unsqueeze(1)))
-    torch.library.opcheck(torch.ops.fastgpt.record_token_.default, tuple(noting(3, DEVICE, True)))
+    torch.library.opcheck(torch.ops.fastgpt.record_token_.default, tuple(random_recording(3, DEVICE, True)))
 
 
 @pytest.mark.slow
