@@ -166,21 +166,21 @@ def demanding(configurations) -> list:
 
 
 def _is_demanding(name: str, constants: dict, features: frozenset) -> bool:
-    if name in ("_delta", "_embed", "_advance", "_record_token"):
+    if name in ("delta_kernel", "embed_kernel", "advance_kernel", "record_token_kernel"):
         return True
-    if name == "_update_cache":
+    if name == "update_cache_kernel":
         return {"block_table_ptr", "cos_ptr", "k_scale_ptr"} < features
-    if name == "_norm":
+    if name == "norm_kernel":
         return "residual_ptr" in features
-    if name in ("_one_row", "_several_rows"):  # of some models, and tiles of the fewest rows and of the most
+    if name in ("one_row_kernel", "several_rows_kernel"):  # of some models, and tiles of the fewest rows and of the most
         return bool(constants["ACTIVATION"]) and constants["K"] != 2048 and constants.get("BLOCK_M") in (None, 16, 64)
     if "new_k_ptr" in features and constants["BLOCK_M"] > 16:  # for more heads than most models have
         return False
     if constants["V_DIM"] == constants["BLOCK_V"]:
         if "new_k_ptr" in features:
             return {"cos_ptr", "k_scale_ptr"} < features and "block_table_ptr" not in features
-        return not features and constants["IS_CAUSAL"] and name != "_attend_split"
-    if name == "_attend_split":
+        return not features and constants["IS_CAUSAL"] and name != "attend_split_kernel"
+    if name == "attend_split_kernel":
         return "sinks_ptr" in features
     if not constants["IS_CAUSAL"] or constants.get("ONE_ROW") or constants.get("ONE_COLUMN"):
         return False

@@ -73,14 +73,14 @@ def _forward(capability: int) -> Iterator[tuple]:
         ):
             cache_dtype = torch.int8 if "k_scale_ptr" in given else dtype
             units = units_of(given, dtype)
-            constants = attention_forward._constants(head_dim, v_dim, dtype.itemsize, 80, causal, **flags) | units
-            yield attention_forward._attention_forward, dtype, cache_dtype, constants, given
+            constants = attention_forward.kernel_constants(head_dim, v_dim, dtype.itemsize, 80, causal, **flags) | units
+            yield attention_forward.attention_forward_kernel, dtype, cache_dtype, constants, given
             bulk = arch >= 90 and dtype.itemsize == 2 and head_dim <= attention_forward.WIDEST_BULK
             if bulk and "block_table_ptr" not in given:
-                constants = attention_forward._constants(head_dim, v_dim, dtype.itemsize, arch, causal, **flags) | units
+                constants = attention_forward.kernel_constants(head_dim, v_dim, dtype.itemsize, arch, causal, **flags) | units
                 rest = ("q_rest_desc", "k_rest_desc") if constants["BLOCK_R"] else ()
                 descriptors = "q_desc", "k_desc", "v_desc", *rest
-                yield attention_forward._attention_forward, dtype, cache_dtype, constants, (*given, *descriptors)
+                yield attention_forward.attention_forward_kernel, dtype, cache_dtype, constants, (*given, *descriptors)
 
 
 def _backward(capability: int) -> Iterator[tuple]:
@@ -102,7 +102,7 @@ def _backward(capability: int) -> Iterator[tuple]:
         dims = [x for x in head_dims(tiles.ATTENTION["keys"], dtype.itemsize) if max(x) <= attention_backward.WIDEST]
         for (head_dim, v_dim), causal, (given, flags) in itertools.product(dims, (True, False), features):
             if causal and given in ((), ("dlse_ptr",)):
-                yield attention_backward._delta, dtype, dtype, attention_backward._delta_constants(v_dim), given
+                yield attention_backward.delta_kernel, dtype, dtype, attention_backward.delta_constants(v_dim), given
             if given == ("dlse_ptr",):
                 continue
             with_extras = "with_extras " if "seed_ptr" in given else ""
@@ -110,12 +110,12 @@ def _backward(capability: int) -> Iterator[tuple]:
             for bulk in (False, True) if arch >= 90 and dtype.itemsize == 2 else (False,):
                 kind = with_extras or ("packed " if "cu_q_ptr" in given else "")
                 of_arch, units = arch if bulk else 80, units_of(given, dtype)
-                of_keys = attention_backward._constants(kind + "keys", of_arch, *sizes, **flags) | units
+                of_keys = attention_backward.kernel_constants(kind + "keys", of_arch, *sizes, **flags) | units
                 descriptors = ("q_desc", "dout_desc") if bulk else ()
                 yield attention_backward.backward_keys, dtype, dtype, of_keys, (*given, *descriptors)
                 if bulk and (with_extras or max(head_dim, v_dim) > attention_backward.BULK_HEAD_DIM):
                     continue
-                of_queries = attention_backward._constants(with_extras + "queries", of_arch, *sizes, **flags) | units
+                of_queries = attention_backward.kernel_constants(with_extras + "queries", of_arch, *sizes, **flags) | units
                 descriptors = ("q_desc", "k_desc", "v_desc", "dout_desc") if bulk else ()
                 yield attention_backward.backward_queries, dtype, dtype, of_queries, (*given, *descriptors)
                 if "bias_ptr" in given:
@@ -152,13 +152,13 @@ def _decode(capability: int) -> Iterator[tuple]:
                 (torch.int8, (*PARTS, *JOINING, *POSITIONS, *FEATURES)),
                 (torch.float8_e4m3fn, (*PARTS, *JOINING, *POSITIONS, *FEATURES, "sinks_ptr")),
             ):
-                tile, constants = attention_decode._constants(
+                tile, constants = attention_decode.kernel_constants(
                     head_dim, v_dim, dtype.itemsize, cache_dtype != dtype, few, "new_k_ptr" in given, "mask_ptr" in given
                 )  # fmt: skip
                 scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
                 constants = constants | {"SPLIT": tile.SPLIT, "IS_CAUSAL": True, "INTERLEAVED": False} | units_of(given, dtype)
                 constants |= dependent_launch(has_pdl(capability))
-                yield attention_decode._attend_split, dtype, cache_dtype, constants, (*given, *scales)
+                yield attention_decode.attend_split_kernel, dtype, cache_dtype, constants, (*given, *scales)
 
 
 NORM, RMS_NORM = ("norm_weight_ptr", "norm_bias_ptr"), ("norm_weight_ptr",)
@@ -185,8 +185,9 @@ def _linear(capability: int) -> Iterator[tuple]:
     for dtype, product, rows in itertools.product(dtypes, PRODUCTS, (1, 8, 24, 32)):
         weight_rows, K, activation, gated, given = product
         tile = tiles.linear_tile(rows, weight_rows, K, dtype.itemsize, "norm_weight_ptr" in given)
-        constants = linear._constants(tile, K, given[:2] != NORM, activation, gated, 16 // dtype.itemsize, has_pdl(capability))
-        yield linear._one_row if rows == 1 else linear._several_rows, dtype, dtype, constants, given
+        rms, unit = given[:2] != NORM, 16 // dtype.itemsize
+        constants = linear.kernel_constants(tile, K, rms, activation, gated, unit, has_pdl(capability))
+        yield linear.one_row_kernel if rows == 1 else linear.several_rows_kernel, dtype, dtype, constants, given
 
 
 def _norm(capability: int) -> Iterator[tuple]:
@@ -195,7 +196,8 @@ def _norm(capability: int) -> Iterator[tuple]:
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     for C, dtype, (rms, given) in itertools.product((64, 128, 768, 4096), dtypes, features):
         for many in (False, True):
-            yield norm._norm, dtype, dtype, norm._constants(C, rms, many, has_pdl(capability)), ("norm_weight_ptr", *given)
+            constants = norm.kernel_constants(C, rms, many, has_pdl(capability))
+            yield norm.norm_kernel, dtype, dtype, constants, ("norm_weight_ptr", *given)
 
 
 STORED, ROTATED = ("new_k_ptr", "new_v_ptr", "slots_ptr"), ("new_q_ptr", "rotated_q_ptr", "positions_ptr", "cos_ptr", "sin_ptr")
@@ -215,25 +217,25 @@ def _update(capability: int) -> Iterator[tuple]:
         for cache_dtype in (dtype, torch.int8, torch.float8_e4m3fn):
             aligned = (max(least, size) for size in (dtype.itemsize, cache_dtype.itemsize, 4))
             rotation = (pairs, interleaved) if rotates else (0, False)
-            constants = kv_cache_update._constants(
+            constants = kv_cache_update.kernel_constants(
                 head_dim, v_dim, *rotation, several, dtype.itemsize, *aligned, has_pdl(capability)
             )
             given = (*STORED, *("block_table_ptr",) * paged, *ROTATED * rotates)
             scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
-            yield kv_cache_update._update_cache, dtype, cache_dtype, constants, (*given, *scales)
+            yield kv_cache_update.update_cache_kernel, dtype, cache_dtype, constants, (*given, *scales)
 
 
 def _step(capability: int) -> Iterator[tuple]:
     """Embeddings of some models, and all that is done with tokens."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     for dtype, C, given in itertools.product(dtypes, (768, 4096), ((), ("positions_ptr", "position_weight_ptr"))):
-        yield decode_step._embed, dtype, dtype, decode_step._constants(C, has_pdl(capability)), given
+        yield decode_step.embed_kernel, dtype, dtype, decode_step.embed_constants(C, has_pdl(capability)), given
     dtype = torch.float32  # of what is not named
-    constants = decode_step._constants_of_one_warp(tiles.ADVANCED, has_pdl(capability))
-    yield decode_step._advance, dtype, dtype, constants, ("positions_ptr",)
+    constants = decode_step.one_warp_constants(tiles.ADVANCED, has_pdl(capability))
+    yield decode_step.advance_kernel, dtype, dtype, constants, ("positions_ptr",)
     for block, given in itertools.product((32, 256), ((), ("ended_ptr", "eos_ptr"))):
-        constants = decode_step._constants_of_one_warp(block, has_pdl(capability))
-        yield decode_step._record_token, dtype, dtype, constants, given
+        constants = decode_step.one_warp_constants(block, has_pdl(capability))
+        yield decode_step.record_token_kernel, dtype, dtype, constants, given
 
 
 SHIPPED = {  # of the modules of fastgpt.kernels

@@ -49,7 +49,7 @@ ORDER = ["linear", DECODE, "forward", "linear of several rows", *(table for tabl
 OF_A_TILE = {"tile", "ships", "fits", "seconds", "problem"}  # of a row of results
 EXTRAS = {"alibi_ptr", "mask_ptr", "bias_ptr", "block_table_ptr", "k_scale_ptr", "seed_ptr"}
 PASSES = {
-    "_attention_forward": "forward", "backward_keys": "keys", "backward_queries": "queries", "backward_bias": "queries",
+    "attention_forward_kernel": "forward", "backward_keys": "keys", "backward_queries": "queries", "backward_bias": "queries",
 }  # fmt: skip
 
 
@@ -82,12 +82,12 @@ def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
         if "V_DIM" not in constants or tile_key(constants["HEAD_DIM"], constants["V_DIM"], dtype.itemsize) != key:
             continue
         if table == DECODE:
-            fits_table = function.__name__ == "_attend_split" and constants["BLOCK_M"] == tiles.DECODE[key][1].BLOCK_M
+            fits_table = function.__name__ == "attend_split_kernel" and constants["BLOCK_M"] == tiles.DECODE[key][1].BLOCK_M
         else:
             fits_table = ("with_extras " if EXTRAS & set(given) else "") + PASSES.get(function.__name__, "") == table
         if function.__name__ == "backward_keys" and "cu_q_ptr" in given and not EXTRAS & set(given):
             fits_table = table == "packed keys"
-        if function.__name__ == "_attention_forward" and not EXTRAS & set(given):
+        if function.__name__ == "attention_forward_kernel" and not EXTRAS & set(given):
             flags = constants["IS_CAUSAL"], constants["HAS_WINDOW"], False, bool({"kv_lengths_ptr", "cu_q_ptr"} & set(given))
             fits_table = forward_table(*flags) == table
         if fits_table:
@@ -115,7 +115,7 @@ def decode_seconds(key: tuple[int, int], tile: DecodeTile) -> float:
     a cache holds."""
     head_dim, size = key
     entry, tiles.DECODE[key] = tiles.DECODE[key], (tiles.DECODE[key][0], tile)
-    decode._constants.cache_clear()
+    decode.kernel_constants.cache_clear()
     dtype = torch.bfloat16 if size == 2 else torch.float32
     q = torch.randn(8, 32, 1, head_dim, device="cuda", dtype=dtype)
     k, v = torch.randn(2, 8, 8, 8192, head_dim, device="cuda", dtype=dtype)
@@ -129,7 +129,7 @@ def decode_seconds(key: tuple[int, int], tile: DecodeTile) -> float:
         return triton.testing.do_bench_cudagraph(run, return_mode="median") / 1e3
     finally:
         tiles.DECODE[key] = entry
-        decode._constants.cache_clear()
+        decode.kernel_constants.cache_clear()
 
 
 def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
@@ -140,8 +140,8 @@ def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
     entry = TABLES[table][key]
     i = ARCHITECTURES.index(arch)
     TABLES[table][key] = (*entry[:i], tile, *entry[i + 1 :])
-    forward._constants.cache_clear()
-    backward._constants.cache_clear()
+    forward.kernel_constants.cache_clear()
+    backward.kernel_constants.cache_clear()
     tokens, dtype = (8192, torch.bfloat16) if size == 2 else (2048, torch.float32)
     q, k, v, dout = (torch.randn(2, 16, tokens, head_dim, device="cuda", dtype=dtype) for _ in range(4))
     options = {"scale": head_dim**-0.5}
@@ -162,8 +162,8 @@ def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
         return triton.testing.do_bench(run, return_mode="median") / 1e3
     finally:
         TABLES[table][key] = entry
-        forward._constants.cache_clear()
-        backward._constants.cache_clear()
+        forward.kernel_constants.cache_clear()
+        backward.kernel_constants.cache_clear()
 
 
 def linear_candidates(rows: int, K: int, size: int, ships: LinearTile):
@@ -268,8 +268,8 @@ def fit_of(table: str, key: tuple[int, int], tile, arch: int) -> tuple[bool, str
 def fit_of_linear(place: int, rows: int, size: int, tile: LinearTile, arch: int) -> tuple[bool, str]:
     _, K, activation, gated, given = PRODUCTS[place]
     dtype = torch.bfloat16 if size == 2 else torch.float32
-    constants = linear._constants(tile, K, "norm_bias_ptr" not in given, activation, gated, 16 // size, arch >= 90)
-    kernel = linear._one_row if rows == 1 else linear._several_rows
+    constants = linear.kernel_constants(tile, K, "norm_bias_ptr" not in given, activation, gated, 16 // size, arch >= 90)
+    kernel = linear.one_row_kernel if rows == 1 else linear.several_rows_kernel
     return fit(tile, [(kernel, dtype, dtype, constants, given)], arch, replaced={})
 
 

@@ -155,18 +155,48 @@ def test_imports_point_downwards():
             assert LEVEL[name] > LEVEL[importer], f"{importer} imports {name}"
 
 
-def test_what_is_private_stays_in_its_file():
+def private_names_read(path: Path):
+    """Yields each _name of another file of the package or the benchmarks that a file imports, or reads off a module."""
+    tree, modules = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name for alias in node.names if is_module(alias.name)}
+        elif isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in ("fastgpt", "benchmarks"):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                if is_module(name):
+                    modules.add(alias.asname or alias.name)
+                elif alias.name.startswith("_"):
+                    yield name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and ast.unparse(node.value) in modules - {"_C"}:
+            name = ast.unparse(node)
+            if not (node.attr.startswith("__") or name == "fastgpt._C"):
+                yield name
+
+
+def is_module(name: str) -> bool:
+    """Whether that is a file or folder of the package or the benchmarks, or the compiled library."""
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return name.split(".")[0] in ("fastgpt", "benchmarks") and (
+        path.is_dir() or path.with_suffix(".py").exists() or name == "fastgpt._C"
+    )
+
+
+@pytest.mark.parametrize("folder", ("fastgpt", "benchmarks"))
+def test_what_is_private_stays_in_its_file(folder):
     """No file imports another's _name, or reads one off a module."""
-    for path in PACKAGE.rglob("*.py"):
-        modules = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "fastgpt":
-                private = [alias.name for alias in node.names if alias.name.startswith("_") and alias.name != "_C"]
-                assert not private, f"{path} imports {private} of {node.module}"
-                modules |= {alias.asname or alias.name for alias in node.names if f"{node.module}.{alias.name}"[8:] in LEVEL}
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules - {"_C"}:
-                assert not node.attr.startswith("_"), f"{path} reads {node.value.id}.{node.attr}"
+    read = {str(path): names for path in (PACKAGE.parent / folder).rglob("*.py") if (names := list(private_names_read(path)))}
+    assert not read
+
+
+def test_private_names_of_other_files_are_found(tmp_path):
+    path = tmp_path / "file.py"
+    path.write_text(
+        "import fastgpt.ops.norm, fastgpt.kernels.tiles as t\nfrom fastgpt import _C\nfrom fastgpt.kernels import norm\n"
+        "from benchmarks.report import _one\nprint(_one, norm._two, fastgpt.ops.norm._three, t._four, _C._five, t.__doc__)\n"
+    )
+    assert list(private_names_read(path)) == ["benchmarks.report._one", "norm._two", "fastgpt.ops.norm._three", "t._four"]
 
 
 def test_integrations_see_operations_and_caches_only():

@@ -44,7 +44,7 @@ DELTA_ARGUMENTS = [
 
 
 @kernel(do_not_specialize=DELTA_ARGUMENTS)
-def _delta(
+def delta_kernel(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, n_heads, n_queries,
     V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -108,13 +108,13 @@ def attention_backward(
     with_extras = "with_extras " if extras.with_extras else ""
     flags = (D, D_v, q.element_size(), causal, window is not None, softcap is not None)
     bulk = have_bulk_copies(q, k, v, dout)
-    of_keys = _constants(
+    of_keys = kernel_constants(
         (with_extras or ("packed " if packed else "")) + "keys", architecture(q.device) if bulk else 80, *flags
     )
     tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "dout_desc": (dout, "BLOCK_M", "BLOCK_V")}
     bulk_of_keys = descriptors(of_keys, tiles) if bulk else {}
     bulk = bulk and not with_extras and max(D, D_v) <= BULK_HEAD_DIM
-    of_queries = _constants(with_extras + "queries", architecture(q.device) if bulk else 80, *flags)
+    of_queries = kernel_constants(with_extras + "queries", architecture(q.device) if bulk else 80, *flags)
     tiles |= {"k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
     bulk_of_queries = descriptors(of_queries, tiles) if bulk else {}
     n_queries, n_keys = (T, S) if not packed else (min(max_seqlen_q, T), min(max_seqlen_k, S))
@@ -130,9 +130,9 @@ def attention_backward(
     common |= extras.units
     common |= {"n_heads": H, "group": H // H_kv, "n_queries": n_queries, "n_keys": n_keys, "scale": float(scale)}
     with torch.cuda.device_of(q):
-        _delta[grid("q", cdiv(T, DELTA_ROWS), B, H)](
+        delta_kernel[grid("q", cdiv(T, DELTA_ROWS), B, H)](
             out, dout, dlse, delta, **strides(out, "o", "bhm"), **strides(dout, "g", "bhm"), **strides(lse, "l", "bh"),
-            n_heads=H, n_queries=T, **_delta_constants(D_v),
+            n_heads=H, n_queries=T, **delta_constants(D_v),
         )  # fmt: skip
         backward_queries[grid("q", m_tiles, batch, H)](
             q, k, v, dout, lse, dlse, shift, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common,
@@ -163,15 +163,16 @@ def attention_backward(
 
 
 @functools.cache
-def _delta_constants(v_dim: int) -> dict:
+def delta_constants(v_dim: int) -> dict:
+    """The compile-time arguments and options of `delta_kernel`."""
     return dict(V_DIM=v_dim, BLOCK_V=padded_dim(v_dim), BLOCK_M=DELTA_ROWS, enable_fp_fusion=True)
 
 
 @functools.cache
-def _constants(
+def kernel_constants(
     tiles: str, arch: int, head_dim: int, v_dim: int, element_size: int, causal: bool, has_window=False, has_softcap=False
 ) -> dict:
-    """The compile-time arguments and options of a pass."""
+    """The compile-time arguments and options of the pass that takes its tiles from a table of `tiles.ATTENTION`."""
     tile = attention_tile(tiles, head_dim, v_dim, element_size, arch)
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=padded_dim(head_dim), V_DIM=v_dim, BLOCK_V=padded_dim(v_dim),

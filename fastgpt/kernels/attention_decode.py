@@ -171,7 +171,7 @@ def _attend_keys(
         "n_heads", "group", "rows_of_head", "n_queries", "n_keys", "n_splits", "page", "n_pages", "n_angles", "pairs", "window",
     ]
 )  # fmt: skip
-def _attend_split(
+def attend_split_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, acc_ptr, softmax_ptr, counters_ptr,
     kv_lengths_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr,
     new_k_ptr, new_v_ptr, slots_ptr, positions_ptr, cos_ptr, sin_ptr,
@@ -308,7 +308,7 @@ def _attend_split(
         )  # fmt: skip
 
 
-INTERPRETED = not isinstance(_attend_split, triton.JITFunction)  # TRITON_INTERPRET was set
+INTERPRETED = not isinstance(attend_split_kernel, triton.JITFunction)  # TRITON_INTERPRET was set
 
 
 class NewToken(NamedTuple):
@@ -391,7 +391,7 @@ def attention_decode(
 
     has_mask_or_bias = mask is not None or bias is not None
     few = H // H_kv * T <= FEW_ROWS
-    tile, constants = _constants(D, D_v, q.element_size(), k_scale is not None, few, new is not None, has_mask_or_bias)
+    tile, constants = kernel_constants(D, D_v, q.element_size(), k_scale is not None, few, new is not None, has_mask_or_bias)
     n_tiles = cdiv(H // H_kv * T, tile.BLOCK_M)
     n_visible = S if window is None else min(S, T + window - 1)  # keys that all queries see together at most
     split = keys_per_split(tile, B * H_kv * n_tiles, n_visible, multiprocessors(q.device))
@@ -414,7 +414,7 @@ def attention_decode(
     n_angles, pairs = (0, 0) if x.cos is None else x.cos.shape
 
     with torch.cuda.device_of(q):
-        _attend_split[grid("q", n_tiles, n_splits, B, H_kv)](
+        attend_split_kernel[grid("q", n_tiles, n_splits, B, H_kv)](
             q, k, v, out, lse, acc, softmax, counters,
             kv_lengths, block_table, k_scale, v_scale, alibi_slopes, sinks, mask, bias,
             x.k, x.v, x.slots, x.positions, x.cos, x.sin,
@@ -434,10 +434,10 @@ def attention_decode(
 
 
 @functools.cache
-def _constants(
+def kernel_constants(
     head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, few: bool, has_new_token: bool, has_mask_or_bias: bool
 ) -> tuple[DecodeTile, dict]:
-    """The tile, and the compile-time arguments and options of `_attend_split` that follow from shapes and dtypes, but SPLIT."""
+    """The tile, and the compile-time arguments and options of `attend_split_kernel` but SPLIT."""
     block_d, block_r = head_blocks(head_dim)
     block_v = padded_dim(v_dim)
     tile = decode_tile(head_dim, v_dim, element_size, is_8_bits, few, has_new_token, has_mask_or_bias)

@@ -145,7 +145,7 @@ def _attend(
 
 
 @kernel(do_not_specialize=[*NUMBERS, *POINTERS])
-def _attention_forward(
+def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr,
     block_table_ptr, k_scale_ptr, v_scale_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -259,7 +259,7 @@ def _attention_forward(
     store_rows(out_ptr, stride_om, rows, n_rows, out, V_DIM, BLOCK_V)
 
 
-INTERPRETED = not isinstance(_attention_forward, triton.JITFunction)  # TRITON_INTERPRET was set
+INTERPRETED = not isinstance(attention_forward_kernel, triton.JITFunction)  # TRITON_INTERPRET was set
 
 
 def attention_forward(
@@ -302,14 +302,14 @@ def attention_forward(
     bulk = max(D, D_v) <= WIDEST_BULK and block_table is None and k.dtype is q.dtype and have_bulk_copies(q, k, v)
     arch = architecture(q.device) if bulk else 80
     flags = causal, window is not None, softcap is not None, extras.with_extras, extras.ragged
-    constants = _constants(D, D_v, q.element_size(), arch, *flags)
+    constants = kernel_constants(D, D_v, q.element_size(), arch, *flags)
     tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
     if constants["BLOCK_R"]:
         tiles |= {"q_rest_desc": (q, "BLOCK_M", "BLOCK_R"), "k_rest_desc": (k, "BLOCK_N", "BLOCK_R")}
     packed = cu_seqlens_q is not None
     batch = len(cu_seqlens_q) - 1 if packed else B
     with torch.cuda.device_of(q):
-        _attention_forward[grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H)](
+        attention_forward_kernel[grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H)](
             # Most by their places: names take Python as long as all the rest.
             q, bytes_of(k), bytes_of(v), out, lse, *extras.tensors.values(),
             *leading_strides(q, packed), *leading_strides(k, packed), *leading_strides(v, packed),
@@ -321,11 +321,11 @@ def attention_forward(
 
 
 @functools.cache
-def _constants(
+def kernel_constants(
     head_dim: int, v_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False,
     with_extras=False, ragged=False,
 ) -> dict:  # fmt: skip
-    """The kernel's compile-time arguments and options."""
+    """The compile-time arguments and options of `attention_forward_kernel` that follow from shapes, dtypes and features."""
     block_d, block_r = head_blocks(head_dim)
     tile = attention_tile(forward_table(causal, has_window, with_extras, ragged), head_dim, v_dim, element_size, arch)
     return dict(

@@ -13,7 +13,7 @@ from fastgpt.kernels.tiles import ADVANCED, embedding_tile
 
 
 @kernel(do_not_specialize=["ids_ptr", "positions_ptr", "vocabulary", "n_positions", "period"])
-def _embed(
+def embed_kernel(
     ids_ptr, weight_ptr, positions_ptr, position_weight_ptr, out_ptr, vocabulary, n_positions, period, scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -55,22 +55,22 @@ def embed(
     else:
         positions = None
     scale = None if scale is None else float(scale)
-    constants = _constants(C, has_dependent_launch(weight.device))
+    constants = embed_constants(C, has_dependent_launch(weight.device))
     with torch.cuda.device_of(weight):
-        _embed[(*grid("ids", ids.numel()), cdiv(C, constants["BLOCK_C"]))](
+        embed_kernel[(*grid("ids", ids.numel()), cdiv(C, constants["BLOCK_C"]))](
             ids, weight, positions, position_weight, out, len(weight), n_positions, period, scale, **constants
         )
     return out
 
 
 @functools.cache
-def _constants(C: int, pdl: bool) -> dict:
-    """Compile-time arguments and options. Sums are rounded as PyTorch's."""
+def embed_constants(C: int, pdl: bool) -> dict:
+    """The compile-time arguments and options of `embed_kernel` for rows of C numbers; sums are rounded as PyTorch's."""
     return dict(C=C, **embedding_tile(C), enable_fp_fusion=False, **dependent_launch(pdl))
 
 
 @kernel(do_not_specialize=["lengths_ptr", "positions_ptr", "n_sequences"])
-def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def advance_kernel(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr, PDL: tl.constexpr):
     let_next_start(PDL)
     wait_for_previous(PDL)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -82,9 +82,9 @@ def _advance(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr, PDL: 
 
 def advance(lengths: Tensor, positions: Tensor) -> None:
     """Launches the kernel: see `fastgpt.ops.decode_step.advance`. Both are contiguous."""
-    constants = _constants_of_one_warp(ADVANCED, has_dependent_launch(lengths.device))
+    constants = one_warp_constants(ADVANCED, has_dependent_launch(lengths.device))
     with torch.cuda.device_of(lengths):
-        _advance[(cdiv(len(lengths), ADVANCED),)](lengths, positions, len(lengths), **constants)
+        advance_kernel[(cdiv(len(lengths), ADVANCED),)](lengths, positions, len(lengths), **constants)
 
 
 @kernel(
@@ -92,7 +92,7 @@ def advance(lengths: Tensor, positions: Tensor) -> None:
         "token_ptr", "largest_ptr", "tokens_ptr", "extreme_ptr", "step_ptr", "ended_ptr", "eos_ptr", "n_rows", "n_eos",
     ]
 )  # fmt: skip
-def _record_token(
+def record_token_kernel(
     token_ptr, largest_ptr, tokens_ptr, extreme_ptr, step_ptr, ended_ptr, eos_ptr, n_rows, n_eos, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -126,14 +126,14 @@ def record_token(
     if ended is not None:
         ended = ended.view(torch.uint8)
     n_rows = len(token)
-    constants = _constants_of_one_warp(32 if n_rows <= 32 else 256, has_dependent_launch(token.device))
+    constants = one_warp_constants(32 if n_rows <= 32 else 256, has_dependent_launch(token.device))
     with torch.cuda.device_of(token):
-        _record_token[(1,)](
+        record_token_kernel[(1,)](
             token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), **constants
         )
 
 
 @functools.cache
-def _constants_of_one_warp(block: int, pdl: bool) -> dict:
-    """Likewise, of the other two kernels."""
+def one_warp_constants(block: int, pdl: bool) -> dict:
+    """The compile-time arguments and options of `advance_kernel` and `record_token_kernel`, which go through sequences by `block`."""
     return dict(BLOCK=block, num_warps=1, num_stages=1, enable_fp_fusion=False, **dependent_launch(pdl))

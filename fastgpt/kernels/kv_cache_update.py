@@ -165,7 +165,7 @@ def _store(
         "n_heads", "n_heads_kv", "n_tokens", "capacity", "page", "n_pages", "n_angles",
     ]
 )  # fmt: skip
-def _update_cache(
+def update_cache_kernel(
     new_k_ptr, new_v_ptr, k_ptr, v_ptr, slots_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr,
     new_q_ptr, rotated_q_ptr, positions_ptr, cos_ptr, sin_ptr,
     stride_nkb, stride_nkh, stride_nkt,
@@ -284,12 +284,12 @@ def _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, 
     if k_cache.dtype is torch.float8_e4m3fn:  # which the kernel makes itself: not every architecture can
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     aligned = alignment(k, v, *(() if q is None else (q,))), alignment(k_cache, v_cache)
-    constants = _constants(
+    constants = kernel_constants(
         D, v.shape[3], 0 if cos is None else cos.shape[1], interleaved, T > 1, k.element_size(),
         *aligned, WIDEST_ACCESS if cos is None else alignment(cos, sin), has_dependent_launch(k.device),
     )  # fmt: skip
     with torch.cuda.device_of(k):
-        _update_cache[grid("k", cdiv(T, constants["BLOCK_T"]), B, H_kv + H)](
+        update_cache_kernel[grid("k", cdiv(T, constants["BLOCK_T"]), B, H_kv + H)](
             k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale,
             q, out, positions, cos, sin,
             *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
@@ -315,11 +315,11 @@ def alignment(*tensors: Tensor) -> int:
 
 
 @functools.cache
-def _constants(
+def kernel_constants(
     head_dim: int, v_dim: int, pairs: int, interleaved: bool, several: bool, element_size: int,
     new_align: int, cache_align: int, angle_align: int, pdl: bool,
 ) -> dict:  # fmt: skip
-    """Compile-time arguments and options."""
+    """The compile-time arguments and options of `update_cache_kernel`; alignments are in bytes."""
     return dict(
         HEAD_DIM=head_dim, V_DIM=v_dim, PAIRS=pairs, INTERLEAVED=interleaved, NEW_ALIGN=new_align, CACHE_ALIGN=cache_align,
         ANGLE_ALIGN=angle_align, **update_tile(head_dim, v_dim, several, element_size),

@@ -97,7 +97,7 @@ def _start(weight_ptr, n_features, K: tl.constexpr, GATED: tl.constexpr, BLOCK_N
 
 # Numbers that vary between calls, and where what is read by single numbers begins, must not compile a kernel again.
 @kernel(do_not_specialize=["n_features", "bias_ptr", "residual_ptr"])
-def _one_row(
+def one_row_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr,
     n_features, eps, offset,
     K: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
@@ -163,7 +163,7 @@ def _normalized_product(acc, offs_m, n_rows, mean, factor, RMS: tl.constexpr, HA
 
 
 @kernel(do_not_specialize=["n_rows", "n_features", "stride_xm", "stride_rm", "bias_ptr", "residual_ptr"])
-def _several_rows(
+def several_rows_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr,
     n_rows, n_features, stride_xm, stride_rm, eps, offset,
     K: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, X_UNIT: tl.constexpr,
@@ -234,7 +234,7 @@ def _several_rows(
     tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-INTERPRETED = not isinstance(_one_row, triton.JITFunction)  # TRITON_INTERPRET was set
+INTERPRETED = not isinstance(one_row_kernel, triton.JITFunction)  # TRITON_INTERPRET was set
 
 
 def linear(
@@ -270,16 +270,16 @@ def linear(
     rows, size = len(x), x.element_size()
     tile = linear_tile(rows, weight_rows, K, size, norm_weight is not None)
     unit = 1 if rows == 1 else unit_of(x.stride(0), size)
-    constants = _constants(tile, K, rms, activation, gated, unit, has_dependent_launch(x.device))
+    constants = kernel_constants(tile, K, rms, activation, gated, unit, has_dependent_launch(x.device))
     programs = grid("weight", cdiv(N, constants["BLOCK_N"]))
     tensors = x, weight, bias, residual, norm_weight, norm_bias, out
     of_norm = float(norm_eps), float(norm_offset)
     with torch.cuda.device_of(x):
         if rows == 1:
-            _one_row[programs](*tensors, N, *of_norm, **constants)
+            one_row_kernel[programs](*tensors, N, *of_norm, **constants)
         else:
             strides = x.stride(0), 0 if residual is None else residual.stride(0)
-            _several_rows[programs](*tensors, rows, N, *strides, *of_norm, **constants)
+            several_rows_kernel[programs](*tensors, rows, N, *strides, *of_norm, **constants)
     return out
 
 
@@ -289,8 +289,8 @@ def unit_of(stride: int, element_size: int) -> int:
 
 
 @functools.cache
-def _constants(tile: LinearTile, K: int, rms: bool, activation: int, gated: bool, unit: int, pdl: bool) -> dict:
-    """Compile-time arguments and options."""
+def kernel_constants(tile: LinearTile, K: int, rms: bool, activation: int, gated: bool, unit: int, pdl: bool) -> dict:
+    """The compile-time arguments and options of `one_row_kernel`, or `several_rows_kernel`, as the tile has one row or several."""
     options = dict(enable_fp_fusion=True, **dependent_launch(pdl))
     constants = dict(K=K, RMS=rms, ACTIVATION=activation, GATED=gated, **tile._asdict(), **options)
     if gated:

@@ -68,7 +68,7 @@ def moments(rows, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, RMS: tl.constexpr
 
 # Numbers that vary between calls must not compile a kernel again.
 @kernel(do_not_specialize=["n_rows", "size_1", "size_2", "stride_0", "stride_1", "stride_2"])
-def _norm(
+def norm_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr,
     n_rows, size_1, size_2, stride_0, stride_1, stride_2, eps, offset,
     C: tl.constexpr, RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
@@ -118,9 +118,9 @@ def norm(
     (_, stride_0), (size_1, stride_1), (size_2, stride_2) = dims
     weight, bias, residual = (y if y is None else y.contiguous() for y in (weight, bias, residual))
     rows = out.numel() // C
-    constants = _constants(C, rms, rows > 128, has_dependent_launch(x.device))
+    constants = kernel_constants(C, rms, rows > 128, has_dependent_launch(x.device))
     with torch.cuda.device_of(x):
-        _norm[grid("x", cdiv(rows, constants["BLOCK_M"]))](
+        norm_kernel[grid("x", cdiv(rows, constants["BLOCK_M"]))](
             x, weight, bias, residual, out, rows, size_1, size_2, stride_0, stride_1, stride_2, float(eps), float(offset),
             **constants,
         )  # fmt: skip
@@ -143,6 +143,6 @@ def folded(x: Tensor) -> list[tuple[int, int]] | None:
 
 
 @functools.cache
-def _constants(C: int, rms: bool, many: bool, pdl: bool) -> dict:
-    """Compile-time arguments and options."""
+def kernel_constants(C: int, rms: bool, many: bool, pdl: bool) -> dict:
+    """The compile-time arguments and options of `norm_kernel` for rows of C numbers, few or many."""
     return dict(C=C, RMS=rms, **norm_tile(C, many), enable_fp_fusion=True, **dependent_launch(pdl))

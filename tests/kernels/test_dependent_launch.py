@@ -70,7 +70,11 @@ def distinct(arch, thorough=False):
         tells = [name in given for name in ("acc_ptr", "new_k_ptr", "cos_ptr")]
         kind = (cache_dtype, given, *flags) if thorough else (constants.get("GATED"), *tells)
         chosen.setdefault((function.__name__, dtype.itemsize == 2, *kind), x)
-    return [x for x in chosen.values() if thorough or x[1].itemsize == 2 or x[0].__name__ in ("_advance", "_record_token")]
+    return [
+        x
+        for x in chosen.values()
+        if thorough or x[1].itemsize == 2 or x[0].__name__ in ("advance_kernel", "record_token_kernel")
+    ]
 
 
 def name_of(x):
@@ -95,7 +99,9 @@ def test_every_kernel_of_a_decode_step_is_checked():
 
 
 def small(arch):
-    return [x for x in distinct(arch) if x[0].__name__ in ("_advance", "_record_token", "_embed", "_norm")]
+    return [
+        x for x in distinct(arch) if x[0].__name__ in ("advance_kernel", "record_token_kernel", "embed_kernel", "norm_kernel")
+    ]
 
 
 @pytest.mark.parametrize("arch", (90, 120))
@@ -112,7 +118,7 @@ def test_all_kernels_of_a_step_wait_before_they_read_or_write(arch):
     for x in chosen:
         ptx = ptx_of(x, arch)
         assert not faults_in(ptx), name_of(x)
-        weights = x[3].get("GATED", 0) + 1 if x[0].__name__ in ("_one_row", "_several_rows") else 0
+        weights = x[3].get("GATED", 0) + 1 if x[0].__name__ in ("one_row_kernel", "several_rows_kernel") else 0
         assert ptx.count(AHEAD) == weights
 
 
@@ -183,7 +189,7 @@ def test_one_thread_of_a_program_reads_ahead():
 @pytest.mark.parametrize("rows", (1, 8))
 def test_programs_read_their_own_rows_of_the_weight_ahead(N, K, gated, rows):
     """From where the kernel reads it, and no further: all programs together, the weight or of each the most."""
-    constants = linear._constants(tiles.linear_tile(rows, N * (1 + gated), K, 2, False), K, False, 0, gated, 8, True)
+    constants = linear.kernel_constants(tiles.linear_tile(rows, N * (1 + gated), K, 2, False), K, False, 0, gated, 8, True)
     block, ahead = constants["BLOCK_N"], []
     for program in range(triton.cdiv(N, block)):
         first, count = program * block, min(block, N - program * block) * K * 2

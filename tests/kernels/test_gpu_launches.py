@@ -91,19 +91,19 @@ def test_sizes_compile_nothing_anew(arch):
         for n in SIZES:
             with launches(arch, found=found):
                 calls(n)[call]()
-        assert max(variants(found).values()) <= (3 if "_attend_split" in names(found) else 1), (call, variants(found))
+        assert max(variants(found).values()) <= (3 if "attend_split_kernel" in names(found) else 1), (call, variants(found))
         launched |= set(names(found))
     assert launched == launched_kernels().keys()
 
 
 def test_a_number_that_is_specialized_is_found(monkeypatch):
     """The fault that the tests above are for, planted."""
-    monkeypatch.setattr(next(p for p in decode_step._embed.params if p.name == "vocabulary"), "do_not_specialize", False)
+    monkeypatch.setattr(next(p for p in decode_step.embed_kernel.params if p.name == "vocabulary"), "do_not_specialize", False)
     found = []
     for n in SIZES:
         with launches(found=found):
             calls(n)["embed"]()
-    assert variants(found)["_embed"] > 1
+    assert variants(found)["embed_kernel"] > 1
     with pytest.raises(AssertionError, match="vocabulary"):
         test_no_kernel_is_compiled_for_a_number()
 
@@ -116,7 +116,7 @@ def test_where_a_tensor_starts_decides_how_it_is_read():
         for x in (rows[:, :128], rows[:, 8:], rows[:, 4:132]):
             norm.norm(x, torch.empty(128, dtype=torch.float16))
     assert [launch.variant for launch in device.events][:2] == [device.events[0].variant] * 2
-    assert variants(device.events) == {"_norm": 2}
+    assert variants(device.events) == {"norm_kernel": 2}
 
 
 # A first call of everything that users begin with
@@ -157,7 +157,7 @@ def test_longer_contexts_compile_three_kernels_more(model):
     built = random_model(layers=2, **LLAMA) if model == "llama" else random_model(layers=2, context=4096, width=128)
     _, (first, second, third) = generated(built, 90, (40, 20), (900, 20), (3001, 20))
     assert len(first) <= MOST[model] and third == second
-    assert sorted(kernel for kernel, _ in second - first) == ["_attend_split", "_attend_split", "_norm"]
+    assert sorted(kernel for kernel, _ in second - first) == ["attend_split_kernel", "attend_split_kernel", "norm_kernel"]
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_training_step(model, arch):
         kernels.append(compiled(device))
         assert not [event for event in device.events if isinstance(event, Wait) and "copy" not in event.operation]
         assert all(weight.grad.shape == weight.shape for weight in decoder.parameters())
-    expected = {"_attention_forward", "_delta", "backward_queries", "backward_keys"}
+    expected = {"attention_forward_kernel", "delta_kernel", "backward_queries", "backward_keys"}
     assert {kernel for kernel, _ in kernels[0]} == expected and len(kernels[0]) == 4 and kernels[0] == kernels[1]
 
 
@@ -226,13 +226,15 @@ def test_attention_dropped_in_for_training(mask):
             out = F.scaled_dot_product_attention(q, q, q, MASKS[mask](T, T), is_causal=mask == "none")
             out.float().sum().backward()
             assert q.grad.shape == q.shape
-    assert variants(device.events) == dict.fromkeys(("_attention_forward", "_delta", "backward_queries", "backward_keys"), 1)
+    assert variants(device.events) == dict.fromkeys(
+        ("attention_forward_kernel", "delta_kernel", "backward_queries", "backward_keys"), 1
+    )
 
 
 # Decode steps
 
-LAYER = ["_one_row", "_attend_split", "_one_row", "_one_row", "_one_row"]
-BEFORE, AFTER = ["_advance", "_embed"], ["_one_row", "aten::max", "_record_token", "aten::copy_"]
+LAYER = ["one_row_kernel", "attend_split_kernel", "one_row_kernel", "one_row_kernel", "one_row_kernel"]
+BEFORE, AFTER = ["advance_kernel", "embed_kernel"], ["one_row_kernel", "aten::max", "record_token_kernel", "aten::copy_"]
 
 
 @pytest.mark.slow
@@ -327,10 +329,10 @@ def test_what_is_launched_fits(arch):
 @pytest.mark.parametrize(
     "suite, expected",
     [
-        ("generate", {"_attention_forward", "_attend_split", "_one_row", "_embed", "_advance", "_record_token"}),
-        ("attention", {"_attention_forward", "_delta", "backward_keys", "backward_queries"}),
-        ("decode", {"_attend_split"}),
-        ("linear", {"_one_row", "_several_rows"}),
+        ("generate", {"attention_forward_kernel", "attend_split_kernel", "one_row_kernel", "embed_kernel", "advance_kernel", "record_token_kernel"}),
+        ("attention", {"attention_forward_kernel", "delta_kernel", "backward_keys", "backward_queries"}),
+        ("decode", {"attend_split_kernel"}),
+        ("linear", {"one_row_kernel", "several_rows_kernel"}),
     ],
 )  # fmt: skip
 def test_what_benchmarks_launch_is_known_before(suite, expected):

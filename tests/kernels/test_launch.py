@@ -123,7 +123,7 @@ def test_keys_are_as_fine_as_tritons(name):
 
 def test_a_key_that_is_too_coarse_is_found(monkeypatch):
     """The fault that the test above is for, planted: no look at where a tensor starts."""
-    of = launched_kernels()["_norm"]
+    of = launched_kernels()["norm_kernel"]
     bind = of.bind
 
     def coarse(x_ptr, *args, **options):
@@ -143,7 +143,7 @@ def test_what_was_compiled_for_a_device_is_launched_on_no_other(by_triton):
 
 def test_launches_that_are_hooked_go_tritons_way(by_triton, monkeypatch):
     """So does one that is the first after a hook is gone, but no later one."""
-    call, of = calls(3)["norm"], launched_kernels()["_norm"]
+    call, of = calls(3)["norm"], launched_kernels()["norm_kernel"]
     hook = lambda metadata: None  # noqa: E731
     with launches() as found:
         call()

@@ -54,8 +54,8 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
     rows = constants.get("BLOCK_N" if name == "backward_keys" else "BLOCK_M", 0)  # of the matrix units' operands
     if arch == 90 and cache_dtype.itemsize == 2 and rows >= 64 and "wgmma.mma_async" not in ptx:
         faults.append("no wgmma")
-    plain = name == "_attention_forward" and not set(given) - {"kv_lengths_ptr"}
-    decoding = name == "_attend_split" and cache_dtype is dtype
+    plain = name == "attention_forward_kernel" and not set(given) - {"kv_lengths_ptr"}
+    decoding = name == "attend_split_kernel" and cache_dtype is dtype
     faults += unordered_atomics(ptx)
     if "new_k_ptr" in given and re.search(r"\b(mul|add|sub)\.f32", ptx):
         faults.append("operations that may be fused, where what is stored must be the same bits as elsewhere")
@@ -63,9 +63,9 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
         faults.append("copies narrower than 16 bytes")
     if cache_dtype.itemsize == 1 and "BLOCK_R" in constants and fills_vectors(constants) and (narrow := narrow_copies(ptx)):
         faults.append(f"copies of {', '.join(narrow)} bytes")
-    if name == "_one_row" and "ld.global.v4.b32" not in ptx or name == "_several_rows" and "cp.async.cg" not in ptx:
+    if name == "one_row_kernel" and "ld.global.v4.b32" not in ptx or name == "several_rows_kernel" and "cp.async.cg" not in ptx:
         faults.append("loads narrower than 16 bytes")
-    if name == "_update_cache" and constants["BLOCK_T"] > 1 and constants["NEW_ALIGN"] == 16:
+    if name == "update_cache_kernel" and constants["BLOCK_T"] > 1 and constants["NEW_ALIGN"] == 16:
         # But for scales, slots and positions: one number of a row.
         if re.search(r"\b(ld|st)\.global(\.v2)?\.b(8|16)\b", ptx) or len(re.findall(r"\bst\.global\.v4", ptx)) < 2:
             faults.append("accesses narrower than 16 bytes")
@@ -337,7 +337,7 @@ def test_hopper_copies_a_tile_while_it_multiplies_with_another():
 
 
 def test_what_was_compiled_is_summed_up():
-    found = [(Usage(40, 0, 10 << 10), ""), (Usage(255, 8, 2 << 10), "sm_90 _norm: spills 8 bytes")]
+    found = [(Usage(40, 0, 10 << 10), ""), (Usage(255, 8, 2 << 10), "sm_90 norm_kernel: spills 8 bytes")]
     assert summary(5, found, 7.2) == (
         "5 configurations ship, 2 were compiled, 1 of them without spills and within shared memory; at most 255 registers, "
         "8 bytes spilled, 10 KiB of shared memory; 7 s"

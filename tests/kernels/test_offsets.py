@@ -183,7 +183,14 @@ def test_larger_numbers_compile_anew(arch, monkeypatch):
         assert_wide_enough(launch)
         kinds = tuple(launch.signature.items())
         assert variants.setdefault((launch.kernel, launch.variant), kinds) == kinds
-    for kernel in ("_attention_forward", "backward_keys", "backward_queries", "_attend_split", "_norm", "_several_rows"):
+    for kernel in (
+        "attention_forward_kernel",
+        "backward_keys",
+        "backward_queries",
+        "attend_split_kernel",
+        "norm_kernel",
+        "several_rows_kernel",
+    ):
         kinds = [dict(x) for (name, _), x in variants.items() if name == kernel]
         assert any("i64" in x.values() for x in kinds) and any("i64" not in x.values() for x in kinds), kernel
 
@@ -284,8 +291,8 @@ def test_kernels_are_compiled_once():
         values = tuple((name, str(launch.arguments.get(name))) for name, _ in constants)
         variants.setdefault((launch.kernel, values), set()).add(launch.variant)
     assert {kernel for kernel, _ in variants} >= {
-        "_attention_forward", "_delta", "backward_keys", "backward_queries", "backward_bias", "_attend_split", "_norm",
-        "_one_row", "_several_rows", "_embed",
+        "attention_forward_kernel", "delta_kernel", "backward_keys", "backward_queries", "backward_bias", "attend_split_kernel", "norm_kernel",
+        "one_row_kernel", "several_rows_kernel", "embed_kernel",
     }  # fmt: skip
     for (kernel, values), keys in variants.items():
         assert len(keys) == 1, f"{kernel} with {dict(values)}: variants\n" + "\n".join(sorted(keys)[:2])
