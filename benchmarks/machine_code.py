@@ -1,10 +1,12 @@
 """The machine code of Triton kernels, compiled for an architecture without a GPU, and what it takes there.
 
-python -m benchmarks.machine_code [--arch 80 89 90 100 120] [--share I/N] [--workers N]
+python -m benchmarks.machine_code [--arch 80 89 90 100 120] [--pairs] [--first N] [--share I/N] [--workers N]
 
 Compiles every configuration that ships (shipped_kernels.py), of each architecture, on all cores, and counts those that compile
-without spilling and within the architecture's shared memory. That takes many hours; --share 3/50 takes every 50th from the
-third on. The last line sums up all architectures. Exits with 1 if one does not.
+without spilling and within the architecture's shared memory. That takes many hours; --pairs takes a twentieth of them, in which every
+pair of choices occurs (pairwise.py): of an architecture, a dtype, head dims, a tile, the arguments given, each flag. --first 100
+takes the first 100 of these, those with the most pairs; --share 3/50 every 50th from the third on. The last line sums up all
+architectures. Exits with 1 if one does not.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from benchmarks.pairwise import pairwise_cover
 from benchmarks.shipped_kernels import shipped
 from fastgpt.kernels.tiles import Tile
 
@@ -199,37 +202,41 @@ def usage_and_fault(arch: int, module: str, name: str, *configuration) -> tuple[
     return usage, f"{what}: {', '.join(faults)}" if faults else ""
 
 
-def summary(n_shipped: int, found: list[tuple[Usage, str]], seconds: float) -> str:
+def summary(n_shipped: int, found: list[tuple[Usage, str]]) -> str:
     """Of what `usage_and_fault` found: how much of what ships that is, and the most that a kernel takes."""
     most = Usage(*map(max, zip(Usage(0, 0, 0), *(usage for usage, _ in found), strict=True)))
     return (
         f"{n_shipped} configurations ship, {len(found)} were compiled, {sum(not fault for _, fault in found)} of them without "
         f"spills and within shared memory; at most {most.registers} registers, {most.spilled} bytes spilled, "
-        f"{most.shared / 1024:.0f} KiB of shared memory; {seconds:.0f} s"
+        f"{most.shared / 1024:.0f} KiB of shared memory"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
+    parser.add_argument("--pairs", action="store_true", help="as many configurations as have every pair of choices")
+    parser.add_argument("--first", type=int, metavar="N", help="the first N of those")
     parser.add_argument("--share", default="1/1", metavar="I/N", help="every N-th configuration from the I-th on")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     first, step = map(int, args.share.split("/"))
-    begin, n_shipped, all_found = time.perf_counter(), 0, []
+    begin = time.perf_counter()
+    all_shipped = [(arch, configuration) for arch in args.arch for configuration in shipped(arch)]
+    chosen = (pairwise_cover(all_shipped) if args.pairs else all_shipped)[: args.first][first - 1 :: step]
+    print(f"{len(all_shipped)} configurations ship, {len(chosen)} are compiled", flush=True)
+    jobs = [(arch, function.__module__, function.__name__, *rest) for arch, (function, *rest) in chosen]
+    found = []
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        for arch in args.arch:
-            start, all_of_arch, found = time.perf_counter(), list(shipped(arch)), []
-            jobs = [(arch, function.__module__, function.__name__, *rest) for function, *rest in all_of_arch[first - 1 :: step]]
-            for usage, fault in pool.map(usage_and_fault, *zip(*jobs, strict=True)):
-                found.append((usage, fault))
-                if fault:
-                    print(fault, flush=True)
-            print(f"sm_{arch}: {summary(len(all_of_arch), found, time.perf_counter() - start)}", flush=True)
-            n_shipped += len(all_of_arch)
-            all_found += found
-    print(f"{len(args.arch)} architectures: {summary(n_shipped, all_found, time.perf_counter() - begin)}")
-    sys.exit(any(fault for _, fault in all_found))
+        for usage, fault in pool.map(usage_and_fault, *zip(*jobs, strict=True)):
+            found.append((usage, fault))
+            if fault:
+                print(fault, flush=True)
+    for arch in args.arch:
+        of_arch = [result for result, job in zip(found, jobs, strict=True) if job[0] == arch]
+        print(f"sm_{arch}: {summary(sum(each == arch for each, _ in all_shipped), of_arch)}")
+    print(f"{len(args.arch)} architectures: {summary(len(all_shipped), found)}; {time.perf_counter() - begin:.0f} s")
+    sys.exit(any(fault for _, fault in found))
 
 
 if __name__ == "__main__":

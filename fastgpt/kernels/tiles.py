@@ -5,7 +5,7 @@ than there is. Which of those that fit is fastest, that would tell on a GPU, whe
 
     python -m benchmarks.sweep_tiles --arch 90 --first    the largest tile that fits, of each table and head dim
     python -m benchmarks.sweep_tiles --minutes 9          on a GPU: times what fits
-    python -m benchmarks.machine_code                     compiles all that ships, and counts spills and shared memory
+    python -m benchmarks.machine_code --pairs             compiles what has every pair of choices, and counts those that fit
 """
 
 import functools
