@@ -40,7 +40,7 @@ from fastgpt.kernels import attention_decode as decode
 from fastgpt.kernels import attention_forward as forward
 from fastgpt.kernels import linear, tiles
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
-from fastgpt.kernels.tiles import DecodeTile, LinearTile, Tile, forward_table, linear_tile, tile_key
+from fastgpt.kernels.tiles import DecodeTile, LinearTile, Tile, forward_table, linear_tile, masked_columns, tile_key
 
 TABLES = tiles.ATTENTION
 DECODE = "decode"  # the tile for few rows: queries of heads that share keys
@@ -89,7 +89,9 @@ def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
             fits_table = table == "packed keys"
         if function.__name__ == "attention_forward_kernel" and not EXTRAS & set(given):
             flags = constants["IS_CAUSAL"], constants["HAS_WINDOW"], False, bool({"kv_lengths_ptr", "cu_q_ptr"} & set(given))
-            fits_table = forward_table(*flags) == table
+            of_arch = arch if "q_desc" in given else 80
+            masked = masked_columns(constants["HEAD_DIM"], constants["V_DIM"], of_arch)
+            fits_table = forward_table(*flags, masked) == table
         if fits_table:
             chosen.append(configuration)
     return chosen

@@ -57,7 +57,7 @@ from fastgpt.kernels.attention_scores import (
 )
 from fastgpt.kernels.launch import kernel
 from fastgpt.kernels.limits import cdiv, grid
-from fastgpt.kernels.tiles import attention_tile, forward_table, head_blocks, padded_dim
+from fastgpt.kernels.tiles import attention_tile, forward_table, head_blocks, masked_columns, padded_dim
 
 WIDEST_BULK = 256  # head dim whose rows can be copied in bulk
 
@@ -327,7 +327,8 @@ def kernel_constants(
 ) -> dict:  # fmt: skip
     """The compile-time arguments and options of `attention_forward_kernel` that follow from shapes, dtypes and features."""
     block_d, block_r = head_blocks(head_dim)
-    tile = attention_tile(forward_table(causal, has_window, with_extras, ragged), head_dim, v_dim, element_size, arch)
+    table = forward_table(causal, has_window, with_extras, ragged, masked_columns(head_dim, v_dim, arch))
+    tile = attention_tile(table, head_dim, v_dim, element_size, arch)
     return dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_R=block_r, V_DIM=v_dim, BLOCK_V=padded_dim(v_dim),
         IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,

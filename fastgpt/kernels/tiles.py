@@ -60,13 +60,13 @@ ATTENTION = {
         (128, 4): (Tile(16, 16, 8, 2),) * 3,
         (256, 4): (Tile(16, 16, 8, 1),) * 3,
         (512, 2): (Tile(16, 16, 8, 2),) * 3,
-        (512, 4): (Tile(16, 16, 8, 1),) * 3,
+        (512, 4): (Tile(16, 8, 8, 1),) * 3,
         (1024, 2): (Tile(16, 16, 8, 1),) * 3,
         (1024, 4): (Tile(16, 16, 8, 1),) * 3,  # bf16 in the interpreter; a GPU is not asked to
     },
     "keys": {
         (16, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
-        (32, 2): (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
+        (32, 2): (Tile(64, 64, 4, 2), *(Tile(32, 128, 8, 2),) * 2),
         (64, 2): (Tile(64, 32, 8, 1), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
         (128, 2): (Tile(32, 32, 4, 1), Tile(32, 128, 8, 2), Tile(32, 64, 8, 1)),
         (256, 2): (Tile(32, 32, 8, 1),) * 3,
@@ -74,7 +74,7 @@ ATTENTION = {
         (32, 4): (Tile(32, 32, 8, 2),) * 3,
         (64, 4): (Tile(32, 32, 8, 1),) * 3,
         (128, 4): (Tile(16, 16, 8, 1),) * 3,
-        (256, 4): (Tile(16, 16, 4, 1),) * 3,
+        (256, 4): (Tile(16, 16, 8, 1),) * 3,
     },
     "queries": {
         (16, 2): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
@@ -113,7 +113,8 @@ ATTENTION = {
         (256, 4): (Tile(16, 16, 8, 1),) * 3,
     },
 }
-# Where sequences have lengths of their own, and keys a window or queries no causal mask, which takes registers, too.
+# Where sequences have lengths of their own, and keys a window or queries no causal mask; and where head dims that do not fill
+# their blocks are not copied in bulk, but by loads with masks. Both take registers, too.
 ATTENTION["ragged forward"] = {
     **ATTENTION["forward"],
     (64, 2): (Tile(128, 32, 8, 3), *(Tile(128, 128, 8, 3),) * 2),
@@ -150,11 +151,16 @@ def attention_tile(table: str, head_dim: int, v_dim: int, element_size: int, arc
     return ATTENTION[table][tile_key(head_dim, v_dim, element_size)][ARCHITECTURES.index(arch)]
 
 
-def forward_table(causal: bool, has_window: bool, with_extras: bool, ragged: bool) -> str:
-    """Which table a variant of the forward pass takes its tile from."""
+def forward_table(causal: bool, has_window: bool, with_extras: bool, ragged: bool, masked_columns: bool) -> str:
+    """Which table a variant of the forward pass takes its tile from. masked_columns: as of the function of that name."""
     if with_extras:
         return "with_extras forward"
-    return "ragged forward" if ragged and (has_window or not causal) else "forward"
+    return "ragged forward" if masked_columns or ragged and (has_window or not causal) else "forward"
+
+
+def masked_columns(head_dim: int, v_dim: int, arch: int) -> bool:
+    """Whether the forward pass loads rows of q, k or v with a mask, as they do not fill their blocks: in bulk it does not."""
+    return arch == 80 and (sum(head_blocks(head_dim)) > head_dim or padded_dim(v_dim) > v_dim)
 
 
 # ---- Attention of few queries over a cache
@@ -186,7 +192,7 @@ DECODE = {
     (64, 4): (DecodeTile(32, 32, 1024, 8, 2, 255), DecodeTile(16, 32, 256, 4, 2, 255)),
     (128, 4): (DecodeTile(32, 16, 1024, 8, 2, 255), DecodeTile(16, 16, 256, 4, 2, 168)),
     (256, 4): (DecodeTile(32, 16, 1024, 8, 2, 255), DecodeTile(16, 16, 256, 8, 2, 255)),
-    (512, 2): (DecodeTile(32, 16, 1024, 8, 2, 255), DecodeTile(16, 32, 256, 8, 2, 255)),
+    (512, 2): (DecodeTile(16, 32, 1024, 8, 2, 255), DecodeTile(16, 32, 256, 8, 2, 255)),
     (512, 4): (DecodeTile(8, 16, 1024, 8, 2, 255), DecodeTile(8, 16, 256, 8, 2, 255)),
     (1024, 2): (DecodeTile(16, 16, 1024, 8, 2, 255), DecodeTile(16, 16, 256, 8, 2, 255)),
     # bf16 in the interpreter; a GPU is not asked to
@@ -200,14 +206,16 @@ def decode_tile(
     head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, few: bool, has_new_token: bool, has_mask_or_bias: bool
 ) -> DecodeTile:
     """The tile of a variant: 8-bit keys and values, few rows, a token that joins the cache, a mask or a bias."""
-    tile = DECODE[tile_key(head_dim, v_dim, element_size)][few]
+    key = tile_key(head_dim, v_dim, element_size)
+    tile = DECODE[key][few]
+    # Rows of k held in two blocks and those of v in 256 numbers, as for head dim 160, take most registers with a new token.
+    widest = head_blocks(head_dim)[1] > 0 and padded_dim(v_dim) == 256
     if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers; 32 keys too
-        return tile._replace(BLOCK_N=16, num_stages=1)
+        most_rows = 16 if has_new_token and widest else tile.BLOCK_M
+        return tile._replace(BLOCK_M=min(tile.BLOCK_M, most_rows), BLOCK_N=8 if key[0] > 256 else 16, num_stages=1)
     if is_8_bits and has_new_token:  # whose token takes registers, too
         if not few:
             return tile._replace(BLOCK_N=32, num_warps=8)
-        # Most where rows of k are held in two blocks and those of v in 256 numbers, as for head dim 160.
-        widest = head_blocks(head_dim)[1] > 0 and padded_dim(v_dim) == 256
         return tile._replace(maxnreg=255, num_warps=8 if widest else tile.num_warps)
     if has_mask_or_bias and not few:  # a mask and a bias of many rows, which are copied ahead, too, take shared memory
         return tile._replace(BLOCK_N=min(tile.BLOCK_N, 32))

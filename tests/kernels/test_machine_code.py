@@ -383,6 +383,32 @@ def test_a_new_token_in_8_bits_with_all_features_does_not_spill():
     assert_sound(90, chosen)
 
 
+def of(head_dim: int, dtype, *given: str, without=(), cache_dtype=None, **constants):
+    """Tells a configuration of this head dim and dtype, with these optional arguments and constants."""
+    return lambda configuration: (
+        configuration[1:3] == (dtype, cache_dtype or dtype)
+        and {*given} <= {*configuration[4]} - {*without} == {*configuration[4]}
+        and {"HEAD_DIM": head_dim, **constants}.items() <= configuration[3].items()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, kernel, is_it", [
+    (120, "attention_forward_kernel", of(40, torch.float16, HAS_WINDOW=True, without=("kv_lengths_ptr", "cu_q_ptr", "seed_ptr"))),
+    (100, "attention_forward_kernel", of(576, torch.float32, "mask_ptr", "bias_ptr")),
+    (100, "backward_keys", of(32, torch.bfloat16, "cu_q_ptr", "q_desc", without=("seed_ptr",), IS_CAUSAL=True)),
+    (120, "backward_keys", of(192, torch.float32, "cu_q_ptr", without=("seed_ptr",), IS_CAUSAL=True)),
+    (90, "attend_split_kernel", of(576, torch.bfloat16, "block_table_ptr", SPLIT=1024)),
+    (89, "attend_split_kernel", of(576, torch.float32, "new_k_ptr", "softcap", cache_dtype=torch.int8, SPLIT=1024)),
+    (100, "attend_split_kernel", of(160, torch.float32, "new_k_ptr", "sinks_ptr", cache_dtype=torch.float8_e4m3fn, SPLIT=1024)),
+], ids=("partial blocks", "wide fp32", "packed", "packed fp32", "wide pages", "wide fp32, 8 bits", "fp32, 8 bits"))  # fmt: skip
+def test_what_takes_most_registers_does_not_spill(arch, kernel, is_it):
+    """Of kernels that once did, one each."""
+    modules = {"attention_forward_kernel": "attention_forward", "attend_split_kernel": "attention_decode"}
+    every = shipped(arch, [modules.get(kernel, "attention_backward")])
+    assert_sound(arch, [next(x for x in every if x[0].__name__ == kernel and is_it(x))])
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("modules", MODULES)
