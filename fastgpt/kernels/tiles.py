@@ -44,7 +44,7 @@ ATTENTION = {
         (128, 4): (Tile(32, 16, 8, 3),) * 3,
         (256, 4): (Tile(16, 16, 8, 2),) * 3,
         (512, 2): (Tile(32, 16, 8, 2),) * 3,
-        (512, 4): (Tile(16, 16, 8, 1),) * 3,
+        (512, 4): (Tile(16, 8, 8, 2),) * 3,
         (1024, 2): (Tile(16, 16, 8, 1),) * 3,
         (1024, 4): (Tile(16, 16, 8, 1),) * 3,  # bf16 in the interpreter; a GPU is not asked to
     },
@@ -90,7 +90,7 @@ ATTENTION = {
     },
     "with_extras keys": {
         (16, 2): (Tile(32, 32, 8, 1),) * 3,
-        (32, 2): (Tile(32, 32, 8, 1),) * 3,
+        (32, 2): (Tile(16, 32, 8, 1), *(Tile(32, 32, 8, 1),) * 2),
         (64, 2): (Tile(32, 32, 8, 1),) * 3,
         (128, 2): (Tile(32, 32, 8, 1),) * 3,
         (256, 2): (Tile(16, 16, 8, 1),) * 3,
@@ -118,11 +118,12 @@ ATTENTION = {
 ATTENTION["ragged forward"] = {
     **ATTENTION["forward"],
     (64, 2): (Tile(128, 32, 8, 3), *(Tile(128, 128, 8, 3),) * 2),
-    (128, 2): (Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
+    (128, 2): (Tile(128, 64, 8, 2), *(Tile(128, 64, 8, 3),) * 2),
 }
 # Of packed sequences, the pass over the keys has fewer registers left.
 ATTENTION["packed keys"] = {
     **ATTENTION["keys"],
+    (64, 2): (Tile(64, 32, 8, 1), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
     (128, 2): (Tile(32, 32, 4, 1), Tile(32, 64, 8, 2), Tile(32, 64, 8, 1)),
 }
 DELTA_ROWS = 32  # of out and dout, whose products a program sums
@@ -208,11 +209,12 @@ def decode_tile(
     """The tile of a variant: 8-bit keys and values, few rows, a token that joins the cache, a mask or a bias."""
     key = tile_key(head_dim, v_dim, element_size)
     tile = DECODE[key][few]
-    # Rows of k held in two blocks and those of v in 256 numbers, as for head dim 160, take most registers with a new token.
+    # Rows of k held in two blocks and those of v in 256 numbers, as for head dim 160, take most registers.
     widest = head_blocks(head_dim)[1] > 0 and padded_dim(v_dim) == 256
+    if widest and element_size == 4 and (has_mask_or_bias or is_8_bits and has_new_token):
+        tile = tile._replace(BLOCK_M=16)
     if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers; 32 keys too
-        most_rows = 16 if has_new_token and widest else tile.BLOCK_M
-        return tile._replace(BLOCK_M=min(tile.BLOCK_M, most_rows), BLOCK_N=8 if key[0] > 256 else 16, num_stages=1)
+        return tile._replace(BLOCK_N=8 if key[0] > 256 else 16, num_stages=1)
     if is_8_bits and has_new_token:  # whose token takes registers, too
         if not few:
             return tile._replace(BLOCK_N=32, num_warps=8)
