@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgpt
 from fastgpt.generation.decoding import graph_refused
-from fastgpt.integrations.sdpa.refusals import refuses_arguments
+from fastgpt.integrations.sdpa.refusals import Call, refuses_arguments
 from fastgpt.model.rope import Rope
 from fastgpt.ops import attention_with_kv_cache as attending
 from fastgpt.ops import implementations
@@ -78,7 +78,7 @@ def test_old_devices_are_refused_in_one_sentence(capability, cuda):
         with pytest.raises(ValueError, match=f"impl='triton' cannot serve this call: {sentence}"):
             embed(cuda(1, 1, dtype=torch.int64, device="cuda:1"), x, impl="triton")
         q = cuda(1, 4, 9, 64, device="cuda:1")
-        assert refuses_arguments(q, q, q, None, 0.0, False, None, False) == sentence
+        assert refuses_arguments(Call(q, q, q)) == sentence
         for operation, arguments in calls(cuda).items():  # the other device is new enough
             assert fastgpt.explain(operation, *arguments)["triton"] == "chosen"
 

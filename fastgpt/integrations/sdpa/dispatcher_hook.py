@@ -10,7 +10,7 @@ import torch
 
 from fastgpt.integrations.sdpa import function
 from fastgpt.integrations.sdpa.function import in_order_of, serve
-from fastgpt.integrations.sdpa.refusals import refuses
+from fastgpt.integrations.sdpa.refusals import Call, refuses
 
 
 class enabled(contextlib.ContextDecorator):
@@ -67,8 +67,8 @@ def _hook():
     hooks = [(fused, "CPU", _serve_fused), (f"{fused}_backward", "CPU", _serve_fused_backward)]
     for device in ("CPU", "CUDA"):
         # Inference tensors, and callers that handle gradients themselves, have no autograd key.
-        hooks.append(("scaled_dot_product_attention", device, functools.partial(serve, differentiable=False)))
-        hooks.append(("scaled_dot_product_attention", f"Autograd{device}", serve))
+        hooks.append(("scaled_dot_product_attention", device, functools.partial(_serve_function, False)))
+        hooks.append(("scaled_dot_product_attention", f"Autograd{device}", functools.partial(_serve_function, True)))
     originals = [torch.library.get_kernel(f"aten::{operator}", key) for operator, key, _ in hooks]
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
@@ -87,38 +87,47 @@ def _hooked(kernel, original, keyset, *args, **options):
     return original.call_boxed(keyset, *args, **options)
 
 
+def _serve_function(differentiable, *args, **options):
+    return serve(Call(*args, **options), differentiable)
+
+
 def _serve_fused(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
-    if _refuses_fused(query, key, value, attn_mask, dropout_p, is_causal, scale):
+    call = Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa=True)
+    if _refuses_fused(call):
         return None
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = function.attention_forward(query, key, value, is_causal, scale, bias=attn_mask)
+    out, lse = function.attention_forward(query, key, value, is_causal, _scale(call), bias=attn_mask)
     if attn_mask is not None:  # PyTorch's backward, which may follow, expects 0 for queries without keys
         lse.masked_fill_(lse == -math.inf, 0.0)
     return in_order_of(query, out), _token_major(lse)
 
 
 def _serve_fused_backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None):
-    if _refuses_fused(query, key, value, attn_mask, dropout_p, is_causal, scale):
+    call = Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa=True)
+    if _refuses_fused(call):
         return None
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     grads = function.attention_backward(
-        grad_out, None, out, logsumexp, False, query, key, value, is_causal, scale, bias=attn_mask
+        grad_out, None, out, logsumexp, False, query, key, value, is_causal, _scale(call), bias=attn_mask
     )
     return tuple(_token_major(x) for x in grads[:3])
 
 
-def _refuses_fused(query, key, value, attn_mask, dropout_p, is_causal, scale):
+def _refuses_fused(call):
     """Whether PyTorch must serve the fused operator, whose arguments `function.serve` has not prepared."""
+    query, key, value, attn_mask = call[:4]
     return (
-        refuses(query, key, value, attn_mask, dropout_p, is_causal, scale, True)
+        refuses(call)
         or query.dim() != 4
         or value.shape[-1] != query.shape[-1]
-        or dropout_p > 0
-        or (is_causal and query.shape[2] != key.shape[2])
+        or call.dropout_p > 0
+        or (call.is_causal and query.shape[2] != key.shape[2])
         or (attn_mask is not None and attn_mask.dtype is torch.bool)
         or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     )
+
+
+def _scale(call):
+    return call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
 
 
 def _token_major(x):

@@ -2,12 +2,13 @@
 
 import functools
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from fastgpt.integrations.sdpa import refusals
-from fastgpt.integrations.sdpa.refusals import refuses, refuses_arguments, refuses_surroundings
+from fastgpt.integrations.sdpa.refusals import Call, refuses, refuses_arguments, refuses_surroundings
 from fastgpt.ops.attention import attention
 from fastgpt.ops.attention.checks import KERNEL_DTYPES
 from fastgpt.ops.derivatives import transforms_active
@@ -51,21 +52,18 @@ def scaled_dot_product_attention(
     Returns: (..., H, T, Ev). A query that attends to no key gives zeros and zero gradients.
     Raises: the errors of PyTorch's function.
     """
-    call = _prepared(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    out = serve(*call)
+    call = _prepared(Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
+    out = serve(call)
     if out is None:
-        *call, scale, enable_gqa = call
-        return F.scaled_dot_product_attention(*call, scale=scale, enable_gqa=enable_gqa)
+        return F.scaled_dot_product_attention(*call[:6], scale=call.scale, enable_gqa=call.enable_gqa)
     return out
 
 
-def explain(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> dict[str, str]:  # fmt: skip
-    """Implementation -> "chosen", "available", or why it refuses this call. "torch" is PyTorch's function."""
-    call = _prepared(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    reason = refuses(*call)
+def explain(*args: Any, **options: Any) -> dict[str, str]:
+    """Implementation -> "chosen", "available", or why it refuses this call of scaled_dot_product_attention. "torch" is
+    PyTorch's function."""
+    call = _prepared(Call(*args, **options))
+    reason, query = refuses(call), call.query
     if reason is not None:
         return {"cpp": reason, "triton": reason, "torch": "chosen"}
     if query.is_cpu:
@@ -76,17 +74,18 @@ def explain(
 OPERATIONS[scaled_dot_product_attention] = explain
 
 
-def _prepared(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+def _prepared(call):
     """The arguments in the dtype of autocast, with is_causal in place of an equivalent CausalBias."""
     compiling = torch.compiler.is_dynamo_compiling()
+    attn_mask = call.attn_mask
     if attn_mask is not None and type(attn_mask) not in refusals.PLAIN_TENSORS and not compiling:
         bias = sys.modules.get("torch.nn.attention.bias")  # slow to import; without it there are no biases
-        if bias is not None and isinstance(attn_mask, bias.CausalBias) and not is_causal:
+        if bias is not None and isinstance(attn_mask, bias.CausalBias) and not call.is_causal:
             if attn_mask.variant == bias.CausalVariant.UPPER_LEFT or attn_mask.seq_len_q == attn_mask.seq_len_kv:
-                attn_mask, is_causal = None, True
+                call = call._replace(attn_mask=None, is_causal=True)
     if compiling or torch._C._is_any_autocast_enabled():
-        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    return query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        call = Call(*_autocast(*call[:4]), *call[4:])
+    return call
 
 
 def _autocast(query, *others):
@@ -104,35 +103,25 @@ def _autocast(query, *others):
     return tuple(cast(x) for x in (query, *others))
 
 
-def serve(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    differentiable: bool = True,
-) -> torch.Tensor | None:
+def serve(call: Call, differentiable: bool = True) -> torch.Tensor | None:
     """The result, or None if PyTorch's function must serve the call.
 
     differentiable: whether the result needs an autograd graph if gradients are enabled; False below autograd.
     """
-    call = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if refuses_surroundings(*call) is not None:
+    if refuses_surroundings(call) is not None:
         return None
-    out = _serve_common(*call, differentiable)
-    if out is None and refuses_arguments(*call) is None:
-        out = _serve_any(*call, differentiable)
+    out = _serve_common(call, differentiable)
+    if out is None and refuses_arguments(call) is None:
+        out = _serve_any(call, differentiable)
     return out
 
 
-def _serve_common(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, differentiable):
+def _serve_common(call, differentiable):
     """A fast path of `serve` for common calls on a CPU, in less than half the time: the operation checks its arguments itself.
 
     None if the call needs the general path.
     """
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = call
     if differentiable and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
     if (
@@ -161,8 +150,9 @@ def _serve_common(query, key, value, attn_mask, dropout_p, is_causal, scale, ena
     return in_order_of(query, out) if value.shape[3] == E else out.contiguous()  # as PyTorch's unfused function
 
 
-def _serve_any(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, differentiable):
+def _serve_any(call, differentiable):
     """The result of a call that no check has refused."""
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = call
     E, Ev = query.shape[-1], value.shape[-1]
     # Whether PyTorch's fused kernel would have served the call, since its results have other strides.
     fused = (

@@ -1,6 +1,7 @@
 """Which calls of scaled_dot_product_attention the kernels serve, and why not the others."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -12,34 +13,39 @@ LARGEST_SCALE = torch.finfo(torch.float32).max
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})  # no subclasses, which may override the function
 
 
-def refuses(*call) -> str | None:
+class Call(NamedTuple):
+    """The arguments of scaled_dot_product_attention."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+def refuses(call: Call) -> str | None:
     """Why PyTorch's function must serve the call, or None."""
-    reason = refuses_surroundings(*call)
-    return refuses_arguments(*call) if reason is None else reason
+    reason = refuses_surroundings(call)
+    return refuses_arguments(call) if reason is None else reason
 
 
-def refuses_surroundings(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> str | None:
+def refuses_surroundings(call: Call) -> str | None:
+    """Why the kernels may not look at the arguments: their types, and modes and transforms that are active; or None."""
     if torch.compiler.is_dynamo_compiling():  # none of this occurs in a graph
         return None
-    for x in (query, key, value) if attn_mask is None else (query, key, value, attn_mask):
+    for x in call[:3] if call.attn_mask is None else call[:4]:
         if type(x) not in PLAIN_TENSORS:
             return f"it takes torch.Tensor, and an argument is a {type(x).__name__}"
         if x.is_nested or x.layout is not torch.strided:
             return "it takes dense tensors"
     if (
-        type(dropout_p) not in (float, int)
-        or type(is_causal) is not bool
-        or type(scale) not in (type(None), float, int)
-        or type(enable_gqa) is not bool
+        type(call.dropout_p) not in (float, int)
+        or type(call.is_causal) is not bool
+        or type(call.scale) not in (type(None), float, int)
+        or type(call.enable_gqa) is not bool
     ):
         return "dropout_p, is_causal, scale or enable_gqa is of a type that PyTorch converts or rejects"
     if torch._C._len_torch_dispatch_stack():
@@ -51,18 +57,11 @@ def refuses_surroundings(
     return None
 
 
-def refuses_arguments(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> str | None:
-    if scale is not None and not abs(scale) <= LARGEST_SCALE:
-        return f"scale is {scale}, which is not finite in fp32"
+def refuses_arguments(call: Call) -> str | None:
+    """Why the kernels do not take the arguments, whose types are known to be right; or None."""
+    query, key, value = call[:3]
+    if call.scale is not None and not abs(call.scale) <= LARGEST_SCALE:
+        return f"scale is {call.scale}, which is not finite in fp32"
     dtype = query.dtype
     if dtype not in KERNEL_DTYPES:
         return f"it takes fp32, fp16 and bf16, and query is {dtype}"
@@ -74,15 +73,15 @@ def refuses_arguments(
         return f"query, key and value are on {query.device}, {key.device} and {value.device}"
     if query.is_cuda and (reason := triton_unusable(query.device)) is not None:
         return reason
-    reason = _refuses_shapes(query.shape, key.shape, value.shape, is_causal, enable_gqa)
+    reason = _refuses_shapes(query.shape, key.shape, value.shape, call.is_causal, call.enable_gqa)
     if reason is None and query.is_cuda:
         gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         reason = triton_refuses_head_dims(query, value, gradients)
     if reason is not None:
         return reason
-    if not 0 <= dropout_p < 1:
-        return f"it takes 0 <= dropout_p < 1, and dropout_p is {dropout_p}"
-    return None if attn_mask is None else _refuses_mask(query, key.shape[-2], attn_mask, is_causal)
+    if not 0 <= call.dropout_p < 1:
+        return f"it takes 0 <= dropout_p < 1, and dropout_p is {call.dropout_p}"
+    return None if call.attn_mask is None else _refuses_mask(call)
 
 
 def _refuses_shapes(q, k, v, is_causal, enable_gqa) -> str | None:
@@ -108,14 +107,15 @@ def _refuses_shapes(q, k, v, is_causal, enable_gqa) -> str | None:
     return None
 
 
-def _refuses_mask(query, S, attn_mask, is_causal) -> str | None:
-    if is_causal:
+def _refuses_mask(call) -> str | None:
+    query, attn_mask = call.query, call.attn_mask
+    if call.is_causal:
         return "attn_mask and is_causal are both given"
     if attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
         return f"it takes an attn_mask of bool, the dtype of query or fp32, and it is {attn_mask.dtype}"
     if attn_mask.device != query.device:
         return f"attn_mask is on {attn_mask.device}, and query on {query.device}"
-    sizes, full = tuple(attn_mask.shape), (*query.shape[:-1], S)
+    sizes, full = tuple(attn_mask.shape), (*query.shape[:-1], call.key.shape[-2])
     if not 2 <= len(sizes) <= len(full) or any(size not in (1, n) for size, n in zip(reversed(sizes), reversed(full))):
         return f"it takes an attn_mask of at least two dimensions that broadcasts to {full}, and it is {sizes}"
     return None
