@@ -181,6 +181,14 @@ def require_path(name: str, value: Any) -> Path:
     return Path(value)
 
 
+def from_torchrun(name: str) -> int | None:
+    """A number that torchrun tells its processes in an environment variable, like RANK; None without torchrun."""
+    text = os.environ.get(name)
+    if text is not None and not re.fullmatch("[0-9]+", text):
+        raise ValueError(f"{name}: expected an integer >= 0 in this environment variable of torchrun, got {text!r}")
+    return None if text is None else int(text)
+
+
 @contextlib.contextmanager
 def writing(name: str, path: Path, kind: str) -> Iterator[None]:
     """A context manager that turns exceptions of writing into an OSError that begins with the argument's name.

@@ -1,12 +1,14 @@
-"""Ctrl-C while the command `fastgpt` is loading: importing PyTorch takes seconds, and a traceback from there would not help.
+"""Ctrl-C and errors while the command `fastgpt` is loading, before its own handlers are: a traceback would not help.
 
-Applies to the command only, until it is loaded: a program that imports fastgpt keeps its signal handlers.
+Importing PyTorch takes seconds, and it may be missing, or a setting may be wrong. Applies to the command only, until it is
+loaded: a program that imports fastgpt keeps its signal handlers and its tracebacks.
 """
 
 import contextlib
 import os
 import signal
 import sys
+from types import TracebackType
 
 
 def is_command() -> bool:
@@ -18,7 +20,12 @@ def is_command() -> bool:
 
 
 def watch() -> None:
-    """Makes Ctrl-C end the process with one line and status 130 until `unwatch`, unless SIGINT is ignored or handled already."""
+    """Until `unwatch`, Ctrl-C ends the process with one line and status 130, and an error in what is imported with one line.
+
+    SIGINT that is ignored or handled already, and another sys.excepthook, stay.
+    """
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _failed
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             signal.signal(signal.SIGINT, _interrupted)
@@ -26,6 +33,8 @@ def watch() -> None:
 
 def unwatch() -> None:
     """Undoes `watch`."""
+    if sys.excepthook is _failed:
+        sys.excepthook = sys.__excepthook__
     if signal.getsignal(signal.SIGINT) is _interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -34,3 +43,11 @@ def _interrupted(*_) -> None:
     with contextlib.suppress(OSError):  # there may be no standard error
         os.write(2, b"\nfastgpt: interrupted\n")
     os._exit(130)  # an exception might be caught by a module that is being imported
+
+
+def _failed(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """A sys.excepthook: one line for what a wrong setting or installation raises, a traceback for what would be a bug."""
+    if not isinstance(error, (ImportError, OSError, ValueError)):
+        sys.__excepthook__(kind, error, traceback)
+    elif sys.stderr is not None:
+        print(f"fastgpt: error: {error}", file=sys.stderr)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import re
 import sys
 import warnings
@@ -22,7 +21,7 @@ from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, archite
 from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.files import CONFIG, GENERATION_CONFIG, INDEX, STATE, WEIGHTS, naming, read_json
 from fastgpt.checkpoints.generation_config import generation_config, read_generation_config
-from fastgpt.checks import is_terminal, require_path, writing
+from fastgpt.checks import from_torchrun, is_terminal, require_path, writing
 from fastgpt.folders import replacing
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -296,7 +295,7 @@ def _fill(module: torch.nn.Module, family: Family, stored: dict[str, _Stored], d
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], object]]:
     """A bar of bytes on stderr, where a person looks and it takes a while; of several processes, the first one's."""
-    if total < SHOW_PROGRESS or not is_terminal(sys.stderr) or os.environ.get("RANK", "0") != "0":
+    if total < SHOW_PROGRESS or not is_terminal(sys.stderr) or from_torchrun("RANK"):
         yield lambda count: None
         return
     from tqdm import tqdm

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastgpt.checks import is_terminal
+from fastgpt.checks import from_torchrun, is_terminal
 from fastgpt.text.tokenizer import Tokenizer
 
 DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech, and most texts a new line
@@ -57,7 +57,7 @@ def _piped_in() -> str:
 
 
 def _standard_input() -> str:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if (from_torchrun("WORLD_SIZE") or 1) > 1:
         raise ValueError("prompt: expected a text or --prompt-file for several processes, which share standard input, got -")
     try:
         content = getattr(sys.stdin, "buffer", sys.stdin).read()

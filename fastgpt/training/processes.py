@@ -5,7 +5,6 @@ torchrun starts them, on one machine or several; PyTorch's DDP or FSDP keeps the
 
 import copy
 import gc
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from fastgpt.checks import from_torchrun
 
 PARALLEL = ("ddp", "fsdp")
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -133,7 +134,7 @@ def joined(parallel: str | None, device: torch.device) -> Iterator[Processes]:
     """
     if parallel not in (*PARALLEL, None):
         raise ValueError(f"parallel: expected one of {', '.join(PARALLEL)}, got {parallel!r}")
-    if "WORLD_SIZE" not in os.environ:
+    if from_torchrun("WORLD_SIZE") is None:
         if parallel is not None:
             raise ValueError(
                 f"parallel: expected processes to be started by torchrun (torchrun --nproc-per-node 2 -m fastgpt train ...), "
@@ -143,7 +144,12 @@ def joined(parallel: str | None, device: torch.device) -> Iterator[Processes]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, dist.DistError) as error:
+        raise ValueError(
+            f"WORLD_SIZE: expected processes that can be joined as torchrun's environment variables say: {error}"
+        ) from error
     try:
         processes = Processes(dist.get_rank(), dist.get_world_size(), parallel or "ddp")
         yield processes
@@ -155,8 +161,9 @@ def joined(parallel: str | None, device: torch.device) -> Iterator[Processes]:
 
 def local_device(name: str) -> str:
     """The device of this process in a run on `name`: with "cuda", each process on a machine has a GPU of its own."""
-    if "LOCAL_RANK" not in os.environ or not name.startswith("cuda"):
+    rank = from_torchrun("LOCAL_RANK")
+    if rank is None or not name.startswith("cuda"):
         return name
-    if name != "cuda" and os.environ.get("LOCAL_WORLD_SIZE") != "1":
+    if name != "cuda" and from_torchrun("LOCAL_WORLD_SIZE") != 1:
         raise ValueError(f"device: expected cuda, of which each process on a machine takes one, got {name!r}")
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
+    return f"cuda:{rank}" if name == "cuda" else name

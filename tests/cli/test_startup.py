@@ -1,4 +1,4 @@
-"""Starting the command: Ctrl-C while modules are imported, help, and what is not loaded for it."""
+"""Starting the command: Ctrl-C and errors while modules are imported, help, and what is not loaded for it."""
 
 import argparse
 import functools
@@ -36,14 +36,50 @@ def interrupted(command, folder):
     return process.returncode, line + out, error
 
 
+def started(how, folder):
+    """The command `fastgpt`, as a module or an installed script."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "fastgpt").write_text("from fastgpt.__main__ import main\nmain()")
+    return [sys.executable, *(["-m", "fastgpt"] if how == "-m" else [folder / "bin" / "fastgpt"])]
+
+
 @pytest.mark.parametrize("imported, how", [("torch", "-m"), ("torch", "script"), ("tqdm", "-m"), ("tqdm", "script")])
 def test_interrupted_while_it_starts(imported, how, tmp_path):
     """A module that the command imports, PyTorch or a later one, takes its time."""
     (tmp_path / f"{imported}.py").write_text(WAITS)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "fastgpt").write_text("from fastgpt.__main__ import main\nmain()")
-    command = [sys.executable, *(["-m", "fastgpt"] if how == "-m" else [tmp_path / "bin" / "fastgpt"]), "bench"]
+    command = [*started(how, tmp_path), "bench"]
     assert interrupted(command, tmp_path) == (130, "importing\n", "\nfastgpt: interrupted\n")
+
+
+@pytest.mark.parametrize("how", ["-m", "script"])
+@pytest.mark.parametrize(
+    "code, sentence",
+    [
+        ("raise ImportError('libtorch.so: cannot open shared object file')", "libtorch.so: cannot open shared object file"),
+        ("raise ValueError('TORCH_SETTING: expected a number')", "TORCH_SETTING: expected a number"),
+    ],
+    ids=["ImportError", "ValueError"],
+)
+def test_errors_while_it_starts_are_one_sentence(code, sentence, how, tmp_path):
+    (tmp_path / "torch.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(fastgpt.__file__).parents[1])])}
+    result = subprocess.run([*started(how, tmp_path), "info"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", f"fastgpt: error: {sentence}\n")
+
+
+@pytest.mark.slow
+def test_a_wrong_cpu_level_is_one_sentence():
+    command = [sys.executable, "-m", "fastgpt", "info"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FASTGPT_CPU_LEVEL": "avx1024"})
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch("fastgpt: error: FASTGPT_CPU_LEVEL: expected one of .* on this CPU, got 'avx1024'\n", result.stderr)
+
+
+def test_a_bug_while_it_starts_keeps_its_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("{}[0]")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(fastgpt.__file__).parents[1])])}
+    result = subprocess.run([*started("-m", tmp_path), "info"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith("Traceback") and result.stderr.endswith("KeyError: 0\n")
 
 
 CATCHES = """
@@ -63,15 +99,16 @@ def test_a_program_that_imports_fastgpt_is_interrupted_as_ever(how, tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupts_are_the_programs_own_once_it_is_loaded(tmp_path):
+def test_interrupts_and_errors_are_the_programs_own_once_it_is_loaded(tmp_path):
     """Even where it has the command's name; and no thread other than the main one sets a handler."""
-    (tmp_path / "fastgpt").write_text("import fastgpt, signal\nprint(signal.getsignal(signal.SIGINT).__name__)")
+    code = "import fastgpt, signal, sys\nprint(signal.getsignal(signal.SIGINT).__name__, sys.excepthook.__name__)"
+    (tmp_path / "fastgpt").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(Path(fastgpt.__file__).parents[1])}
     heed_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     result = subprocess.run(
         [sys.executable, tmp_path / "fastgpt"], capture_output=True, text=True, env=environment, preexec_fn=heed_interrupts
     )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "default_int_handler\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "default_int_handler excepthook\n", "")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with ThreadPoolExecutor() as pool:

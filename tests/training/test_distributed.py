@@ -181,6 +181,39 @@ def test_without_torchrun(monkeypatch):
             pass
 
 
+@pytest.mark.parametrize(
+    "environment, sentence",
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected an integer >= 0 in this environment variable of torchrun, got 'two'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: expected processes that can be joined .*: .* environment variable RANK expected"),
+        ({"WORLD_SIZE": "2", "RANK": "one"}, "WORLD_SIZE: expected processes that can be joined .* 'one'"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, "WORLD_SIZE: expected .* 'x'"),
+        (
+            {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999999"},
+            "WORLD_SIZE: expected .*port",
+        ),
+    ],
+    ids=["size", "no rank", "rank", "port", "large port"],
+)
+def test_wrong_environments_of_torchrun_are_one_sentence(environment, sentence, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=sentence), joined(None, torch.device("cpu")):
+        pass
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_wrong_local_ranks_are_one_sentence(name, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv(name, "-1")
+    with pytest.raises(
+        ValueError, match=f"{name}: expected an integer >= 0 in this environment variable of torchrun, got '-1'"
+    ):
+        local_device("cuda:0")
+
+
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert local_device("cuda") == "cuda" and local_device("cuda:1") == "cuda:1"
