@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastgpt.cache.storage import Storage, on_device
+from fastgpt.cache.storage import Storage, fitting_into_memory, on_device
 from fastgpt.checks import require_integer, require_tensor
 from fastgpt.ops.attention import attention
 from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, waits
@@ -46,13 +46,14 @@ class KVCache:
     block_table: torch.Tensor | None = None  # (B, pages) int32, of a paged cache
 
     def __init__(self, batch_size: int, capacity: int | None, window: int | None, device: torch.device | str | None) -> None:
-        batch_size = require_integer("batch_size", batch_size, 1)
+        batch_size = require_integer("batch_size", batch_size, 1, 2**31 - 1)
         self.capacity = None if capacity is None else require_integer("capacity", capacity, 1, 2**31 - 1)
         self.window = None if window is None else require_integer("window", window, 1)
-        self.counts = [0] * batch_size
-        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.positions: torch.Tensor | None = None  # (B, T) int32: of the current pass's tokens; negative for padding
-        self._make_steady()
+        with fitting_into_memory():
+            self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+            self._make_steady()
+            self.counts = [0] * batch_size
 
     def _make_steady(self) -> None:
         """Allocates the tensors that decode steps write to in place, as a captured step (fastgpt/generation/replay.py) requires."""
@@ -258,7 +259,7 @@ class KVCache:
         return result
 
 
-def require_attend(layer, layers: list, q, k, v, rotation) -> None:
+def require_attend(layer: Any, layers: list, q: Any, k: Any, v: Any, rotation: Any) -> None:
     """Raises TypeError, ValueError for arguments of `KVCache.attend` that the operations do not check."""
     if type(layer) is not int or not 0 <= layer < len(layers):  # nor a negative index
         require_integer("layer", layer, 0, len(layers) - 1)
@@ -277,7 +278,18 @@ def least(a: int | None, b: int | None) -> int | None:
 
 
 def store_and_attend(
-    q, k, v, cache: dict, positions, *, rotation, counters, last_only=False, slots=None, block_table=None, **options
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: dict,
+    positions: torch.Tensor,
+    *,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    counters: torch.Tensor | None,
+    last_only: bool = False,
+    slots: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    **options,
 ) -> torch.Tensor:
     """`KVCache.attend` for the tensors of one layer. options: arguments of `attention`, such as kv_lengths and window."""
     if q.shape[2] == 1:
@@ -288,7 +300,17 @@ def store_and_attend(
     return read(q[:, :, -1:] if last_only else q, cache, block_table=block_table, **options)
 
 
-def store(q, k, v, cache: dict, positions, *, slots=None, rotation=None, block_table=None) -> torch.Tensor:
+def store(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: dict,
+    positions: torch.Tensor,
+    *,
+    slots: torch.Tensor | None = None,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    block_table: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Stores k and v in `slots` (default: at their positions), rotated if there is a rotation. Returns q, also rotated."""
     q, k, v = of_cache(q, k, v, cache)
     options = {"block_table": block_table, "k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
@@ -302,13 +324,22 @@ def store(q, k, v, cache: dict, positions, *, slots=None, rotation=None, block_t
     return through_cache(write, q, k, v)
 
 
-def read(q, cache: dict, **options) -> torch.Tensor:
+def read(q: torch.Tensor, cache: dict, **options) -> torch.Tensor:
     """Attention of q over the stored keys and values. options: arguments of `attention`."""
     options |= {"k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
     return through_cache(lambda q: attention(q, cache["k"], cache["v"], **options), q)
 
 
-def step(q, k, v, cache: dict, positions, *, rotation=None, **options) -> torch.Tensor:
+def step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: dict,
+    positions: torch.Tensor,
+    *,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **options,
+) -> torch.Tensor:
     """`store` for one token of each sequence, then `read`, in one operation. options: those of both, and counters."""
     q, k, v = of_cache(q, k, v, cache)
     cos, sin = (None, None) if rotation is None else rotation
@@ -318,7 +349,7 @@ def step(q, k, v, cache: dict, positions, *, rotation=None, **options) -> torch.
     )
 
 
-def of_cache(q, k, v, cache: dict):
+def of_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v in the dtype of the cache. They may have another one under autocast, or from modules of another precision."""
     dtype = cache["k"].dtype
     if k.dtype is dtype is q.dtype or dtype in QUANTIZED_DTYPES:

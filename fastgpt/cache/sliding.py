@@ -47,7 +47,7 @@ class SlidingCache(KVCache):
         self.slices = [(self.rings[size], sizes[:layer].count(size)) for layer, size in enumerate(sizes)]  # ring, index in it
 
     @property
-    def storages(self):
+    def storages(self) -> list[Storage]:
         return [ring.storage for ring in self.rings.values()]
 
     def advance(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
@@ -115,13 +115,20 @@ class Ring:
         self._held = torch.zeros(storage.k.shape[1], dtype=torch.int32, device=storage.k.device)
         self._slot = torch.zeros_like(self._held).unsqueeze(1)
 
-    def advance(self, positions, lengths):
+    def advance(self, positions: torch.Tensor, lengths: torch.Tensor) -> None:
         """One new token of each sequence."""
         self.slots = torch.remainder(positions, self.size, out=self._slot)
         self.held = torch.clamp(lengths, max=self.size, out=self._held)
         self.chunk, self.in_order = None, False
 
-    def extend(self, past_counts, past_lengths, counts, lengths, positions):
+    def extend(
+        self,
+        past_counts: list[int],
+        past_lengths: torch.Tensor,
+        counts: list[int],
+        lengths: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
         """New tokens at `positions` (B, T); counts and lengths of the cache, before and after them."""
         self.held, self.chunk = lengths.clamp(max=self.size), None
         self.in_order = max(counts) <= self.size
@@ -148,7 +155,19 @@ class Ring:
         slots = torch.where(positions < 0, -1, positions - (past_lengths.unsqueeze(1) - old))
         return before, ring.long(), slots, old.squeeze(1) + lengths - past_lengths
 
-    def attend(self, index, q, k, v, positions, *, rotation, counters, last_only, **options):
+    def attend(
+        self,
+        index: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        counters: torch.Tensor | None,
+        last_only: bool,
+        **options,
+    ) -> torch.Tensor:
         """`KVCache.attend` for the layer with this index in the storage."""
         cache = self.storage.layers[index]
         if self.chunk is None:

@@ -1,10 +1,29 @@
 """The memory of a cache: keys and values of every layer, and their scales."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from fastgpt import huge_pages
 from fastgpt.ops.derivatives import refuse_transforms_of_cache
 from fastgpt.ops.quantization import QUANTIZED_DTYPES, as_bytes
+
+
+@contextlib.contextmanager
+def fitting_into_memory() -> Iterator[None]:
+    """A context manager for the allocations of a cache: where the CPU has too little memory, it raises a MemoryError that says
+    what to do. On a GPU, torch.OutOfMemoryError stays."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        message = str(error).partition("\n")[0]
+        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in message and "overflow" not in message:
+            raise
+        raise MemoryError(
+            "the cache does not fit into memory; choose a smaller batch_size, capacity or num_pages, or an 8-bit cache_dtype"
+            + (f" ({message})" if message else "")
+        ) from error
 
 
 class Storage:
@@ -20,7 +39,17 @@ class Storage:
     """
 
     def __init__(
-        self, N, rows, *, num_layers, num_kv_heads, head_dim, v_head_dim=None, dtype=None, cache_dtype=None, device=None
+        self,
+        N: int,
+        rows: int,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        dtype: torch.dtype | None = None,
+        cache_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ):
         refuse_transforms_of_cache(filled=False)
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -30,13 +59,14 @@ class Storage:
                 f"cache_dtype: expected {dtype} (of the model) or {' or '.join(map(str, QUANTIZED_DTYPES))}, got {cache_dtype}"
             )
         shape = (num_layers, N, num_kv_heads, rows)
-        self.k, self.v = (
-            huge_pages.empty((*shape, size), dtype=cache_dtype, device=device).zero_()
-            for size in (head_dim, head_dim if v_head_dim is None else v_head_dim)
-        )
         self.k_scale = self.v_scale = None
-        if cache_dtype in QUANTIZED_DTYPES:
-            self.k_scale, self.v_scale = (torch.zeros(shape, device=device) for _ in range(2))
+        with fitting_into_memory():
+            self.k, self.v = (
+                huge_pages.empty((*shape, size), dtype=cache_dtype, device=device).zero_()
+                for size in (head_dim, head_dim if v_head_dim is None else v_head_dim)
+            )
+            if cache_dtype in QUANTIZED_DTYPES:
+                self.k_scale, self.v_scale = (torch.zeros(shape, device=device) for _ in range(2))
         self._make_views()
 
     def _make_views(self):
@@ -55,7 +85,7 @@ class Storage:
         vars(self).update(state, k=state["k"].view(dtype), v=state["v"].view(dtype))
         self._make_views()
 
-    def tensors(self):
+    def tensors(self) -> list[torch.Tensor]:
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
 
     @property

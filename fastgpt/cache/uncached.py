@@ -22,7 +22,14 @@ class Uncached:
     expected_length = 0
     encoder_kv: Any = None  # see KVCache
 
-    def __init__(self, window: int | None = None, device=None, *, causal: bool = True, lengths: torch.Tensor | None = None):
+    def __init__(
+        self,
+        window: int | None = None,
+        device: torch.device | str | None = None,
+        *,
+        causal: bool = True,
+        lengths: torch.Tensor | None = None,
+    ):
         self.window, self.device, self.causal, self.lengths = window, device, causal, lengths
 
     def extend(self, num_tokens: int, new: None = None) -> torch.Tensor:
@@ -30,15 +37,26 @@ class Uncached:
         self.positions, self.length = torch.arange(num_tokens, device=self.device), num_tokens
         return self.positions
 
-    def attend(self, layer, q, k, v, rotation=None, *, window=None, last_only=False, **options):
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        window: int | None = None,
+        last_only: bool = False,
+        **options,
+    ) -> torch.Tensor:
         """Attention over k and v, rotated if there is a rotation. Arguments and result are those of `KVCache.attend`."""
         if rotation is not None:
-            positions = self.positions.expand(len(q), -1)
+            positions = self.positions.expand(q.shape[0], -1)
             q, k = (rope_reference(x, positions, *rotation) for x in (q, k))
         return self.attend_rotated(layer, q[:, :, -1:] if last_only else q, k, v, **self.visible(window), **options)
 
-    def attend_rotated(self, layer, q, k, v, **options):
-        return attention(q, k, v, **options)
+    def attend_rotated(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
+        return attention(q, k, v, **options)  # type: ignore[return-value]  # without lse
 
     def visible(self, window: int | None) -> dict:
         """The arguments of `attention` that say which keys a query attends to. Causal attention never reaches padding on the right."""

@@ -47,7 +47,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if self.kind == "layer" else None)
 
-    def forward(self, x, residual=None):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps, offset=self.offset, residual=residual)
 
     def as_options(self) -> dict:
@@ -62,7 +62,10 @@ class Norm(nn.Module):
 def new_layer(cls: type[nn.Module], *sizes: int, **options) -> nn.Module:
     """An nn.Linear or nn.Embedding with uninitialized weights, which `GPT.initialize` draws: drawing them twice would add a
     second to loading. It is PyTorch's own class, which quantization, adapters and FSDP look for."""
-    return nn.utils.skip_init(cls, *sizes, device=torch.get_default_device(), **options)
+    layer = cls(*sizes, device="meta", **options)
+    for name, weight in list(layer.named_parameters()):  # not by to_empty, which cannot replace fake tensors
+        setattr(layer, name, nn.Parameter(torch.empty_like(weight, device=torch.get_default_device())))
+    return layer
 
 
 def is_plain_lookup(embedding: nn.Module) -> bool:
@@ -77,7 +80,7 @@ def look_up(embedding: nn.Module, index: torch.Tensor) -> torch.Tensor:
     return torch.embedding(embedding._parameters["weight"], index)
 
 
-def project(x, layer: nn.Module, norm: nn.Module | None = None, **options):
+def project(x: torch.Tensor, layer: nn.Module, norm: nn.Module | None = None, **options) -> torch.Tensor:
     """layer(norm(x)), or layer(x), followed by the activation, gate, residual and dropout in `options` (those of `linear`):
     in one operation where the modules are plain."""
     if not computes(layer, nn.Linear.forward):
@@ -91,7 +94,7 @@ def project(x, layer: nn.Module, norm: nn.Module | None = None, **options):
     return linear(x, weight, bias, **norm.as_options(), **options)
 
 
-def add(x, y, layer: nn.Module, post_norm: nn.Module | None, dropout_p: float):
+def add(x: torch.Tensor, y: torch.Tensor, layer: nn.Module, post_norm: nn.Module | None, dropout_p: float) -> torch.Tensor:
     """x + layer(y), or x + post_norm(layer(y))."""
     if post_norm is None:
         return project(y, layer, residual=x, dropout_p=dropout_p)
@@ -116,7 +119,14 @@ class Attention(nn.Module):
         self.out = new_layer(nn.Linear, config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
-    def forward(self, x, norm: Norm, cache: KVCache | Uncached, rotation, last_only: bool):
+    def forward(
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        cache: KVCache | Uncached,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        last_only: bool,
+    ) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C), or with last_only (B, 1, C). rotation: cos and sin (positions, R/2) each, or None."""
         B, T, _ = x.shape
         heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
@@ -148,12 +158,12 @@ class CrossAttention(nn.Module):
         self.out = new_layer(nn.Linear, q_size, config.hidden_size, bias=config.out_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
-    def read(self, states):
+    def read(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of encoder states: (B, S, C) -> (B, H_kv, S, D) twice."""
         k, v = project(states, self.kv).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(2)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, norm: Norm, encoder_kv: EncoderKV):
+    def forward(self, x: torch.Tensor, norm: Norm, encoder_kv: EncoderKV) -> torch.Tensor:
         q = project(x, self.q, norm).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         y = encoder_kv.attend(self.layer, q, **self.options).transpose(1, 2).flatten(2)  # (B, T, H · D)
         return add(x, y, self.out, self.post_norm, self.dropout if is_training(self) else 0.0)
@@ -171,7 +181,7 @@ class MLP(nn.Module):
         self.down = new_layer(nn.Linear, config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
-    def forward(self, x, norm: Norm):
+    def forward(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C)."""
         y = project(x, self.up, norm, activation=self.activation, gated=self.gated)  # (B, T, C) -> (B, T, I)
         return add(x, y, self.down, self.post_norm, self.dropout if is_training(self) else 0.0)
@@ -190,7 +200,13 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache: KVCache | Uncached, rotation=None, last_only: bool = False):
+    def forward(
+        self,
+        x: torch.Tensor,
+        cache: KVCache | Uncached,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C), or with last_only (B, 1, C): of the last token, which still attends to all."""
         x = self.attention(x, self.attention_norm, cache, rotation, last_only)
         if self.cross_attention is not None:
@@ -515,7 +531,14 @@ class GPT(nn.Module):
         return cache
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype=None, device=None) -> "GPT":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "GPT":
         """Loads a decoder from a checkpoint in the format of transformers. It is returned in evaluation mode.
 
         If config.json ties the output matrix to the token embedding, but the file has an output matrix that differs, that one

@@ -164,6 +164,7 @@ class Tables:
         are they, and nothing is cached."""
         if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
             return self._made(positions, x.device, *keys)
+        positions = int(positions)  # a tensor under torch.jit.trace, whose graph keeps the tables of the example
         held = self.held.get((x.device, *keys))
         if held is None or len(held[0]) < positions:
             rows = min(max(self.LEAST, 1 << (positions - 1).bit_length()), self.most)

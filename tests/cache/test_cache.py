@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import random_ids, random_model, reference_operations
 
-from fastgpt import GPT, SHIPPED_MODEL, OutOfPages, PagedCache, generate
+from fastgpt import GPT, SHIPPED_MODEL, ContiguousCache, OutOfPages, PagedCache, generate
 from fastgpt.cache.create import CACHE_KINDS
 from fastgpt.cache.uncached import Uncached
 from fastgpt.testing import numerics
@@ -316,6 +316,20 @@ def test_errors(case):
     options, error, message = BAD[case]
     with pytest.raises(error, match=message):
         random_model().new_cache(2, **options)
+
+
+@pytest.mark.parametrize("kind", CACHE_KINDS)
+def test_what_does_not_fit_into_memory_is_one_sentence(kind):
+    """Of so many sequences that there are no numbers for them, and of so many tokens that there is no memory."""
+    model = random_model()
+    window = 9 if kind == "sliding" else None
+    expected = "(batch_size: expected an integer >= 1 and <= 2147483647|num_pages: expected at most 2.31 - 1), got "
+    with pytest.raises(ValueError, match=expected):
+        model.new_cache(2**40, kind=kind, window=window)
+    with pytest.raises(MemoryError, match=r"the cache does not fit into memory; choose a smaller batch_size, .* \(.+\)"):
+        model.new_cache(2**24, kind=kind, window=window)
+    with pytest.raises(MemoryError, match="the cache does not fit into memory"):
+        ContiguousCache(batch_size=2, capacity=2**31 - 1, num_layers=2**30, num_kv_heads=2**30, head_dim=64)
 
 
 @pytest.mark.parametrize("kind", CACHE_KINDS)

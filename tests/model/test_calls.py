@@ -5,9 +5,11 @@ from functools import partial
 import pytest
 import torch
 from models import random_ids, random_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgpt
 from fastgpt import SequenceClassifier, TokenClassifier, run_with_cache
+from fastgpt.model.rope import Rope
 from fastgpt.ops import explain
 
 IDS = torch.zeros(2, 3, dtype=torch.int64)
@@ -160,6 +162,32 @@ def test_what_is_no_decoder(model):
     ):
         with pytest.raises(TypeError, match=f"^model: expected a fastgpt.GPT, got {type(model).__name__}$"):
             call()
+
+
+POSITIONS = {"learned": {}, "sinusoidal": {"position": "sinusoidal"}, "rotary": {"position": "rotary", "rope": Rope(8)}}
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_models_are_built_and_run_with_fake_tensors(position):
+    with FakeTensorMode():
+        model = random_model(**POSITIONS[position])
+        cache = model.new_cache(2)
+        assert model(torch.zeros(2, 7, dtype=torch.int64)).shape == (2, 7, 65)
+        assert model(torch.zeros(2, 7, dtype=torch.int64), cache=cache).shape == (2, 7, 65)
+        assert model(torch.zeros(2, 1, dtype=torch.int64), cache=cache).shape == (2, 1, 65)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_compute_what_the_model_does(position):
+    """Of other batches and lengths, too."""
+    model = random_model(**POSITIONS[position])
+    traced = torch.jit.trace(model, random_ids(model, 2, 7))
+    for shape in ((2, 7), (3, 5), (1, 20)):
+        ids = random_ids(model, *shape)
+        assert torch.equal(traced(ids), model(ids))
 
 
 def test_no_tokens_from_weights_on_meta():
