@@ -57,7 +57,7 @@ class SummedLinear(nn.Linear):
         """Whether a call waits for the device, so that no CUDA graph can capture it: with any backend but NCCL."""
         return torch.distributed.get_backend(self.group) != "nccl"
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = linear(x, self.weight)
         torch.distributed.all_reduce(y, group=self.group)
         return y if self.bias is None else y + self.bias

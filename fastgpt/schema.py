@@ -35,16 +35,16 @@ class Field:
     default: Any = REQUIRED
 
 
-def integer(least: int, most: int, default=REQUIRED, *, optional: bool = False) -> Field:
+def integer(least: int, most: int, default: Any = REQUIRED, *, optional: bool = False) -> Field:
     return Field(lambda name, value: require_integer(name, value, least, most, optional), default)
 
 
-def number(default=REQUIRED, *, optional: bool = False, **bounds) -> Field:
+def number(default: Any = REQUIRED, *, optional: bool = False, **bounds) -> Field:
     """bounds: least, most, above, below."""
     return Field(lambda name, value: require_number(name, value, **bounds, optional=optional), default)
 
 
-def flag(default=REQUIRED) -> Field:
+def flag(default: Any = REQUIRED) -> Field:
     def check(name, value):
         require_flag(name, value)
         return value
@@ -52,7 +52,7 @@ def flag(default=REQUIRED) -> Field:
     return Field(check, default)
 
 
-def choice(choices: Iterable, default=REQUIRED) -> Field:
+def choice(choices: Iterable, default: Any = REQUIRED) -> Field:
     choices = tuple(choices)
 
     def check(name, value):
@@ -62,7 +62,7 @@ def choice(choices: Iterable, default=REQUIRED) -> Field:
     return Field(check, default)
 
 
-def text(default=REQUIRED, *, optional: bool = False) -> Field:
+def text(default: Any = REQUIRED, *, optional: bool = False) -> Field:
     def check(name, value):
         if not isinstance(value, str) and not (optional and value is None):
             raise TypeError(f"{name}: expected a string{' or null' if optional else ''}, got {value!r}")
@@ -71,7 +71,7 @@ def text(default=REQUIRED, *, optional: bool = False) -> Field:
     return Field(check, default)
 
 
-def several(entry: Field, default=REQUIRED, *, optional: bool = False, or_one: bool = False) -> Field:
+def several(entry: Field, default: Any = REQUIRED, *, optional: bool = False, or_one: bool = False) -> Field:
     """A list of entries, as a tuple; or_one: or one entry, as a tuple of it."""
 
     def check(name, value):
@@ -86,7 +86,7 @@ def several(entry: Field, default=REQUIRED, *, optional: bool = False, or_one: b
     return Field(check, default)
 
 
-def mapping(default=REQUIRED, *, optional: bool = False) -> Field:
+def mapping(default: Any = REQUIRED, *, optional: bool = False) -> Field:
     """A JSON object, whose entries are checked elsewhere."""
 
     def check(name, value):
@@ -97,7 +97,7 @@ def mapping(default=REQUIRED, *, optional: bool = False) -> Field:
     return Field(check, default)
 
 
-def only(expected, default=REQUIRED) -> Field:
+def only(expected: Any, default: Any = REQUIRED) -> Field:
     def check(name, value):
         if type(value) is not type(expected) or value != expected:
             raise ValueError(f"{name}: expected {expected!r}, got {value!r}")
@@ -141,7 +141,7 @@ def read(fields: Mapping[str, Field], values: Mapping, prefix: str = "", *, clos
     return result
 
 
-def check_fields(instance, fields: Mapping[str, Field], prefix: str = "") -> None:
+def check_fields(instance: Any, fields: Mapping[str, Field], prefix: str = "") -> None:
     """Checks the fields of a frozen dataclass, which become what their checks return."""
     for name, field in fields.items():
         object.__setattr__(instance, name, field.check(prefix + name, getattr(instance, name)))

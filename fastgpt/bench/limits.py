@@ -19,7 +19,7 @@ class Limit(NamedTuple):
     run: Callable[[], object]
 
 
-def reading(device="cpu") -> Limit:
+def reading(device: torch.device | str = "cpu") -> Limit:
     """Read bandwidth, of more data than fits into caches. On a CPU by `linear` of one vector, on huge pages, the fastest way
     known: up to 1.3 times as fast as a sum; on a GPU by a sum."""
     x = huge_pages.empty((_num_elements(device) // 1024, 1024), device=device).fill_(1)
@@ -29,14 +29,14 @@ def reading(device="cpu") -> Limit:
     return Limit("reading", "bytes", x.nbytes, x.sum)
 
 
-def copying(device="cpu") -> Limit:
+def copying(device: torch.device | str = "cpu") -> Limit:
     """Copy bandwidth (read and written), of more data than fits into caches."""
     source = torch.ones(_num_elements(device), device=device)
     target = torch.empty_like(source)
     return Limit("copying", "bytes", 2 * source.nbytes, lambda: target.copy_(source))
 
 
-def matrix_product(device="cpu", dtype=torch.float32) -> Limit:
+def matrix_product(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Limit:
     """FLOP rate of PyTorch's product of two square matrices. For a 16-bit dtype on a CPU without such arithmetic, that of
     float32, if it is faster: converting would take little time."""
     on_cpu = torch.device(device).type == "cpu"

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +176,7 @@ def measure(case: Case, device_limits: DeviceLimits, seconds: float) -> dict:
     }
 
 
-def tensors(result) -> list[torch.Tensor]:
+def tensors(result: Any) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 

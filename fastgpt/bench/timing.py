@@ -21,9 +21,9 @@ FLUSHED = 512 << 20  # bytes written to flush a GPU's L2 cache: 0.1 ms, in which
 
 
 def in_rounds(
-    functions: dict[str, Callable],
-    *, inputs: Sequence[dict] = ({},), device="cpu", seconds: float = 3.0, rounds: int | None = None, calls: int | None = None,
-    limit: Limit | None = None, prepare: dict[str, Callable] | None = None, flush: bool = False,
+    functions: dict[str, Callable], *, inputs: Sequence[dict] = ({},), device: torch.device | str = "cpu", seconds: float = 3.0,
+    rounds: int | None = None, calls: int | None = None, limit: Limit | None = None, prepare: dict[str, Callable] | None = None,
+    flush: bool = False,
 ) -> Iterator[dict[str, float]]:  # fmt: skip
     """Yields for each round the seconds per call of each function, all timed one after the other.
 
@@ -70,7 +70,7 @@ def in_rounds(
         yield result | {name: timed(name, repeats[name], first[name] < LONG) for name in functions}
 
 
-def clock(function: Callable, inputs: list[dict], device) -> float:
+def clock(function: Callable, inputs: list[dict], device: torch.device | str) -> float:
     """Wall-clock seconds per call, including the work of the device."""
     synchronize(device)
     start = time.perf_counter()
@@ -80,7 +80,7 @@ def clock(function: Callable, inputs: list[dict], device) -> float:
     return (time.perf_counter() - start) / len(inputs)
 
 
-def events(function: Callable, inputs: list[dict], device) -> float:
+def events(function: Callable, inputs: list[dict], device: torch.device | str) -> float:
     """Median seconds of a call on a GPU, each after flushing the L2 cache."""
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in inputs]
     for arguments, (start, end) in zip(inputs, pairs):
@@ -92,7 +92,7 @@ def events(function: Callable, inputs: list[dict], device) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1000
 
 
-def synchronize(device) -> None:
+def synchronize(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -34,8 +34,12 @@ class Extras:
     """Everything that attention can do beyond softmax(scale q·k) v, as the kernels take it: tensors, their strides and other
     numbers by the names of arguments, the first two in the order of the forward kernel's."""
 
-    def __init__(self, q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
-                 dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k):  # fmt: skip
+    def __init__(
+        self, q: Tensor, k: Tensor, window: int | None, softcap: float | None, alibi_slopes: Tensor | None,
+        sinks: Tensor | None, mask: Tensor | None, bias: Tensor | None, kv_lengths: Tensor | None, block_table: Tensor | None,
+        k_scale: Tensor | None, v_scale: Tensor | None, dropout_p: float, dropout_seed: Tensor | None,
+        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    ):  # fmt: skip
         B, H, T, _ = q.shape
         S = k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
         check_sizes(q=q, k=k)

@@ -70,10 +70,12 @@ def delta_kernel(
 
 
 def attention_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *, causal=True, scale, window=None, softcap=None, alibi_slopes=None, sinks=None, mask=None, bias=None,
-    kv_lengths=None, dropout_p=0.0, dropout_seed=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
-    max_seqlen_k=None, needs_dbias=False,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool = True,
+    scale: float, window: int | None = None, softcap: float | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, mask: Tensor | None = None, bias: Tensor | None = None, kv_lengths: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    needs_dbias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Launches the passes: dq, dk, dv in the dtypes and shapes of q, k, v; dbias in that of bias, or None; dsinks or None.
 

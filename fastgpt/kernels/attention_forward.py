@@ -263,9 +263,11 @@ INTERPRETED = not isinstance(attention_forward_kernel, triton.JITFunction)  # TR
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal=True, scale, window=None, softcap=None, alibi_slopes=None, sinks=None,
-    mask=None, bias=None, kv_lengths=None, block_table=None, k_scale=None, v_scale=None, dropout_p=0.0,
-    dropout_seed=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float, window: int | None = None,
+    softcap: float | None = None, alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, mask: Tensor | None = None,
+    bias: Tensor | None = None, kv_lengths: Tensor | None = None, block_table: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the kernel: one launch, no host sync. Arguments: `fastgpt.attention`, with dropout_seed (1,) int64 on
     the device; head dims D <= 576 of q and k, D_v of v up to 576, in fp32 512.

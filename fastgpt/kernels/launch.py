@@ -6,13 +6,14 @@ it compiled is kept by a shorter key, which holds all that Triton specializes by
 """
 
 import functools
+from collections.abc import Callable
 
 import triton
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 
-def kernel(**options):
+def kernel(**options) -> Callable:
     """Decorates a function that launchers launch, NAME[grid](...): triton.jit with its options, and a `Kernel`, unless Triton's
     interpreter runs it.
 
@@ -35,7 +36,7 @@ class Kernel(JITFunction):
     that are new. Launches that somebody has hooks for, such as a profiler of Triton's, go Triton's way.
     """
 
-    def __init__(self, function, **options):
+    def __init__(self, function: Callable, **options):
         super().__init__(function, **options)
         self.bind = binder(self)
         self.kept = {}  # by device and key: what launches a compiled kernel, and what it takes
@@ -43,7 +44,7 @@ class Kernel(JITFunction):
     def __getitem__(self, grid: tuple[int, ...]):
         return functools.partial(self.launch, grid)
 
-    def launch(self, grid, *args, **options):
+    def launch(self, grid: tuple[int, ...], *args, **options) -> None:
         key, arguments = self.bind(*args, **options)
         active, runtime = driver.active, triton.knobs.runtime
         device = active.get_current_device()
@@ -59,7 +60,7 @@ class Kernel(JITFunction):
         run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *arguments)
 
 
-def binder(of: JITFunction):
+def binder(of: JITFunction) -> Callable:
     """A function of a kernel's arguments and options. Returns a key, which is another one wherever Triton would compile another
     kernel, and a tuple of all arguments in their order."""
     key, sizes, defaults = [], [], {}
@@ -89,7 +90,7 @@ def binder(of: JITFunction):
     return eval(source, {"defaults": defaults, "kind_of": kind_of})
 
 
-def kind_of(number: int | float | None):
+def kind_of(number: int | float | None) -> str | type:
     """What decides the type of a number that is not specialized."""
     if number.__class__ is not int:
         return number.__class__

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -73,7 +74,7 @@ class Classifier(nn.Module):
     def checkpoint_config(self) -> dict:
         return self.model.checkpoint_config
 
-    def batch(self, ids, lengths=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def batch(self, ids: Any, lengths: Any = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Arguments of `forward` -> ids (B, T), padded on the right, and lengths (B,) int32, or None if all are T."""
         if not isinstance(ids, torch.Tensor):
             if lengths is not None:
@@ -90,7 +91,14 @@ class Classifier(nn.Module):
         return ids, (columns * (ids != self.pad_token_id)).amax(1).clamp(min=1)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype=None, device=None):
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Classifier":
         """Loads a checkpoint that the class of transformers with this head has written. It is returned in evaluation mode.
 
         Args:
@@ -206,7 +214,7 @@ class TokenClassifier(Classifier):
         return project(F.dropout(states, self.dropout, is_training(self)), self.classifier)
 
     @staticmethod
-    def settings(stored):
+    def settings(stored: dict) -> dict:
         rates = (stored[key] for key in ("classifier_dropout", "hidden_dropout"))
         return {"dropout": next((rate for rate in rates if rate is not None), 0.1)}
 

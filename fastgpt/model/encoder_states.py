@@ -1,10 +1,13 @@
 """Encoder states for cross-attention: their keys and values, computed once, and their checks."""
 
+from typing import Any
+
 import torch
 
 from fastgpt.cache.base import KVCache
 from fastgpt.cache.uncached import Uncached
 from fastgpt.checks import is_autocasting, require_device, require_dtype, require_shape, require_tensor
+from fastgpt.model.config import GPTConfig
 from fastgpt.model.inputs import as_lengths, require_ids
 from fastgpt.ops.attention import attention
 from fastgpt.ops.derivatives import through_cache
@@ -42,7 +45,9 @@ class EncoderKV:
         return EncoderKV(layers, n * self.batch_size, lengths)
 
 
-def uncached(model, ids, lengths=None, encoder_states=None, encoder_lengths=None) -> Uncached:
+def uncached(
+    model: Any, ids: torch.Tensor, lengths: Any = None, encoder_states: torch.Tensor | None = None, encoder_lengths: Any = None
+) -> Uncached:
     """The `Uncached` for a pass over ids (B, T) without a cache. Arguments and errors are those of `GPT.forward`."""
     require_ids(ids, model.first_weight.device)
     lengths = None if lengths is None else as_lengths("lengths", lengths, ids)
@@ -51,7 +56,7 @@ def uncached(model, ids, lengths=None, encoder_states=None, encoder_lengths=None
     return result
 
 
-def read_encoder_states(model, states, lengths=None) -> EncoderKV | None:
+def read_encoder_states(model: Any, states: torch.Tensor | None, lengths: Any = None) -> EncoderKV | None:
     """Keys and values of encoder states (B, S, C) for a model with cross-attention; None if there are no states.
 
     Raises: TypeError, ValueError for states or lengths of another shape, dtype or device.
@@ -72,7 +77,7 @@ def read_encoder_states(model, states, lengths=None) -> EncoderKV | None:
     return EncoderKV([block.cross_attention.read(states) for block in model.blocks], len(states), lengths)
 
 
-def stored_encoder_states(model, states, lengths=None) -> EncoderKV | None:
+def stored_encoder_states(model: Any, states: torch.Tensor | None, lengths: Any = None) -> EncoderKV | None:
     """`read_encoder_states` for a cache, without a graph: the backward pass raises if it needs a gradient of the states."""
     with torch.no_grad():
         encoder_kv = read_encoder_states(model, states, lengths)
@@ -81,7 +86,7 @@ def stored_encoder_states(model, states, lengths=None) -> EncoderKV | None:
     return encoder_kv
 
 
-def require_encoder_states(config, cache: KVCache | Uncached, batch_size: int) -> None:
+def require_encoder_states(config: GPTConfig, cache: KVCache | Uncached, batch_size: int) -> None:
     """Raises ValueError if only the cache is causal, or if encoder states are missing or of another batch size."""
     if cache.causal:
         require_causal(config)
@@ -91,6 +96,6 @@ def require_encoder_states(config, cache: KVCache | Uncached, batch_size: int) -
         raise ValueError(f"encoder_states: expected batch size {batch_size}, as ids has, got {cache.encoder_kv.batch_size}")
 
 
-def require_causal(config) -> None:
+def require_causal(config: GPTConfig) -> None:
     if not config.causal:
         raise ValueError("model: expected a causal model for generation or a KV cache, got one with causal=False")

@@ -5,6 +5,7 @@ only if no hook, subclass or adapter has changed what a module computes. `is_pla
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ GLOBAL_HOOKS = [getattr(hooked, f"_global{name}") for name in HOOKS]
 BEFORE_WEIGHTS_MOVE = []
 
 
-def plain(weights: int):
+def plain(weights: int) -> Callable:
     """Decorates a module class that may be fused; weights: its number of parameters, counting a bias that is None."""
 
     def decorate(cls: type[nn.Module]) -> type[nn.Module]:
@@ -35,7 +36,7 @@ def plain(weights: int):
     return decorate
 
 
-def is_plain_matrix(weight) -> bool:
+def is_plain_matrix(weight: torch.Tensor | None) -> bool:
     """Whether operations take this weight: a plain tensor with contiguous rows, not a transposed view."""
     return weight is not None and type(weight) in PLAIN_WEIGHTS and weight.stride(-1) == 1
 
@@ -69,7 +70,7 @@ def have_own_forwards(kinds: set[Any]) -> bool:
     return True
 
 
-def computes(module: nn.Module, forward) -> bool:
+def computes(module: nn.Module, forward: Callable) -> bool:
     """Whether a module is plain and its forward is this one."""
     return type(module).forward is forward and is_plain(module)
 

@@ -1,6 +1,7 @@
 """Checks and conversions of token ids, prompts and lengths."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,13 +10,13 @@ from fastgpt.checks import require_device, require_dtype, require_tensor
 from fastgpt.model.config import GPTConfig
 
 
-def require_decoder(model) -> None:
+def require_decoder(model: Any) -> None:
     """Raises TypeError for what is not a decoder. A wrapper with a decoder's attributes, such as torch.compile's, is one."""
     if not isinstance(getattr(model, "config", None), GPTConfig) or not hasattr(model, "run_blocks"):
         raise TypeError(f"model: expected a fastgpt.GPT, got {type(model).__name__}")
 
 
-def require_ids(ids, device: torch.device) -> None:
+def require_ids(ids: Any, device: torch.device) -> None:
     """Raises TypeError, ValueError unless ids are (B, T) integers, T >= 1, on the device."""
     require_tensor("ids", ids)
     require_dtype("ids", ids, (torch.int64, torch.int32))
@@ -24,7 +25,7 @@ def require_ids(ids, device: torch.device) -> None:
     require_device("ids", ids, device)
 
 
-def as_lengths(name: str, lengths, x: torch.Tensor) -> torch.Tensor:
+def as_lengths(name: str, lengths: Any, x: torch.Tensor) -> torch.Tensor:
     """Lengths of the sequences in x (B, T, ...), as a list or a tensor -> (B,) int32 on the device of x.
 
     Raises: TypeError, ValueError; a length outside 1 to T is not noticed on a GPU.
@@ -45,7 +46,7 @@ class PromptTooLong(ValueError):
     """A prompt has more tokens than the model's context."""
 
 
-def require_room(name: str, tokens: int, config) -> None:
+def require_room(name: str, tokens: int, config: GPTConfig) -> None:
     """Raises PromptTooLong for a prompt that is longer than the model's context."""
     if tokens > config.context_length:
         raise PromptTooLong(
@@ -54,7 +55,7 @@ def require_room(name: str, tokens: int, config) -> None:
         )
 
 
-def as_prompts(model, ids) -> list[torch.Tensor]:
+def as_prompts(model: Any, ids: Any) -> list[torch.Tensor]:
     """A tensor or array (B, T), or a list of prompts, as a list of 1-d int64 tensors. Raises TypeError, ValueError."""
     require_decoder(model)
     device = next(model.parameters()).device
@@ -84,7 +85,7 @@ def as_prompts(model, ids) -> list[torch.Tensor]:
     return prompts
 
 
-def as_prompt(prompt, model, device) -> torch.Tensor:
+def as_prompt(prompt: Any, model: Any, device: torch.device | str) -> torch.Tensor:
     if isinstance(prompt, torch.Tensor):
         require_tensor("ids", prompt)
         return prompt
@@ -102,7 +103,7 @@ def as_prompt(prompt, model, device) -> torch.Tensor:
     return ids
 
 
-def as_integers(ids: np.ndarray, model) -> torch.Tensor:
+def as_integers(ids: np.ndarray, model: Any) -> torch.Tensor:
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"ids: expected integers, got an array of {ids.dtype}")
     if ids.dtype == np.uint64 and ids.size:  # it may not fit into int64
@@ -110,10 +111,10 @@ def as_integers(ids: np.ndarray, model) -> torch.Tensor:
     return torch.from_numpy(ids.astype(np.int64))
 
 
-def require_in_vocabulary(name: str, token: int, model) -> None:
+def require_in_vocabulary(name: str, token: int, model: Any) -> None:
     if not 0 <= token < model.config.vocab_size:
         raise ValueError(f"{name}: expected token ids from 0 to {model.config.vocab_size - 1}, got {token}")
 
 
-def is_several(value) -> bool:
+def is_several(value: Any) -> bool:
     return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))

@@ -1,8 +1,9 @@
 """Inspection of a decoder: its activations by name, the most likely next tokens, plots of attention patterns."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,7 +70,7 @@ def run_with_cache(
     return model.logits(hidden), activations
 
 
-def storing_hook(activations: dict, name: str):
+def storing_hook(activations: dict, name: str) -> Callable:
     """A forward hook that stores the output of a module, or as a forward pre-hook its input."""
 
     def hook(module, inputs, output=None):
@@ -86,7 +87,7 @@ class Recorder(Uncached):
         self.activations = activations
         self.encoder_kv = None if plain.encoder_kv is None else EncoderKVRecorder(activations, plain.encoder_kv)
 
-    def attend_rotated(self, layer, q, k, v, **options):
+    def attend_rotated(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
         output = super().attend_rotated(layer, q, k, v, **options)
         record_attention(self.activations, f"blocks.{layer}.attention", q, k, v, output, **options)
         return output
@@ -99,7 +100,7 @@ class EncoderKVRecorder(EncoderKV):
         super().__init__(plain.layers, plain.batch_size, plain.lengths)
         self.activations = activations
 
-    def attend(self, layer, q, **options):
+    def attend(self, layer: int, q: torch.Tensor, **options) -> torch.Tensor:
         output = super().attend(layer, q, **options)
         visible = {"causal": False, "kv_lengths": self.lengths}
         name = f"blocks.{layer}.cross_attention"
@@ -107,7 +108,9 @@ class EncoderKVRecorder(EncoderKV):
         return output
 
 
-def record_attention(activations: dict, name: str, q, k, v, output, **options) -> None:
+def record_attention(
+    activations: dict, name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, **options
+) -> None:
     """Stores one attention. Its pattern is its output with the identity matrix for values."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     identity = torch.eye(k.shape[2], dtype=dtype, device=k.device).expand(*k.shape[:2], -1, -1)  # (B, H_kv, S, S)
@@ -129,7 +132,7 @@ def most_likely(logits: torch.Tensor, top: int) -> list[tuple[int, float, float]
     return [(token, logits[token].item(), probabilities[token].item()) for token in tokens.tolist()]
 
 
-def text_of(tokenizer, token: int, before: int | None = None) -> str:
+def text_of(tokenizer: Any, token: int, before: int | None = None) -> str:
     """The text of a token after the one before it; its name in the vocabulary if that is empty or no whole characters."""
     prefix = "" if before is None else tokenizer.decode([before])
     text = tokenizer.decode([token] if before is None else [before, token])

@@ -222,10 +222,12 @@ def _check(call: Call, new: tuple, counters, return_lse) -> Call:
 
 
 def explain(
-    q, k, v, k_cache, v_cache, positions, cos=None, sin=None,
-    *, slots=None, interleaved=False, kv_lengths=None, block_table=None, k_scale=None, v_scale=None, counters=None,
-    return_lse=False, impl=None, **options,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor,
+    cos: torch.Tensor | None = None, sin: torch.Tensor | None = None, *, slots: torch.Tensor | None = None,
+    interleaved: bool = False, kv_lengths: torch.Tensor | None = None, block_table: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None, counters: torch.Tensor | None = None,
+    return_lse: bool = False, impl: str | None = None, **options,
+) -> dict[str, str]:  # fmt: skip
     """Implementation -> "chosen", "available", or why it refuses this call."""
     call = Call(
         q, k_cache, v_cache, kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale, **options
@@ -235,7 +237,17 @@ def explain(
     return explain_call(IMPLEMENTATIONS, call, new, impl=impl)
 
 
-def waits(q, k, v, k_cache, v_cache, positions, cos=None, sin=None, **options) -> str | None:
+def waits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    **options,
+) -> str | None:
     """Why this call (without gradients) cannot be captured in a CUDA graph, or None: references wait for the device.
 
     Arguments: those of `attention_with_kv_cache`.

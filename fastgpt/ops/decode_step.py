@@ -11,7 +11,15 @@ IDS = (torch.int64, torch.int32)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def embed(ids, weight, positions=None, position_weight=None, *, scale=None, impl=None):
+def embed(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    position_weight: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
     """Token embeddings plus position embeddings.
 
         out = weight[ids] · scale + position_weight[max(positions, 0)]
@@ -34,7 +42,15 @@ def embed(ids, weight, positions=None, position_weight=None, *, scale=None, impl
     return embed_reference(ids, weight, positions, position_weight, scale=scale)
 
 
-def embed_reference(ids, weight, positions=None, position_weight=None, *, scale=None, impl=None):
+def embed_reference(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    position_weight: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
     """The reference for `embed` in plain PyTorch: on every device, differentiable. Same arguments; impl is ignored."""
     _check(ids, weight, positions, position_weight, scale)
     x = _rows(weight, ids, "ids")
@@ -80,7 +96,7 @@ def rounded(scale: float, dtype: torch.dtype) -> float:
     return torch.tensor(scale, dtype=dtype).item()
 
 
-def advance(lengths, positions):
+def advance(lengths: torch.Tensor, positions: torch.Tensor) -> None:
     """Advances each sequence by one token, in place: positions[b, 0] = lengths[b], then lengths += 1.
 
     Args: lengths (B,) and positions (B, 1), both int32 and contiguous.
@@ -91,13 +107,21 @@ def advance(lengths, positions):
         advance_reference(lengths, positions)
 
 
-def advance_reference(lengths, positions):
+def advance_reference(lengths: torch.Tensor, positions: torch.Tensor) -> None:
     """The reference for `advance` in plain PyTorch, on every device."""
     positions.copy_(lengths.unsqueeze(1))
     lengths += 1
 
 
-def record_token(token, scores, tokens, extreme, step, ended=None, eos=None):
+def record_token(
+    token: torch.Tensor,
+    scores: torch.Tensor,
+    tokens: torch.Tensor,
+    extreme: torch.Tensor,
+    step: torch.Tensor,
+    ended: torch.Tensor | None = None,
+    eos: torch.Tensor | None = None,
+) -> None:
     """Records the next token of each sequence, in place.
 
         tokens[step, b] = token[b], or -1 if ended[b]
@@ -121,7 +145,15 @@ def record_token(token, scores, tokens, extreme, step, ended=None, eos=None):
         record_token_reference(token, scores, tokens, extreme, step, ended, eos)
 
 
-def record_token_reference(token, scores, tokens, extreme, step, ended=None, eos=None):
+def record_token_reference(
+    token: torch.Tensor,
+    scores: torch.Tensor,
+    tokens: torch.Tensor,
+    extreme: torch.Tensor,
+    step: torch.Tensor,
+    ended: torch.Tensor | None = None,
+    eos: torch.Tensor | None = None,
+) -> None:
     """The reference for `record_token` in plain PyTorch, on every device."""
     recorded, magnitude = token, (scores if scores.shape[1] == 1 else scores.gather(1, token.unsqueeze(1))).abs()
     if ended is not None:

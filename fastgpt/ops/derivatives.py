@@ -4,6 +4,9 @@ Autograd does not see into the kernels. A call that needs a derivative which a k
 or raises: a derivative is right or an error, never silently zero.
 """
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import is_grad_enabled
 from torch._C import _are_functorch_transforms_active as functorch_active
@@ -33,7 +36,7 @@ def derivatives_refused(*tensors) -> str | None:
     return None
 
 
-def needs_derivatives(arguments) -> bool:
+def needs_derivatives(arguments: Iterable) -> bool:
     """Whether an argument of an operator, or a tensor in a list among them, requires a gradient or is a dual tensor."""
     dual, gradients = forward_ad._current_level >= 0, is_grad_enabled()
     if not (dual or gradients):
@@ -64,7 +67,7 @@ def refuse_transforms_of_cache(filled: bool = True) -> None:
         raise RuntimeError(_CACHE)
 
 
-def through_cache(operation, *tensors):
+def through_cache(operation: Callable, *tensors) -> Any:
     """operation(*tensors), which writes or reads a cache and has no gradients.
 
     Only the backward pass raises: without torch.no_grad() the forward pass gives the same numbers.

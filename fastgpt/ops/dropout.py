@@ -10,14 +10,16 @@ import torch
 _MASK = 0xFFFFFFFF
 
 
-def philox(seed: torch.Tensor, c0, c1, c2, c3):
+def philox(
+    seed: torch.Tensor, c0: int | torch.Tensor, c1: int | torch.Tensor, c2: int | torch.Tensor, c3: int | torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """Four tensors of 32-bit words, as int64, for an int64 seed and int64 counters that broadcast."""
     k0, k1 = seed & _MASK, seed >> 32 & _MASK
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64: the bits are right, whatever the sign
         c0, c1, c2, c3 = (b >> 32 & _MASK) ^ c1 ^ k0, b & _MASK, (a >> 32 & _MASK) ^ c3 ^ k1, a & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1, c2, c3  # type: ignore[return-value]  # tensors, after a round
 
 
 def keep_threshold(p: float) -> int:
@@ -25,7 +27,9 @@ def keep_threshold(p: float) -> int:
     return min(round(p * 2**31), 2**31 - 1)
 
 
-def keep_mask(seed: torch.Tensor, p: float, B: int, H: int, T: int, S: int, device, first=0) -> torch.Tensor:
+def keep_mask(
+    seed: torch.Tensor, p: float, B: int, H: int, T: int, S: int, device: torch.device | str, first: int = 0
+) -> torch.Tensor:
     """Which weights are kept, (B, H, T, S) bool; first: index of the first sequence."""
     b, h, i, j = (torch.arange(n, device=device) for n in (B, H, T, -(-S // 4)))
     counter = (j.view(1, 1, 1, -1), i.view(1, 1, -1, 1), h.view(1, -1, 1, 1), (b + first).view(-1, 1, 1, 1))
@@ -33,7 +37,7 @@ def keep_mask(seed: torch.Tensor, p: float, B: int, H: int, T: int, S: int, devi
     return words.flatten(-2)[..., :S] >> 1 >= keep_threshold(p)
 
 
-def seed_tensor(seed: int | torch.Tensor | None, device) -> torch.Tensor:
+def seed_tensor(seed: int | torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
     """The seed as a (1,) int64 tensor on the device; None draws one from PyTorch's CPU generator (torch.manual_seed)."""
     if seed is None:
         seed = torch.randint(2**62, (1,))

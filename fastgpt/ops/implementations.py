@@ -48,7 +48,7 @@ def _too_old_sentence(device: torch.device, capability: tuple[int, int]) -> str:
     return f"it needs a GPU of compute capability {needed} or newer, and {device} has {found}"
 
 
-def require_impl(implementations: dict, impl) -> None:
+def require_impl(implementations: dict, impl: str | None) -> None:
     if impl is not None and not (isinstance(impl, str) and impl in implementations):
         raise ValueError(f"impl: expected one of {', '.join(map(repr, implementations))} or None, got {impl!r}")
 
@@ -87,7 +87,7 @@ def explain_call(implementations: dict, *call, impl: str | None = None) -> dict[
     }
 
 
-def inference_unsupported_reason(x, *others, device: str = "cpu") -> str | None:
+def inference_unsupported_reason(x: torch.Tensor, *others, device: str = "cpu") -> str | None:
     """Why the inference kernels of `linear` and `norm` (C++ on "cpu", Triton on "cuda") cannot serve x and the other tensors
     (some may be None), or None. Runs at each call, hence one function for both devices."""
     if not (x.is_cpu if device == "cpu" else x.is_cuda):

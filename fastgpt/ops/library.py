@@ -7,15 +7,8 @@ from typing import Any
 
 import torch
 
+from fastgpt import _C
 from fastgpt.ops.derivatives import needs_derivatives
-
-try:
-    from fastgpt import _C
-except ImportError as error:
-    raise ImportError(
-        f"fastgpt's compiled part did not load ({error}). Build it with `pip install --no-build-isolation -e .` "
-        "in a checkout, or reinstall the package."
-    ) from error
 
 build_info, OneThread, Plan, Unchanged = _C.build_info, _C.OneThread, _C.Plan, _C.Unchanged
 build_info()  # raises ValueError for a FASTGPT_CPU_LEVEL that this CPU does not have
@@ -27,7 +20,7 @@ class Operators(torch.library.Library):
     """A library whose operators raise under autograd and transforms of torch.func, which would treat their results as
     constants."""
 
-    def define(self, schema, function: str | None = None, **options):  # type: ignore[override]
+    def define(self, schema: str, function: str | None = None, **options) -> str:  # type: ignore[override]
         """function: the public function with derivatives, for the error; default: fastgpt.<name of the operator>."""
         defined = super().define(schema, **options)
         name = schema.partition("(")[0]

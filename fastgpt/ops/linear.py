@@ -172,7 +172,14 @@ def linear_reference(
     return finish(F.linear(x, weight, bias), activation=activation, gated=gated, residual=residual, dropout_p=dropout_p)
 
 
-def finish(y, *, activation=None, gated=False, residual=None, dropout_p=0.0):
+def finish(
+    y: torch.Tensor,
+    *,
+    activation: str | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
     """Activation, gate, dropout and residual of `linear`, in plain PyTorch."""
     activate = ACTIVATIONS[activation]
     if gated:
@@ -222,10 +229,11 @@ def _check(
 
 
 def explain(
-    x, weight, bias=None,
-    *, norm="layer", norm_weight=None, norm_bias=None, norm_eps=1e-5, norm_offset=0.0, activation=None, gated=False,
-    residual=None, dropout_p=0.0, impl=None,
-):  # fmt: skip
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, norm: str = "layer",
+    norm_weight: torch.Tensor | None = None, norm_bias: torch.Tensor | None = None, norm_eps: float = 1e-5,
+    norm_offset: float = 0.0, activation: str | None = None, gated: bool = False, residual: torch.Tensor | None = None,
+    dropout_p: float = 0.0, impl: str | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Implementation -> "chosen", "available", or why it refuses this call."""
     call = (x, weight, bias, norm_weight, norm_bias, residual, dropout_p)
     _check(*call, norm, norm_eps, norm_offset, activation, gated)

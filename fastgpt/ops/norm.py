@@ -130,7 +130,17 @@ def _check(x, weight, bias, residual, kind, eps, offset) -> tuple[float, float]:
     return require_number("eps", eps, least=0), require_number("offset", offset)
 
 
-def explain(x, weight, bias=None, *, kind="layer", eps=1e-5, offset=0.0, residual=None, impl=None):
+def explain(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    kind: str = "layer",
+    eps: float = 1e-5,
+    offset: float = 0.0,
+    residual: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> dict[str, str]:
     """Implementation -> "chosen", "available", or why it refuses this call."""
     call = (x, weight, bias, residual)
     _check(*call, kind, eps, offset)

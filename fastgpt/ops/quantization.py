@@ -8,7 +8,7 @@ QUANTIZED_DTYPES = tuple(LIMITS)
 SMALLEST = 1e-30  # rows with a smaller largest magnitude are stored as zeros
 
 
-def quantize(x, dtype):
+def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantizes rows x (..., D) to int8 or float8_e4m3fn: (values (..., D) in that dtype, scales (...) fp32).
 
     values = round(x · limit / max|x|), ties to even;  scale = max|x| / limit. See `kv_cache_update`.
@@ -24,11 +24,11 @@ def quantize(x, dtype):
     return values, torch.where(finite, torch.where(large, largest / limit, 0.0), torch.nan)
 
 
-def dequantize(values, scale, dtype=torch.float32):
+def dequantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Dequantizes values (..., D) with scales (...) to dtype."""
     return values.to(dtype) * scale.unsqueeze(-1).to(dtype)
 
 
-def as_bytes(x):
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
     """x, viewed as uint8 if it is float8, which PyTorch cannot index."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -86,18 +86,18 @@ def cases(seed: int) -> Iterator[Case]:
             yield Case("norm", feature, dtype, lambda _, call=call: {"out": norm(**call)}, of(norm_reference, call))
 
 
-def of(reference, call, arithmetic=torch.float32):
+def of(reference: Callable, call: dict, arithmetic: torch.dtype = torch.float32) -> Callable[[], dict[str, numerics.Yardstick]]:
     double = linear_features.in_float64(call)
     return lambda: numerics.simulate(lambda: {"out": reference(**double)}, arithmetic=arithmetic)
 
 
-def scaled(tensors, arguments):
+def scaled(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], arguments: dict) -> ops.Call:
     return ops.Call(*tensors, **{"scale": tensors[0].shape[-1] ** -0.5} | arguments)
 
 
-def attention_case(feature, shape, dtype, seed):
+def attention_case(feature: str, shape: Any, dtype: torch.dtype, seed: int) -> Case:
     B, H, _, T, S, _ = shape
-    call = scaled(inputs(*shape, dtype, seed=seed), options(feature, B, H, T, S, dtype, seed=seed + 1))
+    call = scaled(inputs(*shape, dtype=dtype, seed=seed), options(feature, B, H, T, S, dtype, seed=seed + 1))
     douts = attention_parity.output_gradients(call)
 
     def run(implementation):
@@ -106,16 +106,16 @@ def attention_case(feature, shape, dtype, seed):
     return Case("attention", feature, dtype, run, lambda: attention_parity.yardsticks(call, None, douts), fits_triton(call))
 
 
-def fits_triton(call, gradients=True):
+def fits_triton(call: ops.Call, gradients: bool = True) -> bool:
     return triton_refuses_head_dims(call.q, call.v, gradients) is None
 
 
-def packed_case(feature, dtype, seed):
+def packed_case(feature: str, dtype: torch.dtype, seed: int) -> Case:
     """Three packed sequences, one without queries, and one with fewer keys than queries."""
     starts = torch.tensor([[0, 20, 20, 31], [0, 33, 38, 45]], dtype=torch.int32)
     D = 24 if seed % 2 == 0 else (24, 40)
     call = scaled(inputs(1, 4, 2, 31, 45, D, dtype, seed=seed), options(feature, 1, 4, 31, 45, dtype, seed=seed + 1))
-    packing = ops.Packing(*starts, 20, 33)
+    packing = ops.Packing(starts[0], starts[1], 20, 33)
     douts = attention_parity.output_gradients(call, packing)
     runs = {"cpp": attention_parity.run_cpp_packed, "triton": attention_parity.run_triton_packed}
     return Case(
@@ -124,7 +124,7 @@ def packed_case(feature, dtype, seed):
     )  # fmt: skip
 
 
-def decode_case(kind, dtype, seed):
+def decode_case(kind: str, dtype: torch.dtype, seed: int) -> Case:
     """One query over caches of several lengths."""
     cache_dtype, page = CACHES[kind]
     q, k, v = inputs(3, 4, 2, 1, 150, 40 if seed % 2 == 0 else (40, 24), dtype, seed=seed)
@@ -147,7 +147,7 @@ def decode_case(kind, dtype, seed):
     return Case("decode", kind, dtype, run, lambda: attention_parity.yardsticks(call), fits_triton(call, False))
 
 
-def linear_case(feature, dtype, seed):
+def linear_case(feature: str, dtype: torch.dtype, seed: int) -> Case:
     """Few rows and many; with many, PyTorch's product is rounded before the activation."""
     rows, (C, N) = (1, 3, 33), ((40, 65), (768, 30))[seed % 2]
     call = linear_features.call_of(feature, sum(rows), C, N, dtype, seed)

@@ -1,11 +1,23 @@
 """Random arguments for each feature of attention, and for all of them together."""
 
+from collections.abc import Callable
+
 import torch
 
 from fastgpt.testing.draws import normal
 
 
-def inputs(B, H, H_kv, T, S, D, dtype, device="cpu", seed=0):
+def inputs(
+    B: int,
+    H: int,
+    H_kv: int,
+    T: int,
+    S: int,
+    D: int | tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random q (B, H, T, D), k (B, H_kv, S, D) and v (B, H_kv, S, D_v), the same on every machine.
 
     Args:
@@ -24,7 +36,9 @@ def inputs(B, H, H_kv, T, S, D, dtype, device="cpu", seed=0):
     return random(B, H, T, D), random(B, H_kv, S, D), random(B, H_kv, S, D_v)
 
 
-def options(feature, B, H, T, S, dtype, device="cpu", seed=1):
+def options(
+    feature: str, B: int, H: int, T: int, S: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 1
+) -> dict:
     """Random arguments of `fastgpt.attention` that exercise a feature, the same on every machine.
 
     Args:
@@ -54,8 +68,8 @@ def options(feature, B, H, T, S, dtype, device="cpu", seed=1):
 
     slopes = 2.0 ** -torch.arange(1, H + 1, device=device, dtype=torch.float32)
     lengths = torch.tensor([(S * i + S // 3) // B % (S + 1) for i in range(B)], dtype=torch.int32, device=device)
-    seed = torch.tensor([(7 << 40) + 5], device=device)
-    return {
+    dropout_seed = torch.tensor([(7 << 40) + 5], device=device)
+    makers: dict[str, Callable[[], dict]] = {
         "plain": dict,
         "not causal": lambda: {"causal": False},
         "scale": lambda: {"scale": 0.7},
@@ -72,12 +86,13 @@ def options(feature, B, H, T, S, dtype, device="cpu", seed=1):
         "bias with -inf": lambda: {"bias": with_infinities(random(B, H, T, S))},
         "bias of keys with -inf": lambda: {"bias": with_infinities(random(B, 1, 1, S)), "sinks": random(H)},
         "lengths": lambda: {"kv_lengths": lengths},
-        "dropout": lambda: {"dropout_p": 0.3, "dropout_seed": seed},
+        "dropout": lambda: {"dropout_p": 0.3, "dropout_seed": dropout_seed},
         "everything": lambda: {
             "window": S // 2 + 3, "softcap": 3.0, "alibi_slopes": slopes, "sinks": random(H), "mask": mask(),
-            "bias": with_infinities(random(1, H, T, S)), "kv_lengths": lengths, "dropout_p": 0.2, "dropout_seed": seed,
+            "bias": with_infinities(random(1, H, T, S)), "kv_lengths": lengths, "dropout_p": 0.2, "dropout_seed": dropout_seed,
         },
-    }[feature]()  # fmt: skip
+    }  # fmt: skip
+    return makers[feature]()
 
 
 FEATURES = [
@@ -88,7 +103,7 @@ FEATURES = [
 PACKED_FEATURES = ["plain", "not causal", "window", "softcap", "alibi", "sinks", "scale", "dropout"]
 
 
-def paged(x, page, seed=0):
+def paged(x: torch.Tensor, page: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies keys or values x (B, H, S, ...) to a pool of pages in random order.
 
     Args:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -89,7 +89,7 @@ def check_attention(
         numerics.check(x, expected[name], name=f"{feature}, {dtype}: {name}")
 
 
-def blind_spots(shape, options) -> list[str]:
+def blind_spots(shape: tuple, options: dict) -> list[str]:
     """The common faults that inputs of this shape, with these arguments, cannot reveal."""
     B, H, H_kv, T, S, *_ = shape
     unseen = []
@@ -105,7 +105,9 @@ def blind_spots(shape, options) -> list[str]:
     return unseen
 
 
-def compare(call, run, packing=None):
+def compare(
+    call: ops.Call, run: Callable, packing: ops.Packing | None = None
+) -> Iterator[tuple[str, torch.Tensor, numerics.Yardstick]]:
     """Yields (name, actual, yardstick) for every result and gradient, as numerics.check takes them.
 
     Args:
@@ -121,7 +123,7 @@ def compare(call, run, packing=None):
         yield name, actual[name], expected[name]
 
 
-def output_gradients(call, packing=None):
+def output_gradients(call: ops.Call, packing: ops.Packing | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Random (dout, dlse) for a call; dlse is zero for queries that attend to no key."""
     generator = torch.Generator(call.q.device).manual_seed(2)
     rows = call.q.shape[:-1]
@@ -132,15 +134,19 @@ def output_gradients(call, packing=None):
     return dout.to(call.q.dtype), dlse.float().masked_fill(fully_masked, 0.0)
 
 
-def yardsticks(call, packing=None, douts=None) -> dict[str, numerics.Yardstick]:
+def yardsticks(
+    call: ops.Call, packing: ops.Packing | None = None, douts: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> dict[str, numerics.Yardstick]:
     """Yardsticks for the results of a call and, given (dout, dlse), for its gradients."""
     return numerics.simulate(lambda: reference(in_double(call), packing, douts), weights=call.q.dtype)
 
 
-def reference(call, packing=None, douts=None) -> dict[str, torch.Tensor]:
+def reference(
+    call: ops.Call, packing: ops.Packing | None = None, douts: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """The results of the reference and, given (dout, dlse), its gradients."""
     leaves = _leaves(call)
-    call = call._replace(**leaves)
+    call = call._replace(**leaves)  # type: ignore[arg-type]  # fields that are tensors
     if packing is None:
         out, lse = ops.attention_reference(**call._asdict(), return_lse=True)
     else:
@@ -158,14 +164,14 @@ def _leaves(call) -> dict[str, torch.Tensor]:
     return {name: x.detach().requires_grad_() for name, x in tensors.items() if x is not None and x.is_floating_point()}
 
 
-def in_double(call):
+def in_double(call: ops.Call) -> ops.Call:
     """The call in float64, for the oracle. 8-bit keys and values are unchanged."""
     tensors = {name: getattr(call, name) for name in DIFFERENTIABLE}
     exact = ("k", "v") if call.k_scale is not None else ()
     return call._replace(**{name: x.double() for name, x in tensors.items() if x is not None and name not in exact})
 
 
-def run_cpp(call, douts) -> dict[str, torch.Tensor]:
+def run_cpp(call: ops.Call, douts: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Runs the C++ kernels, forward and, if the call has one, backward."""
     out, lse = torch.ops.fastgpt.attention_forward(*call)
     results = {"out": out, "lse": lse}
@@ -177,13 +183,15 @@ def run_cpp(call, douts) -> dict[str, torch.Tensor]:
     return results
 
 
-def run_cpp_packed(call, packing, douts) -> dict[str, torch.Tensor]:
+def run_cpp_packed(call: ops.Call, packing: ops.Packing, douts: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Runs the C++ kernels on packed sequences, forward and backward."""
     operations = torch.ops.fastgpt
     return _run_packed(operations.attention_varlen_forward, operations.attention_varlen_backward, call, packing, douts)
 
 
-def run_triton_packed(call, packing, douts) -> dict[str, torch.Tensor]:
+def run_triton_packed(
+    call: ops.Call, packing: ops.Packing, douts: tuple[torch.Tensor, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Runs the Triton kernels on packed sequences, forward and backward."""
     return _run_packed(attention_varlen_forward_triton, attention_varlen_backward_triton, call, packing, douts)
 
@@ -196,7 +204,7 @@ def _run_packed(forward, backward, call, packing, douts):
     return {"out": out, "lse": lse} | dict(zip(names, gradients))
 
 
-def run_triton(call, douts) -> dict[str, torch.Tensor]:
+def run_triton(call: ops.Call, douts: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Runs the Triton kernels, forward and backward."""
     from fastgpt.kernels.attention_backward import attention_backward
     from fastgpt.kernels.attention_forward import attention_forward

@@ -6,7 +6,7 @@ from fastgpt.testing.draws import normal
 
 NORM = ("norm_weight", "norm_bias")
 # Feature -> names of its tensors, and other arguments.
-FEATURES = {
+FEATURES: dict[str, tuple[tuple[str, ...], dict]] = {
     "plain": ((), {}),
     "bias": (("bias",), {}),
     "norm": (("norm_weight",), {}),
@@ -28,7 +28,7 @@ FEATURES = {
 }
 
 
-def call_of(feature, rows, C, N, dtype, seed=0):
+def call_of(feature: str, rows: int, C: int, N: int, dtype: torch.dtype, seed: int = 0) -> dict:
     """Random arguments of `fastgpt.linear` that exercise a feature, the same on every machine.
 
     Args:
@@ -58,12 +58,12 @@ def call_of(feature, rows, C, N, dtype, seed=0):
     return {name: named[name].to(dtype) for name in ("x", "weight", *names)} | options
 
 
-def split(call, rows):
+def split(call: dict, rows: list[int]) -> list[dict]:
     """Splits a call into several; rows: the rows of each."""
     x, residual = call["x"].split(rows), call["residual"].split(rows) if "residual" in call else None
     return [call | {"x": x[i]} | ({"residual": residual[i]} if residual else {}) for i in range(len(rows))]
 
 
-def in_float64(call):
+def in_float64(call: dict) -> dict:
     """Arguments of linear or norm in float64, for the oracle."""
     return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in call.items()}

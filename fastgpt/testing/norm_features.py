@@ -5,7 +5,7 @@ import torch
 from fastgpt.testing.draws import normal
 
 # Feature -> names of its tensors, and other arguments.
-FEATURES = {
+FEATURES: dict[str, tuple[tuple[str, ...], dict]] = {
     "layer": ((), {}),
     "layer with bias": (("bias",), {}),
     "rms": ((), {"kind": "rms"}),
@@ -17,7 +17,7 @@ FEATURES = {
 }
 
 
-def call_of(feature, shape, dtype, seed=0):
+def call_of(feature: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> dict:
     """Random arguments of `fastgpt.norm` that exercise a feature, the same on every machine.
 
     Args:

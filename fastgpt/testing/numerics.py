@@ -51,7 +51,7 @@ errors are as modeled; `python -m fastgpt.testing` shows how far correct kernels
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -155,7 +155,15 @@ def check(
             raise AssertionError(f"{label}: the errors' root mean square exceeds the bound ({found.rms:.2f}x)")
 
 
-def share_of_bound(actual, reference, low_precision=None, *, dtype=None, arithmetic=torch.float32, weights=None):
+def share_of_bound(
+    actual: Any,
+    reference: Any,
+    low_precision: Callable | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    arithmetic: torch.dtype = torch.float32,
+    weights: torch.dtype | None = None,
+) -> tuple[float, float]:
     """The largest (fraction of the bound, error) of a result; a fraction of at most 1 passes. Arguments: those of `check`."""
     found = [compare(x, y, dtype=dtype) for _, x, y in _pairs(actual, reference, low_precision, arithmetic, weights)]
     return max((x.share if x.share == x.share else math.inf, x.error) for x in found)
@@ -226,14 +234,14 @@ def simulate(
 
 
 @contextlib.contextmanager
-def only_double_precision():
+def only_double_precision() -> Iterator[None]:
     """A context manager in which torch.float32 and Tensor.float mean float64, for models that always compute norms, softmax or
     angles in fp32 and would not be an oracle in float64."""
     with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
         yield
 
 
-def measured(oracle, low_precision):
+def measured(oracle: Any, low_precision: Any) -> Any:
     """The yardstick from the low-precision result of another library. Both arguments: a tensor or a structure of tensors."""
 
     def pooled(exact, low):

@@ -207,13 +207,27 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def explain(q, k, v, *, return_lse=False, impl=None, **options):
+def explain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False, impl: str | None = None, **options
+) -> dict[str, str]:
     """Implementation -> "chosen", "available", or why it refuses this call."""
     require_flag("return_lse", return_lse)
     return explain_call(IMPLEMENTATIONS, check_call(Call(q, k, v, **options)), impl=impl)
 
 
-def explain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, return_lse=False, impl=None, **options):
+def explain_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool = False,
+    impl: str | None = None,
+    **options,
+) -> dict[str, str]:
     """`explain` for attention_varlen."""
     require_flag("return_lse", return_lse)
     call = packed_call(q, k, v, **options)

@@ -1,5 +1,7 @@
 """The backward pass of attention: the backward operations, or the reference for double backward and forward mode."""
 
+from typing import Any
+
 import torch
 
 from fastgpt.ops.attention import operators
@@ -15,7 +17,7 @@ class FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx: Any, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
         *arguments, packing = arguments
         call = Call(*arguments)
         if packing is None:
@@ -30,7 +32,7 @@ class FusedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor) -> tuple:
         out, lse, *tensors = ctx.saved_tensors
         fields = ctx.fields | dict(zip(ctx.names, tensors))
         call = Call(*map(fields.get, Call._fields))
@@ -87,7 +89,7 @@ def _kernel_dout(dout, out):
     return dout if dout.stride(-1) == 1 else dout.contiguous()
 
 
-def savable(arguments):
+def savable(arguments: Any) -> Any:
     """Clones inference tensors among the arguments, which autograd cannot save; they have no gradients."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return arguments

@@ -103,7 +103,7 @@ def _float(number):
     return float(number) if isinstance(number, int) else number
 
 
-def check_pages(k, block_table, kv_lengths):
+def check_pages(k: torch.Tensor, block_table: torch.Tensor | None, kv_lengths: torch.Tensor | None) -> None:
     """On CPU, raises ValueError if a page that would be read is outside the pool."""
     if block_table is None or block_table.device.type != "cpu":
         return
@@ -117,7 +117,7 @@ def check_pages(k, block_table, kv_lengths):
         raise ValueError(f"block_table: expected pages from 0 to {num_pages - 1}, got {got}")
 
 
-def packed_call(q, k, v, **options) -> Call:
+def packed_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> Call:
     """The checked call with q, k, v as (1, heads, total, head dim)."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require_tensor(name, x, 3)
@@ -167,7 +167,7 @@ def triton_refuses_head_dims(q: torch.Tensor, v: torch.Tensor, gradients: bool) 
     return None
 
 
-def check_backward(call: Call, dout, dlse, out, lse) -> None:
+def check_backward(call: Call, dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Checks the arguments of the backward operation: the forward call, and the gradients and results beside it."""
     check_for_triton(call, gradients=True)
     q, outputs = call.q, (*call.q.shape[:3], call.v.shape[3])

@@ -70,23 +70,33 @@ def _attention_backward_fake(dout, dlse, out, lse, needs_dbias, q, k, v, *argume
 DECODE_QUERIES = 16  # up to this number of queries per sequence, the decode kernel splits the keys among programs
 
 
-def attention_forward_triton(*arguments):
+def attention_forward_triton(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     # Triton is imported only when a CUDA tensor needs it.
     from fastgpt.kernels.attention_decode import attention_decode
     from fastgpt.kernels.attention_forward import attention_forward
 
     call = Call(*arguments)
     check_for_triton(call)
-    call = call._asdict()
-    q, k, v = call.pop("q"), call.pop("k"), call.pop("v")
-    if q.shape[2] > DECODE_QUERIES or call["dropout_p"] > 0:
-        return attention_forward(q, k, v, **call)
+    options = call._asdict()
+    q, k, v = options.pop("q"), options.pop("k"), options.pop("v")
+    if q.shape[2] > DECODE_QUERIES or call.dropout_p > 0:
+        return attention_forward(q, k, v, **options)
     for name in ("dropout_p", "dropout_seed"):
-        del call[name]
-    return attention_decode(q, k, v, **call)
+        del options[name]
+    return attention_decode(q, k, v, **options)
 
 
-def attention_backward_triton(dout, dlse, out, lse, needs_dbias, q, k, v, *arguments):
+def attention_backward_triton(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    needs_dbias: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *arguments,
+) -> tuple[torch.Tensor, ...]:
     from fastgpt.kernels.attention_backward import attention_backward
 
     names = (*Call._fields[3:12], "dropout_p", "dropout_seed")
@@ -118,7 +128,9 @@ def _attention_varlen_backward_fake(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
 
 
-def attention_varlen_forward_triton(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *arguments):
+def attention_varlen_forward_triton(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *arguments
+) -> tuple[torch.Tensor, torch.Tensor]:
     from fastgpt.kernels.attention_forward import attention_forward
 
     options = dict(zip(VARLEN_FIELDS, arguments))
@@ -130,8 +142,19 @@ def attention_varlen_forward_triton(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
 
 
 def attention_varlen_backward_triton(
-    dout, dlse, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k, v, *arguments
-):
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *arguments,
+) -> tuple[torch.Tensor, ...]:
     from fastgpt.kernels.attention_backward import attention_backward
 
     options = dict(zip(VARLEN_FIELDS[3:], arguments))

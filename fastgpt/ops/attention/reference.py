@@ -53,7 +53,7 @@ def attention_reference(
     return reference_of(call, return_lse)
 
 
-def reference_of(call: Call, return_lse: bool, dropout_batch: int = 0):
+def reference_of(call: Call, return_lse: bool, dropout_batch: int = 0) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """attention_reference of a checked call; dropout_batch: index of its first sequence, for the random numbers of dropout."""
     q, k, v, block_table = call.q, call.k, call.v, call.block_table
     out_dtype, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
@@ -174,7 +174,7 @@ def attention_varlen_reference(
     return (out, lse) if return_lse else out
 
 
-def varlen_reference_of(call: Call, packing: Packing):
+def varlen_reference_of(call: Call, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
     starts_q, starts_k = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
     outs, lses = [], []
     for b, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:])):

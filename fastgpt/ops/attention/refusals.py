@@ -18,7 +18,7 @@ def needs_gradients(call: Call) -> bool:
     return False
 
 
-def triton_refuses(call: Call):
+def triton_refuses(call: Call) -> str | None:
     if not call.q.is_cuda:
         return runs_elsewhere("CUDA", "q", call.q.device)
     if (reason := triton_unusable(call.q.device)) is not None:
@@ -31,7 +31,7 @@ def triton_refuses(call: Call):
     return _cannot_differentiate(call)
 
 
-def cpp_refuses(call: Call):
+def cpp_refuses(call: Call) -> str | None:
     if not call.q.is_cpu:
         return runs_elsewhere("CPU", "q", call.q.device)
     if call.q.dtype not in KERNEL_DTYPES:

@@ -180,16 +180,29 @@ def _raise_unless_negated(error: Exception, impl: str | None, k_cache, v_cache, 
     raise argument_error(error)
 
 
-def explain(k, v, k_cache, v_cache, positions, *, block_table=None, k_scale=None, v_scale=None, impl=None):
+def explain(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    block_table: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> dict[str, str]:
     """Implementation -> "chosen", "available", or why it refuses this call."""
     check_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     return explain_call(IMPLEMENTATIONS, k, v, k_cache, v_cache, k_scale, v_scale, impl=impl)
 
 
 def explain_rope(
-    q, k, v, k_cache, v_cache, positions, cos, sin,
-    *, slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None, impl=None,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor,
+    cos: torch.Tensor, sin: torch.Tensor, *, slots: torch.Tensor | None = None, interleaved: bool = False,
+    block_table: torch.Tensor | None = None, k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> dict[str, str]:  # fmt: skip
     """`explain` for rope_kv_cache_update."""
     require_flag("interleaved", interleaved)
     check_rope_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)

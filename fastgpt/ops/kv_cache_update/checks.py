@@ -9,7 +9,17 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_TRANSFORMED_DIM = 1024  # head dim of rows that are rotated or quantized
 
 
-def check_update(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, slots_name="positions"):
+def check_update(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    block_table: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    slots_name: str = "positions",
+) -> None:
     """Raises TypeError, ValueError for arguments of kv_cache_update, except for positions and pages out of range."""
     require_tensor("k", k, 4)
     require_tensor("v", v, 4)
@@ -57,7 +67,20 @@ def check_update(k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, s
         require_last_dim_contiguous(name, tensor)
 
 
-def check_rope_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale):
+def check_rope_update(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
     """`check_update` for rope_kv_cache_update."""
     stored = ("positions", positions) if slots is None else ("slots", slots)
     check_update(k, v, k_cache, v_cache, stored[1], block_table, k_scale, v_scale, stored[0])
@@ -89,7 +112,9 @@ def _check_rotation(q, k, positions, cos, sin):
         require_last_dim_contiguous(name, tensor)
 
 
-def check_slots(positions, k_cache, block_table, name="positions"):
+def check_slots(
+    positions: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor | None, name: str = "positions"
+) -> None:
     """On CPU, raises ValueError for positions and pages out of range; on CUDA that would need a device sync."""
     if positions.device.type != "cpu" or positions.numel() == 0:
         return
@@ -105,7 +130,13 @@ def check_slots(positions, k_cache, block_table, name="positions"):
             raise ValueError(f"block_table: expected pages from 0 to {k_cache.shape[0] - 1}, got {outside[0].item()}")
 
 
-def check_rope_slots(k_cache, positions, cos, slots, block_table):
+def check_rope_slots(
+    k_cache: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    slots: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> None:
     """`check_slots` for rope_kv_cache_update; also of positions past the rows of cos."""
     if positions.device.type == "cpu" and positions.numel() and (last := positions.max().item()) >= cos.shape[0]:
         raise ValueError(f"positions: expected values below the {cos.shape[0]} rows of cos, got {last}")

@@ -22,7 +22,16 @@ def _rope_kv_cache_update_fake(
     return q.new_empty(q.shape)
 
 
-def kv_cache_update_triton(k, v, k_cache, v_cache, positions, block_table=None, k_scale=None, v_scale=None):
+def kv_cache_update_triton(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+    block_table: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
     check_update(k, v, k_cache, v_cache, positions, block_table, k_scale, v_scale)
     written = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
     require_dtype("k", k, KERNEL_DTYPES)
@@ -33,9 +42,10 @@ def kv_cache_update_triton(k, v, k_cache, v_cache, positions, block_table=None, 
 
 
 def rope_kv_cache_update_triton(
-    q, k, v, k_cache, v_cache, positions, cos, sin,
-    slots=None, interleaved=False, block_table=None, k_scale=None, v_scale=None,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, positions: torch.Tensor,
+    cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor | None = None, interleaved: bool = False,
+    block_table: torch.Tensor | None = None, k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     check_rope_update(q, k, v, k_cache, v_cache, positions, cos, sin, slots, block_table, k_scale, v_scale)
     written = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
     read = {"k": k, "v": v, "positions": positions, "block_table": block_table, "q": q, "cos": cos, "sin": sin, "slots": slots}

@@ -71,7 +71,9 @@ def rope_kv_cache_update_reference(
     return rope_reference(q, positions, cos, sin, interleaved=interleaved)
 
 
-def rope_reference(x, positions, cos, sin, *, interleaved=False):
+def rope_reference(
+    x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False
+) -> torch.Tensor:
     """Rotary embedding of x (B, H, T, D) as in `rope_kv_cache_update`, in a new tensor; on every device, differentiable.
 
     Tokens at negative positions, or past the rows of cos, are not rotated.
