@@ -193,6 +193,25 @@ def test_kernels_that_run_pass_the_launch():
     assert refusals._launch_fails.__wrapped__(torch.device("cpu")) is None
 
 
+# Commands of the Makefile and the workflows
+
+
+@needs_sources
+def test_workflows_run_targets_of_the_makefile():
+    yaml = pytest.importorskip("yaml")
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
+    assert targets <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    paths = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert paths
+    for path in paths:
+        jobs = yaml.safe_load(path.read_text())["jobs"].values()
+        commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+        assert commands, path.name
+        for command in commands:
+            assert command.split()[0] == "make" and command.split()[1] in targets, f"{path.name}: {command}"
+
+
 # What setup.py does, in a small copy of the project
 
 
@@ -345,11 +364,24 @@ def test_import_without_compiled_operations(library, sentence, tmp_path):
 
 
 def test_sdist_holds_the_sources(project):
+    """And the package's data."""
+    (project / "fastgpt" / "assets" / "model").mkdir(parents=True)
+    (project / "fastgpt" / "assets" / "model" / "config.json").write_text("{}")
     result = run_python("setup.py", "-q", "sdist", cwd=project)
     assert result.returncode == 0, result.stderr
     with tarfile.open(next((project / "dist").glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"csrc/twice.h", "csrc/bindings.cpp", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert "fastgpt/assets/model/config.json" in names
+
+
+def test_packages_hold_the_data_and_nothing_is_warned_of(project):
+    folder = project / "fastgpt" / "assets" / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    result = run_python("setup.py", "build_py", "--build-lib", "build/lib", cwd=project)
+    assert result.returncode == 0 and "importable" not in result.stderr, result.stderr
+    assert (project / "build" / "lib" / "fastgpt" / "assets" / "model" / "config.json").exists()
 
 
 @pytest.mark.slow
