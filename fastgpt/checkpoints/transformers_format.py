@@ -1,4 +1,4 @@
-"""Checkpoint folders as transformers writes them: `config.json` and safetensors, read strictly and written atomically."""
+"""Checkpoint folders in the format of transformers: `config.json` and safetensors, read strictly and written atomically."""
 
 import contextlib
 import json
@@ -25,14 +25,14 @@ from fastgpt.checks import from_torchrun, is_terminal, require_path, writing
 from fastgpt.folders import replacing
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PIECE = 32 << 20  # bytes of a file that are mapped at a time: what is mapped counts as this process's memory
-SHOW_PROGRESS = 1 << 30  # bytes of weights, which take a second or more to read
+CHUNK = 32 << 20  # bytes of a file that are mapped at a time: mapped pages count as this process's memory
+SHOW_PROGRESS = 1 << 30  # bytes of weights from which on a progress bar is shown: reading them takes a second or more
 
 
 def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, dict]:
     """The family of a checkpoint, its config.json, and GPTConfig's fields for it.
 
-    head: one of HEADS that it must have; None: it must have none of them.
+    head: the head that it must have, one of HEADS; None: a language model.
 
     Raises: FileNotFoundError; ValueError that names the file and the entry that is wrong.
     """
@@ -48,7 +48,7 @@ def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, di
 
 def _check_architectures(config: dict, model_type: str, head: str | None) -> None:
     entries = {"architectures": schema.several(schema.text(), (), optional=True)}
-    base = ARCHITECTURES[model_type] + "Model"  # without an output matrix, which is then the token embedding
+    base = ARCHITECTURES[model_type] + "Model"  # without an output matrix: the token embedding is used
     for stored in schema.read(entries, config)["architectures"] or ():
         if stored == architecture(model_type, head) or (stored == base and head is None):
             continue
@@ -66,7 +66,7 @@ class _Stored:
 
     path: Path
     name: str
-    dtype: str  # as safetensors calls it
+    dtype: str  # name in safetensors
     shape: tuple[int, ...]
 
     @property
@@ -74,19 +74,19 @@ class _Stored:
         return math.prod(self.shape)
 
     def read(self, rows: slice) -> torch.Tensor:
-        with safe_open(self.path, framework="pt") as file:  # anew: the pages of what was read before are given back
+        with safe_open(self.path, framework="pt") as file:  # opened for each chunk, so that its pages are unmapped afterwards
             return file.get_slice(self.name)[rows]
 
-    def pieces(self) -> Iterator[slice]:
-        """Its rows, some at a time."""
-        step = max(1, PIECE * self.shape[0] // max(1, self.numel * DTYPES[self.dtype].itemsize))
+    def chunks(self) -> Iterator[slice]:
+        """Slices of rows of at most CHUNK bytes."""
+        step = max(1, CHUNK * self.shape[0] // max(1, self.numel * DTYPES[self.dtype].itemsize))
         return (slice(start, start + step) for start in range(0, self.shape[0], step))
 
     def copy_to(self, target: torch.Tensor, shown: Callable[[int], object]) -> None:
-        """shown: is told the bytes of each piece."""
-        for rows in self.pieces():
+        """shown: called with the bytes of each chunk."""
+        for rows in self.chunks():
             part = target[rows].copy_(self.read(rows))
-            # Not torch.aminmax, which copies what is transposed.
+            # Not torch.aminmax, which copies transposed tensors.
             if not part.is_meta and not all(map(math.isfinite, (part.amin(), part.amax()))):
                 raise ValueError(
                     f"model: {self.path}: {self.name}: expected finite numbers in {target.dtype}, got NaN or infinity"
@@ -94,25 +94,25 @@ class _Stored:
             shown(part.nbytes)
 
     def equal(self, other: "_Stored") -> bool:
-        """Whether two matrices are the same numbers."""
+        """Whether two matrices have equal values."""
         if self.shape != other.shape or len(self.shape) != 2:
             return False
         dtype = torch.promote_types(DTYPES[self.dtype], DTYPES[other.dtype])
-        return all(torch.equal(self.read(rows).to(dtype), other.read(rows).to(dtype)) for rows in self.pieces())
+        return all(torch.equal(self.read(rows).to(dtype), other.read(rows).to(dtype)) for rows in self.chunks())
 
 
 def load(
     folder: Path, build: Callable[[dict, dict], Any], head: str | None = None,
     *, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
 ) -> Any:  # fmt: skip
-    """The decoder or the head in a checkpoint folder, in evaluation mode.
+    """Loads the decoder or the model with a head in a checkpoint folder, in evaluation mode.
 
-    Names and shapes are compared with the headers of the files before memory is taken.
+    Names and shapes are compared with the headers of the files before memory is allocated.
 
     Args:
-        build: GPTConfig's fields, config.json -> the module; called on the meta device.
+        build: (GPTConfig's fields, config.json) -> the module; called on the meta device.
         head: as in `read_config`.
-        dtype: of the weights; default that of most of the stored numbers.
+        dtype: of the weights; default: the one that most of the stored numbers have.
 
     Raises: FileNotFoundError, OSError that names the file; ValueError that names the file and what is wrong in it; TypeError,
         ValueError for dtype and device.
@@ -130,7 +130,7 @@ def load(
     stored = _by_name(_headers(files), family)
     fields = fields | {"tie_embeddings": _settle_output(stored, family, fields, head)}
 
-    # A number of layers is easily written: at most one that is not in the files is built, to know what it lacks.
+    # config.json may claim any number of layers: at most one that is not in the files is built, to name its missing weights.
     layers = fields["num_layers"]
     held = {match[1] for name in stored if (match := re.match(family.layer_pattern, name))}
     fields["num_layers"] = built = min(layers, len(held) + 1)
@@ -154,7 +154,7 @@ def load(
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """The safetensors files of a checkpoint, and the names of weights that the index says are in each."""
+    """The safetensors files of a checkpoint, and the names of the weights in each according to the index."""
     path, index = folders.find(folder, WEIGHTS), folders.find(folder, INDEX)
     if path is not None:
         return {path: []}
@@ -188,7 +188,7 @@ def _headers(files: dict[Path, list[str]]) -> list[_Stored]:
     for path, listed in files.items():
         with open(path, "rb") as file:
             try:
-                with safe_open(path, framework="pt"):  # checks that the header is right and the tensors are the file
+                with safe_open(path, framework="pt"):  # checks the header, and that the tensors fill the file
                     pass
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"model: {path} is damaged: {error}") from error
@@ -224,10 +224,10 @@ def _by_name(found: list[_Stored], family: Family) -> dict[str, _Stored]:
 
 
 def _settle_output(stored: dict[str, _Stored], family: Family, fields: dict, head: str | None) -> bool:
-    """Whether the output matrix is the token embedding, which what is stored decides where it differs from config.json."""
+    """Whether the output matrix is tied to the token embedding; the stored weights take precedence over config.json."""
     (embedding,), (output,) = (family.checkpoint_names(f"{name}.weight")[0] for name in ("token_embedding", "output"))
     tied = fields.get("tie_embeddings", True)
-    if head is not None:  # has no use for it
+    if head is not None:  # has no output matrix
         stored.pop(output, None)
         return True
     if not tied or output not in stored:
@@ -247,7 +247,7 @@ def _settle_output(stored: dict[str, _Stored], family: Family, fields: dict, hea
 
 
 def _expected(module: torch.nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
-    """Name in the checkpoint -> its shape there."""
+    """Name in the checkpoint -> shape in the checkpoint."""
     expected = {}
     for name, parameter in module.named_parameters():
         names, transposed = family.checkpoint_names(name)
@@ -258,7 +258,7 @@ def _expected(module: torch.nn.Module, family: Family) -> dict[str, tuple[int, .
 
 
 def _require_match(path: Path, stored: dict[str, _Stored], expected: dict[str, tuple[int, ...]], unbuilt: int) -> None:
-    """unbuilt: how many weights are lacking beyond those in `expected`."""
+    """Raises ValueError for missing, unexpected or misshapen weights; unbuilt: number of missing ones not in `expected`."""
     problems = []
     lacking = sorted(expected.keys() - stored.keys())
     shapes = [
@@ -279,7 +279,7 @@ def _require_match(path: Path, stored: dict[str, _Stored], expected: dict[str, t
 
 
 def _fill(module: torch.nn.Module, family: Family, stored: dict[str, _Stored], dtype: torch.dtype, device) -> None:
-    """Gives a module on the meta device its weights, piece by piece."""
+    """Loads the weights of a module on the meta device, chunk by chunk."""
     parameters = list(module.named_parameters())
     total = sum(parameter.numel() for _, parameter in parameters) * dtype.itemsize
     with _progress(total) as shown:
@@ -294,7 +294,7 @@ def _fill(module: torch.nn.Module, family: Family, stored: dict[str, _Stored], d
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    """A bar of bytes on stderr, where a person looks and it takes a while; of several processes, the first one's."""
+    """A progress bar on stderr if it is a terminal and there is much to load; of several processes, only the first shows it."""
     if total < SHOW_PROGRESS or not is_terminal(sys.stderr) or from_torchrun("RANK"):
         yield lambda count: None
         return
@@ -305,7 +305,7 @@ def _progress(total: int) -> Iterator[Callable[[int], object]]:
 
 
 def _rows(model, name: str, parts: int) -> list[int]:
-    """How many rows of a parameter each of its parts in a checkpoint has."""
+    """The number of rows of each part of a parameter in a checkpoint."""
     rows, config = model.get_parameter(name).shape[0], model.config
     if parts == 3:  # queries, keys, values
         return [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
@@ -313,7 +313,7 @@ def _rows(model, name: str, parts: int) -> list[int]:
 
 
 def contents(model: Any, head: str | None = None, entries: dict | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
-    """What `write` writes: config.json, and the weights by their names, without copies where they lie so already."""
+    """The contents that `write` saves: config.json, and the weights by name, copied only if they are stored differently."""
     name = family_of(model.config, model.checkpoint_config.get("model_type"))
     family = FAMILIES[name]
     kept = model.checkpoint_config if model.checkpoint_config.get("model_type") == name else {}
@@ -325,7 +325,7 @@ def contents(model: Any, head: str | None = None, entries: dict | None = None) -
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     weights = {}
     for parameter, weight in model.named_parameters():
-        if parameter == "model.output.weight":  # of the language model that a head was put on
+        if parameter == "model.output.weight":  # of the language model to which a head was added
             continue
         names, transposed = family.checkpoint_names(parameter)
         for stored_as, part in zip(names, weight.detach().split(_rows(model, parameter, len(names)))):
@@ -339,10 +339,10 @@ def write(
 ) -> None:  # fmt: skip
     """Writes a checkpoint that `load` reads.
 
-    head: one of HEADS, if the model is one; entries: of config.json, beyond what its decoder has.
+    head: the model's head, one of HEADS; entries: further ones of config.json.
 
-    Raises: ValueError that names what is wrong in the model or generation_defaults; OSError where the folder cannot be written
-        to. It is as it was then.
+    Raises: ValueError, naming what is wrong in the model or generation_defaults; OSError if the folder cannot be written to,
+        which leaves it unchanged.
     """
     folder = require_path("folder", folder)
     generation = generation_config(generation_defaults or {})
@@ -355,20 +355,20 @@ def write(
         for name in (*files, WEIGHTS):
             if (folder / name).is_dir():
                 raise IsADirectoryError(f"{name} in it is a folder")
-        # Each is there before the first takes its place.
+        # All are written before the first one replaces its predecessor.
         with contextlib.ExitStack() as written:
             for name, text in files.items():
                 written.enter_context(replacing(folder / name)).write_text(text)
             save_file(weights, written.enter_context(replacing(folder / WEIGHTS)), metadata={"format": "pt"})
-        # What a checkpoint that was there before had.
+        # Files of the previous checkpoint.
         for name in {INDEX, GENERATION_CONFIG} - files.keys():
             (folder / name).unlink(missing_ok=True)
 
 
 def json_text(config: dict) -> str:
-    """What a JSON file of a checkpoint says. NumPy's and PyTorch's numbers are such there, too.
+    """The text of a JSON file of a checkpoint. Numbers of NumPy and PyTorch are accepted.
 
-    Raises: ValueError for what is none of JSON's values.
+    Raises: ValueError for values that JSON does not have.
     """
 
     def plain(value):

@@ -1,4 +1,4 @@
-"""The tokens of each row so far, for rules that depend on them."""
+"""The previous tokens of each row, for logits processors that depend on them."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,16 +6,17 @@ import torch
 
 
 class History:
-    """The tokens of each row so far, in place, after `begin`.
+    """The tokens of each row so far, updated in place; `reset` starts it.
 
-    tokens: (B, longest prompt + steps) int64; all rows end in the same column. -1 before a row's first, and to come.
+    tokens: (B, longest prompt + steps) int64, padded on the left: all rows end in the same column. -1 for padding and for
+        tokens to come.
     """
 
     def __init__(self, prompts: Sequence[torch.Tensor], steps: int):
         self.longest = max(map(len, prompts))
         self.tokens = prompts[0].new_empty(len(prompts), self.longest + steps)
 
-    def begin(self, prompts: Sequence[torch.Tensor]) -> None:
+    def reset(self, prompts: Sequence[torch.Tensor]) -> None:
         self.rows: dict[int, list[int]] = {}  # by the length of their prompts
         for row, prompt in enumerate(prompts):
             self.rows.setdefault(len(prompt), []).append(row)
@@ -24,21 +25,21 @@ class History:
             row[self.longest - len(prompt) : self.longest] = prompt
 
     def append(self, token: torch.Tensor, step: torch.Tensor) -> None:
-        """Notes the tokens (B,) of a step (1,)."""
+        """Records the tokens (B,) of a step (1,)."""
         self.tokens.index_copy_(1, step + self.longest, token.unsqueeze(1))
 
-    def alike(self, steps: int) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """After so many steps: rows whose prompts are equally long, and their tokens (rows, T), without padding."""
+    def by_prompt_length(self, steps: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """After this number of steps: rows whose prompts have the same length, and their tokens (rows, T), without padding."""
         for length, rows in self.rows.items():
             tokens = self.tokens[:, self.longest - length : self.longest + steps]
             yield rows, tokens if len(rows) == len(tokens) else tokens[rows]
 
 
 class NgramBlocker:
-    """Forbids tokens that would complete an n-gram which its row has already, after `begin`.
+    """Excludes tokens that would repeat an n-gram of their row; `reset` starts it.
 
-    overlap: (B, columns of the history) int32: of each column, how many tokens right before it are, one by one, those that
-        the row ends with; of more than n - 1, any number from there.
+    overlap: (B, columns of the history) int32: for each column, the number of tokens directly before it that equal the last
+        tokens of the row, in order; any number >= n - 1 if there are more than n - 1.
     """
 
     def __init__(self, history: History, n: int):
@@ -46,21 +47,21 @@ class NgramBlocker:
         self.needed = min(n - 1, self.tokens.shape[1])
         self.overlap = torch.empty(self.tokens.shape, dtype=torch.int32, device=self.tokens.device)
 
-    def begin(self) -> None:
-        """Of the prompts, which are in the history."""
+    def reset(self) -> None:
+        """For the prompts that the history holds."""
         tokens, end = self.tokens, self.longest
         self.overlap.zero_()
-        alike = torch.ones(len(tokens), end, dtype=torch.bool, device=tokens.device)
+        equal = torch.ones(len(tokens), end, dtype=torch.bool, device=tokens.device)
         for back in range(min(self.needed, end - 1)):
             last = tokens[:, end - 1 - back, None]
-            alike[:, : back + 1] = False  # too few tokens before them
-            alike[:, back + 1 :] &= (tokens[:, : end - 1 - back] == last) & (last >= 0)
-            if not alike.any():
+            equal[:, : back + 1] = False  # too few tokens before them
+            equal[:, back + 1 :] &= (tokens[:, : end - 1 - back] == last) & (last >= 0)
+            if not equal.any():
                 break
-            self.overlap[:, :end] += alike
+            self.overlap[:, :end] += equal
 
     def append(self, token: torch.Tensor) -> None:
-        """Rows end with these tokens (B,) now, which are in the history."""
+        """Records the last tokens (B,), which the history already holds."""
         longer = (self.overlap[:, :-1] + 1) * (self.tokens[:, :-1] == token.unsqueeze(1))
         self.overlap[:, 1:].copy_(longer)
 

@@ -103,7 +103,7 @@ class Request:
             return
         self.sampler, self.cache, self.recording = session
         with torch.inference_mode():  # in which a fork was made
-            self.sampler.begin(self.rows, uniforms)
+            self.sampler.reset(self.rows, uniforms)
             self.cache.truncate([0] * len(self.rows))
         if options.num_samples > 1:
             self.shared = self.cache

@@ -1,9 +1,9 @@
 """Sampling: from the logits of each row to its next token.
 
-Names, meaning and order of what logits go through are those of transformers. A token is drawn by one uniform number u, as
-the first, in the order of the vocabulary, up to which probabilities add up to more than u. The number is a function of the
-row's seed, which of its prompt's samples the row is, and the step; so a row's tokens do not depend on the rest of the batch,
-on the cache or on the device, as far as rounding of the logits does not move a probability across u.
+Names, meaning and order of the logits processors are those of transformers. A token is sampled by inverting the cumulative
+distribution at one uniform number u: it is the first, in the order of the vocabulary, whose cumulative probability exceeds u.
+The number is a function of the row's seed, the index of the sample of its prompt, and the step; so a row's tokens do not depend
+on the rest of the batch, on the cache or on the device, unless rounding of the logits moves a cumulative probability across u.
 """
 
 import copy
@@ -16,11 +16,11 @@ import torch
 
 from fastgpt.checks import PENALTY, require_device, require_integer, require_number, require_shape, require_tensor
 from fastgpt.generation.history import History, NgramBlocker
-from fastgpt.generation.top_p import masses, threshold_of_sorted, top_p_threshold
+from fastgpt.generation.top_p import integer_weights, threshold_of_sorted, top_p_threshold
 from fastgpt.ops.decode_step import record_token
 
 LARGEST = torch.finfo(torch.float32).max
-COOL = 1e-3  # temperatures below it take logits out of fp32's range, unless those begin at 0
+LOW_TEMPERATURE = 1e-3  # below it, logits divided by it may overflow fp32, unless the largest is subtracted first
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -30,7 +30,7 @@ def checked_rules(
     repetition_penalty: float = 1.0, no_repeat_ngram_size: int | None = 0, min_new_tokens: int | None = 0,
     logit_bias: Mapping[int, float] | None = None, logits_processors: Processor | Sequence[Processor] | None = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """The rules of how a token is chosen as this module wants them: `generate.GenerationConfig` says what they are.
+    """The rules by which a token is chosen, checked and normalized: see `GenerationConfig`.
 
     Raises: TypeError, ValueError, naming the rule.
     """
@@ -73,26 +73,26 @@ def process(
     logits: torch.Tensor,
     *, seen: torch.Tensor | None = None, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     min_p: float | None = None, repetition_penalty: float = 1.0,
-    then: Iterable[Callable[[torch.Tensor], torch.Tensor]] = (),
+    processors: Iterable[Callable[[torch.Tensor], torch.Tensor]] = (),
 ) -> torch.Tensor:  # fmt: skip
-    """Logits (B, V) -> those that tokens are drawn by, fp32; -inf for tokens that are not to be drawn.
+    """Logits (B, V) -> the fp32 logits that tokens are sampled from; -inf for tokens that are excluded.
 
-    Each of these follows on the others: repetition_penalty divides the positive logits of tokens in `seen` (B, V), bool,
-    and multiplies the negative ones; `then` are functions of logits; temperature divides all; top_k, top_p and min_p leave
-    out unlikely ones. A token that is as likely as another one that is kept, is kept. At temperature 0 nothing follows on
-    `then`. Of a temperature near 0, logits are given less their largest, and of an extreme penalty in float64: they would
-    overflow.
+    In this order: repetition_penalty divides the positive logits of tokens in `seen` (B, V), bool, and multiplies the negative
+    ones; `processors`, functions of logits, are applied; temperature divides all logits; top_k, top_p and min_p exclude
+    unlikely tokens. Ties are kept: a token as likely as one that is kept is kept, too. At temperature 0, nothing is done after
+    `processors`. To avoid overflow, the largest logit is subtracted at temperatures near 0, and logits are float64 at extreme
+    penalties.
     """
     logits = logits.float()
     if repetition_penalty != 1:
-        logits = logits if mild(repetition_penalty) else logits.double()
+        logits = logits if fits_fp32(repetition_penalty) else logits.double()
         penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
         logits = torch.where(seen, penalized, logits)
-    for function in then:
+    for function in processors:
         logits = function(logits)
     if temperature == 0:
         return logits
-    if temperature < COOL:
+    if temperature < LOW_TEMPERATURE:
         logits = logits - logits.amax(-1, keepdim=True)
     logits = logits / min(max(temperature, 2.0**-126), 2.0**127)  # fp32's normal numbers
     if top_p is not None and logits.dtype == torch.float64:
@@ -103,7 +103,9 @@ def process(
         least = likeliest[:, -1:]
     if top_p is not None and top_p < 1:
         least = (
-            top_p_threshold(logits, top_p) if likeliest is None else threshold_of_sorted(likeliest, masses(likeliest), top_p)
+            top_p_threshold(logits, top_p)
+            if likeliest is None
+            else threshold_of_sorted(likeliest, integer_weights(likeliest), top_p)
         )
     if min_p is not None and min_p > 0:
         enough = logits.amax(-1, keepdim=True) + math.log(min_p)
@@ -111,32 +113,32 @@ def process(
     return logits if least is None else logits.masked_fill_(logits < least, float("-inf"))
 
 
-def mild(repetition_penalty: float) -> bool:
-    """Whether logits stay within fp32's range."""
+def fits_fp32(repetition_penalty: float) -> bool:
+    """Whether penalized logits stay within fp32's range."""
     return 1e-4 <= repetition_penalty <= 1e4
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, largest: torch.Tensor | None = None) -> torch.Tensor:
-    """The token (B,) at uniform (B,) float64, 0 <= uniform < 1, of the distribution that logits (B, V) stand for.
+    """Samples a token (B,) from the softmax of logits (B, V), by uniform (B,) float64, 0 <= uniform < 1.
 
-    largest: of the logits, (B, 1), if it is known. Where it is not finite, the token is any of the vocabulary.
+    largest: (B, 1), the largest logit, if it is known. Where it is not finite, the token is any of the vocabulary.
     """
     largest = logits.amax(-1, keepdim=True) if largest is None else largest
     weights = (logits - largest).exp_()
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    # Less than the last sum, also when rounded; and tokens of weight 0, whose sum is that of the one before, are passed by.
+    # Less than the last sum, also when rounded; and tokens of weight 0, whose sum is that of the one before, are skipped.
     token = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
-    return token.clamp_(max=logits.shape[-1] - 1)  # of sums that are no numbers
+    return token.clamp_(max=logits.shape[-1] - 1)  # if sums are NaN
 
 
 def most_likely(logits: torch.Tensor) -> torch.Tensor:
-    """argmax (B,) of logits (B, V) on a CPU; where there are NaN, of one of those."""
+    """argmax (B,) of logits (B, V) on a CPU; the index of a NaN if there is one."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.from_numpy(logits.numpy().argmax(-1))  # 4 µs for 50,000 logits, PyTorch's takes 40 to 160
 
 
 def uniform_numbers(seeds: Sequence[int], num_samples: int, steps: int) -> torch.Tensor:
-    """(steps, B * num_samples) float64: of each step, the number of each sample of each prompt.
+    """(steps, B * num_samples) float64: for each step, the number of each sample of each prompt.
 
     Sample i of a prompt has a generator of its own, Philox with the key (seed, i): the first steps are the same however many
     follow, and the first samples however many there are.
@@ -150,22 +152,22 @@ def uniform_numbers(seeds: Sequence[int], num_samples: int, steps: int) -> torch
 
 
 class Sampler:
-    """Takes the next token of each row, step by step: logits (B, V) -> (B,) int64, always of the vocabulary.
+    """Chooses the next token of each row, step by step: logits (B, V) -> (B,) int64, always in the vocabulary.
 
-    All it knows is on the device and updated in place, and without logits_processors it never waits for the device nor runs
-    anybody's Python: a CUDA graph can have it inside.
+    Its state is on the device and updated in place. Without logits_processors it never synchronizes with the device and runs no
+    code of the caller, so a CUDA graph can capture it.
 
     Args:
         prompts: of each row, (T,) int64.
-        steps: how many there will be at most.
-        uniforms: (steps, B) numbers to draw by; None takes the most likely token.
+        steps: the maximum number of steps.
+        uniforms: (steps, B) numbers to sample by; None is greedy decoding.
         eos: tokens that end a row.
-        logprobs: whether to note log-probabilities.
+        logprobs: whether to record log-probabilities.
         rules: those of `checked_rules`.
 
-    tokens: (steps, B) int64, what was taken; -1 for rows that had ended.
-    extreme: (B, 1), the largest magnitude so far of the largest logits that tokens were chosen by; see `require_finite`.
-    logprobs: (steps, B) fp32, their log-probabilities by the logits as they came, or None; 0 for rows that had ended.
+    tokens: (steps, B) int64, the chosen tokens; -1 for rows that had ended.
+    extreme: (B, 1), the largest magnitude so far of the largest logit of each step; see `require_finite`.
+    logprobs: (steps, B) fp32, their log-probabilities by the unprocessed logits, or None; 0 for rows that had ended.
     ended: (B,) bool, or None without eos.
     """
 
@@ -179,12 +181,12 @@ class Sampler:
         self.step = torch.empty(1, dtype=torch.int64, device=device)
         self.tokens = torch.empty(steps, B, dtype=torch.int64, device=device)
         self.logprobs = torch.empty(steps, B, device=device) if logprobs else None
-        dtype = torch.float32 if mild(rules["repetition_penalty"]) else torch.float64
+        dtype = torch.float32 if fits_fp32(rules["repetition_penalty"]) else torch.float64
         self.extreme = torch.empty(B, 1, dtype=dtype, device=device)
         self.ended = torch.empty(B, dtype=torch.bool, device=device) if eos else None
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device) if eos else None
         self.bias = self.seen = self.history = self.repeats = None
-        self.then = []
+        self.processors = []
         if rules["logit_bias"]:
             self.bias = torch.zeros(vocab_size)
             self.bias[list(rules["logit_bias"])] = torch.tensor(list(rules["logit_bias"].values()))
@@ -195,20 +197,20 @@ class Sampler:
             self.history = History(prompts, steps)
         if rules["no_repeat_ngram_size"]:
             self.repeats = NgramBlocker(self.history, rules["no_repeat_ngram_size"])
-            self.then.append(self.repeats.forbid)
+            self.processors.append(self.repeats.forbid)
         if rules["min_new_tokens"] and eos:
             self.is_eos = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, self.eos, True)
-            self.then.append(self.forbid_ends)
+            self.processors.append(self.forbid_eos)
         if rules["logits_processors"]:
-            self.then.append(self.call_processors)
+            self.processors.append(self.call_processors)
         self.warpers = {name: rules[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
-        # the likeliest by the logits as they come
-        self.plain = uniforms is None and self.bias is None and self.seen is None and not self.then
-        self.begin(prompts)
+        # greedy decoding by the unprocessed logits
+        self.plain = uniforms is None and self.bias is None and self.seen is None and not self.processors
+        self.reset(prompts)
 
-    def begin(self, prompts: Sequence[torch.Tensor], uniforms: torch.Tensor | None = None) -> None:
-        """From the first step, for as many prompts, with other numbers to draw by if they are given; in place, so that a
-        captured step sees it. With a history, the longest prompt is as long as it was."""
+    def reset(self, prompts: Sequence[torch.Tensor], uniforms: torch.Tensor | None = None) -> None:
+        """Starts again at the first step, for the same number of prompts and, if given, with other uniform numbers; in place,
+        so that a captured step sees it. With a history, the longest prompt must be as long as before."""
         if uniforms is not None:
             self.uniforms.copy_(uniforms)
         self.step.zero_()
@@ -221,13 +223,13 @@ class Sampler:
             for row, prompt in zip(self.seen, prompts):
                 row[prompt] = True
         if self.history is not None:
-            self.history.begin(prompts)
+            self.history.reset(prompts)
         if self.repeats is not None:
-            self.repeats.begin()
+            self.repeats.reset()
         self.calls = 0  # of logits_processors
 
     def results(self) -> "Sampler":
-        """A sampler with the results so far, which `begin` of this one leaves as they are."""
+        """A copy of the results so far, which `reset` of this sampler does not change."""
         result = copy.copy(self)
         for name in ("tokens", "logprobs", "extreme"):
             value = getattr(self, name)
@@ -259,22 +261,22 @@ class Sampler:
         return token
 
     def score(self, logits: torch.Tensor) -> torch.Tensor:
-        """What tokens are chosen by: the logits after all rules."""
+        """The logits that tokens are chosen by: after all rules."""
         logits = logits if self.bias is None else logits.float() + self.bias
-        return process(logits, seen=self.seen, then=self.then, **self.warpers)
+        return process(logits, seen=self.seen, processors=self.processors, **self.warpers)
 
-    def forbid_ends(self, logits: torch.Tensor) -> torch.Tensor:
+    def forbid_eos(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.masked_fill(self.is_eos & (self.step < self.rules["min_new_tokens"]), float("-inf"))
 
     def call_processors(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.to(torch.float32, copy=True)  # a processor may write into it
-        for rows, tokens in self.history.alike(self.calls):
+        for rows, tokens in self.history.by_prompt_length(self.calls):
             logits[rows] = self.processed(tokens, logits[rows])
         self.calls += 1
         return logits
 
     def processed(self, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The logits after every processor, of rows with equally many tokens."""
+        """The logits of rows with equally many tokens, after all logits_processors."""
         processors = self.rules["logits_processors"]
         for i, processor in enumerate(processors):
             name = "logits_processors" if len(processors) == 1 else f"logits_processors[{i}]"
@@ -288,8 +290,8 @@ class Sampler:
         return logits
 
     def require_finite(self, steps: range) -> None:
-        """Waits for the device. Raises ValueError if at any of these steps, which are those since one last looked, a row that
-        had not ended had logits that no token can be chosen by: with NaN or inf among them, or nothing but -inf."""
+        """Synchronizes with the device. Raises ValueError if at any of these steps, those since the last call, a row that had
+        not ended had logits that no token can be chosen by: NaN or inf among them, or -inf for every token."""
         values = self.extreme.view(-1).tolist()
         if all(map(math.isfinite, values)):
             return

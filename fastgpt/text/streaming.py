@@ -1,68 +1,68 @@
-"""Text that comes piece by piece: whole characters out of tokens, and the end at a stop string."""
+"""Streaming text: complete characters from tokens, and truncation at stop strings."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-CONTEXT = 16  # tokens of a prompt that decide how the next ones read: with a space before them, say
+PREFIX_TOKENS = 16  # of a prompt: the text of a token may depend on those before it, such as a leading space
 
 
 class Decodes(Protocol):
-    """A tokenizer, as far as it is needed here."""
+    """What a tokenizer must provide."""
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
 
 class IncrementalDetokenizer:
-    """The text of tokens that come one by one, in whole characters.
+    """Decodes tokens one by one, into complete characters.
 
     Args:
-        prompt: ids before them, whose text is not given but may decide about the text of the first.
+        prompt: ids before them. Their text is not returned, but the text of the first tokens may depend on it.
     """
 
     def __init__(self, tokenizer: Decodes, prompt: Sequence[int] = ()):
         self.tokenizer = tokenizer
-        latest = max(len(prompt) - CONTEXT, 0)
-        for begin in range(latest, max(latest - 4, -1), -1):  # not amidst a character
+        latest = max(len(prompt) - PREFIX_TOKENS, 0)
+        for begin in range(latest, max(latest - 4, -1), -1):  # not in the middle of a character
             if not tokenizer.decode(prompt[begin:]).startswith("\ufffd"):
                 break
-        # What was given last, and then the tokens since: together they read as they do in the whole.
+        # The tokens whose text was returned last, and those since: decoded together, they read as in the whole text.
         self.window = list(prompt[begin:])
-        self._begin_at(len(self.window))
+        self._mark_returned(len(self.window))
 
-    def _begin_at(self, given: int) -> None:
-        self.given, self.given_text = given, self.tokenizer.decode(self.window[:given])
+    def _mark_returned(self, count: int) -> None:
+        self.returned, self.returned_text = count, self.tokenizer.decode(self.window[:count])
 
     def push(self, token: int) -> str:
-        """The characters that are whole with this token."""
+        """The characters that this token completes."""
         self.window.append(token)
         text = self.tokenizer.decode(self.window)
         # The replacement character stands for bytes that may be the beginning of a character.
-        if len(text) <= len(self.given_text) or text.endswith("\ufffd"):
+        if len(text) <= len(self.returned_text) or text.endswith("\ufffd"):
             return ""
-        piece = text[len(self.given_text) :]
-        del self.window[: self.given]
-        self._begin_at(len(self.window))
+        piece = text[len(self.returned_text) :]
+        del self.window[: self.returned]
+        self._mark_returned(len(self.window))
         return piece
 
     def finish(self) -> str:
-        """What is left: characters that stayed incomplete, as the tokenizer decodes them."""
-        return self.tokenizer.decode(self.window)[len(self.given_text) :]
+        """The rest of the text: incomplete characters, as the tokenizer decodes them."""
+        return self.tokenizer.decode(self.window)[len(self.returned_text) :]
 
 
 class StopStrings:
-    """Cuts a text that comes in pieces before the first stop string that is complete in it.
+    """Truncates a streamed text before the first complete stop string.
 
-    What may be the beginning of a stop string is held back. The cut is the same whatever the pieces. Special tokens, which are
-    no text, count as part of it where they are a part of a stop string.
+    Text that may be the beginning of a stop string is held back. The result does not depend on how the text is split into
+    pieces. Special tokens are not text, but are matched where they are part of a stop string.
     """
 
     def __init__(self, stop: Sequence[str] = ()):
         self.stop, self.found = list(stop), False
         self.held = ""
-        self.is_text: list[bool] = []  # of each character that is held
+        self.is_text: list[bool] = []  # for each character that is held back
 
     def push(self, piece: str, is_text: bool = True) -> str:
-        """The text that is certain; nothing more once a stop string is `found`. is_text: False for a special token."""
+        """Text that is not part of a stop string; "" once a stop string is `found`. is_text: False for a special token."""
         if not self.stop or self.found:
             return piece if is_text and not self.found else ""
         if not is_text and not any(piece in stop for stop in self.stop):
@@ -80,7 +80,7 @@ class StopStrings:
         return self._release(text, len(text) - held)
 
     def finish(self) -> str:
-        """What was held back and is no stop string after all."""
+        """The text that was held back and turned out not to be a stop string."""
         return "" if self.found else self._release(self.held, len(self.held))
 
     def _release(self, text: str, end: int) -> str:

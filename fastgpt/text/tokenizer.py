@@ -1,4 +1,4 @@
-"""Text to token ids and back: one wrapper around the `tokenizers` library, for character-level and any other model."""
+"""Text to token ids and back: a wrapper around the `tokenizers` library, for character-level and all other models."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from fastgpt.text.streaming import IncrementalDetokenizer
 from fastgpt.text.tokenizer_files import add_tokens, read_chat_templates, read_eos_ids, read_special_tokens, shown
 from fastgpt.text.vocabularies import find, read_json, read_text
 
-# The library's panics are no Exception; these are none either, and are no faults of what it was given.
+# The library's panics derive from BaseException. So do these, which are not caused by its input.
 PASSED_ON = (KeyboardInterrupt, SystemExit, MemoryError)
 
 
@@ -24,10 +24,10 @@ class Tokenizer:
     """Encodes text to token ids and decodes them, as a `tokenizer.json` describes.
 
     Args:
-        special_tokens: by their names in tokenizer_config.json: bos_token, eos_token, ...
-        eos: ids of the tokens that end a text.
-        chat_template: in Jinja, how messages become a prompt; several by name, of which one is "default"; None if the model
-            is not made for chats.
+        special_tokens: name in tokenizer_config.json, such as "eos_token" -> token.
+        eos: ids of the end-of-sequence tokens.
+        chat_template: Jinja template that turns messages into a prompt; or several by name, one of them "default"; None if the
+            model is not made for chats.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, **options) -> "Tokenizer":
-        """Reads a `tokenizer.json`; options: those of the class. Raises FileNotFoundError, ValueError if it is damaged."""
+        """Reads a `tokenizer.json`; options: arguments of the class. Raises FileNotFoundError; ValueError if it is damaged."""
         path = require_path("tokenizer", path)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"tokenizer: expected the file {path}, which does not exist")
@@ -62,23 +62,23 @@ class Tokenizer:
             raise
         except BaseException as error:
             raise ValueError(f"tokenizer: {path} is damaged: {error}") from error
-        # How texts were brought to one length when the tokenizer was made is no part of it.
+        # Truncation and padding are settings of an earlier call, not properties of the tokenizer.
         backend.no_truncation()
         backend.no_padding()
         return cls(backend, **options)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """The tokenizer of a checkpoint folder as transformers writes it.
+        """The tokenizer of a checkpoint folder in the format of transformers.
 
-        Read is the first that is there of `tokenizer.json`, `tokenizer.model` (SentencePiece's; needs the libraries
-        sentencepiece and protobuf), and `vocab.json` with `merges.txt`. Beside it there may be:
+        The first of these that exists is read: `tokenizer.json`, `tokenizer.model` (of SentencePiece; needs the libraries
+        sentencepiece and protobuf), or `vocab.json` with `merges.txt`. There may also be:
 
-        - `tokenizer_config.json`, and before it `special_tokens_map.json` and `added_tokens.json`: tokens to add, special
-          tokens by name, chat templates, for the older formats whether a bos or an eos belongs around a text;
-        - `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, which go before its chat templates;
-        - `generation_config.json`, or else `config.json`, with eos_token_id. These and the eos_token end a text; ids that
-          the vocabulary lacks are left out.
+        - `tokenizer_config.json`, which overrides `special_tokens_map.json` and `added_tokens.json`: added tokens, special
+          tokens by name, chat templates and, for the older formats, whether a text is encoded with a bos or eos token;
+        - `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, which override its chat templates;
+        - `generation_config.json`, or else `config.json`, with eos_token_id. These and the eos_token are the end-of-sequence
+          tokens; ids that are not in the vocabulary are ignored.
 
         Raises: FileNotFoundError, or ValueError that says which file is damaged, or which library to install.
         """
@@ -104,7 +104,7 @@ class Tokenizer:
                 special_tokens = named | special_tokens
             add_tokens(backend, folder, config, special_tokens)
             if older is not None:
-                vocabularies.add_around(backend, config, special_tokens)
+                vocabularies.add_bos_and_eos(backend, config, special_tokens)
         except (*PASSED_ON, ValueError, OSError):
             raise
         except BaseException as error:
@@ -124,9 +124,9 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids, with the special tokens that belong around a text, a bos say, unless special is False.
+        """Token ids, with the special tokens that the tokenizer adds to a text, such as bos, unless special is False.
 
-        Raises: TypeError; ValueError for a lone surrogate, or naming the characters that the vocabulary lacks.
+        Raises: TypeError; ValueError for a lone surrogate, or naming characters that are not in the vocabulary.
         """
         require_flag("special", special)
         try:
@@ -145,7 +145,7 @@ class Tokenizer:
             ) from error
 
     def encode_chat(self, messages: Sequence[Mapping], **options) -> list[int]:
-        """The ids of a chat, as the chat template writes it; options: those of `chat_text`."""
+        """The token ids of a chat, formatted by the chat template; options: arguments of `chat_text`."""
         return self.encode(self.chat_text(messages, **options), special=False)
 
     def chat_text(
@@ -153,21 +153,22 @@ class Tokenizer:
         *, add_generation_prompt: bool | None = None, continue_final_message: bool = False, chat_template: str | None = None,
         tools: Sequence[Mapping] | None = None, documents: Sequence[Mapping] | None = None, **variables,
     ) -> str:  # fmt: skip
-        """The text of a chat, as `apply_chat_template` of transformers gives it.
+        """The text of a chat, the same as from `apply_chat_template` of transformers.
 
         Args:
-            messages: each with a role, "system", "user" or "assistant" say, and a content: a text, or parts such as
-                `{"type": "text", "text": "Hi"}`. What is None counts as missing.
-            add_generation_prompt: whether the beginning of an answer follows; None: unless the last message is continued.
-            continue_final_message: whether the text ends where the last message does, for the model to go on with it.
-            chat_template: the name of one of several, or a template to use instead. None: "tool_use" if there is one and
-                tools are given, or else "default".
+            messages: each with a role, such as "system", "user" or "assistant", and a content: a text, or parts such as
+                `{"type": "text", "text": "Hi"}`. Entries that are None are ignored.
+            add_generation_prompt: whether the header of the assistant's answer follows; default: unless
+                continue_final_message.
+            continue_final_message: whether the text ends with the last message, for the model to continue it.
+            chat_template: the name of one of several templates, or a template to use instead. Default: "tool_use" if it exists
+                and tools are given, or else "default".
             tools: JSON schemas of functions that the model may call.
-            documents: that it may read.
-            variables: further ones that the template knows, such as enable_thinking.
+            documents: documents for the template.
+            variables: further variables of the template, such as enable_thinking.
 
-        Raises: TypeError; ValueError where there is no template; `fastgpt.text.chat_template.ChatTemplateError`, a ValueError,
-            where it does not accept the messages, or exceeds its limits of work and size.
+        Raises: TypeError; ValueError if there is no template; `fastgpt.text.chat_template.ChatTemplateError`, a ValueError,
+            if the template rejects the messages or exceeds its limits of work and size.
         """
         require_flag("continue_final_message", continue_final_message)
         if add_generation_prompt is None:
@@ -188,7 +189,7 @@ class Tokenizer:
         return text
 
     def _template(self, chosen: str | None, tools):
-        """The compiled template of a name, the one of that source, or the default."""
+        """The compiled template of this name or source; by default, the default one."""
         from fastgpt.text.chat_template import ChatTemplate  # which loads jinja2
 
         several = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
@@ -206,12 +207,12 @@ class Tokenizer:
 
     @cached_property
     def _compiled(self) -> dict:
-        """Templates that were used, by source."""
+        """Compiled templates by source."""
         return {}
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without special tokens. Ids that no token has, as those that fill up a model's vocabulary, have no
-        text. Raises TypeError, ValueError for what is no id at all."""
+        """The text of token ids, without special tokens. Ids without a token, such as those that pad a model's vocabulary, have
+        no text. Raises TypeError, ValueError for anything that is not an id."""
         if not isinstance(ids, Iterable):
             raise TypeError(f"ids: expected token ids one after the other, got {ids!r}")
         ids = list(ids)
@@ -225,11 +226,11 @@ class Tokenizer:
             raise ValueError(f"ids: expected some that the tokenizer takes, which says: {error}") from error
 
     def special_texts(self) -> dict[int, str]:
-        """Ids of the special tokens, which `decode` leaves out -> how they are written."""
+        """Special tokens, which `decode` skips: id -> text."""
         return {index: token.content for index, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yields text as ids come, each piece as soon as it is whole characters."""
+        """Decodes a stream of ids: yields each piece of text as soon as its characters are complete."""
         stream = IncrementalDetokenizer(self)
         for token in ids:
             if piece := stream.push(token):
@@ -239,7 +240,7 @@ class Tokenizer:
 
 
 def require_text(value: Any, name: str = "text") -> None:
-    """Raises TypeError for what is no str; ValueError for a lone surrogate, which UTF-8 cannot encode."""
+    """Raises TypeError for anything but a str, and ValueError for a lone surrogate, which UTF-8 cannot encode."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
     try:
@@ -251,10 +252,10 @@ def require_text(value: Any, name: str = "text") -> None:
 
 
 def _require_safe(content: str) -> None:
-    """Raises what is wrong with a regular expression or a prefix in a tokenizer.json.
+    """Raises an error for an invalid regular expression or prefix in a tokenizer.json, where the library would crash.
 
-    The library's own message can hold half a character, which ends the process (tokenizers 0.23): of a regular expression that
-    is not ASCII; of the second token of a merge, from which it cuts as many bytes as the prefix of later parts of a word has.
+    Its own error message can split a character, which aborts the process (tokenizers 0.23): for a regular expression that is
+    not ASCII, and for the second token of a merge, from which it removes as many bytes as continuing_subword_prefix has.
     """
     for match in re.finditer(r'"continuing_subword_prefix"\s*:\s*("(?:[^"\\]|\\.)+")', content):
         prefix = json.loads(match[1])

@@ -1,4 +1,4 @@
-"""What a checkpoint folder says about its tokenizer beside the vocabulary: special and added tokens, ends, chat templates."""
+"""Files that complete a tokenizer: special tokens, added tokens, end-of-sequence ids, chat templates."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
 def read_special_tokens(folder: Path, config: dict) -> dict[str, str]:
-    """Names of special tokens -> what they are."""
+    """Special tokens: name -> token."""
     result = {}
     for source in (read_json(folder, "special_tokens_map.json"), config):
         for name, token in source.items():
@@ -23,7 +23,7 @@ def read_special_tokens(folder: Path, config: dict) -> dict[str, str]:
 
 
 def add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_tokens: dict[str, str]) -> None:
-    """Adds the tokens that the vocabulary lacks, and makes those special that are named so."""
+    """Adds tokens that are not in the vocabulary, and marks the special ones."""
     special = list(special_tokens.values())
     for source in (read_json(folder, "special_tokens_map.json"), config):
         for name in ("additional_special_tokens", "extra_special_tokens"):
@@ -32,7 +32,7 @@ def add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, specia
             special += [token["content"] if isinstance(token, dict) and "content" in token else token for token in listed]
     special = [token for token in dict.fromkeys(token for token in special if isinstance(token, str)) if token]
 
-    declared = {}  # id -> token, in files of which the last goes before the others
+    declared = {}  # id -> token; later files override earlier ones
     path = folder / "added_tokens.json"
     for content, index in read_json(folder, path.name).items():
         declared[_added_id(path, index)] = tokenizers.AddedToken(
@@ -72,7 +72,7 @@ def _added_id(path: Path, index: Any) -> int:
 
 
 def read_chat_templates(folder: Path, config: dict) -> str | dict[str, str] | None:
-    """The one template, or several by name."""
+    """The only template, or several by name."""
     path = folder / "tokenizer_config.json"
     stored = config.get("chat_template")
     if isinstance(stored, list):  # several, by name
@@ -95,7 +95,7 @@ def read_chat_templates(folder: Path, config: dict) -> str | dict[str, str] | No
 
 
 def read_eos_ids(folder: Path) -> list[int]:
-    """The tokens that end a text, whether the vocabulary has them or not."""
+    """The ids of end-of-sequence tokens, in the vocabulary or not."""
     generation = read_json(folder, "generation_config.json")
     path, config = folder / "generation_config.json", generation
     if "eos_token_id" not in generation:
@@ -109,6 +109,6 @@ def read_eos_ids(folder: Path) -> list[int]:
 
 
 def shown(value: Any) -> str:
-    """A value in an error, or its beginning."""
+    """The repr of a value for an error, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + " ..."

@@ -1,6 +1,6 @@
-"""Tokenizers from older files than `tokenizer.json`: `vocab.json` with `merges.txt`, SentencePiece's `tokenizer.model`.
+"""Tokenizers in older formats than `tokenizer.json`: `vocab.json` with `merges.txt`, and SentencePiece's `tokenizer.model`.
 
-Each becomes a tokenizer of the `tokenizers` library, so that everything else, saving it too, is as with any other.
+Each is converted to a tokenizer of the `tokenizers` library, so that everything else, including saving, works the same way.
 """
 
 import json
@@ -14,22 +14,22 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from fastgpt import folders
 
 SPACE = "▁"  # SentencePiece's
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of its pieces
-UNIGRAM, BPE = 1, 2  # and of its models
-# What is cut from a text before its bytes are merged: by class of tokenizer, as tokenizer_config.json calls it.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of its pieces
+UNIGRAM, BPE = 1, 2  # types of its models
+# How a text is split before its bytes are merged, by tokenizer_class in tokenizer_config.json.
 QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2_CLASSES = ("GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend", None)
 QWEN2_CLASSES = ("Qwen2Tokenizer",)
-END_OF_TEXT = "<|endoftext|>"  # of tokenizers of these classes that name no special tokens
+END_OF_TEXT = "<|endoftext|>"  # the default special token of these classes
 
 
 def find(folder: Path, name: str | Path) -> Path | None:
-    """The file of that name in a tokenizer's folder, or None. Raises ValueError for a link out of it."""
+    """The file of this name in a tokenizer's folder, or None. Raises ValueError for a link out of the folder."""
     return folders.find(folder, name, "tokenizer")
 
 
 def read_json(folder: Path, name: str) -> dict:
-    """The JSON object in that file, empty if there is none. Raises ValueError if it is damaged, or a link out of the folder."""
+    """The JSON object in a file, {} if it does not exist. Raises ValueError if it is damaged or a link out of the folder."""
     path = find(folder, name)
     if path is None:
         return {}
@@ -43,7 +43,7 @@ def read_json(folder: Path, name: str) -> dict:
 
 
 def read_text(path: Path) -> str:
-    """Raises ValueError if it is not UTF-8."""
+    """The text of a file. Raises ValueError if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except ValueError as error:
@@ -51,12 +51,12 @@ def read_text(path: Path) -> str:
 
 
 def byte_level(folder: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """Reads `vocab.json` and `merges.txt`: byte-pair encoding as GPT-2's, or as Qwen2's; and its special tokens by default.
+    """Reads `vocab.json` and `merges.txt`: byte-level BPE of GPT-2 or Qwen2, and its default special tokens.
 
     Args:
-        config: tokenizer_config.json, of which tokenizer_class says which, and add_prefix_space.
+        config: tokenizer_config.json; tokenizer_class and add_prefix_space are used.
 
-    Raises: ValueError that says which file is damaged, or that there are no such tokenizers here.
+    Raises: ValueError, which names the damaged file or the unsupported tokenizer_class.
     """
     name = config.get("tokenizer_class")
     name = name.removesuffix("Fast") if isinstance(name, str) else name
@@ -72,7 +72,7 @@ def byte_level(folder: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[s
     if not all(type(index) is int and 0 <= index < 2**31 for index in ids) or len(set(ids)) < len(ids):
         raise ValueError(f"tokenizer: {path} is damaged: expected a distinct id for each token")
     path = find(folder, "merges.txt") or folder / "merges.txt"
-    lines = [line.rstrip("\r") for line in read_text(path).split("\n")]  # no other characters end a line
+    lines = [line.rstrip("\r") for line in read_text(path).split("\n")]  # only line feeds separate lines
     if lines[0].startswith("#version"):
         del lines[0]
     merges: list[Any] = [tuple(line.split(" ")) for line in lines if line]
@@ -93,13 +93,13 @@ def byte_level(folder: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[s
 
 
 def sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """Reads a SentencePiece model of kind BPE or unigram, and the special tokens that it names.
+    """Reads a BPE or unigram model of SentencePiece, and its special tokens.
 
     Args:
-        config: tokenizer_config.json. Unless its `legacy` is false, spaces are put not only before a text but before each
-            part of it that follows a special token, as SentencePiece does with texts.
+        config: tokenizer_config.json. Unless its `legacy` is false, a space is added not only at the beginning of a text but
+            also after each special token.
 
-    Raises: ValueError that says what to install, or if the file is damaged, or of a kind that is not read.
+    Raises: ValueError if a library is missing, or the file is damaged or of an unsupported type.
     """
     content = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content):
@@ -109,7 +109,7 @@ def sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[
         )
     try:
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
-    except Exception as error:  # where their versions do not go together, a TypeError
+    except Exception as error:  # a TypeError if their versions are incompatible
         found = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
             f"tokenizer: expected the libraries sentencepiece and protobuf, which read {path}, got {found}: "
@@ -118,7 +118,7 @@ def sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[
     try:
         model = ModelProto.FromString(content)
         pieces = {piece.piece: index for index, piece in enumerate(model.pieces)}
-    except Exception as error:  # protobuf's DecodeError, which is no ValueError
+    except Exception as error:  # protobuf's DecodeError, which is not a ValueError
         raise ValueError(f"tokenizer: {path} is damaged: {error}") from error
     trainer, spec = model.trainer_spec, model.normalizer_spec
     if not pieces or len(pieces) < len(model.pieces):
@@ -137,7 +137,7 @@ def sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[
     result = tokenizers.Tokenizer(model_of_pieces)
 
     steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    if spec.remove_extra_whitespaces:  # spaces, that is
+    if spec.remove_extra_whitespaces:  # only spaces
         steps.append(normalizers.Replace(tokenizers.Regex(rf"\A +|[ {SPACE}]+\z"), ""))
         steps.append(normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
     steps.append(normalizers.Replace(" ", SPACE))
@@ -165,7 +165,7 @@ def sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[
 
 
 def _merges(model) -> list[tuple[str, str]]:
-    """Pairs of normal pieces that make one, the likeliest of these first."""
+    """Pairs of normal pieces whose concatenation is a normal piece, in descending order of its score."""
     normal = {piece.piece: (-piece.score, index) for index, piece in enumerate(model.pieces) if piece.type == NORMAL}
     pairs = [
         (rank, piece[:cut], piece[cut:])
@@ -176,8 +176,8 @@ def _merges(model) -> list[tuple[str, str]]:
     return [(left, right) for _, left, right in sorted(pairs)]
 
 
-def add_around(backend: tokenizers.Tokenizer, config: dict, special_tokens: dict[str, str]) -> None:
-    """Puts a bos before and an eos behind a text where add_bos_token and add_eos_token of tokenizer_config.json say so."""
+def add_bos_and_eos(backend: tokenizers.Tokenizer, config: dict, special_tokens: dict[str, str]) -> None:
+    """Has texts encoded with a bos or eos token if add_bos_token or add_eos_token of tokenizer_config.json is true."""
     names = [special_tokens.get(name) if config.get(f"add_{name}") is True else None for name in ("bos_token", "eos_token")]
     ids = {name: backend.token_to_id(name) for name in names if name is not None}
     names = [name if name is not None and ids[name] is not None else None for name in names]

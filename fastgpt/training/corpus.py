@@ -1,4 +1,4 @@
-"""A text to train on: read, looked through and tokenized in pieces, within a few bytes of memory for each character."""
+"""A training text: read, hashed and tokenized in pieces, with a few bytes of memory per character."""
 
 import array
 import codecs
@@ -14,16 +14,16 @@ import torch
 from fastgpt.text.tokenizer import Tokenizer
 
 PIECE = 1 << 16  # characters that are read, and tokenized, at a time
-OVERLAP = 1 << 12  # characters that a window shares with the one before, to begin with
-LEAST_ALIKE = 32  # tokens that both have there
+OVERLAP = 1 << 12  # characters that a window shares with the previous one, initially
+MIN_COMMON_TOKENS = 32  # that two windows must agree on in their overlap
 
 
 def pieces(text: str | Path) -> Iterator[str]:
     """The text, piece by piece: a string, or a file in UTF-8.
 
-    A file is read as Python's `open` does, so "\\r\\n" comes as "\\n"; a byte-order mark at its beginning is left out.
+    A file is read in text mode, so "\\r\\n" becomes "\\n"; a byte-order mark at its beginning is skipped.
 
-    Raises: FileNotFoundError; ValueError, with the file and the offset of the byte, where it is not UTF-8; TypeError.
+    Raises: FileNotFoundError; ValueError, with the file and the offset of the byte, if it is not UTF-8; TypeError.
     """
     if isinstance(text, str):
         for begin in range(0, len(text), PIECE):
@@ -31,7 +31,7 @@ def pieces(text: str | Path) -> Iterator[str]:
         return
     if not isinstance(text, Path):
         raise TypeError(f"text: expected a str, or the pathlib.Path of a file, got {type(text).__name__}")
-    if not text.is_file():  # a pipe is none either: a text is read more than once
+    if not text.is_file():  # nor a pipe: a text is read more than once
         what = "is a folder" if text.is_dir() else "is not a regular file" if text.exists() else "does not exist"
         raise FileNotFoundError(f"text: expected a file, {text} {what}")
     with text.open("rb") as file:
@@ -41,7 +41,7 @@ def pieces(text: str | Path) -> Iterator[str]:
         file.seek(begin)
         while True:
             read = file.read(PIECE)
-            kept = len(utf8.getstate()[0])  # bytes of a character that the last piece began
+            kept = len(utf8.getstate()[0])  # bytes of an incomplete character at the end of the last piece
             try:
                 piece = lines.decode(utf8.decode(read, final=not read), final=not read)
             except UnicodeDecodeError as error:
@@ -63,7 +63,7 @@ class Summary(NamedTuple):
 
 
 def summarize(text: str | Path) -> Summary:
-    """What one look through a text tells. Raises as `pieces` does, and ValueError where a character has no UTF-8."""
+    """Reads a text once. Raises the errors of `pieces`, and ValueError for a character that UTF-8 cannot encode."""
     digest = hashlib.sha256()
     characters: set[str] = set()
     for piece in pieces(text):
@@ -76,16 +76,15 @@ def summarize(text: str | Path) -> Summary:
 
 
 def tokenize(text: str | Path, tokenizer: Tokenizer) -> torch.Tensor:
-    """The token ids (N,) of a text, as `tokenizer.encode` gives them for the whole, in uint16 or else uint32.
+    """The token ids (N,) of a text, equal to those of `tokenizer.encode` for the whole text: uint16 if they fit, else uint32.
 
-    The text is encoded in windows that overlap. Two neighbors go together in the middle of a stretch of both, of at least
-    2,048 characters, where they have the very same tokens at the same places: so what is before a window has no effect after
-    the stretch, nor what is after a window before it. Where they differ, because a word is longer than that, say, the overlap
-    grows, in the end to the whole text. Thus the ids are those of the whole as long as a token depends on characters far
-    away only if those between show it, which is so for BPE, Unigram, WordPiece and WordLevel models with the normalizers
-    and pre-tokenizers of the `tokenizers` library.
+    The text is encoded in overlapping windows. Two neighbors are joined in the middle of a stretch of at least 2,048 characters
+    in which both have the same tokens at the same positions: text before a window then has no effect after the stretch, and
+    text after it none before. Where they differ, for example because a word is longer than that, the overlap grows, in the end
+    to the whole text. The ids are correct if a token depends on distant characters only through those in between, which holds
+    for BPE, Unigram, WordPiece and WordLevel models with the normalizers and pre-tokenizers of the `tokenizers` library.
 
-    Raises: as `pieces` and `Tokenizer.encode` do.
+    Raises: the errors of `pieces` and `Tokenizer.encode`.
     """
     vocabulary = tokenizer.backend.get_vocab()
     wide = max(vocabulary.values(), default=0) >= 1 << 16
@@ -100,7 +99,7 @@ def tokenize(text: str | Path, tokenizer: Tokenizer) -> torch.Tensor:
 
 
 def _characters(text: str | Path, tokenizer: Tokenizer, vocabulary: dict[str, int]) -> Iterator[np.ndarray] | None:
-    """Ids by a table, if the tokenizer is one of `Tokenizer.from_corpus`."""
+    """Ids by table lookup, if the tokenizer is one of `Tokenizer.from_corpus`."""
     plain = Tokenizer.from_corpus("".join(vocabulary)).backend
     if plain.to_str() != tokenizer.backend.to_str():
         return None
@@ -119,26 +118,26 @@ def _characters(text: str | Path, tokenizer: Tokenizer, vocabulary: dict[str, in
 
 
 class _Window:
-    """A stretch of the text and its tokens: ids, and where each begins and ends, in characters."""
+    """A part of the text and its tokens: ids, and the offsets of their beginnings and ends in characters."""
 
     def __init__(self, text: str, tokenizer: Tokenizer):
         self.text = text
         try:
             encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-        except Exception:  # which Tokenizer.encode explains
+        except Exception:  # Tokenizer.encode raises the error for users
             tokenizer.encode(text, special=False)
             raise
         self.ids = np.array(encoding.ids, dtype=np.int64)
         self.begins, self.ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
 
     def tokens(self, begin: int, end: int) -> tuple[int, int]:
-        """The first and the last but one of the tokens that reach into [begin, end), by index."""
+        """The range of tokens that overlap [begin, end), without the last one: (first, end) indices."""
         first = int(np.argmax(np.append(self.ends > begin, True)))
         last = int(np.argmax(np.append(self.begins >= end, True)))
         return first, max(first, last)
 
     def agrees(self, first: int, last: int, other: "_Window", first_of_other: int, shift: int) -> bool:
-        """Whether these tokens are the other's, which begins `shift` characters later."""
+        """Whether these tokens equal those of the other window, which begins `shift` characters later."""
         mine, theirs = slice(first, last), slice(first_of_other, first_of_other + last - first)
         return (
             np.array_equal(self.ids[mine], other.ids[theirs])
@@ -156,15 +155,15 @@ def _windows(text: str | Path, tokenizer: Tokenizer) -> Iterator[np.ndarray | li
     window = _Window(next(read, ""), tokenizer)
     before, after = _special_tokens(tokenizer, window)
     yield before
-    done = 0  # tokens of the window that have been given
-    seam = (0, 0)  # those of its tokens by which it was joined to the one before
+    done = 0  # tokens of the window that have been yielded
+    seam = (0, 0)  # range of its tokens by which it was joined to the previous window
     least = PIECE
     while piece := _at_least(least, read):
         overlap = min(OVERLAP, len(window.text))
         while True:
             shift = len(window.text) - overlap
             following = _Window(window.text[shift:] + piece, tokenizer)
-            if shift == 0:  # it holds all of the window, and replaces it
+            if shift == 0:  # it contains the window, and replaces it
                 if not window.agrees(*seam, following, seam[0], 0):
                     raise _NotInPieces
                 window, least = following, len(following.text)
@@ -173,7 +172,7 @@ def _windows(text: str | Path, tokenizer: Tokenizer) -> Iterator[np.ndarray | li
             (first, last), theirs = window.tokens(begin, end), following.tokens(begin - shift, end - shift)
             middle = first + (last - first) // 2
             same = last - first == theirs[1] - theirs[0] and window.agrees(first, last, following, theirs[0], shift)
-            if same and last - first >= LEAST_ALIKE and middle >= done:
+            if same and last - first >= MIN_COMMON_TOKENS and middle >= done:
                 yield window.ids[done:middle]
                 window, seam, done, least = following, theirs, theirs[0] + middle - first, PIECE
                 break
@@ -183,7 +182,7 @@ def _windows(text: str | Path, tokenizer: Tokenizer) -> Iterator[np.ndarray | li
 
 
 def _at_least(length: int, read: Iterator[str]) -> str:
-    """So many of the next characters, or all that are left."""
+    """At least `length` of the next characters, or all that are left."""
     taken, count = [], 0
     while count < length and (piece := next(read, "")):
         taken.append(piece)
@@ -192,7 +191,7 @@ def _at_least(length: int, read: Iterator[str]) -> str:
 
 
 def _special_tokens(tokenizer: Tokenizer, window: _Window) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text."""
+    """The special tokens that the tokenizer adds before and after a text."""
     whole, count = tokenizer.encode(window.text), len(window.ids)
     for before in range(len(whole) - count + 1):
         if whole[before : before + count] == window.ids.tolist():

@@ -12,7 +12,7 @@ from transformers.generation import logits_process as theirs
 from fastgpt import generate
 from fastgpt.generation import sampling
 from fastgpt.generation.sampling import draw, most_likely, process, uniform_numbers
-from fastgpt.generation.top_p import _threshold_by_digits, masses, top_p_threshold, top_p_threshold_reference
+from fastgpt.generation.top_p import _threshold_by_radix, integer_weights, top_p_threshold, top_p_threshold_reference
 
 RULES = [
     {"temperature": 0.7},
@@ -99,7 +99,7 @@ def test_extreme_rules_do_not_overflow(rules):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("rules", [{}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5, "min_p": 0.1}], ids=str)
-def test_a_token_is_one_of_the_vocabulary_whatever_the_logits(rules, value):
+def test_tokens_are_in_the_vocabulary_for_any_logits(rules, value):
     logits = torch.full((3, 11), value)
     logits[0] = torch.arange(11)
     if not math.isinf(value) or value > 0:
@@ -138,7 +138,7 @@ TOP_P = [5e-324, 1e-9, 0.1, 0.25, 0.5, 0.9, 0.95, 0.999, 1 - 1e-16]
 
 
 @pytest.mark.parametrize("kind", NUCLEUS_LOGITS)
-def test_the_nucleus_is_found_without_an_order(kind):
+def test_the_top_p_threshold_is_found_without_sorting(kind):
     """On a CPU and as on a GPU, exactly where the reference ends it, which puts all tokens in order."""
     logits = NUCLEUS_LOGITS[kind](torch.Generator().manual_seed(0))
     for top_p in TOP_P:
@@ -148,7 +148,7 @@ def test_the_nucleus_is_found_without_an_order(kind):
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("kind", ["normal", "flat", "peaked", "ties"])
-def test_the_nucleus_is_the_fewest_tokens_with_the_probability(kind, top_p):
+def test_the_nucleus_is_the_smallest_set_of_that_probability(kind, top_p):
     logits = NUCLEUS_LOGITS[kind](torch.Generator().manual_seed(1))
     probabilities = logits.double().softmax(-1)
     kept = logits >= top_p_threshold(logits, top_p)
@@ -158,8 +158,8 @@ def test_the_nucleus_is_the_fewest_tokens_with_the_probability(kind, top_p):
 
 def by_digits(logits, top_p):
     """As on a GPU."""
-    mass = masses(logits)
-    return _threshold_by_digits(logits, mass, top_p * mass.sum(-1, keepdim=True).double())
+    mass = integer_weights(logits)
+    return _threshold_by_radix(logits, mass, top_p * mass.sum(-1, keepdim=True).double())
 
 
 @pytest.mark.parametrize("rules", [{"top_p": 0.9}, {"top_p": 0.4, "temperature": 1.3}, {"top_p": 0.7, "min_p": 0.01}], ids=str)
@@ -195,7 +195,7 @@ def chi_square(tokens, probabilities) -> float:
 
 
 @pytest.mark.parametrize("along", ["seeds", "samples", "steps"])
-def test_draws_follow_the_probabilities(along):
+def test_samples_follow_the_probabilities(along):
     """Of rows with seeds one after the other, of samples, and of steps."""
     uniform = {
         "seeds": lambda: uniform_numbers(range(4000), 1, 1),
@@ -217,7 +217,7 @@ def test_draws_follow_the_probabilities(along):
     ],
     ids=str,
 )
-def test_draws_follow_the_rules(rules, kept):
+def test_samples_follow_the_rules(rules, kept):
     weights = [p ** (1 / rules.get("temperature", 1)) if i in kept else 0.0 for i, p in enumerate(PROBABILITIES)]
     logits = process(LOGITS, **rules).expand(4000, 5)
     tokens = draw(logits, uniform_numbers([7], 1, 4000).flatten())
@@ -229,7 +229,7 @@ def test_the_statistic_tells_a_slight_bias():
     assert chi_square(tokens, PROBABILITIES) > 1
 
 
-def test_a_token_of_no_probability_is_never_drawn():
+def test_a_token_of_probability_zero_is_never_sampled():
     """Not at the ends of the unit interval, and not with all the probability before it or behind it."""
     uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
     for finite in (0, 3, 6):

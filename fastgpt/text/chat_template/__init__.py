@@ -1,14 +1,14 @@
-"""Chat templates: how messages become a prompt, in Jinja, as transformers runs it, within limits of work and size.
+"""Chat templates: Jinja templates that turn messages into a prompt, as in transformers, within limits of work and size.
 
-A template comes with a checkpoint, so from strangers. It runs in Jinja's sandbox, sees plain data only, and everything it
-does is counted: a step in every loop, macro and block of its syntax tree, worth the number of nodes there, and an operation
-whose work depends on its operands pays for their size, before it makes anything large. The count does not depend on the
-machine: a template that runs on one runs on all.
+A template comes with a checkpoint and is untrusted. It runs in Jinja's sandbox, sees only plain data, and its work is counted:
+each pass through a loop, macro or block costs the number of its syntax nodes, and an operation whose work depends on its
+operands costs their size, before it makes anything large. The count does not depend on the machine: a template that runs on one
+machine runs on all.
 
-    messages.py     what a template sees: plain data
-    budget.py       what it may still do
-    costs.py        what each method and filter pays
-    sandbox.py      Jinja's environment, in which they do
+    messages.py     plain data for templates
+    budget.py       the work and size that a template may still use
+    costs.py        the cost of each method and filter
+    sandbox.py      the Jinja environment that charges these costs
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from fastgpt.text.chat_template.budget import Budget, limited
 from fastgpt.text.chat_template.messages import ChatTemplateError, PlainData, cut_at_end, mark_end, prepared
 from fastgpt.text.chat_template.sandbox import ENVIRONMENT, CountSteps, count_nodes
 
-SOURCE_SIZE, SOURCE_NODES = 100_000, 15_000  # characters of a template, nodes of its syntax tree; the longest have a fifth
+SOURCE_SIZE, SOURCE_NODES = 100_000, 15_000  # characters of a template, nodes of its syntax tree; five times the largest known
 
 
 class ChatTemplate:
-    """A template in Jinja.
+    """A chat template in Jinja.
 
-    Raises: ChatTemplateError if it is none, or exceeds the limits.
+    Raises: ChatTemplateError if it is not valid Jinja or exceeds the limits.
     """
 
     def __init__(self, source: str):
@@ -49,12 +49,12 @@ class ChatTemplate:
         """The prompt.
 
         Args:
-            messages: an entry that is None counts as missing. A content that is a list of text parts prints as their text
-                where the template takes every content for text.
-            continue_final_message: the prompt ends where the content of the last message does.
-            variables: what else the template sees: strings, numbers, lists and dicts.
+            messages: entries that are None are ignored. A content that is a list of text parts is printed as their text, for
+                templates that expect text.
+            continue_final_message: whether the prompt ends with the content of the last message.
+            variables: further variables of the template: strings, numbers, lists and dicts.
 
-        Raises: ChatTemplateError; TypeError for what is not such plain data.
+        Raises: ChatTemplateError; TypeError for anything but plain data.
         """
         data = PlainData()
         is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
