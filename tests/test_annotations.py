@@ -29,7 +29,7 @@ def functions():
 
 
 @pytest.mark.parametrize("function", [pytest.param(function, id=name) for name, function in functions()])
-def test_all_is_annotated(function):
+def test_public_names_are_annotated(function):
     """But for *args and **kwargs, which go on to somewhere that is."""
     signature = inspect.signature(function)
     several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
@@ -57,11 +57,11 @@ def missing(body: list, inside: str = ""):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_what_other_files_call_is_annotated(path):
+def test_public_functions_of_every_file_are_annotated(path):
     assert not list(missing(ast.parse(path.read_text()).body))
 
 
-def test_what_is_missing_is_found():
+def test_missing_annotations_are_found():
     source = "class A:\n    def f(self, x, *y: int): ...\n    def _g(self, x): ...\nclass _B:\n    def f(x): ...\n"
     assert list(missing(ast.parse(source).body)) == ["A.f: x", "A.f: what it returns"]
     assert not list(missing(ast.parse("def f(x: int) -> None:\n    def g(y): ...").body))

@@ -48,5 +48,5 @@ def test_training_learns(run):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_ones_own(run):
+def test_generating_from_a_saved_checkpoint(run):
     assert run("generate_from_checkpoint", str(fastgpt.SHIPPED_MODEL), "ROMEO:").strip()

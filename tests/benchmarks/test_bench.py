@@ -46,7 +46,7 @@ def test_json(capsys):
     assert set(case["microseconds"]) == {"ours", "SDPA", "matrix product"} and case["times_ours"]["ours"] == [1, 1, 1]
 
 
-def test_the_table_says_what_its_ratios_are(monkeypatch):
+def test_the_table_explains_its_ratios(monkeypatch):
     """Where the machine's speed changes, a ratio of paired times is not that of their medians."""
     place = suite.DeviceLimits(torch.device("cpu"))
     case = next(case for case in suite.cases(place, "nowhere") if case.name.startswith("512 tokens"))

@@ -95,7 +95,7 @@ def test_both_ratios_are_shown(compared):
     assert re.search(r"decode +100 µs +200 µs +0\.50x +0\.83x +reading +slower\n", printed)
 
 
-def test_cases_are_told_apart_by_their_parameters(compared):
+def test_cases_are_distinguished_by_their_parameters(compared):
     """And one that is slower is enough."""
     base = suite(*(case(limit=1.8, keys=keys, dtype="float32") for keys in (32, 900, 1000)))
     new = suite(*(case(limit=limit, keys=keys, dtype="float32") for keys, limit in ((900, 1.3), (32, 1.8), (2000, 1.8))))
@@ -105,7 +105,7 @@ def test_cases_are_told_apart_by_their_parameters(compared):
     assert "only then: decode, keys=1000, float32\n" in printed and "only now: decode, keys=2000, float32\n" in printed
 
 
-def test_other_machines_and_versions_are_said(compared):
+def test_other_machines_and_versions_are_reported(compared):
     base = suite(case(), peers={"ctranslate2": "4.8", "transformers": "5.1"})
     new = suite(case(), threads=1, gpu="H200", commit="5678", peers={"transformers": "5.2"})
     _, printed = compared(base, new)
@@ -167,7 +167,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content, message", DAMAGED.values(), ids=DAMAGED)
-def test_what_cannot_be_compared_is_said_in_a_sentence(content, message, run, tmp_path):
+def test_incomparable_results_are_one_sentence(content, message, run, tmp_path):
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
     good.write_text(json.dumps(GOOD))
     if content is not None:

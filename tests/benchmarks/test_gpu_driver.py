@@ -87,7 +87,7 @@ def test_whatever_a_part_does_the_others_run(tmp_path):
     "code, deaf, said", [(HANGS, False, "KeyboardInterrupt"), (DEAF, True, "deaf"), (WITH_CHILD, False, "KeyboardInterrupt")],
     ids=["hangs", "is deaf", "has a child"],
 )  # fmt: skip
-def test_what_hangs_is_ended_with_its_children_and_its_output_is_kept(code, deaf, said, tmp_path, monkeypatch):
+def test_a_hanging_part_is_killed_with_its_children_and_its_output_is_kept(code, deaf, said, tmp_path, monkeypatch):
     log, sent, send = tmp_path / "hangs.log", [], os.killpg
     monkeypatch.setattr(gpu.os, "killpg", lambda group, number: (sent.append(number), send(group, number)))
     # It has printed, and what heeds the interrupt has all the time to end by it.
@@ -108,7 +108,7 @@ def test_a_child_that_outlives_its_part_is_ended(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_part_may_use_all_but_what_later_ones_were_granted(tmp_path, monkeypatch):
+def test_a_part_may_use_all_time_not_reserved_for_later_parts(tmp_path, monkeypatch):
     parts = {"first": (HANGS, 0.1), "second": (HANGS, 0.3), "cannot run": (FINE, 0.5, {}, "needs a GPU"), "third": (FINE, 0.2)}
     clock = Clock(lambda: not (tmp_path / "third.log").exists() and not sent)
     sent, send = [], os.killpg
@@ -153,7 +153,7 @@ gpu.main()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "started in the background"])
-def test_interrupted_it_reports_what_there_is(number, ignored, tmp_path):
+def test_an_interrupted_run_reports_partial_results(number, ignored, tmp_path):
     start = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None
     command = [sys.executable, "-c", DRIVER, "--out", tmp_path, "--dry-run"]
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=start)
@@ -193,7 +193,7 @@ def test_exit_status(code, status, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_interrupted_has_the_grace_to_write_what_it_has(tmp_path, monkeypatch):
+def test_an_interrupted_part_has_time_to_write_its_results(tmp_path, monkeypatch):
     code = (
         "import time, pathlib\ntry:\n    print('measures')\n    time.sleep(1000)\n"
         f"except KeyboardInterrupt:\n    time.sleep(0.3)\n    pathlib.Path({str(tmp_path / 'result')!r}).write_text('measured')"
@@ -253,7 +253,7 @@ def outcomes(out):
     return json.loads((out / gpu.OUTCOMES).read_text())
 
 
-def test_a_later_run_goes_on_where_one_ended(tmp_path):
+def test_a_later_run_continues_where_the_previous_one_ended(tmp_path):
     """By the folder that the first left, or its archive: what was well is left out, but for what each machine needs."""
     out = tmp_path / "gpu"
     out.mkdir()
@@ -377,7 +377,7 @@ def test_every_suite_is_a_part(tmp_path):
     assert sorted(telling, key=names.index) == telling
 
 
-def test_what_takes_too_long_is_given_up():
+def test_at_most_raises_after_its_time():
     from benchmarks.timing import at_most
 
     with pytest.raises(TimeoutError, match="longer than 0 s"), at_most(0.05):
@@ -389,7 +389,7 @@ def test_what_takes_too_long_is_given_up():
 
 
 @pytest.mark.slow
-def test_a_dry_run_goes_the_way_of_decoding_up_to_the_report(tmp_path, monkeypatch):
+def test_a_dry_run_covers_decoding_up_to_the_report(tmp_path, monkeypatch):
     """With models of a few thousand weights: the suite, its case's share of the limit, its growth, the page and the plot."""
     pytest.importorskip("pytest_benchmark")
     pytest.importorskip("transformers")

@@ -68,7 +68,7 @@ def test_planted_faults(fault, measured, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_is_told():
+def test_a_failed_process_is_reported():
     cases, why = numerics.measure("cpp", ["linear"], {"FASTGPT_CPU_LEVEL": "none of them"})
     assert cases == [] and why == "its process ended with 1"
 

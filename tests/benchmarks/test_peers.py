@@ -14,7 +14,7 @@ def model():
     return peers.randomised(GPT(GPTConfig(vocab_size=97, context_length=64, num_layers=3, num_heads=4, hidden_size=64)))
 
 
-def test_those_installed_are_there_and_generate(model):
+def test_installed_peers_generate(model):
     ids = torch.arange(16).view(1, 16)
     with peers.opened(model, model) as (there, versions, absent):
         assert all(reason.startswith(("ModuleNotFoundError", "ImportError")) for reason in absent.values()), absent

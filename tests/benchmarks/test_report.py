@@ -103,7 +103,7 @@ def test_growth_of_known_lines():
     assert (four["batch"], four["cached"]) == (4, one["cached"])  # of a token, not of a step
 
 
-def test_a_run_that_was_cut_short_says_so_and_keeps_nothing_of_an_earlier_one(stored):
+def test_an_interrupted_run_is_reported_and_keeps_no_earlier_results(stored):
     stored(output(prefill(128), prefill(512)))
     folder, results = stored(output(prefill(128), left_out={"test_prefill[512]": "not finished"}))
     assert [case["T"] for case in results["attention"]["prefill"]] == [128]
@@ -118,7 +118,7 @@ def test_what_a_machine_cannot_run_is_named_but_leaves_nothing_incomplete(stored
     assert "test_graph (needs a CUDA GPU)" in pages.page(folder, results)
 
 
-def test_suites_are_stored_apart_and_one_that_did_not_run_is_left_as_it_was(stored):
+def test_suites_are_stored_separately_and_skipped_ones_are_unchanged(stored):
     stored(output(prefill(128), commit="earlier"))
     both = output(step(32), suite="generate", left_out={"test_decode": "not finished"})
     both["left_out"]["benchmarks/test_attention.py::test_prefill[128]"] = "not finished"
@@ -301,7 +301,7 @@ def test_after(benchmark):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_what_was_finished(monkeypatch, tmp_path):
+def test_ctrl_c_keeps_finished_results(monkeypatch, tmp_path):
     monkeypatch.setattr(driver, "HERE", tmp_path / "suites")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     driver.HERE.mkdir()

@@ -40,7 +40,7 @@ def test_cached_logits_are_the_uncached_ones(chunks, kind, window):
 @pytest.mark.one_of(2)
 @pytest.mark.parametrize("cache", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_ragged_batch_is_its_sequences_one_by_one(dtype, cache):
+def test_a_ragged_batch_matches_its_sequences_one_by_one(dtype, cache):
     """Through prompts, single tokens and pieces of different lengths, some of them empty."""
     kind, window = cache
     model = random_model()
@@ -80,7 +80,7 @@ def test_a_ragged_batch_is_its_sequences_one_by_one(dtype, cache):
 @torch.no_grad()
 @pytest.mark.parametrize("kind, window", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_copies_of_a_sequence_go_on_apart(dtype, kind, window):
+def test_forked_sequences_are_independent(dtype, kind, window):
     """A fork is what recomputing each copy from the start gives, and leaves the original as it was."""
     model = random_model()
     prompts, after = random_ids(model, 2, 5), random_ids(model, 6, 7, seed=2)  # 30 rows: one kernel, the same bits
@@ -100,7 +100,7 @@ def test_copies_of_a_sequence_go_on_apart(dtype, kind, window):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind, window", KINDS)
-def test_tokens_can_be_forgotten(kind, window):
+def test_truncate_removes_tokens(kind, window):
     model = random_model()
     ids, other = random_ids(model, 2, 20), random_ids(model, 2, 6, seed=2)
     cache, expected = (new_cache(model, 2, kind, window) for _ in range(2))
@@ -172,7 +172,7 @@ def test_samples_share_a_prompt(kind, window, dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CACHE_KINDS)
-def test_nothing_is_allocated_anew_or_moved(kind):
+def test_storage_is_never_reallocated(kind):
     model = random_model()
     cache = new_cache(model, 2, kind, 10)
     before = [x.data_ptr() for x in (*cache.storages[0].tensors(), cache.lengths)]
@@ -196,7 +196,7 @@ def test_a_ring_is_as_large_as_its_window_and_is_not_rolled():
 
 
 @torch.no_grad()
-def test_64_ragged_sequences_take_at_most_a_page_each_more_than_their_tokens():
+def test_paged_caches_waste_at_most_a_page_per_sequence():
     model = random_model(layers=1, heads=1, width=16, context=128)
     lengths = torch.randint(1, 100, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     page, tokens = 16, sum(lengths)
@@ -214,7 +214,7 @@ def test_64_ragged_sequences_take_at_most_a_page_each_more_than_their_tokens():
     assert cache.pool.statistics()["free_pages"] == statistics["num_pages"]
 
 
-def test_generate_takes_the_pages_that_it_needs(monkeypatch):
+def test_generate_allocates_only_the_pages_that_it_needs(monkeypatch):
     pools = []
     original = PagedCache.__init__
 
@@ -233,7 +233,7 @@ def test_generate_takes_the_pages_that_it_needs(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, share", [(torch.int8, (64 + 4) / 256), (torch.float8_e4m3fn, (64 + 4) / 256)])
-def test_8_bit_caches_are_a_quarter_and_a_scale(dtype, share):
+def test_8_bit_caches_take_a_quarter_of_the_memory_plus_scales(dtype, share):
     model = random_model(heads=1, width=64)
     assert model.new_cache(2, cache_dtype=dtype).nbytes == share * model.new_cache(2).nbytes
 

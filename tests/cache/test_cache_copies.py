@@ -35,7 +35,7 @@ WAYS = {"pickle": lambda cache: pickle.loads(pickle.dumps(cache)), "deepcopy": c
 @torch.no_grad()
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("options", KINDS, ids=str)
-def test_a_copy_goes_on_as_the_original(options, way):
+def test_a_copied_cache_continues_as_the_original(options, way):
     model = random_model(position="rotary", rope=Rope(16), cross_attention=True)
     ids = random_ids(model, 2, 24)
     original = model.new_cache(2, **options, encoder_states=torch.randn(2, 5, 64), encoder_lengths=[5, 3])
@@ -82,7 +82,7 @@ def test_the_pages_of_a_damaged_copy():
             type(allocator).__new__(type(allocator)).__setstate__((*state[:3], change, state[4]))
 
 
-def test_a_copy_of_what_is_no_cache():
+def test_copying_anything_but_a_cache_raises():
     model = random_model(position="rotary", rope=Rope(16))
     plain = Uncached(9)
     ids = random_ids(model, 1, 12)

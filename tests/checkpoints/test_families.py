@@ -81,7 +81,7 @@ def test_decode_steps_are_captured(case, folders):
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CONFIGS)
-def test_what_we_write_transformers_reads(case, folders, tmp_path):
+def test_transformers_reads_our_checkpoints(case, folders, tmp_path):
     model = GPT.from_pretrained(folders(case))
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from fastgpt import GPT
 
 
-def test_what_is_missing_is_said(folder):
+def test_missing_weight_files_are_explained(folder):
     path = folder / "model.safetensors"
     path.rename(folder / "pytorch_model.bin")
     with raises("expected model.safetensors or .*found pytorch_model.bin: only safetensors are read", FileNotFoundError):
@@ -46,7 +46,7 @@ def test_an_index_names_files_in_its_folder(name, folder):
         GPT.from_pretrained(folder)
 
 
-def test_shards_are_what_the_index_says(folder):
+def test_shards_must_match_the_index(folder):
     weights = load_file(folder / "model.safetensors")
     shard(folder)
     assert torch.equal(GPT.from_pretrained(folder).norm.weight, weights["model.norm.weight"])

@@ -120,7 +120,7 @@ def test_a_link_is_replaced_and_not_written_through(umask, tmp_path):
         (tmp_path / "new").unlink()
 
 
-def test_where_there_are_no_modes(tmp_path, monkeypatch):
+def test_saving_where_files_have_no_modes(tmp_path, monkeypatch):
     def refuses(*args, **options):
         raise PermissionError(1, "Operation not permitted")
 
@@ -158,7 +158,7 @@ def test_a_save_that_fails_leaves_no_folder(made_before, tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def test_what_is_saved_is_loaded(tmp_path):
+def test_saving_and_loading_round_trips(tmp_path):
     """Of an architecture of our own, with every field that its config.json can have."""
     model = GPT(GPTConfig(**FAMILIES["fastgpt"].config_from(CONFIGS[-1]))).eval()
     model.save_pretrained(tmp_path)

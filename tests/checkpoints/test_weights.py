@@ -42,7 +42,7 @@ def test_a_tied_matrix_may_be_stored_under_either_name(tmp_path):
 @pytest.mark.parametrize(
     "most, few", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float64)]
 )
-def test_weights_of_several_dtypes_become_what_most_numbers_are(most, few, folder):
+def test_mixed_dtypes_load_as_the_most_frequent_one(most, few, folder):
     edit_weights(folder, lambda weights: weights.update({n: x.to(few if "norm" in n else most) for n, x in weights.items()}))
     model = GPT.from_pretrained(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {most}
@@ -73,7 +73,7 @@ def test_numbers_that_are_not_finite_are_named(folder):
         GPT.from_pretrained(folder, dtype=torch.float16)
 
 
-def test_all_that_differs_is_named_at_once(folder):
+def test_all_differences_are_named_at_once(folder):
     def edit(weights):
         for name in [name for name in weights if ".mlp." in name or "q_proj" in name]:
             del weights[name]
@@ -107,7 +107,7 @@ def test_matrices_of_any_shape_are_compared(shape, tmp_path):
         GPT.from_pretrained(folder)
 
 
-def test_a_weight_that_is_there_twice_is_named(folder):
+def test_duplicate_weights_are_named(folder):
     edit_weights(folder, lambda weights: weights.update({"norm.weight": weights["model.norm.weight"].clone()}))
     with raises("norm.weight: expected one weight of this name, got two"):
         GPT.from_pretrained(folder)

@@ -101,7 +101,7 @@ def test_variables_of_the_chat_template(tmp_path, capsys):
         assert status == 2 and "template-var: expected " in err
 
 
-def test_chats_and_ends(chat_model, capsys):
+def test_chats_and_eos_tokens(chat_model, capsys):
     arguments = ["generate", "Who is lazy?", "--model", chat_model, *TOKENS, "--json", "--chat"]
     report = json.loads(run(capsys, *arguments, "--logprobs")[1])
     assert report["finish_reason"] == "eos" and report["new_tokens"] < 40 and report["prompt_tokens"] > 20
@@ -157,7 +157,7 @@ def test_no_cache_and_dtype(capsys):
 
 
 @pytest.mark.slow
-def test_speed_and_seed_are_said_beside_the_text(capsys):
+def test_speed_and_seed_are_printed_on_stderr(capsys):
     _, out, error = run(capsys, "generate", "A", *TOKENS, "--temperature", 1)
     number, speed, seed = re.fullmatch(r"(\d+) tokens, ([\d.,]+) tok/s, seed (\d+)\n", error).groups()
     assert number == "40" and float(speed.replace(",", "")) > 0
@@ -197,7 +197,7 @@ def test_rules(capsys):
     assert report["text"] == "A" + pipe("A", 40, **rules) and "e" not in report["text"]
 
 
-def test_the_checkpoints_defaults_hold_where_nothing_is_said(monkeypatch, capsys):
+def test_generation_defaults_of_the_checkpoint_apply(monkeypatch, capsys):
     pipe = fastgpt.pipeline(SHIPPED_MODEL)
     pipe.model.generation_defaults = {"temperature": 0.9, "top_k": 5, "max_new_tokens": 17}
     monkeypatch.setattr(generate, "pipeline", lambda *path, **options: pipe)
@@ -223,7 +223,7 @@ def test_the_revision_reaches_the_hub(monkeypatch, capsys):
     assert asked == ["v2", "v3"]
 
 
-def test_processes_beyond_the_first_say_nothing(capsys, monkeypatch):
+def test_only_the_first_process_prints(capsys, monkeypatch):
     @contextlib.contextmanager
     def second(parallel, device):
         yield Processes(rank=1, size=1)
@@ -244,6 +244,6 @@ def test_escapes(written, text):
 
 
 @pytest.mark.parametrize("written", [r"\ud800", r"\uFFFF\uDC00", r"\U00110000", r"\UFFFFFFFF"])
-def test_escapes_of_what_is_no_character(written):
+def test_escapes_that_are_not_characters_raise(written):
     with pytest.raises(ValueError, match="^stop: expected escapes of characters, got "):
         unescape(written, "stop")

@@ -61,7 +61,7 @@ def test_a_trained_model_generates_by_default(text, prompt, tmp_path, capsys, mo
     assert status == 0 and out.startswith(prompt) and len(out) == 8 + 1  # as much as the context holds
 
 
-def test_training_from_a_checkpoint_keeps_what_belongs_to_its_tokenizer(tmp_path, capsys):
+def test_fine_tuning_keeps_the_tokenizer_files(tmp_path, capsys):
     folder, text = tmp_path / "from", tmp_path / "text.txt"
     folder.mkdir()
     write_checkpoint(folder, byte_level(), tokenizer_config={"chat_template": CHATML})
@@ -182,7 +182,7 @@ def test_what_is_copied_with_a_tokenizer_is_no_link_out_of_its_folder(name, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_resuming_what_is_finished_says_how_to_go_on(text_file, tmp_path, capsys):
+def test_resuming_a_finished_run_says_how_to_continue(text_file, tmp_path, capsys):
     arguments = ["train", "--text", str(text_file), "--out", str(tmp_path / "out"), *map(str, SMALL)]
     main([*arguments, "--steps", "2"])
     assert "--steps MORE" not in capsys.readouterr().err

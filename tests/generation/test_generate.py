@@ -117,7 +117,7 @@ def test_greedy_tokens_are_those_of_transformers(twins, lengths, rules):
             assert row.tolist() == prompt + new.tolist()
 
 
-def test_ends_are_those_of_transformers(twins):
+def test_eos_tokens_match_transformers(twins):
     """Rows of one length, and several tokens that end them, at different steps."""
     ours, theirs = twins
     ids = random_ids(ours, 4, 9)
@@ -128,14 +128,14 @@ def test_ends_are_those_of_transformers(twins):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache": "paged", "page_size": 4}], ids=str)
-def test_a_row_ends_with_its_eos(ending, options):
+def test_a_row_ends_at_its_eos(ending, options):
     model, prompts, free, eos = ending
     rows = generate(model, prompts, 30, eos=eos, **options)
     for row, prompt, new in zip(rows, prompts, free, strict=True):
         assert row.tolist() == prompt + cut(new, eos)
 
 
-def test_a_stream_gives_minus_one_after_the_end(ending):
+def test_stream_yields_minus_one_after_eos(ending):
     model, prompts, free, eos = ending
     steps = torch.stack(list(stream(model, prompts, 30, eos=[eos])), dim=1).tolist()
     for row, new in zip(steps, free, strict=True):
@@ -149,7 +149,7 @@ def test_generation_ends_with_the_last_row(ending):
     assert longest < 30 and len(list(stream(model, [prompt for prompt, _ in alone], 30, eos=eos))) == longest
 
 
-def test_ends_that_are_seen_late_change_nothing_but_the_stream(ending, monkeypatch):
+def test_eos_detected_late_changes_only_the_stream(ending, monkeypatch):
     """On a GPU, one looks at every 16th step only."""
     model, prompts, free, eos = ending
     alone = [prompt for prompt, new in zip(prompts, free) if eos in new]
@@ -176,7 +176,7 @@ def test_a_tensor_is_padded_with_eos_and_no_wider_than_its_longest_row():
         assert row == new[:length] + [eos[0]] * (max(lengths) - length)
 
 
-def test_what_is_given_wins_over_the_checkpoints_defaults_and_those_over_our_own(ending):
+def test_arguments_override_defaults_of_the_checkpoint_which_override_ours(ending):
     model, prompts, free, eos = ending
     rules = {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3}
     expected = generate(model, prompts, 7, seed=1, eos=eos, **rules)
@@ -210,7 +210,7 @@ CACHES = [{}, {"cache": "sliding", "window": 9}, {"cache": "paged", "page_size":
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [1, 7, 16, 39])
 @pytest.mark.parametrize("options", CACHES, ids=str)
-def test_a_prompt_in_pieces_gives_the_same_logits(options, chunk):
+def test_chunked_prefill_gives_the_same_logits(options, chunk):
     """Also of prompts that begin pieces after others, which are padding there."""
     model = random_model()
     prompts = [torch.tensor(prompt) for prompt in prompts_of(40, 5, 23)]

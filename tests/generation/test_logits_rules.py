@@ -72,7 +72,7 @@ def test_rules_in_a_graph_and_in_every_batch():
         assert len(graphs) == 1 and all(map(torch.equal, again, rows))
 
 
-def test_processors_are_given_the_tokens_of_each_row():
+def test_logits_processors_receive_the_tokens_of_each_row():
     """Without padding, rows of one length together, beside their own logits; and what they return is what counts."""
     model = random_model()
     prompts, given = prompts_of(5, 3, 5, 8), []
@@ -94,7 +94,7 @@ def test_processors_are_given_the_tokens_of_each_row():
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": [1, 2, 3], "num_samples": 2, "top_k": 9}], ids=str)
-def test_a_batch_with_processors_is_what_each_prompt_is_alone(options):
+def test_logits_processors_do_not_couple_rows_of_a_batch(options):
     model = random_model()
     prompts = prompts_of(5, 3, 9)
 
@@ -142,7 +142,7 @@ def test_processors_of_transformers(twins):
     assert torch.equal(tokens, same) and torch.equal(logprobs, same_logprobs)
 
 
-def test_processors_go_before_temperature_and_after_the_other_rules():
+def test_logits_processors_run_before_temperature_and_after_the_other_rules():
     model, given = random_model(), []
     bias = {3: 1.0}
     prompt = prompts_of(5)
@@ -158,7 +158,7 @@ def test_processors_go_before_temperature_and_after_the_other_rules():
     assert torch.equal(given[0], logits) and torch.equal(given[1], 2 * given[0])
 
 
-def test_what_a_processor_returns_is_checked():
+def test_results_of_logits_processors_are_checked():
     model = random_model()
     for result, error, message in (
         (None, TypeError, "logits_processors: expected a torch.Tensor, got NoneType"),

@@ -60,7 +60,7 @@ def test_logits_of_rows_that_have_ended_may_be_anything(ending, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}], ids=str)
-def test_they_are_seen_late_on_a_gpu(options, monkeypatch):
+def test_nonfinite_logits_are_detected_late_on_a_gpu(options, monkeypatch):
     """When one looks, and at the end; until then tokens are of the vocabulary."""
     model = random_model()
     prompts = prompts_of(5, 9)
@@ -75,7 +75,7 @@ def test_they_are_seen_late_on_a_gpu(options, monkeypatch):
                 next(tokens)
 
 
-def test_when_every_token_is_forbidden_the_error_says_by_what():
+def test_excluding_every_token_names_the_rules():
     model = random_model()
     with pytest.raises(ValueError, match="-inf for every token, in row 0 at step 0, after logit_bias"):
         generate(model, random_ids(model, 1, 5), 5, logit_bias={token: float("-inf") for token in range(65)})

@@ -40,7 +40,7 @@ def expected_text(pipe, prompt, new_ids):
     return pipe.tokenizer.decode(before + new_ids)[len(prompt) :]
 
 
-def test_a_prompt_gives_a_text(pipe):
+def test_a_single_prompt_returns_a_string(pipe):
     ids = generated(pipe, PROMPT, 40)[0]
     assert not set(ids) & set(pipe.tokenizer.eos)
     assert pipe(PROMPT, max_new_tokens=40) == expected_text(pipe, PROMPT, ids)
@@ -62,7 +62,7 @@ def test_prompts_give_texts_and_samples_lists_of_texts(pipe):
     assert pipe([PROMPT, "a token"], num_samples=3, **options) == [samples, pipe("a token", num_samples=3, **options)]
 
 
-def test_a_stream_gives_the_text_in_whole_characters(pipe):
+def test_stream_yields_complete_characters(pipe):
     for seed in range(5):
         options = {"max_new_tokens": 60, "temperature": 3.0, "seed": seed}  # any bytes, characters or not
         pieces = list(pipe.stream(PROMPT, **options))
@@ -70,7 +70,7 @@ def test_a_stream_gives_the_text_in_whole_characters(pipe):
 
 
 @pytest.mark.parametrize("backend", [byte_level, byte_fallback])
-def test_pieces_are_never_half_a_character(backend, tmp_path, monkeypatch):
+def test_streamed_pieces_are_complete_characters(backend, tmp_path, monkeypatch):
     """Of a model that says what it should: the bytes of characters one by one."""
     pipe = fastgpt.pipeline(write_checkpoint(tmp_path, backend()), device="cpu")
     text = " é日😀👩\u200d👧 done"
@@ -104,7 +104,7 @@ def test_eos_ends_a_text_and_is_not_part_of_it(pipe, folder, monkeypatch):
     assert pipe(PROMPT, 40, eos=ids[3]) == expected_text(pipe, PROMPT, ids[: ids.index(ids[3])])
 
 
-def test_ends_are_those_of_the_checkpoint_unless_told_otherwise(tmp_path):
+def test_eos_tokens_default_to_those_of_the_checkpoint(tmp_path):
     """Of its tokenizer and of the defaults of its model, as far as the vocabulary has them."""
     config = {"eos_token_id": [5, 9]}
     pipe = fastgpt.pipeline(write_checkpoint(tmp_path, byte_level(), generation_config=config), device="cpu")
@@ -182,7 +182,7 @@ def test_a_stop_string_ends_its_row_wherever_tokens_are_cut(pipe, use_cache):
     assert pipe.start([PROMPT], 40, stop="never met").finish()[0].finish_reason == "length"
 
 
-def test_what_may_become_a_stop_string_is_not_streamed(pipe):
+def test_a_possible_stop_string_is_held_back(pipe):
     whole = pipe(PROMPT, 40)
     stop = whole[9:17]
     pieces = list(pipe.stream(PROMPT, 40, stop=stop))
@@ -254,7 +254,7 @@ def test_variables_of_the_chat_template(pipe, monkeypatch):
         assert "".join(pipe.stream([{"role": "user", "content": "the dog"}], 9, template_variables=given)) == pipe(prompt, 9)
 
 
-def test_what_gives_text_does_not_swallow_log_probabilities(pipe):
+def test_streaming_text_keeps_log_probabilities(pipe):
     for call in (pipe, pipe.chat, pipe.stream):
         with pytest.raises(
             ValueError, match="^return_logprobs: expected False where the text is all that is returned, got True"

@@ -210,7 +210,7 @@ GRAPHED = [
 
 @pytest.mark.parametrize("rules", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("options", GRAPHED, ids=str)
-def test_a_graph_of_the_step_gives_the_same_tokens(options, rules):
+def test_a_captured_step_generates_the_same_tokens(options, rules):
     model = random_model()
     prompts = [random_ids(model, 1, length, seed=length)[0] for length in (5, 14, 9)]
     options = options | rules | {"eos": [7, 8], "return_logprobs": True}
@@ -397,7 +397,7 @@ def test_a_call_with_other_options_has_a_graph_of_its_own(options):
     ],
     ids=["weight", "storage", "module", "dtype", "state"],
 )
-def test_a_model_that_has_changed_is_captured_anew(change):
+def test_a_changed_model_is_recaptured(change):
     """And what was captured is gone, with the memory of the weights that it was captured with."""
     model = random_model()
     ids = random_ids(model, 2, 5)
@@ -600,7 +600,7 @@ def test_a_graph_owns_the_stream_that_it_attends_to():
 
 
 @torch.inference_mode()
-def test_the_tape_tells_what_a_graph_would_not_do():
+def test_the_tape_detects_what_a_graph_cannot_replay():
     """State that Python replaces, in place of an update in place, is not seen by a graph, nor by the tape."""
     state = [torch.zeros(1)]
 

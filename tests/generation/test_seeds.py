@@ -33,14 +33,14 @@ def test_the_same_seed_gives_the_same_tokens_in_every_batch_and_row():
     assert not any(torch.equal(row[: len(short)], short) for row, short in zip(longer[1::2], alone))
 
 
-def test_without_a_seed_every_row_and_every_call_is_another():
+def test_without_a_seed_rows_and_calls_differ():
     model = random_model()
     prompt = prompts_of(5)
     rows = [*generate(model, prompt * 3, 40, temperature=1.0), *generate(model, prompt, 40, temperature=1.0, num_samples=2)]
     assert len({tuple(row.tolist()) for row in rows}) == 5
 
 
-def test_without_a_seed_that_of_pytorch_counts():
+def test_without_a_seed_the_seed_of_pytorch_is_used():
     model, prompts, rows = random_model(), prompts_of(5), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)

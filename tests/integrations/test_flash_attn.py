@@ -413,7 +413,7 @@ def test_a_cache_may_be_full_or_of_one_length():
     torch.testing.assert_close(short, flash_attn_func(q, *(x[:, :4] for x in cache)))
 
 
-def test_a_cache_takes_no_part_in_gradients_and_is_not_copied():
+def test_a_cache_has_no_gradients_and_is_not_copied():
     q = random(1, 1, 4, 16).requires_grad_()
     cache = [torch.zeros(1, 9, 4, 16) for _ in range(2)]
     addresses = [x.data_ptr() for x in cache]

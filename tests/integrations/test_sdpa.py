@@ -285,7 +285,7 @@ def oracle(arguments, options):
 
 
 @pytest.mark.parametrize("case", ELSEWHERE)
-def test_what_the_kernels_do_not_take_is_pytorchs_to_serve(case):
+def test_unsupported_calls_are_served_by_pytorch(case):
     arguments, options, reason = ELSEWHERE[case]
     explained = fastgpt.explain(scaled_dot_product_attention, *arguments, **options)
     assert explained["torch"] == "chosen" and reason in explained["cpp"] and reason in explained["triton"]

@@ -330,7 +330,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms_give_what_they_give_without(name):
+def test_transforms_are_unaffected(name):
     with enabled():
         actual = TRANSFORMS[name](*inputs())
     plain = attend if name == "trace" else TRANSFORMS[name]  # a trace cannot be simulated
@@ -395,7 +395,7 @@ def test_modes_see_pytorchs_operators():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_autocast_gives_its_dtype(masked, served):
+def test_outputs_have_the_dtype_of_autocast(masked, served):
     mask = torch.randn(6, 6) if masked else None
     exact = [x.bfloat16().double() for x in inputs()]
     exact_mask = mask.bfloat16().double() if masked else None
@@ -510,7 +510,7 @@ def test_a_model_trains_with_dropout(served):
     assert (actual - expected).abs().max() < 0.15 and actual[-1] < 0.7 * actual[0]
 
 
-def test_dropout_drops_what_it_should():
+def test_dropout_zeroes_its_share_of_weights():
     """Of a call whose values are the identity, the result is the weights."""
     torch.manual_seed(11)
     q, k = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)

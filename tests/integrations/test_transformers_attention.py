@@ -270,7 +270,7 @@ def test_unknown_mask_functions_are_theirs():
         assert type(ours) is torch.Tensor and torch.equal(ours, mask)
 
 
-def test_mask_keeps_what_it_stands_for():
+def test_a_lazy_mask_keeps_the_state_it_was_made_for():
     """It is made, if at all, when a layer asks: a static cache has counted on by then."""
     config = MistralConfig(**CONFIG, sliding_window=None)
     cache = CACHES["static"](config)
@@ -411,7 +411,7 @@ def test_weights(window, side):
         ({"dropout": 1.0}, "dropout 1.0"),
     ],
 )
-def test_what_kernels_do_not_take_is_served(change, reason):
+def test_unsupported_calls_are_served_with_a_reason(change, reason):
     q, k, v = inputs(H_kv=4, D=change.get("D", 8))
     q = q[: change.get("B", 3)]
     v = torch.randn(3, 4, 7, change["v"]) if "v" in change else v
@@ -424,7 +424,7 @@ def test_what_kernels_do_not_take_is_served(change, reason):
         assert len(calls) == 1 and f"sdpa: {reason}" in next(iter(calls))
 
 
-def test_within_transforms():
+def test_transforms_of_torch_func_and_jit():
     """torch.func and torch.jit, which know nothing of our operation."""
     q, k, v = inputs(H_kv=4)
 

@@ -128,7 +128,7 @@ def test_cropping(config, lengths):
 
 
 @torch.no_grad()
-def test_cropping_what_is_gone():
+def test_cropping_overwritten_tokens_raises():
     cache = ft.Cache(SLIDING)
     cache.update(*tokens(40), 0)
     with pytest.raises(
@@ -154,7 +154,7 @@ def test_cropping_what_is_gone():
 
 @CONFIGS
 @torch.no_grad()
-def test_what_layers_hold(config):
+def test_layers_hold_the_keys_and_values_of_transformers(config):
     """Keys and values of a layer are those of transformers' after every pass, whatever was recorded and taken back."""
     ours, theirs = ft.Cache(config), DynamicCache(config=config)
 

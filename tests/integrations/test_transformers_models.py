@@ -83,7 +83,7 @@ def test_compiled_layers():
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_those_alone(name):
+def test_models_that_are_not_served(name):
     assert unserved(name)
 
 

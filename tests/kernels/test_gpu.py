@@ -389,7 +389,7 @@ def seen_by_last(S, device, few=64, D=64):
     assert not any(x[:, :, :-few].any() for x in (out, *gradients))
 
 
-def test_gradients_of_heads_2_31_numbers_apart():
+def test_gradients_of_heads_with_strides_above_2_31():
     needs_memory(12)
     heads_apart(2**31, "cuda")
 

@@ -80,7 +80,7 @@ def test_steps_of_a_cuda_graph(case, dtype, rules, tmp_path):
 
 @RULES
 @pytest.mark.parametrize("case", ["gpt2", "llama", "gemma2", LONGROPE])
-def test_rows_end_where_they_should(case, rules, tmp_path):
+def test_rows_end_at_eos_or_the_limit(case, rules, tmp_path):
     """Each with the first of several end tokens; the steps end where the host looks next after all rows have."""
     model = model_of(case, tmp_path, torch.float32)
     for options in cached_kinds(model):

@@ -82,7 +82,7 @@ SIZES = (3, 4, 7, 8)  # and what follows from them, with and without a factor of
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_sizes_compile_nothing_anew(arch):
+def test_other_sizes_do_not_recompile(arch):
     """Of every launcher: one variant of each kernel, whatever the number of sequences, heads, tokens, pages, features. Of the
     one that splits keys, one for each number of keys that programs get: 256, 128 or 64."""
     launched = set()

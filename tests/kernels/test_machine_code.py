@@ -173,7 +173,7 @@ def tiles_underway(ttgir: str) -> list[int]:
 @pytest.mark.parametrize("given, cache_dtype", [
     ((), torch.float16), ((*LENGTHS, "block_table_ptr"), torch.float16), ((*LENGTHS, *SCALES), torch.int8),
 ], ids=("contiguous", "paged", "8 bits"))  # fmt: skip
-def test_decoding_copies_a_tile_while_it_multiplies_with_another(given, cache_dtype, arch):
+def test_decoding_overlaps_copies_with_matrix_products(given, cache_dtype, arch):
     """From memory in order and through a block table, whose look-up takes none of the copies' stages."""
     source, options = source_of(*one_that_ships("attention_decode", arch, cache_dtype, given))
     ttgir = ir_of(source, arch, options, "ttgir")
@@ -207,7 +207,7 @@ def test_masks_and_biases_are_copied_in_vectors(module, given):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", (0, 1), ids=("any strides", "rows that begin anywhere"))
-def test_other_masks_and_biases_are_read_as_they_lie(unit):
+def test_other_masks_and_biases_are_read_without_copies(unit):
     *which, constants, given = one_that_ships("attention_forward", 90, torch.float16, (*SCORES, "sinks_ptr"))
     assert not widths_of_scores((*which, constants | {"MASK_UNIT": unit, "BIAS_UNIT": unit}, given))
 
@@ -322,7 +322,7 @@ def hopper_forward():
                 yield configuration
 
 
-def test_hopper_copies_a_tile_while_it_multiplies_with_another():
+def test_hopper_overlaps_copies_with_matrix_products():
     """Forward, at the commonest head dim: the wait for a tile comes a whole tile after its copy began."""
     deep = {}
     for _, _, _, constants, given in hopper_forward():

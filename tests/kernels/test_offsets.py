@@ -158,7 +158,7 @@ def assert_wide_enough(launch):
 
 
 @pytest.mark.parametrize("arch", (80, 90))
-def test_larger_numbers_compile_anew(arch, monkeypatch):
+def test_larger_numbers_recompile(arch, monkeypatch):
     """The type of a number that is not specialized still follows from its value: none is cut off by a kernel that was compiled
     for smaller ones."""
     for module in (forward, backward, attention_arguments):

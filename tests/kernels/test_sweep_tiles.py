@@ -81,7 +81,7 @@ def test_the_most_telling_come_first(swept):
     assert len(firsts) == len(keys) + 3 * 2 * 2
 
 
-def test_what_is_asked_for_is_swept_whole(swept):
+def test_a_named_kernel_is_swept_completely(swept):
     rows = swept(60, ["forward"], [64], [2], [])[-1]["tiles"]
     assert len(rows) == len({tuple(row["tile"]) for row in rows}) == len(sweep_tiles.candidates())
     assert sweep_tiles.distance(Tile(128, 64, 4, 3), Tile(64, 128, 8, 1)) == 5

@@ -188,7 +188,7 @@ def test_a_hidden_key_is_not_seen_whatever_it_is(how):
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
 @pytest.mark.parametrize("arch", (80, 90))
 @pytest.mark.parametrize("how", ("mask", "bias", "mask and bias", "window"))
-def test_a_value_that_no_query_sees_reaches_none(how, arch, dtype, monkeypatch):
+def test_masked_values_do_not_affect_the_output(how, arch, dtype, monkeypatch):
     """Whatever it is, in whichever tile, with bulk copies and without. One that a query sees is seen."""
     run_as_on(arch, monkeypatch)
     T, S, keys = 70, 200, [0, 3, 150]

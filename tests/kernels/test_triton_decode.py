@@ -256,7 +256,7 @@ def test_parity_of_masks_and_biases(layout, S, dtype, short_splits):
 @runs_kernel
 @pytest.mark.parametrize("cache", (torch.float16, torch.float32, torch.int8), ids=str)
 @pytest.mark.parametrize("how", ("mask", "bias", "window"))
-def test_a_value_that_no_query_sees_reaches_none(how, cache, short_splits):
+def test_masked_values_do_not_affect_the_output(how, cache, short_splits):
     """Whatever it is, or its scale. One that a query sees is seen."""
     S, keys = 99, [0, 17, 60]
     q, k, v = random_inputs(1, 4, 2, 3, S, 40, torch.float16 if cache is torch.int8 else cache)

@@ -135,7 +135,7 @@ NO_CALLS = {
 
 
 @pytest.mark.parametrize("case", NO_CALLS)
-def test_explaining_what_is_no_call(case):
+def test_explaining_an_invalid_call_raises(case):
     args, kwargs, problem = NO_CALLS[case]
     expected = r"fastgpt.attention and the arguments of a call, as in fastgpt.explain\(fastgpt.attention, ...\)"
     with pytest.raises(TypeError, match=f"^operation: expected {expected}: {problem}$"):
@@ -152,7 +152,7 @@ def test_what_can_be_explained_is_named_as_it_is_reached():
 
 
 @pytest.mark.parametrize("model", ["a path", None, IDS, torch.nn.Linear(3, 3), fastgpt.GPT], ids=lambda x: type(x).__name__)
-def test_what_is_no_decoder(model):
+def test_arguments_that_are_not_a_decoder_raise(model):
     for call in (
         lambda: fastgpt.generate(model, IDS, 3),
         lambda: fastgpt.stream(model, IDS, 3),
@@ -197,7 +197,7 @@ def test_no_tokens_from_weights_on_meta():
             call(model, IDS.to("meta"), 3)
 
 
-def test_what_is_no_decoding():
+def test_decoding_rejects_invalid_arguments():
     model = random_model()
     with pytest.raises(TypeError, match="^cache: expected one of `new_cache`'s, got str$"):
         fastgpt.decoding(model, "contiguous")
@@ -209,7 +209,7 @@ def test_what_is_no_decoding():
 
 @torch.no_grad()
 @pytest.mark.parametrize("token", [[1, 2], 3, None, torch.tensor(1), torch.tensor([[1], [2]])], ids=str)
-def test_what_is_no_token_of_each_sequence(token):
+def test_decoding_takes_one_token_per_sequence(token):
     model = random_model()
     cache = model.new_cache(2)
     step = fastgpt.decoding(model, cache)

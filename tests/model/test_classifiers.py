@@ -104,7 +104,7 @@ def test_logits_in_bfloat16(head, folders, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_what_we_write_transformers_reads(family, head, folders, tmp_path):
+def test_transformers_reads_our_checkpoints(family, head, folders, tmp_path):
     model = HEADS[head].from_pretrained(folders(family, head))
     model.save_pretrained(tmp_path)
     again, before = type(theirs(family, head)).from_pretrained(tmp_path), theirs(family, head)

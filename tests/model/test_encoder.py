@@ -78,7 +78,7 @@ def test_gradients_do_not_reach_padding():
     assert reached.nonzero().squeeze(1).tolist() == [1, 2, 3]
 
 
-def test_states_are_what_logits_are_made_of():
+def test_hidden_states_determine_the_logits():
     model = encoder(tie_embeddings=False)
     ids = random_ids(model, 2, 9)
     with torch.no_grad():

@@ -444,7 +444,7 @@ def test_it_compiles_as_one_graph(training):
 
 
 @pytest.mark.parametrize("config", [{}, GATED | CROSSED], ids=["plain", "gated"])
-def test_weights_that_lie_otherwise_compute_the_same(config):
+def test_weights_with_other_strides_compute_the_same(config):
     """What nn.Linear and nn.Embedding take: transposed, with steps between columns, or parts of wider ones."""
     model = random_model(**config)
     ids = random_ids(model, 1, 6)

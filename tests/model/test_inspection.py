@@ -136,7 +136,7 @@ def checkpoints(tmp_path_factory):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_they_are_those_of_transformers(family, checkpoints):
+def test_activations_match_transformers(family, checkpoints):
     """Hidden states and attention patterns."""
     theirs, folder = checkpoints[family]
     model, ids = GPT.from_pretrained(folder), torch.randint(65, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -184,7 +184,7 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-def test_inspect_shows_what_comes_next(capsys):
+def test_inspect_shows_the_next_token_predictions(capsys):
     status, out, _ = run(capsys, "ROMEO:\nO", "--top", 3)
     assert status == 0
     lines = out.splitlines()
@@ -199,7 +199,7 @@ def test_inspect_shows_what_comes_next(capsys):
     assert lines[-1] == f"Greedy decoding takes {token} (id {number})."
 
 
-def test_inspect_tells_what_generation_does(capsys):
+def test_inspect_agrees_with_generate(capsys):
     report = json.loads(run(capsys, "ROMEO:", "--json", "--top", 65)[1])
     assert [token["text"] for token in report["tokens"]] == list("ROMEO:") and len(report["next"]) == 65
     model, tokenizer = GPT.from_pretrained(SHIPPED_MODEL), Tokenizer.load(SHIPPED_MODEL / "tokenizer.json")
@@ -231,7 +231,7 @@ def test_a_plot_is_not_written_to_another_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_shows_the_pattern(tmp_path):
+def test_attention_plots_show_the_pattern(tmp_path):
     """Read back: dark where the weight is, white elsewhere."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from matplotlib.image import imread

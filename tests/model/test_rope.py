@@ -53,7 +53,7 @@ MODES = [under_meta, under_inference_mode, under_grad, under_another_default, ex
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
 @pytest.mark.parametrize("position", ["longrope", "sinusoidal"])
-def test_what_one_mode_makes_no_other_sees(position, mode):
+def test_tables_made_in_one_mode_are_not_seen_in_others(position, mode):
     """First calls in a mode, then ones without it, with gradients: the values of a model that saw no mode."""
     model = random_model(layers=1, context=40, **POSITIONS[position])
     ids = random_ids(model, 2, 30)
@@ -89,7 +89,7 @@ def test_a_million_tokens_of_context_cost_nothing_until_they_are_used():
     assert len(model.tables(999_999, torch.zeros(1))[0]) == 1_000_000
 
 
-def test_threads_share_them():
+def test_threads_share_rope_tables():
     model = random_model(layers=1, position="rotary", rope=Rope(16))
     ids, results = random_ids(model, 1, 50), []
     threads = [threading.Thread(target=lambda: results.append(model(ids))) for _ in range(4)]

@@ -86,7 +86,7 @@ def test_errors(case):
         attention(*arguments, **options)
 
 
-def test_operators_check_what_memory_safety_needs():
+def test_operators_check_arguments_for_memory_safety():
     """Called directly, without the public function's checks."""
     q, k, v = random_qkv(1, 4, 2, 8, 12, 16)
     out, lse = torch.ops.fastgpt.attention_forward(q, k, v, True, 0.25)

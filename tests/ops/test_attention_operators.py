@@ -76,7 +76,7 @@ def test_compiles_as_one_graph(feature):
 # Choice of implementation
 
 
-def test_explain_says_what_serves_and_why_not():
+def test_explain_names_the_implementation_and_the_reasons():
     q, k, v = random_qkv(1, 1, 1, 2, 2, 16)
     assert fastgpt.explain(attention, q, k, v) == {
         "triton": "it runs on CUDA tensors, and q is on cpu",

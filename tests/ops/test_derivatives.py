@@ -402,7 +402,7 @@ def test_a_cache_refuses_gradients_of_the_stream_that_it_has_read():
         (logits.sum() + states.sum()).backward()
 
 
-def test_gradients_of_what_follows_a_cache_are_right():
+def test_gradients_of_operations_after_a_cache_are_correct():
     """A head that is trained on the states of a frozen decoder."""
     model = random_model(layers=2).requires_grad_(False)
     model.norm.requires_grad_()

@@ -159,7 +159,7 @@ def test_gradients_are_served_by_the_reference(feature):
         assert fastgpt.explain(linear, **call)["cpp"] == "chosen"
 
 
-def test_dropout_drops_what_is_added_to_the_residual():
+def test_dropout_applies_before_the_residual_is_added():
     call = call_of("everything", 4, 40, 65, torch.float32)
     torch.manual_seed(0)
     out = linear(**call, dropout_p=0.5)

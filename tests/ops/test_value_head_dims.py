@@ -115,7 +115,7 @@ def test_updates_are_the_references_bits(D, page, cache_dtype):
     assert not differing(actual, expected)
 
 
-def test_updates_of_caches_that_lie_between_each_other():
+def test_updates_of_interleaved_caches():
     """Rows of keys and values side by side in memory are apart; where they overlap, nothing is written."""
     for D, D_v, first, fits in ((8, 24, 8, True), (24, 8, 24, True), (24, 8, 8, False), (8, 24, 4, False), (8, 8, 12, True)):
         k, v = torch.ones(1, 2, 3, D), torch.ones(1, 2, 3, D_v)

@@ -340,7 +340,7 @@ def test_the_yardstick_is_the_same_in_every_run():
     assert torch.equal(first.errors, again.errors) and first.errors.any()
 
 
-def test_random_numbers_are_drawn_alike_in_every_run():
+def test_random_inputs_are_the_same_in_every_run():
     """Dropout's mask is the same in the oracle and in simulated runs, and the caller's random numbers are left alone."""
     x = torch.ones(1000, dtype=torch.float64)
     torch.manual_seed(5)

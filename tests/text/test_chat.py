@@ -206,7 +206,7 @@ def both(template, messages, **variables):
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 @pytest.mark.parametrize("messages", [CHAT, CHAT[1:], CALLS], ids=["chat", "without system", "calls"])
-def test_templates_give_what_transformers_gives(template, messages):
+def test_chat_templates_match_transformers(template, messages):
     for variables in ({}, {"tools": TOOLS, "enable_thinking": False}, {"documents": [{"title": "t", "text": "x"}]}):
         for add in (True, False):
             expected, tokenizer = both(template, messages, add_generation_prompt=add, **variables)
@@ -267,7 +267,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_every_method_gives_everywhere_what_jinja_gives(place):
+def test_every_method_matches_jinja(place):
     """Jinja passes the variables of loops and blocks on to every call in them."""
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     messages = [{"role": "user", "content": "Hello {{}}{{a}},\tworld.\n"}, {"role": "assistant", "content": "x"}]
@@ -515,7 +515,7 @@ def test_what_a_template_may_not_do_ends_in_one_kind_of_error(template, work, mo
         ChatTemplate(template).render(CHAT[1:2], add_generation_prompt=True)
 
 
-def test_limits_grow_with_what_is_given():
+def test_limits_grow_with_the_input():
     """What is long may take long: a chat of a thousand messages, one message of a million characters."""
     for messages in (CHAT * 250, [{"role": "user", "content": "word " * 200_000}]):
         for template in (QWEN3, GEMMA, PHI):
@@ -557,7 +557,7 @@ def test_one_template_serves_several_threads():
         assert set(threads.map(run, range(16))) == {None, True}
 
 
-def test_the_message_of_an_error_is_short():
+def test_error_messages_are_short():
     with pytest.raises(ChatTemplateError) as error:
         ChatTemplate("{{ raise_exception('a' * 1000000) }}").render(CHAT)
     assert re.fullmatch("messages: the chat template does not accept them: a{500} ...", str(error.value))

@@ -110,7 +110,7 @@ TEXT_ERRORS = [
 
 @pytest.mark.parametrize("backend", [byte_level(), byte_fallback(), Tokenizer.from_corpus("abc").backend])
 @pytest.mark.parametrize("text, error, message", TEXT_ERRORS, ids=[entry[2][:50] for entry in TEXT_ERRORS])
-def test_what_is_no_text(backend, text, error, message):
+def test_encoding_anything_but_text_raises(backend, text, error, message):
     with pytest.raises(error, match=message):
         Tokenizer(backend).encode(text)
     with pytest.raises(error, match=message):
@@ -128,7 +128,7 @@ ID_ERRORS = [
 
 
 @pytest.mark.parametrize("ids, error, message", ID_ERRORS, ids=[entry[2][-20:] for entry in ID_ERRORS])
-def test_what_is_no_id(ids, error, message):
+def test_decoding_invalid_ids_raises(ids, error, message):
     with pytest.raises(error, match=message):
         Tokenizer(byte_level()).decode(ids)
 
@@ -195,7 +195,7 @@ def pieces(tokenizer, ids, prompt=()):
     return [decoder.push(token) for token in ids] + [decoder.finish()]
 
 
-def test_a_character_of_several_tokens_comes_with_the_last():
+def test_a_character_of_several_tokens_is_yielded_with_the_last_one():
     ids = BYTE_LEVEL.encode("a😀é")
     assert len(ids) == 7 and pieces(BYTE_LEVEL, ids) == ["a", "", "", "", "😀", "", "é", ""]
     assert list(BYTE_LEVEL.decode_stream(ids)) == ["a", "😀", "é"]
@@ -206,7 +206,7 @@ def test_a_character_of_several_tokens_comes_with_the_last():
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte level", "byte fallback"])
 @given(text=TEXTS)
-def test_streaming_gives_the_text_and_never_half_a_character(tokenizer, text):
+def test_streaming_yields_the_text_in_complete_characters(tokenizer, text):
     ids = tokenizer.encode(text)
     parts = pieces(tokenizer, ids)
     assert "".join(parts) == tokenizer.decode(ids)
@@ -214,14 +214,14 @@ def test_streaming_gives_the_text_and_never_half_a_character(tokenizer, text):
 
 
 @given(ids=st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1), max_size=40))
-def test_streaming_any_tokens_gives_what_decoding_them_together_gives(ids):
+def test_streaming_matches_decoding_all_tokens_at_once(ids):
     """Also where their bytes are no characters."""
     assert "".join(pieces(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte level", "byte fallback"])
 @given(prompt=TEXTS, text=TEXTS)
-def test_streaming_after_a_prompt_gives_the_rest(tokenizer, prompt, text):
+def test_streaming_after_a_prompt_yields_the_rest_of_the_text(tokenizer, prompt, text):
     """A space between them, say, which a text of its own would not begin with."""
     before, ids = tokenizer.encode(prompt), tokenizer.encode(text, special=False)
     whole = tokenizer.decode(before + ids)
@@ -238,7 +238,7 @@ def test_a_prompt_of_characters_that_are_many_tokens():
         assert "".join(pieces(BYTE_FALLBACK, ids[prompt:], ids[:prompt])) == characters[n:]
 
 
-def test_an_incomplete_rest_is_shown_at_the_end():
+def test_an_incomplete_character_is_yielded_at_the_end():
     ids = BYTE_LEVEL.encode("a😀")[:-1]
     assert pieces(BYTE_LEVEL, ids) == ["a", "", "", "", "\ufffd"]
     assert list(BYTE_LEVEL.decode_stream(ids)) == ["a", "\ufffd"]
@@ -317,7 +317,7 @@ EOS = [
 
 
 @pytest.mark.parametrize("files, eos", EOS, ids=str)
-def test_what_ends_a_text(files, eos, tmp_path):
+def test_end_of_sequence_tokens(files, eos, tmp_path):
     assert Tokenizer.from_folder(write_folder(tmp_path, byte_level(), **files)).eos == eos
 
 

@@ -122,7 +122,7 @@ def test_special_tokens_that_only_special_tokens_map_names(token, tmp_path):
     assert Tokenizer.from_folder(folder).special_tokens == {"eos_token": "<|eos|>"}
 
 
-def test_an_ordinary_token_that_is_named_special_is_one(tmp_path):
+def test_ordinary_tokens_that_are_named_special_are_special(tmp_path):
     """<s> and </s> stand in the vocabulary only, as in many older files."""
     content = json.loads(byte_fallback().to_str())
     content["added_tokens"] = []

@@ -24,7 +24,7 @@ from fastgpt.training.trainer import Trainer
         (None, "text: expected a file, .*text.txt is a folder"),
     ],
 )
-def test_files_that_are_no_text(content, problem, tmp_path):
+def test_files_that_are_not_text_raise(content, problem, tmp_path):
     path = tmp_path / "text.txt"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=problem):
@@ -43,7 +43,7 @@ def test_a_file_is_its_text(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
-def test_tokens_of_pieces_are_those_of_the_whole(make, monkeypatch):
+def test_tokenizing_in_windows_matches_tokenizing_the_whole_text(make, monkeypatch):
     monkeypatch.setattr(corpus, "PIECE", 3000)
     monkeypatch.setattr(corpus, "OVERLAP", 1024)
     tokenizer, draw = Tokenizer(make()), random.Random(0)

@@ -79,7 +79,7 @@ def test_two_processes_have_the_loss_curve_of_one(curves, parallel, parts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", ["", ", dropout"])
-def test_two_processes_add_what_one_adds_in_two_parts(curves, dropout):
+def test_two_processes_sum_gradients_as_one_accumulates_them(curves, dropout):
     """Bit for bit: a sum of two has one order."""
     assert curves["ddp" + dropout] == curves["one in two parts" + dropout]
 
@@ -136,7 +136,7 @@ def test_the_first_process_samples(seen, parallel):
 
 
 @either_way
-def test_a_sharded_run_takes_half_the_memory(seen, parallel):
+def test_two_shards_need_half_the_memory_each(seen, parallel):
     for held in ("weights", "moments from one", f"moments from {parallel}"):
         share = seen[parallel][f"share of {held}"]
         assert share == 1 if parallel == "ddp" else 0.49 < share < 0.51, held

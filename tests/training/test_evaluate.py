@@ -52,7 +52,7 @@ def test_the_mode_of_a_model_is_kept_and_counts_for_nothing():
     assert evaluate(model, tokens) == loss and all(module.training for module in model.modules())
 
 
-def test_a_cache_of_its_own_dtype_changes_nothing_and_one_of_8_bits_something():
+def test_only_8_bit_caches_change_results():
     model = random_model(layers=1)
     tokens = random_ids(model, 1, 60)[0]
     assert evaluate(model, tokens, cache_dtype=torch.float32) == evaluate(model, tokens)

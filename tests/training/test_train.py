@@ -36,7 +36,7 @@ def test_it_learns(dtype, tmp_path):
         assert evaluate(model, held_out) == trainer.best_loss
 
 
-def test_resuming_gives_the_numbers_of_an_uninterrupted_run(tmp_path):
+def test_a_resumed_run_matches_an_uninterrupted_one(tmp_path):
     config = replace(TINY, dropout=0.2)
     straight = Trainer(TEXT, config)
     straight.model.train()
@@ -159,7 +159,7 @@ def checkpoint(tmp_path):
     return folder
 
 
-def test_training_goes_on_from_a_checkpoint(checkpoint, tmp_path):
+def test_fine_tuning_starts_from_the_checkpoint(checkpoint, tmp_path):
     config, model, tokenizer = pretrained(checkpoint, context=16, batch_size=8, steps=20, warmup=0)
     assert (config.layers, config.heads, config.width, config.context) == (2, 4, 32, 16)
     trainer = Trainer(TEXT, config, model=model, tokenizer=tokenizer)
