@@ -164,16 +164,20 @@ class Tables:
         are they, and nothing is cached."""
         if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
             return self._made(positions, x.device, *keys)
-        positions = int(positions)  # a tensor under torch.jit.trace, whose graph keeps the tables of the example
+        if torch.jit.is_tracing():  # sizes are tensors; the tables become constants of the graph
+            return self._made_in_thread(int(positions), x.device, *keys)
         held = self.held.get((x.device, *keys))
         if held is None or len(held[0]) < positions:
-            rows = min(max(self.LEAST, 1 << (positions - 1).bit_length()), self.most)
-            with ThreadPoolExecutor(1) as thread:
-                made = thread.submit(self._made, rows, x.device, *keys).result()
+            made = self._made_in_thread(positions, x.device, *keys)
             if held is not None:
                 self.replaced.append(held)
             held = self.held[(x.device, *keys)] = made
         return held
+
+    def _made_in_thread(self, positions, device, *keys):
+        rows = min(max(self.LEAST, 1 << (positions - 1).bit_length()), self.most)
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self._made, rows, device, *keys).result()
 
     def _made(self, rows, device, *keys):
         return tuple(table.to(device) for table in self.make(rows, *keys))
