@@ -56,6 +56,13 @@ def test_links_and_paths_lead_somewhere(name):
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_code_fits_the_page(name):
+    """The site shows about 100 characters; readers would have to scroll to see the rest."""
+    blocks = [code for document, _, _, code in BLOCKS if document == name]
+    assert not [line for code in blocks for line in code.splitlines() if len(line) > 98]
+
+
 def test_readme_is_short():
     assert len(DOCUMENTS["README.md"].splitlines()) <= 250
 
