@@ -10,7 +10,8 @@ import torch
 from fastgpt import _C
 from fastgpt.ops.derivatives import needs_derivatives
 
-build_info, OneThread, Plan, Unchanged = _C.build_info, _C.OneThread, _C.Plan, _C.Unchanged
+build_info: Callable[[], dict[str, Any]] = _C.build_info
+OneThread, Plan, Unchanged = _C.OneThread, _C.Plan, _C.Unchanged
 build_info()  # raises ValueError for a FASTGPT_CPU_LEVEL that this CPU does not have
 
 AFTER_AUTOGRAD = torch._C._after_autograd_keyset
