@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.attention_peers import check, peers
-from benchmarks.timing import DEVICE, DTYPE, full, matrix_product, measured_time, name_of, time_interleaved
+from benchmarks.timing import DEVICE, DTYPE, arithmetic, full, measured_time, name_of, time_interleaved
 from fastgpt import attention, explain
 from fastgpt.bench.timing import implementation
 
@@ -39,7 +39,7 @@ def inputs(T, D, dtype, **options):
 def measure(benchmark, what, example, ours, others, absent, *, flops, **parameters):
     dtype, (T, D) = example["q"].dtype, example["q"].shape[2:]
     time_interleaved(
-        benchmark, ours, others, inputs=[example], limit=matrix_product(dtype), flush=True,
+        benchmark, ours, others, inputs=[example], limit=arithmetic(dtype), flush=True,
         info={
             "what": what, "device": DEVICE, "dtype": name_of(dtype), "batch": B, "heads": H, "head_dim": D, "T": T,
             **parameters, "flops": flops, "implementation": implementation(explain(attention, **example)), "absent": absent,

@@ -91,8 +91,8 @@ def copying() -> limits.Limit:
 
 
 @functools.cache
-def matrix_product(dtype: torch.dtype) -> limits.Limit:
-    return limits.matrix_product(DEVICE, dtype)
+def arithmetic(dtype: torch.dtype) -> limits.Limit:
+    return limits.arithmetic(DEVICE, dtype)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bench/peaks.h"
 #include "common/cpu_level.h"
 #include "common/pytorch_threads.h"
 #include "decode_step/addresses.h"
@@ -257,6 +258,19 @@ object.)")
       .def("holds", &Unchanged::holds, "Whether all of it is as it was.");
 }
 
+void define_peaks(py::module_& module) {
+  using fastgpt::Peak;
+  py::class_<Peak>(
+      module, "Peak", "An instruction that multiplies and adds: `operations` of both in an iteration of a loop on registers.")
+      .def_readonly("name", &Peak::name)
+      .def_readonly("operations", &Peak::operations)
+      .def(
+          "run", &fastgpt::run_on_all_threads, py::arg("iterations"), py::call_guard<py::gil_scoped_release>(),
+          "So many iterations on all of PyTorch's threads together.");
+  module.def(
+      "peaks", &fastgpt::peaks, "A list of Peak: those of the CPU level in use that this CPU has, that of float32 first.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -268,6 +282,7 @@ libfastgpt_cuda.so, [] if that was not built; cuda_version: of the nvcc that com
 
 Raises ValueError if FASTGPT_CPU_LEVEL names a level that is unknown or that this CPU lacks.)");
   define_page_allocator(module);
+  define_peaks(module);
   define_plan(module);
   define_unchanged(module);
 }

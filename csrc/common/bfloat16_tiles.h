@@ -8,26 +8,11 @@
 
 #include <type_traits>
 
+#include "common/tiles.h"
 #include "common/vectors.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
-
-// Eight tiles of 16 rows of 64 bytes, as the instruction that takes this wants it.
-struct TileConfiguration {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-alignas(64) constexpr TileConfiguration kConfiguration = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
-// Lets this thread use the tiles, while it lives.
-struct Tiles {
-  Tiles() { _tile_loadconfig(&kConfiguration); }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-};
 
 // Takes the next piece off x, and returns it in the upper halves of the lanes. The last of several is what is left, cut off
 // to its upper half: rounding makes zero of some NaN.

@@ -38,7 +38,7 @@ class DeviceLimits:
 
     reading = cached_property(lambda self: limits.reading(self.device))
     copying = cached_property(lambda self: limits.copying(self.device))
-    matrix_product = cached_property(lambda self: limits.matrix_product(self.device, self.dtype))
+    arithmetic = cached_property(lambda self: limits.arithmetic(self.device, self.dtype))
 
     def random(self, *shape) -> torch.Tensor:
         return torch.randn(*shape, device=self.device).to(self.dtype)
@@ -109,7 +109,7 @@ def prefill(device_limits: DeviceLimits, B: int, T: int) -> Comparison:
     q, k, v = (device_limits.random(B, T, H, D).transpose(1, 2) for _ in range(3))
     return Comparison(
         lambda: attention(q, k, v), lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        device_limits.matrix_product, 2 * B * H * T * T * D,
+        device_limits.arithmetic, 2 * B * H * T * T * D,
     )  # fmt: skip
 
 

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from command_line import run
+from cpu_levels import lower_levels
 
-from fastgpt.bench import suite, timing
+from fastgpt.bench import limits, suite, timing
 from fastgpt.bench.limits import Limit
 from fastgpt.model.config import GPTConfig
+from fastgpt.ops.library import build_info
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +45,11 @@ def test_json(capsys):
     result = json.loads(out)
     (case,) = result["cases"]
     assert status == 0 and result["machine"]["torch"] == torch.__version__
-    assert (case["what"], case["compared_with"], case["limit"]) == ("attention", "SDPA", "matrix product")
+    limit = limits.arithmetic("cpu", torch.float32).name
+    assert (case["what"], case["compared_with"], case["limit"]) == ("attention", "SDPA", limit)
     assert case["flops"] == 2 * 12 * 512 * 512 * 64
     assert all(low <= middle <= high for low, middle, high in case["microseconds"].values())
-    assert set(case["microseconds"]) == {"ours", "SDPA", "matrix product"} and case["times_ours"]["ours"] == [1, 1, 1]
+    assert set(case["microseconds"]) == {"ours", "SDPA", limit} and case["times_ours"]["ours"] == [1, 1, 1]
 
 
 def test_the_table_explains_its_ratios(monkeypatch):
@@ -52,7 +58,7 @@ def test_the_table_explains_its_ratios(monkeypatch):
     case = next(case for case in suite.cases(place, "nowhere") if case.name.startswith("512 tokens"))
     for others, ratio, noisy in (([2.0] * 7, "2.00x", False), ([0.5, 0.5, 2, 2, 2, 3, 3], "≈2.00x", True)):
         speeds = [1, 1, 1, 10, 10, 10, 10]
-        rounds = [{"matrix product": s, "ours": s, "SDPA": s * other} for s, other in zip(speeds, others)]
+        rounds = [{place.arithmetic.name: s, "ours": s, "SDPA": s * other} for s, other in zip(speeds, others)]
         monkeypatch.setattr(suite, "in_rounds", lambda *_, rounds=rounds, **__: iter(rounds))
         result = suite.measure(case, place, 0)
         assert result["noisy"] == ["SDPA"] * noisy
@@ -143,3 +149,69 @@ def test_uncertainty_is_that_of_order_statistics():
     values = np.arange(1, 22) + 10.0
     assert timing.uncertainty(np.random.default_rng(0).permutation(values)) == pytest.approx(5 / 21)
     assert timing.uncertainty([1.0, 1.0, 1.3]) == pytest.approx(0.3)  # too few: all of them
+
+
+UNITS = {"fp32 fma": "flops", "fp32 multiply and add": "flops", "bf16 dot": "flops", "int8 dot": "ops"}
+UNITS |= {"AMX bf16 tiles": "flops", "AMX int8 tiles": "ops"}
+
+
+def test_peaks_of_instructions():
+    """Each has a name, a unit and work that takes time; those of the CPU level in use are there."""
+    peaks = limits.instruction_peaks()
+    first = "fp32 multiply and add" if build_info()["cpu_level"] == "baseline" else "fp32 fma"
+    assert next(iter(peaks)) == first and peaks.keys() <= UNITS.keys()
+    assert ("AMX bf16 tiles" in peaks) == (build_info()["cpu_level"] == "amx")
+    for name, limit in peaks.items():
+        assert (limit.name, limit.unit) == (name, UNITS[name])
+        assert limit.amount > 0 and timing.clock(limit.run, [{}], "cpu") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", lower_levels())
+def test_peaks_of_lower_levels(level):
+    """They run, and name nothing that the level has not."""
+    code = "from fastgpt.bench import limits; print(*limits.instruction_peaks(), sep='\\n')"
+    environment = os.environ | {"FASTGPT_CPU_LEVEL": level}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    names = result.stdout.splitlines()
+    assert result.returncode == 0 and names, result.stderr
+    assert names[0] == ("fp32 multiply and add" if level == "baseline" else "fp32 fma")
+    assert not [name for name in names if name.startswith("AMX")]
+
+
+class FakePeak(SimpleNamespace):
+    """An instruction whose iteration takes so many seconds by the clock of `work`."""
+
+    @classmethod
+    def make(cls, now, name, operations, seconds):
+        def run(iterations):
+            now[0] += iterations * seconds
+
+        return cls(name=name, operations=operations, run=run)
+
+
+@pytest.mark.parametrize(
+    "tiles, expected",
+    [
+        (
+            1600,
+            {"float32": "AMX bf16 tiles, 6 products", "float16": "AMX bf16 tiles, 4 products", "bfloat16": "AMX bf16 tiles"},
+        ),
+        (200, {"float32": "fp32 fma", "float16": "fp32 fma", "bfloat16": "AMX bf16 tiles"}),
+        (50, dict.fromkeys(("float32", "float16", "bfloat16"), "fp32 fma")),
+    ],
+)
+def test_limit_is_the_fastest_instruction(monkeypatch, tiles, expected):
+    """Where several products of bfloat16 make one of the dtype, by their number; never one of integers."""
+    now = [0.0]
+    fakes = [("fp32 fma", 100), ("AMX bf16 tiles", tiles), ("AMX int8 tiles", 10**6)]
+    monkeypatch.setattr(limits._C, "peaks", lambda: [FakePeak.make(now, name, work, 1e-6) for name, work in fakes])
+    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for dtype, name in expected.items():
+        limit = limits.arithmetic("cpu", getattr(torch, dtype))
+        assert (limit.name, limit.unit) == (name, "flops")
+        start = now[0]
+        limit.run()
+        products = limits.PRODUCTS[getattr(torch, dtype)] if "products" in name else 1
+        per_second = (100 if name == "fp32 fma" else tiles) / products * 1e6
+        assert limit.amount == pytest.approx(per_second * (now[0] - start), rel=1e-3)

@@ -1,0 +1,24 @@
+// How fast the arithmetic of this CPU is at most: loops of one instruction on registers, which read no memory.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastgpt {
+
+// An instruction: run(n) executes n iterations of its loop on this thread, of `operations` multiplications and additions each.
+struct Peak {
+  const char* name;
+  int64_t operations;
+  float (*run)(int64_t iterations);  // returns what was computed, so that no compiler leaves it out
+};
+constexpr int kMostPeaks = 5;
+
+// Those of the CPU level in use that this CPU has; the first is that of float32.
+std::vector<Peak> peaks();
+
+// So many iterations on all of PyTorch's threads together.
+void run_on_all_threads(const Peak& peak, int64_t iterations);
+
+}  // namespace fastgpt
