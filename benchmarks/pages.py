@@ -8,8 +8,8 @@ from benchmarks import numerics_table
 
 RATIOS = (
     "Times are medians. A ratio is the other's time divided by fastgpt's: the median over rounds in which both were timed, one "
-    "after the other. % of roofline is computed in the same way, from the memory bandwidth or the matrix-product rate of the "
-    "machine in those rounds."
+    "after the other. % of roofline is computed in the same way, from the memory bandwidth or the arithmetic of the machine in "
+    "those rounds; below each table is which."
 )
 NOISY = "≈: noisy; the 95% confidence interval of this median is wider than ±10%."
 SUITES = {  # in the order of a page
@@ -19,7 +19,8 @@ SUITES = {  # in the order of a page
 TITLES = {  # of cases whose name says little by itself
     "decoding": "Decoding of whole models", "step": "Cache update and attention", "prompt": "Storing prompts",
     "one token": "Storing one token", "rope": "Rotary embedding and storing", "kind": "A decode step by kind of cache",
-    "graph": "In a CUDA graph", "growth": "Growth with context", "adapter": "Overhead of a call", "whole calls": "Complete calls",
+    "graph": "In a CUDA graph", "busy core": "With a core that another process keeps busy",
+    "growth": "Growth with context", "adapter": "Overhead of a call", "whole calls": "Complete calls",
 }  # fmt: skip
 PLOTS = {  # name -> suite, the cases that it needs, what it shows
     "decoding": (
@@ -40,7 +41,7 @@ PLOTS = {  # name -> suite, the cases that it needs, what it shows
     "attention": (
         "attention",
         "prefill",
-        "FLOP rate of causal attention by sequence length, with PyTorch's and a matrix product",
+        "FLOP rate of causal attention by sequence length, with PyTorch's and the roofline of arithmetic",
     ),
     "attention_over_caches": ("decode", "decode", "Read rate of attention over a KV cache by number of keys and kind of cache"),
     "cache_update": ("kv_cache", "prompt", "Rate of storing keys and values by kind of cache, with the roofline of copying"),
@@ -48,7 +49,7 @@ PLOTS = {  # name -> suite, the cases that it needs, what it shows
 }
 MEASURED = {  # entries of a case that are no parameters
     "microseconds", "times_ours", "of_limit", "noisy", "bytes", "flops", "limit", "limit_bytes", "limit_flops", "peer_bytes",
-    "absent", "targets",
+    "absent", "targets", "times_alone",
 }  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def named(model: str) -> str:
 
 NAMES = {
     "gpt2-124m": "GPT-2 124M", "gpt2-124m, 16k positions": "GPT-2 124M, 16k positions", "gpt2-xl": "GPT-2 XL",
-    "llama-160m": "Llama 160M", "llama-1b": "Llama 1B", "llama-8b": "Llama 8B", "shipped": "the shipped model",
+    "smollm2-135m": "SmolLM2 135M", "llama-160m": "Llama 160M", "llama-1b": "Llama 1B", "llama-8b": "Llama 8B", "shipped": "the shipped model",
 }  # fmt: skip
 
 
@@ -136,11 +137,27 @@ def plot(folder: Path, name: str, within: str) -> str:
     return f"![{PLOTS[name][2]}]({within}{name}.svg)" if (folder / f"{name}.svg").exists() else ""
 
 
+def rooflines(cases: list[dict]) -> list[str]:
+    """A sentence that names the limits of cases, with their dtypes where these matter; or none, if there are no limits."""
+    dtypes = {}
+    for case in cases:
+        if "limit" in case:
+            dtypes.setdefault(case["limit"], {})[case.get("dtype")] = None
+    several = len({dtype for of_limit in dtypes.values() for dtype in of_limit}) > 1 and len(dtypes) > 1
+    names = [f"{limit}" + f" ({', '.join(map(str, of_limit))})" * several for limit, of_limit in dtypes.items()]
+    return [f"Roofline: {'; '.join(names)}."] * bool(names)
+
+
 def with_notes(text: str, result: dict, *notes: str) -> str:
     """A table followed by its notes."""
     cut = sum(why == "not finished" or why.startswith("failed") for why in result["left_out"].values())
     notes = [*notes, *[NOISY] * ("≈" in text), *[f"Incomplete: {cut} benchmarks were not finished or failed."] * bool(cut)]
     return f"{text}\n\n{' '.join(notes)}" if notes else text
+
+
+def of_first_model(cases: list[dict]) -> list[dict]:
+    """The cases of the first model, with the smallest batch, in the dtype of the first."""
+    return of_first([case for case in cases if case["model"] == cases[0]["model"]])
 
 
 def of_first(cases: list[dict]) -> list[dict]:
@@ -201,7 +218,7 @@ def tokens_per_second(case: dict, name: str = "ours") -> float:
 
 
 def against_peers(result: dict) -> str:
-    decode, prefill = (of_first(result.get(what, [])) for what in ("decode", "prefill"))
+    decode, prefill = (of_first_model(result.get(what, [])) for what in ("decode", "prefill"))
     first, cases = decode[0], decode + prefill
     names = list(dict.fromkeys(name for case in cases for name in peers(case)))
     header = [
@@ -212,7 +229,28 @@ def against_peers(result: dict) -> str:
     ours = [f"**{figures(1e6 / median(c))} tok/s**" for c in decode] + [f"**{time(median(c))}**" for c in prefill]
     rows = [[f"**fastgpt**, {first['dtype']}", *ours], ["% of roofline", *map(of_limit, cases)]]
     rows += [[name, *(ratio(case, name) for case in cases)] for name in names]
-    return with_notes(table(header, rows), result, *whole_calls(result))
+    return with_notes(table(header, rows), result, *rooflines(cases), *whole_calls(result))
+
+
+def busy_core(cases: list[dict]) -> str:
+    """A table for each model and dtype: tokens per second of every library while a core is busy and while none is, and how many
+    times those of its one thread with all cores idle."""
+    groups = {}
+    for case in cases:
+        groups.setdefault((case["model"], case["dtype"]), []).append(case)
+    tables = []
+    for (model, dtype), settings in groups.items():
+        header = [f"{named(model)}, {dtype}"]
+        for case in settings:
+            threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
+            header.append(f"{threads}, {'one core busy' if case['busy'] else 'all cores idle'}")
+        rows = [
+            [shown(name), *(f"{figures(1e6 / median(c, name))} ({c['times_alone'][name][1]:.2f}x)" for c in settings)]
+            for name in settings[0]["microseconds"]
+        ]
+        tables.append(table(header, rows))
+    note = "Tokens per second of decode steps with {context} tokens of context, and in parentheses how many times those of one thread "
+    return "\n\n".join([note.format(**cases[0]) + "of the same library with all cores idle.", *tables])
 
 
 def whole_calls(result: dict) -> list[str]:
@@ -236,7 +274,7 @@ def whole_calls(result: dict) -> list[str]:
 def attention(result: dict) -> str:
     """Prefill and training, for one head dim: all lengths in the first dtype, and 2,048 in the others."""
     first = result["prefill"][0]
-    rows = []
+    rows, shown_cases = [], []
     names = {"prefill": "causal", "forward and backward": "with gradients", "window": "window of {window:,}"}
     for what, name in names.items():
         for case in sorted(result.get(what, []), key=lambda case: (case["dtype"] != first["dtype"], case["T"])):
@@ -244,8 +282,9 @@ def attention(result: dict) -> str:
             if case["head_dim"] == first["head_dim"] and (usual or what == "prefill" and case["T"] == 2048):
                 label = f"{name}, {{T:,}} tokens".format(**case) + f", {case['dtype']}" * (not usual)
                 rows.append([label, *compared(case)])
+                shown_cases.append(case)
     what = "Batch {batch}, {heads} heads of {head_dim}, {dtype}".format(**first)
-    return with_notes(table([what, *COMPARED], rows), result)
+    return with_notes(table([what, *COMPARED], rows), result, *rooflines(shown_cases))
 
 
 def attention_over_caches(result: dict) -> str:
@@ -347,7 +386,7 @@ def page(folder: Path, results: dict[str, dict]) -> str:
             if isinstance(cases, list):
                 lines += [
                     f"### {TITLES.get(what, what[0].upper() + what[1:])}",
-                    growth(cases) if what == "growth" else every(cases),
+                    ALL_CASES.get(what, every)(cases),
                 ]
     if "numerics" in results:
         header, *rows = numerics_table.rows(results["numerics"], by_feature=True)
@@ -434,7 +473,7 @@ def every(cases: list[dict]) -> str:
     same = ", ".join(f"{name} {cases[0][name]}" for name in parameters if name not in differing)
     absent = [(name, why) for case in cases for name, why in case.get("absent", {}).items() if name in others]
     text = (f"{same[0].upper()}{same[1:]}.\n\n" if same else "") + table(header, rows, len(differing))
-    notes = [*[f"–: {listed(absent)}."] * bool(absent), *[NOISY] * ("≈" in text)]
+    notes = [*rooflines(cases), *[f"–: {listed(absent)}."] * bool(absent), *[NOISY] * ("≈" in text)]
     return "\n\n".join([text, *[" ".join(notes)] * bool(notes)])
 
 
@@ -447,3 +486,6 @@ def growth(lines: list[dict]) -> str:
         contexts = "{} to {}".format(*line["contexts"])
         rows.append([line["model"], line["dtype"], str(line["batch"]), contexts, *map(time, fits)])
     return table(["model", "dtype", "batch", "contexts", "cached, intercept", each, "uncached, intercept", each], rows, 4)
+
+
+ALL_CASES = {"growth": growth, "busy core": busy_core}  # what has a table of its own on the page of a machine

@@ -7,7 +7,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from benchmarks.pages import PLOTS, about, figures, median, named, of_first, shown, tokens_per_second
+from benchmarks.pages import PLOTS, about, figures, median, named, of_first, of_first_model, shown, tokens_per_second
 
 OURS, LIMIT, INK, FAINT = "#0969da", "#6e7781", "#1f2328", "#d0d7de"
 OTHERS = ("#d1661a", "#1a7f64", "#a13ea1", "#a8841a", "#c4314b")  # a color for each family of peers
@@ -190,7 +190,7 @@ def decoding(result: dict):
 
 def against_peers(result: dict):
     """Tokens per second by context length, a panel for each weight size, with the memory roofline."""
-    cases = sorted(of_first(result["decode"]), key=lambda case: case["context"])
+    cases = sorted(of_first_model(result["decode"]), key=lambda case: case["context"])
     our_size = 4 if cases[0]["dtype"] == "float32" else 2
     size_of, sizes = {}, {}  # bytes of a weight, by name; and name -> context -> bytes that a step reads, by it
     for case in cases:

@@ -29,7 +29,7 @@ RESULTS = Path(os.environ.get("FASTGPT_RESULTS") or STORED)
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]  # with parts between markers
 SHOWN = "amd-epyc-2-threads"  # the machine whose results they show
-PEERS = ("transformers", "ctranslate2", "llama-cpp-python", "triton", "flash-attn", "flashinfer-python")
+PEERS = ("transformers", "ctranslate2", "llama-cpp-python", "openvino", "zentorch", "triton", "flash-attn", "flashinfer-python")
 
 
 def machine() -> dict:
@@ -117,14 +117,17 @@ def condense(infos: list[dict]) -> tuple[dict, dict]:
 
 
 def condense_case(case: dict) -> dict:
-    """Turns the seconds of each round into quartiles: of microseconds, of ratios to ours, of the share of the roofline."""
-    seconds = case.pop("seconds")
-    if {len(values) for values in seconds.values()} != {len(seconds["ours"])}:
+    """Turns the seconds of each round into quartiles: of microseconds, of ratios to ours, of the share of the roofline; and where
+    there are those of one thread alone, of each name's speed relative to its own then."""
+    seconds, alone = case.pop("seconds"), case.pop("alone", {})
+    if {len(values) for values in (*seconds.values(), *alone.values())} != {len(seconds["ours"])}:
         raise ValueError(f"seconds of {case}: expected as many of each, got {[len(values) for values in seconds.values()]}")
     seconds = {name: np.array(values) for name, values in seconds.items()}
     ratios = {name: values / seconds["ours"] for name, values in seconds.items() if name != "ours"}
     case["microseconds"] = {name: quartiles(1e6 * values) for name, values in seconds.items()}
     case["times_ours"] = {name: quartiles(values) for name, values in ratios.items()}
+    if alone:
+        case["times_alone"] = {name: quartiles(np.array(alone[name]) / values) for name, values in seconds.items()}
     if "limit" in case:
         work = "flops" if "limit_flops" in case else "bytes"
         case["of_limit"] = quartiles(ratios[case["limit"]] * (case[work] / case[f"limit_{work}"]))

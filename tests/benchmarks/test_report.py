@@ -73,6 +73,43 @@ def test_seconds_that_are_no_pairs_are_refused():
         report.condense([prefill(128, SDPA=[0.001] * 8)])
 
 
+def test_speed_beside_a_busy_core_is_relative_to_one_thread_alone(stored):
+    """By rounds, and for each library relative to itself; on the page of a machine in a table of its own."""
+    alone = {"ours": [0.01, 0.02, 0.04], "other": [0.03] * 3}
+    busy = {"ours": [0.02, 0.02, 0.02], "other": [0.015] * 3}
+    cases = [
+        {"what": "busy core", "threads": threads, "busy": busy, "seconds": seconds, "alone": alone}
+        for threads, busy, seconds in ((1, False, alone), (2, True, busy))
+    ]
+    info = {"model": "smollm2-135m", "dtype": "bfloat16", "batch": 1, "context": 128, "cases": cases}
+    folder, results = stored(output(info, suite="generate"))
+    first, second = results["generate"]["busy core"]
+    assert first["times_alone"] == {"ours": [1, 1, 1], "other": [1, 1, 1]}
+    assert second["times_alone"] == {"ours": [0.75, 1, 1.5], "other": [2, 2, 2]}
+    text = pages.page(folder, results)
+    assert "| SmolLM2 135M, bfloat16 | 1 thread, all cores idle | 2 threads, one core busy |" in text
+    assert "| fastgpt | 50.0 (1.00x) | 50.0 (1.00x) |" in text and "| other | 33.3 (1.00x) | 66.7 (2.00x) |" in text
+
+
+def test_tables_name_their_limits(stored):
+    """Those of earlier results, too, which are others; with the dtypes where there are several."""
+    new = prefill(512) | {"limit": "fp32 fma"}
+    new["seconds"] = {"ours": [0.001] * 9, "fp32 fma": [0.002] * 9}
+    folder, results = stored(output(prefill(128), new))
+    assert "Roofline: matrix product; fp32 fma." in pages.attention(results["attention"])
+    assert "Roofline: matrix product; fp32 fma." in pages.page(folder, results)
+    folder, results = stored(output(prefill(128) | {"dtype": "float16"}, new))
+    assert "Roofline: matrix product (float16); fp32 fma (float32)." in pages.page(folder, results)
+
+
+def test_peers_are_compared_on_the_first_model():
+    """Others are on the page of the machine."""
+    times = {"microseconds": {"ours": [1, 1, 1]}, "times_ours": {}, "noisy": [], "dtype": "float32", "batch": 1}
+    steps = [times | {"model": model, "context": 32} for model in ("gpt2-124m", "smollm2-135m")]
+    text = pages.against_peers({"decode": steps, "left_out": {}})
+    assert text.splitlines()[0] == "| GPT-2 124M | decode at 32 |"
+
+
 def test_cases_of_one_benchmark_share_its_parameters():
     cases = [{"what": "memory", "bytes": 1}, {"what": "memory", "bytes": 2}]
     _, result = report.condense([{"model": "shipped", "cases": cases}])
