@@ -12,7 +12,7 @@ import torch
 from fastgpt import _C, huge_pages
 from fastgpt.ops.linear import linear
 
-PEAK_SECONDS = 0.02  # of a run of an instruction, about
+PEAK_SECONDS = 0.02  # of a run of an instruction, at least: threads that wait for a core take some of them
 
 
 class Limit(NamedTuple):
@@ -74,10 +74,9 @@ def _candidates(dtype: torch.dtype) -> list[Limit]:
 def _limit(peak: "_C.Peak", products: int = 1) -> Limit:
     """An instruction of which every multiplication takes so many."""
     iterations, seconds = 4096, 0.0
-    while seconds < PEAK_SECONDS / 4:
+    while seconds < PEAK_SECONDS:
         iterations *= 2
         seconds = _least_seconds(lambda: peak.run(iterations))
-    iterations = round(iterations * PEAK_SECONDS / seconds)
     name = peak.name if products == 1 else f"{peak.name}, {products} products"
     unit = "ops" if "int8" in peak.name else "flops"
     return Limit(name, unit, iterations * peak.operations // products, lambda: peak.run(iterations))
