@@ -41,7 +41,7 @@ def copying(device: torch.device | str = "cpu") -> Limit:
     return Limit("copying", "bytes", 2 * source.nbytes, lambda: target.copy_(source))
 
 
-def arithmetic(device="cpu", dtype=torch.float32) -> Limit:
+def arithmetic(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Limit:
     """Rate of multiplying and adding numbers of a dtype, summed in float32. On a CPU that of its fastest instruction, on
     registers and on all threads; on a GPU that of PyTorch's product of two large matrices.
 
