@@ -503,7 +503,7 @@ def of_openvino(model: GPT, folder: Path, stack: ExitStack) -> dict[str, Peer]:
         converted.outputs[1 + i].set_names({f"present {i}"})
         states[f"past {i}"] = f"present {i}"
     apply_make_stateful_transformation(converted, states)
-    # OpenVINO 2026.4 ends the process, dividing by zero, as it compiles some models for f16.
+    # A process in which OpenVINO 2026.4 compiled small models for f16 has ended, dividing by zero; the cause was not found.
     wanted = "bf16" if weight.dtype == torch.bfloat16 else "f32"
     settings = {
         "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": wanted,
