@@ -172,7 +172,14 @@ def delta_constants(v_dim: int) -> dict:
 
 @functools.cache
 def kernel_constants(
-    tiles: str, arch: int, head_dim: int, v_dim: int, element_size: int, causal: bool, has_window=False, has_softcap=False
+    tiles: str,
+    arch: int,
+    head_dim: int,
+    v_dim: int,
+    element_size: int,
+    causal: bool,
+    has_window: bool = False,
+    has_softcap: bool = False,
 ) -> dict:
     """The compile-time arguments and options of the pass that takes its tiles from a table of `tiles.ATTENTION`."""
     tile = attention_tile(tiles, head_dim, v_dim, element_size, arch)

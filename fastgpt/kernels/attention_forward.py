@@ -324,8 +324,8 @@ def attention_forward(
 
 @functools.cache
 def kernel_constants(
-    head_dim: int, v_dim: int, element_size: int, arch: int, causal: bool, has_window=False, has_softcap=False,
-    with_extras=False, ragged=False,
+    head_dim: int, v_dim: int, element_size: int, arch: int, causal: bool, has_window: bool = False, has_softcap: bool = False,
+    with_extras: bool = False, ragged: bool = False,
 ) -> dict:  # fmt: skip
     """The compile-time arguments and options of `attention_forward_kernel` that follow from shapes, dtypes and features."""
     block_d, block_r = head_blocks(head_dim)
