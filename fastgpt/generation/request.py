@@ -1,6 +1,7 @@
 """A call of `generate`: prefill, the decode loop, and what it leaves to later calls."""
 
 import contextlib
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -132,7 +133,8 @@ class Request:
         try:
             yield from self.steps()
         except GeneratorExit:
-            self.leave()
+            if not sys.is_finalizing():  # there is no next call
+                self.leave()
             raise
         self.leave()
 

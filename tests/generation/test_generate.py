@@ -1,6 +1,8 @@
 """Generation: the tokens of transformers, whatever the cache and the batch; streams, ends, defaults, bad arguments."""
 
 import itertools
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -133,6 +135,18 @@ def test_a_row_ends_at_its_eos(ending, options):
     rows = generate(model, prompts, 30, eos=eos, **options)
     for row, prompt, new in zip(rows, prompts, free, strict=True):
         assert row.tolist() == prompt + cut(new, eos)
+
+
+def test_a_stream_that_a_program_leaves_unfinished_says_nothing_as_it_ends():
+    program = f"""
+import fastgpt
+model = fastgpt.GPT.from_pretrained({str(SHIPPED_MODEL)!r})
+tokens = fastgpt.stream(model, [[1, 2, 3]], 10)
+for _ in range(5):
+    next(tokens)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("", "")
 
 
 def test_stream_yields_minus_one_after_eos(ending):
