@@ -46,6 +46,13 @@ py::dict build_info() {
   return info;
 }
 
+py::dict cpu_features() {
+  const fastgpt::CpuFeatures& features = fastgpt::cpu_features();
+  py::dict result;
+  result["amd"] = features.amd, result["avx512_bf16"] = features.avx512_bf16, result["avx512_fp16"] = features.avx512_fp16;
+  return result;
+}
+
 using fastgpt::PageAllocator;
 
 // A Python integer (NumPy's count, bools do not), named in what is thrown if it is none.
@@ -281,6 +288,10 @@ the instruction sets compiled in; cpu_level: the one in use; cuda_archs: GPU arc
 libfastgpt_cuda.so, [] if that was not built; cuda_version: of the nvcc that compiled it, like "13.0", "" likewise.
 
 Raises ValueError if FASTGPT_CPU_LEVEL names a level that is unknown or that this CPU lacks.)");
+  module.def(
+      "cpu_features", &cpu_features, R"(What of this CPU decides which product is fastest, beyond its level, as a dict of bool.
+
+amd: who made it; avx512_bf16, avx512_fp16: whether it has these instructions.)");
   define_page_allocator(module);
   define_peaks(module);
   define_plan(module);

@@ -1,6 +1,6 @@
 // The products of attention in tiles of bfloat16 (AMX): see attention_products.h.
 //
-// Numbers are split into pieces (see bfloat16_tiles.h), and the product of two is that of their pieces: 1, 4, or 6 without
+// Numbers are split into pieces (see bfloat16_pieces.h), and the product of two is that of their pieces: 1, 4, or 6 without
 // those below the last bit. Summed in float32 they have no more error than products of floats. What is infinite, or so large
 // that a piece of it is, leaves nothing finite (see ForwardBlock); numbers below 2^-126 count as zero.
 //
@@ -9,8 +9,9 @@
 #pragma once
 
 #include "attention/attention.h"
-#include "common/bfloat16_tiles.h"
+#include "common/bfloat16_pieces.h"
 #include "common/integers.h"
+#include "common/tiles.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "common/cpu_level.h"
 #include "common/vectors.h"
 
 #if defined(__x86_64__)
@@ -174,7 +175,7 @@ int list_peaks(Peak* list) {
   constexpr int64_t kOperations = 2 * kAccumulators * kWidth;
   list[count++] = {kName, kOperations, &multiply_add};
 #if defined(FASTGPT_BF16_DOT)
-  if (has_feature(1, 0, 5)) list[count++] = {"bf16 dot", 2 * kOperations, &bf16_dot};
+  if (cpu_features().avx512_bf16) list[count++] = {"bf16 dot", 2 * kOperations, &bf16_dot};
 #endif
 #if defined(FASTGPT_INT8_DOT) && defined(__AVX512F__)
   if (has_feature(0, 2, 11)) list[count++] = {"int8 dot", 4 * kOperations, &int8_dot};

@@ -4,8 +4,10 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(FASTGPT_HAS_AMX) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(FASTGPT_HAS_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -54,6 +56,19 @@ bool supported(CpuLevel level) {
   return false;
 }
 
+CpuFeatures find_features() {
+  CpuFeatures features{};
+#if defined(__x86_64__)
+  constexpr unsigned kFP16 = 1u << 23, kBFloat16 = 1u << 5;  // of leaf 7's edx, and of its second part's eax
+  unsigned eax, ebx, ecx, edx;
+  features.amd = __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_AMD_ebx && ecx == signature_AMD_ecx;
+  const bool avx512 = supported(CpuLevel::avx512);
+  features.avx512_fp16 = avx512 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kFP16);
+  features.avx512_bf16 = avx512 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kBFloat16);
+#endif
+  return features;
+}
+
 CpuLevel choose() {
   const char* forced = std::getenv("FASTGPT_CPU_LEVEL");
   const std::string name = forced ? forced : "";
@@ -74,6 +89,11 @@ CpuLevel choose() {
 CpuLevel cpu_level() {
   static const CpuLevel level = choose();
   return level;
+}
+
+const CpuFeatures& cpu_features() {
+  static const CpuFeatures features = find_features();
+  return features;
 }
 
 const char* cpu_level_name(CpuLevel level) {

@@ -56,4 +56,11 @@ CpuLevel cpu_level();
 
 const char* cpu_level_name(CpuLevel level);
 
+// What decides beyond the level: who made the CPU, and instructions that it may have. The level's vectors are not among them.
+struct CpuFeatures {
+  bool amd, avx512_bf16, avx512_fp16;
+};
+
+const CpuFeatures& cpu_features();
+
 }  // namespace fastgpt

@@ -25,7 +25,8 @@ namespace {
 
 constexpr int64_t kLeastFeatures = 16;  // that a thread takes at a time
 
-void run(const Linear& l, float* x) {
+// Of up to kMaxRows rows.
+void run_block(const Linear& l, float* x) {
   // A number takes about as long as 16 multiply-adds.
   for_tasks(l.row_blocks(), 16 * std::min(l.rows, kRowBlock) * l.in + 1, [&](int64_t begin, int64_t end) {
     float* memory = thread_scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_scratch)(l));
@@ -35,6 +36,24 @@ void run(const Linear& l, float* x) {
   if (l.rows * l.in * l.weight_rows() <= grain()) return kernel(l, x, 0, l.out_features, l.out_features);
   // The next part is known before this one ends: its weights are fetched in time.
   for_parts(l.out_features, kLeastFeatures, [&](int64_t begin, int64_t end, int64_t next) { kernel(l, x, begin, end, next); });
+}
+
+void run(const Linear& all, float* x) {
+  const int64_t size = size_of(all.element);
+  const auto after = [size](const void* start, int64_t numbers) {
+    return start ? static_cast<const char*>(start) + numbers * size : nullptr;
+  };
+  // About equal numbers of rows: the weights are read for each block.
+  const int64_t blocks = (all.rows + kMaxRows - 1) / kMaxRows;
+  const int64_t step = blocks ? (all.rows + blocks * kRowBlock - 1) / (blocks * kRowBlock) * kRowBlock : 1;
+  for (int64_t first = 0; first < all.rows; first += step) {
+    Linear l = all;
+    l.rows = std::min(step, all.rows - first);
+    l.x = after(all.x, first * all.in);
+    l.residual = after(all.residual, first * all.out_features);
+    l.out = static_cast<char*>(all.out) + first * all.out_features * size;
+    run_block(l, x);
+  }
 }
 
 Activation activation_of(int64_t number) {
@@ -63,8 +82,6 @@ Tensor linear_cpu(
   for (int64_t i = 0; i < dims - 1; ++i) {
     if (__builtin_mul_overflow(l.rows, shape[i], &l.rows)) l.rows = INT64_MAX;
   }
-  FASTGPT_CHECK(l.rows <= kMaxRows, "x: expected at most ", kMaxRows, " rows");
-
   l.x = memory.of(x, "x"), l.weight = memory.of(weight, "weight");
   l.bias = memory.of(bias, "bias", {l.weight_rows()});
   l.residual = memory.of(residual, "residual", shape);
@@ -74,7 +91,9 @@ Tensor linear_cpu(
   l.norm.rms = rms, l.norm.eps = norm_eps, l.norm.offset = norm_offset;
   Tensor out = new_empty(x, shape);
   l.out = out.mutable_data_ptr();
-  const std::shared_ptr<float> floats = scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_size)(l) + 1);
+  Linear largest = l;
+  largest.rows = std::min(l.rows, kMaxRows);
+  const std::shared_ptr<float> floats = scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_size)(largest) + 1);
   const auto operation = [l, floats] { run(l, floats.get()); };
   memory.copied() ? operation() : perform(operation);  // a copy is not what a plan should read again
   return out;

@@ -1,5 +1,5 @@
 // The arguments of the CPU kernels of `linear`: out = residual + activation(norm(x) weight^T + bias), or if gated the
-// activation of the product's first half times the second. Of many rows of x, the product is PyTorch's, and the kernels do
+// activation of the product's first half times the second. Where PyTorch's product of many rows of x is faster, the kernels do
 // what follows it.
 
 #pragma once
@@ -11,7 +11,7 @@
 
 namespace fastgpt {
 
-constexpr int64_t kMaxRows = 64;   // that the kernels multiply
+constexpr int64_t kMaxRows = 64;   // of x that the kernels multiply at a time
 constexpr int64_t kRowBlock = 16;  // of x that are prepared at a time
 constexpr int64_t kFeatures = 64;  // that are finished at a time, or half of it if gated
 

@@ -8,6 +8,8 @@
 #include "linear/products_vector.h"
 #if defined(__AMX_BF16__)
 #include "linear/products_amx.h"
+#elif defined(__AVX512F__)
+#include "linear/products_bf16_dot.h"
 #endif
 #include "norm/normalize.h"
 
@@ -44,7 +46,7 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
       // Weight rows from `now` on, before those from `then` on if there are such.
       const auto multiply_from = [&](int64_t now, int64_t then, float* column) {
         const int64_t ahead = then < l.weight_rows() ? (then - now) * l.in * sizeof(T) : 0;
-        multiply_blocks<kMostRows, kStreams>(x, padded(l.in), l.rows, weight + now * l.in, l.in, ahead, column, kFeatures);
+        multiply_blocks<kStreams>(x, padded(l.in), l.rows, weight + now * l.in, l.in, ahead, column, kFeatures);
       };
       const int64_t now = first + n, then = now + kStreams < end ? now + kStreams : next;
       if (l.gated) {
@@ -62,10 +64,14 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
 }
 
 #if defined(__AMX_BF16__)
-bool takes_tiles(const Linear& l) { return l.element == Element::bfloat16 && l.rows >= TileRows::kLeast; }
+using Pairs = TileRows;
+#elif defined(__AVX512F__)
+using Pairs = DotRows;
+#endif
 
-void outputs_in_tiles(const Linear& l, const TileRows& x, int64_t begin, int64_t end, int64_t next) {
-  constexpr int64_t kStep = TileRows::kGroup, kLines = 2 * kStep;  // if gated: those of the gate, and then its factors
+#if defined(__AVX512F__)
+void outputs_of_pairs(const Linear& l, const Pairs& x, int64_t begin, int64_t end, int64_t next) {
+  constexpr int64_t kStep = Pairs::kGroup, kLines = 2 * kStep;  // if gated: those of the gate, and then its factors
   alignas(64) float dots[kLines][kMaxRows] = {}, lines[kMaxRows][kLines];
   for (int64_t first = begin; first < end; first += kStep) {
     const int64_t count = smaller(end - first, kStep), then = first + kStep < end ? first + kStep : next;
@@ -90,8 +96,8 @@ void outputs_in_tiles(const Linear& l, const TileRows& x, int64_t begin, int64_t
 
 // Output features begin to end, of all rows. The weights of `next`, if there is such a feature, are needed after them.
 void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
-#if defined(__AMX_BF16__)
-  if (takes_tiles(l)) return outputs_in_tiles(l, TileRows(l, const_cast<float*>(x)), begin, end, next);
+#if defined(__AVX512F__)
+  if (Pairs::serves(l)) return outputs_of_pairs(l, Pairs(l, const_cast<float*>(x)), begin, end, next);
 #endif
   switch (l.element) {
     case Element::float32: return outputs_in_vectors(l, x, static_cast<const float*>(l.weight), begin, end, next);
@@ -115,32 +121,32 @@ void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t 
 }
 
 int64_t linear_inputs_size(const Linear& l) {
-#if defined(__AMX_BF16__)
-  if (takes_tiles(l)) return TileRows(l, nullptr).size();
+#if defined(__AVX512F__)
+  if (Pairs::serves(l)) return Pairs(l, nullptr).size();
 #endif
   return l.rows * padded(l.in);
 }
 
 int64_t linear_inputs_scratch(const Linear& l) { return (kRowBlock + 2) * padded(l.in); }
 
-// Blocks of kRowBlock rows of x as products take them: normalized, as floats filled up with zeros, or in tiles.
+// Blocks of kRowBlock rows of x as products take them: normalized, as floats filled up with zeros, or as pairs.
 void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int64_t end) {
   const int64_t line = padded(l.in);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kRowBlock, count = smaller(l.rows - first, kRowBlock);
     float* rows = x + first * line;
-#if defined(__AMX_BF16__)
-    if (takes_tiles(l)) rows = scratch + 2 * line;
+#if defined(__AVX512F__)
+    if (Pairs::serves(l)) rows = scratch + 2 * line;
 #endif
     for (int64_t r = 0; r < count; ++r) convert_padded(l.x, (first + r) * l.in, l.in, l.element, rows + r * line);
     if (l.norm.weight) {
       const Normalizer normalize(l.norm, l.in, l.element, scratch);
       for (int64_t r = 0; r < count; ++r) normalize(rows + r * line);
     }
-#if defined(__AMX_BF16__)
-    if (takes_tiles(l)) {
+#if defined(__AVX512F__)
+    if (Pairs::serves(l)) {
       std::memset(rows + count * line, 0, (kRowBlock - count) * line * sizeof(float));
-      TileRows(l, x).set(first, rows, line);
+      Pairs(l, x).set(first, rows, line);
     }
 #endif
   }

@@ -5,44 +5,24 @@
 
 #pragma once
 
-#include "common/bfloat16_tiles.h"
-#include "common/integers.h"
 #include "common/stored_elements.h"
-#include "linear/linear.h"
+#include "common/tiles.h"
+#include "linear/paired_rows.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// x as pairs of neighboring columns, those of all rows side by side, in pieces: one if x is in bfloat16, two of what a norm
-// makes of it, which is then rounded to 16 bits.
-class TileRows {
+// x in one piece if it is in bfloat16, in two of what a norm makes of it, which is then rounded to 16 bits.
+class TileRows : public PairedRows {
  public:
-  static constexpr int64_t kLeast = 9;   // rows of x that are worth it
   static constexpr int64_t kGroup = 32;  // weight rows, in two tiles
 
-  TileRows(const Linear& l, float* memory)
-      : x_(reinterpret_cast<uint16_t*>(memory)),
-        in_(l.in),
-        rows_(rounded_up(l.rows, kRowBlock)),
-        piece_(rounded_up(l.in, kColumns) * rows_),
-        pieces_(pieces_of(l)) {}
-
-  int64_t rows() const { return rows_; }                 // with those that fill up
-  int64_t size() const { return pieces_ * piece_ / 2; }  // in floats
-
-  // kRowBlock rows from `first` on, `stride` floats apart and filled up with zeros to it.
-  void set(int64_t first, const float* rows, int64_t stride) const {
-    with_pieces(pieces_, [&](auto pieces) {
-      for (int64_t k = 0; k < rounded_up(in_, kColumns); k += kWidth) {
-        Vector columns[kWidth] = {};
-        for (int64_t r = 0; r < kWidth && k < stride; ++r) columns[r] = load(rows + r * stride + k);
-        transpose(columns);
-        for (int64_t i = 0; i < kWidth; i += 2) {
-          store_pairs<decltype(pieces)::value>(columns[i], columns[i + 1], x_ + (k + i) * rows_ + 2 * first, piece_);
-        }
-      }
-    });
+  static bool serves(const Linear& l) {
+    constexpr int64_t kLeast = 9;  // rows of x that are worth it
+    return l.element == Element::bfloat16 && l.rows >= kLeast;
   }
+
+  TileRows(const Linear& l, float* memory) : PairedRows(l, l.norm.weight ? 2 : 1, memory) {}
 
   // dots[n][r] = weight[n] · x[r] for `count` rows of the weight and rows() of x. If `ahead` is not 0, the weights that many
   // numbers on are fetched into the caches. Tiles of weights are loaded where they lie; those that are not whole are filled up
@@ -78,16 +58,13 @@ class TileRows {
   }
 
  private:
-  static constexpr int64_t kColumns = 32;  // of a tile
-  static constexpr int64_t kBlock = 512;   // columns that are filled up at a time
+  static constexpr int64_t kBlock = 512;  // columns that are filled up at a time
 
   struct Weights {
     const BFloat16* data;
     int64_t stride;
     const BFloat16* ahead;  // those of the next group, or null
   };
-
-  static constexpr int pieces_of(const Linear& l) { return l.norm.weight ? 2 : 1; }
 
   // product (kGroup, kMaxRows) += weights · x, of the columns from k on, kWidth or twice as many rows from r on.
   template <int kTiles>
@@ -114,7 +91,7 @@ class TileRows {
       _tile_loadd(4, weights.data + c, stride);
       _tile_loadd(5, weights.data + kWidth * weights.stride + c, stride);
       for (int p = pieces_; p-- > 0;) {
-        const uint16_t* x = x_ + p * piece_ + (k + c) * rows_ + 2 * r;
+        const uint16_t* x = pairs(k + c, r, p);
         _tile_loadd(6, x, 2 * rows_ * sizeof *x);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(2, 5, 6);
@@ -138,10 +115,7 @@ class TileRows {
     std::memcpy(target, source, count * sizeof *source);
     std::memset(target + count, 0, (rounded_up(count, kColumns) - count) * sizeof *source);
   }
-
-  uint16_t* const x_;
-  const int64_t in_, rows_, piece_;  // piece_: numbers of a piece
-  const int pieces_;
 };
+
 }  // namespace
 }  // namespace fastgpt::FASTGPT_CPU_LEVEL

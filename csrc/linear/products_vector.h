@@ -13,9 +13,10 @@ namespace {
 // Weight rows that are read side by side: the CPU fetches ahead within a page of memory, so one row alone is read 20%
 // slower than several.
 constexpr int kMostStreams = 4;
-constexpr int kMostRows = kWidth == 16 ? 4
-    : kWidth == 8                      ? 3
-                                       : 2;  // of x, multiplied with them at a time; registers hold all sums
+// Of x, multiplied with them at a time: registers hold all sums. With four times four, all lanes are added up side by side;
+// up to six rows, if there are no more, take about as long as reading the weights.
+constexpr int kRows = kWidth == 16 ? 4 : kWidth == 8 ? 3 : 2;
+constexpr int kMostRows = kWidth == 16 ? 6 : kRows;
 // Sums of each dot product that grow side by side. NEON's are of 4 numbers: with one for each weight row, multiply-adds would
 // wait for those before, and weights be read slower than memory has them.
 #if defined(__aarch64__)
@@ -24,36 +25,39 @@ constexpr int kSumsOfDot = 2;
 constexpr int kSumsOfDot = 1;
 #endif
 
-// dots[i][s] = sum_c x[i][c] · weight[s][c] for kRows rows of x and kStreams of weights. If `next` is not 0, the weights
+// dots[i][s] = sum_c x[i][c] · weight[s][c] for kCount rows of x and kStreams of weights. If `next` is not 0, the weights
 // that many bytes on are fetched into the caches.
-template <int kRows, int kStreams, typename T>
+template <int kCount, int kStreams, typename T>
 void multiply_rows(const float* x, int64_t x_row, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
-  Vector total[kRows][kStreams][kSumsOfDot] = {};
+  Vector total[kCount][kStreams][kSumsOfDot] = {};
   int64_t c = 0;
   for (; c + kSumsOfDot * kWidth <= in; c += kSumsOfDot * kWidth) {
     for (int s = 0; s < kStreams; ++s) {
       const T* source = weight + s * in + c;
       if (next) __builtin_prefetch(reinterpret_cast<const char*>(source) + next);
       for (int v = 0; v < kSumsOfDot; ++v) {
-        const Vector w = load(source + v * kWidth);
-        for (int i = 0; i < kRows; ++i) total[i][s][v] += load(x + i * x_row + c + v * kWidth) * w;
+        Vector w = load(source + v * kWidth);
+#if defined(__x86_64__)
+        asm volatile("" : "+v"(w));  // loaded here and not earlier: all but one register may hold sums and x
+#endif
+        for (int i = 0; i < kCount; ++i) total[i][s][v] += load(x + i * x_row + c + v * kWidth) * w;
       }
     }
   }
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     for (int s = 0; s < kStreams; ++s) {
       for (int v = 1; v < kSumsOfDot; ++v) total[i][s][0] += total[i][s][v];
     }
   }
-  alignas(64) float sums_of_lanes[kRows * kStreams];
-  constexpr int kTogether = kRows * kStreams / kWidth * kWidth;  // whose lanes are added up side by side
+  alignas(64) float sums_of_lanes[kCount * kStreams];
+  constexpr int kTogether = kCount * kStreams / kWidth * kWidth;  // whose lanes are added up side by side
   for (int first = 0; first < kTogether; first += kWidth) {
     Vector lanes[kWidth];
     for (int j = 0; j < kWidth; ++j) lanes[j] = total[(first + j) / kStreams][(first + j) % kStreams][0];
     store(sums_of_lanes + first, sums(lanes));
   }
-  for (int j = kTogether; j < kRows * kStreams; ++j) sums_of_lanes[j] = sum(total[j / kStreams][j % kStreams][0]);
-  for (int i = 0; i < kRows; ++i) {
+  for (int j = kTogether; j < kCount * kStreams; ++j) sums_of_lanes[j] = sum(total[j / kStreams][j % kStreams][0]);
+  for (int i = 0; i < kCount; ++i) {
     for (int s = 0; s < kStreams; ++s) {
       float dot = sums_of_lanes[i * kStreams + s];
       for (int64_t rest = c; rest < in; ++rest) dot += x[i * x_row + rest] * static_cast<float>(weight[s * in + rest]);
@@ -62,15 +66,24 @@ void multiply_rows(const float* x, int64_t x_row, const T* weight, int64_t in, i
   }
 }
 
+// The same for a number of rows that is known only now, from 1 to kCount.
+template <int kCount, int kStreams, typename T>
+void multiply_up_to(
+    int64_t rows, const float* x, int64_t x_row, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
+  if constexpr (kCount > 1) {
+    if (rows < kCount) return multiply_up_to<kCount - 1, kStreams>(rows, x, x_row, weight, in, next, dots, dots_row);
+  }
+  multiply_rows<kCount, kStreams>(x, x_row, weight, in, next, dots, dots_row);
+}
+
 // The same for any number of rows of x.
-template <int kRows, int kStreams, typename T>
+template <int kStreams, typename T>
 void multiply_blocks(
     const float* x, int64_t x_row, int64_t rows, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
-  for (; rows >= kRows; rows -= kRows, x += kRows * x_row, dots += kRows * dots_row, next = 0) {
-    multiply_rows<kRows, kStreams>(x, x_row, weight, in, next, dots, dots_row);
-  }
-  if constexpr (kRows > 1) {
-    if (rows) multiply_blocks<kRows - 1, kStreams>(x, x_row, rows, weight, in, next, dots, dots_row);
+  for (int64_t count; rows > 0; rows -= count, next = 0) {
+    count = rows <= kMostRows ? rows : kRows;
+    multiply_up_to<kMostRows, kStreams>(count, x, x_row, weight, in, next, dots, dots_row);
+    x += count * x_row, dots += count * dots_row;
   }
 }
 

@@ -1,14 +1,13 @@
-// Tiles of bfloat16 (AMX), and numbers in pieces that fit them: bfloat16 has 8 significant bits, so float16 is the sum of 2
-// such pieces, and float32 of 3.
+// Numbers in pieces of bfloat16, for the instructions that multiply these: bfloat16 has 8 significant bits, so float16 is the
+// sum of 2 such pieces, and float32 of 3.
 //
-// For files that are compiled once per CPU level, where that has tiles: everything is in an anonymous namespace (see
+// For files that are compiled once per CPU level, where that has AVX-512: everything is in an anonymous namespace (see
 // cpu_level.h).
 
 #pragma once
 
 #include <type_traits>
 
-#include "common/tiles.h"
 #include "common/vectors.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
