@@ -73,7 +73,7 @@ LAYERS = [
     },  # fmt: skip
     {"ops.attention.checks", "ops.kv_cache_update.checks", "ops.kv_cache_update.overlap"},
     {"ops.attention.call"},
-    {"ops.norm"},
+    {"ops.norm", "ops.matrix_product"},
     {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear"},
     {"kernels.attention_backward_bias", "kernels.attention_backward_keys", "kernels.attention_backward_queries"},
     {"kernels.attention_decode_new", "kernels.attention_decode_parts", "kernels.attention_forward"},

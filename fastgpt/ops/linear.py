@@ -17,11 +17,13 @@ from fastgpt.checks import (
 )
 from fastgpt.ops.implementations import choose, explain_call, inference_unsupported_reason, triton_inference_unsupported_reason
 from fastgpt.ops.library import build_info, library, without_autograd
+from fastgpt.ops.matrix_product import FASTEST, KERNEL, matrix_product
 from fastgpt.ops.norm import KINDS, norm_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Rows of x, for the kernels: on a CPU at most kMaxRows of csrc/linear/linear.h, as far as they keep up with PyTorch's product.
-MAX_ROWS_CPU = 64 if build_info()["cpu_level"] in ("avx512", "amx") else 32
+# Rows of x up to which the kernels are faster than other products. On a CPU they take any number, but compute kMaxRows of
+# csrc/linear/linear.h at a time.
+MAX_ROWS_CPU = 64 if build_info()["cpu_level"] in ("avx2", "avx512", "amx") else 32
 MAX_ROWS_CUDA = 32
 ACTIVATIONS = {
     None: lambda x: x,
@@ -56,8 +58,9 @@ def linear(
         out = residual + dropout(activation(y[..., :N]) · y[..., N:])                        gated
 
     In decoding, it is bound by reading the weight, which this does once. Up to 32 rows (the product of all dimensions of x but the
-    last; 64 on CPUs with AVX-512) are computed in fp32 and rounded once, on CUDA in one launch; more rows use PyTorch's matrix
-    product. On CPUs with AMX, from 9 rows on, what a norm makes of x in bf16 is rounded to 16 bits.
+    last; 64 on CPUs with AVX2) are computed in fp32 and rounded once, on CUDA in one launch; more rows use PyTorch's matrix
+    product, or on a CPU the fastest that there is for the dtype. On CPUs that multiply bf16 themselves, from 9 rows on, what a
+    norm makes of x in bf16 is rounded first: to bf16, or to 16 bits with AMX.
 
     Args:
         x: (..., C) fp16|bf16|fp32|fp64.
@@ -79,7 +82,7 @@ def linear(
         impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
             `fastgpt.explain`.
 
-    Returns: (..., N) in the dtype of x. Calls that need gradients are served by the reference.
+    Returns: (..., N) in the dtype of x. Calls that need gradients are served by the reference, with that product.
     Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, stride, device, norm, activation, impl):
         argument, expected, got.
 
@@ -105,15 +108,15 @@ def linear(
             norm_arguments = () if no_norm else (norm_weight, norm_bias, rms, norm_eps, norm_offset)
             if no_norm and (norm_eps != 1e-5 or norm_offset != 0.0):  # the kernel will not see and check these
                 _check(*call, norm, norm_eps, norm_offset, activation, gated)
-            if x.numel() > MAX_ROWS_CPU * x.shape[-1] or not x.shape[-1]:
-                # PyTorch's matrix product checks shapes and dtypes, our kernels check the rest.
+            if x.numel() > MAX_ROWS_CPU * x.shape[-1] and FASTEST.get(x.dtype) != KERNEL or not x.shape[-1]:
+                # The matrix product checks shapes and dtypes, our kernels check the rest.
                 require_tensor("x", x)
                 require_tensor("weight", weight, 2)
                 if x.dtype not in DTYPES or not x.shape[-1] or norm_weight is None and norm_bias is not None:
                     _check(*call, norm, norm_eps, norm_offset, activation, gated)
                 if norm_weight is not None:
                     x = _norm(x, norm_weight, norm_bias, None, rms, norm_eps, norm_offset)
-                return _matrix_product(x, weight, bias, residual, number, gated)
+                return _of_many_rows(x, weight, bias, residual, number, gated)
             # The kernel checks the rest itself, in a fraction of the time.
             return _linear(x, weight, bias, residual, number, gated, *norm_arguments)
         if impl in (None, "triton") and _triton_refuses(*call) is None:
@@ -126,15 +129,15 @@ def linear(
     choose("linear", IMPLEMENTATIONS, impl, *call)  # raises for an impl that cannot serve the call
     if impl is None and norm_weight is not None and triton_inference_unsupported_reason(*call[:-1]) is None:
         x, norm_weight, norm_bias = _norm(x, norm_weight, norm_bias, None, KINDS[norm], norm_eps, norm_offset), None, None
-    return linear_reference(
-        x, weight, bias, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps,
-        norm_offset=norm_offset, activation=activation, gated=gated, residual=residual, dropout_p=dropout_p,
-    )  # fmt: skip
+    if norm_weight is not None:
+        x = norm_reference(x, norm_weight, norm_bias, kind=norm, eps=norm_eps, offset=norm_offset)
+    y = (matrix_product if impl is None else F.linear)(x, weight, bias)
+    return finish(y, activation=activation, gated=gated, residual=residual, dropout_p=dropout_p)
 
 
-def _matrix_product(x, weight, bias, residual, activation, gated):
-    """PyTorch's matrix product for many rows, and one pass for bias, activation, gate and residual."""
-    product = F.linear(x, weight)
+def _of_many_rows(x, weight, bias, residual, activation, gated):
+    """The matrix product, and one pass for bias, activation, gate and residual."""
+    product = matrix_product(x, weight)
     if gated:
         return _gate(product, bias, residual, activation)
     if bias is not None or activation or residual is not None:

@@ -1,0 +1,147 @@
+"""The product of many rows: which one each CPU takes, oneDNN's with its derivatives, and the kernel's blocks of rows."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastgpt
+from fastgpt import linear, linear_reference
+from fastgpt.ops import matrix_product as module
+from fastgpt.ops.matrix_product import KERNEL, ONEDNN, PYTORCH, matrix_product
+from fastgpt.testing import numerics
+from fastgpt.testing.linear_features import call_of, in_float64, split
+
+pytestmark = pytest.mark.threads
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NO_FEATURES = {"amd": False, "avx512_bf16": False, "avx512_fp16": False}
+needs_onednn = pytest.mark.skipif(module._onednn is None, reason="this PyTorch was built without oneDNN")
+
+
+@pytest.mark.parametrize(
+    "cpu, level, features, expected",
+    [
+        ("Zen 4 and 5", "avx512", {"amd", "avx512_bf16"}, (ONEDNN, KERNEL, PYTORCH)),
+        ("Zen 3", "avx2", {"amd"}, (ONEDNN, KERNEL, KERNEL)),
+        ("Cascade Lake", "avx512", set(), (PYTORCH, KERNEL, KERNEL)),
+        ("Sapphire Rapids", "amx", {"avx512_bf16", "avx512_fp16"}, (PYTORCH, PYTORCH, PYTORCH)),
+        ("its AVX2 kernels", "avx2", {"avx512_bf16", "avx512_fp16"}, (PYTORCH, PYTORCH, PYTORCH)),
+        ("any other", "baseline", {"amd"}, (PYTORCH, PYTORCH, PYTORCH)),
+        ("Arm", "neon", set(), (PYTORCH, PYTORCH, PYTORCH)),
+    ],
+)
+def test_the_way_follows_from_the_cpu(cpu, level, features, expected):
+    features = {name: name in features for name in NO_FEATURES}
+    assert tuple(module._fastest(level, features, onednn=True).values()) == expected
+    assert module._fastest(level, features, onednn=False)[torch.float32] == PYTORCH
+
+
+def test_this_cpu_has_the_features_that_decide():
+    features = fastgpt._C.cpu_features()
+    assert features.keys() == NO_FEATURES.keys()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        facts = file.read()
+        assert features["amd"] == ("AuthenticAMD" in facts)
+        assert features["avx512_bf16"] == ("avx512_bf16" in facts) and features["avx512_fp16"] == ("avx512_fp16" in facts)
+
+
+@pytest.fixture
+def calls_of_onednn(monkeypatch):
+    """Whatever the CPU, fp32 by oneDNN, and how often that was called."""
+    calls, product = [], module._product
+    monkeypatch.setitem(module.FASTEST, torch.float32, ONEDNN)
+    monkeypatch.setattr(module, "_product", lambda *call: calls.append(call) or product(*call))
+    return calls
+
+
+@needs_onednn
+@pytest.mark.parametrize("transposed", [False, True])
+def test_derivatives_of_onednn(transposed, calls_of_onednn, monkeypatch):
+    """First and second ones, against those of F.linear in float64."""
+    monkeypatch.setattr(module, "_TRANSPOSED", transposed)
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 40, 24), (36, 24), (36,)))
+    seeds = torch.randn(2, 40, 36), [torch.randn(shape) for shape in (x.shape, weight.shape, bias.shape)]
+
+    def derivatives(product, dtype):
+        inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight, bias)]
+        dout = seeds[0].to(dtype).requires_grad_()
+        out = product(*inputs)
+        first = torch.autograd.grad(out, inputs, dout, create_graph=True)
+        second = torch.autograd.grad(first, [*inputs[:2], dout], [seed.to(dtype) for seed in seeds[1]])
+        return out, *first, *second
+
+    actual = derivatives(matrix_product, torch.float32)
+    assert len(calls_of_onednn) >= 1 + transposed
+    yardsticks = numerics.simulate(lambda: dict(enumerate(derivatives(F.linear, torch.float64))))
+    for name, tensor in enumerate(actual):
+        assert numerics.compare(tensor, yardsticks[name]).share <= 1
+
+
+@needs_onednn
+@pytest.mark.parametrize("needed", [[0], [1], [2], [1, 2], [0, 1, 2]])
+def test_only_gradients_that_are_needed(needed, calls_of_onednn, monkeypatch):
+    """Of a sum: its derivatives are one number in memory."""
+    monkeypatch.setattr(module, "_TRANSPOSED", True)
+    inputs = [torch.randn(shape) for shape in ((40, 24), (36, 24), (36,))]
+    wanted = [inputs[i].requires_grad_() for i in needed]
+    actual = torch.autograd.grad(matrix_product(*inputs).sum(), wanted)
+    expected = torch.autograd.grad(F.linear(*inputs).sum(), wanted)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+    assert len(calls_of_onednn) == 1 + (0 in needed)
+
+
+@needs_onednn
+def test_what_onednn_does_not_know_of_is_left_to_pytorch(calls_of_onednn):
+    x, weight = torch.randn(40, 24), torch.randn(36, 24)
+    assert torch.equal(torch.func.vmap(matrix_product, (0, None))(x.expand(2, 40, 24), weight)[0], F.linear(x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert matrix_product(x, weight).dtype == torch.bfloat16
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(matrix_product(dual, weight)).tangent
+        assert torch.equal(tangent, F.linear(torch.ones_like(x), weight))
+    with torch.backends.mkldnn.flags(enabled=False):
+        matrix_product(x, weight)
+    assert matrix_product(x, weight[:0]).shape == (40, 0)
+    assert torch.equal(matrix_product(x[:2], weight), F.linear(x[:2], weight))
+    for wrong in (weight[:, :23], weight.double(), weight[0, 0]):
+        with pytest.raises((RuntimeError, TypeError)):
+            matrix_product(x, wrong)
+    assert not calls_of_onednn
+    matrix_product(x, weight)
+    assert len(calls_of_onednn) == 1
+
+
+@needs_onednn
+def test_linear_takes_it_for_many_rows_with_gradients_and_without(calls_of_onednn):
+    call = call_of("everything", 200, 40, 65, torch.float32)
+    expected = in_float64(call)
+    numerics.check(linear(**call), lambda: linear_reference(**expected))
+    assert len(calls_of_onednn) == 1
+    call["weight"].requires_grad_()
+    numerics.check(linear(**call).detach(), lambda: linear_reference(**expected))
+    assert len(calls_of_onednn) == 2
+    linear_reference(**call), linear(**call, impl="reference")
+    assert len(calls_of_onednn) == 2
+
+
+@needs_onednn
+def test_what_it_was_given_wrong_is_named(calls_of_onednn):
+    x, weight = torch.randn(200, 24), torch.randn(36, 24)
+    with pytest.raises(ValueError, match=r"weight: expected shape .*24"):
+        linear(x, weight[:, :23].contiguous())
+    with pytest.raises(TypeError, match="weight: expected"):
+        linear(x, weight.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", ["everything", "everything, gated"])
+def test_the_kernel_takes_any_number_of_rows(feature, dtype, monkeypatch):
+    """In blocks, of the same numbers as alone."""
+    monkeypatch.setitem(module.FASTEST, dtype, KERNEL)
+    call = call_of(feature, 130, 40, 65, dtype)
+    whole = linear(**call)
+    numerics.check(whole, lambda: linear_reference(**in_float64(call)), arithmetic=dtype)
+    assert torch.equal(whole, torch.cat([linear(**part) for part in split(call, [48, 48, 34])]))
