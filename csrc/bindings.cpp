@@ -275,6 +275,13 @@ void define_peaks(py::module_& module) {
           "run", &fastgpt::run_on_all_threads, py::arg("iterations"), py::call_guard<py::gil_scoped_release>(),
           "So many iterations on all of PyTorch's threads together.");
   module.def(
+      "read_memory",
+      [](uintptr_t address, int64_t count) {
+        return fastgpt::read_on_all_threads(reinterpret_cast<const float*>(address), count);
+      },
+      py::arg("address"), py::arg("count"), py::call_guard<py::gil_scoped_release>(),
+      "The sum of so many float32 numbers in memory, on all of PyTorch's threads together.");
+  module.def(
       "peaks", &fastgpt::peaks, "A list of Peak: those of the CPU level in use that this CPU has, that of float32 first.");
 }
 

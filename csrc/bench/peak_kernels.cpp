@@ -38,21 +38,10 @@ constexpr int kAccumulators = 16;  // of 32 registers: GCC unrolls no longer loo
 constexpr int kAccumulators = 12;  // of 16
 #endif
 
-// x, in a register, of whose value the compiler knows nothing.
-template <typename Register>
-inline Register unknown(Register x) {
-#if defined(__x86_64__)
-  asm volatile("" : "+v"(x));
-#elif defined(__aarch64__)
-  asm volatile("" : "+w"(x));
-#endif
-  return x;
-}
-
 float multiply_add(int64_t iterations) {
-  const Vector factor = unknown(broadcast(0.5f)), addend = unknown(broadcast(1.0f));
+  const Vector factor = in_register(broadcast(0.5f)), addend = in_register(broadcast(1.0f));
   Vector total[kAccumulators];
-  for (Vector& x : total) x = unknown(Vector{});
+  for (Vector& x : total) x = in_register(Vector{});
   for (int64_t n = 0; n < iterations; ++n) {
     for (Vector& x : total) x = x * factor + addend;
   }
@@ -63,9 +52,9 @@ float multiply_add(int64_t iterations) {
 
 #if defined(FASTGPT_BF16_DOT)
 FASTGPT_BF16_DOT float bf16_dot(int64_t iterations) {
-  const __m512bh ones = (__m512bh)unknown(_mm512_set1_epi16(0x3f80));
+  const __m512bh ones = (__m512bh)in_register(_mm512_set1_epi16(0x3f80));
   __m512 total[kAccumulators];
-  for (__m512& x : total) x = unknown(_mm512_setzero_ps());
+  for (__m512& x : total) x = in_register(_mm512_setzero_ps());
   for (int64_t n = 0; n < iterations; ++n) {
     for (__m512& x : total) x = _mm512_dpbf16_ps(x, ones, ones);
   }
@@ -82,9 +71,9 @@ FASTGPT_INT8_DOT float int8_dot(int64_t iterations) {
 #else
   typedef __m256i Integers;
 #endif
-  const Integers ones = unknown((Integers)(IntVector{} + 0x01010101));
+  const Integers ones = in_register((Integers)(IntVector{} + 0x01010101));
   Integers total[kAccumulators];
-  for (Integers& x : total) x = unknown(Integers{});
+  for (Integers& x : total) x = in_register(Integers{});
   for (int64_t n = 0; n < iterations; ++n) {
     for (Integers& x : total) {
 #if defined(__AVX512F__)
@@ -164,6 +153,21 @@ bool has_feature(unsigned subleaf, int register_number, int bit) {
 #endif
 
 }  // namespace
+
+float read_memory(const float* numbers, int64_t count) {
+  constexpr int64_t kAhead = 2048 / sizeof(float);
+  Vector even = {}, odd = {};
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+    __builtin_prefetch(numbers + i + kAhead, 0, 2);
+    __builtin_prefetch(numbers + i + kAhead + kWidth, 0, 2);
+    even += load(numbers + i);
+    odd += load(numbers + i + kWidth);
+  }
+  float all = sum(even + odd);
+  for (; i < count; ++i) all += numbers[i];
+  return all;
+}
 
 int list_peaks(Peak* list) {
   int count = 0;

@@ -1,4 +1,5 @@
-// How fast the arithmetic of this CPU is at most: loops of one instruction on registers, which read no memory.
+// How fast this CPU is at most: its arithmetic, in loops of one instruction on registers, which read no memory; and reading,
+// with hardly any arithmetic.
 
 #pragma once
 
@@ -20,5 +21,8 @@ std::vector<Peak> peaks();
 
 // So many iterations on all of PyTorch's threads together.
 void run_on_all_threads(const Peak& peak, int64_t iterations);
+
+// The sum of `count` floats, read one after the other in a part for each of PyTorch's threads.
+float read_on_all_threads(const float* numbers, int64_t count);
 
 }  // namespace fastgpt

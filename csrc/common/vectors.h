@@ -36,6 +36,18 @@ typedef uint32_t Words __attribute__((vector_size(kWidth * sizeof(float))));
 
 constexpr float kInfinity = __builtin_inff();
 
+// x, in a register at this point, of whose value the compiler knows nothing. GCC keeps a sum in memory throughout a loop if it
+// is later looked at lane by lane, and loads several operands before the first is needed, where there is no register left.
+template <typename Register>
+inline Register in_register(Register x) {
+#if defined(__x86_64__)
+  asm volatile("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm volatile("" : "+w"(x));
+#endif
+  return x;
+}
+
 inline Vector load(const float* source) {
   Vector x;
   std::memcpy(&x, source, sizeof x);

@@ -39,25 +39,22 @@ template <typename T>
 void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_t begin, int64_t end, int64_t next) {
   alignas(64) float dots[kMaxRows][kFeatures] = {};  // if gated: those of the gate, and in the second half its factors
   const int64_t step = l.gated ? kFeatures / 2 : kFeatures;
+  const int64_t row = l.in * sizeof(T), lead = kLead / larger(row, 1);
+  const bool alone = l.rows == 1 && cpu_features().amd;  // see kMostStreams
   for (int64_t first = begin; first < end; first += step) {
     const int64_t count = end - first < step ? end - first : step;
     const auto multiply = [&](auto streams, int64_t n) {
       constexpr int kStreams = decltype(streams)::value;
-      // Weight rows from `now` on, before those from `then` on if there are such.
-      const auto multiply_from = [&](int64_t now, int64_t then, float* column) {
-        const int64_t ahead = then < l.weight_rows() ? (then - now) * l.in * sizeof(T) : 0;
-        multiply_blocks<kStreams>(x, padded(l.in), l.rows, weight + now * l.in, l.in, ahead, column, kFeatures);
+      const int64_t now = first + n, skipped = now + lead < end ? 0 : next - end;
+      const int64_t ahead = now + skipped + lead < l.out_features ? skipped * row + kLead : 0;
+      const auto multiply_from = [&](int64_t row, float* column) {
+        multiply_blocks<kStreams>(x, padded(l.in), l.rows, weight + row * l.in, l.in, ahead, column, kFeatures);
       };
-      const int64_t now = first + n, then = now + kStreams < end ? now + kStreams : next;
-      if (l.gated) {
-        multiply_from(now, now + l.out_features, &dots[0][n]);
-        multiply_from(now + l.out_features, then < l.out_features ? then : l.weight_rows(), &dots[0][step + n]);
-      } else {
-        multiply_from(now, then, &dots[0][n]);
-      }
+      multiply_from(now, &dots[0][n]);
+      if (l.gated) multiply_from(now + l.out_features, &dots[0][step + n]);
     };
     int64_t n = 0;
-    for (; n + kMostStreams <= count; n += kMostStreams) multiply(std::integral_constant<int, kMostStreams>(), n);
+    for (; !alone && n + kMostStreams <= count; n += kMostStreams) multiply(std::integral_constant<int, kMostStreams>(), n);
     for (; n < count; ++n) multiply(std::integral_constant<int, 1>(), n);
     for (int64_t r = 0; r < l.rows; ++r) finish(l, r, first, count, dots[r], dots[r] + step);
   }

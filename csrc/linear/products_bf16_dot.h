@@ -48,7 +48,7 @@ class DotRows : public PairedRows {
       const int64_t next = n + kRows < count ? kRows * in_ : ahead ? ahead - n * in_ : 0;
       __m512 total[kRows][kVectors] = {};
       for (int64_t k = 0; k < in_; k += kLine) {
-        for (int i = 0; next && i < kRows; ++i) __builtin_prefetch(rows[i] + k + next);
+        for (int i = 0; next && i < kRows; ++i) __builtin_prefetch(rows[i] + k + next, 0, 2);
         const int64_t end = smaller(k + kLine, in_ & ~int64_t{1});
         for (int64_t c = k; c < end; c += 2) {
           int32_t pairs[kRows];

@@ -25,12 +25,13 @@ class Limit(NamedTuple):
 
 
 def reading(device: torch.device | str = "cpu") -> Limit:
-    """Read bandwidth, of more data than fits into caches. On a CPU by `linear` of one vector, on huge pages, the fastest way
-    known: up to 1.3 times as fast as a sum; on a GPU by a sum."""
+    """Read bandwidth, of more data than fits into caches. On a CPU on huge pages, in the faster of two ways: one number after the
+    other, or by `linear` of one vector, which reads several rows side by side; on a GPU by a sum."""
     x = huge_pages.empty((_num_elements(device) // 1024, 1024), device=device).fill_(1)
     if x.device.type == "cpu":
         vector = torch.ones(1, 1024)
-        return Limit("reading", "bytes", x.nbytes, lambda: linear(vector, x, impl="cpp"))
+        ways = (lambda: _C.read_memory(x.data_ptr(), x.numel())), (lambda: linear(vector, x, impl="cpp"))
+        return max((Limit("reading", "bytes", x.nbytes, way) for way in ways), key=_rate)
     return Limit("reading", "bytes", x.nbytes, x.sum)
 
 
