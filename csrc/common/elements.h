@@ -58,10 +58,12 @@ FASTGPT_HOST_DEVICE float half_to_float(uint16_t half) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(half));
 #else
-  // Exponents differ by 112; the multiplication does that for subnormal halves too. Infinity and NaN are set apart.
-  const uint32_t magnitude = (half & 0x7fffu) << 13;
-  const float scaled = bits_to_float(magnitude) * 0x1p112f;
-  const uint32_t bits = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : float_to_bits(scaled);
+  // Exponents differ by 112, for numbers with a leading one: a subnormal half is given one, of 2^-14, which is taken off again,
+  // so that there is no subnormal float, which may count as zero. Infinity and NaN are set apart.
+  const uint32_t magnitude = (half & 0x7fffu) << 13, normal = magnitude + (112u << 23);
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude + (113u << 23)) - 0x1p-14f);
+  const uint32_t finite = magnitude < 1u << 23 ? subnormal : normal;
+  const uint32_t bits = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : finite;
   return bits_to_float(bits | (half & 0x8000u) << 16);
 #endif
 }
@@ -91,9 +93,10 @@ FASTGPT_HOST_DEVICE uint16_t float_to_bfloat16(float x) {
 
 // FP8 with 4 bits of exponent and 3 of mantissa, no infinity (arXiv 2209.05433).
 FASTGPT_HOST_DEVICE float e4m3_to_float(uint8_t x) {
-  const uint32_t magnitude = (x & 0x7fu) << 20;
-  const float scaled = bits_to_float(magnitude) * 0x1p120f;
-  const uint32_t bits = (x & 0x7fu) == 0x7fu ? 0x7fc00000u : float_to_bits(scaled);
+  const uint32_t magnitude = (x & 0x7fu) << 20, normal = magnitude + (120u << 23);
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude + (121u << 23)) - 0x1p-6f);  // as in half_to_float
+  const uint32_t finite = magnitude < 1u << 23 ? subnormal : normal;
+  const uint32_t bits = magnitude == 0x7fu << 20 ? 0x7fc00000u : finite;
   return bits_to_float(bits | (x & 0x80u) << 24);
 }
 

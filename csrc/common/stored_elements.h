@@ -106,13 +106,31 @@ inline Vector load(const BFloat16* source) {
 
 inline Vector load(const int8_t* source) { return __builtin_convertvector(widen(source), Vector); }
 
-// As e4m3_to_float.
+// As e4m3_to_float: where the CPU converts float16, the fields of 8 bits are moved to where that has them, which makes 2^-8 of
+// the number.
+#if defined(__AVX512F__)
 inline Vector load(const Float8* source) {
-  const IntVector bits = widen(&source->bits), magnitude = bits & 0x7f, shifted = magnitude << 20;
-  const Vector scaled = reinterpret_cast<Vector>(shifted) * 0x1p120f;
-  const IntVector number = magnitude == 0x7f ? broadcast(0x7fc00000) : reinterpret_cast<IntVector>(scaled);
+  const __m128i bytes = load_16_bytes(source);
+  const __mmask16 numbers = _mm_cmpneq_epi8_mask(_mm_or_si128(bytes, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(~0x4000));
+  const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+  return _mm512_mask_mul_ps(nan, numbers, _mm512_maskz_cvtph_ps(0xffff, halves), _mm512_set1_ps(0x1p8f));
+}
+#elif defined(__AVX2__)
+inline Vector load(const Float8* source) {
+  const __m128i halves = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(load_8_bytes(source)), 7), _mm_set1_epi16(~0x4000));
+  const __m128i largest = _mm_set1_epi16(0x3f80), nan = _mm_cmpeq_epi16(_mm_and_si128(halves, largest), largest);
+  return _mm256_cvtph_ps(_mm_or_si128(halves, nan)) * 0x1p8f;
+}
+#else
+inline Vector load(const Float8* source) {
+  const IntVector bits = widen(&source->bits), magnitude = (bits & 0x7f) << 20, leading = magnitude + (121 << 23);
+  const Vector subnormal = reinterpret_cast<Vector>(leading) - 0x1p-6f;
+  const IntVector finite = magnitude < broadcast(1 << 23) ? reinterpret_cast<IntVector>(subnormal) : magnitude + (120 << 23);
+  const IntVector number = magnitude == broadcast(0x7f << 20) ? broadcast(0x7fc00000) : finite;
   return reinterpret_cast<Vector>(number | (bits & 0x80) << 24);
 }
+#endif
 
 // `count` elements of `element`, from index `offset` of `source`, as floats.
 inline void convert(const void* source, int64_t offset, int64_t count, Element element, float* target) {

@@ -8,6 +8,8 @@
 #endif
 
 #include "common/cpu_level.h"
+#include "common/stored_elements.h"
+#include "kv_cache/quantize.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -17,19 +19,6 @@ constexpr int64_t kBlockTokens = 512;
 
 // From so many bytes of keys on, they are written past the caches: more than the second level holds.
 constexpr int64_t kLargeBytes = 4 << 20;
-
-inline void load(const char* source, Element element, int64_t D, float* x) {
-  if (element == Element::float32) {
-    std::memcpy(x, source, D * sizeof(float));
-    return;
-  }
-  const uint16_t* halves = reinterpret_cast<const uint16_t*>(source);
-  if (element == Element::float16) {
-    for (int64_t d = 0; d < D; ++d) x[d] = half_to_float(halves[d]);
-  } else {
-    for (int64_t d = 0; d < D; ++d) x[d] = bfloat16_to_float(halves[d]);
-  }
-}
 
 inline void store(const float* x, Element element, int64_t D, char* target) {
   if (element == Element::float32) {
@@ -70,20 +59,6 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t pairs, 
   }
 }
 
-// Returns the scale.
-inline float quantize(const float* x, Element element, int64_t D, char* target) {
-  float largest = 0.0f;
-  for (int64_t d = 0; d < D; ++d) largest = larger_magnitude(largest, x[d]);
-  const Quantizer quantizer = quantizer_of(largest, element);
-  uint8_t* bytes = reinterpret_cast<uint8_t*>(target);
-  if (element == Element::int8) {
-    for (int64_t d = 0; d < D; ++d) bytes[d] = quantized_int8(x[d], quantizer.factor);
-  } else {
-    for (int64_t d = 0; d < D; ++d) bytes[d] = quantized_e4m3(x[d], quantizer.factor);
-  }
-  return quantizer.scale;
-}
-
 inline void rotate_for(const KVCacheUpdate& u, int64_t b, int64_t t, float* x) {
   const int64_t position = index_at(u.positions, b, t);
   if (position < 0) return;
@@ -95,7 +70,7 @@ inline void rotate_for(const KVCacheUpdate& u, int64_t b, int64_t t, float* x) {
 void rotate_queries(const KVCacheUpdate& u, int64_t b, int64_t h, int64_t begin, int64_t end) {
   alignas(64) float x[kMaxTransformedDim];
   for (int64_t t = begin; t < end; ++t) {
-    load(row_of(u.q, b, h, t), u.element, u.D, x);
+    convert(row_of(u.q, b, h, t), 0, u.D, u.element, x);
     rotate_for(u, b, t, x);
     store(x, u.element, u.D, row_of(u.q_out, b, h, t));
   }
@@ -110,14 +85,15 @@ void store_transformed(const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, 
   for (int64_t t = begin; t < end; ++t) {
     const Slot slot = slots[t - begin];
     if (slot.b < 0) continue;
-    load(row_of(source, b, h, t), u.element, D, x);
+    convert(row_of(source, b, h, t), 0, D, u.element, x);
     if (is_k && u.rotary_dim > 0) {
       rotate_for(u, b, t, x);
       if (quantized) round_to(u.element, D, x);  // as if rotated first and stored afterwards
     }
     char* target = row_of(cache, slot.b, h, slot.n);
     if (quantized) {
-      *reinterpret_cast<float*>(row_of(scale, slot.b, h, slot.n)) = quantize(x, u.cache_element, D, target);
+      *reinterpret_cast<float*>(row_of(scale, slot.b, h, slot.n)) = quantize(
+          x, u.cache_element, D, reinterpret_cast<uint8_t*>(target));
     } else {
       store(x, u.element, D, target);
     }

@@ -235,6 +235,23 @@ def test_parity_quantized(T, page, D, dtype, kv_dtype):
     check_parity(q, k, v, **options)
 
 
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("T", [1, 40])
+def test_parity_of_every_fp8_number(T, flush):
+    """A query that sees one key returns its value: subnormal numbers and NaN too, and where subnormal floats count as zero."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    v = codes.view(1, 1, 1, 256).expand(1, 2, 1, 256).contiguous()
+    q, k, scale = torch.zeros(1, 2, T, 256), torch.zeros_like(v), torch.ones(1, 2, 1)
+    torch.set_flush_denormal(flush)
+    try:
+        out = attention(q, k, v, causal=False, k_scale=scale, v_scale=scale, impl="cpp")
+    finally:
+        torch.set_flush_denormal(False)
+    expected = codes.float()
+    assert torch.equal(out.isnan(), expected.isnan().expand(1, 2, T, 256))
+    assert torch.equal(out.nan_to_num(0.0), expected.nan_to_num(0.0).expand(1, 2, T, 256))
+
+
 @pytest.mark.slow
 @pytest.mark.one_of(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
