@@ -1,7 +1,8 @@
-"""Linear layers with few rows, fused as in a decoder, compared with PyTorch's and with memory bandwidth.
+"""Linear layers, fused as in a decoder, compared with PyTorch's: with few rows, and memory bandwidth; with many, as of a prompt,
+and the rate of arithmetic.
 
-The weights are cold, as in a decoder, which reads all of them for each token: on a CPU each call takes the next of several
-copies, together larger than its caches; on a GPU the L2 cache is flushed before each call.
+With few rows the weights are cold, as in a decoder, which reads all of them for each token: on a CPU each call takes the next of
+several copies, together larger than its caches; on a GPU the L2 cache is flushed before each call.
 """
 
 import functools
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import DEVICE, DTYPE, full, measured_time, name_of, reading, time_interleaved
+from benchmarks.timing import DEVICE, DTYPE, arithmetic, full, measured_time, name_of, reading, time_interleaved
 from fastgpt import explain, linear, linear_reference
 from fastgpt.bench.timing import cold, implementation
 
@@ -66,20 +67,39 @@ def example_of(product, rows, dtype):
     return tensors, options
 
 
-@cases()
-@torch.inference_mode()
-def test_product(benchmark, product, rows, dtype):
+def measure(benchmark, what, product, rows, dtype, *, limit, inputs):
+    """inputs: a function of the tensors that gives those of each call. The work is what the limit counts."""
     tensors, options = example_of(product, rows, dtype)
     ours, reference = (functools.partial(function, **options) for function in (linear, linear_reference))
     wide = reference(**{name: x.double() for name, x in tensors.items()})
     error, others_error = ((function(**tensors) - wide).abs().max() for function in (ours, reference))
     assert error <= 2 * others_error + torch.finfo(dtype).eps * wide.abs().max()
     others = {"reference": reference, "F.linear": lambda x, weight, **rest: F.linear(x, weight)}
+    weight = tensors["weight"]
+    moved = sum(x.nbytes for x in tensors.values()) + wide.numel() * dtype.itemsize
     info = {
-        "what": "few tokens", "device": DEVICE, "dtype": name_of(dtype), "product": product, "rows": rows,
-        "weight": f"{tensors['weight'].shape[0]} x {tensors['weight'].shape[1]}",
-        "bytes": sum(x.nbytes for x in tensors.values()) + wide.numel() * dtype.itemsize,
+        "what": what, "device": DEVICE, "dtype": name_of(dtype), "product": product, "rows": rows,
+        "weight": f"{weight.shape[0]} x {weight.shape[1]}",
+        limit.unit: moved if limit.unit == "bytes" else 2 * rows * weight.numel(),
         "implementation": implementation(explain(linear, **tensors, **options)), "absent": {},
     }  # fmt: skip
     brief = {} if full() else {"seconds": 0.7}
-    time_interleaved(benchmark, ours, others, inputs=cold(**tensors), limit=reading(), flush=True, info=info, **brief)
+    time_interleaved(benchmark, ours, others, inputs=inputs(**tensors), limit=limit, flush=True, info=info, **brief)
+
+
+@cases()
+@torch.inference_mode()
+def test_few_rows(benchmark, product, rows, dtype):
+    measure(benchmark, "few tokens", product, rows, dtype, limit=reading(), inputs=cold)
+
+
+MANY = [name for name in PRODUCTS if name.startswith(QUICK) and name.endswith(("up", "down") if full() else "up")]
+MANY_DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cpu" else (DTYPE,)
+
+
+@pytest.mark.parametrize("dtype", MANY_DTYPES, ids=name_of)
+@pytest.mark.parametrize("rows", (65, 128, 512) if full() else (512,), ids=lambda rows: f"{rows}rows")
+@pytest.mark.parametrize("product", MANY)
+@torch.inference_mode()
+def test_many_rows(benchmark, product, rows, dtype):
+    measure(benchmark, "many tokens", product, rows, dtype, limit=arithmetic(dtype), inputs=lambda **warm: [warm])

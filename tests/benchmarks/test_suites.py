@@ -15,11 +15,12 @@ from fastgpt.bench import limits
 
 ROOT = Path(__file__).parents[2]
 COMMON = {"what", "device", "dtype", "implementation", "limit", "seconds", "absent"}
+ARITHMETIC = limits.arithmetic("cuda" if torch.cuda.is_available() else "cpu", torch.float32).name
 CASES = {
     "attention.py::test_prefill": (
         "128tokens",
         {"T", "batch", "heads", "head_dim", "flops", "limit_flops"},
-        limits.arithmetic("cuda" if torch.cuda.is_available() else "cpu", torch.float32).name,
+        ARITHMETIC,
     ),
     "decode.py": (
         "1024keys and float32 and not batch16",
@@ -27,7 +28,8 @@ CASES = {
         "reading",
     ),
     "kv_cache.py::test_one_token": ("batch1", {"batch", "heads", "head_dim", "bytes", "limit_bytes"}, "copying"),
-    "linear.py": ("qkv and 1row", {"product", "rows", "weight", "bytes", "limit_bytes"}, "reading"),
+    "linear.py::test_few_rows": ("qkv and 1row", {"product", "rows", "weight", "bytes", "limit_bytes"}, "reading"),
+    "linear.py::test_many_rows": ("float32", {"product", "rows", "weight", "flops", "limit_flops"}, ARITHMETIC),
 }
 
 
