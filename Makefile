@@ -115,11 +115,21 @@ MINUTES ?= 9
 sweep:
 	$(PYTHON) -m benchmarks.sweep_tiles --minutes $(MINUTES)
 
+# What pip cannot install is asked for before it downloads anything.
+define REQUIRED
+import os, shutil, sysconfig
+missing = [] if os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "c++"))) else ["g++"]
+missing += [] if os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")) else ["python3-dev"]
+if missing: raise SystemExit("make: a C++ compiler and Python.h are needed to build; on Debian: apt install " + " ".join(missing))
+endef
+export REQUIRED
+
 $(INSTALLED): pyproject.toml setup.py Makefile $(wildcard csrc/* csrc/*/*)
 ifneq ($(VENV),)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV) || (echo "make: $(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1)
-	$(RUN) -m pip install --quiet "$(TORCH)"
 endif
+	@$(RUN) -c "$$REQUIRED"
+	$(if $(VENV),$(RUN) -m pip install --quiet "$(TORCH)")
 	$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.12"
 	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test]"
 	mkdir -p $(@D) && touch $@

@@ -90,6 +90,16 @@ def find_cxx():
     fail(f"no C++ compiler found (looked for {', '.join(wanted)}): install g++ or set CXX.")
 
 
+def find_python_headers(cxx):
+    """The compiler's options for Python.h, which Debian has in a package of its own."""
+    folders = sorted({sysconfig.get_path("include"), sysconfig.get_path("platinclude")})
+    options = [word for folder in folders for word in ("-isystem", folder)]
+    command = [*shlex.split(cxx), *options, "-E", "-x", "c++", "-include", "Python.h", os.devnull]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        fail(f"no Python.h found (looked in {', '.join(folders)}): install python3-dev, or what your system calls it.")
+    return options
+
+
 def cpu_levels(cxx):
     """Those of CPU_LEVELS that the compiler knows: GCC has AMX since version 11."""
 
@@ -177,7 +187,8 @@ class NinjaBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS", "")
         if jobs and not re.fullmatch("[1-9][0-9]*", jobs):
             fail(f"MAX_JOBS: expected an integer >= 1 or unset, got {jobs!r}.")
-        self.cxx, self.ninja, self.pybind11 = find_cxx(), find_ninja(), importlib.import_module("pybind11").get_include()
+        self.cxx, self.ninja = find_cxx(), find_ninja()
+        self.includes = ["-isystem", importlib.import_module("pybind11").get_include(), *find_python_headers(self.cxx)]
         self.torch_include, self.torch_lib = torch_paths()
         self.folder = Path("build", f"ninja-{sys.implementation.cache_tag}-{platform.machine()}")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -264,9 +275,7 @@ class NinjaBuild(build_ext):
 
         bindings, kernels = "csrc/bindings.cpp", find_sources("*_kernels.cpp")
         others = sorted(set(find_sources("*.cpp")) - {bindings, *kernels})
-        python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
-        facts = [word for path in (self.pybind11, *sorted(python)) for word in ("-isystem", path)]
-        facts += [f'-DFASTGPT_CUDA_ARCHS="{" ".join(archs)}"']
+        facts = [*self.includes, f'-DFASTGPT_CUDA_ARCHS="{" ".join(archs)}"']
         facts += [f'-DFASTGPT_CUDA_VERSION="{self.cuda_version if archs else ""}"']
         facts += [f'-DFASTGPT_CPU_LEVELS="{" ".join(levels)}"']
         objects = compile_each("cxx", [bindings], facts) + compile_each("cxx", others)

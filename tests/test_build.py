@@ -267,6 +267,30 @@ def test_missing_compiler_is_one_sentence(project):
     )
 
 
+def test_missing_python_headers_are_one_sentence(project, tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *Python.h*) exit 1;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    assert re.fullmatch(
+        r"fastgpt: no Python.h found \(looked in /.*\): install python3-dev, or what your system calls it.",
+        last_line(build(project, CXX=compiler)),
+    )
+
+
+@needs_sources
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_asks_for_a_compiler_before_it_downloads_anything(tmp_path):
+    """Of a Python without packages, in which pip would be asked for PyTorch next."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ntest "$1" = -m && exit 9\nPATH=/nonexistent exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    command = ["make", "--directory", ROOT, "demo", f"VENV={python.parents[1]}"]
+    result = subprocess.run(command, env=os.environ | {"CXX": ""}, capture_output=True, text=True)
+    expected = "make: a C++ compiler and Python.h are needed to build; on Debian: apt install g++\n"
+    assert result.returncode != 0 and expected in result.stderr and "pip" not in result.stdout
+
+
 def test_missing_torch_is_one_sentence(project, tmp_path):
     code = "raise ModuleNotFoundError(\"No module named 'torch'\")"
     assert last_line(build(project, **fake_torch(tmp_path, code))) == (
