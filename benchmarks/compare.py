@@ -23,7 +23,7 @@ from typing import NamedTuple
 from benchmarks.table import aligned
 
 SLOWER = 1.10  # times as long
-COLOURS = {"slower": "\033[31m", "faster": "\033[32m"}
+COLORS = {"slower": "\033[31m", "faster": "\033[32m"}
 
 
 class Change(NamedTuple):
@@ -105,7 +105,7 @@ def compare(file: str, base: dict, new: dict, colors: bool) -> bool:
         shown = [duration(case["microseconds"]["ours"][1]) for case in (then[name], now[name])]
         rows.append([name, *shown, f"{time:.2f}x", f"{relative:.2f}x", against, changes[name].verdict])
     for row, line in zip(rows, aligned(rows, "lrrrrll").splitlines()):
-        print(f"{COLOURS[row[-1]]}{line}\033[0m" if colors and row[-1] in COLOURS else line)
+        print(f"{COLORS[row[-1]]}{line}\033[0m" if colors and row[-1] in COLORS else line)
     only("then", then.keys() - now)
     only("now", now.keys() - then)
     print()

@@ -76,7 +76,7 @@ def test_every_section_is_measured(capsys):
         assert run(capsys, "bench", "--seconds", 0, "--only", only, "--device", "cpu")[0] == 0
 
 
-def test_what_differs_is_not_timed(capsys, monkeypatch):
+def test_different_results_are_not_timed(capsys, monkeypatch):
     right = suite.attention
     monkeypatch.setattr(suite, "attention", lambda q, k, v: right(q, k, v) + 1e-2)
     status, out, _ = run(capsys, "bench", "--seconds", 0, "--only", "512 tokens", "--device", "cpu")
@@ -144,7 +144,7 @@ def test_cold_data():
     assert len({copy[name].data_ptr() for copy in copies for name in copy}) == 2 * len(copies)
 
 
-def test_uncertainty_is_that_of_order_statistics():
+def test_confidence_intervals_are_from_order_statistics():
     """Of 21 values, the 6th and the 16th are the ends of the 95% confidence interval of the median."""
     values = np.arange(1, 22) + 10.0
     assert timing.uncertainty(np.random.default_rng(0).permutation(values)) == pytest.approx(5 / 21)

@@ -36,21 +36,21 @@ def wait_until(true) -> bool:
     return False
 
 
-def test_it_spins_on_one_core_and_is_gone_afterwards():
+def test_busy_process_spins_on_one_core_and_ends():
     with busy_core() as pid:
         assert os.sched_getaffinity(pid) == {max(os.sched_getaffinity(0))}
         assert wait_until(lambda: cpu_seconds(pid) > 0.1)
     assert not is_running(pid)
 
 
-def test_it_is_gone_after_a_failure():
+def test_busy_process_ends_after_a_failure():
     with pytest.raises(KeyboardInterrupt), busy_core() as pid:
         raise KeyboardInterrupt
     assert not is_running(pid)
 
 
 @pytest.mark.slow
-def test_it_ends_with_who_started_it():
+def test_busy_process_ends_with_its_parent():
     """Also where that was killed, and could not end it."""
     code = "from benchmarks.busy import busy_core\nwith busy_core() as pid: print(pid, flush=True); input()"
     command = [sys.executable, "-c", code]

@@ -138,7 +138,7 @@ def test_folders(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_new_it_is_the_results_of_this_machine(tmp_path):
+def test_new_defaults_to_the_results_of_this_machine(tmp_path):
     (tmp_path / "nothing.json").write_text(json.dumps(suite(case())))
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.compare", tmp_path / "nothing.json"], cwd=ROOT, capture_output=True, text=True

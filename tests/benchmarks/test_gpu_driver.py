@@ -347,7 +347,7 @@ case "$2" in memcheck) {memcheck};; *) {others};; esac
     ],
     ids=["clean", "a find", "a failure", "nothing seen", "nothing launched", "no such device"],
 )
-def test_what_the_sanitizer_finds(memcheck, others, outcome, last_line, tmp_path):
+def test_outcome_of_the_sanitizer(memcheck, others, outcome, last_line, tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(TOOL.format(log=tmp_path / "calls", memcheck=memcheck, others=others))
     tool.chmod(0o755)
@@ -414,7 +414,7 @@ def test_the_parts_fit_into_the_time(dry_run, tmp_path):
     assert any(part.missing == "needs a GPU" for part in parts) == dry_run
 
 
-def test_it_starts_without_what_it_builds(tmp_path):
+def test_driver_starts_without_torch_and_fastgpt(tmp_path):
     """No torch, no fastgpt: isolated from site-packages."""
     run = subprocess.run([sys.executable, "-S", "-m", "benchmarks.gpu", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "--dry-run" in run.stdout, run.stderr

@@ -13,13 +13,13 @@ from benchmarks.pairwise import choices, greedy_cover, pairs, pairwise_cover  # 
 from benchmarks.shipped_kernels import shipped  # noqa: E402
 
 
-def test_a_cover_takes_what_has_most_that_is_new():
+def test_cover_takes_the_set_with_most_new_pairs():
     assert greedy_cover([{1, 2}, {3}, {1, 2, 3}, {4, 5}, {2, 3, 4}]) == [2, 3]
     assert greedy_cover([{1}, {2}, {1}]) == [0, 1]  # of several the first
     assert greedy_cover([]) == greedy_cover([set()]) == []
 
 
-def test_a_cover_is_that_of_looking_at_every_set_each_time():
+def test_cover_equals_that_of_an_exhaustive_greedy_search():
     generator = random.Random(0)
     for _ in range(20):
         sets = [set(generator.sample(range(60), generator.randint(1, 12))) for _ in range(50)]
@@ -43,7 +43,7 @@ def test_choices_of_a_configuration():
 
 
 @pytest.mark.slow
-def test_a_cover_of_what_ships_has_every_pair():
+def test_cover_of_shipped_kernels_has_every_pair():
     every = [(arch, configuration) for arch in SHARED_MEMORY for configuration in shipped(arch)]
     chosen = pairwise_cover(every)
     assert len(chosen) * 20 < len(every)

@@ -68,7 +68,7 @@ def test_known_seconds():
     assert "what" not in case and "seconds" not in case
 
 
-def test_seconds_that_are_no_pairs_are_refused():
+def test_unpaired_times_are_refused():
     with pytest.raises(ValueError, match="as many"):
         report.condense([prefill(128, SDPA=[0.001] * 8)])
 
@@ -149,7 +149,7 @@ def test_an_interrupted_run_is_reported_and_keeps_no_earlier_results(stored):
     assert "test_prefill[512] (not finished)" in pages.page(folder, results)
 
 
-def test_what_a_machine_cannot_run_is_named_but_leaves_nothing_incomplete(stored):
+def test_unsupported_cases_are_named_and_results_count_as_complete(stored):
     folder, results = stored(output(prefill(128), left_out={"test_graph": "needs a CUDA GPU"}))
     assert "Incomplete" not in pages.attention(results["attention"])
     assert "test_graph (needs a CUDA GPU)" in pages.page(folder, results)
@@ -186,7 +186,7 @@ def test_noisy_figures_are_marked_and_explained(stored):
     assert "≈" not in pages.attention(results["attention"])
 
 
-def test_versions_of_peers_that_ran_are_of_the_machine(stored):
+def test_versions_of_peers_that_ran_are_shown(stored):
     _, results = stored(output(prefill(128) | {"peers": {"ctranslate2": "4.8"}}))
     assert results["attention"]["machine"]["peers"] == {"transformers": "5.1", "ctranslate2": "4.8"}
     assert "transformers 5.1, ctranslate2 4.8" in pages.about(results["attention"])

@@ -319,7 +319,7 @@ def test_errors(case):
 
 
 @pytest.mark.parametrize("kind", CACHE_KINDS)
-def test_what_does_not_fit_into_memory_is_one_sentence(kind):
+def test_too_large_caches_are_one_sentence(kind):
     """Of so many sequences that there are no numbers for them, and of so many tokens that there is no memory."""
     model = random_model()
     window = 9 if kind == "sliding" else None

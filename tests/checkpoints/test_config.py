@@ -178,7 +178,7 @@ def test_rotations_are_those_of_transformers(kind, change, version):
         torch.testing.assert_close(rope.frequencies(long=True), theirs.inv_freq)
 
 
-def test_yarn_reaches_as_far_as_it_stretches():
+def test_context_length_of_yarn_is_at_least_the_scaled_one():
     scaling = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
     for context, expected in ((32, 128), (128, 128), (200, 200)):
         assert (

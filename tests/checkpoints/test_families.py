@@ -147,7 +147,7 @@ def read(config, folder):
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads=4, got 3"),
     ],
 )
-def test_what_cannot_be_served(case, change, message, folders, tmp_path):
+def test_unsupported_configurations_are_named(case, change, message, folders, tmp_path):
     config = json.loads((folders(case) / "config.json").read_text()) | change
     with pytest.raises(ValueError, match=message):
         read(config, tmp_path)

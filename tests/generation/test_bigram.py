@@ -32,7 +32,7 @@ def trained():
 
 
 @pytest.mark.slow
-def test_it_learns_the_bigrams_of_a_text(trained):
+def test_bigram_model_learns_the_bigrams_of_a_text(trained):
     """The loss is the entropy of a letter given the one before, which no model of that kind can get below."""
     pairs, firsts = Counter(zip(TEXT, TEXT[1:])), Counter(TEXT[:-1])
     entropy = -sum(n * math.log(n / firsts[a]) for (a, b), n in pairs.items()) / (len(TEXT) - 1)
@@ -60,7 +60,7 @@ def test_the_last_token_alone_decides(trained):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CACHE_KINDS if kind != "sliding"])  # no layer has a window
-def test_it_generates(trained, kind):
+def test_bigram_model_generates(trained, kind):
     model, ids, _ = trained
     options = {"temperature": 1.0, "seed": 0}
     prompts = [ids[0, :5], ids[0, :1]]
@@ -72,7 +72,7 @@ def test_it_generates(trained, kind):
     assert sum(pair in set(zip(TEXT, TEXT[1:])) for pair in zip(text, text[1:])) > 0.9 * (len(text) - 1)
 
 
-def test_it_is_saved_and_looked_into(trained, tmp_path):
+def test_bigram_model_is_saved_and_inspected(trained, tmp_path):
     model, ids, _ = trained
     model.save_pretrained(tmp_path)
     again = GPT.from_pretrained(tmp_path)

@@ -64,7 +64,7 @@ def captured(step):
 
 
 @torch.inference_mode()
-def test_it_is_captured_where_it_can_be():
+def test_steps_are_captured_where_kernels_support_them():
     model = random_model()
     few, many = (random_ids(model, rows, 1)[:, 0] for rows in (MAX_ROWS_CPU, MAX_ROWS_CPU + 1))
     step = decoding(model, model.new_cache(len(few)))
@@ -114,7 +114,7 @@ CHANGES = {
 
 @torch.inference_mode()
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_between_steps_is_seen(change):
+def test_changes_between_steps_take_effect(change):
     def logits(changed: bool, recorded: bool):
         model = random_model()
         with pytest.MonkeyPatch.context() as patch:
@@ -315,7 +315,7 @@ def test_a_capture_neither_waits_nor_empties_the_allocator():
     ],
     ids=["fp64", "hook", "class", "forward", "waits"],
 )
-def test_what_cannot_be_captured_is_known_before_it_is_tried(change, reason):
+def test_reasons_against_capture_are_known_before_it_is_tried(change, reason):
     model, ids = random_model(), random_ids(random_model(), 2, 5)
     change(model)
     expected = generate(model, ids, 12)

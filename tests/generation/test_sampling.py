@@ -48,7 +48,7 @@ EXTREME = [
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
-def test_processing_is_that_of_transformers(rules):
+def test_logits_rules_are_those_of_transformers(rules):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(5, 2000, generator=generator)
     ids = torch.randint(2000, (5, 400), generator=generator)
@@ -109,7 +109,7 @@ def test_tokens_are_in_the_vocabulary_for_any_logits(rules, value):
         assert ((0 <= tokens) & (tokens < 11)).all()
 
 
-def test_tokens_as_likely_as_one_that_is_kept_are_kept():
+def test_ties_with_a_kept_token_are_kept():
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
     assert process(logits, top_k=2).isfinite().tolist() == [[True, True, True, True, False]]
     assert process(logits, top_p=0.6).isfinite().tolist() == [[True, True, True, True, False]]

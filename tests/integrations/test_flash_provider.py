@@ -33,7 +33,7 @@ def overridden(key):
     return [torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key) for name in NAMES]
 
 
-def test_it_is_activated_and_removed_as_pytorch_does():
+def test_activate_and_restore_flash_attention_impl():
     assert "fastgpt" in torch.nn.attention.list_flash_attention_impls()
     before = overridden("CUDA")
     assert torch.nn.attention.current_flash_attention_impl() is None
@@ -56,7 +56,7 @@ def test_importing_activates_nothing():
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
-def test_the_handle_removes_it():
+def test_the_handle_removes_the_overrides():
     handle = flash_provider.register("CPU")
     assert all(overridden("CPU"))
     handle.remove()
@@ -216,7 +216,7 @@ def test_graphs(order, on_cpu):
     )  # fmt: skip
 
 
-def test_what_is_not_served_is_declined(on_cpu):
+def test_unsupported_arguments_raise(on_cpu):
     q, k, v = inputs()
     with pytest.raises(RuntimeError, match="^return_debug_mask: expected False"):
         operators._scaled_dot_product_flash_attention(q, k, v, 0.0, False, True)

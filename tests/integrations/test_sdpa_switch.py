@@ -70,7 +70,7 @@ def test_every_name_is_reached_inside_and_not_outside(name, served):
     assert len(served) == 3
 
 
-def test_it_nests_and_is_left_by_errors(served):
+def test_enabled_nests_and_exits_on_errors(served):
     with pytest.raises(KeyError), enabled():
         with enabled(), enabled():
             pass
@@ -81,7 +81,7 @@ def test_it_nests_and_is_left_by_errors(served):
     assert len(served) == 1
 
 
-def test_it_is_a_decorator_and_one_may_be_entered_twice(served):
+def test_enabled_is_a_reentrant_decorator(served):
     @enabled()
     def decorated(depth):
         F.scaled_dot_product_attention(*inputs())
@@ -97,7 +97,7 @@ def test_it_is_a_decorator_and_one_may_be_entered_twice(served):
     assert len(served) == 3
 
 
-def test_it_holds_in_every_thread_until_the_last_one_leaves(served):
+def test_enabled_applies_to_all_threads_until_the_last_one_exits(served):
     inside, leave = threading.Event(), threading.Event()
 
     def other():
@@ -151,7 +151,7 @@ class Attending(torch.utils.data.Dataset):
         return torch.tensor(len(served)), F.scaled_dot_product_attention(*inputs()), torch.tensor(len(served))
 
 
-def test_processes_forked_inside_have_it():
+def test_processes_forked_inside_have_it_enabled():
     loader = DataLoader(Attending(), batch_size=None, num_workers=1, multiprocessing_context="fork")
     expected = F.scaled_dot_product_attention(*inputs())
     with enabled():

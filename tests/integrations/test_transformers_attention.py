@@ -118,7 +118,7 @@ def test_causal_masks(cache, past, T, window, side):
         is_mask(ours, mask)
 
 
-def test_what_is_not_made():
+def test_common_masks_are_not_materialized():
     """No booleans for every query and key in the common cases."""
     full, sliding = MistralConfig(**CONFIG), MistralConfig(**CONFIG, sliding_window=WINDOW)
     with mock.patch.object(masking_utils, "sdpa_mask", side_effect=AssertionError):
@@ -270,7 +270,7 @@ def test_unknown_mask_functions_are_theirs():
         assert type(ours) is torch.Tensor and torch.equal(ours, mask)
 
 
-def test_a_lazy_mask_keeps_the_state_it_was_made_for():
+def test_lazy_masks_keep_the_state_they_were_made_with():
     """It is made, if at all, when a layer asks: a static cache has counted on by then."""
     config = MistralConfig(**CONFIG, sliding_window=None)
     cache = CACHES["static"](config)

@@ -129,7 +129,7 @@ def test_kernels_with_any_arguments_wait_before_they_read_or_write(arch):
         assert not faults_in(ptx_of(x, arch)), name_of(x)
 
 
-def test_older_architectures_do_not_use_it():
+def test_older_architectures_have_no_dependent_launch():
     for x in small(80):
         ptx = ptx_of(x, 80)
         assert "griddepcontrol" not in ptx and "prefetch" not in ptx and faults_in(ptx) == ["it does not wait"]
@@ -217,16 +217,16 @@ def device(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
-def test_compute_capability_9_has_it(capability, device):
+def test_compute_capability_9_has_dependent_launch(capability, device):
     assert device(capability, 13000) == (capability >= (9, 0))
 
 
-def test_drivers_whose_graphs_lack_it_do_not_have_it(device):
+def test_drivers_whose_graphs_lack_dependent_launch(device):
     """A step would not be captured as it is launched."""
     assert not device((9, 0), 12020) and device((9, 0), 12030) and not device((8, 0), 12030)
 
 
-def test_cpus_do_not_have_it():
+def test_cpus_have_no_dependent_launch():
     assert not has_dependent_launch(torch.device("cpu")) and dependent_launch(False) == {"PDL": False}
 
 

@@ -109,7 +109,7 @@ def test_a_number_that_is_specialized_is_found(monkeypatch):
 
 
 @pytest.mark.slow
-def test_where_a_tensor_starts_decides_how_it_is_read():
+def test_alignment_of_a_tensor_selects_the_variant():
     """Of 16-byte addresses and others there are two variants: one for both would read at wrong addresses."""
     with gpu() as device, torch.device("cuda:0"):
         rows = torch.empty(64, 136, dtype=torch.float16)
@@ -318,7 +318,7 @@ def compiled_kernels(arch) -> dict[str, object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [120, *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in (80, 89, 90, 100))])
-def test_what_is_launched_fits(arch):
+def test_launched_kernels_fit_the_architecture(arch):
     """Registers without spills, and shared memory within the architecture's, of kernels specialized as launches do it."""
     found = compiled_kernels(arch)
     faults = {kernel: faults for (kernel, _), compiled in found.items() if (faults := usage_of(compiled).faults(arch))}
@@ -335,7 +335,7 @@ def test_what_is_launched_fits(arch):
         ("linear", {"one_row_kernel", "several_rows_kernel"}),
     ],
 )  # fmt: skip
-def test_what_benchmarks_launch_is_known_before(suite, expected):
+def test_kernels_of_benchmarks_are_compiled_ahead(suite, expected):
     """By the names and sources that another process can compile."""
     from benchmarks import compile_ahead
 

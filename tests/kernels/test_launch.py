@@ -35,7 +35,7 @@ def by_triton(monkeypatch):
     return went
 
 
-def test_every_kernel_that_is_launched_is_launched_in_the_short_way():
+def test_every_launched_kernel_has_the_fast_launch_path():
     assert all(type(kernel) is Kernel for kernel in launched_kernels().values())
 
 
@@ -134,14 +134,14 @@ def test_a_key_that_is_too_coarse_is_found(monkeypatch):
         test_keys_are_as_fine_as_tritons("norm")
 
 
-def test_what_was_compiled_for_a_device_is_launched_on_no_other(by_triton):
+def test_compiled_kernels_are_launched_on_their_device_only(by_triton):
     for _ in range(2):
         with launches() as found:
             calls(3)["norm"]()
     assert len(by_triton) == 2 and len(found) == 1
 
 
-def test_launches_that_are_hooked_go_tritons_way(by_triton, monkeypatch):
+def test_hooked_launches_take_tritons_path(by_triton, monkeypatch):
     """So does one that is the first after a hook is gone, but no later one."""
     call, of = calls(3)["norm"], launched_kernels()["norm_kernel"]
     hook = lambda metadata: None  # noqa: E731

@@ -133,7 +133,7 @@ def parts():
 
 
 @pytest.mark.parametrize("case", parts())
-def test_what_an_update_writes_shares_no_memory(case, launch):
+def test_overlapping_memory_is_refused(case, launch):
     """As in the compiled kernels, which say so in the same words."""
     arguments, fits = parts()[case]
     call = LAUNCHERS["rope_kv_cache_update"][2]()
@@ -146,13 +146,13 @@ def test_what_an_update_writes_shares_no_memory(case, launch):
 
 
 @pytest.mark.parametrize("operation", LAUNCHERS)
-def test_what_fits_is_launched(operation, launch):
+def test_valid_arguments_are_launched(operation, launch):
     with pytest.raises(Launched):
         launch(operation)
 
 
 @pytest.mark.parametrize("operation, name, fault", CASES)
-def test_what_does_not_fit_is_refused(operation, name, fault, launch):
+def test_invalid_arguments_are_refused(operation, name, fault, launch):
     good = LAUNCHERS[operation][2]()
     with pytest.raises((TypeError, ValueError), match=r"^[a-z_]+: expected "):
         launch(operation, **{name: FAULTS[fault](good[name])})
@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused(operation, name, fault, launch):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_the_kernels_cannot_read_is_refused(operation, name, value, launch):
+def test_unsupported_arguments_are_refused(operation, name, value, launch):
     changed = {name: value}
     if operation == "linear" and name == "x":
         changed["residual"] = torch.ones(len(value), 4)

@@ -335,7 +335,7 @@ def test_hopper_overlaps_copies_with_matrix_products():
     assert underway and min(underway) >= 1
 
 
-def test_what_was_compiled_is_summed_up():
+def test_summary_of_compiled_configurations():
     found = [(Usage(40, 0, 10 << 10), ""), (Usage(255, 8, 2 << 10), "sm_90 norm_kernel: spills 8 bytes")]
     assert summary(5, found) == (
         "5 configurations ship, 2 were compiled, 1 of them without spills and within shared memory; at most 255 registers, "
@@ -406,7 +406,7 @@ def of(head_dim: int, dtype, *given: str, without=(), cache_dtype=None, **consta
     (89, "attend_split_kernel", of(576, torch.float32, "new_k_ptr", "softcap", cache_dtype=torch.int8, SPLIT=1024)),
     (100, "attend_split_kernel", of(160, torch.float32, "new_k_ptr", "sinks_ptr", cache_dtype=torch.float8_e4m3fn, SPLIT=1024)),
 ], ids=("partial blocks", "wide fp32", "wide fp32, no features", "extras", "lengths", "packed 64", "mask, bias", "packed", "packed fp32", "wide pages", "wide fp32, 8 bits", "fp32, 8 bits"))  # fmt: skip
-def test_what_takes_most_registers_does_not_spill(arch, kernel, is_it):
+def test_configurations_that_once_spilled_do_not(arch, kernel, is_it):
     """Of kernels that once did, one each."""
     modules = {"attention_forward_kernel": "attention_forward", "attend_split_kernel": "attention_decode"}
     every = shipped(arch, [modules.get(kernel, "attention_backward")])

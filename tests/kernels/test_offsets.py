@@ -206,7 +206,7 @@ def packed(max_seqlen_q, max_seqlen_k):
     backward.attention_backward(out, None, q, q, q, out, lse, **options, max_seqlen_k=max_seqlen_k)
 
 
-def test_what_is_counted_in_32_bits_has_a_limit():
+def test_counts_are_clamped_or_refused_beyond_32_bits():
     """Counts that callers may choose freely are cut to what there is, and sizes that kernels cannot count are refused."""
     q = meta(2, 4, 40, 64)
     with launches() as found:

@@ -54,7 +54,7 @@ def swept(monkeypatch):
 
 
 @pytest.mark.slow
-def test_partial_results_are_stored_as_they_come(swept):
+def test_partial_results_are_stored_incrementally(swept):
     stored = swept(1)
     assert [len(result["tiles"]) for result in stored] == list(range(1, len(stored) + 1))
     timed = [row for row in stored[-1]["tiles"] if "seconds" in row or "problem" in row]

@@ -142,7 +142,7 @@ def test_explaining_an_invalid_call_raises(case):
         fastgpt.explain(fastgpt.attention, *args, **kwargs)
 
 
-def test_what_can_be_explained_is_named_as_it_is_reached():
+def test_explain_names_operations_by_their_import_path():
     with pytest.raises(ValueError, match="^operation: expected one of ") as raised:
         fastgpt.explain("attention")
     names = str(raised.value).removeprefix("operation: expected one of ").partition(", got ")[0].split(", ")

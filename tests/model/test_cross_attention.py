@@ -26,7 +26,7 @@ def random_states(batch=3, tokens=7, width=64, seed=5):
 
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
-def test_it_is_that_of_transformers(lengths, tmp_path):
+def test_cross_attention_is_that_of_transformers(lengths, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model, states = decoder(), random_states()
     for parameter in model.parameters():

@@ -392,7 +392,7 @@ def test_two_streams_of_a_model_in_training_mode():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_streams_that_are_given_up_or_fail_leave_the_state(training, monkeypatch):
+def test_abandoned_or_failed_streams_restore_the_state(training, monkeypatch):
     model = random_model(dropout=0.5).train(training)
     model.blocks[0].train(not training)  # whatever it is
     before = [module.training for module in model.modules()]
@@ -436,7 +436,7 @@ def test_dropout_of_other_modules_is_off_too():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
-def test_it_compiles_as_one_graph(training):
+def test_model_compiles_as_one_graph(training):
     model = random_model(layers=1, **GATED).train(training)
     ids = random_ids(model, 2, 8)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
