@@ -318,7 +318,7 @@ def test_messages_are_plain_data_to_a_template():
         ChatTemplate("").render([{"role": "user"}], now=datetime.now())
     nested = []
     nested.append(nested)
-    with pytest.raises(ChatTemplateError, match="messages: expected at most 100 lists and dicts in each other"):
+    with pytest.raises(ChatTemplateError, match="messages: expected lists and dicts nested at most 100 deep"):
         ChatTemplate("").render([{"role": "user", "content": nested}])
 
 
@@ -366,7 +366,7 @@ MESSAGES = [
 def test_errors_of_messages(messages, error, message):
     with pytest.raises(error, match=message):
         Tokenizer(byte_fallback(), chat_template=CHATML).chat_text(messages)
-    with pytest.raises(ChatTemplateError, match="messages: expected a last message with text as its content"):
+    with pytest.raises(ChatTemplateError, match="messages: expected text as the content of the last message"):
         Tokenizer(byte_fallback(), chat_template=CHATML).chat_text([{"role": "user"}], continue_final_message=True)
 
 

@@ -1,4 +1,4 @@
-"""What methods and filters pay beforehand: functions of (budget, value, *arguments). What they made is looked at afterwards."""
+"""What methods and filters are charged before they run, by functions of (budget, value, *arguments). Results are charged later."""
 
 import re
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from markupsafe import Markup
 from fastgpt.text.chat_template.budget import Budget
 from fastgpt.text.chat_template.messages import TextParts
 
-LARGE = 10**18  # more than anything has the size of
+LARGE = 10**18  # larger than any size
 
 
 def pay_for_formatting(budget: Budget, text: str, values: Any) -> None:
-    """Pays for `text % values`."""
+    """Charges for `text % values`."""
     budget.take(len(text))
     if "*" in text:
         raise SecurityError("a width of * in a format is not safe")
@@ -22,8 +22,8 @@ def pay_for_formatting(budget: Budget, text: str, values: Any) -> None:
 
 
 def largest_number(text: str) -> int:
-    """The largest number in a format: its widths and precisions are at most that. Python takes every script's digits, and any
-    number of zeros before a number."""
+    """The largest number in a format, which bounds its widths and precisions. Python accepts the digits of every script, and
+    leading zeros."""
     found = re.findall(r"\d+", text)
     return max((min(int(digits), LARGE) if len(digits) < 1000 else LARGE for digits in found), default=0)
 
@@ -33,18 +33,18 @@ def pay_for_reading(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> No
 
 
 def pay_for_comparing(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> None:
-    """Some steps for each entry: it makes many small values, or compares."""
+    """Charges steps for each entry, too, since entries are compared, or many small values are made."""
     pay_for_reading(budget, value, *args, **kwargs)
     weight, entries = budget.measure(value)[:2]
     budget.spend(weight + 10 * entries)
 
 
 def pay_nothing(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> None:
-    """Of what takes as long whatever the size."""
+    """For what takes constant time."""
 
 
 def pay_for_copying(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> None:
-    """Of the entries, not of what is in them."""
+    """For shallow copies."""
     budget.spend(len(value) if hasattr(value, "__len__") else 0)
 
 
@@ -92,7 +92,7 @@ def pay_for_batches(budget: Budget, value: Any, count: int, fill_with: Any = Non
 def pay_for_sum(budget: Budget, value: Any, attribute: Any = None, start: Any = 0) -> None:
     pay_for_comparing(budget, value)
     if not isinstance(start, (int, float)):
-        raise SecurityError("a sum of what is no number is not safe")
+        raise SecurityError("a sum of values that are not numbers is not safe")
 
 
 def pay_for_format(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -139,7 +139,7 @@ FILTERS: dict[str, Cost] = (
     }
     | {"round": require_small_precision, "slice": pay_for_batches, "sum": pay_for_sum, "tojson": pay_for_json}
 )
-LAZY = {"map", "reject", "rejectattr", "select", "selectattr", "unique"}  # read what they get when it is asked for
+LAZY = {"map", "reject", "rejectattr", "select", "selectattr", "unique"}  # they read their input as their results are read
 COMPARING = set(  # tests
     "== eq equalto != ne < lt lessthan <= le > gt greaterthan >= ge in lower upper divisibleby".split()
 )

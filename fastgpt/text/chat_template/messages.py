@@ -4,19 +4,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-DEPTH = 100  # of lists and dicts in each other
+DEPTH = 100  # of nested lists and dicts
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one entry of a message, the usual one first
 END = "\ue000end of the last message\ue000 "
 
 
 class ChatTemplateError(ValueError):
-    """A chat template is no Jinja, exceeds the limits, or does not accept the messages."""
+    """A chat template is not valid Jinja, exceeds the limits, or rejects the messages."""
 
 
 class PlainData:
-    """Copies what is given to a template, and counts its characters and entries.
+    """Copies the inputs of a template, and counts their characters and entries.
 
-    The copies have exactly Python's types: the sandbox would have to know the methods of all others.
+    The copies have Python's own types and no subclasses, whose methods the sandbox would have to know.
     """
 
     def __init__(self):
@@ -30,7 +30,7 @@ class PlainData:
             depth: of lists and dicts around it.
         """
         if depth > DEPTH:
-            raise ChatTemplateError(f"{name}: expected at most {DEPTH} lists and dicts in each other")
+            raise ChatTemplateError(f"{name}: expected lists and dicts nested at most {DEPTH} deep")
         self.entries += 1
         if value is None or isinstance(value, bool):
             return value
@@ -56,7 +56,7 @@ class PlainData:
 
 
 class TextParts(list):
-    """A content in parts, all of them text, which prints as the text. To templates that know parts it is a list of them."""
+    """A content of text parts: for templates that expect parts, a list of them; where it is printed, their text."""
 
     def __str__(self):
         return "".join(part["text"] for part in self)
@@ -86,18 +86,18 @@ def is_text_part(part: Any) -> bool:
 
 
 def mark_end(chat: list[dict]) -> None:
-    """Puts END behind the text of the last message."""
+    """Appends END to the text of the last message."""
     content = chat[-1].get("content") if chat else None
     if isinstance(content, TextParts):
         content[-1]["text"] += END
     elif isinstance(content, str):
         chat[-1]["content"] += END
     else:
-        raise ChatTemplateError("messages: expected a last message with text as its content, to be continued")
+        raise ChatTemplateError("messages: expected text as the content of the last message, to continue it")
 
 
 def cut_at_end(prompt: str) -> str:
     before, mark, after = prompt.rpartition(END.rstrip())
     if not mark:
-        raise ChatTemplateError("messages: expected a last message that can be continued, the chat template leaves it out")
+        raise ChatTemplateError("messages: expected a chat template that prints the last message, to continue it")
     return before if after.startswith(" ") else before.rstrip()  # a template that trims contents would have trimmed it

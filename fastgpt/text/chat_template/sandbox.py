@@ -1,4 +1,4 @@
-"""Jinja's sandbox, in which every operation pays for its work."""
+"""A Jinja sandbox that charges every operation for its work."""
 
 import json
 import types
@@ -31,12 +31,12 @@ from fastgpt.text.chat_template.costs import (
 )
 from fastgpt.text.chat_template.messages import ChatTemplateError
 
-CALL = 10  # steps that a call takes, of a filter as well
-SCOPES = ("_loop_vars", "_block_vars")  # what Jinja passes on to every call that is made within a loop or a block
+CALL = 10  # steps for a call of a function or a filter
+SCOPES = ("_loop_vars", "_block_vars")  # what Jinja passes to every call in a loop or a block
 
 
 class CountSteps(NodeTransformer):
-    """Inserts what counts into the syntax tree, as filters whose names no template can write."""
+    """Inserts charges into the syntax tree, as filters whose names no template can write."""
 
     def _count_body(self, node: Any) -> nodes.Node:
         work = count_nodes(node)
@@ -89,13 +89,13 @@ def count_nodes(tree: nodes.Node) -> int:
     return sum(1 for _ in tree.find_all(nodes.Node))
 
 
-# Jinja computes a filter of constants when it compiles, except one that takes the context.
+# They take the context, since Jinja evaluates other filters of constants when it compiles a template.
 
 
 @pass_context
 def _step(context, work) -> bool:
     BUDGET.get().spend(work)
-    return True  # and then comes the condition of a loop
+    return True  # it is followed by the condition of a loop
 
 
 @pass_context
@@ -122,12 +122,12 @@ def _sliced(context, value, start, stop, step):
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox in which every operation pays for its work."""
+    """A sandbox that charges every operation for its work."""
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """Joins what was printed."""
+        """Joins the output of a template."""
         budget, kept, size = BUDGET.get(), [], 0
         for piece in pieces:
             size += len(piece)
@@ -145,7 +145,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             if left.bit_length() * right > INTEGER_BITS:
                 raise ChatTemplateError(
-                    f"chat_template: expected one whose integers have at most {INTEGER_BITS} bits, got {left} ** {right}"
+                    f"chat_template: expected integers of at most {INTEGER_BITS} bits, got {left} ** {right}"
                 )
         elif operator == "%" and isinstance(left, str):
             pay_for_formatting(budget, left, right)
@@ -154,18 +154,18 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return budget.checked(super().call_binop(context, operator, left, right))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        BUDGET.get().spend(6)  # filters take attributes of all entries, at the cost of an exception each
+        BUDGET.get().spend(6)  # filters read an attribute of each entry, which may raise and catch an exception
         if not isinstance(argument, (str, int)):  # a tuple, say, whose hash is computed
             BUDGET.get().read(argument)
         return super().getitem(obj, argument)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        # What a view is of would be another name for a dict.
+        # `mapping` of a view would be another reference to its dict.
         return super().is_safe_attribute(obj, attr, value) and not isinstance(obj, ITERABLES)
 
     def call(
         __self, __context: Context, __obj: Any, *args: Any, **kwargs: Any
-    ) -> Any:  # names that no keyword of a template has
+    ) -> Any:  # mangled, so that no keyword of a template has these names
         budget = BUDGET.get()
         given = {name: value for name, value in kwargs.items() if name not in SCOPES}
         budget.spend(CALL + len(args) + len(given))
@@ -197,7 +197,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class LimitedFormatter(SandboxedFormatter):
-    """`str.format` whose fields are of limited width."""
+    """`str.format` with fields of limited width."""
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         BUDGET.get().take(BUDGET.get().weigh(value))
@@ -209,24 +209,24 @@ class LimitedFormatter(SandboxedFormatter):
 
 
 class EscapingFormatter(LimitedFormatter, SandboxedEscapeFormatter):
-    """That of Markup."""
+    """`Markup.format`, likewise."""
 
 
 def _listed(value: Any) -> Any:
-    """What is computed bit by bit as a list, of which the size is known."""
+    """An iterator as a list, whose size is known."""
     return list(value) if isinstance(value, Iterator) else value
 
 
 def _counted(items: Iterable) -> Iterator:
-    """The items, each for a step."""
+    """Yields the items, and charges a step for each."""
     for item in items:
         BUDGET.get().spend(1)
         yield item
 
 
 def _paying(function: Callable, bound: Cost, lazy: bool = False) -> Callable:
-    """The filter or test, which pays for its work."""
-    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # before it, the environment, say
+    """Wraps a filter or test, so that it is charged for its work."""
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # after what Jinja passes, such as the environment
 
     @wraps(function)
     def guarded(*args, **kwargs):
@@ -245,14 +245,14 @@ def _paying(function: Callable, bound: Cost, lazy: bool = False) -> Callable:
 
 
 def _printed(value: Any) -> Any:
-    """Pays for turning it into text."""
+    """Charges for turning a value into text."""
     if not isinstance(value, str):
         BUDGET.get().read(value)
     return value
 
 
 class Generation(Extension):
-    """{% generation %} marks the model's part, which matters in training; here it just contains it."""
+    """{% generation %} marks what the model generates, for masks in training; here its body is rendered as it is."""
 
     tags = {"generation"}
 
@@ -262,7 +262,7 @@ class Generation(Extension):
 
 
 class TemplateNamespace(Namespace):
-    def __repr__(self):  # without its entries, of which it may be one
+    def __repr__(self):  # without its entries, which may contain it
         return "<namespace>"
 
 
