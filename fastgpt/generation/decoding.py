@@ -1,4 +1,4 @@
-"""A decoder's step from one token of each sequence to its logits, replayed without Python where that changes nothing."""
+"""A decode step, from one token of each sequence to the next logits, replayed without Python where results stay the same."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ ONE_THREAD = OneThread()
 
 
 class DecodeStep(Protocol):
-    """A function of each sequence's next token, (B,) int64, and what has been recorded of it."""
+    """What `decoding` returns: the next token of each sequence, (B,) int64 -> its logits (B, V)."""
 
     recording: replay.Recording
 
@@ -36,21 +36,22 @@ def decoding(
     model: GPT, cache: KVCache, choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
     recording: replay.Recording | None = None,
 ) -> DecodeStep:  # fmt: skip
-    """A function of each sequence's next token, (B,) int64, that lets it join the cache -> its logits (B, V).
+    """Returns a function for decode steps: the next token of each sequence (B,) int64, which it appends to the cache -> the
+    logits (B, V) that follow.
 
-    It is captured, on the CPU at its first call, where all of it runs in fastgpt's operations, on a GPU at its second, in a
-    CUDA graph; so what it returns may be overwritten by the next call. A model that cannot be, see `graph_refused`, runs each
-    time instead, and one that changes on the way is captured again, or no longer.
-    `fastgpt.explain(decoding, model, cache)` tells.
+    On a CPU, its first call is recorded and later ones replay it without Python; on a GPU, its second call is captured in a
+    CUDA graph. So the result of a call may be overwritten by the next one. Where a model cannot be recorded, such as one with
+    hooks, its modules are called at every step; a model that is modified later is recorded again, or then called.
+    `fastgpt.explain(fastgpt.decoding, model, cache)` says which applies, and why.
 
     Args:
-        choose: a function of the logits, whose result is returned in their place. A CUDA graph has it inside: it must then
-            follow the rules of `replay.CudaGraphReplay`.
-        recording: `recording` of a function that this returned for the same cache and `choose`, to go on with what that has
-            captured.
+        model: the decoder.
+        cache: a cache of it, with the keys and values of the tokens before.
+        choose: a function of the logits, whose result is returned instead, such as the next token. It is part of the CUDA
+            graph, and must follow the rules of `fastgpt.generation.replay.CudaGraphReplay`.
+        recording: the attribute `recording` of an earlier result for the same cache and `choose`, which is then reused.
 
-    Raises: TypeError, ValueError, naming the argument. RuntimeError, from the function, where a CUDA graph cannot be captured
-        all the same.
+    Raises: TypeError, ValueError, naming the argument; the function raises RuntimeError if a capture fails.
     """
     _require(model, cache)
     if not (choose is None or callable(choose)):
@@ -115,8 +116,8 @@ def _recording(model: GPT, earlier: replay.Recording | None, function, record: t
 
 
 def graph_refused(model: GPT, cache: KVCache) -> str | None:
-    """Why a decode step over this cache is no CUDA graph, or None: modules are not plain (fastgpt/model/fusion.py), or no
-    kernel takes their dtype, or runs on the device, and a reference would wait for it."""
+    """Why a decode step over this cache cannot be captured in a CUDA graph, or None: modules are not plain
+    (fastgpt/model/fusion.py), or no kernel serves their dtype or device, and a reference would synchronize with it."""
     weight = model.first_weight
     if weight.is_cuda and (reason := triton_inference_unsupported_reason(weight)) is not None:
         return f"the Triton kernels do not serve it: {reason}"
@@ -130,8 +131,8 @@ def graph_refused(model: GPT, cache: KVCache) -> str | None:
 
 
 def _explain(model: GPT, cache: KVCache) -> dict[str, str]:
-    """How the steps of `decoding(model, cache)` would run: a CUDA graph, recorded operations on a CPU, or all their Python each
-    time; "chosen", "available", or why not."""
+    """How the steps of `decoding(model, cache)` would run: as a CUDA graph, as recorded operations on a CPU, or eagerly:
+    "chosen", "available", or why not."""
     _require(model, cache)
     model.check(torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=model.first_weight.device), cache)
     with torch.no_grad():

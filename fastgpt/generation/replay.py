@@ -20,11 +20,10 @@ from fastgpt.ops.library import Plan, Unchanged, library, without_autograd
 
 
 class CpuReplay:
-    """`function`, a function of one tensor, recorded at its first call and replayed at later ones.
+    """Records `function`, of one tensor, at its first call, and replays it at later ones.
 
-    Whatever else the function reads must be updated in place: other tensors at the same addresses are not seen. Only
-    fastgpt's operations on the CPU and views of their results can be recorded. `refused` says why a function cannot be;
-    it is then called each time.
+    All other tensors that the function reads must be updated in place. Only fastgpt's operations on the CPU and views of
+    their results can be recorded. If a function cannot be recorded, `refused` says why, and it is called each time.
 
     Returns the same tensor at each call, with new contents.
     """
@@ -59,7 +58,7 @@ class CpuReplay:
 
 
 class DispatchRecorder(TorchDispatchMode):
-    """Sees every operation that PyTorch dispatches, and owns the memory that they read and write by its address.
+    """Observes every operation that PyTorch dispatches, and keeps the memory alive that they read and write.
 
     Args:
         results: whether to own what they return, too. A CUDA graph has a pool of memory for what is made within it, which
@@ -101,23 +100,22 @@ class DispatchRecorder(TorchDispatchMode):
 
 
 def storages(values: Any) -> list[tuple[int, torch.Tensor]]:
-    """Of each strided tensor in a nested structure: its storage's identity, and the tensor."""
+    """The strided tensors in a nested structure, each with the identity of its storage."""
     tensors = (x for x in tree_leaves(values) if isinstance(x, torch.Tensor) and x.layout is torch.strided)
     return [(x.untyped_storage()._cdata, x) for x in tensors]
 
 
 class CudaGraphReplay:
-    """`function`, a function of one tensor on a GPU, captured in a CUDA graph at its second call and replayed from then on.
+    """Captures `function`, of one tensor on a GPU, in a CUDA graph at its second call, and replays it from then on.
 
-    The first call just runs, and so compiles and loads what a capture must not. Whatever else the function reads and writes
-    must be updated in place: other tensors are not seen, and its Python runs no more. What the graph reads lives as long as
-    it does. The function must not wait for the GPU. Whether that is so is to be known before: PyTorch does not recover from a
-    capture that fails, so that is an error.
+    The first call runs eagerly, to compile and load what must not be compiled or loaded during capture. All other tensors
+    that the function reads and writes must be updated in place; they live as long as the graph. The function must not
+    synchronize with the GPU. The caller has to know that beforehand, since PyTorch does not recover from a failed capture.
 
     Returns the same tensor at each call, with new contents. If the result is like the argument, as the next token is like
     the last, it is the argument of the graph as well, and passing it to the next call copies nothing.
 
-    Raises: RuntimeError where the capture fails.
+    Raises: RuntimeError if the capture fails.
     """
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
@@ -158,18 +156,18 @@ class CudaGraphReplay:
 
 
 class Recording:
-    """A step of a model, `function` of one tensor, that is recorded or captured as long as that changes nothing.
+    """A step of a model, `function` of one tensor, that is recorded or captured where results stay the same.
 
-    That is where all modules of the model are plain (fastgpt/model/fusion.py); calls of others cannot be left out. It is
-    recorded anew, or called each time from then on if that is refused, when a module is replaced or gets a hook, another class,
-    another forward (its class's included) or another value of an attribute such as a norm's eps, and when a weight is replaced
-    or moves. Weights that change in place are seen.
+    They do if all modules of the model are plain (fastgpt/model/fusion.py); other modules must be called. The step is recorded
+    again, or called each time if that is refused, when a module is replaced or gets a hook, another class, another forward
+    (its class's included) or another value of an attribute such as a norm's eps, and when a weight is replaced or moves.
+    In-place changes of weights take effect without that.
 
     Args:
         record: CpuReplay or CudaGraphReplay.
-        refuses: says why the step cannot be recorded or captured, or None; asked before each time that it is to be.
+        refuses: returns why the step cannot be recorded or captured, or None; called before each attempt.
 
-    refused: what it said last.
+    refused: its last result.
     """
 
     def __init__(
