@@ -12,8 +12,8 @@ from fastgpt.ops.quantization import QUANTIZED_DTYPES, as_bytes
 
 @contextlib.contextmanager
 def fitting_into_memory() -> Iterator[None]:
-    """A context manager for the allocations of a cache: where the CPU has too little memory, it raises a MemoryError that says
-    what to do. On a GPU, torch.OutOfMemoryError stays."""
+    """A context manager for the allocations of a cache: raises MemoryError that says what to do if the CPU has too little memory.
+    On a GPU, torch.OutOfMemoryError is raised as usual."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -26,10 +26,10 @@ OFF = {"top_k": 0, "top_p": 0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}  
 
 
 def read_generation_config(folder: Path) -> dict:
-    """Options of `generate`, and max_new_tokens, that a checkpoint's generation_config.json gives; {} where it has none.
+    """Options of `generate`, and max_new_tokens, from a checkpoint's generation_config.json; {} if there is none.
 
-    do_sample: true without a temperature is one of 1; without do_sample: true, the temperature is 0 whatever it says, as in
-    transformers. What it says of other ways to generate is not read.
+    As in transformers, the temperature is 1 by default with `"do_sample": true`, and 0 without. Entries for other ways to
+    generate, such as beam search, are ignored.
 
     Raises: ValueError that names the file and the entry.
     """
@@ -49,7 +49,7 @@ def read_generation_config(folder: Path) -> dict:
 
 
 def generation_config(defaults: dict) -> dict:
-    """What `read_generation_config` reads as these."""
+    """The entries that `read_generation_config` reads as these options."""
     config = {"eos_token_id" if name == "eos" else name: value for name, value in defaults.items()}
     if isinstance(eos := config.get("eos_token_id"), (np.ndarray, torch.Tensor)):
         config["eos_token_id"] = eos.tolist()

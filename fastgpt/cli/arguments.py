@@ -13,11 +13,14 @@ from fastgpt.folders import SHIPPED_MODEL
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", "\\": "\\"}
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of descriptions and examples, and gives long option names room."""
+class Formatter(argparse.HelpFormatter):
+    """Keeps the lines of examples, fits all else to the terminal, and gives long option names room."""
 
     def __init__(self, prog: str, **options):
         super().__init__(prog, max_help_position=32, **options)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,9 +49,9 @@ def _parsed(type_: Callable[[str], Any], expected: str, text: str) -> Any:
 
 
 def path_or_id(text: str) -> str:
-    """A path as it is given; it may stand for a model on the Hub."""
+    """A path as it is given, or the id of a model on the Hub."""
     if not text:  # which would be the current directory
-        raise argparse.ArgumentTypeError("expected the path of a file or a folder, got ''")
+        raise argparse.ArgumentTypeError("expected a path, got an empty string")
     return text
 
 
@@ -57,14 +60,14 @@ def path(text: str) -> Path:
 
 
 def unescape(text: str, name: str = "text") -> str:
-    r"""What a shell passes on as written: \n, \r, \t, \\, \0, \xNN, \uNNNN, \UNNNNNNNN become the characters they stand for.
+    r"""Replaces the escapes \n, \r, \t, \\, \0, \xNN, \uNNNN and \UNNNNNNNN by their characters, since a shell does not.
 
     A backslash before anything else stays. For options such as --stop.
 
     Args:
         name: of the option, for errors.
 
-    Raises: ValueError for what is no character.
+    Raises: ValueError for an escape of no character.
     """
 
     def character(escape: re.Match) -> str:

@@ -14,7 +14,10 @@ from fastgpt.folders import SHIPPED_MODEL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Times generation and its operations against PyTorch's and against this machine's roofline."
+    parser.usage = "%(prog)s [options]"
+    parser.description = (
+        "Times generation and its operations, and compares them with PyTorch's and with this machine's roofline."
+    )
     add = parser.add_argument
     add_device(add)
     add("--only", default="", metavar="TEXT", help="cases with TEXT in their names: GPT-2, attention, one token, ... (all)")

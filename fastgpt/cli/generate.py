@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def require_consistent(options: argparse.Namespace) -> None:
-    """Raises ValueError for options that say nothing without others, or contradict them."""
+    """Raises ValueError for options that have no effect without others, or contradict them."""
     if options.logprobs and not options.json:
         raise ValueError("logprobs: expected --json with it, got --logprobs alone")
     if options.template_var and not options.chat:
@@ -147,7 +147,7 @@ def require_consistent(options: argparse.Namespace) -> None:
 
 
 def generation_settings(options: argparse.Namespace) -> dict:
-    """What `Pipeline.start` is given, checked before anything is loaded; all else is the checkpoint's to say."""
+    """The arguments of `Pipeline.start`, checked before anything is loaded; the checkpoint has the defaults of the others."""
     settings = {name: getattr(options, name) for name in SAME_NAMES if getattr(options, name) is not None}
     if options.cache_dtype is not None:
         settings["cache_dtype"] = CACHE_DTYPES[options.cache_dtype]
@@ -163,7 +163,7 @@ def generation_settings(options: argparse.Namespace) -> dict:
 def generate_text(
     pipe: Pipeline, prompts: list[str], settings: dict, options: argparse.Namespace, device: torch.device
 ) -> None:
-    """Generates and prints, all that the command is for; exits with status 1 where --compare-cache finds other tokens."""
+    """Generates and prints text and measurements; exits with status 1 if --compare-cache finds different tokens."""
     if options.chat and pipe.tokenizer.chat_template is None:
         which = "the shipped model" if options.model == SHIPPED_MODEL else options.model
         raise ValueError(f"chat: expected a --model with a chat template, {which} has none")
@@ -186,7 +186,7 @@ def generate_text(
 def generate_once(
     pipe: Pipeline, prompts: list[str], settings: dict, options: argparse.Namespace, *, use_cache: bool, quiet: bool
 ) -> Run:
-    """Generates; unless quiet, prints prompts and texts, as they come if there is only one."""
+    """Generates; unless quiet, prints prompts and texts, a single text as it is generated."""
     given = [as_messages(prompt) if options.chat else prompt for prompt in prompts]
     generation = pipe.start(given, options.max_new_tokens, use_cache=use_cache, **settings)
     printed = printed_prompts(generation, prompts, options)
@@ -212,7 +212,7 @@ def shortened(prompt: str) -> str:
 
 
 def printed_prompts(generation: Run, prompts: list[str], options: argparse.Namespace) -> list[str]:
-    """What is printed before each text: its prompt, but for chats."""
+    """What is printed before each text: its prompt, or nothing for a chat."""
     return ["" if options.chat else prompt for prompt in prompts for _ in range(generation.options.num_samples)]
 
 
@@ -225,7 +225,7 @@ def print_warnings(generation: Run, options: argparse.Namespace, context: int) -
 
 
 def texts(pipe: Pipeline, generation: Run, prompts: list[str], options: argparse.Namespace) -> dict:
-    """What was generated, for --json: of the one text, or a list in `samples`, those of the first prompt first."""
+    """The generated text for --json, or a list of texts in `samples`, those of the first prompt first."""
     result: list[dict] = []
     for prompt, row in zip(printed_prompts(generation, prompts, options), generation.rows):
         result.append({"text": prompt + row.text, "finish_reason": row.finish_reason})
@@ -237,7 +237,7 @@ def texts(pipe: Pipeline, generation: Run, prompts: list[str], options: argparse
 
 
 def measurements(pipe: Pipeline, generation: Run, device: torch.device) -> dict:
-    """How a text was generated, for --json."""
+    """Counts, times and settings of a generation, for --json."""
     reasons = fastgpt.explain(fastgpt.attention, *example_calls(device)[fastgpt.attention])
     return {
         "prompt_tokens": sum(map(len, generation.prompts)),

@@ -1,4 +1,4 @@
-"""`fastgpt inspect`: from the tokens of a prompt to the most likely next ones, and to a plot of what attends to what."""
+"""`fastgpt inspect`: from the tokens of a prompt to the most likely next ones, and to a plot of an attention pattern."""
 
 import argparse
 import json
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     model = GPT.from_pretrained(folder, device=device_of(options.device))
     require_causal(model.config)
     tokenizer = Tokenizer.from_folder(folder)
-    prompt = tokenizer.encode(text)
+    prompt = tokenizer.encode(text, name="prompt")
     if not prompt:
         raise ValueError("prompt: expected at least one character, got an empty prompt")
     require_room("prompt", len(prompt), model.config)
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def print_predictions(tokens: list[dict], following: list[dict], vocab_size: int) -> None:
-    """The tokens of a prompt, and a table of those that may follow."""
+    """Prints the tokens of a prompt, and a table of the most likely next ones."""
     print(f"{len(tokens)} token{'s' if len(tokens) > 1 else ''} with their ids:")
     line = ""
     for token in tokens:

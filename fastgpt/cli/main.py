@@ -18,7 +18,7 @@ COMMANDS = {  # a module beside this one each
     "generate": "continue a prompt",
     "inspect": "show the tokens of a prompt and the predictions for the next one",
     "train": "train a model on a text file",
-    "bench": "measure how fast this machine is, in two minutes",
+    "bench": "measure the speed of generation and its operations, in two minutes",
     "info": "show versions, devices, and which implementation each operation uses",
 }
 NOT_OPTIONS = {"prompt", "run", "parser"}  # what else is in the parsed arguments
@@ -95,8 +95,8 @@ class CommandParser(Parser):
 
 
 def error_message(error: Exception, options: argparse.Namespace) -> str:
-    """The message of an error, in terms of the command line: the argument with which it begins as the option of that name, if
-    the command has one, and without "or None", which only Python can pass."""
+    """The message of an error in terms of the command line: the argument that it begins with becomes the option of that name,
+    if the command has one, and "or None", which only Python can pass, is left out."""
     message = str(error)
     if isinstance(error, PromptTooLong):
         message += " (--model)"

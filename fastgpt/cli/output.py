@@ -19,5 +19,5 @@ def discard_stdout() -> None:
 
 
 def is_of_stdout(error: OSError) -> bool:
-    """Whether it says that standard output cannot be written to: unlike a file, a stream has no name."""
+    """Whether an error is about writing to standard output: unlike that of a file, it has no name."""
     return error.errno in NO_ROOM and error.filename is None and sys.stdout is not None

@@ -38,7 +38,7 @@ def read_prompt(prompt: str) -> str:
 
 
 def default_prompt(tokenizer: Tokenizer) -> str:
-    """A line break, or for a character-level model that knows none, its first character."""
+    """A line break, or the first character of a character-level vocabulary without one."""
     try:
         return DEFAULT_PROMPT if tokenizer.encode(DEFAULT_PROMPT) else tokenizer.decode([0])
     except ValueError:

@@ -25,6 +25,7 @@ TOKENIZER_FILES = (  # what a checkpoint has beside its tokenizer.json, into whi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s --text FILE --out DIR [options]"
     parser.description = "Trains a decoder on a text file, with evaluations, samples and checkpoints on the way."
     add = parser.add_argument
     kept = ", ".join(name.replace("_", "-") for name in KEPT[:-1]) + " and " + KEPT[-1].replace("_", "-")
@@ -76,14 +77,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def print_start(trainer: Trainer, options: argparse.Namespace, device: torch.device) -> None:
-    """What is about to be trained, on what."""
+    """Prints the sizes of the model and of the text, and the steps to go."""
     processes = trainer.processes
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     several = f" in each of {processes.size} processes ({processes.parallel})" if processes.parallel else ""
     if options.resume and trainer.step == trainer.config.steps:
         print_stderr(f"fastgpt: the run in {options.out} has done all its {trainer.step:,} steps: --steps MORE continues it")
     print(
-        f"{parameters / 1e6:.2f} M parameters; {len(trainer.train_tokens):,} tokens to train on, "
+        f"{parameters:,} parameters; {len(trainer.train_tokens):,} tokens to train on, "
         f"{len(trainer.held_out):,} held out; {trainer.config.steps - trainer.step} steps to go on {device}{several}"
     )
 

@@ -1,4 +1,4 @@
-"""A call of `generate`: prefill, the decode loop, and what it leaves to later calls."""
+"""A call of `generate`: prefill, the decode loop, and what later calls reuse."""
 
 import contextlib
 import sys
@@ -24,17 +24,17 @@ from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, evaluating, others
 from fastgpt.model.inputs import as_prompts, require_in_vocabulary, require_room
 
 MAX_ROWS = 2**20  # more are a mistake, and would take all memory before anything is generated
-# By device. To look whether all rows have ended is, on a GPU, to wait for it; so it is done after so many steps only.
+# Steps between checks whether all rows have ended, which on a GPU needs a device sync.
 EOS_POLL_INTERVAL = {"cpu": 1, "cuda": 16}
 PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
 Session = tuple[Sampler, KVCache, Recording]
 
 
 class Sessions:
-    """What calls of `generate` leave to later ones: sampler, cache and captured steps, by model and by what decides all three.
+    """What calls of `generate` reuse from earlier ones: sampler, cache and recorded steps, by model and by `session_key`.
 
-    A call takes a session out and leaves it when it has ended, so that no two calls have the same one. A session goes when
-    the model's modules or weights have changed, when the model goes, or when later ones take its place.
+    A call takes a session, and puts it back when it has ended, so that no two calls have the same one. A session is dropped
+    when the model's modules or weights change, when the model is deleted, or when later sessions replace it.
     """
 
     MOST = 2  # of a model
@@ -44,7 +44,7 @@ class Sessions:
         self.lock, self.of_model = threading.Lock(), weakref.WeakKeyDictionary()
 
     def take(self, model: GPT, key: tuple) -> Session | None:
-        """What was left for this key, or None."""
+        """The session of this key, or None."""
         with self.lock:
             kept = self.of_model.get(model, {})
             for old in [old for old, (_, _, recording) in kept.items() if not recording.holds()]:
@@ -71,16 +71,16 @@ Step = Callable[[torch.Tensor], torch.Tensor]  # each row's last token (B · num
 
 
 class Request:
-    """A call of `generate`, checked, with all the memory that it takes.
+    """A call of `generate` with checked arguments, and the memory for it.
 
-    Where an earlier call had as many prompts and tokens and the same options, it is what that call had, with the steps that
-    it captured: `sessions`.
+    After a call with the same numbers of prompts and tokens and the same options, its memory and recorded steps are reused
+    (`sessions`).
 
     rows: the prompts, each num_samples times.
     eos: tokens that end a row.
-    max_new_tokens: a number also where None was given.
-    encoder_kv: what the model's cross-attention reads, of each prompt, or None.
-    sampler: has the results, also after another call.
+    max_new_tokens: an integer, also if None was passed.
+    encoder_kv: keys and values for the model's cross-attention, one sequence for each prompt, or None.
+    sampler: holds the results.
     """
 
     def __init__(
@@ -115,13 +115,13 @@ class Request:
         cls, model: GPT, ids: torch.Tensor | np.ndarray | Sequence, max_new_tokens: int | None, options: dict,
         encoder_states: torch.Tensor | None = None, encoder_lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> "Request":  # fmt: skip
-        """From the arguments of `generate`."""
+        """A request from the arguments of `generate`."""
         with torch.no_grad():
             encoder_kv = read_encoder_states(model, encoder_states, encoder_lengths)
         return cls(model, as_prompts(model, ids), max_new_tokens, GenerationConfig.of(model, options), encoder_kv)
 
     def stream(self) -> Generator[Any, None, None]:
-        """What `stream` yields."""
+        """Yields what `fastgpt.stream` does."""
         with contextlib.closing(self.run()) as steps:
             for i in steps:
                 tokens, logprobs = self.sampler.tokens, self.sampler.logprobs
@@ -129,7 +129,7 @@ class Request:
                 yield tokens[i].clone() if logprobs is None else (tokens[i].clone(), logprobs[i].clone())
 
     def run(self) -> Generator[int, None, None]:
-        """Yields the number of each step when the device has been told to do it. Then its session is the next call's."""
+        """Yields the number of each step when it has been launched. At the end, puts the session back for later calls."""
         try:
             yield from self.steps()
         except GeneratorExit:
@@ -175,7 +175,7 @@ class Request:
         return self.sampler(logits), self.decoding()
 
     def recompute_cache(self, steps: int) -> tuple[torch.Tensor, Step]:
-        """After so many steps, all rows anew: the model keeps other keys from now on."""
+        """Recomputes the cache after so many steps, since the rotation of all keys has changed."""
         new = self.sampler.tokens[:steps].t().clamp(min=0)  # of rows that have ended: any
         self.cache.truncate([0] * len(self.rows))
         logits = self.prefill([torch.cat(row) for row in zip(self.rows, new)])
@@ -190,7 +190,7 @@ class Request:
         return lambda token: self.sampler(logits(token))
 
     def prefill(self, prompts: list[torch.Tensor]) -> torch.Tensor:
-        """Lets the prompts join the cache. Returns the logits of the last token of each, (B, V)."""
+        """Appends the prompts to the cache. Returns the logits (B, V) of the last token of each."""
         # Padded on the left: as the cache wants it, and the last column is the last token of each.
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
@@ -208,7 +208,7 @@ class Request:
         return self.model.logits(hidden[:, -1])
 
     def begin_uncached(self) -> tuple[torch.Tensor, Step]:
-        """As `begin_cached`, but everything is computed anew at each step."""
+        """As `begin_cached`, without a cache: each step recomputes all tokens."""
         # Padded on the right, where no token looks.
         longest = max(len(row) for row in self.rows)
         ids = self.rows[0].new_zeros(len(self.rows), longest + self.max_new_tokens)
@@ -243,7 +243,7 @@ class Request:
         return cache
 
     def cache_arguments(self) -> dict:
-        """Of `new_cache`: with room for the request and no more. The last token is never stored."""
+        """The arguments of `new_cache`, with room for the request only. The last token is never stored."""
         lengths, options = [len(prompt) for prompt in self.prompts], self.options
         new = max(self.max_new_tokens - 1, 0)
         page, samples = min(options.page_size, max(lengths) + new), options.num_samples
@@ -257,7 +257,7 @@ class Request:
         }  # fmt: skip
 
     def session_key(self, cache: dict) -> tuple:
-        """What decides how the memory of a call is laid out, and what its steps compute."""
+        """What determines the memory of a call, and what its steps compute."""
         options, device = self.options, self.rows[0].device
         rules = {name: value for name, value in options.rules.items() if name != "logit_bias"}
         return (
@@ -271,7 +271,7 @@ class Request:
         return None if window is None else min(window, self.model.config.context_length)
 
     def uniforms(self) -> torch.Tensor | None:
-        """The numbers to draw by, or None."""
+        """The uniform numbers to sample by, or None for greedy decoding."""
         options = self.options
         if options.temperature == 0:
             return None
@@ -290,7 +290,7 @@ class Request:
         )  # fmt: skip
 
     def checked(self, max_new_tokens: int | None) -> int:
-        """How many new tokens there can be. Raises if the request does not fit the model, or the seeds the prompts."""
+        """The number of new tokens. Raises ValueError if the request does not fit the model, or the seeds the prompts."""
         context, longest, options = self.model.config.context_length, max(map(len, self.prompts)), self.options
         require_room("ids", longest, self.model.config)
         new, room = require_integer("max_new_tokens", max_new_tokens, least=0, optional=True), context - longest
@@ -298,8 +298,7 @@ class Request:
             new = min(defaults_of(self.model).get("max_new_tokens", MAX_NEW_TOKENS), room)
         if new > room:
             raise ValueError(
-                f"max_new_tokens: expected at most {room}, with which prompt and new tokens fill the context of {context} "
-                f"tokens, got {longest} + {new}"
+                f"max_new_tokens: expected at most {room} after a prompt of {longest} tokens in a context of {context}, got {new}"
             )
         prompts = len(self.prompts)
         if prompts * options.num_samples > MAX_ROWS:

@@ -148,11 +148,11 @@ def check(
             raise AssertionError(f"{label}: infinities or NaN differ from the oracle's, first at {found.where}")
         if not found.largest <= 1:
             raise AssertionError(
-                f"{label}: error {found.error:.3e} at {found.where} exceeds the bound {found.allowed:.3e}, "
-                f"without its rounding by {found.largest:.2f}x"
+                f"{label}: error {found.error:.3e} at {found.where} exceeds the bound {found.allowed:.3e} "
+                f"({found.largest:,.2f}x, both without the final rounding)"
             )
         if not found.rms <= 1:
-            raise AssertionError(f"{label}: the errors' root mean square exceeds the bound ({found.rms:.2f}x)")
+            raise AssertionError(f"{label}: the root mean square of the errors exceeds the bound ({found.rms:,.2f}x)")
 
 
 def share_of_bound(

@@ -123,8 +123,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool = True, name: str = "text") -> list[int]:
         """Token ids, with the special tokens that the tokenizer adds to a text, such as bos, unless special is False.
+
+        Args:
+            name: of the argument that the text comes from, for errors.
 
         Raises: TypeError; ValueError for a lone surrogate, or naming characters that are not in the vocabulary.
         """
@@ -134,19 +137,19 @@ class Tokenizer:
         except PASSED_ON:
             raise
         except BaseException as error:
-            require_text(text)
+            require_text(text, name)
             if not isinstance(self.backend.model, tokenizers.models.WordLevel):
-                raise ValueError(f"text: expected one that the tokenizer takes, which says: {error}") from error
+                raise ValueError(f"{name}: expected text that the tokenizer accepts; its error: {error}") from error
             unknown = sorted(set(text) - self.backend.get_vocab().keys())
             named = ", ".join(repr(character) for character in unknown[:8])
             raise ValueError(
-                f"text: expected only the {self.vocab_size} characters that the model was trained on, "
+                f"{name}: expected only the {self.vocab_size} characters that the model was trained on, "
                 f"got {named}{' and more' if len(unknown) > 8 else ''}"
             ) from error
 
     def encode_chat(self, messages: Sequence[Mapping], **options) -> list[int]:
         """The token ids of a chat, formatted by the chat template; options: arguments of `chat_text`."""
-        return self.encode(self.chat_text(messages, **options), special=False)
+        return self.encode(self.chat_text(messages, **options), special=False, name="messages")
 
     def chat_text(
         self, messages: Sequence[Mapping],
@@ -214,7 +217,7 @@ class Tokenizer:
         """The text of token ids, without special tokens. Ids without a token, such as those that pad a model's vocabulary, have
         no text. Raises TypeError, ValueError for anything that is not an id."""
         if not isinstance(ids, Iterable):
-            raise TypeError(f"ids: expected token ids one after the other, got {ids!r}")
+            raise TypeError(f"ids: expected an iterable of token ids, got {ids!r}")
         ids = list(ids)
         try:
             return self.backend.decode(ids, skip_special_tokens=True)
@@ -223,7 +226,7 @@ class Tokenizer:
         except BaseException as error:
             for token in ids:
                 require_integer("ids", token, 0, 2**32 - 1)
-            raise ValueError(f"ids: expected some that the tokenizer takes, which says: {error}") from error
+            raise ValueError(f"ids: expected token ids that the tokenizer accepts; its error: {error}") from error
 
     def special_texts(self) -> dict[int, str]:
         """Special tokens, which `decode` skips: id -> text."""

@@ -23,9 +23,9 @@ def train(trainer: Trainer, folder: Path) -> None:
     the weights that are kept are those with the lowest held-out loss. Ctrl-C or SIGTERM, to any process, stops the run after
     the current step in the same way; a second one stops it at once.
 
-    Raises: FloatingPointError when the loss or its gradient is not finite any more: the folder keeps the state that was
-        saved last, which can be resumed with other settings. OSError when the folder cannot be written to. ValueError while
-        another run has the folder, before anything is computed.
+    Raises: FloatingPointError if the loss or its gradient becomes infinite or NaN: the folder keeps the state that was saved
+        last, which can be resumed with other settings. OSError if the folder cannot be written to. ValueError if another run
+        uses the folder, before anything is computed.
     """
     with claimed(folder, trainer.processes):
         _train(trainer, Path(folder))
@@ -40,8 +40,8 @@ def _train(trainer: Trainer, folder: Path) -> None:
     def require_finite(*more: float) -> None:
         if not (finite and all(map(math.isfinite, more))):
             raise FloatingPointError(
-                f"the run has diverged by step {trainer.step}: the loss or its gradient is not finite any more. {folder} holds "
-                f"step {saved}: continue it with --resume and a smaller --learning-rate, say."
+                f"the run has diverged by step {trainer.step}: the loss or its gradient is infinite or NaN. {folder} holds "
+                f"step {saved}: continue with --resume, for example with a smaller --learning-rate."
             )
 
     if processes.any(trainer.step == 0 or (processes.first and not (folder / STATE).exists())):

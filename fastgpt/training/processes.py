@@ -76,7 +76,7 @@ class Processes:
     def interruptible(self) -> Iterator[Callable[[], bool]]:
         """Yields a function, to be called by all at once: whether Ctrl-C or SIGTERM has come to any process.
 
-        Within it, the first of them does nothing else; another one interrupts as usual.
+        Inside, the first signal has no other effect; a second one interrupts as usual.
         """
         interrupted: list[bool] = []
         before: dict[int, Any] = {}

@@ -36,13 +36,13 @@ _claimed: ContextVar[frozenset[Path]] = ContextVar("claimed", default=frozenset(
 
 @contextmanager
 def claimed(folder: Path, processes: Processes = Processes()) -> Iterator[None]:
-    """Within it, a folder, made where there is none, is this run's alone: two would overwrite each other's checkpoints.
+    """A context manager that creates a folder if necessary, and reserves it: two runs would overwrite each other's checkpoints.
 
     The first process holds an exclusive lock on a file there, which the system releases when the process dies. The file is
-    removed at the end, and so are folders that were made and hold nothing. Where the system or the file system has no such
-    locks, the folder is only made. All processes enter and leave together.
+    removed at the end, and so are folders that were created and are empty. Where the system or the file system has no such
+    locks, the folder is only created. All processes enter and exit together.
 
-    Raises: ValueError in all processes where another run has the folder; OSError where it cannot be made or written to.
+    Raises: ValueError in all processes if another run uses the folder; OSError if it cannot be created or written to.
     """
     path = Path(folder).absolute()
     if path in _claimed.get():

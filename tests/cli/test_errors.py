@@ -12,8 +12,11 @@ from fastgpt.cli.main import error_message, parser
 
 ERRORS = [
     (["generate", ""], "prompt: expected at least one token, got an empty prompt"),
-    (["generate", "naïve"], "text: expected only the 65 characters .*, got 'ï'"),
-    (["generate", "A", "--max-new-tokens", "512"], "context of 512 tokens, got 1 . 512"),
+    (["generate", "naïve"], "prompt: expected only the 65 characters .*, got 'ï'"),
+    (
+        ["generate", "A", "--max-new-tokens", "512"],
+        "--max-new-tokens: expected at most 511 after a prompt of 1 .* of 512, got 512",
+    ),
     (["generate", "A" * 600], "prompt: expected a prompt of at most 512 tokens, .*, got 600: shorten it, or .*--model"),
     (["inspect", "A" * 600], "prompt: expected a prompt of at most 512 tokens, .*, got 600: shorten it, or .*--model"),
     (["generate", "A", "--logprobs"], "logprobs: expected --json with it, got --logprobs alone"),
@@ -56,14 +59,14 @@ ERRORS = [
     (["generate", "A", "--model", "/nowhere"], "expected a checkpoint folder, /nowhere does not exist"),
     (["generate", "A", "--device", "tpu9"], "device: expected cpu, cuda or cuda:N, got 'tpu9'"),
     (["bench", "--only", "nothing of this name"], "only: expected a part of what can be measured, 'nothing of this name' is"),
-    (["generate", "--model", ""], "model: expected the path of a file or a folder, got ''"),
-    (["generate", "--prompt-file", ""], "prompt-file: expected the path of a file or a folder, got ''"),
-    (["inspect", "A", "--attention", ""], "attention: expected the path of a file or a folder, got ''"),
-    (["train", "--text", "", "--out", "/tmp/x"], "text: expected the path of a file or a folder, got ''"),
-    (["train", "--text", "/nowhere", "--out", ""], "out: expected the path of a file or a folder, got ''"),
+    (["generate", "--model", ""], "model: expected a path, got an empty string"),
+    (["generate", "--prompt-file", ""], "prompt-file: expected a path, got an empty string"),
+    (["inspect", "A", "--attention", ""], "attention: expected a path, got an empty string"),
+    (["train", "--text", "", "--out", "/tmp/x"], "text: expected a path, got an empty string"),
+    (["train", "--text", "/nowhere", "--out", ""], "out: expected a path, got an empty string"),
     (["train", "--text", "/nowhere", "--out", "a\0b"], r"out: expected a folder, got 'a\\x00b': embedded null byte"),
     (["train", "--text", "/nowhere", "--out", "x" * 5000], "out: expected a folder, got 'x+': File name too long"),
-    (["train", "--text", "/nowhere", "--out", "/tmp/x", "--init-from", ""], "init-from: expected the path of a file or"),
+    (["train", "--text", "/nowhere", "--out", "/tmp/x", "--init-from", ""], "init-from: expected a path, got an empty string"),
     (["train", "--text", "/nowhere", "--out", "/tmp/x"], "text: expected a file, /nowhere does not exist"),
 ]
 

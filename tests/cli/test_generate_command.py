@@ -184,7 +184,7 @@ def test_by_default_texts_end_where_the_context_does(tmp_path, capsys):
         report = json.loads(run(capsys, "generate", prompt, "--model", tmp_path, "--json")[1])
         assert report["new_tokens"] == 60 - len(prompt) and report["finish_reason"] == "length"
     status, _, error = run(capsys, "generate", "A" * 50, "--model", tmp_path, "--max-new-tokens", 11)
-    assert status == 2 and "max-new-tokens: expected at most 10, " in error
+    assert status == 2 and "max-new-tokens: expected at most 10 after a prompt of 50 " in error
 
 
 def test_rules(capsys):

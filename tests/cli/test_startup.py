@@ -145,3 +145,11 @@ def test_every_option_of_every_command_has_a_help_text(command, capsys):
     assert all(action.help and re.search("[a-z]{3}", action.help) for action in actions)
     status, out, _ = run(capsys, command, "--help")
     assert status == 0 and all(name in out for action in actions for name in action.option_strings)
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_fits_a_terminal_of_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run(capsys, *filter(None, [command]), "--help")
+    assert status == 0 and max(map(len, out.splitlines())) <= 80
+    assert (command == "generate") == ('\nexamples:\n  fastgpt generate "ROMEO:" --temperature 0.8 --seed 1\n' in out)

@@ -272,7 +272,7 @@ def test_ties_go_to_the_first_as_in_greedy_decoding():
 
 ERRORS = [
     ([""], "prompt: expected at least one character, got an empty prompt"),
-    (["naïve"], "text: expected only the 65 characters"),
+    (["naïve"], "prompt: expected only the 65 characters"),
     (["A" * 600], "prompt: expected a prompt of at most 512 tokens, the model's context, got 600"),
     (["A", "--top", "0"], "top: expected an integer >= 1, got 0"),
     (["A", "--model", "/nowhere"], "expected a checkpoint folder, /nowhere does not exist"),

@@ -123,7 +123,7 @@ ID_ERRORS = [
     (["a"], TypeError, "ids: expected an integer >= 0 and <= 4294967295, got 'a'"),
     ([1.5], TypeError, "ids: expected an integer >= 0 and <= 4294967295, got 1.5"),
     ([[1]], TypeError, r"ids: expected an integer >= 0 and <= 4294967295, got \[1\]"),
-    (5, TypeError, "ids: expected token ids one after the other, got 5"),
+    (5, TypeError, "ids: expected an iterable of token ids, got 5"),
 ]
 
 
@@ -177,9 +177,9 @@ def test_a_panic_of_the_library_is_a_value_error():
 
         encode = decode = panic
 
-    with pytest.raises(ValueError, match="text: expected one that the tokenizer takes, which says: index out of bounds"):
+    with pytest.raises(ValueError, match="text: expected text that the tokenizer accepts; its error: index out of bounds"):
         Tokenizer(Backend()).encode("a")
-    with pytest.raises(ValueError, match="ids: expected some that the tokenizer takes, which says: index out of bounds"):
+    with pytest.raises(ValueError, match="ids: expected token ids that the tokenizer accepts; its error: index out of bounds"):
         Tokenizer(Backend()).decode([1])
 
 

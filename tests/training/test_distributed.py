@@ -156,7 +156,7 @@ def test_ctrl_c_stops_all_processes_after_the_same_step(tmp_path):
     process.send_signal(signal.SIGINT)  # torchrun passes it on
     shown, _ = process.communicate(timeout=600)
     (stopped,) = re.findall(r"Stopped after step (\d+) of 100000; continue with --resume", shown)  # once, so by one process
-    assert shown.count("held-out loss") == 2 and shown.count("M parameters") == 1
+    assert shown.count("held-out loss") == 2 and shown.count(" parameters; ") == 1
     assert "in each of 2 processes (fsdp)" in shown
     assert Trainer.resume(out, TEXT).step == int(stopped)
     assert sorted(path.name for path in out.iterdir()) == [
