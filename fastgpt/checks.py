@@ -203,7 +203,7 @@ def writing(name: str, path: Path, kind: str) -> Iterator[None]:
     except (MemoryError, TypeError, ValueError):
         raise
     except Exception as error:  # libraries have their own exceptions for a full disk or missing permissions
-        raise OSError(f"{name}: expected {kind} that can be written to, {path} is none: {reason_of(error)}") from error
+        raise OSError(f"{name}: expected {kind} that can be written to, got {path}: {reason_of(error)}") from error
 
 
 def reason_of(error: Exception) -> str:

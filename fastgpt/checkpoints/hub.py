@@ -24,7 +24,7 @@ def resolve(path: str | Path, revision: str | None = None, argument: str = "mode
     try:
         is_folder = folder.is_dir()
     except OSError as error:  # a name that is too long, or a folder that may not be entered
-        raise FileNotFoundError(f"{argument}: expected a checkpoint folder, {folder} is none: {error.strerror}") from error
+        raise FileNotFoundError(f"{argument}: expected a checkpoint folder, got {folder}: {error.strerror}") from error
     if is_folder:
         if revision is not None:
             raise ValueError(f"revision: expected None for {path}, which is a folder here and not on the Hub, got {revision!r}")

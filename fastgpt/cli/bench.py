@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     device_limits = suite.DeviceLimits(device_of(options.device))
     cases = [case for case in suite.cases(device_limits, SHIPPED_MODEL) if options.only in f"{case.section}, {case.name}"]
     if not cases:
-        raise ValueError(f"only: expected a part of what can be measured, {options.only!r} is in no name")
+        raise ValueError(f"only: expected text in the name of a case, got {options.only!r}")
     torch.manual_seed(0)
     results = []
     try:

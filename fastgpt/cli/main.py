@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         message = error_message(error, options)
         if isinstance(error, OSError) and is_of_stdout(error):
             discard_stdout()
-            message = f"output: expected one that can be written to, got {error.strerror}"
+            message = f"standard output cannot be written to: {error.strerror}"
         print_stderr(f"fastgpt: error: {message}")
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -114,5 +114,5 @@ def started(options: argparse.Namespace, settings: dict, place: dict) -> Trainer
 def resumed(options: argparse.Namespace, settings: dict, place: dict) -> Trainer:
     """The run in the folder --out, as `started` has it."""
     if options.init_from is not None:
-        raise ValueError(f"init_from: expected none with --resume, which goes on from {options.out}, got {options.init_from}")
+        raise ValueError(f"init_from: expected none with --resume, which continues {options.out}, got {options.init_from}")
     return Trainer.resume(options.out, options.text, **place, **settings)

@@ -57,7 +57,7 @@ def decoding(
     if not (choose is None or callable(choose)):
         raise TypeError(f"choose: expected a function of logits or None, got {choose!r}")
     if not isinstance(recording, replay.Recording | None):
-        raise TypeError(f"recording: expected that of an earlier function or None, got {recording!r}")
+        raise TypeError(f"recording: expected the attribute of an earlier result or None, got {recording!r}")
 
     def step(x, tables):
         return model.uncapped_logits(model.run_blocks(x, cache, tables=tables)[:, -1])
@@ -105,7 +105,7 @@ def column(token: torch.Tensor) -> torch.Tensor:
 def _require(model: GPT, cache: KVCache) -> None:
     require_decoder(model)
     if not isinstance(cache, KVCache):
-        raise TypeError(f"cache: expected one of `new_cache`'s, got {type(cache).__name__}")
+        raise TypeError(f"cache: expected a KVCache from `new_cache`, got {type(cache).__name__}")
 
 
 def _recording(model: GPT, earlier: replay.Recording | None, function, record: type, refuses=None) -> replay.Recording:

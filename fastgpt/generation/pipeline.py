@@ -111,7 +111,7 @@ class Pipeline:
         """
         if isinstance(prompt, str):
             if template_variables is not None:
-                raise ValueError("template_variables: expected none with a prompt that is no chat")
+                raise ValueError("template_variables: expected none with a prompt that is not a chat")
             name, ids = "prompt", self.tokenizer.encode(prompt, name="prompt")
         else:
             if not (template_variables is None or isinstance(template_variables, dict)):

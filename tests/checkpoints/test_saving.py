@@ -43,10 +43,10 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(folder, tmp_path, monkeyp
     fails(
         ValueError, "^config.json: expected .*got object", checkpoint_config=model.checkpoint_config | {"x_token_id": object()}
     )
-    fails(OSError, "^folder: expected a folder that can be written to, .* is none: I/O error: No space", save_file=full)
+    fails(OSError, "^folder: expected a folder that can be written to, got .*: I/O error: No space", save_file=full)
     (folder / "generation_config.json").unlink()
     (folder / "generation_config.json").mkdir()
-    with raises("^folder: .* is none: generation_config.json in it is a folder", OSError):
+    with raises("^folder: .*, got .*: generation_config.json in it is a folder", OSError):
         model.save_pretrained(folder)
     (folder / "generation_config.json").rmdir()
     del before["generation_config.json"]
@@ -57,8 +57,8 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(folder, tmp_path, monkeyp
 def test_folders_that_cannot_be_written_to_are_named(folder, tmp_path):
     model = GPT.from_pretrained(folder)
     for wrong, error, message in (
-        (folder / "config.json", OSError, "config.json is none: File exists"), ("/proc/nowhere", OSError, "nowhere is none: No such"),
-        (folder / "config.json" / "x", OSError, "x is none: Not a directory"), ("x" * 5000, OSError, "is none: File name too long"),
+        (folder / "config.json", OSError, "got .*config.json: File exists"), ("/proc/nowhere", OSError, "got .*nowhere: No such"),
+        (folder / "config.json" / "x", OSError, "got .*x: Not a directory"), ("x" * 5000, OSError, "got x+: File name too long"),
         ("a\0b", ValueError, "expected a path, got 'a"), ("", ValueError, "expected a path"), (5, TypeError, "expected a path"),
     ):  # fmt: skip
         with raises("^folder: .*" + message, error):

@@ -58,7 +58,7 @@ ERRORS = [
     (["generate", "A", "--top-p", "1.5"], "--top-p: expected a finite number <= 1 and > 0, got 1.5"),
     (["generate", "A", "--model", "/nowhere"], "expected a checkpoint folder, /nowhere does not exist"),
     (["generate", "A", "--device", "tpu9"], "device: expected cpu, cuda or cuda:N, got 'tpu9'"),
-    (["bench", "--only", "nothing of this name"], "only: expected a part of what can be measured, 'nothing of this name' is"),
+    (["bench", "--only", "nothing of this name"], "only: expected text in the name of a case, got 'nothing of this name'"),
     (["generate", "--model", ""], "model: expected a path, got an empty string"),
     (["generate", "--prompt-file", ""], "prompt-file: expected a path, got an empty string"),
     (["inspect", "A", "--attention", ""], "attention: expected a path, got an empty string"),

@@ -67,7 +67,7 @@ def test_an_output_that_is_full_is_an_error_in_one_line():
     command = [sys.executable, "-m", "fastgpt", "generate", "A", "--max-new-tokens", "1"]
     with open("/dev/full", "wb") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    expected = "fastgpt: error: output: expected one that can be written to, got No space left on device\n"
+    expected = "fastgpt: error: standard output cannot be written to: No space left on device\n"
     assert (result.returncode, result.stderr) == (2, expected)
 
 

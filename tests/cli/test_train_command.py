@@ -131,7 +131,7 @@ def test_resuming_on_the_command_line(text_file, tmp_path):
     "options, problem",
     [
         (["--resume", "--width", "64"], "width: expected 32, with which the run in {out} was started, got 64"),
-        (["--resume", "--init-from", "x"], "--init-from: expected none with --resume, which goes on from {out}, got x"),
+        (["--resume", "--init-from", "x"], "--init-from: expected none with --resume, which continues {out}, got x"),
         (["--resume", "--accumulate", "3"], "--batch-size: expected a multiple of 3 (processes: 1, parts in each: 3), got 8"),
         (["--resume", "--accumulate", "0"], "accumulate: expected an integer >= 1, got 0"),
         (["--parallel", "fsdp"], "parallel: expected processes to be started by torchrun"),

@@ -335,7 +335,7 @@ ERRORS = [
     ((PROMPT, 5), {"stop": [10**6]}, ValueError, "stop: expected an integer >= 0 and <= 379, got 1000000"),
     ((PROMPT, 5), {"stop": "\udc00"}, ValueError, "stop: expected characters, got the lone surrogate"),
     (("\udc00", 5), {}, ValueError, "prompt: expected characters, got the lone surrogate"),
-    ((PROMPT, 5), {"template_variables": {"x": 1}}, ValueError, "template_variables: expected none with a prompt that is no"),
+    ((PROMPT, 5), {"template_variables": {"x": 1}}, ValueError, "template_variables: expected none with a prompt that is not"),
     ((PROMPT * 20, 5), {}, ValueError, "prompt: expected a prompt of at most 160 tokens, .*, got .*longer context$"),
     ((PROMPT, 500), {}, ValueError, r"max_new_tokens: expected at most \d+ after .* context of 160, got 500"),
     ((PROMPT, 5), {"beams": 4}, TypeError, "unexpected keyword argument 'beams'"),

@@ -199,11 +199,11 @@ def test_no_tokens_from_weights_on_meta():
 
 def test_decoding_rejects_invalid_arguments():
     model = random_model()
-    with pytest.raises(TypeError, match="^cache: expected one of `new_cache`'s, got str$"):
+    with pytest.raises(TypeError, match="^cache: expected a KVCache from `new_cache`, got str$"):
         fastgpt.decoding(model, "contiguous")
     with pytest.raises(TypeError, match="^choose: expected a function of logits or None, got 3$"):
         fastgpt.decoding(model, model.new_cache(1), 3)
-    with pytest.raises(TypeError, match="^recording: expected that of an earlier function or None, got 3$"):
+    with pytest.raises(TypeError, match="^recording: expected the attribute of an earlier result or None, got 3$"):
         fastgpt.decoding(model, model.new_cache(1), recording=3)
 
 

@@ -279,7 +279,7 @@ ERRORS = [
     (["A", "--attention", "a.png", "--layer", "6"], "layer: expected a number from 0 to 5, got 6"),
     (["A", "--attention", "a.png", "--head", "-1"], "head: expected a number from 0 to 2, got -1"),
     (["A", "--attention", "a.xyz"], "attention: expected a file format that matplotlib supports, got a.xyz"),
-    (["A", "--attention", "/nowhere/a.png"], "attention: expected a file that can be written to, /nowhere/a.png is none"),
+    (["A", "--attention", "/nowhere/a.png"], "attention: expected a file that can be written to, got /nowhere/a.png"),
 ]
 
 
