@@ -94,14 +94,19 @@ def test_caches():
         assert isinstance(cache, (tuple, bool)) or cache.counts == [0] * cache.batch_size
 
 
-@pytest.mark.parametrize("new", [2, "ab", [1.5, 1], None])
-def test_counts(new):
+@pytest.mark.parametrize("new", [2, "ab", [1.5, 1]])
+def test_counts_are_a_list_of_integers(new):
     model = random_model()
+    with torch.no_grad(), pytest.raises(TypeError, match="^new: expected a list of 2 integers"):
+        model(IDS, cache=model.new_cache(2), new=new)
+
+
+def test_counts_are_all_columns_by_default():
+    model = random_model()
+    cache = model.new_cache(2)
     with torch.no_grad():
-        if new is None:
-            return model(IDS, cache=model.new_cache(2), new=None)
-        with pytest.raises(TypeError, match="^new: expected a list of 2 integers"):
-            model(IDS, cache=model.new_cache(2), new=new)
+        model(IDS, cache=cache, new=None)
+    assert cache.counts == [IDS.shape[1]] * 2
 
 
 def test_encoder_states():
