@@ -168,7 +168,12 @@ def update(outputs: list[Path]) -> None:
         write(folder / "README.md", pages.page(folder, pages.results_in(folder)))
     if RESULTS == STORED:
         for path in DOCUMENTS:
-            if (text := rendered(path)) != path.read_text():
+            try:
+                text = rendered(path)
+            except FileNotFoundError as error:  # a run that was cut short
+                print(f"{path} stays as it is: {error}")
+                continue
+            if text != path.read_text():
                 write(path, text)
 
 

@@ -132,143 +132,6 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def compared() -> list[tuple[str, torch.dtype]]:
-    """The models that are compared with those of other libraries, and their dtypes; the first is the one that README shows."""
-    if DEVICE == "cuda":
-        return [("gpt2-124m", dtype) for dtype in DTYPES]
-    dtypes = (torch.float32, torch.bfloat16, torch.float16) if full() else DTYPES
-    return list(itertools.product(("gpt2-124m", "smollm2-135m"), dtypes))
-
-
-def id_of(model_and_dtype: tuple[str, torch.dtype]) -> str:
-    return f"{model_and_dtype[0]}-{name_of(model_and_dtype[1])}"
-
-
-def with_oracle(name: str, dtype: torch.dtype) -> tuple[GPT, GPT]:
-    """A model in a dtype, and the same computing in float32."""
-    return SHAPES[name](DEVICE, dtype), SHAPES[name](DEVICE, dtype).float()
-
-
-@pytest.fixture(scope="module")
-def opened(request):
-    """The name of a model, it in one dtype, the same computing in float32, and what `peers.opened` gives for them."""
-    name, dtype = request.param
-    model, oracle = with_oracle(name, dtype)
-    with peers.opened(model, oracle) as libraries:
-        yield name, model, oracle, *libraries
-
-
-def requests():
-    """(what is opened, batch, tokens of a prompt)."""
-    first, *others = compared()
-    quick = [(1, 32), (1, 512), (1, 900), (16, 32)]
-    every = sorted([*quick, (1, 128), (1, 1000), (4, 512), (16, 512)])
-    few = [(1, 32), (1, 512), (1, 900)] if full() else [(1, 512)]
-    chosen = [(first, *request) for request in (every if full() else quick)]
-    chosen += [(other, *request) for other in others for request in few]
-    ids = [f"{id_of(which)}-batch{batch}-{T}tokens" for which, batch, T in chosen]
-    return pytest.mark.parametrize("opened, batch, T", chosen, ids=ids, indirect=["opened"])
-
-
-@pytest.mark.skipif(DEVICE == "cuda" and not full(), reason="compiles for minutes: in the full set")
-@pytest.mark.skipif(tiny(), reason="takes models of more than a few thousand weights")
-@requests()
-def test_generation(benchmark, opened, batch, T):
-    """In a round, each library generates once. The time of its first token is that of prefill; the median time between later
-    tokens, for which caches are in the state of generation, that of a decode step."""
-    name_of_model, model, oracle, libraries, versions, absent = opened
-    libraries = {name: peer for name, peer in libraries.items() if batch == 1 or name.startswith(TAKE_BATCHES)}
-    ids, dtype = prompts(model, batch, T), model.token_embedding.weight.dtype
-    for _ in range(1 if DEVICE == "cpu" else 2):  # there, the first run compiles
-        seconds_of_round = 0.0
-        for name, peer in libraries.items():
-            tokens, seconds = peers.timed(peer, ids)
-            regret = peers.regret(oracle, ids, tokens)
-            assert regret <= 2 * peer.tolerance, f"{name}: tokens {regret:.2g} standard deviations below the best: {tokens}"
-            seconds_of_round += seconds[-1]
-    rounds = max(LEAST_ROUNDS, round(SECONDS / seconds_of_round))
-    product, read = arithmetic(dtype), reading()
-    prefill, decode = ({name: [] for name in ("ours", *libraries, limit.name)} for limit in (product, read))
-
-    def generate(name):
-        _, seconds = peers.timed(libraries[name], ids)
-        prefill[name].append(seconds[0])
-        decode[name].append(statistics.median(after - before for before, after in zip(seconds, seconds[1:])))
-
-    def others():
-        prefill[product.name].append(clock(product.run, [{}] * 3, DEVICE))
-        decode[read.name].append(clock(read.run, [{}] * 3, DEVICE))
-        for name in libraries:
-            if name != "ours":
-                generate(name)
-
-    benchmark.pedantic(generate, args=("ours",), setup=others, rounds=rounds)
-    keys = T + peers.NEW // 2  # in the median step
-    read_by = {name: peers.step_bytes(model.config, keys, peer, batch) for name, peer in libraries.items()}
-    cases = [
-        {
-            "what": "prefill", "T": T, "flops": peers.prefill_flops(model.config, T, batch),
-            "limit": product.name, "limit_flops": product.amount, "seconds": prefill,
-        },
-        {
-            "what": "decode", "context": T, "bytes": read_by["ours"], "peer_bytes": read_by,
-            "limit": read.name, "limit_bytes": read.amount, "seconds": decode,
-        },
-    ]  # fmt: skip
-    benchmark.extra_info.update(about(name_of_model, dtype, batch), peers=versions, absent=absent, cases=cases)
-
-
-def busy_cases():
-    return compared() if full() else compared()[-1:]
-
-
-@pytest.mark.skipif(
-    DEVICE == "cuda" or not hasattr(os, "sched_setaffinity"), reason="needs a CPU, and Linux to keep a core busy"
-)
-@pytest.mark.parametrize("name, dtype", busy_cases(), ids=map(id_of, busy_cases()))
-def test_busy_core(benchmark, name, dtype):
-    """Decode steps while another process keeps one of the cores busy, and while none does, with one thread and with all. A
-    round has all of these, one after the other."""
-    model, oracle = with_oracle(name, dtype)
-    T = 16 if tiny() else 128
-    ids, every = prompts(model, 1, T), torch.get_num_threads()
-    counts = sorted({1, every})
-    settings = [(threads, busy) for busy in (False, True) for threads in counts]
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, every)
-        libraries, versions, absent = {}, {}, {}
-        for threads in counts:
-            torch.set_num_threads(threads)
-            libraries[threads], *others = stack.enter_context(peers.opened(model, oracle))
-            versions, absent = versions | others[0], absent | others[1]
-        names = [name for name in libraries[1] if name in libraries[every] and "no cache" not in name]
-        seconds = {setting: {name: [] for name in names} for setting in settings}
-
-        def measure():
-            for threads, busy in settings:
-                torch.set_num_threads(threads)
-                with busy_core() if busy else contextlib.nullcontext():
-                    for name in names:
-                        tokens, at = peers.timed(libraries[threads][name], ids)
-                        regret = peers.regret(oracle, ids, tokens)
-                        assert regret <= 2 * libraries[threads][name].tolerance, f"{name}: off by {regret:.2g}: {tokens}"
-                        steps = [after - before for before, after in zip(at, at[1:])]
-                        seconds[threads, busy][name].append(statistics.median(steps))
-
-        start = time.perf_counter()
-        measure()
-        rounds = 1 if tiny() else max(LEAST_ROUNDS, round(SECONDS / (time.perf_counter() - start)))
-        for of_setting in seconds.values():
-            for values in of_setting.values():
-                values.clear()  # of the round that warmed up
-        benchmark.pedantic(measure, rounds=rounds)
-    cases = [
-        {"what": "busy core", "threads": threads, "busy": busy, "seconds": taken, "alone": seconds[1, False]}
-        for (threads, busy), taken in seconds.items()
-    ]
-    benchmark.extra_info.update(about(name, dtype, 1), context=T, peers=versions, absent=absent, cases=cases)
-
-
 def steps():
     """(model, batch, tokens of context, the new one included)."""
     contexts = [32, 64, 128, 256, 512, 900, 1000] if full() else [32, 128, 512, 900]
@@ -371,3 +234,140 @@ def peak_bytes(dtype: str, batch: int, T: int, use_cache: bool) -> int:
 def resident_bytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def compared() -> list[tuple[str, torch.dtype]]:
+    """The models that are compared with those of other libraries, and their dtypes; the first is the one that README shows."""
+    if DEVICE == "cuda" or not full():
+        return [("gpt2-124m", dtype) for dtype in DTYPES]
+    return list(itertools.product(("gpt2-124m", "smollm2-135m"), (torch.float32, torch.bfloat16, torch.float16)))
+
+
+def id_of(model_and_dtype: tuple[str, torch.dtype]) -> str:
+    return f"{model_and_dtype[0]}-{name_of(model_and_dtype[1])}"
+
+
+def with_oracle(name: str, dtype: torch.dtype) -> tuple[GPT, GPT]:
+    """A model in a dtype, and the same computing in float32."""
+    return SHAPES[name](DEVICE, dtype), SHAPES[name](DEVICE, dtype).float()
+
+
+@pytest.fixture(scope="module")
+def opened(request):
+    """The name of a model, it in one dtype, the same computing in float32, and what `peers.opened` gives for them."""
+    name, dtype = request.param
+    model, oracle = with_oracle(name, dtype)
+    with peers.opened(model, oracle) as libraries:
+        yield name, model, oracle, *libraries
+
+
+def requests():
+    """(what is opened, batch, tokens of a prompt)."""
+    first, *others = compared()
+    quick = [(1, 32), (1, 512), (1, 900), (16, 32)]
+    every = sorted([*quick, (1, 128), (1, 1000), (4, 512), (16, 512)])
+    few = [(1, 32), (1, 512), (1, 900)] if full() else [(1, 512)]
+    chosen = [(first, *request) for request in (every if full() else quick)]
+    chosen += [(other, *request) for other in others for request in few]
+    ids = [f"{id_of(which)}-batch{batch}-{T}tokens" for which, batch, T in chosen]
+    return pytest.mark.parametrize("opened, batch, T", chosen, ids=ids, indirect=["opened"])
+
+
+@pytest.mark.skipif(DEVICE == "cuda" and not full(), reason="compiles for minutes: in the full set")
+@pytest.mark.skipif(tiny(), reason="takes models of more than a few thousand weights")
+@requests()
+def test_generation(benchmark, opened, batch, T):
+    """In a round, each library generates once. The time of its first token is that of prefill; the median time between later
+    tokens, for which caches are in the state of generation, that of a decode step."""
+    name_of_model, model, oracle, libraries, versions, absent = opened
+    libraries = {name: peer for name, peer in libraries.items() if batch == 1 or name.startswith(TAKE_BATCHES)}
+    ids, dtype = prompts(model, batch, T), model.token_embedding.weight.dtype
+    for _ in range(1 if DEVICE == "cpu" else 2):  # there, the first run compiles
+        seconds_of_round = 0.0
+        for name, peer in libraries.items():
+            tokens, seconds = peers.timed(peer, ids)
+            regret = peers.regret(oracle, ids, tokens)
+            assert regret <= 2 * peer.tolerance, f"{name}: tokens {regret:.2g} standard deviations below the best: {tokens}"
+            seconds_of_round += seconds[-1]
+    rounds = max(LEAST_ROUNDS, round(SECONDS / seconds_of_round))
+    product, read = arithmetic(dtype), reading()
+    prefill, decode = ({name: [] for name in ("ours", *libraries, limit.name)} for limit in (product, read))
+
+    def generate(name):
+        _, seconds = peers.timed(libraries[name], ids)
+        prefill[name].append(seconds[0])
+        decode[name].append(statistics.median(after - before for before, after in zip(seconds, seconds[1:])))
+
+    def others():
+        prefill[product.name].append(clock(product.run, [{}] * 3, DEVICE))
+        decode[read.name].append(clock(read.run, [{}] * 3, DEVICE))
+        for name in libraries:
+            if name != "ours":
+                generate(name)
+
+    benchmark.pedantic(generate, args=("ours",), setup=others, rounds=rounds)
+    keys = T + peers.NEW // 2  # in the median step
+    read_by = {name: peers.step_bytes(model.config, keys, peer, batch) for name, peer in libraries.items()}
+    cases = [
+        {
+            "what": "prefill", "T": T, "flops": peers.prefill_flops(model.config, T, batch),
+            "limit": product.name, "limit_flops": product.amount, "seconds": prefill,
+        },
+        {
+            "what": "decode", "context": T, "bytes": read_by["ours"], "peer_bytes": read_by,
+            "limit": read.name, "limit_bytes": read.amount, "seconds": decode,
+        },
+    ]  # fmt: skip
+    benchmark.extra_info.update(about(name_of_model, dtype, batch), peers=versions, absent=absent, cases=cases)
+
+
+def busy_cases():
+    return compared() if full() else [("smollm2-135m", torch.float32)]
+
+
+@pytest.mark.skipif(not (full() or tiny()), reason="takes minutes: FULL=1")
+@pytest.mark.skipif(
+    DEVICE == "cuda" or not hasattr(os, "sched_setaffinity"), reason="needs a CPU, and Linux to keep a core busy"
+)
+@pytest.mark.parametrize("name, dtype", busy_cases(), ids=map(id_of, busy_cases()))
+def test_busy_core(benchmark, name, dtype):
+    """Decode steps while another process keeps one of the cores busy, and while none does, with one thread and with all. A
+    round has all of these, one after the other."""
+    model, oracle = with_oracle(name, dtype)
+    T = 16 if tiny() else 128
+    ids, every = prompts(model, 1, T), torch.get_num_threads()
+    counts = sorted({1, every})
+    settings = [(threads, busy) for busy in (False, True) for threads in counts]
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, every)
+        libraries, versions, absent = {}, {}, {}
+        for threads in counts:
+            torch.set_num_threads(threads)
+            libraries[threads], *others = stack.enter_context(peers.opened(model, oracle))
+            versions, absent = versions | others[0], absent | others[1]
+        names = [name for name in libraries[1] if name in libraries[every] and "no cache" not in name]
+        seconds = {setting: {name: [] for name in names} for setting in settings}
+
+        def measure():
+            for threads, busy in settings:
+                torch.set_num_threads(threads)
+                with busy_core() if busy else contextlib.nullcontext():
+                    for name in names:
+                        tokens, at = peers.timed(libraries[threads][name], ids)
+                        regret = peers.regret(oracle, ids, tokens)
+                        assert regret <= 2 * libraries[threads][name].tolerance, f"{name}: off by {regret:.2g}: {tokens}"
+                        steps = [after - before for before, after in zip(at, at[1:])]
+                        seconds[threads, busy][name].append(statistics.median(steps))
+
+        start = time.perf_counter()
+        measure()
+        rounds = 1 if tiny() else max(LEAST_ROUNDS, round(SECONDS / (time.perf_counter() - start)))
+        for of_setting in seconds.values():
+            for values in of_setting.values():
+                values.clear()  # of the round that warmed up
+        benchmark.pedantic(measure, rounds=rounds)
+    cases = [
+        {"what": "busy core", "threads": threads, "busy": busy, "seconds": taken, "alone": seconds[1, False]}
+        for (threads, busy), taken in seconds.items()
+    ]
+    benchmark.extra_info.update(about(name, dtype, 1), context=T, peers=versions, absent=absent, cases=cases)
