@@ -30,8 +30,8 @@ def tensor(*shape, strides=None, dtype=torch.float16):
     return torch.empty(shape, dtype=dtype) if strides is None else torch.empty_strided(shape, strides, dtype=dtype)
 
 
-def by_triton(self, grid, *args, **options):
-    self.run(*args, grid=grid, warmup=False, **options)
+def by_triton(self, grid, constants, *args, **named):
+    self.run(*args, grid=grid, warmup=False, **named, **constants)
 
 
 def main() -> None:

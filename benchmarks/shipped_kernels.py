@@ -20,7 +20,7 @@ from fastgpt.kernels import (
     tiles,
 )
 from fastgpt.kernels.architecture import tiles_of
-from fastgpt.kernels.dependent_launch import LEAST_CAPABILITY, dependent_launch
+from fastgpt.kernels.dependent_launch import LEAST_CAPABILITY
 
 
 def shipped(capability: int, modules=None) -> Iterator[tuple]:
@@ -152,12 +152,11 @@ def _decode(capability: int) -> Iterator[tuple]:
                 (torch.int8, (*PARTS, *JOINING, *POSITIONS, *FEATURES)),
                 (torch.float8_e4m3fn, (*PARTS, *JOINING, *POSITIONS, *FEATURES, "sinks_ptr")),
             ):
-                tile, constants = attention_decode.kernel_constants(
-                    head_dim, v_dim, dtype.itemsize, cache_dtype != dtype, few, "new_k_ptr" in given, "mask_ptr" in given
-                )  # fmt: skip
+                flags = cache_dtype != dtype, few, "new_k_ptr" in given, "mask_ptr" in given
+                variant = head_dim, v_dim, dtype.itemsize, tiles_of(capability), *flags
+                split, units = tiles.decode_tile(*variant).SPLIT, units_of(given, dtype).values()
+                constants = attention_decode.kernel_constants(variant, split, True, False, *units, has_pdl(capability))
                 scales = () if cache_dtype == dtype else ("k_scale_ptr", "v_scale_ptr")
-                constants = constants | {"SPLIT": tile.SPLIT, "IS_CAUSAL": True, "INTERLEAVED": False} | units_of(given, dtype)
-                constants |= dependent_launch(has_pdl(capability))
                 yield attention_decode.attend_split_kernel, dtype, cache_dtype, constants, (*given, *scales)
 
 

@@ -95,12 +95,12 @@ class Kernel:
 
 @functools.cache
 def launched_kernels() -> dict[str, JITFunction]:
-    """The functions that the package's launchers launch, NAME[grid](...), by their names."""
+    """The functions that the package's launchers launch, NAME.launch(...), by their names."""
     found = {}
     for module in pkgutil.iter_modules(kernels.__path__):
         module = import_module(f"fastgpt.kernels.{module.name}")
         for node in ast.walk(ast.parse(inspect.getsource(module))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "launch":
                 found[node.func.value.id] = getattr(module, node.func.value.id)
     return found
 

@@ -18,15 +18,20 @@ def calls(n: int, meta=meta):
     token, one, slots = meta(n, 2 * n, 1, 64), meta(n, n, 1, 64), meta(n, 1, dtype=torch.int32)
     angles, ids = meta(100 * n, 32, dtype=torch.float32), meta(n, 1, dtype=torch.int64)
     long = meta(n, n, 600 + n, 64)
-    room = meta(n, 2 * n, 99 * n, 64)
+    room, places = meta(n, 2 * n, 99 * n, 64), meta(n, 64 + n, dtype=torch.int32)
+    packed, packed_kv = meta(1, 2 * n, 500 * n, 64), meta(1, n, 500 * n, 64)
+    rows, residual, weight = meta(n, 128), meta(n, 16 * n), meta(128)
+    strided = meta(3, n, 128, strides=(3000 + n * 130, 130, 1))
+    embedding, positions_of = meta(50 * n, 128), meta(60 * n, 128)
+    largest, tokens, extreme = meta(n, 1), meta(7 * n, n, dtype=torch.int64), meta(n, 1, dtype=torch.float32)
+    step, ended, eos = meta(1, dtype=torch.int64), meta(n, dtype=torch.bool), meta(n, dtype=torch.int64)
     new = attention_decode.NewToken(one, one, slots, slots, angles, angles)
     decode, options = attention_decode.attention_decode, {"causal": True, "scale": 0.1}
     return {
         "forward": lambda: attention_forward.attention_forward(q, kv, kv, scale=0.1, window=3 * n),
         "forward, bias and mask": lambda: attention_forward.attention_forward(q, kv, kv, scale=0.1, bias=bias, mask=mask),
         "forward, packed": lambda: attention_forward.attention_forward(
-            *(meta(1, heads, 500 * n, 64) for heads in (2 * n, n, n)), scale=0.1, cu_seqlens_q=lengths, cu_seqlens_k=lengths,
-            max_seqlen_q=300 * n,
+            packed, packed_kv, packed_kv, scale=0.1, cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=300 * n
         ),
         "forward, pages": lambda: attention_forward.attention_forward(q, pages, pages, scale=0.1, block_table=table),
         "backward": lambda: attention_backward.attention_backward(
@@ -35,15 +40,12 @@ def calls(n: int, meta=meta):
         "decode": lambda: decode(token, long, long, **options, window=400 + n, kv_lengths=lengths),
         "decode, pages": lambda: decode(token, pages, pages, **options, block_table=table),
         "decode, new": lambda: decode(token, long, long, **options, new=new),
-        "update": lambda: kv_cache_update.kv_cache_update(q, q, room, room, meta(n, 64 + n, dtype=torch.int32)),
+        "update": lambda: kv_cache_update.kv_cache_update(q, q, room, room, places),
         "linear": lambda: linear.linear(x, w),
-        "linear, rows": lambda: linear.linear(meta(n, 128), w, residual=meta(n, 16 * n)),
-        "norm": lambda: norm.norm(many, meta(128), residual=many),
-        "norm, strided": lambda: norm.norm(meta(3, n, 128, strides=(3000 + n * 130, 130, 1)), meta(128)),
-        "embed": lambda: decode_step.embed(ids, meta(50 * n, 128), slots, meta(60 * n, 128)),
+        "linear, rows": lambda: linear.linear(rows, w, residual=residual),
+        "norm": lambda: norm.norm(many, weight, residual=many),
+        "norm, strided": lambda: norm.norm(strided, weight),
+        "embed": lambda: decode_step.embed(ids, embedding, slots, positions_of),
         "advance": lambda: decode_step.advance(lengths, slots),
-        "record_token": lambda: decode_step.record_token(
-            ids[:, 0], meta(n, 1), meta(7 * n, n, dtype=torch.int64), meta(n, 1, dtype=torch.float32),
-            meta(1, dtype=torch.int64), meta(n, dtype=torch.bool), meta(n, dtype=torch.int64),
-        ),
+        "record_token": lambda: decode_step.record_token(ids[:, 0], largest, tokens, extreme, step, ended, eos),
     }  # fmt: skip

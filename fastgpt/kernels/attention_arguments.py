@@ -75,7 +75,7 @@ class Extras:
             "threshold": keep_threshold(dropout_p),
             "keep_scale": 1.0 / (1.0 - dropout_p),
         }
-        self.units = {"MASK_UNIT": unit_of(mask), "BIAS_UNIT": unit_of(bias)}
+        self.units = unit_of(mask), unit_of(bias)
         self.ragged = kv_lengths is not None or cu_seqlens_q is not None
         # Whether tiles need registers for it.
         features = softcap, alibi_slopes, mask, bias, block_table, k_scale, self.tensors["seed_ptr"]

@@ -28,7 +28,7 @@ from fastgpt.kernels.attention_backward_keys import backward_keys
 from fastgpt.kernels.attention_backward_queries import backward_queries
 from fastgpt.kernels.attention_forward import INTERPRETED
 from fastgpt.kernels.attention_rows import aligned_rows, load_rows
-from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.tiles import DELTA_ROWS, attention_tile, padded_dim
 
@@ -108,17 +108,18 @@ def attention_backward(
     extras = Extras(q, k, window, softcap, alibi_slopes, None, mask, bias, kv_lengths, None, None, None, dropout_p,
                     dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
     with_extras = "with_extras " if extras.with_extras else ""
-    flags = (D, D_v, q.element_size(), causal, window is not None, softcap is not None)
+    flags = D, D_v, q.element_size(), causal, window is not None, softcap is not None, *extras.units
     bulk = have_bulk_copies(q, k, v, dout)
     of_keys = kernel_constants(
         (with_extras or ("packed " if packed else "")) + "keys", architecture(q.device) if bulk else 80, *flags
     )
     tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "dout_desc": (dout, "BLOCK_M", "BLOCK_V")}
-    bulk_of_keys = descriptors(of_keys, tiles) if bulk else {}
+    bulk_of_keys = descriptors(of_keys, tiles) if bulk else dict.fromkeys(tiles)
     bulk = bulk and not with_extras and max(D, D_v) <= BULK_HEAD_DIM
-    of_queries = kernel_constants(with_extras + "queries", architecture(q.device) if bulk else 80, *flags)
+    table, arch = with_extras + "queries", architecture(q.device) if bulk else 80
+    of_queries = kernel_constants(table, arch, *flags)
     tiles |= {"k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
-    bulk_of_queries = descriptors(of_queries, tiles) if bulk else {}
+    bulk_of_queries = descriptors(of_queries, tiles) if bulk else dict.fromkeys(tiles)
     n_queries, n_keys = (T, S) if not packed else (min(max_seqlen_q, T), min(max_seqlen_k, S))
     batch = len(cu_seqlens_q) - 1 if packed else B
     m_tiles = cdiv(n_queries, of_queries["BLOCK_M"])
@@ -129,31 +130,32 @@ def attention_backward(
     common |= {name: value for name, value in numbers.items() if not name.startswith(skipped)}
     common |= {**strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed)}
     common |= {**strides(dout, "g", "bhm", packed), **strides(lse, "l", "bh", packed)}
-    common |= extras.units
     common |= {"n_heads": H, "group": H // H_kv, "n_queries": n_queries, "n_keys": n_keys, "scale": float(scale)}
     with torch.cuda.device_of(q):
-        delta_kernel[grid("q", cdiv(T, DELTA_ROWS), B, H)](
+        delta_kernel.launch(
+            grid("q", cdiv(T, DELTA_ROWS), B, H), delta_constants(D_v),
             out, dout, dlse, delta, **strides(out, "o", "bhm"), **strides(dout, "g", "bhm"), **strides(lse, "l", "bh"),
-            n_heads=H, n_queries=T, **delta_constants(D_v),
+            n_heads=H, n_queries=T,
         )  # fmt: skip
-        backward_queries[grid("q", m_tiles, batch, H)](
+        backward_queries.launch(
+            grid("q", m_tiles, batch, H), of_queries,
             q, k, v, dout, lse, dlse, shift, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common,
-            **of_queries, **bulk_of_queries,
+            **bulk_of_queries,
         )  # fmt: skip
-        backward_keys[grid("k", cdiv(n_keys, of_keys["BLOCK_N"]), batch, H_kv)](
+        backward_keys.launch(
+            grid("k", cdiv(n_keys, of_keys["BLOCK_N"]), batch, H_kv), of_keys,
             q, k, v, dout, shift, delta, norm, dk, dv, **strides(dk, "dk", "bhn", packed),
-            **strides(dv, "dv", "bhn", packed), **common, **of_keys,
-            **bulk_of_keys,
+            **strides(dv, "dv", "bhn", packed), **common, **bulk_of_keys,
         )  # fmt: skip
         if needs_dbias:
             shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
             one_row, one_column = shape[2] == 1, shape[3] == 1
             n_tiles = cdiv(n_keys, of_queries["BLOCK_N"])
             tiles = shape[0], shape[1], 1 if one_row else m_tiles, 1 if one_column else n_tiles
-            backward_bias[grid("bias", *tiles)](
+            backward_bias.launch(
+                grid("bias", *tiles), bias_constants(one_row, one_column, table, arch, *flags),
                 q, k, v, dout, shift, delta, norm, dbias, **strides(dbias.view(shape), "db", "bhmn"),
                 n_batch=B, bias_batch=shape[0], bias_heads=shape[1], m_tiles=m_tiles, n_tiles=n_tiles,
-                ONE_ROW=one_row, ONE_COLUMN=one_column, **of_queries,
                 **{name: value for name, value in common.items() if not name.startswith("cu_")},
             )  # fmt: skip
     dsinks = None
@@ -165,9 +167,9 @@ def attention_backward(
 
 
 @functools.cache
-def delta_constants(v_dim: int) -> dict:
+def delta_constants(v_dim: int) -> Constants:
     """The compile-time arguments and options of `delta_kernel`."""
-    return dict(V_DIM=v_dim, BLOCK_V=padded_dim(v_dim), BLOCK_M=DELTA_ROWS, enable_fp_fusion=True)
+    return Constants(V_DIM=v_dim, BLOCK_V=padded_dim(v_dim), BLOCK_M=DELTA_ROWS, enable_fp_fusion=True)
 
 
 @functools.cache
@@ -180,12 +182,20 @@ def kernel_constants(
     causal: bool,
     has_window: bool = False,
     has_softcap: bool = False,
-) -> dict:
+    mask_unit: int = 0,
+    bias_unit: int = 0,
+) -> Constants:
     """The compile-time arguments and options of the pass that takes its tiles from a table of `tiles.ATTENTION`."""
     tile = attention_tile(tiles, head_dim, v_dim, element_size, arch)
-    return dict(
+    return Constants(
         HEAD_DIM=head_dim, BLOCK_D=padded_dim(head_dim), V_DIM=v_dim, BLOCK_V=padded_dim(v_dim),
-        IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
+        IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap, MASK_UNIT=mask_unit, BIAS_UNIT=bias_unit,
         # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
         **tile._asdict(), enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip
+
+
+@functools.cache
+def bias_constants(one_row: bool, one_column: bool, *of_queries) -> Constants:
+    """The compile-time arguments and options of `backward_bias`, whose tiles are those of the pass over the queries."""
+    return Constants(**kernel_constants(*of_queries), ONE_ROW=one_row, ONE_COLUMN=one_column)

@@ -101,10 +101,10 @@ def backward_keys(
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-    n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
+    n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale, q_desc, dout_desc,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, q_desc=None, dout_desc=None,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key/value head. Strides are in elements; the last dimension's is 1."""
     n_tiles = tl.cdiv(n_keys, BLOCK_N)

@@ -64,10 +64,10 @@ def backward_queries(
     stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, stride_dqb, stride_dqh, stride_dqm,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-    n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
+    n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale, q_desc, k_desc, v_desc, dout_desc,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, q_desc=None, k_desc=None, v_desc=None, dout_desc=None,
+    MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head. Strides are in elements; the last dimension's is 1."""
     n_tiles = tl.cdiv(n_queries, BLOCK_M)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.architecture import multiprocessors
+from fastgpt.kernels.architecture import architecture, multiprocessors
 from fastgpt.kernels.attention_decode_new import Rotation, append_token, rotated_rows
 from fastgpt.kernels.attention_decode_parts import GROUP, combine, finish
 from fastgpt.kernels.attention_rows import KeysValues, aligned_rows, from_8_bits, load_keys, pages_of, values_from_8_bits
@@ -49,9 +49,9 @@ from fastgpt.kernels.attention_scores import (
     visible_keys,
 )
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
-from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
-from fastgpt.kernels.tiles import FEW_ROWS, DecodeTile, decode_tile, head_blocks, keys_per_split, padded_dim, parts_at_once
+from fastgpt.kernels.tiles import FEW_ROWS, decode_tile, head_blocks, keys_per_split, padded_dim, parts_at_once
 
 
 @triton.jit
@@ -385,13 +385,16 @@ def attention_decode(
     q = aligned_rows(q)
     if new is None:
         k, v = aligned_rows(k), aligned_rows(v)
-    kv_lengths, alibi_slopes, sinks = (x if x is None else x.contiguous() for x in (kv_lengths, alibi_slopes, sinks))
+    kv_lengths = None if kv_lengths is None else kv_lengths.contiguous()
+    alibi_slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     window = None if window is None else min(window, S)
     scale, softcap = float(scale), None if softcap is None else float(softcap)
 
     has_mask_or_bias = mask is not None or bias is not None
     few = H // H_kv * T <= FEW_ROWS
-    tile, constants = kernel_constants(D, D_v, q.element_size(), k_scale is not None, few, new is not None, has_mask_or_bias)
+    variant = D, D_v, q.element_size(), architecture(q.device), k_scale is not None, few, new is not None, has_mask_or_bias
+    tile = decode_tile(*variant)
     n_tiles = cdiv(H // H_kv * T, tile.BLOCK_M)
     n_visible = S if window is None else min(S, T + window - 1)  # keys that all queries see together at most
     split = keys_per_split(tile, B * H_kv * n_tiles, n_visible, multiprocessors(q.device))
@@ -412,9 +415,13 @@ def attention_decode(
     bias = None if bias is None else bias.expand(B, H, T, S)
     x = NewToken(None, None, None) if new is None else new
     n_angles, pairs = (0, 0) if x.cos is None else x.cos.shape
+    constants = kernel_constants(
+        variant, split, causal, x.interleaved, unit_of(mask), unit_of(bias), has_dependent_launch(q.device)
+    )
 
     with torch.cuda.device_of(q):
-        attend_split_kernel[grid("q", n_tiles, n_splits, B, H_kv)](
+        attend_split_kernel.launch(
+            grid("q", n_tiles, n_splits, B, H_kv), constants,
             q, k, v, out, lse, acc, softmax, counters,
             kv_lengths, block_table, k_scale, v_scale, alibi_slopes, sinks, mask, bias,
             x.k, x.v, x.slots, x.positions, x.cos, x.sin,
@@ -427,23 +434,22 @@ def attention_decode(
             *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride(0))),
             *((0, 0, 0) if x.cos is None else (x.positions.stride(0), x.cos.stride(0), x.sin.stride(0))),
             H, H // H_kv, H // H_kv * T, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
-            SPLIT=split, IS_CAUSAL=causal, INTERLEAVED=x.interleaved, MASK_UNIT=unit_of(mask), BIAS_UNIT=unit_of(bias),
-            **constants, **dependent_launch(has_dependent_launch(q.device)),
         )  # fmt: skip
     return out, lse
 
 
 @functools.cache
 def kernel_constants(
-    head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, few: bool, has_new_token: bool, has_mask_or_bias: bool
-) -> tuple[DecodeTile, dict]:
-    """The tile, and the compile-time arguments and options of `attend_split_kernel` but SPLIT."""
+    variant: tuple, split: int, causal: bool, interleaved: bool, mask_unit: int, bias_unit: int, pdl: bool
+) -> Constants:
+    """The compile-time arguments and options of `attend_split_kernel`. variant: the arguments of `decode_tile`."""
+    head_dim, v_dim, _, _, _, few, has_new_token, _ = variant
     block_d, block_r = head_blocks(head_dim)
     block_v = padded_dim(v_dim)
-    tile = decode_tile(head_dim, v_dim, element_size, is_8_bits, few, has_new_token, has_mask_or_bias)
-    options = tile._asdict()
-    del options["SPLIT"]
-    return tile, dict(
+    tile = decode_tile(*variant)
+    return Constants(
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_R=block_r, V_DIM=v_dim, BLOCK_V=block_v,
-        AT_ONCE=parts_at_once(tile, block_v, few), **options, enable_fp_fusion=not has_new_token,
+        IS_CAUSAL=causal, INTERLEAVED=interleaved, MASK_UNIT=mask_unit, BIAS_UNIT=bias_unit,
+        AT_ONCE=parts_at_once(tile, block_v, few), **tile._replace(SPLIT=split)._asdict(),
+        enable_fp_fusion=not has_new_token, **dependent_launch(pdl),
     )  # fmt: skip

@@ -55,11 +55,12 @@ from fastgpt.kernels.attention_scores import (
     seen_keys,
     visible_keys,
 )
-from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.tiles import attention_tile, forward_table, head_blocks, masked_columns, padded_dim
 
 WIDEST_BULK = 256  # head dim whose rows can be copied in bulk
+NO_DESCRIPTORS = dict.fromkeys(("q_desc", "k_desc", "v_desc", "q_rest_desc", "k_rest_desc"))
 
 
 @triton.jit
@@ -154,10 +155,10 @@ def attention_forward_kernel(
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     stride_tb, stride_tp, stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
     page, n_pages, n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
+    q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
-    q_desc=None, k_desc=None, v_desc=None, q_rest_desc=None, k_rest_desc=None,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Strides are in elements; the last dimension's is 1.
 
@@ -304,20 +305,21 @@ def attention_forward(
     bulk = max(D, D_v) <= WIDEST_BULK and block_table is None and k.dtype is q.dtype and have_bulk_copies(q, k, v)
     arch = architecture(q.device) if bulk else 80
     flags = causal, window is not None, softcap is not None, extras.with_extras, extras.ragged
-    constants = kernel_constants(D, D_v, q.element_size(), arch, *flags)
+    constants = kernel_constants(D, D_v, q.element_size(), arch, *flags, *extras.units)
     tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
     if constants["BLOCK_R"]:
         tiles |= {"q_rest_desc": (q, "BLOCK_M", "BLOCK_R"), "k_rest_desc": (k, "BLOCK_N", "BLOCK_R")}
     packed = cu_seqlens_q is not None
     batch = len(cu_seqlens_q) - 1 if packed else B
     with torch.cuda.device_of(q):
-        attention_forward_kernel[grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H)](
+        attention_forward_kernel.launch(
+            grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H), constants,
             # Most by their places: names take Python as long as all the rest.
             q, bytes_of(k), bytes_of(v), out, lse, *extras.tensors.values(),
             *leading_strides(q, packed), *leading_strides(k, packed), *leading_strides(v, packed),
             *leading_strides(out, packed), 0 if packed else H * T, T,
-            *extras.strides.values(), **extras.numbers, **extras.units, n_heads=H, group=H // k.shape[1],
-            n_queries=n_queries, scale=float(scale), **constants, **(descriptors(constants, tiles) if bulk else {}),
+            *extras.strides.values(), **extras.numbers, n_heads=H, group=H // k.shape[1], n_queries=n_queries,
+            scale=float(scale), **(NO_DESCRIPTORS | descriptors(constants, tiles) if bulk else NO_DESCRIPTORS),
         )  # fmt: skip
     return out, lse
 
@@ -325,15 +327,15 @@ def attention_forward(
 @functools.cache
 def kernel_constants(
     head_dim: int, v_dim: int, element_size: int, arch: int, causal: bool, has_window: bool = False, has_softcap: bool = False,
-    with_extras: bool = False, ragged: bool = False,
-) -> dict:  # fmt: skip
-    """The compile-time arguments and options of `attention_forward_kernel` that follow from shapes, dtypes and features."""
+    with_extras: bool = False, ragged: bool = False, mask_unit: int = 0, bias_unit: int = 0,
+) -> Constants:  # fmt: skip
+    """The compile-time arguments and options of `attention_forward_kernel`, which follow from shapes, dtypes and features."""
     block_d, block_r = head_blocks(head_dim)
     table = forward_table(causal, has_window, with_extras, ragged, masked_columns(head_dim, v_dim, arch))
     tile = attention_tile(table, head_dim, v_dim, element_size, arch)
-    return dict(
+    return Constants(
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_R=block_r, V_DIM=v_dim, BLOCK_V=padded_dim(v_dim),
-        IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap,
+        IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap, MASK_UNIT=mask_unit, BIAS_UNIT=bias_unit,
         # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
         **tile._asdict(), enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip

@@ -143,10 +143,9 @@ def values_from_8_bits(x, dtype: tl.constexpr):
 
 def has_aligned_rows(x: Tensor) -> bool:
     """Whether the rows of x (B, H, N, D) start and end at multiples of 16 bytes, as vector loads need."""
-    steps = x.shape[-1]
-    for size, step in zip(x.shape[:-1], x.stride()):
-        if size > 1:  # else the stride is never taken, and may be any
-            steps |= step
+    (B, H, N, D), (stride_b, stride_h, stride_n, _) = x.shape, x.stride()
+    # The stride of a dimension of one is never taken, and may be any.
+    steps = D | (stride_b if B > 1 else 0) | (stride_h if H > 1 else 0) | (stride_n if N > 1 else 0)
     return (x.data_ptr() | steps * x.element_size()) % 16 == 0
 
 

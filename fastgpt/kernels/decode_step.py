@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
-from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.tiles import ADVANCED, embedding_tile
 
@@ -57,16 +57,17 @@ def embed(
     scale = None if scale is None else float(scale)
     constants = embed_constants(C, has_dependent_launch(weight.device))
     with torch.cuda.device_of(weight):
-        embed_kernel[(*grid("ids", ids.numel()), cdiv(C, constants["BLOCK_C"]))](
-            ids, weight, positions, position_weight, out, len(weight), n_positions, period, scale, **constants
-        )
+        embed_kernel.launch(
+            (*grid("ids", ids.numel())[:1], cdiv(C, constants["BLOCK_C"]), 1), constants,
+            ids, weight, positions, position_weight, out, len(weight), n_positions, period, scale,
+        )  # fmt: skip
     return out
 
 
 @functools.cache
-def embed_constants(C: int, pdl: bool) -> dict:
+def embed_constants(C: int, pdl: bool) -> Constants:
     """The compile-time arguments and options of `embed_kernel` for rows of C numbers; sums are rounded as PyTorch's."""
-    return dict(C=C, **embedding_tile(C), enable_fp_fusion=False, **dependent_launch(pdl))
+    return Constants(C=C, **embedding_tile(C), enable_fp_fusion=False, **dependent_launch(pdl))
 
 
 @kernel(do_not_specialize=["lengths_ptr", "positions_ptr", "n_sequences"])
@@ -84,7 +85,7 @@ def advance(lengths: Tensor, positions: Tensor) -> None:
     """Launches the kernel: see `fastgpt.ops.decode_step.advance`. Both are contiguous."""
     constants = one_warp_constants(ADVANCED, has_dependent_launch(lengths.device))
     with torch.cuda.device_of(lengths):
-        advance_kernel[(cdiv(len(lengths), ADVANCED),)](lengths, positions, len(lengths), **constants)
+        advance_kernel.launch((cdiv(len(lengths), ADVANCED), 1, 1), constants, lengths, positions, len(lengths))
 
 
 @kernel(
@@ -128,12 +129,12 @@ def record_token(
     n_rows = len(token)
     constants = one_warp_constants(32 if n_rows <= 32 else 256, has_dependent_launch(token.device))
     with torch.cuda.device_of(token):
-        record_token_kernel[(1,)](
-            token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos), **constants
+        record_token_kernel.launch(
+            (1, 1, 1), constants, token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos)
         )
 
 
 @functools.cache
-def one_warp_constants(block: int, pdl: bool) -> dict:
+def one_warp_constants(block: int, pdl: bool) -> Constants:
     """The compile-time arguments and options of `advance_kernel` and `record_token_kernel`, which go through sequences by `block`."""
-    return dict(BLOCK=block, num_warps=1, num_stages=1, enable_fp_fusion=False, **dependent_launch(pdl))
+    return Constants(BLOCK=block, num_warps=1, num_stages=1, enable_fp_fusion=False, **dependent_launch(pdl))

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
-from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
 from fastgpt.kernels.tiles import WIDEST_ACCESS, update_tile
 
@@ -289,7 +289,8 @@ def _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, 
         *aligned, WIDEST_ACCESS if cos is None else alignment(cos, sin), has_dependent_launch(k.device),
     )  # fmt: skip
     with torch.cuda.device_of(k):
-        update_cache_kernel[grid("k", cdiv(T, constants["BLOCK_T"]), B, H_kv + H)](
+        update_cache_kernel.launch(
+            grid("k", cdiv(T, constants["BLOCK_T"]), B, H_kv + H), constants,
             k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale,
             q, out, positions, cos, sin,
             *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
@@ -297,7 +298,6 @@ def _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, 
             *slots.stride(), *((0, 0) if block_table is None else block_table.stride()),
             *((0,) * 7 if q is None else (*q.stride()[:3], *positions.stride(), cos.stride(0), sin.stride(0))),
             H, H_kv, T, capacity, max(page, 1), n_pages, 0 if cos is None else len(cos),
-            **constants,
         )  # fmt: skip
     return out
 
@@ -318,9 +318,9 @@ def alignment(*tensors: Tensor) -> int:
 def kernel_constants(
     head_dim: int, v_dim: int, pairs: int, interleaved: bool, several: bool, element_size: int,
     new_align: int, cache_align: int, angle_align: int, pdl: bool,
-) -> dict:  # fmt: skip
+) -> Constants:  # fmt: skip
     """The compile-time arguments and options of `update_cache_kernel`; alignments are in bytes."""
-    return dict(
+    return Constants(
         HEAD_DIM=head_dim, V_DIM=v_dim, PAIRS=pairs, INTERLEAVED=interleaved, NEW_ALIGN=new_align, CACHE_ALIGN=cache_align,
         ANGLE_ALIGN=angle_align, **update_tile(head_dim, v_dim, several, element_size),
         maxnreg=255,  # left to itself, ptxas spills some for more programs at once

@@ -2,10 +2,10 @@
 
 At each launch Triton decides, argument by argument and option by option, which of a function's compiled kernels serves it: tens
 of microseconds, where the kernels of a decode step run for a few. Here the first launch of a kind goes Triton's way, and what
-it compiled is kept by a shorter key, which holds all that Triton specializes by.
+it compiled is kept by a shorter key, which holds all that Triton specializes by. What does not vary from launch to launch, the
+compile-time constants and options, is an object that is made once, and counts as itself.
 """
 
-import functools
 from collections.abc import Callable
 
 import triton
@@ -13,17 +13,26 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 
-def kernel(**options) -> Callable:
-    """Decorates a function that launchers launch, NAME[grid](...): triton.jit with its options, and a `Kernel`, unless Triton's
-    interpreter runs it.
+class Constants(dict):
+    """Compile-time arguments of a kernel, and options of its launches: made once for all launches that have them, and not
+    changed any more. No other object is equal to it."""
 
-    Pointers are named NAME_ptr and tensor descriptors NAME_desc; both may be None. Other arguments are compile-time constants,
-    or numbers, which may be None if they are not named stride_NAME or n_NAME.
+    __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
+
+
+def kernel(**options) -> Callable:
+    """Decorates a function that launchers launch, NAME.launch(grid, constants, ...): triton.jit with its options, and a
+    `Kernel`, unless Triton's interpreter runs it.
+
+    Pointers are named NAME_ptr and tensor descriptors NAME_desc; both may be None. Then come numbers, which may be None if they
+    are not named stride_NAME or n_NAME, and last the compile-time constants.
     """
 
     def decorate(function):
         if triton.knobs.runtime.interpret:
-            return triton.jit(**options)(function)
+            interpreted = triton.jit(**options)(function)
+            interpreted.launch = lambda grid, constants, *args, **named: interpreted[grid](*args, **named, **constants)
+            return interpreted
         return Kernel(function, **options)
 
     return decorate
@@ -38,42 +47,42 @@ class Kernel(JITFunction):
 
     def __init__(self, function: Callable, **options):
         super().__init__(function, **options)
-        self.bind = binder(self)
-        self.kept = {}  # by device and key: what launches a compiled kernel, and what it takes
+        self.bind, self.of_constants = binder(self)
+        self.kept = {}  # by device, constants and key: what launches a compiled kernel, and what it takes
 
-    def __getitem__(self, grid: tuple[int, ...]):
-        return functools.partial(self.launch, grid)
-
-    def launch(self, grid: tuple[int, ...], *args, **options) -> None:
-        key, arguments = self.bind(*args, **options)
+    def launch(self, grid: tuple[int, int, int], constants: Constants, *args, **named) -> None:
+        """Launches the kernel with its arguments, by their places or names, but the compile-time constants."""
+        key, arguments = self.bind(*args, **named)
         active, runtime = driver.active, triton.knobs.runtime
         device = active.get_current_device()
-        kept = self.kept.get((device, key))
+        kept = self.kept.get((device, constants, key))
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if kept is None or self.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-            compiled = self.run(*args, grid=grid, warmup=False, **options)
+            compiled = self.run(*args, grid=grid, warmup=False, **named, **constants)
             if compiled is not None and not hasattr(compiled, "result"):  # else nothing is compiled yet
-                self.kept[device, key] = compiled.run, compiled.function, compiled.packed_metadata
+                values = tuple(constants[name] for name in self.of_constants)
+                self.kept[device, constants, key] = compiled.run, compiled.function, compiled.packed_metadata, values
             return
-        run, function, metadata = kept
-        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *arguments)
+        run, function, metadata, values = kept
+        run(*grid, active.get_current_stream(device), function, metadata, None, None, None, *arguments, *values)
 
 
-def binder(of: JITFunction) -> Callable:
-    """A function of a kernel's arguments and options. Returns a key, which is another one wherever Triton would compile another
-    kernel, and a tuple of all arguments in their order."""
-    key, sizes, defaults = [], [], {}
+def binder(of: JITFunction) -> tuple[Callable, list[str]]:
+    """A function of a kernel's arguments but the compile-time constants, and the constants' names. It returns a key, which is
+    another one wherever Triton would compile another kernel, and a tuple of the arguments in their order."""
+    key, sizes, names, of_constants = [], [], [], []
     for p in of.params:
         x = p.name
-        if p.has_default:
-            defaults[x] = p.default
+        if p.is_constexpr:
+            of_constants.append(x)
+            continue
+        if of_constants:
+            raise TypeError(f"{x}: expected before all compile-time constants, got after {of_constants[-1]}")
+        if p.annotation_type:
+            raise TypeError(f"{x}: expected an argument without an annotated type, got {p.annotation_type}")
+        names.append(x)
         if x.endswith("_desc"):
             key.append(f"None if {x} is None else ({x}.base.dtype, *{x}.block_shape)")
-        elif p.is_constexpr:
-            key.append(x)
-        elif p.annotation_type:
-            raise TypeError(f"{x}: expected an argument without an annotated type, got {p.annotation_type}")
         elif x.endswith("_ptr"):
             key.append(f"None if {x} is None else {x}.dtype")
             if not p.do_not_specialize and not p.do_not_specialize_on_alignment:
@@ -84,10 +93,8 @@ def binder(of: JITFunction) -> Callable:
             key.append(f"kind_of({x})" if p.do_not_specialize else f"{x} if {x}.__class__ is int else {x}.__class__")
     if sizes:  # together, for most are small
         key.append(f"None if 0 <= {' | '.join(sizes)} < {2**31} else (*map(kind_of, ({', '.join(sizes)},)),)")
-    names = [p.name for p in of.params]
-    signature = ", ".join(name + f"=defaults['{name}']" * (name in defaults) for name in names)
-    source = f"lambda {signature}, **options: (({', '.join(key)}, *options, *options.values()), ({', '.join(names)},))"
-    return eval(source, {"defaults": defaults, "kind_of": kind_of})
+    source = f"lambda {', '.join(names)}: (({', '.join(key)},), ({', '.join(names)},))"
+    return eval(source, {"kind_of": kind_of}), of_constants
 
 
 def kind_of(number: int | float | None) -> str | type:

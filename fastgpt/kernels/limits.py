@@ -23,8 +23,8 @@ def check_count(name: str, what: str, count: int) -> None:
         raise ValueError(f"{name}: expected at most 2^28 = {MOST} {what}, got {count}")
 
 
-def grid(name: str, *factors: int) -> tuple[int]:
-    """The grid of one dimension with so many programs, the product of the factors.
+def grid(name: str, *factors: int) -> tuple[int, int, int]:
+    """The grid with so many programs, the product of the factors, in its first dimension.
 
     Raises: ValueError, which begins with the argument's name, if no grid has so many.
     """
@@ -34,7 +34,7 @@ def grid(name: str, *factors: int) -> tuple[int]:
     if programs > MOST_PROGRAMS:
         made = " * ".join(map(str, factors))
         raise ValueError(f"{name}: expected work for at most 2^31 - 1 programs, got {made} = {programs}; split the batch")
-    return (programs,)
+    return programs, 1, 1
 
 
 def cdiv(a: int, b: int) -> int:

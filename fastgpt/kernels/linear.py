@@ -30,7 +30,7 @@ from fastgpt.kernels.dependent_launch import (
     read_ahead,
     wait_for_previous,
 )
-from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.norm import finish_moments, moments, update_moments
 from fastgpt.kernels.tiles import LONGEST_NORM, LinearTile, linear_tile
@@ -261,13 +261,12 @@ def linear(
     out = x.new_empty((*x.shape[:-1], N))
     if out.numel() == 0:
         return out
-    x = x.reshape(-1, K)
-    x = x if x.stride(1) == 1 or K == 1 else x.contiguous()
-    bias, norm_weight, norm_bias = (y if y is None else y.contiguous() for y in (bias, norm_weight, norm_bias))
-    if residual is not None:
-        residual = residual.reshape(-1, N)
-        residual = residual if residual.stride(1) == 1 or N == 1 else residual.contiguous()
-    rows, size = len(x), x.element_size()
+    x = rows_of(x, K)
+    bias = None if bias is None else bias.contiguous()
+    norm_weight = None if norm_weight is None else norm_weight.contiguous()
+    norm_bias = None if norm_bias is None else norm_bias.contiguous()
+    residual = None if residual is None else rows_of(residual, N)
+    rows, size = x.shape[0], x.element_size()
     tile = linear_tile(rows, weight_rows, K, size, norm_weight is not None)
     unit = 1 if rows == 1 else unit_of(x.stride(0), size)
     constants = kernel_constants(tile, K, rms, activation, gated, unit, has_dependent_launch(x.device))
@@ -276,20 +275,27 @@ def linear(
     of_norm = float(norm_eps), float(norm_offset)
     with torch.cuda.device_of(x):
         if rows == 1:
-            one_row_kernel[programs](*tensors, N, *of_norm, **constants)
+            one_row_kernel.launch(programs, constants, *tensors, N, *of_norm)
         else:
             strides = x.stride(0), 0 if residual is None else residual.stride(0)
-            several_rows_kernel[programs](*tensors, rows, N, *strides, *of_norm, **constants)
+            several_rows_kernel.launch(programs, constants, *tensors, rows, N, *strides, *of_norm)
     return out
+
+
+def rows_of(x: Tensor, columns: int) -> Tensor:
+    """x (..., columns) as (rows, columns), with rows that are contiguous."""
+    x = x if x.dim() == 2 else x.reshape(-1, columns)
+    return x if x.stride(1) == 1 or columns == 1 else x.contiguous()
 
 
 def unit_of(stride: int, element_size: int) -> int:
     """The power of two that divides a stride, up to 16 bytes: how wide loads of rows can be."""
-    return min(stride & -stride or 16, 16 // element_size)
+    bits = stride | 16 // element_size
+    return bits & -bits
 
 
 @functools.cache
-def kernel_constants(tile: LinearTile, K: int, rms: bool, activation: int, gated: bool, unit: int, pdl: bool) -> dict:
+def kernel_constants(tile: LinearTile, K: int, rms: bool, activation: int, gated: bool, unit: int, pdl: bool) -> Constants:
     """The compile-time arguments and options of `one_row_kernel`, or `several_rows_kernel`, as the tile has one row or several."""
     options = dict(enable_fp_fusion=True, **dependent_launch(pdl))
     constants = dict(K=K, RMS=rms, ACTIVATION=activation, GATED=gated, **tile._asdict(), **options)
@@ -299,5 +305,5 @@ def kernel_constants(tile: LinearTile, K: int, rms: bool, activation: int, gated
         del constants["BLOCK_M"]
         if gated:  # left to itself, ptxas spills some on compute capability 9.0 for more programs at once
             constants["maxnreg"] = 128
-        return constants | {"BLOCK_C": min(triton.next_power_of_2(K), LONGEST_NORM)}
-    return constants | {"X_UNIT": unit}
+        return Constants(constants, BLOCK_C=min(triton.next_power_of_2(K), LONGEST_NORM))
+    return Constants(constants, X_UNIT=unit)

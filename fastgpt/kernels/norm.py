@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
-from fastgpt.kernels.launch import kernel
+from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.tiles import norm_tile
 
@@ -116,13 +116,15 @@ def norm(
         x = x.contiguous()
         dims = folded(x)
     (_, stride_0), (size_1, stride_1), (size_2, stride_2) = dims
-    weight, bias, residual = (y if y is None else y.contiguous() for y in (weight, bias, residual))
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
     rows = out.numel() // C
     constants = kernel_constants(C, rms, rows > 128, has_dependent_launch(x.device))
     with torch.cuda.device_of(x):
-        norm_kernel[grid("x", cdiv(rows, constants["BLOCK_M"]))](
+        norm_kernel.launch(
+            grid("x", cdiv(rows, constants["BLOCK_M"])), constants,
             x, weight, bias, residual, out, rows, size_1, size_2, stride_0, stride_1, stride_2, float(eps), float(offset),
-            **constants,
         )  # fmt: skip
     return out
 
@@ -130,6 +132,8 @@ def norm(
 def folded(x: Tensor) -> list[tuple[int, int]] | None:
     """(size, stride) of three dimensions that list the rows of x (..., C) in order, or None if it takes more, or if numbers
     of a row are apart."""
+    if x.is_contiguous():
+        return [(1, 0), (1, 0), (x.numel() // x.shape[-1], x.shape[-1])]
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         return None
     dims = []
@@ -143,6 +147,6 @@ def folded(x: Tensor) -> list[tuple[int, int]] | None:
 
 
 @functools.cache
-def kernel_constants(C: int, rms: bool, many: bool, pdl: bool) -> dict:
+def kernel_constants(C: int, rms: bool, many: bool, pdl: bool) -> Constants:
     """The compile-time arguments and options of `norm_kernel` for rows of C numbers, few or many."""
-    return dict(C=C, RMS=rms, **norm_tile(C, many), enable_fp_fusion=True, **dependent_launch(pdl))
+    return Constants(C=C, RMS=rms, **norm_tile(C, many), enable_fp_fusion=True, **dependent_launch(pdl))

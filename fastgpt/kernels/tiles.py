@@ -181,7 +181,8 @@ class DecodeTile(NamedTuple):
 FEW_ROWS = 16  # up to this many rows, the second tile of a pair
 
 # (head dims as of `tile_key`, bytes per element of q) -> tiles for (more than FEW_ROWS rows, up to FEW_ROWS).
-# More rows leave more to combine, so they get longer splits. The same for every architecture: memory sets the pace.
+# More rows leave more to combine, so they get longer splits. The same for every architecture, as memory sets the pace; but see
+# `decode_tile`.
 DECODE = {
     (16, 2): (DecodeTile(64, 64, 1024, 4, 3, 255), DecodeTile(16, 64, 256, 4, 3, 168)),
     (32, 2): (DecodeTile(64, 64, 1024, 4, 3, 255), DecodeTile(16, 64, 256, 4, 3, 168)),
@@ -203,10 +204,13 @@ SHORTEST_SPLIT = 64  # keys that are worth a program of their own
 IN_FLIGHT = 64  # registers of a thread that hold parts on their way, half of them where few are left
 
 
+@functools.cache
 def decode_tile(
-    head_dim: int, v_dim: int, element_size: int, is_8_bits: bool, few: bool, has_new_token: bool, has_mask_or_bias: bool
-) -> DecodeTile:
-    """The tile of a variant: 8-bit keys and values, few rows, a token that joins the cache, a mask or a bias."""
+    head_dim: int, v_dim: int, element_size: int, arch: int, is_8_bits: bool, few: bool, has_new_token: bool,
+    has_mask_or_bias: bool,
+) -> DecodeTile:  # fmt: skip
+    """The tile of a variant for one of ARCHITECTURES: 8-bit keys and values, few rows, a token that joins the cache, a mask or
+    a bias."""
     key = tile_key(head_dim, v_dim, element_size)
     tile = DECODE[key][few]
     # Rows of k held in two blocks and those of v in 256 numbers, as for head dim 160, take most registers.

@@ -82,11 +82,11 @@ def name_of(x):
 
 
 def launched(module) -> set[str]:
-    """Names of the functions that a module launches: NAME[grid](...)."""
+    """Names of the functions that a module launches: NAME.launch(...)."""
     nodes = ast.walk(ast.parse(Path(module.__file__).read_text()))
     return {
         node.func.value.id for node in nodes
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "launch"
     }  # fmt: skip
 
 

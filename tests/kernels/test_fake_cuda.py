@@ -176,7 +176,7 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         yield
         guards.pop()
 
-    def launch(self, grid, *args, **kwargs):
+    def launch(self, grid, constants, *args, **kwargs):
         launched.setdefault(self.fn.__name__, []).append(bool(guards) and any(x is guards[-1] for x in args))
 
     q, kv, x = torch.randn(2, 4, 40, 64), torch.randn(2, 2, 40, 64), torch.randn(3, 64)

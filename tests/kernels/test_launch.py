@@ -7,6 +7,8 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
 if "TRITON_INTERPRET" in os.environ:
     pytest.skip("the interpreter launches otherwise", allow_module_level=True)
 
@@ -17,7 +19,7 @@ from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction, compute_cache_key  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from fastgpt.kernels.launch import Kernel, kernel  # noqa: E402
+from fastgpt.kernels.launch import Constants, Kernel, kernel  # noqa: E402
 
 NAMES = list(calls(3))
 
@@ -96,7 +98,9 @@ def keys_of(launch, device, arguments, options):
     of = launched_kernels()[launch.kernel]
     _, known, _, _, binder = of.device_caches[device]
     _, specialization, rest = binder(**arguments, **options)
-    return of.bind(**arguments, **options)[0], compute_cache_key(known, specialization, rest)
+    constants = {name: arguments[name] for name in of.of_constants} | options  # which launches have as one object
+    variable = {name: value for name, value in arguments.items() if name not in constants}
+    return (of.bind(**variable)[0], *constants.items()), compute_cache_key(known, specialization, rest)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,8 +130,8 @@ def test_a_key_that_is_too_coarse_is_found(monkeypatch):
     of = launched_kernels()["norm_kernel"]
     bind = of.bind
 
-    def coarse(x_ptr, *args, **options):
-        return bind(Address(x_ptr.dtype, 0) if x_ptr is not None else None, *args, **options)
+    def coarse(x_ptr, *args, **named):
+        return bind(Address(x_ptr.dtype, 0) if x_ptr is not None else None, *args, **named)
 
     monkeypatch.setattr(of, "bind", coarse)
     with pytest.raises(AssertionError):
@@ -167,12 +171,26 @@ def test_annotated_arguments_are_refused():
         kernel()(function)
 
 
+def test_arguments_after_constants_are_refused():
+    def function(x_ptr, N: tl.constexpr, n):
+        pass
+
+    with pytest.raises(TypeError, match="^n: expected before all compile-time constants, got after N"):
+        kernel()(function)
+
+
+def test_constants_count_as_themselves():
+    """Launches with others, though they are alike, go Triton's way once more, and find what it has compiled."""
+    first, second = Constants(BLOCK=32), Constants(BLOCK=32)
+    assert first == first != second and len({first, second}) == 2 and dict(first) == dict(second)
+
+
 # Calls in front of the launches of a call, after the first: of functions of the package and Triton, and by these of others.
 # Its time goes into them; python -m benchmarks.launches times it.
 MOST = {
-    "forward": 102, "forward, bias and mask": 112, "forward, packed": 107, "forward, pages": 76, "backward": 288,
-    "decode": 79, "decode, pages": 76, "decode, new": 69, "update": 60, "linear": 27, "linear, rows": 34, "norm": 35,
-    "norm, strided": 34, "embed": 29, "advance": 15, "record_token": 15,
+    "forward": 100, "forward, bias and mask": 110, "forward, packed": 105, "forward, pages": 74, "backward": 280,
+    "decode": 72, "decode, pages": 69, "decode, new": 62, "update": 53, "linear": 21, "linear, rows": 27, "norm": 25,
+    "norm, strided": 28, "embed": 26, "advance": 12, "record_token": 12,
 }  # fmt: skip
 
 

@@ -33,9 +33,9 @@ def short_splits(monkeypatch):
     """Splits of 32 keys in steps of 16, so that small inputs have several."""
     smaller = {key: [tile._replace(BLOCK_N=16, SPLIT=32) for tile in pair] for key, pair in tiles.DECODE.items()}
     monkeypatch.setattr(tiles, "DECODE", smaller)
-    kernel.kernel_constants.cache_clear()
+    kernel.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
     yield
-    kernel.kernel_constants.cache_clear()
+    kernel.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
 
 
 def random_inputs(B, H, H_kv, T, S, D, dtype):
@@ -140,7 +140,7 @@ def test_splits_fill_the_multiprocessors(tile, row_tiles, n_keys, n_multiprocess
 def test_parity_of_splits_for_any_number_of_multiprocessors(n_multiprocessors, split, monkeypatch):
     monkeypatch.setattr(kernel, "multiprocessors", lambda device: n_multiprocessors)
     q, k, v = random_inputs(1, 4, 2, 1, 300, 16, torch.float16)
-    tile, _ = kernel.kernel_constants(16, 16, 2, False, True, False, False)
+    tile = tiles.decode_tile(16, 16, 2, 90, False, True, False, False)
     assert keys_per_split(tile, 2, 300, n_multiprocessors) == split
     for options in {}, {"window": 90}:
         assert_parity(q, k, v, kv_lengths=ints((290,)), **options)
