@@ -150,8 +150,8 @@ def test_keys_and_values_of_8_bits_are_copied_16_bytes_at_a_time(module, cache_d
 
 
 def tiles_underway(ttgir: str) -> list[int]:
-    """Of each loop with two products of matrices that copies K and V a group each, tile after tile: tiles whose copies have
-    begun and are not waited for while the loop multiplies."""
+    """Of each loop with two products of matrices, or three where K is held in two blocks, that copies each operand as a group,
+    tile after tile: tiles whose copies have begun and are not waited for while the loop multiplies."""
     found, waits, copies, dots = [], [], 0, 0
     for line in ttgir.splitlines():
         if "scf.for" in line:
@@ -163,7 +163,7 @@ def tiles_underway(ttgir: str) -> list[int]:
         elif re.search(r"\btt\.dot\b|warp_group_dot\b", line):
             dots += 1
         elif "scf.yield" in line:
-            if dots == 2 and copies:
+            if dots >= 2 and copies:
                 found.append(min(waits) // copies)
             dots = 0
     return found
@@ -180,6 +180,17 @@ def test_decoding_overlaps_copies_with_matrix_products(given, cache_dtype, arch)
     assert tiles_underway(ttgir) == [1]
     widths = re.findall(r"async_copy_global_to_local .*contiguity = (\d+) : .*: tensor<\d+x\d+x", ttgir)
     assert widths and {int(width) * cache_dtype.itemsize for width in widths} == {16}
+
+
+@pytest.mark.parametrize("arch, underway", [(90, 1), pytest.param(100, 1, marks=pytest.mark.slow), (80, 0)])
+@pytest.mark.parametrize("given, cache_dtype", [
+    (LENGTHS, torch.float16), ((*LENGTHS, "block_table_ptr"), torch.float16),
+    pytest.param((*LENGTHS, *SCALES), torch.int8, marks=pytest.mark.slow),
+], ids=("contiguous", "paged", "8 bits"))  # fmt: skip
+def test_decoding_wide_heads_overlaps_copies_where_shared_memory_allows(given, cache_dtype, arch, underway):
+    """Of head dims 576 and 512 (MLA), two tiles of K and V take more than the 99 KiB that code for 8.0 may use."""
+    source, options = source_of(*one_that_ships("attention_decode", arch, cache_dtype, given, head_dim=576))
+    assert tiles_underway(ir_of(source, arch, options, "ttgir")) == [underway]
 
 
 SCORES = ("mask_ptr", "bias_ptr")
