@@ -5,8 +5,9 @@ python -m benchmarks.machine_code [--arch 80 89 90 100 120] [--pairs] [--first N
 Compiles every configuration that ships (shipped_kernels.py), of each architecture, on all cores, and counts those that compile
 without spilling and within the architecture's shared memory. That takes many hours; --pairs takes a twentieth of them, in which every
 pair of choices occurs (pairwise.py): of an architecture, a dtype, head dims, a tile, the arguments given, each flag. --first 100
-takes the first 100 of these, those with the most pairs; --share 3/50 every 50th from the third on. The last line sums up all
-architectures. Exits with 1 if one does not.
+takes the first 100 of these, those with the most pairs; --share 3/50 every 50th from the third on. What is compiled stays in
+Triton's cache: a run after one that was cut goes on there, and one after a change compiles what that changed. The last line
+sums up all architectures. Exits with 1 if one does not.
 """
 
 import argparse
@@ -232,6 +233,8 @@ def main() -> None:
             found.append((usage, fault))
             if fault:
                 print(fault, flush=True)
+            if len(found) % 50 == 0:
+                print(f"{len(found)} of {len(jobs)}", flush=True)
     for arch in args.arch:
         of_arch = [result for result, job in zip(found, jobs, strict=True) if job[0] == arch]
         print(f"sm_{arch}: {summary(sum(each == arch for each, _ in all_shipped), of_arch)}")

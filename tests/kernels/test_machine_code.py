@@ -26,6 +26,7 @@ from benchmarks.machine_code import (  # noqa: E402
     usage_of,
 )
 from benchmarks.shipped_kernels import shipped  # noqa: E402
+from fastgpt.kernels.tiles import DECODE  # noqa: E402
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
@@ -191,6 +192,15 @@ def test_decoding_wide_heads_overlaps_copies_where_shared_memory_allows(given, c
     """Of head dims 576 and 512 (MLA), two tiles of K and V take more than the 99 KiB that code for 8.0 may use."""
     source, options = source_of(*one_that_ships("attention_decode", arch, cache_dtype, given, head_dim=576))
     assert tiles_underway(ir_of(source, arch, options, "ttgir")) == [underway]
+
+
+def test_decoding_many_rows_overlaps_copies():
+    """With the tile for the widest heads but those above, and no tile of 16 bits has fewer stages."""
+    shipped = configurations("attention_decode", 90)
+    chosen = (x for x in shipped if x[1] is x[2] is torch.float16 and x[3]["HEAD_DIM"] == 256 and x[3]["BLOCK_M"] > 16)
+    source, options = source_of(*next(chosen))
+    assert tiles_underway(ir_of(source, 90, options, "ttgir")) == [1]
+    assert all(tile.num_stages >= 3 for (dim, size), pair in DECODE.items() if size == 2 and dim <= 256 for tile in pair)
 
 
 SCORES = ("mask_ptr", "bias_ptr")
