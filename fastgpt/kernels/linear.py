@@ -266,9 +266,9 @@ def linear(
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     norm_bias = None if norm_bias is None else norm_bias.contiguous()
     residual = None if residual is None else rows_of(residual, N)
-    rows, size = x.shape[0], x.element_size()
+    rows, stride, size = x.shape[0], x.stride(0), x.element_size()
     tile = linear_tile(rows, weight_rows, K, size, norm_weight is not None)
-    unit = 1 if rows == 1 else unit_of(x.stride(0), size)
+    unit = 1 if rows == 1 else unit_of(stride, size)
     constants = kernel_constants(tile, K, rms, activation, gated, unit, has_dependent_launch(x.device))
     programs = grid("weight", cdiv(N, constants["BLOCK_N"]))
     tensors = x, weight, bias, residual, norm_weight, norm_bias, out
@@ -277,8 +277,8 @@ def linear(
         if rows == 1:
             one_row_kernel.launch(programs, constants, *tensors, N, *of_norm)
         else:
-            strides = x.stride(0), 0 if residual is None else residual.stride(0)
-            several_rows_kernel.launch(programs, constants, *tensors, rows, N, *strides, *of_norm)
+            stride_r = 0 if residual is None else residual.stride(0)
+            several_rows_kernel.launch(programs, constants, *tensors, rows, N, stride, stride_r, *of_norm)
     return out
 
 
