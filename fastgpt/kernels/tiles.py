@@ -213,8 +213,11 @@ def decode_tile(
     a bias."""
     key = tile_key(head_dim, v_dim, element_size)
     tile = DECODE[key][few]
-    if arch >= 90 and key[0] == 512:  # two tiles of K and V at once, one copied while the other is multiplied: up to 192 KiB
-        tile = tile._replace(num_stages=3)
+    if key[0] == 512:
+        if arch >= 90:  # two tiles of K and V at once, one copied while the other is multiplied: up to 192 KiB
+            tile = tile._replace(num_stages=3)
+        elif element_size == 4 and has_mask_or_bias:  # hidden values pass through shared memory once more
+            tile = tile._replace(BLOCK_N=8)
     # Rows of k held in two blocks and those of v in 256 numbers, as for head dim 160, take most registers.
     widest = head_blocks(head_dim)[1] > 0 and padded_dim(v_dim) == 256
     if widest and element_size == 4 and (has_mask_or_bias or is_8_bits and has_new_token):

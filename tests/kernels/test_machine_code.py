@@ -426,9 +426,10 @@ def of(head_dim: int, dtype, *given: str, without=(), cache_dtype=None, **consta
     (90, "attend_split_kernel", of(576, torch.bfloat16, "block_table_ptr", SPLIT=1024)),
     (89, "attend_split_kernel", of(576, torch.float32, "new_k_ptr", "softcap", cache_dtype=torch.int8, SPLIT=1024)),
     (100, "attend_split_kernel", of(160, torch.float32, "new_k_ptr", "sinks_ptr", cache_dtype=torch.float8_e4m3fn, SPLIT=1024)),
-], ids=("partial blocks", "wide fp32", "wide fp32, no features", "extras", "lengths", "packed 64", "mask, bias", "packed", "packed fp32", "wide pages", "wide fp32, 8 bits", "fp32, 8 bits"))  # fmt: skip
+    (80, "attend_split_kernel", of(576, torch.float32, "mask_ptr", "bias_ptr")),
+], ids=("partial blocks", "wide fp32", "wide fp32, no features", "extras", "lengths", "packed 64", "mask, bias", "packed", "packed fp32", "wide pages", "wide fp32, 8 bits", "fp32, 8 bits", "wide fp32, mask"))  # fmt: skip
 def test_configurations_that_once_spilled_do_not(arch, kernel, is_it):
-    """Of kernels that once did, one each."""
+    """Of kernels that once did, or took too much shared memory, one each."""
     modules = {"attention_forward_kernel": "attention_forward", "attend_split_kernel": "attention_decode"}
     every = shipped(arch, [modules.get(kernel, "attention_backward")])
     assert_sound(arch, [next(x for x in every if x[0].__name__ == kernel and is_it(x))])
