@@ -51,7 +51,7 @@ ATTENTION = {
     "with_extras forward": {
         (16, 2): (Tile(64, 32, 4, 2),) * 3,
         (32, 2): (Tile(64, 32, 4, 2),) * 3,
-        (64, 2): (Tile(64, 64, 8, 2),) * 3,
+        (64, 2): (Tile(64, 32, 8, 2), *(Tile(64, 64, 8, 2),) * 2),
         (128, 2): (Tile(64, 32, 8, 2),) * 3,
         (256, 2): (Tile(32, 32, 8, 2), *(Tile(16, 32, 8, 1),) * 2),
         (16, 4): (Tile(32, 32, 8, 2),) * 3,
@@ -118,7 +118,7 @@ ATTENTION = {
 ATTENTION["ragged forward"] = {
     **ATTENTION["forward"],
     (64, 2): (Tile(128, 32, 8, 3), *(Tile(128, 128, 8, 3),) * 2),
-    (128, 2): (Tile(128, 64, 8, 2), *(Tile(128, 64, 8, 3),) * 2),
+    (128, 2): (Tile(64, 64, 8, 3), *(Tile(128, 64, 8, 3),) * 2),
 }
 # Of packed sequences, the pass over the keys has fewer registers left.
 ATTENTION["packed keys"] = {
@@ -220,11 +220,11 @@ def decode_tile(
             tile = tile._replace(BLOCK_N=8)
     # Rows of k held in two blocks and those of v in 256 numbers, as for head dim 160, take most registers.
     widest = head_blocks(head_dim)[1] > 0 and padded_dim(v_dim) == 256
-    if widest and element_size == 4 and (has_mask_or_bias or is_8_bits and has_new_token):
+    if widest and element_size == 4 and (has_mask_or_bias or is_8_bits):
         tile = tile._replace(BLOCK_M=16)
     if is_8_bits and element_size == 4:  # pipelined, Triton 3.9 decodes a key once per row, in too many registers; 32 keys too
         return tile._replace(BLOCK_N=8 if key[0] > 256 else 16, num_stages=1)
-    if is_8_bits and has_new_token:  # whose token takes registers, too
+    if is_8_bits and (has_new_token or key[0] == 128 and not few):  # a token takes registers, too
         if not few:
             return tile._replace(BLOCK_N=32, num_warps=8)
         return tile._replace(maxnreg=255, num_warps=8 if widest else tile.num_warps)
