@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch._C import _is_any_autocast_enabled as _any_autocast_enabled
+from torch._C._functorch import is_legacy_batchedtensor
 
 from fastgpt import _C
 from fastgpt.ops.derivatives import transforms_active
@@ -53,9 +54,9 @@ def matrix_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     """
     if FASTEST.get(x.dtype) != ONEDNN or not _serves(x, weight, bias):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias is not None and bias.requires_grad):
-        return _Product.apply(x, weight, bias)
-    return _product(x, weight, bias)
+    derived = torch.is_grad_enabled() and any(other is not None and other.requires_grad for other in (x, weight, bias))
+    product = (_Product.apply if derived else _product)(x.reshape(-1, x.shape[-1]), weight, bias)
+    return product.view(*x.shape[:-1], len(weight))
 
 
 def _product(x, weight, bias):
@@ -71,10 +72,14 @@ def _serves(x, weight, bias) -> bool:
         and x.numel() >= LEAST_ROWS * C
         and _is_plain(x, x.dtype)
         and all(other is None or other.shape == shape and _is_plain(other, x.dtype) for other, shape in shapes)
+        and (bias is None or bias.is_contiguous())  # oneDNN's product ignores its stride
         and torch._C._get_mkldnn_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
         and not _any_autocast_enabled()
         and not transforms_active()
+        and not is_legacy_batchedtensor(x)  # of a batched backward pass
     )
 
 
@@ -83,7 +88,7 @@ def _is_plain(x, dtype) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """`_product` with its derivatives, which can be differentiated in turn."""
+    """`_product` of x (R, C) with its derivatives, which can be differentiated in turn."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -94,9 +99,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
         return (
             (matrix_product(gradient, weight.t()) if _TRANSPOSED else gradient @ weight) if of_x else None,
-            rows.t() @ x.flatten(0, -2) if of_weight else None,
-            rows.sum(0) if of_bias else None,
+            gradient.t() @ x if of_weight else None,
+            gradient.sum(0) if of_bias else None,
         )

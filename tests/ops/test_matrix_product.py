@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastgpt
 from fastgpt import linear, linear_reference
@@ -112,6 +113,45 @@ def test_what_onednn_does_not_know_of_is_left_to_pytorch(calls_of_onednn):
     assert not calls_of_onednn
     matrix_product(x, weight)
     assert len(calls_of_onednn) == 1
+
+
+@needs_onednn
+def test_any_strides(calls_of_onednn):
+    """Of x and weight by oneDNN; a bias of another stride, which it ignores, is left to PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((3, 40, 48), (72, 48), (72,)))
+    for some_x in (x[..., ::2], x[:, ::2, :24], x[0, :, 24:].t().contiguous().t(), x[:1, :, :24].expand(2, 40, 24)):
+        for some_weight in (weight[:36, :24], weight[::2, ::2], weight.t()[:24, :36].t()):
+            actual = matrix_product(some_x, some_weight, bias[:36].requires_grad_())
+            torch.testing.assert_close(actual, F.linear(some_x, some_weight, bias[:36]), rtol=1e-5, atol=1e-4)
+    assert len(calls_of_onednn) == 12
+    for some_bias in (bias[::2], bias[:1].expand(36)):
+        assert torch.equal(matrix_product(x, weight[:36], some_bias), F.linear(x, weight[:36], some_bias))
+    assert len(calls_of_onednn) == 12
+
+
+@needs_onednn
+def test_results_may_be_changed_in_place(calls_of_onednn):
+    for shape in ((40, 24), (2, 20, 24)):
+        x, weight = torch.randn(shape), torch.randn(36, 24, requires_grad=True)
+        actual = torch.autograd.grad(matrix_product(x, weight).relu_().sum(), weight)
+        torch.testing.assert_close(actual, torch.autograd.grad(F.linear(x, weight).relu().sum(), weight), rtol=1e-5, atol=1e-4)
+    assert len(calls_of_onednn) == 2
+
+
+@needs_onednn
+def test_batched_backward_passes_and_tracing(calls_of_onednn, monkeypatch):
+    monkeypatch.setattr(module, "_TRANSPOSED", True)
+    x, weight = torch.randn(2, 20, 24, requires_grad=True), torch.randn(36, 24, requires_grad=True)
+    seeds = torch.randn(3, 2, 20, 36)
+    actual = torch.autograd.grad(matrix_product(x, weight), (x, weight), seeds, is_grads_batched=True)
+    expected = torch.autograd.grad(F.linear(x, weight), (x, weight), seeds, is_grads_batched=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+    traced = torch.jit.trace(matrix_product, (x.detach(), weight.detach()))
+    torch.testing.assert_close(traced(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-4)
+    with FlopCounterMode(display=False) as counter:
+        matrix_product(x, weight)
+    assert counter.get_total_flops() == 2 * 40 * 24 * 36
 
 
 @needs_onednn
