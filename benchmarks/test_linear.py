@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from benchmarks.timing import DEVICE, DTYPE, arithmetic, full, measured_time, name_of, reading, time_interleaved
 from fastgpt import explain, linear, linear_reference
 from fastgpt.bench.timing import cold, implementation
+from fastgpt.testing import numerics
 
 pytestmark = pytest.mark.benchmark(timer=measured_time)
 GPT2 = {"norm": "layer", "norm_weight": "K", "norm_bias": "K", "bias": "rows"}
@@ -71,12 +72,11 @@ def measure(benchmark, what, product, rows, dtype, *, limit, inputs):
     """inputs: a function of the tensors that gives those of each call. The work is what the limit counts."""
     tensors, options = example_of(product, rows, dtype)
     ours, reference = (functools.partial(function, **options) for function in (linear, linear_reference))
-    wide = reference(**{name: x.double() for name, x in tensors.items()})
-    error, others_error = ((function(**tensors) - wide).abs().max() for function in (ours, reference))
-    assert error <= 2 * others_error + torch.finfo(dtype).eps * wide.abs().max()
+    out = ours(**tensors)
+    numerics.check(out, lambda: reference(**{name: x.double() for name, x in tensors.items()}), arithmetic=dtype)
     others = {"reference": reference, "F.linear": lambda x, weight, **rest: F.linear(x, weight)}
     weight = tensors["weight"]
-    moved = sum(x.nbytes for x in tensors.values()) + wide.numel() * dtype.itemsize
+    moved = sum(x.nbytes for x in (*tensors.values(), out))
     info = {
         "what": what, "device": DEVICE, "dtype": name_of(dtype), "product": product, "rows": rows,
         "weight": f"{weight.shape[0]} x {weight.shape[1]}",
