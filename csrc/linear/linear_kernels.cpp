@@ -43,19 +43,27 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
   const bool alone = l.rows == 1 && cpu_features().amd;  // see kMostStreams
   for (int64_t first = begin; first < end; first += step) {
     const int64_t count = end - first < step ? end - first : step;
-    const auto multiply = [&](auto streams, int64_t n) {
+    // Row n of the weights from `first` on, and others `apart` from each other. They are read up to row `stop`.
+    const auto multiply = [&](auto streams, int64_t n, int64_t apart, int64_t stop) {
       constexpr int kStreams = decltype(streams)::value;
-      const int64_t now = first + n, skipped = now + lead < end ? 0 : next - end;
-      const int64_t ahead = now + skipped + lead < l.out_features ? skipped * row + kLead : 0;
+      const int64_t now = first + n, then = first + step < end ? first + step : next;
+      const int64_t skipped = n + lead < stop ? 0 : then - first - stop;
+      const int64_t last = now + (kStreams - 1) * apart + skipped + lead;
+      const int64_t ahead = last < l.out_features ? skipped * row + kLead : 0;
       const auto multiply_from = [&](int64_t row, float* column) {
-        multiply_blocks<kStreams>(x, padded(l.in), l.rows, weight + row * l.in, l.in, ahead, column, kFeatures);
+        multiply_blocks<kStreams>(x, padded(l.in), l.rows, weight + row * l.in, l.in, apart, ahead, column, kFeatures);
       };
       multiply_from(now, &dots[0][n]);
       if (l.gated) multiply_from(now + l.out_features, &dots[0][step + n]);
     };
     int64_t n = 0;
-    for (; !alone && n + kMostStreams <= count; n += kMostStreams) multiply(std::integral_constant<int, kMostStreams>(), n);
-    for (; n < count; ++n) multiply(std::integral_constant<int, 1>(), n);
+    if (alone) {
+      const int64_t half = count / 2;
+      for (; n < half; ++n) multiply(std::integral_constant<int, 2>(), n, half, half);
+      n = 2 * half;
+    }
+    for (; n + kMostStreams <= count; n += kMostStreams) multiply(std::integral_constant<int, kMostStreams>(), n, 1, count);
+    for (; n < count; ++n) multiply(std::integral_constant<int, 1>(), n, 1, count);
     for (int64_t r = 0; r < l.rows; ++r) finish(l, r, first, count, dots[r], dots[r] + step);
   }
 }

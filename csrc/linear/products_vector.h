@@ -11,8 +11,8 @@ namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
 // Weight rows that are read side by side: Intel's CPUs fetch ahead within a page of memory, so one row alone is read 20% slower
-// than several. AMD's follow one row after the other as well, and up to 40% faster than several in one page; with more rows of
-// x the arithmetic decides.
+// than several that follow each other. AMD's read rows in one page up to 40% slower than one after the other, but one alone
+// waits for its sum: they read one row of each half of what is finished together. With more rows of x the arithmetic decides.
 constexpr int kMostStreams = 4;
 // Bytes, at least, from what is read to what is fetched meanwhile, into the second level of cache: on AMD the first level waits
 // for too few lines at a time for the memory's latency, and reads at half of the speed.
@@ -29,15 +29,16 @@ constexpr int kSumsOfDot = 2;
 constexpr int kSumsOfDot = 1;
 #endif
 
-// dots[i][s] = sum_c x[i][c] · weight[s][c] for kCount rows of x and kStreams of weights. If `next` is not 0, the weights
-// that many bytes on are fetched into the caches.
+// dots[i][s · apart] = sum_c x[i][c] · weight[s · apart][c] for kCount rows of x and kStreams of weights. If `next` is not 0,
+// the weights that many bytes on are fetched into the caches.
 template <int kCount, int kStreams, typename T>
-void multiply_rows(const float* x, int64_t x_row, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
+void multiply_rows(
+    const float* x, int64_t x_row, const T* weight, int64_t in, int64_t apart, int64_t next, float* dots, int64_t dots_row) {
   Vector total[kCount][kStreams][kSumsOfDot] = {};
   int64_t c = 0;
   for (; c + kSumsOfDot * kWidth <= in; c += kSumsOfDot * kWidth) {
     for (int s = 0; s < kStreams; ++s) {
-      const T* source = weight + s * in + c;
+      const T* source = weight + s * apart * in + c;
       if (next) __builtin_prefetch(reinterpret_cast<const char*>(source) + next, 0, 2);
       for (int v = 0; v < kSumsOfDot; ++v) {
         const Vector w = in_register(load(source + v * kWidth));
@@ -61,8 +62,8 @@ void multiply_rows(const float* x, int64_t x_row, const T* weight, int64_t in, i
   for (int i = 0; i < kCount; ++i) {
     for (int s = 0; s < kStreams; ++s) {
       float dot = sums_of_lanes[i * kStreams + s];
-      for (int64_t rest = c; rest < in; ++rest) dot += x[i * x_row + rest] * static_cast<float>(weight[s * in + rest]);
-      dots[i * dots_row + s] = dot;
+      for (int64_t rest = c; rest < in; ++rest) dot += x[i * x_row + rest] * static_cast<float>(weight[s * apart * in + rest]);
+      dots[i * dots_row + s * apart] = dot;
     }
   }
 }
@@ -70,20 +71,22 @@ void multiply_rows(const float* x, int64_t x_row, const T* weight, int64_t in, i
 // The same for a number of rows that is known only now, from 1 to kCount.
 template <int kCount, int kStreams, typename T>
 void multiply_up_to(
-    int64_t rows, const float* x, int64_t x_row, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
+    int64_t rows, const float* x, int64_t x_row, const T* weight, int64_t in, int64_t apart, int64_t next, float* dots,
+    int64_t dots_row) {
   if constexpr (kCount > 1) {
-    if (rows < kCount) return multiply_up_to<kCount - 1, kStreams>(rows, x, x_row, weight, in, next, dots, dots_row);
+    if (rows < kCount) return multiply_up_to<kCount - 1, kStreams>(rows, x, x_row, weight, in, apart, next, dots, dots_row);
   }
-  multiply_rows<kCount, kStreams>(x, x_row, weight, in, next, dots, dots_row);
+  multiply_rows<kCount, kStreams>(x, x_row, weight, in, apart, next, dots, dots_row);
 }
 
 // The same for any number of rows of x.
 template <int kStreams, typename T>
 void multiply_blocks(
-    const float* x, int64_t x_row, int64_t rows, const T* weight, int64_t in, int64_t next, float* dots, int64_t dots_row) {
+    const float* x, int64_t x_row, int64_t rows, const T* weight, int64_t in, int64_t apart, int64_t next, float* dots,
+    int64_t dots_row) {
   for (int64_t count; rows > 0; rows -= count, next = 0) {
     count = rows <= kMostRows ? rows : kRows;
-    multiply_up_to<kMostRows, kStreams>(count, x, x_row, weight, in, next, dots, dots_row);
+    multiply_up_to<kMostRows, kStreams>(count, x, x_row, weight, in, apart, next, dots, dots_row);
     x += count * x_row, dots += count * dots_row;
   }
 }
