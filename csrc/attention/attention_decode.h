@@ -148,6 +148,8 @@ inline void add_columns(
     const char* next = ahead ? v.ahead[i / kWidth] : nullptr;
     if (i + kWidth <= v.count) {
       Prefetch<kVectors * kWidth * sizeof(Stored)> prefetch{next ? next + j * sizeof(Stored) : nullptr, v.ahead_stride};
+      // Unrolled, GCC loads the weights of all keys first, for which registers do not suffice.
+#pragma GCC unroll 1
       for (int64_t l = 0; l < kWidth; l += kKeys) {
         for (int u = 0; u < kKeys; ++u, row += v.stride) add(total[u], weights + i + l + u, row), prefetch.next();
       }
