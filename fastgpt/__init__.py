@@ -56,6 +56,7 @@ from fastgpt.ops.kv_cache_update import (
 from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
 from fastgpt.ops.norm import norm, norm_reference
+from fastgpt.ops.quantized_weight import QuantizedWeight, quantize
 
 if TYPE_CHECKING:  # at run time in __getattr__, since it loads tokenizers
     from fastgpt.generation.pipeline import pipeline
@@ -71,6 +72,7 @@ __all__ = [
     "OutOfPages",
     "PagePool",
     "PagedCache",
+    "QuantizedWeight",
     "SequenceClassifier",
     "SlidingCache",
     "TokenClassifier",
@@ -91,6 +93,7 @@ __all__ = [
     "norm",
     "norm_reference",
     "pipeline",
+    "quantize",
     "rope_kv_cache_update",
     "rope_kv_cache_update_reference",
     "run_with_cache",

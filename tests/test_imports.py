@@ -86,6 +86,7 @@ LAYERS = [
         "kernels.decode_step",
         "ops.implementations",
         "ops.library",
+        "ops.quantized_weight",
     },  # fmt: skip
     {"kernels.tiles"},
     {

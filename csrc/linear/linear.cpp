@@ -61,34 +61,37 @@ Activation activation_of(int64_t number) {
   return static_cast<Activation>(number);
 }
 
-Tensor linear_cpu(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-    int64_t activation, bool gated, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, bool rms,
-    double norm_eps, double norm_offset) {
+struct Surroundings {  // of a product, in `linear`
+  const std::optional<Tensor>&bias, &residual, &norm_weight, &norm_bias;
+  int64_t activation;
+  bool gated, rms;
+  double norm_eps, norm_offset;
+};
+
+// With the memory of `weight`, of `weight_rows` rows, already checked.
+Tensor run_linear(
+    const Tensor& x, const void* weight, int64_t weight_rows, const Packing& packing, ContiguousMemory& memory,
+    const Surroundings& with) {
   const int64_t dims = x.dim();
-  FASTGPT_CHECK(dims >= 1, "x: expected shape (..., C)");
-  FASTGPT_CHECK(weight.dim() == 2, "weight: expected shape (N, C)");
-  FASTGPT_CHECK(weight.size(1) == x.size(dims - 1), "weight: expected as many columns as x has");
-  FASTGPT_CHECK(!gated || weight.size(0) % 2 == 0, "weight: expected an even number of rows with a gate");
-  FASTGPT_CHECK(norm_weight || !norm_bias, "norm_bias: expected none without norm_weight");
+  FASTGPT_CHECK(!with.gated || weight_rows % 2 == 0, "weight: expected an even number of rows with a gate");
+  FASTGPT_CHECK(with.norm_weight || !with.norm_bias, "norm_bias: expected none without norm_weight");
   Linear l{};
-  ContiguousMemory memory(x, "x");
   l.element = memory.element();
-  l.in = weight.size(1), l.out_features = gated ? weight.size(0) / 2 : weight.size(0);
-  l.activation = activation_of(activation), l.gated = gated;
+  l.in = x.size(dims - 1), l.out_features = with.gated ? weight_rows / 2 : weight_rows;
+  l.activation = activation_of(with.activation), l.gated = with.gated;
   std::vector<int64_t> shape = shape_of(x);
   shape.back() = l.out_features;
   l.rows = 1;
   for (int64_t i = 0; i < dims - 1; ++i) {
     if (__builtin_mul_overflow(l.rows, shape[i], &l.rows)) l.rows = INT64_MAX;
   }
-  l.x = memory.of(x, "x"), l.weight = memory.of(weight, "weight");
-  l.bias = memory.of(bias, "bias", {l.weight_rows()});
-  l.residual = memory.of(residual, "residual", shape);
-  l.norm.weight = memory.of(norm_weight, "norm_weight", {l.in});
-  l.norm.bias = memory.of(norm_bias, "norm_bias", {l.in});
-  check_norm(norm_eps, "norm_eps", norm_offset, "norm_offset");
-  l.norm.rms = rms, l.norm.eps = norm_eps, l.norm.offset = norm_offset;
+  l.x = memory.of(x, "x"), l.weight = weight, l.packing = packing;
+  l.bias = memory.of(with.bias, "bias", {l.weight_rows()});
+  l.residual = memory.of(with.residual, "residual", shape);
+  l.norm.weight = memory.of(with.norm_weight, "norm_weight", {l.in});
+  l.norm.bias = memory.of(with.norm_bias, "norm_bias", {l.in});
+  check_norm(with.norm_eps, "norm_eps", with.norm_offset, "norm_offset");
+  l.norm.rms = with.rms, l.norm.eps = with.norm_eps, l.norm.offset = with.norm_offset;
   Tensor out = new_empty(x, shape);
   l.out = out.mutable_data_ptr();
   Linear largest = l;
@@ -97,6 +100,43 @@ Tensor linear_cpu(
   const auto operation = [l, floats] { run(l, floats.get()); };
   memory.copied() ? operation() : perform(operation);  // a copy is not what a plan should read again
   return out;
+}
+
+Tensor linear_cpu(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    int64_t activation, bool gated, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, bool rms,
+    double norm_eps, double norm_offset) {
+  FASTGPT_CHECK(x.dim() >= 1, "x: expected shape (..., C)");
+  FASTGPT_CHECK(weight.dim() == 2, "weight: expected shape (N, C)");
+  FASTGPT_CHECK(weight.size(1) == x.size(x.dim() - 1), "weight: expected as many columns as x has");
+  ContiguousMemory memory(x, "x");
+  const void* data = memory.of(weight, "weight");
+  return run_linear(
+      x, data, weight.size(0), {}, memory,
+      {bias, residual, norm_weight, norm_bias, activation, gated, rms, norm_eps, norm_offset});
+}
+
+Tensor linear_quantized_cpu(
+    const Tensor& x, const Tensor& blocks, int64_t bits, int64_t group_size, bool minima, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& residual, int64_t activation, bool gated, const std::optional<Tensor>& norm_weight,
+    const std::optional<Tensor>& norm_bias, bool rms, double norm_eps, double norm_offset) {
+  FASTGPT_CHECK(x.dim() >= 1, "x: expected shape (..., C)");
+  const Packing packing{bits, group_size, minima};
+  const int64_t C = x.size(x.dim() - 1);
+  FASTGPT_CHECK(bits == 8 || bits == 4, "bits: expected 8 or 4, got ", bits);
+  FASTGPT_CHECK(group_size > 0 && group_size % kPacked == 0, "group_size: expected a multiple of 32, got ", group_size);
+  FASTGPT_CHECK(C % group_size == 0, "x: expected a multiple of ", group_size, " columns, got ", C);
+  FASTGPT_CHECK(blocks.dim() == 2, "blocks: expected shape (N, bytes)");
+  check_dtype(blocks, "blocks", torch::headeronly::ScalarType::Byte);
+  check_cpu(blocks, "blocks");
+  check_storage(blocks, "blocks", 1);
+  FASTGPT_CHECK(
+      blocks.size(1) == packing.row_bytes(C) && blocks.is_contiguous(), "blocks: expected contiguous rows of ",
+      packing.row_bytes(C), " bytes");
+  ContiguousMemory memory(x, "x");
+  return run_linear(
+      x, blocks.const_data_ptr(), blocks.size(0), packing, memory,
+      {bias, residual, norm_weight, norm_bias, activation, gated, rms, norm_eps, norm_offset});
 }
 
 // Into `out`, (..., out_features), what follows the product, which is `out` itself or, if gated, twice as wide.
@@ -149,6 +189,7 @@ Tensor linear_gate_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("linear", TORCH_BOX(&fastgpt::linear_cpu));
+  m.impl("linear_quantized", TORCH_BOX(&fastgpt::linear_quantized_cpu));
   m.impl("linear_finish_", TORCH_BOX(&fastgpt::linear_finish_cpu));
   m.impl("linear_gate", TORCH_BOX(&fastgpt::linear_gate_cpu));
 }

@@ -17,17 +17,29 @@ constexpr int64_t kFeatures = 64;  // that are finished at a time, or half of it
 
 enum class Activation : int64_t { none, gelu_tanh, gelu, silu, relu };  // as ACTIVATIONS in fastgpt/ops/linear.py
 
-// Everything is contiguous and of one element type; what may be null is left out.
+// How quantized weights are stored, see Packing in fastgpt/ops/quantized_weight.py.
+struct Packing {
+  int64_t bits;  // 8 or 4, or 0: weights are not quantized
+  int64_t group_size;
+  bool minima;
+
+  int64_t header() const { return minima ? 4 : 2; }
+  int64_t row_bytes(int64_t in) const { return in / group_size * (header() + group_size * bits / 8); }
+};
+constexpr int64_t kPacked = 32;  // numbers that are packed together
+
+// Everything is contiguous and of one element type, but weights that are quantized; what may be null is left out.
 struct Linear {
   Element element;
   int64_t rows, in, out_features;
   const void* x;         // (rows, in)
-  const void* weight;    // (weight_rows(), in)
+  const void* weight;    // (weight_rows(), in), or (weight_rows(), packing.row_bytes(in)) bytes
   const void* bias;      // (weight_rows(),) or null
   const void* residual;  // (rows, out_features) or null
   Norm norm;
   Activation activation;
   bool gated;
+  Packing packing;
   void* out;  // (rows, out_features)
 
   int64_t weight_rows() const { return gated ? 2 * out_features : out_features; }

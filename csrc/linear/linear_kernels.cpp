@@ -5,6 +5,7 @@
 #include "common/matrices.h"
 #include "linear/activations.h"
 #include "linear/linear.h"
+#include "linear/products_quantized.h"
 #include "linear/products_vector.h"
 #if defined(__AMX_BF16__)
 #include "linear/products_amx.h"
@@ -68,6 +69,30 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
   }
 }
 
+template <int kBits, bool kMinima>
+void outputs_quantized(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
+  alignas(64) float dots[kMaxRows][kFeatures] = {};  // as in outputs_in_vectors
+  using Rows = QuantizedRows<kBits, kMinima>;
+  const Rows weight(l);
+  const int64_t step = l.gated ? kFeatures / 2 : kFeatures, row = weight.row_bytes(), lead = kLead / larger(row, 1);
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t count = smaller(end - first, step);
+    for (int64_t n = 0; n < count; n += Rows::kRows) {
+      const int64_t now = first + n, rows = smaller(count - n, Rows::kRows), skipped = now + lead < end ? 0 : next - end;
+      const int64_t ahead = now + skipped + lead < l.out_features ? skipped * row + kLead : 0;
+      weight.multiply(x, now, rows, ahead, &dots[0][n]);
+      if (l.gated) weight.multiply(x, now + l.out_features, rows, ahead, &dots[0][step + n]);
+    }
+    for (int64_t r = 0; r < l.rows; ++r) finish(l, r, first, count, dots[r], dots[r] + step);
+  }
+}
+
+void outputs_quantized(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
+  const auto run = l.packing.bits == 8 ? (l.packing.minima ? outputs_quantized<8, true> : outputs_quantized<8, false>)
+                                       : (l.packing.minima ? outputs_quantized<4, true> : outputs_quantized<4, false>);
+  run(l, x, begin, end, next);
+}
+
 #if defined(__AMX_BF16__)
 using Pairs = TileRows;
 #elif defined(__AVX512F__)
@@ -104,6 +129,7 @@ void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end,
 #if defined(__AVX512F__)
   if (Pairs::serves(l)) return outputs_of_pairs(l, Pairs(l, const_cast<float*>(x)), begin, end, next);
 #endif
+  if (l.packing.bits) return outputs_quantized(l, x, begin, end, next);
   switch (l.element) {
     case Element::float32: return outputs_in_vectors(l, x, static_cast<const float*>(l.weight), begin, end, next);
     case Element::float16: return outputs_in_vectors(l, x, static_cast<const Half*>(l.weight), begin, end, next);

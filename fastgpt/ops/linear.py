@@ -19,6 +19,7 @@ from fastgpt.ops.implementations import choose, explain_call, inference_unsuppor
 from fastgpt.ops.library import build_info, library, without_autograd
 from fastgpt.ops.matrix_product import FASTEST, KERNEL, matrix_product
 from fastgpt.ops.norm import KINDS, norm_reference
+from fastgpt.ops.quantized_weight import FUNCTIONS, Packing, QuantizedWeight, dequantized_product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Rows of x up to which the kernels are faster than other products. On a CPU they take any number, but compute kMaxRows of
@@ -64,7 +65,8 @@ def linear(
 
     Args:
         x: (..., C) fp16|bf16|fp32|fp64.
-        weight: (N, C), last dimension contiguous. It and all other tensors have the dtype of x (under autocast: any).
+        weight: (N, C), last dimension contiguous; or of 8 or 4 bits, a `fastgpt.QuantizedWeight`, whose product on a CPU is
+            computed in fp32, with any number of rows. It and all other tensors have the dtype of x (under autocast: any).
         bias: (N,).
         norm: "layer" or "rms", over the last dimension; see `fastgpt.norm`.
         norm_weight: (C,), weight of the norm; None: no norm.
@@ -108,6 +110,10 @@ def linear(
             norm_arguments = () if no_norm else (norm_weight, norm_bias, rms, norm_eps, norm_offset)
             if no_norm and (norm_eps != 1e-5 or norm_offset != 0.0):  # the kernel will not see and check these
                 _check(*call, norm, norm_eps, norm_offset, activation, gated)
+            if isinstance(weight, QuantizedWeight):
+                if weight.fits != (x.dtype, x.shape[-1]):
+                    _check(*call, norm, norm_eps, norm_offset, activation, gated)
+                return _linear_quantized(x, weight.blocks, *weight.packing, bias, residual, number, gated, *norm_arguments)
             if x.numel() > MAX_ROWS_CPU * x.shape[-1] and FASTEST.get(x.dtype) != KERNEL or not x.shape[-1]:
                 # The matrix product checks shapes and dtypes, our kernels check the rest.
                 require_tensor("x", x)
@@ -131,8 +137,19 @@ def linear(
         x, norm_weight, norm_bias = _norm(x, norm_weight, norm_bias, None, KINDS[norm], norm_eps, norm_offset), None, None
     if norm_weight is not None:
         x = norm_reference(x, norm_weight, norm_bias, kind=norm, eps=norm_eps, offset=norm_offset)
-    y = (matrix_product if impl is None else F.linear)(x, weight, bias)
+    product = dequantized_product if isinstance(weight, QuantizedWeight) else matrix_product if impl is None else F.linear
+    y = product(x, weight, bias)
     return finish(y, activation=activation, gated=gated, residual=residual, dropout_p=dropout_p)
+
+
+def _linear_function(input, weight, bias=None):  # noqa: A002  # F.linear's name
+    """F.linear, of which an argument is a QuantizedWeight."""
+    if isinstance(weight, QuantizedWeight) and not isinstance(input, QuantizedWeight):
+        return linear(input, weight, bias)
+    return F.linear(*(x.dequantize() if isinstance(x, QuantizedWeight) else x for x in (input, weight, bias)))
+
+
+FUNCTIONS[F.linear] = _linear_function
 
 
 def _of_many_rows(x, weight, bias, residual, activation, gated):
@@ -172,7 +189,8 @@ def linear_reference(
     _check(x, weight, bias, norm_weight, norm_bias, residual, dropout_p, norm, norm_eps, norm_offset, activation, gated)
     if norm_weight is not None:
         x = norm_reference(x, norm_weight, norm_bias, kind=norm, eps=norm_eps, offset=norm_offset)
-    return finish(F.linear(x, weight, bias), activation=activation, gated=gated, residual=residual, dropout_p=dropout_p)
+    product = dequantized_product if isinstance(weight, QuantizedWeight) else F.linear
+    return finish(product(x, weight, bias), activation=activation, gated=gated, residual=residual, dropout_p=dropout_p)
 
 
 def finish(
@@ -249,7 +267,7 @@ def _cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
         return reason
     if dropout_p != 0:
         return "it has no dropout"
-    if not weight.is_contiguous():
+    if not isinstance(weight, QuantizedWeight) and not weight.is_contiguous():
         return "it takes a contiguous weight"
     return None
 
@@ -262,6 +280,8 @@ def _triton_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p
         reason = f"it multiplies up to {MAX_ROWS_CUDA} rows, and x has more"
     elif reason is None and dropout_p != 0:
         reason = "it has no dropout"
+    elif reason is None and isinstance(weight, QuantizedWeight):
+        reason = "it does not take quantized weights"
     elif reason is None and not weight.is_contiguous():
         reason = "it takes a contiguous weight"
     return reason
@@ -282,7 +302,15 @@ library.define(
     "linear_gate(Tensor product, Tensor? bias=None, Tensor? residual=None, int activation=0) -> Tensor", "fastgpt.linear"
 )
 
+library.define(
+    "linear_quantized(Tensor x, Tensor blocks, int bits, int group_size, bool minima, Tensor? bias=None, Tensor? residual=None, "
+    "int activation=0, bool gated=False, Tensor? norm_weight=None, Tensor? norm_bias=None, bool rms=False, "
+    "float norm_eps=1e-5, float norm_offset=0.0) -> Tensor",
+    "fastgpt.linear",
+)
+
 _linear = without_autograd(torch.ops.fastgpt.linear.default)
+_linear_quantized = without_autograd(torch.ops.fastgpt.linear_quantized.default)
 _finish = without_autograd(torch.ops.fastgpt.linear_finish_.default)
 _gate = without_autograd(torch.ops.fastgpt.linear_gate.default)
 _norm = without_autograd(torch.ops.fastgpt.norm.default)
@@ -295,6 +323,16 @@ def _linear_fake(
 ):  # fmt: skip
     _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, "layer", norm_eps, norm_offset, None, gated)
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0])
+
+
+@torch.library.register_fake("fastgpt::linear_quantized", lib=library)
+def _linear_quantized_fake(
+    x, blocks, bits, group_size, minima, bias=None, residual=None, activation=0, gated=False,
+    norm_weight=None, norm_bias=None, rms=False, norm_eps=1e-5, norm_offset=0.0,
+):  # fmt: skip
+    weight = QuantizedWeight(blocks, Packing(bits, group_size, minima), x.shape[-1], x.dtype)
+    _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, "layer", norm_eps, norm_offset, None, gated)
+    return x.new_empty(*x.shape[:-1], len(blocks) // 2 if gated else len(blocks))
 
 
 def _linear_triton(

@@ -1,0 +1,283 @@
+"""Weights of 8 or 4 bits, in blocks that share a scale: `QuantizedWeight`, which `linear` takes in place of a tensor."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastgpt.checks import require_choice, require_dtype, require_flag, require_tensor
+
+BITS = {"int8": 8, "int4": 4}
+GROUP_SIZES = 32, 64, 128, None
+UNIT = 32  # numbers that are packed together; a group is a multiple of it
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+# Parts of the range that scales of 4 bits are fitted to: what lies outside is clipped, and the rest gets finer steps.
+PARTS = 1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8
+
+
+class Packing(NamedTuple):
+    """How a row is stored: groups of `group_size` numbers, each an fp16 scale, an fp16 minimum if it has one, and integers q of
+    `bits` bits; w = scale · q + minimum. Without minima q is signed; integers of 4 bits are stored plus 8. Of 32 integers of 4
+    bits, byte i holds number i in its lower half and number i + 16 in its upper one, as GGUF's Q4_0 and Q4_1."""
+
+    bits: int
+    group_size: int
+    minima: bool
+
+    @property
+    def header(self) -> int:
+        """Bytes of a group before its integers."""
+        return 4 if self.minima else 2
+
+    @property
+    def group_bytes(self) -> int:
+        return self.header + self.group_size * self.bits // 8
+
+    def row_bytes(self, columns: int) -> int:
+        return columns // self.group_size * self.group_bytes
+
+
+class QuantizedWeight(torch.Tensor):
+    """A matrix (N, C) stored in 8 or 4 bits a number, which `fastgpt.linear`, F.linear and nn.Linear take in place of a tensor.
+    `fastgpt.quantize` makes it.
+
+    To PyTorch it is a tensor of a floating-point dtype, that of the x it is multiplied with: `to(dtype)` changes only that,
+    `to(device)`, `state_dict`, `torch.save` and copying keep it quantized. Indexed by F.embedding it gives rows; any other
+    operation computes with `dequantize()`. It cannot be written to and has no gradient of its own; x has.
+
+    blocks: (N, bytes) uint8, all that is stored.
+    packing: what they hold.
+    """
+
+    blocks: torch.Tensor
+    packing: Packing
+    fits: tuple[torch.dtype, int]  # dtype and number of columns, which as attributes of a subclass of tensors take microseconds
+
+    @staticmethod
+    def __new__(cls, blocks: torch.Tensor, packing: Packing, columns: int, dtype: torch.dtype = torch.float32):
+        return torch.Tensor._make_wrapper_subclass(cls, (len(blocks), columns), dtype=dtype, device=blocks.device)
+
+    def __init__(self, blocks: torch.Tensor, packing: Packing, columns: int, dtype: torch.dtype = torch.float32) -> None:
+        packing = Packing(*packing)
+        if blocks.dtype != torch.uint8 or blocks.shape[1:] != (packing.row_bytes(columns),) or not blocks.is_contiguous():
+            raise ValueError(
+                f"blocks: expected contiguous torch.uint8 of shape (N, {packing.row_bytes(columns)}) for {columns} columns, got "
+                f"{blocks.dtype} of shape {tuple(blocks.shape)}"
+            )
+        self.blocks, self.packing, self.fits = blocks, packing, (dtype, columns)
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]  # a property of torch.Tensor, too
+        """Bytes that are stored."""
+        return self.blocks.nbytes
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The matrix (N, C) that it stands for, computed in fp32 and rounded to dtype (default: its own)."""
+        return dequantize_blocks(self.blocks, self.packing, self.shape[1]).to(dtype or self.dtype)
+
+    def with_blocks(self, blocks: torch.Tensor, dtype: torch.dtype | None = None) -> "QuantizedWeight":
+        """One of the same layout."""
+        return QuantizedWeight(blocks, self.packing, self.shape[1], dtype or self.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        packing = self.packing
+        minima = ", minima=True" if packing.minima else ""
+        return (
+            f"QuantizedWeight({tuple(self.shape)}, int{packing.bits}, group_size={packing.group_size}{minima}, {self.nbytes} bytes, "
+            f"dtype={self.dtype}, device='{self.device}')"
+        )
+
+    def __tensor_flatten__(self):
+        return ["blocks"], (self.packing, self.shape[1], self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, outer_size, outer_stride):
+        return QuantizedWeight(inner["blocks"], *context)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in FUNCTIONS:
+            return FUNCTIONS[function](*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():  # super's would call plain results QuantizedWeight, too
+            return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in KEEPING and isinstance(args[0], QuantizedWeight):
+            return KEEPING[function](*args, **kwargs)
+        written = [argument for argument in function._schema.arguments if argument.alias_info and argument.alias_info.is_write]
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if argument in written and isinstance(value, QuantizedWeight):
+                raise TypeError(f"{function}: expected a tensor that can be written, got a QuantizedWeight")
+        args, kwargs = torch.utils._pytree.tree_map_only(QuantizedWeight, QuantizedWeight.dequantize, (args, kwargs))
+        return function(*args, **kwargs)
+
+
+def quantize(
+    weight: torch.Tensor, dtype: str = "int8", group_size: int | None = 32, *, minima: bool = False
+) -> QuantizedWeight:
+    """A weight in 8 or 4 bits a number, for `fastgpt.linear`.
+
+        w ≈ scale · q                 q from -127 to 127, or from -8 to 7
+        w ≈ scale · q + minimum       q from 0 to 255, or from 0 to 15                           minima
+
+    Scales and minima, in fp16, are those of groups of consecutive columns; with 4 bits they are fitted for the least squared
+    error. Groups of 32 are stored as GGUF's Q8_0, Q4_0 and Q4_1.
+
+    Args:
+        weight: (N, C) fp32|fp16|bf16, finite.
+        dtype: "int8" or "int4".
+        group_size: 32, 64 or 128 columns that share a scale, or None: a row. C is a multiple of it, and of 32.
+        minima: whether groups have a minimum, which takes 16 bits more for each.
+
+    Returns: (N, C) with the dtype of weight, on its device.
+    Raises: TypeError (not a tensor, dtype), ValueError (shape, choice, numbers that are not finite or do not fit into fp16):
+        argument, expected, got.
+
+    >>> quantize(torch.randn(3072, 768), "int4", group_size=64)
+    QuantizedWeight((3072, 768), int4, group_size=64, 1253376 bytes, dtype=torch.float32, device='cpu')
+    """
+    require_tensor("weight", weight, 2)
+    require_dtype("weight", weight, DTYPES)
+    require_choice("dtype", dtype, BITS)
+    if isinstance(group_size, bool) or group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size: expected one of {', '.join(map(repr, GROUP_SIZES))}, got {group_size!r}")
+    require_flag("minima", minima)
+    N, C = weight.shape
+    size = C if group_size is None else group_size
+    if not C or C % UNIT or C % size:
+        raise ValueError(f"weight: expected a multiple of {max(UNIT, size)} columns, got shape {tuple(weight.shape)}")
+    packing = Packing(BITS[dtype], size, minima)
+    groups = weight.detach().float().reshape(N, C // size, size)
+    extremes = groups.amax(-1), groups.amin(-1)
+    largest = max((max(x.abs().max().item() for x in extremes) if N else 0.0), 0.0)
+    steps = 255 if minima and packing.bits == 8 else 15 if minima else 127 if packing.bits == 8 else 8
+    if not largest <= 65504.0 * (1 if minima else steps):
+        raise ValueError(f"weight: expected finite numbers whose scales fit into fp16, got one of magnitude {largest}")
+    scale, minimum = _fitted(groups, packing, *extremes)
+    q = _rounded(groups, scale, minimum, packing)
+    return QuantizedWeight(_pack(q, scale, minimum, packing), packing, C, weight.dtype)
+
+
+def _fitted(groups, packing, highest, lowest):
+    """fp16 scales and minima, (N, groups); no minima: None."""
+    if packing.bits == 8 and not packing.minima:
+        return (torch.maximum(highest, -lowest) / 127).half(), None
+    if packing.bits == 8:
+        return ((highest - lowest) / 255).half(), lowest.half()
+    best: Any = None
+    # Without minima the number of largest magnitude is -8 · scale: a scale may be negative.
+    extreme = torch.where(highest > -lowest, highest, lowest)
+    for part in PARTS:
+        if packing.minima:
+            middle, half = (highest + lowest) / 2, (highest - lowest) / 2 * part
+            scale, minimum = (half / 7.5).half(), (middle - half).half()
+        else:
+            scale, minimum = (extreme * part / -8).half(), None
+        error = (_dequantized(_rounded(groups, scale, minimum, packing), scale, minimum, packing) - groups).square().sum(-1)
+        if best is None:
+            best = error, scale, minimum
+        else:
+            better = error < best[0]
+            kept = None if minimum is None else torch.where(better, minimum, best[2])
+            best = torch.where(better, error, best[0]), torch.where(better, scale, best[1]), kept
+    return best[1:]
+
+
+def _rounded(groups, scale, minimum, packing):
+    """Integers as they are stored, in fp32: signed ones of 8 bits, those of 4 bits plus 8."""
+    scale = scale.float().unsqueeze(-1)
+    rest = groups if minimum is None else groups - minimum.float().unsqueeze(-1)
+    q = torch.where(scale == 0, 0.0, rest / torch.where(scale == 0, 1.0, scale)).round()
+    if packing.minima:
+        return q.clamp_(0, 2**packing.bits - 1)
+    return q.clamp_(-127, 127) if packing.bits == 8 else (q + 8).clamp_(0, 15)
+
+
+def _dequantized(q, scale, minimum, packing):
+    if packing.bits == 4 and minimum is None:
+        q = q - 8
+    w = q * scale.float().unsqueeze(-1)
+    return w if minimum is None else w + minimum.float().unsqueeze(-1)
+
+
+def _pack(q, scale, minimum, packing):
+    N, groups, size = q.shape
+    if packing.bits == 8:
+        integers = q.to(torch.uint8 if packing.minima else torch.int8).view(torch.uint8)
+    else:
+        halves = q.to(torch.uint8).view(N, groups, size // UNIT, 2, UNIT // 2)
+        integers = (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(2)
+    headers = [x.unsqueeze(-1).view(torch.uint8) for x in (scale, minimum) if x is not None]
+    return torch.cat([*headers, integers], -1).view(N, -1)
+
+
+def dequantize_blocks(blocks: torch.Tensor, packing: Packing, columns: int) -> torch.Tensor:
+    """The matrix (N, columns) fp32 of rows of blocks (N, bytes) uint8."""
+    N, size = len(blocks), packing.group_size
+    groups = blocks.view(N, columns // size, packing.group_bytes)
+    scale, *minimum = (x.squeeze(-1) for x in groups[..., : packing.header].contiguous().view(torch.float16).split(1, -1))
+    integers = groups[..., packing.header :]
+    if packing.bits == 8:
+        q = integers if packing.minima else integers.contiguous().view(torch.int8)
+    else:
+        pairs = integers.view(N, -1, size // UNIT, UNIT // 2)
+        q = torch.stack((pairs & 15, pairs >> 4), -2).flatten(2)
+    return _dequantized(q.float(), scale, minimum[0] if minimum else None, packing).view(N, columns)
+
+
+def dequantized_product(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear(x, weight.dequantize(x.dtype), bias), with a gradient of x and of bias, for which the matrix is dequantized
+    again instead of kept."""
+    product = _DequantizedProduct.apply(x, weight.blocks, weight.packing)
+    return product if bias is None else product + bias
+
+
+class _DequantizedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(x, blocks, packing):
+        return F.linear(x, dequantize_blocks(blocks, packing, x.shape[-1]).to(x.dtype))
+
+    @staticmethod
+    def setup_context(context, inputs, output):
+        _, blocks, context.packing = inputs
+        context.save_for_backward(blocks)
+
+    @staticmethod
+    def backward(context, dout):
+        (blocks,) = context.saved_tensors
+        columns = blocks.shape[1] // context.packing.group_bytes * context.packing.group_size
+        return dout @ dequantize_blocks(blocks, context.packing, columns).to(dout.dtype), None, None
+
+
+# PyTorch's functions -> what computes them if an argument is quantized. `linear` adds F.linear, which it replaces.
+FUNCTIONS: dict[Callable, Callable] = {}
+
+# Operations whose result is quantized as well, or that read only some rows.
+
+
+def _to(weight, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None):
+    if dtype is not None and dtype not in (*DTYPES, torch.float64):
+        return weight.dequantize().to(dtype=dtype, device=device)
+    blocks = weight.blocks if device is None else weight.blocks.to(device, non_blocking=non_blocking)
+    return weight.with_blocks(blocks.clone() if blocks is weight.blocks else blocks, dtype)
+
+
+def _rows(weight, index, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    blocks = weight.blocks[index.reshape(-1)]
+    rows = dequantize_blocks(blocks, weight.packing, weight.shape[1])
+    return rows.to(weight.dtype).view(*index.shape, weight.shape[1])
+
+
+aten = torch.ops.aten
+KEEPING = {
+    aten.detach.default: lambda weight: weight.with_blocks(weight.blocks.detach()),
+    aten.alias.default: lambda weight: weight.with_blocks(weight.blocks),
+    aten.clone.default: lambda weight, memory_format=None: weight.with_blocks(weight.blocks.clone()),
+    aten._to_copy.default: _to,
+    aten.embedding.default: _rows,
+}
+torch.serialization.add_safe_globals([QuantizedWeight, Packing])

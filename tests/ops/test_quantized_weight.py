@@ -1,0 +1,308 @@
+"""Weights of 8 and 4 bits: what they stand for, `linear` with them, and what PyTorch does with them."""
+
+import copy
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cpu_levels import lower_levels
+
+import fastgpt
+from fastgpt import QuantizedWeight, linear, linear_reference, quantize
+from fastgpt.generation.replay import CpuReplay
+from fastgpt.ops.quantized_weight import Packing
+from fastgpt.testing import numerics
+from fastgpt.testing.linear_features import FEATURES, call_of, in_float64, split
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+KINDS = [(dtype, size, minima) for dtype in ("int8", "int4") for size in (32, 64, 128, None) for minima in (False, True)]
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}{'-minima' * kind[2]}")
+ROWS = (1, 2, 3, 4, 5, 9, 17, 64, 65)
+STEPS = {("int8", False): 254, ("int8", True): 255, ("int4", False): 15, ("int4", True): 15}
+
+
+def quantized(weight, kind):
+    dtype, size, minima = kind
+    return quantize(weight, dtype, size, minima=minima)
+
+
+@kinds
+def test_numbers_are_within_half_a_step(kind):
+    """Of 8 bits all, and of 4 bits those that the fit does not clip; scales are those of fp16."""
+    dtype, size, minima = kind
+    weight = torch.randn(24, 256)
+    stored = quantized(weight, kind)
+    groups, found = (x.reshape(24, -1, size or 256) for x in (weight, stored.dequantize()))
+    extent = groups.amax(-1) - groups.amin(-1) if minima else 2 * groups.abs().amax(-1)
+    step = extent.unsqueeze(-1) / STEPS[dtype, minima] * 1.01
+    near = (found - groups).abs() <= step * (0.51 if dtype == "int8" else 0.5)
+    assert near.float().mean() >= (1.0 if dtype == "int8" else 0.93)
+
+
+@kinds
+def test_fitted_scales_are_no_worse_than_those_of_the_range(kind):
+    """The first of the parts tried is the whole range, as GGUF's quantizer takes it."""
+    dtype, size, minima = kind
+    weight = torch.randn(24, 256)
+    groups = weight.view(24, -1, size or 256)
+    highest, lowest = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
+    if minima:
+        scale = (highest - lowest) / STEPS[dtype, minima]
+        plain = ((groups - lowest) / scale).round() * scale + lowest
+    else:
+        scale = torch.where(highest > -lowest, highest, lowest) / (-8 if dtype == "int4" else 127)
+        plain = (groups / scale).round().clamp(*((-8, 7) if dtype == "int4" else (-127, 127))) * scale
+    error = (quantized(weight, kind).dequantize() - weight).square().mean()
+    assert error <= (plain.view_as(weight) - weight).square().mean() * 1.01
+
+
+@pytest.mark.parametrize(
+    "kind, name", [(("int8", 32, False), "Q8_0"), (("int4", 32, False), "Q4_0"), (("int4", 32, True), "Q4_1")]
+)
+def test_groups_of_32_are_stored_as_in_gguf(kind, name):
+    gguf = pytest.importorskip("gguf")
+    stored = quantized(torch.randn(5, 96), kind)
+    expected = gguf.quants.dequantize(stored.blocks.numpy(), gguf.GGMLQuantizationType[name])
+    assert torch.equal(stored.dequantize(), torch.from_numpy(expected))
+
+
+def test_four_bits_lie_where_they_are_said_to():
+    packing = Packing(4, 32, True)
+    numbers = torch.arange(16, dtype=torch.uint8)
+    header = torch.tensor([2.0, -1.0]).half().view(torch.uint8)
+    blocks = torch.cat([header, numbers | numbers.flip(0) << 4]).view(1, -1)
+    expected = torch.cat([numbers, numbers.flip(0)]).float() * 2 - 1
+    assert torch.equal(QuantizedWeight(blocks, packing, 32).dequantize(), expected.view(1, 32))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-8, 1e-5, 0.02, 400.0])
+@kinds
+def test_constant_and_tiny_groups(kind, value):
+    weight = torch.full((2, 256), value)
+    found = quantized(weight, kind).dequantize()
+    assert (found - weight).abs().max() <= max(6e-8 * 255, value * 0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@kinds
+def test_contract(kind, dtype):
+    """The product with the dequantized weight, for few rows and many, alone and with all that surrounds it."""
+    for feature in ("plain", "everything", "everything, gated"):
+        call = call_of(feature, sum(ROWS), 640, 37, dtype)
+        call["weight"] = quantized(call["weight"], kind)
+        actual = torch.cat([linear(**part, impl="cpp") for part in split(call, ROWS)])
+        assert actual.dtype == dtype
+        double = in_float64(call | {"weight": call["weight"].dequantize(torch.float32)})
+        numerics.check(actual, lambda double=double: linear_reference(**double), arithmetic=dtype)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature(feature):
+    call = call_of(feature, 7, 256, 70, torch.float32)
+    call["weight"] = quantize(call["weight"], "int4")
+    double = in_float64(call | {"weight": call["weight"].dequantize()})
+    for rows in (1, 6):
+        part, double_part = (x | {name: x[name][:rows] for name in ("x", "residual") if name in x} for x in (call, double))
+        numerics.check(linear(**part), lambda double_part=double_part: linear_reference(**double_part))
+        numerics.check(linear_reference(**part), lambda double_part=double_part: linear_reference(**double_part))
+
+
+@pytest.mark.parametrize("level", lower_levels())
+def test_lower_cpu_levels(level):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "contract and float32", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=os.environ | {"FASTGPT_CPU_LEVEL": level}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@kinds
+def test_a_number_depends_on_its_row_and_feature_only(kind):
+    weight = torch.randn(39, 256)
+    stored = quantized(weight, kind)
+    stored.blocks[5, :2] = torch.tensor([0xFF, 0x7F], dtype=torch.uint8)  # a scale that is NaN
+    for rows in (3, 9):
+        x = torch.randn(rows, 256)
+        clean = linear(x, quantized(weight, kind))
+        x[2, 7] = torch.nan
+        dirty = linear(x, stored)
+        hit = torch.zeros_like(clean, dtype=torch.bool)
+        hit[2], hit[:, 5] = True, True
+        assert dirty[hit].isnan().all() and torch.equal(dirty[~hit], clean[~hit])
+
+
+@pytest.mark.threads
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@kinds
+def test_any_number_of_threads_gives_the_same_bits(kind, rows):
+    weight, x, threads = (
+        quantized(torch.randn(1000, 768 if kind[1] else 256), kind),
+        torch.randn(rows, 768),
+        torch.get_num_threads(),
+    )
+    x = x[:, : weight.shape[1]]
+    whole = linear(x, weight)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(linear(x, weight), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def test_a_plan_runs_it_again():
+    weight = quantize(torch.randn(70, 256), "int4")
+    function = CpuReplay(lambda x: linear(x, weight, activation="silu"))
+    for _ in range(3):
+        x = torch.randn(2, 256)
+        assert torch.equal(function(x), linear(x, weight, activation="silu"))
+    assert function.refused is None and len(function.plan) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_x_and_what_surrounds(dtype):
+    """They are those of the dequantized weight, which is not kept for them."""
+    call = call_of("everything, gated", 5, 64, 20, dtype)
+    weight = quantize(call.pop("weight"), "int8")
+    names = ["x", "bias", "norm_weight", "residual"]
+    leaves = {name: call[name].detach().requires_grad_() for name in names}
+    out = linear(**(call | leaves), weight=weight)
+    dout = torch.randn(out.shape).to(dtype)
+    grads = torch.autograd.grad(out, list(leaves.values()), dout)
+    double = in_float64(call | {"weight": weight.dequantize(torch.float32)})
+    twins = {name: double[name].requires_grad_() for name in names}
+
+    def oracle(name):
+        return torch.autograd.grad(linear_reference(**(double | twins)), twins[name], dout.double())[0]
+
+    for name, grad in zip(names, grads):
+        numerics.check(grad, lambda name=name: oracle(name), arithmetic=dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        linear(leaves["x"], weight)
+    assert all(x.dtype == torch.uint8 or x.numel() < weight.numel() for x in kept)
+
+
+def test_modules_take_it():
+    """nn.Linear and nn.Embedding with a quantized weight, through state_dict, dtypes, copies and files."""
+    weight = quantize(torch.randn(40, 64), "int4", 64)
+    layer = torch.nn.Linear(64, 40)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x), linear(x, weight, layer.bias))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    other = torch.nn.Linear(64, 40)
+    other.weight = torch.nn.Parameter(quantize(torch.zeros(40, 64), "int4", 64), requires_grad=False)
+    other.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(other(x), layer(x))
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert isinstance(half.weight, QuantizedWeight) and torch.equal(half.weight.blocks, weight.blocks)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    embedding = torch.nn.Embedding(40, 64)
+    embedding.weight = torch.nn.Parameter(weight, requires_grad=False)
+    ids = torch.tensor([[3, 39], [0, 3]])
+    assert torch.equal(embedding(ids), weight.dequantize()[ids])
+
+
+def test_files_hold_what_is_stored():
+    weight, file = quantize(torch.randn(400, 256), "int4", None), io.BytesIO()
+    torch.save({"weight": weight}, file)
+    assert file.tell() < weight.nbytes + 4000
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["weight"]
+    assert (
+        isinstance(loaded, QuantizedWeight) and loaded.packing == weight.packing and torch.equal(loaded.blocks, weight.blocks)
+    )
+
+
+def test_other_operations_compute_with_the_dequantized_weight():
+    weight = quantize(torch.randn(40, 64), "int8")
+    full = weight.dequantize()
+    assert (
+        torch.equal(weight @ torch.eye(64), full) and torch.equal(weight.t(), full.t()) and torch.equal(weight[3:5], full[3:5])
+    )
+    assert isinstance(weight.double(), QuantizedWeight) and torch.equal(weight.double().dequantize(), full.double())
+    assert weight.nbytes == 40 * 68 and "int8" in repr(weight) and weight.device == full.device
+    with pytest.raises(TypeError, match="can be written"):
+        weight.mul_(2)
+
+
+def test_compiled_modules():
+    layer = torch.nn.Linear(64, 40).requires_grad_(False)
+    layer.weight = torch.nn.Parameter(quantize(torch.randn(40, 64), "int4"), requires_grad=False)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
+def test_registered_operation():
+    x, weight = torch.randn(3, 64), quantize(torch.randn(40, 64), "int4")
+    arguments = (x, weight.blocks, *weight.packing, torch.randn(40))
+    torch.library.opcheck(torch.ops.fastgpt.linear_quantized.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (lambda: ([1.0],), TypeError, "weight: expected a torch.Tensor, got list"),
+        (lambda: (torch.randn(4, 32, dtype=torch.float64),), TypeError, "weight: expected"),
+        (lambda: (torch.randn(32),), ValueError, "weight: expected 2 dimensions"),
+        (lambda: (torch.randn(4, 33),), ValueError, r"weight: expected a multiple of 32 columns, got shape \(4, 33\)"),
+        (lambda: (torch.randn(4, 96), "int4", 64), ValueError, "weight: expected a multiple of 64 columns"),
+        (lambda: (torch.randn(4, 0), "int4", None), ValueError, "weight: expected a multiple of 32 columns"),
+        (lambda: (torch.randn(4, 32), "int2"), ValueError, "dtype: expected one of 'int8', 'int4', got 'int2'"),
+        (lambda: (torch.randn(4, 32), "int8", 16), ValueError, "group_size: expected one of 32, 64, 128, None, got 16"),
+        (lambda: (torch.randn(4, 32), "int8", True), ValueError, "group_size: expected one of"),
+        (lambda: (torch.full((4, 32), torch.inf),), ValueError, "weight: expected finite numbers"),
+        (lambda: (torch.full((4, 32), torch.nan),), ValueError, "weight: expected finite numbers"),
+        (lambda: (torch.full((4, 32), 1e30),), ValueError, "weight: expected finite numbers"),
+    ],
+)
+def test_bad_weights(arguments, error, message):
+    with pytest.raises(error, match=message):
+        quantize(*arguments())
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": torch.randn(3, 32)}, ValueError, "weight: expected shape"),
+        ({"x": torch.randn(3, 64).bfloat16()}, TypeError, "weight: expected"),
+        ({"x": torch.randn(3, 64).double()}, TypeError, "weight: expected"),
+        ({"gated": True}, ValueError, "weight: expected an even number of rows"),
+        ({"bias": torch.randn(40)}, ValueError, "bias: expected shape"),
+        ({"impl": "triton"}, ValueError, "impl='triton' cannot serve this call"),
+    ],
+)
+def test_bad_calls(change, error, message):
+    call = {"x": torch.randn(3, 64), "weight": quantize(torch.randn(41, 64))}
+    for function in (linear, linear_reference):
+        if function is linear or "impl" not in change:
+            with pytest.raises(error, match=message):
+                function(**(call | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bits": 5}, {"group_size": 0}, {"group_size": 48}, {"group_size": 128}, {"minima": True}, {"bits": 8}],
+    ids=str,
+)
+def test_the_operation_reads_no_more_than_there_is(change):
+    weight = quantize(torch.randn(40, 64), "int4", 64)
+    with pytest.raises((ValueError, RuntimeError), match="expected"):
+        torch.ops.fastgpt.linear_quantized(torch.randn(3, 64), weight.blocks, *{**weight.packing._asdict(), **change}.values())
+
+
+def test_explain_says_what_serves_it():
+    x, weight = torch.randn(3, 64), quantize(torch.randn(40, 64))
+    reasons = fastgpt.explain(linear, x, weight)
+    assert reasons["cpp"] == "chosen" and reasons["reference"] == "available"
+    assert fastgpt.explain(linear, x.requires_grad_(), weight)["reference"] == "chosen"
+
+
+def test_functional_linear():
+    x, weight = torch.randn(3, 64), quantize(torch.randn(40, 64))
+    assert torch.equal(F.linear(x, weight), linear(x, weight))
+    assert torch.equal(F.linear(input=x, weight=weight, bias=None), linear(x, weight))
