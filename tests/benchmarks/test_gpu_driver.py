@@ -323,8 +323,8 @@ def test_tests_that_were_cut_go_on_with_the_others(tmp_path, monkeypatch):
 def test_every_test_of_a_gpu_belongs_to_a_part():
     files = {file for _, files, _ in gpu.TESTS.values() for file in files}
     marks = re.compile(r"mark\.gpu\b|^@runs_kernel", re.MULTILINE)
-    marked = {path for path in Path(ROOT, "tests").glob("test_*.py") if marks.search(path.read_text())}
-    assert {str(path.relative_to(ROOT)) for path in marked} <= files
+    marked = {path for path in Path(ROOT, "tests").rglob("test_*.py") if marks.search(path.read_text())}
+    assert {str(path.relative_to(ROOT)) for path in marked} == files
 
 
 SUMMARY = "========= ERROR SUMMARY: {} errors"
