@@ -160,9 +160,9 @@ def attention_backward(
             )  # fmt: skip
     dsinks = None
     if sinks is not None:
-        # A row that sees no key has no weights, and gives nothing.
-        weight = (sinks.double().view(-1, 1) - lse).exp().masked_fill(lse == -torch.inf, 0.0)  # (B, H, T)
-        dsinks = -(weight * norm * delta).sum((0, 2)).to(sinks.dtype)
+        # A row that sees no key has no weights, and gives nothing; of those past the last sequence no program writes a norm.
+        weight = (sinks.double().view(-1, 1) - lse).exp()  # (B, H, T)
+        dsinks = -(weight * norm * delta).masked_fill(lse == -torch.inf, 0.0).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
 
 
