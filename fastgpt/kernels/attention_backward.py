@@ -30,7 +30,7 @@ from fastgpt.kernels.attention_forward import INTERPRETED
 from fastgpt.kernels.attention_rows import aligned_rows, load_rows
 from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, grid
-from fastgpt.kernels.tiles import DELTA_ROWS, attention_tile, padded_dim
+from fastgpt.kernels.tiles import DELTA_ROWS, attention_tile, keys_table, padded_dim
 
 WIDEST = 256  # head dim
 # Of wider heads, or where scores are more than q·k · scale, a pass over the queries has no registers left for bulk copies.
@@ -110,9 +110,7 @@ def attention_backward(
     with_extras = "with_extras " if extras.with_extras else ""
     flags = D, D_v, q.element_size(), causal, window is not None, softcap is not None, *extras.units
     bulk = have_bulk_copies(q, k, v, dout)
-    of_keys = kernel_constants(
-        (with_extras or ("packed " if packed else "")) + "keys", architecture(q.device) if bulk else 80, *flags
-    )
+    of_keys = kernel_constants(keys_table(causal, extras.with_extras, packed), architecture(q.device) if bulk else 80, *flags)
     tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "dout_desc": (dout, "BLOCK_M", "BLOCK_V")}
     bulk_of_keys = descriptors(of_keys, tiles) if bulk else dict.fromkeys(tiles)
     bulk = bulk and not with_extras and max(D, D_v) <= BULK_HEAD_DIM
