@@ -119,7 +119,7 @@ def attention_backward(
     tiles |= {"k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
     bulk_of_queries = descriptors(of_queries, tiles) if bulk else dict.fromkeys(tiles)
     n_queries, n_keys = (T, S) if not packed else (min(max_seqlen_q, T), min(max_seqlen_k, S))
-    batch = len(cu_seqlens_q) - 1 if packed else B
+    batch = cu_seqlens_q.shape[0] - 1 if packed else B
     m_tiles = cdiv(n_queries, of_queries["BLOCK_M"])
     names = ("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr")
     skipped = ("stride_t", "stride_ks", "stride_vs", "page", "n_pages", "n_keys")
