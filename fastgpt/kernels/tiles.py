@@ -128,6 +128,7 @@ ATTENTION["packed keys"] = {
 }
 ATTENTION["packed causal keys"] = {
     **ATTENTION["packed keys"],
+    (32, 2): (Tile(64, 64, 8, 2), *(Tile(32, 128, 8, 2),) * 2),
     (128, 2): (Tile(32, 32, 4, 1), Tile(16, 64, 8, 2), Tile(32, 64, 8, 1)),
 }
 DELTA_ROWS = 32  # of out and dout, whose products a program sums
