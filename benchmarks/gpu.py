@@ -12,8 +12,10 @@ its results/ are unpacked to benchmarks/results, `python -m benchmarks.report` p
 The most telling come first: whether it builds and imports, one kernel of each kind, parity of attention and caches, cached
 generation against uncached, how fast GPT-2 is. Tests run in as many processes as there are cores, since they compile 1,500
 kernels; what the benchmarks launch is compiled on all cores before (benchmarks/compile_ahead.py), as they are to time and not
-to compile. Of sm_90, these are 150 kernels, of which a sample of 24, compiled on a busy core of an AMD EPYC of 2021, took 1.4 s
-of CPU each: about 15 s on 16 such cores, and 130 s for all of the tests, which are granted 167. What a part needs beyond
+to compile. Of sm_90, these are 139 kernels, of which a sample of 16, compiled on a busy core of an AMD EPYC, took 1.9 s of CPU
+each, and one of 24 on another day 1.4 s: with 16 such cores, 70% of their time in use, 17 to 24 s, of which 27 are granted, and
+190 to 250 s for the tests, which are granted 167 and what the build leaves of 81. So some tests may be cut, which are left to
+part 2: of each file the same share, as files take turns (benchmarks/gpu_tests.py). What a part needs beyond
 torch, triton, NumPy, nvcc and pytest it does without: xdist, hypothesis, matplotlib.
 
 --part 2 goes on where a run ended: parts that were well are left out, and tests that have run, by what is in FOLDER, or in

@@ -3,8 +3,8 @@
 python -m benchmarks.gpu_tests DONE [--workers N] [PYTEST ARGUMENT ...]
 
 DONE is a file of lines, an outcome and a test each. Those that are in it are left out: a later run goes on where one before it
-was cut. Each process takes every N-th of the others, with its output in DONE.I.log. Exits with 1 if a test failed, now or
-before.
+was cut. Each process takes every N-th of the others, with its output in DONE.I.log. Files take turns, so that a run that is
+cut has seen as much of each. Exits with 1 if a test failed, now or before.
 
 As a plugin, `-p benchmarks.gpu_tests`, with FASTGPT_SHARD="I/N" and FASTGPT_DONE: what one of the processes does. All of them
 leave out what is in DONE.before, which does not change while they run, so that each test is one process's.
@@ -32,10 +32,21 @@ def done_in(path: Path) -> dict[str, str]:
     return {test.rstrip("\n"): outcome for outcome, _, test in (line.partition(" ") for line in lines if line.endswith("\n"))}
 
 
+def by_turns(items: list) -> list:
+    """Items in the order of their files, but of each file as large a share as of the others up to any place."""
+    counts, seen = Counter(item.nodeid.partition("::")[0] for item in items), Counter()
+    places = []
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        places.append(seen[file] / counts[file])
+        seen[file] += 1
+    return [items[i] for i in sorted(range(len(items)), key=places.__getitem__)]
+
+
 def pytest_collection_modifyitems(config, items):
     index, count = map(int, os.environ[SHARD].split("/"))
     done = done_in(before(Path(os.environ[DONE])))
-    left = [item for item in items if item.nodeid not in done]
+    left = by_turns([item for item in items if item.nodeid not in done])
     kept = left[index - 1 :: count]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept

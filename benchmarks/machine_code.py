@@ -186,10 +186,13 @@ def _is_demanding(name: str, constants: dict, features: frozenset) -> bool:
         return not features and constants["IS_CAUSAL"] and name != "attend_split_kernel"
     if name == "attend_split_kernel":
         return "sinks_ptr" in features
+    packed = {"cu_q_ptr", "cu_k_ptr"}
+    if name == "backward_keys" and features == packed:  # whose tiles depend on the mask
+        return True
     if not constants["IS_CAUSAL"] or constants.get("ONE_ROW") or constants.get("ONE_COLUMN"):
         return False
     with_extras = {"bias_ptr", "seed_ptr", "mask_ptr" if name.startswith("backward") else "alibi_ptr"}
-    return features in ({"kv_lengths_ptr"}, {"cu_q_ptr", "cu_k_ptr"}) or with_extras <= features
+    return features in ({"kv_lengths_ptr"}, packed) or with_extras <= features
 
 
 def usage_and_fault(arch: int, module: str, name: str, *configuration) -> tuple[Usage, str]:

@@ -89,6 +89,7 @@ def _backward(capability: int) -> Iterator[tuple]:
         ((), {}),
         (("dlse_ptr",), {}),
         (("kv_lengths_ptr",), {"has_window": True}),
+        (("cu_q_ptr", "cu_k_ptr"), {}),
         (("cu_q_ptr", "cu_k_ptr"), {"has_window": True}),
         (
             ("kv_lengths_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr", "seed_ptr", "dlse_ptr"),
@@ -108,9 +109,9 @@ def _backward(capability: int) -> Iterator[tuple]:
             with_extras = "with_extras " if "seed_ptr" in given else ""
             sizes = (head_dim, v_dim, dtype.itemsize, causal)
             for bulk in (False, True) if arch >= 90 and dtype.itemsize == 2 else (False,):
-                kind = with_extras or ("packed " if "cu_q_ptr" in given else "")
+                table = tiles.keys_table(causal, bool(with_extras), "cu_q_ptr" in given)
                 of_arch, units = arch if bulk else 80, units_of(given, dtype)
-                of_keys = attention_backward.kernel_constants(kind + "keys", of_arch, *sizes, **flags) | units
+                of_keys = attention_backward.kernel_constants(table, of_arch, *sizes, **flags) | units
                 descriptors = ("q_desc", "dout_desc") if bulk else ()
                 yield attention_backward.backward_keys, dtype, dtype, of_keys, (*given, *descriptors)
                 if bulk and (with_extras or max(head_dim, v_dim) > attention_backward.BULK_HEAD_DIM):

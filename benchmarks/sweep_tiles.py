@@ -40,7 +40,7 @@ from fastgpt.kernels import attention_decode as decode
 from fastgpt.kernels import attention_forward as forward
 from fastgpt.kernels import linear, tiles
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
-from fastgpt.kernels.tiles import DecodeTile, LinearTile, Tile, forward_table, linear_tile, masked_columns, tile_key
+from fastgpt.kernels.tiles import DecodeTile, LinearTile, Tile, forward_table, keys_table, linear_tile, masked_columns, tile_key
 
 TABLES = tiles.ATTENTION
 DECODE = "decode"  # the tile for few rows: queries of heads that share keys
@@ -85,8 +85,8 @@ def kernels_of(table: str, key: tuple[int, int], arch: int) -> list:
             fits_table = function.__name__ == "attend_split_kernel" and constants["BLOCK_M"] == tiles.DECODE[key][1].BLOCK_M
         else:
             fits_table = ("with_extras " if EXTRAS & set(given) else "") + PASSES.get(function.__name__, "") == table
-        if function.__name__ == "backward_keys" and "cu_q_ptr" in given and not EXTRAS & set(given):
-            fits_table = table == "packed keys"
+        if function.__name__ == "backward_keys":
+            fits_table = keys_table(constants["IS_CAUSAL"], bool(EXTRAS & set(given)), "cu_q_ptr" in given) == table
         if function.__name__ == "attention_forward_kernel" and not EXTRAS & set(given):
             flags = constants["IS_CAUSAL"], constants["HAS_WINDOW"], False, bool({"kv_lengths_ptr", "cu_q_ptr"} & set(given))
             of_arch = arch if "q_desc" in given else 80
@@ -135,7 +135,8 @@ def decode_seconds(key: tuple[int, int], tile: DecodeTile) -> float:
 
 
 def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
-    """Median time of a causal pass over 8,192 tokens, or 2,048 in fp32, with this tile; of the backward, both passes."""
+    """Median time of a pass over 8,192 tokens, or 2,048 in fp32, with this tile, causal unless the table's is not; of the
+    backward, both passes."""
     if table == DECODE:
         return decode_seconds(key, tile)
     head_dim, size = key
@@ -146,7 +147,7 @@ def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
     backward.kernel_constants.cache_clear()
     tokens, dtype = (8192, torch.bfloat16) if size == 2 else (2048, torch.float32)
     q, k, v, dout = (torch.randn(2, 16, tokens, head_dim, device="cuda", dtype=dtype) for _ in range(4))
-    options = {"scale": head_dim**-0.5}
+    options = {"scale": head_dim**-0.5, "causal": table != "packed keys"}
     if table.startswith("with_extras"):
         options["softcap"] = 20.0
     if table.startswith("packed"):

@@ -59,13 +59,9 @@ class Extras:
             "v_scale_ptr": v_scale,
             "seed_ptr": dropout_seed if dropout_p > 0 else None,
         }
-        self.strides = {
-            **strides(mask, "mask_", "bhmn"),
-            **strides(bias, "bias_", "bhmn"),
-            **strides(block_table, "t", "bp"),
-            **strides(k_scale, "ks", "bhn"),
-            **strides(v_scale, "vs", "bhn"),
-        }
+        self.strides = NO_STRIDES
+        if mask is not None or bias is not None or block_table is not None or k_scale is not None:
+            self.strides = strides_of_extras(mask, bias, block_table, k_scale, v_scale)
         self.numbers = {
             "page": k.shape[2],
             "n_pages": k.shape[0],
@@ -131,9 +127,24 @@ def strides(x: Tensor | None, prefix: str, dims: str, packed: bool = False) -> d
     return result
 
 
+def strides_of_extras(
+    mask: Tensor | None, bias: Tensor | None, block_table: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None
+) -> dict[str, int]:
+    return {
+        **strides(mask, "mask_", "bhmn"),
+        **strides(bias, "bias_", "bhmn"),
+        **strides(block_table, "t", "bp"),
+        **strides(k_scale, "ks", "bhn"),
+        **strides(v_scale, "vs", "bhn"),
+    }
+
+
 @functools.cache
 def _no_strides(prefix: str, dims: str) -> dict[str, int]:
     return {f"stride_{prefix}{dim}": 0 for dim in dims}
+
+
+NO_STRIDES = strides_of_extras(None, None, None, None, None)
 
 
 def bytes_of(x: Tensor) -> Tensor:

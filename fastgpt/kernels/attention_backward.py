@@ -30,7 +30,7 @@ from fastgpt.kernels.attention_forward import INTERPRETED
 from fastgpt.kernels.attention_rows import aligned_rows, load_rows
 from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, grid
-from fastgpt.kernels.tiles import DELTA_ROWS, attention_tile, padded_dim
+from fastgpt.kernels.tiles import DELTA_ROWS, attention_tile, keys_table, padded_dim
 
 WIDEST = 256  # head dim
 # Of wider heads, or where scores are more than q·k · scale, a pass over the queries has no registers left for bulk copies.
@@ -110,9 +110,7 @@ def attention_backward(
     with_extras = "with_extras " if extras.with_extras else ""
     flags = D, D_v, q.element_size(), causal, window is not None, softcap is not None, *extras.units
     bulk = have_bulk_copies(q, k, v, dout)
-    of_keys = kernel_constants(
-        (with_extras or ("packed " if packed else "")) + "keys", architecture(q.device) if bulk else 80, *flags
-    )
+    of_keys = kernel_constants(keys_table(causal, extras.with_extras, packed), architecture(q.device) if bulk else 80, *flags)
     tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "dout_desc": (dout, "BLOCK_M", "BLOCK_V")}
     bulk_of_keys = descriptors(of_keys, tiles) if bulk else dict.fromkeys(tiles)
     bulk = bulk and not with_extras and max(D, D_v) <= BULK_HEAD_DIM
@@ -121,7 +119,7 @@ def attention_backward(
     tiles |= {"k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
     bulk_of_queries = descriptors(of_queries, tiles) if bulk else dict.fromkeys(tiles)
     n_queries, n_keys = (T, S) if not packed else (min(max_seqlen_q, T), min(max_seqlen_k, S))
-    batch = len(cu_seqlens_q) - 1 if packed else B
+    batch = cu_seqlens_q.shape[0] - 1 if packed else B
     m_tiles = cdiv(n_queries, of_queries["BLOCK_M"])
     names = ("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr")
     skipped = ("stride_t", "stride_ks", "stride_vs", "page", "n_pages", "n_keys")
@@ -160,9 +158,9 @@ def attention_backward(
             )  # fmt: skip
     dsinks = None
     if sinks is not None:
-        # A row that sees no key has no weights, and gives nothing.
-        weight = (sinks.double().view(-1, 1) - lse).exp().masked_fill(lse == -torch.inf, 0.0)  # (B, H, T)
-        dsinks = -(weight * norm * delta).sum((0, 2)).to(sinks.dtype)
+        # A row that sees no key has no weights, and gives nothing; of those past the last sequence no program writes a norm.
+        weight = (sinks.double().view(-1, 1) - lse).exp()  # (B, H, T)
+        dsinks = -(weight * norm * delta).masked_fill(lse == -torch.inf, 0.0).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
 
 

@@ -290,9 +290,12 @@ def attention_forward(
     B, H, T, D = q.shape
     D_v = v.shape[3]
     out = q.new_empty_strided((B, H, T, D_v), (T * H * D_v, D_v, H * D_v, 1))
-    lse = q.new_empty((B, H, T), dtype=torch.float32)
-    if cu_seqlens_q is not None:  # no program writes what is past the last sequence
-        out.zero_(), lse.fill_(-math.inf)
+    packed = cu_seqlens_q is not None
+    if packed:  # no program writes what is past the last sequence
+        out.zero_()
+        lse = q.new_full((B, H, T), -math.inf, dtype=torch.float32)
+    else:
+        lse = q.new_empty((B, H, T), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     if scale <= 0.0:  # the kernel takes the maximum before it scales
@@ -309,8 +312,7 @@ def attention_forward(
     tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
     if constants["BLOCK_R"]:
         tiles |= {"q_rest_desc": (q, "BLOCK_M", "BLOCK_R"), "k_rest_desc": (k, "BLOCK_N", "BLOCK_R")}
-    packed = cu_seqlens_q is not None
-    batch = len(cu_seqlens_q) - 1 if packed else B
+    batch = cu_seqlens_q.shape[0] - 1 if packed else B
     with torch.cuda.device_of(q):
         attention_forward_kernel.launch(
             grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H), constants,

@@ -120,11 +120,16 @@ ATTENTION["ragged forward"] = {
     (64, 2): (Tile(128, 32, 8, 3), *(Tile(128, 128, 8, 3),) * 2),
     (128, 2): (Tile(64, 64, 8, 3), *(Tile(128, 64, 8, 3),) * 2),
 }
-# Of packed sequences, the pass over the keys has fewer registers left.
+# Of packed sequences, the pass over the keys has fewer registers left, and fewer still with a causal mask.
 ATTENTION["packed keys"] = {
     **ATTENTION["keys"],
     (64, 2): (Tile(64, 32, 8, 1), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
     (128, 2): (Tile(32, 32, 4, 1), Tile(32, 64, 8, 2), Tile(32, 64, 8, 1)),
+}
+ATTENTION["packed causal keys"] = {
+    **ATTENTION["packed keys"],
+    (32, 2): (Tile(64, 64, 8, 2), *(Tile(32, 128, 8, 2),) * 2),
+    (128, 2): (Tile(32, 32, 4, 1), Tile(16, 64, 8, 2), Tile(32, 64, 8, 1)),
 }
 DELTA_ROWS = 32  # of out and dout, whose products a program sums
 
@@ -157,6 +162,13 @@ def forward_table(causal: bool, has_window: bool, with_extras: bool, ragged: boo
     if with_extras:
         return "with_extras forward"
     return "ragged forward" if masked_columns or ragged and (has_window or not causal) else "forward"
+
+
+def keys_table(causal: bool, with_extras: bool, packed: bool) -> str:
+    """Likewise, of the backward pass over the keys."""
+    if with_extras:
+        return "with_extras keys"
+    return f"packed {'causal ' if causal else ''}keys" if packed else "keys"
 
 
 def masked_columns(head_dim: int, v_dim: int, arch: int) -> bool:

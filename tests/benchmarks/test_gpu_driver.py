@@ -9,10 +9,11 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu, sanitizer
+from benchmarks import gpu, gpu_tests, sanitizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,7 +144,7 @@ def test_environment(tmp_path):
 DRIVER = """
 import sys
 from pathlib import Path
-from benchmarks import gpu, sanitizer
+from benchmarks import gpu, gpu_tests, sanitizer
 python = [sys.executable, "-S", "-c"]
 fine, hangs = [*python, "print('fine')"], [*python, "import time; print('begins'); time.sleep(1000)"]
 gpu.parts = lambda out, dry_run: [gpu.Part("works", fine, 0.1), gpu.Part("hangs", hangs, 0.1), gpu.Part("late", fine, 0.1)]
@@ -320,11 +321,20 @@ def test_tests_that_were_cut_go_on_with_the_others(tmp_path, monkeypatch):
     assert done.read_text().startswith(before) and len(done.read_text().splitlines()) == 8
 
 
+def test_files_take_turns():
+    """A run that is cut in the middle has half of each file's tests."""
+    names = [f"{file}::test[{i}]" for file, count in (("a.py", 6), ("b.py", 2), ("c.py", 4)) for i in range(count)]
+    order = [item.nodeid for item in gpu_tests.by_turns([SimpleNamespace(nodeid=name) for name in names])]
+    assert sorted(order) == sorted(names)
+    assert [sum(name.startswith(file) for name in order[:6]) for file in "abc"] == [3, 1, 2]
+    assert [name for name in order if name[0] == "a"] == names[:6]
+
+
 def test_every_test_of_a_gpu_belongs_to_a_part():
     files = {file for _, files, _ in gpu.TESTS.values() for file in files}
     marks = re.compile(r"mark\.gpu\b|^@runs_kernel", re.MULTILINE)
-    marked = {path for path in Path(ROOT, "tests").glob("test_*.py") if marks.search(path.read_text())}
-    assert {str(path.relative_to(ROOT)) for path in marked} <= files
+    marked = {path for path in Path(ROOT, "tests").rglob("test_*.py") if marks.search(path.read_text())}
+    assert {str(path.relative_to(ROOT)) for path in marked} == files
 
 
 SUMMARY = "========= ERROR SUMMARY: {} errors"

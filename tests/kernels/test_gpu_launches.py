@@ -187,6 +187,7 @@ MASKS = {
     "fp32": lambda T, S: torch.empty(1, 1, T, S),
 }
 SHAPES = {"prefill": (128, 128), "step": (1, 200), "several": (9, 300)}
+SPLITS = {"step": [4, 4, 4], "several": [5, 5, 6]}  # of 64 keys: 300, 316 and 337
 
 
 def as_pytorch(q, k, mask):
@@ -205,8 +206,8 @@ def as_transformers(q, k, mask):
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_dropped_in(mask, call, arch):
     """One launch of one kernel for each shape of call, without a wait, and the same kernel for other lengths; of masks, one
-    whose rows can be read in vectors, and one for others."""
-    for T, S in SHAPES.values():
+    whose rows can be read in vectors, and one for others. Few queries are split over keys, with a mask, too."""
+    for shape, (T, S) in SHAPES.items():
         with gpu(arch) as device, torch.device("cuda:0"), sdpa.enabled():
             for more in (0, 16, 37):
                 q = torch.empty(2, 8, T + more * (T > 16), 64, dtype=torch.bfloat16)
@@ -215,6 +216,11 @@ def test_attention_dropped_in(mask, call, arch):
         launched = [event for event in device.events if isinstance(event, Launch)]
         assert len(launched) == 3 and len(compiled(device)) <= (1 if mask == "none" else 2), (T, S, names(device.events))
         assert not [event for event in device.events if isinstance(event, Wait)]
+        assert {launch.kernel for launch in launched} == {"attend_split_kernel" if T <= 16 else "attention_forward_kernel"}
+        if T <= 16 and mask != "none":  # a program for each split, of each head of the keys, of which transformers makes copies
+            heads = {launch.arguments["n_heads"] // launch.arguments["group"] for launch in launched}.pop()
+            assert [launch.arguments["n_splits"] for launch in launched] == SPLITS[shape]
+            assert [launch.grid for launch in launched] == [(n * 2 * heads, 1, 1) for n in SPLITS[shape]]
 
 
 @pytest.mark.slow

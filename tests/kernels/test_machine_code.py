@@ -432,7 +432,10 @@ def of(head_dim: int, dtype, *given: str, without=(), cache_dtype=None, **consta
     (80, "attend_split_kernel", of(80, torch.float16, "window", without=("new_k_ptr",), cache_dtype=torch.float8_e4m3fn, SPLIT=1024)),
     (89, "attention_forward_kernel", of(80, torch.float16, without=("kv_lengths_ptr", "cu_q_ptr", "seed_ptr"), IS_CAUSAL=True)),
     (80, "backward_keys", of(128, torch.float16, "alibi_ptr", "bias_ptr", "seed_ptr", without=("cu_q_ptr", "mask_ptr", "kv_lengths_ptr", "sinks_ptr"), IS_CAUSAL=True, HAS_WINDOW=False, HAS_SOFTCAP=True, BIAS_UNIT=8)),
-], ids=("partial blocks", "wide fp32", "wide fp32, no features", "extras", "lengths", "packed 64", "mask, bias", "packed", "packed fp32", "wide pages", "wide fp32, 8 bits", "fp32, 8 bits", "wide fp32, mask", "extras 64", "fp32, int8", "fp8 80", "partial blocks 80", "extras 128"))  # fmt: skip
+    (90, "backward_keys", of(128, torch.float16, "cu_q_ptr", "q_desc", without=("seed_ptr",), IS_CAUSAL=True, HAS_WINDOW=True)),
+    (90, "backward_keys", of(80, torch.bfloat16, "cu_q_ptr", "q_desc", without=("seed_ptr",), IS_CAUSAL=True, HAS_WINDOW=False)),
+    (100, "backward_keys", of(20, torch.float16, "cu_q_ptr", without=("seed_ptr", "q_desc"), IS_CAUSAL=True, HAS_WINDOW=False)),
+], ids=("partial blocks", "wide fp32", "wide fp32, no features", "extras", "lengths", "packed 64", "mask, bias", "packed", "packed fp32", "wide pages", "wide fp32, 8 bits", "fp32, 8 bits", "wide fp32, mask", "extras 64", "fp32, int8", "fp8 80", "partial blocks 80", "extras 128", "packed 128, window", "packed 80", "packed 20"))  # fmt: skip
 def test_configurations_that_once_spilled_do_not(arch, kernel, is_it):
     """Of kernels that once did, or took too much shared memory, one each."""
     modules = {"attention_forward_kernel": "attention_forward", "attend_split_kernel": "attention_decode"}

@@ -17,6 +17,7 @@ from interpreter import DEVICE, INTERPRETED, one_of_interpreted, passed, runs_ke
 
 from fastgpt.kernels import attention_arguments  # noqa: E402
 from fastgpt.kernels import attention_forward as kernel  # noqa: E402
+from fastgpt.kernels.attention_backward import attention_backward  # noqa: E402
 from fastgpt.kernels.attention_rows import aligned_rows  # noqa: E402
 from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import (
@@ -552,6 +553,33 @@ def test_autograd_of_packed_sequences(arguments, triton_serves_the_cpu):
 
     doubled = {name: x.double() for name, x in differentiable.items()}
     check(gradients(actual, differentiable, douts), lambda: gradients(reference, doubled, douts))
+
+
+@runs_kernel
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_rows_past_the_last_packed_sequence_take_no_part_in_gradients(dtype, monkeypatch):
+    """Whatever they hold, and memory that no program writes."""
+    offsets, scale = lengths_of((0, 5, 17)), 0.25
+    q, k, v = inputs(1, 4, 2, 24, 24, 16, dtype, DEVICE)
+    dout, dlse = torch.randn_like(q), torch.randn(1, 4, 24, device=DEVICE)
+    packing = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": 12}
+    options = {"scale": scale, "sinks": torch.randn(4, device=DEVICE), **packing}
+    monkeypatch.setattr(kernel.torch, "empty_like", lambda x: torch.full_like(x, NAN))
+
+    def results(rows):
+        given = [x[:, :, :rows] for x in (q, k, v, dout, dlse)]
+        out, lse = kernel.attention_forward(*given[:3], **options)
+        dq, dk, dv, _, dsinks = attention_backward(*given[3:], *given[:3], out, lse, max_seqlen_k=12, **options)
+        return (out, lse, dq, dk, dv), dsinks
+
+    expected, dsinks = results(17)
+    for x in (q, k, v, dout, dlse):
+        x[:, :, 17:] = NAN
+    actual, dsinks_too = results(24)
+    assert dsinks.isfinite().all() and torch.equal(dsinks, dsinks_too)
+    for wanted, x in zip(expected, actual, strict=True):
+        assert torch.equal(x[:, :, :17], wanted)
+    assert all((x[:, :, 17:] == 0).all() for x in (actual[0], *actual[2:])) and (actual[1][:, :, 17:] == -math.inf).all()
 
 
 @runs_kernel

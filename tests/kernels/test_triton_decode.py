@@ -18,6 +18,7 @@ from fastgpt.kernels import tiles  # noqa: E402
 from fastgpt.kernels.tiles import keys_per_split  # noqa: E402
 from fastgpt.ops import attention as ops  # noqa: E402
 from fastgpt.ops.attention import attention_reference  # noqa: E402
+from fastgpt.ops.attention.operators import attention_forward_triton  # noqa: E402
 from fastgpt.ops.attention.reference import reference_of  # noqa: E402
 from fastgpt.ops.quantization import quantize  # noqa: E402
 from fastgpt.testing.attention_features import paged  # noqa: E402
@@ -144,6 +145,27 @@ def test_parity_of_splits_for_any_number_of_multiprocessors(n_multiprocessors, s
     assert keys_per_split(tile, 2, 300, n_multiprocessors) == split
     for options in {}, {"window": 90}:
         assert_parity(q, k, v, kv_lengths=ints((290,)), **options)
+
+
+@runs_kernel
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("T", (1, 16))
+@pytest.mark.parametrize("name", ("mask", "bias"))
+def test_few_queries_with_a_mask_or_a_bias_are_split_over_keys(name, T, dtype, monkeypatch):
+    """As without: 300 keys among five programs of 64 for each head of the keys."""
+    grids, launch = [], kernel.attend_split_kernel.launch
+    monkeypatch.setattr(
+        kernel.attend_split_kernel, "launch", lambda grid, *args, **named: (grids.append(grid), launch(grid, *args, **named))
+    )
+    monkeypatch.setattr(kernel, "multiprocessors", lambda device: 132)
+    q, k, v = random_inputs(2, 4, 2, T, 300, 16, dtype)
+    hidden = one_in_three_hidden(torch.empty(2, 1, T + 1, 300))[..., :T, :]  # and of the second query all, if there is one
+    scores = torch.randn(2, 1, T, 300, device=DEVICE).to(dtype)
+    call = ops.Call(q, k, v, scale=0.25, **{name: ~hidden if name == "mask" else scores.masked_fill(hidden, -math.inf)})
+    results = attention_forward_triton(*call)
+    assert grids == [(5 * 2 * 2, 1, 1)]
+    double = (x.double() if torch.is_tensor(x) and x.dtype == dtype else x for x in call)
+    check(results, lambda call=ops.Call(*double): reference_of(call, return_lse=True), weights=dtype)
 
 
 @runs_kernel
