@@ -21,8 +21,9 @@ from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, archite
 from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.files import CONFIG, GENERATION_CONFIG, INDEX, STATE, WEIGHTS, naming, read_json
 from fastgpt.checkpoints.generation_config import generation_config, read_generation_config
-from fastgpt.checks import from_torchrun, is_terminal, require_path, writing
+from fastgpt.checks import from_torchrun, is_terminal, require_choice, require_path, writing
 from fastgpt.folders import replacing
+from fastgpt.ops.quantized_weight import BITS, QuantizedWeight, quantize
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 32 << 20  # bytes of a file that are mapped at a time: mapped pages count as this process's memory
@@ -103,7 +104,7 @@ class _Stored:
 
 def load(
     folder: Path, build: Callable[[dict, dict], Any], head: str | None = None,
-    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | None = None,
 ) -> Any:  # fmt: skip
     """Loads the decoder or the model with a head in a checkpoint folder, in evaluation mode.
 
@@ -113,12 +114,15 @@ def load(
         build: (GPTConfig's fields, config.json) -> the module; called on the meta device.
         head: as in `read_config`.
         dtype: of the weights; default: the one that most of the stored numbers have.
+        weights: None, or "int8" or "int4": matrices are quantized, and dtype is that of the others.
 
     Raises: FileNotFoundError, OSError that names the file; ValueError that names the file and what is wrong in it; TypeError,
         ValueError for dtype and device.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise TypeError(f"dtype: expected {' or '.join(map(str, DTYPES.values()))} or None, got {dtype!r}")
+    if weights is not None:
+        require_choice("weights", weights, BITS)
     try:
         device = torch.empty(0, device=device).device
     except (AssertionError, RuntimeError, TypeError) as error:
@@ -149,7 +153,7 @@ def load(
         for part in stored.values():
             numbers[part.dtype] += part.numel
         dtype = DTYPES[max(numbers, key=numbers.__getitem__)]
-    _fill(module, family, stored, dtype, device)
+    _fill(module, family, stored, dtype, device, weights)
     return module.eval()
 
 
@@ -278,7 +282,9 @@ def _require_match(path: Path, stored: dict[str, _Stored], expected: dict[str, t
         raise ValueError(f"model: {path} {'; '.join(problems)}")
 
 
-def _fill(module: torch.nn.Module, family: Family, stored: dict[str, _Stored], dtype: torch.dtype, device) -> None:
+def _fill(
+    module: torch.nn.Module, family: Family, stored: dict[str, _Stored], dtype: torch.dtype, device, weights: str | None
+) -> None:
     """Loads the weights of a module on the meta device, chunk by chunk."""
     parameters = list(module.named_parameters())
     total = sum(parameter.numel() for _, parameter in parameters) * dtype.itemsize
@@ -289,7 +295,22 @@ def _fill(module: torch.nn.Module, family: Family, stored: dict[str, _Stored], d
             for part, rows in zip(names, weight.split(_rows(module, name, len(names)))):
                 stored[part].copy_to(rows.t() if transposed else rows, shown)
             owner, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, torch.nn.Parameter(weight))
+            layer = module.get_submodule(owner)
+            if weights is not None and _is_matrix(layer, name):
+                try:
+                    weight = quantize(weight, weights)
+                except ValueError as error:
+                    raise ValueError(f"weights: {name} cannot be quantized to {weights}: {error}") from None
+            setattr(layer, attribute, torch.nn.Parameter(weight, requires_grad=not isinstance(weight, QuantizedWeight)))
+
+
+def _is_matrix(layer: torch.nn.Module, name: str) -> bool:
+    """Whether all of this parameter is read for a token: not a bias, the weight of a norm or a table of positions."""
+    return (
+        name.endswith(".weight")
+        and isinstance(layer, (torch.nn.Linear, torch.nn.Embedding))
+        and "position_embedding" not in name
+    )
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from fastgpt.cli.prompts import default_prompt, read_prompts
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig
 from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
+from fastgpt.ops.quantized_weight import BITS
 from fastgpt.training.processes import joined, local_device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -72,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model and device").add_argument
     add_model(add)
     add("--dtype", choices=DTYPES, metavar="D", help=f"dtype of the weights: {', '.join(DTYPES)} (as stored)")
+    add("--weights", choices=tuple(BITS), metavar="D", help=f"quantize the matrices to {' or '.join(BITS)} while loading (as "
+        "stored)")  # fmt: skip
     add("--cache", choices=CACHE_KINDS, metavar="KIND", help=f"kind of KV cache: {', '.join(CACHE_KINDS)} (contiguous)")
     add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"quantize the cache to {' or '.join(CACHE_DTYPES)} (the "
         "dtype of the weights)")  # fmt: skip
@@ -119,7 +122,9 @@ def run(options: argparse.Namespace) -> None:
     prompts = read_prompts(options.prompt, options.prompt_file)
     device = device_of(local_device(options.device))
     with joined(None, device) as processes:  # one, unless torchrun started several
-        pipe = pipeline(options.model, revision=options.revision, dtype=DTYPES.get(options.dtype), device=device)
+        pipe = pipeline(
+            options.model, revision=options.revision, dtype=DTYPES.get(options.dtype), device=device, weights=options.weights
+        )
         if processes.size > 1:
             from fastgpt.parallel import tensor_parallel  # slow to load
 

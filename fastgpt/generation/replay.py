@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fastgpt.checks import is_autocasting
 from fastgpt.model.fusion import GLOBAL_HOOKS, HOOKS, PLAIN, have_own_forwards, is_plain
 from fastgpt.ops.library import Plan, Unchanged, library, without_autograd
+from fastgpt.ops.quantized_weight import QuantizedWeight
 
 
 class CpuReplay:
@@ -248,7 +249,12 @@ def watch(modules: list[torch.nn.Module]) -> tuple[Any, list[torch.Tensor]]:
     """What says whether modules are still the same, with the same weights; and these, whose memory it takes to be theirs."""
     entries = [entries for module in modules for entries in (module._modules, module._parameters, module._buffers)]
     counts = [getattr(module, name) for module in modules for name in HOOKS] + [vars(module) for module in modules]
-    weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
+    weights = [
+        weight.blocks if isinstance(weight, QuantizedWeight) else weight
+        for module in modules
+        for weight in module._parameters.values()
+        if weight is not None
+    ]
     # What a forward pass reads besides. PyTorch's own hold what follows from their weights.
     attributes = [
         (vars(module), name)

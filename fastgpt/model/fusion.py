@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch.nn.modules import module as hooked
 from torch.overrides import TorchFunctionMode
 
+from fastgpt.ops.quantized_weight import QuantizedWeight
+
 # Module types that may be fused: their forward, and their number of parameters, counting a bias that is None. Not subclasses.
 PLAIN = {
     nn.Linear: (nn.Linear.forward, 2), nn.Embedding: (nn.Embedding.forward, 1), nn.ModuleList: (nn.ModuleList.forward, 0)
 }  # fmt: skip
-PLAIN_WEIGHTS = {nn.Parameter, torch.Tensor, type(None)}  # no subclasses, which may override operations
+PLAIN_WEIGHTS = {nn.Parameter, torch.Tensor, QuantizedWeight, type(None)}  # no others, which may override operations
 MATRICES = {nn.Linear, nn.Embedding}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(hooked, f"_global{name}") for name in HOOKS]
@@ -38,6 +40,8 @@ def plain(weights: int) -> Callable:
 
 def is_plain_matrix(weight: torch.Tensor | None) -> bool:
     """Whether operations take this weight: a plain tensor with contiguous rows, not a transposed view."""
+    if type(weight) is QuantizedWeight:  # whose attributes take microseconds
+        return True
     return weight is not None and type(weight) in PLAIN_WEIGHTS and weight.stride(-1) == 1
 
 
@@ -45,7 +49,7 @@ def is_plain(module: nn.Module) -> bool:
     """Whether calling a module computes exactly the forward of its class.
 
     It does not if the module has hooks, or global hooks are registered, if its forward was replaced, or if a weight is not a
-    plain tensor (sharded, quantized, transposed). Subclasses and parametrized modules are not plain.
+    plain tensor (sharded, transposed, quantized by others). Subclasses and parametrized modules are not plain.
     """
     kind, state = type(module), module.__dict__
     known, weights = PLAIN.get(kind), state["_parameters"]

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastgpt import huge_pages
 from fastgpt.checks import require_choice, require_dtype, require_flag, require_tensor
 
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = 32, 64, 128, None
+AT_A_TIME = 1 << 20  # numbers that are quantized at a time, with some copies of them in fp32
 UNIT = 32  # numbers that are packed together; a group is a multiple of it
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 # Parts of the range that scales of 4 bits are fitted to: what lies outside is clipped, and the rest gets finer steps.
@@ -151,15 +153,23 @@ def quantize(
     if not C or C % UNIT or C % size:
         raise ValueError(f"weight: expected a multiple of {max(UNIT, size)} columns, got shape {tuple(weight.shape)}")
     packing = Packing(BITS[dtype], size, minima)
-    groups = weight.detach().float().reshape(N, C // size, size)
-    extremes = groups.amax(-1), groups.amin(-1)
-    largest = max((max(x.abs().max().item() for x in extremes) if N else 0.0), 0.0)
-    steps = 255 if minima and packing.bits == 8 else 15 if minima else 127 if packing.bits == 8 else 8
-    if not largest <= 65504.0 * (1 if minima else steps):
-        raise ValueError(f"weight: expected finite numbers whose scales fit into fp16, got one of magnitude {largest}")
-    scale, minimum = _fitted(groups, packing, *extremes)
-    q = _rounded(groups, scale, minimum, packing)
-    return QuantizedWeight(_pack(q, scale, minimum, packing), packing, C, weight.dtype)
+    blocks = huge_pages.empty((N, packing.row_bytes(C)), dtype=torch.uint8, device=weight.device)
+    rows = max(1, AT_A_TIME // C)
+    for part, stored in zip(weight.detach().split(rows), blocks.split(rows)):
+        stored.copy_(_quantized(part.float(), packing))
+    return QuantizedWeight(blocks, packing, C, weight.dtype)
+
+
+def _quantized(weight, packing):
+    """Rows of blocks of an fp32 matrix."""
+    groups = weight.reshape(len(weight), -1, packing.group_size)
+    highest, lowest = groups.amax(-1), groups.amin(-1)
+    largest = torch.maximum(highest, -lowest).max().item()
+    most = 65504.0 * (1 if packing.minima else 127 if packing.bits == 8 else 8)  # of what fp16 scales stand for
+    if not largest <= most:
+        raise ValueError(f"weight: expected finite numbers of magnitude {most:.0f} at most, got {largest}")
+    scale, minimum = _fitted(groups, packing, highest, lowest)
+    return _pack(_rounded(groups, scale, minimum, packing), scale, minimum, packing)
 
 
 def _fitted(groups, packing, highest, lowest):
