@@ -123,6 +123,8 @@ def load(
         raise TypeError(f"dtype: expected {' or '.join(map(str, DTYPES.values()))} or None, got {dtype!r}")
     if weights is not None:
         require_choice("weights", weights, BITS)
+        if dtype is torch.float64:
+            raise TypeError(f"dtype: expected fp32, fp16 or bf16 with weights={weights!r}, got {dtype}")
     try:
         device = torch.empty(0, device=device).device
     except (AssertionError, RuntimeError, TypeError) as error:

@@ -46,7 +46,7 @@ class QuantizedWeight(torch.Tensor):
 
     To PyTorch it is a tensor of a floating-point dtype, that of the x it is multiplied with: `to(dtype)` changes only that,
     `to(device)`, `state_dict`, `torch.save` and copying keep it quantized. Indexed by F.embedding it gives rows; any other
-    operation computes with `dequantize()`. It cannot be written to and has no gradient of its own; x has.
+    operation computes with `dequantize()`. Only another one can be copied into it. It has no gradient of its own; x has.
 
     blocks: (N, bytes) uint8, all that is stored.
     packing: what they hold.
@@ -81,6 +81,11 @@ class QuantizedWeight(torch.Tensor):
     def with_blocks(self, blocks: torch.Tensor, dtype: torch.dtype | None = None) -> "QuantizedWeight":
         """One of the same layout."""
         return QuantizedWeight(blocks, self.packing, self.shape[1], dtype or self.dtype)
+
+    def share_memory_(self) -> "QuantizedWeight":
+        """Moves what is stored to shared memory."""
+        self.blocks.share_memory_()
+        return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         packing = self.packing
@@ -247,20 +252,30 @@ def dequantized_product(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Te
 
 
 class _DequantizedProduct(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, blocks, packing):
-        return F.linear(x, dequantize_blocks(blocks, packing, x.shape[-1]).to(x.dtype))
+        return F.linear(x, _matrix(blocks, packing, x.dtype))
 
     @staticmethod
     def setup_context(context, inputs, output):
         _, blocks, context.packing = inputs
         context.save_for_backward(blocks)
+        context.save_for_forward(blocks)
 
     @staticmethod
     def backward(context, dout):
-        (blocks,) = context.saved_tensors
-        columns = blocks.shape[1] // context.packing.group_bytes * context.packing.group_size
-        return dout @ dequantize_blocks(blocks, context.packing, columns).to(dout.dtype), None, None
+        return dout @ _matrix(*context.saved_tensors, context.packing, dout.dtype), None, None
+
+    @staticmethod
+    def jvp(context, dx, *_):
+        return F.linear(dx, _matrix(*context.saved_tensors, context.packing, dx.dtype))
+
+
+def _matrix(blocks, packing, dtype):
+    columns = blocks.shape[-1] // packing.group_bytes * packing.group_size
+    return dequantize_blocks(blocks, packing, columns).to(dtype)
 
 
 # PyTorch's functions -> what computes them if an argument is quantized. `linear` adds F.linear, which it replaces.
@@ -282,12 +297,24 @@ def _rows(weight, index, padding_idx=-1, scale_grad_by_freq=False, sparse=False)
     return rows.to(weight.dtype).view(*index.shape, weight.shape[1])
 
 
+def _copy(weight, source, non_blocking=False):
+    if not isinstance(source, QuantizedWeight) or (source.packing, source.shape) != (weight.packing, weight.shape):
+        raise TypeError(f"copy_: expected a QuantizedWeight like {weight}, got {_kind(source)}")
+    weight.blocks.copy_(source.blocks, non_blocking)
+    return weight
+
+
+def _kind(source):
+    return source if isinstance(source, QuantizedWeight) else f"a tensor of {source.dtype}"
+
+
 aten = torch.ops.aten
 KEEPING = {
     aten.detach.default: lambda weight: weight.with_blocks(weight.blocks.detach()),
     aten.alias.default: lambda weight: weight.with_blocks(weight.blocks),
     aten.clone.default: lambda weight, memory_format=None: weight.with_blocks(weight.blocks.clone()),
     aten._to_copy.default: _to,
+    aten.copy_.default: _copy,
     aten.embedding.default: _rows,
 }
 torch.serialization.add_safe_globals([QuantizedWeight, Packing])

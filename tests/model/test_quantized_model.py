@@ -106,6 +106,11 @@ def test_other_values_are_refused(value):
         pipeline(weights=value)
 
 
+def test_float64_is_refused():
+    with pytest.raises(TypeError, match="dtype: expected fp32, fp16 or bf16 with weights='int8', got torch.float64"):
+        pipeline(weights="int8", dtype=torch.float64)
+
+
 def test_the_shipped_model_in_four_bits(capsys):
     pipe = pipeline(weights="int4")
     assert len(pipe("ROMEO:", max_new_tokens=9)) > 3

@@ -185,6 +185,19 @@ def test_gradients_of_x_and_what_surrounds(dtype):
     assert all(x.dtype == torch.uint8 or x.numel() < weight.numel() for x in kept)
 
 
+def test_transforms_are_those_of_the_dequantized_weight():
+    x, tangent, weight = torch.randn(3, 2, 64), torch.randn(3, 2, 64), quantize(torch.randn(20, 64))
+    full = weight.dequantize()
+    one, other = (lambda x, weight=weight: linear(x, weight, activation="silu") for weight in (weight, full))
+    for transform in (
+        lambda f: torch.func.vmap(f)(x),
+        lambda f: torch.func.jvp(f, (x,), (tangent,))[1],
+        lambda f: torch.func.jacrev(f)(x[0, 0]),
+        lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(x),
+    ):
+        assert torch.equal(transform(one), transform(other))
+
+
 def test_modules_take_it():
     """nn.Linear and nn.Embedding with a quantized weight, through state_dict, dtypes, copies and files."""
     weight = quantize(torch.randn(40, 64), "int4", 64)
@@ -197,6 +210,12 @@ def test_modules_take_it():
     other.weight = torch.nn.Parameter(quantize(torch.zeros(40, 64), "int4", 64), requires_grad=False)
     other.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(other(x), layer(x))
+    other.weight = torch.nn.Parameter(quantize(torch.zeros(40, 64), "int4", 64), requires_grad=False)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    with pytest.raises(RuntimeError, match="expected a QuantizedWeight like .*int4.*, got a tensor of torch.float32"):
+        other.load_state_dict(torch.nn.Linear(64, 40).state_dict())
+    assert copy.deepcopy(layer).share_memory().weight.blocks.is_shared()
     half = copy.deepcopy(layer).to(torch.bfloat16)
     assert isinstance(half.weight, QuantizedWeight) and torch.equal(half.weight.blocks, weight.blocks)
     assert half(x.bfloat16()).dtype == torch.bfloat16
