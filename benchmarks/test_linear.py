@@ -1,5 +1,5 @@
-"""Linear layers, fused as in a decoder, compared with PyTorch's: with few rows, and memory bandwidth; with many, as of a prompt,
-and the rate of arithmetic.
+"""Linear layers, fused as in a decoder, compared with PyTorch's: with few rows, of weights in 8 and 4 bits too, and memory
+bandwidth; with many, as of a prompt, and the rate of arithmetic.
 
 With few rows the weights are cold, as in a decoder, which reads all of them for each token: on a CPU each call takes the next of
 several copies, together larger than its caches; on a GPU the L2 cache is flushed before each call.
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import DEVICE, DTYPE, arithmetic, full, measured_time, name_of, reading, time_interleaved
-from fastgpt import explain, linear, linear_reference
+from fastgpt import explain, linear, linear_reference, quantize
 from fastgpt.bench.timing import cold, implementation
+from fastgpt.ops.quantized_weight import BITS
 from fastgpt.testing import numerics
 
 pytestmark = pytest.mark.benchmark(timer=measured_time)
@@ -91,6 +92,45 @@ def measure(benchmark, what, product, rows, dtype, *, limit, inputs):
 @torch.inference_mode()
 def test_few_rows(benchmark, product, rows, dtype):
     measure(benchmark, "few tokens", product, rows, dtype, limit=reading(), inputs=cold)
+
+
+@pytest.mark.parametrize(
+    "minima", (False, True) if full() else (False,), ids=lambda minima: "minima" if minima else "symmetric"
+)
+@pytest.mark.parametrize("weights", BITS)
+@pytest.mark.parametrize("rows", (1, 4, 16, 64) if full() else (1,), ids=lambda rows: f"{rows}row{'s' * (rows > 1)}")
+@pytest.mark.parametrize("product", [name for name in PRODUCTS if name.startswith(QUICK) and name.endswith(("up", "logits"))])
+@torch.inference_mode()
+def test_quantized(benchmark, product, rows, weights, minima):
+    """Weights of 8 and 4 bits, in groups of 32; peers multiply with the same matrix, dequantized beforehand."""
+    tensors, options = example_of(product, rows, DTYPE)
+    weight = quantize(tensors.pop("weight"), weights, minima=minima)
+    plain = weight.dequantize()
+    out = linear(weight=weight, **tensors, **options)
+    double = {name: x.double() for name, x in tensors.items()} | {"weight": weight.dequantize(torch.float64)}
+    numerics.check(out, lambda: linear_reference(**double, **options), arithmetic=DTYPE)
+    # Each call takes the next of several copies: `blocks`, of which a weight is made, and `plain`.
+    inputs = [
+        copy | {"quantized": weight.with_blocks(copy.pop("blocks"))}
+        for copy in cold(blocks=weight.blocks, plain=plain, **tensors)
+    ]
+
+    def ours(quantized, plain, **others):
+        return linear(weight=quantized, **others, **options)
+
+    others = {
+        f"ours, {name_of(DTYPE)}": lambda quantized, plain, **others: linear(weight=plain, **others, **options),
+        "F.linear": lambda x, plain, **rest: F.linear(x, plain),
+    }
+    time_interleaved(
+        benchmark, ours, others, inputs=inputs, limit=reading(), flush=True,
+        info={
+            "what": "quantized weights", "device": DEVICE, "dtype": name_of(DTYPE), "product": product, "rows": rows,
+            "weight": f"{weight.shape[0]} x {weight.shape[1]}, {weights}{' with minima' * minima}",
+            "bytes": sum(x.nbytes for x in (weight, *tensors.values(), out)), "absent": {},
+            "implementation": implementation(explain(linear, weight=weight, **tensors, **options)),
+        },
+    )  # fmt: skip
 
 
 MANY = [name for name in PRODUCTS if name.startswith(QUICK) and name.endswith(("up", "down") if full() else "up")]
