@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from fastgpt.model.decoder import GPT, MLP, Attention
 from fastgpt.model.fusion import is_plain, plain
 from fastgpt.ops.linear import linear
+from fastgpt.ops.quantized_weight import QuantizedWeight
 
 
 def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
@@ -42,6 +43,8 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
     for name, layer in model.blocks.named_modules():
         if name.endswith((".qkv", ".out", ".up", ".down")) and not (isinstance(layer, nn.Linear) and is_plain(layer)):
             raise ValueError(f"model: expected plain layers, got blocks.{name} of type {type(layer).__name__}")
+        if isinstance(layer, nn.Linear) and isinstance(layer.weight, QuantizedWeight):
+            raise ValueError(f"model: expected weights that are not quantized, got blocks.{name}.weight: {layer.weight}")
     plan = {"blocks.*.attention": ByHeads(), "blocks.*.mlp": ByWidth()}
     if mesh.size() > 1:
         parallelize_module(model.requires_grad_(False), mesh, plan)  # in place

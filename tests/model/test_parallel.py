@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import random_model
 
+from fastgpt import quantize
 from fastgpt.model.rope import Rope
 from fastgpt.parallel import tensor_parallel
 
@@ -83,3 +85,13 @@ def test_one_process_changes_nothing():
     with torch.no_grad():
         assert torch.equal(tensor_parallel(model, One())(torch.arange(5)[None]), before)
     assert model.blocks[0].mlp.up.weight.requires_grad
+
+
+def test_quantized_weights_are_refused():
+    model = random_model()
+    layer = model.blocks[1].mlp.down
+    layer.weight = torch.nn.Parameter(quantize(layer.weight), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"expected weights that are not quantized, got blocks.1.mlp.down.weight: QuantizedWeight"
+    ):
+        tensor_parallel(model, SimpleNamespace(size=lambda: 2))
