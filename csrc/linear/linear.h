@@ -1,6 +1,6 @@
 // The arguments of the CPU kernels of `linear`: out = residual + activation(norm(x) weight^T + bias), or if gated the
 // activation of the product's first half times the second. Where PyTorch's product of many rows of x is faster, the kernels do
-// what follows it.
+// the epilogue alone.
 
 #pragma once
 
@@ -11,13 +11,13 @@
 
 namespace fastgpt {
 
-constexpr int64_t kMaxRows = 64;   // of x that the kernels multiply at a time
-constexpr int64_t kRowBlock = 16;  // of x that are prepared at a time
-constexpr int64_t kFeatures = 64;  // that are finished at a time, or half of it if gated
+constexpr int64_t kMaxRows = 64;   // rows of x that the kernels multiply at a time
+constexpr int64_t kRowBlock = 16;  // rows of x that are prepared (normalized, converted) at a time
+constexpr int64_t kFeatures = 64;  // output features of a step of the epilogue; half of it if gated
 
 enum class Activation : int64_t { none, gelu_tanh, gelu, silu, relu };  // as ACTIVATIONS in fastgpt/ops/linear.py
 
-// Everything is contiguous and of one element type; what may be null is left out.
+// All tensors are contiguous and of one element type; optional ones may be null.
 struct Linear {
   Element element;
   int64_t rows, in, out_features;
