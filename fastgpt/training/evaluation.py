@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fastgpt.checks import require_integer
 from fastgpt.model.decoder import GPT
-from fastgpt.model.fusion import evaluating, others
+from fastgpt.model.evaluation_mode import evaluating, others
 from fastgpt.training.processes import Processes
 
 
