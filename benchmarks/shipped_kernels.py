@@ -20,7 +20,7 @@ from fastgpt.kernels import (
     tiles,
 )
 from fastgpt.kernels.architecture import tiles_of
-from fastgpt.kernels.dependent_launch import LEAST_CAPABILITY
+from fastgpt.kernels.dependent_launch import MIN_CAPABILITY
 
 
 def shipped(capability: int, modules=None) -> Iterator[tuple]:
@@ -32,7 +32,7 @@ def shipped(capability: int, modules=None) -> Iterator[tuple]:
 
 def has_pdl(capability: int) -> bool:
     """Whether kernels of a decode step are launched while the ones before them still run, with a driver that can."""
-    return divmod(capability, 10) >= LEAST_CAPABILITY
+    return divmod(capability, 10) >= MIN_CAPABILITY
 
 
 def head_dims(table: dict, element_size: int):

@@ -1,5 +1,5 @@
-// The Python module fastgpt._C: facts about the build, and helpers that run on the host.
-// The operations are not here; their files register themselves with PyTorch when this library loads.
+// The Python module fastgpt._C: information about the build, and helpers that run on the host.
+// The operations are not bound here: their files register them with PyTorch when this library loads.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -27,7 +27,7 @@ constexpr const char* kCompiler = "clang " __clang_version__;
 constexpr const char* kCompiler = "gcc " __VERSION__;
 #endif
 
-py::list words(const char* text) {
+py::list split_words(const char* text) {
   std::istringstream stream(text);
   py::list list;
   for (std::string word; stream >> word;) list.append(word);
@@ -39,9 +39,9 @@ py::dict build_info() {
   info["compiler"] = kCompiler;
   info["torch_target_version"] = std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
       std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
-  info["cpu_levels"] = words(FASTGPT_CPU_LEVELS);
+  info["cpu_levels"] = split_words(FASTGPT_CPU_LEVELS);
   info["cpu_level"] = fastgpt::cpu_level_name(fastgpt::cpu_level());
-  info["cuda_archs"] = words(FASTGPT_CUDA_ARCHS);
+  info["cuda_archs"] = split_words(FASTGPT_CUDA_ARCHS);
   info["cuda_version"] = FASTGPT_CUDA_VERSION;
   return info;
 }
@@ -55,7 +55,7 @@ py::dict cpu_features() {
 
 using fastgpt::PageAllocator;
 
-// A Python integer (NumPy's count, bools do not), named in what is thrown if it is none.
+// Converts a Python integer (also NumPy's, but no bool). `name` begins the message of an error.
 int64_t integer(const py::handle& value, const char* name) {
   const py::object index = PyBool_Check(value.ptr()) ? py::object()
                                                      : py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
@@ -78,7 +78,7 @@ std::vector<int64_t> integers(const py::handle& values, const char* name) {
   return numbers;
 }
 
-// A method of one sequence, for Python.
+// Wraps a method that takes one sequence for Python.
 template <typename Result>
 auto of_sequence(Result (PageAllocator::*method)(int64_t)) {
   return [method](PageAllocator& allocator, const py::object& sequence) {
@@ -105,7 +105,7 @@ py::dict statistics(const PageAllocator& allocator) {
   return result;
 }
 
-// What a copy of an allocator is made of, for pickle and copy.deepcopy.
+// The state of an allocator, for pickle and copy.deepcopy.
 py::tuple state_of(const PageAllocator& allocator) {
   py::list sequences;
   for (const auto& [number, sequence] : allocator.sequences()) {
@@ -131,7 +131,8 @@ void define_page_allocator(py::module_& module) {
   py::register_exception<fastgpt::OutOfPages>(module, "OutOfPages", PyExc_RuntimeError).doc() =
       "A paged cache has too few free pages for a step; nothing has changed.";
 
-  py::class_<PageAllocator::Changes>(module, "PageChanges", "What the caller of PageAllocator.append must do, in order.")
+  py::class_<PageAllocator::Changes>(
+      module, "PageChanges", "The changes that the caller of PageAllocator.append must apply, in order.")
       .def_readonly("copy_from", &PageAllocator::Changes::copy_from, "pages to copy ...")
       .def_readonly("copy_to", &PageAllocator::Changes::copy_to, "... and where to")
       .def_readonly("rows", &PageAllocator::Changes::rows, "block_table[row, column] = page; rows as in the call")
@@ -146,29 +147,33 @@ Sequences are numbers. Raises ValueError for one that is unknown or was freed.)"
             return std::make_unique<PageAllocator>(integer(num_pages, "num_pages"), integer(page_size, "page_size"));
           }),
           py::arg("num_pages"), py::arg("page_size"))
-      .def("allocate", &PageAllocator::allocate, "A new sequence without tokens. Numbers are never used again.")
-      .def("fork", of_sequence(&PageAllocator::fork), py::arg("sequence"), "A new sequence that shares the pages of another.")
+      .def("allocate", &PageAllocator::allocate, "Creates an empty sequence and returns its number. Numbers are never reused.")
+      .def(
+          "fork", of_sequence(&PageAllocator::fork), py::arg("sequence"),
+          "Creates a sequence that shares the pages of another.")
       .def(
           "free", of_sequence(&PageAllocator::free), py::arg("sequence"),
-          "Forgets a sequence and frees the pages that only it has.")
+          "Removes a sequence and frees the pages that no other shares.")
       .def(
           "append",
           [](PageAllocator& allocator, const py::object& sequences, const py::object& counts) {
             return allocator.append(integers(sequences, "sequences"), integers(counts, "counts"));
           },
           py::arg("sequences"), py::arg("counts"),
-          R"(Makes room for counts[i] more tokens of sequences[i], which are distinct. Returns PageChanges.
+          R"(Reserves slots for counts[i] more tokens of sequences[i], which are distinct. Returns PageChanges.
 
-A page that is to be written and that others share is replaced by one of its own (copy-on-write).
+A shared page that would be written is replaced by a copy (copy-on-write).
 Raises OutOfPages before anything has changed.)")
       .def(
           "truncate",
           [](PageAllocator& allocator, const py::object& sequence, const py::object& length) {
             allocator.truncate(integer(sequence, "sequence"), integer(length, "length"));
           },
-          py::arg("sequence"), py::arg("length"), "Forgets all but the first `length` tokens.")
-      .def("length", of_sequence(&PageAllocator::length), py::arg("sequence"), "Tokens of a sequence.")
-      .def("pages", of_sequence(&PageAllocator::pages), py::arg("sequence"), "Pages of a sequence, in order of its tokens.")
+          py::arg("sequence"), py::arg("length"), "Removes all but the first `length` tokens.")
+      .def("length", of_sequence(&PageAllocator::length), py::arg("sequence"), "The number of tokens of a sequence.")
+      .def(
+          "pages", of_sequence(&PageAllocator::pages), py::arg("sequence"),
+          "The pages of a sequence, in the order of its tokens.")
       .def("statistics", &statistics, R"(A dict: num_pages, page_size, used_pages, free_pages, shared_pages (those of
 several sequences), sequences, tokens (of all sequences; those in a shared page count for each).)")
       .def(py::pickle(&state_of, &allocator_of), "For pickle and copy.deepcopy.");
@@ -179,22 +184,25 @@ struct OneThread {};
 void define_plan(py::module_& module) {
   py::class_<OneThread>(
       module, "OneThread",
-      "Within it, PyTorch's operations of this thread use one: more would spin for milliseconds beside those that run a plan.")
+      "A context in which PyTorch's operations on this thread use one thread: others would spin on the CPUs of a plan's "
+      "threads.")
       .def(py::init<>())
       .def("__enter__", [](const OneThread&) { fastgpt::begin_one_thread(); })
       .def("__exit__", [](const OneThread&, const py::args&) { fastgpt::end_one_thread(); });
 
   using fastgpt::Plan;
   py::class_<Plan>(
-      module, "Plan", "Operations on the CPU, recorded to run again on the same tensors: fastgpt/generation/replay.py.")
+      module, "Plan", "CPU operations, recorded to be replayed on the same tensors: see fastgpt/generation/replay.py.")
       .def(py::init<>())
-      .def("record", &Plan::record, "From now on this thread's operations join the plan. RuntimeError if another does it.")
+      .def(
+          "record", &Plan::record,
+          "From now on this thread's operations are added to the plan. RuntimeError if another plan is being recorded.")
       .def("finish", &Plan::finish)
       .def("run", &Plan::run, py::call_guard<py::gil_scoped_release>())
       .def("__len__", &Plan::size);
 }
 
-// What a recorded step of a model relies on: Python dictionaries, such as those of modules, and where tensors lie.
+// Guards of a recorded step of a model: Python dicts, such as those of modules, and addresses of tensors that must not change.
 class Unchanged {
  public:
   using Attribute = std::pair<py::dict, py::str>;
@@ -238,7 +246,8 @@ class Unchanged {
   struct Dict {
     py::dict dict;
     Py_ssize_t count;
-    std::vector<std::pair<py::object, py::type>> values;  // owned: nothing else can take their place; none where keys count
+    std::vector<std::pair<py::object, py::type>>
+        values;  // owned, so that no new object gets their address; empty if only the number of keys counts
   };
 
   struct Value {
@@ -253,42 +262,45 @@ class Unchanged {
 };
 
 void define_unchanged(py::module_& module) {
-  py::class_<Unchanged>(module, "Unchanged", "What a recorded step of a model relies on: fastgpt/generation/replay.py.")
+  py::class_<Unchanged>(module, "Unchanged", "Guards of a recorded step of a model: see fastgpt/generation/replay.py.")
       .def(
           py::init<const std::vector<py::dict>&, const std::vector<py::dict>&, const std::vector<Unchanged::Attribute>&>(),
           py::arg("entries"), py::arg("counts"), py::arg("attributes"),
-          R"(entries: dicts that must keep their values, the very objects and their types, which an assignment to __class__
-changes; counts: that must keep their number of keys; attributes: pairs of a dict and a key whose value it must keep, the very
+          R"(entries: dicts whose values must stay the same objects, of the same types (an assignment to __class__ changes these);
+counts: dicts whose number of keys must stay the same; attributes: pairs of a dict and a key whose value must stay the same
 object.)")
-      .def("watch", &Unchanged::watch, "From now on tensors that this thread passes to fastgpt::watch must stay in place.")
+      .def(
+          "watch", &Unchanged::watch,
+          "From now on tensors that this thread passes to fastgpt::watch must keep their addresses.")
       .def("finish", &Unchanged::finish)
-      .def("holds", &Unchanged::holds, "Whether all of it is as it was.");
+      .def("holds", &Unchanged::holds, "Whether all guards hold.");
 }
 
 void define_peaks(py::module_& module) {
   using fastgpt::Peak;
   py::class_<Peak>(
-      module, "Peak", "An instruction that multiplies and adds: `operations` of both in an iteration of a loop on registers.")
+      module, "Peak",
+      "A multiply-add instruction in a loop on registers, with `operations` multiplications and additions per iteration.")
       .def_readonly("name", &Peak::name)
       .def_readonly("operations", &Peak::operations)
       .def(
           "run", &fastgpt::run_on_all_threads, py::arg("iterations"), py::call_guard<py::gil_scoped_release>(),
-          "So many iterations on all of PyTorch's threads together.");
+          "Runs so many iterations in total on all of PyTorch's threads.");
   module.def(
       "read_memory",
       [](uintptr_t address, int64_t count) {
         return fastgpt::read_on_all_threads(reinterpret_cast<const float*>(address), count);
       },
       py::arg("address"), py::arg("count"), py::call_guard<py::gil_scoped_release>(),
-      "The sum of so many float32 numbers in memory, on all of PyTorch's threads together.");
+      "The sum of `count` float32 numbers in memory, read by all of PyTorch's threads.");
   module.def(
-      "peaks", &fastgpt::peaks, "A list of Peak: those of the CPU level in use that this CPU has, that of float32 first.");
+      "peaks", &fastgpt::peaks, "A list of Peak: the instructions of the CPU level in use that this CPU has, float32's first.");
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.def("build_info", &build_info, R"(What this build holds, as a dict.
+  module.def("build_info", &build_info, R"(Information about this build, as a dict.
 
 compiler: its name and version; torch_target_version: the oldest torch it loads on; cpu_levels:
 the instruction sets compiled in; cpu_level: the one in use; cuda_archs: GPU architectures of
@@ -296,9 +308,10 @@ libfastgpt_cuda.so, [] if that was not built; cuda_version: of the nvcc that com
 
 Raises ValueError if FASTGPT_CPU_LEVEL names a level that is unknown or that this CPU lacks.)");
   module.def(
-      "cpu_features", &cpu_features, R"(What of this CPU decides which product is fastest, beyond its level, as a dict of bool.
+      "cpu_features", &cpu_features,
+      R"(CPU features, beyond its level, that decide which matrix product is fastest, as a dict of bool.
 
-amd: who made it; avx512_bf16, avx512_fp16: whether it has these instructions.)");
+amd: whether AMD made it; avx512_bf16, avx512_fp16: whether it has these instructions.)");
   define_page_allocator(module);
   define_peaks(module);
   define_plan(module);

@@ -1,11 +1,11 @@
-"""Tensor parallelism: each process holds a part of every matrix of a decoder, and all generate together.
+"""Tensor parallelism: each process holds a shard of every matrix of a decoder, and all generate together.
 
     torch.distributed.init_process_group("gloo")  # "nccl" on GPUs; under torchrun
     model = tensor_parallel(GPT.from_pretrained(path))
     fastgpt.generate(model, ids, 20)  # in every process: each returns the same tokens
 
-Each process computes some of the heads and a part of the MLP's width. The outputs of both are summed over the processes
-(all-reduce), twice per layer. Embeddings and the output matrix are replicated.
+Each process computes some of the heads and a part of the MLP's hidden features. An all-reduce sums the outputs of both over the
+processes, two per layer. Embeddings and the output matrix are replicated.
 """
 
 import torch
@@ -22,12 +22,12 @@ from fastgpt.ops.quantized_weight import QuantizedWeight
 def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
     """Shards a decoder, in place, over the processes of a one-dimensional mesh.
 
-    Every process calls this, with the same weights, and then everything that runs the model, with the same arguments. A sharded
-    model can generate, but not be trained.
+    Every process must call this with the same weights, and then run the model with the same arguments. A sharded model can
+    generate, but cannot be trained.
 
     Args:
         model: the decoder.
-        mesh: default: all processes of the default process group.
+        mesh: by default all processes of the default process group.
 
     Returns: the model.
     Raises: ValueError if heads or the MLP's width are not divisible by the number of processes, or if a layer is not plain
@@ -45,19 +45,20 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
             raise ValueError(f"model: expected plain layers, got blocks.{name} of type {type(layer).__name__}")
         if isinstance(layer, nn.Linear) and isinstance(layer.weight, QuantizedWeight):
             raise ValueError(f"model: expected weights that are not quantized, got blocks.{name}.weight: {layer.weight}")
-    plan = {"blocks.*.attention": ByHeads(), "blocks.*.mlp": ByWidth()}
+    plan = {"blocks.*.attention": ShardHeads(), "blocks.*.mlp": ShardMLP()}
     if mesh.size() > 1:
         parallelize_module(model.requires_grad_(False), mesh, plan)  # in place
     return model
 
 
 @plain(weights=2)
-class SummedLinear(nn.Linear):
-    """A linear layer whose columns are sharded over the processes of `group`; partial results are summed by all-reduce."""
+class RowParallelLinear(nn.Linear):
+    """A row-parallel linear layer: its input features are sharded over the processes of `group`, and an all-reduce sums the partial
+    outputs."""
 
     @property
     def waits(self) -> bool:
-        """Whether a call waits for the device, so that no CUDA graph can capture it: with any backend but NCCL."""
+        """Whether a call waits for the device, so that a CUDA graph cannot capture it: with any backend but NCCL."""
         return torch.distributed.get_backend(self.group) != "nccl"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +67,7 @@ class SummedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-class ByHeads(ParallelStyle):
+class ShardHeads(ParallelStyle):
     """Shards attention by heads."""
 
     def _apply(self, attention: Attention, mesh: DeviceMesh) -> Attention:  # type: ignore[override]
@@ -78,8 +79,8 @@ class ByHeads(ParallelStyle):
         return attention
 
 
-class ByWidth(ParallelStyle):
-    """Shards an MLP by its width."""
+class ShardMLP(ParallelStyle):
+    """Shards an MLP by its hidden features."""
 
     def _apply(self, mlp: MLP, mesh: DeviceMesh) -> MLP:  # type: ignore[override]
         parts = 2 if mlp.gated else 1
@@ -94,7 +95,7 @@ def local_shard(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
 
 
 def keep_rows(layer: nn.Linear, sizes: list[int], mesh: DeviceMesh) -> None:
-    """Keeps this process's rows of each part of a weight; sizes: of queries, keys, values, or of gate and up."""
+    """Keeps this process's rows of each part of a weight: of queries, keys and values, or of gate and up. sizes: their rows."""
     for name in ("weight", "bias"):
         parameter = getattr(layer, name)
         if parameter is not None:
@@ -104,8 +105,8 @@ def keep_rows(layer: nn.Linear, sizes: list[int], mesh: DeviceMesh) -> None:
 
 
 def keep_columns(layer: nn.Linear, mesh: DeviceMesh) -> None:
-    """Keeps this process's columns of a weight. The bias is replicated, and added after the sum."""
+    """Keeps this process's columns of a weight. The bias is replicated, and added after the all-reduce."""
     shard = local_shard(layer.weight.detach(), 1, mesh).contiguous()
     layer.weight = nn.Parameter(shard, layer.weight.requires_grad)
     layer.in_features //= mesh.size()
-    layer.group, layer.__class__ = mesh.get_group(), SummedLinear
+    layer.group, layer.__class__ = mesh.get_group(), RowParallelLinear

@@ -20,9 +20,10 @@ def is_command() -> bool:
 
 
 def watch() -> None:
-    """Until `unwatch`, Ctrl-C ends the process with one line and status 130, and an error in what is imported with one line.
+    """Until `unwatch`, Ctrl-C ends the process with one line and status 130, and an import error or a wrong setting with one
+    line and status 2, as `fastgpt.cli.main` does.
 
-    SIGINT that is ignored or handled already, and another sys.excepthook, stay.
+    A SIGINT that is already ignored or handled, and another sys.excepthook, stay as they are.
     """
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _failed
@@ -46,8 +47,10 @@ def _interrupted(*_) -> None:
 
 
 def _failed(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """A sys.excepthook: one line for what a wrong setting or installation raises, a traceback for what would be a bug."""
+    """A sys.excepthook: one line and status 2 for a wrong setting or installation, a traceback and status 1 for a bug."""
     if not isinstance(error, (ImportError, OSError, ValueError)):
         sys.__excepthook__(kind, error, traceback)
-    elif sys.stderr is not None:
+        return
+    if sys.stderr is not None:
         print(f"fastgpt: error: {error}", file=sys.stderr)
+    sys.exit(2)  # Python takes the exit status from a hook that raises SystemExit

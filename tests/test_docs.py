@@ -27,7 +27,9 @@ PYTHON = [
     for name, mark, language, code in BLOCKS
     if language == "python"
 ]
-COMMANDS = sorted({line for _, _, language, code in BLOCKS if not language for line in code.replace("\\\n", "").splitlines()})
+COMMANDS = sorted(
+    {line for _, _, language, code in BLOCKS if language == "sh" for line in code.replace("\\\n", "").splitlines()}
+)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -42,6 +42,7 @@ LAYERS = [
     {"text.chat_template.costs"},
     {"text.chat_template.budget"},
     {"text.chat_template.messages"},
+    {"model.evaluation_mode"},
     {"model.fusion", "model.rope"},
     {"checkpoints.files", "checkpoints.hub"},
     {"folders", "schema"},

@@ -1,5 +1,5 @@
-// attention_forward and attention_varlen_forward on the CPU: unpacking, parallel tasks, and the kernels of the CPU's level.
-// Semantics: fastgpt/ops/attention.py.
+// attention_forward and attention_varlen_forward on the CPU: unpacking, parallel tasks, and dispatch to the kernels of the CPU
+// level. Semantics: fastgpt/ops/attention/__init__.py.
 
 #include <algorithm>
 #include <memory>
@@ -14,16 +14,16 @@
 #include "decode_step/plan.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
-    // Floats of scratch memory, 64-byte aligned, that a thread needs for `group` blocks.
+    // Size in floats of a thread's 64-byte aligned scratch memory for `group` blocks.
     int64_t attention_workspace(int64_t D, int64_t D_v, int64_t group);
     void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace);
-    // Joins the splits of B · H_kv blocks of queries.
+    // Combines the partial results of splits, for B · H_kv blocks of queries.
     void attention_forward_join(const AttentionForward& args, int64_t begin, int64_t end, float* workspace);)
 
 namespace fastgpt {
 namespace {
 
-// Every page that will be read is in the pool.
+// Checks that every page that will be read is in the pool.
 void check_pages(const Attention& args, int64_t pages) {
   for (int64_t b = 0; b < args.B; ++b) {
     const int64_t length = args.kv_lengths ? std::min<int64_t>(args.kv_lengths[b * args.kv_length_stride], args.S) : args.S;
@@ -46,7 +46,7 @@ void run_tasks(const AttentionForward& args) {
   if (splits > 1) tasks(FASTGPT_AT_CPU_LEVEL(attention_forward_join), args.B * args.H_kv, splits);
 }
 
-// (out, lse) of a call whose arguments are all set but these. pages: of the pool that a block table is of.
+// Allocates (out, lse) and runs a call whose other arguments are set. pages: size of the pool, with a block table.
 std::tuple<Tensor, Tensor> run(AttentionForward args, const Tensor& q, int64_t pages = 0) {
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D_v = args.D_v;
   const bool packed = args.cu_seqlens_q != nullptr;
@@ -56,14 +56,14 @@ std::tuple<Tensor, Tensor> run(AttentionForward args, const Tensor& q, int64_t p
   args.out = {out.mutable_data_ptr(), packed ? 0 : T * H * D_v, D_v, H * D_v};
   args.lse = {static_cast<float*>(lse.mutable_data_ptr()), packed ? 0 : H * T, T, 1};
 
-  // Four tasks for a thread, if there is so much to do. Results do not depend on it.
+  // Four tasks per thread, if there is enough work. Results do not depend on the group size.
   const int64_t share = args.B * args.H_kv * args.blocks() / (4 * num_threads());
   args.group = std::max<int64_t>(std::min(share, largest_group(args.D, D_v)), 1);
   std::shared_ptr<float> partial;
   if (args.splits() > 1) partial = scratch(args.tasks() * args.split_size());
   args.partial = partial.get();
   perform([args, partial, pages] {
-    if (args.block_table) check_pages(args, pages);  // also when a plan runs again: tables change
+    if (args.block_table) check_pages(args, pages);  // also on replay, as block tables change
     run_tasks(args);
   });
   return {out, lse};
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   return run(args, q, k.size(0));
 }
 
-// What attention_forward would refuse, for whoever writes something first.
+// Raises what attention_forward would raise, for callers that write to a cache before they call it.
 void attention_check_cpu(
     const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale, std::optional<int64_t> window,
     std::optional<double> softcap, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
@@ -93,7 +93,7 @@ void attention_check_cpu(
   Features features{causal, scale, window, softcap, alibi_slopes, sinks, 0.0, std::nullopt};
   set_inputs(args, q, k, v, features, block_table, k_scale, v_scale);
   set_lengths(args, kv_lengths);
-  perform([] {});  // a plan has each operation
+  perform([] {});  // recorded like any operation, so that the plan is complete
 }
 
 std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(

@@ -1,4 +1,4 @@
-// What attention.cpp and attention_backward.cpp hand to their kernels, which are compiled per CPU level.
+// The arguments of the kernels of attention.cpp and attention_backward.cpp, which are compiled per CPU level.
 
 #pragma once
 
@@ -6,28 +6,28 @@
 
 namespace fastgpt {
 
-// Queries and keys that a kernel holds at a time, in rows.
+// Tile sizes: rows of queries, and keys.
 constexpr int64_t kBlockM = 64, kBlockN = 64;
 
-// Up to kGroup blocks of queries walk over the keys together.
+// Up to kGroup blocks of queries loop over the keys together.
 constexpr int64_t kGroup = 4;
 
-// With up to kFewQueries that share a key/value head, as in decoding, a task takes kSplit keys only: there may be fewer
-// heads than threads. What belongs to which split depends on the shape alone.
+// With up to kFewQueries that share a key/value head, as in decoding, keys are split into tasks of kSplit keys, since there may
+// be fewer heads than threads. The splits depend on the shape alone.
 constexpr int64_t kFewQueries = 8, kSplit = 2048;
 
 constexpr int64_t kMaxHeadDim = 576;
 
 constexpr int64_t padded_head_dim(int64_t D) { return (D + 15) / 16 * 16; }
 
-// Of large head dims fewer blocks walk together: queries and sums of all of them stay in a core's second level of cache.
+// With large head dims groups are smaller: the queries and accumulators of all blocks must fit into the L2 cache of a core.
 constexpr int64_t largest_group(int64_t D, int64_t D_v) {
   const int64_t fit = kGroup * 512 / (padded_head_dim(D) + padded_head_dim(D_v));
   return fit < 1 ? 1 : fit < kGroup ? fit : kGroup;
 }
 
-// One row per query, (B, H, T, D) or of values (B, H, T, D_v), last dimension contiguous; or one number per query, (B, H, T).
-// Strides in elements.
+// One row per query, (B, H, T, D) or (B, H, T, D_v), last dimension contiguous; or one element per query, (B, H, T). Strides in
+// elements.
 template <typename Data>
 struct PerQuery {
   Data data;
@@ -46,7 +46,7 @@ struct Keys {
   int64_t scale_stride_b, scale_stride_h, scale_stride_s;
 };
 
-// One number per score: (B, H, T, S), or null. Strides in elements, 0 in dimensions of size 1.
+// One element per score: (B, H, T, S), or null. Strides in elements, 0 in dimensions of size 1.
 template <typename Data>
 struct PerScore {
   Data data;
@@ -56,7 +56,7 @@ struct PerScore {
   int64_t at(int64_t b, int64_t h, int64_t t) const { return b * stride_b + h * stride_h + t * stride_t; }
 };
 
-// What the forward and the backward pass take. Sequences may be packed one after the other: strides over B are then 0.
+// Arguments of the forward and the backward pass. Sequences may be packed one after the other: strides over B are then 0.
 struct Attention {
   PerQuery<const void*> q;
   Keys k, v;
@@ -68,7 +68,7 @@ struct Attention {
   Element element;                             // of q and out
   Element key_element;                         // of k and v
   bool causal;                                 // bottom-right aligned
-  int64_t window;                              // keys that a query sees at most, up to its own position
+  int64_t window;                              // number of keys that a query sees at most, up to its own position
   float scale;
   float softcap;                  // 0 for none
   const float* alibi_slopes;      // (H,) or null
@@ -76,13 +76,13 @@ struct Attention {
   PerScore<const uint8_t*> mask;  // 0 where a query does not see a key
   PerScore<const void*> bias;
   const int64_t* dropout_seed;  // null for no dropout
-  uint32_t keep_threshold;      // weights with a smaller random number of 31 bits are dropped
+  uint32_t keep_threshold;      // weights with a smaller random 31-bit integer are dropped
   float keep_scale;             // 1 / (1 - dropout_p)
   int64_t B, H, H_kv, T, S;     // T and S: of the longest sequence
   int64_t D, D_v;               // head dims of q and k, and of v and out
 
-  // The queries of the heads that share a key/value head form one list of rows, cut into blocks of kBlockM, so that
-  // keys and values are read once for all of them. Keys are cut into tiles of kBlockN.
+  // The queries of all heads that share a key/value head form one list of rows, in blocks of kBlockM, so that keys and values
+  // are read once for all of them. Keys are processed in tiles of kBlockN.
   int64_t blocks() const { return (H / H_kv * T + kBlockM - 1) / kBlockM; }
   int64_t tiles() const { return (S + kBlockN - 1) / kBlockN; }
 };
@@ -113,10 +113,10 @@ struct AttentionBackward : Attention {
   PerQuery<const float*> dlse;  // or null
   PerQuery<void*> dq;
   KeyGradients dk, dv;
-  PerScore<float*> dbias;   // zeros, to be added to; or null
-  PerQuery<float*> dsinks;  // (B, H, T) what each query adds to its head's; or null
+  PerScore<float*> dbias;   // zero-initialized, accumulated into; or null
+  PerQuery<float*> dsinks;  // (B, H, T) each query's contribution to its head's gradient; or null
 
-  // A task is all queries and keys of one (b, h_kv), or of all b or h_kv that share a number of dbias.
+  // A task is all queries and keys of one (b, h_kv), or of all b or h_kv that share elements of dbias.
   int64_t batch_tasks() const { return dbias.data && dbias.stride_b == 0 ? B > 0 : B; }
   int64_t head_tasks() const { return dbias.data && dbias.stride_h == 0 ? 1 : H_kv; }
 };

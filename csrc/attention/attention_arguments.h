@@ -32,7 +32,7 @@ inline const int32_t* int32_data(const Tensor& x, const char* name) {
   return static_cast<const int32_t*>(data_of(x, name, sizeof(int32_t)));
 }
 
-// k or v, (first, H_kv, rows, head dim), with the scale that elements of 8 bits need.
+// k or v, (first, H_kv, rows, head dim), with the scale that 8-bit elements need.
 inline Keys keys_of(
     const Tensor& x, const char* name, Element element, const std::optional<Tensor>& scale, const char* scale_name,
     std::initializer_list<int64_t> sizes) {
@@ -52,7 +52,7 @@ inline Keys keys_of(
   return keys;
 }
 
-// A row of head_dim numbers for each query of q, in its dtype.
+// A row of head_dim elements for each query of q, in q's dtype.
 inline PerQuery<const void*> queries_of(const Tensor& x, const char* name, const Tensor& q, int64_t head_dim) {
   check_sizes(x, name, {q.size(0), q.size(1), q.size(2), head_dim});
   check_rows(x, name);
@@ -75,7 +75,7 @@ PerScore<Data> scores_of(const Tensor& x, const char* name, Element element, con
   return {static_cast<Data>(data_of(x, name, size_of(element))), element, strides[0], strides[1], strides[2], strides[3]};
 }
 
-// One number per head, as floats.
+// One element per head, converted to float.
 inline std::vector<float> heads_of(const Tensor& x, const char* name, int64_t H) {
   check_sizes(x, name, {H});
   std::vector<float> numbers(H);
@@ -92,7 +92,7 @@ inline std::vector<float> heads_of(const Tensor& x, const char* name, int64_t H)
   return numbers;
 }
 
-// The features of attention that all its operations take, and what they need to live as long as Attention.
+// The features that all attention operations take, and storage that must live as long as Attention.
 struct Features {
   bool causal;
   double scale;
@@ -105,7 +105,7 @@ struct Features {
   std::vector<float> slopes_of_heads = {}, sinks_of_heads = {};
 };
 
-// Sizes, q, k, v and features; the caller sets what else its operation takes.
+// Sets sizes, q, k, v and features; the caller sets the other arguments of its operation.
 inline void set_inputs(
     Attention& args, const Tensor& q, const Tensor& k, const Tensor& v, Features& features,
     const std::optional<Tensor>& block_table = {}, const std::optional<Tensor>& k_scale = {},
@@ -142,7 +142,7 @@ inline void set_inputs(
   FASTGPT_CHECK(!features.window || *features.window >= 1, "window: expected at least 1");
   args.window = std::min<int64_t>(features.window.value_or(INT32_MAX), INT32_MAX);
   args.softcap = static_cast<float>(features.softcap.value_or(0.0));
-  // Neither it nor its inverse may be subnormal.
+  // Neither the cap nor its inverse may be subnormal.
   FASTGPT_CHECK(!features.softcap || (args.softcap >= 0x1p-126f && args.softcap <= 0x1p126f), "softcap: expected a number > 0");
   if (features.alibi_slopes) {
     FASTGPT_CHECK(features.alibi_slopes->scalar_type() == ScalarType::Float, "alibi_slopes: expected dtype float32");
@@ -184,7 +184,7 @@ inline void set_lengths(Attention& args, const std::optional<Tensor>& kv_lengths
   args.kv_length_stride = kv_lengths->stride(0);
 }
 
-// Where sequences begin, and the longest of them.
+// Checks where sequences begin (cu_seqlens), and returns the length of the longest.
 inline int64_t check_starts(const Tensor& starts, const char* name, int64_t B, int64_t total) {
   check_sizes(starts, name, {B + 1});
   FASTGPT_CHECK(B >= 1 && (starts.stride(0) == 1 || B == 0), name, ": expected contiguous numbers, two at least");
@@ -199,7 +199,7 @@ inline int64_t check_starts(const Tensor& starts, const char* name, int64_t B, i
   return longest;
 }
 
-// Turns q, k and v of one sequence (1, heads, total, head dim) into those of packed ones. Call it when they are set.
+// Turns q, k and v (1, heads, total, head dim), which must be set, into packed sequences.
 inline void set_packing(Attention& args, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k) {
   FASTGPT_CHECK(args.B == 1 && cu_seqlens_q.dim() == 1, "cu_seqlens_q: expected (B + 1,), and q (1, H, total, D)");
   args.B = cu_seqlens_q.size(0) - 1;

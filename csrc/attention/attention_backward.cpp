@@ -1,5 +1,5 @@
-// attention_backward and attention_varlen_backward on the CPU: unpacking, parallel tasks, and the kernels of the CPU's
-// level. Semantics: fastgpt/ops/attention.py.
+// attention_backward and attention_varlen_backward on the CPU: unpacking, parallel tasks, and dispatch to the kernels of the
+// CPU level. Semantics: fastgpt/ops/attention/__init__.py.
 
 #include <algorithm>
 #include <optional>
@@ -13,11 +13,11 @@
 #include "common/parallel.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
-    // Floats of scratch memory, 64-byte aligned, for one block of queries and all keys.
+    // Size in floats of the 64-byte aligned scratch memory for one block of queries and all keys.
     int64_t attention_backward_workspace(const Attention& args);
-    // dq of a block of queries, dbias and dsinks; leaves in `workspace` what the next needs.
+    // dq, dbias and dsinks of a block of queries; leaves in `workspace` what attention_backward_keys needs.
     void attention_backward_queries(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, float* workspace);
-    // Adds the block's share to the gradients (S, padded head dim) of some tiles of keys and values.
+    // Adds the block's contribution to the gradients (S, padded head dim) of some tiles of keys and values.
     void attention_backward_keys(
         const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t block, int64_t first_tile, int64_t last_tile,
         float* workspace, float* dk, float* dv);
@@ -27,7 +27,7 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(
 namespace fastgpt {
 namespace {
 
-// For the gradient of x: laid out like it, if that leaves rows contiguous, which overlapping numbers may not.
+// An uninitialized gradient of x, with its layout if the last dimension is contiguous, else contiguous.
 Tensor gradient_like(const Tensor& x) {
   const Tensor like = torch::stable::empty_like(x);
   if (like.stride(3) == 1 || like.size(3) == 1) return like;
@@ -42,7 +42,7 @@ PerQuery<const float*> numbers_of(const Tensor& x, const char* name, const Tenso
 
 KeyGradients gradients_of(const Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-// All gradients of one key/value head of one sequence. `threads` blocks of queries are in work at a time, through
+// All gradients of one key/value head of one sequence. `threads` blocks of queries are processed at a time, by
 // for_each(tasks, run).
 template <typename ForEach>
 void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t threads, float* memory, ForEach for_each) {
@@ -65,8 +65,8 @@ void run_head(const AttentionBackward& args, int64_t b, int64_t h_kv, int64_t th
   FASTGPT_AT_CPU_LEVEL(attention_backward_write_keys)(args, b, h_kv, dk, dv);
 }
 
-// Heads in parallel; or one after the other, with blocks of queries and tiles of keys in parallel, where there are fewer
-// heads than threads. (Blocks of queries may share numbers of dbias.)
+// Heads in parallel; or, if there are fewer heads than threads, one after the other, with blocks of queries and tiles of keys
+// in parallel. (Not with dbias: blocks of queries may share elements of it.)
 void run_heads(const AttentionBackward& args) {
   const int64_t keys_size = args.tiles() * kBlockN * (padded_head_dim(args.D) + padded_head_dim(args.D_v));
   const int64_t size = FASTGPT_AT_CPU_LEVEL(attention_backward_workspace)(args);
@@ -100,7 +100,7 @@ struct Gradients {
   Tensor dq, dk, dv, dsinks;
 };
 
-// Of a call whose arguments are all set but these.
+// Runs a call whose other arguments are set.
 Gradients run(
     AttentionBackward& args, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse,
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& sinks) {

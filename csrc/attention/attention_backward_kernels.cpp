@@ -3,19 +3,19 @@
 //     p = softmax(score),   dp = dout · v^T,   ds = p (dp - mean + dlse),   mean = sum p dp
 //     dv = p^T · dout,   dk = scale ds^T · q,   dq = scale ds · k,   dbias = ds,   dsinks = sum p_sink (dlse - mean)
 //
-// where ds is also multiplied by the soft cap's derivative on its way to dq and dk. A block of queries walks over its keys
-// twice. The first time leaves scores and dp of the whole block in scratch memory, for all keys, so that the softmax is
-// taken from its maximum and sum: exp(score - lse) would carry the rounding of lse, and sum out dout instead of the mean
-// that of out. The second time turns them into weights and ds, and sums dq. They stay there until the gradients of keys and
-// values, in scratch memory too, have got their share.
+// where ds is also multiplied by the soft cap's derivative on its way to dq and dk. A block of queries loops over its keys
+// twice. The first pass stores scores and dp of the whole block in scratch memory, for all keys, so that the softmax uses their
+// maximum and sum: exp(score - lse) would carry the rounding error of lse, and sum out dout, in place of the mean, that of out.
+// The second pass turns them into weights and ds, and accumulates dq. They are kept until they have been added to the gradients
+// of keys and values, which are in scratch memory, too.
 //
-// What a query does not see does not reach its gradients, nor it those of what it does not see, whatever is there: of a weight
-// of 0 all is 0, and where products of whole tiles would make NaN of 0 times what is not finite, they are done number by
-// number.
+// A query and a key that it does not see do not affect each other's gradients, even if they are infinite or NaN: with a weight
+// of 0 every term is 0, and where products of whole tiles would multiply 0 by infinity or NaN, they are done element by
+// element.
 //
 // The order of all sums is fixed: gradients are the same bits on every run, whatever is done in parallel.
 //
-// As in the forward kernel, tiles of scores have a line per key and vectors along queries.
+// As in the forward kernel, tiles of scores have a line per key, and vectors run along queries.
 //
 // Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 
@@ -28,7 +28,7 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Terms of a part of a sum, of dot products of many queries, and how many queries are few.
+// Terms per partial sum, the same for dot products of more than kFewRows queries, and kFewRows.
 constexpr int64_t kPart = 8, kLongPart = 256, kFewRows = 16;
 
 // The scratch memory of a block of queries.
@@ -49,7 +49,7 @@ struct Workspace : Arena {
   float *q, *dout, *q_columns, *dout_columns, *dq;        // (kBlockM, D or D_v); columns and dq: (D or D_v, kBlockM)
   float *k, *v;                                           // (kBlockN, D or D_v)
   float *max, *sum, *mean, *norm, *dlse;                  // (kBlockM,) of scores, of weights; norm is 1 / sum
-  float* finite;                                          // (1,): 0 if q or dout holds what is not
+  float* finite;                                          // (1,): 0 if q or dout is not finite
 };
 
 // One block of queries against all its keys.
@@ -94,7 +94,7 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  // q · scale and dout, as rows and transposed. What lies beyond is zero.
+  // q · scale and dout, as rows and transposed, zero-padded.
   void load_queries() {
     std::memset(w_.q, 0, (3 * D_ + 2 * D_v_) * kBlockM * sizeof(float));  // up to dq
     for (int64_t r = 0; r < kBlockM; ++r) w_.max[r] = -kInfinity;
@@ -104,7 +104,7 @@ class BackwardBlock : QueryBlock {
       load_row(grads_.dout, r, args_.D_v, w_.dout + r * D_v_);
       for (int64_t d = 0; d < args_.D; ++d) q[d] *= args_.scale;
     }
-    Vector zeros{};  // NaN from the first number on that is not finite
+    Vector zeros{};  // becomes NaN at the first element that is not finite
     for (int64_t i = 0; i < rows_ * D_; i += kWidth) zeros += load(w_.q + i) * 0.0f;
     for (int64_t i = 0; i < rows_ * D_v_; i += kWidth) zeros += load(w_.dout + i) * 0.0f;
     *w_.finite = sum(zeros) == 0.0f ? 1.0f : 0.0f;
@@ -112,10 +112,10 @@ class BackwardBlock : QueryBlock {
     to_columns(w_.dout, D_v_, w_.dout_columns);
   }
 
-  // Where the tile of the keys from n on is in a panel (S, kBlockM).
+  // The tile of the keys from n on in a panel (S, kBlockM).
   float* tile(float* panel, int64_t n) const { return panel + n * kBlockM; }
 
-  // Scores, dp, and the rows' largest scores.
+  // Scores, dp, and the running maximum of each row's scores.
   void score(int64_t n, int64_t keys) {
     float *scores = tile(w_.weights, n), *dweights = tile(w_.dweights, n);
     const KeyRows k = load_keys(args_.k, n, keys, w_.k), v = load_keys(args_.v, n, keys, w_.v);
@@ -133,7 +133,7 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  // What the sums of weights are relative to: the largest score, or 0 in a row that sees no key.
+  // Starts the sums of weights relative to the row's maximum score, or to 0 in a fully masked row.
   void start_sums() {
     std::memset(w_.sum, 0, 4 * kBlockM * sizeof(float));  // up to dlse
     for (int64_t r = 0; r < kBlockM; ++r) {
@@ -145,7 +145,7 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  // Weights that are not normalized yet, and the sums of p and p dp.
+  // Unnormalized weights, and the sums of p and p dp.
   void weigh(int64_t n, int64_t keys) {
     float *weights = tile(w_.weights, n), *dweights = tile(w_.dweights, n);
     for (int64_t m = 0; m < rows_; m += kWidth) {
@@ -168,8 +168,8 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  // tile[n][m] = rows[n] · columns[m]. Summed in parts they have half the rounding error, and take longer. That matters
-  // for few queries, whose errors do not average out, and which PyTorch multiplies as vectors, more accurately.
+  // tile[n][m] = rows[n] · columns[m]. Short partial sums halve the rounding error, but are slower. They are used for few
+  // queries, whose errors do not average out, and which PyTorch multiplies by more accurate matrix-vector products.
   void dot_products(const KeyRows& rows, int64_t keys, const float* columns, int64_t head_dim, float* tile) const {
     const int64_t part = rows_ <= kFewRows ? kPart : kLongPart;
     for (int64_t d = 0; d < head_dim; d += part) {
@@ -186,7 +186,7 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  // target[n][d] += sum_m weights[n][m] · rows[m][d], where weights are not 0, for a padded head dim D.
+  // target[n][d] += sum_m weights[n][m] · rows[m][d] over weights other than 0, for a padded head dim D.
   void add_products(const float* weights, int64_t keys, const float* rows, int64_t D, float* target) const {
     for (int64_t i = 0; i < keys; ++i) {
       for (int64_t r = 0; r < rows_; ++r) {
@@ -197,7 +197,7 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  // And what each row adds to the gradient of its head's sink. A row that sees no key has zeros.
+  // Normalizes the sums, and adds each row's contribution to the gradient of its head's sink. Zeros in a fully masked row.
   void finish_sums() {
     for (int64_t r = 0; r < rows_; ++r) {
       const bool fully_masked = w_.sum[r] == 0.0f;
@@ -240,7 +240,7 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  // Rows of ds that belong to the same row of the bias are summed before they are added to it.
+  // Rows of ds that share a row of the bias are summed before they are added to its gradient.
   void add_bias_gradients(const float* ds, int64_t n, int64_t keys) const {
     const auto& dbias = grads_.dbias;
     float total[kBlockN] = {};
@@ -278,7 +278,7 @@ class BackwardBlock : QueryBlock {
     }
   }
 
-  // Rows of dq, of nothing but the keys that they see.
+  // Recomputes rows of dq from the keys that they see alone.
   void sum_dq(float* rows) const {
     std::memset(rows, 0, rows_ * D_ * sizeof(float));
     each_tile([&](int64_t n, int64_t keys) {
@@ -298,7 +298,7 @@ class BackwardBlock : QueryBlock {
   const Workspace w_;
 };
 
-// Gradients of `rows` keys or values, of which those past `seen` have none.
+// Writes the gradients of `rows` keys or values; those past `seen` are zero.
 void write_key_gradients(
     const AttentionBackward& args, const KeyGradients& target, int64_t head_dim, int64_t b, int64_t h_kv, int64_t first,
     int64_t rows, int64_t seen, const float* source) {

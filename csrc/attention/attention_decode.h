@@ -1,6 +1,5 @@
-// Attention for few queries, as in decoding, against keys and values as they are stored: a vector runs along the head dim,
-// every row is read once, and reading it prefetches one of those that come next. That spreads the memory's work evenly over
-// ours.
+// Attention for few queries, as in decoding, on keys and values as they are stored: vectors run along the head dim, every row
+// is read once, and while it is read, a later one is prefetched. That spreads memory accesses evenly over the arithmetic.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -29,15 +28,15 @@ struct StoredRows {
   float scale[kBlockN];
 };
 
-// function(r, rows) for all rows from r on, in blocks of kRows, and of its halves for those that remain. `rows` is an
-// std::integral_constant.
+// Calls function(r, rows) for all rows from r on, in blocks of kRows, and for the rest in blocks of a half of that, and so on.
+// `rows` is an std::integral_constant.
 template <int kRows, typename Function>
 inline void in_blocks(int64_t r, int64_t end, const Function& function) {
   for (; r + kRows <= end; r += kRows) function(r, std::integral_constant<int, kRows>());
   if constexpr (kRows > 1) in_blocks<kRows / 2>(r, end, function);
 }
 
-// Asks for kBytes of each of a group's rows, one after the other.
+// Prefetches kBytes of each of a group's rows, one row per call of next().
 template <int64_t kBytes>
 struct Prefetch {
   const char* data;  // or null
@@ -50,14 +49,14 @@ struct Prefetch {
   }
 };
 
-// Asks at once for what lies past the first `done` bytes of each of a group's rows of `bytes`.
+// Prefetches at once the bytes from `done` to `bytes` of each of a group's rows.
 inline void prefetch_rest(const char* ahead, int64_t stride, int64_t done, int64_t bytes) {
   for (int i = 0; i < kWidth; ++i, ahead += stride) {
     for (int64_t byte = done; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
   }
 }
 
-// Adds kVectors' part of q[r] · k[i] to total[r · kKeys + i], lane by lane.
+// Adds the products of kVectors vectors of q[r] and k[i] to total[r · kKeys + i], lane by lane.
 template <int kRows, int kVectors, typename Stored>
 inline void add_products(
     Vector (&total)[kWidth], const float* q, int64_t q_stride, const Stored* k, int64_t k_stride, const char* ahead,
@@ -103,7 +102,7 @@ inline void multiply_group(
   }
 }
 
-// scores[r][i] = q[r] · k[i], of `width` numbers, whole vectors. Lines of scores are kBlockN apart.
+// scores[r][i] = q[r] · k[i] over `width` elements, whole vectors. Lines of scores are kBlockN apart.
 template <typename Stored>
 inline void multiply_keys(
     int64_t rows, const float* q, int64_t q_stride, const StoredRows<Stored>& k, int64_t width, float* scores) {
@@ -128,8 +127,8 @@ inline void multiply_keys(
   }
 }
 
-// acc[r][j] = acc[r][j] · rescale[r] + sum_i weights[r][i] · v[i][j] for kRows rows and kVectors vectors from j on. kKeys
-// keys are added up apart, for as many sums as hide the latency of an addition.
+// acc[r][j] = acc[r][j] · rescale[r] + sum_i weights[r][i] · v[i][j] for kRows rows and kVectors vectors from j on, with kKeys
+// independent accumulators, to hide the latency of additions.
 template <int kRows, int kKeys, int kVectors, typename Stored>
 inline void add_columns(
     const float* weights, const StoredRows<Stored>& v, int64_t j, const float* rescale, float* acc, int64_t acc_stride,
@@ -166,7 +165,7 @@ inline void add_columns(
   }
 }
 
-// acc[r] = acc[r] · rescale[r] + sum_i weights[r][i] · v[i], of `width` numbers, whole vectors. Lines of weights are
+// acc[r] = acc[r] · rescale[r] + sum_i weights[r][i] · v[i] over `width` elements, whole vectors. Lines of weights are
 // kBlockN apart.
 template <typename Stored>
 inline void add_values(
@@ -184,7 +183,7 @@ inline void add_values(
   });
 }
 
-// scores[r][i] *= scale of i
+// scores[r][i] *= scale[i]
 template <typename Stored>
 inline void scale_scores(int64_t rows, const StoredRows<Stored>& stored, float* scores) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -194,18 +193,18 @@ inline void scale_scores(int64_t rows, const StoredRows<Stored>& stored, float* 
   }
 }
 
-// Blocks of few queries that a thread may hold at a time, and floats between the running maxima of one and the next.
+// Number of blocks of few queries that a thread processes at a time, and padded size of their vectors of one float per row.
 constexpr int64_t kBlocks = 16, kBlockLanes = 16;
 static_assert(kFewQueries <= kBlockLanes && kBlockLanes % kWidth == 0);
 
-// Memory that blocks share, and that a block of `rows` queries has.
+// Scratch memory that blocks share, and that of a block of `rows` queries.
 struct DecodeShared {
   DecodeShared(int64_t D, int64_t D_v, Arena& parts) {
     scores = parts.take(kFewQueries * kBlockN);
     k = parts.take(kBlockN * copied_stride(D)), v = parts.take(kBlockN * copied_stride(D_v));
   }
 
-  float *scores, *k, *v;  // (kFewQueries, kBlockN); (kBlockN, D) and (kBlockN, D_v), copies where they are needed
+  float *scores, *k, *v;  // (kFewQueries, kBlockN); (kBlockN, D) and (kBlockN, D_v), copies if needed
 };
 struct DecodeMemory {
   DecodeMemory(int64_t D, int64_t D_v, int64_t rows, Arena& parts) {
@@ -216,7 +215,7 @@ struct DecodeMemory {
   float *q, *acc, *max, *sum, *rescale;  // q: (rows, D); acc: (rows, D_v); max, sum, rescale: (kBlockLanes,)
 };
 
-// All keys, or one split of them.
+// A block of few queries against all keys, or one split of them.
 class DecodeBlock : public ForwardBlock {
  public:
   DecodeBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t split, const DecodeShared& shared, Arena& parts)
@@ -231,7 +230,7 @@ class DecodeBlock : public ForwardBlock {
     }
   }
 
-  // Runs blocks that see the same keys, tile by tile.
+  // Runs blocks that see the same keys together, tile by tile.
   static void run(std::optional<DecodeBlock>* blocks, int64_t count) {
     if (blocks[0]->rows_ == 0) return;  // a shorter sequence than the longest
     for (int64_t i = 0; i < count; ++i) blocks[i]->load_queries();
@@ -241,7 +240,7 @@ class DecodeBlock : public ForwardBlock {
     for (int64_t i = 0; i < count; ++i) blocks[i]->finish();
   }
 
-  // Of a block that was made for the first split, when all splits have run.
+  // Combines the partial results, when all splits have run. For a block that was constructed for the first split.
   void join() {
     if (rows_ == 0) return;
     for (int64_t r = 0; r < rows_; ++r) {
@@ -260,7 +259,7 @@ class DecodeBlock : public ForwardBlock {
   }
 
  private:
-  // q · scale: (rows, D_). What lies beyond is zero.
+  // q · scale: (rows, D_), zero-padded.
   void load_queries() {
     std::memset(q_, 0, rows_ * D_ * sizeof(float));
     for (int64_t r = 0; r < rows_; ++r) {
@@ -315,9 +314,9 @@ class DecodeBlock : public ForwardBlock {
     }
   }
 
-  // function(rows): keys or values from n on as they are stored, while those of `next` from next_n on are prefetched, as much
-  // of each row as is read; what is left of longer rows is asked for at once, and so are shorter ones. Or function(rows) of a
-  // copy, where vectors do not divide the head dim or a page, so that pages change no bits.
+  // Calls function(rows) with the keys or values from n on as they are stored. Meanwhile those of `next` from next_n on are
+  // prefetched, as much of each row as is read; the rest of longer rows, and shorter rows, are prefetched at once. With a copy
+  // if the vector width does not divide the head dim or the page size, so that results do not depend on pages.
   template <typename Function>
   void with_stored(
       const Keys& source, int64_t n, int64_t keys, float* copy, const Keys& next, int64_t next_n,
@@ -367,7 +366,7 @@ class DecodeBlock : public ForwardBlock {
 
   float* partial(int64_t split, int64_t r) const { return partial_ + split * results_.split_size() + r * (D_v_ + 2); }
 
-  // A row is its sum of values, its highest score and its sum of weights.
+  // Stores each row's weighted sum of values, maximum score and sum of weights.
   void write_partial() const {
     for (int64_t r = 0; r < rows_; ++r) {
       float* row = partial(0, r);
@@ -377,9 +376,9 @@ class DecodeBlock : public ForwardBlock {
   }
 
   const DecodeShared& w_;
-  float *q_, *rescale_;       // rescale: factor of the last rescaling
-  float* partial_ = nullptr;  // where a split leaves its rows
-  int64_t begin_, end_;       // keys to walk over
+  float *q_, *rescale_;       // rescale: factor of the last step
+  float* partial_ = nullptr;  // partial results of a split
+  int64_t begin_, end_;       // range of keys
 };
 
 inline int64_t decode_workspace(int64_t D, int64_t D_v) {
@@ -389,7 +388,7 @@ inline int64_t decode_workspace(int64_t D, int64_t D_v) {
   return parts.taken();
 }
 
-// One split of the keys of `heads` heads, tile by tile.
+// Runs one split of the keys of `heads` heads, tile by tile.
 inline void run_decode(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t heads, int64_t split, float* workspace) {
   Arena parts(workspace);
   const DecodeShared shared(args.D, args.D_v, parts);
@@ -398,8 +397,8 @@ inline void run_decode(const AttentionForward& args, int64_t b, int64_t h_kv, in
   DecodeBlock::run(blocks, heads);
 }
 
-// Tasks go through the splits first, or with a block table through the heads: those of a page lie side by side, and small
-// pages are read much faster if their heads are read together, up to kBlockM rows of them.
+// The innermost index of tasks is the split, or with a block table the head: heads of a page are adjacent in memory, and small
+// pages are read much faster if their heads are read together, up to kBlockM rows of queries.
 inline void run_decode_tasks(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
   const int64_t splits = args.splits(), rows = larger(args.H / args.H_kv * args.T, 1);
   const int64_t together = args.block_table ? smaller(kBlocks, kBlockM / rows) : 1;

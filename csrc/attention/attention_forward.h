@@ -1,7 +1,7 @@
-// A block of queries on its way to its output, whichever way its keys are walked over.
+// The output of a block of queries, common to decode and prefill.
 //
-// Products of whole tiles multiply values that a query does not see with a weight of 0, which makes NaN of what is not finite.
-// So rows of results that are not finite are computed again, of the keys alone that the query sees.
+// Products of whole tiles multiply values that a query does not see by a weight of 0, which is NaN for infinity and NaN. So
+// result rows that are not finite are recomputed from the keys alone that the query sees.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -23,7 +23,7 @@ class ForwardBlock : protected QueryBlock {
       : QueryBlock(args, b, h_kv, block * kBlockM), results_(args) {}
 
  protected:
-  // `rows`: sums of values (rows, D_v_), changed on the way.
+  // `rows`: weighted sums of values (rows, D_v_), overwritten.
   void write_results(float* rows) const {
     uint64_t broken = 0;  // a bit for each row
     static_assert(kBlockM <= 64);
@@ -34,8 +34,8 @@ class ForwardBlock : protected QueryBlock {
   }
 
  private:
-  // A row of results from its sum of values over `divided`, which is changed on the way, its highest score and its sum of
-  // weights. Returns whether it is finite.
+  // Writes a row of results, given the weighted sum of values divided by `divided` (overwritten), the maximum score and the sum
+  // of weights. Returns whether it is finite.
   bool write_result(int64_t r, float* row, float highest, float total, float divided = 1.0f) const {
     const bool fully_masked = total == 0.0f;
     float rescale = 1.0f;
@@ -46,7 +46,7 @@ class ForwardBlock : protected QueryBlock {
       total = total * rescale + exp_nonpositive(sink - highest);
     }
     const float factor = fully_masked ? 0.0f : rescale / total * divided;
-    Vector zeros{};  // NaN from the first result on that is not finite
+    Vector zeros{};  // becomes NaN at the first result that is not finite
     for (int64_t d = 0; d < D_v_; d += kWidth) {
       const Vector result = load(row + d) * factor;
       store(row + d, result);
@@ -59,7 +59,7 @@ class ForwardBlock : protected QueryBlock {
     return sum(zeros) == 0.0f;
   }
 
-  // The rows whose bits are set, of nothing but the keys that they see: those with a score above -inf.
+  // Recomputes the rows whose bits are set, in double, from the keys that they see alone: those with a score above -inf.
   void write_again(uint64_t broken) const {
     alignas(64) float scores[kBlockN * kBlockM] = {}, factors[kBlockN * kBlockM];  // a line for each key
     alignas(64) float q[kMaxHeadDim] = {};
@@ -123,7 +123,7 @@ class ForwardBlock : protected QueryBlock {
 
  protected:
   const AttentionForward& results_;
-  float *acc_, *max_, *sum_;  // per row: sum of values, running maximum of scores and sum of weights
+  float *acc_, *max_, *sum_;  // per row: weighted sum of values, running maximum of scores, sum of weights
 };
 
 }  // namespace

@@ -14,10 +14,10 @@ void attention_forward(const AttentionForward& args, int64_t begin, int64_t end,
   const int64_t groups = args.groups();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task / groups, b = head / args.H_kv, h_kv = head % args.H_kv;
-    // From both ends in turn: early and late queries of a causal mask cost differently, and threads get equal shares.
+    // Alternates between both ends, to balance the load: with a causal mask, late queries see more keys than early ones.
     const int64_t index = task % groups, group = index % 2 ? groups - 1 - index / 2 : index / 2;
     const int64_t first = group * args.group, count = smaller(args.blocks() - first, args.group);
-    // A short one of packed sequences gets the bits that it would get alone.
+    // A short packed sequence gets the same bits as it would alone.
     if (args.H / args.H_kv * sequence_of(args, b).queries <= kFewQueries && !args.dropout_seed) {
       if (first == 0) run_decode(args, b, h_kv, 1, 0, workspace);
     } else {

@@ -1,7 +1,7 @@
-// Attention for many queries: everything is held transposed, a vector running along the queries. Scores are K · Q^T and
-// outputs V^T · P^T, in which floats of K and V are broadcast from where they lie, so neither is packed, and the softmax
-// runs along the vectors' lanes without horizontal sums. Blocks of queries walk over the keys together, so that what has to
-// be done to keys, where they are not taken as they lie, is done once for all of them.
+// Attention for many queries. Everything is transposed: vectors run along the queries. Scores are K · Q^T and outputs V^T ·
+// P^T, in which floats of K and V are broadcast from memory, so neither is packed, and the softmax needs no horizontal
+// reductions. Blocks of queries loop over the keys together, so that keys that must be converted or copied are so only once for
+// all of them.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -18,7 +18,7 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Memory that the blocks of a task share, and that each of them has.
+// Scratch memory that the blocks of a task share, and that of each block.
 struct PrefillShared {
   PrefillShared(int64_t head_dim, int64_t v_head_dim, Arena& parts) {
     const int64_t D = padded_head_dim(head_dim), D_v = padded_head_dim(v_head_dim);
@@ -29,7 +29,7 @@ struct PrefillShared {
   }
 
   float *scores, *factors, *rescale;       // (kBlockN, kBlockM); rescale: (kBlockM,) of the last step
-  float *k, *v;                            // (kBlockN, D or D_v), copies where they are needed
+  float *k, *v;                            // (kBlockN, D or D_v), copies if needed
   float *k_operand, *v_operand, *weights;  // see attention_products.h
 };
 struct PrefillMemory {
@@ -39,16 +39,15 @@ struct PrefillMemory {
     max = parts.take(kBlockM), sum = parts.take(kBlockM);
   }
 
-  // acc: (D_v, kBlockM), where rows of queries come through; q: (D, kBlockM), where those of results leave; max, sum:
-  // (kBlockM,).
+  // acc: (D_v, kBlockM), at first holds rows of queries; q: (D, kBlockM), at last rows of results; max, sum: (kBlockM,).
   float *acc, *q, *q_operand, *max, *sum;
 };
 
-// Rows to ask memory for, a little at a time between other work: many at once are dropped, and the hardware's own
-// prefetching stops at every 4 KiB.
+// Software prefetching of rows, a few cache lines at a time: CPUs drop prefetches if there are too many at once, and hardware
+// prefetchers stop at each page of 4 KiB.
 class Prefetches {
  public:
-  // For `rows` rows of k_bytes each and then as many of v_bytes, to be asked for in `calls` calls of next().
+  // Starts with `rows` rows of k_bytes each and then as many of v_bytes, to be prefetched by `calls` calls of next().
   void start(int64_t rows, int64_t k_bytes, int64_t v_bytes, int64_t calls) {
     row_ = count_ = byte_ = 0, keys_ = rows, bytes_ = k_bytes, v_bytes_ = v_bytes;
     lines_ = (rows * ((k_bytes + 63) / 64 + (v_bytes + 63) / 64) + calls - 1) / calls;
@@ -95,7 +94,7 @@ class PrefillBlock : public ForwardBlock {
 
   using ForwardBlock::begin, ForwardBlock::end;
 
-  // Has the keys and values from n on prefetched during the next step.
+  // Schedules the keys and values from n on to be prefetched during the next step.
   void prefetch(int64_t n, int64_t keys) {
     const int64_t size = size_of(args_.key_element);
     ahead_.start(keys, args_.D * size, args_.D_v * size, columns() * kBlockN / 2);
@@ -107,7 +106,7 @@ class PrefillBlock : public ForwardBlock {
     }
   }
 
-  // The tile from key n on, as all blocks of this sequence and head can take it.
+  // The tile from key n on, as operands that all blocks of this sequence and head share.
   Tile load_tile(int64_t n, int64_t keys) const {
     const KeyRows k = load_keys(args_.k, n, keys, w_.k), v = load_keys(args_.v, n, keys, w_.v);
     return {
@@ -150,15 +149,15 @@ class PrefillBlock : public ForwardBlock {
   }
 
   void finish() const {
-    to_rows(acc_, D_v_, q_);  // whose queries are not in use any more
+    to_rows(acc_, D_v_, q_);  // the queries are no longer needed
     write_results(q_);
   }
 
  private:
-  // q · scale, transposed to (D_, kBlockM). What lies beyond is zero.
+  // q · scale, transposed to (D_, kBlockM), zero-padded.
   void load_queries(float* operand) {
-    float* const rows = acc_;  // which is not in use yet
-    // Fewer than all pieces hold q times a power of two: what the scale is besides is left to the scores.
+    float* const rows = acc_;  // not in use yet
+    // Fewer than three pieces hold q times a power of two exactly: the rest of the scale is applied to the scores.
     const bool all = pieces_ == pieces_of(Element::float32);
     const float scale = all ? args_.scale : bits_to_float(float_to_bits(args_.scale) & 0xff800000u);
     late_scale_ = scale == args_.scale ? 1.0f : args_.scale / scale;
@@ -172,7 +171,7 @@ class PrefillBlock : public ForwardBlock {
     q_operand_ = right_of_rows(q_, kBlockM, args_.D, columns() * kWidth, pieces_, operand);
   }
 
-  // The keys that kPanel of the block's queries see: none before `first`, none from `end` on.
+  // The range of keys that some of kPanel queries of the block see.
   struct Panel {
     int64_t first, end;
   };
@@ -187,14 +186,13 @@ class PrefillBlock : public ForwardBlock {
     }
   }
 
-  // Turns the scores of `count` keys from `first` on, for a vector of queries, into weights, relative to the highest
-  // score so far.
+  // Turns the scores of `count` keys from `first` on, for a vector of queries, into weights relative to the running maximum.
   void weigh(int64_t m, int64_t first, int64_t count, const Right& weights) {
     const float *scores = w_.scores + first * kBlockM + m, *factors = w_.factors + first * kBlockM + m;
     const Vector before = load(max_ + m);
     Vector highest = before;
     for (int64_t i = 0; i < count; ++i) highest = maximum(load(scores + i * kBlockM), highest);
-    // While a query has seen no key, its maximum is -inf: subtract 0 then, as -inf - -inf is NaN.
+    // The maximum of a query that has seen no key yet is -inf: then subtract 0, as -inf - -inf is NaN.
     const Vector shift = highest > broadcast(-kInfinity) ? highest : Vector{};
     Vector total{};
     with_pieces(pieces_, [&](auto pieces) {
@@ -230,7 +228,7 @@ inline int64_t prefill_workspace(int64_t D, int64_t D_v, int64_t blocks) {
   return parts.taken();
 }
 
-// `count` blocks of queries from `first` on, which walk over their keys together.
+// Runs `count` blocks of queries from `first` on, which loop over their keys together.
 inline void run_prefill(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, int64_t count, float* workspace) {
   const Tiles tiles;
   Arena parts(workspace);
@@ -246,7 +244,7 @@ inline void run_prefill(const AttentionForward& args, int64_t b, int64_t h_kv, i
     for (int64_t i = 0; i < count; ++i) {
       if (!blocks[i]->sees(n)) continue;
       if (tile.n != n) tile = blocks[i]->load_tile(n, smaller(kBlockN, end - n));
-      // The next tile on its way meanwhile, a part for each block.
+      // Meanwhile the next tile is prefetched, a part by each block.
       const int64_t from = n + kBlockN + i * kBlockN / count, to = n + kBlockN + (i + 1) * kBlockN / count;
       blocks[i]->prefetch(from, larger(smaller(to, end) - from, 0));
       blocks[i]->step(tile);

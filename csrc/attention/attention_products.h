@@ -1,6 +1,5 @@
-// The matrix products of attention: c[i][j] = sum_k left[i][k] · right[k][j] of floats, where j counts queries or numbers
-// of a head. Operands are made once for all products that they take part in: in tiles of bfloat16 where the CPU multiplies
-// such, else in vectors of floats.
+// The matrix products of attention: c[i][j] = sum_k left[i][k] · right[k][j] of floats. Operands are prepared once for all
+// products that use them: as tiles of bfloat16 if the CPU has AMX, else as vectors of floats.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// What is added to scores: ALiBi's distances and the bias.
+// Terms that are added to scores: ALiBi and the bias.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -10,7 +10,7 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Subtracts slope · |own position - key position|, of the keys from n on.
+// Subtracts slope · |query position - key position|, for the keys from n on.
 template <Along kAlong>
 inline void add_alibi(const QueryRows& queries, float* scores, int64_t n, int64_t keys) {
   const int32_t past = static_cast<int32_t>(queries.sequence.keys - queries.sequence.queries - n);
@@ -22,7 +22,7 @@ inline void add_alibi(const QueryRows& queries, float* scores, int64_t n, int64_
   });
 }
 
-// A key with a bias of -inf is not seen, whatever q·k is.
+// A bias of -inf masks a key, whatever q·k is.
 template <Along kAlong>
 inline void add_bias(const PerScore<const void*>& bias, const QueryRows& queries, float* scores, int64_t n, int64_t keys) {
   const auto load_bias = [&](int64_t r, float* row) {

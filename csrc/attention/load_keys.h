@@ -1,4 +1,4 @@
-// Keys and values as they lie in memory, in a tensor, in pages or quantized, and as floats.
+// Access to keys and values in tensors or pages, as they are stored, and converted to floats.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -10,16 +10,17 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Floats from a copied row of keys or values to the next one: no multiple of 2 KiB, which would put all rows of a tile into few
-// sets of the first level of cache.
+// Stride in floats of copied rows of keys or values: not a multiple of 2 KiB, which would map all rows of a tile to few sets of
+// the L1 cache.
 constexpr int64_t kConflicts = 512;
 constexpr int64_t copied_stride(int64_t head_dim) {
   const int64_t padded = padded_head_dim(head_dim);
   return padded % kConflicts == 0 ? padded + 16 : padded;
 }
 
-// The keys or values from n on that `queries` share, in runs that lie together, up to the end of a page. function(first, count,
-// offset, scale) gets the number of a run's first key counted from n, the index of its first element, and its scale or null.
+// Calls function(first, count, offset, scale) for each contiguous run, up to the end of a page, of the keys or values from n on
+// that `queries` share: index of a run's first key relative to n, number of keys, offset of its first element, and its scale or
+// null.
 template <typename Function>
 inline void each_run(
     const Attention& args, const QueryRows& queries, const Keys& source, int64_t n, int64_t keys, const Function& function) {
@@ -38,13 +39,13 @@ inline void each_run(
   }
 }
 
-// Some keys or values as floats: where they lie, or a copy. stride: floats from one to the next.
+// Some keys or values as floats, in place or copied. Stride in floats.
 struct KeyRows {
   const float* data;
   int64_t stride;
 };
 
-// A copy has rows copied_stride() apart, dequantized, padded with zeros to a multiple of 16.
+// A copy is dequantized and zero-padded to a multiple of 16, with rows copied_stride() apart.
 inline KeyRows load_keys(
     const Attention& args, const QueryRows& queries, const Keys& source, int64_t n, int64_t keys, float* copy) {
   const int64_t head_dim = source.head_dim, padded = padded_head_dim(head_dim);

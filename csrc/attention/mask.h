@@ -1,4 +1,4 @@
-// Which keys a query sees: those in its range, which causal, window and lengths set, and of them those that a mask shows.
+// Which keys a query sees: those in its range, which causal, window and lengths define, unless the mask hides them.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -9,10 +9,10 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// -inf for keys that are not in a row's range, of the keys from n on.
+// Sets scores to -inf for keys out of a row's range. n: the tile's first key.
 template <Along kAlong>
 inline void hide_out_of_range(const QueryRows& queries, float* scores, int64_t n, int64_t keys) {
-  // Where vectors run along keys, the last one's lanes past the last key hold no scores.
+  // If vectors run along keys, lanes of the last one past the last key hold no scores.
   const bool partial = kAlong == Along::keys && keys % kWidth != 0;
   if (!partial && queries.first_end >= n + keys && queries.last_begin <= n) return;
   each_vector<kAlong>(queries, keys, [&](int64_t line, int64_t lane) {
@@ -24,12 +24,12 @@ inline void hide_out_of_range(const QueryRows& queries, float* scores, int64_t n
   });
 }
 
-// The mask of row r and the keys from n on, mask.stride_s apart.
+// The mask of row r, from key n on; elements are mask.stride_s apart.
 inline const uint8_t* mask_row(const PerScore<const uint8_t*>& mask, const QueryRows& queries, int64_t r, int64_t n) {
   return mask.data + mask.at(queries.b, queries.head[r], queries.token[r]) + n * mask.stride_s;
 }
 
-// Whether the mask shows one of the rows one of the keys from n on.
+// Whether the mask lets any of the rows see any of the keys from n on.
 inline bool mask_shows(const PerScore<const uint8_t*>& mask, const QueryRows& queries, int64_t n, int64_t keys) {
   for (int64_t r = 0; r < queries.count; ++r) {
     const uint8_t* row = mask_row(mask, queries, r, n);
@@ -40,7 +40,7 @@ inline bool mask_shows(const PerScore<const uint8_t*>& mask, const QueryRows& qu
   return false;
 }
 
-// -inf for keys that the mask does not show.
+// Sets scores to -inf for keys that the mask hides.
 template <Along kAlong>
 inline void hide_masked(
     const PerScore<const uint8_t*>& mask, const QueryRows& queries, float* scores, int64_t n, int64_t keys) {

@@ -1,8 +1,8 @@
 // The products of attention in tiles of bfloat16 (AMX): see attention_products.h.
 //
-// Numbers are split into pieces (see bfloat16_pieces.h), and the product of two is that of their pieces: 1, 4, or 6 without
-// those below the last bit. Summed in float32 they have no more error than products of floats. What is infinite, or so large
-// that a piece of it is, leaves nothing finite (see ForwardBlock); numbers below 2^-126 count as zero.
+// Floats are split into pieces (see bfloat16_pieces.h), and multiplied piece by piece: 1, 4, or for three pieces 6 products,
+// without those below the last bit. Accumulated in float32 they have no more error than products of floats. An infinite piece
+// makes the result infinite or NaN (see ForwardBlock); subnormals count as zero.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -16,13 +16,13 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// A tile has kWidth rows of kWidth pairs: a row and a pair are neighbors along k. Results are made kStep rows and columns
-// at a time, of 2 x 2 tiles, and kStep is how much of k a tile covers.
+// A tile has kWidth rows of kWidth pairs of neighbors along k. Results are computed in blocks of 2 x 2 tiles, kStep rows and
+// columns; kStep is also the extent of a tile along k.
 constexpr int64_t kStep = 2 * kWidth;
 
-// bfloat16 numbers, `size` of them per piece, of which both operands of a product have the same number. Of a left operand,
-// lines of `stride` numbers run along k; of a right one, lines hold the pairs (k, k + 1) of all columns. Zero along k up to
-// a multiple of kStep.
+// bfloat16 elements, `size` of them per piece; both operands of a product have the same number of pieces. In a left operand,
+// lines of `stride` elements run along k; in a right one, lines hold the pairs (k, k + 1) of all columns. Zero-padded along k
+// to a multiple of kStep.
 struct Operand {
   uint16_t* data;
   int64_t stride, size;
@@ -35,13 +35,13 @@ struct Right : Operand {
   Right from(int64_t k, int64_t j) const { return {{data + k / 2 * stride + 2 * j, stride, size, pieces}}; }
 };
 
-// Products begin at multiples of kPanel columns and of kStep rows and numbers along k.
+// Products begin at multiples of kPanel columns, and of kStep along rows and k.
 constexpr int64_t kPanel = kStep;
 
-// Numbers of 8 bits have a scale in float32.
+// 8-bit elements have a float32 scale, so they need all pieces.
 constexpr int pieces_of(Element element) { return element == Element::bfloat16 ? 1 : element == Element::float16 ? 2 : 3; }
 
-// Floats of memory that an operand takes at most, for n rows or columns.
+// Maximum size of an operand in floats, for n rows or columns.
 constexpr int64_t operand_size(int64_t n, int64_t K) {
   return rounded_up(n, kStep) * rounded_up(K, kStep) * pieces_of(Element::float32) / 2;
 }
@@ -62,7 +62,7 @@ inline Left left_of_rows(const float* rows, int64_t stride, int64_t count, int64
   return {{data, line, size, pieces}};
 }
 
-// A right operand of K rows, of which the zeros past K are there. To be filled with store_rows, two rows at a time.
+// A right operand of K rows, uninitialized but for the padding past K. To be filled by store_rows, two rows at a time.
 inline Right new_right(int64_t K, int64_t columns, int pieces, float* memory) {
   const int64_t line = 2 * rounded_up(columns, kStep), lines = rounded_up(K, kStep) / 2, size = lines * line;
   const Right right{{reinterpret_cast<uint16_t*>(memory), line, size, pieces}};
@@ -73,7 +73,7 @@ inline Right new_right(int64_t K, int64_t columns, int pieces, float* memory) {
   return right;
 }
 
-// Columns j to j + kWidth of rows k and k + 1.
+// Stores columns j to j + kWidth of rows k and k + 1.
 template <int kPieces>
 inline void store_rows(const Right& right, int64_t k, int64_t j, Vector a, Vector b) {
   store_pairs<kPieces>(a, b, right.data + k / 2 * right.stride + 2 * j, right.size);
@@ -121,7 +121,7 @@ inline Left left_of_columns(const float* rows, int64_t stride, int64_t count, in
   return {{data, line, size, pieces}};
 }
 
-// Tiles 0 to 3 += the product of tiles 4 and 5, one below the other, and 6 and 7, side by side.
+// Tiles 0 to 3 += the product of tiles (4; 5), stacked, and (6, 7), side by side.
 inline void multiply_held_tiles() {
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
@@ -139,8 +139,8 @@ inline void load_right_tiles(const uint16_t* data, int64_t stride) {
   _tile_loadd(7, data + kStep, stride * sizeof *data);
 }
 
-// Tiles 0 to 3 = left[i to i + kStep][all k] · right[all k][j to j + kStep]. From one product of pieces to the next, one of
-// the two changes.
+// Tiles 0 to 3 = left[i to i + kStep][all k] · right[all k][j to j + kStep]. Products of pieces are ordered such that only one
+// operand is reloaded from one to the next.
 template <int kPieces>
 inline void multiply_tiles(const Left& left, const Right& right, int64_t i, int64_t j, int64_t K) {
   const uint16_t* a = left.data + i * left.stride;
@@ -173,9 +173,9 @@ inline void store_tiles(float* c, int64_t stride) {
   _tile_stored(3, below + kWidth, stride * sizeof(float));
 }
 
-// c = left · right. Lines of c are `stride` floats apart; it has room for a multiple of kStep of rows and columns.
+// c = left · right. Lines of c are `stride` floats apart; rows and columns are padded to multiples of kStep.
 inline void multiply(const Left& left, const Right& right, int64_t rows, int64_t columns, int64_t K, float* c, int64_t stride) {
-  asm volatile("" ::: "memory");  // operands are written: the intrinsics do not say that they read memory
+  asm volatile("" ::: "memory");  // stores to operands come first: the compiler does not know that the intrinsics read memory
   with_pieces(left.pieces, [&](auto pieces) {
     for (int64_t i = 0; i < rows; i += kStep) {
       for (int64_t j = 0; j < columns; j += kStep) {
@@ -186,8 +186,8 @@ inline void multiply(const Left& left, const Right& right, int64_t rows, int64_t
   });
 }
 
-// c[i][j] = c[i][j] · factors[j] + (left · right)[i][j], for whole vectors of columns. No factors: 1. All tiles of kPart rows,
-// which the first level of cache holds, are stored before one is loaded again, which would wait for it.
+// c[i][j] = c[i][j] · factors[j] + (left · right)[i][j], for whole vectors of columns; null factors mean 1. All tiles of kPart
+// rows, which fit into the L1 cache, are stored before the first is loaded again, so that no load waits for a store.
 inline void multiply_add(
     const Left& left, const Right& right, int64_t rows, int64_t columns, int64_t K, float* c, int64_t stride,
     const float* factors = nullptr) {

@@ -11,7 +11,7 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Operands are the floats themselves, where they lie. Strides in floats.
+// Operands are floats in place. Strides in floats.
 struct Left {
   const float* data;
   int64_t row, k;  // strides of a row, and along k
@@ -26,15 +26,14 @@ struct Right {
 };
 
 constexpr int64_t kStep = 2, kPanel = kTileVectors * kWidth;
-// Of a long sum so many products are added up at a time, and then these: one after the other they would err more than the
-// reference's do.
+// Terms per partial sum of a long sum: a single running sum would have a larger rounding error than the reference.
 constexpr int64_t kPiece = 32;
 
 constexpr int pieces_of(Element) { return 3; }
 constexpr int64_t operand_size(int64_t n, int64_t K) { return n * K; }
 
 struct Tiles {
-  Tiles() {}  // so that nobody calls it unused
+  Tiles() {}  // not trivial, so that compilers do not warn of an unused variable
 };
 
 template <typename Function>

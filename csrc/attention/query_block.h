@@ -1,4 +1,4 @@
-// A block of queries, whichever way it walks over its keys: what the forward and the backward kernels have in common.
+// A block of queries: the common base of the forward and the backward kernels.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -31,25 +31,25 @@ class QueryBlock {
     return x.at(queries_.b, queries_.head[r], queries_.sequence.first_q + queries_.token[r]);
   }
 
-  // Vectors that cover the block's rows, and a head dim.
+  // Numbers of vectors that cover the block's rows, and a head dim.
   int64_t columns() const { return (rows_ + kWidth - 1) / kWidth; }
   static int64_t vectors(int64_t head_dim) { return (head_dim + kWidth - 1) / kWidth; }
 
-  // The first key of the first tile, and the end of the keys. Tiles are aligned, as pages are.
+  // The first key of the first tile, and the end of the keys. Tiles begin at multiples of kBlockN.
   int64_t begin() const { return queries_.first_begin / kBlockN * kBlockN; }
   int64_t end() const { return queries_.last_end; }
   int64_t keys_from(int64_t n) const { return end() - n < kBlockN ? end() - n : kBlockN; }
 
-  // Row r of q, or of what is laid out like it, as floats.
+  // Row r of q, or of a tensor with its shape, as floats.
   void load_row(const PerQuery<const void*>& x, int64_t r, int64_t head_dim, float* row) const {
     convert(x.data, at(x, r), head_dim, args_.element, row);
   }
 
-  // The block's rows (kBlockM, D) to columns (D, kBlockM), and back, for a padded head dim D. Whole vectors of them.
+  // Transposes the block's rows (kBlockM, D) to columns (D, kBlockM), and back, for a padded head dim D, in whole vectors.
   void to_columns(const float* rows, int64_t D, float* columns) const { transpose_matrix(rows, D, rows_, columns, kBlockM, D); }
   void to_rows(const float* columns, int64_t D, float* rows) const { transpose_matrix(columns, kBlockM, D, rows, D, rows_); }
 
-  // For the block's queries, see load_keys.h, mask.h, scores.h and dropout.h.
+  // The functions of load_keys.h, mask.h, scores.h and dropout.h for the block's queries.
   KeyRows load_keys(const Keys& source, int64_t n, int64_t keys, float* copy) const {
     return FASTGPT_CPU_LEVEL::load_keys(args_, queries_, source, n, keys, copy);
   }

@@ -1,4 +1,4 @@
-// Queries that share a key/value head, as rows, and from where to where each sees keys.
+// Queries that share a key/value head, as rows, and the range of keys that each sees.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -10,7 +10,7 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Queries and keys of a sequence, and the rows where they begin: 0 unless sequences are packed.
+// Numbers of queries and keys of a sequence, and the rows where they begin: 0 unless sequences are packed.
 struct Sequence {
   int64_t queries, keys, first_q, first_k;
 };
@@ -44,9 +44,9 @@ struct QueryRows {
   const int64_t b, h_kv;
   const Sequence sequence;
   int64_t count;
-  // Of the keys that rows see: where the first and the last begin, and where the first and the last end.
+  // Minimum and maximum over the rows of key_begin and of key_end.
   int64_t first_begin, last_begin = 0, first_end, last_end = 0;
-  // Per row: its query and head, the keys that it sees, from key_begin to key_end, and ALiBi's slope. Zero past `count`.
+  // Per row: its token and head, the range of keys that it sees, [key_begin, key_end), and ALiBi's slope. Zero past `count`.
   int32_t token[kBlockM] = {}, head[kBlockM] = {}, key_begin[kBlockM] = {}, key_end[kBlockM] = {};
   float slope[kBlockM] = {};
 

@@ -1,4 +1,4 @@
-// A tile of scores, of some rows of queries and the keys from n on, as what is done to scores walks over it.
+// A tile of scores, of some rows of queries and the keys from n on, and iteration over it.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -16,7 +16,7 @@ enum class Along { queries, keys };
 
 static_assert(kBlockM == kBlockN, "a tile of scores has lines of one length");
 
-// function(line, lane) for the first lane of every vector of a tile.
+// Calls function(line, lane) for the first lane of every vector of a tile.
 template <Along kAlong, typename Function>
 inline void each_vector(const QueryRows& queries, int64_t keys, Function function) {
   const int64_t rows = queries.count;
@@ -26,7 +26,7 @@ inline void each_vector(const QueryRows& queries, int64_t keys, Function functio
   }
 }
 
-// In the lanes of a vector: the numbers that rows have, one each, and which keys they are, counted from the tile's first.
+// Per lane of a vector: the element of `numbers` of its row, and the index of its key relative to the tile's first.
 template <Along kAlong, typename T>
 inline auto of_rows(const T* numbers, int64_t line, int64_t lane) {
   return kAlong == Along::queries ? load(numbers + lane) : broadcast(numbers[line]);
@@ -39,7 +39,7 @@ inline IntVector of_keys(int64_t line, int64_t lane) {
   return keys;
 }
 
-// scores = combine(scores, numbers), where load(r, row) gives the numbers of row r, a key after the other.
+// scores = combine(scores, numbers), where load_numbers(r, row) writes the numbers of row r, one per key.
 template <Along kAlong, typename Load, typename Combine>
 inline void combine_rows(const QueryRows& queries, float* scores, int64_t keys, Load load_numbers, Combine combine) {
   float numbers[kWidth][kBlockN] = {};

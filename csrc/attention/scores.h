@@ -1,4 +1,4 @@
-// From scale · q·k to scores, in the order of the operation's contract: softcap, ALiBi, bias, and what is not seen.
+// From scale · q·k to scores, in the order of the operation's contract: softcap, ALiBi, bias, masks.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -23,8 +23,8 @@ inline void cap_scores(const QueryRows& queries, float softcap, float* scores, i
   });
 }
 
-// Of the keys from n on; -inf where a query does not see one. With a softcap, `cap_slopes` gets the derivatives of its results
-// unless it is null.
+// Scores of the keys from n on; -inf where a query does not see a key. With a softcap, `cap_slopes` gets its derivatives unless
+// it is null.
 template <Along kAlong>
 inline void finish_scores(
     const Attention& args, const QueryRows& queries, float* scores, int64_t n, int64_t keys, float* cap_slopes) {

@@ -1,5 +1,5 @@
-// The loops of bench/peaks.h. Each has so many independent accumulators that no instruction waits for an earlier one: at least
-// its latency times how many begin in a cycle, which is 10 for two that take 5 cycles, and 16 for Arm's four that take 4.
+// The loops of bench/peaks.h. Each has enough independent accumulators to hide latency: at least latency times throughput,
+// which is 10 for 2 per cycle that take 5 cycles, and 16 for Arm's 4 per cycle that take 4.
 
 #include "bench/peaks.h"
 
@@ -15,8 +15,9 @@
 #include "common/tiles.h"
 #endif
 
-// Instructions beyond those of a level: compilers that know one have its header. Which of them a CPU has, it says itself, since
-// Clang's __builtin_cpu_supports does not know all names; that the operating system keeps their registers, the level says.
+// Instructions beyond those of a level: compilers that support one have its header. CPUID says whether the CPU has it, as
+// Clang's
+// __builtin_cpu_supports does not know all names; that the operating system saves the registers follows from the level.
 #if defined(__AVX512F__) && __has_include(<avx512bf16intrin.h>)
 #define FASTGPT_BF16_DOT __attribute__((target("avx512bf16")))
 #endif
@@ -33,7 +34,8 @@ namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kAccumulators = 16;  // of 32 registers: GCC unrolls no longer loops completely, and would keep them in memory
+constexpr int kAccumulators =
+    16;  // of 32 registers: GCC does not unroll longer loops completely, and would keep accumulators in memory
 #else
 constexpr int kAccumulators = 12;  // of 16
 #endif
@@ -92,7 +94,7 @@ FASTGPT_INT8_DOT float int8_dot(int64_t iterations) {
 #if defined(__AMX_TILE__)
 constexpr int kTileAccumulators = 6;  // of eight tiles
 
-// Six tiles of zeros, and two of these four bytes over and over.
+// Zeros tiles 0 to 5, and fills tiles 6 and 7 with these four bytes.
 inline void fill_tiles(uint32_t bytes) {
   alignas(64) uint32_t rows[16][16];
   for (auto& row : rows) {
@@ -144,7 +146,7 @@ FASTGPT_INT8_TILES float int8_tiles(int64_t iterations) {
 #endif
 
 #if defined(__AVX2__)
-// A bit of what CPUID says in leaf 7: register 0 is eax, 2 ecx and 3 edx.
+// A bit of CPUID leaf 7: register 0 is eax, 2 ecx and 3 edx.
 bool has_feature(unsigned subleaf, int register_number, int bit) {
   unsigned registers[4];
   return __get_cpuid_count(7, subleaf, &registers[0], &registers[1], &registers[2], &registers[3]) &&

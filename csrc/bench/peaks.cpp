@@ -10,13 +10,13 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(int list_peaks(Peak* list); float read_memory(cons
 namespace fastgpt {
 
 std::vector<Peak> peaks() {
-  std::vector<Peak> list(kMostPeaks);
+  std::vector<Peak> list(kMaxPeaks);
   list.resize(FASTGPT_AT_CPU_LEVEL(list_peaks)(list.data()));
   return list;
 }
 
 void run_on_all_threads(const Peak& peak, int64_t iterations) {
-  constexpr int64_t kLeast = 1024;  // iterations of some microseconds, beside which taking a part is nothing
+  constexpr int64_t kLeast = 1024;  // iterations per part: some microseconds, so that the cost of scheduling does not count
   for_parts(iterations, kLeast, [&](int64_t begin, int64_t end, int64_t) { peak.run(end - begin); });
 }
 

@@ -1,5 +1,5 @@
-// How fast this CPU is at most: its arithmetic, in loops of one instruction on registers, which read no memory; and reading,
-// with hardly any arithmetic.
+// Peak rates of this CPU: of arithmetic, by loops of one instruction on registers, without memory accesses; and of reading
+// memory, with hardly any arithmetic.
 
 #pragma once
 
@@ -8,21 +8,21 @@
 
 namespace fastgpt {
 
-// An instruction: run(n) executes n iterations of its loop on this thread, of `operations` multiplications and additions each.
+// An instruction: run(n) executes n iterations of its loop on this thread, each of `operations` multiplications and additions.
 struct Peak {
   const char* name;
   int64_t operations;
-  float (*run)(int64_t iterations);  // returns what was computed, so that no compiler leaves it out
+  float (*run)(int64_t iterations);  // returns the result, so that the loop is not optimized away
 };
-constexpr int kMostPeaks = 5;
+constexpr int kMaxPeaks = 5;
 
-// Those of the CPU level in use that this CPU has; the first is that of float32.
+// The instructions of the CPU level in use that this CPU has, float32's first.
 std::vector<Peak> peaks();
 
-// So many iterations on all of PyTorch's threads together.
+// Runs `iterations` in total on all of PyTorch's threads.
 void run_on_all_threads(const Peak& peak, int64_t iterations);
 
-// The sum of `count` floats, read one after the other in a part for each of PyTorch's threads.
+// The sum of `count` floats, read sequentially in parts by all of PyTorch's threads.
 float read_on_all_threads(const float* numbers, int64_t count);
 
 }  // namespace fastgpt

@@ -1,4 +1,4 @@
-// How kernels divide a piece of memory.
+// A bump allocator for the scratch memory of kernels.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace fastgpt {
 
-// Hands out parts of a piece of memory, 64-byte aligned as that is. Of null, it measures how much they take.
+// Hands out parts of 64-byte aligned memory, 64-byte aligned themselves. With null, it only measures how much they take.
 class Arena {
  public:
   explicit Arena(float* memory) : begin_(memory), next_(memory) {}

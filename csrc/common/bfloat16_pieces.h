@@ -1,5 +1,5 @@
-// Numbers in pieces of bfloat16, for the instructions that multiply these: bfloat16 has 8 significant bits, so float16 is the
-// sum of 2 such pieces, and float32 of 3.
+// Floats split into pieces of bfloat16, for the instructions that multiply these: bfloat16 has 8 significant bits, so a float16
+// is the sum of 2 pieces, and a float32 of 3.
 //
 // For files that are compiled once per CPU level, where that has AVX-512: everything is in an anonymous namespace (see
 // cpu_level.h).
@@ -13,31 +13,31 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Takes the next piece off x, and returns it in the upper halves of the lanes. The last of several is what is left, cut off
-// to its upper half: rounding makes zero of some NaN.
+// Subtracts the next piece from x, and returns it in the upper halves of the lanes. The last of several is truncated, not
+// rounded, as rounding turns some NaN into zero.
 template <bool kLast, int kPieces>
-inline Words take_piece(Vector& x) {
-  Words bits = reinterpret_cast<Words>(x);
+inline UIntVector take_piece(Vector& x) {
+  UIntVector bits = reinterpret_cast<UIntVector>(x);
   if constexpr (kLast && kPieces > 1) return bits & 0xffff0000u;
   bits = (bits + 0x8000u) & 0xffff0000u;
   x -= reinterpret_cast<Vector>(bits);
   return bits;
 }
 
-// Pieces of the lanes of a and b as pairs, each kind `size` numbers after the one before.
+// Stores the pieces of the lanes of a and b as pairs (a, b); the pieces of one order are `size` elements after those before.
 template <int kPieces, int kPiece = 0>
 inline void store_pairs(Vector a, Vector b, uint16_t* target, int64_t size) {
   constexpr bool kLast = kPiece == kPieces - 1;
-  const Words pairs = take_piece<kLast, kPieces>(a) >> 16 | take_piece<kLast, kPieces>(b);
+  const UIntVector pairs = take_piece<kLast, kPieces>(a) >> 16 | take_piece<kLast, kPieces>(b);
   std::memcpy(target, &pairs, sizeof pairs);
   if constexpr (!kLast) store_pairs<kPieces, kPiece + 1>(a, b, target + size, size);
 }
 
-// Pieces of the lanes of a and then b, likewise.
+// Stores the pieces of the lanes of a followed by those of b, likewise.
 template <int kPieces, int kPiece = 0>
 inline void store_line(Vector a, Vector b, uint16_t* target, int64_t size) {
   constexpr bool kLast = kPiece == kPieces - 1;
-  const Words first = take_piece<kLast, kPieces>(a), second = take_piece<kLast, kPieces>(b);
+  const UIntVector first = take_piece<kLast, kPieces>(a), second = take_piece<kLast, kPieces>(b);
   // clang-format off
   const __m512i upper_halves = _mm512_set_epi16(
       63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
@@ -49,7 +49,7 @@ inline void store_line(Vector a, Vector b, uint16_t* target, int64_t size) {
   if constexpr (!kLast) store_line<kPieces, kPiece + 1>(a, b, target + size, size);
 }
 
-// function(number of pieces, as a type)
+// Calls function(std::integral_constant<int, pieces>()).
 template <typename Function>
 inline void with_pieces(int pieces, const Function& function) {
   if (pieces == 1) return function(std::integral_constant<int, 1>());

@@ -1,4 +1,4 @@
-// The memory of an operation's tensors, where it wants them contiguous.
+// Contiguous memory for the tensors of an operation that needs it.
 
 #pragma once
 
@@ -16,7 +16,7 @@ using torch::stable::Tensor;
 
 inline std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
-// Checks tensors and hands out their memory; copies what is not contiguous. All are of the first one's format.
+// Checks tensors, which must have the first one's dtype, and returns their memory; copies those that are not contiguous.
 class ContiguousMemory {
  public:
   ContiguousMemory(const Tensor& x, const char* name)

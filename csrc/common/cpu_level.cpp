@@ -18,7 +18,7 @@ namespace {
 // In ascending order; a CPU supports levels of its own architecture only.
 constexpr CpuLevel kLevels[] = {CpuLevel::baseline, CpuLevel::neon, CpuLevel::avx2, CpuLevel::avx512, CpuLevel::amx};
 
-// The CPU has tiles and multiplies them as bfloat16, and Linux lets this process use them when asked.
+// Whether the CPU has AMX tiles and multiplies bfloat16 in them, and Linux grants this process permission to use them.
 bool supports_tiles() {
 #if defined(FASTGPT_HAS_AMX) && defined(__linux__)
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7's edx
@@ -31,7 +31,7 @@ bool supports_tiles() {
 #endif
 }
 
-// Counts the operating system's support too: without it the registers' upper halves are lost.
+// Requires the operating system's support, too: without it, context switches lose the registers' upper halves.
 bool supported(CpuLevel level) {
 #if defined(__x86_64__)
   __builtin_cpu_init();

@@ -10,9 +10,9 @@
 //     FASTGPT_DECLARE_PER_CPU_LEVEL(void scale(float* x, int64_t n, float factor);)
 //     FASTGPT_AT_CPU_LEVEL(scale)(x, n, factor);
 //
-// Everything else in a *_kernels.cpp file belongs into an anonymous namespace, templates and inline
-// functions of headers included: the linker keeps one copy of an inline function, and were it the
-// AVX-512 one, the baseline code would crash on it. tests/test_build.py checks this.
+// Everything else in a *_kernels.cpp file belongs in an anonymous namespace, including templates and inline
+// functions of headers: the linker keeps one copy of an inline function, and with the AVX-512 one, the
+// baseline code would crash. tests/test_build.py checks this.
 
 #pragma once
 
@@ -45,8 +45,8 @@
 
 namespace fastgpt {
 
-// On Arm the only level is neon, which every 64-bit one has; on x86-64 the last has tiles of bfloat16 besides AVX-512; what
-// else there may be has the compiler's generic vectors, as plain x86-64 does.
+// On 64-bit Arm the only level is neon, which every CPU has. On x86-64, amx is AVX-512 with bfloat16 tiles; baseline is plain
+// x86-64 or any other architecture, with the compiler's generic vectors.
 enum class CpuLevel { baseline, neon, avx2, avx512, amx };
 
 // The best level that this CPU supports, or the one that the environment variable
@@ -56,7 +56,7 @@ CpuLevel cpu_level();
 
 const char* cpu_level_name(CpuLevel level);
 
-// What decides beyond the level: who made the CPU, and instructions that it may have. The level's vectors are not among them.
+// What choices depend on beyond the level: the vendor, and instructions that the level does not imply.
 struct CpuFeatures {
   bool amd, avx512_bf16, avx512_fp16;
 };

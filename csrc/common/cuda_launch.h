@@ -15,14 +15,14 @@ namespace {
 constexpr int kThreads = 256;  // of a block
 constexpr int kWarp = 32;
 
-// Runs at least `threads` threads, in blocks of kThreads; nothing if 0. Does not wait.
+// Launches a kernel with at least `threads` threads, in blocks of kThreads; nothing if 0. Does not synchronize.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t threads, const torch::stable::Tensor& like, const Arguments&... arguments) {
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   if (blocks == 0) return;
   STD_TORCH_CHECK(blocks < int64_t{1} << 31, "expected less than 2^31 blocks in one launch, got ", blocks);
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  // Torch's own stream class gives no native handle before 2.13.
+  // PyTorch's stable stream class has no native handle before 2.13.
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);

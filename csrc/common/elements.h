@@ -16,7 +16,7 @@
 
 namespace fastgpt {
 
-// How numbers are stored. The first three are what kernels compute on; a cache may hold the others, with a scale.
+// Storage formats. Kernels compute on the first three; the others are for quantized caches, with a scale.
 enum class Element { float32, float16, bfloat16, int8, float8_e4m3 };
 
 namespace {
@@ -37,7 +37,7 @@ FASTGPT_HOST_DEVICE uint32_t float_to_bits(float x) {
   return bits;
 }
 
-// Products and sums that no compiler may fuse. On the CPU that takes -ffp-contract=off, see setup.py.
+// Products and sums that are never fused. On the CPU that needs -ffp-contract=off, see setup.py.
 FASTGPT_HOST_DEVICE float multiply(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
@@ -58,8 +58,8 @@ FASTGPT_HOST_DEVICE float half_to_float(uint16_t half) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(half));
 #else
-  // Exponents differ by 112, for numbers with a leading one: a subnormal half is given one, of 2^-14, which is taken off again,
-  // so that there is no subnormal float, which may count as zero. Infinity and NaN are set apart.
+  // The exponent biases differ by 112. A subnormal half gets an implicit one of 2^-14, which is subtracted again: so no float
+  // is subnormal, which might be flushed to zero. Infinity and NaN are handled apart.
   const uint32_t magnitude = (half & 0x7fffu) << 13, normal = magnitude + (112u << 23);
   const uint32_t subnormal = float_to_bits(bits_to_float(magnitude + (113u << 23)) - 0x1p-14f);
   const uint32_t finite = magnitude < 1u << 23 ? subnormal : normal;
@@ -68,7 +68,7 @@ FASTGPT_HOST_DEVICE float half_to_float(uint16_t half) {
 #endif
 }
 
-// Without branches, so that loops over it become vector code.
+// Without branches, so that loops over it are vectorized.
 FASTGPT_HOST_DEVICE uint16_t float_to_half(float x) {
 #if defined(__CUDA_ARCH__)
   return __half_as_ushort(__float2half_rn(x));
@@ -91,7 +91,7 @@ FASTGPT_HOST_DEVICE uint16_t float_to_bfloat16(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// FP8 with 4 bits of exponent and 3 of mantissa, no infinity (arXiv 2209.05433).
+// FP8 with 4 exponent bits and 3 mantissa bits, without infinity (arXiv 2209.05433).
 FASTGPT_HOST_DEVICE float e4m3_to_float(uint8_t x) {
   const uint32_t magnitude = (x & 0x7fu) << 20, normal = magnitude + (120u << 23);
   const uint32_t subnormal = float_to_bits(bits_to_float(magnitude + (121u << 23)) - 0x1p-6f);  // as in half_to_float
@@ -100,7 +100,7 @@ FASTGPT_HOST_DEVICE float e4m3_to_float(uint8_t x) {
   return bits_to_float(bits | (x & 0x80u) << 24);
 }
 
-// The nearest, 448 for all that is larger; x is not NaN.
+// Rounds to nearest, ties to even, and saturates to 448; x is not NaN.
 FASTGPT_HOST_DEVICE uint8_t float_to_e4m3(float x) {
   const uint32_t magnitude = float_to_bits(x) & 0x7fffffffu;
   const uint32_t normal = (magnitude - (120u << 23) + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
@@ -119,13 +119,13 @@ FASTGPT_HOST_DEVICE float rotated_second(float a, float b, float cosine, float s
   return add(multiply(b, cosine), multiply(a, sine));
 }
 
-// How a row is quantized: its numbers are multiplied by `factor` and rounded; `scale` is what to multiply them by again.
+// Quantization of a row: its elements are multiplied by `factor` and rounded; multiplying by `scale` dequantizes them.
 struct Quantizer {
   float scale, factor;
 };
 
-// For a row whose largest magnitude is `largest`, which counts as zero below 1e-30; if it is not finite (NaN: any
-// number that fails largest <= FLT_MAX) the scale is NaN, and so is what is read.
+// For a row whose largest magnitude is `largest`: below 1e-30 it counts as zero; if it is infinite or NaN, the scale is NaN,
+// and so are the dequantized elements.
 FASTGPT_HOST_DEVICE Quantizer quantizer_of(float largest, Element element) {
   const float limit = element == Element::int8 ? 127.0f : 448.0f;
   if (!(largest <= 3.402823466e+38f)) return {bits_to_float(0x7fc00000u), 0.0f};
@@ -137,13 +137,13 @@ FASTGPT_HOST_DEVICE Quantizer quantizer_of(float largest, Element element) {
 #endif
 }
 
-// The larger magnitude of two; NaN once there was one.
+// The larger of a magnitude and |x|; NaN if either is.
 FASTGPT_HOST_DEVICE float larger_magnitude(float magnitude, float x) {
-  const uint32_t a = float_to_bits(magnitude), b = float_to_bits(x) & 0x7fffffffu;  // order as integers, NaN on top
+  const uint32_t a = float_to_bits(magnitude), b = float_to_bits(x) & 0x7fffffffu;  // ordered like integers, NaN above all
   return bits_to_float(a > b ? a : b);
 }
 
-// Numbers of a row without a factor (one that is not finite) are stored as zero.
+// With factor 0 (a row of zeros, or one that is not finite) elements are stored as zero.
 FASTGPT_HOST_DEVICE uint8_t quantized_int8(float x, float factor) {
   const float y = multiply(x, factor);
   // Adding 1.5 · 2^23 rounds to the nearest integer, ties to even, in the low bits.

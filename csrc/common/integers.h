@@ -1,5 +1,4 @@
-// Integers of loops. std::min and std::max would be one function for all CPU levels, compiled for any of them (see
-// cpu_level.h).
+// Integer arithmetic for loops. std::min and std::max would be inline functions that all CPU levels share (see cpu_level.h).
 
 #pragma once
 

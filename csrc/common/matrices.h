@@ -12,8 +12,8 @@ namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
 // c[i][j] (+)= sum_k a[i][k] · b[k][j] for i < kRows and j < kVectors vectors, and c[i][j] · factors[j] in place of c[i][j]
-// if there are factors. Strides in elements. What c held joins last, so that the rounding of a long sum grows with the
-// number of blocks, not of terms.
+// if there are factors. Strides in elements. The old value of c is added last, so that the rounding error of a long sum grows
+// with the number of blocks, not of terms.
 template <int kRows, int kVectors>
 inline void multiply_tile(
     const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row, int64_t K,

@@ -16,15 +16,15 @@
 
 namespace fastgpt {
 
-// Multiply-adds that a thread should have to do: waking one of PyTorch's takes some microseconds, having one of a team, which
-// spins, a fraction of one.
+// Minimum work per thread, in multiply-adds: waking one of PyTorch's threads takes some microseconds, a thread of the team,
+// which spins, takes a part in a fraction of one.
 inline int64_t grain() { return team_threads() ? 1 << 16 : 1 << 19; }
-// How many of a product's take as long as one of attention's, where there are few: keys are read for a query or a few, and
-// there are exponentials. Measured from 16 to 512 keys, 6 and 12 heads of 64.
+// Cost of a multiply-add of attention, relative to one of a matrix product: keys are read for few queries, and there are
+// exponentials. Measured with 16 to 512 keys, 6 and 12 heads of 64.
 constexpr int64_t kAttentionGrains = 4;
 
-// run(begin, end, next) on parts of [0, count), of at least `least` each but the last one, by all threads; `next` is where the
-// thread's next part begins, or count.
+// Calls run(begin, end, next) for parts of [0, count) on all threads. Parts have at least `least` items, except the last one;
+// `next` is where the thread's next part begins, or count.
 template <typename Run>
 void for_parts(int64_t count, int64_t least, const Run& run) {
   if (team_threads()) {
@@ -50,7 +50,7 @@ void for_parts(int64_t count, int64_t least, const Run& run) {
   });
 }
 
-// run(begin, end) over all tasks, of about `work` multiply-adds each.
+// Calls run(begin, end) for ranges of all tasks, of about `work` multiply-adds each.
 template <typename Run>
 void for_tasks(int64_t tasks, int64_t work, const Run& run) {
   const int64_t least = std::max<int64_t>(grain() / work, 1);
@@ -76,7 +76,7 @@ inline Scratch scratch(int64_t floats) {
   return memory;
 }
 
-// This thread's scratch memory for one task: grows to the most that was asked for, and stays.
+// This thread's scratch memory for one task: it grows to the largest size requested, and is kept.
 inline float* thread_scratch(int64_t floats) {
   thread_local Scratch memory;
   thread_local int64_t size = 0;

@@ -9,9 +9,9 @@
 namespace fastgpt {
 namespace {
 
-thread_local int depth = 0, outside = 0, mkl_outside = 0;  // pairs, and the threads outside of them
+thread_local int depth = 0, outside = 0, mkl_outside = 0;  // nesting of begin and end, and the numbers of threads outside
 
-// A function of the libraries that PyTorch was linked with: a process may have others of the same name.
+// Looks up a function in the libraries that PyTorch is linked with: a process may hold several OpenMP runtimes.
 template <typename Function>
 Function* find(const char* name) {
 #if defined(__linux__)
@@ -28,7 +28,7 @@ void set_openmp_threads(int threads) {
   if (set) set(threads);
 }
 
-// Of this thread; 0: as of all. Returns what it was.
+// Sets the number of MKL threads of the calling thread (0: the global number), and returns the previous one.
 int set_mkl_threads(int threads) {
   static auto* const set = find<int(int)>("MKL_Set_Num_Threads_Local");
   return set ? set(threads) : 0;

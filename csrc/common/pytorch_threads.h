@@ -1,4 +1,4 @@
-// PyTorch's threads, which spin for some milliseconds after each operation of theirs, on the CPUs that a team's members want.
+// PyTorch's threads spin for some milliseconds after each operation, on the CPUs that the team's workers need.
 
 #pragma once
 
@@ -6,9 +6,9 @@
 
 namespace fastgpt {
 
-// Between these two, PyTorch's operations use one thread, if this thread calls them and PyTorch has OpenMP. Pairs may be
-// nested. Unlike torch.set_num_threads, which is for the whole process and stops threads of other pools, this takes a fraction
-// of a microsecond.
+// Between these two calls, PyTorch's operations on this thread use one thread, if PyTorch is built with OpenMP. Pairs may be
+// nested. Unlike torch.set_num_threads, which affects the whole process and stops threads of other pools, this takes a
+// fraction of a microsecond.
 void begin_one_thread();
 void end_one_thread();
 

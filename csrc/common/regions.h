@@ -1,5 +1,4 @@
-// Where tensors lie in memory, and whether they share any of it: what is written must be apart from what else is written or
-// read.
+// Memory overlap of tensors: what is written must not overlap anything else that is written or read.
 
 #pragma once
 
@@ -12,12 +11,12 @@
 namespace fastgpt {
 namespace {
 
-// Bytes [begin, end) that a tensor's numbers lie in, and what tells whether two such tensors share one.
+// The bytes [begin, end) that a tensor spans, and its layout.
 struct Region {
   const char* begin;
   const char* end;
   torch::headeronly::IntHeaderOnlyArrayRef sizes, strides;
-  int64_t size;  // of a number
+  int64_t size;  // of an element
 };
 
 inline Region region_of(
@@ -39,25 +38,25 @@ inline Region region_of(const torch::stable::Tensor& x, const void* data, int64_
 
 inline bool overlap(const Region& a, const Region& b) { return a.begin < b.end && b.begin < a.end; }
 
-// Whether two tensors of the same strides, of which b begins `distance` numbers after a, share one, dimension by dimension.
-inline bool reaches(int64_t distance, const Region& a, const Region& b, size_t dim = 0) {
+// Whether two tensors of the same strides share an element, where b begins `distance` elements after a; dimension by dimension.
+inline bool share_element(int64_t distance, const Region& a, const Region& b, size_t dim = 0) {
   if (dim == a.sizes.size()) return distance == 0;
-  int64_t after_a = 0, after_b = 0;  // how far the dimensions after this one reach
+  int64_t after_a = 0, after_b = 0;  // extent of the dimensions after this one
   for (size_t i = dim + 1; i < a.sizes.size(); ++i) {
     after_a += (a.sizes[i] - 1) * a.strides[i], after_b += (b.sizes[i] - 1) * b.strides[i];
   }
   const int64_t stride = a.strides[dim], least = 1 - b.sizes[dim], most = a.sizes[dim] - 1;
-  if (stride == 0 || least == most) return reaches(distance, a, b, dim + 1);
+  if (stride == 0 || least == most) return share_element(distance, a, b, dim + 1);
   for (int64_t n = std::max<int64_t>(least, (distance - after_a) / stride - 1);
        n <= std::min<int64_t>(most, (distance + after_b) / stride + 1); ++n) {
-    if (reaches(distance - n * stride, a, b, dim + 1)) return true;
+    if (share_element(distance - n * stride, a, b, dim + 1)) return true;
   }
   return false;
 }
 
-// Whether no two numbers of a tensor of up to 4 dimensions share memory, as far as the order of its strides tells: each is
-// past what smaller ones reach.
-inline bool lies_apart(const Region& x) {
+// Whether no two elements of a tensor of up to 4 dimensions share memory. Sufficient, not necessary: in ascending order, each
+// stride must exceed the extent of the dimensions with smaller ones.
+inline bool has_no_internal_overlap(const Region& x) {
   std::pair<int64_t, int64_t> dims[4];  // stride and size, in order
   size_t count = 0;
   for (size_t i = 0; i < x.sizes.size() && i < 4; ++i) {

@@ -1,5 +1,5 @@
-// Stored elements as vectors of floats and back: float16, bfloat16, and the integers and FP8 of quantized caches, whose scale
-// the reader applies.
+// Conversion between stored elements and vectors of floats: float16, bfloat16, and the int8 and FP8 of quantized caches, whose
+// scale the caller applies.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -13,7 +13,7 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Elements as memory holds them, so that pointers to them tell how to load.
+// Types of stored elements, by which `load` is overloaded.
 struct Half {
   uint16_t bits;
   operator float() const { return half_to_float(bits); }
@@ -27,7 +27,7 @@ struct Float8 {
   operator float() const { return e4m3_to_float(bits); }
 };
 
-// read(elements), with `data` as a pointer to elements of the type that it holds.
+// Calls read(elements) with `data` as a pointer to the type of `element`.
 template <typename Read>
 inline void as_elements(const void* data, Element element, const Read& read) {
   switch (element) {
@@ -39,8 +39,8 @@ inline void as_elements(const void* data, Element element, const Read& read) {
   }
 }
 
-// kWidth numbers as 32-bit ones. From __builtin_convertvector, GCC 12 makes twice to three times the instructions; on Arm, of
-// loops over lanes it makes loads of single ones. (Masks of all lanes, because its headers warn of AVX-512's plain forms.)
+// kWidth integers, extended to 32 bits. For __builtin_convertvector GCC 12 emits two to three times as many instructions, and
+// for loops over lanes, on Arm, scalar loads. (All-ones masks, as GCC's headers cause warnings in AVX-512's unmasked forms.)
 #if defined(__AVX512F__)
 inline __m128i load_16_bytes(const void* source) { return _mm_loadu_si128(static_cast<const __m128i*>(source)); }
 inline __m256i load_32_bytes(const void* source) { return _mm256_loadu_si256(static_cast<const __m256i*>(source)); }
@@ -79,7 +79,7 @@ inline IntVector widen(const uint8_t* source) {
   return reinterpret_cast<IntVector>(vmovl_u16(vget_low_u16(vmovl_u8(load_4_bytes(source)))));
 }
 inline IntVector widen(const uint16_t* source) { return reinterpret_cast<IntVector>(vmovl_u16(vld1_u16(source))); }
-// For all GCC 12 knows, the intrinsic of this instruction reads memory: it would store sums in registers before each.
+// By inline assembly: to GCC 12, the intrinsic of this instruction reads memory, so it would spill accumulators before each.
 inline Vector load(const Half* source) {
   Vector x;
   asm("fcvtl %0.4s, %1.4h" : "=w"(x) : "w"(vld1_u16(&source->bits)));
@@ -106,8 +106,8 @@ inline Vector load(const BFloat16* source) {
 
 inline Vector load(const int8_t* source) { return __builtin_convertvector(widen(source), Vector); }
 
-// As e4m3_to_float: where the CPU converts float16, the fields of 8 bits are moved to where that has them, which makes 2^-8 of
-// the number.
+// As e4m3_to_float. Where the CPU converts float16, the 8 bits are moved into the fields of a float16, whose value is 2^-8
+// times that of the element.
 #if defined(__AVX512F__)
 inline Vector load(const Float8* source) {
   const __m128i bytes = load_16_bytes(source);
@@ -132,7 +132,7 @@ inline Vector load(const Float8* source) {
 }
 #endif
 
-// `count` elements of `element`, from index `offset` of `source`, as floats.
+// Converts `count` elements from index `offset` of `source` on to floats.
 inline void convert(const void* source, int64_t offset, int64_t count, Element element, float* target) {
   as_elements(source, element, [&](const auto* elements) {
     elements += offset;
@@ -142,7 +142,7 @@ inline void convert(const void* source, int64_t offset, int64_t count, Element e
   });
 }
 
-// `count` floats as elements of q's dtype, from index `offset` of `target` on.
+// Converts `count` floats to `element` (a floating-point one), from index `offset` of `target` on.
 inline void write(const float* source, int64_t count, void* target, int64_t offset, Element element) {
   if (element == Element::float32) {
     std::memcpy(static_cast<float*>(target) + offset, source, count * sizeof(float));

@@ -1,8 +1,8 @@
-// Threads for the operations of a recorded step.
+// A thread pool for the operations of a recorded step, with dynamic scheduling.
 //
-// PyTorch's threads meet at a barrier after each operation, some 200 times a step, and all wait for one that is not running
-// because another process has its core. Here whoever is there does the work: threads take parts of it, smaller and smaller
-// ones, and only parts that somebody has begun are waited for.
+// PyTorch's threads meet at a barrier after each operation, some 200 times per step, and all wait for a thread whose core
+// another process has. Here threads take parts of the work, smaller and smaller ones (guided scheduling), and only parts that
+// have been taken are waited for.
 
 #pragma once
 
@@ -10,16 +10,16 @@
 
 namespace fastgpt {
 
-// How much of the `left` that nobody has taken a thread takes: threads of a shared machine are not equally fast, so parts
-// become smaller, and all end together.
+// The size of the next part, given `left` items that no thread has taken. Threads on a shared machine are not equally fast, so
+// parts become smaller and smaller, and all threads end at about the same time.
 inline int64_t part_of(int64_t left, int64_t threads, int64_t least) {
   const int64_t part = left / (2 * threads) / least * least;
   return part < least ? (left < least ? left : least) : part;
 }
 
-// While it lives, the operations of this thread run on the team: `threads` threads, this one included, or as many as it may
-// have CPUs. They spin between operations, and sleep when no step runs. There is one team in a process, for one step at a
-// time: another step that begins meanwhile goes without.
+// In its scope, the operations of this thread run on the team: `threads` threads including this one, but no more than there are
+// CPUs for. They spin between operations, and sleep when no step runs. A process has one team, which serves one step at a time;
+// a step that begins meanwhile on another thread runs without it.
 class TeamStep {
  public:
   explicit TeamStep(int64_t threads);
@@ -31,11 +31,11 @@ class TeamStep {
   bool leads_ = false;
 };
 
-// Threads of the step that this thread is in, or 0 if it is in none.
+// The number of threads of this thread's step; 0 outside of a step.
 int64_t team_threads();
 
-// Within a step: work(run, begin, end, next) on parts of [0, count), of at least `least` each but the last one; `next` is
-// where the thread's next part begins, or count. Returns when all are done; rethrows what one has thrown.
+// Within a step: calls work(run, begin, end, next) for parts of [0, count), of at least `least` items except the last one;
+// `next` is where the thread's next part begins, or count. Returns when all are done; rethrows an exception of any.
 void run_on_team(
     int64_t count, int64_t least, void (*work)(const void* run, int64_t begin, int64_t end, int64_t next), const void* run);
 

@@ -1,8 +1,8 @@
-// Tensors as the kernels take them: the checks that memory safety needs, and what the stable ABI lacks or does slowly.
+// Checks of tensor arguments that memory safety needs, and functions that the stable ABI lacks or that are slow in it.
 //
-// Everything that an operation is given goes through these functions, which look at dtype, device, shape, layout and storage
-// before an address is handed out. Messages begin with the argument's name; the Python wrappers make a TypeError or
-// ValueError of them that says more.
+// Every tensor argument goes through these functions, which check dtype, device, shape, layout and storage before they return
+// an address. Messages begin with the argument's name; the Python wrappers turn them into a TypeError or ValueError with
+// details.
 
 #pragma once
 
@@ -20,7 +20,7 @@
 
 #include "common/elements.h"
 
-// What STD_TORCH_CHECK does, without the name of the file in front of the message: it begins with an argument's name.
+// Like STD_TORCH_CHECK, but the message begins with the argument's name, not with the file's.
 #define FASTGPT_CHECK(condition, ...)                  \
   do {                                                 \
     if (!(condition)) fastgpt::fail(__VA_ARGS__);      \
@@ -36,7 +36,7 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-// The dtype's number in the C interface.
+// The dtype's code in PyTorch's C interface.
 inline int32_t dtype_of(const torch::stable::Tensor& x) {
   int32_t dtype;
   FASTGPT_CHECK(aoti_torch_get_dtype(x.get(), &dtype) == 0, "cannot read a tensor's dtype");
@@ -55,7 +55,7 @@ inline Element element_of(const torch::stable::Tensor& x, const char* name) {
   }
 }
 
-// One of the formats that kernels compute on.
+// Requires one of the formats that kernels compute on.
 inline Element floating_element_of(const torch::stable::Tensor& x, const char* name) {
   const Element element = element_of(x, name);
   FASTGPT_CHECK(size_of(element) > 1, name, ": expected dtype float32, float16 or bfloat16");
@@ -86,12 +86,12 @@ inline void check_shape(const torch::stable::Tensor& x, const char* name, const 
   check_shape(x, name, sizes.data(), sizes.size());
 }
 
-// Checks that a tensor's numbers, of `size` bytes each, lie within its storage: whoever resizes a storage leaves tensors
-// that do not. Its sizes and strides come from whoever has read them: each read is a call through PyTorch's C interface.
+// Checks that a tensor's elements, of `size` bytes each, lie within its storage, which may have been resized. The caller passes
+// sizes and strides if it has read them: each read is a call through PyTorch's C interface.
 inline void check_storage(
     const torch::stable::Tensor& x, const char* name, int64_t size, torch::headeronly::IntHeaderOnlyArrayRef sizes,
     torch::headeronly::IntHeaderOnlyArrayRef strides) {
-  int64_t last = 0;  // index of the last number
+  int64_t last = 0;  // index of the last element
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (sizes[i] == 0) return;
     last += (sizes[i] - 1) * strides[i];
@@ -106,7 +106,7 @@ inline void check_storage(const torch::stable::Tensor& x, const char* name, int6
   check_storage(x, name, size, x.sizes(), x.strides());
 }
 
-// Where the numbers of a tensor are that was checked for its dtype, of `size` bytes.
+// The data of a tensor whose dtype, of `size` bytes, has been checked.
 inline const void* data_of(const torch::stable::Tensor& x, const char* name, int64_t size) {
   check_storage(x, name, size);
   return x.const_data_ptr();
@@ -116,8 +116,8 @@ inline void* mutable_data_of(const torch::stable::Tensor& x, const char* name, i
   return x.mutable_data_ptr();
 }
 
-// An uninitialized tensor on the device of `like`. torch::stable::new_empty goes through the boxed dispatcher: two of
-// them and a transpose cost more than a decode step's attention.
+// An uninitialized tensor on the device of `like`. torch::stable::new_empty goes through the boxed dispatcher: two calls
+// and a transpose cost more than the attention of a decode step.
 inline torch::stable::Tensor new_empty(
     const torch::stable::Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   int32_t device_type, device_index;
@@ -136,7 +136,7 @@ torch::stable::Tensor new_empty(
   return new_empty(like, N, sizes, strides, dtype);
 }
 
-// A contiguous one of the dtype of `like`.
+// An uninitialized contiguous tensor with the dtype and device of `like`.
 inline torch::stable::Tensor new_empty(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];

@@ -13,7 +13,7 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Eight tiles of 16 rows of 64 bytes, as the instruction that takes this wants it.
+// The operand of LDTILECFG: eight tiles of 16 rows of 64 bytes.
 struct TileConfiguration {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -22,7 +22,7 @@ struct TileConfiguration {
 alignas(64) constexpr TileConfiguration kConfiguration = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// Lets this thread use the tiles, while it lives.
+// Configures the tiles for this thread, and releases them at the end of the scope.
 struct Tiles {
   Tiles() { _tile_loadconfig(&kConfiguration); }
   ~Tiles() { _tile_release(); }

@@ -12,9 +12,10 @@ namespace {
 constexpr float kLog2e = 1.44269504088896340736f;
 
 // e^x for x <= 0, zero below 2^-126: with y = x · log2(e), 2^y = 2^n · 2^f where n = round(y) and a polynomial for 2^f
-// on [-1/2, 1/2], fitted for least relative error (1.9e-9 before rounding). Scores stay in natural units until here: the
-// rounding of y then matters least for the largest weights, while scores in base 2 would all carry it at full size.
-// kSmallToo: what is small is as accurate, in proportion: f follows from x less n log(2) in two parts, the first of few bits.
+// on [-1/2, 1/2], a minimax fit of the relative error (1.9e-9 before rounding). Scores are scaled to base 2 only here: then the
+// rounding of y matters least for the largest weights, while all scores in base 2 would carry its full error.
+// kSmallToo: small results have the same relative accuracy: f follows from x - n log(2), with log(2) in two parts, the first of
+// few bits (Cody-Waite).
 template <bool kSmallToo = false>
 [[gnu::always_inline]] inline Vector exp_nonpositive(Vector natural) {
   const Vector x = natural * kLog2e;
@@ -28,7 +29,7 @@ template <bool kSmallToo = false>
   y = y * f + 2.402264625e-01f;
   y = y * f + 6.931471825e-01f;
   y = y * f + 1.0f;
-  Words n, bits;  // unsigned: below -126 they wrap around, to no use
+  UIntVector n, bits;  // unsigned: below -126 they wrap around, and are not used
   std::memcpy(&n, &shifted, sizeof n);
   std::memcpy(&bits, &y, sizeof bits);
   bits += n << 23;  // the shifter's own bits are shifted out
@@ -38,7 +39,7 @@ template <bool kSmallToo = false>
 
 inline float exp_nonpositive(float x) { return exp_nonpositive(broadcast(x))[0]; }
 
-// Below 0.625 an odd polynomial (that of Cephes' tanhf), as 1 - e^-2x cancels there: within 2 units in the last place.
+// Within 2 ulp. Below 0.625, where 1 - e^-2x would cancel, an odd polynomial (that of Cephes' tanhf).
 inline Vector tanh(Vector x) {
   const Vector magnitude = x < 0.0f ? -x : x, square = x * x;
   Vector y = broadcast(-5.70498872745e-03f);

@@ -1,5 +1,5 @@
-// Vectors for the CPU kernels: kWidth floats at a time, in GCC's vector extension, which Clang shares. Here is how they are
-// loaded and stored, and how lanes move and combine.
+// SIMD vectors for the CPU kernels: kWidth floats at a time, by GCC's vector extension, which Clang supports, too. Loads,
+// stores, transposes and reductions.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -25,19 +25,20 @@ constexpr int kWidth = 16, kTileRows = 6, kTileVectors = 4;  // 24 of 32 registe
 #elif defined(__AVX2__)
 constexpr int kWidth = 8, kTileRows = 6, kTileVectors = 2;  // 12 of 16
 #elif defined(__aarch64__)
-constexpr int kWidth = 4, kTileRows = 5, kTileVectors = 4;  // 20 of 32, as GCC 12 also keeps a factor of each row in one
+constexpr int kWidth = 4, kTileRows = 5,
+              kTileVectors = 4;  // 20 of 32, as GCC 12 also keeps a broadcast factor of each row in one
 #else
 constexpr int kWidth = 4, kTileRows = 6, kTileVectors = 2;  // 12 of 16 (SSE2)
 #endif
 
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
 typedef int32_t IntVector __attribute__((vector_size(kWidth * sizeof(float))));
-typedef uint32_t Words __attribute__((vector_size(kWidth * sizeof(float))));
+typedef uint32_t UIntVector __attribute__((vector_size(kWidth * sizeof(float))));
 
 constexpr float kInfinity = __builtin_inff();
 
-// x, in a register at this point, of whose value the compiler knows nothing. GCC keeps a sum in memory throughout a loop if it
-// is later looked at lane by lane, and loads several operands before the first is needed, where there is no register left.
+// Forces x into a register, and hides its value from the compiler. Otherwise GCC keeps an accumulator in memory throughout a
+// loop if its lanes are read later, and loads several operands ahead of use when no register is left.
 template <typename Register>
 inline Register in_register(Register x) {
 #if defined(__x86_64__)
@@ -70,7 +71,7 @@ inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 
 typedef float Quad __attribute__((vector_size(16)));
 
-// One vector's lanes combined pairwise, halves first.
+// Reduces the lanes of one vector pairwise, halves first.
 template <int kLanes, typename Combine>
 inline float reduce(const float* lanes, Combine combine) {
   if constexpr (kLanes == 4) {
@@ -95,7 +96,7 @@ inline float maximum(Vector x) {
   return reduce<kWidth>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// Exchanges the lanes of a whose number has the bit kBit for those of b whose number lacks it.
+// Exchanges the lanes of a whose index has the bit kBit for the lanes of b whose index lacks it.
 template <int kBit, size_t... kLanes>
 inline void exchange(Vector& a, Vector& b, std::index_sequence<kLanes...>) {
 #if defined(__clang__)
@@ -108,7 +109,7 @@ inline void exchange(Vector& a, Vector& b, std::index_sequence<kLanes...>) {
   a = low;
 }
 
-// Lane j of vector i goes to lane i of vector j, bit by bit of i and j.
+// Transposes: lane j of vector i goes to lane i of vector j, one bit of i and j at a time.
 template <int kBit = kWidth / 2>
 inline void transpose(Vector (&rows)[kWidth]) {
   for (int i = 0; i < kWidth; ++i) {
@@ -117,7 +118,7 @@ inline void transpose(Vector (&rows)[kWidth]) {
   if constexpr (kBit > 1) transpose<kBit / 2>(rows);
 }
 
-// Each vector's lanes combined, those of vector i in lane i.
+// Reduces the lanes of each vector; lane i of the result is that of vector i.
 template <int kBit = kWidth / 2, typename Combine>
 inline Vector combine_lanes(Vector (&rows)[kWidth], Combine combine) {
   for (int i = 0; i < kBit; ++i) {

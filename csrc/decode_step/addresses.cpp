@@ -17,7 +17,7 @@ void watch(const std::vector<torch::stable::Tensor>& tensors) {
 }  // namespace
 
 void Addresses::watch() {
-  if (current) throw std::runtime_error("others are being watched on this thread");
+  if (current) throw std::runtime_error("tensors of another step are being watched on this thread");
   current = this;
 }
 

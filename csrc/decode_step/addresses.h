@@ -1,4 +1,4 @@
-// Where the tensors lie that a recorded step of a model reads: it may run again only while they stay there.
+// Addresses of the tensors that a recorded step of a model reads: it may be replayed only while they do not change.
 
 #pragma once
 
@@ -16,12 +16,12 @@ class Addresses {
   Addresses& operator=(const Addresses&) = delete;
   ~Addresses() { finish(); }
 
-  // From now on, until `finish`, what this thread passes to the operation `fastgpt::watch` must stay where it is. Throws
-  // std::runtime_error if another does.
+  // From now on until `finish`, tensors that this thread passes to the operation `fastgpt::watch` must keep their addresses.
+  // Throws std::runtime_error if another object is watching on this thread.
   void watch();
   void finish();
 
-  // Whether it is there. Reading an address takes nanoseconds; from Python, a tenth of a microsecond.
+  // Whether all addresses are unchanged. That takes nanoseconds per tensor; from Python, a tenth of a microsecond.
   bool hold() const;
 
   void add(const torch::stable::Tensor& tensor) { addresses_.emplace_back(tensor, tensor.data_ptr()); }

@@ -1,4 +1,4 @@
-// `advance` and `record_token` on the CPU: what a step does before the blocks and after a token was chosen. See
+// `advance` and `record_token` on the CPU: the parts of a decode step before the blocks and after a token is chosen. See
 // fastgpt/ops/decode_step.py.
 
 #include <cmath>
@@ -28,7 +28,7 @@ int64_t size_of_float(const Tensor& x, const char* name) {
   return dtype == ScalarType::Double ? 8 : size_of(floating_element_of(x, name));
 }
 
-// A contiguous tensor on the CPU that is written.
+// The data of a contiguous CPU tensor that is written.
 template <typename Number>
 Number* written(const Tensor& x, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
   check_cpu(x, name);
@@ -46,7 +46,7 @@ void advance_cpu(const Tensor& lengths, const Tensor& positions) {
   for (int64_t b = 0; b < B; ++b) next[b] = stored[b]++;
 }
 
-// Where the largest magnitude so far is less than this one, or this one is NaN, it becomes this one.
+// Updates a row's largest magnitude so far; NaN once there was one.
 template <typename Number>
 void grow(void* extreme, int64_t row, double magnitude) {
   Number& largest = static_cast<Number*>(extreme)[row];

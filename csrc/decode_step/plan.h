@@ -1,4 +1,4 @@
-// Operations recorded to run again without Python and the dispatcher: on the CPU, what a CUDA graph is on a GPU.
+// Operations recorded to be replayed without Python and the dispatcher: the CPU's counterpart of a CUDA graph.
 
 #pragma once
 
@@ -9,7 +9,8 @@
 
 namespace fastgpt {
 
-// What is recorded reads and writes where it did; whoever replays a plan keeps those tensors alive and in place.
+// Recorded operations read and write the same addresses again; whoever replays a plan must keep those tensors alive and in
+// place.
 class Plan {
  public:
   Plan() = default;
@@ -17,7 +18,8 @@ class Plan {
   Plan& operator=(const Plan&) = delete;
   ~Plan() { finish(); }
 
-  // From now on, until `finish`, the operations of this thread join the plan. Throws std::runtime_error if another does.
+  // From now on until `finish`, the operations of this thread are added to the plan. Throws std::runtime_error if another plan
+  // is being recorded on this thread.
   void record();
   void finish();
   void run() const;
@@ -30,7 +32,7 @@ class Plan {
   std::vector<std::function<void()>> operations_;
 };
 
-// Runs an operation, and records it where a plan is. It owns all it needs but tensors.
+// Runs an operation, and records it if a plan is being recorded. It owns everything that it needs except tensors.
 template <typename Operation>
 void perform(Operation operation) {
   operation();

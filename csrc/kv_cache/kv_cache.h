@@ -1,4 +1,4 @@
-// The arguments of kv_cache_update and rope_kv_cache_update as their CPU and CUDA kernels see them, and the arithmetic
+// The arguments of kv_cache_update and rope_kv_cache_update for their CPU and CUDA kernels, and the address arithmetic
 // from a token to its slot. Semantics: fastgpt/ops/kv_cache_update/__init__.py.
 
 #pragma once
@@ -7,7 +7,7 @@
 
 namespace fastgpt {
 
-constexpr int64_t kMaxTransformedDim = 1024;  // largest head dim that is rotated or quantized
+constexpr int64_t kMaxTransformedDim = 1024;  // largest head dim that can be rotated or quantized
 
 // A tensor (B, H, N, D) or (B, H, N, D_v) with contiguous rows. Strides are in bytes.
 struct Rows {
@@ -27,16 +27,16 @@ struct KVCacheUpdate {
   int64_t D, D_v;   // head dims of q and k, and of v
   Element element;  // of q, k and v
   Rows k, v;        // (B, H_kv, T, D) and (B, H_kv, T, D_v)
-  Indices slots;    // (B, T): where each token is stored; negative: nowhere
+  Indices slots;    // (B, T): where each token is stored; negative: skipped
   // The cache: (B, H_kv, S, D or D_v), or with a block table a pool of pages (pages, H_kv, page, D or D_v).
   Element cache_element;  // `element`, int8 or float8_e4m3
   Rows k_cache, v_cache;
   Rows k_scale, v_scale;       // (B, H_kv, S) or (pages, H_kv, page) of float; data is null if the cache has none
-  int64_t capacity;            // tokens of a sequence that the cache has slots for
+  int64_t capacity;            // maximum number of tokens per sequence
   const int32_t* block_table;  // (B, capacity / page): the page of each `page` tokens; or null
   int64_t table_stride_b, table_stride_p;
   int64_t page, pages;  // tokens in a page, pages in the pool
-  // Rotation; rotary_dim is 0 without. cos, sin: (angles, rotary_dim / 2), a row for each position.
+  // Rotary embedding; rotary_dim is 0 without. cos, sin: (angles, rotary_dim / 2), a row for each position.
   int64_t H;          // heads of q; 0 without rotation
   Rows q, q_out;      // (B, H, T, D)
   Indices positions;  // (B, T); a token at a negative position is not rotated
@@ -57,7 +57,7 @@ FASTGPT_HOST_DEVICE int64_t index_at(const Indices& indices, int64_t b, int64_t 
   return indices.is_int64 ? static_cast<const int64_t*>(indices.data)[i] : static_cast<const int32_t*>(indices.data)[i];
 }
 
-// Where a token lies in the cache's tensors: index of the first dimension (sequence or page), and of the third.
+// A token's indices in the cache's tensors: of the first dimension (sequence or page), and of the third.
 struct Slot {
   int64_t b, n;
 };

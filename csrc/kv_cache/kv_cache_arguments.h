@@ -17,7 +17,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What the checks need to know of a tensor, each read once: every read is a call through PyTorch's C interface.
+// Properties of a tensor that the checks need, read once: every read is a call through PyTorch's C interface.
 struct TensorInfo {
   TensorInfo(const Tensor& tensor, const char* name)
       : tensor(tensor),
@@ -64,28 +64,28 @@ inline Indices indices_of(const TensorInfo& x, const TensorInfo& k) {
   return {x.tensor.const_data_ptr(), is_int64, x.strides[0], x.strides[1]};
 }
 
-// What an update writes: no two numbers share memory, in one tensor or in several, and what is read lies elsewhere.
+// Checks that no two elements that an update writes share memory, in one tensor or in several, nor with what it reads.
 class Written {
  public:
-  // Tensors with the size of their numbers: first all that are written.
+  // Adds a tensor that is written. `size`: of an element.
   void add(const TensorInfo& x, const Rows& rows, int64_t size) {
     const Region region = region_of(rows.data, size, x.sizes, x.strides);
-    FASTGPT_CHECK(lies_apart(region), x.name, ": expected numbers that share no memory with each other");
+    FASTGPT_CHECK(has_no_internal_overlap(region), x.name, ": expected elements that do not overlap each other in memory");
     for (int i = 0; i < count_; ++i) {
       const Region& other = regions_[i];
       if (!overlap(region, other)) continue;
-      // Two that are interleaved, with the same strides, may still be apart.
+      // Interleaved tensors with the same strides may span the same bytes without sharing an element.
       const int64_t distance = region.begin - other.begin;
       const bool alike = size == other.size &&
           std::equal(region.strides.begin(), region.strides.end(), other.strides.begin(), other.strides.end());
       FASTGPT_CHECK(
-          alike && (distance % size != 0 || !reaches(distance / size, other, region)), x.name,
+          alike && (distance % size != 0 || !share_element(distance / size, other, region)), x.name,
           ": expected memory apart from that of ", names_[i]);
     }
     regions_[count_] = region, names_[count_++] = x.name;
   }
 
-  // Then all that are read.
+  // Checks a tensor that is read. Call it when all that are written have been added.
   void check_apart(const TensorInfo& x, const void* data, int64_t size) const {
     const Region read = region_of(data, size, x.sizes, x.strides);
     for (int i = 0; i < count_; ++i) {
@@ -165,7 +165,7 @@ inline KVCacheUpdate kv_cache_arguments(
   return u;
 }
 
-// Adds q and its rotation to u. Returns the tensor for the rotated q, contiguous.
+// Adds q and the rotary embedding to u. Returns the uninitialized, contiguous tensor for the rotated q.
 inline Tensor add_rotation(
     KVCacheUpdate& u, const Written& written, const Tensor& q_tensor, const Tensor& k_tensor, const Tensor& positions,
     const Tensor& cos, const Tensor& sin, bool interleaved) {

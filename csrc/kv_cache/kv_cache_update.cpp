@@ -1,4 +1,4 @@
-// kv_cache_update and rope_kv_cache_update on the CPU: checks, parallel parts, and the kernels of the CPU's level.
+// kv_cache_update and rope_kv_cache_update on the CPU: checks, parallel tasks, and dispatch to the kernels of the CPU level.
 
 #include <torch/csrc/stable/library.h>
 
@@ -12,9 +12,9 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(void kv_cache_store(const KVCacheUpdate& u, int64_
 namespace fastgpt {
 namespace {
 
-constexpr int64_t kWorkOfByte = 2;  // multiply-adds that take as long as moving a byte
+constexpr int64_t kWorkOfByte = 2;  // cost of moving a byte, in multiply-adds
 
-// All slots before the first write, so that a bad one leaves the cache as it was.
+// Checks all slots before the first write, so that the cache is unchanged if one is invalid.
 void check_slots(const KVCacheUpdate& u) {
   for (int64_t b = 0; b < u.B; ++b) {
     for (int64_t t = 0; t < u.T; ++t) {
@@ -31,11 +31,11 @@ void check_slots(const KVCacheUpdate& u) {
 void run(const KVCacheUpdate& u) {
   check_slots(u);
   const auto kernel = FASTGPT_AT_CPU_LEVEL(kv_cache_store);
-  // An item is one head's rows of one sequence; only items of different slots run in parallel.
+  // An item is one head's rows of one sequence; only items that write different slots run in parallel.
   const int64_t items = u.B * (u.H + 2 * u.H_kv);
   const int64_t item_bytes = std::max<int64_t>(u.T * std::max(u.D, u.D_v) * size_of(u.element), 1);
   if (u.block_table) {
-    // Sequences may share a page: a head of them all is one thread's, so that of two tokens for one slot the last stays.
+    // Sequences may share a page: one thread writes a head of all sequences, so that the last of two tokens for one slot wins.
     const int64_t heads = u.H + 2 * u.H_kv;
     return for_tasks(heads, u.B * item_bytes * kWorkOfByte, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < u.B; ++b) kernel(u, b * heads + begin, b * heads + end);

@@ -1,7 +1,7 @@
 // kv_cache_update and rope_kv_cache_update on a GPU: one launch each.
 //
-// They can be captured into a CUDA graph: positions are read by the kernel and nothing waits. If two tokens name the same
-// slot, either may stay, K and V independently. A token whose position or page is outside the cache is not written.
+// They can be captured into a CUDA graph: positions are read by the kernel, without a host sync. If two tokens have the same
+// slot, either may win, for K and V independently. A token whose position or page is out of range is not written.
 
 #include <algorithm>
 
@@ -13,8 +13,8 @@
 namespace fastgpt {
 namespace {
 
-// Rows that stay as they are. One thread copies one Vec of K and one of V, as far as the shorter row goes; threads are numbered
-// over (b, h, t, Vec of the longer row). The rows are on their way before the slot is known: the waits for both overlap.
+// Copies rows unchanged. One thread copies one Vec of K and one of V, if the shorter row has it; threads are numbered over
+// (b, h, t, Vec of the longer row). Rows are loaded before the slot is known, so that the latencies of both overlap.
 template <typename Vec>
 __global__ void __launch_bounds__(kThreads)
     copy_rows(KVCacheUpdate u, uint32_t k_vecs_per_row, uint32_t v_vecs_per_row, uint32_t vecs) {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
   if (has_v) reinterpret_cast<Vec*>(row_of(u.v_cache, slot.b, h, slot.n))[vec] = v;
 }
 
-// How one format is read and written, as its bits.
+// Conversions of each format from and to its bits.
 struct Float32 {
   using Bits = uint32_t;
   static __device__ float from(Bits bits) { return bits_to_float(bits); }
@@ -71,15 +71,15 @@ __device__ void store(char* row, int index, const T (&x)[N]) {
   *reinterpret_cast<Vector<T, N>*>(row + index * sizeof(T)) = vector;
 }
 
-// Two runs of N elements of a row, from a and from b on, as floats.
+// Two runs of N elements of a row, starting at a and at b, as floats.
 template <int N>
 struct Unit {
   int a, b;
   float x[2 * N];
 };
 
-// A row is cut into units such that rotated pairs lie within one. Between split halves of the rotary dimensions a pair
-// is (a + i, b + i); elsewhere b follows a. With N = 1 the last unit of an odd row has no b.
+// A row is divided into units such that rotated pairs lie within one. Where pairs are split between the halves of the rotary
+// dimensions, a pair is (a + i, b + i); elsewhere b follows a. With N = 1 the last unit of an odd row has no b.
 template <int N>
 __device__ void place(Unit<N>& unit, int index, const KVCacheUpdate& u, bool rotated) {
   const int half = rotated && !u.interleaved ? static_cast<int>(u.rotary_dim) / 2 : 0;
@@ -147,9 +147,9 @@ __device__ void write_quantized(const Unit<N>& unit, float factor, Element eleme
   if (unit.b < D) store<N>(row, unit.b, b);
 }
 
-// Rows that are rotated or quantized, and, with rotation, those of v, which only go along. `group` threads, a power of
-// two up to a warp, do a row: of the heads of q, k and v, in this order, of token t of sequence b. N elements at a time;
-// with N > 1 a thread has one unit at most, which then stays in registers.
+// Rotates or quantizes rows; with rotation it also copies those of v. `group` threads, a power of two up to a warp, process a
+// row: of the heads of q, k and v, in this order, of token t of sequence b. N elements at a time; with N > 1 a thread has at
+// most one unit, which then stays in registers.
 template <typename Format, int N>
 __global__ void __launch_bounds__(kThreads)
     transform_rows(KVCacheUpdate u, uint32_t group, uint32_t k_units, uint32_t v_units, uint32_t rows) {
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The widest access, in bytes, that rows are aligned for: a power of two, at most 16. B, H, N: the dimensions' sizes; the
-// stride of one of size 1 is never used and may be anything.
+// stride of a dimension of size 1 is not used and may be anything.
 int64_t alignment(const Rows& rows, int64_t B, int64_t H, int64_t N) {
   int64_t bits = 16 | static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data));
   if (B > 1) bits |= rows.stride_b;

@@ -1,5 +1,5 @@
-// The cache update on the CPU, compiled once per CPU level: rows copied as they are, or rotated and quantized on the way.
-// setup.py compiles this file with -ffp-contract=off: results are the reference's, bit for bit.
+// The cache update on the CPU, compiled once per CPU level: copies rows, or rotates and quantizes them on the way. setup.py
+// compiles this file with -ffp-contract=off, so that results are those of the reference, bit for bit.
 
 #include "kv_cache/kv_cache.h"
 
@@ -14,10 +14,10 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Tokens whose rows of one head are copied before those of the next: long runs.
+// Tokens of one head that are copied before those of the next head, for long runs.
 constexpr int64_t kBlockTokens = 512;
 
-// From so many bytes of keys on, they are written past the caches: more than the second level holds.
+// From this size of the keys on, which exceeds the L2 cache, non-temporal stores are used.
 constexpr int64_t kLargeBytes = 4 << 20;
 
 inline void store(const float* x, Element element, int64_t D, char* target) {
@@ -33,7 +33,7 @@ inline void store(const float* x, Element element, int64_t D, char* target) {
   }
 }
 
-// To numbers of `element`, as if stored and loaded again.
+// Rounds to `element`, as if stored and loaded again.
 inline void round_to(Element element, int64_t D, float* x) {
   if (element == Element::float16) {
     for (int64_t d = 0; d < D; ++d) x[d] = half_to_float(float_to_half(x[d]));
@@ -65,7 +65,7 @@ inline void rotate_for(const KVCacheUpdate& u, int64_t b, int64_t t, float* x) {
   rotate(x, u.cos + position * u.cos_stride, u.sin + position * u.sin_stride, u.rotary_dim / 2, u.interleaved);
 }
 
-// The functions below do the tokens from begin to end of one (b, h).
+// The functions below process the tokens from begin to end of one (b, h).
 
 void rotate_queries(const KVCacheUpdate& u, int64_t b, int64_t h, int64_t begin, int64_t end) {
   alignas(64) float x[kMaxTransformedDim];
@@ -76,7 +76,7 @@ void rotate_queries(const KVCacheUpdate& u, int64_t b, int64_t h, int64_t begin,
   }
 }
 
-// Rows that are rotated or quantized, or both.
+// Stores rows that are rotated or quantized, or both.
 void store_transformed(const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64_t begin, int64_t end, const Slot* slots) {
   const Rows &source = is_k ? u.k : u.v, &cache = is_k ? u.k_cache : u.v_cache, &scale = is_k ? u.k_scale : u.v_scale;
   const int64_t D = is_k ? u.D : u.D_v;
@@ -100,8 +100,8 @@ void store_transformed(const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, 
   }
 }
 
-// memcpy, past the caches where the CPU can: memory that is only written need not be read first. For amounts that no
-// cache would hold anyway.
+// memcpy by non-temporal stores if the CPU has them: memory that is only written need not be read first. For sizes that do not
+// fit into the caches anyway.
 inline void copy_past_caches(char* target, const char* source, int64_t bytes) {
 #if defined(__SSE2__)
 #if defined(__AVX512F__)
@@ -128,7 +128,7 @@ inline void copy_past_caches(char* target, const char* source, int64_t bytes) {
   std::memcpy(target, source, bytes);
 }
 
-// Rows that stay as they are, whole runs of them where they lie together.
+// Copies rows unchanged, contiguous ones in whole runs.
 void store_copied(const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64_t begin, int64_t end, const Slot* slots) {
   const Rows &source = is_k ? u.k : u.v, &cache = is_k ? u.k_cache : u.v_cache;
   const int64_t row_bytes = (is_k ? u.D : u.D_v) * size_of(u.element);
@@ -153,13 +153,13 @@ void store_copied(const KVCacheUpdate& u, bool is_k, int64_t b, int64_t h, int64
 
 }  // namespace
 
-// Does a range of items, one for each of the H + 2 H_kv heads of each sequence, in order of the tokens: of two for one
-// slot, the last stays. Every slot has been checked.
+// Processes a range of items, one for each of the H + 2 H_kv heads of each sequence, in the order of tokens: the last of two
+// for one slot wins. Every slot has been checked.
 void kv_cache_store(const KVCacheUpdate& u, int64_t begin, int64_t end) {
   const int64_t heads = u.H + 2 * u.H_kv;
   const bool quantized = u.cache_element != u.element;
-  // What a projection left token by token (the heads of a token together) is read so that it comes from memory in order:
-  // rows that are computed on one token at a time, rows that are only copied in the blocks that were fastest.
+  // Token-major input (as a projection writes it, the heads of a token together) is read in memory order: one token at a time
+  // if rows are transformed, in blocks of 16, which measured fastest, if they are copied.
   const bool token_major = u.k.stride_n > u.k.stride_h;
   const int64_t block = !token_major ? kBlockTokens : quantized || u.rotary_dim > 0 ? 1 : 16;
   Slot slots[kBlockTokens];
@@ -183,7 +183,7 @@ void kv_cache_store(const KVCacheUpdate& u, int64_t begin, int64_t end) {
     begin += last - first;
   }
 #if defined(__SSE2__)
-  _mm_sfence();  // what was written past the caches comes before what this thread writes next
+  _mm_sfence();  // orders non-temporal stores before later stores of this thread
 #endif
 }
 

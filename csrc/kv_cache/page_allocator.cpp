@@ -92,8 +92,8 @@ PageAllocator::Changes PageAllocator::append(const std::vector<int64_t>& sequenc
   const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
   expect(twice == sorted.end(), "sequences: expected distinct ones, got one twice");
 
-  // First what it takes: new pages, and copies of shared last pages. Of the sequences that write to a shared page, the
-  // last one keeps it if nobody else has it.
+  // First count the pages needed: new pages, and copies of shared last pages. If all sequences that share a page write to it,
+  // the last of them keeps it.
   const auto writes_shared = [&](const Sequence& sequence, int64_t count) {
     return count > 0 && sequence.length % page_size_ != 0 && owners_[sequence.pages.back()] > 1;
   };
@@ -166,7 +166,7 @@ int64_t PageAllocator::take() {
 }
 
 void PageAllocator::release(int64_t page) {
-  if (--owners_[page] == 0) free_.push_back(page);  // within the capacity that it once had
+  if (--owners_[page] == 0) free_.push_back(page);  // within the reserved capacity: does not throw
 }
 
 }  // namespace fastgpt

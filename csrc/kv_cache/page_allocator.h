@@ -1,5 +1,5 @@
-// The pages of a paged KV cache: which sequence has which, and which sequences share them. Only numbers: what is stored
-// in a page is not touched here. Not thread-safe; Python's lock is held by its callers.
+// The page allocator of a paged KV cache: which sequence has which pages, and which sequences share them. It only does the
+// bookkeeping; pages are not touched here. Not thread-safe: callers hold the GIL.
 
 #pragma once
 
@@ -34,7 +34,7 @@ class PageAllocator {
 
   PageAllocator(int64_t num_pages, int64_t page_size);
 
-  // A copy, of what the functions below said. Throws std::invalid_argument for what no allocator says.
+  // Restores the state that the functions below return. Throws std::invalid_argument if it is inconsistent.
   PageAllocator(
       int64_t num_pages, int64_t page_size, int64_t next_sequence, std::vector<int64_t> free_pages,
       std::unordered_map<int64_t, Sequence> sequences);
@@ -45,20 +45,20 @@ class PageAllocator {
   int64_t num_pages() const { return static_cast<int64_t>(owners_.size()); }
   int64_t page_size() const { return page_size_; }
 
-  // A new sequence without tokens. Returns its number, which is never used again.
+  // Creates an empty sequence. Returns its number, which is never reused.
   int64_t allocate();
 
-  // A new sequence with the tokens of another, whose pages it shares.
+  // Creates a sequence with the tokens of another, whose pages it shares.
   int64_t fork(int64_t sequence);
 
-  // Forgets a sequence; pages that no other shares become free.
+  // Removes a sequence; pages that no other sequence shares become free.
   void free(int64_t sequence);
 
-  // Makes room for counts[i] more tokens of sequences[i], which are distinct. A page that is to be written and that
-  // others share is replaced by one of its own. Throws OutOfPages before anything has changed.
+  // Reserves slots for counts[i] more tokens of sequences[i], which are distinct. A shared page that would be written is
+  // replaced by a copy (copy-on-write). Throws OutOfPages before anything has changed.
   Changes append(const std::vector<int64_t>& sequences, const std::vector<int64_t>& counts);
 
-  // Forgets all but the first `length` tokens; pages that no other sequence shares become free.
+  // Removes all but the first `length` tokens; pages that no other sequence shares become free.
   void truncate(int64_t sequence, int64_t length);
 
   int64_t length(int64_t sequence) const { return find(sequence).length; }
@@ -73,7 +73,7 @@ class PageAllocator {
   void release(int64_t page);
 
   int64_t page_size_;
-  std::vector<int64_t> owners_;  // of each page
+  std::vector<int64_t> owners_;  // reference count of each page
   std::vector<int64_t> free_;    // the last one is taken first
   std::unordered_map<int64_t, Sequence> sequences_;
   int64_t next_sequence_ = 0;

@@ -1,6 +1,6 @@
-// A row of numbers as bytes and a scale: the functions of elements.h, a vector of numbers at a time and with the same bits.
+// Quantization of a row to bytes and a scale: the functions of elements.h, vectorized, with the same bits.
 //
-// For files that are compiled once per CPU level, without fused products and sums: everything is in an anonymous namespace (see
+// For files that are compiled once per CPU level, with -ffp-contract=off: everything is in an anonymous namespace (see
 // cpu_level.h).
 
 #pragma once
@@ -11,23 +11,23 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-inline Words bits_of(Vector x) { return reinterpret_cast<Words>(x); }
-inline Words magnitude_of(Vector x) { return bits_of(x) & 0x7fffffffu; }
+inline UIntVector bits_of(Vector x) { return reinterpret_cast<UIntVector>(x); }
+inline UIntVector magnitude_of(Vector x) { return bits_of(x) & 0x7fffffffu; }
 
-// As quantized_int8 and quantized_e4m3, of a factor other than 0: numbers in the lowest bytes.
-inline Words int8_of(Vector x, float factor) { return bits_of(x * factor + 12582912.0f) - 0x4b400000u; }
-inline Words e4m3_of(Vector x, float factor) {
+// As quantized_int8 and quantized_e4m3, for a factor other than 0; results are in the lowest bytes of the lanes.
+inline UIntVector int8_of(Vector x, float factor) { return bits_of(x * factor + 12582912.0f) - 0x4b400000u; }
+inline UIntVector e4m3_of(Vector x, float factor) {
   x *= factor;
-  const Words magnitude = magnitude_of(x);
-  const Words normal = (magnitude - (120u << 23) + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
-  const Words subnormal = bits_of(reinterpret_cast<Vector>(magnitude) + 16384.0f) - 0x46800000u;
-  const Words rounded = magnitude < (Words{} + (121u << 23)) ? subnormal : normal;
-  const Words capped = magnitude >= (Words{} + 0x43e00000u) ? Words{} + 0x7eu : rounded;
+  const UIntVector magnitude = magnitude_of(x);
+  const UIntVector normal = (magnitude - (120u << 23) + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
+  const UIntVector subnormal = bits_of(reinterpret_cast<Vector>(magnitude) + 16384.0f) - 0x46800000u;
+  const UIntVector rounded = magnitude < (UIntVector{} + (121u << 23)) ? subnormal : normal;
+  const UIntVector capped = magnitude >= (UIntVector{} + 0x43e00000u) ? UIntVector{} + 0x7eu : rounded;
   return (bits_of(x) >> 24 & 0x80u) | capped;
 }
 
-// The lowest byte of each lane.
-inline void store_bytes(Words x, uint8_t* target) {
+// Stores the lowest byte of each lane.
+inline void store_bytes(UIntVector x, uint8_t* target) {
 #if defined(__AVX512F__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(x)));
 #else
@@ -37,12 +37,12 @@ inline void store_bytes(Words x, uint8_t* target) {
 #endif
 }
 
-// Returns the scale.
+// Quantizes D floats, and returns the scale.
 inline float quantize(const float* x, Element element, int64_t D, uint8_t* target) {
   const int64_t whole = D / kWidth * kWidth;
-  Words lanes = {};
+  UIntVector lanes = {};
   for (int64_t d = 0; d < whole; d += kWidth) {
-    const Words magnitude = magnitude_of(load(x + d));
+    const UIntVector magnitude = magnitude_of(load(x + d));
     lanes = magnitude > lanes ? magnitude : lanes;
   }
   float largest = 0.0f;

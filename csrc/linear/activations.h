@@ -1,4 +1,4 @@
-// Activations of vectors of floats; NaN stays NaN. For files that are compiled once per CPU level: see cpu_level.h.
+// Activations of vectors of floats, which propagate NaN. For files that are compiled once per CPU level: see cpu_level.h.
 
 #pragma once
 
@@ -14,8 +14,8 @@ inline Vector relu(Vector x) { return x < 0.0f ? Vector{} : x; }
 
 inline Vector gelu_tanh(Vector x) { return 0.5f * x * (1.0f + tanh(0.7978845608028654f * (x + 0.044715f * x * x * x))); }
 
-// x Φ(x) = max(x, 0) - |x| Φ(-|x|), where nothing cancels. Φ(-a) is e^(-a²/2) times a polynomial in 1 / (1 + 0.346 a),
-// fitted for least relative error (2.2e-8 before rounding) up to a = 14, from where on the power is zero.
+// x Φ(x) = max(x, 0) - |x| Φ(-|x|), without cancellation. Φ(-a) is e^(-a²/2) times a polynomial in 1 / (1 + 0.346 a), a minimax
+// fit of the relative error (2.2e-8 before rounding) up to a = 14; beyond that the exponential is zero.
 inline Vector gelu(Vector x) {
   const Vector a = magnitude(x) > 14.0f ? broadcast(14.0f) : magnitude(x), t = 1.0f / (1.0f + 0.346f * a);
   Vector y = broadcast(-2.857433969e-02f);
@@ -30,13 +30,13 @@ inline Vector gelu(Vector x) {
   return relu(x) - a * t * y * exp_nonpositive(-0.5f * a * a);
 }
 
-// x / (1 + e^-x), with e^-|x| only.
+// x / (1 + e^-x), computed from e^-|x|, which cannot overflow.
 inline Vector silu(Vector x) {
   const Vector e = exp_nonpositive<true>(-magnitude(x));
   return x * (x < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
 }
 
-// `count` numbers in place, and what fills them up to whole vectors.
+// Activates `count` elements in place, and the padding to whole vectors.
 inline void activate(Activation activation, float* x, int64_t count) {
   const auto each = [&](auto function) {
     for (int64_t i = 0; i < count; i += kWidth) store(x + i, function(load(x + i)));

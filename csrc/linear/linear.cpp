@@ -1,4 +1,4 @@
-// `linear` on the CPU: unpacking, parallel parts, and the kernels of the CPU's level.
+// `linear` on the CPU: unpacking, parallel tasks, and dispatch to the kernels of the CPU level.
 
 #include <algorithm>
 #include <vector>
@@ -23,18 +23,18 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(
 namespace fastgpt {
 namespace {
 
-constexpr int64_t kLeastFeatures = 16;  // that a thread takes at a time
+constexpr int64_t kLeastFeatures = 16;  // minimum number of output features per part
 
-// Of up to kMaxRows rows.
+// The operation for up to kMaxRows rows.
 void run_block(const Linear& l, float* x) {
-  // A number takes about as long as 16 multiply-adds.
+  // An element takes about as long as 16 multiply-adds.
   for_tasks(l.row_blocks(), 16 * std::min(l.rows, kRowBlock) * l.in + 1, [&](int64_t begin, int64_t end) {
     float* memory = thread_scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_scratch)(l));
     FASTGPT_AT_CPU_LEVEL(linear_inputs)(l, x, memory, begin, end);
   });
   const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_outputs);
   if (l.rows * l.in * l.weight_rows() <= grain()) return kernel(l, x, 0, l.out_features, l.out_features);
-  // The next part is known before this one ends: its weights are fetched in time.
+  // The next part is known before this one ends, so its weights are prefetched.
   for_parts(l.out_features, kLeastFeatures, [&](int64_t begin, int64_t end, int64_t next) { kernel(l, x, begin, end, next); });
 }
 
@@ -43,7 +43,7 @@ void run(const Linear& all, float* x) {
   const auto after = [size](const void* start, int64_t numbers) {
     return start ? static_cast<const char*>(start) + numbers * size : nullptr;
   };
-  // About equal numbers of rows: the weights are read for each block.
+  // Blocks of about equal numbers of rows, as each reads all weights.
   const int64_t blocks = (all.rows + kMaxRows - 1) / kMaxRows;
   const int64_t step = blocks ? (all.rows + blocks * kRowBlock - 1) / (blocks * kRowBlock) * kRowBlock : 1;
   for (int64_t first = 0; first < all.rows; first += step) {
@@ -98,7 +98,7 @@ Tensor run_linear(
   largest.rows = std::min(l.rows, kMaxRows);
   const std::shared_ptr<float> floats = scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_size)(largest) + 1);
   const auto operation = [l, floats] { run(l, floats.get()); };
-  memory.copied() ? operation() : perform(operation);  // a copy is not what a plan should read again
+  memory.copied() ? operation() : perform(operation);  // a plan must not read a stale copy again
   return out;
 }
 
@@ -139,7 +139,7 @@ Tensor linear_quantized_cpu(
       {bias, residual, norm_weight, norm_bias, activation, gated, rms, norm_eps, norm_offset});
 }
 
-// Into `out`, (..., out_features), what follows the product, which is `out` itself or, if gated, twice as wide.
+// The epilogue of a product, into `out` (..., out_features). The product is `out` itself or, if gated, twice as wide.
 void finish(
     Linear& l, ContiguousMemory& memory, const void* product, const Tensor& out, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& residual) {
@@ -148,7 +148,7 @@ void finish(
   l.bias = memory.of(bias, "bias", {l.weight_rows()});
   l.residual = memory.of(residual, "residual", shape_of(out));
   const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_finish);
-  // A number takes about as long as 16 multiply-adds.
+  // An element takes about as long as 16 multiply-adds.
   for_tasks(out.numel() / std::max<int64_t>(l.out_features, 1), 16 * l.weight_rows() + 1, [&](int64_t begin, int64_t end) {
     kernel(l, product, begin, end);
   });

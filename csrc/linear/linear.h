@@ -1,6 +1,6 @@
 // The arguments of the CPU kernels of `linear`: out = residual + activation(norm(x) weight^T + bias), or if gated the
 // activation of the product's first half times the second. Where PyTorch's product of many rows of x is faster, the kernels do
-// what follows it.
+// the epilogue alone.
 
 #pragma once
 
@@ -11,9 +11,9 @@
 
 namespace fastgpt {
 
-constexpr int64_t kMaxRows = 64;   // of x that the kernels multiply at a time
-constexpr int64_t kRowBlock = 16;  // of x that are prepared at a time
-constexpr int64_t kFeatures = 64;  // that are finished at a time, or half of it if gated
+constexpr int64_t kMaxRows = 64;   // rows of x that the kernels multiply at a time
+constexpr int64_t kRowBlock = 16;  // rows of x that are prepared (normalized, converted) at a time
+constexpr int64_t kFeatures = 64;  // output features of a step of the epilogue; half of it if gated
 
 enum class Activation : int64_t { none, gelu_tanh, gelu, silu, relu };  // as ACTIVATIONS in fastgpt/ops/linear.py
 
@@ -26,9 +26,9 @@ struct Packing {
   int64_t header() const { return minima ? 4 : 2; }
   int64_t row_bytes(int64_t in) const { return in / group_size * (header() + group_size * bits / 8); }
 };
-constexpr int64_t kPacked = 32;  // numbers that are packed together
+constexpr int64_t kPacked = 32;  // weights that are packed together
 
-// Everything is contiguous and of one element type, but weights that are quantized; what may be null is left out.
+// All tensors are contiguous and, except quantized weights, of one element type; optional ones may be null.
 struct Linear {
   Element element;
   int64_t rows, in, out_features;

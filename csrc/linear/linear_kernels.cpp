@@ -1,5 +1,5 @@
-// `linear` for few rows of x. Such a product reads every weight once, from memory; all else must hide behind that, up to as
-// many rows as there is time for.
+// `linear` for few rows of x. Such a product is bound by reading every weight once from memory; with few enough rows,
+// everything else overlaps with that.
 
 #include "common/integers.h"
 #include "common/matrices.h"
@@ -17,8 +17,8 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// What follows the product, for up to kFeatures of a row's output features, from `first` on; `factors` are what a gate is
-// multiplied with.
+// The epilogue of the product, for up to kFeatures of a row's output features, from `first` on; the gate is multiplied by
+// `factors`.
 void finish(const Linear& l, int64_t row, int64_t first, int64_t count, float* y, float* factors) {
   const int64_t offset = row * l.out_features + first;
   const auto add = [&](const void* source, int64_t from, float* target) {
@@ -105,7 +105,7 @@ void outputs_of_pairs(const Linear& l, const Pairs& x, int64_t begin, int64_t en
   alignas(64) float dots[kLines][kMaxRows] = {}, lines[kMaxRows][kLines];
   for (int64_t first = begin; first < end; first += kStep) {
     const int64_t count = smaller(end - first, kStep), then = first + kStep < end ? first + kStep : next;
-    // Of `count` weight rows from `now` on, before those from `then` on if there are such.
+    // Multiplies `count` weight rows from `now` on, and prefetches those from `then` on, if they exist.
     const auto multiply_from = [&](int64_t now, int64_t then, float* target) {
       const auto* weight = static_cast<const BFloat16*>(l.weight) + now * l.in;
       x.multiply(weight, count, then < l.weight_rows() ? (then - now) * l.in : 0, target);
@@ -124,7 +124,7 @@ void outputs_of_pairs(const Linear& l, const Pairs& x, int64_t begin, int64_t en
 
 }  // namespace
 
-// Output features begin to end, of all rows. The weights of `next`, if there is such a feature, are needed after them.
+// Output features begin to end of all rows. The weights of feature `next`, if it exists, are prefetched.
 void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
 #if defined(__AVX512F__)
   if (Pairs::serves(l)) return outputs_of_pairs(l, Pairs(l, const_cast<float*>(x)), begin, end, next);
@@ -137,7 +137,7 @@ void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end,
   }
 }
 
-// What follows the product, of its rows begin to end. It may be `out` if there is no gate.
+// The epilogue of rows begin to end of the product, which may be `out` if there is no gate.
 void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t end) {
   alignas(64) float y[kFeatures] = {}, factors[kFeatures] = {};
   for (int64_t r = begin; r < end; ++r) {
@@ -160,7 +160,7 @@ int64_t linear_inputs_size(const Linear& l) {
 
 int64_t linear_inputs_scratch(const Linear& l) { return (kRowBlock + 2) * padded(l.in); }
 
-// Blocks of kRowBlock rows of x as products take them: normalized, as floats filled up with zeros, or as pairs.
+// Prepares blocks of kRowBlock rows of x for products: normalized, as zero-padded floats or as pairs.
 void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int64_t end) {
   const int64_t line = padded(l.in);
   for (int64_t block = begin; block < end; ++block) {

@@ -1,4 +1,4 @@
-// x as the instructions that multiply pairs of bfloat16 take it.
+// x in the layout of instructions that multiply pairs of bfloat16.
 //
 // For files that are compiled once per CPU level, where that has AVX-512: everything is in an anonymous namespace (see
 // cpu_level.h).
@@ -12,8 +12,8 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Pairs of neighboring columns, those of all rows side by side; filled up with zeros to whole vectors of rows and to 32
-// columns. Several pieces lie one after the other.
+// Pairs of neighboring columns, row-contiguous: the pairs of all rows for columns (k, k + 1) are adjacent. Zero-padded to whole
+// vectors of rows and to 32 columns. Pieces are stored one after the other.
 class PairedRows {
  public:
   PairedRows(const Linear& l, int pieces, float* memory)
@@ -23,10 +23,10 @@ class PairedRows {
         piece_(rounded_up(l.in, kColumns) * rows_),
         pieces_(pieces) {}
 
-  int64_t rows() const { return rows_; }                 // with those that fill up
+  int64_t rows() const { return rows_; }                 // including padding
   int64_t size() const { return pieces_ * piece_ / 2; }  // in floats
 
-  // kRowBlock rows from `first` on, `stride` floats apart and filled up with zeros to it.
+  // Stores kRowBlock rows from `first` on, which are `stride` floats apart and zero-padded to that.
   void set(int64_t first, const float* rows, int64_t stride) const {
     with_pieces(pieces_, [&](auto pieces) {
       for (int64_t k = 0; k < rounded_up(in_, kColumns); k += kWidth) {
@@ -44,11 +44,11 @@ class PairedRows {
   static constexpr int64_t kColumns = 32;
   static_assert(kRowBlock == kWidth, "a block of rows fills a vector");
 
-  // Columns k and k + 1, k even, from row r on.
+  // The pairs of columns k and k + 1, k even, from row r on.
   const uint16_t* pairs(int64_t k, int64_t r, int piece = 0) const { return x_ + piece * piece_ + k * rows_ + 2 * r; }
 
   uint16_t* const x_;
-  const int64_t in_, rows_, piece_;  // piece_: numbers of a piece
+  const int64_t in_, rows_, piece_;  // piece_: elements of a piece
   const int pieces_;
 };
 

@@ -12,7 +12,7 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// x in one piece if it is in bfloat16, in two of what a norm makes of it, which is then rounded to 16 bits.
+// x in one piece if it is bfloat16; in two, which keep 16 bits, if it has been normalized.
 class TileRows : public PairedRows {
  public:
   static constexpr int64_t kGroup = 32;  // weight rows, in two tiles
@@ -25,8 +25,7 @@ class TileRows : public PairedRows {
   TileRows(const Linear& l, float* memory) : PairedRows(l, l.norm.weight ? 2 : 1, memory) {}
 
   // dots[n][r] = weight[n] · x[r] for `count` rows of the weight and rows() of x. If `ahead` is not 0, the weights that many
-  // numbers on are fetched into the caches. Tiles of weights are loaded where they lie; those that are not whole are filled up
-  // elsewhere.
+  // elements on are prefetched. Tiles of weights are loaded in place; partial tiles are copied and zero-padded.
   void multiply(const BFloat16* weight, int64_t count, int64_t ahead, float* dots) const {
     const Tiles tiles;
     alignas(64) BFloat16 filled[kGroup][kBlock];
@@ -44,7 +43,7 @@ class TileRows : public PairedRows {
           for (int64_t i = 0; i < group; ++i) fill_up(source + i * in_, columns, filled[i]);
           weights = {filled[0], kBlock, nullptr};
         }
-        asm volatile("" ::: "memory");  // the intrinsics do not say that they read it
+        asm volatile("" ::: "memory");  // the compiler does not know that the intrinsics read it
         for (int64_t r = 0; r < rows_; r += 2 * kWidth) {
           rows_ - r > kWidth ? multiply_tiles<2>(weights, k, columns, r, product[0] + r)
                              : multiply_tiles<1>(weights, k, columns, r, product[0] + r);
@@ -58,7 +57,7 @@ class TileRows : public PairedRows {
   }
 
  private:
-  static constexpr int64_t kBlock = 512;  // columns that are filled up at a time
+  static constexpr int64_t kBlock = 512;  // columns that are copied at a time
 
   struct Weights {
     const BFloat16* data;
@@ -86,7 +85,7 @@ class TileRows : public PairedRows {
       }
     }
     for (int64_t c = 0; c < columns; c += kColumns) {
-      // Into the second level of cache: the first has x.
+      // Into the L2 cache, as x occupies the L1 cache.
       for (int64_t i = 0; weights.ahead && i < kGroup; ++i) __builtin_prefetch(weights.ahead + i * in_ + c, 0, 2);
       _tile_loadd(4, weights.data + c, stride);
       _tile_loadd(5, weights.data + kWidth * weights.stride + c, stride);
@@ -110,7 +109,7 @@ class TileRows : public PairedRows {
     }
   }
 
-  // Up to whole tiles, with zeros.
+  // Copies elements, zero-padded to whole tiles.
   static void fill_up(const BFloat16* source, int64_t count, BFloat16* target) {
     std::memcpy(target, source, count * sizeof *source);
     std::memset(target + count, 0, (rounded_up(count, kColumns) - count) * sizeof *source);

@@ -1,4 +1,4 @@
-// The products of `linear` by the instruction that adds products of pairs of bfloat16 to floats (AVX512_BF16).
+// The products of `linear` by VDPBF16PS, which adds dot products of pairs of bfloat16 to floats (AVX512_BF16).
 //
 // For files that are compiled once per CPU level, where that has AVX-512: everything is in an anonymous namespace (see
 // cpu_level.h).
@@ -12,8 +12,8 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// x in one piece: what a norm makes of it is rounded to bfloat16. Each pair of a weight row is multiplied with those of all
-// rows of x, which are the lanes of sums.
+// x in one piece: if it has been normalized, it is rounded to bfloat16. Each pair of a weight row is multiplied by the pairs of
+// all rows of x, which are the lanes of the accumulators.
 class DotRows : public PairedRows {
  public:
   static constexpr int64_t kGroup = 48;  // weight rows: a multiple of those at a time, and of a vector
@@ -26,7 +26,7 @@ class DotRows : public PairedRows {
   DotRows(const Linear& l, float* memory) : PairedRows(l, 1, memory) {}
 
   // dots[n][r] = weight[n] · x[r] for `count` rows of the weight and rows() of x. If `ahead` is not 0, the weights that many
-  // numbers on are fetched into the caches.
+  // elements on are prefetched.
   void multiply(const BFloat16* weight, int64_t count, int64_t ahead, float* dots) const {
     switch (rows_ / kWidth) {
       case 1: return multiply_vectors<1, 12>(weight, count, ahead, dots);
@@ -37,8 +37,8 @@ class DotRows : public PairedRows {
   }
 
  private:
-  // kVectors of rows of x, with kRows of the weight at a time: registers hold all sums. Where fewer are left, the last is
-  // multiplied several times.
+  // kVectors vectors of rows of x, and kRows of the weight at a time: registers hold all accumulators. If fewer rows are left,
+  // the last one is multiplied several times.
   template <int kVectors, int kRows>
   FASTGPT_BF16_DOT void multiply_vectors(const BFloat16* weight, int64_t count, int64_t ahead, float* dots) const {
     constexpr int64_t kLine = 64 / sizeof(BFloat16);  // of the caches

@@ -1,5 +1,5 @@
-// The products of `linear` in vectors of floats. Weights are multiplied as memory has them: of few rows of x, in the time that
-// reading them takes.
+// The products of `linear` in vectors of floats. Weights are not repacked: with few rows of x, products take no longer than
+// reading the weights.
 //
 // For files that are compiled once per CPU level: everything is in an anonymous namespace (see cpu_level.h).
 
@@ -10,27 +10,28 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Weight rows that are read side by side: Intel's CPUs fetch ahead within a page of memory, so one row alone is read 20% slower
-// than several that follow each other. AMD's read rows in one page up to 40% slower than one after the other, but one alone
-// waits for its sum: they read one row of each half of what is finished together. With more rows of x the arithmetic decides.
+// Weight rows that are read concurrently: Intel's hardware prefetcher works within a page of memory, so a single row is read
+// 20% slower than several adjacent ones. AMD's follows a single stream across pages, up to 40% faster than several in one page;
+// but with a single row of x, each multiply-add of a single stream would wait for the one before, so one row of each half of a
+// block of features is read. With more rows of x arithmetic is the bottleneck.
 constexpr int kMostStreams = 4;
-// Bytes, at least, from what is read to what is fetched meanwhile, into the second level of cache: on AMD the first level waits
-// for too few lines at a time for the memory's latency, and reads at half of the speed.
+// Minimum prefetch distance in bytes. Prefetches go into the L2 cache: on AMD, the L1 cache has too few outstanding misses to
+// hide the memory's latency, and reads at half of the speed.
 constexpr int64_t kLead = 8192;
-// Of x, multiplied with them at a time: registers hold all sums. With four times four, all lanes are added up side by side;
-// up to six rows, if there are no more, take about as long as reading the weights.
+// Rows of x that are multiplied at a time: registers hold all accumulators. With 4 x 4 accumulators, lanes are reduced for
+// several sums at once; up to six rows, if there are no more, take about as long as reading the weights.
 constexpr int kRows = kWidth == 16 ? 4 : kWidth == 8 ? 3 : 2;
 constexpr int kMostRows = kWidth == 16 ? 6 : kRows;
-// Sums of each dot product that grow side by side. NEON's are of 4 numbers: with one for each weight row, multiply-adds would
-// wait for those before, and weights be read slower than memory has them.
+// Independent accumulators of each dot product. NEON's vectors have 4 lanes: with one accumulator per weight row, the latency
+// of multiply-adds would be the bottleneck, not memory.
 #if defined(__aarch64__)
 constexpr int kSumsOfDot = 2;
 #else
 constexpr int kSumsOfDot = 1;
 #endif
 
-// dots[i][s · apart] = sum_c x[i][c] · weight[s · apart][c] for kCount rows of x and kStreams of weights. If `next` is not 0,
-// the weights that many bytes on are fetched into the caches.
+// dots[i][s · apart] = sum_c x[i][c] · weight[s · apart][c] for kCount rows of x and kStreams rows of weights. If `next` is not
+// 0, the weights that many bytes on are prefetched.
 template <int kCount, int kStreams, typename T>
 void multiply_rows(
     const float* x, int64_t x_row, const T* weight, int64_t in, int64_t apart, int64_t next, float* dots, int64_t dots_row) {
@@ -52,7 +53,7 @@ void multiply_rows(
     }
   }
   alignas(64) float sums_of_lanes[kCount * kStreams];
-  constexpr int kTogether = kCount * kStreams / kWidth * kWidth;  // whose lanes are added up side by side
+  constexpr int kTogether = kCount * kStreams / kWidth * kWidth;  // sums whose lanes are reduced at once
   for (int first = 0; first < kTogether; first += kWidth) {
     Vector lanes[kWidth];
     for (int j = 0; j < kWidth; ++j) lanes[j] = total[(first + j) / kStreams][(first + j) % kStreams][0];

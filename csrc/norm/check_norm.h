@@ -1,4 +1,4 @@
-// The numbers of a norm, as `norm` and `linear` take them.
+// Checks of the scalars of a norm, for `norm` and `linear`.
 
 #pragma once
 

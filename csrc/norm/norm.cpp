@@ -1,4 +1,4 @@
-// `norm` on the CPU: unpacking, parallel parts, and the kernels of the CPU's level.
+// `norm` on the CPU: unpacking, parallel tasks, and dispatch to the kernels of the CPU level.
 
 #include <vector>
 
@@ -16,8 +16,8 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(void norm_rows(const NormRows& n, float* scratch, 
 namespace fastgpt {
 namespace {
 
-// Dimensions that lie in memory like one count as one. A tensor with more than kRowDims of them, or whose last one is not
-// contiguous, is copied.
+// Dimensions that can be merged are merged. A tensor with more than kRowDims of them left, or whose last one is not contiguous,
+// is copied.
 StridedRows rows_of(const Tensor& x, const char* name, ContiguousMemory& memory) {
   memory.check(x, name);
   const auto sizes = x.sizes(), strides = x.strides();
@@ -47,7 +47,7 @@ StridedRows rows_of(const Tensor& x, const char* name, ContiguousMemory& memory)
 void run(const NormRows& n) {
   if (n.rows == 0) return;
   const auto kernel = FASTGPT_AT_CPU_LEVEL(norm_rows);
-  // A number takes about as long as 16 multiply-adds.
+  // An element takes about as long as 16 multiply-adds.
   for_tasks(n.rows, 16 * n.count + 1, [&](int64_t begin, int64_t end) {
     kernel(n, scratch(4 * padded(n.count) + 1).get(), begin, end);
   });
@@ -75,7 +75,7 @@ Tensor norm_cpu(
   const Tensor out = new_empty(x, shape);
   n.out = out.mutable_data_ptr();
   const auto operation = [n] { run(n); };
-  memory.copied() ? operation() : perform(operation);  // a copy is not what a plan should read again
+  memory.copied() ? operation() : perform(operation);  // a plan must not read a stale copy again
   return out;
 }
 

@@ -1,4 +1,4 @@
-// The arguments of the CPU kernels of `norm`, and how `linear` and it normalize a row.
+// The arguments of the CPU kernels of `norm`, and of the norm in `linear`.
 
 #pragma once
 
@@ -8,16 +8,16 @@
 
 namespace fastgpt {
 
-// A row x of `count` numbers becomes (x - mean) / sqrt(variance + eps) · (weight + offset) + bias, or if `rms`
+// A row x of `count` elements becomes (x - mean) / sqrt(variance + eps) · (weight + offset) + bias, or if `rms`
 // x / sqrt(mean of squares + eps) · (weight + offset) + bias. Weight and bias have the rows' element type.
 struct Norm {
-  const void* weight;  // (count,), or null: rows stay as they are
+  const void* weight;  // (count,), or null for no norm
   const void* bias;    // (count,) or null
   float eps, offset;
   bool rms;
 };
 
-// Contiguous rows of a tensor, wherever they lie: sizes and strides (in bytes) of the other dimensions, the innermost first.
+// A tensor with contiguous rows: sizes and strides (in bytes) of the other dimensions, the innermost first.
 constexpr int kRowDims = 3;
 struct StridedRows {
   const char* data = nullptr;
@@ -34,7 +34,7 @@ struct NormRows {
 
 namespace {
 
-// Floats of a row as kernels keep it, filled up with zeros to whole vectors.
+// Floats of a row in scratch memory, zero-padded to whole vectors of any CPU level.
 constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
 }  // namespace

@@ -1,11 +1,11 @@
-// `norm`: rows normalized, and added to a residual.
+// The CPU kernel of `norm`: normalizes rows, and adds a residual.
 
 #include "norm/normalize.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Rows one after the other, from number `row` on.
+// Iterates over rows in order, from index `row` on.
 class RowIterator {
  public:
   RowIterator(const StridedRows& rows, int64_t row) : rows_(rows), now_(rows.data) {
@@ -33,7 +33,7 @@ class RowIterator {
 
 }  // namespace
 
-// Rows begin to end. scratch: four rows, filled up.
+// Normalizes rows begin to end. scratch: four padded rows.
 void norm_rows(const NormRows& n, float* scratch, int64_t begin, int64_t end) {
   const int64_t size = padded(n.count);
   float *y = scratch, *residual = y + size;

@@ -1,4 +1,4 @@
-// A row normalized. For files that are compiled once per CPU level: see cpu_level.h.
+// Normalization of a row. For files that are compiled once per CPU level: see cpu_level.h.
 
 #pragma once
 
@@ -8,14 +8,14 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// `count` elements from index `offset` of `source` on as floats, filled up with zeros to whole vectors.
+// Converts `count` elements from index `offset` of `source` on to floats, zero-padded to whole vectors.
 inline void convert_padded(const void* source, int64_t offset, int64_t count, Element element, float* target) {
   convert(source, offset, count, element, target);
   std::memset(target + count, 0, (padded(count) - count) * sizeof(float));
 }
 
-// each(c, i) for the first number c of every vector up to `end`, with i going around so that sums in four parts need not wait
-// for each other.
+// Calls each(c, i) for the index c of every vector up to `end`; i cycles through kSums independent accumulators, to hide the
+// latency of additions.
 constexpr int kSums = 4;
 template <typename Each>
 inline void for_vectors(int64_t end, const Each& each) {
@@ -28,10 +28,10 @@ inline void for_vectors(int64_t end, const Each& each) {
 
 inline float sum(const Vector (&parts)[kSums]) { return sum((parts[0] + parts[1]) + (parts[2] + parts[3])); }
 
-// Normalizes rows of `count` floats, filled up with zeros.
+// Normalizes zero-padded rows of `count` floats.
 class Normalizer {
  public:
-  // scratch: two such rows, for as long as this lives.
+  // scratch: two padded rows, which must outlive this object.
   Normalizer(const Norm& norm, int64_t count, Element element, float* scratch)
       : count_(count), eps_(norm.eps), rms_(norm.rms), weight_(scratch), bias_(scratch + padded(count)) {
     convert_padded(norm.weight, 0, count, element, weight_);
@@ -54,16 +54,16 @@ class Normalizer {
       Vector total[kSums] = {};
       for_vectors(end, [&](int64_t c, int i) { total[i] += load(x + c); });
       const Vector mean = broadcast(sum(total) / count);
-      for (int64_t c = count; c < end; ++c) x[c] = mean[0];  // and then zero again
+      for (int64_t c = count; c < end; ++c) x[c] = mean[0];  // so that the difference is zero again
       for_vectors(end, [&](int64_t c, int i) {
         const Vector y = load(x + c) - mean;
         store(x + c, y);
         measure(y, i);
       });
     }
-    const float shift = rms_ ? 0.0f : sum(rest) / count;  // what rounding left of the mean
-    const float factor = 1.0f / __builtin_sqrtf(sum(squares) / count - shift * shift + eps_);
-    for_vectors(end, [&](int64_t c, int) { store(x + c, (load(x + c) - shift) * factor * load(weight + c) + load(bias + c)); });
+    const float shift = rms_ ? 0.0f : sum(rest) / count;  // the rounding error of the mean
+    const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / count - shift * shift + eps_);
+    for_vectors(end, [&](int64_t c, int) { store(x + c, (load(x + c) - shift) * rstd * load(weight + c) + load(bias + c)); });
   }
 
  private:

@@ -12,7 +12,7 @@ from fastgpt import folders
 from fastgpt.checkpoints import hub
 from fastgpt.cli.arguments import add_device, device_of, integer, number, path, path_or_id
 from fastgpt.cli.output import print_stderr
-from fastgpt.training.config import DTYPES, KEPT, TrainConfig
+from fastgpt.training.config import DTYPES, FIXED_ON_RESUME, TrainConfig
 from fastgpt.training.loop import train
 from fastgpt.training.processes import PARALLEL, joined, local_device
 from fastgpt.training.run_folder import claimed, require_new_run
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s --text FILE --out DIR [options]"
     parser.description = "Trains a decoder on a text file, with evaluations, samples and checkpoints on the way."
     add = parser.add_argument
-    kept = ", ".join(name.replace("_", "-") for name in KEPT[:-1]) + " and " + KEPT[-1].replace("_", "-")
+    kept = ", ".join(name.replace("_", "-") for name in FIXED_ON_RESUME[:-1]) + " and " + FIXED_ON_RESUME[-1].replace("_", "-")
     add("--text", type=path, required=True, metavar="FILE", help="training text, in UTF-8; its last 10%% is held out")
     add(
         "--out",

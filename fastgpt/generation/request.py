@@ -20,7 +20,8 @@ from fastgpt.generation.replay import Recording
 from fastgpt.generation.sampling import Sampler, uniform_numbers
 from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder_states import EncoderKV, read_encoder_states
-from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, evaluating, others
+from fastgpt.model.evaluation_mode import evaluating, others
+from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE
 from fastgpt.model.inputs import as_prompts, require_in_vocabulary, require_room
 
 MAX_ROWS = 2**20  # more are a mistake, and would take all memory before anything is generated

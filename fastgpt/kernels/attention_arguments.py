@@ -1,4 +1,4 @@
-"""What the launches of the attention kernels have in common: their arguments and tensor descriptors."""
+"""Arguments and tensor descriptors that the launches of the attention kernels share."""
 
 import functools
 
@@ -11,8 +11,8 @@ from fastgpt.kernels.attention_scores import unit_of
 from fastgpt.kernels.limits import check_count, check_sizes
 from fastgpt.ops.dropout import keep_threshold
 
-# Numbers that vary between calls must not compile the kernel again. What specializing would gain, the divisibility
-# of strides, the launcher guarantees and the kernel states.
+# Not specialized: integers that vary between calls must not recompile the kernel. Specialization would tell it the
+# divisibility of strides, which the launcher guarantees and the kernel asserts by tl.multiple_of.
 NUMBERS = [
     "stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn",
     "stride_ob", "stride_oh", "stride_om", "stride_lb", "stride_lh",
@@ -31,8 +31,8 @@ POINTERS += ["block_table_ptr", "k_scale_ptr", "v_scale_ptr", "seed_ptr"]
 
 
 class Extras:
-    """Everything that attention can do beyond softmax(scale q·k) v, as the kernels take it: tensors, their strides and other
-    numbers by the names of arguments, the first two in the order of the forward kernel's."""
+    """The optional features of attention, as the kernels take them: tensors, strides and scalars by argument name. Tensors and
+    strides are in the order of the forward kernel's arguments."""
 
     def __init__(
         self, q: Tensor, k: Tensor, window: int | None, softcap: float | None, alibi_slopes: Tensor | None,
@@ -73,13 +73,14 @@ class Extras:
         }
         self.units = unit_of(mask), unit_of(bias)
         self.ragged = kv_lengths is not None or cu_seqlens_q is not None
-        # Whether tiles need registers for it.
+        # Features that take registers, and so need smaller tiles.
         features = softcap, alibi_slopes, mask, bias, block_table, k_scale, self.tensors["seed_ptr"]
         self.with_extras = any(x is not None for x in features)
 
 
 def have_bulk_copies(*tensors: Tensor) -> bool:
-    """Whether the hardware, of 9.0 or later, can copy tiles of these tensors (B, heads, N, D) from aligned_rows in bulk."""
+    """Whether the hardware (compute capability 9.0 or later) can copy tiles of these tensors (B, heads, N, D), which have
+    aligned rows, in bulk: by the tensor memory accelerator (TMA)."""
     if architecture(tensors[0].device) < 90:
         return False
     most = 2**39
@@ -93,19 +94,19 @@ def have_bulk_copies(*tensors: Tensor) -> bool:
 
 
 class TileDescriptor(TensorDescriptor):
-    """Of rows that are known to be aligned, and are not looked at again."""
+    """A descriptor of rows that are known to be aligned: Triton's checks are skipped."""
 
     def __post_init__(self):
         pass
 
 
 def descriptors(constants: dict, tiles: dict[str, tuple[Tensor, str, str]]) -> dict[str, TensorDescriptor]:
-    """For bulk copies of tiles, of tensors that have_bulk_copies. tiles: name -> (tensor, the constants that say how many rows
-    and columns a tile has)."""
-    result, dims = {}, {"BLOCK_V": constants["V_DIM"]}  # what aligned_rows has added lies past them
+    """Descriptors for bulk copies (TMA) of tiles; see have_bulk_copies. tiles: name -> (tensor, names of the constants for the
+    rows and columns of a tile)."""
+    result, dims = {}, {"BLOCK_V": constants["V_DIM"]}  # without the padding that aligned_rows has added
     for name, (x, rows, columns) in tiles.items():
         (B, H, N, _), (stride_b, stride_h, stride_n, _) = x.shape, x.stride()
-        # A stride that is never taken has to be a multiple of 16 bytes nevertheless.
+        # The stride of a dimension of size 1 is not used, but has to be a multiple of 16 bytes.
         copy_strides = [128 if B == 1 else stride_b, 128 if H == 1 else stride_h, 128 if N == 1 else stride_n, 1]
         dim = dims.get(columns, constants["HEAD_DIM"])
         result[name] = TileDescriptor(x, [B, H, N, dim], copy_strides, [1, 1, constants[rows], constants[columns]])
@@ -118,7 +119,7 @@ def leading_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
 
 
 def strides(x: Tensor | None, prefix: str, dims: str, packed: bool = False) -> dict[str, int]:
-    """stride_<prefix><dim> of each of the first dimensions, in elements; 0 for none, and for the batch if packed."""
+    """stride_<prefix><dim> of each of the first dimensions, in elements; 0 if x is None, and for the batch if packed."""
     if x is None:
         return _no_strides(prefix, dims)
     result = dict(zip(_no_strides(prefix, dims), x.stride()))
@@ -148,5 +149,5 @@ NO_STRIDES = strides_of_extras(None, None, None, None, None)
 
 
 def bytes_of(x: Tensor) -> Tensor:
-    """x, or its bytes if it is of 8-bit floats, which not every architecture knows."""
+    """x, or its bytes if it is float8, which not every architecture supports."""
     return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x

@@ -1,16 +1,15 @@
-"""Attention, backward: two passes that recompute the weights from the saved log-sum-exp, each writing what it owns.
+"""Attention, backward: two passes that recompute the weights from the saved log-sum-exp. Each program writes its own rows.
 
     p = exp(score - lse),   dp = dout · v^T,   ds = p (dp - delta),   delta = sum_j p dp - dlse
     dv = p^T · dout,   dk = scale ds^T · q,   dq = scale ds · k,   dbias = ds,   dsinks = sum exp(sink - lse) (-delta)
 
 where ds is also multiplied by the soft cap's derivative on its way to dq and dk. A program of the first pass owns
 BLOCK_M queries and walks over their keys; one of the second owns BLOCK_N keys of one key/value head and walks over the
-queries that see them, head by head of its group. Nothing is added atomically, so gradients are the same bits on every run.
+queries that see them, head by head of its group. There are no atomic additions, so gradients are the same bits on every run.
 
-What is saved is rounded: a large lse more coarsely than the softmax was, and all weights of a row with it; out, whose
-product with dout is delta, to its dtype. The first pass, which sees whole rows, takes them as they are, but sums p and p dp
-as it goes, and from these leaves a better lse (in fp32, the factor 1 / sum p) and delta to what comes after; in fp32 it
-also corrects dq for the difference.
+The saved tensors are rounded: lse to fp32, which scales all weights of a row by the same error, and out, from which delta is
+computed, to its dtype. The first pass, which sees whole rows, starts from them, but also sums p and p dp. From these sums it
+stores a more accurate lse (in fp32, the factor 1 / sum p) and delta for the passes after it; in fp32 it also corrects dq.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 """
@@ -33,7 +32,7 @@ from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.tiles import DELTA_ROWS, attention_tile, keys_table, padded_dim
 
 WIDEST = 256  # head dim
-# Of wider heads, or where scores are more than q·k · scale, a pass over the queries has no registers left for bulk copies.
+# With wider heads, or with a feature beyond scale q·k, the pass over queries has no registers left for bulk copies (TMA).
 BULK_HEAD_DIM = 128
 
 
@@ -49,7 +48,7 @@ def delta_kernel(
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, n_heads, n_queries,
     V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, T): sum over the head dim of out · dout, less the gradient of lse."""
+    """delta (B, H, T): sum over the head dim of out · dout, minus the gradient of lse."""
     n_tiles = tl.cdiv(n_queries, BLOCK_M)
     pid = tl.program_id(0)
     start_m = pid % n_tiles * BLOCK_M
@@ -93,7 +92,7 @@ def attention_backward(
     if max(D, D_v) > WIDEST:
         raise ValueError(f"q: expected head dims up to {WIDEST} of q, k and v, got {D} and {D_v}")
     packed = cu_seqlens_q is not None
-    # No program writes what is past the last of packed sequences.
+    # No program writes the rows past the last of packed sequences.
     dq, dk, dv = (torch.zeros_like(x) if packed else torch.empty_like(x) for x in (q, k, v))
     dbias = torch.zeros_like(bias, memory_format=torch.contiguous_format) if needs_dbias else None
     if dq.numel() == 0 or dk.numel() == 0:
@@ -158,7 +157,7 @@ def attention_backward(
             )  # fmt: skip
     dsinks = None
     if sinks is not None:
-        # A row that sees no key has no weights, and gives nothing; of those past the last sequence no program writes a norm.
+        # A fully masked row contributes nothing; for rows past the last sequence no program writes a norm.
         weight = (sinks.double().view(-1, 1) - lse).exp()  # (B, H, T)
         dsinks = -(weight * norm * delta).masked_fill(lse == -torch.inf, 0.0).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
@@ -183,12 +182,12 @@ def kernel_constants(
     mask_unit: int = 0,
     bias_unit: int = 0,
 ) -> Constants:
-    """The compile-time arguments and options of the pass that takes its tiles from a table of `tiles.ATTENTION`."""
+    """The compile-time arguments and options of the pass whose tiles are in this table of `tiles.ATTENTION`."""
     tile = attention_tile(tiles, head_dim, v_dim, element_size, arch)
     return Constants(
         HEAD_DIM=head_dim, BLOCK_D=padded_dim(head_dim), V_DIM=v_dim, BLOCK_V=padded_dim(v_dim),
         IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap, MASK_UNIT=mask_unit, BIAS_UNIT=bias_unit,
-        # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
+        # Without a limit of its own, ptxas spills some registers for higher occupancy.
         **tile._asdict(), enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Attention, backward: the pass over tiles of a bias; see attention_backward.py."""
+"""Attention, backward: the pass over tiles of the bias; see attention_backward.py."""
 
 import triton.language as tl
 
@@ -24,8 +24,8 @@ def backward_bias(
 ):  # fmt: skip
     """One tile of the bias's gradient: ds, summed over the dimensions in which the bias has size 1.
 
-    bias_batch, bias_heads: its sizes. With ONE_ROW it has one row for all queries, with ONE_COLUMN one for all keys;
-    a program then walks over all tiles of that dimension.
+    bias_batch, bias_heads: the bias's batch size and heads. With ONE_ROW it has one row for all queries, with ONE_COLUMN one
+    column for all keys; a program then loops over all tiles of that dimension.
     """
     pid = tl.program_id(0)
     own_m_tiles = 1 if ONE_ROW else m_tiles

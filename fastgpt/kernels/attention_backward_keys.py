@@ -1,4 +1,4 @@
-"""Attention, backward: the pass over keys, each program of which owns some and walks over the queries that see them.
+"""Attention, backward: the pass over keys. Each program owns a tile of keys and loops over the queries that see them.
 
 See attention_backward.py.
 """
@@ -19,10 +19,10 @@ def _query_ranges(
 ):  # fmt: skip
     """The queries that see a key of the tile from start_n on, in three ranges: (begins, stops).
 
-    Range 0, if causal, or with a mask, of all of them, are those that do not see all of its keys yet, range 1 those that see
-    all, and range 2 those that some of its keys are too far from. A range may stop before it begins.
+    Range 0 (causal, or all queries with a mask): queries that see only some of the tile's keys. Range 1: queries that see all
+    of them. Range 2 (window): queries for which some keys are outside the window. A range may be empty: stop <= begin.
     """
-    # Own position, token + length - n_queries, from start_n on if causal, and before the last key's position + window.
+    # A query's position is token + length - n_queries: at least start_n if causal, and below the last key's position + window.
     past = length - n_queries
     first = tl.maximum(start_n - past, 0) // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
     inner = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - past, 0), BLOCK_M) * BLOCK_M if IS_CAUSAL else 0
@@ -44,12 +44,12 @@ def _fold_queries(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """What the queries begin..stop-1 of one head add to dk and dv of a tile of keys; pointers, `Descriptors` (of q and dout)
-    and `Features` are from its first query on.
+    """Adds the contribution of the queries begin..stop-1 of one head to dk and dv of a tile of keys. Pointers, `Descriptors` (of
+    q and dout) and `Features` start at the head's first query.
 
-    Everything is transposed, (keys, queries): weights are then the left factors of what they are multiplied with, and
-    stay in registers. Unmasked, every query sees every key of the tile, but those from length on, whose rows the caller
-    discards, and stop - begin is a multiple of BLOCK_M.
+    Scores are transposed, (keys, queries): then weights are left operands of the products, and stay in registers. Unmasked,
+    every query sees every key of the tile, except keys from length on, whose rows the caller discards, and stop - begin is a
+    multiple of BLOCK_M.
     """
     EXACT: tl.constexpr = k.dtype == tl.float32
     BLOCK_N: tl.constexpr = k.shape[0]
@@ -81,7 +81,7 @@ def _fold_queries(
             kept = tl.where(keep, p * features.keep_scale, 0.0).to(q.dtype)
         else:
             kept = p.to(q.dtype)
-            p = kept  # rounded, it takes half the registers until dp is there
+            p = kept  # rounded to 16 bits, it takes half the registers while dp is computed
         dv = tl.dot(kept, dout, dv, input_precision="ieee")
         dp = tl.dot(v, dout.T, input_precision="ieee")
         if features.seed is not None:
@@ -140,7 +140,7 @@ def backward_keys(
         seed = tl.load(seed_ptr)
     for i in range(group):
         h = h_kv * group + i
-        desc_h = tl.cast(tl.minimum(h, n_heads - 1), tl.int32)  # it is no more, which tells that 32 bits are enough
+        desc_h = tl.cast(tl.minimum(h, n_heads - 1), tl.int32)  # a bound that shows that 32 bits are enough
         slope = None
         if alibi_ptr is not None:
             slope = tl.load(alibi_ptr + h)

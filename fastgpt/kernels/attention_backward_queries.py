@@ -1,4 +1,4 @@
-"""Attention, backward: the pass over queries, each program of which owns some and walks over the keys that they see.
+"""Attention, backward: the pass over queries. Each program owns a tile of queries and loops over the keys that they see.
 
 See attention_backward.py.
 """
@@ -19,8 +19,8 @@ def _fold_keys(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """What the keys begin..stop-1 add to dq and the sums over a row of weights p: p k, p, p dp. bulk, features: `Descriptors`
-    of k and v, and `Features`.
+    """Adds the contribution of the keys begin..stop-1 to dq and, for the weights p of a row, to the sums of p k, p and p dp.
+    bulk, features: `Descriptors` of k and v, and `Features`.
 
     Unmasked, every query of the tile sees every key of that range, and stop - begin is a multiple of BLOCK_N.
     """
@@ -72,7 +72,7 @@ def backward_queries(
     """dq of BLOCK_M queries of one head. Strides are in elements; the last dimension's is 1."""
     n_tiles = tl.cdiv(n_queries, BLOCK_M)
     pid = tl.program_id(0)
-    start_m = (n_tiles - 1 - pid % n_tiles) * BLOCK_M  # last queries first: if causal, they have most to do
+    start_m = (n_tiles - 1 - pid % n_tiles) * BLOCK_M  # last queries first: if causal, they have the most work
     b = tl.cast(pid // n_tiles // n_heads, tl.int64)
     h = tl.cast(pid // n_tiles % n_heads, tl.int64)
     h_kv = h // group
@@ -89,7 +89,7 @@ def backward_queries(
     desc_b = 0 if cu_k_ptr is not None else tl.cast(b, tl.int32)
     desc_h = tl.cast(h_kv, tl.int32)
     desc_n = tl.cast(first_k, tl.int32)
-    if BULK:  # also rows past the last, which are not stored
+    if BULK:  # also loads rows past the last; these are not stored
         at_m = [desc_b, tl.cast(h, tl.int32), tl.cast(row, tl.int32), 0]
         q = q_desc.load(at_m).reshape(BLOCK_M, BLOCK_D)
         dout = dout_desc.load(at_m).reshape(BLOCK_M, BLOCK_V)
@@ -100,7 +100,7 @@ def backward_queries(
         dout = load_rows(dout_ptr, stride_gm, rows, n_rows, V_DIM, BLOCK_V, MASK_ROWS=True)
     at = b * stride_lb + h * stride_lh + row
     lse = load_vector(lse_ptr + at, rows, n_rows, 0.0, True)
-    lse = tl.where(lse == float("-inf"), 0.0, lse)  # sees no key: all its weights are masked
+    lse = tl.where(lse == float("-inf"), 0.0, lse)  # fully masked rows
     shift = lse if q.dtype == tl.float32 else lse * LOG2_E
     delta = load_vector(delta_ptr + at, rows, n_rows, 0.0, True)
     slope = None
@@ -146,7 +146,7 @@ def backward_queries(
     if not EXACT:
         shift += tl.log2(row_sum)
     tl.store(shift_ptr + at + rows, shift, mask=rows < n_rows)
-    mean_dp = tl.where(seen, mean_dp * norm, 0.0)  # a value that is NaN reaches no row that sees no key
+    mean_dp = tl.where(seen, mean_dp * norm, 0.0)  # a NaN in v must not reach fully masked rows
     if dlse_ptr is not None:
         mean_dp -= tl.load(dlse_ptr + at + rows, mask=rows < n_rows, other=0.0)
     tl.store(delta_ptr + at + rows, mean_dp, mask=rows < n_rows)

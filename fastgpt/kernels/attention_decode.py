@@ -1,21 +1,21 @@
-"""Attention of few queries over a long cache, forward: the keys are split among programs, then the parts combined.
+"""Attention of few queries over a long cache, forward: keys are split among programs, and partial results combined.
 
     out[b,h,i] = sum_j softmax_j(score[b,h,i,j]) v[b,h//g,j],   g = H // H_kv
 
-One token's queries are too few programs to fill a GPU, and the time goes into reading K and V. So the keys of a
-sequence are cut into splits of a fixed number, each a program's own, and the queries of all heads that share K and V
-are rows of that program's tile: K and V are read once. Of each row a split leaves the maximum score m, the sum l of
-exp(score - m) and acc, the sum of exp(score - m) v; of GROUP splits, the program that ends last adds theirs, and of the groups
-the last one theirs,
+The queries of one token make too few programs to fill a GPU, and the time is spent reading K and V. So the keys of a sequence
+are cut into splits of equal size, one per program, and the queries of all heads that share K and V are rows of that program's
+tile: K and V are read once. For each row, a split stores the maximum score m, the sum l of exp(score - m), and acc, the sum of
+exp(score - m) v. The last program of GROUP splits to finish combines theirs, and the last program of all groups those of the
+groups:
 
     out = sum_s exp(m_s - m) acc_s / sum_s exp(m_s - m) l_s,   m = max_s m_s
 
-always in the order of the keys, whichever program it is, so that results are the same bits in every run. A token that joins
-the cache is rotated, stored and attended to in the same launch.
+always in the order of the keys, whichever program it is, so that results are the same bits in every run. A token that is
+appended to the cache is rotated, stored and attended to in the same launch.
 
-Lengths are read on the device, and where a sequence is cut does not depend on them, nor on what the other sequences hold, but
-on how many programs there would be for the GPU's multiprocessors: on numbers of sequences and heads, and on how many keys a
-cache has room for. Calls that are cut alike return, bit for bit, the same for a sequence.
+Lengths are read on the device. The size of a split does not depend on them, but on how many programs there are for the GPU's
+multiprocessors: on the batch size, the number of heads and the cache's capacity. Calls with the same split size return the
+same bits for a sequence, whatever the other sequences are.
 
 Source: Flash-Decoding (https://pytorch.org/blog/flash-decoding/), FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 """
@@ -33,10 +33,10 @@ from fastgpt.kernels.attention_decode_new import Rotation, append_token, rotated
 from fastgpt.kernels.attention_decode_parts import GROUP, combine, finish
 from fastgpt.kernels.attention_rows import KeysValues, aligned_rows, from_8_bits, load_keys, pages_of, values_from_8_bits
 from fastgpt.kernels.attention_scores import (
-    FIRST,
     HEADROOM,
     LN_2,
     LOG2_E,
+    MIN_EXPONENT,
     Features,
     exponents_of,
     load_scores,
@@ -48,7 +48,7 @@ from fastgpt.kernels.attention_scores import (
     unit_of,
     visible_keys,
 )
-from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
+from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, launch_dependents, wait_for_dependencies
 from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
 from fastgpt.kernels.tiles import FEW_ROWS, decode_tile, head_blocks, keys_per_split, padded_dim, parts_at_once
@@ -56,7 +56,7 @@ from fastgpt.kernels.tiles import FEW_ROWS, decode_tile, head_blocks, keys_per_s
 
 @triton.jit
 def _visible_range(kv_lengths_ptr, b, n_keys, n_queries, window):
-    """The keys begin..end-1 that some query of sequence b may see."""
+    """begin, end: the range of keys that any query of sequence b may see."""
     end = n_keys
     if kv_lengths_ptr is not None:
         end = tl.maximum(0, tl.minimum(tl.load(kv_lengths_ptr + b), n_keys))
@@ -72,12 +72,12 @@ def _attend_keys(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Folds a split's keys into (acc, row_sum, row_max), of which row_max is returned in base e.
+    """Accumulates a split's keys into (acc, row_sum, row_max), of which row_max is returned in base e.
 
-    Args: exponent of acc's unit, see FIRST; kv and features: `KeysValues` of sequence b, and `Features`; mask_rows and
-        bias_rows (M, 1), where rows of their tiles begin, or None; q_pos (M,), each query's position among the keys; start,
-        stop: the split's keys, a multiple of BLOCK_N, and where they end; begin, end: those that some query sees, others are
-        not read; slot: a key that is not read either, or None.
+    Args: exponent of acc's unit, see MIN_EXPONENT; kv and features: `KeysValues` of sequence b, and `Features`; mask_rows and
+        bias_rows (M, 1): pointers to the rows of their tiles, or None; q_pos (M,): each query's position among the keys;
+        start, stop: the split's range of keys, where start is a multiple of BLOCK_N; begin, end: the range of keys that any
+        query sees, others are not read; slot: a key that is not read either, or None.
     """
     dtype: tl.constexpr = q.dtype
     BLOCK_D: tl.constexpr = q.shape[1]
@@ -85,7 +85,7 @@ def _attend_keys(
     EXACT: tl.constexpr = dtype == tl.float32
     HAS_UNIT: tl.constexpr = kv.v_scale_ptr is not None and dtype == tl.float16
     start = tl.maximum(start, begin // BLOCK_N * BLOCK_N)
-    if kv.block_table_ptr is not None:  # a step ahead: pipelined as what depends on it, it would take that one's stages
+    if kv.block_table_ptr is not None:  # one iteration ahead, or the pipeliner would spend a stage on this load
         next_pages = pages_of(kv, start + tl.arange(0, BLOCK_N), end)
     for start_n in range(start, stop, BLOCK_N):
         start_n = tl.multiple_of(start_n, BLOCK_N)
@@ -125,7 +125,7 @@ def _attend_keys(
             visible = visible & (kept != 0)
         scores = tl.where(visible, scores, float("-inf"))
 
-        if mask_rows is not None or bias_rows is not None:  # values of keys that they hide from all rows count as zeros
+        if mask_rows is not None or bias_rows is not None:  # values of keys that are masked in all rows count as zeros
             seen = seen_keys(scores, None)
         p, rescale, row_sum, row_max = online_softmax(scores, row_sum, row_max, LOG2_E, EXACT=EXACT)
         if kv.v_scale_ptr is not None:
@@ -152,8 +152,8 @@ def _attend_keys(
     return acc, row_sum, row_max
 
 
-# Numbers that vary between calls must not compile a kernel again. What specializing would gain, the divisibility of
-# strides, the launcher guarantees and the kernel states.
+# Not specialized: integers that vary between calls must not recompile the kernel. Specialization would tell it the
+# divisibility of strides, which the launcher guarantees and the kernel asserts by tl.multiple_of.
 @kernel(
     do_not_specialize=[
         "counters_ptr", "kv_lengths_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr",
@@ -190,23 +190,23 @@ def attend_split_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M rows of one key/value head, over the keys of one split.
 
-    Strides are in elements; q's, k's and v's last is 1. With a block table, stride_kb and the like are those of a page.
-    q and k have HEAD_DIM numbers a row, those past BLOCK_D in a tile of BLOCK_R, if it is not 0; v and out V_DIM.
-    out is (B, T, H, V_DIM), lse (B, H, T), acc (B, H, T, n_parts, V_DIM), softmax (B, H, T, n_parts, 2), m and l, counters
-    (B * H_kv * tiles, n_groups + 1), zeros: contiguous. n_groups = cdiv(n_splits, GROUP), n_parts = n_splits + n_groups:
-    after the parts of splits, those of groups of splits. Where there is one split, acc, softmax and counters are None.
+    Strides are in elements; the last stride of q, k and v is 1. With a block table, stride_kb and the like are those of a page.
+    Rows of q and k have HEAD_DIM elements, those past BLOCK_D in a tile of BLOCK_R unless that is 0; rows of v and out V_DIM.
+    Contiguous: out (B, T, H, V_DIM), lse (B, H, T), acc (B, H, T, n_parts, V_DIM), softmax (B, H, T, n_parts, 2) for m and l,
+    counters (B * H_kv * tiles, n_groups + 1), zeros. n_groups = cdiv(n_splits, GROUP), n_parts = n_splits + n_groups: the
+    splits' partial results, then those of groups of splits. With a single split, acc, softmax and counters are None.
 
-    With new_k and new_v (B, H_kv, 1, ...), a token of each sequence joins the cache in slot slots[b], if it has one, and counts
-    as key there: all programs know it from new_k and new_v, and one of each head stores it, so none waits for another. With
-    cos, q and new_k are rotated by positions[b] first. Optional tensors and numbers are None where they do not apply.
+    With new_k and new_v (B, H_kv, 1, ...), a token of each sequence is appended to the cache in slot slots[b], unless that is
+    negative, and is attended to there: every program takes it from new_k and new_v, and one of each head stores it, so none
+    waits for another. With cos, q and new_k are rotated by positions[b] first. Optional arguments are None if absent.
 
     Row r of rows_of_head = group * n_queries is head h_kv * group + r // n_queries, token r % n_queries.
     """
-    let_next_start(PDL)
-    wait_for_previous(PDL)
+    launch_dependents(PDL)
+    wait_for_dependencies(PDL)
     n_tiles = tl.cdiv(rows_of_head, BLOCK_M)
     pid = tl.program_id(0)
-    tile = pid % n_tiles  # tiles that read the same keys run side by side
+    tile = pid % n_tiles  # neighboring programs read the same keys
     split = pid // n_tiles % n_splits
     head_kv = pid // n_tiles // n_splits  # of all B * H_kv
     n_heads_kv = n_heads // group
@@ -214,7 +214,7 @@ def attend_split_kernel(
     h_kv = tl.cast(head_kv % n_heads_kv, tl.int64)
 
     begin, end = _visible_range(kv_lengths_ptr, b, n_keys, n_queries, window)
-    n_written = tl.maximum(tl.cdiv(end, SPLIT) - begin // SPLIT, 1)  # splits of this sequence; without a key still the first
+    n_written = tl.maximum(tl.cdiv(end, SPLIT) - begin // SPLIT, 1)  # splits of this sequence, at least one
     if acc_ptr is not None:
         if split >= n_written:
             return
@@ -222,7 +222,7 @@ def attend_split_kernel(
     stop = tl.minimum(start_split + SPLIT, end)
 
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.minimum(offs_m, rows_of_head - 1)  # past the last row, the last row again, which is not stored
+    rows = tl.minimum(offs_m, rows_of_head - 1)  # rows past the last repeat it, and are not stored
     heads = h_kv * group + rows // n_queries
     tokens = rows % n_queries
     q_pos = tokens + end - n_queries  # a query's position among the keys
@@ -255,7 +255,7 @@ def attend_split_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    exponent = tl.full([], FIRST, tl.int32)
+    exponent = tl.full([], MIN_EXPONENT, tl.int32)
 
     slot = -1  # a key that is not read
     if new_k_ptr is not None:
@@ -308,12 +308,12 @@ def attend_split_kernel(
         )  # fmt: skip
 
 
-INTERPRETED = not isinstance(attend_split_kernel, triton.JITFunction)  # TRITON_INTERPRET was set
+INTERPRETED = not isinstance(attend_split_kernel, triton.JITFunction)  # Triton's interpreter: TRITON_INTERPRET was set
 
 
 class NewToken(NamedTuple):
-    """A token of each sequence that joins the cache, as `attention_with_kv_cache` takes it; with 8-bit k and v their scales
-    are written, too."""
+    """A token of each sequence that is appended to the cache, as `attention_with_kv_cache` takes it. If k and v have 8 bits,
+    their scales are written, too."""
 
     k: Tensor  # (B, H_kv, 1, D) in q's dtype, last dimension contiguous
     v: Tensor
@@ -332,33 +332,33 @@ def attention_decode(
     mask: Tensor | None = None, bias: Tensor | None = None,
     new: NewToken | None = None, counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launches the kernel; no host sync. What it computes, see `attention`, and with a new token `attention_with_kv_cache`.
+    """Launches the kernel; no host sync. It computes `attention`, or with a new token `attention_with_kv_cache`.
 
     Args:
         q: (B, H, T, D) fp16|bf16|fp32, last dimension contiguous, other strides free, D <= 576; meant for T <= 16.
-        k, v: (B, H_kv, S, D), or with block_table a pool (num_pages, H_kv, page, D), likewise; in q's dtype, or int8 or
-            float8_e4m3fn with scales. H_kv divides H. v may have a head dim D_v of its own, up to 576, in fp32 512. Where rows
-            do not start and end at multiples of 16 bytes (D times the size of an element is not one), all of k and v is copied.
+        k, v: (B, H_kv, S, D), or with block_table a pool (num_pages, H_kv, page, D), with the same layout; in q's dtype, or
+            int8 or float8_e4m3fn with scales. H_kv divides H. v may have another head dim D_v, up to 576, in fp32 512. Unless
+            rows start and end at multiples of 16 bytes, k and v are copied.
         causal: bottom-right aligned: query i, at position i + L - T, sees key j when j <= i + L - T, L = kv_lengths[b]
             or S.
-        scale: factor on q·k, any.
-        window: query i sees only keys j > i + L - T - window. Others are not read, nor are their pages.
+        scale: factor on q·k, of either sign.
+        window: query i sees only keys j > i + L - T - window. Other keys and their pages are not read.
         softcap: scores become softcap * tanh(score / softcap).
         alibi_slopes: (H,) fp32; slope * |i + L - T - j| is subtracted.
-        sinks: (H,), floating point: one more logit a head in the denominator and in lse.
-        kv_lengths: (B,) int32 on the device, or None. Keys at and past it are not read, nor are their pages.
+        sinks: (H,), floating point: an extra logit per head in the denominator and in lse.
+        kv_lengths: (B,) int32 on the device, or None. Keys from there on and their pages are not read.
         block_table: (B, pages) int32.
         k_scale, v_scale: (B, H_kv, S) or (num_pages, H_kv, page) fp32, with 8-bit k and v.
         mask: bool, broadcastable to (B, H, T, S); where it is False, a query does not see a key.
-        bias: fp16|bf16|fp32, likewise, added to the scores; -inf hides a key.
-        new: a token of each sequence that joins the cache, if T = 1, without mask and bias. k's and v's rows then start and end
-            at multiples of 16 bytes (`has_aligned_rows`).
-        counters: int32 zeros, which are zero again afterwards; no call may use them at the same time. Where there are too few
-            or none, and keys are split, zeros are made, which is another launch.
+        bias: fp16|bf16|fp32, broadcastable likewise, added to the scores; -inf masks a key.
+        new: a token of each sequence that is appended to the cache, if T = 1, without mask and bias. Rows of k and v must then
+            start and end at multiples of 16 bytes (`has_aligned_rows`).
+        counters: int32 zeros, zero again afterwards; concurrent calls must not share them. If there are too few, or None, and
+            keys are split, they are allocated and zeroed, which is another launch.
 
     Returns:
         out (B, H, T, D_v) in q's dtype, contiguous as (B, T, H, D_v), and lse (B, H, T) fp32, natural log.
-        A row that sees no key gets zeros and -inf.
+        A fully masked row gets zeros and -inf.
     """
     B, H, T, D = q.shape
     n_pages, H_kv, page = k.shape[:3]
@@ -367,7 +367,7 @@ def attention_decode(
     check_sizes(q=q, k=k)
     check_count("q", "queries of heads that share keys", H // H_kv * T)
     check_count("block_table", "keys in a sequence's pages", S)
-    if INTERPRETED and q.dtype is torch.bfloat16 and new is None:  # there, tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
+    if INTERPRETED and q.dtype is torch.bfloat16 and new is None:  # its tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
         options = dict(
             causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             kv_lengths=kv_lengths, block_table=block_table, k_scale=k_scale, v_scale=v_scale, mask=mask, bias=bias,
@@ -380,7 +380,7 @@ def attention_decode(
     lse = q.new_empty((B, H, T), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    if k.dtype is torch.float8_e4m3fn:  # which the kernel decodes itself: not every architecture can
+    if k.dtype is torch.float8_e4m3fn:  # decoded by the kernel: not every architecture can
         k, v = k.view(torch.uint8), v.view(torch.uint8)
     q = aligned_rows(q)
     if new is None:
@@ -396,7 +396,7 @@ def attention_decode(
     variant = D, D_v, q.element_size(), architecture(q.device), k_scale is not None, few, new is not None, has_mask_or_bias
     tile = decode_tile(*variant)
     n_tiles = cdiv(H // H_kv * T, tile.BLOCK_M)
-    n_visible = S if window is None else min(S, T + window - 1)  # keys that all queries see together at most
+    n_visible = S if window is None else min(S, T + window - 1)  # most keys that any query sees
     split = keys_per_split(tile, B * H_kv * n_tiles, n_visible, multiprocessors(q.device))
     n_splits = max(1, cdiv(S, split))
     if window is not None:

@@ -1,4 +1,4 @@
-"""A token that joins the cache in the launch that attends to it: rotated, stored, and the first key of the softmax; see
+"""Appending a token to the cache in the launch that attends to it: it is rotated, stored, and starts the softmax; see
 attention_decode.py."""
 
 from typing import NamedTuple
@@ -12,19 +12,19 @@ from fastgpt.kernels.kv_cache_update import largest_of, quantized, rotated
 
 
 class Rotation(NamedTuple):
-    """Of one position."""
+    """The rotation at one position."""
 
-    cos_ptr: tl.tensor  # its row of numbers in fp32
+    cos_ptr: tl.tensor  # the position's row, fp32
     sin_ptr: tl.tensor
-    pairs: tl.tensor  # numbers in each
-    end: tl.tensor  # of the dimensions that are rotated: 2 * pairs, or 0 for a position that there is not
-    joins: tl.tensor  # whether a token of this position joins the cache
+    pairs: tl.tensor  # elements of each row
+    end: tl.tensor  # of the rotated dimensions: 2 * pairs, or 0 for a position without a row
+    joins: tl.tensor  # whether a token at this position is appended
 
 
 @triton.jit
 def rotated_rows(x, rows, rotation, FIRST_D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Rows x (M, N), dimensions FIRST_D and on of those at the pointers `rows` (M,), rotated as by `rope_kv_cache_update`: in
-    fp32, each operation rounded for itself, which takes a kernel without floating-point fusion, and rounded to x's dtype."""
+    """x (M, N), the dimensions from FIRST_D on of the rows at the pointers `rows` (M,), rotated as by `rope_kv_cache_update`: in
+    fp32 without fused multiply-adds (enable_fp_fusion=False), then rounded to x's dtype."""
     offs_d = FIRST_D + tl.arange(0, x.shape[1])
     if INTERLEAVED:
         is_first = offs_d % 2 == 0
@@ -44,7 +44,7 @@ def rotated_rows(x, rows, rotation, FIRST_D: tl.constexpr, INTERLEAVED: tl.const
 
 @triton.jit
 def _new_row(row_ptr, rotation, DIM: tl.constexpr, FIRST_D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Dimensions FIRST_D and on (BLOCK_D,) of a new key of DIM numbers, rotated unless rotation is None."""
+    """The dimensions from FIRST_D on (BLOCK_D,) of a new key of DIM elements, rotated unless rotation is None."""
     offs_d = FIRST_D + tl.arange(0, BLOCK_D)
     x = tl.load(row_ptr + offs_d, mask=offs_d < DIM, other=0.0)
     if rotation is not None:
@@ -54,7 +54,7 @@ def _new_row(row_ptr, rotation, DIM: tl.constexpr, FIRST_D: tl.constexpr, BLOCK_
 
 @triton.jit
 def _slot_of(wanted, rotation, kv, b, n_keys):
-    """Where a token goes that wants slot `wanted`: (whether it joins, its slot or -1, page or sequence, row there)."""
+    """Where to store a token for slot `wanted`: (whether it is stored, its slot or -1, page or sequence, row there)."""
     joins = (wanted >= 0) & (wanted < n_keys)
     if rotation is not None:
         joins = joins & rotation.joins
@@ -74,12 +74,12 @@ def append_token(
     acc, row_sum, row_max, exponent, q, q_rest, k_row, v_row, wanted, rotation, kv, features, b, q_pos, begin, stop, writes,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Stores a token's key and value if this program `writes`, and begins the softmax with it if its slot is one of this
-    program's keys, begin..stop-1. Returns (acc, row_sum, row_max, exponent, slot), slot -1 where none is.
+    """Stores a token's key and value if this program `writes`, and starts the softmax with it if its slot is among this
+    program's keys, begin..stop-1. Returns (acc, row_sum, row_max, exponent, slot); slot is -1 if the token is not stored.
 
-    Args: q and q_rest (M, ...), or None, rotated; k_row, v_row: where the key and value are; wanted: the slot for it, of any
-        value; rotation: `Rotation`, or None; kv and features: `KeysValues` of sequence b, and `Features`; q_pos (M,), each
-        query's position among the keys.
+    Args: q and q_rest (M, ...), or None, rotated; k_row, v_row: pointers to the key and value; wanted: the slot, valid or not;
+        rotation: `Rotation`, or None; kv and features: `KeysValues` of sequence b, and `Features`; q_pos (M,): each query's
+        position among the keys.
     """
     dtype: tl.constexpr = q.dtype
     BLOCK_D: tl.constexpr = q.shape[1]
@@ -113,7 +113,7 @@ def append_token(
         tl.store(k_slot + offs_rest, k_rest, mask=offs_rest < end_k)
     tl.store(kv.v_ptr + page * kv.stride_vb + row * kv.stride_vn + offs_v, v, mask=offs_v < end_v)
 
-    # As they read back.
+    # As they would be read back from the cache.
     k = from_8_bits(k, dtype).to(tl.float32)
     v = tl.where(in_split, from_8_bits(v, dtype).to(tl.float32), 0.0)
     product = tl.sum(q.to(tl.float32) * k[None, :], 1)

@@ -1,4 +1,4 @@
-"""What the splits of a sequence's keys leave of each row, and how the program that ends last adds it up; see
+"""Partial results of the splits of a sequence's keys, and how the program that finishes last combines them; see
 attention_decode.py."""
 
 import triton
@@ -6,20 +6,20 @@ import triton.language as tl
 
 from fastgpt.kernels.attention_scores import LOG2_E, finish_softmax
 
-# Parts that one program adds. More in a group make fewer groups, of which the last program adds all: 16 is the square root of
-# the splits of 64 Ki keys. Not tuned on a GPU yet.
+# Partial results that one program combines. Larger groups are fewer, and the last program combines all of these: 16 is the
+# square root of the number of splits of 64 Ki keys. Not tuned on a GPU yet.
 GROUP = tl.constexpr(16)
 
 
 @triton.jit
 def _is_last(counter_ptr, expected):
-    """Whether this is the last of `expected` programs to come here; it then sees what each of them stored before.
+    """Whether this is the last of `expected` programs to get here. The stores of the others are then visible to it.
 
-    The counter is zero at first, and again afterwards, for the next launch.
+    The counter must be zero before, and is zero again afterwards, for the next launch.
     """
-    tl.debug_barrier()  # the stores of all threads come before the atomic operation of one, which releases them
+    tl.debug_barrier()  # all threads' stores come before the atomic add of one, which releases them
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
-    tl.debug_barrier()  # and their loads after it
+    tl.debug_barrier()  # and all threads' loads after it
     if last:
         tl.store(counter_ptr, 0)
     return last
@@ -27,7 +27,7 @@ def _is_last(counter_ptr, expected):
 
 @triton.jit
 def _store_part(softmax_ptr, acc_ptr, parts, acc, row_sum, row_max, stored, V_DIM: tl.constexpr):
-    """What each row's keys so far leave, to its part: parts (M,), of all."""
+    """Stores each row's partial result at index parts (M,)."""
     offs_d = tl.arange(0, acc.shape[1])
     tl.store(softmax_ptr + 2 * parts, row_max, mask=stored)
     tl.store(softmax_ptr + 2 * parts + 1, row_sum, mask=stored)
@@ -40,9 +40,9 @@ def _add_parts(
     softmax_ptr, acc_ptr, parts, count, stored,
     V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The sums (acc, row_sum, row_max) of the `count` parts from `parts` (M,) on, added in their order."""
+    """Combines the `count` partial results from `parts` (M,) on, in order, to (acc, row_sum, row_max)."""
     offs_d = tl.arange(0, BLOCK_V)
-    maxima = tl.full([BLOCK_M, GROUP], float("-inf"), tl.float32)  # reduced in the loop, Triton 3.6 does not compile them
+    maxima = tl.full([BLOCK_M, GROUP], float("-inf"), tl.float32)  # reduced after the loop: in it, Triton 3.6 fails
     for start in range(0, count, GROUP):
         offs_s = start + tl.arange(0, GROUP)
         mask = stored[:, None] & (offs_s < count)[None, :]
@@ -69,7 +69,7 @@ def _add_parts(
 
 @triton.jit
 def finish(out_rows, lse_rows, acc, row_sum, row_max, sinks_ptr, heads, stored, V_DIM: tl.constexpr):
-    """Stores rows of out and lse, at the pointers (M,), from the sums over all their keys."""
+    """Stores rows of out and lse, at the pointers (M,), given the sums over all keys."""
     out, lse = finish_softmax(acc, row_sum, row_max, sinks_ptr, heads)
     tl.store(lse_rows, lse, mask=stored)
     offs_d = tl.arange(0, acc.shape[1])
@@ -82,10 +82,11 @@ def combine(
     out_rows, lse_rows, acc, row_sum, row_max, softmax_ptr, acc_ptr, counters_ptr, parts, split, n_splits, n_written,
     sinks_ptr, heads, stored, V_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Leaves what a split's keys add up to; of a group's splits the last adds theirs, and of the groups the last finishes.
+    """Stores a split's partial result. The last split of a group combines the group's, and the last group finishes.
 
-    Args: acc (M, BLOCK_V), row_sum and row_max (M,) of the split; parts (M,), the first part of each row; counters_ptr, of
-        these rows: of groups, then of splits in each group; n_written splits are this sequence's, of n_splits.
+    Args: acc (M, BLOCK_V), row_sum and row_max (M,) of the split; parts (M,): index of each row's first partial result;
+        counters_ptr: these rows' counters, one of groups, then one of splits for each group; n_written: splits of this
+        sequence, of n_splits.
     """
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_V: tl.constexpr = acc.shape[1]

@@ -3,10 +3,10 @@
     out[b,h,i] = sum_j softmax_j(score[b,h,i,j]) v[b,h//g,j],   g = H // H_kv
     lse[b,h,i] = log sum_j exp(score[b,h,i,j])
 
-Each program owns BLOCK_M queries of one head and walks over the keys they see, BLOCK_N at a time.
-It holds, per query, the running maximum m and the sum l of exp(score - m), and rescales what it has
-accumulated whenever m grows, so no (T, S) matrix ever exists. Tiles of keys that no query of the
-program sees are skipped, and only those that some query does not see are masked.
+Each program owns BLOCK_M queries of one head and loops over the keys that they see, BLOCK_N at a time.
+It keeps, per query, the running maximum m and the sum l of exp(score - m), and rescales its
+accumulators whenever m grows, so no (T, S) matrix is materialized. Tiles of keys that none of its
+queries sees are skipped, and only tiles that not all queries see are masked.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 """
@@ -59,7 +59,7 @@ from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.tiles import attention_tile, forward_table, head_blocks, masked_columns, padded_dim
 
-WIDEST_BULK = 256  # head dim whose rows can be copied in bulk
+WIDEST_BULK = 256  # largest head dim of tiles that are copied in bulk (TMA)
 NO_DESCRIPTORS = dict.fromkeys(("q_desc", "k_desc", "v_desc", "q_rest_desc", "k_rest_desc"))
 
 
@@ -69,22 +69,22 @@ def _attend(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys begin..stop-1 into (acc, row_sum, row_max); begin is a multiple of BLOCK_N.
+    """Accumulates the keys begin..stop-1 into (acc, row_sum, row_max); begin is a multiple of BLOCK_N.
 
     Unmasked, every query sees every key of that range and stop - begin is a multiple of BLOCK_N.
-    Masked, keys from `end` on are not read, nor values before `first` but in bulk, and each query sees what visible_keys and
-    the mask leave to it. Values of keys that a mask or a bias hides from all queries of the tile count as zeros: a weight of
-    zero times what is not finite would be NaN.
+    Masked, keys from `end` on are not read, nor (except in bulk) values before `first`, and visible_keys and the mask say
+    which keys a query sees. Values of keys that are masked for all queries of the tile count as zeros: a weight of zero times
+    infinity or NaN would be NaN.
 
-    Args: kv, bulk, features: `KeysValues`, `Descriptors` of keys and values, and `Features`; q and q_rest, or None;
-        factor makes scores in base 2 of what `features` leaves of q·k; q_pos, offs_m, heads (M,): position among the keys,
-        token and head of each query, of which n_rows are there.
+    Args: kv, bulk, features: `KeysValues`, `Descriptors` of keys and values, and `Features`; q_rest may be None;
+        factor: scales the loop's scores to base 2; q_pos, offs_m, heads (M,): position among the keys, token and head of each
+        query, of which the first n_rows exist.
     """
     BLOCK_D: tl.constexpr = q.shape[1]
     BLOCK_V: tl.constexpr = acc.shape[1]
     rows = tl.arange(0, q.shape[0])
     MODIFIED: tl.constexpr = features.softcap is not None or features.slope is not None or features.bias_ptr is not None
-    if kv.block_table_ptr is not None:  # as in attention_decode.py, looked up a step ahead
+    if kv.block_table_ptr is not None:  # looked up one iteration ahead, as in attention_decode.py
         next_pages = pages_of(kv, begin + tl.arange(0, BLOCK_N), end)
     for start_n in range(begin, stop, BLOCK_N):
         start_n = tl.multiple_of(start_n, BLOCK_N)
@@ -162,13 +162,13 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Strides are in elements; the last dimension's is 1.
 
-    q and k have HEAD_DIM numbers a row, those past BLOCK_D in a tile of BLOCK_R, if it is not 0; v and out V_DIM.
+    Rows of q and k have HEAD_DIM elements, those past BLOCK_D in a tile of BLOCK_R unless that is 0; rows of v and out V_DIM.
     lse (B, H, T) fp32. Packed sequences: cu_q, cu_k (B + 1,) int32 say where each begins, batch strides are 0 and
-    n_queries is that of the longest. What is None has no part in the kernel.
+    n_queries is that of the longest. Optional arguments are None if absent.
     """
     n_tiles = tl.cdiv(n_queries, BLOCK_M)
     pid = tl.program_id(0)
-    start_m = (n_tiles - 1 - pid % n_tiles) * BLOCK_M  # last queries first: if causal, they have most to do
+    start_m = (n_tiles - 1 - pid % n_tiles) * BLOCK_M  # last queries first: if causal, they have the most work
     b = tl.cast(pid // n_tiles // n_heads, tl.int64)
     h = tl.cast(pid // n_tiles % n_heads, tl.int64)
     h_kv = tl.cast(pid // n_tiles % n_heads // group, tl.int64)
@@ -213,9 +213,9 @@ def attention_forward_kernel(
         seed = tl.load(seed_ptr)
     heads = tl.zeros([BLOCK_M], tl.int32) + tl.cast(h, tl.int32)
     MODIFIED: tl.constexpr = HAS_SOFTCAP or alibi_ptr is not None or bias_ptr is not None
-    unit = 1.0 if MODIFIED else scale  # what the loop's scores are yet to be multiplied with
+    unit = 1.0 if MODIFIED else scale  # factor that the loop's scores still lack
     BULK: tl.constexpr = k_desc is not None
-    # Bulk copies of a tile of keys read all of it, and where a tensor ends, zeros.
+    # Bulk copies (TMA) read whole tiles of keys, with zeros past the end of the tensor.
     WHOLE: tl.constexpr = BULK and kv_lengths_ptr is None and cu_k_ptr is None
     kv = KeysValues(
         k_ptr, stride_kb if block_table_ptr is not None else 0, stride_kn,
@@ -230,7 +230,7 @@ def attention_forward_kernel(
     )  # fmt: skip
 
     q_rest = None
-    if q_desc is not None:  # also rows past the last, which are not stored
+    if q_desc is not None:  # also loads rows past the last; these are not stored
         at_m = tl.cast(first_q, tl.int32) + start_m
         q = q_desc.load([desc_b, tl.cast(h, tl.int32), at_m, 0]).reshape(BLOCK_M, BLOCK_D)
         if BLOCK_R > 0:
@@ -260,7 +260,7 @@ def attention_forward_kernel(
     store_rows(out_ptr, stride_om, rows, n_rows, out, V_DIM, BLOCK_V)
 
 
-INTERPRETED = not isinstance(attention_forward_kernel, triton.JITFunction)  # TRITON_INTERPRET was set
+INTERPRETED = not isinstance(attention_forward_kernel, triton.JITFunction)  # Triton's interpreter: TRITON_INTERPRET was set
 
 
 def attention_forward(
@@ -274,14 +274,14 @@ def attention_forward(
     the device; head dims D <= 576 of q and k, D_v of v up to 576, in fp32 512.
 
     Packed sequences: q (1, H, total_q, D), k, v (1, H_kv, total_k, D), and cu_seqlens_q, cu_seqlens_k (B + 1,) int32;
-    max_seqlen_q is the longest sequence's number of queries. What is past the last sequence sees no key; two more launches
-    fill it.
+    max_seqlen_q is the longest sequence's number of queries. Rows past the last sequence see no key; two more launches fill
+    them.
 
     Returns:
         out (B, H, T, D_v) in q's dtype, contiguous as (B, T, H, D_v), and lse (B, H, T) fp32, natural log.
-        A query that sees no key gets zeros and -inf.
+        A fully masked query gets zeros and -inf.
     """
-    if INTERPRETED and q.dtype is torch.bfloat16:  # there, tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
+    if INTERPRETED and q.dtype is torch.bfloat16:  # its tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
         options = {name: value for name, value in locals().items() if name not in ("q", "k", "v")}
         k, v = (x.float() if x.dtype is torch.bfloat16 else x for x in (k, v))
         out, lse = attention_forward(q.float(), k, v, **options)
@@ -291,7 +291,7 @@ def attention_forward(
     D_v = v.shape[3]
     out = q.new_empty_strided((B, H, T, D_v), (T * H * D_v, D_v, H * D_v, 1))
     packed = cu_seqlens_q is not None
-    if packed:  # no program writes what is past the last sequence
+    if packed:  # no program writes rows past the last sequence
         out.zero_()
         lse = q.new_full((B, H, T), -math.inf, dtype=torch.float32)
     else:
@@ -316,7 +316,7 @@ def attention_forward(
     with torch.cuda.device_of(q):
         attention_forward_kernel.launch(
             grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H), constants,
-            # Most by their places: names take Python as long as all the rest.
+            # Mostly positional: keyword arguments take Python as long as all the rest of the launch.
             q, bytes_of(k), bytes_of(v), out, lse, *extras.tensors.values(),
             *leading_strides(q, packed), *leading_strides(k, packed), *leading_strides(v, packed),
             *leading_strides(out, packed), 0 if packed else H * T, T,
@@ -338,6 +338,6 @@ def kernel_constants(
     return Constants(
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_R=block_r, V_DIM=v_dim, BLOCK_V=padded_dim(v_dim),
         IS_CAUSAL=causal, HAS_WINDOW=has_window, HAS_SOFTCAP=has_softcap, MASK_UNIT=mask_unit, BIAS_UNIT=bias_unit,
-        # Left alone, ptxas spills some bytes to fit more programs on a multiprocessor.
+        # Without a limit of its own, ptxas spills some registers for higher occupancy.
         **tile._asdict(), enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip

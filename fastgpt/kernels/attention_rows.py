@@ -1,4 +1,4 @@
-"""How attention kernels read and write rows: of queries, of keys and values in sequences, pages and 8 bits, and of out."""
+"""Loads and stores of rows in the attention kernels: queries, outputs, and keys and values, also paged or in 8 bits."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class KeysValues(NamedTuple):
-    """Where the keys and values of one head are: rows of one sequence, or of pages. Strides are in elements."""
+    """The keys and values of one head, of one sequence or of a pool of pages. Strides are in elements."""
 
     k_ptr: tl.tensor
     stride_kb: tl.tensor  # of a page
@@ -30,10 +30,10 @@ class KeysValues(NamedTuple):
 
 
 class Descriptors(NamedTuple):
-    """Tensor descriptors of tiles that are copied in bulk, or None, and where in them a program's head begins."""
+    """Tensor descriptors for bulk copies of tiles (TMA), or None, and the coordinates of a program's head in them."""
 
     x: tl.tensor_descriptor | None  # keys, or queries
-    x_rest: tl.tensor_descriptor | None  # of their dimensions past the first block
+    x_rest: tl.tensor_descriptor | None  # their dimensions past the first block
     y: tl.tensor_descriptor | None  # values, or dout
     b: tl.tensor
     h: tl.tensor
@@ -42,7 +42,7 @@ class Descriptors(NamedTuple):
 
 @triton.jit
 def sequence_of(b, n_queries, n_keys, kv_lengths_ptr, cu_q_ptr, cu_k_ptr):
-    """(queries, keys, first query, first key) of sequence b; the firsts are 0 unless sequences are packed."""
+    """(queries, keys, first query, first key) of sequence b; the last two are 0 unless sequences are packed."""
     length = n_keys
     first_q = 0
     first_k = 0
@@ -79,10 +79,10 @@ def _load_tile(ptr, offsets, row_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.const
 
 @triton.jit
 def store_rows(ptr, stride, offs_row, n_rows, x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores rows of x (rows, BLOCK_D) where offs_row < n_rows. `stride` is a multiple of HEAD_DIM, as of any dense tensor,
-    and the first row starts at a multiple of that: which is what tells how wide stores can be."""
+    """Stores rows of x (rows, BLOCK_D) where offs_row < n_rows. `stride` is a multiple of HEAD_DIM, as in any dense tensor, and
+    so is the offset of the first row: from that the compiler infers how wide stores can be."""
     WIDTH: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    POWER: tl.constexpr = HEAD_DIM & -HEAD_DIM  # of two that divides HEAD_DIM
+    POWER: tl.constexpr = HEAD_DIM & -HEAD_DIM  # largest power of two that divides HEAD_DIM
     UNIT: tl.constexpr = POWER if POWER * WIDTH < 16 else 16 // WIDTH
     rows = tl.multiple_of(ptr + offs_row * tl.cast(stride, tl.int64), UNIT * WIDTH)
     offs_d = tl.arange(0, BLOCK_D)
@@ -92,7 +92,7 @@ def store_rows(ptr, stride, offs_row, n_rows, x, HEAD_DIM: tl.constexpr, BLOCK_D
 
 @triton.jit
 def load_vector(ptr, rows, n_rows, other, MASKED: tl.constexpr):
-    """A number of each row; MASKED: `other` from n_rows on."""
+    """One element per row; MASKED: `other` from n_rows on."""
     if MASKED:
         return tl.load(ptr + rows, mask=rows < n_rows, other=other)
     return tl.load(ptr + rows)
@@ -103,7 +103,7 @@ def load_keys(
     ptr, stride_page, stride_row, pages, rows, end_mask,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys or values (rows, BLOCK_D) as it is stored: rows `rows` of pages `pages`."""
+    """A tile of keys or values (rows, BLOCK_D) in their stored dtype: rows `rows` of pages `pages`."""
     ALIGN: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     offsets = pages * tl.multiple_of(tl.cast(stride_page, tl.int64), ALIGN)
     offsets += rows * tl.multiple_of(tl.cast(stride_row, tl.int64), ALIGN)
@@ -112,7 +112,7 @@ def load_keys(
 
 @triton.jit
 def pages_of(kv, offs_n, end):
-    """The pages of keys offs_n of a paged sequence of `KeysValues`. From `end` on any that there are."""
+    """The pages of keys offs_n of a paged sequence of `KeysValues`; some valid page from `end` on."""
     entries = kv.block_table_ptr + offs_n // kv.page * tl.cast(kv.stride_tp, tl.int64)
     pages = tl.load(entries, mask=offs_n < end, other=0)
     return tl.maximum(tl.minimum(pages, kv.n_pages - 1), 0)
@@ -120,9 +120,9 @@ def pages_of(kv, offs_n, end):
 
 @triton.jit
 def from_8_bits(x, dtype: tl.constexpr):
-    """x in `dtype`. int8 and e4m3 (as uint8) are what their bits say, without their scale."""
+    """x in `dtype`. int8 and e4m3 (as uint8) are converted without applying their scale."""
     if x.dtype == tl.uint8:
-        # e4m3 to fp16: exponents differ by 8, which the multiplication adds, for subnormal numbers too.
+        # e4m3 to fp16: the exponent biases differ by 8, for which the factor makes up, also for subnormals.
         bits = x.to(tl.int16)
         magnitude = bits & 0x7F
         half = ((bits & 0x80) << 8 | magnitude << 7).to(tl.float16, bitcast=True) * 256.0
@@ -132,9 +132,8 @@ def from_8_bits(x, dtype: tl.constexpr):
 
 @triton.jit
 def values_from_8_bits(x, dtype: tl.constexpr):
-    """`from_8_bits` of values x (N, BLOCK_D), by halves: what splits numbers that lie side by side in a register keeps the
-    compiler from reading 8 bits as the matrix units want 16 of them, one by one, and from copying no more than 8 bytes at once
-    to where it does."""
+    """`from_8_bits` of values x (N, BLOCK_D), even and odd columns apart: otherwise Triton loads x in the layout of a 16-bit dot
+    operand, byte by byte from shared memory, and copies it there at most 8 bytes at a time."""
     if x.dtype.primitive_bitwidth == 8:
         even, odd = x.reshape(x.shape[0], x.shape[1] // 2, 2).split()
         return tl.join(from_8_bits(even, dtype), from_8_bits(odd, dtype)).reshape(x.shape[0], x.shape[1])
@@ -144,13 +143,13 @@ def values_from_8_bits(x, dtype: tl.constexpr):
 def has_aligned_rows(x: Tensor) -> bool:
     """Whether the rows of x (B, H, N, D) start and end at multiples of 16 bytes, as vector loads need."""
     (B, H, N, D), (stride_b, stride_h, stride_n, _) = x.shape, x.stride()
-    # The stride of a dimension of one is never taken, and may be any.
+    # The stride of a dimension of size 1 is not used, and may be anything.
     steps = D | (stride_b if B > 1 else 0) | (stride_h if H > 1 else 0) | (stride_n if N > 1 else 0)
     return (x.data_ptr() | steps * x.element_size()) % 16 == 0
 
 
 def aligned_rows(x: Tensor) -> Tensor:
-    """x (B, H, N, D), or a copy that has aligned rows."""
+    """x (B, H, N, D) if it has aligned rows, else a copy that has."""
     if has_aligned_rows(x):
         return x
     size, D = x.element_size(), x.shape[-1]

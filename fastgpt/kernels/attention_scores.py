@@ -1,7 +1,7 @@
-"""What becomes of a tile's scores in attention kernels: scale, soft cap, ALiBi, bias, masks, softmax and dropout.
+"""A tile of scores in the attention kernels: scale, soft cap, ALiBi, bias, masks, softmax and dropout.
 
-Names: offs_m are tokens of the query, offs_n keys; q_pos is a query's own position, token + L - T. exp(x) is written
-2^(x log2 e), the hardware's exponential.
+Names: offs_m are query tokens, offs_n keys; q_pos is a query's position among the keys, token + L - T. exp(x) is computed as
+2^(x log2 e), since the hardware has 2^x.
 """
 
 import math
@@ -18,13 +18,13 @@ LN_2 = tl.constexpr(math.log(2))
 
 
 class Features(NamedTuple):
-    """What attention has beyond softmax(scale q·k) v, for the tiles of a program. What is None has no part in it."""
+    """The scale and the optional features of attention, for the tiles of a program. Absent features are None."""
 
     scale: tl.tensor
     softcap: tl.tensor | None
-    slope: tl.tensor | None  # ALiBi's, of the program's head or of each row's
+    slope: tl.tensor | None  # ALiBi's, of the program's head or of each row
     window: tl.tensor | None
-    mask_ptr: tl.tensor | None  # at the program's first row, as bias_ptr
+    mask_ptr: tl.tensor | None  # at the program's first row, like bias_ptr
     stride_mask_m: tl.tensor
     stride_mask_n: tl.tensor
     bias_ptr: tl.tensor | None
@@ -38,14 +38,14 @@ class Features(NamedTuple):
 
 @triton.jit
 def score_rows(ptr, rows, stride_row, UNIT: tl.constexpr):
-    """Where rows (M, 1), or (1, M), of a mask or a bias begin. UNIT: see `unit_of`."""
+    """Pointers to rows (M, 1), or (1, M), of a mask or a bias. UNIT: see `unit_of`."""
     ALIGN: tl.constexpr = UNIT * ptr.dtype.scalar.element_ty.primitive_bitwidth // 8 if UNIT > 1 else 1
     return tl.multiple_of(ptr + rows * tl.cast(stride_row, tl.int64), (ALIGN, ALIGN))
 
 
 @triton.jit
 def load_scores(row_ptrs, cols, stride_col, row_mask, n_cols, UNIT: tl.constexpr, WHOLE: tl.constexpr):
-    """A tile of a mask or a bias, from `score_rows` (M, 1) and columns (1, N), or transposed; 0 beyond what there is.
+    """A tile of a mask or a bias, given `score_rows` (M, 1) and columns (1, N), or transposed; 0 out of bounds.
 
     WHOLE: all columns are before n_cols.
     """
@@ -55,33 +55,33 @@ def load_scores(row_ptrs, cols, stride_col, row_mask, n_cols, UNIT: tl.constexpr
     mask = row_mask
     if not WHOLE:
         STEP: tl.constexpr = UNIT if UNIT > 1 else 1
-        mask = mask & (cols < n_cols // STEP * STEP)  # which is n_cols, and tells that vectors are in or out as a whole
+        mask = mask & (cols < n_cols // STEP * STEP)  # n_cols, in a form that shows that no vector is partly masked
     return tl.load(row_ptrs + offsets, mask=mask, other=0)
 
 
 @triton.jit
 def load_bias(features, rows, cols, n_rows, UNIT: tl.constexpr, WHOLE: tl.constexpr):
-    """A tile of `Features`' bias in fp32: its rows (M, 1), of which there are n_rows, and columns (1, N), or transposed."""
+    """A tile of the bias in fp32: rows (M, 1), of which the first n_rows exist, and columns (1, N), or transposed."""
     row_ptrs = score_rows(features.bias_ptr, rows, features.stride_bias_m, UNIT)
     return load_scores(row_ptrs, cols, features.stride_bias_n, rows < n_rows, features.n_keys, UNIT, WHOLE).to(tl.float32)
 
 
 @triton.jit
 def load_mask(features, rows, cols, n_rows, UNIT: tl.constexpr):
-    """Which scores of a tile `Features`' mask keeps, likewise; none beyond what there is."""
+    """A tile of the mask, likewise; False out of bounds."""
     row_ptrs = score_rows(features.mask_ptr, rows, features.stride_mask_m, UNIT)
     return load_scores(row_ptrs, cols, features.stride_mask_n, rows < n_rows, features.n_keys, UNIT, WHOLE=False) != 0
 
 
-# Weights times v_scale are multiplied in fp16, which has no small numbers: a program computes them in a unit of its own, a
-# power of two with which they are below 2^(HEADROOM + 1). It follows from the exponent, as fp32 stores it, of the largest
-# scale so far, no less than FIRST, so that both the unit and its inverse are fp32's.
-HEADROOM, FIRST = tl.constexpr(12), tl.constexpr(13)
+# With fp16, weights times v_scale could underflow in the product with v. So a program divides them by a unit, a power of two
+# such that they stay below 2^(HEADROOM + 1). It follows from the biased fp32 exponent of the largest scale so far, at least
+# MIN_EXPONENT, so that the unit and its inverse are normal fp32 numbers.
+HEADROOM, MIN_EXPONENT = tl.constexpr(12), tl.constexpr(13)
 
 
 @triton.jit
 def exponents_of(scales):
-    """Of fp32 numbers, as stored; the largest finite one for infinity and NaN."""
+    """Biased exponents of fp32 numbers; that of the largest finite number for infinity and NaN."""
     return tl.minimum(scales.to(tl.int32, bitcast=True) >> 23 & 0xFF, 254)
 
 
@@ -93,7 +93,7 @@ def power_of_two(exponent):
 
 @triton.jit
 def tanh(x):
-    """Within 2 units of the last place: a polynomial where exp would cancel (Cephes, tanhf.c)."""
+    """Within 2 ulp: a polynomial (Cephes, tanhf.c) where the exponential formula would cancel."""
     z = x * x
     y = -5.70498872745e-3 * z + 2.06390887954e-2
     y = y * z - 5.37397155531e-2
@@ -106,8 +106,8 @@ def tanh(x):
 
 @triton.jit
 def modified_scores(qk, scale, softcap, slope, q_pos, offs_n, bias):
-    """Scores from q·k (M, N): scale, soft cap, ALiBi and bias, in this order, but those that are None. slope (M,) of each row's
-    head."""
+    """Scores from q·k (M, N): scale, soft cap, ALiBi and bias, in this order; each but the scale may be None. slope (M,): that of
+    each row's head."""
     x = qk * scale
     if softcap is not None:
         x = softcap * tanh(x / softcap)
@@ -120,8 +120,8 @@ def modified_scores(qk, scale, softcap, slope, q_pos, offs_n, bias):
 
 @triton.jit
 def visible_keys(q_pos, offs_n, end, window, IS_CAUSAL: tl.constexpr):
-    """Which keys before `end`, or all if it is None, the causal mask and the window, if any, leave to each query: q_pos (M, 1),
-    offs_n (1, N), or transposed."""
+    """The mask of keys that each query sees: causal, window and, unless None, `end`. q_pos (M, 1), offs_n (1, N), or
+    transposed."""
     visible = tl.full([1, 1], True, tl.int1)
     if end is not None:
         visible = visible & (offs_n < end)
@@ -134,7 +134,7 @@ def visible_keys(q_pos, offs_n, end, window, IS_CAUSAL: tl.constexpr):
 
 @triton.jit
 def seen_keys(scores, counts):
-    """Of scores (M, N): (N,), whether a key has one above -inf in a row that `counts` (M,), or in any if that is None."""
+    """(N,): whether a key has a score above -inf in any row of scores (M, N), or in any row where `counts` (M,), if not None."""
     if counts is not None:
         scores = tl.where(counts[:, None], scores, float("-inf"))
     return tl.max(scores, 0) > float("-inf")
@@ -145,11 +145,11 @@ def key_ranges(past, n_rows, length, window, HAS_MASK: tl.constexpr, BLOCK_M: tl
                IS_CAUSAL: tl.constexpr):  # fmt: skip
     """The keys that some query of a tile sees, in three ranges: (begins, stops, first, end).
 
-    Range 0, of a window alone, are those before which it begins for some query, range 1, without a mask, those that every
-    query sees, and range 2 the others. All begin and stop at multiples of BLOCK_N, though no query sees keys before `first`,
-    nor from `end` on; but the last range stops at `end`. A range may stop before it begins.
+    Range 0 (window): keys that are outside some query's window. Range 1 (no mask): keys that every query sees. Range 2: the
+    others. Ranges begin and stop at multiples of BLOCK_N, except that the last one stops at `end`; no query sees keys before
+    `first` or from `end` on. A range may be empty: stop <= begin.
 
-    past: keys before the one at the position of the tile's first query; n_rows: queries from that one on.
+    past: position of the tile's first query; n_rows: queries from that one on.
     """
     end = tl.minimum(past + tl.minimum(BLOCK_M, n_rows), length) if IS_CAUSAL else length
     outer = (tl.maximum(past + 1, 0) if IS_CAUSAL else length) // BLOCK_N * BLOCK_N
@@ -167,15 +167,14 @@ def key_ranges(past, n_rows, length, window, HAS_MASK: tl.constexpr, BLOCK_M: tl
 
 @triton.jit
 def online_softmax(x, row_sum, row_max, factor, EXACT: tl.constexpr):
-    """Folds a tile of scores (M, N) into each row's maximum m and sum l of exp(score - m), (M,) each.
+    """Accumulates a tile of scores (M, N) into each row's maximum m and sum l of exp(score - m), (M,) each.
 
-    `factor` makes scores in base 2 of x. EXACT, for weights in fp32, keeps row_max in the
-    units of x and rounds after the subtraction, which itself rounds nothing where it matters; else row_max is in base 2,
-    and the subtraction one with the scaling.
-    Returns the weights exp(score - m), what to multiply with that was summed so far, l and m.
+    `factor` scales x to base 2. EXACT, for weights in fp32, keeps row_max in the units of x and scales after the subtraction,
+    which is exact where it matters; else row_max is in base 2, and scaling and subtraction are one fused multiply-add.
+    Returns the weights exp(score - m), the factor that rescales earlier sums, l and m.
     """
     new_max = tl.maximum(row_max, tl.max(x, 1) if EXACT else tl.max(x, 1) * factor)
-    # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
+    # The maximum of a row that has seen no key yet is -inf, and -inf - -inf would be NaN.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     if EXACT:
         p = tl.exp2((x - shift[:, None]) * factor)
@@ -188,17 +187,17 @@ def online_softmax(x, row_sum, row_max, factor, EXACT: tl.constexpr):
 
 @triton.jit
 def finish_softmax(acc, row_sum, row_max, sinks_ptr, heads):
-    """Rows of (out, lse) in fp32 from the sums over all their keys: acc (M, BLOCK_D), the others (M,), row_max in base e."""
+    """(out, lse) of rows in fp32 given the sums over all keys: acc (M, BLOCK_D), the others (M,), row_max in base e."""
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + heads).to(tl.float32)
-        fully_masked = row_max == float("-inf")  # sees no key, so has no use for the sink either
+        fully_masked = row_max == float("-inf")  # then the sink does not count either
         new_max = tl.where(fully_masked, row_max, tl.maximum(row_max, sink))
         shift = tl.where(fully_masked, 0.0, new_max)
         rescale = tl.exp2((row_max - shift) * LOG2_E)
         row_sum = row_sum * rescale + tl.where(fully_masked, 0.0, tl.exp2((sink - shift) * LOG2_E))
         row_max = new_max
         acc *= rescale[:, None]
-    fully_masked = row_sum == 0.0  # out is 0 then, though a value may be NaN, and lse -inf
+    fully_masked = row_sum == 0.0  # out is then 0, even if a value is NaN, and lse -inf
     row_sum = tl.where(fully_masked, 1.0, row_sum)
     out = tl.where(fully_masked[:, None], 0.0, acc * (1.0 / row_sum)[:, None])
     return out, row_max + tl.log2(row_sum) * LN_2
@@ -209,14 +208,14 @@ def recomputed_weights(
     qk, shift, features, rows, n_rows, offs_n, q_pos, end, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The softmax's weights before dropout; and d score / d (scale q·k). MASKED: zero where a query does not see a key, for
-    keys before `end`, or all if it is None.
+    """The softmax weights before dropout, and d score / d (scale q·k). MASKED: zero where a query does not see a key, and from
+    `end` on unless that is None.
 
     qk is (M, N) with shift, rows, q_pos (M, 1) and offs_n (1, N), or all of them transposed. shift is the log-sum-exp, in
     base e if EXACT (as in online_softmax), else in base 2. The slope of `Features` is a scalar.
     """
     slope_of_cap = 1.0
-    factor = features.scale * LOG2_E  # what is left to multiply qk with for scores in base 2
+    factor = features.scale * LOG2_E  # scales qk to base 2
     if EXACT or features.softcap is not None or features.slope is not None or features.bias_ptr is not None:
         qk *= features.scale
         factor = LOG2_E
@@ -235,7 +234,7 @@ def recomputed_weights(
         p = tl.exp2(qk * factor - shift)
     if MASKED:
         visible = visible_keys(q_pos, offs_n, end, features.window, IS_CAUSAL)
-        if features.slope is not None:  # no row past the last may make an infinity; else its p is finite, and met by zeros
+        if features.slope is not None:  # p of rows past the last must be finite, as it meets zeros; ALiBi may overflow it
             visible = visible & (rows < n_rows)
         if features.mask_ptr is not None:
             visible = visible & load_mask(features, rows, offs_n, n_rows, MASK_UNIT)
@@ -245,8 +244,8 @@ def recomputed_weights(
 
 @triton.jit
 def kept_weights(features, b, heads, offs_m, start_n, BLOCK_N: tl.constexpr):
-    """(M, BLOCK_N): which weights the dropout of `Features` keeps, see fastgpt/ops/dropout.py. start_n is a multiple of 4;
-    heads, offs_m: (M,) head and token of each row. Every number of a counter is below 2^32."""
+    """(M, BLOCK_N): the dropout mask, True where a weight is kept; see fastgpt/ops/dropout.py. start_n is a multiple of 4;
+    heads, offs_m: (M,) head and token of each row. Each word of a counter is below 2^32."""
     zero = tl.zeros([1, BLOCK_N // 4], tl.int32) + tl.zeros_like(offs_m).to(tl.int32)[:, None]
     blocks = zero + (start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.int32)[None, :]
     rows = zero + offs_m.to(tl.int32)[:, None]
@@ -258,8 +257,8 @@ def kept_weights(features, b, heads, offs_m, start_n, BLOCK_N: tl.constexpr):
 
 
 def unit_of(x: Tensor | None) -> int:
-    """How a kernel may read rows of a mask or a bias x (B, H, T, S): 16 bytes of so many elements at once, as they begin and
-    end at multiples of that; 1 if neighbors lie side by side in memory; else 0."""
+    """How a kernel may load rows of a mask or a bias x (B, H, T, S): the number of elements in 16 bytes if rows start and end at
+    multiples of these; 1 if the last dimension is contiguous; else 0."""
     if x is None or (x.stride(-1) != 1 and x.shape[-1] > 1):
         return 0
     return 16 // x.element_size() if has_aligned_rows(x) else 1

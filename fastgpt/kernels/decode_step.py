@@ -1,4 +1,4 @@
-"""What a decode step does before and after the blocks, each in one launch: embedding, positions, and recording tokens."""
+"""The parts of a decode step around the blocks, one launch each: embedding, advancing positions, recording tokens."""
 
 import functools
 
@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
+from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, launch_dependents, wait_for_dependencies
 from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.tiles import ADVANCED, embedding_tile
@@ -17,9 +17,9 @@ def embed_kernel(
     ids_ptr, weight_ptr, positions_ptr, position_weight_ptr, out_ptr, vocabulary, n_positions, period, scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C numbers of one token. Positions repeat after `period` tokens. Everything is contiguous."""
-    let_next_start(PDL)
-    wait_for_previous(PDL)
+    """One program: BLOCK_C features of one token. Positions repeat after `period` tokens. All tensors are contiguous."""
+    launch_dependents(PDL)
+    wait_for_dependencies(PDL)
     token = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = offs_c < C
@@ -42,7 +42,7 @@ def embed(
     ids: Tensor, weight: Tensor, positions: Tensor | None = None, position_weight: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launches the kernel. What it computes, and the arguments, see `fastgpt.ops.decode_step.embed`."""
+    """Launches the kernel; see `fastgpt.ops.decode_step.embed`."""
     C = weight.shape[1]
     out = torch.empty((*ids.shape, C), dtype=weight.dtype, device=weight.device)
     if out.numel() == 0:
@@ -66,14 +66,14 @@ def embed(
 
 @functools.cache
 def embed_constants(C: int, pdl: bool) -> Constants:
-    """The compile-time arguments and options of `embed_kernel` for rows of C numbers; sums are rounded as PyTorch's."""
+    """The compile-time arguments and options of `embed_kernel` for rows of C features; sums round as PyTorch's do."""
     return Constants(C=C, **embedding_tile(C), enable_fp_fusion=False, **dependent_launch(pdl))
 
 
 @kernel(do_not_specialize=["lengths_ptr", "positions_ptr", "n_sequences"])
 def advance_kernel(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    let_next_start(PDL)
-    wait_for_previous(PDL)
+    launch_dependents(PDL)
+    wait_for_dependencies(PDL)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n_sequences
     lengths = tl.load(lengths_ptr + offsets, mask=mask)
@@ -82,7 +82,7 @@ def advance_kernel(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr,
 
 
 def advance(lengths: Tensor, positions: Tensor) -> None:
-    """Launches the kernel: see `fastgpt.ops.decode_step.advance`. Both are contiguous."""
+    """Launches the kernel; see `fastgpt.ops.decode_step.advance`. Both tensors are contiguous."""
     constants = one_warp_constants(ADVANCED, has_dependent_launch(lengths.device))
     with torch.cuda.device_of(lengths):
         advance_kernel.launch((cdiv(len(lengths), ADVANCED), 1, 1), constants, lengths, positions, len(lengths))
@@ -97,9 +97,9 @@ def record_token_kernel(
     token_ptr, largest_ptr, tokens_ptr, extreme_ptr, step_ptr, ended_ptr, eos_ptr, n_rows, n_eos, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program, of one warp: each of its threads has read the step before any writes the next."""
-    let_next_start(PDL)
-    wait_for_previous(PDL)
+    """One program of one warp, whose threads have all read the step before one of them increments it."""
+    launch_dependents(PDL)
+    wait_for_dependencies(PDL)
     step = tl.load(step_ptr)
     for start in range(0, n_rows, BLOCK):
         offsets = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
@@ -123,7 +123,7 @@ def record_token(
     token: Tensor, largest: Tensor, tokens: Tensor, extreme: Tensor, step: Tensor, ended: Tensor | None = None,
     eos: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launches the kernel: see `fastgpt.ops.decode_step.record_token`. All are contiguous."""
+    """Launches the kernel; see `fastgpt.ops.decode_step.record_token`. All tensors are contiguous."""
     if ended is not None:
         ended = ended.view(torch.uint8)
     n_rows = len(token)
@@ -136,5 +136,5 @@ def record_token(
 
 @functools.cache
 def one_warp_constants(block: int, pdl: bool) -> Constants:
-    """The compile-time arguments and options of `advance_kernel` and `record_token_kernel`, which go through sequences by `block`."""
+    """The compile-time arguments and options of `advance_kernel` and `record_token_kernel`; `block` sequences at a time."""
     return Constants(BLOCK=block, num_warps=1, num_stages=1, enable_fp_fusion=False, **dependent_launch(pdl))

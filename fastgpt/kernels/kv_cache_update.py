@@ -1,10 +1,9 @@
-"""The KV-cache update, alone and fused with rotary embedding, in one launch; and how a row is rotated and stored in 8 bits.
+"""The KV-cache update, alone and fused with rotary embedding, in one launch; and rotation and 8-bit quantization of a row.
 
-What is stored is what csrc/kv_cache/kv_cache_update.cu stores, bit for bit: each operation on fp32 is rounded for itself,
-which takes a kernel without floating-point fusion. Prefill needs no host sync without the CUDA library, either.
+Results are those of csrc/kv_cache/kv_cache_update.cu, bit for bit: every fp32 operation is rounded, without fused multiply-adds
+(enable_fp_fusion=False). So prefill needs no host sync without the CUDA library, either.
 
-Rows start wherever the caller has them. How far they are aligned is a compile-time argument: mostly 16 bytes, of all that is
-read and written.
+Rows may have any alignment, which is a compile-time argument: in most calls 16 bytes, for everything read and written.
 """
 
 import functools
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, let_next_start, wait_for_previous
+from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, launch_dependents, wait_for_dependencies
 from fastgpt.kernels.launch import Constants, kernel
 from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
 from fastgpt.kernels.tiles import WIDEST_ACCESS, update_tile
@@ -22,7 +21,7 @@ from fastgpt.kernels.tiles import WIDEST_ACCESS, update_tile
 
 @triton.jit
 def to_float32(x):
-    """x in fp32, exactly. bf16 goes by its bits: Triton's interpreter (3.6 to 3.9) loses subnormal numbers."""
+    """x in fp32, exactly. bf16 is converted bit by bit, as Triton's interpreter (3.6 to 3.9) flushes subnormals."""
     if x.dtype == tl.bfloat16:
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -30,8 +29,8 @@ def to_float32(x):
 
 @triton.jit
 def from_float32(x, dtype: tl.constexpr):
-    """x, in fp32, rounded to the nearest number of a dtype, ties to even. To bf16 by its bits: Triton's interpreter (3.6 to
-    3.9) cuts off what does not fit."""
+    """x, in fp32, rounded to the nearest number of a dtype, ties to even. To bf16 bit by bit, as Triton's interpreter (3.6 to
+    3.9) truncates."""
     if dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
@@ -41,8 +40,8 @@ def from_float32(x, dtype: tl.constexpr):
 
 @triton.jit
 def rotated(x, other, cosine, sine, is_first):
-    """Numbers x of rotated pairs, with their partners in `other`, in fp32 and rounded once: of the first of a pair (a, b)
-    a cos - b sin, of the second b cos + a sin."""
+    """Elements x of rotated pairs, with their partners in `other`, computed in fp32 and rounded once: the first of a pair (a, b)
+    becomes a cos - b sin, the second b cos + a sin."""
     crossed = to_float32(other) * sine
     straight = to_float32(x) * cosine
     return from_float32(tl.where(is_first, straight - crossed, straight + crossed), x.dtype)
@@ -50,7 +49,7 @@ def rotated(x, other, cosine, sine, is_first):
 
 @triton.jit
 def to_e4m3(x):
-    """fp32 that is not NaN -> the nearest e4m3 as uint8, ties to even, 448 for all that is larger; on every architecture."""
+    """fp32, not NaN -> the nearest e4m3 as uint8, ties to even, saturated to 448; on every architecture."""
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     normal = (magnitude - (120 << 23) + 0x7FFFF + (magnitude >> 20 & 1)) >> 20
@@ -63,15 +62,15 @@ def to_e4m3(x):
 
 @triton.jit
 def largest_of(x, KEEP: tl.constexpr):
-    """The bits of the largest magnitude of each row x (..., BLOCK_D) in fp32, as integers, of which NaN is on top. With KEEP
-    they are (..., 1), else that of one row a scalar."""
+    """The largest magnitude of each row x (..., BLOCK_D), as the bits of fp32, which compare as integers, NaN above all. With
+    KEEP (..., 1), else a scalar, for one row."""
     return tl.max(to_float32(x).to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1, keep_dims=KEEP)
 
 
 @triton.jit
 def quantized(x, largest_bits, element: tl.constexpr):
-    """Rows x (..., BLOCK_D) as int8, or e4m3 in uint8, and their scales, by `largest_of` all of each row: bit for bit what
-    csrc/common/elements.h makes of them, in a kernel without floating-point fusion."""
+    """Rows x (..., BLOCK_D) as int8, or e4m3 in uint8, and their scales, given `largest_of` of the whole rows: bit for bit as in
+    csrc/common/elements.h, in a kernel with enable_fp_fusion=False."""
     LIMIT: tl.constexpr = 127.0 if element == tl.int8 else 448.0
     x = to_float32(x)
     largest = largest_bits.to(tl.float32, bitcast=True)
@@ -90,7 +89,7 @@ def quantized(x, largest_bits, element: tl.constexpr):
 
 @triton.jit
 def _read(ptr, start, stride, tokens, mask_t, offs_d, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr):
-    """Pointers (M,) of rows at start + tokens * stride, and what lies at offs_d of them. ALIGN divides the pointers."""
+    """Pointers (M,) to the rows at start + tokens * stride, and their elements at offs_d. ALIGN (bytes) divides the pointers."""
     rows = tl.multiple_of(ptr + (start + tokens * stride), [ALIGN])
     mask = mask_t[:, None] & (offs_d < HEAD_DIM)[None, :]
     return rows, tl.load(rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
@@ -98,14 +97,14 @@ def _read(ptr, start, stride, tokens, mask_t, offs_d, HEAD_DIM: tl.constexpr, AL
 
 @triton.jit
 def _angles(ptr, positions, stride, pair, is_rotated, other, PAIRS: tl.constexpr, ALIGN: tl.constexpr):
-    """Of each position its row of cos or sin, or `other`, at pair (N,): (M, N)."""
+    """cos or sin of each position at pair (N,), or `other` where it is not rotated: (M, N)."""
     rows = tl.multiple_of(ptr + tl.where(is_rotated, positions, 0) * stride, [ALIGN])
     return tl.load(rows[:, None] + pair[None, :], mask=is_rotated[:, None] & (pair < PAIRS)[None, :], other=other)
 
 
 @triton.jit
 def _interleave(a, b, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Numbers of a and b (BLOCK_T, BLOCK_D / 2) in turn: (BLOCK_T, BLOCK_D)."""
+    """Columns of a and b (BLOCK_T, BLOCK_D / 2), interleaved: (BLOCK_T, BLOCK_D)."""
     return tl.join(a, b).reshape([BLOCK_T, BLOCK_D])
 
 
@@ -114,7 +113,7 @@ def _rotate(
     x, rows, cos_ptr, sin_ptr, stride_cos, stride_sin, positions, is_rotated,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows x (BLOCK_T, BLOCK_D), which lie at the pointers `rows`, rotated by their positions where is_rotated says so."""
+    """Rows x (BLOCK_T, BLOCK_D), loaded from the pointers `rows`, rotated by their positions where is_rotated."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = is_rotated[:, None] & (offs_d < 2 * PAIRS)[None, :]
     if INTERLEAVED:
@@ -140,7 +139,7 @@ def _store(
     x, ptr, scale_ptr, first, h, row, stride_b, stride_h, stride_n, stride_sb, stride_sh, stride_sn, stored, offs_d,
     HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows x (M, BLOCK_D) of head h to the rows `row` (M,) of sequences or pages `first`, where `stored` (M,)."""
+    """Stores rows x (M, BLOCK_D) of head h to the rows `row` (M,) of the sequences or pages `first`, where `stored` (M,)."""
     if scale_ptr is not None:
         x, scale = quantized(x, largest_of(x, KEEP=True), ptr.dtype.element_ty)
         scales = scale_ptr + (first * stride_sb + h * stride_sh + row * stride_sn)
@@ -149,7 +148,7 @@ def _store(
     tl.store(rows[:, None] + offs_d[None, :], x, mask=stored[:, None] & (offs_d < HEAD_DIM)[None, :])
 
 
-# Numbers that vary between calls, and where tensors begin, must not compile a kernel again.
+# Not specialized: integers that vary between calls, and the alignment of pointers, must not recompile the kernel.
 @kernel(
     do_not_specialize=[
         "new_k_ptr", "new_v_ptr", "k_ptr", "v_ptr", "slots_ptr", "block_table_ptr", "k_scale_ptr", "v_scale_ptr",
@@ -184,14 +183,14 @@ def update_cache_kernel(
     """One program: BLOCK_T tokens of one head of k and v, or of q.
 
     Strides are in elements; the last dimension of all is contiguous. k_ptr and v_ptr are the cache, (B, H_kv, capacity, D), or
-    with a block table the pool of pages, of which stride_kb and the like are. rotated_q is (B, H, T, D), contiguous. Without
-    rotation, n_heads is 0 and PAIRS, too. Optional tensors are None where they do not apply.
+    with a block table the pool of pages; then stride_kb and the like are those of a page. rotated_q is (B, H, T, D), contiguous.
+    Without rotation, n_heads and PAIRS are 0. Optional tensors are None if absent.
     """
-    let_next_start(PDL)
-    wait_for_previous(PDL)
+    launch_dependents(PDL)
+    wait_for_dependencies(PDL)
     pid = tl.program_id(0)
     n_rows = n_heads_kv + n_heads
-    head = pid % n_rows  # all heads of a token side by side
+    head = pid % n_rows  # neighboring programs have the heads of the same tokens
     n_tiles = tl.cdiv(n_tokens, BLOCK_T)
     b = tl.cast(pid // n_rows // n_tiles, tl.int64)
     tokens = (pid // n_rows % n_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -215,7 +214,7 @@ def update_cache_kernel(
             first = tl.load(entries, mask=stored, other=-1).to(tl.int64)
             stored = stored & (first >= 0) & (first < n_pages)
             row = row % page
-        # Rows that are rotated or quantized are read at once.
+        # Rows that are rotated or quantized are loaded as a whole: one iteration.
         for start_d in range(0, HEAD_DIM, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
             start = b * stride_nkb + h * stride_nkh
@@ -246,7 +245,7 @@ def update_cache_kernel(
             q, rows, cos_ptr, sin_ptr, stride_cos, stride_sin, positions, is_rotated,
             PAIRS, INTERLEAVED, BLOCK_T, BLOCK_D, ANGLE_ALIGN,
         )  # fmt: skip
-        BITS: tl.constexpr = HEAD_DIM * (rotated_q_ptr.dtype.element_ty.primitive_bitwidth // 8) | 16  # the lowest counts
+        BITS: tl.constexpr = HEAD_DIM * (rotated_q_ptr.dtype.element_ty.primitive_bitwidth // 8) | 16  # lowest bit: alignment
         out_rows = tl.multiple_of(rotated_q_ptr + ((b * n_heads + h) * n_tokens + tokens) * HEAD_DIM, [BITS & -BITS])
         tl.store(out_rows[:, None] + offs_d[None, :], q, mask=mask_t[:, None] & (offs_d < HEAD_DIM)[None, :])
 
@@ -255,8 +254,7 @@ def kv_cache_update(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor,
     block_table: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launches the kernel; no host sync. What it does, and the arguments, see `fastgpt.kv_cache_update`; v and its cache may
-    have a head dim of their own."""
+    """Launches the kernel; no host sync. See `fastgpt.kv_cache_update`; v and its cache may have another head dim than k."""
     _launch(None, k, v, k_cache, v_cache, positions, None, None, None, False, block_table, k_scale, v_scale)
 
 
@@ -265,8 +263,8 @@ def rope_kv_cache_update(
     slots: Tensor | None = None, interleaved: bool = False,
     block_table: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launches the kernel; no host sync. What it does, and the arguments, see `fastgpt.rope_kv_cache_update`; v and its cache
-    may have a head dim of their own. Returns the rotated q (B, H, T, D), contiguous."""
+    """Launches the kernel; no host sync. See `fastgpt.rope_kv_cache_update`; v and its cache may have another head dim than k.
+    Returns the rotated q (B, H, T, D), contiguous."""
     slots = positions if slots is None else slots
     return _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, block_table, k_scale, v_scale)
 
@@ -281,7 +279,7 @@ def _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, 
     out = None if q is None else torch.empty((B, H, T, D), dtype=q.dtype, device=q.device)
     if k.numel() == v.numel() == 0 and (out is None or out.numel() == 0):
         return out
-    if k_cache.dtype is torch.float8_e4m3fn:  # which the kernel makes itself: not every architecture can
+    if k_cache.dtype is torch.float8_e4m3fn:  # encoded by the kernel: not every architecture can
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     aligned = alignment(k, v, *(() if q is None else (q,))), alignment(k_cache, v_cache)
     constants = kernel_constants(
@@ -323,6 +321,6 @@ def kernel_constants(
     return Constants(
         HEAD_DIM=head_dim, V_DIM=v_dim, PAIRS=pairs, INTERLEAVED=interleaved, NEW_ALIGN=new_align, CACHE_ALIGN=cache_align,
         ANGLE_ALIGN=angle_align, **update_tile(head_dim, v_dim, several, element_size),
-        maxnreg=255,  # left to itself, ptxas spills some for more programs at once
+        maxnreg=255,  # without a limit of its own, ptxas spills some registers for higher occupancy
         enable_fp_fusion=False, **dependent_launch(pdl),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from fastgpt.checkpoints import hub, transformers_format
 from fastgpt.checks import require_integer, require_number
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.decoder import GPT, project
-from fastgpt.model.fusion import is_training
+from fastgpt.model.evaluation_mode import is_training
 from fastgpt.model.inputs import as_lengths, as_prompts, require_ids
 from fastgpt.schema import integer, mapping, number, read
 

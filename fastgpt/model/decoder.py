@@ -28,7 +28,8 @@ from fastgpt.checkpoints import hub, transformers_format
 from fastgpt.checks import is_autocasting, require_flag
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.encoder_states import EncoderKV, require_causal, require_encoder_states, stored_encoder_states, uncached
-from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, computes, is_plain_matrix, is_training, plain
+from fastgpt.model.evaluation_mode import is_training
+from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, computes, is_plain_matrix, plain
 from fastgpt.model.inputs import require_ids
 from fastgpt.model.rope import Tables, sinusoidal
 from fastgpt.ops.decode_step import embed

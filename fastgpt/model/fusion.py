@@ -1,18 +1,15 @@
-"""When a decoder may fuse its modules: whether they are plain (unmodified), and evaluation mode for generation.
+"""When a decoder may fuse its modules: whether they are plain (unmodified).
 
 A fused operation replaces the calls of several modules, and a replayed decode step those of all. That gives the same result
 only if no hook, subclass or adapter has changed what a module computes. `is_plain` checks this; other modules are called.
 """
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.modules import module as hooked
-from torch.overrides import TorchFunctionMode
 
 from fastgpt.ops.quantized_weight import QuantizedWeight
 
@@ -77,61 +74,3 @@ def have_own_forwards(kinds: set[Any]) -> bool:
 def computes(module: nn.Module, forward: Callable) -> bool:
     """Whether a module is plain and its forward is this one."""
     return type(module).forward is forward and is_plain(module)
-
-
-# Generation
-
-
-class State(threading.local):
-    evaluating = False
-
-
-state = State()
-
-
-def is_training(module: nn.Module) -> bool:
-    """Whether a module applies dropout: in training mode, outside of `evaluating`."""
-    return module.training and not state.evaluating
-
-
-def others(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that are of other types than the decoder's."""
-    return [module for module in model.modules() if type(module) not in PLAIN]
-
-
-class evaluating:
-    """A context manager: in this thread, a model in training mode computes as in evaluation mode. `module.training` does not
-    change, so other threads are not affected.
-
-    others: those modules of the model that `others` returns.
-    """
-
-    def __init__(self, others: list[nn.Module]):  # not @contextmanager, which is slower: each step enters one
-        self.others = others
-
-    def __enter__(self) -> None:
-        self.before, state.evaluating, self.mode = state.evaluating, True, None
-        if any(module.training for module in self.others):
-            self.mode = NoDropout()
-            self.mode.__enter__()
-
-    def __exit__(self, *exception) -> None:
-        state.evaluating = self.before
-        if self.mode is not None:
-            self.mode.__exit__(*exception)
-
-
-class NoDropout(TorchFunctionMode):
-    """Turns PyTorch's dropout functions into the identity, for modules that are not the decoder's."""
-
-    FUNCTIONS = {
-        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
-        torch.dropout_, torch.feature_dropout, torch.feature_dropout_, torch.alpha_dropout, torch.alpha_dropout_,
-        torch.feature_alpha_dropout, torch.feature_alpha_dropout_,
-    }  # fmt: skip
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in self.FUNCTIONS:
-            return args[0] if args else kwargs["input"]
-        return function(*args, **kwargs)

@@ -21,8 +21,8 @@ ROPE_SCHEMA = {
     "original_context": integer(2, MAX_POSITIONS, OMITTED, optional=True),
     "low_frequency_factor": number(OMITTED, least=1e-6, most=1e6),
     "high_frequency_factor": number(OMITTED, least=1e-6, most=1e6),
-    "fast": number(OMITTED, least=1e-6, most=1e6),
-    "slow": number(OMITTED, least=1e-6, most=1e6),
+    "beta_fast": number(OMITTED, least=1e-6, most=1e6),
+    "beta_slow": number(OMITTED, least=1e-6, most=1e6),
     "truncate": flag(OMITTED),
     "short_factors": several(number(**FACTOR), OMITTED),
     "long_factors": several(number(**FACTOR), OMITTED),
@@ -36,16 +36,18 @@ class Rope:
 
     Pairs are (n, n + dim/2), and frequency[n] = theta^(-2n / dim), which a kind of scaling to longer contexts changes:
 
-        default    not at all
+        default    unchanged
         linear     divided by `factor`
-        dynamic    not at all up to the context that the model was trained for, which is the longest that is supported; beyond
-                   it, theta would grow with the sequence
-        llama3     divided by `factor` for wavelengths (in tokens) above original_context / low_frequency_factor, unchanged
-                   below original_context / high_frequency_factor, interpolated between them
-        yarn       divided by `factor` for pairs that make at most `slow` rotations within original_context, unchanged for
-                   those that make at least `fast`, interpolated between them (arXiv 2309.00071)
-        longrope   divided by short_factors[n], or by long_factors[n] if sequences are longer than original_context
-                   (arXiv 2402.13753)
+        dynamic    unchanged up to the context that the model was trained for, the longest that is
+                   supported; beyond it, theta would grow with the sequence
+        llama3     divided by `factor` for wavelengths (in tokens) above
+                   original_context / low_frequency_factor, unchanged below
+                   original_context / high_frequency_factor, interpolated between them
+        yarn       divided by `factor` for pairs that make at most beta_slow rotations within
+                   original_context, unchanged for those that make at least beta_fast,
+                   interpolated between them (arXiv 2309.00071)
+        longrope   divided by short_factors[n], or by long_factors[n] if sequences are longer than
+                   original_context (arXiv 2402.13753)
 
     dim: number of dimensions that are rotated, even, at most the head dim.
     original_context: tokens of the context before scaling.
@@ -63,8 +65,8 @@ class Rope:
     original_context: int | None = None
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
-    fast: float = 32.0
-    slow: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
@@ -81,8 +83,8 @@ class Rope:
                 f"rope.high_frequency_factor: expected a number > low_frequency_factor={self.low_frequency_factor}, "
                 f"got {self.high_frequency_factor}"
             )
-        if self.kind == "yarn" and self.fast < self.slow:
-            raise ValueError(f"rope.fast: expected a number >= slow={self.slow}, got {self.fast}")
+        if self.kind == "yarn" and self.beta_fast < self.beta_slow:
+            raise ValueError(f"rope.beta_fast: expected a number >= beta_slow={self.beta_slow}, got {self.beta_fast}")
         if self.kind == "yarn" and self.theta <= 1:
             raise ValueError(f"rope.theta: expected a number > 1 for yarn, got {self.theta}")
         for name in ("short_factors", "long_factors"):
@@ -108,7 +110,7 @@ class Rope:
             low, high = self.low_frequency_factor, self.high_frequency_factor
             unscaled = ((rotations - low) / (high - low)).clamp(0, 1)  # share of the original frequency
         elif self.kind == "yarn":
-            fast, slow = map(self._dimension_of, (self.fast, self.slow))
+            fast, slow = map(self._dimension_of, (self.beta_fast, self.beta_slow))
             if self.truncate:
                 fast, slow = math.floor(fast), math.ceil(slow)
             fast, slow = max(fast, 0), min(slow, self.dim - 1)

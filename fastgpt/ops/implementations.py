@@ -9,7 +9,7 @@ from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # four t
 from fastgpt.ops.derivatives import derivatives_possible, derivatives_refused
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-LEAST_CAPABILITY = 8, 0  # the kernels use its instructions, such as bf16 products
+MIN_CAPABILITY = 8, 0  # the kernels use its instructions, such as bf16 products
 
 
 @functools.cache  # formatting a device takes a microsecond
@@ -29,7 +29,7 @@ def _too_old(device: torch.device) -> str | None:
         capability = _capability(torch.cuda.get_device_capability, device)
     except (AssertionError, RuntimeError):  # this torch has no CUDA, or it finds no device
         return None
-    return None if capability >= LEAST_CAPABILITY else _too_old_sentence(device, capability)
+    return None if capability >= MIN_CAPABILITY else _too_old_sentence(device, capability)
 
 
 # This is what torch.compiler.assume_constant_result sets, without importing torch.compile, which takes seconds. Traced, the
@@ -44,7 +44,7 @@ def _capability(ask, device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def _too_old_sentence(device: torch.device, capability: tuple[int, int]) -> str:
-    needed, found = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
+    needed, found = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
     return f"it needs a GPU of compute capability {needed} or newer, and {device} has {found}"
 
 

@@ -22,8 +22,8 @@ from fastgpt.ops.norm import KINDS, norm_reference
 from fastgpt.ops.quantized_weight import FUNCTIONS, Packing, QuantizedWeight, dequantized_product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Rows of x up to which the kernels are faster than other products. On a CPU they take any number, but compute kMaxRows of
-# csrc/linear/linear.h at a time.
+# Up to this many rows of x the kernels are faster than other matrix products. On a CPU they take any number of rows, but compute
+# kMaxRows (csrc/linear/linear.h) at a time.
 MAX_ROWS_CPU = 64 if build_info()["cpu_level"] in ("avx2", "avx512", "amx") else 32
 MAX_ROWS_CUDA = 32
 ACTIVATIONS = {
@@ -33,7 +33,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
 }
-ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # equal to csrc/linear/linear.h
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # the same in csrc/linear/linear.h
 
 
 def linear(
@@ -58,15 +58,15 @@ def linear(
         out = residual + dropout(activation(y))
         out = residual + dropout(activation(y[..., :N]) · y[..., N:])                        gated
 
-    In decoding, it is bound by reading the weight, which this does once. Up to 32 rows (the product of all dimensions of x but the
-    last; 64 on CPUs with AVX2) are computed in fp32 and rounded once, on CUDA in one launch; more rows use PyTorch's matrix
-    product, or on a CPU the fastest that there is for the dtype. On CPUs that multiply bf16 themselves, from 9 rows on, what a
-    norm makes of x in bf16 is rounded first: to bf16, or to 16 bits with AMX.
+    In decoding, the time is bound by reading the weight, which happens once. Up to 32 rows (the product of all dimensions of x but
+    the last; 64 on CPUs with AVX2) are computed in fp32 and rounded once, on CUDA in one launch. More rows use PyTorch's matrix
+    product, or on a CPU the fastest for the dtype. On CPUs with bf16 instructions, from 9 rows on, normalized x in bf16 is rounded
+    before the product: to bf16, or with AMX to 16 significant bits.
 
     Args:
         x: (..., C) fp16|bf16|fp32|fp64.
-        weight: (N, C), last dimension contiguous; or of 8 or 4 bits, a `fastgpt.QuantizedWeight`, whose product on a CPU is
-            computed in fp32, with any number of rows. It and all other tensors have the dtype of x (under autocast: any).
+        weight: (N, C), last dimension contiguous; or a `fastgpt.QuantizedWeight` of 8 or 4 bits, whose product on a CPU is
+            computed in fp32 for any number of rows. All tensors have the dtype of x (under autocast: any).
         bias: (N,).
         norm: "layer" or "rms", over the last dimension; see `fastgpt.norm`.
         norm_weight: (C,), weight of the norm; None: no norm.
@@ -84,7 +84,7 @@ def linear(
         impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
             `fastgpt.explain`.
 
-    Returns: (..., N) in the dtype of x. Calls that need gradients are served by the reference, with that product.
+    Returns: (..., N) in the dtype of x. Calls that need gradients run the reference, with the same matrix product.
     Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, stride, device, norm, activation, impl):
         argument, expected, got.
 
@@ -105,10 +105,10 @@ def linear(
     try:
         if impl in (None, "cpp") and _cpp_refuses(*call) is None:
             rms, number = KINDS[norm], ACTIVATION_NUMBERS[activation]
-            # Each argument costs a tenth of a microsecond in the dispatcher: those of the norm are passed only if there is one.
+            # Each argument costs 0.1 us in the dispatcher: those of the norm are passed only if there is one.
             no_norm = norm_weight is None and norm_bias is None
             norm_arguments = () if no_norm else (norm_weight, norm_bias, rms, norm_eps, norm_offset)
-            if no_norm and (norm_eps != 1e-5 or norm_offset != 0.0):  # the kernel will not see and check these
+            if no_norm and (norm_eps != 1e-5 or norm_offset != 0.0):  # the kernel does not see, and so not check, these
                 _check(*call, norm, norm_eps, norm_offset, activation, gated)
             if isinstance(weight, QuantizedWeight):
                 if weight.fits != (x.dtype, x.shape[-1]):
@@ -122,8 +122,8 @@ def linear(
                     _check(*call, norm, norm_eps, norm_offset, activation, gated)
                 if norm_weight is not None:
                     x = _norm(x, norm_weight, norm_bias, None, rms, norm_eps, norm_offset)
-                return _of_many_rows(x, weight, bias, residual, number, gated)
-            # The kernel checks the rest itself, in a fraction of the time.
+                return _linear_many_rows(x, weight, bias, residual, number, gated)
+            # The kernel checks the rest in C++, in a fraction of the time.
             return _linear(x, weight, bias, residual, number, gated, *norm_arguments)
         if impl in (None, "triton") and _triton_refuses(*call) is None:
             norm_arguments = norm_weight, norm_bias, KINDS[norm], norm_eps, norm_offset
@@ -152,8 +152,8 @@ def _linear_function(input, weight, bias=None):  # noqa: A002  # F.linear's name
 FUNCTIONS[F.linear] = _linear_function
 
 
-def _of_many_rows(x, weight, bias, residual, activation, gated):
-    """The matrix product, and one pass for bias, activation, gate and residual."""
+def _linear_many_rows(x, weight, bias, residual, activation, gated):
+    """The matrix product, then one pass for bias, activation, gate and residual."""
     product = matrix_product(x, weight)
     if gated:
         return _gate(product, bias, residual, activation)

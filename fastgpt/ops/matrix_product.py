@@ -1,12 +1,12 @@
-"""The product of many rows with a weight on a CPU, by the fastest of the ways that there are for a dtype.
+"""The product of many rows and a weight on a CPU, by the fastest implementation for a dtype.
 
-The way follows from the CPU and is not timed at run time, so that equal machines give equal bits, busy or not. Measured with torch
-2.13 at 65 to 512 rows, 576 to 3,072 columns (`python -m benchmarks linear` compares them):
+The choice depends on the CPU alone and is not timed at run time, so that equal machines give equal bits, busy or not. Measured with
+torch 2.13 at 65 to 512 rows, 576 to 3,072 columns (`python -m benchmarks linear` compares them):
 
-* fp32 on AMD: oneDNN. MKL, which F.linear uses, takes AVX2 there: 0.7 to 0.9 of oneDNN on Zen 4, less than half on Zen 5. On
-  Intel's CPUs F.linear is faster (1.1 times, Emerald Rapids).
-* fp16: the kernel of `linear`. F.linear takes five times as long, unless the CPU has instructions for fp16.
-* bf16: F.linear where the CPU multiplies bf16 itself, elsewhere the kernel, as F.linear takes three times as long.
+* fp32 on AMD: oneDNN. MKL, which F.linear uses, takes its AVX2 code there: 0.7 to 0.9 of oneDNN's speed on Zen 4, less than half
+  on Zen 5. On Intel's CPUs F.linear is faster (1.1 times, Emerald Rapids).
+* fp16: the kernel of `linear`. F.linear takes five times as long, unless the CPU has fp16 instructions.
+* bf16: F.linear if the CPU has bf16 instructions, else the kernel, as F.linear takes three times as long.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ from fastgpt import _C
 from fastgpt.ops.derivatives import transforms_active
 
 KERNEL, ONEDNN, PYTORCH = "kernel", "oneDNN", "PyTorch"
-LEAST_ROWS = 33  # for oneDNN's product
+MIN_ROWS_ONEDNN = 33  # of x; below, oneDNN is not used
 
 
 def _fastest(level: str, features: dict[str, bool], onednn: bool) -> dict[torch.dtype, str]:
-    """dtype -> how the product of many rows is computed."""
+    """dtype -> the implementation of the product of many rows."""
     vectors = level in ("avx2", "avx512", "amx")
     kernel = KERNEL if vectors else PYTORCH
     multiplies_bf16 = features["avx512_bf16"] or level == "amx"
@@ -43,7 +43,7 @@ _TRANSPOSED = _LEVEL in ("avx512", "amx")
 
 
 def matrix_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear(x, weight, bias) by oneDNN where that is faster; differentiable.
+    """F.linear(x, weight, bias), by oneDNN if that is faster; differentiable.
 
     Args:
         x: (..., C).
@@ -54,8 +54,8 @@ def matrix_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     """
     if FASTEST.get(x.dtype) != ONEDNN or not _serves(x, weight, bias):
         return F.linear(x, weight, bias)
-    derived = torch.is_grad_enabled() and any(other is not None and other.requires_grad for other in (x, weight, bias))
-    product = (_Product.apply if derived else _product)(x.reshape(-1, x.shape[-1]), weight, bias)
+    needs_grad = torch.is_grad_enabled() and any(other is not None and other.requires_grad for other in (x, weight, bias))
+    product = (_Product.apply if needs_grad else _product)(x.reshape(-1, x.shape[-1]), weight, bias)
     return product.view(*x.shape[:-1], len(weight))
 
 
@@ -64,14 +64,15 @@ def _product(x, weight, bias):
 
 
 def _serves(x, weight, bias) -> bool:
-    """Whether oneDNN takes these arguments, and nothing is active that it would not know of. It does not check them itself."""
+    """Whether oneDNN's product takes these arguments, which it does not check, and no tracing or transform is active that it would
+    bypass."""
     C = x.shape[-1] if x.dim() else 0
     shapes = ((weight, (len(weight), C)), (bias, (len(weight),)))
     return (
         C > 0 < len(weight)
-        and x.numel() >= LEAST_ROWS * C
-        and _is_plain(x, x.dtype)
-        and all(other is None or other.shape == shape and _is_plain(other, x.dtype) for other, shape in shapes)
+        and x.numel() >= MIN_ROWS_ONEDNN * C
+        and _is_plain_tensor(x, x.dtype)
+        and all(other is None or other.shape == shape and _is_plain_tensor(other, x.dtype) for other, shape in shapes)
         and (bias is None or bias.is_contiguous())  # oneDNN's product ignores its stride
         and torch._C._get_mkldnn_enabled()
         and not torch.compiler.is_compiling()
@@ -79,16 +80,16 @@ def _serves(x, weight, bias) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not _any_autocast_enabled()
         and not transforms_active()
-        and not is_legacy_batchedtensor(x)  # of a batched backward pass
+        and not is_legacy_batchedtensor(x)  # in a batched backward pass
     )
 
 
-def _is_plain(x, dtype) -> bool:
+def _is_plain_tensor(x, dtype) -> bool:
     return type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == dtype and x.layout == torch.strided
 
 
 class _Product(torch.autograd.Function):
-    """`_product` of x (R, C) with its derivatives, which can be differentiated in turn."""
+    """`_product` of x (R, C) with gradients, which are differentiable, too."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -96,11 +97,11 @@ class _Product(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad
         return (
-            (matrix_product(gradient, weight.t()) if _TRANSPOSED else gradient @ weight) if of_x else None,
-            gradient.t() @ x if of_weight else None,
-            gradient.sum(0) if of_bias else None,
+            (matrix_product(grad_output, weight.t()) if _TRANSPOSED else grad_output @ weight) if needs_dx else None,
+            grad_output.t() @ x if needs_dweight else None,
+            grad_output.sum(0) if needs_dbias else None,
         )

@@ -40,16 +40,16 @@ def norm(
 
     Args:
         x: (..., C) fp16|bf16|fp32|fp64. If the last dimension is contiguous, x is not copied; other strides are free.
-        weight: (C,). It and all other tensors have the dtype of x (under autocast: any).
+        weight: (C,). All tensors have the dtype of x (under autocast: any).
         bias: (C,).
         kind: "layer" or "rms".
         eps: added to the variance, or to the mean square.
-        offset: added to the weight, in fp32: 1 where a checkpoint stores weights less one (Gemma).
+        offset: added to the weight, in fp32: 1 for checkpoints that store weight - 1 (Gemma).
         residual: (..., C), strides as of x.
         impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
             `fastgpt.explain`.
 
-    Returns: (..., C) contiguous, in the dtype of x. Calls that need gradients are served by the reference.
+    Returns: (..., C) contiguous, in the dtype of x. Calls that need gradients run the reference.
     Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, device, kind, impl): argument, expected, got.
     Source: Layer Normalization (arXiv 1607.06450), Root Mean Square Layer Normalization (arXiv 1910.07467).
 
@@ -60,7 +60,7 @@ def norm(
     if type(eps) is not float or type(offset) is not float:  # PyTorch's dispatcher would accept True
         eps, offset = require_number("eps", eps, least=0), require_number("offset", offset)
     try:
-        # The kernels check the rest themselves, in C++ in a fraction of the time.
+        # The kernels check the rest, in C++ in a fraction of the time.
         if (impl in (None, "cpp") and inference_unsupported_reason(*call) is None) or (
             impl in (None, "triton") and triton_inference_unsupported_reason(*call) is None
         ):
@@ -96,7 +96,7 @@ def norm_reference(
     eps, offset = _check(x, weight, bias, residual, kind, eps, offset)
     dtype = x.dtype
     is_norm_only = not offset and residual is None and (bias is None or kind == "layer")
-    if not is_norm_only or weight.dtype != dtype:  # PyTorch's norms round to dtype, and the rest would round again
+    if not is_norm_only or weight.dtype != dtype:  # PyTorch's norms round to dtype; the rest would round twice
         compute_dtype = torch.promote_types(dtype, torch.float32)
         x, weight = x.to(compute_dtype), weight.to(compute_dtype) + offset
         bias, residual = (None if tensor is None else tensor.to(compute_dtype) for tensor in (bias, residual))

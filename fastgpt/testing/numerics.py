@@ -115,7 +115,7 @@ def check(
     weights: torch.dtype | None = None,
     name: str = "result",
 ) -> None:
-    """Raises AssertionError if the errors of a result exceed the bounds of the numerics contract.
+    """Checks a result against the bounds of the numerics contract.
 
     Args:
         actual: the result of an implementation: a tensor, or a tuple, list or dict of tensors.

@@ -1,1 +1,1 @@
-"""The trainer, its data, evaluation and processes."""
+"""Training: the trainer, its data, evaluation and processes."""

@@ -1,4 +1,4 @@
-"""The settings of a training run, and the model that they make."""
+"""The settings of a training run, and the model that they define."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,19 +9,24 @@ from fastgpt.checks import require_choice, require_integer, require_number
 from fastgpt.model.config import GPTConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Settings that a resumed run keeps: they make the model, or what its held-out losses are compared by.
-KEPT = ("layers", "heads", "width", "context", "dropout", "eval_windows")
-SETTINGS = {"context_length": "context", "num_layers": "layers", "num_heads": "heads", "hidden_size": "width"}  # by field
+# Settings that cannot change when a run is resumed: they define the model, or the windows that held-out losses are compared on.
+FIXED_ON_RESUME = ("layers", "heads", "width", "context", "dropout", "eval_windows")
+SETTINGS = {
+    "context_length": "context",
+    "num_layers": "layers",
+    "num_heads": "heads",
+    "hidden_size": "width",
+}  # field of GPTConfig -> setting
 
 
 def setting(default: Any, meaning: str) -> Any:
-    """A field of TrainConfig, with the meaning that `fastgpt train --help` shows."""
+    """A field of TrainConfig with its help text in `fastgpt train --help`."""
     return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run, each with its meaning, which `fastgpt train --help` shows. Lengths are in tokens.
+    """Settings of a run, each with its help text in `fastgpt train --help`. Lengths are in tokens.
 
     dtype: of matrix products and attention: "float32", or "bfloat16" by autocast. Weights and their updates are float32.
 
@@ -59,7 +64,7 @@ class TrainConfig:
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    """The model of a run that begins with random weights."""
+    """The configuration of a model that starts from random weights."""
     if config.width % config.heads:
         raise ValueError(f"width: expected a multiple of the {config.heads} heads, got {config.width}")
     bigram: dict[str, Any] = {"position": None, "tie_embeddings": False} if config.layers == 0 else {}
@@ -73,6 +78,6 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
             dropout=config.dropout,
             **bigram,
         )
-    except ValueError as error:  # of a field, which is another name than that of its setting
+    except ValueError as error:  # which names the field, not the setting
         name, _, problem = str(error).partition(":")
         raise ValueError(f"{SETTINGS.get(name, name)}:{problem}") from error

@@ -1,4 +1,4 @@
-"""A training text: read, hashed and tokenized in pieces, with a few bytes of memory per character."""
+"""A training text: read, hashed and tokenized piece by piece, with a few bytes of memory per character."""
 
 import array
 import codecs
@@ -13,13 +13,13 @@ import torch
 
 from fastgpt.text.tokenizer import Tokenizer
 
-PIECE = 1 << 16  # characters that are read, and tokenized, at a time
+PIECE = 1 << 16  # characters that are read and tokenized at a time
 OVERLAP = 1 << 12  # characters that a window shares with the previous one, initially
 MIN_COMMON_TOKENS = 32  # that two windows must agree on in their overlap
 
 
 def pieces(text: str | Path) -> Iterator[str]:
-    """The text, piece by piece: a string, or a file in UTF-8.
+    """Yields a text, a string or a UTF-8 file, piece by piece.
 
     A file is read in text mode, so "\\r\\n" becomes "\\n"; a byte-order mark at its beginning is skipped.
 
@@ -31,7 +31,7 @@ def pieces(text: str | Path) -> Iterator[str]:
         return
     if not isinstance(text, Path):
         raise TypeError(f"text: expected a str, or the pathlib.Path of a file, got {type(text).__name__}")
-    if not text.is_file():  # nor a pipe: a text is read more than once
+    if not text.is_file():  # a pipe would not do either: a text is read more than once
         what = "is a folder" if text.is_dir() else "is not a regular file" if text.exists() else "does not exist"
         raise FileNotFoundError(f"text: expected a file, {text} {what}")
     with text.open("rb") as file:
@@ -69,7 +69,7 @@ def summarize(text: str | Path) -> Summary:
     for piece in pieces(text):
         try:
             digest.update(piece.encode())
-        except UnicodeEncodeError as error:  # a string may hold halves of surrogate pairs
+        except UnicodeEncodeError as error:  # a str may hold lone surrogates
             raise ValueError(f"text: expected characters, got {piece[error.start]!r}, half of a surrogate pair") from error
         characters.update(piece)
     return Summary(digest.hexdigest(), "".join(sorted(characters)))
@@ -79,10 +79,10 @@ def tokenize(text: str | Path, tokenizer: Tokenizer) -> torch.Tensor:
     """The token ids (N,) of a text, equal to those of `tokenizer.encode` for the whole text: uint16 if they fit, else uint32.
 
     The text is encoded in overlapping windows. Two neighbors are joined in the middle of a stretch of at least 2,048 characters
-    in which both have the same tokens at the same positions: text before a window then has no effect after the stretch, and
-    text after it none before. Where they differ, for example because a word is longer than that, the overlap grows, in the end
-    to the whole text. The ids are correct if a token depends on distant characters only through those in between, which holds
-    for BPE, Unigram, WordPiece and WordLevel models with the normalizers and pre-tokenizers of the `tokenizers` library.
+    in which both have the same tokens at the same positions: then text before the stretch does not affect tokens after it, and
+    vice versa. If they differ, for example because a word is longer than that, the overlap grows, in the end to the whole text.
+    The ids are correct if a token depends on distant characters only through those in between, which holds for BPE, Unigram,
+    WordPiece and WordLevel models with the normalizers and pre-tokenizers of the `tokenizers` library.
 
     Raises: the errors of `pieces` and `Tokenizer.encode`.
     """
@@ -118,7 +118,7 @@ def _characters(text: str | Path, tokenizer: Tokenizer, vocabulary: dict[str, in
 
 
 class _Window:
-    """A part of the text and its tokens: ids, and the offsets of their beginnings and ends in characters."""
+    """A part of the text and its tokens: their ids, and where they begin and end, in characters."""
 
     def __init__(self, text: str, tokenizer: Tokenizer):
         self.text = text
@@ -137,7 +137,7 @@ class _Window:
         return first, max(first, last)
 
     def agrees(self, first: int, last: int, other: "_Window", first_of_other: int, shift: int) -> bool:
-        """Whether these tokens equal those of the other window, which begins `shift` characters later."""
+        """Whether these tokens equal those of `other`, a window that begins `shift` characters later."""
         mine, theirs = slice(first, last), slice(first_of_other, first_of_other + last - first)
         return (
             np.array_equal(self.ids[mine], other.ids[theirs])
@@ -147,7 +147,7 @@ class _Window:
 
 
 class _NotInPieces(Exception):
-    """This text can only be tokenized as a whole."""
+    """The text can only be tokenized as a whole."""
 
 
 def _windows(text: str | Path, tokenizer: Tokenizer) -> Iterator[np.ndarray | list[int]]:

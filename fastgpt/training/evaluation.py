@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fastgpt.checks import require_integer
 from fastgpt.model.decoder import GPT
-from fastgpt.model.fusion import evaluating, others
+from fastgpt.model.evaluation_mode import evaluating, others
 from fastgpt.training.processes import Processes
 
 
@@ -26,8 +26,8 @@ def evaluate(
     """Mean loss of predicting each of `tokens` (N,) but the first, in nats per token.
 
     The text is read in windows of `context` tokens, by default the model's, that do not overlap: all of them, or
-    `max_windows` that are spread evenly. With a `cache_dtype`, through a cache of it: what rounding keys and values costs.
-    Processes share the windows. A model in training mode is evaluated, too, and its mode does not change.
+    `max_windows` that are spread evenly. With a `cache_dtype`, keys and values pass through a cache of that dtype, which shows the
+    loss from quantizing them. Processes share the windows. The model's training mode does not matter, and does not change.
 
     Raises: TypeError or ValueError that begins with the argument's name.
     """
@@ -42,7 +42,7 @@ def evaluate(
     total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
     with evaluating(others(model)):
         for i in range(processes.rank, -(-len(starts) // processes.size) * processes.size, processes.size):
-            start = starts[min(i, len(starts) - 1)]  # a sharded model is called as often in every process
+            start = starts[min(i, len(starts) - 1)]  # with FSDP every process must call the model equally often
             window = tokens[start : start + context + 1].to(device, torch.int64)
             cache = None if cache_dtype is None else model.new_cache(1, cache_dtype=cache_dtype)
             logits = model(window[None, :-1], cache=cache)[0].float()

@@ -12,8 +12,8 @@ from fastgpt.checkpoints.files import STATE
 from fastgpt.training.run_folder import claimed
 from fastgpt.training.trainer import Trainer
 
-SHOW_EVERY = 0.5  # seconds between two looks at the loss, each of which waits for the device
-CHECK_INTERVAL = 20  # steps between two looks at whether the run has diverged, which all processes take together
+LOG_INTERVAL = 0.5  # seconds between updates of the progress bar, each of which waits for the device
+CHECK_INTERVAL = 20  # steps between checks for divergence, which are collective: all processes make them together
 
 
 def train(trainer: Trainer, folder: Path) -> None:
@@ -58,7 +58,7 @@ def _train(trainer: Trainer, folder: Path) -> None:
             pause = trainer.step % config.eval_interval == 0 or trainer.step == config.steps or stop
             if pause or trainer.step % CHECK_INTERVAL == 0:
                 require_finite()
-            if processes.first and (pause or time.perf_counter() - since > SHOW_EVERY):
+            if processes.first and (pause or time.perf_counter() - since > LOG_INTERVAL):
                 loss, norm = result.tolist()  # waits for the device
                 tokens = (trainer.step - counted) * config.batch_size * config.context
                 speed = tokens / (time.perf_counter() - since)

@@ -25,8 +25,8 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 class Processes:
     """This process among those that train a model.
 
-    parallel: "ddp", each has the whole model; "fsdp", each has a part of every weight, gradient and optimizer state, and
-        the weights of a block come together while it computes; None, there is one process only.
+    parallel: "ddp": each has the whole model; "fsdp": each has a shard of every weight, gradient and optimizer state, and the
+        weights of a block are gathered while it computes; None: there is one process only.
     """
 
     rank: int = 0
@@ -35,13 +35,14 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this is the process that prints and writes (rank 0)."""
         return self.rank == 0
 
     def distribute(self, model: Any, device: torch.device) -> Callable:
-        """Moves a model, the same in all processes, to the devices; returns what to call for outputs with gradients.
+        """Moves a model, the same in all processes, to the device, and shards it in place with FSDP. Returns the module to call
+        in training.
 
-        The model is changed in place. A sharded one can only be called as a whole, and in all processes at once.
+        A sharded model can only be called as a whole, and by all processes at once.
         """
         if self.parallel != "fsdp":
             model.to(device)
@@ -55,7 +56,7 @@ class Processes:
         return model
 
     def accumulating(self, call: Any) -> AbstractContextManager:
-        """A context in which DDP does not synchronize the gradients of `call`, from `distribute`; FSDP always does."""
+        """A context in which DDP does not synchronize gradients of `call`, which `distribute` returned; FSDP always does."""
         return call.no_sync() if self.parallel == "ddp" else nullcontext()
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -74,9 +75,9 @@ class Processes:
 
     @contextmanager
     def interruptible(self) -> Iterator[Callable[[], bool]]:
-        """Yields a function, to be called by all at once: whether Ctrl-C or SIGTERM has come to any process.
+        """Yields a function, to be called by all processes at once, that says whether any has received Ctrl-C or SIGTERM.
 
-        Inside, the first signal has no other effect; a second one interrupts as usual.
+        In this context, the first signal has no other effect; a second one interrupts as usual.
         """
         interrupted: list[bool] = []
         before: dict[int, Any] = {}
@@ -97,14 +98,14 @@ class Processes:
             restore()
 
     def gathered(self, state: Any) -> Any:
-        """Nested dicts and lists with unsharded tensors in the first process; in others, None for those that are sharded."""
+        """Nested dicts and lists with sharded tensors gathered, on the CPU of the first process; None in place of them in others."""
         if isinstance(state, dict):
             return {key: self.gathered(value) for key, value in state.items()}
         if isinstance(state, list):
             return [self.gathered(value) for value in state]
         if not hasattr(state, "full_tensor"):
             return state
-        whole = state.full_tensor()  # one after the other: only one is whole on every device
+        whole = state.full_tensor()  # one after the other, so that only one is gathered at a time
         return whole.cpu() if self.first else None
 
     def part(self, whole: torch.Tensor, like: Any) -> torch.Tensor:
@@ -124,10 +125,10 @@ def skeleton(model: Model) -> Model:
 
 @contextmanager
 def joined(parallel: str | None, device: torch.device) -> Iterator[Processes]:
-    """Waits for the other processes that torchrun started and yields `Processes`; without torchrun, one that is alone.
+    """Joins the process group of the processes that torchrun started, and yields `Processes`; without torchrun, a single process.
 
     Args:
-        parallel: "ddp" (also where it is None) or "fsdp".
+        parallel: "ddp" (also the meaning of None, with torchrun) or "fsdp".
         device: of this process, see `local_device`.
 
     Raises: ValueError.
@@ -153,14 +154,14 @@ def joined(parallel: str | None, device: torch.device) -> Iterator[Processes]:
     try:
         processes = Processes(dist.get_rank(), dist.get_world_size(), parallel or "ddp")
         yield processes
-        processes.any(False)  # none leaves while another has work left: if it ended badly, torchrun would end that one too
+        processes.any(False)  # none exits before the others are done: should it fail on exit, torchrun would kill them
     finally:
-        gc.collect()  # models that are done with hold groups in cycles: these end before what they run on
+        gc.collect()  # garbage models hold process groups in reference cycles, which must be freed first
         dist.destroy_process_group()
 
 
 def local_device(name: str) -> str:
-    """The device of this process in a run on `name`: with "cuda", each process on a machine has a GPU of its own."""
+    """The device of this process in a run on `name`: with "cuda", each process on a machine gets its own GPU."""
     rank = from_torchrun("LOCAL_RANK")
     if rank is None or not name.startswith("cuda"):
         return name

@@ -1,4 +1,4 @@
-"""The folder of a training run: it is new, and one run's alone."""
+"""The folder of a training run: checked to be new, and locked against other runs."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ from fastgpt import folders
 from fastgpt.checkpoints.files import STATE
 from fastgpt.training.processes import Processes
 
-LOCK = "training.lock"  # in a run's folder while the run goes on
+LOCK = "training.lock"  # exists while a run uses the folder
 
 
 def require_new_run(folder: Path) -> None:
@@ -30,7 +30,7 @@ def require_new_run(folder: Path) -> None:
         raise ValueError(f"out: expected a new folder, {folder} holds the model {weights[0]}")
 
 
-# Folders, by this thread's runs: a claim may be within another one's.
+# Folders claimed in this context: claims may be nested.
 _claimed: ContextVar[frozenset[Path]] = ContextVar("claimed", default=frozenset())
 
 
@@ -56,7 +56,7 @@ def claimed(folder: Path, processes: Processes = Processes()) -> Iterator[None]:
                 lock = _lock(path)
             except BlockingIOError as raised:
                 error = ValueError(f"out: expected a folder that no other run uses, {folder} is in use by {raised.strerror}")
-            except (OSError, ValueError) as raised:  # also of a name that is too long, or that has a null character
+            except (OSError, ValueError) as raised:  # also for names that are too long, or hold a null character
                 reason = getattr(raised, "strerror", None) or raised
                 error = type(raised)(f"out: expected a folder, got {str(folder)!r}: {reason}")
         before = _claimed.set(_claimed.get() | {path})
@@ -68,13 +68,13 @@ def claimed(folder: Path, processes: Processes = Processes()) -> Iterator[None]:
             _claimed.reset(before)
             if lock is not None:
                 with suppress(OSError):
-                    (path / LOCK).unlink()  # before it is free: nobody else's is removed
+                    (path / LOCK).unlink()  # before it is unlocked, so that no other run's file is removed
                 lock.close()
 
 
 def _lock(folder: Path) -> IO[str]:
-    """The folder's lock file, open and locked. Raises BlockingIOError, whose strerror says who has it."""
-    for _ in range(10):  # a run that ends may remove file or folder in between
+    """The folder's lock file, open and locked. Raises BlockingIOError whose strerror names the owner of the lock."""
+    for _ in range(10):  # another run that ends may remove the file or folder in between
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(folder / LOCK, "a+", opener=_opened_here)
@@ -101,7 +101,7 @@ def _lock(folder: Path) -> IO[str]:
                 return file
             except OSError:
                 (folder / LOCK).unlink()
-                with suppress(OSError):  # what could not be written is tried again
+                with suppress(OSError):  # closing flushes again what could not be written
                     file.close()
                 raise
         file.close()
@@ -109,7 +109,7 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _opened_here(path: str, flags: int) -> int:
-    """A file that is written to. A link would lead to another one."""
+    """Opens a file, but no symbolic link: that would lead outside of the folder."""
     if os.path.islink(path):
         raise OSError(f"{os.path.basename(path)} in it is a link")
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

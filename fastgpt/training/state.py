@@ -1,4 +1,4 @@
-"""The state of a training run in its folder: what each entry of the file may be, and whether it fits a model."""
+"""The state file of a training run: the schema of its entries, and whether they fit a model."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ ANYTHING = schema.Field(lambda name, value: value)
 
 
 def _dict_of(kind: type, entry: schema.Field = ANYTHING) -> schema.Field:
-    """A dict from keys of one type."""
+    """A dict with keys of one type."""
 
     def check(name, value):
         if not isinstance(value, dict):
@@ -63,7 +63,7 @@ STATE_ENTRIES = {  # of the file STATE
 
 
 def read_state(path: Path) -> dict:
-    """What `Trainer.save` wrote of a run, every entry of the type that it has, and its config as a TrainConfig.
+    """Reads the state that `Trainer.save` wrote, with the types of all entries checked, and its config as a TrainConfig.
 
     Raises: OSError; ValueError that names the file and what is wrong in it.
     """
@@ -72,7 +72,7 @@ def read_state(path: Path) -> dict:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except MemoryError:
             raise
-        except Exception as error:  # of half a dozen kinds, OSError among them, depending on where the file ends
+        except Exception as error:  # of many types, OSError among them, depending on where the file is damaged
             raise ValueError(f"resume: {path} is damaged: {type(error).__name__}: {error}".splitlines()[0]) from error
     try:
         return schema.read(STATE_ENTRIES, _dict_of(str).check("state", state))

@@ -26,7 +26,7 @@ from fastgpt.generation.generate import generate
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.decoder import GPT
 from fastgpt.text.tokenizer import Tokenizer
-from fastgpt.training.config import DTYPES, KEPT, TrainConfig, model_config
+from fastgpt.training.config import DTYPES, FIXED_ON_RESUME, TrainConfig, model_config
 from fastgpt.training.corpus import summarize, tokenize
 from fastgpt.training.evaluation import evaluate, split
 from fastgpt.training.processes import Processes, skeleton
@@ -37,16 +37,16 @@ from fastgpt.training.state import read_state, require_shapes
 class Trainer:
     """A training run: model, optimizer, data and the steps done.
 
-    The random numbers of step i depend on (seed, i) alone, so a resumed run draws the batches and dropout masks of an
-    uninterrupted one without saved generator states. A batch is split into `processes.size * accumulate` micro-batches of
-    consecutive windows: each process takes `accumulate` of them, one after the other, and a micro-batch's dropout masks depend
-    on its place in the batch. So it does not matter which process computes it.
+    The random numbers of step i depend on (seed, i) alone, so a resumed run draws the same batches and dropout masks as an
+    uninterrupted one, without saved generator states. A batch is split into `processes.size * accumulate` micro-batches: each
+    process computes `accumulate` of them, one after the other. A micro-batch's dropout masks depend on its index in the batch,
+    not on the process that computes it.
 
     Args:
         text: a string, or the pathlib.Path of a file in UTF-8. It is tokenized in pieces: see
             `fastgpt.training.corpus.tokenize`.
-        tokenizer, model: to start from, see `pretrained`; default: a new character-level model.
-        accumulate: gradient accumulation: micro-batches of a process in each step; less memory, the same step.
+        tokenizer, model: to start from, see `pretrained`; by default a new character-level model.
+        accumulate: gradient accumulation: micro-batches per process and step, for less memory and the same step.
         processes: see `fastgpt.training.processes.joined`.
 
     Attributes:
@@ -96,8 +96,8 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine to a tenth of the peak at `config.steps`.
 
-        It depends on the step and the settings alone, so a run that is resumed with more steps goes on at the rate that a
-        run of so many has there: higher than where it ended.
+        It depends on the step and the settings alone, so a run that is resumed with more steps continues at the rate that a run
+        of that many steps has there: higher than where it ended.
         """
         config = self.config
         if step < config.warmup:
@@ -150,14 +150,14 @@ class Trainer:
         return self.processes.sum(total), norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def evaluate(self) -> float:
-        """The held-out loss, see `evaluate`; all processes take part and get it."""
+        """The held-out loss, see `evaluate`; collective: all processes call it and get the loss."""
         with self.autocast():
             return evaluate(
                 self.model, self.held_out, self.config.eval_windows, context=self.config.context, processes=self.processes
             )
 
     def full_model(self) -> GPT | None:
-        """The model; where it is sharded, an unsharded copy on the CPU in the first process, and None in others."""
+        """The model; if it is sharded, an unsharded copy on the CPU in the first process, and None in others."""
         if self.processes.parallel != "fsdp":
             return self.model
         weights = self.processes.gathered(self.model.state_dict())
@@ -168,7 +168,7 @@ class Trainer:
         return model
 
     def sample(self, num_tokens: int = 200) -> str | None:
-        """Text sampled from the model, after the first token of the held-out text. In the first process; others get None."""
+        """Text sampled from the model, starting with the first held-out token. In the first process; others get None."""
         model = self.full_model()
         if model is None or not self.processes.first:
             return None
@@ -180,8 +180,8 @@ class Trainer:
     def save(self, folder: Path, *, weights: bool) -> None:
         """Saves the state of the run and, with `weights`, the model as a checkpoint. The first process writes.
 
-        Files are written atomically, the state last: whenever a process is killed, the folder can be resumed, or has no state
-        yet. The weights in the checkpoint may be those of an earlier step.
+        Files are written atomically, the state last: if the process is killed at any time, the folder can be resumed, or has no
+        state yet. The weights in the checkpoint may be those of an earlier step.
 
         Raises: OSError; ValueError while another run has the folder, see `claimed`.
         """
@@ -196,7 +196,7 @@ class Trainer:
             "model": model.state_dict(),
             "optimizer": optimizer,
         }
-        handled = sys.exc_info()[1]  # by the caller
+        handled = sys.exc_info()[1]  # an exception that the caller is handling
         with claimed(folder):
             try:
                 if weights:
@@ -209,7 +209,7 @@ class Trainer:
                 with replacing(folder / STATE) as temporary, temporary.open("wb") as file:
                     torch.save(state, file)
             except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-                said = error.__context__  # torch.save's own error does not tell what the file's was
+                said = error.__context__  # torch.save's own error hides that of the file
                 said = said if isinstance(said, OSError) and said is not handled else error
                 raise OSError(f"out: {folder} cannot be written to: {reason_of(said)}") from error
 
@@ -218,13 +218,13 @@ class Trainer:
         cls, folder: Path, text: str | Path, device: torch.device | str = "cpu",
         *, accumulate: int = 1, processes: Processes = Processes(), **changed,
     ) -> "Trainer":  # fmt: skip
-        """The trainer that `save` wrote, ready for its next step.
+        """A trainer with the state that `save` wrote, ready for its next step.
 
         Args:
-            accumulate, processes: may be others than before.
-            changed: settings that shall be others from now on, as in TrainConfig: more steps, say, or a smaller learning rate.
-                Those that make the model (layers, heads, width, context, dropout), and eval_windows, by which held-out losses
-                compare, cannot change.
+            accumulate, processes: may differ from before.
+            changed: settings of TrainConfig to change from now on, for example more steps or a smaller learning rate. Those that
+                define the model (layers, heads, width, context, dropout), and eval_windows, which keeps held-out losses
+                comparable, cannot change.
 
         Raises: FileNotFoundError; ValueError when the state is damaged or belongs to another text, or a setting cannot change.
         """
@@ -235,7 +235,7 @@ class Trainer:
         state = read_state(path)
         config, step = state["config"], state["step"]
         for name, value in changed.items():
-            if name in KEPT and value != getattr(config, name):
+            if name in FIXED_ON_RESUME and value != getattr(config, name):
                 raise ValueError(
                     f"{name}: expected {getattr(config, name)}, with which the run in {folder} was started, got {value}"
                 )
@@ -257,8 +257,8 @@ class Trainer:
         return trainer
 
     def load(self, model: dict, optimizer: dict) -> None:
-        """Loads unsharded states of model and optimizer, of which this process may hold a shard. Only the moments of the
-        optimizer are taken: its settings are those of the run.
+        """Loads unsharded states of model and optimizer; with FSDP this process keeps its shards. Of the optimizer's state only
+        the moments are used: its settings are those of the run.
 
         Raises: ValueError that names what does not fit.
         """

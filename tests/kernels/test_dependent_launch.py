@@ -25,9 +25,9 @@ from fastgpt.kernels import attention_decode, decode_step, kv_cache_update, line
 from fastgpt.kernels.dependent_launch import (  # noqa: E402
     dependent_launch,
     has_dependent_launch,
-    let_next_start,
-    read_ahead,
-    wait_for_previous,
+    launch_dependents,
+    prefetch_to_l2,
+    wait_for_dependencies,
 )
 
 MODULES = (attention_decode, kv_cache_update, linear, norm, decode_step)  # of what a step launches
@@ -141,9 +141,9 @@ def _planted(x_ptr, n, FAULT: tl.constexpr):
         if tl.program_id(0) >= n:
             return
     if FAULT != "next one not started":
-        let_next_start(True)
+        launch_dependents(True)
     if FAULT == "reads ahead":
-        read_ahead(x_ptr, n, True)
+        prefetch_to_l2(x_ptr, n, True)
     if FAULT == "early load":
         n += tl.load(x_ptr).to(tl.int32)
     if FAULT == "early store":
@@ -152,10 +152,10 @@ def _planted(x_ptr, n, FAULT: tl.constexpr):
         tl.atomic_add(x_ptr, 1.0)
     if FAULT == "waits in a branch":
         if n > 3:
-            wait_for_previous(True)
+            wait_for_dependencies(True)
             tl.store(x_ptr + 1, 2.0)
     elif FAULT != "no wait":
-        wait_for_previous(True)
+        wait_for_dependencies(True)
     tl.store(x_ptr + n, 3.0)
 
 
@@ -176,7 +176,7 @@ def test_a_planted_fault_is_found(fault):
 
 @triton.jit
 def _ahead(x_ptr, n):
-    read_ahead(x_ptr, n, True)
+    prefetch_to_l2(x_ptr, n, True)
 
 
 def test_one_thread_of_a_program_reads_ahead():

@@ -98,7 +98,7 @@ def keys_of(launch, device, arguments, options):
     of = launched_kernels()[launch.kernel]
     _, known, _, _, binder = of.device_caches[device]
     _, specialization, rest = binder(**arguments, **options)
-    constants = {name: arguments[name] for name in of.of_constants} | options  # which launches have as one object
+    constants = {name: arguments[name] for name in of.constant_names} | options  # which launches have as one object
     variable = {name: value for name, value in arguments.items() if name not in constants}
     return (of.bind(**variable)[0], *constants.items()), compute_cache_key(known, specialization, rest)
 

@@ -23,7 +23,7 @@ from fastgpt.kernels import attention_backward as backward  # noqa: E402
 from fastgpt.kernels import attention_decode as decode  # noqa: E402
 from fastgpt.kernels import attention_forward as forward  # noqa: E402
 from fastgpt.kernels.decode_step import embed  # noqa: E402
-from fastgpt.kernels.limits import MOST  # noqa: E402
+from fastgpt.kernels.limits import MAX_COUNT  # noqa: E402
 from fastgpt.kernels.linear import linear  # noqa: E402
 from fastgpt.kernels.norm import norm  # noqa: E402
 
@@ -36,10 +36,10 @@ COUNTS = (
 
 def limits_of(constants):
     """The most that launchers pass, see fastgpt/kernels/limits.py; what follows from it; and half of the widest head."""
-    limits = dict.fromkeys(COUNTS, MOST) | {"pairs": 128}
+    limits = dict.fromkeys(COUNTS, MAX_COUNT) | {"pairs": 128}
     for name, size in (("n_splits", "SPLIT"), ("m_tiles", "BLOCK_M"), ("n_tiles", "BLOCK_N")):
         if size in constants:
-            limits[name] = math.ceil(MOST / constants[size])
+            limits[name] = math.ceil(MAX_COUNT / constants[size])
     return limits
 
 
@@ -132,7 +132,7 @@ def test_a_planted_fault_is_found(fault):
     signature = {"x_ptr": "*fp32", "stride_m": "i32", "stride_n": "i32", "n_rows": "i32", "n_keys": "i32"}
     constants = {"FAULT": fault, "BLOCK": 64}
     source = ASTSource(_planted, signature | dict.fromkeys(constants, "constexpr"), constants)
-    found = faults_of(ir_of(source, 90, {"enable_fp_fusion": True}, "ttir"), list(signature), {"n_keys": MOST})
+    found = faults_of(ir_of(source, 90, {"enable_fp_fusion": True}, "ttir"), list(signature), {"n_keys": MAX_COUNT})
     assert bool(found) == (fault != "no fault"), found
 
 
@@ -224,7 +224,7 @@ def test_counts_are_clamped_or_refused_beyond_32_bits():
     lambda x: attend(x, meta(1, 1, 16, 16)),
     lambda x: attend_one(x, meta(1, 1, 16, 16)),
 ), ids=("prefill", "decode"))  # fmt: skip
-@pytest.mark.parametrize("shape", ((1, 1, MOST + 1, 16), (MOST + 1, 1, 1, 16), (1, MOST + 1, 1, 16)), ids=str)
+@pytest.mark.parametrize("shape", ((1, 1, MAX_COUNT + 1, 16), (MAX_COUNT + 1, 1, 1, 16), (1, MAX_COUNT + 1, 1, 16)), ids=str)
 def test_more_than_can_be_counted_is_refused(call, shape):
     with launches() as found, pytest.raises(ValueError, match="^q: expected no dimension above 2\\^28"):
         call(meta(*shape))

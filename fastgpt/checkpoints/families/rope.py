@@ -19,8 +19,8 @@ ROPE_ENTRIES = {
 }
 ROPE_FIELDS = {  # ours -> transformers'
     "theta": "rope_theta", "kind": "rope_type", "factor": "factor", "original_context": "original_max_position_embeddings",
-    "low_frequency_factor": "low_freq_factor", "high_frequency_factor": "high_freq_factor", "fast": "beta_fast",
-    "slow": "beta_slow", "truncate": "truncate", "short_factors": "short_factor", "long_factors": "long_factor",
+    "low_frequency_factor": "low_freq_factor", "high_frequency_factor": "high_freq_factor", "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow", "truncate": "truncate", "short_factors": "short_factor", "long_factors": "long_factor",
     "attention_factor": "attention_factor",
 }  # fmt: skip
 ROPE_KINDS = {  # kind -> the fields that it has beyond theta and kind
@@ -28,7 +28,7 @@ ROPE_KINDS = {  # kind -> the fields that it has beyond theta and kind
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "original_context", "low_frequency_factor", "high_frequency_factor"),
-    "yarn": ("factor", "original_context", "fast", "slow", "truncate", "attention_factor"),
+    "yarn": ("factor", "original_context", "beta_fast", "beta_slow", "truncate", "attention_factor"),
     "longrope": ("factor", "original_context", "short_factors", "long_factors", "attention_factor"),
 }
 ROPE_NEEDED = {  # kind -> the fields for which there is no default
@@ -87,7 +87,7 @@ def rope_from(config: dict, head_dim: int, stored_schema: Mapping[str, Field]) -
     rope: dict[str, Any] = {"theta": stored.get("rope_theta") or 10000.0, "kind": kind}
     for field in ROPE_KINDS[kind]:
         value = stored.get(ROPE_FIELDS[field])
-        if value is not None and not (field in ("fast", "slow") and value == 0):
+        if value is not None and not (field in ("beta_fast", "beta_slow") and value == 0):
             rope[field] = value
     if kind == "yarn":
         # max_position_embeddings is what it was before the rotation was stretched, or what it is after that.
