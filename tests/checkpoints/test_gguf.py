@@ -7,15 +7,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from command_line import run
 
-from fastgpt import GPT
+from fastgpt import GPT, SHIPPED_MODEL, pipeline
 from fastgpt.checkpoints.gguf import SERVED
 from fastgpt.testing import numerics
+from fastgpt.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -241,6 +243,30 @@ def test_gemma_2_of_46_layers_scales_queries_by_their_share_of_the_width(tmp_pat
 
 
 # Files
+
+
+def test_pipeline_and_commands(tmp_path, monkeypatch, capsys):
+    """Text goes through the tokenizer that is made of the file's metadata."""
+    shipped, seen = Tokenizer.from_folder(SHIPPED_MODEL), []
+    made = SimpleNamespace(tokenizer_from_gguf=lambda metadata: seen.append(metadata) or shipped)
+    monkeypatch.setitem(sys.modules, "fastgpt.text.gguf_tokenizer", made)
+    path = write(theirs("llama"), tmp_path / "model.gguf", metadata=lambda writer: writer.add_token_list(["é", "b"]))
+    model, pipe = GPT.from_pretrained(path), pipeline(path)
+    prompt = shipped.encode("ROMEO:")
+    text = shipped.decode(our_tokens(model, [prompt])[0])
+    assert pipe("ROMEO:", max_new_tokens=64) == text
+    assert seen[0]["tokenizer.ggml.tokens"] == ["é", "b"] and seen[0]["general.architecture"] == "llama"
+    status, out, _ = run(capsys, "generate", "ROMEO:", "--model", path, "--max-new-tokens", 64, "--json")
+    assert status == 0 and json.loads(out)["text"] == "ROMEO:" + text
+    status, out, _ = run(capsys, "inspect", "ROMEO:", "--model", path, "--json")
+    assert status == 0 and json.loads(out)["greedy"]["id"] == our_tokens(model, [prompt])[0][0]
+
+    def wrong(metadata):
+        raise ValueError("tokenizer.ggml.model: expected gpt2, got 'x'")
+
+    made.tokenizer_from_gguf = wrong
+    with pytest.raises(ValueError, match=f"^model: {path}: tokenizer.ggml.model: expected gpt2"):
+        pipeline(path)
 
 
 @pytest.fixture
