@@ -43,12 +43,19 @@ CONFIGS = {
     "gemma": ("Gemma", COMMON | dict(head_dim=16)),
     "gemma2": ("Gemma2", COMMON | dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=32, attn_logit_softcapping=5.0)),
 }
+GGUF_CONFIGS = {case: config for case, config in CONFIGS.items() if case not in ("gemma2", "qwen2, windows")} | {
+    # What a GGUF file does not say: the scale of Gemma 2's queries, and windows of Qwen 2.
+    "gemma2, scale of its heads": (
+        "Gemma2",
+        COMMON | dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16, attn_logit_softcapping=5.0),
+    ),
+}
 
 
 @functools.cache
 def theirs(case):
     """A tiny model with random weights that are not what weights start from: biases and norms count."""
-    name, settings = CONFIGS[case]
+    name, settings = (CONFIGS | GGUF_CONFIGS)[case]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**json.loads(json.dumps(settings)))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -66,12 +73,13 @@ def ids_of(batch, tokens, seed=0):
 
 
 @torch.no_grad()
-def logits_of(case, folder, dtype, rounded):
+def logits_of(case, folder, dtype, rounded, path=None):
     """Yields (actual, yardstick) for logits, uncached and cached, of the checkpoint in `folder`: ours, and of those of
-    transformers in float64, both with weights rounded to the dtype. `rounded`: an empty folder for those."""
+    transformers in float64, both with weights rounded to the dtype. `rounded`: an empty folder for those; `path`: of another
+    checkpoint of the same weights, which is ours then."""
     transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(rounded)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(rounded, dtype=torch.float64)
-    model = GPT.from_pretrained(rounded)
+    model = GPT.from_pretrained(path or rounded)
     assert model.token_embedding.weight.dtype == dtype
     for tokens in (60, 150) if "longrope" in case else (150,):  # over windows, and on both sides of longrope's border
         ids = ids_of(2, tokens)

@@ -31,6 +31,7 @@ LAYERS = [
     {"model.encoder_states"},
     {"model.inputs"},
     {"model.config", "bench.limits"},
+    {"checkpoints.gguf"},
     {"checkpoints.transformers_format", "text.tokenizer"},
     {"text.tokenizer_files"},
     {"checkpoints.families", "checkpoints.generation_config", "text.chat_template", "text.streaming", "text.vocabularies"},
@@ -44,7 +45,7 @@ LAYERS = [
     {"text.chat_template.messages"},
     {"model.evaluation_mode"},
     {"model.fusion", "model.rope"},
-    {"checkpoints.files", "checkpoints.hub"},
+    {"checkpoints.files", "checkpoints.gguf_file", "checkpoints.hub"},
     {"folders", "schema"},
     {"cache.create"},
     {"cache.contiguous", "cache.paged", "cache.sliding", "cache.uncached"},
@@ -216,7 +217,7 @@ def test_nothing_optional_is_imported():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in result.stdout.split()}
     assert "fastgpt" in loaded
-    assert not loaded & {"triton", "transformers", "tokenizers", "tqdm", "matplotlib"}
+    assert not loaded & {"triton", "transformers", "tokenizers", "tqdm", "matplotlib", "gguf"}
 
 
 @pytest.mark.slow

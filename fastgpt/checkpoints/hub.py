@@ -26,8 +26,7 @@ def resolve(path: str | Path, revision: str | None = None, argument: str = "mode
     except OSError as error:  # a name that is too long, or a folder that may not be entered
         raise FileNotFoundError(f"{argument}: expected a checkpoint folder, got {folder}: {error.strerror}") from error
     if is_folder:
-        if revision is not None:
-            raise ValueError(f"revision: expected None for {path}, which is a folder here and not on the Hub, got {revision!r}")
+        require_no_revision(path, revision)
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
         raise FileNotFoundError(f"{argument}: expected a checkpoint folder, {path} does not exist or is not a folder")
@@ -40,6 +39,13 @@ def resolve(path: str | Path, revision: str | None = None, argument: str = "mode
             f"{argument}: expected a checkpoint folder or the id of one on the Hugging Face Hub, {path} is no folder, and the "
             f"Hub did not give it: {_hub_reason(error, revision)}"
         ) from error
+
+
+def require_no_revision(path: str | Path, revision: str | None) -> None:
+    """Raises ValueError for a revision of what is not on the Hub."""
+    if revision is not None:
+        what = "folder" if Path(path).is_dir() else "file"
+        raise ValueError(f"revision: expected None for {path}, which is a {what} here and not on the Hub, got {revision!r}")
 
 
 def _hub_reason(error: Exception, revision: str | None) -> str:

@@ -39,7 +39,9 @@ def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, di
     """
     path = folders.find(folder, CONFIG)
     if path is None:
-        raise FileNotFoundError(f"model: expected {CONFIG} in the checkpoint folder {folder}")
+        others = sorted(file.name for file in folder.glob("*.gguf"))
+        found = f", found {others[0]}: a GGUF file is loaded by its own path" if others else ""
+        raise FileNotFoundError(f"model: expected {CONFIG} in the checkpoint folder {folder}{found}")
     config = read_json(path)
     with naming(path):
         model_type = schema.read({"model_type": schema.choice(FAMILIES)}, config)["model_type"]
@@ -62,12 +64,12 @@ def _check_architectures(config: dict, model_type: str, head: str | None) -> Non
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A tensor in a file."""
+class Stored:
+    """A tensor in a safetensors file; those of other formats derive from it."""
 
     path: Path
     name: str
-    dtype: str  # name in safetensors
+    dtype: str  # one of DTYPES: what `read` gives
     shape: tuple[int, ...]
 
     @property
@@ -94,12 +96,31 @@ class _Stored:
                 )
             shown(part.nbytes)
 
-    def equal(self, other: "_Stored") -> bool:
+    def equal(self, other: "Stored") -> bool:
         """Whether two matrices have equal values."""
         if self.shape != other.shape or len(self.shape) != 2:
             return False
         dtype = torch.promote_types(DTYPES[self.dtype], DTYPES[other.dtype])
         return all(torch.equal(self.read(rows).to(dtype), other.read(rows).to(dtype)) for rows in self.chunks())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the files of a checkpoint say, before any weight is read.
+
+    path: of the weights, for errors: a file, or the folder of several.
+    config_path: of the file that says what `config` and `fields` do.
+    config: as config.json has it; fields: GPTConfig's.
+    stored: the weights by their names with prefix.
+    """
+
+    path: Path
+    config_path: Path
+    family: Family
+    config: dict
+    fields: dict
+    stored: dict[str, Stored]
+    generation_defaults: dict
 
 
 def load(
@@ -108,16 +129,40 @@ def load(
 ) -> Any:  # fmt: skip
     """Loads the decoder or the model with a head in a checkpoint folder, in evaluation mode.
 
+    Args:
+        head: as in `read_config`.
+        build, dtype, device, weights: as in `load_weights`.
+
+    Raises: as `load_weights`; FileNotFoundError, OSError that names the file.
+    """
+    return load_weights(_read(folder, head), build, head, dtype=dtype, device=device, weights=weights)
+
+
+def _read(folder: Path, head: str | None) -> Checkpoint:
+    family, config, fields = read_config(folder, head)
+    defaults = {} if head else read_generation_config(folder)
+    files = _weight_files(folder)
+    stored = _by_name(_headers(files), family)
+    fields = fields | {"tie_embeddings": _settle_output(stored, family, fields, head)}
+    path = next(iter(files)) if len(files) == 1 else folder
+    return Checkpoint(path, folder / CONFIG, family, config, fields, stored, defaults)
+
+
+def load_weights(
+    checkpoint: Checkpoint, build: Callable[[dict, dict], Any], head: str | None = None,
+    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | None = None,
+) -> Any:  # fmt: skip
+    """Builds the module of a checkpoint and loads its weights. It is returned in evaluation mode.
+
     Names and shapes are compared with the headers of the files before memory is allocated.
 
     Args:
         build: (GPTConfig's fields, config.json) -> the module; called on the meta device.
-        head: as in `read_config`.
+        head: the module's, one of HEADS.
         dtype: of the weights; default: the one that most of the stored numbers have.
         weights: None, or "int8" or "int4": matrices are quantized, and dtype is that of the others.
 
-    Raises: FileNotFoundError, OSError that names the file; ValueError that names the file and what is wrong in it; TypeError,
-        ValueError for dtype and device.
+    Raises: ValueError that names the file and what is wrong in it; TypeError, ValueError for dtype and device.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise TypeError(f"dtype: expected {' or '.join(map(str, DTYPES.values()))} or None, got {dtype!r}")
@@ -130,26 +175,23 @@ def load(
     except (AssertionError, RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device: expected a device of this machine, got {device!r} ({reason})") from None
-    family, config, fields = read_config(folder, head)
-    defaults = {} if head else read_generation_config(folder)
-    files = _weight_files(folder)
-    stored = _by_name(_headers(files), family)
-    fields = fields | {"tie_embeddings": _settle_output(stored, family, fields, head)}
+    family, fields, stored = checkpoint.family, checkpoint.fields, checkpoint.stored
 
-    # config.json may claim any number of layers: at most one that is not in the files is built, to name its missing weights.
+    # The config may claim any number of layers: at most one that is not in the files is built, to name its missing weights.
     layers = fields["num_layers"]
     held = {match[1] for name in stored if (match := re.match(family.layer_pattern, name))}
-    fields["num_layers"] = built = min(layers, len(held) + 1)
+    built = min(layers, len(held) + 1)
+    fields = fields | {"num_layers": built}
     if fields.get("windows") is not None:
         fields["windows"] = fields["windows"][:built]
-    with naming(folder / CONFIG), torch.device("meta"):
-        module = build(fields, config)
+    with naming(checkpoint.config_path), torch.device("meta"):
+        module = build(fields, checkpoint.config)
     expected = _expected(module, family)
     of_last = sum(f".{built - 1}." in name for name in expected)
-    _require_match(next(iter(files)) if len(files) == 1 else folder, stored, expected, (layers - built) * of_last)
+    _require_match(checkpoint.path, stored, expected, (layers - built) * of_last)
 
     decoder = module.model if head else module
-    decoder.checkpoint_config, decoder.generation_defaults = config, defaults
+    decoder.checkpoint_config, decoder.generation_defaults = checkpoint.config, checkpoint.generation_defaults
     if dtype is None:
         numbers: Counter[str] = Counter()
         for part in stored.values():
@@ -189,7 +231,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
     return files
 
 
-def _headers(files: dict[Path, list[str]]) -> list[_Stored]:
+def _headers(files: dict[Path, list[str]]) -> list[Stored]:
     found = []
     for path, listed in files.items():
         with open(path, "rb") as file:
@@ -207,11 +249,11 @@ def _headers(files: dict[Path, list[str]]) -> list[_Stored]:
         for name in listed:
             if name not in tensors:
                 raise ValueError(f"model: {path} lacks weights: {name}, which {INDEX} says is in it")
-        found += [_Stored(path, name, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()]
+        found += [Stored(path, name, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()]
     return found
 
 
-def _by_name(found: list[_Stored], family: Family) -> dict[str, _Stored]:
+def _by_name(found: list[Stored], family: Family) -> dict[str, Stored]:
     """Weights by their names with prefix."""
     stored = {}
     for part in found:
@@ -229,7 +271,7 @@ def _by_name(found: list[_Stored], family: Family) -> dict[str, _Stored]:
     return stored
 
 
-def _settle_output(stored: dict[str, _Stored], family: Family, fields: dict, head: str | None) -> bool:
+def _settle_output(stored: dict[str, Stored], family: Family, fields: dict, head: str | None) -> bool:
     """Whether the output matrix is tied to the token embedding; the stored weights take precedence over config.json."""
     (embedding,), (output,) = (family.checkpoint_names(f"{name}.weight")[0] for name in ("token_embedding", "output"))
     tied = fields.get("tie_embeddings", True)
@@ -247,7 +289,7 @@ def _settle_output(stored: dict[str, _Stored], family: Family, fields: dict, hea
     warnings.warn(
         f"{stored[output].path}: {stored[output].name} differs from the token embedding, though {CONFIG} says that they are "
         "tied: it is used as it is stored",
-        stacklevel=4,
+        stacklevel=5,
     )
     return False
 
@@ -263,7 +305,7 @@ def _expected(module: torch.nn.Module, family: Family) -> dict[str, tuple[int, .
     return expected
 
 
-def _require_match(path: Path, stored: dict[str, _Stored], expected: dict[str, tuple[int, ...]], unbuilt: int) -> None:
+def _require_match(path: Path, stored: dict[str, Stored], expected: dict[str, tuple[int, ...]], unbuilt: int) -> None:
     """Raises ValueError for missing, unexpected or misshapen weights; unbuilt: number of missing ones not in `expected`."""
     problems = []
     lacking = sorted(expected.keys() - stored.keys())
@@ -285,7 +327,7 @@ def _require_match(path: Path, stored: dict[str, _Stored], expected: dict[str, t
 
 
 def _fill(
-    module: torch.nn.Module, family: Family, stored: dict[str, _Stored], dtype: torch.dtype, device, weights: str | None
+    module: torch.nn.Module, family: Family, stored: dict[str, Stored], dtype: torch.dtype, device, weights: str | None
 ) -> None:
     """Loads the weights of a module on the meta device, chunk by chunk."""
     parameters = list(module.named_parameters())

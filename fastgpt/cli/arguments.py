@@ -87,8 +87,8 @@ def add_model(add: Callable) -> None:
     Args:
         add: `add_argument` of a parser or of a group.
     """
-    add("--model", type=path_or_id, default=SHIPPED_MODEL, metavar="PATH_OR_ID", help="checkpoint folder, or the id of a model "
-        "on the Hugging Face Hub (the shipped model)")  # fmt: skip
+    add("--model", type=path_or_id, default=SHIPPED_MODEL, metavar="PATH_OR_ID", help="checkpoint folder, GGUF file, or the id of "
+        "a model on the Hugging Face Hub (the shipped model)")  # fmt: skip
     add("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub (its main branch)")
     add_device(add)
 

@@ -1,15 +1,19 @@
-"""`fastgpt info`: versions, devices, and which implementation each operation uses, and why."""
+"""`fastgpt info`: versions, devices, and which implementation each operation uses, and why; or what is in a GGUF file."""
 
 import argparse
 import platform
+from collections import defaultdict
 from collections.abc import Callable
-from importlib import metadata
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fastgpt
 from fastgpt.bench.timing import implementation
+from fastgpt.checkpoints import gguf, gguf_file
+from fastgpt.cli.arguments import path
 from fastgpt.cli.example_calls import example_calls
 from fastgpt.generation.decoding import decoding
 from fastgpt.ops.library import CUDA_MISSING
@@ -36,13 +40,20 @@ IMPLEMENTATIONS = {
     "cpu_replay": "its operations are recorded once, and called without Python at every step",
     "eager": "the model's modules are called from Python at every step",
 }
+TOKENIZER_KEYS = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Prints versions, devices, and which implementation each operation uses, and why."
+    parser.description = (
+        "Prints versions, devices, and which implementation each operation uses, and why. With a GGUF file, what is in that."
+    )
+    parser.add_argument("file", nargs="?", type=path, metavar="FILE", help="a GGUF file, or one of those of a model")
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.file is not None:
+        print_contents(options.file)
+        return
     print_versions()
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
@@ -64,6 +75,47 @@ def run(options: argparse.Namespace) -> None:
             print(f"{name}: {meaning}")
 
 
+def print_contents(model: Path) -> None:
+    """Prints what a GGUF file, or all files of a model that was split, have in them."""
+    file = gguf_file.read(model)
+    metadata, architecture = file.metadata, file.architecture
+    weights = [tensor for tensor in file.tensors.values() if tensor.name not in gguf.ROPE_TENSORS]
+    types: dict[str, list] = defaultdict(list)
+    for tensor in file.tensors.values():
+        types[tensor.type].append(tensor)
+    size = sum(part.stat().st_size for part in file.paths)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    served = "" if architecture in gguf.ARCHITECTURES else ", which is not served"
+    lines = {
+        "architecture": one_line(architecture) + served,
+        "name": one_line(metadata.get("general.name", "none")),
+        "parameters": f"{sum(tensor.numel for tensor in weights):,}",
+        "size": megabytes(size) + (f" in {len(file.paths)} files" if len(file.paths) > 1 else ""),
+        "context": one_line(metadata.get(f"{architecture}.context_length", "not said")),
+        "vocabulary": f"{len(tokens):,} tokens" if isinstance(tokens, list) else "none",
+        "tokenizer": ", ".join(one_line(metadata[key]) for key in TOKENIZER_KEYS if key in metadata) or "none",
+        "chat template": "yes" if "tokenizer.chat_template" in metadata else "no",
+    }
+    for name, value in lines.items():
+        print(f"{name + ':':15}{value}")
+    print(f"\n{'type':8}  tensors       bytes")
+    for name, found in sorted(types.items(), key=lambda entry: -sum(tensor.nbytes for tensor in entry[1])):
+        not_served = "" if name in gguf.SERVED else "  not served"
+        print(f"{name:8}  {len(found):>7,}  {megabytes(sum(tensor.nbytes for tensor in found)):>10}{not_served}")
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def one_line(value: Any) -> str:
+    """A value of a file as it can be shown in a terminal."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    text = str(value)[:100]
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def print_versions() -> None:
     build = fastgpt.build_info()
     cuda = "CUDA " + torch.version.cuda if torch.version.cuda else "a CPU build"
@@ -81,6 +133,6 @@ def print_versions() -> None:
 
 def installed_version(package: str) -> str | None:
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:
         return None

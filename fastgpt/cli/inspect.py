@@ -5,15 +5,13 @@ import json
 
 import torch
 
-from fastgpt.checkpoints import hub
 from fastgpt.checks import require_integer
 from fastgpt.cli.arguments import add_model, device_of, integer, path
 from fastgpt.cli.prompts import read_prompt
+from fastgpt.generation.pipeline import pipeline
 from fastgpt.model import inspection
-from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder_states import require_causal
 from fastgpt.model.inputs import require_room
-from fastgpt.text.tokenizer import Tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +36,9 @@ def run(options: argparse.Namespace) -> None:
         elif options.attention is None:
             raise ValueError(f"{name}: expected --attention with it, got --{name} alone")
     text = read_prompt(options.prompt)
-    folder = hub.resolve(options.model, options.revision)
-    model = GPT.from_pretrained(folder, device=device_of(options.device))
+    pipe = pipeline(options.model, revision=options.revision, device=device_of(options.device))
+    model, tokenizer = pipe.model, pipe.tokenizer
     require_causal(model.config)
-    tokenizer = Tokenizer.from_folder(folder)
     prompt = tokenizer.encode(text, name="prompt")
     if not prompt:
         raise ValueError("prompt: expected at least one character, got an empty prompt")

@@ -19,7 +19,7 @@ COMMANDS = {  # a module beside this one each
     "inspect": "show the tokens of a prompt and the predictions for the next one",
     "train": "train a model on a text file",
     "bench": "measure the speed of generation and its operations, in two minutes",
-    "info": "show versions, devices, and which implementation each operation uses",
+    "info": "show versions, devices, and which implementation each operation uses; or what is in a GGUF file",
 }
 NOT_OPTIONS = {"prompt", "run", "parser"}  # what else is in the parsed arguments
 

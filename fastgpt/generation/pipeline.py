@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.checkpoints import hub, transformers_format
+from fastgpt.checkpoints import gguf_file, hub, transformers_format
+from fastgpt.checkpoints.files import naming
 from fastgpt.checks import require_integer
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.config import defaults_of
@@ -32,8 +33,8 @@ def pipeline(
         print(pipe("Once upon a time", max_new_tokens=50, temperature=0.8))
 
     Args:
-        path: what `GPT.from_pretrained` takes, with the files of a tokenizer: see `Tokenizer.from_folder`. Default: the
-            character-level model of Shakespeare that comes with the package.
+        path: what `GPT.from_pretrained` takes, with the files of a tokenizer: see `Tokenizer.from_folder`; a GGUF file has its
+            own. Default: the character-level model of Shakespeare that comes with the package.
         revision: of a model on the Hugging Face Hub: a branch, a tag or a commit; default its main branch.
         dtype: of the weights; default as stored.
         device: default a GPU if there is one.
@@ -43,6 +44,14 @@ def pipeline(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if gguf_file.is_gguf(path):
+        from fastgpt.text.gguf_tokenizer import tokenizer_from_gguf
+
+        hub.require_no_revision(path, revision)
+        file = gguf_file.read(path)
+        with naming(file.path):
+            tokenizer = tokenizer_from_gguf(file.metadata)
+        return Pipeline(GPT.from_pretrained(path, dtype=dtype, device=device, weights=weights), tokenizer)
     folder = hub.resolve(path, revision)
     transformers_format.read_config(folder)  # a folder that is no checkpoint is not one that lacks a tokenizer
     tokenizer = Tokenizer.from_folder(folder)

@@ -24,7 +24,7 @@ from fastgpt import huge_pages
 from fastgpt.cache.base import KVCache
 from fastgpt.cache.create import new_cache
 from fastgpt.cache.uncached import Uncached
-from fastgpt.checkpoints import hub, transformers_format
+from fastgpt.checkpoints import gguf, gguf_file, hub, transformers_format
 from fastgpt.checks import is_autocasting, require_flag
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.encoder_states import EncoderKV, require_causal, require_encoder_states, stored_encoder_states, uncached
@@ -541,27 +541,35 @@ class GPT(nn.Module):
         device: torch.device | str | None = None,
         weights: str | None = None,
     ) -> "GPT":
-        """Loads a decoder from a checkpoint in the format of transformers. It is returned in evaluation mode.
+        """Loads a decoder from a checkpoint in the format of transformers, or from a GGUF file. It is returned in evaluation mode.
 
         If config.json ties the output matrix to the token embedding, but the file has an output matrix that differs, that one
         is used, with a warning.
 
         Args:
             path: a folder with `config.json` and one or several safetensors files; or the id of a model on the Hugging Face
-                Hub, which is downloaded. Only files in this folder, or in the Hub's cache, are read.
+                Hub, which is downloaded. Only files in this folder, or in the Hub's cache, are read. Or a GGUF file, or one of
+                those that a model was split into, all of which are read; this takes the package gguf.
             revision: a branch, tag or commit of a model on the Hub. Default: its main branch.
-            dtype: of all weights: torch.float32, bfloat16, float16 or float64. Default: the dtype of most stored numbers.
+            dtype: of all weights: torch.float32, bfloat16, float16 or float64. Default: the dtype of most stored numbers; of
+                quantized ones, which are dequantized, it is float32.
             device: of all weights. Default: PyTorch's default device.
             weights: "int8" or "int4" quantizes the matrices while they are loaded, in groups of 32 columns: see
                 `fastgpt.quantize`. A token then costs reading 8.5 or 4.5 bits a number. They have no gradients.
 
         Raises: FileNotFoundError or another OSError, naming the file that cannot be read; ValueError, naming the file and the
             wrong entry of config.json or generation_config.json, or the weights that are missing, unexpected, misshapen, not
-            finite, or of an unsupported dtype; TypeError for arguments of another type.
+            finite, or of an unsupported dtype; TypeError for arguments of another type; ImportError without the package gguf.
         """
-        folder = hub.resolve(path, revision)
+
+        def build(fields: dict, _: dict) -> "GPT":
+            return cls(GPTConfig(**fields))
+
+        if gguf_file.is_gguf(path):
+            hub.require_no_revision(path, revision)
+            return gguf.load(path, build, dtype=dtype, device=device, weights=weights)
         return transformers_format.load(
-            folder, lambda fields, _: cls(GPTConfig(**fields)), dtype=dtype, device=device, weights=weights
+            hub.resolve(path, revision), build, dtype=dtype, device=device, weights=weights
         )
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -1,6 +1,8 @@
 """Small checkpoints on disk, and edits of their files."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,26 @@ def shard(folder: Path, **changes) -> None:
 
 def raises(message: str, error=ValueError):
     return pytest.raises(error, match=message)
+
+
+MEASURE = """
+import re, sys, torch
+from pathlib import Path
+from fastgpt import GPT
+
+def resident(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+GPT.from_pretrained(sys.argv[2])  # what is loaded and started once is not counted
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+model = GPT.from_pretrained(sys.argv[1])
+weights = sum(parameter.nbytes for parameter in model.parameters())
+print((resident("VmHWM") - before) / weights)
+"""
+
+
+def peak_of_loading(path: Path, loaded_before: Path) -> float:
+    """The most memory that loading a checkpoint takes, in a process of its own, as a multiple of its weights."""
+    result = subprocess.run([sys.executable, "-c", MEASURE, path, loaded_before], capture_output=True, text=True, check=True)
+    return float(result.stdout)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import subprocess
 import sys
 
 import pytest
@@ -18,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+from checkpoint_files import peak_of_loading  # noqa: E402
 from family_checkpoints import CONFIGS, PROMPTS, ids_of, kinds_of_cache, logits_of, our_tokens, their_tokens, theirs  # noqa: E402
 
 
@@ -179,23 +179,6 @@ def test_a_family_is_kept(folders, tmp_path):
 # Memory
 
 
-MEASURE = """
-import re, sys, torch
-from pathlib import Path
-from fastgpt import GPT
-
-def resident(field):
-    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
-
-GPT.from_pretrained(sys.argv[2])  # what is loaded and started once is not counted
-before = resident("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-model = GPT.from_pretrained(sys.argv[1])
-weights = sum(parameter.nbytes for parameter in model.parameters())
-print((resident("VmHWM") - before) / weights)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measuring peak memory needs Linux's /proc")
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -210,9 +193,6 @@ def test_peak_memory_of_loading(family, folders, tmp_path):
 
         config = dataclasses.replace(config, hidden_size=1024, intermediate_size=4096, num_layers=6, vocab_size=2000)
     GPT(config).save_pretrained(tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, tmp_path, folders("llama")], capture_output=True, text=True, check=True
-    )
-    assert float(result.stdout) <= 1.15
+    assert peak_of_loading(tmp_path, folders("llama")) <= 1.15
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert len(file.keys()) > 10

@@ -1,0 +1,385 @@
+"""Decoders in GGUF files: how metadata maps to a family's config, and tensors to weights, dequantized as they are loaded."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastgpt import schema
+from fastgpt.checkpoints.families import FAMILIES
+from fastgpt.checkpoints.families.family import Family
+from fastgpt.checkpoints.families.fields import (
+    EPSILON,
+    HEADS_EACH,
+    LAYERS,
+    MAX_HEAD_DIM,
+    MLP_WIDTH,
+    POSITIONS,
+    SCALE,
+    WIDTH,
+    maybe,
+)
+from fastgpt.checkpoints.files import naming
+from fastgpt.checkpoints.gguf_file import GGUF, TensorInfo, import_gguf, read
+from fastgpt.checkpoints.transformers_format import DTYPES, Checkpoint, Stored, load_weights
+from fastgpt.model.rope import FACTOR, MAX_POSITIONS, ROPE_SCHEMA
+from fastgpt.schema import choice, integer, number, only, unsupported
+
+QUANTIZED = (  # types of blocks that are served
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S",
+    "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+)  # fmt: skip
+SERVED = (*DTYPES, *QUANTIZED)
+PIECE = 1 << 17  # numbers that are dequantized at a time: they and what they are computed from fit into a cache
+ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"}
+# Modules of the decoder -> tensors.
+NAMES: dict[str, str | tuple[str, ...]] = {
+    "token_embedding": "token_embd",
+    "position_embedding": "position_embd",
+    "blocks.{i}.attention_norm": "blk.{i}.attn_norm",
+    "blocks.{i}.attention.qkv": tuple(f"blk.{{i}}.attn_{x}" for x in "qkv"),
+    "blocks.{i}.attention.q_norm": "blk.{i}.attn_q_norm",
+    "blocks.{i}.attention.k_norm": "blk.{i}.attn_k_norm",
+    "blocks.{i}.attention.out": "blk.{i}.attn_output",
+    "blocks.{i}.attention.post_norm": "blk.{i}.post_attention_norm",
+    "blocks.{i}.mlp_norm": "blk.{i}.ffn_norm",
+    "blocks.{i}.mlp.up": ("blk.{i}.ffn_gate", "blk.{i}.ffn_up"),
+    "blocks.{i}.mlp.down": "blk.{i}.ffn_down",
+    "blocks.{i}.mlp.post_norm": "blk.{i}.post_ffw_norm",
+    "norm": "output_norm",
+    "output": "output",
+}
+FUSED = {"blocks.{i}.attention.qkv": "blk.{i}.attn_qkv", "blocks.{i}.mlp.up": "blk.{i}.ffn_up"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How an architecture is stored.
+
+    names: of its tensors, where others have other ones.
+    interleaved: rotary pairs of queries and keys are (2n, 2n + 1); the decoder's are (n, n + dim/2).
+    norm_offset: of a family, which is added to the weights of norms in the file.
+    """
+
+    names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    interleaved: bool = False
+    norm_offset: float = 0.0
+
+
+ARCHITECTURES = {  # Mistral's is llama
+    "gpt2": Architecture(FUSED),
+    "llama": Architecture(interleaved=True),
+    "qwen2": Architecture(),
+    "qwen3": Architecture(),
+    "phi3": Architecture(FUSED),
+    "gemma": Architecture(norm_offset=1.0),
+    "gemma2": Architecture(norm_offset=1.0),
+}
+SIZES = {
+    "block_count": LAYERS,
+    "context_length": POSITIONS,
+    "embedding_length": WIDTH,
+    "feed_forward_length": MLP_WIDTH,
+    "attention.head_count": HEADS_EACH,
+}
+NOT_SUPPORTED = {
+    "expert_count": unsupported(0),
+    "attention.causal": only(True, True),
+    "use_parallel_residual": unsupported(),
+    "rope.dimension_sections": unsupported([0, 0, 0, 0]),
+    "attention.shared_kv_layers": unsupported(0),
+    "rope.scaling.yarn_log_multiplier": unsupported(0.0),
+} | {
+    name: unsupported(0.0, 1.0)
+    for name in ("logit_scale", "embedding_scale", "residual_scale", "attention.output_scale", "attention.temperature_scale")
+} | {name: unsupported(0.0) for name in ("attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias")}  # fmt: skip
+GPT2_METADATA = SIZES | NOT_SUPPORTED | {"attention.layer_norm_epsilon": number(**EPSILON)}
+HEAD_DIM = maybe(integer(1, MAX_HEAD_DIM), None)
+METADATA = SIZES | NOT_SUPPORTED | {
+    "attention.head_count_kv": maybe(HEADS_EACH, None),
+    "attention.key_length": HEAD_DIM,
+    "attention.value_length": HEAD_DIM,
+    "attention.layer_norm_rms_epsilon": number(**EPSILON),
+    "attention.sliding_window": integer(0, MAX_POSITIONS, None, optional=True),
+    "attn_logit_softcapping": number(50.0, **SCALE),
+    "final_logit_softcapping": number(30.0, **SCALE),
+    "rope.dimension_count": HEAD_DIM,
+    "rope.freq_base": replace(ROPE_SCHEMA["theta"], default=10000.0),
+    "rope.scaling.type": choice(("none", "linear", "yarn", "longrope"), None),
+    "rope.scaling.factor": number(None, least=0, most=FACTOR["most"], optional=True),
+    "rope.scale_linear": number(None, least=0, most=FACTOR["most"], optional=True),
+    "rope.scaling.original_context_length": integer(0, MAX_POSITIONS, None, optional=True),
+    "rope.scaling.attn_factor": replace(ROPE_SCHEMA["attention_factor"], default=1.0),
+    "rope.scaling.yarn_attn_factor": number(None, least=1e-3, most=1e3, optional=True),
+    "rope.scaling.yarn_ext_factor": unsupported(1.0, -1.0),
+    "rope.scaling.yarn_beta_fast": number(None, least=0, most=1e6, optional=True),
+    "rope.scaling.yarn_beta_slow": number(None, least=0, most=1e6, optional=True),
+}  # fmt: skip
+TOKENS = {
+    f"tokenizer.ggml.{name}_token_id": integer(-(2**31), 2**32 - 1, None, optional=True)
+    for name in ("bos", "eos", "eot", "eom", "padding")
+}
+
+
+@dataclass(frozen=True)
+class GGUFTensor(Stored):
+    """A weight of a decoder.
+
+    interleaved_heads: the number of heads whose rows are in pairs (2n, 2n + 1) in the file; 0: rows are as in the decoder.
+    offset: what was added to it in the file.
+    """
+
+    info: TensorInfo
+    interleaved_heads: int = 0
+    offset: float = 0.0
+
+    def read(self, rows: slice) -> torch.Tensor:
+        values = dequantize(self._mapped()[self._order(rows)], self.info.type)
+        values = values if self._by_row else values.flatten()[self._order(rows)]
+        return values - self.offset if self.offset else values
+
+    def equal(self, other: Stored) -> bool:
+        """Whether two matrices have equal blocks of one type."""
+        if not isinstance(other, GGUFTensor) or (self.shape, self.info.type) != (other.shape, other.info.type):
+            return False
+        mine, theirs = self._mapped(), other._mapped()
+        return all(np.array_equal(mine[rows], theirs[rows]) for rows in self.chunks())
+
+    @property
+    def _by_row(self) -> bool:
+        """Whether a row is a whole number of blocks: those of a vector are single numbers."""
+        return len(self.shape) > 1 or self.info.block == 1
+
+    def _mapped(self) -> np.ndarray:
+        """(rows, bytes of one) uint8, mapped for as long as it is used: mapped pages count as this process's memory."""
+        rows = self.shape[0] if self._by_row else 1
+        return np.memmap(self.path, np.uint8, "r", self.info.offset, (rows, self.info.nbytes // rows))
+
+    def _order(self, rows: slice) -> np.ndarray | slice:
+        """Where the rows of the decoder are in the file."""
+        if not self._by_row:
+            return slice(None)
+        if not self.interleaved_heads:
+            return rows
+        pairs = np.arange(self.shape[0]).reshape(self.interleaved_heads, -1, 2)
+        return pairs.swapaxes(1, 2).reshape(-1)[rows]
+
+
+def dequantize(blocks: np.ndarray, type_name: str) -> torch.Tensor:
+    """The numbers in the rows of a matrix of bytes: (R, bytes) uint8 -> (R, D), or (R,) for rows of one number.
+
+    Args:
+        type_name: of the blocks, one of SERVED. Quantized ones become float32.
+    """
+    rows = len(blocks)
+    if type_name in DTYPES:
+        values = torch.from_numpy(np.array(blocks)).view(DTYPES[type_name])
+        return values.squeeze(-1) if values.shape[-1] == 1 else values
+    package = import_gguf()
+    kind = package.GGMLQuantizationType[type_name]
+    block, block_bytes = package.constants.GGML_QUANT_SIZES[kind]
+    blocks = np.ascontiguousarray(blocks).reshape(-1, block_bytes)
+    numbers = np.empty((len(blocks), block), np.float32)
+    with np.errstate(all="ignore"):  # numbers that are not finite are refused when they are stored
+        for begin in range(0, len(blocks), PIECE // block):
+            piece = slice(begin, begin + PIECE // block)
+            numbers[piece] = package.quants.dequantize(blocks[piece].reshape(1, -1), kind).reshape(-1, block)
+    return torch.from_numpy(numbers.reshape(rows, -1))
+
+
+def load(
+    path: str | Path, build: Callable[[dict, dict], Any],
+    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | None = None,
+) -> Any:  # fmt: skip
+    """Loads the decoder in a GGUF file, in evaluation mode.
+
+    Args:
+        build, dtype, device, weights: as in `load_weights`. Weights quantized in the file count as float32, which holds their numbers exactly.
+
+    Raises: as `load_weights` and `gguf_file.read`; ValueError, naming it, for an architecture or a type that is not served.
+    """
+    return load_weights(checkpoint(read(path)), build, dtype=dtype, device=device, weights=weights)
+
+
+def checkpoint(file: GGUF) -> Checkpoint:
+    """How a file maps to a decoder.
+
+    Raises: ValueError that names the file, and the entry or the tensor that is wrong.
+    """
+    name = file.architecture
+    with naming(file.path):
+        if name not in ARCHITECTURES:
+            raise ValueError(
+                f"general.architecture: expected {', '.join(ARCHITECTURES)}, got {name[:100]!r}, which is not served"
+            )
+        architecture, tensors = ARCHITECTURES[name], file.tensors
+        for tensor in tensors.values():
+            if tensor.type not in SERVED:
+                raise ValueError(
+                    f"{tensor.name}: expected the type {', '.join(SERVED)}, got {tensor.type}, which is not served"
+                )
+    if "token_embd.weight" not in tensors:  # whose rows are the vocabulary
+        raise ValueError(f"model: {file.path} lacks weights: token_embd.weight")
+    with naming(file.path):
+        config = _config(file)
+        like = FAMILIES[config["model_type"]]
+        fields = like.config_from(config)
+        if config["model_type"] in ("llama", "qwen3"):
+            fields |= {
+                bias: f"blk.0.{module}.bias" in tensors
+                for bias, module in (("qkv_bias", "attn_q"), ("out_bias", "attn_output"), ("mlp_bias", "ffn_down"))
+            }
+    names = {**NAMES, **architecture.names}
+    family = Family(like.schema, like.fields_from, like.config_to, names, prefix="", ignored=r"$^")
+    heads = (
+        {"q": fields["num_heads"], "k": fields.get("num_kv_heads") or fields["num_heads"]} if architecture.interleaved else {}
+    )
+    stored: dict[str, Stored] = {
+        tensor.name: GGUFTensor(
+            tensor.path,
+            tensor.name,
+            tensor.type if tensor.type in DTYPES else "F32",
+            tensor.shape,
+            tensor,
+            _interleaved_heads(tensor, heads),
+            architecture.norm_offset if tensor.name.endswith("norm.weight") else 0.0,
+        )
+        for tensor in tensors.values()
+        if tensor.name not in ROPE_TENSORS
+    }
+    if "output.weight" in stored and stored["output.weight"].equal(stored["token_embd.weight"]):  # as some converters store it
+        del stored["output.weight"]
+    fields["tie_embeddings"] = config["tie_word_embeddings"] = "output.weight" not in stored
+    ends = [config["eos_token_id"]] if isinstance(config["eos_token_id"], int) else config["eos_token_id"]
+    return Checkpoint(file.path, file.path, family, config, fields, stored, {"eos": ends} if ends else {})
+
+
+def _interleaved_heads(tensor: TensorInfo, heads: dict[str, int]) -> int:
+    parts = tensor.name.split(".")
+    found = heads.get(parts[2].removeprefix("attn_"), 0) if len(parts) == 4 and parts[2].startswith("attn_") else 0
+    return found if found and tensor.shape[0] % (2 * found) == 0 else 0  # rows of another number are misshapen
+
+
+def _config(file: GGUF) -> dict:
+    """The config.json that a folder of the same model would have."""
+    name, tensors = file.architecture, file.tensors
+    known = schema.read(TOKENS, file.metadata)
+    vocabulary = tensors["token_embd.weight"].shape[0]
+    bos, eos, eot, eom, padding = (token if token is not None and 0 <= token < vocabulary else None for token in known.values())
+    ends = sorted({token for token in (eos, eot, eom) if token is not None})
+    config: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "bos_token_id": bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": padding,
+    }
+    prefix = f"{name}."
+    stored = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    if name == "gpt2":
+        found = schema.read(GPT2_METADATA, stored, prefix)
+        return config | {
+            "model_type": "gpt2",
+            "n_positions": found["context_length"],
+            "n_embd": found["embedding_length"],
+            "n_layer": found["block_count"],
+            "n_head": found["attention.head_count"],
+            "n_inner": found["feed_forward_length"],
+            "layer_norm_epsilon": found["attention.layer_norm_epsilon"],
+        }
+    found = schema.read(METADATA, stored, prefix)
+    heads, window = found["attention.head_count"], found["attention.sliding_window"] or None
+    head_dim = found["attention.key_length"] or max(1, found["embedding_length"] // heads)
+    if found["attention.value_length"] not in (None, head_dim):
+        raise ValueError(
+            f"{prefix}attention.value_length: expected {head_dim}, as of keys, got {found['attention.value_length']}"
+        )
+    rotated = found["rope.dimension_count"] or head_dim
+    if rotated != head_dim and name != "phi3" or rotated > head_dim:
+        raise ValueError(f"{prefix}rope.dimension_count: expected {head_dim}, all of a head's, got {rotated}")
+    config |= {
+        "model_type": name,
+        "max_position_embeddings": found["context_length"],
+        "hidden_size": found["embedding_length"],
+        "num_hidden_layers": found["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": found["attention.head_count_kv"],
+        "head_dim": head_dim,
+        "intermediate_size": found["feed_forward_length"],
+        "rms_norm_eps": found["attention.layer_norm_rms_epsilon"],
+        "rope_parameters": _rope(file, found, rotated),
+    }
+    if name == "llama" and window:
+        config |= {"model_type": "mistral", "sliding_window": window}
+    if name == "phi3":
+        config["sliding_window"] = window
+        config["original_max_position_embeddings"] = found["rope.scaling.original_context_length"] or found["context_length"]
+        if rotated != head_dim:
+            share = rotated / head_dim
+            config["partial_rotary_factor"] = share if int(head_dim * share) == rotated else math.nextafter(share, 2)
+    if name == "gemma2":
+        largest = found["block_count"] == 46  # its queries are scaled as if heads had hidden size / heads
+        config |= {
+            "query_pre_attn_scalar": found["embedding_length"] // heads if largest else head_dim,
+            "attn_logit_softcapping": found["attn_logit_softcapping"],
+            "final_logit_softcapping": found["final_logit_softcapping"],
+            "sliding_window": window or 4096,
+        }
+    return config
+
+
+def _rope(file: GGUF, found: dict, rotated: int) -> dict:
+    """`rope_parameters` of config.json."""
+    rope: dict[str, Any] = {"rope_theta": found["rope.freq_base"], "rope_type": "default"}
+    kind, factor = found["rope.scaling.type"], found["rope.scaling.factor"] or found["rope.scale_linear"]
+    original, magnitude = (
+        found["rope.scaling.original_context_length"] or found["context_length"],
+        found["rope.scaling.attn_factor"],
+    )
+    short, long, both = (
+        _rope_factors(file, f"rope_{name}.weight", rotated) for name in ("factors_short", "factors_long", "freqs")
+    )
+    where = f"{file.architecture}.rope.scaling.type"
+    if kind == "yarn":
+        if not factor:
+            raise ValueError(f"{file.architecture}.rope.scaling.factor: expected a number > 0 for yarn, got {factor!r}")
+        derived = 0.1 * math.log(max(factor, 1.0)) + 1.0
+        # What converters write as yarn's factor is transformers' attention_factor, in place of the derived one.
+        attention = found["rope.scaling.yarn_attn_factor"] or derived * magnitude
+        rope |= {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "attention_factor": attention,
+        }
+        rope |= {f"beta_{x}": found[f"rope.scaling.yarn_beta_{x}"] for x in ("fast", "slow")}
+    elif short or long or kind == "longrope":
+        if not (short and long):
+            missing = "rope_factors_long.weight" if short else "rope_factors_short.weight"
+            raise ValueError(f"{where}: expected the tensor {missing} for longrope, got none")
+        rope |= {"rope_type": "longrope", "short_factor": short, "long_factor": long, "attention_factor": magnitude}
+        rope |= {"original_max_position_embeddings": original, "factor": max(1.0, found["context_length"] / original)}
+    elif both and any(x != 1 for x in both):
+        # Factors on the wavelengths, of Llama 3 for example: longrope, whose factors are the same for all lengths.
+        rope |= {"rope_type": "longrope", "short_factor": both, "long_factor": both, "attention_factor": magnitude}
+        rope |= {"original_max_position_embeddings": max(2, found["context_length"]), "factor": 1.0}
+    elif kind != "none" and factor not in (None, 1.0):
+        rope |= {"rope_type": "linear", "factor": factor}
+    if both and rope["rope_type"] in ("yarn", "linear"):
+        raise ValueError(f"{where}: expected none beside the tensor rope_freqs.weight, got {rope['rope_type']!r}")
+    if magnitude != 1 and rope["rope_type"] in ("default", "linear"):
+        raise ValueError(f"{file.architecture}.rope.scaling.attn_factor: expected 1.0 for this rotation, got {magnitude!r}")
+    return rope
+
+
+def _rope_factors(file: GGUF, name: str, rotated: int) -> list[float] | None:
+    """The numbers of a tensor with one for each rotary pair; None if there is no such tensor."""
+    tensor = file.tensors.get(name)
+    if tensor is None:
+        return None
+    if tensor.shape != (rotated // 2,) or tensor.type not in DTYPES:
+        raise ValueError(f"{name}: expected {rotated // 2} numbers in F32, got shape {tensor.shape} of {tensor.type}")
+    return GGUFTensor(tensor.path, name, tensor.type, tensor.shape, tensor).read(slice(None)).tolist()

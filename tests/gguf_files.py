@@ -1,0 +1,115 @@
+"""GGUF files as llama.cpp's converter writes them from models of transformers."""
+
+import math
+
+import gguf
+import numpy as np
+import torch
+
+RopeType = gguf.RopeScalingType
+
+
+def interleaved(weight, heads):
+    """Rows of rotary pairs (n, n + dim/2) as (2n, 2n + 1), which llama.cpp rotates in Llama."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write(model, path, blocks=None, metadata=None, **options):
+    """Writes a model of transformers to a GGUF file.
+
+    Args:
+        blocks: (name, float32 array) -> what is stored of a matrix, and its type; default: as it is, in F32.
+        metadata: writer -> None: adds more, as a tokenizer.
+        options: of gguf.GGUFWriter.
+    """
+    config = model.config
+    family = config.model_type
+    architecture = {"mistral": "llama"}.get(family, family)
+    writer = gguf.GGUFWriter(path, architecture, **options)
+    writer.add_name(f"a tiny {family}")
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(heads)
+    if family == "gpt2":
+        writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(config.vocab_size)
+        add_rotation(writer, config, head_dim)
+    if family != "gpt2" and head_dim * heads != config.hidden_size or family.startswith("gemma"):
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if family in ("mistral", "phi3", "gemma2"):
+        writer.add_sliding_window(config.sliding_window or 0)
+    if family == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if metadata is not None:
+        metadata(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
+    stored = model.state_dict()
+    tied = config.tie_word_embeddings
+    for name, weight in stored.items():
+        if tied and name == "lm_head.weight":
+            continue
+        weight = weight.detach().float().numpy()
+        if family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            weight = weight.T
+        if architecture == "llama" and ".q_proj." in name:
+            weight = interleaved(weight, heads)
+        if architecture == "llama" and ".k_proj." in name:
+            weight = interleaved(weight, config.num_key_value_heads)
+        if family.startswith("gemma") and name.endswith("norm.weight"):
+            weight = weight + np.float32(1)
+        name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        weight, kind = np.ascontiguousarray(weight), gguf.GGMLQuantizationType.F32
+        if blocks is not None and weight.ndim == 2:
+            weight, kind = blocks(name, weight)
+        writer.add_tensor(name, weight, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_rotation(writer, config, head_dim):
+    rope = config.rope_parameters
+    share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    rotated, theta = int(head_dim * share), rope["rope_theta"]
+    writer.add_rope_dimension_count(rotated)
+    writer.add_rope_freq_base(theta)
+    kind = rope["rope_type"]
+    if kind == "linear":
+        writer.add_rope_scaling_type(RopeType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "yarn":
+        writer.add_rope_scaling_type(RopeType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    elif kind == "longrope":
+        original = config.original_max_position_embeddings
+        scale = config.max_position_embeddings / original
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+        for name in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
+    elif kind == "llama3":
+        original, low, high = (rope[x] for x in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
+        factors = []
+        for frequency in 1.0 / theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated):
+            wavelength = 2 * math.pi / frequency
+            if wavelength < original / high:
+                factors.append(1)
+            elif wavelength > original / low:
+                factors.append(rope["factor"])
+            else:
+                smooth = (original / wavelength - low) / (high - low)
+                factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+        writer.add_tensor("rope_freqs.weight", torch.tensor(factors).numpy())
