@@ -568,9 +568,7 @@ class GPT(nn.Module):
         if gguf_file.is_gguf(path):
             hub.require_no_revision(path, revision)
             return gguf.load(path, build, dtype=dtype, device=device, weights=weights)
-        return transformers_format.load(
-            hub.resolve(path, revision), build, dtype=dtype, device=device, weights=weights
-        )
+        return transformers_format.load(hub.resolve(path, revision), build, dtype=dtype, device=device, weights=weights)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json`, `model.safetensors` and, if there are generation_defaults, `generation_config.json` into a
