@@ -271,7 +271,9 @@ class NinjaBuild(build_ext):
         # libtorch_cpu exports some functions of libstdc++ too; the first library named is the one used.
         torch_cpu = [*(["-lstdc++"] if sys.platform == "linux" else []), f"-L{self.torch_lib}", "-ltorch_cpu"]
         rule("cxx", f"{self.cxx} $flags {join(cxxflags)} -MD -MF $out.d -c $in -o $out", depfile=True)
-        rule("link", f"{self.cxx} {join(shared)} $in {join(torch_cpu)} -o $out")
+        # Before glibc 2.34, threads and dlopen are in libraries of their own.
+        system = ["-pthread", "-ldl"] if sys.platform == "linux" else []
+        rule("link", f"{self.cxx} {join(shared)} $in {join(torch_cpu + system)} -o $out")
 
         bindings, kernels = "csrc/bindings.cpp", find_sources("*_kernels.cpp")
         others = sorted(set(find_sources("*.cpp")) - {bindings, *kernels})
