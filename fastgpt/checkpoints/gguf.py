@@ -27,6 +27,7 @@ from fastgpt.checkpoints.files import naming
 from fastgpt.checkpoints.gguf_file import GGUF, TensorInfo, import_gguf, read
 from fastgpt.checkpoints.transformers_format import DTYPES, Checkpoint, Stored, load_weights
 from fastgpt.model.rope import FACTOR, MAX_POSITIONS, ROPE_SCHEMA
+from fastgpt.ops.quantized_weight import Packing
 from fastgpt.schema import choice, integer, number, only, unsupported
 
 QUANTIZED = (  # types of blocks that are served
@@ -34,6 +35,7 @@ QUANTIZED = (  # types of blocks that are served
     "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
 )  # fmt: skip
 SERVED = (*DTYPES, *QUANTIZED)
+PACKINGS = {"Q8_0": Packing(8, 32, False), "Q4_0": Packing(4, 32, False), "Q4_1": Packing(4, 32, True)}  # of QuantizedWeight
 PIECE = 1 << 17  # numbers that are dequantized at a time: they and what they are computed from fit into a cache
 ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"}
 # Modules of the decoder -> tensors.
@@ -141,6 +143,13 @@ class GGUFTensor(Stored):
         values = dequantize(self._mapped()[self._order(rows)], self.info.type)
         values = values if self._by_row else values.flatten()[self._order(rows)]
         return values - self.offset if self.offset else values
+
+    @property
+    def packing(self) -> Packing | None:  # type: ignore[override]  # a constant there
+        return PACKINGS.get(self.info.type) if len(self.shape) == 2 and not self.offset else None
+
+    def read_blocks(self, rows: slice) -> torch.Tensor:
+        return torch.from_numpy(np.array(self._mapped()[self._order(rows)]))
 
     def equal(self, other: Stored) -> bool:
         """Whether two matrices have equal blocks of one type."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,10 +23,11 @@ from fastgpt.checkpoints.files import CONFIG, GENERATION_CONFIG, INDEX, STATE, W
 from fastgpt.checkpoints.generation_config import generation_config, read_generation_config
 from fastgpt.checks import from_torchrun, is_terminal, require_choice, require_path, writing
 from fastgpt.folders import replacing
-from fastgpt.ops.quantized_weight import BITS, QuantizedWeight, quantize
+from fastgpt.ops.quantized_weight import BITS, Packing, QuantizedWeight, quantize
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 32 << 20  # bytes of a file that are mapped at a time: mapped pages count as this process's memory
+MATRICES = (*BITS, "dequantized")  # how matrices can be loaded that are not to be as they are stored
 SHOW_PROGRESS = 1 << 30  # bytes of weights from which on a progress bar is shown: reading them takes a second or more
 
 
@@ -72,6 +73,8 @@ class Stored:
     dtype: str  # one of DTYPES: what `read` gives
     shape: tuple[int, ...]
 
+    packing: ClassVar[Packing | None] = None  # of a matrix that `read_blocks` gives as it is stored
+
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
@@ -94,6 +97,20 @@ class Stored:
                 raise ValueError(
                     f"model: {self.path}: {self.name}: expected finite numbers in {target.dtype}, got NaN or infinity"
                 )
+            shown(part.nbytes)
+
+    def read_blocks(self, rows: slice) -> torch.Tensor:
+        """(R, bytes) uint8, of a tensor with a packing."""
+        raise NotImplementedError
+
+    def copy_blocks_to(self, target: torch.Tensor, shown: Callable[[int], object]) -> None:
+        """As `copy_to`, of blocks."""
+        assert self.packing is not None
+        for rows in self.chunks():
+            part = target[rows].copy_(self.read_blocks(rows))
+            headers = part.view(len(part), -1, self.packing.group_bytes)[..., : self.packing.header].contiguous()
+            if not part.is_meta and not headers.view(torch.float16).isfinite().all():
+                raise ValueError(f"model: {self.path}: {self.name}: expected finite scales, got NaN or infinity")
             shown(part.nbytes)
 
     def equal(self, other: "Stored") -> bool:
@@ -160,15 +177,16 @@ def load_weights(
         build: (GPTConfig's fields, config.json) -> the module; called on the meta device.
         head: the module's, one of HEADS.
         dtype: of the weights; default: the one that most of the stored numbers have.
-        weights: None, or "int8" or "int4": matrices are quantized, and dtype is that of the others.
+        weights: None: matrices as they are stored, quantized ones too if their blocks are served; "dequantized"; or "int8" or
+            "int4": they are quantized. dtype is that of the others.
 
     Raises: ValueError that names the file and what is wrong in it; TypeError, ValueError for dtype and device.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise TypeError(f"dtype: expected {' or '.join(map(str, DTYPES.values()))} or None, got {dtype!r}")
     if weights is not None:
-        require_choice("weights", weights, BITS)
-        if dtype is torch.float64:
+        require_choice("weights", weights, MATRICES)
+        if dtype is torch.float64 and weights in BITS:
             raise TypeError(f"dtype: expected fp32, fp16 or bf16 with weights={weights!r}, got {dtype}")
     try:
         device = torch.empty(0, device=device).device
@@ -335,12 +353,21 @@ def _fill(
     with _progress(total) as shown:
         for name, parameter in parameters:
             names, transposed = family.checkpoint_names(name)
-            weight = huge_pages.empty(parameter.shape, dtype=dtype, device=device)
-            for part, rows in zip(names, weight.split(_rows(module, name, len(names)))):
-                stored[part].copy_to(rows.t() if transposed else rows, shown)
             owner, _, attribute = name.rpartition(".")
             layer = module.get_submodule(owner)
-            if weights is not None and _is_matrix(layer, name):
+            is_matrix = _is_matrix(layer, name)
+            packing, *others = {stored[part].packing for part in names}
+            rows, columns = parameter.shape[0], parameter.shape[-1]
+            if is_matrix and weights is None and packing and not others and dtype is not torch.float64:
+                blocks = huge_pages.empty((rows, packing.row_bytes(columns)), dtype=torch.uint8, device=device)
+                for part, target in zip(names, blocks.split(_rows(module, name, len(names)))):
+                    stored[part].copy_blocks_to(target, shown)
+                weight: torch.Tensor = QuantizedWeight(blocks, packing, columns, dtype)
+            else:
+                weight = huge_pages.empty(parameter.shape, dtype=dtype, device=device)
+                for part, target in zip(names, weight.split(_rows(module, name, len(names)))):
+                    stored[part].copy_to(target.t() if transposed else target, shown)
+            if is_matrix and weights in BITS:
                 try:
                     weight = quantize(weight, weights)
                 except ValueError as error:

@@ -11,6 +11,7 @@ import torch
 import fastgpt
 from fastgpt.bench.timing import implementation
 from fastgpt.cache.create import CACHE_KINDS
+from fastgpt.checkpoints.transformers_format import MATRICES
 from fastgpt.checks import require_integer
 from fastgpt.cli.arguments import add_model, device_of, integer, number, path_or_id, unescape
 from fastgpt.cli.example_calls import example_calls
@@ -19,7 +20,6 @@ from fastgpt.cli.prompts import default_prompt, read_prompts
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig
 from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
-from fastgpt.ops.quantized_weight import BITS
 from fastgpt.training.processes import joined, local_device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -73,8 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model and device").add_argument
     add_model(add)
     add("--dtype", choices=DTYPES, metavar="D", help=f"dtype of the weights: {', '.join(DTYPES)} (as stored)")
-    add("--weights", choices=tuple(BITS), metavar="D", help=f"quantize the matrices to {' or '.join(BITS)} while loading (as "
-        "stored)")  # fmt: skip
+    add("--weights", choices=MATRICES, metavar="D", help=f"load the matrices as {', '.join(MATRICES)} (as stored)")  # fmt: skip
     add("--cache", choices=CACHE_KINDS, metavar="KIND", help=f"kind of KV cache: {', '.join(CACHE_KINDS)} (contiguous)")
     add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"quantize the cache to {' or '.join(CACHE_DTYPES)} (the "
         "dtype of the weights)")  # fmt: skip

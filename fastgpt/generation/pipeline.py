@@ -38,7 +38,7 @@ def pipeline(
         revision: of a model on the Hugging Face Hub: a branch, a tag or a commit; default its main branch.
         dtype: of the weights; default as stored.
         device: default a GPU if there is one.
-        weights: None, "int8" or "int4", as in `GPT.from_pretrained`.
+        weights: None, "int8", "int4" or "dequantized", as in `GPT.from_pretrained`.
 
     Raises: FileNotFoundError, ValueError that says what is missing or damaged.
     """

@@ -14,8 +14,8 @@ import pytest
 import torch
 from command_line import run
 
-from fastgpt import GPT, SHIPPED_MODEL, pipeline
-from fastgpt.checkpoints.gguf import SERVED
+from fastgpt import GPT, SHIPPED_MODEL, QuantizedWeight, generate, pipeline
+from fastgpt.checkpoints.gguf import PACKINGS, SERVED
 from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
 
@@ -134,9 +134,73 @@ def test_blocks(type_name, tmp_path):
         (mlp.down.weight, stored["blk.0.ffn_down.weight"]),
         (model.output.weight, stored["output.weight"]),
     ):
-        assert torch.equal(weight, expected.to(expected_dtype))
+        actual = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+        assert torch.equal(actual, expected.to(expected_dtype))
     half = GPT.from_pretrained(path, dtype=torch.bfloat16)
-    assert torch.equal(half.blocks[0].mlp.down.weight, stored["blk.0.ffn_down.weight"].bfloat16())
+    down = half.blocks[0].mlp.down.weight
+    assert torch.equal(
+        down.dequantize() if isinstance(down, QuantizedWeight) else down, stored["blk.0.ffn_down.weight"].bfloat16()
+    )
+
+
+PACKED = ["Q8_0", "Q4_0", "Q4_1"]
+
+
+@pytest.mark.parametrize("type_name", PACKED)
+def test_blocks_that_linear_takes_stay_as_they_are(type_name, tmp_path):
+    """The same tokens as of the dequantized weights, from the bytes in the file; gradients need them dequantized."""
+    kind = gguf.GGMLQuantizationType[type_name]
+    path = write(theirs_quantizable(), tmp_path / "model.gguf", lambda name, weight: (gguf.quantize(weight, kind), kind))
+    model, plain = GPT.from_pretrained(path), GPT.from_pretrained(path, weights="dequantized")
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    assert all(isinstance(weight, QuantizedWeight) for weight in matrices)
+    assert {weight.packing for weight in matrices} == {PACKINGS[type_name]}
+    for weight, expected in zip(model.parameters(), plain.parameters()):
+        assert torch.equal(weight.dequantize() if isinstance(weight, QuantizedWeight) else weight, expected)
+    down = gguf.GGUFReader(path).tensors[
+        [tensor.name for tensor in gguf.GGUFReader(path).tensors].index("blk.0.ffn_down.weight")
+    ]
+    assert torch.equal(model.blocks[0].mlp.down.weight.blocks, torch.from_numpy(np.array(down.data)))
+    ids = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(generate(model, ids, 40), generate(plain, ids, 40))
+    half = GPT.from_pretrained(path, dtype=torch.bfloat16)
+    assert half.blocks[0].mlp.down.weight.dtype == torch.bfloat16 and isinstance(
+        half.blocks[0].mlp.down.weight, QuantizedWeight
+    )
+    assert not isinstance(GPT.from_pretrained(path, dtype=torch.float64).blocks[0].mlp.down.weight, QuantizedWeight)
+    again = GPT.from_pretrained(path, weights="int4").blocks[0].mlp.down.weight
+    assert again.packing == PACKINGS["Q4_0"]
+
+
+def theirs_quantizable():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(WIDE)
+
+
+def test_parts_of_different_types_are_dequantized(tmp_path):
+    """Queries, keys and values are one matrix in the decoder; files often have values in more bits."""
+
+    def blocks(name, weight):
+        kind = gguf.GGMLQuantizationType["Q8_0" if "attn_v" in name else "Q4_0"]
+        return gguf.quantize(weight, kind), kind
+
+    path = write(theirs_quantizable(), tmp_path / "model.gguf", blocks)
+    model, plain = GPT.from_pretrained(path), GPT.from_pretrained(path, weights="dequantized")
+    qkv = model.blocks[0].attention.qkv.weight
+    assert not isinstance(qkv, QuantizedWeight) and torch.equal(qkv, plain.blocks[0].attention.qkv.weight)
+    assert isinstance(model.blocks[0].attention.out.weight, QuantizedWeight)
+
+
+def test_scales_that_are_not_finite_are_refused(tmp_path):
+    def blocks(name, weight):
+        stored, kind = gguf.quantize(weight, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
+        if name == "blk.0.ffn_down.weight":
+            stored[3, 34:36] = [0xFF, 0x7F]
+        return stored, kind
+
+    path = write(theirs_quantizable(), tmp_path / "model.gguf", blocks)
+    with pytest.raises(ValueError, match=f"^model: {path}: blk.0.ffn_down.weight: expected finite scales, got NaN or infinity"):
+        GPT.from_pretrained(path)
 
 
 @pytest.mark.parametrize("type_name", ["Q8_1", "Q8_K", "I8", "Q1_0"])
@@ -166,7 +230,7 @@ def test_output_that_equals_the_embedding_is_tied(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measuring peak memory needs Linux's /proc")
 def test_peak_memory_of_loading(files, tmp_path):
-    """Of 270 MB of dequantized weights."""
+    """Of 76 MB of blocks, which stay as they are."""
     kind = gguf.GGMLQuantizationType.Q4_0
     config = transformers.LlamaConfig(
         vocab_size=2000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16

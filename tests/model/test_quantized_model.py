@@ -102,7 +102,7 @@ def test_matrices_that_do_not_fit_are_named(saved):
 
 @pytest.mark.parametrize("value", ["int2", 8, True, ["int8"]], ids=str)
 def test_other_values_are_refused(value):
-    with pytest.raises(ValueError, match="weights: expected one of 'int8', 'int4', got"):
+    with pytest.raises(ValueError, match="weights: expected one of 'int8', 'int4', 'dequantized', got"):
         pipeline(weights=value)
 
 
