@@ -1,6 +1,7 @@
 """Looking inside: the activations are those that make the logits, the patterns those of transformers."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -304,5 +305,6 @@ def test_without_matplotlib(capsys, monkeypatch):
 
 def test_an_encoder_has_no_next_token(capsys, tmp_path):
     random_model(causal=False).save_pretrained(tmp_path)
+    shutil.copy(SHIPPED_MODEL / "tokenizer.json", tmp_path)
     status, _, error = run(capsys, "A", "--model", tmp_path)
     assert status == 2 and "model: expected a causal model" in error
