@@ -5,6 +5,7 @@ BPE ("llama"), which merges by the scores of tokens and writes characters withou
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +39,9 @@ GPT2 = rf"{ENDINGS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)"
 UPPER, LOWER = r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"
 
 
-def _words(digits: str, letters: str = r"\p{L}", last: str = LAST_SPACES) -> str:
+def _words(digits: str, letters: str = r"\p{L}") -> str:
     """As Llama 3 splits: endings, letters with the character before them, digits, other characters, white space."""
-    return rf"{ENDINGS_ANY_CASE}|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|{digits}| ?[^\s{letters}\p{{N}}]+[\r\n]*|{last}"
+    return rf"{ENDINGS_ANY_CASE}|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|{digits}| ?[^\s{letters}\p{{N}}]+[\r\n]*|{LAST_SPACES}"
 
 
 def _words_by_case(digits: str, ending: str = "") -> str:
@@ -98,15 +99,13 @@ SPLITTINGS = {
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), LLAMA_3),
     **dict.fromkeys(("glm4", "glm5"), Splitting(LLAMA_3.expressions, whole_words=True)),
     **dict.fromkeys(
-        ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "solar-open", "grok-2", "kormo"), QWEN_2
+        ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "solar-open", "grok-2", "kormo", "bailingmoe",
+         "bailingmoe2", "llada-moe"), QWEN_2
     ),
     "qwen35": Splitting((_words(r"\p{N}", letters=r"\p{L}\p{M}"),)),
     "minicpm5": Splitting((THREE_DIGITS, _words(r"\p{N}+")), whole_words=True),
     "seed-coder": Splitting(
         (rf"{ENDINGS_ANY_CASE}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{LAST_SPACES}",)
-    ),
-    **dict.fromkeys(
-        ("bailingmoe", "bailingmoe2", "llada-moe"), Splitting((_words(r"\p{N}", last=r"\s*[\r\n]|\s+(?!\S)|\s+"),))
     ),
     "tekken": Splitting((_words_by_case(r"\p{N}"),), whole_words=True, add_bos=True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), GPT_4O),
@@ -148,7 +147,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     ids = _special_ids(metadata, len(tokens), SENTENCEPIECE_IDS if model == "llama" else {})
     if model == "gpt2":
         splitting = _splitting(metadata)
-        backend, add_bos = _byte_level(metadata, vocabulary, splitting), splitting.add_bos
+        backend, add_bos = _byte_level(metadata, vocabulary, types, splitting), splitting.add_bos
     else:
         backend, add_bos = _sentencepiece(metadata, vocabulary, types, tokens, ids.get("unknown")), True
     _add_tokens(backend, metadata, tokens, types)
@@ -257,7 +256,9 @@ def _chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
 # Models
 
 
-def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int], splitting: Splitting) -> tokenizers.Tokenizer:
+def _byte_level(
+    metadata: Mapping[str, Any], vocabulary: dict[str, int], types: Iterable[int], splitting: Splitting
+) -> tokenizers.Tokenizer:
     pairs: dict = {}  # pair -> None; of merges that are listed twice, the first counts
     for index, merge in enumerate(_list(metadata, "merges", (str,), "texts")):
         left, _, right = merge[1:].partition(" ")  # a token may begin with a space
@@ -269,8 +270,17 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int], splitti
     steps: list[Any] = [pre_tokenizers.Split(tokenizers.Regex(e), "isolated") for e in splitting.expressions]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     result.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    result.decoder = decoders.ByteLevel()
+    # The characters of ordinary tokens stand for bytes, those of a user-defined token for themselves.
+    written = [token for token, kind in zip(vocabulary, types) if kind == USER_DEFINED and not token.isascii()]
+    as_bytes = [decoders.Replace(tokenizers.Regex(rf"\A{re.escape(token)}\z"), _in_bytes(token)) for token in written]
+    result.decoder = decoders.Sequence([*as_bytes, decoders.ByteLevel()])
     return result
+
+
+def _in_bytes(text: str) -> str:
+    """The characters that stand for the bytes of a text."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    return "".join(word for word, _ in split)
 
 
 def _sentencepiece(
