@@ -259,7 +259,7 @@ def _chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
 def _byte_level(
     metadata: Mapping[str, Any], vocabulary: dict[str, int], types: Iterable[int], splitting: Splitting
 ) -> tokenizers.Tokenizer:
-    pairs: dict = {}  # pair -> None; of merges that are listed twice, the first counts
+    pairs: dict[tuple[str, str], None] = {}  # of merges that are listed twice, the first counts
     for index, merge in enumerate(_list(metadata, "merges", (str,), "texts")):
         left, _, right = merge[1:].partition(" ")  # a token may begin with a space
         left = merge[:1] + left

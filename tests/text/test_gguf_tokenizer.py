@@ -6,7 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
-from texts import CHATML, byte_level, write_sentencepiece
+from text_fuzz import changed_json
+from texts import CHATML, CORPUS, byte_level, write_sentencepiece
 
 from fastgpt.text.gguf_tokenizer import SPLITTINGS, tokenizer_from_gguf
 
@@ -174,11 +175,16 @@ def merged(metadata, text):
     ]
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("prefix", [True, False, None])
-def test_sentencepiece_merges_the_leftmost_of_the_highest_score(prefix, tmp_path):
+def test_sentencepiece_merges_the_leftmost_of_the_highest_score(prefix, shuffled, tmp_path):
     metadata = sentencepiece_metadata(tmp_path, add_space_prefix=prefix, add_bos_token=False)
+    if shuffled:  # so that scores do not follow ids, and tokens compete for characters
+        size = len(metadata["tokenizer.ggml.tokens"])
+        metadata["tokenizer.ggml.scores"] = [float(score) for score in random.Random(0).sample(range(size), size)]
     ours = tokenizer_from_gguf(metadata)
-    for text in [*TEXTS, *random_texts(300), "the tokens that words are made of" * 5]:
+    sentences = ["".join(random.Random(seed).choices(CORPUS[1], k=60)) for seed in range(20)]
+    for text in [*TEXTS, *random_texts(300), *CORPUS, *sentences]:
         ids = merged(metadata, text if prefix is False or not text else " " + text)
         assert ours.encode(text) == ids, text
         assert "".join(ours.decode_stream(ids)) == ours.decode(ids)
@@ -376,6 +382,24 @@ def test_scores_that_are_no_numbers(score, tmp_path):
 def test_templates_that_are_no_texts(key):
     with pytest.raises(ValueError, match=f"^{key}: expected a text, got 5"):
         tokenizer_from_gguf(byte_level_metadata() | {key: 5})
+
+
+def test_metadata_changed_at_random_are_refused_or_work(tmp_path):
+    for metadata in (byte_level_metadata(add_bos_token=True), sentencepiece_metadata(tmp_path, add_space_prefix=True)):
+        content, worked = json.dumps(metadata | {"tokenizer.chat_template": CHATML}), 0
+        for seed in range(150):
+            r, changed = random.Random(seed), json.loads(content)
+            key = r.choice(list(changed))
+            changed[key] = changed_json(changed[key], r)
+            try:
+                ours = tokenizer_from_gguf(changed)
+            except ValueError as error:
+                assert str(error).startswith("tokenizer."), seed
+            else:
+                worked += 1
+                for text in TEXTS[:12]:
+                    ours.decode(ours.encode(text))
+        assert 0 < worked < 150
 
 
 # llama.cpp
