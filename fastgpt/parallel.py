@@ -30,8 +30,8 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
         mesh: by default all processes of the default process group.
 
     Returns: the model.
-    Raises: ValueError if heads or the MLP's width are not divisible by the number of processes, or if a layer is not plain
-        (fastgpt/model/fusion.py): with an adapter, for example.
+    Raises: ValueError if heads or the MLP's width are not divisible by the number of processes, if a layer is not plain
+        (fastgpt/model/fusion.py): with an adapter, for example; or if a weight is quantized.
     """
     if mesh is None:
         mesh = init_device_mesh(model.token_embedding.weight.device.type, (torch.distributed.get_world_size(),))

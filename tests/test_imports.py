@@ -89,9 +89,8 @@ LAYERS = [
         "kernels.decode_step",
         "ops.implementations",
         "ops.library",
-        "ops.quantized_weight",
     },  # fmt: skip
-    {"kernels.tiles"},
+    {"kernels.tiles", "ops.quantized_weight"},
     {
         "checks",
         "kernels.architecture",

@@ -125,7 +125,7 @@ Tensor linear_quantized_cpu(
   const int64_t C = x.size(x.dim() - 1);
   FASTGPT_CHECK(bits == 8 || bits == 4, "bits: expected 8 or 4, got ", bits);
   FASTGPT_CHECK(group_size > 0 && group_size % kPacked == 0, "group_size: expected a multiple of 32, got ", group_size);
-  FASTGPT_CHECK(C % group_size == 0, "x: expected a multiple of ", group_size, " columns, got ", C);
+  FASTGPT_CHECK(C > 0 && C % group_size == 0, "x: expected a positive multiple of ", group_size, " columns, got ", C);
   FASTGPT_CHECK(blocks.dim() == 2, "blocks: expected shape (N, bytes)");
   check_dtype(blocks, "blocks", torch::headeronly::ScalarType::Byte);
   check_cpu(blocks, "blocks");

@@ -74,13 +74,13 @@ inline Vector broadcast_half(const uint8_t* source) {
 }
 
 // Lanes of the sums of x[i] · w for kCount rows of x and one of the weights, in groups of kGroup, or if that is 0 of any size.
-// If `ahead` is not 0, the bytes that far on are fetched into the caches.
+// If `ahead` is not 0, the bytes that far on are prefetched.
 template <int kCount, int kGroup, int kBits, bool kMinima>
 __attribute__((always_inline)) inline void multiply_quantized(
     const float* x, int64_t x_row, int64_t in, const uint8_t* weight, int64_t group_size, int64_t ahead,
     Vector (&total)[kCount]) {
   using Numbers = Packed<kBits, kMinima>;
-  constexpr int kSums = kPackedVectors < 2 ? 1 : 2;  // that grow side by side
+  constexpr int kSums = kPackedVectors < 2 ? 1 : 2;  // independent accumulators
   const int64_t size = kGroup ? kGroup : group_size;
   for (int i = 0; i < kCount; ++i) total[i] = Vector{};
   for (const float* const end = x + in; x < end;) {
@@ -124,18 +124,18 @@ void dequantize(const uint8_t* row, const Packing& packing, int64_t c, int64_t c
   }
 }
 
-// The numbers of quantized weights, for outputs_in_vectors: see there.
+// Quantized weights, which are multiplied row by row with all rows of x.
 template <int kBits, bool kMinima>
 class QuantizedRows {
  public:
-  static constexpr int64_t kRows = kWidth;  // whose lanes are added up side by side
+  static constexpr int64_t kRows = kWidth;  // of weights, whose lanes are reduced together
 
   explicit QuantizedRows(const Linear& l) : l_(l), row_bytes_(l.packing.row_bytes(l.in)) {}
 
   int64_t row_bytes() const { return row_bytes_; }
 
   // dots[r][s] = x[r] · weight[row + s] for all rows of x and `count` of the weights, up to kRows. If `ahead` is not 0, the
-  // weights that many bytes on are fetched into the caches.
+  // weights that many bytes on are prefetched.
   void multiply(const float* x, int64_t row, int64_t count, int64_t ahead, float* dots) const {
     const auto* weight = static_cast<const uint8_t*>(l_.weight) + row * row_bytes_;
     if (l_.rows <= kFewRows) return multiply_few<kFewRows>(x, weight, count, ahead, dots);

@@ -103,12 +103,11 @@ class Stored:
         """(R, bytes) uint8, of a tensor with a packing."""
         raise NotImplementedError
 
-    def copy_blocks_to(self, target: torch.Tensor, shown: Callable[[int], object]) -> None:
-        """As `copy_to`, of blocks."""
-        assert self.packing is not None
+    def copy_blocks_to(self, target: torch.Tensor, packing: Packing, shown: Callable[[int], object]) -> None:
+        """As `copy_to`, of blocks, whose packing is `self.packing`."""
         for rows in self.chunks():
             part = target[rows].copy_(self.read_blocks(rows))
-            headers = part.view(len(part), -1, self.packing.group_bytes)[..., : self.packing.header].contiguous()
+            headers = part.view(len(part), -1, packing.group_bytes)[..., : packing.header].contiguous()
             if not part.is_meta and not headers.view(torch.float16).isfinite().all():
                 raise ValueError(f"model: {self.path}: {self.name}: expected finite scales, got NaN or infinity")
             shown(part.nbytes)
@@ -361,7 +360,7 @@ def _fill(
             if is_matrix and weights is None and packing and not others and dtype is not torch.float64:
                 blocks = huge_pages.empty((rows, packing.row_bytes(columns)), dtype=torch.uint8, device=device)
                 for part, target in zip(names, blocks.split(_rows(module, name, len(names)))):
-                    stored[part].copy_blocks_to(target, shown)
+                    stored[part].copy_blocks_to(target, packing, shown)
                 weight: torch.Tensor = QuantizedWeight(blocks, packing, columns, dtype)
             else:
                 weight = huge_pages.empty(parameter.shape, dtype=dtype, device=device)

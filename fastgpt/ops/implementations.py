@@ -7,6 +7,7 @@ import torch
 from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # four times as fast as the check for one device
 
 from fastgpt.ops.derivatives import derivatives_possible, derivatives_refused
+from fastgpt.ops.quantized_weight import QuantizedWeight
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 MIN_CAPABILITY = 8, 0  # the kernels use its instructions, such as bf16 products
@@ -103,4 +104,7 @@ def triton_inference_unsupported_reason(*tensors) -> str | None:
     """Why the Triton inference kernels cannot serve these tensors (some may be None), or None."""
     if tensors[0].is_cuda and (reason := triton_unusable(tensors[0].device)) is not None:
         return reason
-    return inference_unsupported_reason(*tensors, device="cuda")
+    reason = inference_unsupported_reason(*tensors, device="cuda")
+    if reason is None and any(isinstance(x, QuantizedWeight) for x in tensors):
+        reason = "it does not take quantized weights"
+    return reason

@@ -280,8 +280,6 @@ def _triton_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p
         reason = f"it multiplies up to {MAX_ROWS_CUDA} rows, and x has more"
     elif reason is None and dropout_p != 0:
         reason = "it has no dropout"
-    elif reason is None and isinstance(weight, QuantizedWeight):
-        reason = "it does not take quantized weights"
     elif reason is None and not weight.is_contiguous():
         reason = "it takes a contiguous weight"
     return reason

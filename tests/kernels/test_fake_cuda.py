@@ -305,6 +305,16 @@ def test_the_decoder_is_traced_whole(fields, options):
         assert traced(lambda ids: model(ids, cache=cache), token) == ["advance_", *LAYER, "linear"]
 
 
+def test_quantized_weights_are_left_to_the_reference(cuda):
+    """Kernels would read the memory of a wrapper, which has none."""
+    weight = fastgpt.QuantizedWeight(cuda(64, 2 * 34, dtype=torch.uint8), (8, 32, False), 64, torch.bfloat16)
+    for operation, arguments in ((fastgpt.linear, (cuda(1, 64), weight)), (embed, (cuda(1, 1, dtype=torch.int64), weight))):
+        with pytest.raises(ValueError, match="impl='triton' cannot serve this call: it does not take quantized weights"):
+            operation(*arguments, impl="triton")
+    reasons = fastgpt.explain(fastgpt.linear, cuda(1, 64), weight)
+    assert reasons["triton"] == "it does not take quantized weights" and reasons["reference"] == "chosen"
+
+
 def test_compiled_without_a_look_at_addresses_rows_may_be_anywhere():
     """What the kernel of a step does not take is served by two operations then, with the same results."""
     q, k, v = (torch.randn(1, 4, 1, 6) for _ in range(3))  # rows of 24 bytes
