@@ -129,6 +129,8 @@ def _parts(path: Path, metadata: dict) -> tuple[Path, ...]:
     """All files of the model that a file belongs to. Raises FileNotFoundError that names one that is missing."""
     match = PART.fullmatch(path.name)
     count = metadata.get("split.count", 0)
+    if type(count) is not int:
+        raise ValueError(f"model: {path}: split.count: expected an integer, got {count!r:.100}")
     if count in (0, 1) and match is None or count == 0:
         return (path,)
     if match is None or int(match[3]) != count:
