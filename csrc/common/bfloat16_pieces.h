@@ -10,6 +10,9 @@
 
 #include "common/vectors.h"
 
+// Of functions that use VDPBF16PS, on CPUs that have it.
+#define FASTGPT_BF16_DOT __attribute__((target("avx512bf16")))
+
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 

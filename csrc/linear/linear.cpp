@@ -23,6 +23,16 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(
 namespace fastgpt {
 namespace {
 
+// A table is read in the time that conversion takes alone, without the broadcast after it.
+const float* values_of_halves() {
+  static const std::vector<float> values = [] {
+    std::vector<float> values(1 << 16);
+    for (size_t bits = 0; bits < values.size(); ++bits) values[bits] = half_to_float(static_cast<uint16_t>(bits));
+    return values;
+  }();
+  return values.data();
+}
+
 constexpr int64_t kLeastFeatures = 16;  // minimum number of output features per part
 
 // The operation for up to kMaxRows rows.
@@ -86,6 +96,7 @@ Tensor run_linear(
     if (__builtin_mul_overflow(l.rows, shape[i], &l.rows)) l.rows = INT64_MAX;
   }
   l.x = memory.of(x, "x"), l.weight = weight, l.packing = packing;
+  if (packing.bits) l.values_of_halves = values_of_halves();
   l.bias = memory.of(with.bias, "bias", {l.weight_rows()});
   l.residual = memory.of(with.residual, "residual", shape);
   l.norm.weight = memory.of(with.norm_weight, "norm_weight", {l.in});

@@ -40,7 +40,8 @@ struct Linear {
   Activation activation;
   bool gated;
   Packing packing;
-  void* out;  // (rows, out_features)
+  const float* values_of_halves;  // of quantized weights: the values of all 65,536 float16
+  void* out;                      // (rows, out_features)
 
   int64_t weight_rows() const { return gated ? 2 * out_features : out_features; }
   int64_t row_blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }

@@ -7,6 +7,9 @@
 #include "linear/linear.h"
 #include "linear/products_quantized.h"
 #include "linear/products_vector.h"
+#if defined(__AVX512F__)
+#include "linear/products_quantized_dot.h"
+#endif
 #if defined(__AMX_BF16__)
 #include "linear/products_amx.h"
 #elif defined(__AVX512F__)
@@ -38,7 +41,8 @@ void finish(const Linear& l, int64_t row, int64_t first, int64_t count, float* y
 
 template <typename T>
 void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_t begin, int64_t end, int64_t next) {
-  alignas(64) float dots[kMaxRows][kFeatures] = {};  // if gated: those of the gate, and in the second half its factors
+  alignas(64) float dots[kMaxRows][kFeatures];    // if gated: those of the gate, and in the second half its factors
+  std::memset(dots, 0, l.rows * sizeof dots[0]);  // `finish` reads whole vectors
   const int64_t step = l.gated ? kFeatures / 2 : kFeatures;
   const int64_t row = l.in * sizeof(T), lead = kLead / larger(row, 1);
   const bool alone = l.rows == 1 && cpu_features().amd;  // see kMostStreams
@@ -69,10 +73,11 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
   }
 }
 
-template <int kBits, bool kMinima>
+// Rows: QuantizedRows or QuantizedDots.
+template <typename Rows>
 void outputs_quantized(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
-  alignas(64) float dots[kMaxRows][kFeatures] = {};  // as in outputs_in_vectors
-  using Rows = QuantizedRows<kBits, kMinima>;
+  alignas(64) float dots[kMaxRows][kFeatures];  // as in outputs_in_vectors
+  std::memset(dots, 0, l.rows * sizeof dots[0]);
   const Rows weight(l);
   const int64_t step = l.gated ? kFeatures / 2 : kFeatures, row = weight.row_bytes(), lead = kLead / larger(row, 1);
   for (int64_t first = begin; first < end; first += step) {
@@ -87,10 +92,28 @@ void outputs_quantized(const Linear& l, const float* x, int64_t begin, int64_t e
   }
 }
 
-void outputs_quantized(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
-  const auto run = l.packing.bits == 8 ? (l.packing.minima ? outputs_quantized<8, true> : outputs_quantized<8, false>)
-                                       : (l.packing.minima ? outputs_quantized<4, true> : outputs_quantized<4, false>);
-  run(l, x, begin, end, next);
+template <typename Class>
+struct Type {
+  using type = Class;
+};
+
+// Calls function(Type<...>()) with the class that multiplies with quantized weights.
+template <typename Function>
+auto with_quantized(const Linear& l, const Function& function) {
+  const auto with_minima = [&](auto minima) {
+    constexpr bool kMinima = decltype(minima)::value;
+#if defined(__AVX512F__)
+    if (QuantizedDots<kMinima>::serves(l)) return function(Type<QuantizedDots<kMinima>>());
+#endif
+    return l.packing.bits == 8 ? function(Type<QuantizedRows<8, kMinima>>()) : function(Type<QuantizedRows<4, kMinima>>());
+  };
+  return l.packing.minima ? with_minima(std::true_type()) : with_minima(std::false_type());
+}
+
+// Floats of a row of x as linear_inputs lays it out, if not in pairs.
+int64_t inputs_row(const Linear& l) {
+  if (!l.packing.bits) return padded(l.in);
+  return with_quantized(l, [&](auto rows) { return decltype(rows)::type::x_row(l); });
 }
 
 #if defined(__AMX_BF16__)
@@ -129,7 +152,9 @@ void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end,
 #if defined(__AVX512F__)
   if (Pairs::serves(l)) return outputs_of_pairs(l, Pairs(l, const_cast<float*>(x)), begin, end, next);
 #endif
-  if (l.packing.bits) return outputs_quantized(l, x, begin, end, next);
+  if (l.packing.bits) {
+    return with_quantized(l, [&](auto rows) { outputs_quantized<typename decltype(rows)::type>(l, x, begin, end, next); });
+  }
   switch (l.element) {
     case Element::float32: return outputs_in_vectors(l, x, static_cast<const float*>(l.weight), begin, end, next);
     case Element::float16: return outputs_in_vectors(l, x, static_cast<const Half*>(l.weight), begin, end, next);
@@ -155,17 +180,18 @@ int64_t linear_inputs_size(const Linear& l) {
 #if defined(__AVX512F__)
   if (Pairs::serves(l)) return Pairs(l, nullptr).size();
 #endif
-  return l.rows * padded(l.in);
+  return l.rows * inputs_row(l);
 }
 
 int64_t linear_inputs_scratch(const Linear& l) { return (kRowBlock + 2) * padded(l.in); }
 
-// Prepares blocks of kRowBlock rows of x for products: normalized, as zero-padded floats or as pairs.
+// Prepares blocks of kRowBlock rows of x for products: normalized, as zero-padded floats, as pairs, or arranged.
 void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int64_t end) {
   const int64_t line = padded(l.in);
+  const bool arranged = l.packing.bits && l.rows <= kFewRows;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kRowBlock, count = smaller(l.rows - first, kRowBlock);
-    float* rows = x + first * line;
+    float* rows = arranged ? scratch + 2 * line : x + first * line;
 #if defined(__AVX512F__)
     if (Pairs::serves(l)) rows = scratch + 2 * line;
 #endif
@@ -180,6 +206,13 @@ void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int
       Pairs(l, x).set(first, rows, line);
     }
 #endif
+    if (arranged) {
+      with_quantized(l, [&](auto quantized) {
+        for (int64_t r = 0; r < count; ++r) {
+          decltype(quantized)::type::arrange(l, rows + r * line, x + (first + r) * inputs_row(l));
+        }
+      });
+    }
   }
 }
 

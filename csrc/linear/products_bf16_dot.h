@@ -7,8 +7,6 @@
 
 #include "linear/paired_rows.h"
 
-#define FASTGPT_BF16_DOT __attribute__((target("avx512bf16")))
-
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 

@@ -12,125 +12,198 @@ namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
 constexpr int kPackedVectors = kPacked / kWidth;
+constexpr int64_t kFewRows = 4;  // of x, that are multiplied with integers
 
-// Numbers of kBits bits as floats, kPacked at a time.
-template <int kBits, bool kMinima>
+// A unit of kPacked numbers of kBits bits as floats, from -2^(kBits - 1) on. kUnsigned: they are stored from 0 on, as those of
+// 4 bits always are.
+template <int kBits, bool kUnsigned>
 struct Packed {
   static constexpr int64_t kBytes = kPacked * kBits / 8;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  static constexpr bool kRaised = kBits == 4;  // load_raised gives number / kFactor + kRaise, in the order of `arrange`
+#else
+  static constexpr bool kRaised = false;
+#endif
+  static constexpr float kFactor = kRaised ? 2.0f : 1.0f, kRaise = 12.0f;
+  static constexpr int64_t kStride = kPacked + (kRaised ? kWidth : 0);  // floats of a unit of x
 
   __attribute__((always_inline)) static inline void load_all(const uint8_t* source, Vector (&w)[kPackedVectors]) {
     if constexpr (kBits == 8) {
-      for (int v = 0; v < kPackedVectors; ++v) w[v] = load_number(source + v * kWidth);
+      for (int v = 0; v < kPackedVectors; ++v) {
+        if constexpr (kUnsigned) {
+          w[v] = __builtin_convertvector(widen(source + v * kWidth), Vector) - 128.0f;
+        } else {
+          w[v] = load(reinterpret_cast<const int8_t*>(source) + v * kWidth);
+        }
+      }
     } else {
 #if defined(__AVX512F__)
-      const __m128i bytes = load_16_bytes(source), mask = _mm_set1_epi8(15), offset = _mm_set1_epi8(kOffset);
-      const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
-      w[0] = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_sub_epi8(low, offset)));
-      w[1] = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_sub_epi8(high, offset)));
+      // A permutation ignores all but the lowest 4 bits of a lane's index, so it looks numbers up.
+      const __m512i bytes = reinterpret_cast<__m512i>(widen(source));
+      const Vector numbers{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+      w[0] = _mm512_maskz_permutexvar_ps(0xffff, bytes, numbers);
+      w[1] = _mm512_maskz_permutexvar_ps(0xffff, _mm512_maskz_srli_epi32(0xffff, bytes, 4), numbers);
 #elif defined(__AVX2__)
-      // Sign extension takes two instructions' time. A byte is moved into the lowest bits of 2^23 instead, which is taken off.
-      const __m256i bytes = _mm256_broadcastsi128_si256(load_16_bytes(source)), mask = _mm256_set1_epi8(15);
-      const __m256i low = _mm256_and_si256(bytes, mask), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
-      const auto numbers = [](__m256i bytes, __m256i places) {
-        const __m256i bits = _mm256_or_si256(_mm256_shuffle_epi8(bytes, places), _mm256_set1_epi32(0x4b000000));
-        return reinterpret_cast<Vector>(bits) - (0x1p23f + kOffset);
-      };
-      const __m256i first = _mm256_setr_epi32(-256, -255, -254, -253, -252, -251, -250, -249);  // 0x80 in what becomes zero
-      const __m256i second = _mm256_or_si256(first, _mm256_set1_epi32(8));
-      w[0] = numbers(low, first), w[1] = numbers(low, second), w[2] = numbers(high, first), w[3] = numbers(high, second);
-#else
-      int8_t numbers[kPacked];
-      for (int i = 0; i < kPacked / 2; ++i) {
-        numbers[i] = static_cast<int8_t>((source[i] & 15) - kOffset);
-        numbers[i + kPacked / 2] = static_cast<int8_t>((source[i] >> 4) - kOffset);
+      Vector raised[kPackedVectors];
+      load_raised(source, raised);
+      for (int v = 0; v < kPackedVectors; ++v) raised[v] = (raised[v] - kRaise) * kFactor;
+      for (int v = 0; v < 2; ++v) {
+        w[v] = _mm256_permute2f128_ps(raised[2 * v], raised[2 * v + 1], 0x20);
+        w[v + 2] = _mm256_permute2f128_ps(raised[2 * v], raised[2 * v + 1], 0x31);
       }
-      for (int v = 0; v < kPackedVectors; ++v) w[v] = load(numbers + v * kWidth);
+#else
+      uint8_t numbers[kPacked];
+      for (int i = 0; i < kPacked / 2; ++i) numbers[i] = source[i] & 15, numbers[i + kPacked / 2] = source[i] >> 4;
+      for (int v = 0; v < kPackedVectors; ++v) w[v] = __builtin_convertvector(widen(numbers + v * kWidth), Vector) - 8.0f;
 #endif
     }
   }
 
- private:
-  static constexpr int kOffset = kMinima ? 0 : 8;  // of numbers of 4 bits
-
-  static Vector load_number(const uint8_t* source) {
-    if constexpr (kMinima) {
-      return __builtin_convertvector(widen(source), Vector);
-    } else {
-      return load(reinterpret_cast<const int8_t*>(source));
+  __attribute__((always_inline)) static inline void load_raised(const uint8_t* source, Vector (&w)[kPackedVectors]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (kRaised) {
+      // Moved apart, 4 bits become the highest ones of mantissas: 8 + q / 2. Extending signs and converting takes twice as
+      // long.
+      const __m256i bytes = _mm256_broadcastsi128_si256(load_16_bytes(source));
+      const __m256i halves = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+      const __m256i numbers = _mm256_slli_epi16(_mm256_and_si256(halves, _mm256_set1_epi8(15)), 3);
+      const __m256i exponents = _mm256_set1_epi8(0x41), zero = _mm256_setzero_si256();
+      const __m256i low = _mm256_unpacklo_epi8(numbers, exponents), high = _mm256_unpackhi_epi8(numbers, exponents);
+      w[0] = reinterpret_cast<Vector>(_mm256_unpacklo_epi16(zero, low));
+      w[1] = reinterpret_cast<Vector>(_mm256_unpackhi_epi16(zero, low));
+      w[2] = reinterpret_cast<Vector>(_mm256_unpacklo_epi16(zero, high));
+      w[3] = reinterpret_cast<Vector>(_mm256_unpackhi_epi16(zero, high));
+      return;
     }
+#endif
+    load_all(source, w);
+  }
+
+  // Lays a unit of x out in the order of load_raised's lanes (numbers 0 to 3 and 16 to 19, 4 to 7 and 20 to 23, ...), and after
+  // it what kRaise adds to the lanes of the products, negated. Returns the sum of x.
+  static float arrange(const float* x, float* target) {
+    constexpr int64_t kPart = kRaised ? kWidth / 2 : kWidth;
+    Vector total{};
+    for (int v = 0; v < kPackedVectors; ++v) {
+      float* const lanes = target + v * kWidth;
+      std::memcpy(lanes, x + v * kPart, kPart * sizeof(float));
+      if (kRaised) std::memcpy(lanes + kPart, x + kPacked / 2 + v * kPart, kPart * sizeof(float));
+      total += load(lanes);
+    }
+    if (kRaised) store(target + kPacked, total * -kRaise);
+    return sum(total);
   }
 };
 
-inline Vector broadcast_half(const uint8_t* source) {
-  uint16_t bits;
-  std::memcpy(&bits, source, sizeof bits);
-#if defined(__AVX512F__)
-  return _mm512_maskz_broadcastss_ps(0xffff, _mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
-#elif defined(__AVX2__)
-  return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(bits)));
-#else
-  return broadcast(half_to_float(bits));
-#endif
-}
+// A group's scale, and its minimum if numbers are those of Packed. Values of float16 are looked up in those of all.
+template <int kBits, bool kMinima>
+struct GroupHeader {
+  static constexpr int64_t kBytes = kMinima ? 4 : 2;
 
-// Lanes of the sums of x[i] · w for kCount rows of x and one of the weights, in groups of kGroup, or if that is 0 of any size.
-// If `ahead` is not 0, the bytes that far on are prefetched.
-template <int kCount, int kGroup, int kBits, bool kMinima>
+  GroupHeader(const uint8_t* source, const float* values_of_halves) {
+    uint16_t bits[2] = {};
+    std::memcpy(bits, source, kBytes);
+    scale = values_of_halves[bits[0]];
+    minimum = kMinima ? values_of_halves[bits[1]] + scale * (1 << (kBits - 1)) : 0.0f;
+  }
+
+  float scale, minimum;
+};
+
+// Lanes of the sums of x[i] · weight[s] for kCount rows of x and kStreams of the weights, which are `row_bytes` apart, in
+// groups of kUnits units, or if that is 0 of any number. If `ahead` is not 0, the bytes that far on are prefetched.
+template <int kCount, int kStreams, int kUnits, int kBits, bool kMinima>
 __attribute__((always_inline)) inline void multiply_quantized(
-    const float* x, int64_t x_row, int64_t in, const uint8_t* weight, int64_t group_size, int64_t ahead,
-    Vector (&total)[kCount]) {
+    const float* x, int64_t x_row, const uint8_t* weight, int64_t row_bytes, const Linear& l, int64_t ahead,
+    Vector (&total)[kStreams][kCount]) {
   using Numbers = Packed<kBits, kMinima>;
-  constexpr int kSums = kPackedVectors < 2 ? 1 : 2;  // independent accumulators
-  const int64_t size = kGroup ? kGroup : group_size;
-  for (int i = 0; i < kCount; ++i) total[i] = Vector{};
-  for (const float* const end = x + in; x < end;) {
-    const Vector scale = broadcast_half(weight), minimum = kMinima ? broadcast_half(weight + 2) : Vector{};
-    weight += kMinima ? 4 : 2;
-    Vector sums[kCount][kSums] = {};
-    const float* const group_end = x + size;
-    do {
-      if (ahead) __builtin_prefetch(weight + ahead, 0, 2);
-      Vector w[kPackedVectors];
-      Numbers::load_all(weight, w);
-      for (int v = 0; v < kPackedVectors; ++v) {
-        if (kMinima) w[v] = w[v] * scale + minimum;
-        for (int i = 0; i < kCount; ++i) sums[i][v % kSums] += load(x + i * x_row + v * kWidth) * w[v];
+  constexpr int kSums = kUnits == 1 || kPackedVectors < 2 ? 1 : 2;  // independent accumulators
+  const int64_t units = kUnits ? kUnits : l.packing.group_size / kPacked;
+  const float* sum_of_x = x + l.in / kPacked * Numbers::kStride;
+  float of_minima[kStreams][kCount] = {};
+  for (int s = 0; s < kStreams; ++s) {
+    for (int i = 0; i < kCount; ++i) total[s][i] = Vector{};
+  }
+  for (const uint8_t* const end = weight + row_bytes; weight < end;) {
+    Vector scale[kStreams], sums[kStreams][kCount][kSums] = {};
+    float minimum[kStreams];
+    for (int s = 0; s < kStreams; ++s) {
+      const GroupHeader<kBits, kMinima> header(weight + s * row_bytes, l.values_of_halves);
+      scale[s] = broadcast(header.scale), minimum[s] = header.minimum;
+    }
+    weight += GroupHeader<kBits, kMinima>::kBytes;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      for (int s = 0; s < kStreams; ++s) {
+        const uint8_t* const source = weight + s * row_bytes;
+        if (ahead) __builtin_prefetch(source + ahead, 0, 2);
+        Vector w[kPackedVectors];
+        Numbers::load_raised(source, w);
+        for (int i = 0; i < kCount; ++i) {
+          const float* const lanes = x + i * x_row;
+          if constexpr (Numbers::kRaised) {  // a sum of its own, as terms are large and cancel
+            Vector unit_sum = load(lanes + kPacked);
+            for (int v = 0; v < kPackedVectors; ++v) unit_sum += load(lanes + v * kWidth) * w[v];
+            sums[s][i][0] += unit_sum;
+          } else {
+            for (int v = 0; v < kPackedVectors; ++v) sums[s][i][v % kSums] += load(lanes + v * kWidth) * w[v];
+          }
+          if (kMinima) of_minima[s][i] += sum_of_x[i * x_row] * minimum[s];
+        }
       }
-      x += kPacked, weight += Numbers::kBytes;
-    } while (kGroup != kPacked && x < group_end);
+      weight += Numbers::kBytes, x += Numbers::kStride, ++sum_of_x;
+    }
+    for (int s = 0; s < kStreams; ++s) {
+      for (int i = 0; i < kCount; ++i) {
+        if (kSums == 2) sums[s][i][0] += sums[s][i][1];
+        total[s][i] += sums[s][i][0] * scale[s];
+      }
+    }
+  }
+  for (int s = 0; s < kStreams; ++s) {
     for (int i = 0; i < kCount; ++i) {
-      for (int s = 1; s < kSums; ++s) sums[i][0] += sums[i][s];
-      total[i] = kMinima ? total[i] + sums[i][0] : total[i] + sums[i][0] * scale;
+      total[s][i] *= Numbers::kFactor;
+      if (kMinima) total[s][i][0] += of_minima[s][i];
     }
   }
 }
 
 // Columns c to c + count of a row as floats.
 template <int kBits, bool kMinima>
-void dequantize(const uint8_t* row, const Packing& packing, int64_t c, int64_t count, float* target) {
+void dequantize(const uint8_t* row, const Linear& l, int64_t c, int64_t count, float* target) {
   using Numbers = Packed<kBits, kMinima>;
-  constexpr int64_t kHeader = kMinima ? 4 : 2;
-  const int64_t size = packing.group_size, group_bytes = kHeader + size / kPacked * Numbers::kBytes;
+  using Header = GroupHeader<kBits, kMinima>;
+  const int64_t size = l.packing.group_size, group_bytes = Header::kBytes + size / kPacked * Numbers::kBytes;
   while (count > 0) {
     const uint8_t* group = row + c / size * group_bytes;
-    const Vector scale = broadcast_half(group), minimum = kMinima ? broadcast_half(group + 2) : Vector{};
+    const Header header(group, l.values_of_halves);
+    const Vector scale = broadcast(header.scale), minimum = broadcast(header.minimum);
     const int64_t within = c % size, end = smaller(within + count, size);
     for (int64_t k = within; k < end; k += kPacked, target += kPacked) {
       Vector w[kPackedVectors];
-      Numbers::load_all(group + kHeader + k / kPacked * Numbers::kBytes, w);
+      Numbers::load_all(group + Header::kBytes + k / kPacked * Numbers::kBytes, w);
       for (int v = 0; v < kPackedVectors; ++v) store(target + v * kWidth, w[v] * scale + minimum);
     }
     c += end - within, count -= end - within;
   }
 }
 
-// Quantized weights, which are multiplied row by row with all rows of x.
+// Quantized weights, which are multiplied row by row with all rows of x. Up to kFewRows of these may be laid out for it.
 template <int kBits, bool kMinima>
 class QuantizedRows {
  public:
   static constexpr int64_t kRows = kWidth;  // of weights, whose lanes are reduced together
 
   explicit QuantizedRows(const Linear& l) : l_(l), row_bytes_(l.packing.row_bytes(l.in)) {}
+
+  // Floats of a row of x: for few rows, its units as they are arranged, and their sums.
+  static int64_t x_row(const Linear& l) {
+    return l.rows > kFewRows ? padded(l.in) : padded(l.in / kPacked * (Numbers::kStride + 1));
+  }
+
+  static void arrange(const Linear& l, const float* x, float* target) {
+    float* sum_of_unit = target + l.in / kPacked * Numbers::kStride;
+    for (int64_t c = 0; c < l.in; c += kPacked, target += Numbers::kStride) *sum_of_unit++ = Numbers::arrange(x + c, target);
+  }
 
   int64_t row_bytes() const { return row_bytes_; }
 
@@ -145,7 +218,7 @@ class QuantizedRows {
   }
 
  private:
-  static constexpr int kFewRows = 4;  // of x, that are multiplied with integers
+  using Numbers = Packed<kBits, kMinima>;
   static constexpr int64_t kPanel = 16 * kPacked;
 
   template <int kCount>
@@ -153,21 +226,30 @@ class QuantizedRows {
     if constexpr (kCount > 1) {
       if (l_.rows < kCount) return multiply_few<kCount - 1>(x, weight, count, ahead, dots);
     }
-    const auto multiply = [&](auto group) {
-      Vector lanes[kCount][kRows] = {}, total[kCount];
-      for (int64_t s = 0; s < count; ++s, weight += row_bytes_) {
-        multiply_quantized<kCount, group, kBits, kMinima>(x, padded(l_.in), l_.in, weight, l_.packing.group_size, ahead, total);
-        for (int i = 0; i < kCount; ++i) lanes[i][s] = total[i];
-      }
+    Vector lanes[kCount][kRows] = {};
+    const auto multiply = [&](auto streams, auto units, int64_t s) {
+      constexpr int kStreams = decltype(streams)::value;
+      Vector total[kStreams][kCount];
+      multiply_quantized<kCount, kStreams, units, kBits, kMinima>(
+          x, x_row(l_), weight + s * row_bytes_, row_bytes_, l_, ahead, total);
       for (int i = 0; i < kCount; ++i) {
-        const Vector added = sums(lanes[i]);
-        std::memcpy(dots + i * kFeatures, &added, count * sizeof(float));
+        for (int j = 0; j < kStreams; ++j) lanes[i][s + j] = total[j][i];
       }
     };
+    const auto multiply_all = [&](auto units) {
+      constexpr int kStreams = kCount == 1 ? 2 : 1;
+      int64_t s = 0;
+      for (; s + kStreams <= count; s += kStreams) multiply(std::integral_constant<int, kStreams>(), units, s);
+      for (; s < count; ++s) multiply(std::integral_constant<int, 1>(), units, s);
+    };
     if (l_.packing.group_size == kPacked) {
-      multiply(std::integral_constant<int, kPacked>());
+      multiply_all(std::integral_constant<int, 1>());
     } else {
-      multiply(std::integral_constant<int, 0>());
+      multiply_all(std::integral_constant<int, 0>());
+    }
+    for (int i = 0; i < kCount; ++i) {
+      const Vector added = sums(lanes[i]);
+      std::memcpy(dots + i * kFeatures, &added, count * sizeof(float));
     }
   }
 
@@ -182,7 +264,7 @@ class QuantizedRows {
       const int64_t columns = smaller(kPanel, l_.in - c);
       for (int64_t s = 0; s < kMostStreams; ++s) {  // where fewer are left, the last several times
         const uint8_t* source = weight + smaller(s, count - 1) * row_bytes_;
-        dequantize<kBits, kMinima>(source, l_.packing, c, columns, panel + s * columns);
+        dequantize<kBits, kMinima>(source, l_, c, columns, panel + s * columns);
       }
       multiply_blocks<kMostStreams>(x + c, x_row, l_.rows, panel, columns, 1, 0, parts[0], kMostStreams);
       for (int64_t r = 0; r < l_.rows; ++r) {
