@@ -92,6 +92,7 @@ LAYERS = [
     },  # fmt: skip
     {"kernels.tiles", "ops.quantized_weight"},
     {
+        "ops.gguf_blocks",
         "checks",
         "kernels.architecture",
         "kernels.limits",

@@ -127,23 +127,41 @@ Tensor linear_cpu(
       {bias, residual, norm_weight, norm_bias, activation, gated, rms, norm_eps, norm_offset});
 }
 
+struct BlockType {
+  int64_t number, columns, bytes;
+};
+constexpr BlockType kBlockTypes[] = {
+    // those of gguf_blocks.h
+    {6, 32, 22},    {7, 32, 24},    {10, 256, 84}, {11, 256, 110}, {12, 256, 144},
+    {13, 256, 176}, {14, 256, 210}, {20, 32, 18},  {23, 256, 136}, {39, 32, 17},
+};
+
 Tensor linear_quantized_cpu(
-    const Tensor& x, const Tensor& blocks, int64_t bits, int64_t group_size, bool minima, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& residual, int64_t activation, bool gated, const std::optional<Tensor>& norm_weight,
-    const std::optional<Tensor>& norm_bias, bool rms, double norm_eps, double norm_offset) {
+    const Tensor& x, const Tensor& blocks, int64_t bits, int64_t group_size, bool minima, int64_t block_type,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t activation, bool gated,
+    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, bool rms, double norm_eps,
+    double norm_offset) {
   FASTGPT_CHECK(x.dim() >= 1, "x: expected shape (..., C)");
-  const Packing packing{bits, group_size, minima};
+  const Packing packing{bits, group_size, minima, block_type};
   const int64_t C = x.size(x.dim() - 1);
-  FASTGPT_CHECK(bits == 8 || bits == 4, "bits: expected 8 or 4, got ", bits);
-  FASTGPT_CHECK(group_size > 0 && group_size % kPacked == 0, "group_size: expected a multiple of 32, got ", group_size);
-  FASTGPT_CHECK(C > 0 && C % group_size == 0, "x: expected a positive multiple of ", group_size, " columns, got ", C);
+  int64_t columns, row_bytes;  // a multiple of `columns` takes a whole number of blocks
+  if (block_type) {
+    const BlockType* const type = std::find_if(
+        std::begin(kBlockTypes), std::end(kBlockTypes), [&](const BlockType& type) { return type.number == block_type; });
+    FASTGPT_CHECK(type != std::end(kBlockTypes), "block_type: unknown number ", block_type);
+    columns = type->columns, row_bytes = C / columns * type->bytes;
+  } else {
+    FASTGPT_CHECK(bits == 8 || bits == 4, "bits: expected 8 or 4, got ", bits);
+    FASTGPT_CHECK(group_size > 0 && group_size % kPacked == 0, "group_size: expected a multiple of 32, got ", group_size);
+    columns = group_size, row_bytes = packing.row_bytes(C);
+  }
+  FASTGPT_CHECK(C > 0 && C % columns == 0, "x: expected a positive multiple of ", columns, " columns, got ", C);
   FASTGPT_CHECK(blocks.dim() == 2, "blocks: expected shape (N, bytes)");
   check_dtype(blocks, "blocks", torch::headeronly::ScalarType::Byte);
   check_cpu(blocks, "blocks");
   check_storage(blocks, "blocks", 1);
   FASTGPT_CHECK(
-      blocks.size(1) == packing.row_bytes(C) && blocks.is_contiguous(), "blocks: expected contiguous rows of ",
-      packing.row_bytes(C), " bytes");
+      blocks.size(1) == row_bytes && blocks.is_contiguous(), "blocks: expected contiguous rows of ", row_bytes, " bytes");
   ContiguousMemory memory(x, "x");
   return run_linear(
       x, blocks.const_data_ptr(), blocks.size(0), packing, memory,

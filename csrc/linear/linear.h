@@ -22,9 +22,10 @@ struct Packing {
   int64_t bits;  // 8 or 4, or 0: weights are not quantized
   int64_t group_size;
   bool minima;
+  int64_t block_type;  // GGML's number of a type of blocks; 0: groups of `group_size` numbers of `bits` bits
 
   int64_t header() const { return minima ? 4 : 2; }
-  int64_t row_bytes(int64_t in) const { return in / group_size * (header() + group_size * bits / 8); }
+  int64_t row_bytes(int64_t in) const { return in / group_size * (header() + group_size * bits / 8); }  // without block_type
 };
 constexpr int64_t kPacked = 32;  // weights that are packed together
 

@@ -5,6 +5,7 @@
 #include "common/matrices.h"
 #include "linear/activations.h"
 #include "linear/linear.h"
+#include "linear/products_blocks.h"
 #include "linear/products_quantized.h"
 #include "linear/products_vector.h"
 #if defined(__AVX512F__)
@@ -73,7 +74,7 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
   }
 }
 
-// Rows: QuantizedRows or QuantizedDots.
+// Rows: QuantizedRows, QuantizedDots or BlockRows.
 template <typename Rows>
 void outputs_quantized(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
   alignas(64) float dots[kMaxRows][kFeatures];  // as in outputs_in_vectors
@@ -97,9 +98,21 @@ struct Type {
   using type = Class;
 };
 
+// Calls function(Type<...>()) with the first of these types of blocks, or the last, that has the number.
+template <typename Block, typename... Others, typename Function>
+auto with_block_type(int64_t number, const Function& function) {
+  if constexpr (sizeof...(Others) > 0) {
+    if (number != Block::kNumber) return with_block_type<Others...>(number, function);
+  }
+  return function(Type<BlockRows<Block>>());
+}
+
 // Calls function(Type<...>()) with the class that multiplies with quantized weights.
 template <typename Function>
 auto with_quantized(const Linear& l, const Function& function) {
+  if (l.packing.block_type) {
+    return with_block_type<Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4>(l.packing.block_type, function);
+  }
   const auto with_minima = [&](auto minima) {
     constexpr bool kMinima = decltype(minima)::value;
 #if defined(__AVX512F__)

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "linear/linear.h"
-#include "linear/products_vector.h"
+#include "linear/products_panels.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -95,16 +95,21 @@ struct Packed {
   }
 };
 
-// A group's scale, and its minimum if numbers are those of Packed. Values of float16 are looked up in those of all.
+// Of a float16 as it is stored, looked up in the values of all.
+inline float value_of_half(const uint8_t* source, const float* values_of_halves) {
+  uint16_t bits;
+  std::memcpy(&bits, source, sizeof bits);
+  return values_of_halves[bits];
+}
+
+// A group's scale, and its minimum if numbers are those of Packed.
 template <int kBits, bool kMinima>
 struct GroupHeader {
   static constexpr int64_t kBytes = kMinima ? 4 : 2;
 
   GroupHeader(const uint8_t* source, const float* values_of_halves) {
-    uint16_t bits[2] = {};
-    std::memcpy(bits, source, kBytes);
-    scale = values_of_halves[bits[0]];
-    minimum = kMinima ? values_of_halves[bits[1]] + scale * (1 << (kBits - 1)) : 0.0f;
+    scale = value_of_half(source, values_of_halves);
+    minimum = kMinima ? value_of_half(source + 2, values_of_halves) + scale * (1 << (kBits - 1)) : 0.0f;
   }
 
   float scale, minimum;
@@ -212,14 +217,13 @@ class QuantizedRows {
   void multiply(const float* x, int64_t row, int64_t count, int64_t ahead, float* dots) const {
     const auto* weight = static_cast<const uint8_t*>(l_.weight) + row * row_bytes_;
     if (l_.rows <= kFewRows) return multiply_few<kFewRows>(x, weight, count, ahead, dots);
-    for (int64_t s = 0; s < count; s += kMostStreams) {
-      multiply_many(x, weight + s * row_bytes_, smaller(count - s, kMostStreams), dots + s);
-    }
+    multiply_panels(l_, x, weight, row_bytes_, count, dots, [&](const uint8_t* row, int64_t c, int64_t columns, float* target) {
+      dequantize<kBits, kMinima>(row, l_, c, columns, target);
+    });
   }
 
  private:
   using Numbers = Packed<kBits, kMinima>;
-  static constexpr int64_t kPanel = 16 * kPacked;
 
   template <int kCount>
   void multiply_few(const float* x, const uint8_t* weight, int64_t count, int64_t ahead, float* dots) const {
@@ -250,26 +254,6 @@ class QuantizedRows {
     for (int i = 0; i < kCount; ++i) {
       const Vector added = sums(lanes[i]);
       std::memcpy(dots + i * kFeatures, &added, count * sizeof(float));
-    }
-  }
-
-  // dots[r][s] for `count` rows of the weights, up to kMostStreams.
-  void multiply_many(const float* x, const uint8_t* weight, int64_t count, float* dots) const {
-    const int64_t x_row = padded(l_.in);
-    alignas(64) float panel[kMostStreams * kPanel], parts[kMaxRows][kMostStreams];
-    for (int64_t r = 0; r < l_.rows; ++r) {
-      for (int64_t s = 0; s < count; ++s) dots[r * kFeatures + s] = 0.0f;
-    }
-    for (int64_t c = 0; c < l_.in; c += kPanel) {
-      const int64_t columns = smaller(kPanel, l_.in - c);
-      for (int64_t s = 0; s < kMostStreams; ++s) {  // where fewer are left, the last several times
-        const uint8_t* source = weight + smaller(s, count - 1) * row_bytes_;
-        dequantize<kBits, kMinima>(source, l_, c, columns, panel + s * columns);
-      }
-      multiply_blocks<kMostStreams>(x + c, x_row, l_.rows, panel, columns, 1, 0, parts[0], kMostStreams);
-      for (int64_t r = 0; r < l_.rows; ++r) {
-        for (int64_t s = 0; s < count; ++s) dots[r * kFeatures + s] += parts[r][s];
-      }
     }
   }
 

@@ -556,7 +556,7 @@ class GPT(nn.Module):
             device: of all weights. Default: PyTorch's default device.
             weights: "int8" or "int4" quantizes the matrices while they are loaded, in groups of 32 columns: see
                 `fastgpt.quantize`. A token then costs reading 8.5 or 4.5 bits a number. They have no gradients. Default: as
-                they are stored; matrices in a GGUF file's Q8_0, Q4_0 and Q4_1 stay quantized, unless it is "dequantized".
+                they are stored; a GGUF file's matrices in types that `linear` takes stay quantized, unless it is "dequantized".
 
         Raises: FileNotFoundError or another OSError, naming the file that cannot be read; ValueError, naming the file and the
             wrong entry of config.json or generation_config.json, or the weights that are missing, unexpected, misshapen, not

@@ -61,7 +61,7 @@ def linear(
     In decoding, the time is bound by reading the weight, which happens once. Up to 32 rows (the product of all dimensions of x but
     the last; 64 on CPUs with AVX2) are computed in fp32 and rounded once, on CUDA in one launch. More rows use PyTorch's matrix
     product, or on a CPU the fastest for the dtype. On CPUs with bf16 instructions, from 9 rows on, normalized x in bf16 is rounded
-    before the product: to bf16, or with AMX to 16 significant bits.
+    before the product: to bf16, or with AMX to 16 significant bits. With weights of 4 bits it is to bf16 for up to 4 rows as well.
 
     Args:
         x: (..., C) fp16|bf16|fp32|fp64.
@@ -301,7 +301,7 @@ library.define(
 )
 
 library.define(
-    "linear_quantized(Tensor x, Tensor blocks, int bits, int group_size, bool minima, Tensor? bias=None, Tensor? residual=None, "
+    "linear_quantized(Tensor x, Tensor blocks, int bits, int group_size, bool minima, int block_type, Tensor? bias=None, Tensor? residual=None, "
     "int activation=0, bool gated=False, Tensor? norm_weight=None, Tensor? norm_bias=None, bool rms=False, "
     "float norm_eps=1e-5, float norm_offset=0.0) -> Tensor",
     "fastgpt.linear",
@@ -325,10 +325,10 @@ def _linear_fake(
 
 @torch.library.register_fake("fastgpt::linear_quantized", lib=library)
 def _linear_quantized_fake(
-    x, blocks, bits, group_size, minima, bias=None, residual=None, activation=0, gated=False,
+    x, blocks, bits, group_size, minima, block_type, bias=None, residual=None, activation=0, gated=False,
     norm_weight=None, norm_bias=None, rms=False, norm_eps=1e-5, norm_offset=0.0,
 ):  # fmt: skip
-    weight = QuantizedWeight(blocks, Packing(bits, group_size, minima), x.shape[-1], x.dtype)
+    weight = QuantizedWeight(blocks, Packing(bits, group_size, minima, block_type), x.shape[-1], x.dtype)
     _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, "layer", norm_eps, norm_offset, None, gated)
     return x.new_empty(*x.shape[:-1], len(blocks) // 2 if gated else len(blocks))
 

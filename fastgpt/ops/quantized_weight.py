@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from fastgpt import huge_pages
 from fastgpt.checks import require_choice, require_dtype, require_flag, require_tensor
+from fastgpt.ops import gguf_blocks
+from fastgpt.ops.gguf_blocks import BLOCK_TYPES
 
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = 32, 64, 128, None
@@ -21,23 +23,38 @@ PARTS = 1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8
 class Packing(NamedTuple):
     """How a row is stored: groups of `group_size` numbers, each an fp16 scale, an fp16 minimum if it has one, and integers q of
     `bits` bits; w = scale · q + minimum. Without minima q is signed; integers of 4 bits are stored plus 8. Of 32 integers of 4
-    bits, byte i holds number i in its lower half and number i + 16 in its upper one, as GGUF's Q4_0 and Q4_1."""
+    bits, byte i holds number i in its lower half and number i + 16 in its upper one, as GGUF's Q4_0 and Q4_1.
+
+    block_type: 0, or a number in `gguf_blocks.BLOCK_TYPES`: blocks are stored as GGML does, whose integers have about `bits` bits.
+    """
 
     bits: int
     group_size: int
     minima: bool
+    block_type: int = 0
+
+    @property
+    def block(self) -> int:
+        """Numbers of a block, the least that is stored apart: a group, if `block_type` is 0."""
+        return BLOCK_TYPES[self.block_type].columns if self.block_type else self.group_size
+
+    @property
+    def block_bytes(self) -> int:
+        return BLOCK_TYPES[self.block_type].bytes if self.block_type else self.header + self.group_size * self.bits // 8
 
     @property
     def header(self) -> int:
-        """Bytes of a group before its integers."""
+        """Bytes of a group before its integers, if `block_type` is 0."""
         return 4 if self.minima else 2
 
-    @property
-    def group_bytes(self) -> int:
-        return self.header + self.group_size * self.bits // 8
-
     def row_bytes(self, columns: int) -> int:
-        return columns // self.group_size * self.group_bytes
+        return columns // self.block * self.block_bytes
+
+    def halves(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The fp16 that scales and minima are, or are multiples of, in rows of blocks (N, bytes) uint8."""
+        where = BLOCK_TYPES[self.block_type].halves if self.block_type else slice(self.header)
+        stored = blocks.view(len(blocks), -1, self.block_bytes)[..., where].contiguous()
+        return stored.view(torch.float16) if stored.numel() else stored.half()
 
 
 class QuantizedWeight(torch.Tensor):
@@ -90,10 +107,10 @@ class QuantizedWeight(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         packing = self.packing
         minima = ", minima=True" if packing.minima else ""
-        return (
-            f"QuantizedWeight({tuple(self.shape)}, int{packing.bits}, group_size={packing.group_size}{minima}, {self.nbytes} bytes, "
-            f"dtype={self.dtype}, device='{self.device}')"
-        )
+        kind = f"int{packing.bits}, group_size={packing.group_size}{minima}"
+        if packing.block_type:
+            kind = BLOCK_TYPES[packing.block_type].name
+        return f"QuantizedWeight({tuple(self.shape)}, {kind}, {self.nbytes} bytes, dtype={self.dtype}, device='{self.device}')"
 
     def __tensor_flatten__(self):
         return ["blocks"], (self.packing, self.shape[1], self.dtype)
@@ -232,9 +249,11 @@ def _pack(q, scale, minimum, packing):
 
 def dequantize_blocks(blocks: torch.Tensor, packing: Packing, columns: int) -> torch.Tensor:
     """The matrix (N, columns) fp32 of rows of blocks (N, bytes) uint8."""
+    if packing.block_type:
+        return gguf_blocks.dequantize(blocks, BLOCK_TYPES[packing.block_type])
     N, size = len(blocks), packing.group_size
-    groups = blocks.view(N, columns // size, packing.group_bytes)
-    scale, *minimum = (x.squeeze(-1) for x in groups[..., : packing.header].contiguous().view(torch.float16).split(1, -1))
+    groups = blocks.view(N, columns // size, packing.block_bytes)
+    scale, *minimum = (x.squeeze(-1) for x in packing.halves(blocks).split(1, -1))
     integers = groups[..., packing.header :]
     if packing.bits == 8:
         q = integers if packing.minima else integers.contiguous().view(torch.int8)
@@ -274,7 +293,7 @@ class _DequantizedProduct(torch.autograd.Function):
 
 
 def _matrix(blocks, packing, dtype):
-    columns = blocks.shape[-1] // packing.group_bytes * packing.group_size
+    columns = blocks.shape[-1] // packing.block_bytes * packing.block
     return dequantize_blocks(blocks, packing, columns).to(dtype)
 
 

@@ -134,6 +134,7 @@ def test_blocks(type_name, tmp_path):
         (mlp.down.weight, stored["blk.0.ffn_down.weight"]),
         (model.output.weight, stored["output.weight"]),
     ):
+        assert isinstance(weight, QuantizedWeight) == (type_name in PACKINGS)
         actual = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
         assert torch.equal(actual, expected.to(expected_dtype))
     half = GPT.from_pretrained(path, dtype=torch.bfloat16)
@@ -143,7 +144,7 @@ def test_blocks(type_name, tmp_path):
     )
 
 
-PACKED = ["Q8_0", "Q4_0", "Q4_1"]
+PACKED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]  # that the package gguf can write
 
 
 @pytest.mark.parametrize("type_name", PACKED)
