@@ -18,7 +18,8 @@ FASTGPT_DECLARE_PER_CPU_LEVEL(
     int64_t linear_inputs_size(const Linear& l); int64_t linear_inputs_scratch(const Linear& l);
     void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int64_t end);
     void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next);
-    void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t end);)
+    void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t end);
+    void linear_dequantize(const Linear& l, int64_t begin, int64_t end);)
 
 namespace fastgpt {
 namespace {
@@ -136,24 +137,20 @@ constexpr BlockType kBlockTypes[] = {
     {13, 256, 176}, {14, 256, 210}, {20, 32, 18},  {23, 256, 136}, {39, 32, 17},
 };
 
-Tensor linear_quantized_cpu(
-    const Tensor& x, const Tensor& blocks, int64_t bits, int64_t group_size, bool minima, int64_t block_type,
-    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t activation, bool gated,
-    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, bool rms, double norm_eps,
-    double norm_offset) {
-  FASTGPT_CHECK(x.dim() >= 1, "x: expected shape (..., C)");
-  const Packing packing{bits, group_size, minima, block_type};
-  const int64_t C = x.size(x.dim() - 1);
+// Checks rows of blocks, and that they stand for C columns.
+void check_blocks(const Tensor& blocks, const Packing& packing, int64_t C) {
   int64_t columns, row_bytes;  // a multiple of `columns` takes a whole number of blocks
-  if (block_type) {
-    const BlockType* const type = std::find_if(
-        std::begin(kBlockTypes), std::end(kBlockTypes), [&](const BlockType& type) { return type.number == block_type; });
-    FASTGPT_CHECK(type != std::end(kBlockTypes), "block_type: unknown number ", block_type);
+  if (packing.block_type) {
+    const BlockType* const type = std::find_if(std::begin(kBlockTypes), std::end(kBlockTypes), [&](const BlockType& type) {
+      return type.number == packing.block_type;
+    });
+    FASTGPT_CHECK(type != std::end(kBlockTypes), "block_type: unknown number ", packing.block_type);
     columns = type->columns, row_bytes = C / columns * type->bytes;
   } else {
-    FASTGPT_CHECK(bits == 8 || bits == 4, "bits: expected 8 or 4, got ", bits);
-    FASTGPT_CHECK(group_size > 0 && group_size % kPacked == 0, "group_size: expected a multiple of 32, got ", group_size);
-    columns = group_size, row_bytes = packing.row_bytes(C);
+    FASTGPT_CHECK(packing.bits == 8 || packing.bits == 4, "bits: expected 8 or 4, got ", packing.bits);
+    columns = packing.group_size;
+    FASTGPT_CHECK(columns > 0 && columns % kPacked == 0, "group_size: expected a multiple of 32, got ", columns);
+    row_bytes = packing.row_bytes(C);
   }
   FASTGPT_CHECK(C > 0 && C % columns == 0, "x: expected a positive multiple of ", columns, " columns, got ", C);
   FASTGPT_CHECK(blocks.dim() == 2, "blocks: expected shape (N, bytes)");
@@ -162,10 +159,36 @@ Tensor linear_quantized_cpu(
   check_storage(blocks, "blocks", 1);
   FASTGPT_CHECK(
       blocks.size(1) == row_bytes && blocks.is_contiguous(), "blocks: expected contiguous rows of ", row_bytes, " bytes");
+}
+
+Tensor linear_quantized_cpu(
+    const Tensor& x, const Tensor& blocks, int64_t bits, int64_t group_size, bool minima, int64_t block_type,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t activation, bool gated,
+    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, bool rms, double norm_eps,
+    double norm_offset) {
+  FASTGPT_CHECK(x.dim() >= 1, "x: expected shape (..., C)");
+  const Packing packing{bits, group_size, minima, block_type};
+  check_blocks(blocks, packing, x.size(x.dim() - 1));
   ContiguousMemory memory(x, "x");
   return run_linear(
       x, blocks.const_data_ptr(), blocks.size(0), packing, memory,
       {bias, residual, norm_weight, norm_bias, activation, gated, rms, norm_eps, norm_offset});
+}
+
+void linear_dequantize_cpu(
+    const Tensor& out, const Tensor& blocks, int64_t bits, int64_t group_size, bool minima, int64_t block_type) {
+  FASTGPT_CHECK(out.dim() == 2 && out.is_contiguous(), "out: expected a contiguous tensor (N, C)");
+  Linear l{};
+  l.packing = {bits, group_size, minima, block_type};
+  l.in = out.size(1), l.out_features = out.size(0);
+  check_blocks(blocks, l.packing, l.in);
+  FASTGPT_CHECK(blocks.size(0) == l.out_features, "blocks: expected ", l.out_features, " rows, as out has");
+  ContiguousMemory memory(out, "out");
+  memory.check(out, "out");
+  l.element = memory.element();
+  l.weight = blocks.const_data_ptr(), l.out = out.mutable_data_ptr(), l.values_of_halves = values_of_halves();
+  const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_dequantize);
+  for_tasks(l.out_features, l.in, [&](int64_t begin, int64_t end) { kernel(l, begin, end); });
 }
 
 // The epilogue of a product, into `out` (..., out_features). The product is `out` itself or, if gated, twice as wide.
@@ -219,6 +242,7 @@ Tensor linear_gate_cpu(
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("linear", TORCH_BOX(&fastgpt::linear_cpu));
   m.impl("linear_quantized", TORCH_BOX(&fastgpt::linear_quantized_cpu));
+  m.impl("linear_dequantize_", TORCH_BOX(&fastgpt::linear_dequantize_cpu));
   m.impl("linear_finish_", TORCH_BOX(&fastgpt::linear_finish_cpu));
   m.impl("linear_gate", TORCH_BOX(&fastgpt::linear_gate_cpu));
 }

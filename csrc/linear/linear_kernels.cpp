@@ -189,6 +189,22 @@ void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t 
   }
 }
 
+// Rows begin to end of quantized weights as elements, into `out` (out_features, in).
+void linear_dequantize(const Linear& l, int64_t begin, int64_t end) {
+  with_quantized(l, [&](auto quantized) {
+    const typename decltype(quantized)::type weight(l);
+    alignas(64) float panel[kPanel];
+    for (int64_t row = begin; row < end; ++row) {
+      const auto* source = static_cast<const uint8_t*>(l.weight) + row * weight.row_bytes();
+      for (int64_t c = 0; c < l.in; c += kPanel) {
+        const int64_t columns = smaller(kPanel, l.in - c);
+        weight.dequantize(source, c, columns, panel);
+        write(panel, columns, l.out, row * l.in + c, l.element);
+      }
+    }
+  });
+}
+
 int64_t linear_inputs_size(const Linear& l) {
 #if defined(__AVX512F__)
   if (Pairs::serves(l)) return Pairs(l, nullptr).size();

@@ -40,12 +40,15 @@ class BlockRows {
   void multiply(const float* x, int64_t row, int64_t count, int64_t ahead, float* dots) const {
     const auto* weight = static_cast<const uint8_t*>(l_.weight) + row * row_bytes_;
     if (l_.rows <= kFewRows) return multiply_few<kFewRows>(x, weight, count, ahead, dots);
-    multiply_panels(l_, x, weight, row_bytes_, count, dots, [&](const uint8_t* row, int64_t c, int64_t columns, float* target) {
-      for (const uint8_t* block = row + c / Block::kColumns * Block::kBytes; columns > 0; block += Block::kBytes) {
-        dequantize(block, target);
-        columns -= Block::kColumns, target += Block::kColumns;
-      }
-    });
+    multiply_panels(l_, x, weight, row_bytes_, count, dots, *this);
+  }
+
+  // Columns c to c + columns of a row as floats.
+  void dequantize(const uint8_t* row, int64_t c, int64_t columns, float* target) const {
+    const uint8_t* block = row + c / Block::kColumns * Block::kBytes;
+    for (; columns > 0; columns -= Block::kColumns, block += Block::kBytes, target += Block::kColumns) {
+      dequantize_block(block, target);
+    }
   }
 
  private:
@@ -54,7 +57,7 @@ class BlockRows {
   using Numbers = typename Block::Numbers;
   typedef float Groups __attribute__((vector_size(kGroups * sizeof(float))));
 
-  void dequantize(const uint8_t* block, float* target) const {
+  void dequantize_block(const uint8_t* block, float* target) const {
     Numbers unpacked;
     Block::unpack(block, l_.values_of_halves, unpacked);
     for (int64_t g = 0; g < kGroups; ++g) {

@@ -15,11 +15,10 @@ namespace {
 constexpr int64_t kPanel = 512;  // columns; a multiple of those of all blocks
 
 // dots[r][s] = x[r] · weight[s] for all rows of x and `count` rows of the weights.
-// dequantize(row, c, columns, target): columns c to c + columns of a row as floats.
-template <typename Dequantize>
+// `rows.dequantize(row, c, columns, target)` gives columns c to c + columns of a row as floats.
+template <typename Rows>
 void multiply_panels(
-    const Linear& l, const float* x, const uint8_t* weight, int64_t row_bytes, int64_t count, float* dots,
-    const Dequantize& dequantize) {
+    const Linear& l, const float* x, const uint8_t* weight, int64_t row_bytes, int64_t count, float* dots, const Rows& rows) {
   const int64_t x_row = padded(l.in);
   for (int64_t first = 0; first < count; first += kMostStreams, dots += kMostStreams) {
     const int64_t streams = smaller(count - first, kMostStreams);
@@ -30,7 +29,7 @@ void multiply_panels(
     for (int64_t c = 0; c < l.in; c += kPanel) {
       const int64_t columns = smaller(kPanel, l.in - c);
       for (int64_t s = 0; s < kMostStreams; ++s) {  // where fewer are left, the last several times
-        dequantize(weight + smaller(first + s, count - 1) * row_bytes, c, columns, panel + s * columns);
+        rows.dequantize(weight + smaller(first + s, count - 1) * row_bytes, c, columns, panel + s * columns);
       }
       multiply_blocks<kMostStreams>(x + c, x_row, l.rows, panel, columns, 1, 0, parts[0], kMostStreams);
       for (int64_t r = 0; r < l.rows; ++r) {

@@ -172,26 +172,6 @@ __attribute__((always_inline)) inline void multiply_quantized(
   }
 }
 
-// Columns c to c + count of a row as floats.
-template <int kBits, bool kMinima>
-void dequantize(const uint8_t* row, const Linear& l, int64_t c, int64_t count, float* target) {
-  using Numbers = Packed<kBits, kMinima>;
-  using Header = GroupHeader<kBits, kMinima>;
-  const int64_t size = l.packing.group_size, group_bytes = Header::kBytes + size / kPacked * Numbers::kBytes;
-  while (count > 0) {
-    const uint8_t* group = row + c / size * group_bytes;
-    const Header header(group, l.values_of_halves);
-    const Vector scale = broadcast(header.scale), minimum = broadcast(header.minimum);
-    const int64_t within = c % size, end = smaller(within + count, size);
-    for (int64_t k = within; k < end; k += kPacked, target += kPacked) {
-      Vector w[kPackedVectors];
-      Numbers::load_all(group + Header::kBytes + k / kPacked * Numbers::kBytes, w);
-      for (int v = 0; v < kPackedVectors; ++v) store(target + v * kWidth, w[v] * scale + minimum);
-    }
-    c += end - within, count -= end - within;
-  }
-}
-
 // Quantized weights, which are multiplied row by row with all rows of x. Up to kFewRows of these may be laid out for it.
 template <int kBits, bool kMinima>
 class QuantizedRows {
@@ -217,9 +197,25 @@ class QuantizedRows {
   void multiply(const float* x, int64_t row, int64_t count, int64_t ahead, float* dots) const {
     const auto* weight = static_cast<const uint8_t*>(l_.weight) + row * row_bytes_;
     if (l_.rows <= kFewRows) return multiply_few<kFewRows>(x, weight, count, ahead, dots);
-    multiply_panels(l_, x, weight, row_bytes_, count, dots, [&](const uint8_t* row, int64_t c, int64_t columns, float* target) {
-      dequantize<kBits, kMinima>(row, l_, c, columns, target);
-    });
+    multiply_panels(l_, x, weight, row_bytes_, count, dots, *this);
+  }
+
+  // Columns c to c + count of a row as floats.
+  void dequantize(const uint8_t* row, int64_t c, int64_t count, float* target) const {
+    using Header = GroupHeader<kBits, kMinima>;
+    const int64_t size = l_.packing.group_size, group_bytes = Header::kBytes + size / kPacked * Numbers::kBytes;
+    while (count > 0) {
+      const uint8_t* group = row + c / size * group_bytes;
+      const Header header(group, l_.values_of_halves);
+      const Vector scale = broadcast(header.scale), minimum = broadcast(header.minimum);
+      const int64_t within = c % size, end = smaller(within + count, size);
+      for (int64_t k = within; k < end; k += kPacked, target += kPacked) {
+        Vector w[kPackedVectors];
+        Numbers::load_all(group + Header::kBytes + k / kPacked * Numbers::kBytes, w);
+        for (int v = 0; v < kPackedVectors; ++v) store(target + v * kWidth, w[v] * scale + minimum);
+      }
+      c += end - within, count -= end - within;
+    }
   }
 
  private:

@@ -45,6 +45,10 @@ class QuantizedDots {
   }
 
   // As QuantizedRows.
+  void dequantize(const uint8_t* row, int64_t c, int64_t count, float* target) const {
+    QuantizedRows<4, kMinima>(l_).dequantize(row, c, count, target);
+  }
+
   void multiply(const float* x, int64_t row, int64_t count, int64_t ahead, float* dots) const {
     multiply_rows<kFewRows>(x, static_cast<const uint8_t*>(l_.weight) + row * row_bytes_, count, ahead, dots);
   }

@@ -26,6 +26,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # kMaxRows (csrc/linear/linear.h) at a time.
 MAX_ROWS_CPU = 64 if build_info()["cpu_level"] in ("avx2", "avx512", "amx") else 32
 MAX_ROWS_CUDA = 32
+PANEL_BYTES = 16 << 20  # of dequantized weights at a time, which are multiplied with many rows of x
 ACTIVATIONS = {
     None: lambda x: x,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -110,21 +111,23 @@ def linear(
             norm_arguments = () if no_norm else (norm_weight, norm_bias, rms, norm_eps, norm_offset)
             if no_norm and (norm_eps != 1e-5 or norm_offset != 0.0):  # the kernel does not see, and so not check, these
                 _check(*call, norm, norm_eps, norm_offset, activation, gated)
+            many = x.numel() > MAX_ROWS_CPU * x.shape[-1] and FASTEST.get(x.dtype) != KERNEL or not x.shape[-1]
+            # The kernels check the rest in C++, in a fraction of the time.
             if isinstance(weight, QuantizedWeight):
                 if weight.fits != (x.dtype, x.shape[-1]):
                     _check(*call, norm, norm_eps, norm_offset, activation, gated)
-                return _linear_quantized(x, weight.blocks, *weight.packing, bias, residual, number, gated, *norm_arguments)
-            if x.numel() > MAX_ROWS_CPU * x.shape[-1] and FASTEST.get(x.dtype) != KERNEL or not x.shape[-1]:
-                # The matrix product checks shapes and dtypes, our kernels check the rest.
-                require_tensor("x", x)
-                require_tensor("weight", weight, 2)
-                if x.dtype not in DTYPES or not x.shape[-1] or norm_weight is None and norm_bias is not None:
-                    _check(*call, norm, norm_eps, norm_offset, activation, gated)
-                if norm_weight is not None:
-                    x = _norm(x, norm_weight, norm_bias, None, rms, norm_eps, norm_offset)
-                return _linear_many_rows(x, weight, bias, residual, number, gated)
-            # The kernel checks the rest in C++, in a fraction of the time.
-            return _linear(x, weight, bias, residual, number, gated, *norm_arguments)
+                if not many or torch.compiler.is_compiling() or torch.jit.is_tracing():  # whose graphs a loop would fill
+                    return _linear_quantized(x, weight.blocks, *weight.packing, bias, residual, number, gated, *norm_arguments)
+            elif not many:
+                return _linear(x, weight, bias, residual, number, gated, *norm_arguments)
+            # The matrix product checks shapes and dtypes, our kernels check the rest.
+            require_tensor("x", x)
+            require_tensor("weight", weight, 2)
+            if x.dtype not in DTYPES or not x.shape[-1] or norm_weight is None and norm_bias is not None:
+                _check(*call, norm, norm_eps, norm_offset, activation, gated)
+            if norm_weight is not None:
+                x = _norm(x, norm_weight, norm_bias, None, rms, norm_eps, norm_offset)
+            return _linear_many_rows(x, weight, bias, residual, number, gated)
         if impl in (None, "triton") and _triton_refuses(*call) is None:
             norm_arguments = norm_weight, norm_bias, KINDS[norm], norm_eps, norm_offset
             return _linear(x, weight, bias, residual, ACTIVATION_NUMBERS[activation], gated, *norm_arguments)
@@ -154,12 +157,27 @@ FUNCTIONS[F.linear] = _linear_function
 
 def _linear_many_rows(x, weight, bias, residual, activation, gated):
     """The matrix product, then one pass for bias, activation, gate and residual."""
-    product = matrix_product(x, weight)
+    product = (_quantized_product if isinstance(weight, QuantizedWeight) else matrix_product)(x, weight)
     if gated:
         return _gate(product, bias, residual, activation)
     if bias is not None or activation or residual is not None:
         _finish(product, bias, residual, activation)
     return product
+
+
+def _quantized_product(x, weight):
+    """The matrix product with weights that are dequantized a panel at a time, so that there is no copy of a large matrix. Smaller
+    panels are slower: PyTorch's product needs large ones."""
+    N, C = weight.shape
+    rows = x.reshape(-1, C)
+    out = x.new_empty(len(rows), N)
+    step = min(N, max(64, PANEL_BYTES // (C * x.itemsize) // 16 * 16))
+    panel = x.new_empty(step, C)
+    for columns, blocks in zip(out.split(step, 1), weight.blocks.split(step)):
+        part = panel[: len(blocks)]
+        _dequantize(part, blocks, *weight.packing)
+        columns.copy_(matrix_product(rows, part))
+    return out.view(*x.shape[:-1], N)
 
 
 def linear_reference(
@@ -307,8 +325,14 @@ library.define(
     "fastgpt.linear",
 )
 
+library.define(
+    "linear_dequantize_(Tensor(a!) out, Tensor blocks, int bits, int group_size, bool minima, int block_type) -> ()",
+    "fastgpt.linear",
+)
+
 _linear = without_autograd(torch.ops.fastgpt.linear.default)
 _linear_quantized = without_autograd(torch.ops.fastgpt.linear_quantized.default)
+_dequantize = without_autograd(torch.ops.fastgpt.linear_dequantize_.default)
 _finish = without_autograd(torch.ops.fastgpt.linear_finish_.default)
 _gate = without_autograd(torch.ops.fastgpt.linear_gate.default)
 _norm = without_autograd(torch.ops.fastgpt.norm.default)
@@ -321,6 +345,11 @@ def _linear_fake(
 ):  # fmt: skip
     _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, "layer", norm_eps, norm_offset, None, gated)
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0])
+
+
+@torch.library.register_fake("fastgpt::linear_dequantize_", lib=library)
+def _linear_dequantize_fake(out, blocks, bits, group_size, minima, block_type):
+    return None
 
 
 @torch.library.register_fake("fastgpt::linear_quantized", lib=library)

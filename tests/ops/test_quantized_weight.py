@@ -260,6 +260,18 @@ def test_registered_operation():
     x, weight = torch.randn(3, 64), quantize(torch.randn(40, 64), "int4")
     arguments = (x, weight.blocks, *weight.packing, torch.randn(40))
     torch.library.opcheck(torch.ops.fastgpt.linear_quantized.default, arguments)
+    arguments = (torch.empty(40, 64), weight.blocks, *weight.packing)
+    torch.library.opcheck(torch.ops.fastgpt.linear_dequantize_.default, arguments)
+    torch.ops.fastgpt.linear_dequantize_(*arguments)
+    assert torch.equal(arguments[0], weight.dequantize())  # without minima there is no sum that could round
+
+
+def test_large_matrices_are_multiplied_in_panels(monkeypatch):
+    monkeypatch.setattr(sys.modules["fastgpt.ops.linear"], "PANEL_BYTES", 64 * 96 * 4)
+    call = call_of("everything, gated", 70, 96, 100, torch.float32)
+    call["weight"] = quantize(call["weight"], "int4", minima=True)
+    double = in_float64(call | {"weight": call["weight"].dequantize()})
+    numerics.check(linear(**call), lambda: linear_reference(**double))
 
 
 @pytest.mark.parametrize(
