@@ -1,10 +1,12 @@
 """Models of transformers with fastgpt's attention and cache, compared with PyTorch's attention and a dynamic cache.
 
-The weights are random and the same for all; everything but attention and the cache is transformers'. In a round each runs once: a
+The weights are random and the same for all; everything but attention and the cache is transformers', save in the models that
+`optimize` has changed. In a round each runs once: a
 generation is its prompt and 64 new tokens, greedy. "no attention" neither stores nor attends: its time is a lower bound for any
 attention. This takes minutes, so it runs with FULL=1 or by name.
 """
 
+import copy
 import functools
 
 import pytest
@@ -112,6 +114,35 @@ def test_generation(benchmark, name, batch, T, side):
     others["no attention"] = functools.partial(generate, "no attention", NoCache)
     rounds = ROUNDS if batch * T < 2000 else 3
     time_interleaved(benchmark, ours, others, rounds=rounds, calls=1, info=about("generation", name, batch, T, side))
+
+
+@functools.lru_cache(maxsize=2)  # with and without int8, of the model at hand
+@torch.inference_mode(False)
+def optimized(name: str, weights: str | None = None) -> torch.nn.Module:
+    """With weights of its own, which are moved to huge pages."""
+    return ft.optimize(copy.deepcopy(models(name)["sdpa"]), weights)
+
+
+@pytest.mark.parametrize("T", (32, 512, 900))
+@pytest.mark.parametrize("name", (GPT2, GROUPED), ids=("gpt2", "llama"))
+def test_optimized_generation(benchmark, name, T):
+    """`optimize`, with the weights as they are and with int8, compared with `register`, which serves attention alone."""
+    models_of = {"ours": optimized(name), "ours, int8": optimized(name, "int8"), "attention only": models(name)["ours"]}
+    models_of["sdpa"] = models(name)["sdpa"]
+    arguments = prompts(name, 1, T, None)
+
+    def generate(kind):
+        model, cache = models_of[kind], transformers.DynamicCache if kind == "sdpa" else ft.Cache
+        return model.generate(**arguments, max_new_tokens=NEW, do_sample=False, cache=cache(config=model.config))
+
+    ways = {kind: functools.partial(generate, kind) for kind in models_of}
+    if DTYPE == torch.float32:
+        expected = ways["sdpa"]()
+        assert all(torch.equal(ways[kind](), expected) for kind in ("ours", "attention only"))
+    rounds = ROUNDS if full() else 2
+    time_interleaved(
+        benchmark, ways.pop("ours"), ways, rounds=rounds, calls=1, info=about("optimized generation", name, 1, T, None)
+    )
 
 
 @pytest.mark.parametrize(

@@ -164,12 +164,14 @@ def gradients(model, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return {path: x.grad for path, x in model.named_parameters() if x.grad is not None}
 
 
-def shares(name: str, padding: str | None, function=outputs, prepared=lambda model: model) -> tuple[Counter, dict[str, float]]:
+def shares(
+    name: str, padding: str | None, function=outputs, prepared=lambda model: model, implementation="fastgpt"
+) -> tuple[Counter, dict[str, float]]:
     """fastgpt against eager attention: the calls that it served, and of each of the outputs or gradients the error as a share
     of the bound."""
     arguments = inputs(name, padding)
     with ft.record() as calls:
-        actual = function(prepared(build(name, "fastgpt")), arguments)
+        actual = function(prepared(build(name, implementation)), arguments)
     with numerics.only_double_precision():
         model = build(name, dtype=torch.float64)
         yardsticks = numerics.simulate(lambda: function(model, arguments))

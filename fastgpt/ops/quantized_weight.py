@@ -135,7 +135,8 @@ class QuantizedWeight(torch.Tensor):
         written = [argument for argument in function._schema.arguments if argument.alias_info and argument.alias_info.is_write]
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument in written and isinstance(value, QuantizedWeight):
-                raise TypeError(f"{function}: expected a tensor that can be written, got a QuantizedWeight")
+                # Not TypeError, upon which Python would compute w += x as w = w + x.
+                raise RuntimeError(f"{function}: expected a tensor that can be written, got a QuantizedWeight")
         args, kwargs = torch.utils._pytree.tree_map_only(QuantizedWeight, QuantizedWeight.dequantize, (args, kwargs))
         return function(*args, **kwargs)
 
@@ -297,8 +298,17 @@ def _matrix(blocks, packing, dtype):
     return dequantize_blocks(blocks, packing, columns).to(dtype)
 
 
+def _set_data(weight, value):
+    """weight.data = value, which otherwise would set no more than shape and dtype."""
+    if not isinstance(value, QuantizedWeight):
+        raise RuntimeError(f"data: expected a QuantizedWeight, got {_kind(value)}: replace the parameter instead")
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.data.__set__(weight, value)  # type: ignore[attr-defined]  # a property of C
+    weight.blocks, weight.packing, weight.fits = value.blocks, value.packing, value.fits
+
+
 # PyTorch's functions -> what computes them if an argument is quantized. `linear` adds F.linear, which it replaces.
-FUNCTIONS: dict[Callable, Callable] = {}
+FUNCTIONS: dict[Callable, Callable] = {torch.Tensor.data.__set__: _set_data}  # type: ignore[attr-defined]  # as above
 
 # Operations whose result is quantized as well, or that read only some rows.
 

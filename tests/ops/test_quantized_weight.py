@@ -244,8 +244,19 @@ def test_other_operations_compute_with_the_dequantized_weight():
     )
     assert isinstance(weight.double(), QuantizedWeight) and torch.equal(weight.double().dequantize(), full.double())
     assert weight.nbytes == 40 * 68 and "int8" in repr(weight) and weight.device == full.device
-    with pytest.raises(TypeError, match="can be written"):
+    with pytest.raises(RuntimeError, match="can be written"):
         weight.mul_(2)
+    with pytest.raises(RuntimeError, match="can be written"):  # and not the same as w = w + 1
+        weight += 1
+
+
+def test_data():
+    weight, other = quantize(torch.randn(40, 64), "int8"), quantize(torch.randn(8, 32), "int4")
+    with pytest.raises(RuntimeError, match="data: expected a QuantizedWeight, got a tensor of torch.float32"):
+        weight.data = torch.zeros(40, 64)
+    weight.data = other
+    assert weight.shape == (8, 32) and torch.equal(weight.dequantize(), other.dequantize()) and "int4" in repr(weight)
+    assert torch.equal(torch.nn.functional.linear(torch.eye(32), weight), other.dequantize().t())
 
 
 def test_compiled_modules():

@@ -1,17 +1,16 @@
-"""fastgpt's attention and cache for models of transformers 5.
+"""fastgpt's attention, cache, linear layers and norms for models of transformers 5.
 
     import fastgpt.integrations.transformers as ft
     ft.register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastgpt")
 
-`ft.Cache(model.config)` is a KV cache for `generate`; `ft.record()` counts which implementations serve the calls of a model.
+`ft.Cache(model.config)` is a KV cache for `generate`; `ft.optimize(model)` also serves linear layers and norms, and can quantize
+them; `ft.record()` counts which implementations serve the calls of a model.
 """
 
-import threading
-
 try:
-    from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
+    import transformers.masking_utils
+    import transformers.modeling_utils  # noqa: F401
 except ImportError as error:
     if (error.name or "").partition(".")[0] != "transformers":  # a dependency of transformers
         raise
@@ -19,43 +18,11 @@ except ImportError as error:
         'fastgpt.integrations.transformers needs transformers 5, which is not installed: pip install "transformers>=5"'
     ) from error
 
-from fastgpt.integrations.transformers.attention import attention, record
+from fastgpt.integrations.transformers.attention import attention
 from fastgpt.integrations.transformers.cache import Cache
 from fastgpt.integrations.transformers.masks import mask
+from fastgpt.integrations.transformers.optimize import optimize, restore
+from fastgpt.integrations.transformers.recording import record
+from fastgpt.integrations.transformers.registration import register, unregister
 
-__all__ = ["Cache", "attention", "mask", "record", "register", "unregister"]
-
-_lock = threading.Lock()
-_replaced = {}  # (interface, name) -> the function that was there before, or None
-
-
-def register(name: str = "fastgpt") -> None:
-    """Registers fastgpt's attention with transformers, for `attn_implementation=name` in `from_pretrained`, `from_config` and
-    `set_attn_implementation`. Registering a name twice has no effect.
-
-    Args:
-        name: "fastgpt", or "sdpa" to serve all models that use PyTorch's attention through transformers, including those that
-            are already loaded.
-    """
-    functions = {
-        (AttentionInterface, name): attention,
-        (AttentionMaskInterface, name): mask,  # without it, padding would be ignored
-        (AttentionInterface, f"paged|{name}"): attention,  # continuous batching before transformers 5.23, without a mask
-    }
-    with _lock:
-        for (interface, key), function in functions.items():
-            if (interface, key) not in _replaced:
-                _replaced[interface, key] = interface._global_mapping.get(key)
-                interface.register(key, function)
-
-
-def unregister(name: str | None = None) -> None:
-    """Undoes `register`, for one name or for all."""
-    with _lock:
-        for interface, key in list(_replaced):
-            if name is None or key.removeprefix("paged|") == name:
-                before = _replaced.pop((interface, key))
-                if before is None:
-                    interface._global_mapping.pop(key, None)
-                else:
-                    interface.register(key, before)
+__all__ = ["Cache", "attention", "mask", "optimize", "record", "register", "restore", "unregister"]

@@ -1,9 +1,5 @@
 """The attention function, which the layers of transformers models call with their queries, keys and values."""
 
-import contextlib
-import threading
-from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,10 +10,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from fastgpt.checks import is_autocasting
 from fastgpt.integrations.transformers.deferred import EightBit
 from fastgpt.integrations.transformers.masks import Mask
+from fastgpt.integrations.transformers.recording import note
 from fastgpt.ops import attention as operation
 from fastgpt.ops.attention.checks import KERNEL_DTYPES, MAX_HEAD_DIM, triton_refuses_head_dims
 from fastgpt.ops.derivatives import transforms_active
-from fastgpt.ops.explain import explain
 from fastgpt.ops.library import without_autograd
 
 _attention_forward = without_autograd(torch.ops.fastgpt.attention_forward.default)
@@ -79,7 +75,7 @@ def attention(
                 options["window"] = kwargs.get("sliding_window")
             return _packed(query, key, value, *packing, **options), None
     if reason is not None and not output_attentions and softcap is None and s_aux is None:
-        _note(f"sdpa: {reason}")
+        note(f"sdpa: {reason}")
         bias = {} if position_bias is None else {"position_bias": position_bias}
         mask = mask if short is None else short.value()
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **bias)
@@ -103,7 +99,7 @@ def attention(
     if position_bias is not None:
         options["bias"] = position_bias[..., :keys]
     if reason is not None:
-        _note(f"plain PyTorch: {reason}")
+        note(f"plain PyTorch: {reason}")
         out, weights = _with_weights(query, key, value, **options)
     else:
         out, weights = _fused(query, key, value, options), None
@@ -130,7 +126,7 @@ def _served_simply(query, key, value, scaling, is_causal, kwargs: dict) -> torch
         out, _ = _attention_forward(query, key, value, bool(is_causal) and T > 1, scale)
     except (RuntimeError, TypeError, NotImplementedError):
         return None
-    _note("cpp")
+    note("cpp")
     return out.transpose(1, 2)
 
 
@@ -175,7 +171,7 @@ def _packing(short: Mask | None, kwargs: dict) -> tuple | None:
 def _packed(query, key, value, *packing, **options) -> torch.Tensor:
     B, H, T, _ = query.shape
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B · T, H, head dim)
-    _note(operation.attention_varlen, query, key, value, *packing, **options)
+    note(operation.attention_varlen, query, key, value, *packing, **options)
     return operation.attention_varlen(query, key, value, *packing, **options).view(B, T, H, value.shape[2])
 
 
@@ -190,7 +186,7 @@ def _fused(query, key, value, options) -> torch.Tensor:
     query = query if query.stride(3) == 1 else query.contiguous()
     if (bias := options.get("bias")) is not None and bias.dtype != torch.float32:
         options["bias"] = bias.to(query.dtype)
-    _note(operation.attention, query, key, value, **options)
+    note(operation.attention, query, key, value, **options)
     return operation.attention(query, key, value, **options)  # type: ignore[return-value]  # without return_lse
 
 
@@ -231,37 +227,3 @@ def _stored(cache, key, value, module, kwargs: dict):
         if isinstance(kwargs.get(name), dict):
             kwargs[name] = kwargs[name]["sliding_attention" if getattr(module, "sliding_window", None) else "full_attention"]
     return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
-
-
-_recordings: list[Counter] = []
-_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def record() -> Iterator[Counter]:
-    """Counts calls of `attention`, in all threads, by the implementation that serves them: "cpp", "triton", "reference"; or
-    "sdpa" and "plain PyTorch" with the reason. Calls from compiled code are not counted.
-
-    >>> with record() as calls:
-    ...     model(ids)
-    >>> calls
-    Counter({'cpp': 12})
-    """
-    calls = Counter()
-    with _lock:
-        _recordings.append(calls)
-    try:
-        yield calls
-    finally:
-        with _lock:
-            _recordings[:] = [other for other in _recordings if other is not calls]
-
-
-def _note(served, *args, **options) -> None:
-    if not _recordings or torch.compiler.is_compiling():
-        return
-    if not isinstance(served, str):
-        served = next(name for name, why in explain(served, *args, **options).items() if why == "chosen")
-    with _lock:
-        for calls in _recordings:
-            calls[served] += 1
