@@ -42,6 +42,8 @@ def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, di
     if path is None:
         others = sorted(file.name for file in folder.glob("*.gguf"))
         found = f", found {others[0]}: a GGUF file is loaded by its own path" if others else ""
+        if (folder / "adapter_config.json").is_file():
+            found = ", found adapter_config.json: an adapter is loaded as lora, with the model that it was trained on"
         raise FileNotFoundError(f"model: expected {CONFIG} in the checkpoint folder {folder}{found}")
     config = read_json(path)
     with naming(path):
@@ -315,7 +317,7 @@ def _expected(module: torch.nn.Module, family: Family) -> dict[str, tuple[int, .
     expected = {}
     for name, parameter in module.named_parameters():
         names, transposed = family.checkpoint_names(name)
-        for part, rows in zip(names, _rows(module, name, len(names))):
+        for part, rows in zip(names, part_rows(module, name, len(names))):
             shape = (rows, *parameter.shape[1:])
             expected[part] = shape[::-1] if transposed else shape
     return expected
@@ -358,12 +360,12 @@ def _fill(
             rows, columns = parameter.shape[0], parameter.shape[-1]
             if is_matrix and weights is None and packing and not others and dtype is not torch.float64:
                 blocks = huge_pages.empty((rows, packing.row_bytes(columns)), dtype=torch.uint8, device=device)
-                for part, target in zip(names, blocks.split(_rows(module, name, len(names)))):
+                for part, target in zip(names, blocks.split(part_rows(module, name, len(names)))):
                     stored[part].copy_blocks_to(target, packing, shown)
                 weight: torch.Tensor = QuantizedWeight(blocks, packing, columns, dtype)
             else:
                 weight = huge_pages.empty(parameter.shape, dtype=dtype, device=device)
-                for part, target in zip(names, weight.split(_rows(module, name, len(names)))):
+                for part, target in zip(names, weight.split(part_rows(module, name, len(names)))):
                     stored[part].copy_to(target.t() if transposed else target, shown)
             if is_matrix and weights in BITS:
                 try:
@@ -394,7 +396,7 @@ def _progress(total: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def _rows(model, name: str, parts: int) -> list[int]:
+def part_rows(model: Any, name: str, parts: int) -> list[int]:
     """The number of rows of each part of a parameter in a checkpoint."""
     rows, config = model.get_parameter(name).shape[0], model.config
     if parts == 3:  # queries, keys, values
@@ -417,8 +419,13 @@ def contents(model: Any, head: str | None = None, entries: dict | None = None) -
     for parameter, weight in model.named_parameters():
         if parameter == "model.output.weight":  # of the language model to which a head was added
             continue
+        owner, _, kind = parameter.rpartition(".")
+        if kind in ("lora_A", "lora_B"):
+            continue  # it is in the weight
+        if hasattr(layer := model.get_submodule(owner), "merged_weight") and kind == "weight":
+            weight = layer.merged_weight()
         names, transposed = family.checkpoint_names(parameter)
-        for stored_as, part in zip(names, weight.detach().split(_rows(model, parameter, len(names)))):
+        for stored_as, part in zip(names, weight.detach().split(part_rows(model, parameter, len(names)))):
             weights[stored_as] = (part.t() if transposed else part).contiguous()
     return config, weights
 

@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(add)
     add("--dtype", choices=DTYPES, metavar="D", help=f"dtype of the weights: {', '.join(DTYPES)} (as stored)")
     add("--weights", choices=MATRICES, metavar="D", help=f"load the matrices as {', '.join(MATRICES)} (as stored)")  # fmt: skip
+    add("--lora", type=path_or_id, metavar="DIR", help="a LoRA adapter of the model, as PEFT and fastgpt train --lora save it")
     add("--cache", choices=CACHE_KINDS, metavar="KIND", help=f"kind of KV cache: {', '.join(CACHE_KINDS)} (contiguous)")
     add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"quantize the cache to {' or '.join(CACHE_DTYPES)} (the "
         "dtype of the weights)")  # fmt: skip
@@ -122,7 +123,12 @@ def run(options: argparse.Namespace) -> None:
     device = device_of(local_device(options.device))
     with joined(None, device) as processes:  # one, unless torchrun started several
         pipe = pipeline(
-            options.model, revision=options.revision, dtype=DTYPES.get(options.dtype), device=device, weights=options.weights
+            options.model,
+            revision=options.revision,
+            dtype=DTYPES.get(options.dtype),
+            device=device,
+            weights=options.weights,
+            lora=options.lora,
         )
         if processes.size > 1:
             from fastgpt.parallel import tensor_parallel  # slow to load

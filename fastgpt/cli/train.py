@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from fastgpt import folders
-from fastgpt.checkpoints import hub
+from fastgpt.checkpoints import gguf_file, hub
 from fastgpt.cli.arguments import add_device, device_of, integer, number, path, path_or_id
 from fastgpt.cli.output import print_stderr
-from fastgpt.training.config import DTYPES, FIXED_ON_RESUME, TrainConfig
+from fastgpt.training.config import DTYPES, FIXED_ON_RESUME, WEIGHTS, TrainConfig
 from fastgpt.training.loop import train
 from fastgpt.training.processes import PARALLEL, joined, local_device
 from fastgpt.training.run_folder import claimed, require_new_run
@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--resume", action="store_true", help=f"continue the run in DIR with its settings; all but {kept} can be changed")
     add_device(add)
-    add("--init-from", type=path_or_id, metavar="PATH_OR_ID", help="fine-tune a checkpoint: start from its model and tokenizer")
+    add("--init-from", type=path_or_id, metavar="PATH_OR_ID", help="fine-tune a checkpoint folder or a GGUF file: start "
+        "from its model and tokenizer")  # fmt: skip
     add(
         "--parallel", choices=PARALLEL, help="with torchrun: replicate the model in each process (ddp) or shard it (fsdp) (ddp)"
     )
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag = "--" + field.name.replace("_", "-")
         type_: Any
         type_, metavar = {int: (integer, "N"), float: (number, "X"), str: (str, "D")}[field.type]  # type: ignore[index]  # a type
-        choices = DTYPES if field.name == "dtype" else None
+        choices = {"dtype": DTYPES, "weights": WEIGHTS}.get(field.name)
         add(flag, type=type_, choices=choices, metavar=metavar, help=f"{field.metadata['meaning']} ({field.default})")
 
 
@@ -79,12 +80,15 @@ def run(options: argparse.Namespace) -> None:
 def print_start(trainer: Trainer, options: argparse.Namespace, device: torch.device) -> None:
     """Prints the sizes of the model and of the text, and the steps to go."""
     processes = trainer.processes
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    parameters = list(trainer.model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    counts = [f"{sum(parameter.numel() for parameter in some):,}" for some in (trained, parameters)]
+    sizes = f"{counts[0]} of {counts[1]}" if len(trained) < len(parameters) else counts[1]
     several = f" in each of {processes.size} processes ({processes.parallel})" if processes.parallel else ""
     if options.resume and trainer.step == trainer.config.steps:
         print_stderr(f"fastgpt: the run in {options.out} has done all its {trainer.step:,} steps: --steps MORE continues it")
     print(
-        f"{parameters:,} parameters; {len(trainer.train_tokens):,} tokens to train on, "
+        f"{sizes} parameters{' are trained' * (len(trained) < len(parameters))}; {len(trainer.train_tokens):,} tokens to train on, "
         f"{len(trainer.held_out):,} held out; {trainer.config.steps - trainer.step} steps to go on {device}{several}"
     )
 
@@ -99,8 +103,8 @@ def started(options: argparse.Namespace, settings: dict, place: dict) -> Trainer
     if options.init_from is None:
         return Trainer(options.text, TrainConfig(**settings), **place)
     config, model, tokenizer = pretrained(options.init_from, **settings)
-    trainer = Trainer(options.text, config, model=model, tokenizer=tokenizer, **place)
-    if place["processes"].first:  # what else belongs to the tokenizer
+    trainer = Trainer(options.text, config, model=model, tokenizer=tokenizer, base=options.init_from, **place)
+    if place["processes"].first and not gguf_file.is_gguf(options.init_from):  # what else belongs to the tokenizer
         options.out.mkdir(parents=True, exist_ok=True)
         folder = hub.resolve(options.init_from)
         for name in (path.relative_to(folder) for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):

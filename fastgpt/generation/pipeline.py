@@ -25,7 +25,7 @@ OWN_EOS = "the checkpoint's"
 def pipeline(
     path: str | Path = SHIPPED_MODEL,
     *, revision: str | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-    weights: str | None = None,
+    weights: str | None = None, lora: str | Path | None = None,
 ) -> "Pipeline":  # fmt: skip
     """Loads a checkpoint to go from text to text.
 
@@ -38,7 +38,7 @@ def pipeline(
         revision: of a model on the Hugging Face Hub: a branch, a tag or a commit; default its main branch.
         dtype: of the weights; default as stored.
         device: default a GPU if there is one.
-        weights: None, "int8", "int4" or "dequantized", as in `GPT.from_pretrained`.
+        weights, lora: as in `GPT.from_pretrained`.
 
     Raises: FileNotFoundError, ValueError that says what is missing or damaged.
     """
@@ -51,11 +51,11 @@ def pipeline(
         file = gguf_file.read(path)
         with naming(file.path):
             tokenizer = tokenizer_from_gguf(file.metadata)
-        return Pipeline(GPT.from_pretrained(path, dtype=dtype, device=device, weights=weights), tokenizer)
+        return Pipeline(GPT.from_pretrained(path, dtype=dtype, device=device, weights=weights, lora=lora), tokenizer)
     folder = hub.resolve(path, revision)
     transformers_format.read_config(folder)  # a folder that is no checkpoint is not one that lacks a tokenizer
     tokenizer = Tokenizer.from_folder(folder)
-    return Pipeline(GPT.from_pretrained(folder, dtype=dtype, device=device, weights=weights), tokenizer)
+    return Pipeline(GPT.from_pretrained(folder, dtype=dtype, device=device, weights=weights, lora=lora), tokenizer)
 
 
 class Pipeline:

@@ -24,13 +24,14 @@ from fastgpt import huge_pages
 from fastgpt.cache.base import KVCache
 from fastgpt.cache.create import new_cache
 from fastgpt.cache.uncached import Uncached
-from fastgpt.checkpoints import gguf, gguf_file, hub, transformers_format
+from fastgpt.checkpoints import adapters, gguf, gguf_file, hub, transformers_format
 from fastgpt.checks import is_autocasting, require_flag
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.encoder_states import EncoderKV, require_causal, require_encoder_states, stored_encoder_states, uncached
 from fastgpt.model.evaluation_mode import is_training
 from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, computes, is_plain_matrix, plain
 from fastgpt.model.inputs import require_ids
+from fastgpt.model.lora import apply_adapters
 from fastgpt.model.rope import Tables, sinusoidal
 from fastgpt.ops.decode_step import embed
 from fastgpt.ops.linear import finish, linear
@@ -540,6 +541,7 @@ class GPT(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         weights: str | None = None,
+        lora: str | Path | None = None,
     ) -> "GPT":
         """Loads a decoder from a checkpoint in the format of transformers, or from a GGUF file. It is returned in evaluation mode.
 
@@ -557,6 +559,8 @@ class GPT(nn.Module):
             weights: "int8" or "int4" quantizes the matrices while they are loaded, in groups of 32 columns: see
                 `fastgpt.quantize`. A token then costs reading 8.5 or 4.5 bits a number. They have no gradients. Default: as
                 they are stored; a GGUF file's matrices in types that `linear` takes stay quantized, unless it is "dequantized".
+            lora: a folder with a LoRA adapter of this model, or its id on the Hub, as PEFT and `fastgpt train --lora` save it. It is
+                added to the weights; to quantized ones at each call, beside them.
 
         Raises: FileNotFoundError or another OSError, naming the file that cannot be read; ValueError, naming the file and the
             wrong entry of config.json or generation_config.json, or the weights that are missing, unexpected, misshapen, not
@@ -568,8 +572,13 @@ class GPT(nn.Module):
 
         if gguf_file.is_gguf(path):
             hub.require_no_revision(path, revision)
-            return gguf.load(path, build, dtype=dtype, device=device, weights=weights)
-        return transformers_format.load(hub.resolve(path, revision), build, dtype=dtype, device=device, weights=weights)
+            model = gguf.load(path, build, dtype=dtype, device=device, weights=weights)
+        else:
+            folder = hub.resolve(path, revision)
+            model = transformers_format.load(folder, build, dtype=dtype, device=device, weights=weights)
+        if lora is not None:
+            apply_adapters(model, adapters.read(lora, model))
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json`, `model.safetensors` and, if there are generation_defaults, `generation_config.json` into a

@@ -7,10 +7,15 @@ import torch
 
 from fastgpt.checks import require_choice, require_integer, require_number
 from fastgpt.model.config import GPTConfig
+from fastgpt.model.lora import TARGETS
+from fastgpt.ops.quantized_weight import BITS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHTS = ("stored", *BITS)
 # Settings that cannot change when a run is resumed: they define the model, or the windows that held-out losses are compared on.
-FIXED_ON_RESUME = ("layers", "heads", "width", "context", "dropout", "eval_windows")
+FIXED_ON_RESUME = (
+    "layers", "heads", "width", "context", "dropout", "lora", "lora_alpha", "lora_targets", "weights", "eval_windows",
+)  # fmt: skip
 SETTINGS = {
     "context_length": "context",
     "num_layers": "layers",
@@ -49,16 +54,30 @@ class TrainConfig:
     seed: int = setting(0, "seed of the initial weights, batches and dropout")
     dtype: str = setting("float32", f"dtype of matrix products and attention, not of weights: {', '.join(DTYPES)}")
 
+    lora: int = setting(0, "with --init-from: rank of LoRA adapters, which are trained in place of the weights; 0: none")
+    lora_alpha: float = setting(16.0, "adapters are scaled by this over their rank")
+    lora_targets: str = setting(",".join(TARGETS), "linear layers that get an adapter")
+    weights: str = setting("stored", f"with --lora: the frozen matrices: {', '.join(WEIGHTS)}")
+
     def __post_init__(self):
         checked = {name: require_integer(name, getattr(self, name), 1) for name in (
             "heads", "width", "context", "batch_size", "steps", "eval_interval", "eval_windows",
         )}  # fmt: skip
-        checked |= {name: require_integer(name, getattr(self, name), 0) for name in ("layers", "warmup")}
-        checked |= {name: require_number(name, getattr(self, name), above=0) for name in ("learning_rate", "grad_clip")}
+        checked |= {name: require_integer(name, getattr(self, name), 0) for name in ("layers", "warmup", "lora")}
+        checked |= {
+            name: require_number(name, getattr(self, name), above=0) for name in ("learning_rate", "grad_clip", "lora_alpha")
+        }
         checked["dropout"] = require_number("dropout", self.dropout, 0, below=1)
         checked["weight_decay"] = require_number("weight_decay", self.weight_decay, 0)
         checked["seed"] = require_integer("seed", self.seed, 0, 2**31 - 1)
         require_choice("dtype", self.dtype, tuple(DTYPES))
+        require_choice("weights", self.weights, WEIGHTS)
+        if self.weights != "stored" and not self.lora:
+            raise ValueError(
+                f"weights: expected stored without lora, since quantized weights cannot be trained, got {self.weights}"
+            )
+        if not isinstance(self.lora_targets, str) or not {*self.lora_targets.split(",")} <= {*TARGETS}:
+            raise ValueError(f"lora_targets: expected some of {','.join(TARGETS)}, got {self.lora_targets!r}")
         for name, value in checked.items():  # NumPy's numbers as Python's
             object.__setattr__(self, name, value)
 

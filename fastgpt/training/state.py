@@ -52,6 +52,7 @@ STATE_ENTRIES = {  # of the file STATE
     "step": schema.integer(0, 2**62),
     "best_loss": schema.Field(_loss),
     "model": TENSORS,
+    "base": schema.text(None, optional=True),  # with LoRA, the checkpoint whose adapters `model` has
     "optimizer": schema.Field(
         lambda name, value: schema.read(
             {"state": _dict_of(int, TENSORS), "param_groups": schema.several(_dict_of(str))},

@@ -5,6 +5,7 @@ It runs in one process or, started by torchrun, in several that share each batch
 
 import copy
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,14 +18,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from fastgpt import folders
-from fastgpt.checkpoints import transformers_format
+from fastgpt.checkpoints import adapters, gguf_file, transformers_format
 from fastgpt.checkpoints.files import CONFIG, STATE, TOKENIZER
 from fastgpt.checkpoints.hub import resolve
 from fastgpt.checks import reason_of, require_integer, require_path
 from fastgpt.folders import replacing
 from fastgpt.generation.generate import generate
+from fastgpt.generation.pipeline import pipeline
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.decoder import GPT
+from fastgpt.model.lora import add_adapters
 from fastgpt.text.tokenizer import Tokenizer
 from fastgpt.training.config import DTYPES, FIXED_ON_RESUME, TrainConfig, model_config
 from fastgpt.training.corpus import summarize, tokenize
@@ -46,6 +49,7 @@ class Trainer:
         text: a string, or the pathlib.Path of a file in UTF-8. It is tokenized in pieces: see
             `fastgpt.training.corpus.tokenize`.
         tokenizer, model: to start from, see `pretrained`; by default a new character-level model.
+        base: where model comes from, which a resumed run with LoRA loads again.
         accumulate: gradient accumulation: micro-batches per process and step, for less memory and the same step.
         processes: see `fastgpt.training.processes.joined`.
 
@@ -59,8 +63,8 @@ class Trainer:
 
     def __init__(
         self, text: str | Path, config: TrainConfig, device: torch.device | str = "cpu",
-        *, tokenizer: Tokenizer | None = None, model: GPT | None = None, accumulate: int = 1,
-        processes: Processes = Processes(),
+        *, tokenizer: Tokenizer | None = None, model: GPT | None = None, base: str | Path | None = None,
+        accumulate: int = 1, processes: Processes = Processes(),
     ):  # fmt: skip
         if not isinstance(config, TrainConfig):
             raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}")
@@ -70,7 +74,11 @@ class Trainer:
                 f"batch_size: expected a multiple of {parts} (processes: {processes.size}, parts in each: {accumulate}), "
                 f"got {config.batch_size}"
             )
-        self.config, self.device = config, torch.device(device)
+        if config.lora and (model is None or base is None):
+            raise ValueError(f"lora: expected 0 without a checkpoint to start from (init_from), got {config.lora}")
+        if config.lora and processes.parallel is not None:
+            raise ValueError(f"lora: expected 0 in several processes, got {config.lora}")
+        self.config, self.device, self.base = config, torch.device(device), _lasting(base)
         self.accumulate, self.processes = accumulate, processes
         self.text_hash, characters = summarize(text)
         self.tokenizer = tokenizer or Tokenizer.from_corpus(characters)
@@ -78,10 +86,13 @@ class Trainer:
         self.held_out = held_out.long()
         torch.manual_seed(config.seed)
         self.model = model or GPT(model_config(config, self.tokenizer.vocab_size))
+        if config.lora:
+            add_adapters(self.model, config.lora, config.lora_alpha, config.lora_targets.split(","))
         self.skeleton = skeleton(self.model) if processes.parallel == "fsdp" else None
         self.forward = processes.distribute(self.model, self.device)
-        matrices = [parameter for parameter in self.model.parameters() if parameter.dim() >= 2]
-        others = [parameter for parameter in self.model.parameters() if parameter.dim() < 2]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.dim() >= 2]
+        others = [parameter for parameter in trained if parameter.dim() < 2]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": config.weight_decay},
@@ -167,6 +178,13 @@ class Trainer:
         model.load_state_dict(weights, assign=True)
         return model
 
+    def trained_state(self, model: GPT) -> dict[str, torch.Tensor]:
+        """The weights that are trained: with LoRA, the adapters."""
+        state = model.state_dict()
+        if not self.config.lora:
+            return state
+        return {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
     def sample(self, num_tokens: int = 200) -> str | None:
         """Text sampled from the model, starting with the first held-out token. In the first process; others get None."""
         model = self.full_model()
@@ -193,15 +211,18 @@ class Trainer:
             "text_hash": self.text_hash,
             "step": self.step,
             "best_loss": self.best_loss,
-            "model": model.state_dict(),
+            "model": self.trained_state(model),
+            "base": self.base,
             "optimizer": optimizer,
         }
         handled = sys.exc_info()[1]  # an exception that the caller is handling
         with claimed(folder):
             try:
-                if weights:
+                if weights and self.config.lora:
+                    adapters.write(model, folder, self.config.lora_alpha, self.base)
+                elif weights:
                     model.save_pretrained(folder)
-                elif not (folder / CONFIG).exists():  # the architecture, which a resumed run reads
+                elif not self.config.lora and not (folder / CONFIG).exists():  # the architecture, which a resumed run reads
                     with replacing(folder / CONFIG) as temporary:
                         temporary.write_text(transformers_format.json_text(transformers_format.contents(model)[0]))
                 with replacing(folder / TOKENIZER) as temporary:
@@ -244,11 +265,16 @@ class Trainer:
             raise ValueError(f"steps: expected at least {step}, which the run in {folder} has done, got {config.steps}")
         if summarize(text).sha256 != state["text_hash"]:
             raise ValueError(f"text: expected the text that the run in {folder} was started with, got another")
-        _, model_config, of_config = transformers_format.read_config(folder)
-        model = GPT(GPTConfig(**of_config))
-        model.checkpoint_config = model_config
-        tokenizer = Tokenizer.from_folder(folder)
-        trainer = cls(text, config, device, model=model, tokenizer=tokenizer, accumulate=accumulate, processes=processes)
+        if config.lora:
+            if state["base"] is None:
+                raise ValueError(f"resume: {path} is damaged: base: expected the checkpoint that adapters belong to, got None")
+            _, model, _ = pretrained(state["base"], **asdict(config))
+        else:
+            _, model_config, of_config = transformers_format.read_config(folder)
+            model = GPT(GPTConfig(**of_config))
+            model.checkpoint_config = model_config
+        given = {"model": model, "tokenizer": Tokenizer.from_folder(folder), "base": state["base"]}
+        trainer = cls(text, config, device, **given, accumulate=accumulate, processes=processes)
         try:
             trainer.load(state["model"], state["optimizer"])
         except ValueError as error:
@@ -262,7 +288,7 @@ class Trainer:
 
         Raises: ValueError that names what does not fit.
         """
-        part, own = self.processes.part, self.model.state_dict()
+        part, own = self.processes.part, self.trained_state(self.model)
         require_shapes("model", model, own)
         groups = self.optimizer.state_dict()["param_groups"]
         if [group.get("params") for group in optimizer["param_groups"]] != [group["params"] for group in groups]:
@@ -274,13 +300,18 @@ class Trainer:
         for i, entry in moments.items():
             like = {"step": torch.empty(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
             require_shapes(f"optimizer.state.{i}", entry, like)
-        self.model.load_state_dict({name: part(value, own[name]) for name, value in model.items()})
+        self.model.load_state_dict({name: part(value, own[name]) for name, value in model.items()}, strict=not self.config.lora)
         moments = {i: {name: part(value, parameters[i]) for name, value in entry.items()} for i, entry in moments.items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
+def _lasting(base: str | Path | None) -> str | None:
+    """A path that is valid in another working directory, or the id of a model."""
+    return None if base is None else os.path.abspath(base) if os.path.exists(base) else str(base)
+
+
 def pretrained(path: str | Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
-    """What a `Trainer` needs to fine-tune a checkpoint, of a folder or of the Hub by its id.
+    """What a `Trainer` needs to fine-tune a checkpoint: of a folder, of a GGUF file, or of the Hub by its id.
 
     Args:
         given: settings, as in TrainConfig. The architecture, dropout included, is the checkpoint's; only the context may be
@@ -288,12 +319,19 @@ def pretrained(path: str | Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
 
     Raises: FileNotFoundError, or ValueError when a setting or the tokenizer does not fit the checkpoint's model.
     """
-    folder = resolve(path, argument="init_from")
-    tokenizer, model = Tokenizer.from_folder(folder), GPT.from_pretrained(folder, dtype=torch.float32)
+    source = path if gguf_file.is_gguf(path) else resolve(path, argument="init_from")
+    weights: str | None = given.get("weights", "stored")
+    if weights == "stored":
+        weights = None if given.get("lora") else "dequantized"
+    if source is path:
+        pipe = pipeline(source, dtype=torch.float32, device="cpu", weights=weights)
+        tokenizer, model = pipe.tokenizer, pipe.model
+    else:
+        tokenizer, model = Tokenizer.from_folder(source), GPT.from_pretrained(source, dtype=torch.float32, weights=weights)
     architecture = model.config
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ValueError(
-            f"init_from: expected a {TOKENIZER} of at most {architecture.vocab_size} tokens, those of the model in {folder}, "
+            f"init_from: expected a {TOKENIZER} of at most {architecture.vocab_size} tokens, those of the model in {source}, "
             f"got {tokenizer.vocab_size}"
         )
     fixed = {
@@ -302,9 +340,9 @@ def pretrained(path: str | Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
     }  # fmt: skip
     for name, value in fixed.items():
         if given.get(name, value) != value:
-            raise ValueError(f"{name}: expected {value}, that of the model in {folder}, got {given[name]}")
+            raise ValueError(f"{name}: expected {value}, that of the model in {source}, got {given[name]}")
     longest = architecture.context_length
     given.setdefault("context", min(TrainConfig.context, longest))
     if given["context"] > longest:
-        raise ValueError(f"context: expected at most {longest}, that of the model in {folder}, got {given['context']}")
+        raise ValueError(f"context: expected at most {longest}, that of the model in {source}, got {given['context']}")
     return TrainConfig(**(given | fixed)), model, tokenizer
