@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._C import _is_any_autocast_enabled as _any_autocast_enabled
+from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from fastgpt.integrations.transformers.recording import note
@@ -60,7 +61,7 @@ def served_class(original: type[nn.Module], quantized: bool = False) -> type[Ser
     """The class for modules of class `original`. A quantized Conv1D becomes an nn.Linear."""
     base = nn.Linear if original is Conv1D and quantized else original
     fields: dict[str, Any] = {"original": original, "quantized": quantized}
-    mixin: Any = {nn.Linear: Linear, Conv1D: TransposedLinear}.get(base, Norm)
+    mixin: Any = {nn.Linear: Linear, Conv1D: TransposedLinear, NewGELUActivation: GELU}.get(base, Norm)
     if mixin is Norm:
         fields["kind"] = kind_of_norm(original)
     return type(base.__name__, (mixin, base), fields | {"__module__": base.__module__, "__doc__": base.__doc__})
@@ -130,6 +131,13 @@ def _fits(x, weight):
     return x.dtype in DTYPES and x.dim() > 0 and weight.dim() == 2 and weight.is_contiguous() and x.shape[-1] == weight.shape[1]
 
 
+class GELU(Served):
+    """NewGELUActivation, eight operations on a tensor, as PyTorch's one for the same function."""
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        return F.gelu(*args, **kwargs, approximate="tanh")
+
+
 class Kind(NamedTuple):
     """What a norm computes: arguments of `fastgpt.norm`, and the attribute that holds its eps."""
 
@@ -170,6 +178,11 @@ def _as_strided_like(x, out):
     """out (contiguous) with the strides that operations on each element of x would give it."""
     like = torch.empty_like(x)
     return out if like.stride() == out.stride() else like.copy_(out)
+
+
+def is_served(cls: type[nn.Module]) -> bool:
+    """Whether there is a served class for modules of this one."""
+    return cls in (nn.Linear, Conv1D, NewGELUActivation) or kind_of_norm(cls) is not None
 
 
 def kind_of_norm(cls: type[nn.Module]) -> Kind | None:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastgpt import huge_pages
 from fastgpt.checks import require_choice, require_flag
-from fastgpt.integrations.transformers.layers import Served, kind_of_norm, served_class
+from fastgpt.integrations.transformers.layers import Served, is_served, served_class
 from fastgpt.integrations.transformers.registration import register
 from fastgpt.ops.quantized_weight import BITS, DTYPES, UNIT, QuantizedWeight, quantize
 
@@ -27,7 +27,7 @@ def optimize(model: nn.Module, weights: str | None = None) -> nn.Module:
 
     Attention is switched to the implementation that `register` registers. nn.Linear and Conv1D are computed by `fastgpt.linear`.
     nn.LayerNorm, nn.RMSNorm, and norms of transformers that compute what those of Llama, Gemma, Cohere, T5, OLMo 2 or Llama 4 do,
-    are computed by `fastgpt.norm`, except where gradients are needed.
+    are computed by `fastgpt.norm`, except where gradients are needed; GPT-2's activation by PyTorch's gelu.
 
     Modules keep their identity, parameters, hooks, and the names of their classes. Subclasses, parametrized modules, modules whose
     forward was replaced, and all other modules are left alone. The weight (C, N) of a Conv1D is stored by columns: its shape and
@@ -67,7 +67,7 @@ def optimize(model: nn.Module, weights: str | None = None) -> nn.Module:
             elif type(module) is Conv1D:
                 module.out_features, module.in_features = module.weight.shape
             module.__class__ = served_class(type(module), is_quantized)
-        elif "forward" not in module.__dict__ and kind_of_norm(type(module)) is not None:
+        elif "forward" not in module.__dict__ and type(module) not in LINEAR and is_served(type(module)):
             module.__class__ = served_class(type(module))
     return model
 
@@ -103,7 +103,7 @@ def restore(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
     dequantized: dict[int, nn.Parameter] = {}
     stored: set[int] = set()
     for module in served.values():
-        weight = module._parameters["weight"]
+        weight = module._parameters.get("weight")
         if module.quantized and isinstance(weight, QuantizedWeight) and id(weight) not in dequantized:
             matrix = weight.dequantize()
             matrix = matrix.t().contiguous() if module.original is Conv1D else matrix
