@@ -123,7 +123,7 @@ def optimized(name: str, weights: str | None = None) -> torch.nn.Module:
     return ft.optimize(copy.deepcopy(models(name)["sdpa"]), weights)
 
 
-@pytest.mark.parametrize("T", (32, 512, 900))
+@pytest.mark.parametrize("T", (32, 512, 900) if full() else (32,))
 @pytest.mark.parametrize("name", (GPT2, GROUPED), ids=("gpt2", "llama"))
 def test_optimized_generation(benchmark, name, T):
     """`optimize`, with the weights as they are and with int8, compared with `register`, which serves attention alone."""
