@@ -14,7 +14,7 @@ from fastgpt import folders, schema
 from fastgpt.checkpoints.families import FAMILIES, family_of
 from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.hub import resolve
-from fastgpt.checkpoints.transformers_format import json_text, part_rows
+from fastgpt.checkpoints.transformers_format import DTYPES, json_text, part_rows
 from fastgpt.folders import replacing
 from fastgpt.model.lora import Adapter, adapted_layers
 
@@ -107,8 +107,8 @@ def _adapters(stored: dict[str, torch.Tensor], config: dict, model: Any) -> dict
         name = family.with_prefix(f"{match[1]}.weight") if match else None
         if match is None or name is None:
             raise ValueError(f"expected adapters of linear layers, {PREFIX}MODULE.lora_A.weight and lora_B, got {key}")
-        if not matrix.is_floating_point() or not matrix.isfinite().all():
-            raise ValueError(f"{key}: expected finite numbers, got {matrix.dtype} or NaN or infinity")
+        if matrix.dtype not in DTYPES.values() or not matrix.isfinite().all():
+            raise ValueError(f"{key}: expected finite numbers in {' or '.join(DTYPES)}, got {matrix.dtype} or NaN or infinity")
         matrices.setdefault(name, {})[match[2]] = matrix.float()
     adapters = {}
     for name, layer in model.named_modules():

@@ -235,6 +235,17 @@ def test_parametrized_after_optimize():
     assert type(ft.restore(model)[0]) is nn.Linear
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cls, pruned", [(nn.Linear, "weight"), (nn.Linear, "bias"), (Conv1D, "bias")])
+def test_pruned_after_optimize(cls, pruned):
+    layer, x = cls(32, 32), torch.randn(2, 32)
+    ft.optimize(nn.Sequential(layer))
+    prune.random_unstructured(layer, pruned, 8)
+    with ft.record() as calls:
+        torch.testing.assert_close(layer(x), cls.forward(layer, x))
+    assert calls == {"linear: PyTorch": 1}
+
+
 class Doubled(nn.Module):
     def forward(self, weight):
         return 2 * weight

@@ -250,7 +250,10 @@ def test_bad_adapters(tmp_path):
     good = {f"{name}A.weight": torch.randn(2, 64), f"{name}B.weight": torch.randn(64, 2)}
     changes = {
         "expected lora_A of shape .rank, 64. and lora_B of shape .64, rank., got": {f"{name}B.weight": torch.randn(64, 3)},
-        "expected finite numbers, got": {f"{name}A.weight": torch.full((2, 64), torch.nan)},
+        "expected finite numbers in F64 or F32 or F16 or BF16, got torch.float32 or NaN": {
+            f"{name}A.weight": torch.full((2, 64), torch.nan)
+        },
+        "expected finite numbers .* got torch.float8_e4m3fn": {f"{name}A.weight": torch.zeros(2, 64).to(torch.float8_e4m3fn)},
         "expected adapters of linear layers, .* got something": {"something": torch.zeros(1)},
         "expected adapters of this model's linear layers, got one of transformer.h.9.attn": {
             f"{name.replace('.0.', '.9.')}A.weight": torch.zeros(2, 64)

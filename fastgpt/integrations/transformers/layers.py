@@ -73,7 +73,7 @@ class Linear(Served):
     def forward(self, *args, **kwargs) -> torch.Tensor:
         weights = self._parameters
         weight = weights.get("weight")
-        if weight is None or kwargs or len(args) != 1:  # parametrized, for example
+        if weight is None or "bias" not in weights or kwargs or len(args) != 1:  # parametrized or pruned, for example
             note("linear: PyTorch")
             return super().forward(*args, **kwargs)
         return product(args[0], weight, weights["bias"])
@@ -85,7 +85,7 @@ class TransposedLinear(Served):
     def forward(self, *args, **kwargs) -> torch.Tensor:
         weights = self._parameters
         weight = weights.get("weight")
-        if type(weight) in PLAIN and not kwargs and len(args) == 1:
+        if type(weight) in PLAIN and "bias" in weights and not kwargs and len(args) == 1:
             transposed = weight.t()
             if transposed.is_contiguous():
                 return product(args[0], transposed, weights["bias"])
