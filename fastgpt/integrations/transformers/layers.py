@@ -110,17 +110,12 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def _product(x, weight, bias, quantized):
-    if x.is_cpu and not derivatives_possible() and not _any_autocast_enabled():
+    few = 0 < x.numel() <= MAX_ROWS_CPU * x.shape[-1] and (not quantized or weight.fits == (x.dtype, x.shape[-1]))
+    if few and x.is_cpu and not derivatives_possible() and not _any_autocast_enabled():
         # In decoding, without the checks in Python, in half the time for a small matrix: the kernel checks the rest.
-        if quantized:
-            if weight.fits == (x.dtype, x.shape[-1]):
-                out = _linear_quantized(x, weight.blocks, *weight.packing, bias)
-                note("linear: cpp")
-                return out
-        elif 0 < x.numel() <= MAX_ROWS_CPU * x.shape[-1]:
-            out = _linear(x, weight, bias)
-            note("linear: cpp")
-            return out
+        out = _linear_quantized(x, weight.blocks, *weight.packing, bias) if quantized else _linear(x, weight, bias)
+        note("linear: cpp")
+        return out
     out = linear(x, weight, bias)
     note(linear, x, weight, bias, prefix="linear: ")
     return out
