@@ -25,7 +25,7 @@ from fastgpt.checkpoints.families.fields import (
 )
 from fastgpt.checkpoints.files import naming
 from fastgpt.checkpoints.gguf_file import GGUF, TensorInfo, import_gguf, read
-from fastgpt.checkpoints.transformers_format import DTYPES, Checkpoint, Stored, load_weights
+from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, load_weights
 from fastgpt.model.rope import FACTOR, MAX_POSITIONS, ROPE_SCHEMA
 from fastgpt.ops.gguf_blocks import BLOCK_TYPES
 from fastgpt.ops.quantized_weight import Packing

@@ -9,7 +9,7 @@ import torch
 from checkpoint_files import GPT2, LLAMA, edit_config, edit_weights, raises, write
 
 from fastgpt import GPT, generate
-from fastgpt.checkpoints import transformers_format
+from fastgpt.checkpoints import loading
 
 
 def test_an_output_matrix_that_differs_is_used(tmp_path):
@@ -153,7 +153,7 @@ def test_arguments_are_named(folder):
 def test_progress_is_shown_where_someone_waits(folder, monkeypatch, capsys):
     GPT.from_pretrained(folder)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(transformers_format, "SHOW_PROGRESS", 1000)
+    monkeypatch.setattr(loading, "SHOW_PROGRESS", 1000)
     GPT.from_pretrained(folder)
     assert capsys.readouterr().err == ""  # no terminal
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
