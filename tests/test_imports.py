@@ -32,6 +32,8 @@ LAYERS = [
     {"model.inputs"},
     {"model.config", "bench.limits"},
     {"checkpoints.gguf", "checkpoints.transformers_format", "text.gguf_tokenizer"},
+    {"checkpoints.quantized_folders"},
+    {"checkpoints.safetensors_files"},
     {"checkpoints.loading"},
     {"text.tokenizer"},
     {"text.tokenizer_files"},

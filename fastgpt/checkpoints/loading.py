@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
 
 from fastgpt import huge_pages
 from fastgpt.checkpoints.families.family import Family
@@ -27,22 +26,22 @@ SHOW_PROGRESS = 1 << 30  # bytes of weights from which on a progress bar is show
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file; those of other formats derive from it."""
+    """A tensor in a file; each format derives from it."""
 
     path: Path
     name: str
-    dtype: str  # one of DTYPES: what `read` gives
+    dtype: str  # one of DTYPES: what a model has that is all stored like this
     shape: tuple[int, ...]
 
     packing: ClassVar[Packing | None] = None  # of a matrix that `read_blocks` gives as it is stored
+    is_linear: ClassVar[bool] = False  # (N, C), as nn.Linear has it, though the family's matrices are transposed
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     def read(self, rows: slice) -> torch.Tensor:
-        with safe_open(self.path, framework="pt") as file:  # opened for each chunk, so that its pages are unmapped afterwards
-            return file.get_slice(self.name)[rows]
+        raise NotImplementedError
 
     def chunks(self) -> Iterator[slice]:
         """Slices of rows of at most CHUNK bytes."""
@@ -138,7 +137,7 @@ def load_weights(
         fields["windows"] = fields["windows"][:built]
     with naming(checkpoint.config_path), torch.device("meta"):
         module = build(fields, checkpoint.config)
-    expected = _expected(module, family)
+    expected = _expected(module, family, stored)
     of_last = sum(f".{built - 1}." in name for name in expected)
     _require_match(checkpoint.path, stored, expected, (layers - built) * of_last)
 
@@ -153,14 +152,14 @@ def load_weights(
     return module.eval()
 
 
-def _expected(module: torch.nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
+def _expected(module: torch.nn.Module, family: Family, stored: dict[str, Stored]) -> dict[str, tuple[int, ...]]:
     """Name in the checkpoint -> shape in the checkpoint."""
     expected = {}
     for name, parameter in module.named_parameters():
         names, transposed = family.checkpoint_names(name)
         for part, rows in zip(names, rows_of_parts(module, name, len(names))):
             shape = (rows, *parameter.shape[1:])
-            expected[part] = shape[::-1] if transposed else shape
+            expected[part] = shape[::-1] if transposed and not (part in stored and stored[part].is_linear) else shape
     return expected
 
 
@@ -207,7 +206,7 @@ def _fill(
             else:
                 weight = huge_pages.empty(parameter.shape, dtype=dtype, device=device)
                 for part, target in zip(names, weight.split(rows_of_parts(module, name, len(names)))):
-                    stored[part].copy_to(target.t() if transposed else target, shown)
+                    stored[part].copy_to(target.t() if transposed and not stored[part].is_linear else target, shown)
             if is_matrix and weights in BITS:
                 try:
                     weight = quantize(weight, weights)

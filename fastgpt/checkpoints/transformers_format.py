@@ -2,22 +2,22 @@
 
 import contextlib
 import json
-import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastgpt import folders, schema
+from fastgpt.checkpoints import quantized_folders
 from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, architecture, family_of
 from fastgpt.checkpoints.families.family import Family
-from fastgpt.checkpoints.files import CONFIG, GENERATION_CONFIG, INDEX, STATE, WEIGHTS, naming, read_json
+from fastgpt.checkpoints.files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, naming, read_json
 from fastgpt.checkpoints.generation_config import generation_config, read_generation_config
 from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, load_weights, rows_of_parts
+from fastgpt.checkpoints.safetensors_files import headers, weight_files
 from fastgpt.checks import require_path, writing
 from fastgpt.folders import replacing
 
@@ -38,7 +38,9 @@ def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, di
     with naming(path):
         model_type = schema.read({"model_type": schema.choice(FAMILIES)}, config)["model_type"]
         _check_architectures(config, model_type, head)
-        return FAMILIES[model_type], config, FAMILIES[model_type].config_from(config)
+        quantized_folders.scheme(config)
+        plain = {name: value for name, value in config.items() if name != quantized_folders.ENTRY}
+        return FAMILIES[model_type], config, FAMILIES[model_type].config_from(plain)
 
 
 def _check_architectures(config: dict, model_type: str, head: str | None) -> None:
@@ -73,66 +75,18 @@ def load(
 def _read(folder: Path, head: str | None) -> Checkpoint:
     family, config, fields = read_config(folder, head)
     defaults = {} if head else read_generation_config(folder)
-    files = _weight_files(folder)
-    stored = _by_name(_headers(files), family)
+    files = weight_files(folder)
+    found, metadata = headers(files)
+    with naming(folder / CONFIG):
+        scheme = quantized_folders.scheme(config)
+    matrices = list(found) if scheme is None else quantized_folders.matrices(found, scheme)
+    stored = _by_name(matrices, family)
     fields = fields | {"tie_embeddings": _settle_output(stored, family, fields, head)}
     path = next(iter(files)) if len(files) == 1 else folder
     return Checkpoint(path, folder / CONFIG, family, config, fields, stored, defaults)
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """The safetensors files of a checkpoint, and the names of the weights in each according to the index."""
-    path, index = folders.find(folder, WEIGHTS), folders.find(folder, INDEX)
-    if path is not None:
-        return {path: []}
-    if index is None:
-        others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
-        found = f", found {others[0]}: only safetensors are read, which transformers' save_pretrained writes" if others else ""
-        if others == [STATE]:
-            found = f", found {STATE}: the training run there has saved no weights yet"
-        raise FileNotFoundError(f"model: expected {WEIGHTS} or {INDEX} in the checkpoint folder {folder}{found}")
-    content = read_json(index)
-    with naming(index):
-        shards = schema.read({"weight_map": schema.mapping()}, content)["weight_map"]
-        for name, shard in shards.items():
-            if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard):
-                raise ValueError(
-                    f"weight_map.{name}: expected the plain name of a .safetensors file in this folder, got {shard!r}"
-                )
-        if not shards:
-            raise ValueError("weight_map: expected at least one weight, got none")
-    files = {}
-    for shard in sorted(set(shards.values())):
-        path = folders.find(folder, shard)
-        if path is None:
-            raise FileNotFoundError(f"model: expected {shard} in the checkpoint folder {folder}, which {INDEX} names")
-        files[path] = [name for name, entry in shards.items() if entry == shard]
-    return files
-
-
-def _headers(files: dict[Path, list[str]]) -> list[Stored]:
-    found = []
-    for path, listed in files.items():
-        with open(path, "rb") as file:
-            try:
-                with safe_open(path, framework="pt"):  # checks the header, and that the tensors fill the file
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"model: {path} is damaged: {error}") from error
-            header = file.read(int.from_bytes(file.read(8), "little"))
-        try:
-            tensors = schema.parse_json(header, path)
-        except ValueError as error:
-            raise ValueError(f"model: {error}") from None
-        tensors.pop("__metadata__", None)
-        for name in listed:
-            if name not in tensors:
-                raise ValueError(f"model: {path} lacks weights: {name}, which {INDEX} says is in it")
-        found += [Stored(path, name, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()]
-    return found
-
-
-def _by_name(found: list[Stored], family: Family) -> dict[str, Stored]:
+def _by_name(found: Sequence[Stored], family: Family) -> dict[str, Stored]:
     """Weights by their names with prefix."""
     stored = {}
     for part in found:
@@ -143,8 +97,8 @@ def _by_name(found: list[Stored], family: Family) -> dict[str, Stored]:
             raise ValueError(f"model: {part.path}: {part.name}: expected one weight of this name, got two")
         if part.dtype not in DTYPES:
             raise ValueError(
-                f"model: {part.path}: {part.name}: expected dtype {' or '.join(DTYPES)}, got {part.dtype}: quantized weights "
-                "are not supported"
+                f"model: {part.path}: {part.name}: expected dtype {' or '.join(DTYPES)}, got {part.dtype}, which no "
+                f"{quantized_folders.ENTRY} in {CONFIG} explains"
             )
         stored[name] = part
     return stored

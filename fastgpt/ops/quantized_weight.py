@@ -191,7 +191,7 @@ def _quantized(weight, packing):
     if not largest <= most:
         raise ValueError(f"weight: expected finite numbers of magnitude {most:.0f} at most, got {largest}")
     scale, minimum = _fitted(groups, packing, highest, lowest)
-    return _pack(_rounded(groups, scale, minimum, packing), scale, minimum, packing)
+    return pack(_rounded(groups, scale, minimum, packing), scale, minimum, packing)
 
 
 def _fitted(groups, packing, highest, lowest):
@@ -236,7 +236,13 @@ def _dequantized(q, scale, minimum, packing):
     return w if minimum is None else w + minimum.float().unsqueeze(-1)
 
 
-def _pack(q, scale, minimum, packing):
+def pack(q: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, packing: Packing) -> torch.Tensor:
+    """Rows of blocks (N, bytes) uint8.
+
+    Args:
+        q: (N, groups, group_size), integers as they are stored: from -128 to 127 with 8 bits and no minima; else from 0 on.
+        scale, minimum: (N, groups) fp16; no minima: None.
+    """
     N, groups, size = q.shape
     if packing.bits == 8:
         integers = q.to(torch.uint8 if packing.minima else torch.int8).view(torch.uint8)
