@@ -28,7 +28,7 @@ from fastgpt.checkpoints.gguf_file import GGUF, TensorInfo, import_gguf, read
 from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, load_weights
 from fastgpt.model.rope import FACTOR, MAX_POSITIONS, ROPE_SCHEMA
 from fastgpt.ops.gguf_blocks import BLOCK_TYPES
-from fastgpt.ops.quantized_weight import Packing
+from fastgpt.ops.quantized_weight import Packing, Quantization
 from fastgpt.schema import choice, integer, number, only, unsupported
 
 QUANTIZED = (  # types of blocks that are served
@@ -206,7 +206,7 @@ def dequantize(blocks: np.ndarray, type_name: str) -> torch.Tensor:
 
 def load(
     path: str | Path, build: Callable[[dict, dict], Any],
-    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | None = None,
+    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | Quantization | None = None,
 ) -> Any:  # fmt: skip
     """Loads the decoder in a GGUF file, in evaluation mode.
 

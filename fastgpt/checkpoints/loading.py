@@ -16,10 +16,11 @@ from fastgpt import huge_pages
 from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.files import naming
 from fastgpt.checks import from_torchrun, is_terminal, require_choice
-from fastgpt.ops.quantized_weight import BITS, Packing, QuantizedWeight, quantize
+from fastgpt.ops.quantized_weight import BITS, Packing, Quantization, QuantizedWeight, quantize_to
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 32 << 20  # bytes of a file that are mapped at a time: mapped pages count as this process's memory
+QUANTIZED_CHUNK = 1 << 20  # and of what is quantized, which makes several copies of it
 MATRICES = (*BITS, "dequantized")  # how matrices can be loaded that are not to be as they are stored
 SHOW_PROGRESS = 1 << 30  # bytes of weights from which on a progress bar is shown: reading them takes a second or more
 
@@ -43,21 +44,41 @@ class Stored:
     def read(self, rows: slice) -> torch.Tensor:
         raise NotImplementedError
 
-    def chunks(self) -> Iterator[slice]:
-        """Slices of rows of at most CHUNK bytes."""
-        step = max(1, CHUNK * self.shape[0] // max(1, self.numel * DTYPES[self.dtype].itemsize))
-        return (slice(start, start + step) for start in range(0, self.shape[0], step))
+    def chunks(self, size: int = CHUNK, multiple: int = 1) -> Iterator[slice]:
+        """Slices of rows, each a multiple of so many, of at most `size` bytes."""
+        step = size * self.shape[0] // max(1, self.numel * DTYPES[self.dtype].itemsize)
+        step = max(1, step // multiple) * multiple
+        return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
 
     def copy_to(self, target: torch.Tensor, shown: Callable[[int], object]) -> None:
         """shown: called with the bytes of each chunk."""
         for rows in self.chunks():
             part = target[rows].copy_(self.read(rows))
-            # Not torch.aminmax, which copies transposed tensors.
-            if not part.is_meta and not all(map(math.isfinite, (part.amin(), part.amax()))):
-                raise ValueError(
-                    f"model: {self.path}: {self.name}: expected finite numbers in {target.dtype}, got NaN or infinity"
-                )
+            self._require_finite(part)
             shown(part.nbytes)
+
+    def quantize_to(self, target: torch.Tensor, packing: Packing, transposed: bool, shown: Callable[[int], object]) -> None:
+        """As `copy_to`, of a matrix that is quantized into target, blocks (N, bytes).
+
+        transposed: it is stored (C, N). Then groups of columns are rows here.
+        """
+        for rows in self.chunks(QUANTIZED_CHUNK, packing.group_size if transposed else 1):
+            part = self.read(rows).to(target.device)
+            self._require_finite(part)
+            if transposed:
+                part, of_part = part.t().contiguous(), target[:, packing.row_bytes(rows.start) : packing.row_bytes(rows.stop)]
+            else:
+                of_part = target[rows]
+            try:
+                quantize_to(of_part, part, packing)
+            except ValueError as error:
+                raise ValueError(f"weights: {self.name} cannot be quantized: {error}") from None
+            shown(part.numel() * packing.group_bytes // packing.group_size)
+
+    def _require_finite(self, part: torch.Tensor) -> None:
+        # Not torch.aminmax, which copies transposed tensors.
+        if not part.is_meta and not all(map(math.isfinite, (part.amin(), part.amax()))):
+            raise ValueError(f"model: {self.path}: {self.name}: expected finite numbers in {part.dtype}, got NaN or infinity")
 
     def read_blocks(self, rows: slice) -> torch.Tensor:
         """(R, bytes) uint8, of a tensor with a packing."""
@@ -100,7 +121,8 @@ class Checkpoint:
 
 def load_weights(
     checkpoint: Checkpoint, build: Callable[[dict, dict], Any], head: str | None = None,
-    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | None = None,
+    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    weights: str | Quantization | None = None,
 ) -> Any:  # fmt: skip
     """Builds the module of a checkpoint and loads its weights. It is returned in evaluation mode.
 
@@ -110,17 +132,18 @@ def load_weights(
         build: (GPTConfig's fields, config.json) -> the module; called on the meta device.
         head: the module's, one of HEADS.
         dtype: of the weights; default: the one that most of the stored numbers have.
-        weights: None: matrices as they are stored, quantized ones too if their blocks are served; "dequantized"; or "int8" or
-            "int4": they are quantized. dtype is that of the others.
+        weights: None: matrices as they are stored, quantized ones too if their blocks are served; "dequantized"; or how they
+            are quantized: "int8", "int4" or a Quantization. dtype is that of the others.
 
     Raises: ValueError that names the file and what is wrong in it; TypeError, ValueError for dtype and device.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise TypeError(f"dtype: expected {' or '.join(map(str, DTYPES.values()))} or None, got {dtype!r}")
-    if weights is not None:
+    if weights is not None and not isinstance(weights, Quantization):
         require_choice("weights", weights, MATRICES)
-        if dtype is torch.float64 and weights in BITS:
-            raise TypeError(f"dtype: expected fp32, fp16 or bf16 with weights={weights!r}, got {dtype}")
+        weights = Quantization(weights) if weights in BITS else weights
+    if isinstance(weights, Quantization):
+        require_choice("weights", weights.dtype, BITS)
     try:
         device = torch.empty(0, device=device).device
     except (AssertionError, RuntimeError, TypeError) as error:
@@ -148,6 +171,8 @@ def load_weights(
         for part in stored.values():
             numbers[part.dtype] += part.numel
         dtype = DTYPES[max(numbers, key=numbers.__getitem__)]
+    if dtype is torch.float64 and isinstance(weights, Quantization):
+        raise TypeError(f"dtype: expected fp32, fp16 or bf16 with weights={weights.dtype!r}, got {dtype}")
     _fill(module, family, stored, dtype, device, weights)
     return module.eval()
 
@@ -185,8 +210,9 @@ def _require_match(path: Path, stored: dict[str, Stored], expected: dict[str, tu
 
 
 def _fill(
-    module: torch.nn.Module, family: Family, stored: dict[str, Stored], dtype: torch.dtype, device, weights: str | None
-) -> None:
+    module: torch.nn.Module, family: Family, stored: dict[str, Stored], dtype: torch.dtype, device,
+    weights: str | Quantization | None,
+) -> None:  # fmt: skip
     """Loads the weights of a module on the meta device, chunk by chunk."""
     parameters = list(module.named_parameters())
     total = sum(parameter.numel() for _, parameter in parameters) * dtype.itemsize
@@ -195,24 +221,38 @@ def _fill(
             names, transposed = family.checkpoint_names(name)
             owner, _, attribute = name.rpartition(".")
             layer = module.get_submodule(owner)
-            is_matrix = _is_matrix(layer, name)
-            packing, *others = {stored[part].packing for part in names}
             rows, columns = parameter.shape[0], parameter.shape[-1]
-            if is_matrix and weights is None and packing and not others and dtype is not torch.float64:
-                blocks = huge_pages.empty((rows, packing.row_bytes(columns)), dtype=torch.uint8, device=device)
-                for part, target in zip(names, blocks.split(rows_of_parts(module, name, len(names)))):
-                    stored[part].copy_blocks_to(target, packing, shown)
-                weight: torch.Tensor = QuantizedWeight(blocks, packing, columns, dtype)
-            else:
-                weight = huge_pages.empty(parameter.shape, dtype=dtype, device=device)
-                for part, target in zip(names, weight.split(rows_of_parts(module, name, len(names)))):
-                    stored[part].copy_to(target.t() if transposed and not stored[part].is_linear else target, shown)
-            if is_matrix and weights in BITS:
+            parts = list(zip((stored[part] for part in names), rows_of_parts(module, name, len(names))))
+            packing = None
+            if _is_matrix(layer, name) and isinstance(weights, Quantization):
                 try:
-                    weight = quantize(weight, weights)
+                    packing = _quantization(weights, name).packing(columns)
                 except ValueError as error:
-                    raise ValueError(f"weights: {name} cannot be quantized to {weights}: {error}") from None
-            setattr(layer, attribute, torch.nn.Parameter(weight, requires_grad=not isinstance(weight, QuantizedWeight)))
+                    raise ValueError(f"weights: {name} cannot be quantized to {weights.dtype}: {error}") from None
+            elif _is_matrix(layer, name) and weights is None and dtype is not torch.float64:
+                as_stored, *others = {part.packing for part, _ in parts}
+                packing = None if others else as_stored
+            shape = parameter.shape if packing is None else (rows, packing.row_bytes(columns))
+            weight = huge_pages.empty(shape, dtype=dtype if packing is None else torch.uint8, device=device)
+            targets = weight.split([count for _, count in parts])
+            for (part, _), target in zip(parts, targets):
+                turned = transposed and not part.is_linear
+                if packing is None:
+                    part.copy_to(target.t() if turned else target, shown)
+                elif weights is None:
+                    part.copy_blocks_to(target, packing, shown)
+                else:
+                    part.quantize_to(target, packing, turned, shown)
+            if packing is not None:
+                weight = QuantizedWeight(weight, packing, columns, dtype)
+            setattr(layer, attribute, torch.nn.Parameter(weight, requires_grad=packing is None))
+
+
+def _quantization(chosen: Quantization, name: str) -> Quantization:
+    """That of a parameter: the token embedding and the output matrix are never below 8 bits, since what is lost there costs the
+    most: of SmolLM2 135M's loss in 4 bits, more than a third."""
+    is_vocabulary = name.removeprefix("model.") in ("token_embedding.weight", "output.weight")
+    return Quantization("int8", chosen.group_size) if is_vocabulary and chosen.dtype == "int4" else chosen
 
 
 def _is_matrix(layer: torch.nn.Module, name: str) -> bool:
@@ -236,7 +276,7 @@ def _progress(total: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def rows_of_parts(model, name: str, parts: int) -> list[int]:
+def rows_of_parts(model: Any, name: str, parts: int) -> list[int]:
     """The number of rows of each part of a parameter in a checkpoint."""
     rows, config = model.get_parameter(name).shape[0], model.config
     if parts == 3:  # queries, keys, values

@@ -13,10 +13,13 @@ Of a matrix X (N, C) with G groups of columns, these tensors are stored:
     compressed-tensors   X.weight_packed (N, C·bits/32) int32, or X.weight (N, C) int8; X.weight_scale (N, G);
                          X.weight_zero_point (N, G) int8, or (N·bits/32, G) int32
     torchao              X._weight_qdata (N, C) int8, X._weight_scale (N, G), X._weight_zero_point (N, G) int8
+    fastgpt              X.weight (N, bytes) uint8, blocks of QuantizedWeight as they are in memory; the file's metadata have the
+                         packing of each: "fastgpt.packings": {"X.weight": [bits, group_size, minima], ...}
 
 Sources: AutoGPTQ's and AutoAWQ's linear layers, compressed-tensors' compressors, torchao's Int8Tensor.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -26,11 +29,12 @@ import torch
 from fastgpt import schema
 from fastgpt.checkpoints.loading import DTYPES, Stored
 from fastgpt.checkpoints.safetensors_files import SafetensorsTensor
-from fastgpt.ops.quantized_weight import GROUP_SIZES, UNIT, Packing, pack
+from fastgpt.ops.quantized_weight import BITS, GROUP_SIZES, UNIT, Packing, dequantize_blocks, pack
 from fastgpt.schema import Field, flag, only, unsupported
 
 ENTRY = "quantization_config"  # of config.json
-AT_A_TIME = 1 << 20  # numbers that are read at a time, with some copies of them in fp32
+OWN, PACKINGS = "fastgpt", "fastgpt.packings"  # our quant_method, and the entry of metadata
+CHUNK = 1 << 20  # bytes of numbers, as of the model's dtype, that are read at a time, with some copies of them in fp32
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where columns 0 to 7 are among the eight numbers of an integer, from its lowest bits on
 SAID = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in config.json
 
@@ -68,9 +72,11 @@ def scheme(config: dict) -> Scheme | None:
     if entries is None:
         return None
     prefix = f"{ENTRY}."
-    method = schema.read({"quant_method": schema.choice(METHODS)}, entries, prefix)["quant_method"]
+    method = schema.read({"quant_method": schema.choice((*METHODS, OWN))}, entries, prefix)["quant_method"]
     said = schema.read({"dtype": Field(_any, None), "torch_dtype": Field(_any, None)}, config)
     dtype = next((name for name, word in SAID.items() if word in (said["dtype"], said["torch_dtype"])), None)
+    if method == OWN:
+        return Scheme(OWN, 0, None, False, False, dtype)
     return METHODS[method].scheme(entries, prefix)._replace(method=method, dtype=dtype)
 
 
@@ -89,11 +95,21 @@ def _number(choices: Sequence, default: Any = schema.REQUIRED) -> Field:
     return Field(check, default)
 
 
-def matrices(found: Sequence[SafetensorsTensor], scheme: Scheme) -> list[Stored]:
+def own_metadata(packings: Mapping[str, Packing]) -> dict[str, str]:
+    """Of a safetensors file with blocks: name -> what they hold."""
+    return {PACKINGS: json.dumps(packings)} if packings else {}
+
+
+def matrices(found: Sequence[SafetensorsTensor], scheme: Scheme, metadata: Mapping[str, str]) -> list[Stored]:
     """The tensors that are stored, each quantized matrix as one of them.
+
+    Args:
+        metadata: of the safetensors files.
 
     Raises: ValueError that names a tensor which is missing, misshapen or of another dtype.
     """
+    if scheme.method == OWN:
+        return _own_matrices(found, scheme, metadata)
     method = METHODS[scheme.method]
     by_name = {tensor.name: tensor for tensor in found}
     result: dict[str, Stored] = dict(by_name)
@@ -158,9 +174,8 @@ class QuantizedMatrix(Stored):
     def packing(self) -> Packing | None:  # type: ignore[override]  # a constant there
         return None if self.group_size % UNIT else Packing(self.scheme.bits, self.group_size, not self.scheme.symmetric)
 
-    def chunks(self) -> Iterator[slice]:
-        step = max(UNIT, AT_A_TIME // self.shape[1] // UNIT * UNIT)  # of whole integers of 32 bits
-        return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+    def chunks(self, size: int = CHUNK, multiple: int = 1) -> Iterator[slice]:
+        return super().chunks(min(size, CHUNK), UNIT)  # of whole integers of 32 bits
 
     def read(self, rows: slice) -> torch.Tensor:
         """(R, C) fp32."""
@@ -218,6 +233,64 @@ def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 def _of(rows: slice, per_word: int) -> slice:
     """The words that hold these rows."""
     return slice(rows.start // per_word, -(-rows.stop // per_word))
+
+
+# Ours
+
+
+@dataclass(frozen=True)
+class StoredBlocks(Stored):
+    """A matrix (N, C) in blocks, as QuantizedWeight has them."""
+
+    tensor: SafetensorsTensor
+    blocks: Packing
+
+    is_linear: ClassVar[bool] = True
+
+    def chunks(self, size: int = CHUNK, multiple: int = 1) -> Iterator[slice]:
+        return super().chunks(min(size, CHUNK), multiple)
+
+    @property
+    def packing(self) -> Packing:  # type: ignore[override]  # a constant there
+        return self.blocks
+
+    def read(self, rows: slice) -> torch.Tensor:
+        return dequantize_blocks(self.tensor.read(rows), self.packing, self.shape[1])
+
+    def read_blocks(self, rows: slice) -> torch.Tensor:
+        return self.tensor.read(rows)
+
+
+def _own_matrices(found: Sequence[SafetensorsTensor], scheme: Scheme, metadata: Mapping[str, str]) -> list[Stored]:
+    by_name = {tensor.name: tensor for tensor in found}
+    result: dict[str, Stored] = dict(by_name)
+    if PACKINGS not in metadata:
+        return list(result.values())
+    try:
+        packings = schema.parse_json(metadata[PACKINGS].encode(), PACKINGS)
+    except ValueError as error:
+        raise ValueError(f"model: {found[0].path}: {error}") from None
+    for name, stored in packings.items():
+        if name not in by_name:
+            raise ValueError(f"model: {found[0].path} lacks weights: {name}, whose packing its metadata have")
+        tensor = by_name[name]
+        packing = _packing(stored)
+        if packing is None or len(tensor.shape) != 2 or tensor.dtype != "U8" or tensor.shape[1] % packing.group_bytes:
+            raise ValueError(
+                f"model: {tensor.path}: {name}: expected rows of blocks in U8, as their packing [bits, group_size, minima] says, got "
+                f"shape {tensor.shape} of {tensor.dtype} and {stored!r:.100}"
+            )
+        shape = tensor.shape[0], tensor.shape[1] // packing.group_bytes * packing.group_size
+        result[name] = StoredBlocks(tensor.path, name, scheme.dtype or "F32", shape, tensor, packing)
+    return list(result.values())
+
+
+def _packing(stored: Any) -> Packing | None:
+    if not isinstance(stored, list) or list(map(type, stored)) != [int, int, bool]:
+        return None
+    bits, group_size, minima = stored
+    served = bits in BITS.values() and group_size > 0 and group_size % UNIT == 0
+    return Packing(bits, group_size, minima) if served else None
 
 
 # GPTQ

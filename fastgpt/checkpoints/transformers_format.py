@@ -20,6 +20,7 @@ from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, load_weights
 from fastgpt.checkpoints.safetensors_files import headers, weight_files
 from fastgpt.checks import require_path, writing
 from fastgpt.folders import replacing
+from fastgpt.ops.quantized_weight import Packing, Quantization, QuantizedWeight
 
 
 def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, dict]:
@@ -59,7 +60,7 @@ def _check_architectures(config: dict, model_type: str, head: str | None) -> Non
 
 def load(
     folder: Path, build: Callable[[dict, dict], Any], head: str | None = None,
-    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | None = None,
+    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | Quantization | None = None,
 ) -> Any:  # fmt: skip
     """Loads the decoder or the model with a head in a checkpoint folder, in evaluation mode.
 
@@ -79,7 +80,7 @@ def _read(folder: Path, head: str | None) -> Checkpoint:
     found, metadata = headers(files)
     with naming(folder / CONFIG):
         scheme = quantized_folders.scheme(config)
-    matrices = list(found) if scheme is None else quantized_folders.matrices(found, scheme)
+    matrices = list(found) if scheme is None else quantized_folders.matrices(found, scheme, metadata)
     stored = _by_name(matrices, family)
     fields = fields | {"tie_embeddings": _settle_output(stored, family, fields, head)}
     path = next(iter(files)) if len(files) == 1 else folder
@@ -127,8 +128,11 @@ def _settle_output(stored: dict[str, Stored], family: Family, fields: dict, head
     return False
 
 
-def contents(model: Any, head: str | None = None, entries: dict | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The contents that `write` saves: config.json, and the weights by name, copied only if they are stored differently."""
+def contents(
+    model: Any, head: str | None = None, entries: dict | None = None, dequantize: bool = False
+) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
+    """The contents that `write` saves: config.json, the weights by name, copied only if they are stored differently, and the
+    metadata of their file."""
     name = family_of(model.config, model.checkpoint_config.get("model_type"))
     family = FAMILIES[name]
     kept = model.checkpoint_config if model.checkpoint_config.get("model_type") == name else {}
@@ -138,30 +142,39 @@ def contents(model: Any, head: str | None = None, entries: dict | None = None) -
     config |= {key: value for key, value in kept.items() if key.endswith("_token_id")}
     config |= entries or {}
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
+    packings: dict[str, Packing] = {}
     for parameter, weight in model.named_parameters():
         if parameter == "model.output.weight":  # of the language model to which a head was added
             continue
         names, transposed = family.checkpoint_names(parameter)
-        for stored_as, part in zip(names, weight.detach().split(rows_of_parts(model, parameter, len(names)))):
+        rows = rows_of_parts(model, parameter, len(names))
+        if isinstance(weight, QuantizedWeight) and not dequantize:
+            packings |= dict.fromkeys(names, weight.packing)
+            weights |= zip(names, weight.blocks.split(rows))
+            continue
+        for stored_as, part in zip(names, weight.detach().split(rows)):
             weights[stored_as] = (part.t() if transposed else part).contiguous()
-    return config, weights
+    if packings:
+        config[quantized_folders.ENTRY] = {"quant_method": quantized_folders.OWN}
+    return config, weights, {"format": "pt"} | quantized_folders.own_metadata(packings)
 
 
 def write(
     model: Any, folder: str | Path, head: str | None = None, entries: dict | None = None,
-    generation_defaults: dict | None = None,
+    generation_defaults: dict | None = None, dequantize: bool = False,
 ) -> None:  # fmt: skip
     """Writes a checkpoint that `load` reads.
 
-    head: the model's head, one of HEADS; entries: further ones of config.json.
+    head: the model's head, one of HEADS; entries: further ones of config.json; dequantize: quantized matrices become what they
+        stand for.
 
     Raises: ValueError, naming what is wrong in the model or generation_defaults; OSError if the folder cannot be written to,
         which leaves it unchanged.
     """
     folder = require_path("folder", folder)
     generation = generation_config(generation_defaults or {})
-    config, weights = contents(model, head, entries)
+    config, weights, metadata = contents(model, head, entries, dequantize)
     for name, weight in weights.items():
         if weight.is_meta:
             raise ValueError(f"model: expected weights, got {name} on the meta device, which has none")
@@ -174,7 +187,7 @@ def write(
         with contextlib.ExitStack() as written:
             for name, text in files.items():
                 written.enter_context(replacing(folder / name)).write_text(text)
-            save_file(weights, written.enter_context(replacing(folder / WEIGHTS)), metadata={"format": "pt"})
+            save_file(weights, written.enter_context(replacing(folder / WEIGHTS)), metadata=metadata)
         # Files of the previous checkpoint.
         for name in {INDEX, GENERATION_CONFIG} - files.keys():
             (folder / name).unlink(missing_ok=True)

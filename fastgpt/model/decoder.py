@@ -25,7 +25,7 @@ from fastgpt.cache.base import KVCache
 from fastgpt.cache.create import new_cache
 from fastgpt.cache.uncached import Uncached
 from fastgpt.checkpoints import gguf, gguf_file, hub, transformers_format
-from fastgpt.checks import is_autocasting, require_flag
+from fastgpt.checks import is_autocasting, require_choice, require_flag
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.encoder_states import EncoderKV, require_causal, require_encoder_states, stored_encoder_states, uncached
 from fastgpt.model.evaluation_mode import is_training
@@ -36,6 +36,7 @@ from fastgpt.ops.decode_step import embed
 from fastgpt.ops.linear import finish, linear
 from fastgpt.ops.norm import norm
 from fastgpt.ops.quantization import QUANTIZED_DTYPES
+from fastgpt.ops.quantized_weight import Quantization
 
 
 @plain(weights=2)
@@ -539,7 +540,7 @@ class GPT(nn.Module):
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        weights: str | None = None,
+        weights: str | Quantization | None = None,
     ) -> "GPT":
         """Loads a decoder from a checkpoint in the format of transformers, or from a GGUF file. It is returned in evaluation mode.
 
@@ -555,8 +556,10 @@ class GPT(nn.Module):
                 quantized ones it is float32.
             device: of all weights. Default: PyTorch's default device.
             weights: "int8" or "int4" quantizes the matrices while they are loaded, in groups of 32 columns: see
-                `fastgpt.quantize`. A token then costs reading 8.5 or 4.5 bits a number. They have no gradients. Default: as
-                they are stored; a GGUF file's matrices in types that `linear` takes stay quantized, unless it is "dequantized".
+                `fastgpt.quantize`. A token then costs reading 8.5 or 4.5 bits a number; the token embedding and the output
+                matrix take 8.5 in either case. They have no gradients. A `Quantization` says more: other groups, or minima.
+                Default: as they are stored; matrices of quantized folders, and those of a GGUF file in types that `linear` takes,
+                stay quantized, unless it is "dequantized".
 
         Raises: FileNotFoundError or another OSError, naming the file that cannot be read; ValueError, naming the file and the
             wrong entry of config.json or generation_config.json, or the weights that are missing, unexpected, misshapen, not
@@ -571,11 +574,17 @@ class GPT(nn.Module):
             return gguf.load(path, build, dtype=dtype, device=device, weights=weights)
         return transformers_format.load(hub.resolve(path, revision), build, dtype=dtype, device=device, weights=weights)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, weights: str | None = None) -> None:
         """Writes `config.json`, `model.safetensors` and, if there are generation_defaults, `generation_config.json` into a
-        folder, which is made if it is missing. transformers loads them, if it has this architecture. Quantized weights are written as what
-        they stand for, in the dtype of the others.
+        folder, which is made if it is missing. transformers loads them, if it has this architecture and nothing is quantized.
 
-        Raises: OSError, naming the argument, if the folder cannot be written to.
+        Args:
+            weights: None: as they are, quantized matrices in their blocks, which `from_pretrained` loads again as they were.
+                "dequantized": as what they stand for, in the dtype of the others, for other libraries and for training.
+
+        Raises: OSError, naming the argument, if the folder cannot be written to; ValueError for weights.
         """
-        transformers_format.write(self, folder, generation_defaults=self.generation_defaults)
+        require_choice("weights", weights, (None, "dequantized"))
+        transformers_format.write(
+            self, folder, generation_defaults=self.generation_defaults, dequantize=weights == "dequantized"
+        )

@@ -13,7 +13,7 @@ from fastgpt.ops.gguf_blocks import BLOCK_TYPES
 
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = 32, 64, 128, None
-AT_A_TIME = 1 << 20  # numbers that are quantized at a time, with some copies of them in fp32
+AT_A_TIME = 1 << 17  # numbers that are quantized at a time, with some copies of them in fp32
 UNIT = 32  # numbers that are packed together; a group is a multiple of it
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 # Parts of the range that scales of 4 bits are fitted to: what lies outside is clipped, and the rest gets finer steps.
@@ -55,6 +55,25 @@ class Packing(NamedTuple):
         where = BLOCK_TYPES[self.block_type].halves if self.block_type else slice(self.header)
         stored = blocks.view(len(blocks), -1, self.block_bytes)[..., where].contiguous()
         return stored.view(torch.float16) if stored.numel() else stored.half()
+
+
+class Quantization(NamedTuple):
+    """How a matrix is quantized: the arguments of `fastgpt.quantize`."""
+
+    dtype: str = "int8"
+    group_size: int | None = 32
+    minima: bool = False
+
+    def packing(self, columns: int) -> Packing:
+        """Of a matrix with so many columns. Raises ValueError, TypeError for arguments that are wrong, or do not fit it."""
+        require_choice("dtype", self.dtype, BITS)
+        if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size: expected one of {', '.join(map(repr, GROUP_SIZES))}, got {self.group_size!r}")
+        require_flag("minima", self.minima)
+        size = columns if self.group_size is None else self.group_size
+        if not columns or columns % UNIT or columns % size:
+            raise ValueError(f"weight: expected a multiple of {max(UNIT, size)} columns, got {columns}")
+        return Packing(BITS[self.dtype], size, self.minima)
 
 
 class QuantizedWeight(torch.Tensor):
@@ -166,20 +185,20 @@ def quantize(
     """
     require_tensor("weight", weight, 2)
     require_dtype("weight", weight, DTYPES)
-    require_choice("dtype", dtype, BITS)
-    if isinstance(group_size, bool) or group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size: expected one of {', '.join(map(repr, GROUP_SIZES))}, got {group_size!r}")
-    require_flag("minima", minima)
-    N, C = weight.shape
-    size = C if group_size is None else group_size
-    if not C or C % UNIT or C % size:
-        raise ValueError(f"weight: expected a multiple of {max(UNIT, size)} columns, got shape {tuple(weight.shape)}")
-    packing = Packing(BITS[dtype], size, minima)
-    blocks = huge_pages.empty((N, packing.row_bytes(C)), dtype=torch.uint8, device=weight.device)
-    rows = max(1, AT_A_TIME // C)
-    for part, stored in zip(weight.detach().split(rows), blocks.split(rows)):
+    packing = Quantization(dtype, group_size, minima).packing(weight.shape[1])
+    blocks = huge_pages.empty((len(weight), packing.row_bytes(weight.shape[1])), dtype=torch.uint8, device=weight.device)
+    quantize_to(blocks, weight.detach(), packing)
+    return QuantizedWeight(blocks, packing, weight.shape[1], weight.dtype)
+
+
+def quantize_to(blocks: torch.Tensor, weight: torch.Tensor, packing: Packing) -> None:
+    """Quantizes a matrix (N, C) into rows of blocks (N, bytes) uint8, some rows at a time.
+
+    Raises: ValueError for numbers that are not finite or do not fit into fp16.
+    """
+    rows = max(1, AT_A_TIME // weight.shape[1])
+    for part, stored in zip(weight.split(rows), blocks.split(rows)):
         stored.copy_(_quantized(part.float(), packing))
-    return QuantizedWeight(blocks, packing, C, weight.dtype)
 
 
 def _quantized(weight, packing):

@@ -289,7 +289,8 @@ def pretrained(path: str | Path, **given) -> tuple[TrainConfig, GPT, Tokenizer]:
     Raises: FileNotFoundError, or ValueError when a setting or the tokenizer does not fit the checkpoint's model.
     """
     folder = resolve(path, argument="init_from")
-    tokenizer, model = Tokenizer.from_folder(folder), GPT.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = Tokenizer.from_folder(folder)
+    model = GPT.from_pretrained(folder, dtype=torch.float32, weights="dequantized")
     architecture = model.config
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ValueError(

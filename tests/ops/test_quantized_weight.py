@@ -268,7 +268,7 @@ def test_registered_operation():
         (lambda: ([1.0],), TypeError, "weight: expected a torch.Tensor, got list"),
         (lambda: (torch.randn(4, 32, dtype=torch.float64),), TypeError, "weight: expected"),
         (lambda: (torch.randn(32),), ValueError, "weight: expected 2 dimensions"),
-        (lambda: (torch.randn(4, 33),), ValueError, r"weight: expected a multiple of 32 columns, got shape \(4, 33\)"),
+        (lambda: (torch.randn(4, 33),), ValueError, r"weight: expected a multiple of 32 columns, got 33"),
         (lambda: (torch.randn(4, 96), "int4", 64), ValueError, "weight: expected a multiple of 64 columns"),
         (lambda: (torch.randn(4, 0), "int4", None), ValueError, "weight: expected a multiple of 32 columns"),
         (lambda: (torch.randn(4, 32), "int2"), ValueError, "dtype: expected one of 'int8', 'int4', got 'int2'"),
