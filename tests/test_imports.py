@@ -15,7 +15,7 @@ PACKAGE = Path(fastgpt.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli.main"},
-    {"cli.bench", "cli.generate", "cli.info", "cli.inspect", "cli.train"},
+    {"cli.bench", "cli.generate", "cli.info", "cli.inspect", "cli.quantize", "cli.train"},
     {"cli.arguments", "cli.example_calls", "cli.output", "cli.prompts"},
     {"training.loop"},
     {"bench.suite", "__init__", "parallel", "training.trainer"},
@@ -31,6 +31,7 @@ LAYERS = [
     {"model.encoder_states"},
     {"model.inputs"},
     {"model.config", "bench.limits"},
+    {"checkpoints.gguf_writer", "text.gguf_tokenizer_writer"},
     {"checkpoints.gguf", "checkpoints.transformers_format", "text.gguf_tokenizer"},
     {"checkpoints.quantized_folders"},
     {"checkpoints.safetensors_files"},

@@ -247,15 +247,13 @@ class StoredBlocks(Stored):
 
     is_linear: ClassVar[bool] = True
 
-    def chunks(self, size: int = CHUNK, multiple: int = 1) -> Iterator[slice]:
-        return super().chunks(min(size, CHUNK), multiple)
-
     @property
     def packing(self) -> Packing:  # type: ignore[override]  # a constant there
         return self.blocks
 
     def read(self, rows: slice) -> torch.Tensor:
-        return dequantize_blocks(self.tensor.read(rows), self.packing, self.shape[1])
+        parts = self.tensor.read(rows).split(max(1, CHUNK // 4 // self.shape[1]))
+        return torch.cat([dequantize_blocks(part, self.packing, self.shape[1]) for part in parts])
 
     def read_blocks(self, rows: slice) -> torch.Tensor:
         return self.tensor.read(rows)

@@ -64,7 +64,10 @@ class Norm(nn.Module):
 def new_layer(cls: type[nn.Module], *sizes: int, **options) -> nn.Module:
     """An nn.Linear or nn.Embedding with uninitialized weights, which `GPT.initialize` draws: drawing them twice would add a
     second to loading. It is PyTorch's own class, which quantization, adapters and FSDP look for."""
-    layer = cls(*sizes, device="meta", **options)
+    if cls is nn.Embedding:  # whose own initialization imports torch._dynamo on the meta device, which takes a second
+        layer: nn.Module = nn.Embedding.from_pretrained(torch.empty(sizes, device="meta"), freeze=False)
+    else:
+        layer = cls(*sizes, device="meta", **options)
     for name, weight in list(layer.named_parameters()):  # not by to_empty, which cannot replace fake tensors
         setattr(layer, name, nn.Parameter(torch.empty_like(weight, device=torch.get_default_device())))
     return layer

@@ -415,11 +415,11 @@ def test_training_starts_from_what_they_stand_for(tmp_path):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family, weights", [("llama", "int4"), ("gpt2", "int8")])
+@pytest.mark.parametrize("family, weights, layers", [("llama", "int4", 8), ("gpt2", "int8", 6)])  # about 80 MB each
 @pytest.mark.slow
-def test_peak_memory(family, weights, tmp_path):
+def test_peak_memory(family, weights, layers, tmp_path):
     """Of loading what is quantized on the way: little more than the result, whose matrices would take four times as much."""
-    sizes = dict(vocab_size=2000, context_length=64, num_layers=6, num_heads=16, hidden_size=1024)
+    sizes = dict(vocab_size=2000, context_length=64, num_layers=layers, num_heads=16, hidden_size=1024)
     fields = {} if family == "gpt2" else dict(norm="rms", activation="silu", gated=True, position="rotary", rope=Rope(64))
     with torch.device("meta"):
         model = GPT(GPTConfig(**sizes, **fields))
