@@ -20,7 +20,7 @@ from fastgpt.ops.quantized_weight import BITS, Packing, Quantization, QuantizedW
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 32 << 20  # bytes of a file that are mapped at a time: mapped pages count as this process's memory
-QUANTIZED_CHUNK = 1 << 20  # and of what is quantized, which makes several copies of it
+QUANTIZED_CHUNK = 1 << 19  # and of what is quantized, which makes several copies of it
 MATRICES = (*BITS, "dequantized")  # how matrices can be loaded that are not to be as they are stored
 SHOW_PROGRESS = 1 << 30  # bytes of weights from which on a progress bar is shown: reading them takes a second or more
 

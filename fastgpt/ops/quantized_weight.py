@@ -13,11 +13,12 @@ from fastgpt.ops.gguf_blocks import BLOCK_TYPES
 
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = 32, 64, 128, None
-AT_A_TIME = 1 << 17  # numbers that are quantized at a time, with some copies of them in fp32
+AT_A_TIME = 1 << 16  # numbers that are quantized at a time, with some copies of them in fp32
 UNIT = 32  # numbers that are packed together; a group is a multiple of it
 DTYPES = torch.float32, torch.float16, torch.bfloat16
-# Parts of the range that scales of 4 bits are fitted to: what lies outside is clipped, and the rest gets finer steps.
-PARTS = 1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8
+# How scales of 4 bits are fitted, without minima and with them: parts of the range to start from, outside of which numbers are
+# clipped while the rest gets finer steps; and how often what fits the integers of a start best is taken next.
+FITS = {False: ((1.0, 1.1, 0.93, 0.86), 1), True: ((1.0, 0.88), 3)}
 
 
 class Packing(NamedTuple):
@@ -222,20 +223,36 @@ def _fitted(groups, packing, highest, lowest):
     best: Any = None
     # Without minima the number of largest magnitude is -8 · scale: a scale may be negative.
     extreme = torch.where(highest > -lowest, highest, lowest)
-    for part in PARTS:
+    parts, refinements = FITS[packing.minima]
+    for part in parts:
         if packing.minima:
             middle, half = (highest + lowest) / 2, (highest - lowest) / 2 * part
             scale, minimum = (half / 7.5).half(), (middle - half).half()
         else:
             scale, minimum = (extreme * part / -8).half(), None
-        error = (_dequantized(_rounded(groups, scale, minimum, packing), scale, minimum, packing) - groups).square().sum(-1)
-        if best is None:
-            best = error, scale, minimum
-        else:
-            better = error < best[0]
-            kept = None if minimum is None else torch.where(better, minimum, best[2])
-            best = torch.where(better, error, best[0]), torch.where(better, scale, best[1]), kept
+        for last in (*[False] * refinements, True):
+            q = _rounded(groups, scale, minimum, packing)
+            error = (_dequantized(q, scale, minimum, packing) - groups).square_().sum(-1)
+            if best is None:
+                best = error, scale, minimum
+            else:
+                better = error < best[0]
+                kept = None if minimum is None else torch.where(better, minimum, best[2])
+                best = torch.where(better, error, best[0]), torch.where(better, scale, best[1]), kept
+            if not last:
+                scale, minimum = _least_squares(groups, q, packing)
     return best[1:]
+
+
+def _least_squares(groups, q, packing):
+    """The fp16 scale and minimum with the least squared error for these integers."""
+    if not packing.minima:
+        q = q - 8
+        return ((groups * q).sum(-1) / q.square().sum(-1).clamp_(min=1)).half(), None
+    mean, of_q = groups.mean(-1, keepdim=True), q.mean(-1, keepdim=True)
+    q = q - of_q
+    scale = (q * (groups - mean)).sum(-1) / q.square().sum(-1).clamp_(min=1e-9)
+    return scale.half(), (mean - scale.unsqueeze(-1) * of_q).squeeze(-1).half()
 
 
 def _rounded(groups, scale, minimum, packing):

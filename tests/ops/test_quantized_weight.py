@@ -325,3 +325,19 @@ def test_functional_linear():
     x, weight = torch.randn(3, 64), quantize(torch.randn(40, 64))
     assert torch.equal(F.linear(x, weight), linear(x, weight))
     assert torch.equal(F.linear(input=x, weight=weight, bias=None), linear(x, weight))
+
+
+@pytest.mark.parametrize("minima", [False, True])
+def test_scales_of_four_bits_fit_their_integers_best(minima):
+    """No other scale and minimum of a group would bring its integers much closer to the numbers."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256)
+    stored = quantize(weight, "int4", minima=minima)
+    packing = stored.packing
+    headers = stored.blocks.view(64, -1, packing.group_bytes)[..., : packing.header].contiguous().view(torch.float16).double()
+    groups, found = (x.double().view(-1, 32, 1) for x in (weight, stored.dequantize()))
+    scale = headers[..., :1].reshape(-1, 1, 1)
+    q = (found - (headers[..., 1:].reshape(-1, 1, 1) if minima else 0)) / scale
+    basis = torch.cat([q, torch.ones_like(q)], -1) if minima else q
+    best = basis @ torch.linalg.lstsq(basis, groups).solution
+    assert (found - groups).square().sum() <= 1.01 * (best - groups).square().sum()
