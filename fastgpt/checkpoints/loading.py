@@ -161,6 +161,11 @@ def load_weights(
     with naming(checkpoint.config_path), torch.device("meta"):
         module = build(fields, checkpoint.config)
     expected = _expected(module, family, stored)
+    for name in [name for name in stored.keys() - expected.keys() if name.endswith(".bias")]:
+        # AutoGPTQ gave each quantized matrix a bias, whether the model has one or not.
+        matrix = stored.get(name.removesuffix("bias") + "weight")
+        if matrix is not None and matrix.is_linear and not stored[name].read(slice(None)).any():
+            del stored[name]
     of_last = sum(f".{built - 1}." in name for name in expected)
     _require_match(checkpoint.path, stored, expected, (layers - built) * of_last)
 

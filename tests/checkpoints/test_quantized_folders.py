@@ -20,6 +20,7 @@ from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
 from fastgpt.training.trainer import pretrained
 
+DOWN = "model.layers.1.mlp.down_proj."
 WIDE = LLAMA | {
     "vocab_size": 65, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 2, "head_dim": 32, "tie_word_embeddings": False,
@@ -146,6 +147,16 @@ def test_groups_that_do_not_fit_kernels_are_dequantized(tmp_path):
     assert isinstance(model.blocks[0].mlp.down.weight, QuantizedWeight)
 
 
+def test_biases_that_a_model_does_not_have(quantized):
+    """AutoGPTQ's, of zeros; any other is an error."""
+    folder, _ = quantized("gptq, 4 bits")
+    edit_weights(folder, lambda weights: weights.update({DOWN + "bias": torch.zeros(128, dtype=torch.float16)}))
+    assert GPT.from_pretrained(folder).blocks[1].mlp.down.bias is None
+    edit_weights(folder, lambda weights: weights[DOWN + "bias"].fill_(1e-3))
+    with raises("has unexpected weights: model.layers.1.mlp.down_proj.bias"):
+        GPT.from_pretrained(folder)
+
+
 # As the libraries write them
 
 
@@ -267,9 +278,6 @@ def changed(name, change):
 def set_nan(x):
     x[0, 0] = torch.nan
     return x
-
-
-DOWN = "model.layers.1.mlp.down_proj."
 
 
 @pytest.mark.parametrize(
