@@ -11,14 +11,14 @@ import torch
 from fastgpt.checkpoints import gguf, gguf_file
 from fastgpt.checkpoints.families import FAMILIES, family_of
 from fastgpt.checkpoints.families.family import Family
-from fastgpt.checkpoints.gguf import ARCHITECTURES, NAMES, PACKINGS, ROPE_TENSORS, GGUFTensor
+from fastgpt.checkpoints.gguf import ARCHITECTURES, NAMES, ROPE_TENSORS, GGUFTensor
 from fastgpt.checkpoints.loading import rows_of_parts
 from fastgpt.model.rope import Rope
-from fastgpt.ops.quantized_weight import QuantizedWeight
+from fastgpt.ops.quantized_weight import GGUF_PACKINGS, QuantizedWeight
 
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # of general.file_type, by the type of most matrices
 UNLIKE = "general.file_type", "general.quantization_version", "general.alignment", "split."  # what a new file says by itself
-TYPE_NAMES = {packing: name for name, packing in PACKINGS.items()}
+TYPE_NAMES = {packing: name for name, packing in GGUF_PACKINGS.items()}
 PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -116,7 +116,7 @@ def write(path: Path, model: Any, metadata: Mapping[str, Any], rotation: Mapping
         names, _ = family.checkpoint_names(parameter)
         if isinstance(weight, QuantizedWeight):
             if weight.packing not in TYPE_NAMES:
-                raise ValueError(f"model: {parameter}: expected a packing of {', '.join(PACKINGS)}, got {weight}")
+                raise ValueError(f"model: {parameter}: expected a packing of {', '.join(GGUF_PACKINGS)}, got {weight}")
             stored, kind = weight.blocks, TYPE_NAMES[weight.packing]
         else:
             stored, kind = weight.detach(), PLAIN[weight.dtype] if weight.dim() == 2 else "F32"
@@ -129,9 +129,10 @@ def write(path: Path, model: Any, metadata: Mapping[str, Any], rotation: Mapping
             part = part.contiguous()
             array = part.view(torch.uint8).numpy() if kind == "BF16" else part.numpy()
             tensors[stored_as] = array, kind
-    kinds = [kind for _, kind in tensors.values() if kind in FILE_TYPES]
+    kinds = [kind for _, kind in tensors.values() if kind in GGUF_PACKINGS]
     writer = package.GGUFWriter(path, name)
-    writer.add_file_type(FILE_TYPES[max(FILE_TYPES, key=kinds.count)] if kinds else 0)
+    if (most := max(GGUF_PACKINGS, key=kinds.count)) in FILE_TYPES:
+        writer.add_file_type(FILE_TYPES[most] if kinds else 0)
     if kinds:
         writer.add_quantization_version(package.GGML_QUANT_VERSION)
     for key, value in metadata.items():

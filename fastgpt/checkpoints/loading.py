@@ -73,7 +73,7 @@ class Stored:
                 quantize_to(of_part, part, packing)
             except ValueError as error:
                 raise ValueError(f"weights: {self.name} cannot be quantized: {error}") from None
-            shown(part.numel() * packing.group_bytes // packing.group_size)
+            shown(part.numel() * packing.block_bytes // packing.block)
 
     def _require_finite(self, part: torch.Tensor) -> None:
         # Not torch.aminmax, which copies transposed tensors.

@@ -14,7 +14,7 @@ Of a matrix X (N, C) with G groups of columns, these tensors are stored:
                          X.weight_zero_point (N, G) int8, or (N·bits/32, G) int32
     torchao              X._weight_qdata (N, C) int8, X._weight_scale (N, G), X._weight_zero_point (N, G) int8
     fastgpt              X.weight (N, bytes) uint8, blocks of QuantizedWeight as they are in memory; the file's metadata have the
-                         packing of each: "fastgpt.packings": {"X.weight": [bits, group_size, minima], ...}
+                         packing of each: "fastgpt.packings": {"X.weight": [bits, group_size, minima, block_type], ...}
 
 Sources: AutoGPTQ's and AutoAWQ's linear layers, compressed-tensors' compressors, torchao's Int8Tensor.
 """
@@ -29,7 +29,7 @@ import torch
 from fastgpt import schema
 from fastgpt.checkpoints.loading import DTYPES, Stored
 from fastgpt.checkpoints.safetensors_files import SafetensorsTensor
-from fastgpt.ops.quantized_weight import BITS, GROUP_SIZES, UNIT, Packing, dequantize_blocks, pack
+from fastgpt.ops.quantized_weight import BITS, GGUF_PACKINGS, GROUP_SIZES, UNIT, Packing, dequantize_blocks, pack
 from fastgpt.schema import Field, flag, only, unsupported
 
 ENTRY = "quantization_config"  # of config.json
@@ -273,22 +273,24 @@ def _own_matrices(found: Sequence[SafetensorsTensor], scheme: Scheme, metadata: 
             raise ValueError(f"model: {found[0].path} lacks weights: {name}, whose packing its metadata have")
         tensor = by_name[name]
         packing = _packing(stored)
-        if packing is None or len(tensor.shape) != 2 or tensor.dtype != "U8" or tensor.shape[1] % packing.group_bytes:
+        if packing is None or len(tensor.shape) != 2 or tensor.dtype != "U8" or tensor.shape[1] % packing.block_bytes:
             raise ValueError(
-                f"model: {tensor.path}: {name}: expected rows of blocks in U8, as their packing [bits, group_size, minima] says, got "
+                f"model: {tensor.path}: {name}: expected rows of blocks in U8, as their packing [bits, group_size, minima, block_type] says, got "
                 f"shape {tensor.shape} of {tensor.dtype} and {stored!r:.100}"
             )
-        shape = tensor.shape[0], tensor.shape[1] // packing.group_bytes * packing.group_size
+        shape = tensor.shape[0], tensor.shape[1] // packing.block_bytes * packing.block
         result[name] = StoredBlocks(tensor.path, name, scheme.dtype or "F32", shape, tensor, packing)
     return list(result.values())
 
 
 def _packing(stored: Any) -> Packing | None:
-    if not isinstance(stored, list) or list(map(type, stored)) != [int, int, bool]:
+    if not isinstance(stored, list) or list(map(type, stored)) != [int, int, bool, int]:
         return None
-    bits, group_size, minima = stored
-    served = bits in BITS.values() and group_size > 0 and group_size % UNIT == 0
-    return Packing(bits, group_size, minima) if served else None
+    packing = Packing(*stored)
+    if packing.block_type:
+        return packing if packing in GGUF_PACKINGS.values() else None
+    served = packing.bits in BITS.values() and packing.group_size > 0 and packing.group_size % UNIT == 0
+    return packing if served else None
 
 
 # GPTQ

@@ -58,6 +58,12 @@ class Packing(NamedTuple):
         return stored.view(torch.float16) if stored.numel() else stored.half()
 
 
+GGUF_PACKINGS = {"Q8_0": Packing(8, 32, False), "Q4_0": Packing(4, 32, False), "Q4_1": Packing(4, 32, True)} | {
+    kind.name: Packing(kind.bytes * 8 // kind.columns, kind.group_size, kind.minima, kind.number)
+    for kind in BLOCK_TYPES.values()
+}  # of GGUF's types
+
+
 class Quantization(NamedTuple):
     """How a matrix is quantized: the arguments of `fastgpt.quantize`."""
 

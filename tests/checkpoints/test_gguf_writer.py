@@ -97,6 +97,6 @@ def test_what_a_file_cannot_say_is_named(tmp_path):
         with raises(f"model: expected {field}=.*, which a GGUF file can say, got"):
             written(GPT.from_pretrained(tmp_path / case), tmp_path / "model.gguf")
     random_model().save_pretrained(tmp_path / "wide")
-    with raises("expected a packing of Q8_0, Q4_0, Q4_1, got QuantizedWeight"):
+    with raises("expected a packing of Q8_0, Q4_0, Q4_1, .*, got QuantizedWeight"):
         written(GPT.from_pretrained(tmp_path / "wide", weights=Quantization("int8", 64)), tmp_path / "model.gguf")
     assert CONFIGS.keys() - GGUF_CONFIGS.keys() == {"qwen2, windows", "gemma2"}

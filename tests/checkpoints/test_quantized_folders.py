@@ -89,7 +89,7 @@ def test_numbers_and_tokens(layout, quantized):
     _, bits, group_size, symmetric, _ = LAYOUTS[layout]
     for weight, exact, bound in of_blocks(model, expected):
         assert isinstance(weight, QuantizedWeight) and weight.dtype == torch.float16
-        assert weight.packing == (bits, group_size or weight.shape[1], not symmetric)
+        assert weight.packing == (bits, group_size or weight.shape[1], not symmetric, 0)
         assert ((weight.dequantize(torch.float32).double() - exact).abs() <= bound + 1e-6 * exact.abs()).all()
     assert not isinstance(model.token_embedding.weight, QuantizedWeight) and model.output.weight.dtype == torch.float16
 
@@ -117,7 +117,7 @@ def test_scales_of_bf16_and_quantizing_again(layout, plain, quantized):
         assert weight.dtype == torch.bfloat16 and torch.equal(weight.dequantize(torch.float32).double(), exact)
     again = GPT.from_pretrained(folder, weights="int4")
     assert {type(block.mlp.down.weight) for block in again.blocks} == {QuantizedWeight}
-    assert again.blocks[0].mlp.down.weight.packing == (4, 32, False)
+    assert again.blocks[0].mlp.down.weight.packing == (4, 32, False, 0)
 
 
 def test_transposed_matrices(tmp_path):
@@ -202,7 +202,7 @@ def test_as_torchao_writes_it(group_size, plain, tmp_path):
     model = GPT.from_pretrained(tmp_path)
     expected = {name: x.dequantize() for name, x in theirs.state_dict().items() if "_proj" in name}
     for weight, exact, _ in of_blocks(model, {name: (x, x) for name, x in expected.items()}):
-        assert isinstance(weight, QuantizedWeight) and weight.packing == (8, group_size or weight.shape[1], False)
+        assert isinstance(weight, QuantizedWeight) and weight.packing == (8, group_size or weight.shape[1], False, 0)
         # Scales in fp32 are rounded.
         assert ((weight.dequantize() - exact).abs() <= 2**-11 * exact.abs()).all()
 
@@ -378,16 +378,22 @@ NAME = "transformer.h.1.mlp.c_proj.weight"
     [
         (lambda packings: packings.pop(NAME), "c_proj.weight: expected dtype F64 or F32 or F16 or BF16, got U8, which no"),
         (
-            lambda packings: packings.update({NAME: [3, 32, False]}),
-            r"c_proj.weight: expected rows of blocks .*\[3, 32, False\]",
+            lambda packings: packings.update({NAME: [3, 32, False, 0]}),
+            r"c_proj.weight: expected rows of blocks .*\[3, 32, False, 0\]",
         ),
-        (lambda packings: packings.update({NAME: [4, 0, False]}), r"expected rows of blocks .*\[4, 0, False\]"),
+        (lambda packings: packings.update({NAME: [4, 0, False, 0]}), r"expected rows of blocks .*\[4, 0, False, 0\]"),
         (lambda packings: packings.update({NAME: [4, 32]}), r"expected rows of blocks .*\[4, 32\]"),
         (lambda packings: packings.update({NAME: {"bits": 4}}), "expected rows of blocks .*'bits'"),
-        (lambda packings: packings.update({NAME: [8, 32, True]}), r"got shape \(64, 144\) of U8 and \[8, 32, True\]|misshapen"),
-        (lambda packings: packings.update({NAME: [8, 64, False]}), r"got shape \(64, 144\) of U8 and \[8, 64, False\]"),
-        (lambda packings: packings.update({"x": [8, 32, False]}), "lacks weights: x, whose packing its metadata have"),
-        (lambda packings: packings.update({"transformer.ln_f.weight": [8, 32, False]}), "ln_f.weight: expected rows of blocks"),
+        (
+            lambda packings: packings.update({NAME: [8, 32, True, 0]}),
+            r"got shape \(64, 144\) of U8 and \[8, 32, True, 0\]|misshapen",
+        ),
+        (lambda packings: packings.update({NAME: [8, 64, False, 0]}), r"got shape \(64, 144\) of U8 and \[8, 64, False, 0\]"),
+        (lambda packings: packings.update({"x": [8, 32, False, 0]}), "lacks weights: x, whose packing its metadata have"),
+        (
+            lambda packings: packings.update({"transformer.ln_f.weight": [8, 32, False, 0]}),
+            "ln_f.weight: expected rows of blocks",
+        ),
     ],
 )
 def test_packings_that_are_wrong_are_named(change, message, tmp_path):

@@ -334,7 +334,7 @@ def test_scales_of_four_bits_fit_their_integers_best(minima):
     weight = torch.randn(64, 256)
     stored = quantize(weight, "int4", minima=minima)
     packing = stored.packing
-    headers = stored.blocks.view(64, -1, packing.group_bytes)[..., : packing.header].contiguous().view(torch.float16).double()
+    headers = packing.halves(stored.blocks).double()
     groups, found = (x.double().view(-1, 32, 1) for x in (weight, stored.dequantize()))
     scale = headers[..., :1].reshape(-1, 1, 1)
     q = (found - (headers[..., 1:].reshape(-1, 1, 1) if minima else 0)) / scale
