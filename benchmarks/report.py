@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import fastgpt
-from benchmarks import families_table, numerics_table, pages, plots
+from benchmarks import families_table, numerics_table, pages, perplexity_table, plots
 from fastgpt.bench.timing import uncertainty
 
 STORED = Path(__file__).parent / "results"
@@ -191,7 +191,7 @@ def sections(document: Path) -> dict[str, str]:
     folder = STORED / SHOWN
     results = pages.results_in(folder)
     parts = pages.parts(folder, results, within(folder, document))
-    expected = {*pages.PARTS, "architectures", "models of transformers", "numerics", "families", "training"}
+    expected = {*pages.PARTS, "architectures", "models of transformers", "numerics", "families", "training", "perplexity"}
     if missing := expected - parts.keys() - results.keys():
         raise FileNotFoundError(f"{folder}: README and docs show {', '.join(sorted(missing))}, of which there are no results")
     training = results["training"]
@@ -216,6 +216,7 @@ def sections(document: Path) -> dict[str, str]:
         "architectures": f"{pages.architectures(results['architectures'])} "
         f"[Each of them]({page}#architectures-of-transformers).",
         "families": families_table.markdown(results["families"]["families"]),
+        "perplexity": perplexity_table.markdown(results["perplexity"]["perplexity"]),
         "8-bit caches": eight_bit_caches(training),
         "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "
         f"**{training['validation_loss']:.4f} nats per character** on the last 10% "

@@ -56,7 +56,7 @@ from fastgpt.ops.kv_cache_update import (
 from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
 from fastgpt.ops.norm import norm, norm_reference
-from fastgpt.ops.quantized_weight import QuantizedWeight, quantize
+from fastgpt.ops.quantized_weight import Quantization, QuantizedWeight, quantize
 
 if TYPE_CHECKING:  # at run time in __getattr__, since it loads tokenizers
     from fastgpt.generation.pipeline import pipeline
@@ -72,6 +72,7 @@ __all__ = [
     "OutOfPages",
     "PagePool",
     "PagedCache",
+    "Quantization",
     "QuantizedWeight",
     "SequenceClassifier",
     "SlidingCache",

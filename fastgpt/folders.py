@@ -1,6 +1,7 @@
 """Folders of checkpoints and runs: safe access to files of a checkpoint, atomic replacement of files, creation of folders."""
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,6 +47,20 @@ def made(folder: Path) -> Iterator[None]:
         for path in missing:
             with suppress(OSError):
                 path.rmdir()
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """`with new_folder(path) as temporary`: what is written into the folder `temporary` appears at `path`, where nothing may be,
+    whole or not at all. Its parents are created."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
+    with made(path.parent):
+        temporary.mkdir()
+        try:
+            yield temporary
+            os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 class replacing:

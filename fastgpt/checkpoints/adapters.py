@@ -14,7 +14,8 @@ from fastgpt import folders, schema
 from fastgpt.checkpoints.families import FAMILIES, family_of
 from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.hub import resolve
-from fastgpt.checkpoints.transformers_format import DTYPES, json_text, part_rows
+from fastgpt.checkpoints.loading import DTYPES, rows_of_parts
+from fastgpt.checkpoints.transformers_format import json_text
 from fastgpt.folders import replacing
 from fastgpt.model.lora import Adapter, adapted_layers
 
@@ -46,7 +47,7 @@ def write(model: Any, folder: Path, alpha: float, base: str | None) -> None:
     for name, layer in adapted_layers(model):
         names, _ = family.checkpoint_names(f"{name}.weight")
         rank = len(layer.lora_A)
-        rows = part_rows(model, f"{name}.weight", len(names))
+        rows = rows_of_parts(model, f"{name}.weight", len(names))
         for part, B in zip(names, layer.lora_B.detach().split(rows)):  # those of a fused layer have the same A
             module = part.removesuffix(".weight")
             targets.add(re.sub(r".*\.\d+\.", "", module))
@@ -117,7 +118,7 @@ def _adapters(stored: dict[str, torch.Tensor], config: dict, model: Any) -> dict
         names, _ = family.checkpoint_names(f"{name}.weight")
         found = [matrices.pop(part, None) for part in names]
         if any(found):
-            rows = part_rows(model, f"{name}.weight", len(names))
+            rows = rows_of_parts(model, f"{name}.weight", len(names))
             adapters[name] = _joined(names, found, rows, layer.in_features, config)
     if matrices:
         raise ValueError(f"expected adapters of this model's linear layers, got one of {min(matrices)}")

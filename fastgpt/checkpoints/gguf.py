@@ -25,10 +25,9 @@ from fastgpt.checkpoints.families.fields import (
 )
 from fastgpt.checkpoints.files import naming
 from fastgpt.checkpoints.gguf_file import GGUF, TensorInfo, import_gguf, read
-from fastgpt.checkpoints.transformers_format import DTYPES, Checkpoint, Stored, load_weights
+from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, load_weights
 from fastgpt.model.rope import FACTOR, MAX_POSITIONS, ROPE_SCHEMA
-from fastgpt.ops.gguf_blocks import BLOCK_TYPES
-from fastgpt.ops.quantized_weight import Packing
+from fastgpt.ops.quantized_weight import GGUF_PACKINGS, Packing, Quantization
 from fastgpt.schema import choice, integer, number, only, unsupported
 
 QUANTIZED = (  # types of blocks that are served
@@ -36,10 +35,6 @@ QUANTIZED = (  # types of blocks that are served
     "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
 )  # fmt: skip
 SERVED = (*DTYPES, *QUANTIZED)
-PACKINGS = {"Q8_0": Packing(8, 32, False), "Q4_0": Packing(4, 32, False), "Q4_1": Packing(4, 32, True)} | {
-    kind.name: Packing(kind.bytes * 8 // kind.columns, kind.group_size, kind.minima, kind.number)
-    for kind in BLOCK_TYPES.values()
-}  # of QuantizedWeight
 PIECE = 1 << 17  # numbers that are dequantized at a time: they and what they are computed from fit into a cache
 ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"}
 # Modules of the decoder -> tensors.
@@ -150,7 +145,7 @@ class GGUFTensor(Stored):
 
     @property
     def packing(self) -> Packing | None:  # type: ignore[override]  # a constant there
-        return PACKINGS.get(self.info.type) if len(self.shape) == 2 and not self.offset else None
+        return GGUF_PACKINGS.get(self.info.type) if len(self.shape) == 2 and not self.offset else None
 
     def read_blocks(self, rows: slice) -> torch.Tensor:
         return torch.from_numpy(np.array(self._mapped()[self._order(rows)]))
@@ -206,7 +201,7 @@ def dequantize(blocks: np.ndarray, type_name: str) -> torch.Tensor:
 
 def load(
     path: str | Path, build: Callable[[dict, dict], Any],
-    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | None = None,
+    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | Quantization | None = None,
 ) -> Any:  # fmt: skip
     """Loads the decoder in a GGUF file, in evaluation mode.
 

@@ -2,33 +2,25 @@
 
 import contextlib
 import json
-import math
-import re
-import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fastgpt import folders, huge_pages, schema
+from fastgpt import folders, schema
+from fastgpt.checkpoints import quantized_folders
 from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, architecture, family_of
 from fastgpt.checkpoints.families.family import Family
-from fastgpt.checkpoints.files import CONFIG, GENERATION_CONFIG, INDEX, STATE, WEIGHTS, naming, read_json
+from fastgpt.checkpoints.files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, naming, read_json
 from fastgpt.checkpoints.generation_config import generation_config, read_generation_config
-from fastgpt.checks import from_torchrun, is_terminal, require_choice, require_path, writing
+from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, load_weights, rows_of_parts
+from fastgpt.checkpoints.safetensors_files import headers, weight_files
+from fastgpt.checks import require_path, writing
 from fastgpt.folders import replacing
-from fastgpt.ops.quantized_weight import BITS, Packing, QuantizedWeight, quantize
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CHUNK = 32 << 20  # bytes of a file that are mapped at a time: mapped pages count as this process's memory
-MATRICES = (*BITS, "dequantized")  # how matrices can be loaded that are not to be as they are stored
-SHOW_PROGRESS = 1 << 30  # bytes of weights from which on a progress bar is shown: reading them takes a second or more
+from fastgpt.ops.quantized_weight import Packing, Quantization, QuantizedWeight
 
 
 def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, dict]:
@@ -49,7 +41,9 @@ def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, di
     with naming(path):
         model_type = schema.read({"model_type": schema.choice(FAMILIES)}, config)["model_type"]
         _check_architectures(config, model_type, head)
-        return FAMILIES[model_type], config, FAMILIES[model_type].config_from(config)
+        quantized_folders.scheme(config)
+        plain = {name: value for name, value in config.items() if name != quantized_folders.ENTRY}
+        return FAMILIES[model_type], config, FAMILIES[model_type].config_from(plain)
 
 
 def _check_architectures(config: dict, model_type: str, head: str | None) -> None:
@@ -66,83 +60,9 @@ def _check_architectures(config: dict, model_type: str, head: str | None) -> Non
         )
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file; those of other formats derive from it."""
-
-    path: Path
-    name: str
-    dtype: str  # one of DTYPES: what `read` gives
-    shape: tuple[int, ...]
-
-    packing: ClassVar[Packing | None] = None  # of a matrix that `read_blocks` gives as it is stored
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def read(self, rows: slice) -> torch.Tensor:
-        with safe_open(self.path, framework="pt") as file:  # opened for each chunk, so that its pages are unmapped afterwards
-            return file.get_slice(self.name)[rows]
-
-    def chunks(self) -> Iterator[slice]:
-        """Slices of rows of at most CHUNK bytes."""
-        step = max(1, CHUNK * self.shape[0] // max(1, self.numel * DTYPES[self.dtype].itemsize))
-        return (slice(start, start + step) for start in range(0, self.shape[0], step))
-
-    def copy_to(self, target: torch.Tensor, shown: Callable[[int], object]) -> None:
-        """shown: called with the bytes of each chunk."""
-        for rows in self.chunks():
-            part = target[rows].copy_(self.read(rows))
-            # Not torch.aminmax, which copies transposed tensors.
-            if not part.is_meta and not all(map(math.isfinite, (part.amin(), part.amax()))):
-                raise ValueError(
-                    f"model: {self.path}: {self.name}: expected finite numbers in {target.dtype}, got NaN or infinity"
-                )
-            shown(part.nbytes)
-
-    def read_blocks(self, rows: slice) -> torch.Tensor:
-        """(R, bytes) uint8, of a tensor with a packing."""
-        raise NotImplementedError
-
-    def copy_blocks_to(self, target: torch.Tensor, packing: Packing, shown: Callable[[int], object]) -> None:
-        """As `copy_to`, of blocks, whose packing is `self.packing`."""
-        for rows in self.chunks():
-            part = target[rows].copy_(self.read_blocks(rows))
-            if not part.is_meta and not packing.halves(part).isfinite().all():
-                raise ValueError(f"model: {self.path}: {self.name}: expected finite scales, got NaN or infinity")
-            shown(part.nbytes)
-
-    def equal(self, other: "Stored") -> bool:
-        """Whether two matrices have equal values."""
-        if self.shape != other.shape or len(self.shape) != 2:
-            return False
-        dtype = torch.promote_types(DTYPES[self.dtype], DTYPES[other.dtype])
-        return all(torch.equal(self.read(rows).to(dtype), other.read(rows).to(dtype)) for rows in self.chunks())
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What the files of a checkpoint say, before any weight is read.
-
-    path: of the weights, for errors: a file, or the folder of several.
-    config_path: of the file that says what `config` and `fields` do.
-    config: as config.json has it; fields: GPTConfig's.
-    stored: the weights by their names with prefix.
-    """
-
-    path: Path
-    config_path: Path
-    family: Family
-    config: dict
-    fields: dict
-    stored: dict[str, Stored]
-    generation_defaults: dict
-
-
 def load(
     folder: Path, build: Callable[[dict, dict], Any], head: str | None = None,
-    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | None = None,
+    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | Quantization | None = None,
 ) -> Any:  # fmt: skip
     """Loads the decoder or the model with a head in a checkpoint folder, in evaluation mode.
 
@@ -158,120 +78,18 @@ def load(
 def _read(folder: Path, head: str | None) -> Checkpoint:
     family, config, fields = read_config(folder, head)
     defaults = {} if head else read_generation_config(folder)
-    files = _weight_files(folder)
-    stored = _by_name(_headers(files), family)
+    files = weight_files(folder)
+    found, metadata = headers(files)
+    with naming(folder / CONFIG):
+        scheme = quantized_folders.scheme(config)
+    matrices = list(found) if scheme is None else quantized_folders.matrices(found, scheme, metadata)
+    stored = _by_name(matrices, family)
     fields = fields | {"tie_embeddings": _settle_output(stored, family, fields, head)}
     path = next(iter(files)) if len(files) == 1 else folder
     return Checkpoint(path, folder / CONFIG, family, config, fields, stored, defaults)
 
 
-def load_weights(
-    checkpoint: Checkpoint, build: Callable[[dict, dict], Any], head: str | None = None,
-    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | None = None,
-) -> Any:  # fmt: skip
-    """Builds the module of a checkpoint and loads its weights. It is returned in evaluation mode.
-
-    Names and shapes are compared with the headers of the files before memory is allocated.
-
-    Args:
-        build: (GPTConfig's fields, config.json) -> the module; called on the meta device.
-        head: the module's, one of HEADS.
-        dtype: of the weights; default: the one that most of the stored numbers have.
-        weights: None: matrices as they are stored, quantized ones too if their blocks are served; "dequantized"; or "int8" or
-            "int4": they are quantized. dtype is that of the others.
-
-    Raises: ValueError that names the file and what is wrong in it; TypeError, ValueError for dtype and device.
-    """
-    if dtype is not None and dtype not in DTYPES.values():
-        raise TypeError(f"dtype: expected {' or '.join(map(str, DTYPES.values()))} or None, got {dtype!r}")
-    if weights is not None:
-        require_choice("weights", weights, MATRICES)
-        if dtype is torch.float64 and weights in BITS:
-            raise TypeError(f"dtype: expected fp32, fp16 or bf16 with weights={weights!r}, got {dtype}")
-    try:
-        device = torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device: expected a device of this machine, got {device!r} ({reason})") from None
-    family, fields, stored = checkpoint.family, checkpoint.fields, checkpoint.stored
-
-    # The config may claim any number of layers: at most one that is not in the files is built, to name its missing weights.
-    layers = fields["num_layers"]
-    held = {match[1] for name in stored if (match := re.match(family.layer_pattern, name))}
-    built = min(layers, len(held) + 1)
-    fields = fields | {"num_layers": built}
-    if fields.get("windows") is not None:
-        fields["windows"] = fields["windows"][:built]
-    with naming(checkpoint.config_path), torch.device("meta"):
-        module = build(fields, checkpoint.config)
-    expected = _expected(module, family)
-    of_last = sum(f".{built - 1}." in name for name in expected)
-    _require_match(checkpoint.path, stored, expected, (layers - built) * of_last)
-
-    decoder = module.model if head else module
-    decoder.checkpoint_config, decoder.generation_defaults = checkpoint.config, checkpoint.generation_defaults
-    if dtype is None:
-        numbers: Counter[str] = Counter()
-        for part in stored.values():
-            numbers[part.dtype] += part.numel
-        dtype = DTYPES[max(numbers, key=numbers.__getitem__)]
-    _fill(module, family, stored, dtype, device, weights)
-    return module.eval()
-
-
-def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """The safetensors files of a checkpoint, and the names of the weights in each according to the index."""
-    path, index = folders.find(folder, WEIGHTS), folders.find(folder, INDEX)
-    if path is not None:
-        return {path: []}
-    if index is None:
-        others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
-        found = f", found {others[0]}: only safetensors are read, which transformers' save_pretrained writes" if others else ""
-        if others == [STATE]:
-            found = f", found {STATE}: the training run there has saved no weights yet"
-        raise FileNotFoundError(f"model: expected {WEIGHTS} or {INDEX} in the checkpoint folder {folder}{found}")
-    content = read_json(index)
-    with naming(index):
-        shards = schema.read({"weight_map": schema.mapping()}, content)["weight_map"]
-        for name, shard in shards.items():
-            if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard):
-                raise ValueError(
-                    f"weight_map.{name}: expected the plain name of a .safetensors file in this folder, got {shard!r}"
-                )
-        if not shards:
-            raise ValueError("weight_map: expected at least one weight, got none")
-    files = {}
-    for shard in sorted(set(shards.values())):
-        path = folders.find(folder, shard)
-        if path is None:
-            raise FileNotFoundError(f"model: expected {shard} in the checkpoint folder {folder}, which {INDEX} names")
-        files[path] = [name for name, entry in shards.items() if entry == shard]
-    return files
-
-
-def _headers(files: dict[Path, list[str]]) -> list[Stored]:
-    found = []
-    for path, listed in files.items():
-        with open(path, "rb") as file:
-            try:
-                with safe_open(path, framework="pt"):  # checks the header, and that the tensors fill the file
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"model: {path} is damaged: {error}") from error
-            header = file.read(int.from_bytes(file.read(8), "little"))
-        try:
-            tensors = schema.parse_json(header, path)
-        except ValueError as error:
-            raise ValueError(f"model: {error}") from None
-        tensors.pop("__metadata__", None)
-        for name in listed:
-            if name not in tensors:
-                raise ValueError(f"model: {path} lacks weights: {name}, which {INDEX} says is in it")
-        found += [Stored(path, name, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()]
-    return found
-
-
-def _by_name(found: list[Stored], family: Family) -> dict[str, Stored]:
+def _by_name(found: Sequence[Stored], family: Family) -> dict[str, Stored]:
     """Weights by their names with prefix."""
     stored = {}
     for part in found:
@@ -282,8 +100,8 @@ def _by_name(found: list[Stored], family: Family) -> dict[str, Stored]:
             raise ValueError(f"model: {part.path}: {part.name}: expected one weight of this name, got two")
         if part.dtype not in DTYPES:
             raise ValueError(
-                f"model: {part.path}: {part.name}: expected dtype {' or '.join(DTYPES)}, got {part.dtype}: quantized weights "
-                "are not supported"
+                f"model: {part.path}: {part.name}: expected dtype {' or '.join(DTYPES)}, got {part.dtype}, which no "
+                f"{quantized_folders.ENTRY} in {CONFIG} explains"
             )
         stored[name] = part
     return stored
@@ -312,100 +130,11 @@ def _settle_output(stored: dict[str, Stored], family: Family, fields: dict, head
     return False
 
 
-def _expected(module: torch.nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
-    """Name in the checkpoint -> shape in the checkpoint."""
-    expected = {}
-    for name, parameter in module.named_parameters():
-        names, transposed = family.checkpoint_names(name)
-        for part, rows in zip(names, part_rows(module, name, len(names))):
-            shape = (rows, *parameter.shape[1:])
-            expected[part] = shape[::-1] if transposed else shape
-    return expected
-
-
-def _require_match(path: Path, stored: dict[str, Stored], expected: dict[str, tuple[int, ...]], unbuilt: int) -> None:
-    """Raises ValueError for missing, unexpected or misshapen weights; unbuilt: number of missing ones not in `expected`."""
-    problems = []
-    lacking = sorted(expected.keys() - stored.keys())
-    shapes = [
-        f"{stored[name].name}: expected shape {shape}, got {stored[name].shape}"
-        for name, shape in sorted(expected.items())
-        if name in stored and stored[name].shape != shape
-    ]
-    for what, names, more in (
-        ("lacks weights", lacking, unbuilt),
-        ("has unexpected weights", sorted(stored.keys() - expected.keys()), 0),
-        ("has misshapen weights", shapes, 0),
-    ):
-        more += max(0, len(names) - 5)
-        if names:
-            problems.append(f"{what}: {', '.join(names[:5])}" + (f" and {more:,} more" if more else ""))
-    if problems:
-        raise ValueError(f"model: {path} {'; '.join(problems)}")
-
-
-def _fill(
-    module: torch.nn.Module, family: Family, stored: dict[str, Stored], dtype: torch.dtype, device, weights: str | None
-) -> None:
-    """Loads the weights of a module on the meta device, chunk by chunk."""
-    parameters = list(module.named_parameters())
-    total = sum(parameter.numel() for _, parameter in parameters) * dtype.itemsize
-    with _progress(total) as shown:
-        for name, parameter in parameters:
-            names, transposed = family.checkpoint_names(name)
-            owner, _, attribute = name.rpartition(".")
-            layer = module.get_submodule(owner)
-            is_matrix = _is_matrix(layer, name)
-            packing, *others = {stored[part].packing for part in names}
-            rows, columns = parameter.shape[0], parameter.shape[-1]
-            if is_matrix and weights is None and packing and not others and dtype is not torch.float64:
-                blocks = huge_pages.empty((rows, packing.row_bytes(columns)), dtype=torch.uint8, device=device)
-                for part, target in zip(names, blocks.split(part_rows(module, name, len(names)))):
-                    stored[part].copy_blocks_to(target, packing, shown)
-                weight: torch.Tensor = QuantizedWeight(blocks, packing, columns, dtype)
-            else:
-                weight = huge_pages.empty(parameter.shape, dtype=dtype, device=device)
-                for part, target in zip(names, weight.split(part_rows(module, name, len(names)))):
-                    stored[part].copy_to(target.t() if transposed else target, shown)
-            if is_matrix and weights in BITS:
-                try:
-                    weight = quantize(weight, weights)
-                except ValueError as error:
-                    raise ValueError(f"weights: {name} cannot be quantized to {weights}: {error}") from None
-            setattr(layer, attribute, torch.nn.Parameter(weight, requires_grad=not isinstance(weight, QuantizedWeight)))
-
-
-def _is_matrix(layer: torch.nn.Module, name: str) -> bool:
-    """Whether all of this parameter is read for a token: not a bias, the weight of a norm or a table of positions."""
-    return (
-        name.endswith(".weight")
-        and isinstance(layer, (torch.nn.Linear, torch.nn.Embedding))
-        and "position_embedding" not in name
-    )
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar on stderr if it is a terminal and there is much to load; of several processes, only the first shows it."""
-    if total < SHOW_PROGRESS or not is_terminal(sys.stderr) or from_torchrun("RANK"):
-        yield lambda count: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="loading", unit="B", unit_scale=True) as bar:
-        yield bar.update
-
-
-def part_rows(model: Any, name: str, parts: int) -> list[int]:
-    """The number of rows of each part of a parameter in a checkpoint."""
-    rows, config = model.get_parameter(name).shape[0], model.config
-    if parts == 3:  # queries, keys, values
-        return [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    return [rows // parts] * parts
-
-
-def contents(model: Any, head: str | None = None, entries: dict | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The contents that `write` saves: config.json, and the weights by name, copied only if they are stored differently."""
+def contents(
+    model: Any, head: str | None = None, entries: dict | None = None, dequantize: bool = False
+) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
+    """The contents that `write` saves: config.json, the weights by name, copied only if they are stored differently, and the
+    metadata of their file."""
     name = family_of(model.config, model.checkpoint_config.get("model_type"))
     family = FAMILIES[name]
     kept = model.checkpoint_config if model.checkpoint_config.get("model_type") == name else {}
@@ -415,7 +144,8 @@ def contents(model: Any, head: str | None = None, entries: dict | None = None) -
     config |= {key: value for key, value in kept.items() if key.endswith("_token_id")}
     config |= entries or {}
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
+    packings: dict[str, Packing] = {}
     for parameter, weight in model.named_parameters():
         if parameter == "model.output.weight":  # of the language model to which a head was added
             continue
@@ -425,25 +155,33 @@ def contents(model: Any, head: str | None = None, entries: dict | None = None) -
         if hasattr(layer := model.get_submodule(owner), "merged_weight") and kind == "weight":
             weight = layer.merged_weight()
         names, transposed = family.checkpoint_names(parameter)
-        for stored_as, part in zip(names, weight.detach().split(part_rows(model, parameter, len(names)))):
+        rows = rows_of_parts(model, parameter, len(names))
+        if isinstance(weight, QuantizedWeight) and not dequantize:
+            packings |= dict.fromkeys(names, weight.packing)
+            weights |= zip(names, weight.blocks.split(rows))
+            continue
+        for stored_as, part in zip(names, weight.detach().split(rows)):
             weights[stored_as] = (part.t() if transposed else part).contiguous()
-    return config, weights
+    if packings:
+        config[quantized_folders.ENTRY] = {"quant_method": quantized_folders.OWN}
+    return config, weights, {"format": "pt"} | quantized_folders.own_metadata(packings)
 
 
 def write(
     model: Any, folder: str | Path, head: str | None = None, entries: dict | None = None,
-    generation_defaults: dict | None = None,
+    generation_defaults: dict | None = None, dequantize: bool = False,
 ) -> None:  # fmt: skip
     """Writes a checkpoint that `load` reads.
 
-    head: the model's head, one of HEADS; entries: further ones of config.json.
+    head: the model's head, one of HEADS; entries: further ones of config.json; dequantize: quantized matrices become what they
+        stand for.
 
     Raises: ValueError, naming what is wrong in the model or generation_defaults; OSError if the folder cannot be written to,
         which leaves it unchanged.
     """
     folder = require_path("folder", folder)
     generation = generation_config(generation_defaults or {})
-    config, weights = contents(model, head, entries)
+    config, weights, metadata = contents(model, head, entries, dequantize)
     for name, weight in weights.items():
         if weight.is_meta:
             raise ValueError(f"model: expected weights, got {name} on the meta device, which has none")
@@ -456,7 +194,7 @@ def write(
         with contextlib.ExitStack() as written:
             for name, text in files.items():
                 written.enter_context(replacing(folder / name)).write_text(text)
-            save_file(weights, written.enter_context(replacing(folder / WEIGHTS)), metadata={"format": "pt"})
+            save_file(weights, written.enter_context(replacing(folder / WEIGHTS)), metadata=metadata)
         # Files of the previous checkpoint.
         for name in {INDEX, GENERATION_CONFIG} - files.keys():
             (folder / name).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import torch
 import fastgpt
 from fastgpt.bench.timing import implementation
 from fastgpt.cache.create import CACHE_KINDS
-from fastgpt.checkpoints.transformers_format import MATRICES
+from fastgpt.checkpoints.loading import MATRICES
 from fastgpt.checks import require_integer
 from fastgpt.cli.arguments import add_model, device_of, integer, number, path_or_id, unescape
 from fastgpt.cli.example_calls import example_calls

@@ -17,6 +17,7 @@ from fastgpt.model.inputs import PromptTooLong
 COMMANDS = {  # a module beside this one each
     "generate": "continue a prompt",
     "inspect": "show the tokens of a prompt and the predictions for the next one",
+    "quantize": "write a model with matrices of 8 or 4 bits, as a folder or a GGUF file",
     "train": "train a model on a text file",
     "bench": "measure the speed of generation and its operations, in two minutes",
     "info": "show versions, devices, and which implementation each operation uses; or what is in a GGUF file",

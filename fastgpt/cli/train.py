@@ -2,26 +2,20 @@
 
 import argparse
 import dataclasses
-import shutil
 import sys
 from typing import Any
 
 import torch
 
-from fastgpt import folders
 from fastgpt.checkpoints import gguf_file, hub
 from fastgpt.cli.arguments import add_device, device_of, integer, number, path, path_or_id
 from fastgpt.cli.output import print_stderr
+from fastgpt.text.tokenizer_files import copy_companions
 from fastgpt.training.config import DTYPES, FIXED_ON_RESUME, WEIGHTS, TrainConfig
 from fastgpt.training.loop import train
 from fastgpt.training.processes import PARALLEL, joined, local_device
 from fastgpt.training.run_folder import claimed, require_new_run
 from fastgpt.training.trainer import Trainer, pretrained
-
-TOKENIZER_FILES = (  # what a checkpoint has beside its tokenizer.json, into which added tokens have gone
-    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
-    "generation_config.json",
-)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,12 +100,7 @@ def started(options: argparse.Namespace, settings: dict, place: dict) -> Trainer
     trainer = Trainer(options.text, config, model=model, tokenizer=tokenizer, base=options.init_from, **place)
     if place["processes"].first and not gguf_file.is_gguf(options.init_from):  # what else belongs to the tokenizer
         options.out.mkdir(parents=True, exist_ok=True)
-        folder = hub.resolve(options.init_from)
-        for name in (path.relative_to(folder) for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
-            if (file := folders.find(folder, name, "init-from")) is not None:
-                (options.out / name).parent.mkdir(exist_ok=True)
-                with folders.replacing(options.out / name) as copy:
-                    shutil.copyfile(file, copy)
+        copy_companions(hub.resolve(options.init_from), options.out, "init-from")
     return trainer
 
 

@@ -15,6 +15,7 @@ from fastgpt.generation.config import defaults_of
 from fastgpt.generation.request import Request
 from fastgpt.model.decoder import GPT
 from fastgpt.model.inputs import require_room
+from fastgpt.ops.quantized_weight import Quantization
 from fastgpt.text.streaming import IncrementalDetokenizer, StopStrings
 from fastgpt.text.tokenizer import Tokenizer, require_text
 
@@ -25,7 +26,7 @@ OWN_EOS = "the checkpoint's"
 def pipeline(
     path: str | Path = SHIPPED_MODEL,
     *, revision: str | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-    weights: str | None = None, lora: str | Path | None = None,
+    weights: str | Quantization | None = None, lora: str | Path | None = None,
 ) -> "Pipeline":  # fmt: skip
     """Loads a checkpoint to go from text to text.
 
@@ -38,7 +39,8 @@ def pipeline(
         revision: of a model on the Hugging Face Hub: a branch, a tag or a commit; default its main branch.
         dtype: of the weights; default as stored.
         device: default a GPU if there is one.
-        weights, lora: as in `GPT.from_pretrained`.
+        weights: None, "int8", "int4", a `Quantization` or "dequantized", as in `GPT.from_pretrained`.
+        lora: as in `GPT.from_pretrained`.
 
     Raises: FileNotFoundError, ValueError that says what is missing or damaged.
     """

@@ -25,7 +25,7 @@ from fastgpt.cache.base import KVCache
 from fastgpt.cache.create import new_cache
 from fastgpt.cache.uncached import Uncached
 from fastgpt.checkpoints import adapters, gguf, gguf_file, hub, transformers_format
-from fastgpt.checks import is_autocasting, require_flag
+from fastgpt.checks import is_autocasting, require_choice, require_flag
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.encoder_states import EncoderKV, require_causal, require_encoder_states, stored_encoder_states, uncached
 from fastgpt.model.evaluation_mode import is_training
@@ -37,6 +37,7 @@ from fastgpt.ops.decode_step import embed
 from fastgpt.ops.linear import finish, linear
 from fastgpt.ops.norm import norm
 from fastgpt.ops.quantization import QUANTIZED_DTYPES
+from fastgpt.ops.quantized_weight import Quantization
 
 
 @plain(weights=2)
@@ -64,7 +65,10 @@ class Norm(nn.Module):
 def new_layer(cls: type[nn.Module], *sizes: int, **options) -> nn.Module:
     """An nn.Linear or nn.Embedding with uninitialized weights, which `GPT.initialize` draws: drawing them twice would add a
     second to loading. It is PyTorch's own class, which quantization, adapters and FSDP look for."""
-    layer = cls(*sizes, device="meta", **options)
+    if cls is nn.Embedding:  # whose own initialization imports torch._dynamo on the meta device, which takes a second
+        layer: nn.Module = nn.Embedding.from_pretrained(torch.empty(sizes, device="meta"), freeze=False)
+    else:
+        layer = cls(*sizes, device="meta", **options)
     for name, weight in list(layer.named_parameters()):  # not by to_empty, which cannot replace fake tensors
         setattr(layer, name, nn.Parameter(torch.empty_like(weight, device=torch.get_default_device())))
     return layer
@@ -540,7 +544,7 @@ class GPT(nn.Module):
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        weights: str | None = None,
+        weights: str | Quantization | None = None,
         lora: str | Path | None = None,
     ) -> "GPT":
         """Loads a decoder from a checkpoint in the format of transformers, or from a GGUF file. It is returned in evaluation mode.
@@ -557,8 +561,10 @@ class GPT(nn.Module):
                 quantized ones it is float32.
             device: of all weights. Default: PyTorch's default device.
             weights: "int8" or "int4" quantizes the matrices while they are loaded, in groups of 32 columns: see
-                `fastgpt.quantize`. A token then costs reading 8.5 or 4.5 bits a number. They have no gradients. Default: as
-                they are stored; a GGUF file's matrices in types that `linear` takes stay quantized, unless it is "dequantized".
+                `fastgpt.quantize`. A token then costs reading 8.5 or 4.5 bits a number; the token embedding and the output
+                matrix take 8.5 in either case. They have no gradients. A `Quantization` says more: other groups, or minima.
+                Default: as they are stored; matrices of quantized folders, and those of a GGUF file in types that `linear` takes,
+                stay quantized, unless it is "dequantized".
             lora: a folder with a LoRA adapter of this model, or its id on the Hub, as PEFT and `fastgpt train --lora` save it. It is
                 added to the weights; to quantized ones at each call, beside them.
 
@@ -580,11 +586,17 @@ class GPT(nn.Module):
             apply_adapters(model, adapters.read(lora, model))
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, weights: str | None = None) -> None:
         """Writes `config.json`, `model.safetensors` and, if there are generation_defaults, `generation_config.json` into a
-        folder, which is made if it is missing. transformers loads them, if it has this architecture. Quantized weights are written as what
-        they stand for, in the dtype of the others.
+        folder, which is made if it is missing. transformers loads them, if it has this architecture and nothing is quantized.
 
-        Raises: OSError, naming the argument, if the folder cannot be written to.
+        Args:
+            weights: None: as they are, quantized matrices in their blocks, which `from_pretrained` loads again as they were.
+                "dequantized": as what they stand for, in the dtype of the others, for other libraries and for training.
+
+        Raises: OSError, naming the argument, if the folder cannot be written to; ValueError for weights.
         """
-        transformers_format.write(self, folder, generation_defaults=self.generation_defaults)
+        require_choice("weights", weights, (None, "dequantized"))
+        transformers_format.write(
+            self, folder, generation_defaults=self.generation_defaults, dequantize=weights == "dequantized"
+        )

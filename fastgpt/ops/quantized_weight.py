@@ -13,11 +13,12 @@ from fastgpt.ops.gguf_blocks import BLOCK_TYPES
 
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = 32, 64, 128, None
-AT_A_TIME = 1 << 20  # numbers that are quantized at a time, with some copies of them in fp32
+AT_A_TIME = 1 << 16  # numbers that are quantized at a time, with some copies of them in fp32
 UNIT = 32  # numbers that are packed together; a group is a multiple of it
 DTYPES = torch.float32, torch.float16, torch.bfloat16
-# Parts of the range that scales of 4 bits are fitted to: what lies outside is clipped, and the rest gets finer steps.
-PARTS = 1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8
+# How scales of 4 bits are fitted, without minima and with them: parts of the range to start from, outside of which numbers are
+# clipped while the rest gets finer steps; and how often what fits the integers of a start best is taken next.
+FITS = {False: ((1.0, 1.1, 0.93, 0.86), 1), True: ((1.0, 0.88), 3)}
 
 
 class Packing(NamedTuple):
@@ -55,6 +56,31 @@ class Packing(NamedTuple):
         where = BLOCK_TYPES[self.block_type].halves if self.block_type else slice(self.header)
         stored = blocks.view(len(blocks), -1, self.block_bytes)[..., where].contiguous()
         return stored.view(torch.float16) if stored.numel() else stored.half()
+
+
+GGUF_PACKINGS = {"Q8_0": Packing(8, 32, False), "Q4_0": Packing(4, 32, False), "Q4_1": Packing(4, 32, True)} | {
+    kind.name: Packing(kind.bytes * 8 // kind.columns, kind.group_size, kind.minima, kind.number)
+    for kind in BLOCK_TYPES.values()
+}  # of GGUF's types
+
+
+class Quantization(NamedTuple):
+    """How a matrix is quantized: the arguments of `fastgpt.quantize`."""
+
+    dtype: str = "int8"
+    group_size: int | None = 32
+    minima: bool = False
+
+    def packing(self, columns: int) -> Packing:
+        """Of a matrix with so many columns. Raises ValueError, TypeError for arguments that are wrong, or do not fit it."""
+        require_choice("dtype", self.dtype, BITS)
+        if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size: expected one of {', '.join(map(repr, GROUP_SIZES))}, got {self.group_size!r}")
+        require_flag("minima", self.minima)
+        size = columns if self.group_size is None else self.group_size
+        if not columns or columns % UNIT or columns % size:
+            raise ValueError(f"weight: expected a multiple of {max(UNIT, size)} columns, got {columns}")
+        return Packing(BITS[self.dtype], size, self.minima)
 
 
 class QuantizedWeight(torch.Tensor):
@@ -167,20 +193,20 @@ def quantize(
     """
     require_tensor("weight", weight, 2)
     require_dtype("weight", weight, DTYPES)
-    require_choice("dtype", dtype, BITS)
-    if isinstance(group_size, bool) or group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size: expected one of {', '.join(map(repr, GROUP_SIZES))}, got {group_size!r}")
-    require_flag("minima", minima)
-    N, C = weight.shape
-    size = C if group_size is None else group_size
-    if not C or C % UNIT or C % size:
-        raise ValueError(f"weight: expected a multiple of {max(UNIT, size)} columns, got shape {tuple(weight.shape)}")
-    packing = Packing(BITS[dtype], size, minima)
-    blocks = huge_pages.empty((N, packing.row_bytes(C)), dtype=torch.uint8, device=weight.device)
-    rows = max(1, AT_A_TIME // C)
-    for part, stored in zip(weight.detach().split(rows), blocks.split(rows)):
+    packing = Quantization(dtype, group_size, minima).packing(weight.shape[1])
+    blocks = huge_pages.empty((len(weight), packing.row_bytes(weight.shape[1])), dtype=torch.uint8, device=weight.device)
+    quantize_to(blocks, weight.detach(), packing)
+    return QuantizedWeight(blocks, packing, weight.shape[1], weight.dtype)
+
+
+def quantize_to(blocks: torch.Tensor, weight: torch.Tensor, packing: Packing) -> None:
+    """Quantizes a matrix (N, C) into rows of blocks (N, bytes) uint8, some rows at a time.
+
+    Raises: ValueError for numbers that are not finite or do not fit into fp16.
+    """
+    rows = max(1, AT_A_TIME // weight.shape[1])
+    for part, stored in zip(weight.split(rows), blocks.split(rows)):
         stored.copy_(_quantized(part.float(), packing))
-    return QuantizedWeight(blocks, packing, C, weight.dtype)
 
 
 def _quantized(weight, packing):
@@ -192,7 +218,7 @@ def _quantized(weight, packing):
     if not largest <= most:
         raise ValueError(f"weight: expected finite numbers of magnitude {most:.0f} at most, got {largest}")
     scale, minimum = _fitted(groups, packing, highest, lowest)
-    return _pack(_rounded(groups, scale, minimum, packing), scale, minimum, packing)
+    return pack(_rounded(groups, scale, minimum, packing), scale, minimum, packing)
 
 
 def _fitted(groups, packing, highest, lowest):
@@ -204,20 +230,36 @@ def _fitted(groups, packing, highest, lowest):
     best: Any = None
     # Without minima the number of largest magnitude is -8 · scale: a scale may be negative.
     extreme = torch.where(highest > -lowest, highest, lowest)
-    for part in PARTS:
+    parts, refinements = FITS[packing.minima]
+    for part in parts:
         if packing.minima:
             middle, half = (highest + lowest) / 2, (highest - lowest) / 2 * part
             scale, minimum = (half / 7.5).half(), (middle - half).half()
         else:
             scale, minimum = (extreme * part / -8).half(), None
-        error = (_dequantized(_rounded(groups, scale, minimum, packing), scale, minimum, packing) - groups).square().sum(-1)
-        if best is None:
-            best = error, scale, minimum
-        else:
-            better = error < best[0]
-            kept = None if minimum is None else torch.where(better, minimum, best[2])
-            best = torch.where(better, error, best[0]), torch.where(better, scale, best[1]), kept
+        for last in (*[False] * refinements, True):
+            q = _rounded(groups, scale, minimum, packing)
+            error = (_dequantized(q, scale, minimum, packing) - groups).square_().sum(-1)
+            if best is None:
+                best = error, scale, minimum
+            else:
+                better = error < best[0]
+                kept = None if minimum is None else torch.where(better, minimum, best[2])
+                best = torch.where(better, error, best[0]), torch.where(better, scale, best[1]), kept
+            if not last:
+                scale, minimum = _least_squares(groups, q, packing)
     return best[1:]
+
+
+def _least_squares(groups, q, packing):
+    """The fp16 scale and minimum with the least squared error for these integers."""
+    if not packing.minima:
+        q = q - 8
+        return ((groups * q).sum(-1) / q.square().sum(-1).clamp_(min=1)).half(), None
+    mean, of_q = groups.mean(-1, keepdim=True), q.mean(-1, keepdim=True)
+    q = q - of_q
+    scale = (q * (groups - mean)).sum(-1) / q.square().sum(-1).clamp_(min=1e-9)
+    return scale.half(), (mean - scale.unsqueeze(-1) * of_q).squeeze(-1).half()
 
 
 def _rounded(groups, scale, minimum, packing):
@@ -237,7 +279,13 @@ def _dequantized(q, scale, minimum, packing):
     return w if minimum is None else w + minimum.float().unsqueeze(-1)
 
 
-def _pack(q, scale, minimum, packing):
+def pack(q: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, packing: Packing) -> torch.Tensor:
+    """Rows of blocks (N, bytes) uint8.
+
+    Args:
+        q: (N, groups, group_size), integers as they are stored: from -128 to 127 with 8 bits and no minima; else from 0 on.
+        scale, minimum: (N, groups) fp16; no minima: None.
+    """
     N, groups, size = q.shape
     if packing.bits == 8:
         integers = q.to(torch.uint8 if packing.minima else torch.int8).view(torch.uint8)

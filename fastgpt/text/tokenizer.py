@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from fastgpt.checks import require_flag, require_integer, require_path, writing
+from fastgpt.folders import replacing
 from fastgpt.text import vocabularies
 from fastgpt.text.streaming import IncrementalDetokenizer
 from fastgpt.text.tokenizer_files import add_tokens, read_chat_templates, read_eos_ids, read_special_tokens, shown
@@ -118,6 +119,23 @@ class Tokenizer:
         path = require_path("path", path)
         with writing("path", path, "a file"):
             self.backend.save(str(path))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `tokenizer.json`, and `tokenizer_config.json` with the special tokens and chat templates, into a folder that
+        exists. Which tokens end a text is said by the model's files there."""
+        folder = require_path("folder", folder)
+        config: dict[str, Any] = dict(self.special_tokens)
+        if isinstance(self.chat_template, dict):
+            config["chat_template"] = [{"name": name, "template": text} for name, text in self.chat_template.items()]
+        elif self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        with writing("folder", folder, "a folder"):
+            for name, text in (
+                ("tokenizer.json", self.backend.to_str()),
+                ("tokenizer_config.json", json.dumps(config, indent=2)),
+            ):
+                with replacing(folder / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:

@@ -1,13 +1,19 @@
 """Files that complete a tokenizer: special tokens, added tokens, end-of-sequence ids, chat templates."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from fastgpt import folders
 from fastgpt.checks import require_integer
 from fastgpt.text.vocabularies import find, read_json, read_text
 
+COMPANIONS = (  # what a checkpoint has beside its tokenizer.json, into which added tokens have gone
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)  # fmt: skip
 TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
@@ -112,3 +118,18 @@ def shown(value: Any) -> str:
     """The repr of a value for an error, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def copy_companions(source: Path, target: Path, argument: str = "model") -> None:
+    """Copies what a checkpoint's folder has beside its tokenizer.json into another.
+
+    Args:
+        argument: the name that errors begin with.
+
+    Raises: ValueError for a link out of the folder; OSError.
+    """
+    for name in (path.relative_to(source) for pattern in COMPANIONS for path in source.glob(pattern)):
+        if (file := folders.find(source, name, argument)) is not None:
+            (target / name).parent.mkdir(exist_ok=True)
+            with folders.replacing(target / name) as copy:
+                shutil.copyfile(file, copy)

@@ -1,5 +1,7 @@
 """How well a decoder predicts a text that it was not trained on."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -21,22 +23,25 @@ def split(tokens: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tenso
 @torch.inference_mode()
 def evaluate(
     model: GPT, tokens: torch.Tensor, max_windows: int | None = None, cache_dtype: torch.dtype | None = None,
-    *, context: int | None = None, processes: Processes = Processes(),
+    *, context: int | None = None, overlap: int = 0, processes: Processes = Processes(),
+    shown: Callable[[int], object] = lambda count: None,
 ) -> float:  # fmt: skip
     """Mean loss of predicting each of `tokens` (N,) but the first, in nats per token.
 
-    The text is read in windows of `context` tokens, by default the model's, that do not overlap: all of them, or
-    `max_windows` that are spread evenly. With a `cache_dtype`, keys and values pass through a cache of that dtype, which shows the
-    loss from quantizing them. Processes share the windows. The model's training mode does not matter, and does not change.
+    The text is read in windows of `context` tokens, by default the model's: all of them, or `max_windows` that are spread
+    evenly. The first `overlap` tokens of a window are the last of the one before, and are predicted there only. With a `cache_dtype`, keys and values pass through a cache of that dtype, which shows the
+    loss from quantizing them. Processes share the windows. `shown` is called with the number of tokens that each window
+    predicted. The model's training mode does not matter, and does not change.
 
     Raises: TypeError or ValueError that begins with the argument's name.
     """
     require_integer("max_windows", max_windows, 1, optional=True)
     context = require_integer("context", context, 1, optional=True) or model.config.context_length
+    require_integer("overlap", overlap, 0, context - 1)
     if len(tokens) < 2:
         raise ValueError(f"tokens: expected at least two, of which the second is predicted, got {len(tokens)}")
     device = model.first_weight.device
-    starts = list(range(0, len(tokens) - 1, context))
+    starts = [0, *range(context - overlap, len(tokens) - 1 - overlap, context - overlap)]
     if max_windows is not None and len(starts) > max_windows:
         starts = [starts[i * len(starts) // max_windows] for i in range(max_windows)]
     total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
@@ -47,7 +52,9 @@ def evaluate(
             cache = None if cache_dtype is None else model.new_cache(1, cache_dtype=cache_dtype)
             logits = model(window[None, :-1], cache=cache)[0].float()
             if i < len(starts):
-                loss = F.cross_entropy(logits, window[1:], reduction="sum")
-                total += torch.stack([loss, torch.full_like(loss, len(window) - 1)])
+                begin = overlap if start else 0
+                loss = F.cross_entropy(logits[begin:], window[1 + begin :], reduction="sum")
+                total += torch.stack([loss, torch.full_like(loss, len(window) - 1 - begin)])
+                shown(len(window) - 1 - begin)
     loss, count = processes.sum(total).tolist()
     return loss / count

@@ -57,16 +57,17 @@ from fastgpt import GPT
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
-GPT.from_pretrained(sys.argv[2])  # what is loaded and started once is not counted
+weights = sys.argv[3] or None
+GPT.from_pretrained(sys.argv[2], weights=weights)  # what is loaded and started once is not counted
 before = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-model = GPT.from_pretrained(sys.argv[1])
-weights = sum(parameter.nbytes for parameter in model.parameters())
-print((resident("VmHWM") - before) / weights)
+model = GPT.from_pretrained(sys.argv[1], weights=weights)
+print((resident("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters()))
 """
 
 
-def peak_of_loading(path: Path, loaded_before: Path) -> float:
+def peak_of_loading(path: Path, loaded_before: Path, weights: str | None = None) -> float:
     """The most memory that loading a checkpoint takes, in a process of its own, as a multiple of its weights."""
-    result = subprocess.run([sys.executable, "-c", MEASURE, path, loaded_before], capture_output=True, text=True, check=True)
+    arguments = [sys.executable, "-c", MEASURE, path, loaded_before, weights or ""]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
     return float(result.stdout)

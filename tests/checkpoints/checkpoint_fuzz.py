@@ -18,6 +18,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+sys.path.append(str(Path(__file__).parents[1]))
+from quantized_folders import quantize_folder  # noqa: E402
+
 from fastgpt import GPT, GPTConfig, SequenceClassifier
 from fastgpt.checkpoints.families import FAMILIES
 
@@ -288,28 +291,46 @@ def write_valid(folder: Path) -> list[Path]:
     return folders
 
 
+def write_quantized(folder: Path) -> list[Path]:
+    """A checkpoint as each of these writes it."""
+    wide = LLAMA | {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64}
+    folders = []
+    for method, symmetric in (("gptq", True), ("awq", False), ("compressed-tensors", False), ("own", True)):
+        folders.append(folder / method)
+        model = GPT(GPTConfig(**FAMILIES["llama"].config_from(wide)))
+        model.save_pretrained(folders[-1])
+        if method == "own":
+            GPT.from_pretrained(folders[-1], weights="int4").save_pretrained(folders[-1])
+        else:
+            (folders[-1] / "config.json").write_text(json.dumps(wide))
+            quantize_folder(folders[-1], method, 4, 32, symmetric)
+    return folders
+
+
 def main(folder: Path, seed: int, configs: int, files: int) -> dict:
     draw, counts, failures = random.Random(seed), {"configs": Counter(), "files": Counter()}, []
-    folders = write_valid(folder)
-    for i, valid in enumerate([*folders, folder / "sharded"]):
+    folders, quantized = write_valid(folder), write_quantized(folder)
+    all_folders = [*folders, *quantized]
+    configurations = [*CONFIGS, *(json.loads((path / "config.json").read_text()) for path in quantized)]
+    for i, valid in enumerate([*all_folders, folder / "sharded"]):
         found, problem = outcome(valid, "valid")
         if found != "loaded" or problem:
             failures.append(f"valid checkpoint {i}: {found}, {problem}")
     used = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     for i in range(configs):
-        at = i % len(CONFIGS)
-        text = damaged_config(CONFIGS[at], draw)
-        (folders[at] / "config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
-        found, problem = outcome(folders[at], "config", head=i % 7 == 0)
+        at = i % len(configurations)
+        text = damaged_config(configurations[at], draw)
+        (all_folders[at] / "config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+        found, problem = outcome(all_folders[at], "config", head=i % 7 == 0)
         counts["configs"][found] += 1
         if problem:
             failures.append(f"config {i}: {problem}: {text[:2000]}")
-    for config, valid in zip(CONFIGS, folders):
+    for config, valid in zip(configurations, all_folders):
         (valid / "config.json").write_text(json.dumps(config))
     for i in range(files):
         damaged = folder / "damaged"
-        shutil.copytree(draw.choice((folders[0], folders[1], folders[2], folder / "sharded")), damaged)
+        shutil.copytree(draw.choice((folders[0], folders[1], folders[2], folder / "sharded", *quantized)), damaged)
         kind = damage_files(damaged, draw)
         found, problem = outcome(damaged, kind)
         counts["files"][found] += 1

@@ -68,7 +68,7 @@ BAD_CONFIGS = [
     ),
     (LLAMA, {"layer_types": ["full_attention"]}, "layer_types: expected 2 of them, as many as num_hidden_layers"),
     (LLAMA, {"layer_types": ["full_attention", {}]}, r"layer_types\[1\]: expected one of .*, got {}"),
-    (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: expected null or no such entry, since it is not"),
+    (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, r"quantization_config\.quant_method: expected one of .*, got 'fp8'"),
     (LLAMA, {"architectures": ["LlamaForQuestionAnswering"]}, "architectures: expected the architecture LlamaForCausalLM, got Llama"),
     (LLAMA, {"architectures": [["LlamaForCausalLM"]]}, r"architectures\[0\]: expected a string"),
     (LLAMA, {"model_type": ["llama"]}, "model_type: expected one of 'gpt2', 'llama', .*, got .'llama'.$"),

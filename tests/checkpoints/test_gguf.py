@@ -15,7 +15,8 @@ import torch
 from command_line import run
 
 from fastgpt import GPT, SHIPPED_MODEL, QuantizedWeight, generate, pipeline
-from fastgpt.checkpoints.gguf import PACKINGS, SERVED
+from fastgpt.checkpoints.gguf import SERVED
+from fastgpt.ops.quantized_weight import GGUF_PACKINGS as PACKINGS
 from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
 
@@ -142,6 +143,12 @@ def test_blocks(type_name, tmp_path):
     assert torch.equal(
         down.dequantize() if isinstance(down, QuantizedWeight) else down, stored["blk.0.ffn_down.weight"].bfloat16()
     )
+    model.save_pretrained(tmp_path / "folder")  # as it is, whatever it is stored in
+    for weight, again in zip(model.parameters(), GPT.from_pretrained(tmp_path / "folder").parameters(), strict=True):
+        if isinstance(weight, QuantizedWeight):
+            assert weight.packing == again.packing and torch.equal(weight.blocks, again.blocks)
+        else:
+            assert torch.equal(weight, again)
 
 
 PACKED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]  # that the package gguf can write

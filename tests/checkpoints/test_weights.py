@@ -9,7 +9,7 @@ import torch
 from checkpoint_files import GPT2, LLAMA, edit_config, edit_weights, raises, write
 
 from fastgpt import GPT, generate
-from fastgpt.checkpoints import transformers_format
+from fastgpt.checkpoints import loading
 
 
 def test_an_output_matrix_that_differs_is_used(tmp_path):
@@ -57,7 +57,7 @@ def test_other_dtypes_are_named(dtype, folder):
     edit_weights(folder, lambda weights: weights.update({"model.norm.weight": weights["model.norm.weight"].to(dtype)}))
     for options in ({}, {"dtype": torch.float32}):
         with raises(
-            "model.safetensors: model.norm.weight: expected dtype F64 or F32 or F16 or BF16, got .*: quantized weights"
+            "model.safetensors: model.norm.weight: expected dtype F64 or F32 or F16 or BF16, got .*, which no quantization_config"
         ):
             GPT.from_pretrained(folder, **options)
 
@@ -153,7 +153,7 @@ def test_arguments_are_named(folder):
 def test_progress_is_shown_where_someone_waits(folder, monkeypatch, capsys):
     GPT.from_pretrained(folder)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(transformers_format, "SHOW_PROGRESS", 1000)
+    monkeypatch.setattr(loading, "SHOW_PROGRESS", 1000)
     GPT.from_pretrained(folder)
     assert capsys.readouterr().err == ""  # no terminal
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

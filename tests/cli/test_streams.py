@@ -11,7 +11,7 @@ import sys
 import pytest
 from command_line import TOKENS, run
 
-from fastgpt.checkpoints import transformers_format
+from fastgpt.checkpoints import loading
 
 STOPS_HALFWAY = """
 import itertools, sys, time
@@ -81,7 +81,7 @@ def test_without_standard_output(capsys, monkeypatch):
 
 def test_without_standard_error(tmp_path, capsys, monkeypatch):
     """As programs without a console are: nothing that belongs there comes elsewhere."""
-    monkeypatch.setattr(transformers_format, "SHOW_PROGRESS", 0)
+    monkeypatch.setattr(loading, "SHOW_PROGRESS", 0)
     (tmp_path / "text.txt").write_text("ab\n" * 50)
     sizes = {"layers": 1, "heads": 1, "width": 8, "context": 8, "steps": 1, "batch-size": 2, "eval-windows": 1}
     arguments = [part for name, size in sizes.items() for part in (f"--{name}", size)]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from models import random_ids, random_model
 
-from fastgpt import GPT, QuantizedWeight, decoding, generate, pipeline, quantize
+from fastgpt import GPT, Quantization, QuantizedWeight, decoding, generate, pipeline, quantize
+from fastgpt.checkpoints import loading
 from fastgpt.cli.main import main
 from fastgpt.model.rope import Rope
 from fastgpt.testing import numerics
@@ -14,6 +15,7 @@ LLAMA = {
     "position": "rotary", "rope": Rope(16), "num_kv_heads": 2, "tie_embeddings": False,
 }  # fmt: skip
 FAMILIES = pytest.mark.parametrize("fields", [{}, LLAMA], ids=["gpt2", "llama"])
+VOCABULARY = ("token_embedding.weight", "output.weight")  # never below 8 bits
 BITS = pytest.mark.parametrize("bits", ["int8", "int4"])
 
 
@@ -71,13 +73,46 @@ def test_steps_are_recorded_until_a_weight_is_replaced(saved, bits):
 
 @BITS
 @FAMILIES
-def test_what_is_saved_is_what_the_weights_stand_for(saved, bits, tmp_path):
+def test_what_is_saved_is_the_same_model(saved, bits, tmp_path):
     model = GPT.from_pretrained(saved, weights=bits, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "copy")
+    copy = GPT.from_pretrained(tmp_path / "copy")
+    for (name, weight), again in zip(model.named_parameters(), copy.parameters(), strict=True):
+        assert type(weight) is type(again) and weight.dtype == again.dtype, name
+        if isinstance(weight, QuantizedWeight):
+            assert weight.packing == again.packing and torch.equal(weight.blocks, again.blocks), name
+        else:
+            assert torch.equal(weight, again), name
+    ids = random_ids(model, 2, 9)
+    assert torch.equal(model(ids), copy(ids)) and copy.config == model.config
+    copy = GPT.from_pretrained(tmp_path / "copy", weights="dequantized")
+    assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), dequantized(model).bfloat16().parameters(), strict=True))
+
+
+@BITS
+@FAMILIES
+def test_saved_dequantized(saved, bits, tmp_path):
+    model = GPT.from_pretrained(saved, weights=bits, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "copy", weights="dequantized")
     copy = GPT.from_pretrained(tmp_path / "copy")
     ids = random_ids(model, 2, 9)
     assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), dequantized(model).bfloat16().parameters(), strict=True))
     numerics.check(model(ids), lambda: copy.double()(ids), arithmetic=torch.bfloat16)
+    with pytest.raises(ValueError, match="weights: expected one of None, 'dequantized', got 'int8'"):
+        model.save_pretrained(tmp_path, weights="int8")
+
+
+@FAMILIES
+def test_loaded_in_chunks_is_quantized_whole(saved, monkeypatch):
+    """Whatever the chunks are, also of matrices that are stored transposed."""
+    monkeypatch.setattr(loading, "QUANTIZED_CHUNK", 1000)
+    plain = GPT.from_pretrained(saved)
+    for chosen in (Quantization("int4"), Quantization("int4", 64, minima=True), Quantization("int8", None)):
+        model = GPT.from_pretrained(saved, weights=chosen)
+        for name, weight in model.named_parameters():
+            if isinstance(weight, QuantizedWeight):
+                exact = Quantization("int8", chosen.group_size) if name in VOCABULARY else chosen
+                assert torch.equal(weight.blocks, quantize(plain.get_parameter(name), *exact[:2], minima=exact.minima).blocks)
 
 
 @FAMILIES

@@ -291,7 +291,7 @@ def test_large_matrices_are_multiplied_in_panels(monkeypatch):
         (lambda: ([1.0],), TypeError, "weight: expected a torch.Tensor, got list"),
         (lambda: (torch.randn(4, 32, dtype=torch.float64),), TypeError, "weight: expected"),
         (lambda: (torch.randn(32),), ValueError, "weight: expected 2 dimensions"),
-        (lambda: (torch.randn(4, 33),), ValueError, r"weight: expected a multiple of 32 columns, got shape \(4, 33\)"),
+        (lambda: (torch.randn(4, 33),), ValueError, r"weight: expected a multiple of 32 columns, got 33"),
         (lambda: (torch.randn(4, 96), "int4", 64), ValueError, "weight: expected a multiple of 64 columns"),
         (lambda: (torch.randn(4, 0), "int4", None), ValueError, "weight: expected a multiple of 32 columns"),
         (lambda: (torch.randn(4, 32), "int2"), ValueError, "dtype: expected one of 'int8', 'int4', got 'int2'"),
@@ -348,3 +348,19 @@ def test_functional_linear():
     x, weight = torch.randn(3, 64), quantize(torch.randn(40, 64))
     assert torch.equal(F.linear(x, weight), linear(x, weight))
     assert torch.equal(F.linear(input=x, weight=weight, bias=None), linear(x, weight))
+
+
+@pytest.mark.parametrize("minima", [False, True])
+def test_scales_of_four_bits_fit_their_integers_best(minima):
+    """No other scale and minimum of a group would bring its integers much closer to the numbers."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256)
+    stored = quantize(weight, "int4", minima=minima)
+    packing = stored.packing
+    headers = packing.halves(stored.blocks).double()
+    groups, found = (x.double().view(-1, 32, 1) for x in (weight, stored.dequantize()))
+    scale = headers[..., :1].reshape(-1, 1, 1)
+    q = (found - (headers[..., 1:].reshape(-1, 1, 1) if minima else 0)) / scale
+    basis = torch.cat([q, torch.ones_like(q)], -1) if minima else q
+    best = basis @ torch.linalg.lstsq(basis, groups).solution
+    assert (found - groups).square().sum() <= 1.01 * (best - groups).square().sum()

@@ -35,6 +35,31 @@ def test_each_token_but_the_first_is_predicted_once(count, context):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "count, context, overlap", [(40, 8, 4), (41, 8, 4), (43, 8, 4), (9, 8, 7), (10, 8, 7), (6, 8, 4), (30, 8, 0)]
+)
+@torch.inference_mode()
+def test_windows_that_overlap(count, context, overlap):
+    """A token is predicted once, from at least `overlap` tokens where there are as many."""
+    model, oracle = random_model(layers=1), random_model(layers=1).double()
+    tokens, shown = random_ids(model, 1, count)[0], []
+    actual = evaluate(model, tokens, context=context, overlap=overlap, shown=shown.append)
+    assert sum(shown) == count - 1
+
+    def exact():
+        losses = []
+        for target in range(1, count):
+            windows = max(0, -(-(target - context) // (context - overlap)))  # before the one that it is in
+            begin = windows * (context - overlap)
+            logits = oracle(tokens[None, begin:target])[0, -1]
+            losses.append(F.cross_entropy(logits[None], tokens[target : target + 1]))
+        return torch.stack(losses).mean(dim=0, keepdim=True)
+
+    numerics.check(torch.tensor([actual], dtype=torch.float64), exact, dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"overlap: expected an integer >= 0 and <= {context - 1}, got {context}"):
+        evaluate(model, tokens, context=context, overlap=context)
+
+
 def test_windows_are_spread_evenly():
     model = random_model(layers=1)
     tokens = random_ids(model, 1, 81)[0]
