@@ -41,7 +41,7 @@ ELEMENTS = {
 }  # fmt: skip
 # Of arguments that are neither 32-bit integers nor of the inputs' dtype.
 TYPES = {
-    "mask_ptr": "*u8", "ended_ptr": "*u8", "extreme_ptr": "*fp32",
+    "mask_ptr": "*u8", "blocks_ptr": "*u8", "ended_ptr": "*u8", "extreme_ptr": "*fp32",
     **dict.fromkeys(("seed_ptr", "ids_ptr", "token_ptr", "tokens_ptr", "step_ptr", "eos_ptr"), "*i64"),
     **dict.fromkeys(("scale", "softcap", "keep_scale", "eps", "offset"), "fp32"),
     **dict.fromkeys(
@@ -178,6 +178,8 @@ def _is_demanding(name: str, constants: dict, features: frozenset) -> bool:
         return "residual_ptr" in features
     if name in ("one_row_kernel", "several_rows_kernel"):  # of some models, and tiles of the fewest rows and of the most
         return bool(constants["ACTIVATION"]) and constants["K"] != 2048 and constants.get("BLOCK_M") in (None, 16, 64)
+    if name.startswith("quantized"):
+        return bool(constants["ACTIVATION"])
     if "new_k_ptr" in features and constants["BLOCK_M"] > 16:  # for more heads than most models have
         return False
     if constants["V_DIM"] == constants["BLOCK_V"]:

@@ -16,6 +16,7 @@ from fastgpt.kernels import (
     decode_step,
     kv_cache_update,
     linear,
+    linear_quantized,
     norm,
     tiles,
 )
@@ -190,6 +191,31 @@ def _linear(capability: int) -> Iterator[tuple]:
         yield linear.one_row_kernel if rows == 1 else linear.several_rows_kernel, dtype, dtype, constants, given
 
 
+QUANTIZED = (  # of these products, and how the weight is stored: bits, group size (None: a row), minima
+    (PRODUCTS[2], 4, 32, False),
+    (PRODUCTS[3], 8, 32, False),
+    (PRODUCTS[5], 4, 32, True),
+    (PRODUCTS[10], 8, 128, True),
+    (PRODUCTS[10], 4, 32, False),
+    (PRODUCTS[11], 4, None, False),
+)
+
+
+def _linear_quantized(capability: int) -> Iterator[tuple]:
+    """Likewise."""
+    for dtype, rows, quantized in itertools.product((torch.float16, torch.bfloat16, torch.float32), (1, 8, 32, 512), QUANTIZED):
+        (weight_rows, K, activation, gated, given), bits, group_size, minima = quantized
+        many = rows > tiles.MOST_FEW_ROWS
+        if many and dtype is torch.float32:
+            continue
+        tile, unit = tiles.quantized_tile(rows, weight_rows, K, bits, dtype.itemsize), 16 // dtype.itemsize
+        weight, rms = (K, bits, group_size or K, minima), given[:2] != NORM
+        constants = linear_quantized.kernel_constants(tile, *weight, rms, activation, gated, unit, many, has_pdl(capability))
+        few = linear_quantized.quantized_one_row_kernel if rows == 1 else linear_quantized.quantized_several_rows_kernel
+        kernel = linear_quantized.quantized_many_rows_kernel if many else few
+        yield kernel, dtype, dtype, constants, tuple(name for name in given if name in kernel.arg_names)
+
+
 def _norm(capability: int) -> Iterator[tuple]:
     """Of some models, few rows and many."""
     features = (True, ()), (False, ("norm_bias_ptr", "residual_ptr"))
@@ -240,5 +266,5 @@ def _step(capability: int) -> Iterator[tuple]:
 
 SHIPPED = {  # of the modules of fastgpt.kernels
     "attention_forward": _forward, "attention_backward": _backward, "attention_decode": _decode, "linear": _linear,
-    "norm": _norm, "kv_cache_update": _update, "decode_step": _step,
+    "linear_quantized": _linear_quantized, "norm": _norm, "kv_cache_update": _update, "decode_step": _step,
 }  # fmt: skip

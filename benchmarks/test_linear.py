@@ -94,12 +94,21 @@ def test_few_rows(benchmark, product, rows, dtype):
     measure(benchmark, "few tokens", product, rows, dtype, limit=reading(), inputs=cold)
 
 
+QUANTIZED = [
+    (name, rows)
+    for name in PRODUCTS
+    if name.startswith(QUICK) and name.endswith(("up", "logits"))
+    for rows in ((1, 4, 16, 64) if full() else (1, 8, 512) if DEVICE == "cuda" and name == "Llama 8B up" else (1,))
+]
+
+
 @pytest.mark.parametrize(
     "minima", (False, True) if full() else (False,), ids=lambda minima: "minima" if minima else "symmetric"
 )
 @pytest.mark.parametrize("weights", BITS)
-@pytest.mark.parametrize("rows", (1, 4, 16, 64) if full() else (1,), ids=lambda rows: f"{rows}row{'s' * (rows > 1)}")
-@pytest.mark.parametrize("product", [name for name in PRODUCTS if name.startswith(QUICK) and name.endswith(("up", "logits"))])
+@pytest.mark.parametrize(
+    "product, rows", QUANTIZED, ids=[f"{product}-{rows}row{'s' * (rows > 1)}" for product, rows in QUANTIZED]
+)
 @torch.inference_mode()
 def test_quantized(benchmark, product, rows, weights, minima):
     """Weights of 8 and 4 bits, in groups of 32; peers multiply with the same matrix, dequantized beforehand."""

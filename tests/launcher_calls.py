@@ -4,6 +4,7 @@ import torch
 from fake_gpu import meta
 
 from fastgpt.kernels import attention_backward, attention_decode, attention_forward, decode_step, kv_cache_update, linear, norm
+from fastgpt.kernels.linear_quantized import linear_quantized
 
 
 def calls(n: int, meta=meta):
@@ -21,6 +22,7 @@ def calls(n: int, meta=meta):
     room, places = meta(n, 2 * n, 99 * n, 64), meta(n, 64 + n, dtype=torch.int32)
     packed, packed_kv = meta(1, 2 * n, 500 * n, 64), meta(1, n, 500 * n, 64)
     rows, residual, weight = meta(n, 128), meta(n, 16 * n), meta(128)
+    blocks = meta(16 * n, 4 * 18, dtype=torch.uint8), 4, 32, False
     strided = meta(3, n, 128, strides=(3000 + n * 130, 130, 1))
     embedding, positions_of = meta(50 * n, 128), meta(60 * n, 128)
     largest, tokens, extreme = meta(n, 1), meta(7 * n, n, dtype=torch.int64), meta(n, 1, dtype=torch.float32)
@@ -43,6 +45,9 @@ def calls(n: int, meta=meta):
         "update": lambda: kv_cache_update.kv_cache_update(q, q, room, room, places),
         "linear": lambda: linear.linear(x, w),
         "linear, rows": lambda: linear.linear(rows, w, residual=residual),
+        "quantized": lambda: linear_quantized(x, *blocks),
+        "quantized, rows": lambda: linear_quantized(rows, *blocks, residual=residual),
+        "quantized, many rows": lambda: linear_quantized(many, *blocks),
         "norm": lambda: norm.norm(many, weight, residual=many),
         "norm, strided": lambda: norm.norm(strided, weight),
         "embed": lambda: decode_step.embed(ids, embedding, slots, positions_of),

@@ -84,9 +84,9 @@ LAYERS = [
     {"ops.attention.checks", "ops.kv_cache_update.checks", "ops.kv_cache_update.overlap"},
     {"ops.attention.call"},
     {"ops.norm", "ops.matrix_product"},
-    {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear"},
+    {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear_quantized"},
     {"kernels.attention_backward_bias", "kernels.attention_backward_keys", "kernels.attention_backward_queries"},
-    {"kernels.attention_decode_new", "kernels.attention_decode_parts", "kernels.attention_forward"},
+    {"kernels.attention_decode_new", "kernels.attention_decode_parts", "kernels.attention_forward", "kernels.linear"},
     {"kernels.attention_arguments"},
     {"kernels.attention_scores"},
     {

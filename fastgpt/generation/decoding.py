@@ -20,6 +20,7 @@ from fastgpt.ops.implementations import (
 )
 from fastgpt.ops.library import OneThread
 from fastgpt.ops.linear import MAX_ROWS_CPU
+from fastgpt.ops.quantized_weight import QuantizedWeight
 
 ONE_THREAD = OneThread()
 
@@ -119,12 +120,15 @@ def graph_refused(model: GPT, cache: KVCache) -> str | None:
     """Why a decode step over this cache cannot be captured in a CUDA graph, or None: modules are not plain
     (fastgpt/model/fusion.py), or no kernel serves their dtype or device, and a reference would synchronize with it."""
     weight = model.first_weight
-    if weight.is_cuda and (reason := triton_inference_unsupported_reason(weight)) is not None:
+    if weight.is_cuda and (reason := triton_inference_unsupported_reason(weight, weight=weight)) is not None:
         return f"the Triton kernels do not serve it: {reason}"
     if (reason := replay.modules_refuse(model)) is not None:
         return reason
     if (name := next((name for name, module in model.named_modules() if getattr(module, "waits", False)), None)) is not None:
         return f"{name} waits for the device"
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, QuantizedWeight) and parameter.packing.block_type:
+            return f"{name} is stored in blocks that no kernel reads"
     first: Any = model.blocks[0] if model.blocks else None
     heads = first.attention.num_heads if first is not None else 0  # this process's share
     return cache.attend_waits(heads, cache.dtype if cache.casts else weight.dtype)

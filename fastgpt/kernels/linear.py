@@ -37,7 +37,7 @@ from fastgpt.kernels.tiles import LONGEST_NORM, LinearTile, linear_tile
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     """The activation with this number in fastgpt/ops/linear.py; propagates NaN."""
     if ACTIVATION == 1:  # gelu_tanh
         x = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
@@ -51,7 +51,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, offsets, mask, MASKED: tl.constexpr):
+def masked_load(ptr, offsets, mask, MASKED: tl.constexpr):
     """A load; MASKED: zeros past the last column."""
     return tl.load(ptr + offsets, mask=mask, other=0.0) if MASKED else tl.load(ptr + offsets)
 
@@ -65,16 +65,16 @@ def _load_columns(
     MASKED: tl.constexpr = K % BLOCK_K != 0
     offs_k = start + tl.arange(0, BLOCK_K)
     valid = offs_k < K
-    w = _load(weights, offs_k[None, :], valid[None, :], MASKED)
-    u = w if up_weights is None else _load(up_weights, offs_k[None, :], valid[None, :], MASKED)
-    x = _load(x_ptr, offs_k, valid, MASKED)
-    g = x if norm_weight_ptr is None else _load(norm_weight_ptr, offs_k, valid, MASKED)
-    b = x if norm_bias_ptr is None else _load(norm_bias_ptr, offs_k, valid, MASKED)
+    w = masked_load(weights, offs_k[None, :], valid[None, :], MASKED)
+    u = w if up_weights is None else masked_load(up_weights, offs_k[None, :], valid[None, :], MASKED)
+    x = masked_load(x_ptr, offs_k, valid, MASKED)
+    g = x if norm_weight_ptr is None else masked_load(norm_weight_ptr, offs_k, valid, MASKED)
+    b = x if norm_bias_ptr is None else masked_load(norm_bias_ptr, offs_k, valid, MASKED)
     return x, g, b, w, u
 
 
 @triton.jit
-def _normalized(x, g, b, mean, rest, rstd, offset, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr):
+def normalized(x, g, b, mean, rest, rstd, offset, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr):
     x = x.to(tl.float32)
     if HAS_NORM:
         x = ((x - mean) - rest) * rstd * (g.to(tl.float32) + offset)
@@ -82,7 +82,7 @@ def _normalized(x, g, b, mean, rest, rstd, offset, HAS_NORM: tl.constexpr, HAS_B
 
 
 @triton.jit
-def _start(weight_ptr, n_features, K: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+def start_program(weight_ptr, n_features, K: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
     """The prologue of a program: prefetches its rows of the weight, BLOCK_N or less, into the L2 cache, while the previous kernel
     still computes x."""
     launch_dependents(PDL)
@@ -105,7 +105,7 @@ def one_row_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N output features, over all K columns. All tensors are contiguous; absent ones are None. If gated, the
     first n_features rows of the weight are the gate's."""
-    _start(weight_ptr, n_features, K, GATED, BLOCK_N, PDL)
+    start_program(weight_ptr, n_features, K, GATED, BLOCK_N, PDL)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.minimum(offs_n, n_features - 1)  # features past the last repeat it, and are not stored
     weights = weight_ptr + features[:, None] * K
@@ -126,13 +126,13 @@ def one_row_kernel(
     up_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(BLOCK_K, K, BLOCK_K):
         next = _load_columns(x_ptr, norm_weight_ptr, norm_bias_ptr, weights, up_weights, start, K, BLOCK_K)
-        y = _normalized(x, g, b, mean, rest, rstd, offset, HAS_NORM, HAS_BIAS)[None, :]
+        y = normalized(x, g, b, mean, rest, rstd, offset, HAS_NORM, HAS_BIAS)[None, :]
         acc += w.to(tl.float32) * y
         if GATED:
             up_acc += u.to(tl.float32) * y
         x, g, b, w, u = next
-    y = _normalized(x, g, b, mean, rest, rstd, offset, HAS_NORM, HAS_BIAS)[None, :]
-    out = _activate(tl.sum(acc + w.to(tl.float32) * y, 1) + bias, ACTIVATION)
+    y = normalized(x, g, b, mean, rest, rstd, offset, HAS_NORM, HAS_BIAS)[None, :]
+    out = activate(tl.sum(acc + w.to(tl.float32) * y, 1) + bias, ACTIVATION)
     if GATED:
         out *= tl.sum(up_acc + u.to(tl.float32) * y, 1) + up_bias
     out += residual
@@ -162,6 +162,27 @@ def _normalized_product(acc, offs_m, n_rows, mean, rstd, RMS: tl.constexpr, HAS_
     return product * rstd + _row_of(acc, offs_m, n_rows + 1)[None, :] if HAS_BIAS else product * rstd
 
 
+@triton.jit
+def store_rows(
+    acc, up_acc, bias_ptr, residual_ptr, out_ptr, offs_m, offs_n, n_rows, n_features, stride_rm, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """Bias, activation, gate and residual of a tile of products, and its store. Rows and features past the last are not stored."""
+    rows, features = tl.minimum(offs_m, n_rows - 1), tl.minimum(offs_n, n_features - 1)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + features).to(tl.float32)[None, :]
+    acc = activate(acc, ACTIVATION)
+    if GATED:
+        if bias_ptr is not None:
+            up_acc += tl.load(bias_ptr + n_features + features).to(tl.float32)[None, :]
+        acc *= up_acc
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + (rows * tl.cast(stride_rm, tl.int64))[:, None] + features[None, :]).to(tl.float32)
+    mask = (offs_m < n_rows)[:, None] & (offs_n < n_features)[None, :]
+    offsets = offs_m.to(tl.int64)[:, None] * n_features + offs_n[None, :]
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @kernel(do_not_specialize=["n_rows", "n_features", "stride_xm", "stride_rm", "bias_ptr", "residual_ptr"])
 def several_rows_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr,
@@ -171,7 +192,7 @@ def several_rows_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N output features of n_rows rows of x; at most BLOCK_M, or BLOCK_M - 2 with a norm. Strides are in
     elements; X_UNIT divides stride_xm."""
-    _start(weight_ptr, n_features, K, GATED, BLOCK_N, PDL)
+    start_program(weight_ptr, n_features, K, GATED, BLOCK_N, PDL)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.minimum(offs_n, n_features - 1)
     offs_m = tl.arange(0, BLOCK_M)
@@ -195,23 +216,23 @@ def several_rows_kernel(
     for start in range(0, K, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         valid = offs_k[None, :] < K
-        x = _load(x_rows, offs_k[None, :], valid, MASKED)
-        w = _load(weights, offs_k[None, :], valid, MASKED)
+        x = masked_load(x_rows, offs_k[None, :], valid, MASKED)
+        w = masked_load(weights, offs_k[None, :], valid, MASKED)
         if HAS_NORM:
             y = (x.to(tl.float32) - shift) * scale
             mean, squares = update_moments(y, mean, squares, start // BLOCK_K + 1, valid, RMS)
-            g = _load(norm_weight_ptr, offs_k, offs_k < K, MASKED).to(tl.float32)[None, :] + offset
+            g = masked_load(norm_weight_ptr, offs_k, offs_k < K, MASKED).to(tl.float32)[None, :] + offset
             y = tl.where((offs_m == n_rows)[:, None], g, y * g)
             if HAS_BIAS:
-                b = _load(norm_bias_ptr, offs_k, offs_k < K, MASKED).to(tl.float32)[None, :]
+                b = masked_load(norm_bias_ptr, offs_k, offs_k < K, MASKED).to(tl.float32)[None, :]
                 y = tl.where((offs_m == n_rows + 1)[:, None], b, y)
             acc = _multiply(y, w, acc)
             if GATED:
-                up_acc = _multiply(y, _load(up_weights, offs_k[None, :], valid, MASKED), up_acc)
+                up_acc = _multiply(y, masked_load(up_weights, offs_k[None, :], valid, MASKED), up_acc)
         else:
             acc = tl.dot(x, w.T, acc, input_precision="ieee")
             if GATED:
-                u = _load(up_weights, offs_k[None, :], valid, MASKED)
+                u = masked_load(up_weights, offs_k[None, :], valid, MASKED)
                 up_acc = tl.dot(x, u.T, up_acc, input_precision="ieee")
 
     if HAS_NORM:
@@ -220,18 +241,9 @@ def several_rows_kernel(
         acc = _normalized_product(acc, offs_m, n_rows, row_mean + rest, rstd, RMS, HAS_BIAS)
         if GATED:
             up_acc = _normalized_product(up_acc, offs_m, n_rows, row_mean + rest, rstd, RMS, HAS_BIAS)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + features).to(tl.float32)[None, :]
-    acc = _activate(acc, ACTIVATION)
-    if GATED:
-        if bias_ptr is not None:
-            up_acc += tl.load(bias_ptr + n_features + features).to(tl.float32)[None, :]
-        acc *= up_acc
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + (rows * tl.cast(stride_rm, tl.int64))[:, None] + features[None, :]).to(tl.float32)
-    mask = (offs_m < n_rows)[:, None] & (offs_n < n_features)[None, :]
-    offsets = offs_m.to(tl.int64)[:, None] * n_features + offs_n[None, :]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    store_rows(
+        acc, up_acc, bias_ptr, residual_ptr, out_ptr, offs_m, offs_n, n_rows, n_features, stride_rm, ACTIVATION, GATED
+    )  # fmt: skip
 
 
 INTERPRETED = not isinstance(one_row_kernel, triton.JITFunction)  # Triton's interpreter: TRITON_INTERPRET was set

@@ -307,6 +307,37 @@ def linear_tile(n_rows: int, weight_rows: int, K: int, element_size: int, norm: 
     return LinearTile(block_m, block_n, block_k, *((8, 3) if block_m == 64 else (4, 4)))
 
 
+class QuantizedTile(NamedTuple):
+    """As LinearTile, of quantized weights, whose columns are counted in units of 32."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    UNITS: int
+    num_warps: int
+    num_stages: int
+
+
+MOST_FEW_ROWS = 32  # of x, whose products are rounded once; as many as linear_tile takes
+SEVERAL_ROWS_SUMS = {2: 2048, 4: 1024}  # bytes per element of x -> sums over a unit's columns in a tile of several rows
+
+
+@functools.cache
+def quantized_tile(n_rows: int, weight_rows: int, K: int, bits: int, element_size: int) -> QuantizedTile:
+    """The tile of a product of x (n_rows, K) and a quantized weight (weight_rows, K); element_size: bytes, of x."""
+    if n_rows == 1:
+        block_n = MOST_ROWS
+        while block_n > LEAST_ROWS and (block_n * K * bits > 8 * PROGRAM_BYTES or weight_rows < block_n * LEAST_PROGRAMS):
+            block_n //= 2
+        block_n = min(block_n, weight_rows)
+        return QuantizedTile(1, block_n, min(128 // bits, triton.next_power_of_2(K // 32)), 4, 1)
+    if n_rows <= MOST_FEW_ROWS:
+        # In fp32, which matrix units do not multiply, a tile of 32 rows would take too many registers.
+        block_m = 16 if element_size == 4 else max(16, triton.next_power_of_2(n_rows))
+        block_n = 32 if weight_rows >= 8192 and block_m == 16 and element_size == 2 else 16
+        return QuantizedTile(block_m, block_n, SEVERAL_ROWS_SUMS[element_size] // (block_m * block_n), 2 * element_size, 1)
+    return QuantizedTile(min(128, triton.next_power_of_2(n_rows)), 64, 2, 8, 3)
+
+
 # ---- Norms, embeddings, cache updates: kernels over rows
 
 LONGEST_NORM = 4096  # elements of a row that are loaded at a time

@@ -100,11 +100,12 @@ def inference_unsupported_reason(x: torch.Tensor, *others, device: str = "cpu") 
     return derivatives_refused(x, *others) if derivatives_possible() else None
 
 
-def triton_inference_unsupported_reason(*tensors) -> str | None:
-    """Why the Triton inference kernels cannot serve these tensors (some may be None), or None."""
+def triton_inference_unsupported_reason(*tensors, weight: torch.Tensor | None = None) -> str | None:
+    """Why the Triton inference kernels cannot serve these tensors (some may be None), or None. weight: the one of them that may be
+    quantized."""
     if tensors[0].is_cuda and (reason := triton_unusable(tensors[0].device)) is not None:
         return reason
     reason = inference_unsupported_reason(*tensors, device="cuda")
-    if reason is None and any(isinstance(x, QuantizedWeight) for x in tensors):
+    if reason is None and any(isinstance(x, QuantizedWeight) and x is not weight for x in tensors):
         reason = "it does not take quantized weights"
     return reason

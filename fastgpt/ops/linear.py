@@ -19,7 +19,7 @@ from fastgpt.ops.implementations import choose, explain_call, inference_unsuppor
 from fastgpt.ops.library import build_info, library, without_autograd
 from fastgpt.ops.matrix_product import FASTEST, KERNEL, matrix_product
 from fastgpt.ops.norm import KINDS, norm_reference
-from fastgpt.ops.quantized_weight import FUNCTIONS, Packing, QuantizedWeight, dequantized_product
+from fastgpt.ops.quantized_weight import BITS, FUNCTIONS, UNIT, Packing, QuantizedWeight, dequantized_product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Up to this many rows of x the kernels are faster than other matrix products. On a CPU they take any number of rows, but compute
@@ -27,6 +27,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_ROWS_CPU = 64 if build_info()["cpu_level"] in ("avx2", "avx512", "amx") else 32
 MAX_ROWS_CUDA = 32
 PANEL_BYTES = 16 << 20  # of dequantized weights at a time, which are multiplied with many rows of x
+# Of quantized weights, and x in 16 bits. A kernel dequantizes them in registers; PyTorch moves 20 to 40 bytes for each before cuBLAS
+# multiplies, which takes as long as an H100 multiplies it with 3,000 rows. If the kernel is half as fast as cuBLAS, both are even
+# there, and at 1,000 rows if it is a quarter as fast. fp32, which tensor cores do not multiply, is left to cuBLAS.
+MAX_ROWS_CUDA_QUANTIZED = 1024
 ACTIVATIONS = {
     None: lambda x: x,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -66,8 +70,10 @@ def linear(
 
     Args:
         x: (..., C) fp16|bf16|fp32|fp64.
-        weight: (N, C), last dimension contiguous; or a `fastgpt.QuantizedWeight` of 8 or 4 bits, whose product on a CPU is
-            computed in fp32 for any number of rows. All tensors have the dtype of x (under autocast: any).
+        weight: (N, C), last dimension contiguous; or a `fastgpt.QuantizedWeight`, whose product is computed in fp32 for as many
+            rows; for more in fp16 or bf16, its numbers are rounded to that dtype first, a part of the matrix at a time: on a CPU if
+            PyTorch's product is the fastest, on CUDA up to 1024 rows, without a copy of the matrix. All tensors have the dtype of x
+            (under autocast: any).
         bias: (N,).
         norm: "layer" or "rms", over the last dimension; see `fastgpt.norm`.
         norm_weight: (C,), weight of the norm; None: no norm.
@@ -130,13 +136,18 @@ def linear(
             return _linear_many_rows(x, weight, bias, residual, number, gated)
         if impl in (None, "triton") and _triton_refuses(*call) is None:
             norm_arguments = norm_weight, norm_bias, KINDS[norm], norm_eps, norm_offset
+            if isinstance(weight, QuantizedWeight):
+                if weight.fits != (x.dtype, x.shape[-1]):
+                    _check(*call, norm, norm_eps, norm_offset, activation, gated)
+                rest = bias, residual, ACTIVATION_NUMBERS[activation], gated, *norm_arguments
+                return _linear_quantized(x, weight.blocks, *weight.packing, *rest)
             return _linear(x, weight, bias, residual, ACTIVATION_NUMBERS[activation], gated, *norm_arguments)
     except Exception as error:
         _check(*call, norm, norm_eps, norm_offset, activation, gated)  # raises the error that names the argument
         raise argument_error(error)
     _check(*call, norm, norm_eps, norm_offset, activation, gated)
     choose("linear", IMPLEMENTATIONS, impl, *call)  # raises for an impl that cannot serve the call
-    if impl is None and norm_weight is not None and triton_inference_unsupported_reason(*call[:-1]) is None:
+    if impl is None and norm_weight is not None and triton_inference_unsupported_reason(*call[:-1], weight=weight) is None:
         x, norm_weight, norm_bias = _norm(x, norm_weight, norm_bias, None, KINDS[norm], norm_eps, norm_offset), None, None
     if norm_weight is not None:
         x = norm_reference(x, norm_weight, norm_bias, kind=norm, eps=norm_eps, offset=norm_offset)
@@ -291,16 +302,23 @@ def _cpp_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
 
 
 def _triton_refuses(x, weight, bias, norm_weight, norm_bias, residual, dropout_p):
-    reason = triton_inference_unsupported_reason(x, weight, bias, norm_weight, norm_bias, residual)
+    reason = triton_inference_unsupported_reason(x, weight, bias, norm_weight, norm_bias, residual, weight=weight)
+    is_quantized = isinstance(weight, QuantizedWeight)
     if reason is None and x.numel() == 0:
         reason = "x is empty"
-    elif reason is None and x.numel() > MAX_ROWS_CUDA * x.shape[-1]:
-        reason = f"it multiplies up to {MAX_ROWS_CUDA} rows, and x has more"
+    elif reason is None and x.numel() > (most := _most_rows_cuda(x.dtype, is_quantized)) * x.shape[-1]:
+        reason = f"it multiplies up to {most} rows, and x has more"
     elif reason is None and dropout_p != 0:
         reason = "it has no dropout"
-    elif reason is None and not weight.is_contiguous():
+    elif reason is None and is_quantized and weight.packing.block_type:
+        reason = "it takes quantized weights in groups with an fp16 scale"
+    elif reason is None and not (is_quantized or weight.is_contiguous()):
         reason = "it takes a contiguous weight"
     return reason
+
+
+def _most_rows_cuda(dtype: torch.dtype, is_quantized: bool) -> int:
+    return MAX_ROWS_CUDA_QUANTIZED if is_quantized and dtype.itemsize == 2 else MAX_ROWS_CUDA
 
 
 # In order of preference: the first that does not refuse serves the call.
@@ -357,9 +375,24 @@ def _linear_quantized_fake(
     x, blocks, bits, group_size, minima, block_type, bias=None, residual=None, activation=0, gated=False,
     norm_weight=None, norm_bias=None, rms=False, norm_eps=1e-5, norm_offset=0.0,
 ):  # fmt: skip
-    weight = QuantizedWeight(blocks, Packing(bits, group_size, minima, block_type), x.shape[-1], x.dtype)
+    weight = _quantized_weight(x, blocks, bits, group_size, minima, block_type)
     _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, "layer", norm_eps, norm_offset, None, gated)
     return x.new_empty(*x.shape[:-1], len(blocks) // 2 if gated else len(blocks))
+
+
+def _quantized_weight(x, blocks, bits, group_size, minima, block_type):
+    require_tensor("x", x)
+    require_tensor("blocks", blocks, 2)
+    if not block_type:
+        if bits not in BITS.values():
+            raise ValueError(f"bits: expected 8 or 4, got {bits}")
+        if group_size <= 0 or group_size % UNIT:
+            raise ValueError(f"group_size: expected a multiple of {UNIT}, got {group_size}")
+    columns = x.shape[-1] if x.dim() else 0
+    packing = Packing(bits, group_size, minima, block_type)
+    if not columns or columns % packing.block:
+        raise ValueError(f"x: expected a positive multiple of {packing.block} columns, got {columns}")
+    return QuantizedWeight(blocks, packing, columns, x.dtype)
 
 
 def _linear_triton(
@@ -367,18 +400,38 @@ def _linear_triton(
     norm_weight=None, norm_bias=None, rms=False, norm_eps=1e-5, norm_offset=0.0,
 ):  # fmt: skip
     _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, "layer", norm_eps, norm_offset, None, gated)
-    if not x.numel() or x.numel() > MAX_ROWS_CUDA * x.shape[-1]:
-        raise ValueError(f"x: expected from 1 to {MAX_ROWS_CUDA} rows, got shape {tuple(x.shape)}")
+    _check_triton(x, activation, MAX_ROWS_CUDA)
     if not weight.is_contiguous():
         raise ValueError(f"weight: expected a contiguous tensor, got strides {weight.stride()}")
-    if activation not in ACTIVATION_NUMBERS.values():
-        raise ValueError(f"activation: expected a number from 0 to {max(ACTIVATION_NUMBERS.values())}, got {activation}")
     from fastgpt.kernels.linear import linear  # Triton is imported only when a CUDA tensor needs it
 
     return linear(x, weight, bias, residual, activation, gated, norm_weight, norm_bias, rms, norm_eps, norm_offset)
 
 
+def _linear_quantized_triton(
+    x, blocks, bits, group_size, minima, block_type, bias=None, residual=None, activation=0, gated=False,
+    norm_weight=None, norm_bias=None, rms=False, norm_eps=1e-5, norm_offset=0.0,
+):  # fmt: skip
+    weight = _quantized_weight(x, blocks, bits, group_size, minima, block_type)
+    _check(x, weight, bias, norm_weight, norm_bias, residual, 0.0, "layer", norm_eps, norm_offset, None, gated)
+    if block_type:
+        raise ValueError(f"block_type: expected 0, got {block_type}")
+    _check_triton(x, activation, _most_rows_cuda(x.dtype, is_quantized=True))
+    from fastgpt.kernels.linear_quantized import linear_quantized  # Triton is imported only when a CUDA tensor needs it
+
+    rest = bias, residual, activation, gated, norm_weight, norm_bias, rms, norm_eps, norm_offset
+    return linear_quantized(x, blocks, bits, group_size, minima, *rest)
+
+
+def _check_triton(x, activation, most_rows):
+    if not x.numel() or x.numel() > most_rows * x.shape[-1]:
+        raise ValueError(f"x: expected from 1 to {most_rows} rows, got shape {tuple(x.shape)}")
+    if activation not in ACTIVATION_NUMBERS.values():
+        raise ValueError(f"activation: expected a number from 0 to {max(ACTIVATION_NUMBERS.values())}, got {activation}")
+
+
 library.impl("linear", _linear_triton, "CUDA")
+library.impl("linear_quantized", _linear_quantized_triton, "CUDA")
 
 
 @torch.library.register_fake("fastgpt::linear_finish_", lib=library)

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks import shipped_kernels  # noqa: E402
 from benchmarks.machine_code import ir_of, source_of  # noqa: E402
-from fastgpt.kernels import attention_decode, decode_step, kv_cache_update, linear, norm, tiles  # noqa: E402
+from fastgpt.kernels import attention_decode, decode_step, kv_cache_update, linear, linear_quantized, norm, tiles  # noqa: E402
 from fastgpt.kernels.dependent_launch import (  # noqa: E402
     dependent_launch,
     has_dependent_launch,
@@ -30,7 +30,7 @@ from fastgpt.kernels.dependent_launch import (  # noqa: E402
     wait_for_dependencies,
 )
 
-MODULES = (attention_decode, kv_cache_update, linear, norm, decode_step)  # of what a step launches
+MODULES = (attention_decode, kv_cache_update, linear, linear_quantized, norm, decode_step)  # of what a step launches
 ACCESS = re.compile(r"\b(?:ld|st|atom|red|multimem|ldu)\.(?!param|shared|const)[\w.:]+|\bcp\.async\S*|\b(?:w?mma|wgmma)\S*")
 CONTROL = re.compile(r"^\s*(?:@\S+\s+)?(?:bra|ret|exit|brx\.idx|call|trap)\b|^\$L__BB\w+:", re.MULTILINE)
 AHEAD = "cp.async.bulk.prefetch.L2.global"  # which has no effect but on time
@@ -92,7 +92,7 @@ def launched(module) -> set[str]:
 
 def test_every_kernel_of_a_decode_step_is_checked():
     names = set().union(*map(launched, MODULES))
-    assert names == {x[0].__name__ for x in distinct(90)} and len(names) == 8
+    assert names == {x[0].__name__ for x in distinct(90)} and len(names) == 11
     for arch, has_it in ((80, False), (89, False), (90, True), (100, True), (120, True)):
         for x in shipped(arch):
             assert (x[3]["PDL"], x[3].get("launch_pdl", False)) == (has_it, has_it), name_of(x)
@@ -118,7 +118,7 @@ def test_all_kernels_of_a_step_wait_before_they_read_or_write(arch):
     for x in chosen:
         ptx = ptx_of(x, arch)
         assert not faults_in(ptx), name_of(x)
-        weights = x[3].get("GATED", 0) + 1 if x[0].__name__ in ("one_row_kernel", "several_rows_kernel") else 0
+        weights = x[3].get("GATED", 0) + 1 if x[0].__name__.endswith(("one_row_kernel", "several_rows_kernel")) else 0
         assert ptx.count(AHEAD) == weights
 
 
@@ -236,6 +236,8 @@ def call_all():
     positions = meta(2, 1, dtype=torch.int32)
     norm.norm(x, meta(64))
     linear.linear(x, meta(64, 64)), linear.linear(meta(4, 64), meta(64, 64))
+    for rows in (1, 4, 40):
+        linear_quantized.linear_quantized(meta(rows, 64), meta(64, 2 * 34, dtype=torch.uint8), 8, 32, False)
     decode_step.embed(ids, meta(9, 64)), decode_step.advance(lengths, positions)
     decode_step.record_token(ids, meta(2, 1), meta(5, 2, dtype=torch.int64), meta(2, 1, dtype=torch.float32), count)
     kv_cache_update.kv_cache_update(q, q, q, q, positions)

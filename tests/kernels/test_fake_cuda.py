@@ -18,6 +18,7 @@ from fastgpt.ops import attention_with_kv_cache as attending
 from fastgpt.ops import implementations
 from fastgpt.ops.decode_step import embed
 from fastgpt.ops.kv_cache_update import refusals as updating
+from fastgpt.ops.quantized_weight import Packing
 
 triton = pytest.importorskip("triton")
 
@@ -166,6 +167,7 @@ def test_every_launch_is_on_the_device_of_its_tensors():
     from fastgpt.kernels.kv_cache_update import kv_cache_update
     from fastgpt.kernels.launch import Kernel
     from fastgpt.kernels.linear import linear
+    from fastgpt.kernels.linear_quantized import linear_quantized
     from fastgpt.kernels.norm import norm
 
     guards, launched = [], {}
@@ -190,6 +192,8 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         kv_cache_update(kv, kv, kv.clone(), kv.clone(), torch.zeros(2, 40, dtype=torch.int64))
         linear(x, torch.randn(8, 64))
         linear(x[:1], torch.randn(8, 64))
+        for rows in (1, 3, 40):
+            linear_quantized(torch.randn(rows, 64), torch.zeros(8, 68, dtype=torch.uint8), 8, 32, False)
         norm(x, x[0])
         decode_step.embed(ids, x)
         decode_step.advance(lengths, lengths.clone().unsqueeze(1))
@@ -214,6 +218,11 @@ def traced(function, *arguments, **options) -> list[str]:
     (graph,) = graphs
     targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     return [name.removeprefix("fastgpt.").removesuffix(".default") for name in targets if name.startswith("fastgpt.")]
+
+
+def quantized(cuda, dtype=torch.bfloat16):
+    """(64, 64)."""
+    return fastgpt.QuantizedWeight(cuda(64, 2 * 34, dtype=torch.uint8), (8, 32, False), 64, dtype)
 
 
 def tracings(cuda):
@@ -251,6 +260,8 @@ def tracings(cuda):
             fastgpt.attention_with_kv_cache, (several, several, several, k, v, positions_3), {}, [update, forward],
         ),
         "linear": (fastgpt.linear, (x, weight), norm, ["linear"]),
+        "linear, quantized": (fastgpt.linear, (x, quantized(cuda)), norm, ["linear_quantized"]),
+        "linear, quantized, many rows": (fastgpt.linear, (cuda(100, 64), quantized(cuda)), norm, ["linear_quantized"]),
         "linear, many rows": (fastgpt.linear, (cuda(100, 64), weight), norm, ["norm"]),
         "norm": (fastgpt.norm, (x, cuda(64)), {"residual": x}, ["norm"]),
         "embed": (embed, (cuda(1, 1, dtype=torch.int64), weight), {}, ["embed"]),
@@ -305,14 +316,51 @@ def test_the_decoder_is_traced_whole(fields, options):
         assert traced(lambda ids: model(ids, cache=cache), token) == ["advance_", *LAYER, "linear"]
 
 
-def test_quantized_weights_are_left_to_the_reference(cuda):
-    """Kernels would read the memory of a wrapper, which has none."""
-    weight = fastgpt.QuantizedWeight(cuda(64, 2 * 34, dtype=torch.uint8), (8, 32, False), 64, torch.bfloat16)
-    for operation, arguments in ((fastgpt.linear, (cuda(1, 64), weight)), (embed, (cuda(1, 1, dtype=torch.int64), weight))):
-        with pytest.raises(ValueError, match="impl='triton' cannot serve this call: it does not take quantized weights"):
-            operation(*arguments, impl="triton")
+@pytest.mark.parametrize("rows, dtype, reason", [
+    (1, torch.bfloat16, "chosen"), (32, torch.float32, "chosen"), (1024, torch.float16, "chosen"),
+    (33, torch.float32, "it multiplies up to 32 rows, and x has more"),
+    (1025, torch.float16, "it multiplies up to 1024 rows, and x has more"),
+], ids=str)  # fmt: skip
+def test_quantized_weights_are_multiplied_by_a_kernel(rows, dtype, reason, cuda):
+    x, weight = cuda(rows, 64, dtype=dtype), quantized(cuda, dtype)
+    reasons = fastgpt.explain(fastgpt.linear, x, weight)
+    assert reasons["triton"] == reason and reasons["reference"] == ("available" if reason == "chosen" else "chosen")
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        fastgpt.linear(cuda(rows, 32, dtype=dtype), weight)
+    if reason == "chosen":
+        assert fastgpt.linear(x, weight, residual=x, norm_weight=cuda(64, dtype=dtype)).shape == (rows, 64)
+    else:
+        with pytest.raises(ValueError, match=f"impl='triton' cannot serve this call: {reason}"):
+            fastgpt.linear(x, weight, impl="triton")
+
+
+def test_other_block_types_are_left_to_the_reference(cuda):
+    packing = Packing(5, 32, False, block_type=6)  # Q5_0
+    weight = fastgpt.QuantizedWeight(cuda(64, packing.row_bytes(64), dtype=torch.uint8), packing, 64, torch.bfloat16)
     reasons = fastgpt.explain(fastgpt.linear, cuda(1, 64), weight)
-    assert reasons["triton"] == "it does not take quantized weights" and reasons["reference"] == "chosen"
+    assert reasons["triton"] == "it takes quantized weights in groups with an fp16 scale" and reasons["reference"] == "chosen"
+
+
+def test_other_block_types_are_not_captured():
+    """Their reference may copy tables to the device."""
+    with fake_cuda(random_model(), torch.bfloat16) as model:
+        layer, packing = model.blocks[1].mlp.down, Packing(5, 32, False, block_type=6)
+        rows, columns = layer.weight.shape
+        blocks = torch.empty(rows, packing.row_bytes(columns), dtype=torch.uint8)
+        weight = fastgpt.QuantizedWeight(blocks, packing, columns, torch.bfloat16)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        assert graph_refused(model, model.new_cache(1)) == "blocks.1.mlp.down.weight is stored in blocks that no kernel reads"
+
+
+def test_quantized_tensors_in_other_places_are_left_to_the_reference(cuda):
+    """Kernels would read the memory of a wrapper, which has none."""
+    weight, x = quantized(cuda), cuda(64, 64)
+    for arguments, options in (((x, x), {"residual": weight}), ((x, quantized(cuda)), {"residual": weight}), ((weight, x), {})):
+        reasons = fastgpt.explain(fastgpt.linear, *arguments, **options)
+        assert reasons["triton"] == "it does not take quantized weights" and reasons["reference"] == "chosen"
+    ids = cuda(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="impl='triton' cannot serve this call: it does not take quantized weights"):
+        embed(ids, weight, impl="triton")
 
 
 def test_compiled_without_a_look_at_addresses_rows_may_be_anywhere():

@@ -26,6 +26,7 @@ from benchmarks.machine_code import usage_of  # noqa: E402
 from fastgpt import (  # noqa: E402
     GPT,
     SHIPPED_MODEL,  # noqa: E402
+    QuantizedWeight,
     generate,
 )
 from fastgpt.generation.generate import stream  # noqa: E402
@@ -256,6 +257,24 @@ def test_launches_of_a_decode_step(model, cache):
     before = [name for name in names(step) if name not in slots]
     assert before == BEFORE + LAYER * decoder.config.num_layers + AFTER
     assert len(step) == len(before) + len(slots)
+
+
+@pytest.mark.slow
+def test_launches_of_a_decode_step_with_quantized_weights():
+    """Those of other weights, but for the embedding, which PyTorch gathers, and without a wait."""
+    decoder = random_model(layers=2, **LLAMA)
+    with fake_cuda(decoder, torch.bfloat16), gpu() as device:
+        for module in decoder.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+                rows, columns = module.weight.shape
+                blocks = torch.empty(rows, columns // 32 * 18, dtype=torch.uint8)
+                weight = QuantizedWeight(blocks, (4, 32, False), columns, torch.bfloat16)
+                module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        generate(decoder, ids(1, 30), 6)
+    (step,) = device.captures
+    expected = ["advance_kernel", "aten::embedding", *LAYER * 2, *AFTER]
+    assert names(step) == [f"quantized_{name}" if name == "one_row_kernel" else name for name in expected]
+    assert variants(device.events + step)["quantized_many_rows_kernel"] <= 5  # of a prompt: one for each shape of a weight
 
 
 @pytest.mark.slow

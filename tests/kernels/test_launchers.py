@@ -23,6 +23,14 @@ LAUNCHERS = {
         "x": torch.ones(2, 8), "weight": torch.ones(4, 8), "bias": torch.ones(4), "residual": torch.ones(2, 4),
         "norm_weight": torch.ones(8),
     }),
+    "linear_quantized": (
+        lambda **call: linear._linear_quantized_triton(bits=8, group_size=32, minima=False, block_type=0, **call),
+        "fastgpt.kernels.linear_quantized.linear_quantized",
+        lambda: {
+            "x": torch.ones(2, 32), "blocks": torch.ones(4, 34, dtype=torch.uint8), "bias": torch.ones(4),
+            "residual": torch.ones(2, 4), "norm_weight": torch.ones(32),
+        },
+    ),
     "embed": (decode_step._embed_triton, "fastgpt.kernels.decode_step.embed", lambda: {
         "ids": torch.ones(2, 1, dtype=torch.int64), "weight": torch.ones(4, 8),
         "positions": torch.ones(2, 1, dtype=torch.int32), "position_weight": torch.ones(4, 8),
@@ -163,6 +171,9 @@ def test_invalid_arguments_are_refused(operation, name, fault, launch):
     [
         ("linear", "x", torch.ones(33, 8)), ("linear", "x", torch.ones(0, 8)), ("linear", "weight", torch.ones(4, 16)[:, ::2]),
         ("linear", "activation", 9), ("linear", "activation", -1),
+        ("linear_quantized", "x", torch.ones(33, 32)), ("linear_quantized", "x", torch.ones(0, 32)),
+        ("linear_quantized", "x", torch.ones(2, 40)), ("linear_quantized", "blocks", torch.ones(4, 33, dtype=torch.uint8)),
+        ("linear_quantized", "blocks", torch.ones(4, 68, dtype=torch.uint8)[:, ::2]), ("linear_quantized", "activation", 9),
         ("advance_", "lengths", torch.ones(4, dtype=torch.int32)[::2]),
         ("record_token_", "tokens", torch.ones(2, 3, dtype=torch.int64).t()), ("record_token_", "scores", torch.ones(2, 5)),
         ("record_token_", "ended", None), ("attention_forward", "k", torch.ones(1, 2, 4, 16)[..., ::2]),
@@ -177,7 +188,7 @@ def test_invalid_arguments_are_refused(operation, name, fault, launch):
 )  # fmt: skip
 def test_unsupported_arguments_are_refused(operation, name, value, launch):
     changed = {name: value}
-    if operation == "linear" and name == "x":
+    if operation.startswith("linear") and name == "x":
         changed["residual"] = torch.ones(len(value), 4)
     with pytest.raises((TypeError, ValueError), match="expected"):
         launch(operation, **changed)

@@ -1,5 +1,6 @@
 """The machine code of the Triton kernels that ship, compiled ahead of time: no GPU is needed."""
 
+import itertools
 import os
 import re
 from collections import Counter
@@ -26,7 +27,8 @@ from benchmarks.machine_code import (  # noqa: E402
     usage_of,
 )
 from benchmarks.shipped_kernels import shipped  # noqa: E402
-from fastgpt.kernels.tiles import DECODE  # noqa: E402
+from fastgpt.kernels import linear_quantized  # noqa: E402
+from fastgpt.kernels.tiles import DECODE, quantized_tile  # noqa: E402
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 BULK = {"q_desc", "k_desc", "v_desc", "dout_desc"}
@@ -34,7 +36,7 @@ MODULES = [  # of fastgpt.kernels, by those that launch
     "attention_forward",
     "attention_backward",
     "attention_decode",
-    "linear and norm and decode_step and kv_cache_update",
+    "linear and linear_quantized and norm and decode_step and kv_cache_update",
 ]
 
 
@@ -67,6 +69,8 @@ def faults_in_machine_code(arch, module, name, dtype, cache_dtype, constants, gi
         faults.append(f"copies of {', '.join(narrow)} bytes")
     if name == "one_row_kernel" and "ld.global.v4.b32" not in ptx or name == "several_rows_kernel" and "cp.async.cg" not in ptx:
         faults.append("loads narrower than 16 bytes")
+    if name.startswith("quantized") and re.search(r"ld\.global\.[bsu]8\b", ptx):
+        faults.append("loads of single bytes")
     if name == "update_cache_kernel" and constants["BLOCK_T"] > 1 and constants["NEW_ALIGN"] == 16:
         # But for scales, slots and positions: one number of a row.
         if re.search(r"\b(ld|st)\.global(\.v2)?\.b(8|16)\b", ptx) or len(re.findall(r"\bst\.global\.v4", ptx)) < 2:
@@ -201,6 +205,20 @@ def test_decoding_many_rows_overlaps_copies():
     source, options = source_of(*next(chosen))
     assert tiles_underway(ir_of(source, 90, options, "ttgir")) == [1]
     assert all(tile.num_stages >= 3 for (dim, size), pair in DECODE.items() if size == 2 and dim <= 256 for tile in pair)
+
+
+def test_a_row_is_multiplied_with_quantized_weights_where_they_are_loaded():
+    """Threads have the columns of x that their integers, in words of 2 or 4 bytes, are multiplied with, and the scales: nothing goes
+    through shared memory."""
+    for bits, minima in itertools.product((8, 4), (False, True)):
+        tile = quantized_tile(1, 6144, 8192, bits, 2)
+        constants = linear_quantized.kernel_constants(tile, 8192, bits, 32, minima, True, 0, False, 1, False, True)
+        kernel, dtype = linear_quantized.quantized_one_row_kernel, torch.float16
+        source, options = source_of(kernel, dtype, dtype, constants, ("norm_weight_ptr",))
+        text = ir_of(source, 90, options, "ttgir")
+        loop = text[text.rindex("scf.for") : text.rindex("scf.yield")]
+        assert f"!tt.ptr<i{32 if minima else 16}>" in loop and "tt.ptr<i8>" not in loop
+        assert "convert_layout" not in loop and "ttg.local" not in loop
 
 
 SCORES = ("mask_ptr", "bias_ptr")

@@ -25,9 +25,19 @@ from fastgpt.kernels import attention_forward as forward  # noqa: E402
 from fastgpt.kernels.decode_step import embed  # noqa: E402
 from fastgpt.kernels.limits import MAX_COUNT  # noqa: E402
 from fastgpt.kernels.linear import linear  # noqa: E402
+from fastgpt.kernels.linear_quantized import linear_quantized  # noqa: E402
 from fastgpt.kernels.norm import norm  # noqa: E402
 
-MODULES = ["attention_forward", "attention_backward", "attention_decode", "kv_cache_update", "linear", "norm", "decode_step"]
+MODULES = [
+    "attention_forward",
+    "attention_backward",
+    "attention_decode",
+    "kv_cache_update",
+    "linear",
+    "linear_quantized",
+    "norm",
+    "decode_step",
+]
 COUNTS = (
     "n_queries", "n_keys", "n_heads", "n_heads_kv", "n_tokens", "capacity", "group", "rows_of_head", "window", "page",
     "n_pages", "cu_q_ptr", "cu_k_ptr",
@@ -167,6 +177,7 @@ def test_larger_numbers_recompile(arch, monkeypatch):
     near = meta(2, 4, 40, 64, strides=(2**31 - 8, 2**29, 64, 1))
     mask = meta(2, 4, 40, 40, dtype=torch.bool)
     far_mask = meta(2, 4, 40, 40, strides=(2**40, 2**36, 2**33, 2**31), dtype=torch.bool)
+    far_rows = meta(80, 64, strides=(2**33, 1))
     bias, far_bias = (meta(*x.shape, strides=x.stride()) for x in (mask, far_mask))
     with launches(arch) as found:
         for q in small, near, far:
@@ -177,6 +188,8 @@ def test_larger_numbers_recompile(arch, monkeypatch):
         for rows in (small, far):
             norm(rows, meta(64))
             linear(rows[0, :, 0], meta(8, 64))
+            linear_quantized(rows[0, :, 0], blocks(8, 64), 8, 32, False)
+            linear_quantized(rows[:, :, :10].reshape(-1, 64) if rows is small else far_rows, blocks(8, 64), 8, 32, False)
             linear(meta(4, 64), meta(8, 64), residual=rows[0, :, 0, :8])
     variants = {}
     for launch in found:
@@ -190,9 +203,16 @@ def test_larger_numbers_recompile(arch, monkeypatch):
         "attend_split_kernel",
         "norm_kernel",
         "several_rows_kernel",
+        "quantized_several_rows_kernel",
+        "quantized_many_rows_kernel",
     ):
         kinds = [dict(x) for (name, _), x in variants.items() if name == kernel]
         assert any("i64" in x.values() for x in kinds) and any("i64" not in x.values() for x in kinds), kernel
+
+
+def blocks(n, columns):
+    """Of 8 bits, in groups of 32."""
+    return meta(n, columns // 32 * 34, dtype=torch.uint8)
 
 
 def cu_seqlens(n):
@@ -245,7 +265,8 @@ def test_more_pages_than_can_be_counted_are_refused():
     (lambda: norm(meta(2**31, 1, 4096), meta(4096)), "x"),
     (lambda: embed(meta(2**31, dtype=torch.int64), meta(10, 64)), "ids"),
     (lambda: linear(meta(1, 16), meta(2**35, 16)), "weight"),
-), ids=("attention", "decode", "norm", "embed", "linear"))  # fmt: skip
+    (lambda: linear_quantized(meta(1000, 32), blocks(2**35, 32), 8, 32, False), "weight"),
+), ids=("attention", "decode", "norm", "embed", "linear", "quantized"))  # fmt: skip
 def test_more_programs_than_a_grid_holds_are_refused(call, name):
     with launches() as found, pytest.raises(ValueError, match=f"^{name}: expected work for at most 2\\^31 - 1 programs, got "):
         call()
@@ -274,6 +295,9 @@ def calls(scale, offset):
         norm(q, meta(64), eps=scale, offset=scale)
         linear(meta(1, 64), meta(T * 8, 64), bias=meta(T * 8 + offset)[offset:], norm_weight=meta(64), norm_offset=scale)
         linear(meta(4, 64), meta(T * 8, 64), bias=meta(T * 8 + offset)[offset:], norm_weight=meta(64), norm_offset=scale)
+        for rows in (1, 4, 40):
+            x, biases = meta(rows, 64), meta(T * 8 + offset)[offset:]
+            linear_quantized(x, blocks(T * 8, 64), 8, 32, False, biases, norm_weight=meta(64), norm_offset=scale)
         embed(meta(B * T + offset, dtype=torch.int64)[offset:], meta(50 + T, 64), scale=scale)
 
 
@@ -292,7 +316,8 @@ def test_kernels_are_compiled_once():
         variants.setdefault((launch.kernel, values), set()).add(launch.variant)
     assert {kernel for kernel, _ in variants} >= {
         "attention_forward_kernel", "delta_kernel", "backward_keys", "backward_queries", "backward_bias", "attend_split_kernel", "norm_kernel",
-        "one_row_kernel", "several_rows_kernel", "embed_kernel",
+        "one_row_kernel", "several_rows_kernel", "embed_kernel", "quantized_one_row_kernel", "quantized_several_rows_kernel",
+        "quantized_many_rows_kernel",
     }  # fmt: skip
     for (kernel, values), keys in variants.items():
         assert len(keys) == 1, f"{kernel} with {dict(values)}: variants\n" + "\n".join(sorted(keys)[:2])
