@@ -157,13 +157,13 @@ def opened(model: GPT, oracle: GPT) -> Iterator[tuple[dict[str, Peer], dict[str,
 
     A peer whose logits are not those of `oracle`, the same in float32, is absent.
     """
-    peers, versions, absent = {"ours": ours(model)}, {}, {}
+    BUILD.mkdir(exist_ok=True)
+    peers, versions, absent = {"ours": ours(model), "ours, int8": ours_in_8_bits(model)}, {}, {}
     loaders = {
         "transformers": of_transformers, "ctranslate2": of_ctranslate2, "llama-cpp-python": of_llama_cpp,
         "openvino": of_openvino, "zentorch": of_zentorch,
     }  # fmt: skip
     ids = (torch.arange(32, device=model.token_embedding.weight.device) * 1511 % model.config.vocab_size).unsqueeze(0)
-    BUILD.mkdir(exist_ok=True)
     with ExitStack() as stack, torch.inference_mode():
         expected = oracle(ids)[0, -1]
         for library, load in loaders.items():
@@ -209,13 +209,22 @@ def ours(model: GPT) -> Peer:
     return Peer(generate, logits, rounding(model), number_bytes(model), number_bytes(model))
 
 
+def ours_in_8_bits(model: GPT) -> Peer:
+    """The model, its matrices quantized in groups of 32 columns with an fp16 scale each."""
+    weight = model.token_embedding.weight
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        model.save_pretrained(folder)
+        quantized = GPT.from_pretrained(folder, dtype=weight.dtype, device=weight.device, weights="int8")
+    return ours(quantized)._replace(tolerance=0.3, weight_bytes=34 / 32)
+
+
 def in_transformers(model: GPT):
     """The model in transformers, sharing the memory of weights with the same layout; it generates greedily and without an end
     token."""
     import transformers
 
     weight = model.token_embedding.weight
-    config, weights = transformers_format.contents(model)
+    config, weights, _ = transformers_format.contents(model)
     with torch.device(weight.device):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config), dtype=weight.dtype)
     missing, unexpected = theirs.load_state_dict(weights, strict=False, assign=True)

@@ -82,7 +82,9 @@ def curves(axis, lines: dict[str, list[tuple]], unit: str, label: str, colors: d
         family = name.replace(",", " ").split()[0]
         color = {"ours": OURS, "limit": LIMIT}.get(family) or colors.setdefault(family, OTHERS[len(colors) % len(OTHERS)])
         look = {"linestyle": ":"} if name == "limit" else {"marker": MARKERS[drawn.count(family) % len(MARKERS)]}
-        axis.plot(*zip(*points), color=color, **look, **{"linewidth": 2.6, "zorder": 3} if name == "ours" else {})
+        axis.plot(
+            *zip(*points), color=color, **look, **{"linewidth": 2.6, "zorder": 3} if name.partition(",")[0] == "ours" else {}
+        )
         drawn.append(family)
         ends.append((points[-1][1], "roofline" if name == "limit" else shown(name), color))
     top = 1.06 * max(value for points in lines.values() for _, value in points)
