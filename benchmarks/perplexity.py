@@ -8,6 +8,7 @@ and overlaps the one before by half: each token is predicted once, from at least
 """
 
 import argparse
+import dataclasses
 import math
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def measure(name: str, model: str | Path, text: str) -> list[dict]:
     """A case for the model as it is and one for each way to quantize it."""
     cases = []
     for weights in tqdm(["dequantized", *CHOICES], desc=name, leave=False, disable=None):
-        case = {"model": name} | ({} if weights == "dequantized" else weights._asdict())
+        case = {"model": name} | ({} if weights == "dequantized" else dataclasses.asdict(weights))
         try:
             pipe = pipeline(model, device="cpu", dtype=torch.float32, weights=weights)
         except ValueError as error:

@@ -145,6 +145,7 @@ void check_blocks(const Tensor& blocks, const Packing& packing, int64_t C) {
       return type.number == packing.block_type;
     });
     FASTGPT_CHECK(type != std::end(kBlockTypes), "block_type: unknown number ", packing.block_type);
+    FASTGPT_CHECK(packing.bits > 0, "bits: expected a positive number, got ", packing.bits);  // 0: not quantized
     columns = type->columns, row_bytes = C / columns * type->bytes;
   } else {
     FASTGPT_CHECK(packing.bits == 8 || packing.bits == 4, "bits: expected 8 or 4, got ", packing.bits);

@@ -113,11 +113,11 @@ auto with_quantized(const Linear& l, const Function& function) {
   if (l.packing.block_type) {
     return with_block_type<Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4>(l.packing.block_type, function);
   }
+#if defined(__AVX512F__)
+  if (QuantizedDots::serves(l)) return function(Type<QuantizedDots>());
+#endif
   const auto with_minima = [&](auto minima) {
     constexpr bool kMinima = decltype(minima)::value;
-#if defined(__AVX512F__)
-    if (QuantizedDots<kMinima>::serves(l)) return function(Type<QuantizedDots<kMinima>>());
-#endif
     return l.packing.bits == 8 ? function(Type<QuantizedRows<8, kMinima>>()) : function(Type<QuantizedRows<4, kMinima>>());
   };
   return l.packing.minima ? with_minima(std::true_type()) : with_minima(std::false_type());

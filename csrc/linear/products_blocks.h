@@ -20,21 +20,9 @@ class BlockRows {
 
   int64_t row_bytes() const { return row_bytes_; }
 
-  // Floats of a row of x: for few rows, with sums of its groups.
-  static int64_t x_row(const Linear& l) {
-    return l.in + (l.rows <= kFewRows && Block::kMinima ? padded(l.in / Block::kGroup) : 0);
-  }
+  static int64_t x_row(const Linear& l) { return padded(l.in); }  // floats of a row of x
 
-  static void arrange(const Linear& l, const float* x, float* target) {
-    std::memcpy(target, x, l.in * sizeof(float));
-    if (!Block::kMinima) return;
-    float* sum_of_group = target + l.in;
-    for (int64_t c = 0; c < l.in; c += Block::kGroup) {
-      Vector total{};
-      for (int v = 0; v < kVectors; ++v) total += load(x + c + v * kWidth);
-      *sum_of_group++ = sum(total);
-    }
-  }
+  static void arrange(const Linear& l, const float* x, float* target) { std::memcpy(target, x, l.in * sizeof(float)); }
 
   // As QuantizedRows.
   void multiply(const float* x, int64_t row, int64_t count, int64_t ahead, float* dots) const {
@@ -55,7 +43,6 @@ class BlockRows {
   static constexpr int64_t kGroups = Block::kColumns / Block::kGroup;
   static constexpr int kVectors = Block::kGroup / kWidth;
   using Numbers = typename Block::Numbers;
-  typedef float Groups __attribute__((vector_size(kGroups * sizeof(float))));
 
   void dequantize_block(const uint8_t* block, float* target) const {
     Numbers unpacked;
@@ -97,9 +84,7 @@ class BlockRows {
   __attribute__((always_inline)) inline void multiply_rows(
       const float* x, const uint8_t* (&rows)[kStreams], int64_t ahead, Vector (&total)[kStreams][kCount]) const {
     const int64_t x_row = this->x_row(l_);
-    const float* sum_of_group = x + l_.in;
-    Groups of_minima[kStreams][kCount] = {};
-    for (const float* const end = x + l_.in; x < end; x += Block::kColumns, sum_of_group += kGroups) {
+    for (const float* const end = x + l_.in; x < end; x += Block::kColumns) {
       Numbers blocks[kStreams];
       for (int j = 0; j < kStreams; ++j) {
         for (int64_t line = 0; ahead && line < Block::kBytes; line += 64) __builtin_prefetch(rows[j] + ahead + line, 0, 2);
@@ -110,31 +95,19 @@ class BlockRows {
       // them.
       if (Block::kColumns > 32) asm volatile("" : : "r"(blocks) : "memory");
       for (int64_t g = 0; g < kGroups; ++g) {
-        Vector sums[kStreams][kCount] = {};
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t c = g * Block::kGroup + v * kWidth;
-          for (int j = 0; j < kStreams; ++j) {
-            const Vector w = blocks[j].numbers(c);
-            for (int i = 0; i < kCount; ++i) sums[j][i] += load(x + i * x_row + c) * w;
-          }
-        }
         for (int j = 0; j < kStreams; ++j) {
           const Vector scale = broadcast(blocks[j].scales[g]);
-          for (int i = 0; i < kCount; ++i) total[j][i] += sums[j][i] * scale;
+          Vector sums[kCount] = {};
+          for (int v = 0; v < kVectors; ++v) {
+            const int64_t c = g * Block::kGroup + v * kWidth;
+            Vector w = blocks[j].numbers(c);
+            if (Block::kMinima) w = w * scale + broadcast(blocks[j].minima[g]);  // as in multiply_quantized
+            for (int i = 0; i < kCount; ++i) sums[i] += load(x + i * x_row + c) * w;
+          }
+          for (int i = 0; i < kCount; ++i) {
+            total[j][i] = Block::kMinima ? total[j][i] + sums[i] : total[j][i] + sums[i] * scale;
+          }
         }
-      }
-      for (int j = 0; Block::kMinima && j < kStreams; ++j) {
-        Groups minima, sums_of_x;
-        std::memcpy(&minima, blocks[j].minima, sizeof minima);
-        for (int i = 0; i < kCount; ++i) {
-          std::memcpy(&sums_of_x, sum_of_group + i * x_row, sizeof sums_of_x);
-          of_minima[j][i] += sums_of_x * minima;
-        }
-      }
-    }
-    for (int j = 0; Block::kMinima && j < kStreams; ++j) {
-      for (int i = 0; i < kCount; ++i) {
-        for (int64_t g = 0; g < kGroups; ++g) total[j][i][0] += of_minima[j][i][g];
       }
     }
   }

@@ -20,12 +20,11 @@ template <int kBits, bool kUnsigned>
 struct Packed {
   static constexpr int64_t kBytes = kPacked * kBits / 8;
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  static constexpr bool kRaised = kBits == 4;  // load_raised gives number / kFactor + kRaise, in the order of `arrange`
+  static constexpr bool kArranged = kBits == 4;  // load_unit gives half of the numbers, in the order of `arrange`
 #else
-  static constexpr bool kRaised = false;
+  static constexpr bool kArranged = false;
 #endif
-  static constexpr float kFactor = kRaised ? 2.0f : 1.0f, kRaise = 12.0f;
-  static constexpr int64_t kStride = kPacked + (kRaised ? kWidth : 0);  // floats of a unit of x
+  static constexpr float kFactor = kArranged ? 2.0f : 1.0f;  // of what load_unit gives
 
   __attribute__((always_inline)) static inline void load_all(const uint8_t* source, Vector (&w)[kPackedVectors]) {
     if constexpr (kBits == 8) {
@@ -44,12 +43,11 @@ struct Packed {
       w[0] = _mm512_maskz_permutexvar_ps(0xffff, bytes, numbers);
       w[1] = _mm512_maskz_permutexvar_ps(0xffff, _mm512_maskz_srli_epi32(0xffff, bytes, 4), numbers);
 #elif defined(__AVX2__)
-      Vector raised[kPackedVectors];
-      load_raised(source, raised);
-      for (int v = 0; v < kPackedVectors; ++v) raised[v] = (raised[v] - kRaise) * kFactor;
+      Vector unit[kPackedVectors];
+      load_unit(source, unit);
       for (int v = 0; v < 2; ++v) {
-        w[v] = _mm256_permute2f128_ps(raised[2 * v], raised[2 * v + 1], 0x20);
-        w[v + 2] = _mm256_permute2f128_ps(raised[2 * v], raised[2 * v + 1], 0x31);
+        const Vector first = unit[2 * v] * kFactor, second = unit[2 * v + 1] * kFactor;
+        w[v] = _mm256_permute2f128_ps(first, second, 0x20), w[v + 2] = _mm256_permute2f128_ps(first, second, 0x31);
       }
 #else
       uint8_t numbers[kPacked];
@@ -59,9 +57,9 @@ struct Packed {
     }
   }
 
-  __attribute__((always_inline)) static inline void load_raised(const uint8_t* source, Vector (&w)[kPackedVectors]) {
+  __attribute__((always_inline)) static inline void load_unit(const uint8_t* source, Vector (&w)[kPackedVectors]) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    if constexpr (kRaised) {
+    if constexpr (kArranged) {
       // Moved apart, 4 bits become the highest ones of mantissas: 8 + q / 2. Extending signs and converting takes twice as
       // long.
       const __m256i bytes = _mm256_broadcastsi128_si256(load_16_bytes(source));
@@ -73,25 +71,20 @@ struct Packed {
       w[1] = reinterpret_cast<Vector>(_mm256_unpackhi_epi16(zero, low));
       w[2] = reinterpret_cast<Vector>(_mm256_unpacklo_epi16(zero, high));
       w[3] = reinterpret_cast<Vector>(_mm256_unpackhi_epi16(zero, high));
+      for (int v = 0; v < kPackedVectors; ++v) w[v] -= 12.0f;  // before they are multiplied, since x may have outliers
       return;
     }
 #endif
     load_all(source, w);
   }
 
-  // Lays a unit of x out in the order of load_raised's lanes (numbers 0 to 3 and 16 to 19, 4 to 7 and 20 to 23, ...), and after
-  // it what kRaise adds to the lanes of the products, negated. Returns the sum of x.
-  static float arrange(const float* x, float* target) {
-    constexpr int64_t kPart = kRaised ? kWidth / 2 : kWidth;
-    Vector total{};
+  // Lays a unit of x out in the order of load_unit's lanes: numbers 0 to 3 and 16 to 19, 4 to 7 and 20 to 23, and so on.
+  static void arrange(const float* x, float* target) {
+    constexpr int64_t kHalf = kWidth / 2;
     for (int v = 0; v < kPackedVectors; ++v) {
-      float* const lanes = target + v * kWidth;
-      std::memcpy(lanes, x + v * kPart, kPart * sizeof(float));
-      if (kRaised) std::memcpy(lanes + kPart, x + kPacked / 2 + v * kPart, kPart * sizeof(float));
-      total += load(lanes);
+      std::memcpy(target + v * kWidth, x + v * kHalf, kHalf * sizeof(float));
+      std::memcpy(target + v * kWidth + kHalf, x + kPacked / 2 + v * kHalf, kHalf * sizeof(float));
     }
-    if (kRaised) store(target + kPacked, total * -kRaise);
-    return sum(total);
   }
 };
 
@@ -115,8 +108,9 @@ struct GroupHeader {
   float scale, minimum;
 };
 
-// Lanes of the sums of x[i] · weight[s] for kCount rows of x and kStreams of the weights, which are `row_bytes` apart, in
-// groups of kUnits units, or if that is 0 of any number. If `ahead` is not 0, the bytes that far on are prefetched.
+// Lanes of the sums of x[i] · weight[s] for kCount rows of x, arranged, and kStreams of the weights, which are `row_bytes`
+// apart, in groups of kUnits units, or if that is 0 of any number. If `ahead` is not 0, the bytes that far on are prefetched.
+// With minima each weight is computed: a part of the sums that is the minimum times a sum of x would cancel another one.
 template <int kCount, int kStreams, int kUnits, int kBits, bool kMinima>
 __attribute__((always_inline)) inline void multiply_quantized(
     const float* x, int64_t x_row, const uint8_t* weight, int64_t row_bytes, const Linear& l, int64_t ahead,
@@ -124,51 +118,37 @@ __attribute__((always_inline)) inline void multiply_quantized(
   using Numbers = Packed<kBits, kMinima>;
   constexpr int kSums = kUnits == 1 || kPackedVectors < 2 ? 1 : 2;  // independent accumulators
   const int64_t units = kUnits ? kUnits : l.packing.group_size / kPacked;
-  const float* sum_of_x = x + l.in / kPacked * Numbers::kStride;
-  float of_minima[kStreams][kCount] = {};
   for (int s = 0; s < kStreams; ++s) {
     for (int i = 0; i < kCount; ++i) total[s][i] = Vector{};
   }
   for (const uint8_t* const end = weight + row_bytes; weight < end;) {
-    Vector scale[kStreams], sums[kStreams][kCount][kSums] = {};
-    float minimum[kStreams];
+    Vector scale[kStreams], minimum[kStreams], sums[kStreams][kCount][kSums] = {};
     for (int s = 0; s < kStreams; ++s) {
       const GroupHeader<kBits, kMinima> header(weight + s * row_bytes, l.values_of_halves);
-      scale[s] = broadcast(header.scale), minimum[s] = header.minimum;
+      scale[s] = broadcast(kMinima ? header.scale * Numbers::kFactor : header.scale), minimum[s] = broadcast(header.minimum);
     }
     weight += GroupHeader<kBits, kMinima>::kBytes;
-    for (int64_t unit = 0; unit < units; ++unit) {
+    for (int64_t unit = 0; unit < units; ++unit, weight += Numbers::kBytes, x += kPacked) {
       for (int s = 0; s < kStreams; ++s) {
         const uint8_t* const source = weight + s * row_bytes;
         if (ahead) __builtin_prefetch(source + ahead, 0, 2);
         Vector w[kPackedVectors];
-        Numbers::load_raised(source, w);
-        for (int i = 0; i < kCount; ++i) {
-          const float* const lanes = x + i * x_row;
-          if constexpr (Numbers::kRaised) {  // a sum of its own, as terms are large and cancel
-            Vector unit_sum = load(lanes + kPacked);
-            for (int v = 0; v < kPackedVectors; ++v) unit_sum += load(lanes + v * kWidth) * w[v];
-            sums[s][i][0] += unit_sum;
-          } else {
-            for (int v = 0; v < kPackedVectors; ++v) sums[s][i][v % kSums] += load(lanes + v * kWidth) * w[v];
-          }
-          if (kMinima) of_minima[s][i] += sum_of_x[i * x_row] * minimum[s];
+        Numbers::load_unit(source, w);
+        for (int v = 0; v < kPackedVectors; ++v) {
+          if (kMinima) w[v] = w[v] * scale[s] + minimum[s];
+          for (int i = 0; i < kCount; ++i) sums[s][i][v % kSums] += load(x + i * x_row + v * kWidth) * w[v];
         }
       }
-      weight += Numbers::kBytes, x += Numbers::kStride, ++sum_of_x;
     }
     for (int s = 0; s < kStreams; ++s) {
       for (int i = 0; i < kCount; ++i) {
         if (kSums == 2) sums[s][i][0] += sums[s][i][1];
-        total[s][i] += sums[s][i][0] * scale[s];
+        total[s][i] = kMinima ? total[s][i] + sums[s][i][0] : total[s][i] + sums[s][i][0] * scale[s];
       }
     }
   }
-  for (int s = 0; s < kStreams; ++s) {
-    for (int i = 0; i < kCount; ++i) {
-      total[s][i] *= Numbers::kFactor;
-      if (kMinima) total[s][i][0] += of_minima[s][i];
-    }
+  for (int s = 0; s < kStreams && !kMinima; ++s) {
+    for (int i = 0; i < kCount; ++i) total[s][i] *= Numbers::kFactor;
   }
 }
 
@@ -180,14 +160,11 @@ class QuantizedRows {
 
   explicit QuantizedRows(const Linear& l) : l_(l), row_bytes_(l.packing.row_bytes(l.in)) {}
 
-  // Floats of a row of x: for few rows, its units as they are arranged, and their sums.
-  static int64_t x_row(const Linear& l) {
-    return l.rows > kFewRows ? padded(l.in) : padded(l.in / kPacked * (Numbers::kStride + 1));
-  }
+  static int64_t x_row(const Linear& l) { return padded(l.in); }  // floats of a row of x
 
   static void arrange(const Linear& l, const float* x, float* target) {
-    float* sum_of_unit = target + l.in / kPacked * Numbers::kStride;
-    for (int64_t c = 0; c < l.in; c += kPacked, target += Numbers::kStride) *sum_of_unit++ = Numbers::arrange(x + c, target);
+    if (!Numbers::kArranged) return std::memcpy(target, x, l.in * sizeof(float)), void();
+    for (int64_t c = 0; c < l.in; c += kPacked) Numbers::arrange(x + c, target + c);
   }
 
   int64_t row_bytes() const { return row_bytes_; }

@@ -14,14 +14,13 @@ namespace {
 
 // Up to kFewRows rows of x in bfloat16: if they have been normalized, they are rounded. Integers of 4 bits are looked up in a
 // table of bfloat16. Four units, a chunk, are multiplied at a time, each in 4 lanes of the accumulators.
-template <bool kMinima>
 class QuantizedDots {
  public:
   static constexpr int64_t kRows = kWidth;  // of weights, whose lanes are reduced together
 
   static bool serves(const Linear& l) {
     const int64_t size = l.packing.group_size;
-    return l.packing.bits == 4 && l.packing.minima == kMinima && (size == kPacked || size % kChunk == 0) &&
+    return l.packing.bits == 4 && !l.packing.minima && (size == kPacked || size % kChunk == 0) &&
         l.element == Element::bfloat16 && l.rows <= kFewRows && cpu_features().avx512_bf16;
   }
 
@@ -29,24 +28,20 @@ class QuantizedDots {
 
   int64_t row_bytes() const { return row_bytes_; }
 
-  // Floats of a row of x: pairs of the chunks, and the sums of its units.
-  static int64_t x_row(const Linear& l) { return chunks(l) * (kChunk / 2 + kWidth); }
+  static int64_t x_row(const Linear& l) { return chunks(l) * kChunk / 2; }  // floats of a row of x: pairs of the chunks
 
   static void arrange(const Linear& l, const float* x, float* target) {
     auto* pairs = reinterpret_cast<uint16_t*>(target);
-    float* sum_of_unit = target + chunks(l) * kChunk / 2;
     for (int64_t c = 0; c < rounded_up(l.in, kChunk); c += kPacked) {
       Vector halves[2] = {};
       if (c < l.in) halves[0] = load(x + c), halves[1] = load(x + c + kWidth);
-      uint16_t* const unit = pairs + c / kChunk * kChunk + c % kChunk / 4;  // a quarter of the first vector of the chunk
-      arrange_unit(halves, unit);
-      *sum_of_unit++ = sum(halves[0] + halves[1]);
+      arrange_unit(halves, pairs + c / kChunk * kChunk + c % kChunk / 4);  // from a quarter of the first vector of the chunk on
     }
   }
 
   // As QuantizedRows.
   void dequantize(const uint8_t* row, int64_t c, int64_t count, float* target) const {
-    QuantizedRows<4, kMinima>(l_).dequantize(row, c, count, target);
+    QuantizedRows<4, false>(l_).dequantize(row, c, count, target);
   }
 
   void multiply(const float* x, int64_t row, int64_t count, int64_t ahead, float* dots) const {
@@ -55,16 +50,14 @@ class QuantizedDots {
 
  private:
   static constexpr int64_t kUnits = 4, kChunk = kUnits * kPacked;
-  using Header = GroupHeader<4, kMinima>;
+  using Header = GroupHeader<4, false>;
 
   static int64_t chunks(const Linear& l) { return (l.in + kChunk - 1) / kChunk; }
 
-  // Rounds 32 numbers to bfloat16, also in place. Those at 4i + v, where the second half's are between the first half's, go to
+  // Rounds 32 numbers to bfloat16. Those at 4i + v, where the second half's are between the first half's, go to
   // word i of the unit's quarter of vector v, which is multiplied with the integers in bits 4v to 4v + 3 of words.
   static void arrange_unit(Vector (&halves)[2], uint16_t* target) {
-    Vector rest[2] = {halves[0], halves[1]};
-    const UIntVector first = take_piece<true, 1>(rest[0]), second = take_piece<true, 1>(rest[1]);
-    halves[0] = reinterpret_cast<Vector>(first), halves[1] = reinterpret_cast<Vector>(second);
+    const UIntVector first = take_piece<true, 1>(halves[0]), second = take_piece<true, 1>(halves[1]);
     // clang-format off
     const __m512i order = _mm512_set_epi16(
         31, 27, 23, 19, 15, 11, 7, 3, 30, 26, 22, 18, 14, 10, 6, 2,
@@ -101,14 +94,12 @@ class QuantizedDots {
   template <int kStreams, int kCount>
   struct Streams {
     const Linear& l;
-    const float *x, *sum_of_unit;
+    const float* x;
     const int64_t x_row;
     const uint8_t* rows[kStreams];
     Vector total[kStreams][kCount] = {};
-    __m128 of_minima[kStreams][kCount] = {};
 
-    Streams(const QuantizedDots& weight, const float* x)
-        : l(weight.l_), x(x), sum_of_unit(x + chunks(l) * kChunk / 2), x_row(QuantizedDots::x_row(l)) {}
+    Streams(const QuantizedDots& weight, const float* x) : l(weight.l_), x(x), x_row(QuantizedDots::x_row(l)) {}
 
     FASTGPT_BF16_DOT __attribute__((always_inline)) inline void multiply(int64_t ahead) {
       const int64_t size = l.packing.group_size, units = l.in / kPacked;
@@ -119,11 +110,6 @@ class QuantizedDots {
       } else {
         for (int64_t unit = 0; unit < units; unit += size / kPacked) add_group(size / kChunk, ahead);
       }
-      for (int j = 0; kMinima && j < kStreams; ++j) {
-        for (int i = 0; i < kCount; ++i) {
-          for (int k = 0; k < kUnits; ++k) total[j][i][k] += of_minima[j][i][k];
-        }
-      }
     }
 
     // A chunk of groups of a unit. If there are only `count`, the last one is read again, as x is zero.
@@ -132,11 +118,11 @@ class QuantizedDots {
       for (int j = 0; j < kStreams; ++j) {
         if (ahead) prefetch(rows[j] + ahead), prefetch(rows[j] + ahead + 2 * kBytes);
         __m128i of[kUnits];
-        float scales[kUnits], minima[kUnits];
+        float scales[kUnits];
         for (int64_t u = 0; u < kUnits; ++u) {
           const uint8_t* const source = rows[j] + smaller(u, count - 1) * kBytes;
           const Header header(source, l.values_of_halves);
-          of[u] = load_16_bytes(source + Header::kBytes), scales[u] = header.scale, minima[u] = header.minimum;
+          of[u] = load_16_bytes(source + Header::kBytes), scales[u] = header.scale;
         }
         __m512i bytes = _mm512_castsi128_si512(of[0]);
         bytes = _mm512_mask_broadcast_i32x4(bytes, 0xf0, of[1]);
@@ -144,34 +130,31 @@ class QuantizedDots {
         bytes = _mm512_mask_broadcast_i32x4(bytes, 0xf000, of[3]);
         const __m512 scale = _mm512_castps128_ps512(_mm_setr_ps(scales[0], scales[1], scales[2], scales[3]));
         const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-        const __m128 minimum = _mm_setr_ps(minima[0], minima[1], minima[2], minima[3]);
-        add_products(j, bytes, _mm512_maskz_permutexvar_ps(0xffff, quarters, scale), minimum);
+        add_products(j, bytes, _mm512_maskz_permutexvar_ps(0xffff, quarters, scale));
         rows[j] += kUnits * kBytes;
       }
-      x += kChunk / 2, sum_of_unit += kUnits;
+      x += kChunk / 2;
     }
 
     // A group of several chunks.
     FASTGPT_BF16_DOT __attribute__((always_inline)) inline void add_group(int64_t count, int64_t ahead) {
       Vector scale[kStreams];
-      __m128 minimum[kStreams];
       for (int j = 0; j < kStreams; ++j) {
         const Header header(rows[j], l.values_of_halves);
-        scale[j] = broadcast(header.scale), minimum[j] = _mm_set1_ps(header.minimum);
+        scale[j] = broadcast(header.scale);
         rows[j] += Header::kBytes;
       }
       for (int64_t chunk = 0; chunk < count; ++chunk) {
         for (int j = 0; j < kStreams; ++j) {
           if (ahead) prefetch(rows[j] + ahead);
-          add_products(j, _mm512_loadu_si512(rows[j]), scale[j], minimum[j]);
+          add_products(j, _mm512_loadu_si512(rows[j]), scale[j]);
           rows[j] += kChunk / 2;
         }
-        x += kChunk / 2, sum_of_unit += kUnits;
+        x += kChunk / 2;
       }
     }
 
-    FASTGPT_BF16_DOT __attribute__((always_inline)) inline void add_products(
-        int j, __m512i bytes, __m512 scale, __m128 minimum) {
+    FASTGPT_BF16_DOT __attribute__((always_inline)) inline void add_products(int j, __m512i bytes, __m512 scale) {
       // Bfloat16 from -8 to 7, twice, since permutations look at 5 bits of an index.
       const __m512i numbers = _mm512_maskz_broadcast_i64x4(
           0xff,
@@ -188,7 +171,6 @@ class QuantizedDots {
       }
       for (int i = 0; i < kCount; ++i) {
         total[j][i] += (sums[i][0] + sums[i][1]) * scale;
-        if (kMinima) of_minima[j][i] += _mm_loadu_ps(sum_of_unit + i * x_row) * minimum;
       }
     }
 

@@ -26,6 +26,7 @@ SCHEMA = {
     "lora_alpha": schema.number(8, least=0),
     "use_rslora": schema.flag(False),
     "bias": schema.unsupported("none"),
+    "init_lora_weights": schema.unsupported(True, False, "gaussian", "eva", "orthogonal"),  # others change the weights of the model
     **{
         name: schema.unsupported({}, [])
         for name in (

@@ -1,6 +1,7 @@
 """Loading weights, whatever format they are stored in: names and shapes compared first, then chunk by chunk into the module."""
 
 import contextlib
+import dataclasses
 import math
 import re
 import sys
@@ -257,7 +258,7 @@ def _quantization(chosen: Quantization, name: str) -> Quantization:
     """That of a parameter: the token embedding and the output matrix are never below 8 bits, since what is lost there costs the
     most: of SmolLM2 135M's loss in 4 bits, more than a third."""
     is_vocabulary = name.removeprefix("model.") in ("token_embedding.weight", "output.weight")
-    return Quantization("int8", chosen.group_size) if is_vocabulary and chosen.dtype == "int4" else chosen
+    return dataclasses.replace(chosen, dtype="int8", minima=False) if is_vocabulary and chosen.dtype == "int4" else chosen
 
 
 def _is_matrix(layer: torch.nn.Module, name: str) -> bool:

@@ -45,9 +45,9 @@ TOKENIZER_KEYS = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Prints versions, devices, and which implementation each operation uses, and why. With a GGUF file, what is in that."
+        "Prints versions, devices, and which implementation each operation uses, and why. With a GGUF file: its contents."
     )
-    parser.add_argument("file", nargs="?", type=path, metavar="FILE", help="a GGUF file, or one of those of a model")
+    parser.add_argument("file", nargs="?", type=path, metavar="FILE", help="a GGUF file; of a model in several, any of them")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -77,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
 
 def print_contents(model: Path) -> None:
     """Prints what a GGUF file, or all files of a model that was split, have in them."""
+    if model.is_dir():
+        raise ValueError(f"file: expected a GGUF file, got the folder {model}")
     file = gguf_file.read(model)
     metadata, architecture = file.metadata, file.architecture
     weights = [tensor for tensor in file.tensors.values() if tensor.name not in gguf.ROPE_TENSORS]

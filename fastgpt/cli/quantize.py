@@ -26,9 +26,9 @@ GROUPS = {"32": 32, "64": 64, "128": 128, "row": None}
 GGUF_TYPES = {"q8_0": Quantization("int8"), "q4_0": Quantization("int4"), "q4_1": Quantization("int4", minima=True)}
 WINDOW, OVERLAP = 1024, 512  # tokens of a window of the evaluation, and how many of them only the window before predicts
 DESCRIPTION = """\
-Quantizes the matrices of a model to 8 or 4 bits a number, and writes it to OUT, a new folder that is loaded as any other,
-in the same bits; or with --gguf a new GGUF file, which llama.cpp runs, too. With int4, the token embedding and the output
-matrix take 8 bits."""
+Quantizes the matrices of a model to 8 or 4 bits per weight, and writes it to OUT: a new folder, which fastgpt loads like any
+other, with identical weights; or with --gguf a new GGUF file, which llama.cpp runs, too. With int4, the token embedding and
+the output matrix take 8 bits."""
 EXAMPLES = """\
 examples:
   fastgpt quantize PATH_OR_ID smaller --weights int4 --minima
@@ -42,18 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Hub")  # fmt: skip
     add("target", type=path, metavar="OUT", help="where the quantized model goes: must not exist")
     add("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub (its main branch)")
-    add("--weights", choices=BITS, metavar="D", help=f"{' or '.join(BITS)}; with --gguf, its type says it")
+    add("--weights", choices=BITS, metavar="D", help=f"{' or '.join(BITS)}; implied by --gguf")
     add("--group-size", choices=GROUPS, metavar="N", help=f"numbers that share a scale: {', '.join(GROUPS)} (32)")
-    add("--minima", action="store_true", help="each group has a minimum, too, besides its scale")
+    add("--minima", action="store_true", help="give each group a minimum besides its scale")
     add("--gguf", choices=GGUF_TYPES, metavar="TYPE", help=f"write a GGUF file in {', '.join(GGUF_TYPES)}")
     add("--evaluate", type=path, metavar="TEXT", help=f"print perplexities before and after on the text in this file, in windows "
-        f"of {WINDOW} tokens, of which the last {WINDOW - OVERLAP} count")  # fmt: skip
+        f"of {WINDOW} tokens (or the model's context) that overlap by half; takes minutes for a large text")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object instead of sentences")
 
 
 def run(options: argparse.Namespace) -> None:
     chosen = quantization(options)
     require_new(options.target)
+    if options.gguf is None and options.target.suffix == ".gguf":
+        raise ValueError(f"out: expected a folder, or --gguf with a type for a GGUF file, got {options.target}")
+    if options.gguf is not None:
+        require_gguf()
     text = None if options.evaluate is None else read_text(options.evaluate)
     began = time.perf_counter()
     result: dict[str, Any] = {"model": str(options.source), "out": str(options.target), "weights": chosen.dtype}
@@ -63,16 +67,18 @@ def run(options: argparse.Namespace) -> None:
         result["perplexity_before"] = perplexity(pipe, text, "before")
         del pipe
     pipe = pipeline(options.source, revision=options.revision, device="cpu", weights=chosen)
+    before = bytes_of(options)
     write_file(pipe, options) if options.gguf else write_folder(pipe, options)
     matrices = [weight for weight in pipe.model.parameters() if isinstance(weight, QuantizedWeight)]
     result |= {"parameters": sum(weight.numel() for weight in pipe.model.parameters()), "matrices": len(matrices)}
-    result |= {"bytes": size_of(options.target), "seconds": time.perf_counter() - began}
+    result |= {"bytes_before": before, "bytes": size_of(options.target), "seconds": round(time.perf_counter() - began, 3)}
     if text is not None:
         result["perplexity_after"] = perplexity(pipe, text, "after")
     if options.json:
         print(json.dumps(result))
         return
-    print(f"{options.target}: {result['parameters']:,} parameters in {result['bytes'] / 1e6:,.1f} MB")
+    sizes = f"{result['bytes'] / 1e6:,.1f} MB, before {before / 1e6:,.1f} MB"
+    print(f"{options.target}: {result['parameters']:,} parameters in {sizes}")
     if text is not None:
         before, after = result["perplexity_before"], result["perplexity_after"]
         print(f"perplexity: {before:.4f} before, {after:.4f} after ({100 * (after / before - 1):+.2f}%)")
@@ -82,16 +88,25 @@ def quantization(options: argparse.Namespace) -> Quantization:
     """Raises ValueError for options that contradict each other."""
     if options.gguf is None:
         if options.weights is None:
-            raise ValueError(f"weights: expected {' or '.join(BITS)}, or a type of --gguf, got neither")
-        return Quantization(options.weights, GROUPS[options.group_size or "32"], options.minima)
+            raise ValueError(f"weights: expected {' or '.join(BITS)}, or --gguf with a type, got neither")
+        group_size: Any = GROUPS[options.group_size or "32"]  # mypy drops the None of dataclasses in fastgpt.ops
+        return Quantization(options.weights, group_size, options.minima)
     chosen = GGUF_TYPES[options.gguf]
-    for name, given, same in (
-        ("weights", options.weights, (None, chosen.dtype)), ("group_size", options.group_size, (None, "32")),
-        ("minima", options.minima, (False, chosen.minima)),
-    ):  # fmt: skip
-        if given not in same:
-            raise ValueError(f"{name}: expected none, or as --gguf {options.gguf} has it, got {given}")
+    if options.weights not in (None, chosen.dtype):
+        raise ValueError(f"weights: expected {chosen.dtype}, as {options.gguf} is, got {options.weights}")
+    if options.group_size not in (None, "32"):
+        raise ValueError(f"group_size: expected 32, as in all types of --gguf, got {options.group_size}")
+    if options.minima and not chosen.minima:
+        raise ValueError(f"minima: expected none with --gguf {options.gguf}, got some: q4_1 has minima")
     return chosen
+
+
+def require_gguf() -> None:
+    """Before the work, not after it."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"gguf: expected the package gguf, which writes GGUF files ({error}): pip install gguf") from error
 
 
 def require_new(out: Path) -> None:
@@ -145,6 +160,13 @@ def write_file(pipe: Pipeline, options: argparse.Namespace) -> None:
         )
     with writing("out", options.target, "a file"), folders.made(options.target.parent), replacing(options.target) as temporary:
         gguf_writer.write(temporary, pipe.model, metadata, rotation)
+
+
+def bytes_of(options: argparse.Namespace) -> int:
+    """Of the model that is quantized."""
+    if gguf_file.is_gguf(options.source):
+        return sum(part.stat().st_size for part in gguf_file.read(options.source).paths)
+    return size_of(hub.resolve(options.source, options.revision))
 
 
 def size_of(out: Path) -> int:

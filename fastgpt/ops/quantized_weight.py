@@ -1,6 +1,7 @@
 """Weights of 8 or 4 bits, in blocks that share a scale: `QuantizedWeight`, which `linear` takes in place of a tensor."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -51,10 +52,23 @@ class Packing(NamedTuple):
     def row_bytes(self, columns: int) -> int:
         return columns // self.block * self.block_bytes
 
+    def require(self, columns: int) -> None:
+        """Raises ValueError for a packing that does not exist, or does not fit so many columns."""
+        if self.block_type:
+            kind = BLOCK_TYPES.get(self.block_type)
+            if kind is None or self.bits < 1 or (kind.group_size, kind.minima) != (self.group_size, self.minima):
+                raise ValueError(
+                    f"packing: expected a block_type of {', '.join(map(str, BLOCK_TYPES))}, as it is, or 0, got {self}"
+                )
+        elif self.bits not in BITS.values() or self.group_size < 1 or self.group_size % UNIT:
+            raise ValueError(f"packing: expected 8 or 4 bits, and a group_size that is a multiple of {UNIT}, got {self}")
+        if columns < 1 or columns % self.block:
+            raise ValueError(f"columns: expected a positive multiple of {self.block}, got {columns}")
+
     def halves(self, blocks: torch.Tensor) -> torch.Tensor:
         """The fp16 that scales and minima are, or are multiples of, in rows of blocks (N, bytes) uint8."""
         where = BLOCK_TYPES[self.block_type].halves if self.block_type else slice(self.header)
-        stored = blocks.view(len(blocks), -1, self.block_bytes)[..., where].contiguous()
+        stored = blocks.view(len(blocks), blocks.shape[1] // self.block_bytes, self.block_bytes)[..., where].contiguous()
         return stored.view(torch.float16) if stored.numel() else stored.half()
 
 
@@ -64,19 +78,25 @@ GGUF_PACKINGS = {"Q8_0": Packing(8, 32, False), "Q4_0": Packing(4, 32, False), "
 }  # of GGUF's types
 
 
-class Quantization(NamedTuple):
-    """How a matrix is quantized: the arguments of `fastgpt.quantize`."""
+@dataclass(frozen=True)
+class Quantization:
+    """How a matrix is quantized: the arguments of `fastgpt.quantize`.
+
+    Raises: TypeError, ValueError for a wrong one: argument, expected, got.
+    """
 
     dtype: str = "int8"
     group_size: int | None = 32
     minima: bool = False
 
-    def packing(self, columns: int) -> Packing:
-        """Of a matrix with so many columns. Raises ValueError, TypeError for arguments that are wrong, or do not fit it."""
+    def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, BITS)
         if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size: expected one of {', '.join(map(repr, GROUP_SIZES))}, got {self.group_size!r}")
         require_flag("minima", self.minima)
+
+    def packing(self, columns: int) -> Packing:
+        """Of a matrix with so many columns. Raises ValueError if it has no whole number of groups."""
         size = columns if self.group_size is None else self.group_size
         if not columns or columns % UNIT or columns % size:
             raise ValueError(f"weight: expected a multiple of {max(UNIT, size)} columns, got {columns}")
@@ -105,6 +125,7 @@ class QuantizedWeight(torch.Tensor):
 
     def __init__(self, blocks: torch.Tensor, packing: Packing, columns: int, dtype: torch.dtype = torch.float32) -> None:
         packing = Packing(*packing)
+        packing.require(columns)
         if blocks.dtype != torch.uint8 or blocks.shape[1:] != (packing.row_bytes(columns),) or not blocks.is_contiguous():
             raise ValueError(
                 f"blocks: expected contiguous torch.uint8 of shape (N, {packing.row_bytes(columns)}) for {columns} columns, got "
@@ -211,6 +232,8 @@ def quantize_to(blocks: torch.Tensor, weight: torch.Tensor, packing: Packing) ->
 
 def _quantized(weight, packing):
     """Rows of blocks of an fp32 matrix."""
+    if not len(weight):
+        return weight.new_empty(0, packing.row_bytes(weight.shape[1]), dtype=torch.uint8)
     groups = weight.reshape(len(weight), -1, packing.group_size)
     highest, lowest = groups.amax(-1), groups.amin(-1)
     largest = torch.maximum(highest, -lowest).max().item()
@@ -298,6 +321,8 @@ def pack(q: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, pac
 
 def dequantize_blocks(blocks: torch.Tensor, packing: Packing, columns: int) -> torch.Tensor:
     """The matrix (N, columns) fp32 of rows of blocks (N, bytes) uint8."""
+    if not len(blocks):
+        return blocks.new_empty(0, columns, dtype=torch.float32)
     if packing.block_type:
         return gguf_blocks.dequantize(blocks, BLOCK_TYPES[packing.block_type])
     N, size = len(blocks), packing.group_size
@@ -316,7 +341,7 @@ def dequantized_product(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Te
     """F.linear(x, weight.dequantize(x.dtype), bias), with a gradient of x and of bias, for which the matrix is dequantized
     again instead of kept."""
     product = _DequantizedProduct.apply(x, weight.blocks, weight.packing)
-    return product if bias is None else product + bias
+    return product if bias is None else product + bias.to(product.dtype)
 
 
 class _DequantizedProduct(torch.autograd.Function):
@@ -369,7 +394,7 @@ def _to(weight, *, dtype=None, layout=None, device=None, pin_memory=None, non_bl
 
 
 def _rows(weight, index, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
-    blocks = weight.blocks[index.reshape(-1)]
+    blocks = aten.embedding(weight.blocks, index.reshape(-1))  # which refuses what is no index
     rows = dequantize_blocks(blocks, weight.packing, weight.shape[1])
     return rows.to(weight.dtype).view(*index.shape, weight.shape[1])
 

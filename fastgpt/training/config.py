@@ -74,7 +74,7 @@ class TrainConfig:
         require_choice("weights", self.weights, WEIGHTS)
         if self.weights != "stored" and not self.lora:
             raise ValueError(
-                f"weights: expected stored without lora, since quantized weights cannot be trained, got {self.weights}"
+                f"weights: expected lora with {self.weights}, since quantized weights are not trained, only adapters beside them"
             )
         if not isinstance(self.lora_targets, str) or not {*self.lora_targets.split(",")} <= {*TARGETS}:
             raise ValueError(f"lora_targets: expected some of {','.join(TARGETS)}, got {self.lora_targets!r}")

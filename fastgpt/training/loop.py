@@ -84,4 +84,6 @@ def _train(trainer: Trainer, folder: Path) -> None:
         if stop:
             print(f"Stopped after step {trainer.step} of {config.steps}; continue with --resume.")
         if math.isfinite(trainer.best_loss):
-            print(f"{folder}: weights with held-out loss {trainer.best_loss:.4f} nats per token.")
+            print(
+                f"{folder}: {'adapter' if config.lora else 'weights'} with held-out loss {trainer.best_loss:.4f} nats per token."
+            )

@@ -221,7 +221,7 @@ def damage_files(folder: Path, draw: random.Random) -> str:
             changes = (
                 lambda: weight.to(torch.int8), lambda: weight.bool(), lambda: weight.to(torch.float8_e4m3fn), weight.half,
                 weight.double, weight.bfloat16, lambda: weight[:-1], lambda: weight[None], lambda: weight.sum(),
-                lambda: weight[:0], lambda: torch.full_like(weight, draw.choice((torch.nan, torch.inf))),
+                lambda: weight[:0], lambda: torch.full_like(weight, draw.choice((torch.nan, torch.inf)) if weight.dtype.is_floating_point else 255),
             )  # fmt: skip
             weights[name] = draw.choice(changes)().contiguous()
         elif way == "rename":

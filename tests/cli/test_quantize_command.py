@@ -108,10 +108,10 @@ def test_perplexities(model, text, tmp_path, capsys):
 
 
 ERRORS = [
-    ([], "--weights: expected int8 or int4, or a type of --gguf, got neither"),
-    (["--gguf", "q4_0", "--weights", "int8"], "--weights: expected none, or as --gguf q4_0 has it, got int8"),
-    (["--gguf", "q4_0", "--minima"], "--minima: expected none, or as --gguf q4_0 has it, got True"),
-    (["--gguf", "q4_0", "--group-size", "64"], "--group-size: expected none, or as --gguf q4_0 has it, got 64"),
+    ([], "--weights: expected int8 or int4, or --gguf with a type, got neither"),
+    (["--gguf", "q4_0", "--weights", "int8"], "--weights: expected int4, as q4_0 is, got int8"),
+    (["--gguf", "q4_0", "--minima"], "--minima: expected none with --gguf q4_0, got some: q4_1 has minima"),
+    (["--gguf", "q4_0", "--group-size", "64"], "--group-size: expected 32, as in all types of --gguf, got 64"),
     (["--weights", "int2"], "--weights: invalid choice: 'int2'"),
     (["--weights", "int8", "--group-size", "16"], "--group-size: invalid choice: '16'"),
     (["--weights", "int8", "--evaluate", "/nowhere"], "--evaluate: expected a file, /nowhere does not exist"),

@@ -61,6 +61,20 @@ def test_contract(kind, dtype):
         numerics.check(actual, lambda double=double: linear_reference(**double), arithmetic=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
+@kinds
+def test_contract_of_outliers(kind, dtype):
+    """Columns of x that are large where weights happen to be small, or infinite."""
+    weight = random_weight(kind, 300, 512, dtype)
+    double = weight.dequantize(torch.float64)
+    for rows in (1, 3, 6):
+        x = torch.randn(rows, 512, dtype=dtype)
+        x[:, 7] = 1e4
+        numerics.check(linear(x, weight, impl="cpp"), lambda x=x: linear_reference(x.double(), double))
+        x[0, 3] = torch.inf
+        numerics.check(linear(x, weight, impl="cpp"), lambda x=x: linear_reference(x.double(), double))
+
+
 @pytest.mark.parametrize("level", lower_levels())
 def test_lower_cpu_levels(level):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "contract and float32", "-p", "no:cacheprovider", __file__]

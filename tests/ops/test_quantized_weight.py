@@ -79,6 +79,33 @@ def test_four_bits_lie_where_they_are_said_to():
     assert torch.equal(QuantizedWeight(blocks, packing, 32).dequantize(), expected.view(1, 32))
 
 
+def test_empty_matrices_and_ids():
+    empty, weight = quantize(torch.randn(0, 64)), quantize(torch.randn(9, 64))
+    assert empty.shape == empty.dequantize().shape == (0, 64)
+    assert F.embedding(torch.zeros(2, 0, dtype=torch.long), weight).shape == (2, 0, 64)
+    for ids in (torch.tensor([-1]), torch.tensor([9]), torch.tensor([True])):
+        with pytest.raises((IndexError, RuntimeError)):
+            F.embedding(ids, weight)
+
+
+@pytest.mark.parametrize(
+    "packing, columns, message",
+    [
+        ((0, 16, True, 10), 256, "packing: expected a block_type of .*, as it is, or 0"),
+        ((2, 16, True, 99), 256, "packing: expected a block_type"),
+        ((4, 16, False), 64, "packing: expected 8 or 4 bits, and a group_size that is a multiple of 32"),
+        ((8, 0, False), 64, "packing: expected 8 or 4 bits"),
+        ((8, 32, False), 65, "columns: expected a positive multiple of 32, got 65"),
+    ],
+)
+def test_packings_that_do_not_exist_are_refused(packing, columns, message):
+    """The operation would read memory that the blocks do not have."""
+    with pytest.raises(ValueError, match=message):
+        QuantizedWeight(torch.zeros(8, 84, dtype=torch.uint8), packing, columns)
+    with pytest.raises(RuntimeError):
+        torch.ops.fastgpt.linear_quantized(torch.randn(1, columns), torch.zeros(8, 84, dtype=torch.uint8), *(*packing, 0)[:4])
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-8, 1e-5, 0.02, 400.0])
 @kinds
 def test_constant_and_tiny_groups(kind, value):
@@ -98,6 +125,23 @@ def test_contract(kind, dtype):
         assert actual.dtype == dtype
         double = in_float64(call | {"weight": call["weight"].dequantize(torch.float32)})
         numerics.check(actual, lambda double=double: linear_reference(**double), arithmetic=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@kinds
+def test_contract_of_outliers(kind, dtype):
+    """Columns of x that are large where weights are zero, or next to it, or infinite."""
+    for lowest in (-0.02, 0.0):
+        matrix = torch.rand(37, 256) * 0.02 + lowest
+        matrix[:, 7] = lowest if lowest == 0 else 0
+        weight = quantized(matrix.to(dtype), kind)
+        double = weight.dequantize(torch.float32).double()
+        for rows in (1, 3, 4, 6):
+            x = torch.randn(rows, 256, dtype=dtype)
+            x[:, 7] = 1e4
+            numerics.check(linear(x, weight, impl="cpp"), lambda x=x: linear_reference(x.double(), double), arithmetic=dtype)
+            x[0, 3] = torch.inf
+            numerics.check(linear(x, weight, impl="cpp"), lambda x=x: linear_reference(x.double(), double), arithmetic=dtype)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
