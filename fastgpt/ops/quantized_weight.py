@@ -14,7 +14,7 @@ from fastgpt.ops.gguf_blocks import BLOCK_TYPES
 
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = 32, 64, 128, None
-AT_A_TIME = 1 << 18  # numbers that are quantized at a time, with some copies of them in fp32
+AT_A_TIME = 1 << 16  # numbers that are quantized at a time, with some copies of them in fp32
 UNIT = 32  # numbers that are packed together; a group is a multiple of it
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 # How scales of 4 bits are fitted, without minima and with them: parts of the range to start from, outside of which numbers are

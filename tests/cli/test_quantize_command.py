@@ -56,7 +56,7 @@ def packings(model):
 )
 def test_folders(options, expected, model, tmp_path, capsys):
     status, out, _ = run(capsys, "quantize", model, tmp_path / "out", *options)
-    assert status == 0 and re.fullmatch(r".*/out: [\d,]+ parameters in [\d.]+ MB\n", out)
+    assert status == 0 and re.fullmatch(r".*/out: [\d,]+ parameters in [\d.]+ MB, before [\d.]+ MB\n", out)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
@@ -124,6 +124,15 @@ def test_errors(options, message, tmp_path, capsys):
     status, out, error = run(capsys, "quantize", SHIPPED_MODEL, tmp_path / "out", *options)
     assert status == 2 and out == "" and error.startswith(f"fastgpt: error: {message}") and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gguf_file_is_asked_for_by_its_type(tmp_path, capsys, monkeypatch):
+    status, _, error = run(capsys, "quantize", SHIPPED_MODEL, tmp_path / "out.gguf", "--weights", "int8")
+    message = f"fastgpt: error: out: expected a folder, or --gguf with a type for a GGUF file, got {tmp_path / 'out.gguf'}\n"
+    assert (status, error) == (2, message)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    status, _, error = run(capsys, "quantize", tmp_path / "no model", tmp_path / "out", "--gguf", "q4_0")
+    assert status == 2 and error.startswith("fastgpt: error: --gguf: expected the package gguf, which writes GGUF files")
 
 
 def test_places_that_are_taken(model, tmp_path, capsys):
