@@ -184,8 +184,7 @@ class QuantizedMatrix(Stored):
         return ((q.float() - offset) * scale.float().unsqueeze(-1)).flatten(1)
 
     def read_blocks(self, rows: slice) -> torch.Tensor:
-        packing = self.packing
-        assert packing is not None
+        packing = Packing(self.scheme.bits, self.group_size, not self.scheme.symmetric)
         q, scale, zero = self._numbers(rows)
         scale = scale.to(torch.float16)
         if zero is None:
