@@ -54,8 +54,9 @@ struct Unpacked {
   alignas(64) int8_t q[kColumns];
   float scales[kColumns / kGroup], minima[kColumns / kGroup];
 
-  // kWidth numbers from column c on.
+  // kWidth numbers from column c on, and weights: scale · number + minimum.
   Vector numbers(int64_t c) const { return load(q + c); }
+  Vector weights(int64_t c, Vector scale, Vector minimum) const { return numbers(c) * scale + minimum; }
 };
 
 // The same, of numbers that 4 bits stand for: the lower halves of kPart bytes, then the upper ones, and so on.
@@ -71,10 +72,18 @@ struct LookedUp {
 #if defined(__AVX512F__)
   void set(const uint8_t* source) { bytes = source; }
 
-  // A permutation ignores all but the lowest 4 bits of a lane's index, so it looks numbers up.
-  Vector numbers(int64_t c) const {
-    Vector table;
-    for (int i = 0; i < 16; ++i) table[i] = kTable[i];
+  Vector numbers(int64_t c) const { return look_up(c, table()); }
+  Vector weights(int64_t c, Vector scale, Vector minimum) const { return look_up(c, table() * scale + minimum); }
+
+ private:
+  static Vector table() {
+    Vector numbers;
+    for (int i = 0; i < 16; ++i) numbers[i] = kTable[i];
+    return numbers;
+  }
+
+  // A permutation ignores all but the lowest 4 bits of a lane's index.
+  Vector look_up(int64_t c, Vector table) const {
     const bool upper = c % (2 * kPart) >= kPart;
     const __m512i indices = reinterpret_cast<__m512i>(widen(bytes + c / (2 * kPart) * kPart + c % kPart));
     return _mm512_maskz_permutexvar_ps(0xffff, upper ? _mm512_maskz_srli_epi32(0xffff, indices, 4) : indices, table);
@@ -89,6 +98,7 @@ struct LookedUp {
   }
 
   Vector numbers(int64_t c) const { return load(q + c); }
+  Vector weights(int64_t c, Vector scale, Vector minimum) const { return numbers(c) * scale + minimum; }
 
  private:
   static ByteVector looked_up(ByteVector indices) {

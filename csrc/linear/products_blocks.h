@@ -100,8 +100,8 @@ class BlockRows {
           Vector sums[kCount] = {};
           for (int v = 0; v < kVectors; ++v) {
             const int64_t c = g * Block::kGroup + v * kWidth;
-            Vector w = blocks[j].numbers(c);
-            if (Block::kMinima) w = w * scale + broadcast(blocks[j].minima[g]);  // as in multiply_quantized
+            const Vector w = Block::kMinima ? blocks[j].weights(c, scale, broadcast(blocks[j].minima[g]))
+                                            : blocks[j].numbers(c);
             for (int i = 0; i < kCount; ++i) sums[i] += load(x + i * x_row + c) * w;
           }
           for (int i = 0; i < kCount; ++i) {

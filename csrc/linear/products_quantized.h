@@ -26,6 +26,27 @@ struct Packed {
 #endif
   static constexpr float kFactor = kArranged ? 2.0f : 1.0f;  // of what load_unit gives
 
+#if defined(__AVX512F__)
+  static Vector numbers() { return Vector{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}; }
+
+  // What 4 bits each stand for in a table. A permutation ignores all but the lowest 4 bits of a lane's index.
+  __attribute__((always_inline)) static inline void look_up(const uint8_t* source, Vector table, Vector (&w)[kPackedVectors]) {
+    const __m512i bytes = reinterpret_cast<__m512i>(widen(source));
+    w[0] = _mm512_maskz_permutexvar_ps(0xffff, bytes, table);
+    w[1] = _mm512_maskz_permutexvar_ps(0xffff, _mm512_maskz_srli_epi32(0xffff, bytes, 4), table);
+  }
+#endif
+
+  // Weights with minima, whose scale has the factor kFactor.
+  __attribute__((always_inline)) static inline void load_weights(
+      const uint8_t* source, Vector scale, Vector minimum, Vector (&w)[kPackedVectors]) {
+#if defined(__AVX512F__)
+    if constexpr (kBits == 4) return look_up(source, numbers() * scale + minimum, w);
+#endif
+    load_unit(source, w);
+    for (int v = 0; v < kPackedVectors; ++v) w[v] = w[v] * scale + minimum;
+  }
+
   __attribute__((always_inline)) static inline void load_all(const uint8_t* source, Vector (&w)[kPackedVectors]) {
     if constexpr (kBits == 8) {
       for (int v = 0; v < kPackedVectors; ++v) {
@@ -37,11 +58,7 @@ struct Packed {
       }
     } else {
 #if defined(__AVX512F__)
-      // A permutation ignores all but the lowest 4 bits of a lane's index, so it looks numbers up.
-      const __m512i bytes = reinterpret_cast<__m512i>(widen(source));
-      const Vector numbers{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-      w[0] = _mm512_maskz_permutexvar_ps(0xffff, bytes, numbers);
-      w[1] = _mm512_maskz_permutexvar_ps(0xffff, _mm512_maskz_srli_epi32(0xffff, bytes, 4), numbers);
+      look_up(source, numbers(), w);
 #elif defined(__AVX2__)
       Vector unit[kPackedVectors];
       load_unit(source, unit);
@@ -133,9 +150,12 @@ __attribute__((always_inline)) inline void multiply_quantized(
         const uint8_t* const source = weight + s * row_bytes;
         if (ahead) __builtin_prefetch(source + ahead, 0, 2);
         Vector w[kPackedVectors];
-        Numbers::load_unit(source, w);
+        if constexpr (kMinima) {
+          Numbers::load_weights(source, scale[s], minimum[s], w);
+        } else {
+          Numbers::load_unit(source, w);
+        }
         for (int v = 0; v < kPackedVectors; ++v) {
-          if (kMinima) w[v] = w[v] * scale[s] + minimum[s];
           for (int i = 0; i < kCount; ++i) sums[s][i][v % kSums] += load(x + i * x_row + v * kWidth) * w[v];
         }
       }
