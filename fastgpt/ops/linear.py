@@ -66,7 +66,8 @@ def linear(
     In decoding, the time is bound by reading the weight, which happens once. Up to 32 rows (the product of all dimensions of x but
     the last; 64 on CPUs with AVX2) are computed in fp32 and rounded once, on CUDA in one launch. More rows use PyTorch's matrix
     product, or on a CPU the fastest for the dtype. On CPUs with bf16 instructions, from 9 rows on, normalized x in bf16 is rounded
-    before the product: to bf16, or with AMX to 16 significant bits. With weights of 4 bits it is to bf16 for up to 4 rows as well.
+    before the product: to bf16, or with AMX to 16 significant bits. With weights of 4 bits without minima it is rounded to bf16 for
+    up to 4 rows, too.
 
     Args:
         x: (..., C) fp16|bf16|fp32|fp64.
