@@ -179,6 +179,8 @@ def load_weights(
         dtype = DTYPES[max(numbers, key=numbers.__getitem__)]
     if dtype is torch.float64 and isinstance(weights, Quantization):
         raise TypeError(f"dtype: expected fp32, fp16 or bf16 with weights={weights.dtype!r}, got {dtype}")
+    if weights is None and dtype is not torch.float64:
+        separate_parts(module, family, stored)
     _fill(module, family, stored, dtype, device, weights)
     return module.eval()
 
@@ -213,6 +215,21 @@ def _require_match(path: Path, stored: dict[str, Stored], expected: dict[str, tu
             problems.append(f"{what}: {', '.join(names[:5])}" + (f" and {more:,} more" if more else ""))
     if problems:
         raise ValueError(f"model: {path} {'; '.join(problems)}")
+
+
+def separate_parts(module: torch.nn.Module, family: Family, stored: dict[str, Stored]) -> None:
+    """Makes a layer of a module on the meta device whose parts are stored in different blocks, such as values in more bits than
+    queries and keys, an nn.ModuleList of a layer for each: nothing has to be dequantized to join them."""
+    for name, layer in list(module.named_modules()):
+        if not isinstance(layer, torch.nn.Linear) or not _is_matrix(layer, f"{name}.weight"):
+            continue
+        names, _ = family.checkpoint_names(f"{name}.weight")
+        if len({stored[part].packing for part in names}) > 1:
+            rows = rows_of_parts(module, f"{name}.weight", len(names))
+            has_bias = layer.bias is not None
+            parts = [torch.nn.Linear(layer.in_features, count, bias=has_bias, device="meta") for count in rows]
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, torch.nn.ModuleList(parts))
 
 
 def _fill(

@@ -88,7 +88,10 @@ def look_up(embedding: nn.Module, index: torch.Tensor) -> torch.Tensor:
 
 def project(x: torch.Tensor, layer: nn.Module, norm: nn.Module | None = None, **options) -> torch.Tensor:
     """layer(norm(x)), or layer(x), followed by the activation, gate, residual and dropout in `options` (those of `linear`):
-    in one operation where the modules are plain."""
+    in one operation where the modules are plain. A layer that was loaded in parts (`loading.separate_parts`) is a ModuleList."""
+    if isinstance(layer, nn.ModuleList):
+        x = x if norm is None else norm(x)
+        return finish(torch.cat([project(x, part) for part in layer], -1), **options)
     if not computes(layer, nn.Linear.forward):
         return finish(layer(x if norm is None else norm(x)), **options)
     weights = layer._parameters  # layer.weight would search this dict, too, but slower
@@ -135,9 +138,13 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C), or with last_only (B, 1, C). rotation: cos and sin (positions, R/2) each, or None."""
         B, T, _ = x.shape
-        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
-        qkv = project(x, self.qkv, norm).view(B, T, sum(heads), self.head_dim)  # (B, T, H + 2 H_kv, D)
-        q, k, v = qkv.split(heads, dim=2)  # views: (B, T, H, D), (B, T, H_kv, D) twice
+        if isinstance(self.qkv, nn.ModuleList):  # loaded in parts, which need not be joined to be recorded
+            y = norm(x)
+            q, k, v = (project(y, part).view(B, T, -1, self.head_dim) for part in self.qkv)
+        else:
+            heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
+            qkv = project(x, self.qkv, norm).view(B, T, sum(heads), self.head_dim)  # (B, T, H + 2 H_kv, D)
+            q, k, v = qkv.split(heads, dim=2)  # views: (B, T, H, D), (B, T, H_kv, D) twice
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D) twice

@@ -67,10 +67,12 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
     model.requires_grad_(False)
     for layer in model.blocks.modules():
         for name in targets:
-            if isinstance(target := layer._modules.get(name), nn.Linear):
-                bound = 1 / math.sqrt(target.in_features)
-                A = torch.empty(rank, target.in_features, device=target.weight.device).uniform_(-bound, bound)
-                attach(target, Adapter(A, torch.zeros(target.out_features, rank), alpha / rank))
+            found = layer._modules.get(name)
+            for target in found if isinstance(found, nn.ModuleList) else (found,):  # a layer may have been loaded in parts
+                if isinstance(target, nn.Linear):
+                    bound = 1 / math.sqrt(target.in_features)
+                    A = torch.empty(rank, target.in_features, device=target.weight.device).uniform_(-bound, bound)
+                    attach(target, Adapter(A, torch.zeros(target.out_features, rank), alpha / rank))
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

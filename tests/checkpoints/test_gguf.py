@@ -14,8 +14,10 @@ import pytest
 import torch
 from command_line import run
 
-from fastgpt import GPT, SHIPPED_MODEL, QuantizedWeight, generate, pipeline
+from fastgpt import GPT, SHIPPED_MODEL, QuantizedWeight, decoding, generate, pipeline
+from fastgpt.checkpoints import adapters
 from fastgpt.checkpoints.gguf import SERVED
+from fastgpt.model import lora
 from fastgpt.ops.quantized_weight import GGUF_PACKINGS as PACKINGS
 from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
@@ -185,18 +187,60 @@ def theirs_quantizable():
     return transformers.LlamaForCausalLM(WIDE)
 
 
-def test_parts_of_different_types_are_dequantized(tmp_path):
-    """Queries, keys and values are one matrix in the decoder; files often have values in more bits."""
+MIXED = {  # tensors in other types than Q4_0
+    "values, as in Q4_K_M": {"attn_v": "Q8_0"},
+    "values that are not quantized": {"attn_v": "F32"},
+    "queries, keys and values": {"attn_q": "Q5_0", "attn_k": "Q8_0"},
+    "gate and up": {"ffn_gate": "Q8_0"},
+}
 
+
+@pytest.mark.parametrize("architecture", [transformers.LlamaForCausalLM, transformers.Qwen2ForCausalLM])  # without biases, with
+@pytest.mark.parametrize("types", MIXED.values(), ids=MIXED)
+def test_parts_of_different_types_stay_as_they_are(types, architecture, tmp_path):
+    """What is one matrix in the decoder: it computes the same, is saved as it is, and can be trained with adapters."""
+
+    def blocks(name, weight):
+        kind = gguf.GGMLQuantizationType[next((types[part] for part in types if part in name), "Q4_0")]
+        return gguf.quantize(weight, kind), kind
+
+    torch.manual_seed(0)
+    config = {name: value for name, value in WIDE.to_dict().items() if name not in ("model_type", "architectures")}
+    path = write(architecture(architecture.config_class(**config)), tmp_path / "model.gguf", blocks)
+    model, plain = GPT.from_pretrained(path), GPT.from_pretrained(path, weights="dequantized")
+    matrices = [name for name, weight in model.named_parameters() if weight.dim() == 2 and not isinstance(weight, QuantizedWeight)]
+    assert len(matrices) == ("F32" in types.values())
+    ids = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = plain.double()(ids)
+    numerics.check(model(ids), expected, plain.float()(ids))
+    assert torch.equal(generate(model, ids, 40), generate(plain, ids, 40))
+
+    model.save_pretrained(tmp_path / "folder")
+    again = GPT.from_pretrained(tmp_path / "folder")
+    assert torch.equal(again(ids), model(ids)) and again.state_dict().keys() == model.state_dict().keys()
+
+    lora.add_adapters(model, 2, 4.0)
+    adapted = [layer for _, layer in lora.adapted_layers(model)]
+    assert len(adapted) == sum(isinstance(layer, torch.nn.Linear) for layer in model.blocks.modules())
+    for layer in adapted:
+        torch.nn.init.normal_(layer.lora_B, 0.0, 0.02)
+    (tmp_path / "adapter").mkdir()
+    adapters.write(model, tmp_path / "adapter", 4.0, base=None)
+    again = GPT.from_pretrained(path, lora=tmp_path / "adapter")
+    assert torch.equal(generate(again, ids, 40), generate(model, ids, 40))
+
+
+@torch.inference_mode()
+def test_steps_with_values_of_another_type_are_recorded(tmp_path):
     def blocks(name, weight):
         kind = gguf.GGMLQuantizationType["Q8_0" if "attn_v" in name else "Q4_0"]
         return gguf.quantize(weight, kind), kind
 
-    path = write(theirs_quantizable(), tmp_path / "model.gguf", blocks)
-    model, plain = GPT.from_pretrained(path), GPT.from_pretrained(path, weights="dequantized")
-    qkv = model.blocks[0].attention.qkv.weight
-    assert not isinstance(qkv, QuantizedWeight) and torch.equal(qkv, plain.blocks[0].attention.qkv.weight)
-    assert isinstance(model.blocks[0].attention.out.weight, QuantizedWeight)
+    model = GPT.from_pretrained(write(theirs_quantizable(), tmp_path / "model.gguf", blocks))
+    step = decoding(model, model.new_cache(2))
+    for token in range(3):
+        step(torch.tensor([token, 5]))
+    assert step.recording.is_recorded
 
 
 def test_scales_that_are_not_finite_are_refused(tmp_path):

@@ -40,11 +40,13 @@ class Family:
 
     def checkpoint_names(self, parameter: str) -> tuple[list[str], bool]:
         """The names in the checkpoint, with prefix, of a parameter of the decoder, or of a head that it is the `model` of; and
-        whether they are transposed."""
+        whether they are transposed. Of a layer that was loaded in parts, the last number in its name is the part's."""
         module, _, kind = parameter.removeprefix("model.").rpartition(".")
+        module, part = re.fullmatch(r"(.*?)(?:\.(\d+))?", module).groups()  # type: ignore[union-attr]  # matches anything
         layer = re.search(r"\.(\d+)\.", module)
         stored_as = self.names[re.sub(r"\.\d+\.", ".{i}.", module, count=1)]
-        theirs = [stored_as] if isinstance(stored_as, str) else stored_as
+        theirs = (stored_as,) if isinstance(stored_as, str) else stored_as
+        theirs = theirs if part is None else theirs[int(part) :][:1]
         prefix = "" if module in UNPREFIXED else self.prefix
         names = [f"{prefix}{name.format(i=layer[1] if layer else '')}.{kind}" for name in theirs]
         return names, kind == "weight" and theirs[0] in self.transposed
