@@ -14,10 +14,11 @@
 #include "norm/check_norm.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
-    // Floats of x as linear_inputs lays it out, and of scratch memory that it needs.
+    // Floats of x as linear_inputs lays it out, and of scratch memory that it and linear_outputs need.
     int64_t linear_inputs_size(const Linear& l); int64_t linear_inputs_scratch(const Linear& l);
+    int64_t linear_outputs_scratch(const Linear& l);
     void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int64_t end);
-    void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next);
+    void linear_outputs(const Linear& l, const float* x, float* scratch, int64_t begin, int64_t end, int64_t next);
     void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t end);
     void linear_dequantize(const Linear& l, int64_t begin, int64_t end);)
 
@@ -43,10 +44,13 @@ void run_block(const Linear& l, float* x) {
     float* memory = thread_scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_scratch)(l));
     FASTGPT_AT_CPU_LEVEL(linear_inputs)(l, x, memory, begin, end);
   });
-  const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_outputs);
-  if (l.rows * l.in * l.weight_rows() <= grain()) return kernel(l, x, 0, l.out_features, l.out_features);
+  const auto outputs = [&](int64_t begin, int64_t end, int64_t next) {
+    float* memory = thread_scratch(FASTGPT_AT_CPU_LEVEL(linear_outputs_scratch)(l));
+    FASTGPT_AT_CPU_LEVEL(linear_outputs)(l, x, memory, begin, end, next);
+  };
+  if (l.rows * l.in * l.weight_rows() <= grain()) return outputs(0, l.out_features, l.out_features);
   // The next part is known before this one ends, so its weights are prefetched.
-  for_parts(l.out_features, kLeastFeatures, [&](int64_t begin, int64_t end, int64_t next) { kernel(l, x, begin, end, next); });
+  for_parts(l.out_features, kLeastFeatures, outputs);
 }
 
 void run(const Linear& all, float* x) {

@@ -136,13 +136,49 @@ using Pairs = DotRows;
 #endif
 
 #if defined(__AVX512F__)
-void outputs_of_pairs(const Linear& l, const Pairs& x, int64_t begin, int64_t end, int64_t next) {
+// count: a multiple of 32. Subnormals become zero, as in the instructions that multiply.
+FASTGPT_BF16_DOT void round_to_bfloat16(const float* source, int64_t count, BFloat16* target) {
+  for (int64_t i = 0; i < count; i += 2 * kWidth) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh((__m512)load(source + i + kWidth), (__m512)load(source + i));
+    std::memcpy(target + i, &rounded, sizeof rounded);
+  }
+}
+
+// Rows `row` to `row` + count of quantized weights, rounded to bfloat16. If `ahead`, the rows after them are prefetched.
+void dequantize_rows(const Linear& l, int64_t row, int64_t count, bool ahead, BFloat16* target) {
+  with_quantized(l, [&](auto quantized) {
+    const typename decltype(quantized)::type weight(l);
+    alignas(64) float panel[kPanel];
+    const auto* source = static_cast<const uint8_t*>(l.weight) + row * weight.row_bytes();
+    const int64_t next = ahead ? count * weight.row_bytes() : 0;
+    for (int64_t n = 0; n < count; ++n, source += weight.row_bytes(), target += l.in) {
+      for (int64_t byte = 0; byte < weight.row_bytes() && next; byte += 64) __builtin_prefetch(source + next + byte, 0, 2);
+      for (int64_t c = 0; c < l.in; c += kPanel) {
+        const int64_t columns = smaller(kPanel, l.in - c);
+        weight.dequantize(source, c, columns, panel);
+        round_to_bfloat16(panel, columns, target + c);
+      }
+    }
+  });
+}
+
+// scratch: of linear_outputs_scratch floats.
+void outputs_of_pairs(const Linear& l, const Pairs& x, float* scratch, int64_t begin, int64_t end, int64_t next) {
   constexpr int64_t kStep = Pairs::kGroup, kLines = 2 * kStep;  // if gated: those of the gate, and then its factors
   alignas(64) float dots[kLines][kMaxRows] = {}, lines[kMaxRows][kLines];
   for (int64_t first = begin; first < end; first += kStep) {
     const int64_t count = smaller(end - first, kStep), then = first + kStep < end ? first + kStep : next;
     // Multiplies `count` weight rows from `now` on, and prefetches those from `then` on, if they exist.
     const auto multiply_from = [&](int64_t now, int64_t then, float* target) {
+      if (l.packing.bits) {
+        auto* rows = reinterpret_cast<BFloat16*>(scratch);
+        for (int64_t n = 0; n < count; n += Pairs::kDequantized) {
+          const int64_t part = smaller(count - n, Pairs::kDequantized);
+          dequantize_rows(l, now + n, part, then < l.weight_rows(), rows);
+          x.multiply(rows, part, 0, target + n * x.rows());
+        }
+        return;
+      }
       const auto* weight = static_cast<const BFloat16*>(l.weight) + now * l.in;
       x.multiply(weight, count, then < l.weight_rows() ? (then - now) * l.in : 0, target);
     };
@@ -160,10 +196,17 @@ void outputs_of_pairs(const Linear& l, const Pairs& x, int64_t begin, int64_t en
 
 }  // namespace
 
-// Output features begin to end of all rows. The weights of feature `next`, if it exists, are prefetched.
-void linear_outputs(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
+int64_t linear_outputs_scratch(const Linear& l) {
 #if defined(__AVX512F__)
-  if (Pairs::serves(l)) return outputs_of_pairs(l, Pairs(l, const_cast<float*>(x)), begin, end, next);
+  if (Pairs::serves(l) && l.packing.bits) return Pairs::kDequantized * l.in / 2;
+#endif
+  return 0;
+}
+
+// Output features begin to end of all rows. The weights of feature `next`, if it exists, are prefetched.
+void linear_outputs(const Linear& l, const float* x, float* scratch, int64_t begin, int64_t end, int64_t next) {
+#if defined(__AVX512F__)
+  if (Pairs::serves(l)) return outputs_of_pairs(l, Pairs(l, const_cast<float*>(x)), scratch, begin, end, next);
 #endif
   if (l.packing.bits) {
     return with_quantized(l, [&](auto rows) { outputs_quantized<typename decltype(rows)::type>(l, x, begin, end, next); });

@@ -15,11 +15,12 @@ namespace {
 // x in one piece if it is bfloat16; in two, which keep 16 bits, if it has been normalized.
 class TileRows : public PairedRows {
  public:
-  static constexpr int64_t kGroup = 32;  // weight rows, in two tiles
+  static constexpr int64_t kGroup = 32;            // weight rows, in two tiles
+  static constexpr int64_t kDequantized = kGroup;  // quantized weight rows that are dequantized before they are multiplied
 
   static bool serves(const Linear& l) {
     constexpr int64_t kLeast = 9;  // rows of x that are worth it
-    return l.element == Element::bfloat16 && !l.packing.bits && l.rows >= kLeast;
+    return l.element == Element::bfloat16 && l.rows >= kLeast;
   }
 
   TileRows(const Linear& l, float* memory) : PairedRows(l, l.norm.weight ? 2 : 1, memory) {}

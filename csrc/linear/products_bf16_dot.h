@@ -14,11 +14,12 @@ namespace {
 // all rows of x, which are the lanes of the accumulators.
 class DotRows : public PairedRows {
  public:
-  static constexpr int64_t kGroup = 48;  // weight rows: a multiple of those at a time, and of a vector
+  static constexpr int64_t kGroup = 48;        // weight rows: a multiple of those at a time, and of a vector
+  static constexpr int64_t kDequantized = 24;  // quantized weight rows that are dequantized before they are multiplied
 
   static bool serves(const Linear& l) {
     constexpr int64_t kLeast = 9;  // rows of x that are worth it
-    return l.element == Element::bfloat16 && !l.packing.bits && l.rows >= kLeast && cpu_features().avx512_bf16;
+    return l.element == Element::bfloat16 && l.rows >= kLeast && cpu_features().avx512_bf16;
   }
 
   DotRows(const Linear& l, float* memory) : PairedRows(l, 1, memory) {}

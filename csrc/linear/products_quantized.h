@@ -201,17 +201,17 @@ class QuantizedRows {
   void dequantize(const uint8_t* row, int64_t c, int64_t count, float* target) const {
     using Header = GroupHeader<kBits, kMinima>;
     const int64_t size = l_.packing.group_size, group_bytes = Header::kBytes + size / kPacked * Numbers::kBytes;
-    while (count > 0) {
-      const uint8_t* group = row + c / size * group_bytes;
+    const uint8_t* group = row + c / size * group_bytes;
+    for (int64_t within = c % size; count > 0; within = 0, group += group_bytes) {
       const Header header(group, l_.values_of_halves);
       const Vector scale = broadcast(header.scale), minimum = broadcast(header.minimum);
-      const int64_t within = c % size, end = smaller(within + count, size);
+      const int64_t end = smaller(within + count, size);
       for (int64_t k = within; k < end; k += kPacked, target += kPacked) {
         Vector w[kPackedVectors];
         Numbers::load_all(group + Header::kBytes + k / kPacked * Numbers::kBytes, w);
         for (int v = 0; v < kPackedVectors; ++v) store(target + v * kWidth, w[v] * scale + minimum);
       }
-      c += end - within, count -= end - within;
+      count -= end - within;
     }
   }
 

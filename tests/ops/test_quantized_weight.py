@@ -162,13 +162,14 @@ def test_lower_cpu_levels(level):
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @kinds
-def test_a_number_depends_on_its_row_and_feature_only(kind):
-    weight = torch.randn(39, 256)
+def test_a_number_depends_on_its_row_and_feature_only(kind, dtype):
+    weight = torch.randn(39, 256).to(dtype)
     stored = quantized(weight, kind)
     stored.blocks[5, :2] = torch.tensor([0xFF, 0x7F], dtype=torch.uint8)  # a scale that is NaN
-    for rows in (3, 9):
-        x = torch.randn(rows, 256)
+    for rows in (3, 8, 9, 20):
+        x = torch.randn(rows, 256).to(dtype)
         clean = linear(x, quantized(weight, kind))
         x[2, 7] = torch.nan
         dirty = linear(x, stored)
