@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from benchmarks import pages, report
-from fastgpt.bench import limits
 
 ROOT = Path(__file__).parents[2]
 COMMON = {"what", "device", "dtype", "implementation", "limit", "seconds", "absent"}
-ARITHMETIC = limits.arithmetic("cuda" if torch.cuda.is_available() else "cpu", torch.float32).name
+# Whichever instruction is the fastest in that process: where several are nearly as fast, another one than in this process.
+ARITHMETIC = "matrix product" if torch.cuda.is_available() else r"fp32 \S.*|(bf16 dot|AMX bf16 tiles), 6 products"
 CASES = {
     "attention.py::test_prefill": (
         "128tokens",
@@ -44,8 +44,8 @@ def test_a_case_of_each_suite(suite, tmp_path):
     assert result.returncode == 0, result.stdout
     benchmark = json.loads(path.read_text())["benchmarks"][0]
     case = benchmark["extra_info"]
-    assert set(case) == COMMON | parameters and case["limit"] == limit
-    assert {"ours", "reference", limit} < set(case["seconds"])
+    assert set(case) == COMMON | parameters and re.fullmatch(limit, case["limit"])
+    assert {"ours", "reference", case["limit"]} < set(case["seconds"])
     assert len({len(values) for values in case["seconds"].values()}) == 1  # paired
     assert benchmark["stats"]["data"] == pytest.approx(case["seconds"]["ours"])
     for name, reason in case["absent"].items():
