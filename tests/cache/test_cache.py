@@ -3,10 +3,12 @@
 import pytest
 import torch
 from models import random_ids, random_model, reference_operations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import GPT, SHIPPED_MODEL, ContiguousCache, OutOfPages, PagedCache, generate
 from fastgpt.cache.create import CACHE_KINDS
-from fastgpt.cache.uncached import Uncached
+from fastgpt.cache.uncached import Uncached, rotated
+from fastgpt.model.rope import Rope
 from fastgpt.testing import numerics
 
 DTYPES = [None, torch.int8, torch.float8_e4m3fn]
@@ -33,6 +35,34 @@ def test_cached_logits_are_the_uncached_ones(chunks, kind, window):
     logits = torch.cat([model(piece, cache=cache) for piece in ids.split(chunks, dim=1)], dim=1)
     numerics.check(logits, lambda: model.double()(ids, cache=Uncached(window)))
     assert cache.length == 20 and cache.counts == [20, 20, 20] and cache.lengths.tolist() == [20, 20, 20]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rotation_without_a_cache(dtype):
+    """Where no gradients are needed, by the operation that caches use: with the same bits."""
+    q, k, v = (torch.randn(2, 9, heads, 16, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2))
+    arguments = torch.arange(9).expand(2, -1), Rope(8).rotation(9)
+    expected = rotated(q, k, v, *arguments)
+    assert expected[2] is v
+    with torch.no_grad(), DispatchLog() as log:
+        found = rotated(q, k, v, *arguments)
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+    assert "fastgpt::rope_kv_cache_update" in log.names
+    q.requires_grad_()
+    rotated(q, k, v, *arguments)[0].sum().backward()
+    assert q.grad is not None
+
+
+class DispatchLog(TorchDispatchMode):
+    """Records the names of the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.slow
