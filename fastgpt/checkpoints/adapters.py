@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ SCHEMA = {
     "peft_type": schema.only("LORA"),
     "lora_alpha": schema.number(8, least=0),
     "use_rslora": schema.flag(False),
+    "base_model_name_or_path": schema.text("", optional=True),
     "bias": schema.unsupported("none"),
     "init_lora_weights": schema.unsupported(True, False, "gaussian", "eva", "orthogonal"),  # others change the weights of the model
     **{
@@ -71,10 +73,13 @@ def write(model: Any, folder: Path, alpha: float, base: str | None) -> None:
         save_file(weights, written.enter_context(replacing(folder / ADAPTER_WEIGHTS)), metadata={"format": "pt"})
 
 
-def read(path: str | Path, model: Any) -> dict[str, Adapter]:
+def read(path: str | Path, model: Any, base: str | Path) -> dict[str, Adapter]:
     """The adapters in a folder, or of an id on the Hugging Face Hub, by the names of the decoder's layers.
 
     Adapters of layers that are one in the decoder, such as those of queries, keys and values, become one.
+
+    Args:
+        base: where the model is from. A warning says so if they were trained on one of another name.
 
     Raises: FileNotFoundError; ValueError that names the file and what is wrong in it, or does not fit the model.
     """
@@ -92,9 +97,21 @@ def read(path: str | Path, model: Any) -> dict[str, Adapter]:
     except SafetensorError as error:
         raise ValueError(f"lora: {files[ADAPTER_WEIGHTS]} is damaged: {error}") from error
     try:
-        return _adapters(stored, config, model)
+        adapters = _adapters(stored, config, model)
     except ValueError as error:
         raise ValueError(f"lora: {files[ADAPTER_WEIGHTS]}: {error}") from None
+    trained_on = config["base_model_name_or_path"]
+    if trained_on and _name(trained_on) != _name(base):
+        warnings.warn(f"lora: {folder} was trained on {trained_on}, and is applied to {base}", stacklevel=3)
+    return adapters
+
+
+def _name(base: str | Path) -> str:
+    """What identifies a model wherever it is: the last part of its path or id."""
+    path = Path(base)
+    if path.parent.name == "snapshots":  # in the Hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return path.parents[1].name.rpartition("--")[2].lower()
+    return path.name.lower()
 
 
 def _family(model: Any) -> Family:
@@ -121,6 +138,11 @@ def _adapters(stored: dict[str, torch.Tensor], config: dict, model: Any) -> dict
         if any(found):
             rows = rows_of_parts(model, f"{name}.weight", len(names))
             adapters[name] = _joined(names, found, rows, layer.in_features, config)
+    if tied := matrices.keys() & family.checkpoint_names("output.weight")[0]:
+        raise ValueError(
+            f"expected adapters of layers in the model's blocks, got one of {min(tied)}: the output matrix of this model is its "
+            "token embedding (tie_word_embeddings), which would change, too"
+        )
     if matrices:
         raise ValueError(f"expected adapters of this model's linear layers, got one of {min(matrices)}")
     if not adapters:

@@ -75,14 +75,13 @@ def print_start(trainer: Trainer, options: argparse.Namespace, device: torch.dev
     """Prints the sizes of the model and of the text, and the steps to go."""
     processes = trainer.processes
     parameters = list(trainer.model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    counts = [f"{sum(parameter.numel() for parameter in some):,}" for some in (trained, parameters)]
-    sizes = f"{counts[0]} of {counts[1]}" if len(trained) < len(parameters) else counts[1]
+    trained, frozen = (sum(x.numel() for x in parameters if x.requires_grad == wanted) for wanted in (True, False))
+    sizes = f"{trained:,} parameters" + (f" of adapters, beside {frozen:,} that stay as they are" if frozen else "")
     several = f" in each of {processes.size} processes ({processes.parallel})" if processes.parallel else ""
     if options.resume and trainer.step == trainer.config.steps:
         print_stderr(f"fastgpt: the run in {options.out} has done all its {trainer.step:,} steps: --steps MORE continues it")
     print(
-        f"{sizes} parameters{' are trained' * (len(trained) < len(parameters))}; {len(trainer.train_tokens):,} tokens to train on, "
+        f"{sizes}; {len(trainer.train_tokens):,} tokens to train on, "
         f"{len(trainer.held_out):,} held out; {trainer.config.steps - trainer.step} steps to go on {device}{several}"
     )
 

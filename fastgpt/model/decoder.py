@@ -573,7 +573,8 @@ class GPT(nn.Module):
                 Default: as they are stored; matrices of quantized folders, and those of a GGUF file in types that `linear` takes,
                 stay quantized, unless it is "dequantized".
             lora: a folder with a LoRA adapter of this model, or its id on the Hub, as PEFT and `fastgpt train --lora` save it. It is
-                added to the weights; to quantized ones at each call, beside them.
+                added to the weights; to quantized ones at each call, beside them. If it was trained on a model of another name,
+                a warning says so.
 
         Raises: FileNotFoundError or another OSError, naming the file that cannot be read; ValueError, naming the file and the
             wrong entry of config.json or generation_config.json, or the weights that are missing, unexpected, misshapen, not
@@ -590,7 +591,7 @@ class GPT(nn.Module):
             folder = hub.resolve(path, revision)
             model = transformers_format.load(folder, build, dtype=dtype, device=device, weights=weights)
         if lora is not None:
-            apply_adapters(model, adapters.read(lora, model))
+            apply_adapters(model, adapters.read(lora, model, path))
         return model
 
     def save_pretrained(self, folder: str | Path, *, weights: str | None = None) -> None:

@@ -62,17 +62,26 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
     nn.Linear draws its weight, B is zero.
 
     Args:
+        rank: at most the rows and the columns of each.
         targets: names of the linear layers in a block that get one, of TARGETS.
+
+    Raises: ValueError that begins with the setting's name, `lora` or `lora_targets`. Nothing has changed then.
     """
+    layers = {
+        name: layer
+        for name, layer in model.blocks.named_modules()
+        if isinstance(layer, nn.Linear) and name.rstrip(".0123456789").rpartition(".")[2] in targets  # or a part of one
+    }
+    if not layers:
+        raise ValueError(f"lora_targets: expected linear layers of the model, got {','.join(targets)}, of which it has none")
+    smallest = min(layers, key=lambda name: min(layers[name].weight.shape))
+    if rank > min(shape := tuple(layers[smallest].weight.shape)):
+        raise ValueError(f"lora: expected a rank of at most {min(shape)}, as blocks.{smallest} is {shape}, got {rank}")
     model.requires_grad_(False)
-    for layer in model.blocks.modules():
-        for name in targets:
-            found = layer._modules.get(name)
-            for target in found if isinstance(found, nn.ModuleList) else (found,):  # a layer may have been loaded in parts
-                if isinstance(target, nn.Linear):
-                    bound = 1 / math.sqrt(target.in_features)
-                    A = torch.empty(rank, target.in_features, device=target.weight.device).uniform_(-bound, bound)
-                    attach(target, Adapter(A, torch.zeros(target.out_features, rank), alpha / rank))
+    for layer in layers.values():
+        bound = 1 / math.sqrt(layer.in_features)
+        A = torch.empty(rank, layer.in_features, device=layer.weight.device).uniform_(-bound, bound)
+        attach(layer, Adapter(A, torch.zeros(layer.out_features, rank), alpha / rank))
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

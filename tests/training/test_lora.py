@@ -1,7 +1,9 @@
 """LoRA: adapters of decoders with plain and quantized weights, trained, resumed, and in PEFT's format."""
 
+import copy
 import json
 import sys
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from training_runs import TEXT, TINY
 from fastgpt import GPT, QuantizedWeight, generate, pipeline
 from fastgpt.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from fastgpt.model.lora import LoRALinear, add_adapters
+from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
 from fastgpt.training.loop import train
 from fastgpt.training.trainer import Trainer, pretrained
@@ -57,6 +60,17 @@ def logits(model):
         return model(ids_of(2, 12))
 
 
+def loaded_by_transformers(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def check_logits(found, model):
+    """Against those of a model of transformers, or of PEFT, by the numerics contract."""
+    with torch.no_grad(), numerics.only_double_precision():
+        double = copy.deepcopy(model).double()
+        numerics.check(found, lambda: double(ids_of(2, 12)).logits)
+
+
 @pytest.mark.parametrize("weights", ("stored", "int8", "int4"))
 @pytest.mark.parametrize("family", ("gpt2", "llama"))
 def test_only_adapters_are_trained(family, weights, tmp_path):
@@ -65,7 +79,8 @@ def test_only_adapters_are_trained(family, weights, tmp_path):
     trainer = started(base, weights=weights)
     before, first = stored(trainer.model), trainer.evaluate()
     plain = GPT.from_pretrained(base, weights=None if weights == "stored" else weights)
-    torch.testing.assert_close(logits(trainer.model.eval()), logits(plain))  # adapters start from zero
+    plain.save_pretrained(tmp_path / "plain", weights="dequantized")
+    check_logits(logits(trainer.model.eval()), loaded_by_transformers(tmp_path / "plain"))  # adapters start from zero
     train(trainer, out)
     assert trainer.best_loss < first - 0.2  # nats: embeddings and the output matrix are as drawn
     for name, weight in stored(trainer.model).items():
@@ -89,9 +104,10 @@ def test_peft_loads_them(family, tmp_path):
     theirs = checkpoint_of(family, tmp_path / "base")
     train(started(tmp_path / "base"), tmp_path / "out")
     ours = logits(GPT.from_pretrained(tmp_path / "base", lora=tmp_path / "out"))
-    assert not torch.allclose(ours, theirs(ids_of(2, 12)).logits, atol=1e-2)
+    with pytest.raises(AssertionError):
+        check_logits(ours, theirs)
     adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "out").eval()
-    torch.testing.assert_close(adapted(ids_of(2, 12)).logits, ours, rtol=1e-4, atol=1e-4)
+    check_logits(ours, adapted)
     assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
 
 
@@ -115,12 +131,24 @@ def test_adapters_of_peft_are_loaded(family, targets, options, weights, tmp_path
     adapted = peft.get_peft_model(theirs, config).eval()
     adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
     model = GPT.from_pretrained(tmp_path / "base", weights=weights, lora=tmp_path / "lora")
-    with torch.no_grad():
-        expected = adapted(ids_of(2, 12)).logits
     if weights is None:
-        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
+        check_logits(logits(model), adapted)
     else:  # as close as the base model is to its own
+        with torch.no_grad():
+            expected = adapted(ids_of(2, 12)).logits
         assert (logits(model) - expected).norm() < 0.03 * expected.norm() < (plain - expected).norm()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_of_a_tied_output_matrix(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    theirs = checkpoint_of("gpt2", tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "lm_head"], init_lora_weights=False)
+    peft.get_peft_model(theirs, config).save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    with pytest.raises(
+        ValueError, match="^lora: .*got one of lm_head.weight: the output matrix of this model is its token emb"
+    ):
+        GPT.from_pretrained(tmp_path / "base", lora=tmp_path / "lora")
 
 
 def test_merged_and_saved(tmp_path):
@@ -129,8 +157,11 @@ def test_merged_and_saved(tmp_path):
     trainer = started(tmp_path / "base", weights="int8")
     train(trainer, tmp_path / "out")
     model = GPT.from_pretrained(tmp_path / "base", weights="int8", lora=tmp_path / "out")
-    model.save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(GPT.from_pretrained(tmp_path / "merged")), logits(model), rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "merged", weights="dequantized")
+    theirs = loaded_by_transformers(tmp_path / "merged")
+    check_logits(logits(model), theirs)
+    model.save_pretrained(tmp_path / "partly")  # what has no adapter stays quantized
+    check_logits(logits(GPT.from_pretrained(tmp_path / "partly")), theirs)
 
 
 @pytest.mark.parametrize("weights", ("stored", "int4"))
@@ -194,7 +225,7 @@ def test_commands(tmp_path, capsys):
     settings = "--lora 2 --weights int8 --lora-targets qkv,up --context 16 --batch-size 4 --steps 4 --eval-windows 4".split()
     status, shown, error = run(capsys, "train", "--init-from", base, "--text", text_file, "--out", out, *settings)
     assert status == 0, error
-    assert "3,072 of 126,528 parameters are trained" in shown
+    assert shown.startswith("3,072 parameters of adapters, beside 123,456 that stay as they are; ")
     status, text, error = run(
         capsys, "generate", "the", "--model", base, "--weights", "int8", "--lora", out, "--max-new-tokens", 5
     )
@@ -221,6 +252,49 @@ def test_commands(tmp_path, capsys):
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         replace(TINY, **settings)
+
+
+@pytest.mark.parametrize("rank", (33, 10**9))
+def test_a_rank_that_no_layer_has(rank, tmp_path):
+    checkpoint_of("llama", tmp_path)
+    _, model, _ = pretrained(tmp_path, **SMALL, lora=rank)
+    least = min(min(layer.weight.shape) for layer in model.blocks.modules() if isinstance(layer, torch.nn.Linear))
+    rank = max(rank, least + 1)
+    with pytest.raises(
+        ValueError, match=rf"^lora: expected a rank of at most {least}, as blocks\.\d.* is \(.*{least}.*\), got {rank}$"
+    ):
+        add_adapters(model, rank, 16)
+    assert all(weight.requires_grad for weight in model.parameters()) and not any(
+        "lora_" in name for name, _ in model.named_parameters()
+    )
+    add_adapters(model, least, 16)
+
+
+def test_a_model_without_layers_to_adapt():
+    with pytest.raises(
+        ValueError, match="^lora_targets: expected linear layers of the model, got qkv,up, of which it has none"
+    ):
+        add_adapters(random_model(layers=0, position=None, tie_embeddings=False), 2, 4, ("qkv", "up"))
+
+
+def test_adapters_of_another_model_are_noted(tmp_path):
+    checkpoint_of("llama", tmp_path / "base")
+    train(started(tmp_path / "base"), tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GPT.from_pretrained(tmp_path / "base", lora=tmp_path / "out")
+    (tmp_path / "base").rename(tmp_path / "other")
+    with pytest.warns(UserWarning, match="^lora: .*out was trained on .*/base, and is applied to .*/other$"):
+        GPT.from_pretrained(tmp_path / "other", lora=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / ADAPTER_CONFIG).read_text())
+    cached = tmp_path / "models--someone--Other" / "snapshots" / "abc"
+    cached.parent.mkdir(parents=True)
+    (tmp_path / "other").rename(cached)
+    for said in (None, "", "someone/other"):
+        (tmp_path / "out" / ADAPTER_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": said}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            GPT.from_pretrained(cached, lora=tmp_path / "out")
 
 
 def test_a_run_without_a_checkpoint_has_nothing_to_adapt():
@@ -278,7 +352,7 @@ def test_bad_adapters(tmp_path):
         fails(ValueError, f"lora: .*{ADAPTER_CONFIG}: {next(iter(entry))}: expected")
     (lora / ADAPTER_CONFIG).write_text(json.dumps(config))
     expected = model.blocks[0].attention.out.weight + 2 * good[f"{name}B.weight"] @ good[f"{name}A.weight"]
-    torch.testing.assert_close(GPT.from_pretrained(base, lora=lora).blocks[0].attention.out.weight, expected)
+    assert torch.equal(GPT.from_pretrained(base, lora=lora).blocks[0].attention.out.weight, expected)
 
 
 def test_all_linear_layers_by_default():
