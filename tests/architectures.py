@@ -1,5 +1,6 @@
 """Small models of transformers with random weights, for comparing attention implementations on the same weights."""
 
+import copy
 import functools
 import inspect
 import math
@@ -177,6 +178,14 @@ def shares(
         yardsticks = numerics.simulate(lambda: function(model, arguments))
     assert actual.keys() == yardsticks.keys()
     return calls, {part: numerics.compare(actual[part], yardstick).share for part, yardstick in yardsticks.items()}
+
+
+def check_model(found, model, arguments, function=outputs, arithmetic=torch.float32) -> None:
+    """Checks what `function` gave for a model and arguments by the numerics contract, against a copy of `model`, which is not
+    optimized, in float64."""
+    with numerics.only_double_precision():
+        double = copy.deepcopy(model).double()
+        numerics.check(found, lambda: function(double, arguments), arithmetic=arithmetic)
 
 
 def compiled(name: str, padding: str | None) -> tuple[int, dict[str, float]]:

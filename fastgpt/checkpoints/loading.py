@@ -1,7 +1,6 @@
 """Loading weights, whatever format they are stored in: names and shapes compared first, then chunk by chunk into the module."""
 
 import contextlib
-import dataclasses
 import math
 import re
 import sys
@@ -249,7 +248,8 @@ def _fill(
             packing = None
             if _is_matrix(layer, name) and isinstance(weights, Quantization):
                 try:
-                    packing = _quantization(weights, name).packing(columns)
+                    of_vocabulary = name.removeprefix("model.") in ("token_embedding.weight", "output.weight")
+                    packing = (weights.of_vocabulary if of_vocabulary else weights).packing(columns)
                 except ValueError as error:
                     raise ValueError(f"weights: {name} cannot be quantized to {weights.dtype}: {error}") from None
             elif _is_matrix(layer, name) and weights is None and dtype is not torch.float64:
@@ -269,13 +269,6 @@ def _fill(
             if packing is not None:
                 weight = QuantizedWeight(weight, packing, columns, dtype)
             setattr(layer, attribute, torch.nn.Parameter(weight, requires_grad=packing is None))
-
-
-def _quantization(chosen: Quantization, name: str) -> Quantization:
-    """That of a parameter: the token embedding and the output matrix are never below 8 bits, since what is lost there costs the
-    most: of SmolLM2 135M's loss in 4 bits, more than a third."""
-    is_vocabulary = name.removeprefix("model.") in ("token_embedding.weight", "output.weight")
-    return dataclasses.replace(chosen, dtype="int8", minima=False) if is_vocabulary and chosen.dtype == "int4" else chosen
 
 
 def _is_matrix(layer: torch.nn.Module, name: str) -> bool:

@@ -1,14 +1,14 @@
 """Weights of 8 or 4 bits, in blocks that share a scale: `QuantizedWeight`, which `linear` takes in place of a tensor."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fastgpt import huge_pages
-from fastgpt.checks import require_choice, require_dtype, require_flag, require_tensor
+from fastgpt.checks import require_choice, require_dtype, require_flag, require_integer, require_tensor
 from fastgpt.ops import gguf_blocks
 from fastgpt.ops.gguf_blocks import BLOCK_TYPES
 
@@ -91,8 +91,10 @@ class Quantization:
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, BITS)
-        if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size: expected one of {', '.join(map(repr, GROUP_SIZES))}, got {self.group_size!r}")
+        size = require_integer("group_size", self.group_size, optional=True)
+        if size not in GROUP_SIZES:
+            raise ValueError(f"group_size: expected one of {', '.join(map(repr, GROUP_SIZES))}, got {size!r}")
+        object.__setattr__(self, "group_size", size)  # NumPy's integers as Python's
         require_flag("minima", self.minima)
 
     def packing(self, columns: int) -> Packing:
@@ -102,6 +104,12 @@ class Quantization:
             raise ValueError(f"weight: expected a multiple of {max(UNIT, size)} columns, got {columns}")
         return Packing(BITS[self.dtype], size, self.minima)
 
+    @property
+    def of_vocabulary(self) -> "Quantization":
+        """That of the token embedding and the output matrix in a model: never below 8 bits, since what is lost there costs the
+        most: of SmolLM2 135M's loss in 4 bits, more than a third."""
+        return replace(self, dtype="int8", minima=False) if self.dtype == "int4" else self
+
 
 class QuantizedWeight(torch.Tensor):
     """A matrix (N, C) stored in 8 or 4 bits a number, which `fastgpt.linear`, F.linear and nn.Linear take in place of a tensor.
@@ -109,9 +117,11 @@ class QuantizedWeight(torch.Tensor):
 
     To PyTorch it is a tensor of a floating-point dtype, that of the x it is multiplied with: `to(dtype)` changes only that,
     `to(device)`, `state_dict`, `torch.save` and copying keep it quantized. Indexed by F.embedding it gives rows; any other
-    operation computes with `dequantize()`. Only another one can be copied into it. It has no gradient of its own; x has.
+    operation computes with `dequantize()`. Only another one can be copied into it. Nothing else is written to it, or to a view of
+    it, such as w[0] or w.t(): that raises RuntimeError. It has no gradient of its own; x has.
 
-    blocks: (N, bytes) uint8, all that is stored.
+    blocks: (N, bytes) uint8, all that is stored. Their numbers are not checked: a scale that is infinite or NaN makes numbers
+        of its group so, and what is computed from them.
     packing: what they hold.
     """
 
@@ -179,13 +189,64 @@ class QuantizedWeight(torch.Tensor):
         kwargs = kwargs or {}
         if function in KEEPING and isinstance(args[0], QuantizedWeight):
             return KEEPING[function](*args, **kwargs)
-        written = [argument for argument in function._schema.arguments if argument.alias_info and argument.alias_info.is_write]
-        for argument, value in zip(function._schema.arguments, args, strict=False):
-            if argument in written and isinstance(value, QuantizedWeight):
+        return _computed(function, QuantizedWeight, QuantizedWeight.dequantize, args, kwargs)
+
+
+class DequantizedView(torch.Tensor):
+    """A view of a QuantizedWeight, which is one of a copy: it cannot be written, since that would be lost."""
+
+    numbers: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: torch.Tensor):
+        view = torch.Tensor._make_subclass(cls, numbers)
+        view.numbers = numbers
+        return view
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are what __torch_dispatch__ makes of them
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return _computed(function, DequantizedView, lambda view: view.numbers, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"DequantizedView({self.numbers})"
+
+    def tolist(self) -> Any:
+        return self.numbers.tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        array = self.numbers.numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+        return self.numbers.clone()
+
+    def __reduce_ex__(self, protocol):
+        return self.numbers.__reduce_ex__(protocol)
+
+
+def _computed(function, kind, plain, args, kwargs):
+    """function(*args, **kwargs) with plain(x) in place of each x of that kind. Raises RuntimeError if it writes to one."""
+    tree = torch.utils._pytree
+    schema = function._schema
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info and argument.alias_info.is_write:
+            written = args[i] if i < len(args) else kwargs.get(argument.name)
+            if any(isinstance(x, kind) for x in tree.tree_leaves(written)):
+                what = "a QuantizedWeight" if kind is QuantizedWeight else "a view of a QuantizedWeight"
                 # Not TypeError, upon which Python would compute w += x as w = w + x.
-                raise RuntimeError(f"{function}: expected a tensor that can be written, got a QuantizedWeight")
-        args, kwargs = torch.utils._pytree.tree_map_only(QuantizedWeight, QuantizedWeight.dequantize, (args, kwargs))
-        return function(*args, **kwargs)
+                raise RuntimeError(
+                    f"{function}: expected a tensor that can be written, got {what}: write to w.dequantize(), and quantize that; "
+                    "restore(model, dequantize=True) makes such matrices of all weights that `optimize` has quantized"
+                )
+    args, kwargs = tree.tree_map_only(kind, plain, (args, kwargs))
+    result = function(*args, **kwargs)
+    if any(x.alias_info and not x.alias_info.is_write for x in schema.returns):
+        # Under torch.compile it is a FakeTensor.
+        result = tree.tree_map_only(torch.Tensor, lambda x: DequantizedView(x) if type(x) is torch.Tensor else x, result)
+    return result
 
 
 def quantize(
@@ -199,8 +260,11 @@ def quantize(
     Scales and minima, in fp16, are those of groups of consecutive columns; with 4 bits they are fitted for the least squared
     error. Groups of 32 are stored as GGUF's Q8_0, Q4_0 and Q4_1.
 
+    The least positive number of fp16 is 6e-8: a group becomes zero if no number exceeds 4e-6 in magnitude with int8, or 2e-7 with
+    int4, and its minimum if they differ by less than twice that. Just above, scales are coarse.
+
     Args:
-        weight: (N, C) fp32|fp16|bf16, finite.
+        weight: (N, C) fp32|fp16|bf16, finite. On the meta device only its shape matters.
         dtype: "int8" or "int4".
         group_size: 32, 64 or 128 columns that share a scale, or None: a row. C is a multiple of it, and of 32.
         minima: whether groups have a minimum, which takes 16 bits more for each.
@@ -225,6 +289,8 @@ def quantize_to(blocks: torch.Tensor, weight: torch.Tensor, packing: Packing) ->
 
     Raises: ValueError for numbers that are not finite or do not fit into fp16.
     """
+    if weight.is_meta:
+        return
     rows = max(1, AT_A_TIME // weight.shape[1])
     for part, stored in zip(weight.split(rows), blocks.split(rows)):
         stored.copy_(_quantized(part.float(), packing))
@@ -374,7 +440,10 @@ def _matrix(blocks, packing, dtype):
 def _set_data(weight, value):
     """weight.data = value, which otherwise would set no more than shape and dtype."""
     if not isinstance(value, QuantizedWeight):
-        raise RuntimeError(f"data: expected a QuantizedWeight, got {_kind(value)}: replace the parameter instead")
+        raise RuntimeError(
+            f"data: expected a QuantizedWeight, got {_kind(value)}: replace the parameter; or of a model that `optimize` has "
+            "quantized, restore(model, dequantize=True) first"
+        )
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.data.__set__(weight, value)  # type: ignore[attr-defined]  # a property of C
     weight.blocks, weight.packing, weight.fits = value.blocks, value.packing, value.fits

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import os
 import subprocess
 import sys
@@ -289,10 +290,57 @@ def test_other_operations_compute_with_the_dequantized_weight():
     )
     assert isinstance(weight.double(), QuantizedWeight) and torch.equal(weight.double().dequantize(), full.double())
     assert weight.nbytes == 40 * 68 and "int8" in repr(weight) and weight.device == full.device
-    with pytest.raises(RuntimeError, match="can be written"):
-        weight.mul_(2)
-    with pytest.raises(RuntimeError, match="can be written"):  # and not the same as w = w + 1
-        weight += 1
+    view = weight[3:5]
+    assert (
+        torch.equal(view.t() @ torch.eye(2), full[3:5].t()) and view.tolist() == full[3:5].tolist() and "tensor" in repr(view)
+    )
+    assert torch.equal(copy.deepcopy(view).zero_(), torch.zeros(2, 64))
+    assert torch.equal(torch.from_numpy(view.numpy().copy()), full[3:5]) and not view.numpy().flags.writeable
+
+
+WRITES = {
+    "all": lambda w: w.mul_(2),
+    "not w = w + 1": lambda w: operator.iadd(w, 1),
+    "an index": lambda w: w.__setitem__(0, 1),
+    "a slice": lambda w: w[3:5].zero_(),
+    "a view of a view": lambda w: w.view(-1)[0].zero_(),
+    "data": lambda w: w.data.mul_(2),
+    "a view of data": lambda w: w.data[0].mul_(2),
+    "the transpose": lambda w: w.t().add_(1),
+    "one of several views": lambda w: w.unbind(0)[3].fill_(1),
+    "flattened": lambda w: w.flatten().copy_(torch.zeros(40 * 64)),
+    "out": lambda w: torch.add(torch.ones(40, 64), 1, out=w),
+    "a list": lambda w: torch._foreach_mul_([w], 2),
+    "initialization": torch.nn.init.normal_,
+}
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_it_cannot_be_written(way):
+    """And neither can a view of it, which would lose what is written."""
+    weight = quantize(torch.randn(40, 64), "int8")
+    before = weight.blocks.clone()
+    kind = (
+        "a view of a QuantizedWeight"
+        if "view" in way or way in ("an index", "a slice", "the transpose", "flattened")
+        else "a Q"
+    )
+    with pytest.raises(RuntimeError, match=f"expected a tensor that can be written, got {kind}"):
+        WRITES[way](weight)
+    assert torch.equal(weight.blocks, before)
+
+
+@pytest.mark.parametrize("dtype, least", [("int8", 4e-6), ("int4", 2e-7)])
+def test_numbers_below_the_least_scale_become_zero(dtype, least):
+    signs = torch.randn(1, 32).sign()
+    assert not quantize(0.9 * least * signs, dtype).dequantize().any() and quantize(2 * least * signs, dtype).dequantize().all()
+
+
+def test_meta():
+    """Shapes alone, as PyTorch computes them."""
+    weight = quantize(torch.randn(40, 64, device="meta"), "int4")
+    assert weight.is_meta and weight.shape == (40, 64)
+    assert F.linear(torch.randn(3, 64, device="meta"), weight).shape == (3, 40)
 
 
 def test_data():
@@ -341,7 +389,8 @@ def test_large_matrices_are_multiplied_in_panels(monkeypatch):
         (lambda: (torch.randn(4, 0), "int4", None), ValueError, "weight: expected a multiple of 32 columns"),
         (lambda: (torch.randn(4, 32), "int2"), ValueError, "dtype: expected one of 'int8', 'int4', got 'int2'"),
         (lambda: (torch.randn(4, 32), "int8", 16), ValueError, "group_size: expected one of 32, 64, 128, None, got 16"),
-        (lambda: (torch.randn(4, 32), "int8", True), ValueError, "group_size: expected one of"),
+        (lambda: (torch.randn(4, 32), "int8", True), TypeError, "group_size: expected an integer or None, got True"),
+        (lambda: (torch.randn(4, 32), "int8", 64.0), TypeError, "group_size: expected an integer or None, got 64.0"),
         (lambda: (torch.full((4, 32), torch.inf),), ValueError, "weight: expected finite numbers"),
         (lambda: (torch.full((4, 32), torch.nan),), ValueError, "weight: expected finite numbers"),
         (lambda: (torch.full((4, 32), 1e30),), ValueError, "weight: expected finite numbers"),

@@ -1,5 +1,6 @@
 """`optimize`: fastgpt's attention, linear layers and norms in a model that is loaded; `restore` undoes it."""
 
+import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from fastgpt import huge_pages
 from fastgpt.checks import require_choice, require_flag
 from fastgpt.integrations.transformers.layers import Served, is_served, served_class
 from fastgpt.integrations.transformers.registration import register
-from fastgpt.ops.quantized_weight import BITS, DTYPES, UNIT, QuantizedWeight, quantize
+from fastgpt.ops.quantized_weight import BITS, DTYPES, UNIT, Quantization, QuantizedWeight, quantize
 
 LINEAR = (nn.Linear, Conv1D)
 BEFORE = "_attention_before_fastgpt"  # attribute of a model: [(configuration, its attention implementation)]
@@ -36,10 +37,11 @@ def optimize(model: nn.Module, weights: str | None = None) -> nn.Module:
     Args:
         model: of transformers, or one of PEFT around it; or any other module, whose attention is left alone.
         weights: "int8" or "int4" quantizes the matrices of linear layers in groups of 32 columns, see `fastgpt.quantize`. The
-            output matrix is one of them, and so is the token embedding if it is the same. Those with a number of columns that is
-            no multiple of 32, and those of adapters, stay as they are. The originals are not kept. Quantized weights are frozen;
-            inputs and adapters have gradients. A quantized Conv1D becomes an nn.Linear, with a weight (N, C). `state_dict`
-            returns `fastgpt.QuantizedWeight`s; `save_pretrained` writes what they stand for, in the format of the original model.
+            output matrix is one of them, always in 8 bits, and so is the token embedding if it is the same. Those with a number
+            of columns that is no multiple of 32, and those of adapters, stay as they are. The originals are not kept. Quantized
+            weights are frozen; inputs and adapters have gradients. A quantized Conv1D becomes an nn.Linear, with a weight (N, C).
+            `state_dict` returns `fastgpt.QuantizedWeight`s; `save_pretrained` writes what they stand for, in the format of the
+            original model.
 
     Returns: model.
     Raises: TypeError (not a module, a matrix of an unsupported dtype), ValueError (weights; a model that is optimized already;
@@ -184,6 +186,7 @@ def _place(module: nn.Module) -> None:
 
 def _quantized(model: nn.Module, weights: str) -> dict[int, nn.Parameter]:
     """id of a parameter -> what replaces it."""
+    chosen, outputs = Quantization(weights), _output_layers(model)
     adapters = {id(part) for module in model.modules() for adapter in _adapters(module) for part in adapter.modules()}
     holders: dict[int, list] = defaultdict(list)
     for path, module in model.named_modules():
@@ -211,7 +214,9 @@ def _quantized(model: nn.Module, weights: str) -> dict[int, nn.Parameter]:
                 f"model: expected weights of {', '.join(map(str, DTYPES))} to quantize, got {path} of {matrix.dtype}"
             )
         try:
-            quantized[id(parameter)] = nn.Parameter(quantize(matrix, weights), requires_grad=False)
+            of_vocabulary = any(isinstance(module, nn.Embedding) or id(module) in outputs for _, module, _, _ in held)
+            dtype, size, minima = dataclasses.astuple(chosen.of_vocabulary if of_vocabulary else chosen)
+            quantized[id(parameter)] = nn.Parameter(quantize(matrix, dtype, size, minima=minima), requires_grad=False)
         except ValueError as error:
             raise ValueError(f"model: {path}: {error}") from None
     if not quantized:
@@ -219,6 +224,12 @@ def _quantized(model: nn.Module, weights: str) -> dict[int, nn.Parameter]:
             f"model: expected a matrix of an nn.Linear or Conv1D with a multiple of {UNIT} columns to quantize, got none"
         )
     return quantized
+
+
+def _output_layers(model: nn.Module) -> set[int]:
+    """ids of the layers that compute logits of tokens, of which PEFT may have made its own."""
+    layers = [module.get_output_embeddings() for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return {id(getattr(layer, "base_layer", layer)) for layer in layers}
 
 
 def _adapters(module: nn.Module) -> Iterator[nn.Module]:
