@@ -2,6 +2,7 @@
 wrong type or dtype, ValueError for a wrong shape, layout, device or range."""
 
 import contextlib
+import errno
 import operator
 import os
 import re
@@ -203,7 +204,20 @@ def writing(name: str, path: Path, kind: str) -> Iterator[None]:
     except (MemoryError, TypeError, ValueError):
         raise
     except Exception as error:  # libraries have their own exceptions for a full disk or missing permissions
-        raise OSError(f"{name}: expected {kind} that can be written to, got {path}: {reason_of(error)}") from error
+        raise write_error(name, path, f"expected {kind} that can be written to, got {path}", error) from error
+
+
+def write_error(name: str, path: Path, problem: str, error: Exception) -> OSError:
+    """What to raise after a failed write: `problem` and the reason, or that the disk is full.
+
+    Args:
+        name: the argument, with which the message begins.
+    """
+    reason = reason_of(error)
+    for full in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
+        if full in reason:  # which may be a library's sentence around it
+            return OSError(f"{name}: {full} for {path}")
+    return OSError(f"{name}: {problem}: {reason}")
 
 
 def reason_of(error: Exception) -> str:

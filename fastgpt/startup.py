@@ -52,5 +52,12 @@ def _failed(kind: type[BaseException], error: BaseException, traceback: Tracebac
         sys.__excepthook__(kind, error, traceback)
         return
     if sys.stderr is not None:
-        print(f"fastgpt: error: {error}", file=sys.stderr)
+        print(f"fastgpt: error: {sentence(error)}", file=sys.stderr)
     sys.exit(2)  # Python takes the exit status from a hook that raises SystemExit
+
+
+def sentence(error: BaseException) -> str:
+    """The message of an error, and of a missing package how to get it."""
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("fastgpt"):
+        return f"{error}, which fastgpt needs: pip install {error.name.partition('.')[0]}"
+    return str(error)

@@ -36,8 +36,8 @@ def resolve(path: str | Path, revision: str | None = None, argument: str = "mode
         return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED, revision=revision))
     except Exception as error:  # of half a dozen kinds: no network, no such id, no permission, no space, ...
         raise FileNotFoundError(
-            f"{argument}: expected a checkpoint folder or the id of one on the Hugging Face Hub, {path} is no folder, and the "
-            f"Hub did not give it: {_hub_reason(error, revision)}"
+            f"{argument}: expected a checkpoint folder or the id of a model on the Hugging Face Hub, got {path}: there is no such "
+            f"folder, and {_hub_reason(error, revision)}"
         ) from error
 
 
@@ -52,14 +52,14 @@ def _hub_reason(error: Exception, revision: str | None) -> str:
     from huggingface_hub import errors
 
     reasons = (
-        (errors.GatedRepoError, "access must be asked for on its page, and then a login: hf auth login"),
-        (errors.RepositoryNotFoundError, "there is no such model, or it is private and needs a login: hf auth login"),
-        (errors.RevisionNotFoundError, f"it has no revision {revision!r}"),
-        (errors.LocalEntryNotFoundError, "it cannot be reached, and the model has not been downloaded before"),
-        (errors.OfflineModeIsEnabled, "it is not asked in offline mode (HF_HUB_OFFLINE)"),
+        (errors.GatedRepoError, "access must be asked for on its page on the Hub, and then a login: hf auth login"),
+        (errors.RepositoryNotFoundError, "the Hub has no such model, or it is private and needs a login: hf auth login"),
+        (errors.RevisionNotFoundError, f"the Hub has no revision {revision!r} of it"),
+        (errors.LocalEntryNotFoundError, "the Hub cannot be reached, and it has not been downloaded before"),
+        (errors.OfflineModeIsEnabled, "the Hub is not asked in offline mode (HF_HUB_OFFLINE)"),
     )
     for kind, reason in reasons:
         if isinstance(error, kind):
             return reason
     lines = str(error).strip().splitlines()
-    return type(error).__name__ + (f": {lines[0]}" if lines else "")
+    return f"the Hub failed: {type(error).__name__}" + (f": {lines[0]}" if lines else "")

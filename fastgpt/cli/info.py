@@ -1,9 +1,9 @@
-"""`fastgpt info`: versions, devices, and which implementation each operation uses, and why; or what is in a GGUF file."""
+"""`fastgpt info`: versions, devices, and which implementation each operation uses, and why; or what is in a model."""
 
 import argparse
 import platform
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,15 @@ import torch
 
 import fastgpt
 from fastgpt.bench.timing import implementation
-from fastgpt.checkpoints import gguf, gguf_file
+from fastgpt.checkpoints import gguf, gguf_file, quantized_folders, transformers_format
+from fastgpt.checkpoints.files import CONFIG, TOKENIZER, read_json
+from fastgpt.checkpoints.safetensors_files import headers, weight_files
 from fastgpt.cli.arguments import path
 from fastgpt.cli.example_calls import example_calls
 from fastgpt.generation.decoding import decoding
 from fastgpt.ops.library import CUDA_MISSING
+from fastgpt.text.tokenizer_files import read_chat_templates
+from fastgpt.text.vocabularies import read_json as read_tokenizer_json
 
 OPERATIONS: dict[Callable, str] = {  # what they compute
     fastgpt.attention: "softmax attention over keys and values, with its gradients",
@@ -40,19 +44,22 @@ IMPLEMENTATIONS = {
     "cpu_replay": "its operations are recorded once, and called without Python at every step",
     "eager": "the model's modules are called from Python at every step",
 }
+TOKENIZER_FILES = (TOKENIZER, "tokenizer.model", "vocab.json")
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}  # types in safetensors files of what is served
 TOKENIZER_KEYS = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Prints versions, devices, and which implementation each operation uses, and why. With a GGUF file: its contents."
+        "Prints versions, devices, and which implementation each operation uses, and why. With a model: its contents."
     )
-    parser.add_argument("file", nargs="?", type=path, metavar="FILE", help="a GGUF file; of a model in several, any of them")
+    parser.add_argument("model", nargs="?", type=path, metavar="MODEL", help="a checkpoint folder, or a GGUF file; of a model in "
+        "several, any of them")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.file is not None:
-        print_contents(options.file)
+    if options.model is not None:
+        print_folder(options.model) if options.model.is_dir() else print_file(options.model)
         return
     print_versions()
     devices = [torch.device("cpu")]
@@ -75,35 +82,73 @@ def run(options: argparse.Namespace) -> None:
             print(f"{name}: {meaning}")
 
 
-def print_contents(model: Path) -> None:
+def print_file(model: Path) -> None:
     """Prints what a GGUF file, or all files of a model that was split, have in them."""
-    if model.is_dir():
-        raise ValueError(f"file: expected a GGUF file, got the folder {model}")
     file = gguf_file.read(model)
     metadata, architecture = file.metadata, file.architecture
     weights = [tensor for tensor in file.tensors.values() if tensor.name not in gguf.ROPE_TENSORS]
-    types: dict[str, list] = defaultdict(list)
-    for tensor in file.tensors.values():
-        types[tensor.type].append(tensor)
-    size = sum(part.stat().st_size for part in file.paths)
     tokens = metadata.get("tokenizer.ggml.tokens")
     served = "" if architecture in gguf.ARCHITECTURES else ", which is not served"
-    lines = {
+    print_lines({
         "architecture": one_line(architecture) + served,
         "name": one_line(metadata.get("general.name", "none")),
         "parameters": f"{sum(tensor.numel for tensor in weights):,}",
-        "size": megabytes(size) + (f" in {len(file.paths)} files" if len(file.paths) > 1 else ""),
+        "size": size_of(file.paths),
         "context": one_line(metadata.get(f"{architecture}.context_length", "not said")),
         "vocabulary": f"{len(tokens):,} tokens" if isinstance(tokens, list) else "none",
         "tokenizer": ", ".join(one_line(metadata[key]) for key in TOKENIZER_KEYS if key in metadata) or "none",
         "chat template": "yes" if "tokenizer.chat_template" in metadata else "no",
-    }
+    })  # fmt: skip
+    print_types([(tensor.type, tensor.nbytes) for tensor in file.tensors.values()], gguf.SERVED)
+
+
+def print_folder(folder: Path) -> None:
+    """Prints what a checkpoint folder has in it, also one that is not served."""
+    fields, scheme, served = {}, None, ""  # type: dict, quantized_folders.Scheme | None, str
+    try:
+        _, config, fields = transformers_format.read_config(folder)
+        scheme = quantized_folders.scheme(config)
+    except ValueError as error:
+        config, served = read_json(folder / CONFIG), f", which is not served: {error}"
+    files = weight_files(folder)
+    found, metadata = headers(files)
+    weights = found if scheme is None else quantized_folders.matrices(found, scheme, metadata)
+    tokenizers = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    print_lines({
+        "architecture": one_line(config.get("model_type", "not said")) + served,
+        "name": one_line(folder.absolute().name),
+        "parameters": f"{sum(weight.numel for weight in weights):,}",
+        "size": size_of(files),
+        "context": one_line(fields.get("context_length", config.get("max_position_embeddings", "not said"))),
+        "vocabulary": one_line(config.get("vocab_size", "no")) + " tokens",
+        "tokenizer": ", ".join(tokenizers) or "none",
+        "chat template": "no" if read_chat_templates(folder, read_tokenizer_json(folder, "tokenizer_config.json")) is None else "yes",
+        "quantization": "none" if scheme is None else scheme.method,
+    })  # fmt: skip
+    print_types([(weight.dtype, weight.numel * BYTES.get(weight.dtype, 1)) for weight in found], BYTES)
+
+
+def print_lines(lines: dict[str, str]) -> None:
     for name, value in lines.items():
         print(f"{name + ':':15}{value}")
+
+
+def print_types(tensors: list[tuple[str, int]], served: Collection[str]) -> None:
+    """Prints how many tensors and bytes there are of each type.
+
+    Args:
+        tensors: type and bytes of each.
+    """
+    types: dict[str, list[int]] = defaultdict(list)
+    for name, count in tensors:
+        types[name].append(count)
     print(f"\n{'type':8}  tensors       bytes")
-    for name, found in sorted(types.items(), key=lambda entry: -sum(tensor.nbytes for tensor in entry[1])):
-        not_served = "" if name in gguf.SERVED else "  not served"
-        print(f"{name:8}  {len(found):>7,}  {megabytes(sum(tensor.nbytes for tensor in found)):>10}{not_served}")
+    for name, counts in sorted(types.items(), key=lambda entry: -sum(entry[1])):
+        print(f"{name:8}  {len(counts):>7,}  {megabytes(sum(counts)):>10}{'' if name in served else '  not served'}")
+
+
+def size_of(files: Collection[Path]) -> str:
+    return megabytes(sum(file.stat().st_size for file in files)) + (f" in {len(files)} files" if len(files) > 1 else "")
 
 
 def megabytes(count: int) -> str:

@@ -20,7 +20,7 @@ COMMANDS = {  # a module beside this one each
     "quantize": "write a model with matrices of 8 or 4 bits, as a folder or a GGUF file",
     "train": "train a model on a text file",
     "bench": "measure the speed of generation and its operations, in two minutes",
-    "info": "show versions, devices, and which implementation each operation uses; or what is in a GGUF file",
+    "info": "show versions, devices, and which implementation each operation uses; or what is in a model",
 }
 NOT_OPTIONS = {"prompt", "run", "parser"}  # what else is in the parsed arguments
 
@@ -98,7 +98,7 @@ class CommandParser(Parser):
 def error_message(error: Exception, options: argparse.Namespace) -> str:
     """The message of an error in terms of the command line: the argument that it begins with becomes the option of that name,
     if the command has one, and "or None", which only Python can pass, is left out."""
-    message = str(error)
+    message = startup.sentence(error)
     if isinstance(error, PromptTooLong):
         message += " (--model)"
     name, colon, rest = message.partition(":")

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 
 from fastgpt import folders
-from fastgpt.checkpoints import gguf_file, gguf_writer, hub
+from fastgpt.checkpoints import gguf, gguf_file, gguf_writer, hub, quantized_folders, transformers_format
 from fastgpt.checkpoints.files import TOKENIZER
-from fastgpt.checks import require_path, writing
-from fastgpt.cli.arguments import path, path_or_id
+from fastgpt.checks import is_terminal, require_integer, require_path, writing
+from fastgpt.cli.arguments import integer, path, path_or_id
+from fastgpt.cli.output import print_stderr
 from fastgpt.folders import new_folder, replacing
 from fastgpt.generation.pipeline import Pipeline, pipeline
 from fastgpt.ops.quantized_weight import BITS, Quantization, QuantizedWeight
@@ -29,6 +31,7 @@ DESCRIPTION = """\
 Quantizes the matrices of a model to 8 or 4 bits per weight, and writes it to OUT: a new folder, which fastgpt loads like any
 other, with identical weights; or with --gguf a new GGUF file, which llama.cpp runs, too. With int4, the token embedding and
 the output matrix take 8 bits."""
+EVALUATED = 16384  # tokens, by default
 EXAMPLES = """\
 examples:
   fastgpt quantize PATH_OR_ID smaller --weights int4 --minima
@@ -47,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--minima", action="store_true", help="give each group a minimum besides its scale")
     add("--gguf", choices=GGUF_TYPES, metavar="TYPE", help=f"write a GGUF file in {', '.join(GGUF_TYPES)}")
     add("--evaluate", type=path, metavar="TEXT", help=f"print perplexities before and after on the text in this file, in windows "
-        f"of {WINDOW} tokens (or the model's context) that overlap by half; takes minutes for a large text")  # fmt: skip
+        f"of {WINDOW} tokens (or the model's context) that overlap by half")  # fmt: skip
+    add("--evaluate-tokens", type=integer, metavar="N", help=f"with --evaluate: the first N tokens of the text ({EVALUATED})")
     add("--json", action="store_true", help="print one JSON object instead of sentences")
 
 
@@ -58,13 +62,18 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"out: expected a folder, or --gguf with a type for a GGUF file, got {options.target}")
     if options.gguf is not None:
         require_gguf()
+    require_integer("evaluate_tokens", options.evaluate_tokens, 2, optional=True)
+    if options.evaluate_tokens is not None and options.evaluate is None:
+        raise ValueError(f"evaluate_tokens: expected --evaluate with it, got {options.evaluate_tokens} alone")
     text = None if options.evaluate is None else read_text(options.evaluate)
+    if is_quantized(options):
+        print_stderr(f"fastgpt: {options.source} is quantized already: quantizing it again adds to its error")
     began = time.perf_counter()
     result: dict[str, Any] = {"model": str(options.source), "out": str(options.target), "weights": chosen.dtype}
     result |= {"group_size": chosen.group_size, "minima": chosen.minima}
     if text is not None:
         pipe = pipeline(options.source, revision=options.revision, device="cpu")
-        result["perplexity_before"] = perplexity(pipe, text, "before")
+        result |= perplexity(pipe, text, "before", options)
         del pipe
     pipe = pipeline(options.source, revision=options.revision, device="cpu", weights=chosen)
     before = bytes_of(options)
@@ -73,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     result |= {"parameters": sum(weight.numel() for weight in pipe.model.parameters()), "matrices": len(matrices)}
     result |= {"bytes_before": before, "bytes": size_of(options.target), "seconds": round(time.perf_counter() - began, 3)}
     if text is not None:
-        result["perplexity_after"] = perplexity(pipe, text, "after")
+        result |= perplexity(pipe, text, "after", options)
     if options.json:
         print(json.dumps(result))
         return
@@ -81,7 +90,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"{options.target}: {result['parameters']:,} parameters in {sizes}")
     if text is not None:
         before, after = result["perplexity_before"], result["perplexity_after"]
-        print(f"perplexity: {before:.4f} before, {after:.4f} after ({100 * (after / before - 1):+.2f}%)")
+        change = f"{before:.4f} before, {after:.4f} after ({100 * (after / before - 1):+.2f}%)"
+        print(f"perplexity of {result['evaluated_tokens']:,} tokens: {change}")
 
 
 def quantization(options: argparse.Namespace) -> Quantization:
@@ -124,16 +134,19 @@ def read_text(file: Path) -> str:
         raise ValueError(f"evaluate: expected a file with text in UTF-8, got {file}: {error}") from error
 
 
-def perplexity(pipe: Pipeline, text: str, when: str) -> float:
-    tokens = torch.tensor(pipe.tokenizer.encode(text, name="evaluate"))
+def perplexity(pipe: Pipeline, text: str, when: str, options: argparse.Namespace) -> dict:
+    """The entries of the result for the perplexity `when`, "before" or "after". A terminal gets a progress bar."""
+    tokens = torch.tensor(pipe.tokenizer.encode(text, name="evaluate"))[: options.evaluate_tokens or EVALUATED]
     window = min(WINDOW, pipe.model.config.context_length)
     if len(tokens) < 2:
         raise ValueError(f"evaluate: expected a text of at least two tokens, got {len(tokens)}")
     from tqdm import tqdm
 
+    if not is_terminal(sys.stderr):
+        print_stderr(f"fastgpt: perplexity {when}, of {len(tokens):,} tokens")
     with tqdm(total=len(tokens) - 1, desc=f"perplexity {when}", unit="token", leave=False, disable=None) as bar:
         loss = evaluate(pipe.model, tokens, context=window, overlap=window * OVERLAP // WINDOW, shown=bar.update)
-    return math.exp(loss)
+    return {f"perplexity_{when}": math.exp(loss), "evaluated_tokens": len(tokens)}
 
 
 def write_folder(pipe: Pipeline, options: argparse.Namespace) -> None:
@@ -160,6 +173,14 @@ def write_file(pipe: Pipeline, options: argparse.Namespace) -> None:
         )
     with writing("out", options.target, "a file"), folders.made(options.target.parent), replacing(options.target) as temporary:
         gguf_writer.write(temporary, pipe.model, metadata, rotation)
+
+
+def is_quantized(options: argparse.Namespace) -> bool:
+    if gguf_file.is_gguf(options.source):
+        return any(tensor.type in gguf.QUANTIZED for tensor in gguf_file.read(options.source).tensors.values())
+    return (
+        quantized_folders.scheme(transformers_format.read_config(hub.resolve(options.source, options.revision))[1]) is not None
+    )
 
 
 def bytes_of(options: argparse.Namespace) -> int:

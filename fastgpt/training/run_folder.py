@@ -15,6 +15,7 @@ except ImportError:  # not a Unix
 
 from fastgpt import folders
 from fastgpt.checkpoints.files import STATE
+from fastgpt.checks import write_error
 from fastgpt.training.processes import Processes
 
 LOCK = "training.lock"  # exists while a run uses the folder
@@ -56,9 +57,10 @@ def claimed(folder: Path, processes: Processes = Processes()) -> Iterator[None]:
                 lock = _lock(path)
             except BlockingIOError as raised:
                 error = ValueError(f"out: expected a folder that no other run uses, {folder} is in use by {raised.strerror}")
-            except (OSError, ValueError) as raised:  # also for names that are too long, or hold a null character
-                reason = getattr(raised, "strerror", None) or raised
-                error = type(raised)(f"out: expected a folder, got {str(folder)!r}: {reason}")
+            except OSError as raised:  # also for names that are too long
+                error = write_error("out", folder, f"expected a folder, got {str(folder)!r}", raised)
+            except ValueError as raised:  # or hold a null character
+                error = ValueError(f"out: expected a folder, got {str(folder)!r}: {raised}")
         before = _claimed.set(_claimed.get() | {path})
         try:
             if processes.any(error is not None):

@@ -21,7 +21,7 @@ from fastgpt import folders
 from fastgpt.checkpoints import adapters, gguf_file, transformers_format
 from fastgpt.checkpoints.files import CONFIG, STATE, TOKENIZER
 from fastgpt.checkpoints.hub import resolve
-from fastgpt.checks import reason_of, require_integer, require_path
+from fastgpt.checks import require_integer, require_path, write_error
 from fastgpt.folders import replacing
 from fastgpt.generation.generate import generate
 from fastgpt.generation.pipeline import pipeline
@@ -232,7 +232,7 @@ class Trainer:
             except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
                 said = error.__context__  # torch.save's own error hides that of the file
                 said = said if isinstance(said, OSError) and said is not handled else error
-                raise OSError(f"out: {folder} cannot be written to: {reason_of(said)}") from error
+                raise write_error("out", folder, f"{folder} cannot be written to", said) from error
 
     @classmethod
     def resume(

@@ -125,15 +125,18 @@ def test_hub(folder, monkeypatch, tmp_path):
         return kind.__new__(kind)
 
     for error, reason in (
-        (OSError("no route to host\nand much more"), "OSError: no route to host"),
-        (of_kind(errors.GatedRepoError), "access must be asked for on its page, and then a login: hf auth login"),
-        (of_kind(errors.RepositoryNotFoundError), "there is no such model, or it is private and needs a login: hf auth login"),
-        (of_kind(errors.RevisionNotFoundError), "it has no revision 'v9'"),
-        (errors.LocalEntryNotFoundError("x"), "it cannot be reached, and the model has not been downloaded before"),
-        (errors.OfflineModeIsEnabled("x"), r"it is not asked in offline mode \(HF_HUB_OFFLINE\)"),
+        (OSError("no route to host\nand much more"), "the Hub failed: OSError: no route to host"),
+        (of_kind(errors.GatedRepoError), "access must be asked for on its page on the Hub, and then a login: hf auth login"),
+        (
+            of_kind(errors.RepositoryNotFoundError),
+            "the Hub has no such model, or it is private and needs a login: hf auth login",
+        ),
+        (of_kind(errors.RevisionNotFoundError), "the Hub has no revision 'v9' of it"),
+        (errors.LocalEntryNotFoundError("x"), "the Hub cannot be reached, and it has not been downloaded before"),
+        (errors.OfflineModeIsEnabled("x"), r"the Hub is not asked in offline mode \(HF_HUB_OFFLINE\)"),
     ):
         fail(error)
-        with raises(f"someone/a-model.1 is no folder, and the Hub did not give it: {reason}$", FileNotFoundError):
+        with raises(f"got someone/a-model.1: there is no such folder, and {reason}$", FileNotFoundError):
             GPT.from_pretrained("someone/a-model.1", revision="v9")
     with raises("expected a checkpoint folder, ./nowhere/else/at-all does not exist", FileNotFoundError):
         GPT.from_pretrained("./nowhere/else/at-all")

@@ -43,7 +43,7 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(folder, tmp_path, monkeyp
     fails(
         ValueError, "^config.json: expected .*got object", checkpoint_config=model.checkpoint_config | {"x_token_id": object()}
     )
-    fails(OSError, "^folder: expected a folder that can be written to, got .*: I/O error: No space", save_file=full)
+    fails(OSError, "^folder: No space left on device for .*", save_file=full)
     (folder / "generation_config.json").unlink()
     (folder / "generation_config.json").mkdir()
     with raises("^folder: .*, got .*: generation_config.json in it is a folder", OSError):
@@ -152,7 +152,7 @@ def test_a_save_that_fails_leaves_no_folder(made_before, tmp_path, monkeypatch):
     (tmp_path / made_before).mkdir(parents=True, exist_ok=True)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(transformers_format, "save_file", full)
-    with pytest.raises(OSError, match="folder: expected a folder that can be written to"):
+    with pytest.raises(OSError, match="^folder: No space left on device for .*c$"):
         random_model().save_pretrained(tmp_path / "a" / "b" / "c")
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -91,8 +91,10 @@ def test_gguf_files(kind, expected, model, tmp_path, capsys):
 def test_perplexities(model, text, tmp_path, capsys):
     command = ["quantize", model, tmp_path / "out", "--weights", "int4", "--evaluate", text]
     status, out, error = run(capsys, *command, "--json")
-    assert status == 0 and error == ""
     result = json.loads(out)
+    count = len(pipeline(model, device="cpu").tokenizer.encode(TEXT))
+    assert error == "".join(f"fastgpt: perplexity {when}, of {count:,} tokens\n" for when in ("before", "after"))
+    assert status == 0 and result["evaluated_tokens"] == count
     assert result["weights"] == "int4" and result["group_size"] == 32 and not result["minima"]
     assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     for name, folder in (("before", model), ("after", tmp_path / "out")):
@@ -103,8 +105,21 @@ def test_perplexities(model, text, tmp_path, capsys):
         expected = math.exp(evaluate(pipe.model, tokens, context=context, overlap=context // 2))
         assert result[f"perplexity_{name}"] == pytest.approx(expected, rel=1e-6)
     command[2] = tmp_path / "other"
-    status, out, _ = run(capsys, *command)
-    assert re.search(r"\nperplexity: [\d.]+ before, [\d.]+ after \([+-][\d.]+%\)\n$", out)
+    status, out, _ = run(capsys, *command, "--evaluate-tokens", 20)
+    assert re.search(r"\nperplexity of 20 tokens: [\d.]+ before, [\d.]+ after \([+-][\d.]+%\)\n$", out)
+
+
+def test_what_is_quantized_already(model, tmp_path, capsys):
+    """Is quantized again, which is noted once."""
+    pytest.importorskip("gguf")
+    assert run(capsys, "quantize", model, tmp_path / "folder", "--weights", "int8")[2] == ""
+    assert run(capsys, "quantize", model, tmp_path / "file.gguf", "--gguf", "q8_0")[2] == ""
+    for source in ("folder", "file.gguf"):
+        status, out, error = run(capsys, "quantize", tmp_path / source, tmp_path / f"{source}-again", "--weights", "int4")
+        assert (
+            status == 0
+            and error == f"fastgpt: {tmp_path / source} is quantized already: quantizing it again adds to its error\n"
+        )
 
 
 ERRORS = [
@@ -115,6 +130,8 @@ ERRORS = [
     (["--weights", "int2"], "--weights: invalid choice: 'int2'"),
     (["--weights", "int8", "--group-size", "16"], "--group-size: invalid choice: '16'"),
     (["--weights", "int8", "--evaluate", "/nowhere"], "--evaluate: expected a file, /nowhere does not exist"),
+    (["--weights", "int8", "--evaluate-tokens", "9"], "--evaluate-tokens: expected --evaluate with it, got 9 alone"),
+    (["--weights", "int8", "--evaluate", "/", "--evaluate-tokens", "1"], "--evaluate-tokens: expected an integer >= 2, got 1"),
     (["--weights", "int8", "--evaluate", "/"], "--evaluate: expected a file with text in UTF-8, got /"),
 ]
 
@@ -165,7 +182,7 @@ def test_a_full_disk_leaves_nothing(model, tmp_path, capsys, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(target, full) if target else patch.setattr(gguf_writer, "write", full)
             status, _, error = run(capsys, "quantize", model, tmp_path / "a" / "out", *options)
-        assert status == 2 and re.search("out: expected a .* that can be written to, got .*: No space left", error)
+        assert status == 2 and error == f"fastgpt: error: out: No space left on device for {tmp_path / 'a' / 'out'}\n"
         assert sorted(tmp_path.rglob("*")) == before
 
 

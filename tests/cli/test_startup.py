@@ -57,8 +57,12 @@ def test_interrupted_while_it_starts(imported, how, tmp_path):
     [
         ("raise ImportError('libtorch.so: cannot open shared object file')", "libtorch.so: cannot open shared object file"),
         ("raise ValueError('TORCH_SETTING: expected a number')", "TORCH_SETTING: expected a number"),
+        (
+            "import tokenizers_of_none.models",
+            "No module named 'tokenizers_of_none', which fastgpt needs: pip install tokenizers_of_none",
+        ),
     ],
-    ids=["ImportError", "ValueError"],
+    ids=["ImportError", "ValueError", "a missing package"],
 )
 def test_errors_while_it_starts_are_one_sentence(code, sentence, how, tmp_path):
     (tmp_path / "torch.py").write_text(code)

@@ -117,7 +117,7 @@ def test_a_save_that_is_cut_off_leaves_a_run(where, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "replacing", Cut)
     monkeypatch.setattr("fastgpt.training.trainer.replacing", Cut)
-    with pytest.raises(OSError, match=f"^out: {re.escape(str(tmp_path))} cannot be written to: No space left on device$"):
+    with pytest.raises(OSError, match=f"^out: No space left on device for {re.escape(str(tmp_path))}$"):
         trainer.save(tmp_path, weights=True)
     monkeypatch.undo()
     resumed = Trainer.resume(tmp_path, TEXT)
@@ -158,15 +158,13 @@ def test_a_save_that_fails_says_why_once(writes, tmp_path, monkeypatch):
     """In the words of the system, where a library's error hides them. A new folder is gone if nothing is in it."""
     (tmp_path / "old").mkdir()
     monkeypatch.setattr(writes, WRITES[writes])
-    reason = "I/O error: No space left on device" if "save_file" in writes else "No space left on device"
     for folder in (tmp_path / "new" / "run", tmp_path / "old"):
         with pytest.raises(OSError) as raised:
             try:
                 raise FileNotFoundError(2, "No such file or directory")
             except FileNotFoundError:  # which has nothing to do with it
                 Trainer(TEXT, TINY).save(folder, weights=True)
-        begins = f"out: expected a folder, got '{folder}': " if "getpid" in writes else f"out: {folder} cannot be written to: "
-        assert str(raised.value) == begins + reason
+        assert str(raised.value) == f"out: No space left on device for {folder}"
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert left <= {"config.json", "model.safetensors", "tokenizer.json"}
     assert (tmp_path / "new").exists() == bool(left) and (tmp_path / "old").exists()
