@@ -27,6 +27,7 @@ def calls(n: int, meta=meta):
     embedding, positions_of = meta(50 * n, 128), meta(60 * n, 128)
     largest, tokens, extreme = meta(n, 1), meta(7 * n, n, dtype=torch.int64), meta(n, 1, dtype=torch.float32)
     step, ended, eos = meta(1, dtype=torch.int64), meta(n, dtype=torch.bool), meta(n, dtype=torch.int64)
+    counters = meta(99 * n * n, dtype=torch.int32)  # zeros, as those of a cache
     new = attention_decode.NewToken(one, one, slots, slots, angles, angles)
     decode, options = attention_decode.attention_decode, {"causal": True, "scale": 0.1}
     return {
@@ -41,7 +42,7 @@ def calls(n: int, meta=meta):
         ),
         "decode": lambda: decode(token, long, long, **options, window=400 + n, kv_lengths=lengths),
         "decode, pages": lambda: decode(token, pages, pages, **options, block_table=table),
-        "decode, new": lambda: decode(token, long, long, **options, new=new),
+        "decode, new": lambda: decode(token, long, long, **options, new=new, counters=counters),
         "update": lambda: kv_cache_update.kv_cache_update(q, q, room, room, places),
         "linear": lambda: linear.linear(x, w),
         "linear, rows": lambda: linear.linear(rows, w, residual=residual),

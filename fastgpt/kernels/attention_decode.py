@@ -50,8 +50,8 @@ from fastgpt.kernels.attention_scores import (
 )
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, launch_dependents, wait_for_dependencies
 from fastgpt.kernels.launch import Constants, kernel
-from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
-from fastgpt.kernels.tiles import FEW_ROWS, decode_tile, head_blocks, keys_per_split, padded_dim, parts_at_once
+from fastgpt.kernels.limits import MAX_COUNT, cdiv, check_count, check_sizes, grid
+from fastgpt.kernels.tiles import FEW_ROWS, decode_tile, head_blocks, padded_dim, parts_at_once, splits
 
 
 @triton.jit
@@ -324,6 +324,9 @@ class NewToken(NamedTuple):
     interleaved: bool = False
 
 
+NO_TOKEN = NewToken(None, None, None)  # type: ignore[arg-type]  # what the kernel gets without one
+
+
 def attention_decode(
     q: Tensor, k: Tensor, v: Tensor,
     *, causal: bool, scale: float, window: int | None = None, softcap: float | None = None,
@@ -364,9 +367,11 @@ def attention_decode(
     n_pages, H_kv, page = k.shape[:3]
     D_v = v.shape[3]
     S = page if block_table is None else page * block_table.shape[1]
-    check_sizes(q=q, k=k)
-    check_count("q", "queries of heads that share keys", H // H_kv * T)
-    check_count("block_table", "keys in a sequence's pages", S)
+    n_rows = H // H_kv * T
+    if (B | H | T | D | n_pages | H_kv | page | S | n_rows) >= MAX_COUNT:  # else none is too large
+        check_sizes(q=q, k=k)
+        check_count("q", "queries of heads that share keys", n_rows)
+        check_count("block_table", "keys in a sequence's pages", S)
     if INTERPRETED and q.dtype is torch.bfloat16 and new is None:  # its tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
         options = dict(
             causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
@@ -392,15 +397,11 @@ def attention_decode(
     scale, softcap = float(scale), None if softcap is None else float(softcap)
 
     has_mask_or_bias = mask is not None or bias is not None
-    few = H // H_kv * T <= FEW_ROWS
+    few = n_rows <= FEW_ROWS
     variant = D, D_v, q.element_size(), architecture(q.device), k_scale is not None, few, new is not None, has_mask_or_bias
     tile = decode_tile(*variant)
-    n_tiles = cdiv(H // H_kv * T, tile.BLOCK_M)
-    n_visible = S if window is None else min(S, T + window - 1)  # most keys that any query sees
-    split = keys_per_split(tile, B * H_kv * n_tiles, n_visible, multiprocessors(q.device))
-    n_splits = max(1, cdiv(S, split))
-    if window is not None:
-        n_splits = min(n_splits, (n_visible - 2) // split + 2)
+    n_tiles = cdiv(n_rows, tile.BLOCK_M)
+    split, n_splits = splits(tile, B * H_kv * n_tiles, S, T, window, multiprocessors(q.device))
     acc = softmax = None
     if n_splits > 1:
         n_groups = cdiv(n_splits, GROUP.value)
@@ -413,7 +414,7 @@ def attention_decode(
         counters = None
     mask = None if mask is None else mask.expand(B, H, T, S).view(torch.uint8)
     bias = None if bias is None else bias.expand(B, H, T, S)
-    x = NewToken(None, None, None) if new is None else new
+    x = NO_TOKEN if new is None else new
     n_angles, pairs = (0, 0) if x.cos is None else x.cos.shape
     constants = kernel_constants(
         variant, split, causal, x.interleaved, unit_of(mask), unit_of(bias), has_dependent_launch(q.device)
@@ -433,7 +434,7 @@ def attention_decode(
             *((0, 0, 0, 0) if bias is None else bias.stride()),
             *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride(0))),
             *((0, 0, 0) if x.cos is None else (x.positions.stride(0), x.cos.stride(0), x.sin.stride(0))),
-            H, H // H_kv, H // H_kv * T, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
+            H, H // H_kv, n_rows, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
         )  # fmt: skip
     return out, lse
 

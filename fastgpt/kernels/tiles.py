@@ -263,6 +263,18 @@ def keys_per_split(tile: DecodeTile, tiles: int, n_keys: int, n_multiprocessors:
     return split
 
 
+@functools.lru_cache(4096)  # the steps of a generation ask the same; each length of a growing cache asks anew
+def splits(tile: DecodeTile, tiles: int, S: int, T: int, window: int | None, n_multiprocessors: int) -> tuple[int, int]:
+    """Keys per split, and the number of splits of S keys.
+
+    Args: tiles: programs without splits; T: queries; window: at most S.
+    """
+    n_visible = S if window is None else min(S, T + window - 1)  # most keys that any query sees
+    split = keys_per_split(tile, tiles, n_visible, n_multiprocessors)
+    n_splits = max(1, cdiv(S, split))
+    return split, n_splits if window is None else min(n_splits, (n_visible - 2) // split + 2)
+
+
 # ---- Linear layers of few rows
 
 
