@@ -62,21 +62,8 @@ class BlockRows {
     if constexpr (kCount > 1) {
       if (l_.rows < kCount) return multiply_few<kCount - 1>(x, weight, count, ahead, dots);
     }
-    constexpr int kStreams = kCount == 1 ? 2 : 1;
-    Vector lanes[kCount][kRows] = {};
-    for (int64_t s = 0; s < count; s += kStreams) {  // a single one at the end is multiplied twice
-      const uint8_t* rows[kStreams];
-      for (int j = 0; j < kStreams; ++j) rows[j] = weight + smaller(s + j, count - 1) * row_bytes_;
-      Vector total[kStreams][kCount] = {};
-      multiply_rows(x, rows, ahead, total);
-      for (int j = 0; j < kStreams; ++j) {
-        for (int i = 0; i < kCount; ++i) lanes[i][smaller(s + j, count - 1)] = total[j][i];
-      }
-    }
-    for (int i = 0; i < kCount; ++i) {
-      const Vector added = sums(lanes[i]);
-      std::memcpy(dots + i * kFeatures, &added, count * sizeof(float));
-    }
+    multiply_in_streams<kCount>(
+        weight, row_bytes_, count, dots, [&](auto& rows, auto& total) { multiply_rows(x, rows, ahead, total); });
   }
 
   // Adds to lanes of the sums of x[i] · rows[j].

@@ -14,6 +14,29 @@ namespace {
 
 constexpr int64_t kPanel = 512;  // columns; a multiple of those of all blocks
 
+// dots[i][s] = x[i] · weight[s] for kCount rows of x and `count` rows of the weights, up to kWidth, whose lanes are reduced
+// together. `multiply(rows, total)` adds lanes of the products with kStreams of these to `total`: const uint8_t*[kStreams],
+// Vector[kStreams][kCount].
+template <int kCount, typename Multiply>
+__attribute__((always_inline)) inline void multiply_in_streams(
+    const uint8_t* weight, int64_t row_bytes, int64_t count, float* dots, const Multiply& multiply) {
+  constexpr int kStreams = kCount == 1 ? 2 : 1;
+  Vector lanes[kCount][kWidth] = {};
+  for (int64_t s = 0; s < count; s += kStreams) {  // a single one at the end is multiplied twice
+    const uint8_t* rows[kStreams];
+    for (int j = 0; j < kStreams; ++j) rows[j] = weight + smaller(s + j, count - 1) * row_bytes;
+    Vector total[kStreams][kCount] = {};
+    multiply(rows, total);
+    for (int j = 0; j < kStreams; ++j) {
+      for (int i = 0; i < kCount; ++i) lanes[i][smaller(s + j, count - 1)] = total[j][i];
+    }
+  }
+  for (int i = 0; i < kCount; ++i) {
+    const Vector added = sums(lanes[i]);
+    std::memcpy(dots + i * kFeatures, &added, count * sizeof(float));
+  }
+}
+
 // dots[r][s] = x[r] · weight[s] for all rows of x and `count` rows of the weights.
 // `rows.dequantize(row, c, columns, target)` gives columns c to c + columns of a row as floats.
 template <typename Rows>

@@ -125,29 +125,26 @@ struct GroupHeader {
   float scale, minimum;
 };
 
-// Lanes of the sums of x[i] · weight[s] for kCount rows of x, arranged, and kStreams of the weights, which are `row_bytes`
-// apart, in groups of kUnits units, or if that is 0 of any number. If `ahead` is not 0, the bytes that far on are prefetched.
-// With minima each weight is computed: a part of the sums that is the minimum times a sum of x would cancel another one.
-template <int kCount, int kStreams, int kUnits, int kBits, bool kMinima>
+// Adds to lanes of the sums of x[i] · rows[s] for kCount rows of x, arranged, and kStreams of the weights, in groups of kUnits
+// units, or if that is 0 of any number. If `ahead` is not 0, the bytes that far on are prefetched. With minima each weight is
+// computed: a part of the sums that is the minimum times a sum of x would cancel another one.
+template <int kUnits, int kBits, bool kMinima, int kStreams, int kCount>
 __attribute__((always_inline)) inline void multiply_quantized(
-    const float* x, int64_t x_row, const uint8_t* weight, int64_t row_bytes, const Linear& l, int64_t ahead,
+    const float* x, int64_t x_row, const uint8_t* (&rows)[kStreams], int64_t row_bytes, const Linear& l, int64_t ahead,
     Vector (&total)[kStreams][kCount]) {
   using Numbers = Packed<kBits, kMinima>;
   constexpr int kSums = kUnits == 1 || kPackedVectors < 2 ? 1 : 2;  // independent accumulators
   const int64_t units = kUnits ? kUnits : l.packing.group_size / kPacked;
-  for (int s = 0; s < kStreams; ++s) {
-    for (int i = 0; i < kCount; ++i) total[s][i] = Vector{};
-  }
-  for (const uint8_t* const end = weight + row_bytes; weight < end;) {
+  for (int64_t at = 0; at < row_bytes;) {
     Vector scale[kStreams], minimum[kStreams], sums[kStreams][kCount][kSums] = {};
     for (int s = 0; s < kStreams; ++s) {
-      const GroupHeader<kBits, kMinima> header(weight + s * row_bytes, l.values_of_halves);
+      const GroupHeader<kBits, kMinima> header(rows[s] + at, l.values_of_halves);
       scale[s] = broadcast(kMinima ? header.scale * Numbers::kFactor : header.scale), minimum[s] = broadcast(header.minimum);
     }
-    weight += GroupHeader<kBits, kMinima>::kBytes;
-    for (int64_t unit = 0; unit < units; ++unit, weight += Numbers::kBytes, x += kPacked) {
+    at += GroupHeader<kBits, kMinima>::kBytes;
+    for (int64_t unit = 0; unit < units; ++unit, at += Numbers::kBytes, x += kPacked) {
       for (int s = 0; s < kStreams; ++s) {
-        const uint8_t* const source = weight + s * row_bytes;
+        const uint8_t* const source = rows[s] + at;
         if (ahead) __builtin_prefetch(source + ahead, 0, 2);
         Vector w[kPackedVectors];
         if constexpr (kMinima) {
@@ -223,30 +220,15 @@ class QuantizedRows {
     if constexpr (kCount > 1) {
       if (l_.rows < kCount) return multiply_few<kCount - 1>(x, weight, count, ahead, dots);
     }
-    Vector lanes[kCount][kRows] = {};
-    const auto multiply = [&](auto streams, auto units, int64_t s) {
-      constexpr int kStreams = decltype(streams)::value;
-      Vector total[kStreams][kCount];
-      multiply_quantized<kCount, kStreams, units, kBits, kMinima>(
-          x, x_row(l_), weight + s * row_bytes_, row_bytes_, l_, ahead, total);
-      for (int i = 0; i < kCount; ++i) {
-        for (int j = 0; j < kStreams; ++j) lanes[i][s + j] = total[j][i];
-      }
-    };
     const auto multiply_all = [&](auto units) {
-      constexpr int kStreams = kCount == 1 ? 2 : 1;
-      int64_t s = 0;
-      for (; s + kStreams <= count; s += kStreams) multiply(std::integral_constant<int, kStreams>(), units, s);
-      for (; s < count; ++s) multiply(std::integral_constant<int, 1>(), units, s);
+      multiply_in_streams<kCount>(weight, row_bytes_, count, dots, [&](auto& rows, auto& total) {
+        multiply_quantized<units, kBits, kMinima>(x, x_row(l_), rows, row_bytes_, l_, ahead, total);
+      });
     };
     if (l_.packing.group_size == kPacked) {
       multiply_all(std::integral_constant<int, 1>());
     } else {
       multiply_all(std::integral_constant<int, 0>());
-    }
-    for (int i = 0; i < kCount; ++i) {
-      const Vector added = sums(lanes[i]);
-      std::memcpy(dots + i * kFeatures, &added, count * sizeof(float));
     }
   }
 

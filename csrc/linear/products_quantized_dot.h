@@ -74,32 +74,22 @@ class QuantizedDots {
     if constexpr (kCount > 1) {
       if (l_.rows < kCount) return multiply_rows<kCount - 1>(x, weight, count, ahead, dots);
     }
-    constexpr int kStreams = kCount == 1 ? 2 : 1;
-    Vector lanes[kCount][kRows] = {};
-    for (int64_t s = 0; s < count; s += kStreams) {  // a single one at the end is multiplied twice
-      Streams<kStreams, kCount> streams(*this, x);
-      for (int j = 0; j < kStreams; ++j) streams.rows[j] = weight + smaller(s + j, count - 1) * row_bytes_;
-      streams.multiply(ahead);
-      for (int j = 0; j < kStreams; ++j) {
-        for (int i = 0; i < kCount; ++i) lanes[i][smaller(s + j, count - 1)] = streams.total[j][i];
-      }
-    }
-    for (int i = 0; i < kCount; ++i) {
-      const Vector added = sums(lanes[i]);
-      std::memcpy(dots + i * kFeatures, &added, count * sizeof(float));
-    }
+    multiply_in_streams<kCount>(weight, row_bytes_, count, dots, [&](auto& rows, auto& total) FASTGPT_BF16_DOT {
+      Streams(l_, x, rows, total).multiply(ahead);
+    });
   }
 
-  // Lanes of the sums of kCount rows of x times kStreams of the weights.
+  // Adds to lanes of the sums of kCount rows of x times kStreams of the weights.
   template <int kStreams, int kCount>
   struct Streams {
     const Linear& l;
     const float* x;
     const int64_t x_row;
-    const uint8_t* rows[kStreams];
-    Vector total[kStreams][kCount] = {};
+    const uint8_t* (&rows)[kStreams];
+    Vector (&total)[kStreams][kCount];
 
-    Streams(const QuantizedDots& weight, const float* x) : l(weight.l_), x(x), x_row(QuantizedDots::x_row(l)) {}
+    Streams(const Linear& l, const float* x, const uint8_t* (&rows)[kStreams], Vector (&total)[kStreams][kCount])
+        : l(l), x(x), x_row(QuantizedDots::x_row(l)), rows(rows), total(total) {}
 
     FASTGPT_BF16_DOT __attribute__((always_inline)) inline void multiply(int64_t ahead) {
       const int64_t size = l.packing.group_size, units = l.in / kPacked;
