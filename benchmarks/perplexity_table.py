@@ -26,7 +26,7 @@ def rows(cases: list[dict]) -> list[list[str]]:
             if "perplexity" not in case:
                 cells.append("–")
                 continue
-            change = 100 * (case["perplexity"] / exact["perplexity"] - 1)
+            change = round(100 * (case["perplexity"] / exact["perplexity"] - 1), 2) + 0.0  # not -0
             cells.append(f"{case['perplexity']:.3f}" + f" ({change:+.2f}%)" * (case is not exact))
         table.append([name, *cells])
     return table

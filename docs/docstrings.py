@@ -5,7 +5,7 @@ import re
 import griffe
 
 NAMES = r"[A-Za-z_*]\w*(?:, \w+)*"
-SECTION = re.compile(r"(Args(?: of its methods)?(?=:)|Returns|Raises|Source|Derivatives)\b:? ?(.*)")
+SECTION = re.compile(r"(Args(?: of its methods)?|Returns|Raises|Source|Derivatives):(?: (.*))?")
 ITEM = re.compile(rf"({NAMES}): (.*)")  # an argument and what is said of it
 TERM = re.compile(rf"({NAMES})$")  # a name on a line of its own, explained below
 DRAWN = re.compile(r"\S {2,}\S")  # columns: a mask, a table of choices
@@ -26,7 +26,7 @@ def markdown(text: str) -> str:
             i, margin = end, None
             continue
         if section:
-            result += ["", f"**{section[1]}:** {section[2]}", *[""] * (not section[2])]
+            result += ["", f"**{section[1]}:** {section[2] or ''}", *[""] * (not section[2])]
             margin = None
         elif item and indent in (0, 4) and (indent == 0 or margin == 8 or starts_list(lines[:i])):
             result += [*[""] * (margin is None), f"- `{item[1]}`: {item[2]}"]

@@ -161,3 +161,17 @@ def test_docstrings_become_markdown(monkeypatch):
     monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object))  # which only `make docs` installs
     markdown = runpy.run_path(str(ROOT / "docs" / "docstrings.py"))["markdown"]
     assert re.sub(r" *\n(\s*\n)+", "\n\n", markdown(DOCSTRING)) == MARKDOWN
+
+
+def test_a_sentence_that_begins_with_returns_is_no_section(monkeypatch):
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object))
+    markdown = runpy.run_path(str(ROOT / "docs" / "docstrings.py"))["markdown"]
+    assert markdown("Returns all pages.") == "Returns all pages."
+
+
+def test_the_reference_names_functions_that_modules_hide():
+    """A function with the name of its module is not found among the members of the package."""
+    package = importlib.import_module("fastgpt.integrations.transformers")
+    hidden = [name for name in package.__all__ if f"{package.__name__}.{name}" in sys.modules]
+    text = (ROOT / "docs" / "api" / "integrations.md").read_text()
+    assert "optimize" in hidden and all(f"::: {package.__name__}.{name}.{name}\n" in text for name in hidden)
