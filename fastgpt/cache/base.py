@@ -29,7 +29,7 @@ class KVCache:
     lengths: (B,) int32 on the device, equal to counts.
     length: tokens of the longest sequence.
     batch_size: B.
-    capacity: the most tokens of a sequence; None for no limit.
+    capacity: the maximum number of tokens in a sequence; None for no limit.
     window: attention window in tokens, the token itself included; None for full attention. A layer may have a smaller one.
     dtype: in which keys and values are stored.
     nbytes: bytes of keys, values and scales, used or not.

@@ -9,7 +9,7 @@ class ContiguousCache(KVCache):
 
     Args:
         batch_size: number of sequences.
-        capacity: the most tokens of a sequence.
+        capacity: the maximum number of tokens in a sequence.
         window: attention window in tokens, the token itself included; default: full attention.
         num_layers, num_kv_heads, head_dim: of the decoder.
         v_head_dim: head dim of values, if it differs from that of keys.

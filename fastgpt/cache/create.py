@@ -20,7 +20,7 @@ def new_cache(
     Args:
         kind: "contiguous", "sliding" (layers with a window keep only the tokens inside it) or "paged".
         batch_size: number of sequences.
-        capacity: the most tokens of each sequence.
+        capacity: the maximum number of tokens in each sequence.
         window: attention window in tokens, the token itself included, for layers without a smaller one.
         windows: the windows of the decoder's layers, None for layers without one. "sliding" needs one, here or in `window`.
         page_size: tokens in a page of a paged cache.

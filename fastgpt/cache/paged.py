@@ -44,7 +44,7 @@ class PagedCache(KVCache):
     Args:
         pool: the PagePool.
         batch_size: number of sequences.
-        capacity: the most tokens of a sequence, if the pool has pages for them.
+        capacity: the maximum number of tokens in a sequence, if the pool has pages for them.
         window: attention window in tokens, the token itself included; default: full attention.
 
     Raises: TypeError, ValueError, naming the argument.

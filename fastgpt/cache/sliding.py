@@ -18,7 +18,7 @@ class SlidingCache(KVCache):
         batch_size: number of sequences.
         window: attention window of all layers in tokens, the token itself included.
         windows: the window of each layer instead; None for a layer that keeps all `capacity` tokens.
-        capacity: the most tokens of a sequence; default: no limit, if every layer has a window.
+        capacity: the maximum number of tokens in a sequence; default: no limit, if every layer has a window.
         num_layers: of the decoder.
         storage: num_kv_heads, head_dim, v_head_dim, dtype, cache_dtype and device, as of `ContiguousCache`.
 

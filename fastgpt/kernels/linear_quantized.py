@@ -174,7 +174,7 @@ def quantized_one_row_kernel(
     """One program: BLOCK_N output features, n_features at most, over all K columns, in tiles of UNITS units. All tensors are
     contiguous; absent ones are None. If gated, the first n_features rows of the weight are the gate's."""
     start_program(blocks_ptr, n_features, ROW_BYTES, GATED, BLOCK_N, PDL)
-    # The last program begins earlier, where other's features would be past the last: so each row is a constant number of bytes
+    # The last program begins earlier where its features would otherwise go past the last: so each row is a constant number of bytes
     # after the first, which takes no registers and instructions.
     start = tl.minimum(tl.program_id(0).to(tl.int64) * BLOCK_N, n_features - BLOCK_N)
     features = start + tl.arange(0, BLOCK_N)

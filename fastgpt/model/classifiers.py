@@ -26,7 +26,7 @@ def labels_of(stored: dict | None) -> dict[int, str] | None:
         return None
     for label, name in stored.items():
         if not re.fullmatch(r"[0-9]{1,7}", label) or not isinstance(name, str):
-            raise ValueError(f"id2label: expected numbers as keys and names as values, got {label!r}: {name!r}")
+            raise ValueError(f"id2label: expected label ids as keys and names as values, got {label!r}: {name!r}")
     return {int(label): name for label, name in stored.items()}
 
 
@@ -99,7 +99,7 @@ class Classifier(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "Classifier":
-        """Loads a checkpoint that the class of transformers with this head has written. It is returned in evaluation mode.
+        """Loads a checkpoint as the class of transformers with this head writes it. It is returned in evaluation mode.
 
         Args:
             path: a folder with `config.json` and safetensors, or the id of a model on the Hugging Face Hub.

@@ -12,7 +12,7 @@ class GPTConfig:
     """The architecture and sizes of a decoder. The defaults are GPT-2's.
 
     vocab_size: number of token ids.
-    context_length: the most tokens of a sequence, prompt included.
+    context_length: the maximum number of tokens in a sequence, prompt included.
     num_layers: number of blocks.
     hidden_size: width of the residual stream.
     num_heads: query heads of attention.
@@ -22,7 +22,7 @@ class GPTConfig:
     dropout: probability in training, for the embeddings and for the output of each attention and MLP.
     norm: "layer" or "rms".
     norm_eps: added to the variance, or to the mean square.
-    norm_offset: added to the weight of a norm: 1 where a checkpoint stores weights less one (Gemma).
+    norm_offset: added to the weight of a norm: 1 where a checkpoint stores weights minus one (Gemma).
     post_norms: also normalize the output of each attention and MLP, before it is added to the residual stream.
     activation: of the MLP, a name that `fastgpt.linear` takes: down(activation(up(x))).
     gated: the MLP is down(activation(gate(x)) · up(x)).
@@ -30,7 +30,7 @@ class GPTConfig:
     qk_norm: normalize queries and keys, per head.
     position: "learned" or "sinusoidal" embeddings, "rotary", or None.
     rope: the rotary embedding (`fastgpt.model.rope.Rope`), if position is "rotary".
-    windows: for each layer the size of its attention window in tokens, a token itself included, or None for full attention;
+    windows: for each layer the size of its attention window in tokens, the token itself included, or None for full attention;
         default: full attention in all layers.
     causal: False lets tokens attend to later ones as well, as in an encoder.
     cross_attention: each block also attends to a second sequence, such as the states of an encoder, between attention and MLP.

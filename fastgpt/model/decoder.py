@@ -508,7 +508,7 @@ class GPT(nn.Module):
 
         Args:
             batch_size: number of sequences.
-            capacity: the most tokens of each sequence; default: the model's context_length.
+            capacity: the maximum number of tokens in each sequence; default: the model's context_length.
             kind: "contiguous", "sliding" (layers with a window keep only the tokens inside it) or "paged".
             cache_dtype: dtype in which keys and values are stored: that of the weights (default), torch.int8 or
                 torch.float8_e4m3fn.

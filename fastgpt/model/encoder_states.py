@@ -26,7 +26,7 @@ class EncoderKV:
         self.layers, self.batch_size, self.lengths = layers, batch_size, lengths
 
     def __getstate__(self):
-        # k and v are views of one tensor, of which pickling would store both twice.
+        # k and v are views of one tensor: pickling would store the whole of it for each.
         layers = [tuple(x.clone(memory_format=torch.contiguous_format) for x in layer) for layer in self.layers]
         return vars(self) | {"layers": layers}
 

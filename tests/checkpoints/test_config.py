@@ -189,7 +189,7 @@ def test_context_length_of_yarn_is_at_least_the_scaled_one():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"id2label": {"x": "a"}}, "id2label: expected numbers as keys and names as values, got 'x': 'a'"),
+        ({"id2label": {"x": "a"}}, "id2label: expected label ids as keys and names as values, got 'x': 'a'"),
         ({"id2label": ["a"]}, "id2label: expected a JSON object or null, got"),
         ({"id2label": {"0": "a", "5": "b"}}, "id2label: expected a name for each of 0 to 1"),
         ({"id2label": None, "num_labels": 2**31}, "num_labels: expected an integer .*, got 2147483648"),

@@ -304,7 +304,7 @@ class Cache(DynamicCache):
 
     Args:
         config: of the model.
-        max_cache_len: the most tokens, allocated from the start; default: storage grows. Layers with a sliding window allocate
+        max_cache_len: the maximum number of tokens, allocated from the start; default: storage grows. Layers with a sliding window allocate
             what the window needs in any case.
         cache_dtype: torch.int8 or torch.float8_e4m3fn to quantize rows of keys and values, see `fastgpt.kv_cache_update`;
             default: the dtype of keys and values.
