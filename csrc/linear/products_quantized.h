@@ -14,8 +14,7 @@ namespace {
 constexpr int kPackedVectors = kPacked / kWidth;
 constexpr int64_t kFewRows = 4;  // of x, that are multiplied with integers
 
-// A unit of kPacked numbers of kBits bits as floats, from -2^(kBits - 1) on. kUnsigned: they are stored from 0 on, as those of
-// 4 bits always are.
+// A unit of kPacked numbers of kBits bits as floats. kUnsigned: from 0 on, as weights with minima have them.
 template <int kBits, bool kUnsigned>
 struct Packed {
   static constexpr int64_t kBytes = kPacked * kBits / 8;
@@ -27,7 +26,10 @@ struct Packed {
   static constexpr float kFactor = kArranged ? 2.0f : 1.0f;  // of what load_unit gives
 
 #if defined(__AVX512F__)
-  static Vector numbers() { return Vector{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}; }
+  static Vector numbers() {
+    const Vector numbers{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return kUnsigned ? numbers : numbers - 8.0f;
+  }
 
   // What 4 bits each stand for in a table. A permutation ignores all but the lowest 4 bits of a lane's index.
   __attribute__((always_inline)) static inline void look_up(const uint8_t* source, Vector table, Vector (&w)[kPackedVectors]) {
@@ -51,7 +53,7 @@ struct Packed {
     if constexpr (kBits == 8) {
       for (int v = 0; v < kPackedVectors; ++v) {
         if constexpr (kUnsigned) {
-          w[v] = __builtin_convertvector(widen(source + v * kWidth), Vector) - 128.0f;
+          w[v] = __builtin_convertvector(widen(source + v * kWidth), Vector);
         } else {
           w[v] = load(reinterpret_cast<const int8_t*>(source) + v * kWidth);
         }
@@ -69,7 +71,9 @@ struct Packed {
 #else
       uint8_t numbers[kPacked];
       for (int i = 0; i < kPacked / 2; ++i) numbers[i] = source[i] & 15, numbers[i + kPacked / 2] = source[i] >> 4;
-      for (int v = 0; v < kPackedVectors; ++v) w[v] = __builtin_convertvector(widen(numbers + v * kWidth), Vector) - 8.0f;
+      for (int v = 0; v < kPackedVectors; ++v) {
+        w[v] = __builtin_convertvector(widen(numbers + v * kWidth), Vector) - (kUnsigned ? 0.0f : 8.0f);
+      }
 #endif
     }
   }
@@ -88,7 +92,8 @@ struct Packed {
       w[1] = reinterpret_cast<Vector>(_mm256_unpackhi_epi16(zero, low));
       w[2] = reinterpret_cast<Vector>(_mm256_unpacklo_epi16(zero, high));
       w[3] = reinterpret_cast<Vector>(_mm256_unpackhi_epi16(zero, high));
-      for (int v = 0; v < kPackedVectors; ++v) w[v] -= 12.0f;  // before they are multiplied, since x may have outliers
+      // Before they are multiplied, since x may have outliers.
+      for (int v = 0; v < kPackedVectors; ++v) w[v] -= kUnsigned ? 8.0f : 12.0f;
       return;
     }
 #endif
@@ -112,14 +117,13 @@ inline float value_of_half(const uint8_t* source, const float* values_of_halves)
   return values_of_halves[bits];
 }
 
-// A group's scale, and its minimum if numbers are those of Packed.
-template <int kBits, bool kMinima>
+template <bool kMinima>
 struct GroupHeader {
   static constexpr int64_t kBytes = kMinima ? 4 : 2;
 
   GroupHeader(const uint8_t* source, const float* values_of_halves) {
     scale = value_of_half(source, values_of_halves);
-    minimum = kMinima ? value_of_half(source + 2, values_of_halves) + scale * (1 << (kBits - 1)) : 0.0f;
+    minimum = kMinima ? value_of_half(source + 2, values_of_halves) : 0.0f;
   }
 
   float scale, minimum;
@@ -138,10 +142,10 @@ __attribute__((always_inline)) inline void multiply_quantized(
   for (int64_t at = 0; at < row_bytes;) {
     Vector scale[kStreams], minimum[kStreams], sums[kStreams][kCount][kSums] = {};
     for (int s = 0; s < kStreams; ++s) {
-      const GroupHeader<kBits, kMinima> header(rows[s] + at, l.values_of_halves);
+      const GroupHeader<kMinima> header(rows[s] + at, l.values_of_halves);
       scale[s] = broadcast(kMinima ? header.scale * Numbers::kFactor : header.scale), minimum[s] = broadcast(header.minimum);
     }
-    at += GroupHeader<kBits, kMinima>::kBytes;
+    at += GroupHeader<kMinima>::kBytes;
     for (int64_t unit = 0; unit < units; ++unit, at += Numbers::kBytes, x += kPacked) {
       for (int s = 0; s < kStreams; ++s) {
         const uint8_t* const source = rows[s] + at;
@@ -196,7 +200,7 @@ class QuantizedRows {
 
   // Columns c to c + count of a row as floats.
   void dequantize(const uint8_t* row, int64_t c, int64_t count, float* target) const {
-    using Header = GroupHeader<kBits, kMinima>;
+    using Header = GroupHeader<kMinima>;
     const int64_t size = l_.packing.group_size, group_bytes = Header::kBytes + size / kPacked * Numbers::kBytes;
     const uint8_t* group = row + c / size * group_bytes;
     for (int64_t within = c % size; count > 0; within = 0, group += group_bytes) {

@@ -50,7 +50,7 @@ class QuantizedDots {
 
  private:
   static constexpr int64_t kUnits = 4, kChunk = kUnits * kPacked;
-  using Header = GroupHeader<4, false>;
+  using Header = GroupHeader<false>;
 
   static int64_t chunks(const Linear& l) { return (l.in + kChunk - 1) / kChunk; }
 
