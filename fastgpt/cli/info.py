@@ -19,8 +19,6 @@ from fastgpt.cli.arguments import path
 from fastgpt.cli.example_calls import example_calls
 from fastgpt.generation.decoding import decoding
 from fastgpt.ops.library import CUDA_MISSING
-from fastgpt.text.tokenizer_files import read_chat_templates
-from fastgpt.text.vocabularies import read_json as read_tokenizer_json
 
 OPERATIONS: dict[Callable, str] = {  # what they compute
     fastgpt.attention: "softmax attention over keys and values, with its gradients",
@@ -104,6 +102,9 @@ def print_file(model: Path) -> None:
 
 def print_folder(folder: Path) -> None:
     """Prints what a checkpoint folder has in it, also one that is not served."""
+    from fastgpt.text.tokenizer_files import read_chat_templates  # loads the package tokenizers
+    from fastgpt.text.vocabularies import read_json as read_tokenizer_json
+
     fields, scheme, served = {}, None, ""  # type: dict, quantized_folders.Scheme | None, str
     try:
         _, config, fields = transformers_format.read_config(folder)
