@@ -117,7 +117,7 @@ def decode_seconds(key: tuple[int, int], tile: DecodeTile) -> float:
     a cache holds."""
     head_dim, size = key
     entry, tiles.DECODE[key] = tiles.DECODE[key], (tiles.DECODE[key][0], tile)
-    decode.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
+    decode.plan.cache_clear(), decode.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
     dtype = torch.bfloat16 if size == 2 else torch.float32
     q = torch.randn(8, 32, 1, head_dim, device="cuda", dtype=dtype)
     k, v = torch.randn(2, 8, 8, 8192, head_dim, device="cuda", dtype=dtype)
@@ -131,7 +131,7 @@ def decode_seconds(key: tuple[int, int], tile: DecodeTile) -> float:
         return triton.testing.do_bench_cudagraph(run, return_mode="median") / 1e3
     finally:
         tiles.DECODE[key] = entry
-        decode.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
+        decode.plan.cache_clear(), decode.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
 
 
 def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:

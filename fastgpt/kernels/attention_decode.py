@@ -398,10 +398,14 @@ def attention_decode(
 
     has_mask_or_bias = mask is not None or bias is not None
     few = n_rows <= FEW_ROWS
-    variant = D, D_v, q.element_size(), architecture(q.device), k_scale is not None, few, new is not None, has_mask_or_bias
-    tile = decode_tile(*variant)
-    n_tiles = cdiv(n_rows, tile.BLOCK_M)
-    split, n_splits = splits(tile, B * H_kv * n_tiles, S, T, window, multiprocessors(q.device))
+    device = q.device
+    variant = D, D_v, q.element_size(), architecture(device), k_scale is not None, few, new is not None, has_mask_or_bias
+    mask = None if mask is None else mask.expand(B, H, T, S).view(torch.uint8)
+    bias = None if bias is None else bias.expand(B, H, T, S)
+    units = (unit_of(mask), unit_of(bias)) if has_mask_or_bias else (0, 0)
+    x = NO_TOKEN if new is None else new
+    flags = causal, x.interleaved, *units, has_dependent_launch(device)
+    n_tiles, n_splits, constants = plan(variant, flags, B * H_kv, n_rows, S, T, window, multiprocessors(device))
     acc = softmax = None
     if n_splits > 1:
         n_groups = cdiv(n_splits, GROUP.value)
@@ -409,16 +413,10 @@ def attention_decode(
         softmax = q.new_empty((B, H, T, n_splits + n_groups, 2), dtype=torch.float32)
         needed = B * H_kv * n_tiles * (n_groups + 1)
         if counters is None or counters.numel() < needed:
-            counters = torch.zeros(needed, dtype=torch.int32, device=q.device)
+            counters = torch.zeros(needed, dtype=torch.int32, device=device)
     else:
         counters = None
-    mask = None if mask is None else mask.expand(B, H, T, S).view(torch.uint8)
-    bias = None if bias is None else bias.expand(B, H, T, S)
-    x = NO_TOKEN if new is None else new
     n_angles, pairs = (0, 0) if x.cos is None else x.cos.shape
-    constants = kernel_constants(
-        variant, split, causal, x.interleaved, unit_of(mask), unit_of(bias), has_dependent_launch(q.device)
-    )
 
     with torch.cuda.device_of(q):
         attend_split_kernel.launch(
@@ -432,11 +430,27 @@ def attention_decode(
             *((0, 0) if block_table is None else block_table.stride()),
             *((0, 0, 0, 0) if mask is None else mask.stride()),
             *((0, 0, 0, 0) if bias is None else bias.stride()),
-            *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride(0))),
-            *((0, 0, 0) if x.cos is None else (x.positions.stride(0), x.cos.stride(0), x.sin.stride(0))),
+            *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride()[0])),
+            *((0, 0, 0) if x.cos is None else (x.positions.stride()[0], x.cos.stride()[0], x.sin.stride()[0])),
             H, H // H_kv, n_rows, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
         )  # fmt: skip
     return out, lse
+
+
+@functools.lru_cache(4096)  # the steps of a generation ask for the same one; each length of a growing cache for its own
+def plan(
+    variant: tuple, flags: tuple, heads: int, n_rows: int, S: int, T: int, window: int | None, n_multiprocessors: int
+) -> tuple[int, int, Constants]:
+    """The number of tiles of the rows of a key/value head, that of splits of its keys, and the kernel's constants.
+
+    Args:
+        variant: the arguments of `decode_tile`. flags: those of `kernel_constants` after the split.
+        heads: B · H_kv. n_rows: of each. window: at most S.
+    """
+    tile = decode_tile(*variant)
+    n_tiles = cdiv(n_rows, tile.BLOCK_M)
+    split, n_splits = splits(tile, heads * n_tiles, S, T, window, n_multiprocessors)
+    return n_tiles, n_splits, kernel_constants(variant, split, *flags)
 
 
 @functools.cache

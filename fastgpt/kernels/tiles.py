@@ -263,7 +263,6 @@ def keys_per_split(tile: DecodeTile, tiles: int, n_keys: int, n_multiprocessors:
     return split
 
 
-@functools.lru_cache(4096)  # the steps of a generation ask the same; each length of a growing cache asks anew
 def splits(tile: DecodeTile, tiles: int, S: int, T: int, window: int | None, n_multiprocessors: int) -> tuple[int, int]:
     """Keys per split, and the number of splits of S keys.
 

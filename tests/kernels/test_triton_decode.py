@@ -34,9 +34,9 @@ def short_splits(monkeypatch):
     """Splits of 32 keys in steps of 16, so that small inputs have several."""
     smaller = {key: [tile._replace(BLOCK_N=16, SPLIT=32) for tile in pair] for key, pair in tiles.DECODE.items()}
     monkeypatch.setattr(tiles, "DECODE", smaller)
-    kernel.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
+    kernel.plan.cache_clear(), kernel.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
     yield
-    kernel.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
+    kernel.plan.cache_clear(), kernel.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
 
 
 def random_inputs(B, H, H_kv, T, S, D, dtype):
