@@ -191,7 +191,7 @@ def sections(document: Path) -> dict[str, str]:
     folder = STORED / SHOWN
     results = pages.results_in(folder)
     parts = pages.parts(folder, results, within(folder, document))
-    expected = {*pages.PARTS, "architectures", "models of transformers", "numerics", "families", "training", "perplexity"}
+    expected = {*pages.PARTS, "architectures", "models of transformers", "families", "training", "perplexity"}
     if missing := expected - parts.keys() - results.keys():
         raise FileNotFoundError(f"{folder}: README and docs show {', '.join(sorted(missing))}, of which there are no results")
     training = results["training"]
@@ -212,7 +212,7 @@ def sections(document: Path) -> dict[str, str]:
         "against peers, table": pages.against_peers(results["generate"]),
         "GPU status": f"Timed on {', '.join(names)}." if names else NO_GPU,
         "on a GPU": "\n\n".join(gpus) or NO_GPU,
-        "numerics": numerics_table.markdown(results["numerics"]),
+        "numerics": numerics_table.markdown(numerics_of_all()),
         "architectures": f"{pages.architectures(results['architectures'])} "
         f"[Each of them]({page}#architectures-of-transformers).",
         "families": families_table.markdown(results["families"]["families"]),
@@ -240,6 +240,16 @@ def on_a_gpu(folder: Path, results: dict[str, dict], document: Path) -> str:
     about = next(results[suite] for suite in pages.SUITES if suite in results)
     lines = [f"### {about['machine']['gpu']}", f"{pages.about(about)}. [Every case]({within(folder, document)}README.md)."]
     return "\n\n".join([*lines, *pages.parts(folder, results, within(folder, document), pages.GPU_PARTS).values()])
+
+
+def numerics_of_all() -> dict[str, list[dict]]:
+    """The cases of benchmarks.numerics, by operation: bounds are the same on every machine, CPU levels differ."""
+    found: dict[str, list[dict]] = {}
+    for folder in machines():
+        for operation, cases in pages.results_in(folder).get("numerics", {}).items():
+            if isinstance(cases, list):
+                found.setdefault(operation, []).extend(cases)
+    return found
 
 
 def eight_bit_caches(training: dict) -> str:
