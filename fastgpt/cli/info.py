@@ -51,13 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Prints versions, devices, and which implementation each operation uses, and why. With a model: its contents."
     )
-    parser.add_argument("model", nargs="?", type=path, metavar="MODEL", help="a checkpoint folder, or a GGUF file; of a model in "
+    parser.add_argument("source", nargs="?", type=path, metavar="MODEL", help="a checkpoint folder, or a GGUF file; of a model in "
         "several, any of them")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.model is not None:
-        print_folder(options.model) if options.model.is_dir() else print_file(options.model)
+    if options.source is not None:
+        print_folder(options.source) if options.source.is_dir() else print_file(options.source)
         return
     print_versions()
     devices = [torch.device("cpu")]

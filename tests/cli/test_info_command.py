@@ -66,4 +66,4 @@ def test_info_of_folders_that_are_not_served(tmp_path, capsys):
     assert re.search(r"^F32 +76 +11.1 MB$", out, re.MULTILINE) and lines_of(out)["vocabulary"] == "65 tokens"
     (folder / "model.safetensors").unlink()
     status, out, error = run(capsys, "info", folder)
-    assert status == 2 and not out and error.startswith("fastgpt: error: --model: expected model.safetensors")
+    assert status == 2 and not out and error.startswith("fastgpt: error: model: expected model.safetensors")
