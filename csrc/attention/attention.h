@@ -12,9 +12,10 @@ constexpr int64_t kBlockM = 64, kBlockN = 64;
 // Up to kGroup blocks of queries loop over the keys together.
 constexpr int64_t kGroup = 4;
 
-// With up to kFewQueries that share a key/value head, as in decoding, keys are split into tasks of kSplit keys, since there may
-// be fewer heads than threads. The splits depend on the shape alone.
-constexpr int64_t kFewQueries = 8, kSplit = 2048;
+// With up to kFewTokens, and kFewQueries of each that share a key/value head, as in decoding, keys are split into tasks of
+// kSplit keys, since there may be fewer heads than threads. The splits depend on the shape alone, and a token's result has the
+// bits of a call of its own, which is what speculation checks drafts by (fastgpt/generation/speculation.py).
+constexpr int64_t kFewQueries = 8, kFewTokens = 8, kSplit = 2048;
 
 constexpr int64_t kMaxHeadDim = 576;
 
@@ -93,8 +94,8 @@ struct AttentionForward : Attention {
   float* partial;        // split_size() floats for each (b, h_kv, split), if there is more than one split
   int64_t group;         // blocks of queries that a task takes, up to largest_group(D, D_v)
 
-  bool few_queries() const { return H / H_kv * T <= kFewQueries && !dropout_seed; }
-  int64_t splits() const { return few_queries() && S > kSplit ? (S + kSplit - 1) / kSplit : 1; }
+  bool few_queries(int64_t tokens) const { return H / H_kv <= kFewQueries && tokens <= kFewTokens && !dropout_seed; }
+  int64_t splits() const { return few_queries(T) && S > kSplit ? (S + kSplit - 1) / kSplit : 1; }
   int64_t split_size() const { return H / H_kv * T * (padded_head_dim(D_v) + 2); }
 
   // A task is one group of blocks of one (b, h_kv), and one split of its keys.

@@ -215,27 +215,35 @@ struct DecodeMemory {
   float *q, *acc, *max, *sum, *rescale;  // q: (rows, D); acc: (rows, D_v); max, sum, rescale: (kBlockLanes,)
 };
 
-// A block of few queries against all keys, or one split of them.
+// The queries of a token against all keys, or one split of them.
 class DecodeBlock : public ForwardBlock {
  public:
-  DecodeBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t split, const DecodeShared& shared, Arena& parts)
-      : ForwardBlock(args, b, h_kv, 0), w_(shared), begin_(begin()), end_(end()) {
+  DecodeBlock(
+      const AttentionForward& args, int64_t b, int64_t h_kv, int64_t token, int64_t split, const DecodeShared& shared,
+      Arena& parts)
+      : ForwardBlock(args, b, h_kv, token, true), w_(shared), begin_(begin()), end_(end()) {
     const DecodeMemory memory(args.D, args.D_v, rows_, parts);
     q_ = memory.q, acc_ = memory.acc, max_ = memory.max, sum_ = memory.sum, rescale_ = memory.rescale;
     std::memset(acc_, 0, rows_ * D_v_ * sizeof(float));
     for (int64_t r = 0; r < kBlockLanes; ++r) max_[r] = -kInfinity, sum_[r] = 0.0f;
     if (args.splits() > 1) {
-      partial_ = args.partial + ((b * args.H_kv + h_kv) * args.splits() + split) * args.split_size();
+      partial_ = args.partial + ((b * args.H_kv + h_kv) * args.splits() + split) * args.split_size() +
+          token * rows_ * (D_v_ + 2);
       begin_ = larger(begin_, split * kSplit), end_ = smaller(end_, (split + 1) * kSplit);
     }
   }
 
-  // Runs blocks that see the same keys together, tile by tile.
+  // Runs blocks of a sequence together, tile by tile. Those of packed sequences that are shorter than the longest have no rows.
   static void run(std::optional<DecodeBlock>* blocks, int64_t count) {
-    if (blocks[0]->rows_ == 0) return;  // a shorter sequence than the longest
-    for (int64_t i = 0; i < count; ++i) blocks[i]->load_queries();
-    for (int64_t n = blocks[0]->begin_; n < blocks[0]->end_; n += kBlockN) {
-      for (int64_t i = 0; i < count; ++i) blocks[i]->step(n);
+    int64_t first = blocks[0]->begin_, end = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      blocks[i]->load_queries();
+      first = smaller(first, blocks[i]->begin_), end = larger(end, blocks[i]->end_);
+    }
+    for (int64_t n = first; n < end; n += kBlockN) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (blocks[i]->begin_ <= n && n < blocks[i]->end_) blocks[i]->step(n);
+      }
     }
     for (int64_t i = 0; i < count; ++i) blocks[i]->finish();
   }
@@ -388,20 +396,24 @@ inline int64_t decode_workspace(int64_t D, int64_t D_v) {
   return parts.taken();
 }
 
-// Runs one split of the keys of `heads` heads, tile by tile.
+// Runs one split of the keys of `heads` heads for all tokens, tile by tile.
 inline void run_decode(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t heads, int64_t split, float* workspace) {
   Arena parts(workspace);
   const DecodeShared shared(args.D, args.D_v, parts);
   std::optional<DecodeBlock> blocks[kBlocks];
-  for (int64_t i = 0; i < heads; ++i) blocks[i].emplace(args, b, h_kv + i, split, shared, parts);
-  DecodeBlock::run(blocks, heads);
+  int64_t count = 0;
+  const int64_t tokens = sequence_of(args, b).queries;
+  for (int64_t i = 0; i < heads; ++i) {
+    for (int64_t token = 0; token < tokens; ++token) blocks[count++].emplace(args, b, h_kv + i, token, split, shared, parts);
+  }
+  if (count) DecodeBlock::run(blocks, count);
 }
 
 // The innermost index of tasks is the split, or with a block table the head: heads of a page are adjacent in memory, and small
 // pages are read much faster if their heads are read together, up to kBlockM rows of queries.
 inline void run_decode_tasks(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
-  const int64_t splits = args.splits(), rows = larger(args.H / args.H_kv * args.T, 1);
-  const int64_t together = args.block_table ? smaller(kBlocks, kBlockM / rows) : 1;
+  const int64_t splits = args.splits(), T = larger(args.T, 1), rows = args.H / args.H_kv * T;
+  const int64_t together = args.block_table ? smaller(kBlocks / T, kBlockM / rows) : 1;
   for (int64_t task = begin, heads; task < end; task += heads) {
     const int64_t b = task / (args.H_kv * splits);
     const int64_t h_kv = args.block_table ? task % args.H_kv : task / splits % args.H_kv;

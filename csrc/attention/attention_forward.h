@@ -19,8 +19,8 @@ namespace {
 
 class ForwardBlock : protected QueryBlock {
  public:
-  ForwardBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block)
-      : QueryBlock(args, b, h_kv, block * kBlockM), results_(args) {}
+  ForwardBlock(const AttentionForward& args, int64_t b, int64_t h_kv, int64_t first, bool one_token)
+      : QueryBlock(args, b, h_kv, first, one_token), results_(args) {}
 
  protected:
   // `rows`: weighted sums of values (rows, D_v_), overwritten.

@@ -10,7 +10,7 @@ int64_t attention_workspace(int64_t D, int64_t D_v, int64_t group) {
 }
 
 void attention_forward(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
-  if (args.few_queries()) return run_decode_tasks(args, begin, end, workspace);
+  if (args.few_queries(args.T)) return run_decode_tasks(args, begin, end, workspace);
   const int64_t groups = args.groups();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task / groups, b = head / args.H_kv, h_kv = head % args.H_kv;
@@ -18,7 +18,7 @@ void attention_forward(const AttentionForward& args, int64_t begin, int64_t end,
     const int64_t index = task % groups, group = index % 2 ? groups - 1 - index / 2 : index / 2;
     const int64_t first = group * args.group, count = smaller(args.blocks() - first, args.group);
     // A short packed sequence gets the same bits as it would alone.
-    if (args.H / args.H_kv * sequence_of(args, b).queries <= kFewQueries && !args.dropout_seed) {
+    if (args.few_queries(sequence_of(args, b).queries)) {
       if (first == 0) run_decode(args, b, h_kv, 1, 0, workspace);
     } else {
       run_prefill(args, b, h_kv, first, count, workspace);
@@ -28,9 +28,11 @@ void attention_forward(const AttentionForward& args, int64_t begin, int64_t end,
 
 void attention_forward_join(const AttentionForward& args, int64_t begin, int64_t end, float* workspace) {
   for (int64_t head = begin; head < end; ++head) {
-    Arena parts(workspace);
-    const DecodeShared shared(args.D, args.D_v, parts);
-    DecodeBlock(args, head / args.H_kv, head % args.H_kv, 0, shared, parts).join();
+    for (int64_t token = 0; token < args.T; ++token) {
+      Arena parts(workspace);
+      const DecodeShared shared(args.D, args.D_v, parts);
+      DecodeBlock(args, head / args.H_kv, head % args.H_kv, token, 0, shared, parts).join();
+    }
   }
 }
 

@@ -81,7 +81,7 @@ class PrefillBlock : public ForwardBlock {
   PrefillBlock(
       const AttentionForward& args, int64_t b, int64_t h_kv, int64_t block, const PrefillShared& shared,
       const PrefillMemory& memory)
-      : ForwardBlock(args, b, h_kv, block),
+      : ForwardBlock(args, b, h_kv, block * kBlockM, false),
         w_(shared),
         pieces_(larger(pieces_of(args.element), pieces_of(args.key_element))),
         q_(memory.q) {

@@ -17,11 +17,11 @@ namespace {
 
 class QueryBlock {
  public:
-  QueryBlock(const Attention& args, int64_t b, int64_t h_kv, int64_t first)
+  QueryBlock(const Attention& args, int64_t b, int64_t h_kv, int64_t first, bool one_token = false)
       : args_(args),
         D_(padded_head_dim(args.D)),
         D_v_(padded_head_dim(args.D_v)),
-        queries_(args, b, h_kv, first),
+        queries_(args, b, h_kv, first, one_token),
         rows_(queries_.count) {}
 
  protected:

@@ -24,14 +24,16 @@ inline Sequence sequence_of(const Attention& args, int64_t b) {
   return {args.T, length < 0 ? 0 : length > args.S ? args.S : length, 0, 0};
 }
 
-// Up to kBlockM rows, from `first` on, of the list of queries that share key/value head h_kv of sequence b.
+// Up to kBlockM rows, from `first` on, of the list of queries that share key/value head h_kv of sequence b: all tokens of the
+// first head, then those of the next one. one_token: those of token `first` alone.
 struct QueryRows {
-  QueryRows(const Attention& args, int64_t b, int64_t h_kv, int64_t first)
+  QueryRows(const Attention& args, int64_t b, int64_t h_kv, int64_t first, bool one_token)
       : b(b), h_kv(h_kv), sequence(sequence_of(args, b)), first_begin(args.S), first_end(args.S) {
-    const int64_t T = sequence.queries, group = args.H / args.H_kv, left = group * T - first;
+    const int64_t T = sequence.queries, group = args.H / args.H_kv, apart = one_token ? T : 1;
+    const int64_t left = one_token ? (first < T ? group : 0) : group * T - first;
     count = left < 0 ? 0 : left < kBlockM ? left : kBlockM;
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t t = (first + r) % T, h = h_kv * group + (first + r) / T;
+      const int64_t t = (first + r * apart) % T, h = h_kv * group + (first + r * apart) / T;
       const int64_t begin = keys_before(args, t), end = keys_seen(args, t);
       token[r] = static_cast<int32_t>(t), head[r] = static_cast<int32_t>(h);
       key_begin[r] = static_cast<int32_t>(begin), key_end[r] = static_cast<int32_t>(end);
