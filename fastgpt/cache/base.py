@@ -17,6 +17,8 @@ from fastgpt.ops.quantization import QUANTIZED_DTYPES
 # int32 counters for each sequence, for attention_with_kv_cache on a GPU, which says how many it needs: more only for a hundred
 # thousand tokens and dozens of key and value heads.
 COUNTERS = 1024
+# Tokens of a pass `as_steps`: kFewTokens in csrc/attention/attention.h, up to which each has the bits of a pass of its own.
+MAX_STEPS = 8
 
 
 class KVCache:
@@ -58,6 +60,7 @@ class KVCache:
     def _make_steady(self) -> None:
         """Allocates the tensors that decode steps write to in place, as a captured step (fastgpt/generation/replay.py) requires."""
         self._next = torch.zeros_like(self.lengths).unsqueeze(1)  # (B, 1) positions
+        self._steady_positions = {1: self._next}  # by the number of tokens, (B, T)
         self._counters = self.lengths.new_zeros(len(self.lengths) * COUNTERS)
 
     @property
@@ -79,20 +82,27 @@ class KVCache:
         """Bytes of keys, values and scales, used or not."""
         return sum(storage.nbytes for storage in self.storages)
 
-    def extend(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
+    def extend(self, num_tokens: int, new: list[int] | None = None, *, as_steps: bool = False) -> torch.Tensor:
         """Makes room for new tokens and returns their positions. Call it once for each forward pass.
 
         Args:
             num_tokens: T, columns of this pass.
             new: the number of new tokens of each sequence: the last new[b] columns. The columns before them are padding.
                 Default: all columns.
+            as_steps: store and attend as T passes of one token would, so that `truncate` can take back any of them, also where
+                a ring buffer overwrites older tokens. T is at most `max_steps`.
 
         Returns: positions (B, T) int32, negative for padding.
         Raises: TypeError; ValueError if there is no room, and OutOfPages if a pool is empty, before anything changes.
         """
         require_integer("num_tokens", num_tokens, 0)
         self.reserve(num_tokens, new)
-        return self.advance(num_tokens, new)
+        return self.advance(num_tokens, new, as_steps)
+
+    @property
+    def max_steps(self) -> int:
+        """The most tokens of a pass `as_steps`."""
+        return MAX_STEPS
 
     def reserve(self, num_tokens: int, new: list[int] | None = None) -> None:
         """The part of `extend` on the host: reserves storage and updates counts. A replayed step calls it before each replay."""
@@ -139,9 +149,9 @@ class KVCache:
         """Number of layers."""
         return sum(len(storage.k) for storage in self.storages)
 
-    def advance(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
-        """The part of `extend` on the device: updates lengths and positions. For one token of each sequence it works in place, so
-        that a CUDA graph can capture it."""
+    def advance(self, num_tokens: int, new: list[int] | torch.Tensor | None = None, as_steps: bool = False) -> torch.Tensor:
+        """The part of `extend` on the device: updates lengths and positions. For one token of each sequence, and as_steps, it
+        works in place, so that a CUDA graph can capture it; `new` is then None, or a tensor (B,) on the device."""
         if num_tokens == 1 and new is None:
             self.positions = self._next
             advance(self.lengths, self.positions)
@@ -152,10 +162,13 @@ class KVCache:
             self.positions = past + steps
             self.lengths += num_tokens
         else:
-            count = on_device(new, self.lengths.device).int()
+            count = new if isinstance(new, torch.Tensor) else on_device(new, self.lengths.device).int()
             rank = steps - (num_tokens - count).unsqueeze(1)  # index among the new tokens; negative for padding
             self.positions = torch.where(rank < 0, -1, past + rank)
             self.lengths += count
+        if as_steps:
+            steady = self._steady_positions.setdefault(num_tokens, torch.empty_like(self.positions))
+            self.positions = steady.copy_(self.positions)
         return self.positions
 
     def _take(self, counts: list[int]) -> None:
@@ -195,17 +208,19 @@ class KVCache:
             counters=self._counters, last_only=last_only, kv_lengths=self.lengths, window=least(window, self.window), **options,
         )  # fmt: skip
 
-    def attend_waits(self, num_heads: int, dtype: torch.dtype) -> str | None:
-        """Why `attend` of one token, with num_heads query heads in this dtype, cannot be captured in a CUDA graph, or None."""
+    def attend_waits(self, num_heads: int, dtype: torch.dtype, num_tokens: int = 1) -> str | None:
+        """Why `attend` of this many tokens, `as_steps`, with num_heads query heads in this dtype, cannot be captured in a CUDA
+        graph, or None."""
         for storage in self.storages:
             for layer in storage.layers[:1]:
                 k, v = (
-                    torch.empty(self.batch_size, x.shape[1], 1, x.shape[3], dtype=dtype, device=self.lengths.device)
+                    torch.empty(self.batch_size, x.shape[1], num_tokens, x.shape[3], dtype=dtype, device=self.lengths.device)
                     for x in (layer["k"], layer["v"])
                 )
-                q = k.new_empty(len(k), num_heads, 1, k.shape[3])
+                q = k.new_empty(len(k), num_heads, num_tokens, k.shape[3])
+                positions = self._next.expand(-1, num_tokens)
                 reason = waits(
-                    q, k, v, layer["k"], layer["v"], self._next, block_table=self.block_table, k_scale=layer["k_scale"],
+                    q, k, v, layer["k"], layer["v"], positions, block_table=self.block_table, k_scale=layer["k_scale"],
                     v_scale=layer["v_scale"],
                 )  # fmt: skip
                 if reason is not None:

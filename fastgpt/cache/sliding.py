@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastgpt.cache.base import KVCache, read, require_attend, store, store_and_attend
+from fastgpt.cache.base import MAX_STEPS, KVCache, read, require_attend, store, store_and_attend
 from fastgpt.cache.storage import Storage
 from fastgpt.ops.quantization import as_bytes
 
@@ -44,13 +44,24 @@ class SlidingCache(KVCache):
             size: Ring(size, Storage(batch_size, size, num_layers=sizes.count(size), **storage))
             for size in dict.fromkeys(sizes)
         }
+        self.steps = False  # whether the last pass was one `as_steps`
         self.slices = [(self.rings[size], sizes[:layer].count(size)) for layer, size in enumerate(sizes)]  # ring, index in it
 
     @property
     def storages(self) -> list[Storage]:
         return [ring.storage for ring in self.rings.values()]
 
-    def advance(self, num_tokens: int, new: list[int] | None = None) -> torch.Tensor:
+    @property
+    def max_steps(self) -> int:
+        return min(MAX_STEPS, *self.rings)  # no token of a pass overwrites another one
+
+    def advance(self, num_tokens: int, new: list[int] | torch.Tensor | None = None, as_steps: bool = False) -> torch.Tensor:
+        self.steps = as_steps
+        if as_steps:
+            positions = super().advance(num_tokens, new, as_steps)
+            for ring in self.rings.values():
+                ring.advance_by_steps(positions)
+            return positions
         if num_tokens == 1 and new is None:
             positions = super().advance(1)
             for ring in self.rings.values():
@@ -77,17 +88,27 @@ class SlidingCache(KVCache):
     ) -> torch.Tensor:
         require_attend(layer, self.slices, q, k, v, rotation)
         ring, index = self.slices[layer]
+        if self.steps:
+            return ring.attend_by_steps(
+                index, q, k, v, rotation=rotation, counters=self._counters, last_only=last_only, **options
+            )
         return ring.attend(
             index, q, k, v, self.positions, rotation=rotation, counters=self._counters, last_only=last_only, **options
         )
 
     def _give_back(self, counts):
+        latest = self.positions.shape[1] if self.steps else 0  # tokens whose slots can be restored
         for size in self.rings:
             for new, old in zip(counts, self.counts):
-                if 0 < new < old and old > size:
+                if 0 < new < old - latest and old > size:
                     raise ValueError(
                         f"counts: expected {old} or 0 for a sequence whose ring buffer of {size} has overwritten older tokens, got {new}"
                     )
+        for ring in self.rings.values() if self.steps else ():
+            for b, (new, old) in enumerate(zip(counts, self.counts)):
+                if 0 < new < old and old > ring.size:
+                    ring.restore(b, range(new, old))
+        self.steps = False  # they are restored once
 
     def fork(self, n: int, into: Any = None) -> "KVCache":
         result = self._forked(n, into)
@@ -107,6 +128,8 @@ class Ring:
     held: (B,) int32, tokens in the ring after this pass.
     in_order: whether slots are positions: no ring has wrapped around.
     chunk: see `_chunk`, if new tokens overwrite keys that the first of them still attend to; else None.
+    steps: of a pass `as_steps`, for each of its tokens: positions (B, 1), slots (B, 1) and held (B,).
+    overwritten: what was in the slots of such a pass, (layers, B, H_kv, T, ...) of each of the storage's tensors.
     """
 
     def __init__(self, size: int, storage: Storage):
@@ -114,12 +137,50 @@ class Ring:
         # Decode steps write to these in place, as a captured step (fastgpt/generation/replay.py) requires.
         self._held = torch.zeros(storage.k.shape[1], dtype=torch.int32, device=storage.k.device)
         self._slot = torch.zeros_like(self._held).unsqueeze(1)
+        self._steady: dict[int, tuple[list, list]] = {}  # steps and overwritten, by the number of tokens
 
     def advance(self, positions: torch.Tensor, lengths: torch.Tensor) -> None:
         """One new token of each sequence."""
         self.slots = torch.remainder(positions, self.size, out=self._slot)
         self.held = torch.clamp(lengths, max=self.size, out=self._held)
         self.chunk, self.in_order = None, False
+
+    def advance_by_steps(self, positions: torch.Tensor) -> None:
+        """New tokens at `positions` (B, T), negative for padding, in place; saves what they will overwrite."""
+        T = positions.shape[1]
+        if T not in self._steady:
+            steps = [(self._slot.clone(), self._slot.clone(), self._held.clone()) for _ in range(T)]
+            saved = [torch.empty_like(as_bytes(x)[:, :, :, :1]).repeat_interleave(T, 3) for x in self.storage.tensors()]
+            self._steady[T] = steps, saved
+        self.steps, self.overwritten = self._steady[T]
+        slots = torch.where(positions < 0, -1, positions % self.size)
+        held = (positions + 1).clamp(max=self.size)
+        for t, (position, slot, count) in enumerate(self.steps):
+            position.copy_(positions[:, t : t + 1])
+            slot.copy_(slots[:, t : t + 1])
+            count.copy_(held[:, t])
+        index = slots.clamp(min=0).long()
+        for x, saved in zip(self.storage.tensors(), self.overwritten):
+            rows = index.view(1, len(index), 1, T, *[1] * (x.dim() - 4)).expand(saved.shape)
+            torch.gather(as_bytes(x), 3, rows, out=saved)
+
+    def attend_by_steps(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, last_only, **options):
+        """`attend` of a pass `as_steps`, token by token: each overwrites a slot that those before it still attend to."""
+        out = []
+        for t, (positions, slots, held) in enumerate(self.steps):
+            new = (x[:, :, t : t + 1] for x in (q, k, v))
+            out.append(
+                store_and_attend(
+                    *new, self.storage.layers[index], positions, slots=slots, kv_lengths=held, causal=False, **options
+                )
+            )
+        return out[-1] if last_only or len(out) == 1 else torch.cat(out, dim=2)
+
+    def restore(self, b: int, tokens: range) -> None:
+        """Puts back what the last tokens of sequence b, at these positions, have overwritten in the last pass `as_steps`."""
+        slots = torch.tensor([token % self.size for token in tokens], device=self._held.device)
+        for x, saved in zip(self.storage.tensors(), self.overwritten):
+            as_bytes(x)[:, b].index_copy_(2, slots, saved[:, b, :, -len(tokens) :])
 
     def extend(
         self,

@@ -19,7 +19,7 @@ from fastgpt.ops.implementations import (
     triton_inference_unsupported_reason,
 )
 from fastgpt.ops.library import OneThread
-from fastgpt.ops.linear import MAX_ROWS_CPU
+from fastgpt.ops.linear import FEW_ROWS_BF16, FEW_ROWS_QUANTIZED, MAX_ROWS_CPU
 from fastgpt.ops.quantized_weight import QuantizedWeight
 
 ONE_THREAD = OneThread()
@@ -91,6 +91,85 @@ def decoding(
     return _with_recording(recorded, plan)
 
 
+class Passes:
+    """Passes of up to `most` new tokens of each sequence, for speculation: each token's logits have the bits of a decode step.
+
+    On a CPU that is so for plain modules without autocast; on a GPU they may differ by rounding. Each number of tokens is
+    recorded or captured on its own, as the step of `decoding`.
+
+    Args:
+        model: the decoder.
+        cache: a cache of it, with the keys and values of the tokens before.
+
+    most: at least 1.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache):
+        _require(model, cache)
+        self.recordings: dict[int, replay.Recording] = {}  # by number of tokens
+        self.most = most_steps(model, cache)
+        self.resume(model, cache)
+
+    def __call__(self, ids: torch.Tensor, new: list[int]) -> torch.Tensor:
+        """ids (B, T) int64, padded on the left with -1, new[b] of them in row b -> logits (B, T, V) before the soft cap, which
+        the next call may overwrite. `cache.truncate` takes tokens back."""
+        model, cache, T = self.model, self.cache, ids.shape[1]
+        model.check(ids, cache, new)
+        cache.reserve(T, new)
+        recording = self.recordings.get(T) or self._new(T)
+        if self.graphs:
+            return recording(ids, model.position_tables(ids, cache))
+        tables = model.position_tables(model.first_weight, cache)
+        x = model.embed_reserved(ids, cache, tables, as_steps=True)
+        if not recording.is_recorded:
+            return recording(x, tables)
+        with ONE_THREAD:
+            return recording(x, tables)
+
+    def _new(self, T: int) -> replay.Recording:
+        if self.graphs:
+            record, refuses = replay.CudaGraphReplay, functools.partial(graph_refused, self.model, self.cache, T)
+        else:
+            record, refuses = replay.CpuReplay, None
+        self.recordings[T] = replay.Recording(self.model, self._function, record, refuses)
+        return self.recordings[T]
+
+    def holds(self) -> bool:
+        """As `Recording.holds`, of all."""
+        return all(recording.holds() for recording in self.recordings.values())
+
+    def let_go(self) -> None:
+        """Lets go of the model until `resume`, as `Recording.let_go`."""
+        self.model = self._function = None
+        for recording in self.recordings.values():
+            recording.let_go()
+
+    def resume(self, model: GPT, cache: KVCache) -> None:
+        """With the arguments that this was made with."""
+        self.model: Any
+        self._function: Any
+        self.model, self.cache, self.graphs = model, cache, replay.has_graphs(cache.lengths.device)
+
+        def function(x, tables):
+            x = model.embed_reserved(x, cache, tables, as_steps=True) if self.graphs else x
+            return model.uncapped_logits(model.run_blocks(x, cache, tables=tables))
+
+        self._function = function
+        for T, recording in self.recordings.items():
+            refuses = functools.partial(graph_refused, model, cache, T) if self.graphs else None
+            recording.resume(model, function, refuses)
+
+
+def most_steps(model: GPT, cache: KVCache) -> int:
+    """The most new tokens of each sequence in a pass whose products have the bits of a step."""
+    if not cache.lengths.is_cpu:
+        return cache.max_steps
+    quantized = any(isinstance(weight, QuantizedWeight) for weight in model.parameters())
+    bounds = [FEW_ROWS_QUANTIZED] * quantized + [FEW_ROWS_BF16] * (model.key_dtype is torch.bfloat16) + [MAX_ROWS_CPU]
+    rows = next((bound for bound in bounds if cache.batch_size <= bound), 0)
+    return min(max(rows // cache.batch_size, 1), cache.max_steps)
+
+
 def _with_recording(function: Any, recording: replay.Recording) -> DecodeStep:
     function.recording = recording
     return function
@@ -116,8 +195,8 @@ def _recording(model: GPT, earlier: replay.Recording | None, function, record: t
     return earlier
 
 
-def graph_refused(model: GPT, cache: KVCache) -> str | None:
-    """Why a decode step over this cache cannot be captured in a CUDA graph, or None: modules are not plain
+def graph_refused(model: GPT, cache: KVCache, num_tokens: int = 1) -> str | None:
+    """Why a decode step over this cache, or a pass `as_steps` of several tokens, cannot be captured in a CUDA graph, or None: modules are not plain
     (fastgpt/model/fusion.py), or no kernel serves their dtype or device, and a reference would synchronize with it."""
     weight = model.first_weight
     if weight.is_cuda and (reason := triton_inference_unsupported_reason(weight, weight=weight)) is not None:
@@ -131,7 +210,7 @@ def graph_refused(model: GPT, cache: KVCache) -> str | None:
             return f"{name} is stored in blocks that no kernel reads"
     first: Any = model.blocks[0] if model.blocks else None
     heads = first.attention.num_heads if first is not None else 0  # this process's share
-    return cache.attend_waits(heads, cache.dtype if cache.casts else weight.dtype)
+    return cache.attend_waits(heads, cache.dtype if cache.casts else weight.dtype, num_tokens)
 
 
 def _explain(model: GPT, cache: KVCache) -> dict[str, str]:

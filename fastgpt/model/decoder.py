@@ -380,19 +380,27 @@ class GPT(nn.Module):
             x = x + F.embedding(positions, tables[0]).to(x.dtype)
         return F.dropout(x, config.dropout) if is_training(self) else x
 
-    def embed_reserved(self, ids: torch.Tensor, cache: KVCache, tables: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
-        """Embeds ids (B, 1) of a decode step that `check` has accepted and `cache.reserve` has made room for: (B, 1, C). On a
-        GPU, plain embeddings take two launches."""
+    def embed_reserved(
+        self, ids: torch.Tensor, cache: KVCache, tables: tuple[torch.Tensor, ...] | None = None, as_steps: bool = False
+    ) -> torch.Tensor:
+        """Embeds ids (B, T) of a decode step, T = 1, or of a pass `as_steps`, which `check` has accepted and `cache.reserve` has
+        made room for: (B, T, C). On a GPU, plain embeddings of a step take two launches.
+
+        Args:
+            as_steps: see `KVCache.extend`; ids may then be padded on the left with -1.
+        """
         config, tokens, positions = self.config, self.token_embedding, self.position_embedding
+        at = cache.advance(ids.shape[1], (ids >= 0).sum(1, dtype=torch.int32), True) if as_steps else cache.advance(1)
+        ids = ids.clamp(min=0) if as_steps else ids
         for embedding in (tokens, positions):
             if embedding is not None and not is_plain_lookup(embedding):
-                return self.embed_at(tokens(ids), cache.advance(1), tables)
+                return self.embed_at(tokens(ids), at.clamp(min=0) if as_steps else at, tables)
         table = None
         if positions is not None:
             table = positions.weight
         elif config.position == "sinusoidal":
             table = tables[0]
-        x = embed(ids, tokens.weight, cache.advance(1), table, scale=config.embedding_scale)
+        x = embed(ids, tokens.weight, at, table, scale=config.embedding_scale)
         return F.dropout(x, config.dropout) if is_training(self) else x
 
     def position_tables(self, x: torch.Tensor, cache: KVCache | Uncached) -> tuple[torch.Tensor, ...] | None:

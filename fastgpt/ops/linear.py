@@ -25,6 +25,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Up to this many rows of x the kernels are faster than other matrix products. On a CPU they take any number of rows, but compute
 # kMaxRows (csrc/linear/linear.h) at a time.
 MAX_ROWS_CPU = 64 if build_info()["cpu_level"] in ("avx2", "avx512", "amx") else 32
+# On a CPU, each row's result has the same bits for any number of rows between two of these, which are kFewRows of
+# csrc/linear/products_quantized.h, and rows below kLeast of products_amx.h and products_bf16_dot.h.
+FEW_ROWS_QUANTIZED, FEW_ROWS_BF16 = 4, 8
 MAX_ROWS_CUDA = 32
 PANEL_BYTES = 16 << 20  # of dequantized weights at a time, which are multiplied with many rows of x
 # Of quantized weights, and x in 16 bits. A kernel dequantizes them in registers; PyTorch moves 20 to 40 bytes for each before cuBLAS
