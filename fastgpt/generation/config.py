@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastgpt.cache.base import MAX_STEPS
 from fastgpt.cache.create import CACHE_KINDS
 from fastgpt.checks import require_choice, require_flag, require_integer
 from fastgpt.generation.sampling import Processor, checked_rules
@@ -54,6 +55,12 @@ class GenerationConfig:
         page_size: tokens per page of a paged cache.
         prefill_chunk: longer prompts are prefilled in chunks of at most this many tokens, so that memory for activations does
             not grow with the prompt. Default: 512 on a CPU, where it costs no time, 4,096 on a GPU.
+        speculate: guess next tokens and check several in one pass; the tokens are the same. "prompt": guesses are what followed
+            the last tokens before, in prompt or new tokens; or a GPT with the same vocabulary, which guesses. Rows then go at
+            their own pace, so logits_processors are called for one row at a time, and those of rows that have ended are not.
+        speculate_tokens: the most guesses in a pass, from 1 to 7; default: as many as pay, by how many were right and by what
+            passes take. A pass has no more tokens, of all rows together, than those whose results have the bits of one token's:
+            see the documentation of speculation.
 
     Raises: TypeError, ValueError, naming the option.
     """
@@ -77,6 +84,8 @@ class GenerationConfig:
     window: int | None = None
     page_size: int = 16
     prefill_chunk: int | None = None
+    speculate: str | GPT | None = None
+    speculate_tokens: int | None = None
 
     def __post_init__(self):
         checked = checked_rules(**self.rules)
@@ -87,6 +96,16 @@ class GenerationConfig:
         for name in ("return_logprobs", "use_cache"):
             require_flag(name, getattr(self, name))
         require_choice("cache", self.cache, CACHE_KINDS)
+        if not (self.speculate is None or self.speculate == "prompt" or isinstance(self.speculate, GPT)):
+            kind = TypeError if not isinstance(self.speculate, str) else ValueError
+            raise kind(f'speculate: expected "prompt", a GPT or None, got {self.speculate!r}')
+        if self.speculate is not None and not self.use_cache:
+            raise ValueError("speculate: expected None with use_cache=False, since a pass would recompute all tokens")
+        checked["speculate_tokens"] = require_integer(
+            "speculate_tokens", self.speculate_tokens, 1, MAX_STEPS - 1, optional=True
+        )
+        if self.speculate is None and self.speculate_tokens is not None:
+            raise ValueError(f"speculate_tokens: expected None without speculate, got {self.speculate_tokens}")
         if not isinstance(self.cache_dtype, torch.dtype | None):
             raise TypeError(f"cache_dtype: expected a torch.dtype or None, got {self.cache_dtype!r}")
         if self.seed is not None:

@@ -117,9 +117,9 @@ class Passes:
         model.check(ids, cache, new)
         cache.reserve(T, new)
         recording = self.recordings.get(T) or self._new(T)
+        tables = model.position_tables(ids, cache)
         if self.graphs:
-            return recording(ids, model.position_tables(ids, cache))
-        tables = model.position_tables(model.first_weight, cache)
+            return recording(ids, tables)
         x = model.embed_reserved(ids, cache, tables, as_steps=True)
         if not recording.is_recorded:
             return recording(x, tables)

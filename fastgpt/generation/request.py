@@ -15,9 +15,10 @@ from fastgpt.cache.paged import PagedCache
 from fastgpt.cache.uncached import Uncached
 from fastgpt.checks import require_integer
 from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig, defaults_of, integers
-from fastgpt.generation.decoding import decoding
+from fastgpt.generation.decoding import Passes, decoding
 from fastgpt.generation.replay import Recording
 from fastgpt.generation.sampling import Sampler, uniform_numbers
+from fastgpt.generation.speculation import Drafts, ModelDrafts, PromptDrafts, RowSamplers, speculative_steps
 from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder_states import EncoderKV, read_encoder_states
 from fastgpt.model.evaluation_mode import evaluating, others
@@ -28,7 +29,7 @@ MAX_ROWS = 2**20  # more are a mistake, and would take all memory before anythin
 # Steps between checks whether all rows have ended, which on a GPU needs a device sync.
 EOS_POLL_INTERVAL = {"cpu": 1, "cuda": 16}
 PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
-Session = tuple[Sampler, KVCache, Recording]
+Session = tuple[Sampler | None, KVCache, Recording | Passes]
 
 
 class Sessions:
@@ -93,19 +94,29 @@ class Request:
         self.max_new_tokens = self.checked(max_new_tokens)
         self.rows = [prompt for prompt in prompts for _ in range(options.num_samples)]
         self.shared: KVCache | None = None  # the cache in which samples of a prompt will go on
-        self.recording: Recording | None = None
+        self.recording: Any = None  # a Recording, or with speculation Passes
         self.key: tuple | None = None
+        longest = max(map(len, prompts))
+        # Where longrope rotates all keys anew, rows go in step, as the longest one decides for all.
+        self.speculates = options.speculate is not None and not model.rope_factors_change(
+            longest, longest + self.max_new_tokens
+        )
         uniforms, cache = self.uniforms(), self.cache_arguments()
-        if options.use_cache and not options.logits_processors and encoder_kv is None:
+        plain = not (options.logits_processors or isinstance(options.speculate, GPT))
+        if options.use_cache and plain and encoder_kv is None:
             self.key = self.session_key(cache)
         session = None if self.key is None else sessions.take(model, self.key)
         if session is None:
             self.sampler = self.new_sampler(uniforms)
             self.cache = self.new_cache(cache) if options.use_cache else None
             return
-        self.sampler, self.cache, self.recording = session
+        sampler, self.cache, self.recording = session
         with torch.inference_mode():  # in which a fork was made
-            self.sampler.reset(self.rows, uniforms)
+            if sampler is None:
+                self.sampler = self.new_sampler(uniforms)
+            else:
+                self.sampler = sampler
+                self.sampler.reset(self.rows, uniforms)
             self.cache.truncate([0] * len(self.rows))
         if options.num_samples > 1:
             self.shared = self.cache
@@ -142,12 +153,17 @@ class Request:
     def leave(self) -> None:
         if self.key is not None and self.recording is not None and self.recording.holds():
             self.recording.let_go()
-            sampler, self.sampler = self.sampler, self.sampler.results()  # before another thread may have it
+            sampler = None
+            if not self.speculates:
+                sampler, self.sampler = self.sampler, self.sampler.results()  # before another thread may have it
             sessions.leave(self.model, self.key, (sampler, self.cache, self.recording))
             self.key = None
 
     @torch.inference_mode()
     def steps(self) -> Iterator[int]:
+        if self.speculates:
+            yield from speculative_steps(self)
+            return
         model, sampler, look = self.model, self.sampler, EOS_POLL_INTERVAL[self.rows[0].device.type]
         foreign, step = others(model), None
         for i in range(self.max_new_tokens):
@@ -167,13 +183,24 @@ class Request:
 
     def begin_cached(self) -> tuple[torch.Tensor, Step]:
         """The first new token of each row, and a function for the next ones."""
+        return self.sampler(self.first_logits()), self.decoding()
+
+    def first_logits(self) -> torch.Tensor:
+        """Reads the prompts into the cache; the logits (B · num_samples, V) after them."""
         logits, n = self.prefill(self.prompts), self.options.num_samples
         if n > 1:
             whole, self.cache = self.cache, self.cache.fork(n, self.shared)
             if isinstance(whole, PagedCache):
                 whole.free()
             logits = logits.repeat_interleave(n, dim=0)
-        return self.sampler(logits), self.decoding()
+        return logits
+
+    def drafts(self, samplers: RowSamplers) -> Drafts:
+        draft = self.options.speculate
+        if not isinstance(draft, GPT):
+            return PromptDrafts(samplers)
+        capacity = max(map(len, self.prompts)) + self.max_new_tokens
+        return ModelDrafts(draft, samplers, self.drawn, self.options.rules, capacity)
 
     def recompute_cache(self, steps: int) -> tuple[torch.Tensor, Step]:
         """Recomputes the cache after so many steps, since the rotation of all keys has changed."""
@@ -263,7 +290,7 @@ class Request:
         rules = {name: value for name, value in options.rules.items() if name != "logit_bias"}
         return (
             *cache.values(), *rules.values(), *options.logit_bias.items(), options.num_samples, tuple(self.eos),
-            options.return_logprobs, self.max_new_tokens, getattr(self.model, "key_dtype", None), device,
+            options.return_logprobs, self.max_new_tokens, self.speculates, getattr(self.model, "key_dtype", None), device,
         )  # fmt: skip
 
     @property
@@ -283,9 +310,10 @@ class Request:
             seeds = integers("seed", seeds) * len(self.prompts)
         return uniform_numbers(seeds, options.num_samples, self.max_new_tokens)
 
-    def new_sampler(self, uniforms: torch.Tensor | None) -> Sampler:
-        options = self.options
-        return Sampler(
+    def new_sampler(self, uniforms: torch.Tensor | None) -> Any:
+        """A `Sampler`, or with speculation `RowSamplers`."""
+        options, self.drawn = self.options, uniforms
+        return (RowSamplers if self.speculates else Sampler)(
             self.rows, self.max_new_tokens, self.model.config.vocab_size, uniforms=uniforms, eos=self.eos,
             logprobs=options.return_logprobs, **options.rules,
         )  # fmt: skip
@@ -307,6 +335,16 @@ class Request:
             raise ValueError(f"num_samples: expected at most {most} of {prompts} prompts, got {options.num_samples}")
         if isinstance(options.seed, list) and len(options.seed) != prompts:
             raise ValueError(f"seed: expected one integer or {prompts}, one for each prompt, got {len(options.seed)}")
+        if isinstance(draft := options.speculate, GPT):
+            if draft.config.vocab_size != self.model.config.vocab_size:
+                raise ValueError(
+                    f"speculate: expected a model with the vocabulary of {self.model.config.vocab_size} tokens, got one of "
+                    f"{draft.config.vocab_size}"
+                )
+            if (device := draft.first_weight.device) != self.model.first_weight.device:
+                raise ValueError(f"speculate: expected a model on {self.model.first_weight.device}, got one on {device}")
+            if draft.config.cross_attention or not draft.config.causal:
+                raise ValueError("speculate: expected a decoder without cross-attention, got another model")
         for name in ("eos", "logit_bias"):
             for token in getattr(options, name):
                 require_in_vocabulary(name, token, self.model)

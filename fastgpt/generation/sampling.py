@@ -289,13 +289,14 @@ class Sampler:
             logits = result.float()
         return logits
 
-    def require_finite(self, steps: range) -> None:
+    def require_finite(self, steps: range, row: int = 0) -> None:
         """Synchronizes with the device. Raises ValueError if at any of these steps, those since the last call, a row that had
-        not ended had logits that no token can be chosen by: NaN or inf among them, or -inf for every token."""
+        not ended had logits that no token can be chosen by: NaN or inf among them, or -inf for every token. row: the number of the
+        first row, in the message."""
         values = self.extreme.view(-1).tolist()
         if all(map(math.isfinite, values)):
             return
-        row, value = next((row, value) for row, value in enumerate(values) if not math.isfinite(value))
+        row, value = next((row, value) for row, value in enumerate(values, row) if not math.isfinite(value))
         got = "nan" if math.isnan(value) else "inf, or -inf for every token,"
         when = f"step {steps[0]}" if len(steps) == 1 else f"one of steps {steps[0]} to {steps[-1]}"
         rules = ("logit_bias", "no_repeat_ngram_size", "min_new_tokens", "logits_processors")
