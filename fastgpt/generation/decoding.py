@@ -1,5 +1,6 @@
 """A decode step, from one token of each sequence to the next logits, replayed without Python where results stay the same."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -106,7 +107,7 @@ class Passes:
 
     def __init__(self, model: GPT, cache: KVCache):
         _require(model, cache)
-        self.recordings: dict[int, replay.Recording] = {}  # by number of tokens
+        self.recordings: dict[tuple[int, bool], replay.Recording] = {}  # by number of tokens, and whether they are as_steps
         self.most = most_steps(model, cache)
         self.resume(model, cache)
 
@@ -114,25 +115,43 @@ class Passes:
         """ids (B, T) int64, padded on the left with -1, new[b] of them in row b -> logits (B, T, V) before the soft cap, which
         the next call may overwrite. `cache.truncate` takes tokens back."""
         model, cache, T = self.model, self.cache, ids.shape[1]
+        as_steps = T > 1 or not all(new)  # or else it is a plain decode step
+        if not (as_steps or self.graphs):
+            recording = self.recordings.get((1, False)) or self._new(1, False)
+            with self.around():
+                x = model.embed(ids, cache)
+                return recording(x, model.position_tables(x, cache))
         model.check(ids, cache, new)
         cache.reserve(T, new)
-        recording = self.recordings.get(T) or self._new(T)
+        recording = self.recordings.get((T, as_steps)) or self._new(T, as_steps)
         tables = model.position_tables(ids, cache)
         if self.graphs:
             return recording(ids, tables)
-        x = model.embed_reserved(ids, cache, tables, as_steps=True)
-        if not recording.is_recorded:
-            return recording(x, tables)
-        with ONE_THREAD:
-            return recording(x, tables)
+        with self.around():
+            return recording(model.embed_reserved(ids, cache, tables, as_steps), tables)
 
-    def _new(self, T: int) -> replay.Recording:
-        if self.graphs:
-            record, refuses = replay.CudaGraphReplay, functools.partial(graph_refused, self.model, self.cache, T)
-        else:
-            record, refuses = replay.CpuReplay, None
-        self.recordings[T] = replay.Recording(self.model, self._function, record, refuses)
-        return self.recordings[T]
+    def around(self) -> contextlib.AbstractContextManager:
+        """A context manager for what is done between passes: as `decoding`, it leaves PyTorch one thread beside recorded ones."""
+        recorded = not self.graphs and any(recording.is_recorded for recording in self.recordings.values())
+        return ONE_THREAD if recorded else contextlib.nullcontext()
+
+    def _new(self, T: int, as_steps: bool) -> replay.Recording:
+        record = replay.CudaGraphReplay if self.graphs else replay.CpuReplay
+        recording = replay.Recording(self.model, self._step(as_steps), record, self._refuses(T))
+        self.recordings[T, as_steps] = recording
+        return recording
+
+    def _step(self, as_steps: bool) -> Callable:
+        model, cache, graphs = self.model, self.cache, self.graphs
+
+        def step(x, tables):
+            x = model.embed_reserved(x, cache, tables, as_steps) if graphs else x
+            return model.uncapped_logits(model.run_blocks(x, cache, tables=tables))
+
+        return step
+
+    def _refuses(self, T: int) -> Callable | None:
+        return functools.partial(graph_refused, self.model, self.cache, T) if self.graphs else None
 
     def holds(self) -> bool:
         """As `Recording.holds`, of all."""
@@ -140,24 +159,16 @@ class Passes:
 
     def let_go(self) -> None:
         """Lets go of the model until `resume`, as `Recording.let_go`."""
-        self.model = self._function = None
+        self.model = None
         for recording in self.recordings.values():
             recording.let_go()
 
     def resume(self, model: GPT, cache: KVCache) -> None:
         """With the arguments that this was made with."""
         self.model: Any
-        self._function: Any
         self.model, self.cache, self.graphs = model, cache, replay.has_graphs(cache.lengths.device)
-
-        def function(x, tables):
-            x = model.embed_reserved(x, cache, tables, as_steps=True) if self.graphs else x
-            return model.uncapped_logits(model.run_blocks(x, cache, tables=tables))
-
-        self._function = function
-        for T, recording in self.recordings.items():
-            refuses = functools.partial(graph_refused, model, cache, T) if self.graphs else None
-            recording.resume(model, function, refuses)
+        for (T, as_steps), recording in self.recordings.items():
+            recording.resume(model, self._step(as_steps), self._refuses(T))
 
 
 def most_steps(model: GPT, cache: KVCache) -> int:
