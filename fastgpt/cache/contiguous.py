@@ -24,6 +24,10 @@ class ContiguousCache(KVCache):
         super().__init__(batch_size, capacity, window, storage.get("device"))
         self.storage = Storage(batch_size, capacity, **storage)
 
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` tokens of each sequence, in new memory: steps recorded over the cache are no longer valid."""
+        self.storage, self.capacity = self.storage.grown(capacity), capacity
+
     def fork(self, n: int, into: "KVCache | None" = None) -> "KVCache":
         result = self._forked(n, into)
         result.storage = self.storage.repeated(n, None if into is None else into.storage)

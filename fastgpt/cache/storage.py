@@ -106,6 +106,19 @@ class Storage:
             result._make_views()
         return result
 
+    def grown(self, rows: int) -> "Storage":
+        """A copy with more rows, zeros at the end."""
+        result = object.__new__(Storage)
+        with fitting_into_memory():
+            for name in ("k", "v", "k_scale", "v_scale"):
+                x, grown = getattr(self, name), None
+                if x is not None:
+                    grown = huge_pages.empty((*x.shape[:3], rows, *x.shape[4:]), dtype=x.dtype, device=x.device).zero_()
+                    as_bytes(grown)[:, :, :, : x.shape[3]] = as_bytes(x)
+                setattr(result, name, grown)
+        result._make_views()
+        return result
+
     def copy(self, source: list[int], target: list[int]) -> None:
         """Copies the sequences or pages `source` to `target`, in every layer."""
         source, target = on_device([source, target], self.k.device)

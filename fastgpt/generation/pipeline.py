@@ -12,7 +12,8 @@ from fastgpt.checkpoints.files import naming
 from fastgpt.checks import require_integer
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.config import defaults_of
-from fastgpt.generation.request import Request
+from fastgpt.generation.conversation import OWN_EOS, Conversation, require_template_variables
+from fastgpt.generation.request import Kept, Request
 from fastgpt.model.decoder import GPT
 from fastgpt.model.inputs import require_room
 from fastgpt.ops.quantized_weight import Quantization
@@ -20,7 +21,6 @@ from fastgpt.text.streaming import IncrementalDetokenizer, StopStrings
 from fastgpt.text.tokenizer import Tokenizer, require_text
 
 Messages = Sequence[dict]  # a chat: see Tokenizer.encode_chat
-OWN_EOS = "the checkpoint's"
 
 
 def pipeline(
@@ -111,11 +111,33 @@ class Pipeline:
             raise TypeError(f"prompts: expected a list of them, got {prompts!r}")
         if not prompts:
             raise ValueError("prompts: expected at least one, got none")
-        ids = [self.encode(prompt, template_variables) for prompt in prompts]
+        return self.run([self.encode(prompt, template_variables) for prompt in prompts], max_new_tokens, stop, eos, options)
+
+    def run(
+        self, prompts: list[list[int]], max_new_tokens: int | None, stop: str | int | Sequence[str | int],
+        eos: int | Sequence[int] | None | str, options: dict, kept: Kept | None = None,
+    ) -> "Run":  # fmt: skip
+        """`start` for prompts that are token ids. kept: the cache of a conversation, which has the first of them."""
         if eos is OWN_EOS:
             own = [token for token in self.tokenizer.eos if token < self.model.config.vocab_size]
             eos = list(dict.fromkeys([*defaults_of(self.model).get("eos", ()), *own]))
-        return Run(self.model, self.tokenizer, ids, max_new_tokens, stop, eos, options)
+        return Run(self.model, self.tokenizer, prompts, max_new_tokens, stop, eos, options, kept)
+
+    def conversation(self, system: str | None = None, **options) -> Conversation:
+        """A conversation with the model, whose cache is kept from one turn to the next.
+
+            chat = pipe.conversation("You are brief.")
+            print(chat.say("Name a river."))
+            for piece in chat.stream("And a longer one?"):
+                print(piece, end="")
+
+        Args:
+            system: the text of a system message.
+            options: those of `start`, for all turns; `Conversation` says which it lacks.
+
+        Raises: ValueError if the model has no chat template.
+        """
+        return Conversation(self, system, **options)
 
     def encode(self, prompt: str | Messages, template_variables: dict | None = None) -> list[int]:
         """The token ids of a text or a chat.
@@ -127,13 +149,7 @@ class Pipeline:
                 raise ValueError("template_variables: expected none with a prompt that is not a chat")
             name, ids = "prompt", self.tokenizer.encode(prompt, name="prompt")
         else:
-            if not (template_variables is None or isinstance(template_variables, dict)):
-                raise TypeError(f"template_variables: expected a dict, got {template_variables!r}")
-            for name in template_variables or ():
-                if not isinstance(name, str):
-                    raise TypeError(f"template_variables: expected names that are strings, got {name!r}")
-                if name in ("messages", "self"):
-                    raise ValueError(f"template_variables: expected none named {name}, which the template has already")
+            require_template_variables(template_variables)
             name, ids = "messages", self.tokenizer.encode_chat(prompt, **template_variables or {})
         if not ids:
             raise ValueError(f"{name}: expected at least one token, got an empty prompt")
@@ -233,11 +249,11 @@ class Run:
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int | None,
-        stop: str | int | Sequence[str | int], eos: int | Sequence[int] | str | None, options: dict,
+        stop: str | int | Sequence[str | int], eos: int | Sequence[int] | str | None, options: dict, kept: Kept | None = None,
     ):  # fmt: skip
         stop, stop_ids = split_stop(stop, model.config.vocab_size)
         special_texts = tokenizer.special_texts() if stop else {}
-        request = Request.of(model, prompts, max_new_tokens, options | {"eos": eos})
+        request = Request.of(model, prompts, max_new_tokens, options | {"eos": eos}, kept=kept)
         self.prompts, self.options, self.steps = prompts, request.options, request.stream()
         self.request, self.eos = request, set(request.eos)
         samples = self.options.num_samples
@@ -288,4 +304,12 @@ class Run:
     def tokens_per_second(self) -> float | None:
         """Decode speed, all rows together; None where there was nothing to decode."""
         steps = sum(len(row.tokens) - 1 for row in self.rows)
-        return steps / self.decode_seconds if len(self.times) > 2 else None
+        return steps / self.decode_seconds if len(self.times) > 2 and self.decode_seconds > 0 else None
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """New tokens of a row from one pass over the weights, on average, without the first token: 1 without speculation; None
+        where there was nothing to decode."""
+        if self.request.speculates:
+            return self.request.sampler.tokens_per_pass
+        return 1.0 if len(self.times) > 2 else None

@@ -16,7 +16,7 @@ from fastgpt.cache.uncached import Uncached
 from fastgpt.checks import require_integer
 from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig, defaults_of, integers
 from fastgpt.generation.decoding import Passes, decoding
-from fastgpt.generation.replay import Recording
+from fastgpt.generation.replay import Recording, has_graphs
 from fastgpt.generation.sampling import Sampler, uniform_numbers
 from fastgpt.generation.speculation import Drafts, ModelDrafts, PromptDrafts, RowSamplers, speculative_steps
 from fastgpt.model.decoder import GPT
@@ -69,6 +69,19 @@ class Sessions:
 sessions = Sessions()
 BEFORE_WEIGHTS_MOVE.append(sessions.forget)
 
+
+class Kept:
+    """The cache of a conversation, and the recorded steps over it, from one request to the next.
+
+    cache: of one sequence, with the first tokens of the next prompt.
+    recordings: by whether the request speculates.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+        self.recordings: dict[bool, Any] = {}
+
+
 Step = Callable[[torch.Tensor], torch.Tensor]  # each row's last token (B · num_samples,) -> the next one
 
 
@@ -82,12 +95,13 @@ class Request:
     eos: tokens that end a row.
     max_new_tokens: an integer, also if None was passed.
     encoder_kv: keys and values for the model's cross-attention, one sequence for each prompt, or None.
+    kept: the cache to go on with, or None.
     sampler: holds the results.
     """
 
     def __init__(
         self, model: GPT, prompts: list[torch.Tensor], max_new_tokens: int | None, options: GenerationConfig,
-        encoder_kv: EncoderKV | None = None,
+        encoder_kv: EncoderKV | None = None, kept: Kept | None = None,
     ):  # fmt: skip
         self.model, self.prompts, self.options, self.encoder_kv = model, prompts, options, encoder_kv
         self.eos = integers("eos", options.eos or ())
@@ -101,6 +115,11 @@ class Request:
         self.speculates = options.speculate is not None and not model.rope_factors_change(
             longest, longest + self.max_new_tokens
         )
+        self.kept = kept
+        if kept is not None:
+            self.sampler, self.cache = self.new_sampler(self.uniforms()), kept.cache
+            self.recording = kept.recordings.get(self.speculates)
+            return
         uniforms, cache = self.uniforms(), self.cache_arguments()
         plain = not (options.logits_processors or isinstance(options.speculate, GPT))
         if options.use_cache and plain and encoder_kv is None:
@@ -126,11 +145,12 @@ class Request:
     def of(
         cls, model: GPT, ids: torch.Tensor | np.ndarray | Sequence, max_new_tokens: int | None, options: dict,
         encoder_states: torch.Tensor | None = None, encoder_lengths: torch.Tensor | Sequence[int] | None = None,
+        kept: Kept | None = None,
     ) -> "Request":  # fmt: skip
         """A request from the arguments of `generate`."""
         with torch.no_grad():
             encoder_kv = read_encoder_states(model, encoder_states, encoder_lengths)
-        return cls(model, as_prompts(model, ids), max_new_tokens, GenerationConfig.of(model, options), encoder_kv)
+        return cls(model, as_prompts(model, ids), max_new_tokens, GenerationConfig.of(model, options), encoder_kv, kept)
 
     def stream(self) -> Generator[Any, None, None]:
         """Yields what `fastgpt.stream` does."""
@@ -151,6 +171,9 @@ class Request:
         self.leave()
 
     def leave(self) -> None:
+        # A captured step contains this request's sampler; passes and steps on a CPU do not.
+        if self.kept is not None and self.recording is not None and (self.speculates or not has_graphs(self.rows[0].device)):
+            self.kept.recordings[self.speculates] = self.recording
         if self.key is not None and self.recording is not None and self.recording.holds():
             self.recording.let_go()
             sampler = None
@@ -187,7 +210,8 @@ class Request:
 
     def first_logits(self) -> torch.Tensor:
         """Reads the prompts into the cache; the logits (B · num_samples, V) after them."""
-        logits, n = self.prefill(self.prompts), self.options.num_samples
+        new = [prompt[stored:] for prompt, stored in zip(self.prompts, self.cache.counts)]
+        logits, n = self.prefill(new), self.options.num_samples
         if n > 1:
             whole, self.cache = self.cache, self.cache.fork(n, self.shared)
             if isinstance(whole, PagedCache):
@@ -225,7 +249,7 @@ class Request:
         ids = prompts[0].new_zeros(len(lengths), longest)
         for row, prompt in zip(ids, prompts):
             row[longest - len(prompt) :] = prompt
-        self.cache.expected_length = longest
+        self.cache.expected_length = max(map(sum, zip(lengths, self.cache.counts)))
         pieces = -(-longest // (self.options.prefill_chunk or PREFILL_CHUNK[ids.device.type]))
         size = -(-longest // pieces)  # as good as equal: no piece of a token or two at the end
         for begin in range(0, longest, size):

@@ -106,13 +106,14 @@ class Pace:
     Args:
         most: the most tokens of a pass.
         fixed: the number of drafts, if it is not to be adapted.
+        timed: whether passes are timed; not where several processes must come to the same number.
     """
 
     KNOWN = 0.9  # weight of an earlier observation relative to the next one
 
-    def __init__(self, most: int, fixed: int | None = None):
+    def __init__(self, most: int, fixed: int | None = None, timed: bool = True):
         self.most = most if fixed is None else min(most, 1 + fixed)
-        self.fixed = fixed is not None
+        self.fixed, self.timed = fixed is not None, timed
         self.sizes = [T for T in (1, 2, 3, 4, 6, 8) if T < self.most] + [self.most]  # each is a recording of its own
         self.seconds: dict[int, float] = {}  # of a pass, by its number of tokens
         self.seen: set[int] = set()
@@ -130,7 +131,7 @@ class Pace:
 
     def took(self, T: int, seconds: float) -> None:
         """A pass took so long. The first one of a size is recorded, and does not count."""
-        if T not in self.seen:
+        if not self.timed or T not in self.seen:
             self.seen.add(T)
             return
         before = self.seconds.get(T, seconds)
@@ -312,7 +313,8 @@ def speculative_steps(request: Any) -> Iterator[int]:
     else:
         request.recording.resume(model, request.cache)
     passes = request.recording
-    pace, drafts = Pace(passes.most, options.speculate_tokens), request.drafts(samplers)
+    alone = not any(getattr(module, "waits", False) for module in model.modules())  # or else a process of fastgpt.parallel
+    pace, drafts = Pace(passes.most, options.speculate_tokens, timed=alone), request.drafts(samplers)
     while True:
         for step in range(yielded, samplers.ready()):
             samplers.require_finite(range(step, step + 1))

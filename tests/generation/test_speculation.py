@@ -7,12 +7,8 @@ import torch
 from models import random_ids, random_model
 
 import fastgpt
-from fastgpt import generate, stream
-from fastgpt.generation.decoding import Passes, decoding, most_steps
-from fastgpt.generation.request import Request
-from fastgpt.generation.speculation import Pace, PromptDrafts
+from fastgpt import generate
 from fastgpt.model.rope import Rope
-from fastgpt.ops.linear import FEW_ROWS_BF16, FEW_ROWS_QUANTIZED, MAX_ROWS_CPU
 
 LLAMA = {"num_kv_heads": 2, "norm": "rms", "activation": "silu", "gated": True, "position": "rotary", "rope": Rope(dim=16)}
 MODELS = {

@@ -1,0 +1,227 @@
+"""Conversations: turns of a chat over one cache, of which each turn reads only what is new."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastgpt.cache.contiguous import ContiguousCache
+from fastgpt.checks import require_integer, require_path, writing
+from fastgpt.generation.config import GenerationConfig, defaults_of
+from fastgpt.generation.request import Kept
+from fastgpt.model.inputs import PromptTooLong
+from fastgpt.text.tokenizer import require_text
+
+OWN_EOS = "the checkpoint's"
+MAX_NEW_TOKENS = 1024  # of an answer, where neither the caller nor the checkpoint says how many
+LEAST_CAPACITY = 1024  # tokens of a cache, which grows to twice as many
+
+
+class Conversation:
+    """A conversation with a chat model: `say` and `stream` take what the user says, and return or yield the answer.
+
+    Keys and values of earlier turns stay in the cache, and the tokens of an answer are those that were generated, so a turn reads
+    what the user says and no more, unless the chat template changes earlier messages. Where the context is full, the oldest turns
+    are dropped; then the rest is read again.
+
+    Args:
+        pipe: a `Pipeline` whose tokenizer has a chat template.
+        system: the text of a system message, which is never dropped.
+        max_new_tokens: the most tokens of an answer; default: the checkpoint's, or else 1,024. Turns are dropped so that it has
+            room for them, or for a quarter of the context if they are more.
+        stop, eos, template_variables, options: those of `Pipeline.start`, for all turns; not num_samples, use_cache and
+            return_logprobs. A seed is that of every turn.
+
+    messages: those of the conversation, each a dict with role and content; without the ones that were dropped.
+    dropped: the number of messages that the last turn dropped.
+    read: the number of tokens that the last turn read before its answer.
+    tokens: those of the last answer.
+    tokens_per_second, tokens_per_pass: of the last answer; None if it was too short to tell.
+    finish_reason: why it ended: "eos", "stop", "length", or "stopped" by `stop`.
+
+    Raises: TypeError, ValueError, naming the argument.
+    """
+
+    def __init__(
+        self, pipe: Any, system: str | None = None, *, max_new_tokens: int | None = None, stop: Any = (), eos: Any = OWN_EOS,
+        template_variables: dict | None = None, **options,
+    ):  # fmt: skip
+        if pipe.tokenizer.chat_template is None:
+            raise ValueError(
+                "pipe: expected a model with a chat template, this one has none: choose one that is made for chats"
+            )
+        if system is not None:
+            require_text(system, "system")
+        for name, only in (("num_samples", 1), ("use_cache", True), ("return_logprobs", False)):
+            if options.get(name, only) != only:
+                raise ValueError(f"{name}: expected {only} in a conversation, got {options[name]!r}")
+        require_template_variables(template_variables)
+        GenerationConfig.of(pipe.model, options)  # so that it raises now, and not at the first turn
+        self.pipe, self.options, self.template_variables = pipe, options, template_variables
+        given = require_integer("max_new_tokens", max_new_tokens, 1, optional=True)
+        self.max_new_tokens = given or defaults_of(pipe.model).get("max_new_tokens", MAX_NEW_TOKENS)
+        self.stop_strings, self.eos = stop, eos
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.dropped, self.read, self.finish_reason = 0, 0, None
+        self.tokens: list[int] = []
+        self.tokens_per_second = self.tokens_per_pass = None
+        self._first = len(self.messages)  # those before are not dropped
+        self._forget()
+
+    def _forget(self) -> None:
+        """Lets go of the cache."""
+        self._kept: Kept | None = None
+        self._text, self._ids = "", []  # up to the end of the last answer, as it was generated
+        self._stopping = False
+
+    def say(self, text: str) -> str:
+        """The answer to what the user says."""
+        return "".join(self.stream(text))
+
+    def stream(self, text: str) -> Iterator[str]:
+        """Yields the answer to what the user says, as it is generated, in whole characters. What was yielded is the answer, also
+        if the caller does not wait for the end."""
+        require_text(text, "text")
+        if self.messages[self._first :] and self.messages[-1]["role"] == "user":  # whose answer nobody began to read
+            self.messages.pop()
+        self.messages.append({"role": "user", "content": text})
+        try:
+            ids, prompt = self._fitted()
+            new = min(self.max_new_tokens, self._room_after(ids))
+            run = self.pipe.run([ids], new, self.stop_strings, self.eos, self.options, self._cache(ids, new))
+        except BaseException:
+            self.messages.pop()
+            raise
+        return self._stream(run, ids, prompt)
+
+    def _stream(self, run: Any, ids: list[int], prompt: str) -> Iterator[str]:
+        row, self._stopping = run.rows[0], False
+        try:
+            for (piece,) in run:
+                if piece:
+                    yield piece
+                if self._stopping:
+                    break
+        except GeneratorExit:
+            self._end(run, ids, prompt)
+            raise
+        except BaseException:  # in the middle of a step: what the cache holds is not known
+            self._forget()
+            self.messages.append({"role": "assistant", "content": row.text})
+            raise
+        self._end(run, ids, prompt)
+
+    def _end(self, run: Any, ids: list[int], prompt: str) -> None:
+        """Takes the answer of a run, as far as it came."""
+        run.steps.close()
+        (row,) = run.rows
+        self.messages.append({"role": "assistant", "content": row.text})
+        self.tokens, self.finish_reason = row.tokens, row.finish_reason or "stopped"
+        self.tokens_per_second, self.tokens_per_pass = run.tokens_per_second, run.tokens_per_pass
+        text = row.tokens[: len(row.tokens) - (row.finish_reason == "eos")]
+        self._text, self._ids = prompt + row.text, ids + text
+        if row.finish_reason == "stop":  # it has tokens that are not in the message
+            self._text = ""
+
+    def stop(self) -> None:
+        """Ends the answer that is being generated after its current step; may be called from a signal handler."""
+        self._stopping = True
+
+    def undo(self) -> bool:
+        """Takes back the last turn: what the user said and the answer. Returns False if there is none."""
+        if len(self.messages) <= self._first:
+            return False
+        while len(self.messages) > self._first and self.messages.pop()["role"] != "user":
+            pass
+        return True
+
+    def reset(self) -> None:
+        """Forgets all turns."""
+        del self.messages[self._first :]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the messages to a file, as JSON. Raises OSError, naming the argument."""
+        path = require_path("path", path)
+        with writing("path", path, "a file"):
+            path.write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @property
+    def _room(self) -> int:
+        """The tokens of the context that are left to an answer, if that takes no more than dropping turns."""
+        return min(self.max_new_tokens, max(self.pipe.model.config.context_length // 4, 1))
+
+    def _room_after(self, ids: list[int]) -> int:
+        return self.pipe.model.config.context_length - len(ids)
+
+    def _fitted(self) -> tuple[list[int], str]:
+        """The token ids of the messages, and their text, after the oldest ones have been dropped if there are too many."""
+        messages = list(self.messages)
+        while True:
+            ids, text = self._encoded(messages)
+            if self._room_after(ids) >= self._room:
+                break
+            turns = [i for i in range(self._first, len(messages)) if messages[i]["role"] == "user"]
+            if len(turns) < 2:  # there is only this one
+                if self._room_after(ids) > 0:
+                    break
+                raise PromptTooLong(
+                    f"text: expected fewer than {self.pipe.model.config.context_length} tokens with the system message, which are "
+                    f"the model's context, got {len(ids)}"
+                )
+            del messages[self._first : turns[1]]
+        self.dropped = len(self.messages) - len(messages)
+        self.messages[:] = messages
+        return ids, text
+
+    def _encoded(self, messages: list[dict]) -> tuple[list[int], str]:
+        """Token ids and text of messages. Those up to the last answer are the ones that were generated, if the text still begins
+        with them; encoded again, they might be others."""
+        tokenizer = self.pipe.tokenizer
+        text = tokenizer.chat_text(messages, **self.template_variables or {})
+        if self._text and text.startswith(self._text):
+            rest = text[len(self._text) :]
+            return self._ids + (tokenizer.encode(rest, special=False, name="text") if rest else []), text
+        return tokenizer.encode(text, special=False, name="messages"), text
+
+    def _cache(self, ids: list[int], new: int) -> Kept:
+        """The cache with as many of these tokens as it has already, and room for the rest and the answer."""
+        model, capacity = self.pipe.model, len(ids) + new
+        if self._kept is None:
+            config = GenerationConfig.of(model, self.options)
+            most = model.config.context_length
+            if config.cache == "contiguous":
+                most = min(most, max(LEAST_CAPACITY, capacity))
+            window = None if config.window is None else min(config.window, model.config.context_length)
+            self._kept = Kept(
+                model.new_cache(
+                    1, most, kind=config.cache, cache_dtype=config.cache_dtype, window=window, page_size=config.page_size
+                )
+            )
+        cache = self._kept.cache
+        held = self._ids[: cache.counts[0]]
+        same = next((i for i, pair in enumerate(zip(held, ids[:-1])) if pair[0] != pair[1]), min(len(held), len(ids) - 1))
+        if model.rope_factors_change(max(same, 1), len(ids)):
+            same = 0  # all keys are rotated by other factors
+        if same < cache.counts[0]:
+            try:
+                cache.truncate([same])
+            except ValueError:  # a ring buffer has overwritten older tokens
+                same = 0
+                cache.truncate([0])
+        self.read = len(ids) - same
+        if cache.capacity is not None and cache.capacity < capacity:
+            assert isinstance(cache, ContiguousCache)
+            cache.grow(min(max(2 * cache.capacity, capacity), model.config.context_length))
+            self._kept.recordings.clear()
+        return self._kept
+
+
+def require_template_variables(variables: Any) -> None:
+    """Raises TypeError, ValueError unless these are variables of a chat template besides the messages, or None."""
+    if not (variables is None or isinstance(variables, dict)):
+        raise TypeError(f"template_variables: expected a dict, got {variables!r}")
+    for name in variables or ():
+        if not isinstance(name, str):
+            raise TypeError(f"template_variables: expected names that are strings, got {name!r}")
+        if name in ("messages", "self"):
+            raise ValueError(f"template_variables: expected none named {name}, which the template has already")
