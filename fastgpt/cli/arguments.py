@@ -10,6 +10,8 @@ import torch
 
 from fastgpt.folders import SHIPPED_MODEL
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", "\\": "\\"}
 
 
@@ -91,6 +93,28 @@ def add_model(add: Callable) -> None:
         "a model on the Hugging Face Hub (the shipped model)")  # fmt: skip
     add("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub (its main branch)")
     add_device(add)
+
+
+def add_speculation(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of speculation."""
+    add = parser.add_argument_group("speculation, which changes no token").add_argument
+    add("--speculate", action="store_true", help="guess next tokens from the text so far, and check several in one pass")
+    add("--draft", type=path_or_id, metavar="PATH_OR_ID", help="let this smaller model of the same vocabulary guess instead")
+    add("--speculate-tokens", type=integer, metavar="N", help="the most guesses in a pass, from 1 to 7 (as many as pay)")
+
+
+def speculation(options: argparse.Namespace) -> dict:
+    """The options of `generate` for what `add_speculation` has added, with "prompt" in place of a draft model yet to load.
+
+    Raises: ValueError for options without effect.
+    """
+    if options.speculate and options.draft is not None:
+        raise ValueError("speculate: expected --speculate or --draft, got both")
+    if not options.speculate and options.draft is None:
+        if options.speculate_tokens is not None:
+            raise ValueError("speculate-tokens: expected --speculate or --draft with it, got --speculate-tokens alone")
+        return {}
+    return {"speculate": "prompt", "speculate_tokens": options.speculate_tokens}
 
 
 def add_device(add: Callable) -> None:

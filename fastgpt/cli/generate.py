@@ -13,7 +13,18 @@ from fastgpt.bench.timing import implementation
 from fastgpt.cache.create import CACHE_KINDS
 from fastgpt.checkpoints.loading import MATRICES
 from fastgpt.checks import require_integer
-from fastgpt.cli.arguments import add_model, device_of, integer, number, path_or_id, unescape
+from fastgpt.cli.arguments import (
+    CACHE_DTYPES,
+    DTYPES,
+    add_model,
+    add_speculation,
+    device_of,
+    integer,
+    number,
+    path_or_id,
+    unescape,
+)
+from fastgpt.cli.arguments import speculation as speculation_of
 from fastgpt.cli.example_calls import example_calls
 from fastgpt.cli.output import print_stderr
 from fastgpt.cli.prompts import default_prompt, read_prompts
@@ -22,8 +33,6 @@ from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig
 from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
 from fastgpt.training.processes import joined, local_device
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 DESCRIPTION = """\
 Continues a prompt and prints both, the text as it is generated. Options that are not given are those of the
 checkpoint's generation_config.json, or else the defaults in parentheses."""
@@ -81,6 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", type=integer, metavar="N", help="attend to the last N tokens only; a sliding cache keeps only these (all)")
     add("--no-cache", action="store_true", help="recompute the keys and values of all tokens at every step")
 
+    add_speculation(parser)
+
     add = parser.add_argument_group("output").add_argument
     add("--compare-cache", action="store_true", help="generate with and without the cache, compare tokens and speed")
     add("--json", action="store_true", help="print one JSON object instead of streaming text")
@@ -134,6 +145,8 @@ def run(options: argparse.Namespace) -> None:
             from fastgpt.parallel import tensor_parallel  # slow to load
 
             tensor_parallel(pipe.model)
+        if options.draft is not None:
+            settings["speculate"] = pipeline(options.draft, dtype=DTYPES.get(options.dtype), device=device).model
         prompts = prompts or [default_prompt(pipe.tokenizer)]
         if options.seed is None:  # one for both ways of --compare-cache, and for all processes
             settings["seed"] = processes.broadcast(int.from_bytes(os.urandom(4), "big"))
@@ -151,9 +164,11 @@ def require_consistent(options: argparse.Namespace) -> None:
     if options.template_var and not options.chat:
         raise ValueError("template-var: expected --chat with it, got --template-var alone")
     if options.no_cache and not options.compare_cache:
-        for name in ("cache", "cache_dtype"):
+        for name in ("cache", "cache_dtype", "draft"):
             if getattr(options, name) is not None:
                 raise ValueError(f"{name}: expected none with --no-cache, got {getattr(options, name)}")
+        if options.speculate:
+            raise ValueError("speculate: expected a cache with it, got --no-cache")
 
 
 def generation_settings(options: argparse.Namespace) -> dict:
@@ -162,6 +177,7 @@ def generation_settings(options: argparse.Namespace) -> dict:
     if options.cache_dtype is not None:
         settings["cache_dtype"] = CACHE_DTYPES[options.cache_dtype]
     settings["return_logprobs"] = options.logprobs
+    settings |= speculation_of(options)
     GenerationConfig(**settings)
     require_integer("max_new_tokens", options.max_new_tokens, least=0, optional=True)
     settings["stop"] = [unescape(text, "stop") for text in options.stop]
@@ -197,6 +213,8 @@ def generate_once(
     pipe: Pipeline, prompts: list[str], settings: dict, options: argparse.Namespace, *, use_cache: bool, quiet: bool
 ) -> Run:
     """Generates; unless quiet, prints prompts and texts, a single text as it is generated."""
+    if not use_cache:
+        settings = {name: value for name, value in settings.items() if not name.startswith("speculate")}
     given = [as_messages(prompt) if options.chat else prompt for prompt in prompts]
     generation = pipe.start(given, options.max_new_tokens, use_cache=use_cache, **settings)
     printed = printed_prompts(generation, prompts, options)
@@ -255,6 +273,7 @@ def measurements(pipe: Pipeline, generation: Run, device: torch.device) -> dict:
         "prefill_seconds": generation.prefill_seconds,
         "decode_seconds": generation.decode_seconds,
         "decode_tokens_per_second": generation.tokens_per_second,
+        "tokens_per_pass": generation.tokens_per_pass,
         "seed": generation.options.seed if generation.options.temperature > 0 else None,  # where something is sampled
         "device": str(device),
         "dtype": str(pipe.model.token_embedding.weight.dtype).removeprefix("torch."),
@@ -286,6 +305,7 @@ def print_speed(result: dict) -> None:
     print(end="", flush=True)  # the text comes first where both go to one place; there may be no sys.stdout
     parts = [f"{tokens} token{'' if tokens == 1 else 's'}"]
     parts += [] if speed is None else [f"{shown(speed)} tok/s"]
+    parts += [f"{result['tokens_per_pass']:.2f} tokens a pass"] if (result["tokens_per_pass"] or 1) != 1 else []
     print_stderr(", ".join(parts + ([] if seed is None else [f"seed {seed}"])))
 
 

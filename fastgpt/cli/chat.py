@@ -1,0 +1,183 @@
+"""`fastgpt chat`: a conversation with a chat model in the terminal, or line by line from a pipe."""
+
+import argparse
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+from fastgpt.checkpoints.loading import MATRICES
+from fastgpt.checks import is_terminal, require_integer
+from fastgpt.cli.arguments import (
+    CACHE_DTYPES,
+    DTYPES,
+    add_model,
+    add_speculation,
+    device_of,
+    integer,
+    number,
+    path_or_id,
+    unescape,
+)
+from fastgpt.cli.arguments import speculation as speculation_of
+from fastgpt.cli.output import print_stderr
+from fastgpt.folders import SHIPPED_MODEL
+from fastgpt.generation.config import GenerationConfig
+from fastgpt.generation.conversation import MAX_NEW_TOKENS, Conversation
+from fastgpt.generation.pipeline import pipeline
+from fastgpt.model.inputs import PromptTooLong
+
+DESCRIPTION = """\
+A conversation with a chat model, which is streamed; keys and values of earlier turns stay in the cache. Ctrl-C stops an answer,
+/help shows the commands, Ctrl-D ends. From a pipe, each line is a turn. Options that are not given are those of the checkpoint's
+generation_config.json, or else the defaults in parentheses."""
+EXAMPLES = """\
+examples:
+  fastgpt chat --model PATH_OR_ID --speculate
+  fastgpt chat --model PATH_OR_ID --system "You are brief." --temperature 0.7
+  printf 'Name a river.\\nAnother one?\\n' | fastgpt chat --model PATH_OR_ID"""
+COMMANDS = """\
+/reset       begin again
+/undo        take back the last turn
+/save FILE   write the messages as JSON
+/exit        end, as Ctrl-D does"""
+SAME_NAMES = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")  # options of `fastgpt.generate`
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    add = parser.add_argument_group("conversation").add_argument
+    add("--system", metavar="TEXT", help="a system message")
+    add("--max-new-tokens", type=integer, metavar="N", help=f"the most tokens of an answer ({MAX_NEW_TOKENS:,})")
+    add("--stop", action="append", default=[], metavar="TEXT", help=r"stop before TEXT, in which \n is a line break, \t a tab "
+        r"and \\ a backslash; can be repeated")  # fmt: skip
+
+    add = parser.add_argument_group("sampling, in this order").add_argument
+    add("--repetition-penalty", type=number, metavar="X", help="above 1, penalizes tokens that are already in the text (1)")
+    add("--temperature", type=number, metavar="T", help="0 is greedy decoding; otherwise tokens are sampled, from logits "
+        "divided by T (0)")  # fmt: skip
+    add("--top-k", type=integer, metavar="K", help="sample from the K most likely tokens (all)")
+    add("--top-p", type=number, metavar="P", help="sample from the fewest most likely tokens of total probability P (all)")
+    add("--min-p", type=number, metavar="P", help="sample from tokens at least P times as likely as the most likely one (all)")
+    add("--seed", type=integer, metavar="S", help="seed of every answer (a random one for each)")
+
+    add = parser.add_argument_group("model and device").add_argument
+    add_model(add)
+    add("--dtype", choices=DTYPES, metavar="D", help=f"dtype of the weights: {', '.join(DTYPES)} (as stored)")
+    add("--weights", choices=MATRICES, metavar="D", help=f"load the matrices as {', '.join(MATRICES)} (as stored)")
+    add("--lora", type=path_or_id, metavar="DIR", help="a LoRA adapter of the model, as PEFT and fastgpt train --lora save it")
+    add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"quantize the cache to {' or '.join(CACHE_DTYPES)} (the "
+        "dtype of the weights)")  # fmt: skip
+    add_speculation(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    settings = {name: getattr(options, name) for name in SAME_NAMES if getattr(options, name) is not None}
+    if options.cache_dtype is not None:
+        settings["cache_dtype"] = CACHE_DTYPES[options.cache_dtype]
+    speculates = speculation_of(options)
+    GenerationConfig(**settings, **speculates)  # so that errors come before anything is loaded
+    require_integer("max_new_tokens", options.max_new_tokens, least=1, optional=True)
+    stop, device = [unescape(text, "stop") for text in options.stop], device_of(options.device)
+    pipe = pipeline(
+        options.model, revision=options.revision, dtype=DTYPES.get(options.dtype), device=device, weights=options.weights,
+        lora=options.lora,
+    )  # fmt: skip
+    if pipe.tokenizer.chat_template is None:
+        which = "the shipped model" if options.model == SHIPPED_MODEL else options.model
+        raise ValueError(f"model: expected one with a chat template, made for chats; {which} has none")
+    if options.draft is not None:
+        speculates["speculate"] = pipeline(options.draft, dtype=DTYPES.get(options.dtype), device=device).model
+    chat = pipe.conversation(options.system, max_new_tokens=options.max_new_tokens, stop=stop, **settings, **speculates)
+    interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
+    if interactive:
+        print_stderr("/help shows the commands; Ctrl-C stops an answer, Ctrl-D ends.")
+    for line in from_terminal() if interactive else from_pipe():
+        text = line.strip()
+        if text == "/exit":
+            return
+        if text.startswith("/"):
+            print_stderr(command(chat, text))
+        elif text:
+            answer(chat, text)
+
+
+def from_terminal() -> Iterator[str]:
+    """Lines that are typed, with a history."""
+    with contextlib.suppress(ImportError):  # it is not part of every Python
+        import readline  # noqa: F401  # from now on, input() has a history
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print_stderr("\n(Ctrl-D or /exit ends)")
+
+
+def from_pipe() -> Iterator[str]:
+    yield from sys.stdin or ()
+
+
+def command(chat: Conversation, text: str) -> str:
+    """Does what a command says. Returns what to tell the user."""
+    name, _, argument = text.partition(" ")
+    if name == "/reset":
+        chat.reset()
+        return "(begun again)"
+    if name == "/undo":
+        return "(took back the last turn)" if chat.undo() else "(there is no turn to take back)"
+    if name == "/save":
+        if not argument.strip():
+            return "(/save FILE: expected the name of a file)"
+        try:
+            chat.save(argument.strip())
+        except OSError as error:
+            return f"({error})"
+        return f"(wrote {len(chat.messages)} messages to {argument.strip()})"
+    return COMMANDS if name == "/help" else f"({name}: expected one of these commands)\n{COMMANDS}"
+
+
+def answer(chat: Conversation, text: str) -> None:
+    """Prints the answer as it is generated, and then its speed."""
+    try:
+        pieces = chat.stream(text)
+    except PromptTooLong as error:
+        return print_stderr(f"({error})")
+    if chat.dropped:
+        print_stderr(f"(the context is full: dropped the oldest {chat.dropped} messages)")
+    with stopping(chat):
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print(flush=True)
+    print_stderr(f"({speed(chat)})")
+
+
+def speed(chat: Conversation) -> str:
+    count = len(chat.tokens)
+    parts = [f"read {chat.read:,}", f"{count:,} token{'' if count == 1 else 's'}"]
+    if chat.tokens_per_second is not None:
+        parts.append(f"{chat.tokens_per_second:,.1f} tok/s")
+    if chat.tokens_per_pass is not None:
+        parts.append(f"{chat.tokens_per_pass:.2f} tokens a pass")
+    return ", ".join(parts + ([chat.finish_reason] if chat.finish_reason in ("stopped", "length") else []))
+
+
+@contextlib.contextmanager
+def stopping(chat: Conversation) -> Iterator[None]:
+    """Within it, Ctrl-C ends the answer after its current step; pressed again, it is an interrupt as usual."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+        yield
+        return
+
+    def stop(number, frame):
+        signal.signal(signal.SIGINT, before)
+        chat.stop()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
