@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.report import store
 from fastgpt import GPT, SHIPPED_MODEL
-from fastgpt.cli.generate import CACHE_DTYPES
+from fastgpt.cli.arguments import CACHE_DTYPES
 from fastgpt.text.tokenizer import Tokenizer
 from fastgpt.training.evaluation import evaluate, split
 

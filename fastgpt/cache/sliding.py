@@ -68,7 +68,7 @@ class SlidingCache(KVCache):
                 ring.advance(positions, self.lengths)
             return positions
         past_lengths = self.lengths.clone()
-        past_counts = [count - (num_tokens if new is None else new[b]) for b, count in enumerate(self.counts)]
+        past_counts = [count - (num_tokens if new is None else int(new[b])) for b, count in enumerate(self.counts)]
         positions = super().advance(num_tokens, new)
         for ring in self.rings.values():
             ring.extend(past_counts, past_lengths, self.counts, self.lengths, positions)
@@ -164,14 +164,16 @@ class Ring:
             rows = index.view(1, len(index), 1, T, *[1] * (x.dim() - 4)).expand(saved.shape)
             torch.gather(as_bytes(x), 3, rows, out=saved)
 
-    def attend_by_steps(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, last_only, **options):
+    def attend_by_steps(
+        self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, last_only: bool, **options
+    ) -> torch.Tensor:
         """`attend` of a pass `as_steps`, token by token: each overwrites a slot that those before it still attend to."""
         out = []
         for t, (positions, slots, held) in enumerate(self.steps):
-            new = (x[:, :, t : t + 1] for x in (q, k, v))
+            q_t, k_t, v_t = (x[:, :, t : t + 1] for x in (q, k, v))
             out.append(
                 store_and_attend(
-                    *new, self.storage.layers[index], positions, slots=slots, kv_lengths=held, causal=False, **options
+                    q_t, k_t, v_t, self.storage.layers[index], positions, slots=slots, kv_lengths=held, causal=False, **options
                 )
             )
         return out[-1] if last_only or len(out) == 1 else torch.cat(out, dim=2)

@@ -162,7 +162,9 @@ def speed(chat: Conversation) -> str:
         parts.append(f"{chat.tokens_per_second:,.1f} tok/s")
     if chat.tokens_per_pass is not None:
         parts.append(f"{chat.tokens_per_pass:.2f} tokens a pass")
-    return ", ".join(parts + ([chat.finish_reason] if chat.finish_reason in ("stopped", "length") else []))
+    if chat.finish_reason in ("stopped", "length"):
+        parts.append(str(chat.finish_reason))
+    return ", ".join(parts)
 
 
 @contextlib.contextmanager

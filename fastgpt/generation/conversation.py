@@ -62,16 +62,19 @@ class Conversation:
         self.max_new_tokens = given or defaults_of(pipe.model).get("max_new_tokens", MAX_NEW_TOKENS)
         self.stop_strings, self.eos = stop, eos
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self.dropped, self.read, self.finish_reason = 0, 0, None
+        self.dropped, self.read = 0, 0
+        self.finish_reason: str | None = None
         self.tokens: list[int] = []
-        self.tokens_per_second = self.tokens_per_pass = None
+        self.tokens_per_second: float | None = None
+        self.tokens_per_pass: float | None = None
         self._first = len(self.messages)  # those before are not dropped
         self._forget()
 
     def _forget(self) -> None:
         """Lets go of the cache."""
         self._kept: Kept | None = None
-        self._text, self._ids = "", []  # up to the end of the last answer, as it was generated
+        self._text = ""  # up to the end of the last answer, and its tokens as they were generated
+        self._ids: list[int] = []
         self._stopping = False
 
     def say(self, text: str) -> str:

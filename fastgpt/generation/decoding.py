@@ -107,6 +107,7 @@ class Passes:
 
     def __init__(self, model: GPT, cache: KVCache):
         _require(model, cache)
+        self.model: Any
         self.recordings: dict[tuple[int, bool], replay.Recording] = {}  # by number of tokens, and whether they are as_steps
         self.most = most_steps(model, cache)
         self.resume(model, cache)
@@ -165,7 +166,6 @@ class Passes:
 
     def resume(self, model: GPT, cache: KVCache) -> None:
         """With the arguments that this was made with."""
-        self.model: Any
         self.model, self.cache, self.graphs = model, cache, replay.has_graphs(cache.lengths.device)
         for (T, as_steps), recording in self.recordings.items():
             recording.resume(model, self._step(as_steps), self._refuses(T))

@@ -182,7 +182,8 @@ class PromptDrafts:
         expected = []
         for b, count in enumerate(most):
             n, found = self._find(b, min(count, pace.most - 1))
-            self.kinds.append(n), self.found.append(found)
+            self.kinds.append(n)
+            self.found.append(found)
             first, then = (pace.rate((n, i), prior) for i, prior in enumerate(self.PRIORS.get(n, (0.0, 0.0))))
             expected.append([first * then**i for i in range(len(found))])
         T = pace.best(expected)
@@ -234,9 +235,9 @@ class ModelDrafts:
     def __init__(self, draft: GPT, samplers: RowSamplers, uniforms: torch.Tensor | None, rules: dict, capacity: int):
         self.model, self.samplers, self.uniforms, self.foreign = draft, samplers, uniforms, others(draft)
         self.warpers = {name: rules[name] for name in ("temperature", "top_k", "top_p", "min_p")}
-        most = min(capacity, draft.config.context_length)
-        while most > 1 and draft.rope_factors_change(1, most):  # only as far as keys keep their rotation
-            most = min(most - 1, draft.config.rope.original_context)
+        most, rope = min(capacity, draft.config.context_length), draft.config.rope
+        if rope is not None and rope.original_context is not None and draft.rope_factors_change(1, most):
+            most = rope.original_context  # only as far as keys keep their rotation
         self.cache = draft.new_cache(len(samplers.texts), most)
         self.passes = Passes(draft, self.cache)
         self.device, self.idle = draft.first_weight.device, 0
@@ -251,7 +252,8 @@ class ModelDrafts:
         if self.idle == self.PATIENCE and max(most) > 0:
             T, self.idle = 2, 0
         wanted = [max(min(count, T - 1), 0) for count in most]
-        self.lengths, self.drafts = [len(text) for text in texts], [[] for _ in texts]
+        self.lengths = [len(text) for text in texts]
+        self.drafts: list[list[int]] = [[] for _ in texts]
         for _ in range(T - 1):
             pending = [
                 (text + drafts)[stored:] if len(drafts) < count else []
