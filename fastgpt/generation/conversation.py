@@ -73,8 +73,9 @@ class Conversation:
     def _forget(self) -> None:
         """Lets go of the cache."""
         self._kept: Kept | None = None
-        self._text = ""  # up to the end of the last answer, and its tokens as they were generated
-        self._ids: list[int] = []
+        self._held: list[int] = []  # the tokens in the cache, if it has so many
+        # Texts up to the end of each answer, and their tokens as they were generated; encoded again, they might be others.
+        self._known: list[tuple[str, list[int]]] = []
         self._stopping = False
 
     def say(self, text: str) -> str:
@@ -122,9 +123,10 @@ class Conversation:
         self.tokens, self.finish_reason = row.tokens, row.finish_reason or "stopped"
         self.tokens_per_second, self.tokens_per_pass = run.tokens_per_second, run.tokens_per_pass
         text = row.tokens[: len(row.tokens) - (row.finish_reason == "eos")]
-        self._text, self._ids = prompt + row.text, ids + text
-        if row.finish_reason == "stop":  # it has tokens that are not in the message
-            self._text = ""
+        self._held = ids + text
+        self._known = [(known, tokens) for known, tokens in self._known if prompt.startswith(known)]
+        if row.finish_reason != "stop":  # then it has tokens that are not in the message
+            self._known.append((prompt + row.text, self._held))
 
     def stop(self) -> None:
         """Ends the answer that is being generated after its current step; may be called from a signal handler."""
@@ -177,13 +179,14 @@ class Conversation:
         return ids, text
 
     def _encoded(self, messages: list[dict]) -> tuple[list[int], str]:
-        """Token ids and text of messages. Those up to the last answer are the ones that were generated, if the text still begins
-        with them; encoded again, they might be others."""
+        """Token ids and text of messages. Those up to the last answer are the ones that were generated, if the text begins with
+        it."""
         tokenizer = self.pipe.tokenizer
         text = tokenizer.chat_text(messages, **self.template_variables or {})
-        if self._text and text.startswith(self._text):
-            rest = text[len(self._text) :]
-            return self._ids + (tokenizer.encode(rest, special=False, name="text") if rest else []), text
+        for known, ids in reversed(self._known):
+            if text.startswith(known):
+                rest = text[len(known) :]
+                return ids + (tokenizer.encode(rest, special=False, name="text") if rest else []), text
         return tokenizer.encode(text, special=False, name="messages"), text
 
     def _cache(self, ids: list[int], new: int) -> Kept:
@@ -201,7 +204,7 @@ class Conversation:
                 )
             )
         cache = self._kept.cache
-        held = self._ids[: cache.counts[0]]
+        held = self._held[: cache.counts[0]]
         same = next((i for i, pair in enumerate(zip(held, ids[:-1])) if pair[0] != pair[1]), min(len(held), len(ids) - 1))
         if model.rope_factors_change(max(same, 1), len(ids)):
             same = 0  # all keys are rotated by other factors

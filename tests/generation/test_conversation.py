@@ -31,7 +31,7 @@ def test_answers_are_those_of_a_chat(options):
         if chat.read < len(prompt):  # else it was encoded anew
             assert turn > 0
         if options.get("cache") != "sliding" and not options.get("cache_dtype"):
-            assert answer == pipe.chat(chat.messages[:-1], 9, **options) or prompt != chat._ids[: len(prompt)]
+            assert answer == pipe.chat(chat.messages[:-1], 9, **options) or prompt != chat._held[: len(prompt)]
 
 
 def test_a_turn_reads_what_is_new():
@@ -40,9 +40,9 @@ def test_a_turn_reads_what_is_new():
     chat.say("the quick fox")
     first = chat.read
     assert first == len(pipe.encode(chat.messages[:-1]))
-    before = len(chat._ids)
+    before = len(chat._held)
     chat.say("the dog")
-    assert chat.read == len(chat._ids) - len(chat.tokens) - before + 1 or chat.finish_reason == "eos"
+    assert chat.read == len(chat._held) - len(chat.tokens) - before + 1 or chat.finish_reason == "eos"
     assert chat.read < first + 12
 
 
