@@ -121,10 +121,26 @@ def test_compare_cache(capsys):
     assert lines[0].endswith(" tok/s") and lines[2].endswith("x") and lines[3] == "tokens: the same with and without the cache"
 
 
+def test_speculation_changes_nothing_but_speed(capsys):
+    arguments = ["generate", "ROMEO:", *TOKENS, "--temperature", 0.5, "--seed", 1]
+    plain = run(capsys, *arguments)
+    for options in (["--speculate"], ["--speculate", "--speculate-tokens", 2], ["--draft", SHIPPED_MODEL]):
+        status, out, err = run(capsys, *arguments, *options)
+        assert (status, out) == plain[:2]
+    assert "tokens a pass" in err
+    assert run(capsys, *arguments, "--speculate", "--compare-cache")[0] == 0
+    for options, message in (
+        (["--speculate", "--no-cache"], "--speculate: expected a cache with it, got --no-cache"),
+        (["--speculate-tokens", 2], "--speculate-tokens: expected --speculate or --draft with it"),
+    ):
+        status, _, err = run(capsys, *arguments, *options)
+        assert status == 2 and message in err
+
+
 def test_json(capsys):
     report = json.loads(run(capsys, "generate", "A", *TOKENS, "--json")[1])
     assert sorted(report) == sorted(
-        "text finish_reason prompt_tokens new_tokens prefill_seconds decode_seconds decode_tokens_per_second seed device "
+        "text finish_reason prompt_tokens new_tokens prefill_seconds decode_seconds decode_tokens_per_second tokens_per_pass seed device "
         "dtype implementation".split()
     )
     assert report["text"].startswith("A") and len(report["text"]) == 41 and report["finish_reason"] == "length"
