@@ -79,7 +79,10 @@ def main() -> None:
     for kind, prompts in texts(pipe).items():
         if options.only not in (None, kind):
             continue
-        results = [measure(pipe, prompt, options.tokens, options.rounds, more) for prompt, more in prompts[options.skip :][: options.most]]
+        results = [
+            measure(pipe, prompt, options.tokens, options.rounds, more)
+            for prompt, more in prompts[options.skip :][: options.most]
+        ]
         seconds = {name: sum(1 / result[name] for result in results) for name in ("plain", "speculative")}
         plain, speculative = (len(results) / seconds[name] for name in ("plain", "speculative"))
         rate = statistics.mean(result["tokens_per_pass"] for result in results)

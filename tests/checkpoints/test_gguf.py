@@ -208,7 +208,9 @@ def test_parts_of_different_types_stay_as_they_are(types, architecture, tmp_path
     config = {name: value for name, value in WIDE.to_dict().items() if name not in ("model_type", "architectures")}
     path = write(architecture(architecture.config_class(**config)), tmp_path / "model.gguf", blocks)
     model, plain = GPT.from_pretrained(path), GPT.from_pretrained(path, weights="dequantized")
-    matrices = [name for name, weight in model.named_parameters() if weight.dim() == 2 and not isinstance(weight, QuantizedWeight)]
+    matrices = [
+        name for name, weight in model.named_parameters() if weight.dim() == 2 and not isinstance(weight, QuantizedWeight)
+    ]
     assert len(matrices) == ("F32" in types.values())
     ids = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = plain.double()(ids)
