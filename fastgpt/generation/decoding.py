@@ -207,8 +207,9 @@ def _recording(model: GPT, earlier: replay.Recording | None, function, record: t
 
 
 def graph_refused(model: GPT, cache: KVCache, num_tokens: int = 1) -> str | None:
-    """Why a decode step over this cache, or a pass `as_steps` of several tokens, cannot be captured in a CUDA graph, or None: modules are not plain
-    (fastgpt/model/fusion.py), or no kernel serves their dtype or device, and a reference would synchronize with it."""
+    """Why a decode step over this cache, or a pass `as_steps` of several tokens, cannot be captured in a CUDA graph, or None:
+    modules are not plain (fastgpt/model/fusion.py), or no kernel serves their dtype or device, and a reference would synchronize
+    with it."""
     weight = model.first_weight
     if weight.is_cuda and (reason := triton_inference_unsupported_reason(weight, weight=weight)) is not None:
         return f"the Triton kernels do not serve it: {reason}"
