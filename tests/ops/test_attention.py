@@ -102,6 +102,38 @@ def test_parity_of_features(shape, feature, dtype):
     check_all(call._replace(scale=call.q.shape[-1] ** -0.5 if call.scale is None else call.scale))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [64, (80, 40)])
+def test_parity_of_features_together_without_a_bias(D, dtype):
+    together = {"softcap": 3.0, "window": 99, "sinks": torch.ones(4, dtype=dtype), "dropout_p": 0.2}
+    call = ops.Call(*inputs(2, 4, 2, 130, 150, D, dtype), scale=0.11, dropout_seed=torch.tensor([5]), **together)
+    check_all(call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_where_the_mean_of_a_row_matters(dtype):
+    """dq is a difference of values and their mean: few keys that are seen, dropout, values with a common offset."""
+    check_all(ops.Call(*inputs(2, 4, 2, 64, 17, 64, dtype), scale=0.125))
+    call = ops.Call(*inputs(2, 4, 2, 130, 130, 64, dtype), scale=0.125, dropout_p=0.2, dropout_seed=torch.tensor([5]))
+    check_all(call)
+    check_all(call._replace(v=call.v + 30.0, dropout_p=0.0, dropout_seed=None))
+    certain = 100 * torch.eye(16, dtype=dtype).expand(1, 1, 16, 16).contiguous()  # a query sees one key, so that dq is 0
+    check_all(call._replace(q=certain, k=certain, v=torch.randn(1, 1, 16, 16).to(dtype), scale=1.0, causal=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_scratch_memory_held_does_not_matter(feature, dtype):
+    """Where a vector or a tile has fewer queries, keys or columns, another call may have left NaN."""
+    for T, kind in ((70, dtype), (40, dtype), (70, torch.float32)):
+        nan = (torch.full_like(x, torch.nan) for x in inputs(2, 2, 1, T, 200, 64, kind))
+        call = ops.Call(*nan, scale=1.0, dropout_p=0.1, dropout_seed=torch.tensor([5]), softcap=2.0)
+        run_cpp(call, (torch.full_like(call.q, torch.nan), torch.full(call.q.shape[:3], torch.nan)))
+    shape = 2, 4, 2, 5, 37, 24
+    call = ops.Call(*inputs(*shape, dtype), **options(feature, 2, 4, 5, 37, dtype))
+    check_all(call._replace(scale=0.2))
+
+
 @pytest.mark.parametrize(
     "shape", [(9,), (1, 9), (5, 1), (3, 1, 9), (2, 1, 1, 1), (1, 3, 1, 9), (2, 1, 5, 9), (1, 1, 1, 1), ()], ids=str
 )
