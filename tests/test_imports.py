@@ -16,6 +16,7 @@ LAYERS = [
     {"__main__"},
     {"cli.main"},
     {"cli.bench", "cli.chat", "cli.generate", "cli.info", "cli.inspect", "cli.quantize", "cli.train"},
+    {"cli.draft"},
     {"cli.arguments", "cli.example_calls", "cli.output", "cli.prompts"},
     {"training.loop"},
     {"bench.suite", "__init__", "parallel", "training.trainer"},

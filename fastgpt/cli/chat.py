@@ -21,6 +21,7 @@ from fastgpt.cli.arguments import (
     unescape,
 )
 from fastgpt.cli.arguments import speculation as speculation_of
+from fastgpt.cli.draft import draft_model
 from fastgpt.cli.output import print_stderr
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.config import GenerationConfig
@@ -80,15 +81,16 @@ def run(options: argparse.Namespace) -> None:
     GenerationConfig(**settings, **speculates)  # so that errors come before anything is loaded
     require_integer("max_new_tokens", options.max_new_tokens, least=1, optional=True)
     stop, device = [unescape(text, "stop") for text in options.stop], device_of(options.device)
+    if options.model == SHIPPED_MODEL:
+        raise ValueError("model: expected one with a chat template, made for chats; the shipped model has none")
     pipe = pipeline(
         options.model, revision=options.revision, dtype=DTYPES.get(options.dtype), device=device, weights=options.weights,
         lora=options.lora,
     )  # fmt: skip
     if pipe.tokenizer.chat_template is None:
-        which = "the shipped model" if options.model == SHIPPED_MODEL else options.model
-        raise ValueError(f"model: expected one with a chat template, made for chats; {which} has none")
+        raise ValueError(f"model: expected one with a chat template, made for chats; {options.model} has none")
     if options.draft is not None:
-        speculates["speculate"] = pipeline(options.draft, dtype=DTYPES.get(options.dtype), device=device).model
+        speculates["speculate"] = draft_model(options, pipe.model, device)
     chat = pipe.conversation(options.system, max_new_tokens=options.max_new_tokens, stop=stop, **settings, **speculates)
     interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     if interactive:
@@ -118,7 +120,12 @@ def from_terminal() -> Iterator[str]:
 
 
 def from_pipe() -> Iterator[str]:
-    yield from sys.stdin or ()
+    for count, line in enumerate(sys.stdin or (), 1):
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # Python has decoded what is not UTF-8 as lone surrogates
+            raise ValueError(f"standard input: expected UTF-8, got other bytes in line {count}") from None
+        yield line
 
 
 def command(chat: Conversation, text: str) -> str:
@@ -160,7 +167,7 @@ def speed(chat: Conversation) -> str:
     parts = [f"read {chat.read:,}", f"{count:,} token{'' if count == 1 else 's'}"]
     if chat.tokens_per_second is not None:
         parts.append(f"{chat.tokens_per_second:,.1f} tok/s")
-    if chat.tokens_per_pass is not None:
+    if chat.tokens_per_pass is not None and "speculate" in chat.options:
         parts.append(f"{chat.tokens_per_pass:.2f} tokens a pass")
     if chat.finish_reason in ("stopped", "length"):
         parts.append(str(chat.finish_reason))

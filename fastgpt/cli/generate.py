@@ -25,6 +25,7 @@ from fastgpt.cli.arguments import (
     unescape,
 )
 from fastgpt.cli.arguments import speculation as speculation_of
+from fastgpt.cli.draft import draft_model
 from fastgpt.cli.example_calls import example_calls
 from fastgpt.cli.output import print_stderr
 from fastgpt.cli.prompts import default_prompt, read_prompts
@@ -146,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
 
             tensor_parallel(pipe.model)
         if options.draft is not None:
-            settings["speculate"] = pipeline(options.draft, dtype=DTYPES.get(options.dtype), device=device).model
+            settings["speculate"] = draft_model(options, pipe.model, device)
         prompts = prompts or [default_prompt(pipe.tokenizer)]
         if options.seed is None:  # one for both ways of --compare-cache, and for all processes
             settings["seed"] = processes.broadcast(int.from_bytes(os.urandom(4), "big"))

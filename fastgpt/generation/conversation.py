@@ -1,12 +1,14 @@
 """Conversations: turns of a chat over one cache, of which each turn reads only what is new."""
 
 import json
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from fastgpt.cache.contiguous import ContiguousCache
 from fastgpt.checks import require_integer, require_path, writing
+from fastgpt.folders import replacing
 from fastgpt.generation.config import GenerationConfig, defaults_of
 from fastgpt.generation.request import Kept
 from fastgpt.model.inputs import PromptTooLong
@@ -56,9 +58,9 @@ class Conversation:
             if options.get(name, only) != only:
                 raise ValueError(f"{name}: expected {only} in a conversation, got {options[name]!r}")
         require_template_variables(template_variables)
-        GenerationConfig.of(pipe.model, options)  # so that it raises now, and not at the first turn
-        self.pipe, self.options, self.template_variables = pipe, options, template_variables
         given = require_integer("max_new_tokens", max_new_tokens, 1, optional=True)
+        pipe.run([[0]], 1, stop, eos, options)  # not begun: so that errors come now, and not at the first turn
+        self.pipe, self.options, self.template_variables = pipe, options, template_variables
         self.max_new_tokens = given or defaults_of(pipe.model).get("max_new_tokens", MAX_NEW_TOKENS)
         self.stop_strings, self.eos = stop, eos
         self.messages = [] if system is None else [{"role": "system", "content": system}]
@@ -67,6 +69,7 @@ class Conversation:
         self.tokens: list[int] = []
         self.tokens_per_second: float | None = None
         self.tokens_per_pass: float | None = None
+        self._answer: Callable[[], Generator | None] = lambda: None  # the last one, as long as somebody holds it
         self._first = len(self.messages)  # those before are not dropped
         self._forget()
 
@@ -84,8 +87,9 @@ class Conversation:
 
     def stream(self, text: str) -> Iterator[str]:
         """Yields the answer to what the user says, as it is generated, in whole characters. What was yielded is the answer, also
-        if the caller does not wait for the end."""
+        if the caller does not wait for the end: the next turn, `undo`, `reset` and `save` end it."""
         require_text(text, "text")
+        self._end_answer()
         if self.messages[self._first :] and self.messages[-1]["role"] == "user":  # whose answer nobody began to read
             self.messages.pop()
         self.messages.append({"role": "user", "content": text})
@@ -96,9 +100,16 @@ class Conversation:
         except BaseException:
             self.messages.pop()
             raise
-        return self._stream(run, ids, prompt)
+        answer = self._stream(run, ids, prompt)
+        self._answer = weakref.ref(answer)
+        return answer
 
-    def _stream(self, run: Any, ids: list[int], prompt: str) -> Iterator[str]:
+    def _end_answer(self) -> None:
+        """Ends the answer that somebody has begun to read."""
+        if (answer := self._answer()) is not None:
+            answer.close()
+
+    def _stream(self, run: Any, ids: list[int], prompt: str) -> Generator[str, None, None]:
         row, self._stopping = run.rows[0], False
         try:
             for (piece,) in run:
@@ -134,6 +145,7 @@ class Conversation:
 
     def undo(self) -> bool:
         """Takes back the last turn: what the user said and the answer. Returns False if there is none."""
+        self._end_answer()
         if len(self.messages) <= self._first:
             return False
         while len(self.messages) > self._first and self.messages.pop()["role"] != "user":
@@ -142,13 +154,16 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets all turns."""
+        self._end_answer()
         del self.messages[self._first :]
 
     def save(self, path: str | Path) -> None:
-        """Writes the messages to a file, as JSON. Raises OSError, naming the argument."""
+        """Writes the messages to a file, as JSON; one that is there is replaced when all is written. Raises OSError, naming the
+        argument."""
         path = require_path("path", path)
-        with writing("path", path, "a file"):
-            path.write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self._end_answer()
+        with writing("path", path, "a file"), replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @property
     def _room(self) -> int:

@@ -13,6 +13,8 @@ import pytest
 from command_line import run
 from texts import CHATML, byte_level, write_checkpoint
 
+from fastgpt import SHIPPED_MODEL
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -61,9 +63,14 @@ def test_bad_input_is_one_line(capsys, monkeypatch, model):
         (["--speculate", "--draft", model], "expected --speculate or --draft, got both"),
         (["--top-k", 0], "--top-k: expected"),
         (["--max-new-tokens", 0], "--max-new-tokens: expected"),
+        (["--draft", "nowhere"], "--draft: expected a checkpoint folder"),
+        (["--draft", SHIPPED_MODEL], "--draft: expected a model with the vocabulary of "),
+        (["--stop", ""], "--stop: expected"),
     ):
         status, out, err = chat(capsys, monkeypatch, model, ["a"], *options)
         assert status == 2 and not out and message in err and err.count("\n") == 1
+    status, _, err = chat(capsys, monkeypatch, model, ["the fox", "a\udcff"])
+    assert status == 2 and err.endswith("fastgpt: error: standard input: expected UTF-8, got other bytes in line 2\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
     status, _, err = run(capsys, "chat")
     assert status == 2 and err == (

@@ -121,6 +121,24 @@ def test_templates_that_change_earlier_messages_are_read_again():
     assert [chat.say(text) for text in ("the fox", "dog", "the fox")][::2] == [chat.messages[1]["content"]] * 2
 
 
+@pytest.mark.parametrize("then", ["say", "undo", "reset", "save"])
+def test_an_answer_that_is_still_read_ends_at_the_next_call(then, tmp_path):
+    chat = chat_pipe().conversation("Words", max_new_tokens=6)
+    pieces = chat.stream("the fox")
+    begun = {"role": "assistant", "content": next(pieces)}
+    said = [{"role": "user", "content": "the fox"}, begun]
+    result = {
+        "say": lambda: chat.say("dog"),
+        "undo": chat.undo,
+        "reset": chat.reset,
+        "save": lambda: chat.save(tmp_path / "a"),
+    }[then]()
+    assert list(pieces) == []
+    kept = said if then in ("say", "save") else []
+    answer = [{"role": "user", "content": "dog"}, {"role": "assistant", "content": result}] if then == "say" else []
+    assert chat.messages == [{"role": "system", "content": "Words"}, *kept, *answer]
+
+
 def test_save(tmp_path):
     chat = chat_pipe().conversation("Words", max_new_tokens=5)
     chat.say("the fox")
@@ -128,6 +146,11 @@ def test_save(tmp_path):
     assert json.loads((tmp_path / "chat.json").read_text()) == chat.messages
     with pytest.raises(OSError, match="^path: "):
         chat.save(tmp_path / "missing" / "chat.json")
+    before = (tmp_path / "chat.json").read_text()
+    chat.messages.append({"role": "user", "content": "\ud800"})  # which cannot be encoded, like what does not fit on a disk
+    with pytest.raises((OSError, ValueError)):
+        chat.save(tmp_path / "chat.json")
+    assert (tmp_path / "chat.json").read_text() == before
 
 
 def test_bad_input_is_named():
@@ -139,6 +162,11 @@ def test_bad_input_is_named():
         ({"top_k": 0}, ValueError, "top_k: expected"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected"),
         ({"system": 3}, TypeError, "system: expected a str"),
+        ({"stop": 3}, TypeError, "stop: expected"),
+        ({"stop": [""]}, ValueError, "stop: expected"),
+        ({"eos": "zzz"}, TypeError, "eos: expected"),
+        ({"eos": [10**9]}, ValueError, "eos: expected"),
+        ({"speculate": random_model(vocabulary=7)}, ValueError, "speculate: expected a model"),
     ):  # fmt: skip
         with pytest.raises(error, match=f"^{message}"):
             pipe.conversation(**options)
