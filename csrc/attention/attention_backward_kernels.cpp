@@ -139,9 +139,10 @@ class BackwardBlock : QueryBlock {
     for (int64_t r = 0; r < kBlockM; ++r) {
       if (w_.max[r] == -kInfinity) {
         w_.max[r] = 0.0f;
-      } else if (r < rows_ && args_.sinks && args_.sinks[queries_.head[r]] > w_.max[r]) {
-        w_.max[r] = args_.sinks[queries_.head[r]];
+        continue;
       }
+      w_.norm[r] = 1.0f;  // not 0, as of a fully masked row: weights may all underflow beside a sink
+      if (r < rows_ && args_.sinks && args_.sinks[queries_.head[r]] > w_.max[r]) w_.max[r] = args_.sinks[queries_.head[r]];
     }
   }
 
@@ -200,7 +201,7 @@ class BackwardBlock : QueryBlock {
   // Normalizes the sums, and adds each row's contribution to the gradient of its head's sink. Zeros in a fully masked row.
   void finish_sums() {
     for (int64_t r = 0; r < rows_; ++r) {
-      const bool fully_masked = w_.sum[r] == 0.0f;
+      const bool fully_masked = w_.norm[r] == 0.0f;
       const float sink = args_.sinks && !fully_masked ? exp_nonpositive(args_.sinks[queries_.head[r]] - w_.max[r]) : 0.0f;
       w_.norm[r] = fully_masked ? 0.0f : 1.0f / (w_.sum[r] + sink);
       w_.mean[r] *= w_.norm[r];

@@ -12,6 +12,12 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
+// Whether weights may be rounded to bfloat16, which quantized ones are when they are multiplied. Not if a row has 16 numbers
+// only, whose rounding errors do not average out.
+inline bool may_be_rounded(const Linear& l) {
+  return !(l.packing.bits == 4 && l.packing.minima && !l.packing.block_type && l.packing.group_size == l.in);
+}
+
 // Pairs of neighboring columns, row-contiguous: the pairs of all rows for columns (k, k + 1) are adjacent. Zero-padded to whole
 // vectors of rows and to 32 columns. Pieces are stored one after the other.
 class PairedRows {

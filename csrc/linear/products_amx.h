@@ -20,7 +20,7 @@ class TileRows : public PairedRows {
 
   static bool serves(const Linear& l) {
     constexpr int64_t kLeast = 9;  // rows of x that are worth it
-    return l.element == Element::bfloat16 && l.rows >= kLeast;
+    return l.element == Element::bfloat16 && l.rows >= kLeast && may_be_rounded(l);
   }
 
   TileRows(const Linear& l, float* memory) : PairedRows(l, l.norm.weight ? 2 : 1, memory) {}

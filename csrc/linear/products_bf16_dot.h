@@ -19,7 +19,7 @@ class DotRows : public PairedRows {
 
   static bool serves(const Linear& l) {
     constexpr int64_t kLeast = 9;  // rows of x that are worth it
-    return l.element == Element::bfloat16 && l.rows >= kLeast && cpu_features().avx512_bf16;
+    return l.element == Element::bfloat16 && l.rows >= kLeast && may_be_rounded(l) && cpu_features().avx512_bf16;
   }
 
   DotRows(const Linear& l, float* memory) : PairedRows(l, 1, memory) {}

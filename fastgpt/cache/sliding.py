@@ -45,6 +45,7 @@ class SlidingCache(KVCache):
             for size in dict.fromkeys(sizes)
         }
         self.steps = False  # whether the last pass was one `as_steps`
+        self.latest = [0] * batch_size  # new tokens of each sequence in it
         self.slices = [(self.rings[size], sizes[:layer].count(size)) for layer, size in enumerate(sizes)]  # ring, index in it
 
     @property
@@ -54,6 +55,10 @@ class SlidingCache(KVCache):
     @property
     def max_steps(self) -> int:
         return min(MAX_STEPS, *self.rings)  # no token of a pass overwrites another one
+
+    def reserve(self, num_tokens: int, new: list[int] | None = None) -> None:
+        super().reserve(num_tokens, new)
+        self.latest = [num_tokens] * self.batch_size if new is None else list(new)
 
     def advance(self, num_tokens: int, new: list[int] | torch.Tensor | None = None, as_steps: bool = False) -> torch.Tensor:
         self.steps = as_steps
@@ -97,10 +102,10 @@ class SlidingCache(KVCache):
         )
 
     def _give_back(self, counts):
-        latest = self.positions.shape[1] if self.steps else 0  # tokens whose slots can be restored
+        latest = self.latest if self.steps else [0] * self.batch_size  # tokens whose slots can be restored
         for size in self.rings:
-            for new, old in zip(counts, self.counts):
-                if 0 < new < old - latest and old > size:
+            for new, old, last in zip(counts, self.counts, latest):
+                if 0 < new < old - last and old > size:
                     raise ValueError(
                         f"counts: expected {old} or 0 for a sequence whose ring buffer of {size} has overwritten older tokens, got {new}"
                     )

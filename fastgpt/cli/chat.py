@@ -27,7 +27,6 @@ from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.config import GenerationConfig
 from fastgpt.generation.conversation import MAX_NEW_TOKENS, Conversation
 from fastgpt.generation.pipeline import pipeline
-from fastgpt.model.inputs import PromptTooLong
 
 DESCRIPTION = """\
 A conversation with a chat model, which is streamed; keys and values of earlier turns stay in the cache. Ctrl-C stops an answer,
@@ -149,13 +148,13 @@ def command(chat: Conversation, text: str) -> str:
 
 def answer(chat: Conversation, text: str) -> None:
     """Prints the answer as it is generated, and then its speed."""
-    try:
-        pieces = chat.stream(text)
-    except PromptTooLong as error:
-        return print_stderr(f"({error})")
-    if chat.dropped:
-        print_stderr(f"(the context is full: dropped the oldest {chat.dropped} messages)")
     with stopping(chat):
+        try:
+            pieces = chat.stream(text)
+        except ValueError as error:  # of this turn, which is taken back: the text is too long, or the template refuses it
+            return print_stderr(f"({error})")
+        if chat.dropped:
+            print_stderr(f"(the context is full: dropped the oldest {chat.dropped} messages)")
         for piece in pieces:
             print(piece, end="", flush=True)
     print(flush=True)

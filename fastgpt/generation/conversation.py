@@ -90,6 +90,7 @@ class Conversation:
         if the caller does not wait for the end: the next turn, `undo`, `reset` and `save` end it."""
         require_text(text, "text")
         self._end_answer()
+        self._stopping = False
         if self.messages[self._first :] and self.messages[-1]["role"] == "user":  # whose answer nobody began to read
             self.messages.pop()
         self.messages.append({"role": "user", "content": text})
@@ -110,7 +111,7 @@ class Conversation:
             answer.close()
 
     def _stream(self, run: Any, ids: list[int], prompt: str) -> Generator[str, None, None]:
-        row, self._stopping = run.rows[0], False
+        row = run.rows[0]
         try:
             for (piece,) in run:
                 if piece:
@@ -136,7 +137,7 @@ class Conversation:
         text = row.tokens[: len(row.tokens) - (row.finish_reason == "eos")]
         self._held = ids + text
         self._known = [(known, tokens) for known, tokens in self._known if prompt.startswith(known)]
-        if row.finish_reason != "stop":  # then it has tokens that are not in the message
+        if row.finish_reason in ("eos", "length"):  # or else it may have tokens that are not in the message
             self._known.append((prompt + row.text, self._held))
 
     def stop(self) -> None:
@@ -207,6 +208,11 @@ class Conversation:
     def _cache(self, ids: list[int], new: int) -> Kept:
         """The cache with as many of these tokens as it has already, and room for the rest and the answer."""
         model, capacity = self.pipe.model, len(ids) + new
+        if self._kept is not None and (self._kept.cache.dtype, self._kept.cache.lengths.device) != (
+            GenerationConfig.of(model, self.options).cache_dtype or model.key_dtype,
+            model.first_weight.device,
+        ):  # the model was cast or moved
+            self._forget()
         if self._kept is None:
             config = GenerationConfig.of(model, self.options)
             most = model.config.context_length

@@ -75,9 +75,9 @@ def linear(
     Args:
         x: (..., C) fp16|bf16|fp32|fp64.
         weight: (N, C), last dimension contiguous; or a `fastgpt.QuantizedWeight`, whose product is computed in fp32 for as many
-            rows; for more in fp16 or bf16, its numbers are rounded to that dtype first, a part of the matrix at a time: on a CPU if
-            PyTorch's product is the fastest, on CUDA up to 1024 rows, without a copy of the matrix. All tensors have the dtype of x
-            (under autocast: any).
+            rows, but on CPUs with bf16 instructions for up to 8 in bf16; for more in fp16 or bf16, its numbers are rounded to that
+            dtype first, a part of the matrix at a time: on a CPU if PyTorch's product is the fastest, on CUDA up to 1024 rows,
+            without a copy of the matrix. All tensors have the dtype of x (under autocast: any).
         bias: (N,).
         norm: "layer" or "rms", over the last dimension; see `fastgpt.norm`.
         norm_weight: (C,), weight of the norm; None: no norm.

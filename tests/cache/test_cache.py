@@ -423,3 +423,16 @@ def test_bad_calls_change_nothing(case, kind):
         call(cache)
     assert cache.counts == [8, 8] and cache.lengths.tolist() == [8, 8]
     assert all(map(torch.equal, before, cache.storages[0].tensors()))
+
+
+@torch.inference_mode()
+def test_a_ring_gives_back_no_more_than_the_tokens_of_the_last_pass():
+    """Of each sequence: a pass has as many columns as the longest needs."""
+    model = random_model(context=64)
+    cache = model.new_cache(2, 60, kind="sliding", window=4)
+    model.hidden(random_ids(model, 2, 10), cache)
+    cache.extend(3, [3, 1], as_steps=True)
+    with pytest.raises(ValueError, match="^counts: expected 11 or 0 for a sequence whose ring buffer of 4 has overwritten"):
+        cache.truncate([10, 8])
+    cache.truncate([10, 10])
+    assert cache.counts == [10, 10]

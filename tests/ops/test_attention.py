@@ -122,6 +122,14 @@ def test_gradients_where_the_mean_of_a_row_matters(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sinks_beside_which_all_weights_underflow(dtype):
+    """A row is not fully masked then: the sink has a gradient of lse."""
+    sinks = torch.tensor([200.0, 0.0, 90.0, 300.0]).to(dtype)
+    for T in (3, 70):
+        check_all(ops.Call(*inputs(2, 4, 2, T, 90, 24, dtype), scale=0.2, sinks=sinks))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_what_scratch_memory_held_does_not_matter(feature, dtype):
     """Where a vector or a tile has fewer queries, keys or columns, another call may have left NaN."""

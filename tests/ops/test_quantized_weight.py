@@ -130,6 +130,19 @@ def test_contract(kind, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @kinds
+def test_contract_of_long_rows(kind, dtype):
+    """A row may have only 16 numbers, whose rounding errors do not average out."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x, weight = torch.randn(17, 1024).to(dtype), quantized(torch.randn(37, 1024).mul_(0.03).to(dtype), kind)
+        double = weight.dequantize(torch.float32).double()
+        numerics.check(
+            linear(x, weight, impl="cpp"), lambda x=x, double=double: linear_reference(x.double(), double), arithmetic=dtype
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@kinds
 def test_contract_of_outliers(kind, dtype):
     """Columns of x that are large where weights are zero, or next to it, or infinite."""
     for lowest in (-0.02, 0.0):
