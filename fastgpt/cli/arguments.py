@@ -1,6 +1,7 @@
 """Parsers, and the types of options that several commands have."""
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from fastgpt.checkpoints.loading import MATRICES
 from fastgpt.folders import SHIPPED_MODEL
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+# Options of `fastgpt.generate` that commands have by the same names.
+SAMPLING = ("logit_bias", "repetition_penalty", "no_repeat_ngram_size", "temperature", "top_k", "top_p", "min_p", "seed")
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", "\\": "\\"}
 
 
@@ -93,6 +97,78 @@ def add_model(add: Callable) -> None:
         "a model on the Hugging Face Hub (the shipped model)")  # fmt: skip
     add("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub (its main branch)")
     add_device(add)
+
+
+def add_loading(add: Callable) -> None:
+    """Adds the options of `add_model`, and those that say how its weights are loaded."""
+    add_model(add)
+    add("--dtype", choices=DTYPES, metavar="D", help=f"dtype of the weights: {', '.join(DTYPES)} (as stored)")
+    add("--weights", choices=MATRICES, metavar="D", help=f"load the matrices as {', '.join(MATRICES)} (as stored)")
+    add("--lora", type=path_or_id, metavar="DIR", help="a LoRA adapter of the model, as PEFT and fastgpt train --lora save it")
+
+
+def add_cache_dtype(add: Callable) -> None:
+    add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"quantize the cache to {' or '.join(CACHE_DTYPES)} (the "
+        "dtype of the weights)")  # fmt: skip
+
+
+def add_stop(add: Callable) -> None:
+    add("--stop", action="append", default=[], metavar="TEXT", help=r"stop before TEXT, in which \n is a line break, \t a tab "
+        r"and \\ a backslash; can be repeated")  # fmt: skip
+
+
+def add_template_variables(add: Callable, condition: str = "") -> None:
+    add("--template-var", action="append", default=[], metavar="NAME=VALUE", help=f"{condition}a variable of the chat "
+        "template, such as enable_thinking=false; VALUE is JSON, or else a string; can be repeated")  # fmt: skip
+
+
+def template_variables(options: argparse.Namespace) -> dict[str, object]:
+    """The variables that `add_template_variables` has taken."""
+    return dict(map(template_variable, options.template_var))
+
+
+def template_variable(argument: str) -> tuple[str, object]:
+    """NAME=VALUE as a name and the value, which is JSON, or else the string as it is."""
+    name, sign, value = argument.partition("=")
+    if not sign or not name.isidentifier():
+        raise ValueError(f"template-var: expected NAME=VALUE, got {argument!r}")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def add_sampling(parser: argparse.ArgumentParser, seed: str) -> None:
+    """Adds the options that choose tokens, `SAMPLING`. seed: what the seed is of, and what it is by default."""
+    add = parser.add_argument_group("sampling, in this order").add_argument
+    add("--logit-bias", type=logit_bias, metavar="JSON", help="numbers to add to the logits of tokens: '{\"ID\": NUMBER, "
+        "...}'; -Infinity bans a token")  # fmt: skip
+    add("--repetition-penalty", type=number, metavar="X", help="above 1, penalizes tokens that are already in the text (1)")
+    add("--no-repeat-ngram-size", type=integer, metavar="N", help="never repeat a sequence of N tokens; 0 is off (0)")
+    add("--temperature", type=number, metavar="T", help="0 is greedy decoding; otherwise tokens are sampled, from logits "
+        "divided by T (0)")  # fmt: skip
+    add("--top-k", type=integer, metavar="K", help="sample from the K most likely tokens (all)")
+    add("--top-p", type=number, metavar="P", help="sample from the fewest most likely tokens of total probability P (all)")
+    add("--min-p", type=number, metavar="P", help="sample from tokens at least P times as likely as the most likely one (all)")
+    add("--seed", type=integer, metavar="S", help=f"seed {seed}")
+
+
+def logit_bias(text: str) -> dict[int, float]:
+    def by_token(pairs: list) -> dict[int, float]:
+        result = {int(token): value for token, value in pairs}
+        if len(result) < len(pairs):
+            raise ValueError("a token is there twice")
+        return result
+
+    try:
+        result = json.loads(text, object_pairs_hook=by_token)
+        if not isinstance(result, dict):
+            raise ValueError(f"got a {type(result).__name__}")
+        return result
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(
+            f'expected a JSON object of token ids and numbers, such as \'{{"12": -5, "7": -Infinity}}\', got {text!r}'
+        ) from None
 
 
 def add_speculation(parser: argparse.ArgumentParser) -> None:

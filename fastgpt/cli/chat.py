@@ -6,18 +6,22 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
-from fastgpt.checkpoints.loading import MATRICES
 from fastgpt.checks import is_terminal, require_integer
 from fastgpt.cli.arguments import (
     CACHE_DTYPES,
     DTYPES,
-    add_model,
+    SAMPLING,
+    add_cache_dtype,
+    add_loading,
+    add_sampling,
     add_speculation,
+    add_stop,
+    add_template_variables,
     device_of,
     integer,
-    number,
-    path_or_id,
+    template_variables,
     unescape,
 )
 from fastgpt.cli.arguments import speculation as speculation_of
@@ -41,8 +45,9 @@ COMMANDS = """\
 /reset       begin again
 /undo        take back the last turn
 /save FILE   write the messages as JSON
-/exit        end, as Ctrl-D does"""
-SAME_NAMES = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")  # options of `fastgpt.generate`
+/load FILE   go on with the messages of a file
+/exit        end, as Ctrl-D does
+//TEXT       say /TEXT"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,36 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("conversation").add_argument
     add("--system", metavar="TEXT", help="a system message")
     add("--max-new-tokens", type=integer, metavar="N", help=f"the most tokens of an answer ({MAX_NEW_TOKENS:,})")
-    add("--stop", action="append", default=[], metavar="TEXT", help=r"stop before TEXT, in which \n is a line break, \t a tab "
-        r"and \\ a backslash; can be repeated")  # fmt: skip
+    add_stop(add)
+    add_template_variables(add)
 
-    add = parser.add_argument_group("sampling, in this order").add_argument
-    add("--repetition-penalty", type=number, metavar="X", help="above 1, penalizes tokens that are already in the text (1)")
-    add("--temperature", type=number, metavar="T", help="0 is greedy decoding; otherwise tokens are sampled, from logits "
-        "divided by T (0)")  # fmt: skip
-    add("--top-k", type=integer, metavar="K", help="sample from the K most likely tokens (all)")
-    add("--top-p", type=number, metavar="P", help="sample from the fewest most likely tokens of total probability P (all)")
-    add("--min-p", type=number, metavar="P", help="sample from tokens at least P times as likely as the most likely one (all)")
-    add("--seed", type=integer, metavar="S", help="seed of every answer (a random one for each)")
+    add_sampling(parser, "of every answer (a random one for each)")
 
     add = parser.add_argument_group("model and device").add_argument
-    add_model(add)
-    add("--dtype", choices=DTYPES, metavar="D", help=f"dtype of the weights: {', '.join(DTYPES)} (as stored)")
-    add("--weights", choices=MATRICES, metavar="D", help=f"load the matrices as {', '.join(MATRICES)} (as stored)")
-    add("--lora", type=path_or_id, metavar="DIR", help="a LoRA adapter of the model, as PEFT and fastgpt train --lora save it")
-    add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"quantize the cache to {' or '.join(CACHE_DTYPES)} (the "
-        "dtype of the weights)")  # fmt: skip
+    add_loading(add)
+    add_cache_dtype(add)
     add_speculation(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    settings = {name: getattr(options, name) for name in SAME_NAMES if getattr(options, name) is not None}
+    settings = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
     if options.cache_dtype is not None:
         settings["cache_dtype"] = CACHE_DTYPES[options.cache_dtype]
     speculates = speculation_of(options)
     GenerationConfig(**settings, **speculates)  # so that errors come before anything is loaded
     require_integer("max_new_tokens", options.max_new_tokens, least=1, optional=True)
     stop, device = [unescape(text, "stop") for text in options.stop], device_of(options.device)
+    variables = template_variables(options)
     if options.model == SHIPPED_MODEL:
         raise ValueError("model: expected one with a chat template, made for chats; the shipped model has none")
     pipe = pipeline(
@@ -90,7 +85,9 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"model: expected one with a chat template, made for chats; {options.model} has none")
     if options.draft is not None:
         speculates["speculate"] = draft_model(options, pipe.model, device)
-    chat = pipe.conversation(options.system, max_new_tokens=options.max_new_tokens, stop=stop, **settings, **speculates)
+    chat = pipe.conversation(
+        options.system, max_new_tokens=options.max_new_tokens, stop=stop, template_variables=variables, **settings, **speculates
+    )
     interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     if interactive:
         print_stderr("/help shows the commands; Ctrl-C stops an answer, Ctrl-D ends.")
@@ -98,10 +95,10 @@ def run(options: argparse.Namespace) -> None:
         text = line.strip()
         if text == "/exit":
             return
-        if text.startswith("/"):
+        if text.startswith("/") and not text.startswith("//"):
             print_stderr(command(chat, text))
         elif text:
-            answer(chat, text)
+            answer(chat, text[1:] if text.startswith("//") else text)
 
 
 def from_terminal() -> Iterator[str]:
@@ -135,15 +132,20 @@ def command(chat: Conversation, text: str) -> str:
         return "(begun again)"
     if name == "/undo":
         return "(took back the last turn)" if chat.undo() else "(there is no turn to take back)"
-    if name == "/save":
-        if not argument.strip():
-            return "(/save FILE: expected the name of a file)"
-        try:
-            chat.save(argument.strip())
-        except OSError as error:
-            return f"({error})"
-        return f"(wrote {len(chat.messages)} messages to {argument.strip()})"
+    if name in ("/save", "/load"):
+        return save_or_load(chat, name, argument.strip())
     return COMMANDS if name == "/help" else f"({name}: expected one of these commands)\n{COMMANDS}"
+
+
+def save_or_load(chat: Conversation, name: str, file: str) -> str:
+    if not file:
+        return f"({name} FILE: expected the name of a file)"
+    saves = name == "/save"
+    try:
+        (chat.save if saves else chat.load)(Path(file).expanduser())
+    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError of a home that nobody has
+        return f"({error})"
+    return f"({'wrote' if saves else 'read'} {len(chat.messages)} messages {'to' if saves else 'from'} {file})"
 
 
 def answer(chat: Conversation, text: str) -> None:

@@ -11,17 +11,21 @@ import torch
 import fastgpt
 from fastgpt.bench.timing import implementation
 from fastgpt.cache.create import CACHE_KINDS
-from fastgpt.checkpoints.loading import MATRICES
 from fastgpt.checks import require_integer
 from fastgpt.cli.arguments import (
     CACHE_DTYPES,
     DTYPES,
-    add_model,
+    SAMPLING,
+    add_cache_dtype,
+    add_loading,
+    add_sampling,
     add_speculation,
+    add_stop,
+    add_template_variables,
     device_of,
     integer,
-    number,
     path_or_id,
+    template_variables,
     unescape,
 )
 from fastgpt.cli.arguments import speculation as speculation_of
@@ -44,10 +48,7 @@ examples:
   git diff | fastgpt generate --model PATH_OR_ID --stop "\\n\\n"
   fastgpt generate --prompt-file story.txt --json --logprobs"""
 # Options of `fastgpt.generate` that the command has by the same names.
-SAME_NAMES = (
-    "logit_bias", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "temperature", "top_k", "top_p", "min_p",
-    "seed", "num_samples", "cache", "window",
-)  # fmt: skip
+SAME_NAMES = (*SAMPLING, "min_new_tokens", "num_samples", "cache", "window")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,36 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt-file", type=path_or_id, action="append", default=[], metavar="FILE", help="read a prompt from FILE, in "
         "UTF-8; can be repeated. A line break at its end is removed, as from standard input")  # fmt: skip
     add("--chat", action="store_true", help="PROMPT is a user's message: apply the chat template, and print only the answer")
-    add("--template-var", action="append", default=[], metavar="NAME=VALUE", help="with --chat: a variable of the chat "
-        "template, such as enable_thinking=false; VALUE is JSON, or else a string; can be repeated")  # fmt: skip
+    add_template_variables(add, "with --chat: ")
     add("--max-new-tokens", type=integer, metavar="N", help=f"tokens to generate ({MAX_NEW_TOKENS}, or as many as the "
         "context has room for)")  # fmt: skip
     add("--min-new-tokens", type=integer, metavar="N", help="do not end a text before it has N new tokens (0)")
-    add("--stop", action="append", default=[], metavar="TEXT", help=r"stop before TEXT, in which \n is a line break, \t a tab "
-        r"and \\ a backslash; can be repeated")  # fmt: skip
+    add_stop(add)
     add("--ignore-eos", action="store_true", help="do not stop at end-of-sequence tokens")
     add("--num-samples", type=integer, metavar="N", help="samples of each prompt, printed when all are complete (1)")
 
-    add = parser.add_argument_group("sampling, in this order").add_argument
-    add("--logit-bias", type=logit_bias, metavar="JSON", help="numbers to add to the logits of tokens: '{\"ID\": NUMBER, "
-        "...}'; -Infinity bans a token")  # fmt: skip
-    add("--repetition-penalty", type=number, metavar="X", help="above 1, penalizes tokens that are already in the text (1)")
-    add("--no-repeat-ngram-size", type=integer, metavar="N", help="never repeat a sequence of N tokens; 0 is off (0)")
-    add("--temperature", type=number, metavar="T", help="0 is greedy decoding; otherwise tokens are sampled, from logits "
-        "divided by T (0)")  # fmt: skip
-    add("--top-k", type=integer, metavar="K", help="sample from the K most likely tokens (all)")
-    add("--top-p", type=number, metavar="P", help="sample from the fewest most likely tokens of total probability P (all)")
-    add("--min-p", type=number, metavar="P", help="sample from tokens at least P times as likely as the most likely one (all)")
-    add("--seed", type=integer, metavar="S", help="seed of the samples (a random one, printed at the end)")
+    add_sampling(parser, "of the samples (a random one, printed at the end)")
 
     add = parser.add_argument_group("model and device").add_argument
-    add_model(add)
-    add("--dtype", choices=DTYPES, metavar="D", help=f"dtype of the weights: {', '.join(DTYPES)} (as stored)")
-    add("--weights", choices=MATRICES, metavar="D", help=f"load the matrices as {', '.join(MATRICES)} (as stored)")  # fmt: skip
-    add("--lora", type=path_or_id, metavar="DIR", help="a LoRA adapter of the model, as PEFT and fastgpt train --lora save it")
+    add_loading(add)
     add("--cache", choices=CACHE_KINDS, metavar="KIND", help=f"kind of KV cache: {', '.join(CACHE_KINDS)} (contiguous)")
-    add("--cache-dtype", choices=CACHE_DTYPES, metavar="D", help=f"quantize the cache to {' or '.join(CACHE_DTYPES)} (the "
-        "dtype of the weights)")  # fmt: skip
+    add_cache_dtype(add)
     add("--window", type=integer, metavar="N", help="attend to the last N tokens only; a sliding cache keeps only these (all)")
     add("--no-cache", action="store_true", help="recompute the keys and values of all tokens at every step")
 
@@ -97,35 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compare-cache", action="store_true", help="generate with and without the cache, compare tokens and speed")
     add("--json", action="store_true", help="print one JSON object instead of streaming text")
     add("--logprobs", action="store_true", help="with --json: each token and its log-probability")
-
-
-def logit_bias(text: str) -> dict[int, float]:
-    def by_token(pairs: list) -> dict[int, float]:
-        result = {int(token): value for token, value in pairs}
-        if len(result) < len(pairs):
-            raise ValueError("a token is there twice")
-        return result
-
-    try:
-        result = json.loads(text, object_pairs_hook=by_token)
-        if not isinstance(result, dict):
-            raise ValueError(f"got a {type(result).__name__}")
-        return result
-    except (ValueError, RecursionError):
-        raise argparse.ArgumentTypeError(
-            f'expected a JSON object of token ids and numbers, such as \'{{"12": -5, "7": -Infinity}}\', got {text!r}'
-        ) from None
-
-
-def template_variable(argument: str) -> tuple[str, object]:
-    """NAME=VALUE as a name and the value, which is JSON, or else the string as it is."""
-    name, sign, value = argument.partition("=")
-    if not sign or not name.isidentifier():
-        raise ValueError(f"template-var: expected NAME=VALUE, got {argument!r}")
-    try:
-        return name, json.loads(value)
-    except (ValueError, RecursionError):
-        return name, value
 
 
 def run(options: argparse.Namespace) -> None:
@@ -183,7 +139,7 @@ def generation_settings(options: argparse.Namespace) -> dict:
     require_integer("max_new_tokens", options.max_new_tokens, least=0, optional=True)
     settings["stop"] = [unescape(text, "stop") for text in options.stop]
     if options.template_var:
-        settings["template_variables"] = dict(map(template_variable, options.template_var))
+        settings["template_variables"] = template_variables(options)
     return settings | ({"eos": None} if options.ignore_eos else {})
 
 

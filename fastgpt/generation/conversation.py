@@ -166,6 +166,21 @@ class Conversation:
         with writing("path", path, "a file"), replacing(path) as temporary:
             temporary.write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def load(self, path: str | Path) -> None:
+        """Takes the messages of a file that `save` has written in place of those of this conversation, the system message
+        included. Raises OSError, ValueError, naming the argument, before anything changes."""
+        path = require_path("path", path)
+        try:
+            messages = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise type(error)(f"path: expected a file of messages, {path} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"path: expected messages as JSON, {path} is none: {error}") from error
+        require_messages(messages)
+        self._end_answer()
+        self.messages[:] = messages
+        self._first = int(bool(messages) and messages[0]["role"] == "system")
+
     @property
     def _room(self) -> int:
         """The tokens of the context that are left to an answer, if that takes no more than dropping turns."""
@@ -241,6 +256,20 @@ class Conversation:
             cache.grow(min(max(2 * cache.capacity, capacity), model.config.context_length))
             self._kept.recordings.clear()
         return self._kept
+
+
+def require_messages(messages: Any) -> None:
+    """Raises ValueError unless these are the messages of a conversation: a system message or none, then the user's and the
+    answers by turns, each a dict of role and content."""
+    if not isinstance(messages, list):
+        raise ValueError(f"path: expected a list of messages, got a {type(messages).__name__}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or set(message) != {"role", "content"} or not isinstance(message["content"], str):
+            raise ValueError(f"path: expected messages of a role and a text as content, got {message!r} as message {i}")
+        turn = i - (messages[0]["role"] == "system")
+        role = "system" if turn < 0 else ("user", "assistant")[turn % 2]
+        if message["role"] != role:
+            raise ValueError(f"path: expected the role {role} in message {i}, got {message['role']!r}")
 
 
 def require_template_variables(variables: Any) -> None:

@@ -46,6 +46,34 @@ def test_each_line_of_a_pipe_is_a_turn(capsys, monkeypatch, model, tmp_path):
         assert said in err
 
 
+def test_a_conversation_goes_on_from_a_file(capsys, monkeypatch, model, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, _, err = chat(capsys, monkeypatch, model, ["the fox", "/save ~/a.json"], "--system", "Words")
+    assert "(wrote 3 messages to ~/a.json)" in err
+    lines = ["/load ~/a.json", "the dog", "/load nowhere", "/load", "/save ~/b.json"]
+    status, _, err = chat(capsys, monkeypatch, model, lines)
+    messages, more = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert status == 0 and more[:3] == messages and len(more) == 5
+    assert "(read 3 messages from ~/a.json)" in err and "(path: expected a file of messages, nowhere cannot be" in err
+    assert "(/load FILE: expected the name of a file)" in err
+
+
+def test_messages_may_begin_with_a_slash(capsys, monkeypatch, model, tmp_path):
+    chat(capsys, monkeypatch, model, ["//fox", "///", f"/save {tmp_path / 'a'}"])
+    messages = json.loads((tmp_path / "a").read_text())
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["/fox", "//"]
+
+
+def test_variables_reach_the_template(capsys, monkeypatch, tmp_path):
+    template = "{% if brief %}the fox{% endif %}" + CHATML
+    model = write_checkpoint(tmp_path / "model", byte_level(), tokenizer_config={"chat_template": template})
+    counts = []
+    for options in ([], ["--template-var", "brief=true"]):
+        _, _, err = chat(capsys, monkeypatch, model, ["a"], *options)
+        counts.append(int(err.split("read ")[1].split(",")[0]))
+    assert counts[0] < counts[1]
+
+
 def test_the_oldest_turns_are_dropped_and_that_is_said(capsys, monkeypatch, model):
     status, _, err = chat(capsys, monkeypatch, model, ["the quick brown fox jumps over the lazy dog"] * 5 + ["x " * 200])
     assert status == 0 and "(the context is full: dropped the oldest 2 messages)" in err

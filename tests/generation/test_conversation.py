@@ -1,6 +1,7 @@
 """Conversations: answers are those of a chat over the same messages, and each turn reads only what is new."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -137,6 +138,40 @@ def test_an_answer_that_is_still_read_ends_at_the_next_call(then, tmp_path):
     kept = said if then in ("say", "save") else []
     answer = [{"role": "user", "content": "dog"}, {"role": "assistant", "content": result}] if then == "say" else []
     assert chat.messages == [{"role": "system", "content": "Words"}, *kept, *answer]
+
+
+def test_load_takes_what_save_has_written_or_changes_nothing(tmp_path):
+    pipe, path = chat_pipe(), tmp_path / "chat.json"
+    chat, other = pipe.conversation("Words", max_new_tokens=6), pipe.conversation(max_new_tokens=6)
+    chat.say("the fox")
+    chat.save(path)
+    other.load(path)
+    assert other.messages == chat.messages
+    (row,) = pipe.run([pipe.encode([*chat.messages, {"role": "user", "content": "the dog"}])], 6, (), OWN_EOS, {}).finish()
+    assert other.say("the dog") == row.text
+    other.reset()
+    kept = [{"role": "system", "content": "Words"}]
+    assert other.messages == kept
+    for text, expected in (
+        ("", "expected messages as JSON"),
+        ("[" * 100_000, "expected messages as JSON"),
+        ("{}", "expected a list of messages, got a dict"),
+        ("[1]", "got 1 as message 0"),
+        ('[{"role": "user", "content": null}]', "a text as content"),
+        ('[{"role": "user"}]', "a text as content"),
+        ('[{"role": "tool", "content": "a"}]', "expected the role user in message 0, got 'tool'"),
+        ('[{"role": "system", "content": "a"}, {"role": "assistant", "content": "a"}]', "expected the role user in message 1"),
+        ('[{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]', "expected the role assistant in message 1"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"path: .*{re.escape(expected)}"):
+            other.load(path)
+        assert other.messages == kept
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="path: expected messages as JSON"):
+        other.load(path)
+    with pytest.raises(FileNotFoundError, match="path: expected a file of messages"):
+        other.load(tmp_path / "missing")
 
 
 def test_save(tmp_path):
