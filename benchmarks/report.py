@@ -28,7 +28,7 @@ STORED = Path(__file__).parent / "results"
 RESULTS = Path(os.environ.get("FASTGPT_RESULTS") or STORED)
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]  # with parts between markers
-SHOWN = "amd-epyc-2-threads"  # the machine whose results they show
+SHOWN = "amd-epyc-avx512-2-threads"  # the machine whose results they show
 PEERS = ("transformers", "ctranslate2", "llama-cpp-python", "openvino", "zentorch", "triton", "flash-attn", "flashinfer-python")
 
 
@@ -59,8 +59,8 @@ def version_of(distribution: str) -> str | None:
 
 
 def folder_of(about: dict) -> Path:
-    """results/<GPU>, or where there is none results/<CPU>-<n>-threads."""
-    name = about.get("gpu", "").removeprefix("NVIDIA ") or f"{about['cpu']} {about['threads']} threads"
+    """results/<GPU>, or where there is none results/<CPU>-<level>-<n>-threads: CPUs of several generations have one name."""
+    name = about.get("gpu", "").removeprefix("NVIDIA ") or "{cpu} {cpu_level} {threads} threads".format_map(about)
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 

@@ -192,9 +192,10 @@ def test_versions_of_peers_that_ran_are_shown(stored):
     assert "transformers 5.1, ctranslate2 4.8" in pages.about(results["attention"])
 
 
-def test_results_of_a_gpu_have_a_folder_of_its_name():
+def test_results_of_a_machine_have_a_folder_of_its_name():
     assert report.folder_of(MACHINE | {"gpu": "NVIDIA H200"}).name == "h200"
-    assert report.folder_of(MACHINE).name == "some-cpu-2-threads"
+    assert report.folder_of(MACHINE).name == "some-cpu-avx2-2-threads"
+    assert report.folder_of(MACHINE | {"cpu_level": "avx512"}).name == "some-cpu-avx512-2-threads"
 
 
 def test_readme_says_which_results_it_misses(monkeypatch, tmp_path):
