@@ -87,21 +87,22 @@ def unescape(text: str, name: str = "text") -> str:
         raise ValueError(f"{name}: expected escapes of characters, got {text!r}") from error
 
 
-def add_model(add: Callable) -> None:
+def add_model(add: Callable, default: str | None = SHIPPED_MODEL) -> None:
     """Adds the options that say which model runs where.
 
     Args:
         add: `add_argument` of a parser or of a group.
+        default: the shipped model, or None if one must be named.
     """
-    add("--model", type=path_or_id, default=SHIPPED_MODEL, metavar="PATH_OR_ID", help="checkpoint folder, GGUF file, or the id of "
-        "a model on the Hugging Face Hub (the shipped model)")  # fmt: skip
+    add("--model", type=path_or_id, default=default, required=default is None, metavar="PATH_OR_ID", help="checkpoint folder, GGUF "
+        "file, or the id of a model on the Hugging Face Hub" + (" (the shipped model)" if default else ""))  # fmt: skip
     add("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub (its main branch)")
     add_device(add)
 
 
-def add_loading(add: Callable) -> None:
+def add_loading(add: Callable, default: str | None = SHIPPED_MODEL) -> None:
     """Adds the options of `add_model`, and those that say how its weights are loaded."""
-    add_model(add)
+    add_model(add, default)
     add("--dtype", choices=DTYPES, metavar="D", help=f"dtype of the weights: {', '.join(DTYPES)} (as stored)")
     add("--weights", choices=MATRICES, metavar="D", help=f"load the matrices as {', '.join(MATRICES)} (as stored)")
     add("--lora", type=path_or_id, metavar="DIR", help="a LoRA adapter of the model, as PEFT and fastgpt train --lora save it")

@@ -27,7 +27,6 @@ from fastgpt.cli.arguments import (
 from fastgpt.cli.arguments import speculation as speculation_of
 from fastgpt.cli.draft import draft_model
 from fastgpt.cli.output import print_stderr
-from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.config import GenerationConfig
 from fastgpt.generation.conversation import MAX_NEW_TOKENS, Conversation
 from fastgpt.generation.pipeline import pipeline
@@ -61,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser, "of every answer (a random one for each)")
 
     add = parser.add_argument_group("model and device").add_argument
-    add_loading(add)
+    add_loading(add, default=None)
     add_cache_dtype(add)
     add_speculation(parser)
 
@@ -75,8 +74,6 @@ def run(options: argparse.Namespace) -> None:
     require_integer("max_new_tokens", options.max_new_tokens, least=1, optional=True)
     stop, device = [unescape(text, "stop") for text in options.stop], device_of(options.device)
     variables = template_variables(options)
-    if options.model == SHIPPED_MODEL:
-        raise ValueError("model: expected one with a chat template, made for chats; the shipped model has none")
     pipe = pipeline(
         options.model, revision=options.revision, dtype=DTYPES.get(options.dtype), device=device, weights=options.weights,
         lora=options.lora,

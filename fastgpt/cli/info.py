@@ -57,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.source is not None:
+        if not options.source.exists():
+            raise FileNotFoundError(f"model: expected a checkpoint folder or a GGUF file, {options.source} does not exist")
         print_folder(options.source) if options.source.is_dir() else print_file(options.source)
         return
     print_versions()

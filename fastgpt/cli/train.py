@@ -94,6 +94,8 @@ def started(options: argparse.Namespace, settings: dict, place: dict) -> Trainer
         place: what else `Trainer` takes: on which devices and in which processes it runs.
     """
     if options.init_from is None:
+        if settings.get("lora"):
+            raise ValueError("lora: expected --init-from with it, whose model it adapts, got --lora alone")
         return Trainer(options.text, TrainConfig(**settings), **place)
     config, model, tokenizer = pretrained(options.init_from, **settings)
     trainer = Trainer(options.text, config, model=model, tokenizer=tokenizer, base=options.init_from, **place)

@@ -101,9 +101,9 @@ def test_bad_input_is_one_line(capsys, monkeypatch, model):
     assert status == 2 and err.endswith("fastgpt: error: standard input: expected UTF-8, got other bytes in line 2\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
     status, _, err = run(capsys, "chat")
-    assert status == 2 and err == (
-        "fastgpt: error: --model: expected one with a chat template, made for chats; the shipped model has none\n"
-    )
+    assert status == 2 and err == "fastgpt: error: the following arguments are required: --model (see fastgpt chat --help)\n"
+    status, _, err = run(capsys, "chat", "--model", SHIPPED_MODEL)
+    assert status == 2 and "--model: expected one with a chat template, made for chats; " in err and err.endswith(" has none\n")
 
 
 @pytest.mark.slow

@@ -62,17 +62,20 @@ ERRORS = [
     (["generate", "--model", ""], "model: expected a path, got an empty string"),
     (["generate", "--prompt-file", ""], "prompt-file: expected a path, got an empty string"),
     (["inspect", "A", "--attention", ""], "attention: expected a path, got an empty string"),
-    (["train", "--text", "", "--out", "/tmp/x"], "text: expected a path, got an empty string"),
+    (["train", "--text", "", "--out", "a new folder"], "text: expected a path, got an empty string"),
     (["train", "--text", "/nowhere", "--out", ""], "out: expected a path, got an empty string"),
     (["train", "--text", "/nowhere", "--out", "a\0b"], r"out: expected a folder, got 'a\\x00b': embedded null byte"),
     (["train", "--text", "/nowhere", "--out", "x" * 5000], "out: expected a folder, got 'x+': File name too long"),
-    (["train", "--text", "/nowhere", "--out", "/tmp/x", "--init-from", ""], "init-from: expected a path, got an empty string"),
-    (["train", "--text", "/nowhere", "--out", "/tmp/x"], "text: expected a file, /nowhere does not exist"),
+    (["train", "--text", "/nowhere", "--out", "a new folder", "--init-from", ""], "init-from: expected a path, got an empty string"),
+    (["train", "--text", "/nowhere", "--out", "a new folder"], "text: expected a file, /nowhere does not exist"),
+    (["train", "--text", "/nowhere", "--out", "a new folder", "--lora", "4"], "lora: expected --init-from with it"),
+    (["info", "/nowhere"], "model: expected a checkpoint folder or a GGUF file, /nowhere does not exist"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", ERRORS, ids=[message[:30] for _, message in ERRORS])
-def test_errors_are_one_line(arguments, message, capsys):
+def test_errors_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     status, out, error = run(capsys, *arguments)
     assert status == 2 and out == "" and error.startswith("fastgpt: error: ") and len(error.splitlines()) == 1
     assert re.search(message, error)
