@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import fastgpt
-from benchmarks import families_table, numerics_table, pages, perplexity_table, plots
+from benchmarks import families_table, numerics_table, pages, perplexity_table, plots, speculation_table
 from fastgpt.bench.timing import uncertainty
 
 STORED = Path(__file__).parent / "results"
@@ -217,6 +217,7 @@ def sections(document: Path) -> dict[str, str]:
         f"[Each of them]({page}#architectures-of-transformers).",
         "families": families_table.markdown(results["families"]["families"]),
         "perplexity": perplexity_table.markdown(results["perplexity"]["perplexity"]),
+        "speculation": speculation_of_all(),
         "8-bit caches": eight_bit_caches(training),
         "shipped model": f"{training['parameters'] / 1e6:.2f} million parameters, validation loss "
         f"**{training['validation_loss']:.4f} nats per character** on the last 10% "
@@ -250,6 +251,12 @@ def numerics_of_all() -> dict[str, list[dict]]:
             if isinstance(cases, list):
                 found.setdefault(operation, []).extend(cases)
     return found
+
+
+def speculation_of_all() -> str:
+    """What `speculation_table` shows of each machine that has results."""
+    found = [json.loads(path.read_text()) for path in sorted(STORED.glob("*/speculation.json"))]
+    return "\n\n".join(f"{speculation_table.markdown(each['speculation'])}\n\n{pages.about(each)}." for each in found)
 
 
 def eight_bit_caches(training: dict) -> str:

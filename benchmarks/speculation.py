@@ -1,19 +1,20 @@
-"""Speculation on three kinds of text: `python -m benchmarks.speculation MODEL [--dtype bfloat16]`.
+"""Speculation on three kinds of text: `python -m benchmarks.speculation NAME=MODEL [--dtype bfloat16]`.
 
     copying      a prompt holds a file twice and its beginning: the model goes on with the file
     free         answers to questions, or for a model without a chat template continuations of them
     adversarial  text sampled at a temperature at which nothing repeats itself
 
 Tokens are compared first; then each text is generated with and without speculation in turn, and medians of decode speed compared.
+The result is stored under NAME, with those of other models on this machine.
 """
 
 import argparse
 import statistics
 from pathlib import Path
 
-import torch
-
-from fastgpt.folders import SHIPPED_MODEL
+from benchmarks import pages, report, speculation_table
+from fastgpt.checkpoints.loading import MATRICES
+from fastgpt.cli.arguments import DTYPES
 from fastgpt.generation.pipeline import Pipeline, as_messages, pipeline
 
 FILE = Path(__file__).with_name("decoding.py")
@@ -64,29 +65,29 @@ def measure(pipe: Pipeline, prompt: str | list, new: int, rounds: int, options: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", nargs="?", default=str(SHIPPED_MODEL))
-    parser.add_argument("--dtype", default=None)
-    parser.add_argument("--weights", default=None)
-    parser.add_argument("--only", default=None, help="one kind of text")
-    parser.add_argument("--skip", type=int, default=0, help="leave out the first prompts of each kind")
-    parser.add_argument("--most", type=int, default=None, help="as many prompts of each kind")
+    parser.add_argument("model", metavar="NAME=MODEL", help="a name for tables, and a checkpoint folder or a GGUF file")
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--weights", choices=MATRICES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=200)
     options = parser.parse_args()
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    pipe = pipeline(options.model, dtype=dtype, weights=options.weights)
-    print("| text | plain, tok/s | speculative, tok/s | ratio | tokens a pass |\n| --- | ---: | ---: | ---: | ---: |")
+    name, _, model = options.model.partition("=")
+    if not model:
+        parser.error(f"expected NAME=MODEL, got {options.model!r}")
+    pipe = pipeline(model, dtype=DTYPES.get(options.dtype), weights=options.weights)
+    about = report.machine()
+    others = pages.results_in(report.folder_of(about)).get("speculation", {}).get("speculation", [])
+    cases = [case for case in others if case["model"] != name]
     for kind, prompts in texts(pipe).items():
-        if options.only not in (None, kind):
-            continue
-        results = [
-            measure(pipe, prompt, options.tokens, options.rounds, more)
-            for prompt, more in prompts[options.skip :][: options.most]
-        ]
-        seconds = {name: sum(1 / result[name] for result in results) for name in ("plain", "speculative")}
-        plain, speculative = (len(results) / seconds[name] for name in ("plain", "speculative"))
-        rate = statistics.mean(result["tokens_per_pass"] for result in results)
-        print(f"| {kind} | {plain:.1f} | {speculative:.1f} | {speculative / plain:.2f} | {rate:.2f} |", flush=True)
+        found = [measure(pipe, prompt, options.tokens, options.rounds, more) for prompt, more in prompts]
+        # Of so many tokens of each prompt, the time is the sum of theirs.
+        plain, speculative = (len(found) / sum(1 / each[name] for each in found) for name in ("plain", "speculative"))
+        cases.append({
+            "model": name, "text": kind, "prompts": len(found), "tokens": options.tokens, "plain": plain,
+            "speculative": speculative, "tokens_per_pass": statistics.mean(each["tokens_per_pass"] for each in found),
+        })  # fmt: skip
+        print(speculation_table.markdown(cases[-1:]), flush=True)
+    report.store("speculation", {"speculation": cases}, about)
 
 
 if __name__ == "__main__":

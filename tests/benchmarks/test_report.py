@@ -361,3 +361,14 @@ def test_ctrl_c_keeps_finished_results(monkeypatch, tmp_path):
         "test_after": "not finished",
     }  # fmt: skip
     assert result["machine"]["cpu"] == report.machine()["cpu"]
+
+
+def test_speculation_is_shown_of_every_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "STORED", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    case = {"model": "small", "text": "copying", "plain": 50.0, "speculative": 152.0, "tokens_per_pass": 4.0}
+    for level in ("avx2", "avx512"):
+        report.store("speculation", {"speculation": [case]}, MACHINE | {"cpu_level": level})
+    shown = report.speculation_of_all()
+    assert shown.count("| small | copying | 50.0 | 152.0 | 3.04 | 4.00 |") == 2
+    assert "2 threads, avx2" in shown and "2 threads, avx512" in shown

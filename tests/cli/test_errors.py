@@ -66,7 +66,10 @@ ERRORS = [
     (["train", "--text", "/nowhere", "--out", ""], "out: expected a path, got an empty string"),
     (["train", "--text", "/nowhere", "--out", "a\0b"], r"out: expected a folder, got 'a\\x00b': embedded null byte"),
     (["train", "--text", "/nowhere", "--out", "x" * 5000], "out: expected a folder, got 'x+': File name too long"),
-    (["train", "--text", "/nowhere", "--out", "a new folder", "--init-from", ""], "init-from: expected a path, got an empty string"),
+    (
+        ["train", "--text", "/nowhere", "--out", "a new folder", "--init-from", ""],
+        "init-from: expected a path, got an empty string",
+    ),
     (["train", "--text", "/nowhere", "--out", "a new folder"], "text: expected a file, /nowhere does not exist"),
     (["train", "--text", "/nowhere", "--out", "a new folder", "--lora", "4"], "lora: expected --init-from with it"),
     (["info", "/nowhere"], "model: expected a checkpoint folder or a GGUF file, /nowhere does not exist"),
