@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "common/stored_elements.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
@@ -35,18 +37,26 @@ constexpr int kSumsOfDot = 1;
 template <int kCount, int kStreams, typename T>
 void multiply_rows(
     const float* x, int64_t x_row, const T* weight, int64_t in, int64_t apart, int64_t next, float* dots, int64_t dots_row) {
-  Vector total[kCount][kStreams][kSumsOfDot] = {};
-  int64_t c = 0;
-  for (; c + kSumsOfDot * kWidth <= in; c += kSumsOfDot * kWidth) {
-    for (int s = 0; s < kStreams; ++s) {
-      const T* source = weight + s * apart * in + c;
-      if (next) __builtin_prefetch(reinterpret_cast<const char*>(source) + next, 0, 2);
-      for (int v = 0; v < kSumsOfDot; ++v) {
-        const Vector w = in_register(load(source + v * kWidth));
-        for (int i = 0; i < kCount; ++i) total[i][s][v] += load(x + i * x_row + c + v * kWidth) * w;
-      }
+  Vector total[kCount][kStreams][kSumsOfDot];
+  for (auto& of_row : total) {  // not by = {}, which GCC turns into a loop over memory
+    for (auto& of_stream : of_row) {
+      for (auto& sum : of_stream) sum = Vector{};
     }
   }
+  int64_t c = 0;
+  const auto add_products = [&](auto prefetches) __attribute__((always_inline)) {
+    for (; c + kSumsOfDot * kWidth <= in; c += kSumsOfDot * kWidth) {
+      for (int s = 0; s < kStreams; ++s) {
+        const T* source = weight + s * apart * in + c;
+        if constexpr (prefetches) __builtin_prefetch(reinterpret_cast<const char*>(source) + next, 0, 2);
+        for (int v = 0; v < kSumsOfDot; ++v) {
+          const Vector w = in_register(load(source + v * kWidth));
+          for (int i = 0; i < kCount; ++i) total[i][s][v] += load(x + i * x_row + c + v * kWidth) * w;
+        }
+      }
+    }
+  };
+  next ? add_products(std::true_type()) : add_products(std::false_type());
   for (int i = 0; i < kCount; ++i) {
     for (int s = 0; s < kStreams; ++s) {
       for (int v = 1; v < kSumsOfDot; ++v) total[i][s][0] += total[i][s][v];
@@ -86,7 +96,7 @@ void multiply_blocks(
     const float* x, int64_t x_row, int64_t rows, const T* weight, int64_t in, int64_t apart, int64_t next, float* dots,
     int64_t dots_row) {
   for (int64_t count; rows > 0; rows -= count, next = 0) {
-    count = rows <= kMostRows ? rows : kRows;
+    count = rows <= kMostRows ? rows : rows == kRows + 1 ? kRows - 1 : kRows;  // a single one takes longer than its share
     multiply_up_to<kMostRows, kStreams>(count, x, x_row, weight, in, apart, next, dots, dots_row);
     x += count * x_row, dots += count * dots_row;
   }
