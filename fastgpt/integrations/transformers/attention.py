@@ -41,12 +41,12 @@ def attention(
         cache: a PagedAttentionCache, which stores key and value and returns all keys and values.
         output_attentions: also return the weights.
         kwargs: cu_seq_lens_q and cu_seq_lens_k of packed sequences, and sliding_window, which applies to those only: otherwise
-            masks contain it. Others are ignored.
+            masks contain it; what a cache for continuous batching has added. Others are ignored.
 
     Returns: (B, T, H, D_v), and None or the weights (B, H, T, S).
 
     Calls that the kernels do not support go to transformers' function for PyTorch's attention, or are computed in plain
-    PyTorch; `record` shows which.
+    PyTorch; `record` shows which. Those of continuous batching raise ValueError instead.
     """
     if attention_mask is position_bias is softcap is s_aux is cache is None and not dropout and not output_attentions:
         is_causal_layer = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -66,6 +66,14 @@ def attention(
     options = {"causal": causal, "scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
 
     reason = "output_attentions" if output_attentions else _why_not(query, key, value, dropout, scaling)
+    if "write_index" in kwargs and mask is None:  # continuous batching
+        if reason is not None or position_bias is not None:
+            raise ValueError(f"continuous batching with fastgpt's attention: {reason or 'position_bias'}")
+        options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "window": kwargs.get("sliding_window")}
+        if (pages := kwargs.get("pages")) is None:
+            return _packed(query, key, value, *_packing(None, kwargs), **options), None
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        return pages.step.attend(query, key, value, pages.k, pages.v, note=note, **options).unsqueeze(0), None
     if reason is None and mask is None and position_bias is None:
         packing = _packing(short, kwargs)
         if packing is not None:

@@ -1,5 +1,6 @@
 """`register` and `unregister`: the names under which transformers finds fastgpt's attention."""
 
+import importlib.util
 import threading
 
 from transformers.masking_utils import AttentionMaskInterface
@@ -7,6 +8,10 @@ from transformers.modeling_utils import AttentionInterface
 
 from fastgpt.integrations.transformers.attention import attention
 from fastgpt.integrations.transformers.masks import mask
+
+_CONTINUOUS_BATCHING = importlib.util.find_spec("transformers.generation.continuous_batching.cache_allocators") is not None
+if _CONTINUOUS_BATCHING:
+    from fastgpt.integrations.transformers import continuous
 
 _lock = threading.Lock()
 _replaced = {}  # (interface, name) -> the function that was there before, or None
@@ -26,6 +31,8 @@ def register(name: str = "fastgpt") -> None:
         (AttentionInterface, f"paged|{name}"): attention,  # continuous batching before transformers 5.23, without a mask
     }
     with _lock:
+        if _CONTINUOUS_BATCHING:
+            continuous.install()
         for (interface, key), function in functions.items():
             if (interface, key) not in _replaced:
                 _replaced[interface, key] = interface._global_mapping.get(key)
@@ -42,3 +49,5 @@ def unregister(name: str | None = None) -> None:
                     interface._global_mapping.pop(key, None)
                 else:
                     interface.register(key, before)
+        if not _replaced and _CONTINUOUS_BATCHING:
+            continuous.uninstall()
