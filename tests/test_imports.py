@@ -61,6 +61,7 @@ LAYERS = [
     {"integrations.sdpa.function"},
     {"integrations.sdpa.refusals"},
     {"integrations.flash_attn"},
+    {"integrations.vllm", "integrations.vllm.backend"},
     {"integrations.transformers"},
     {"integrations.transformers.optimize"},
     {"integrations.transformers.layers"},
