@@ -38,7 +38,8 @@ from fastgpt.cache.paged import PagedCache, PagePool
 from fastgpt.cache.sliding import SlidingCache
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.decoding import decoding
-from fastgpt.generation.generate import generate, stream
+from fastgpt.generation.generate import generate, generate_each, stream
+from fastgpt.generation.many import Interrupted
 from fastgpt.integrations.sdpa import scaled_dot_product_attention
 from fastgpt.model.classifiers import SequenceClassifier, TokenClassifier
 from fastgpt.model.config import GPTConfig
@@ -68,6 +69,7 @@ __all__ = [
     "SHIPPED_MODEL",
     "ContiguousCache",
     "GPTConfig",
+    "Interrupted",
     "KVCache",
     "OutOfPages",
     "PagePool",
@@ -87,6 +89,7 @@ __all__ = [
     "decoding",
     "explain",
     "generate",
+    "generate_each",
     "kv_cache_update",
     "kv_cache_update_reference",
     "linear",

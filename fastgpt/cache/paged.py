@@ -74,6 +74,25 @@ class PagedCache(KVCache):
         """An empty cache of batch_size sequences over the same pool, with the same capacity and window."""
         return PagedCache(self.pool, batch_size=batch_size, capacity=self.capacity, window=self.window)
 
+    def first(self, n: int) -> "PagedCache":
+        """A cache of the first n sequences over the same lengths and table of pages. Its `sequences` and `counts` are lists of its
+        own, as they are now."""
+        result = object.__new__(PagedCache)
+        result.__dict__.update(self.__dict__)
+        result.lengths, result.block_table = self.lengths[:n], self.block_table[:n]
+        result.sequences, result.counts = self.sequences[:n], self.counts[:n]
+        result._make_steady()
+        return result
+
+    def put(self, b: int, sequence: int) -> None:
+        """Makes a sequence of the pool the b-th one of this cache. The one that it replaces stays in the pool."""
+        allocator = self.pool.allocator
+        pages, length = allocator.pages(sequence), allocator.length(sequence)
+        self.sequences[b], self.counts[b] = sequence, length
+        self.lengths[b] = length
+        if pages:
+            self.block_table[b, : len(pages)] = on_device(pages, self.block_table.device).int()
+
     def fork(self, n: int, into: Any = None) -> "KVCache":
         require_integer("n", n, 1)  # before pages are given back
         if into is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -124,6 +125,24 @@ class Storage:
         source, target = on_device([source, target], self.k.device)
         for x in map(as_bytes, self.tensors()):
             x[:, target] = x[:, source]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a cache could take: on a CPU those that the system can give, within the limit of a container."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # by PyTorch, for what is allocated next
+        return torch.cuda.mem_get_info(device)[0] + held
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return 4 << 30
+    with contextlib.suppress(OSError, ValueError):  # ValueError: no limit
+        most, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, max(most - used, 0))
+    return free
 
 
 def on_device(numbers: list, device: torch.device) -> torch.Tensor:

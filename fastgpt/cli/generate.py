@@ -11,7 +11,7 @@ import torch
 import fastgpt
 from fastgpt.bench.timing import implementation
 from fastgpt.cache.create import CACHE_KINDS
-from fastgpt.checks import require_integer
+from fastgpt.checks import is_terminal, require_integer
 from fastgpt.cli.arguments import (
     CACHE_DTYPES,
     DTYPES,
@@ -35,7 +35,8 @@ from fastgpt.cli.output import print_stderr
 from fastgpt.cli.prompts import default_prompt, read_prompts
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.config import MAX_NEW_TOKENS, GenerationConfig
-from fastgpt.generation.pipeline import Pipeline, Run, as_messages, pipeline
+from fastgpt.generation.many import Interrupted
+from fastgpt.generation.pipeline import ManyRun, Pipeline, Run, as_messages, pipeline
 from fastgpt.training.processes import joined, local_device
 
 DESCRIPTION = """\
@@ -46,9 +47,10 @@ examples:
   fastgpt generate "ROMEO:" --temperature 0.8 --seed 1
   fastgpt generate "Who are you?" --model PATH_OR_ID --chat
   git diff | fastgpt generate --model PATH_OR_ID --stop "\\n\\n"
-  fastgpt generate --prompt-file story.txt --json --logprobs"""
+  fastgpt generate --prompt-file story.txt --json --logprobs
+  fastgpt generate --prompts questions.txt --max-batch 32 --json"""
 # Options of `fastgpt.generate` that the command has by the same names.
-SAME_NAMES = (*SAMPLING, "min_new_tokens", "num_samples", "cache", "window")
+SAME_NAMES = (*SAMPLING, "min_new_tokens", "num_samples", "cache", "window", "max_batch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "read if there is no PROMPT and something is piped in (a line break)")  # fmt: skip
     add("--prompt-file", type=path_or_id, action="append", default=[], metavar="FILE", help="read a prompt from FILE, in "
         "UTF-8; can be repeated. A line break at its end is removed, as from standard input")  # fmt: skip
+    add("--prompts", type=path_or_id, metavar="FILE", help="read prompts from FILE, in UTF-8, one on each line; empty lines are "
+        "left out")  # fmt: skip
+    add("--max-batch", type=integer, metavar="N", help="generate at most N texts at once; others wait and join as texts end (of "
+        "up to 64, all; of more, as many as memory and speed suggest)")  # fmt: skip
     add("--chat", action="store_true", help="PROMPT is a user's message: apply the chat template, and print only the answer")
     add_template_variables(add, "with --chat: ")
     add("--max-new-tokens", type=integer, metavar="N", help=f"tokens to generate ({MAX_NEW_TOKENS}, or as many as the "
@@ -87,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     require_consistent(options)
     settings = generation_settings(options)
-    prompts = read_prompts(options.prompt, options.prompt_file)
+    prompts = read_prompts(options.prompt, options.prompt_file, options.prompts)
     device = device_of(local_device(options.device))
     with joined(None, device) as processes:  # one, unless torchrun started several
         pipe = pipeline(
@@ -153,28 +159,39 @@ def generate_text(
     generation = generate_once(pipe, prompts, settings, options, use_cache=not options.no_cache, quiet=options.json)
     print_warnings(generation, options, pipe.model.config.context_length)
     result = texts(pipe, generation, prompts, options) | measurements(pipe, generation, device)
-    if options.compare_cache:
+    done = sum(row.finish_reason is not None for row in generation.rows)
+    if options.compare_cache and done == len(generation.rows):
         other = generate_once(pipe, prompts, settings, options, use_cache=options.no_cache, quiet=True)
         result |= comparison(other, generation) if options.no_cache else comparison(generation, other)
     if options.json:
         print(json.dumps(result))
-    elif options.compare_cache:
+    elif "tokens_agree" in result:
         print_comparison(result, options.cache_dtype)
     else:
         print_speed(result)
+    if done < len(generation.rows):
+        print_stderr(f"fastgpt: interrupted: {done} of {len(generation.rows)} texts are done")
+        sys.exit(130)
     if options.compare_cache and not result["tokens_agree"] and options.cache_dtype is None:  # of 8 bits, they may differ
         sys.exit(1)
 
 
 def generate_once(
     pipe: Pipeline, prompts: list[str], settings: dict, options: argparse.Namespace, *, use_cache: bool, quiet: bool
-) -> Run:
-    """Generates; unless quiet, prints prompts and texts, a single text as it is generated."""
+) -> Run | ManyRun:
+    """Generates; unless quiet, prints prompts and texts, a single text as it is generated. Of many texts, Ctrl-C keeps those that
+    are done."""
     if not use_cache:
         settings = {name: value for name, value in settings.items() if not name.startswith("speculate")}
     given = [as_messages(prompt) if options.chat else prompt for prompt in prompts]
     generation = pipe.start(given, options.max_new_tokens, use_cache=use_cache, **settings)
     printed = printed_prompts(generation, prompts, options)
+    if isinstance(generation, ManyRun):
+        with contextlib.suppress(Interrupted):
+            generation.finish(progress=is_terminal(sys.stderr))
+        if not quiet:
+            print_texts(generation, prompts, printed)
+        return generation
     streams = len(printed) == 1 and not quiet
     if streams:
         print(printed[0], end="", flush=True)
@@ -184,11 +201,20 @@ def generate_once(
     if streams:
         print()
     elif not quiet:
-        whole = [prompt + row.text for prompt, row in zip(printed, generation.rows)]
-        headings = [shortened(prompt) for prompt in prompts for _ in range(generation.options.num_samples)]
-        numbered = enumerate(zip(headings, whole), 1)
-        print("\n".join(f"--- {number} of {len(whole)}: {heading}\n{text}\n" for number, (heading, text) in numbered), end="")
+        print_texts(generation, prompts, printed)
     return generation
+
+
+def print_texts(generation: Run | ManyRun, prompts: list[str], printed: list[str]) -> None:
+    """Prints each text that is done under a heading."""
+    headings = [shortened(prompt) for prompt in prompts for _ in range(generation.options.num_samples)]
+    texts = enumerate(zip(headings, printed, generation.rows), 1)
+    lines = [
+        f"--- {number} of {len(printed)}: {heading}\n{prompt}{row.text}\n"
+        for number, (heading, prompt, row) in texts
+        if row.finish_reason is not None
+    ]
+    print("\n".join(lines), end="")
 
 
 def shortened(prompt: str) -> str:
@@ -196,12 +222,12 @@ def shortened(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 40 else prompt[:39] + "…")
 
 
-def printed_prompts(generation: Run, prompts: list[str], options: argparse.Namespace) -> list[str]:
+def printed_prompts(generation: Run | ManyRun, prompts: list[str], options: argparse.Namespace) -> list[str]:
     """What is printed before each text: its prompt, or nothing for a chat."""
     return ["" if options.chat else prompt for prompt in prompts for _ in range(generation.options.num_samples)]
 
 
-def print_warnings(generation: Run, options: argparse.Namespace, context: int) -> None:
+def print_warnings(generation: Run | ManyRun, options: argparse.Namespace, context: int) -> None:
     if generation.options.num_samples > 1 and generation.options.temperature == 0:
         print_stderr("fastgpt: the samples of a prompt are all the same at temperature 0: choose a --temperature above it")
     longest = max(map(len, generation.prompts))
@@ -209,7 +235,7 @@ def print_warnings(generation: Run, options: argparse.Namespace, context: int) -
         print_stderr(f"fastgpt: a prompt of {longest:,} tokens fills the model's context: there is no room for new ones")
 
 
-def texts(pipe: Pipeline, generation: Run, prompts: list[str], options: argparse.Namespace) -> dict:
+def texts(pipe: Pipeline, generation: Run | ManyRun, prompts: list[str], options: argparse.Namespace) -> dict:
     """The generated text for --json, or a list of texts in `samples`, those of the first prompt first."""
     result: list[dict] = []
     for prompt, row in zip(printed_prompts(generation, prompts, options), generation.rows):
@@ -221,7 +247,7 @@ def texts(pipe: Pipeline, generation: Run, prompts: list[str], options: argparse
     return result[0] if len(result) == 1 else {"samples": result}
 
 
-def measurements(pipe: Pipeline, generation: Run, device: torch.device) -> dict:
+def measurements(pipe: Pipeline, generation: Run | ManyRun, device: torch.device) -> dict:
     """Counts, times and settings of a generation, for --json."""
     reasons = fastgpt.explain(fastgpt.attention, *example_calls(device)[fastgpt.attention])
     return {
@@ -238,7 +264,7 @@ def measurements(pipe: Pipeline, generation: Run, device: torch.device) -> dict:
     }
 
 
-def comparison(cached: Run, uncached: Run) -> dict:
+def comparison(cached: Run | ManyRun, uncached: Run | ManyRun) -> dict:
     speed, without = cached.tokens_per_second, uncached.tokens_per_second
     return {
         "decode_tokens_per_second": speed,

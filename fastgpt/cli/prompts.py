@@ -14,13 +14,18 @@ from fastgpt.text.tokenizer import Tokenizer
 DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech, and most texts a new line
 
 
-def read_prompts(prompts: Sequence[str], files: Iterable[str]) -> list[str]:
-    """The texts to continue: those of the command line, where - is standard input, then those of files; or else what is piped
-    into standard input. [] where there is none."""
+def read_prompts(prompts: Sequence[str], files: Iterable[str], lines_of: str | None = None) -> list[str]:
+    """The texts to continue: those of the command line, where - is standard input, then those of files, then the lines of a file;
+    or else what is piped into standard input. [] where there is none."""
     if prompts.count("-") > 1:
         raise ValueError("prompt: expected - once, since there is one standard input, got it several times")
     texts = [read_prompt(prompt) for prompt in prompts]
     texts += map(_read_file, files)
+    if lines_of is not None:
+        lines = [line for line in _read_file(lines_of, "prompts").split("\n") if line.strip()]
+        if not lines:
+            raise ValueError(f"prompts: expected at least one line with text, {lines_of} has none")
+        texts += lines
     if not texts and (text := _piped_in()):
         texts = [text]
     return texts
@@ -66,15 +71,15 @@ def _standard_input() -> str:
     return _decoded("prompt", "standard input", content.encode() if isinstance(content, str) else content)
 
 
-def _read_file(path: str) -> str:
+def _read_file(path: str, name: str = "prompt_file") -> str:
     try:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"prompt_file: expected a file to read, got {path}: {reason}") from error
-    text = _decoded("prompt_file", path, content)
+        raise ValueError(f"{name}: expected a file to read, got {path}: {reason}") from error
+    text = _decoded(name, path, content)
     if not text:
-        raise ValueError(f"prompt_file: expected at least one character, {path} is empty")
+        raise ValueError(f"{name}: expected at least one character, {path} is empty")
     return text
 
 

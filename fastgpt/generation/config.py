@@ -55,6 +55,12 @@ class GenerationConfig:
         page_size: tokens per page of a paged cache.
         prefill_chunk: longer prompts are prefilled in chunks of at most this many tokens, so that memory for activations does
             not grow with the prompt. Default: 512 on a CPU, where it costs no time, 4,096 on a GPU.
+        max_batch: the most rows that are generated together; further prompts wait, and join as soon as a row has ended. They may be
+            thousands, and `max_new_tokens` a list with a number for each. A prompt's tokens are those it would have alone. Keys
+            and values are in pages whatever `cache` says, and prompts that begin alike share them. logits_processors are called
+            for one row at a time. Default: all rows begin together, or if max_new_tokens is a list or there are more than 64
+            prompts of their own lengths, as many as memory has room for and as yield more tokens per second. See
+            docs/many-prompts.md.
         speculate: guess next tokens and check several in one pass; the tokens are the same. "prompt": guesses are what followed
             the last tokens before, in prompt or new tokens; or a GPT with the same vocabulary, which guesses. Rows then go at
             their own pace, so logits_processors are called for one row at a time, and those of rows that have ended are not.
@@ -84,12 +90,13 @@ class GenerationConfig:
     window: int | None = None
     page_size: int = 16
     prefill_chunk: int | None = None
+    max_batch: int | None = None
     speculate: str | GPT | None = None
     speculate_tokens: int | None = None
 
     def __post_init__(self):
         checked = checked_rules(**self.rules)
-        for name in ("window", "prefill_chunk"):
+        for name in ("window", "prefill_chunk", "max_batch"):
             checked[name] = require_integer(name, getattr(self, name), least=1, optional=True)
         checked["page_size"] = require_integer("page_size", self.page_size, least=1)
         checked["num_samples"] = require_integer("num_samples", self.num_samples, least=1)

@@ -31,7 +31,7 @@ class Conversation:
         system: the text of a system message, which is never dropped.
         max_new_tokens: the most tokens of an answer; default: the checkpoint's, or else 1,024. Turns are dropped so that it has
             room for them, or for a quarter of the context if they are more.
-        stop, eos, template_variables, options: those of `Pipeline.start`, for all turns; not num_samples, use_cache and
+        stop, eos, template_variables, options: those of `Pipeline.start`, for all turns; not num_samples, use_cache, max_batch and
             return_logprobs. A seed is that of every turn.
 
     messages: those of the conversation, each a dict with role and content; without the ones that were dropped.
@@ -54,7 +54,7 @@ class Conversation:
             )
         if system is not None:
             require_text(system, "system")
-        for name, only in (("num_samples", 1), ("use_cache", True), ("return_logprobs", False)):
+        for name, only in (("num_samples", 1), ("use_cache", True), ("return_logprobs", False), ("max_batch", None)):
             if options.get(name, only) != only:
                 raise ValueError(f"{name}: expected {only} in a conversation, got {options[name]!r}")
         require_template_variables(template_variables)

@@ -1,21 +1,27 @@
-"""Generation: `generate`, and `stream`, which yields tokens as they come."""
+"""Generation: `generate`; `stream`, which yields tokens as they come; `generate_each`, which yields rows as they end."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from fastgpt.checks import require_flag
+from fastgpt.generation.config import GenerationConfig
+from fastgpt.generation.many import Many, is_many
 from fastgpt.generation.request import Request
 from fastgpt.model.decoder import GPT
+from fastgpt.model.inputs import require_decoder
 
 
 def generate(
     model: GPT,
     ids: torch.Tensor | np.ndarray | Sequence,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int | Sequence[int] | None = None,
     *,
     encoder_states: torch.Tensor | None = None,
     encoder_lengths: torch.Tensor | Sequence[int] | None = None,
+    progress: bool = False,
     **options,
 ) -> torch.Tensor | list[torch.Tensor] | tuple:
     """Continues each sequence by `max_new_tokens` tokens, or up to a token that ends it.
@@ -24,9 +30,11 @@ def generate(
         ids: (B, T) int64 token ids, T >= 1, a tensor or an array; or a list of B prompts of any length, each a list, a 1-d
             tensor or array of ids.
         max_new_tokens: prompt and new tokens must fit into the model's context. None: as many as the model's checkpoint
-            says, or else 300; but no more than fit after the longest prompt.
+            says, or else 300; but no more than fit after the longest prompt. Or a list with a number for each prompt: see
+            max_batch in `GenerationConfig`, with which None is what fits after each.
         encoder_states, encoder_lengths: the second stream of a model with cross-attention, one for each prompt: see
             `GPT.forward`.
+        progress: with many prompts, whether to show a progress bar on standard error.
         options: see `GenerationConfig`. Those that are not passed have the defaults of the model's checkpoint: if it names eos
             tokens, they end rows here, too, unless eos says otherwise; eos=() ignores them.
 
@@ -36,9 +44,22 @@ def generate(
         With return_logprobs also the log-probabilities of the new tokens, fp32: (B · num_samples, n), 0 where rows are
         padded; or a list of 1-d tensors.
     Raises: TypeError, ValueError, naming the argument; ValueError where logits are NaN or infinite, or rules forbid every
-        token, with the row and the step.
+        token, with the row and the step. Ctrl-C among many prompts raises `fastgpt.Interrupted`, a KeyboardInterrupt with the rows
+        that are done.
     """
-    request = Request.of(model, ids, max_new_tokens, options, encoder_states, encoder_lengths)
+    require_decoder(model)
+    require_flag("progress", progress)
+    config = GenerationConfig.of(model, options)
+    if is_many(ids, max_new_tokens, config):
+        results = Many(model, ids, max_new_tokens, config, encoder_states).finish(progress)
+        columns = list(zip(*results)) if config.return_logprobs else [results]
+        if isinstance(ids, (torch.Tensor, np.ndarray)):
+            padding = [config.eos[0] if config.eos else 0, 0.0]
+            columns = [pad_sequence(rows, batch_first=True, padding_value=value) for rows, value in zip(columns, padding)]
+        else:
+            columns = [list(rows) for rows in columns]
+        return tuple(columns) if config.return_logprobs else columns[0]
+    request = Request.of(model, ids, max_new_tokens, config, encoder_states, encoder_lengths)
     for _ in request.run():
         pass
     new, eos = request.sampler.tokens.t(), request.eos  # (B · num_samples, max_new_tokens), -1 where a row has ended
@@ -73,4 +94,27 @@ def stream(
 
     Arguments, their defaults and errors are those of `generate`; bad input raises here, not at the first token.
     """
-    return Request.of(model, ids, max_new_tokens, options, encoder_states, encoder_lengths).stream()
+    require_decoder(model)
+    config = GenerationConfig.of(model, options)
+    return Request.of(model, ids, max_new_tokens, config, encoder_states, encoder_lengths).stream()
+
+
+def generate_each(
+    model: GPT,
+    ids: torch.Tensor | np.ndarray | Sequence,
+    max_new_tokens: int | Sequence[int] | None = None,
+    *,
+    progress: bool = False,
+    **options,
+) -> Iterator[tuple]:
+    """Yields each row of `generate` when it has ended, as rows join and leave a batch: its number and its tokens (T + n,) int64,
+    prompt included; with return_logprobs also the log-probabilities (n,) fp32 of the new ones.
+
+    Rows are numbered as in the result of `generate`. Arguments, their defaults and errors are those of `generate` with max_batch;
+    bad input raises here, not at the first row.
+    """
+    require_decoder(model)
+    require_flag("progress", progress)
+    many = Many(model, ids, max_new_tokens, GenerationConfig.of(model, options))
+    results = ((row.index, many.result(row)) for row in many.run(progress))
+    return ((index, *result) if many.options.return_logprobs else (index, result) for index, result in results)

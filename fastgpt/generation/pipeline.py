@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,8 +12,9 @@ from fastgpt.checkpoints import gguf_file, hub, transformers_format
 from fastgpt.checkpoints.files import naming
 from fastgpt.checks import require_integer
 from fastgpt.folders import SHIPPED_MODEL
-from fastgpt.generation.config import defaults_of
+from fastgpt.generation.config import GenerationConfig, defaults_of
 from fastgpt.generation.conversation import OWN_EOS, Conversation, require_template_variables
+from fastgpt.generation.many import Interrupted, Many, is_many
 from fastgpt.generation.request import Kept, Request
 from fastgpt.model.decoder import GPT
 from fastgpt.model.inputs import require_room
@@ -21,6 +23,7 @@ from fastgpt.text.streaming import IncrementalDetokenizer, StopStrings
 from fastgpt.text.tokenizer import Tokenizer, require_text
 
 Messages = Sequence[dict]  # a chat: see Tokenizer.encode_chat
+Stop = str | int | Sequence  # see Pipeline
 
 
 def pipeline(
@@ -65,9 +68,10 @@ class Pipeline:
 
     Args of its methods:
         max_new_tokens: for each text. None: the default of the checkpoint's generation_config.json, or else 300; but no more
-            than the context has room for after the longest prompt.
+            than the context has room for after the longest prompt. A list has a number for each prompt: see max_batch in
+            `GenerationConfig`.
         stop: a string, or several, before which a text ends, however it is split into tokens; it may contain special tokens.
-            A list may also contain token ids.
+            A list may also contain token ids. A list of lists has one for each prompt.
         template_variables: variables of the chat template besides the messages, by name: those of `Tokenizer.chat_text`, such
             as tools, and others of the model, such as `{"enable_thinking": False}`.
         options: those of `generate`, see `fastgpt.generation.config.GenerationConfig`. An option that is passed wins, then the
@@ -79,14 +83,22 @@ class Pipeline:
         self.model, self.tokenizer = model, tokenizer
 
     def __call__(
-        self, prompts: str | Sequence[str], max_new_tokens: int | None = None, **options
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int | Sequence[int] | None = None,
+        *,
+        progress: bool = False,
+        **options,
     ) -> str | list[str] | list[list[str]]:
         """The continuation of a prompt, without the prompt; for a list of prompts, a list of them. With num_samples > 1 each is
-        a list of texts."""
+        a list of texts.
+
+        Thousands of prompts may be given with max_batch, and `progress` shows a bar on standard error; Ctrl-C then raises
+        `fastgpt.Interrupted`, a KeyboardInterrupt whose `results` are the texts, None for those that are not done."""
         single = isinstance(prompts, str)
         if not single and not (isinstance(prompts, Sequence) and all(isinstance(prompt, str) for prompt in prompts)):
             raise TypeError(f"prompts: expected a str or a list of them, got {prompts!r}")
-        texts = self._texts([prompts] if single else prompts, max_new_tokens, options)
+        texts = self._texts([prompts] if single else prompts, max_new_tokens, options, progress)
         return texts[0] if single else texts
 
     def chat(self, messages: Messages | str, max_new_tokens: int | None = None, **options) -> str | list[str]:
@@ -99,14 +111,16 @@ class Pipeline:
         if options.get("num_samples", 1) != 1:
             raise ValueError(f"num_samples: expected 1 for a stream, got {options['num_samples']!r}")
         run = self._text_run([prompt], max_new_tokens, options)
+        if isinstance(run, ManyRun):
+            raise ValueError("max_batch, max_new_tokens: expected None and an integer for a stream, got those of many prompts")
         return (piece for pieces in run for piece in pieces if piece)
 
     def start(
-        self, prompts: Sequence[str | Messages], max_new_tokens: int | None = None,
-        *, stop: str | int | Sequence[str | int] = (), eos: int | Sequence[int] | None | str = OWN_EOS,
-        template_variables: dict | None = None, **options,
-    ) -> "Run":  # fmt: skip
-        """Starts a generation and returns it as a `Run`, which has tokens, log-probabilities and times besides the texts."""
+        self, prompts: Sequence[str | Messages], max_new_tokens: int | Sequence[int] | None = None,
+        *, stop: Stop = (), eos: int | Sequence[int] | None | str = OWN_EOS, template_variables: dict | None = None, **options,
+    ) -> "Run | ManyRun":  # fmt: skip
+        """Starts a generation and returns it as a `Run`, which has tokens, log-probabilities and times besides the texts; as a
+        `ManyRun` with max_batch."""
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError(f"prompts: expected a list of them, got {prompts!r}")
         if not prompts:
@@ -114,14 +128,17 @@ class Pipeline:
         return self.run([self.encode(prompt, template_variables) for prompt in prompts], max_new_tokens, stop, eos, options)
 
     def run(
-        self, prompts: list[list[int]], max_new_tokens: int | None, stop: str | int | Sequence[str | int],
+        self, prompts: list[list[int]], max_new_tokens: int | Sequence[int] | None, stop: Stop,
         eos: int | Sequence[int] | None | str, options: dict, kept: Kept | None = None,
-    ) -> "Run":  # fmt: skip
+    ) -> Any:  # fmt: skip
         """`start` for prompts that are token ids. kept: the cache of a conversation, which has the first of them."""
         if eos is OWN_EOS:
             own = [token for token in self.tokenizer.eos if token < self.model.config.vocab_size]
             eos = list(dict.fromkeys([*defaults_of(self.model).get("eos", ()), *own]))
-        return Run(self.model, self.tokenizer, prompts, max_new_tokens, stop, eos, options, kept)
+        config = GenerationConfig.of(self.model, options | {"eos": eos})
+        if kept is None and is_many(prompts, max_new_tokens, config):
+            return ManyRun(self.model, self.tokenizer, prompts, max_new_tokens, stop, config)
+        return Run(self.model, self.tokenizer, prompts, max_new_tokens, stop, config, kept)
 
     def conversation(self, system: str | None = None, **options) -> Conversation:
         """A conversation with the model, whose cache is kept from one turn to the next.
@@ -159,7 +176,7 @@ class Pipeline:
             raise ValueError(f"{name}: expected tokens of the model, which has {size}, got {token!r} with id {max(ids)}")
         return ids
 
-    def _text_run(self, prompts: Sequence, max_new_tokens: int | None, options: dict) -> "Run":
+    def _text_run(self, prompts: Sequence, max_new_tokens: int | Sequence[int] | None, options: dict) -> "Run | ManyRun":
         """A run of which only the texts are returned."""
         run = self.start(prompts, max_new_tokens, **options)
         if run.options.return_logprobs:
@@ -169,17 +186,28 @@ class Pipeline:
             )
         return run
 
-    def _texts(self, prompts: Sequence, max_new_tokens: int | None, options: dict) -> list:
+    def _texts(
+        self, prompts: Sequence, max_new_tokens: int | Sequence[int] | None, options: dict, progress: bool = False
+    ) -> list:
         run = self._text_run(prompts, max_new_tokens, options)
-        texts, n = [row.text for row in run.finish()], run.options.num_samples
-        return texts if n == 1 else [texts[begin : begin + n] for begin in range(0, len(texts), n)]
+        n = run.options.num_samples
+
+        def texts(rows: list[Row | None]) -> list:
+            texts = [None if row is None else row.text for row in rows]
+            return texts if n == 1 else [texts[begin : begin + n] for begin in range(0, len(texts), n)]
+
+        try:
+            return texts(run.finish(progress))
+        except Interrupted as interrupted:
+            interrupted.results = texts(interrupted.results)
+            raise
 
 
 def as_messages(messages: Messages | str) -> Messages:
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
 
 
-def split_stop(stop: str | int | Sequence[str | int], vocab_size: int) -> tuple[list[str], frozenset[int]]:
+def split_stop(stop: Stop, vocab_size: int) -> tuple[list[str], frozenset[int]]:
     """The stop strings, and the ids of tokens to stop at."""
     entries = [stop] if isinstance(stop, str) else stop if isinstance(stop, Sequence) else [None]
     strings = [entry for entry in entries if isinstance(entry, str)]
@@ -238,6 +266,20 @@ class Row:
         return piece
 
 
+def new_rows(tokenizer: Tokenizer, prompts: list[list[int]], stop: Stop, samples: int, vocab_size: int) -> list[Row]:
+    """The rows of a generation: the samples of the first prompt, then of the next one."""
+    several = isinstance(stop, Sequence) and any(isinstance(entry, (list, tuple)) for entry in stop)
+    if several and len(stop) != len(prompts):
+        raise ValueError(f"stop: expected a list for each of {len(prompts)} prompts, got {len(stop)}")
+    stops = [split_stop(entry, vocab_size) for entry in stop] if several else [split_stop(stop, vocab_size)] * len(prompts)
+    special_texts = tokenizer.special_texts() if any(strings for strings, _ in stops) else {}
+    return [
+        Row(IncrementalDetokenizer(tokenizer, prompt), StopStrings(strings), ids, special_texts)
+        for prompt, (strings, ids) in zip(prompts, stops)
+        for _ in range(samples)
+    ]
+
+
 class Run:
     """A generation in progress: iterating yields, for each step, the list of new pieces of text, one for each row.
 
@@ -248,20 +290,13 @@ class Run:
     """
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int | None,
-        stop: str | int | Sequence[str | int], eos: int | Sequence[int] | str | None, options: dict, kept: Kept | None = None,
+        self, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: Any, stop: Stop,
+        options: GenerationConfig, kept: Kept | None = None,
     ):  # fmt: skip
-        stop, stop_ids = split_stop(stop, model.config.vocab_size)
-        special_texts = tokenizer.special_texts() if stop else {}
-        request = Request.of(model, prompts, max_new_tokens, options | {"eos": eos}, kept=kept)
+        request = Request.of(model, prompts, max_new_tokens, options, kept=kept)
         self.prompts, self.options, self.steps = prompts, request.options, request.stream()
         self.request, self.eos = request, set(request.eos)
-        samples = self.options.num_samples
-        self.rows = [
-            Row(IncrementalDetokenizer(tokenizer, prompt), StopStrings(stop), stop_ids, special_texts)
-            for prompt in prompts
-            for _ in range(samples)
-        ]
+        self.rows = new_rows(tokenizer, prompts, stop, self.options.num_samples, model.config.vocab_size)
         self.times: list[float] = []
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -284,8 +319,8 @@ class Run:
         if not all(row.finish_reason for row in self.rows):
             yield ["" if row.finish_reason else row.finish("length") for row in self.rows]
 
-    def finish(self) -> list[Row]:
-        """Runs to the end; the rows."""
+    def finish(self, progress: bool = False) -> list[Row]:
+        """Runs to the end; the rows. progress: of `ManyRun.finish`; here rows end together."""
         for _ in self:
             pass
         return self.rows
@@ -313,3 +348,58 @@ class Run:
         if self.request.speculates:
             return self.request.sampler.tokens_per_pass
         return 1.0 if len(self.times) > 2 else None
+
+
+class ManyRun:
+    """A generation of many prompts, whose rows join and leave a batch; `finish` runs it.
+
+    rows, prompts, options: as of `Run`.
+    """
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int | Sequence[int] | None, stop: Stop,
+        options: GenerationConfig,
+    ):  # fmt: skip
+        self.prompts, self.options, self.seconds, eos = prompts, options, 0.0, set(options.eos)
+        self.rows = new_rows(tokenizer, prompts, stop, options.num_samples, model.config.vocab_size)
+
+        def ends(answer, token):
+            row = self.rows[answer.index]
+            row.push(token, token in eos)
+            row.logprobs += answer.logprobs[-1:]
+            return row.finish_reason is not None
+
+        self.many = Many(model, prompts, max_new_tokens, options, ends=ends)
+
+    def finish(self, progress: bool = False) -> list[Row]:
+        """Runs to the end; the rows.
+
+        Args:
+            progress: whether to show a progress bar on standard error.
+
+        Raises: Interrupted on Ctrl-C, with the rows that are done, and None for others. In `rows` they have the text so far.
+        """
+        begin = time.perf_counter()
+        try:
+            for answer in self.many.run(progress):
+                row = self.rows[answer.index]
+                if row.finish_reason is None:
+                    row.finish("length")
+        except KeyboardInterrupt:
+            raise Interrupted([row if row.finish_reason else None for row in self.rows]) from None
+        finally:
+            self.seconds += time.perf_counter() - begin
+        return self.rows
+
+    prefill_seconds = None  # reading and decoding take turns
+    tokens_per_pass = None
+
+    @property
+    def decode_seconds(self) -> float:
+        """For all, reading prompts included."""
+        return self.seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """New tokens of all rows in a second."""
+        return sum(len(row.tokens) for row in self.rows) / self.seconds if self.seconds else None

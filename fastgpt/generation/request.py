@@ -4,6 +4,7 @@ import contextlib
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -82,6 +83,25 @@ class Kept:
         self.recordings: dict[bool, Any] = {}
 
 
+def read(model: GPT, cache: KVCache, prompts: list[torch.Tensor], chunk: int) -> Iterator[torch.Tensor]:
+    """Appends the prompts to the cache, in pieces of at most `chunk` tokens of each. Yields the hidden states (B, 1, C) of the last
+    column of each piece; those of the last piece are of the last token of each prompt."""
+    # Padded on the left: as the cache wants it, and the last column is the last token of each.
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    ids = prompts[0].new_zeros(len(lengths), longest)
+    for row, prompt in zip(ids, prompts):
+        row[longest - len(prompt) :] = prompt
+    cache.expected_length = max(map(sum, zip(lengths, cache.counts)))
+    pieces = -(-longest // chunk)
+    size = -(-longest // pieces)  # as good as equal: no piece of a token or two at the end
+    for begin in range(0, longest, size):
+        end = min(begin + size, longest)
+        new = [min(max(end - (longest - length), 0), end - begin) for length in lengths]
+        padded = new if min(new) < end - begin else None
+        yield model.hidden(ids[:, begin:end], cache, padded, last_only=True)
+
+
 Step = Callable[[torch.Tensor], torch.Tensor]  # each row's last token (B · num_samples,) -> the next one
 
 
@@ -143,14 +163,14 @@ class Request:
 
     @classmethod
     def of(
-        cls, model: GPT, ids: torch.Tensor | np.ndarray | Sequence, max_new_tokens: int | None, options: dict,
+        cls, model: GPT, ids: torch.Tensor | np.ndarray | Sequence, max_new_tokens: Any, options: GenerationConfig,
         encoder_states: torch.Tensor | None = None, encoder_lengths: torch.Tensor | Sequence[int] | None = None,
         kept: Kept | None = None,
     ) -> "Request":  # fmt: skip
         """A request from the arguments of `generate`."""
         with torch.no_grad():
             encoder_kv = read_encoder_states(model, encoder_states, encoder_lengths)
-        return cls(model, as_prompts(model, ids), max_new_tokens, GenerationConfig.of(model, options), encoder_kv, kept)
+        return cls(model, as_prompts(model, ids), max_new_tokens, options, encoder_kv, kept)
 
     def stream(self) -> Generator[Any, None, None]:
         """Yields what `fastgpt.stream` does."""
@@ -243,20 +263,8 @@ class Request:
 
     def prefill(self, prompts: list[torch.Tensor]) -> torch.Tensor:
         """Appends the prompts to the cache. Returns the logits (B, V) of the last token of each."""
-        # Padded on the left: as the cache wants it, and the last column is the last token of each.
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        ids = prompts[0].new_zeros(len(lengths), longest)
-        for row, prompt in zip(ids, prompts):
-            row[longest - len(prompt) :] = prompt
-        self.cache.expected_length = max(map(sum, zip(lengths, self.cache.counts)))
-        pieces = -(-longest // (self.options.prefill_chunk or PREFILL_CHUNK[ids.device.type]))
-        size = -(-longest // pieces)  # as good as equal: no piece of a token or two at the end
-        for begin in range(0, longest, size):
-            end = min(begin + size, longest)
-            new = [min(max(end - (longest - length), 0), end - begin) for length in lengths]
-            padded = new if min(new) < end - begin else None
-            hidden = self.model.hidden(ids[:, begin:end], self.cache, padded, last_only=True)
+        chunk = self.options.prefill_chunk or PREFILL_CHUNK[prompts[0].device.type]
+        hidden = deque(read(self.model, self.cache, prompts, chunk), maxlen=1).pop()
         return self.model.logits(hidden[:, -1])
 
     def begin_uncached(self) -> tuple[torch.Tensor, Step]:
@@ -327,12 +335,7 @@ class Request:
         options = self.options
         if options.temperature == 0:
             return None
-        seeds = options.seed
-        if seeds is None:
-            seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
-        elif not isinstance(seeds, list):
-            seeds = integers("seed", seeds) * len(self.prompts)
-        return uniform_numbers(seeds, options.num_samples, self.max_new_tokens)
+        return uniform_numbers(seeds_of(options, len(self.prompts)), options.num_samples, self.max_new_tokens)
 
     def new_sampler(self, uniforms: torch.Tensor | None) -> Any:
         """A `Sampler`, or with speculation `RowSamplers`."""
@@ -344,32 +347,53 @@ class Request:
 
     def checked(self, max_new_tokens: int | None) -> int:
         """The number of new tokens. Raises ValueError if the request does not fit the model, or the seeds the prompts."""
-        context, longest, options = self.model.config.context_length, max(map(len, self.prompts)), self.options
+        longest, options = max(map(len, self.prompts)), self.options
         require_room("ids", longest, self.model.config)
-        new, room = require_integer("max_new_tokens", max_new_tokens, least=0, optional=True), context - longest
-        if new is None:
-            new = min(defaults_of(self.model).get("max_new_tokens", MAX_NEW_TOKENS), room)
-        if new > room:
-            raise ValueError(
-                f"max_new_tokens: expected at most {room} after a prompt of {longest} tokens in a context of {context}, got {new}"
-            )
-        prompts = len(self.prompts)
-        if prompts * options.num_samples > MAX_ROWS:
-            most = MAX_ROWS // prompts
-            raise ValueError(f"num_samples: expected at most {most} of {prompts} prompts, got {options.num_samples}")
-        if isinstance(options.seed, list) and len(options.seed) != prompts:
-            raise ValueError(f"seed: expected one integer or {prompts}, one for each prompt, got {len(options.seed)}")
-        if isinstance(draft := options.speculate, GPT):
-            if draft.config.vocab_size != self.model.config.vocab_size:
-                raise ValueError(
-                    f"speculate: expected a model with the vocabulary of {self.model.config.vocab_size} tokens, got one of "
-                    f"{draft.config.vocab_size}"
-                )
-            if (device := draft.first_weight.device) != self.model.first_weight.device:
-                raise ValueError(f"speculate: expected a model on {self.model.first_weight.device}, got one on {device}")
-            if draft.config.cross_attention or not draft.config.causal:
-                raise ValueError("speculate: expected a decoder without cross-attention, got another model")
-        for name in ("eos", "logit_bias"):
-            for token in getattr(options, name):
-                require_in_vocabulary(name, token, self.model)
+        new = new_tokens("max_new_tokens", max_new_tokens, longest, self.model)
+        if options.max_batch is not None:
+            raise ValueError(f"max_batch: expected None where all rows begin together, got {options.max_batch}")
+        require_fitting(self.model, options, len(self.prompts))
         return new
+
+
+def require_fitting(model: GPT, options: GenerationConfig, prompts: int) -> None:
+    """Raises ValueError for options that fit this number of prompts not, or not the model."""
+    if prompts * options.num_samples > MAX_ROWS:
+        most = MAX_ROWS // prompts
+        raise ValueError(f"num_samples: expected at most {most} of {prompts} prompts, got {options.num_samples}")
+    if isinstance(options.seed, list) and len(options.seed) != prompts:
+        raise ValueError(f"seed: expected one integer or {prompts}, one for each prompt, got {len(options.seed)}")
+    if isinstance(draft := options.speculate, GPT):
+        if draft.config.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"speculate: expected a model with the vocabulary of {model.config.vocab_size} tokens, got one of "
+                f"{draft.config.vocab_size}"
+            )
+        if (device := draft.first_weight.device) != model.first_weight.device:
+            raise ValueError(f"speculate: expected a model on {model.first_weight.device}, got one on {device}")
+        if draft.config.cross_attention or not draft.config.causal:
+            raise ValueError("speculate: expected a decoder without cross-attention, got another model")
+    for name in ("eos", "logit_bias"):
+        for token in getattr(options, name):
+            require_in_vocabulary(name, token, model)
+
+
+def new_tokens(name: str, number: int | None, length: int, model: GPT) -> int:
+    """The number of new tokens after a prompt of `length`, where None is the default. Raises TypeError, ValueError."""
+    room = model.config.context_length - length
+    number = require_integer(name, number, least=0, optional=True)
+    if number is None:
+        return min(defaults_of(model).get("max_new_tokens", MAX_NEW_TOKENS), room)
+    if number > room:
+        raise ValueError(
+            f"{name}: expected at most {room} after a prompt of {length} tokens in a context of {model.config.context_length}, "
+            f"got {number}"
+        )
+    return number
+
+
+def seeds_of(options: GenerationConfig, prompts: int) -> list[int]:
+    """The seed of each prompt."""
+    if options.seed is None:
+        return torch.randint(2**63 - 1, (prompts,)).tolist()
+    return options.seed if isinstance(options.seed, list) else [options.seed] * prompts

@@ -260,10 +260,10 @@ class Sampler:
         record_token(token, largest, self.tokens, self.extreme, self.step, self.ended, self.eos)
         return token
 
-    def score(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits that tokens are chosen by: after all rules."""
+    def score(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        """The logits that tokens are chosen by: after all rules. seen: (B, V) bool, if it is not that of all rows."""
         logits = logits if self.bias is None else logits.float() + self.bias
-        return process(logits, seen=self.seen, processors=self.processors, **self.warpers)
+        return process(logits, seen=self.seen if seen is None else seen, processors=self.processors, **self.warpers)
 
     def forbid_eos(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.masked_fill(self.is_eos & (self.step < self.rules["min_new_tokens"]), float("-inf"))
@@ -294,14 +294,17 @@ class Sampler:
         not ended had logits that no token can be chosen by: NaN or inf among them, or -inf for every token. row: the number of the
         first row, in the message."""
         values = self.extreme.view(-1).tolist()
-        if all(map(math.isfinite, values)):
-            return
-        row, value = next((row, value) for row, value in enumerate(values, row) if not math.isfinite(value))
+        if not all(map(math.isfinite, values)):
+            row, value = next((row, value) for row, value in enumerate(values, row) if not math.isfinite(value))
+            raise self.not_finite(value, steps, row)
+
+    def not_finite(self, value: float, steps: range, row: int) -> ValueError:
+        """The error for a largest logit of this value, in a row at one of these steps."""
         got = "nan" if math.isnan(value) else "inf, or -inf for every token,"
         when = f"step {steps[0]}" if len(steps) == 1 else f"one of steps {steps[0]} to {steps[-1]}"
         rules = ("logit_bias", "no_repeat_ngram_size", "min_new_tokens", "logits_processors")
         after = ["repetition_penalty"] * (self.seen is not None) + [name for name in rules if self.rules[name]]
-        raise ValueError(
+        return ValueError(
             f"logits: expected finite ones to choose a token by, got {got} in row {row} at {when}"
             + (f", after {', '.join(after)}" if after else "")
         )

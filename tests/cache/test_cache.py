@@ -436,3 +436,26 @@ def test_a_ring_gives_back_no_more_than_the_tokens_of_the_last_pass():
         cache.truncate([10, 8])
     cache.truncate([10, 10])
     assert cache.counts == [10, 10]
+
+
+def test_sequences_move_between_caches_of_a_pool_and_slots_without_one_store_nothing():
+    """Two sequences are read in a cache of their own and put into slots 0 and 1 of three: a pass over the first two goes on with
+    both, and one over all three, of which the last has no token, too."""
+    model = random_model()
+    ids = random_ids(model, 2, 12)
+    slots = model.new_cache(3, 24, kind="paged", page_size=4)
+    read = slots.like(2)
+    model(ids[:, :9], cache=read)
+    for b, sequence in enumerate(read.sequences):
+        slots.pool.allocator.free(slots.sequences[1 - b])
+        slots.put(1 - b, sequence)
+    before = slots.pool.statistics()["used_pages"]
+    swapped = ids.flip(0)
+    expected = model(swapped)
+    first = slots.first(2)
+    torch.testing.assert_close(model(swapped[:, 9:10], cache=first), expected[:, 9:10])
+    assert first.counts == [10, 10] and slots.lengths.tolist() == [10, 10, 0]
+    slots.counts = [*first.counts, 0]
+    padded = torch.cat([swapped[:, 10:11], swapped[:1, :1]])
+    torch.testing.assert_close(model(padded, cache=slots, new=[1, 1, 0])[:2], expected[:, 10:11])
+    assert slots.lengths.tolist() == [11, 11, 0] and slots.pool.statistics()["used_pages"] == before

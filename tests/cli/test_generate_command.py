@@ -18,6 +18,7 @@ from fastgpt import SHIPPED_MODEL
 from fastgpt.checkpoints import hub
 from fastgpt.cli import generate
 from fastgpt.cli.arguments import unescape
+from fastgpt.generation.scheduler import Scheduler
 from fastgpt.training.processes import Processes
 
 
@@ -263,3 +264,42 @@ def test_escapes(written, text):
 def test_escapes_that_are_not_characters_raise(written):
     with pytest.raises(ValueError, match="^stop: expected escapes of characters, got "):
         unescape(written, "stop")
+
+
+def test_prompts_of_a_file_in_a_batch_that_they_join_and_leave(capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("ROMEO:\n\nJULIET:\nFirst Citizen:\n")
+    flags = ["--prompts", file, "--max-batch", 2, *TOKENS, "--stop", r"\n"]
+    status, out, err = run(capsys, "generate", *flags)
+    assert status == 0 and "tok/s" in err
+    report = json.loads(run(capsys, "generate", *flags, "--json")[1])
+    names = ["ROMEO:", "JULIET:", "First Citizen:"]
+    alone = [run(capsys, "generate", name, *TOKENS, "--stop", r"\n")[1].removesuffix("\n") for name in names]
+    assert [sample["text"] for sample in report["samples"]] == alone and report["prefill_seconds"] is None
+    assert out == "\n".join(f"--- {i} of 3: {name!r}\n{text}\n" for i, (name, text) in enumerate(zip(names, alone), 1))
+
+
+def test_an_interrupt_among_many_prompts_prints_what_is_done(capsys, monkeypatch):
+    steps = []
+
+    def interrupted(self, step=Scheduler.step):
+        steps.append(1)
+        if len(steps) == 12:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", interrupted)
+    flags = ["A:", "B", "--max-batch", 1, *TOKENS, "--max-new-tokens", 8]
+    status, out, err = run(capsys, "generate", *flags)
+    assert status == 130 and out.startswith("--- 1 of 2: 'A:'\nA:") and "2 of 2" not in out
+    assert err.splitlines()[-1] == "fastgpt: interrupted: 1 of 2 texts are done"
+    steps.clear()
+    status, out, _ = run(capsys, "generate", *flags, "--json")
+    assert status == 130 and [sample["finish_reason"] for sample in json.loads(out)["samples"]] == ["length", None]
+
+
+@pytest.mark.parametrize("content, message", [("\n \n", "at least one line with text"), ("", "at least one character")])
+def test_a_file_without_prompts_is_an_error(capsys, tmp_path, content, message):
+    (tmp_path / "empty.txt").write_text(content)
+    status, _, err = run(capsys, "generate", "--prompts", tmp_path / "empty.txt")
+    assert status == 2 and message in err and "--prompts" in err

@@ -11,6 +11,7 @@ from texts import CHATML, byte_fallback, byte_level, write_checkpoint
 import fastgpt
 from fastgpt import generate
 from fastgpt.generation import request
+from fastgpt.generation.scheduler import Scheduler
 from fastgpt.text.tokenizer import Tokenizer
 
 CONFIG = {"tokenizer_config": {"bos_token": "<|eos|>", "eos_token": "<|end|>", "chat_template": CHATML}}
@@ -354,3 +355,61 @@ def test_errors_of_streams_come_at_once(pipe):
     with pytest.raises(ValueError, match="stop: expected strings"):
         pipe.stream(PROMPT, stop=[""])
     assert isinstance(pipe.tokenizer, Tokenizer)
+
+
+def test_many_prompts_give_the_texts_that_each_gives_alone(pipe):
+    prompts = [PROMPT[: 3 + i % 9] for i in range(7)]
+    new, stops = [9, 30, 4, 12, 20, 1, 16], [["e"], [], ["\n", "a"], [], ["é"], [], [5, 9]]
+    seeds = list(range(7))
+    options = {"temperature": 1.2}
+    expected = [pipe(prompt, n, stop=stop, seed=seed, **options) for prompt, n, stop, seed in zip(prompts, new, stops, seeds)]
+    assert pipe(prompts, new, stop=stops, seed=seeds, max_batch=3, **options) == expected
+    run = pipe.start(prompts, new, stop=stops, seed=seeds, max_batch=3, return_logprobs=True, **options)
+    rows = run.finish()
+    alone = [
+        pipe.start([prompt], n, stop=stop, seed=seed, return_logprobs=True, **options).finish()[0]
+        for prompt, n, stop, seed in zip(prompts, new, stops, seeds)
+    ]
+    assert [(row.text, row.tokens, row.finish_reason) for row in rows] == [
+        (row.text, row.tokens, row.finish_reason) for row in alone
+    ]
+    assert {"stop", "length"} <= {row.finish_reason for row in rows}
+    for row, other in zip(rows, alone):
+        assert row.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert run.tokens_per_second == sum(len(row.tokens) for row in rows) / run.seconds
+
+
+def test_samples_of_many_prompts_are_lists(pipe):
+    options = {"temperature": 1.0, "seed": 4, "num_samples": 2}
+    assert pipe([PROMPT, "the"], 9, max_batch=3, **options) == pipe([PROMPT, "the"], 9, **options)
+
+
+def test_ctrl_c_among_many_prompts_keeps_the_texts_that_are_done(pipe, monkeypatch):
+    prompts, new = ["the", "dog", "and", PROMPT], [3, 30, 5, 30]
+    expected, steps = pipe(prompts, new), []
+
+    def interrupted(self, step=Scheduler.step):
+        steps.append(1)
+        if len(steps) == 12:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", interrupted)
+    with pytest.raises(fastgpt.Interrupted) as caught:
+        pipe(prompts, new, max_batch=4)
+    assert caught.value.results == [expected[0], None, expected[2], None]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda pipe: pipe(["a", "b"], 3, stop=[["x"]], max_batch=1), "stop: expected a list for each of 2 prompts, got 1"),
+        (lambda pipe: pipe(["a", "b"], 3, stop=[["x"], [""]]), "stop: expected strings that are not empty"),
+        (lambda pipe: pipe.stream("a", 3, max_batch=1), "max_batch, max_new_tokens: expected None and an integer for a stream"),
+        (lambda pipe: pipe.conversation(max_batch=1), "max_batch: expected None in a conversation, got 1"),
+        (lambda pipe: pipe(["a"], 3, return_logprobs=True, max_batch=1), "return_logprobs: expected False"),
+    ],
+)
+def test_bad_arguments_of_many_prompts(pipe, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(pipe)

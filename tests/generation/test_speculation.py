@@ -9,6 +9,7 @@ from models import random_ids, random_model
 import fastgpt
 from fastgpt import generate, stream
 from fastgpt.generation import speculation
+from fastgpt.generation.config import GenerationConfig
 from fastgpt.generation.decoding import Passes, decoding, most_steps
 from fastgpt.generation.pipeline import pipeline
 from fastgpt.generation.request import Request
@@ -90,7 +91,7 @@ def repeating_model(**fields):
 
 
 def tokens_per_pass(model, prompts, new, **options):
-    request = Request.of(model, prompts, new, {"eos": (), **options})
+    request = Request.of(model, prompts, new, GenerationConfig.of(model, {"eos": (), **options}))
     for _ in request.run():
         pass
     return request.sampler.tokens_per_pass
