@@ -126,6 +126,8 @@ def require_consistent(options: argparse.Namespace) -> None:
         raise ValueError("logprobs: expected --json with it, got --logprobs alone")
     if options.template_var and not options.chat:
         raise ValueError("template-var: expected --chat with it, got --template-var alone")
+    if options.max_batch is not None and (options.no_cache or options.compare_cache):
+        raise ValueError(f"max_batch: expected none with --no-cache or --compare-cache, got {options.max_batch}")
     if options.no_cache and not options.compare_cache:
         for name in ("cache", "cache_dtype", "draft"):
             if getattr(options, name) is not None:

@@ -11,8 +11,9 @@ MEMORY_SHARE = 0.5  # of the free memory, for pages
 
 
 def bucket(rows: int, most: int) -> int:
-    """The number of slots of a pass for so many rows."""
-    return min(1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8, most)
+    """The number of slots of a pass for so many rows. Each is a recording of its own."""
+    unit = 1 << (rows - 1).bit_length() if rows <= 8 else 8 if rows <= 64 else 32
+    return min(-(-rows // unit) * unit, most)
 
 
 def affordable_pages(model: GPT, page: int, cache_dtype: torch.dtype | None) -> int:

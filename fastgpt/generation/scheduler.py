@@ -161,12 +161,11 @@ class Scheduler:
 
     def join(self, rows: list[Answer], cache: PagedCache, logits: torch.Tensor) -> list[Answer]:
         """Rows that have been read take slots, and their next tokens by logits (n, V)."""
-        first = len(self.rows)
-        for row, sequence in zip(rows, cache.sequences):
+        for slot, (row, sequence) in enumerate(zip(rows, cache.sequences), first := len(self.rows)):
             row.beginning = self.beginnings.keep(row.ids(), sequence)
-            self.sampler.join(len(self.rows), row)
-            self.pool.allocator.free(self.slots.sequences[len(self.rows)])  # an empty one
-            self.slots.put(len(self.rows), sequence)
+            self.sampler.join(slot, row)
+            self.pool.allocator.free(self.slots.sequences[slot])  # an empty one
+            self.slots.put(slot, sequence)
             self.joined[row] = self.steps
             self.rows.append(row)
         return self.take([self.sampler.choose(logits, rows, first)], rows)
@@ -174,7 +173,8 @@ class Scheduler:
     def step(self) -> list[Answer]:
         """A decode step of all rows, or on a GPU some, at whose end tokens are looked at. Returns rows that have ended."""
         begin, n, chosen = time.perf_counter(), len(self.rows), []
-        most = 1 if self.sampler.apart else EOS_POLL_INTERVAL[self.device.type]
+        joins = self.reading or (self.waiting and len(self.rows) < self.width.now)
+        most = 1 if joins or self.sampler.apart else EOS_POLL_INTERVAL[self.device.type]
         most = min(most, *(row.most - len(row.tokens) for row in self.rows))
         token = on_device([row.tokens[-1] for row in self.rows], self.device)
         for ahead in range(most):

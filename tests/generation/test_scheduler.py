@@ -360,8 +360,8 @@ def test_longrope_rows_of_both_kinds_are_refused(tmp_path):
 
 
 def test_buckets_are_few_and_large_enough():
-    sizes = {bucket(n, 64) for n in range(1, 65)}
-    assert all(n <= bucket(n, 64) <= 64 and bucket(n, 5) <= max(5, n) for n in range(1, 65)) and len(sizes) == 11
+    assert all(n <= bucket(n, 256) <= 256 and bucket(n, n) == n for n in range(1, 257))
+    assert len({bucket(n, 64) for n in range(1, 65)}) == 11 and len({bucket(n, 256) for n in range(1, 257)}) == 17
 
 
 @pytest.mark.parametrize(
