@@ -87,7 +87,7 @@ def unescape(text: str, name: str = "text") -> str:
         raise ValueError(f"{name}: expected escapes of characters, got {text!r}") from error
 
 
-def add_model(add: Callable, default: str | None = SHIPPED_MODEL) -> None:
+def add_model(add: Callable, default: Path | None = SHIPPED_MODEL) -> None:
     """Adds the options that say which model runs where.
 
     Args:
@@ -100,7 +100,7 @@ def add_model(add: Callable, default: str | None = SHIPPED_MODEL) -> None:
     add_device(add)
 
 
-def add_loading(add: Callable, default: str | None = SHIPPED_MODEL) -> None:
+def add_loading(add: Callable, default: Path | None = SHIPPED_MODEL) -> None:
     """Adds the options of `add_model`, and those that say how its weights are loaded."""
     add_model(add, default)
     add("--dtype", choices=DTYPES, metavar="D", help=f"dtype of the weights: {', '.join(DTYPES)} (as stored)")
