@@ -42,6 +42,16 @@ CONFIGS = {
     ),
     "gemma": ("Gemma", COMMON | dict(head_dim=16)),
     "gemma2": ("Gemma2", COMMON | dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=32, attn_logit_softcapping=5.0)),
+    "starcoder2": ("Starcoder2", COMMON | dict(sliding_window=16, initializer_range=0.2)),
+    "starcoder2, no biases, untied": ("Starcoder2", COMMON | dict(use_bias=False, tie_word_embeddings=False)),
+    "stablelm": ("StableLm", COMMON | dict(partial_rotary_factor=0.25, use_qkv_bias=True)),
+    "stablelm, parallel": ("StableLm", COMMON | dict(partial_rotary_factor=0.5, use_parallel_residual=True)),
+    "granite": (
+        "Granite",
+        COMMON
+        | dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.0625, logits_scaling=7.0)
+        | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    ),
 }
 GGUF_CONFIGS = {case: config for case, config in CONFIGS.items() if case not in ("gemma2", "qwen2, windows")} | {
     # What a GGUF file does not say: the scale of Gemma 2's queries, and windows of Qwen 2.

@@ -23,6 +23,7 @@ from fastgpt.checkpoints.families.fields import (
     WIDTH,
     maybe,
 )
+from fastgpt.checkpoints.families.rope import share_of
 from fastgpt.checkpoints.files import naming
 from fastgpt.checkpoints.gguf_file import GGUF, TensorInfo, import_gguf, read
 from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, load_weights
@@ -326,8 +327,7 @@ def _config(file: GGUF) -> dict:
         config["sliding_window"] = window
         config["original_max_position_embeddings"] = found["rope.scaling.original_context_length"] or found["context_length"]
         if rotated != head_dim:
-            share = rotated / head_dim
-            config["partial_rotary_factor"] = share if int(head_dim * share) == rotated else math.nextafter(share, 2)
+            config["partial_rotary_factor"] = share_of(rotated, head_dim)
     if name == "gemma2":
         largest = found["block_count"] == 46  # its queries are scaled as if heads had hidden size / heads
         config |= {

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from fastgpt import schema
 from fastgpt.checkpoints.families.fields import DECODER_SCHEMA, MAX_HEAD_DIM
 from fastgpt.model.rope import Rope
@@ -23,22 +25,32 @@ class GPTConfig:
     norm: "layer" or "rms".
     norm_eps: added to the variance, or to the mean square.
     norm_offset: added to the weight of a norm: 1 where a checkpoint stores weights minus one (Gemma).
+    norm_bias: whether layer norms have a bias.
+    pre_norms: norms of a block's input: 2, one before attention and one before the MLP; 1 for both of a parallel block; or 0.
     post_norms: also normalize the output of each attention and MLP, before it is added to the residual stream.
+    parallel: attention and MLP of a block both read its input, x + attention(norm(x)) + mlp(norm(x)), not one after the other.
+    residual_scale: factor on the output of each attention and MLP, before it is added to the residual stream. What the decoder
+        computes, and returns as hidden states, is that stream divided by it, of which norms are the same.
     activation: of the MLP, a name that `fastgpt.linear` takes: down(activation(up(x))).
     gated: the MLP is down(activation(gate(x)) · up(x)).
     qkv_bias, out_bias, mlp_bias: whether these projections have a bias.
-    qk_norm: normalize queries and keys, per head.
+    qk_norm: normalize queries and keys.
+    qk_norm_per_head: each head by itself; False: all heads of a token together.
     position: "learned" or "sinusoidal" embeddings, "rotary", or None.
     rope: the rotary embedding (`fastgpt.model.rope.Rope`), if position is "rotary".
+    local_rope: that of layers with a window, if it is another one.
+    rope_layers: for each layer whether it has a rotary embedding; default: all have.
     windows: for each layer the size of its attention window in tokens, the token itself included, or None for full attention;
         default: full attention in all layers.
     causal: False lets tokens attend to later ones as well, as in an encoder.
     cross_attention: each block also attends to a second sequence, such as the states of an encoder, between attention and MLP.
     attention_scale: factor on q·k; default 1 / sqrt(head_dim).
     attention_softcap: bound on the attention scores, c · tanh(scores / c); default: none.
+    logit_scale: factor on the logits.
     logit_softcap: bound on the logits, c · tanh(logits / c); default: none.
     embedding_scale: factor on the token embeddings, rounded to their dtype.
     tie_embeddings: the output matrix is the token embedding.
+    output_bias: whether the output matrix has a bias; if it is not tied.
 
     Raises: TypeError, ValueError that begins with the field's name.
     """
@@ -55,23 +67,32 @@ class GPTConfig:
     intermediate_size: int | None = None
     norm: str = "layer"
     norm_offset: float = 0.0
+    norm_bias: bool = True
+    pre_norms: int = 2
     post_norms: bool = False
+    parallel: bool = False
+    residual_scale: float = 1.0
     activation: str = "gelu_tanh"
     gated: bool = False
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
     qk_norm: bool = False
+    qk_norm_per_head: bool = True
     position: str | None = "learned"
     rope: Rope | None = None
+    local_rope: Rope | None = None
+    rope_layers: tuple[bool, ...] | None = None
     windows: tuple[int | None, ...] | None = None
     causal: bool = True
     cross_attention: bool = False
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     embedding_scale: float | None = None
     tie_embeddings: bool = True
+    output_bias: bool = False
 
     def __post_init__(self):
         schema.check_fields(self, DECODER_SCHEMA)
@@ -89,17 +110,40 @@ class GPTConfig:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {self.num_kv_heads}")
         if self.num_layers and self.head_dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim: expected at most {MAX_HEAD_DIM}, got {self.head_dim}")
-        if self.rope is not None and not isinstance(self.rope, Rope):
-            raise TypeError(f"rope: expected a Rope or None, got {self.rope!r}")
+        for name, rope in (("rope", self.rope), ("local_rope", self.local_rope)):
+            if rope is not None and not isinstance(rope, Rope):
+                raise TypeError(f"{name}: expected a Rope or None, got {rope!r}")
+            if rope is not None and rope.dim > self.head_dim:
+                raise ValueError(f"{name}.dim: expected at most head_dim={self.head_dim}, got {rope.dim}")
         if (self.position == "rotary") != (self.rope is not None):
             raise ValueError(f"rope: expected a Rope if position is 'rotary', else None, got {self.rope!r}")
-        if self.rope is not None and self.rope.dim > self.head_dim:
-            raise ValueError(f"rope.dim: expected at most head_dim={self.head_dim}, got {self.rope.dim}")
-        if self.windows is not None and len(self.windows) != self.num_layers:
-            raise ValueError(f"windows: expected {self.num_layers} entries, one for each layer, got {self.windows!r}")
+        if self.local_rope is not None and (self.rope is None or self.local_rope.kind == "longrope"):
+            raise ValueError(f"local_rope: expected None without rope, and another kind than longrope, got {self.local_rope!r}")
+        if self.rope_layers is not None and self.rope is None:
+            raise ValueError(f"rope_layers: expected None without rope, got {self.rope_layers!r}")
+        for name, of_layers in (("windows", self.windows), ("rope_layers", self.rope_layers)):
+            if of_layers is not None and len(of_layers) != self.num_layers:
+                raise ValueError(f"{name}: expected {self.num_layers} entries, one for each layer, got {of_layers!r}")
         if self.windows is not None and not self.causal:
             raise ValueError(f"windows: expected None for a model that is not causal, got {self.windows!r}")
+        if self.pre_norms == 1 and not self.parallel:
+            raise ValueError("pre_norms: expected 2 or 0 for blocks that are not parallel, got 1")
+        if self.parallel and self.cross_attention:
+            raise ValueError("parallel: expected False with cross_attention, got True")
+        if self.output_bias and self.tie_embeddings:
+            raise ValueError("output_bias: expected False with tie_embeddings, got True")
 
     def window(self, layer: int) -> int | None:
         """The attention window of a layer, None for full attention."""
         return None if self.windows is None else self.windows[layer]
+
+    def rotation(self, positions: int, long: bool = False) -> tuple[torch.Tensor, ...]:
+        """cos and sin of the rotary embedding (`Rope.rotation`), followed by those of local_rope, if there is one."""
+        tables = self.rope.rotation(positions, long)  # type: ignore[union-attr]  # asked for where there is one
+        return tables if self.local_rope is None else tables + self.local_rope.rotation(positions)
+
+    def rotation_of(self, layer: int) -> slice | None:
+        """Which of the tensors of `rotation` are a layer's."""
+        if self.rope is None or self.rope_layers is not None and not self.rope_layers[layer]:
+            return None
+        return slice(2, 4) if self.local_rope is not None and self.window(layer) is not None else slice(0, 2)

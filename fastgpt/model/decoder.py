@@ -2,6 +2,7 @@
 
     GPT      ids (B, T) -> token and position embeddings (B, T, C) -> blocks -> final norm -> output matrix -> logits (B, T, V)
     Block    x = x + attention(norm(x)), then x = x + mlp(norm(x)); x (B, T, C) is the residual stream
+             or at once: x + attention(norm(x)) + mlp(norm(x))
 
 A cache holds the keys and values of the tokens before (fastgpt/cache). Without one, `Uncached` takes its place, so the blocks
 are written once. Where the modules are plain ones, `linear` computes a projection with the norm before it and the activation,
@@ -44,11 +45,12 @@ from fastgpt.ops.quantized_weight import Quantization
 class Norm(nn.Module):
     """Layer norm or RMS norm over the last dimension. Where a projection follows, `linear` computes both in one operation."""
 
-    def __init__(self, config: GPTConfig, width: int):
+    def __init__(self, config: GPTConfig, width: int, eps: float | None = None):
         super().__init__()
-        self.kind, self.eps, self.offset = config.norm, config.norm_eps, config.norm_offset
+        self.kind, self.eps, self.offset = config.norm, config.norm_eps if eps is None else eps, config.norm_offset
         self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if self.kind == "layer" else None)
+        has_bias = self.kind == "layer" and config.norm_bias
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if has_bias else None)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps, offset=self.offset, residual=residual)
@@ -60,6 +62,11 @@ class Norm(nn.Module):
             "norm": self.kind, "norm_weight": weights["weight"], "norm_bias": weights["bias"], "norm_eps": self.eps,
             "norm_offset": self.offset,
         }  # fmt: skip
+
+
+def stream_norm(config: GPTConfig) -> Norm:
+    """A norm of the residual stream, which is divided by residual_scale: so is eps, twice, and the result is the same."""
+    return Norm(config, config.hidden_size, config.norm_eps / config.residual_scale**2)
 
 
 def new_layer(cls: type[nn.Module], *sizes: int, **options) -> nn.Module:
@@ -124,29 +131,38 @@ class Attention(nn.Module):
         }  # fmt: skip
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = new_layer(nn.Linear, config.hidden_size, qkv_size, bias=config.qkv_bias)
-        self.q_norm, self.k_norm = (Norm(config, config.head_dim) if config.qk_norm else None for _ in range(2))
+        self.rotation = config.rotation_of(layer)
+        self.per_head = config.qk_norm_per_head
+        self.q_norm, self.k_norm = (
+            Norm(config, config.head_dim * (1 if self.per_head else heads)) if config.qk_norm else None
+            for heads in (config.num_heads, config.num_kv_heads)
+        )
         self.out = new_layer(nn.Linear, config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
     def forward(
         self,
         x: torch.Tensor,
-        norm: Norm,
+        norm: Norm | None,
         cache: KVCache | Uncached,
-        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        tables: tuple[torch.Tensor, ...] | None,
         last_only: bool,
     ) -> torch.Tensor:
-        """x (B, T, C) -> (B, T, C), or with last_only (B, 1, C). rotation: cos and sin (positions, R/2) each, or None."""
+        """x (B, T, C) -> (B, T, C), or with last_only (B, 1, C). tables: of `GPTConfig.rotation`, or None."""
         B, T, _ = x.shape
         if isinstance(self.qkv, nn.ModuleList):  # loaded in parts, which need not be joined to be recorded
-            y = norm(x)
+            y = x if norm is None else norm(x)
             q, k, v = (project(y, part).view(B, T, -1, self.head_dim) for part in self.qkv)
         else:
             heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
             qkv = project(x, self.qkv, norm).view(B, T, sum(heads), self.head_dim)  # (B, T, H + 2 H_kv, D)
             q, k, v = qkv.split(heads, dim=2)  # views: (B, T, H, D), (B, T, H_kv, D) twice
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            if self.per_head:
+                q, k = self.q_norm(q), self.k_norm(k)
+            else:
+                q, k = self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
+        rotation = None if tables is None or self.rotation is None else tables[self.rotation]  # (positions, R/2) twice
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D) twice
         y = cache.attend(self.layer, q, k, v, rotation, last_only=last_only, **self.options)  # (B, H, T or 1, D)
         x = x[:, -1:] if last_only else x
@@ -176,7 +192,7 @@ class CrossAttention(nn.Module):
         k, v = project(states, self.kv).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(2)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: torch.Tensor, norm: Norm, encoder_kv: EncoderKV) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, norm: Norm | None, encoder_kv: EncoderKV) -> torch.Tensor:
         q = project(x, self.q, norm).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         y = encoder_kv.attend(self.layer, q, **self.options).transpose(1, 2).flatten(2)  # (B, T, H · D)
         return add(x, y, self.out, self.post_norm, self.dropout if is_training(self) else 0.0)
@@ -184,7 +200,7 @@ class CrossAttention(nn.Module):
 
 @plain(weights=0)
 class MLP(nn.Module):
-    """x + down(activation(up(norm(x)))); if gated, the weight of `up` is (2I, C): the rows of the gate, then those of up."""
+    """residual + down(activation(up(norm(x)))); if gated, the weight of `up` is (2I, C): the rows of the gate, then those of up."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -194,37 +210,42 @@ class MLP(nn.Module):
         self.down = new_layer(nn.Linear, config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
-    def forward(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+    def forward(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor) -> torch.Tensor:
+        """x, residual (B, T, C) -> (B, T, C)."""
         y = project(x, self.up, norm, activation=self.activation, gated=self.gated)  # (B, T, C) -> (B, T, I)
-        return add(x, y, self.down, self.post_norm, self.dropout if is_training(self) else 0.0)
+        return add(residual, y, self.down, self.post_norm, self.dropout if is_training(self) else 0.0)
 
 
 @plain(weights=0)
 class Block(nn.Module):
-    """Attention, cross-attention if the model has it, and an MLP, each with the norm before it and its residual."""
+    """Attention, cross-attention if the model has it, and an MLP, each with the norm before it, if there is one, and its
+    residual. In a parallel block the MLP reads what attention does, and may share its norm."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.attention_norm = Norm(config, config.hidden_size)
+        self.parallel = config.parallel
+        self.attention_norm = stream_norm(config) if config.pre_norms else None
         self.attention = Attention(config, layer)
-        self.cross_attention_norm = Norm(config, config.hidden_size) if config.cross_attention else None
+        self.cross_attention_norm = stream_norm(config) if config.cross_attention and config.pre_norms else None
         self.cross_attention = CrossAttention(config, layer) if config.cross_attention else None
-        self.mlp_norm = Norm(config, config.hidden_size)
+        self.mlp_norm = stream_norm(config) if config.pre_norms == 2 else None
         self.mlp = MLP(config)
 
     def forward(
         self,
         x: torch.Tensor,
         cache: KVCache | Uncached,
-        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        tables: tuple[torch.Tensor, ...] | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C), or with last_only (B, 1, C): of the last token, which still attends to all."""
-        x = self.attention(x, self.attention_norm, cache, rotation, last_only)
+        y = self.attention(x, self.attention_norm, cache, tables, last_only)
+        if self.parallel:
+            norm = self.attention_norm if self.mlp_norm is None else self.mlp_norm
+            return self.mlp(x[:, -1:] if last_only else x, norm, y)
         if self.cross_attention is not None:
-            x = self.cross_attention(x, self.cross_attention_norm, cache.encoder_kv)
-        return self.mlp(x, self.mlp_norm)
+            y = self.cross_attention(y, self.cross_attention_norm, cache.encoder_kv)
+        return self.mlp(y, self.mlp_norm, y)
 
 
 @plain(weights=0)
@@ -245,11 +266,12 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.position_embedding = new_layer(nn.Embedding, config.context_length, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = Norm(config, config.hidden_size)
-        self.output = None if config.tie_embeddings else new_layer(nn.Linear, config.hidden_size, config.vocab_size, bias=False)
+        self.norm, self.output = stream_norm(config), None
+        if not config.tie_embeddings:
+            self.output = new_layer(nn.Linear, config.hidden_size, config.vocab_size, bias=config.output_bias)
         self.tables = None  # by position: cos and sin of rotary embeddings, or sinusoidal embeddings
         if config.rope is not None:
-            self.tables = Tables(config.rope.rotation, config.context_length)
+            self.tables = Tables(config.rotation, config.context_length)
         elif config.position == "sinusoidal":
             self.tables = Tables(functools.partial(sinusoidal, width=config.hidden_size), config.context_length)
         self.initialize()
@@ -338,7 +360,7 @@ class GPT(nn.Module):
         return self.softcap_logits(self.uncapped_logits(hidden))
 
     def uncapped_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`logits` before the soft cap."""
+        """`logits` before their scale and the soft cap."""
         if self.output is not None:
             return project(hidden, self.output, self.norm)
         weight = getattr(self.token_embedding, "weight", None)
@@ -350,8 +372,9 @@ class GPT(nn.Module):
         return linear(hidden, weight, **self.norm.as_options())
 
     def softcap_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """c · tanh(logits / c), if the model has a soft cap c."""
-        cap = self.config.logit_softcap
+        """The logits times their scale, and then c · tanh(logits / c), if the model has a soft cap c."""
+        scale, cap = self.config.logit_scale, self.config.logit_softcap
+        logits = logits if scale == 1 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def embed(self, ids: torch.Tensor, cache: KVCache | Uncached, new: list[int] | None = None) -> torch.Tensor:
@@ -378,6 +401,12 @@ class GPT(nn.Module):
             x = x + look_up(self.position_embedding, positions)
         elif config.position == "sinusoidal":
             x = x + F.embedding(positions, tables[0]).to(x.dtype)
+        return self.as_stream(x)
+
+    def as_stream(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The residual stream that begins with these embeddings (B, T, C)."""
+        config = self.config
+        x = embeddings if config.residual_scale == 1 else embeddings / config.residual_scale
         return F.dropout(x, config.dropout) if is_training(self) else x
 
     def embed_reserved(
@@ -400,8 +429,7 @@ class GPT(nn.Module):
             table = positions.weight
         elif config.position == "sinusoidal":
             table = tables[0]
-        x = embed(ids, tokens.weight, at, table, scale=config.embedding_scale)
-        return F.dropout(x, config.dropout) if is_training(self) else x
+        return self.as_stream(embed(ids, tokens.weight, at, table, scale=config.embedding_scale))
 
     def position_tables(self, x: torch.Tensor, cache: KVCache | Uncached) -> tuple[torch.Tensor, ...] | None:
         """The tables by position for a pass over the cached tokens, on the device of x: (cos, sin), (embeddings,) or None."""
@@ -490,13 +518,12 @@ class GPT(nn.Module):
             states: a list, to which the input of each block is appended.
             tables: what `position_tables` returned, if the caller has it.
         """
-        rotation = None
-        if self.config.rope is not None:
-            rotation = self.position_tables(x, cache) if tables is None else tables
+        if self.config.rope is not None and tables is None:
+            tables = self.position_tables(x, cache)
         for block in self.blocks:
             if states is not None:
                 states.append(x)
-            x = block(x, cache, rotation, last_only and block is self.blocks[-1])
+            x = block(x, cache, tables, last_only and block is self.blocks[-1])
         return x if self.blocks or not last_only else x[:, -1:]
 
     def new_cache(

@@ -80,7 +80,7 @@ def test_the_residual_stream():
     for i, block in enumerate(model.blocks):
         heads = activations[f"blocks.{i}.attention.output"].transpose(1, 2).flatten(2)
         torch.testing.assert_close(streams[i] + block.attention.out(heads), activations[f"blocks.{i}.middle"])
-        after = block.mlp(activations[f"blocks.{i}.middle"], block.mlp_norm)
+        after = block.mlp(activations[f"blocks.{i}.middle"], block.mlp_norm, activations[f"blocks.{i}.middle"])
         torch.testing.assert_close(after, activations[f"blocks.{i}.output"])
     torch.testing.assert_close(activations["norm"] @ model.token_embedding.weight.T, logits)
 

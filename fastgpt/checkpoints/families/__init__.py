@@ -5,18 +5,21 @@ from typing import Any
 from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.families.gemma import GEMMA, GEMMA2
 from fastgpt.checkpoints.families.gpt2 import GPT2
+from fastgpt.checkpoints.families.granite import GRANITE
 from fastgpt.checkpoints.families.llama import LLAMA, MISTRAL
 from fastgpt.checkpoints.families.own import OWN
 from fastgpt.checkpoints.families.phi3 import PHI3
 from fastgpt.checkpoints.families.qwen import QWEN2, QWEN3
+from fastgpt.checkpoints.families.stablelm import STABLELM
+from fastgpt.checkpoints.families.starcoder2 import STARCODER2
 
 FAMILIES = {
     "gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "phi3": PHI3, "gemma": GEMMA,
-    "gemma2": GEMMA2, "fastgpt": OWN,
+    "gemma2": GEMMA2, "starcoder2": STARCODER2, "stablelm": STABLELM, "granite": GRANITE, "fastgpt": OWN,
 }  # fmt: skip
 ARCHITECTURES = {  # what the names of transformers' classes begin with, and ours
     "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "gemma": "Gemma",
-    "gemma2": "Gemma2", "fastgpt": "FastGPT",
+    "gemma2": "Gemma2", "starcoder2": "Starcoder2", "stablelm": "StableLm", "granite": "Granite", "fastgpt": "FastGPT",
 }  # fmt: skip
 HEADS = {  # and what they end with -> the class here that has this head
     "ForSequenceClassification": "SequenceClassifier",

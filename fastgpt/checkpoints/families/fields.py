@@ -35,22 +35,30 @@ DECODER_SCHEMA = {  # GPTConfig's fields
     "intermediate_size": maybe(MLP_WIDTH),
     "norm": choice(("layer", "rms"), OMITTED),
     "norm_offset": number(OMITTED, least=-1e6, most=1e6),
+    "norm_bias": flag(OMITTED),
+    "pre_norms": integer(0, 2, OMITTED),
     "post_norms": flag(OMITTED),
+    "parallel": flag(OMITTED),
+    "residual_scale": number(OMITTED, **SCALE),
     "activation": choice(ACTIVATIONS, OMITTED),
     "gated": flag(OMITTED),
     "qkv_bias": flag(OMITTED),
     "out_bias": flag(OMITTED),
     "mlp_bias": flag(OMITTED),
     "qk_norm": flag(OMITTED),
+    "qk_norm_per_head": flag(OMITTED),
     "position": choice(("learned", "sinusoidal", "rotary", None), OMITTED),
+    "rope_layers": several(flag(), OMITTED, optional=True),
     "windows": several(maybe(POSITIONS), OMITTED, optional=True),
     "causal": flag(OMITTED),
     "cross_attention": flag(OMITTED),
     "attention_scale": number(OMITTED, optional=True, **SCALE),
     "attention_softcap": number(OMITTED, optional=True, **SCALE),
+    "logit_scale": number(OMITTED, **SCALE),
     "logit_softcap": number(OMITTED, optional=True, **SCALE),
     "embedding_scale": number(OMITTED, optional=True, **SCALE),
     "tie_embeddings": flag(OMITTED),
+    "output_bias": flag(OMITTED),
 }
 
 # What changes results where it is said, in any family but those that override it.
@@ -70,6 +78,7 @@ NOT_SUPPORTED = {
     "embedding_multiplier": unsupported(1, 1.0),
     "residual_multiplier": unsupported(1, 1.0),
     "logits_scaling": unsupported(1, 1.0),
+    "logit_scale": unsupported(1, 1.0),
     "pruned_heads": unsupported({}),
     "mlp_bias": unsupported(),
 }  # fmt: skip
@@ -86,6 +95,15 @@ def expect(condition: bool, name: str, expected: str, got: Any) -> None:
     """Raises ValueError that begins with the name of an entry, unless the condition holds."""
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def without_head_dim(config: dict) -> dict:
+    """config.json of a family whose heads have hidden_size / num_attention_heads dimensions, whatever it says."""
+    given = config["head_dim"]
+    config = config | {"head_dim": None}
+    head_dim = head_dim_of(config, "hidden_size", "num_attention_heads")
+    expect(given in (None, head_dim), "head_dim", f"{head_dim}, hidden_size / num_attention_heads", given)
+    return config
 
 
 def head_dim_of(config: dict, hidden: str, heads: str) -> int:

@@ -106,11 +106,11 @@ def windows_of(config: dict, window: int | None, sliding: list[bool] | None = No
     return tuple(window if slide else None for slide in slides)
 
 
-def llama_config_to(config: Any, activation: str = "hidden_act") -> dict:
+def llama_config_to(config: Any, activation: str = "hidden_act", norm_eps: str = "rms_norm_eps") -> dict:
     """GPTConfig -> the config.json of Llama and of families that have the same entries.
 
     Args:
-        activation: the name of that entry.
+        activation, norm_eps: the names of these entries.
     """
     windows = [window for window in config.windows or () if window is not None]
     result = {
@@ -125,7 +125,7 @@ def llama_config_to(config: Any, activation: str = "hidden_act") -> dict:
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
-        "rms_norm_eps": config.norm_eps,
+        norm_eps: config.norm_eps,
         "sliding_window": windows[0] if windows else None,
         "tie_word_embeddings": config.tie_embeddings,
         "vocab_size": config.vocab_size,

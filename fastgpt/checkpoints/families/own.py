@@ -17,14 +17,13 @@ class _OwnNames(dict):
 
 def _own_fields_from(config: dict) -> dict:
     stored = config["fields"]
-    rope = stored.get("rope")
-    fields = schema.read(
-        DECODER_SCHEMA, {name: value for name, value in stored.items() if name != "rope"}, "fields.", closed=True
-    )
-    if rope is None:
-        return fields
-    rope = mapping().check("fields.rope", rope)
-    return fields | {"rope": Rope(**schema.read(ROPE_SCHEMA, rope, "fields.rope.", closed=True))}
+    ropes = {name: stored[name] for name in ("rope", "local_rope") if stored.get(name) is not None}
+    others = {name: value for name, value in stored.items() if name not in ("rope", "local_rope")}
+    fields = schema.read(DECODER_SCHEMA, others, "fields.", closed=True)
+    for name, rope in ropes.items():
+        rope = mapping().check(f"fields.{name}", rope)
+        fields[name] = Rope(**schema.read(ROPE_SCHEMA, rope, f"fields.{name}.", closed=True))
+    return fields
 
 
 def _own_config_to(config: Any) -> dict:

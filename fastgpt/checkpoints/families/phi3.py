@@ -5,12 +5,12 @@ from typing import Any
 from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.families.fields import DROPOUT, EPSILON, POSITIONS, expect, maybe
 from fastgpt.checkpoints.families.llama import LLAMA_NAMES, MISTRAL_SCHEMA, llama_config_to, llama_fields_from, windows_of
-from fastgpt.checkpoints.families.rope import STORED_ROPE_SCHEMA
+from fastgpt.checkpoints.families.rope import PARTIAL
 from fastgpt.model.rope import MAX_POSITIONS
-from fastgpt.schema import OMITTED, integer, number
+from fastgpt.schema import integer, number
 
-PARTIAL_ROTATION = {"partial_rotary_factor": number(OMITTED, above=0, most=1)}
-PHI3_SCHEMA = MISTRAL_SCHEMA | PARTIAL_ROTATION | {
+PHI3_SCHEMA = MISTRAL_SCHEMA | {
+    "partial_rotary_factor": PARTIAL["partial_rotary_factor"],
     "sliding_window": maybe(POSITIONS, None), "rms_norm_eps": number(1e-5, **EPSILON), "embd_pdrop": DROPOUT,
     "resid_pdrop": DROPOUT, "original_max_position_embeddings": integer(2, MAX_POSITIONS, 4096),
 }  # fmt: skip
@@ -23,10 +23,7 @@ def _phi3_fields_from(config: dict) -> dict:
         if config[where]:  # what early checkpoints call it
             longrope = {key: "longrope" for key in ("type", "rope_type") if config[where].get(key) in ("su", "yarn")}
             config = config | {where: config[where] | longrope}
-    return llama_fields_from(
-        config, dropout=dropout, windows=windows_of(config, config["sliding_window"]),
-        rope_schema=STORED_ROPE_SCHEMA | PARTIAL_ROTATION,
-    )  # fmt: skip
+    return llama_fields_from(config, dropout=dropout, windows=windows_of(config, config["sliding_window"]), rope_schema=PARTIAL)
 
 
 def _phi3_config_to(config: Any) -> dict:

@@ -48,6 +48,8 @@ STORED_ROPE_SCHEMA = {theirs: maybe(ROPE_SCHEMA[ours]) for ours, theirs in ROPE_
     "finetuned": Field(lambda name, value: value, OMITTED),  # says nothing about the rotation
 }
 
+PARTIAL = STORED_ROPE_SCHEMA | {"partial_rotary_factor": number(OMITTED, above=0, most=1)}
+
 
 def rope_from(config: dict, head_dim: int, stored_schema: Mapping[str, Field]) -> tuple[Rope, int]:
     """config.json -> the rotation, and the context length that it is made for.
@@ -119,4 +121,18 @@ def rope_to(rope: Rope, head_dim: int) -> dict:
     """The rotation as `rope_parameters`."""
     fields = {field: getattr(rope, field) for field in ("theta", "kind", *ROPE_KINDS[rope.kind])}
     stored = {ROPE_FIELDS[name]: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-    return stored | ({"partial_rotary_factor": rope.dim / head_dim} if rope.dim != head_dim else {})
+    return stored | ({"partial_rotary_factor": share_of(rope.dim, head_dim)} if rope.dim != head_dim else {})
+
+
+def with_share(result: dict, config: Any) -> dict:
+    """A config.json that also says which share is rotated where that is all, for families of which it is not the default."""
+    if config.rope is None:
+        return result
+    share = {"partial_rotary_factor": share_of(config.rope.dim, config.head_dim)}
+    return result | share | {"rope_parameters": result["rope_parameters"] | share}
+
+
+def share_of(dim: int, head_dim: int) -> float:
+    """The partial_rotary_factor of so many rotated dimensions, which are what its product with head_dim is rounded down to."""
+    share = dim / head_dim
+    return share if int(head_dim * share) == dim else math.nextafter(share, 2)
