@@ -40,6 +40,10 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
             raise ValueError(
                 f"{name}: expected a multiple of {mesh.size()}, the number of processes, got {getattr(model.config, name)}"
             )
+    if model.config.qk_norm and not model.config.qk_norm_per_head:
+        raise ValueError(
+            "model: expected norms of each head, got qk_norm_per_head=False: all heads of a token, which are sharded"
+        )
     for name, layer in model.blocks.named_modules():
         if name.endswith((".qkv", ".out", ".up", ".down")) and not (isinstance(layer, nn.Linear) and is_plain(layer)):
             raise ValueError(f"model: expected plain layers, got blocks.{name} of type {type(layer).__name__}")

@@ -15,6 +15,8 @@ COMMON = dict(
 )  # fmt: skip
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 LONGROPE = dict(rope_type="longrope", short_factor=[1.0, 1.5, 2.0, 2.5], long_factor=[4.0, 3.0, 2.0, 6.0])
+LINEAR, LOCAL = dict(rope_type="linear", factor=4.0), dict(rope_type="default", rope_theta=1e4)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=5e5)
 CONFIGS = {
     "gpt2": (
         "GPT2",
@@ -52,14 +54,53 @@ CONFIGS = {
         | dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.0625, logits_scaling=7.0)
         | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     ),
+    "olmo2": ("Olmo2", COMMON),
+    "olmo3": (
+        "Olmo3",
+        COMMON
+        | dict(sliding_window=16, num_hidden_layers=4, rope_parameters=dict(full_attention=YARN, sliding_attention=LOCAL)),
+    ),
+    "smollm3": ("SmolLM3", COMMON | dict(num_hidden_layers=4)),
+    "smollm3, windows": ("SmolLM3", COMMON | dict(no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=16)),
+    "gemma3": (
+        "Gemma3Text",
+        COMMON
+        | dict(
+            head_dim=16, sliding_window=16, query_pre_attn_scalar=16, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+        )
+        | dict(rope_parameters=dict(full_attention=LINEAR | dict(rope_theta=1e6), sliding_attention=LOCAL)),
+    ),
+    "gpt_neox": ("GPTNeoX", {name: size for name, size in COMMON.items() if name != "num_key_value_heads"}),
+    "gpt_neox, one after the other": (
+        "GPTNeoX",
+        {name: size for name, size in COMMON.items() if name != "num_key_value_heads"}
+        | dict(use_parallel_residual=False, attention_bias=False, rotary_pct=1.0),
+    ),
+    "phi": ("Phi", COMMON),
+    "phi, norms of queries": ("Phi", COMMON | dict(qk_layernorm=True, num_key_value_heads=4)),
+    "glm4": ("Glm4", COMMON | dict(head_dim=24, partial_rotary_factor=0.5)),
+    "cohere2": ("Cohere2", COMMON | dict(sliding_window=16, num_hidden_layers=4, logit_scale=0.5)),
 }
-GGUF_CONFIGS = {case: config for case, config in CONFIGS.items() if case not in ("gemma2", "qwen2, windows")} | {
-    # What a GGUF file does not say: the scale of Gemma 2's queries, and windows of Qwen 2.
+# What a GGUF file does not say: the scale of Gemma's queries, windows of Qwen 2, StarCoder 2 and SmolLM3, which layers of Gemma 3
+# have one, norms of Phi's queries. OLMo 3 is not served.
+NOT_IN_GGUF = {"gemma2", "qwen2, windows", "starcoder2", "olmo3", "smollm3, windows", "gemma3", "phi, norms of queries"}
+GGUF_CONFIGS = {case: config for case, config in CONFIGS.items() if case not in NOT_IN_GGUF} | {
+    "gemma3, six layers": (
+        "Gemma3Text",
+        COMMON
+        | dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16, num_hidden_layers=6)
+        | dict(rope_parameters=dict(full_attention=LINEAR | dict(rope_theta=1e6), sliding_attention=LOCAL)),
+    ),
     "gemma2, scale of its heads": (
         "Gemma2",
         COMMON | dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16, attn_logit_softcapping=5.0),
     ),
 }
+
+
+def transformers_reads_gguf(case):
+    """Whether transformers knows the architecture, and reads all of it. It does not read q and k of Mistral in their order."""
+    return case.partition(",")[0] in ("gpt2", "llama", "qwen2", "qwen3", "phi3", "gemma2")
 
 
 @functools.cache

@@ -24,7 +24,8 @@ def write(model, path, blocks=None, metadata=None, **options):
     """
     config = model.config
     family = config.model_type
-    architecture = {"mistral": "llama"}.get(family, family)
+    architecture = {"mistral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "gemma3_text": "gemma3"}.get(family, family)
+    like_llama = architecture in ("llama", "granite", "smollm3")
     writer = gguf.GGUFWriter(path, architecture, **options)
     writer.add_name(f"a tiny {family}")
     heads = config.num_attention_heads
@@ -38,14 +39,27 @@ def write(model, path, blocks=None, metadata=None, **options):
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     else:
         writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        if family != "gpt_neox":
+            writer.add_head_count_kv(config.num_key_value_heads)
+        if hasattr(config, "rms_norm_eps"):
+            writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        else:
+            writer.add_layer_norm_eps(config.norm_epsilon if family == "starcoder2" else config.layer_norm_eps)
         writer.add_vocab_size(config.vocab_size)
         add_rotation(writer, config, head_dim)
+    if family in ("gpt_neox", "stablelm"):
+        writer.add_parallel_residual(config.use_parallel_residual)
+    if family == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if family == "cohere2":
+        writer.add_logit_scale(config.logit_scale)
     if family != "gpt2" and head_dim * heads != config.hidden_size or family.startswith("gemma"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if family in ("mistral", "phi3", "gemma2"):
+    if family in ("mistral", "phi3", "gemma2", "gemma3_text", "cohere2"):
         writer.add_sliding_window(config.sliding_window or 0)
     if family == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -61,9 +75,11 @@ def write(model, path, blocks=None, metadata=None, **options):
         weight = weight.detach().float().numpy()
         if family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             weight = weight.T
-        if architecture == "llama" and ".q_proj." in name:
+        if family == "gpt_neox" and ".query_key_value." in name:  # of each head -> of all heads
+            weight = weight.reshape(heads, 3, head_dim, -1).swapaxes(0, 1).reshape(weight.shape)
+        if like_llama and ".q_proj." in name:
             weight = interleaved(weight, heads)
-        if architecture == "llama" and ".k_proj." in name:
+        if like_llama and ".k_proj." in name:
             weight = interleaved(weight, config.num_key_value_heads)
         if family.startswith("gemma") and name.endswith("norm.weight"):
             weight = weight + np.float32(1)
@@ -80,7 +96,7 @@ def write(model, path, blocks=None, metadata=None, **options):
 
 
 def add_rotation(writer, config, head_dim):
-    rope = config.rope_parameters
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     rotated, theta = int(head_dim * share), rope["rope_theta"]
     writer.add_rope_dimension_count(rotated)

@@ -44,7 +44,23 @@ LAYERS = [
     {"text.tokenizer"},
     {"text.tokenizer_files"},
     {"checkpoints.families", "checkpoints.generation_config", "text.chat_template", "text.streaming", "text.vocabularies"},
-    {"checkpoints.families.gemma", "checkpoints.families.phi3", "checkpoints.families.qwen"},
+    {
+        f"checkpoints.families.{name}"
+        for name in (
+            "cohere2",
+            "gemma",
+            "glm4",
+            "gpt_neox",
+            "granite",
+            "olmo",
+            "phi",
+            "phi3",
+            "qwen",
+            "smollm3",
+            "stablelm",
+            "starcoder2",
+        )
+    },
     {"checkpoints.families.llama"},
     {"checkpoints.families.gpt2", "checkpoints.families.own", "checkpoints.families.rope"},
     {"checkpoints.families.family", "checkpoints.families.fields"},

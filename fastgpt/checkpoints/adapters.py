@@ -51,7 +51,9 @@ def write(model: Any, folder: Path, alpha: float, base: str | None) -> None:
         names, _ = family.checkpoint_names(f"{name}.weight")
         rank = len(layer.lora_A)
         rows = rows_of_parts(model, f"{name}.weight", len(names))
-        for part, B in zip(names, layer.lora_B.detach().split(rows)):  # those of a fused layer have the same A
+        order, lora_B = family.row_order(f"{name}.weight", model.config), layer.lora_B.detach()
+        lora_B = lora_B if order is None else lora_B[order.argsort().to(lora_B.device)]
+        for part, B in zip(names, lora_B.split(rows)):  # those of a fused layer have the same A
             module = part.removesuffix(".weight")
             targets.add(re.sub(r".*\.\d+\.", "", module))
             weights[f"{PREFIX}{module}.lora_A.weight"] = layer.lora_A.detach().clone()
@@ -137,7 +139,11 @@ def _adapters(stored: dict[str, torch.Tensor], config: dict, model: Any) -> dict
         found = [matrices.pop(part, None) for part in names]
         if any(found):
             rows = rows_of_parts(model, f"{name}.weight", len(names))
-            adapters[name] = _joined(names, found, rows, layer.in_features, config)
+            adapter, order = (
+                _joined(names, found, rows, layer.in_features, config),
+                family.row_order(f"{name}.weight", model.config),
+            )
+            adapters[name] = adapter if order is None else Adapter(adapter.A, adapter.B[order], adapter.scale)
     if tied := matrices.keys() & family.checkpoint_names("output.weight")[0]:
         raise ValueError(
             f"expected adapters of layers in the model's blocks, got one of {min(tied)}: the output matrix of this model is its "

@@ -29,7 +29,7 @@ from fastgpt.checkpoints.gguf_file import GGUF, TensorInfo, import_gguf, read
 from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, load_weights
 from fastgpt.model.rope import FACTOR, MAX_POSITIONS, ROPE_SCHEMA
 from fastgpt.ops.quantized_weight import GGUF_PACKINGS, Packing, Quantization
-from fastgpt.schema import choice, integer, number, only, unsupported
+from fastgpt.schema import Field, choice, flag, integer, number, only, unsupported
 
 QUANTIZED = (  # types of blocks that are served
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S",
@@ -65,22 +65,112 @@ class Architecture:
     names: of its tensors, where others have other ones.
     interleaved: rotary pairs of queries and keys are (2n, 2n + 1); the decoder's are (n, n + dim/2).
     norm_offset: of a family, which is added to the weights of norms in the file.
+    family: its name in config.json; default: that of the architecture.
+    optional_biases: whether files have biases or not.
+    partial: whether a share of a head's dimensions can be rotated.
+    schema: of metadata, where it has others, or other ones.
+    config: this metadata, and the tensors -> further entries of config.json.
+    metadata: GPTConfig -> further metadata.
     """
 
     names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     interleaved: bool = False
     norm_offset: float = 0.0
+    family: str | None = None
+    optional_biases: bool = False
+    partial: bool = False
+    schema: Mapping[str, Field] = field(default_factory=dict)
+    config: Callable[[dict, Mapping], dict] = lambda found, tensors: {}
+    metadata: Callable[[Any], dict] = lambda config: {}
+
+
+UNGATED = {"blocks.{i}.mlp.up": FUSED["blocks.{i}.mlp.up"]}
+LAYER_NORM = {
+    "attention.layer_norm_rms_epsilon": unsupported(), "attention.layer_norm_epsilon": number(**EPSILON)
+}  # fmt: skip
+ANY_SCALE = number(None, least=0, most=SCALE["most"], optional=True)  # 0: none
+GRANITE_SCALES = {  # metadata -> config.json
+    "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier", "attention.scale": "attention_multiplier",
+    "logit_scale": "logits_scaling",
+}  # fmt: skip
+
+
+def _layer_norm(found: dict, tensors: Mapping) -> dict:
+    return {"layer_norm_eps": found["attention.layer_norm_epsilon"]}
+
+
+def _granite(found: dict, tensors: Mapping) -> dict:
+    scales = {theirs: found[ours] or 1.0 for ours, theirs in GRANITE_SCALES.items()}
+    return scales | {"attention_multiplier": found["attention.scale"] or found["head_dim"] ** -0.5}
+
+
+def _gemma3(found: dict, tensors: Mapping) -> dict:
+    largest = found["block_count"] == 62  # its queries are scaled as if heads had hidden size / heads
+    return {
+        "query_pre_attn_scalar": found["embedding_length"] // found["attention.head_count"] if largest else found["head_dim"],
+        "final_logit_softcapping": found["final_logit_softcapping"],
+        "sliding_window": found["attention.sliding_window"] or 4096,
+        "rope_parameters": {
+            "full_attention": found["rope"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": found["rope.freq_base_swa"]},
+        },
+    }
 
 
 ARCHITECTURES = {  # Mistral's is llama
     "gpt2": Architecture(FUSED),
-    "llama": Architecture(interleaved=True),
+    "llama": Architecture(interleaved=True, optional_biases=True),
     "qwen2": Architecture(),
-    "qwen3": Architecture(),
-    "phi3": Architecture(FUSED),
+    "qwen3": Architecture(optional_biases=True),
+    "phi3": Architecture(FUSED, partial=True),
     "gemma": Architecture(norm_offset=1.0),
     "gemma2": Architecture(norm_offset=1.0),
-}
+    "gemma3": Architecture(
+        norm_offset=1.0, family="gemma3_text", config=_gemma3,
+        schema={
+            "final_logit_softcapping": number(None, optional=True, **SCALE),
+            "rope.freq_base_swa": replace(ROPE_SCHEMA["theta"], default=10000.0),
+        },
+        metadata=lambda config: {"rope.freq_base_swa": float((config.local_rope or config.rope).theta)},
+    ),
+    "starcoder2": Architecture(
+        UNGATED, optional_biases=True, schema=LAYER_NORM,
+        config=lambda found, tensors: {
+            "norm_epsilon": found["attention.layer_norm_epsilon"], "sliding_window": found["attention.sliding_window"] or None
+        },
+    ),
+    "stablelm": Architecture(
+        optional_biases=True, partial=True, schema=LAYER_NORM | {"use_parallel_residual": flag(True)},
+        config=lambda found, tensors: _layer_norm(found, tensors) | {
+            "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors  # whatever the metadata says, as in llama.cpp
+        },
+        metadata=lambda config: {"use_parallel_residual": config.parallel},
+    ),
+    "granite": Architecture(
+        interleaved=True, optional_biases=True, schema=dict.fromkeys(GRANITE_SCALES, ANY_SCALE), config=_granite,
+        metadata=lambda config: {
+            "embedding_scale": float(config.embedding_scale or 1.0), "residual_scale": float(config.residual_scale),
+            "attention.scale": float(config.attention_scale or config.head_dim**-0.5), "logit_scale": 1 / config.logit_scale,
+        },
+    ),
+    "olmo2": Architecture(optional_biases=True, schema={"attention.sliding_window": unsupported(0)}),  # OLMo 3 says so
+    "smollm3": Architecture(interleaved=True, optional_biases=True),
+    "gptneox": Architecture(
+        FUSED, family="gpt_neox", optional_biases=True, partial=True,
+        schema=LAYER_NORM | {"use_parallel_residual": flag(True)},
+        config=lambda found, tensors: _layer_norm(found, tensors) | {"use_parallel_residual": found["use_parallel_residual"]},
+        metadata=lambda config: {"use_parallel_residual": config.parallel},
+    ),
+    "phi2": Architecture(UNGATED, family="phi", partial=True, schema=LAYER_NORM, config=_layer_norm),
+    "glm4": Architecture(UNGATED, interleaved=True, optional_biases=True, partial=True),
+    "cohere2": Architecture(
+        interleaved=True, optional_biases=True, schema=LAYER_NORM | {"logit_scale": number(**SCALE)},
+        config=lambda found, tensors: _layer_norm(found, tensors) | {
+            "logit_scale": found["logit_scale"], "sliding_window": found["attention.sliding_window"] or 4096
+        },
+        metadata=lambda config: {"logit_scale": float(config.logit_scale)},
+    ),
+}  # fmt: skip
 SIZES = {
     "block_count": LAYERS,
     "context_length": POSITIONS,
@@ -131,12 +221,14 @@ TOKENS = {
 class GGUFTensor(Stored):
     """A weight of a decoder.
 
-    interleaved_heads: the number of heads whose rows are in pairs (2n, 2n + 1) in the file; 0: rows are as in the decoder.
+    interleaved_heads: the number of heads whose first `rotated` rows are in pairs (2n, 2n + 1) in the file; 0: rows are as in the
+        decoder.
     offset: what was added to it in the file.
     """
 
     info: TensorInfo
     interleaved_heads: int = 0
+    rotated: int = 0
     offset: float = 0.0
 
     def read(self, rows: slice) -> torch.Tensor:
@@ -174,8 +266,9 @@ class GGUFTensor(Stored):
             return slice(None)
         if not self.interleaved_heads:
             return rows
-        pairs = np.arange(self.shape[0]).reshape(self.interleaved_heads, -1, 2)
-        return pairs.swapaxes(1, 2).reshape(-1)[rows]
+        heads = np.arange(self.shape[0]).reshape(self.interleaved_heads, -1)
+        first, second, rest = heads[:, : self.rotated : 2], heads[:, 1 : self.rotated : 2], heads[:, self.rotated :]
+        return np.concatenate([first, second, rest], 1).reshape(-1)[rows]
 
 
 def dequantize(blocks: np.ndarray, type_name: str) -> torch.Tensor:
@@ -237,12 +330,17 @@ def checkpoint(file: GGUF) -> Checkpoint:
         config = _config(file)
         like = FAMILIES[config["model_type"]]
         fields = like.config_from(config)
-        if config["model_type"] in ("llama", "qwen3"):
-            fields |= {
-                bias: f"blk.0.{module}.bias" in tensors
-                for bias, module in (("qkv_bias", "attn_q"), ("out_bias", "attn_output"), ("mlp_bias", "ffn_down"))
-            }
     names = {**NAMES, **architecture.names}
+    if not architecture.interleaved and "blk.0.attn_qkv.weight" in tensors:
+        names["blocks.{i}.attention.qkv"] = FUSED["blocks.{i}.attention.qkv"]
+    if architecture.optional_biases:
+        qkv = names["blocks.{i}.attention.qkv"]
+        found = (
+            ("qkv_bias", qkv if isinstance(qkv, str) else qkv[0]),
+            ("out_bias", "blk.{i}.attn_output"),
+            ("mlp_bias", "blk.{i}.ffn_down"),
+        )
+        fields |= {bias: f"{module.format(i=0)}.bias" in tensors for bias, module in found}
     family = Family(like.schema, like.fields_from, like.config_to, names, prefix="", ignored=r"$^")
     heads = (
         {"q": fields["num_heads"], "k": fields.get("num_kv_heads") or fields["num_heads"]} if architecture.interleaved else {}
@@ -255,6 +353,7 @@ def checkpoint(file: GGUF) -> Checkpoint:
             tensor.shape,
             tensor,
             _interleaved_heads(tensor, heads),
+            fields["rope"].dim if heads else 0,
             architecture.norm_offset if tensor.name.endswith("norm.weight") else 0.0,
         )
         for tensor in tensors.values()
@@ -299,7 +398,8 @@ def _config(file: GGUF) -> dict:
             "n_inner": found["feed_forward_length"],
             "layer_norm_epsilon": found["attention.layer_norm_epsilon"],
         }
-    found = schema.read(METADATA, stored, prefix)
+    architecture = ARCHITECTURES[name]
+    found = schema.read(METADATA | dict(architecture.schema), stored, prefix)
     heads, window = found["attention.head_count"], found["attention.sliding_window"] or None
     head_dim = found["attention.key_length"] or max(1, found["embedding_length"] // heads)
     if found["attention.value_length"] not in (None, head_dim):
@@ -307,27 +407,28 @@ def _config(file: GGUF) -> dict:
             f"{prefix}attention.value_length: expected {head_dim}, as of keys, got {found['attention.value_length']}"
         )
     rotated = found["rope.dimension_count"] or head_dim
-    if rotated != head_dim and name != "phi3" or rotated > head_dim:
+    if rotated != head_dim and not architecture.partial or rotated > head_dim:
         raise ValueError(f"{prefix}rope.dimension_count: expected {head_dim}, all of a head's, got {rotated}")
     config |= {
-        "model_type": name,
+        "model_type": architecture.family or name,
         "max_position_embeddings": found["context_length"],
         "hidden_size": found["embedding_length"],
         "num_hidden_layers": found["block_count"],
         "num_attention_heads": heads,
-        "num_key_value_heads": found["attention.head_count_kv"],
+        "num_key_value_heads": None if found["attention.head_count_kv"] == heads else found["attention.head_count_kv"],
         "head_dim": head_dim,
         "intermediate_size": found["feed_forward_length"],
-        "rms_norm_eps": found["attention.layer_norm_rms_epsilon"],
         "rope_parameters": _rope(file, found, rotated),
     }
+    if found["attention.layer_norm_rms_epsilon"] is not None:
+        config["rms_norm_eps"] = found["attention.layer_norm_rms_epsilon"]
+    if architecture.partial and (rotated != head_dim or name != "phi3"):
+        config["rotary_pct" if name == "gptneox" else "partial_rotary_factor"] = share_of(rotated, head_dim)
     if name == "llama" and window:
         config |= {"model_type": "mistral", "sliding_window": window}
     if name == "phi3":
         config["sliding_window"] = window
         config["original_max_position_embeddings"] = found["rope.scaling.original_context_length"] or found["context_length"]
-        if rotated != head_dim:
-            config["partial_rotary_factor"] = share_of(rotated, head_dim)
     if name == "gemma2":
         largest = found["block_count"] == 46  # its queries are scaled as if heads had hidden size / heads
         config |= {
@@ -336,7 +437,7 @@ def _config(file: GGUF) -> dict:
             "final_logit_softcapping": found["final_logit_softcapping"],
             "sliding_window": window or 4096,
         }
-    return config
+    return config | architecture.config(found | {"head_dim": head_dim, "rope": config["rope_parameters"]}, tensors)
 
 
 def _rope(file: GGUF, found: dict, rotated: int) -> dict:

@@ -39,9 +39,10 @@ def metadata_from(model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Raises: ValueError for a family that has no architecture there.
     """
     family = family_of(model.config, model.checkpoint_config.get("model_type"))
-    name = "llama" if family == "mistral" else family
-    if name not in ARCHITECTURES:
+    names = {architecture.family or name: name for name, architecture in ARCHITECTURES.items()} | {"mistral": "llama"}
+    if family not in names:
         raise ValueError(f"model: expected one of {', '.join(ARCHITECTURES)}, which GGUF files can hold, got {family}")
+    name = names[family]
     stored = FAMILIES[family].config_to(model.config)
     config = model.config
     rotation: dict[str, np.ndarray] = {}
@@ -57,7 +58,7 @@ def metadata_from(model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     else:
         entries |= {
             "attention.head_count_kv": config.num_kv_heads,
-            "attention.layer_norm_rms_epsilon": config.norm_eps,
+            f"attention.layer_norm_{'rms_' * (config.norm == 'rms')}epsilon": config.norm_eps,
             "attention.key_length": config.head_dim,
             "attention.value_length": config.head_dim,
             "vocab_size": config.vocab_size,
@@ -69,6 +70,7 @@ def metadata_from(model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if stored.get(key) is not None:
             entries[key] = stored[key]
+    entries |= ARCHITECTURES[name].metadata(config)
     return {"general.architecture": name} | {f"{name}.{key}": value for key, value in entries.items()}, rotation
 
 
@@ -108,7 +110,7 @@ def write(path: Path, model: Any, metadata: Mapping[str, Any], rotation: Mapping
     package = gguf_file.import_gguf()
     name = metadata["general.architecture"]
     architecture = ARCHITECTURES[name]
-    like = FAMILIES["mistral" if name == "llama" else name]
+    like = FAMILIES["mistral" if name == "llama" else architecture.family or name]
     family = Family(like.schema, like.fields_from, like.config_to, {**NAMES, **architecture.names}, prefix="", ignored=r"$^")
     heads = {"q": model.config.num_heads, "k": model.config.num_kv_heads} if architecture.interleaved else {}
     tensors: dict[str, tuple[np.ndarray, str]] = {key: (value, "F32") for key, value in rotation.items()}
@@ -125,7 +127,9 @@ def write(path: Path, model: Any, metadata: Mapping[str, Any], rotation: Mapping
             if architecture.norm_offset and stored_as.endswith("norm.weight"):
                 part = part + architecture.norm_offset
             if (key := stored_as.split(".")[-2].removeprefix("attn_")) in heads and stored_as.startswith("blk."):
-                part = part.unflatten(0, (heads[key], 2, -1)).transpose(1, 2).flatten(0, 2)  # rotary pairs side by side
+                by_head, rotated = part.unflatten(0, (heads[key], -1)), model.config.rope.dim  # rotary pairs side by side
+                pairs = by_head[:, :rotated].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+                part = torch.cat([pairs, by_head[:, rotated:]], 1).flatten(0, 1)
             part = part.contiguous()
             array = part.view(torch.uint8).numpy() if kind == "BF16" else part.numpy()
             tensors[stored_as] = array, kind

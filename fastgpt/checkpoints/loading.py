@@ -266,6 +266,9 @@ def _fill(
                     part.copy_blocks_to(target, packing, shown)
                 else:
                     part.quantize_to(target, packing, turned, shown)
+            order = family.row_order(name, module.config)  # type: ignore[arg-type]  # of a decoder, or a head on one
+            if order is not None:
+                weight.copy_(weight[order.to(weight.device)])
             if packing is not None:
                 weight = QuantizedWeight(weight, packing, columns, dtype)
             setattr(layer, attribute, torch.nn.Parameter(weight, requires_grad=packing is None))

@@ -84,7 +84,8 @@ def _read(folder: Path, head: str | None) -> Checkpoint:
         scheme = quantized_folders.scheme(config)
     matrices = list(found) if scheme is None else quantized_folders.matrices(found, scheme, metadata)
     stored = _by_name(matrices, family)
-    fields = fields | {"tie_embeddings": _settle_output(stored, family, fields, head)}
+    tied = _settle_output(stored, family, fields, head)
+    fields = fields | {"tie_embeddings": tied, "output_bias": fields.get("output_bias", False) and not tied}
     path = next(iter(files)) if len(files) == 1 else folder
     return Checkpoint(path, folder / CONFIG, family, config, fields, stored, defaults)
 
@@ -113,6 +114,7 @@ def _settle_output(stored: dict[str, Stored], family: Family, fields: dict, head
     tied = fields.get("tie_embeddings", True)
     if head is not None:  # has no output matrix
         stored.pop(output, None)
+        stored.pop(output.removesuffix("weight") + "bias", None)
         return True
     if not tied or output not in stored:
         return tied
@@ -147,7 +149,7 @@ def contents(
     weights: dict[str, torch.Tensor] = {}
     packings: dict[str, Packing] = {}
     for parameter, weight in model.named_parameters():
-        if parameter == "model.output.weight":  # of the language model to which a head was added
+        if parameter.startswith("model.output."):  # of the language model to which a head was added
             continue
         owner, _, kind = parameter.rpartition(".")
         if kind in ("lora_A", "lora_B"):
@@ -156,11 +158,13 @@ def contents(
             weight = layer.merged_weight()
         names, transposed = family.checkpoint_names(parameter)
         rows = rows_of_parts(model, parameter, len(names))
+        order = family.row_order(parameter, model.config)
+        places = slice(None) if order is None else order.argsort().to(weight.device)
         if isinstance(weight, QuantizedWeight) and not dequantize:
             packings |= dict.fromkeys(names, weight.packing)
-            weights |= zip(names, weight.blocks.split(rows))
+            weights |= zip(names, weight.blocks[places].split(rows))
             continue
-        for stored_as, part in zip(names, weight.detach().split(rows)):
+        for stored_as, part in zip(names, weight.detach()[places].split(rows)):
             weights[stored_as] = (part.t() if transposed else part).contiguous()
     if packings:
         config[quantized_folders.ENTRY] = {"quant_method": quantized_folders.OWN}

@@ -37,6 +37,19 @@ QWEN = {
     "max_window_layers": 1,
     "layer_types": ["full_attention", "sliding_attention"],
 }
+DROPPING, EQUAL, HALF = {"residual_dropout": 0.1, "embedding_dropout": 0.1}, {"head_dim": 4}, {"partial_rotary_factor": 0.5}
+BOTH_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+    "sliding_attention": {"rope_type": "default"},
+}
+GPT_NEOX = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 CONFIGS = [
     {
         "model_type": "gpt2", "vocab_size": 33, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_inner": 24,
@@ -65,6 +78,28 @@ CONFIGS = [
         "model_type": "gemma2", "query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
         "sliding_window": 8, "hidden_activation": "gelu_pytorch_tanh",
     } | LLAMA,
+    {"model_type": "starcoder2", "norm_epsilon": 1e-5, "use_bias": True, "sliding_window": 8} | LLAMA | DROPPING | EQUAL,
+    {"model_type": "stablelm", "use_qkv_bias": True, "use_parallel_residual": True} | LLAMA | EQUAL | HALF,
+    {
+        "model_type": "granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25,
+        "logits_scaling": 8.0,
+    } | LLAMA,
+    {"model_type": "olmo2"} | LLAMA,
+    {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": BOTH_ROPES} | LLAMA,
+    {"model_type": "smollm3", "no_rope_layers": [1, 0], "no_rope_layer_interval": 2} | LLAMA | QWEN,
+    {
+        "model_type": "gemma3_text", "sliding_window": 8, "sliding_window_pattern": 2, "rope_local_base_freq": 1e4,
+        "query_pre_attn_scalar": 16, "final_logit_softcapping": 30.0,
+    } | LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "hidden_activation": "gelu_pytorch_tanh"},
+    {
+        "model_type": "gpt_neox", "use_parallel_residual": True, "layer_norm_eps": 1e-5, "rotary_pct": 0.5, "rotary_emb_base": 1e4,
+        "hidden_dropout": 0.1, "attention_bias": True,
+    } | {name: LLAMA[name] for name in LLAMA if name in GPT_NEOX},
+    {"model_type": "phi", "qk_layernorm": True, "resid_pdrop": 0.1, "embd_pdrop": 0.1} | LLAMA | EQUAL | HALF,
+    {"model_type": "glm4"} | LLAMA | HALF | {"attention_bias": True},
+    {
+        "model_type": "cohere2", "logit_scale": 0.0625, "layer_norm_eps": 1e-5, "sliding_window": 8, "sliding_window_pattern": 2,
+    } | LLAMA | EQUAL | {"tie_word_embeddings": True},
     {
         "model_type": "fastgpt",
         "fields": {

@@ -23,7 +23,7 @@ def test_every_entry_is_checked_and_named(case):
     """Of every family, whatever an entry is: it is accepted, or named, it or one that it does not fit."""
     config = VALID[case]
     family = FAMILIES[config["model_type"]]
-    partners = "layer_types|sliding_window|hidden_size|head_dim|n_embd|num_key_value_heads|embd_pdrop|rope_|max_position|fields"
+    partners = "layer_types|sliding_window|hidden_size|head_dim|n_embd|num_key_value_heads|embd_pdrop|rope_|max_position|fields|embedding_dropout|no_rope_layers"
     garbage = [
         {"a": 1}, [[]], [None], "x", "8", True, None, 0, -1, 2**80, -(10**300), 1e300, 1e-300, 0.0, -1.5, [], {}, "\ud800", [1e300] * 4,
     ]  # fmt: skip

@@ -107,6 +107,24 @@ def test_shards(case, folders, tmp_path):
     assert torch.equal(GPT.from_pretrained(tmp_path).norm.weight, whole.norm.weight)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["gpt_neox", "glm4", "cohere2"])
+def test_rows_of_quantized_weights_are_in_the_order_of_plain_ones(case, tmp_path):
+    """In the checkpoints of these families, those of queries, keys and values are in another order than in the decoder."""
+    name, settings = CONFIGS[case]
+    config = getattr(transformers, f"{name}Config")(**settings | dict(intermediate_size=128))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    model, plain = GPT.from_pretrained(tmp_path / "plain", weights="int8"), GPT.from_pretrained(tmp_path / "plain")
+    for block, exact in zip(model.blocks, plain.blocks):
+        weight = exact.attention.qkv.weight
+        assert (block.attention.qkv.weight.dequantize() - weight).abs().max() < 0.01 * weight.abs().max()
+    model.save_pretrained(tmp_path / "blocks")
+    assert torch.equal(GPT.from_pretrained(tmp_path / "blocks")(ids_of(1, 20)), model(ids_of(1, 20)))
+    model.save_pretrained(tmp_path / "numbers", weights="dequantized")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "numbers")
+    torch.testing.assert_close(again(ids_of(1, 20)).logits, model(ids_of(1, 20)), rtol=1e-3, atol=1e-3)
+
+
 def test_a_dtype_can_be_asked_for(folders):
     model = GPT.from_pretrained(folders("llama"), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -145,6 +163,20 @@ def read(config, folder):
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: expected null .* got True"),
         ("llama", {"model_type": "mamba"}, "model_type: expected one of 'gpt2', 'llama', 'mistral', .*, got 'mamba'"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads=4, got 3"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm: expected null .* got True"),
+        ("stablelm", {"head_dim": 24}, "head_dim: expected 16, hidden_size / num_attention_heads, got 24"),
+        ("gemma3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping: expected null .* got 30.0"),
+        (
+            "gemma3",
+            {"rope_parameters": {"rope_theta": 1e4}},
+            "rope_parameters.rope_theta: expected one of the entries full_attention",
+        ),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 0]},
+            r"no_rope_layers: expected 4 of them, as many as num_hidden_layers, got \[1, 0\]",
+        ),
+        ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings: expected null .* got True"),
     ],
 )
 def test_unsupported_configurations_are_named(case, change, message, folders, tmp_path):

@@ -28,7 +28,16 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 from checkpoint_files import peak_of_loading  # noqa: E402
-from family_checkpoints import GGUF_CONFIGS, PROMPTS, ids_of, logits_of, our_tokens, their_tokens, theirs  # noqa: E402
+from family_checkpoints import (  # noqa: E402
+    GGUF_CONFIGS,
+    PROMPTS,
+    ids_of,
+    logits_of,
+    our_tokens,
+    their_tokens,
+    theirs,
+    transformers_reads_gguf,
+)
 from gguf_files import write  # noqa: E402
 from gguf_fuzz import File, text, u32, u64  # noqa: E402
 
@@ -59,7 +68,7 @@ def test_greedy_tokens(case, files):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", [case for case in GGUF_CONFIGS if not case.startswith("mistral") and case != "gemma"])
+@pytest.mark.parametrize("case", filter(transformers_reads_gguf, GGUF_CONFIGS))
 def test_transformers_reads_these_files(case, files):
     """What the tests write is what llama.cpp's converter does, as far as transformers knows its architectures."""
     path = files(case)

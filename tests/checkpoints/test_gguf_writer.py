@@ -9,7 +9,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 from checkpoint_files import raises  # noqa: E402
-from family_checkpoints import CONFIGS, GGUF_CONFIGS, ids_of, theirs  # noqa: E402
+from family_checkpoints import CONFIGS, GGUF_CONFIGS, NOT_IN_GGUF, ids_of, theirs, transformers_reads_gguf  # noqa: E402
 from models import random_model  # noqa: E402
 
 from fastgpt import GPT, Quantization, QuantizedWeight  # noqa: E402
@@ -42,7 +42,7 @@ def test_unquantized_models_of_every_family(case, tmp_path):
     again, ids = GPT.from_pretrained(path), ids_of(2, 50)
     same(model, again)
     torch.testing.assert_close(again(ids), model(ids), rtol=1e-5, atol=1e-5)
-    if not case.startswith("mistral") and case != "gemma":
+    if transformers_reads_gguf(case):
         read = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path, gguf_file=path.name, config=theirs(case).config, dtype=torch.float32
         )
@@ -91,7 +91,12 @@ def test_a_file_is_written_again_with_all_that_it_says(tmp_path):
 def test_what_a_file_cannot_say_is_named(tmp_path):
     with raises("expected one of gpt2, llama, .*, which GGUF files can hold, got fastgpt"):
         written(random_model(activation="relu", norm="rms"), tmp_path / "model.gguf")
-    for case, field in (("qwen2, windows", "windows"), ("gemma2", "attention_scale")):
+    for case, field in (
+        ("qwen2, windows", "windows"),
+        ("gemma2", "attention_scale"),
+        ("gemma3", "windows"),
+        ("smollm3, windows", "rope_layers|windows"),
+    ):
         torch.manual_seed(0)
         theirs(case).save_pretrained(tmp_path / case)
         with raises(f"model: expected {field}=.*, which a GGUF file can say, got"):
@@ -99,4 +104,4 @@ def test_what_a_file_cannot_say_is_named(tmp_path):
     random_model().save_pretrained(tmp_path / "wide")
     with raises("expected a packing of Q8_0, Q4_0, Q4_1, .*, got QuantizedWeight"):
         written(GPT.from_pretrained(tmp_path / "wide", weights=Quantization("int8", 64)), tmp_path / "model.gguf")
-    assert CONFIGS.keys() - GGUF_CONFIGS.keys() == {"qwen2, windows", "gemma2"}
+    assert CONFIGS.keys() - GGUF_CONFIGS.keys() == NOT_IN_GGUF

@@ -9,6 +9,7 @@ from models import random_ids, random_model
 from safetensors.torch import load_file, save_file
 
 from fastgpt import GPT, GPTConfig
+from fastgpt.model.rope import Rope
 from fastgpt.testing import numerics
 
 
@@ -300,3 +301,40 @@ def test_on_the_meta_device_logits_have_their_shape(fields):
     model, ids = random_model(layers=1, **fields), random_ids(random_model(), 2, 5)
     expected, actual = model(ids), model.to("meta")(ids.to("meta"))
     assert actual.is_meta and (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+
+
+ROTARY = {"position": "rotary", "rope": Rope(8)}
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"pre_norms": 1}, "pre_norms: expected 2 or 0 for blocks that are not parallel, got 1"),
+        ({"pre_norms": 3}, "pre_norms: expected an integer .* got 3"),
+        ({"parallel": True, "cross_attention": True}, "parallel: expected False with cross_attention, got True"),
+        ({"output_bias": True}, "output_bias: expected False with tie_embeddings, got True"),
+        ({"rope_layers": (True, False)}, r"rope_layers: expected None without rope, got \(True, False\)"),
+        (ROTARY | {"rope_layers": (True,)}, r"rope_layers: expected 2 entries, one for each layer, got \(True,\)"),
+        ({"local_rope": Rope(8)}, "local_rope: expected None without rope"),
+        (ROTARY | {"local_rope": Rope(18)}, "local_rope.dim: expected at most head_dim=16, got 18"),
+        ({"residual_scale": 0.0}, "residual_scale: expected a finite number >= 1e-06 .* got 0.0"),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        random_model(**fields)
+
+
+@torch.no_grad()
+def test_a_residual_scale_leaves_what_it_multiplies(tmp_path):
+    """The stream that is kept divided by it gives what one does that is not, for every position embedding."""
+    for position in ({"position": "learned"}, {"position": "sinusoidal", "norm": "rms", "embedding_scale": 3.0}):
+        model = random_model(**position, residual_scale=0.5, norm_eps=1e-3)
+        plain = random_model(**position, norm_eps=1e-3)
+        for block, scaled in zip(plain.blocks, model.blocks):
+            for layer, other in ((block.attention.out, scaled.attention.out), (block.mlp.down, scaled.mlp.down)):
+                layer.weight.copy_(other.weight * 0.5)
+                layer.bias.copy_(other.bias * 0.5)
+        ids = random_ids(model, 2, 30)
+        torch.testing.assert_close(model(ids), plain(ids))
+        torch.testing.assert_close(model(ids, cache=model.new_cache(2)), plain(ids))

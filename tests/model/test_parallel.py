@@ -23,6 +23,8 @@ SHAPES = {
     "llama": LLAMA,
     "gemma2": LLAMA | dict(post_norms=True, attention_softcap=20.0, windows=(8, None), norm_offset=1.0),
     "qwen": LLAMA | dict(qk_norm=True, qkv_bias=True, mlp_bias=True),
+    "phi": dict(parallel=True, pre_norms=1, tie_embeddings=False, output_bias=True),
+    "granite": LLAMA | dict(residual_scale=0.22, logit_scale=0.125, rope_layers=(True, False)),
 }
 
 PROGRAM = """
@@ -71,6 +73,11 @@ class Three:
 def test_heads_that_cannot_be_divided():
     with pytest.raises(ValueError, match="num_heads: expected a multiple of 3, the number of processes, got 4"):
         tensor_parallel(random_model(), Three())
+
+
+def test_norms_of_all_heads_cannot_be_divided():
+    with pytest.raises(ValueError, match="model: expected norms of each head, got qk_norm_per_head=False"):
+        tensor_parallel(random_model(qk_norm=True, qk_norm_per_head=False, heads=3, width=48, intermediate_size=48), Three())
 
 
 def test_one_process_changes_nothing():

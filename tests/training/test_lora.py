@@ -29,6 +29,11 @@ FAMILIES = {
     "gpt2": CONFIGS["gpt2"],
     "llama": ("Llama", COMMON | dict(intermediate_size=128)),
     "phi3": ("Phi3", COMMON | dict(intermediate_size=128, sliding_window=None)),
+    "gpt_neox": (
+        "GPTNeoX",
+        CONFIGS["gpt_neox"][1] | dict(intermediate_size=128),
+    ),  # whose rows of queries, keys and values are in another order, as are those of GLM-4
+    "glm4": ("Glm4", COMMON | dict(intermediate_size=128, head_dim=24)),
 }
 
 
@@ -121,6 +126,8 @@ def test_peft_loads_them(family, tmp_path):
         ("llama", ["o_proj", "k_proj", "lm_head"], {"rank_pattern": {"k_proj": 2}}),
         ("gpt2", ["c_attn", "mlp.c_proj"], {}),
         ("phi3", "all-linear", {}),
+        ("gpt_neox", ["query_key_value"], {}),
+        ("glm4", "all-linear", {}),
     ],
 )
 def test_adapters_of_peft_are_loaded(family, targets, options, weights, tmp_path):

@@ -3,6 +3,9 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from fastgpt import schema
 from fastgpt.schema import Field
@@ -23,6 +26,8 @@ class Family:
     prefix: what the checkpoint's names may start with or not, depending on who saved it. The output matrix and the heads
         never do.
     ignored: a pattern of names that carry no weight.
+    qkv_order: GPTConfig -> where the decoder's rows of queries, keys and values are in the checkpoint, (N,) int64: in our order,
+        heads are one below the other, those of queries first, and rotary pairs are (n, n + dim/2). None: that order.
     """
 
     schema: Mapping[str, Field]
@@ -32,6 +37,7 @@ class Family:
     transposed: frozenset[str] = frozenset()
     prefix: str = "model."
     ignored: str = r"\.rotary_emb\.inv_freq$"
+    qkv_order: Callable[[Any], torch.Tensor] | None = None
 
     def config_from(self, config: dict) -> dict:
         """config.json -> GPTConfig's fields. Raises ValueError that begins with the name of an entry that is missing, wrong or
@@ -51,6 +57,18 @@ class Family:
         names = [f"{prefix}{name.format(i=layer[1] if layer else '')}.{kind}" for name in theirs]
         return names, kind == "weight" and theirs[0] in self.transposed
 
+    def row_order(self, parameter: str, config: Any) -> torch.Tensor | None:
+        """Where the rows of a parameter of the decoder are among those of `checkpoint_names`, (N,) int64; None: in their places."""
+        qkv = re.search(r"\.attention\.qkv(?:\.(\d))?(?:\.|$)", parameter)
+        if qkv is None or self.qkv_order is None:
+            return None
+        order = self.qkv_order(config)
+        if qkv[1] is None:
+            return order
+        sizes = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+        first = sum(sizes[: int(qkv[1])])  # of a layer that was loaded in parts, whose rows stay within them
+        return order[first : first + sizes[int(qkv[1])]] - first
+
     def with_prefix(self, name: str) -> str | None:
         """A stored name as it is with the prefix, or None if it carries no weight."""
         if re.search(self.ignored, name):
@@ -61,5 +79,14 @@ class Family:
     @property
     def layer_pattern(self) -> str:
         """Of stored names of a layer's weights, with or without prefix; its group is the number of the layer."""
-        first = str(self.names["blocks.{i}.attention_norm"]).partition("{i}")[0]
+        first = str(self.names["blocks.{i}.attention.out"]).partition("{i}")[0]
         return f"^(?:{re.escape(self.prefix)})?{re.escape(first)}(\\d{{1,9}})\\."
+
+
+def adjacent_pairs(config: Any) -> torch.Tensor:
+    """`qkv_order` of a checkpoint in which rotary pairs of queries and keys are (2n, 2n + 1)."""
+    rotated, dim = config.rope.dim, config.head_dim
+    pairs = torch.cat([torch.arange(0, rotated, 2), torch.arange(1, rotated, 2), torch.arange(rotated, dim)])
+    queries_and_keys = torch.arange(0, (config.num_heads + config.num_kv_heads) * dim, dim)[:, None] + pairs
+    values = queries_and_keys.numel() + torch.arange(config.num_kv_heads * dim)
+    return torch.cat([queries_and_keys.flatten(), values])

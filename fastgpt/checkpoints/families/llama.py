@@ -20,7 +20,7 @@ from fastgpt.checkpoints.families.fields import (
     head_dim_of,
     maybe,
 )
-from fastgpt.checkpoints.families.rope import ROPE_ENTRIES, STORED_ROPE_SCHEMA, rope_from, rope_to
+from fastgpt.checkpoints.families.rope import ROPE_ENTRIES, STORED_ROPE_SCHEMA, rope_from, rope_to, ropes_from
 from fastgpt.schema import choice, flag, integer, number, several, unsupported
 
 LLAMA_SCHEMA = (
@@ -46,12 +46,20 @@ LLAMA_SCHEMA = (
 )
 
 
-def llama_fields_from(config: dict, *, activation: str = "hidden_act", rope_schema: Mapping | None = None, **fields) -> dict:
+def llama_fields_from(
+    config: dict,
+    *,
+    activation: str = "hidden_act",
+    rope_schema: Mapping | None = None,
+    local_theta: str | None = None,
+    **fields,
+) -> dict:
     """config.json of Llama, or of a family that has its entries -> GPTConfig's fields.
 
     Args:
         activation: the name of that entry.
         rope_schema: of the entries of `rope_parameters`, where a family has others.
+        local_theta: see `ropes_from`, of a family whose layers with a window have a rotation of their own.
         fields: what a family has beyond the rest, or instead.
     """
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -61,7 +69,11 @@ def llama_fields_from(config: dict, *, activation: str = "hidden_act", rope_sche
     head_dim = head_dim_of(config, "hidden_size", "num_attention_heads")
     if "windows" not in fields:
         fields["windows"] = windows_of(config, None)
-    rope, context_length = rope_from(config, head_dim, rope_schema or STORED_ROPE_SCHEMA)
+    rope_schema, local = rope_schema or STORED_ROPE_SCHEMA, None
+    if local_theta is None:
+        rope, context_length = rope_from(config, head_dim, rope_schema)
+    else:
+        rope, local, context_length = ropes_from(config, head_dim, rope_schema, local_theta)
     return {
         "vocab_size": config["vocab_size"],
         "context_length": context_length,
@@ -80,6 +92,7 @@ def llama_fields_from(config: dict, *, activation: str = "hidden_act", rope_sche
         "mlp_bias": bool(config["mlp_bias"]),
         "position": "rotary",
         "rope": rope,
+        "local_rope": None if local == rope or fields["windows"] is None else local,
         "tie_embeddings": config["tie_word_embeddings"],
         **fields,
     }
@@ -104,6 +117,11 @@ def windows_of(config: dict, window: int | None, sliding: list[bool] | None = No
         return None
     expect(window is not None, "sliding_window", "an integer >= 1, since layers have sliding_attention", window)
     return tuple(window if slide else None for slide in slides)
+
+
+def types_of(config: Any) -> list[str]:
+    """GPTConfig -> layer_types."""
+    return ["full_attention" if config.window(i) is None else "sliding_attention" for i in range(config.num_layers)]
 
 
 def llama_config_to(config: Any, activation: str = "hidden_act", norm_eps: str = "rms_norm_eps") -> dict:

@@ -4,7 +4,15 @@ from typing import Any
 
 from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.families.fields import MAX_HEAD_DIM, maybe
-from fastgpt.checkpoints.families.llama import LLAMA_NAMES, LLAMA_SCHEMA, WINDOW, llama_config_to, llama_fields_from, windows_of
+from fastgpt.checkpoints.families.llama import (
+    LLAMA_NAMES,
+    LLAMA_SCHEMA,
+    WINDOW,
+    llama_config_to,
+    llama_fields_from,
+    types_of,
+    windows_of,
+)
 from fastgpt.schema import flag, integer, only, unsupported
 
 QWEN_SCHEMA = LLAMA_SCHEMA | {
@@ -24,9 +32,7 @@ def _qwen2_fields_from(config: dict) -> dict:
 
 
 def _qwen_config_to(config: Any) -> dict:
-    windows = config.windows or (None,) * config.num_layers
-    types = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    return llama_config_to(config) | {"layer_types": types, "use_sliding_window": any(windows)}
+    return llama_config_to(config) | {"layer_types": types_of(config), "use_sliding_window": any(config.windows or ())}
 
 
 QWEN2 = Family(QWEN_SCHEMA, _qwen2_fields_from, _qwen_config_to, LLAMA_NAMES)

@@ -101,6 +101,32 @@ def rope_from(config: dict, head_dim: int, stored_schema: Mapping[str, Field]) -
         raise ValueError(f"{where}.{ROPE_FIELDS[field]}:{reason}") from None
 
 
+def ropes_from(config: dict, head_dim: int, stored_schema: Mapping[str, Field], local_theta: str) -> tuple[Rope, Rope, int]:
+    """config.json of a family whose layers with a window have a rotation of their own -> that of the others, that of these, and
+    the context length. Earlier versions scale in `rope_scaling` that of the others only.
+
+    Args:
+        stored_schema: of the entries of each rotation.
+        local_theta: the entry beside them with theta of layers with a window.
+
+    Raises: ValueError that begins with the name of an entry.
+    """
+    given, kinds = config["rope_parameters"] or {}, ("full_attention", "sliding_attention")
+    read = schema.read({kind: mapping(None, optional=True) for kind in kinds}, given, "rope_parameters.", closed=True)
+    whole = config | {"rope_parameters": read["full_attention"]}
+    local = config | {"rope_parameters": read["sliding_attention"], "rope_scaling": None, "rope_theta": config[local_theta]}
+    rope, context = rope_from(whole, head_dim, stored_schema)
+    return rope, rope_from(local, head_dim, stored_schema)[0], context
+
+
+def ropes_to(config: Any) -> dict:
+    """Both rotations as `rope_parameters`."""
+    if config.rope is None:
+        return {}
+    both = {"full_attention": config.rope, "sliding_attention": config.local_rope or config.rope}
+    return {"rope_parameters": {kind: rope_to(rope, config.head_dim) for kind, rope in both.items()}}
+
+
 def _attention_factor(stored: dict, kind: str) -> float:
     """What transformers derives where a checkpoint says nothing."""
     factor = stored["factor"]
