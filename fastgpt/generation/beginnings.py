@@ -1,5 +1,6 @@
 """Beginnings of prompts that have been read, for prompts that begin with the same tokens."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,7 @@ class Beginnings:
 
     def find(self, ids: torch.Tensor) -> tuple[int, int | None]:
         """How many first tokens of ids need not be read, and the sequence that holds them."""
-        stored, sequence = max(
-            ((self.common(ids, other), sequence) for sequence, other in self.kept.items()), default=(0, None)
-        )
+        stored, sequence = max(((self.common(ids, other), sequence) for sequence, other in self.kept.items()), default=(0, 0))
         if not stored:
             return 0, None
         self.kept[sequence] = self.kept.pop(sequence)
@@ -53,7 +52,7 @@ class Beginnings:
             self.drop()
         return fork
 
-    def drop(self, in_use: set = frozenset()) -> bool:
+    def drop(self, in_use: Collection[int | None] = ()) -> bool:
         """Gives up the one that was not used for longest, and is not in use. Returns whether there is one."""
         sequence = next((sequence for sequence in self.kept if sequence not in in_use), None)
         if sequence is None:
@@ -62,7 +61,7 @@ class Beginnings:
         self.allocator.free(sequence)
         return True
 
-    def leave_free(self, pages: int, in_use: set) -> bool:
+    def leave_free(self, pages: int, in_use: Collection[int | None]) -> bool:
         """Gives up those that are not in use until so many pages are free. Returns whether they are."""
         while pages > self.allocator.statistics()["free_pages"]:
             if not self.drop(in_use):
