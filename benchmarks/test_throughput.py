@@ -5,6 +5,7 @@ batching of transformers (`ContinuousBatchingManager`, which `generate_batch` us
 
 import random
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ import torch
 from benchmarks import peers
 from benchmarks.test_generate import about, model_of
 from benchmarks.timing import DEVICE, DTYPE, at_most, full, measured_time, record, tiny
-from fastgpt import GPT, generate, generate_each
+from fastgpt import GPT, generate
 from fastgpt.bench.timing import synchronize
+from fastgpt.generation.config import GenerationConfig
+from fastgpt.generation.many import Many
 
 STATIC = 16  # rows of a static batch
 REQUESTS, PROMPT, ANSWER = (6, (4, 20), (2, 12)) if tiny() else (64, (16, 512), (16, 256))
@@ -42,10 +45,11 @@ def static(model: GPT, prompts: list[list[int]], new: list[int]) -> list[list[in
     return answers
 
 
-def continuous(theirs, prompts: list[list[int]], new: list[int]) -> list[list[int]]:
-    """Those of transformers, joining and leaving its batch."""
+def continuous(theirs, prompts: list[list[int]], new: list[int]) -> tuple[list[list[int]], float]:
+    """Those of transformers, joining and leaving its batch, and the seconds once its cache was made."""
     answers, deadline = {}, time.monotonic() + PATIENCE
     with theirs.continuous_batching_context_manager(generation_config=theirs.generation_config, timeout=5) as manager:
+        begin = time.perf_counter()
         ids = [manager.add_request(prompt, max_new_tokens=n, eos_token_id=-1) for prompt, n in zip(prompts, new)]
         while len(answers) < len(prompts):
             result = manager.get_result(timeout=1)
@@ -57,7 +61,15 @@ def continuous(theirs, prompts: list[list[int]], new: list[int]) -> list[list[in
                 if result.error is not None:
                     raise RuntimeError(result.error)
                 answers[result.request_id] = result.generated_tokens
-    return [answers[number] for number in ids]
+        seconds = time.perf_counter() - begin
+    return [answers[number] for number in ids], seconds
+
+
+def timed(way: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float]:
+    begin = time.perf_counter()
+    answers = way()
+    synchronize(torch.device(DEVICE))
+    return answers, time.perf_counter() - begin
 
 
 @pytest.mark.benchmark(timer=measured_time)
@@ -71,7 +83,7 @@ def test_many_requests(benchmark):
     try:
         theirs = peers.in_transformers(model)
         with at_most(PATIENCE):
-            few = continuous(theirs, prompts[:2], [2, 2])  # whether it runs here
+            few, _ = continuous(theirs, prompts[:2], [2, 2])  # whether it runs here
         assert all(map(len, few))
         ways["transformers, continuous batching"] = lambda: continuous(theirs, prompts, new)
     except Exception as reason:  # whatever it is, ours is timed
@@ -80,10 +92,7 @@ def test_many_requests(benchmark):
     for _ in range(3 if full() else 1):
         rounds.append({})
         for name, way in ways.items():
-            start = time.perf_counter()
-            answers[name] = way()
-            synchronize(torch.device(DEVICE))
-            rounds[-1][name] = time.perf_counter() - start
+            answers[name], rounds[-1][name] = way()
     assert [len(answer) for answer in answers["ours"]] == new
     if DTYPE is torch.float32:
         assert answers["ours"] == answers["ours, static batches"]
@@ -104,10 +113,13 @@ def test_an_equal_beginning(benchmark):
         [random.Random(i).randrange(model.config.vocab_size) for _ in range(n)] for i, n in enumerate([length, 8, 8])
     )
     rounds = []
+    options = GenerationConfig.of(model, {"max_batch": 1})
     for _ in range(5 if full() else 3):
         times = [time.perf_counter()]
-        for _ in generate_each(model, [begin + end for end in ends], 1, max_batch=1):
-            times.append(time.perf_counter())
+        many = Many(
+            model, [begin + end for end in ends], 1, options, ends=lambda row, token: bool(times.append(time.perf_counter()))
+        )
+        many.finish()
         rounds.append({"ours": times[2] - times[1], "the first of both": times[1] - times[0]})
     info = {"what": "an equal beginning", **about("smollm2-135m", DTYPE, 1), "T": length, "absent": {}}
     record(benchmark, rounds, info=info)
