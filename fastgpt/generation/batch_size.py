@@ -1,6 +1,7 @@
 """How many rows go together: the slots of a pass, the pages that memory has room for, and how many rows pay."""
 
 import statistics
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ def bucket(rows: int, most: int) -> int:
 
 def affordable_pages(model: GPT, page: int, cache_dtype: torch.dtype | None) -> int:
     """How many pages of so many tokens fit into MEMORY_SHARE."""
-    config, itemsize = model.config, (cache_dtype or model.key_dtype).itemsize
+    config: Any = model.config
+    itemsize = (cache_dtype or model.key_dtype).itemsize
     page_bytes = 2 * config.num_layers * model.num_kv_heads * page * (config.head_dim * itemsize + 4)  # 4: of a scale
     return int(MEMORY_SHARE * free_memory(model.first_weight.device)) // page_bytes
 
@@ -33,7 +35,8 @@ class Width:
 
     def __init__(self, most: int, fixed: bool):
         self.most, self.now = most, most if fixed else min(most, self.FIRST)
-        self.rate, self.rest, self.seconds = 0.0, 0, []
+        self.rate, self.rest = 0.0, 0
+        self.seconds: list[float] = []
 
     def took(self, rows: int, seconds: float) -> None:
         """A step of so many rows took so long."""

@@ -1,13 +1,14 @@
 """Generation: `generate`; `stream`, which yields tokens as they come; `generate_each`, which yields rows as they end."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.checks import require_flag
-from fastgpt.generation.config import GenerationConfig
+from fastgpt.generation.config import GenerationConfig, integers
 from fastgpt.generation.many import Many, is_many
 from fastgpt.generation.request import Request
 from fastgpt.model.decoder import GPT
@@ -52,10 +53,10 @@ def generate(
     config = GenerationConfig.of(model, options)
     if is_many(ids, max_new_tokens, config):
         results = Many(model, ids, max_new_tokens, config, encoder_states).finish(progress)
-        columns = list(zip(*results)) if config.return_logprobs else [results]
+        columns: list[Any] = list(zip(*results)) if config.return_logprobs else [results]
         if isinstance(ids, (torch.Tensor, np.ndarray)):
-            padding = [config.eos[0] if config.eos else 0, 0.0]
-            columns = [pad_sequence(rows, batch_first=True, padding_value=value) for rows, value in zip(columns, padding)]
+            padding = [*integers("eos", config.eos or 0)[:1], 0.0]
+            columns = [pad_sequence(list(rows), True, value) for rows, value in zip(columns, padding)]
         else:
             columns = [list(rows) for rows in columns]
         return tuple(columns) if config.return_logprobs else columns[0]

@@ -24,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
     results: a list of what the call would have returned for each row, prompts in order, and None for rows that had not ended.
     """
 
-    def __init__(self, results: list):
+    def __init__(self, results: list) -> None:
         super().__init__(f"{sum(result is not None for result in results)} of {len(results)} are done")
         self.results = results
 
@@ -48,7 +48,7 @@ class Many:
         require_fitting(model, options, len(prompts))
         for prompt in prompts:
             require_room("ids", len(prompt), model.config)
-        numbers = max_new_tokens if is_several(max_new_tokens) else [max_new_tokens] * len(prompts)
+        numbers: Any = max_new_tokens if is_several(max_new_tokens) else [max_new_tokens] * len(prompts)
         if len(numbers) != len(prompts):
             raise ValueError(f"max_new_tokens: expected one integer or {len(prompts)}, one for each prompt, got {len(numbers)}")
         if is_several(max_new_tokens) and isinstance(ids, (torch.Tensor, np.ndarray)):

@@ -12,7 +12,7 @@ from fastgpt.checkpoints import gguf_file, hub, transformers_format
 from fastgpt.checkpoints.files import naming
 from fastgpt.checks import require_integer
 from fastgpt.folders import SHIPPED_MODEL
-from fastgpt.generation.config import GenerationConfig, defaults_of
+from fastgpt.generation.config import GenerationConfig, defaults_of, integers
 from fastgpt.generation.conversation import OWN_EOS, Conversation, require_template_variables
 from fastgpt.generation.many import Interrupted, Many, is_many
 from fastgpt.generation.request import Kept, Request
@@ -192,7 +192,7 @@ class Pipeline:
         run = self._text_run(prompts, max_new_tokens, options)
         n = run.options.num_samples
 
-        def texts(rows: list[Row | None]) -> list:
+        def texts(rows: Sequence[Row | None]) -> list:
             texts = [None if row is None else row.text for row in rows]
             return texts if n == 1 else [texts[begin : begin + n] for begin in range(0, len(texts), n)]
 
@@ -268,10 +268,10 @@ class Row:
 
 def new_rows(tokenizer: Tokenizer, prompts: list[list[int]], stop: Stop, samples: int, vocab_size: int) -> list[Row]:
     """The rows of a generation: the samples of the first prompt, then of the next one."""
-    several = isinstance(stop, Sequence) and any(isinstance(entry, (list, tuple)) for entry in stop)
-    if several and len(stop) != len(prompts):
-        raise ValueError(f"stop: expected a list for each of {len(prompts)} prompts, got {len(stop)}")
-    stops = [split_stop(entry, vocab_size) for entry in stop] if several else [split_stop(stop, vocab_size)] * len(prompts)
+    several = stop if isinstance(stop, Sequence) and any(isinstance(entry, (list, tuple)) for entry in stop) else None
+    if several is not None and len(several) != len(prompts):
+        raise ValueError(f"stop: expected a list for each of {len(prompts)} prompts, got {len(several)}")
+    stops = [split_stop(entry, vocab_size) for entry in several] if several else [split_stop(stop, vocab_size)] * len(prompts)
     special_texts = tokenizer.special_texts() if any(strings for strings, _ in stops) else {}
     return [
         Row(IncrementalDetokenizer(tokenizer, prompt), StopStrings(strings), ids, special_texts)
@@ -360,8 +360,10 @@ class ManyRun:
         self, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int | Sequence[int] | None, stop: Stop,
         options: GenerationConfig,
     ):  # fmt: skip
-        self.prompts, self.options, self.seconds, eos = prompts, options, 0.0, set(options.eos)
+        self.prompts, self.options, self.seconds = prompts, options, 0.0
         self.rows = new_rows(tokenizer, prompts, stop, options.num_samples, model.config.vocab_size)
+
+        eos = set(integers("eos", options.eos or ()))
 
         def ends(answer, token):
             row = self.rows[answer.index]

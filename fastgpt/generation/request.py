@@ -396,4 +396,5 @@ def seeds_of(options: GenerationConfig, prompts: int) -> list[int]:
     """The seed of each prompt."""
     if options.seed is None:
         return torch.randint(2**63 - 1, (prompts,)).tolist()
-    return options.seed if isinstance(options.seed, list) else [options.seed] * prompts
+    seeds = integers("seed", options.seed)
+    return seeds if isinstance(options.seed, list) else seeds * prompts

@@ -16,7 +16,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,7 +25,7 @@ from fastgpt.cache.paged import PagedCache
 from fastgpt.cache.storage import on_device
 from fastgpt.generation.batch_size import Width, affordable_pages, bucket
 from fastgpt.generation.beginnings import Beginnings
-from fastgpt.generation.config import GenerationConfig
+from fastgpt.generation.config import GenerationConfig, integers
 from fastgpt.generation.decoding import Passes
 from fastgpt.generation.request import EOS_POLL_INTERVAL, PREFILL_CHUNK, read
 from fastgpt.generation.slot_sampling import Answer, SlotSampler
@@ -54,7 +54,7 @@ class Scheduler:
         ends: Callable[[Answer, int], bool] = lambda row, token: False, num_pages: int | None = None,
     ):  # fmt: skip
         self.model, self.options, self.ends, self.foreign = model, options, ends, others(model)
-        self.device, self.eos = model.first_weight.device, set(options.eos)
+        self.device, self.eos = model.first_weight.device, integers("eos", options.eos or ())
         # Those with most to do first, so that few rows are left at the end.
         self.waiting = deque(sorted((row for row in rows if row.most > 0), key=lambda row: -row.most))
         self.chunk = options.prefill_chunk or PREFILL_CHUNK[self.device.type]
@@ -68,17 +68,17 @@ class Scheduler:
             num_pages = min(num_pages, max(affordable_pages(model, page, options.cache_dtype), -(-lengths[0] // page)))
         if num_pages * page < lengths[0]:
             raise ValueError(f"num_pages: expected room for a row of {lengths[0]} tokens, got {num_pages} pages of {page}")
-        self.slots: Any = model.new_cache(
+        self.slots = cast(PagedCache, model.new_cache(
             most, lengths[0], kind="paged", cache_dtype=options.cache_dtype, window=options.window, page_size=page,
             num_pages=num_pages,
-        )  # fmt: skip
+        ))  # fmt: skip
         self.pool, self.page = self.slots.pool, page
         self.sampler = SlotSampler(
-            most, model.config.vocab_size, model.first_weight, eos=options.eos, logprobs=options.return_logprobs, **options.rules
+            most, model.config.vocab_size, model.first_weight, eos=self.eos, logprobs=options.return_logprobs, **options.rules
         )  # fmt: skip
         self.rows: list[Answer] = []  # row i in slot i
         self.joined: dict[Answer, int] = {}  # when
-        self.reading: tuple[list[Answer], PagedCache, Iterator] | None = None
+        self.reading: Any = None  # (rows, their cache, the pieces to come)
         self.beginnings = Beginnings(self.pool.allocator, page)
         self.passes: dict[int, Passes] = {}  # by number of slots
         self.steps, self.preemptions = 0, 0
@@ -117,7 +117,7 @@ class Scheduler:
 
     def admit(self) -> bool:
         """Begins to read the next prompt, and with it others of about its length, if there are slots and pages."""
-        rows, sequences, longest, pages = [], [], 0, len(self.rows)  # a page for each row's next tokens
+        rows, sequences, longest, pages = list[Answer](), list[int](), 0, len(self.rows)  # a page for each row's next tokens
         allocator, room = self.pool.allocator, min(self.width.now, self.slots.batch_size) - len(self.rows)
         while self.waiting and len(rows) < room:
             ids = self.waiting[0].ids()
@@ -172,7 +172,7 @@ class Scheduler:
 
     def step(self) -> list[Answer]:
         """A decode step of all rows, or on a GPU some, at whose end tokens are looked at. Returns rows that have ended."""
-        begin, n, chosen = time.perf_counter(), len(self.rows), []
+        begin, n, chosen = time.perf_counter(), len(self.rows), list[tuple]()
         joins = self.reading or (self.waiting and len(self.rows) < self.width.now)
         most = 1 if joins or self.sampler.apart else EOS_POLL_INTERVAL[self.device.type]
         most = min(most, *(row.most - len(row.tokens) for row in self.rows))
@@ -197,7 +197,7 @@ class Scheduler:
         n, size = len(token), bucket(len(token), self.slots.batch_size)
         if size not in self.passes:
             self.passes[size] = Passes(self.model, self.slots.first(size))
-        passes, cache = self.passes[size], self.passes[size].cache
+        passes, cache = self.passes[size], cast(PagedCache, self.passes[size].cache)
         cache.sequences, cache.counts = self.slots.sequences[:size], self.slots.counts[:size]
         ids = torch.nn.functional.pad(token, (0, size - n), value=-1).unsqueeze(1)
         logits = passes(ids, [1] * n + [0] * (size - n))
@@ -207,7 +207,7 @@ class Scheduler:
 
     def take(self, chosen: list, rows: list[Answer]) -> list[Answer]:
         """Adds the tokens of some steps to rows. Those that have ended leave; returns them."""
-        tokens, largest, logprobs = (None if x[0] is None else torch.stack(x).t().tolist() for x in zip(*chosen))
+        tokens, largest, logprobs = ([] if x[0] is None else torch.stack(x).t().tolist() for x in zip(*chosen))
         ended = []
         for b, row in enumerate(rows):
             for i, token in enumerate(tokens[b]):

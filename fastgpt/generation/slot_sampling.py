@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ class Answer:
     index: among all rows of the call.
     prompt: (T,) int64, on the CPU.
     most: new tokens, unless it ends before.
-    uniforms: of each step, the number to sample by; None is greedy decoding.
+    uniforms: a list with the number of each step to sample by; None is greedy decoding.
     tokens, logprobs: the new ones, and with return_logprobs their log-probabilities.
     sampler: of its own, where rules depend on its history.
     beginning: of `Beginnings`, the sequence that holds its first tokens.
@@ -25,7 +26,7 @@ class Answer:
     index: int
     prompt: torch.Tensor
     most: int
-    uniforms: list[float] | None = None
+    uniforms: Any = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampler: Sampler | None = None
