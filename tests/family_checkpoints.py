@@ -54,7 +54,7 @@ CONFIGS = {
         | dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.0625, logits_scaling=7.0)
         | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     ),
-    "olmo2": ("Olmo2", COMMON),
+    "olmo2": ("Olmo2", COMMON | dict(initializer_range=0.2)),
     "olmo3": (
         "Olmo3",
         COMMON
@@ -77,7 +77,7 @@ CONFIGS = {
         | dict(use_parallel_residual=False, attention_bias=False, rotary_pct=1.0),
     ),
     "phi": ("Phi", COMMON),
-    "phi, norms of queries": ("Phi", COMMON | dict(qk_layernorm=True, num_key_value_heads=4)),
+    "phi, norms of queries": ("Phi", COMMON | dict(qk_layernorm=True, num_key_value_heads=4, initializer_range=0.2)),
     "glm4": ("Glm4", COMMON | dict(head_dim=24, partial_rotary_factor=0.5)),
     "cohere2": ("Cohere2", COMMON | dict(sliding_window=16, num_hidden_layers=4, logit_scale=0.5)),
 }

@@ -130,6 +130,7 @@ ARCHITECTURES = {  # Mistral's is llama
         schema={
             "final_logit_softcapping": number(None, optional=True, **SCALE),
             "rope.freq_base_swa": replace(ROPE_SCHEMA["theta"], default=10000.0),
+            "attention.sliding_window_pattern": unsupported(6),
         },
         metadata=lambda config: {"rope.freq_base_swa": float((config.local_rope or config.rope).theta)},
     ),
@@ -164,7 +165,7 @@ ARCHITECTURES = {  # Mistral's is llama
     "phi2": Architecture(UNGATED, family="phi", partial=True, schema=LAYER_NORM, config=_layer_norm),
     "glm4": Architecture(UNGATED, interleaved=True, optional_biases=True, partial=True),
     "cohere2": Architecture(
-        interleaved=True, optional_biases=True, schema=LAYER_NORM | {"logit_scale": number(**SCALE)},
+        interleaved=True, optional_biases=True, schema=LAYER_NORM | {"logit_scale": number(**SCALE), "attention.sliding_window_pattern": unsupported(4)},
         config=lambda found, tensors: _layer_norm(found, tensors) | {
             "logit_scale": found["logit_scale"], "sliding_window": found["attention.sliding_window"] or 4096
         },

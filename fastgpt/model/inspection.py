@@ -32,7 +32,7 @@ def run_with_cache(
         blocks.0.attention.pattern  (B, H, T, T)     weights of the softmax: [b, h, i, j] from token i to token j; at least fp32
         blocks.0.attention.output   (B, H, T, D)     pattern @ v of each head, before the output projection
         blocks.0.cross_attention.*                   the five of cross-attention, if the model has it, over S encoder states
-        blocks.0.middle             (B, T, C)        the residual stream between attention and MLP
+        blocks.0.middle             (B, T, C)        the residual stream that the MLP reads: after attention, or in a parallel block before it
         blocks.0.output             (B, T, C)        the residual stream after the MLP: input of the next block
         norm                        (B, T, C)        output of the final norm, from which logits are computed
 

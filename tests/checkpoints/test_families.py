@@ -176,7 +176,6 @@ def read(config, folder):
             {"no_rope_layers": [1, 0]},
             r"no_rope_layers: expected 4 of them, as many as num_hidden_layers, got \[1, 0\]",
         ),
-        ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings: expected null .* got True"),
     ],
 )
 def test_unsupported_configurations_are_named(case, change, message, folders, tmp_path):

@@ -31,6 +31,8 @@ CONFIGS = {
     "Qwen3": COMMON | dict(num_labels=3, head_dim=16, tie_word_embeddings=True),
     "Gemma": COMMON | dict(num_labels=3, head_dim=16),
     "Gemma2": COMMON | dict(num_labels=3, head_dim=16, sliding_window=8),
+    "Phi": COMMON | dict(num_labels=3),
+    "GPTNeoX": {name: size for name, size in COMMON.items() if name != "num_key_value_heads"} | dict(num_labels=3),
 }
 HEADS = {"ForSequenceClassification": SequenceClassifier, "ForTokenClassification": TokenClassifier}
 SEQUENCES = [random_ids(random_model(layers=1), 1, length, seed=length)[0].tolist() for length in (7, 30, 1, 19)]

@@ -26,10 +26,14 @@ FAMILIES = {
 }  # fmt: skip
 ARCHITECTURES = {  # what the names of transformers' classes begin with, and ours
     "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "gemma": "Gemma",
-    "gemma2": "Gemma2", "gemma3_text": "Gemma3", "starcoder2": "Starcoder2", "stablelm": "StableLm", "granite": "Granite",
+    "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "starcoder2": "Starcoder2", "stablelm": "StableLm", "granite": "Granite",
     "olmo2": "Olmo2", "olmo3": "Olmo3", "smollm3": "SmolLM3", "gpt_neox": "GPTNeoX", "phi": "Phi", "glm4": "Glm4",
     "cohere2": "Cohere2", "fastgpt": "FastGPT",
 }  # fmt: skip
+LANGUAGE_MODELS = {
+    "gpt2": "GPT2LMHeadModel",
+    "gemma3_text": "Gemma3ForCausalLM",
+}  # that do not end with ForCausalLM, or begin so
 HEADS = {  # and what they end with -> the class here that has this head
     "ForSequenceClassification": "SequenceClassifier",
     "ForTokenClassification": "TokenClassifier",
@@ -38,7 +42,9 @@ HEADS = {  # and what they end with -> the class here that has this head
 
 def architecture(family: str, head: str | None = None) -> str:
     """The name of the class with one of HEADS, or with none: a language model."""
-    return ARCHITECTURES[family] + (head or ("LMHeadModel" if family == "gpt2" else "ForCausalLM"))
+    if head is None and family in LANGUAGE_MODELS:
+        return LANGUAGE_MODELS[family]
+    return ARCHITECTURES[family] + (head or "ForCausalLM")
 
 
 def family_of(config: Any, preferred: str | None = None) -> str:

@@ -11,7 +11,7 @@ from fastgpt.schema import choice, flag, number, unsupported
 PHI_SCHEMA = LLAMA_SCHEMA | {
     "layer_norm_eps": number(1e-5, **EPSILON), "hidden_act": choice(ACTIVATION_NAMES, "gelu_new"), "qk_layernorm": flag(False),
     "resid_pdrop": DROPOUT, "embd_pdrop": DROPOUT, "attention_bias": unsupported(), "mlp_bias": unsupported(),
-    "partial_rotary_factor": number(0.5, above=0, most=1), "tie_word_embeddings": unsupported(),
+    "partial_rotary_factor": number(0.5, above=0, most=1), "tie_word_embeddings": flag(False),
 }  # fmt: skip
 
 
@@ -20,7 +20,7 @@ def _phi_fields_from(config: dict) -> dict:
     expect(config["embd_pdrop"] == dropout, "embd_pdrop", f"{dropout!r}, as resid_pdrop", config["embd_pdrop"])
     return llama_fields_from(
         without_head_dim(config), norm="layer", norm_eps=config["layer_norm_eps"], gated=False, parallel=True, pre_norms=1,
-        qkv_bias=True, out_bias=True, mlp_bias=True, output_bias=True, tie_embeddings=False, qk_norm=config["qk_layernorm"],
+        qkv_bias=True, out_bias=True, mlp_bias=True, output_bias=not config["tie_word_embeddings"], qk_norm=config["qk_layernorm"],
         dropout=dropout, rope_schema=PARTIAL,
     )  # fmt: skip
 
