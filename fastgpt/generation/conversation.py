@@ -91,8 +91,7 @@ class Conversation:
         require_text(text, "text")
         self._end_answer()
         self._stopping = False
-        if self.messages[self._first :] and self.messages[-1]["role"] == "user":  # whose answer nobody began to read
-            self.messages.pop()
+        self._drop_unanswered()
         self.messages.append({"role": "user", "content": text})
         try:
             ids, prompt = self._fitted()
@@ -104,6 +103,11 @@ class Conversation:
         answer = self._stream(run, ids, prompt)
         self._answer = weakref.ref(answer)
         return answer
+
+    def _drop_unanswered(self) -> None:
+        """Drops a message whose answer nobody began to read."""
+        if self.messages[self._first :] and self.messages[-1]["role"] == "user":
+            self.messages.pop()
 
     def _end_answer(self) -> None:
         """Ends the answer that somebody has begun to read."""
@@ -163,6 +167,7 @@ class Conversation:
         argument."""
         path = require_path("path", path)
         self._end_answer()
+        self._drop_unanswered()
         with writing("path", path, "a file"), replacing(path) as temporary:
             temporary.write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -171,7 +176,7 @@ class Conversation:
         included. Raises OSError, ValueError, naming the argument, before anything changes."""
         path = require_path("path", path)
         try:
-            messages = json.loads(path.read_text(encoding="utf-8"))
+            messages = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise type(error)(f"path: expected a file of messages, {path} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
@@ -266,10 +271,13 @@ def require_messages(messages: Any) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or set(message) != {"role", "content"} or not isinstance(message["content"], str):
             raise ValueError(f"path: expected messages of a role and a text as content, got {message!r} as message {i}")
+        require_text(message["content"], "path")
         turn = i - (messages[0]["role"] == "system")
         role = "system" if turn < 0 else ("user", "assistant")[turn % 2]
         if message["role"] != role:
             raise ValueError(f"path: expected the role {role} in message {i}, got {message['role']!r}")
+    if messages and messages[-1]["role"] == "user":
+        raise ValueError("path: expected an answer to the last message, got none")
 
 
 def require_template_variables(variables: Any) -> None:

@@ -12,6 +12,7 @@ from fastgpt.generation.config import GenerationConfig, integers
 from fastgpt.generation.many import Many, is_many
 from fastgpt.generation.request import Request
 from fastgpt.model.decoder import GPT
+from fastgpt.model.encoder_states import read_encoder_states
 from fastgpt.model.inputs import require_decoder
 
 
@@ -51,8 +52,10 @@ def generate(
     require_decoder(model)
     require_flag("progress", progress)
     config = GenerationConfig.of(model, options)
-    if is_many(ids, max_new_tokens, config):
-        results = Many(model, ids, max_new_tokens, config, encoder_states).finish(progress)
+    if is_many(model, ids, max_new_tokens, config):
+        if not model.config.cross_attention:
+            read_encoder_states(model, encoder_states, encoder_lengths)  # raises for any
+        results = Many(model, ids, max_new_tokens, config).finish(progress)
         columns: list[Any] = list(zip(*results)) if config.return_logprobs else [results]
         if isinstance(ids, (torch.Tensor, np.ndarray)):
             padding = [*integers("eos", config.eos or 0)[:1], 0.0]

@@ -28,6 +28,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"{sum(result is not None for result in results)} of {len(results)} are done")
         self.results = results
 
+    def __reduce__(self) -> tuple:
+        return Interrupted, (self.results,)  # and not what the message says
+
 
 class Many:
     """The rows of a call, which join and leave a batch.
@@ -42,7 +45,7 @@ class Many:
 
     def __init__(
         self, model: GPT, ids: Any, max_new_tokens: int | Sequence[int] | None, options: GenerationConfig,
-        encoder_states: Any = None, ends: Callable[[Answer, int], bool] = lambda row, token: False, num_pages: int | None = None,
+        ends: Callable[[Answer, int], bool] = lambda row, token: False, num_pages: int | None = None,
     ):  # fmt: skip
         prompts = [prompt.cpu() for prompt in as_prompts(model, ids)]
         require_fitting(model, options, len(prompts))
@@ -53,9 +56,17 @@ class Many:
             raise ValueError(f"max_new_tokens: expected one integer or {len(prompts)}, one for each prompt, got {len(numbers)}")
         if is_several(max_new_tokens) and isinstance(ids, (torch.Tensor, np.ndarray)):
             raise ValueError("max_new_tokens: expected an integer for ids (B, T), got a list: pass a list of prompts with it")
-        most = [new_tokens("max_new_tokens", number, len(prompt), model) for number, prompt in zip(numbers, prompts)]
-        if (reason := refused(model, prompts, most, options, encoder_states)) is not None:
-            raise ValueError(f"{'max_batch' if options.max_batch is not None else 'max_new_tokens'}: expected {reason}")
+        longest = 0 if options.max_batch is not None else max(map(len, prompts))  # of rows that would otherwise begin together
+        most = [
+            new_tokens("max_new_tokens", number, max(len(prompt), longest if number is None else 0), model)
+            for number, prompt in zip(numbers, prompts)
+        ]
+        if (reason := refused(model, options)) is not None:
+            raise ValueError(f"{reason[0]}: expected {reason[1]} {WHERE}")
+        if model.rope_factors_change(min(map(len, prompts)), max(len(prompt) + n for prompt, n in zip(prompts, most))):
+            raise ValueError(
+                f"ids: expected prompts and answers on one side of the length at which longrope rotates all keys anew {WHERE}"
+            )
         n, self.rows = options.num_samples, []
         seeds = seeds_of(options, len(prompts)) if options.temperature else []
         for b, (prompt, number) in enumerate(zip(prompts, most)):
@@ -92,27 +103,31 @@ class Many:
         return [self.result(row) for row in self.rows]
 
 
-def is_many(ids: Any, max_new_tokens: Any, options: GenerationConfig) -> bool:
+WHERE = "where rows join and leave: with max_batch, a list of max_new_tokens, or generate_each"
+
+
+def is_many(model: GPT, ids: Any, max_new_tokens: Any, options: GenerationConfig) -> bool:
     """Whether a call of `generate` has rows join and leave, rather than begin together."""
     if options.max_batch is not None or is_several(max_new_tokens):
         return True
     ragged = is_several(ids) and not isinstance(ids, np.ndarray)
-    servable = options.use_cache and options.speculate is None and options.cache != "sliding" and not options.logits_processors
-    return ragged and servable and len(ids) * options.num_samples > MOST_TOGETHER
+    return (
+        ragged
+        and len(ids) * options.num_samples > MOST_TOGETHER
+        and not options.logits_processors
+        and refused(model, options) is None
+        and not model.rope_factors_change(1, model.config.context_length)
+    )
 
 
-def refused(
-    model: GPT, prompts: list[torch.Tensor], most: list[int], options: GenerationConfig, encoder_states: Any
-) -> str | None:
-    """What is expected of a call instead, or None if its rows can join and leave."""
-    if encoder_states is not None or model.config.cross_attention:
-        return "None for a model with cross-attention, whose encoder states have no pages"
+def refused(model: GPT, options: GenerationConfig) -> tuple[str, str] | None:
+    """An argument that keeps the rows of a call from joining and leaving, and what is expected of it; or None."""
+    if model.config.cross_attention:
+        return "model", "one without cross-attention, whose encoder states have no pages,"
     if not options.use_cache:
-        return "None with use_cache=False, since rows share a cache"
+        return "use_cache", "True"
     if options.cache == "sliding":
-        return 'None with cache="sliding", whose memory cannot be shared: keys are in pages'
+        return "cache", "contiguous or paged"  # its memory cannot be shared
     if options.speculate is not None:
-        return "None with speculate: rows that go together fill a pass already"
-    if model.rope_factors_change(min(map(len, prompts)), max(len(prompt) + n for prompt, n in zip(prompts, most))):
-        return "None where longrope rotates keys of long rows by other factors, which rows of a batch cannot differ in"
+        return "speculate", "None"  # rows that go together fill a pass already
     return None

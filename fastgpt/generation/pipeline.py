@@ -125,7 +125,13 @@ class Pipeline:
             raise TypeError(f"prompts: expected a list of them, got {prompts!r}")
         if not prompts:
             raise ValueError("prompts: expected at least one, got none")
-        return self.run([self.encode(prompt, template_variables) for prompt in prompts], max_new_tokens, stop, eos, options)
+        ids = []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                ids.append(self.encode(prompt, template_variables))
+            except ValueError as error:
+                raise type(error)(f"{error}{f' (prompt {number} of {len(prompts)})' * (len(prompts) > 1)}") from error
+        return self.run(ids, max_new_tokens, stop, eos, options)
 
     def run(
         self, prompts: list[list[int]], max_new_tokens: int | Sequence[int] | None, stop: Stop,
@@ -136,7 +142,7 @@ class Pipeline:
             own = [token for token in self.tokenizer.eos if token < self.model.config.vocab_size]
             eos = list(dict.fromkeys([*defaults_of(self.model).get("eos", ()), *own]))
         config = GenerationConfig.of(self.model, options | {"eos": eos})
-        if kept is None and is_many(prompts, max_new_tokens, config):
+        if kept is None and is_many(self.model, prompts, max_new_tokens, config):
             return ManyRun(self.model, self.tokenizer, prompts, max_new_tokens, stop, config)
         return Run(self.model, self.tokenizer, prompts, max_new_tokens, stop, config, kept)
 
@@ -361,8 +367,6 @@ class ManyRun:
         options: GenerationConfig,
     ):  # fmt: skip
         self.prompts, self.options, self.seconds = prompts, options, 0.0
-        self.rows = new_rows(tokenizer, prompts, stop, options.num_samples, model.config.vocab_size)
-
         eos = set(integers("eos", options.eos or ()))
 
         def ends(answer, token):
@@ -371,7 +375,8 @@ class ManyRun:
             row.logprobs += answer.logprobs[-1:]
             return row.finish_reason is not None
 
-        self.many = Many(model, prompts, max_new_tokens, options, ends=ends)
+        self.many = Many(model, prompts, max_new_tokens, options, ends=ends)  # first: it knows how many rows are too many
+        self.rows = new_rows(tokenizer, prompts, stop, options.num_samples, model.config.vocab_size)
 
     def finish(self, progress: bool = False) -> list[Row]:
         """Runs to the end; the rows.

@@ -180,7 +180,7 @@ class Sampler:
         self.uniforms = None if uniforms is None else uniforms.to(device, copy=True)
         self.step = torch.empty(1, dtype=torch.int64, device=device)
         self.tokens = torch.empty(steps, B, dtype=torch.int64, device=device)
-        self.logprobs = torch.empty(steps, B, device=device) if logprobs else None
+        self.logprobs = torch.empty(steps, B, dtype=torch.float32, device=device) if logprobs else None
         dtype = torch.float32 if fits_fp32(rules["repetition_penalty"]) else torch.float64
         self.extreme = torch.empty(B, 1, dtype=dtype, device=device)
         self.ended = torch.empty(B, dtype=torch.bool, device=device) if eos else None

@@ -51,7 +51,7 @@ class RowSamplers:
         ]  # fmt: skip
         device = prompts[0].device
         self.tokens = torch.full((steps, len(prompts)), -1, device=device)
-        self.logprobs = torch.zeros(steps, len(prompts), device=device) if logprobs else None
+        self.logprobs = torch.zeros(steps, len(prompts), dtype=torch.float32, device=device) if logprobs else None
         self.texts = [prompt.tolist() for prompt in prompts]
         self.counts, self.done = [0] * len(prompts), [steps == 0] * len(prompts)
         self.errors: dict[int, ValueError] = {}  # by step

@@ -159,6 +159,8 @@ def test_load_takes_what_save_has_written_or_changes_nothing(tmp_path):
         ("[1]", "got 1 as message 0"),
         ('[{"role": "user", "content": null}]', "a text as content"),
         ('[{"role": "user"}]', "a text as content"),
+        ('[{"role": "user", "content": "\\ud800"}]', "the lone surrogate"),
+        ('[{"role": "user", "content": "a"}]', "expected an answer to the last message"),
         ('[{"role": "tool", "content": "a"}]', "expected the role user in message 0, got 'tool'"),
         ('[{"role": "system", "content": "a"}, {"role": "assistant", "content": "a"}]', "expected the role user in message 1"),
         ('[{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]', "expected the role assistant in message 1"),
@@ -182,7 +184,7 @@ def test_save(tmp_path):
     with pytest.raises(OSError, match="^path: "):
         chat.save(tmp_path / "missing" / "chat.json")
     before = (tmp_path / "chat.json").read_text()
-    chat.messages.append({"role": "user", "content": "\ud800"})  # which cannot be encoded, like what does not fit on a disk
+    chat.messages.append({"role": "assistant", "content": "\ud800"})  # which cannot be encoded, like what does not fit on a disk
     with pytest.raises((OSError, ValueError)):
         chat.save(tmp_path / "chat.json")
     assert (tmp_path / "chat.json").read_text() == before

@@ -1,5 +1,6 @@
 """Many prompts: rows that join and leave a batch have the tokens that they would have alone, and no page is lost."""
 
+import pickle
 import random
 import time
 
@@ -76,7 +77,7 @@ def test_greedy_tokens_are_those_of_each_prompt_alone(options, max_batch):
         {"logits_processors": [lambda tokens, logits: logits - tokens.sum() % 7 * torch.arange(logits.shape[1]) / 64]},
         {"window": 12},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options),
 )
 def test_rules_are_those_of_each_prompt_alone(options):
     model = random_model()
@@ -331,12 +332,12 @@ def test_a_model_in_training_mode_generates_without_dropout():
             r"max_new_tokens: expected at most 66 after a prompt of 30 tokens in a context of 96, got 90",
         ),
         ({"max_batch": 0}, r"max_batch: expected an integer >= 1"),
-        ({"max_batch": 2, "use_cache": False}, r"max_batch: expected None with use_cache=False"),
-        ({"max_batch": 2, "cache": "sliding", "window": 9}, r'max_batch: expected None with cache="sliding"'),
-        ({"max_batch": 2, "speculate": "prompt"}, r"max_batch: expected None with speculate"),
-        ({"max_new_tokens": [1, 2, 3], "speculate": "prompt"}, r"max_new_tokens: expected None with speculate"),
+        ({"max_batch": 2, "use_cache": False}, r"use_cache: expected True where rows join and leave"),
+        ({"max_batch": 2, "cache": "sliding", "window": 9}, r"cache: expected contiguous or paged where rows join"),
+        ({"max_batch": 2, "speculate": "prompt"}, r"speculate: expected None where rows join"),
+        ({"max_new_tokens": [1, 2, 3], "speculate": "prompt"}, r"speculate: expected None where rows join"),
         ({"max_batch": 2, "seed": [1]}, r"seed: expected one integer or 3, one for each prompt, got 1"),
-        ({"max_batch": 2, "encoder_states": torch.zeros(3, 1, 64)}, r"encoder_states|max_batch"),
+        ({"max_batch": 2, "encoder_states": torch.zeros(3, 1, 64)}, r"encoder_states: expected None for a model without"),
     ],
     ids=str,
 )
@@ -360,7 +361,7 @@ def test_longrope_rows_of_both_kinds_are_refused(tmp_path):
 
     theirs("phi3, longrope").save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path, dtype=torch.float32)
-    with pytest.raises(ValueError, match="^max_batch: expected None where longrope"):
+    with pytest.raises(ValueError, match="^ids: expected prompts and answers on one side"):
         generate(model, [PROMPTS[0], PROMPTS[2] * 2], 10, max_batch=2)
 
 
@@ -403,3 +404,27 @@ def test_the_pool_takes_half_of_the_free_memory_at_most(monkeypatch):
 
 def test_uniform_numbers_of_rows_are_those_of_a_batch():
     assert uniform_numbers([3], 2, 5).t().tolist() == uniform_numbers([1, 3], 2, 9)[:5, 2:].t().tolist()
+
+
+def test_what_cannot_join_and_leave_begins_together_where_nobody_asks_for_more():
+    model, prompts = random_model(), [[1 + i % 60] for i in range(70)]
+    assert len(generate(model, prompts, 3, speculate="prompt")) == len(generate(model, prompts, 3, use_cache=False)) == 70
+    crossed = random_model(cross_attention=True)
+    states = torch.randn(70, 4, crossed.config.hidden_size)
+    assert len(generate(crossed, prompts, 3, encoder_states=states)) == 70
+    with pytest.raises(ValueError, match=r"^model: expected one without cross-attention, .* where rows join and leave"):
+        generate(crossed, prompts, 3, encoder_states=states, max_batch=8)
+    with pytest.raises(ValueError, match="^encoder_lengths: expected None without encoder_states"):
+        generate(model, prompts, 3, encoder_lengths=[1] * 70, max_batch=8)
+
+
+def test_new_tokens_by_default_are_as_many_as_fit_after_the_longest_of_any_number_of_prompts():
+    model = random_model()
+    few, several = ([[1]] * n + [PROMPTS[2]] for n in (3, 70))
+    lengths = [len(row) for row in generate(model, several)]
+    assert set(lengths[:70]) == {len(generate(model, few)[0])} and lengths[70] == model.config.context_length
+
+
+def test_interrupted_survives_pickling():
+    copy = pickle.loads(pickle.dumps(fastgpt.Interrupted([1, None])))
+    assert copy.results == [1, None] and str(copy) == "1 of 2 are done"
