@@ -191,7 +191,7 @@ def sections(document: Path) -> dict[str, str]:
     folder = STORED / SHOWN
     results = pages.results_in(folder)
     parts = pages.parts(folder, results, within(folder, document))
-    expected = {*pages.PARTS, "architectures", "models of transformers", "families", "training", "perplexity"}
+    expected = {*pages.PARTS, "architectures", "models of transformers", "training", "perplexity"}
     if missing := expected - parts.keys() - results.keys():
         raise FileNotFoundError(f"{folder}: README and docs show {', '.join(sorted(missing))}, of which there are no results")
     training = results["training"]
@@ -215,7 +215,7 @@ def sections(document: Path) -> dict[str, str]:
         "numerics": numerics_table.markdown(numerics_of_all()),
         "architectures": f"{pages.architectures(results['architectures'])} "
         f"[Each of them]({page}#architectures-of-transformers).",
-        "families": families_table.markdown(results["families"]["families"]),
+        "families": families_of_all(),
         "perplexity": perplexity_table.markdown(results["perplexity"]["perplexity"]),
         "speculation": speculation_of_all(),
         "8-bit caches": eight_bit_caches(training),
@@ -251,6 +251,12 @@ def numerics_of_all() -> dict[str, list[dict]]:
             if isinstance(cases, list):
                 found.setdefault(operation, []).extend(cases)
     return found
+
+
+def families_of_all() -> str:
+    """The table of the machine that has compared most checkpoints: tokens are the same on all."""
+    found = [json.loads(path.read_text())["families"] for path in sorted(STORED.glob("*/families.json"))]
+    return families_table.markdown(max(found, key=len))
 
 
 def speculation_of_all() -> str:

@@ -141,7 +141,7 @@ def save_or_load(chat: Conversation, name: str, file: str) -> str:
     try:
         (chat.save if saves else chat.load)(Path(file).expanduser())
     except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError of a home that nobody has
-        return f"({error})"
+        return f"({name} FILE: {str(error).removeprefix('path: ')})"
     return f"({'wrote' if saves else 'read'} {len(chat.messages)} messages {'to' if saves else 'from'} {file})"
 
 

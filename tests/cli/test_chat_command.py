@@ -54,7 +54,7 @@ def test_a_conversation_goes_on_from_a_file(capsys, monkeypatch, model, tmp_path
     status, _, err = chat(capsys, monkeypatch, model, lines)
     messages, more = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert status == 0 and more[:3] == messages and len(more) == 5
-    assert "(read 3 messages from ~/a.json)" in err and "(path: expected a file of messages, nowhere cannot be" in err
+    assert "(read 3 messages from ~/a.json)" in err and "(/load FILE: expected a file of messages, nowhere cannot be" in err
     assert "(/load FILE: expected the name of a file)" in err
 
 

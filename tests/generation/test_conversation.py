@@ -184,7 +184,9 @@ def test_save(tmp_path):
     with pytest.raises(OSError, match="^path: "):
         chat.save(tmp_path / "missing" / "chat.json")
     before = (tmp_path / "chat.json").read_text()
-    chat.messages.append({"role": "assistant", "content": "\ud800"})  # which cannot be encoded, like what does not fit on a disk
+    chat.messages.append(
+        {"role": "assistant", "content": "\ud800"}
+    )  # which cannot be encoded, like what does not fit on a disk
     with pytest.raises((OSError, ValueError)):
         chat.save(tmp_path / "chat.json")
     assert (tmp_path / "chat.json").read_text() == before
