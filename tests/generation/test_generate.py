@@ -337,6 +337,8 @@ def test_numbers_are_checked(name):
     no_numbers += [(value, TypeError if name in INTEGERS else ValueError) for value in (float("nan"), float("inf"))]
     for value, error in outside + no_numbers + [(1.5, TypeError)] * (name in INTEGERS):
         for function in (generate, stream):
+            if function is generate and name == "max_new_tokens" and isinstance(value, list):  # one for each prompt
+                continue
             with pytest.raises(error, match=f"^{name}: expected "):
                 function(**{"model": model, "ids": [[1, 2]], "max_new_tokens": 3, name: value})
 

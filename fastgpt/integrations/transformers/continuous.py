@@ -36,7 +36,7 @@ class Pages(NamedTuple):
 class PagedCache(PagedAttentionCache):
     """transformers' paged cache, with pages that the kernels read."""
 
-    def __init__(self, config, continuous_batching_config, *args, **options):
+    def __init__(self, config: Any, continuous_batching_config: Any, *args, **options):
         for name in ("varlen_compile_config", "decode_compile_config"):
             if getattr(continuous_batching_config, name) is not None:
                 raise ValueError(
@@ -48,7 +48,9 @@ class PagedCache(PagedAttentionCache):
         self._steps: dict[int, tuple[torch.Tensor, Step | None]] = {}  # of each allocator, with the cu_seq_lens_q they are for
 
     @torch.compiler.disable
-    def update(self, key_states, value_states, layer_idx: int, kwargs: dict[str, Any]):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Stores keys and values (1, H_kv, total_q, D) and returns them; `kwargs` gets `pages`. Returns the gathered keys and
         values of all sequences, as transformers does, for chunks of prompts in layers with a sliding window."""
         allocator: Any = self.layer_to_allocator[layer_idx]
@@ -95,7 +97,7 @@ class PagedCache(PagedAttentionCache):
         return Step(queries, keys, (tokens // allocator.block_physical_stride).int(), page, device)
 
 
-def serves(config) -> bool:
+def serves(config: Any) -> bool:
     """Whether a model's attention is fastgpt's."""
     return AttentionInterface._global_mapping.get(config._attn_implementation) is attention
 

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.platforms import current_platform
@@ -42,7 +43,7 @@ class Backend(AttentionBackend):
         return MetadataBuilder
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list:
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list:
         return [MultipleOf(16)]
 
     @classmethod
@@ -77,7 +78,7 @@ class Metadata(AttentionMetadata):
 
 
 class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         parallel, model = vllm_config.parallel_config, vllm_config.model_config
         for name, used in (
@@ -90,7 +91,7 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
             if used:
                 raise _refusal(name)
 
-    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> Metadata:
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Metadata:
         common = common_attn_metadata
         if common.causal is not True:
             raise _refusal("attention that is not causal")
@@ -103,8 +104,10 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
 class Attention(AttentionImpl[Metadata]):
     def __init__(
-        self, num_heads, head_size, scale, num_kv_heads=None, alibi_slopes=None, sliding_window=None, kv_cache_dtype="auto",
-        logits_soft_cap=None, attn_type=AttentionType.DECODER, kv_sharing_target_layer_name=None, sinks=None, **others,
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None, sliding_window: int | None = None, kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None, attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None, sinks: torch.Tensor | None = None, **others,
     ):  # fmt: skip
         if attn_type != AttentionType.DECODER:
             raise _refusal(f"attention of type {AttentionType(attn_type).value}")
@@ -125,7 +128,9 @@ class Attention(AttentionImpl[Metadata]):
         self.sinks = sinks  # whose values are loaded later
         self._k_scale_cache = self._v_scale_cache = None  # vLLM resets these between profiling and serving
 
-    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:  # fmt: skip
         """Stores keys and values (tokens, H_kv, D) in the slots of the pool, of which negative ones are skipped."""
         tokens = len(slot_mapping)
         new = (x[:tokens].transpose(0, 1).unsqueeze(0) for x in (key, value))  # (1, H_kv, tokens, D)
@@ -134,7 +139,9 @@ class Attention(AttentionImpl[Metadata]):
         kv_cache_update(*new, k_pages, v_pages, slot_mapping.unsqueeze(0), block_table=table, **scales)
 
     def forward(
-        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+        self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
+        attn_metadata: Metadata | None, output: torch.Tensor, output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Attention of queries (tokens, H, D) to the pool, into output (tokens, H, D_v)."""
         if attn_metadata is None:  # while vLLM profiles memory
