@@ -121,7 +121,7 @@ class Attention(AttentionImpl[Metadata]):
             raise _refusal(", ".join(given))
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, float(scale), num_kv_heads
         self.kv_cache_dtype, self.eight_bit = kv_cache_dtype, EIGHT_BIT.get(kv_cache_dtype)
-        self.options = {
+        self.options: dict[str, Any] = {
             "scale": self.scale, "window": sliding_window, "softcap": logits_soft_cap or None,
             "alibi_slopes": None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32),
         }  # fmt: skip
