@@ -17,6 +17,11 @@ def generated_by_transformers(model, prompts, new, **options):
     return model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)[:, longest:]
 
 
+def scored(model, prompt, row):
+    """The log-probabilities of the tokens that follow the prompt in a row, in one pass."""
+    return model(row[None])[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, row[len(prompt) :, None])[:, 0]
+
+
 def cut(row, eos):
     return row[: row.index(eos) + 1] if eos in row else row
 

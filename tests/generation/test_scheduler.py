@@ -1,13 +1,15 @@
 """Many prompts: rows that join and leave a batch have the tokens that they would have alone, and no page is lost."""
 
+import copy
 import pickle
 import random
 import time
 
 import pytest
 import torch
+from cuda_stub import stubbed_cuda
 from family_checkpoints import CONFIGS
-from generation_cases import SAMPLED, cut, prompts_of
+from generation_cases import SAMPLED, cut, prompts_of, scored
 from models import random_model
 
 import fastgpt
@@ -20,6 +22,7 @@ from fastgpt.generation.many import MOST_TOGETHER, Interrupted, Many
 from fastgpt.generation.sampling import uniform_numbers
 from fastgpt.generation.scheduler import Scheduler
 from fastgpt.generation.slot_sampling import Answer
+from fastgpt.testing import numerics
 
 LENGTHS = (3, 9, 30, 2, 17, 25, 40, 11, 5, 33)
 PROMPTS = prompts_of(*LENGTHS)
@@ -112,6 +115,18 @@ def test_families(case, tmp_path):
     require_no_page_is_lost(of)
 
 
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_on_a_gpu_steps_are_captured_once_for_each_number_of_slots(page_size):
+    model = random_model()
+    with stubbed_cuda() as stub:
+        tokens, of = many(model, PROMPTS, NEW, max_batch=5, page_size=page_size)
+    assert tokens == alone(model, PROMPTS, NEW)
+    captures = stub.calls.count("capture_begin")
+    assert 1 <= captures <= len(of.passes) and set(of.passes) <= {1, 2, 4, 5}
+    assert stub.calls.count("replay") == of.steps - len(of.passes)  # the first of each number runs eagerly
+    assert not {"synchronize", "empty_cache"} & set(stub.calls)
+
+
 def test_rows_end_at_eos_and_others_take_their_place(ending):
     model, prompts, free, eos = ending
     tokens, of = many(model, prompts * 3, 30, max_batch=3, eos=eos)
@@ -122,21 +137,25 @@ def test_rows_end_at_eos_and_others_take_their_place(ending):
 def test_samples_and_log_probabilities_are_those_of_a_plain_call():
     model, options = random_model(), {"temperature": 0.9, "seed": list(range(4)), "num_samples": 3, "return_logprobs": True}
     prompts = PROMPTS[:4]
-    expected, expected_logprobs = generate(model, prompts, 9, **options)
+    expected, _ = generate(model, prompts, 9, **options)
     tokens, logprobs = generate(model, prompts, 9, max_batch=5, **options)
     assert [row.tolist() for row in tokens] == [row.tolist() for row in expected]
-    for row, other in zip(logprobs, expected_logprobs, strict=True):
-        torch.testing.assert_close(row, other, rtol=1e-4, atol=1e-4)
+    exact = model.double()
+    for i, (row, actual) in enumerate(zip(tokens, logprobs, strict=True)):
+        numerics.check(actual, lambda: scored(exact, prompts[i // 3], row))
 
 
 def test_a_table_of_ids_gives_a_table_padded_with_eos(ending):
     model, prompts, free, eos = ending
-    ids = torch.tensor([prompt[-2:] for prompt in prompts])
+    ids, exact = torch.tensor([prompt[-2:] for prompt in prompts]), copy.deepcopy(model).double()
     for options in ({}, {"eos": eos}, {"eos": eos, "return_logprobs": True}):
         plain, batched = generate(model, ids, 20, **options), generate(model, ids, 20, max_batch=3, **options)
         if "return_logprobs" in options:
-            torch.testing.assert_close(batched[1], plain[1], rtol=1e-4, atol=1e-4)
-            plain, batched = plain[0], batched[0]
+            logprobs, plain, batched = batched[1], plain[0], batched[0]
+            for row, actual, prompt in zip(batched, logprobs, ids):
+                end = len(cut(row[2:].tolist(), eos))
+                numerics.check(actual[:end], lambda: scored(exact, prompt, row[: 2 + end]))
+                assert not actual[end:].any()
         assert torch.equal(plain, batched)
 
 

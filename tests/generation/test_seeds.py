@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generation_cases import SAMPLED, cut, prompts_of
+from generation_cases import SAMPLED, cut, prompts_of, scored
 from models import random_ids, random_model
 
 from fastgpt import generate
@@ -56,9 +56,6 @@ def test_logprobs_are_those_of_the_model(options):
     model = random_model()
     prompts = prompts_of(5, 12)
     rows, logprobs = generate(model, prompts, 20, num_samples=2, return_logprobs=True, **options)
-
-    def scored(model, prompt, row):
-        return model(row[None])[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, row[len(prompt) :, None])[:, 0]
 
     for prompt, row, actual in zip([prompts[0]] * 2 + [prompts[1]] * 2, rows, logprobs, strict=True):
         numerics.check(actual, lambda: scored(model.double(), prompt, row))
