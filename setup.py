@@ -27,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 CUDA_LIBRARY = "fastgpt.libfastgpt_cuda"
 # Multiply-adds fuse where the CPU level has them, but not here: results are the reference's, bit for bit.
-UNFUSED = "csrc/kv_cache/kv_cache_update_kernels.cpp"
+UNFUSED = "csrc/kv_cache/kv_cache_update_kernels.cpp", "csrc/linear/quantize_kernels.cpp"
 TARGET_VERSION = "2.10"  # the oldest torch that a build must load on
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")  # the last also as PTX, for GPUs newer than the compiler
 
@@ -253,7 +253,7 @@ class NinjaBuild(build_ext):
         def compile_each(rule, sources, flags=(), suffix=".o"):
             objects = [str(self.folder / (Path(source).name + suffix)) for source in sources]
             for source, output in zip(sources, objects):
-                contract = [f"-ffp-contract={'off' if source == UNFUSED else 'fast'}"] if rule == "cxx" else []
+                contract = [f"-ffp-contract={'off' if source in UNFUSED else 'fast'}"] if rule == "cxx" else []
                 lines.extend([f"build {output}: {rule} {source}", f"  flags = {join([*contract, *flags])}"])
             return objects
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import mmap
 import re
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ from fastgpt.ops.quantized_weight import BITS, Packing, Quantization, QuantizedW
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 32 << 20  # bytes of a file that are mapped at a time: mapped pages count as this process's memory
-QUANTIZED_CHUNK = 1 << 19  # and of what is quantized, which makes several copies of it
+QUANTIZED_CHUNK = 1 << 20  # and of what is quantized, which may be transposed and, on a GPU, makes several copies of it
 MATRICES = (*BITS, "dequantized")  # how matrices can be loaded that are not to be as they are stored
 SHOW_PROGRESS = 1 << 30  # bytes of weights from which on a progress bar is shown: reading them takes a second or more
 
@@ -66,7 +67,8 @@ class Stored:
             part = self.read(rows).to(target.device)
             self._require_finite(part)
             if transposed:
-                part, of_part = part.t().contiguous(), target[:, packing.row_bytes(rows.start) : packing.row_bytes(rows.stop)]
+                part = _turned(part)
+                of_part = target[:, packing.row_bytes(rows.start) : packing.row_bytes(rows.stop)]
             else:
                 of_part = target[rows]
             try:
@@ -98,6 +100,13 @@ class Stored:
             return False
         dtype = torch.promote_types(DTYPES[self.dtype], DTYPES[other.dtype])
         return all(torch.equal(self.read(rows).to(dtype), other.read(rows).to(dtype)) for rows in self.chunks())
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    """x.t().contiguous(). On a CPU in memory of its own, which goes back to the system: glibc 2.36 does not give the memory of an
+    aligned tensor to the next one of its size, and what is freed between the weights would add up."""
+    memory = torch.frombuffer(mmap.mmap(-1, x.nbytes), dtype=x.dtype) if x.is_cpu else x.new_empty(x.numel())
+    return memory.view(x.shape[::-1]).copy_(x.t())
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import huge_pages
-from fastgpt.checks import require_choice, require_dtype, require_flag, require_integer, require_tensor
+from fastgpt.checks import argument_error, require_choice, require_dtype, require_flag, require_integer, require_tensor
 from fastgpt.ops import gguf_blocks
 from fastgpt.ops.gguf_blocks import BLOCK_TYPES
+from fastgpt.ops.library import library, without_autograd
 
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = 32, 64, 128, None
@@ -285,27 +286,32 @@ def quantize(
 
 
 def quantize_to(blocks: torch.Tensor, weight: torch.Tensor, packing: Packing) -> None:
-    """Quantizes a matrix (N, C) into rows of blocks (N, bytes) uint8, some rows at a time.
+    """Quantizes a matrix (N, C) into rows of blocks (N, bytes) uint8.
 
     Raises: ValueError for numbers that are not finite or do not fit into fp16.
     """
-    if weight.is_meta:
+    if weight.is_meta or not len(weight):
+        return
+    most = 65504.0 * (1 if packing.minima else 127 if packing.bits == 8 else 8)  # of what fp16 scales stand for
+    if weight.is_cpu and type(weight) in (torch.Tensor, torch.nn.Parameter) and type(blocks) is torch.Tensor:
+        try:
+            _quantize(blocks, weight, packing.bits, packing.group_size, packing.minima, most)
+        except RuntimeError as error:
+            raise argument_error(error) from None
         return
     rows = max(1, AT_A_TIME // weight.shape[1])
     for part, stored in zip(weight.split(rows), blocks.split(rows)):
-        stored.copy_(_quantized(part.float(), packing))
+        largest = part.abs().max().item()
+        if not largest <= most:
+            raise ValueError(f"weight: expected finite numbers of magnitude {most:.0f} at most, got {largest}")
+        stored.copy_(reference_blocks(part.float(), packing))
 
 
-def _quantized(weight, packing):
-    """Rows of blocks of an fp32 matrix."""
-    if not len(weight):
-        return weight.new_empty(0, packing.row_bytes(weight.shape[1]), dtype=torch.uint8)
+def reference_blocks(weight: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Rows of blocks (N, bytes) uint8 of an fp32 matrix (N, C). The kernel for CPUs, csrc/linear/quantize_kernels.cpp, computes the
+    same, but for the order of sums, after which the fit of a few groups in 10,000 ends with another grid."""
     groups = weight.reshape(len(weight), -1, packing.group_size)
     highest, lowest = groups.amax(-1), groups.amin(-1)
-    largest = torch.maximum(highest, -lowest).max().item()
-    most = 65504.0 * (1 if packing.minima else 127 if packing.bits == 8 else 8)  # of what fp16 scales stand for
-    if not largest <= most:
-        raise ValueError(f"weight: expected finite numbers of magnitude {most:.0f} at most, got {largest}")
     scale, minimum = _fitted(groups, packing, highest, lowest)
     return pack(_rounded(groups, scale, minimum, packing), scale, minimum, packing)
 
@@ -489,3 +495,13 @@ KEEPING = {
     aten.embedding.default: _rows,
 }
 torch.serialization.add_safe_globals([QuantizedWeight, Packing])
+
+library.define(
+    "quantize_(Tensor(a!) blocks, Tensor weight, int bits, int group_size, bool minima, float most) -> ()", "fastgpt.quantize"
+)
+_quantize = without_autograd(torch.ops.fastgpt.quantize_.default)
+
+
+@torch.library.register_fake("fastgpt::quantize_", lib=library)
+def _quantize_fake(blocks, weight, bits, group_size, minima, most):
+    return None
