@@ -77,7 +77,10 @@ def test_many_requests(benchmark):
     model = model_of("smollm2-135m", DTYPE)
     prompts, new = requests(model)
     ways, absent = (
-        {"ours": lambda: scheduled(model, prompts, new), "ours, static batches": lambda: static(model, prompts, new)},
+        {
+            "ours": lambda: timed(lambda: scheduled(model, prompts, new)),
+            "ours, static batches": lambda: timed(lambda: static(model, prompts, new)),
+        },
         {},
     )
     try:
