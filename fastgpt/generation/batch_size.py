@@ -9,6 +9,7 @@ from fastgpt.cache.storage import free_memory
 from fastgpt.model.decoder import GPT
 
 MEMORY_SHARE = 0.5  # of the free memory, for pages
+FEWER = 0.9  # of the tokens per second
 
 
 def bucket(rows: int, most: int) -> int:
@@ -26,10 +27,11 @@ def affordable_pages(model: GPT, page: int, cache_dtype: torch.dtype | None) -> 
 
 
 class Width:
-    """How many rows go together: twice as many as long as that yields clearly more tokens per second, as steps are measured to
-    take. A number that did not is tried again later, since the machine may have been busy."""
+    """How many rows go together: twice as many as long as that yields no fewer tokens per second, as steps are measured to take.
+    Rows read more of the cache meanwhile, so somewhat fewer are as many. A number that yielded fewer is tried again later, since the
+    machine may have been busy."""
 
-    FIRST = 8
+    FIRST = 16
     STEPS = 5  # of a number of rows in a measurement; the first is left out, as it may be recorded
     REST = 12  # measurements until more rows are tried again
 
@@ -50,7 +52,7 @@ class Width:
             self.rest -= 1
             grows = self.rest == 0
         else:
-            grows = rate > 1.05 * self.rate
+            grows = rate > FEWER * self.rate
             if not grows:
                 self.now, self.rest = self.now // 2, self.REST
         if grows and self.now < self.most:
