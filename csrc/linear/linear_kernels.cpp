@@ -80,12 +80,14 @@ void outputs_quantized(const Linear& l, const float* x, int64_t begin, int64_t e
   alignas(64) float dots[kMaxRows][kFeatures];  // as in outputs_in_vectors
   std::memset(dots, 0, l.rows * sizeof dots[0]);
   const Rows weight(l);
-  const int64_t step = l.gated ? kFeatures / 2 : kFeatures, row = weight.row_bytes(), lead = kLead / larger(row, 1);
+  const int64_t step = l.gated ? kFeatures / 2 : kFeatures, row = weight.row_bytes();
+  // At least as far as rows that are read concurrently may be apart.
+  const int64_t distance = cpu_features().amd ? kLead : larger(kLead, Rows::kRows * row), lead = distance / larger(row, 1);
   for (int64_t first = begin; first < end; first += step) {
     const int64_t count = smaller(end - first, step);
     for (int64_t n = 0; n < count; n += Rows::kRows) {
       const int64_t now = first + n, rows = smaller(count - n, Rows::kRows), skipped = now + lead < end ? 0 : next - end;
-      const int64_t ahead = now + skipped + lead < l.out_features ? skipped * row + kLead : 0;
+      const int64_t ahead = now + skipped + lead < l.out_features ? skipped * row + distance : 0;
       weight.multiply(x, now, rows, ahead, &dots[0][n]);
       if (l.gated) weight.multiply(x, now + l.out_features, rows, ahead, &dots[0][step + n]);
     }

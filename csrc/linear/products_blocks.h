@@ -62,8 +62,8 @@ class BlockRows {
     if constexpr (kCount > 1) {
       if (l_.rows < kCount) return multiply_few<kCount - 1>(x, weight, count, ahead, dots);
     }
-    multiply_in_streams<kCount>(
-        weight, row_bytes_, count, dots, [&](auto& rows, auto& total) { multiply_rows(x, rows, ahead, total); });
+    multiply_in_streams<kCount, kCount == 1 ? 2 : 1>(
+        weight, row_bytes_, count, false, dots, [&](auto& rows, auto& total) { multiply_rows(x, rows, ahead, total); });
   }
 
   // Adds to lanes of the sums of x[i] · rows[j].

@@ -16,19 +16,21 @@ constexpr int64_t kPanel = 512;  // columns; a multiple of those of all blocks
 
 // dots[i][s] = x[i] · weight[s] for kCount rows of x and `count` rows of the weights, up to kWidth, whose lanes are reduced
 // together. `multiply(rows, total)` adds lanes of the products with kStreams of these to `total`: const uint8_t*[kStreams],
-// Vector[kStreams][kCount].
-template <int kCount, typename Multiply>
+// Vector[kStreams][kCount]. They are neighbors, or if `apart`, where `count` is a multiple of their number, as far from each
+// other as can be.
+template <int kCount, int kStreams, typename Multiply>
 __attribute__((always_inline)) inline void multiply_in_streams(
-    const uint8_t* weight, int64_t row_bytes, int64_t count, float* dots, const Multiply& multiply) {
-  constexpr int kStreams = kCount == 1 ? 2 : 1;
+    const uint8_t* weight, int64_t row_bytes, int64_t count, bool apart, float* dots, const Multiply& multiply) {
+  const int64_t distance = apart ? count / kStreams : 1;
   Vector lanes[kCount][kWidth] = {};
-  for (int64_t s = 0; s < count; s += kStreams) {  // a single one at the end is multiplied twice
+  for (int64_t s = 0; s < (apart ? distance : count); s += apart ? 1 : kStreams) {
+    const auto row = [&](int j) { return smaller(s + j * distance, count - 1); };  // the last one perhaps several times
     const uint8_t* rows[kStreams];
-    for (int j = 0; j < kStreams; ++j) rows[j] = weight + smaller(s + j, count - 1) * row_bytes;
+    for (int j = 0; j < kStreams; ++j) rows[j] = weight + row(j) * row_bytes;
     Vector total[kStreams][kCount] = {};
     multiply(rows, total);
     for (int j = 0; j < kStreams; ++j) {
-      for (int i = 0; i < kCount; ++i) lanes[i][smaller(s + j, count - 1)] = total[j][i];
+      for (int i = 0; i < kCount; ++i) lanes[i][row(j)] = total[j][i];
     }
   }
   for (int i = 0; i < kCount; ++i) {

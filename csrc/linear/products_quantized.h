@@ -179,7 +179,7 @@ class QuantizedRows {
  public:
   static constexpr int64_t kRows = kWidth;  // of weights, whose lanes are reduced together
 
-  explicit QuantizedRows(const Linear& l) : l_(l), row_bytes_(l.packing.row_bytes(l.in)) {}
+  explicit QuantizedRows(const Linear& l) : l_(l), row_bytes_(l.packing.row_bytes(l.in)), far_(!cpu_features().amd) {}
 
   static int64_t x_row(const Linear& l) { return padded(l.in); }  // floats of a row of x
 
@@ -224,10 +224,16 @@ class QuantizedRows {
     if constexpr (kCount > 1) {
       if (l_.rows < kCount) return multiply_few<kCount - 1>(x, weight, count, ahead, dots);
     }
-    const auto multiply_all = [&](auto units) {
-      multiply_in_streams<kCount>(weight, row_bytes_, count, dots, [&](auto& rows, auto& total) {
+    const auto multiply_all_in = [&](auto units, auto streams, bool apart) {
+      multiply_in_streams<kCount, streams>(weight, row_bytes_, count, apart, dots, [&](auto& rows, auto& total) {
         multiply_quantized<units, kBits, kMinima>(x, x_row(l_), rows, row_bytes_, l_, ahead, total);
       });
+    };
+    const auto multiply_all = [&](auto units) {
+      if constexpr (kCount == 1 && kWidth == 16) {
+        if (far_ && count == kRows) return multiply_all_in(units, std::integral_constant<int, kMostStreams>(), true);
+      }
+      multiply_all_in(units, std::integral_constant<int, kCount == 1 ? 2 : 1>(), false);
     };
     if (l_.packing.group_size == kPacked) {
       multiply_all(std::integral_constant<int, 1>());
@@ -238,6 +244,7 @@ class QuantizedRows {
 
   const Linear& l_;
   int64_t row_bytes_;
+  bool far_;  // rows that are read concurrently are far apart, see kMostStreams
 };
 
 }  // namespace

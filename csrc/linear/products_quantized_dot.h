@@ -74,9 +74,9 @@ class QuantizedDots {
     if constexpr (kCount > 1) {
       if (l_.rows < kCount) return multiply_rows<kCount - 1>(x, weight, count, ahead, dots);
     }
-    multiply_in_streams<kCount>(weight, row_bytes_, count, dots, [&](auto& rows, auto& total) FASTGPT_BF16_DOT {
-      Streams(l_, x, rows, total).multiply(ahead);
-    });
+    multiply_in_streams<kCount, kCount == 1 ? 2 : 1>(
+        weight, row_bytes_, count, false, dots,
+        [&](auto& rows, auto& total) FASTGPT_BF16_DOT { Streams(l_, x, rows, total).multiply(ahead); });
   }
 
   // Adds to lanes of the sums of kCount rows of x times kStreams of the weights.
