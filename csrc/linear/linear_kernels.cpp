@@ -46,7 +46,7 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
   std::memset(dots, 0, l.rows * sizeof dots[0]);  // `finish` reads whole vectors
   const int64_t step = l.gated ? kFeatures / 2 : kFeatures;
   const int64_t row = l.in * sizeof(T), lead = kLead / larger(row, 1);
-  const bool alone = l.rows == 1 && cpu_features().amd;  // see kMostStreams
+  const bool alone = l.rows == 1, amd = cpu_features().amd;  // see kMostStreams
   for (int64_t first = begin; first < end; first += step) {
     const int64_t count = end - first < step ? end - first : step;
     // Row n of the weights from `first` on, and others `apart` from each other. They are read up to row `stop`.
@@ -63,11 +63,13 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
       if (l.gated) multiply_from(now + l.out_features, &dots[0][step + n]);
     };
     int64_t n = 0;
-    if (alone) {
-      const int64_t half = count / 2;
-      for (; n < half; ++n) multiply(std::integral_constant<int, 2>(), n, half, half);
-      n = 2 * half;
-    }
+    const auto multiply_apart = [&](auto streams) {
+      const int64_t apart = count / streams;
+      for (; n < apart; ++n) multiply(streams, n, apart, apart);
+      n = streams * apart;
+    };
+    if (alone && amd) multiply_apart(std::integral_constant<int, 2>());
+    if (alone && !amd) multiply_apart(std::integral_constant<int, kMostStreams>());
     for (; n + kMostStreams <= count; n += kMostStreams) multiply(std::integral_constant<int, kMostStreams>(), n, 1, count);
     for (; n < count; ++n) multiply(std::integral_constant<int, 1>(), n, 1, count);
     for (int64_t r = 0; r < l.rows; ++r) finish(l, r, first, count, dots[r], dots[r] + step);

@@ -15,8 +15,8 @@ namespace {
 // Weight rows that are read concurrently: Intel's hardware prefetcher works within a page of memory, so a single row is read
 // 20% slower than several adjacent ones. AMD's follows a single stream across pages, up to 40% faster than several in one page;
 // but with a single row of x, each multiply-add of a single stream would wait for the one before, so one row of each half of a
-// block of features is read. With more rows of x arithmetic is the bottleneck. Quantized rows are short: on Intel, those that
-// are read concurrently are a quarter of a block apart, so that each is in a page of its own.
+// block of features is read. With more rows of x arithmetic is the bottleneck. On Intel, rows that
+// are multiplied with a single row of x are a quarter of a block apart, as short ones would share a page.
 constexpr int kMostStreams = 4;
 // Minimum prefetch distance in bytes. Prefetches go into the L2 cache: on AMD, the L1 cache has too few outstanding misses to
 // hide the memory's latency, and reads at half of the speed.
