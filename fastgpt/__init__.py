@@ -56,6 +56,7 @@ from fastgpt.ops.kv_cache_update import (
 )
 from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
+from fastgpt.ops.moe import moe, moe_reference, route, route_reference
 from fastgpt.ops.norm import norm, norm_reference
 from fastgpt.ops.quantized_weight import Quantization, QuantizedWeight, quantize
 
@@ -94,12 +95,16 @@ __all__ = [
     "kv_cache_update_reference",
     "linear",
     "linear_reference",
+    "moe",
+    "moe_reference",
     "norm",
     "norm_reference",
     "pipeline",
     "quantize",
     "rope_kv_cache_update",
     "rope_kv_cache_update_reference",
+    "route",
+    "route_reference",
     "run_with_cache",
     "scaled_dot_product_attention",
     "stream",

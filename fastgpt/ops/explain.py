@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 
-from fastgpt.ops import attention, attention_with_kv_cache, kv_cache_update, linear, norm
+from fastgpt.ops import attention, attention_with_kv_cache, kv_cache_update, linear, moe, norm
 
 # Operation -> its explanation. Generation and integrations add theirs.
 OPERATIONS = {
@@ -13,6 +13,8 @@ OPERATIONS = {
     kv_cache_update.kv_cache_update: kv_cache_update.explain,
     kv_cache_update.rope_kv_cache_update: kv_cache_update.explain_rope,
     linear.linear: linear.explain,
+    moe.moe: moe.explain_moe,
+    moe.route: moe.explain_route,
     norm.norm: norm.explain,
 }
 
@@ -22,7 +24,7 @@ def explain(operation: Callable, *args, **kwargs) -> dict[str, str]:
 
     Args:
         operation: fastgpt.attention, attention_varlen, attention_with_kv_cache, kv_cache_update, rope_kv_cache_update, linear,
-            norm or scaled_dot_product_attention; or fastgpt.decoding, with a model and a cache: how a decode step runs.
+            moe, norm, route or scaled_dot_product_attention; or fastgpt.decoding, with a model and a cache: how a decode step runs.
         args, kwargs: the arguments of the call.
 
     Returns: a dict from implementation to "chosen", "available" (another one comes first), or the reason why it cannot.

@@ -1,0 +1,415 @@
+"""Mixtures of experts: routing and the experts' MLPs: contracts, checks, references, dispatch."""
+
+import torch
+import torch.nn.functional as F
+
+from fastgpt.checks import (
+    require_choice,
+    require_device,
+    require_dtype,
+    require_dtype_of,
+    require_flag,
+    require_integer,
+    require_last_dim_contiguous,
+    require_number,
+    require_shape,
+    require_tensor,
+)
+from fastgpt.ops import linear as ops_linear
+from fastgpt.ops.implementations import choose, explain_call
+from fastgpt.ops.library import library, without_autograd
+from fastgpt.ops.linear import DTYPES, finish, linear
+from fastgpt.ops.quantized_weight import QuantizedWeight
+
+SCORINGS = {"softmax": False, "sigmoid": True}
+GROUP_SCORES = {"max": False, "top2": True}
+CLAMPED = "swiglu_clamped"
+ALPHA, LIMIT = 1.702, 7.0  # of "swiglu_clamped"
+ACTIVATION_NUMBERS = ops_linear.ACTIVATION_NUMBERS | {CLAMPED: len(ops_linear.ACTIVATION_NUMBERS)}
+
+
+def route(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    selection_bias: torch.Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "max",
+    normalize: bool = False,
+    scale: float = 1.0,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses the experts of each token in a mixture of experts, and their weights.
+
+        scores  = softmax(logits) over all E experts, or sigmoid(logits)
+        choice  = scores + selection_bias
+        experts = the top_k experts with the largest choice, the best first; of equal ones, that with the smaller index
+        weights = scores[experts] · scale, or scores[experts] / sum(scores[experts]) · scale                         normalize
+
+    It is computed in fp32 (fp64 for fp64). GPT-OSS's softmax over the chosen logits is "softmax" with `normalize`.
+
+    Args:
+        logits: (..., E) fp16|bf16|fp32|fp64 of the router. A NaN makes weights of its token NaN; which experts it then gets is
+            not specified, but they exist.
+        top_k: experts of a token.
+        scoring: "softmax" or "sigmoid".
+        selection_bias: (E,) fp32 (fp64 for fp64), added for choosing only.
+        num_groups: the number of equal groups that the experts form, each of consecutive ones.
+        top_groups: the number of groups with the best score, from which experts are chosen.
+        group_score: of a group: "max", its largest choice (DeepSeek-V2), or "top2", the sum of its two largest (DeepSeek-V3).
+        normalize: divide the weights of a token by their sum.
+        scale: factor on the weights.
+        impl: "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
+
+    Returns: (experts, weights): (..., top_k) int32, and (..., top_k) fp32 (fp64 for fp64). Weights are differentiable.
+    Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, device, range, scoring, group_score, impl):
+        argument, expected, got.
+    Source: Mixtral (arXiv 2401.04088), DeepSeek-V3 (arXiv 2412.19437).
+
+    >>> experts, weights = route(torch.tensor([0.0, 3.0, 2.0, 1.0]), 2, normalize=True)
+    >>> experts
+    tensor([1, 2], dtype=torch.int32)
+    """
+    options = (top_k, scoring, num_groups, top_groups, group_score, normalize, scale)
+    _check_route(logits, selection_bias, *options)
+    choose("route", ROUTE_IMPLEMENTATIONS, impl, logits, selection_bias)  # raises for an impl that cannot serve the call
+    return _route_reference(logits, selection_bias, *options)
+
+
+def route_reference(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    selection_bias: torch.Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "max",
+    normalize: bool = False,
+    scale: float = 1.0,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference for `fastgpt.route` in plain PyTorch: on every device, differentiable. It takes the same arguments and
+    ignores impl.
+
+    Returns: (experts, weights): (..., top_k) int32, and (..., top_k) fp32 (fp64 for fp64).
+    Raises: TypeError, ValueError as `fastgpt.route`.
+    """
+    options = (top_k, scoring, num_groups, top_groups, group_score, normalize, scale)
+    _check_route(logits, selection_bias, *options)
+    return _route_reference(logits, selection_bias, *options)
+
+
+def _route_reference(logits, selection_bias, top_k, scoring, num_groups, top_groups, group_score, normalize, scale):
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scores = logits.sigmoid() if SCORINGS[scoring] else logits.softmax(-1)  # (..., E)
+    choice = scores.detach()
+    if selection_bias is not None:
+        choice = choice + selection_bias
+    if num_groups > top_groups:
+        groups = choice.unflatten(-1, (num_groups, -1))  # (..., G, E / G)
+        best = groups.topk(2, -1).values.sum(-1) if GROUP_SCORES[group_score] else groups.amax(-1)
+        left_out = _largest(best, num_groups)[..., top_groups:]
+        mask = torch.zeros_like(best, dtype=torch.bool).scatter(-1, left_out, True)
+        choice = groups.masked_fill(mask[..., None], -torch.inf).flatten(-2)
+    experts = _largest(choice, top_k)
+    weights = scores.gather(-1, experts)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return experts.int(), weights * scale
+
+
+def _largest(x, k):
+    """Indices of the k largest numbers of the last dimension, the largest first, and the first of equal ones."""
+    return x.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def moe(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    activation: str | None = "silu",
+    gated: bool = True,
+    residual: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """The MLPs of the experts that each token was routed to, weighted and summed.
+
+        y   = up[e] x + up_bias[e]                                                    for each e = experts[k]
+        h   = activation(y), or gated activation(y[:I]) · y[I:]
+        out = residual + sum over k of weights[k] · (down[e] h + down_bias[e])
+
+    A few tokens read only the weights of the experts they are routed to. Many are sorted by expert, and each expert multiplies
+    its own at once.
+
+    Args:
+        x: (..., C) fp16|bf16|fp32|fp64.
+        experts: (..., K) int32|int64, as `fastgpt.route` returns them. On a CPU, one outside 0 to E - 1 is an error.
+        weights: (..., K) fp32 (fp64 for fp64 x).
+        up: (E, 2I, C), the I rows of the gate first; (E, I, C) if not gated. The last dimension is contiguous. Or a
+            `fastgpt.QuantizedWeight` (E · 2I, C) or (E · I, C), of which the experts' matrices lie one below the other. All tensors
+            but experts and weights have the dtype of x (under autocast: any).
+        down: (E, C, I), or a QuantizedWeight (E · C, I).
+        up_bias: (E, 2I), or (E, I) if not gated.
+        down_bias: (E, C).
+        activation: None, "gelu_tanh", "gelu", "silu", "relu" as in `fastgpt.linear`; or "swiglu_clamped" (GPT-OSS), gated only:
+            with gate = min(y[:I], 7) and u = clamp(y[I:], -7, 7), h = (u + 1) · gate · sigmoid(1.702 gate).
+        gated: whether `up` has the rows of a gate.
+        residual: (..., C).
+        impl: "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
+
+    Returns: (..., C) in the dtype of x. x, weights, up, down, biases and residual have gradients.
+    Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, range, activation, impl): argument, expected, got.
+    Source: Mixtral (arXiv 2401.04088).
+
+    >>> experts, weights = route(torch.randn(2, 5, 8), 2)
+    >>> moe(torch.randn(2, 5, 64), experts, weights, torch.randn(8, 256, 64), torch.randn(8, 64, 128)).shape
+    torch.Size([2, 5, 64])
+    """
+    call = (x, experts, weights, up, down, up_bias, down_bias, residual)
+    _check_moe(*call, activation, gated)
+    choose("moe", MOE_IMPLEMENTATIONS, impl, *call)  # raises for an impl that cannot serve the call
+    return (_moe_reference if impl == "reference" else _moe_grouped)(*call, activation, gated)
+
+
+def moe_reference(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    activation: str | None = "silu",
+    gated: bool = True,
+    residual: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """The reference for `fastgpt.moe` in plain PyTorch: on every device, differentiable. It takes the same arguments and ignores
+    impl.
+
+        out = residual + sum over k of weights[k] · (down[e] h + down_bias[e]),  h = activation(up[e] x + up_bias[e]),  e = experts[k]
+
+    Returns: (..., C) in the dtype of x.
+    Raises: TypeError, ValueError as `fastgpt.moe`.
+    """
+    call = (x, experts, weights, up, down, up_bias, down_bias, residual)
+    _check_moe(*call, activation, gated)
+    return _moe_reference(*call, activation, gated)
+
+
+def _moe_reference(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated):
+    C, K = x.shape[-1], experts.shape[-1]
+    E = number_of_experts(down, C)
+    _require_experts(experts, E)
+    rows, experts, weights = x.reshape(-1, C), experts.reshape(-1, K), weights.reshape(-1, K)
+    out = weights.new_zeros(rows.shape)  # in fp32 at least
+    for e in experts.unique().tolist():
+        row, k = (experts == e).nonzero(as_tuple=True)
+        y = F.linear(rows[row], *_of_expert(up, up_bias, e, E, dequantized=True))
+        y = F.linear(_activate(y, activation, gated), *_of_expert(down, down_bias, e, E, dequantized=True))
+        out = out.index_add(0, row, weights[row, k, None] * y)
+    return _finished(out, x, residual)
+
+
+def _moe_grouped(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated):
+    """`_moe_reference` with the rows sorted by expert, and each expert's multiplied at once by `linear`."""
+    C, K = x.shape[-1], experts.shape[-1]
+    E = number_of_experts(down, C)
+    _require_experts(experts, E)
+    order = experts.flatten().argsort(stable=True)  # (R · K,)
+    counts = torch.bincount(experts.flatten(), minlength=E).tolist()
+    parts = x.reshape(-1, C)[order // K].split(counts)
+    if torch.is_grad_enabled():  # the gradients of E slices would be E tensors of the whole size
+        up, down, up_bias, down_bias = (_unbind(tensor) for tensor in (up, down, up_bias, down_bias))
+    fused = {} if activation == CLAMPED else {"activation": activation, "gated": gated}
+    products = []
+    for e, part in enumerate(parts):
+        if counts[e]:
+            h = linear(part, *_of_expert(up, up_bias, e, E), **fused)
+            h = h if fused else _activate(h, activation, gated)
+            products.append(linear(h, *_of_expert(down, down_bias, e, E)))
+    if not products:
+        return _finished(weights.new_zeros(x.shape), x, residual)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    y = torch.cat(products)[back].view(-1, K, C)
+    return _finished((weights.reshape(-1, K, 1) * y).sum(1), x, residual)
+
+
+def _finished(out, x, residual):
+    """residual + out, which is in fp32, in the dtype of x and as large."""
+    out = out.view(x.shape)
+    return (out if residual is None else residual + out).to(x.dtype)
+
+
+def _activate(y, activation, gated):
+    if activation != CLAMPED:
+        return finish(y, activation=activation, gated=gated)
+    gate, y = y.chunk(2, -1)
+    gate = gate.clamp(max=LIMIT)
+    return (y.clamp(-LIMIT, LIMIT) + 1) * (gate * torch.sigmoid(ALPHA * gate))
+
+
+def number_of_experts(down: torch.Tensor, C: int) -> int:
+    """E of down (E, C, I), or of a QuantizedWeight (E · C, I)."""
+    return down.shape[0] // C if isinstance(down, QuantizedWeight) else down.shape[0]
+
+
+def _unbind(tensor):
+    return tensor if tensor is None or isinstance(tensor, QuantizedWeight) else tensor.unbind()
+
+
+def _of_expert(weight, bias, e, E, dequantized=False):
+    """The matrix and the bias, or None, of expert e of E."""
+    if isinstance(weight, QuantizedWeight):
+        rows = weight.shape[0] // E
+        weight = weight.with_blocks(weight.blocks[e * rows : (e + 1) * rows])
+        weight = weight.dequantize() if dequantized else weight
+    else:
+        weight = weight[e]
+    return weight, None if bias is None else bias[e]
+
+
+def _require_experts(experts, E):
+    if experts.is_cpu and experts.numel():
+        least, most = (value.item() for value in experts.aminmax())
+        if least < 0 or most >= E:
+            raise ValueError(f"experts: expected indices from 0 to {E - 1}, got {least} to {most}")
+
+
+def _check_route(logits, selection_bias, top_k, scoring, num_groups, top_groups, group_score, normalize, scale):
+    require_tensor("logits", logits)
+    require_dtype("logits", logits, DTYPES)
+    if logits.dim() == 0:
+        raise ValueError("logits: expected shape (..., E), got a scalar")
+    E = logits.shape[-1]
+    require_choice("scoring", scoring, SCORINGS)
+    if selection_bias is not None:
+        require_tensor("selection_bias", selection_bias)
+        require_shape("selection_bias", selection_bias, (E,), "(E,)")
+        require_dtype("selection_bias", selection_bias, (torch.promote_types(logits.dtype, torch.float32),))
+        require_device("selection_bias", selection_bias, logits.device)
+    require_choice("group_score", group_score, GROUP_SCORES)
+    require_integer("num_groups", num_groups, least=1)
+    require_integer("top_groups", top_groups, least=1, most=num_groups)
+    size = E // num_groups
+    if E % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of {E}, the number of experts, got {num_groups}")
+    if num_groups > top_groups and GROUP_SCORES[group_score] and size < 2:
+        raise ValueError(f"num_groups: expected groups of at least 2 experts for group_score='top2', got {num_groups} of {E} experts")
+    require_integer("top_k", top_k, least=1, most=top_groups * size)
+    require_flag("normalize", normalize)
+    require_number("scale", scale)
+
+
+def _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated):
+    require_tensor("x", x)
+    require_dtype("x", x, DTYPES)
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., C), got a scalar")
+    require_choice("activation", activation, ACTIVATION_NUMBERS)
+    require_flag("gated", gated)
+    if activation == CLAMPED and not gated:
+        raise ValueError(f"gated: expected True for activation={CLAMPED!r}, got False")
+    require_tensor("experts", experts)
+    require_dtype("experts", experts, (torch.int32, torch.int64))
+    K, C = experts.shape[-1] if experts.dim() else 0, x.shape[-1]
+    if not K or experts.shape[:-1] != x.shape[:-1]:
+        expected = f"({', '.join(map(str, (*x.shape[:-1], 'K')))})"
+        raise ValueError(f"experts: expected shape {expected} (..., K) with the dimensions of x, got {tuple(experts.shape)}")
+    require_device("experts", experts, x.device)
+    require_tensor("weights", weights)
+    require_shape("weights", weights, tuple(experts.shape), "(..., K)")
+    require_dtype("weights", weights, (torch.promote_types(x.dtype, torch.float32),))
+    require_device("weights", weights, x.device)
+    for name, weight in (("up", up), ("down", down)):
+        require_tensor(name, weight, 2 if isinstance(weight, QuantizedWeight) else 3)
+    E, I = number_of_experts(down, C) if C else 0, down.shape[-1]
+    if not E:
+        raise ValueError(f"down: expected shape (E, {C}, I) with an expert at least, got {tuple(down.shape)}")
+    rows, rows_name = (2 * I, "2I") if gated else (I, "I")
+    sizes = {"up": (up, (rows, C), (rows_name, "C")), "down": (down, (C, I), ("C", "I"))}
+    shapes = {
+        name: (weight, (E * shape[0], shape[1]), f"(E · {meaning[0]}, {meaning[1]})")
+        if isinstance(weight, QuantizedWeight)
+        else (weight, (E, *shape), f"(E, {meaning[0]}, {meaning[1]})")
+        for name, (weight, shape, meaning) in sizes.items()
+    }
+    shapes |= {
+        "up_bias": (up_bias, (E, rows), f"(E, {rows_name})"),
+        "down_bias": (down_bias, (E, C), "(E, C)"),
+        "residual": (residual, tuple(x.shape), "(..., C)"),
+    }
+    for name, (tensor, shape, meaning) in shapes.items():
+        if tensor is not None:
+            require_tensor(name, tensor)
+            require_shape(name, tensor, shape, meaning)
+            require_dtype_of(name, tensor, x, DTYPES)
+            require_device(name, tensor, x.device)
+    for name, weight in (("up", up), ("down", down)):
+        if not isinstance(weight, QuantizedWeight):
+            require_last_dim_contiguous(name, weight)
+
+
+def explain_route(
+    logits: torch.Tensor, top_k: int, *, scoring: str = "softmax", selection_bias: torch.Tensor | None = None,
+    num_groups: int = 1, top_groups: int = 1, group_score: str = "max", normalize: bool = False, scale: float = 1.0,
+    impl: str | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Implementation -> "chosen", "available", or why it refuses this call."""
+    _check_route(logits, selection_bias, top_k, scoring, num_groups, top_groups, group_score, normalize, scale)
+    return explain_call(ROUTE_IMPLEMENTATIONS, logits, selection_bias, impl=impl)
+
+
+def explain_moe(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, up: torch.Tensor, down: torch.Tensor, *,
+    up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None, activation: str | None = "silu",
+    gated: bool = True, residual: torch.Tensor | None = None, impl: str | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Implementation -> "chosen", "available", or why it refuses this call."""
+    call = (x, experts, weights, up, down, up_bias, down_bias, residual)
+    _check_moe(*call, activation, gated)
+    return explain_call(MOE_IMPLEMENTATIONS, *call, impl=impl)
+
+
+# In order of preference: the first that does not refuse serves the call.
+ROUTE_IMPLEMENTATIONS = {"reference": lambda logits, selection_bias: None}
+MOE_IMPLEMENTATIONS = {"reference": lambda *call: None}
+
+library.define(
+    "route(Tensor logits, int top_k, bool sigmoid=False, Tensor? selection_bias=None, int num_groups=1, int top_groups=1, "
+    "bool top2=False, bool normalize=False, float scale=1.0) -> (Tensor, Tensor)"
+)
+library.define(
+    "moe(Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias=None, Tensor? down_bias=None, "
+    "Tensor? residual=None, int activation=3, bool gated=True) -> Tensor"
+)
+
+_route = without_autograd(torch.ops.fastgpt.route.default)
+_moe = without_autograd(torch.ops.fastgpt.moe.default)
+
+
+@torch.library.register_fake("fastgpt::route", lib=library)
+def _route_fake(
+    logits, top_k, sigmoid=False, selection_bias=None, num_groups=1, top_groups=1, top2=False, normalize=False, scale=1.0
+):
+    group_score = "top2" if top2 else "max"
+    _check_route(logits, selection_bias, top_k, "softmax", num_groups, top_groups, group_score, normalize, scale)
+    shape = (*logits.shape[:-1], top_k)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("fastgpt::moe", lib=library)
+def _moe_fake(x, experts, weights, up, down, up_bias=None, down_bias=None, residual=None, activation=3, gated=True):
+    _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, "silu", gated)
+    return x.new_empty(x.shape)
