@@ -36,13 +36,22 @@ inline Vector silu(Vector x) {
   return x * (x < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
 }
 
-// Activates `count` elements in place, and the padding to whole vectors.
+// (up + 1) · gate · sigmoid(1.702 gate), the gate at most 7 and |up| too (GPT-OSS).
+inline Vector swiglu_clamped(Vector gate, Vector up) {
+  gate = gate > 7.0f ? broadcast(7.0f) : gate;
+  up = up > 7.0f ? broadcast(7.0f) : up < -7.0f ? broadcast(-7.0f) : up;
+  return (up + 1.0f) * silu(1.702f * gate) * (1.0f / 1.702f);
+}
+
+// Activates `count` elements in place, and the padding to whole vectors; what depends on the factors as well is left to the
+// caller.
 inline void activate(Activation activation, float* x, int64_t count) {
   const auto each = [&](auto function) {
     for (int64_t i = 0; i < count; i += kWidth) store(x + i, function(load(x + i)));
   };
   switch (activation) {
-    case Activation::none: return;
+    case Activation::none:
+    case Activation::swiglu_clamped: return;
     case Activation::gelu_tanh: return each(gelu_tanh);
     case Activation::gelu: return each(gelu);
     case Activation::silu: return each(silu);

@@ -10,22 +10,17 @@
 #include "common/parallel.h"
 #include "common/regions.h"
 #include "decode_step/plan.h"
+#include "linear/blocks.h"
 #include "linear/linear.h"
+#include "linear/products.h"
 #include "norm/check_norm.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
-    // Floats of x as linear_inputs lays it out, and of scratch memory that it and linear_outputs need.
-    int64_t linear_inputs_size(const Linear& l); int64_t linear_inputs_scratch(const Linear& l);
-    int64_t linear_outputs_scratch(const Linear& l);
-    void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int64_t end);
-    void linear_outputs(const Linear& l, const float* x, float* scratch, int64_t begin, int64_t end, int64_t next);
     void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t end);
     void linear_dequantize(const Linear& l, int64_t begin, int64_t end);)
 
 namespace fastgpt {
-namespace {
 
-// A table is read in the time that conversion takes alone, without the broadcast after it.
 const float* values_of_halves() {
   static const std::vector<float> values = [] {
     std::vector<float> values(1 << 16);
@@ -35,7 +30,7 @@ const float* values_of_halves() {
   return values.data();
 }
 
-constexpr int64_t kLeastFeatures = 16;  // minimum number of output features per part
+namespace {
 
 // The operation for up to kMaxRows rows.
 void run_block(const Linear& l, float* x) {
@@ -91,7 +86,7 @@ Tensor run_linear(
   FASTGPT_CHECK(!with.gated || weight_rows % 2 == 0, "weight: expected an even number of rows with a gate");
   FASTGPT_CHECK(with.norm_weight || !with.norm_bias, "norm_bias: expected none without norm_weight");
   Linear l{};
-  l.element = memory.element();
+  l.element = l.x_element = l.out_element = memory.element();
   l.in = x.size(dims - 1), l.out_features = with.gated ? weight_rows / 2 : weight_rows;
   l.activation = activation_of(with.activation), l.gated = with.gated;
   std::vector<int64_t> shape = shape_of(x);
@@ -132,40 +127,6 @@ Tensor linear_cpu(
       {bias, residual, norm_weight, norm_bias, activation, gated, rms, norm_eps, norm_offset});
 }
 
-struct BlockType {
-  int64_t number, columns, bytes;
-};
-constexpr BlockType kBlockTypes[] = {
-    // those of gguf_blocks.h
-    {6, 32, 22},    {7, 32, 24},    {10, 256, 84}, {11, 256, 110}, {12, 256, 144},
-    {13, 256, 176}, {14, 256, 210}, {20, 32, 18},  {23, 256, 136}, {39, 32, 17},
-};
-
-// Checks rows of blocks, and that they stand for C columns.
-void check_blocks(const Tensor& blocks, const Packing& packing, int64_t C) {
-  int64_t columns, row_bytes;  // a multiple of `columns` takes a whole number of blocks
-  if (packing.block_type) {
-    const BlockType* const type = std::find_if(std::begin(kBlockTypes), std::end(kBlockTypes), [&](const BlockType& type) {
-      return type.number == packing.block_type;
-    });
-    FASTGPT_CHECK(type != std::end(kBlockTypes), "block_type: unknown number ", packing.block_type);
-    FASTGPT_CHECK(packing.bits > 0, "bits: expected a positive number, got ", packing.bits);  // 0: not quantized
-    columns = type->columns, row_bytes = C / columns * type->bytes;
-  } else {
-    FASTGPT_CHECK(packing.bits == 8 || packing.bits == 4, "bits: expected 8 or 4, got ", packing.bits);
-    columns = packing.group_size;
-    FASTGPT_CHECK(columns > 0 && columns % kPacked == 0, "group_size: expected a multiple of 32, got ", columns);
-    row_bytes = packing.row_bytes(C);
-  }
-  FASTGPT_CHECK(C > 0 && C % columns == 0, "x: expected a positive multiple of ", columns, " columns, got ", C);
-  FASTGPT_CHECK(blocks.dim() == 2, "blocks: expected shape (N, bytes)");
-  check_dtype(blocks, "blocks", torch::headeronly::ScalarType::Byte);
-  check_cpu(blocks, "blocks");
-  check_storage(blocks, "blocks", 1);
-  FASTGPT_CHECK(
-      blocks.size(1) == row_bytes && blocks.is_contiguous(), "blocks: expected contiguous rows of ", row_bytes, " bytes");
-}
-
 Tensor linear_quantized_cpu(
     const Tensor& x, const Tensor& blocks, int64_t bits, int64_t group_size, bool minima, int64_t block_type,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t activation, bool gated,
@@ -173,7 +134,7 @@ Tensor linear_quantized_cpu(
     double norm_offset) {
   FASTGPT_CHECK(x.dim() >= 1, "x: expected shape (..., C)");
   const Packing packing{bits, group_size, minima, block_type};
-  check_blocks(blocks, packing, x.size(x.dim() - 1));
+  check_blocks(blocks, "blocks", packing, x.size(x.dim() - 1), "x");
   ContiguousMemory memory(x, "x");
   return run_linear(
       x, blocks.const_data_ptr(), blocks.size(0), packing, memory,
@@ -186,11 +147,11 @@ void linear_dequantize_cpu(
   Linear l{};
   l.packing = {bits, group_size, minima, block_type};
   l.in = out.size(1), l.out_features = out.size(0);
-  check_blocks(blocks, l.packing, l.in);
+  check_blocks(blocks, "blocks", l.packing, l.in, "x");
   FASTGPT_CHECK(blocks.size(0) == l.out_features, "blocks: expected ", l.out_features, " rows, as out has");
   ContiguousMemory memory(out, "out");
   memory.check(out, "out");
-  l.element = memory.element();
+  l.element = l.out_element = memory.element();
   l.weight = blocks.const_data_ptr(), l.out = out.mutable_data_ptr(), l.values_of_halves = values_of_halves();
   const auto kernel = FASTGPT_AT_CPU_LEVEL(linear_dequantize);
   for_tasks(l.out_features, l.in, [&](int64_t begin, int64_t end) { kernel(l, begin, end); });
@@ -200,7 +161,7 @@ void linear_dequantize_cpu(
 void finish(
     Linear& l, ContiguousMemory& memory, const void* product, const Tensor& out, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& residual) {
-  l.element = memory.element();
+  l.element = l.out_element = memory.element();
   l.out = out.mutable_data_ptr();
   l.bias = memory.of(bias, "bias", {l.weight_rows()});
   l.residual = memory.of(residual, "residual", shape_of(out));

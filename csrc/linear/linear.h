@@ -15,7 +15,8 @@ constexpr int64_t kMaxRows = 64;   // rows of x that the kernels multiply at a t
 constexpr int64_t kRowBlock = 16;  // rows of x that are prepared (normalized, converted) at a time
 constexpr int64_t kFeatures = 64;  // output features of a step of the epilogue; half of it if gated
 
-enum class Activation : int64_t { none, gelu_tanh, gelu, silu, relu };  // as ACTIVATIONS in fastgpt/ops/linear.py
+// As ACTIVATIONS in fastgpt/ops/linear.py, and after them the gated ones of fastgpt/ops/moe.py.
+enum class Activation : int64_t { none, gelu_tanh, gelu, silu, relu, swiglu_clamped };
 
 // How quantized weights are stored, see Packing in fastgpt/ops/quantized_weight.py.
 struct Packing {
@@ -29,14 +30,16 @@ struct Packing {
 };
 constexpr int64_t kPacked = 32;  // weights that are packed together
 
-// All tensors are contiguous and, except quantized weights, of one element type; optional ones may be null.
+// All tensors are contiguous; optional ones may be null.
 struct Linear {
-  Element element;
+  Element element;  // of weights that are not quantized, bias, residual and norm
+  Element x_element, out_element;
   int64_t rows, in, out_features;
-  const void* x;         // (rows, in)
-  const void* weight;    // (weight_rows(), in), or (weight_rows(), packing.row_bytes(in)) bytes
-  const void* bias;      // (weight_rows(),) or null
-  const void* residual;  // (rows, out_features) or null
+  const void* x;          // (rows, in), or with x_rows (any number, in)
+  const int64_t* x_rows;  // (rows,): which rows of x these are, or null: all
+  const void* weight;     // (weight_rows(), in), or (weight_rows(), packing.row_bytes(in)) bytes
+  const void* bias;       // (weight_rows(),) or null
+  const void* residual;   // (rows, out_features) or null
   Norm norm;
   Activation activation;
   bool gated;

@@ -31,13 +31,15 @@ void finish(const Linear& l, int64_t row, int64_t first, int64_t count, float* y
     for (int64_t j = 0; j < count; j += kWidth) store(target + j, load(target + j) + load(other + j));
   };
   if (l.bias) add(l.bias, first, y);
+  if (l.bias && l.gated) add(l.bias, l.out_features + first, factors);
   activate(l.activation, y, count);
-  if (l.gated) {
-    if (l.bias) add(l.bias, l.out_features + first, factors);
+  if (l.activation == Activation::swiglu_clamped) {
+    for (int64_t j = 0; j < count; j += kWidth) store(y + j, swiglu_clamped(load(y + j), load(factors + j)));
+  } else if (l.gated) {
     for (int64_t j = 0; j < count; j += kWidth) store(y + j, load(y + j) * load(factors + j));
   }
   if (l.residual) add(l.residual, offset, y);
-  write(y, count, l.out, offset, l.element);
+  write(y, count, l.out, offset, l.out_element);
 }
 
 template <typename T>
@@ -246,7 +248,7 @@ void linear_dequantize(const Linear& l, int64_t begin, int64_t end) {
       for (int64_t c = 0; c < l.in; c += kPanel) {
         const int64_t columns = smaller(kPanel, l.in - c);
         weight.dequantize(source, c, columns, panel);
-        write(panel, columns, l.out, row * l.in + c, l.element);
+        write(panel, columns, l.out, row * l.in + c, l.out_element);
       }
     }
   });
@@ -271,7 +273,10 @@ void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int
 #if defined(__AVX512F__)
     if (Pairs::serves(l)) rows = scratch + 2 * line;
 #endif
-    for (int64_t r = 0; r < count; ++r) convert_padded(l.x, (first + r) * l.in, l.in, l.element, rows + r * line);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t source = l.x_rows ? l.x_rows[first + r] : first + r;
+      convert_padded(l.x, source * l.in, l.in, l.x_element, rows + r * line);
+    }
     if (l.norm.weight) {
       const Normalizer normalize(l.norm, l.in, l.element, scratch);
       for (int64_t r = 0; r < count; ++r) normalize(rows + r * line);

@@ -12,7 +12,7 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// x in one piece if it is bfloat16; in two, which keep 16 bits, if it has been normalized.
+// x in one piece if it is bfloat16; in two, which keep 16 bits, if it has been normalized or is float32.
 class TileRows : public PairedRows {
  public:
   static constexpr int64_t kGroup = 32;            // weight rows, in two tiles
@@ -23,7 +23,7 @@ class TileRows : public PairedRows {
     return l.element == Element::bfloat16 && l.rows >= kLeast && may_be_rounded(l);
   }
 
-  TileRows(const Linear& l, float* memory) : PairedRows(l, l.norm.weight ? 2 : 1, memory) {}
+  TileRows(const Linear& l, float* memory) : PairedRows(l, l.norm.weight || l.x_element == Element::float32 ? 2 : 1, memory) {}
 
   // dots[n][r] = weight[n] · x[r] for `count` rows of the weight and rows() of x. If `ahead` is not 0, the weights that many
   // elements on are prefetched. Tiles of weights are loaded in place; partial tiles are copied and zero-padded.

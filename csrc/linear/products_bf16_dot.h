@@ -10,8 +10,8 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// x in one piece: if it has been normalized, it is rounded to bfloat16. Each pair of a weight row is multiplied by the pairs of
-// all rows of x, which are the lanes of the accumulators.
+// x in one piece: if it has been normalized or is float32, it is rounded to bfloat16. Each pair of a weight row is multiplied
+// by the pairs of all rows of x, which are the lanes of the accumulators.
 class DotRows : public PairedRows {
  public:
   static constexpr int64_t kGroup = 48;        // weight rows: a multiple of those at a time, and of a vector

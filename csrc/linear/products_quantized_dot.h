@@ -12,8 +12,8 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// Up to kFewRows rows of x in bfloat16: if they have been normalized, they are rounded. Integers of 4 bits are looked up in a
-// table of bfloat16. Four units, a chunk, are multiplied at a time, each in 4 lanes of the accumulators.
+// Up to kFewRows rows of x in bfloat16: if they have been normalized or are float32, they are rounded. Integers of 4 bits are
+// looked up in a table of bfloat16. Four units, a chunk, are multiplied at a time, each in 4 lanes of the accumulators.
 class QuantizedDots {
  public:
   static constexpr int64_t kRows = kWidth;  // of weights, whose lanes are reduced together
