@@ -42,19 +42,19 @@ ELEMENTS = {
 # Of arguments that are neither 32-bit integers nor of the inputs' dtype.
 TYPES = {
     "mask_ptr": "*u8", "blocks_ptr": "*u8", "ended_ptr": "*u8", "extreme_ptr": "*fp32",
-    **dict.fromkeys(("seed_ptr", "ids_ptr", "token_ptr", "tokens_ptr", "step_ptr", "eos_ptr"), "*i64"),
+    **dict.fromkeys(("seed_ptr", "ids_ptr", "token_ptr", "tokens_ptr", "step_ptr", "eos_ptr", "order_ptr"), "*i64"),
     **dict.fromkeys(("scale", "softcap", "keep_scale", "eps", "offset"), "fp32"),
     **dict.fromkeys(
         (
             "kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "block_table_ptr", "counters_ptr", "slots_ptr", "positions_ptr",
-            "lengths_ptr",
+            "lengths_ptr", "experts_ptr", "starts_ptr", "block_ends_ptr",
         ),
         "*i32",
     ),
     **dict.fromkeys(
         (
             "lse_ptr", "dlse_ptr", "shift_ptr", "delta_ptr", "norm_ptr", "alibi_ptr", "k_scale_ptr", "v_scale_ptr", "acc_ptr",
-            "softmax_ptr", "cos_ptr", "sin_ptr",
+            "softmax_ptr", "cos_ptr", "sin_ptr", "weights_ptr", "selection_bias_ptr", "hidden_ptr", "products_ptr",
         ),
         "*fp32",
     ),
@@ -66,7 +66,7 @@ OPTIONAL = {
     "acc_ptr", "softmax_ptr",
     "residual_ptr", "norm_weight_ptr", "norm_bias_ptr", "dlse_ptr", "position_weight_ptr", "ended_ptr", "eos_ptr",
     "counters_ptr", "new_k_ptr", "new_v_ptr", "slots_ptr", "positions_ptr", "cos_ptr", "sin_ptr", "new_q_ptr",
-    "rotated_q_ptr",
+    "rotated_q_ptr", "selection_bias_ptr",
 }  # fmt: skip
 ALIGNED = {"acc_ptr", "softmax_ptr", "norm_weight_ptr", "norm_bias_ptr"}  # of these, what does
 
@@ -180,6 +180,10 @@ def _is_demanding(name: str, constants: dict, features: frozenset) -> bool:
         return bool(constants["ACTIVATION"]) and constants["K"] != 2048 and constants.get("BLOCK_M") in (None, 16, 64)
     if name.startswith("quantized"):
         return bool(constants["ACTIVATION"])
+    if name == "route_kernel":
+        return constants["TOP_GROUPS"] < constants["GROUPS"]
+    if name.startswith(("expert_", "grouped_", "sum_experts_")):
+        return "bias_ptr" in features or "residual_ptr" in features
     if "new_k_ptr" in features and constants["BLOCK_M"] > 16:  # for more heads than most models have
         return False
     if constants["V_DIM"] == constants["BLOCK_V"]:

@@ -17,6 +17,7 @@ from fastgpt.kernels import (
     kv_cache_update,
     linear,
     linear_quantized,
+    moe,
     norm,
     tiles,
 )
@@ -216,6 +217,36 @@ def _linear_quantized(capability: int) -> Iterator[tuple]:
         yield kernel, dtype, dtype, constants, tuple(name for name in given if name in kernel.arg_names)
 
 
+# Of Mixtral 8x7B, Qwen3 30B-A3B, GPT-OSS 20B and DeepSeek-V3: experts, chosen, width, that of an expert, whether there are biases,
+# and of its routing groups and those chosen, whether of sigmoids and by two experts each.
+MIXTURES = (
+    (8, 2, 4096, 14336, False, (1, 1, False, False)),
+    (128, 8, 2048, 768, False, (1, 1, False, False)),
+    (32, 4, 2880, 2880, True, (1, 1, False, False)),
+    (256, 8, 7168, 2048, False, (8, 4, True, True)),
+)
+
+
+def _moe(capability: int) -> Iterator[tuple]:
+    """Of one row, and of as many as fill the smallest tile and the largest."""
+    pdl = has_pdl(capability)
+    for dtype, mixture in itertools.product((torch.float16, torch.bfloat16, torch.float32), MIXTURES):
+        E, K, C, I, biased, (groups, top_groups, sigmoid, top2) = mixture
+        size, unit, activation, bias = dtype.itemsize, 16 // dtype.itemsize, 5 if biased else 3, ("bias_ptr",) * biased
+        constants = moe.route_constants(E, K, groups, top_groups, sigmoid, top2, True, pdl)
+        yield moe.route_kernel, dtype, dtype, constants, ("selection_bias_ptr",) * sigmoid
+        tile = tiles.expert_tile(K * 2 * I, C, size)
+        yield moe.expert_up_kernel, dtype, dtype, moe.up_constants(tile, K, C, activation, True, pdl), bias
+        constants = moe.down_constants(tiles.expert_tile(C, I, size), K, I, pdl)
+        yield moe.expert_down_kernel, dtype, dtype, constants, (*bias, "residual_ptr")
+        for rows in (1, 50, 1000):  # of each expert
+            tile = tiles.grouped_tile(rows * E, E, size)
+            constants = moe.grouped_up_constants(tile, E, K, C, activation, True, unit, pdl)
+            yield moe.grouped_up_kernel, dtype, dtype, constants, bias
+            yield moe.grouped_down_kernel, dtype, dtype, moe.grouped_down_constants(tile, E, I, pdl), bias
+        yield moe.sum_experts_kernel, dtype, dtype, moe.sum_constants(C, K, pdl), ("residual_ptr",)
+
+
 def _norm(capability: int) -> Iterator[tuple]:
     """Of some models, few rows and many."""
     features = (True, ()), (False, ("norm_bias_ptr", "residual_ptr"))
@@ -266,5 +297,5 @@ def _step(capability: int) -> Iterator[tuple]:
 
 SHIPPED = {  # of the modules of fastgpt.kernels
     "attention_forward": _forward, "attention_backward": _backward, "attention_decode": _decode, "linear": _linear,
-    "linear_quantized": _linear_quantized, "norm": _norm, "kv_cache_update": _update, "decode_step": _step,
+    "linear_quantized": _linear_quantized, "moe": _moe, "norm": _norm, "kv_cache_update": _update, "decode_step": _step,
 }  # fmt: skip

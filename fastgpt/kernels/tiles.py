@@ -318,6 +318,38 @@ def linear_tile(n_rows: int, weight_rows: int, K: int, element_size: int, norm: 
     return LinearTile(block_m, block_n, block_k, *((8, 3) if block_m == 64 else (4, 4)))
 
 
+# ---- Mixtures of experts
+
+GROUPED_ROWS = 16, 128  # of a tile of sorted rows, at least and at most
+
+
+def expert_tile(weight_rows: int, K: int, element_size: int) -> LinearTile:
+    """The tile of products of single rows with experts' matrices (.., K), of `weight_rows` rows in all that are read."""
+    return linear_tile(1, max(weight_rows, 1), max(K, 1), element_size, False)
+
+
+@functools.cache
+def grouped_tile(pairs: int, experts: int, element_size: int) -> LinearTile:
+    """The tile of products of rows sorted by expert: as many rows as an expert has on average, and up to twice as many."""
+    least, most = GROUPED_ROWS
+    if element_size == 4:  # which matrix units do not multiply
+        return LinearTile(16, 32, 32, 4, 2)
+    block_m = max(least, min(most, triton.next_power_of_2(cdiv(pairs, experts))))
+    return LinearTile(block_m, 128, 64, 8 if block_m == most else 4, 3)
+
+
+def route_tile(groups: int, size: int) -> dict:
+    """The tile of a row's choice among experts in groups: reductions within a warp need no barrier."""
+    block_g, block_s = triton.next_power_of_2(groups), triton.next_power_of_2(size)
+    return dict(BLOCK_G=block_g, BLOCK_S=block_s, num_warps=1 if block_g * block_s <= 512 else 4, num_stages=1)
+
+
+def sum_tile(C: int) -> dict:
+    """The tile of the sum over a row's experts."""
+    block_n = min(LONGEST_EMBEDDING, triton.next_power_of_2(C))
+    return dict(BLOCK_N=block_n, num_warps=4 if block_n >= 512 else 1, num_stages=1)
+
+
 class QuantizedTile(NamedTuple):
     """As LinearTile, of quantized weights, whose columns are counted in units of 32."""
 

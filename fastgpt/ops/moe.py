@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.checks import (
+    argument_error,
     require_choice,
     require_device,
     require_dtype,
@@ -16,10 +17,11 @@ from fastgpt.checks import (
     require_tensor,
 )
 from fastgpt.ops import linear as ops_linear
-from fastgpt.ops.implementations import choose, explain_call
+from fastgpt.ops.implementations import choose, explain_call, inference_unsupported_reason, triton_inference_unsupported_reason
 from fastgpt.ops.library import library, without_autograd
-from fastgpt.ops.linear import DTYPES, finish, linear
-from fastgpt.ops.quantized_weight import QuantizedWeight
+from fastgpt.ops.linear import DTYPES, MAX_ROWS_CPU, finish, linear
+from fastgpt.ops.matrix_product import FASTEST, KERNEL
+from fastgpt.ops.quantized_weight import Packing, QuantizedWeight
 
 SCORINGS = {"softmax": False, "sigmoid": True}
 GROUP_SCORES = {"max": False, "top2": True}
@@ -61,7 +63,8 @@ def route(
         group_score: of a group: "max", its largest choice (DeepSeek-V2), or "top2", the sum of its two largest (DeepSeek-V3).
         normalize: divide the weights of a token by their sum.
         scale: factor on the weights.
-        impl: "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
+        impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
+            `fastgpt.explain`.
 
     Returns: (experts, weights): (..., top_k) int32, and (..., top_k) fp32 (fp64 for fp64). Weights are differentiable.
     Raises: TypeError (not a tensor or a number, dtype), ValueError (shape, device, range, scoring, group_score, impl):
@@ -73,6 +76,19 @@ def route(
     tensor([1, 2], dtype=torch.int32)
     """
     options = (top_k, scoring, num_groups, top_groups, group_score, normalize, scale)
+    if not (type(top_k) is type(num_groups) is type(top_groups) is int and type(normalize) is bool and type(scale) is float):
+        _check_route(logits, selection_bias, *options)  # PyTorch's dispatcher would accept True for a number
+        top_k, num_groups, top_groups, scale = int(top_k), int(num_groups), int(top_groups), float(scale)
+    try:
+        # The kernels check the rest, in C++ in a fraction of the time.
+        if (impl in (None, "cpp") and _route_cpp_refuses(logits, selection_bias) is None) or (
+            impl in (None, "triton") and _route_triton_refuses(logits, selection_bias) is None
+        ):
+            groups = num_groups, top_groups, GROUP_SCORES[group_score]
+            return _route(logits, top_k, SCORINGS[scoring], selection_bias, *groups, normalize, scale)
+    except Exception as error:
+        _check_route(logits, selection_bias, *options)  # raises the error that names the argument
+        raise argument_error(error)
     _check_route(logits, selection_bias, *options)
     choose("route", ROUTE_IMPLEMENTATIONS, impl, logits, selection_bias)  # raises for an impl that cannot serve the call
     return _route_reference(logits, selection_bias, *options)
@@ -147,11 +163,13 @@ def moe(
         out = residual + sum over k of weights[k] · (down[e] h + down_bias[e])
 
     A few tokens read only the weights of the experts they are routed to. Many are sorted by expert, and each expert multiplies
-    its own at once.
+    its own at once. It is computed in fp32 and rounded once; but where experts have more than 64 tokens on average on a CPU, and
+    more choices than experts on CUDA, h is rounded to the dtype of x, and on CPUs with bf16 instructions as in `fastgpt.linear`.
 
     Args:
         x: (..., C) fp16|bf16|fp32|fp64.
-        experts: (..., K) int32|int64, as `fastgpt.route` returns them. On a CPU, one outside 0 to E - 1 is an error.
+        experts: (..., K) int32|int64, as `fastgpt.route` returns them. One outside 0 to E - 1 is an error on a CPU, and adds
+            nothing on CUDA.
         weights: (..., K) fp32 (fp64 for fp64 x).
         up: (E, 2I, C), the I rows of the gate first; (E, I, C) if not gated. The last dimension is contiguous. Or a
             `fastgpt.QuantizedWeight` (E · 2I, C) or (E · I, C), of which the experts' matrices lie one below the other. All tensors
@@ -163,7 +181,8 @@ def moe(
             with gate = min(y[:I], 7) and u = clamp(y[I:], -7, 7), h = (u + 1) · gate · sigmoid(1.702 gate).
         gated: whether `up` has the rows of a gate.
         residual: (..., C).
-        impl: "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
+        impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
+            `fastgpt.explain`.
 
     Returns: (..., C) in the dtype of x. x, weights, up, down, biases and residual have gradients.
     Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, range, activation, impl): argument, expected, got.
@@ -174,6 +193,28 @@ def moe(
     torch.Size([2, 5, 64])
     """
     call = (x, experts, weights, up, down, up_bias, down_bias, residual)
+    if type(gated) is not bool:
+        require_flag("gated", gated)  # PyTorch's dispatcher would accept a number
+    try:
+        if impl in (None, "cpp") and _moe_cpp_refuses(*call) is None:
+            rest = up_bias, down_bias, residual, ACTIVATION_NUMBERS[activation], gated
+            # The kernels check the rest, in C++ in a fraction of the time.
+            if isinstance(up, QuantizedWeight):
+                if up.fits != (x.dtype, x.shape[-1]) or down.dtype is not x.dtype:
+                    _check_moe(*call, activation, gated)
+                if not _has_many_rows(x, experts, down) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+                    E = number_of_experts(down, x.shape[-1])
+                    packed = up.blocks, *up.packing, down.blocks, *down.packing
+                    return _moe_quantized(x, experts, weights, *packed, E, *rest)
+            elif not _has_many_rows(x, experts, down) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+                return _moe(x, experts, weights, up, down, *rest)
+            _check_moe(*call, activation, gated)
+            return _moe_grouped(*call, activation, gated)
+        if impl in (None, "triton") and _moe_triton_refuses(*call) is None:
+            return _moe(x, experts, weights, up, down, up_bias, down_bias, residual, ACTIVATION_NUMBERS[activation], gated)
+    except Exception as error:
+        _check_moe(*call, activation, gated)  # raises the error that names the argument
+        raise argument_error(error)
     _check_moe(*call, activation, gated)
     choose("moe", MOE_IMPLEMENTATIONS, impl, *call)  # raises for an impl that cannot serve the call
     return (_moe_reference if impl == "reference" else _moe_grouped)(*call, activation, gated)
@@ -245,6 +286,12 @@ def _moe_grouped(x, experts, weights, up, down, up_bias, down_bias, residual, ac
     return _finished((weights.reshape(-1, K, 1) * y).sum(1), x, residual)
 
 
+def _has_many_rows(x, experts, down):
+    """Whether experts have so many rows on average that PyTorch's product is faster than the kernel, for this dtype."""
+    pairs, E = experts.numel(), number_of_experts(down, x.shape[-1])
+    return pairs > MAX_ROWS_CPU * E and FASTEST.get(x.dtype) != KERNEL
+
+
 def _finished(out, x, residual):
     """residual + out, which is in fp32, in the dtype of x and as large."""
     out = out.view(x.shape)
@@ -305,7 +352,9 @@ def _check_route(logits, selection_bias, top_k, scoring, num_groups, top_groups,
     if E % num_groups:
         raise ValueError(f"num_groups: expected a divisor of {E}, the number of experts, got {num_groups}")
     if num_groups > top_groups and GROUP_SCORES[group_score] and size < 2:
-        raise ValueError(f"num_groups: expected groups of at least 2 experts for group_score='top2', got {num_groups} of {E} experts")
+        raise ValueError(
+            f"num_groups: expected groups of at least 2 experts for group_score='top2', got {num_groups} of {E} experts"
+        )
     require_integer("top_k", top_k, least=1, most=top_groups * size)
     require_flag("normalize", normalize)
     require_number("scale", scale)
@@ -381,9 +430,38 @@ def explain_moe(
     return explain_call(MOE_IMPLEMENTATIONS, *call, impl=impl)
 
 
+def _route_cpp_refuses(logits, selection_bias):
+    return inference_unsupported_reason(logits, selection_bias)
+
+
+def _route_triton_refuses(logits, selection_bias):
+    return triton_inference_unsupported_reason(logits, selection_bias)
+
+
+def _moe_cpp_refuses(x, experts, weights, up, down, up_bias, down_bias, residual):
+    reason = inference_unsupported_reason(x, weights, up, down, up_bias, down_bias, residual)
+    return _weights_refused(up, down) if reason is None else reason
+
+
+def _moe_triton_refuses(x, experts, weights, up, down, up_bias, down_bias, residual):
+    reason = triton_inference_unsupported_reason(x, weights, up, down, up_bias, down_bias, residual)
+    return _weights_refused(up, down) if reason is None else reason
+
+
+def _weights_refused(up, down):
+    quantized = [isinstance(weight, QuantizedWeight) for weight in (up, down)]
+    if any(quantized):
+        return None if all(quantized) else "it takes both up and down quantized, or neither"
+    return None if up.is_contiguous() and down.is_contiguous() else "it takes contiguous up and down"
+
+
 # In order of preference: the first that does not refuse serves the call.
-ROUTE_IMPLEMENTATIONS = {"reference": lambda logits, selection_bias: None}
-MOE_IMPLEMENTATIONS = {"reference": lambda *call: None}
+ROUTE_IMPLEMENTATIONS = {
+    "cpp": _route_cpp_refuses,
+    "triton": _route_triton_refuses,
+    "reference": lambda logits, selection_bias: None,
+}
+MOE_IMPLEMENTATIONS = {"cpp": _moe_cpp_refuses, "triton": _moe_triton_refuses, "reference": lambda *call: None}
 
 library.define(
     "route(Tensor logits, int top_k, bool sigmoid=False, Tensor? selection_bias=None, int num_groups=1, int top_groups=1, "
@@ -394,8 +472,17 @@ library.define(
     "Tensor? residual=None, int activation=3, bool gated=True) -> Tensor"
 )
 
+library.define(
+    "moe_quantized(Tensor x, Tensor experts, Tensor weights, Tensor up_blocks, int up_bits, int up_group_size, bool up_minima, "
+    "int up_block_type, Tensor down_blocks, int down_bits, int down_group_size, bool down_minima, int down_block_type, "
+    "int num_experts, Tensor? up_bias=None, Tensor? down_bias=None, Tensor? residual=None, int activation=3, bool gated=True) "
+    "-> Tensor",
+    "fastgpt.moe",
+)
+
 _route = without_autograd(torch.ops.fastgpt.route.default)
 _moe = without_autograd(torch.ops.fastgpt.moe.default)
+_moe_quantized = without_autograd(torch.ops.fastgpt.moe_quantized.default)
 
 
 @torch.library.register_fake("fastgpt::route", lib=library)
@@ -413,3 +500,44 @@ def _route_fake(
 def _moe_fake(x, experts, weights, up, down, up_bias=None, down_bias=None, residual=None, activation=3, gated=True):
     _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, "silu", gated)
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("fastgpt::moe_quantized", lib=library)
+def _moe_quantized_fake(
+    x, experts, weights, up_blocks, up_bits, up_group_size, up_minima, up_block_type,
+    down_blocks, down_bits, down_group_size, down_minima, down_block_type, num_experts,
+    up_bias=None, down_bias=None, residual=None, activation=3, gated=True,
+):  # fmt: skip
+    up_packing = Packing(up_bits, up_group_size, up_minima, up_block_type)
+    down_packing = Packing(down_bits, down_group_size, down_minima, down_block_type)
+    I = len(up_blocks) // num_experts // (2 if gated else 1)
+    up = QuantizedWeight(up_blocks, up_packing, x.shape[-1], x.dtype)
+    down = QuantizedWeight(down_blocks, down_packing, I, x.dtype)
+    _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, "silu", gated)
+    return x.new_empty(x.shape)
+
+
+def _route_triton(
+    logits, top_k, sigmoid=False, selection_bias=None, num_groups=1, top_groups=1, top2=False, normalize=False, scale=1.0
+):
+    group_score = "top2" if top2 else "max"
+    _check_route(logits, selection_bias, top_k, "softmax", num_groups, top_groups, group_score, normalize, scale)
+    from fastgpt.kernels.moe import route  # Triton is imported only when a CUDA tensor needs it
+
+    return route(logits, top_k, sigmoid, selection_bias, num_groups, top_groups, top2, normalize, scale)
+
+
+def _moe_triton(x, experts, weights, up, down, up_bias=None, down_bias=None, residual=None, activation=3, gated=True):
+    _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, "silu", gated)
+    if activation not in ACTIVATION_NUMBERS.values():
+        raise ValueError(f"activation: expected a number from 0 to {max(ACTIVATION_NUMBERS.values())}, got {activation}")
+    for name, weight in (("up", up), ("down", down)):
+        if not weight.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {weight.stride()}")
+    from fastgpt.kernels.moe import moe  # Triton is imported only when a CUDA tensor needs it
+
+    return moe(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated)
+
+
+library.impl("route", _route_triton, "CUDA")
+library.impl("moe", _moe_triton, "CUDA")

@@ -21,7 +21,16 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks import shipped_kernels  # noqa: E402
 from benchmarks.machine_code import ir_of, source_of  # noqa: E402
-from fastgpt.kernels import attention_decode, decode_step, kv_cache_update, linear, linear_quantized, norm, tiles  # noqa: E402
+from fastgpt.kernels import (  # noqa: E402
+    attention_decode,
+    decode_step,
+    kv_cache_update,
+    linear,
+    linear_quantized,
+    moe,
+    norm,
+    tiles,
+)
 from fastgpt.kernels.dependent_launch import (  # noqa: E402
     dependent_launch,
     has_dependent_launch,
@@ -30,7 +39,7 @@ from fastgpt.kernels.dependent_launch import (  # noqa: E402
     wait_for_dependencies,
 )
 
-MODULES = (attention_decode, kv_cache_update, linear, linear_quantized, norm, decode_step)  # of what a step launches
+MODULES = (attention_decode, kv_cache_update, linear, linear_quantized, moe, norm, decode_step)  # of what a step launches
 ACCESS = re.compile(r"\b(?:ld|st|atom|red|multimem|ldu)\.(?!param|shared|const)[\w.:]+|\bcp\.async\S*|\b(?:w?mma|wgmma)\S*")
 CONTROL = re.compile(r"^\s*(?:@\S+\s+)?(?:bra|ret|exit|brx\.idx|call|trap)\b|^\$L__BB\w+:", re.MULTILINE)
 AHEAD = "cp.async.bulk.prefetch.L2.global"  # which has no effect but on time
@@ -92,7 +101,7 @@ def launched(module) -> set[str]:
 
 def test_every_kernel_of_a_decode_step_is_checked():
     names = set().union(*map(launched, MODULES))
-    assert names == {x[0].__name__ for x in distinct(90)} and len(names) == 11
+    assert names == {x[0].__name__ for x in distinct(90)} and len(names) == 17
     for arch, has_it in ((80, False), (89, False), (90, True), (100, True), (120, True)):
         for x in shipped(arch):
             assert (x[3]["PDL"], x[3].get("launch_pdl", False)) == (has_it, has_it), name_of(x)

@@ -53,13 +53,16 @@ def calls(cuda, device="cuda:0"):
         fastgpt.rope_kv_cache_update: (new, new, new, cache, x(1, 4, 32, 64), positions, *(x(9, 32, dtype=torch.float32),) * 2),
         fastgpt.linear: (x(1, 64), x(64, 64)),
         fastgpt.norm: (x(1, 64), x(64)),
+        fastgpt.route: (x(1, 8), 2),
+        fastgpt.moe: (x(1, 64), x(1, 2, dtype=torch.int32), x(1, 2, dtype=torch.float32), x(8, 64, 64), x(8, 64, 32)),
     }
 
 
 def test_every_operation_with_a_triton_implementation_is_asked(cuda):
     explained = fastgpt.ops.explain.OPERATIONS
     for operation in explained:
-        names = getattr(inspect.getmodule(operation), "IMPLEMENTATIONS", {})
+        module, own = inspect.getmodule(operation), f"{operation.__name__.upper()}_IMPLEMENTATIONS"
+        names = getattr(module, own, getattr(module, "IMPLEMENTATIONS", {}))
         others = "scaled_dot_product_attention", "decoding"
         assert ("triton" in names) == (operation in calls(cuda)) or operation.__name__ in others
 
@@ -235,6 +238,11 @@ def tracings(cuda):
     pages, table = [cuda(8, 4, 16, 64) for _ in range(2)], cuda(1, 2, dtype=torch.int32)
     packed, cu_seqlens, x, weight = cuda(9, 4, 64), cuda(3, dtype=torch.int32), cuda(1, 64), cuda(64, 64)
     norm = {"norm_weight": cuda(64), "norm_bias": cuda(64)}
+    matrices = cuda(8, 64, 64), cuda(8, 64, 32)
+
+    def chosen(rows):
+        return cuda(rows, 2, dtype=torch.int32), cuda(rows, 2, dtype=torch.float32)
+
     update, forward, whole = "kv_cache_update", "attention_forward", "attention_with_kv_cache"
     return {
         "attention": (fastgpt.attention, (several, k, v), {}, [forward]),
@@ -263,6 +271,9 @@ def tracings(cuda):
         "linear, quantized": (fastgpt.linear, (x, quantized(cuda)), norm, ["linear_quantized"]),
         "linear, quantized, many rows": (fastgpt.linear, (cuda(100, 64), quantized(cuda)), norm, ["linear_quantized"]),
         "linear, many rows": (fastgpt.linear, (cuda(100, 64), weight), norm, ["norm"]),
+        "route": (fastgpt.route, (cuda(1, 8), 2), {}, ["route"]),
+        "moe": (fastgpt.moe, (x, *chosen(1), *matrices), {"residual": x}, ["moe"]),
+        "moe, many rows": (fastgpt.moe, (cuda(100, 64), *chosen(100), *matrices), {}, ["moe"]),
         "norm": (fastgpt.norm, (x, cuda(64)), {"residual": x}, ["norm"]),
         "embed": (embed, (cuda(1, 1, dtype=torch.int64), weight), {}, ["embed"]),
     }  # fmt: skip

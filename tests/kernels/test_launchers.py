@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt.ops import attention, decode_step, kv_cache_update, linear, norm
+from fastgpt.ops import attention, decode_step, kv_cache_update, linear, moe, norm
 from fastgpt.ops import attention_with_kv_cache as cached
 from fastgpt.ops.attention.operators import attention_backward_triton, attention_forward_triton
 
@@ -31,6 +31,15 @@ LAUNCHERS = {
             "residual": torch.ones(2, 4), "norm_weight": torch.ones(32),
         },
     ),
+    "route": (
+        lambda **call: moe._route_triton(top_k=2, **call), "fastgpt.kernels.moe.route",
+        lambda: {"logits": torch.ones(2, 4), "selection_bias": torch.ones(4)},
+    ),
+    "moe": (moe._moe_triton, "fastgpt.kernels.moe.moe", lambda: {
+        "x": torch.ones(2, 8), "experts": torch.ones(2, 2, dtype=torch.int32), "weights": torch.ones(2, 2),
+        "up": torch.ones(4, 6, 8), "down": torch.ones(4, 8, 3), "up_bias": torch.ones(4, 6), "down_bias": torch.ones(4, 8),
+        "residual": torch.ones(2, 8),
+    }),
     "embed": (decode_step._embed_triton, "fastgpt.kernels.decode_step.embed", lambda: {
         "ids": torch.ones(2, 1, dtype=torch.int64), "weight": torch.ones(4, 8),
         "positions": torch.ones(2, 1, dtype=torch.int32), "position_weight": torch.ones(4, 8),
@@ -90,17 +99,19 @@ FAULTS = {
 }
 ANY_ROWS = {
     ("norm", "x"),
+    ("route", "logits"),
     ("embed", "weight"),
     ("embed", "position_weight"),
     ("record_token_", "eos"),
     ("record_token_", "tokens"),
 }
+ANY_DIMENSIONS = {("x", "dimensions", "norm"), ("logits", "dimensions", "route")}
 CASES = [
     (operation, name, fault)
     for operation, (_, _, call) in LAUNCHERS.items()
     for name in call()
     for fault in FAULTS
-    if not (fault == "shape" and (operation, name) in ANY_ROWS or (name, fault, operation) == ("x", "dimensions", "norm"))
+    if not (fault == "shape" and (operation, name) in ANY_ROWS or (name, fault, operation) in ANY_DIMENSIONS)
 ]
 
 
@@ -171,6 +182,7 @@ def test_invalid_arguments_are_refused(operation, name, fault, launch):
     [
         ("linear", "x", torch.ones(33, 8)), ("linear", "x", torch.ones(0, 8)), ("linear", "weight", torch.ones(4, 16)[:, ::2]),
         ("linear", "activation", 9), ("linear", "activation", -1),
+        ("moe", "up", torch.ones(4, 6, 16)[..., ::2]), ("moe", "down", torch.ones(4, 9, 3)[:, 1:]), ("moe", "activation", 6),
         ("linear_quantized", "x", torch.ones(33, 32)), ("linear_quantized", "x", torch.ones(0, 32)),
         ("linear_quantized", "x", torch.ones(2, 40)), ("linear_quantized", "blocks", torch.ones(4, 33, dtype=torch.uint8)),
         ("linear_quantized", "blocks", torch.ones(4, 68, dtype=torch.uint8)[:, ::2]), ("linear_quantized", "activation", 9),

@@ -35,6 +35,7 @@ MODULES = [
     "kv_cache_update",
     "linear",
     "linear_quantized",
+    "moe",
     "norm",
     "decode_step",
 ]

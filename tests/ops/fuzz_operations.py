@@ -24,7 +24,7 @@ from fuzz_invalid_calls import Stranger, invalid
 from fuzz_valid_calls import FLOATS, OPERATIONS, Draw
 
 import fastgpt
-from fastgpt.ops.linear import ACTIVATION_NUMBERS
+from fastgpt.ops.moe import ACTIVATION_NUMBERS
 from fastgpt.testing import numerics
 
 
@@ -150,7 +150,7 @@ def raw(operation, call):
         given.setdefault("scale", 0.3), given.setdefault("causal", True)
         if isinstance(given.get("dropout_seed"), int):
             given["dropout_seed"] = torch.tensor([3])
-    if name == "linear" and isinstance(given.get("activation"), str) and given["activation"] in ACTIVATION_NUMBERS:
+    if name in ("linear", "moe") and isinstance(given.get("activation"), str) and given["activation"] in ACTIVATION_NUMBERS:
         given["activation"] = ACTIVATION_NUMBERS[given["activation"]]
     names = [argument.name for argument in function._schema.arguments]
     return function, {name: value for name, value in given.items() if name in names}

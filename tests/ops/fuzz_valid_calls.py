@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import fastgpt
+from fastgpt.ops import moe as mixtures
 from fastgpt.ops.decode_step import embed
 from fastgpt.ops.linear import ACTIVATION_NUMBERS
 
@@ -306,6 +307,49 @@ def linear(draw):
     return fastgpt.linear, fastgpt.linear_reference, call
 
 
+def moe(draw):
+    dtype = draw.choice([*FLOATS, torch.float64])
+    rows = draw.choice([(), (0,), (1,), (2, 3), (33,), (150,)])
+    E, C, I, gated = draw.choice([1, 4, 9]), draw.choice([1, 8, 33, 128]), draw.choice([0, 1, 5, 64, 65]), draw.chance(0.7)
+    K, features = draw.integer(1, min(E, 4)), 2 * I if gated else I
+    experts = torch.randint(0, E, (*rows, K), dtype=draw.choice([torch.int32, torch.int64]))
+    call = {
+        "x": draw.numbers(*rows, C, dtype=dtype), "experts": draw.laid_out(experts),
+        "weights": draw.numbers(*rows, K, dtype=torch.promote_types(dtype, torch.float32)),
+        "up": draw.numbers(E, features, C, dtype=dtype), "down": draw.numbers(E, C, I, dtype=dtype),
+    }  # fmt: skip
+    for name, size in (("up_bias", (E, features)), ("down_bias", (E, C)), ("residual", (*rows, C))):
+        if draw.chance(0.3):
+            call[name] = draw.numbers(*size, dtype=dtype)
+    activations = mixtures.ACTIVATION_NUMBERS if gated else ACTIVATION_NUMBERS
+    call |= {"gated": gated, "activation": draw.choice(list(activations))}
+    return fastgpt.moe, fastgpt.moe_reference, call
+
+
+def route(draw):
+    """Of logits that are not too close to each other for fp32 to tell their order."""
+    dtype, groups, size = draw.choice([*FLOATS, torch.float64]), draw.choice([1, 1, 2, 4]), draw.choice([1, 2, 5, 16])
+    rows, top_groups = draw.choice([(), (0,), (1,), (2, 3), (33,)]), draw.integer(1, groups)
+    call = {
+        "logits": draw.laid_out(torch.randn(*rows, groups * size).to(dtype)), "top_k": draw.integer(1, top_groups * size),
+        "scoring": draw.choice(["softmax", "sigmoid"]), "num_groups": groups, "top_groups": top_groups,
+        "group_score": draw.choice(["max", "top2"]) if size > 1 else "max", "normalize": draw.chance(0.5),
+        "scale": draw.choice([1.0, 1, 2.5, np.float32(0.5)]),
+    }  # fmt: skip
+    if draw.chance(0.4):
+        call["selection_bias"] = draw.laid_out(torch.randn(groups * size, dtype=torch.promote_types(dtype, torch.float32)))
+
+    def with_indices_as_numbers(function):
+        def run(**call):
+            experts, weights = function(**call)
+            return experts.double(), weights
+
+        run.__signature__ = inspect.signature(function)
+        return run
+
+    return with_indices_as_numbers(fastgpt.route), with_indices_as_numbers(fastgpt.route_reference), call
+
+
 def norm(draw):
     dtype = draw.choice([*FLOATS, torch.float64])
     size = (*draw.choice([(), (0,), (1,), (2, 3), (3, 1, 2, 2)]), draw.choice([1, 8, 33, 128]))
@@ -328,5 +372,5 @@ def embedding(draw):
 
 OPERATIONS = [
     attention, attention, attention_gradients, attention_varlen, kv_cache_update, rope_kv_cache_update,
-    attention_with_kv_cache, linear, norm, embedding,
+    attention_with_kv_cache, linear, moe, route, norm, embedding,
 ]  # fmt: skip
