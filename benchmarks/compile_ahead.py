@@ -102,6 +102,9 @@ def linear() -> None:
             residual = {"residual": empty(x_rows, rows)} if "residual_ptr" in given else {}
             options = tensors | residual | {"activation": activation, "gated": gated, "norm": norm}
             fastgpt.linear(empty(x_rows, K), empty(rows, K), **options)
+    for rows in (1, 512):
+        experts, weights = fastgpt.route(empty(rows, 64, dtype=torch.float32), 8, normalize=True)
+        fastgpt.moe(empty(rows, 2048), experts, weights, empty(64, 2 * 768, 2048), empty(64, 2048, 768))
 
 
 SUITES = {  # a function, and each of its calls' arguments

@@ -1,8 +1,8 @@
 """Linear layers, fused as in a decoder, compared with PyTorch's: with few rows, of weights in 8 and 4 bits too, and memory
-bandwidth; with many, as of a prompt, and the rate of arithmetic.
+bandwidth; with many, as of a prompt, and the rate of arithmetic. And mixtures of experts, whose weights each row chooses.
 
 With few rows the weights are cold, as in a decoder, which reads all of them for each token: on a CPU each call takes the next of
-several copies, together larger than its caches; on a GPU the L2 cache is flushed before each call.
+several copies, together larger than its caches, or chooses other experts; on a GPU the L2 cache is flushed before each call.
 """
 
 import functools
@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import DEVICE, DTYPE, arithmetic, full, measured_time, name_of, reading, time_interleaved
-from fastgpt import explain, linear, linear_reference, quantize
+from benchmarks.timing import DEVICE, DTYPE, arithmetic, full, measured_time, name_of, reading, time_interleaved, tiny
+from fastgpt import explain, huge_pages, linear, linear_reference, moe, moe_reference, quantize, route
 from fastgpt.bench.timing import cold, implementation
 from fastgpt.ops.quantized_weight import BITS
 from fastgpt.testing import numerics
@@ -152,3 +152,68 @@ MANY_DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cpu" 
 @torch.inference_mode()
 def test_many_rows(benchmark, product, rows, dtype):
     measure(benchmark, "many tokens", product, rows, dtype, limit=arithmetic(dtype), inputs=lambda **warm: [warm])
+
+
+E, K, C, I = (8, 2, 64, 32) if tiny() else (64, 8, 2048, 768)  # as a layer of Qwen3 30B-A3B, with half of its experts
+
+
+def experts_of_transformers(up, down):
+    """The experts of transformers' Qwen3-MoE with these weights, as a function of the arguments of moe; or why there is none."""
+    try:
+        from transformers import AutoConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    sizes = {"hidden_size": C, "moe_intermediate_size": I, "num_experts": E, "num_experts_per_tok": K}
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(AutoConfig.for_model("qwen3_moe", **sizes))
+    module.gate_up_proj, module.down_proj = (torch.nn.Parameter(weight, requires_grad=False) for weight in (up, down))
+    return lambda x, experts, weights: module(x, experts.long(), weights.to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16) if DEVICE == "cpu" else (DTYPE,), ids=name_of)
+@pytest.mark.parametrize("rows", (1, 4, 64, 512, 2048) if full() else (1, 512), ids=lambda rows: f"{rows}row{'s' * (rows > 1)}")
+@torch.inference_mode()
+def test_experts(benchmark, rows, dtype):
+    """Of few tokens, the time to read the weights of the experts that they choose is the limit; of many, arithmetic."""
+    torch.manual_seed(0)
+    up, down = (huge_pages.empty(shape, dtype=dtype, device=DEVICE) for shape in ((E, 2 * I, C), (E, C, I)))
+    for weight in (*up, *down):
+        weight.copy_(torch.randn(weight.shape, device=DEVICE) * weight.shape[1] ** -0.5)
+    inputs = []
+    for _ in range(16):
+        experts, weights = route(torch.randn(rows, E, device=DEVICE), K, normalize=True)
+        inputs.append({"x": torch.randn(rows, C, device=DEVICE).to(dtype), "experts": experts, "weights": weights})
+
+    def ours(x, experts, weights):
+        return moe(x, experts, weights, up, down)
+
+    def reference(x, experts, weights):
+        return moe_reference(x, experts, weights, up, down)
+
+    out = ours(**inputs[0])
+    if rows <= 4:  # in float64, of the experts chosen only
+        chosen, places = inputs[0]["experts"].unique(return_inverse=True)
+        exact = (
+            inputs[0]["x"].double(),
+            places.view(rows, K),
+            inputs[0]["weights"].double(),
+            *(x[chosen].double() for x in (up, down)),
+        )
+        numerics.check(out, lambda: moe_reference(*exact), arithmetic=dtype)
+    else:
+        torch.testing.assert_close(out, reference(**inputs[0]), rtol=0.05, atol=0.05)
+    others, absent, theirs = {"reference": reference}, {}, experts_of_transformers(up, down)
+    if isinstance(theirs, str):
+        absent["transformers"] = theirs
+    else:
+        others["transformers"] = theirs
+    few = rows <= 4
+    read = sum(len(x["experts"].unique()) for x in inputs) / len(inputs) * (up.nbytes + down.nbytes) / E
+    info = {
+        "what": "mixtures of experts", "device": DEVICE, "dtype": name_of(dtype), "rows": rows,
+        "experts": f"{K} of {E}, {C} x {I}", "absent": absent, "implementation": implementation(explain(moe, **inputs[0], up=up, down=down)),
+        "bytes" if few else "flops": round(read + 2 * out.nbytes) if few else rows * K * 6 * C * I,
+    }  # fmt: skip
+    limit = reading() if few else arithmetic(dtype)
+    time_interleaved(benchmark, ours, others, inputs=inputs, limit=limit, flush=True, info=info)

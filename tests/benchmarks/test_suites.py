@@ -29,6 +29,7 @@ CASES = {
     ),
     "kv_cache.py::test_one_token": ("batch1", {"batch", "heads", "head_dim", "bytes", "limit_bytes"}, "copying"),
     "linear.py::test_few_rows": ("qkv and 1row", {"product", "rows", "weight", "bytes", "limit_bytes"}, "reading"),
+    "linear.py::test_experts": ("1row and float32", {"experts", "rows", "bytes", "limit_bytes"}, "reading"),
     "linear.py::test_many_rows": ("float32", {"product", "rows", "weight", "flops", "limit_flops"}, ARITHMETIC),
 }
 
