@@ -13,8 +13,9 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from fastgpt.model.decoder import GPT, MLP, Attention
+from fastgpt.model.decoder import GPT, Attention
 from fastgpt.model.fusion import is_plain, plain
+from fastgpt.model.layers import MLP
 from fastgpt.ops.linear import linear
 from fastgpt.ops.quantized_weight import QuantizedWeight
 
@@ -31,7 +32,7 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
 
     Returns: the model.
     Raises: ValueError if heads or the MLP's width are not divisible by the number of processes, if a layer is not plain
-        (fastgpt/model/fusion.py): with an adapter, for example; or if a weight is quantized.
+        (fastgpt/model/fusion.py): with an adapter, for example; if a weight is quantized; or for a model with experts or sinks.
     """
     if mesh is None:
         mesh = init_device_mesh(model.token_embedding.weight.device.type, (torch.distributed.get_world_size(),))
@@ -40,6 +41,12 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
             raise ValueError(
                 f"{name}: expected a multiple of {mesh.size()}, the number of processes, got {getattr(model.config, name)}"
             )
+    if model.config.num_experts is not None:
+        raise ValueError(
+            f"model: expected an MLP in each layer, got num_experts={model.config.num_experts}, which are not sharded"
+        )
+    if model.config.attention_sinks:
+        raise ValueError("model: expected attention without sinks, got attention_sinks=True, which are not sharded")
     if model.config.qk_norm and not model.config.qk_norm_per_head:
         raise ValueError(
             "model: expected norms of each head, got qk_norm_per_head=False: all heads of a token, which are sharded"

@@ -17,6 +17,7 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 LONGROPE = dict(rope_type="longrope", short_factor=[1.0, 1.5, 2.0, 2.5], long_factor=[4.0, 3.0, 2.0, 6.0])
 LINEAR, LOCAL = dict(rope_type="linear", factor=4.0), dict(rope_type="default", rope_theta=1e4)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=5e5)
+QWEN_EXPERTS = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32)
 CONFIGS = {
     "gpt2": (
         "GPT2",
@@ -80,10 +81,37 @@ CONFIGS = {
     "phi, norms of queries": ("Phi", COMMON | dict(qk_layernorm=True, num_key_value_heads=4, initializer_range=0.2)),
     "glm4": ("Glm4", COMMON | dict(head_dim=24, partial_rotary_factor=0.5)),
     "cohere2": ("Cohere2", COMMON | dict(sliding_window=16, num_hidden_layers=4, logit_scale=0.5)),
+    "mixtral": ("Mixtral", COMMON | dict(num_local_experts=4, num_experts_per_tok=2)),
+    "mixtral, windows": ("Mixtral", COMMON | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=16, head_dim=24)),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        COMMON | QWEN_EXPERTS | dict(shared_expert_intermediate_size=40, decoder_sparse_step=2, num_hidden_layers=4),
+    ),
+    "qwen2_moe, windows": (
+        "Qwen2Moe",
+        COMMON | QWEN_EXPERTS | dict(shared_expert_intermediate_size=40, use_sliding_window=True, sliding_window=16),
+    ),
+    "qwen3_moe": ("Qwen3Moe", COMMON | QWEN_EXPERTS | dict(head_dim=32, mlp_only_layers=[1], norm_topk_prob=True)),
+    "gpt_oss": (
+        "GptOss",
+        COMMON
+        | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=16, num_hidden_layers=4)
+        | dict(rope_parameters=YARN | dict(truncate=False)),
+    ),
+    "olmoe": ("Olmoe", COMMON | dict(num_experts=8, num_experts_per_tok=3, num_key_value_heads=4, initializer_range=0.2)),
+    "granitemoe": (
+        "GraniteMoe",
+        COMMON
+        | dict(num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True)
+        | dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.0625, logits_scaling=7.0),
+    ),
 }
 # What a GGUF file does not say: the scale of Gemma's queries, windows of Qwen 2, StarCoder 2 and SmolLM3, which layers of Gemma 3
-# have one, norms of Phi's queries. OLMo 3 is not served.
-NOT_IN_GGUF = {"gemma2", "qwen2, windows", "starcoder2", "olmo3", "smollm3, windows", "gemma3", "phi, norms of queries"}
+# have one, norms of Phi's queries, layers without experts. OLMo 3 is not served.
+NOT_IN_GGUF = {
+    "gemma2", "qwen2, windows", "starcoder2", "olmo3", "smollm3, windows", "gemma3", "phi, norms of queries", "qwen2_moe",
+    "qwen2_moe, windows", "qwen3_moe",
+}  # fmt: skip
 GGUF_CONFIGS = {case: config for case, config in CONFIGS.items() if case not in NOT_IN_GGUF} | {
     "gemma3, six layers": (
         "Gemma3Text",
@@ -91,6 +119,8 @@ GGUF_CONFIGS = {case: config for case, config in CONFIGS.items() if case not in 
         | dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16, num_hidden_layers=6)
         | dict(rope_parameters=dict(full_attention=LINEAR | dict(rope_theta=1e6), sliding_attention=LOCAL)),
     ),
+    "qwen2_moe, all layers": ("Qwen2Moe", COMMON | QWEN_EXPERTS | dict(shared_expert_intermediate_size=40)),
+    "qwen3_moe, all layers": ("Qwen3Moe", COMMON | QWEN_EXPERTS | dict(head_dim=32, norm_topk_prob=True)),
     "gemma2, scale of its heads": (
         "Gemma2",
         COMMON | dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16, attn_logit_softcapping=5.0),
@@ -113,7 +143,7 @@ def theirs(case):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            in_a_block = parameter.dim() == 2 and (".layers." in name or ".h." in name)
+            in_a_block = parameter.dim() >= 2 and (".layers." in name or ".h." in name)
             parameter.add_(torch.randn_like(parameter), alpha=0.3 if in_a_block else 0.1)  # so that tokens vary
             if ".post_" in name:
                 parameter.add_(4)
@@ -131,6 +161,7 @@ def logits_of(case, folder, dtype, rounded, path=None):
     checkpoint of the same weights, which is ours then."""
     transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(rounded)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(rounded, dtype=torch.float64)
+    oracle.config._experts_implementation = "eager"  # of which there is float64
     model = GPT.from_pretrained(path or rounded)
     assert model.token_embedding.weight.dtype == dtype
     for tokens in (60, 150) if "longrope" in case else (150,):  # over windows, and on both sides of longrope's border

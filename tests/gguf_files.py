@@ -9,6 +9,12 @@ import torch
 RopeType = gguf.RopeScalingType
 
 
+ARCHITECTURES = {
+    "mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "gemma3_text": "gemma3",
+    "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
+}  # fmt: skip
+
+
 def interleaved(weight, heads):
     """Rows of rotary pairs (n, n + dim/2) as (2n, 2n + 1), which llama.cpp rotates in Llama."""
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
@@ -24,8 +30,8 @@ def write(model, path, blocks=None, metadata=None, **options):
     """
     config = model.config
     family = config.model_type
-    architecture = {"mistral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "gemma3_text": "gemma3"}.get(family, family)
-    like_llama = architecture in ("llama", "granite", "smollm3")
+    architecture = ARCHITECTURES.get(family, family)
+    like_llama = architecture in ("llama", "granite", "granitemoe", "smollm3")
     writer = gguf.GGUFWriter(path, architecture, **options)
     writer.add_name(f"a tiny {family}")
     heads = config.num_attention_heads
@@ -49,7 +55,16 @@ def write(model, path, blocks=None, metadata=None, **options):
         add_rotation(writer, config, head_dim)
     if family in ("gpt_neox", "stablelm"):
         writer.add_parallel_residual(config.use_parallel_residual)
-    if family == "granite":
+    if hasattr(config, "num_experts_per_tok"):
+        writer.add_expert_count(getattr(config, "num_experts", None) or config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if family == "gpt_oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+    if family in ("qwen2_moe", "qwen3_moe"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if family == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if family in ("granite", "granitemoe"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -59,20 +74,23 @@ def write(model, path, blocks=None, metadata=None, **options):
     if family != "gpt2" and head_dim * heads != config.hidden_size or family.startswith("gemma"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if family in ("mistral", "phi3", "gemma2", "gemma3_text", "cohere2"):
+    if family in ("mistral", "mixtral", "phi3", "gemma2", "gemma3_text", "cohere2", "gpt_oss"):
         writer.add_sliding_window(config.sliding_window or 0)
     if family == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if metadata is not None:
         metadata(writer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
-    stored = model.state_dict()
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    stored = dict(each_matrix(model))
     tied = config.tie_word_embeddings
     for name, weight in stored.items():
         if tied and name == "lm_head.weight":
             continue
         weight = weight.detach().float().numpy()
+        if name.endswith("shared_expert_gate.weight"):
+            weight = weight[0]
         if family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             weight = weight.T
         if family == "gpt_neox" and ".query_key_value." in name:  # of each head -> of all heads
@@ -85,7 +103,7 @@ def write(model, path, blocks=None, metadata=None, **options):
             weight = weight + np.float32(1)
         name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         weight, kind = np.ascontiguousarray(weight), gguf.GGMLQuantizationType.F32
-        if blocks is not None and weight.ndim == 2:
+        if blocks is not None and weight.ndim >= 2 and not name.endswith((".bias", "ffn_gate_inp.weight")):
             weight, kind = blocks(name, weight)
         writer.add_tensor(name, weight, raw_dtype=kind)
     writer.write_header_to_file()
@@ -93,6 +111,27 @@ def write(model, path, blocks=None, metadata=None, **options):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def each_matrix(model):
+    """Names and tensors of a model's state, of which the experts' are those that files have."""
+    for name, weight in model.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        if kind == "sinks":
+            name += ".weight"
+        if not module.endswith(".experts"):
+            yield name, weight
+            continue
+        matrix, ending = kind.removesuffix("_bias"), "bias" if kind.endswith("_bias") else "weight"
+        if model.config.model_type == "gpt_oss" and ending == "weight":
+            weight = weight.mT
+        if matrix == "down_proj":
+            yield f"{module}.down_proj.{ending}", weight
+        else:
+            interleaved = model.config.model_type == "gpt_oss"
+            gate, up = (weight[:, 0::2], weight[:, 1::2]) if interleaved else weight.chunk(2, 1)
+            yield f"{module}.gate_proj.{ending}", gate
+            yield f"{module}.up_proj.{ending}", up
 
 
 def add_rotation(writer, config, head_dim):

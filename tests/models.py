@@ -7,7 +7,7 @@ import torch
 
 from fastgpt import GPT, GPTConfig, attention_reference, attention_with_kv_cache_reference, linear_reference
 from fastgpt.cache import base, uncached
-from fastgpt.model import decoder, encoder_states
+from fastgpt.model import decoder, encoder_states, layers
 
 
 def random_model(*, layers=2, heads=4, width=64, context=96, vocabulary=65, seed=0, **fields) -> GPT:
@@ -24,7 +24,7 @@ def random_model(*, layers=2, heads=4, width=64, context=96, vocabulary=65, seed
     model = GPT(config).eval()
     with torch.no_grad():
         for parameter in model.blocks.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.mul_(15)
     return model
 
@@ -38,6 +38,7 @@ def reference_operations():
     """Within it, decoders compute by the references: what an error in low precision is measured against."""
     with (
         mock.patch.object(decoder, "linear", linear_reference),
+        mock.patch.object(layers, "linear", linear_reference),
         mock.patch.object(base, "attention", attention_reference),
         mock.patch.object(uncached, "attention", attention_reference),
         mock.patch.object(base, "attention_with_kv_cache", attention_with_kv_cache_reference),

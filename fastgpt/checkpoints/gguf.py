@@ -11,7 +11,7 @@ import torch
 
 from fastgpt import schema
 from fastgpt.checkpoints.families import FAMILIES
-from fastgpt.checkpoints.families.family import Family
+from fastgpt.checkpoints.families.family import Family, Fused
 from fastgpt.checkpoints.families.fields import (
     EPSILON,
     HEADS_EACH,
@@ -26,7 +26,7 @@ from fastgpt.checkpoints.families.fields import (
 from fastgpt.checkpoints.families.rope import share_of
 from fastgpt.checkpoints.files import naming
 from fastgpt.checkpoints.gguf_file import GGUF, TensorInfo, import_gguf, read
-from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, load_weights
+from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, by_expert, load_weights
 from fastgpt.model.rope import FACTOR, MAX_POSITIONS, ROPE_SCHEMA
 from fastgpt.ops.quantized_weight import GGUF_PACKINGS, Packing, Quantization
 from fastgpt.schema import Field, choice, flag, integer, number, only, unsupported
@@ -52,8 +52,20 @@ NAMES: dict[str, str | tuple[str, ...]] = {
     "blocks.{i}.mlp.up": ("blk.{i}.ffn_gate", "blk.{i}.ffn_up"),
     "blocks.{i}.mlp.down": "blk.{i}.ffn_down",
     "blocks.{i}.mlp.post_norm": "blk.{i}.post_ffw_norm",
+    "blocks.{i}.attention.sinks": "blk.{i}.attn_sinks.weight",
+    "blocks.{i}.mlp.router": "blk.{i}.ffn_gate_inp",
+    "blocks.{i}.mlp.experts.up": ("blk.{i}.ffn_gate_exps.{e}", "blk.{i}.ffn_up_exps.{e}"),
+    "blocks.{i}.mlp.experts.down": "blk.{i}.ffn_down_exps.{e}",
+    "blocks.{i}.mlp.shared.up": ("blk.{i}.ffn_gate_shexp", "blk.{i}.ffn_up_shexp"),
+    "blocks.{i}.mlp.shared.down": "blk.{i}.ffn_down_shexp",
+    "blocks.{i}.mlp.shared_gate": "blk.{i}.ffn_gate_inp_shexp",
     "norm": "output_norm",
     "output": "output",
+}
+OF_ALL_EXPERTS = {
+    f"blk.{{i}}.ffn_{x}_exps.{kind}": Fused((f"blk.{{i}}.ffn_{x}_exps.{{e}}.{kind}",))
+    for x in ("gate", "up", "down")
+    for kind in ("weight", "bias")
 }
 FUSED = {"blocks.{i}.attention.qkv": "blk.{i}.attn_qkv", "blocks.{i}.mlp.up": "blk.{i}.ffn_up"}
 
@@ -104,6 +116,13 @@ def _granite(found: dict, tensors: Mapping) -> dict:
     return scales | {"attention_multiplier": found["attention.scale"] or found["head_dim"] ** -0.5}
 
 
+def _granite_metadata(config: Any) -> dict:
+    return {
+        "embedding_scale": float(config.embedding_scale or 1.0), "residual_scale": float(config.residual_scale),
+        "attention.scale": float(config.attention_scale or config.head_dim**-0.5), "logit_scale": 1 / config.logit_scale,
+    }  # fmt: skip
+
+
 def _gemma3(found: dict, tensors: Mapping) -> dict:
     largest = found["block_count"] == 62  # its queries are scaled as if heads had hidden size / heads
     return {
@@ -117,9 +136,50 @@ def _gemma3(found: dict, tensors: Mapping) -> dict:
     }
 
 
-ARCHITECTURES = {  # Mistral's is llama
+COUNT, SIZE = maybe(integer(0, 2**12), None), maybe(integer(0, 2**24), None)
+EXPERTS = {"expert_count": COUNT, "expert_used_count": COUNT, "expert_feed_forward_length": SIZE}
+
+
+def _experts(count: str, **more: str) -> Callable[[dict, Mapping], dict]:
+    """Entries of config.json, count for the number of experts, and others by what they are in metadata."""
+
+    def entries(found: dict, tensors: Mapping) -> dict:
+        said = {count: found["expert_count"], "num_experts_per_tok": found["expert_used_count"]}
+        return said | {theirs: found[ours] for ours, theirs in more.items()}
+
+    return entries
+
+
+def _metadata_of_experts(config: Any) -> dict:
+    return {"expert_count": config.num_experts, "expert_used_count": config.experts_per_token}
+
+
+def _metadata_of_moe(config: Any) -> dict:
+    return _metadata_of_experts(config) | {"expert_feed_forward_length": config.expert_size}
+
+
+def _mixtral(found: dict, tensors: Mapping) -> dict:
+    if not found["expert_count"]:
+        return {}
+    return {"model_type": "mixtral", "sliding_window": found["attention.sliding_window"] or None} | _experts(
+        "num_local_experts"
+    )(found, tensors)
+
+
+def _gpt_oss(found: dict, tensors: Mapping) -> dict:
+    return _experts("num_local_experts")(found, tensors) | {
+        "intermediate_size": found["expert_feed_forward_length"] or found["feed_forward_length"],
+        "sliding_window": found["attention.sliding_window"] or 128,
+        "rope_parameters": found["rope"] | {"truncate": False},  # as the model was trained, though llama.cpp truncates
+    }
+
+
+ARCHITECTURES = {  # Mistral's and Mixtral's is llama
     "gpt2": Architecture(FUSED),
-    "llama": Architecture(interleaved=True, optional_biases=True),
+    "llama": Architecture(
+        interleaved=True, optional_biases=True, schema=EXPERTS, config=_mixtral,
+        metadata=lambda config: {} if config.num_experts is None else _metadata_of_experts(config),
+    ),
     "qwen2": Architecture(),
     "qwen3": Architecture(optional_biases=True),
     "phi3": Architecture(FUSED, partial=True),
@@ -149,10 +209,7 @@ ARCHITECTURES = {  # Mistral's is llama
     ),
     "granite": Architecture(
         interleaved=True, optional_biases=True, schema=dict.fromkeys(GRANITE_SCALES, ANY_SCALE), config=_granite,
-        metadata=lambda config: {
-            "embedding_scale": float(config.embedding_scale or 1.0), "residual_scale": float(config.residual_scale),
-            "attention.scale": float(config.attention_scale or config.head_dim**-0.5), "logit_scale": 1 / config.logit_scale,
-        },
+        metadata=_granite_metadata,
     ),
     "olmo2": Architecture(optional_biases=True, schema={"attention.sliding_window": unsupported(0)}),  # OLMo 3 says so
     "smollm3": Architecture(interleaved=True, optional_biases=True),
@@ -170,6 +227,31 @@ ARCHITECTURES = {  # Mistral's is llama
             "logit_scale": found["logit_scale"], "sliding_window": found["attention.sliding_window"] or 4096
         },
         metadata=lambda config: {"logit_scale": float(config.logit_scale)},
+    ),
+    # What llama.cpp does whatever the metadata say: weights of Qwen3's experts are normalized, those of Qwen2's and OLMoE's not.
+    "qwen2moe": Architecture(
+        family="qwen2_moe", schema=EXPERTS | {"expert_shared_feed_forward_length": MLP_WIDTH},
+        config=_experts(
+            "num_experts", expert_feed_forward_length="moe_intermediate_size",
+            expert_shared_feed_forward_length="shared_expert_intermediate_size",
+        ),
+        metadata=lambda config: _metadata_of_moe(config) | {"expert_shared_feed_forward_length": config.shared_expert_size},
+    ),
+    "qwen3moe": Architecture(
+        family="qwen3_moe", optional_biases=True, schema=EXPERTS, metadata=_metadata_of_moe,
+        config=lambda found, tensors: {"norm_topk_prob": True} | _experts(
+            "num_experts", expert_feed_forward_length="moe_intermediate_size"
+        )(found, tensors),
+    ),
+    "olmoe": Architecture(optional_biases=True, schema=EXPERTS, config=_experts("num_experts"), metadata=_metadata_of_experts),
+    "granitemoe": Architecture(
+        interleaved=True, optional_biases=True, schema=dict.fromkeys(GRANITE_SCALES, ANY_SCALE) | EXPERTS,
+        config=lambda found, tensors: _granite(found, tensors) | _experts("num_local_experts")(found, tensors),
+        metadata=lambda config: _granite_metadata(config) | _metadata_of_experts(config),
+    ),
+    "gpt-oss": Architecture(
+        {"blocks.{i}.mlp_norm": "blk.{i}.post_attention_norm"}, family="gpt_oss", schema=EXPERTS, config=_gpt_oss,
+        metadata=_metadata_of_moe,
     ),
 }  # fmt: skip
 SIZES = {
@@ -236,6 +318,12 @@ class GGUFTensor(Stored):
         values = dequantize(self._mapped()[self._order(rows)], self.info.type)
         values = values if self._by_row else values.flatten()[self._order(rows)]
         return values - self.offset if self.offset else values
+
+    def of_expert(self, expert: int, part: int, fused: Fused) -> Stored:
+        info, shape = self.info, self.shape[1:]
+        one = info.nbytes // self.shape[0]
+        own = replace(info, shape=shape, offset=info.offset + expert * one)
+        return replace(self, info=own, shape=shape)
 
     @property
     def packing(self) -> Packing | None:  # type: ignore[override]  # a constant there
@@ -342,7 +430,9 @@ def checkpoint(file: GGUF) -> Checkpoint:
             ("mlp_bias", "blk.{i}.ffn_down"),
         )
         fields |= {bias: f"{module.format(i=0)}.bias" in tensors for bias, module in found}
-    family = Family(like.schema, like.fields_from, like.config_to, names, prefix="", ignored=r"$^")
+    family = Family(
+        like.schema, like.fields_from, like.config_to, names, prefix="", ignored=r"$^", fused=OF_ALL_EXPERTS
+    )  # fmt: skip
     heads = (
         {"q": fields["num_heads"], "k": fields.get("num_kv_heads") or fields["num_heads"]} if architecture.interleaved else {}
     )
@@ -351,7 +441,7 @@ def checkpoint(file: GGUF) -> Checkpoint:
             tensor.path,
             tensor.name,
             tensor.type if tensor.type in DTYPES else "F32",
-            tensor.shape,
+            (1, *tensor.shape) if tensor.name.endswith("ffn_gate_inp_shexp.weight") else tensor.shape,
             tensor,
             _interleaved_heads(tensor, heads),
             fields["rope"].dim if heads else 0,
@@ -360,6 +450,7 @@ def checkpoint(file: GGUF) -> Checkpoint:
         for tensor in tensors.values()
         if tensor.name not in ROPE_TENSORS
     }
+    stored = by_expert(stored, family, fields.get("num_experts"))
     if "output.weight" in stored and stored["output.weight"].equal(stored["token_embd.weight"]):  # as some converters store it
         del stored["output.weight"]
     fields["tie_embeddings"] = config["tie_word_embeddings"] = "output.weight" not in stored

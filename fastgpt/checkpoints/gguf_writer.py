@@ -10,8 +10,8 @@ import torch
 
 from fastgpt.checkpoints import gguf, gguf_file
 from fastgpt.checkpoints.families import FAMILIES, family_of
-from fastgpt.checkpoints.families.family import Family
-from fastgpt.checkpoints.gguf import ARCHITECTURES, NAMES, ROPE_TENSORS, GGUFTensor
+from fastgpt.checkpoints.families.family import Family, as_rows
+from fastgpt.checkpoints.gguf import ARCHITECTURES, NAMES, OF_ALL_EXPERTS, ROPE_TENSORS, GGUFTensor
 from fastgpt.checkpoints.loading import rows_of_parts
 from fastgpt.model.rope import Rope
 from fastgpt.ops.quantized_weight import GGUF_PACKINGS, QuantizedWeight
@@ -39,7 +39,10 @@ def metadata_from(model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Raises: ValueError for a family that has no architecture there.
     """
     family = family_of(model.config, model.checkpoint_config.get("model_type"))
-    names = {architecture.family or name: name for name, architecture in ARCHITECTURES.items()} | {"mistral": "llama"}
+    names = {architecture.family or name: name for name, architecture in ARCHITECTURES.items()} | {
+        "mistral": "llama",
+        "mixtral": "llama",
+    }
     if family not in names:
         raise ValueError(f"model: expected one of {', '.join(ARCHITECTURES)}, which GGUF files can hold, got {family}")
     name = names[family]
@@ -111,19 +114,24 @@ def write(path: Path, model: Any, metadata: Mapping[str, Any], rotation: Mapping
     name = metadata["general.architecture"]
     architecture = ARCHITECTURES[name]
     like = FAMILIES["mistral" if name == "llama" else architecture.family or name]
-    family = Family(like.schema, like.fields_from, like.config_to, {**NAMES, **architecture.names}, prefix="", ignored=r"$^")
+    names_here = {**NAMES, **architecture.names}
+    family = Family(
+        like.schema, like.fields_from, like.config_to, names_here, prefix="", ignored=r"$^", fused=OF_ALL_EXPERTS
+    )  # fmt: skip
     heads = {"q": model.config.num_heads, "k": model.config.num_kv_heads} if architecture.interleaved else {}
     tensors: dict[str, tuple[np.ndarray, str]] = {key: (value, "F32") for key, value in rotation.items()}
     for parameter, weight in model.named_parameters():
-        names, _ = family.checkpoint_names(parameter)
+        names, _ = family.checkpoint_names(parameter, model.config.num_experts)
         if isinstance(weight, QuantizedWeight):
             if weight.packing not in TYPE_NAMES:
                 raise ValueError(f"model: {parameter}: expected a packing of {', '.join(GGUF_PACKINGS)}, got {weight}")
             stored, kind = weight.blocks, TYPE_NAMES[weight.packing]
         else:
-            stored, kind = weight.detach(), PLAIN[weight.dtype] if weight.dim() == 2 else "F32"
+            is_matrix = weight.dim() >= 2 and not parameter.endswith(("_bias", ".router.weight", ".shared_gate.weight"))
+            stored, kind = as_rows(parameter, weight.detach()), PLAIN[weight.dtype] if is_matrix else "F32"
             stored = stored if kind != "F32" else stored.float()
-        for stored_as, part in zip(names, stored.split(rows_of_parts(model, parameter, len(names)))):
+            stored = stored[0] if parameter.endswith(".shared_gate.weight") else stored
+        for stored_as, part in zip(names, stored.split(_rows(model, parameter, names, stored))):
             if architecture.norm_offset and stored_as.endswith("norm.weight"):
                 part = part + architecture.norm_offset
             if (key := stored_as.split(".")[-2].removeprefix("attn_")) in heads and stored_as.startswith("blk."):
@@ -133,6 +141,7 @@ def write(path: Path, model: Any, metadata: Mapping[str, Any], rotation: Mapping
             part = part.contiguous()
             array = part.view(torch.uint8).numpy() if kind == "BF16" else part.numpy()
             tensors[stored_as] = array, kind
+    tensors = _of_all_experts(tensors, family, model.config)
     kinds = [kind for _, kind in tensors.values() if kind in GGUF_PACKINGS]
     writer = package.GGUFWriter(path, name)
     if (most := max(GGUF_PACKINGS, key=kinds.count)) in FILE_TYPES:
@@ -151,6 +160,24 @@ def write(path: Path, model: Any, metadata: Mapping[str, Any], rotation: Mapping
     finally:
         writer.close()
     _require_same(path, model.config)
+
+
+def _rows(model: Any, parameter: str, names: list[str], stored: torch.Tensor) -> list[int]:
+    return [len(stored)] if len(names) == 1 else rows_of_parts(model, parameter, len(names))
+
+
+def _of_all_experts(
+    tensors: dict[str, tuple[np.ndarray, str]], family: Family, config: Any
+) -> dict[str, tuple[np.ndarray, str]]:
+    """Those of each expert in one tensor."""
+    result = dict(tensors)
+    for layer in range(config.num_layers):
+        for pattern, fused in family.fused.items():
+            names = [fused.parts[0].format(i=layer, e=e) for e in range(config.num_experts or 0)]
+            if names and names[0] in tensors:
+                arrays = [result.pop(name) for name in names]
+                result[pattern.format(i=layer)] = np.stack([array for array, _ in arrays]), arrays[0][1]
+    return result
 
 
 def _types(kinds: Any, value: Any) -> tuple:

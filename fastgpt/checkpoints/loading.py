@@ -6,7 +6,7 @@ import mmap
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastgpt import huge_pages
-from fastgpt.checkpoints.families.family import Family
+from fastgpt.checkpoints.families.family import OF_EXPERTS, Family, Fused, as_rows
 from fastgpt.checkpoints.files import naming
 from fastgpt.checks import from_torchrun, is_terminal, require_choice
 from fastgpt.ops.quantized_weight import BITS, Packing, Quantization, QuantizedWeight, quantize_to
@@ -43,6 +43,10 @@ class Stored:
         return math.prod(self.shape)
 
     def read(self, rows: slice) -> torch.Tensor:
+        raise NotImplementedError
+
+    def of_expert(self, expert: int, part: int, fused: Fused) -> "Stored":
+        """One of the parts of an expert, of a tensor with a first dimension of experts."""
         raise NotImplementedError
 
     def chunks(self, size: int = CHUNK, multiple: int = 1) -> Iterator[slice]:
@@ -165,8 +169,9 @@ def load_weights(
     held = {match[1] for name in stored if (match := re.match(family.layer_pattern, name))}
     built = min(layers, len(held) + 1)
     fields = fields | {"num_layers": built}
-    if fields.get("windows") is not None:
-        fields["windows"] = fields["windows"][:built]
+    for name in ("windows", "rope_layers", "moe_layers"):
+        if fields.get(name) is not None:
+            fields[name] = fields[name][:built]
     with naming(checkpoint.config_path), torch.device("meta"):
         module = build(fields, checkpoint.config)
     expected = _expected(module, family, stored)
@@ -197,11 +202,39 @@ def _expected(module: torch.nn.Module, family: Family, stored: dict[str, Stored]
     """Name in the checkpoint -> shape in the checkpoint."""
     expected = {}
     for name, parameter in module.named_parameters():
-        names, transposed = family.checkpoint_names(name)
+        names, transposed = family.checkpoint_names(name, _experts(module))
         for part, rows in zip(names, rows_of_parts(module, name, len(names))):
-            shape = (rows, *parameter.shape[1:])
+            shape = (rows, *as_rows(name, parameter).shape[1:])
             expected[part] = shape[::-1] if transposed and not (part in stored and stored[part].is_linear) else shape
     return expected
+
+
+def _experts(module: Any) -> int | None:
+    return module.config.num_experts
+
+
+def by_expert(stored: Mapping[str, Stored], family: Family, experts: int | None) -> dict[str, Stored]:
+    """What is stored, with tensors of all experts as those of each, by their names with prefix.
+
+    Raises: ValueError for one that is stored twice.
+    """
+    result = {}
+    for name, tensor in stored.items():
+        found = family.fused_as(name)
+        if found is None or experts is None or tensor.shape[:1] != (experts,) or len(tensor.shape) < 2:
+            parts = {name: tensor}
+        else:
+            fused, layer = found
+            parts = {
+                f"{family.prefix}{part.format(i=layer, e=e)}": tensor.of_expert(e, i, fused)
+                for e in range(experts)
+                for i, part in enumerate(fused.parts)
+            }
+        for part, one in parts.items():
+            if part in result:
+                raise ValueError(f"model: {tensor.path}: {tensor.name}: expected each weight once, got {part} as well")
+            result[part] = one
+    return result
 
 
 def _require_match(path: Path, stored: dict[str, Stored], expected: dict[str, tuple[int, ...]], unbuilt: int) -> None:
@@ -249,10 +282,10 @@ def _fill(
     total = sum(parameter.numel() for _, parameter in parameters) * dtype.itemsize
     with _progress(total) as shown:
         for name, parameter in parameters:
-            names, transposed = family.checkpoint_names(name)
+            names, transposed = family.checkpoint_names(name, _experts(module))
             owner, _, attribute = name.rpartition(".")
             layer = module.get_submodule(owner)
-            rows, columns = parameter.shape[0], parameter.shape[-1]
+            rows, columns = len(as_rows(name, parameter)), parameter.shape[-1]
             parts = list(zip((stored[part] for part in names), rows_of_parts(module, name, len(names))))
             packing = None
             if _is_matrix(layer, name) and isinstance(weights, Quantization):
@@ -266,7 +299,7 @@ def _fill(
                 packing = None if others else as_stored
             shape = parameter.shape if packing is None else (rows, packing.row_bytes(columns))
             weight = huge_pages.empty(shape, dtype=dtype if packing is None else torch.uint8, device=device)
-            targets = weight.split([count for _, count in parts])
+            targets = (weight if packing else as_rows(name, weight)).split([count for _, count in parts])
             for (part, _), target in zip(parts, targets):
                 turned = transposed and not part.is_linear
                 if packing is None:
@@ -284,11 +317,15 @@ def _fill(
 
 
 def _is_matrix(layer: torch.nn.Module, name: str) -> bool:
-    """Whether all of this parameter is read for a token: not a bias, the weight of a norm or a table of positions."""
+    """Whether this parameter is one of the matrices that are read for a token: not a bias, the weight of a norm, a router or a
+    table of positions."""
+    if (of_experts := OF_EXPERTS.fullmatch(name)) is not None:
+        return of_experts[3] is None
     return (
         name.endswith(".weight")
         and isinstance(layer, (torch.nn.Linear, torch.nn.Embedding))
         and "position_embedding" not in name
+        and not name.endswith((".router.weight", ".shared_gate.weight"))  # small, and the choice of experts depends on them
     )
 
 
@@ -306,7 +343,7 @@ def _progress(total: int) -> Iterator[Callable[[int], object]]:
 
 def rows_of_parts(model: Any, name: str, parts: int) -> list[int]:
     """The number of rows of each part of a parameter in a checkpoint."""
-    rows, config = model.get_parameter(name).shape[0], model.config
-    if parts == 3:  # queries, keys, values
+    rows, config = len(as_rows(name, model.get_parameter(name))), model.config
+    if parts == 3 and OF_EXPERTS.fullmatch(name) is None:  # queries, keys, values
         return [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     return [rows // parts] * parts

@@ -12,6 +12,8 @@ Of a matrix X (N, C) with G groups of columns, these tensors are stored:
     awq                  X.qweight (C, N/8) int32, X.qzeros (G, N/8) int32, X.scales (G, N)
     compressed-tensors   X.weight_packed (N, C·bits/32) int32, or X.weight (N, C) int8; X.weight_scale (N, G);
                          X.weight_zero_point (N, G) int8, or (N·bits/32, G) int32
+    mxfp4                X_blocks (E, N, C/32, 16) uint8, X_scales (E, N, C/32) uint8: of all experts (GPT-OSS), numbers of 4 bits in
+                         groups of 32 with a power of two, GGUF's MXFP4 with the halves of a byte side by side
     torchao              X._weight_qdata (N, C) int8, X._weight_scale (N, G), X._weight_zero_point (N, G) int8
     fastgpt              X.weight (N, bytes) uint8, blocks of QuantizedWeight as they are in memory; the file's metadata have the
                          packing of each: "fastgpt.packings": {"X.weight": [bits, group_size, minima, block_type], ...}
@@ -27,12 +29,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from fastgpt import schema
+from fastgpt.checkpoints.families.family import Fused
 from fastgpt.checkpoints.loading import DTYPES, Stored
-from fastgpt.checkpoints.safetensors_files import SafetensorsTensor
+from fastgpt.checkpoints.safetensors_files import ExpertTensor, SafetensorsTensor
 from fastgpt.ops.quantized_weight import BITS, GGUF_PACKINGS, GROUP_SIZES, UNIT, Packing, dequantize_blocks, pack
 from fastgpt.schema import Field, flag, only, unsupported
 
 ENTRY = "quantization_config"  # of config.json
+MXFP4 = "mxfp4"
 OWN, PACKINGS = "fastgpt", "fastgpt.packings"  # our quant_method, and the entry of metadata
 CHUNK = 1 << 20  # bytes of numbers, as of the model's dtype, that are read at a time, with some copies of them in fp32
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where columns 0 to 7 are among the eight numbers of an integer, from its lowest bits on
@@ -72,11 +76,11 @@ def scheme(config: dict) -> Scheme | None:
     if entries is None:
         return None
     prefix = f"{ENTRY}."
-    method = schema.read({"quant_method": schema.choice((*METHODS, OWN))}, entries, prefix)["quant_method"]
+    method = schema.read({"quant_method": schema.choice((*METHODS, MXFP4, OWN))}, entries, prefix)["quant_method"]
     said = schema.read({"dtype": Field(_any, None), "torch_dtype": Field(_any, None)}, config)
     dtype = next((name for name, word in SAID.items() if word in (said["dtype"], said["torch_dtype"])), None)
-    if method == OWN:
-        return Scheme(OWN, 0, None, False, False, dtype)
+    if method in (MXFP4, OWN):
+        return Scheme(method, 0, None, False, False, dtype)
     return METHODS[method].scheme(entries, prefix)._replace(method=method, dtype=dtype)
 
 
@@ -110,6 +114,8 @@ def matrices(found: Sequence[SafetensorsTensor], scheme: Scheme, metadata: Mappi
     """
     if scheme.method == OWN:
         return _own_matrices(found, scheme, metadata)
+    if scheme.method == MXFP4:
+        return _mxfp4_matrices(found, scheme)
     method = METHODS[scheme.method]
     by_name = {tensor.name: tensor for tensor in found}
     result: dict[str, Stored] = dict(by_name)
@@ -290,6 +296,73 @@ def _packing(stored: Any) -> Packing | None:
         return packing if packing in GGUF_PACKINGS.values() else None
     served = packing.bits in BITS.values() and packing.group_size > 0 and packing.group_size % UNIT == 0
     return packing if served else None
+
+
+# Experts in MXFP4
+
+
+@dataclass(frozen=True)
+class Mxfp4Experts(Stored):
+    """The matrices of all experts, (E, N, C)."""
+
+    blocks: SafetensorsTensor
+    scales: SafetensorsTensor
+
+    def of_expert(self, expert: int, part: int, fused: Fused) -> Stored:
+        shape = self.shape[1] // len(fused.parts), self.shape[2]
+        if self.shape[1] % len(fused.parts):
+            shape = self.shape[1:]  # misshapen, which an error will say
+        return Mxfp4Matrix(self.path, self.name, self.dtype, shape, self, expert, part, fused)
+
+
+@dataclass(frozen=True)
+class Mxfp4Matrix(Stored):
+    """A part of an expert's matrix, whose blocks become those of GGUF."""
+
+    whole: Mxfp4Experts
+    expert: int
+    part: int
+    fused: Fused
+
+    is_linear: ClassVar[bool] = True
+    packing: ClassVar[Packing] = GGUF_PACKINGS["MXFP4"]
+
+    def read(self, rows: slice) -> torch.Tensor:
+        return dequantize_blocks(self.read_blocks(rows), self.packing, self.shape[1])
+
+    def read_blocks(self, rows: slice) -> torch.Tensor:
+        blocks, scales = (
+            ExpertTensor(
+                self.path, tensor.name, "U8", self.shape, self.expert, self.part, self.fused._replace(transposed=False)
+            )
+            .read(rows)
+            .contiguous()
+            for tensor in (self.whole.blocks, self.whole.scales)
+        )  # (R, G, 16), (R, G)
+        q = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)  # (R, G, 32)
+        return torch.cat([scales[..., None], q[..., :16] | q[..., 16:] << 4], -1).flatten(1)
+
+
+def _mxfp4_matrices(found: Sequence[SafetensorsTensor], scheme: Scheme) -> list[Stored]:
+    by_name = {tensor.name: tensor for tensor in found}
+    result: dict[str, Stored] = dict(by_name)
+    for name, blocks in by_name.items():
+        module = name.removesuffix("_blocks")
+        if module == name:
+            continue
+        scales = result.pop(f"{module}_scales", None)
+        del result[name]
+        shape = blocks.shape
+        if len(shape) != 4 or shape[3] != 16 or blocks.dtype != "U8":
+            raise ValueError(
+                f"model: {blocks.path}: {name}: expected shape (E, N, C/32, 16) of U8, got {shape} of {blocks.dtype}"
+            )
+        if scales is None or scales.shape != shape[:3] or scales.dtype != "U8":
+            got = "none" if scales is None else f"{scales.shape} of {scales.dtype}"
+            raise ValueError(f"model: {blocks.path}: {module}_scales: expected shape {shape[:3]} of U8, got {got}")
+        whole = (*shape[:2], shape[2] * 32)
+        result[module] = Mxfp4Experts(blocks.path, module, scheme.dtype or "BF16", whole, blocks, by_name[f"{module}_scales"])
+    return list(result.values())
 
 
 # GPTQ

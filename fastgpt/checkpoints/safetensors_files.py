@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastgpt import folders, schema
+from fastgpt.checkpoints.families.family import Fused
 from fastgpt.checkpoints.files import INDEX, STATE, WEIGHTS, naming, read_json
 from fastgpt.checkpoints.loading import Stored
 
@@ -23,6 +24,37 @@ class SafetensorsTensor(Stored):
     def read_columns(self, columns: slice) -> torch.Tensor:
         with safe_open(self.path, framework="pt") as file:
             return file.get_slice(self.name)[:, columns]
+
+    def of_expert(self, expert: int, part: int, fused: Fused) -> "Stored":
+        sizes = self.shape[1:]
+        sizes = sizes[::-1] if fused.transposed and len(sizes) == 2 else sizes
+        shape = (sizes[0] // len(fused.parts), *sizes[1:])
+        if sizes[0] % len(fused.parts):
+            shape = (sizes[0], *sizes[1:])  # misshapen, which an error will say
+        return ExpertTensor(self.path, self.name, self.dtype, shape, expert, part, fused)
+
+
+@dataclass(frozen=True)
+class ExpertTensor(Stored):
+    """A part of an expert in a tensor of all experts."""
+
+    expert: int
+    part: int
+    fused: Fused
+
+    def read(self, rows: slice) -> torch.Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        parts, own = len(self.fused.parts), slice(None)
+        if self.fused.interleaved:
+            start, stop, own = start * parts, stop * parts, slice(self.part, None, parts)
+        else:
+            start, stop = (self.part * self.shape[0] + end for end in (start, stop))
+        one = slice(self.expert, self.expert + 1)
+        with safe_open(self.path, framework="pt") as file:
+            stored = file.get_slice(self.name)
+            if self.fused.transposed and len(self.shape) == 2:
+                return stored[one, :, start:stop][0, :, own].t()
+            return stored[one, start:stop][0, own]
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from fastgpt import folders, schema
 from fastgpt.checkpoints import quantized_folders
 from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, architecture, family_of
-from fastgpt.checkpoints.families.family import Family
+from fastgpt.checkpoints.families.family import Family, as_rows
 from fastgpt.checkpoints.files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, naming, read_json
 from fastgpt.checkpoints.generation_config import generation_config, read_generation_config
-from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, load_weights, rows_of_parts
+from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, by_expert, load_weights, rows_of_parts
 from fastgpt.checkpoints.safetensors_files import headers, weight_files
 from fastgpt.checks import require_path, writing
 from fastgpt.folders import replacing
@@ -83,7 +83,7 @@ def _read(folder: Path, head: str | None) -> Checkpoint:
     with naming(folder / CONFIG):
         scheme = quantized_folders.scheme(config)
     matrices = list(found) if scheme is None else quantized_folders.matrices(found, scheme, metadata)
-    stored = _by_name(matrices, family)
+    stored = by_expert(_by_name(matrices, family), family, fields.get("num_experts"))
     tied = _settle_output(stored, family, fields, head)
     fields = fields | {"tie_embeddings": tied, "output_bias": fields.get("output_bias", False) and not tied}
     path = next(iter(files)) if len(files) == 1 else folder
@@ -156,7 +156,7 @@ def contents(
             continue  # it is in the weight
         if hasattr(layer := model.get_submodule(owner), "merged_weight") and kind == "weight":
             weight = layer.merged_weight()
-        names, transposed = family.checkpoint_names(parameter)
+        names, transposed = family.checkpoint_names(parameter, model.config.num_experts)
         rows = rows_of_parts(model, parameter, len(names))
         order = family.row_order(parameter, model.config)
         places = slice(None) if order is None else order.argsort().to(weight.device)
@@ -164,11 +164,30 @@ def contents(
             packings |= dict.fromkeys(names, weight.packing)
             weights |= zip(names, weight.blocks[places].split(rows))
             continue
-        for stored_as, part in zip(names, weight.detach()[places].split(rows)):
+        for stored_as, part in zip(names, as_rows(parameter, weight.detach())[places].split(rows)):
             weights[stored_as] = (part.t() if transposed else part).contiguous()
+    if family.writes_fused and not packings:
+        weights = joined(weights, family, model.config)
     if packings:
         config[quantized_folders.ENTRY] = {"quant_method": quantized_folders.OWN}
     return config, weights, {"format": "pt"} | quantized_folders.own_metadata(packings)
+
+
+def joined(weights: dict[str, torch.Tensor], family: Family, config: Any) -> dict[str, torch.Tensor]:
+    """Weights by name, with those of each expert in tensors of all experts."""
+    result = dict(weights)
+    for layer in range(config.num_layers):
+        for pattern, (parts, transposed, interleaved) in family.fused.items():
+            names = [[f"{family.prefix}{part.format(i=layer, e=e)}" for part in parts] for e in range(config.num_experts or 0)]
+            if not names or names[0][0] not in weights:
+                continue
+            experts = []
+            for of_expert in names:
+                found = [result.pop(name) for name in of_expert]
+                whole = torch.stack(found, 1).flatten(0, 1) if interleaved else torch.cat(found)
+                experts.append(whole.t() if transposed and whole.dim() == 2 else whole)
+            result[family.prefix + pattern.format(i=layer)] = torch.stack(experts)
+    return result
 
 
 def write(

@@ -27,6 +27,8 @@ OPERATIONS: dict[Callable, str] = {  # what they compute
     fastgpt.kv_cache_update: "storing keys and values into a cache",
     fastgpt.rope_kv_cache_update: "rotary embedding of queries and keys, and storing keys and values into a cache",
     fastgpt.linear: "product with a weight, with norm, activation, gate and residual; here of one row",
+    fastgpt.route: "the choice of experts for each token in a mixture of experts, and their weights",
+    fastgpt.moe: "the MLPs of the experts that each token was routed to, weighted and summed",
     fastgpt.norm: "layer norm or RMS norm, with the residual added",
     fastgpt.scaled_dot_product_attention: "attention as PyTorch's function of this name defines it",
     decoding: "a decoder's whole step from a token to the next logits",
@@ -122,6 +124,7 @@ def print_folder(folder: Path) -> None:
         "name": one_line(folder.absolute().name),
         "parameters": f"{sum(weight.numel for weight in weights):,}",
         "size": size_of(files),
+        **experts_line(fields),
         "context": one_line(fields.get("context_length", config.get("max_position_embeddings", "not said"))),
         "vocabulary": one_line(config.get("vocab_size", "no")) + " tokens",
         "tokenizer": ", ".join(tokenizers) or "none",
@@ -129,6 +132,14 @@ def print_folder(folder: Path) -> None:
         "quantization": "none" if scheme is None else scheme.method,
     })  # fmt: skip
     print_types([(weight.dtype, weight.numel * BYTES.get(weight.dtype, 1)) for weight in found], BYTES)
+
+
+def experts_line(fields: dict) -> dict[str, str]:
+    """Of a mixture of experts, by GPTConfig's fields."""
+    if not fields.get("num_experts"):
+        return {}
+    shared = ", and a shared one" if fields.get("shared_expert_size") else ""
+    return {"experts": f"{fields['num_experts']} in a layer, {fields['experts_per_token']} for each token{shared}"}
 
 
 def print_lines(lines: dict[str, str]) -> None:

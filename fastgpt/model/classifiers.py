@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from fastgpt.checkpoints import hub, transformers_format
 from fastgpt.checks import require_integer, require_number
 from fastgpt.model.config import GPTConfig
-from fastgpt.model.decoder import GPT, project
+from fastgpt.model.decoder import GPT
 from fastgpt.model.evaluation_mode import is_training
 from fastgpt.model.inputs import as_lengths, as_prompts, require_ids
+from fastgpt.model.layers import project
 from fastgpt.schema import integer, mapping, number, read
 
 MAX_LABELS = 1 << 16

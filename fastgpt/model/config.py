@@ -7,6 +7,7 @@ import torch
 from fastgpt import schema
 from fastgpt.checkpoints.families.fields import DECODER_SCHEMA, MAX_HEAD_DIM
 from fastgpt.model.rope import Rope
+from fastgpt.ops.linear import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,19 @@ class GPTConfig:
     parallel: attention and MLP of a block both read its input, x + attention(norm(x)) + mlp(norm(x)), not one after the other.
     residual_scale: factor on the output of each attention and MLP, before it is added to the residual stream. What the decoder
         computes, and returns as hidden states, is that stream divided by it, of which norms are the same.
-    activation: of the MLP, a name that `fastgpt.linear` takes: down(activation(up(x))).
+    activation: of the MLP, a name that `fastgpt.linear` takes: down(activation(up(x))); or of experts alone, one that
+        `fastgpt.moe` takes.
     gated: the MLP is down(activation(gate(x)) · up(x)).
     qkv_bias, out_bias, mlp_bias: whether these projections have a bias.
+    num_experts: experts of a layer with a mixture of experts in place of the MLP; default: no layer has one. They are MLPs with
+        the same activation, gate and biases. A linear layer, the router, gives the logits of `fastgpt.route`.
+    experts_per_token: how many of them a token is routed to.
+    expert_size: width of an expert; default intermediate_size.
+    shared_expert_size: width of one more MLP beside the experts, for all tokens; default: there is none.
+    shared_expert_gate: multiply its output with sigmoid(gate(x)), of a linear layer with one output.
+    moe_layers: for each layer whether it has a mixture of experts; default: all have, if num_experts is given.
+    router_bias: whether the router has a bias.
+    router_normalize: whether the weights of a token's experts are divided by their sum.
     qk_norm: normalize queries and keys.
     qk_norm_per_head: each head by itself; False: all heads of a token together.
     position: "learned" or "sinusoidal" embeddings, "rotary", or None.
@@ -46,6 +57,7 @@ class GPTConfig:
     cross_attention: each block also attends to a second sequence, such as the states of an encoder, between attention and MLP.
     attention_scale: factor on q·k; default 1 / sqrt(head_dim).
     attention_softcap: bound on the attention scores, c · tanh(scores / c); default: none.
+    attention_sinks: each head has one more logit in the softmax, of no key, as `sinks` of `fastgpt.attention`.
     logit_scale: factor on the logits.
     logit_softcap: bound on the logits, c · tanh(logits / c); default: none.
     embedding_scale: factor on the token embeddings, rounded to their dtype.
@@ -77,6 +89,14 @@ class GPTConfig:
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    expert_size: int | None = None
+    shared_expert_size: int | None = None
+    shared_expert_gate: bool = False
+    moe_layers: tuple[bool, ...] | None = None
+    router_bias: bool = False
+    router_normalize: bool = False
     qk_norm: bool = False
     qk_norm_per_head: bool = True
     position: str | None = "learned"
@@ -88,6 +108,7 @@ class GPTConfig:
     cross_attention: bool = False
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    attention_sinks: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     embedding_scale: float | None = None
@@ -121,7 +142,8 @@ class GPTConfig:
             raise ValueError(f"local_rope: expected None without rope, and another kind than longrope, got {self.local_rope!r}")
         if self.rope_layers is not None and self.rope is None:
             raise ValueError(f"rope_layers: expected None without rope, got {self.rope_layers!r}")
-        for name, of_layers in (("windows", self.windows), ("rope_layers", self.rope_layers)):
+        self._check_experts()
+        for name, of_layers in (("windows", self.windows), ("rope_layers", self.rope_layers), ("moe_layers", self.moe_layers)):
             if of_layers is not None and len(of_layers) != self.num_layers:
                 raise ValueError(f"{name}: expected {self.num_layers} entries, one for each layer, got {of_layers!r}")
         if self.windows is not None and not self.causal:
@@ -132,6 +154,35 @@ class GPTConfig:
             raise ValueError("parallel: expected False with cross_attention, got True")
         if self.output_bias and self.tie_embeddings:
             raise ValueError("output_bias: expected False with tie_embeddings, got True")
+
+    def _check_experts(self) -> None:
+        if self.num_experts is None:
+            for name in ("experts_per_token", "expert_size", "shared_expert_size", "moe_layers"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: expected None without num_experts, got {getattr(self, name)!r}")
+            for name in ("shared_expert_gate", "router_bias", "router_normalize"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: expected False without num_experts, got True")
+        else:
+            if self.experts_per_token is None or self.experts_per_token > self.num_experts:
+                raise ValueError(
+                    f"experts_per_token: expected an integer from 1 to num_experts={self.num_experts}, got {self.experts_per_token}"
+                )
+            if self.expert_size is None:
+                object.__setattr__(self, "expert_size", self.intermediate_size)
+            if self.shared_expert_gate and self.shared_expert_size is None:
+                raise ValueError("shared_expert_gate: expected False without shared_expert_size, got True")
+        if self.activation not in ACTIVATIONS:
+            only_experts = self.num_experts is not None and self.shared_expert_size is None
+            if not (only_experts and self.gated and all(self.moe_layers or (True,))):
+                raise ValueError(
+                    f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))} for an MLP, or where experts are not gated, "
+                    f"got {self.activation!r}"
+                )
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has a mixture of experts in place of the MLP."""
+        return self.num_experts is not None and (self.moe_layers is None or self.moe_layers[layer])
 
     def window(self, layer: int) -> int | None:
         """The attention window of a layer, None for full attention."""

@@ -2,11 +2,12 @@
 
     GPT      ids (B, T) -> token and position embeddings (B, T, C) -> blocks -> final norm -> output matrix -> logits (B, T, V)
     Block    x = x + attention(norm(x)), then x = x + mlp(norm(x)); x (B, T, C) is the residual stream
-             or at once: x + attention(norm(x)) + mlp(norm(x))
+             or at once: x + attention(norm(x)) + mlp(norm(x)); mlp may be a mixture of experts
 
 A cache holds the keys and values of the tokens before (fastgpt/cache). Without one, `Uncached` takes its place, so the blocks
 are written once. Where the modules are plain ones, `linear` computes a projection with the norm before it and the activation,
-gate and residual after it in one operation (fastgpt/model/fusion.py says when).
+gate and residual after it in one operation (fastgpt/model/fusion.py says when). Norms, projections and the MLP are in
+fastgpt/model/layers.py, mixtures of experts in fastgpt/model/moe.py.
 
 Shapes: B batch, T tokens, C hidden size, H query heads, H_kv key and value heads, D head dim, I intermediate size,
 S keys, V vocabulary.
@@ -32,93 +33,17 @@ from fastgpt.model.encoder_states import EncoderKV, require_causal, require_enco
 from fastgpt.model.evaluation_mode import is_training
 from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, computes, is_plain_matrix, plain
 from fastgpt.model.inputs import require_ids
+from fastgpt.model.layers import MLP, Norm, add, is_plain_lookup, look_up, new_layer, project, stream_norm
 from fastgpt.model.lora import apply_adapters
+from fastgpt.model.moe import MoE
 from fastgpt.model.rope import Tables, sinusoidal
 from fastgpt.ops.decode_step import embed
-from fastgpt.ops.linear import finish, linear
-from fastgpt.ops.norm import norm
+from fastgpt.ops.linear import linear
 from fastgpt.ops.quantization import QUANTIZED_DTYPES
 from fastgpt.ops.quantized_weight import Quantization
 
 
-@plain(weights=2)
-class Norm(nn.Module):
-    """Layer norm or RMS norm over the last dimension. Where a projection follows, `linear` computes both in one operation."""
-
-    def __init__(self, config: GPTConfig, width: int, eps: float | None = None):
-        super().__init__()
-        self.kind, self.eps, self.offset = config.norm, config.norm_eps if eps is None else eps, config.norm_offset
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
-        has_bias = self.kind == "layer" and config.norm_bias
-        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if has_bias else None)
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps, offset=self.offset, residual=residual)
-
-    def as_options(self) -> dict:
-        """The arguments of `linear` that apply this norm to its input."""
-        weights = self._parameters
-        return {
-            "norm": self.kind, "norm_weight": weights["weight"], "norm_bias": weights["bias"], "norm_eps": self.eps,
-            "norm_offset": self.offset,
-        }  # fmt: skip
-
-
-def stream_norm(config: GPTConfig) -> Norm:
-    """A norm of the residual stream, which is divided by residual_scale: so is eps, twice, and the result is the same."""
-    return Norm(config, config.hidden_size, config.norm_eps / config.residual_scale**2)
-
-
-def new_layer(cls: type[nn.Module], *sizes: int, **options) -> nn.Module:
-    """An nn.Linear or nn.Embedding with uninitialized weights, which `GPT.initialize` draws: drawing them twice would add a
-    second to loading. It is PyTorch's own class, which quantization, adapters and FSDP look for."""
-    if cls is nn.Embedding:  # whose own initialization imports torch._dynamo on the meta device, which takes a second
-        layer: nn.Module = nn.Embedding.from_pretrained(torch.empty(sizes, device="meta"), freeze=False)
-    else:
-        layer = cls(*sizes, device="meta", **options)
-    for name, weight in list(layer.named_parameters()):  # not by to_empty, which cannot replace fake tensors
-        setattr(layer, name, nn.Parameter(torch.empty_like(weight, device=torch.get_default_device())))
-    return layer
-
-
-def is_plain_lookup(embedding: nn.Module) -> bool:
-    """Whether calling an embedding only gathers rows of its weight."""
-    return computes(embedding, nn.Embedding.forward) and embedding.max_norm is None
-
-
-def look_up(embedding: nn.Module, index: torch.Tensor) -> torch.Tensor:
-    """embedding(index); in a decode step without nn.Embedding's Python code, which takes as long as the lookup itself."""
-    if torch.is_grad_enabled() or not is_plain_lookup(embedding):
-        return embedding(index)
-    return torch.embedding(embedding._parameters["weight"], index)
-
-
-def project(x: torch.Tensor, layer: nn.Module, norm: nn.Module | None = None, **options) -> torch.Tensor:
-    """layer(norm(x)), or layer(x), followed by the activation, gate, residual and dropout in `options` (those of `linear`):
-    in one operation where the modules are plain. A layer that was loaded in parts (`loading.separate_parts`) is a ModuleList."""
-    if isinstance(layer, nn.ModuleList):
-        x = x if norm is None else norm(x)
-        return finish(torch.cat([project(x, part) for part in layer], -1), **options)
-    if not computes(layer, nn.Linear.forward):
-        return finish(layer(x if norm is None else norm(x)), **options)
-    weights = layer._parameters  # layer.weight would search this dict, too, but slower
-    weight, bias = weights["weight"], weights["bias"]
-    if norm is None:
-        return linear(x, weight, bias, **options)
-    if not computes(norm, Norm.forward):
-        return linear(norm(x), weight, bias, **options)
-    return linear(x, weight, bias, **norm.as_options(), **options)
-
-
-def add(x: torch.Tensor, y: torch.Tensor, layer: nn.Module, post_norm: nn.Module | None, dropout_p: float) -> torch.Tensor:
-    """x + layer(y), or x + post_norm(layer(y))."""
-    if post_norm is None:
-        return project(y, layer, residual=x, dropout_p=dropout_p)
-    y = project(y, layer, dropout_p=dropout_p)
-    return post_norm(y, residual=x) if computes(post_norm, Norm.forward) else x + post_norm(y)
-
-
-@plain(weights=0)
+@plain(weights=1)
 class Attention(nn.Module):
     """x + out(attention(qkv(norm(x)))), where keys and values go through the cache."""
 
@@ -137,6 +62,7 @@ class Attention(nn.Module):
             Norm(config, config.head_dim * (1 if self.per_head else heads)) if config.qk_norm else None
             for heads in (config.num_heads, config.num_kv_heads)
         )
+        self.register_parameter("sinks", nn.Parameter(torch.zeros(config.num_heads)) if config.attention_sinks else None)
         self.out = new_layer(nn.Linear, config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
@@ -164,7 +90,10 @@ class Attention(nn.Module):
                 q, k = self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
         rotation = None if tables is None or self.rotation is None else tables[self.rotation]  # (positions, R/2) twice
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D) twice
-        y = cache.attend(self.layer, q, k, v, rotation, last_only=last_only, **self.options)  # (B, H, T or 1, D)
+        options = self.options
+        if (sinks := self._parameters["sinks"]) is not None:
+            options = {**options, "sinks": sinks if sinks.dtype is q.dtype else sinks.to(q.dtype)}
+        y = cache.attend(self.layer, q, k, v, rotation, last_only=last_only, **options)  # (B, H, T or 1, D)
         x = x[:, -1:] if last_only else x
         if y.dtype is not q.dtype:  # the cache was made under another state of autocast, and y has its dtype
             y = y.to(q.dtype)
@@ -199,27 +128,9 @@ class CrossAttention(nn.Module):
 
 
 @plain(weights=0)
-class MLP(nn.Module):
-    """residual + down(activation(up(norm(x)))); if gated, the weight of `up` is (2I, C): the rows of the gate, then those of up."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.dropout, self.activation, self.gated = config.dropout, config.activation, config.gated
-        up_size = config.intermediate_size * (2 if config.gated else 1)
-        self.up = new_layer(nn.Linear, config.hidden_size, up_size, bias=config.mlp_bias)
-        self.down = new_layer(nn.Linear, config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
-
-    def forward(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor) -> torch.Tensor:
-        """x, residual (B, T, C) -> (B, T, C)."""
-        y = project(x, self.up, norm, activation=self.activation, gated=self.gated)  # (B, T, C) -> (B, T, I)
-        return add(residual, y, self.down, self.post_norm, self.dropout if is_training(self) else 0.0)
-
-
-@plain(weights=0)
 class Block(nn.Module):
-    """Attention, cross-attention if the model has it, and an MLP, each with the norm before it, if there is one, and its
-    residual. In a parallel block the MLP reads what attention does, and may share its norm."""
+    """Attention, cross-attention if the model has it, and an MLP or a mixture of experts, each with the norm before it, if there
+    is one, and its residual. In a parallel block the MLP reads what attention does, and may share its norm."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -229,7 +140,7 @@ class Block(nn.Module):
         self.cross_attention_norm = stream_norm(config) if config.cross_attention and config.pre_norms else None
         self.cross_attention = CrossAttention(config, layer) if config.cross_attention else None
         self.mlp_norm = stream_norm(config) if config.pre_norms == 2 else None
-        self.mlp = MLP(config)
+        self.mlp = MoE(config) if config.has_experts(layer) else MLP(config)
 
     def forward(
         self,
@@ -286,8 +197,8 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            elif parameter.dim() == 2:
-                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            elif parameter.dim() > 1:
+                residual = name.endswith(("attention.out.weight", "mlp.down.weight", "mlp.down", "shared.down.weight"))
                 parameter.normal_(0.0, 0.02 / math.sqrt(additions) if residual else 0.02)
         huge_pages.collapse(self.parameters())
 

@@ -67,6 +67,10 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
 
     Raises: ValueError that begins with the setting's name, `lora` or `lora_targets`. Nothing has changed then.
     """
+    if model.config.num_experts is not None and {"up", "down"} & {*targets}:
+        raise ValueError(
+            f"lora_targets: expected qkv,out for a model with experts, whose matrices get no adapters, got {','.join(targets)}"
+        )
     layers = {
         name: layer
         for name, layer in model.blocks.named_modules()

@@ -463,6 +463,12 @@ ROUTE_IMPLEMENTATIONS = {
 }
 MOE_IMPLEMENTATIONS = {"cpp": _moe_cpp_refuses, "triton": _moe_triton_refuses, "reference": lambda *call: None}
 
+
+def moe_waits() -> str | None:
+    """Why a call of `moe` on a GPU cannot be captured in a CUDA graph, or None."""
+    return None if "triton" in MOE_IMPLEMENTATIONS else "how many rows each expert gets is read on the host"
+
+
 library.define(
     "route(Tensor logits, int top_k, bool sigmoid=False, Tensor? selection_bias=None, int num_groups=1, int top_groups=1, "
     "bool top2=False, bool normalize=False, float scale=1.0) -> (Tensor, Tensor)"

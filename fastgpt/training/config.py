@@ -49,6 +49,9 @@ class TrainConfig:
     warmup: int = setting(100, "steps of linear learning-rate warm-up")
     weight_decay: float = setting(0.1, "AdamW's weight decay, of matrices only")
     grad_clip: float = setting(1.0, "largest gradient norm; larger gradients are clipped to it")
+    balance_loss: float = setting(
+        0.0, "with --init-from a mixture of experts: weight of the loss that balances the experts' loads"
+    )
     eval_interval: int = setting(200, "steps between evaluations, each of which prints a sample and saves a checkpoint")
     eval_windows: int = setting(256, "held-out windows that are evaluated, at most")
     seed: int = setting(0, "seed of the initial weights, batches and dropout")
@@ -68,6 +71,7 @@ class TrainConfig:
             name: require_number(name, getattr(self, name), above=0) for name in ("learning_rate", "grad_clip", "lora_alpha")
         }
         checked["dropout"] = require_number("dropout", self.dropout, 0, below=1)
+        checked["balance_loss"] = require_number("balance_loss", self.balance_loss, 0)
         checked["weight_decay"] = require_number("weight_decay", self.weight_decay, 0)
         checked["seed"] = require_integer("seed", self.seed, 0, 2**31 - 1)
         require_choice("dtype", self.dtype, tuple(DTYPES))

@@ -3,6 +3,7 @@
 It runs in one process or, started by torchrun, in several that share each batch: fastgpt/training/processes.py.
 """
 
+import contextlib
 import copy
 import math
 import os
@@ -28,6 +29,7 @@ from fastgpt.generation.pipeline import pipeline
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.decoder import GPT
 from fastgpt.model.lora import add_adapters
+from fastgpt.model.moe import load_balancing_loss, recorded_router_logits
 from fastgpt.text.tokenizer import Tokenizer
 from fastgpt.training.config import DTYPES, FIXED_ON_RESUME, TrainConfig, model_config
 from fastgpt.training.corpus import summarize, tokenize
@@ -86,13 +88,16 @@ class Trainer:
         self.held_out = held_out.long()
         torch.manual_seed(config.seed)
         self.model = model or GPT(model_config(config, self.tokenizer.vocab_size))
+        if config.balance_loss and self.model.config.num_experts is None:
+            raise ValueError(f"balance_loss: expected 0 for a model without experts, got {config.balance_loss}")
         if config.lora:
             add_adapters(self.model, config.lora, config.lora_alpha, config.lora_targets.split(","))
         self.skeleton = skeleton(self.model) if processes.parallel == "fsdp" else None
         self.forward = processes.distribute(self.model, self.device)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in trained if parameter.dim() >= 2]
-        others = [parameter for parameter in trained if parameter.dim() < 2]
+        trained = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        # Biases of experts are matrices of a row for each.
+        matrices = [parameter for name, parameter in trained if parameter.dim() >= 2 and not name.endswith("_bias")]
+        others = [parameter for name, parameter in trained if parameter.dim() < 2 or name.endswith("_bias")]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": config.weight_decay},
@@ -138,6 +143,13 @@ class Trainer:
         dtype = DTYPES[self.config.dtype]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
+    def routed(self) -> contextlib.AbstractContextManager[list[torch.Tensor]]:
+        """Gives the routers' logits of a forward pass; none if they are not needed."""
+        return recorded_router_logits(self.model) if self.config.balance_loss else nullcontext([])
+
+    def _balance(self, router_logits: list[torch.Tensor]) -> torch.Tensor:
+        return self.config.balance_loss * load_balancing_loss(router_logits, self.model.config.experts_per_token)
+
     def train_step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step.
 
@@ -150,10 +162,11 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for i, (inputs, targets) in enumerate(self.micro_batches(), 1):
             with nullcontext() if i == self.accumulate else self.processes.accumulating(self.forward):
-                with self.autocast():
+                with self.autocast(), self.routed() as router_logits:
                     logits = self.forward(inputs)
                 loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) / self.accumulate
-                loss.backward()
+                balance = self._balance(router_logits) / self.accumulate if router_logits else 0.0
+                (loss + balance).backward()
             total += loss.detach() / self.processes.size
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()

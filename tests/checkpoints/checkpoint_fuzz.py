@@ -50,6 +50,9 @@ GPT_NEOX = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+QWEN_EXPERTS = {
+    "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True, "use_sliding_window": False,
+}  # fmt: skip
 CONFIGS = [
     {
         "model_type": "gpt2", "vocab_size": 33, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_inner": 24,
@@ -107,6 +110,21 @@ CONFIGS = [
             "position": "rotary", "rope": {"dim": 8, "kind": "linear", "factor": 2.0}, "windows": [4, None], "dropout": 0.1,
         },
     },
+    {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8} | LLAMA,
+    {
+        "model_type": "qwen2_moe", "num_experts": 3, "shared_expert_intermediate_size": 8, "decoder_sparse_step": 2,
+        "qkv_bias": True,
+    } | QWEN_EXPERTS | LLAMA | EQUAL,
+    {"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [0]} | QWEN_EXPERTS | LLAMA,
+    {
+        "model_type": "gpt_oss", "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8, "swiglu_limit": 7.0,
+        "swiglu_alpha": 1.702,
+    } | LLAMA | {"attention_bias": True},
+    {"model_type": "olmoe", "num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True, "clip_qkv": None} | LLAMA,
+    {
+        "model_type": "granitemoe", "num_local_experts": 3, "num_experts_per_tok": 1, "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22, "attention_multiplier": 0.25, "logits_scaling": 8.0,
+    } | LLAMA,
 ]  # fmt: skip
 NUMBERS = [
     0, 1, 2, 3, -1, 5, 7, 2**31 - 1, 2**31, 2**63, 2**80, 10**300, -(2**31), 0.0, -0.0, 0.5, 1.0, 1e-46, 1e-300, 1e38, 1e300,
@@ -365,7 +383,8 @@ def main(folder: Path, seed: int, configs: int, files: int) -> dict:
         (valid / "config.json").write_text(json.dumps(config))
     for i in range(files):
         damaged = folder / "damaged"
-        shutil.copytree(draw.choice((folders[0], folders[1], folders[2], folder / "sharded", *quantized)), damaged)
+        whole = [folders[0], folders[1], folders[2], *folders[-2:]]  # two of them with experts
+        shutil.copytree(draw.choice((*whole, folder / "sharded", *quantized)), damaged)
         kind = damage_files(damaged, draw)
         found, problem = outcome(damaged, kind)
         counts["files"][found] += 1

@@ -22,7 +22,7 @@ from fastgpt import GPT, decoding, generate, linear
 from fastgpt.generation.generate import stream
 from fastgpt.generation.replay import CpuReplay, CudaGraphReplay, Recording
 from fastgpt.generation.request import sessions
-from fastgpt.model.decoder import MLP
+from fastgpt.model.layers import MLP
 from fastgpt.model.rope import Rope, Tables
 from fastgpt.ops.linear import MAX_ROWS_CPU
 

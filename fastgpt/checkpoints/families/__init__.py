@@ -8,13 +8,16 @@ from fastgpt.checkpoints.families.gemma import GEMMA, GEMMA2, GEMMA3
 from fastgpt.checkpoints.families.glm4 import GLM4
 from fastgpt.checkpoints.families.gpt2 import GPT2
 from fastgpt.checkpoints.families.gpt_neox import GPT_NEOX
-from fastgpt.checkpoints.families.granite import GRANITE
+from fastgpt.checkpoints.families.gpt_oss import GPT_OSS
+from fastgpt.checkpoints.families.granite import GRANITE, GRANITE_MOE
 from fastgpt.checkpoints.families.llama import LLAMA, MISTRAL
-from fastgpt.checkpoints.families.olmo import OLMO2, OLMO3
+from fastgpt.checkpoints.families.mixtral import MIXTRAL
+from fastgpt.checkpoints.families.olmo import OLMO2, OLMO3, OLMOE
 from fastgpt.checkpoints.families.own import OWN
 from fastgpt.checkpoints.families.phi import PHI
 from fastgpt.checkpoints.families.phi3 import PHI3
 from fastgpt.checkpoints.families.qwen import QWEN2, QWEN3
+from fastgpt.checkpoints.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from fastgpt.checkpoints.families.smollm3 import SMOLLM3
 from fastgpt.checkpoints.families.stablelm import STABLELM
 from fastgpt.checkpoints.families.starcoder2 import STARCODER2
@@ -22,13 +25,16 @@ from fastgpt.checkpoints.families.starcoder2 import STARCODER2
 FAMILIES = {
     "gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "phi3": PHI3, "gemma": GEMMA,
     "gemma2": GEMMA2, "gemma3_text": GEMMA3, "starcoder2": STARCODER2, "stablelm": STABLELM, "granite": GRANITE, "olmo2": OLMO2,
-    "olmo3": OLMO3, "smollm3": SMOLLM3, "gpt_neox": GPT_NEOX, "phi": PHI, "glm4": GLM4, "cohere2": COHERE2, "fastgpt": OWN,
+    "olmo3": OLMO3, "smollm3": SMOLLM3, "gpt_neox": GPT_NEOX, "phi": PHI, "glm4": GLM4, "cohere2": COHERE2,
+    "mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE, "qwen3_moe": QWEN3_MOE, "gpt_oss": GPT_OSS, "olmoe": OLMOE,
+    "granitemoe": GRANITE_MOE, "fastgpt": OWN,
 }  # fmt: skip
 ARCHITECTURES = {  # what the names of transformers' classes begin with, and ours
     "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "gemma": "Gemma",
     "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "starcoder2": "Starcoder2", "stablelm": "StableLm", "granite": "Granite",
     "olmo2": "Olmo2", "olmo3": "Olmo3", "smollm3": "SmolLM3", "gpt_neox": "GPTNeoX", "phi": "Phi", "glm4": "Glm4",
-    "cohere2": "Cohere2", "fastgpt": "FastGPT",
+    "cohere2": "Cohere2", "mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "gpt_oss": "GptOss",
+    "olmoe": "Olmoe", "granitemoe": "GraniteMoe", "fastgpt": "FastGPT",
 }  # fmt: skip
 LANGUAGE_MODELS = {
     "gpt2": "GPT2LMHeadModel",

@@ -2,15 +2,32 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from fastgpt import schema
+from fastgpt.ops.quantized_weight import QuantizedWeight
 from fastgpt.schema import Field
 
 UNPREFIXED = ("output", "score", "classifier")  # modules of ours: the output matrix and the heads
+OF_EXPERTS = re.compile(
+    r"(?:model\.)?blocks\.(\d+)\.mlp\.(up|down)(_bias)?"
+)  # parameters of ours that hold those of all experts
+
+
+class Fused(NamedTuple):
+    """How a checkpoint's tensor with a first dimension of experts is that of each expert.
+
+    parts: the names of an expert's tensors, `{e}` for the expert, whose rows are one below the other in it.
+    transposed: the expert's matrices are stored (in, out).
+    interleaved: rows of the parts alternate.
+    """
+
+    parts: tuple[str, ...]
+    transposed: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,10 @@ class Family:
         with the entry's name on what does not fit together.
     config_to: GPTConfig -> config.json.
     names: the decoder's module -> the checkpoint's, or several whose rows are one below the other in ours; `{i}` is the layer.
+        Or a parameter of the decoder -> its whole name there.
+        blocks.{i}.mlp.experts.up and .down are what the decoder holds of all experts in one tensor; `{e}` is the expert.
+    fused: the checkpoint's names, with `{i}` and without prefix, of tensors that hold all experts -> what they are.
+    writes_fused: whether those are what the family's checkpoints have; False: they are read, too.
     transposed: the checkpoint's modules, without the layer, whose matrices are stored (in, out).
     prefix: what the checkpoint's names may start with or not, depending on who saved it. The output matrix and the heads
         never do.
@@ -38,15 +59,31 @@ class Family:
     prefix: str = "model."
     ignored: str = r"\.rotary_emb\.inv_freq$"
     qkv_order: Callable[[Any], torch.Tensor] | None = None
+    fused: Mapping[str, Fused] = field(default_factory=dict)
+    writes_fused: bool = False
 
     def config_from(self, config: dict) -> dict:
         """config.json -> GPTConfig's fields. Raises ValueError that begins with the name of an entry that is missing, wrong or
         of a variant that cannot be served."""
         return self.fields_from(schema.read(self.schema, config))
 
-    def checkpoint_names(self, parameter: str) -> tuple[list[str], bool]:
+    def checkpoint_names(self, parameter: str, experts: int | None = None) -> tuple[list[str], bool]:
         """The names in the checkpoint, with prefix, of a parameter of the decoder, or of a head that it is the `model` of; and
-        whether they are transposed. Of a layer that was loaded in parts, the last number in its name is the part's."""
+        whether they are transposed. Of a layer that was loaded in parts, the last number in its name is the part's.
+
+        experts: their number, of a decoder that has some. Names of one after the other are returned.
+        """
+        of_experts = OF_EXPERTS.fullmatch(parameter)
+        if of_experts is not None:
+            layer, matrix, bias = of_experts.groups()
+            stored_as = self.names[f"blocks.{{i}}.mlp.experts.{matrix}"]
+            theirs = (stored_as,) if isinstance(stored_as, str) else stored_as
+            kind = "bias" if bias else "weight"
+            return [f"{self.prefix}{name.format(i=layer, e=e)}.{kind}" for e in range(experts or 0) for name in theirs], False
+        whole = re.sub(r"\.\d+\.", ".{i}.", parameter.removeprefix("model."), count=1)
+        if whole in self.names:
+            layer = re.search(r"\.(\d+)\.", parameter)
+            return [self.prefix + str(self.names[whole]).format(i=layer[1] if layer else "")], False
         module, _, kind = parameter.removeprefix("model.").rpartition(".")
         module, part = re.fullmatch(r"(.*?)(?:\.(\d+))?", module).groups()  # type: ignore[union-attr]  # matches anything
         layer = re.search(r"\.(\d+)\.", module)
@@ -76,11 +113,26 @@ class Family:
         bare = {f"{self.names[module]}." for module in UNPREFIXED if module in self.names}
         return name if name.startswith((self.prefix, *bare)) else self.prefix + name
 
+    def fused_as(self, name: str) -> tuple[Fused, str] | None:
+        """What a stored tensor of all experts is, and the number of its layer; None for any other. name: with prefix."""
+        if not self.fused:
+            return None
+        bare = name.removeprefix(self.prefix)
+        layer = re.search(r"\.(\d{1,9})\.", bare)
+        fused = self.fused.get(re.sub(r"\.\d+\.", ".{i}.", bare, count=1))
+        return None if fused is None or layer is None else (fused, layer[1])
+
     @property
     def layer_pattern(self) -> str:
         """Of stored names of a layer's weights, with or without prefix; its group is the number of the layer."""
         first = str(self.names["blocks.{i}.attention.out"]).partition("{i}")[0]
         return f"^(?:{re.escape(self.prefix)})?{re.escape(first)}(\\d{{1,9}})\\."
+
+
+def as_rows(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter of the decoder with the rows of all experts one below the other, as those of a checkpoint's parts are."""
+    rows_first = OF_EXPERTS.fullmatch(name) is None or isinstance(parameter, QuantizedWeight)
+    return parameter if rows_first else parameter.flatten(0, 1)
 
 
 def adjacent_pairs(config: Any) -> torch.Tensor:

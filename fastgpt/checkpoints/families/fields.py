@@ -3,12 +3,13 @@
 from typing import Any
 
 from fastgpt.model.rope import MAX_POSITIONS
-from fastgpt.ops.linear import ACTIVATIONS
+from fastgpt.ops.moe import ACTIVATION_NUMBERS
 from fastgpt.schema import OMITTED, Field, choice, flag, integer, number, several, unsupported
 
 # Ranges of sizes. Numbers of elements and bytes of every matrix in them are integers of 64 bits.
 VOCABULARY, POSITIONS = integer(1, 2**31 - 1), integer(1, MAX_POSITIONS)
 LAYERS, HEADS_EACH, WIDTH, MLP_WIDTH = integer(0, 2**16), integer(1, 2**16), integer(1, 2**20), integer(1, 2**24)
+EXPERTS = integer(1, 2**12)  # of a layer, each of which has names of its own
 MAX_HEAD_DIM = 576  # of `fastgpt.attention`
 EPSILON: dict[str, Any] = {"least": 1e-30, "most": 1e6}  # a row of zeros has no norm without it
 SCALE: dict[str, Any] = {"least": 1e-6, "most": 1e6}  # of what a number is multiplied or capped with
@@ -40,11 +41,19 @@ DECODER_SCHEMA = {  # GPTConfig's fields
     "post_norms": flag(OMITTED),
     "parallel": flag(OMITTED),
     "residual_scale": number(OMITTED, **SCALE),
-    "activation": choice(ACTIVATIONS, OMITTED),
+    "activation": choice(ACTIVATION_NUMBERS, OMITTED),
     "gated": flag(OMITTED),
     "qkv_bias": flag(OMITTED),
     "out_bias": flag(OMITTED),
     "mlp_bias": flag(OMITTED),
+    "num_experts": maybe(EXPERTS),
+    "experts_per_token": maybe(EXPERTS),
+    "expert_size": maybe(MLP_WIDTH),
+    "shared_expert_size": maybe(MLP_WIDTH),
+    "shared_expert_gate": flag(OMITTED),
+    "moe_layers": several(flag(), OMITTED, optional=True),
+    "router_bias": flag(OMITTED),
+    "router_normalize": flag(OMITTED),
     "qk_norm": flag(OMITTED),
     "qk_norm_per_head": flag(OMITTED),
     "position": choice(("learned", "sinusoidal", "rotary", None), OMITTED),
@@ -54,6 +63,7 @@ DECODER_SCHEMA = {  # GPTConfig's fields
     "cross_attention": flag(OMITTED),
     "attention_scale": number(OMITTED, optional=True, **SCALE),
     "attention_softcap": number(OMITTED, optional=True, **SCALE),
+    "attention_sinks": flag(OMITTED),
     "logit_scale": number(OMITTED, **SCALE),
     "logit_softcap": number(OMITTED, optional=True, **SCALE),
     "embedding_scale": number(OMITTED, optional=True, **SCALE),

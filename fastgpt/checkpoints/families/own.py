@@ -12,7 +12,7 @@ from fastgpt.schema import mapping
 
 class _OwnNames(dict):
     def __missing__(self, module: str) -> str:
-        return module
+        return module.replace(".mlp.experts.", ".mlp.experts.{e}.")
 
 
 def _own_fields_from(config: dict) -> dict:
