@@ -119,7 +119,7 @@ GGUF_CONFIGS = {case: config for case, config in CONFIGS.items() if case not in 
         | dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16, num_hidden_layers=6)
         | dict(rope_parameters=dict(full_attention=LINEAR | dict(rope_theta=1e6), sliding_attention=LOCAL)),
     ),
-    "qwen2_moe, all layers": ("Qwen2Moe", COMMON | QWEN_EXPERTS | dict(shared_expert_intermediate_size=40)),
+    "qwen2_moe, all layers": ("Qwen2Moe", COMMON | QWEN_EXPERTS | dict(shared_expert_intermediate_size=96)),
     "qwen3_moe, all layers": ("Qwen3Moe", COMMON | QWEN_EXPERTS | dict(head_dim=32, norm_topk_prob=True)),
     "gemma2, scale of its heads": (
         "Gemma2",

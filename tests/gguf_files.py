@@ -116,6 +116,9 @@ def write(model, path, blocks=None, metadata=None, **options):
 def each_matrix(model):
     """Names and tensors of a model's state, of which the experts' are those that files have."""
     for name, weight in model.state_dict().items():
+        name = name.replace(".block_sparse_moe.experts.", ".mlp.experts.").replace(
+            "_moe.router.weight", "_moe.router.layer.weight"
+        )
         module, _, kind = name.rpartition(".")
         if kind == "sinks":
             name += ".weight"

@@ -54,7 +54,7 @@ def test_unquantized_models_of_every_family(case, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("case", ["llama, biases, tied", "gpt2", "gemma", "qwen3, yarn"])
+@pytest.mark.parametrize("case", ["llama, biases, tied", "gpt2", "gemma", "qwen3, yarn", "qwen2_moe, all layers"])
 def test_blocks_stay_as_they_are(case, kind, tmp_path):
     config = theirs(case).config
     wide = type(config)(**config.to_dict() | ({} if case == "gpt2" else {"intermediate_size": 128}))

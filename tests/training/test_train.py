@@ -11,6 +11,7 @@ from models import random_model
 from training_runs import TEXT, TINY, weights
 
 from fastgpt import GPT
+from fastgpt.model.moe import load_balancing_loss, recorded_router_logits
 from fastgpt.testing import numerics
 from fastgpt.text.tokenizer import Tokenizer
 from fastgpt.training.config import TrainConfig, model_config
@@ -247,3 +248,53 @@ def test_more_steps_go_on_at_the_rate_of_a_longer_run(tmp_path):
     assert Trainer.resume(tmp_path, TEXT).step == 12
     with pytest.raises(ValueError, match="steps: expected at least 12, .* got 11"):
         Trainer.resume(tmp_path, TEXT, steps=11)
+
+
+# Mixtures of experts
+
+
+def moe_trainer(**settings):
+    tokenizer = Tokenizer.from_corpus(TEXT)
+    model = random_model(
+        vocabulary=tokenizer.vocab_size, context=16, width=32, num_experts=4, experts_per_token=1, expert_size=16
+    )
+    return Trainer(TEXT, replace(TINY, context=16, steps=100, **settings), model=model, tokenizer=tokenizer)
+
+
+def test_a_balance_loss_balances_the_loads_of_experts():
+    def imbalance(trainer):
+        with torch.no_grad(), recorded_router_logits(trainer.model) as logits:
+            trainer.model(trainer.held_out[:176].view(-1, 16))
+        return load_balancing_loss(logits, 1).item()
+
+    found = []
+    for weight in (0.0, 1.0):
+        trainer = moe_trainer(balance_loss=weight, learning_rate=5e-3)
+        trainer.model.train()
+        with torch.no_grad():
+            for block in trainer.model.blocks:
+                block.mlp.router.weight[0] = 0.2 * block.mlp.router.weight[0].sign()
+        losses = [trainer.train_step()[0].item() for _ in range(30)]
+        assert losses[-1] < losses[0]
+        found.append(imbalance(trainer))
+    assert 1 <= found[1] < found[0]
+
+
+def test_a_balance_loss_is_of_the_logits_of_each_step():
+    trainer = moe_trainer(balance_loss=0.5)
+    trainer.model.train()
+    inputs, targets = next(trainer.micro_batches())
+    with recorded_router_logits(trainer.model) as logits:
+        loss = torch.nn.functional.cross_entropy(trainer.model(inputs).flatten(0, 1), targets.flatten())
+    (loss + 0.5 * load_balancing_loss(logits, 1)).backward()
+    gradients = [parameter.grad.clone() for parameter in trainer.model.parameters()]
+    reported, norm = trainer.train_step()
+    torch.testing.assert_close(reported, loss.detach())
+    torch.testing.assert_close(norm, torch.stack([x.norm() for x in gradients]).norm())
+
+
+def test_a_balance_loss_needs_experts():
+    with pytest.raises(ValueError, match="balance_loss: expected 0 for a model without experts, got 0.1"):
+        Trainer(TEXT, replace(TINY, balance_loss=0.1))
+    with pytest.raises(ValueError, match="balance_loss: expected a finite number >= 0, got -1"):
+        replace(TINY, balance_loss=-1)
