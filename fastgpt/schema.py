@@ -10,7 +10,7 @@ from typing import Any
 from fastgpt.checks import require_choice, require_flag, require_integer, require_number
 
 LARGEST_FILE = 64 << 20  # bytes of JSON that are read: the index of a model of a thousand files has less than one megabyte
-SHOWN = 300  # characters of an error about a value, which may be long
+SHOWN = 300  # characters of an error about a value, which may be long, as may be what was expected
 
 
 class _Absent:
@@ -137,7 +137,8 @@ def read(fields: Mapping[str, Field], values: Mapping, prefix: str = "", *, clos
                 raise ValueError(f"{prefix}{name}: expected one of the entries {', '.join(fields)}")
     except (TypeError, ValueError) as error:
         message = str(error)
-        raise ValueError(message if len(message) <= SHOWN else message[:SHOWN] + " ...") from None
+        shown = message if len(message) <= SHOWN else f"{message[: SHOWN // 2]} ... {message[-SHOWN // 2 :]}"
+        raise ValueError(shown) from None
     return result
 
 
@@ -147,33 +148,34 @@ def check_fields(instance: Any, fields: Mapping[str, Field], prefix: str = "") -
         object.__setattr__(instance, name, field.check(prefix + name, getattr(instance, name)))
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file.
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON object in a file, or the list if that is the kind.
 
     Raises: ValueError that begins with the path, see `parse_json`; OSError that names it where it cannot be read.
     """
     size = path.stat().st_size
     if size > LARGEST_FILE:
         raise ValueError(f"{path}: expected at most {LARGEST_FILE >> 20} MB of JSON, got {size >> 20} MB")
-    return parse_json(path.read_bytes(), path)
+    return parse_json(path.read_bytes(), path, kind)
 
 
-def parse_json(data: bytes, source: str | Path) -> dict:
-    """A JSON object. Stricter than the json module: in UTF-8, every key once, every number finite.
+def parse_json(data: bytes, source: str | Path, kind: type = dict) -> Any:
+    """A JSON object, or a list if that is the kind. Stricter than the json module: in UTF-8, every key once, every number finite.
 
     Raises: ValueError that begins with the source and says what is wrong.
     """
+    expected = {dict: "a JSON object", list: "a JSON list"}[kind]
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_int=_integer)
-        if not isinstance(value, dict):
+        if not isinstance(value, kind):
             raise ValueError(f"got a {type(value).__name__}")
         _require_finite(value)
     except _BadEntry as error:
         raise ValueError(f"{source}: {error}") from None
     except RecursionError:
-        raise ValueError(f"{source} is damaged: expected a JSON object (got one nested too deeply)") from None
+        raise ValueError(f"{source} is damaged: expected {expected} (got one nested too deeply)") from None
     except ValueError as error:
-        raise ValueError(f"{source} is damaged: expected a JSON object ({error})") from None
+        raise ValueError(f"{source} is damaged: expected {expected} ({error})") from None
     return value
 
 

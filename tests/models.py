@@ -5,7 +5,15 @@ from unittest import mock
 
 import torch
 
-from fastgpt import GPT, GPTConfig, attention_reference, attention_with_kv_cache_reference, linear_reference
+from fastgpt import (
+    GPT,
+    Encoder,
+    EncoderConfig,
+    GPTConfig,
+    attention_reference,
+    attention_with_kv_cache_reference,
+    linear_reference,
+)
 from fastgpt.cache import base, uncached
 from fastgpt.model import decoder, encoder_states, layers
 
@@ -29,7 +37,18 @@ def random_model(*, layers=2, heads=4, width=64, context=96, vocabulary=65, seed
     return model
 
 
-def random_ids(model: GPT, batch: int, tokens: int, seed=1) -> torch.Tensor:
+def random_encoder(*, layers=2, heads=4, width=64, context=96, vocabulary=65, seed=0, **fields) -> Encoder:
+    """In evaluation mode, with large weights as those of `random_model`; norms and biases count."""
+    torch.manual_seed(seed)
+    fields = {"token_types": 2, "masked_head": True, "norm_eps": 1e-5} | fields
+    model = Encoder(EncoderConfig(vocabulary, context, layers, heads, width, **fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def random_ids(model: GPT | Encoder, batch: int, tokens: int, seed=1) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 

@@ -27,7 +27,7 @@ class Uncached:
     """Takes the place of a KVCache in a forward pass without one: attention over the tokens of the pass.
 
     Args:
-        window: attention window in tokens, the token itself included; default: full attention.
+        window: attention window in tokens, the token itself included, on both sides if not causal; default: full attention.
         causal: False lets tokens attend to later ones as well, as in an encoder.
         lengths: (B,) int32, the number of tokens of each sequence; the columns past it are padding, which no token attends to.
             Default: T.
@@ -66,12 +66,20 @@ class Uncached:
         """Attention over k and v, rotated if there is a rotation. Arguments and result are those of `KVCache.attend`."""
         if rotation is not None:
             q, k, v = rotated(q, k, v, self.positions.expand(q.shape[0], -1), rotation)
-        return self.attend_rotated(layer, q[:, :, -1:] if last_only else q, k, v, **self.visible(window), **options)
+        visible = self.visible(window, last_only)
+        return self.attend_rotated(layer, q[:, :, -1:] if last_only else q, k, v, **visible, **options)
 
     def attend_rotated(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
         return attention(q, k, v, **options)  # type: ignore[return-value]  # without lse
 
-    def visible(self, window: int | None) -> dict:
-        """The arguments of `attention` that say which keys a query attends to. Causal attention never reaches padding on the right."""
-        lengths = None if self.causal else self.lengths
-        return {"causal": self.causal, "kv_lengths": lengths, "window": least(window, self.window)}
+    def visible(self, window: int | None, last_only: bool = False) -> dict:
+        """The arguments of `attention` that say which keys a query attends to. Causal attention never reaches padding on the right.
+        A window is on both sides of a token if it is not causal."""
+        window = least(window, self.window)
+        if self.causal:
+            return {"causal": True, "window": window}
+        options = {"causal": False, "kv_lengths": self.lengths}
+        if window is None or window >= self.length:
+            return options
+        near = (self.positions.unsqueeze(1) - self.positions).abs() < window  # (T, T)
+        return options | {"mask": near[-1:] if last_only else near}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastgpt.checks import require_path
 
-DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 
 
 def resolve(path: str | Path, revision: str | None = None, argument: str = "model") -> Path:

@@ -119,7 +119,7 @@ class Checkpoint:
 
     path: of the weights, for errors: a file, or the folder of several.
     config_path: of the file that says what `config` and `fields` do.
-    config: as config.json has it; fields: GPTConfig's.
+    config: as config.json has it; fields: GPTConfig's or EncoderConfig's.
     stored: the weights by their names with prefix.
     """
 
@@ -142,7 +142,7 @@ def load_weights(
     Names and shapes are compared with the headers of the files before memory is allocated.
 
     Args:
-        build: (GPTConfig's fields, config.json) -> the module; called on the meta device.
+        build: (the fields of its configuration, config.json) -> the module; called on the meta device.
         head: the module's, one of HEADS.
         dtype: of the weights; default: the one that most of the stored numbers have.
         weights: None: matrices as they are stored, quantized ones too if their blocks are served; "dequantized"; or how they
@@ -318,7 +318,7 @@ def _fill(
 
 def _is_matrix(layer: torch.nn.Module, name: str) -> bool:
     """Whether this parameter is one of the matrices that are read for a token: not a bias, the weight of a norm, a router or a
-    table of positions."""
+    table of positions or types."""
     if (of_experts := OF_EXPERTS.fullmatch(name)) is not None:
         return of_experts[3] is None
     return (
@@ -326,6 +326,7 @@ def _is_matrix(layer: torch.nn.Module, name: str) -> bool:
         and isinstance(layer, (torch.nn.Linear, torch.nn.Embedding))
         and "position_embedding" not in name
         and not name.endswith((".router.weight", ".shared_gate.weight"))  # small, and the choice of experts depends on them
+        and "type_embedding" not in name
     )
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from fastgpt import folders, schema
 from fastgpt.checkpoints import quantized_folders
-from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, architecture, family_of
+from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, architecture, family_of, without_head
 from fastgpt.checkpoints.families.family import Family, as_rows
 from fastgpt.checkpoints.files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, naming, read_json
 from fastgpt.checkpoints.generation_config import generation_config, read_generation_config
@@ -23,10 +23,12 @@ from fastgpt.folders import replacing
 from fastgpt.ops.quantized_weight import Packing, Quantization, QuantizedWeight
 
 
-def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, dict]:
-    """The family of a checkpoint, its config.json, and GPTConfig's fields for it.
+def read_config(folder: Path, head: str | None = None, encoder: bool | None = None) -> tuple[Family, dict, dict]:
+    """The family of a checkpoint, its config.json, and the fields of GPTConfig or EncoderConfig for it.
 
-    head: the head that it must have, one of HEADS; None: a language model.
+    Args:
+        head: the head that it must have, one of HEADS; None: a language model, or what is below one.
+        encoder: whether it must be an encoder; None: it may be one.
 
     Raises: FileNotFoundError; ValueError that names the file and the entry that is wrong.
     """
@@ -40,6 +42,9 @@ def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, di
     config = read_json(path)
     with naming(path):
         model_type = schema.read({"model_type": schema.choice(FAMILIES)}, config)["model_type"]
+        if encoder not in (None, FAMILIES[model_type].encoder):
+            expected, loader = ("an encoder", "GPT") if encoder else ("a decoder", "Encoder")
+            raise ValueError(f"model_type: expected {expected}, got {model_type!r}, which fastgpt.{loader} loads")
         _check_architectures(config, model_type, head)
         quantized_folders.scheme(config)
         plain = {name: value for name, value in config.items() if name != quantized_folders.ENTRY}
@@ -48,12 +53,13 @@ def read_config(folder: Path, head: str | None = None) -> tuple[Family, dict, di
 
 def _check_architectures(config: dict, model_type: str, head: str | None) -> None:
     entries = {"architectures": schema.several(schema.text(), (), optional=True)}
-    base = ARCHITECTURES[model_type] + "Model"  # without an output matrix: the token embedding is used
+    accepted = without_head(model_type)  # of a decoder without an output matrix, that is the token embedding
     for stored in schema.read(entries, config)["architectures"] or ():
-        if stored == architecture(model_type, head) or (stored == base and head is None):
+        if stored == architecture(model_type, head) or (stored in accepted and head is None):
             continue
         found = next((known for known in HEADS if stored == architecture(model_type, known)), None)
-        loader = "GPT" if stored == architecture(model_type) else None if found is None else HEADS[found]
+        own = "Encoder" if FAMILIES[model_type].encoder else "GPT"
+        loader = own if stored == architecture(model_type) else None if found is None else HEADS[found]
         raise ValueError(
             f"architectures: expected the architecture {architecture(model_type, head)}, got {stored}"
             + (f", which fastgpt.{loader} loads" if loader else "")
@@ -61,22 +67,22 @@ def _check_architectures(config: dict, model_type: str, head: str | None) -> Non
 
 
 def load(
-    folder: Path, build: Callable[[dict, dict], Any], head: str | None = None,
+    folder: Path, build: Callable[[dict, dict], Any], head: str | None = None, encoder: bool | None = None,
     *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | Quantization | None = None,
 ) -> Any:  # fmt: skip
-    """Loads the decoder or the model with a head in a checkpoint folder, in evaluation mode.
+    """Loads the decoder, the encoder or the model with a head in a checkpoint folder, in evaluation mode.
 
     Args:
-        head: as in `read_config`.
+        head, encoder: as in `read_config`.
         build, dtype, device, weights: as in `load_weights`.
 
     Raises: as `load_weights`; FileNotFoundError, OSError that names the file.
     """
-    return load_weights(_read(folder, head), build, head, dtype=dtype, device=device, weights=weights)
+    return load_weights(_read(folder, head, encoder), build, head, dtype=dtype, device=device, weights=weights)
 
 
-def _read(folder: Path, head: str | None) -> Checkpoint:
-    family, config, fields = read_config(folder, head)
+def _read(folder: Path, head: str | None, encoder: bool | None) -> Checkpoint:
+    family, config, fields = read_config(folder, head, encoder)
     defaults = {} if head else read_generation_config(folder)
     files = weight_files(folder)
     found, metadata = headers(files)
@@ -86,6 +92,9 @@ def _read(folder: Path, head: str | None) -> Checkpoint:
     stored = by_expert(_by_name(matrices, family), family, fields.get("num_experts"))
     tied = _settle_output(stored, family, fields, head)
     fields = fields | {"tie_embeddings": tied, "output_bias": fields.get("output_bias", False) and not tied}
+    if family.encoder:
+        _settle_bias(stored, family, tied)
+        fields |= _settle_parts(stored, family, fields, head)
     path = next(iter(files)) if len(files) == 1 else folder
     return Checkpoint(path, folder / CONFIG, family, config, fields, stored, defaults)
 
@@ -132,6 +141,34 @@ def _settle_output(stored: dict[str, Stored], family: Family, fields: dict, head
     return False
 
 
+def bias_names(family: Family) -> tuple[str, str]:
+    """What the bias of an encoder's logits is called: where the output matrix is tied to the token embedding, and where not."""
+    (tied,), (output,) = (family.checkpoint_names(name)[0] for name in ("head.bias", "output.weight"))
+    return tied, output.removesuffix("weight") + "bias"
+
+
+def _settle_bias(stored: dict[str, Stored], family: Family, tied: bool) -> None:
+    """Leaves the bias of an encoder's logits, of which files may have two, the one that transformers adds."""
+    name, name_of_untied = bias_names(family)
+    bias = stored.pop(name_of_untied, None) if name != name_of_untied else None
+    if bias is not None and (not tied or name not in stored):
+        stored[name] = bias
+
+
+def _settle_parts(stored: dict[str, Stored], family: Family, fields: dict, head: str | None) -> dict:
+    """Which of its two parts an encoder has: those in the files. A model with a head has neither, and does not read them."""
+    pooler, masked_head = (
+        family.weights_of("pooler.dense"),
+        family.weights_of("head", "head.transform.dense", "head.transform.norm"),
+    )
+    if head is None:
+        return {"pooler": not pooler.isdisjoint(stored), "masked_head": not masked_head.isdisjoint(stored)}
+    transforms = head == "ForSequenceClassification" or fields.get("pooler_activation", "tanh") is None
+    for name in (pooler | masked_head) - (family.weights_of("transform.dense", "transform.norm") if transforms else set()):
+        stored.pop(name, None)
+    return {"pooler": False, "masked_head": False}
+
+
 def contents(
     model: Any, head: str | None = None, entries: dict | None = None, dequantize: bool = False
 ) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
@@ -141,15 +178,16 @@ def contents(
     family = FAMILIES[name]
     kept = model.checkpoint_config if model.checkpoint_config.get("model_type") == name else {}
     config = {"model_type": name} | family.config_to(model.config)
-    if name != "fastgpt" or head is not None:
-        config["architectures"] = [architecture(name, head)]
+    if head is not None or name not in ("fastgpt", "fastgpt_encoder"):
+        is_base = head is None and family.encoder and not model.config.masked_head
+        config["architectures"] = [ARCHITECTURES[name] + "Model" if is_base else architecture(name, head)]
     config |= {key: value for key, value in kept.items() if key.endswith("_token_id")}
     config |= entries or {}
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     weights: dict[str, torch.Tensor] = {}
     packings: dict[str, Packing] = {}
     for parameter, weight in model.named_parameters():
-        if parameter.startswith("model.output."):  # of the language model to which a head was added
+        if parameter.startswith(("model.output.", "model.head.", "model.pooler.")):  # of the model to which a head was added
             continue
         owner, _, kind = parameter.rpartition(".")
         if kind in ("lora_A", "lora_B"):
@@ -168,6 +206,9 @@ def contents(
             weights[stored_as] = (part.t() if transposed else part).contiguous()
     if family.writes_fused and not packings:
         weights = joined(weights, family, model.config)
+    if "head.bias" in dict(model.named_parameters()) and model.output is not None:
+        name, name_of_untied = bias_names(family)
+        weights[name_of_untied] = weights[name].clone()
     if packings:
         config[quantized_folders.ENTRY] = {"quant_method": quantized_folders.OWN}
     return config, weights, {"format": "pt"} | quantized_folders.own_metadata(packings)

@@ -44,7 +44,7 @@ IMPLEMENTATIONS = {
     "cpu_replay": "its operations are recorded once, and called without Python at every step",
     "eager": "the model's modules are called from Python at every step",
 }
-TOKENIZER_FILES = (TOKENIZER, "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = (TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}  # types in safetensors files of what is served
 TOKENIZER_KEYS = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 

@@ -10,15 +10,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fastgpt.checkpoints import hub, transformers_format
+from fastgpt.checkpoints.families import FAMILIES
 from fastgpt.checks import require_integer, require_number
-from fastgpt.model.config import GPTConfig
+from fastgpt.model.config import EncoderConfig, GPTConfig
 from fastgpt.model.decoder import GPT
+from fastgpt.model.encoder import Encoder, Transform, initialize
 from fastgpt.model.evaluation_mode import is_training
-from fastgpt.model.inputs import as_lengths, as_prompts, require_ids
+from fastgpt.model.inputs import as_lengths, as_sequences, require_ids
 from fastgpt.model.layers import project
 from fastgpt.schema import integer, mapping, number, read
 
 MAX_LABELS = 1 << 16
+DROPOUT = number(None, least=0, below=1, optional=True)
 
 
 def labels_of(stored: dict | None) -> dict[int, str] | None:
@@ -42,6 +45,7 @@ class Classifier(nn.Module):
     """
 
     head: str  # one of fastgpt.checkpoints.families.HEADS
+    dropouts: tuple[str, ...]  # entries of config.json, of which the first that there is says the dropout
     schema = {  # entries of config.json, beyond those of the decoder
         "id2label": mapping(None, optional=True),
         "num_labels": integer(1, MAX_LABELS, 2),
@@ -49,7 +53,12 @@ class Classifier(nn.Module):
     }
 
     def __init__(
-        self, model: GPT, num_labels: int, *, id2label: Mapping[int, str] | None = None, pad_token_id: int | None = None
+        self,
+        model: GPT | Encoder,
+        num_labels: int,
+        *,
+        id2label: Mapping[int, str] | None = None,
+        pad_token_id: int | None = None,
     ) -> None:
         super().__init__()
         num_labels = require_integer("num_labels", num_labels, least=1, most=MAX_LABELS)
@@ -67,6 +76,16 @@ class Classifier(nn.Module):
             nn.init.zeros_(layer.bias)
         return layer
 
+    def new_transform(self) -> Transform:
+        """A layer before the classes of an encoder; it begins as the encoder's pooler, if that is such a layer."""
+        weight, config = self.model.token_embedding.weight, self.config
+        transform = Transform.of_classes(config)  # type: ignore[arg-type]  # which is an encoder's
+        initialize(transform)
+        pooler = self.model.pooler
+        if pooler is not None and pooler.activation == transform.activation:
+            transform.load_state_dict(pooler.state_dict())
+        return transform.to(device=weight.device, dtype=weight.dtype)
+
     @property
     def config(self) -> GPTConfig:
         return self.model.config
@@ -80,7 +99,7 @@ class Classifier(nn.Module):
         if not isinstance(ids, torch.Tensor):
             if lengths is not None:
                 raise ValueError("lengths: expected None for a list of sequences, which have their own")
-            sequences = as_prompts(self.model, ids)
+            sequences = as_sequences(self.model, ids)
             ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
             return ids, as_lengths("lengths", [len(sequence) for sequence in sequences], ids)
         require_ids(ids, self.model.first_weight.device)
@@ -90,6 +109,14 @@ class Classifier(nn.Module):
             return ids, None
         columns = torch.arange(1, ids.shape[1] + 1, dtype=torch.int32, device=ids.device)
         return ids, (columns * (ids != self.pad_token_id)).amax(1).clamp(min=1)
+
+    def types(self, ids: Any, token_types: torch.Tensor | None) -> dict:
+        """Arguments of `forward` -> those of `encode` beyond the ones of `batch`."""
+        if token_types is None:
+            return {}
+        if not self.config.is_encoder or not isinstance(ids, torch.Tensor):
+            raise ValueError("token_types: expected None, or ids (B, T) of an encoder with them, got token_types")
+        return {"token_types": token_types}
 
     @classmethod
     def from_pretrained(
@@ -116,24 +143,23 @@ class Classifier(nn.Module):
             settings = read(cls.schema, stored)
             labels = labels_of(settings["id2label"])
             count = settings["num_labels"] if labels is None else len(labels)
-            model = GPT(GPTConfig(**fields))
-            return cls(model, count, id2label=labels, pad_token_id=settings["pad_token_id"], **cls.settings(settings))
+            is_encoder = FAMILIES[stored["model_type"]].encoder
+            model = Encoder(EncoderConfig(**fields)) if is_encoder else GPT(GPTConfig(**fields))
+            dropout = next((settings[name] for name in cls.dropouts if settings[name] is not None), 0.1)
+            return cls(model, count, dropout=dropout, id2label=labels, pad_token_id=settings["pad_token_id"])
 
         return transformers_format.load(folder, build, cls.head, dtype=dtype, device=device)
 
-    @staticmethod
-    def settings(stored: dict) -> dict:
-        """Further arguments of the head's constructor, from config.json."""
-        return {}
-
     def entries(self) -> dict:
-        """Entries of config.json beyond those of the decoder."""
+        """Entries of config.json beyond those of the model."""
         kept = ("tie_word_embeddings", "problem_type")
-        return {key: self.checkpoint_config[key] for key in kept if key in self.checkpoint_config} | {
+        result = {key: self.checkpoint_config[key] for key in kept if key in self.checkpoint_config} | {
             "id2label": {str(label): name for label, name in self.id2label.items()},
             "label2id": {name: label for label, name in self.id2label.items()},
-            "pad_token_id": self.pad_token_id,
         }
+        if self.pad_token_id is not None or not self.config.is_encoder:  # whose configurations have an id in any case
+            result["pad_token_id"] = self.pad_token_id
+        return result
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into a folder, which is made if it is missing. transformers loads them,
@@ -142,42 +168,66 @@ class Classifier(nn.Module):
 
 
 class SequenceClassifier(Classifier):
-    """Classifies sequences: by the hidden state of the last token, or for an encoder by the mean over all tokens.
+    """Classifies sequences: a decoder's by the hidden state of the last token, a `GPT`'s that is not causal by the mean over all
+    tokens, an `Encoder`'s by what its config calls pooling, after a layer like its pooler.
 
     Args:
         model: the decoder or encoder whose hidden states are classified; it becomes a submodule.
         num_labels: number of classes; 1 for regression.
+        dropout: probability in training, on what the classes of an `Encoder` are computed from.
         id2label: names of the classes; default LABEL_0, LABEL_1, ...
         pad_token_id: the token id that tensors of ids are padded with; default: they are not padded.
     """
 
     head = "ForSequenceClassification"
+    dropouts = "classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob"
+    schema = Classifier.schema | dict.fromkeys(dropouts, DROPOUT)
 
-    def __init__(self, model: GPT, num_labels: int, **options) -> None:
+    def __init__(self, model: GPT | Encoder, num_labels: int, *, dropout: float = 0.0, **options) -> None:
         super().__init__(model, num_labels, **options)
-        self.score = self.new_layer(bias=False)
+        self.dropout = require_number("dropout", dropout, least=0, below=1)
+        self.transform = self.new_transform() if self.config.is_encoder else None
+        self.score = self.new_layer(bias=self.config.is_encoder)
 
-    def forward(self, ids: torch.Tensor | Sequence, lengths: torch.Tensor | Sequence[int] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        ids: torch.Tensor | Sequence,
+        lengths: torch.Tensor | Sequence[int] | None = None,
+        token_types: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Token ids -> logits (B, num_labels).
 
         Args:
             ids: a list of B sequences of any length; or a tensor (B, T) int64 or int32, padded on the right.
             lengths: (B,), a list or a tensor: the number of tokens of each row of a tensor. Default: up to the last token that
                 is not pad_token_id.
+            token_types: (B, T) integers, with a tensor of ids of an `Encoder` whose tokens have types. Default: 0.
 
         Raises: TypeError, ValueError as `GPT.forward`.
         """
+        types = self.types(ids, token_types)
         ids, lengths = self.batch(ids, lengths)
         if self.config.causal:
             hidden = self.model.hidden(ids, last_only=lengths is None)
             last = -1 if lengths is None else lengths.long() - 1
             return project(hidden[torch.arange(len(ids), device=ids.device), last], self.score, self.model.norm)
-        states = self.model.encode(ids, lengths)
-        if lengths is None:
-            return project(states.mean(1), self.score)
-        padding = torch.arange(ids.shape[1], device=ids.device) >= lengths.unsqueeze(1)
-        states = states.masked_fill(padding.unsqueeze(-1), 0.0)
-        return project(states.sum(1) / lengths.unsqueeze(1).to(states.dtype), self.score)
+        states = self.model.encode(ids, lengths, **types)
+        if self.transform is None:
+            return project(mean(states, lengths), self.score)
+        pooled = states[:, 0] if self.config.pooling == "first" else mean(states, lengths)
+        return project(F.dropout(self.transform(pooled), self.dropout, is_training(self)), self.score)
+
+    def entries(self) -> dict:
+        name = "seq_classif_dropout" if "seq_classif_dropout" in self.checkpoint_config else "classifier_dropout"
+        return super().entries() | ({name: self.dropout} if self.config.is_encoder else {})
+
+
+def mean(states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """The mean of the states (B, T, C) of the tokens of each sequence, without padding: (B, C)."""
+    if lengths is None:
+        return states.mean(1)
+    padding = torch.arange(states.shape[1], device=states.device) >= lengths.unsqueeze(1)
+    return states.masked_fill(padding.unsqueeze(-1), 0.0).sum(1) / lengths.unsqueeze(1).to(states.dtype)
 
 
 class TokenClassifier(Classifier):
@@ -192,32 +242,36 @@ class TokenClassifier(Classifier):
     """
 
     head = "ForTokenClassification"
-    schema = Classifier.schema | {
-        name: number(None, least=0, below=1, optional=True) for name in ("classifier_dropout", "hidden_dropout")
-    }
+    dropouts = "classifier_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout"
+    schema = Classifier.schema | dict.fromkeys(dropouts, DROPOUT)
 
-    def __init__(self, model: GPT, num_labels: int, *, dropout: float = 0.1, **options) -> None:
+    def __init__(self, model: GPT | Encoder, num_labels: int, *, dropout: float = 0.1, **options) -> None:
         super().__init__(model, num_labels, **options)
         self.dropout = require_number("dropout", dropout, least=0, below=1)
+        has_transform = self.config.is_encoder and self.config.pooler_activation is None
+        self.transform = self.new_transform() if has_transform else None
         self.classifier = self.new_layer(bias=True)
 
-    def forward(self, ids: torch.Tensor | Sequence, lengths: torch.Tensor | Sequence[int] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        ids: torch.Tensor | Sequence,
+        lengths: torch.Tensor | Sequence[int] | None = None,
+        token_types: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Token ids -> logits (B, T, num_labels); those of padding are meaningless.
 
         Args:
             ids: a list of B sequences of any length; or a tensor (B, T) int64 or int32, padded on the right.
             lengths: (B,), a list or a tensor: the number of tokens of each row of a tensor. Default: up to the last token that
                 is not pad_token_id.
+            token_types: (B, T) integers, with a tensor of ids of an `Encoder` whose tokens have types. Default: 0.
 
         Raises: TypeError, ValueError as `GPT.forward`.
         """
-        states = self.model.encode(*self.batch(ids, lengths))
+        types = self.types(ids, token_types)
+        states = self.model.encode(*self.batch(ids, lengths), **types)
+        states = states if self.transform is None else self.transform(states)
         return project(F.dropout(states, self.dropout, is_training(self)), self.classifier)
-
-    @staticmethod
-    def settings(stored: dict) -> dict:
-        rates = (stored[key] for key in ("classifier_dropout", "hidden_dropout"))
-        return {"dropout": next((rate for rate in rates if rate is not None), 0.1)}
 
     def entries(self) -> dict:
         return super().entries() | {"classifier_dropout": self.dropout}

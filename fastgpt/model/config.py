@@ -1,11 +1,12 @@
-"""The configuration of a decoder."""
+"""The configurations of a decoder and of an encoder."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from fastgpt import schema
-from fastgpt.checkpoints.families.fields import DECODER_SCHEMA, MAX_HEAD_DIM
+from fastgpt.checkpoints.families.fields import DECODER_SCHEMA, ENCODER_SCHEMA, MAX_HEAD_DIM
 from fastgpt.model.rope import Rope
 from fastgpt.ops.linear import ACTIVATIONS
 
@@ -52,7 +53,8 @@ class GPTConfig:
     local_rope: that of layers with a window, if it is another one.
     rope_layers: for each layer whether it has a rotary embedding; default: all have.
     windows: for each layer the size of its attention window in tokens, the token itself included, or None for full attention;
-        default: full attention in all layers.
+        default: full attention in all layers. If not causal, it is on both sides: window tokens up to the token itself, and as
+        many from there on.
     causal: False lets tokens attend to later ones as well, as in an encoder.
     cross_attention: each block also attends to a second sequence, such as the states of an encoder, between attention and MLP.
     attention_scale: factor on q·k; default 1 / sqrt(head_dim).
@@ -146,8 +148,6 @@ class GPTConfig:
         for name, of_layers in (("windows", self.windows), ("rope_layers", self.rope_layers), ("moe_layers", self.moe_layers)):
             if of_layers is not None and len(of_layers) != self.num_layers:
                 raise ValueError(f"{name}: expected {self.num_layers} entries, one for each layer, got {of_layers!r}")
-        if self.windows is not None and not self.causal:
-            raise ValueError(f"windows: expected None for a model that is not causal, got {self.windows!r}")
         if self.pre_norms == 1 and not self.parallel:
             raise ValueError("pre_norms: expected 2 or 0 for blocks that are not parallel, got 1")
         if self.parallel and self.cross_attention:
@@ -184,6 +184,11 @@ class GPTConfig:
         """Whether a layer has a mixture of experts in place of the MLP."""
         return self.num_experts is not None and (self.moe_layers is None or self.moe_layers[layer])
 
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it is an `EncoderConfig`."""
+        return isinstance(self, EncoderConfig)
+
     def window(self, layer: int) -> int | None:
         """The attention window of a layer, None for full attention."""
         return None if self.windows is None else self.windows[layer]
@@ -198,3 +203,61 @@ class GPTConfig:
         if self.rope is None or self.rope_layers is not None and not self.rope_layers[layer]:
             return None
         return slice(2, 4) if self.local_rope is not None and self.window(layer) is not None else slice(0, 2)
+
+
+@dataclass(frozen=True)
+class EncoderConfig(GPTConfig):
+    """The architecture and sizes of an `Encoder`. The defaults are BERT's. The fields of `GPTConfig` have the same meaning, unless
+    they are described here; those in `NOT_OF_ENCODERS` keep their defaults.
+
+    position: "learned" embeddings, "rotary", or None.
+    first_position: the position of a sequence's first token in the table of position embeddings, which has as many rows more.
+    token_types: number of kinds of tokens, such as those of a first and of a second sentence, that have an embedding; default:
+        tokens have no types.
+    embedding_norm: normalize the embeddings.
+    norm_first: normalize the input of each attention and MLP, and the output of the last block, as decoders do; except that of
+        the first attention with embedding_norm. False: normalize the residual stream after each addition.
+    pooler: whether it has a layer for the states of the first tokens: pooler_activation(dense(state)).
+    pooler_activation: "tanh" or "relu", of the pooler, and of the layer before the classes of sequences. None: before the
+        classes of sequences, and before those of tokens, is a layer like the masked head's.
+    pooling: what sequences are classified by: "first", the state of the first token, or "mean", that of all tokens.
+    masked_head: whether it has a masked-language head: output matrix · norm(head_activation(dense(state))) + bias.
+    head_activation: a name that `fastgpt.linear` takes.
+    head_bias: whether its dense layer has a bias.
+    vocabulary_bias: whether its logits have a bias.
+
+    Raises: TypeError, ValueError that begins with the field's name.
+    """
+
+    NOT_OF_ENCODERS: ClassVar[tuple[str, ...]] = (
+        "pre_norms", "post_norms", "parallel", "residual_scale", "cross_attention", "embedding_scale", "logit_scale",
+        "logit_softcap", "output_bias",
+    )  # fmt: skip
+
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    causal: bool = False
+    first_position: int = 0
+    token_types: int = 0
+    embedding_norm: bool = True
+    norm_first: bool = False
+    pooler: bool = False
+    pooler_activation: str | None = "tanh"
+    pooling: str = "first"
+    masked_head: bool = False
+    head_activation: str = "gelu"
+    head_bias: bool = True
+    vocabulary_bias: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        schema.check_fields(self, ENCODER_SCHEMA)
+        for name in self.NOT_OF_ENCODERS:
+            if getattr(self, name) != getattr(GPTConfig, name):
+                raise ValueError(f"{name}: expected {getattr(GPTConfig, name)!r} for an encoder, got {getattr(self, name)!r}")
+        if self.causal:
+            raise ValueError("causal: expected False for an encoder, got True")
+        if self.position == "sinusoidal":
+            raise ValueError("position: expected 'learned', 'rotary' or None for an encoder, got 'sinusoidal'")
+        if self.first_position and self.position != "learned":
+            raise ValueError(f"first_position: expected 0 without learned positions, got {self.first_position}")

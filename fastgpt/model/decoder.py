@@ -535,7 +535,7 @@ class GPT(nn.Module):
             model = gguf.load(path, build, dtype=dtype, device=device, weights=weights)
         else:
             folder = hub.resolve(path, revision)
-            model = transformers_format.load(folder, build, dtype=dtype, device=device, weights=weights)
+            model = transformers_format.load(folder, build, encoder=False, dtype=dtype, device=device, weights=weights)
         if lora is not None:
             apply_adapters(model, adapters.read(lora, model, path))
         return model

@@ -58,6 +58,11 @@ def require_room(name: str, tokens: int, config: GPTConfig) -> None:
 def as_prompts(model: Any, ids: Any) -> list[torch.Tensor]:
     """A tensor or array (B, T), or a list of prompts, as a list of 1-d int64 tensors. Raises TypeError, ValueError."""
     require_decoder(model)
+    return as_sequences(model, ids)
+
+
+def as_sequences(model: Any, ids: Any) -> list[torch.Tensor]:
+    """`as_prompts` for any model with a vocabulary."""
     device = next(model.parameters()).device
     if device.type == "meta":
         raise ValueError("model: expected weights on a device with data, got the meta device")

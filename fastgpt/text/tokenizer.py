@@ -73,7 +73,7 @@ class Tokenizer:
         """The tokenizer of a checkpoint folder in the format of transformers.
 
         The first of these that exists is read: `tokenizer.json`, `tokenizer.model` (of SentencePiece; needs the libraries
-        sentencepiece and protobuf), or `vocab.json` with `merges.txt`. There may also be:
+        sentencepiece and protobuf), `vocab.json` with `merges.txt`, or `vocab.txt` (WordPiece of BERT). There may also be:
 
         - `tokenizer_config.json`, which overrides `special_tokens_map.json` and `added_tokens.json`: added tokens, special
           tokens by name, chat templates and, for the older formats, whether a text is encoded with a bos or eos token;
@@ -93,10 +93,12 @@ class Tokenizer:
             older = vocabularies.sentencepiece, path
         elif find(folder, "vocab.json") is not None and find(folder, "merges.txt") is not None:
             older = vocabularies.byte_level, folder
+        elif (path := find(folder, "vocab.txt")) is not None:
+            older = vocabularies.wordpiece, path
         else:
             raise FileNotFoundError(
                 f"tokenizer: expected the file {folder / 'tokenizer.json'}, which does not exist; nor is there a "
-                f"tokenizer.model, or a vocab.json with a merges.txt"
+                f"tokenizer.model, a vocab.json with a merges.txt, or a vocab.txt"
             )
         try:
             if older is not None:

@@ -1,4 +1,5 @@
-"""Tokenizers in older formats than `tokenizer.json`: `vocab.json` with `merges.txt`, and SentencePiece's `tokenizer.model`.
+"""Tokenizers in older formats than `tokenizer.json`: `vocab.json` with `merges.txt`, SentencePiece's `tokenizer.model`, and BERT's
+`vocab.txt`.
 
 Each is converted to a tokenizer of the `tokenizers` library, so that everything else, including saving, works the same way.
 """
@@ -21,6 +22,7 @@ QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 GPT2_CLASSES = ("GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend", None)
 QWEN2_CLASSES = ("Qwen2Tokenizer",)
 END_OF_TEXT = "<|endoftext|>"  # the default special token of these classes
+WORDPIECE_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}  # BERT's
 
 
 def find(folder: Path, name: str | Path) -> Path | None:
@@ -162,6 +164,38 @@ def sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[
     result.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in user_defined])
     named = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
     return result, {name: model.pieces[index].piece for name, index in named.items() if 0 <= index < len(model.pieces)}
+
+
+def wordpiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """Reads a vocabulary of WordPiece, a token on each line, as BERT uses it, and its default special tokens.
+
+    Args:
+        config: tokenizer_config.json; do_lower_case, strip_accents, tokenize_chinese_chars and special tokens are used.
+
+    Raises: ValueError, which names the damaged file.
+    """
+    words = [line.rstrip("\r") for line in read_text(path).removesuffix("\n").split("\n")]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    if len(vocabulary) < len(words):
+        raise ValueError(f"tokenizer: {path} is damaged: expected distinct tokens, got {len(vocabulary)} in {len(words)} lines")
+    named = {name: config[name] if isinstance(config.get(name), str) else token for name, token in WORDPIECE_TOKENS.items()}
+    unknown, first, last = (named[f"{name}_token"] for name in ("unk", "cls", "sep"))
+    for token in (unknown, first, last):
+        if token not in vocabulary:
+            raise ValueError(f"tokenizer: {path} is damaged: expected the token {token} on one of its lines")
+    result = tokenizers.Tokenizer(models.WordPiece(vocab=vocabulary, unk_token=unknown))
+    strip_accents = config.get("strip_accents")
+    result.normalizer = normalizers.BertNormalizer(
+        lowercase=config.get("do_lower_case") is not False,
+        strip_accents=strip_accents if isinstance(strip_accents, bool) else None,
+        handle_chinese_chars=config.get("tokenize_chinese_chars") is not False,
+    )
+    result.pre_tokenizer, result.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    result.post_processor = processors.TemplateProcessing(
+        single=[first, "$A", last], pair=[first, "$A", last, "$B:1", f"{last}:1"],
+        special_tokens=[(token, vocabulary[token]) for token in dict.fromkeys((first, last))],
+    )  # fmt: skip
+    return result, {name: token for name, token in named.items() if token in vocabulary}
 
 
 def _merges(model) -> list[tuple[str, str]]:

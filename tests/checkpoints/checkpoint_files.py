@@ -6,11 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoint_fuzz import CONFIGS
+from checkpoint_fuzz import CONFIGS, new_model
 from safetensors.torch import load_file, save_file
-
-from fastgpt import GPT, GPTConfig
-from fastgpt.checkpoints.families import FAMILIES
 
 LLAMA = next(config for config in CONFIGS if config["model_type"] == "llama")
 
@@ -19,7 +16,7 @@ GPT2 = next(config for config in CONFIGS if config["model_type"] == "gpt2")
 
 def write(folder: Path, config: dict) -> Path:
     """A checkpoint with that config.json and random weights."""
-    GPT(GPTConfig(**FAMILIES[config["model_type"]].config_from(config))).save_pretrained(folder)
+    new_model(config).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 sys.path.append(str(Path(__file__).parents[1]))
 from quantized_folders import quantize_folder  # noqa: E402
 
-from fastgpt import GPT, GPTConfig, SequenceClassifier
+from fastgpt import GPT, Encoder, EncoderConfig, GPTConfig, SequenceClassifier
 from fastgpt.checkpoints.families import FAMILIES
 
 MEMORY = 1 << 30  # bytes beyond what the process has when it starts
@@ -52,6 +52,11 @@ GPT_NEOX = (
 )
 QWEN_EXPERTS = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True, "use_sliding_window": False,
+}  # fmt: skip
+BERT = {
+    "vocab_size": 33, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 32, "type_vocab_size": 2, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+    "layer_norm_eps": 1e-12, "position_embedding_type": "absolute", "is_decoder": False,
 }  # fmt: skip
 CONFIGS = [
     {
@@ -103,6 +108,24 @@ CONFIGS = [
     {
         "model_type": "cohere2", "logit_scale": 0.0625, "layer_norm_eps": 1e-5, "sliding_window": 8, "sliding_window_pattern": 2,
     } | LLAMA | EQUAL | {"tie_word_embeddings": True},
+    {"model_type": "bert", "architectures": ["BertForMaskedLM"]} | BERT,
+    {"model_type": "roberta", "pad_token_id": 1} | BERT,
+    {
+        "model_type": "distilbert", "vocab_size": 33, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "dropout": 0.1,
+        "max_position_embeddings": 32, "activation": "gelu", "sinusoidal_pos_embds": False,
+    },
+    {
+        "model_type": "modernbert", "global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "global_attn_every_n_layers": 2,
+        "local_attention": 8, "norm_eps": 1e-5, "classifier_pooling": "mean", "hidden_activation": "gelu", "decoder_bias": True,
+        "classifier_bias": False, "mlp_dropout": 0.1, "layer_types": ["full_attention", "sliding_attention"],
+    } | {name: LLAMA[name] for name in LLAMA if name in GPT_NEOX},
+    {
+        "model_type": "fastgpt_encoder",
+        "fields": {
+            "vocab_size": 33, "context_length": 32, "num_layers": 2, "num_heads": 2, "hidden_size": 16, "norm": "rms",
+            "position": "rotary", "rope": {"dim": 8}, "windows": [4, None], "token_types": 2, "norm_first": True,
+        },
+    },
     {
         "model_type": "fastgpt",
         "fields": {
@@ -145,6 +168,13 @@ NAMED = re.compile(
     r"model: \S+(config\.json: .*expected | is damaged: | (lacks|has unexpected|has misshapen) weights: |: (.*: )?expected )",
     re.DOTALL,
 )
+
+
+def new_model(config: dict) -> GPT | Encoder:
+    """A model with random weights; an encoder with a masked-language head."""
+    family = FAMILIES[config["model_type"]]
+    fields = family.config_from(config)
+    return Encoder(EncoderConfig(**fields, masked_head=True)) if family.encoder else GPT(GPTConfig(**fields))
 
 
 def containers(value) -> list:
@@ -306,10 +336,10 @@ def damage_files(folder: Path, draw: random.Random) -> str:
 
 
 @torch.inference_mode()
-def outcome(folder: Path, kind: str, head: bool = False) -> tuple[str, str | None]:
+def outcome(folder: Path, kind: str, head: bool = False, encoder: bool = False) -> tuple[str, str | None]:
     """What loading came to, and what is wrong with that, if anything is."""
     try:
-        model = (SequenceClassifier if head else GPT).from_pretrained(folder)
+        model = (SequenceClassifier if head else Encoder if encoder else GPT).from_pretrained(folder)
     except (ValueError, OSError) as error:
         names = isinstance(error, OSError) and str(folder) in str(error) or NAMED.match(str(error))
         return type(error).__name__, None if names else f"does not name what is wrong: {str(error)[:300]}"
@@ -319,7 +349,8 @@ def outcome(folder: Path, kind: str, head: bool = False) -> tuple[str, str | Non
         return "loaded", None
     tokens = min(5, model.config.context_length)
     try:
-        logits = model(torch.arange(tokens)[None] % model.config.vocab_size)
+        compute = model.encode if encoder and not model.config.masked_head else model
+        logits = compute(torch.arange(tokens)[None] % model.config.vocab_size)
     except Exception as error:
         return "loaded", f"cannot compute: {type(error).__name__}: {str(error)[:300]}"
     finite = bool(logits.isfinite().all()) or kind == "data byte"  # weights of any size may come of that
@@ -330,7 +361,7 @@ def write_valid(folder: Path) -> list[Path]:
     """A checkpoint of each of CONFIGS, and one in two files."""
     folders = []
     for i, config in enumerate(CONFIGS):
-        model = GPT(GPTConfig(**FAMILIES[config["model_type"]].config_from(config)))
+        model = new_model(config)
         folders.append(folder / f"valid{i}")
         model.save_pretrained(folders[-1])
         (folders[-1] / "config.json").write_text(json.dumps(config))
@@ -350,7 +381,7 @@ def write_quantized(folder: Path) -> list[Path]:
     folders = []
     for method, symmetric in (("gptq", True), ("awq", False), ("compressed-tensors", False), ("own", True)):
         folders.append(folder / method)
-        model = GPT(GPTConfig(**FAMILIES["llama"].config_from(wide)))
+        model = new_model(wide)
         model.save_pretrained(folders[-1])
         if method == "own":
             GPT.from_pretrained(folders[-1], weights="int4").save_pretrained(folders[-1])
@@ -365,17 +396,20 @@ def main(folder: Path, seed: int, configs: int, files: int) -> dict:
     folders, quantized = write_valid(folder), write_quantized(folder)
     all_folders = [*folders, *quantized]
     configurations = [*CONFIGS, *(json.loads((path / "config.json").read_text()) for path in quantized)]
-    for i, valid in enumerate([*all_folders, folder / "sharded"]):
-        found, problem = outcome(valid, "valid")
+    encoders = [FAMILIES[config["model_type"]].encoder for config in configurations]
+    for i, (valid, encoder) in enumerate(zip([*all_folders, folder / "sharded"], [*encoders, False])):
+        found, problem = outcome(valid, "valid", encoder=encoder)
         if found != "loaded" or problem:
             failures.append(f"valid checkpoint {i}: {found}, {problem}")
+    encoding = [valid for valid, encoder in zip(all_folders, encoders) if encoder]
+    with_experts = [valid for valid, config in zip(folders, CONFIGS) if "num_experts_per_tok" in config]
     used = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     for i in range(configs):
         at = i % len(configurations)
         text = damaged_config(configurations[at], draw)
         (all_folders[at] / "config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
-        found, problem = outcome(all_folders[at], "config", head=i % 7 == 0)
+        found, problem = outcome(all_folders[at], "config", head=i % 7 == 0, encoder=encoders[at])
         counts["configs"][found] += 1
         if problem:
             failures.append(f"config {i}: {problem}: {text[:2000]}")
@@ -383,10 +417,10 @@ def main(folder: Path, seed: int, configs: int, files: int) -> dict:
         (valid / "config.json").write_text(json.dumps(config))
     for i in range(files):
         damaged = folder / "damaged"
-        whole = [folders[0], folders[1], folders[2], *folders[-2:]]  # two of them with experts
-        shutil.copytree(draw.choice((*whole, folder / "sharded", *quantized)), damaged)
+        valid = draw.choice((*folders[:3], *with_experts, folder / "sharded", *quantized, *encoding))
+        shutil.copytree(valid, damaged)
         kind = damage_files(damaged, draw)
-        found, problem = outcome(damaged, kind)
+        found, problem = outcome(damaged, kind, encoder=valid in encoding)
         counts["files"][found] += 1
         if problem:
             failures.append(f"file {i}, {kind}: {problem}")

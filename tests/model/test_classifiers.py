@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from models import random_ids, random_model
+from models import random_encoder, random_ids, random_model
 
-from fastgpt import GPT, SequenceClassifier, TokenClassifier
+from fastgpt import GPT, Encoder, SequenceClassifier, TokenClassifier
 from fastgpt.testing import numerics
 
 transformers = pytest.importorskip("transformers")
@@ -19,6 +19,7 @@ COMMON = dict(
     vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=PAD,
 )  # fmt: skip
+ONE_KIND_OF_HEADS = {name: size for name, size in COMMON.items() if name != "num_key_value_heads"}
 GPT2 = dict(
     vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=None, pad_token_id=PAD
 )  # fmt: skip
@@ -32,8 +33,15 @@ CONFIGS = {
     "Gemma": COMMON | dict(num_labels=3, head_dim=16),
     "Gemma2": COMMON | dict(num_labels=3, head_dim=16, sliding_window=8),
     "Phi": COMMON | dict(num_labels=3),
-    "GPTNeoX": {name: size for name, size in COMMON.items() if name != "num_key_value_heads"} | dict(num_labels=3),
+    "GPTNeoX": ONE_KIND_OF_HEADS | dict(num_labels=3),
+    "Bert": ONE_KIND_OF_HEADS | dict(num_labels=3),
+    "Roberta": ONE_KIND_OF_HEADS | dict(num_labels=3, max_position_embeddings=PAD + 1 + 64),
+    "DistilBert": dict(
+        vocab_size=97, dim=64, hidden_dim=112, n_layers=2, n_heads=4, max_position_embeddings=64, pad_token_id=PAD, num_labels=3
+    ),
+    "ModernBert": ONE_KIND_OF_HEADS | dict(num_labels=3, local_attention=8, cls_token_id=None, sep_token_id=None),
 }
+ENCODERS = ("Bert", "Roberta", "DistilBert", "ModernBert")
 HEADS = {"ForSequenceClassification": SequenceClassifier, "ForTokenClassification": TokenClassifier}
 SEQUENCES = [random_ids(random_model(layers=1), 1, length, seed=length)[0].tolist() for length in (7, 30, 1, 19)]
 PADDED = torch.tensor([sequence + [PAD] * (30 - len(sequence)) for sequence in SEQUENCES])
@@ -63,6 +71,10 @@ def folders(tmp_path_factory):
     return write
 
 
+def their_logits(model, ids=PADDED):
+    return model(ids, attention_mask=(ids != PAD).long()).logits
+
+
 def of_tokens(logits):
     """Without those of padding, if they are of tokens: (tokens, num_labels)."""
     if logits.dim() == 2:
@@ -78,7 +90,7 @@ def test_logits(family, head, folders):
     low = theirs(family, head)
     oracle = type(low).from_pretrained(folders(family, head), dtype=torch.float64)
     with numerics.only_double_precision():
-        yardstick = numerics.simulate(lambda: of_tokens(oracle(PADDED).logits))
+        yardstick = numerics.simulate(lambda: of_tokens(their_logits(oracle)))
     lengths = [len(sequence) for sequence in SEQUENCES]
     for logits in (model(SEQUENCES), model(PADDED), model(PADDED, lengths), model(PADDED, torch.tensor(lengths))):
         numerics.check(of_tokens(logits), yardstick)
@@ -86,20 +98,21 @@ def test_logits(family, head, folders):
     assert model.id2label == low.config.id2label and model.pad_token_id == PAD and not model.training
     whole = torch.tensor(SEQUENCES[1:2])  # the one without padding
     with numerics.only_double_precision():
-        yardstick = numerics.simulate(lambda: oracle(whole).logits)
+        yardstick = numerics.simulate(lambda: their_logits(oracle, whole))
     numerics.check(model(whole), yardstick)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("head", HEADS)
-def test_logits_in_bfloat16(head, folders, tmp_path):
-    low = type(theirs("Phi3", head)).from_pretrained(folders("Phi3", head), dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", ["Phi3", *ENCODERS])
+def test_logits_in_bfloat16(family, head, folders, tmp_path):
+    low = type(theirs(family, head)).from_pretrained(folders(family, head), dtype=torch.bfloat16)
     low.save_pretrained(tmp_path)  # weights rounded to the dtype
     actual = of_tokens(HEADS[head].from_pretrained(tmp_path)(PADDED))
     assert actual.dtype == torch.bfloat16
     oracle = type(low).from_pretrained(tmp_path, dtype=torch.float64)
     with numerics.only_double_precision():
-        yardstick = numerics.simulate(lambda: of_tokens(oracle(PADDED).logits), arithmetic=torch.bfloat16)
+        yardstick = numerics.simulate(lambda: of_tokens(their_logits(oracle)), arithmetic=torch.bfloat16)
     numerics.check(actual, yardstick)
 
 
@@ -110,7 +123,7 @@ def test_transformers_reads_our_checkpoints(family, head, folders, tmp_path):
     model = HEADS[head].from_pretrained(folders(family, head))
     model.save_pretrained(tmp_path)
     again, before = type(theirs(family, head)).from_pretrained(tmp_path), theirs(family, head)
-    assert torch.equal(again(PADDED).logits, before(PADDED).logits)
+    assert torch.equal(their_logits(again), their_logits(before))
     for name in ("id2label", "label2id", "pad_token_id", "num_labels", "problem_type", "tie_word_embeddings"):
         assert getattr(again.config, name) == getattr(before.config, name), name
     ours = HEADS[head].from_pretrained(tmp_path)
@@ -124,6 +137,46 @@ def test_dropout_of_a_token_head_is_kept(folders, tmp_path):
     TokenClassifier(model.model, 5, dropout=0.4).save_pretrained(tmp_path)
     assert TokenClassifier.from_pretrained(tmp_path).dropout == 0.4
     assert transformers.GPT2ForTokenClassification.from_pretrained(tmp_path).dropout.p == 0.4
+    model.train()
+    assert not torch.equal(model(PADDED), model(PADDED))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
+def test_states_that_an_encoder_pools(head, tmp_path):
+    """ModernBERT by the mean of all tokens, and types of tokens of BERT."""
+    torch.manual_seed(0)
+    config = transformers.ModernBertConfig(**CONFIGS["ModernBert"], classifier_pooling="mean")
+    by_mean, types, mask = getattr(transformers, f"ModernBert{head}")(config), PADDED % 2, (PADDED != PAD).long()
+    for model, their_types, our_types in (
+        (by_mean, {}, {}),
+        (theirs("Bert", head), {"token_type_ids": types}, {"token_types": types}),
+    ):
+        model.eval().save_pretrained(tmp_path)
+        oracle = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+        with numerics.only_double_precision():
+            yardstick = numerics.simulate(lambda: of_tokens(oracle(PADDED, attention_mask=mask, **their_types).logits))
+        numerics.check(of_tokens(HEADS[head].from_pretrained(tmp_path)(PADDED, **our_types)), yardstick)
+
+
+def test_a_classifier_begins_with_the_pooler(tmp_path):
+    encoder = random_encoder(pooler=True)
+    model = SequenceClassifier(encoder, 3)
+    assert torch.equal(model.transform.dense.weight, encoder.pooler.dense.weight)
+    model.save_pretrained(tmp_path)  # as BERT, which has it once
+    again = SequenceClassifier.from_pretrained(tmp_path)
+    assert again.model.pooler is None and torch.equal(again(SEQUENCES), model.eval()(SEQUENCES))
+    assert type(encoder) is Encoder and encoder(torch.ones(1, 3).long()).shape == (1, 3, 65)
+
+
+@pytest.mark.parametrize("name", ["Bert", "DistilBert"])
+def test_dropout_of_a_sequence_head_is_kept(name, folders, tmp_path):
+    model = SequenceClassifier.from_pretrained(folders(name, "ForSequenceClassification"))
+    assert model.dropout == (0.2 if name == "DistilBert" else 0.1)  # transformers' defaults
+    model.dropout = 0.4
+    model.save_pretrained(tmp_path)
+    assert SequenceClassifier.from_pretrained(tmp_path).dropout == 0.4
+    assert getattr(transformers, f"{name}ForSequenceClassification").from_pretrained(tmp_path).dropout.p == 0.4
     model.train()
     assert not torch.equal(model(PADDED), model(PADDED))
 
@@ -143,10 +196,16 @@ def test_a_language_model_gets_a_head(head, tied, tmp_path):
     assert language_model(PADDED[:, :1] % 65).shape == (4, 1, 65)  # which is one as before
 
 
-@pytest.mark.parametrize("causal", [True, False])
+BODIES = [
+    lambda: random_model(), lambda: random_model(causal=False), lambda: random_encoder(token_types=0, masked_head=False),
+    lambda: random_encoder(token_types=0, masked_head=False, norm_first=True, pooler_activation=None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BODIES, ids=["causal", "not causal", "bert", "modernbert"])
 @pytest.mark.parametrize("head", HEADS)
-def test_gradients_reach_every_weight(head, causal):
-    model = HEADS[head](random_model(causal=causal), 3).train()
+def test_gradients_reach_every_weight(head, body):
+    model = HEADS[head](body(), 3).train()
     logits = model(SEQUENCES)
     targets = torch.randint(3, logits.shape[:-1], generator=torch.Generator().manual_seed(0))
     torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten()).backward()
@@ -239,6 +298,16 @@ BAD = [
     (lambda: TokenClassifier(random_model(), 2)([[1], []]), ValueError, "ids: expected .* each of at least one token"),
     (lambda: TokenClassifier(random_model(), 2)([[1, 65]]), ValueError, "ids: expected token ids from 0 to 64, got 65"),
     (lambda: TokenClassifier(random_model(), 2)([[1] * 97]), ValueError, "ids: expected at most 96 tokens"),
+    (
+        lambda: SequenceClassifier(random_model(), 2)(torch.ones(1, 2).long(), token_types=torch.ones(1, 2).long()),
+        ValueError,
+        "token_types: expected None, or",
+    ),
+    (
+        lambda: TokenClassifier(random_encoder(), 2)([[1, 2]], token_types=torch.ones(1, 2).long()),
+        ValueError,
+        "token_types: expected None, or ids",
+    ),
     (lambda: SequenceClassifier(random_model(), 2)([[1]], [1]), ValueError, "lengths: expected None for a list of sequences"),
     (lambda: SequenceClassifier(random_model(), 2)(torch.ones(2, 3).long(), [0, 3]), ValueError, "lengths: expected 2 lengths"),
 ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import random_ids, random_model
 
-from fastgpt import GPTConfig, generate
+from fastgpt import generate
 from fastgpt.generation.generate import stream
 from fastgpt.model.rope import Rope
 from fastgpt.testing import numerics
@@ -40,6 +40,22 @@ def test_each_token_sees_all_others(fields):
             changed[0, j] = (changed[0, j] + 1) % 65
             reached = ((model.encode(changed) - before).abs().amax(-1) > 1e-3)[0].tolist()
             assert reached == [not model.config.causal or i >= j for i in range(6)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", POSITIONS, ids=lambda fields: str(fields["position"]))
+def test_a_window_is_on_both_sides(fields):
+    """A change of a token reaches those within its window in one layer, and as far again in the next."""
+    model = encoder(layers=2, windows=(3, 2), **fields)
+    ids = random_ids(model, 1, 9)
+    before = model.encode(ids)
+    for j in range(9):
+        changed = ids.clone()
+        changed[0, j] = (changed[0, j] + 1) % 65
+        reached = ((model.encode(changed) - before).abs().amax(-1) > 1e-3)[0].tolist()
+        assert reached == [abs(i - j) <= 3 for i in range(9)]
+    padded, last = model.encode(torch.cat([ids, ids], 1), [9])[:, :9], model.hidden(ids, last_only=True)
+    numerics.check((padded, last), lambda: (model.double().encode(ids), model.double().hidden(ids)[:, -1:]))
 
 
 @torch.no_grad()
@@ -96,7 +112,6 @@ BAD = [
     (lambda model, ids: model(ids, lengths=[3]), r"lengths: expected 2 lengths from 1 to 5 .*, got shape \(1,\)"),
     (lambda model, ids: model(ids, lengths=[0, 3]), r"lengths: expected 2 lengths from 1 to 5 .*, got \[0, 3\]"),
     (lambda model, ids: model(ids, lengths=[3, 6]), r"lengths: expected 2 lengths from 1 to 5 .*, got \[3, 6\]"),
-    (lambda model, ids: GPTConfig(9, 9, 1, 1, 8, causal=False, windows=(4,)), r"windows: expected None .* causal, got \(4,\)"),
     (lambda model, ids: random_model()(ids, random_model().new_cache(2), lengths=[1, 2]), "lengths.*: expected None with"),
 ]
 

@@ -107,6 +107,59 @@ def test_gpt2_as_it_was_published(tmp_path):
     assert ours.encode("a<|endoftext|>b")[1] == len(vocabulary) - 1 and ours.decode(ours.encode("a<|endoftext|>b")) == "ab"
 
 
+WORDPIECE = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "the",
+    "dog",
+    "The",
+    "to",
+    "##ken",
+    "##ing",
+    ".",
+    "'",
+    "s",
+    "4",
+    "##2",
+    "日",
+    "e",
+    "é",
+]
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_wordpiece_gives_the_ids_of_transformers(lower, tmp_path):
+    (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in WORDPIECE))
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower}
+    write_json(tmp_path, {"tokenizer_config": config, "config": {"model_type": "bert"}})
+    ours = Tokenizer.from_folder(tmp_path)
+    assert ours.special_tokens["mask_token"] == "[MASK]" and ours.encode("The [MASK]")[0] == 2
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*random_texts(100), "The [MASK] é", "[CLS]the[SEP]dog", "日日"]:
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+    assert ours.decode(ours.encode("the dog's token.")) == theirs.decode(
+        theirs("the dog's token.")["input_ids"], skip_special_tokens=True
+    )
+    assert ours.backend.encode("the", "dog").type_ids == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a\n" * 2, "expected distinct tokens, got 1 in 2 lines"),
+        ("a\nb\n", r"expected the token \[UNK\] on one of its lines"),
+        (b"\xff", "expected text in UTF-8"),
+    ],
+)
+def test_damaged_wordpiece_is_named(content, message, tmp_path):
+    (tmp_path / "vocab.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"^tokenizer: .*vocab.txt is damaged: {message}"):
+        Tokenizer.from_folder(tmp_path)
+
+
 # Special tokens of other files
 
 

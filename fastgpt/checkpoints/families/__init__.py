@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fastgpt.checkpoints.families.bert import BERT, DISTILBERT, ROBERTA
 from fastgpt.checkpoints.families.cohere2 import COHERE2
 from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.families.gemma import GEMMA, GEMMA2, GEMMA3
@@ -12,8 +13,9 @@ from fastgpt.checkpoints.families.gpt_oss import GPT_OSS
 from fastgpt.checkpoints.families.granite import GRANITE, GRANITE_MOE
 from fastgpt.checkpoints.families.llama import LLAMA, MISTRAL
 from fastgpt.checkpoints.families.mixtral import MIXTRAL
+from fastgpt.checkpoints.families.modernbert import MODERNBERT
 from fastgpt.checkpoints.families.olmo import OLMO2, OLMO3, OLMOE
-from fastgpt.checkpoints.families.own import OWN
+from fastgpt.checkpoints.families.own import OWN, OWN_ENCODER
 from fastgpt.checkpoints.families.phi import PHI
 from fastgpt.checkpoints.families.phi3 import PHI3
 from fastgpt.checkpoints.families.qwen import QWEN2, QWEN3
@@ -27,14 +29,16 @@ FAMILIES = {
     "gemma2": GEMMA2, "gemma3_text": GEMMA3, "starcoder2": STARCODER2, "stablelm": STABLELM, "granite": GRANITE, "olmo2": OLMO2,
     "olmo3": OLMO3, "smollm3": SMOLLM3, "gpt_neox": GPT_NEOX, "phi": PHI, "glm4": GLM4, "cohere2": COHERE2,
     "mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE, "qwen3_moe": QWEN3_MOE, "gpt_oss": GPT_OSS, "olmoe": OLMOE,
-    "granitemoe": GRANITE_MOE, "fastgpt": OWN,
+    "granitemoe": GRANITE_MOE, "bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA, "distilbert": DISTILBERT,
+    "modernbert": MODERNBERT, "fastgpt": OWN, "fastgpt_encoder": OWN_ENCODER,
 }  # fmt: skip
 ARCHITECTURES = {  # what the names of transformers' classes begin with, and ours
     "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "gemma": "Gemma",
     "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "starcoder2": "Starcoder2", "stablelm": "StableLm", "granite": "Granite",
     "olmo2": "Olmo2", "olmo3": "Olmo3", "smollm3": "SmolLM3", "gpt_neox": "GPTNeoX", "phi": "Phi", "glm4": "Glm4",
     "cohere2": "Cohere2", "mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "gpt_oss": "GptOss",
-    "olmoe": "Olmoe", "granitemoe": "GraniteMoe", "fastgpt": "FastGPT",
+    "olmoe": "Olmoe", "granitemoe": "GraniteMoe", "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta",
+    "distilbert": "DistilBert", "modernbert": "ModernBert", "fastgpt": "FastGPT", "fastgpt_encoder": "FastGPTEncoder",
 }  # fmt: skip
 LANGUAGE_MODELS = {
     "gpt2": "GPT2LMHeadModel",
@@ -50,11 +54,17 @@ def architecture(family: str, head: str | None = None) -> str:
     """The name of the class with one of HEADS, or with none: a language model."""
     if head is None and family in LANGUAGE_MODELS:
         return LANGUAGE_MODELS[family]
-    return ARCHITECTURES[family] + (head or "ForCausalLM")
+    return ARCHITECTURES[family] + (head or ("ForMaskedLM" if FAMILIES[family].encoder else "ForCausalLM"))
+
+
+def without_head(family: str) -> tuple[str, ...]:
+    """The names of classes without a head that is one of HEADS: language models, and what is below them."""
+    further = ("ForPreTraining",) if FAMILIES[family].encoder else ()
+    return architecture(family), *(ARCHITECTURES[family] + end for end in ("Model", *further))
 
 
 def family_of(config: Any, preferred: str | None = None) -> str:
-    """The name of the first family, `preferred` before all others, whose config.json can say all that a GPTConfig does."""
+    """The name of the first family, `preferred` before all others, whose config.json can say all that a configuration does."""
     names = list(FAMILIES)
     if preferred in FAMILIES:
         names.insert(0, preferred)
@@ -62,7 +72,12 @@ def family_of(config: Any, preferred: str | None = None) -> str:
 
 
 def _can_hold(family: Family, config: Any) -> bool:
+    if family.encoder != config.is_encoder:
+        return False
+    parts = {}  # which the files say, not config.json
+    if family.encoder:
+        parts = {"pooler": config.pooler and "pooler.dense" in family.names, "masked_head": config.masked_head}
     try:
-        return type(config)(**family.config_from(family.config_to(config))) == config
+        return type(config)(**family.config_from(family.config_to(config)) | parts) == config
     except ValueError:
         return False

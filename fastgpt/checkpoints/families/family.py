@@ -1,4 +1,4 @@
-"""One checkpoint family: how a folder that transformers writes maps to GPTConfig and to the decoder's weights."""
+"""One checkpoint family: how a folder that transformers writes maps to GPTConfig or EncoderConfig, and to a model's weights."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -11,10 +11,8 @@ from fastgpt import schema
 from fastgpt.ops.quantized_weight import QuantizedWeight
 from fastgpt.schema import Field
 
-UNPREFIXED = ("output", "score", "classifier")  # modules of ours: the output matrix and the heads
-OF_EXPERTS = re.compile(
-    r"(?:model\.)?blocks\.(\d+)\.mlp\.(up|down)(_bias)?"
-)  # parameters of ours that hold those of all experts
+UNPREFIXED = ("output", "head", "transform", "score", "classifier")  # modules of ours: the output matrix and the heads
+OF_EXPERTS = re.compile(r"(?:model\.)?blocks\.(\d+)\.mlp\.(up|down)(_bias)?")  # parameters of ours with those of all experts
 
 
 class Fused(NamedTuple):
@@ -32,7 +30,7 @@ class Fused(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """One checkpoint family.
+    """One checkpoint family, of decoders, or of encoders.
 
     schema: what its config.json may say.
     fields_from: config.json, checked by the schema and with its defaults -> GPTConfig's fields; raises ValueError that begins
@@ -49,6 +47,8 @@ class Family:
     ignored: a pattern of names that carry no weight.
     qkv_order: GPTConfig -> where the decoder's rows of queries, keys and values are in the checkpoint, (N,) int64: in our order,
         heads are one below the other, those of queries first, and rotary pairs are (n, n + dim/2). None: that order.
+    encoder: whether it is one of encoders, `fastgpt.Encoder`, whose configuration is an EncoderConfig.
+    renamed: patterns of names of earlier versions -> what to put there instead.
     """
 
     schema: Mapping[str, Field]
@@ -61,10 +61,12 @@ class Family:
     qkv_order: Callable[[Any], torch.Tensor] | None = None
     fused: Mapping[str, Fused] = field(default_factory=dict)
     writes_fused: bool = False
+    encoder: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def config_from(self, config: dict) -> dict:
-        """config.json -> GPTConfig's fields. Raises ValueError that begins with the name of an entry that is missing, wrong or
-        of a variant that cannot be served."""
+        """config.json -> the fields of GPTConfig or EncoderConfig. Raises ValueError that begins with the name of an entry that is
+        missing, wrong or of a variant that cannot be served."""
         return self.fields_from(schema.read(self.schema, config))
 
     def checkpoint_names(self, parameter: str, experts: int | None = None) -> tuple[list[str], bool]:
@@ -90,9 +92,14 @@ class Family:
         stored_as = self.names[re.sub(r"\.\d+\.", ".{i}.", module, count=1)]
         theirs = (stored_as,) if isinstance(stored_as, str) else stored_as
         theirs = theirs if part is None else theirs[int(part) :][:1]
-        prefix = "" if module in UNPREFIXED else self.prefix
+        prefix = "" if module.partition(".")[0] in UNPREFIXED else self.prefix
         names = [f"{prefix}{name.format(i=layer[1] if layer else '')}.{kind}" for name in theirs]
         return names, kind == "weight" and theirs[0] in self.transposed
+
+    def weights_of(self, *modules: str) -> set[str]:
+        """The names in the checkpoint, with prefix, of weights and biases of modules, as far as the family has these."""
+        names = (f"{module}.{kind}" for module in modules if module in self.names for kind in ("weight", "bias"))
+        return {theirs for name in names for theirs in self.checkpoint_names(name)[0]}
 
     def row_order(self, parameter: str, config: Any) -> torch.Tensor | None:
         """Where the rows of a parameter of the decoder are among those of `checkpoint_names`, (N,) int64; None: in their places."""
@@ -110,7 +117,9 @@ class Family:
         """A stored name as it is with the prefix, or None if it carries no weight."""
         if re.search(self.ignored, name):
             return None
-        bare = {f"{self.names[module]}." for module in UNPREFIXED if module in self.names}
+        for pattern, new in self.renamed.items():
+            name = re.sub(pattern, new, name)
+        bare = {f"{theirs}." for module, theirs in self.names.items() if module.partition(".")[0] in UNPREFIXED}
         return name if name.startswith((self.prefix, *bare)) else self.prefix + name
 
     def fused_as(self, name: str) -> tuple[Fused, str] | None:

@@ -70,6 +70,19 @@ DECODER_SCHEMA = {  # GPTConfig's fields
     "tie_embeddings": flag(OMITTED),
     "output_bias": flag(OMITTED),
 }
+ENCODER_SCHEMA = {  # EncoderConfig's, beyond them
+    "first_position": integer(0, 2**20, OMITTED),
+    "token_types": integer(0, 2**20, OMITTED),
+    "embedding_norm": flag(OMITTED),
+    "norm_first": flag(OMITTED),
+    "pooler": flag(OMITTED),
+    "pooler_activation": choice(("tanh", "relu", None), OMITTED),
+    "pooling": choice(("first", "mean"), OMITTED),
+    "masked_head": flag(OMITTED),
+    "head_activation": choice(ACTIVATIONS, OMITTED),
+    "head_bias": flag(OMITTED),
+    "vocabulary_bias": flag(OMITTED),
+}
 
 # What changes results where it is said, in any family but those that override it.
 NOT_SUPPORTED = {
