@@ -62,7 +62,8 @@ from fastgpt.ops.norm import norm, norm_reference
 from fastgpt.ops.quantized_weight import Quantization, QuantizedWeight, quantize
 
 if TYPE_CHECKING:  # at run time in __getattr__, since it loads tokenizers
-    from fastgpt.generation.pipeline import pipeline
+    from fastgpt.encoding.pipeline import embed
+    from fastgpt.pipelines import pipeline
 
 startup.unwatch()
 
@@ -91,6 +92,7 @@ __all__ = [
     "attention_with_kv_cache_reference",
     "build_info",
     "decoding",
+    "embed",
     "explain",
     "generate",
     "generate_each",
@@ -116,7 +118,11 @@ __all__ = [
 
 def __getattr__(name: str):
     if name == "pipeline":
-        from fastgpt.generation.pipeline import pipeline
+        from fastgpt.pipelines import pipeline
 
         return pipeline
+    if name == "embed":
+        from fastgpt.encoding.pipeline import embed
+
+        return embed
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

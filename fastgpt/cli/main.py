@@ -17,6 +17,8 @@ from fastgpt.model.inputs import PromptTooLong
 COMMANDS = {  # a module beside this one each
     "generate": "continue a prompt",
     "chat": "have a conversation with a chat model",
+    "embed": "embed sentences by an encoder",
+    "fill": "fill the masks of a text by an encoder",
     "inspect": "show the tokens of a prompt and the predictions for the next one",
     "quantize": "write a model with matrices of 8 or 4 bits, as a folder or a GGUF file",
     "train": "train a model on a text file",

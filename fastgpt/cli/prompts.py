@@ -14,17 +14,19 @@ from fastgpt.text.tokenizer import Tokenizer
 DEFAULT_PROMPT = "\n"  # where the shipped model's text begins a new speech, and most texts a new line
 
 
-def read_prompts(prompts: Sequence[str], files: Iterable[str], lines_of: str | None = None) -> list[str]:
+def read_prompts(
+    prompts: Sequence[str], files: Iterable[str] = (), lines_of: str | None = None, option: str = "prompts"
+) -> list[str]:
     """The texts to continue: those of the command line, where - is standard input, then those of files, then the lines of a file;
-    or else what is piped into standard input. [] where there is none."""
+    or else what is piped into standard input. [] where there is none. option: the name of that of lines_of."""
     if prompts.count("-") > 1:
         raise ValueError("prompt: expected - once, since there is one standard input, got it several times")
     texts = [read_prompt(prompt) for prompt in prompts]
     texts += map(_read_file, files)
     if lines_of is not None:
-        lines = [line for line in _read_file(lines_of, "prompts").split("\n") if line.strip()]
+        lines = [line for line in _read_file(lines_of, option).split("\n") if line.strip()]
         if not lines:
-            raise ValueError(f"prompts: expected at least one line with text, {lines_of} has none")
+            raise ValueError(f"{option}: expected at least one line with text, {lines_of} has none")
         texts += lines
     if not texts and (text := _piped_in()):
         texts = [text]

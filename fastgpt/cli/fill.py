@@ -1,0 +1,32 @@
+"""`fastgpt fill`: the most likely tokens for the masks of a text."""
+
+import argparse
+import dataclasses
+import json
+
+from fastgpt.cli.arguments import add_model, device_of, integer
+from fastgpt.cli.prompts import read_prompt
+from fastgpt.encoding.pipeline import EncoderPipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [options] TEXT"
+    parser.description = "Prints the most likely tokens for each mask of a text, by a model with a masked-language head."
+    parser.epilog = 'examples:\n  fastgpt fill "The capital of France is [MASK]." --model google-bert/bert-base-uncased'
+    add = parser.add_argument
+    add("prompt", metavar="TEXT", help="the text, with masks such as [MASK] or <mask>; - reads standard input")
+    add("--top-k", type=integer, default=5, metavar="N", help="tokens for each mask (5)")
+    add("--json", action="store_true", help="print one JSON list for each mask instead of a table")
+    add_model(add, None)
+
+
+def run(options: argparse.Namespace) -> None:
+    text = read_prompt(options.prompt)
+    pipe = EncoderPipeline.from_pretrained(options.model, revision=options.revision, device=device_of(options.device))
+    (found,) = pipe.fill([text], options.top_k)
+    for fillings in found if isinstance(found[0], list) else [found]:
+        if options.json:
+            print(json.dumps([dataclasses.asdict(filling) for filling in fillings]))
+            continue
+        for filling in fillings:
+            print(f"{filling.probability:>8.2%}  {filling.filled}")

@@ -1,0 +1,1 @@
+"""Encoders with their tokenizers: embeddings of sentences, and words for masked tokens."""
