@@ -14,11 +14,12 @@ SHOWN = {  # the end of what each prints, or a part of it
     "attention_in_a_module": "step 30: loss",
     "cache_by_hand": "differ by at most",
     "generate_from_checkpoint": "as transformers generates them",
+    "search_by_meaning": "4 embeddings, the means of transformers' states: (4, 64)",
     "switch_transformers": "same tokens",
     "test_your_kernel": "a mask that is off by one: plain, torch.float32: out: error",
 }
 
-SLOW = {"test_your_kernel", "generate_from_checkpoint"}
+SLOW = {"test_your_kernel", "generate_from_checkpoint", "search_by_meaning"}
 
 
 @pytest.fixture
