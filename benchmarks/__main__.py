@@ -19,9 +19,9 @@ from benchmarks import report
 HERE = Path(__file__).parent
 SUITES = {  # shares of the time
     "generate": 0.5, "attention": 0.15, "decode": 0.15, "kv_cache": 0.15, "linear": 0.05, "integrations": 1.0,
-    "throughput": 1.0,
+    "throughput": 1.0, "embed": 1.0,
 }  # fmt: skip
-ON_REQUEST = {"integrations", "throughput"}  # only with --full or by name, since each takes all of the time
+ON_REQUEST = {"integrations", "throughput", "embed"}  # only with --full or by name, since each takes all of the time
 MINUTES = 9.5  # of ten, since the report takes a while
 GRACE = 60  # seconds for the current call to return after an interrupt
 
@@ -55,7 +55,7 @@ def run(suite: str, output: Path, seconds: float | None) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all but the last two")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all but the last three")
     parser.add_argument(
         "--full", action="store_true", help="run every case, instead of as many as fit into ten minutes on two cores"
     )

@@ -15,6 +15,7 @@ NOISY = "≈: noisy; the 95% confidence interval of this median is wider than ±
 SUITES = {  # in the order of a page
     "generate": "Generation", "attention": "Attention", "decode": "Attention over caches", "kv_cache": "Caches",
     "linear": "Linear layers", "integrations": "Models of transformers", "throughput": "Many requests",
+    "embed": "Sentence embeddings",
 }  # fmt: skip
 TITLES = {  # of cases whose name says little by itself
     "decoding": "Decoding of whole models", "step": "Cache update and attention", "prompt": "Storing prompts",
