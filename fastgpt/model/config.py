@@ -231,7 +231,7 @@ class EncoderConfig(GPTConfig):
 
     NOT_OF_ENCODERS: ClassVar[tuple[str, ...]] = (
         "pre_norms", "post_norms", "parallel", "residual_scale", "cross_attention", "embedding_scale", "logit_scale",
-        "logit_softcap", "output_bias",
+        "logit_softcap", "output_bias", "num_experts", "attention_sinks",
     )  # fmt: skip
 
     activation: str = "gelu"

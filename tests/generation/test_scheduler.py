@@ -390,7 +390,8 @@ def test_buckets_are_few_and_large_enough():
 
 
 @pytest.mark.parametrize(
-    "cost, expected", [(lambda n: 1 + 0.01 * n, 64), (lambda n: n, 64), (lambda n: n**2, 16), (lambda n: n if n < 64 else 2 * n, 32)]
+    "cost, expected",
+    [(lambda n: 1 + 0.01 * n, 64), (lambda n: n, 64), (lambda n: n**2, 16), (lambda n: n if n < 64 else 2 * n, 32)],
 )
 def test_the_batch_grows_as_long_as_that_yields_no_fewer_tokens_per_second(cost, expected):
     width, fixed = Width(64, fixed=False), Width(64, fixed=True)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastgpt.model.rope import MAX_POSITIONS
+from fastgpt.ops.linear import ACTIVATIONS
 from fastgpt.ops.moe import ACTIVATION_NUMBERS
 from fastgpt.schema import OMITTED, Field, choice, flag, integer, number, several, unsupported
 
