@@ -135,9 +135,9 @@ LAYERS = [
         "kernels.norm",
         "kernels.decode_step",
         "ops.implementations",
-        "ops.library",
     },  # fmt: skip
     {"kernels.tiles", "ops.quantized_weight"},
+    {"ops.library"},
     {
         "ops.gguf_blocks",
         "checks",

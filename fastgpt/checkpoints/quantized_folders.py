@@ -309,7 +309,7 @@ class Mxfp4Experts(Stored):
     scales: SafetensorsTensor
 
     def of_expert(self, expert: int, part: int, fused: Fused) -> Stored:
-        shape = self.shape[1] // len(fused.parts), self.shape[2]
+        shape: tuple[int, ...] = (self.shape[1] // len(fused.parts), self.shape[2])
         if self.shape[1] % len(fused.parts):
             shape = self.shape[1:]  # misshapen, which an error will say
         return Mxfp4Matrix(self.path, self.name, self.dtype, shape, self, expert, part, fused)

@@ -90,7 +90,7 @@ class Attention(nn.Module):
                 q, k = self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
         rotation = None if tables is None or self.rotation is None else tables[self.rotation]  # (positions, R/2) twice
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D) twice
-        options = self.options
+        options: dict = self.options
         if (sinks := self._parameters["sinks"]) is not None:
             options = {**options, "sinks": sinks if sinks.dtype is q.dtype else sinks.to(q.dtype)}
         y = cache.attend(self.layer, q, k, v, rotation, last_only=last_only, **options)  # (B, H, T or 1, D)

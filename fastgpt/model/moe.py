@@ -77,7 +77,7 @@ class MoE(nn.Module):
             return y if residual is None else residual + y
         # As a mixture of one expert, whose weight is the sigmoid: an operation that a recorded step has.
         up, down = (_of_one_expert(layer.weight) for layer in (mlp.up, mlp.down))
-        up_bias, down_bias = (None if layer.bias is None else layer.bias[None] for layer in (mlp.up, mlp.down))
+        up_bias, down_bias = (None if layer.bias is None else layer.bias[None] for layer in (mlp.up, mlp.down))  # type: ignore[index]
         return moe(
             x, *route(logits, 1, scoring="sigmoid"), up, down, up_bias=up_bias, down_bias=down_bias, activation=self.activation,
             gated=self.gated, residual=residual,

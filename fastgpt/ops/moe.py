@@ -16,9 +16,9 @@ from fastgpt.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops import linear as ops_linear
 from fastgpt.ops.implementations import choose, explain_call, inference_unsupported_reason, triton_inference_unsupported_reason
 from fastgpt.ops.library import library, without_autograd
+from fastgpt.ops.linear import ACTIVATION_NUMBERS as OF_LINEAR
 from fastgpt.ops.linear import DTYPES, MAX_ROWS_CPU, finish, linear
 from fastgpt.ops.matrix_product import FASTEST, KERNEL
 from fastgpt.ops.quantized_weight import Packing, QuantizedWeight
@@ -27,7 +27,7 @@ SCORINGS = {"softmax": False, "sigmoid": True}
 GROUP_SCORES = {"max": False, "top2": True}
 CLAMPED = "swiglu_clamped"
 ALPHA, LIMIT = 1.702, 7.0  # of "swiglu_clamped"
-ACTIVATION_NUMBERS = ops_linear.ACTIVATION_NUMBERS | {CLAMPED: len(ops_linear.ACTIVATION_NUMBERS)}
+ACTIVATION_NUMBERS = OF_LINEAR | {CLAMPED: len(OF_LINEAR)}
 
 
 def route(
@@ -199,7 +199,7 @@ def moe(
         if impl in (None, "cpp") and _moe_cpp_refuses(*call) is None:
             rest = up_bias, down_bias, residual, ACTIVATION_NUMBERS[activation], gated
             # The kernels check the rest, in C++ in a fraction of the time.
-            if isinstance(up, QuantizedWeight):
+            if isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight):  # both are, or neither
                 if up.fits != (x.dtype, x.shape[-1]) or down.dtype is not x.dtype:
                     _check_moe(*call, activation, gated)
                 if not _has_many_rows(x, experts, down) or torch.compiler.is_compiling() or torch.jit.is_tracing():

@@ -148,7 +148,8 @@ class Trainer:
         return recorded_router_logits(self.model) if self.config.balance_loss else nullcontext([])
 
     def _balance(self, router_logits: list[torch.Tensor]) -> torch.Tensor:
-        return self.config.balance_loss * load_balancing_loss(router_logits, self.model.config.experts_per_token)
+        top_k = self.model.config.experts_per_token or 0  # which a model with routers has
+        return self.config.balance_loss * load_balancing_loss(router_logits, top_k)
 
     def train_step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step.
