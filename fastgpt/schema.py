@@ -164,7 +164,7 @@ def parse_json(data: bytes, source: str | Path, kind: type = dict) -> Any:
 
     Raises: ValueError that begins with the source and says what is wrong.
     """
-    expected = {dict: "a JSON object", list: "a JSON list"}[kind]
+    expected = "a JSON object" if kind is dict else "a JSON list"
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_int=_integer)
         if not isinstance(value, kind):

@@ -70,8 +70,8 @@ class Packed:
         if window not in self.parts:
             self.parts[window] = self._parts(window)
         (first, bounds, longest), (last, bounds_of_last, longest_of_last), order = self.parts[window]
-        wide = {"causal": True, "window": 2 * window - 1}
-        outs = [attention_varlen(q[first], k, v, bounds, self.bounds, longest, self.longest, **wide, **options)]
+        rows = q[first], k, v, bounds, self.bounds, longest, self.longest
+        outs = [attention_varlen(*rows, causal=True, window=2 * window - 1, **options)]
         if window > 1:
             rows = q[last], k, v, bounds_of_last, self.bounds, longest_of_last, self.longest
             outs.append(attention_varlen(*rows, causal=False, window=window, **options))

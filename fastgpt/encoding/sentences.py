@@ -81,8 +81,8 @@ def _read(folder: Path, name: str, entries: dict) -> dict | None:
 def _read_pooling(folder: Path, part: str) -> str:
     """The pooling of a module's configuration in a folder of the checkpoint."""
     name = f"{part}/config.json"
-    modes = several(choice((*MODES, *FLAGS.values())), None, optional=True, or_one=True)
-    entries = {"pooling_mode": modes, "include_prompt": flag(True)} | dict.fromkeys(FLAGS, flag(False))
+    mode = several(choice((*MODES, *FLAGS.values())), None, optional=True, or_one=True)
+    entries = {"pooling_mode": mode, "include_prompt": flag(True)} | dict.fromkeys(FLAGS, flag(False))
     stored = _read(folder, name, entries)
     if stored is None:
         raise FileNotFoundError(f"model: expected the file {folder / name}, which modules.json names")

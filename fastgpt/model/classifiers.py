@@ -10,7 +10,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fastgpt.checkpoints import hub, transformers_format
-from fastgpt.checkpoints.families import FAMILIES
 from fastgpt.checks import require_integer, require_number
 from fastgpt.model.config import EncoderConfig, GPTConfig
 from fastgpt.model.decoder import GPT
@@ -40,6 +39,7 @@ class Classifier(nn.Module):
     Args:
         model: the decoder or encoder whose hidden states are classified; it becomes a submodule. Its output matrix is not used.
         num_labels: number of classes; 1 for regression.
+        dropout: probability in training, on what classes are computed from.
         id2label: names of the classes; default LABEL_0, LABEL_1, ...
         pad_token_id: the token id that tensors of ids are padded with; default: they are not padded.
     """
@@ -57,6 +57,7 @@ class Classifier(nn.Module):
         model: GPT | Encoder,
         num_labels: int,
         *,
+        dropout: float = 0.0,
         id2label: Mapping[int, str] | None = None,
         pad_token_id: int | None = None,
     ) -> None:
@@ -66,6 +67,7 @@ class Classifier(nn.Module):
         id2label = {label: f"LABEL_{label}" for label in range(num_labels)} if id2label is None else dict(id2label)
         if sorted(id2label) != list(range(num_labels)):
             raise ValueError(f"id2label: expected a name for each of 0 to {num_labels - 1}, got {id2label!r}")
+        self.dropout = require_number("dropout", dropout, least=0, below=1)
         self.model, self.num_labels, self.id2label, self.pad_token_id = model, num_labels, id2label, pad_token_id
 
     def new_layer(self, bias: bool) -> nn.Linear:
@@ -79,7 +81,7 @@ class Classifier(nn.Module):
     def new_transform(self) -> Transform:
         """A layer before the classes of an encoder; it begins as the encoder's pooler, if that is such a layer."""
         weight, config = self.model.token_embedding.weight, self.config
-        transform = Transform.of_classes(config)  # type: ignore[arg-type]  # which is an encoder's
+        transform = Transform.of_classes(config)
         initialize(transform)
         pooler = self.model.pooler
         if pooler is not None and pooler.activation == transform.activation:
@@ -87,7 +89,8 @@ class Classifier(nn.Module):
         return transform.to(device=weight.device, dtype=weight.dtype)
 
     @property
-    def config(self) -> GPTConfig:
+    def config(self) -> Any:
+        """The model's GPTConfig or EncoderConfig."""
         return self.model.config
 
     @property
@@ -143,8 +146,7 @@ class Classifier(nn.Module):
             settings = read(cls.schema, stored)
             labels = labels_of(settings["id2label"])
             count = settings["num_labels"] if labels is None else len(labels)
-            is_encoder = FAMILIES[stored["model_type"]].encoder
-            model = Encoder(EncoderConfig(**fields)) if is_encoder else GPT(GPTConfig(**fields))
+            model = Encoder(EncoderConfig(**fields)) if "masked_head" in fields else GPT(GPTConfig(**fields))
             dropout = next((settings[name] for name in cls.dropouts if settings[name] is not None), 0.1)
             return cls(model, count, dropout=dropout, id2label=labels, pad_token_id=settings["pad_token_id"])
 
@@ -183,9 +185,8 @@ class SequenceClassifier(Classifier):
     dropouts = "classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob"
     schema = Classifier.schema | dict.fromkeys(dropouts, DROPOUT)
 
-    def __init__(self, model: GPT | Encoder, num_labels: int, *, dropout: float = 0.0, **options) -> None:
+    def __init__(self, model: GPT | Encoder, num_labels: int, **options) -> None:
         super().__init__(model, num_labels, **options)
-        self.dropout = require_number("dropout", dropout, least=0, below=1)
         self.transform = self.new_transform() if self.config.is_encoder else None
         self.score = self.new_layer(bias=self.config.is_encoder)
 
@@ -246,8 +247,7 @@ class TokenClassifier(Classifier):
     schema = Classifier.schema | dict.fromkeys(dropouts, DROPOUT)
 
     def __init__(self, model: GPT | Encoder, num_labels: int, *, dropout: float = 0.1, **options) -> None:
-        super().__init__(model, num_labels, **options)
-        self.dropout = require_number("dropout", dropout, least=0, below=1)
+        super().__init__(model, num_labels, dropout=dropout, **options)
         has_transform = self.config.is_encoder and self.config.pooler_activation is None
         self.transform = self.new_transform() if has_transform else None
         self.classifier = self.new_layer(bias=True)

@@ -41,7 +41,9 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
 }
-ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # the same in csrc/linear/linear.h
+ACTIVATION_NUMBERS: dict[str | None, int] = {
+    name: number for number, name in enumerate(ACTIVATIONS)
+}  # the same in csrc/linear/linear.h
 
 
 def linear(

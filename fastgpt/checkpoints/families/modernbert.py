@@ -8,7 +8,7 @@ from fastgpt.checkpoints.families.llama import LLAMA_SCHEMA, llama_config_to, ll
 from fastgpt.checkpoints.families.rope import ropes_to
 from fastgpt.schema import choice, flag, integer, number, unsupported
 
-THETA = {"least": 1e-10, "most": 1e20}
+THETA: dict[str, Any] = {"least": 1e-10, "most": 1e20}
 POOLING = {"cls": "first", "mean": "mean"}
 MODERNBERT_SCHEMA = LLAMA_SCHEMA | {
     "hidden_activation": choice(ACTIVATION_NAMES, "gelu"), "norm_eps": number(1e-5, **EPSILON), "norm_bias": flag(False),
