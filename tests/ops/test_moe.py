@@ -265,6 +265,11 @@ call = call_of((2, 5), torch.float32)
 x, up, down = call["x"], call["up"], call["down"]
 
 
+def named(value) -> str:
+    """Of a parameter: not by numbers that are drawn."""
+    return ", ".join(value) if isinstance(value, dict) else getattr(value, "__name__", value)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -299,7 +304,7 @@ x, up, down = call["x"], call["up"], call["down"]
         ({"gated": 1}, TypeError, "gated: expected a bool, got 1"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of .* or None, got 'cuda'"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_errors(change, error, message):
     for impl in (None, "reference") if "impl" not in change else (change["impl"],):
@@ -335,7 +340,7 @@ logits = torch.zeros(2, 8)
         ({"scale": "1"}, TypeError, "scale: expected a finite number, got '1'"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of .* or None, got 'cuda'"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_errors_of_route(change, error, message):
     for impl in (None, "reference") if "impl" not in change else (change["impl"],):
