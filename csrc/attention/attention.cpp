@@ -47,7 +47,7 @@ void run_tasks(const AttentionForward& args) {
 }
 
 // Allocates (out, lse) and runs a call whose other arguments are set. pages: size of the pool, with a block table.
-std::tuple<Tensor, Tensor> run(AttentionForward args, const Tensor& q, int64_t pages = 0) {
+std::tuple<Tensor, Tensor> run(AttentionForward args, const Features& features, const Tensor& q, int64_t pages = 0) {
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D_v = args.D_v;
   const bool packed = args.cu_seqlens_q != nullptr;
   // Token-major storage: the model reads the result as (B, T, H * D_v) without a copy.
@@ -62,8 +62,10 @@ std::tuple<Tensor, Tensor> run(AttentionForward args, const Tensor& q, int64_t p
   std::shared_ptr<float> partial;
   if (args.splits() > 1) partial = scratch(args.tasks() * args.split_size());
   args.partial = partial.get();
-  perform([args, partial, pages] {
+  perform([args, partial, pages, slopes = features.slopes_of_heads, sinks = features.sinks_of_heads] {
     if (args.block_table) check_pages(args, pages);  // also on replay, as block tables change
+    if (slopes) slopes->read();
+    if (sinks) sinks->read();
     run_tasks(args);
   });
   return {out, lse};
@@ -80,7 +82,7 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   set_inputs(args, q, k, v, features, block_table, k_scale, v_scale);
   set_lengths(args, kv_lengths);
   set_mask_and_bias(args, mask, bias);
-  return run(args, q, k.size(0));
+  return run(args, features, q, k.size(0));
 }
 
 // Raises what attention_forward would raise, for callers that write to a cache before they call it.
@@ -106,7 +108,7 @@ std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(
   set_inputs(args, q, k, v, features);
   const Tensor starts_q = torch::stable::contiguous(cu_seqlens_q), starts_k = torch::stable::contiguous(cu_seqlens_k);
   set_packing(args, starts_q, starts_k);
-  return run(args, q);
+  return run(args, features, q);
 }
 
 }  // namespace

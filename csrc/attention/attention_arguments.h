@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -75,22 +76,38 @@ PerScore<Data> scores_of(const Tensor& x, const char* name, Element element, con
   return {static_cast<Data>(data_of(x, name, size_of(element))), element, strides[0], strides[1], strides[2], strides[3]};
 }
 
-// One element per head, converted to float.
-inline std::vector<float> heads_of(const Tensor& x, const char* name, int64_t H) {
-  check_sizes(x, name, {H});
-  std::vector<float> numbers(H);
-  const int64_t stride = x.stride(0);
-  const bool is_double = x.scalar_type() == ScalarType::Double;
-  const Element element = is_double ? Element::float32 : floating_element_of(x, name);
-  const void* data = data_of(x, name, is_double ? sizeof(double) : size_of(element));
-  for (int64_t h = 0; h < H; ++h) {
-    numbers[h] = is_double            ? static_cast<float>(static_cast<const double*>(data)[h * stride])
-        : element == Element::float32 ? static_cast<const float*>(data)[h * stride]
-        : element == Element::float16 ? half_to_float(static_cast<const uint16_t*>(data)[h * stride])
-                                      : bfloat16_to_float(static_cast<const uint16_t*>(data)[h * stride]);
+// A number of each head as floats, of a tensor of any floating-point dtype.
+class NumbersOfHeads {
+ public:
+  NumbersOfHeads(const Tensor& x, const char* name, int64_t H) : numbers_(H) {
+    check_sizes(x, name, {H});
+    is_double_ = x.scalar_type() == ScalarType::Double;
+    element_ = is_double_ ? Element::float32 : floating_element_of(x, name);
+    data_ = data_of(x, name, is_double_ ? sizeof(double) : size_of(element_));
+    stride_ = x.stride(0);
+    read();
   }
-  return numbers;
-}
+
+  // From the tensor's memory, which is as it was when a recorded operation runs again; its contents may have changed.
+  void read() {
+    for (size_t h = 0; h < numbers_.size(); ++h) {
+      const int64_t at = h * stride_;
+      numbers_[h] = is_double_           ? static_cast<float>(static_cast<const double*>(data_)[at])
+          : element_ == Element::float32 ? static_cast<const float*>(data_)[at]
+          : element_ == Element::float16 ? half_to_float(static_cast<const uint16_t*>(data_)[at])
+                                         : bfloat16_to_float(static_cast<const uint16_t*>(data_)[at]);
+    }
+  }
+
+  const float* data() const { return numbers_.data(); }
+
+ private:
+  std::vector<float> numbers_;
+  const void* data_;
+  int64_t stride_;
+  Element element_;
+  bool is_double_;
+};
 
 // The features that all attention operations take, and storage that must live as long as Attention.
 struct Features {
@@ -102,7 +119,7 @@ struct Features {
   const std::optional<Tensor>& sinks;
   double dropout_p;
   const std::optional<Tensor>& dropout_seed;
-  std::vector<float> slopes_of_heads = {}, sinks_of_heads = {};
+  std::shared_ptr<NumbersOfHeads> slopes_of_heads = {}, sinks_of_heads = {};
 };
 
 // Sets sizes, q, k, v and features; the caller sets the other arguments of its operation.
@@ -146,12 +163,12 @@ inline void set_inputs(
   FASTGPT_CHECK(!features.softcap || (args.softcap >= 0x1p-126f && args.softcap <= 0x1p126f), "softcap: expected a number > 0");
   if (features.alibi_slopes) {
     FASTGPT_CHECK(features.alibi_slopes->scalar_type() == ScalarType::Float, "alibi_slopes: expected dtype float32");
-    features.slopes_of_heads = heads_of(*features.alibi_slopes, "alibi_slopes", args.H);
-    args.alibi_slopes = features.slopes_of_heads.data();
+    features.slopes_of_heads = std::make_shared<NumbersOfHeads>(*features.alibi_slopes, "alibi_slopes", args.H);
+    args.alibi_slopes = features.slopes_of_heads->data();
   }
   if (features.sinks) {
-    features.sinks_of_heads = heads_of(*features.sinks, "sinks", args.H);
-    args.sinks = features.sinks_of_heads.data();
+    features.sinks_of_heads = std::make_shared<NumbersOfHeads>(*features.sinks, "sinks", args.H);
+    args.sinks = features.sinks_of_heads->data();
   }
   const double p = features.dropout_p;
   FASTGPT_CHECK(p >= 0 && p < 1, "dropout_p: expected 0 <= dropout_p < 1");

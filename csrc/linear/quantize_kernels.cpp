@@ -49,7 +49,7 @@ class Group {
   Grid grid() const {
     if constexpr (kBits == 8) {
       if constexpr (kMinima) return {to_half((highest_ - lowest_) / 255), to_half(lowest_)};
-      return {to_half((highest_ > -lowest_ ? highest_ : -lowest_) / 127), 0};
+      return {to_half((-lowest_ > highest_ ? -lowest_ : highest_) / 127), 0};
     } else {
       return fitted();
     }

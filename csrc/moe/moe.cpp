@@ -223,12 +223,12 @@ void run(const Moe& m, MoeMemory& memory) {
       memory.groups.push_back(expert_rows(m, memory, expert, end, step));
       end += step;
     }
+    const bool shares_x = m.rows == 1 && static_cast<int64_t>(memory.groups.size()) == end - begin;  // each has this row once
     float *activated = nullptr, *products = nullptr;
     const auto take_all = [&](Arena arena) {
       activated = arena.take((end - begin) * m.up.out_features), products = arena.take((end - begin) * columns);
       for (ExpertRows& group : memory.groups) {
-        // With a single row, it is the same one for all.
-        const bool has_x = m.rows == 1 && &group != memory.groups.data();
+        const bool has_x = shares_x && &group != memory.groups.data();
         group.x = has_x ? memory.groups[0].x : arena.take(FASTGPT_AT_CPU_LEVEL(linear_inputs_size)(group.up));
         group.h = arena.take(FASTGPT_AT_CPU_LEVEL(linear_inputs_size)(group.down));
       }
@@ -241,7 +241,7 @@ void run(const Moe& m, MoeMemory& memory) {
       group.down.out = products + done * columns;
       done += group.up.rows;
     }
-    if (m.rows == 1) {
+    if (shares_x) {
       lay_out({memory.groups[0]}, &ExpertRows::up, &ExpertRows::x);
     } else {
       lay_out(memory.groups, &ExpertRows::up, &ExpertRows::x);
@@ -273,6 +273,7 @@ Tensor run_moe(Moe m, const Tensor& x, ContiguousMemory& memory, const Surroundi
   FASTGPT_CHECK(number != most || with.gated, "activation: expected gated for swiglu_clamped");
   std::vector<int64_t> shape = shape_of(x);
   m.rows = rows_of(x, "x"), m.top_k = with.experts.dim() ? with.experts.size(with.experts.dim() - 1) : 0;
+  FASTGPT_CHECK(m.top_k >= 1 && m.up.in >= 1, "experts: expected shape (..., K), an expert at least of each row of x (..., C)");
   shape.back() = m.top_k;
   check_shape(with.experts, "experts", shape), check_shape(with.weights, "weights", shape);
   Numbers numbers;

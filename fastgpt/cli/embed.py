@@ -3,18 +3,21 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 
 import numpy as np
+import torch
 
 from fastgpt.checks import is_terminal, writing
 from fastgpt.cli.arguments import DTYPES, add_model, device_of, integer, path, path_or_id
 from fastgpt.cli.prompts import read_prompts
 from fastgpt.encoding.pipeline import BATCH_TOKENS, EncoderPipeline
+from fastgpt.generation.many import Interrupted
 
 EXAMPLES = """\
 examples:
-  fastgpt embed "The cat sat on the mat." --model sentence-transformers/all-MiniLM-L6-v2
-  fastgpt embed --texts sentences.txt --model PATH_OR_ID --out embeddings.npy"""
+  fastgpt embed "A cat." --model sentence-transformers/all-MiniLM-L6-v2
+  fastgpt embed --texts sentences.txt --model PATH_OR_ID --out rows.npy"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,12 +43,21 @@ def run(options: argparse.Namespace) -> None:
         options.model, revision=options.revision, dtype=DTYPES.get(options.dtype), device=device_of(options.device)
     )
     progress = is_terminal(sys.stderr)
-    embeddings = (
-        pipe.embed(texts, batch_tokens=options.batch_tokens, truncate=options.truncate, progress=progress).cpu().numpy()
-    )
+    try:
+        embeddings = pipe.embed(texts, batch_tokens=options.batch_tokens, truncate=options.truncate, progress=progress).cpu()
+    except Interrupted as interrupted:
+        if options.out is None:
+            print_rows(interrupted.results)
+        raise
     if options.out is None:
-        for row in embeddings:
-            print(json.dumps([float(format(x, ".9g")) for x in row]))  # digits that tell all numbers of fp32 apart
+        print_rows(embeddings)
         return
     with writing("out", options.out, "a file"), options.out.open("wb") as file:
-        np.save(file, embeddings)
+        np.save(file, embeddings.numpy())
+
+
+def print_rows(rows: Iterable[torch.Tensor | None]) -> None:
+    """A JSON list of each on a line, of None null."""
+    for row in rows:
+        # Digits that tell all numbers of fp32 apart.
+        print(json.dumps(None if row is None else [float(format(x, ".9g")) for x in row.tolist()]))

@@ -12,7 +12,7 @@ from fastgpt.encoding.pipeline import EncoderPipeline
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] TEXT"
     parser.description = "Prints the most likely tokens for each mask of a text, by a model with a masked-language head."
-    parser.epilog = 'examples:\n  fastgpt fill "The capital of France is [MASK]." --model google-bert/bert-base-uncased'
+    parser.epilog = 'examples:\n  fastgpt fill "Paris is in [MASK]." --model google-bert/bert-base-uncased'
     add = parser.add_argument
     add("prompt", metavar="TEXT", help="the text, with masks such as [MASK] or <mask>; - reads standard input")
     add("--top-k", type=integer, default=5, metavar="N", help="tokens for each mask (5)")

@@ -102,11 +102,14 @@ class EncoderPipeline:
         normalize = self.sentences.normalize if normalize is None else normalize
         require_flag("normalize", normalize)
         prompt = self.sentences.prompt if prompt is None else prompt
+        if prompt is not None and not self.sentences.prompts:
+            raise ValueError(f"prompt: expected None for a model without prompts, got {prompt!r}")
         if prompt is not None:
             require_choice("prompt", prompt, tuple(self.sentences.prompts))
         single = isinstance(texts, str)
         before = "" if prompt is None else self.sentences.prompts[prompt]
-        rows = [self.encode(before + text, name, truncate) for name, text in named(texts)]
+        lowered = str.lower if self.sentences.lowercase else str  # by sentence-transformers special tokens are, too
+        rows = [self.encode(lowered(before + text), name, truncate) for name, text in named(texts)]
         counts = [len(row) for row in rows]
         order = sorted(range(len(rows)), key=lambda row: -counts[row])
         weight = self.model.first_weight
@@ -164,10 +167,11 @@ class EncoderPipeline:
         return results[0] if isinstance(texts, str) else results
 
     def _filling(self, ids: torch.Tensor, place: int, token: int, probability: float) -> Filling:
-        filled = ids.tolist()
-        filled[place] = token
-        text = self.tokenizer.backend.decode([token], skip_special_tokens=False).strip()
-        return Filling(token, text, probability, self.tokenizer.decode(filled))
+        filled, backend = ids.tolist(), self.tokenizer.backend
+        mask, filled[place] = filled[place], token
+        left_out = {id for id, added in backend.get_added_tokens_decoder().items() if added.special} - {mask}
+        shown = backend.decode([x for x in filled if x not in left_out], skip_special_tokens=False)
+        return Filling(token, backend.decode([token], skip_special_tokens=False).strip(), probability, shown)
 
     def encode(self, text: str, name: str = "text", truncate: bool = False) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer adds.
@@ -179,7 +183,6 @@ class EncoderPipeline:
 
         Raises: TypeError; ValueError for a text that is too long, or has no tokens, or tokens that the model does not have.
         """
-        text = text.lower() if self.sentences.lowercase else text
         ids, most = self.tokenizer.encode(text, name=name), self.max_tokens
         if not ids:
             raise ValueError(f"{name}: expected at least one token, got an empty text")

@@ -25,7 +25,7 @@ class Sentences:
     pooling: "mean", the mean of the states of all tokens, special ones included, or "first", the state of the first one.
     normalize: whether embeddings are divided by their length.
     max_tokens: of a text; None: as many as the context.
-    lowercase: whether texts are lowercased before they are encoded.
+    lowercase: whether texts are lowercased before they are embedded.
     prompts: names of texts that go before those that are embedded; prompt: the name of the one that does by default.
     """
 
@@ -65,7 +65,13 @@ def read_sentences(folder: Path) -> Sentences:
     entries = {"prompts": mapping({}, optional=True), "default_prompt_name": text(None, optional=True)}
     if (stored := _read(folder, "config_sentence_transformers.json", entries)) is not None:
         prompts = {name: prompt for name, prompt in (stored["prompts"] or {}).items() if isinstance(prompt, str)}
-        fields |= {"prompts": prompts, "prompt": stored["default_prompt_name"]}
+        name = stored["default_prompt_name"]
+        if name is not None and name not in prompts:
+            raise ValueError(
+                f"model: {folder / 'config_sentence_transformers.json'}: default_prompt_name: expected the name of one of the "
+                f"prompts, {', '.join(map(repr, prompts)) or 'of which there are none'}, got {name!r}"
+            )
+        fields |= {"prompts": prompts, "prompt": name}
     return Sentences(**fields)
 
 

@@ -317,7 +317,6 @@ def test_peak_memory_of_loading(tmp_path):
 @pytest.mark.parametrize(
     "key, add, message",
     [
-        ("llama.expert_count", 8, "expected null or no such entry, since it is not supported, got 8"),
         ("llama.attention.causal", False, "expected True, got False"),
         ("llama.attention.value_length", 8, "expected 16, as of keys, got 8"),
         ("llama.rope.scaling.type", "dynamic", "expected one of 'none', 'linear', 'yarn', 'longrope', got 'dynamic'"),
@@ -336,6 +335,12 @@ def test_what_is_not_served_is_named(key, add, message, tmp_path):
 
     path = write(theirs("llama"), tmp_path / "model.gguf", metadata=metadata)
     with pytest.raises(ValueError, match=f"^model: {path}: {key.rpartition('.')[0]}.*{re.escape(message)}"):
+        GPT.from_pretrained(path)
+
+
+def test_a_number_of_experts_without_how_many_are_used_is_named(tmp_path):
+    path = write(theirs("llama"), tmp_path / "model.gguf", metadata=lambda writer: writer.add_uint32("llama.expert_count", 8))
+    with pytest.raises(ValueError, match=f"^model: {path}: num_experts_per_tok: expected an integer >= 1 .*, got None"):
         GPT.from_pretrained(path)
 
 

@@ -276,6 +276,20 @@ def test_the_result_is_the_next_argument_and_stays_where_it_is():
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("name, dtype", [("sinks", torch.float32), ("sinks", torch.bfloat16), ("alibi_slopes", torch.float32)])
+def test_numbers_of_heads_are_read_again(name, dtype):
+    """Those of sinks and ALiBi, whose floats a recorded operation owns; the tensor may have changed in place."""
+    q, k, v = torch.randn(3, 2, 4, 1, 16).to(dtype)
+    k, v, numbers = k.repeat(1, 1, 40, 1), v.repeat(1, 1, 40, 1), torch.rand(4).to(dtype)
+    attend = lambda q: fastgpt.attention(q, k, v, **{name: numbers})  # noqa: E731
+    step = CpuReplay(attend)
+    for _ in range(3):
+        assert torch.equal(step(q), attend(q)) and step.refused is None
+        torch.full((4,), 7.0)  # takes memory that was freed
+        numbers.mul_(2)
+
+
+@torch.inference_mode()
 def test_a_step_that_waits_for_the_device_is_an_error_once_it_is_captured():
     """And the capture is ended, on the stream where it began."""
     with stubbed_cuda() as stub:

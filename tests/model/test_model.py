@@ -205,9 +205,14 @@ DAMAGE = {
         "config.json: n_layer: expected an integer .*, got nothing",
     ),
     "another architecture": (
+        lambda f: edit_config(f, model_type="t5"),
+        ValueError,
+        "config.json: model_type: expected one of 'gpt2', 'llama', 'mistral', 'qwen2', 'qwen3', 'phi3', 'gemma', 'gemma2', .* got 't5'",
+    ),
+    "an encoder": (
         lambda f: edit_config(f, model_type="bert"),
         ValueError,
-        "config.json: model_type: expected one of 'gpt2', 'llama', 'mistral', 'qwen2', 'qwen3', 'phi3', 'gemma', 'gemma2', .* got 'bert'",
+        "config.json: model_type: expected a decoder, got 'bert', which fastgpt.Encoder loads",
     ),
     "another activation": (
         lambda f: edit_config(f, activation_function="tanh"),

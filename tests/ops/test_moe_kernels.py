@@ -49,6 +49,21 @@ def test_contract_of_sizes(sizes, dtype):
         check(call_of("everything", rows, dtype, E=E, K=K, C=C, I=I))
 
 
+@pytest.mark.parametrize("chosen", [[0, 1, 1], [1, 1, 0], [2, 2, 2], [0, *[1] * 64], [3] * 70 + [2]], ids=len)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_experts_that_are_chosen_several_times(chosen, rows):
+    call, experts = call_of("everything", rows, torch.float32, E=4, K=2, C=96, I=40), [chosen] * rows
+    check(call | {"experts": torch.tensor(experts, dtype=torch.int32), "weights": torch.rand(rows, len(chosen))})
+
+
+@pytest.mark.parametrize("impl", [None, "cpp", "reference"])
+def test_a_row_without_experts_is_refused(impl):
+    call = call_of("everything", 2, torch.float32, E=4, K=2, C=64, I=32)
+    none = {"experts": torch.zeros(2, 0, dtype=torch.int32), "weights": torch.zeros(2, 0)}
+    with pytest.raises(ValueError, match="^experts: expected shape"):
+        moe(**call | none, impl=impl)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("E, K", [(8, 1), (8, 4), (20, 3), (64, 8), (256, 8)])
 @pytest.mark.parametrize("feature", ROUTES)
