@@ -47,6 +47,12 @@ def _sum(x):
     return tl.sum(tl.sum(x, 1), 0)
 
 
+@triton.jit
+def _tiles(n_features, BLOCK_N: tl.constexpr):
+    """n_features / BLOCK_N rounded up, of at least 1 feature: tl.cdiv would add to the largest numbers of 32 bits."""
+    return (n_features - 1) // BLOCK_N + 1
+
+
 @kernel(do_not_specialize=["stride_lm", "scale"])
 def route_kernel(
     logits_ptr, selection_bias_ptr, experts_ptr, weights_ptr,
@@ -130,7 +136,7 @@ def expert_up_kernel(
     n_features, K), or with a gate (n_experts, 2 n_features, K); hidden (rows, TOP_K, n_features) is fp32."""
     launch_dependents(PDL)
     wait_for_dependencies(PDL)
-    tiles = tl.cdiv(n_features, BLOCK_N)
+    tiles = _tiles(n_features, BLOCK_N)
     pair = (tl.program_id(0) // tiles).to(tl.int64)
     offs_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     e = tl.load(experts_ptr + pair).to(tl.int64)
@@ -158,7 +164,7 @@ def expert_up_kernel(
     if GATED:
         up = tl.sum(up_acc, 1)
         if bias_ptr is not None:
-            up += tl.load(bias_ptr + first + n_features).to(tl.float32)
+            up += tl.load(bias_ptr + (first + n_features)).to(tl.float32)
         h = activate_gated(y, up, ACTIVATION)
     else:
         h = activate(y, ACTIVATION)
@@ -192,7 +198,7 @@ def expert_down_kernel(
     """One program: BLOCK_N output features of a row, of the products of all of its experts. hidden (rows, TOP_K, K) is fp32."""
     launch_dependents(PDL)
     wait_for_dependencies(PDL)
-    tiles = tl.cdiv(n_features, BLOCK_N)
+    tiles = _tiles(n_features, BLOCK_N)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     offs_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.minimum(offs_n, n_features - 1)
@@ -232,9 +238,9 @@ def _rows_of_block(block, starts_ptr, block_ends_ptr, n_experts, BLOCK_E: tl.con
     offs_e = tl.arange(0, BLOCK_E)
     ends = tl.load(block_ends_ptr + offs_e, mask=offs_e < n_experts, other=LAST_INDEX)
     e = tl.sum((ends <= block).to(tl.int32), 0).to(tl.int64)
-    block -= tl.max(tl.where(ends <= block, ends, 0), 0)
+    block = block.to(tl.int64) - tl.max(tl.where(ends <= block, ends, 0), 0)
     exists = e < n_experts
-    start = tl.load(starts_ptr + e, mask=exists, other=0).to(tl.int64) + block.to(tl.int64) * BLOCK_M
+    start = tl.load(starts_ptr + e, mask=exists, other=0).to(tl.int64) + block * BLOCK_M
     return e, start, tl.load(starts_ptr + e + 1, mask=exists, other=0).to(tl.int64)
 
 
@@ -250,7 +256,7 @@ def grouped_up_kernel(
     k, and starts[e] is the first of expert e. X_UNIT divides stride_xm."""
     launch_dependents(PDL)
     wait_for_dependencies(PDL)
-    tiles = tl.cdiv(n_features, BLOCK_N)
+    tiles = _tiles(n_features, BLOCK_N)
     e, start, end = _rows_of_block(tl.program_id(0) // tiles, starts_ptr, block_ends_ptr, n_experts, BLOCK_E, BLOCK_M)
     if start >= end:
         return
@@ -278,7 +284,7 @@ def grouped_up_kernel(
         acc += tl.load(bias_ptr + first).to(tl.float32)[None, :]
     if GATED:
         if bias_ptr is not None:
-            up_acc += tl.load(bias_ptr + first + n_features).to(tl.float32)[None, :]
+            up_acc += tl.load(bias_ptr + (first + n_features)).to(tl.float32)[None, :]
         acc = activate_gated(acc, up_acc, ACTIVATION)
     else:
         acc = activate(acc, ACTIVATION)
@@ -297,7 +303,7 @@ def grouped_down_kernel(
     """One program: BLOCK_N features of the weighted products of BLOCK_M rows of an expert, in fp32, each stored where its pair is."""
     launch_dependents(PDL)
     wait_for_dependencies(PDL)
-    tiles = tl.cdiv(n_features, BLOCK_N)
+    tiles = _tiles(n_features, BLOCK_N)
     e, start, end = _rows_of_block(tl.program_id(0) // tiles, starts_ptr, block_ends_ptr, n_experts, BLOCK_E, BLOCK_M)
     if start >= end:
         return
@@ -332,7 +338,7 @@ def sum_experts_kernel(
     """One program: BLOCK_N output features of a row, from the products of its experts that exist."""
     launch_dependents(PDL)
     wait_for_dependencies(PDL)
-    tiles = tl.cdiv(n_features, BLOCK_N)
+    tiles = _tiles(n_features, BLOCK_N)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     offs_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = offs_n < n_features
