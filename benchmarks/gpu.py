@@ -54,7 +54,7 @@ OUTCOMES = "outcomes.json"  # of all parts so far, by their names
 POLL = 0.05  # seconds between two looks at a part
 SKIPPED = sanitizer.SKIPPED  # the exit status of a part that cannot do here what it is for; its last line says why
 SUITES = {  # shares of the whole time, the most telling first; 0.02 for others
-    "generate": 0.19, "attention": 0.05, "decode": 0.04, "linear": 0.03, "kv_cache": 0.02, "integrations": 0.02,
+    "generate": 0.18, "attention": 0.05, "decode": 0.04, "linear": 0.03, "kv_cache": 0.02, "integrations": 0.02,
     "throughput": 0.01,
 }  # fmt: skip
 AGAIN = ("build", "device", "info", "compile")  # on each machine
@@ -120,7 +120,7 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
                 *bench, *little.get(suite, ["-p", "benchmarks.first_only"]) * dry_run, f"benchmarks/test_{suite}.py",
                 f"--benchmark-json={out}/benchmark_{suite}.json",
             ],
-            0.05 if dry_run else SUITES.get(suite, 0.02), tiny, missing=untimed,
+            0.04 if dry_run else SUITES.get(suite, 0.02), tiny, missing=untimed,
         )
         for suite in suites()
     }  # fmt: skip

@@ -37,7 +37,8 @@ def calls(n: int, meta=meta):
     largest, tokens, extreme = meta(n, 1), meta(7 * n, n, dtype=torch.int64), meta(n, 1, dtype=torch.float32)
     step, ended, eos = meta(1, dtype=torch.int64), meta(n, dtype=torch.bool), meta(n, dtype=torch.int64)
     up, down, logits = meta(8, 32, 128), meta(8, 128, 16), meta(n, 8)
-    chosen, weights = meta(60 + n, 2, dtype=torch.int32), meta(60 + n, 2, dtype=torch.float32)
+    # More than 16 rows for each of 8 experts, and at most 32: as many as fit into a tile are a variant.
+    chosen, weights = meta(64 + n, 2, dtype=torch.int32), meta(64 + n, 2, dtype=torch.float32)
     counters = meta(99 * n * n, dtype=torch.int32)  # zeros, as those of a cache
     new = attention_decode.NewToken(one, one, slots, slots, angles, angles)
     decode, options = attention_decode.attention_decode, {"causal": True, "scale": 0.1}
@@ -62,7 +63,7 @@ def calls(n: int, meta=meta):
         "quantized, many rows": lambda: linear_quantized(many, *blocks),
         "route": lambda: moe.route(logits, 2),
         "moe": lambda: moe.moe(x, chosen[:1], weights[:1], up, down),
-        "moe, many rows": lambda: moe.moe(many[: 60 + n], chosen, weights, up, down, residual=many[: 60 + n]),
+        "moe, many rows": lambda: moe.moe(many[: 64 + n], chosen, weights, up, down, residual=many[: 64 + n]),
         "norm": lambda: norm.norm(many, weight, residual=many),
         "norm, strided": lambda: norm.norm(strided, weight),
         "embed": lambda: decode_step.embed(ids, embedding, slots, positions_of),

@@ -1,6 +1,7 @@
 """`make gpu` runs to its end within its time, and tells what became of each part."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -420,7 +421,7 @@ def test_a_dry_run_covers_decoding_up_to_the_report(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_the_parts_fit_into_the_time(dry_run, tmp_path):
     parts = gpu.parts(tmp_path, dry_run)
-    assert sum(part.share for part in parts) <= 1 and len({part.name for part in parts}) == len(parts)
+    assert math.fsum(part.share for part in parts) <= 1 and len({part.name for part in parts}) == len(parts)
     assert any(part.missing == "needs a GPU" for part in parts) == dry_run
 
 

@@ -247,6 +247,10 @@ def call_all():
     linear.linear(x, meta(64, 64)), linear.linear(meta(4, 64), meta(64, 64))
     for rows in (1, 4, 40):
         linear_quantized.linear_quantized(meta(rows, 64), meta(64, 2 * 34, dtype=torch.uint8), 8, 32, False)
+    moe.route(meta(1, 8), 2)
+    for rows in (1, 40):
+        chosen, weights = meta(rows, 2, dtype=torch.int32), meta(rows, 2, dtype=torch.float32)
+        moe.moe(meta(rows, 64), chosen, weights, meta(8, 32, 64), meta(8, 64, 16))
     decode_step.embed(ids, meta(9, 64)), decode_step.advance(lengths, positions)
     decode_step.record_token(ids, meta(2, 1), meta(5, 2, dtype=torch.int64), meta(2, 1, dtype=torch.float32), count)
     kv_cache_update.kv_cache_update(q, q, q, q, positions)

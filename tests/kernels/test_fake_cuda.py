@@ -171,9 +171,11 @@ def test_every_launch_is_on_the_device_of_its_tensors():
     from fastgpt.kernels.launch import Kernel
     from fastgpt.kernels.linear import linear
     from fastgpt.kernels.linear_quantized import linear_quantized
+    from fastgpt.kernels.moe import moe, route
     from fastgpt.kernels.norm import norm
 
     guards, launched = [], {}
+    of_experts = torch.randn(1, 64), torch.randn(40, 64)  # of which some of the launches of a call get only what comes of it
 
     @contextlib.contextmanager
     def device_of(tensor):
@@ -182,7 +184,7 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         guards.pop()
 
     def launch(self, grid, constants, *args, **kwargs):
-        launched.setdefault(self.fn.__name__, []).append(bool(guards) and any(x is guards[-1] for x in args))
+        launched.setdefault(self.fn.__name__, []).append(bool(guards) and any(x is guards[-1] for x in (*args, *of_experts)))
 
     q, kv, x = torch.randn(2, 4, 40, 64), torch.randn(2, 2, 40, 64), torch.randn(3, 64)
     lse, step_of, ids = torch.zeros(2, 4, 40), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
@@ -197,6 +199,10 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         linear(x[:1], torch.randn(8, 64))
         for rows in (1, 3, 40):
             linear_quantized(torch.randn(rows, 64), torch.zeros(8, 68, dtype=torch.uint8), 8, 32, False)
+        route(torch.randn(3, 8), 2)
+        for rows in of_experts:
+            chosen, weights = torch.zeros(len(rows), 2, dtype=torch.int32), torch.rand(len(rows), 2)
+            moe(rows, chosen, weights, torch.randn(8, 32, 64), torch.randn(8, 64, 16))
         norm(x, x[0])
         decode_step.embed(ids, x)
         decode_step.advance(lengths, lengths.clone().unsqueeze(1))

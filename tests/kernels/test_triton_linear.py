@@ -16,7 +16,7 @@ from interpreter import DEVICE, INTERPRETED, one_of_interpreted, passed, runs_ke
 import fastgpt  # noqa: E402
 from fastgpt.kernels import linear as kernel  # noqa: E402
 from fastgpt.kernels import norm as norm_kernel  # noqa: E402
-from fastgpt.model import decoder  # noqa: E402
+from fastgpt.model import decoder, layers  # noqa: E402
 from fastgpt.model.rope import Rope  # noqa: E402
 from fastgpt.ops.linear import ACTIVATION_NUMBERS, ACTIVATIONS, MAX_ROWS_CUDA, linear_reference  # noqa: E402
 from fastgpt.ops.norm import norm_reference  # noqa: E402
@@ -211,7 +211,11 @@ def test_a_decoder_computes_the_same_by_the_kernels(fields):
     model = random_model(layers=1, width=32, context=32, **fields).to(DEVICE)
     ids = random_ids(model, 1, 6).to(DEVICE)
     kernels = mock.Mock(side_effect=lambda x, weight, bias=None, dropout_p=0.0, **options: linear(x, weight, bias, **options))
-    with mock.patch.object(decoder, "linear", kernels), mock.patch.object(decoder, "norm", norm):
+    with (
+        mock.patch.object(decoder, "linear", kernels),
+        mock.patch.object(layers, "linear", kernels),
+        mock.patch.object(layers, "norm", norm),
+    ):
         cache = model.new_cache(1)
         logits = torch.cat([model(part, cache=cache) for part in (ids[:, :5], ids[:, 5:])], dim=1)
     assert kernels.call_count == 2 * (4 * len(model.blocks) + 1)  # of which half are of one row
