@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 from fastgpt import kernels
 from fastgpt.integrations.sdpa import refusals as sdpa_refusals
 from fastgpt.kernels.architecture import architecture
+from fastgpt.kernels.dependent_launch import has_dependent_launch
 from fastgpt.model import fusion
 from fastgpt.model.rope import Tables
 from fastgpt.ops import implementations
@@ -314,7 +315,7 @@ def gpu(arch: int = 90, compiles: bool = False, cuda_library: bool = True):
         return pinned(tensor(*args, **kwargs)) if pin_memory else tensor(*args, **kwargs)
 
     tensors = contextlib.nullcontext() if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) else FakeTensorMode()
-    architecture.cache_clear(), implementations._capability.cache_clear()
+    architecture.cache_clear(), implementations._capability.cache_clear(), has_dependent_launch.cache_clear()
     _device_constructors()  # which it remembers, and which would else be those patched here
     with (
         mock.patch.object(FakeTensor, "data_ptr", data_ptr),
@@ -334,4 +335,4 @@ def gpu(arch: int = 90, compiles: bool = False, cuda_library: bool = True):
         tensors, launches(arch, compiles, device.events), device,
     ):  # fmt: skip
         yield device
-    architecture.cache_clear(), implementations._capability.cache_clear()
+    architecture.cache_clear(), implementations._capability.cache_clear(), has_dependent_launch.cache_clear()
