@@ -101,7 +101,8 @@ def launched_kernels() -> dict[str, JITFunction]:
     for module in pkgutil.iter_modules(kernels.__path__):
         module = import_module(f"fastgpt.kernels.{module.name}")
         for node in ast.walk(ast.parse(inspect.getsource(module))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "launch":
+            launches = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "launch"
+            if launches and node.func.value.id != "self":
                 found[node.func.value.id] = getattr(module, node.func.value.id)
     return found
 
@@ -124,10 +125,11 @@ def launches(arch: int = 90, compiles: bool = False, found: list | None = None):
         self.device_caches[device][0][key] = kernel
         return kernel
 
+    active = Driver(arch)
     with (
-        mock.patch.object(driver, "_active", Driver(arch)),
+        mock.patch.object(driver, "_active", active),
         mock.patch.object(JITFunction, "_do_compile", stand_in),
-        mock.patch.object(torch.cuda, "device_of", lambda x: contextlib.nullcontext()),
+        mock.patch.object(torch.Tensor, "get_device", lambda x: active.device),
     ):
         yield found
 

@@ -28,11 +28,13 @@ BACKWARD_NUMBERS = [
 ]  # fmt: skip
 POINTERS = ["kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "sinks_ptr", "mask_ptr", "bias_ptr"]
 POINTERS += ["block_table_ptr", "k_scale_ptr", "v_scale_ptr", "seed_ptr"]
+STRIDES = NUMBERS[NUMBERS.index("stride_mask_b") : NUMBERS.index("page")]  # of optional tensors
+NO_STRIDES = (0,) * len(STRIDES)
 
 
 class Extras:
-    """The optional features of attention, as the kernels take them: tensors, strides and scalars by argument name. Tensors and
-    strides are in the order of the forward kernel's arguments."""
+    """The optional features of attention, as the kernels take them: tensors and scalars by argument name; strides, and tensors,
+    in the order of the forward kernel's arguments."""
 
     def __init__(
         self, q: Tensor, k: Tensor, window: int | None, softcap: float | None, alibi_slopes: Tensor | None,
@@ -61,7 +63,12 @@ class Extras:
         }
         self.strides = NO_STRIDES
         if mask is not None or bias is not None or block_table is not None or k_scale is not None:
-            self.strides = strides_of_extras(mask, bias, block_table, k_scale, v_scale)
+            self.strides = (
+                *((0, 0, 0, 0) if mask is None else mask.stride()),
+                *((0, 0, 0, 0) if bias is None else bias.stride()),
+                *((0, 0) if block_table is None else block_table.stride()),
+                *((0, 0, 0, 0, 0, 0) if k_scale is None else (*k_scale.stride(), *v_scale.stride())),
+            )
         self.numbers = {
             "page": k.shape[2],
             "n_pages": k.shape[0],
@@ -100,17 +107,12 @@ class TileDescriptor(TensorDescriptor):
         pass
 
 
-def descriptors(constants: dict, tiles: dict[str, tuple[Tensor, str, str]]) -> dict[str, TensorDescriptor]:
-    """Descriptors for bulk copies (TMA) of tiles; see have_bulk_copies. tiles: name -> (tensor, names of the constants for the
-    rows and columns of a tile)."""
-    result, dims = {}, {"BLOCK_V": constants["V_DIM"]}  # without the padding that aligned_rows has added
-    for name, (x, rows, columns) in tiles.items():
-        (B, H, N, _), (stride_b, stride_h, stride_n, _) = x.shape, x.stride()
-        # The stride of a dimension of size 1 is not used, but has to be a multiple of 16 bytes.
-        copy_strides = [128 if B == 1 else stride_b, 128 if H == 1 else stride_h, 128 if N == 1 else stride_n, 1]
-        dim = dims.get(columns, constants["HEAD_DIM"])
-        result[name] = TileDescriptor(x, [B, H, N, dim], copy_strides, [1, 1, constants[rows], constants[columns]])
-    return result
+def descriptor(x: Tensor, rows: int, columns: int, dim: int) -> TileDescriptor:
+    """For bulk copies (TMA) of tiles of x (B, H, N, dim and what `aligned_rows` has added); see have_bulk_copies."""
+    (B, H, N, _), (stride_b, stride_h, stride_n, _) = x.shape, x.stride()
+    # The stride of a dimension of size 1 is not used, but has to be a multiple of 16 bytes.
+    copy_strides = [128 if B == 1 else stride_b, 128 if H == 1 else stride_h, 128 if N == 1 else stride_n, 1]
+    return TileDescriptor(x, [B, H, N, dim], copy_strides, [1, 1, rows, columns])
 
 
 def leading_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
@@ -128,24 +130,9 @@ def strides(x: Tensor | None, prefix: str, dims: str, packed: bool = False) -> d
     return result
 
 
-def strides_of_extras(
-    mask: Tensor | None, bias: Tensor | None, block_table: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None
-) -> dict[str, int]:
-    return {
-        **strides(mask, "mask_", "bhmn"),
-        **strides(bias, "bias_", "bhmn"),
-        **strides(block_table, "t", "bp"),
-        **strides(k_scale, "ks", "bhn"),
-        **strides(v_scale, "vs", "bhn"),
-    }
-
-
 @functools.cache
 def _no_strides(prefix: str, dims: str) -> dict[str, int]:
     return {f"stride_{prefix}{dim}": 0 for dim in dims}
-
-
-NO_STRIDES = strides_of_extras(None, None, None, None, None)
 
 
 def bytes_of(x: Tensor) -> Tensor:

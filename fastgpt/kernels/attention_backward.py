@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.architecture import architecture
-from fastgpt.kernels.attention_arguments import Extras, descriptors, have_bulk_copies, strides
+from fastgpt.kernels.attention_arguments import STRIDES, Extras, TileDescriptor, descriptor, have_bulk_copies, strides
 from fastgpt.kernels.attention_backward_bias import backward_bias
 from fastgpt.kernels.attention_backward_keys import backward_keys
 from fastgpt.kernels.attention_backward_queries import backward_queries
@@ -110,57 +110,67 @@ def attention_backward(
     flags = D, D_v, q.element_size(), causal, window is not None, softcap is not None, *extras.units
     bulk = have_bulk_copies(q, k, v, dout)
     of_keys = kernel_constants(keys_table(causal, extras.with_extras, packed), architecture(q.device) if bulk else 80, *flags)
-    tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "dout_desc": (dout, "BLOCK_M", "BLOCK_V")}
-    bulk_of_keys = descriptors(of_keys, tiles) if bulk else dict.fromkeys(tiles)
+    bulk_of_keys = bulk_tiles(of_keys, q, dout) if bulk else dict.fromkeys(("q_desc", "dout_desc"))
     bulk = bulk and not with_extras and max(D, D_v) <= BULK_HEAD_DIM
     table, arch = with_extras + "queries", architecture(q.device) if bulk else 80
     of_queries = kernel_constants(table, arch, *flags)
-    tiles |= {"k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
-    bulk_of_queries = descriptors(of_queries, tiles) if bulk else dict.fromkeys(tiles)
+    bulk_of_queries = dict.fromkeys(("q_desc", "dout_desc", "k_desc", "v_desc"))
+    if bulk:
+        block_n, block_d, block_v = (of_queries[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_V"))
+        bulk_of_queries = bulk_tiles(of_queries, q, dout)
+        bulk_of_queries |= {"k_desc": descriptor(k, block_n, block_d, D), "v_desc": descriptor(v, block_n, block_v, D_v)}
     n_queries, n_keys = (T, S) if not packed else (min(max_seqlen_q, T), min(max_seqlen_k, S))
     batch = cu_seqlens_q.shape[0] - 1 if packed else B
     m_tiles = cdiv(n_queries, of_queries["BLOCK_M"])
     names = ("kv_lengths_ptr", "cu_q_ptr", "cu_k_ptr", "alibi_ptr", "mask_ptr", "bias_ptr", "seed_ptr")
     skipped = ("stride_t", "stride_ks", "stride_vs", "page", "n_pages", "n_keys")
     common = {name: extras.tensors[name] for name in names}
-    numbers = extras.strides | extras.numbers
+    numbers = dict(zip(STRIDES, extras.strides)) | extras.numbers
     common |= {name: value for name, value in numbers.items() if not name.startswith(skipped)}
     common |= {**strides(q, "q", "bhm", packed), **strides(k, "k", "bhn", packed), **strides(v, "v", "bhn", packed)}
     common |= {**strides(dout, "g", "bhm", packed), **strides(lse, "l", "bh", packed)}
     common |= {"n_heads": H, "group": H // H_kv, "n_queries": n_queries, "n_keys": n_keys, "scale": float(scale)}
-    with torch.cuda.device_of(q):
-        delta_kernel.launch(
-            grid("q", cdiv(T, DELTA_ROWS), B, H), delta_constants(D_v),
-            out, dout, dlse, delta, **strides(out, "o", "bhm"), **strides(dout, "g", "bhm"), **strides(lse, "l", "bh"),
-            n_heads=H, n_queries=T,
+    delta_kernel.launch(
+        grid("q", cdiv(T, DELTA_ROWS), B, H), delta_constants(D_v),
+        out, dout, dlse, delta, **strides(out, "o", "bhm"), **strides(dout, "g", "bhm"), **strides(lse, "l", "bh"),
+        n_heads=H, n_queries=T,
+    )  # fmt: skip
+    backward_queries.launch(
+        grid("q", m_tiles, batch, H), of_queries,
+        q, k, v, dout, lse, dlse, shift, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common,
+        **bulk_of_queries,
+    )  # fmt: skip
+    backward_keys.launch(
+        grid("k", cdiv(n_keys, of_keys["BLOCK_N"]), batch, H_kv), of_keys,
+        q, k, v, dout, shift, delta, norm, dk, dv, **strides(dk, "dk", "bhn", packed),
+        **strides(dv, "dv", "bhn", packed), **common, **bulk_of_keys,
+    )  # fmt: skip
+    if needs_dbias:
+        shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        one_row, one_column = shape[2] == 1, shape[3] == 1
+        n_tiles = cdiv(n_keys, of_queries["BLOCK_N"])
+        tiles = shape[0], shape[1], 1 if one_row else m_tiles, 1 if one_column else n_tiles
+        backward_bias.launch(
+            grid("bias", *tiles), bias_constants(one_row, one_column, table, arch, *flags),
+            q, k, v, dout, shift, delta, norm, dbias, **strides(dbias.view(shape), "db", "bhmn"),
+            n_batch=B, bias_batch=shape[0], bias_heads=shape[1], m_tiles=m_tiles, n_tiles=n_tiles,
+            **{name: value for name, value in common.items() if not name.startswith("cu_")},
         )  # fmt: skip
-        backward_queries.launch(
-            grid("q", m_tiles, batch, H), of_queries,
-            q, k, v, dout, lse, dlse, shift, delta, norm, dq, sinks_ptr=sinks, **strides(dq, "dq", "bhm", packed), **common,
-            **bulk_of_queries,
-        )  # fmt: skip
-        backward_keys.launch(
-            grid("k", cdiv(n_keys, of_keys["BLOCK_N"]), batch, H_kv), of_keys,
-            q, k, v, dout, shift, delta, norm, dk, dv, **strides(dk, "dk", "bhn", packed),
-            **strides(dv, "dv", "bhn", packed), **common, **bulk_of_keys,
-        )  # fmt: skip
-        if needs_dbias:
-            shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-            one_row, one_column = shape[2] == 1, shape[3] == 1
-            n_tiles = cdiv(n_keys, of_queries["BLOCK_N"])
-            tiles = shape[0], shape[1], 1 if one_row else m_tiles, 1 if one_column else n_tiles
-            backward_bias.launch(
-                grid("bias", *tiles), bias_constants(one_row, one_column, table, arch, *flags),
-                q, k, v, dout, shift, delta, norm, dbias, **strides(dbias.view(shape), "db", "bhmn"),
-                n_batch=B, bias_batch=shape[0], bias_heads=shape[1], m_tiles=m_tiles, n_tiles=n_tiles,
-                **{name: value for name, value in common.items() if not name.startswith("cu_")},
-            )  # fmt: skip
     dsinks = None
     if sinks is not None:
         # A fully masked row contributes nothing; for rows past the last sequence no program writes a norm.
         weight = (sinks.double().view(-1, 1) - lse).exp()  # (B, H, T)
         dsinks = -(weight * norm * delta).masked_fill(lse == -torch.inf, 0.0).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
+
+
+def bulk_tiles(constants: Constants, q: Tensor, dout: Tensor) -> dict[str, TileDescriptor]:
+    """Descriptors of the tiles of q and dout that a kernel with these constants copies in bulk."""
+    rows = constants["BLOCK_M"]
+    return {
+        "q_desc": descriptor(q, rows, constants["BLOCK_D"], constants["HEAD_DIM"]),
+        "dout_desc": descriptor(dout, rows, constants["BLOCK_V"], constants["V_DIM"]),
+    }
 
 
 @functools.cache

@@ -382,7 +382,7 @@ def attention_decode(
         return out.bfloat16(), lse
 
     out = q.new_empty_strided((B, H, T, D_v), (T * H * D_v, D_v, H * D_v, 1))
-    lse = q.new_empty((B, H, T), dtype=torch.float32)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     if k.dtype is torch.float8_e4m3fn:  # decoded by the kernel: not every architecture can
@@ -409,8 +409,8 @@ def attention_decode(
     acc = softmax = None
     if n_splits > 1:
         n_groups = cdiv(n_splits, GROUP.value)
-        acc = q.new_empty((B, H, T, n_splits + n_groups, D_v), dtype=torch.float32)
-        softmax = q.new_empty((B, H, T, n_splits + n_groups, 2), dtype=torch.float32)
+        acc = q.new_empty(B, H, T, n_splits + n_groups, D_v, dtype=torch.float32)
+        softmax = q.new_empty(B, H, T, n_splits + n_groups, 2, dtype=torch.float32)
         needed = B * H_kv * n_tiles * (n_groups + 1)
         if counters is None or counters.numel() < needed:
             counters = torch.zeros(needed, dtype=torch.int32, device=device)
@@ -418,22 +418,21 @@ def attention_decode(
         counters = None
     n_angles, pairs = (0, 0) if x.cos is None else x.cos.shape
 
-    with torch.cuda.device_of(q):
-        attend_split_kernel.launch(
-            grid("q", n_tiles, n_splits, B, H_kv), constants,
-            q, k, v, out, lse, acc, softmax, counters,
-            kv_lengths, block_table, k_scale, v_scale, alibi_slopes, sinks, mask, bias,
-            x.k, x.v, x.slots, x.positions, x.cos, x.sin,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *((0, 0, 0) if k_scale is None else k_scale.stride()),
-            *((0, 0, 0) if v_scale is None else v_scale.stride()),
-            *((0, 0) if block_table is None else block_table.stride()),
-            *((0, 0, 0, 0) if mask is None else mask.stride()),
-            *((0, 0, 0, 0) if bias is None else bias.stride()),
-            *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride()[0])),
-            *((0, 0, 0) if x.cos is None else (x.positions.stride()[0], x.cos.stride()[0], x.sin.stride()[0])),
-            H, H // H_kv, n_rows, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
-        )  # fmt: skip
+    attend_split_kernel.launch(
+        grid("q", n_tiles, n_splits, B, H_kv), constants,
+        q, k, v, out, lse, acc, softmax, counters,
+        kv_lengths, block_table, k_scale, v_scale, alibi_slopes, sinks, mask, bias,
+        x.k, x.v, x.slots, x.positions, x.cos, x.sin,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *((0, 0, 0) if k_scale is None else k_scale.stride()),
+        *((0, 0, 0) if v_scale is None else v_scale.stride()),
+        *((0, 0) if block_table is None else block_table.stride()),
+        *((0, 0, 0, 0) if mask is None else mask.stride()),
+        *((0, 0, 0, 0) if bias is None else bias.stride()),
+        *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride()[0])),
+        *((0, 0, 0) if x.cos is None else (x.positions.stride()[0], x.cos.stride()[0], x.sin.stride()[0])),
+        H, H // H_kv, n_rows, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
+    )  # fmt: skip
     return out, lse
 
 

@@ -25,7 +25,7 @@ from fastgpt.kernels.attention_arguments import (
     POINTERS,
     Extras,
     bytes_of,
-    descriptors,
+    descriptor,
     have_bulk_copies,
     leading_strides,
 )
@@ -60,7 +60,6 @@ from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.tiles import attention_tile, forward_table, head_blocks, masked_columns, padded_dim
 
 WIDEST_BULK = 256  # largest head dim of tiles that are copied in bulk (TMA)
-NO_DESCRIPTORS = dict.fromkeys(("q_desc", "k_desc", "v_desc", "q_rest_desc", "k_rest_desc"))
 
 
 @triton.jit
@@ -295,7 +294,7 @@ def attention_forward(
         out.zero_()
         lse = q.new_full((B, H, T), -math.inf, dtype=torch.float32)
     else:
-        lse = q.new_empty((B, H, T), dtype=torch.float32)
+        lse = q.new_empty(B, H, T, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     if scale <= 0.0:  # the kernel takes the maximum before it scales
@@ -309,20 +308,24 @@ def attention_forward(
     arch = architecture(q.device) if bulk else 80
     flags = causal, window is not None, softcap is not None, extras.with_extras, extras.ragged
     constants = kernel_constants(D, D_v, q.element_size(), arch, *flags, *extras.units)
-    tiles = {"q_desc": (q, "BLOCK_M", "BLOCK_D"), "k_desc": (k, "BLOCK_N", "BLOCK_D"), "v_desc": (v, "BLOCK_N", "BLOCK_V")}
-    if constants["BLOCK_R"]:
-        tiles |= {"q_rest_desc": (q, "BLOCK_M", "BLOCK_R"), "k_rest_desc": (k, "BLOCK_N", "BLOCK_R")}
+    q_desc = k_desc = v_desc = q_rest_desc = k_rest_desc = None
+    if bulk:
+        block_m, block_n, block_d, block_r = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_R"))
+        q_desc, k_desc = descriptor(q, block_m, block_d, D), descriptor(k, block_n, block_d, D)
+        v_desc = descriptor(v, block_n, constants["BLOCK_V"], D_v)
+        if block_r:
+            q_rest_desc, k_rest_desc = descriptor(q, block_m, block_r, D), descriptor(k, block_n, block_r, D)
     batch = cu_seqlens_q.shape[0] - 1 if packed else B
-    with torch.cuda.device_of(q):
-        attention_forward_kernel.launch(
-            grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H), constants,
-            # Mostly positional: keyword arguments take Python as long as all the rest of the launch.
-            q, bytes_of(k), bytes_of(v), out, lse, *extras.tensors.values(),
-            *leading_strides(q, packed), *leading_strides(k, packed), *leading_strides(v, packed),
-            *leading_strides(out, packed), 0 if packed else H * T, T,
-            *extras.strides.values(), **extras.numbers, n_heads=H, group=H // k.shape[1], n_queries=n_queries,
-            scale=float(scale), **(NO_DESCRIPTORS | descriptors(constants, tiles) if bulk else NO_DESCRIPTORS),
-        )  # fmt: skip
+    page, n_pages, n_keys, window, softcap, threshold, keep_scale = extras.numbers.values()
+    attention_forward_kernel.launch(
+        grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H), constants,
+        # Positional: keyword arguments take Python as long as all the rest of the launch.
+        q, bytes_of(k), bytes_of(v), out, lse, *extras.tensors.values(),
+        *leading_strides(q, packed), *leading_strides(k, packed), *leading_strides(v, packed),
+        *leading_strides(out, packed), 0 if packed else H * T, T, *extras.strides,
+        page, n_pages, H, H // k.shape[1], n_queries, n_keys, window, threshold, float(scale), softcap, keep_scale,
+        q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc,
+    )  # fmt: skip
     return out, lse
 
 

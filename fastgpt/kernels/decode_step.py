@@ -56,11 +56,10 @@ def embed(
         positions = None
     scale = None if scale is None else float(scale)
     constants = embed_constants(C, has_dependent_launch(weight.device))
-    with torch.cuda.device_of(weight):
-        embed_kernel.launch(
-            (*grid("ids", ids.numel())[:1], cdiv(C, constants["BLOCK_C"]), 1), constants,
-            ids, weight, positions, position_weight, out, len(weight), n_positions, period, scale,
-        )  # fmt: skip
+    embed_kernel.launch(
+        (*grid("ids", ids.numel())[:1], cdiv(C, constants["BLOCK_C"]), 1), constants,
+        ids, weight, positions, position_weight, out, len(weight), n_positions, period, scale,
+    )  # fmt: skip
     return out
 
 
@@ -84,8 +83,7 @@ def advance_kernel(lengths_ptr, positions_ptr, n_sequences, BLOCK: tl.constexpr,
 def advance(lengths: Tensor, positions: Tensor) -> None:
     """Launches the kernel; see `fastgpt.ops.decode_step.advance`. Both tensors are contiguous."""
     constants = one_warp_constants(ADVANCED, has_dependent_launch(lengths.device))
-    with torch.cuda.device_of(lengths):
-        advance_kernel.launch((cdiv(len(lengths), ADVANCED), 1, 1), constants, lengths, positions, len(lengths))
+    advance_kernel.launch((cdiv(len(lengths), ADVANCED), 1, 1), constants, lengths, positions, len(lengths))
 
 
 @kernel(
@@ -128,10 +126,9 @@ def record_token(
         ended = ended.view(torch.uint8)
     n_rows = len(token)
     constants = one_warp_constants(32 if n_rows <= 32 else 256, has_dependent_launch(token.device))
-    with torch.cuda.device_of(token):
-        record_token_kernel.launch(
-            (1, 1, 1), constants, token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos)
-        )
+    record_token_kernel.launch(
+        (1, 1, 1), constants, token, largest, tokens, extreme, step, ended, eos, n_rows, 0 if eos is None else len(eos)
+    )
 
 
 @functools.cache

@@ -286,17 +286,16 @@ def _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, 
         D, v.shape[3], 0 if cos is None else cos.shape[1], interleaved, T > 1, k.element_size(),
         *aligned, WIDEST_ACCESS if cos is None else alignment(cos, sin), has_dependent_launch(k.device),
     )  # fmt: skip
-    with torch.cuda.device_of(k):
-        update_cache_kernel.launch(
-            grid("k", cdiv(T, constants["BLOCK_T"]), B, H_kv + H), constants,
-            k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale,
-            q, out, positions, cos, sin,
-            *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-            *((0, 0, 0, 0, 0, 0) if k_scale is None else (*k_scale.stride(), *v_scale.stride())),
-            *slots.stride(), *((0, 0) if block_table is None else block_table.stride()),
-            *((0,) * 7 if q is None else (*q.stride()[:3], *positions.stride(), cos.stride(0), sin.stride(0))),
-            H, H_kv, T, capacity, max(page, 1), n_pages, 0 if cos is None else len(cos),
-        )  # fmt: skip
+    update_cache_kernel.launch(
+        grid("k", cdiv(T, constants["BLOCK_T"]), B, H_kv + H), constants,
+        k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale,
+        q, out, positions, cos, sin,
+        *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        *((0, 0, 0, 0, 0, 0) if k_scale is None else (*k_scale.stride(), *v_scale.stride())),
+        *slots.stride(), *((0, 0) if block_table is None else block_table.stride()),
+        *((0,) * 7 if q is None else (*q.stride()[:3], *positions.stride(), cos.stride(0), sin.stride(0))),
+        H, H_kv, T, capacity, max(page, 1), n_pages, 0 if cos is None else len(cos),
+    )  # fmt: skip
     return out
 
 

@@ -8,6 +8,7 @@ options, which do not vary between launches, are one object that is created once
 
 from collections.abc import Callable
 
+import torch
 import triton
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -51,10 +52,14 @@ class Kernel(JITFunction):
         self.cached = {}  # (device, constants, key) -> a compiled kernel's launcher and its arguments
 
     def launch(self, grid: tuple[int, int, int], constants: Constants, *args, **named) -> None:
-        """Launches the kernel with its arguments, positional or named, without the compile-time constants."""
-        key, arguments = self.bind(*args, **named)
+        """Launches the kernel with its arguments, positional or named, without the compile-time constants; on the device of the
+        first one, a tensor."""
         active, runtime = driver.active, triton.knobs.runtime
         device = active.get_current_device()
+        if args[0].get_device() != device:  # rare; and to enter a device takes Python longer than to look
+            with torch.cuda.device_of(args[0]):
+                return self.launch(grid, constants, *args, **named)
+        key, arguments = self.bind(*args, **named)
         cached = self.cached.get((device, constants, key))
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if cached is None or self.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):

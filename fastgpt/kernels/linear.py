@@ -269,7 +269,7 @@ def linear(
         tensors = (y if y is None else y.float() for y in (x, weight, bias, residual))
         norms = (y if y is None else y.float() for y in (norm_weight, norm_bias))
         return linear(*tensors, activation, gated, *norms, rms, norm_eps, norm_offset).bfloat16()
-    out = x.new_empty((*x.shape[:-1], N))
+    out = x.new_empty(*x.shape[:-1], N)
     if out.numel() == 0:
         return out
     x = rows_of(x, K)
@@ -284,12 +284,11 @@ def linear(
     programs = grid("weight", cdiv(N, constants["BLOCK_N"]))
     tensors = x, weight, bias, residual, norm_weight, norm_bias, out
     of_norm = float(norm_eps), float(norm_offset)
-    with torch.cuda.device_of(x):
-        if rows == 1:
-            one_row_kernel.launch(programs, constants, *tensors, N, *of_norm)
-        else:
-            stride_r = 0 if residual is None else residual.stride(0)
-            several_rows_kernel.launch(programs, constants, *tensors, rows, N, stride, stride_r, *of_norm)
+    if rows == 1:
+        one_row_kernel.launch(programs, constants, *tensors, N, *of_norm)
+    else:
+        stride_r = 0 if residual is None else residual.stride(0)
+        several_rows_kernel.launch(programs, constants, *tensors, rows, N, stride, stride_r, *of_norm)
     return out
 
 

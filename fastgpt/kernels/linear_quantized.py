@@ -391,7 +391,7 @@ def linear_quantized(
         )
         rest = bias, residual, activation, gated, norm_weight, norm_bias, rms, norm_eps, norm_offset
         return linear_quantized(x.float(), blocks, bits, group_size, minima, *rest).bfloat16()
-    out = x.new_empty((*x.shape[:-1], N))
+    out = x.new_empty(*x.shape[:-1], N)
     if out.numel() == 0:
         return out
     x = rows_of(x, K)
@@ -413,19 +413,16 @@ def linear_quantized(
     features, tiles = cdiv(N, constants["BLOCK_N"]), cdiv(rows, tile.BLOCK_M)
     stride_r = 0 if residual is None else residual.stride(0)
     of_norm = float(norm_eps), float(norm_offset)
-    with torch.cuda.device_of(x):
-        if rows == 1:
-            tensors = x, blocks, bias, residual, norm_weight, norm_bias, out
-            quantized_one_row_kernel.launch(grid("weight", features), constants, *tensors, N, *of_norm)
-        elif rows <= MOST_FEW_ROWS:
-            tensors = x, blocks, bias, residual, norm_weight, norm_bias, out
-            programs = (*grid("weight", features)[:1], tiles, 1)
-            quantized_several_rows_kernel.launch(programs, constants, *tensors, rows, N, x.stride(0), stride_r, *of_norm)
-        else:
-            tensors = x, blocks, bias, residual, out
-            quantized_many_rows_kernel.launch(
-                grid("weight", features, tiles), constants, *tensors, rows, N, x.stride(0), stride_r
-            )
+    if rows == 1:
+        tensors = x, blocks, bias, residual, norm_weight, norm_bias, out
+        quantized_one_row_kernel.launch(grid("weight", features), constants, *tensors, N, *of_norm)
+    elif rows <= MOST_FEW_ROWS:
+        tensors = x, blocks, bias, residual, norm_weight, norm_bias, out
+        programs = (*grid("weight", features)[:1], tiles, 1)
+        quantized_several_rows_kernel.launch(programs, constants, *tensors, rows, N, x.stride(0), stride_r, *of_norm)
+    else:
+        tensors = x, blocks, bias, residual, out
+        quantized_many_rows_kernel.launch(grid("weight", features, tiles), constants, *tensors, rows, N, x.stride(0), stride_r)
     return out
 
 

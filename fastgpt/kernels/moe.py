@@ -373,9 +373,8 @@ def route(
     bias = None if selection_bias is None else selection_bias.contiguous()
     pdl = has_dependent_launch(logits.device)
     constants = route_constants(E, top_k, num_groups, top_groups, sigmoid, top2, normalize, pdl)
-    with torch.cuda.device_of(logits):
-        programs = grid("logits", len(logits))
-        route_kernel.launch(programs, constants, logits, bias, experts, weights, logits.stride(0), float(scale))
+    programs = grid("logits", len(logits))
+    route_kernel.launch(programs, constants, logits, bias, experts, weights, logits.stride(0), float(scale))
     return experts, weights
 
 
@@ -397,7 +396,7 @@ def moe(
             y if y is None else y.float() for y in (x, up, down, up_bias, down_bias, residual)
         )
         return moe(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated).bfloat16()
-    out = x.new_empty(x.shape)
+    out = x.new_empty(*x.shape)
     if out.numel() == 0:
         return out
     E, C, TOP_K = down.shape[0], x.shape[-1], experts.shape[-1]
@@ -407,11 +406,10 @@ def moe(
     x, target = rows_of(x, C), out.view(-1, C)
     few = len(x) == 1 or experts.numel() <= E
     run, step = (_few_rows, len(x)) if few else (_many_rows, max(1, MOST_PRODUCTS // (4 * C * TOP_K)))
-    with torch.cuda.device_of(x):
-        for first in range(0, len(x), step):
-            part = slice(first, first + step)
-            of_part = x[part], experts[part], weights[part], None if residual is None else residual[part], target[part]
-            run(*of_part, up, down, up_bias, down_bias, activation, gated)
+    for first in range(0, len(x), step):
+        part = slice(first, first + step)
+        of_part = x[part], experts[part], weights[part], None if residual is None else residual[part], target[part]
+        run(*of_part, up, down, up_bias, down_bias, activation, gated)
     return out
 
 

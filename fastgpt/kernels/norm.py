@@ -9,7 +9,6 @@ parts of a row are combined as in Chan, Golub, LeVeque, Updating Formulae and a 
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -108,7 +107,7 @@ def norm(
     Returns: (..., C) in x's dtype, contiguous.
     """
     C = x.shape[-1]
-    out = x.new_empty(x.shape)
+    out = x.new_empty(*x.shape)
     if out.numel() == 0:
         return out
     dims = folded(x)
@@ -121,11 +120,10 @@ def norm(
     residual = None if residual is None else residual.contiguous()
     rows = out.numel() // C
     constants = kernel_constants(C, rms, rows > 128, has_dependent_launch(x.device))
-    with torch.cuda.device_of(x):
-        norm_kernel.launch(
-            grid("x", cdiv(rows, constants["BLOCK_M"])), constants,
-            x, weight, bias, residual, out, rows, size_1, size_2, stride_0, stride_1, stride_2, float(eps), float(offset),
-        )  # fmt: skip
+    norm_kernel.launch(
+        grid("x", cdiv(rows, constants["BLOCK_M"])), constants,
+        x, weight, bias, residual, out, rows, size_1, size_2, stride_0, stride_1, stride_2, float(eps), float(offset),
+    )  # fmt: skip
     return out
 
 

@@ -156,62 +156,6 @@ def test_without_the_cuda_library_a_model_is_captured():
         assert reasons["triton"] == "chosen" and reasons["cuda"] == "the CUDA library is not there"
 
 
-# Launchers
-
-
-def test_every_launch_is_on_the_device_of_its_tensors():
-    """Also where another one is the current device: a guard is entered with a tensor of the call, and left after it."""
-    from fake_gpu import launched_kernels
-
-    from fastgpt.kernels import decode_step
-    from fastgpt.kernels.attention_backward import attention_backward
-    from fastgpt.kernels.attention_decode import attention_decode
-    from fastgpt.kernels.attention_forward import attention_forward
-    from fastgpt.kernels.kv_cache_update import kv_cache_update
-    from fastgpt.kernels.launch import Kernel
-    from fastgpt.kernels.linear import linear
-    from fastgpt.kernels.linear_quantized import linear_quantized
-    from fastgpt.kernels.moe import moe, route
-    from fastgpt.kernels.norm import norm
-
-    guards, launched = [], {}
-    of_experts = torch.randn(1, 64), torch.randn(40, 64)  # of which some of the launches of a call get only what comes of it
-
-    @contextlib.contextmanager
-    def device_of(tensor):
-        guards.append(tensor)
-        yield
-        guards.pop()
-
-    def launch(self, grid, constants, *args, **kwargs):
-        tensors = (*args, *of_experts) if self.fn.__module__ == "fastgpt.kernels.moe" else args
-        launched.setdefault(self.fn.__name__, []).append(bool(guards) and any(x is guards[-1] for x in tensors))
-
-    q, kv, x = torch.randn(2, 4, 40, 64), torch.randn(2, 2, 40, 64), torch.randn(3, 64)
-    lse, step_of, ids = torch.zeros(2, 4, 40), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
-    lengths = torch.zeros(2, dtype=torch.int32)
-    slopes, bias = torch.rand(4), torch.randn(2, 4, 40, 40)
-    with mock.patch.object(torch.cuda, "device_of", device_of), mock.patch.object(Kernel, "launch", launch):
-        attention_forward(q, kv, kv, causal=True, scale=1.0)
-        attention_backward(q, None, q, kv, kv, q, lse, needs_dbias=True, causal=True, scale=1.0, bias=bias, sinks=slopes)
-        attention_decode(q[:, :, :1], kv, kv, causal=True, scale=1.0)
-        kv_cache_update(kv, kv, kv.clone(), kv.clone(), torch.zeros(2, 40, dtype=torch.int64))
-        linear(x, torch.randn(8, 64))
-        linear(x[:1], torch.randn(8, 64))
-        for rows in (1, 3, 40):
-            linear_quantized(torch.randn(rows, 64), torch.zeros(8, 68, dtype=torch.uint8), 8, 32, False)
-        route(torch.randn(3, 8), 2)
-        for rows in of_experts:
-            chosen, weights = torch.zeros(len(rows), 2, dtype=torch.int32), torch.rand(len(rows), 2)
-            moe(rows, chosen, weights, torch.randn(8, 32, 64), torch.randn(8, 64, 16))
-        norm(x, x[0])
-        decode_step.embed(ids, x)
-        decode_step.advance(lengths, lengths.clone().unsqueeze(1))
-        decode_step.record_token(ids[0], torch.zeros(1, 1), ids.clone(), torch.zeros(1, 1), step_of)
-    assert launched.keys() == launched_kernels().keys()
-    assert all(all(guarded) for guarded in launched.values()), launched
-
-
 # Tracing
 
 

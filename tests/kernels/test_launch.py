@@ -1,7 +1,9 @@
 """What is launched in a shorter way than Triton's is what Triton would launch."""
 
+import contextlib
 import os
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import triton.language as tl  # noqa: E402
 if "TRITON_INTERPRET" in os.environ:
     pytest.skip("the interpreter launches otherwise", allow_module_level=True)
 
-from fake_gpu import launched_kernels, launches, meta  # noqa: E402
+from fake_gpu import gpu, launched_kernels, launches, meta  # noqa: E402
 from launcher_calls import calls  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.runtime import driver  # noqa: E402
@@ -138,6 +140,37 @@ def test_a_key_that_is_too_coarse_is_found(monkeypatch):
         test_keys_are_as_fine_as_tritons("norm")
 
 
+def test_every_launch_is_on_the_device_of_its_tensors():
+    """Where another one is the current device, that of the tensors is entered for each launch, and left after it."""
+    device, launched, get_device = torch.device("cuda:3"), [], torch.Tensor.get_device
+
+    def tensor(*shape, strides=None, dtype=torch.float16):
+        return meta(*shape, strides=strides, dtype=dtype).to(device)
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        with mock.patch.object(driver.active, "device", tensor.get_device()):
+            yield
+
+    def run(self, *args, grid, warmup, **named):
+        values = [getattr(x, "base", x) for x in (*args, *named.values())]
+        assert driver.active.get_current_device() == 3
+        assert {x.device for x in values if isinstance(x, torch.Tensor)} == {device}
+        launched.append(self)
+
+    with gpu(), mock.patch.object(torch.cuda, "device_of", device_of), mock.patch.object(JITFunction, "run", run):
+        with mock.patch.object(torch.Tensor, "get_device", get_device):
+            for call in calls(3, tensor).values():
+                call()
+        assert driver.active.get_current_device() != 3
+    assert set(launched) == set(launched_kernels().values())
+
+
+def test_the_current_device_is_not_entered_anew():
+    with launches(), mock.patch.object(torch.cuda, "device_of", side_effect=AssertionError):
+        calls(3)["norm"]()
+
+
 def test_compiled_kernels_are_launched_on_their_device_only(by_triton):
     for _ in range(2):
         with launches() as found:
@@ -188,8 +221,8 @@ def test_constants_count_as_themselves():
 # Calls in front of the launches of a call, after the first: of functions of the package and Triton, and by these of others.
 # Its time goes into them; python -m benchmarks.launches times it.
 MOST = {
-    "forward": 100, "forward, bias and mask": 110, "forward, packed": 105, "forward, pages": 74, "backward": 280,
-    "decode": 54, "decode, pages": 53, "decode, new": 48, "update": 53, "linear": 21, "linear, rows": 27, "quantized": 21, "quantized, rows": 29, "quantized, many rows": 25, "norm": 25,
+    "forward": 97, "forward, bias and mask": 107, "forward, packed": 100, "forward, pages": 68, "backward": 270,
+    "decode": 50, "decode, pages": 49, "decode, new": 44, "update": 52, "linear": 21, "linear, rows": 27, "quantized": 21, "quantized, rows": 29, "quantized, many rows": 25, "norm": 25,
     "norm, strided": 28, "embed": 26, "advance": 12, "record_token": 12, "route": 22, "moe": 53, "moe, many rows": 80,
 }  # fmt: skip
 
