@@ -11,7 +11,9 @@ import torch
 from fastgpt.checkpoints import gguf, gguf_file
 from fastgpt.checkpoints.families import FAMILIES, family_of
 from fastgpt.checkpoints.families.family import Family, as_rows
-from fastgpt.checkpoints.gguf import ARCHITECTURES, NAMES, OF_ALL_EXPERTS, ROPE_TENSORS, GGUFTensor
+from fastgpt.checkpoints.gguf_architectures import ARCHITECTURES, NAMES, OF_ALL_EXPERTS
+from fastgpt.checkpoints.gguf_config import ROPE_TENSORS
+from fastgpt.checkpoints.gguf_tensors import GGUFTensor
 from fastgpt.checkpoints.loading import rows_of_parts
 from fastgpt.model.rope import Rope
 from fastgpt.ops.quantized_weight import GGUF_PACKINGS, QuantizedWeight

@@ -12,7 +12,7 @@ import torch
 
 import fastgpt
 from fastgpt.bench.timing import implementation
-from fastgpt.checkpoints import gguf, gguf_file, quantized_folders, transformers_format
+from fastgpt.checkpoints import gguf_architectures, gguf_config, gguf_file, gguf_tensors, quantized_folders, transformers_format
 from fastgpt.checkpoints.files import CONFIG, TOKENIZER, read_json
 from fastgpt.checkpoints.safetensors_files import headers, weight_files
 from fastgpt.cli.arguments import path
@@ -88,9 +88,9 @@ def print_file(model: Path) -> None:
     """Prints what a GGUF file, or all files of a model that was split, have in them."""
     file = gguf_file.read(model)
     metadata, architecture = file.metadata, file.architecture
-    weights = [tensor for tensor in file.tensors.values() if tensor.name not in gguf.ROPE_TENSORS]
+    weights = [tensor for tensor in file.tensors.values() if tensor.name not in gguf_config.ROPE_TENSORS]
     tokens = metadata.get("tokenizer.ggml.tokens")
-    served = "" if architecture in gguf.ARCHITECTURES else ", which is not served"
+    served = "" if architecture in gguf_architectures.ARCHITECTURES else ", which is not served"
     print_lines({
         "architecture": one_line(architecture) + served,
         "name": one_line(metadata.get("general.name", "none")),
@@ -101,7 +101,7 @@ def print_file(model: Path) -> None:
         "tokenizer": ", ".join(one_line(metadata[key]) for key in TOKENIZER_KEYS if key in metadata) or "none",
         "chat template": "yes" if "tokenizer.chat_template" in metadata else "no",
     })  # fmt: skip
-    print_types([(tensor.type, tensor.nbytes) for tensor in file.tensors.values()], gguf.SERVED)
+    print_types([(tensor.type, tensor.nbytes) for tensor in file.tensors.values()], gguf_tensors.SERVED)
 
 
 def print_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastgpt import folders
-from fastgpt.checkpoints import gguf, gguf_file, gguf_writer, hub, quantized_folders, transformers_format
+from fastgpt.checkpoints import gguf_file, gguf_tensors, gguf_writer, hub, quantized_folders, transformers_format
 from fastgpt.checkpoints.files import TOKENIZER
 from fastgpt.checks import is_terminal, require_integer, require_path, writing
 from fastgpt.cli.arguments import integer, path, path_or_id
@@ -177,7 +177,7 @@ def write_file(pipe: Pipeline, options: argparse.Namespace) -> None:
 
 def is_quantized(options: argparse.Namespace) -> bool:
     if gguf_file.is_gguf(options.source):
-        return any(tensor.type in gguf.QUANTIZED for tensor in gguf_file.read(options.source).tensors.values())
+        return any(tensor.type in gguf_tensors.QUANTIZED for tensor in gguf_file.read(options.source).tensors.values())
     return (
         quantized_folders.scheme(transformers_format.read_config(hub.resolve(options.source, options.revision))[1]) is not None
     )

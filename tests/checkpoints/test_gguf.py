@@ -16,7 +16,7 @@ from command_line import run
 
 from fastgpt import GPT, SHIPPED_MODEL, QuantizedWeight, decoding, generate, pipeline
 from fastgpt.checkpoints import adapters
-from fastgpt.checkpoints.gguf import SERVED
+from fastgpt.checkpoints.gguf_tensors import SERVED
 from fastgpt.model import lora
 from fastgpt.ops.quantized_weight import GGUF_PACKINGS as PACKINGS
 from fastgpt.testing import numerics

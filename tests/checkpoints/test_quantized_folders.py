@@ -2,25 +2,17 @@
 
 import json
 import shutil
-from unittest import mock
 
 import pytest
 import torch
-import transformers
-from checkpoint_files import LLAMA, edit_config, edit_weights, peak_of_loading, raises
+from checkpoint_files import LLAMA, edit_config, edit_weights, raises
 from models import random_ids, random_model
 from quantized_folders import quantize_folder
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fastgpt import GPT, GPTConfig, QuantizedWeight, generate
-from fastgpt.checkpoints import transformers_format
 from fastgpt.checkpoints.families import FAMILIES
-from fastgpt.model.rope import Rope
-from fastgpt.ops.quantized_weight import GGUF_PACKINGS
 from fastgpt.testing import numerics
-from fastgpt.text.tokenizer import Tokenizer
-from fastgpt.training.trainer import pretrained
 
 DOWN = "model.layers.1.mlp.down_proj."
 WIDE = LLAMA | {
@@ -351,163 +343,3 @@ def test_integers_without_a_quantization(quantized):
     edit_config(folder, quantization_config=None)
     with raises("expected dtype F64 or F32 or F16 or BF16, got I8, which no quantization_config in config.json explains"):
         GPT.from_pretrained(folder)
-
-
-# Ours
-
-
-def own(folder, **options):
-    model = random_model(width=64, **options)
-    model.save_pretrained(folder / "plain")
-    GPT.from_pretrained(folder / "plain", weights="int4").save_pretrained(folder / "own")
-    return folder / "own"
-
-
-def with_metadata(folder, edit_packings):
-    """Rewrites the file with other packings; None: without any."""
-    path = folder / "model.safetensors"
-    with safe_open(path, framework="pt") as file:
-        packings = json.loads(file.metadata()["fastgpt.packings"])
-    edit_packings(packings)
-    save_file(load_file(path), path, metadata={"format": "pt", "fastgpt.packings": json.dumps(packings)})
-
-
-NAME = "transformer.h.1.mlp.c_proj.weight"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda packings: packings.pop(NAME), "c_proj.weight: expected dtype F64 or F32 or F16 or BF16, got U8, which no"),
-        (
-            lambda packings: packings.update({NAME: [3, 32, False, 0]}),
-            r"c_proj.weight: expected rows of blocks .*\[3, 32, False, 0\]",
-        ),
-        (lambda packings: packings.update({NAME: [4, 0, False, 0]}), r"expected rows of blocks .*\[4, 0, False, 0\]"),
-        (lambda packings: packings.update({NAME: [4, 32]}), r"expected rows of blocks .*\[4, 32\]"),
-        (lambda packings: packings.update({NAME: {"bits": 4}}), "expected rows of blocks .*'bits'"),
-        (
-            lambda packings: packings.update({NAME: [8, 32, True, 0]}),
-            r"got shape \(64, 144\) of U8 and \[8, 32, True, 0\]|misshapen",
-        ),
-        (lambda packings: packings.update({NAME: [8, 64, False, 0]}), r"got shape \(64, 144\) of U8 and \[8, 64, False, 0\]"),
-        (lambda packings: packings.update({"x": [8, 32, False, 0]}), "lacks weights: x, whose packing its metadata have"),
-        (
-            lambda packings: packings.update({"transformer.ln_f.weight": [8, 32, False, 0]}),
-            "ln_f.weight: expected rows of blocks",
-        ),
-    ],
-)
-def test_packings_that_are_wrong_are_named(change, message, tmp_path):
-    folder = own(tmp_path)
-    with_metadata(folder, change)
-    with raises(message):
-        GPT.from_pretrained(folder)
-
-
-def test_blocks_that_are_wrong_are_named(tmp_path):
-    folder = own(tmp_path)
-
-    def edited(change):
-        path = folder / "model.safetensors"
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-        save_file(load_file(path) | {NAME: change(load_file(path)[NAME])}, path, metadata=metadata)
-
-    edited(lambda blocks: blocks[:-1].contiguous())
-    with raises(r"misshapen weights: .*c_proj.weight: expected shape \(64, 256\), got \(63, 256\)"):
-        GPT.from_pretrained(folder)
-    edited(lambda blocks: torch.full((64, 144), 255, dtype=torch.uint8))
-    with raises("c_proj.weight: expected finite scales, got NaN"):
-        GPT.from_pretrained(folder)
-    with raises("c_proj.weight: expected finite numbers"):
-        GPT.from_pretrained(folder, weights="dequantized")
-
-
-def test_training_starts_from_what_they_stand_for(tmp_path):
-    folder = own(tmp_path)
-    Tokenizer.from_corpus("".join(map(chr, range(65, 130)))).save(folder / "tokenizer.json")
-    _, model, _ = pretrained(folder)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("family, weights, layers", [("llama", "int4", 8), ("gpt2", "int8", 6)])  # about 80 MB each
-@pytest.mark.slow
-def test_peak_memory(family, weights, layers, tmp_path):
-    """Of loading what is quantized on the way: little more than the result, whose matrices would take four times as much."""
-    sizes = dict(vocab_size=2000, context_length=64, num_layers=layers, num_heads=16, hidden_size=1024)
-    fields = {} if family == "gpt2" else dict(norm="rms", activation="silu", gated=True, position="rotary", rope=Rope(64))
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**sizes, **fields))
-    zeros = torch.zeros(model.config.intermediate_size * 2 * 1024, dtype=torch.bfloat16)
-    for name, weight in list(model.named_parameters()):
-        owner, _, attribute = name.rpartition(".")
-        view = zeros[: weight.numel()].view(weight.shape)
-        setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(view, requires_grad=False))
-    with mock.patch.object(transformers_format, "save_file", save_shared):
-        model.save_pretrained(tmp_path / "model")
-    before = own(tmp_path)
-    assert peak_of_loading(tmp_path / "model", before.parent / "plain", weights) <= 1.15
-
-
-def save_shared(weights, path, **options):
-    """As safetensors' own, which refuses tensors in the same memory."""
-    save_file({name: x.clone() for name, x in weights.items()}, path, **options)
-
-
-# Experts in MXFP4
-
-
-def in_mxfp4(weight):
-    """(E, N, C) -> blocks (E, N, C/32, 16) and scales (E, N, C/32), as OpenAI's checkpoints have them."""
-    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    groups = weight.unflatten(-1, (-1, 32))
-    exponents = (groups.abs().amax(-1, keepdim=True) / 6).log2().ceil().clamp(-100, 100)
-    scaled = groups / 2**exponents
-    q = (scaled.abs()[..., None] - values).abs().argmin(-1) + 8 * (scaled < 0)
-    return (q[..., 0::2] | q[..., 1::2] << 4).to(torch.uint8), (exponents.squeeze(-1) + 127).to(torch.uint8)
-
-
-@torch.no_grad()
-def test_experts_of_gpt_oss_stay_in_mxfp4(tmp_path):
-    """And are the numbers that transformers dequantizes."""
-    torch.manual_seed(0)
-    config = transformers.GptOssConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, num_local_experts=3, num_experts_per_tok=2, sliding_window=16, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    weights = load_file(path)
-    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        weight = weights.pop(name).float().mT * 30  # (E, N, C)
-        weights[f"{name}_blocks"], weights[f"{name}_scales"] = in_mxfp4(weight)
-    save_file(weights, path, metadata={"format": "pt"})
-    stored = json.loads((tmp_path / "config.json").read_text())
-    entry = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]}
-    (tmp_path / "config.json").write_text(json.dumps(stored | {"quantization_config": entry}))
-
-    model, plain = GPT.from_pretrained(tmp_path), GPT.from_pretrained(tmp_path, weights="dequantized")
-    for block, numbers in zip(model.blocks, plain.blocks):
-        for name in ("up", "down"):
-            weight = getattr(block.mlp, name)
-            assert weight.packing == GGUF_PACKINGS["MXFP4"]
-            assert torch.equal(weight.dequantize().view_as(getattr(numbers.mlp, name)), getattr(numbers.mlp, name))
-    quantization = transformers.Mxfp4Config(dequantize=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.bfloat16)
-    plain.save_pretrained(tmp_path / "numbers")
-    saved = load_file(tmp_path / "numbers" / "model.safetensors")
-    for name, weight in theirs.state_dict().items():
-        assert torch.equal(saved[name], weight), name
-    ids = torch.randint(97, (1, 20))
-    model.save_pretrained(tmp_path / "blocks")
-    assert torch.equal(GPT.from_pretrained(tmp_path / "blocks")(ids), model(ids))
-
-    for name, change, message in (
-        ("gate_up_proj_scales", lambda x: x[:, :-1], "gate_up_proj_scales: expected shape .* of U8, got"),
-        ("down_proj_blocks", lambda x: x[..., :8], "down_proj_blocks: expected shape .E, N, C/32, 16. of U8, got"),
-    ):
-        key = f"model.layers.1.mlp.experts.{name}"
-        save_file(weights | {key: change(weights[key]).contiguous()}, path, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(tmp_path)
