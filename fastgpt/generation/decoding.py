@@ -12,6 +12,7 @@ from fastgpt.checks import require_tensor
 from fastgpt.generation import replay
 from fastgpt.model.decoder import GPT
 from fastgpt.model.inputs import require_decoder
+from fastgpt.model.moe import MoE
 from fastgpt.ops.explain import OPERATIONS
 from fastgpt.ops.implementations import (
     explain_call,
@@ -21,7 +22,6 @@ from fastgpt.ops.implementations import (
 )
 from fastgpt.ops.library import OneThread
 from fastgpt.ops.linear import FEW_ROWS_BF16, FEW_ROWS_QUANTIZED, MAX_ROWS_CPU
-from fastgpt.ops.moe import moe_waits
 from fastgpt.ops.quantized_weight import QuantizedWeight
 
 ONE_THREAD = OneThread()
@@ -218,8 +218,9 @@ def graph_refused(model: GPT, cache: KVCache, num_tokens: int = 1) -> str | None
         return reason
     if (name := next((name for name, module in model.named_modules() if getattr(module, "waits", False)), None)) is not None:
         return f"{name} waits for the device"
-    if model.config.num_experts is not None and (reason := moe_waits()) is not None:
-        return f"it has mixtures of experts: {reason}"
+    for name, module in model.named_modules():
+        if isinstance(module, MoE) and (reason := module.graph_refused()) is not None:
+            return f"{name}: {reason}"
     for name, parameter in model.named_parameters():
         if isinstance(parameter, QuantizedWeight) and parameter.packing.block_type:
             return f"{name} is stored in blocks that no kernel reads"

@@ -11,7 +11,7 @@ from fastgpt.model.evaluation_mode import is_training
 from fastgpt.model.fusion import computes, plain
 from fastgpt.model.layers import MLP, Norm, new_layer, project
 from fastgpt.ops.linear import finish
-from fastgpt.ops.moe import moe, route
+from fastgpt.ops.moe import moe, moe_waits, route
 from fastgpt.ops.quantized_weight import QuantizedWeight
 
 
@@ -64,6 +64,13 @@ class MoE(nn.Module):
     def router_logits(self, x: torch.Tensor) -> torch.Tensor:
         """Normalized x (..., C) -> (..., E)."""
         return project(x, self.router)
+
+    def graph_refused(self) -> str | None:
+        """Why a pass on a GPU cannot be captured in a CUDA graph, or None."""
+        weights = [(self.up, self.down)]
+        if self.shared is not None and self.shared_gate is not None:
+            weights.append((self.shared.up.weight, self.shared.down.weight))
+        return next((reason for up, down in weights if (reason := moe_waits(up, down)) is not None), None)
 
     def _shared(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """residual + shared(x), or with a gate residual + sigmoid(gate(x)) · shared(x)."""

@@ -464,9 +464,11 @@ ROUTE_IMPLEMENTATIONS = {
 MOE_IMPLEMENTATIONS = {"cpp": _moe_cpp_refuses, "triton": _moe_triton_refuses, "reference": lambda *call: None}
 
 
-def moe_waits() -> str | None:
-    """Why a call of `moe` on a GPU cannot be captured in a CUDA graph, or None."""
-    return None if "triton" in MOE_IMPLEMENTATIONS else "how many rows each expert gets is read on the host"
+def moe_waits(up: torch.Tensor, down: torch.Tensor) -> str | None:
+    """Why a call of `moe` on a GPU with these weights, of a dtype that kernels serve, cannot be captured in a CUDA graph, or None."""
+    quantized = any(isinstance(weight, QuantizedWeight) for weight in (up, down))
+    reason = "no kernel takes quantized experts" if quantized else _weights_refused(up, down)
+    return None if reason is None else f"{reason}, and how many rows each expert gets is read on the host"
 
 
 library.define(

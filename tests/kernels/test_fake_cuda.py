@@ -314,6 +314,24 @@ def test_other_block_types_are_not_captured():
         assert graph_refused(model, model.new_cache(1)) == "blocks.1.mlp.down.weight is stored in blocks that no kernel reads"
 
 
+@pytest.mark.parametrize("part", [None, "up", "down", "shared.up.weight", "shared.down.weight"])
+def test_quantized_experts_are_not_captured(part):
+    """How many rows each gets is read on the host, at which a capture would fail."""
+    experts = dict(num_experts=4, experts_per_token=2, expert_size=32, shared_expert_size=64, shared_expert_gate=True)
+    model = random_model(norm="rms", activation="silu", gated=True, mlp_bias=False, **experts)
+    with fake_cuda(model, torch.bfloat16):
+        if part is not None:
+            owner, _, name = f"blocks.1.mlp.{part}".rpartition(".")
+            columns, rows = getattr(model.get_submodule(owner), name).shape[-1], model.get_parameter(f"blocks.1.mlp.{part}")
+            packing = Packing(4, 32, False)
+            blocks = torch.empty(rows.numel() // columns, packing.row_bytes(columns), dtype=torch.uint8)
+            weight = fastgpt.QuantizedWeight(blocks, packing, columns, torch.bfloat16)
+            setattr(model.get_submodule(owner), name, torch.nn.Parameter(weight, requires_grad=False))
+        reason = graph_refused(model, model.new_cache(2))
+    because = "blocks.1.mlp: no kernel takes quantized experts, and how many rows each expert gets is read on the host"
+    assert reason == (None if part is None else because)
+
+
 def test_quantized_tensors_in_other_places_are_left_to_the_reference(cuda):
     """Kernels would read the memory of a wrapper, which has none."""
     weight, x = quantized(cuda), cuda(64, 64)
