@@ -409,6 +409,14 @@ def _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, acti
             require_last_dim_contiguous(name, weight)
 
 
+def _activation_of(number):
+    """The name of the activation with this number."""
+    names = {number: name for name, number in ACTIVATION_NUMBERS.items()}
+    if number not in names:
+        raise ValueError(f"activation: expected a number from 0 to {max(names)}, got {number}")
+    return names[number]
+
+
 def explain_route(
     logits: torch.Tensor, top_k: int, *, scoring: str = "softmax", selection_bias: torch.Tensor | None = None,
     num_groups: int = 1, top_groups: int = 1, group_score: str = "max", normalize: bool = False, scale: float = 1.0,
@@ -506,7 +514,7 @@ def _route_fake(
 
 @torch.library.register_fake("fastgpt::moe", lib=library)
 def _moe_fake(x, experts, weights, up, down, up_bias=None, down_bias=None, residual=None, activation=3, gated=True):
-    _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, "silu", gated)
+    _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, _activation_of(activation), gated)
     return x.new_empty(x.shape)
 
 
@@ -521,7 +529,7 @@ def _moe_quantized_fake(
     I = len(up_blocks) // num_experts // (2 if gated else 1)
     up = QuantizedWeight(up_blocks, up_packing, x.shape[-1], x.dtype)
     down = QuantizedWeight(down_blocks, down_packing, I, x.dtype)
-    _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, "silu", gated)
+    _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, _activation_of(activation), gated)
     return x.new_empty(x.shape)
 
 
@@ -536,9 +544,7 @@ def _route_triton(
 
 
 def _moe_triton(x, experts, weights, up, down, up_bias=None, down_bias=None, residual=None, activation=3, gated=True):
-    _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, "silu", gated)
-    if activation not in ACTIVATION_NUMBERS.values():
-        raise ValueError(f"activation: expected a number from 0 to {max(ACTIVATION_NUMBERS.values())}, got {activation}")
+    _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, _activation_of(activation), gated)
     for name, weight in (("up", up), ("down", down)):
         if not weight.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {weight.stride()}")

@@ -206,6 +206,16 @@ def test_unsupported_arguments_are_refused(operation, name, value, launch):
         launch(operation, **changed)
 
 
+def test_a_gated_activation_without_a_gate_is_refused(launch):
+    """Which the kernels would leave out."""
+    number = moe.ACTIVATION_NUMBERS["swiglu_clamped"]
+    without_gate = {"activation": number, "gated": False, "up": torch.ones(4, 3, 8), "up_bias": torch.ones(4, 3)}
+    with pytest.raises(ValueError, match="gated: expected True for activation='swiglu_clamped', got False"):
+        launch("moe", **without_gate)
+    with pytest.raises(Launched):
+        launch("moe", **without_gate | {"activation": 3})
+
+
 def test_caches_whose_rows_are_not_aligned_take_two_operations(launch):
     """A graph that torch.compile made has not seen their addresses."""
     unaligned = torch.ones(1, 2, 4, 9)[..., :8]
