@@ -254,6 +254,8 @@ def _moe_reference(x, experts, weights, up, down, up_bias, down_bias, residual, 
     rows, experts, weights = x.reshape(-1, C), experts.reshape(-1, K), weights.reshape(-1, K)
     out = weights.new_zeros(rows.shape)  # in fp32 at least
     for e in experts.unique().tolist():
+        if not 0 <= e < E:
+            continue
         row, k = (experts == e).nonzero(as_tuple=True)
         y = F.linear(rows[row], *_of_expert(up, up_bias, e, E, dequantized=True))
         y = F.linear(_activate(y, activation, gated), *_of_expert(down, down_bias, e, E, dequantized=True))
@@ -266,9 +268,11 @@ def _moe_grouped(x, experts, weights, up, down, up_bias, down_bias, residual, ac
     C, K = x.shape[-1], experts.shape[-1]
     E = number_of_experts(down, C)
     _require_experts(experts, E)
-    order = experts.flatten().argsort(stable=True)  # (R · K,)
-    counts = torch.bincount(experts.flatten(), minlength=E).tolist()
-    parts = x.reshape(-1, C)[order // K].split(counts)
+    chosen = experts.flatten()
+    chosen = torch.where((chosen >= 0) & (chosen < E), chosen, E)  # those that do not exist behind all others
+    order = chosen.argsort(stable=True)  # (R · K,)
+    *counts, missing = torch.bincount(chosen, minlength=E + 1).tolist()
+    parts = x.reshape(-1, C)[order[: len(order) - missing] // K].split(counts)
     if torch.is_grad_enabled():  # the gradients of E slices would be E tensors of the whole size
         up, down, up_bias, down_bias = (_unbind(tensor) for tensor in (up, down, up_bias, down_bias))
     fused = {} if activation == CLAMPED else {"activation": activation, "gated": gated}
@@ -282,6 +286,9 @@ def _moe_grouped(x, experts, weights, up, down, up_bias, down_bias, residual, ac
         return _finished(weights.new_zeros(x.shape), x, residual)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
+    if missing:
+        products.append(products[0].new_zeros(missing, C))
+        weights = weights.masked_fill((chosen == E).view(weights.shape), 0.0)
     y = torch.cat(products)[back].view(-1, K, C)
     return _finished((weights.reshape(-1, K, 1) * y).sum(1), x, residual)
 

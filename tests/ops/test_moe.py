@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import fastgpt
 from fastgpt import moe, moe_reference, quantize, route, route_reference
+from fastgpt.ops import moe as module
 from fastgpt.ops.moe import ACTIVATION_NUMBERS, CLAMPED
 from fastgpt.testing import numerics
 
@@ -114,6 +115,31 @@ def test_one_expert_twice():
     call["experts"][:] = call["experts"][:, :1]
     for impl in (None, "reference"):
         numerics.check(moe(**call, impl=impl), lambda: a_loop(**in_float64(call)))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("implementation", ["_moe_reference", "_moe_grouped"])
+def test_experts_that_do_not_exist_add_nothing_on_a_gpu(implementation, quantized, monkeypatch):
+    """Where nobody waits for their numbers to refuse them, as on a CPU."""
+    monkeypatch.setattr(module, "_require_experts", lambda experts, E: None)
+    call = call_of((6,), torch.float32, biases=True, residual=True)
+    call["experts"][0, 1], call["weights"][0, 1] = 0, 0
+    exact = in_float64(call)
+    if quantized:
+        for name in ("up", "down"):
+            call[name] = quantize(call[name].flatten(0, 1))
+            exact[name] = call[name].dequantize(torch.float64).view_as(exact[name])
+    call["weights"][0, 1] = torch.nan
+
+    def run():
+        names = "x", "experts", "weights", "up", "down", "up_bias", "down_bias", "residual", "activation", "gated"
+        return getattr(module, implementation)(*(call[name] for name in names))
+
+    for index in (-1, E, 2**31 - 1, -(2**31)):
+        call["experts"][0, 1] = index
+        numerics.check(run(), lambda: moe_reference(**exact), arithmetic=torch.float32)
+    call["experts"][:] = E
+    assert torch.equal(run(), call["residual"])
 
 
 def test_autocast():
