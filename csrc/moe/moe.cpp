@@ -331,8 +331,8 @@ Tensor moe_quantized_cpu(
   FASTGPT_CHECK(up_blocks.dim() == 2 && down_blocks.dim() == 2, "up, down: expected shape (E rows, bytes)");
   const int64_t C = x.size(x.dim() - 1), factor = gated ? 2 : 1;
   FASTGPT_CHECK(
-      num_experts >= 1 && up_blocks.size(0) % (factor * num_experts) == 0, "up: expected the same number of rows for each of ",
-      num_experts, " experts");
+      num_experts >= 1 && num_experts <= up_blocks.size(0) && up_blocks.size(0) % (factor * num_experts) == 0,
+      "up: expected the same number of rows for each of ", num_experts, " experts");
   const int64_t I = up_blocks.size(0) / num_experts / factor;
   FASTGPT_CHECK(down_blocks.size(0) == num_experts * C, "down: expected ", num_experts * C, " rows");
   Moe m{};
