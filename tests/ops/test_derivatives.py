@@ -502,6 +502,7 @@ RAW = {  # arguments of registered operations, and the function that they name f
     "linear_gate": (lambda x: (x[0, 0],), "fastgpt.linear"),
     "norm": (lambda x: (x[0, 0], x[0, 1, 0]), "fastgpt.norm"),
     "embed": (lambda x: (torch.tensor([[1, 2]]), x[0, 0]), "fastgpt.ops.decode_step.embed"),
+    "prepend_shared": (lambda x: (x[:, 0], x.transpose(1, 2)), "fastgpt.ops.prepend_shared.prepend_shared"),
     "attention_forward": (lambda x: (x, x, x, True, 1.0), "fastgpt.attention"),
     "attention_backward": (lambda x: (x, None, x, x[..., 0], False, x, x, x, True, 1.0), "fastgpt.attention"),
     "kv_cache_update": (
