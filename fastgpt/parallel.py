@@ -32,7 +32,8 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
 
     Returns: the model.
     Raises: ValueError if heads or the MLP's width are not divisible by the number of processes, if a layer is not plain
-        (fastgpt/model/fusion.py): with an adapter, for example; if a weight is quantized; or for a model with experts or sinks.
+        (fastgpt/model/fusion.py): with an adapter, for example; if a weight is quantized; or for a model with experts, sinks or
+        latent attention.
     """
     if mesh is None:
         mesh = init_device_mesh(model.token_embedding.weight.device.type, (torch.distributed.get_world_size(),))
@@ -44,6 +45,10 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
     if model.config.num_experts is not None:
         raise ValueError(
             f"model: expected an MLP in each layer, got num_experts={model.config.num_experts}, which are not sharded"
+        )
+    if model.config.kv_rank is not None:
+        raise ValueError(
+            f"model: expected attention without latents, got kv_rank={model.config.kv_rank}, which are not sharded"
         )
     if model.config.attention_sinks:
         raise ValueError("model: expected attention without sinks, got attention_sinks=True, which are not sharded")

@@ -44,7 +44,7 @@ LAYERS = [
     {"generation.beginnings", "generation.history", "generation.replay", "generation.top_p"},
     {"model.inspection", "bench.timing", "model.encoder"},
     {"model.decoder"},
-    {"model.encoder_states", "model.moe"},
+    {"model.encoder_states", "model.latent", "model.moe"},
     {"model.inputs", "model.layers"},
     {"model.config", "bench.limits"},
     {"checkpoints.gguf_writer", "text.gguf_tokenizer_writer"},

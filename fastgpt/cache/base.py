@@ -126,16 +126,17 @@ class KVCache:
             )
         return new
 
-    def require_model(self, layers: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
+    def require_model(self, layers: int, num_kv_heads: int, head_dim: int, v_head_dim: int, device: torch.device) -> None:
         """Raises ValueError unless the cache was made for a model of these sizes on this device."""
         k, v = self.storages[0].k, self.storages[0].v
-        got, of_values = (self.num_layers, k.shape[2], k.shape[4]), v.shape[4]
-        if (layers, num_kv_heads, head_dim) != got or of_values != head_dim:
-            values = "" if of_values == got[2] else f" (values: {of_values})"
-            raise ValueError(
-                f"cache: expected {layers} layers of {num_kv_heads} KV heads of head dim {head_dim}, as the model has, "
-                f"got {got[0]} layers of {got[1]} KV heads of head dim {got[2]}{values}"
+        expected, got = (layers, num_kv_heads, head_dim, v_head_dim), (self.num_layers, k.shape[2], k.shape[4], v.shape[4])
+        if expected != got:
+            wanted, found = (
+                f"{sizes[0]} layers of {sizes[1]} KV heads of head dim {sizes[2]}"
+                + ("" if sizes[3] == sizes[2] else f" (values: {sizes[3]})")
+                for sizes in (expected, got)
             )
+            raise ValueError(f"cache: expected {wanted}, as the model has, got {found}")
         if self.lengths.device != device:
             raise ValueError(f"cache: expected device {device}, where the tokens are, got {self.lengths.device}")
 

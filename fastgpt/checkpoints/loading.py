@@ -298,7 +298,8 @@ def _fill(
                 as_stored, *others = {part.packing for part, _ in parts}
                 packing = None if others else as_stored
             shape = parameter.shape if packing is None else (rows, packing.row_bytes(columns))
-            weight = huge_pages.empty(shape, dtype=dtype if packing is None else torch.uint8, device=device)
+            kept = torch.promote_types(dtype, torch.float32) if is_kept_in_fp32(module.config, name) else dtype
+            weight = huge_pages.empty(shape, dtype=kept if packing is None else torch.uint8, device=device)
             targets = (weight if packing else as_rows(name, weight)).split([count for _, count in parts])
             for (part, _), target in zip(parts, targets):
                 turned = transposed and not part.is_linear
@@ -313,7 +314,12 @@ def _fill(
                 weight.copy_(weight[order.to(weight.device)])
             if packing is not None:
                 weight = QuantizedWeight(weight, packing, columns, dtype)
-            setattr(layer, attribute, torch.nn.Parameter(weight, requires_grad=packing is None))
+            setattr(layer, attribute, torch.nn.Parameter(weight, packing is None and parameter.requires_grad))
+
+
+def is_kept_in_fp32(config: Any, name: str) -> bool:
+    """Whether a parameter is of a router that computes in fp32, whatever the dtype of the others."""
+    return config.router_fp32 and name.endswith((".router.weight", ".router.bias", ".selection_bias"))
 
 
 def _is_matrix(layer: torch.nn.Module, name: str) -> bool:

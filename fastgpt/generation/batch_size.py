@@ -22,7 +22,8 @@ def affordable_pages(model: GPT, page: int, cache_dtype: torch.dtype | None) -> 
     """How many pages of so many tokens fit into MEMORY_SHARE."""
     config: Any = model.config
     itemsize = (cache_dtype or model.key_dtype).itemsize
-    page_bytes = 2 * config.num_layers * model.num_kv_heads * page * (config.head_dim * itemsize + 4)  # 4: of a scale
+    row_bytes = (config.head_dim + config.v_head_dim) * itemsize + 8  # of a token and head; 8: two scales
+    page_bytes = config.num_layers * model.num_kv_heads * page * row_bytes
     return int(MEMORY_SHARE * free_memory(model.first_weight.device)) // page_bytes
 
 

@@ -10,6 +10,11 @@ from fastgpt.checkpoints.families.fields import DECODER_SCHEMA, ENCODER_SCHEMA, 
 from fastgpt.model.rope import Rope
 from fastgpt.ops.linear import ACTIVATIONS
 
+ROUTING = (  # fields that only a mixture of experts has
+    "shared_expert_gate", "router_bias", "router_fp32", "router_scoring", "router_groups", "router_top_groups",
+    "router_group_score", "router_normalize", "router_scale", "router_selection_bias",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -22,6 +27,11 @@ class GPTConfig:
     num_heads: query heads of attention.
     num_kv_heads: key and value heads; default num_heads. Each of them is shared by num_heads / num_kv_heads query heads.
     head_dim: size of a head; default hidden_size / num_heads.
+    v_head_dim: size of a head of values; default head_dim. Another one needs kv_rank.
+    kv_rank: in multi-head latent attention the size of the latent vector, normalized, from which the keys and values of all heads
+        are projected; except for the first rope.dim dimensions of keys, which all heads share. Default: there is none.
+    q_rank: with kv_rank, the size of a latent vector from which queries are projected; default: there is none.
+    latent_norm_eps: norm_eps of the norms of these vectors; default norm_eps.
     intermediate_size: width of the MLP; default 4 · hidden_size.
     dropout: probability in training, for the embeddings and for the output of each attention and MLP.
     norm: "layer" or "rms".
@@ -45,7 +55,10 @@ class GPTConfig:
     shared_expert_gate: multiply its output with sigmoid(gate(x)), of a linear layer with one output.
     moe_layers: for each layer whether it has a mixture of experts; default: all have, if num_experts is given.
     router_bias: whether the router has a bias.
-    router_normalize: whether the weights of a token's experts are divided by their sum.
+    router_fp32: the router has its weights in fp32, and computes in it, if the others are in fp16 or bf16.
+    router_scoring, router_groups, router_top_groups, router_group_score, router_normalize, router_scale: scoring, num_groups,
+        top_groups, group_score, normalize and scale of `fastgpt.route`.
+    router_selection_bias: whether a number is added to each expert's score for choosing only: selection_bias of `fastgpt.route`.
     qk_norm: normalize queries and keys.
     qk_norm_per_head: each head by itself; False: all heads of a token together.
     position: "learned" or "sinusoidal" embeddings, "rotary", or None.
@@ -78,6 +91,10 @@ class GPTConfig:
     norm_eps: float = 1e-5
     num_kv_heads: int | None = None
     head_dim: int | None = None
+    v_head_dim: int | None = None
+    kv_rank: int | None = None
+    q_rank: int | None = None
+    latent_norm_eps: float | None = None
     intermediate_size: int | None = None
     norm: str = "layer"
     norm_offset: float = 0.0
@@ -98,7 +115,14 @@ class GPTConfig:
     shared_expert_gate: bool = False
     moe_layers: tuple[bool, ...] | None = None
     router_bias: bool = False
+    router_fp32: bool = False
+    router_scoring: str = "softmax"
+    router_groups: int = 1
+    router_top_groups: int = 1
+    router_group_score: str = "max"
     router_normalize: bool = False
+    router_scale: float = 1.0
+    router_selection_bias: bool = False
     qk_norm: bool = False
     qk_norm_per_head: bool = True
     position: str | None = "learned"
@@ -144,6 +168,7 @@ class GPTConfig:
             raise ValueError(f"local_rope: expected None without rope, and another kind than longrope, got {self.local_rope!r}")
         if self.rope_layers is not None and self.rope is None:
             raise ValueError(f"rope_layers: expected None without rope, got {self.rope_layers!r}")
+        self._check_latents()
         self._check_experts()
         for name, of_layers in (("windows", self.windows), ("rope_layers", self.rope_layers), ("moe_layers", self.moe_layers)):
             if of_layers is not None and len(of_layers) != self.num_layers:
@@ -155,19 +180,54 @@ class GPTConfig:
         if self.output_bias and self.tie_embeddings:
             raise ValueError("output_bias: expected False with tie_embeddings, got True")
 
+    def _check_latents(self) -> None:
+        if self.kv_rank is None:
+            for name in ("q_rank", "latent_norm_eps"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: expected None without kv_rank, got {getattr(self, name)!r}")
+            if self.v_head_dim not in (None, self.head_dim):
+                raise ValueError(f"v_head_dim: expected head_dim={self.head_dim} without kv_rank, got {self.v_head_dim}")
+        else:
+            if self.rope is None or self.rope.dim >= self.head_dim:
+                raise ValueError(f"rope.dim: expected less than head_dim={self.head_dim} with kv_rank, got {self.rope!r}")
+            if self.num_kv_heads != self.num_heads:
+                raise ValueError(f"num_kv_heads: expected num_heads={self.num_heads} with kv_rank, got {self.num_kv_heads}")
+            if self.qk_norm:
+                raise ValueError("qk_norm: expected False with kv_rank, got True")
+            if self.latent_norm_eps is None:
+                object.__setattr__(self, "latent_norm_eps", self.norm_eps)
+        if self.v_head_dim is None:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
+        if self.num_layers and self.v_head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"v_head_dim: expected at most {MAX_HEAD_DIM}, got {self.v_head_dim}")
+
     def _check_experts(self) -> None:
         if self.num_experts is None:
             for name in ("experts_per_token", "expert_size", "shared_expert_size", "moe_layers"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: expected None without num_experts, got {getattr(self, name)!r}")
-            for name in ("shared_expert_gate", "router_bias", "router_normalize"):
-                if getattr(self, name):
-                    raise ValueError(f"{name}: expected False without num_experts, got True")
+            for name in ROUTING:
+                if getattr(self, name) != getattr(GPTConfig, name):
+                    raise ValueError(
+                        f"{name}: expected {getattr(GPTConfig, name)!r} without num_experts, got {getattr(self, name)!r}"
+                    )
         else:
             if self.experts_per_token is None or self.experts_per_token > self.num_experts:
                 raise ValueError(
                     f"experts_per_token: expected an integer from 1 to num_experts={self.num_experts}, got {self.experts_per_token}"
                 )
+            if self.num_experts % self.router_groups:
+                raise ValueError(
+                    f"router_groups: expected a divisor of num_experts={self.num_experts}, got {self.router_groups}"
+                )
+            size = self.num_experts // self.router_groups
+            if self.router_top_groups > self.router_groups or self.router_top_groups * size < self.experts_per_token:
+                raise ValueError(
+                    f"router_top_groups: expected as many of router_groups={self.router_groups} groups of {size} experts as "
+                    f"experts_per_token={self.experts_per_token} needs, got {self.router_top_groups}"
+                )
+            if self.router_group_score == "top2" and self.router_top_groups < self.router_groups and size < 2:
+                raise ValueError(f"router_groups: expected groups of 2 experts or more for 'top2', got {self.router_groups}")
             if self.expert_size is None:
                 object.__setattr__(self, "expert_size", self.intermediate_size)
             if self.shared_expert_gate and self.shared_expert_size is None:
@@ -231,7 +291,7 @@ class EncoderConfig(GPTConfig):
 
     NOT_OF_ENCODERS: ClassVar[tuple[str, ...]] = (
         "pre_norms", "post_norms", "parallel", "residual_scale", "cross_attention", "embedding_scale", "logit_scale",
-        "logit_softcap", "output_bias", "num_experts", "attention_sinks",
+        "logit_softcap", "output_bias", "num_experts", "attention_sinks", "kv_rank",
     )  # fmt: skip
 
     activation: str = "gelu"

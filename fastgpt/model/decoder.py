@@ -9,8 +9,8 @@ are written once. Where the modules are plain ones, `linear` computes a projecti
 gate and residual after it in one operation (fastgpt/model/fusion.py says when). Norms, projections and the MLP are in
 fastgpt/model/layers.py, mixtures of experts in fastgpt/model/moe.py.
 
-Shapes: B batch, T tokens, C hidden size, H query heads, H_kv key and value heads, D head dim, I intermediate size,
-S keys, V vocabulary.
+Shapes: B batch, T tokens, C hidden size, H query heads, H_kv key and value heads, D head dim, D_v that of values (D, except
+in latent attention, fastgpt/model/latent.py), I intermediate size, S keys, V vocabulary.
 """
 
 import functools
@@ -33,6 +33,7 @@ from fastgpt.model.encoder_states import EncoderKV, require_causal, require_enco
 from fastgpt.model.evaluation_mode import is_training
 from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, computes, is_plain_matrix, plain
 from fastgpt.model.inputs import require_ids
+from fastgpt.model.latent import Latent
 from fastgpt.model.layers import MLP, Norm, add, is_plain_lookup, look_up, new_layer, project, stream_norm
 from fastgpt.model.lora import apply_adapters
 from fastgpt.model.moe import MoE
@@ -54,8 +55,12 @@ class Attention(nn.Module):
         self.options = {
             "window": config.window(layer), "scale": config.attention_scale, "softcap": config.attention_softcap
         }  # fmt: skip
-        qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = new_layer(nn.Linear, config.hidden_size, qkv_size, bias=config.qkv_bias)
+        self.qkv = self.latent = None
+        if config.kv_rank is not None:
+            self.latent = Latent(config)
+        else:
+            qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+            self.qkv = new_layer(nn.Linear, config.hidden_size, qkv_size, bias=config.qkv_bias)
         self.rotation = config.rotation_of(layer)
         self.per_head = config.qk_norm_per_head
         self.q_norm, self.k_norm = (
@@ -63,7 +68,7 @@ class Attention(nn.Module):
             for heads in (config.num_heads, config.num_kv_heads)
         )
         self.register_parameter("sinks", nn.Parameter(torch.zeros(config.num_heads)) if config.attention_sinks else None)
-        self.out = new_layer(nn.Linear, config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        self.out = new_layer(nn.Linear, config.num_heads * config.v_head_dim, config.hidden_size, bias=config.out_bias)
         self.post_norm = Norm(config, config.hidden_size) if config.post_norms else None
 
     def forward(
@@ -76,7 +81,9 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C), or with last_only (B, 1, C). tables: of `GPTConfig.rotation`, or None."""
         B, T, _ = x.shape
-        if isinstance(self.qkv, nn.ModuleList):  # loaded in parts, which need not be joined to be recorded
+        if self.latent is not None:
+            q, k, v = self.latent(x, norm)  # (B, T, H, D) twice, (B, T, H, D_v)
+        elif isinstance(self.qkv, nn.ModuleList):  # loaded in parts, which need not be joined to be recorded
             y = x if norm is None else norm(x)
             q, k, v = (project(y, part).view(B, T, -1, self.head_dim) for part in self.qkv)
         else:
@@ -89,15 +96,15 @@ class Attention(nn.Module):
             else:
                 q, k = self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
         rotation = None if tables is None or self.rotation is None else tables[self.rotation]  # (positions, R/2) twice
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D) twice
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), (B, H_kv, T, D), (B, H_kv, T, D_v)
         options: dict = self.options
         if (sinks := self._parameters["sinks"]) is not None:
             options = {**options, "sinks": sinks if sinks.dtype is q.dtype else sinks.to(q.dtype)}
-        y = cache.attend(self.layer, q, k, v, rotation, last_only=last_only, **options)  # (B, H, T or 1, D)
+        y = cache.attend(self.layer, q, k, v, rotation, last_only=last_only, **options)  # (B, H, T or 1, D_v)
         x = x[:, -1:] if last_only else x
         if y.dtype is not q.dtype:  # the cache was made under another state of autocast, and y has its dtype
             y = y.to(q.dtype)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, H · D)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H · D_v)
         return add(x, y, self.out, self.post_norm, self.dropout if is_training(self) else 0.0)
 
 
@@ -374,7 +381,8 @@ class GPT(nn.Module):
             if not same and not is_autocasting(ids.device):
                 raise TypeError(f"cache: expected dtype {weight.dtype}, as the model's weights, got {dtype}: make a new cache")
             if cache.fits != id(self):
-                cache.require_model(self.config.num_layers, self.num_kv_heads, self.config.head_dim, ids.device)
+                sizes = self.config.num_layers, self.num_kv_heads, self.config.head_dim, self.config.v_head_dim
+                cache.require_model(*sizes, ids.device)
                 cache.fits = id(self)
         require_encoder_states(self.config, cache, B)
         if longest > self.config.context_length:
@@ -481,6 +489,7 @@ class GPT(nn.Module):
             num_layers=self.config.num_layers,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.config.head_dim,
+            v_head_dim=self.config.v_head_dim,
             dtype=self.key_dtype,
             cache_dtype=cache_dtype,
             device=self.first_weight.device,

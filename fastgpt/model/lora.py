@@ -63,7 +63,8 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
 
     Args:
         rank: at most the rows and the columns of each.
-        targets: names of the linear layers in a block that get one, of TARGETS.
+        targets: names of the linear layers in a block that get one, of TARGETS. In latent attention, qkv are those that make
+            queries, keys and values.
 
     Raises: ValueError that begins with the setting's name, `lora` or `lora_targets`. Nothing has changed then.
     """
@@ -72,9 +73,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
             f"lora_targets: expected qkv,out for a model with experts, whose matrices get no adapters, got {','.join(targets)}"
         )
     layers = {
-        name: layer
-        for name, layer in model.blocks.named_modules()
-        if isinstance(layer, nn.Linear) and name.rstrip(".0123456789").rpartition(".")[2] in targets  # or a part of one
+        name: layer for name, layer in model.blocks.named_modules() if isinstance(layer, nn.Linear) and _target(name) in targets
     }
     if not layers:
         raise ValueError(f"lora_targets: expected linear layers of the model, got {','.join(targets)}, of which it has none")
@@ -86,6 +85,11 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
         bound = 1 / math.sqrt(layer.in_features)
         A = torch.empty(rank, layer.in_features, device=layer.weight.device).uniform_(-bound, bound)
         attach(layer, Adapter(A, torch.zeros(layer.out_features, rank), alpha / rank))
+
+
+def _target(name: str) -> str:
+    """Which of TARGETS a linear layer in a block counts as, or a part of one."""
+    return "qkv" if ".latent." in name else name.rstrip(".0123456789").rpartition(".")[2]
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

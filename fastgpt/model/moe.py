@@ -15,23 +15,30 @@ from fastgpt.ops.moe import moe, moe_waits, route
 from fastgpt.ops.quantized_weight import QuantizedWeight
 
 
-@plain(weights=4)
+@plain(weights=5)
 class MoE(nn.Module):
     """residual + the weighted outputs of the experts that a token is routed to, plus that of the shared expert, if there is one.
 
     up: (E, 2I, C), or (E, I, C) without a gate; down: (E, C, I); up_bias, down_bias: (E, 2I or I) and (E, C), or None.
+    selection_bias: (E,) fp32, which balances the load of experts and has no gradient, or None.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         E, C, I = config.num_experts, config.hidden_size, config.expert_size
-        self.dropout, self.top_k, self.normalize = config.dropout, config.experts_per_token, config.router_normalize
+        self.dropout, self.top_k, self.in_fp32 = config.dropout, config.experts_per_token, config.router_fp32
+        self.routing = {
+            "scoring": config.router_scoring, "num_groups": config.router_groups, "top_groups": config.router_top_groups,
+            "group_score": config.router_group_score, "normalize": config.router_normalize, "scale": config.router_scale,
+        }  # fmt: skip
         self.activation, self.gated = config.activation, config.gated
         self.router = new_layer(nn.Linear, C, E, bias=config.router_bias)
         rows = 2 * I if config.gated else I
         self.up, self.down = nn.Parameter(torch.empty(E, rows, C)), nn.Parameter(torch.empty(E, C, I))
         for name, shape in (("up_bias", (E, rows)), ("down_bias", (E, C))):
             self.register_parameter(name, nn.Parameter(torch.empty(shape)) if config.mlp_bias else None)
+        selection_bias = nn.Parameter(torch.zeros(E), requires_grad=False) if config.router_selection_bias else None
+        self.register_parameter("selection_bias", selection_bias)
         self.shared = self.shared_gate = None
         if config.shared_expert_size is not None:
             self.shared = MLP(config, config.shared_expert_size, post_norm=False)
@@ -49,7 +56,7 @@ class MoE(nn.Module):
             out = self._shared(x, out)
         weights = self._parameters
         out = moe(
-            x, *route(self.router_logits(x), self.top_k, normalize=self.normalize), weights["up"], weights["down"],
+            x, *self._route(x), weights["up"], weights["down"],
             up_bias=weights["up_bias"], down_bias=weights["down_bias"], activation=self.activation, gated=self.gated, residual=out,
         )  # fmt: skip
         if self.post_norm is not None:
@@ -63,7 +70,14 @@ class MoE(nn.Module):
 
     def router_logits(self, x: torch.Tensor) -> torch.Tensor:
         """Normalized x (..., C) -> (..., E)."""
-        return project(x, self.router)
+        return project(x.to(self.router.weight.dtype) if self.in_fp32 else x, self.router)
+
+    def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalized x (..., C) -> experts and weights, (..., K) each."""
+        logits, bias = self.router_logits(x), self._parameters["selection_bias"]
+        if bias is not None:
+            bias = bias.to(torch.float64 if logits.dtype is torch.float64 else torch.float32)
+        return route(logits, self.top_k, selection_bias=bias, **self.routing)
 
     def graph_refused(self) -> str | None:
         """Why a pass on a GPU cannot be captured in a CUDA graph, or None."""

@@ -38,7 +38,7 @@ def mixed(layer, x):
     """What a layer adds to the residual stream, of normalized x (C,) of one token."""
     scores = layer.router(x).softmax(-1)
     weights, experts = scores.topk(layer.top_k)
-    weights = weights / weights.sum() if layer.normalize else weights
+    weights = weights / weights.sum() if layer.routing["normalize"] else weights
 
     def mlp(up, up_bias, down, down_bias):
         y = F.linear(x, up, up_bias)
@@ -206,6 +206,14 @@ def test_tensor_parallelism_is_refused():
         (EXPERTS | {"experts_per_token": 5}, "experts_per_token: expected an integer from 1 to num_experts=4, got 5"),
         ({"experts_per_token": 2}, "experts_per_token: expected None without num_experts, got 2"),
         ({"router_normalize": True}, "router_normalize: expected False without num_experts, got True"),
+        ({"router_scoring": "sigmoid"}, "router_scoring: expected 'softmax' without num_experts, got 'sigmoid'"),
+        (EXPERTS | {"router_groups": 3}, "router_groups: expected a divisor of num_experts=4, got 3"),
+        (EXPERTS | {"router_top_groups": 2}, "router_top_groups: expected as many of router_groups=1 groups of 4 .*, got 2"),
+        (EXPERTS | {"router_groups": 4}, "router_top_groups: expected as many .* as experts_per_token=2 needs, got 1"),
+        (
+            EXPERTS | {"router_groups": 4, "router_top_groups": 2, "router_group_score": "top2"},
+            "router_groups: expected groups of 2 experts or more for 'top2', got 4",
+        ),
         (EXPERTS | {"moe_layers": (True,)}, r"moe_layers: expected 2 entries, one for each layer, got \(True,\)"),
         (EXPERTS | {"shared_expert_gate": True}, "shared_expert_gate: expected False without shared_expert_size"),
         ({"activation": "swiglu_clamped", "gated": True}, "activation: expected one of None, 'gelu_tanh', .* for an MLP"),

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastgpt.model.rope import MAX_POSITIONS
 from fastgpt.ops.linear import ACTIVATIONS
-from fastgpt.ops.moe import ACTIVATION_NUMBERS
+from fastgpt.ops.moe import ACTIVATION_NUMBERS, GROUP_SCORES, SCORINGS
 from fastgpt.schema import OMITTED, Field, choice, flag, integer, number, several, unsupported
 
 # Ranges of sizes. Numbers of elements and bytes of every matrix in them are integers of 64 bits.
@@ -34,6 +34,10 @@ DECODER_SCHEMA = {  # GPTConfig's fields
     "norm_eps": number(OMITTED, **EPSILON),
     "num_kv_heads": maybe(HEADS_EACH),
     "head_dim": maybe(integer(1, 2**16)),
+    "v_head_dim": maybe(integer(1, 2**16)),
+    "kv_rank": maybe(WIDTH),
+    "q_rank": maybe(WIDTH),
+    "latent_norm_eps": number(OMITTED, optional=True, **EPSILON),
     "intermediate_size": maybe(MLP_WIDTH),
     "norm": choice(("layer", "rms"), OMITTED),
     "norm_offset": number(OMITTED, least=-1e6, most=1e6),
@@ -54,7 +58,14 @@ DECODER_SCHEMA = {  # GPTConfig's fields
     "shared_expert_gate": flag(OMITTED),
     "moe_layers": several(flag(), OMITTED, optional=True),
     "router_bias": flag(OMITTED),
+    "router_fp32": flag(OMITTED),
+    "router_scoring": choice(SCORINGS, OMITTED),
+    "router_groups": integer(1, 2**12, OMITTED),
+    "router_top_groups": integer(1, 2**12, OMITTED),
+    "router_group_score": choice(GROUP_SCORES, OMITTED),
     "router_normalize": flag(OMITTED),
+    "router_scale": number(OMITTED, **SCALE),
+    "router_selection_bias": flag(OMITTED),
     "qk_norm": flag(OMITTED),
     "qk_norm_per_head": flag(OMITTED),
     "position": choice(("learned", "sinusoidal", "rotary", None), OMITTED),
