@@ -18,6 +18,11 @@ LONGROPE = dict(rope_type="longrope", short_factor=[1.0, 1.5, 2.0, 2.5], long_fa
 LINEAR, LOCAL = dict(rope_type="linear", factor=4.0), dict(rope_type="default", rope_theta=1e4)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=5e5)
 QWEN_EXPERTS = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32)
+LATENT = dict(
+    num_key_value_heads=4, kv_lora_rank=24, q_lora_rank=20, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+    attention_bias=True, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, n_shared_experts=2,
+    first_k_dense_replace=1,
+)  # fmt: skip
 CONFIGS = {
     "gpt2": (
         "GPT2",
@@ -105,12 +110,36 @@ CONFIGS = {
         | dict(num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True)
         | dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.0625, logits_scaling=7.0),
     ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        COMMON
+        | LATENT
+        | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=2.0)
+        | dict(rope_parameters=YARN | dict(mscale=0.707, mscale_all_dim=0.707)),
+    ),
+    "deepseek_v2, greedy": (
+        "DeepseekV2",
+        COMMON | LATENT | dict(q_lora_rank=None, attention_bias=False, n_shared_experts=1, first_k_dense_replace=0),
+    ),
+    # Sigmoids weigh a token's experts alike, so their share is small: in bf16 some tokens get another one, with transformers, too.
+    "deepseek_v3": (
+        "DeepseekV3",
+        COMMON
+        | LATENT
+        | dict(
+            n_group=4, topk_group=2, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0), routed_scaling_factor=0.25
+        ),
+    ),
+    "deepseek_v3, one group": (
+        "DeepseekV3",
+        COMMON | LATENT | dict(q_lora_rank=None, n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=0.125),
+    ),
 }
 # What a GGUF file does not say: the scale of Gemma's queries, windows of Qwen 2, StarCoder 2 and SmolLM3, which layers of Gemma 3
-# have one, norms of Phi's queries, layers without experts. OLMo 3 is not served.
+# have one, norms of Phi's queries, layers without experts. OLMo 3 and DeepSeek are not served.
 NOT_IN_GGUF = {
     "gemma2", "qwen2, windows", "starcoder2", "olmo3", "smollm3, windows", "gemma3", "phi, norms of queries", "qwen2_moe",
-    "qwen2_moe, windows", "qwen3_moe",
+    "qwen2_moe, windows", "qwen3_moe", "deepseek_v2", "deepseek_v2, greedy", "deepseek_v3", "deepseek_v3, one group",
 }  # fmt: skip
 GGUF_CONFIGS = {case: config for case, config in CONFIGS.items() if case not in NOT_IN_GGUF} | {
     "gemma3, six layers": (
@@ -147,6 +176,10 @@ def theirs(case):
             parameter.add_(torch.randn_like(parameter), alpha=0.3 if in_a_block else 0.1)  # so that tokens vary
             if ".post_" in name:
                 parameter.add_(4)
+        for module in model.modules():
+            if hasattr(module, "e_score_correction_bias"):
+                module.e_score_correction_bias.normal_(0, 0.1)
+                module.weight.mul_(0.1)  # the sigmoid of larger logits is 1 for several experts
     return model
 
 

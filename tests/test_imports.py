@@ -64,6 +64,7 @@ LAYERS = [
         f"checkpoints.families.{name}"
         for name in (
             "cohere2",
+            "deepseek",
             "gemma",
             "glm4",
             "gpt_neox",

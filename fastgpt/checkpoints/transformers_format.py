@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def _read(folder: Path, head: str | None, encoder: bool | None) -> Checkpoint:
     with naming(folder / CONFIG):
         scheme = quantized_folders.scheme(config)
     matrices = list(found) if scheme is None else quantized_folders.matrices(found, scheme, metadata)
-    stored = by_expert(_by_name(matrices, family), family, fields.get("num_experts"))
+    first = fields["num_layers"]
+    further = range(first, first + family.further_layers(config))
+    stored = by_expert(_by_name(matrices, family, further), family, fields.get("num_experts"))
     tied = _settle_output(stored, family, fields, head)
     fields = fields | {"tie_embeddings": tied, "output_bias": fields.get("output_bias", False) and not tied}
     if family.encoder:
@@ -99,12 +102,13 @@ def _read(folder: Path, head: str | None, encoder: bool | None) -> Checkpoint:
     return Checkpoint(path, folder / CONFIG, family, config, fields, stored, defaults)
 
 
-def _by_name(found: Sequence[Stored], family: Family) -> dict[str, Stored]:
-    """Weights by their names with prefix."""
+def _by_name(found: Sequence[Stored], family: Family, unread: Container[int] = ()) -> dict[str, Stored]:
+    """Weights by their names with prefix; unread: layers whose weights are left out."""
     stored = {}
     for part in found:
         name = family.with_prefix(part.name)
-        if name is None:
+        layer = None if name is None else re.match(family.layer_pattern, name)
+        if name is None or layer and int(layer[1]) in unread:
             continue
         if name in stored:
             raise ValueError(f"model: {part.path}: {part.name}: expected one weight of this name, got two")

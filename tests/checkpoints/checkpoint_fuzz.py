@@ -53,6 +53,13 @@ GPT_NEOX = (
 QWEN_EXPERTS = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True, "use_sliding_window": False,
 }  # fmt: skip
+LATENT = {name: value for name, value in LLAMA.items() if name not in ("num_key_value_heads", "head_dim")} | {
+    "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 3, "n_routed_experts": 4, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1, "moe_layer_freq": 1,
+    "rope_scaling": {
+        "type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7, "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
 BERT = {
     "vocab_size": 33, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 32, "type_vocab_size": 2, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
@@ -148,6 +155,14 @@ CONFIGS = [
         "model_type": "granitemoe", "num_local_experts": 3, "num_experts_per_tok": 1, "embedding_multiplier": 12.0,
         "residual_multiplier": 0.22, "attention_multiplier": 0.25, "logits_scaling": 8.0,
     } | LLAMA,
+    {
+        "model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1, "q_lora_rank": None,
+        "routed_scaling_factor": 2.0,
+    } | LATENT,
+    {
+        "model_type": "deepseek_v3", "n_group": 2, "topk_group": 2, "q_lora_rank": 4, "norm_topk_prob": True,
+        "num_nextn_predict_layers": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "attention_bias": True,
+    } | {name: value for name, value in LATENT.items() if name != "attention_bias"},
 ]  # fmt: skip
 NUMBERS = [
     0, 1, 2, 3, -1, 5, 7, 2**31 - 1, 2**31, 2**63, 2**80, 10**300, -(2**31), 0.0, -0.0, 0.5, 1.0, 1e-46, 1e-300, 1e38, 1e300,

@@ -344,18 +344,19 @@ def test_a_number_of_experts_without_how_many_are_used_is_named(tmp_path):
         GPT.from_pretrained(path)
 
 
-def test_architectures_that_are_not_served_are_named(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["mamba", "deepseek2"])
+def test_architectures_that_are_not_served_are_named(name, tmp_path, capsys):
     path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "mamba")
+    writer = gguf.GGUFWriter(path, name)
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     with pytest.raises(
-        ValueError, match=f"^model: {path}: general.architecture: expected gpt2, llama.*, got 'mamba', which is not"
+        ValueError, match=f"^model: {path}: general.architecture: expected gpt2, llama.*, got '{name}', which is not"
     ):
         GPT.from_pretrained(path)
     _, out, _ = run(capsys, "info", path)
-    assert "mamba, which is not served" in out
+    assert f"{name}, which is not served" in out
 
 
 def test_end_of_sequence_tokens(tmp_path):

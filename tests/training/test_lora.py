@@ -34,7 +34,9 @@ FAMILIES = {
         CONFIGS["gpt_neox"][1] | dict(intermediate_size=128),
     ),  # whose rows of queries, keys and values are in another order, as are those of GLM-4
     "glm4": ("Glm4", COMMON | dict(intermediate_size=128, head_dim=24)),
+    "deepseek_v3": ("DeepseekV3", CONFIGS["deepseek_v3"][1] | dict(intermediate_size=128, kv_lora_rank=32, v_head_dim=16)),
 }
+TARGETS = {"deepseek_v3": {"lora_targets": "qkv,out"}}  # a mixture of experts
 
 
 def checkpoint_of(family, folder):
@@ -107,7 +109,7 @@ def test_only_adapters_are_trained(family, weights, tmp_path):
 def test_peft_loads_them(family, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     theirs = checkpoint_of(family, tmp_path / "base")
-    train(started(tmp_path / "base"), tmp_path / "out")
+    train(started(tmp_path / "base", **TARGETS.get(family, {})), tmp_path / "out")
     ours = logits(GPT.from_pretrained(tmp_path / "base", lora=tmp_path / "out"))
     with pytest.raises(AssertionError):
         check_logits(ours, theirs)
@@ -128,6 +130,7 @@ def test_peft_loads_them(family, tmp_path):
         ("phi3", "all-linear", {}),
         ("gpt_neox", ["query_key_value"], {}),
         ("glm4", "all-linear", {}),
+        ("deepseek_v3", "all-linear", {}),
     ],
 )
 def test_adapters_of_peft_are_loaded(family, targets, options, weights, tmp_path):

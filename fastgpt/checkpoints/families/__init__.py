@@ -4,6 +4,7 @@ from typing import Any
 
 from fastgpt.checkpoints.families.bert import BERT, DISTILBERT, ROBERTA
 from fastgpt.checkpoints.families.cohere2 import COHERE2
+from fastgpt.checkpoints.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.families.gemma import GEMMA, GEMMA2, GEMMA3
 from fastgpt.checkpoints.families.glm4 import GLM4
@@ -29,7 +30,7 @@ FAMILIES = {
     "gemma2": GEMMA2, "gemma3_text": GEMMA3, "starcoder2": STARCODER2, "stablelm": STABLELM, "granite": GRANITE, "olmo2": OLMO2,
     "olmo3": OLMO3, "smollm3": SMOLLM3, "gpt_neox": GPT_NEOX, "phi": PHI, "glm4": GLM4, "cohere2": COHERE2,
     "mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE, "qwen3_moe": QWEN3_MOE, "gpt_oss": GPT_OSS, "olmoe": OLMOE,
-    "granitemoe": GRANITE_MOE, "bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA, "distilbert": DISTILBERT,
+    "granitemoe": GRANITE_MOE, "deepseek_v2": DEEPSEEK_V2, "deepseek_v3": DEEPSEEK_V3, "bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA, "distilbert": DISTILBERT,
     "modernbert": MODERNBERT, "fastgpt": OWN, "fastgpt_encoder": OWN_ENCODER,
 }  # fmt: skip
 ARCHITECTURES = {  # what the names of transformers' classes begin with, and ours
@@ -37,7 +38,7 @@ ARCHITECTURES = {  # what the names of transformers' classes begin with, and our
     "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "starcoder2": "Starcoder2", "stablelm": "StableLm", "granite": "Granite",
     "olmo2": "Olmo2", "olmo3": "Olmo3", "smollm3": "SmolLM3", "gpt_neox": "GPTNeoX", "phi": "Phi", "glm4": "Glm4",
     "cohere2": "Cohere2", "mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "gpt_oss": "GptOss",
-    "olmoe": "Olmoe", "granitemoe": "GraniteMoe", "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta",
+    "olmoe": "Olmoe", "granitemoe": "GraniteMoe", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3", "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta",
     "distilbert": "DistilBert", "modernbert": "ModernBert", "fastgpt": "FastGPT", "fastgpt_encoder": "FastGPTEncoder",
 }  # fmt: skip
 LANGUAGE_MODELS = {

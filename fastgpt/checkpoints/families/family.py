@@ -47,8 +47,10 @@ class Family:
     ignored: a pattern of names that carry no weight.
     qkv_order: GPTConfig -> where the decoder's rows of queries, keys and values are in the checkpoint, (N,) int64: in our order,
         heads are one below the other, those of queries first, and rotary pairs are (n, n + dim/2). None: that order.
+    row_orders: module of the decoder -> likewise of its rows, as a function of GPTConfig.
     encoder: whether it is one of encoders, `fastgpt.Encoder`, whose configuration is an EncoderConfig.
     renamed: patterns of names of earlier versions -> what to put there instead.
+    further_layers: config.json -> the number of layers after the decoder's, which predict further tokens. They are not read.
     """
 
     schema: Mapping[str, Field]
@@ -59,10 +61,12 @@ class Family:
     prefix: str = "model."
     ignored: str = r"\.rotary_emb\.inv_freq$"
     qkv_order: Callable[[Any], torch.Tensor] | None = None
+    row_orders: Mapping[str, Callable[[Any], torch.Tensor]] = field(default_factory=dict)
     fused: Mapping[str, Fused] = field(default_factory=dict)
     writes_fused: bool = False
     encoder: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
+    further_layers: Callable[[dict], int] = lambda config: 0
 
     def config_from(self, config: dict) -> dict:
         """config.json -> the fields of GPTConfig or EncoderConfig. Raises ValueError that begins with the name of an entry that is
@@ -103,6 +107,9 @@ class Family:
 
     def row_order(self, parameter: str, config: Any) -> torch.Tensor | None:
         """Where the rows of a parameter of the decoder are among those of `checkpoint_names`, (N,) int64; None: in their places."""
+        module = re.sub(r"\.\d+\.", ".{i}.", parameter.removeprefix("model."), count=1).rpartition(".")[0]
+        if module in self.row_orders:
+            return self.row_orders[module](config)
         qkv = re.search(r"\.attention\.qkv(?:\.(\d))?(?:\.|$)", parameter)
         if qkv is None or self.qkv_order is None:
             return None
