@@ -52,6 +52,7 @@ def attention_with_kv_cache(
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -75,8 +76,8 @@ def attention_with_kv_cache(
         counters: int32 zeros on the device, B · H_kv · (1 + capacity / 4096) of them, by which the programs of the Triton
             kernel find out which of them finishes last; they are zero again afterwards. No other call may use them at the same
             time. If they are too few, or None, the call allocates some, which takes another launch.
-        causal, scale, window, softcap, alibi_slopes, sinks, return_lse: as in `attention`.
-        impl: "triton" (CUDA, T = 1, one launch), "unfused" (the two operations in turn, each by the implementation that
+        causal, scale, window, softcap, alibi_slopes, sinks, bias, return_lse: as in `attention`.
+        impl: "triton" (CUDA, T = 1, no bias, one launch), "unfused" (the two operations in turn, each by the implementation that
             serves it) or "reference"; None picks the first that can serve the call; see `fastgpt.explain`.
 
     Returns: out (B, H, T, D_v) in q's dtype; with return_lse the pair (out, lse), lse (B, H, T) fp32, natural log. All
@@ -89,7 +90,7 @@ def attention_with_kv_cache(
     """
     require_tensor("q", q, 4)
     call = Call(
-        q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,
+        q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, bias=bias, kv_lengths=kv_lengths,
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     new = (k, v, positions, cos, sin, slots, interleaved)
@@ -141,6 +142,7 @@ def attention_with_kv_cache_reference(
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +154,7 @@ def attention_with_kv_cache_reference(
     Raises: TypeError, ValueError as `fastgpt.attention_with_kv_cache`.
     """
     call = Call(
-        q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, kv_lengths=kv_lengths,
+        q, k_cache, v_cache, causal, scale, window, softcap, alibi_slopes, sinks, bias=bias, kv_lengths=kv_lengths,
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     _check(call, (k, v, positions, cos, sin, slots, interleaved), counters, return_lse)
@@ -166,7 +168,7 @@ def attention_with_kv_cache_reference(
         )
     return attention_reference(
         q, k_cache, v_cache, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
-        sinks=sinks, kv_lengths=kv_lengths, **cache, return_lse=return_lse,
+        sinks=sinks, bias=bias, kv_lengths=kv_lengths, **cache, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -185,7 +187,7 @@ def _unfused(call: Call, new: tuple, return_lse: bool, impl: str | None):
 
 def _is_accepted(call: Call) -> bool:
     """Whether the C++ kernel accepts the call by its own checks, which are faster than those in Python."""
-    if is_compiling() or not call.q.is_cpu:
+    if is_compiling() or not call.q.is_cpu or call.bias is not None:
         return False
     scale = 1.0 if call.scale is None else call.scale
     try:
@@ -274,6 +276,8 @@ def _triton_refuses(call: Call, new: tuple):
         return reason
     if call.q.dim() == 4 and call.q.shape[2] != 1:
         return f"it takes one token of each sequence, and q has {call.q.shape[2]}"
+    if call.bias is not None:
+        return "it takes no bias"
     k, v, _, cos, sin, _, _ = new
     if (reason := derivatives_refused(call.q, k, v, call.k, call.v, cos, sin, call.sinks)) is not None:
         return reason

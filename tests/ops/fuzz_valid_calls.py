@@ -280,6 +280,8 @@ def attention_with_kv_cache(draw):
     capacity = call["k_cache"].shape[2] * (call["block_table"].shape[1] if "block_table" in call else 1)
     options = attention_options(draw, B, H, T, capacity, dtype, packed=True)
     options.pop("dropout_p", None), options.pop("dropout_seed", None)
+    if draw.chance(0.2):
+        options["bias"] = draw.numbers(*(draw.choice([size, 1]) for size in (B, H, T, capacity)), dtype=dtype)
     if draw.chance(0.6):
         options["kv_lengths"] = torch.randint(0, capacity + 1, (B,), dtype=torch.int32)
     for name in ("k_scale", "v_scale"):

@@ -383,8 +383,12 @@ if not INTERPRETED:
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("rotation", ("not rotated", "interleaved"))
-    def test_it_is_the_two_operations(kind, rotation):
+    @pytest.mark.parametrize("has_bias", (False, True))
+    def test_it_is_the_two_operations(kind, rotation, has_bias):
         arguments = example(kind, rotation, "plain", torch.float32)
+        if has_bias:
+            pages = arguments["block_table"].shape[1] if "block_table" in arguments else 1
+            arguments["bias"] = torch.randn(B, H, 1, pages * arguments["k_cache"].shape[2])
         actual, expected, plain = (on("cpu", arguments) for _ in range(3))
         out, lse = attention_with_kv_cache(**actual, return_lse=True)
         _, _, (wanted, wanted_lse) = two_steps(expected, kv_cache_update, rope_kv_cache_update, attention, return_lse=True)
@@ -432,6 +436,7 @@ if not INTERPRETED:
         "lengths": ({"kv_lengths": torch.zeros(2, dtype=torch.int32)}, ValueError, "kv_lengths: expected shape"),
         "device": ({"kv_lengths": torch.ones(B, dtype=torch.int32, device="meta")}, ValueError, "kv_lengths: expected device"),
         "sinks": ({"sinks": torch.ones(H, device="meta")}, ValueError, "sinks: expected device cpu, got meta"),
+        "bias": ({"bias": torch.zeros(2, H, 1, S)}, ValueError, "bias: expected a shape"),
         "scale": ({"k_scale": torch.zeros(B, H_KV, S)}, ValueError, "k_scale: expected None"),
     }
 
