@@ -1,6 +1,6 @@
 """The base class of KV caches, and how keys and values are stored and attended to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class KVCache:
     expected_length = 0
     causal = True
     encoder_kv: Any = None  # keys and values of encoder states (fastgpt/model/encoder_states.py), for cross-attention
+    position_bias: torch.Tensor | None = None  # (B or 1, H, T, S): of the current pass's tokens, see `add_bias`
+    in_order = True  # whether keys lie in the order of their positions
     fits = None  # id of the last model that `require_model` accepted
     casts = False  # whether its dtype is that of autocast and not that of the model's weights
     block_table: torch.Tensor | None = None  # (B, pages) int32, of a paged cache
@@ -61,6 +63,8 @@ class KVCache:
         """Allocates the tensors that decode steps write to in place, as a captured step (fastgpt/generation/replay.py) requires."""
         self._next = torch.zeros_like(self.lengths).unsqueeze(1)  # (B, 1) positions
         self._steady_positions = {1: self._next}  # by the number of tokens, (B, T)
+        self._steady_bias: dict[int, torch.Tensor] = {}  # likewise, (B, H, T, S)
+        self.position_bias = None
         self._counters = self.lengths.new_zeros(len(self.lengths) * COUNTERS)
 
     @property
@@ -172,6 +176,24 @@ class KVCache:
             self.positions = steady.copy_(self.positions)
         return self.positions
 
+    def add_bias(self, bias: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+        """Makes `attend` add a bias by positions to the scores of the current pass; called after `extend`, or `advance`.
+
+        bias: (positions (B, T) or (1, T), S keys) -> (B or 1, H, T, S) in the dtype of the queries, or fp32. Of few tokens it is
+            kept in one place, which a recorded or captured step reads.
+        """
+        positions, T = self.positions.clamp(min=0), self.positions.shape[1]  # type: ignore[union-attr]  # after `extend`
+        if T > MAX_STEPS and len(set(self.counts)) == 1:  # aligned to the right: columns differ by padding only
+            positions = positions.amax(0, keepdim=True)
+        pages = 1 if self.block_table is None else self.block_table.shape[1]
+        made = bias(positions, pages * self.storages[0].k.shape[3])
+        if T <= MAX_STEPS and not (made.requires_grad or torch.compiler.is_compiling()):
+            if T not in self._steady_bias:
+                with torch.inference_mode(False):  # later passes may be outside of it
+                    self._steady_bias[T] = torch.empty_like(made)
+            made = self._steady_bias[T].copy_(made)
+        self.position_bias = made
+
     def _take(self, counts: list[int]) -> None:
         """Reserves storage for new tokens; raises before anything changes."""
 
@@ -204,6 +226,8 @@ class KVCache:
         Raises: TypeError, ValueError, as `fastgpt.attention_with_kv_cache`, before anything is stored.
         """
         require_attend(layer, self.storage.layers, q, k, v, rotation)
+        if self.position_bias is not None:
+            options["bias"] = self.position_bias[:, :, -1:] if last_only else self.position_bias
         return store_and_attend(
             q, k, v, self.storage.layers[layer], self.positions, rotation=rotation, block_table=self.block_table,
             counters=self._counters, last_only=last_only, kv_lengths=self.lengths, window=least(window, self.window), **options,
@@ -343,7 +367,12 @@ def store(
 def read(q: torch.Tensor, cache: dict, **options) -> torch.Tensor:
     """Attention of q over the stored keys and values. options: arguments of `attention`."""
     options |= {"k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
-    return through_cache(lambda q: attention(q, cache["k"], cache["v"], **options), q)
+    return through_cache(lambda q, *_: attention(q, cache["k"], cache["v"], **options), q, *bias_in(options))
+
+
+def bias_in(options: dict) -> list[torch.Tensor]:
+    """The bias among arguments of `attention`, if there is one: of it, too, there is no gradient through a cache."""
+    return [] if options.get("bias") is None else [options["bias"]]
 
 
 def step(
@@ -361,8 +390,9 @@ def step(
     cos, sin = (None, None) if rotation is None else rotation
     options |= {"k_scale": cache["k_scale"], "v_scale": cache["v_scale"]}
     return through_cache(
-        lambda q, k, v: attention_with_kv_cache(q, k, v, cache["k"], cache["v"], positions, cos, sin, **options), q, k, v
-    )
+        lambda q, k, v, *_: attention_with_kv_cache(q, k, v, cache["k"], cache["v"], positions, cos, sin, **options),
+        q, k, v, *bias_in(options),
+    )  # fmt: skip
 
 
 def of_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,12 +1,12 @@
 """The interface of a cache for a pass over packed sequences: one after the other, without padding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 
 from fastgpt.cache.uncached import rotated
-from fastgpt.ops.attention import attention_varlen
+from fastgpt.ops.attention import attention, attention_varlen
 
 
 class Packed:
@@ -18,12 +18,19 @@ class Packed:
     positions: (N,) int64, of the tokens in their sequences.
     """
 
+    encoder_kv = None
+    position_bias: torch.Tensor | None = None  # (1, H, longest, longest), see `add_bias`
+
     def __init__(self, lengths: Sequence[int], device: torch.device | str | None = None):
         self.lengths, self.longest = torch.tensor(lengths, device=device), max(lengths)
         self.bounds = _bounds(lengths, device)
         self.rows = torch.arange(sum(lengths), device=device)  # (N,)
         self.positions = self.rows - self.bounds[:-1].long().repeat_interleave(self.lengths)
         self.parts: dict[int, tuple] = {}  # by window
+
+    def add_bias(self, bias: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+        """As `KVCache.add_bias`."""
+        self.position_bias = bias(torch.arange(self.longest, device=self.rows.device), self.longest)
 
     def attend(
         self,
@@ -47,12 +54,32 @@ class Packed:
         if rotation is not None:
             q, k, v = rotated(q, k, v, self.rows.unsqueeze(0), rotation)
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))  # (N, H, D), (N, H_kv, D) twice
-        if window is None or window >= self.longest:
+        if self.position_bias is not None:
+            out = self._attend_padded(q, k, v, window, options)
+        elif window is None or window >= self.longest:
             bounds, longest = self.bounds, self.longest
             out = attention_varlen(q, k, v, bounds, bounds, longest, longest, causal=False, **options)
         else:
             out = self._attend_within(window, q, k, v, options)
         return out.transpose(0, 1).unsqueeze(0)  # type: ignore[union-attr]  # without lse
+
+    def _attend_padded(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, options: dict
+    ) -> torch.Tensor:
+        """Attention with the bias, which is one for all sequences where each begins at 0: of rows that are padded to the longest."""
+        B, T = len(self.lengths), self.longest
+        place = self.positions + T * torch.arange(B, device=self.rows.device).repeat_interleave(self.lengths)
+
+        def padded(x):  # (N, heads, D) -> (B, heads, T, D)
+            return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, place, x).view(B, T, *x.shape[1:]).transpose(1, 2)
+
+        if window is not None and window < T:
+            near = torch.arange(T, device=place.device)
+            options = options | {"mask": (near.unsqueeze(1) - near).abs() < window}
+        out = attention(
+            padded(q), padded(k), padded(v), causal=False, bias=self.position_bias, kv_lengths=self.lengths.int(), **options
+        )
+        return out.transpose(1, 2).flatten(0, 1)[place]  # type: ignore[union-attr]  # without lse
 
     def _attend_within(self, window: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> torch.Tensor:
         """Attention to keys j with |i - j| < window, in two calls, whose windows end at the query's position or later.

@@ -25,6 +25,8 @@ class SlidingCache(KVCache):
     Raises: TypeError, ValueError, naming the argument.
     """
 
+    in_order = False  # once a ring has wrapped around
+
     def __init__(
         self,
         *,
@@ -92,6 +94,8 @@ class SlidingCache(KVCache):
         **options,
     ) -> torch.Tensor:
         require_attend(layer, self.slices, q, k, v, rotation)
+        if options.get("bias") is not None:
+            raise ValueError("bias: expected None in a sliding cache, whose keys are not in the order of their positions")
         ring, index = self.slices[layer]
         if self.steps:
             return ring.attend_by_steps(

@@ -1,5 +1,6 @@
 """The interface of a cache for a forward pass without one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Uncached:
 
     expected_length = 0
     encoder_kv: Any = None  # see KVCache
+    position_bias: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -50,6 +52,10 @@ class Uncached:
         """Positions of the tokens, (num_tokens,)."""
         self.positions, self.length = torch.arange(num_tokens, device=self.device), num_tokens
         return self.positions
+
+    def add_bias(self, bias: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+        """As `KVCache.add_bias`."""
+        self.position_bias = bias(self.positions, self.length)
 
     def attend(
         self,
@@ -67,6 +73,8 @@ class Uncached:
         if rotation is not None:
             q, k, v = rotated(q, k, v, self.positions.expand(q.shape[0], -1), rotation)
         visible = self.visible(window, last_only)
+        if self.position_bias is not None:
+            visible["bias"] = self.position_bias[:, :, -1:] if last_only else self.position_bias
         return self.attend_rotated(layer, q[:, :, -1:] if last_only else q, k, v, **visible, **options)
 
     def attend_rotated(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
