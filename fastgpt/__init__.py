@@ -42,9 +42,10 @@ from fastgpt.generation.generate import generate, generate_each, stream
 from fastgpt.generation.many import Interrupted
 from fastgpt.integrations.sdpa import scaled_dot_product_attention
 from fastgpt.model.classifiers import SequenceClassifier, TokenClassifier
-from fastgpt.model.config import EncoderConfig, GPTConfig
+from fastgpt.model.config import EncoderConfig, EncoderDecoderConfig, GPTConfig
 from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder import Encoder
+from fastgpt.model.encoder_decoder import EncoderDecoder
 from fastgpt.model.inspection import run_with_cache
 from fastgpt.ops.attention import attention, attention_reference, attention_varlen, attention_varlen_reference
 from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, attention_with_kv_cache_reference
@@ -73,6 +74,8 @@ __all__ = [
     "ContiguousCache",
     "Encoder",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "GPTConfig",
     "Interrupted",
     "KVCache",

@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from fastgpt.model.decoder import GPT, Attention
 from fastgpt.model.fusion import is_plain, plain
+from fastgpt.model.inputs import require_decoder
 from fastgpt.model.layers import MLP
 from fastgpt.ops.linear import linear
 from fastgpt.ops.quantized_weight import QuantizedWeight
@@ -32,9 +33,10 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
 
     Returns: the model.
     Raises: ValueError if heads or the MLP's width are not divisible by the number of processes, if a layer is not plain
-        (fastgpt/model/fusion.py): with an adapter, for example; if a weight is quantized; or for a model with experts, sinks or
-        latent attention.
+        (fastgpt/model/fusion.py): with an adapter, for example; if a weight is quantized; or for a model with experts, sinks,
+        latent attention or relative positions.
     """
+    require_decoder(model)
     if mesh is None:
         mesh = init_device_mesh(model.token_embedding.weight.device.type, (torch.distributed.get_world_size(),))
     for name in ("num_heads", "num_kv_heads", "intermediate_size"):
@@ -50,6 +52,8 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh | None = None) -> GPT:
         raise ValueError(
             f"model: expected attention without latents, got kv_rank={model.config.kv_rank}, which are not sharded"
         )
+    if model.config.position == "relative":
+        raise ValueError("model: expected no bias by positions, got position='relative', whose table is not sharded")
     if model.config.attention_sinks:
         raise ValueError("model: expected attention without sinks, got attention_sinks=True, which are not sharded")
     if model.config.qk_norm and not model.config.qk_norm_per_head:

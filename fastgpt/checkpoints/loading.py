@@ -165,13 +165,16 @@ def load_weights(
     family, fields, stored = checkpoint.family, checkpoint.fields, checkpoint.stored
 
     # The config may claim any number of layers: at most one that is not in the files is built, to name its missing weights.
-    layers = fields["num_layers"]
-    held = {match[1] for name in stored if (match := re.match(family.layer_pattern, name))}
-    built = min(layers, len(held) + 1)
-    fields = fields | {"num_layers": built}
-    for name in ("windows", "rope_layers", "moe_layers"):
-        if fields.get(name) is not None:
-            fields[name] = fields[name][:built]
+    unbuilt = []  # of each part, its blocks that are not, and the name of the last one that is
+    for part, of_part in family.parts(fields):
+        held = {match[1] for name in stored if (match := re.match(family.layer_pattern(part), name))}
+        built = min(of_part["num_layers"], len(held) + 1)
+        unbuilt.append((of_part["num_layers"] - built, f"{part}blocks.{built - 1}."))
+        of_part = of_part | {"num_layers": built}
+        for name in ("windows", "rope_layers", "moe_layers"):
+            if of_part.get(name) is not None:
+                of_part[name] = of_part[name][:built]
+        fields = fields | {part.removesuffix("."): of_part} if part else of_part
     with naming(checkpoint.config_path), torch.device("meta"):
         module = build(fields, checkpoint.config)
     expected = _expected(module, family, stored)
@@ -180,8 +183,13 @@ def load_weights(
         matrix = stored.get(name.removesuffix("bias") + "weight")
         if matrix is not None and matrix.is_linear and not stored[name].read(slice(None)).any():
             del stored[name]
-    of_last = sum(f".{built - 1}." in name for name in expected)
-    _require_match(checkpoint.path, stored, expected, (layers - built) * of_last)
+    of_blocks = [
+        count * len(family.checkpoint_names(name, _experts(module))[0])
+        for count, last in unbuilt
+        for name, _ in module.named_parameters()
+        if name.removeprefix("model.").startswith(last)
+    ]
+    _require_match(checkpoint.path, stored, expected, sum(of_blocks))
 
     decoder = module.model if head else module
     decoder.checkpoint_config, decoder.generation_defaults = checkpoint.config, checkpoint.generation_defaults
@@ -290,7 +298,7 @@ def _fill(
             packing = None
             if _is_matrix(layer, name) and isinstance(weights, Quantization):
                 try:
-                    of_vocabulary = name.removeprefix("model.") in ("token_embedding.weight", "output.weight")
+                    of_vocabulary = name.endswith(("token_embedding.weight", "output.weight"))
                     packing = (weights.of_vocabulary if of_vocabulary else weights).packing(columns)
                 except ValueError as error:
                     raise ValueError(f"weights: {name} cannot be quantized to {weights.dtype}: {error}") from None
@@ -350,7 +358,9 @@ def _progress(total: int) -> Iterator[Callable[[int], object]]:
 
 def rows_of_parts(model: Any, name: str, parts: int) -> list[int]:
     """The number of rows of each part of a parameter in a checkpoint."""
-    rows, config = len(as_rows(name, model.get_parameter(name))), model.config
+    owner = getattr(model, name.partition(".")[0], None)  # the encoder or the decoder, of a model that has both
+    config = getattr(owner, "config", model.config)
+    rows = len(as_rows(name, model.get_parameter(name)))
     if parts == 3 and OF_EXPERTS.fullmatch(name) is None:  # queries, keys, values
         return [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     return [rows // parts] * parts

@@ -13,7 +13,16 @@ from safetensors.torch import save_file
 
 from fastgpt import folders, schema
 from fastgpt.checkpoints import quantized_folders
-from fastgpt.checkpoints.families import ARCHITECTURES, FAMILIES, HEADS, architecture, family_of, without_head
+from fastgpt.checkpoints.families import (
+    ARCHITECTURES,
+    ENCODERS,
+    FAMILIES,
+    HEADS,
+    architecture,
+    family_of,
+    model_type,
+    without_head,
+)
 from fastgpt.checkpoints.families.family import Family, as_rows
 from fastgpt.checkpoints.files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, naming, read_json
 from fastgpt.checkpoints.generation_config import generation_config, read_generation_config
@@ -23,13 +32,15 @@ from fastgpt.checks import require_path, writing
 from fastgpt.folders import replacing
 from fastgpt.ops.quantized_weight import Packing, Quantization, QuantizedWeight
 
+KINDS = {"GPT": "a decoder", "Encoder": "an encoder", "EncoderDecoder": "an encoder-decoder"}  # by the class that loads it
 
-def read_config(folder: Path, head: str | None = None, encoder: bool | None = None) -> tuple[Family, dict, dict]:
-    """The family of a checkpoint, its config.json, and the fields of GPTConfig or EncoderConfig for it.
+
+def read_config(folder: Path, head: str | None = None, loader: str | None = None) -> tuple[Family, dict, dict]:
+    """The family of a checkpoint, its config.json, and the fields of GPTConfig, EncoderConfig or EncoderDecoderConfig for it.
 
     Args:
         head: the head that it must have, one of HEADS; None: a language model, or what is below one.
-        encoder: whether it must be an encoder; None: it may be one.
+        loader: the class that is to load it, one of KINDS; None: any. An Encoder may be that of an encoder-decoder.
 
     Raises: FileNotFoundError; ValueError that names the file and the entry that is wrong.
     """
@@ -42,59 +53,79 @@ def read_config(folder: Path, head: str | None = None, encoder: bool | None = No
         raise FileNotFoundError(f"model: expected {CONFIG} in the checkpoint folder {folder}{found}")
     config = read_json(path)
     with naming(path):
-        model_type = schema.read({"model_type": schema.choice(FAMILIES)}, config)["model_type"]
-        if encoder not in (None, FAMILIES[model_type].encoder):
-            expected, loader = ("an encoder", "GPT") if encoder else ("a decoder", "Encoder")
-            raise ValueError(f"model_type: expected {expected}, got {model_type!r}, which fastgpt.{loader} loads")
-        _check_architectures(config, model_type, head)
+        types = [name for name in FAMILIES if model_type(name) == name]
+        stored = schema.read({"model_type": schema.choice(types)}, config)["model_type"]
+        name = _family_name(config, stored, loader)
+        family = FAMILIES[name]
+        if family.stacks and head is not None:
+            raise ValueError(f"model_type: expected a decoder or an encoder, got {stored!r}, {KINDS[family.loader]}")
+        if loader not in (None, family.loader):
+            raise ValueError(f"model_type: expected {KINDS[loader]}, got {stored!r}, which fastgpt.{family.loader} loads")
+        _check_architectures(config, name, head)
         quantized_folders.scheme(config)
         plain = {name: value for name, value in config.items() if name != quantized_folders.ENTRY}
-        return FAMILIES[model_type], config, FAMILIES[model_type].config_from(plain)
+        fields = family.config_from(plain)
+        return family.for_mlp(bool(family.parts(fields)[0][1].get("gated"))), config, fields
 
 
-def _check_architectures(config: dict, model_type: str, head: str | None) -> None:
+def _architectures(config: dict) -> tuple[str, ...]:
     entries = {"architectures": schema.several(schema.text(), (), optional=True)}
-    accepted = without_head(model_type)  # of a decoder without an output matrix, that is the token embedding
-    for stored in schema.read(entries, config)["architectures"] or ():
-        if stored == architecture(model_type, head) or (stored in accepted and head is None):
+    return schema.read(entries, config)["architectures"] or ()
+
+
+def _family_name(config: dict, stored: str, loader: str | None) -> str:
+    """The family of a stored model_type, which that of the encoder alone shares with an encoder-decoder."""
+    if stored not in ENCODERS:
+        return stored
+    alone = ENCODERS[stored]
+    is_alone = _architectures(config) == (ARCHITECTURES[alone] + "Model",)
+    return alone if loader == "Encoder" or is_alone else stored
+
+
+def _check_architectures(config: dict, family: str, head: str | None) -> None:
+    accepted = without_head(family)  # of a decoder without an output matrix, that is the token embedding
+    for stored in _architectures(config):
+        if stored == architecture(family, head) or (stored in accepted and head is None):
             continue
-        found = next((known for known in HEADS if stored == architecture(model_type, known)), None)
-        own = "Encoder" if FAMILIES[model_type].encoder else "GPT"
-        loader = own if stored == architecture(model_type) else None if found is None else HEADS[found]
+        found = next((known for known in HEADS if stored == architecture(family, known)), None)
+        own = FAMILIES[family].loader
+        loader = own if stored == architecture(family) else None if found is None else HEADS[found]
         raise ValueError(
-            f"architectures: expected the architecture {architecture(model_type, head)}, got {stored}"
+            f"architectures: expected the architecture {architecture(family, head)}, got {stored}"
             + (f", which fastgpt.{loader} loads" if loader else "")
         )
 
 
 def load(
-    folder: Path, build: Callable[[dict, dict], Any], head: str | None = None, encoder: bool | None = None,
+    folder: Path, build: Callable[[dict, dict], Any], head: str | None = None, loader: str | None = None,
     *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, weights: str | Quantization | None = None,
 ) -> Any:  # fmt: skip
-    """Loads the decoder, the encoder or the model with a head in a checkpoint folder, in evaluation mode.
+    """Loads the decoder, the encoder, both or the model with a head in a checkpoint folder, in evaluation mode.
 
     Args:
-        head, encoder: as in `read_config`.
+        head, loader: as in `read_config`.
         build, dtype, device, weights: as in `load_weights`.
 
     Raises: as `load_weights`; FileNotFoundError, OSError that names the file.
     """
-    return load_weights(_read(folder, head, encoder), build, head, dtype=dtype, device=device, weights=weights)
+    return load_weights(_read(folder, head, loader), build, head, dtype=dtype, device=device, weights=weights)
 
 
-def _read(folder: Path, head: str | None, encoder: bool | None) -> Checkpoint:
-    family, config, fields = read_config(folder, head, encoder)
+def _read(folder: Path, head: str | None, loader: str | None) -> Checkpoint:
+    family, config, fields = read_config(folder, head, loader)
     defaults = {} if head else read_generation_config(folder)
     files = weight_files(folder)
     found, metadata = headers(files)
     with naming(folder / CONFIG):
         scheme = quantized_folders.scheme(config)
     matrices = list(found) if scheme is None else quantized_folders.matrices(found, scheme, metadata)
-    first = fields["num_layers"]
+    first = fields.get("num_layers", 0)
     further = range(first, first + family.further_layers(config))
     stored = by_expert(_by_name(matrices, family, further), family, fields.get("num_experts"))
-    tied = _settle_output(stored, family, fields, head)
-    fields = fields | {"tie_embeddings": tied, "output_bias": fields.get("output_bias", False) and not tied}
+    part, of_decoder = family.parts(fields)[-1]
+    tied = _settle_output(stored, family, part, of_decoder, fields.get("share_embedding", bool(family.stacks)), head)
+    of_decoder = of_decoder | {"tie_embeddings": tied, "output_bias": of_decoder.get("output_bias", False) and not tied}
+    fields = fields | {"decoder": of_decoder} if family.stacks else of_decoder
     if family.encoder:
         _settle_bias(stored, family, tied)
         fields |= _settle_parts(stored, family, fields, head)
@@ -121,10 +152,19 @@ def _by_name(found: Sequence[Stored], family: Family, unread: Container[int] = (
     return stored
 
 
-def _settle_output(stored: dict[str, Stored], family: Family, fields: dict, head: str | None) -> bool:
-    """Whether the output matrix is tied to the token embedding; the stored weights take precedence over config.json."""
-    (embedding,), (output,) = (family.checkpoint_names(f"{name}.weight")[0] for name in ("token_embedding", "output"))
+def _settle_output(
+    stored: dict[str, Stored], family: Family, part: str, fields: dict, shared: bool, head: str | None
+) -> bool:  # fmt: skip
+    """Whether the output matrix is tied to the token embedding; the stored weights take precedence over config.json.
+
+    part, fields: of what has the output matrix, as of `Family.parts`. shared: whether its token embedding is the encoder's.
+    """
+    of_tokens = "encoder." if shared else part
+    names = (f"{of_tokens}token_embedding.weight", f"{part}output.weight")
+    (embedding,), (output,) = (family.checkpoint_names(name)[0] for name in names)
     tied = fields.get("tie_embeddings", True)
+    if family.stacks and not tied and output not in stored and embedding in stored:  # transformers ties what is missing
+        return True
     if head is not None:  # has no output matrix
         stored.pop(output, None)
         stored.pop(output.removesuffix("weight") + "bias", None)
@@ -179,10 +219,10 @@ def contents(
     """The contents that `write` saves: config.json, the weights by name, copied only if they are stored differently, and the
     metadata of their file."""
     name = family_of(model.config, model.checkpoint_config.get("model_type"))
-    family = FAMILIES[name]
-    kept = model.checkpoint_config if model.checkpoint_config.get("model_type") == name else {}
-    config = {"model_type": name} | family.config_to(model.config)
-    if head is not None or name not in ("fastgpt", "fastgpt_encoder"):
+    family = FAMILIES[name].for_mlp(getattr(getattr(model.config, "decoder", model.config), "gated", False))
+    kept = model.checkpoint_config if model.checkpoint_config.get("model_type") == model_type(name) else {}
+    config = {"model_type": model_type(name)} | family.config_to(model.config)
+    if head is not None or not name.startswith("fastgpt"):
         is_base = head is None and family.encoder and not model.config.masked_head
         config["architectures"] = [ARCHITECTURES[name] + "Model" if is_base else architecture(name, head)]
     config |= {key: value for key, value in kept.items() if key.endswith("_token_id")}

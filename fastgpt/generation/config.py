@@ -130,7 +130,7 @@ class GenerationConfig:
         return {name: getattr(self, name) for name in checked_rules.__kwdefaults__ or ()}
 
     @classmethod
-    def of(cls, model: GPT, given: dict) -> "GenerationConfig":
+    def of(cls, model: Any, given: dict) -> "GenerationConfig":
         """What a call was given, and for the rest the defaults of the model's checkpoint."""
         known = [field.name for field in fields(cls)]
         for name in given:
@@ -139,7 +139,7 @@ class GenerationConfig:
         return cls(**{name: value for name, value in defaults_of(model).items() if name != "max_new_tokens"} | given)
 
 
-def defaults_of(model: GPT) -> dict[str, Any]:
+def defaults_of(model: Any) -> dict[str, Any]:
     """Options by their names, and max_new_tokens, that the model's checkpoint gives."""
     defaults = dict(getattr(model, "generation_defaults", {}))
     if "eos" in defaults:  # some name tokens that the vocabulary lacks

@@ -12,12 +12,13 @@ from fastgpt.generation.config import GenerationConfig, integers
 from fastgpt.generation.many import Many, is_many
 from fastgpt.generation.request import Request
 from fastgpt.model.decoder import GPT
+from fastgpt.model.encoder_decoder import EncoderDecoder
 from fastgpt.model.encoder_states import read_encoder_states
 from fastgpt.model.inputs import require_decoder
 
 
 def generate(
-    model: GPT,
+    model: GPT | EncoderDecoder,
     ids: torch.Tensor | np.ndarray | Sequence,
     max_new_tokens: int | Sequence[int] | None = None,
     *,
@@ -26,21 +27,24 @@ def generate(
     progress: bool = False,
     **options,
 ) -> torch.Tensor | list[torch.Tensor] | tuple:
-    """Continues each sequence by `max_new_tokens` tokens, or up to a token that ends it.
+    """Continues each sequence by `max_new_tokens` tokens, or up to a token that ends it; of an encoder-decoder, the output of each
+    input, which begins with its start token.
 
     Args:
+        model: a decoder, or an `EncoderDecoder`, whose inputs are ids.
         ids: (B, T) int64 token ids, T >= 1, a tensor or an array; or a list of B prompts of any length, each a list, a 1-d
             tensor or array of ids.
         max_new_tokens: prompt and new tokens must fit into the model's context. None: as many as the model's checkpoint
             says, or else 300; but no more than fit after the longest prompt. Or a list with a number for each prompt: see
             max_batch in `GenerationConfig`, with which None is what fits after each.
         encoder_states, encoder_lengths: the second stream of a model with cross-attention, one for each prompt: see
-            `GPT.forward`.
+            `GPT.forward`. Of an `EncoderDecoder`, encoder_lengths is the number of tokens of each input in a tensor of ids, which
+            is padded on the right.
         progress: with many prompts, whether to show a progress bar on standard error.
         options: see `GenerationConfig`. Those that are not passed have the defaults of the model's checkpoint: if it names eos
             tokens, they end rows here, too, unless eos says otherwise; eos=() ignores them.
 
-    Returns: (B · num_samples, T + n) int64, the prompt included, samples of a prompt one after the other; n is
+    Returns: (B · num_samples, T + n) int64, the prompt included (of an encoder-decoder that is the start token), samples of a prompt one after the other; n is
         max_new_tokens or the length of the longest row, and shorter rows are padded with the (first) eos. For a list of
         prompts, a list of 1-d tensors without padding.
         With return_logprobs also the log-probabilities of the new tokens, fp32: (B · num_samples, n), 0 where rows are
@@ -49,7 +53,7 @@ def generate(
         token, with the row and the step. Ctrl-C among many prompts raises `fastgpt.Interrupted`, a KeyboardInterrupt with the rows
         that are done.
     """
-    require_decoder(model)
+    require_model(model)
     require_flag("progress", progress)
     config = GenerationConfig.of(model, options)
     if is_many(model, ids, max_new_tokens, config):
@@ -81,8 +85,14 @@ def generate(
     return tokens, logprobs if table else [row[:n] for row, n in zip(logprobs, lengths)]
 
 
+def require_model(model: Any) -> None:
+    """Raises TypeError for what does not generate."""
+    if not isinstance(model, EncoderDecoder):
+        require_decoder(model)
+
+
 def stream(
-    model: GPT,
+    model: GPT | EncoderDecoder,
     ids: torch.Tensor | np.ndarray | Sequence,
     max_new_tokens: int | None = None,
     *,
@@ -98,7 +108,7 @@ def stream(
 
     Arguments, their defaults and errors are those of `generate`; bad input raises here, not at the first token.
     """
-    require_decoder(model)
+    require_model(model)
     config = GenerationConfig.of(model, options)
     return Request.of(model, ids, max_new_tokens, config, encoder_states, encoder_lengths).stream()
 
@@ -117,7 +127,7 @@ def generate_each(
     Rows are numbered as in the result of `generate`. Arguments, their defaults and errors are those of `generate` with max_batch;
     bad input raises here, not at the first row.
     """
-    require_decoder(model)
+    require_model(model)
     require_flag("progress", progress)
     many = Many(model, ids, max_new_tokens, GenerationConfig.of(model, options))
     results = ((row.index, many.result(row)) for row in many.run(progress))

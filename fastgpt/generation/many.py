@@ -47,6 +47,8 @@ class Many:
         self, model: GPT, ids: Any, max_new_tokens: int | Sequence[int] | None, options: GenerationConfig,
         ends: Callable[[Answer, int], bool] = lambda row, token: False, num_pages: int | None = None,
     ):  # fmt: skip
+        if model.config.cross_attention:
+            raise ValueError(f"model: expected {WITHOUT_STATES} {WHERE}")
         prompts = [prompt.cpu() for prompt in as_prompts(model, ids)]
         require_fitting(model, options, len(prompts))
         for prompt in prompts:
@@ -103,6 +105,7 @@ class Many:
         return [self.result(row) for row in self.rows]
 
 
+WITHOUT_STATES = "one without cross-attention, whose encoder states have no pages,"
 WHERE = "where rows join and leave: with max_batch, a list of max_new_tokens, or generate_each"
 
 
@@ -123,7 +126,7 @@ def is_many(model: GPT, ids: Any, max_new_tokens: Any, options: GenerationConfig
 def refused(model: GPT, options: GenerationConfig) -> tuple[str, str] | None:
     """An argument that keeps the rows of a call from joining and leaving, and what is expected of it; or None."""
     if model.config.cross_attention:
-        return "model", "one without cross-attention, whose encoder states have no pages,"
+        return "model", WITHOUT_STATES
     if not options.use_cache:
         return "use_cache", "True"
     if options.cache == "sliding":

@@ -21,6 +21,7 @@ from fastgpt.generation.replay import Recording, has_graphs
 from fastgpt.generation.sampling import Sampler, uniform_numbers
 from fastgpt.generation.speculation import Drafts, ModelDrafts, PromptDrafts, RowSamplers, speculative_steps
 from fastgpt.model.decoder import GPT
+from fastgpt.model.encoder_decoder import EncoderDecoder
 from fastgpt.model.encoder_states import EncoderKV, read_encoder_states
 from fastgpt.model.evaluation_mode import evaluating, others
 from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE
@@ -163,11 +164,19 @@ class Request:
 
     @classmethod
     def of(
-        cls, model: GPT, ids: torch.Tensor | np.ndarray | Sequence, max_new_tokens: Any, options: GenerationConfig,
+        cls, model: GPT | EncoderDecoder, ids: torch.Tensor | np.ndarray | Sequence, max_new_tokens: Any, options: GenerationConfig,
         encoder_states: torch.Tensor | None = None, encoder_lengths: torch.Tensor | Sequence[int] | None = None,
         kept: Kept | None = None,
     ) -> "Request":  # fmt: skip
-        """A request from the arguments of `generate`."""
+        """A request from the arguments of `generate`; of an encoder-decoder, to its decoder."""
+        if isinstance(model, EncoderDecoder):
+            if encoder_states is not None:
+                raise ValueError(
+                    "encoder_states: expected None for an encoder-decoder, which computes them from ids, got a tensor"
+                )
+            with torch.no_grad(), evaluating(others(model)):
+                ids, encoder_states, encoder_lengths = model.begin(ids, encoder_lengths)
+            model = model.decoder
         with torch.no_grad():
             encoder_kv = read_encoder_states(model, encoder_states, encoder_lengths)
         return cls(model, as_prompts(model, ids), max_new_tokens, options, encoder_kv, kept)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from fastgpt import schema
-from fastgpt.checkpoints.families.fields import DECODER_SCHEMA, ENCODER_SCHEMA, MAX_HEAD_DIM
+from fastgpt.checkpoints.families.fields import DECODER_SCHEMA, ENCODER_DECODER_SCHEMA, ENCODER_SCHEMA, MAX_HEAD_DIM
 from fastgpt.model.rope import Rope
 from fastgpt.ops.linear import ACTIVATIONS
 
@@ -40,6 +40,8 @@ class GPTConfig:
     norm_bias: whether layer norms have a bias.
     pre_norms: norms of a block's input: 2, one before attention and one before the MLP; 1 for both of a parallel block; or 0.
     post_norms: also normalize the output of each attention and MLP, before it is added to the residual stream.
+    norm_first: normalize the input of each attention and MLP, as pre_norms says, and the output of the last block. False:
+        normalize the residual stream after each addition (Vaswani et al., arXiv 1706.03762).
     parallel: attention and MLP of a block both read its input, x + attention(norm(x)) + mlp(norm(x)), not one after the other.
     residual_scale: factor on the output of each attention and MLP, before it is added to the residual stream. What the decoder
         computes, and returns as hidden states, is that stream divided by it, of which norms are the same.
@@ -61,7 +63,10 @@ class GPTConfig:
     router_selection_bias: whether a number is added to each expert's score for choosing only: selection_bias of `fastgpt.route`.
     qk_norm: normalize queries and keys.
     qk_norm_per_head: each head by itself; False: all heads of a token together.
-    position: "learned" or "sinusoidal" embeddings, "rotary", or None.
+    position: "learned" or "sinusoidal" embeddings, "rotary", "relative" (T5's bias on the scores of attention, the same in all
+        layers) or None.
+    relative_buckets: number of buckets of distances, with position "relative"; if not causal, each direction has half of them.
+    relative_max_distance: from where on distances are in one bucket, in tokens.
     rope: the rotary embedding (`fastgpt.model.rope.Rope`), if position is "rotary".
     local_rope: that of layers with a window, if it is another one.
     rope_layers: for each layer whether it has a rotary embedding; default: all have.
@@ -101,6 +106,7 @@ class GPTConfig:
     norm_bias: bool = True
     pre_norms: int = 2
     post_norms: bool = False
+    norm_first: bool = True
     parallel: bool = False
     residual_scale: float = 1.0
     activation: str = "gelu_tanh"
@@ -126,6 +132,8 @@ class GPTConfig:
     qk_norm: bool = False
     qk_norm_per_head: bool = True
     position: str | None = "learned"
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
     rope: Rope | None = None
     local_rope: Rope | None = None
     rope_layers: tuple[bool, ...] | None = None
@@ -177,6 +185,18 @@ class GPTConfig:
             raise ValueError("pre_norms: expected 2 or 0 for blocks that are not parallel, got 1")
         if self.parallel and self.cross_attention:
             raise ValueError("parallel: expected False with cross_attention, got True")
+        if not self.norm_first:
+            for name in ("pre_norms", "post_norms", "parallel", "residual_scale"):
+                if getattr(self, name) != getattr(GPTConfig, name):
+                    expected = repr(getattr(GPTConfig, name))
+                    raise ValueError(f"{name}: expected {expected} with norm_first=False, got {getattr(self, name)!r}")
+        if self.position == "relative":
+            exact = self.relative_buckets // (2 if self.causal else 4)
+            if exact < 1 or self.relative_max_distance <= exact:
+                raise ValueError(
+                    f"relative_max_distance: expected at least two buckets in each direction, and more than the {exact} distances "
+                    f"that have one each, got {self.relative_max_distance} and relative_buckets={self.relative_buckets}"
+                )
         if self.output_bias and self.tie_embeddings:
             raise ValueError("output_bias: expected False with tie_embeddings, got True")
 
@@ -270,13 +290,11 @@ class EncoderConfig(GPTConfig):
     """The architecture and sizes of an `Encoder`. The defaults are BERT's. The fields of `GPTConfig` have the same meaning, unless
     they are described here; those in `NOT_OF_ENCODERS` keep their defaults.
 
-    position: "learned" embeddings, "rotary", or None.
     first_position: the position of a sequence's first token in the table of position embeddings, which has as many rows more.
     token_types: number of kinds of tokens, such as those of a first and of a second sentence, that have an embedding; default:
         tokens have no types.
     embedding_norm: normalize the embeddings.
-    norm_first: normalize the input of each attention and MLP, and the output of the last block, as decoders do; except that of
-        the first attention with embedding_norm. False: normalize the residual stream after each addition.
+    norm_first: as of decoders, except that the input of the first attention is not normalized again with embedding_norm.
     pooler: whether it has a layer for the states of the first tokens: pooler_activation(dense(state)).
     pooler_activation: "tanh" or "relu", of the pooler, and of the layer before the classes of sequences. None: before the
         classes of sequences, and before those of tokens, is a layer like the masked head's.
@@ -290,8 +308,8 @@ class EncoderConfig(GPTConfig):
     """
 
     NOT_OF_ENCODERS: ClassVar[tuple[str, ...]] = (
-        "pre_norms", "post_norms", "parallel", "residual_scale", "cross_attention", "embedding_scale", "logit_scale",
-        "logit_softcap", "output_bias", "num_experts", "attention_sinks", "kv_rank",
+        "pre_norms", "post_norms", "parallel", "residual_scale", "cross_attention", "logit_scale", "logit_softcap", "output_bias",
+        "num_experts", "attention_sinks", "kv_rank",
     )  # fmt: skip
 
     activation: str = "gelu"
@@ -317,7 +335,56 @@ class EncoderConfig(GPTConfig):
                 raise ValueError(f"{name}: expected {getattr(GPTConfig, name)!r} for an encoder, got {getattr(self, name)!r}")
         if self.causal:
             raise ValueError("causal: expected False for an encoder, got True")
-        if self.position == "sinusoidal":
-            raise ValueError("position: expected 'learned', 'rotary' or None for an encoder, got 'sinusoidal'")
         if self.first_position and self.position != "learned":
             raise ValueError(f"first_position: expected 0 without learned positions, got {self.first_position}")
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """The architecture and sizes of an `EncoderDecoder`.
+
+    encoder: of the encoder.
+    decoder: of the decoder, which has cross-attention, and the encoder's hidden_size.
+    start_token: the token that every output begins with.
+    share_embedding: encoder and decoder have one token embedding, and then one vocabulary.
+
+    Raises: TypeError, ValueError that begins with the field's name.
+    """
+
+    encoder: EncoderConfig
+    decoder: GPTConfig
+    start_token: int = 0
+    share_embedding: bool = True
+
+    def __post_init__(self):
+        for name, expected in (("encoder", EncoderConfig), ("decoder", GPTConfig)):
+            if type(getattr(self, name)) is not expected:
+                raise TypeError(f"{name}: expected {expected.__name__}, got {getattr(self, name)!r}")
+        schema.check_fields(self, ENCODER_DECODER_SCHEMA)
+        encoder, decoder = self.encoder, self.decoder
+        for name, got, expected in (
+            ("cross_attention", decoder.cross_attention, True), ("causal", decoder.causal, True),
+            ("num_experts", decoder.num_experts, None), ("hidden_size", decoder.hidden_size, encoder.hidden_size),
+            *([("vocab_size", decoder.vocab_size, encoder.vocab_size)] if self.share_embedding else []),
+        ):  # fmt: skip
+            if got != expected:
+                raise ValueError(f"decoder.{name}: expected {expected!r} beside this encoder, got {got!r}")
+        for name in ("pooler", "masked_head", "token_types"):
+            if getattr(encoder, name):
+                raise ValueError(f"encoder.{name}: expected none beside a decoder, got {getattr(encoder, name)!r}")
+        if self.start_token >= decoder.vocab_size:
+            raise ValueError(f"start_token: expected a token from 0 to {decoder.vocab_size - 1}, got {self.start_token}")
+
+    is_encoder: ClassVar[bool] = False
+    num_experts: ClassVar[None] = None
+    cross_attention: ClassVar[bool] = True
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the decoder."""
+        return self.decoder.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Of the encoder: the maximum number of tokens in an input."""
+        return self.encoder.context_length

@@ -3,6 +3,7 @@
     GPT      ids (B, T) -> token and position embeddings (B, T, C) -> blocks -> final norm -> output matrix -> logits (B, T, V)
     Block    x = x + attention(norm(x)), then x = x + mlp(norm(x)); x (B, T, C) is the residual stream
              or at once: x + attention(norm(x)) + mlp(norm(x)); mlp may be a mixture of experts
+             or with the norms after: x = norm(x + attention(x)), then x = norm(x + mlp(x)), and no final norm
 
 A cache holds the keys and values of the tokens before (fastgpt/cache). Without one, `Uncached` takes its place, so the blocks
 are written once. Where the modules are plain ones, `linear` computes a projection with the norm before it and the activation,
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from fastgpt import huge_pages
 from fastgpt.cache.base import KVCache
 from fastgpt.cache.create import new_cache
+from fastgpt.cache.packed import Packed
 from fastgpt.cache.uncached import Uncached
 from fastgpt.checkpoints import adapters, gguf, gguf_file, hub, transformers_format
 from fastgpt.checks import is_autocasting, require_choice, require_flag
@@ -32,11 +34,12 @@ from fastgpt.model.config import GPTConfig
 from fastgpt.model.encoder_states import EncoderKV, require_causal, require_encoder_states, stored_encoder_states, uncached
 from fastgpt.model.evaluation_mode import is_training
 from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, computes, is_plain_matrix, plain
-from fastgpt.model.inputs import require_ids
+from fastgpt.model.inputs import require_ids, require_order
 from fastgpt.model.latent import Latent
 from fastgpt.model.layers import MLP, Norm, add, is_plain_lookup, look_up, new_layer, project, stream_norm
 from fastgpt.model.lora import apply_adapters
 from fastgpt.model.moe import MoE
+from fastgpt.model.relative_bias import RelativeBias
 from fastgpt.model.rope import Tables, sinusoidal
 from fastgpt.ops.decode_step import embed
 from fastgpt.ops.linear import linear
@@ -75,7 +78,7 @@ class Attention(nn.Module):
         self,
         x: torch.Tensor,
         norm: Norm | None,
-        cache: KVCache | Uncached,
+        cache: KVCache | Uncached | Packed,
         tables: tuple[torch.Tensor, ...] | None,
         last_only: bool,
     ) -> torch.Tensor:
@@ -136,13 +139,16 @@ class CrossAttention(nn.Module):
 
 @plain(weights=0)
 class Block(nn.Module):
-    """Attention, cross-attention if the model has it, and an MLP or a mixture of experts, each with the norm before it, if there
-    is one, and its residual. In a parallel block the MLP reads what attention does, and may share its norm."""
+    """Attention, cross-attention if the model has it, and an MLP or a mixture of experts, each with its residual, and the norm
+    before it, if there is one, or after the addition. In a parallel block the MLP reads what attention does, and may share its
+    norm."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.parallel = config.parallel
-        self.attention_norm = stream_norm(config) if config.pre_norms else None
+        self.parallel, self.norm_first = config.parallel, config.norm_first
+        # What the first attention of an encoder reads may be normal already.
+        is_normal = config.is_encoder and config.norm_first and config.embedding_norm and layer == 0  # type: ignore[attr-defined]
+        self.attention_norm = stream_norm(config) if config.pre_norms and not is_normal else None
         self.attention = Attention(config, layer)
         self.cross_attention_norm = stream_norm(config) if config.cross_attention and config.pre_norms else None
         self.cross_attention = CrossAttention(config, layer) if config.cross_attention else None
@@ -152,11 +158,16 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        cache: KVCache | Uncached,
+        cache: KVCache | Uncached | Packed,
         tables: tuple[torch.Tensor, ...] | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C), or with last_only (B, 1, C): of the last token, which still attends to all."""
+        if not self.norm_first:
+            x = self.attention_norm(self.attention(x, None, cache, tables, last_only))  # type: ignore[misc]  # which there is then
+            if self.cross_attention is not None:
+                x = self.cross_attention_norm(self.cross_attention(x, None, cache.encoder_kv))  # type: ignore[misc]
+            return self.mlp_norm(self.mlp(x, None, x))  # type: ignore[misc]
         y = self.attention(x, self.attention_norm, cache, tables, last_only)
         if self.parallel:
             norm = self.attention_norm if self.mlp_norm is None else self.mlp_norm
@@ -184,7 +195,8 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.position_embedding = new_layer(nn.Embedding, config.context_length, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm, self.output = stream_norm(config), None
+        self.norm, self.output = stream_norm(config) if config.norm_first else None, None
+        self.relative_bias = RelativeBias(config) if config.position == "relative" else None
         if not config.tie_embeddings:
             self.output = new_layer(nn.Linear, config.hidden_size, config.vocab_size, bias=config.output_bias)
         self.tables = None  # by position: cos and sin of rotary embeddings, or sinusoidal embeddings
@@ -252,7 +264,7 @@ class GPT(nn.Module):
         require_flag("output_hidden_states", output_hidden_states)
         states = [] if output_hidden_states else None
         x = self.run_blocks(self.embed(ids, cache, new), cache, states=states)
-        return (self.logits(x), (*states, self.norm(x))) if output_hidden_states else self.logits(x)
+        return (self.logits(x), (*states, self.final_norm(x))) if output_hidden_states else self.logits(x)
 
     def hidden(
         self, ids: torch.Tensor, cache: KVCache | Uncached | None = None, new: list[int] | None = None, last_only: bool = False
@@ -271,7 +283,11 @@ class GPT(nn.Module):
 
         Raises: TypeError, ValueError as `forward`.
         """
-        return self.norm(self.hidden(ids, uncached(self, ids, lengths)))
+        return self.final_norm(self.hidden(ids, uncached(self, ids, lengths)))
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of the last block, normalized if the model has a final norm: (..., C) -> (..., C)."""
+        return hidden if self.norm is None else self.norm(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm and the output matrix: (..., C) -> (..., V)."""
@@ -285,9 +301,9 @@ class GPT(nn.Module):
         if not isinstance(weight, torch.Tensor):
             got = type(self.token_embedding).__name__
             raise ValueError(f"token_embedding: expected a module with a weight, which is also the output matrix, got {got}")
-        if not is_plain_matrix(weight) or not computes(self.norm, Norm.forward):
-            return F.linear(self.norm(hidden), weight)
-        return linear(hidden, weight, **self.norm.as_options())
+        if not is_plain_matrix(weight) or not (self.norm is None or computes(self.norm, Norm.forward)):
+            return F.linear(self.final_norm(hidden), weight)
+        return linear(hidden, weight, **({} if self.norm is None else self.norm.as_options()))
 
     def softcap_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits times their scale, and then c · tanh(logits / c), if the model has a soft cap c."""
@@ -306,6 +322,8 @@ class GPT(nn.Module):
                 f"ids: expected token ids from 0 to {limit}, got {ids.min().item()} to {ids.max().item()}"
             ) from None
         positions = cache.extend(ids.shape[1], new)  # (T,) or (B, T)
+        if self.relative_bias is not None:
+            cache.add_bias(self.relative_bias)
         if new is not None:
             positions = positions.clamp(min=0)  # those of padding are negative
         return self.embed_at(x, positions, self.position_tables(x, cache))
@@ -338,6 +356,8 @@ class GPT(nn.Module):
         """
         config, tokens, positions = self.config, self.token_embedding, self.position_embedding
         at = cache.advance(ids.shape[1], (ids >= 0).sum(1, dtype=torch.int32), True) if as_steps else cache.advance(1)
+        if self.relative_bias is not None:
+            cache.add_bias(self.relative_bias)
         ids = ids.clamp(min=0) if as_steps else ids
         for embedding in (tokens, positions):
             if embedding is not None and not is_plain_lookup(embedding):
@@ -383,6 +403,7 @@ class GPT(nn.Module):
             if cache.fits != id(self):
                 sizes = self.config.num_layers, self.num_kv_heads, self.config.head_dim, self.config.v_head_dim
                 cache.require_model(*sizes, ids.device)
+                require_order(self.config, cache)
                 cache.fits = id(self)
         require_encoder_states(self.config, cache, B)
         if longest > self.config.context_length:
@@ -494,6 +515,7 @@ class GPT(nn.Module):
             cache_dtype=cache_dtype,
             device=self.first_weight.device,
         )
+        require_order(self.config, cache)
         cache.casts = self.key_dtype != self.first_weight.dtype
         cache.encoder_kv = stored_encoder_states(self, encoder_states, encoder_lengths)
         return cache
@@ -544,7 +566,7 @@ class GPT(nn.Module):
             model = gguf.load(path, build, dtype=dtype, device=device, weights=weights)
         else:
             folder = hub.resolve(path, revision)
-            model = transformers_format.load(folder, build, encoder=False, dtype=dtype, device=device, weights=weights)
+            model = transformers_format.load(folder, build, loader="GPT", dtype=dtype, device=device, weights=weights)
         if lora is not None:
             apply_adapters(model, adapters.read(lora, model, path))
         return model

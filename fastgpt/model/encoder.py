@@ -2,7 +2,7 @@
 
     Encoder   ids (N,) -> token, type and position embeddings (N, C) -> norm -> blocks -> states (N, C)
               masked-language head: states -> logits (N, V);  pooler: states of first tokens (B, C) -> (B, C)
-    Block     x = norm(x + attention(x)), then x = norm(x + mlp(x)); or the norms before, as in the decoder's
+    blocks    the decoder's; BERT's have the norms after each addition, x = norm(x + attention(x)), then x = norm(x + mlp(x))
 
 Tokens see all of their sequence, to both sides, so nothing is cached, and sequences of all lengths go through the blocks packed,
 one after the other without padding: `Packed` takes the place of a cache. It is not the decoder with more options: that one's
@@ -11,6 +11,7 @@ passes, steps and recordings are about a cache, and embeddings, norms and heads 
 Shapes: N tokens of B sequences, C hidden size, V vocabulary.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,36 +24,15 @@ from fastgpt.cache.packed import Packed
 from fastgpt.checkpoints import hub, transformers_format
 from fastgpt.checks import require_choice, require_device, require_dtype, require_shape, require_tensor
 from fastgpt.model.config import EncoderConfig
-from fastgpt.model.decoder import Attention
+from fastgpt.model.decoder import Block
 from fastgpt.model.evaluation_mode import is_training
 from fastgpt.model.fusion import is_plain_matrix, plain
 from fastgpt.model.inputs import as_lengths, require_ids
-from fastgpt.model.layers import MLP, Norm, look_up, new_layer, project
-from fastgpt.model.rope import Tables
+from fastgpt.model.layers import Norm, look_up, new_layer, project
+from fastgpt.model.relative_bias import RelativeBias
+from fastgpt.model.rope import Tables, sinusoidal
 from fastgpt.ops.linear import linear
 from fastgpt.ops.quantized_weight import Quantization
-
-
-@plain(weights=0)
-class EncoderBlock(nn.Module):
-    """Attention and an MLP, each with its residual and a norm: after that, or before them (norm_first)."""
-
-    def __init__(self, config: EncoderConfig, layer: int):
-        super().__init__()
-        self.norm_first = config.norm_first
-        is_normal = config.norm_first and config.embedding_norm and layer == 0  # what the first attention reads
-        self.attention_norm = None if is_normal else Norm(config, config.hidden_size)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = Norm(config, config.hidden_size)
-        self.mlp = MLP(config)
-
-    def forward(self, x: torch.Tensor, packed: Packed, tables: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-        """x (1, N, C) -> (1, N, C)."""
-        if self.norm_first:
-            x = self.attention(x, self.attention_norm, packed, tables, False)
-            return self.mlp(x, self.mlp_norm, x)
-        x = self.attention_norm(self.attention(x, None, packed, tables, False))
-        return self.mlp_norm(self.mlp(x, None, x))
 
 
 @plain(weights=0)
@@ -118,8 +98,11 @@ class Encoder(nn.Module):
             self.position_embedding = new_layer(nn.Embedding, config.first_position + config.context_length, width)
         elif config.position == "rotary":
             self.tables = Tables(config.rotation, config.context_length)
+        elif config.position == "sinusoidal":
+            self.tables = Tables(functools.partial(sinusoidal, width=width), config.context_length)
+        self.relative_bias = RelativeBias(config) if config.position == "relative" else None
         self.embedding_norm = Norm(config, width) if config.embedding_norm else None
-        self.blocks = nn.ModuleList(EncoderBlock(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = Norm(config, width) if config.norm_first else None
         self.pooler = Transform(config, config.pooler_activation or "tanh") if config.pooler else None
         self.head, self.output = None, None
@@ -181,16 +164,18 @@ class Encoder(nn.Module):
         """
         self.check(ids, lengths, token_types)
         packed = Packed(lengths, ids.device)
-        tables = None
-        if self.tables is not None:
-            is_long = self.config.rope.is_long(packed.longest)  # type: ignore[union-attr]  # a rotary model has one
+        tables, rope = None, self.config.rope
+        if self.relative_bias is not None:
+            packed.add_bias(self.relative_bias)
+        if self.tables is not None and rope is not None:
+            is_long = rope.is_long(packed.longest)
             tables = tuple(table[packed.positions] for table in self.tables(packed.longest, self.first_weight, is_long))
-        x = self.embed(ids, packed.positions, token_types).unsqueeze(0)  # (1, N, C)
+        x = self.embed(ids, packed, token_types).unsqueeze(0)  # (1, N, C)
         for block in self.blocks:
             x = block(x, packed, tables)
         return (x if self.norm is None else self.norm(x)).squeeze(0)
 
-    def embed(self, ids: torch.Tensor, positions: torch.Tensor, token_types: torch.Tensor | None) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, packed: Packed, token_types: torch.Tensor | None) -> torch.Tensor:
         """The embeddings of tokens (N,), their positions and types: (N, C)."""
         try:
             x = look_up(self.token_embedding, ids)
@@ -199,6 +184,8 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"ids: expected token ids from 0 to {limit}, got {ids.min().item()} to {ids.max().item()}"
             ) from None
+        if self.config.embedding_scale is not None:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device="cpu")
         if self.type_embedding is not None:
             try:
                 x = x + look_up(self.type_embedding, torch.zeros_like(ids) if token_types is None else token_types)
@@ -208,7 +195,10 @@ class Encoder(nn.Module):
                     f"token_types: expected types from 0 to {limit}, got {token_types.min()} to {token_types.max()}"
                 ) from None
         if self.position_embedding is not None:
-            x = x + look_up(self.position_embedding, positions + self.config.first_position)
+            x = x + look_up(self.position_embedding, packed.positions + self.config.first_position)
+        elif self.config.position == "sinusoidal":
+            (table,) = self.tables(packed.longest, x)  # type: ignore[misc]  # which it has
+            x = x + F.embedding(packed.positions, table).to(x.dtype)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         return F.dropout(x, self.config.dropout) if is_training(self) else x
 
@@ -273,7 +263,7 @@ class Encoder(nn.Module):
             return cls(EncoderConfig(**fields))
 
         folder = hub.resolve(path, revision)
-        return transformers_format.load(folder, build, encoder=True, dtype=dtype, device=device, weights=weights)
+        return transformers_format.load(folder, build, loader="Encoder", dtype=dtype, device=device, weights=weights)
 
     def save_pretrained(self, folder: str | Path, *, weights: str | None = None) -> None:
         """Writes `config.json` and `model.safetensors` into a folder, which is made if it is missing. transformers loads them,

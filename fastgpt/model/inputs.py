@@ -25,6 +25,15 @@ def require_ids(ids: Any, device: torch.device) -> None:
     require_device("ids", ids, device)
 
 
+def require_order(config: GPTConfig, cache: Any) -> None:
+    """Raises ValueError for a cache whose keys are not in the order of their positions, if the model has a bias by those."""
+    if config.position == "relative" and not cache.in_order:
+        raise ValueError(
+            "cache: expected a contiguous or a paged one for a model with relative positions, since a ring buffer has its keys in "
+            "another order, got a sliding one"
+        )
+
+
 def as_lengths(name: str, lengths: Any, x: torch.Tensor) -> torch.Tensor:
     """Lengths of the sequences in x (B, T, ...), as a list or a tensor -> (B,) int32 on the device of x.
 

@@ -34,7 +34,7 @@ def run_with_cache(
         blocks.0.cross_attention.*                   the five of cross-attention, if the model has it, over S encoder states
         blocks.0.middle             (B, T, C)        the residual stream that the MLP reads: after attention, or in a parallel block before it
         blocks.0.output             (B, T, C)        the residual stream after the MLP: input of the next block
-        norm                        (B, T, C)        output of the final norm, from which logits are computed
+        norm                        (B, T, C)        output of the final norm, if the model has one, from which logits are computed
 
     Query head h attends to key and value head h // (H / H_kv). The logits are those of `model(ids)`; gradients flow where they
     are enabled.
@@ -66,7 +66,7 @@ def run_with_cache(
     finally:
         for hook in hooks:
             hook.remove()
-    activations["norm"] = model.norm(hidden)
+    activations["norm"] = model.final_norm(hidden)
     return model.logits(hidden), activations
 
 

@@ -284,7 +284,7 @@ class Trainer:
                 raise ValueError(f"resume: {path} is damaged: base: expected the checkpoint that adapters belong to, got None")
             _, model, _ = pretrained(state["base"], **asdict(config))
         else:
-            _, model_config, of_config = transformers_format.read_config(folder)
+            _, model_config, of_config = transformers_format.read_config(folder, loader="GPT")
             model = GPT(GPTConfig(**of_config))
             model.checkpoint_config = model_config
         given = {"model": model, "tokenizer": Tokenizer.from_folder(folder), "base": state["base"]}

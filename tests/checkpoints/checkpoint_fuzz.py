@@ -21,8 +21,17 @@ from safetensors.torch import load_file, save_file
 sys.path.append(str(Path(__file__).parents[1]))
 from quantized_folders import quantize_folder  # noqa: E402
 
-from fastgpt import GPT, Encoder, EncoderConfig, GPTConfig, SequenceClassifier
-from fastgpt.checkpoints.families import FAMILIES
+import fastgpt
+from fastgpt import (
+    GPT,
+    Encoder,
+    EncoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    GPTConfig,
+    SequenceClassifier,
+)
+from fastgpt.checkpoints.families import ENCODERS, FAMILIES
 
 MEMORY = 1 << 30  # bytes beyond what the process has when it starts
 LLAMA = {
@@ -64,6 +73,15 @@ BERT = {
     "vocab_size": 33, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 32, "type_vocab_size": 2, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
     "layer_norm_eps": 1e-12, "position_embedding_type": "absolute", "is_decoder": False,
+}  # fmt: skip
+T5 = {
+    "vocab_size": 33, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 2,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.1, "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "relu", "is_encoder_decoder": True, "decoder_start_token_id": 0, "tie_word_embeddings": True,
+}  # fmt: skip
+OWN_STACK = {
+    "vocab_size": 33, "context_length": 32, "num_layers": 2, "num_heads": 2, "hidden_size": 16, "norm_first": False,
+    "position": "relative", "relative_buckets": 8, "relative_max_distance": 16,
 }  # fmt: skip
 CONFIGS = [
     {
@@ -126,6 +144,16 @@ CONFIGS = [
         "local_attention": 8, "norm_eps": 1e-5, "classifier_pooling": "mean", "hidden_activation": "gelu", "decoder_bias": True,
         "classifier_bias": False, "mlp_dropout": 0.1, "layer_types": ["full_attention", "sliding_attention"],
     } | {name: LLAMA[name] for name in LLAMA if name in GPT_NEOX},
+    {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]} | T5,
+    {"model_type": "t5", "feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False} | T5 | {"tie_word_embeddings": False},
+    {"model_type": "mt5", "architectures": ["MT5EncoderModel"]} | T5,
+    {
+        "model_type": "fastgpt_encoder_decoder",
+        "fields": {
+            "encoder": OWN_STACK | {"embedding_norm": False}, "decoder": OWN_STACK | {"cross_attention": True}, "start_token": 3,
+            "share_embedding": False,
+        },
+    },
     {
         "model_type": "fastgpt_encoder",
         "fields": {
@@ -185,11 +213,19 @@ NAMED = re.compile(
 )
 
 
-def new_model(config: dict) -> GPT | Encoder:
-    """A model with random weights; an encoder with a masked-language head."""
-    family = FAMILIES[config["model_type"]]
-    fields = family.config_from(config)
-    return Encoder(EncoderConfig(**fields, masked_head=True)) if family.encoder else GPT(GPTConfig(**fields))
+def loader_of(config: dict) -> type:
+    alone = str(config.get("architectures", "")).endswith("EncoderModel']")
+    return Encoder if alone else getattr(fastgpt, FAMILIES[config["model_type"]].loader)
+
+
+def new_model(config: dict) -> GPT | Encoder | EncoderDecoder:
+    """A model with random weights; an encoder with a masked-language head, if its family has one."""
+    name, loader = config["model_type"], loader_of(config)
+    fields = FAMILIES[ENCODERS[name] if loader is Encoder and name in ENCODERS else name].config_from(config)
+    if loader is EncoderDecoder:
+        stacks = {"encoder": EncoderConfig(**fields["encoder"]), "decoder": GPTConfig(**fields["decoder"])}
+        return EncoderDecoder(EncoderDecoderConfig(**fields | stacks))
+    return Encoder(EncoderConfig(**fields, masked_head=name not in ENCODERS)) if loader is Encoder else GPT(GPTConfig(**fields))
 
 
 def containers(value) -> list:
@@ -351,10 +387,10 @@ def damage_files(folder: Path, draw: random.Random) -> str:
 
 
 @torch.inference_mode()
-def outcome(folder: Path, kind: str, head: bool = False, encoder: bool = False) -> tuple[str, str | None]:
+def outcome(folder: Path, kind: str, head: bool = False, loader: type = GPT) -> tuple[str, str | None]:
     """What loading came to, and what is wrong with that, if anything is."""
     try:
-        model = (SequenceClassifier if head else Encoder if encoder else GPT).from_pretrained(folder)
+        model = (SequenceClassifier if head else loader).from_pretrained(folder)
     except (ValueError, OSError) as error:
         names = isinstance(error, OSError) and str(folder) in str(error) or NAMED.match(str(error))
         return type(error).__name__, None if names else f"does not name what is wrong: {str(error)[:300]}"
@@ -364,8 +400,11 @@ def outcome(folder: Path, kind: str, head: bool = False, encoder: bool = False) 
         return "loaded", None
     tokens = min(5, model.config.context_length)
     try:
-        compute = model.encode if encoder and not model.config.masked_head else model
-        logits = compute(torch.arange(tokens)[None] % model.config.vocab_size)
+        ids = torch.arange(tokens)[None] % model.config.vocab_size
+        if loader is EncoderDecoder:
+            logits = model(ids % model.config.encoder.vocab_size, ids[:, : model.config.decoder.context_length])
+        else:
+            logits = (model.encode if loader is Encoder and not model.config.masked_head else model)(ids)
     except Exception as error:
         return "loaded", f"cannot compute: {type(error).__name__}: {str(error)[:300]}"
     finite = bool(logits.isfinite().all()) or kind == "data byte"  # weights of any size may come of that
@@ -411,12 +450,12 @@ def main(folder: Path, seed: int, configs: int, files: int) -> dict:
     folders, quantized = write_valid(folder), write_quantized(folder)
     all_folders = [*folders, *quantized]
     configurations = [*CONFIGS, *(json.loads((path / "config.json").read_text()) for path in quantized)]
-    encoders = [FAMILIES[config["model_type"]].encoder for config in configurations]
-    for i, (valid, encoder) in enumerate(zip([*all_folders, folder / "sharded"], [*encoders, False])):
-        found, problem = outcome(valid, "valid", encoder=encoder)
+    loaders = [loader_of(config) for config in configurations]
+    for i, (valid, loader) in enumerate(zip([*all_folders, folder / "sharded"], [*loaders, GPT])):
+        found, problem = outcome(valid, "valid", loader=loader)
         if found != "loaded" or problem:
             failures.append(f"valid checkpoint {i}: {found}, {problem}")
-    encoding = [valid for valid, encoder in zip(all_folders, encoders) if encoder]
+    others = {valid: loader for valid, loader in zip(all_folders, loaders) if loader is not GPT}
     with_experts = [valid for valid, config in zip(folders, CONFIGS) if "num_experts_per_tok" in config]
     used = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -424,7 +463,7 @@ def main(folder: Path, seed: int, configs: int, files: int) -> dict:
         at = i % len(configurations)
         text = damaged_config(configurations[at], draw)
         (all_folders[at] / "config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
-        found, problem = outcome(all_folders[at], "config", head=i % 7 == 0, encoder=encoders[at])
+        found, problem = outcome(all_folders[at], "config", head=i % 7 == 0, loader=loaders[at])
         counts["configs"][found] += 1
         if problem:
             failures.append(f"config {i}: {problem}: {text[:2000]}")
@@ -432,10 +471,10 @@ def main(folder: Path, seed: int, configs: int, files: int) -> dict:
         (valid / "config.json").write_text(json.dumps(config))
     for i in range(files):
         damaged = folder / "damaged"
-        valid = draw.choice((*folders[:3], *with_experts, folder / "sharded", *quantized, *encoding))
+        valid = draw.choice((*folders[:3], *with_experts, folder / "sharded", *quantized, *others))
         shutil.copytree(valid, damaged)
         kind = damage_files(damaged, draw)
-        found, problem = outcome(damaged, kind, encoder=valid in encoding)
+        found, problem = outcome(damaged, kind, loader=others.get(valid, GPT))
         counts["files"][found] += 1
         if problem:
             failures.append(f"file {i}, {kind}: {problem}")

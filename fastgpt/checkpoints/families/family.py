@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ class Fused(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """One checkpoint family, of decoders, or of encoders.
+    """One checkpoint family, of decoders, of encoders, or of both together.
 
     schema: what its config.json may say.
     fields_from: config.json, checked by the schema and with its defaults -> GPTConfig's fields; raises ValueError that begins
@@ -49,6 +49,9 @@ class Family:
         heads are one below the other, those of queries first, and rotary pairs are (n, n + dim/2). None: that order.
     row_orders: module of the decoder -> likewise of its rows, as a function of GPTConfig.
     encoder: whether it is one of encoders, `fastgpt.Encoder`, whose configuration is an EncoderConfig.
+    stacks: of encoder-decoders, `fastgpt.EncoderDecoder`, what names of ours begin with, which are also entries of its fields:
+        "encoder" and "decoder".
+    gated: those of `names` that are others where the MLP is gated.
     renamed: patterns of names of earlier versions -> what to put there instead.
     further_layers: config.json -> the number of layers after the decoder's, which predict further tokens. They are not read.
     """
@@ -65,8 +68,23 @@ class Family:
     fused: Mapping[str, Fused] = field(default_factory=dict)
     writes_fused: bool = False
     encoder: bool = False
+    stacks: tuple[str, ...] = ()
+    gated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     further_layers: Callable[[dict], int] = lambda config: 0
+
+    @property
+    def loader(self) -> str:
+        """The class here that loads its checkpoints."""
+        return "EncoderDecoder" if self.stacks else "Encoder" if self.encoder else "GPT"
+
+    def parts(self, fields: dict) -> list[tuple[str, dict]]:
+        """What is built of blocks: what its names begin with here, and its fields. Of a decoder or an encoder, that is all."""
+        return [(f"{stack}.", fields[stack]) for stack in self.stacks] or [("", fields)]
+
+    def for_mlp(self, is_gated: bool) -> "Family":
+        """The family with the names that it has where the MLP is gated, or is not."""
+        return replace(self, names={**self.names, **self.gated}) if is_gated and self.gated else self
 
     def config_from(self, config: dict) -> dict:
         """config.json -> the fields of GPTConfig or EncoderConfig. Raises ValueError that begins with the name of an entry that is
@@ -138,10 +156,9 @@ class Family:
         fused = self.fused.get(re.sub(r"\.\d+\.", ".{i}.", bare, count=1))
         return None if fused is None or layer is None else (fused, layer[1])
 
-    @property
-    def layer_pattern(self) -> str:
-        """Of stored names of a layer's weights, with or without prefix; its group is the number of the layer."""
-        first = str(self.names["blocks.{i}.attention.out"]).partition("{i}")[0]
+    def layer_pattern(self, part: str) -> str:
+        """Of stored names of a layer's weights, with or without prefix; its group is the number of the layer. part: of `parts`."""
+        first = str(self.names[f"{part}blocks.{{i}}.attention.out"]).partition("{i}")[0]
         return f"^(?:{re.escape(self.prefix)})?{re.escape(first)}(\\d{{1,9}})\\."
 
 

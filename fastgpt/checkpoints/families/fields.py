@@ -44,6 +44,7 @@ DECODER_SCHEMA = {  # GPTConfig's fields
     "norm_bias": flag(OMITTED),
     "pre_norms": integer(0, 2, OMITTED),
     "post_norms": flag(OMITTED),
+    "norm_first": flag(OMITTED),
     "parallel": flag(OMITTED),
     "residual_scale": number(OMITTED, **SCALE),
     "activation": choice(ACTIVATION_NUMBERS, OMITTED),
@@ -68,7 +69,9 @@ DECODER_SCHEMA = {  # GPTConfig's fields
     "router_selection_bias": flag(OMITTED),
     "qk_norm": flag(OMITTED),
     "qk_norm_per_head": flag(OMITTED),
-    "position": choice(("learned", "sinusoidal", "rotary", None), OMITTED),
+    "position": choice(("learned", "sinusoidal", "rotary", "relative", None), OMITTED),
+    "relative_buckets": integer(2, 2**16, OMITTED),
+    "relative_max_distance": integer(1, MAX_POSITIONS, OMITTED),
     "rope_layers": several(flag(), OMITTED, optional=True),
     "windows": several(maybe(POSITIONS), OMITTED, optional=True),
     "causal": flag(OMITTED),
@@ -86,7 +89,6 @@ ENCODER_SCHEMA = {  # EncoderConfig's, beyond them
     "first_position": integer(0, 2**20, OMITTED),
     "token_types": integer(0, 2**20, OMITTED),
     "embedding_norm": flag(OMITTED),
-    "norm_first": flag(OMITTED),
     "pooler": flag(OMITTED),
     "pooler_activation": choice(("tanh", "relu", None), OMITTED),
     "pooling": choice(("first", "mean"), OMITTED),
@@ -95,6 +97,8 @@ ENCODER_SCHEMA = {  # EncoderConfig's, beyond them
     "head_bias": flag(OMITTED),
     "vocabulary_bias": flag(OMITTED),
 }
+# EncoderDecoderConfig's, beside those of its parts.
+ENCODER_DECODER_SCHEMA = {"start_token": integer(0, 2**31 - 1, OMITTED), "share_embedding": flag(OMITTED)}
 
 # What changes results where it is said, in any family but those that override it.
 NOT_SUPPORTED = {
