@@ -17,20 +17,20 @@ def pipeline(
     *, revision: str | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
     weights: str | Quantization | None = None, lora: str | Path | None = None,
 ) -> Any:  # fmt: skip
-    """Loads a checkpoint to go from text to text, or that of an encoder to go from text to embeddings.
+    """Loads a checkpoint to go from text to text, or that of an encoder alone to go from text to embeddings.
 
         pipe = fastgpt.pipeline("path/to/checkpoint")
         print(pipe("Once upon a time", max_new_tokens=50, temperature=0.8))
 
     Args:
-        path: what `GPT.from_pretrained` or `Encoder.from_pretrained` takes, with the files of a tokenizer: see
+        path: what `GPT.from_pretrained`, `EncoderDecoder.from_pretrained` or `Encoder.from_pretrained` takes, with the files of a tokenizer: see
             `Tokenizer.from_folder`; a GGUF file has its own. Default: the character-level model of Shakespeare that comes with
             the package.
         revision: of a model on the Hugging Face Hub: a branch, a tag or a commit; default its main branch.
         dtype: of the weights; default as stored.
         device: default a GPU if there is one.
         weights: None, "int8", "int4", a `Quantization` or "dequantized", as in `GPT.from_pretrained`.
-        lora: as in `GPT.from_pretrained`; None for an encoder.
+        lora: as in `GPT.from_pretrained`; None for an encoder, alone or with a decoder.
 
     Returns: a `Pipeline`, or for the checkpoint of an encoder an `EncoderPipeline`.
     Raises: FileNotFoundError, ValueError that says what is missing or damaged.

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     variables = template_variables(options)
     pipe = pipeline(
         options.model, revision=options.revision, dtype=DTYPES.get(options.dtype), device=device, weights=options.weights,
-        lora=options.lora,
+        lora=options.lora, decoder_only=True,
     )  # fmt: skip
     if pipe.tokenizer.chat_template is None:
         raise ValueError(f"model: expected one with a chat template, made for chats; {options.model} has none")

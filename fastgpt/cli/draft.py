@@ -13,7 +13,7 @@ from fastgpt.model.decoder import GPT
 def draft_model(options: argparse.Namespace, model: GPT, device: torch.device) -> GPT:
     """The model of --draft. Raises ValueError, OSError, naming it, unless it fits the one that it drafts for."""
     try:
-        draft = pipeline(options.draft, dtype=DTYPES.get(options.dtype), device=device).model
+        draft = pipeline(options.draft, dtype=DTYPES.get(options.dtype), device=device, decoder_only=True).model
     except (ValueError, OSError) as error:
         raise type(error)(re.sub("^model:", "draft:", str(error))) from error
     if draft.config.vocab_size != (size := model.config.vocab_size):

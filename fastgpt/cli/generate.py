@@ -40,7 +40,8 @@ from fastgpt.generation.pipeline import ManyRun, Pipeline, Run, as_messages, pip
 from fastgpt.training.processes import joined, local_device
 
 DESCRIPTION = """\
-Continues a prompt and prints both, the text as it is generated. Options that are not given are those of the
+Continues a prompt and prints both, the text as it is generated; of an encoder-decoder, such as T5, the text that it writes
+for the prompt. Options that are not given are those of the
 checkpoint's generation_config.json, or else the defaults in parentheses."""
 EXAMPLES = """\
 examples:
@@ -110,6 +111,8 @@ def run(options: argparse.Namespace) -> None:
             tensor_parallel(pipe.model)
         if options.draft is not None:
             settings["speculate"] = draft_model(options, pipe.model, device)
+        if not prompts and isinstance(pipe.model, fastgpt.EncoderDecoder):
+            raise ValueError("prompt: expected a text for an encoder-decoder to read, got none")
         prompts = prompts or [default_prompt(pipe.tokenizer)]
         if options.seed is None:  # one for both ways of --compare-cache, and for all processes
             settings["seed"] = processes.broadcast(int.from_bytes(os.urandom(4), "big"))
@@ -225,15 +228,19 @@ def shortened(prompt: str) -> str:
 
 
 def printed_prompts(generation: Run | ManyRun, prompts: list[str], options: argparse.Namespace) -> list[str]:
-    """What is printed before each text: its prompt, or nothing for a chat."""
-    return ["" if options.chat else prompt for prompt in prompts for _ in range(generation.options.num_samples)]
+    """What is printed before each text: its prompt, or nothing for a chat, and what an encoder-decoder wrote."""
+    return [
+        prompt if generation.continues and not options.chat else ""
+        for prompt in prompts
+        for _ in range(generation.options.num_samples)
+    ]
 
 
 def print_warnings(generation: Run | ManyRun, options: argparse.Namespace, context: int) -> None:
     if generation.options.num_samples > 1 and generation.options.temperature == 0:
         print_stderr("fastgpt: the samples of a prompt are all the same at temperature 0: choose a --temperature above it")
     longest = max(map(len, generation.prompts))
-    if options.max_new_tokens is None and longest == context:
+    if options.max_new_tokens is None and longest == context and generation.continues:
         print_stderr(f"fastgpt: a prompt of {longest:,} tokens fills the model's context: there is no room for new ones")
 
 
@@ -261,7 +268,7 @@ def measurements(pipe: Pipeline, generation: Run | ManyRun, device: torch.device
         "tokens_per_pass": generation.tokens_per_pass,
         "seed": generation.options.seed if generation.options.temperature > 0 else None,  # where something is sampled
         "device": str(device),
-        "dtype": str(pipe.model.token_embedding.weight.dtype).removeprefix("torch."),
+        "dtype": str(pipe.model.first_weight.dtype).removeprefix("torch."),
         "implementation": implementation(reasons),
     }
 

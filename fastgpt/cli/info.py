@@ -109,9 +109,10 @@ def print_folder(folder: Path) -> None:
     from fastgpt.text.tokenizer_files import read_chat_templates  # loads the package tokenizers
     from fastgpt.text.vocabularies import read_json as read_tokenizer_json
 
-    fields, scheme, served = {}, None, ""  # type: dict, quantized_folders.Scheme | None, str
+    fields, scheme, served, loader = {}, None, "", "GPT"  # type: dict, quantized_folders.Scheme | None, str, str
     try:
-        _, config, fields = transformers_format.read_config(folder)
+        family, config, parts = transformers_format.read_config(folder)
+        loader, (_, fields) = family.loader, family.parts(parts)[0]
         scheme = quantized_folders.scheme(config)
     except ValueError as error:
         config, served = read_json(folder / CONFIG), f", which is not served: {error}"
@@ -121,6 +122,7 @@ def print_folder(folder: Path) -> None:
     tokenizers = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     print_lines({
         "architecture": one_line(config.get("model_type", "not said")) + served,
+        **({} if loader == "GPT" else {"kind": f"{transformers_format.KINDS[loader]}, which fastgpt.{loader} loads"}),
         "name": one_line(folder.absolute().name),
         "parameters": f"{sum(weight.numel for weight in weights):,}",
         "size": size_of(files),

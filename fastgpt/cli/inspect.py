@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
         elif options.attention is None:
             raise ValueError(f"{name}: expected --attention with it, got --{name} alone")
     text = read_prompt(options.prompt)
-    pipe = pipeline(options.model, revision=options.revision, device=device_of(options.device))
+    pipe = pipeline(options.model, revision=options.revision, device=device_of(options.device), decoder_only=True)
     model, tokenizer = pipe.model, pipe.tokenizer
     require_causal(model.config)
     prompt = tokenizer.encode(text, name="prompt")

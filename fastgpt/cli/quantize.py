@@ -72,10 +72,10 @@ def run(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {"model": str(options.source), "out": str(options.target), "weights": chosen.dtype}
     result |= {"group_size": chosen.group_size, "minima": chosen.minima}
     if text is not None:
-        pipe = pipeline(options.source, revision=options.revision, device="cpu")
+        pipe = pipeline(options.source, revision=options.revision, device="cpu", decoder_only=True)
         result |= perplexity(pipe, text, "before", options)
         del pipe
-    pipe = pipeline(options.source, revision=options.revision, device="cpu", weights=chosen)
+    pipe = pipeline(options.source, revision=options.revision, device="cpu", decoder_only=True, weights=chosen)
     before = bytes_of(options)
     write_file(pipe, options) if options.gguf else write_folder(pipe, options)
     matrices = [weight for weight in pipe.model.parameters() if isinstance(weight, QuantizedWeight)]

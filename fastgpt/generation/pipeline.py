@@ -1,4 +1,4 @@
-"""Text in, text out: the decoder of a checkpoint and its tokenizer."""
+"""Text in, text out: the decoder or encoder-decoder of a checkpoint and its tokenizer."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from fastgpt.generation.conversation import OWN_EOS, Conversation, require_templ
 from fastgpt.generation.many import Interrupted, Many, is_many
 from fastgpt.generation.request import Kept, Request
 from fastgpt.model.decoder import GPT
+from fastgpt.model.encoder_decoder import EncoderDecoder
 from fastgpt.model.inputs import require_room
 from fastgpt.ops.quantized_weight import Quantization
 from fastgpt.text.streaming import IncrementalDetokenizer, StopStrings
@@ -29,7 +30,7 @@ Stop = str | int | Sequence  # see Pipeline
 def pipeline(
     path: str | Path = SHIPPED_MODEL,
     *, revision: str | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-    weights: str | Quantization | None = None, lora: str | Path | None = None,
+    weights: str | Quantization | None = None, lora: str | Path | None = None, decoder_only: bool = False,
 ) -> "Pipeline":  # fmt: skip
     """Loads a checkpoint to go from text to text.
 
@@ -37,13 +38,14 @@ def pipeline(
         print(pipe("Once upon a time", max_new_tokens=50, temperature=0.8))
 
     Args:
-        path: what `GPT.from_pretrained` takes, with the files of a tokenizer: see `Tokenizer.from_folder`; a GGUF file has its
+        path: what `GPT.from_pretrained` or `EncoderDecoder.from_pretrained` takes, with the files of a tokenizer: see `Tokenizer.from_folder`; a GGUF file has its
             own. Default: the character-level model of Shakespeare that comes with the package.
         revision: of a model on the Hugging Face Hub: a branch, a tag or a commit; default its main branch.
         dtype: of the weights; default as stored.
         device: default a GPU if there is one.
         weights: None, "int8", "int4", a `Quantization` or "dequantized", as in `GPT.from_pretrained`.
-        lora: as in `GPT.from_pretrained`.
+        lora: as in `GPT.from_pretrained`; None for an encoder-decoder.
+        decoder_only: whether an encoder-decoder is refused.
 
     Raises: FileNotFoundError, ValueError that says what is missing or damaged.
     """
@@ -58,13 +60,20 @@ def pipeline(
             tokenizer = tokenizer_from_gguf(file.metadata)
         return Pipeline(GPT.from_pretrained(path, dtype=dtype, device=device, weights=weights, lora=lora), tokenizer)
     folder = hub.resolve(path, revision)
-    transformers_format.read_config(folder)  # a folder that is no checkpoint is not one that lacks a tokenizer
+    family, _, _ = transformers_format.read_config(folder)  # a folder that is no checkpoint is not one that lacks a tokenizer
+    if family.stacks and decoder_only:
+        raise ValueError(f"model: expected a decoder, got an encoder-decoder in {folder}, which `fastgpt generate` takes")
     tokenizer = Tokenizer.from_folder(folder)
+    if family.stacks:
+        if lora is not None:
+            raise ValueError(f"lora: expected None for an encoder-decoder, got {lora!r}")
+        return Pipeline(EncoderDecoder.from_pretrained(folder, dtype=dtype, device=device, weights=weights), tokenizer)
     return Pipeline(GPT.from_pretrained(folder, dtype=dtype, device=device, weights=weights, lora=lora), tokenizer)
 
 
 class Pipeline:
-    """A decoder and its tokenizer.
+    """A decoder and its tokenizer; or an encoder-decoder, which does not continue a prompt, but reads it, and writes a text of its
+    own.
 
     Args of its methods:
         max_new_tokens: for each text. None: the default of the checkpoint's generation_config.json, or else 300; but no more
@@ -79,7 +88,7 @@ class Pipeline:
             end a text according to the checkpoint, those of its tokenizer included; with None, there is none.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
+    def __init__(self, model: GPT | EncoderDecoder, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
 
     def __call__(
@@ -291,18 +300,21 @@ class Run:
 
     rows: the samples of the first prompt, then of the next one.
     prompts: their ids.
+    continues: whether a text continues its prompt; False of an encoder-decoder's.
     options: of the generation, defaults of the checkpoint included.
     times: when the first step began, and when the tokens of each were known, in seconds.
     """
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: Any, stop: Stop,
+        self, model: GPT | EncoderDecoder, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: Any, stop: Stop,
         options: GenerationConfig, kept: Kept | None = None,
     ):  # fmt: skip
         request = Request.of(model, prompts, max_new_tokens, options, kept=kept)
         self.prompts, self.options, self.steps = prompts, request.options, request.stream()
         self.request, self.eos = request, set(request.eos)
-        self.rows = new_rows(tokenizer, prompts, stop, self.options.num_samples, model.config.vocab_size)
+        self.continues = request.model is model
+        before = prompts if self.continues else [[] for _ in prompts]
+        self.rows = new_rows(tokenizer, before, stop, self.options.num_samples, model.config.vocab_size)
         self.times: list[float] = []
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -398,6 +410,7 @@ class ManyRun:
             self.seconds += time.perf_counter() - begin
         return self.rows
 
+    continues = True
     prefill_seconds = None  # reading and decoding take turns
     tokens_per_pass = None
 
