@@ -14,12 +14,13 @@ SHOWN = {  # the end of what each prints, or a part of it
     "attention_in_a_module": "step 30: loss",
     "cache_by_hand": "differ by at most",
     "generate_from_checkpoint": "as transformers generates them",
+    "number_words": "numbers that it was not trained on are right",
     "search_by_meaning": "4 embeddings, the means of transformers' states: (4, 64)",
     "switch_transformers": "same tokens",
     "test_your_kernel": "a mask that is off by one: plain, torch.float32: out: error",
 }
 
-SLOW = {"test_your_kernel", "generate_from_checkpoint", "search_by_meaning"}
+SLOW = {"test_your_kernel", "generate_from_checkpoint", "search_by_meaning", "number_words"}
 
 
 @pytest.fixture
@@ -46,6 +47,11 @@ def test_examples(name, run):
 def test_training_learns(run):
     losses = [float(line.split()[-1]) for line in run("attention_in_a_module").splitlines()]
     assert losses[0] > 2 and losses[-1] < 0.2
+
+
+@pytest.mark.slow
+def test_translating_learns(run):
+    assert int(run("number_words").splitlines()[-1].split()[0]) >= 90
 
 
 @pytest.mark.slow
