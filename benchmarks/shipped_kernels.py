@@ -18,6 +18,7 @@ from fastgpt.kernels import (
     linear,
     linear_quantized,
     moe,
+    moe_quantized,
     norm,
     tiles,
 )
@@ -247,6 +248,20 @@ def _moe(capability: int) -> Iterator[tuple]:
         yield moe.sum_experts_kernel, dtype, dtype, moe.sum_constants(C, K, pdl), ("residual_ptr",)
 
 
+def _moe_quantized(capability: int) -> Iterator[tuple]:
+    """Of one row, and of several."""
+    packings = (8, 32, False), (4, 32, False), (4, 64, True)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    for dtype, mixture, weight, rows in itertools.product(dtypes, MIXTURES, packings, (1, 8)):
+        E, K, C, I, biased, _ = mixture
+        size, activation, bias = dtype.itemsize, 5 if biased else 3, ("bias_ptr",) * biased
+        tile, pdl = tiles.quantized_tile(1, rows * K * 2 * I, C, weight[0], size), has_pdl(capability)
+        constants = moe_quantized.up_constants(tile, K, C, *weight, activation, True, pdl)
+        yield moe_quantized.quantized_expert_up_kernel, dtype, dtype, constants, bias
+        constants = moe_quantized.down_constants(tiles.quantized_tile(1, rows * C, I, weight[0], 4), K, I, *weight, pdl)
+        yield moe_quantized.quantized_expert_down_kernel, dtype, dtype, constants, (*bias, "residual_ptr")
+
+
 def _norm(capability: int) -> Iterator[tuple]:
     """Of some models, few rows and many."""
     features = (True, ()), (False, ("norm_bias_ptr", "residual_ptr"))
@@ -297,5 +312,6 @@ def _step(capability: int) -> Iterator[tuple]:
 
 SHIPPED = {  # of the modules of fastgpt.kernels
     "attention_forward": _forward, "attention_backward": _backward, "attention_decode": _decode, "linear": _linear,
-    "linear_quantized": _linear_quantized, "moe": _moe, "norm": _norm, "kv_cache_update": _update, "decode_step": _step,
+    "linear_quantized": _linear_quantized, "moe": _moe,
+    "moe_quantized": _moe_quantized, "norm": _norm, "kv_cache_update": _update, "decode_step": _step,
 }  # fmt: skip

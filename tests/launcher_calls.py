@@ -14,6 +14,7 @@ from fastgpt.kernels import (
     norm,
 )
 from fastgpt.kernels.linear_quantized import linear_quantized
+from fastgpt.kernels.moe_quantized import moe_quantized
 
 
 def calls(n: int, meta=meta):
@@ -39,6 +40,13 @@ def calls(n: int, meta=meta):
     up, down, logits = meta(8, 32, 128), meta(8, 128, 16), meta(n, 8)
     # More than 16 rows for each of 8 experts, and at most 32: as many as fit into a tile are a variant.
     chosen, weights = meta(64 + n, 2, dtype=torch.int32), meta(64 + n, 2, dtype=torch.float32)
+    of_experts = (
+        meta(8 * 64, 4 * 18, dtype=torch.uint8),
+        (4, 32, False),
+        meta(8 * 128, 34, dtype=torch.uint8),
+        (8, 32, False),
+        8,
+    )
     counters = meta(99 * n * n, dtype=torch.int32)  # zeros, as those of a cache
     new = attention_decode.NewToken(one, one, slots, slots, angles, angles)
     decode, options = attention_decode.attention_decode, {"causal": True, "scale": 0.1}
@@ -64,6 +72,7 @@ def calls(n: int, meta=meta):
         "route": lambda: moe.route(logits, 2),
         "moe": lambda: moe.moe(x, chosen[:1], weights[:1], up, down),
         "moe, many rows": lambda: moe.moe(many[: 64 + n], chosen, weights, up, down, residual=many[: 64 + n]),
+        "moe, quantized": lambda: moe_quantized(x, chosen[:1], weights[:1], *of_experts),
         "norm": lambda: norm.norm(many, weight, residual=many),
         "norm, strided": lambda: norm.norm(strided, weight),
         "embed": lambda: decode_step.embed(ids, embedding, slots, positions_of),

@@ -131,6 +131,7 @@ LAYERS = [
     {"ops.attention.checks", "ops.kv_cache_update.checks", "ops.kv_cache_update.overlap"},
     {"ops.attention.call"},
     {"ops.norm", "ops.matrix_product", "ops.prepend_shared"},
+    {"kernels.moe_quantized"},
     {"kernels.attention_backward", "kernels.attention_decode", "kernels.linear_quantized", "kernels.moe"},
     {"kernels.attention_backward_bias", "kernels.attention_backward_keys", "kernels.attention_backward_queries"},
     {"kernels.attention_decode_new", "kernels.attention_decode_parts", "kernels.attention_forward", "kernels.linear"},

@@ -218,8 +218,9 @@ def graph_refused(model: GPT, cache: KVCache, num_tokens: int = 1) -> str | None
         return reason
     if (name := next((name for name, module in model.named_modules() if getattr(module, "waits", False)), None)) is not None:
         return f"{name} waits for the device"
+    rows = cache.batch_size * num_tokens
     for name, module in model.named_modules():
-        if isinstance(module, MoE) and (reason := module.graph_refused()) is not None:
+        if isinstance(module, MoE) and (reason := module.graph_refused(rows)) is not None:
             return f"{name}: {reason}"
     for name, parameter in model.named_parameters():
         if isinstance(parameter, QuantizedWeight) and parameter.packing.block_type:

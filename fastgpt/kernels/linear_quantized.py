@@ -97,7 +97,7 @@ def _load_x(
 
 
 @triton.jit
-def _load_words(
+def load_words(
     words, first, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr, UNITS: tl.constexpr
 ):  # fmt: skip
     """As `_load_units`, of which each thread gets 4 bytes of integers: their lower and upper halves (N, UNITS, BITS) int32, whose
@@ -130,7 +130,7 @@ def _split(x):
 
 
 @triton.jit
-def _load_row(
+def load_row(
     x_ptr, norm_weight_ptr, norm_bias_ptr, first, HALF: tl.constexpr, mean, rest, rstd, offset, K: tl.constexpr,
     BITS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
@@ -143,8 +143,8 @@ def _load_row(
 
 
 @triton.jit
-def _row_products(low, high, scale, minimum, x_low, x_high, BITS: tl.constexpr, MINIMA: tl.constexpr):
-    """The products of one row of x and weights, (N, UNITS, BITS), those of 4 bytes added up; of `_load_words` and `_load_row`."""
+def row_products(low, high, scale, minimum, x_low, x_high, BITS: tl.constexpr, MINIMA: tl.constexpr):
+    """The products of one row of x and weights, (N, UNITS, BITS), those of 4 bytes added up; of `load_words` and `load_row`."""
     x_0, x_1, x_2, x_3 = x_low
     products = _number(low, 0, BITS, MINIMA) * x_0
     products += _number(low, 8, BITS, MINIMA) * x_1
@@ -182,9 +182,9 @@ def quantized_one_row_kernel(
     rows = tl.arange(0, BLOCK_N)[:, None, None] * (ROW_BYTES // (WORD.primitive_bitwidth // 8))
     weights = (blocks_ptr + start * ROW_BYTES).to(tl.pointer_type(WORD)) + rows
     up_weights = (blocks_ptr + (start + n_features) * ROW_BYTES).to(tl.pointer_type(WORD)) + rows
-    words = _load_words(weights, 0, K, BITS, GROUP, MINIMA, UNITS)
+    words = load_words(weights, 0, K, BITS, GROUP, MINIMA, UNITS)
     if GATED:
-        up_words = _load_words(up_weights, 0, K, BITS, GROUP, MINIMA, UNITS)
+        up_words = load_words(up_weights, 0, K, BITS, GROUP, MINIMA, UNITS)
     bias = tl.load(bias_ptr + features).to(tl.float32) if bias_ptr is not None else 0.0
     up_bias = tl.load(bias_ptr + n_features + features).to(tl.float32) if bias_ptr is not None and GATED else 0.0
     residual = tl.load(residual_ptr + features).to(tl.float32) if residual_ptr is not None else 0.0
@@ -197,28 +197,26 @@ def quantized_one_row_kernel(
     acc = tl.zeros([BLOCK_N, UNITS, BITS], tl.float32)
     up_acc = tl.zeros([BLOCK_N, UNITS, BITS], tl.float32)
     for first in range(UNITS, K // 32, UNITS):
-        x_low = _load_row(x_ptr, norm_weight_ptr, norm_bias_ptr, first - UNITS, 0, mean, rest, rstd, offset, K, BITS, UNITS)
+        x_low = load_row(x_ptr, norm_weight_ptr, norm_bias_ptr, first - UNITS, 0, mean, rest, rstd, offset, K, BITS, UNITS)
         x_high = x_low
         if BITS == 4:
-            x_high = _load_row(
-                x_ptr, norm_weight_ptr, norm_bias_ptr, first - UNITS, 1, mean, rest, rstd, offset, K, BITS, UNITS
-            )
-        next = _load_words(weights, first, K, BITS, GROUP, MINIMA, UNITS)
-        acc += _row_products(*words, x_low, x_high, BITS, MINIMA)
+            x_high = load_row(x_ptr, norm_weight_ptr, norm_bias_ptr, first - UNITS, 1, mean, rest, rstd, offset, K, BITS, UNITS)
+        next = load_words(weights, first, K, BITS, GROUP, MINIMA, UNITS)
+        acc += row_products(*words, x_low, x_high, BITS, MINIMA)
         words = next
         if GATED:
-            next = _load_words(up_weights, first, K, BITS, GROUP, MINIMA, UNITS)
-            up_acc += _row_products(*up_words, x_low, x_high, BITS, MINIMA)
+            next = load_words(up_weights, first, K, BITS, GROUP, MINIMA, UNITS)
+            up_acc += row_products(*up_words, x_low, x_high, BITS, MINIMA)
             up_words = next
     LAST: tl.constexpr = (K // 32 - 1) // UNITS * UNITS
-    x_low = _load_row(x_ptr, norm_weight_ptr, norm_bias_ptr, LAST, 0, mean, rest, rstd, offset, K, BITS, UNITS)
+    x_low = load_row(x_ptr, norm_weight_ptr, norm_bias_ptr, LAST, 0, mean, rest, rstd, offset, K, BITS, UNITS)
     x_high = x_low
     if BITS == 4:
-        x_high = _load_row(x_ptr, norm_weight_ptr, norm_bias_ptr, LAST, 1, mean, rest, rstd, offset, K, BITS, UNITS)
-    acc += _row_products(*words, x_low, x_high, BITS, MINIMA)
+        x_high = load_row(x_ptr, norm_weight_ptr, norm_bias_ptr, LAST, 1, mean, rest, rstd, offset, K, BITS, UNITS)
+    acc += row_products(*words, x_low, x_high, BITS, MINIMA)
     out = activate(tl.sum(tl.sum(acc, 2), 1) + bias, ACTIVATION)
     if GATED:
-        up_acc += _row_products(*up_words, x_low, x_high, BITS, MINIMA)
+        up_acc += row_products(*up_words, x_low, x_high, BITS, MINIMA)
         out *= tl.sum(tl.sum(up_acc, 2), 1) + up_bias
     out += residual
     tl.store(out_ptr + features, out.to(out_ptr.dtype.element_ty))

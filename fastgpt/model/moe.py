@@ -79,12 +79,12 @@ class MoE(nn.Module):
             bias = bias.to(torch.float64 if logits.dtype is torch.float64 else torch.float32)
         return route(logits, self.top_k, selection_bias=bias, **self.routing)
 
-    def graph_refused(self) -> str | None:
-        """Why a pass on a GPU cannot be captured in a CUDA graph, or None."""
+    def graph_refused(self, rows: int) -> str | None:
+        """Why a pass of so many tokens on a GPU cannot be captured in a CUDA graph, or None."""
         weights = [(self.up, self.down)]
         if self.shared is not None and self.shared_gate is not None:
             weights.append((self.shared.up.weight, self.shared.down.weight))
-        return next((reason for up, down in weights if (reason := moe_waits(up, down)) is not None), None)
+        return next((reason for up, down in weights if (reason := moe_waits(up, down, rows)) is not None), None)
 
     def _shared(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """residual + shared(x), or with a gate residual + sigmoid(gate(x)) · shared(x)."""

@@ -19,7 +19,7 @@ from fastgpt.checks import (
 from fastgpt.ops.implementations import choose, explain_call, inference_unsupported_reason, triton_inference_unsupported_reason
 from fastgpt.ops.library import library, without_autograd
 from fastgpt.ops.linear import ACTIVATION_NUMBERS as OF_LINEAR
-from fastgpt.ops.linear import DTYPES, MAX_ROWS_CPU, finish, linear
+from fastgpt.ops.linear import DTYPES, MAX_ROWS_CPU, MAX_ROWS_CUDA, finish, linear
 from fastgpt.ops.matrix_product import FASTEST, KERNEL
 from fastgpt.ops.quantized_weight import Packing, QuantizedWeight
 
@@ -200,18 +200,17 @@ def moe(
             rest = up_bias, down_bias, residual, ACTIVATION_NUMBERS[activation], gated
             # The kernels check the rest, in C++ in a fraction of the time.
             if isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight):  # both are, or neither
-                if up.fits != (x.dtype, x.shape[-1]) or down.dtype is not x.dtype:
-                    _check_moe(*call, activation, gated)
                 if not _has_many_rows(x, experts, down) or torch.compiler.is_compiling() or torch.jit.is_tracing():
-                    E = number_of_experts(down, x.shape[-1])
-                    packed = up.blocks, *up.packing, down.blocks, *down.packing
-                    return _moe_quantized(x, experts, weights, *packed, E, *rest)
+                    return _moe_quantized(x, experts, weights, *_packed(*call, activation, gated), *rest)
             elif not _has_many_rows(x, experts, down) or torch.compiler.is_compiling() or torch.jit.is_tracing():
                 return _moe(x, experts, weights, up, down, *rest)
             _check_moe(*call, activation, gated)
             return _moe_grouped(*call, activation, gated)
         if impl in (None, "triton") and _moe_triton_refuses(*call) is None:
-            return _moe(x, experts, weights, up, down, up_bias, down_bias, residual, ACTIVATION_NUMBERS[activation], gated)
+            rest = up_bias, down_bias, residual, ACTIVATION_NUMBERS[activation], gated
+            if isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight):
+                return _moe_quantized(x, experts, weights, *_packed(*call, activation, gated), *rest)
+            return _moe(x, experts, weights, up, down, *rest)
     except Exception as error:
         _check_moe(*call, activation, gated)  # raises the error that names the argument
         raise argument_error(error)
@@ -311,6 +310,13 @@ def _activate(y, activation, gated):
     gate, y = y.chunk(2, -1)
     gate = gate.clamp(max=LIMIT)
     return (y.clamp(-LIMIT, LIMIT) + 1) * (gate * torch.sigmoid(ALPHA * gate))
+
+
+def _packed(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated):
+    """Quantized weights as the operator takes them, and the number of experts."""
+    if up.fits != (x.dtype, x.shape[-1]) or down.dtype is not x.dtype:
+        _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated)
+    return up.blocks, *up.packing, down.blocks, *down.packing, number_of_experts(down, x.shape[-1])
 
 
 def number_of_experts(down: torch.Tensor, C: int) -> int:
@@ -459,8 +465,10 @@ def _moe_cpp_refuses(x, experts, weights, up, down, up_bias, down_bias, residual
 
 
 def _moe_triton_refuses(x, experts, weights, up, down, up_bias, down_bias, residual):
-    reason = triton_inference_unsupported_reason(x, weights, up, down, up_bias, down_bias, residual)
-    return _weights_refused(up, down) if reason is None else reason
+    quantized = isinstance(up, QuantizedWeight) and isinstance(down, QuantizedWeight)
+    matrices = (up.blocks, down.blocks) if quantized else (up, down)
+    reason = triton_inference_unsupported_reason(x, weights, *matrices, up_bias, down_bias, residual)
+    return _weights_refused_by_triton(up, down, x.numel() // max(x.shape[-1], 1)) if reason is None else reason
 
 
 def _weights_refused(up, down):
@@ -468,6 +476,14 @@ def _weights_refused(up, down):
     if any(quantized):
         return None if all(quantized) else "it takes both up and down quantized, or neither"
     return None if up.is_contiguous() and down.is_contiguous() else "it takes contiguous up and down"
+
+
+def _weights_refused_by_triton(up, down, rows):
+    if (reason := _weights_refused(up, down)) is not None or not isinstance(up, QuantizedWeight):
+        return reason
+    if up.packing.block_type or down.packing.block_type:
+        return "it takes quantized weights in groups with an fp16 scale"
+    return None if rows <= MAX_ROWS_CUDA else f"it multiplies up to {MAX_ROWS_CUDA} rows with quantized experts, and x has more"
 
 
 # In order of preference: the first that does not refuse serves the call.
@@ -479,11 +495,11 @@ ROUTE_IMPLEMENTATIONS = {
 MOE_IMPLEMENTATIONS = {"cpp": _moe_cpp_refuses, "triton": _moe_triton_refuses, "reference": lambda *call: None}
 
 
-def moe_waits(up: torch.Tensor, down: torch.Tensor) -> str | None:
-    """Why a call of `moe` on a GPU with these weights, of a dtype that kernels serve, cannot be captured in a CUDA graph, or None."""
-    quantized = any(isinstance(weight, QuantizedWeight) for weight in (up, down))
-    reason = "no kernel takes quantized experts" if quantized else _weights_refused(up, down)
-    return None if reason is None else f"{reason}, and how many rows each expert gets is read on the host"
+def moe_waits(up: torch.Tensor, down: torch.Tensor, rows: int) -> str | None:
+    """Why a call of `moe` on a GPU with these weights, of a dtype that kernels serve, and so many rows of x cannot be captured in a
+    CUDA graph, or None."""
+    reason = _weights_refused_by_triton(up, down, rows)
+    return None if reason is None else f"the host reads how many rows each expert gets, as no kernel serves it: {reason}"
 
 
 library.define(
@@ -531,13 +547,28 @@ def _moe_quantized_fake(
     down_blocks, down_bits, down_group_size, down_minima, down_block_type, num_experts,
     up_bias=None, down_bias=None, residual=None, activation=3, gated=True,
 ):  # fmt: skip
-    up_packing = Packing(up_bits, up_group_size, up_minima, up_block_type)
-    down_packing = Packing(down_bits, down_group_size, down_minima, down_block_type)
-    I = len(up_blocks) // num_experts // (2 if gated else 1)
-    up = QuantizedWeight(up_blocks, up_packing, x.shape[-1], x.dtype)
-    down = QuantizedWeight(down_blocks, down_packing, I, x.dtype)
+    up, down = _unpacked(
+        x, up_blocks, Packing(up_bits, up_group_size, up_minima, up_block_type),
+        down_blocks, Packing(down_bits, down_group_size, down_minima, down_block_type), num_experts, gated,
+    )  # fmt: skip
     _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, _activation_of(activation), gated)
     return x.new_empty(x.shape)
+
+
+def _unpacked(x, up_blocks, up_packing, down_blocks, down_packing, num_experts, gated):
+    """The quantized weights that the operator was called with."""
+    require_tensor("x", x)
+    require_tensor("up_blocks", up_blocks, 2)
+    require_tensor("down_blocks", down_blocks, 2)
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., C), got a scalar")
+    if num_experts < 1:
+        raise ValueError(f"num_experts: expected an integer >= 1, got {num_experts}")
+    I = len(up_blocks) // num_experts // (2 if gated else 1)
+    return (
+        QuantizedWeight(up_blocks, up_packing, x.shape[-1], x.dtype),
+        QuantizedWeight(down_blocks, down_packing, I, x.dtype),
+    )
 
 
 def _route_triton(
@@ -560,5 +591,23 @@ def _moe_triton(x, experts, weights, up, down, up_bias=None, down_bias=None, res
     return moe(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated)
 
 
+def _moe_quantized_triton(
+    x, experts, weights, up_blocks, up_bits, up_group_size, up_minima, up_block_type,
+    down_blocks, down_bits, down_group_size, down_minima, down_block_type, num_experts,
+    up_bias=None, down_bias=None, residual=None, activation=3, gated=True,
+):  # fmt: skip
+    up_packing = Packing(up_bits, up_group_size, up_minima, up_block_type)
+    down_packing = Packing(down_bits, down_group_size, down_minima, down_block_type)
+    up, down = _unpacked(x, up_blocks, up_packing, down_blocks, down_packing, num_experts, gated)
+    _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, _activation_of(activation), gated)
+    if (reason := _weights_refused_by_triton(up, down, x.numel() // x.shape[-1])) is not None:
+        raise ValueError(f"x: expected what the kernel serves: {reason}")
+    from fastgpt.kernels.moe_quantized import moe_quantized  # Triton is imported only when a CUDA tensor needs it
+
+    packed = up_blocks, up_packing[:3], down_blocks, down_packing[:3], num_experts
+    return moe_quantized(x, experts, weights, *packed, up_bias, down_bias, residual, activation, gated)
+
+
 library.impl("route", _route_triton, "CUDA")
 library.impl("moe", _moe_triton, "CUDA")
+library.impl("moe_quantized", _moe_quantized_triton, "CUDA")

@@ -28,6 +28,7 @@ from fastgpt.kernels import (  # noqa: E402
     linear,
     linear_quantized,
     moe,
+    moe_quantized,
     norm,
     tiles,
 )
@@ -39,7 +40,16 @@ from fastgpt.kernels.dependent_launch import (  # noqa: E402
     wait_for_dependencies,
 )
 
-MODULES = (attention_decode, kv_cache_update, linear, linear_quantized, moe, norm, decode_step)  # of what a step launches
+MODULES = (
+    attention_decode,
+    kv_cache_update,
+    linear,
+    linear_quantized,
+    moe,
+    moe_quantized,
+    norm,
+    decode_step,
+)  # of what a step launches
 ACCESS = re.compile(r"\b(?:ld|st|atom|red|multimem|ldu)\.(?!param|shared|const)[\w.:]+|\bcp\.async\S*|\b(?:w?mma|wgmma)\S*")
 CONTROL = re.compile(r"^\s*(?:@\S+\s+)?(?:bra|ret|exit|brx\.idx|call|trap)\b|^\$L__BB\w+:", re.MULTILINE)
 AHEAD = "cp.async.bulk.prefetch.L2.global"  # which has no effect but on time
@@ -251,6 +261,8 @@ def call_all():
     for rows in (1, 40):
         chosen, weights = meta(rows, 2, dtype=torch.int32), meta(rows, 2, dtype=torch.float32)
         moe.moe(meta(rows, 64), chosen, weights, meta(8, 32, 64), meta(8, 64, 16))
+    of_experts = meta(8 * 64, 68, dtype=torch.uint8), (8, 32, False), meta(8 * 64, 34, dtype=torch.uint8), (8, 32, False), 8
+    moe_quantized.moe_quantized(x, meta(1, 2, dtype=torch.int32), meta(1, 2, dtype=torch.float32), *of_experts)
     decode_step.embed(ids, meta(9, 64)), decode_step.advance(lengths, positions)
     decode_step.record_token(ids, meta(2, 1), meta(5, 2, dtype=torch.int64), meta(2, 1, dtype=torch.float32), count)
     kv_cache_update.kv_cache_update(q, q, q, q, positions)

@@ -314,22 +314,53 @@ def test_other_block_types_are_not_captured():
         assert graph_refused(model, model.new_cache(1)) == "blocks.1.mlp.down.weight is stored in blocks that no kernel reads"
 
 
-@pytest.mark.parametrize("part", [None, "up", "down", "shared.up.weight", "shared.down.weight"])
-def test_quantized_experts_are_not_captured(part):
-    """How many rows each gets is read on the host, at which a capture would fail."""
+BOTH, OF_SHARED = ("up", "down"), ("shared.up.weight", "shared.down.weight")
+UNSERVED = [
+    (("up",), 0, 2, "it takes both up and down quantized, or neither"),
+    (("shared.down.weight",), 0, 2, "it takes both up and down quantized, or neither"),
+    (BOTH, 6, 2, "it takes quantized weights in groups with an fp16 scale"),
+    (BOTH, 0, 33, "it multiplies up to 32 rows with quantized experts, and x has more"),
+    (OF_SHARED, 0, 33, "it multiplies up to 32 rows with quantized experts, and x has more"),
+]
+
+
+@pytest.mark.parametrize(
+    "quantized, block_type, rows, reason", [((), 0, 33, None), ((*BOTH, *OF_SHARED), 0, 32, None), *UNSERVED]
+)
+def test_quantized_experts_are_captured_where_a_kernel_serves_them(quantized, block_type, rows, reason):
+    """Else how many rows each gets is read on the host, at which a capture would fail."""
     experts = dict(num_experts=4, experts_per_token=2, expert_size=32, shared_expert_size=64, shared_expert_gate=True)
     model = random_model(norm="rms", activation="silu", gated=True, mlp_bias=False, **experts)
+    packing = Packing(5 if block_type else 4, 32, False, block_type)
     with fake_cuda(model, torch.bfloat16):
-        if part is not None:
+        for part in quantized:
             owner, _, name = f"blocks.1.mlp.{part}".rpartition(".")
-            columns, rows = getattr(model.get_submodule(owner), name).shape[-1], model.get_parameter(f"blocks.1.mlp.{part}")
-            packing = Packing(4, 32, False)
-            blocks = torch.empty(rows.numel() // columns, packing.row_bytes(columns), dtype=torch.uint8)
+            parameter = getattr(model.get_submodule(owner), name)
+            columns = parameter.shape[-1]
+            blocks = torch.empty(parameter.numel() // columns, packing.row_bytes(columns), dtype=torch.uint8)
             weight = fastgpt.QuantizedWeight(blocks, packing, columns, torch.bfloat16)
             setattr(model.get_submodule(owner), name, torch.nn.Parameter(weight, requires_grad=False))
-        reason = graph_refused(model, model.new_cache(2))
-    because = "blocks.1.mlp: no kernel takes quantized experts, and how many rows each expert gets is read on the host"
-    assert reason == (None if part is None else because)
+        found = graph_refused(model, model.new_cache(rows))
+    because = f"blocks.1.mlp: the host reads how many rows each expert gets, as no kernel serves it: {reason}"
+    assert found == (None if reason is None else because)
+
+
+@pytest.mark.parametrize("rows, reason", [(1, "chosen"), (32, "chosen"), (33, UNSERVED[-1][3])])
+def test_quantized_experts_are_multiplied_by_a_kernel(rows, reason, cuda):
+    packing = Packing(4, 32, False)
+    up, down = (
+        fastgpt.QuantizedWeight(cuda(8 * 64, packing.row_bytes(columns), dtype=torch.uint8), packing, columns, torch.bfloat16)
+        for columns in (64, 32)
+    )
+    chosen = cuda(rows, 2, dtype=torch.int32), cuda(rows, 2, dtype=torch.float32)
+    reasons = fastgpt.explain(fastgpt.moe, cuda(rows, 64), *chosen, up, down)
+    assert reasons["triton"] == reason
+    if reason == "chosen":
+        assert traced(fastgpt.moe, cuda(rows, 64), *chosen, up, down) == ["moe_quantized"]
+        with pytest.raises(ValueError, match="up: expected shape"):
+            fastgpt.moe(cuda(rows, 32), *chosen, up, down)
+        with pytest.raises(TypeError, match="up: expected dtype"):
+            fastgpt.moe(cuda(rows, 64, dtype=torch.float16), *chosen, up, down)
 
 
 def test_quantized_tensors_in_other_places_are_left_to_the_reference(cuda):

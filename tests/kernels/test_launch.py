@@ -224,6 +224,7 @@ MOST = {
     "forward": 97, "forward, bias and mask": 107, "forward, packed": 100, "forward, pages": 68, "backward": 270,
     "decode": 50, "decode, pages": 49, "decode, new": 44, "update": 52, "linear": 21, "linear, rows": 27, "quantized": 21, "quantized, rows": 29, "quantized, many rows": 25, "norm": 25,
     "norm, strided": 28, "embed": 26, "advance": 12, "record_token": 12, "route": 22, "moe": 53, "moe, many rows": 80,
+    "moe, quantized": 55,
 }  # fmt: skip
 
 

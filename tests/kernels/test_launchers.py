@@ -40,6 +40,18 @@ LAUNCHERS = {
         "up": torch.ones(4, 6, 8), "down": torch.ones(4, 8, 3), "up_bias": torch.ones(4, 6), "down_bias": torch.ones(4, 8),
         "residual": torch.ones(2, 8),
     }),
+    "moe_quantized": (
+        lambda **call: moe._moe_quantized_triton(
+            up_bits=8, up_group_size=32, up_minima=False, up_block_type=0, down_bits=4, down_group_size=32, down_minima=True,
+            down_block_type=0, num_experts=4, **call,
+        ),
+        "fastgpt.kernels.moe_quantized.moe_quantized",
+        lambda: {
+            "x": torch.ones(2, 64), "experts": torch.ones(2, 2, dtype=torch.int32), "weights": torch.ones(2, 2),
+            "up_blocks": torch.ones(4 * 64, 68, dtype=torch.uint8), "down_blocks": torch.ones(4 * 64, 20, dtype=torch.uint8),
+            "up_bias": torch.ones(4, 64), "down_bias": torch.ones(4, 64), "residual": torch.ones(2, 64),
+        },
+    ),
     "embed": (decode_step._embed_triton, "fastgpt.kernels.decode_step.embed", lambda: {
         "ids": torch.ones(2, 1, dtype=torch.int64), "weight": torch.ones(4, 8),
         "positions": torch.ones(2, 1, dtype=torch.int32), "position_weight": torch.ones(4, 8),

@@ -36,7 +36,7 @@ MODULES = [  # of fastgpt.kernels, by those that launch
     "attention_forward",
     "attention_backward",
     "attention_decode",
-    "linear and linear_quantized and moe and norm and decode_step and kv_cache_update",
+    "linear and linear_quantized and moe and moe_quantized and norm and decode_step and kv_cache_update",
 ]
 
 

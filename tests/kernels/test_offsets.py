@@ -36,6 +36,7 @@ MODULES = [
     "linear",
     "linear_quantized",
     "moe",
+    "moe_quantized",
     "norm",
     "decode_step",
 ]
