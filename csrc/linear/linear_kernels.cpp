@@ -10,6 +10,8 @@
 #include "linear/products_vector.h"
 #if defined(__AVX512F__)
 #include "linear/products_quantized_dot.h"
+#elif defined(__AVX2__)
+#include "linear/products_digits.h"
 #endif
 #if defined(__AMX_BF16__)
 #include "linear/products_amx.h"
@@ -78,7 +80,7 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
   }
 }
 
-// Rows: QuantizedRows, QuantizedDots or BlockRows.
+// Rows: QuantizedRows, QuantizedDots, DigitRows or BlockRows.
 template <typename Rows>
 void outputs_quantized(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
   alignas(64) float dots[kMaxRows][kFeatures];  // as in outputs_in_vectors
@@ -124,6 +126,9 @@ auto with_quantized(const Linear& l, const Function& function) {
 #endif
   const auto with_minima = [&](auto minima) {
     constexpr bool kMinima = decltype(minima)::value;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (l.packing.bits == 4) return function(Type<DigitRows<kMinima>>());
+#endif
     return l.packing.bits == 8 ? function(Type<QuantizedRows<8, kMinima>>()) : function(Type<QuantizedRows<4, kMinima>>());
   };
   return l.packing.minima ? with_minima(std::true_type()) : with_minima(std::false_type());

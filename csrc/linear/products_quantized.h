@@ -18,12 +18,6 @@ constexpr int64_t kFewRows = 4;  // of x, that are multiplied with integers
 template <int kBits, bool kUnsigned>
 struct Packed {
   static constexpr int64_t kBytes = kPacked * kBits / 8;
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  static constexpr bool kArranged = kBits == 4;  // load_unit gives half of the numbers, in the order of `arrange`
-#else
-  static constexpr bool kArranged = false;
-#endif
-  static constexpr float kFactor = kArranged ? 2.0f : 1.0f;  // of what load_unit gives
 
 #if defined(__AVX512F__)
   static Vector numbers() {
@@ -39,13 +33,13 @@ struct Packed {
   }
 #endif
 
-  // Weights with minima, whose scale has the factor kFactor.
+  // Weights with minima.
   __attribute__((always_inline)) static inline void load_weights(
       const uint8_t* source, Vector scale, Vector minimum, Vector (&w)[kPackedVectors]) {
 #if defined(__AVX512F__)
     if constexpr (kBits == 4) return look_up(source, numbers() * scale + minimum, w);
 #endif
-    load_unit(source, w);
+    load_all(source, w);
     for (int v = 0; v < kPackedVectors; ++v) w[v] = w[v] * scale + minimum;
   }
 
@@ -62,10 +56,20 @@ struct Packed {
 #if defined(__AVX512F__)
       look_up(source, numbers(), w);
 #elif defined(__AVX2__)
-      Vector unit[kPackedVectors];
-      load_unit(source, unit);
+      // Moved apart, 4 bits become the highest ones of mantissas: 8 + q / 2. Extending signs and converting takes twice as
+      // long. Of numbers 0 to 3 and 16 to 19, 4 to 7 and 20 to 23, and so on.
+      const __m256i bytes = _mm256_broadcastsi128_si256(load_16_bytes(source));
+      const __m256i halves = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+      const __m256i numbers = _mm256_slli_epi16(_mm256_and_si256(halves, _mm256_set1_epi8(15)), 3);
+      const __m256i exponents = _mm256_set1_epi8(0x41), zero = _mm256_setzero_si256();
+      const __m256i low = _mm256_unpacklo_epi8(numbers, exponents), high = _mm256_unpackhi_epi8(numbers, exponents);
+      const __m256i parts[] = {
+          _mm256_unpacklo_epi16(zero, low), _mm256_unpackhi_epi16(zero, low), _mm256_unpacklo_epi16(zero, high),
+          _mm256_unpackhi_epi16(zero, high)};
       for (int v = 0; v < 2; ++v) {
-        const Vector first = unit[2 * v] * kFactor, second = unit[2 * v + 1] * kFactor;
+        const Vector least = broadcast(kUnsigned ? 16.0f : 24.0f);
+        const Vector first = reinterpret_cast<Vector>(parts[2 * v]) * 2.0f - least;
+        const Vector second = reinterpret_cast<Vector>(parts[2 * v + 1]) * 2.0f - least;
         w[v] = _mm256_permute2f128_ps(first, second, 0x20), w[v + 2] = _mm256_permute2f128_ps(first, second, 0x31);
       }
 #else
@@ -75,37 +79,6 @@ struct Packed {
         w[v] = __builtin_convertvector(widen(numbers + v * kWidth), Vector) - (kUnsigned ? 0.0f : 8.0f);
       }
 #endif
-    }
-  }
-
-  __attribute__((always_inline)) static inline void load_unit(const uint8_t* source, Vector (&w)[kPackedVectors]) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    if constexpr (kArranged) {
-      // Moved apart, 4 bits become the highest ones of mantissas: 8 + q / 2. Extending signs and converting takes twice as
-      // long.
-      const __m256i bytes = _mm256_broadcastsi128_si256(load_16_bytes(source));
-      const __m256i halves = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
-      const __m256i numbers = _mm256_slli_epi16(_mm256_and_si256(halves, _mm256_set1_epi8(15)), 3);
-      const __m256i exponents = _mm256_set1_epi8(0x41), zero = _mm256_setzero_si256();
-      const __m256i low = _mm256_unpacklo_epi8(numbers, exponents), high = _mm256_unpackhi_epi8(numbers, exponents);
-      w[0] = reinterpret_cast<Vector>(_mm256_unpacklo_epi16(zero, low));
-      w[1] = reinterpret_cast<Vector>(_mm256_unpackhi_epi16(zero, low));
-      w[2] = reinterpret_cast<Vector>(_mm256_unpacklo_epi16(zero, high));
-      w[3] = reinterpret_cast<Vector>(_mm256_unpackhi_epi16(zero, high));
-      // Before they are multiplied, since x may have outliers.
-      for (int v = 0; v < kPackedVectors; ++v) w[v] -= kUnsigned ? 8.0f : 12.0f;
-      return;
-    }
-#endif
-    load_all(source, w);
-  }
-
-  // Lays a unit of x out in the order of load_unit's lanes: numbers 0 to 3 and 16 to 19, 4 to 7 and 20 to 23, and so on.
-  static void arrange(const float* x, float* target) {
-    constexpr int64_t kHalf = kWidth / 2;
-    for (int v = 0; v < kPackedVectors; ++v) {
-      std::memcpy(target + v * kWidth, x + v * kHalf, kHalf * sizeof(float));
-      std::memcpy(target + v * kWidth + kHalf, x + kPacked / 2 + v * kHalf, kHalf * sizeof(float));
     }
   }
 };
@@ -129,7 +102,7 @@ struct GroupHeader {
   float scale, minimum;
 };
 
-// Adds to lanes of the sums of x[i] · rows[s] for kCount rows of x, arranged, and kStreams of the weights, in groups of kUnits
+// Adds to lanes of the sums of x[i] · rows[s] for kCount rows of x and kStreams of the weights, in groups of kUnits
 // units, or if that is 0 of any number. If `ahead` is not 0, the bytes that far on are prefetched. With minima each weight is
 // computed: a part of the sums that is the minimum times a sum of x would cancel another one.
 template <int kUnits, int kBits, bool kMinima, int kStreams, int kCount>
@@ -143,7 +116,7 @@ __attribute__((always_inline)) inline void multiply_quantized(
     Vector scale[kStreams], minimum[kStreams], sums[kStreams][kCount][kSums] = {};
     for (int s = 0; s < kStreams; ++s) {
       const GroupHeader<kMinima> header(rows[s] + at, l.values_of_halves);
-      scale[s] = broadcast(kMinima ? header.scale * Numbers::kFactor : header.scale), minimum[s] = broadcast(header.minimum);
+      scale[s] = broadcast(header.scale), minimum[s] = broadcast(header.minimum);
     }
     at += GroupHeader<kMinima>::kBytes;
     for (int64_t unit = 0; unit < units; ++unit, at += Numbers::kBytes, x += kPacked) {
@@ -154,7 +127,7 @@ __attribute__((always_inline)) inline void multiply_quantized(
         if constexpr (kMinima) {
           Numbers::load_weights(source, scale[s], minimum[s], w);
         } else {
-          Numbers::load_unit(source, w);
+          Numbers::load_all(source, w);
         }
         for (int v = 0; v < kPackedVectors; ++v) {
           for (int i = 0; i < kCount; ++i) sums[s][i][v % kSums] += load(x + i * x_row + v * kWidth) * w[v];
@@ -168,12 +141,9 @@ __attribute__((always_inline)) inline void multiply_quantized(
       }
     }
   }
-  for (int s = 0; s < kStreams && !kMinima; ++s) {
-    for (int i = 0; i < kCount; ++i) total[s][i] *= Numbers::kFactor;
-  }
 }
 
-// Quantized weights, which are multiplied row by row with all rows of x. Up to kFewRows of these may be laid out for it.
+// Quantized weights, which are multiplied row by row with all rows of x.
 template <int kBits, bool kMinima>
 class QuantizedRows {
  public:
@@ -183,10 +153,7 @@ class QuantizedRows {
 
   static int64_t x_row(const Linear& l) { return padded(l.in); }  // floats of a row of x
 
-  static void arrange(const Linear& l, const float* x, float* target) {
-    if (!Numbers::kArranged) return std::memcpy(target, x, l.in * sizeof(float)), void();
-    for (int64_t c = 0; c < l.in; c += kPacked) Numbers::arrange(x + c, target + c);
-  }
+  static void arrange(const Linear& l, const float* x, float* target) { std::memcpy(target, x, l.in * sizeof(float)); }
 
   int64_t row_bytes() const { return row_bytes_; }
 

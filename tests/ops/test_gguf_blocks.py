@@ -75,6 +75,26 @@ def test_contract_of_outliers(kind, dtype):
         numerics.check(linear(x, weight, impl="cpp"), lambda x=x: linear_reference(x.double(), double))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@kinds
+def test_contract_of_wide_ranges(kind, dtype):
+    """Columns of x of very different sizes; blocks of zeros meet the large ones."""
+    torch.manual_seed(0)
+    ids = torch.arange(512)
+    weight = random_weight(kind, 37, 512, dtype)
+    double = weight.dequantize(torch.float32).double()
+    x = torch.randn(3, 512)
+    for exponents in (
+        torch.rand(3, 512) * 24 - 14,
+        ids % 2 * 10.0,
+        ids % 32 // 16 * 10.0,
+        (ids % 4 == 0) * 12.0,
+        ids // 256 * 20.0,
+    ):
+        wide = (x * exponents.exp2()).to(dtype)
+        numerics.check(linear(wide, weight, impl="cpp"), lambda x=wide: linear_reference(x.double(), double), arithmetic=dtype)
+
+
 @pytest.mark.parametrize("level", lower_levels())
 def test_lower_cpu_levels(level):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "contract and float32", "-p", "no:cacheprovider", __file__]

@@ -204,6 +204,61 @@ def test_contract_of_outliers(kind, dtype):
             numerics.check(linear(x, weight, impl="cpp"), lambda x=x: linear_reference(x.double(), double), arithmetic=dtype)
 
 
+def wide_ranges(rows, columns):
+    """Pairs of x (rows, columns), whose numbers differ in size, and the columns whose weights shall be zero."""
+    x, ids = torch.randn(rows, columns), torch.arange(columns)
+    for where in (ids == 5, ids // 2 == 3, ids // 4 == 1, ids < 16, ids % 2 == 1, ids % 4 == 0, ids % 16 < 8, ids % 32 < 16):
+        for size in (20, 2000):
+            yield torch.where(where, (x.abs() + 1) * size, x), where
+    nowhere = ids < 0
+    for exponents in (torch.rand(x.shape) * 24 - 14, torch.full(x.shape, -13.0), ids % 32 // 4 * 4.0 - 14):
+        yield x * exponents.exp2(), nowhere
+    yield (x - 1.5).relu(), nowhere
+    yield x + 100, nowhere
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [32, 96, 256, 1024])
+@kinds
+def test_contract_of_wide_ranges(kind, columns, dtype):
+    """However much of x is large where weights are zero, in neighbors or in every other column, the rest is as precise."""
+    if columns % (kind[1] or 32):
+        pytest.skip("columns are a multiple of the groups")
+    torch.manual_seed(0)
+    for x, zero in wide_ranges(3, columns):
+        weight = quantized((torch.randn(37, columns) * 0.02).masked_fill(zero, 0).to(dtype), kind)
+        x, double = x.to(dtype), weight.dequantize(torch.float32).double()
+        numerics.check(
+            linear(x, weight, impl="cpp"), lambda x=x, double=double: linear_reference(x.double(), double), arithmetic=dtype
+        )
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[1] == 32], ids=str)
+def test_contract_at_the_ends_of_float32(kind):
+    """Subnormal numbers, the largest ones, and both together."""
+    weight = quantized(torch.randn(37, 256) * 0.02, kind)
+    double = weight.dequantize().double()
+    x = torch.randn(4, 256)
+    largest = 122.0 if kind[0] == "int4" else 110.0  # times the integers
+    for exponent in (torch.tensor(-130.0), torch.tensor(-115.0), torch.tensor(largest), torch.linspace(-140, 110, 256)):
+        extreme = (x.double() * exponent.double().exp2()).float()
+        numerics.check(linear(extreme, weight, impl="cpp"), lambda x=extreme: linear_reference(x.double(), double))
+
+
+@pytest.mark.parametrize("minima", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size, columns", [(32, 32), (32, 160), (96, 192), (160, 160)])
+def test_groups_that_end_within_64_columns(bits, minima, size, columns):
+    packing = Packing(bits, size, minima)
+    matrix = torch.randn(37, columns)
+    weight = QuantizedWeight(reference_blocks(matrix, packing), packing, columns)
+    double = weight.dequantize().double()
+    for rows in (1, 3, 5):
+        x = torch.randn(rows, columns)
+        x[0, columns // 2] = 1e6
+        numerics.check(linear(x, weight, impl="cpp"), lambda x=x: linear_reference(x.double(), double))
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_every_feature(feature):
     call = call_of(feature, 7, 256, 70, torch.float32)

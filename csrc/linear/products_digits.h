@@ -1,0 +1,278 @@
+// The products of `linear` with weights of 4 bits on CPUs with AVX2: up to kFewRows rows of x, as integers of 24 bits, are
+// multiplied with integers. That takes fewer instructions than unpacking weights to floats.
+//
+// For files that are compiled once per CPU level, where that is AVX2: everything is in an anonymous namespace (see
+// cpu_level.h).
+
+#pragma once
+
+#include "linear/activations.h"
+#include "linear/products_quantized.h"
+
+namespace fastgpt::FASTGPT_CPU_LEVEL {
+namespace {
+
+constexpr int64_t kTile = 2 * kPacked;  // columns whose digits lie together: two units of weights
+
+// kTile numbers of a row of x. Lane i has four neighbors of each half of a unit, of the first one if i < 4: integers times the
+// lane's scale, digits[half][0] · 2^16 + digits[half][1] · 2^8 + digits[half][2]. With minima, `sums` are those of the lane's
+// numbers, otherwise -8 times those of its integers.
+template <bool kMinima>
+struct Tile {
+  int8_t digits[2][3][32];
+  std::conditional_t<kMinima, float, int32_t> sums[kWidth];
+  float scale[kWidth];
+};
+
+inline Vector masked(Vector x, IntVector mask) { return reinterpret_cast<Vector>(reinterpret_cast<IntVector>(x) & mask); }
+inline Vector to_floats(IntVector x) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x)); }
+inline __m256i load_32_bytes(const void* source) { return _mm256_loadu_si256(static_cast<const __m256i*>(source)); }
+
+// What a lane's numbers may be: below `share` of the largest one they are small, and that one is at most `most`.
+//
+// Integers err by up to half of one in 2^22 of the lane's largest number. In sums of n terms the numerics contract allows each
+// term, even if it is the only one that its weights keep, an error of about 2^-24 sqrt(n) of it: numbers below 2 / sqrt(n) of
+// the largest may err more. A lane must not have four of them, since the others may all meet weights of zero.
+//
+// With minima, products with integers from 0 to 15 and the sums' with the minimum cancel each other where weights are near
+// zero, but for errors of 2^-24 of both. What the contract allows other lanes may be less where x is sqrt(n) / 4 times as large
+// as in an eighth of its parts.
+struct Bounds {
+  float share, most = kInfinity;
+
+  Bounds(const float* x, int64_t n, bool minima) : share(2 / __builtin_sqrtf(static_cast<float>(n))) {
+    if (!minima) return;
+    int64_t parts[256] = {}, before = 0;  // by exponent; those of zeros do not count
+    for (int64_t c = 0; c < n; c += kWidth) ++parts[float_to_bits(maximum(magnitude(load(x + c)))) >> 23 & 255];
+    const int64_t eighth = (n / kWidth - parts[0]) / 8;
+    uint32_t exponent = 1;
+    while (exponent < 255 && (before += parts[exponent]) <= eighth) ++exponent;
+    most = bits_to_float(exponent << 23) / 2 / share;
+  }
+};
+
+// Lays out kTile numbers. Lanes beyond the bounds, that have numbers that are not finite, or others that integers cannot keep
+// 8 bits of, are left to floats, the `rest`: whether there are any is returned.
+template <bool kMinima>
+inline bool set_tile(const float* x, const Bounds& bounds, Tile<kMinima>& tile, float* rest) {
+  const __m256i columns = _mm256_setr_epi32(0, 4, 8, 12, 32, 36, 40, 44);
+  const Vector zero = {}, infinity = broadcast(kInfinity);
+  Vector numbers[2][4], largest = zero;
+  IntVector left = {}, small = {};  // -1 where true, minus the number of small ones
+  for (int half = 0; half < 2; ++half) {
+    for (int j = 0; j < 4; ++j) {
+      numbers[half][j] = _mm256_i32gather_ps(x + 16 * half + j, columns, 4);
+      const Vector size = magnitude(numbers[half][j]);
+      largest = maximum(largest, size), left |= ~(size < infinity);
+    }
+  }
+  for (auto& of_half : numbers) {
+    for (const Vector number : of_half) {
+      const Vector size = magnitude(number);
+      small += (size > zero) & (size < largest * bounds.share), left |= (size > zero) & (size < largest * 0x1p-14f);
+    }
+  }
+  left |= (small <= -4) | (largest > bounds.most) | (largest >= 0x1p126f) | ((largest < 0x1p-100f) & (largest > zero));
+  const IntVector used = ~left & (largest > zero);
+  // The power of two below the largest number, or above it if that would have too many digits.
+  const Vector power = masked(largest * (1 + 0x1p-7f), used & 0x7f800000), factor = masked(0x1p22f / power, used);
+  IntVector sums = {};
+  for (int half = 0; half < 2; ++half) {
+    IntVector digits[3] = {};
+    for (int j = 0; j < 4; ++j) {
+      const auto integers = reinterpret_cast<IntVector>(_mm256_cvtps_epi32(masked(numbers[half][j], ~left) * factor));
+      const IntVector upper = (integers + 128) >> 8, first = (upper + 128) >> 8;
+      digits[0] |= (first & 255) << 8 * j, digits[1] |= (upper & 255) << 8 * j, digits[2] |= (integers & 255) << 8 * j;
+      sums += integers;
+    }
+    std::memcpy(tile.digits[half], digits, sizeof digits);
+  }
+  const Vector scale = power * 0x1p-22f;
+  store(tile.scale, scale);
+  if constexpr (kMinima) {
+    store(tile.sums, to_floats(sums) * scale);
+  } else {
+    sums *= -8;
+    std::memcpy(tile.sums, &sums, sizeof sums);
+  }
+  if (!_mm256_movemask_ps(reinterpret_cast<__m256>(left))) return false;
+  for (int half = 0; half < 2; ++half) {
+    for (int j = 0; j < 4; ++j) {
+      const Vector number = masked(numbers[half][j], left);
+      for (int i = 0; i < kWidth; ++i) rest[16 * half + j + 4 * i + (i < 4 ? 0 : 16)] = number[i];
+    }
+  }
+  return true;
+}
+
+// total += x · (scale · numbers + minimum), or without minima x · scale · (numbers - 8). `halves`: those of the units.
+template <bool kMinima>
+__attribute__((always_inline)) inline void add_products(
+    const Tile<kMinima>& x, const __m256i (&halves)[2], Vector scale, Vector minimum, Vector& total) {
+  __m256i of_digits[3];  // sums of 16 bits
+  for (int d = 0; d < 3; ++d) {
+    of_digits[d] = _mm256_add_epi16(
+        _mm256_maddubs_epi16(halves[0], load_32_bytes(x.digits[0][d])),
+        _mm256_maddubs_epi16(halves[1], load_32_bytes(x.digits[1][d])));
+  }
+  const __m256i one = _mm256_set1_epi16(1), radix = _mm256_set1_epi16(256);
+  const __m256i upper = _mm256_add_epi32(_mm256_madd_epi16(of_digits[0], radix), _mm256_madd_epi16(of_digits[1], one));
+  __m256i products = _mm256_add_epi32(_mm256_slli_epi32(upper, 8), _mm256_madd_epi16(of_digits[2], one));
+  if constexpr (kMinima) {
+    total += load(x.sums) * minimum;
+  } else {
+    products = _mm256_add_epi32(products, load_32_bytes(x.sums));
+  }
+  total += to_floats(reinterpret_cast<IntVector>(products)) * (scale * load(x.scale));
+}
+
+// Rows of weights of 4 bits, which are multiplied with up to kFewRows rows of x.
+template <bool kMinima>
+class DigitRows {
+ public:
+  static constexpr int64_t kRows = kWidth;  // of weights, whose lanes are reduced together
+
+  explicit DigitRows(const Linear& l) : l_(l), rows_(l), layout_(l) {}
+
+  int64_t row_bytes() const { return rows_.row_bytes(); }
+
+  static int64_t x_row(const Linear& l) { return l.rows > kFewRows ? Rows::x_row(l) : Layout(l).size; }  // floats of a row of x
+
+  static void arrange(const Linear& l, const float* x, float* target) {
+    const Layout layout(l);
+    const Bounds bounds(x, l.in, kMinima);
+    auto* tile = reinterpret_cast<X*>(target);
+    auto* const units = reinterpret_cast<int32_t*>(target + layout.units);
+    float* rest = target + layout.rest;
+    int32_t count = 0;
+    for (int64_t c = 0, next; c < l.in; c = next) {
+      next = smaller(c + kTile, layout.end_of_span(c));
+      float numbers[kTile] = {};
+      std::memcpy(numbers, x + c, (next - c) * sizeof(float));
+      if (set_tile(numbers, bounds, *tile++, rest)) units[++count] = static_cast<int32_t>(c / kPacked), rest += kTile;
+    }
+    units[0] = count;
+  }
+
+  // As QuantizedRows.
+  void multiply(const float* x, int64_t row, int64_t count, int64_t ahead, float* dots) const {
+    const auto* weight = static_cast<const uint8_t*>(l_.weight) + row * row_bytes();
+    if (l_.rows > kFewRows) return multiply_panels(l_, x, weight, row_bytes(), count, dots, rows_);
+    l_.packing.group_size == kPacked ? multiply_few<kFewRows, true>(x, weight, count, ahead, dots)
+                                     : multiply_few<kFewRows, false>(x, weight, count, ahead, dots);
+  }
+
+  void dequantize(const uint8_t* row, int64_t c, int64_t count, float* target) const {
+    rows_.dequantize(row, c, count, target);
+  }
+
+ private:
+  using Rows = QuantizedRows<4, kMinima>;
+  using Header = GroupHeader<kMinima>;
+  using X = Tile<kMinima>;
+  static constexpr int64_t kUnitBytes = kPacked / 2;
+  static constexpr int kStreams = 2;  // rows of weights that share what is loaded of x
+
+  // Where things are in a row of x, in floats: tiles, the number of those that have numbers left to floats and the units at
+  // which they start, and these numbers. Each span of columns, which is a group unless that is half of a tile, has its own
+  // tiles.
+  struct Layout {
+    int64_t span, units, rest, size;
+
+    explicit Layout(const Linear& l) : span(l.packing.group_size == kPacked ? l.in : l.packing.group_size) {
+      const int64_t tiles = l.in / span * ((span + kTile - 1) / kTile);
+      units = tiles * sizeof(X) / sizeof(float), rest = units + rounded_up(1 + tiles, kWidth), size = rest + tiles * kTile;
+    }
+
+    int64_t end_of_span(int64_t c) const { return c / span * span + span; }
+  };
+
+  template <int kCount, bool kPairs>
+  void multiply_few(const float* x, const uint8_t* weight, int64_t count, int64_t ahead, float* dots) const {
+    if constexpr (kCount > 1) {
+      if (l_.rows < kCount) return multiply_few<kCount - 1, kPairs>(x, weight, count, ahead, dots);
+    }
+    multiply_in_streams<kCount, kStreams>(weight, row_bytes(), count, false, dots, [&](const auto& rows, auto& total) {
+      Streams<kCount, kPairs> streams{l_, x, layout_.size, rows, ahead};
+      streams.multiply(layout_.span);
+      for (int j = 0; j < kStreams; ++j) {
+        for (int i = 0; i < kCount; ++i) {
+          total[j][i] = in_register(streams.total[j][i]);
+          add_rest(x + i * layout_.size, rows[j], total[j][i]);
+        }
+      }
+    });
+  }
+
+  // Adds the products of what is left to floats.
+  void add_rest(const float* x, const uint8_t* row, Vector& total) const {
+    const auto* units = reinterpret_cast<const int32_t*>(x + layout_.units);
+    const float* rest = x + layout_.rest;
+    for (int32_t i = 1; i <= units[0]; ++i, rest += kTile) {
+      const int64_t c = units[i] * kPacked, count = smaller(kTile, layout_.end_of_span(c) - c);
+      float w[kTile];
+      rows_.dequantize(row, c, count, w);
+      for (int64_t k = 0; k < count; k += kWidth) total += load(rest + k) * load(w + k);
+    }
+  }
+
+  // Lanes of the sums of kCount rows of x, x_row floats apart, times rows of weights. kPairs: tiles are two groups.
+  template <int kCount, bool kPairs>
+  struct Streams {
+    const Linear& l;
+    const float* x;
+    const int64_t x_row;
+    const uint8_t* const (&rows)[kStreams];
+    const int64_t ahead;
+    int64_t at = 0;  // bytes of rows
+    Vector scale[kStreams] = {}, minimum[kStreams] = {}, total[kStreams][kCount] = {};
+
+    __attribute__((always_inline)) inline void multiply(int64_t span) {
+      for (int64_t c = 0; c < l.in; c += span) {
+        if (!kPairs) set_scales(0);
+        for (int64_t unit = kPacked; unit < span; unit += kTile) add_tile<true>();
+        if (span % kTile) add_tile<false>();
+      }
+    }
+
+    // From headers that are `apart` from each other, for each half of the lanes.
+    __attribute__((always_inline)) inline void set_scales(int64_t apart) {
+      const auto halves = [](float lower, float upper) {
+        return reinterpret_cast<Vector>(_mm256_blend_ps(_mm256_set1_ps(lower), _mm256_set1_ps(upper), 0xf0));
+      };
+      for (int j = 0; j < kStreams; ++j) {
+        const Header first(rows[j] + at, l.values_of_halves), second(rows[j] + at + apart, l.values_of_halves);
+        scale[j] = halves(first.scale, second.scale), minimum[j] = halves(first.minimum, second.minimum);
+      }
+      at += Header::kBytes;
+    }
+
+    // kWhole: it has two units. Otherwise x is zero for the second one, in place of which the first is read again.
+    template <bool kWhole>
+    __attribute__((always_inline)) inline void add_tile() {
+      constexpr int64_t kApart = kWhole ? kUnitBytes + (kPairs ? Header::kBytes : 0) : 0;
+      if (kPairs) set_scales(kApart);
+      __m256i halves[kStreams][2];
+      const __m256i mask = _mm256_set1_epi8(15);
+      for (int j = 0; j < kStreams; ++j) {
+        const uint8_t* const source = rows[j] + at;
+        if (ahead) __builtin_prefetch(source + ahead, 0, 2);
+        const __m256i first = _mm256_castsi128_si256(load_16_bytes(source));
+        const __m256i bytes = _mm256_inserti128_si256(first, load_16_bytes(source + kApart), 1);
+        halves[j][0] = _mm256_and_si256(bytes, mask), halves[j][1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+      }
+      for (int i = 0; i < kCount; ++i) {
+        const X& tile = *reinterpret_cast<const X*>(x + i * x_row);
+        for (int j = 0; j < kStreams; ++j) add_products(tile, halves[j], scale[j], minimum[j], total[j][i]);
+      }
+      at += kApart + kUnitBytes, x += sizeof(X) / sizeof(float);
+    }
+  };
+
+  const Linear& l_;
+  Rows rows_;
+  Layout layout_;
+};
+
+}  // namespace
+}  // namespace fastgpt::FASTGPT_CPU_LEVEL
