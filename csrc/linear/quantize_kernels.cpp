@@ -10,6 +10,7 @@ namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
 constexpr int kLanes = 16, kVectors = kLanes / kWidth;
+constexpr float kMostOfHalf = 65504, kInfiniteInHalf = 65520;  // its largest finite number, and the least that rounds to infinity
 
 // Combines lanes pairwise, halves first.
 template <typename Combine>
@@ -48,8 +49,8 @@ class Group {
 
   Grid grid() const {
     if constexpr (kBits == 8) {
-      if constexpr (kMinima) return {to_half((highest_ - lowest_) / 255), to_half(lowest_)};
-      return {to_half((-lowest_ > highest_ ? -lowest_ : highest_) / 127), 0};
+      if constexpr (kMinima) return lowered({to_half((highest_ - lowest_) / 255), to_half(lowest_)});
+      return lowered({to_half((-lowest_ > highest_ ? -lowest_ : highest_) / 127), 0});
     } else {
       return fitted();
     }
@@ -74,15 +75,32 @@ class Group {
 
  private:
   // Numbers i to i + kWidth as integers, in floats.
-  Vector integers(int64_t i, Grid grid) const {
+  Vector integers(int64_t i, Grid grid) const { return rounded(load(numbers_ + i), grid); }
+
+  Vector rounded(Vector q, Grid grid) const {
     constexpr float kLeast = kMinima ? 0 : kBits == 8 ? -127 : -8, kMost = kMinima ? (1 << kBits) - 1 : kBits == 8 ? 127 : 7;
     if (grid.scale == 0) return Vector{};
-    Vector q = load(numbers_ + i);
     if constexpr (kMinima) q -= grid.minimum;
     q /= grid.scale;
     q = q < kLeast ? broadcast(kLeast) : q;
     q = q > kMost ? broadcast(kMost) : q;
     return q + 12582912.0f - 12582912.0f;  // 1.5 · 2^23: rounds to the nearest, ties to even
+  }
+
+  // As _overflows and _lowered in fastgpt/ops/quantized_weight.py.
+  bool overflows(Grid grid) const {
+    const float largest = highest_ > -lowest_ ? highest_ : -lowest_;
+    if (!(largest > kMostOfHalf / 2 && largest <= kMostOfHalf)) return false;
+    for (const float number : {highest_, lowest_}) {
+      const float found = rounded(broadcast(number), grid)[0] * grid.scale + grid.minimum;
+      if (found >= kInfiniteInHalf || found <= -kInfiniteInHalf) return true;
+    }
+    return false;
+  }
+
+  Grid lowered(Grid grid) const {
+    if (!overflows(grid)) return grid;
+    return {half_to_float(static_cast<uint16_t>(float_to_half(grid.scale) - 1)), grid.minimum};
   }
 
   template <typename Term>
@@ -137,8 +155,10 @@ class Group {
         const float middle = (highest_ + lowest_) / 2, half = (highest_ - lowest_) / 2 * part;
         grid = {to_half(half / 7.5f), to_half(middle - half)};
       }
+      grid = lowered(grid);
       for (int refinement = 0;; ++refinement) {
-        const float squared = round_to(grid);
+        float squared = round_to(grid);
+        if (overflows(grid)) squared = kInfinity;
         if (squared < least || (start == 0 && refinement == 0)) least = squared, best = grid;
         if (refinement == kRefinements) break;
         grid = least_squares();

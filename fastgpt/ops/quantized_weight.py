@@ -21,6 +21,7 @@ DTYPES = torch.float32, torch.float16, torch.bfloat16
 # How scales of 4 bits are fitted, without minima and with them: parts of the range to start from, outside of which numbers are
 # clipped while the rest gets finer steps; and how often what fits the integers of a start best is taken next.
 FITS = {False: ((1.0, 1.1, 0.93, 0.86), 1), True: ((1.0, 0.88), 3)}
+MOST_OF_HALF, INFINITE_IN_HALF = 65504.0, 65520.0  # the largest finite number of fp16, and the least that rounds to its infinity
 
 
 class Packing(NamedTuple):
@@ -261,7 +262,7 @@ def quantize(
     Scales and minima, in fp16, are those of groups of consecutive columns; with 4 bits they are fitted for the least squared
     error. Groups of 32 are stored as GGUF's Q8_0, Q4_0 and Q4_1.
 
-    The least positive number of fp16 is 6e-8: a group becomes zero if no number exceeds 4e-6 in magnitude with int8, or 2e-7 with
+    Of a group of numbers that are finite in fp16, all dequantized ones are, too. The least positive number of fp16 is 6e-8: a group becomes zero if no number exceeds 4e-6 in magnitude with int8, or 2e-7 with
     int4, and its minimum if they differ by less than twice that. Just above, scales are coarse.
 
     Args:
@@ -319,9 +320,10 @@ def reference_blocks(weight: torch.Tensor, packing: Packing) -> torch.Tensor:
 def _fitted(groups, packing, highest, lowest):
     """fp16 scales and minima, (N, groups); no minima: None."""
     if packing.bits == 8 and not packing.minima:
-        return (torch.maximum(highest, -lowest) / 127).half(), None
+        return _lowered((torch.maximum(highest, -lowest) / 127).half(), None, packing, highest, lowest), None
     if packing.bits == 8:
-        return ((highest - lowest) / 255).half(), lowest.half()
+        minimum = lowest.half()
+        return _lowered(((highest - lowest) / 255).half(), minimum, packing, highest, lowest), minimum
     best: Any = None
     # Without minima the number of largest magnitude is -8 · scale: a scale may be negative.
     extreme = torch.where(highest > -lowest, highest, lowest)
@@ -332,9 +334,11 @@ def _fitted(groups, packing, highest, lowest):
             scale, minimum = (half / 7.5).half(), (middle - half).half()
         else:
             scale, minimum = (extreme * part / -8).half(), None
+        scale = _lowered(scale, minimum, packing, highest, lowest)
         for last in (*[False] * refinements, True):
             q = _rounded(groups, scale, minimum, packing)
             error = (_dequantized(q, scale, minimum, packing) - groups).square_().sum(-1)
+            error.masked_fill_(_overflows(scale, minimum, packing, highest, lowest), torch.inf)
             if best is None:
                 best = error, scale, minimum
             else:
@@ -344,6 +348,22 @@ def _fitted(groups, packing, highest, lowest):
             if not last:
                 scale, minimum = _least_squares(groups, q, packing)
     return best[1:]
+
+
+def _overflows(scale, minimum, packing, highest, lowest):
+    """Whether a group of numbers that are finite in fp16 would have one that is not, dequantized: its highest or its lowest, since
+    dequantized numbers are in the order of numbers. Where no number exceeds half of fp16's largest, no grid worth taking does."""
+    ends = torch.stack([highest, lowest], -1)
+    largest = ends.abs().amax(-1)
+    found = _dequantized(_rounded(ends, scale, minimum, packing), scale, minimum, packing).abs().amax(-1)
+    return (largest > MOST_OF_HALF / 2) & (largest <= MOST_OF_HALF) & (found >= INFINITE_IN_HALF)
+
+
+def _lowered(scale, minimum, packing, highest, lowest):
+    """Scales (N, groups) fp16 of the whole range, which were rounded up too far by less than a step of fp16: where a dequantized
+    number would be infinite in fp16, the next one towards zero."""
+    lower = (scale.view(torch.int16) - 1).view(torch.float16)
+    return torch.where(_overflows(scale, minimum, packing, highest, lowest), lower, scale)
 
 
 def _least_squares(groups, q, packing):

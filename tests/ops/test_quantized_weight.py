@@ -61,6 +61,35 @@ def test_blocks_are_those_of_the_reference(kind, dtype):
     assert (errors[0] <= 1.02 * errors[1]).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@kinds
+def test_what_is_finite_in_fp16_stays_so(kind, dtype):
+    """Scales are not rounded up so far that the largest numbers of fp16 become infinite; blocks are those of the reference."""
+    most, generator = 65504, torch.Generator().manual_seed(2)
+    lowest, part = (torch.rand(300, n, generator=generator) for n in (1, 256))
+    weight = most * (2 * lowest - 1 + (2 - 2 * lowest) * part)  # between a number and the largest one
+    weight[::3] *= -1
+    weight[:100:2, 7], weight[:100:3, 8] = most, -most
+    weight[100:150] = most - 64 * part[100:150]
+    weight[150], weight[151], weight[152, ::2], weight[153, 5] = most, -most, most, most
+    weight = weight.clamp(-most, most).to(dtype)
+    weight = torch.where(weight.float().abs() > most, weight.sign() * 65280, weight)  # in bf16 it was rounded up
+    stored = quantized(weight, kind)
+    blocks = reference_blocks(weight.float(), stored.packing)
+    assert stored.dequantize(torch.float16).isfinite().all()
+    assert (QuantizedWeight(blocks, stored.packing, 256).dequantize() == stored.dequantize(torch.float32)).all(1).float().mean() > 0.99
+    near = (stored.dequantize(torch.float32) - weight.float()).abs() <= 2 * most / STEPS[kind[0], kind[2]]
+    assert near.float().mean() >= (1.0 if kind[0] == "int8" else 0.93)
+
+
+@pytest.mark.parametrize("most", [torch.finfo(torch.bfloat16).max, torch.finfo(torch.float32).max])
+@kinds
+def test_what_no_scale_reaches_is_refused(kind, most):
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match="weight: expected finite numbers of magnitude [0-9]+ at most, got 3.[0-9]+e.38"):
+            quantized(torch.full((2, 256), most, dtype=torch.float32).clamp(max=torch.finfo(torch.bfloat16).max).to(dtype), kind)
+
+
 def test_blocks_are_the_same_on_every_cpu_level_and_number_of_threads():
     code = (
         "import hashlib, sys, torch, fastgpt; torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(0)\n"
