@@ -7,7 +7,7 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -56,6 +56,12 @@ def require_dtype(name: str, value: torch.Tensor, allowed: tuple[torch.dtype, ..
 def require_dtype_of(name: str, value: torch.Tensor, x: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Raises unless value has the dtype of x or, under autocast, which converts it, any of `allowed`."""
     require_dtype(name, value, allowed if is_autocasting(x.device) else (x.dtype,))
+
+
+def is_fake(x: torch.Tensor) -> bool:
+    """Whether a tensor is one of FakeTensorMode: it has a device, but no data."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")  # which a program without any need not load
+    return module is not None and isinstance(x, module.FakeTensor)
 
 
 def is_autocasting(device: torch.device) -> bool:
@@ -165,6 +171,18 @@ def require_number(
     if outside or not -sys.float_info.max <= value <= sys.float_info.max:  # an int may exceed the largest float
         raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
     return value if isinstance(value, float) or -(2**63) <= value < 2**63 else float(value)  # PyTorch takes no larger ints
+
+
+def listed(value: Any) -> Any:
+    """An iterator, such as a generator, as a list of what it yields; any other value unchanged."""
+    return list(value) if isinstance(value, Iterator) else value
+
+
+def make_list(name: str, value: Any) -> str:
+    """The end of an error about what should have been a list: how to make one of it, if it can be."""
+    if hasattr(value, "tolist"):  # an array of NumPy, a column of a data frame
+        return f": pass {name}.tolist()"
+    return f": pass list({name})" if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Sequence)) else ""
 
 
 def require_path(name: str, value: Any) -> Path:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -66,7 +67,8 @@ std::tuple<Tensor, Tensor> route_cpu(
   FASTGPT_CHECK(
       top_k >= 1 && top_k <= top_groups * r.group_size(), "top_k: expected a number from 1 to ", top_groups * r.group_size(),
       ", got ", top_k);
-  FASTGPT_CHECK(std::isfinite(scale), "scale: expected a finite number");
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  FASTGPT_CHECK(std::abs(scale) <= kLargest, "scale: expected a finite number of fp32, got ", scale);
   r.sigmoid = sigmoid, r.top2 = top2, r.normalize = normalize, r.scale = static_cast<float>(scale);
   ContiguousMemory memory(logits, "logits");
   r.element = memory.element();

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 from fastgpt.checks import (
     argument_error,
+    is_autocasting,
+    is_fake,
     require_choice,
     require_device,
     require_dtype,
@@ -62,7 +64,7 @@ def route(
         top_groups: the number of groups with the best score, from which experts are chosen.
         group_score: of a group: "max", its largest choice (DeepSeek-V2), or "top2", the sum of its two largest (DeepSeek-V3).
         normalize: divide the weights of a token by their sum.
-        scale: factor on the weights.
+        scale: factor on the weights, a finite number of their dtype.
         impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
             `fastgpt.explain`.
 
@@ -124,13 +126,15 @@ def _route_reference(logits, selection_bias, top_k, scoring, num_groups, top_gro
     choice = scores.detach()
     if selection_bias is not None:
         choice = choice + selection_bias
+    experts = _largest(choice, choice.shape[-1])
     if num_groups > top_groups:
         groups = choice.unflatten(-1, (num_groups, -1))  # (..., G, E / G)
         best = groups.topk(2, -1).values.sum(-1) if GROUP_SCORES[group_score] else groups.amax(-1)
-        left_out = _largest(best, num_groups)[..., top_groups:]
-        mask = torch.zeros_like(best, dtype=torch.bool).scatter(-1, left_out, True)
-        choice = groups.masked_fill(mask[..., None], -torch.inf).flatten(-2)
-    experts = _largest(choice, top_k)
+        chosen = torch.zeros_like(best).scatter(-1, _largest(best, top_groups), 1.0)  # (..., G)
+        of_experts = chosen.gather(-1, experts // groups.shape[-1])
+        # A choice may be -inf: what is left out comes after it.
+        experts = experts.gather(-1, _largest(of_experts, top_k))
+    experts = experts[..., :top_k]
     weights = scores.gather(-1, experts)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -165,6 +169,7 @@ def moe(
     A few tokens read only the weights of the experts they are routed to. Many are sorted by expert, and each expert multiplies
     its own at once. It is computed in fp32 and rounded once; but where experts have more than 64 tokens on average on a CPU, and
     more choices than experts on CUDA, h is rounded to the dtype of x, and on CPUs with bf16 instructions as in `fastgpt.linear`.
+    There on a CPU, and in calls that need gradients, down[e] h + down_bias[e] is rounded to it, too, before it is weighted.
 
     Args:
         x: (..., C) fp16|bf16|fp32|fp64.
@@ -184,7 +189,8 @@ def moe(
         impl: "cpp" (CPU), "triton" (CUDA) or "reference"; None picks the first that can serve the call; see
             `fastgpt.explain`.
 
-    Returns: (..., C) in the dtype of x. x, weights, up, down, biases and residual have gradients.
+    Returns: (..., C) in the dtype of x. x, weights, up, down, biases and residual have gradients, which are zeros where x has no
+        rows. On the meta device and in FakeTensorMode, only shapes are computed.
     Raises: TypeError (not a tensor, dtype), ValueError (shape, stride, device, range, activation, impl): argument, expected, got.
     Source: Mixtral (arXiv 2401.04088).
 
@@ -252,7 +258,7 @@ def _moe_reference(x, experts, weights, up, down, up_bias, down_bias, residual, 
     _require_experts(experts, E)
     rows, experts, weights = x.reshape(-1, C), experts.reshape(-1, K), weights.reshape(-1, K)
     out = weights.new_zeros(rows.shape)  # in fp32 at least
-    for e in experts.unique().tolist():
+    for e in experts.unique().tolist() or [0]:  # of no rows, that of an expert, so that their gradients are zeros
         if not 0 <= e < E:
             continue
         row, k = (experts == e).nonzero(as_tuple=True)
@@ -264,6 +270,22 @@ def _moe_reference(x, experts, weights, up, down, up_bias, down_bias, residual, 
 
 def _moe_grouped(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated):
     """`_moe_reference` with the rows sorted by expert, and each expert's multiplied at once by `linear`."""
+    if torch.compiler.is_compiling() or experts.is_meta or is_fake(experts):
+        x_of_sum, biases = x, (up_bias, down_bias)
+        if is_autocasting(x.device):  # which the operation would not notice
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x_of_sum, up, down, *biases = (y if y is None else y.to(dtype) for y in (x, up, down, *biases))
+        matrices = *_stored(up), *_stored(down), number_of_experts(down, x.shape[-1])
+        out = torch.ops.fastgpt.moe_grouped(
+            x_of_sum, experts, weights, *matrices, *biases, ACTIVATION_NUMBERS[activation], gated
+        )
+    else:
+        out = _grouped_sum(x, experts, weights, up, down, up_bias, down_bias, activation, gated)
+    return _finished(out, x, residual)
+
+
+def _grouped_sum(x, experts, weights, up, down, up_bias, down_bias, activation, gated):
+    """The sum over the experts of each row (..., C), in the dtype of weights."""
     C, K = x.shape[-1], experts.shape[-1]
     E = number_of_experts(down, C)
     _require_experts(experts, E)
@@ -277,19 +299,17 @@ def _moe_grouped(x, experts, weights, up, down, up_bias, down_bias, residual, ac
     fused = {} if activation == CLAMPED else {"activation": activation, "gated": gated}
     products = []
     for e, part in enumerate(parts):
-        if counts[e]:
+        if counts[e] or e == len(order) == 0:  # of no rows, that of an expert, so that their gradients are zeros
             h = linear(part, *_of_expert(up, up_bias, e, E), **fused)
             h = h if fused else _activate(h, activation, gated)
             products.append(linear(h, *_of_expert(down, down_bias, e, E)))
-    if not products:
-        return _finished(weights.new_zeros(x.shape), x, residual)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     if missing:
-        products.append(products[0].new_zeros(missing, C))
+        products.append(x.new_zeros(missing, C))
         weights = weights.masked_fill((chosen == E).view(weights.shape), 0.0)
     y = torch.cat(products)[back].view(-1, K, C)
-    return _finished((weights.reshape(-1, K, 1) * y).sum(1), x, residual)
+    return (weights.reshape(-1, K, 1) * y).sum(1).view(x.shape)
 
 
 def _has_many_rows(x, experts, down):
@@ -322,6 +342,19 @@ def _packed(x, experts, weights, up, down, up_bias, down_bias, residual, activat
 def number_of_experts(down: torch.Tensor, C: int) -> int:
     """E of down (E, C, I), or of a QuantizedWeight (E · C, I)."""
     return down.shape[0] // C if isinstance(down, QuantizedWeight) else down.shape[0]
+
+
+def _stored(weight):
+    """A weight as an argument of an operator: what it stores, and its packing, none if it is a plain tensor."""
+    return (weight.blocks, [int(x) for x in weight.packing]) if isinstance(weight, QuantizedWeight) else (weight, [])
+
+
+def _restored(stored, packing, dtype):
+    if not packing:
+        return stored
+    bits, group_size, minima, block_type = packing
+    kept = Packing(bits, group_size, bool(minima), block_type)
+    return QuantizedWeight(stored, kept, stored.shape[1] // kept.block_bytes * kept.block, dtype)
 
 
 def _unbind(tensor):
@@ -370,7 +403,8 @@ def _check_route(logits, selection_bias, top_k, scoring, num_groups, top_groups,
         )
     require_integer("top_k", top_k, least=1, most=top_groups * size)
     require_flag("normalize", normalize)
-    require_number("scale", scale)
+    largest = torch.finfo(torch.promote_types(logits.dtype, torch.float32)).max
+    require_number("scale", scale, least=-largest, most=largest)
 
 
 def _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated):
@@ -519,6 +553,15 @@ library.define(
     "fastgpt.moe",
 )
 
+# `_grouped_sum` where it cannot be traced, as how many rows an expert gets is in the data; and the gradients of those of x,
+# weights, up, down, up_bias and down_bias that need one.
+ARGUMENTS = (
+    "Tensor x, Tensor experts, Tensor weights, Tensor up, int[] up_packing, Tensor down, int[] down_packing, int num_experts, "
+    "Tensor? up_bias, Tensor? down_bias, int activation, bool gated"
+)
+torch.library.Library.define(library, f"moe_grouped({ARGUMENTS}) -> Tensor")  # with derivatives, unlike the others
+library.define(f"moe_grouped_backward(Tensor dout, {ARGUMENTS}, bool[] needed) -> Tensor[]", "fastgpt.moe")
+
 _route = without_autograd(torch.ops.fastgpt.route.default)
 _moe = without_autograd(torch.ops.fastgpt.moe.default)
 _moe_quantized = without_autograd(torch.ops.fastgpt.moe_quantized.default)
@@ -569,6 +612,67 @@ def _unpacked(x, up_blocks, up_packing, down_blocks, down_packing, num_experts, 
         QuantizedWeight(up_blocks, up_packing, x.shape[-1], x.dtype),
         QuantizedWeight(down_blocks, down_packing, I, x.dtype),
     )
+
+
+def _grouped_call(x, experts, weights, up, up_packing, down, down_packing, num_experts, up_bias, down_bias, activation, gated):
+    """Arguments of moe_grouped as those of `_grouped_sum`."""
+    up, down = _restored(up, up_packing, x.dtype), _restored(down, down_packing, x.dtype)
+    return x, experts, weights, up, down, up_bias, down_bias, ACTIVATIONS_BY_NUMBER[activation], gated
+
+
+def _grouped(*arguments):
+    return _grouped_sum(*_grouped_call(*arguments))
+
+
+def _grouped_backward(dout, *arguments):
+    *arguments, needed = arguments
+    call = list(_grouped_call(*arguments))
+    leaves = [call[i].detach().requires_grad_() for i, need in zip(DIFFERENTIABLE, needed) if need]
+    found = iter(leaves)
+    for i, need in zip(DIFFERENTIABLE, needed):
+        call[i] = next(found) if need else call[i]
+    c, excluded = torch._C, torch._C._dispatch_tls_local_exclude_set()
+    for key in (c.DispatchKey.AutogradCPU, c.DispatchKey.AutogradOther, c.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)  # with them, as in a TorchDispatchMode, nothing would be recorded
+    with c._ForceDispatchKeyGuard(c._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        out = _grouped_sum(*call)
+        gradients = torch.autograd.grad(out, leaves, dout, materialize_grads=True)
+    return [gradient.contiguous() for gradient in gradients]
+
+
+@torch.library.register_fake("fastgpt::moe_grouped", lib=library)
+def _grouped_fake(x, experts, weights, *rest):
+    return weights.new_empty(x.shape)
+
+
+@torch.library.register_fake("fastgpt::moe_grouped_backward", lib=library)
+def _grouped_backward_fake(dout, *arguments):
+    *arguments, needed = arguments
+    call = _grouped_call(*arguments)
+    return [call[i].new_empty(call[i].shape) for i, need in zip(DIFFERENTIABLE, needed) if need]
+
+
+def _grouped_setup_context(ctx, inputs, output):
+    ctx.others = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+    ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in inputs))
+
+
+def _grouped_gradients(ctx, dout):
+    arguments = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others)]
+    needed = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE_ARGUMENTS]
+    found = iter(torch.ops.fastgpt.moe_grouped_backward(dout, *arguments, needed))
+    gradients = [None] * len(arguments)
+    for i, need in zip(DIFFERENTIABLE_ARGUMENTS, needed):
+        gradients[i] = next(found) if need else None
+    return tuple(gradients)
+
+
+# Places of x, weights, up, down, up_bias and down_bias, among the arguments of _grouped_sum and of the operator.
+DIFFERENTIABLE, DIFFERENTIABLE_ARGUMENTS = (0, 2, 3, 4, 5, 6), (0, 2, 3, 5, 8, 9)
+ACTIVATIONS_BY_NUMBER = {number: name for name, number in ACTIVATION_NUMBERS.items()}
+library.impl("moe_grouped", _grouped, "CompositeExplicitAutograd")
+library.impl("moe_grouped_backward", _grouped_backward, "CompositeExplicitAutograd")
+torch.library.register_autograd("fastgpt::moe_grouped", _grouped_gradients, setup_context=_grouped_setup_context, lib=library)
 
 
 def _route_triton(

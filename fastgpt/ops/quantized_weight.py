@@ -21,7 +21,10 @@ DTYPES = torch.float32, torch.float16, torch.bfloat16
 # How scales of 4 bits are fitted, without minima and with them: parts of the range to start from, outside of which numbers are
 # clipped while the rest gets finer steps; and how often what fits the integers of a start best is taken next.
 FITS = {False: ((1.0, 1.1, 0.93, 0.86), 1), True: ((1.0, 0.88), 3)}
-MOST_OF_HALF, INFINITE_IN_HALF = 65504.0, 65520.0  # the largest finite number of fp16, and the least that rounds to its infinity
+MOST_OF_HALF, INFINITE_IN_HALF = (
+    65504.0,
+    65520.0,
+)  # the largest finite number of fp16, and the least that rounds to its infinity
 
 
 class Packing(NamedTuple):

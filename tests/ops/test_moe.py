@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgpt
-from fastgpt import moe, moe_reference, quantize, route, route_reference
+from fastgpt import QuantizedWeight, moe, moe_reference, quantize, route, route_reference
 from fastgpt.ops import moe as module
 from fastgpt.ops.moe import ACTIVATION_NUMBERS, CLAMPED
 from fastgpt.testing import numerics
@@ -109,6 +110,78 @@ def test_no_tokens():
             assert moe(**call, impl=impl).shape == (*rows, C)
 
 
+@pytest.mark.parametrize("operation", [moe, moe_reference])
+def test_no_tokens_have_zero_gradients(operation):
+    """As of PyTorch's operations on tensors without numbers."""
+    for quantized in (False, True):
+        call = call_of((2, 0), torch.float32, biases=True, residual=True)
+        if quantized:
+            call |= {name: quantize(call[name].flatten(0, 1)) for name in ("up", "down")}
+        leaves = [
+            y.requires_grad_()
+            for y in call.values()
+            if isinstance(y, torch.Tensor) and y.dtype == torch.float32 and not isinstance(y, QuantizedWeight)
+        ]
+        gradients = torch.autograd.grad(operation(**call).sum(), leaves)
+        assert all(gradient.shape == y.shape and not gradient.any() for gradient, y in zip(gradients, leaves))
+
+
+@pytest.mark.parametrize("rows", [(0,), (3,), (600,)], ids=str)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_shapes_without_data(rows, quantized):
+    """On the meta device and of FakeTensorMode, with gradients and without."""
+
+    def shapes(device):
+        call = {name: y.to(device) if isinstance(y, torch.Tensor) else y for name, y in shaped().items()}
+        if quantized:
+            call |= {name: quantize(call[name].flatten(0, 1)) for name in ("up", "down")}
+        with torch.no_grad():
+            assert moe(**call).shape == (*rows, C)
+        leaves = [
+            call[name].requires_grad_() for name in ("x", "weights", "up_bias", *[n for n in ("up", "down") if not quantized])
+        ]
+        out = moe(**call)
+        gradients = torch.autograd.grad(out.sum(), leaves)
+        assert out.shape == (*rows, C) and all(g.shape == y.shape and g.device == y.device for g, y in zip(gradients, leaves))
+
+    def shaped():
+        experts = torch.zeros(*rows, K, dtype=torch.int32)
+        call = {"x": torch.ones(*rows, C), "experts": experts, "weights": torch.ones(*rows, K), "up_bias": torch.ones(E, 2 * I)}
+        return call | {"up": torch.ones(E, 2 * I, C), "down": torch.ones(E, C, I), "activation": CLAMPED}
+
+    shapes("meta")
+    with FakeTensorMode():
+        shapes("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("rows", [3, 600])
+def test_compiled_with_gradients(rows, quantized):
+    """As a whole: how many rows each expert gets is not traced."""
+    call = call_of((rows,), torch.float32, biases=True, residual=True)
+    names = ["x", "weights", "up_bias", "down_bias", "residual", *[name for name in ("up", "down") if not quantized]]
+    exact = in_float64(call)
+    if quantized:
+        for name in ("up", "down"):
+            shape, call[name] = call[name].shape, quantize(call[name].flatten(0, 1))
+            exact[name] = call[name].dequantize(torch.float64).view(shape)
+    compiled = torch.compile(lambda **call: moe(**call), fullgraph=True, backend="aot_eager")
+    leaves, twins = ([values[name].requires_grad_() for name in names] for values in (call, exact))
+    out = compiled(**call)
+    numerics.check(out.detach(), lambda: moe_reference(**exact).detach())
+    for gradient, name in zip(torch.autograd.grad(out.sum(), leaves), names):
+        numerics.check(gradient, lambda name=name: torch.autograd.grad(moe_reference(**exact).sum(), exact[name])[0])
+
+
+def test_the_operator_with_derivatives():
+    call = call_of((5,), torch.float32, biases=True)
+    tensors = [call[name] for name in ("x", "experts", "weights", "up", "down", "up_bias", "down_bias")]
+    x, experts, weights, up, down, *biases = (y.requires_grad_() if y.is_floating_point() else y for y in tensors)
+    arguments = x, experts, weights, up, [], down, [], E, *biases, ACTIVATION_NUMBERS["silu"], True
+    torch.library.opcheck(torch.ops.fastgpt.moe_grouped.default, arguments)
+
+
 def test_one_expert_twice():
     """For one token: both weights count."""
     call = call_of((5,), torch.float32)
@@ -200,6 +273,20 @@ def test_nan_and_infinities_choose_experts_that_exist(scoring):
         experts, weights = route(logits, 4, scoring=scoring, **options)
         assert experts.ge(0).all() and experts.lt(8).all() and all(len(row.unique()) == 4 for row in experts)
         assert weights[0].isnan().any() and torch.isfinite(weights[5]).all()
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+def test_no_expert_of_a_group_that_is_left_out(scoring, group_score):
+    """Not even where a selection_bias of -inf bans those of the chosen groups."""
+    logits, bias = torch.randn(50, 16), torch.randn(16)
+    bias[torch.tensor([0, 1, 2, 5, 8, 12, 13, 14])] = -torch.inf
+    options = {"scoring": scoring, "selection_bias": bias, "num_groups": 4, "top_groups": 2, "group_score": group_score}
+    found = [route(logits, 7, impl=impl, **options)[0] for impl in (None, "reference")]
+    assert torch.equal(*found) and all(len((row // 4).unique()) == 2 for row in found[0])
+    for token in range(50):
+        plain = plain_route(logits[token], 7, scoring == "sigmoid", bias, 4, 2, group_score == "top2")
+        assert found[0][token].tolist() == plain[0]
 
 
 def test_gradients_of_route():
@@ -363,7 +450,11 @@ logits = torch.zeros(2, 8)
         ({"num_groups": 8, "group_score": "top2"}, ValueError, "num_groups: expected groups of at least 2 experts"),
         ({"group_score": "mean"}, ValueError, "group_score: expected one of 'max', 'top2', got 'mean'"),
         ({"normalize": None}, TypeError, "normalize: expected a bool, got None"),
-        ({"scale": "1"}, TypeError, "scale: expected a finite number, got '1'"),
+        ({"scale": "1"}, TypeError, "scale: expected a finite number .*, got '1'"),
+        ({"scale": 1e300}, ValueError, r"scale: expected a finite number >= -3.40\d+e\+38 and <= 3.40\d+e\+38, got 1e\+300"),
+        ({"scale": -(10**39)}, ValueError, "scale: expected a finite number .*, got -1000000"),
+        ({"scale": float("inf")}, ValueError, "scale: expected a finite number .*, got inf"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number .*, got nan"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of .* or None, got 'cuda'"),
     ],
     ids=named,
@@ -372,6 +463,12 @@ def test_errors_of_route(change, error, message):
     for impl in (None, "reference") if "impl" not in change else (change["impl"],):
         with pytest.raises(error, match=message):
             route(**({"logits": logits, "top_k": 2} | change | {"impl": impl}))
+
+
+def test_a_scale_of_fp64():
+    """For logits of fp64, whose weights are so, too."""
+    weights = route(logits.double(), 2, scale=1e300)[1]
+    assert weights.dtype == torch.float64 and torch.equal(weights, torch.full((2, 2), 1.25e299, dtype=torch.float64))
 
 
 def test_explain():

@@ -77,7 +77,9 @@ def test_what_is_finite_in_fp16_stays_so(kind, dtype):
     stored = quantized(weight, kind)
     blocks = reference_blocks(weight.float(), stored.packing)
     assert stored.dequantize(torch.float16).isfinite().all()
-    assert (QuantizedWeight(blocks, stored.packing, 256).dequantize() == stored.dequantize(torch.float32)).all(1).float().mean() > 0.99
+    assert (QuantizedWeight(blocks, stored.packing, 256).dequantize() == stored.dequantize(torch.float32)).all(
+        1
+    ).float().mean() > 0.99
     near = (stored.dequantize(torch.float32) - weight.float()).abs() <= 2 * most / STEPS[kind[0], kind[2]]
     assert near.float().mean() >= (1.0 if kind[0] == "int8" else 0.93)
 
@@ -87,7 +89,9 @@ def test_what_is_finite_in_fp16_stays_so(kind, dtype):
 def test_what_no_scale_reaches_is_refused(kind, most):
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(ValueError, match="weight: expected finite numbers of magnitude [0-9]+ at most, got 3.[0-9]+e.38"):
-            quantized(torch.full((2, 256), most, dtype=torch.float32).clamp(max=torch.finfo(torch.bfloat16).max).to(dtype), kind)
+            quantized(
+                torch.full((2, 256), most, dtype=torch.float32).clamp(max=torch.finfo(torch.bfloat16).max).to(dtype), kind
+            )
 
 
 def test_blocks_are_the_same_on_every_cpu_level_and_number_of_threads():
