@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from fastgpt.checks import is_fake
+
 PAGE, HUGE_PAGE = mmap.PAGESIZE, 2 << 20  # bytes; on Arm, pages of 4, 16 or 64 KiB are in use
 HUGEPAGE, COLLAPSE = 14, 25  # advice of madvise: for memory that is not touched yet; for memory in use (Linux 6.1)
 
@@ -29,7 +31,7 @@ def collapse(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def _advise(x: torch.Tensor, advice: int) -> None:
-    if x.device.type != "cpu" or x.nbytes < HUGE_PAGE or sys.platform != "linux" or not x.is_contiguous():
+    if x.device.type != "cpu" or x.nbytes < HUGE_PAGE or sys.platform != "linux" or not x.is_contiguous() or is_fake(x):
         return
     begin, end = x.data_ptr() // PAGE * PAGE, x.data_ptr() + x.nbytes
     ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)  # an error means no huge pages

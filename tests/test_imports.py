@@ -145,7 +145,7 @@ LAYERS = [
         "ops.implementations",
     },  # fmt: skip
     {"kernels.tiles", "ops.quantized_weight"},
-    {"ops.library"},
+    {"ops.library", "huge_pages"},
     {
         "ops.gguf_blocks",
         "checks",
@@ -153,7 +153,6 @@ LAYERS = [
         "kernels.limits",
         "kernels.dependent_launch",
         "kernels.launch",
-        "huge_pages",
         "ops.dropout",
         "ops.derivatives",
         "ops.quantization",

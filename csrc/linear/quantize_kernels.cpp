@@ -10,7 +10,7 @@ namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
 constexpr int kLanes = 16, kVectors = kLanes / kWidth;
-constexpr float kMostOfHalf = 65504, kInfiniteInHalf = 65520;  // its largest finite number, and the least that rounds to infinity
+constexpr float kMostOfHalf = 65504, kInfiniteInHalf = 65520;  // the largest finite number; the least that rounds to infinity
 
 // Combines lanes pairwise, halves first.
 template <typename Combine>

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import huge_pages
-from fastgpt.checks import argument_error, require_choice, require_dtype, require_flag, require_integer, require_tensor
+from fastgpt.checks import argument_error, is_fake, require_choice, require_dtype, require_flag, require_integer, require_tensor
 from fastgpt.ops import gguf_blocks
 from fastgpt.ops.gguf_blocks import BLOCK_TYPES
 from fastgpt.ops.library import library, without_autograd
@@ -265,8 +265,9 @@ def quantize(
     Scales and minima, in fp16, are those of groups of consecutive columns; with 4 bits they are fitted for the least squared
     error. Groups of 32 are stored as GGUF's Q8_0, Q4_0 and Q4_1.
 
-    Of a group of numbers that are finite in fp16, all dequantized ones are, too. The least positive number of fp16 is 6e-8: a group becomes zero if no number exceeds 4e-6 in magnitude with int8, or 2e-7 with
-    int4, and its minimum if they differ by less than twice that. Just above, scales are coarse.
+    Of a group of numbers that are finite in fp16, all dequantized ones are, too. The least positive number of fp16 is 6e-8: a
+    group becomes zero if no number exceeds 4e-6 in magnitude with int8, or 2e-7 with int4, and its minimum if they differ by less
+    than twice that. Just above, scales are coarse.
 
     Args:
         weight: (N, C) fp32|fp16|bf16, finite. On the meta device only its shape matters.
@@ -296,8 +297,9 @@ def quantize_to(blocks: torch.Tensor, weight: torch.Tensor, packing: Packing) ->
     """
     if weight.is_meta or not len(weight):
         return
-    most = 65504.0 * (1 if packing.minima else 127 if packing.bits == 8 else 8)  # of what fp16 scales stand for
-    if weight.is_cpu and type(weight) in (torch.Tensor, torch.nn.Parameter) and type(blocks) is torch.Tensor:
+    most = MOST_OF_HALF * (1 if packing.minima else 127 if packing.bits == 8 else 8)  # of what fp16 scales stand for
+    plain = weight.is_cpu and type(weight) in (torch.Tensor, torch.nn.Parameter) and type(blocks) is torch.Tensor
+    if plain or is_fake(weight):
         try:
             _quantize(blocks, weight, packing.bits, packing.group_size, packing.minima, most)
         except RuntimeError as error:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_levels import lower_levels
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgpt
 from fastgpt import QuantizedWeight, linear, linear_reference, quantize
@@ -488,6 +489,20 @@ def test_meta():
     weight = quantize(torch.randn(40, 64, device="meta"), "int4")
     assert weight.is_meta and weight.shape == (40, 64)
     assert F.linear(torch.randn(3, 64, device="meta"), weight).shape == (3, 40)
+
+
+@kinds
+def test_of_fake_tensor_mode(kind):
+    """With a device, but without data; huge pages are not asked for where there is no memory."""
+    with FakeTensorMode():
+        weight = quantized(torch.randn(4096, 2048), kind)
+        assert weight.shape == weight.dequantize().shape == (4096, 2048) and weight.device == torch.device("cpu")
+        for rows in (3, 300):
+            assert (
+                linear(torch.randn(rows, 2048), weight).shape == F.linear(torch.randn(rows, 2048), weight).shape == (rows, 4096)
+            )
+        with pytest.raises(ValueError, match="weight: expected a multiple of 32 columns, got 33"):
+            quantize(torch.randn(4, 33))
 
 
 def test_data():
