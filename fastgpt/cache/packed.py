@@ -22,10 +22,10 @@ class Packed:
     position_bias: torch.Tensor | None = None  # (1, H, longest, longest), see `add_bias`
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str | None = None):
-        self.lengths, self.longest = torch.tensor(lengths, device=device), max(lengths)
+        self.lengths, self.longest = list(lengths), max(lengths)
         self.bounds = _bounds(lengths, device)
         self.rows = torch.arange(sum(lengths), device=device)  # (N,)
-        self.positions = self.rows - self.bounds[:-1].long().repeat_interleave(self.lengths)
+        self.positions = self.rows - _repeated(self.bounds[:-1].long(), lengths)
         self.parts: dict[int, tuple] = {}  # by window
 
     def add_bias(self, bias: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
@@ -106,13 +106,19 @@ class Packed:
 
     def _parts(self, window: int) -> tuple:
         """The rows, bounds and greatest length of the tokens of both calls, and where each token is among them."""
-        of_last = [min(n, window - 1) for n in self.lengths.tolist()]
-        of_first = [n - m for n, m in zip(self.lengths.tolist(), of_last)]
-        device = self.rows.device
-        is_first = self.positions < torch.tensor(of_first, device=device).repeat_interleave(self.lengths)
-        first, last = is_first.nonzero().squeeze(1), (~is_first).nonzero().squeeze(1)
-        parts = (first, _bounds(of_first, device), max(of_first)), (last, _bounds(of_last, device), max(of_last))
-        return *parts, torch.cat([first, last]).argsort()
+        of_last = [min(n, window - 1) for n in self.lengths]
+        of_first = [n - m for n, m in zip(self.lengths, of_last)]
+        device, parts, begins = self.rows.device, [], self.bounds[:-1].long()
+        for begin, counts in ((begins, of_first), (begins + torch.tensor(of_first, device=device), of_last)):
+            bounds = _bounds(counts, device)
+            rows = torch.arange(sum(counts), device=device) + _repeated(begin - bounds[:-1], counts)
+            parts.append((rows, bounds, max(counts)))
+        return *parts, torch.cat([rows for rows, *_ in parts]).argsort()
+
+
+def _repeated(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Each of x (B,) as often as counts say: (sum of counts,)."""
+    return x.repeat_interleave(torch.tensor(counts, device=x.device), output_size=sum(counts))  # a size that nothing waits for
 
 
 def _bounds(lengths: Sequence[int], device: torch.device | str | None) -> torch.Tensor:

@@ -83,10 +83,11 @@ class Classifier(nn.Module):
         weight, config = self.model.token_embedding.weight, self.config
         transform = Transform.of_classes(config)
         initialize(transform)
+        transform.to(device=weight.device, dtype=weight.dtype)
         pooler = self.model.pooler
         if pooler is not None and pooler.activation == transform.activation:
             transform.load_state_dict(pooler.state_dict())
-        return transform.to(device=weight.device, dtype=weight.dtype)
+        return transform
 
     @property
     def config(self) -> Any:

@@ -146,10 +146,16 @@ class Encoder(nn.Module):
         if lengths is None:
             states = self.encode_packed(ids.flatten(), [T] * B, None if token_types is None else token_types.flatten())
             return states.view(B, T, -1)
-        lengths = as_lengths("lengths", lengths, ids)
-        real = (torch.arange(T, device=ids.device) < lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
+        if ids.is_meta and isinstance(lengths, torch.Tensor):
+            raise ValueError(
+                "lengths: expected a list of integers for a model on the meta device, got a tensor, which has no data"
+            )
+        checked = as_lengths("lengths", lengths, ids)
+        counts = checked.tolist() if isinstance(lengths, torch.Tensor) else list(lengths)
+        packed, begins = torch.arange(sum(counts), device=ids.device), torch.arange(B, device=ids.device) * T
+        real = packed + (begins - checked.cumsum(0) + checked).repeat_interleave(checked, output_size=sum(counts))
         types = None if token_types is None else token_types.flatten()[real]
-        states = self.encode_packed(ids.flatten()[real], lengths.tolist(), types)
+        states = self.encode_packed(ids.flatten()[real], counts, types)
         return states.new_zeros(B * T, states.shape[1]).index_copy(0, real, states).view(B, T, -1)
 
     def encode_packed(self, ids: torch.Tensor, lengths: Sequence[int], token_types: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgpt.checks import require_device, require_dtype, require_tensor
+from fastgpt.checks import make_list, require_device, require_dtype, require_tensor
 from fastgpt.model.config import GPTConfig
 
 
@@ -39,15 +39,18 @@ def as_lengths(name: str, lengths: Any, x: torch.Tensor) -> torch.Tensor:
 
     Raises: TypeError, ValueError; a length outside 1 to T is not noticed on a GPU.
     """
-    if not isinstance(lengths, torch.Tensor):
+    if isinstance(lengths, torch.Tensor):
+        if lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: expected integers, got {lengths.dtype}")
+        numbers, shape = lengths.tolist() if lengths.is_cpu and lengths.dim() == 1 else [], tuple(lengths.shape)
+    else:
         if not isinstance(lengths, Sequence) or not all(isinstance(n, int) for n in lengths):
             raise TypeError(f"{name}: expected a tensor or a list of integers, got {lengths!r}")
-        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected integers, got {lengths.dtype}")
-    if lengths.shape != x.shape[:1] or lengths.is_cpu and not all(1 <= n <= x.shape[1] for n in lengths.tolist()):
-        got = lengths.tolist() if lengths.shape == x.shape[:1] else f"shape {tuple(lengths.shape)}"
+        numbers, shape = list(lengths), (len(lengths),)
+    if shape != x.shape[:1] or not all(1 <= n <= x.shape[1] for n in numbers):
+        got = numbers if shape == x.shape[:1] else f"shape {shape}"
         raise ValueError(f"{name}: expected {len(x)} lengths from 1 to {x.shape[1]} (the number of columns), got {got}")
+    lengths = lengths if isinstance(lengths, torch.Tensor) else torch.tensor(numbers, dtype=torch.int32, device=x.device)
     return lengths.to(x.device, torch.int32)
 
 
@@ -85,7 +88,7 @@ def as_sequences(model: Any, ids: Any) -> list[torch.Tensor]:
     elif is_several(ids):
         prompts = [as_prompt(prompt, model, device) for prompt in ids]
     else:
-        raise TypeError(f"ids: expected a torch.Tensor or a list of prompts, got {type(ids).__name__}")
+        raise TypeError(f"ids: expected a torch.Tensor or a list of prompts, got {type(ids).__name__}{make_list('ids', ids)}")
     if not prompts or any(prompt.dim() != 1 or len(prompt) == 0 for prompt in prompts):
         got = [tuple(prompt.shape) for prompt in prompts]
         raise ValueError(f"ids: expected at least one sequence, each of at least one token, got shapes {got}")

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn as nn
 from models import random_encoder, random_ids
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgpt import Encoder, EncoderConfig
+from fastgpt import Encoder, EncoderConfig, SequenceClassifier
 from fastgpt.model.rope import Rope
 from fastgpt.testing import numerics
 
@@ -19,6 +20,38 @@ MODERNBERT = {
 OTHERS = {"position": None, "embedding_norm": False, "num_kv_heads": 2, "qk_norm": True, "norm": "rms", "tie_embeddings": False}
 FIELDS = pytest.mark.parametrize("fields", [BERT, ROBERTA, MODERNBERT, OTHERS], ids=["bert", "roberta", "modernbert", "others"])
 LENGTHS = [20, 1, 13]
+
+
+@FIELDS
+def test_shapes_without_data(fields):
+    """On the meta device and of FakeTensorMode, with gradients, packed and padded; on the meta device of classes, too."""
+
+    def require_shapes(model, ids):
+        for lengths in (None, LENGTHS):
+            assert model(ids, lengths).shape == (3, 20, model.config.vocab_size)
+        states = model.encode_packed(ids.flatten()[:34], LENGTHS)
+        states.sum().backward()
+        assert states.shape == (34, 64) and model.token_embedding.weight.grad.shape == model.token_embedding.weight.shape
+        assert states.device == ids.device
+
+    model = random_encoder(**fields).to("meta")
+    require_shapes(model, torch.zeros(3, 20, dtype=torch.long, device="meta"))
+    assert SequenceClassifier(model, 3)(torch.zeros(3, 20, dtype=torch.long, device="meta")).shape == (3, 3)
+    with pytest.raises(ValueError, match="lengths: expected a list of integers for a model on the meta device, got a tensor"):
+        model.encode(torch.zeros(3, 20, dtype=torch.long, device="meta"), torch.tensor(LENGTHS))
+    with FakeTensorMode():
+        require_shapes(Encoder(model.config), torch.zeros(3, 20, dtype=torch.long))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@FIELDS
+def test_compiled_as_a_whole(fields):
+    model = random_encoder(**fields)
+    ids = random_ids(model, 3, 20)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for lengths in (None, LENGTHS):
+        torch.testing.assert_close(compiled(ids, lengths), model(ids, lengths))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastgpt.checks import argument_error, require_flag
+from fastgpt.checks import argument_error, is_fake, require_flag
 from fastgpt.ops.attention import operators
 from fastgpt.ops.attention.autograd import FusedAttention, savable
 from fastgpt.ops.attention.call import Call, Packing, varlen_arguments
@@ -197,7 +197,7 @@ def attention_varlen(
     call = call._replace(dropout_seed=seed_tensor(dropout_seed, q.device) if call.dropout_p > 0 else None)
     if scale is None:
         call = call._replace(scale=1.0 / math.sqrt(q.shape[-1]))
-    if chosen == "reference":
+    if chosen == "reference" and not cu_seqlens_q.is_meta and not is_fake(cu_seqlens_q):  # of which it would read the data
         out, lse = varlen_reference_of(call, packing)
     elif needs_gradients(call):
         out, lse = FusedAttention.apply(*savable(call), savable(packing))
