@@ -70,7 +70,8 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
     """
     if model.config.num_experts is not None and {"up", "down"} & {*targets}:
         raise ValueError(
-            f"lora_targets: expected qkv,out for a model with experts, whose matrices get no adapters, got {','.join(targets)}"
+            f"lora_targets: expected qkv,out for a model with experts, whose matrices get no adapters, got {','.join(targets)}: "
+            "lora_targets='qkv,out' adapts the attention alone"
         )
     layers = {
         name: layer for name, layer in model.blocks.named_modules() if isinstance(layer, nn.Linear) and _target(name) in targets

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from models import random_ids, random_model
 from torch import nn
 
-from fastgpt import GPT, GPTConfig, QuantizedWeight, decoding, generate
-from fastgpt.model.lora import add_adapters
+from fastgpt import GPT, GPTConfig, QuantizedWeight, decoding, generate, quantize
+from fastgpt.model.lora import Adapter, add_adapters, apply_adapters, attach
 from fastgpt.model.moe import MoE, load_balancing_loss, recorded_router_logits
 from fastgpt.model.rope import Rope
 from fastgpt.parallel import tensor_parallel
@@ -178,12 +178,39 @@ def test_router_logits_are_recorded_and_nothing_stays():
         assert torch.equal(model(ids), expected) and len(logits) == 1
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@torch.no_grad()
+def test_adapters_of_a_gated_shared_expert(quantized):
+    """As PEFT's on shared_expert and shared_expert_gate are applied: beside the weights, the result is that of merged ones."""
+    model, adapters = random_model(**LLAMA | SHARED), {}
+    if quantized:
+        for layer in (block.mlp.shared for block in model.blocks):
+            for part in (layer.up, layer.down):
+                part.weight = nn.Parameter(quantize(part.weight), requires_grad=False)
+    merged = copy.deepcopy(model)
+    for name, layer in merged.named_modules():
+        if name.rpartition(".")[2] in ("shared_gate", "router") or ".shared." in name and isinstance(layer, nn.Linear):
+            N, width = layer.weight.shape
+            adapters[name] = Adapter(torch.randn(3, width), 0.1 * torch.randn(N, 3), 0.5)
+            layer.weight = nn.Parameter(
+                layer.weight.dequantize() if isinstance(layer.weight, QuantizedWeight) else layer.weight
+            )
+    apply_adapters(merged, adapters)
+    assert len(adapters) == 4 * len(model.blocks)
+    plain = model(ids := random_ids(model, 2, 9))
+    for name, adapter in adapters.items():
+        attach(model.get_submodule(name), adapter)
+    expected, found = merged(ids), model(ids)
+    torch.testing.assert_close(found, expected)
+    assert (found - plain).abs().max() > 0.01
+
+
 # Refusals
 
 
 def test_adapters_of_experts_are_refused():
     model = random_model(**LLAMA | EXPERTS)
-    with pytest.raises(ValueError, match="lora_targets: expected qkv,out for a model with experts, .* got qkv,out,up,down"):
+    with pytest.raises(ValueError, match="lora_targets: .* got qkv,out,up,down: lora_targets='qkv,out' adapts"):
         add_adapters(model, 4, 16.0)
     add_adapters(model, 4, 16.0, ("qkv", "out"))
 

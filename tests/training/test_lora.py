@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 import warnings
 from dataclasses import replace
@@ -35,8 +36,9 @@ FAMILIES = {
     ),  # whose rows of queries, keys and values are in another order, as are those of GLM-4
     "glm4": ("Glm4", COMMON | dict(intermediate_size=128, head_dim=24)),
     "deepseek_v3": ("DeepseekV3", CONFIGS["deepseek_v3"][1] | dict(intermediate_size=128, kv_lora_rank=32, v_head_dim=16)),
+    "mixtral": CONFIGS["mixtral"],
 }
-TARGETS = {"deepseek_v3": {"lora_targets": "qkv,out"}}  # a mixture of experts
+TARGETS = dict.fromkeys(("deepseek_v3", "mixtral"), {"lora_targets": "qkv,out"})  # mixtures of experts
 
 
 def checkpoint_of(family, folder):
@@ -247,6 +249,34 @@ def test_commands(tmp_path, capsys):
     )
     status, _, error = run(capsys, "generate", "the", "--model", out)
     assert status == 2 and "found adapter_config.json: an adapter is loaded as lora" in error
+
+
+def test_a_mixture_of_experts_names_the_layers_that_it_takes(tmp_path, capsys):
+    base, text_file = tmp_path / "base", tmp_path / "text.txt"
+    text_file.write_text(TEXT)
+    checkpoint_of("mixtral", base)
+    arguments = (
+        "train",
+        "--init-from",
+        base,
+        "--text",
+        text_file,
+        "--lora",
+        2,
+        "--context",
+        16,
+        "--steps",
+        1,
+        "--eval-windows",
+        4,
+    )
+    status, _, error = run(capsys, *arguments, "--out", tmp_path / "a")
+    assert status == 2 and re.search(
+        "--lora-targets: expected qkv,out for a model with experts, .* got qkv,out,up,down: --lora-targets qkv,out adapts",
+        error,
+    ), error
+    status, shown, error = run(capsys, *arguments, "--out", tmp_path / "b", "--lora-targets", "qkv,out")
+    assert status == 0 and " parameters of adapters" in shown, error
 
 
 @pytest.mark.parametrize(
