@@ -103,9 +103,14 @@ def add_model(add: Callable, default: Path | None = SHIPPED_MODEL) -> None:
 def add_loading(add: Callable, default: Path | None = SHIPPED_MODEL) -> None:
     """Adds the options of `add_model`, and those that say how its weights are loaded."""
     add_model(add, default)
+    add_weights(add)
+    add("--lora", type=path_or_id, metavar="DIR", help="a LoRA adapter of the model, as PEFT and fastgpt train --lora save it")
+
+
+def add_weights(add: Callable) -> None:
+    """Adds the options that say in which types weights are loaded."""
     add("--dtype", choices=DTYPES, metavar="D", help=f"dtype of the weights: {', '.join(DTYPES)} (as stored)")
     add("--weights", choices=MATRICES, metavar="D", help=f"load the matrices as {', '.join(MATRICES)} (as stored)")
-    add("--lora", type=path_or_id, metavar="DIR", help="a LoRA adapter of the model, as PEFT and fastgpt train --lora save it")
 
 
 def add_cache_dtype(add: Callable) -> None:
@@ -126,6 +131,14 @@ def add_template_variables(add: Callable, condition: str = "") -> None:
 def template_variables(options: argparse.Namespace) -> dict[str, object]:
     """The variables that `add_template_variables` has taken."""
     return dict(map(template_variable, options.template_var))
+
+
+def require_read(variables: dict[str, object], tokenizer: Any) -> None:
+    """Raises ValueError for a variable that the chat template does not read."""
+    if variables and (unread := tokenizer.unread_variables(variables)):
+        raise ValueError(
+            f"template-var: expected variables that the model's chat template reads, got {', '.join(unread)}, which it does not"
+        )
 
 
 def template_variable(argument: str) -> tuple[str, object]:

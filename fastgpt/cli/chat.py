@@ -21,6 +21,7 @@ from fastgpt.cli.arguments import (
     add_template_variables,
     device_of,
     integer,
+    require_read,
     template_variables,
     unescape,
 )
@@ -80,6 +81,7 @@ def run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     if pipe.tokenizer.chat_template is None:
         raise ValueError(f"model: expected one with a chat template, made for chats; {options.model} has none")
+    require_read(variables, pipe.tokenizer)
     if options.draft is not None:
         speculates["speculate"] = draft_model(options, pipe.model, device)
     chat = pipe.conversation(

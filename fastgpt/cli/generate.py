@@ -25,6 +25,7 @@ from fastgpt.cli.arguments import (
     device_of,
     integer,
     path_or_id,
+    require_read,
     template_variables,
     unescape,
 )
@@ -161,6 +162,7 @@ def generate_text(
     if options.chat and pipe.tokenizer.chat_template is None:
         which = "the shipped model" if options.model == SHIPPED_MODEL else options.model
         raise ValueError(f"chat: expected a --model with a chat template, {which} has none")
+    require_read(settings.get("template_variables", {}), pipe.tokenizer)
     generation = generate_once(pipe, prompts, settings, options, use_cache=not options.no_cache, quiet=options.json)
     print_warnings(generation, options, pipe.model.config.context_length)
     result = texts(pipe, generation, prompts, options) | measurements(pipe, generation, device)

@@ -1,6 +1,7 @@
 """Conversations: turns of a chat over one cache, of which each turn reads only what is new."""
 
 import json
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -58,6 +59,7 @@ class Conversation:
             if options.get(name, only) != only:
                 raise ValueError(f"{name}: expected {only} in a conversation, got {options[name]!r}")
         require_template_variables(template_variables)
+        warn_of_unread(template_variables, pipe.tokenizer)
         given = require_integer("max_new_tokens", max_new_tokens, 1, optional=True)
         pipe.run([[0]], 1, stop, eos, options)  # not begun: so that errors come now, and not at the first turn
         self.pipe, self.options, self.template_variables = pipe, options, template_variables
@@ -278,6 +280,14 @@ def require_messages(messages: Any) -> None:
             raise ValueError(f"path: expected the role {role} in message {i}, got {message['role']!r}")
     if messages and messages[-1]["role"] == "user":
         raise ValueError("path: expected an answer to the last message, got none")
+
+
+def warn_of_unread(variables: dict | None, tokenizer: Any) -> None:
+    """Warns of variables that the chat template does not read."""
+    for name in tokenizer.unread_variables(variables) if variables else ():
+        warnings.warn(
+            f"template_variables: the model's chat template reads none named {name!r}, which changes nothing", stacklevel=4
+        )
 
 
 def require_template_variables(variables: Any) -> None:

@@ -1,13 +1,13 @@
 """Generation: `generate`; `stream`, which yields tokens as they come; `generate_each`, which yields rows as they end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from fastgpt.checks import require_flag
+from fastgpt.checks import listed, require_flag
 from fastgpt.generation.config import GenerationConfig, integers
 from fastgpt.generation.many import Many, is_many
 from fastgpt.generation.request import Request
@@ -19,7 +19,7 @@ from fastgpt.model.inputs import require_decoder
 
 def generate(
     model: GPT | EncoderDecoder,
-    ids: torch.Tensor | np.ndarray | Sequence,
+    ids: torch.Tensor | np.ndarray | Iterable,
     max_new_tokens: int | Sequence[int] | None = None,
     *,
     encoder_states: torch.Tensor | None = None,
@@ -32,8 +32,8 @@ def generate(
 
     Args:
         model: a decoder, or an `EncoderDecoder`, whose inputs are ids.
-        ids: (B, T) int64 token ids, T >= 1, a tensor or an array; or a list of B prompts of any length, each a list, a 1-d
-            tensor or array of ids.
+        ids: (B, T) int64 token ids, T >= 1, a tensor or an array; or a list or an iterator of B prompts of any length, each
+            a list, a 1-d tensor or array of ids.
         max_new_tokens: prompt and new tokens must fit into the model's context. None: as many as the model's checkpoint
             says, or else 300; but no more than fit after the longest prompt. Or a list with a number for each prompt: see
             max_batch in `GenerationConfig`, with which None is what fits after each.
@@ -54,6 +54,7 @@ def generate(
         that are done.
     """
     require_model(model)
+    ids = listed(ids)
     require_flag("progress", progress)
     config = GenerationConfig.of(model, options)
     if is_many(model, ids, max_new_tokens, config):
@@ -93,7 +94,7 @@ def require_model(model: Any) -> None:
 
 def stream(
     model: GPT | EncoderDecoder,
-    ids: torch.Tensor | np.ndarray | Sequence,
+    ids: torch.Tensor | np.ndarray | Iterable,
     max_new_tokens: int | None = None,
     *,
     encoder_states: torch.Tensor | None = None,
@@ -109,13 +110,14 @@ def stream(
     Arguments, their defaults and errors are those of `generate`; bad input raises here, not at the first token.
     """
     require_model(model)
+    ids = listed(ids)
     config = GenerationConfig.of(model, options)
     return Request.of(model, ids, max_new_tokens, config, encoder_states, encoder_lengths).stream()
 
 
 def generate_each(
     model: GPT,
-    ids: torch.Tensor | np.ndarray | Sequence,
+    ids: torch.Tensor | np.ndarray | Iterable,
     max_new_tokens: int | Sequence[int] | None = None,
     *,
     progress: bool = False,
@@ -128,6 +130,7 @@ def generate_each(
     bad input raises here, not at the first row.
     """
     require_model(model)
+    ids = listed(ids)
     require_flag("progress", progress)
     many = Many(model, ids, max_new_tokens, GenerationConfig.of(model, options))
     results = ((row.index, many.result(row)) for row in many.run(progress))

@@ -1,7 +1,7 @@
 """Text in, text out: the decoder or encoder-decoder of a checkpoint and its tokenizer."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ import torch
 
 from fastgpt.checkpoints import gguf_file, hub, transformers_format
 from fastgpt.checkpoints.files import naming
-from fastgpt.checks import require_integer
+from fastgpt.checks import listed, make_list, require_integer
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.config import GenerationConfig, defaults_of, integers
-from fastgpt.generation.conversation import OWN_EOS, Conversation, require_template_variables
+from fastgpt.generation.conversation import OWN_EOS, Conversation, require_template_variables, warn_of_unread
 from fastgpt.generation.many import Interrupted, Many, is_many
 from fastgpt.generation.request import Kept, Request
 from fastgpt.model.decoder import GPT
@@ -93,22 +93,31 @@ class Pipeline:
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Iterable[str],
         max_new_tokens: int | Sequence[int] | None = None,
         *,
         progress: bool = False,
         **options,
     ) -> str | list[str] | list[list[str]]:
-        """The continuation of a prompt, without the prompt; for a list of prompts, a list of them. With num_samples > 1 each is
-        a list of texts.
+        """The continuation of a prompt, without the prompt; for a list or an iterator of prompts, a list of them. With
+        num_samples > 1 each is a list of texts.
 
         Thousands of prompts may be given with max_batch, and `progress` shows a bar on standard error; Ctrl-C then raises
         `fastgpt.Interrupted`, a KeyboardInterrupt whose `results` are the texts, None for those that are not done."""
-        single = isinstance(prompts, str)
+        single, prompts = isinstance(prompts, str), listed(prompts)
         if not single and not (isinstance(prompts, Sequence) and all(isinstance(prompt, str) for prompt in prompts)):
-            raise TypeError(f"prompts: expected a str or a list of them, got {prompts!r}")
+            raise TypeError(f"prompts: expected a str or a list of them, got {prompts!r}{make_list('prompts', prompts)}")
         texts = self._texts([prompts] if single else prompts, max_new_tokens, options, progress)
         return texts[0] if single else texts
+
+    def embed(self, *arguments: Any, **options: Any) -> Any:
+        """Raises TypeError: a decoder continues texts; an encoder has `embed` and `fill`."""
+        raise TypeError(
+            f"pipe: expected an encoder, which embeds texts and fills masks, got a decoder, "
+            f"{self.model.checkpoint_config.get('model_type', 'a GPT')!r}: pipe(prompts) continues texts"
+        )
+
+    fill = embed
 
     def chat(self, messages: Messages | str, max_new_tokens: int | None = None, **options) -> str | list[str]:
         """The answer to messages, each a dict with role and content, or to a user's message as a str; a list of answers if
@@ -125,13 +134,14 @@ class Pipeline:
         return (piece for pieces in run for piece in pieces if piece)
 
     def start(
-        self, prompts: Sequence[str | Messages], max_new_tokens: int | Sequence[int] | None = None,
+        self, prompts: Iterable[str | Messages], max_new_tokens: int | Sequence[int] | None = None,
         *, stop: Stop = (), eos: int | Sequence[int] | None | str = OWN_EOS, template_variables: dict | None = None, **options,
     ) -> "Run | ManyRun":  # fmt: skip
         """Starts a generation and returns it as a `Run`, which has tokens, log-probabilities and times besides the texts; as a
         `ManyRun` with max_batch."""
+        prompts = listed(prompts)
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise TypeError(f"prompts: expected a list of them, got {prompts!r}")
+            raise TypeError(f"prompts: expected a list of them, got {prompts!r}{make_list('prompts', prompts)}")
         if not prompts:
             raise ValueError("prompts: expected at least one, got none")
         ids = []
@@ -182,6 +192,7 @@ class Pipeline:
             name, ids = "prompt", self.tokenizer.encode(prompt, name="prompt")
         else:
             require_template_variables(template_variables)
+            warn_of_unread(template_variables, self.tokenizer)
             name, ids = "messages", self.tokenizer.encode_chat(prompt, **template_variables or {})
         if not ids:
             raise ValueError(f"{name}: expected at least one token, got an empty prompt")

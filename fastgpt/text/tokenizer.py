@@ -211,6 +211,12 @@ class Tokenizer:
         require_text(text, "messages")
         return text
 
+    def unread_variables(self, variables: Mapping[str, Any]) -> list[str]:
+        """The names of those variables of `chat_text` that the chat template does not read, so that they change nothing."""
+        template = self._template(variables.get("chat_template"), variables.get("tools"))
+        own = {"add_generation_prompt", "continue_final_message", "chat_template"}
+        return [name for name in variables if name not in own | template.variables]
+
     def _template(self, chosen: str | None, tools):
         """The compiled template of this name or source; by default, the default one."""
         from fastgpt.text.chat_template import ChatTemplate  # which loads jinja2

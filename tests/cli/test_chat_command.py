@@ -72,6 +72,10 @@ def test_variables_reach_the_template(capsys, monkeypatch, tmp_path):
         _, _, err = chat(capsys, monkeypatch, model, ["a"], *options)
         counts.append(int(err.split("read ")[1].split(",")[0]))
     assert counts[0] < counts[1]
+    status, out, err = chat(capsys, monkeypatch, model, ["a"], "--template-var", "breif=true")
+    assert (
+        status == 2 and not out and "--template-var: expected variables that the model's chat template reads, got breif" in err
+    )
 
 
 def test_the_oldest_turns_are_dropped_and_that_is_said(capsys, monkeypatch, model):

@@ -100,6 +100,12 @@ def test_variables_of_the_chat_template(tmp_path, capsys):
     for wrong in (["--template-var", "x=1"], ["--chat", "--template-var", "x"], ["--chat", "--template-var", "=1"]):
         status, _, err = run(capsys, *arguments, *wrong)
         assert status == 2 and "template-var: expected " in err
+    status, _, err = run(capsys, *arguments, "--chat", *flags, "--template-var", "enable_thinkng=true", "--template-var", "x=1")
+    assert status == 2
+    assert (
+        "--template-var: expected variables that the model's chat template reads, got enable_thinkng, x, which it does not"
+        in err
+    )
 
 
 def test_chats_and_eos_tokens(chat_model, capsys):

@@ -255,6 +255,33 @@ def test_variables_of_the_chat_template(pipe, monkeypatch):
         assert "".join(pipe.stream([{"role": "user", "content": "the dog"}], 9, template_variables=given)) == pipe(prompt, 9)
 
 
+def test_variables_that_the_chat_template_does_not_read_are_noticed(pipe, monkeypatch):
+    template = "{% set kept = kept if kept is defined else 1 %}{% macro f(x) %}{{ x ~ of_macro }}{% endmacro %}{{ f(kept) }}"
+    template += "{{ messages[0].content }}"
+    monkeypatch.setattr(pipe.tokenizer, "chat_template", template)
+    assert pipe.tokenizer.unread_variables({"kept": 2, "of_macro": 3, "x": 4, "tools": [], "continue_final_message": True}) == [
+        "x",
+        "tools",
+    ]
+    for call in (pipe.chat, lambda text, _, **options: pipe.conversation(**options).say(text)):
+        with pytest.warns(UserWarning, match="template_variables: the model's chat template reads none named 'thinknig'"):
+            call("the dog", 5, template_variables={"thinknig": True})
+
+
+def test_an_iterator_of_prompts_is_a_list_of_them(pipe):
+    prompts, ids = ["the dog", "a fox"], [[1, 2, 3], [4]]
+    assert pipe((prompt for prompt in prompts), 5) == pipe(prompts, 5) == pipe(iter(prompts), 5, max_batch=2)
+    assert [row.text for row in pipe.start((prompt for prompt in prompts), 5).finish()] == pipe(prompts, 5)
+    expected = fastgpt.generate(pipe.model, ids, 5)
+    assert all(map(torch.equal, fastgpt.generate(pipe.model, (row for row in ids), 5), expected))
+    assert len(list(fastgpt.stream(pipe.model, iter(ids), 5))) == len(list(fastgpt.stream(pipe.model, ids, 5)))
+    assert {i for i, _ in fastgpt.generate_each(pipe.model, iter(ids), 5)} == {0, 1}
+    with pytest.raises(TypeError, match=r"prompts: expected a str or a list of them, got {'a'}: pass list\(prompts\)"):
+        pipe({"a"})
+    with pytest.raises(TypeError, match=r"ids: expected a torch.Tensor or a list of prompts, got dict: pass list\(ids\)"):
+        fastgpt.generate(pipe.model, {1: 2}, 5)
+
+
 def test_streaming_text_keeps_log_probabilities(pipe):
     for call in (pipe, pipe.chat, pipe.stream):
         with pytest.raises(

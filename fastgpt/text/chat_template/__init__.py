@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
+from jinja2.meta import find_undeclared_variables
 
 from fastgpt.text.chat_template.budget import Budget, limited
 from fastgpt.text.chat_template.messages import ChatTemplateError, PlainData, cut_at_end, mark_end, prepared
@@ -39,6 +40,7 @@ class ChatTemplate:
                 tree = ENVIRONMENT.parse(source)
                 if (count := count_nodes(tree)) > SOURCE_NODES:
                     raise ChatTemplateError(f"chat_template: expected at most {SOURCE_NODES:,} nodes, got {count:,}")
+                self.variables = frozenset(find_undeclared_variables(tree))  # that it reads
                 self.template = ENVIRONMENT.from_string(CountSteps().visit(tree))
         except ChatTemplateError:
             raise
