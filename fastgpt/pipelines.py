@@ -23,9 +23,9 @@ def pipeline(
         print(pipe("Once upon a time", max_new_tokens=50, temperature=0.8))
 
     Args:
-        path: what `GPT.from_pretrained`, `EncoderDecoder.from_pretrained` or `Encoder.from_pretrained` takes, with the files of a tokenizer: see
-            `Tokenizer.from_folder`; a GGUF file has its own. Default: the character-level model of Shakespeare that comes with
-            the package.
+        path: what `GPT.from_pretrained`, `EncoderDecoder.from_pretrained` or `Encoder.from_pretrained` takes, with the files of
+            a tokenizer: see `Tokenizer.from_folder`; a GGUF file has its own. Default: the character-level model of Shakespeare
+            that comes with the package.
         revision: of a model on the Hugging Face Hub: a branch, a tag or a commit; default its main branch.
         dtype: of the weights; default as stored.
         device: default a GPU if there is one.

@@ -92,7 +92,7 @@ def _check_architectures(config: dict, family: str, head: str | None) -> None:
         loader = own if stored == architecture(family) else None if found is None else HEADS[found]
         raise ValueError(
             f"architectures: expected the architecture {architecture(family, head)}, got {stored}"
-            + (f", which fastgpt.{loader} loads" if loader else "")
+            + (f", which fastgpt.{loader}.from_pretrained loads" if loader else "")
         )
 
 

@@ -13,12 +13,17 @@ import torch
 import fastgpt
 from fastgpt.bench.timing import implementation
 from fastgpt.checkpoints import gguf_architectures, gguf_config, gguf_file, gguf_tensors, quantized_folders, transformers_format
+from fastgpt.checkpoints.families import HEADS
+from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.files import CONFIG, TOKENIZER, read_json
 from fastgpt.checkpoints.safetensors_files import headers, weight_files
 from fastgpt.cli.arguments import path
 from fastgpt.cli.example_calls import example_calls
+from fastgpt.encoding.sentences import read_sentences
 from fastgpt.generation.decoding import decoding
+from fastgpt.model import classifiers
 from fastgpt.ops.library import CUDA_MISSING
+from fastgpt.schema import read
 
 OPERATIONS: dict[Callable, str] = {  # what they compute
     fastgpt.attention: "softmax attention over keys and values, with its gradients",
@@ -109,24 +114,27 @@ def print_folder(folder: Path) -> None:
     from fastgpt.text.tokenizer_files import read_chat_templates  # loads the package tokenizers
     from fastgpt.text.vocabularies import read_json as read_tokenizer_json
 
-    fields, scheme, served, loader = {}, None, "", "GPT"  # type: dict, quantized_folders.Scheme | None, str, str
+    fields, scheme, served, family = {}, None, "", None  # type: dict, quantized_folders.Scheme | None, str, Family | None
+    head = head_of(folder)
     try:
-        family, config, parts = transformers_format.read_config(folder)
-        loader, (_, fields) = family.loader, family.parts(parts)[0]
+        family, config, parts = transformers_format.read_config(folder, head)
+        _, fields = family.parts(parts)[0]
         scheme = quantized_folders.scheme(config)
     except ValueError as error:
         config, served = read_json(folder / CONFIG), f", which is not served: {error}"
     files = weight_files(folder)
     found, metadata = headers(files)
+    if family is not None:  # without buffers, such as position_ids, which are not loaded
+        found = [part for part in found if family.with_prefix(part.name) is not None]
     weights = found if scheme is None else quantized_folders.matrices(found, scheme, metadata)
     tokenizers = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     print_lines({
         "architecture": one_line(config.get("model_type", "not said")) + served,
-        **({} if loader == "GPT" else {"kind": f"{transformers_format.KINDS[loader]}, which fastgpt.{loader} loads"}),
         "name": one_line(folder.absolute().name),
         "parameters": f"{sum(weight.numel for weight in weights):,}",
         "size": size_of(files),
         **experts_line(fields),
+        **({} if family is None else uses(folder, family, head, config, {part.name for part in found})),
         "context": one_line(fields.get("context_length", config.get("max_position_embeddings", "not said"))),
         "vocabulary": one_line(config.get("vocab_size", "no")) + " tokens",
         "tokenizer": ", ".join(tokenizers) or "none",
@@ -134,6 +142,52 @@ def print_folder(folder: Path) -> None:
         "quantization": "none" if scheme is None else scheme.method,
     })  # fmt: skip
     print_types([(weight.dtype, weight.numel * BYTES.get(weight.dtype, 1)) for weight in found], BYTES)
+
+
+def head_of(folder: Path) -> str | None:
+    """The one of HEADS that a checkpoint's config.json names, or None."""
+    try:
+        named = read_json(folder / CONFIG).get("architectures")
+    except (OSError, ValueError):  # which read_config reports
+        return None
+    return (
+        next((head for head in HEADS for name in named or () if str(name).endswith(head)), None)
+        if isinstance(named, list)
+        else None
+    )
+
+
+def uses(folder: Path, family: Family, head: str | None, config: dict, names: set[str]) -> dict[str, str]:
+    """What loads the checkpoint of an encoder, an encoder-decoder or a classifier, and what it can do.
+
+    Args:
+        names: of its weights.
+    """
+    if head is not None:
+        settings = read(classifiers.Classifier.schema, config)
+        labels = classifiers.labels_of(settings["id2label"]) or range(settings["num_labels"])
+        listed = ", ".join(map(one_line, labels.values())) if isinstance(labels, dict) else "without names"
+        return {"loaded by": f"fastgpt.{HEADS[head]}.from_pretrained", "labels": one_line(f"{len(labels)}: {listed}")}
+    if not family.encoder:
+        return {"loaded by": "fastgpt.pipeline, fastgpt.EncoderDecoder.from_pretrained"} if family.stacks else {}
+    try:
+        own = read_sentences(folder)
+    except (OSError, ValueError) as error:
+        embeds = f"no: {error}"
+    else:
+        what = {"mean": "the mean of all tokens", "first": "the first token"}[own.pooling]
+        embeds = what + (", normalized" if own.normalize else "")
+        embeds += f", of at most {own.max_tokens:,} tokens" if own.max_tokens else ""
+        if own.prompts:
+            default = "" if own.default_prompt_name is None else f" (default {own.default_prompt_name})"
+            embeds += f"; prompts {', '.join(map(one_line, own.prompts))}{default}"
+    given = {family.with_prefix(name) for name in names}
+    has_head = not given.isdisjoint(family.checkpoint_names("head.transform.dense.weight")[0])
+    return {
+        "loaded by": "fastgpt.pipeline, fastgpt.Encoder.from_pretrained",
+        "embed": embeds,
+        "fill": "words for masked tokens" if has_head else "no: there is no masked-language head",
+    }
 
 
 def experts_line(fields: dict) -> dict[str, str]:

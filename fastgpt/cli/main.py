@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 import sys
 from importlib import import_module
 from typing import Any
@@ -25,7 +26,6 @@ COMMANDS = {  # a module beside this one each
     "bench": "measure the speed of generation and its operations, in two minutes",
     "info": "show versions, devices, and which implementation each operation uses; or what is in a model",
 }
-NOT_OPTIONS = {"prompt", "run", "parser"}  # what else is in the parsed arguments
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,11 +100,26 @@ class CommandParser(Parser):
 
 def error_message(error: Exception, options: argparse.Namespace) -> str:
     """The message of an error in terms of the command line: the argument that it begins with becomes the option of that name,
-    if the command has one, and "or None", which only Python can pass, is left out."""
+    if the command has one, and so do NAME=VALUE further on; texts[0] becomes text 1; "or None", which only Python can pass, is left
+    out."""
     message = startup.sentence(error)
     if isinstance(error, PromptTooLong):
         message += " (--model)"
+    known = getattr(getattr(options, "parser", None), "_option_string_actions", {})
+
+    def option(match: re.Match) -> str:
+        if match[1] is None:
+            return match[0]
+        name = "--" + match[1].replace("_", "-")
+        value = shlex.quote(match[2].strip("'"))
+        return match[0] if name not in known else name if value == "True" else f"{name} {value}"
+
     name, colon, rest = message.partition(":")
-    if not colon or name.replace("-", "_") not in vars(options).keys() - NOT_OPTIONS:
+    if not colon:
         return message
-    return f"--{name.replace('_', '-')}:" + re.sub("^((?:(?!, got ).)*) or None, got ", r"\1, got ", rest)
+    rest = re.sub(r"(?<!\w)'[^']*'|\b([a-z_]+)=(True|'[^']*'|[0-9.]+)", option, rest)  # but not in what was given
+    if text := re.fullmatch(r"texts\[([0-9]+)\]", name):
+        return f"text {int(text[1]) + 1}:{rest}"
+    if (typed := "--" + name.replace("_", "-")) not in known:
+        return f"{name}:{rest}"
+    return f"{typed}:" + re.sub("^((?:(?!, got ).)*) or None, got ", r"\1, got ", rest)

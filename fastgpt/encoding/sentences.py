@@ -11,6 +11,7 @@ from fastgpt.checkpoints.files import naming, read_json
 from fastgpt.schema import choice, flag, integer, mapping, several, text
 
 MODES = {"mean": "mean", "cls": "first"}  # their name -> ours
+POOLINGS = {"mean": "mean", "first": "first"} | MODES  # what callers may say -> ours
 FLAGS = {  # entries of earlier versions -> the name
     "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens": "weightedmean",
@@ -26,7 +27,7 @@ class Sentences:
     normalize: whether embeddings are divided by their length.
     max_tokens: of a text; None: as many as the context.
     lowercase: whether texts are lowercased before they are embedded.
-    prompts: names of texts that go before those that are embedded; prompt: the name of the one that does by default.
+    prompts: names of texts that go before those that are embedded; default_prompt_name: of the one that does by default.
     """
 
     pooling: str = "mean"
@@ -34,7 +35,7 @@ class Sentences:
     max_tokens: int | None = None
     lowercase: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
-    prompt: str | None = None
+    default_prompt_name: str | None = None
 
 
 def read_sentences(folder: Path) -> Sentences:
@@ -71,7 +72,7 @@ def read_sentences(folder: Path) -> Sentences:
                 f"model: {folder / 'config_sentence_transformers.json'}: default_prompt_name: expected the name of one of the "
                 f"prompts, {', '.join(map(repr, prompts)) or 'of which there are none'}, got {name!r}"
             )
-        fields |= {"prompts": prompts, "prompt": name}
+        fields |= {"prompts": prompts, "default_prompt_name": name}
     return Sentences(**fields)
 
 

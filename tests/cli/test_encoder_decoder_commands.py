@@ -95,10 +95,10 @@ def test_generate(folder, capsys):
 
 def test_info(folder, tmp_path, capsys):
     status, out, _ = run(capsys, "info", folder)
-    assert status == 0 and "kind:          an encoder-decoder, which fastgpt.EncoderDecoder loads\n" in out
+    assert status == 0 and "loaded by:     fastgpt.pipeline, fastgpt.EncoderDecoder.from_pretrained\n" in out
     assert "architecture:  t5\n" in out and "context:       32,768\n" in out
     Encoder.from_pretrained(folder).save_pretrained(tmp_path)
-    assert "kind:          an encoder, which fastgpt.Encoder loads\n" in run(capsys, "info", tmp_path)[1]
+    assert "loaded by:     fastgpt.pipeline, fastgpt.Encoder.from_pretrained\n" in run(capsys, "info", tmp_path)[1]
 
 
 @pytest.mark.parametrize("command", [("chat",), ("inspect", "the dog"), ("quantize", "--out")], ids=lambda command: command[0])

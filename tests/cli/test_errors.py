@@ -89,6 +89,12 @@ SAID = [
     ("max_new_tokens: expected an integer >= 0 or None, got -1", "--max-new-tokens: expected an integer >= 0, got -1"),
     ("max_new_tokens: expected at most max_new_tokens or None", "--max-new-tokens: expected at most max_new_tokens or None"),
     ("model: expected a folder, got 'top_p or None, got'", "--model: expected a folder, got 'top_p or None, got'"),
+    ("top_p: expected none with top_k=3, got 'top_k=3'", "--top-p: expected none with --top-k 3, got 'top_k=3'"),
+    (
+        "tokens: expected fewer: ignore_eos=True and stop='a b' help",
+        "tokens: expected fewer: --ignore-eos and --stop 'a b' help",
+    ),
+    ("texts[2]: expected a text", "text 3: expected a text"),
     ("prompt: expected a text or None, got 3", None),
     ("layers: expected an integer or None, got 3", None),
     ("top_p expected a number or None, got 3", None),
@@ -102,7 +108,8 @@ def test_arguments_are_named_as_they_are_typed(message, expected):
     """Those of this command; and nothing of what was given is changed."""
     options = parser().parse_args(["generate", "A", "--top-p", "1"])
     assert error_message(ValueError(message), options) == (message if expected is None else expected)
-    assert error_message(ValueError(message), argparse.Namespace()) == message
+    if not message.startswith("texts"):
+        assert error_message(ValueError(message), argparse.Namespace()) == message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ def test_arguments(tmp_path):
     torch.testing.assert_close(one, embeddings[0])
     assert pipe.embed([]).shape == (0, 64)
     first = pipe.embed(TEXTS, pooling="first", normalize=False)
+    assert torch.equal(first, pipe.embed((text for text in TEXTS), pooling="cls", normalize=False))
     states = pipe.model.encode(torch.tensor([pipe.tokenizer.encode(TEXTS[0])]))
     torch.testing.assert_close(first[0], states[0, 0])
     assert pipe.embed(TEXTS, progress=True).shape == (len(TEXTS), 64)
@@ -92,12 +94,14 @@ def test_texts_are_lowercased_if_the_files_say_so(tmp_path):
 def test_prompts(tmp_path):
     prompts = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": None}
     pipe = fastgpt.pipeline(sentence_model(tmp_path / "a", prompts=prompts))
-    plain, with_prompt = pipe.embed("sitting"), pipe.embed("sitting", prompt="query")
+    plain, with_prompt = pipe.embed("sitting"), pipe.embed("sitting", prompt_name="query")
     assert (plain - with_prompt).abs().max() > 0.01
     torch.testing.assert_close(with_prompt, pipe.embed("query: sitting"))
+    torch.testing.assert_close(with_prompt, pipe.embed("sitting", prompt="query: "))
     pipe = fastgpt.pipeline(sentence_model(tmp_path / "b", prompts=prompts | {"default_prompt_name": "query"}))
     torch.testing.assert_close(pipe.embed("sitting"), with_prompt)
-    torch.testing.assert_close(pipe.embed("sitting", prompt="document"), plain)
+    torch.testing.assert_close(pipe.embed("sitting", prompt_name="document"), plain)
+    torch.testing.assert_close(pipe.embed("sitting", prompt=""), plain)
 
 
 def test_ctrl_c_keeps_what_is_embedded(tmp_path, monkeypatch):
@@ -132,10 +136,43 @@ BAD = [
     (lambda pipe: pipe.embed(["a", 3]), TypeError, "texts: expected a str or a list of them"),
     (lambda pipe: pipe.embed(["a", "\ud800"]), ValueError, r"texts\[1\]: expected characters, got the lone surrogate"),
     (lambda pipe: pipe.embed("a", batch_tokens=0), ValueError, "batch_tokens: expected an integer >= 1, got 0"),
-    (lambda pipe: pipe.embed("a", pooling="max"), ValueError, "pooling: expected one of 'mean', 'first', got 'max'"),
+    (
+        lambda pipe: pipe.embed("a", pooling="max"),
+        ValueError,
+        "pooling: expected one of 'mean', 'first', 'cls', None, got 'max'",
+    ),
+    (lambda pipe: pipe.embed({"a"}), TypeError, r"texts: expected a str or a list of them, got {'a'}: pass list\(texts\)"),
+    (
+        lambda pipe: pipe.embed(np.array(["a"])),
+        TypeError,
+        r"texts: expected a str or a list of them, .*: pass texts.tolist\(\)",
+    ),
     (lambda pipe: pipe.embed("a", normalize=1), TypeError, "normalize: expected"),
     (lambda pipe: pipe.embed("a", truncate=None), TypeError, "truncate: expected"),
-    (lambda pipe: pipe.embed("a", prompt="query"), ValueError, "prompt: expected one of 'document', got 'query'"),
+    (lambda pipe: pipe.embed("a", prompt_name="query"), ValueError, "prompt_name: expected one of 'document', got 'query'"),
+    (
+        lambda pipe: pipe.embed("a", prompt="document"),
+        ValueError,
+        "got 'document', the name of one: prompt_name='document' takes it",
+    ),
+    (lambda pipe: pipe.embed("a", prompt=3), TypeError, "prompt: expected a str, got int"),
+    (
+        lambda pipe: pipe.embed("a", prompt="a", prompt_name="b"),
+        ValueError,
+        "prompt: expected none with prompt_name='b', got 'a'",
+    ),
+    (lambda pipe: pipe("a"), TypeError, "pipe: expected a decoder, .* got an encoder, 'bert': pipe.embed.* and pipe.fill"),
+    (lambda pipe: pipe.chat("a"), TypeError, "pipe: expected a decoder, which continues texts, got an encoder"),
+    (
+        lambda pipe: fastgpt.pipeline().embed("a"),
+        TypeError,
+        "pipe: expected an encoder, .* got a decoder, 'gpt2': pipe.prompts. continues",
+    ),
+    (
+        lambda pipe: fastgpt.embed("a", fastgpt.pipeline()),
+        TypeError,
+        "model: expected what fastgpt.pipeline returns for an encoder, .*, got Pipeline",
+    ),
     (lambda pipe: fastgpt.embed("a", "nowhere/at/all"), FileNotFoundError, "model: expected a checkpoint folder"),
     (lambda pipe: fastgpt.embed("a", fastgpt.SHIPPED_MODEL), ValueError, "model_type: expected an encoder, got 'gpt2'"),
 ]

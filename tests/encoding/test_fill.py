@@ -34,7 +34,12 @@ def test_lists_and_all_tokens(tmp_path):
     assert several == one and len(again) == 2 and len(one) == len(again[0]) == 5 and isinstance(one[0], Filling)
     every = pipe.fill("the [MASK].", top_k=len(VOCABULARY))
     assert sum(filling.probability for filling in every) == pytest.approx(1)
-    assert pipe.fill([]) == []
+    assert pipe.fill([]) == [] and pipe.fill(text for text in ["the [MASK]."]) == [one]
+    long = "the [MASK]. " + "the " * 60
+    cut = pipe.tokenizer.decode(pipe.encode(long, truncate=True)[1:-1])
+    assert [filling.token for filling in pipe.fill(long, truncate=True)] == [
+        filling.token for filling in pipe.fill("the [MASK]. " + "the " * 35)
+    ], cut
 
 
 BAD = [
@@ -44,6 +49,8 @@ BAD = [
     ("[MASK]", {"top_k": 1000}, ValueError, f"top_k: expected an integer >= 1 and <= {len(VOCABULARY)}"),
     (3, {}, TypeError, "texts: expected a str or a list of them, got 3"),
     ("[MASK] " * 50, {}, ValueError, "texts: expected at most 40 tokens, got 52"),
+    ("[MASK] " * 50, {"truncate": True}, ValueError, "texts: expected masks among the first 40 tokens, got one beyond"),
+    ("[MASK]", {"truncate": 1}, TypeError, "truncate: expected"),
 ]
 
 
