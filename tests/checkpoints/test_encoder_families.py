@@ -213,7 +213,7 @@ BAD = [
         Encoder,
         "bert",
         {"architectures": ["BertForTokenClassification"]},
-        "BertForMaskedLM, got .* which fastgpt.TokenClassifier loads",
+        "BertForMaskedLM, got .* which fastgpt.TokenClassifier.from_pretrained loads",
     ),
     (Encoder, "bert", {"architectures": ["BertForQuestionAnswering"]}, "BertForMaskedLM, got BertForQuestionAnswering$"),
     (

@@ -253,14 +253,18 @@ def test_an_encoder_is_classified_by_the_mean_of_its_tokens(tmp_path):
         (
             GPT,
             "ForSequenceClassification",
-            "GPT2LMHeadModel, got GPT2ForSequenceClassification, which .*SequenceClassifier loads",
+            "GPT2LMHeadModel, got GPT2ForSequenceClassification, which .*SequenceClassifier.from_pretrained loads",
         ),
         (
             TokenClassifier,
             "ForSequenceClassification",
             "expected the architecture GPT2ForTokenClassification, got GPT2ForSequence",
         ),
-        (SequenceClassifier, "ForTokenClassification", "got GPT2ForTokenClassification, which fastgpt.TokenClassifier loads"),
+        (
+            SequenceClassifier,
+            "ForTokenClassification",
+            "got GPT2ForTokenClassification, which fastgpt.TokenClassifier.from_pretrained loads",
+        ),
     ],
 )
 def test_another_head(load, head, message, folders):
@@ -270,7 +274,9 @@ def test_another_head(load, head, message, folders):
 
 def test_a_language_model_is_no_classifier(tmp_path):
     random_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="ForSequenceClassification, got GPT2LMHeadModel, which fastgpt.GPT loads"):
+    with pytest.raises(
+        ValueError, match="ForSequenceClassification, got GPT2LMHeadModel, which fastgpt.GPT.from_pretrained loads"
+    ):
         SequenceClassifier.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for architectures, message in ((None, "lacks weights: score.weight$"), (["GPT2Odd"], "Classification, got GPT2Odd$")):
