@@ -35,7 +35,10 @@ FAMILIES = {
         CONFIGS["gpt_neox"][1] | dict(intermediate_size=128),
     ),  # whose rows of queries, keys and values are in another order, as are those of GLM-4
     "glm4": ("Glm4", COMMON | dict(intermediate_size=128, head_dim=24)),
-    "deepseek_v3": ("DeepseekV3", CONFIGS["deepseek_v3"][1] | dict(intermediate_size=128, kv_lora_rank=32, v_head_dim=16)),
+    "deepseek_v3": (
+        "DeepseekV3",
+        CONFIGS["deepseek_v3"][1] | dict(intermediate_size=128, kv_lora_rank=32, q_lora_rank=32, v_head_dim=16),
+    ),
     "mixtral": CONFIGS["mixtral"],
 }
 TARGETS = dict.fromkeys(("deepseek_v3", "mixtral"), {"lora_targets": "qkv,out"})  # mixtures of experts
@@ -74,10 +77,12 @@ def loaded_by_transformers(folder):
 
 
 def check_logits(found, model):
-    """Against those of a model of transformers, or of PEFT, by the numerics contract."""
+    """Against those of a model, ours, of transformers or of PEFT, by the numerics contract."""
     with torch.no_grad(), numerics.only_double_precision():
         double = copy.deepcopy(model).double()
-        numerics.check(found, lambda: double(ids_of(2, 12)).logits)
+        if not isinstance(model, GPT):
+            double.config._experts_implementation = "eager"  # of which there is float64
+        numerics.check(found, lambda: double(ids_of(2, 12)) if isinstance(model, GPT) else double(ids_of(2, 12)).logits)
 
 
 @pytest.mark.parametrize("weights", ("stored", "int8", "int4"))
@@ -132,7 +137,7 @@ def test_peft_loads_them(family, tmp_path):
         ("phi3", "all-linear", {}),
         ("gpt_neox", ["query_key_value"], {}),
         ("glm4", "all-linear", {}),
-        ("deepseek_v3", "all-linear", {}),
+        ("deepseek_v3", ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"], {}),
     ],
 )
 def test_adapters_of_peft_are_loaded(family, targets, options, weights, tmp_path):
@@ -143,12 +148,11 @@ def test_adapters_of_peft_are_loaded(family, targets, options, weights, tmp_path
     adapted = peft.get_peft_model(theirs, config).eval()
     adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
     model = GPT.from_pretrained(tmp_path / "base", weights=weights, lora=tmp_path / "lora")
-    if weights is None:
-        check_logits(logits(model), adapted)
-    else:  # as close as the base model is to its own
-        with torch.no_grad():
-            expected = adapted(ids_of(2, 12)).logits
-        assert (logits(model) - expected).norm() < 0.03 * expected.norm() < (plain - expected).norm()
+    if weights is not None:  # the same on the numbers that the weights stand for
+        GPT.from_pretrained(tmp_path / "base", weights=weights).save_pretrained(tmp_path / "quantized")
+        adapted = GPT.from_pretrained(tmp_path / "quantized", weights="dequantized", lora=tmp_path / "lora")
+    check_logits(logits(model), adapted)
+    assert (logits(model) - plain).norm() > 0.1 * plain.norm()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
