@@ -58,7 +58,7 @@ def shape(name: str) -> GPTConfig:
     config = SHAPES[name]
     if not tiny():
         return config
-    heads = {"num_heads": 4, "num_kv_heads": 4 * config.num_kv_heads // config.num_heads, "head_dim": 16}
+    heads = {"num_heads": 4, "num_kv_heads": 4 * config.num_kv_heads // config.num_heads, "head_dim": 16, "v_head_dim": None}
     sizes = {"vocab_size": 97, "context_length": 256, "num_layers": 2, "hidden_size": 64, "intermediate_size": 128}
     return dataclasses.replace(config, rope=config.rope and dataclasses.replace(config.rope, dim=16), **heads, **sizes)
 

@@ -64,7 +64,7 @@ TESTS = {  # of a GPU: parts, most telling first: their share, their files, and 
     ),
     "parity tests": (0.15, [
         "tests/kernels/test_triton_attention.py", "tests/kernels/test_triton_decode.py", "tests/ops/test_attention_with_kv_cache.py",
-        "tests/kernels/test_triton_linear.py", "tests/kernels/test_triton_linear_quantized.py", "tests/kernels/test_triton_moe.py", "tests/ops/test_decode_step.py",
+        "tests/kernels/test_triton_linear.py", "tests/kernels/test_triton_linear_quantized.py", "tests/kernels/test_triton_moe.py", "tests/kernels/test_triton_moe_quantized.py", "tests/ops/test_decode_step.py",
     ], ""),
     "cache tests": (0.07, ["tests/kernels/test_gpu.py", "tests/kernels/test_triton_kv_cache_update.py"], ""),
     "other tests": (0.04, [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ class Packed:
     positions: (N,) int64, of the tokens in their sequences.
     """
 
-    encoder_kv = None
+    encoder_kv: Any = None  # an encoder has no cross-attention
     position_bias: torch.Tensor | None = None  # (1, H, longest, longest), see `add_bias`
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str | None = None):
@@ -58,17 +59,17 @@ class Packed:
             out = self._attend_padded(q, k, v, window, options)
         elif window is None or window >= self.longest:
             bounds, longest = self.bounds, self.longest
-            out = attention_varlen(q, k, v, bounds, bounds, longest, longest, causal=False, **options)
+            out = attention_varlen(q, k, v, bounds, bounds, longest, longest, causal=False, **options)  # type: ignore[assignment]  # without lse
         else:
             out = self._attend_within(window, q, k, v, options)
-        return out.transpose(0, 1).unsqueeze(0)  # type: ignore[union-attr]  # without lse
+        return out.transpose(0, 1).unsqueeze(0)
 
     def _attend_padded(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, options: dict
     ) -> torch.Tensor:
         """Attention with the bias, which is one for all sequences where each begins at 0: of rows that are padded to the longest."""
         B, T = len(self.lengths), self.longest
-        place = self.positions + T * torch.arange(B, device=self.rows.device).repeat_interleave(self.lengths)
+        place = self.positions + _repeated(T * torch.arange(B, device=self.rows.device), self.lengths)
 
         def padded(x):  # (N, heads, D) -> (B, heads, T, D)
             return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, place, x).view(B, T, *x.shape[1:]).transpose(1, 2)
@@ -77,7 +78,7 @@ class Packed:
             near = torch.arange(T, device=place.device)
             options = options | {"mask": (near.unsqueeze(1) - near).abs() < window}
         out = attention(
-            padded(q), padded(k), padded(v), causal=False, bias=self.position_bias, kv_lengths=self.lengths.int(), **options
+            padded(q), padded(k), padded(v), causal=False, bias=self.position_bias, kv_lengths=self.bounds.diff(), **options
         )
         return out.transpose(1, 2).flatten(0, 1)[place]  # type: ignore[union-attr]  # without lse
 

@@ -195,8 +195,8 @@ def load_weights(
     decoder.checkpoint_config, decoder.generation_defaults = checkpoint.config, checkpoint.generation_defaults
     if dtype is None:
         numbers: Counter[str] = Counter()
-        for part in stored.values():
-            numbers[part.dtype] += part.numel
+        for weight in stored.values():
+            numbers[weight.dtype] += weight.numel
         dtype = DTYPES[max(numbers, key=numbers.__getitem__)]
     if dtype is torch.float64 and isinstance(weights, Quantization):
         raise TypeError(f"dtype: expected fp32, fp16 or bf16 with weights={weights.dtype!r}, got {dtype}")

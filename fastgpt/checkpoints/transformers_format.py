@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,10 @@ def _read(folder: Path, head: str | None, loader: str | None) -> Checkpoint:
     with naming(folder / CONFIG):
         scheme = quantized_folders.scheme(config)
     matrices = list(found) if scheme is None else quantized_folders.matrices(found, scheme, metadata)
-    first = fields.get("num_layers", 0)
-    further = range(first, first + family.further_layers(config))
-    stored = by_expert(_by_name(matrices, family, further), family, fields.get("num_experts"))
     part, of_decoder = family.parts(fields)[-1]
+    first = of_decoder["num_layers"]
+    further = range(first, first + family.further_layers(config))
+    stored = by_expert(_by_name(matrices, family, part, further), family, fields.get("num_experts"))
     tied = _settle_output(stored, family, part, of_decoder, fields.get("share_embedding", bool(family.stacks)), head)
     of_decoder = of_decoder | {"tie_embeddings": tied, "output_bias": of_decoder.get("output_bias", False) and not tied}
     fields = fields | {"decoder": of_decoder} if family.stacks else of_decoder
@@ -133,22 +133,22 @@ def _read(folder: Path, head: str | None, loader: str | None) -> Checkpoint:
     return Checkpoint(path, folder / CONFIG, family, config, fields, stored, defaults)
 
 
-def _by_name(found: Sequence[Stored], family: Family, unread: Container[int] = ()) -> dict[str, Stored]:
-    """Weights by their names with prefix; unread: layers whose weights are left out."""
+def _by_name(found: Sequence[Stored], family: Family, part: str, unread: Sequence[int]) -> dict[str, Stored]:
+    """Weights by their names with prefix; unread: layers of a part whose weights are left out."""
     stored = {}
-    for part in found:
-        name = family.with_prefix(part.name)
-        layer = None if name is None else re.match(family.layer_pattern, name)
+    for weight in found:
+        name = family.with_prefix(weight.name)
+        layer = re.match(family.layer_pattern(part), name) if name is not None and unread else None
         if name is None or layer and int(layer[1]) in unread:
             continue
         if name in stored:
-            raise ValueError(f"model: {part.path}: {part.name}: expected one weight of this name, got two")
-        if part.dtype not in DTYPES:
+            raise ValueError(f"model: {weight.path}: {weight.name}: expected one weight of this name, got two")
+        if weight.dtype not in DTYPES:
             raise ValueError(
-                f"model: {part.path}: {part.name}: expected dtype {' or '.join(DTYPES)}, got {part.dtype}, which no "
+                f"model: {weight.path}: {weight.name}: expected dtype {' or '.join(DTYPES)}, got {weight.dtype}, which no "
                 f"{quantized_folders.ENTRY} in {CONFIG} explains"
             )
-        stored[name] = part
+        stored[name] = weight
     return stored
 
 

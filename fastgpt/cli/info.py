@@ -181,8 +181,8 @@ def uses(folder: Path, family: Family, head: str | None, config: dict, names: se
         if own.prompts:
             default = "" if own.default_prompt_name is None else f" (default {own.default_prompt_name})"
             embeds += f"; prompts {', '.join(map(one_line, own.prompts))}{default}"
-    given = {family.with_prefix(name) for name in names}
-    has_head = not given.isdisjoint(family.checkpoint_names("head.transform.dense.weight")[0])
+    given, head_name = {family.with_prefix(name) for name in names}, "head.transform.dense"
+    has_head = head_name in family.names and not given.isdisjoint(family.checkpoint_names(f"{head_name}.weight")[0])
     return {
         "loaded by": "fastgpt.pipeline, fastgpt.Encoder.from_pretrained",
         "embed": embeds,

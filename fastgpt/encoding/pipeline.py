@@ -104,9 +104,9 @@ class EncoderPipeline:
         normalize = self.sentences.normalize if normalize is None else normalize
         require_flag("normalize", normalize)
         before = self._before(prompt_name, prompt)
-        single, texts = isinstance(texts, str), listed(texts)
+        single, several = isinstance(texts, str), listed(texts)
         lowered = str.lower if self.sentences.lowercase else str  # by sentence-transformers special tokens are, too
-        rows = [self.encode(lowered(before + text), name, truncate) for name, text in named(texts)]
+        rows = [self.encode(lowered(before + text), name, truncate) for name, text in named(several)]
         counts = [len(row) for row in rows]
         order = sorted(range(len(rows)), key=lambda row: -counts[row])
         weight = self.model.first_weight

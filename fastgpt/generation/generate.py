@@ -54,26 +54,26 @@ def generate(
         that are done.
     """
     require_model(model)
-    ids = listed(ids)
+    prompts: Any = listed(ids)
     require_flag("progress", progress)
     config = GenerationConfig.of(model, options)
-    if is_many(model, ids, max_new_tokens, config):
+    if is_many(model, prompts, max_new_tokens, config):
         if not model.config.cross_attention:
             read_encoder_states(model, encoder_states, encoder_lengths)  # raises for any
-        results = Many(model, ids, max_new_tokens, config).finish(progress)
+        results = Many(model, prompts, max_new_tokens, config).finish(progress)
         columns: list[Any] = list(zip(*results)) if config.return_logprobs else [results]
-        if isinstance(ids, (torch.Tensor, np.ndarray)):
+        if isinstance(prompts, (torch.Tensor, np.ndarray)):
             padding = [*integers("eos", config.eos or 0)[:1], 0.0]
             columns = [pad_sequence(list(rows), True, value) for rows, value in zip(columns, padding)]
         else:
             columns = [list(rows) for rows in columns]
         return tuple(columns) if config.return_logprobs else columns[0]
-    request = Request.of(model, ids, max_new_tokens, config, encoder_states, encoder_lengths)
+    request = Request.of(model, prompts, max_new_tokens, config, encoder_states, encoder_lengths)
     for _ in request.run():
         pass
     new, eos = request.sampler.tokens.t(), request.eos  # (B · num_samples, max_new_tokens), -1 where a row has ended
     lengths = (new >= 0).sum(1).tolist()
-    table = isinstance(ids, (torch.Tensor, np.ndarray))
+    table = isinstance(prompts, (torch.Tensor, np.ndarray))
     if table:
         new = new[:, : max(lengths)]
         new = new.where(new >= 0, eos[0]) if eos else new
@@ -110,9 +110,9 @@ def stream(
     Arguments, their defaults and errors are those of `generate`; bad input raises here, not at the first token.
     """
     require_model(model)
-    ids = listed(ids)
+    prompts: Any = listed(ids)
     config = GenerationConfig.of(model, options)
-    return Request.of(model, ids, max_new_tokens, config, encoder_states, encoder_lengths).stream()
+    return Request.of(model, prompts, max_new_tokens, config, encoder_states, encoder_lengths).stream()
 
 
 def generate_each(
@@ -130,8 +130,8 @@ def generate_each(
     bad input raises here, not at the first row.
     """
     require_model(model)
-    ids = listed(ids)
+    prompts: Any = listed(ids)
     require_flag("progress", progress)
-    many = Many(model, ids, max_new_tokens, GenerationConfig.of(model, options))
+    many = Many(model, prompts, max_new_tokens, GenerationConfig.of(model, options))
     results = ((row.index, many.result(row)) for row in many.run(progress))
     return ((index, *result) if many.options.return_logprobs else (index, result) for index, result in results)

@@ -12,7 +12,6 @@ from fastgpt.generation.request import new_tokens, require_fitting, seeds_of
 from fastgpt.generation.sampling import uniform_numbers
 from fastgpt.generation.scheduler import Scheduler
 from fastgpt.generation.slot_sampling import Answer
-from fastgpt.model.decoder import GPT
 from fastgpt.model.inputs import as_prompts, is_several, require_room
 
 MOST_TOGETHER = 64  # rows that begin together where the caller does not say
@@ -44,7 +43,7 @@ class Many:
     """
 
     def __init__(
-        self, model: GPT, ids: Any, max_new_tokens: int | Sequence[int] | None, options: GenerationConfig,
+        self, model: Any, ids: Any, max_new_tokens: int | Sequence[int] | None, options: GenerationConfig,
         ends: Callable[[Answer, int], bool] = lambda row, token: False, num_pages: int | None = None,
     ):  # fmt: skip
         if model.config.cross_attention:
@@ -109,7 +108,7 @@ WITHOUT_STATES = "one without cross-attention, whose encoder states have no page
 WHERE = "where rows join and leave: with max_batch, a list of max_new_tokens, or generate_each"
 
 
-def is_many(model: GPT, ids: Any, max_new_tokens: Any, options: GenerationConfig) -> bool:
+def is_many(model: Any, ids: Any, max_new_tokens: Any, options: GenerationConfig) -> bool:
     """Whether a call of `generate` has rows join and leave, rather than begin together."""
     if options.max_batch is not None or is_several(max_new_tokens):
         return True
@@ -123,7 +122,7 @@ def is_many(model: GPT, ids: Any, max_new_tokens: Any, options: GenerationConfig
     )
 
 
-def refused(model: GPT, options: GenerationConfig) -> tuple[str, str] | None:
+def refused(model: Any, options: GenerationConfig) -> tuple[str, str] | None:
     """An argument that keeps the rows of a call from joining and leaving, and what is expected of it; or None."""
     if model.config.cross_attention:
         return "model", WITHOUT_STATES

@@ -89,7 +89,8 @@ class Pipeline:
     """
 
     def __init__(self, model: GPT | EncoderDecoder, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+        self.model: Any = model
+        self.tokenizer = tokenizer
 
     def __call__(
         self,
@@ -104,10 +105,10 @@ class Pipeline:
 
         Thousands of prompts may be given with max_batch, and `progress` shows a bar on standard error; Ctrl-C then raises
         `fastgpt.Interrupted`, a KeyboardInterrupt whose `results` are the texts, None for those that are not done."""
-        single, prompts = isinstance(prompts, str), listed(prompts)
-        if not single and not (isinstance(prompts, Sequence) and all(isinstance(prompt, str) for prompt in prompts)):
+        single, several = isinstance(prompts, str), listed(prompts)
+        if not single and not (isinstance(several, Sequence) and all(isinstance(prompt, str) for prompt in several)):
             raise TypeError(f"prompts: expected a str or a list of them, got {prompts!r}{make_list('prompts', prompts)}")
-        texts = self._texts([prompts] if single else prompts, max_new_tokens, options, progress)
+        texts = self._texts([prompts] if single else several, max_new_tokens, options, progress)
         return texts[0] if single else texts
 
     def embed(self, *arguments: Any, **options: Any) -> Any:

@@ -185,7 +185,7 @@ class GPTConfig:
             raise ValueError("pre_norms: expected 2 or 0 for blocks that are not parallel, got 1")
         if self.parallel and self.cross_attention:
             raise ValueError("parallel: expected False with cross_attention, got True")
-        if not self.norm_first:
+        if not (self.norm_first or self.is_encoder):  # which has only the defaults of these
             for name in ("pre_norms", "post_norms", "parallel", "residual_scale"):
                 if getattr(self, name) != getattr(GPTConfig, name):
                     expected = repr(getattr(GPTConfig, name))
@@ -377,6 +377,7 @@ class EncoderDecoderConfig:
 
     is_encoder: ClassVar[bool] = False
     num_experts: ClassVar[None] = None
+    router_fp32: ClassVar[bool] = False
     cross_attention: ClassVar[bool] = True
 
     @property

@@ -25,7 +25,7 @@ class Latent(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         H, D, C = config.num_heads, config.head_dim, config.hidden_size
-        self.kv_rank, self.shared = config.kv_rank, config.rope.dim  # type: ignore[union-attr]  # with kv_rank there is one
+        self.kv_rank, self.shared = config.kv_rank, config.rope.dim
         self.num_heads, self.sizes = H, (D - self.shared, config.v_head_dim)
         self.q = self.q_a = self.q_a_norm = self.q_b = None
         if config.q_rank is None:

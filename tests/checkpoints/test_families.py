@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fastgpt import GPT, GPTConfig, decoding
 from fastgpt.checkpoints import families
@@ -183,12 +184,36 @@ def read(config, folder):
             {"no_rope_layers": [1, 0]},
             r"no_rope_layers: expected 4 of them, as many as num_hidden_layers, got \[1, 0\]",
         ),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob: expected null .* not supported, got True"),
+        ("deepseek_v2", {"n_group": 3}, "n_group: expected a divisor of n_routed_experts=8, got 3"),
+        ("deepseek_v2", {"topk_group": 1}, "topk_group: expected from 2 to n_group=4, got 1"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads: expected num_attention_heads=4, got 2"),
+        ("deepseek_v2", {"qk_nope_head_dim": 576}, "qk_nope_head_dim: expected at most 568 beside qk_rope_head_dim=8, got 576"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave: expected True, got False"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func: expected 'sigmoid', got 'softmax'"),
+        ("deepseek_v3", {"n_group": 8, "topk_group": 3}, "n_group: expected at most n_routed_experts / 2, 4, got 8"),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     ],
 )
 def test_unsupported_configurations_are_named(case, change, message, folders, tmp_path):
     config = json.loads((folders(case) / "config.json").read_text()) | change
     with pytest.raises(ValueError, match=message):
         read(config, tmp_path)
+
+
+def test_layers_that_predict_further_tokens_are_not_read(folders, tmp_path):
+    config = json.loads((folders("deepseek_v3") / "config.json").read_text())
+    weights = load_file(folders("deepseek_v3") / "model.safetensors")
+    further = {
+        name.replace("layers.2.", "layers.3."): weight.clone() for name, weight in weights.items() if "layers.2." in name
+    }
+    save_file(weights | further | {"model.layers.3.eh_proj.weight": torch.ones(3, 5)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    model, whole = GPT.from_pretrained(tmp_path), GPT.from_pretrained(folders("deepseek_v3"))
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), whole.parameters()))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(ValueError, match=r"has unexpected weights: model.layers.3.eh_proj.weight, .* and \d+ more"):
+        GPT.from_pretrained(tmp_path)
 
 
 # What no family of transformers has

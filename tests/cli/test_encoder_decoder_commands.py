@@ -101,9 +101,11 @@ def test_info(folder, tmp_path, capsys):
     assert "loaded by:     fastgpt.pipeline, fastgpt.Encoder.from_pretrained\n" in run(capsys, "info", tmp_path)[1]
 
 
-@pytest.mark.parametrize("command", [("chat",), ("inspect", "the dog"), ("quantize", "--out")], ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [("chat",), ("inspect", "the dog"), ("quantize",)], ids=lambda command: command[0])
 def test_commands_of_decoders(command, folder, tmp_path, capsys):
-    arguments = [folder, tmp_path / "out"] if command[0] == "quantize" else [*command[1:], "--model", folder]
+    arguments = (
+        [folder, tmp_path / "out", "--weights", "int8"] if command[0] == "quantize" else [*command[1:], "--model", folder]
+    )
     status, _, error = run(capsys, command[0], *arguments)
     assert status != 0 and "model: expected a decoder, got an encoder-decoder in" in error
 

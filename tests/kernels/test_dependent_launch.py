@@ -111,7 +111,7 @@ def launched(module) -> set[str]:
 
 def test_every_kernel_of_a_decode_step_is_checked():
     names = set().union(*map(launched, MODULES))
-    assert names == {x[0].__name__ for x in distinct(90)} and len(names) == 17
+    assert names == {x[0].__name__ for x in distinct(90)} and len(names) == 19
     for arch, has_it in ((80, False), (89, False), (90, True), (100, True), (120, True)):
         for x in shipped(arch):
             assert (x[3]["PDL"], x[3].get("launch_pdl", False)) == (has_it, has_it), name_of(x)

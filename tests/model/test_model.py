@@ -205,9 +205,9 @@ DAMAGE = {
         "config.json: n_layer: expected an integer .*, got nothing",
     ),
     "another architecture": (
-        lambda f: edit_config(f, model_type="t5"),
+        lambda f: edit_config(f, model_type="mamba"),
         ValueError,
-        "config.json: model_type: expected one of 'gpt2', 'llama', 'mistral', 'qwen2', 'qwen3', 'phi3', 'gemma', 'gemma2', .* got 't5'",
+        "config.json: model_type: expected one of 'gpt2', 'llama', 'mistral', 'qwen2', 'qwen3', 'phi3', 'gemma', 'gemma2', .* got 'mamba'",
     ),
     "an encoder": (
         lambda f: edit_config(f, model_type="bert"),

@@ -183,7 +183,7 @@ BAD = [
     (lambda model, ids: model.encode_packed(ids[0], "5"), TypeError, "lengths: expected a list of integers, got '5'"),
     (lambda model, ids: Encoder(EncoderConfig(9, 9, 1, 1, 8, causal=True)), ValueError, "causal: expected False for an encoder"),
     (lambda model, ids: EncoderConfig(9, 9, 1, 1, 8, post_norms=True), ValueError, "post_norms: expected False for an encoder"),
-    (lambda model, ids: EncoderConfig(9, 9, 1, 1, 8, position="sinusoidal"), ValueError, "position: expected 'learned', 'rotary'"),
+    (lambda model, ids: EncoderConfig(9, 9, 1, 1, 8, position="absolute"), ValueError, "position: expected one of 'learned'"),
     (lambda model, ids: EncoderConfig(9, 9, 1, 1, 8, position=None, first_position=1), ValueError, "first_position: expected 0"),
     (lambda model, ids: EncoderConfig(9, 9, 1, 1, 8, pooling="max"), ValueError, "pooling: expected one of 'first', 'mean'"),
     (lambda model, ids: EncoderConfig(9, 9, 1, 1, 8, token_types=-1), ValueError, "token_types: expected an integer >= 0"),

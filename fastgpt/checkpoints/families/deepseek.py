@@ -10,11 +10,11 @@ from fastgpt.checkpoints.families.family import Family
 from fastgpt.checkpoints.families.fields import EXPERTS, MAX_HEAD_DIM, MLP_WIDTH, SCALE, WIDTH, expect, maybe
 from fastgpt.checkpoints.families.llama import LLAMA_NAMES, LLAMA_SCHEMA, llama_config_to, llama_fields_from
 from fastgpt.checkpoints.families.rope import rope_to
-from fastgpt.schema import REQUIRED, Field, choice, flag, integer, number, only, unsupported
+from fastgpt.schema import REQUIRED, choice, flag, integer, number, only, unsupported
 
 LATENT_NORM_EPS = 1e-6  # whatever rms_norm_eps is
 DEEPSEEK_SCHEMA = LLAMA_SCHEMA | ROUTER_ENTRIES | {
-    "head_dim": Field(lambda name, value: None, None),  # of the rotation, or of something else: it has no effect
+    "head_dim": maybe(integer(1, 2**16), None),  # the rotated dimensions', or another one: it has no effect
     "kv_lora_rank": WIDTH, "q_lora_rank": maybe(WIDTH, REQUIRED), "qk_nope_head_dim": integer(1, MAX_HEAD_DIM),
     "qk_rope_head_dim": integer(2, 256), "v_head_dim": integer(1, MAX_HEAD_DIM), "n_routed_experts": EXPERTS,
     "n_shared_experts": maybe(integer(0, 2**12), REQUIRED), "moe_intermediate_size": MLP_WIDTH, "moe_layer_freq": only(1, 1),
@@ -50,11 +50,11 @@ def _fields_from(config: dict, groups: bool, **routing) -> dict:
     expect(size * shared <= 2**24, "n_shared_experts", f"at most {2**24 // size} of moe_intermediate_size={size}", shared)
     layers = tuple(i >= config["first_k_dense_replace"] for i in range(config["num_hidden_layers"]))
     if groups:
-        number, top = config["n_group"], config["topk_group"]
-        expect(number is not None and experts % number == 0, "n_group", f"a divisor of n_routed_experts={experts}", number)
-        least = -(-config["num_experts_per_tok"] // (experts // number))
-        expect(top is not None and least <= top <= number, "topk_group", f"from {least} to n_group={number}", top)
-        routing |= {"router_groups": number, "router_top_groups": top}
+        n, top = config["n_group"], config["topk_group"]
+        expect(n is not None and experts % n == 0, "n_group", f"a divisor of n_routed_experts={experts}", n)
+        least = -(-config["num_experts_per_tok"] // (experts // n))
+        expect(top is not None and least <= top <= n, "topk_group", f"from {least} to n_group={n}", top)
+        routing |= {"router_groups": n, "router_top_groups": top}
     fields = llama_fields_from(
         config | {"head_dim": rotated}, head_dim=nope + rotated, v_head_dim=config["v_head_dim"], kv_rank=config["kv_lora_rank"],
         q_rank=config["q_lora_rank"], latent_norm_eps=LATENT_NORM_EPS, qkv_bias=biases, out_bias=biases, num_experts=experts,
