@@ -32,7 +32,9 @@ inline __m256i load_32_bytes(const void* source) { return _mm256_loadu_si256(sta
 //
 // Integers err by up to half of one in 2^22 of the lane's largest number. In sums of n terms the numerics contract allows each
 // term, even if it is the only one that its weights keep, an error of about 2^-24 sqrt(n) of it: numbers below 2 / sqrt(n) of
-// the largest may err more. A lane must not have four of them, since the others may all meet weights of zero.
+// the largest may err more. A lane must not have four of them, since the others may all meet weights of zero;
+// nor two below a 128th of the largest, or one below a 2048th. Fewer and larger ones may err more than the contract allows if
+// all others meet nothing but zeros.
 //
 // With minima, products with integers from 0 to 15 and the sums' with the minimum cancel each other where weights are near
 // zero, but for errors of 2^-24 of both. What the contract allows other lanes may be less where x is sqrt(n) / 4 times as large
@@ -58,7 +60,7 @@ inline bool set_tile(const float* x, const Bounds& bounds, Tile<kMinima>& tile, 
   const __m256i columns = _mm256_setr_epi32(0, 4, 8, 12, 32, 36, 40, 44);
   const Vector zero = {}, infinity = broadcast(kInfinity);
   Vector numbers[2][4], largest = zero;
-  IntVector left = {}, small = {};  // -1 where true, minus the number of small ones
+  IntVector left = {}, small = {}, tiny = {};  // -1 where true, minus the numbers of small ones
   for (int half = 0; half < 2; ++half) {
     for (int j = 0; j < 4; ++j) {
       numbers[half][j] = _mm256_i32gather_ps(x + 16 * half + j, columns, 4);
@@ -69,10 +71,12 @@ inline bool set_tile(const float* x, const Bounds& bounds, Tile<kMinima>& tile, 
   for (auto& of_half : numbers) {
     for (const Vector number : of_half) {
       const Vector size = magnitude(number);
-      small += (size > zero) & (size < largest * bounds.share), left |= (size > zero) & (size < largest * 0x1p-14f);
+      small += (size > zero) & (size < largest * bounds.share), tiny += (size > zero) & (size < largest * 0x1p-7f);
+      left |= (size > zero) & (size < largest * 0x1p-11f);
     }
   }
-  left |= (small <= -4) | (largest > bounds.most) | (largest >= 0x1p126f) | ((largest < 0x1p-100f) & (largest > zero));
+  left |= (small <= -4) | (tiny <= -2) | (largest > bounds.most) | (largest >= 0x1p126f) |
+      ((largest < 0x1p-100f) & (largest > zero));
   const IntVector used = ~left & (largest > zero);
   // The power of two below the largest number, or above it if that would have too many digits.
   const Vector power = masked(largest * (1 + 0x1p-7f), used & 0x7f800000), factor = masked(0x1p22f / power, used);
