@@ -178,12 +178,12 @@ def _is_demanding(name: str, constants: dict, features: frozenset) -> bool:
         return "residual_ptr" in features
     if name in ("one_row_kernel", "several_rows_kernel"):  # of some models, and tiles of the fewest rows and of the most
         return bool(constants["ACTIVATION"]) and constants["K"] != 2048 and constants.get("BLOCK_M") in (None, 16, 64)
-    if name.startswith("quantized"):
-        return bool(constants["ACTIVATION"])
     if name == "route_kernel":
         return constants["TOP_GROUPS"] < constants["GROUPS"]
-    if name.startswith(("expert_", "grouped_", "sum_experts_")):
+    if name.startswith(("expert_", "grouped_", "sum_experts_", "quantized_expert_")):
         return "bias_ptr" in features or "residual_ptr" in features
+    if name.startswith("quantized"):
+        return bool(constants["ACTIVATION"])
     if "new_k_ptr" in features and constants["BLOCK_M"] > 16:  # for more heads than most models have
         return False
     if constants["V_DIM"] == constants["BLOCK_V"]:

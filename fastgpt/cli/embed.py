@@ -19,7 +19,7 @@ EXAMPLES = """\
 examples:
   fastgpt embed "A cat." --model sentence-transformers/all-MiniLM-L6-v2
   fastgpt embed --texts sentences.txt --model PATH_OR_ID --out rows.npy
-  fastgpt embed "Which animals purr?" --model PATH_OR_ID --prompt-name query --json"""
+  fastgpt embed "Who purrs?" --model PATH_OR_ID --prompt-name query --json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -120,10 +121,12 @@ class EncoderDecoder(nn.Module):
         if lengths is not None:
             if is_list:
                 raise ValueError("encoder_lengths: expected None for a list of inputs, which have their own")
-            found = lengths.tolist() if isinstance(lengths, torch.Tensor) else list(lengths)
+            found = lengths.tolist() if isinstance(lengths, (torch.Tensor, np.ndarray)) else lengths
+            if not isinstance(found, Sequence):
+                raise TypeError(f"encoder_lengths: expected a list, a tensor or an array of integers, got {lengths!r}")
             if len(found) != len(counts) or not all(type(n) is int and 1 <= n <= counts[0] for n in found):
                 raise ValueError(f"encoder_lengths: expected {len(counts)} lengths from 1 to {counts[0]}, got {found}")
-            counts, inputs = found, [one[:n] for one, n in zip(inputs, found)]
+            counts, inputs = list(found), [one[:n] for one, n in zip(inputs, found)]
         require_room("ids", max(counts), self.config.encoder)
         states = self.encoder.encode_packed(torch.cat(inputs), counts).split(counts)
         start = inputs[0].new_full((len(inputs), 1), self.config.start_token)

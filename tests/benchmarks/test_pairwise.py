@@ -47,7 +47,7 @@ def test_cover_of_shipped_kernels_has_every_pair():
     every = [(arch, configuration) for arch in SHARED_MEMORY for configuration in shipped(arch)]
     chosen = pairwise_cover(every)
     of_attention = [sum("HEAD_DIM" in x[3] for _, x in listed) for listed in (chosen, every)]  # which has the most choices
-    assert of_attention[0] * 24 < of_attention[1] and len(chosen) * 19 < len(every)
+    assert of_attention[0] * 24 < of_attention[1] and len(chosen) * 18 < len(every)
     assert {pair for each in chosen for pair in pairs(*each)} == {pair for each in every for pair in pairs(*each)}
     assert chosen == pairwise_cover(every)
     wide = {(arch, x[0].__name__) for arch, x in chosen if x[3].get("HEAD_DIM") == 576}

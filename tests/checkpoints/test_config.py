@@ -10,7 +10,7 @@ from checkpoint_files import GPT2, LLAMA, edit_config, raises, write
 from checkpoint_fuzz import CONFIGS
 from models import random_model
 
-from fastgpt import GPT, EncoderConfig, GPTConfig, SequenceClassifier
+from fastgpt import GPT, EncoderConfig, EncoderDecoderConfig, GPTConfig, SequenceClassifier
 from fastgpt.checkpoints.families import FAMILIES
 from fastgpt.model.rope import Rope
 from fastgpt.schema import REQUIRED
@@ -23,16 +23,20 @@ def test_every_entry_is_checked_and_named(case):
     """Of every family, whatever an entry is: it is accepted, or named, it or one that it does not fit."""
     config = VALID[case]
     family = FAMILIES[config["model_type"]]
-    config_class = EncoderConfig if family.encoder else GPTConfig
     partners = "layer_types|sliding_window|hidden_size|head_dim|n_embd|dim|num_key_value_heads|embd_pdrop|rope_|max_position|fields|embedding_dropout|no_rope_layers"
     garbage = [
         {"a": 1}, [[]], [None], "x", "8", True, None, 0, -1, 2**80, -(10**300), 1e300, 1e-300, 0.0, -1.5, [], {}, "\ud800", [1e300] * 4,
     ]  # fmt: skip
+    classes = {"encoder": EncoderConfig, "decoder": GPTConfig}
     for name in family.schema:
         refused = 0
         for value in garbage:
             try:
-                config_class(**family.config_from(config | {name: value}))
+                fields = family.config_from(config | {name: value})
+                for part, of_part in family.parts(fields):
+                    (EncoderConfig if family.encoder or part == "encoder." else GPTConfig)(**of_part)
+                if family.stacks:
+                    EncoderDecoderConfig(**fields | {stack: classes[stack](**fields[stack]) for stack in classes})
             except ValueError as error:
                 refused += 1
                 assert re.match(f"({name}|{partners})[^:]*: expected ", str(error)) and len(str(error)) < 400

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -271,7 +272,7 @@ def test_generation(case):
     ended = fastgpt.generate(model, inputs[:1], 12, eos=end)[0].tolist()
     assert ended == rows[0].tolist()[: 2 + rows[0].tolist()[1:].index(end)]  # the start token ends nothing
     model.train()
-    assert torch.equal(fastgpt.generate(model, IDS, 12, encoder_lengths=LENGTHS), table)  # without dropout
+    assert torch.equal(fastgpt.generate(model, IDS, 12, encoder_lengths=np.array(LENGTHS)), table)  # without dropout
 
 
 def test_generation_by_hand():
@@ -401,6 +402,7 @@ BAD = [
         "encoder_lengths: expected None for a list",
     ),
     (lambda model: fastgpt.generate(model, IDS, 3, encoder_lengths=[1, 2]), ValueError, "encoder_lengths: expected 3 lengths"),
+    (lambda model: fastgpt.generate(model, IDS, 3, encoder_lengths=5), TypeError, "encoder_lengths: expected a list"),
     (
         lambda model: fastgpt.generate(model, IDS, 3, encoder_states=torch.zeros(3, 9, 32)),
         ValueError,
