@@ -32,7 +32,7 @@ const float* values_of_halves() {
 
 namespace {
 
-// The operation for up to kMaxRows rows.
+// The operation for up to linear_most_rows rows.
 void run_block(const Linear& l, float* x) {
   // An element takes about as long as 16 multiply-adds.
   for_tasks(l.row_blocks(), 16 * std::min(l.rows, kRowBlock) * l.in + 1, [&](int64_t begin, int64_t end) {
@@ -54,7 +54,7 @@ void run(const Linear& all, float* x) {
     return start ? static_cast<const char*>(start) + numbers * size : nullptr;
   };
   // Blocks of about equal numbers of rows, as each reads all weights.
-  const int64_t blocks = (all.rows + kMaxRows - 1) / kMaxRows;
+  const int64_t most = FASTGPT_AT_CPU_LEVEL(linear_most_rows)(all), blocks = (all.rows + most - 1) / most;
   const int64_t step = blocks ? (all.rows + blocks * kRowBlock - 1) / (blocks * kRowBlock) * kRowBlock : 1;
   for (int64_t first = 0; first < all.rows; first += step) {
     Linear l = all;
@@ -95,6 +95,7 @@ Tensor run_linear(
   for (int64_t i = 0; i < dims - 1; ++i) {
     if (__builtin_mul_overflow(l.rows, shape[i], &l.rows)) l.rows = INT64_MAX;
   }
+  l.many = l.rows > kMaxRows;
   l.x = memory.of(x, "x"), l.weight = weight, l.packing = packing;
   if (packing.bits) l.values_of_halves = values_of_halves();
   l.bias = memory.of(with.bias, "bias", {l.weight_rows()});
@@ -106,7 +107,7 @@ Tensor run_linear(
   Tensor out = new_empty(x, shape);
   l.out = out.mutable_data_ptr();
   Linear largest = l;
-  largest.rows = std::min(l.rows, kMaxRows);
+  largest.rows = std::min(l.rows, FASTGPT_AT_CPU_LEVEL(linear_most_rows)(l));
   const std::shared_ptr<float> floats = scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_size)(largest) + 1);
   const auto operation = [l, floats] { run(l, floats.get()); };
   memory.copied() ? operation() : perform(operation);  // a plan must not read a stale copy again

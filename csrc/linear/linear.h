@@ -11,7 +11,7 @@
 
 namespace fastgpt {
 
-constexpr int64_t kMaxRows = 64;   // rows of x that the kernels multiply at a time
+constexpr int64_t kMaxRows = 64;   // rows of x that the kernels of few rows multiply at a time
 constexpr int64_t kRowBlock = 16;  // rows of x that are prepared (normalized, converted) at a time
 constexpr int64_t kFeatures = 64;  // output features of a step of the epilogue; half of it if gated
 
@@ -35,6 +35,7 @@ struct Linear {
   Element element;  // of weights that are not quantized, bias, residual and norm
   Element x_element, out_element;
   int64_t rows, in, out_features;
+  bool many;              // of an operation with more than kMaxRows rows: results need not have the bits that few rows give
   const void* x;          // (rows, in), or with x_rows (any number, in)
   const int64_t* x_rows;  // (rows,): which rows of x these are, or null: all
   const void* weight;     // (weight_rows(), in), or (weight_rows(), packing.row_bytes(in)) bytes

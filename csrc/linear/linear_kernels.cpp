@@ -1,11 +1,12 @@
-// `linear` for few rows of x. Such a product is bound by reading every weight once from memory; with few enough rows,
-// everything else overlaps with that.
+// `linear`. With few rows of x a product is bound by reading every weight once from memory; with few enough, everything else
+// overlaps with that. With many it is bound by arithmetic.
 
 #include "common/integers.h"
 #include "common/matrices.h"
 #include "linear/activations.h"
 #include "linear/linear.h"
 #include "linear/products_blocks.h"
+#include "linear/products_many_rows.h"
 #include "linear/products_quantized.h"
 #include "linear/products_vector.h"
 #if defined(__AVX512F__)
@@ -205,9 +206,39 @@ void outputs_of_pairs(const Linear& l, const Pairs& x, float* scratch, int64_t b
 }
 #endif
 
+// scratch: of linear_outputs_scratch floats.
+template <typename Weights>
+void outputs_of_many(
+    const Linear& l, const Weights& weights, const float* x, float* scratch, int64_t begin, int64_t end, int64_t next) {
+  constexpr int64_t kHalf = kFeatures / 2;
+  const ManyRows many(l);
+  float *const dots = scratch, *const panel = dots + kFeatures * many.rows();  // if gated: dots of the gate, then its factors
+  const int64_t step = l.gated ? kManyFeatures / 2 : kManyFeatures;
+  alignas(64) float lines[kWidth][kFeatures];
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t count = smaller(end - first, step);
+    for (int64_t n = 0; n < count; n += kBlockRows) {
+      const int64_t now = first + n, rows = smaller(count - n, kBlockRows), stop = now + rows;
+      const int64_t then = stop < end ? stop : next < l.out_features ? next : -1;
+      const auto multiply_from = [&](int64_t row, int64_t ahead, int64_t line) {
+        many.multiply(x, weights, row, rows, ahead, l.weight, panel, dots + line * many.rows());
+      };
+      multiply_from(now, l.gated ? now + l.out_features : then, n);
+      if (l.gated) multiply_from(now + l.out_features, then, kHalf + n);
+    }
+    for (int64_t r = 0; r < l.rows; ++r) {
+      if (r % kWidth == 0) transpose_matrix(dots + r, many.rows(), kFeatures, lines[0], kFeatures, kWidth);
+      finish(l, r, first, count, lines[r % kWidth], lines[r % kWidth] + kHalf);
+    }
+  }
+}
+
 }  // namespace
 
+int64_t linear_most_rows(const Linear& l) { return kHasManyRows && l.many ? kMostManyRows : kMaxRows; }
+
 int64_t linear_outputs_scratch(const Linear& l) {
+  if (ManyRows::serves(l)) return kFeatures * ManyRows(l).rows() + kBlockRows * kBlockColumns;
 #if defined(__AVX512F__)
   if (Pairs::serves(l) && l.packing.bits) return Pairs::kDequantized * l.in / 2;
 #endif
@@ -219,9 +250,14 @@ void linear_outputs(const Linear& l, const float* x, float* scratch, int64_t beg
 #if defined(__AVX512F__)
   if (Pairs::serves(l)) return outputs_of_pairs(l, Pairs(l, const_cast<float*>(x)), scratch, begin, end, next);
 #endif
+  const auto outputs_of = [&](const auto& weights) { outputs_of_many(l, weights, x, scratch, begin, end, next); };
   if (l.packing.bits) {
-    return with_quantized(l, [&](auto rows) { outputs_quantized<typename decltype(rows)::type>(l, x, begin, end, next); });
+    return with_quantized(l, [&](auto rows) {
+      using Rows = typename decltype(rows)::type;
+      ManyRows::serves(l) ? outputs_of(DequantizedRows<Rows>{l}) : outputs_quantized<Rows>(l, x, begin, end, next);
+    });
   }
+  if (ManyRows::serves(l)) return l.element == Element::float32 ? outputs_of(FloatRows{l}) : outputs_of(ConvertedRows{l});
   switch (l.element) {
     case Element::float32: return outputs_in_vectors(l, x, static_cast<const float*>(l.weight), begin, end, next);
     case Element::float16: return outputs_in_vectors(l, x, static_cast<const Half*>(l.weight), begin, end, next);
@@ -263,6 +299,7 @@ int64_t linear_inputs_size(const Linear& l) {
 #if defined(__AVX512F__)
   if (Pairs::serves(l)) return Pairs(l, nullptr).size();
 #endif
+  if (ManyRows::serves(l)) return ManyRows(l).rows() * l.in;
   return l.rows * inputs_row(l);
 }
 
@@ -271,10 +308,10 @@ int64_t linear_inputs_scratch(const Linear& l) { return (kRowBlock + 2) * padded
 // Prepares blocks of kRowBlock rows of x for products: normalized, as zero-padded floats, as pairs, or arranged.
 void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int64_t end) {
   const int64_t line = padded(l.in);
-  const bool arranged = l.packing.bits && l.rows <= kFewRows;
+  const bool arranged = l.packing.bits && l.rows <= kFewRows, transposed = ManyRows::serves(l);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kRowBlock, count = smaller(l.rows - first, kRowBlock);
-    float* rows = arranged ? scratch + 2 * line : x + first * line;
+    float* rows = arranged || transposed ? scratch + 2 * line : x + first * line;
 #if defined(__AVX512F__)
     if (Pairs::serves(l)) rows = scratch + 2 * line;
 #endif
@@ -286,9 +323,11 @@ void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int
       const Normalizer normalize(l.norm, l.in, l.element, scratch);
       for (int64_t r = 0; r < count; ++r) normalize(rows + r * line);
     }
+    const auto pad = [&] { std::memset(rows + count * line, 0, (kRowBlock - count) * line * sizeof(float)); };
+    if (transposed) pad(), ManyRows(l).set(x, first, rows, line);
 #if defined(__AVX512F__)
     if (Pairs::serves(l)) {
-      std::memset(rows + count * line, 0, (kRowBlock - count) * line * sizeof(float));
+      pad();
       Pairs(l, x).set(first, rows, line);
     }
 #endif

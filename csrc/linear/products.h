@@ -6,6 +6,7 @@
 #include "linear/linear.h"
 
 FASTGPT_DECLARE_PER_CPU_LEVEL(
+    int64_t linear_most_rows(const Linear& l);  // of x at a time
     // Floats of x as linear_inputs lays it out, and of scratch memory that it and linear_outputs need.
     int64_t linear_inputs_size(const Linear& l); int64_t linear_inputs_scratch(const Linear& l);
     int64_t linear_outputs_scratch(const Linear& l);

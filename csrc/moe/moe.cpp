@@ -108,7 +108,8 @@ struct Moe {
   int64_t pairs() const { return rows * top_k; }
 };
 
-// Up to kMaxRows rows that have chosen the same expert: their products with its matrices, and x and h as these read them.
+// Up to linear_most_rows rows that have chosen the same expert: their products with its matrices, and x and h as these read
+// them.
 struct ExpertRows {
   Linear up, down;
   float *x, *h;
@@ -212,13 +213,14 @@ void run(const Moe& m, MoeMemory& memory) {
   if (!m.rows) return;
   sort(m, memory);
   const int64_t columns = m.down.out_features, pairs = m.pairs();
+  const int64_t most = FASTGPT_AT_CPU_LEVEL(linear_most_rows)(m.up);
   const bool in_batches = pairs > kMaxPairs;
   std::vector<float> totals(in_batches ? m.rows * columns : 0);
   for (int64_t begin = 0, expert = 0, end; begin < pairs; begin = end) {
     memory.groups.clear();
     for (end = begin; end < pairs;) {
       while (memory.ends[expert] <= end) ++expert;
-      const int64_t left = memory.ends[expert] - end, blocks = (left + kMaxRows - 1) / kMaxRows;
+      const int64_t left = memory.ends[expert] - end, blocks = (left + most - 1) / most;
       // Blocks of about equal numbers of rows, as each reads all weights.
       const int64_t step = std::min(left, (left + blocks * kRowBlock - 1) / (blocks * kRowBlock) * kRowBlock);
       if (end > begin && end + step > begin + kMaxPairs) break;
@@ -274,7 +276,8 @@ Tensor run_moe(Moe m, const Tensor& x, ContiguousMemory& memory, const Surroundi
   FASTGPT_CHECK(number >= 0 && number <= most, "activation: unknown number ", number);
   FASTGPT_CHECK(number != most || with.gated, "activation: expected gated for swiglu_clamped");
   std::vector<int64_t> shape = shape_of(x);
-  m.rows = rows_of(x, "x"), m.top_k = with.experts.dim() ? with.experts.size(with.experts.dim() - 1) : 0;
+  m.rows = rows_of(x, "x"), m.up.many = m.down.many = m.rows > kMaxRows;
+  m.top_k = with.experts.dim() ? with.experts.size(with.experts.dim() - 1) : 0;
   FASTGPT_CHECK(m.top_k >= 1 && m.up.in >= 1, "experts: expected shape (..., K), an expert at least of each row of x (..., C)");
   shape.back() = m.top_k;
   check_shape(with.experts, "experts", shape), check_shape(with.weights, "weights", shape);

@@ -3,8 +3,10 @@
 The choice depends on the CPU alone and is not timed at run time, so that equal machines give equal bits, busy or not. Measured with
 torch 2.13 at 65 to 512 rows, 576 to 3,072 columns (`python -m benchmarks linear` compares them):
 
-* fp32 on AMD: oneDNN. MKL, which F.linear uses, takes its AVX2 code there: 0.7 to 0.9 of oneDNN's speed on Zen 4, less than half
-  on Zen 5. On Intel's CPUs F.linear is faster (1.1 times, Emerald Rapids).
+* fp32 on AMD with AVX2: the kernel of `linear`, on Zen 3 1.1 to 1.4 times as fast as oneDNN and 1.0 to 1.9 times as F.linear. It
+  has no derivatives: calls that need gradients take oneDNN.
+* fp32 on AMD with AVX-512: oneDNN. MKL, which F.linear uses, takes its AVX2 code there: 0.7 to 0.9 of oneDNN's speed on Zen 4, less
+  than half on Zen 5. On Intel's CPUs F.linear is faster (1.1 times, Emerald Rapids).
 * fp16: the kernel of `linear`. F.linear takes five times as long, unless the CPU has fp16 instructions.
 * bf16: F.linear if the CPU has bf16 instructions, else the kernel, as F.linear takes three times as long.
 """
@@ -23,13 +25,14 @@ KERNEL, ONEDNN, PYTORCH = "kernel", "oneDNN", "PyTorch"
 MIN_ROWS_ONEDNN = 33  # of x; below, oneDNN is not used
 
 
-def _fastest(level: str, features: dict[str, bool], onednn: bool) -> dict[torch.dtype, str]:
-    """dtype -> the implementation of the product of many rows."""
+def _fastest(level: str, features: dict[str, bool], onednn: bool, derivatives: bool = False) -> dict[torch.dtype, str]:
+    """dtype -> the implementation of the product of many rows, or of those that have derivatives."""
     vectors = level in ("avx2", "avx512", "amx")
-    kernel = KERNEL if vectors else PYTORCH
+    kernel = KERNEL if vectors and not derivatives else PYTORCH
     multiplies_bf16 = features["avx512_bf16"] or level == "amx"
+    of_amd = kernel if level == "avx2" and not derivatives else ONEDNN if onednn and vectors else PYTORCH
     return {
-        torch.float32: ONEDNN if onednn and vectors and features["amd"] else PYTORCH,
+        torch.float32: of_amd if features["amd"] else PYTORCH,
         torch.float16: PYTORCH if features["avx512_fp16"] else kernel,
         torch.bfloat16: PYTORCH if multiplies_bf16 else kernel,
     }
@@ -38,6 +41,7 @@ def _fastest(level: str, features: dict[str, bool], onednn: bool) -> dict[torch.
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _LEVEL = _C.build_info()["cpu_level"]
 FASTEST = _fastest(_LEVEL, _C.cpu_features(), _onednn is not None)
+_DIFFERENTIABLE = _fastest(_LEVEL, _C.cpu_features(), _onednn is not None, derivatives=True)
 # With AVX2, oneDNN's product with a transposed weight is slower than PyTorch's.
 _TRANSPOSED = _LEVEL in ("avx512", "amx")
 
@@ -52,7 +56,7 @@ def matrix_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
     Returns: (..., N).
     """
-    if FASTEST.get(x.dtype) != ONEDNN or not _serves(x, weight, bias):
+    if _DIFFERENTIABLE.get(x.dtype) != ONEDNN or not _serves(x, weight, bias):
         return F.linear(x, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(other is not None and other.requires_grad for other in (x, weight, bias))
     product = (_Product.apply if needs_grad else _product)(x.reshape(-1, x.shape[-1]), weight, bias)

@@ -12,6 +12,7 @@ import fastgpt
 from fastgpt import linear, linear_reference
 from fastgpt.generation.replay import CpuReplay
 from fastgpt.ops.linear import ACTIVATIONS, MAX_ROWS_CPU
+from fastgpt.ops.matrix_product import FASTEST, KERNEL
 from fastgpt.testing import numerics
 from fastgpt.testing.linear_features import FEATURES, call_of, in_float64, split
 
@@ -51,10 +52,11 @@ def test_large_means_do_not_cancel():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [3, 9, 17, MAX_ROWS_CPU])
+@pytest.mark.parametrize("rows", [3, 9, 17, MAX_ROWS_CPU, MAX_ROWS_CPU + 23])
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_number_depends_on_its_row_and_feature_only(gated, rows, dtype):
+def test_a_number_depends_on_its_row_and_feature_only(gated, rows, dtype, monkeypatch):
     """Whatever is multiplied side by side, and fills up blocks: not a neighbor's NaN, nor what lies past the last weight."""
+    monkeypatch.setitem(FASTEST, dtype, KERNEL)
     N, C = 37, 45
     weight = torch.randn(((2 if gated else 1) * N + 2, C)).to(dtype)
     weight[-2:] = torch.nan

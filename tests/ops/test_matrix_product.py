@@ -26,7 +26,7 @@ needs_onednn = pytest.mark.skipif(module._onednn is None, reason="this PyTorch w
     "cpu, level, features, expected",
     [
         ("Zen 4 and 5", "avx512", {"amd", "avx512_bf16"}, (ONEDNN, KERNEL, PYTORCH)),
-        ("Zen 3", "avx2", {"amd"}, (ONEDNN, KERNEL, KERNEL)),
+        ("Zen 3", "avx2", {"amd"}, (KERNEL, KERNEL, KERNEL)),
         ("Cascade Lake", "avx512", set(), (PYTORCH, KERNEL, KERNEL)),
         ("Sapphire Rapids", "amx", {"avx512_bf16", "avx512_fp16"}, (PYTORCH, PYTORCH, PYTORCH)),
         ("its AVX2 kernels", "avx2", {"avx512_bf16", "avx512_fp16"}, (PYTORCH, PYTORCH, PYTORCH)),
@@ -37,7 +37,10 @@ needs_onednn = pytest.mark.skipif(module._onednn is None, reason="this PyTorch w
 def test_the_way_follows_from_the_cpu(cpu, level, features, expected):
     features = {name: name in features for name in NO_FEATURES}
     assert tuple(module._fastest(level, features, onednn=True).values()) == expected
-    assert module._fastest(level, features, onednn=False)[torch.float32] == PYTORCH
+    assert module._fastest(level, features, onednn=False)[torch.float32] == (KERNEL if cpu == "Zen 3" else PYTORCH)
+    onednn = ONEDNN if features["amd"] and level != "baseline" else PYTORCH
+    with_derivatives = module._fastest(level, features, onednn=True, derivatives=True)
+    assert tuple(with_derivatives.values()) == (onednn, PYTORCH, PYTORCH)
 
 
 def test_this_cpu_has_the_features_that_decide():
@@ -57,6 +60,7 @@ def calls_of_onednn(monkeypatch):
     """Whatever the CPU, fp32 by oneDNN, and how often that was called."""
     calls, product = [], module._product
     monkeypatch.setitem(module.FASTEST, torch.float32, ONEDNN)
+    monkeypatch.setitem(module._DIFFERENTIABLE, torch.float32, ONEDNN)
     monkeypatch.setattr(module, "_product", lambda *call: calls.append(call) or product(*call))
     return calls
 
@@ -188,10 +192,11 @@ def test_what_it_was_given_wrong_is_named(calls_of_onednn):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature", ["everything", "everything, gated"])
-def test_the_kernel_takes_any_number_of_rows(feature, dtype, monkeypatch):
-    """In blocks, of the same numbers as alone."""
+@pytest.mark.parametrize("columns", [40, 515])
+def test_the_kernel_takes_any_number_of_rows(columns, feature, dtype, monkeypatch):
+    """A row has the same bits among any number above MAX_ROWS_CPU, in one block and in several."""
     monkeypatch.setitem(module.FASTEST, dtype, KERNEL)
-    call = call_of(feature, 130, 40, 65, dtype)
+    call = call_of(feature, 450, columns, 65, dtype)
     whole = linear(**call)
     numerics.check(whole, lambda: linear_reference(**in_float64(call)), arithmetic=dtype)
-    assert torch.equal(whole, torch.cat([linear(**part) for part in split(call, [48, 48, 34])]))
+    assert torch.equal(whole, torch.cat([linear(**part) for part in split(call, [65, 300, 85])]))

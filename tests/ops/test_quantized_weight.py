@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastgpt
 from fastgpt import QuantizedWeight, linear, linear_reference, quantize
 from fastgpt.generation.replay import CpuReplay
+from fastgpt.ops.matrix_product import FASTEST, KERNEL
 from fastgpt.ops.quantized_weight import Packing, quantize_to, reference_blocks
 from fastgpt.testing import numerics
 from fastgpt.testing.linear_features import FEATURES, call_of, in_float64, split
@@ -210,6 +211,17 @@ def test_contract(kind, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @kinds
+def test_contract_of_the_kernel_with_many_rows(kind, dtype, monkeypatch):
+    """Wherever PyTorch's product is faster, too; of blocks of columns that end within a group."""
+    monkeypatch.setitem(FASTEST, dtype, KERNEL)
+    call = call_of("everything, gated", 90, 672 if kind[1] in (32, None) else 640, 37, dtype)
+    call["weight"] = quantized(call["weight"], kind)
+    double = in_float64(call | {"weight": call["weight"].dequantize(torch.float32)})
+    numerics.check(linear(**call, impl="cpp"), lambda: linear_reference(**double), arithmetic=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@kinds
 def test_contract_of_long_rows(kind, dtype):
     """A row may have only 16 numbers, whose rounding errors do not average out."""
     for seed in range(4):
@@ -328,9 +340,10 @@ def test_a_number_depends_on_its_row_and_feature_only(kind, dtype):
 
 
 @pytest.mark.threads
-@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 3, 40, 90])
 @kinds
-def test_any_number_of_threads_gives_the_same_bits(kind, rows):
+def test_any_number_of_threads_gives_the_same_bits(kind, rows, monkeypatch):
+    monkeypatch.setitem(FASTEST, torch.float32, KERNEL)
     weight, x, threads = (
         quantized(torch.randn(1000, 768 if kind[1] else 256), kind),
         torch.randn(rows, 768),
