@@ -54,9 +54,9 @@ struct Bounds {
 };
 
 // Lays out kTile numbers. Lanes beyond the bounds, that have numbers that are not finite, or others that integers cannot keep
-// 8 bits of, are left to floats, the `rest`: whether there are any is returned.
-template <bool kMinima>
-inline bool set_tile(const float* x, const Bounds& bounds, Tile<kMinima>& tile, float* rest) {
+// 8 bits of, are left to floats: leave(lane, numbers) is called with its numbers of the first half and then of the second.
+template <bool kMinima, typename Leave>
+inline void set_tile(const float* x, const Bounds& bounds, Tile<kMinima>& tile, const Leave& leave) {
   const __m256i columns = _mm256_setr_epi32(0, 4, 8, 12, 32, 36, 40, 44);
   const Vector zero = {}, infinity = broadcast(kInfinity);
   Vector numbers[2][4], largest = zero;
@@ -99,15 +99,19 @@ inline bool set_tile(const float* x, const Bounds& bounds, Tile<kMinima>& tile, 
     sums *= -8;
     std::memcpy(tile.sums, &sums, sizeof sums);
   }
-  if (!_mm256_movemask_ps(reinterpret_cast<__m256>(left))) return false;
-  for (int half = 0; half < 2; ++half) {
-    for (int j = 0; j < 4; ++j) {
-      const Vector number = masked(numbers[half][j], left);
-      for (int i = 0; i < kWidth; ++i) rest[16 * half + j + 4 * i + (i < 4 ? 0 : 16)] = number[i];
-    }
+  for (int lanes = _mm256_movemask_ps(reinterpret_cast<__m256>(left)); lanes; lanes &= lanes - 1) {
+    const int lane = __builtin_ctz(lanes);
+    float of_lane[kWidth];
+    for (int j = 0; j < 4; ++j) of_lane[j] = numbers[0][j][lane], of_lane[4 + j] = numbers[1][j][lane];
+    leave(lane, of_lane);
   }
-  return true;
 }
+
+// The numbers of a lane that are left to floats, and where in a row its weights are: four bytes, and their group's header.
+struct LeftLane {
+  float numbers[kWidth];
+  int32_t bytes, header;
+};
 
 // total += x · (scale · numbers + minimum), or without minima x · scale · (numbers - 8). `halves`: those of the units.
 template <bool kMinima>
@@ -146,16 +150,22 @@ class DigitRows {
     const Layout layout(l);
     const Bounds bounds(x, l.in, kMinima);
     auto* tile = reinterpret_cast<X*>(target);
-    auto* const units = reinterpret_cast<int32_t*>(target + layout.units);
-    float* rest = target + layout.rest;
+    auto* const left = reinterpret_cast<LeftLane*>(target + layout.left);
+    const int64_t group = l.packing.group_size, group_bytes = Header::kBytes + group / 2;
     int32_t count = 0;
     for (int64_t c = 0, next; c < l.in; c = next) {
       next = smaller(c + kTile, layout.end_of_span(c));
       float numbers[kTile] = {};
       std::memcpy(numbers, x + c, (next - c) * sizeof(float));
-      if (set_tile(numbers, bounds, *tile++, rest)) units[++count] = static_cast<int32_t>(c / kPacked), rest += kTile;
+      set_tile(numbers, bounds, *tile++, [&](int lane, const float* numbers) {
+        const int64_t column = c + lane / 4 * kPacked, header = column / group * group_bytes;
+        const int64_t bytes = header + Header::kBytes + column % group / kPacked * kUnitBytes + lane % 4 * 4;
+        LeftLane& of_lane = left[count++];
+        std::memcpy(of_lane.numbers, numbers, sizeof of_lane.numbers);
+        of_lane.bytes = static_cast<int32_t>(bytes), of_lane.header = static_cast<int32_t>(header);
+      });
     }
-    units[0] = count;
+    std::memcpy(target + layout.count, &count, sizeof count);
   }
 
   // As QuantizedRows.
@@ -177,15 +187,15 @@ class DigitRows {
   static constexpr int64_t kUnitBytes = kPacked / 2;
   static constexpr int kStreams = 2;  // rows of weights that share what is loaded of x
 
-  // Where things are in a row of x, in floats: tiles, the number of those that have numbers left to floats and the units at
-  // which they start, and these numbers. Each span of columns, which is a group unless that is half of a tile, has its own
-  // tiles.
+  // Where things are in a row of x, in floats: tiles, the lanes that are left to floats, and their number. Each span of
+  // columns, which is a group unless that is half of a tile, has its own tiles.
   struct Layout {
-    int64_t span, units, rest, size;
+    int64_t span, left, count, size;
 
     explicit Layout(const Linear& l) : span(l.packing.group_size == kPacked ? l.in : l.packing.group_size) {
       const int64_t tiles = l.in / span * ((span + kTile - 1) / kTile);
-      units = tiles * sizeof(X) / sizeof(float), rest = units + rounded_up(1 + tiles, kWidth), size = rest + tiles * kTile;
+      left = tiles * sizeof(X) / sizeof(float), count = left + tiles * kWidth * sizeof(LeftLane) / sizeof(float);
+      size = count + kWidth;
     }
 
     int64_t end_of_span(int64_t c) const { return c / span * span + span; }
@@ -202,21 +212,25 @@ class DigitRows {
       for (int j = 0; j < kStreams; ++j) {
         for (int i = 0; i < kCount; ++i) {
           total[j][i] = in_register(streams.total[j][i]);
-          add_rest(x + i * layout_.size, rows[j], total[j][i]);
+          add_left(x + i * layout_.size, rows[j], total[j][i]);
         }
       }
     });
   }
 
   // Adds the products of what is left to floats.
-  void add_rest(const float* x, const uint8_t* row, Vector& total) const {
-    const auto* units = reinterpret_cast<const int32_t*>(x + layout_.units);
-    const float* rest = x + layout_.rest;
-    for (int32_t i = 1; i <= units[0]; ++i, rest += kTile) {
-      const int64_t c = units[i] * kPacked, count = smaller(kTile, layout_.end_of_span(c) - c);
-      float w[kTile];
-      rows_.dequantize(row, c, count, w);
-      for (int64_t k = 0; k < count; k += kWidth) total += load(rest + k) * load(w + k);
+  void add_left(const float* x, const uint8_t* row, Vector& total) const {
+    const auto* lane = reinterpret_cast<const LeftLane*>(x + layout_.left);
+    int32_t count;
+    std::memcpy(&count, x + layout_.count, sizeof count);
+    const __m256i shifts = _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28);
+    for (const LeftLane* const end = lane + count; lane < end; ++lane) {
+      const Header header(row + lane->header, l_.values_of_halves);
+      int32_t bytes;
+      std::memcpy(&bytes, row + lane->bytes, sizeof bytes);
+      const __m256i numbers = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(bytes), shifts), _mm256_set1_epi32(15));
+      const Vector w = to_floats(reinterpret_cast<IntVector>(numbers)) - (kMinima ? 0.0f : 8.0f);
+      total += load(lane->numbers) * (w * header.scale + header.minimum);
     }
   }
 
