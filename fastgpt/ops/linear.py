@@ -22,10 +22,10 @@ from fastgpt.ops.norm import KINDS, norm_reference
 from fastgpt.ops.quantized_weight import BITS, FUNCTIONS, UNIT, Packing, QuantizedWeight, dequantized_product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Up to this many rows of x the kernels are faster than other matrix products. On a CPU they take any number of rows, but compute
-# kMaxRows (csrc/linear/linear.h) at a time.
-MAX_ROWS_CPU = 64 if build_info()["cpu_level"] in ("avx2", "avx512", "amx") else 32
-# On a CPU, each row's result has the same bits for any number of rows between two of these, which are kFewRows of
+# Up to this many rows of x the kernels are faster than other matrix products. Where they are faster with more, too, they compute
+# kMostManyRows (csrc/linear/products_many_rows.h) at a time.
+MAX_ROWS_CPU = 64 if build_info()["cpu_level"] in ("avx2", "avx512", "amx") else 32  # at most kMaxRows of csrc/linear/linear.h
+# On a CPU, each row's result has the same bits for any number of rows between two of MAX_ROWS_CPU and these, which are kFewRows of
 # csrc/linear/products_quantized.h, and rows below kLeast of products_amx.h and products_bf16_dot.h.
 FEW_ROWS_QUANTIZED, FEW_ROWS_BF16 = 4, 8
 MAX_ROWS_CUDA = 32
