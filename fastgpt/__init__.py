@@ -58,9 +58,10 @@ from fastgpt.ops.kv_cache_update import (
 )
 from fastgpt.ops.library import build_info
 from fastgpt.ops.linear import linear, linear_reference
-from fastgpt.ops.moe import moe, moe_reference, route, route_reference
+from fastgpt.ops.moe import moe, moe_reference
 from fastgpt.ops.norm import norm, norm_reference
 from fastgpt.ops.quantized_weight import Quantization, QuantizedWeight, quantize
+from fastgpt.ops.route import route, route_reference
 
 if TYPE_CHECKING:  # at run time in __getattr__, since it loads tokenizers
     from fastgpt.encoding.pipeline import embed

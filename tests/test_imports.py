@@ -119,7 +119,9 @@ LAYERS = [
     {"testing.attention_parity"},
     {"testing.attention_features", "testing.linear_features", "testing.moe_features", "testing.norm_features"},
     {"ops.explain"},
-    {"ops.attention_with_kv_cache", "ops.moe"},
+    {"ops.attention_with_kv_cache", "ops.moe", "ops.route"},
+    {"ops.moe_grouped"},
+    {"ops.experts"},
     {"ops.attention", "ops.kv_cache_update", "ops.linear", "ops.decode_step"},
     {"ops.attention.autograd", "ops.attention.refusals", "ops.kv_cache_update.refusals"},
     {

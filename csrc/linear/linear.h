@@ -15,7 +15,7 @@ constexpr int64_t kMaxRows = 64;   // rows of x that the kernels of few rows mul
 constexpr int64_t kRowBlock = 16;  // rows of x that are prepared (normalized, converted) at a time
 constexpr int64_t kFeatures = 64;  // output features of a step of the epilogue; half of it if gated
 
-// As ACTIVATIONS in fastgpt/ops/linear.py, and after them the gated ones of fastgpt/ops/moe.py.
+// As ACTIVATIONS in fastgpt/ops/linear.py, and after them the gated ones of fastgpt/ops/experts.py.
 enum class Activation : int64_t { none, gelu_tanh, gelu, silu, relu, swiglu_clamped };
 
 // How quantized weights are stored, see Packing in fastgpt/ops/quantized_weight.py.

@@ -106,7 +106,7 @@ def route_kernel(
 
 @triton.jit
 def activate_gated(gate, up, ACTIVATION: tl.constexpr):
-    """The gate's activation times up, or number 5, "swiglu_clamped" of fastgpt/ops/moe.py; propagates NaN."""
+    """The gate's activation times up, or number 5, "swiglu_clamped" of fastgpt/ops/experts.py; propagates NaN."""
     if ACTIVATION == 5:
         gate = tl.where(gate > 7.0, 7.0, gate)
         up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
@@ -387,7 +387,7 @@ def moe(
     Args:
         x: (..., C) fp16|bf16|fp32; copied if the last dimension is not contiguous.
         up, down: (E, 2I or I, C) and (E, C, I), contiguous; in x's dtype, as biases and residual.
-        activation: its number in ACTIVATION_NUMBERS of fastgpt/ops/moe.py.
+        activation: its number in ACTIVATION_NUMBERS of fastgpt/ops/experts.py.
 
     Returns: (..., C) in x's dtype, contiguous.
     """

@@ -131,7 +131,7 @@ def moe_quantized(
         up, down: (E · 2I or E · I, bytes) and (E · C, bytes) uint8, contiguous, as `QuantizedWeight.blocks`.
         up_packing, down_packing: bits, group_size and minima of each.
         num_experts: E.
-        activation: its number in ACTIVATION_NUMBERS of fastgpt/ops/moe.py.
+        activation: its number in ACTIVATION_NUMBERS of fastgpt/ops/experts.py.
 
     Returns: (..., C) in x's dtype, contiguous.
     """

@@ -11,8 +11,9 @@ from fastgpt.model.evaluation_mode import is_training
 from fastgpt.model.fusion import computes, plain
 from fastgpt.model.layers import MLP, Norm, new_layer, project
 from fastgpt.ops.linear import finish
-from fastgpt.ops.moe import moe, moe_waits, route
+from fastgpt.ops.moe import moe, moe_waits
 from fastgpt.ops.quantized_weight import QuantizedWeight
+from fastgpt.ops.route import route
 
 
 @plain(weights=5)

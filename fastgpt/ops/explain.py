@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 
-from fastgpt.ops import attention, attention_with_kv_cache, kv_cache_update, linear, moe, norm
+from fastgpt.ops import attention, attention_with_kv_cache, kv_cache_update, linear, moe, norm, route
 
 # Operation -> its explanation. Generation and integrations add theirs.
 OPERATIONS = {
@@ -13,8 +13,8 @@ OPERATIONS = {
     kv_cache_update.kv_cache_update: kv_cache_update.explain,
     kv_cache_update.rope_kv_cache_update: kv_cache_update.explain_rope,
     linear.linear: linear.explain,
-    moe.moe: moe.explain_moe,
-    moe.route: moe.explain_route,
+    moe.moe: moe.explain,
+    route.route: route.explain,
     norm.norm: norm.explain,
 }
 

@@ -12,7 +12,9 @@ from interpreter import DEVICE, INTERPRETED, passed, runs_kernel, starts_the_int
 
 import fastgpt  # noqa: E402
 from fastgpt.kernels import moe as kernel  # noqa: E402
-from fastgpt.ops.moe import ACTIVATION_NUMBERS, GROUP_SCORES, SCORINGS, moe_reference, route_reference  # noqa: E402
+from fastgpt.ops.experts import ACTIVATION_NUMBERS  # noqa: E402
+from fastgpt.ops.moe import moe_reference  # noqa: E402
+from fastgpt.ops.route import GROUP_SCORES, SCORINGS, route_reference  # noqa: E402
 from fastgpt.testing import moe_features  # noqa: E402
 from fastgpt.testing.moe_features import in_float64  # noqa: E402
 from fastgpt.testing.numerics import check  # noqa: E402

@@ -14,7 +14,8 @@ import fastgpt  # noqa: E402
 from fastgpt import quantize  # noqa: E402
 from fastgpt.kernels import tiles  # noqa: E402
 from fastgpt.kernels.moe_quantized import moe_quantized  # noqa: E402
-from fastgpt.ops.moe import ACTIVATION_NUMBERS, moe_reference  # noqa: E402
+from fastgpt.ops.experts import ACTIVATION_NUMBERS  # noqa: E402
+from fastgpt.ops.moe import moe_reference  # noqa: E402
 from fastgpt.testing import moe_features  # noqa: E402
 from fastgpt.testing.moe_features import in_float64  # noqa: E402
 from fastgpt.testing.numerics import check  # noqa: E402

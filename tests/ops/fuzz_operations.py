@@ -24,7 +24,7 @@ from fuzz_invalid_calls import Stranger, invalid
 from fuzz_valid_calls import FLOATS, OPERATIONS, Draw
 
 import fastgpt
-from fastgpt.ops.moe import ACTIVATION_NUMBERS
+from fastgpt.ops.experts import ACTIVATION_NUMBERS
 from fastgpt.testing import numerics
 
 

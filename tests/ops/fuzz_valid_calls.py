@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import fastgpt
-from fastgpt.ops import moe as mixtures
+from fastgpt.ops import experts as mixtures
 from fastgpt.ops.decode_step import embed
 from fastgpt.ops.linear import ACTIVATION_NUMBERS
 

@@ -8,8 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgpt
 from fastgpt import QuantizedWeight, moe, moe_reference, quantize, route, route_reference
-from fastgpt.ops import moe as module
-from fastgpt.ops.moe import ACTIVATION_NUMBERS, CLAMPED
+from fastgpt.ops import moe as moe_module
+from fastgpt.ops import moe_grouped as moe_grouped_module
+from fastgpt.ops.experts import ACTIVATION_NUMBERS, CLAMPED
 from fastgpt.testing import numerics
 
 E, K, C, I = 8, 3, 32, 64
@@ -191,10 +192,11 @@ def test_one_expert_twice():
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("implementation", ["_moe_reference", "_moe_grouped"])
+@pytest.mark.parametrize("implementation", [moe_module._moe_reference, moe_grouped_module.moe_grouped])
 def test_experts_that_do_not_exist_add_nothing_on_a_gpu(implementation, quantized, monkeypatch):
     """Where nobody waits for their numbers to refuse them, as on a CPU."""
-    monkeypatch.setattr(module, "_require_experts", lambda experts, E: None)
+    for module in (moe_module, moe_grouped_module):
+        monkeypatch.setattr(module, "require_experts", lambda experts, E: None)
     call = call_of((6,), torch.float32, biases=True, residual=True)
     call["experts"][0, 1], call["weights"][0, 1] = 0, 0
     exact = in_float64(call)
@@ -206,7 +208,7 @@ def test_experts_that_do_not_exist_add_nothing_on_a_gpu(implementation, quantize
 
     def run():
         names = "x", "experts", "weights", "up", "down", "up_bias", "down_bias", "residual", "activation", "gated"
-        return getattr(module, implementation)(*(call[name] for name in names))
+        return implementation(*(call[name] for name in names))
 
     for index in (-1, E, 2**31 - 1, -(2**31)):
         call["experts"][0, 1] = index

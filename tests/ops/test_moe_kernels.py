@@ -11,7 +11,8 @@ from cpu_levels import lower_levels
 import fastgpt
 from fastgpt import explain, moe, moe_reference, quantize, route, route_reference
 from fastgpt.generation.replay import CpuReplay
-from fastgpt.ops.moe import ACTIVATION_NUMBERS, SCORINGS
+from fastgpt.ops.experts import ACTIVATION_NUMBERS
+from fastgpt.ops.route import SCORINGS
 from fastgpt.testing import numerics
 from fastgpt.testing.moe_features import FEATURES, ROUTES, call_of, in_float64, route_call_of
 

@@ -3,8 +3,9 @@
 from typing import Any
 
 from fastgpt.model.rope import MAX_POSITIONS
+from fastgpt.ops.experts import ACTIVATION_NUMBERS
 from fastgpt.ops.linear import ACTIVATIONS
-from fastgpt.ops.moe import ACTIVATION_NUMBERS, GROUP_SCORES, SCORINGS
+from fastgpt.ops.route import GROUP_SCORES, SCORINGS
 from fastgpt.schema import OMITTED, Field, choice, flag, integer, number, several, unsupported
 
 # Ranges of sizes. Numbers of elements and bytes of every matrix in them are integers of 64 bits.

@@ -13,7 +13,7 @@ from fastgpt.checkpoints.families.llama import (
     types_of,
     windows_of,
 )
-from fastgpt.ops.moe import ALPHA, CLAMPED, LIMIT
+from fastgpt.ops.experts import ALPHA, CLAMPED, LIMIT
 from fastgpt.schema import flag, integer, number, only, unsupported
 
 GPT_OSS_SCHEMA = LLAMA_SCHEMA | ROUTER_ENTRIES | {
