@@ -94,17 +94,17 @@ def _grouped(*arguments):
 def _grouped_backward(dout, *arguments):
     *arguments, needed = arguments
     call = list(_grouped_call(*arguments))
-    leaves = [call[i].detach().requires_grad_() for i, need in zip(DIFFERENTIABLE, needed) if need]
-    found = iter(leaves)
-    for i, need in zip(DIFFERENTIABLE, needed):
-        call[i] = next(found) if need else call[i]
-    c, excluded = torch._C, torch._C._dispatch_tls_local_exclude_set()
-    for key in (c.DispatchKey.AutogradCPU, c.DispatchKey.AutogradOther, c.DispatchKey.ADInplaceOrView):
-        excluded = excluded.remove(key)  # with them, as in a TorchDispatchMode, nothing would be recorded
-    with c._ForceDispatchKeyGuard(c._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
-        out = grouped_sum(*call)
-        gradients = torch.autograd.grad(out, leaves, dout, materialize_grads=True)
-    return [gradient.contiguous() for gradient in gradients]
+    places = [i for i, need in zip(DIFFERENTIABLE, needed) if need]
+
+    def of_leaves(*leaves):
+        inner = list(call)
+        for i, leaf in zip(places, leaves):
+            inner[i] = leaf
+        return grouped_sum(*inner)
+
+    # Below autograd, where an operation is called, autograd would record nothing; a transform records by itself.
+    _, gradients_of = torch.func.vjp(of_leaves, *(call[i] for i in places))
+    return [gradient.contiguous() for gradient in gradients_of(dout)]
 
 
 @torch.library.register_fake("fastgpt::moe_grouped", lib=library)
