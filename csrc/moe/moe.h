@@ -37,7 +37,7 @@ struct ExpertSums {
   bool is_last;           // of all batches
   const float* products;  // (end - begin, columns)
   const void* residual;   // (rows, columns) or null
-  float* totals;          // (rows, columns): sums of the batches before; null if this is the only one
+  float* totals;          // (rows, columns): sums of the batches before, at first zeros; null if this is the only one
   void* out;              // (rows, columns)
 };
 

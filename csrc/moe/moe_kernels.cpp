@@ -103,6 +103,11 @@ void moe_sum(const ExpertSums& s, int64_t begin, int64_t end) {
   constexpr int64_t kColumns = 256;  // at a time
   alignas(64) float sums[kColumns], other[kColumns];
   for (int64_t row = begin; row < end; ++row) {
+    const int64_t* const places = s.places + row * s.top_k;
+    const auto is_in_batch = [&](int64_t k) { return places[k] >= s.begin && places[k] < s.end; };
+    bool has_pairs = s.is_last;
+    for (int64_t k = 0; k < s.top_k; ++k) has_pairs |= is_in_batch(k);
+    if (!has_pairs) continue;  // else the time would grow with the number of rows times that of batches
     for (int64_t c = 0; c < s.columns; c += kColumns) {
       const int64_t count = smaller(kColumns, s.columns - c), offset = row * s.columns + c;
       const auto add = [&](const void* source, int64_t from, Element element, float factor) {
@@ -115,9 +120,8 @@ void moe_sum(const ExpertSums& s, int64_t begin, int64_t end) {
         std::memset(sums, 0, sizeof sums);
       }
       for (int64_t k = 0; k < s.top_k; ++k) {
-        const int64_t place = s.places[row * s.top_k + k];
-        if (place < s.begin || place >= s.end) continue;
-        add(s.products, (place - s.begin) * s.columns + c, Element::float32, s.weights[s.order[place]]);
+        if (!is_in_batch(k)) continue;
+        add(s.products, (places[k] - s.begin) * s.columns + c, Element::float32, s.weights[s.order[places[k]]]);
       }
       if (!s.is_last) {
         write(sums, count, s.totals, offset, Element::float32);

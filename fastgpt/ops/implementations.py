@@ -88,6 +88,9 @@ def explain_call(implementations: dict, *call, impl: str | None = None) -> dict[
     }
 
 
+INFERENCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the inference kernels, C++ and Triton
+
+
 def inference_unsupported_reason(x: torch.Tensor, *others, device: str = "cpu") -> str | None:
     """Why the inference kernels of `linear` and `norm` (C++ on "cpu", Triton on "cuda") cannot serve x and the other tensors
     (some may be None), or None. Runs at each call, hence one function for both devices."""

@@ -15,7 +15,13 @@ from fastgpt.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops.implementations import choose, explain_call, inference_unsupported_reason, triton_inference_unsupported_reason
+from fastgpt.ops.implementations import (
+    INFERENCE_DTYPES,
+    choose,
+    explain_call,
+    inference_unsupported_reason,
+    triton_inference_unsupported_reason,
+)
 from fastgpt.ops.library import build_info, library, without_autograd
 from fastgpt.ops.matrix_product import FASTEST, KERNEL, matrix_product
 from fastgpt.ops.norm import KINDS, norm_reference
@@ -430,6 +436,7 @@ def _linear_quantized_triton(
 
 
 def _check_triton(x, activation, most_rows):
+    require_dtype("x", x, INFERENCE_DTYPES)
     if not x.numel() or x.numel() > most_rows * x.shape[-1]:
         raise ValueError(f"x: expected from 1 to {most_rows} rows, got shape {tuple(x.shape)}")
     if activation not in ACTIVATION_NUMBERS.values():

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from fastgpt.checks import (
     argument_error,
+    is_fake,
     require_choice,
     require_device,
     require_dtype,
@@ -15,7 +16,13 @@ from fastgpt.checks import (
     require_tensor,
 )
 from fastgpt.ops.experts import ACTIVATION_NUMBERS, CLAMPED, activate, finished, number_of_experts, of_expert, require_experts
-from fastgpt.ops.implementations import choose, explain_call, inference_unsupported_reason, triton_inference_unsupported_reason
+from fastgpt.ops.implementations import (
+    INFERENCE_DTYPES,
+    choose,
+    explain_call,
+    inference_unsupported_reason,
+    triton_inference_unsupported_reason,
+)
 from fastgpt.ops.library import library, without_autograd
 from fastgpt.ops.linear import DTYPES, MAX_ROWS_CPU, MAX_ROWS_CUDA
 from fastgpt.ops.matrix_product import FASTEST, KERNEL
@@ -130,6 +137,8 @@ def moe_reference(
 
 
 def _moe_reference(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated):
+    if experts.is_meta or is_fake(experts):  # whose numbers say which experts there are
+        return moe_grouped(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated)
     C, K = x.shape[-1], experts.shape[-1]
     E = number_of_experts(down, C)
     require_experts(experts, E)
@@ -319,6 +328,7 @@ def _unpacked(x, up_blocks, up_packing, down_blocks, down_packing, num_experts, 
 
 def _moe_triton(x, experts, weights, up, down, up_bias=None, down_bias=None, residual=None, activation=3, gated=True):
     _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, _activation_of(activation), gated)
+    require_dtype("x", x, INFERENCE_DTYPES)
     for name, weight in (("up", up), ("down", down)):
         if not weight.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {weight.stride()}")
@@ -336,6 +346,7 @@ def _moe_quantized_triton(
     down_packing = Packing(down_bits, down_group_size, down_minima, down_block_type)
     up, down = _unpacked(x, up_blocks, up_packing, down_blocks, down_packing, num_experts, gated)
     _check_moe(x, experts, weights, up, down, up_bias, down_bias, residual, _activation_of(activation), gated)
+    require_dtype("x", x, INFERENCE_DTYPES)
     if (reason := _weights_refused_by_triton(up, down, x.numel() // x.shape[-1])) is not None:
         raise ValueError(f"x: expected what the kernel serves: {reason}")
     from fastgpt.kernels.moe_quantized import moe_quantized  # Triton is imported only when a CUDA tensor needs it

@@ -13,7 +13,13 @@ from fastgpt.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops.implementations import choose, explain_call, inference_unsupported_reason, triton_inference_unsupported_reason
+from fastgpt.ops.implementations import (
+    INFERENCE_DTYPES,
+    choose,
+    explain_call,
+    inference_unsupported_reason,
+    triton_inference_unsupported_reason,
+)
 from fastgpt.ops.library import library, without_autograd
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -170,6 +176,7 @@ def _norm_fake(x, weight, bias=None, residual=None, rms=False, eps=1e-5, offset=
 
 def _norm_triton(x, weight, bias=None, residual=None, rms=False, eps=1e-5, offset=0.0):
     _check(x, weight, bias, residual, "layer", eps, offset)
+    require_dtype("x", x, INFERENCE_DTYPES)
     from fastgpt.kernels.norm import norm  # Triton is imported only when a CUDA tensor needs it
 
     return norm(x, weight, bias, residual, rms, eps, offset)

@@ -13,7 +13,13 @@ from fastgpt.checks import (
     require_shape,
     require_tensor,
 )
-from fastgpt.ops.implementations import choose, explain_call, inference_unsupported_reason, triton_inference_unsupported_reason
+from fastgpt.ops.implementations import (
+    INFERENCE_DTYPES,
+    choose,
+    explain_call,
+    inference_unsupported_reason,
+    triton_inference_unsupported_reason,
+)
 from fastgpt.ops.library import library, without_autograd
 from fastgpt.ops.linear import DTYPES
 
@@ -212,6 +218,7 @@ def _route_triton(
 ):
     group_score = "top2" if top2 else "max"
     _check_route(logits, selection_bias, top_k, "softmax", num_groups, top_groups, group_score, normalize, scale)
+    require_dtype("logits", logits, INFERENCE_DTYPES)
     from fastgpt.kernels.moe import route  # Triton is imported only when a CUDA tensor needs it
 
     return route(logits, top_k, sigmoid, selection_bias, num_groups, top_groups, top2, normalize, scale)

@@ -15,7 +15,7 @@ from fastgpt.generation.decoding import graph_refused
 from fastgpt.integrations.sdpa.refusals import Call, refuses_arguments
 from fastgpt.model.rope import Rope
 from fastgpt.ops import attention_with_kv_cache as attending
-from fastgpt.ops import implementations
+from fastgpt.ops import implementations, linear, moe, norm, route
 from fastgpt.ops.decode_step import embed
 from fastgpt.ops.kv_cache_update import refusals as updating
 from fastgpt.ops.quantized_weight import Packing
@@ -129,6 +129,24 @@ def test_a_decode_step_is_no_graph_where_references_serve_it(patch, dtype, reaso
     with fake_cuda(random_model(), dtype) as model, patch:
         reasons = fastgpt.explain(fastgpt.decoding, model, model.new_cache(3))
         assert reason in reasons["cuda_graph"] and reasons["eager"] == "chosen"
+
+
+def test_operators_of_a_gpu_refuse_what_their_kernels_do_not_serve():
+    """Called past fastgpt.linear and the others, which would choose the reference."""
+    x, weight, experts = torch.randn(2, 64).double(), torch.randn(8, 64).double(), torch.zeros(2, 1, dtype=torch.int32)
+    up, down, packing = torch.randn(4, 16, 64).double(), torch.randn(4, 64, 8).double(), (8, 32, False, 0)
+    blocks = torch.zeros(8, 68, dtype=torch.uint8)
+    for call in (
+        lambda: linear._linear_triton(x, weight),
+        lambda: linear._linear_quantized_triton(x, blocks, *packing),
+        lambda: norm._norm_triton(x, weight[0]),
+        lambda: route._route_triton(x, 2),
+        lambda: moe._moe_triton(x, experts, torch.ones(2, 1).double(), up, down),
+    ):
+        with pytest.raises(
+            TypeError, match="(x|logits): expected dtype torch.float32 or torch.float16 or torch.bfloat16, got torch.float64"
+        ):
+            call()
 
 
 @pytest.mark.parametrize("implementations", [("cuda",), ("triton",), ("cuda", "triton"), ()], ids=str)

@@ -137,7 +137,7 @@ def test_shapes_without_data(rows, quantized):
         if quantized:
             call |= {name: quantize(call[name].flatten(0, 1)) for name in ("up", "down")}
         with torch.no_grad():
-            assert moe(**call).shape == (*rows, C)
+            assert moe(**call).shape == moe(**call, impl="reference").shape == moe_reference(**call).shape == (*rows, C)
         leaves = [
             call[name].requires_grad_() for name in ("x", "weights", "up_bias", *[n for n in ("up", "down") if not quantized])
         ]
