@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fastgpt.checkpoints import hub, transformers_format
-from fastgpt.checks import require_integer, require_number
+from fastgpt.checks import require_integer, require_number, shown
 from fastgpt.model.config import EncoderConfig, GPTConfig
 from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder import Encoder, Transform, initialize
@@ -29,7 +29,7 @@ def labels_of(stored: dict | None) -> dict[int, str] | None:
         return None
     for label, name in stored.items():
         if not re.fullmatch(r"[0-9]{1,7}", label) or not isinstance(name, str):
-            raise ValueError(f"id2label: expected label ids as keys and names as values, got {label!r}: {name!r}")
+            raise ValueError(f"id2label: expected label ids as keys and names as values, got {shown(label)}: {name!r}")
     return {int(label): name for label, name in stored.items()}
 
 
@@ -66,7 +66,7 @@ class Classifier(nn.Module):
         pad_token_id = require_integer("pad_token_id", pad_token_id, optional=True)
         id2label = {label: f"LABEL_{label}" for label in range(num_labels)} if id2label is None else dict(id2label)
         if sorted(id2label) != list(range(num_labels)):
-            raise ValueError(f"id2label: expected a name for each of 0 to {num_labels - 1}, got {id2label!r}")
+            raise ValueError(f"id2label: expected a name for each of 0 to {num_labels - 1}, got {shown(id2label)}")
         self.dropout = require_number("dropout", dropout, least=0, below=1)
         self.model, self.num_labels, self.id2label, self.pad_token_id = model, num_labels, id2label, pad_token_id
 

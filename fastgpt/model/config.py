@@ -7,6 +7,7 @@ import torch
 
 from fastgpt import schema
 from fastgpt.checkpoints.families.fields import DECODER_SCHEMA, ENCODER_DECODER_SCHEMA, ENCODER_SCHEMA, MAX_HEAD_DIM
+from fastgpt.checks import shown
 from fastgpt.model.rope import Rope
 from fastgpt.ops.linear import ACTIVATIONS
 
@@ -167,20 +168,22 @@ class GPTConfig:
             raise ValueError(f"head_dim: expected at most {MAX_HEAD_DIM}, got {self.head_dim}")
         for name, rope in (("rope", self.rope), ("local_rope", self.local_rope)):
             if rope is not None and not isinstance(rope, Rope):
-                raise TypeError(f"{name}: expected a Rope or None, got {rope!r}")
+                raise TypeError(f"{name}: expected a Rope or None, got {shown(rope)}")
             if rope is not None and rope.dim > self.head_dim:
                 raise ValueError(f"{name}.dim: expected at most head_dim={self.head_dim}, got {rope.dim}")
         if (self.position == "rotary") != (self.rope is not None):
-            raise ValueError(f"rope: expected a Rope if position is 'rotary', else None, got {self.rope!r}")
+            raise ValueError(f"rope: expected a Rope if position is 'rotary', else None, got {shown(self.rope)}")
         if self.local_rope is not None and (self.rope is None or self.local_rope.kind == "longrope"):
-            raise ValueError(f"local_rope: expected None without rope, and another kind than longrope, got {self.local_rope!r}")
+            raise ValueError(
+                f"local_rope: expected None without rope, and another kind than longrope, got {shown(self.local_rope)}"
+            )
         if self.rope_layers is not None and self.rope is None:
-            raise ValueError(f"rope_layers: expected None without rope, got {self.rope_layers!r}")
+            raise ValueError(f"rope_layers: expected None without rope, got {shown(self.rope_layers)}")
         self._check_latents()
         self._check_experts()
         for name, of_layers in (("windows", self.windows), ("rope_layers", self.rope_layers), ("moe_layers", self.moe_layers)):
             if of_layers is not None and len(of_layers) != self.num_layers:
-                raise ValueError(f"{name}: expected {self.num_layers} entries, one for each layer, got {of_layers!r}")
+                raise ValueError(f"{name}: expected {self.num_layers} entries, one for each layer, got {shown(of_layers)}")
         if self.pre_norms == 1 and not self.parallel:
             raise ValueError("pre_norms: expected 2 or 0 for blocks that are not parallel, got 1")
         if self.parallel and self.cross_attention:
@@ -189,7 +192,7 @@ class GPTConfig:
             for name in ("pre_norms", "post_norms", "parallel", "residual_scale"):
                 if getattr(self, name) != getattr(GPTConfig, name):
                     expected = repr(getattr(GPTConfig, name))
-                    raise ValueError(f"{name}: expected {expected} with norm_first=False, got {getattr(self, name)!r}")
+                    raise ValueError(f"{name}: expected {expected} with norm_first=False, got {shown(getattr(self, name))}")
         if self.position == "relative":
             exact = self.relative_buckets // (2 if self.causal else 4)
             if exact < 1 or self.relative_max_distance <= exact:
@@ -204,12 +207,12 @@ class GPTConfig:
         if self.kv_rank is None:
             for name in ("q_rank", "latent_norm_eps"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: expected None without kv_rank, got {getattr(self, name)!r}")
+                    raise ValueError(f"{name}: expected None without kv_rank, got {shown(getattr(self, name))}")
             if self.v_head_dim not in (None, self.head_dim):
                 raise ValueError(f"v_head_dim: expected head_dim={self.head_dim} without kv_rank, got {self.v_head_dim}")
         else:
             if self.rope is None or self.rope.dim >= self.head_dim:
-                raise ValueError(f"rope.dim: expected less than head_dim={self.head_dim} with kv_rank, got {self.rope!r}")
+                raise ValueError(f"rope.dim: expected less than head_dim={self.head_dim} with kv_rank, got {shown(self.rope)}")
             if self.num_kv_heads != self.num_heads:
                 raise ValueError(f"num_kv_heads: expected num_heads={self.num_heads} with kv_rank, got {self.num_kv_heads}")
             if self.qk_norm:
@@ -225,11 +228,11 @@ class GPTConfig:
         if self.num_experts is None:
             for name in ("experts_per_token", "expert_size", "shared_expert_size", "moe_layers"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: expected None without num_experts, got {getattr(self, name)!r}")
+                    raise ValueError(f"{name}: expected None without num_experts, got {shown(getattr(self, name))}")
             for name in ROUTING:
                 if getattr(self, name) != getattr(GPTConfig, name):
                     raise ValueError(
-                        f"{name}: expected {getattr(GPTConfig, name)!r} without num_experts, got {getattr(self, name)!r}"
+                        f"{name}: expected {getattr(GPTConfig, name)!r} without num_experts, got {shown(getattr(self, name))}"
                     )
         else:
             if self.experts_per_token is None or self.experts_per_token > self.num_experts:
@@ -257,7 +260,7 @@ class GPTConfig:
             if not (only_experts and self.gated and all(self.moe_layers or (True,))):
                 raise ValueError(
                     f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))} for an MLP, or where experts are not gated, "
-                    f"got {self.activation!r}"
+                    f"got {shown(self.activation)}"
                 )
 
     def has_experts(self, layer: int) -> bool:
@@ -332,7 +335,9 @@ class EncoderConfig(GPTConfig):
         schema.check_fields(self, ENCODER_SCHEMA)
         for name in self.NOT_OF_ENCODERS:
             if getattr(self, name) != getattr(GPTConfig, name):
-                raise ValueError(f"{name}: expected {getattr(GPTConfig, name)!r} for an encoder, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name}: expected {getattr(GPTConfig, name)!r} for an encoder, got {shown(getattr(self, name))}"
+                )
         if self.causal:
             raise ValueError("causal: expected False for an encoder, got True")
         if self.first_position and self.position != "learned":
@@ -359,7 +364,7 @@ class EncoderDecoderConfig:
     def __post_init__(self):
         for name, expected in (("encoder", EncoderConfig), ("decoder", GPTConfig)):
             if type(getattr(self, name)) is not expected:
-                raise TypeError(f"{name}: expected {expected.__name__}, got {getattr(self, name)!r}")
+                raise TypeError(f"{name}: expected {expected.__name__}, got {shown(getattr(self, name))}")
         schema.check_fields(self, ENCODER_DECODER_SCHEMA)
         encoder, decoder = self.encoder, self.decoder
         for name, got, expected in (
@@ -368,10 +373,10 @@ class EncoderDecoderConfig:
             *([("vocab_size", decoder.vocab_size, encoder.vocab_size)] if self.share_embedding else []),
         ):  # fmt: skip
             if got != expected:
-                raise ValueError(f"decoder.{name}: expected {expected!r} beside this encoder, got {got!r}")
+                raise ValueError(f"decoder.{name}: expected {expected!r} beside this encoder, got {shown(got)}")
         for name in ("pooler", "masked_head", "token_types"):
             if getattr(encoder, name):
-                raise ValueError(f"encoder.{name}: expected none beside a decoder, got {getattr(encoder, name)!r}")
+                raise ValueError(f"encoder.{name}: expected none beside a decoder, got {shown(getattr(encoder, name))}")
         if self.start_token >= decoder.vocab_size:
             raise ValueError(f"start_token: expected a token from 0 to {decoder.vocab_size - 1}, got {self.start_token}")
 

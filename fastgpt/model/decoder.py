@@ -403,7 +403,7 @@ class GPT(nn.Module):
             if cache.fits != id(self):
                 sizes = self.config.num_layers, self.num_kv_heads, self.config.head_dim, self.config.v_head_dim
                 cache.require_model(*sizes, ids.device)
-                require_order(self.config, cache)
+                require_order(self.config, cache.in_order)
                 cache.fits = id(self)
         require_encoder_states(self.config, cache, B)
         if longest > self.config.context_length:
@@ -499,6 +499,7 @@ class GPT(nn.Module):
         Raises: TypeError, ValueError, naming the argument.
         """
         require_causal(self.config)
+        require_order(self.config, kind != "sliding")
         cache = new_cache(
             kind,
             batch_size=batch_size,
@@ -515,7 +516,6 @@ class GPT(nn.Module):
             cache_dtype=cache_dtype,
             device=self.first_weight.device,
         )
-        require_order(self.config, cache)
         cache.casts = self.key_dtype != self.first_weight.dtype
         cache.encoder_kv = stored_encoder_states(self, encoder_states, encoder_lengths)
         return cache

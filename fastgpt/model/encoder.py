@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from fastgpt import huge_pages
 from fastgpt.cache.packed import Packed
 from fastgpt.checkpoints import hub, transformers_format
-from fastgpt.checks import require_choice, require_device, require_dtype, require_shape, require_tensor
+from fastgpt.checks import require_choice, require_device, require_dtype, require_shape, require_tensor, shown
 from fastgpt.model.config import EncoderConfig
 from fastgpt.model.decoder import Block
 from fastgpt.model.evaluation_mode import is_training
@@ -143,6 +143,8 @@ class Encoder(nn.Module):
         if token_types is not None:
             require_tensor("token_types", token_types)
             require_shape("token_types", token_types, tuple(ids.shape), "(B, T), as ids")
+        if not B:
+            return self.first_weight.new_zeros(0, T, self.config.hidden_size)
         if lengths is None:
             states = self.encode_packed(ids.flatten(), [T] * B, None if token_types is None else token_types.flatten())
             return states.view(B, T, -1)
@@ -212,9 +214,11 @@ class Encoder(nn.Module):
         """Raises TypeError, ValueError for arguments of `encode_packed` that the model cannot take, but for their values."""
         require_tensor("ids", ids, 1)
         if not isinstance(lengths, Sequence) or not all(type(n) is int for n in lengths):
-            raise TypeError(f"lengths: expected a list of integers, got {lengths!r}")
+            raise TypeError(f"lengths: expected a list of integers, got {shown(lengths)}")
         if not lengths or min(lengths) < 1 or sum(lengths) != len(ids):
-            raise ValueError(f"lengths: expected integers >= 1 whose sum is {len(ids)}, the tokens in ids, got {lengths!r}")
+            raise ValueError(
+                f"lengths: expected integers >= 1 whose sum is {len(ids)}, the tokens in ids, got {shown(lengths)}"
+            )
         for name, x in (("ids", ids), ("token_types", token_types)):
             if x is not None:
                 require_tensor(name, x)

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fastgpt.checkpoints import hub, transformers_format
-from fastgpt.checks import require_choice, require_device, require_dtype, require_tensor
+from fastgpt.checks import require_choice, require_device, require_dtype, require_tensor, shown
 from fastgpt.model.config import EncoderConfig, EncoderDecoderConfig, GPTConfig
 from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder import Encoder
@@ -62,7 +62,15 @@ class EncoderDecoder(nn.Module):
         Raises: TypeError, ValueError for arguments of another shape or dtype, ids outside the vocabulary (on CPU), or more
             tokens than the context.
         """
-        return self.decoder(target_ids, encoder_states=self.encode(ids, lengths), encoder_lengths=lengths)
+        states = self.encode(ids, lengths)
+        if isinstance(target_ids, torch.Tensor) and target_ids.dim() == 2 and len(target_ids) != len(ids):
+            raise ValueError(f"target_ids: expected {len(ids)} rows, as ids has, got {len(target_ids)}")
+        try:
+            return self.decoder(target_ids, encoder_states=states, encoder_lengths=lengths)
+        except (TypeError, ValueError) as error:
+            if str(error).startswith("ids:"):  # as the decoder calls them
+                raise type(error)(f"target_{error}") from error
+            raise
 
     def encode(self, ids: torch.Tensor, lengths: torch.Tensor | Sequence[int] | None = None) -> torch.Tensor:
         """The encoder's states of the inputs, (B, S, C), those of padding zero. Arguments and errors are those of `forward`."""
@@ -123,7 +131,7 @@ class EncoderDecoder(nn.Module):
                 raise ValueError("encoder_lengths: expected None for a list of inputs, which have their own")
             found = lengths.tolist() if isinstance(lengths, (torch.Tensor, np.ndarray)) else lengths
             if not isinstance(found, Sequence):
-                raise TypeError(f"encoder_lengths: expected a list, a tensor or an array of integers, got {lengths!r}")
+                raise TypeError(f"encoder_lengths: expected a list, a tensor or an array of integers, got {shown(lengths)}")
             if len(found) != len(counts) or not all(type(n) is int and 1 <= n <= counts[0] for n in found):
                 raise ValueError(f"encoder_lengths: expected {len(counts)} lengths from 1 to {counts[0]}, got {found}")
             counts, inputs = list(found), [one[:n] for one, n in zip(inputs, found)]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgpt.checks import make_list, require_device, require_dtype, require_tensor
+from fastgpt.checks import make_list, require_device, require_dtype, require_tensor, shown
 from fastgpt.model.config import GPTConfig
 
 
@@ -25,9 +25,9 @@ def require_ids(ids: Any, device: torch.device) -> None:
     require_device("ids", ids, device)
 
 
-def require_order(config: GPTConfig, cache: Any) -> None:
+def require_order(config: GPTConfig, in_order: bool) -> None:
     """Raises ValueError for a cache whose keys are not in the order of their positions, if the model has a bias by those."""
-    if config.position == "relative" and not cache.in_order:
+    if config.position == "relative" and not in_order:
         raise ValueError(
             "cache: expected a contiguous or a paged one for a model with relative positions, since a ring buffer has its keys in "
             "another order, got a sliding one"
@@ -45,7 +45,7 @@ def as_lengths(name: str, lengths: Any, x: torch.Tensor) -> torch.Tensor:
         numbers, shape = lengths.tolist() if lengths.is_cpu and lengths.dim() == 1 else [], tuple(lengths.shape)
     else:
         if not isinstance(lengths, Sequence) or not all(isinstance(n, int) for n in lengths):
-            raise TypeError(f"{name}: expected a tensor or a list of integers, got {lengths!r}")
+            raise TypeError(f"{name}: expected a tensor or a list of integers, got {shown(lengths)}")
         numbers, shape = list(lengths), (len(lengths),)
     if shape != x.shape[:1] or not all(1 <= n <= x.shape[1] for n in numbers):
         got = numbers if shape == x.shape[:1] else f"shape {shape}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastgpt.cache.uncached import Uncached
-from fastgpt.checks import require_path, writing
+from fastgpt.checks import require_path, shown, writing
 from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder_states import EncoderKV, uncached
 from fastgpt.model.inputs import require_decoder
@@ -125,7 +125,7 @@ def record_attention(
 def most_likely(logits: torch.Tensor, top: int) -> list[tuple[int, float, float]]:
     """The `top` most likely next tokens by logits (V,), most likely first: (token, logit, probability) of each."""
     if not isinstance(top, int) or top < 1:
-        raise ValueError(f"top: expected an integer >= 1, got {top!r}")
+        raise ValueError(f"top: expected an integer >= 1, got {shown(top)}")
     logits = logits.float()
     probabilities = logits.softmax(-1)
     tokens = logits.sort(descending=True, stable=True).indices[:top]  # the first is that of argmax

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastgpt.checks import shown
 from fastgpt.schema import OMITTED, check_fields, choice, flag, integer, number, several
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -75,7 +76,7 @@ class Rope:
     def __post_init__(self):
         check_fields(self, ROPE_SCHEMA, "rope.")
         if self.dim % 2:
-            raise ValueError(f"rope.dim: expected an even integer >= 2, got {self.dim!r}")
+            raise ValueError(f"rope.dim: expected an even integer >= 2, got {shown(self.dim)}")
         if self.kind in ("llama3", "yarn", "longrope") and self.original_context is None:
             raise ValueError(f"rope.original_context: expected an integer >= 2 for {self.kind}, got None")
         if self.kind == "llama3" and self.high_frequency_factor <= self.low_frequency_factor:

@@ -167,19 +167,26 @@ def test_a_decoder_with_relative_positions(cache, window):
         if parameter.dim() >= 2:
             parameter.mul_(30 if "relative" in name else 8)
     ids = torch.randint(40, (2, 30), generator=torch.Generator().manual_seed(3))
-    expected = model(ids)
+    expected, exact = model(ids), copy.deepcopy(model).double()
     quantized = "cache_dtype" in cache
-    close = {"rtol": 0.3, "atol": 0.3} if quantized else {"rtol": 1e-4, "atol": 1e-4}
+
+    def check(found, part):
+        """part: of the logits of all tokens."""
+        if quantized:
+            torch.testing.assert_close(found, part(expected), rtol=0.3, atol=0.3)
+        else:
+            numerics.check(found, lambda: part(exact(ids)))
+
     kept = model.new_cache(2, 40, **cache)
     padded = torch.stack([torch.cat([ids[0, :4], ids[0, 4:10]]), torch.cat([torch.zeros(4, dtype=torch.int64), ids[1, :6]])])
     found = model(padded, kept, [10, 6])
     if not quantized:
-        torch.testing.assert_close(found[0], expected[0, :10], **close)
-        torch.testing.assert_close(found[1, 4:], expected[1, :6], **close)
+        check(found[0], lambda logits: logits[0, :10])
+        check(found[1, 4:], lambda logits: logits[1, :6])
     step = fastgpt.decoding(model, kept)
     for t in range(8):
         logits = step(torch.stack([ids[0, 10 + t], ids[1, 6 + t]]))
-        torch.testing.assert_close(logits, torch.stack([expected[0, 10 + t], expected[1, 6 + t]]), **close)
+        check(logits, lambda logits, t=t: torch.stack([logits[0, 10 + t], logits[1, 6 + t]]))
     assert step.recording.is_recorded and step.recording.refused is None
     for options in ({}, {"cache": "paged"}, {"use_cache": False}, {"speculate": "prompt"}, {"prefill_chunk": 3}):
         rows = fastgpt.generate(model, [ids[0, :9].tolist(), [5]], 20, **options)
@@ -214,8 +221,9 @@ def test_caches_that_cannot_serve_it_are_refused():
     model = GPT(GPTConfig(40, 64, 2, 4, 32, **RELATIVE)).eval()
     with pytest.raises(ValueError, match="cache: expected a contiguous or a paged one .* got a sliding one"):
         model.new_cache(1, window=8, kind="sliding")
-    with pytest.raises(ValueError, match="cache: expected a contiguous or a paged one"):
-        fastgpt.generate(model, [[1]], 3, cache="sliding", window=8)
+    for window in (8, None):
+        with pytest.raises(ValueError, match="cache: expected a contiguous or a paged one"):
+            fastgpt.generate(model, [[1]], 3, cache="sliding", window=window)
     cache = SlidingCache(batch_size=1, window=8, num_layers=2, num_kv_heads=4, head_dim=8)
     with pytest.raises(ValueError, match="cache: expected a contiguous or a paged one"):
         model(IDS[:1], cache)
@@ -317,13 +325,18 @@ def test_the_loss_is_that_of_the_labels():
     assert torch.equal(model.shifted(labels)[:, 0], torch.full((3,), 2)) and torch.equal(
         model.shifted(labels)[0, 1:], TARGET[0, :-1]
     )
-    terms = []
-    for b, n in enumerate(LENGTHS):
-        real = labels[b][labels[b] >= 0]
-        given = torch.cat([torch.tensor([2]), real[:-1]])
-        logprobs = model(IDS[b : b + 1, :n], given[None])[0].log_softmax(-1)
-        terms.append(-logprobs[torch.arange(len(real)), real])
-    torch.testing.assert_close(loss, torch.cat(terms).mean(), rtol=1e-4, atol=1e-4)
+    exact = copy.deepcopy(model).double()
+
+    def mean():
+        terms = []
+        for b, n in enumerate(LENGTHS):
+            real = labels[b][labels[b] >= 0]
+            given = torch.cat([torch.tensor([2]), real[:-1]])
+            logprobs = exact(IDS[b : b + 1, :n], given[None])[0].log_softmax(-1)
+            terms.append(-logprobs[torch.arange(len(real)), real])
+        return torch.cat(terms).mean()
+
+    numerics.check(loss.detach(), mean)
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -388,8 +401,7 @@ STEPS = 400
 GOOD = configured()
 BAD = [
     (lambda model: model(IDS, TARGET, [9, 1]), ValueError, r"lengths: expected 3 lengths from 1 to 9"),
-    (lambda model: model(IDS, TARGET[:2]), ValueError, "encoder_states: expected batch size 2"),
-    (lambda model: model(IDS, TARGET + 90), ValueError, "ids: expected token ids from 0 to 39"),
+    (lambda model: model(IDS, TARGET + 90), ValueError, "^target_ids: expected token ids from 0 to 39"),
     (lambda model: model.loss(IDS, TARGET[:2]), ValueError, "labels: expected 3 rows, as ids has, got 2"),
     (lambda model: model.loss(IDS, TARGET.int()), TypeError, "labels: expected dtype torch.int64"),
     (
@@ -443,6 +455,19 @@ BAD = [
         ValueError,
         "encoder.token_types: expected none beside a decoder, got 2",
     ),
+    (lambda model: model(IDS, TARGET[:1]), ValueError, "target_ids: expected 3 rows, as ids has, got 1"),
+    (lambda model: model(IDS, TARGET[:0]), ValueError, "target_ids: expected 3 rows, as ids has, got 0"),
+    (
+        lambda model: model(IDS, TARGET[:, :0]),
+        ValueError,
+        r"target_ids: expected shape \(B, T\) with at least one token, got \(3, 0\)",
+    ),
+    (lambda model: model(IDS, TARGET.float()), TypeError, "target_ids: expected dtype"),
+    (
+        lambda model: fastgpt.generate(model, IDS, speculate=model),
+        TypeError,
+        "speculate: expected .* or None, got EncoderDecoder$",
+    ),
     (
         lambda _: GPTConfig(40, 64, 2, 4, 32, norm_first=False, parallel=True),
         ValueError,
@@ -464,6 +489,12 @@ BAD = [
         "relative_max_distance: expected at least two buckets",
     ),
 ]
+
+
+def test_an_empty_batch_has_empty_logits():
+    model = EncoderDecoder(GOOD).eval()
+    assert model(IDS[:0], TARGET[:0]).shape == (0, TARGET.shape[1], 40)
+    assert model.encode(IDS[:0]).shape == (0, IDS.shape[1], 32)
 
 
 @pytest.mark.parametrize("call, kind, message", BAD, ids=[message[:50] for *_, message in BAD])

@@ -159,7 +159,7 @@ def test_a_router_stays_in_fp32(tmp_path):
     assert torch.equal(layer.selection_bias, exact.selection_bias) and not layer.selection_bias.requires_grad
     x = torch.randn(3, 64).bfloat16()
     with torch.no_grad():
-        torch.testing.assert_close(layer.router_logits(x), exact.router_logits(x.float()))
+        numerics.check(layer.router_logits(x), lambda: x.double() @ exact.router.weight.double().t())
     low.save_pretrained(tmp_path / "low")
     again, ids = GPT.from_pretrained(tmp_path / "low"), random_ids(model, 2, 10)
     assert again.token_embedding.weight.dtype is torch.bfloat16
