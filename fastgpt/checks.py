@@ -16,6 +16,8 @@ from torch._C import _is_any_autocast_enabled as _any_autocast_enabled  # a tent
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers under torch.compile and torch.export
 
+MOST_SHOWN = 200  # characters of a value in an error
+
 PENALTY: dict[str, Any] = {"least": 1e-100, "most": 1e100}  # bounds of a repetition penalty
 
 
@@ -98,12 +100,12 @@ def require_broadcastable(name: str, value: torch.Tensor, shape: tuple[int, ...]
 
 def require_choice(name: str, value: Any, choices: Collection) -> None:
     if not (value is None or isinstance(value, str)) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {_shown(value)}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def require_flag(name: str, value: Any) -> None:
     if not isinstance(value, (bool, torch.SymBool)):
-        raise TypeError(f"{name}: expected a bool, got {_shown(value)}")
+        raise TypeError(f"{name}: expected a bool, got {shown(value)}")
 
 
 @overload
@@ -127,9 +129,9 @@ def require_integer(
                 raise TypeError
             value = operator.index(value)
         except TypeError:
-            raise TypeError(f"{name}: expected {expected}, got {_shown(value)}") from None
+            raise TypeError(f"{name}: expected {expected}, got {shown(value)}") from None
     if (least is not None and value < least) or (most is not None and value > most):
-        raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
     return value
 
 
@@ -162,14 +164,14 @@ def require_number(
             except TypeError:
                 pass
     if number is None:
-        raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
+        raise TypeError(f"{name}: expected {expected}, got {shown(value)}")
     value = number
     outside = (
         (least is not None and value < least) or (most is not None and value > most)
         or (above is not None and value <= above) or (below is not None and value >= below)
     )  # fmt: skip
     if outside or not -sys.float_info.max <= value <= sys.float_info.max:  # an int may exceed the largest float
-        raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
     return value if isinstance(value, float) or -(2**63) <= value < 2**63 else float(value)  # PyTorch takes no larger ints
 
 
@@ -188,7 +190,7 @@ def make_list(name: str, value: Any) -> str:
 def require_path(name: str, value: Any) -> Path:
     """The value as a Path. Empty paths (the current directory) and paths that no file can have raise ValueError."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
-        raise TypeError(f"{name}: expected a path, got {_shown(value)}")
+        raise TypeError(f"{name}: expected a path, got {shown(value)}")
     if not os.fspath(value):
         raise ValueError(f"{name}: expected a path, got an empty string")
     try:
@@ -196,7 +198,7 @@ def require_path(name: str, value: Any) -> Path:
     except UnicodeEncodeError:  # a lone surrogate
         is_possible = False
     if not is_possible:
-        raise ValueError(f"{name}: expected a path, got {os.fspath(value)!r}, which no file can have")
+        raise ValueError(f"{name}: expected a path, got {shown(os.fspath(value))}, which no file can have")
     return Path(value)
 
 
@@ -204,7 +206,7 @@ def from_torchrun(name: str) -> int | None:
     """A number that torchrun tells its processes in an environment variable, like RANK; None without torchrun."""
     text = os.environ.get(name)
     if text is not None and not re.fullmatch("[0-9]+", text):
-        raise ValueError(f"{name}: expected an integer >= 0 in this environment variable of torchrun, got {text!r}")
+        raise ValueError(f"{name}: expected an integer >= 0 in this environment variable of torchrun, got {shown(text)}")
     return None if text is None else int(text)
 
 
@@ -261,11 +263,17 @@ def argument_error(error: Exception) -> Exception:
     return ValueError(message) if re.match(r"[a-z_]+: (un)?expected ", message) else error
 
 
-def _shown(value) -> str:
+def shown(value: Any) -> str:
+    """A value as an error shows it, in one line and not at length: of a tensor its shape, of a module its class."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__
     try:
-        return repr(value)
+        text = repr(value).replace("\n", " ")
     except ValueError:  # an integer with too many digits
         return f"{type(value).__name__} too long to show"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _bounds(least=None, most=None, above=None, below=None) -> str:

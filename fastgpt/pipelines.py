@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fastgpt.checkpoints import gguf_file, hub, transformers_format
+from fastgpt.checks import shown
 from fastgpt.encoding.pipeline import EncoderPipeline
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation import pipeline as generation
@@ -40,7 +41,7 @@ def pipeline(
         folder = hub.resolve(path, revision)
         if transformers_format.read_config(folder)[0].encoder:
             if lora is not None:
-                raise ValueError(f"lora: expected None for an encoder, got {lora!r}")
+                raise ValueError(f"lora: expected None for an encoder, got {shown(lora)}")
             return EncoderPipeline.from_pretrained(folder, **options)
         path, revision = folder, None
     return generation.pipeline(path, revision=revision, lora=lora, **options)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt.checks import require_choice, require_flag, require_integer, require_number
+from fastgpt.checks import require_choice, require_flag, require_integer, require_number, shown
 
 LARGEST_FILE = 64 << 20  # bytes of JSON that are read: the index of a model of a thousand files has less than one megabyte
 SHOWN = 300  # characters of an error about a value, which may be long, as may be what was expected
@@ -65,7 +65,7 @@ def choice(choices: Iterable, default: Any = REQUIRED) -> Field:
 def text(default: Any = REQUIRED, *, optional: bool = False) -> Field:
     def check(name, value):
         if not isinstance(value, str) and not (optional and value is None):
-            raise TypeError(f"{name}: expected a string{' or null' if optional else ''}, got {value!r}")
+            raise TypeError(f"{name}: expected a string{' or null' if optional else ''}, got {shown(value)}")
         return value
 
     return Field(check, default)
@@ -80,7 +80,7 @@ def several(entry: Field, default: Any = REQUIRED, *, optional: bool = False, or
         if isinstance(value, (list, tuple)):
             return tuple(entry.check(f"{name}[{i}]", x) for i, x in enumerate(value))
         if not or_one:
-            raise TypeError(f"{name}: expected a list{' or None' if optional else ''}, got {value!r}")
+            raise TypeError(f"{name}: expected a list{' or None' if optional else ''}, got {shown(value)}")
         return (entry.check(name, value),)
 
     return Field(check, default)
@@ -91,7 +91,7 @@ def mapping(default: Any = REQUIRED, *, optional: bool = False) -> Field:
 
     def check(name, value):
         if not isinstance(value, dict) and not (optional and value is None):
-            raise TypeError(f"{name}: expected a JSON object{' or null' if optional else ''}, got {value!r}")
+            raise TypeError(f"{name}: expected a JSON object{' or null' if optional else ''}, got {shown(value)}")
         return value
 
     return Field(check, default)
@@ -100,7 +100,7 @@ def mapping(default: Any = REQUIRED, *, optional: bool = False) -> Field:
 def only(expected: Any, default: Any = REQUIRED) -> Field:
     def check(name, value):
         if type(value) is not type(expected) or value != expected:
-            raise ValueError(f"{name}: expected {expected!r}, got {value!r}")
+            raise ValueError(f"{name}: expected {expected!r}, got {shown(value)}")
         return value
 
     return Field(check, default)
@@ -111,7 +111,7 @@ def unsupported(*neutral) -> Field:
 
     def check(name, value):
         if not any(value is x or (type(value) is type(x) and value == x) for x in (None, False, *neutral)):
-            raise ValueError(f"{name}: expected null or no such entry, since it is not supported, got {value!r}")
+            raise ValueError(f"{name}: expected null or no such entry, since it is not supported, got {shown(value)}")
         return value
 
     return Field(check, None)

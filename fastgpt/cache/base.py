@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fastgpt.cache.storage import Storage, fitting_into_memory, on_device
-from fastgpt.checks import require_integer, require_tensor
+from fastgpt.checks import require_integer, require_tensor, shown
 from fastgpt.ops.attention import attention
 from fastgpt.ops.attention_with_kv_cache import attention_with_kv_cache, waits
 from fastgpt.ops.decode_step import advance
@@ -123,7 +123,7 @@ class KVCache:
     def require_counts(self, num_tokens: int, new: list[int]) -> list[int]:
         """Returns `new` if it is valid for `extend`. Raises TypeError, ValueError."""
         if not isinstance(new, Sequence) or not all(isinstance(count, int) for count in new):
-            raise TypeError(f"new: expected a list of {self.batch_size} integers, got {new!r}")
+            raise TypeError(f"new: expected a list of {self.batch_size} integers, got {shown(new)}")
         if len(new) != self.batch_size or not all(0 <= count <= num_tokens for count in new):
             raise ValueError(
                 f"new: expected {self.batch_size} counts from 0 to {num_tokens} (the number of columns), got {new}"
@@ -262,7 +262,7 @@ class KVCache:
             buffer).
         """
         if not isinstance(counts, Sequence):
-            raise TypeError(f"counts: expected a list of {self.batch_size} integers, got {counts!r}")
+            raise TypeError(f"counts: expected a list of {self.batch_size} integers, got {shown(counts)}")
         counts = [require_integer("counts", count) for count in counts]
         if len(counts) != self.batch_size or not all(0 <= new <= old for new, old in zip(counts, self.counts)):
             raise ValueError(f"counts: expected {self.batch_size} integers from 0 to those of {self.counts}, got {counts}")
@@ -307,7 +307,7 @@ def require_attend(layer: Any, layers: list, q: Any, k: Any, v: Any, rotation: A
         if not isinstance(x, torch.Tensor) or x.dim() != 4:
             require_tensor(name, x, 4)
     if not (rotation is None or isinstance(rotation, (tuple, list)) and len(rotation) == 2):
-        raise TypeError(f"rotation: expected a pair of tensors, cos and sin, or None, got {rotation!r}")
+        raise TypeError(f"rotation: expected a pair of tensors, cos and sin, or None, got {shown(rotation)}")
 
 
 def least(a: int | None, b: int | None) -> int | None:

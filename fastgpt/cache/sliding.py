@@ -7,6 +7,7 @@ import torch
 
 from fastgpt.cache.base import MAX_STEPS, KVCache, read, require_attend, store, store_and_attend
 from fastgpt.cache.storage import Storage
+from fastgpt.checks import shown
 from fastgpt.ops.quantization import as_bytes
 
 
@@ -41,7 +42,7 @@ class SlidingCache(KVCache):
         windows = [window] * num_layers if windows is None else windows
         sizes = [capacity if size is None else size for size in windows]
         if any(not isinstance(size, int) or size < 1 for size in sizes):
-            raise ValueError(f"windows: expected integers >= 1, and a capacity for layers without one, got {windows!r}")
+            raise ValueError(f"windows: expected integers >= 1, and a capacity for layers without one, got {shown(windows)}")
         self.rings = {
             size: Ring(size, Storage(batch_size, size, num_layers=sizes.count(size), **storage))
             for size in dict.fromkeys(sizes)

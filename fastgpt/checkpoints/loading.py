@@ -16,7 +16,7 @@ import torch
 from fastgpt import huge_pages
 from fastgpt.checkpoints.families.family import OF_EXPERTS, Family, Fused, as_rows
 from fastgpt.checkpoints.files import naming
-from fastgpt.checks import from_torchrun, is_terminal, require_choice
+from fastgpt.checks import from_torchrun, is_terminal, require_choice, shown
 from fastgpt.ops.quantized_weight import BITS, Packing, Quantization, QuantizedWeight, quantize_to
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -151,7 +151,7 @@ def load_weights(
     Raises: ValueError that names the file and what is wrong in it; TypeError, ValueError for dtype and device.
     """
     if dtype is not None and dtype not in DTYPES.values():
-        raise TypeError(f"dtype: expected {' or '.join(map(str, DTYPES.values()))} or None, got {dtype!r}")
+        raise TypeError(f"dtype: expected {' or '.join(map(str, DTYPES.values()))} or None, got {shown(dtype)}")
     if weights is not None and not isinstance(weights, Quantization):
         require_choice("weights", weights, MATRICES)
         weights = Quantization(weights) if weights in BITS else weights
@@ -161,7 +161,7 @@ def load_weights(
         device = torch.empty(0, device=device).device
     except (AssertionError, RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"device: expected a device of this machine, got {device!r} ({reason})") from None
+        raise ValueError(f"device: expected a device of this machine, got {shown(device)} ({reason})") from None
     family, fields, stored = checkpoint.family, checkpoint.fields, checkpoint.stored
 
     # The config may claim any number of layers: at most one that is not in the files is built, to name its missing weights.

@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as those of commands are."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=Formatter, **options)
+        super().__init__(formatter_class=Formatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"fastgpt: error: {re.sub('^argument ', '', message)} (see {self.prog} --help)\n")

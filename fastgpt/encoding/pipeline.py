@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from fastgpt.checkpoints import hub
-from fastgpt.checks import listed, make_list, require_choice, require_flag, require_integer
+from fastgpt.checks import listed, make_list, require_choice, require_flag, require_integer, shown
 from fastgpt.encoding.sentences import POOLINGS, Sentences, pooled, read_sentences
 from fastgpt.generation.many import Interrupted
 from fastgpt.model.encoder import Encoder
@@ -133,17 +133,17 @@ class EncoderPipeline:
         if prompt is not None:
             require_text(prompt, "prompt")
             if prompt_name is not None:
-                raise ValueError(f"prompt: expected none with prompt_name={prompt_name!r}, got {prompt!r}")
+                raise ValueError(f"prompt: expected none with prompt_name={prompt_name!r}, got {shown(prompt)}")
             if prompt and prompt in prompts:
                 raise ValueError(
-                    f"prompt: expected a text to go before each one, got {prompt!r}, the name of one: prompt_name={prompt!r} "
+                    f"prompt: expected a text to go before each one, got {shown(prompt)}, the name of one: prompt_name={prompt!r} "
                     "takes it"
                 )
             return prompt
         if prompt_name is None:
             prompt_name = self.sentences.default_prompt_name
         elif not prompts:
-            raise ValueError(f"prompt_name: expected None for a model without prompts, got {prompt_name!r}")
+            raise ValueError(f"prompt_name: expected None for a model without prompts, got {shown(prompt_name)}")
         else:
             require_choice("prompt_name", prompt_name, tuple(prompts))
         return "" if prompt_name is None else prompts[prompt_name]
@@ -193,7 +193,7 @@ class EncoderPipeline:
             ids = torch.tensor(tokens, device=self.model.first_weight.device)
             masks = (ids == mask_id).nonzero().squeeze(1)
             if len(masks) == 0:
-                raise ValueError(f"{name}: expected a text with the token {mask}, got {text!r}")
+                raise ValueError(f"{name}: expected a text with the token {mask}, got {shown(text)}")
             with evaluating(others(self.model)):
                 states = self.model.encode_packed(ids, [len(ids)])[masks]
                 probabilities = self.model.logits(states).to(torch.promote_types(states.dtype, torch.float32)).softmax(-1)
@@ -233,7 +233,7 @@ class EncoderPipeline:
             ids = ids[: max(0, most - ending)] + ids[len(ids) - ending :]
         if max(ids) >= (size := self.model.config.vocab_size):
             token = self.tokenizer.backend.id_to_token(max(ids))
-            raise ValueError(f"{name}: expected tokens of the model, which has {size}, got {token!r} with id {max(ids)}")
+            raise ValueError(f"{name}: expected tokens of the model, which has {size}, got {shown(token)} with id {max(ids)}")
         return ids
 
 
@@ -263,7 +263,7 @@ def named(texts: str | Sequence[str]) -> list[tuple[str, str]]:
     if isinstance(texts, str):
         return [("texts", texts)]
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"texts: expected a str or a list of them, got {texts!r}{make_list('texts', texts)}")
+        raise TypeError(f"texts: expected a str or a list of them, got {shown(texts)}{make_list('texts', texts)}")
     return [(f"texts[{i}]", text) for i, text in enumerate(texts)]
 
 

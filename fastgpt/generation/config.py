@@ -8,7 +8,7 @@ import torch
 
 from fastgpt.cache.base import MAX_STEPS
 from fastgpt.cache.create import CACHE_KINDS
-from fastgpt.checks import require_choice, require_flag, require_integer
+from fastgpt.checks import require_choice, require_flag, require_integer, shown
 from fastgpt.generation.sampling import Processor, checked_rules
 from fastgpt.model.decoder import GPT
 from fastgpt.model.inputs import is_several
@@ -105,7 +105,7 @@ class GenerationConfig:
         require_choice("cache", self.cache, CACHE_KINDS)
         if not (self.speculate is None or self.speculate == "prompt" or isinstance(self.speculate, GPT)):
             kind = TypeError if not isinstance(self.speculate, str) else ValueError
-            raise kind(f'speculate: expected "prompt", a GPT or None, got {self.speculate!r}')
+            raise kind(f'speculate: expected "prompt", a GPT or None, got {shown(self.speculate)}')
         if self.speculate is not None and not self.use_cache:
             raise ValueError("speculate: expected None with use_cache=False, since a pass would recompute all tokens")
         checked["speculate_tokens"] = require_integer(
@@ -114,11 +114,11 @@ class GenerationConfig:
         if self.speculate is None and self.speculate_tokens is not None:
             raise ValueError(f"speculate_tokens: expected None without speculate, got {self.speculate_tokens}")
         if not isinstance(self.cache_dtype, torch.dtype | None):
-            raise TypeError(f"cache_dtype: expected a torch.dtype or None, got {self.cache_dtype!r}")
+            raise TypeError(f"cache_dtype: expected a torch.dtype or None, got {shown(self.cache_dtype)}")
         if self.seed is not None:
             seeds = integers("seed", self.seed)
             if not all(0 <= seed < 2**64 for seed in seeds):
-                raise ValueError(f"seed: expected integers from 0 to 2**64 - 1, got {self.seed!r}")
+                raise ValueError(f"seed: expected integers from 0 to 2**64 - 1, got {shown(self.seed)}")
             checked["seed"] = seeds if is_several(self.seed) else seeds[0]
         checked["eos"] = [] if self.eos is None else integers("eos", self.eos)
         for name, value in checked.items():
@@ -152,4 +152,4 @@ def integers(name: str, value: Any) -> list[int]:
     try:
         return [require_integer(name, x) for x in (value if is_several(value) else [value])]
     except TypeError:
-        raise TypeError(f"{name}: expected an integer or a list of integers, got {value!r}") from None
+        raise TypeError(f"{name}: expected an integer or a list of integers, got {shown(value)}") from None

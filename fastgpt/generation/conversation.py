@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.cache.contiguous import ContiguousCache
-from fastgpt.checks import require_integer, require_path, writing
+from fastgpt.checks import require_integer, require_path, shown, writing
 from fastgpt.folders import replacing
 from fastgpt.generation.config import GenerationConfig, defaults_of
 from fastgpt.generation.request import Kept
@@ -57,7 +57,7 @@ class Conversation:
             require_text(system, "system")
         for name, only in (("num_samples", 1), ("use_cache", True), ("return_logprobs", False), ("max_batch", None)):
             if options.get(name, only) != only:
-                raise ValueError(f"{name}: expected {only} in a conversation, got {options[name]!r}")
+                raise ValueError(f"{name}: expected {only} in a conversation, got {shown(options[name])}")
         require_template_variables(template_variables)
         warn_of_unread(template_variables, pipe.tokenizer)
         given = require_integer("max_new_tokens", max_new_tokens, 1, optional=True)
@@ -272,12 +272,12 @@ def require_messages(messages: Any) -> None:
         raise ValueError(f"path: expected a list of messages, got a {type(messages).__name__}")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or set(message) != {"role", "content"} or not isinstance(message["content"], str):
-            raise ValueError(f"path: expected messages of a role and a text as content, got {message!r} as message {i}")
+            raise ValueError(f"path: expected messages of a role and a text as content, got {shown(message)} as message {i}")
         require_text(message["content"], "path")
         turn = i - (messages[0]["role"] == "system")
         role = "system" if turn < 0 else ("user", "assistant")[turn % 2]
         if message["role"] != role:
-            raise ValueError(f"path: expected the role {role} in message {i}, got {message['role']!r}")
+            raise ValueError(f"path: expected the role {role} in message {i}, got {shown(message['role'])}")
     if messages and messages[-1]["role"] == "user":
         raise ValueError("path: expected an answer to the last message, got none")
 
@@ -293,9 +293,9 @@ def warn_of_unread(variables: dict | None, tokenizer: Any) -> None:
 def require_template_variables(variables: Any) -> None:
     """Raises TypeError, ValueError unless these are variables of a chat template besides the messages, or None."""
     if not (variables is None or isinstance(variables, dict)):
-        raise TypeError(f"template_variables: expected a dict, got {variables!r}")
+        raise TypeError(f"template_variables: expected a dict, got {shown(variables)}")
     for name in variables or ():
         if not isinstance(name, str):
-            raise TypeError(f"template_variables: expected names that are strings, got {name!r}")
+            raise TypeError(f"template_variables: expected names that are strings, got {shown(name)}")
         if name in ("messages", "self"):
             raise ValueError(f"template_variables: expected none named {name}, which the template has already")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from fastgpt.cache.base import KVCache
-from fastgpt.checks import require_tensor
+from fastgpt.checks import require_tensor, shown
 from fastgpt.generation import replay
 from fastgpt.model.decoder import GPT
 from fastgpt.model.inputs import require_decoder
@@ -58,9 +58,9 @@ def decoding(
     """
     _require(model, cache)
     if not (choose is None or callable(choose)):
-        raise TypeError(f"choose: expected a function of logits or None, got {choose!r}")
+        raise TypeError(f"choose: expected a function of logits or None, got {shown(choose)}")
     if not isinstance(recording, replay.Recording | None):
-        raise TypeError(f"recording: expected the attribute of an earlier result or None, got {recording!r}")
+        raise TypeError(f"recording: expected the attribute of an earlier result or None, got {shown(recording)}")
 
     def step(x, tables):
         return model.uncapped_logits(model.run_blocks(x, cache, tables=tables)[:, -1])

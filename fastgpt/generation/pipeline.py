@@ -10,7 +10,7 @@ import torch
 
 from fastgpt.checkpoints import gguf_file, hub, transformers_format
 from fastgpt.checkpoints.files import naming
-from fastgpt.checks import listed, make_list, require_integer
+from fastgpt.checks import listed, make_list, require_integer, shown
 from fastgpt.folders import SHIPPED_MODEL
 from fastgpt.generation.config import GenerationConfig, defaults_of, integers
 from fastgpt.generation.conversation import OWN_EOS, Conversation, require_template_variables, warn_of_unread
@@ -66,7 +66,7 @@ def pipeline(
     tokenizer = Tokenizer.from_folder(folder)
     if family.stacks:
         if lora is not None:
-            raise ValueError(f"lora: expected None for an encoder-decoder, got {lora!r}")
+            raise ValueError(f"lora: expected None for an encoder-decoder, got {shown(lora)}")
         return Pipeline(EncoderDecoder.from_pretrained(folder, dtype=dtype, device=device, weights=weights), tokenizer)
     return Pipeline(GPT.from_pretrained(folder, dtype=dtype, device=device, weights=weights, lora=lora), tokenizer)
 
@@ -107,7 +107,7 @@ class Pipeline:
         `fastgpt.Interrupted`, a KeyboardInterrupt whose `results` are the texts, None for those that are not done."""
         single, several = isinstance(prompts, str), listed(prompts)
         if not single and not (isinstance(several, Sequence) and all(isinstance(prompt, str) for prompt in several)):
-            raise TypeError(f"prompts: expected a str or a list of them, got {prompts!r}{make_list('prompts', prompts)}")
+            raise TypeError(f"prompts: expected a str or a list of them, got {shown(several)}{make_list('prompts', several)}")
         texts = self._texts([prompts] if single else several, max_new_tokens, options, progress)
         return texts[0] if single else texts
 
@@ -128,7 +128,7 @@ class Pipeline:
     def stream(self, prompt: str | Messages, max_new_tokens: int | None = None, **options) -> Iterator[str]:
         """Yields the continuation of a prompt, or the answer to messages, as it is generated, in whole characters."""
         if options.get("num_samples", 1) != 1:
-            raise ValueError(f"num_samples: expected 1 for a stream, got {options['num_samples']!r}")
+            raise ValueError(f"num_samples: expected 1 for a stream, got {shown(options['num_samples'])}")
         run = self._text_run([prompt], max_new_tokens, options)
         if isinstance(run, ManyRun):
             raise ValueError("max_batch, max_new_tokens: expected None and an integer for a stream, got those of many prompts")
@@ -142,7 +142,7 @@ class Pipeline:
         `ManyRun` with max_batch."""
         prompts = listed(prompts)
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise TypeError(f"prompts: expected a list of them, got {prompts!r}{make_list('prompts', prompts)}")
+            raise TypeError(f"prompts: expected a list of them, got {shown(prompts)}{make_list('prompts', prompts)}")
         if not prompts:
             raise ValueError("prompts: expected at least one, got none")
         ids = []
@@ -200,7 +200,7 @@ class Pipeline:
         require_room(name, len(ids), self.model.config)
         if max(ids) >= (size := self.model.config.vocab_size):
             token = self.tokenizer.backend.id_to_token(max(ids))
-            raise ValueError(f"{name}: expected tokens of the model, which has {size}, got {token!r} with id {max(ids)}")
+            raise ValueError(f"{name}: expected tokens of the model, which has {size}, got {shown(token)} with id {max(ids)}")
         return ids
 
     def _text_run(self, prompts: Sequence, max_new_tokens: int | Sequence[int] | None, options: dict) -> "Run | ManyRun":
@@ -240,9 +240,9 @@ def split_stop(stop: Stop, vocab_size: int) -> tuple[list[str], frozenset[int]]:
     strings = [entry for entry in entries if isinstance(entry, str)]
     ids = [entry for entry in entries if not isinstance(entry, (str, bool)) and hasattr(entry, "__index__")]
     if len(strings) + len(ids) < len(entries):
-        raise TypeError(f"stop: expected a string or a list of them, got {stop!r}; ids of tokens may be in a list, too")
+        raise TypeError(f"stop: expected a string or a list of them, got {shown(stop)}; ids of tokens may be in a list, too")
     if not all(strings):
-        raise ValueError(f"stop: expected strings that are not empty, got {stop!r}")
+        raise ValueError(f"stop: expected strings that are not empty, got {shown(stop)}")
     for text in strings:
         require_text(text, "stop")
     return strings, frozenset(require_integer("stop", token, 0, vocab_size - 1) for token in ids)

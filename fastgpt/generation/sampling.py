@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgpt.checks import PENALTY, require_device, require_integer, require_number, require_shape, require_tensor
+from fastgpt.checks import PENALTY, require_device, require_integer, require_number, require_shape, require_tensor, shown
 from fastgpt.generation.history import History, NgramBlocker
 from fastgpt.generation.top_p import integer_weights, threshold_of_sorted, top_p_threshold
 from fastgpt.ops.decode_step import record_token
@@ -52,7 +52,7 @@ def checked_bias(bias: Mapping[int, float] | None) -> dict[int, float]:
     if bias is None:
         return {}
     if not isinstance(bias, Mapping):
-        raise TypeError(f"logit_bias: expected a dict of token ids and numbers to add to their logits, got {bias!r}")
+        raise TypeError(f"logit_bias: expected a dict of token ids and numbers to add to their logits, got {shown(bias)}")
     result = {}
     for token, value in bias.items():
         token = require_integer("logit_bias", token, least=0)
@@ -65,7 +65,7 @@ def checked_processors(processors: Processor | Sequence[Processor] | None) -> tu
     """logits_processors, one or several; a list of them that is callable too, as transformers', is several."""
     several = tuple(processors) if isinstance(processors, Sequence) else () if processors is None else (processors,)
     if not all(map(callable, several)):
-        raise TypeError(f"logits_processors: expected a callable or a list of them, got {processors!r}")
+        raise TypeError(f"logits_processors: expected a callable or a list of them, got {shown(processors)}")
     return several
 
 

@@ -27,6 +27,7 @@ from fastgpt.checks import (
     require_number,
     require_shape,
     require_tensor,
+    shown,
 )  # fmt: skip
 from fastgpt.ops.attention import attention, attention_varlen
 from fastgpt.ops.attention.checks import KERNEL_DTYPES, MAX_HEAD_DIM, SOFTCAPS
@@ -492,7 +493,7 @@ def _options(q, causal, window_size, softcap, alibi_slopes, softmax_scale, dropo
     if return_attn_probs and dropout_p > 0:
         raise ValueError(f"return_attn_probs: expected False with dropout, got True with dropout_p={dropout_p}")
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise ValueError(f"window_size: expected two integers >= -1, got {window_size!r}")
+        raise ValueError(f"window_size: expected two integers >= -1, got {shown(window_size)}")
     if alibi_slopes is not None:
         require_tensor("alibi_slopes", alibi_slopes)
         if alibi_slopes.dim() not in (1, 2):

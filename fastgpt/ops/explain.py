@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 
+from fastgpt.checks import shown
 from fastgpt.ops import attention, attention_with_kv_cache, kv_cache_update, linear, moe, norm, route
 
 # Operation -> its explanation. Generation and integrations add theirs.
@@ -36,7 +37,7 @@ def explain(operation: Callable, *args, **kwargs) -> dict[str, str]:
     """
     if operation not in OPERATIONS:
         known = ", ".join(f"fastgpt.{function.__qualname__}" for function in OPERATIONS)
-        raise ValueError(f"operation: expected one of {known}, got {operation!r}")
+        raise ValueError(f"operation: expected one of {known}, got {shown(operation)}")
     explanation = OPERATIONS[operation]
     try:
         for function in (operation, explanation):

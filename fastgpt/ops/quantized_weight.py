@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import huge_pages
-from fastgpt.checks import argument_error, is_fake, require_choice, require_dtype, require_flag, require_integer, require_tensor
+from fastgpt.checks import (
+    argument_error,
+    is_fake,
+    require_choice,
+    require_dtype,
+    require_flag,
+    require_integer,
+    require_tensor,
+    shown,
+)
 from fastgpt.ops import gguf_blocks
 from fastgpt.ops.gguf_blocks import BLOCK_TYPES
 from fastgpt.ops.library import library, without_autograd
@@ -98,7 +107,7 @@ class Quantization:
         require_choice("dtype", self.dtype, BITS)
         size = require_integer("group_size", self.group_size, optional=True)
         if size not in GROUP_SIZES:
-            raise ValueError(f"group_size: expected one of {', '.join(map(repr, GROUP_SIZES))}, got {size!r}")
+            raise ValueError(f"group_size: expected one of {', '.join(map(repr, GROUP_SIZES))}, got {shown(size)}")
         object.__setattr__(self, "group_size", size)  # NumPy's integers as Python's
         require_flag("minima", self.minima)
 

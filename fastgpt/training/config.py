@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastgpt.checks import require_choice, require_integer, require_number
+from fastgpt.checks import require_choice, require_integer, require_number, shown
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.lora import TARGETS
 from fastgpt.ops.quantized_weight import BITS
@@ -81,7 +81,7 @@ class TrainConfig:
                 f"weights: expected lora with {self.weights}, since quantized weights are not trained, only adapters beside them"
             )
         if not isinstance(self.lora_targets, str) or not {*self.lora_targets.split(",")} <= {*TARGETS}:
-            raise ValueError(f"lora_targets: expected some of {','.join(TARGETS)}, got {self.lora_targets!r}")
+            raise ValueError(f"lora_targets: expected some of {','.join(TARGETS)}, got {shown(self.lora_targets)}")
         for name, value in checked.items():  # NumPy's numbers as Python's
             object.__setattr__(self, name, value)
 

@@ -37,6 +37,7 @@ ERRORS = [
     (["generate", "A", "--logit-bias", "[" * 99999], "logit-bias: expected a JSON object of token ids and numbers"),
     (["generate", "A", "--logit-bias", '{"1": "a"}'], "--logit-bias: expected a finite number .*, got 'a'"),
     (["generate", "A", "--beams", "3"], r"unrecognized arguments: --beams 3 \(see fastgpt generate --help\)"),
+    (["generate", "--prompt", "A"], r"unrecognized arguments: --prompt \(see fastgpt generate --help\)"),
     (["train", "--text", "/nowhere", "--out", "x", "--stepz", "3"], r"--stepz 3 \(see fastgpt train --help\)"),
     (["generate", "A", "--no-cache", "--cache", "paged"], "--cache: expected none with --no-cache, got paged"),
     (["generate", "A", "--no-cache", "--cache-dtype", "int8"], "--cache-dtype: expected none with --no-cache, got int8"),

@@ -278,6 +278,12 @@ def test_an_iterator_of_prompts_is_a_list_of_them(pipe):
     assert {i for i, _ in fastgpt.generate_each(pipe.model, iter(ids), 5)} == {0, 1}
     with pytest.raises(TypeError, match=r"prompts: expected a str or a list of them, got {'a'}: pass list\(prompts\)"):
         pipe({"a"})
+    with pytest.raises(TypeError, match=r"prompts: expected a str or a list of them, got \[1, 2\]$"):
+        pipe(iter([1, 2]))
+    with pytest.raises(TypeError, match=r"prompts: expected a str or a list of them, got GPT$"):
+        pipe(pipe.model)
+    with pytest.raises(TypeError, match=r"got \[1, [1, ]*\.\.\.$"):
+        pipe([1] * 1000)
     with pytest.raises(TypeError, match=r"ids: expected a torch.Tensor or a list of prompts, got dict: pass list\(ids\)"):
         fastgpt.generate(pipe.model, {1: 2}, 5)
 
