@@ -68,7 +68,7 @@ struct DequantizedRows {
 // x in panels of kPanelRows rows, the last one perhaps narrower, whose columns lie one after the other.
 class ManyRows {
  public:
-  static bool serves(const Linear& l) { return kHasManyRows && l.many && l.rows >= kLeastManyRows && l.in > 0; }
+  static bool serves(const Linear& l) { return kHasManyRows && l.many && l.rows >= kLeastManyRows; }
 
   explicit ManyRows(const Linear& l) : in_(l.in), rows_(rounded_up(l.rows, kWidth)) {}
 
@@ -94,7 +94,8 @@ class ManyRows {
   void multiply(
       const float* x, const Weights& weights, int64_t weight_row, int64_t count, int64_t next, const void* all, float* panel,
       float* dots) const {
-    for (int64_t begin = 0, end; begin < in_; begin = end) {
+    int64_t begin = 0, end;
+    do {  // at least once: without columns, dots are zeros
       end = smaller(begin + kBlockColumns, in_);
       const auto floats = weights.read(weight_row, count, begin, end, panel);
       const bool last = end == in_;
@@ -106,7 +107,8 @@ class ManyRows {
             count, width / kWidth, floats.start, floats.row, 1, x + r * in_ + begin * width, width, dots + r, rows_,
             end - begin, begin > 0);
       }
-    }
+      begin = end;
+    } while (end < in_);
   }
 
  private:
@@ -118,9 +120,9 @@ class ManyRows {
     int64_t row_bytes, bytes;
 
     Ahead(const void* weights, int64_t row_bytes, int64_t row, int64_t column, int64_t in)
-        : source(static_cast<const char*>(weights) + row * row_bytes + row_bytes * column / in),
+        : source(static_cast<const char*>(weights) + row * row_bytes + row_bytes * column / larger(in, 1)),
           row_bytes(row_bytes),
-          bytes(row < 0 ? 0 : row_bytes * smaller(kBlockColumns, in - column) / in) {}
+          bytes(row < 0 ? 0 : row_bytes * smaller(kBlockColumns, in - column) / larger(in, 1)) {}
 
     // Rows begin to end of it.
     void prefetch(int64_t begin, int64_t end) const {

@@ -22,6 +22,7 @@ from fastgpt.ops.implementations import (
 )
 from fastgpt.ops.library import OneThread
 from fastgpt.ops.linear import FEW_ROWS_BF16, FEW_ROWS_QUANTIZED, MAX_ROWS_CPU
+from fastgpt.ops.matrix_product import FASTEST, KERNEL
 from fastgpt.ops.quantized_weight import QuantizedWeight
 
 ONE_THREAD = OneThread()
@@ -248,7 +249,7 @@ def _cuda_graph_refuses(model: GPT, cache: KVCache) -> str | None:
 def _cpu_replay_refuses(model: GPT, cache: KVCache) -> str | None:
     if not cache.lengths.is_cpu:
         return runs_elsewhere("CPU", "the model", cache.lengths.device)
-    if cache.batch_size > MAX_ROWS_CPU:
+    if cache.batch_size > MAX_ROWS_CPU and FASTEST.get(model.first_weight.dtype) != KERNEL:
         return f"it takes up to {MAX_ROWS_CPU} sequences, and the cache has {cache.batch_size}"
     return replay.modules_refuse(model) or inference_unsupported_reason(model.first_weight)
 

@@ -115,8 +115,7 @@ def as_prompt(prompt: Any, model: Any, device: torch.device | str) -> torch.Tens
     if ids is not None and ids.numel() == 0:
         ids = ids.long()
     if ids is None or ids.dim() != 1 or ids.dtype != torch.int64:
-        shown = repr(prompt) if len(repr(prompt)) < 50 else f"a {type(prompt).__name__}"
-        raise TypeError(f"ids: expected each prompt to be a list of integers or a 1-d tensor, got {shown}")
+        raise TypeError(f"ids: expected each prompt to be a list of integers or a 1-d tensor, got {shown(prompt)}")
     return ids
 
 

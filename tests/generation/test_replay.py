@@ -25,6 +25,7 @@ from fastgpt.generation.request import sessions
 from fastgpt.model.layers import MLP
 from fastgpt.model.rope import Rope, Tables
 from fastgpt.ops.linear import MAX_ROWS_CPU
+from fastgpt.ops.matrix_product import FASTEST, KERNEL, PYTORCH
 
 pytestmark = pytest.mark.threads
 
@@ -64,15 +65,23 @@ def captured(step):
 
 
 @torch.inference_mode()
-def test_steps_are_captured_where_kernels_support_them():
+def test_steps_are_captured_where_kernels_support_them(monkeypatch):
     model = random_model()
     few, many = (random_ids(model, rows, 1)[:, 0] for rows in (MAX_ROWS_CPU, MAX_ROWS_CPU + 1))
     step = decoding(model, model.new_cache(len(few)))
     step(few)
     assert captured(step).refused is None and len(captured(step).plan) == 2 * 6 + 1
+    monkeypatch.setitem(FASTEST, torch.float32, PYTORCH)
     step = decoding(model, model.new_cache(len(many)))  # more rows than the linear kernel takes
     step(many)
     assert "is not one of fastgpt's operations" in captured(step).refused
+    reasons = fastgpt.explain(decoding, model, model.new_cache(len(many)))
+    assert reasons["cpu_replay"] == f"it takes up to {MAX_ROWS_CPU} sequences, and the cache has {len(many)}"
+    monkeypatch.setitem(FASTEST, torch.float32, KERNEL)
+    step = decoding(model, model.new_cache(len(many)))
+    step(many)
+    assert captured(step).refused is None
+    assert fastgpt.explain(decoding, model, model.new_cache(len(many)))["cpu_replay"] == "chosen"
 
 
 @torch.inference_mode()

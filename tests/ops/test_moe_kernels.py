@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # blocks; so many pairs that they are taken in batches.
 SIZES = [
     (8, 3, 40, 24, (1, 2, 7)), (5, 5, 33, 7, (1, 4, 40)), (1, 1, 70, 130, (1, 3, 200)), (64, 8, 37, 21, (1, 9, 150)),
-    (3, 1, 1, 1, (1, 5)), (16, 2, 96, 0, (1, 3, 200)),
+    (3, 1, 1, 1, (1, 5)), (16, 2, 96, 0, (1, 3, 200)), (1, 1, 33, 0, (150,)),
 ]  # fmt: skip
 everything = pytest.mark.parametrize("feature", ["everything", "everything, no gate"])
 
