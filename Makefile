@@ -78,6 +78,7 @@ sanitize: $(INSTALLED)
 	cd build/sanitize && $(SANITIZED) FASTGPT_BUILD_CUDA=0 $(RUN) setup.py -q build_ext --inplace
 	cd build/sanitize && $(PRELOADED) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -x -k "not memory_is_linear" \
 	    $(wildcard tests/ops/test_attention*.py) tests/cache/test_cache.py tests/generation/test_replay.py tests/ops/test_kv_cache_update.py tests/ops/test_linear.py \
+	    tests/ops/test_matrix_product.py tests/ops/test_moe_kernels.py tests/ops/test_quantized_weight.py tests/ops/test_gguf_blocks.py \
 	    tests/ops/test_norm.py tests/ops/test_page_allocator.py tests/ops/test_prepend_shared.py tests/ops/test_fuzz_operations.py
 
 # The parity tests of the CPU operations on 64-bit Arm, cross-compiled and run under QEMU. Needs Debian's qemu-user and
