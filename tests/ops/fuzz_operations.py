@@ -266,7 +266,7 @@ def attended(call, result):
         q = fastgpt.ops.kv_cache_update.rope_reference(q, **rotation)
     names = inspect.signature(fastgpt.attention).parameters
     options = {name: x for name, x in call.items() if name in names and name not in ("q", "k", "v")}
-    if "bias" in options:
+    if options.get("bias") is not None:
         options["bias"] = options["bias"].double()
     caches = call["k_cache"], call["v_cache"]
     return fastgpt.attention_reference(q.double(), *(x if x.itemsize == 1 else x.double() for x in caches), **options)
