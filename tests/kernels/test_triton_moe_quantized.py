@@ -25,6 +25,7 @@ DTYPES = torch.float32, torch.float16, torch.bfloat16
 PACKINGS = [
     (("int8", 32, False), ("int8", None, True)), (("int4", 32, False), ("int4", 64, True)), (("int4", 32, True), ("int8", 64, False)),
 ]  # fmt: skip
+SMALL = ("int4", 32, False), ("int4", 32, True)
 features = pytest.mark.parametrize("feature", moe_features.FEATURES)
 
 
@@ -85,7 +86,7 @@ def test_parity_of_shapes(shape, packings):
 @runs_kernel
 def test_other_rows_and_experts_do_not_matter():
     """Neither their NaN, nor experts that do not exist, of whatever weight."""
-    call, exact = call_of("everything", 2, torch.float32)
+    call, exact = call_of("everything", 2, torch.float32, SMALL, C=32, I=32)
     expected = moe(**call)
     call["x"][0, 3] = torch.nan
     actual = moe(**call)
@@ -99,13 +100,13 @@ def test_other_rows_and_experts_do_not_matter():
 
 @runs_kernel
 def test_any_leading_dimensions_strides_and_indices():
-    call, _ = call_of("everything", 2, torch.float32, PACKINGS[1])
+    call, _ = call_of("everything", 2, torch.float32, SMALL, C=32, I=32)
     expected, names = moe(**call), ("x", "experts", "weights", "residual")
     assert torch.equal(moe(**call | {name: call[name].view(2, 1, -1) for name in names}), expected.view(2, 1, -1))
     apart = {name: call[name].repeat_interleave(2, -1)[..., ::2] for name in names}
     assert torch.equal(moe(**call | apart), expected)
     assert torch.equal(moe(**call | {"experts": call["experts"].long()}), expected)
-    assert moe(**call | {name: call[name][:0] for name in names}).shape == (0, 64)
+    assert moe(**call | {name: call[name][:0] for name in names}).shape == (0, 32)
     for name in ("up", "down"):
         weight = call[name]
         memory = torch.empty(weight.blocks.numel() + 1, dtype=torch.uint8, device=DEVICE)
