@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 from collections import defaultdict
 
 # A thread that waits for others sleeps, and does not keep the core that they may need: on a busy machine, and with as many
@@ -86,6 +87,14 @@ def spread(items, most: int) -> set:
 def same_random_numbers():
     """What a test draws is the same in every run, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def launches_are_planned_anew():
+    """What a test replaces in launchers is not kept for the next one."""
+    yield
+    if launch := sys.modules.get("fastgpt.kernels.launch"):
+        launch.decided.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ from fastgpt import kernels
 from fastgpt.integrations.sdpa import refusals as sdpa_refusals
 from fastgpt.kernels.architecture import architecture
 from fastgpt.kernels.dependent_launch import has_dependent_launch
+from fastgpt.kernels.launch import decided
 from fastgpt.model import fusion
 from fastgpt.model.rope import Tables
 from fastgpt.ops import implementations
@@ -94,17 +95,21 @@ class Kernel:
         self.found.append(Launch(name, self.key, signature, arguments, grid, self.source, self.options, self.compiled))
 
 
+def names_of_launched(module) -> set[str]:
+    """The names of the functions that a module's launchers launch: NAME.launch(...) or Launch(NAME, ...)."""
+    names = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        match node:
+            case ast.Call(ast.Attribute(ast.Name(name), "launch")) | ast.Call(ast.Name("Launch"), [ast.Name(name), *_]):
+                names.add(name)
+    return names - {"self"}
+
+
 @functools.cache
 def launched_kernels() -> dict[str, JITFunction]:
-    """The functions that the package's launchers launch, NAME.launch(...), by their names."""
-    found = {}
-    for module in pkgutil.iter_modules(kernels.__path__):
-        module = import_module(f"fastgpt.kernels.{module.name}")
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
-            launches = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "launch"
-            if launches and node.func.value.id != "self":
-                found[node.func.value.id] = getattr(module, node.func.value.id)
-    return found
+    """The functions that the package's launchers launch, by their names."""
+    modules = [import_module(f"fastgpt.kernels.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)]
+    return {name: getattr(module, name) for module in modules for name in names_of_launched(module)}
 
 
 def variants(launched) -> Counter:
@@ -126,6 +131,7 @@ def launches(arch: int = 90, compiles: bool = False, found: list | None = None):
         return kernel
 
     active = Driver(arch)
+    decided.cache_clear()
     with (
         mock.patch.object(driver, "_active", active),
         mock.patch.object(JITFunction, "_do_compile", stand_in),

@@ -4,9 +4,15 @@ At each launch Triton decides, argument by argument and option by option, which 
 microseconds, where the kernels of a decode step run for a few. Here the first launch of a kind goes through Triton, and the
 compiled kernel is cached by a shorter key, which holds everything that Triton specializes on. The compile-time constants and
 options, which do not vary between launches, are one object that is created once, and hashed by identity.
+
+What a launcher itself decides, it decides in a function of the layouts of its tensors and of numbers, and `plan` calls that once
+for all calls that are alike: a later call allocates its outputs, and its `Launch` passes pointers on.
 """
 
+import functools
+import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -51,25 +57,134 @@ class Kernel(JITFunction):
         self.bind, self.constant_names = binder(self)
         self.cached = {}  # (device, constants, key) -> a compiled kernel's launcher and its arguments
 
-    def launch(self, grid: tuple[int, int, int], constants: Constants, *args, **named) -> None:
+    def launch(self, grid: tuple[int, int, int], constants: Constants, *args, **named) -> tuple | None:
         """Launches the kernel with its arguments, positional or named, without the compile-time constants; on the device of the
-        first one, a tensor."""
-        active, runtime = driver.active, triton.knobs.runtime
+        first one, a tensor. Returns what is cached for the next such launch, None if nothing is."""
+        active = driver.active
         device = active.get_current_device()
         if args[0].get_device() != device:  # rare; and to enter a device takes Python longer than to look
             with torch.cuda.device_of(args[0]):
                 return self.launch(grid, constants, *args, **named)
         key, arguments = self.bind(*args, **named)
         cached = self.cached.get((device, constants, key))
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if cached is None or self.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        if cached is None or self.is_hooked():
             compiled = self.run(*args, grid=grid, warmup=False, **named, **constants)
             if compiled is not None and not hasattr(compiled, "result"):  # else it is still being compiled
                 values = tuple(constants[name] for name in self.constant_names)
-                self.cached[device, constants, key] = compiled.run, compiled.function, compiled.packed_metadata, values
-            return
+                cached = compiled.run, compiled.function, compiled.packed_metadata, values
+                self.cached[device, constants, key] = cached
+            return cached
         run, function, metadata, values = cached
         run(*grid, active.get_current_stream(device), function, metadata, None, None, None, *arguments, *values)
+        return cached
+
+    def is_hooked(self) -> bool:
+        """Whether Triton has something to do before or after a launch."""
+        runtime = triton.knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        return bool(self.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class Layout(NamedTuple):
+    """What a launcher may know of a tensor when it decides: everything but its memory. Methods are those of a tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    address: int  # the remainder modulo 16
+    device: torch.device
+
+    def stride(self, dim: int | None = None) -> Any:
+        return self.strides if dim is None else self.strides[dim]
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def is_contiguous(self) -> bool:
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides)):
+            if size != 1 and stride != expected and self.numel():
+                return False
+            expected *= size
+        return True
+
+    def view(self, dtype: torch.dtype) -> "Layout":
+        """One of elements of the same size."""
+        return self._replace(dtype=dtype)
+
+    def expand(self, *shape: int) -> "Layout":
+        new = len(shape) - len(self.shape)
+        of_old = (0 if size == 1 < n else stride for size, n, stride in zip(self.shape, shape[new:], self.strides))
+        return self._replace(shape=shape, strides=(*(0,) * new, *of_old))
+
+
+def plan(decide: Callable, tensors: tuple, *numbers) -> Any:
+    """decide(layouts, *numbers), the layouts being those of the tensors, some of which may be None, but not the first. The answer
+    is kept for all calls that are alike in these, and so may depend on nothing else, but on the device. Numbers that are equal
+    count as the same, whatever their types are."""
+    x = tensors[0]
+    layouts = [None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in tensors]
+    return decided(decide, x.device, tuple(layouts), *numbers)
+
+
+@functools.lru_cache(4096)  # the steps of a generation are alike; but each length of a cache that grows is another call
+def decided(decide: Callable, device: torch.device, layouts: tuple, *numbers) -> Any:
+    """What `plan` keeps."""
+    return decide(tuple(None if x is None else Layout(*x, device) for x in layouts), *numbers)
+
+
+class Launch:
+    """A launch, but for the tensors that are its kernel's first arguments, and descriptors among them. It is part of what `plan`
+    keeps: tensors that it is called with differ in their memory only. Outputs are aligned to 16 bytes, as PyTorch allocates them.
+    """
+
+    BYTES = torch.bool, torch.float8_e4m3fn  # which not every architecture supports: kernels take them as bytes
+
+    def __init__(self, kernel: Kernel, grid: tuple[int, int, int], constants: Constants, *numbers):
+        self.kernel, self.grid, self.constants, self.numbers = kernel, grid, constants, numbers
+        self.cached: tuple | None = None
+        self.device = -1
+
+    def __call__(self, *tensors) -> None:
+        if self.cached is not None:
+            active = driver.active
+            if active.get_current_device() == self.device and not self.kernel.is_hooked():
+                run, function, metadata, rest = self.cached
+                run(*self.grid, active.get_current_stream(self.device), function, metadata, None, None, None, *tensors, *rest)
+                return
+        self.anew(*tensors)
+
+    def anew(self, *tensors) -> None:
+        """Launches the kernel as it launches any other, and keeps what is cached for that."""
+        views = [x.view(torch.uint8) if getattr(x, "dtype", None) in self.BYTES else x for x in tensors]
+        cached = self.kernel.launch(self.grid, self.constants, *views, *self.numbers)
+        if cached is not None:
+            *compiled, values = cached
+            self.cached, self.device = (*compiled, self.numbers + values), tensors[0].get_device()
+
+
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor of those that `plan` takes, for a decision that it has to be copied."""
+    return None if x is None else x.contiguous()
+
+
+def dense(*shape: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape and strides of a contiguous tensor, for new_empty_strided: new_empty takes Python a microsecond longer."""
+    following = (math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
+    return shape, tuple(following)
+
+
+def no_launch(*tensors) -> None:
+    """In place of a `Launch` that would have no programs."""
 
 
 def binder(of: JITFunction) -> tuple[Callable, list[str]]:

@@ -16,6 +16,8 @@ so that nothing but the result is rounded more coarsely than fp32. fp32 itself i
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -30,9 +32,9 @@ from fastgpt.kernels.dependent_launch import (
     prefetch_to_l2,
     wait_for_dependencies,
 )
-from fastgpt.kernels.launch import Constants, kernel
+from fastgpt.kernels.launch import Constants, Launch, Layout, contiguous, dense, kernel, no_launch, plan
 from fastgpt.kernels.limits import cdiv, grid
-from fastgpt.kernels.norm import finish_moments, moments, update_moments
+from fastgpt.kernels.norm import finish_moments, folded, moments, update_moments
 from fastgpt.kernels.tiles import LONGEST_NORM, LinearTile, linear_tile
 
 
@@ -263,33 +265,50 @@ def linear(
 
     Returns: (..., N) in x's dtype, contiguous.
     """
-    weight_rows, K = weight.shape
-    N = weight_rows // 2 if gated else weight_rows
     if INTERPRETED and x.dtype is torch.bfloat16:  # its tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
         tensors = (y if y is None else y.float() for y in (x, weight, bias, residual))
         norms = (y if y is None else y.float() for y in (norm_weight, norm_bias))
         return linear(*tensors, activation, gated, *norms, rms, norm_eps, norm_offset).bfloat16()
-    out = x.new_empty(*x.shape[:-1], N)
-    if out.numel() == 0:
-        return out
-    x = rows_of(x, K)
-    bias = None if bias is None else bias.contiguous()
-    norm_weight = None if norm_weight is None else norm_weight.contiguous()
-    norm_bias = None if norm_bias is None else norm_bias.contiguous()
-    residual = None if residual is None else rows_of(residual, N)
-    rows, stride, size = x.shape[0], x.stride(0), x.element_size()
+    tensors = x, weight, bias, residual, norm_weight, norm_bias
+    planned = plan(decide, tensors, activation, gated, rms, norm_eps, norm_offset)
+    if planned is None:
+        x, weight, bias, residual, norm_weight, norm_bias = map(contiguous, tensors)
+        return linear(x, weight, bias, residual, activation, gated, norm_weight, norm_bias, rms, norm_eps, norm_offset)
+    launch, of_out = planned
+    out = x.new_empty_strided(*of_out)
+    launch(*tensors, out)
+    return out
+
+
+def decide(
+    layouts: tuple, activation: int, gated: bool, rms: bool, norm_eps: float, norm_offset: float
+) -> tuple[Callable, tuple] | None:
+    """The launch for tensors with these layouts, and the shape and strides of out; None if some of them have to be copied."""
+    x, weight, bias, residual, norm_weight, norm_bias = layouts
+    weight_rows, K = weight.shape
+    N = weight_rows // 2 if gated else weight_rows
+    of_out = dense(*x.shape[:-1], N)
+    rows = math.prod(x.shape[:-1])
+    if rows * N == 0:
+        return no_launch, of_out
+    stride, stride_r = row_stride(x), 0 if residual is None else row_stride(residual)
+    if stride is None or stride_r is None or not all(y is None or y.is_contiguous() for y in (bias, norm_weight, norm_bias)):
+        return None
+    size = x.element_size()
     tile = linear_tile(rows, weight_rows, K, size, norm_weight is not None)
     unit = 1 if rows == 1 else unit_of(stride, size)
     constants = kernel_constants(tile, K, rms, activation, gated, unit, has_dependent_launch(x.device))
     programs = grid("weight", cdiv(N, constants["BLOCK_N"]))
-    tensors = x, weight, bias, residual, norm_weight, norm_bias, out
     of_norm = float(norm_eps), float(norm_offset)
     if rows == 1:
-        one_row_kernel.launch(programs, constants, *tensors, N, *of_norm)
-    else:
-        stride_r = 0 if residual is None else residual.stride(0)
-        several_rows_kernel.launch(programs, constants, *tensors, rows, N, stride, stride_r, *of_norm)
-    return out
+        return Launch(one_row_kernel, programs, constants, N, *of_norm), of_out
+    return Launch(several_rows_kernel, programs, constants, rows, N, stride, stride_r, *of_norm), of_out
+
+
+def row_stride(x: Layout) -> int | None:
+    """The stride of the rows of x (..., columns); None if they do not have one, or are not contiguous."""
+    dims = folded(x)
+    return None if dims is None or dims[1] != (1, 0) else dims[2][1]
 
 
 def rows_of(x: Tensor, columns: int) -> Tensor:

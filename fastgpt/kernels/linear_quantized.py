@@ -13,6 +13,8 @@ Many rows are matrix products of tiles, whose weights are rounded to the dtype o
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -20,9 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, launch_dependents, wait_for_dependencies
-from fastgpt.kernels.launch import Constants, kernel
+from fastgpt.kernels.launch import Constants, Launch, contiguous, dense, kernel, no_launch, plan
 from fastgpt.kernels.limits import cdiv, grid
-from fastgpt.kernels.linear import INTERPRETED, activate, masked_load, normalized, rows_of, start_program, store_rows, unit_of
+from fastgpt.kernels.linear import (
+    INTERPRETED,
+    activate,
+    masked_load,
+    normalized,
+    row_stride,
+    start_program,
+    store_rows,
+    unit_of,
+)
 from fastgpt.kernels.norm import moments, norm
 from fastgpt.kernels.tiles import LONGEST_NORM, MOST_FEW_ROWS, QuantizedTile, quantized_tile
 
@@ -381,47 +392,61 @@ def linear_quantized(
 
     Returns: (..., N) in x's dtype, contiguous.
     """
-    K, weight_rows = x.shape[-1], blocks.shape[0]
-    N = weight_rows // 2 if gated else weight_rows
     if INTERPRETED and x.dtype is torch.bfloat16:  # its tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
         bias, residual, norm_weight, norm_bias = (
             y if y is None else y.float() for y in (bias, residual, norm_weight, norm_bias)
         )
         rest = bias, residual, activation, gated, norm_weight, norm_bias, rms, norm_eps, norm_offset
         return linear_quantized(x.float(), blocks, bits, group_size, minima, *rest).bfloat16()
-    out = x.new_empty(*x.shape[:-1], N)
-    if out.numel() == 0:
-        return out
-    x = rows_of(x, K)
-    rows, size = x.shape[0], x.element_size()
-    if rows > MOST_FEW_ROWS and norm_weight is not None:
-        x = norm(x, norm_weight, norm_bias, None, rms, norm_eps, norm_offset)
-        norm_weight = norm_bias = None
-    if blocks.data_ptr() % (4 if minima else 2):  # it is loaded in words of as many bytes
-        blocks = blocks.clone()
-    bias = None if bias is None else bias.contiguous()
-    norm_weight = None if norm_weight is None else norm_weight.contiguous()
-    norm_bias = None if norm_bias is None else norm_bias.contiguous()
-    residual = None if residual is None else rows_of(residual, N)
-    tile = quantized_tile(rows, weight_rows, K, bits, size)
-    unit = 1 if rows == 1 else unit_of(x.stride(0), size)
+    tensors, norms = (x, blocks, bias, residual), (norm_weight, norm_bias)
+    rest = activation, gated, rms, norm_eps, norm_offset
+    planned = plan(decide, (*tensors, *norms), bits, group_size, minima, *rest)
+    if planned is None:
+        if norm_weight is not None and x.numel() > MOST_FEW_ROWS * x.shape[-1]:
+            x = norm(x, norm_weight, norm_bias, None, rms, norm_eps, norm_offset)
+            norm_weight = norm_bias = None
+        x, bias, residual, norm_weight, norm_bias = map(contiguous, (x, bias, residual, norm_weight, norm_bias))
+        rest = bias, residual, activation, gated, norm_weight, norm_bias, rms, norm_eps, norm_offset
+        return linear_quantized(x, blocks if blocks.data_ptr() % 4 == 0 else blocks.clone(), bits, group_size, minima, *rest)
+    launch, of_out, many = planned
+    out = x.new_empty_strided(*of_out)
+    launch(*tensors, *(() if many else norms), out)
+    return out
+
+
+def decide(
+    layouts: tuple, bits: int, group_size: int, minima: bool, activation: int, gated: bool, rms: bool, norm_eps: float,
+    norm_offset: float,
+) -> tuple[Callable, tuple, bool] | None:  # fmt: skip
+    """The launch for tensors with these layouts, the shape and strides of out, and whether x has many rows; None if some tensors
+    have to be copied, or many rows to be normalized."""
+    x, blocks, bias, residual, norm_weight, norm_bias = layouts
+    K, weight_rows = x.shape[-1], blocks.shape[0]
+    N = weight_rows // 2 if gated else weight_rows
+    of_out, rows = dense(*x.shape[:-1], N), math.prod(x.shape[:-1])
+    many = rows > MOST_FEW_ROWS
+    if rows * N == 0:
+        return no_launch, of_out, many
+    stride, stride_r = row_stride(x), 0 if residual is None else row_stride(residual)
+    if stride is None or stride_r is None or not all(y is None or y.is_contiguous() for y in (bias, norm_weight, norm_bias)):
+        return None
+    if blocks.data_ptr() % (4 if minima else 2) or many and norm_weight is not None:  # loaded in words of as many bytes
+        return None
+    tile = quantized_tile(rows, weight_rows, K, bits, x.element_size())
+    unit = 1 if rows == 1 else unit_of(stride, x.element_size())
     constants = kernel_constants(
-        tile, K, bits, group_size, minima, rms, activation, gated, unit, rows > MOST_FEW_ROWS, has_dependent_launch(x.device)
+        tile, K, bits, group_size, minima, rms, activation, gated, unit, many, has_dependent_launch(x.device)
     )
     features, tiles = cdiv(N, constants["BLOCK_N"]), cdiv(rows, tile.BLOCK_M)
-    stride_r = 0 if residual is None else residual.stride(0)
     of_norm = float(norm_eps), float(norm_offset)
     if rows == 1:
-        tensors = x, blocks, bias, residual, norm_weight, norm_bias, out
-        quantized_one_row_kernel.launch(grid("weight", features), constants, *tensors, N, *of_norm)
-    elif rows <= MOST_FEW_ROWS:
-        tensors = x, blocks, bias, residual, norm_weight, norm_bias, out
+        launch = Launch(quantized_one_row_kernel, grid("weight", features), constants, N, *of_norm)
+    elif not many:
         programs = (*grid("weight", features)[:1], tiles, 1)
-        quantized_several_rows_kernel.launch(programs, constants, *tensors, rows, N, x.stride(0), stride_r, *of_norm)
+        launch = Launch(quantized_several_rows_kernel, programs, constants, rows, N, stride, stride_r, *of_norm)
     else:
-        tensors = x, blocks, bias, residual, out
-        quantized_many_rows_kernel.launch(grid("weight", features, tiles), constants, *tensors, rows, N, x.stride(0), stride_r)
-    return out
+        launch = Launch(quantized_many_rows_kernel, grid("weight", features, tiles), constants, rows, N, stride, stride_r)
+    return launch, of_out, many
 
 
 @functools.cache

@@ -8,13 +8,14 @@ parts of a row are combined as in Chan, Golub, LeVeque, Updating Formulae and a 
 """
 
 import functools
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, launch_dependents, wait_for_dependencies
-from fastgpt.kernels.launch import Constants, kernel
+from fastgpt.kernels.launch import Constants, Launch, Layout, contiguous, dense, kernel, no_launch, plan
 from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.tiles import norm_tile
 
@@ -106,28 +107,37 @@ def norm(
 
     Returns: (..., C) in x's dtype, contiguous.
     """
-    C = x.shape[-1]
-    out = x.new_empty(*x.shape)
-    if out.numel() == 0:
-        return out
-    dims = folded(x)
-    if dims is None:
-        x = x.contiguous()
-        dims = folded(x)
-    (_, stride_0), (size_1, stride_1), (size_2, stride_2) = dims
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    rows = out.numel() // C
-    constants = kernel_constants(C, rms, rows > 128, has_dependent_launch(x.device))
-    norm_kernel.launch(
-        grid("x", cdiv(rows, constants["BLOCK_M"])), constants,
-        x, weight, bias, residual, out, rows, size_1, size_2, stride_0, stride_1, stride_2, float(eps), float(offset),
-    )  # fmt: skip
+    tensors = x, weight, bias, residual
+    planned = plan(decide, tensors, rms, eps, offset)
+    if planned is None:
+        return norm(*map(contiguous, tensors), rms, eps, offset)
+    launch, of_out = planned
+    out = x.new_empty_strided(*of_out)
+    launch(*tensors, out)
     return out
 
 
-def folded(x: Tensor) -> list[tuple[int, int]] | None:
+def decide(layouts: tuple, rms: bool, eps: float, offset: float) -> tuple[Callable, tuple] | None:
+    """The launch for tensors with these layouts, and the shape and strides of out; None if some of them have to be copied."""
+    x, *others = layouts
+    of_out = dense(*x.shape)
+    if x.numel() == 0:
+        return no_launch, of_out
+    dims = folded(x)
+    if dims is None or not all(other is None or other.is_contiguous() for other in others):
+        return None
+    (_, stride_0), (size_1, stride_1), (size_2, stride_2) = dims
+    C = x.shape[-1]
+    rows = x.numel() // C
+    constants = kernel_constants(C, rms, rows > 128, has_dependent_launch(x.device))
+    launch = Launch(
+        norm_kernel, grid("x", cdiv(rows, constants["BLOCK_M"])), constants,
+        rows, size_1, size_2, stride_0, stride_1, stride_2, float(eps), float(offset),
+    )  # fmt: skip
+    return launch, of_out
+
+
+def folded(x: Tensor | Layout) -> list[tuple[int, int]] | None:
     """(size, stride) of three dimensions that enumerate the rows of x (..., C) in order; None if three are not enough, or if the
     last dimension is not contiguous."""
     if x.is_contiguous():

@@ -3,10 +3,8 @@
 Shown in the PTX of what ships. No GPU is needed.
 """
 
-import ast
 import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ if "TRITON_INTERPRET" in os.environ:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
-from fake_gpu import launches, meta  # noqa: E402
+from fake_gpu import launches, meta, names_of_launched  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks import shipped_kernels  # noqa: E402
@@ -100,17 +98,8 @@ def name_of(x):
     return f"{x[0].__name__} {x[3]} {x[4]}"
 
 
-def launched(module) -> set[str]:
-    """Names of the functions that a module launches: NAME.launch(...)."""
-    nodes = ast.walk(ast.parse(Path(module.__file__).read_text()))
-    return {
-        node.func.value.id for node in nodes
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "launch"
-    }  # fmt: skip
-
-
 def test_every_kernel_of_a_decode_step_is_checked():
-    names = set().union(*map(launched, MODULES))
+    names = set().union(*map(names_of_launched, MODULES))
     assert names == {x[0].__name__ for x in distinct(90)} and len(names) == 19
     for arch, has_it in ((80, False), (89, False), (90, True), (100, True), (120, True)):
         for x in shipped(arch):
@@ -275,6 +264,6 @@ def test_launches_are_what_their_device_has(has_it, monkeypatch):
         monkeypatch.setattr(module, "has_dependent_launch", lambda device: has_it)
     with launches(90) as found:
         call_all()
-    assert {launch.kernel for launch in found} == set().union(*map(launched, MODULES))
+    assert {launch.kernel for launch in found} == set().union(*map(names_of_launched, MODULES))
     for launch in found:
         assert launch.arguments["PDL"] == launch.options.get("launch_pdl", False) == has_it, launch.kernel
