@@ -40,6 +40,7 @@ from fastgpt.kernels import attention_decode as decode
 from fastgpt.kernels import attention_forward as forward
 from fastgpt.kernels import linear, tiles
 from fastgpt.kernels.architecture import ARCHITECTURES, architecture
+from fastgpt.kernels.launch import decided
 from fastgpt.kernels.tiles import DecodeTile, LinearTile, Tile, forward_table, keys_table, linear_tile, masked_columns, tile_key
 
 TABLES = tiles.ATTENTION
@@ -117,7 +118,7 @@ def decode_seconds(key: tuple[int, int], tile: DecodeTile) -> float:
     a cache holds."""
     head_dim, size = key
     entry, tiles.DECODE[key] = tiles.DECODE[key], (tiles.DECODE[key][0], tile)
-    decode.plan.cache_clear(), decode.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
+    decided.cache_clear(), decode.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
     dtype = torch.bfloat16 if size == 2 else torch.float32
     q = torch.randn(8, 32, 1, head_dim, device="cuda", dtype=dtype)
     k, v = torch.randn(2, 8, 8, 8192, head_dim, device="cuda", dtype=dtype)
@@ -131,7 +132,7 @@ def decode_seconds(key: tuple[int, int], tile: DecodeTile) -> float:
         return triton.testing.do_bench_cudagraph(run, return_mode="median") / 1e3
     finally:
         tiles.DECODE[key] = entry
-        decode.plan.cache_clear(), decode.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
+        decided.cache_clear(), decode.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
 
 
 def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
@@ -143,7 +144,7 @@ def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
     entry = TABLES[table][key]
     i = ARCHITECTURES.index(arch)
     TABLES[table][key] = (*entry[:i], tile, *entry[i + 1 :])
-    forward.kernel_constants.cache_clear()
+    decided.cache_clear(), forward.kernel_constants.cache_clear()
     backward.kernel_constants.cache_clear()
     tokens, dtype = (8192, torch.bfloat16) if size == 2 else (2048, torch.float32)
     q, k, v, dout = (torch.randn(2, 16, tokens, head_dim, device="cuda", dtype=dtype) for _ in range(4))
@@ -165,7 +166,7 @@ def seconds(table: str, key: tuple[int, int], tile, arch: int) -> float:
         return triton.testing.do_bench(run, return_mode="median") / 1e3
     finally:
         TABLES[table][key] = entry
-        forward.kernel_constants.cache_clear()
+        decided.cache_clear(), forward.kernel_constants.cache_clear()
         backward.kernel_constants.cache_clear()
 
 
@@ -201,6 +202,7 @@ def linear_seconds(product: tuple, rows: int, dtype: torch.dtype, tile: LinearTi
         for weight in weights:
             linear.linear(x, weight, **tensors, **options)
 
+    decided.cache_clear()
     with mock.patch.object(linear, "linear_tile", lambda *shape: tile):
         run()  # compiles
         return triton.testing.do_bench_cudagraph(run, return_mode="median") / 1e3 / len(weights)

@@ -1,6 +1,7 @@
 """Arguments and tensor descriptors that the launches of the attention kernels share."""
 
 import functools
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels.architecture import architecture
 from fastgpt.kernels.attention_scores import unit_of
+from fastgpt.kernels.launch import Layout
 from fastgpt.kernels.limits import check_count, check_sizes
 from fastgpt.ops.dropout import keep_threshold
 
@@ -32,15 +34,18 @@ STRIDES = NUMBERS[NUMBERS.index("stride_mask_b") : NUMBERS.index("page")]  # of 
 NO_STRIDES = (0,) * len(STRIDES)
 
 
+Array: TypeAlias = Tensor | Layout
+
+
 class Extras:
     """The optional features of attention, as the kernels take them: tensors and scalars by argument name; strides, and tensors,
-    in the order of the forward kernel's arguments."""
+    in the order of the forward kernel's arguments. Of layouts, or of the tensors themselves; vectors are contiguous."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, window: int | None, softcap: float | None, alibi_slopes: Tensor | None,
-        sinks: Tensor | None, mask: Tensor | None, bias: Tensor | None, kv_lengths: Tensor | None, block_table: Tensor | None,
-        k_scale: Tensor | None, v_scale: Tensor | None, dropout_p: float, dropout_seed: Tensor | None,
-        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+        self, q: Array, k: Array, window: int | None, softcap: float | None, alibi_slopes: Array | None,
+        sinks: Array | None, mask: Array | None, bias: Array | None, kv_lengths: Array | None, block_table: Array | None,
+        k_scale: Array | None, v_scale: Array | None, dropout_p: float, dropout_seed: Array | None,
+        cu_seqlens_q: Array | None, cu_seqlens_k: Array | None,
     ):  # fmt: skip
         B, H, T, _ = q.shape
         S = k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
@@ -49,11 +54,11 @@ class Extras:
         mask = None if mask is None else mask.expand(B, H, T, S).view(torch.uint8)
         bias = None if bias is None else bias.expand(B, H, T, S)
         self.tensors = {
-            "kv_lengths_ptr": None if kv_lengths is None else kv_lengths.contiguous(),
-            "cu_q_ptr": None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
-            "cu_k_ptr": None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
-            "alibi_ptr": None if alibi_slopes is None else alibi_slopes.contiguous(),
-            "sinks_ptr": None if sinks is None else sinks.contiguous(),
+            "kv_lengths_ptr": kv_lengths,
+            "cu_q_ptr": cu_seqlens_q,
+            "cu_k_ptr": cu_seqlens_k,
+            "alibi_ptr": alibi_slopes,
+            "sinks_ptr": sinks,
             "mask_ptr": mask,
             "bias_ptr": bias,
             "block_table_ptr": block_table,
@@ -85,7 +90,7 @@ class Extras:
         self.with_extras = any(x is not None for x in features)
 
 
-def have_bulk_copies(*tensors: Tensor) -> bool:
+def have_bulk_copies(*tensors: Array) -> bool:
     """Whether the hardware (compute capability 9.0 or later) can copy tiles of these tensors (B, heads, N, D), which have
     aligned rows, in bulk: by the tensor memory accelerator (TMA)."""
     if architecture(tensors[0].device) < 90:
@@ -101,21 +106,23 @@ def have_bulk_copies(*tensors: Tensor) -> bool:
 
 
 class TileDescriptor(TensorDescriptor):
-    """A descriptor of rows that are known to be aligned: Triton's checks are skipped."""
+    """A descriptor of rows that are known to be aligned: Triton's checks are skipped. Its tile: see `tile_of`."""
 
-    def __post_init__(self):
-        pass
+    def __init__(self, x: Tensor, tile: dict):
+        self.base = x
+        self.__dict__.update(tile)
 
 
-def descriptor(x: Tensor, rows: int, columns: int, dim: int) -> TileDescriptor:
-    """For bulk copies (TMA) of tiles of x (B, H, N, dim and what `aligned_rows` has added); see have_bulk_copies."""
+def tile_of(x: Array, rows: int, columns: int, dim: int) -> dict:
+    """All of a descriptor but the tensor, for tiles of x (B, H, N, dim and what `aligned_rows` has added); see
+    have_bulk_copies."""
     (B, H, N, _), (stride_b, stride_h, stride_n, _) = x.shape, x.stride()
     # The stride of a dimension of size 1 is not used, but has to be a multiple of 16 bytes.
     copy_strides = [128 if B == 1 else stride_b, 128 if H == 1 else stride_h, 128 if N == 1 else stride_n, 1]
-    return TileDescriptor(x, [B, H, N, dim], copy_strides, [1, 1, rows, columns])
+    return {"shape": [B, H, N, dim], "strides": copy_strides, "block_shape": [1, 1, rows, columns]}
 
 
-def leading_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
+def leading_strides(x: Array, packed: bool) -> tuple[int, int, int]:
     """The first three strides of x (B, H, N, D); 0 for the batch if packed."""
     return (0, *x.stride()[1:3]) if packed else x.stride()[:3]
 
@@ -133,8 +140,3 @@ def strides(x: Tensor | None, prefix: str, dims: str, packed: bool = False) -> d
 @functools.cache
 def _no_strides(prefix: str, dims: str) -> dict[str, int]:
     return {f"stride_{prefix}{dim}": 0 for dim in dims}
-
-
-def bytes_of(x: Tensor) -> Tensor:
-    """x, or its bytes if it is float8, which not every architecture supports."""
-    return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x

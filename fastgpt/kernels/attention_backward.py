@@ -21,13 +21,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.architecture import architecture
-from fastgpt.kernels.attention_arguments import STRIDES, Extras, TileDescriptor, descriptor, have_bulk_copies, strides
+from fastgpt.kernels.attention_arguments import (
+    STRIDES,
+    Extras,
+    TileDescriptor,
+    have_bulk_copies,
+    strides,
+    tile_of,
+)
 from fastgpt.kernels.attention_backward_bias import backward_bias
 from fastgpt.kernels.attention_backward_keys import backward_keys
 from fastgpt.kernels.attention_backward_queries import backward_queries
 from fastgpt.kernels.attention_forward import INTERPRETED
 from fastgpt.kernels.attention_rows import aligned_rows, load_rows
-from fastgpt.kernels.launch import Constants, kernel
+from fastgpt.kernels.launch import Constants, contiguous, kernel
 from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.tiles import DELTA_ROWS, attention_tile, keys_table, padded_dim
 
@@ -100,9 +107,9 @@ def attention_backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias, dsinks
     q, k, v, dout, out = (aligned_rows(x) for x in (q, k, v, dout, out))
     lse = lse.contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
+    sinks, dlse, alibi_slopes, kv_lengths = map(contiguous, (sinks, dlse, alibi_slopes, kv_lengths))
+    cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     delta, norm, shift = (torch.empty_like(lse) for _ in range(3))
-    dlse = None if dlse is None else dlse.contiguous()
 
     extras = Extras(q, k, window, softcap, alibi_slopes, None, mask, bias, kv_lengths, None, None, None, dropout_p,
                     dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
@@ -118,7 +125,8 @@ def attention_backward(
     if bulk:
         block_n, block_d, block_v = (of_queries[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_V"))
         bulk_of_queries = bulk_tiles(of_queries, q, dout)
-        bulk_of_queries |= {"k_desc": descriptor(k, block_n, block_d, D), "v_desc": descriptor(v, block_n, block_v, D_v)}
+        bulk_of_queries["k_desc"] = TileDescriptor(k, tile_of(k, block_n, block_d, D))
+        bulk_of_queries["v_desc"] = TileDescriptor(v, tile_of(v, block_n, block_v, D_v))
     n_queries, n_keys = (T, S) if not packed else (min(max_seqlen_q, T), min(max_seqlen_k, S))
     batch = cu_seqlens_q.shape[0] - 1 if packed else B
     m_tiles = cdiv(n_queries, of_queries["BLOCK_M"])
@@ -168,8 +176,8 @@ def bulk_tiles(constants: Constants, q: Tensor, dout: Tensor) -> dict[str, TileD
     """Descriptors of the tiles of q and dout that a kernel with these constants copies in bulk."""
     rows = constants["BLOCK_M"]
     return {
-        "q_desc": descriptor(q, rows, constants["BLOCK_D"], constants["HEAD_DIM"]),
-        "dout_desc": descriptor(dout, rows, constants["BLOCK_V"], constants["V_DIM"]),
+        "q_desc": TileDescriptor(q, tile_of(q, rows, constants["BLOCK_D"], constants["HEAD_DIM"])),
+        "dout_desc": TileDescriptor(dout, tile_of(dout, rows, constants["BLOCK_V"], constants["V_DIM"])),
     }
 
 

@@ -21,6 +21,7 @@ Source: Flash-Decoding (https://pytorch.org/blog/flash-decoding/), FlashAttentio
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,15 @@ from torch import Tensor
 from fastgpt.kernels.architecture import architecture, multiprocessors
 from fastgpt.kernels.attention_decode_new import Rotation, append_token, rotated_rows
 from fastgpt.kernels.attention_decode_parts import GROUP, combine, finish
-from fastgpt.kernels.attention_rows import KeysValues, aligned_rows, from_8_bits, load_keys, pages_of, values_from_8_bits
+from fastgpt.kernels.attention_rows import (
+    KeysValues,
+    aligned_rows,
+    from_8_bits,
+    has_aligned_rows,
+    load_keys,
+    pages_of,
+    values_from_8_bits,
+)
 from fastgpt.kernels.attention_scores import (
     HEADROOM,
     LN_2,
@@ -49,8 +58,8 @@ from fastgpt.kernels.attention_scores import (
     visible_keys,
 )
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, launch_dependents, wait_for_dependencies
-from fastgpt.kernels.launch import Constants, kernel
-from fastgpt.kernels.limits import MAX_COUNT, cdiv, check_count, check_sizes, grid
+from fastgpt.kernels.launch import Constants, Launch, contiguous, dense, kernel, no_launch, plan
+from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
 from fastgpt.kernels.tiles import FEW_ROWS, decode_tile, head_blocks, padded_dim, parts_at_once, splits
 
 
@@ -173,7 +182,7 @@ def _attend_keys(
 )  # fmt: skip
 def attend_split_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, acc_ptr, softmax_ptr, counters_ptr,
-    kv_lengths_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr,
+    kv_lengths_ptr, alibi_ptr, sinks_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, bias_ptr,
     new_k_ptr, new_v_ptr, slots_ptr, positions_ptr, cos_ptr, sin_ptr,
     stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn,
@@ -363,15 +372,6 @@ def attention_decode(
         out (B, H, T, D_v) in q's dtype, contiguous as (B, T, H, D_v), and lse (B, H, T) fp32, natural log.
         A fully masked row gets zeros and -inf.
     """
-    B, H, T, D = q.shape
-    n_pages, H_kv, page = k.shape[:3]
-    D_v = v.shape[3]
-    S = page if block_table is None else page * block_table.shape[1]
-    n_rows = H // H_kv * T
-    if (B | H | T | D | n_pages | H_kv | page | S | n_rows) >= MAX_COUNT:  # else none is too large
-        check_sizes(q=q, k=k)
-        check_count("q", "queries of heads that share keys", n_rows)
-        check_count("block_table", "keys in a sequence's pages", S)
     if INTERPRETED and q.dtype is torch.bfloat16 and new is None:  # its tl.dot reads bf16 as integers (Triton 3.6 to 3.9)
         options = dict(
             causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
@@ -381,75 +381,85 @@ def attention_decode(
         out, lse = attention_decode(q.float(), k, v, **options)
         return out.bfloat16(), lse
 
-    out = q.new_empty_strided((B, H, T, D_v), (T * H * D_v, D_v, H * D_v, 1))
-    lse = q.new_empty(B, H, T, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    if k.dtype is torch.float8_e4m3fn:  # decoded by the kernel: not every architecture can
-        k, v = k.view(torch.uint8), v.view(torch.uint8)
-    q = aligned_rows(q)
-    if new is None:
-        k, v = aligned_rows(k), aligned_rows(v)
-    kv_lengths = None if kv_lengths is None else kv_lengths.contiguous()
-    alibi_slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
-    window = None if window is None else min(window, S)
-    scale, softcap = float(scale), None if softcap is None else float(softcap)
+    vectors = kv_lengths, alibi_slopes, sinks
+    x = NO_TOKEN if new is None else new
+    rest = block_table, k_scale, v_scale, mask, bias, x.k, x.v, x.slots, x.positions, x.cos, x.sin, counters
+    numbers = q.shape[3], v.shape[3], causal, scale, window, softcap, x.interleaved
+    planned = plan(decide, (q, k, v, *vectors, *rest), *numbers)
+    if planned is None:
+        q, vectors = aligned_rows(q), tuple(map(contiguous, vectors))
+        if new is None:
+            k, v = aligned_rows(k), aligned_rows(v)
+        planned = plan(decide, (q, k, v, *vectors, *rest), *numbers)
+    launch, of_out, of_lse, of_acc, of_softmax, n_counters = planned
+    out, lse = q.new_empty_strided(*of_out), q.new_empty_strided(*of_lse, dtype=torch.float32)
+    acc = softmax = None
+    if of_acc is None:
+        counters = None
+    else:
+        acc = q.new_empty_strided(*of_acc, dtype=torch.float32)
+        softmax = q.new_empty_strided(*of_softmax, dtype=torch.float32)
+        if n_counters:
+            counters = torch.zeros(n_counters, dtype=torch.int32, device=q.device)
+    launch(q, k, v, out, lse, acc, softmax, counters, *vectors, *rest[:-1])
+    return out, lse
 
-    has_mask_or_bias = mask is not None or bias is not None
-    few = n_rows <= FEW_ROWS
-    device = q.device
-    variant = D, D_v, q.element_size(), architecture(device), k_scale is not None, few, new is not None, has_mask_or_bias
+
+def decide(
+    layouts: tuple, D: int, D_v: int, causal: bool, scale: float, window: int | None, softcap: float | None, interleaved: bool
+) -> tuple[Callable, tuple, tuple, tuple | None, tuple | None, int] | None:
+    """The launch for tensors with these layouts, the shapes and strides of out, lse, acc and softmax, and how many counters have
+    to be allocated; None if some of the tensors have to be copied."""
+    q, k, v, *vectors, block_table, k_scale, v_scale, mask, bias, new_k, new_v, slots, positions, cos, sin, counters = layouts
+    B, H, T, _ = q.shape
+    n_pages, H_kv, page = k.shape[:3]
+    S = page if block_table is None else page * block_table.shape[1]
+    n_rows = H // H_kv * T
+    check_sizes(q=q, k=k)
+    check_count("q", "queries of heads that share keys", n_rows)
+    check_count("block_table", "keys in a sequence's pages", S)
+    of_results = ((B, H, T, D_v), (T * H * D_v, D_v, H * D_v, 1)), dense(B, H, T)
+    if 0 in (B, H, T, D_v):
+        return no_launch, *of_results, None, None, 0
+    rows = (q, k, v) if new_k is None else (q,)
+    if not all(map(has_aligned_rows, rows)) or not all(x is None or x.is_contiguous() for x in vectors):
+        return None
+    window = None if window is None else min(window, S)
+    few, has_mask_or_bias = n_rows <= FEW_ROWS, mask is not None or bias is not None
     mask = None if mask is None else mask.expand(B, H, T, S).view(torch.uint8)
     bias = None if bias is None else bias.expand(B, H, T, S)
-    units = (unit_of(mask), unit_of(bias)) if has_mask_or_bias else (0, 0)
-    x = NO_TOKEN if new is None else new
-    flags = causal, x.interleaved, *units, has_dependent_launch(device)
-    n_tiles, n_splits, constants = plan(variant, flags, B * H_kv, n_rows, S, T, window, multiprocessors(device))
-    acc = softmax = None
+    device = q.device
+    variant = (
+        D, D_v, q.element_size(), architecture(device), k_scale is not None, few, new_k is not None, has_mask_or_bias
+    )  # fmt: skip
+    tile = decode_tile(*variant)
+    n_tiles = cdiv(n_rows, tile.BLOCK_M)
+    split, n_splits = splits(tile, B * H_kv * n_tiles, S, T, window, multiprocessors(device))
+    constants = kernel_constants(
+        variant, split, causal, interleaved, unit_of(mask), unit_of(bias), has_dependent_launch(device)
+    )
+    of_acc, of_softmax, n_counters = None, None, 0
     if n_splits > 1:
         n_groups = cdiv(n_splits, GROUP.value)
-        acc = q.new_empty(B, H, T, n_splits + n_groups, D_v, dtype=torch.float32)
-        softmax = q.new_empty(B, H, T, n_splits + n_groups, 2, dtype=torch.float32)
-        needed = B * H_kv * n_tiles * (n_groups + 1)
-        if counters is None or counters.numel() < needed:
-            counters = torch.zeros(needed, dtype=torch.int32, device=device)
-    else:
-        counters = None
-    n_angles, pairs = (0, 0) if x.cos is None else x.cos.shape
-
-    attend_split_kernel.launch(
-        grid("q", n_tiles, n_splits, B, H_kv), constants,
-        q, k, v, out, lse, acc, softmax, counters,
-        kv_lengths, block_table, k_scale, v_scale, alibi_slopes, sinks, mask, bias,
-        x.k, x.v, x.slots, x.positions, x.cos, x.sin,
+        of_acc, of_softmax = (dense(B, H, T, n_splits + n_groups, columns) for columns in (D_v, 2))
+        n_counters = B * H_kv * n_tiles * (n_groups + 1)
+        if counters is not None and counters.numel() >= n_counters:
+            n_counters = 0
+    n_angles, pairs = (0, 0) if cos is None else cos.shape
+    launch = Launch(
+        attend_split_kernel, grid("q", n_tiles, n_splits, B, H_kv), constants,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *((0, 0, 0) if k_scale is None else k_scale.stride()),
         *((0, 0, 0) if v_scale is None else v_scale.stride()),
         *((0, 0) if block_table is None else block_table.stride()),
         *((0, 0, 0, 0) if mask is None else mask.stride()),
         *((0, 0, 0, 0) if bias is None else bias.stride()),
-        *((0, 0, 0, 0, 0) if new is None else (*x.k.stride()[:2], *x.v.stride()[:2], x.slots.stride()[0])),
-        *((0, 0, 0) if x.cos is None else (x.positions.stride()[0], x.cos.stride()[0], x.sin.stride()[0])),
-        H, H // H_kv, n_rows, T, S, n_splits, page, n_pages, n_angles, pairs, scale, softcap, window,
+        *((0, 0, 0, 0, 0) if new_k is None else (*new_k.stride()[:2], *new_v.stride()[:2], slots.stride(0))),
+        *((0, 0, 0) if cos is None else (positions.stride(0), cos.stride(0), sin.stride(0))),
+        H, H // H_kv, n_rows, T, S, n_splits, page, n_pages, n_angles, pairs, float(scale),
+        None if softcap is None else float(softcap), window,
     )  # fmt: skip
-    return out, lse
-
-
-@functools.lru_cache(4096)  # the steps of a generation ask for the same one; each length of a growing cache for its own
-def plan(
-    variant: tuple, flags: tuple, heads: int, n_rows: int, S: int, T: int, window: int | None, n_multiprocessors: int
-) -> tuple[int, int, Constants]:
-    """The number of tiles of the rows of a key/value head, that of splits of its keys, and the kernel's constants.
-
-    Args:
-        variant: the arguments of `decode_tile`. flags: those of `kernel_constants` after the split.
-        heads: B · H_kv. n_rows: of each. window: at most S.
-    """
-    tile = decode_tile(*variant)
-    n_tiles = cdiv(n_rows, tile.BLOCK_M)
-    split, n_splits = splits(tile, heads * n_tiles, S, T, window, n_multiprocessors)
-    return n_tiles, n_splits, kernel_constants(variant, split, *flags)
+    return launch, *of_results, of_acc, of_softmax, n_counters
 
 
 @functools.cache

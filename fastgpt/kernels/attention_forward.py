@@ -13,6 +13,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -24,16 +25,17 @@ from fastgpt.kernels.attention_arguments import (
     NUMBERS,
     POINTERS,
     Extras,
-    bytes_of,
-    descriptor,
+    TileDescriptor,
     have_bulk_copies,
     leading_strides,
+    tile_of,
 )
 from fastgpt.kernels.attention_rows import (
     Descriptors,
     KeysValues,
     aligned_rows,
     from_8_bits,
+    has_aligned_rows,
     load_keys,
     load_rows,
     pages_of,
@@ -55,11 +57,12 @@ from fastgpt.kernels.attention_scores import (
     seen_keys,
     visible_keys,
 )
-from fastgpt.kernels.launch import Constants, kernel
+from fastgpt.kernels.launch import Constants, Launch, contiguous, dense, kernel, no_launch, plan
 from fastgpt.kernels.limits import cdiv, grid
 from fastgpt.kernels.tiles import attention_tile, forward_table, head_blocks, masked_columns, padded_dim
 
 WIDEST_BULK = 256  # largest head dim of tiles that are copied in bulk (TMA)
+NO_TILES = (None,) * 5
 
 
 @triton.jit
@@ -147,14 +150,13 @@ def _attend(
 @kernel(do_not_specialize=[*NUMBERS, *POINTERS])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, kv_lengths_ptr, cu_q_ptr, cu_k_ptr, alibi_ptr, sinks_ptr, mask_ptr, bias_ptr,
-    block_table_ptr, k_scale_ptr, v_scale_ptr, seed_ptr,
+    block_table_ptr, k_scale_ptr, v_scale_ptr, seed_ptr, q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om, stride_lb, stride_lh,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     stride_tb, stride_tp, stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
     page, n_pages, n_heads, group, n_queries, n_keys, window, threshold, scale, softcap, keep_scale,
-    q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
@@ -286,47 +288,66 @@ def attention_forward(
         out, lse = attention_forward(q.float(), k, v, **options)
         return out.bfloat16(), lse
 
-    B, H, T, D = q.shape
-    D_v = v.shape[3]
-    out = q.new_empty_strided((B, H, T, D_v), (T * H * D_v, D_v, H * D_v, 1))
-    packed = cu_seqlens_q is not None
-    if packed:  # no program writes rows past the last sequence
-        out.zero_()
-        lse = q.new_full((B, H, T), -math.inf, dtype=torch.float32)
-    else:
-        lse = q.new_empty(B, H, T, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
     if scale <= 0.0:  # the kernel takes the maximum before it scales
         q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
-    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
+    seed = dropout_seed if dropout_p > 0 else None
+    vectors = kv_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks
+    rest = mask, bias, block_table, k_scale, v_scale, seed
+    numbers = q.shape[3], v.shape[3], causal, scale, window, softcap, dropout_p, max_seqlen_q
+    planned = plan(decide, (q, k, v, *vectors, *rest), *numbers)
+    if planned is None:
+        q, k, v, vectors = aligned_rows(q), aligned_rows(k), aligned_rows(v), tuple(map(contiguous, vectors))
+        planned = plan(decide, (q, k, v, *vectors, *rest), *numbers)
+    launch, of_out, of_lse, tiles = planned
+    out, lse = q.new_empty_strided(*of_out), q.new_empty_strided(*of_lse, dtype=torch.float32)
+    if cu_seqlens_q is not None:  # no program writes rows past the last sequence
+        out.zero_(), lse.fill_(-math.inf)
+    descriptors = [None if tile is None else TileDescriptor(x, tile) for x, tile in zip((q, k, v, q, k), tiles)]
+    launch(q, k, v, out, lse, *vectors, *rest, *descriptors)
+    return out, lse
 
+
+def decide(
+    layouts: tuple, D: int, D_v: int, causal: bool, scale: float, window: int | None, softcap: float | None, dropout_p: float,
+    max_seqlen_q: int | None,
+) -> tuple[Callable, tuple, tuple, Sequence[dict | None]] | None:  # fmt: skip
+    """The launch for tensors with these layouts, the shapes and strides of out and lse, and the tiles of q, k, v, q and k that
+    have descriptors; None if some of the tensors have to be copied."""
+    q, k, v, *vectors, mask, bias, block_table, k_scale, v_scale, seed = layouts
+    kv_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks = vectors
+    B, H, T, _ = q.shape
+    out_strides = T * H * D_v, D_v, H * D_v, 1
+    of_results = ((B, H, T, D_v), out_strides), dense(B, H, T)
+    if 0 in (B, H, T, D_v):
+        return no_launch, *of_results, NO_TILES
+    if not all(map(has_aligned_rows, (q, k, v))) or not all(x is None or x.is_contiguous() for x in vectors):
+        return None
+    packed = cu_seqlens_q is not None
     extras = Extras(q, k, window, softcap, alibi_slopes, sinks, mask, bias, kv_lengths, block_table, k_scale, v_scale,
-                    dropout_p, dropout_seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
+                    dropout_p, seed, cu_seqlens_q, cu_seqlens_k)  # fmt: skip
     n_queries = T if max_seqlen_q is None else min(max_seqlen_q, T)
     bulk = max(D, D_v) <= WIDEST_BULK and block_table is None and k.dtype is q.dtype and have_bulk_copies(q, k, v)
     arch = architecture(q.device) if bulk else 80
     flags = causal, window is not None, softcap is not None, extras.with_extras, extras.ragged
     constants = kernel_constants(D, D_v, q.element_size(), arch, *flags, *extras.units)
-    q_desc = k_desc = v_desc = q_rest_desc = k_rest_desc = None
+    tiles: Sequence[dict | None] = NO_TILES
     if bulk:
         block_m, block_n, block_d, block_r = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_R"))
-        q_desc, k_desc = descriptor(q, block_m, block_d, D), descriptor(k, block_n, block_d, D)
-        v_desc = descriptor(v, block_n, constants["BLOCK_V"], D_v)
-        if block_r:
-            q_rest_desc, k_rest_desc = descriptor(q, block_m, block_r, D), descriptor(k, block_n, block_r, D)
+        tiles = [
+            tile_of(q, block_m, block_d, D),
+            tile_of(k, block_n, block_d, D),
+            tile_of(v, block_n, constants["BLOCK_V"], D_v),
+        ]
+        tiles += [tile_of(q, block_m, block_r, D), tile_of(k, block_n, block_r, D)] if block_r else [None, None]
     batch = cu_seqlens_q.shape[0] - 1 if packed else B
     page, n_pages, n_keys, window, softcap, threshold, keep_scale = extras.numbers.values()
-    attention_forward_kernel.launch(
-        grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H), constants,
-        # Positional: keyword arguments take Python as long as all the rest of the launch.
-        q, bytes_of(k), bytes_of(v), out, lse, *extras.tensors.values(),
+    launch = Launch(
+        attention_forward_kernel, grid("q", cdiv(n_queries, constants["BLOCK_M"]), batch, H), constants,
         *leading_strides(q, packed), *leading_strides(k, packed), *leading_strides(v, packed),
-        *leading_strides(out, packed), 0 if packed else H * T, T, *extras.strides,
+        *((0, *out_strides[1:3]) if packed else out_strides[:3]), 0 if packed else H * T, T, *extras.strides,
         page, n_pages, H, H // k.shape[1], n_queries, n_keys, window, threshold, float(scale), softcap, keep_scale,
-        q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc,
     )  # fmt: skip
-    return out, lse
+    return launch, *of_results, tiles
 
 
 @functools.cache

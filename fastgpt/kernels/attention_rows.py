@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.launch import Layout
+
 
 class KeysValues(NamedTuple):
     """The keys and values of one head, of one sequence or of a pool of pages. Strides are in elements."""
@@ -140,7 +142,7 @@ def values_from_8_bits(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-def has_aligned_rows(x: Tensor) -> bool:
+def has_aligned_rows(x: Tensor | Layout) -> bool:
     """Whether the rows of x (B, H, N, D) start and end at multiples of 16 bytes, as vector loads need."""
     (B, H, N, D), (stride_b, stride_h, stride_n, _) = x.shape, x.stride()
     # The stride of a dimension of size 1 is not used, and may be anything.

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention_rows import has_aligned_rows
+from fastgpt.kernels.launch import Layout
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -256,7 +257,7 @@ def kept_weights(features, b, heads, offs_m, start_n, BLOCK_N: tl.constexpr):
     return (words >> 1).to(tl.int32) >= features.threshold
 
 
-def unit_of(x: Tensor | None) -> int:
+def unit_of(x: Tensor | Layout | None) -> int:
     """How a kernel may load rows of a mask or a bias x (B, H, T, S): the number of elements in 16 bytes if rows start and end at
     multiples of these; 1 if the last dimension is contiguous; else 0."""
     if x is None or (x.stride(-1) != 1 and x.shape[-1] > 1):

@@ -7,14 +7,14 @@ Rows may have any alignment, which is a compile-time argument: in most calls 16 
 """
 
 import functools
+from collections.abc import Callable
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.dependent_launch import dependent_launch, has_dependent_launch, launch_dependents, wait_for_dependencies
-from fastgpt.kernels.launch import Constants, kernel
+from fastgpt.kernels.launch import Constants, Launch, Layout, dense, kernel, no_launch, plan
 from fastgpt.kernels.limits import cdiv, check_count, check_sizes, grid
 from fastgpt.kernels.tiles import WIDEST_ACCESS, update_tile
 
@@ -270,36 +270,43 @@ def rope_kv_cache_update(
 
 
 def _launch(q, k, v, k_cache, v_cache, slots, positions, cos, sin, interleaved, block_table, k_scale, v_scale):
+    tensors = k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, q
+    rotation = positions, cos, sin
+    launch, of_out = plan(decide, (*tensors, *rotation), interleaved)
+    out = None if q is None else q.new_empty_strided(*of_out)
+    launch(*tensors, out, *rotation)
+    return out
+
+
+def decide(layouts: tuple, interleaved: bool) -> tuple[Callable, tuple | None]:
+    """The launch for tensors with these layouts, and the shape and strides of the rotated q."""
+    k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale, q, positions, cos, sin = layouts
     B, H_kv, T, D = k.shape
     H = 0 if q is None else q.shape[1]
     n_pages, _, page = k_cache.shape[:3]
     capacity = page if block_table is None else page * block_table.shape[1]
     check_sizes(k=k, v=v, k_cache=k_cache, v_cache=v_cache, q=q)
     check_count("block_table", "keys in a sequence's pages", capacity)
-    out = None if q is None else torch.empty((B, H, T, D), dtype=q.dtype, device=q.device)
-    if k.numel() == v.numel() == 0 and (out is None or out.numel() == 0):
-        return out
-    if k_cache.dtype is torch.float8_e4m3fn:  # encoded by the kernel: not every architecture can
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    aligned = alignment(k, v, *(() if q is None else (q,))), alignment(k_cache, v_cache)
+    of_out = None if q is None else dense(B, H, T, D)
+    if k.numel() == v.numel() == 0 and (q is None or q.numel() == 0):
+        return no_launch, of_out
     constants = kernel_constants(
         D, v.shape[3], 0 if cos is None else cos.shape[1], interleaved, T > 1, k.element_size(),
-        *aligned, WIDEST_ACCESS if cos is None else alignment(cos, sin), has_dependent_launch(k.device),
+        alignment(k, v, *(() if q is None else (q,))), alignment(k_cache, v_cache),
+        WIDEST_ACCESS if cos is None else alignment(cos, sin), has_dependent_launch(k.device),
     )  # fmt: skip
-    update_cache_kernel.launch(
-        grid("k", cdiv(T, constants["BLOCK_T"]), B, H_kv + H), constants,
-        k, v, k_cache, v_cache, slots, block_table, k_scale, v_scale,
-        q, out, positions, cos, sin,
+    launch = Launch(
+        update_cache_kernel, grid("k", cdiv(T, constants["BLOCK_T"]), B, H_kv + H), constants,
         *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
         *((0, 0, 0, 0, 0, 0) if k_scale is None else (*k_scale.stride(), *v_scale.stride())),
         *slots.stride(), *((0, 0) if block_table is None else block_table.stride()),
         *((0,) * 7 if q is None else (*q.stride()[:3], *positions.stride(), cos.stride(0), sin.stride(0))),
-        H, H_kv, T, capacity, max(page, 1), n_pages, 0 if cos is None else len(cos),
+        H, H_kv, T, capacity, max(page, 1), n_pages, 0 if cos is None else cos.shape[0],
     )  # fmt: skip
-    return out
+    return launch, of_out
 
 
-def alignment(*tensors: Tensor) -> int:
+def alignment(*tensors: Layout) -> int:
     """The widest access in bytes, a power of two up to WIDEST_ACCESS, that rows of all tensors are aligned for. The stride of a
     dimension of size 1 is never used and may be anything."""
     bits = WIDEST_ACCESS

@@ -150,9 +150,9 @@ def short_splits(monkeypatch):
     monkeypatch.setattr(tiles, "DECODE", smaller)
     if INTERPRETED:  # compiled kernels have the constant in them
         monkeypatch.setattr(kernel, "GROUP", kernel.tl.constexpr(2))
-    kernel.plan.cache_clear(), kernel.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
+    kernel.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
     yield
-    kernel.plan.cache_clear(), kernel.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
+    kernel.kernel_constants.cache_clear(), tiles.decode_tile.cache_clear()
 
 
 # The kernel
