@@ -21,7 +21,7 @@ import fake_gpu  # noqa: E402
 import torch  # noqa: E402
 from launcher_calls import calls  # noqa: E402
 
-from fastgpt.kernels.launch import Kernel  # noqa: E402
+from fastgpt.kernels.launch import Kernel, Launch  # noqa: E402
 
 REPEATS = 20
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
     rounds = parser.parse_args().rounds
-    ways = {"Triton's": by_triton, "ours": Kernel.launch}
+    ways = {"Triton's": (by_triton, Launch.anew), "ours": (Kernel.launch, Launch.__call__)}
     torch.set_num_threads(1)
     best, launchers, nothing = {}, calls(3, tensor), torch.empty(0)
     with (
@@ -48,8 +48,8 @@ def main() -> None:
     ):
         for _ in range(rounds):
             for name, call in launchers.items():
-                for way, launch in ways.items():
-                    with mock.patch.object(Kernel, "launch", launch):
+                for way, (launch, planned) in ways.items():
+                    with mock.patch.object(Kernel, "launch", launch), mock.patch.object(Launch, "__call__", planned):
                         call()
                         start = time.perf_counter()
                         for _ in range(REPEATS):
