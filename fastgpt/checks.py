@@ -266,7 +266,7 @@ def argument_error(error: Exception) -> Exception:
 def shown(value: Any) -> str:
     """A value as an error shows it, in one line and not at length: of a tensor its shape, of a module its class."""
     if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return "a nested tensor" if value.is_nested else f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, torch.nn.Module):
         return type(value).__name__
     try:

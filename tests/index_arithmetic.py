@@ -182,8 +182,7 @@ class _Walk:
             name, bits = next(names), bits_of(kind)
             place += 1
             if "tensordesc" in kind:  # followed by sizes and strides
-                while place < len(arguments) and re.fullmatch(r"i\d+", arguments[place][1].strip()):
-                    place += 1
+                place += 2 * len(re.findall(r"\d+x", kind))
             low, high = _whole(bits or 64)
             if not name.startswith("stride_"):
                 low, high = 0, min(high, self.limits.get(name, high))

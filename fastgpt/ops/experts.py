@@ -16,7 +16,9 @@ def number_of_experts(down: torch.Tensor, C: int) -> int:
     return down.shape[0] // C if isinstance(down, QuantizedWeight) else down.shape[0]
 
 
-def of_expert(weight, bias, e, E, dequantized=False):
+def of_expert(
+    weight: torch.Tensor, bias: torch.Tensor | None, e: int, E: int, dequantized: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The matrix and the bias, or None, of expert e of E."""
     if isinstance(weight, QuantizedWeight):
         rows = weight.shape[0] // E
@@ -27,14 +29,16 @@ def of_expert(weight, bias, e, E, dequantized=False):
     return weight, None if bias is None else bias[e]
 
 
-def require_experts(experts, E):
+def require_experts(experts: torch.Tensor, E: int) -> None:
+    """Raises ValueError for indices of experts that are not below E, on a CPU: on a GPU nobody waits for them."""
     if experts.is_cpu and experts.numel():
         least, most = (value.item() for value in experts.aminmax())
         if least < 0 or most >= E:
             raise ValueError(f"experts: expected indices from 0 to {E - 1}, got {least} to {most}")
 
 
-def activate(y, activation, gated):
+def activate(y: torch.Tensor, activation: str | None, gated: bool) -> torch.Tensor:
+    """The activation of an expert's product (..., 2I) or (..., I): (..., I)."""
     if activation != CLAMPED:
         return finish(y, activation=activation, gated=gated)
     gate, y = y.chunk(2, -1)
@@ -42,7 +46,7 @@ def activate(y, activation, gated):
     return (y.clamp(-LIMIT, LIMIT) + 1) * (gate * torch.sigmoid(ALPHA * gate))
 
 
-def finished(out, x, residual):
+def finished(out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """residual + out, which is in fp32, in the dtype of x and as large."""
     out = out.view(x.shape)
     return (out if residual is None else residual + out).to(x.dtype)

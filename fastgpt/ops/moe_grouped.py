@@ -10,8 +10,11 @@ from fastgpt.ops.linear import linear
 from fastgpt.ops.quantized_weight import Packing, QuantizedWeight
 
 
-def moe_grouped(x, experts, weights, up, down, up_bias, down_bias, residual, activation, gated):
-    """`_moe_reference` with the rows sorted by expert, and each expert's multiplied at once by `linear`."""
+def moe_grouped(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, up: torch.Tensor, down: torch.Tensor,
+    up_bias: torch.Tensor | None, down_bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str | None, gated: bool,
+) -> torch.Tensor:  # fmt: skip
+    """`fastgpt.moe` with the rows sorted by expert, and each expert's multiplied at once by `linear`."""
     if torch.compiler.is_compiling() or experts.is_meta or is_fake(experts):
         x_of_sum, biases = x, (up_bias, down_bias)
         if is_autocasting(x.device):  # which the operation would not notice
@@ -26,7 +29,10 @@ def moe_grouped(x, experts, weights, up, down, up_bias, down_bias, residual, act
     return finished(out, x, residual)
 
 
-def grouped_sum(x, experts, weights, up, down, up_bias, down_bias, activation, gated):
+def grouped_sum(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, up: torch.Tensor, down: torch.Tensor,
+    up_bias: torch.Tensor | None, down_bias: torch.Tensor | None, activation: str | None, gated: bool,
+) -> torch.Tensor:  # fmt: skip
     """The sum over the experts of each row (..., C), in the dtype of weights."""
     C, K = x.shape[-1], experts.shape[-1]
     E = number_of_experts(down, C)

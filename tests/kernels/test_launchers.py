@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt.ops import attention, decode_step, kv_cache_update, linear, moe, norm
+from fastgpt.ops import attention, decode_step, kv_cache_update, linear, moe, norm, route
 from fastgpt.ops import attention_with_kv_cache as cached
 from fastgpt.ops.attention.operators import attention_backward_triton, attention_forward_triton
 
@@ -32,7 +32,7 @@ LAUNCHERS = {
         },
     ),
     "route": (
-        lambda **call: moe._route_triton(top_k=2, **call), "fastgpt.kernels.moe.route",
+        lambda **call: route._route_triton(top_k=2, **call), "fastgpt.kernels.moe.route",
         lambda: {"logits": torch.ones(2, 4), "selection_bias": torch.ones(4)},
     ),
     "moe": (moe._moe_triton, "fastgpt.kernels.moe.moe", lambda: {
