@@ -11,7 +11,8 @@ RopeType = gguf.RopeScalingType
 
 ARCHITECTURES = {
     "mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "gemma3_text": "gemma3",
-    "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
+    "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "olmo3": "olmo2", "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
 }  # fmt: skip
 
 
@@ -46,17 +47,18 @@ def write(model, path, blocks=None, metadata=None, **options):
     else:
         writer.add_feed_forward_length(config.intermediate_size)
         if family != "gpt_neox":
-            writer.add_head_count_kv(config.num_key_value_heads)
+            writer.add_head_count_kv(1 if architecture == "deepseek2" else config.num_key_value_heads)
         if hasattr(config, "rms_norm_eps"):
             writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         else:
             writer.add_layer_norm_eps(config.norm_epsilon if family == "starcoder2" else config.layer_norm_eps)
         writer.add_vocab_size(config.vocab_size)
-        add_rotation(writer, config, head_dim)
+        add_rotation(writer, config, config.qk_rope_head_dim if architecture == "deepseek2" else head_dim)
     if family in ("gpt_neox", "stablelm"):
         writer.add_parallel_residual(config.use_parallel_residual)
     if hasattr(config, "num_experts_per_tok"):
-        writer.add_expert_count(getattr(config, "num_experts", None) or config.num_local_experts)
+        counts = (getattr(config, name, None) for name in ("num_experts", "n_routed_experts", "num_local_experts"))
+        writer.add_expert_count(next(count for count in counts if count))
         writer.add_expert_used_count(config.num_experts_per_tok)
     if family == "gpt_oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
@@ -64,6 +66,8 @@ def write(model, path, blocks=None, metadata=None, **options):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if family == "qwen2_moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if architecture == "deepseek2":
+        add_latent_attention(writer, config)
     if family in ("granite", "granitemoe"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
@@ -71,11 +75,18 @@ def write(model, path, blocks=None, metadata=None, **options):
         writer.add_logit_scale(config.logits_scaling)
     if family == "cohere2":
         writer.add_logit_scale(config.logit_scale)
-    if family != "gpt2" and head_dim * heads != config.hidden_size or family.startswith("gemma"):
+    if (
+        family != "gpt2"
+        and architecture != "deepseek2"
+        and head_dim * heads != config.hidden_size
+        or family.startswith("gemma")
+    ):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if family in ("mistral", "mixtral", "phi3", "gemma2", "gemma3_text", "cohere2", "gpt_oss"):
+    if family in ("mistral", "mixtral", "phi3", "gemma2", "gemma3_text", "cohere2", "gpt_oss", "olmo3"):
         writer.add_sliding_window(config.sliding_window or 0)
+    if family == "olmo3":
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
     if family == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -116,12 +127,22 @@ def write(model, path, blocks=None, metadata=None, **options):
 def each_matrix(model):
     """Names and tensors of a model's state, of which the experts' are those that files have."""
     for name, weight in model.state_dict().items():
-        name = name.replace(".block_sparse_moe.experts.", ".mlp.experts.").replace(
-            "_moe.router.weight", "_moe.router.layer.weight"
-        )
+        for theirs, converted in (
+            (".block_sparse_moe.experts.", ".mlp.experts."),
+            ("_moe.router.weight", "_moe.router.layer.weight"),
+            (".gate.e_score_correction_bias", ".e_score_correction.bias"),
+        ):
+            name = name.replace(theirs, converted)
         module, _, kind = name.rpartition(".")
         if kind == "sinks":
             name += ".weight"
+        if module.endswith(".kv_b_proj"):  # for the absorbed form, in which keys are not computed
+            config = model.config
+            by_head = weight.unflatten(0, (config.num_attention_heads, -1))
+            keys, values = by_head.split((config.qk_nope_head_dim, config.v_head_dim), 1)
+            yield name.replace("kv_b_proj", "k_b_proj"), keys.mT
+            yield name.replace("kv_b_proj", "v_b_proj"), values
+            continue
         if not module.endswith(".experts"):
             yield name, weight
             continue
@@ -135,6 +156,31 @@ def each_matrix(model):
             gate, up = (weight[:, 0::2], weight[:, 1::2]) if interleaved else weight.chunk(2, 1)
             yield f"{module}.gate_proj.{ending}", gate
             yield f"{module}.up_proj.{ending}", up
+
+
+def add_latent_attention(writer, config):
+    latent, rotated = config.kv_lora_rank, config.qk_rope_head_dim
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    if config.q_lora_rank is not None:
+        writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_kv_lora_rank(latent)
+    writer.add_key_length(latent + rotated)
+    writer.add_value_length(latent)
+    writer.add_key_length_mla(config.qk_nope_head_dim + rotated)
+    writer.add_value_length_mla(config.v_head_dim)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    sigmoid = config.model_type == "deepseek_v3"
+    if sigmoid and config.norm_topk_prob:
+        writer.add_expert_weights_norm(True)
+    if config.n_group:
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
+    if sigmoid:
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if config.rope_parameters.get("mscale_all_dim"):
+        writer.add_rope_scaling_yarn_log_mul(0.1 * config.rope_parameters["mscale_all_dim"])
 
 
 def add_rotation(writer, config, head_dim):

@@ -12,7 +12,7 @@ from fastgpt.checkpoints.files import naming
 from fastgpt.checkpoints.gguf_architectures import ARCHITECTURES, FUSED, NAMES, OF_ALL_EXPERTS
 from fastgpt.checkpoints.gguf_config import ROPE_TENSORS, config_of
 from fastgpt.checkpoints.gguf_file import GGUF, TensorInfo, read
-from fastgpt.checkpoints.gguf_tensors import SERVED, GGUFTensor
+from fastgpt.checkpoints.gguf_tensors import SERVED, GGUFTensor, join_keys_and_values
 from fastgpt.checkpoints.loading import DTYPES, Checkpoint, Stored, by_expert, load_weights
 from fastgpt.ops.quantized_weight import Quantization
 
@@ -66,7 +66,8 @@ def checkpoint(file: GGUF) -> Checkpoint:
         )
         fields |= {bias: f"{module.format(i=0)}.bias" in tensors for bias, module in found}
     family = Family(
-        like.schema, like.fields_from, like.config_to, names, prefix="", ignored=r"$^", fused=OF_ALL_EXPERTS
+        like.schema, like.fields_from, like.config_to, names, prefix="", ignored=r"$^", fused=OF_ALL_EXPERTS,
+        row_orders=like.row_orders,
     )  # fmt: skip
     heads = (
         {"q": fields["num_heads"], "k": fields.get("num_kv_heads") or fields["num_heads"]} if architecture.interleaved else {}
@@ -85,6 +86,9 @@ def checkpoint(file: GGUF) -> Checkpoint:
         for tensor in tensors.values()
         if tensor.name not in ROPE_TENSORS
     }
+    if architecture.latent:
+        H, C, D, D_v = (fields[name] for name in ("num_heads", "kv_rank", "head_dim", "v_head_dim"))
+        stored = join_keys_and_values(stored, (H, C, D - fields["rope"].dim), (H, D_v, C))
     stored = by_expert(stored, family, fields.get("num_experts"))
     if "output.weight" in stored and stored["output.weight"].equal(stored["token_embd.weight"]):  # as some converters store it
         del stored["output.weight"]

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fastgpt.checkpoints.families.deepseek import mscale_all_dim
 from fastgpt.checkpoints.families.family import Fused
-from fastgpt.checkpoints.families.fields import EPSILON, MLP_WIDTH, SCALE, maybe
+from fastgpt.checkpoints.families.fields import EPSILON, LAYERS, MAX_HEAD_DIM, MLP_WIDTH, SCALE, WIDTH, maybe
 from fastgpt.model.rope import ROPE_SCHEMA
-from fastgpt.schema import Field, flag, integer, number, unsupported
+from fastgpt.schema import Field, flag, integer, number, only, several, unsupported
 
 # Modules of the decoder -> tensors.
 NAMES: dict[str, str | tuple[str, ...]] = {
@@ -51,6 +52,7 @@ class Architecture:
     family: its name in config.json; default: that of the architecture.
     optional_biases: whether files have biases or not.
     partial: whether a share of a head's dimensions can be rotated.
+    latent: whether attention is multi-head latent attention, whose values have a head dim of their own.
     schema: of metadata, where it has others, or other ones.
     config: this metadata, and the tensors -> further entries of config.json.
     metadata: GPTConfig -> further metadata.
@@ -62,6 +64,7 @@ class Architecture:
     family: str | None = None
     optional_biases: bool = False
     partial: bool = False
+    latent: bool = False
     schema: Mapping[str, Field] = field(default_factory=dict)
     config: Callable[[dict, Mapping], dict] = lambda found, tensors: {}
     metadata: Callable[[Any], dict] = lambda config: {}
@@ -145,6 +148,82 @@ def _gpt_oss(found: dict, tensors: Mapping) -> dict:
     }
 
 
+def _olmo3(found: dict, tensors: Mapping) -> dict:
+    """OLMo 3 has windows, and says that it is olmo2."""
+    window, pattern = found["attention.sliding_window"], found["attention.sliding_window_pattern"]
+    if not window:
+        return {}
+    local = {"rope_type": "default", "rope_theta": found["rope.freq_base"]}
+    entries = {
+        "model_type": "olmo3", "sliding_window": window,
+        "rope_parameters": {"full_attention": found["rope"], "sliding_attention": local},
+    }  # fmt: skip
+    if pattern is not None:
+        entries["layer_types"] = [f"{'sliding' if slides else 'full'}_attention" for slides in pattern]
+    return entries
+
+
+LATENT_NAMES = {
+    "blocks.{i}.attention.latent.q": "blk.{i}.attn_q", "blocks.{i}.attention.latent.q_a": "blk.{i}.attn_q_a",
+    "blocks.{i}.attention.latent.q_a_norm": "blk.{i}.attn_q_a_norm", "blocks.{i}.attention.latent.q_b": "blk.{i}.attn_q_b",
+    "blocks.{i}.attention.latent.kv_a": "blk.{i}.attn_kv_a_mqa", "blocks.{i}.attention.latent.kv_a_norm": "blk.{i}.attn_kv_a_norm",
+    "blocks.{i}.attention.latent.kv_b": "blk.{i}.attn_kv_b", "blocks.{i}.mlp.selection_bias": "blk.{i}.exp_probs_b.bias",
+}  # fmt: skip
+SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
+LATENT_SCHEMA = EXPERTS | {
+    # Of the heads; where there are _mla ones, those without it are of the absorbed form, in which all heads share keys and values.
+    "attention.key_length": integer(1, 2**16), "attention.value_length": integer(1, 2**16),
+    "attention.key_length_mla": maybe(integer(0, MAX_HEAD_DIM), None),
+    "attention.value_length_mla": maybe(integer(0, MAX_HEAD_DIM), None),
+    "attention.q_lora_rank": SIZE, "attention.kv_lora_rank": WIDTH, "rope.dimension_count": integer(2, MAX_HEAD_DIM),
+    "rope.scaling.yarn_log_multiplier": number(0.0, least=0, most=10), "rope.scaling.attn_factor": only(1.0, 1.0),
+    "rope.scaling.yarn_attn_factor": unsupported(1.0), "leading_dense_block_count": maybe(LAYERS, None),
+    "expert_shared_count": COUNT, "expert_weights_scale": number(None, least=0, most=SCALE["most"], optional=True),
+    "expert_weights_norm": flag(False), "expert_gating_func": integer(0, SIGMOID, SOFTMAX),
+    "expert_group_count": COUNT, "expert_group_used_count": COUNT, "nextn_predict_layers": unsupported(0),
+}  # fmt: skip
+
+
+def _deepseek(found: dict, tensors: Mapping) -> dict:
+    key, value = (found[f"attention.{x}_length_mla"] or found[f"attention.{x}_length"] for x in ("key", "value"))
+    rotated, rope, groups = found["rope.dimension_count"], found["rope"], found["expert_group_count"] or 1
+    sigmoid = found["expert_gating_func"] == SIGMOID
+    if rope["rope_type"] == "yarn":  # its factor scales the products of queries and keys, and not cosines and sines
+        rope = rope | {
+            "attention_factor": 1.0,
+            "mscale_all_dim": float(f"{10 * found['rope.scaling.yarn_log_multiplier']:.6g}"),
+        }
+    entries = {
+        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2", "head_dim": None, "num_key_value_heads": None,
+        "rope_parameters": rope, "qk_rope_head_dim": rotated, "qk_nope_head_dim": key - rotated, "v_head_dim": value,
+        "q_lora_rank": found["attention.q_lora_rank"] or None, "kv_lora_rank": found["attention.kv_lora_rank"],
+        "n_shared_experts": found["expert_shared_count"], "first_k_dense_replace": found["leading_dense_block_count"] or 0,
+        "routed_scaling_factor": found["expert_weights_scale"] or 1.0, "norm_topk_prob": found["expert_weights_norm"],
+    }  # fmt: skip
+    if sigmoid or groups > 1:
+        entries |= {"n_group": groups, "topk_group": found["expert_group_used_count"] or 1}
+    if not sigmoid and groups > 1:
+        entries["topk_method"] = "group_limited_greedy"
+    return entries | _experts("n_routed_experts", expert_feed_forward_length="moe_intermediate_size")(found, tensors)
+
+
+def _deepseek_metadata(config: Any) -> dict:
+    """Without the absorbed form, so that quantized blocks stay as they are: llama.cpp reads both."""
+    entries = _metadata_of_moe(config) | {
+        "attention.value_length": config.v_head_dim, "attention.kv_lora_rank": config.kv_rank,
+        "leading_dense_block_count": sum(not config.has_experts(i) for i in range(config.num_layers)),
+        "expert_shared_count": (config.shared_expert_size or 0) // config.expert_size,
+        "expert_weights_scale": float(config.router_scale), "expert_weights_norm": config.router_normalize,
+        "expert_gating_func": SIGMOID if config.router_scoring == "sigmoid" else SOFTMAX,
+        "expert_group_count": config.router_groups, "expert_group_used_count": config.router_top_groups,
+    }  # fmt: skip
+    if config.q_rank is not None:
+        entries["attention.q_lora_rank"] = config.q_rank
+    if (scale := mscale_all_dim(config)) is not None:
+        entries["rope.scaling.yarn_log_multiplier"] = 0.1 * scale
+    return entries
+
+
 ARCHITECTURES = {  # Mistral's and Mixtral's is llama
     "gpt2": Architecture(FUSED),
     "llama": Architecture(
@@ -182,7 +261,9 @@ ARCHITECTURES = {  # Mistral's and Mixtral's is llama
         interleaved=True, optional_biases=True, schema=dict.fromkeys(GRANITE_SCALES, ANY_SCALE), config=_granite,
         metadata=_granite_metadata,
     ),
-    "olmo2": Architecture(optional_biases=True, schema={"attention.sliding_window": unsupported(0)}),  # OLMo 3 says so
+    "olmo2": Architecture(
+        optional_biases=True, schema={"attention.sliding_window_pattern": several(flag(), None, optional=True)}, config=_olmo3,
+    ),
     "smollm3": Architecture(interleaved=True, optional_biases=True),
     "gptneox": Architecture(
         FUSED, family="gpt_neox", optional_biases=True, partial=True,
@@ -219,6 +300,9 @@ ARCHITECTURES = {  # Mistral's and Mixtral's is llama
         interleaved=True, optional_biases=True, schema=dict.fromkeys(GRANITE_SCALES, ANY_SCALE) | EXPERTS,
         config=lambda found, tensors: _granite(found, tensors) | _experts("num_local_experts")(found, tensors),
         metadata=lambda config: _granite_metadata(config) | _metadata_of_experts(config),
+    ),
+    "deepseek2": Architecture(
+        LATENT_NAMES, family="deepseek_v3", latent=True, schema=LATENT_SCHEMA, config=_deepseek, metadata=_deepseek_metadata
     ),
     "gpt-oss": Architecture(
         {"blocks.{i}.mlp_norm": "blk.{i}.post_attention_norm"}, family="gpt_oss", schema=EXPERTS, config=_gpt_oss,

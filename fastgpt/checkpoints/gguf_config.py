@@ -101,12 +101,12 @@ def config_of(file: GGUF) -> dict:
     found = schema.read(METADATA | dict(architecture.schema), stored, prefix)
     heads, window = found["attention.head_count"], found["attention.sliding_window"] or None
     head_dim = found["attention.key_length"] or max(1, found["embedding_length"] // heads)
-    if found["attention.value_length"] not in (None, head_dim):
+    if found["attention.value_length"] not in (None, head_dim) and not architecture.latent:
         raise ValueError(
             f"{prefix}attention.value_length: expected {head_dim}, as of keys, got {found['attention.value_length']}"
         )
     rotated = found["rope.dimension_count"] or head_dim
-    if rotated != head_dim and not architecture.partial or rotated > head_dim:
+    if rotated > head_dim or rotated != head_dim and not (architecture.partial or architecture.latent):
         raise ValueError(f"{prefix}rope.dimension_count: expected {head_dim}, all of a head's, got {rotated}")
     config |= {
         "model_type": architecture.family or name,

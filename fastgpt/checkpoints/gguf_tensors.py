@@ -1,5 +1,6 @@
 """Tensors of GGUF files: rows in the decoder's order, as numbers or as the blocks that are stored."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,6 +77,42 @@ class GGUFTensor(Stored):
         heads = np.arange(self.shape[0]).reshape(self.interleaved_heads, -1)
         first, second, rest = heads[:, : self.rotated : 2], heads[:, 1 : self.rotated : 2], heads[:, self.rotated :]
         return np.concatenate([first, second, rest], 1).reshape(-1)[rows]
+
+
+@dataclass(frozen=True)
+class KeysAndValues(Stored):
+    """`attn_kv_b`, (H (N + D_v), C), of a file for the absorbed form of latent attention: it has keys' part of each head
+    transposed, of which blocks are along the other dimension. So both are dequantized.
+
+    keys: (H, C, N); values: (H, D_v, C).
+    """
+
+    keys: GGUFTensor
+    values: GGUFTensor
+
+    def read(self, rows: slice) -> torch.Tensor:
+        begin, end, _ = rows.indices(self.shape[0])
+        each = self.shape[0] // self.keys.shape[0]
+        heads = slice(begin // each, -(-end // each))
+        keys, values = (tensor.read(heads).unflatten(1, tensor.shape[1:]) for tensor in (self.keys, self.values))
+        return torch.cat([keys.mT, values], 1).flatten(0, 1)[begin - heads.start * each :][: end - begin]
+
+
+def join_keys_and_values(stored: Mapping[str, Stored], keys: tuple, values: tuple) -> dict[str, Stored]:
+    """What is stored, with `attn_k_b` and `attn_v_b` of each layer as `attn_kv_b`; files that have that as well have them twice.
+    Only those of these shapes are joined: keys (H, C, N), values (H, D_v, C)."""
+    result = dict(stored)
+    for name, k in stored.items():
+        v = stored.get(name.replace("attn_k_b", "attn_v_b"))
+        joined = name.replace("attn_k_b", "attn_kv_b")
+        if not (name.endswith(".attn_k_b.weight") and isinstance(k, GGUFTensor) and isinstance(v, GGUFTensor)):
+            continue
+        if joined in stored or (k.shape, v.shape) == (keys, values):
+            del result[k.name], result[v.name]
+        if joined not in stored and (k.shape, v.shape) == (keys, values):
+            shape = keys[0] * (keys[2] + values[1]), keys[1]
+            result[joined] = KeysAndValues(k.path, joined, k.dtype if k.dtype == v.dtype else "F32", shape, k, v)
+    return result
 
 
 def dequantize(blocks: np.ndarray, type_name: str) -> torch.Tensor:

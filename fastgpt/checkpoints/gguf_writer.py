@@ -27,6 +27,10 @@ PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 def metadata_of(file: gguf_file.GGUF) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What another file of the same model says, its tokenizer included, and the tensors that belong to its rotation."""
     kept = {name: value for name, value in file.metadata.items() if not name.startswith(UNLIKE)}
+    name = f"{file.architecture}.attention"
+    if ARCHITECTURES[file.architecture].latent and f"{name}.key_length_mla" in kept:  # we do not write the absorbed form
+        kept |= {f"{name}.{x}_length": kept.pop(f"{name}.{x}_length_mla") for x in ("key", "value")}
+        kept[f"{name}.head_count_kv"] = kept[f"{name}.head_count"]
     rotation = {}
     for name in ROPE_TENSORS & file.tensors.keys():
         tensor = file.tensors[name]
@@ -44,6 +48,8 @@ def metadata_from(model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     names = {architecture.family or name: name for name, architecture in ARCHITECTURES.items()} | {
         "mistral": "llama",
         "mixtral": "llama",
+        "olmo3": "olmo2",
+        "deepseek_v2": "deepseek2",
     }
     if family not in names:
         raise ValueError(f"model: expected one of {', '.join(ARCHITECTURES)}, which GGUF files can hold, got {family}")
@@ -118,7 +124,8 @@ def write(path: Path, model: Any, metadata: Mapping[str, Any], rotation: Mapping
     like = FAMILIES["mistral" if name == "llama" else architecture.family or name]
     names_here = {**NAMES, **architecture.names}
     family = Family(
-        like.schema, like.fields_from, like.config_to, names_here, prefix="", ignored=r"$^", fused=OF_ALL_EXPERTS
+        like.schema, like.fields_from, like.config_to, names_here, prefix="", ignored=r"$^", fused=OF_ALL_EXPERTS,
+        row_orders=like.row_orders,
     )  # fmt: skip
     heads = {"q": model.config.num_heads, "k": model.config.num_kv_heads} if architecture.interleaved else {}
     tensors: dict[str, tuple[np.ndarray, str]] = {key: (value, "F32") for key, value in rotation.items()}
@@ -133,6 +140,8 @@ def write(path: Path, model: Any, metadata: Mapping[str, Any], rotation: Mapping
             stored, kind = as_rows(parameter, weight.detach()), PLAIN[weight.dtype] if is_matrix else "F32"
             stored = stored if kind != "F32" else stored.float()
             stored = stored[0] if parameter.endswith(".shared_gate.weight") else stored
+        if (order := family.row_order(parameter, model.config)) is not None:
+            stored = stored[order.argsort()]
         for stored_as, part in zip(names, stored.split(_rows(model, parameter, names, stored))):
             if architecture.norm_offset and stored_as.endswith("norm.weight"):
                 part = part + architecture.norm_offset

@@ -344,7 +344,7 @@ def test_a_number_of_experts_without_how_many_are_used_is_named(tmp_path):
         GPT.from_pretrained(path)
 
 
-@pytest.mark.parametrize("name", ["mamba", "deepseek2"])
+@pytest.mark.parametrize("name", ["mamba", "deepseek"])
 def test_architectures_that_are_not_served_are_named(name, tmp_path, capsys):
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, name)
@@ -583,6 +583,7 @@ def test_damaged_files_load_or_say_what_is_wrong(count, tmp_path):
     write(transformers.LlamaForCausalLM(WIDE), tmp_path / "quantized.gguf", blocks, metadata)
     write(theirs("phi3, longrope"), tmp_path / "phi3.gguf")
     write(theirs("mixtral"), tmp_path / "experts.gguf", metadata=metadata)
+    write(theirs("deepseek_v2, no biases"), tmp_path / "latent.gguf", metadata=metadata)
     command = [sys.executable, Path(__file__).with_name("gguf_fuzz.py"), tmp_path, count, count]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

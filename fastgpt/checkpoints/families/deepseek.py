@@ -68,13 +68,20 @@ def _fields_from(config: dict, groups: bool, **routing) -> dict:
     return fields
 
 
+def mscale_all_dim(config: Any) -> float | None:
+    """What makes `attention_scale` of yarn's factor: its square root is 1 + 0.1 mscale_all_dim ln(factor) times 1 / sqrt(D)."""
+    if config.attention_scale is None or config.rope.factor <= 1:
+        return None
+    magnitude = math.sqrt(config.attention_scale * config.head_dim**0.5)
+    return float(f"{(magnitude - 1) / (0.1 * math.log(config.rope.factor)):.12g}")
+
+
 def _config_to(config: Any) -> dict:
     if config.rope is None or config.kv_rank is None or config.num_experts is None:
         return {}
-    rope = rope_to(config.rope, config.rope.dim)
-    if config.attention_scale is not None and config.rope.factor > 1:
-        magnitude = math.sqrt(config.attention_scale * config.head_dim**0.5)
-        rope["mscale_all_dim"] = float(f"{(magnitude - 1) / (0.1 * math.log(config.rope.factor)):.12g}")
+    rope, scale = rope_to(config.rope, config.rope.dim), mscale_all_dim(config)
+    if scale is not None:
+        rope["mscale_all_dim"] = scale
     return llama_config_to(config) | {
         "head_dim": config.rope.dim, "rope_parameters": rope, "kv_lora_rank": config.kv_rank, "q_lora_rank": config.q_rank,
         "qk_nope_head_dim": config.head_dim - config.rope.dim, "qk_rope_head_dim": config.rope.dim,
