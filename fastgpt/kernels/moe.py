@@ -451,7 +451,9 @@ def _many_rows(x, experts, weights, residual, out, up, down, up_bias, down_bias,
 
 # The compile-time arguments and options of the kernels.
 
-REGISTERS = {"maxnreg": 128}  # of a few rows' kernels: without a limit, ptxas spills some on 8.0 for higher occupancy
+# Registers of a thread of few rows' kernels, of which long rows take up to 156: without a limit, ptxas spills some on 8.0 for higher
+# occupancy.
+REGISTERS = 168
 
 
 @functools.cache
@@ -471,14 +473,14 @@ def up_constants(tile: LinearTile, top_k: int, K: int, activation: int, gated: b
     block_n = max(1, tile.BLOCK_N // 2) if gated else tile.BLOCK_N
     sizes = dict(BLOCK_N=block_n, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages)
     of_call = dict(TOP_K=top_k, K=K, ACTIVATION=activation, GATED=gated)
-    return Constants(**of_call, **sizes, **REGISTERS, enable_fp_fusion=True, **dependent_launch(pdl))
+    return Constants(**of_call, **sizes, maxnreg=REGISTERS, enable_fp_fusion=True, **dependent_launch(pdl))
 
 
 @functools.cache
 def down_constants(tile: LinearTile, top_k: int, K: int, pdl: bool) -> Constants:
     sizes = dict(BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages)
     of_call = dict(TOP_K=top_k, K=K, BLOCK_T=triton.next_power_of_2(top_k))
-    return Constants(**of_call, **sizes, **REGISTERS, enable_fp_fusion=True, **dependent_launch(pdl))
+    return Constants(**of_call, **sizes, maxnreg=REGISTERS, enable_fp_fusion=True, **dependent_launch(pdl))
 
 
 @functools.cache
