@@ -20,7 +20,7 @@ from fastgpt.generation.many import Many
 
 STATIC = 16  # rows of a static batch
 REQUESTS, PROMPT, ANSWER = (6, (4, 20), (2, 12)) if tiny() else (64, (16, 512), (16, 256))
-PATIENCE = 60 if tiny() else 1800  # seconds for transformers
+PATIENCE = 60 if tiny() else 1800 if full() else 240  # seconds for transformers, which may take ten times as long as ours
 
 
 def requests(model: GPT) -> tuple[list[list[int]], list[int]]:
