@@ -6,7 +6,7 @@ import json
 import torch
 import transformers
 
-from fastgpt import GPT, generate
+from fastgpt import GPT, QuantizedWeight, generate
 from fastgpt.testing import numerics
 
 COMMON = dict(
@@ -136,10 +136,10 @@ CONFIGS = {
     ),
 }
 # What a GGUF file does not say: the scale of Gemma's queries, windows of Qwen 2, StarCoder 2 and SmolLM3, which layers of Gemma 3
-# have one, norms of Phi's queries, layers without experts. OLMo 3 and DeepSeek are not served.
+# have one, norms of Phi's queries, layers without experts, biases of latent attention, another base for layers with windows.
 NOT_IN_GGUF = {
     "gemma2", "qwen2, windows", "starcoder2", "olmo3", "smollm3, windows", "gemma3", "phi, norms of queries", "qwen2_moe",
-    "qwen2_moe, windows", "qwen3_moe", "deepseek_v2", "deepseek_v2, greedy", "deepseek_v3", "deepseek_v3, one group",
+    "qwen2_moe, windows", "qwen3_moe", "deepseek_v2", "deepseek_v3", "deepseek_v3, one group",
 }  # fmt: skip
 GGUF_CONFIGS = {case: config for case, config in CONFIGS.items() if case not in NOT_IN_GGUF} | {
     "gemma3, six layers": (
@@ -154,6 +154,16 @@ GGUF_CONFIGS = {case: config for case, config in CONFIGS.items() if case not in 
         "Gemma2",
         COMMON | dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16, attn_logit_softcapping=5.0),
     ),
+    "olmo3, one base": (
+        "Olmo3",
+        COMMON
+        | dict(sliding_window=16, num_hidden_layers=4)
+        | dict(rope_parameters=dict(full_attention=YARN, sliding_attention=LOCAL | dict(rope_theta=5e5))),
+    ),
+    **{
+        f"{case}, no biases": (CONFIGS[case][0], CONFIGS[case][1] | dict(attention_bias=False))
+        for case in ("deepseek_v2", "deepseek_v3", "deepseek_v3, one group")
+    },
 }
 
 
@@ -203,6 +213,44 @@ def logits_of(case, folder, dtype, rounded, path=None):
             yardstick = numerics.simulate(lambda: oracle(ids).logits, arithmetic=dtype)
         yield model(ids), yardstick
         yield model(ids, cache=model.new_cache(2)), yardstick
+
+
+def gradient_of(case, folder):
+    """(actual, yardstick): the gradient in fp32 of a text's cross-entropy with respect to the token embedding, through all layers:
+    ours, and that of transformers in float64."""
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    oracle.config._experts_implementation = "eager"
+    model, ids = GPT.from_pretrained(folder), ids_of(2, 40)
+
+    def gradient(logits, embedding):
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return torch.autograd.grad(loss, embedding)[0]
+
+    with numerics.only_double_precision():
+        yardstick = numerics.simulate(lambda: gradient(oracle(ids).logits, oracle.get_input_embeddings().weight))
+    return gradient(model(ids), model.token_embedding.weight), yardstick
+
+
+def with_whole_groups(case):
+    """Likewise to `theirs`, with matrices whose rows are of whole groups of 32."""
+    config = theirs(case).config
+    widths = dict(intermediate_size=128, shared_expert_intermediate_size=64, kv_lora_rank=32, q_lora_rank=32, v_head_dim=16)
+    given = config.to_dict()
+    torch.manual_seed(0)
+    changed = {name: width for name, width in widths.items() if given.get(name) is not None}
+    return transformers.AutoModelForCausalLM.from_config(type(config)(**given | changed)).eval()
+
+
+@torch.no_grad()
+def quantized_logits_of(case, folder):
+    """(actual, yardstick): the logits in fp32 with weights of 8 bits, and those of the dequantized weights in float64. `folder`: an
+    empty one."""
+    with_whole_groups(case).save_pretrained(folder / "plain")
+    model, ids = GPT.from_pretrained(folder / "plain", weights="int8"), ids_of(2, 60)
+    assert isinstance(model.blocks[-1].attention.out.weight, QuantizedWeight)
+    model.save_pretrained(folder / "quantized")
+    oracle = GPT.from_pretrained(folder / "quantized", weights="dequantized").double()
+    return model(ids), numerics.simulate(lambda: oracle(ids))
 
 
 PROMPTS = [

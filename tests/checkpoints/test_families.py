@@ -20,7 +20,18 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 from checkpoint_files import peak_of_loading  # noqa: E402
-from family_checkpoints import CONFIGS, PROMPTS, ids_of, kinds_of_cache, logits_of, our_tokens, their_tokens, theirs  # noqa: E402
+from family_checkpoints import (  # noqa: E402
+    CONFIGS,
+    PROMPTS,
+    gradient_of,
+    ids_of,
+    kinds_of_cache,
+    logits_of,
+    our_tokens,
+    quantized_logits_of,
+    their_tokens,
+    theirs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +52,16 @@ def folders(tmp_path_factory):
 def test_logits(case, dtype, folders, tmp_path):
     for actual, yardstick in logits_of(case, folders(case), dtype, tmp_path):
         numerics.check(actual, yardstick)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_gradients(case, folders):
+    numerics.check(*gradient_of(case, folders(case)))
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_quantized_weights(case, tmp_path):
+    numerics.check(*quantized_logits_of(case, tmp_path))
 
 
 @pytest.mark.slow
