@@ -24,25 +24,46 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-// The epilogue of the product, for up to kFeatures of a row's output features, from `first` on; the gate is multiplied by
-// `factors`.
-void finish(const Linear& l, int64_t row, int64_t first, int64_t count, float* y, float* factors) {
-  const int64_t offset = row * l.out_features + first;
-  const auto add = [&](const void* source, int64_t from, float* target) {
-    alignas(64) float other[kFeatures] = {};
-    convert(source, from, count, l.element, other);
-    for (int64_t j = 0; j < count; j += kWidth) store(target + j, load(target + j) + load(other + j));
+// The epilogue of the product, for up to kLine output features of `rows` rows, from `first` and `row` on: y and the gate's
+// `factors` have kLine numbers a row, of several; of one, `count` in whole vectors.
+template <int64_t kLine = kFeatures>
+inline void finish(const Linear& l, int64_t row, int64_t rows, int64_t first, int64_t count, float* y, float* factors) {
+  const int64_t numbers = rows == 1 ? count : rows * kLine;
+  // A number of a whole line that the compiler knows, for what it does with each row.
+  const auto with_count = [&](const auto& function) {
+    count == kLine ? function(std::integral_constant<int64_t, kLine>()) : function(count);
   };
-  if (l.bias) add(l.bias, first, y);
-  if (l.bias && l.gated) add(l.bias, l.out_features + first, factors);
-  activate(l.activation, y, count);
-  if (l.activation == Activation::swiglu_clamped) {
-    for (int64_t j = 0; j < count; j += kWidth) store(y + j, swiglu_clamped(load(y + j), load(factors + j)));
-  } else if (l.gated) {
-    for (int64_t j = 0; j < count; j += kWidth) store(y + j, load(y + j) * load(factors + j));
+  alignas(64) float other[kLine];
+  const auto read = [&](const void* source, int64_t from) {
+    with_count([&](auto columns) {
+      if (columns < kLine) std::memset(other, 0, sizeof other);
+      convert(source, from, columns, l.element, other);
+    });
+  };
+  const auto add_to = [&](float* target) {
+    with_count([&](auto columns) {
+      for (int64_t j = 0; j < columns; j += kWidth) store(target + j, load(target + j) + load(other + j));
+    });
+  };
+  if (l.bias) {
+    read(l.bias, first);
+    for (int64_t r = 0; r < rows; ++r) add_to(y + r * kLine);
   }
-  if (l.residual) add(l.residual, offset, y);
-  write(y, count, l.out, offset, l.out_element);
+  if (l.bias && l.gated) {
+    read(l.bias, l.out_features + first);
+    for (int64_t r = 0; r < rows; ++r) add_to(factors + r * kLine);
+  }
+  activate(l.activation, y, numbers);
+  if (l.activation == Activation::swiglu_clamped) {
+    for (int64_t i = 0; i < numbers; i += kWidth) store(y + i, swiglu_clamped(load(y + i), load(factors + i)));
+  } else if (l.gated) {
+    for (int64_t i = 0; i < numbers; i += kWidth) store(y + i, load(y + i) * load(factors + i));
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t offset = (row + r) * l.out_features + first;
+    if (l.residual) read(l.residual, offset), add_to(y + r * kLine);
+    with_count([&](auto columns) { write(y + r * kLine, columns, l.out, offset, l.out_element); });
+  }
 }
 
 template <typename T>
@@ -77,7 +98,7 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
     if (alone && !amd) multiply_apart(std::integral_constant<int, kMostStreams>());
     for (; n + kMostStreams <= count; n += kMostStreams) multiply(std::integral_constant<int, kMostStreams>(), n, 1, count);
     for (; n < count; ++n) multiply(std::integral_constant<int, 1>(), n, 1, count);
-    for (int64_t r = 0; r < l.rows; ++r) finish(l, r, first, count, dots[r], dots[r] + step);
+    for (int64_t r = 0; r < l.rows; ++r) finish(l, r, 1, first, count, dots[r], dots[r] + step);
   }
 }
 
@@ -98,7 +119,7 @@ void outputs_quantized(const Linear& l, const float* x, int64_t begin, int64_t e
       weight.multiply(x, now, rows, ahead, &dots[0][n]);
       if (l.gated) weight.multiply(x, now + l.out_features, rows, ahead, &dots[0][step + n]);
     }
-    for (int64_t r = 0; r < l.rows; ++r) finish(l, r, first, count, dots[r], dots[r] + step);
+    for (int64_t r = 0; r < l.rows; ++r) finish(l, r, 1, first, count, dots[r], dots[r] + step);
   }
 }
 
@@ -201,7 +222,7 @@ void outputs_of_pairs(const Linear& l, const Pairs& x, float* scratch, int64_t b
       multiply_from(first, then, dots[0]);
     }
     transpose_matrix(dots[0], x.rows(), l.gated ? kLines : kStep, lines[0], kLines, x.rows());
-    for (int64_t r = 0; r < l.rows; ++r) finish(l, r, first, count, lines[r], lines[r] + kStep);
+    for (int64_t r = 0; r < l.rows; ++r) finish(l, r, 1, first, count, lines[r], lines[r] + kStep);
   }
 }
 #endif
@@ -210,26 +231,49 @@ void outputs_of_pairs(const Linear& l, const Pairs& x, float* scratch, int64_t b
 template <typename Weights>
 void outputs_of_many(
     const Linear& l, const Weights& weights, const float* x, float* scratch, int64_t begin, int64_t end, int64_t next) {
-  constexpr int64_t kHalf = kFeatures / 2;
+  constexpr int64_t kHalf = kBlockRows / 2, kLine = 2 * kWidth;  // output features that are a line of the cache
   const ManyRows many(l);
-  float *const dots = scratch, *const panel = dots + kFeatures * many.rows();  // if gated: dots of the gate, then its factors
-  const int64_t step = l.gated ? kManyFeatures / 2 : kManyFeatures;
-  alignas(64) float lines[kWidth][kFeatures];
+  const int64_t step = l.gated ? kHalf : kBlockRows;
+  // If gated: those of the gate, then of its factors. Of a panel, lines after its last are read, too, and have no effect.
+  float *const dots = scratch, *const panel = dots + kBlockRows * many.rows();
   for (int64_t first = begin; first < end; first += step) {
-    const int64_t count = smaller(end - first, step);
-    for (int64_t n = 0; n < count; n += kBlockRows) {
-      const int64_t now = first + n, rows = smaller(count - n, kBlockRows), stop = now + rows;
-      const int64_t then = stop < end ? stop : next < l.out_features ? next : -1;
-      const auto multiply_from = [&](int64_t row, int64_t ahead, int64_t line) {
-        many.multiply(x, weights, row, rows, ahead, l.weight, panel, dots + line * many.rows());
+    const int64_t count = smaller(end - first, step), following = first + step < end ? first + step : next;
+    int64_t column = 0, stop;
+    do {  // at least once: without columns, dots are zeros
+      stop = smaller(column + kBlockColumns, l.in);
+      const bool last = stop == l.in;
+      const auto read = [&](int64_t row, float* target) { return weights.read(row, count, column, stop, target); };
+      const FloatsOfRows rows = read(first, panel);
+      const FloatsOfRows factor_rows = l.gated ? read(first + l.out_features, panel + kHalf * kBlockColumns) : rows;
+      const auto ahead = [&](int64_t skipped) {
+        const int64_t then = last ? following : first, left = larger(0, smaller(step, l.out_features - then));
+        return WeightsAhead(l.weight, weights.row_bytes(), then + skipped, left, last ? 0 : stop, l.in);
       };
-      multiply_from(now, l.gated ? now + l.out_features : then, n);
-      if (l.gated) multiply_from(now + l.out_features, then, kHalf + n);
-    }
-    for (int64_t r = 0; r < l.rows; ++r) {
-      if (r % kWidth == 0) transpose_matrix(dots + r, many.rows(), kFeatures, lines[0], kFeatures, kWidth);
-      finish(l, r, first, count, lines[r % kWidth], lines[r % kWidth] + kHalf);
-    }
+      const WeightsAhead rows_ahead = ahead(0), factors_ahead = ahead(l.gated ? l.out_features : 0);
+      for (int64_t r = 0; r < many.rows(); r += many.panel(r)) {
+        const int64_t width = many.panel(r);
+        float *const of_rows = dots + r * kBlockRows, *const of_factors = of_rows + kHalf * width;
+        rows_ahead.prefetch(r, width, many.rows());
+        many.multiply(x, r, rows, count, column, stop, of_rows);
+        if (l.gated) {
+          factors_ahead.prefetch(r, width, many.rows());
+          many.multiply(x, r, factor_rows, count, column, stop, of_factors);
+        }
+        if (!last) continue;
+        for (int64_t n = 0; n < count; n += kLine) {
+          for (int64_t i = r; i < smaller(r + width, l.rows); i += kWidth) {
+            alignas(64) float y[kWidth][kLine], factors[kWidth][kLine];
+            const auto turn = [&](const float* source, float* target) {
+              transpose_matrix(source + n * width + i - r, width, kLine, target, kLine, kWidth);
+            };
+            turn(of_rows, y[0]);
+            if (l.gated) turn(of_factors, factors[0]);
+            finish<kLine>(l, i, smaller(l.rows - i, kWidth), first + n, smaller(count - n, kLine), y[0], factors[0]);
+          }
+        }
+      }
+      column = stop;
+    } while (column < l.in);
   }
 }
 
@@ -238,7 +282,7 @@ void outputs_of_many(
 int64_t linear_most_rows(const Linear& l) { return kHasManyRows && l.many ? kMostManyRows : kMaxRows; }
 
 int64_t linear_outputs_scratch(const Linear& l) {
-  if (ManyRows::serves(l)) return kFeatures * ManyRows(l).rows() + kBlockRows * kBlockColumns;
+  if (ManyRows::serves(l)) return kBlockRows * (ManyRows(l).rows() + kBlockColumns);
 #if defined(__AVX512F__)
   if (Pairs::serves(l) && l.packing.bits) return Pairs::kDequantized * l.in / 2;
 #endif
@@ -274,7 +318,7 @@ void linear_finish(const Linear& l, const void* product, int64_t begin, int64_t 
       const int64_t offset = r * l.weight_rows() + first;
       convert(product, offset, count, l.element, y);
       if (l.gated) convert(product, offset + l.out_features, count, l.element, factors);
-      finish(l, r, first, count, y, factors);
+      finish(l, r, 1, first, count, y, factors);
     }
   }
 }

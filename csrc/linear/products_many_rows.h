@@ -15,9 +15,9 @@ namespace {
 constexpr bool kHasManyRows = kWidth == 8;  // it is measured with AVX2 only
 constexpr int64_t kLeastManyRows = 16;      // with fewer, converting weights takes too long
 constexpr int64_t kMostManyRows = 256;      // of x at a time: a block of their columns stays in the L2 cache
-// Columns and rows of the weights that are multiplied at a time. They stay in the L1 cache, with the same columns of a panel.
-constexpr int64_t kBlockColumns = 256, kBlockRows = 2 * kTileRows;
-constexpr int64_t kManyFeatures = kFeatures / kBlockRows * kBlockRows;  // output features of a step; half of it if gated
+// Columns and rows of the weights that are multiplied with all of x at a time, half of the rows factors if gated. They stay in
+// the L2 cache, these columns of a panel of x in the L1 cache.
+constexpr int64_t kBlockColumns = 256, kBlockRows = 48;
 
 // Rows of weights as floats, `row` apart.
 struct FloatsOfRows {
@@ -65,6 +65,25 @@ struct DequantizedRows {
   }
 };
 
+// Rows `row` to `row` + count of the weights from `column` on, in a block of columns, which are prefetched in parts.
+struct WeightsAhead {
+  const char* source;
+  int64_t row_bytes, count, bytes;
+
+  WeightsAhead(const void* weights, int64_t row_bytes, int64_t row, int64_t count, int64_t column, int64_t in)
+      : source(static_cast<const char*>(weights) + row * row_bytes + row_bytes * column / larger(in, 1)),
+        row_bytes(row_bytes),
+        count(count),
+        bytes(row_bytes * smaller(kBlockColumns, in - column) / larger(in, 1)) {}
+
+  // A part of `all`, of which those before `part` have been.
+  void prefetch(int64_t part, int64_t parts, int64_t all) const {
+    for (int64_t s = count * part / all; s < count * (part + parts) / all; ++s) {
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(source + s * row_bytes + byte, 0, 2);
+    }
+  }
+};
+
 // x in panels of kPanelRows rows, the last one perhaps narrower, whose columns lie one after the other.
 class ManyRows {
  public:
@@ -88,49 +107,19 @@ class ManyRows {
     }
   }
 
-  // dots[s][r] = weight[row + s] · x[r] for `count` rows of the weights, up to kBlockRows. As many from row `next` on are
-  // prefetched, if it is not negative. panel: kBlockRows · kBlockColumns floats.
-  template <typename Weights>
+  int64_t panel(int64_t row) const { return smaller(kPanelRows, rows_ - row); }  // rows of the panel that begins with a row
+
+  // dots[s][i] (+)= weights[s][begin to end] · x[row + i][begin to end] for `count` rows of weights and a panel's rows of x.
   void multiply(
-      const float* x, const Weights& weights, int64_t weight_row, int64_t count, int64_t next, const void* all, float* panel,
-      float* dots) const {
-    int64_t begin = 0, end;
-    do {  // at least once: without columns, dots are zeros
-      end = smaller(begin + kBlockColumns, in_);
-      const auto floats = weights.read(weight_row, count, begin, end, panel);
-      const bool last = end == in_;
-      const Ahead ahead(all, weights.row_bytes(), last ? next : weight_row, last ? 0 : end, in_);
-      for (int64_t r = 0; r < rows_; r += kPanelRows) {
-        const int64_t width = smaller(kPanelRows, rows_ - r);
-        ahead.prefetch(count * r / rows_, count * (r + width) / rows_);
-        fastgpt::FASTGPT_CPU_LEVEL::multiply<kTileRows, kTileVectors>(
-            count, width / kWidth, floats.start, floats.row, 1, x + r * in_ + begin * width, width, dots + r, rows_,
-            end - begin, begin > 0);
-      }
-      begin = end;
-    } while (end < in_);
+      const float* x, int64_t row, FloatsOfRows weights, int64_t count, int64_t begin, int64_t end, float* dots) const {
+    const int64_t width = panel(row);
+    fastgpt::FASTGPT_CPU_LEVEL::multiply<kTileRows, kTileVectors>(
+        count, width / kWidth, weights.start, weights.row, 1, x + row * in_ + begin * width, width, dots, width, end - begin,
+        begin > 0);
   }
 
  private:
   static constexpr int64_t kPanelRows = kTileVectors * kWidth;
-
-  // The next block of weights.
-  struct Ahead {
-    const char* source;
-    int64_t row_bytes, bytes;
-
-    Ahead(const void* weights, int64_t row_bytes, int64_t row, int64_t column, int64_t in)
-        : source(static_cast<const char*>(weights) + row * row_bytes + row_bytes * column / larger(in, 1)),
-          row_bytes(row_bytes),
-          bytes(row < 0 ? 0 : row_bytes * smaller(kBlockColumns, in - column) / larger(in, 1)) {}
-
-    // Rows begin to end of it.
-    void prefetch(int64_t begin, int64_t end) const {
-      for (int64_t s = begin; s < end; ++s) {
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(source + s * row_bytes + byte, 0, 2);
-      }
-    }
-  };
 
   int64_t in_, rows_;
 };
