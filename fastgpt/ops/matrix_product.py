@@ -70,6 +70,8 @@ def _product(x, weight, bias):
 def _serves(x, weight, bias) -> bool:
     """Whether oneDNN's product takes these arguments, which it does not check, and no tracing or transform is active that it would
     bypass."""
+    if torch.compiler.is_compiling():  # which cannot trace some of what follows
+        return False
     C = x.shape[-1] if x.dim() else 0
     shapes = ((weight, (len(weight), C)), (bias, (len(weight),)))
     return (
@@ -79,7 +81,6 @@ def _serves(x, weight, bias) -> bool:
         and all(other is None or other.shape == shape and _is_plain_tensor(other, x.dtype) for other, shape in shapes)
         and (bias is None or bias.is_contiguous())  # oneDNN's product ignores its stride
         and torch._C._get_mkldnn_enabled()
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()
         and not _any_autocast_enabled()

@@ -169,6 +169,14 @@ def test_batched_backward_passes_and_tracing(calls_of_onednn, monkeypatch):
 
 
 @needs_onednn
+@pytest.mark.slow
+def test_compiled_as_a_whole(calls_of_onednn):
+    x, weight = torch.randn(40, 24), torch.randn(36, 24, requires_grad=True)
+    actual = torch.compile(matrix_product, fullgraph=True, backend="eager")(x, weight)
+    assert torch.equal(actual, F.linear(x, weight)) and not calls_of_onednn
+
+
+@needs_onednn
 def test_linear_takes_it_for_many_rows_with_gradients_and_without(calls_of_onednn):
     call = call_of("everything", 200, 40, 65, torch.float32)
     expected = in_float64(call)
