@@ -2,6 +2,7 @@
 torch.compile."""
 
 import torch
+from torch.autograd import forward_ad
 
 from fastgpt.checks import is_autocasting, is_fake
 from fastgpt.ops.experts import ACTIVATION_NUMBERS, CLAMPED, activate, finished, number_of_experts, of_expert, require_experts
@@ -16,6 +17,8 @@ def moe_grouped(
 ) -> torch.Tensor:  # fmt: skip
     """`fastgpt.moe` with the rows sorted by expert, and each expert's multiplied at once by `linear`."""
     if torch.compiler.is_compiling() or experts.is_meta or is_fake(experts):
+        if forward_ad._current_level >= 0:  # autograd of a registered operator would drop the tangents
+            raise RuntimeError("moe: expected no forward-mode derivatives in torch.compile or of fake tensors, which have none")
         x_of_sum, biases = x, (up_bias, down_bias)
         if is_autocasting(x.device):  # which the operation would not notice
             dtype = torch.get_autocast_dtype(x.device.type)

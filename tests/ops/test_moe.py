@@ -175,6 +175,22 @@ def test_compiled_with_gradients(rows, quantized):
         numerics.check(gradient, lambda name=name: torch.autograd.grad(moe_reference(**exact).sum(), exact[name])[0])
 
 
+@pytest.mark.slow
+def test_compiled_with_forward_mode_derivatives():
+    """Never silently zero: not as a whole, but with a graph break."""
+    call = call_of((3,))
+    x, rest = call.pop("x"), call
+
+    def tangent(operation):
+        return torch.func.jvp(lambda x: operation(x, **rest), (x,), (x.cos(),))[1]
+
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="moe: expected no forward-mode derivatives"):
+        torch.compile(tangent, backend="eager", fullgraph=True)(moe)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(tangent, backend="eager")(moe), tangent(moe_reference))
+
+
 def test_the_operator_with_derivatives():
     call = call_of((5,), torch.float32, biases=True)
     tensors = [call[name] for name in ("x", "experts", "weights", "up", "down", "up_bias", "down_bias")]
