@@ -24,7 +24,7 @@ def example_calls(device: torch.device) -> dict[Callable, tuple]:
         fastgpt.rope_kv_cache_update: (x, x, x, x, x, positions, angles, angles),
         fastgpt.linear: (x, x[0, 0]),
         fastgpt.route: (x, 1),
-        fastgpt.moe: (x, positions[None, None], x[..., :1], x[0].expand(1, 32, 16), x[0].expand(1, 16, 16)),
+        fastgpt.moe: (x, positions[None, None], x[..., :1], x.new_zeros(1, 32, 16), x.new_zeros(1, 16, 16)),
         fastgpt.norm: (x, x[0, 0, 0]),
         fastgpt.scaled_dot_product_attention: (x, x, x),
         decoding: (tiny, tiny.new_cache(1)),

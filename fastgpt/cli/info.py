@@ -1,9 +1,11 @@
 """`fastgpt info`: versions, devices, and which implementation each operation uses, and why; or what is in a model."""
 
 import argparse
+import json
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from fastgpt.checkpoints.files import CONFIG, TOKENIZER, read_json
 from fastgpt.checkpoints.safetensors_files import headers, weight_files
 from fastgpt.cli.arguments import path
 from fastgpt.cli.example_calls import example_calls
-from fastgpt.encoding.sentences import read_sentences
+from fastgpt.encoding.sentences import Sentences, read_sentences
 from fastgpt.generation.decoding import decoding
 from fastgpt.model import classifiers
 from fastgpt.ops.library import CUDA_MISSING
@@ -60,88 +62,130 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", nargs="?", type=path, metavar="MODEL", help="a checkpoint folder, or a GGUF file; of a model in "
         "several, any of them")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the lines")
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.source is not None:
-        if not options.source.exists():
-            raise FileNotFoundError(f"model: expected a checkpoint folder or a GGUF file, {options.source} does not exist")
-        print_folder(options.source) if options.source.is_dir() else print_file(options.source)
-        return
-    print_versions()
-    devices = [torch.device("cpu")]
-    for index in range(torch.cuda.device_count()):
-        devices.append(torch.device("cuda", index))
-        print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
-    names: set[str] = set()
-    for device in devices:
-        for operation, arguments in example_calls(device).items():
+    if options.source is None:
+        facts, show = machine_facts(), print_machine
+    elif options.source.exists():
+        facts, show = model_facts(options.source), print_model
+    else:
+        raise FileNotFoundError(f"model: expected a checkpoint folder or a GGUF file, {options.source} does not exist")
+    print(json.dumps(facts)) if options.json else show(facts)
+
+
+def machine_facts() -> dict:
+    """Versions, devices, and the implementation of each operation on each device."""
+    gpus = {f"cuda:{index}": torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    operations = []
+    for device in ("cpu", *gpus):
+        for operation, arguments in example_calls(torch.device(device)).items():
             reasons = fastgpt.explain(operation, *arguments)
-            chosen = implementation(reasons)
-            print(f"\n{operation.__qualname__} on {device}: {chosen}\n    {OPERATIONS[operation]}")
-            for name, reason in reasons.items():
-                if name != chosen:
-                    print(f"    not {name}: {f'{chosen} comes first' if reason == 'available' else reason}")
-            names |= reasons.keys()
+            operations.append({
+                "operation": operation.__qualname__, "computes": OPERATIONS[operation], "device": device,
+                "implementation": implementation(reasons), "explanation": reasons,
+            })  # fmt: skip
+    names = {name for entry in operations for name in entry["explanation"]}
+    return {
+        "fastgpt": fastgpt.__version__,
+        "folder": str(Path(fastgpt.__file__).parent),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": installed_version("triton"),
+        "threads": torch.get_num_threads(),
+        "build": fastgpt.build_info(),
+        "cuda_library_missing": CUDA_MISSING,
+        "gpus": gpus,
+        "operations": operations,
+        "implementations": {name: meaning for name, meaning in IMPLEMENTATIONS.items() if name in names},
+    }
+
+
+def print_machine(facts: dict) -> None:
+    build = facts["build"]
+    cuda = f"CUDA {facts['cuda']}" if facts["cuda"] else "a CPU build"
+    print(f"fastgpt {facts['fastgpt']}: {facts['folder']}")
+    print(f"Python {facts['python']}, torch {facts['torch']} ({cuda}), triton {facts['triton'] or 'not installed'}")
+    print(f"compiled by {build['compiler']} for torch >= {build['torch_target_version']}")
+    print(f"CPU: {build['cpu_level']} in use, compiled: {', '.join(build['cpu_levels'])}; {facts['threads']} threads")
+    archs, missing = ", ".join(build["cuda_archs"]), facts["cuda_library_missing"]
+    library = "not built (no working nvcc was found, or it was left out)"
+    if archs:
+        library = f"built for {archs} by CUDA {build['cuda_version']}"
+    print(f"CUDA library: {library}" + (f"; not loaded: {missing}" if archs and missing else ""))
+    for device, name in facts["gpus"].items():
+        print(f"{device}: {name}")
+    for entry in facts["operations"]:
+        chosen = entry["implementation"]
+        print(f"\n{entry['operation']} on {entry['device']}: {chosen}\n    {entry['computes']}")
+        for name, reason in entry["explanation"].items():
+            if name != chosen:
+                print(f"    not {name}: {f'{chosen} comes first' if reason == 'available' else reason}")
     print()
-    for name, meaning in IMPLEMENTATIONS.items():
-        if name in names:
-            print(f"{name}: {meaning}")
+    for name, meaning in facts["implementations"].items():
+        print(f"{name}: {meaning}")
 
 
-def print_file(model: Path) -> None:
-    """Prints what a GGUF file, or all files of a model that was split, have in them."""
+def model_facts(model: Path) -> dict:
+    """What a checkpoint folder or a GGUF file has in it, also one that is not served. None is what it does not say."""
+    return folder_facts(model) if model.is_dir() else file_facts(model)
+
+
+def file_facts(model: Path) -> dict:
+    """Of a GGUF file, or all files of a model that was split."""
     file = gguf_file.read(model)
     metadata, architecture = file.metadata, file.architecture
     weights = [tensor for tensor in file.tensors.values() if tensor.name not in gguf_config.ROPE_TENSORS]
     tokens = metadata.get("tokenizer.ggml.tokens")
-    served = "" if architecture in gguf_architectures.ARCHITECTURES else ", which is not served"
-    print_lines({
-        "architecture": one_line(architecture) + served,
-        "name": one_line(metadata.get("general.name", "none")),
-        "parameters": f"{sum(tensor.numel for tensor in weights):,}",
-        "size": size_of(file.paths),
-        "context": one_line(metadata.get(f"{architecture}.context_length", "not said")),
-        "vocabulary": f"{len(tokens):,} tokens" if isinstance(tokens, list) else "none",
-        "tokenizer": ", ".join(one_line(metadata[key]) for key in TOKENIZER_KEYS if key in metadata) or "none",
-        "chat template": "yes" if "tokenizer.chat_template" in metadata else "no",
-    })  # fmt: skip
-    print_types([(tensor.type, tensor.nbytes) for tensor in file.tensors.values()], gguf_tensors.SERVED)
+    return {
+        "architecture": architecture,
+        "served": architecture in gguf_architectures.ARCHITECTURES,
+        "name": metadata.get("general.name"),
+        "parameters": sum(tensor.numel for tensor in weights),
+        **sizes(file.paths),
+        "context_length": metadata.get(f"{architecture}.context_length"),
+        "vocab_size": len(tokens) if isinstance(tokens, list) else None,
+        "tokenizer": [metadata[key] for key in TOKENIZER_KEYS if key in metadata],
+        "chat_template": "tokenizer.chat_template" in metadata,
+        "types": types([(tensor.type, tensor.nbytes) for tensor in file.tensors.values()], gguf_tensors.SERVED),
+    }
 
 
-def print_folder(folder: Path) -> None:
-    """Prints what a checkpoint folder has in it, also one that is not served."""
+def folder_facts(folder: Path) -> dict:
     from fastgpt.text.tokenizer_files import read_chat_templates  # loads the package tokenizers
     from fastgpt.text.vocabularies import read_json as read_tokenizer_json
 
-    fields, scheme, served, family = {}, None, "", None  # type: dict, quantized_folders.Scheme | None, str, Family | None
+    fields, scheme, refused, family = {}, None, None, None  # type: dict, quantized_folders.Scheme | None, str | None, Family | None
     head = head_of(folder)
     try:
         family, config, parts = transformers_format.read_config(folder, head)
         _, fields = family.parts(parts)[0]
         scheme = quantized_folders.scheme(config)
     except ValueError as error:
-        config, served = read_json(folder / CONFIG), f", which is not served: {error}"
+        config, refused = read_json(folder / CONFIG), str(error)
     files = weight_files(folder)
     found, metadata = headers(files)
     if family is not None:  # without buffers, such as position_ids, which are not loaded
         found = [part for part in found if family.with_prefix(part.name) is not None]
     weights = found if scheme is None else quantized_folders.matrices(found, scheme, metadata)
-    tokenizers = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    print_lines({
-        "architecture": one_line(config.get("model_type", "not said")) + served,
-        "name": one_line(folder.absolute().name),
-        "parameters": f"{sum(weight.numel for weight in weights):,}",
-        "size": size_of(files),
-        **experts_line(fields),
+    return {
+        "architecture": config.get("model_type"),
+        "served": refused is None,
+        **({} if refused is None else {"reason": refused}),
+        "name": folder.absolute().name,
+        "parameters": sum(weight.numel for weight in weights),
+        **sizes(files),
+        **experts(fields),
         **({} if family is None else uses(folder, family, head, config, {part.name for part in found})),
-        "context": one_line(fields.get("context_length", config.get("max_position_embeddings", "not said"))),
-        "vocabulary": one_line(config.get("vocab_size", "no")) + " tokens",
-        "tokenizer": ", ".join(tokenizers) or "none",
-        "chat template": "no" if read_chat_templates(folder, read_tokenizer_json(folder, "tokenizer_config.json")) is None else "yes",
-        "quantization": "none" if scheme is None else scheme.method,
-    })  # fmt: skip
-    print_types([(weight.dtype, weight.numel * BYTES.get(weight.dtype, 1)) for weight in found], BYTES)
+        "context_length": fields.get("context_length", config.get("max_position_embeddings")),
+        "vocab_size": config.get("vocab_size"),
+        "tokenizer": [name for name in TOKENIZER_FILES if (folder / name).is_file()],
+        "chat_template": read_chat_templates(folder, read_tokenizer_json(folder, "tokenizer_config.json")) is not None,
+        "quantization": None if scheme is None else scheme.method,
+        "types": types([(weight.dtype, weight.numel * BYTES.get(weight.dtype, 1)) for weight in found], BYTES),
+    }
 
 
 def head_of(folder: Path) -> str | None:
@@ -157,7 +201,7 @@ def head_of(folder: Path) -> str | None:
     )
 
 
-def uses(folder: Path, family: Family, head: str | None, config: dict, names: set[str]) -> dict[str, str]:
+def uses(folder: Path, family: Family, head: str | None, config: dict, names: set[str]) -> dict[str, Any]:
     """What loads the checkpoint of an encoder, an encoder-decoder or a classifier, and what it can do.
 
     Args:
@@ -165,87 +209,110 @@ def uses(folder: Path, family: Family, head: str | None, config: dict, names: se
     """
     if head is not None:
         settings = read(classifiers.Classifier.schema, config)
-        labels = classifiers.labels_of(settings["id2label"]) or range(settings["num_labels"])
-        listed = ", ".join(map(one_line, labels.values())) if isinstance(labels, dict) else "without names"
-        return {"loaded by": f"fastgpt.{HEADS[head]}.from_pretrained", "labels": one_line(f"{len(labels)}: {listed}")}
+        labels = classifiers.labels_of(settings["id2label"])
+        return {
+            "loaded_by": [f"fastgpt.{HEADS[head]}.from_pretrained"],
+            "num_labels": settings["num_labels"] if labels is None else len(labels),
+            "labels": labels and list(labels.values()),
+        }
     if not family.encoder:
-        return {"loaded by": "fastgpt.pipeline, fastgpt.EncoderDecoder.from_pretrained"} if family.stacks else {}
+        return {"loaded_by": ["fastgpt.pipeline", "fastgpt.EncoderDecoder.from_pretrained"]} if family.stacks else {}
     try:
-        own = read_sentences(folder)
+        embed = asdict(read_sentences(folder))
     except (OSError, ValueError) as error:
-        embeds = f"no: {error}"
-    else:
-        what = {"mean": "the mean of all tokens", "first": "the first token"}[own.pooling]
-        embeds = what + (", normalized" if own.normalize else "")
-        embeds += f", of at most {own.max_tokens:,} tokens" if own.max_tokens else ""
-        if own.prompts:
-            default = "" if own.default_prompt_name is None else f" (default {own.default_prompt_name})"
-            embeds += f"; prompts {', '.join(map(one_line, own.prompts))}{default}"
+        embed = {"error": str(error)}
     given, head_name = {family.with_prefix(name) for name in names}, "head.transform.dense"
     has_head = head_name in family.names and not given.isdisjoint(family.checkpoint_names(f"{head_name}.weight")[0])
-    return {
-        "loaded by": "fastgpt.pipeline, fastgpt.Encoder.from_pretrained",
-        "embed": embeds,
-        "fill": "words for masked tokens" if has_head else "no: there is no masked-language head",
-    }
+    return {"loaded_by": ["fastgpt.pipeline", "fastgpt.Encoder.from_pretrained"], "embed": embed, "fill": has_head}
 
 
-def experts_line(fields: dict) -> dict[str, str]:
+def experts(fields: dict) -> dict:
     """Of a mixture of experts, by GPTConfig's fields."""
-    if not fields.get("num_experts"):
-        return {}
-    shared = ", and a shared one" if fields.get("shared_expert_size") else ""
-    return {"experts": f"{fields['num_experts']} in a layer, {fields['experts_per_token']} for each token{shared}"}
+    names = ("num_experts", "experts_per_token", "shared_expert_size")
+    return {name: fields.get(name, 0) for name in names} if fields.get("num_experts") else {}
 
 
-def print_lines(lines: dict[str, str]) -> None:
-    for name, value in lines.items():
-        print(f"{name + ':':15}{value}")
+def sizes(files: Collection[Path]) -> dict[str, int]:
+    return {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
 
 
-def print_types(tensors: list[tuple[str, int]], served: Collection[str]) -> None:
-    """Prints how many tensors and bytes there are of each type.
+def types(tensors: list[tuple[str, int]], served: Collection[str]) -> dict[str, dict]:
+    """How many tensors and bytes there are of each type, most bytes first.
 
     Args:
         tensors: type and bytes of each.
     """
-    types: dict[str, list[int]] = defaultdict(list)
+    counts: dict[str, list[int]] = defaultdict(list)
     for name, count in tensors:
-        types[name].append(count)
+        counts[name].append(count)
+    return {
+        name: {"tensors": len(found), "bytes": sum(found), "served": name in served}
+        for name, found in sorted(counts.items(), key=lambda entry: -sum(entry[1]))
+    }
+
+
+def print_model(facts: dict) -> None:
+    for name, value in model_lines(facts).items():
+        print(f"{name + ':':15}{value}")
     print(f"\n{'type':8}  tensors       bytes")
-    for name, counts in sorted(types.items(), key=lambda entry: -sum(entry[1])):
-        print(f"{name:8}  {len(counts):>7,}  {megabytes(sum(counts)):>10}{'' if name in served else '  not served'}")
+    for name, found in facts["types"].items():
+        served = "" if found["served"] else "  not served"
+        print(f"{name:8}  {found['tensors']:>7,}  {megabytes(found['bytes']):>10}{served}")
 
 
-def size_of(files: Collection[Path]) -> str:
-    return megabytes(sum(file.stat().st_size for file in files)) + (f" in {len(files)} files" if len(files) > 1 else "")
+def model_lines(facts: dict) -> dict[str, str]:
+    """The facts of a model, but those of its types, as they are read."""
+    served = "" if facts["served"] else ", which is not served" + (f": {facts['reason']}" if "reason" in facts else "")
+    lines = {
+        "architecture": one_line(facts["architecture"], "not said") + served,
+        "name": one_line(facts["name"]),
+        "parameters": one_line(facts["parameters"]),
+        "size": megabytes(facts["bytes"]) + (f" in {facts['files']} files" if facts["files"] > 1 else ""),
+    }
+    if "num_experts" in facts:
+        shared = ", and a shared one" if facts["shared_expert_size"] else ""
+        lines["experts"] = f"{facts['num_experts']} in a layer, {facts['experts_per_token']} for each token{shared}"
+    if "loaded_by" in facts:
+        lines["loaded by"] = ", ".join(facts["loaded_by"])
+    if "labels" in facts:
+        names = ", ".join(map(one_line, facts["labels"])) if facts["labels"] else "without names"
+        lines["labels"] = one_line(f"{facts['num_labels']}: {names}")
+    if "embed" in facts:
+        lines["embed"] = embed_line(**facts["embed"])
+        lines["fill"] = "words for masked tokens" if facts["fill"] else "no: there is no masked-language head"
+    return lines | {
+        "context": one_line(facts["context_length"], "not said"),
+        "vocabulary": "none" if facts["vocab_size"] is None else one_line(facts["vocab_size"]) + " tokens",
+        "tokenizer": ", ".join(map(one_line, facts["tokenizer"])) or "none",
+        "chat template": "yes" if facts["chat_template"] else "no",
+        **({"quantization": facts["quantization"] or "none"} if "quantization" in facts else {}),
+    }
+
+
+def embed_line(*, error: str | None = None, **settings: Any) -> str:
+    """How an encoder embeds. settings: those of `Sentences`, if its files have no error."""
+    if error is not None:
+        return f"no: {error}"
+    own = Sentences(**settings)
+    line = {"mean": "the mean of all tokens", "first": "the first token"}[own.pooling]
+    line += ", normalized" if own.normalize else ""
+    line += f", of at most {own.max_tokens:,} tokens" if own.max_tokens else ""
+    if own.prompts:
+        default = "" if own.default_prompt_name is None else f" (default {own.default_prompt_name})"
+        line += f"; prompts {', '.join(map(one_line, own.prompts))}{default}"
+    return line
 
 
 def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def one_line(value: Any) -> str:
+def one_line(value: Any, missing: str = "none") -> str:
     """A value of a file as it can be shown in a terminal."""
     if isinstance(value, int):
         return f"{value:,}"
-    text = str(value)[:100]
+    text = missing if value is None else str(value)[:100]
     return text if text.isprintable() else repr(text)[1:-1]
-
-
-def print_versions() -> None:
-    build = fastgpt.build_info()
-    cuda = "CUDA " + torch.version.cuda if torch.version.cuda else "a CPU build"
-    triton = installed_version("triton") or "not installed"
-    print(f"fastgpt {fastgpt.__version__}: {Path(fastgpt.__file__).parent}")
-    print(f"Python {platform.python_version()}, torch {torch.__version__} ({cuda}), triton {triton}")
-    print(f"compiled by {build['compiler']} for torch >= {build['torch_target_version']}")
-    print(f"CPU: {build['cpu_level']} in use, compiled: {', '.join(build['cpu_levels'])}; {torch.get_num_threads()} threads")
-    archs = ", ".join(build["cuda_archs"])
-    library = "not built (no working nvcc was found, or it was left out)"
-    if archs:
-        library = f"built for {archs} by CUDA {build['cuda_version']}"
-    print(f"CUDA library: {library}" + (f"; not loaded: {CUDA_MISSING}" if archs and CUDA_MISSING else ""))
 
 
 def installed_version(package: str) -> str | None:

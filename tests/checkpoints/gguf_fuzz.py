@@ -155,7 +155,7 @@ def outcome(path: Path) -> tuple[str, str | None]:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
-            info.print_file(path)
+            info.print_model(info.model_facts(path))
     except (ValueError, OSError) as error:
         if not named(error, path):
             return "info", f"info does not name what is wrong: {str(error)[:300]}"

@@ -477,6 +477,9 @@ def test_info(tmp_path, capsys):
         "vocabulary": "3 tokens", "tokenizer": "gpt2", "chat template": "yes",
     }  # fmt: skip
     assert re.search(r"^Q8_0 +9 +0.6 MB$", out, re.MULTILINE) and re.search(r"^F32 +3 +0.0 MB$", out, re.MULTILINE)
+    facts = json.loads(run(capsys, "info", path, "--json")[1])
+    assert facts["parameters"] == numbers and facts["bytes"] == path.stat().st_size and facts["tokenizer"] == ["gpt2"]
+    assert [(name, facts["types"][name]["tensors"]) for name in facts["types"]] == [("Q8_0", 9), ("F32", 3)]
     path.write_bytes(path.read_bytes()[:1000])
     status, out, err = run(capsys, "info", path)
     assert status == 2 and not out and err.startswith(f"fastgpt: error: model: {path}") and err.count("\n") == 1

@@ -71,11 +71,15 @@ def test_info(model, tmp_path, capsys):
     assert lines["loaded by"] == "fastgpt.pipeline, fastgpt.Encoder.from_pretrained"
     assert lines["embed"] == "the mean of all tokens, normalized; prompts query, document"
     assert lines["fill"] == "words for masked tokens"
+    facts = json.loads(run(capsys, "info", model, "--json")[1])
+    assert facts["loaded_by"] == ["fastgpt.pipeline", "fastgpt.Encoder.from_pretrained"] and facts["fill"] is True
+    assert facts["embed"]["pooling"] == "mean" and list(facts["embed"]["prompts"]) == ["query", "document"]
     labels = {0: "good", 1: "bad", 2: "so so"}
     fastgpt.SequenceClassifier(fastgpt.Encoder.from_pretrained(model), 3, id2label=labels).save_pretrained(tmp_path)
     lines = dict(re.findall(r"^([\w ]+): +(.*)$", run(capsys, "info", tmp_path)[1], re.MULTILINE))
     assert lines["architecture"] == "bert" and lines["loaded by"] == "fastgpt.SequenceClassifier.from_pretrained"
     assert lines["labels"] == "3: good, bad, so so" and "embed" not in lines
+    assert json.loads(run(capsys, "info", tmp_path, "--json")[1])["labels"] == ["good", "bad", "so so"]
     status, _, error = run(capsys, "embed", "the dog", "--model", tmp_path)
     assert status == 2 and "got BertForSequenceClassification, which fastgpt.SequenceClassifier.from_pretrained loads" in error
 
