@@ -28,8 +28,10 @@ def explain(operation: Callable, *args, **kwargs) -> dict[str, str]:
             moe, norm, route or scaled_dot_product_attention; or fastgpt.decoding, with a model and a cache: how a decode step runs.
         args, kwargs: the arguments of the call.
 
-    Returns: a dict from implementation to "chosen", "available" (another one comes first), or the reason why it cannot.
-    Raises: TypeError, ValueError that the call itself would raise for bad input; ValueError for another operation.
+    Returns: a dict from implementation to "chosen", "available" (another one comes first, or is required by impl), or the reason
+        why it cannot.
+    Raises: TypeError, ValueError that the call itself would raise for bad input, or for an impl that cannot serve it; ValueError
+        for another operation.
 
     >>> q, k, v = torch.randn(3, 1, 4, 8, 64)
     >>> explain(fastgpt.attention, q, k, v)["cpp"]

@@ -79,12 +79,18 @@ def choose(operation: str, implementations: dict, impl: str | None, *call) -> st
 
 
 def explain_call(implementations: dict, *call, impl: str | None = None) -> dict[str, str]:
-    """implementation -> "chosen", "available", or why it cannot serve the call. impl: of the call, which must be a known one."""
-    require_impl(implementations, impl)
+    """implementation -> "chosen", "available", or why it cannot serve the call.
+
+    Args:
+        impl: of the call. Raises ValueError, as the call does, if it is unknown or cannot serve it.
+    """
     reasons = {name: refuses(*call) for name, refuses in implementations.items()}
-    able = [name for name, reason in reasons.items() if reason is None]
+    if impl is None:
+        chosen = next((name for name, reason in reasons.items() if reason is None), None)
+    else:
+        chosen = choose("explain", implementations, impl, *call)
     return {
-        name: reason if reason is not None else "chosen" if name == able[0] else "available" for name, reason in reasons.items()
+        name: reason if reason is not None else "chosen" if name == chosen else "available" for name, reason in reasons.items()
     }
 
 

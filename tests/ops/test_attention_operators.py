@@ -1,5 +1,7 @@
 """The registered operations of attention: opcheck, torch.compile, and the choice of implementation."""
 
+import functools
+
 import pytest
 import torch
 from attention_calls import CU_K, CU_Q, packed, random_qkv
@@ -93,6 +95,20 @@ def test_explain_names_the_implementation_and_the_reasons():
     assert fastgpt.explain(attention_varlen, *packed_call)["cpp"] == "chosen"
     with pytest.raises(ValueError, match="operation: expected one of fastgpt.attention"):
         fastgpt.explain(print, 1)
+
+
+def test_explain_heeds_impl():
+    """It is chosen, or refused as by the call."""
+    x = torch.zeros(1, 1, 1, 16)
+    reasons = fastgpt.explain(fastgpt.attention, x, x, x, impl="reference")
+    assert reasons["reference"] == "chosen" and "chosen" not in (reasons["cpp"], reasons["triton"])
+    for call in (fastgpt.attention, functools.partial(fastgpt.explain, fastgpt.attention)):
+        with pytest.raises(
+            ValueError, match="^impl='triton' cannot serve this call: it runs on CUDA tensors, and q is on cpu$"
+        ):
+            call(x, x, x, impl="triton")
+        with pytest.raises(ValueError, match="^impl: expected one of 'cpp', 'triton', 'reference' or None, got 'cuda'$"):
+            call(x, x, x, impl="cuda")
 
 
 def test_a_named_implementation_does_not_fall_back():
