@@ -394,3 +394,9 @@ class EncoderDecoderConfig:
     def context_length(self) -> int:
         """Of the encoder: the maximum number of tokens in an input."""
         return self.encoder.context_length
+
+
+def require_config(config: object, expected: type) -> None:
+    """Raises TypeError for a model's config that is none of its class."""
+    if not isinstance(config, expected):
+        raise TypeError(f"config: expected a fastgpt.{expected.__name__}, got {shown(config)}")

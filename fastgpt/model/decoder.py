@@ -30,7 +30,7 @@ from fastgpt.cache.packed import Packed
 from fastgpt.cache.uncached import Uncached
 from fastgpt.checkpoints import adapters, gguf, gguf_file, hub, transformers_format
 from fastgpt.checks import is_autocasting, require_choice, require_flag
-from fastgpt.model.config import GPTConfig
+from fastgpt.model.config import GPTConfig, require_config
 from fastgpt.model.encoder_states import EncoderKV, require_causal, require_encoder_states, stored_encoder_states, uncached
 from fastgpt.model.evaluation_mode import is_training
 from fastgpt.model.fusion import BEFORE_WEIGHTS_MOVE, computes, is_plain_matrix, plain
@@ -189,6 +189,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        require_config(config, GPTConfig)
         self.config, self.checkpoint_config, self.generation_defaults = config, {}, {}
         self.token_embedding = new_layer(nn.Embedding, config.vocab_size, config.hidden_size)
         self.position_embedding = None

@@ -23,7 +23,7 @@ from fastgpt import huge_pages
 from fastgpt.cache.packed import Packed
 from fastgpt.checkpoints import hub, transformers_format
 from fastgpt.checks import require_choice, require_device, require_dtype, require_shape, require_tensor, shown
-from fastgpt.model.config import EncoderConfig
+from fastgpt.model.config import EncoderConfig, require_config
 from fastgpt.model.decoder import Block
 from fastgpt.model.evaluation_mode import is_training
 from fastgpt.model.fusion import is_plain_matrix, plain
@@ -89,6 +89,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        require_config(config, EncoderConfig)
         self.config, self.checkpoint_config = config, {}
         width = config.hidden_size
         self.token_embedding = new_layer(nn.Embedding, config.vocab_size, width)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from fastgpt.checkpoints import hub, transformers_format
 from fastgpt.checks import require_choice, require_device, require_dtype, require_tensor, shown
-from fastgpt.model.config import EncoderConfig, EncoderDecoderConfig, GPTConfig
+from fastgpt.model.config import EncoderConfig, EncoderDecoderConfig, GPTConfig, require_config
 from fastgpt.model.decoder import GPT
 from fastgpt.model.encoder import Encoder
 from fastgpt.model.fusion import plain
@@ -44,6 +44,7 @@ class EncoderDecoder(nn.Module):
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
+        require_config(config, EncoderDecoderConfig)
         self.config, self.checkpoint_config = config, {}
         self.encoder, self.decoder = Encoder(config.encoder), GPT(config.decoder)
         if config.share_embedding:

@@ -8,6 +8,7 @@ import torch
 from models import random_ids, random_model
 from safetensors.torch import load_file, save_file
 
+import fastgpt
 from fastgpt import GPT, GPTConfig
 from fastgpt.model.rope import Rope
 from fastgpt.testing import numerics
@@ -328,6 +329,12 @@ ROTARY = {"position": "rotary", "rope": Rope(8)}
 def test_fields_that_do_not_fit_together_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         random_model(**fields)
+
+
+@pytest.mark.parametrize("model", [fastgpt.GPT, fastgpt.Encoder, fastgpt.EncoderDecoder])
+def test_a_config_of_another_class_is_named(model):
+    with pytest.raises(TypeError, match=f"^config: expected a fastgpt.{model.__name__}Config, got {{'vocab_size': 65}}$"):
+        model({"vocab_size": 65})
 
 
 @torch.no_grad()
