@@ -29,7 +29,8 @@ def resolve(path: str | Path, revision: str | None = None, argument: str = "mode
         require_no_revision(path, revision)
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
-        raise FileNotFoundError(f"{argument}: expected a checkpoint folder, {path} does not exist or is not a folder")
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{argument}: expected a checkpoint folder, {path} {what}")
     from huggingface_hub import snapshot_download
 
     try:

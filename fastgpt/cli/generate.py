@@ -239,6 +239,10 @@ def printed_prompts(generation: Run | ManyRun, prompts: list[str], options: argp
 
 
 def print_warnings(generation: Run | ManyRun, options: argparse.Namespace, context: int) -> None:
+    given = {"--top-k": options.top_k, "--top-p": options.top_p, "--min-p": options.min_p}
+    ignored = ", ".join(option for option, value in given.items() if value is not None)
+    if ignored and generation.options.temperature == 0:
+        print_stderr(f"fastgpt: without effect at temperature 0: {ignored}; choose a --temperature above it")
     if generation.options.num_samples > 1 and generation.options.temperature == 0:
         print_stderr("fastgpt: the samples of a prompt are all the same at temperature 0: choose a --temperature above it")
     longest = max(map(len, generation.prompts))

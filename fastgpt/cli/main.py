@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options, unknown = parser().parse_known_args(arguments)
         if unknown:
-            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            options.parser.refuse(unknown)
         options.run(options)
         print(end="", flush=True)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
@@ -93,6 +93,15 @@ class CommandParser(Parser):
         self.set_defaults(run=module.run, parser=self)
         self.is_loaded = True
 
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        """Reports arguments that are not the command's; of an option that is named as a positional argument, says that it is one."""
+        positional = {f"--{action.metavar}".lower(): action.metavar for action in self._get_positional_actions()}
+        for argument in unknown:
+            option = argument.partition("=")[0]
+            if option in positional:
+                self.error(f"{option}: expected {positional[option]} itself, which has no option, got {argument}")
+        self.error(f"unrecognized arguments: {' '.join(unknown)}")
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.load()
         return super().parse_known_args(args, namespace)
@@ -100,8 +109,8 @@ class CommandParser(Parser):
 
 def error_message(error: Exception, options: argparse.Namespace) -> str:
     """The message of an error in terms of the command line: the argument that it begins with becomes the option of that name,
-    if the command has one, and so do NAME=VALUE further on; texts[0] becomes text 1; "or None", which only Python can pass, is left
-    out."""
+    if the command has one, and so do NAME=VALUE further on; texts[0] becomes text 1; "expected None" becomes "expected none", and
+    "or None", which only Python can pass, is left out."""
     message = startup.sentence(error)
     if isinstance(error, PromptTooLong):
         message += " (--model)"
@@ -122,4 +131,5 @@ def error_message(error: Exception, options: argparse.Namespace) -> str:
         return f"text {int(text[1]) + 1}:{rest}"
     if (typed := "--" + name.replace("_", "-")) not in known:
         return f"{name}:{rest}"
+    rest = re.sub("^ expected None\\b", " expected none", rest)
     return f"{typed}:" + re.sub("^((?:(?!, got ).)*) or None, got ", r"\1, got ", rest)

@@ -24,7 +24,7 @@ def test_missing_weight_files_are_explained(folder):
     with raises("expected model.safetensors or", FileNotFoundError):
         GPT.from_pretrained(folder)
     for wrong, error, message in (
-        (folder / "config.json", FileNotFoundError, "does not exist or is not a folder"), (5, TypeError, "model: expected a path"),
+        (folder / "config.json", FileNotFoundError, "expected a checkpoint folder, .* is a file$"), (5, TypeError, "model: expected a path"),
         ("", ValueError, "model: expected a path, got an empty string"), ("a\0b", ValueError, "model: expected a path, got 'a"),
         ("\ud800", ValueError, "model: expected a path, got '"), (b"a", TypeError, "model: expected a path, got b'a'"),
     ):  # fmt: skip

@@ -91,7 +91,7 @@ def test_generate(folder, capsys):
     status, _, error = run(capsys, "generate", TEXTS[0], *options, "--cache", "sliding", "--window", 8)
     assert status != 0 and "expected a contiguous or a paged one for a model with relative positions" in error
     status, _, error = run(capsys, "generate", TEXTS[0], *options, "--lora", folder)
-    assert status != 0 and "lora: expected None for an encoder-decoder" in error
+    assert status != 0 and "lora: expected none for an encoder-decoder" in error
 
 
 def test_info(folder, tmp_path, capsys):

@@ -194,6 +194,9 @@ def test_speed_and_seed_are_printed_on_stderr(capsys):
     assert alike in run(capsys, "generate", "A", *TOKENS, "--num-samples", 2)[2]
     for flags in (["--temperature", 1], ["--json", "--temperature", 1]):
         assert alike not in run(capsys, "generate", "A", *TOKENS, "--num-samples", 2, *flags)[2]
+    ignored = "without effect at temperature 0: --top-k, --min-p; choose a --temperature above it"
+    assert ignored in run(capsys, "generate", "A", *TOKENS, "--top-k", 5, "--min-p", 0.1)[2]
+    assert "without effect" not in run(capsys, "generate", "A", *TOKENS, "--top-k", 5, "--temperature", 1)[2]
     assert "fills the model's context" in run(capsys, "generate", "A" * 512)[2]
     assert "fills the model's context" not in run(capsys, "generate", "A" * 511)[2]
 
