@@ -47,6 +47,11 @@ PLOTS = {  # name -> suite, the cases that it needs, what it shows
     "attention_over_caches": ("decode", "decode", "Read rate of attention over a KV cache by number of keys and kind of cache"),
     "cache_update": ("kv_cache", "prompt", "Rate of storing keys and values by kind of cache, with the roofline of copying"),
     "kinds_of_cache": ("kv_cache", "kind", "Memory and time of a decode step by kind of cache"),
+    "many_requests": (
+        "throughput",
+        "many requests",
+        "New tokens per second of many requests at once, with other ways to serve them",
+    ),
 }
 MEASURED = {  # entries of a case that are no parameters
     "microseconds", "times_ours", "of_limit", "noisy", "bytes", "flops", "limit", "limit_bytes", "limit_flops", "peer_bytes",

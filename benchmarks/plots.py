@@ -270,6 +270,21 @@ def kinds_of_cache(result: dict):
     return figure
 
 
+def many_requests(result: dict):
+    """New tokens per second of requests of mixed lengths, beside other ways to serve them."""
+    case = result["many requests"][0]
+    names = list(case["microseconds"])
+    title = f"{case['requests']} requests at once, {case['prompt_tokens']:,} tokens in and {case['new_tokens']:,} out"
+    figure, (axis,) = card(result, title, 1, height=2.4)
+    rates = [case["new_tokens"] * 1e6 / median(case, name) for name in names]
+    unit = f"new tokens per second, {named(case['model'])} in {case['dtype']}"
+    bars(axis, [shown(name) for name in names], {"ours": rates}, unit)
+    for bar, name in zip(axis.patches, names):
+        if name.partition(",")[0] != "ours":
+            bar.set_color(OTHERS[0])
+    return figure
+
+
 def bars(
     axis, labels, series: dict[str, list[float]], unit: str, limit: list[float] = (), limit_name: str = "roofline"
 ) -> None:
@@ -303,5 +318,6 @@ FUNCTIONS = {
         attention_over_caches,
         cache_update,
         kinds_of_cache,
+        many_requests,
     )  # fmt: skip
 }
