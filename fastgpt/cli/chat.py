@@ -128,7 +128,7 @@ def command(chat: Conversation, text: str) -> str:
     name, _, argument = text.partition(" ")
     if name == "/reset":
         chat.reset()
-        return "(begun again)"
+        return "(conversation reset)"
     if name == "/undo":
         return "(took back the last turn)" if chat.undo() else "(there is no turn to take back)"
     if name in ("/save", "/load"):
