@@ -438,6 +438,7 @@ def of_columns(K: int, dtype):
 @pytest.mark.parametrize("arch, kernel, is_it", [
     (80, "expert_down_kernel", of_columns(14336, torch.bfloat16)),
     (120, "expert_up_kernel", of_columns(7168, torch.bfloat16)),
+    (90, "backward_keys", of(32, torch.float16, "alibi_ptr", "bias_ptr", "seed_ptr", "q_desc", without=("cu_q_ptr", "mask_ptr", "kv_lengths_ptr", "sinks_ptr"), IS_CAUSAL=True, HAS_WINDOW=False, HAS_SOFTCAP=True, BIAS_UNIT=8)),
     (120, "attention_forward_kernel", of(40, torch.float16, HAS_WINDOW=True, without=("kv_lengths_ptr", "cu_q_ptr", "seed_ptr"))),
     (100, "attention_forward_kernel", of(576, torch.float32, "mask_ptr", "bias_ptr")),
     (120, "attention_forward_kernel", of(576, torch.float32, without=("kv_lengths_ptr", "cu_q_ptr", "seed_ptr"))),
@@ -459,7 +460,7 @@ def of_columns(K: int, dtype):
     (90, "backward_keys", of(128, torch.float16, "cu_q_ptr", "q_desc", without=("seed_ptr",), IS_CAUSAL=True, HAS_WINDOW=True)),
     (90, "backward_keys", of(80, torch.bfloat16, "cu_q_ptr", "q_desc", without=("seed_ptr",), IS_CAUSAL=True, HAS_WINDOW=False)),
     (100, "backward_keys", of(20, torch.float16, "cu_q_ptr", without=("seed_ptr", "q_desc"), IS_CAUSAL=True, HAS_WINDOW=False)),
-], ids=("experts", "experts, PDL", "partial blocks", "wide fp32", "wide fp32, no features", "extras", "lengths", "packed 64", "mask, bias", "packed", "packed fp32", "wide pages", "wide fp32, 8 bits", "fp32, 8 bits", "wide fp32, mask", "extras 64", "fp32, int8", "fp8 80", "partial blocks 80", "extras 128", "packed 128, window", "packed 80", "packed 20"))  # fmt: skip
+], ids=("experts", "experts, PDL", "extras 32", "partial blocks", "wide fp32", "wide fp32, no features", "extras", "lengths", "packed 64", "mask, bias", "packed", "packed fp32", "wide pages", "wide fp32, 8 bits", "fp32, 8 bits", "wide fp32, mask", "extras 64", "fp32, int8", "fp8 80", "partial blocks 80", "extras 128", "packed 128, window", "packed 80", "packed 20"))  # fmt: skip
 def test_configurations_that_once_spilled_do_not(arch, kernel, is_it):
     """Of kernels that once did, or took too much shared memory, one each."""
     modules = {
