@@ -256,7 +256,7 @@ def numerics_of_all() -> dict[str, list[dict]]:
 def families_of_all() -> str:
     """The table of the machine that has compared most checkpoints: tokens are the same on all."""
     found = [json.loads(path.read_text())["families"] for path in sorted(STORED.glob("*/families.json"))]
-    return families_table.markdown(max(found, key=len))
+    return families_table.markdown(max(found, key=len, default=[]))
 
 
 def speculation_of_all() -> str:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 def on_files(files, config):
     for path in sorted((ROOT / "benchmarks" / "results").rglob("*")):
-        if path.suffix == ".svg" or path.name == "README.md":
+        if path.suffix in (".svg", ".txt") or path.name == "README.md":
             name = path.relative_to(ROOT / "benchmarks").as_posix()
             file = File(name, str(ROOT / "benchmarks"), config.site_dir, config.use_directory_urls)
             file.inclusion = InclusionLevel.NOT_IN_NAV
