@@ -28,8 +28,10 @@ def metadata_of(file: gguf_file.GGUF) -> tuple[dict[str, Any], dict[str, np.ndar
     """What another file of the same model says, its tokenizer included, and the tensors that belong to its rotation."""
     kept = {name: value for name, value in file.metadata.items() if not name.startswith(UNLIKE)}
     name = f"{file.architecture}.attention"
-    if ARCHITECTURES[file.architecture].latent and f"{name}.key_length_mla" in kept:  # we do not write the absorbed form
-        kept |= {f"{name}.{x}_length": kept.pop(f"{name}.{x}_length_mla") for x in ("key", "value")}
+    if ARCHITECTURES[file.architecture].latent:  # we do not write the absorbed form
+        for x in ("key", "value"):
+            if of_heads := kept.pop(f"{name}.{x}_length_mla", None):
+                kept[f"{name}.{x}_length"] = of_heads
         kept[f"{name}.head_count_kv"] = kept[f"{name}.head_count"]
     rotation = {}
     for name in ROPE_TENSORS & file.tensors.keys():

@@ -109,3 +109,18 @@ def test_a_file_is_written_with_keys_and_values_in_one_projection(wide, tmp_path
         assert (said["key_length"], said["value_length"], said["head_count_kv"]) == (40, 32, 4)
         assert not any(key.endswith("_mla") for key in said)
         assert torch.equal(again(ids_of(2, 40)), model(ids_of(2, 40)))
+
+
+def test_what_a_file_says_of_heads_in_part_is_kept(tmp_path, monkeypatch):
+    """Either length may be said of the heads, or of the absorbed form, in which it is not."""
+    monkeypatch.setattr(gguf.GGUFWriter, "add_value_length_mla", lambda writer, length: writer.add_value_length(length))
+    monkeypatch.setattr(
+        gguf.GGUFWriter,
+        "add_value_length",
+        lambda writer, length: None if length == 24 else writer.add_uint32("deepseek2.attention.value_length", length),
+    )
+    path = gguf_files.write(theirs(CASE), tmp_path / "first.gguf")
+    model = GPT.from_pretrained(path)
+    gguf_writer.write(tmp_path / "second.gguf", model, *gguf_writer.metadata_of(gguf_file.read(path)))
+    again = GPT.from_pretrained(tmp_path / "second.gguf")
+    assert again.config == model.config and model.config.v_head_dim == 12
