@@ -451,8 +451,8 @@ def _many_rows(x, experts, weights, residual, out, up, down, up_bias, down_bias,
 
 # The compile-time arguments and options of the kernels.
 
-# Registers of a thread of few rows' kernels, of which long rows take up to 156: without a limit, ptxas spills some on 8.0 for higher
-# occupancy.
+# Registers of a thread of few rows' kernels, of which those of long rows spill with 128: without a limit, ptxas spills some on 8.0
+# for higher occupancy.
 REGISTERS = 168
 
 

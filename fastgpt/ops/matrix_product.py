@@ -3,8 +3,8 @@
 The choice depends on the CPU alone and is not timed at run time, so that equal machines give equal bits, busy or not. Measured with
 torch 2.13 at 65 to 512 rows, 576 to 3,072 columns (`python -m benchmarks linear` compares them):
 
-* fp32 on AMD with AVX2: the kernel of `linear`. On Zen 3, with two threads, it is 0.98 to 1.37 times as fast as oneDNN (median 1.14)
-  and 0.95 to 1.37 times as F.linear (1.09). It has no derivatives: calls that need gradients take oneDNN.
+* fp32 on AMD with AVX2: the kernel of `linear`. On Zen 3, with two threads, it is 1.00 to 1.31 times as fast as oneDNN (median 1.17)
+  and 0.93 to 1.41 times as F.linear (1.12). It has no derivatives: calls that need gradients take oneDNN.
 * fp32 on AMD with AVX-512: oneDNN. MKL, which F.linear uses, takes its AVX2 code there: 0.7 to 0.9 of oneDNN's speed on Zen 4, less
   than half on Zen 5. On Intel's CPUs F.linear is faster (1.1 times, Emerald Rapids).
 * fp16: the kernel of `linear`. F.linear takes five times as long, unless the CPU has fp16 instructions.
