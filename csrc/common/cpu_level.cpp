@@ -59,11 +59,13 @@ bool supported(CpuLevel level) {
 CpuFeatures find_features() {
   CpuFeatures features{};
 #if defined(__x86_64__)
-  constexpr unsigned kFP16 = 1u << 23, kBFloat16 = 1u << 5;  // of leaf 7's edx, and of its second part's eax
+  // Of leaf 7's edx and ecx, and of its second part's eax.
+  constexpr unsigned kFP16 = 1u << 23, kVNNI = 1u << 11, kBFloat16 = 1u << 5;
   unsigned eax, ebx, ecx, edx;
   features.amd = __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_AMD_ebx && ecx == signature_AMD_ecx;
   const bool avx512 = supported(CpuLevel::avx512);
   features.avx512_fp16 = avx512 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kFP16);
+  features.avx512_vnni = avx512 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ecx & kVNNI);
   features.avx512_bf16 = avx512 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kBFloat16);
 #endif
   return features;

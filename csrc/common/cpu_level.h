@@ -58,7 +58,7 @@ const char* cpu_level_name(CpuLevel level);
 
 // What choices depend on beyond the level: the vendor, and instructions that the level does not imply.
 struct CpuFeatures {
-  bool amd, avx512_bf16, avx512_fp16;
+  bool amd, avx512_vnni, avx512_bf16, avx512_fp16;
 };
 
 const CpuFeatures& cpu_features();

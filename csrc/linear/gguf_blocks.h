@@ -184,12 +184,7 @@ struct Q3_K {
 
   static void unpack(const uint8_t* block, const float* values_of_halves, Numbers& to) {
     const float d = value_of_half(block + 108, values_of_halves);
-    const auto low = load_bits<uint64_t>(block + 96);
-    const auto high_bits = load_bits<uint32_t>(block + 104);
-    for (int half = 0; half < 2; ++half) {
-      const uint64_t two = (high_bits >> 4 * half & 0x03030303u) | uint64_t{high_bits >> (4 * half + 2) & 0x03030303u} << 32;
-      store_scaled((low >> 4 * half & 0x0f0f0f0f0f0f0f0fu) | two << 4, d, to.scales + 8 * half, -32.0f);
-    }
+    for (int half = 0; half < 2; ++half) store_scaled(bytes_of_scales(block, half), d, to.scales + 8 * half, -32.0f);
     const ByteVector high = load_bytes(block);
     for (int half = 0; half < 2; ++half) {
       const ByteVector low = load_bytes(block + 32 + 32 * half);
@@ -198,6 +193,12 @@ struct Q3_K {
         store_bytes(to.q + 128 * half + 32 * part, q - 4);
       }
     }
+  }
+
+  static uint64_t bytes_of_scales(const uint8_t* block, int half) {
+    const uint64_t low = load_bits<uint64_t>(block + 96) >> 4 * half & 0x0f0f0f0f0f0f0f0fu;
+    const uint32_t high = load_bits<uint32_t>(block + 104) >> 4 * half;
+    return low | (high & 0x03030303u) << 4 | uint64_t{high >> 2 & 0x03030303u} << 36;
   }
 };
 
@@ -212,14 +213,19 @@ struct Q4_K {
     to.set(block + 16);
   }
 
-  // Eight scales and minima, of 6 bits each.
   template <typename Numbers>
   static void unpack_scales(const uint8_t* block, const float* values_of_halves, Numbers& to) {
+    const auto [scales, minima] = bytes_of_scales(block);
+    store_scaled(scales, value_of_half(block, values_of_halves), to.scales);
+    store_scaled(minima, -value_of_half(block + 2, values_of_halves), to.minima);
+  }
+
+  // Of eight scales and minima, of 6 bits each.
+  static std::pair<uint64_t, uint64_t> bytes_of_scales(const uint8_t* block) {
     const auto a = load_bits<uint32_t>(block + 4), b = load_bits<uint32_t>(block + 8), c = load_bits<uint32_t>(block + 12);
-    const uint64_t scales = (c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u),
-                   minima = (c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u);
-    store_scaled(scales << 32 | (a & 0x3f3f3f3fu), value_of_half(block, values_of_halves), to.scales);
-    store_scaled(minima << 32 | (b & 0x3f3f3f3fu), -value_of_half(block + 2, values_of_halves), to.minima);
+    const uint64_t scales = (c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u);
+    const uint64_t minima = (c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u);
+    return {scales << 32 | (a & 0x3f3f3f3fu), minima << 32 | (b & 0x3f3f3f3fu)};
   }
 };
 
@@ -280,13 +286,17 @@ struct IQ4_XS {
   using Numbers = LookedUp<kColumns, kGroup, 16, kNonlinear>;
 
   static void unpack(const uint8_t* block, const float* values_of_halves, Numbers& to) {
+    store_scaled(bytes_of_scales(block), value_of_half(block, values_of_halves), to.scales, -32.0f);
+    to.set(block + 8);
+  }
+
+  static uint64_t bytes_of_scales(const uint8_t* block) {
     uint64_t low = load_bits<uint32_t>(block + 4), high = load_bits<uint16_t>(block + 2);  // moved apart, to one in a byte
     low = (low | low << 16) & 0x0000ffff0000ffffu, low = (low | low << 8) & 0x00ff00ff00ff00ffu;
     low = (low | low << 4) & 0x0f0f0f0f0f0f0f0fu;
     high = (high | high << 24) & 0x000000ff000000ffu, high = (high | high << 12) & 0x000f000f000f000fu;
     high = (high | high << 6) & 0x0303030303030303u;
-    store_scaled(low | high << 4, value_of_half(block, values_of_halves), to.scales, -32.0f);
-    to.set(block + 8);
+    return low | high << 4;
   }
 };
 
@@ -297,10 +307,12 @@ struct MXFP4 {
   using Numbers = LookedUp<kColumns, kGroup, 16, kFloat4>;
 
   static void unpack(const uint8_t* block, const float*, Numbers& to) {
-    const uint32_t exponent = block[0];  // of 2^(exponent - 128); the two smallest ones are subnormal
-    to.scales[0] = bits_to_float(exponent < 2 ? 0x200000u << exponent : (exponent - 1) << 23);
+    to.scales[0] = scale(block[0]);
     to.set(block + 1);
   }
+
+  // 2^(exponent - 128); the two smallest ones are subnormal.
+  static float scale(uint32_t exponent) { return bits_to_float(exponent < 2 ? 0x200000u << exponent : (exponent - 1) << 23); }
 };
 
 }  // namespace

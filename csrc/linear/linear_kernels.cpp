@@ -10,6 +10,7 @@
 #include "linear/products_quantized.h"
 #include "linear/products_vector.h"
 #if defined(__AVX512F__)
+#include "linear/products_digits_dot.h"
 #include "linear/products_quantized_dot.h"
 #elif defined(__AVX2__)
 #include "linear/products_digits.h"
@@ -102,15 +103,16 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
   }
 }
 
-// Rows: QuantizedRows, QuantizedDots, DigitRows or BlockRows.
+// Rows: QuantizedRows, QuantizedDots, DigitRows, BlockRows or DigitDots.
 template <typename Rows>
 void outputs_quantized(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
   alignas(64) float dots[kMaxRows][kFeatures];  // as in outputs_in_vectors
   std::memset(dots, 0, l.rows * sizeof dots[0]);
   const Rows weight(l);
   const int64_t step = l.gated ? kFeatures / 2 : kFeatures, row = weight.row_bytes();
-  // At least as far as rows that are read concurrently may be apart.
-  const int64_t distance = cpu_features().amd ? kLead : larger(kLead, Rows::kRows * row), lead = distance / larger(row, 1);
+  // Beyond rows that are read concurrently: up to four neighbors, or any of kRows.
+  const int64_t distance = cpu_features().amd ? kLead + 4 * row : larger(kLead, Rows::kRows * row);
+  const int64_t lead = distance / larger(row, 1);
   for (int64_t first = begin; first < end; first += step) {
     const int64_t count = smaller(end - first, step);
     for (int64_t n = 0; n < count; n += Rows::kRows) {
@@ -134,6 +136,12 @@ auto with_block_type(int64_t number, const Function& function) {
   if constexpr (sizeof...(Others) > 0) {
     if (number != Block::kNumber) return with_block_type<Others...>(number, function);
   }
+#if defined(__AVX512F__)
+  // Of other types, whose blocks have 32 columns or signed numbers of 8 bits, digits are no faster than floats.
+  if constexpr (Block::kColumns == 256 && Block::kNumber != IQ4_XS::kNumber) {
+    if (cpu_features().avx512_vnni) return function(Type<DigitDots<Block>>());
+  }
+#endif
   return function(Type<BlockRows<Block>>());
 }
 

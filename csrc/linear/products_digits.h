@@ -1,12 +1,12 @@
-// The products of `linear` with weights of 4 bits on CPUs with AVX2: up to kFewRows rows of x, as integers of 24 bits, are
-// multiplied with integers. That takes fewer instructions than unpacking weights to floats.
+// The products of `linear` with weights of 4 bits on CPUs with AVX2: up to kFewRows rows of x, in digits, are multiplied with
+// integers.
 //
 // For files that are compiled once per CPU level, where that is AVX2: everything is in an anonymous namespace (see
 // cpu_level.h).
 
 #pragma once
 
-#include "linear/activations.h"
+#include "linear/digits.h"
 #include "linear/products_quantized.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
@@ -24,82 +24,27 @@ struct Tile {
   float scale[kWidth];
 };
 
-inline Vector masked(Vector x, IntVector mask) { return reinterpret_cast<Vector>(reinterpret_cast<IntVector>(x) & mask); }
-inline Vector to_floats(IntVector x) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x)); }
 inline __m256i load_32_bytes(const void* source) { return _mm256_loadu_si256(static_cast<const __m256i*>(source)); }
 
-// What a lane's numbers may be: below `share` of the largest one they are small, and that one is at most `most`.
-//
-// Integers err by up to half of one in 2^22 of the lane's largest number. In sums of n terms the numerics contract allows each
-// term, even if it is the only one that its weights keep, an error of about 2^-24 sqrt(n) of it: numbers below 2 / sqrt(n) of
-// the largest may err more. A lane must not have four of them, since the others may all meet weights of zero;
-// nor two below a 128th of the largest, or one below a 2048th. Fewer and larger ones may err more than the contract allows if
-// all others meet nothing but zeros.
-//
-// With minima, products with integers from 0 to 15 and the sums' with the minimum cancel each other where weights are near
-// zero, but for errors of 2^-24 of both. What the contract allows other lanes may be less where x is sqrt(n) / 4 times as large
-// as in an eighth of its parts.
-struct Bounds {
-  float share, most = kInfinity;
-
-  Bounds(const float* x, int64_t n, bool minima) : share(2 / __builtin_sqrtf(static_cast<float>(n))) {
-    if (!minima) return;
-    int64_t parts[256] = {}, before = 0;  // by exponent; those of zeros do not count
-    for (int64_t c = 0; c < n; c += kWidth) ++parts[float_to_bits(maximum(magnitude(load(x + c)))) >> 23 & 255];
-    const int64_t eighth = (n / kWidth - parts[0]) / 8;
-    uint32_t exponent = 1;
-    while (exponent < 255 && (before += parts[exponent]) <= eighth) ++exponent;
-    most = bits_to_float(exponent << 23) / 2 / share;
-  }
-};
-
-// Lays out kTile numbers. Lanes beyond the bounds, that have numbers that are not finite, or others that integers cannot keep
-// 8 bits of, are left to floats: leave(lane, numbers) is called with its numbers of the first half and then of the second.
+// Lays out kTile numbers. Of lanes that are left to floats, leave(lane, numbers) is called with the numbers of the first half
+// and then of the second.
 template <bool kMinima, typename Leave>
 inline void set_tile(const float* x, const Bounds& bounds, Tile<kMinima>& tile, const Leave& leave) {
   const __m256i columns = _mm256_setr_epi32(0, 4, 8, 12, 32, 36, 40, 44);
-  const Vector zero = {}, infinity = broadcast(kInfinity);
-  Vector numbers[2][4], largest = zero;
-  IntVector left = {}, small = {}, tiny = {};  // -1 where true, minus the numbers of small ones
+  Vector numbers[2][4];
   for (int half = 0; half < 2; ++half) {
-    for (int j = 0; j < 4; ++j) {
-      numbers[half][j] = _mm256_i32gather_ps(x + 16 * half + j, columns, 4);
-      const Vector size = magnitude(numbers[half][j]);
-      largest = maximum(largest, size), left |= ~(size < infinity);
-    }
+    for (int j = 0; j < 4; ++j) numbers[half][j] = _mm256_i32gather_ps(x + 16 * half + j, columns, 4);
   }
-  for (auto& of_half : numbers) {
-    for (const Vector number : of_half) {
-      const Vector size = magnitude(number);
-      small += (size > zero) & (size < largest * bounds.share), tiny += (size > zero) & (size < largest * 0x1p-7f);
-      left |= (size > zero) & (size < largest * 0x1p-11f);
-    }
-  }
-  left |= (small <= -4) | (tiny <= -2) | (largest > bounds.most) | (largest >= 0x1p126f) |
-      ((largest < 0x1p-100f) & (largest > zero));
-  const IntVector used = ~left & (largest > zero);
-  // The power of two below the largest number, or above it if that would have too many digits.
-  const Vector power = masked(largest * (1 + 0x1p-7f), used & 0x7f800000), factor = masked(0x1p22f / power, used);
-  IntVector sums = {};
-  for (int half = 0; half < 2; ++half) {
-    IntVector digits[3] = {};
-    for (int j = 0; j < 4; ++j) {
-      const auto integers = reinterpret_cast<IntVector>(_mm256_cvtps_epi32(masked(numbers[half][j], ~left) * factor));
-      const IntVector upper = (integers + 128) >> 8, first = (upper + 128) >> 8;
-      digits[0] |= (first & 255) << 8 * j, digits[1] |= (upper & 255) << 8 * j, digits[2] |= (integers & 255) << 8 * j;
-      sums += integers;
-    }
-    std::memcpy(tile.digits[half], digits, sizeof digits);
-  }
-  const Vector scale = power * 0x1p-22f;
-  store(tile.scale, scale);
+  const Digits<2> digits(numbers, bounds);
+  std::memcpy(tile.digits, digits.digits, sizeof tile.digits);
+  store(tile.scale, digits.scale);
   if constexpr (kMinima) {
-    store(tile.sums, to_floats(sums) * scale);
+    store(tile.sums, to_floats(digits.sums) * digits.scale);
   } else {
-    sums *= -8;
+    const IntVector sums = digits.sums * -8;
     std::memcpy(tile.sums, &sums, sizeof sums);
   }
-  for (int lanes = _mm256_movemask_ps(reinterpret_cast<__m256>(left)); lanes; lanes &= lanes - 1) {
+  for (int lanes = _mm256_movemask_ps(reinterpret_cast<__m256>(digits.left)); lanes; lanes &= lanes - 1) {
     const int lane = __builtin_ctz(lanes);
     float of_lane[kWidth];
     for (int j = 0; j < 4; ++j) of_lane[j] = numbers[0][j][lane], of_lane[4 + j] = numbers[1][j][lane];

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_levels import lower_levels
+from wide_ranges import wide_ranges
 
 from fastgpt import QuantizedWeight, linear, linear_reference
 from fastgpt.ops.gguf_blocks import BLOCK_TYPES
@@ -93,6 +94,46 @@ def test_contract_of_wide_ranges(kind, dtype):
     ):
         wide = (x * exponents.exp2()).to(dtype)
         numerics.check(linear(wide, weight, impl="cpp"), lambda x=wide: linear_reference(x.double(), double), arithmetic=dtype)
+
+
+def packed(kind, q, zero):
+    """Q4_K or Q6_K blocks of integers q (rows, columns), from 0 on, and which of q stands for zero."""
+    rows = len(q)
+    q = q.view(rows, -1, 2, 128)
+    if kind.name == "Q6_K":
+        quarters = q.unflatten(-1, (4, 32))
+        low = torch.cat([quarters[..., :2, :] & 15 | (quarters[..., 2:, :] & 15) << 4], -2).flatten(-2)
+        high = sum(quarters[..., i, :] >> 4 << 2 * i for i in range(4))
+        scales = torch.full((*q.shape[:2], 16), 3)
+        parts = low.flatten(2), high.flatten(2), scales, half(0.01).expand(*q.shape[:2], 2)
+    else:  # with minima of 1/zero of each scale
+        halves = q.unflatten(-1, (2, 2, 32))
+        numbers = (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(2)
+        scales = torch.tensor([2] * 4 + [2 * zero] * 4 + [2 | 2 * zero << 4] * 4).expand(*q.shape[:2], 12)
+        parts = half(0.01).expand(*q.shape[:2], 2), half(0.01).expand(*q.shape[:2], 2), scales, numbers
+    blocks = torch.cat(parts, -1).to(torch.uint8).flatten(1)
+    packing = Packing(kind.bytes * 8 // kind.columns, kind.group_size, kind.minima, kind.number)
+    return QuantizedWeight(blocks, packing, q.shape[1] * 256)
+
+
+def half(x):
+    return torch.tensor([x]).half().view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind, integers, zero", [("Q4_K", 16, 7), ("Q6_K", 64, 32)])
+def test_contract_where_large_numbers_meet_zeros(kind, integers, zero, dtype):
+    """However much of x is large where weights are exactly zero, as products with scales and minima cancel, or none are there."""
+    kind = next(other for other in KINDS if other.name == kind)
+    for x, where in wide_ranges(3, 512):
+        weight = packed(kind, torch.randint(integers, (37, 512)).masked_fill(where, zero), zero)
+        double = weight.dequantize().double()
+        assert not double[:, where].any() and double.std() > 0.01
+        x = x.to(dtype)
+        numerics.check(
+            linear(x, weight.to(dtype), impl="cpp"), lambda x=x, double=double: linear_reference(x.double(), double),
+            arithmetic=dtype,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("level", lower_levels())

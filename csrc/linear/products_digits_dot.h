@@ -1,0 +1,383 @@
+// The products of `linear` with GGUF's K types by VPDPBUSD, which adds dot products of four bytes to integers (AVX512_VNNI): up
+// to kFewRows rows of x, in digits, are multiplied with integers.
+//
+// For files that are compiled once per CPU level, where that has AVX-512: everything is in an anonymous namespace (see
+// cpu_level.h).
+
+#pragma once
+
+#include "linear/digits.h"
+#include "linear/products_blocks.h"
+
+// Of functions that use VPDPBUSD, on CPUs that have it.
+#define FASTGPT_BYTE_DOT __attribute__((target("avx512vnni")))
+
+namespace fastgpt::FASTGPT_CPU_LEVEL {
+namespace {
+
+constexpr int64_t kTile = 64;  // columns that are multiplied at a time, four in a lane
+
+inline __m512i low_bits(__m512i x, char mask) { return _mm512_and_si512(x, _mm512_set1_epi8(mask)); }
+
+// 32 bytes twice, the first time moved right by `lower` bits and then by `upper`. Bits that come from a neighbor byte are left
+// to the caller.
+inline __m512i load_moved(const uint8_t* source, int64_t lower, int64_t upper) {
+  const __m512i twice = _mm512_maskz_broadcast_i64x4(0xff, load_32_bytes(source));
+  return _mm512_maskz_srlv_epi64(0xff, twice, _mm512_setr_epi64(lower, lower, lower, lower, upper, upper, upper, upper));
+}
+
+// Adds `number` where `bit` of 32 bytes is set, and in the upper half where the next one is.
+inline __m512i add_where(__m512i x, const uint8_t* bytes, int bit, char number) {
+  const int64_t lower = 0x0101010101010101 << bit, upper = lower << 1;
+  const __m512i twice = _mm512_maskz_broadcast_i64x4(0xff, load_32_bytes(bytes));
+  const uint64_t set = _mm512_test_epi8_mask(twice, _mm512_setr_epi64(lower, lower, lower, lower, upper, upper, upper, upper));
+  return _mm512_mask_add_epi8(x, set, x, _mm512_set1_epi8(number));
+}
+
+// A number in the first eight lanes and another one in the last.
+inline Vector halves_of(float lower, float upper) {
+  return _mm512_mask_broadcastss_ps(reinterpret_cast<__m512>(broadcast(lower)), 0xff00, _mm_set_ss(upper));
+}
+
+// Of 16 bytes. (GCC would compute these in vectors, one by one.)
+inline Vector to_floats(uint64_t first, uint64_t last) {
+  asm("" : "+r"(first), "+r"(last));
+  const __m128i bytes = _mm_set_epi64x(static_cast<int64_t>(last), static_cast<int64_t>(first));
+  return to_floats(reinterpret_cast<IntVector>(_mm512_maskz_cvtepu8_epi32(0xffff, bytes)));
+}
+
+// Lane first + i / times of x in lane i.
+inline __m512i spread(__m512i x, int first, int times) {
+  IntVector lanes;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i / times;
+  return _mm512_maskz_permutexvar_epi32(0xffff, reinterpret_cast<__m512i>(lanes + first), x);
+}
+
+inline Vector spread(Vector x, int first, int times) {
+  return reinterpret_cast<Vector>(spread(reinterpret_cast<__m512i>(x), first, times));
+}
+
+// Without an asm, GCC copies a register of zeros.
+inline __m512i zeros() {
+  __m512i x;
+  asm volatile("vpxord %0, %0, %0" : "=v"(x));
+  return x;
+}
+
+inline __m512i next_digit(__m512i x) { return _mm512_maskz_slli_epi32(0xffff, x, 8); }
+
+// Scales of a block's groups, and if its type has some, minima, from lane kFirstMinimum on.
+struct ScalesAndMinima {
+  Vector scales, minima;
+};
+
+// How blocks of 256 columns are read.
+//   kOffset             is added to numbers, so that none is negative
+//   scales(block, ...)  of all groups
+//   numbers(block, t)   of tile t, a byte each
+template <typename Block>
+struct BlockTiles;
+
+template <>
+struct BlockTiles<Q2_K> {
+  static constexpr int kOffset = 0, kFirstMinimum = 0;
+
+  static ScalesAndMinima scales(const uint8_t* block, const float* values_of_halves) {
+    const IntVector bytes = widen(block);
+    return {
+        to_floats(bytes & 15) * value_of_half(block + 80, values_of_halves),
+        to_floats(bytes >> 4) * -value_of_half(block + 82, values_of_halves)};
+  }
+
+  static __m512i numbers(const uint8_t* block, int t) {
+    return low_bits(load_moved(block + 16 + t / 2 * 32, t % 2 * 4, t % 2 * 4 + 2), 3);
+  }
+};
+
+template <>
+struct BlockTiles<Q3_K> {
+  static constexpr int kOffset = 4, kFirstMinimum = 0;
+
+  static ScalesAndMinima scales(const uint8_t* block, const float* values_of_halves) {
+    const Vector numbers = to_floats(Q3_K::bytes_of_scales(block, 0), Q3_K::bytes_of_scales(block, 1));
+    return {(numbers - 32.0f) * value_of_half(block + 108, values_of_halves), Vector{}};
+  }
+
+  static __m512i numbers(const uint8_t* block, int t) {
+    const __m512i low = low_bits(load_moved(block + 32 + t / 2 * 32, t % 2 * 4, t % 2 * 4 + 2), 3);
+    return add_where(low, block, 2 * t, 4);
+  }
+};
+
+template <>
+struct BlockTiles<Q4_K> {
+  static constexpr int kOffset = 0, kFirstMinimum = 8;
+
+  static ScalesAndMinima scales(const uint8_t* block, const float* values_of_halves) {
+    const auto [scales, minima] = Q4_K::bytes_of_scales(block);
+    const float scale = value_of_half(block, values_of_halves), minimum = value_of_half(block + 2, values_of_halves);
+    const Vector both = to_floats(scales, minima) * halves_of(scale, -minimum);
+    return {both, both};
+  }
+
+  static __m512i numbers(const uint8_t* block, int t) { return low_bits(load_moved(block + 16 + 32 * t, 0, 4), 15); }
+};
+
+template <>
+struct BlockTiles<Q5_K> : BlockTiles<Q4_K> {
+  static __m512i numbers(const uint8_t* block, int t) {
+    return add_where(low_bits(load_moved(block + 48 + 32 * t, 0, 4), 15), block + 16, 2 * t, 16);
+  }
+};
+
+template <>
+struct BlockTiles<Q6_K> {
+  static constexpr int kOffset = 32, kFirstMinimum = 0;
+
+  static ScalesAndMinima scales(const uint8_t* block, const float* values_of_halves) {
+    return {load(reinterpret_cast<const int8_t*>(block) + 192) * value_of_half(block + 208, values_of_halves), Vector{}};
+  }
+
+  static __m512i numbers(const uint8_t* block, int t) {
+    const __m512i bytes = _mm512_loadu_si512(block + t / 2 * 64);
+    const uint8_t* const high = block + 128 + t / 2 * 32;
+    if (t % 2) {
+      const __m512i upper = low_bits(_mm512_maskz_srli_epi16(~0u, bytes, 4), 15);
+      return _mm512_or_si512(upper, low_bits(load_moved(high, 0, 2), 48));
+    }
+    const __m512i twice = _mm512_maskz_broadcast_i64x4(0xff, load_32_bytes(high));
+    const __m512i moved = _mm512_maskz_sllv_epi64(0xff, twice, _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2));
+    return _mm512_or_si512(low_bits(bytes, 15), low_bits(moved, 48));
+  }
+};
+
+// Columns of a row of x: digits, the scale of each lane's, and if numbers have an offset, the sums of its integers times minus
+// that, or if there are minima, those of its numbers.
+template <typename Block>
+struct TileOfX {
+  int8_t digits[3][kTile];
+  float scale[kWidth];
+  std::conditional_t<Block::kMinima, float, int32_t> sums[kWidth];
+};
+
+// Rows of weights, which are multiplied with up to kFewRows rows of x.
+template <typename Block>
+class DigitDots {
+ public:
+  static constexpr int64_t kRows = kWidth;  // of weights, whose lanes are reduced together
+
+  explicit DigitDots(const Linear& l) : l_(l), rows_(l), layout_(l), far_(!cpu_features().amd) {}
+
+  int64_t row_bytes() const { return rows_.row_bytes(); }
+
+  static int64_t x_row(const Linear& l) { return l.rows > kFewRows ? Rows::x_row(l) : Layout(l).size; }  // floats of a row of x
+
+  static void arrange(const Linear& l, const float* x, float* target) {
+    const Layout layout(l);
+    const Bounds bounds(x, l.in, Block::kMinima);
+    auto* tile = reinterpret_cast<X*>(target);
+    auto* const left = reinterpret_cast<LeftPart*>(target + layout.left);
+    int32_t count = 0;
+    for (int64_t c = 0; c < l.in; c += kTile) {
+      set_tile(x + c, bounds, *tile++, [&](int quarter, const float* numbers) {
+        LeftPart& part = left[count++];
+        std::memcpy(part.numbers, numbers, sizeof part.numbers);
+        part.block = c / Block::kColumns * Block::kBytes;
+        part.tile = static_cast<int>(c % Block::kColumns / kTile), part.quarter = quarter;
+      });
+    }
+    std::memcpy(target + layout.count, &count, sizeof count);
+  }
+
+  // As QuantizedRows.
+  void multiply(const float* x, int64_t row, int64_t count, int64_t ahead, float* dots) const {
+    const auto* weight = static_cast<const uint8_t*>(l_.weight) + row * row_bytes();
+    if (l_.rows > kFewRows) return multiply_panels(l_, x, weight, row_bytes(), count, dots, rows_);
+    multiply_few<kFewRows>(x, weight, count, ahead, dots);
+  }
+
+  void dequantize(const uint8_t* row, int64_t c, int64_t count, float* target) const {
+    rows_.dequantize(row, c, count, target);
+  }
+
+ private:
+  using Rows = BlockRows<Block>;
+  using Of = BlockTiles<Block>;
+  using X = TileOfX<Block>;
+  static constexpr int kTiles = Block::kColumns / kTile, kGroupLanes = Block::kGroup / 4;
+
+  // A quarter of a tile in which numbers are left to floats, zeros otherwise, and where in a row its weights are.
+  struct LeftPart {
+    float numbers[kWidth];
+    int64_t block;  // bytes
+    int tile, quarter;
+  };
+
+  // Where things are in a row of x, in floats: tiles, what is left to floats, and the number of these parts.
+  struct Layout {
+    int64_t left, count, size;
+
+    explicit Layout(const Linear& l) {
+      const int64_t tiles = l.in / kTile;
+      left = tiles * sizeof(X) / sizeof(float), count = left + tiles * 4 * sizeof(LeftPart) / sizeof(float);
+      size = rounded_up(count + 1, kWidth);
+    }
+  };
+
+  // Lays out kTile numbers of x. leave(quarter, numbers) is called with those that are left to floats.
+  template <typename Leave>
+  static void set_tile(const float* x, const Bounds& bounds, X& tile, const Leave& leave) {
+    Vector numbers[1][4];
+    lanes_of_four(x, numbers[0]);
+    const Digits<1> digits(numbers, bounds);
+    std::memcpy(tile.digits, digits.digits, sizeof tile.digits);
+    store(tile.scale, digits.scale);
+    if constexpr (Block::kMinima) {
+      store(tile.sums, to_floats(digits.sums) * digits.scale);
+    } else {
+      const IntVector sums = digits.sums * -Of::kOffset;
+      std::memcpy(tile.sums, &sums, sizeof sums);
+    }
+    const uint32_t lanes = _mm512_movepi32_mask(reinterpret_cast<__m512i>(digits.left));
+    for (int quarter = 0; lanes >> 4 * quarter; ++quarter) {
+      const uint32_t of_quarter = lanes >> 4 * quarter & 15;
+      if (!of_quarter) continue;
+      float left[kWidth];
+      for (int i = 0; i < kWidth; ++i) left[i] = of_quarter >> i / 4 & 1 ? x[quarter * kWidth + i] : 0.0f;
+      leave(quarter, left);
+    }
+  }
+
+  // Number 4i + j of x goes to lane i of vector j.
+  static void lanes_of_four(const float* x, Vector (&numbers)[4]) {
+    const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+    const __m512i odd = _mm512_setr_epi32(2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
+    __m512 halves[2][2];  // of vectors 0 and 1, 2 and 3
+    for (int half = 0; half < 2; ++half) {
+      const __m512 first = _mm512_loadu_ps(x + half * 32), second = _mm512_loadu_ps(x + half * 32 + kWidth);
+      halves[0][half] = _mm512_permutex2var_ps(first, even, second);
+      halves[1][half] = _mm512_permutex2var_ps(first, odd, second);
+    }
+    for (int pair = 0; pair < 2; ++pair) {
+      numbers[2 * pair] = _mm512_maskz_shuffle_f32x4(0xffff, halves[pair][0], halves[pair][1], 0x44);
+      numbers[2 * pair + 1] = _mm512_maskz_shuffle_f32x4(0xffff, halves[pair][0], halves[pair][1], 0xee);
+    }
+  }
+
+  template <int kCount>
+  FASTGPT_BYTE_DOT void multiply_few(const float* x, const uint8_t* weight, int64_t count, int64_t ahead, float* dots) const {
+    if constexpr (kCount > 1) {
+      if (l_.rows < kCount) return multiply_few<kCount - 1>(x, weight, count, ahead, dots);
+    }
+    constexpr int kStreams = kCount == 1 ? 4 : 2;  // rows of weights whose products are computed in turns
+    multiply_in_streams<kCount, kStreams>(
+        weight, row_bytes(), count, far_ && count == kRows, dots, [&](const auto& rows, auto& total) FASTGPT_BYTE_DOT {
+          Streams<kStreams, kCount> streams{l_, layout_, rows, ahead, x};
+          streams.multiply();
+          for (int j = 0; j < kStreams; ++j) {
+            for (int i = 0; i < kCount; ++i) {
+              total[j][i] = in_register(streams.total[j][i]);
+              add_left(x + i * layout_.size, rows[j], total[j][i]);
+            }
+          }
+        });
+  }
+
+  // Adds the products of what is left to floats.
+  void add_left(const float* x, const uint8_t* row, Vector& total) const {
+    const auto* part = reinterpret_cast<const LeftPart*>(x + layout_.left);
+    int32_t count;
+    std::memcpy(&count, x + layout_.count, sizeof count);
+    for (const LeftPart* const end = part + count; part < end; ++part) {
+      const uint8_t* const block = row + part->block;
+      const int64_t group = (part->tile * kTile + part->quarter * kWidth) / Block::kGroup;
+      const ScalesAndMinima of = Of::scales(block, l_.values_of_halves);
+      const __m512i bytes = spread(Of::numbers(block, part->tile), part->quarter * 4, 1);
+      uint8_t numbers[sizeof bytes];
+      std::memcpy(numbers, &bytes, sizeof bytes);
+      Vector w = to_floats(widen(numbers) - Of::kOffset) * spread(of.scales, group, kWidth);
+      if constexpr (Block::kMinima) w += spread(of.minima, Of::kFirstMinimum + group, kWidth);
+      total += load(part->numbers) * w;
+    }
+  }
+
+  // Lanes of the sums of kCount rows of x times kStreams of the weights.
+  template <int kStreams, int kCount>
+  struct Streams {
+    const Linear& l;
+    const Layout& layout;
+    const uint8_t* const (&rows)[kStreams];
+    const int64_t ahead;
+    const float* x;
+    int64_t at = 0;  // bytes of rows
+    ScalesAndMinima of[kStreams] = {};
+    Vector total[kStreams][kCount] = {};
+
+    FASTGPT_BYTE_DOT __attribute__((always_inline)) inline void multiply() {
+      for (int64_t c = 0; c < l.in; c += Block::kColumns, at += Block::kBytes, x += kTiles * sizeof(X) / sizeof(float)) {
+        for (int j = 0; j < kStreams; ++j) {
+          for (int64_t line = 0; ahead && line < Block::kBytes; line += 64) {
+            __builtin_prefetch(rows[j] + at + ahead + line, 0, 2);
+          }
+          of[j] = Of::scales(rows[j] + at, l.values_of_halves);
+        }
+        add_tiles(std::make_integer_sequence<int, kTiles>());
+      }
+    }
+
+    template <int... kTile>
+    FASTGPT_BYTE_DOT __attribute__((always_inline)) inline void add_tiles(std::integer_sequence<int, kTile...>) {
+      (add_tile<kTile>(), ...);
+    }
+
+    // Step by step for all sums: a core does not look far enough ahead to overlap the steps of one with those of the next.
+    template <int t>
+    FASTGPT_BYTE_DOT __attribute__((always_inline)) inline void add_tile() {
+      const auto tile = [&](int i) -> const X& { return reinterpret_cast<const X*>(x + i * layout.size)[t]; };
+      __m512i w[kStreams], sums[kStreams][kCount];
+      for (int j = 0; j < kStreams; ++j) w[j] = in_register(Of::numbers(rows[j] + at, t));
+      for (int d = 0; d < 3; ++d) {
+        for (int i = 0; i < kCount; ++i) {
+          const __m512i digits = in_register(_mm512_load_si512(tile(i).digits[d]));
+          for (int j = 0; j < kStreams; ++j) {
+            sums[j][i] = in_register(_mm512_dpbusd_epi32(d ? sums[j][i] : zeros(), w[j], digits));
+          }
+        }
+        if (d < 2) for_all([&](int j, int i) { sums[j][i] = in_register(next_digit(sums[j][i])); });
+      }
+      Vector scale[kStreams][kCount];
+      constexpr int kFirst = t * kWidth / kGroupLanes;  // group
+      for (int j = 0; j < kStreams; ++j) {
+        const Vector of_groups = spread(of[j].scales, kFirst, kGroupLanes);
+        for (int i = 0; i < kCount; ++i) scale[j][i] = in_register(of_groups * load(tile(i).scale));
+      }
+      // Minima cancel products lane by lane: sums stay small where weights are.
+      for (int j = 0; j < kStreams; ++j) {
+        if constexpr (Block::kMinima) {
+          const Vector minima = spread(of[j].minima, Of::kFirstMinimum + kFirst, kGroupLanes);
+          for (int i = 0; i < kCount; ++i) total[j][i] = in_register(total[j][i] + minima * load(tile(i).sums));
+        } else {
+          for (int i = 0; i < kCount; ++i) sums[j][i] = _mm512_add_epi32(sums[j][i], _mm512_load_si512(tile(i).sums));
+        }
+      }
+      Vector products[kStreams][kCount];
+      for_all([&](int j, int i) { products[j][i] = in_register(to_floats(reinterpret_cast<IntVector>(sums[j][i]))); });
+      for_all([&](int j, int i) { total[j][i] += products[j][i] * scale[j][i]; });
+    }
+
+    template <typename Function>
+    __attribute__((always_inline)) static inline void for_all(const Function& function) {
+      for (int j = 0; j < kStreams; ++j) {
+        for (int i = 0; i < kCount; ++i) function(j, i);
+      }
+    }
+  };
+
+  const Linear& l_;
+  Rows rows_;
+  Layout layout_;
+  bool far_;  // as in QuantizedRows
+};
+
+}  // namespace
+}  // namespace fastgpt::FASTGPT_CPU_LEVEL
