@@ -34,12 +34,15 @@ namespace {
 
 // The operation for up to linear_most_rows rows.
 void run_block(const Linear& l, float* x) {
-  // An element takes about as long as 16 multiply-adds.
-  for_tasks(l.row_blocks(), 16 * std::min(l.rows, kRowBlock) * l.in + 1, [&](int64_t begin, int64_t end) {
-    float* memory = thread_scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_scratch)(l));
-    FASTGPT_AT_CPU_LEVEL(linear_inputs)(l, x, memory, begin, end);
-  });
+  const int64_t key = threads_lay_out(l) ? new_keys(1) : 0;
+  if (!key) {  // an element takes about as long as 16 multiply-adds
+    for_tasks(l.row_blocks(), 16 * std::min(l.rows, kRowBlock) * l.in + 1, [&](int64_t begin, int64_t end) {
+      float* memory = thread_scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_scratch)(l));
+      FASTGPT_AT_CPU_LEVEL(linear_inputs)(l, x, memory, begin, end);
+    });
+  }
   const auto outputs = [&](int64_t begin, int64_t end, int64_t next) {
+    if (key) return linear_outputs_of_thread(l, key, begin, end, next);
     float* memory = thread_scratch(FASTGPT_AT_CPU_LEVEL(linear_outputs_scratch)(l));
     FASTGPT_AT_CPU_LEVEL(linear_outputs)(l, x, memory, begin, end, next);
   };
@@ -55,10 +58,11 @@ void run(const Linear& all, float* x) {
   };
   // Blocks of about equal numbers of rows, as each reads all weights.
   const int64_t most = FASTGPT_AT_CPU_LEVEL(linear_most_rows)(all), blocks = (all.rows + most - 1) / most;
-  const int64_t step = blocks ? (all.rows + blocks * kRowBlock - 1) / (blocks * kRowBlock) * kRowBlock : 1;
-  for (int64_t first = 0; first < all.rows; first += step) {
+  const auto begin_of = [&](int64_t block) { return std::min(all.rows, all.row_blocks() * block / blocks * kRowBlock); };
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = begin_of(block);
     Linear l = all;
-    l.rows = std::min(step, all.rows - first);
+    l.rows = begin_of(block + 1) - first;
     l.x = after(all.x, first * all.in);
     l.residual = after(all.residual, first * all.out_features);
     l.out = static_cast<char*>(all.out) + first * all.out_features * size;

@@ -176,6 +176,27 @@ using Pairs = TileRows;
 using Pairs = DotRows;
 #endif
 
+// Whether elements are multiplied in pairs, at least if there are enough rows of x.
+bool multiplies_pairs(Element element) {
+#if defined(__AMX_BF16__)
+  return element == Element::bfloat16;
+#elif defined(__AVX512F__)
+  return element == Element::bfloat16 && cpu_features().avx512_bf16;
+#else
+  return false;
+#endif
+}
+
+bool multiplies_pairs(const Linear& l) {
+#if defined(__AVX512F__)
+  return Pairs::serves(l);
+#else
+  return false;
+#endif
+}
+
+bool multiplies_many(const Linear& l) { return ManyRows::serves(l) && !multiplies_pairs(l); }
+
 #if defined(__AVX512F__)
 // count: a multiple of 32. Subnormals become zero, as in the instructions that multiply.
 FASTGPT_BF16_DOT void round_to_bfloat16(const float* source, int64_t count, BFloat16* target) {
@@ -239,7 +260,7 @@ void outputs_of_pairs(const Linear& l, const Pairs& x, float* scratch, int64_t b
 template <typename Weights>
 void outputs_of_many(
     const Linear& l, const Weights& weights, const float* x, float* scratch, int64_t begin, int64_t end, int64_t next) {
-  constexpr int64_t kHalf = kBlockRows / 2, kLine = 2 * kWidth;  // output features that are a line of the cache
+  constexpr int64_t kHalf = kBlockRows / 2, kLine = 16;  // output features that are a line of the cache
   const ManyRows many(l);
   const int64_t step = l.gated ? kHalf : kBlockRows;
   // If gated: those of the gate, then of its factors. Of a panel, lines after its last are read, too, and have no effect.
@@ -253,23 +274,20 @@ void outputs_of_many(
       const auto read = [&](int64_t row, float* target) { return weights.read(row, count, column, stop, target); };
       const FloatsOfRows rows = read(first, panel);
       const FloatsOfRows factor_rows = l.gated ? read(first + l.out_features, panel + kHalf * kBlockColumns) : rows;
+      const int64_t steps = many.steps(count, stop - column);
       const auto ahead = [&](int64_t skipped) {
         const int64_t then = last ? following : first, left = larger(0, smaller(step, l.out_features - then));
-        return WeightsAhead(l.weight, weights.row_bytes(), then + skipped, left, last ? 0 : stop, l.in);
+        return WeightsAhead(l.weight, weights.row_bytes(), then + skipped, left, last ? 0 : stop, l.in, steps);
       };
-      const WeightsAhead rows_ahead = ahead(0), factors_ahead = ahead(l.gated ? l.out_features : 0);
+      WeightsAhead rows_ahead = ahead(0), factors_ahead = ahead(l.gated ? l.out_features : 0);
       for (int64_t r = 0; r < many.rows(); r += many.panel(r)) {
         const int64_t width = many.panel(r);
         float *const of_rows = dots + r * kBlockRows, *const of_factors = of_rows + kHalf * width;
-        rows_ahead.prefetch(r, width, many.rows());
-        many.multiply(x, r, rows, count, column, stop, of_rows);
-        if (l.gated) {
-          factors_ahead.prefetch(r, width, many.rows());
-          many.multiply(x, r, factor_rows, count, column, stop, of_factors);
-        }
+        many.multiply(x, r, rows, count, column, stop, of_rows, [&] { rows_ahead(); });
+        if (l.gated) many.multiply(x, r, factor_rows, count, column, stop, of_factors, [&] { factors_ahead(); });
         if (!last) continue;
-        for (int64_t n = 0; n < count; n += kLine) {
-          for (int64_t i = r; i < smaller(r + width, l.rows); i += kWidth) {
+        for (int64_t i = r; i < smaller(r + width, l.rows); i += kWidth) {
+          for (int64_t n = 0; n < count; n += kLine) {
             alignas(64) float y[kWidth][kLine], factors[kWidth][kLine];
             const auto turn = [&](const float* source, float* target) {
               transpose_matrix(source + n * width + i - r, width, kLine, target, kLine, kWidth);
@@ -287,10 +305,14 @@ void outputs_of_many(
 
 }  // namespace
 
-int64_t linear_most_rows(const Linear& l) { return kHasManyRows && l.many ? kMostManyRows : kMaxRows; }
+bool linear_multiplies_many(const Linear& l) { return multiplies_many(l); }
+
+int64_t linear_most_rows(const Linear& l) {
+  return kHasManyRows && l.many && !multiplies_pairs(l.element) ? kMostManyRows : kMaxRows;
+}
 
 int64_t linear_outputs_scratch(const Linear& l) {
-  if (ManyRows::serves(l)) return kBlockRows * (ManyRows(l).rows() + kBlockColumns);
+  if (multiplies_many(l)) return kBlockRows * (ManyRows(l).rows() + kBlockColumns);
 #if defined(__AVX512F__)
   if (Pairs::serves(l) && l.packing.bits) return Pairs::kDequantized * l.in / 2;
 #endif
@@ -306,10 +328,10 @@ void linear_outputs(const Linear& l, const float* x, float* scratch, int64_t beg
   if (l.packing.bits) {
     return with_quantized(l, [&](auto rows) {
       using Rows = typename decltype(rows)::type;
-      ManyRows::serves(l) ? outputs_of(DequantizedRows<Rows>{l}) : outputs_quantized<Rows>(l, x, begin, end, next);
+      multiplies_many(l) ? outputs_of(DequantizedRows<Rows>{l}) : outputs_quantized<Rows>(l, x, begin, end, next);
     });
   }
-  if (ManyRows::serves(l)) return l.element == Element::float32 ? outputs_of(FloatRows{l}) : outputs_of(ConvertedRows{l});
+  if (multiplies_many(l)) return l.element == Element::float32 ? outputs_of(FloatRows{l}) : outputs_of(ConvertedRows{l});
   switch (l.element) {
     case Element::float32: return outputs_in_vectors(l, x, static_cast<const float*>(l.weight), begin, end, next);
     case Element::float16: return outputs_in_vectors(l, x, static_cast<const Half*>(l.weight), begin, end, next);
@@ -351,7 +373,7 @@ int64_t linear_inputs_size(const Linear& l) {
 #if defined(__AVX512F__)
   if (Pairs::serves(l)) return Pairs(l, nullptr).size();
 #endif
-  if (ManyRows::serves(l)) return ManyRows(l).rows() * l.in;
+  if (multiplies_many(l)) return ManyRows(l).rows() * l.in;
   return l.rows * inputs_row(l);
 }
 
@@ -360,9 +382,13 @@ int64_t linear_inputs_scratch(const Linear& l) { return (kRowBlock + 2) * padded
 // Prepares blocks of kRowBlock rows of x for products: normalized, as zero-padded floats, as pairs, or arranged.
 void linear_inputs(const Linear& l, float* x, float* scratch, int64_t begin, int64_t end) {
   const int64_t line = padded(l.in);
-  const bool arranged = l.packing.bits && l.rows <= kFewRows, transposed = ManyRows::serves(l);
+  const bool arranged = l.packing.bits && l.rows <= kFewRows, transposed = multiplies_many(l);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kRowBlock, count = smaller(l.rows - first, kRowBlock);
+    if (transposed && l.x_element == Element::float32 && !l.norm.weight && !l.x_rows && count == kRowBlock && line == l.in) {
+      ManyRows(l).set(x, first, static_cast<const float*>(l.x) + first * l.in, l.in);  // as they are
+      continue;
+    }
     float* rows = arranged || transposed ? scratch + 2 * line : x + first * line;
 #if defined(__AVX512F__)
     if (Pairs::serves(l)) rows = scratch + 2 * line;

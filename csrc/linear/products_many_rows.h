@@ -12,12 +12,13 @@
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-constexpr bool kHasManyRows = kWidth == 8;  // it is measured with AVX2 only
-constexpr int64_t kLeastManyRows = 16;      // with fewer, converting weights takes too long
-constexpr int64_t kMostManyRows = 256;      // of x at a time: a block of their columns stays in the L2 cache
+constexpr bool kHasManyRows = kWidth >= 8;
+constexpr int64_t kLeastManyRows = 16;  // with fewer, converting weights takes too long
+constexpr int64_t kMostManyRows = 256;  // of x at a time: a block of their columns stays in the L2 cache
 // Columns and rows of the weights that are multiplied with all of x at a time, half of the rows factors if gated. They stay in
-// the L2 cache, these columns of a panel of x in the L1 cache.
-constexpr int64_t kBlockColumns = 256, kBlockRows = 48;
+// the L2 cache, and with AVX2 these columns of a panel of x in the L1 cache. With AVX-512 panels are read from L2, which Zen 4
+// does as fast as it multiplies: sums that are written half as often weigh more.
+constexpr int64_t kBlockColumns = kWidth == 16 ? 512 : 256, kBlockRows = kWidth == 16 ? 96 : 48;
 
 // Rows of weights as floats, `row` apart.
 struct FloatsOfRows {
@@ -65,29 +66,41 @@ struct DequantizedRows {
   }
 };
 
-// Rows `row` to `row` + count of the weights from `column` on, in a block of columns, which are prefetched in parts.
-struct WeightsAhead {
-  const char* source;
-  int64_t row_bytes, count, bytes;
+// Rows `row` to `row` + count of the weights from `column` on, in a block of columns, whose lines of the cache are prefetched
+// in about equal numbers by each of `steps` calls. All at once would stop the core until they arrive.
+class WeightsAhead {
+ public:
+  WeightsAhead(const void* weights, int64_t row_bytes, int64_t row, int64_t count, int64_t column, int64_t in, int64_t steps)
+      : at_(static_cast<const char*>(weights) + row * row_bytes + row_bytes * column / larger(in, 1)),
+        row_bytes_(row_bytes),
+        row_lines_((row_bytes * smaller(kBlockColumns, in - column) / larger(in, 1) + kLineBytes - 1) / kLineBytes),
+        lines_(count * row_lines_),
+        steps_(larger(steps, 1)) {}
 
-  WeightsAhead(const void* weights, int64_t row_bytes, int64_t row, int64_t count, int64_t column, int64_t in)
-      : source(static_cast<const char*>(weights) + row * row_bytes + row_bytes * column / larger(in, 1)),
-        row_bytes(row_bytes),
-        count(count),
-        bytes(row_bytes * smaller(kBlockColumns, in - column) / larger(in, 1)) {}
-
-  // A part of `all`, of which those before `part` have been.
-  void prefetch(int64_t part, int64_t parts, int64_t all) const {
-    for (int64_t s = count * part / all; s < count * (part + parts) / all; ++s) {
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(source + s * row_bytes + byte, 0, 2);
+  void operator()() {
+    for (due_ += lines_; due_ >= steps_; due_ -= steps_) {
+      __builtin_prefetch(at_ + line_ * kLineBytes, 0, 2);
+      if (++line_ == row_lines_) line_ = 0, at_ += row_bytes_;
     }
   }
+
+ private:
+  static constexpr int64_t kLineBytes = 64;
+
+  const char* at_;
+  int64_t row_bytes_, row_lines_, lines_, steps_, line_ = 0, due_ = 0;
 };
 
 // x in panels of kPanelRows rows, the last one perhaps narrower, whose columns lie one after the other.
 class ManyRows {
  public:
-  static bool serves(const Linear& l) { return kHasManyRows && l.many && l.rows >= kLeastManyRows; }
+  static bool serves(const Linear& l) {
+    if (!kHasManyRows || !l.many || l.rows < kLeastManyRows) return false;
+    if (kWidth == 8 || l.rows > kMaxRows) return true;
+    // Padding to whole vectors of 16 rows takes longer than the kernel of few rows loses.
+    const int64_t rows = rounded_up(l.rows, kWidth);
+    return (rows - l.rows) * (l.packing.bits || l.element != Element::float32 ? 8 : 4) <= rows;
+  }
 
   explicit ManyRows(const Linear& l) : in_(l.in), rows_(rounded_up(l.rows, kWidth)) {}
 
@@ -110,16 +123,29 @@ class ManyRows {
   int64_t panel(int64_t row) const { return smaller(kPanelRows, rows_ - row); }  // rows of the panel that begins with a row
 
   // dots[s][i] (+)= weights[s][begin to end] · x[row + i][begin to end] for `count` rows of weights and a panel's rows of x.
+  // `meanwhile` is called steps() times.
+  template <typename Meanwhile>
   void multiply(
-      const float* x, int64_t row, FloatsOfRows weights, int64_t count, int64_t begin, int64_t end, float* dots) const {
+      const float* x, int64_t row, FloatsOfRows weights, int64_t count, int64_t begin, int64_t end, float* dots,
+      const Meanwhile& meanwhile) const {
     const int64_t width = panel(row);
-    fastgpt::FASTGPT_CPU_LEVEL::multiply<kTileRows, kTileVectors>(
-        count, width / kWidth, weights.start, weights.row, 1, x + row * in_ + begin * width, width, dots, width, end - begin,
-        begin > 0);
+    const auto multiply_by = [&](auto vectors) {  // a constant: with a variable, GCC's loop takes 7% longer
+      fastgpt::FASTGPT_CPU_LEVEL::multiply<kTileRows, vectors>(
+          count, vectors, weights.start, weights.row, 1, x + row * in_ + begin * width, width, dots, width, end - begin,
+          begin > 0, nullptr, meanwhile);
+    };
+    width == kWidth ? multiply_by(std::integral_constant<int, 1>()) : multiply_by(std::integral_constant<int, kPanelVectors>());
+  }
+
+  // Of `count` rows of weights and these columns, with all panels.
+  int64_t steps(int64_t count, int64_t columns) const {
+    const auto divided_up = [](int64_t n, int64_t step) { return (n + step - 1) / step; };
+    return divided_up(rows_, kPanelRows) * divided_up(count, kTileRows) * divided_up(columns, kAtATime);
   }
 
  private:
-  static constexpr int64_t kPanelRows = kTileVectors * kWidth;
+  static constexpr int kPanelVectors = 2;
+  static constexpr int64_t kPanelRows = kPanelVectors * kWidth;
 
   int64_t in_, rows_;
 };

@@ -112,7 +112,7 @@ struct Moe {
 // them.
 struct ExpertRows {
   Linear up, down;
-  float *x, *h;
+  float *x, *h;  // or null, if threads lay them out for themselves
 };
 
 // What a call computes with, kept for the next one of a plan.
@@ -170,10 +170,14 @@ ExpertRows expert_rows(const Moe& m, const MoeMemory& memory, int64_t e, int64_t
   return group;
 }
 
-// Lays out x, or h, of all groups.
-void lay_out(const std::vector<ExpertRows>& groups, Linear ExpertRows::* product, float* ExpertRows::* target) {
+// Lays out x, or h, of all groups, where the threads that multiply do not.
+void lay_out(const std::vector<ExpertRows>& all, Linear ExpertRows::* product, float* ExpertRows::* target) {
+  std::vector<ExpertRows> groups;
   int64_t rows = 0;
-  for (const ExpertRows& group : groups) rows += (group.*product).rows;
+  for (const ExpertRows& group : all) {
+    if (group.*target) groups.push_back(group), rows += (group.*product).rows;
+  }
+  if (groups.empty()) return;
   const auto lay_out_group = [&](const ExpertRows& group, int64_t begin, int64_t end) {
     const Linear& l = group.*product;
     float* memory = thread_scratch(FASTGPT_AT_CPU_LEVEL(linear_inputs_scratch)(l));
@@ -192,14 +196,19 @@ void lay_out(const std::vector<ExpertRows>& groups, Linear ExpertRows::* product
 // The products of all groups, of which threads take parts: the features of one group after those of the other.
 void multiply(const std::vector<ExpertRows>& groups, Linear ExpertRows::* product, float* ExpertRows::* x) {
   const int64_t features = (groups[0].*product).out_features, count = groups.size() * features;
+  const int64_t keys = new_keys(groups.size());
   const auto outputs = [&](int64_t begin, int64_t end, int64_t next) {
     for (int64_t stop; begin < end; begin = stop) {
       const ExpertRows& group = groups[begin / features];
       const Linear& l = group.*product;
       const int64_t first = begin / features * features;
       stop = std::min(end, first + features);
-      float* memory = thread_scratch(FASTGPT_AT_CPU_LEVEL(linear_outputs_scratch)(l));
       const int64_t after = stop < end ? features : std::min(next - first, features);  // `features`: not of this group
+      if (!(group.*x)) {
+        linear_outputs_of_thread(l, keys + begin / features, begin - first, stop - first, after);
+        continue;
+      }
+      float* memory = thread_scratch(FASTGPT_AT_CPU_LEVEL(linear_outputs_scratch)(l));
       FASTGPT_AT_CPU_LEVEL(linear_outputs)(l, group.*x, memory, begin - first, stop - first, after);
     }
   };
@@ -233,8 +242,11 @@ void run(const Moe& m, MoeMemory& memory) {
       activated = arena.take((end - begin) * m.up.out_features), products = arena.take((end - begin) * columns);
       for (ExpertRows& group : memory.groups) {
         const bool has_x = shares_x && &group != memory.groups.data();
-        group.x = has_x ? memory.groups[0].x : arena.take(FASTGPT_AT_CPU_LEVEL(linear_inputs_size)(group.up));
-        group.h = arena.take(FASTGPT_AT_CPU_LEVEL(linear_inputs_size)(group.down));
+        const auto take_for = [&](const Linear& l) {
+          return threads_lay_out(l) ? nullptr : arena.take(FASTGPT_AT_CPU_LEVEL(linear_inputs_size)(l));
+        };
+        group.x = has_x ? memory.groups[0].x : take_for(group.up);
+        group.h = take_for(group.down);
       }
       return arena.taken();
     };
