@@ -208,3 +208,10 @@ def test_the_kernel_takes_any_number_of_rows(columns, feature, dtype, monkeypatc
     whole = linear(**call)
     numerics.check(whole, lambda: linear_reference(**in_float64(call)), arithmetic=dtype)
     assert torch.equal(whole, torch.cat([linear(**part) for part in split(call, [65, 300, 85])]))
+
+
+def test_the_last_block_of_rows_is_about_as_long_as_the_others(monkeypatch):
+    """A row has the same bits at the end of 20 blocks and one row more."""
+    monkeypatch.setitem(module.FASTEST, torch.float32, KERNEL)
+    x, weight = torch.randn(20 * 256 + 1, 520), torch.randn(48, 520)
+    assert torch.equal(linear(x, weight)[-1], linear(x[-65:], weight)[-1])
