@@ -110,18 +110,20 @@ CONFIGS = {
         | dict(num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True)
         | dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.0625, logits_scaling=7.0),
     ),
+    # The share of the routed experts is small: in bf16 some tokens get another one, with transformers, too.
     "deepseek_v2": (
         "DeepseekV2",
         COMMON
         | LATENT
-        | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=2.0)
+        | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=0.25)
         | dict(rope_parameters=YARN | dict(mscale=0.707, mscale_all_dim=0.707)),
     ),
     "deepseek_v2, greedy": (
         "DeepseekV2",
-        COMMON | LATENT | dict(q_lora_rank=None, attention_bias=False, n_shared_experts=1, first_k_dense_replace=0),
+        COMMON
+        | LATENT
+        | dict(q_lora_rank=None, attention_bias=False, n_shared_experts=1, first_k_dense_replace=0, routed_scaling_factor=0.25),
     ),
-    # Sigmoids weigh a token's experts alike, so their share is small: in bf16 some tokens get another one, with transformers, too.
     "deepseek_v3": (
         "DeepseekV3",
         COMMON
