@@ -136,9 +136,9 @@ inline Vector load(const Float8* source) {
 inline void convert(const void* source, int64_t offset, int64_t count, Element element, float* target) {
   as_elements(source, element, [&](const auto* elements) {
     elements += offset;
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) store(target + i, load(elements + i));
-    for (; i < count; ++i) target[i] = elements[i];
+    const int64_t whole = count - count % kWidth;
+    for (int64_t i = 0; i < whole; i += kWidth) store(target + i, load(elements + i));
+    for (int64_t i = whole; i < count; ++i) target[i] = elements[i];
   });
 }
 
