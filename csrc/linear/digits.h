@@ -61,9 +61,10 @@ inline Vector neighbors(Vector x) { return _mm256_permute_ps(x, 0xb1); }
 inline IntVector neighbors(IntVector x) { return reinterpret_cast<IntVector>(neighbors(reinterpret_cast<Vector>(x))); }
 
 // Eight numbers, four in each of two halves of a lane or, if there is one half, of two neighbors, as integers times the lane's
-// `scale`. Their digits are in the lane's bytes: digits[half][0] · 2^16 + digits[half][1] · 2^8 + digits[half][2], which is
-// less than 2^23 · 127 / 128. `left`: lanes, -1 each, that are left to floats, and whose digits are zeros: those beyond the
-// bounds, that have numbers that are not finite, or others that integers cannot keep 8 bits of.
+// `scale`. Their digits are in the lane's bytes: digits[half][0] · 2^16 + digits[half][1] · 2^8 + digits[half][2], at most
+// 2^23 · 128 / 129. `left`: lanes, -1 each, that are left to floats, and whose digits are zeros: those beyond the bounds, that
+// have numbers that are not finite, others that integers cannot keep 8 bits of, or only ones so small that `scale` times the
+// smallest float16 would be subnormal: where those are flushed to zero, the lane's whole product would be.
 template <int kHalves>
 struct Digits {
   IntVector digits[kHalves][3] = {}, sums = {}, left = {};
@@ -89,7 +90,7 @@ struct Digits {
     }
     if constexpr (kHalves == 1) small += neighbors(small), tiny += neighbors(tiny), left |= neighbors(left);
     left |= (small <= -4) | (tiny <= -2) | (largest > bounds.most) | (largest >= 0x1p126f) |
-        ((largest < 0x1p-100f) & (largest > zero));
+        ((largest < 0x1p-80f) & (largest > zero));
     const IntVector used = ~left & (largest > zero);
     // The power of two below the largest number, or above it if that would have too many digits.
     const Vector power = masked(largest * (1 + 0x1p-7f), used & 0x7f800000), factor = masked(0x1p22f / power, used);

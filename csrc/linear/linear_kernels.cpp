@@ -11,6 +11,7 @@
 #include "linear/products_vector.h"
 #if defined(__AVX512F__)
 #include "linear/products_digits_dot.h"
+#include "linear/products_digits_groups.h"
 #include "linear/products_quantized_dot.h"
 #elif defined(__AVX2__)
 #include "linear/products_digits.h"
@@ -103,7 +104,7 @@ void outputs_in_vectors(const Linear& l, const float* x, const T* weight, int64_
   }
 }
 
-// Rows: QuantizedRows, QuantizedDots, DigitRows, BlockRows or DigitDots.
+// Rows: QuantizedRows, QuantizedDots, DigitRows, DigitGroups, BlockRows or DigitDots.
 template <typename Rows>
 void outputs_quantized(const Linear& l, const float* x, int64_t begin, int64_t end, int64_t next) {
   alignas(64) float dots[kMaxRows][kFeatures];  // as in outputs_in_vectors
@@ -153,6 +154,7 @@ auto with_quantized(const Linear& l, const Function& function) {
   }
 #if defined(__AVX512F__)
   if (QuantizedDots::serves(l)) return function(Type<QuantizedDots>());
+  if (DigitGroups::serves(l)) return function(Type<DigitGroups>());
 #endif
   const auto with_minima = [&](auto minima) {
     constexpr bool kMinima = decltype(minima)::value;

@@ -6,11 +6,8 @@
 
 #pragma once
 
-#include "linear/digits.h"
+#include "linear/byte_dot.h"
 #include "linear/products_blocks.h"
-
-// Of functions that use VPDPBUSD, on CPUs that have it.
-#define FASTGPT_BYTE_DOT __attribute__((target("avx512vnni")))
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
@@ -45,26 +42,6 @@ inline Vector to_floats(uint64_t first, uint64_t last) {
   const __m128i bytes = _mm_set_epi64x(static_cast<int64_t>(last), static_cast<int64_t>(first));
   return to_floats(reinterpret_cast<IntVector>(_mm512_maskz_cvtepu8_epi32(0xffff, bytes)));
 }
-
-// Lane first + i / times of x in lane i.
-inline __m512i spread(__m512i x, int first, int times) {
-  IntVector lanes;
-  for (int i = 0; i < kWidth; ++i) lanes[i] = i / times;
-  return _mm512_maskz_permutexvar_epi32(0xffff, reinterpret_cast<__m512i>(lanes + first), x);
-}
-
-inline Vector spread(Vector x, int first, int times) {
-  return reinterpret_cast<Vector>(spread(reinterpret_cast<__m512i>(x), first, times));
-}
-
-// Without an asm, GCC copies a register of zeros.
-inline __m512i zeros() {
-  __m512i x;
-  asm volatile("vpxord %0, %0, %0" : "=v"(x));
-  return x;
-}
-
-inline __m512i next_digit(__m512i x) { return _mm512_maskz_slli_epi32(0xffff, x, 8); }
 
 // Scales of a block's groups, and if its type has some, minima, from lane kFirstMinimum on.
 struct ScalesAndMinima {
@@ -228,7 +205,7 @@ class DigitDots {
   template <typename Leave>
   static void set_tile(const float* x, const Bounds& bounds, X& tile, const Leave& leave) {
     Vector numbers[1][4];
-    lanes_of_four(x, numbers[0]);
+    to_lanes_of_four({x, x + 16, x + 32, x + 48}, numbers[0]);
     const Digits<1> digits(numbers, bounds);
     std::memcpy(tile.digits, digits.digits, sizeof tile.digits);
     store(tile.scale, digits.scale);
@@ -245,22 +222,6 @@ class DigitDots {
       float left[kWidth];
       for (int i = 0; i < kWidth; ++i) left[i] = of_quarter >> i / 4 & 1 ? x[quarter * kWidth + i] : 0.0f;
       leave(quarter, left);
-    }
-  }
-
-  // Number 4i + j of x goes to lane i of vector j.
-  static void lanes_of_four(const float* x, Vector (&numbers)[4]) {
-    const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
-    const __m512i odd = _mm512_setr_epi32(2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
-    __m512 halves[2][2];  // of vectors 0 and 1, 2 and 3
-    for (int half = 0; half < 2; ++half) {
-      const __m512 first = _mm512_loadu_ps(x + half * 32), second = _mm512_loadu_ps(x + half * 32 + kWidth);
-      halves[0][half] = _mm512_permutex2var_ps(first, even, second);
-      halves[1][half] = _mm512_permutex2var_ps(first, odd, second);
-    }
-    for (int pair = 0; pair < 2; ++pair) {
-      numbers[2 * pair] = _mm512_maskz_shuffle_f32x4(0xffff, halves[pair][0], halves[pair][1], 0x44);
-      numbers[2 * pair + 1] = _mm512_maskz_shuffle_f32x4(0xffff, halves[pair][0], halves[pair][1], 0xee);
     }
   }
 
@@ -330,21 +291,12 @@ class DigitDots {
       (add_tile<kTile>(), ...);
     }
 
-    // Step by step for all sums: a core does not look far enough ahead to overlap the steps of one with those of the next.
     template <int t>
     FASTGPT_BYTE_DOT __attribute__((always_inline)) inline void add_tile() {
       const auto tile = [&](int i) -> const X& { return reinterpret_cast<const X*>(x + i * layout.size)[t]; };
-      __m512i w[kStreams], sums[kStreams][kCount];
-      for (int j = 0; j < kStreams; ++j) w[j] = in_register(Of::numbers(rows[j] + at, t));
-      for (int d = 0; d < 3; ++d) {
-        for (int i = 0; i < kCount; ++i) {
-          const __m512i digits = in_register(_mm512_load_si512(tile(i).digits[d]));
-          for (int j = 0; j < kStreams; ++j) {
-            sums[j][i] = in_register(_mm512_dpbusd_epi32(d ? sums[j][i] : zeros(), w[j], digits));
-          }
-        }
-        if (d < 2) for_all([&](int j, int i) { sums[j][i] = in_register(next_digit(sums[j][i])); });
-      }
+      __m512i w[1][kStreams], sums[kStreams][kCount];
+      for (int j = 0; j < kStreams; ++j) w[0][j] = in_register(Of::numbers(rows[j] + at, t));
+      multiply_bytes(w, [&](int i, int, int d) { return tile(i).digits[d]; }, sums);
       Vector scale[kStreams][kCount];
       constexpr int kFirst = t * kWidth / kGroupLanes;  // group
       for (int j = 0; j < kStreams; ++j) {
@@ -360,16 +312,7 @@ class DigitDots {
           for (int i = 0; i < kCount; ++i) sums[j][i] = _mm512_add_epi32(sums[j][i], _mm512_load_si512(tile(i).sums));
         }
       }
-      Vector products[kStreams][kCount];
-      for_all([&](int j, int i) { products[j][i] = in_register(to_floats(reinterpret_cast<IntVector>(sums[j][i]))); });
-      for_all([&](int j, int i) { total[j][i] += products[j][i] * scale[j][i]; });
-    }
-
-    template <typename Function>
-    __attribute__((always_inline)) static inline void for_all(const Function& function) {
-      for (int j = 0; j < kStreams; ++j) {
-        for (int i = 0; i < kCount; ++i) function(j, i);
-      }
+      add_scaled(sums, scale, total);
     }
   };
 

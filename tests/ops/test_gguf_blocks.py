@@ -96,6 +96,21 @@ def test_contract_of_wide_ranges(kind, dtype):
         numerics.check(linear(wide, weight, impl="cpp"), lambda x=wide: linear_reference(x.double(), double), arithmetic=dtype)
 
 
+@kinds
+def test_contract_of_tiny_numbers_where_subnormal_ones_are_zero(kind):
+    """What x is multiplied with may be subnormal only where x is, too."""
+    weight = random_weight(kind, 37, 512)
+    double = weight.dequantize(torch.float64)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush subnormal numbers to zero")
+    try:
+        for exponent in (-98, -90, -82, -78):
+            x = torch.randn(2, 512) * 2.0**exponent
+            numerics.check(linear(x, weight, impl="cpp"), lambda x=x: linear_reference(x.double(), double))
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def packed(kind, q, zero):
     """Q4_K or Q6_K blocks of integers q (rows, columns), from 0 on, and which of q stands for zero."""
     rows = len(q)
