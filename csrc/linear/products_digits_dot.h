@@ -25,9 +25,10 @@ inline __m512i load_moved(const uint8_t* source, int64_t lower, int64_t upper) {
 
 // Adds `number` where `bit` of 32 bytes is set, and in the upper half where the next one is.
 inline __m512i add_where(__m512i x, const uint8_t* bytes, int bit, char number) {
-  const int64_t lower = 0x0101010101010101 << bit, upper = lower << 1;
-  const __m512i twice = _mm512_maskz_broadcast_i64x4(0xff, load_32_bytes(bytes));
-  const uint64_t set = _mm512_test_epi8_mask(twice, _mm512_setr_epi64(lower, lower, lower, lower, upper, upper, upper, upper));
+  const auto in_each = [](int bit) { return static_cast<int64_t>(0x0101010101010101u << bit); };
+  const int64_t lower = in_each(bit), upper = in_each(bit + 1);
+  const __m512i bits = _mm512_setr_epi64(lower, lower, lower, lower, upper, upper, upper, upper);
+  const uint64_t set = _mm512_test_epi8_mask(_mm512_maskz_broadcast_i64x4(0xff, load_32_bytes(bytes)), bits);
   return _mm512_mask_add_epi8(x, set, x, _mm512_set1_epi8(number));
 }
 
