@@ -7,9 +7,6 @@
 
 #include "linear/digits.h"
 
-// Of functions that use VPDPBUSD, on CPUs that have it.
-#define FASTGPT_BYTE_DOT __attribute__((target("avx512vnni")))
-
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 

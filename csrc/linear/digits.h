@@ -7,6 +7,13 @@
 
 #include "linear/activations.h"
 
+// Of functions that use VPDPBUSD, on CPUs that have it (AVX512_VNNI).
+#if defined(__AVX512F__)
+#define FASTGPT_BYTE_DOT __attribute__((target("avx512vnni")))
+#else
+#define FASTGPT_BYTE_DOT
+#endif
+
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 

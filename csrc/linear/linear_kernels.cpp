@@ -159,7 +159,10 @@ auto with_quantized(const Linear& l, const Function& function) {
   const auto with_minima = [&](auto minima) {
     constexpr bool kMinima = decltype(minima)::value;
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    if (l.packing.bits == 4) return function(Type<DigitRows<kMinima>>());
+    if (l.packing.bits == 4) {
+      return l.packing.group_size == kPacked ? function(Type<DigitRows<kMinima, true>>())
+                                             : function(Type<DigitRows<kMinima, false>>());
+    }
 #endif
     return l.packing.bits == 8 ? function(Type<QuantizedRows<8, kMinima>>()) : function(Type<QuantizedRows<4, kMinima>>());
   };

@@ -6,62 +6,17 @@
 
 #pragma once
 
-#include "linear/digits.h"
-#include "linear/products_quantized.h"
+#include "linear/digit_products.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kTile = 2 * kPacked;  // columns whose digits lie together: two units of weights
-
-// kTile numbers of a row of x. Lane i has four neighbors of each half of a unit, of the first one if i < 4: integers times the
-// lane's scale, digits[half][0] · 2^16 + digits[half][1] · 2^8 + digits[half][2]. With minima, `sums` are those of the lane's
-// numbers, otherwise -8 times those of its integers.
-template <bool kMinima>
-struct Tile {
-  int8_t digits[2][3][32];
-  std::conditional_t<kMinima, float, int32_t> sums[kWidth];
-  float scale[kWidth];
-};
-
 inline __m256i load_32_bytes(const void* source) { return _mm256_loadu_si256(static_cast<const __m256i*>(source)); }
-
-// Lays out kTile numbers. Of lanes that are left to floats, leave(lane, numbers) is called with the numbers of the first half
-// and then of the second.
-template <bool kMinima, typename Leave>
-inline void set_tile(const float* x, const Bounds& bounds, Tile<kMinima>& tile, const Leave& leave) {
-  const __m256i columns = _mm256_setr_epi32(0, 4, 8, 12, 32, 36, 40, 44);
-  Vector numbers[2][4];
-  for (int half = 0; half < 2; ++half) {
-    for (int j = 0; j < 4; ++j) numbers[half][j] = _mm256_i32gather_ps(x + 16 * half + j, columns, 4);
-  }
-  const Digits<2> digits(numbers, bounds);
-  std::memcpy(tile.digits, digits.digits, sizeof tile.digits);
-  store(tile.scale, digits.scale);
-  if constexpr (kMinima) {
-    store(tile.sums, to_floats(digits.sums) * digits.scale);
-  } else {
-    const IntVector sums = digits.sums * -8;
-    std::memcpy(tile.sums, &sums, sizeof sums);
-  }
-  for (int lanes = _mm256_movemask_ps(reinterpret_cast<__m256>(digits.left)); lanes; lanes &= lanes - 1) {
-    const int lane = __builtin_ctz(lanes);
-    float of_lane[kWidth];
-    for (int j = 0; j < 4; ++j) of_lane[j] = numbers[0][j][lane], of_lane[4 + j] = numbers[1][j][lane];
-    leave(lane, of_lane);
-  }
-}
-
-// The numbers of a lane that are left to floats, and where in a row its weights are: four bytes, and their group's header.
-struct LeftLane {
-  float numbers[kWidth];
-  int32_t bytes, header;
-};
 
 // total += x · (scale · numbers + minimum), or without minima x · scale · (numbers - 8). `halves`: those of the units.
 template <bool kMinima>
 __attribute__((always_inline)) inline void add_products(
-    const Tile<kMinima>& x, const __m256i (&halves)[2], Vector scale, Vector minimum, Vector& total) {
+    const DigitTile<2, kMinima>& x, const __m256i (&halves)[2], Vector scale, Vector minimum, Vector& total) {
   __m256i of_digits[3];  // sums of 16 bits
   for (int d = 0; d < 3; ++d) {
     of_digits[d] = _mm256_add_epi16(
@@ -79,108 +34,67 @@ __attribute__((always_inline)) inline void add_products(
   total += to_floats(reinterpret_cast<IntVector>(products)) * (scale * load(x.scale));
 }
 
-// Rows of weights of 4 bits, which are multiplied with up to kFewRows rows of x.
-template <bool kMinima>
-class DigitRows {
+// The numbers of a lane that are left to floats, and where in a row its weights are: four bytes, and their group's header.
+struct LeftLane {
+  float numbers[kWidth];
+  int32_t bytes, header;
+};
+
+// Weights of 4 bits. A tile is two units: lane i has four neighbors of each half of a unit, of the first one if i < 4.
+// kPairs: these are two groups. Otherwise a group has its own tiles.
+template <bool kMinima, bool kPairs>
+class DigitRows : public DigitProducts<DigitRows<kMinima, kPairs>, QuantizedRows<4, kMinima>, 2, kMinima, LeftLane> {
+  using Base = DigitProducts<DigitRows, QuantizedRows<4, kMinima>, 2, kMinima, LeftLane>;
+  using Tile = typename Base::Tile;
+  using Header = GroupHeader<kMinima>;
+  static constexpr int64_t kTile = 2 * kPacked, kUnitBytes = kPacked / 2;
+
  public:
-  static constexpr int64_t kRows = kWidth;  // of weights, whose lanes are reduced together
+  static constexpr int kOffset = 8, kMostLeft = kWidth;
 
-  explicit DigitRows(const Linear& l) : l_(l), rows_(l), layout_(l) {}
+  using Base::Base;
 
-  int64_t row_bytes() const { return rows_.row_bytes(); }
+  static constexpr int streams(int) { return 2; }
 
-  static int64_t x_row(const Linear& l) { return l.rows > kFewRows ? Rows::x_row(l) : Layout(l).size; }  // floats of a row of x
+  static int64_t tiles(const Linear& l) { return l.in / span(l) * ((span(l) + kTile - 1) / kTile); }
 
-  static void arrange(const Linear& l, const float* x, float* target) {
-    const Layout layout(l);
-    const Bounds bounds(x, l.in, kMinima);
-    auto* tile = reinterpret_cast<X*>(target);
-    auto* const left = reinterpret_cast<LeftLane*>(target + layout.left);
+  template <typename Leave>
+  static void lay_out(const Linear& l, const float* x, const Bounds& bounds, Tile* tile, const Leave& leave) {
     const int64_t group = l.packing.group_size, group_bytes = Header::kBytes + group / 2;
-    int32_t count = 0;
     for (int64_t c = 0, next; c < l.in; c = next) {
-      next = smaller(c + kTile, layout.end_of_span(c));
-      float numbers[kTile] = {};
-      std::memcpy(numbers, x + c, (next - c) * sizeof(float));
-      set_tile(numbers, bounds, *tile++, [&](int lane, const float* numbers) {
+      next = smaller(c + kTile, (c / span(l) + 1) * span(l));
+      float of_tile[kTile] = {};
+      std::memcpy(of_tile, x + c, (next - c) * sizeof(float));
+      const __m256i columns = _mm256_setr_epi32(0, 4, 8, 12, 32, 36, 40, 44);
+      Vector numbers[2][4];
+      for (int half = 0; half < 2; ++half) {
+        for (int j = 0; j < 4; ++j) numbers[half][j] = _mm256_i32gather_ps(of_tile + 16 * half + j, columns, 4);
+      }
+      const Digits<2> digits(numbers, bounds);
+      Base::set_tile(digits, *tile++);
+      for (int lanes = _mm256_movemask_ps(reinterpret_cast<__m256>(digits.left)); lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
         const int64_t column = c + lane / 4 * kPacked, header = column / group * group_bytes;
         const int64_t bytes = header + Header::kBytes + column % group / kPacked * kUnitBytes + lane % 4 * 4;
-        LeftLane& of_lane = left[count++];
-        std::memcpy(of_lane.numbers, numbers, sizeof of_lane.numbers);
-        of_lane.bytes = static_cast<int32_t>(bytes), of_lane.header = static_cast<int32_t>(header);
-      });
-    }
-    std::memcpy(target + layout.count, &count, sizeof count);
-  }
-
-  // As QuantizedRows.
-  void multiply(const float* x, int64_t row, int64_t count, int64_t ahead, float* dots) const {
-    const auto* weight = static_cast<const uint8_t*>(l_.weight) + row * row_bytes();
-    if (l_.rows > kFewRows) return multiply_panels(l_, x, weight, row_bytes(), count, dots, rows_);
-    l_.packing.group_size == kPacked ? multiply_few<kFewRows, true>(x, weight, count, ahead, dots)
-                                     : multiply_few<kFewRows, false>(x, weight, count, ahead, dots);
-  }
-
-  void dequantize(const uint8_t* row, int64_t c, int64_t count, float* target) const {
-    rows_.dequantize(row, c, count, target);
-  }
-
- private:
-  using Rows = QuantizedRows<4, kMinima>;
-  using Header = GroupHeader<kMinima>;
-  using X = Tile<kMinima>;
-  static constexpr int64_t kUnitBytes = kPacked / 2;
-  static constexpr int kStreams = 2;  // rows of weights that share what is loaded of x
-
-  // Where things are in a row of x, in floats: tiles, the lanes that are left to floats, and their number. Each span of
-  // columns, which is a group unless that is half of a tile, has its own tiles.
-  struct Layout {
-    int64_t span, left, count, size;
-
-    explicit Layout(const Linear& l) : span(l.packing.group_size == kPacked ? l.in : l.packing.group_size) {
-      const int64_t tiles = l.in / span * ((span + kTile - 1) / kTile);
-      left = tiles * sizeof(X) / sizeof(float), count = left + tiles * kWidth * sizeof(LeftLane) / sizeof(float);
-      size = count + kWidth;
-    }
-
-    int64_t end_of_span(int64_t c) const { return c / span * span + span; }
-  };
-
-  template <int kCount, bool kPairs>
-  void multiply_few(const float* x, const uint8_t* weight, int64_t count, int64_t ahead, float* dots) const {
-    if constexpr (kCount > 1) {
-      if (l_.rows < kCount) return multiply_few<kCount - 1, kPairs>(x, weight, count, ahead, dots);
-    }
-    multiply_in_streams<kCount, kStreams>(weight, row_bytes(), count, false, dots, [&](const auto& rows, auto& total) {
-      Streams<kCount, kPairs> streams{l_, x, layout_.size, rows, ahead};
-      streams.multiply(layout_.span);
-      for (int j = 0; j < kStreams; ++j) {
-        for (int i = 0; i < kCount; ++i) {
-          total[j][i] = in_register(streams.total[j][i]);
-          add_left(x + i * layout_.size, rows[j], total[j][i]);
-        }
+        LeftLane left{{}, static_cast<int32_t>(bytes), static_cast<int32_t>(header)};
+        for (int j = 0; j < 4; ++j) left.numbers[j] = numbers[0][j][lane], left.numbers[4 + j] = numbers[1][j][lane];
+        leave(left);
       }
-    });
-  }
-
-  // Adds the products of what is left to floats.
-  void add_left(const float* x, const uint8_t* row, Vector& total) const {
-    const auto* lane = reinterpret_cast<const LeftLane*>(x + layout_.left);
-    int32_t count;
-    std::memcpy(&count, x + layout_.count, sizeof count);
-    const __m256i shifts = _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28);
-    for (const LeftLane* const end = lane + count; lane < end; ++lane) {
-      const Header header(row + lane->header, l_.values_of_halves);
-      int32_t bytes;
-      std::memcpy(&bytes, row + lane->bytes, sizeof bytes);
-      const __m256i numbers = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(bytes), shifts), _mm256_set1_epi32(15));
-      const Vector w = to_floats(reinterpret_cast<IntVector>(numbers)) - (kMinima ? 0.0f : 8.0f);
-      total += load(lane->numbers) * (w * header.scale + header.minimum);
     }
   }
 
-  // Lanes of the sums of kCount rows of x, x_row floats apart, times rows of weights. kPairs: tiles are two groups.
-  template <int kCount, bool kPairs>
+  Vector of_left(const uint8_t* row, const LeftLane& left) const {
+    const __m256i shifts = _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28);
+    const Header header(row + left.header, this->l_.values_of_halves);
+    int32_t bytes;
+    std::memcpy(&bytes, row + left.bytes, sizeof bytes);
+    const __m256i numbers = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(bytes), shifts), _mm256_set1_epi32(15));
+    const Vector w = to_floats(reinterpret_cast<IntVector>(numbers)) - (kMinima ? 0.0f : 8.0f);
+    return load(left.numbers) * (w * header.scale + header.minimum);
+  }
+
+  // Lanes of the sums of kCount rows of x times kStreams of the weights.
+  template <int kStreams, int kCount>
   struct Streams {
     const Linear& l;
     const float* x;
@@ -190,7 +104,8 @@ class DigitRows {
     int64_t at = 0;  // bytes of rows
     Vector scale[kStreams] = {}, minimum[kStreams] = {}, total[kStreams][kCount] = {};
 
-    __attribute__((always_inline)) inline void multiply(int64_t span) {
+    __attribute__((always_inline)) inline void multiply() {
+      const int64_t span = DigitRows::span(l);
       for (int64_t c = 0; c < l.in; c += span) {
         if (!kPairs) set_scales(0);
         for (int64_t unit = kPacked; unit < span; unit += kTile) add_tile<true>();
@@ -225,16 +140,16 @@ class DigitRows {
         halves[j][0] = _mm256_and_si256(bytes, mask), halves[j][1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
       }
       for (int i = 0; i < kCount; ++i) {
-        const X& tile = *reinterpret_cast<const X*>(x + i * x_row);
+        const Tile& tile = *reinterpret_cast<const Tile*>(x + i * x_row);
         for (int j = 0; j < kStreams; ++j) add_products(tile, halves[j], scale[j], minimum[j], total[j][i]);
       }
-      at += kApart + kUnitBytes, x += sizeof(X) / sizeof(float);
+      at += kApart + kUnitBytes, x += sizeof(Tile) / sizeof(float);
     }
   };
 
-  const Linear& l_;
-  Rows rows_;
-  Layout layout_;
+ private:
+  // Columns that have tiles of their own.
+  static int64_t span(const Linear& l) { return kPairs ? l.in : l.packing.group_size; }
 };
 
 }  // namespace

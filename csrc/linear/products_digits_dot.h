@@ -7,6 +7,7 @@
 #pragma once
 
 #include "linear/byte_dot.h"
+#include "linear/digit_products.h"
 #include "linear/products_blocks.h"
 
 namespace fastgpt::FASTGPT_CPU_LEVEL {
@@ -129,154 +130,64 @@ struct BlockTiles<Q6_K> {
   }
 };
 
-// Columns of a row of x: digits, the scale of each lane's, and if numbers have an offset, the sums of its integers times minus
-// that, or if there are minima, those of its numbers.
-template <typename Block>
-struct TileOfX {
-  int8_t digits[3][kTile];
-  float scale[kWidth];
-  std::conditional_t<Block::kMinima, float, int32_t> sums[kWidth];
+// A quarter of a tile in which numbers are left to floats, zeros otherwise, and where in a row its weights are.
+struct LeftQuarter {
+  float numbers[kWidth];
+  int64_t block;  // bytes
+  int32_t tile, quarter;
 };
 
-// Rows of weights, which are multiplied with up to kFewRows rows of x.
+// Rows of blocks of K types.
 template <typename Block>
-class DigitDots {
- public:
-  static constexpr int64_t kRows = kWidth;  // of weights, whose lanes are reduced together
-
-  explicit DigitDots(const Linear& l) : l_(l), rows_(l), layout_(l), far_(!cpu_features().amd) {}
-
-  int64_t row_bytes() const { return rows_.row_bytes(); }
-
-  static int64_t x_row(const Linear& l) { return l.rows > kFewRows ? Rows::x_row(l) : Layout(l).size; }  // floats of a row of x
-
-  static void arrange(const Linear& l, const float* x, float* target) {
-    const Layout layout(l);
-    const Bounds bounds(x, l.in, Block::kMinima);
-    auto* tile = reinterpret_cast<X*>(target);
-    auto* const left = reinterpret_cast<LeftPart*>(target + layout.left);
-    int32_t count = 0;
-    for (int64_t c = 0; c < l.in; c += kTile) {
-      set_tile(x + c, bounds, *tile++, [&](int quarter, const float* numbers) {
-        LeftPart& part = left[count++];
-        std::memcpy(part.numbers, numbers, sizeof part.numbers);
-        part.block = c / Block::kColumns * Block::kBytes;
-        part.tile = static_cast<int>(c % Block::kColumns / kTile), part.quarter = quarter;
-      });
-    }
-    std::memcpy(target + layout.count, &count, sizeof count);
-  }
-
-  // As QuantizedRows.
-  void multiply(const float* x, int64_t row, int64_t count, int64_t ahead, float* dots) const {
-    const auto* weight = static_cast<const uint8_t*>(l_.weight) + row * row_bytes();
-    if (l_.rows > kFewRows) return multiply_panels(l_, x, weight, row_bytes(), count, dots, rows_);
-    multiply_few<kFewRows>(x, weight, count, ahead, dots);
-  }
-
-  void dequantize(const uint8_t* row, int64_t c, int64_t count, float* target) const {
-    rows_.dequantize(row, c, count, target);
-  }
-
- private:
-  using Rows = BlockRows<Block>;
+class DigitDots : public DigitProducts<DigitDots<Block>, BlockRows<Block>, 1, Block::kMinima, LeftQuarter> {
+  using Base = DigitProducts<DigitDots, BlockRows<Block>, 1, Block::kMinima, LeftQuarter>;
+  using Tile = typename Base::Tile;
   using Of = BlockTiles<Block>;
-  using X = TileOfX<Block>;
   static constexpr int kTiles = Block::kColumns / kTile, kGroupLanes = Block::kGroup / 4;
 
-  // A quarter of a tile in which numbers are left to floats, zeros otherwise, and where in a row its weights are.
-  struct LeftPart {
-    float numbers[kWidth];
-    int64_t block;  // bytes
-    int tile, quarter;
-  };
+ public:
+  static constexpr int kOffset = Of::kOffset, kMostLeft = 4;
 
-  // Where things are in a row of x, in floats: tiles, what is left to floats, and the number of these parts.
-  struct Layout {
-    int64_t left, count, size;
+  using Base::Base;
 
-    explicit Layout(const Linear& l) {
-      const int64_t tiles = l.in / kTile;
-      left = tiles * sizeof(X) / sizeof(float), count = left + tiles * 4 * sizeof(LeftPart) / sizeof(float);
-      size = rounded_up(count + 1, kWidth);
-    }
-  };
+  static constexpr int streams(int count) { return count == 1 ? 4 : 2; }
 
-  // Lays out kTile numbers of x. leave(quarter, numbers) is called with those that are left to floats.
+  static int64_t tiles(const Linear& l) { return l.in / kTile; }
+
   template <typename Leave>
-  static void set_tile(const float* x, const Bounds& bounds, X& tile, const Leave& leave) {
-    Vector numbers[1][4];
-    to_lanes_of_four({x, x + 16, x + 32, x + 48}, numbers[0]);
-    const Digits<1> digits(numbers, bounds);
-    std::memcpy(tile.digits, digits.digits, sizeof tile.digits);
-    store(tile.scale, digits.scale);
-    if constexpr (Block::kMinima) {
-      store(tile.sums, to_floats(digits.sums) * digits.scale);
-    } else {
-      const IntVector sums = digits.sums * -Of::kOffset;
-      std::memcpy(tile.sums, &sums, sizeof sums);
-    }
-    const uint32_t lanes = _mm512_movepi32_mask(reinterpret_cast<__m512i>(digits.left));
-    for (int quarter = 0; lanes >> 4 * quarter; ++quarter) {
-      const uint32_t of_quarter = lanes >> 4 * quarter & 15;
-      if (!of_quarter) continue;
-      float left[kWidth];
-      for (int i = 0; i < kWidth; ++i) left[i] = of_quarter >> i / 4 & 1 ? x[quarter * kWidth + i] : 0.0f;
-      leave(quarter, left);
+  static void lay_out(const Linear& l, const float* x, const Bounds& bounds, Tile* tile, const Leave& leave) {
+    for (int64_t c = 0; c < l.in; c += kTile) {
+      LeftQuarter left{{}, c / Block::kColumns * Block::kBytes, static_cast<int32_t>(c % Block::kColumns / kTile), 0};
+      lay_out_tile(x + c, bounds, *tile++, left, leave);
     }
   }
 
-  template <int kCount>
-  FASTGPT_BYTE_DOT void multiply_few(const float* x, const uint8_t* weight, int64_t count, int64_t ahead, float* dots) const {
-    if constexpr (kCount > 1) {
-      if (l_.rows < kCount) return multiply_few<kCount - 1>(x, weight, count, ahead, dots);
-    }
-    constexpr int kStreams = kCount == 1 ? 4 : 2;  // rows of weights whose products are computed in turns
-    multiply_in_streams<kCount, kStreams>(
-        weight, row_bytes(), count, far_ && count == kRows, dots, [&](const auto& rows, auto& total) FASTGPT_BYTE_DOT {
-          Streams<kStreams, kCount> streams{l_, layout_, rows, ahead, x};
-          streams.multiply();
-          for (int j = 0; j < kStreams; ++j) {
-            for (int i = 0; i < kCount; ++i) {
-              total[j][i] = in_register(streams.total[j][i]);
-              add_left(x + i * layout_.size, rows[j], total[j][i]);
-            }
-          }
-        });
-  }
-
-  // Adds the products of what is left to floats.
-  void add_left(const float* x, const uint8_t* row, Vector& total) const {
-    const auto* part = reinterpret_cast<const LeftPart*>(x + layout_.left);
-    int32_t count;
-    std::memcpy(&count, x + layout_.count, sizeof count);
-    for (const LeftPart* const end = part + count; part < end; ++part) {
-      const uint8_t* const block = row + part->block;
-      const int64_t group = (part->tile * kTile + part->quarter * kWidth) / Block::kGroup;
-      const ScalesAndMinima of = Of::scales(block, l_.values_of_halves);
-      const __m512i bytes = spread(Of::numbers(block, part->tile), part->quarter * 4, 1);
-      uint8_t numbers[sizeof bytes];
-      std::memcpy(numbers, &bytes, sizeof bytes);
-      Vector w = to_floats(widen(numbers) - Of::kOffset) * spread(of.scales, group, kWidth);
-      if constexpr (Block::kMinima) w += spread(of.minima, Of::kFirstMinimum + group, kWidth);
-      total += load(part->numbers) * w;
-    }
+  Vector of_left(const uint8_t* row, const LeftQuarter& left) const {
+    const uint8_t* const block = row + left.block;
+    const int64_t group = (left.tile * kTile + left.quarter * kWidth) / Block::kGroup;
+    const ScalesAndMinima of = Of::scales(block, this->l_.values_of_halves);
+    const __m512i bytes = spread(Of::numbers(block, left.tile), left.quarter * 4, 1);
+    uint8_t numbers[sizeof bytes];
+    std::memcpy(numbers, &bytes, sizeof bytes);
+    Vector w = to_floats(widen(numbers) - Of::kOffset) * spread(of.scales, group, kWidth);
+    if constexpr (Block::kMinima) w += spread(of.minima, Of::kFirstMinimum + group, kWidth);
+    return load(left.numbers) * w;
   }
 
   // Lanes of the sums of kCount rows of x times kStreams of the weights.
   template <int kStreams, int kCount>
   struct Streams {
     const Linear& l;
-    const Layout& layout;
+    const float* x;
+    const int64_t x_row;
     const uint8_t* const (&rows)[kStreams];
     const int64_t ahead;
-    const float* x;
     int64_t at = 0;  // bytes of rows
     ScalesAndMinima of[kStreams] = {};
     Vector total[kStreams][kCount] = {};
 
     FASTGPT_BYTE_DOT __attribute__((always_inline)) inline void multiply() {
-      for (int64_t c = 0; c < l.in; c += Block::kColumns, at += Block::kBytes, x += kTiles * sizeof(X) / sizeof(float)) {
+      for (int64_t c = 0; c < l.in; c += Block::kColumns, at += Block::kBytes, x += kTiles * sizeof(Tile) / sizeof(float)) {
         for (int j = 0; j < kStreams; ++j) {
           for (int64_t line = 0; ahead && line < Block::kBytes; line += 64) {
             __builtin_prefetch(rows[j] + at + ahead + line, 0, 2);
@@ -294,10 +205,10 @@ class DigitDots {
 
     template <int t>
     FASTGPT_BYTE_DOT __attribute__((always_inline)) inline void add_tile() {
-      const auto tile = [&](int i) -> const X& { return reinterpret_cast<const X*>(x + i * layout.size)[t]; };
+      const auto tile = [&](int i) -> const Tile& { return reinterpret_cast<const Tile*>(x + i * x_row)[t]; };
       __m512i w[1][kStreams], sums[kStreams][kCount];
       for (int j = 0; j < kStreams; ++j) w[0][j] = in_register(Of::numbers(rows[j] + at, t));
-      multiply_bytes(w, [&](int i, int, int d) { return tile(i).digits[d]; }, sums);
+      multiply_bytes(w, [&](int i, int half, int d) { return tile(i).digits[half][d]; }, sums);
       Vector scale[kStreams][kCount];
       constexpr int kFirst = t * kWidth / kGroupLanes;  // group
       for (int j = 0; j < kStreams; ++j) {
@@ -317,10 +228,21 @@ class DigitDots {
     }
   };
 
-  const Linear& l_;
-  Rows rows_;
-  Layout layout_;
-  bool far_;  // as in QuantizedRows
+ private:
+  template <typename Leave>
+  static void lay_out_tile(const float* x, const Bounds& bounds, Tile& tile, LeftQuarter& left, const Leave& leave) {
+    Vector numbers[1][4];
+    to_lanes_of_four({x, x + 16, x + 32, x + 48}, numbers[0]);
+    const Digits<1> digits(numbers, bounds);
+    Base::set_tile(digits, tile);
+    const uint32_t lanes = _mm512_movepi32_mask(reinterpret_cast<__m512i>(digits.left));
+    for (left.quarter = 0; lanes >> 4 * left.quarter; ++left.quarter) {
+      const uint32_t of_quarter = lanes >> 4 * left.quarter & 15;
+      if (!of_quarter) continue;
+      for (int i = 0; i < kWidth; ++i) left.numbers[i] = of_quarter >> i / 4 & 1 ? x[left.quarter * kWidth + i] : 0.0f;
+      leave(left);
+    }
+  }
 };
 
 }  // namespace
