@@ -1,18 +1,25 @@
 """Many requests at once, offline: 64 prompts of 16 to 512 tokens with answers of 16 to 256, of given lengths and without an end
-token. Ours with max_batch, beside static batches of 16 of our own, in which rows wait for the longest answer, and continuous
-batching of transformers (`ContinuousBatchingManager`, which `generate_batch` uses; here each request has its own max_new_tokens).
+token. Ours with max_batch, beside static batches of 16 of our own, in which rows wait for the longest answer, continuous
+batching of transformers (`ContinuousBatchingManager`, which `generate_batch` uses; here each request has its own max_new_tokens),
+and vLLM with its own attention and with ours, where `make vllm` has installed it.
 """
 
+import contextlib
+import json
+import os
 import random
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import peers
 from benchmarks.test_generate import about, model_of
-from benchmarks.timing import DEVICE, DTYPE, at_most, full, measured_time, record, tiny
+from benchmarks.timing import DEVICE, DTYPE, at_most, full, measured_time, name_of, record, tiny
 from fastgpt import GPT, generate
 from fastgpt.bench.timing import synchronize
 from fastgpt.generation.config import GenerationConfig
@@ -20,6 +27,9 @@ from fastgpt.generation.many import Many
 
 STATIC = 16  # rows of a static batch
 REQUESTS, PROMPT, ANSWER = (6, (4, 20), (2, 12)) if tiny() else (64, (16, 512), (16, 256))
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cpu" else [DTYPE]
+VLLM = Path("build/vllm/bin/python").absolute()
+PREFILL = 32 if tiny() else 512
 PATIENCE = 60 if tiny() else 1800 if full() else 240  # seconds for transformers, which may take ten times as long as ours
 
 
@@ -72,16 +82,70 @@ def timed(way: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float]:
     return answers, time.perf_counter() - begin
 
 
-@pytest.mark.benchmark(timer=measured_time)
-def test_many_requests(benchmark):
-    model = model_of("smollm2-135m", DTYPE)
+@contextlib.contextmanager
+def in_vllm(model: GPT, requests: dict, **environment: str) -> Iterator[Callable[[str], tuple[list[list[int]], float]]]:
+    """A function that answers the requests of a name in vLLM, in a process of its own: see benchmarks/in_vllm.py."""
+    if not VLLM.exists():
+        raise FileNotFoundError("make vllm installs it")
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": "",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=peers.BUILD) as folder, open(Path(folder, "messages.txt"), "w") as messages:
+        peers.in_transformers(model).save_pretrained(folder)
+        Path(folder, "requests.json").write_text(json.dumps(requests))
+        command = [VLLM, Path(__file__).with_name("in_vllm.py"), folder, f"{folder}/requests.json"]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True, cwd=VLLM.parents[1],
+            env=os.environ | settings | environment,
+        )  # fmt: skip
+
+        def answer(name: str) -> tuple[list[list[int]], float]:
+            print(name, file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(Path(folder, "messages.txt").read_text().strip().rpartition("\n")[2])
+            result = json.loads(line)
+            return result["answers"], result["seconds"]
+
+        try:
+            yield answer
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module", params=DTYPES if full() else DTYPES[:1], ids=name_of)
+def served(request):
+    """The model, its dtype, requests, name of vLLM -> what answers in it, and what is absent with the reasons."""
+    model = model_of("smollm2-135m", request.param)
     prompts, new = requests(model)
+    several = {
+        "many": {"prompts": prompts, "new": new}, "few": {"prompts": prompts[:2], "new": [2, 2]},
+        "one": {"prompts": [sum(prompts, [])[:PREFILL]], "new": [1]},
+    }  # fmt: skip
+    running, absent = {}, {}
+    with contextlib.ExitStack() as stack:
+        for name, environment in {"vLLM": {}, "vLLM, our attention": {"FASTGPT_VLLM": "1"}}.items():
+            try:
+                running[name] = stack.enter_context(in_vllm(model, several, **environment))
+                running[name]("few")
+            except Exception as reason:  # whatever it is, the others are timed
+                running.pop(name, None)
+                absent[name] = f"{type(reason).__name__}: {reason}".splitlines()[0]
+        yield model, request.param, prompts, new, running, absent
+
+
+@pytest.mark.benchmark(timer=measured_time)
+def test_many_requests(benchmark, served):
+    model, dtype, prompts, new, running, absent = served
     ways, absent = (
         {
             "ours": lambda: timed(lambda: scheduled(model, prompts, new)),
             "ours, static batches": lambda: timed(lambda: static(model, prompts, new)),
+            **{name: lambda answer=answer: answer("many") for name, answer in running.items()},
         },
-        {},
+        dict(absent),
     )
     try:
         theirs = peers.in_transformers(model)
@@ -96,15 +160,28 @@ def test_many_requests(benchmark):
         rounds.append({})
         for name, way in ways.items():
             answers[name], rounds[-1][name] = way()
-    assert [len(answer) for answer in answers["ours"]] == new
-    if DTYPE is torch.float32:
+    for name, of_all in answers.items():
+        assert [len(answer) for answer in of_all] == new, name
+    if dtype is torch.float32:
         assert answers["ours"] == answers["ours, static batches"]
-    tokens = sum(new)
     info = {
-        "what": "many requests", **about("smollm2-135m", DTYPE, STATIC), "requests": len(new), "prompt_tokens": sum(map(len, prompts)),
-        "new_tokens": tokens, "absent": absent,
+        "what": "many requests", **about("smollm2-135m", dtype, STATIC), "requests": len(new),
+        "prompt_tokens": sum(map(len, prompts)), "new_tokens": sum(new), "absent": absent,
     }  # fmt: skip
     record(benchmark, rounds, info=info)
+
+
+@pytest.mark.benchmark(timer=measured_time)
+def test_prefill_in_vllm(benchmark, served):
+    """The first token after a prompt in vLLM, with our attention and its own."""
+    _, dtype, prompts, _, running, absent = served
+    if absent:
+        pytest.skip("; ".join(f"{name}: {reason}" for name, reason in absent.items()))
+    rounds = []
+    for _ in range(20):
+        rounds.append({name: running[theirs]("one")[1] for name, theirs in (("ours", "vLLM, our attention"), ("vLLM", "vLLM"))})
+    info = {"what": "prefill in vLLM", **about("smollm2-135m", dtype, 1), "T": PREFILL, "absent": {}}
+    record(benchmark, rounds[1:], info=info)
 
 
 @pytest.mark.benchmark(timer=measured_time)
