@@ -187,7 +187,8 @@ def cached_against_uncached(result: dict) -> str:
         header += [f"{named(model)}, cached", "uncached", "speed-up"]
     notes = ["Time per token, batch {batch}, {dtype}.".format(**measured[0])]
     for line in of_first(result["growth"]):
-        cached, uncached = (time(line[name]["slope"]) for name in ("cached", "uncached"))
+        slopes = (line[name]["slope"] for name in ("cached", "uncached"))
+        cached, uncached = (time(slope) if slope > 0 else "too little to be measured" for slope in slopes)
         notes.append(f"Each token of context adds {cached} cached and {uncached} uncached to {named(line['model'])}.")
     if memory := {case["mode"]: case for case in of_first(result.get("memory", []))}:
         cached, uncached = (figures(memory[mode]["bytes"] / 1e6) for mode in ("cached", "uncached"))

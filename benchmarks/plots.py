@@ -190,20 +190,33 @@ def decoding(result: dict):
     return figure
 
 
-def against_peers(result: dict):
-    """Tokens per second by context length, a panel for each weight size, with the memory roofline."""
-    cases = sorted(of_first_model(result["decode"]), key=lambda case: case["context"])
-    our_size = 4 if cases[0]["dtype"] == "float32" else 2
-    size_of, sizes = {}, {}  # bytes of a weight, by name; and name -> context -> bytes that a step reads, by it
+def by_weight_size(cases: list[dict]) -> dict[int, dict[str, dict[int, int]]]:
+    """Bytes of a weight -> name -> context -> bytes that a step reads, of cases in one dtype."""
+    ours = 4 if cases[0]["dtype"] == "float32" else 2
+    size_of, sizes = {}, {}
     for case in cases:
         for name, amount in {"ours": case["bytes"], **case["peer_bytes"]}.items():
-            distances = {size: abs(math.log(our_size * amount / case["bytes"] / size)) for size in (4, 2, 1)}
+            distances = {size: abs(math.log(ours * amount / case["bytes"] / size)) for size in (4, 2, 1)}
             size = size_of.setdefault(name, min(distances, key=distances.get))  # at the shortest context, nearly all is weights
             sizes.setdefault(size, {}).setdefault(name, {})[case["context"]] = amount
-    rate = statistics.median(case["limit_bytes"] / median(case, case["limit"]) for case in cases)  # bytes/µs
-    figure, axes = card(result, f"Decoding with {named(cases[0]['model'])}, batch {cases[0]['batch']}", len(sizes), 3.5)
+    return sizes
+
+
+def against_peers(result: dict):
+    """Tokens per second by context length, a panel for each weight size, with the memory roofline. A panel is of the first dtype in
+    which the model itself has weights of that size, or else of the first one."""
+    first = of_first_model(result["decode"])[0]
+    panels = {}  # bytes of a weight -> cases, name -> context -> bytes
+    of_model = [case for case in result["decode"] if (case["model"], case["batch"]) == (first["model"], first["batch"])]
+    for dtype in dict.fromkeys(case["dtype"] for case in of_model):
+        cases = sorted((case for case in of_model if case["dtype"] == dtype), key=lambda case: case["context"])
+        for size, amounts in by_weight_size(cases).items():
+            if size not in panels or "ours" in amounts and "ours" not in panels[size][1]:
+                panels[size] = cases, amounts
+    figure, axes = card(result, f"Decoding with {named(first['model'])}, batch {first['batch']}", len(panels), 3.5)
     colors = {}
-    for axis, (size, amounts) in zip(axes, sorted(sizes.items(), reverse=True)):
+    for axis, (size, (cases, amounts)) in zip(axes, sorted(panels.items(), reverse=True)):
+        rate = statistics.median(case["limit_bytes"] / median(case, case["limit"]) for case in cases)  # bytes/µs
         lines = {"limit": [], **{name: [] for name in amounts}}
         for case in cases:
             least = min(of_context[case["context"]] for of_context in amounts.values() if case["context"] in of_context)
