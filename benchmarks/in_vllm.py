@@ -1,10 +1,10 @@
 """vLLM's side of the suite `throughput`, which runs this file with the Python that `make vllm` installs.
 
-build/vllm/bin/python in_vllm.py FOLDER REQUESTS.json
+build/vllm/bin/python in_vllm.py FOLDER REQUESTS.json DTYPE
 
-FOLDER: a model in transformers' format. REQUESTS.json: name -> {"prompts": lists of ids, "new": numbers of tokens}. Of each name
-that comes in a line, all requests are answered greedily, and a line of JSON goes out: {"answers": ids, "seconds": ...}. With
-FASTGPT_VLLM=1, attention is fastgpt's.
+FOLDER: a model in transformers' format, which computes in DTYPE (vLLM would take bfloat16 for float32). REQUESTS.json: name ->
+{"prompts": lists of ids, "new": numbers of tokens}. Of each name that comes in a line, all requests are answered greedily, and a
+line of JSON goes out: {"answers": ids, "seconds": ...}. With FASTGPT_VLLM=1, attention is fastgpt's.
 """
 
 import json
@@ -16,12 +16,12 @@ import time
 def main() -> None:
     from vllm import LLM, SamplingParams
 
-    folder, path = sys.argv[1:]
+    folder, path, dtype = sys.argv[1:]
     with open(path) as file:
         requests = json.load(file)
     longest = max(len(prompt) + n for of in requests.values() for prompt, n in zip(of["prompts"], of["new"]))
     model = LLM(
-        folder, skip_tokenizer_init=True, enforce_eager=True, enable_prefix_caching=False, max_model_len=longest,
+        folder, dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, enable_prefix_caching=False, max_model_len=longest,
         disable_log_stats=True,
     )  # fmt: skip
 

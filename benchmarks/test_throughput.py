@@ -94,7 +94,8 @@ def in_vllm(model: GPT, requests: dict, **environment: str) -> Iterator[Callable
     with tempfile.TemporaryDirectory(dir=peers.BUILD) as folder, open(Path(folder, "messages.txt"), "w") as messages:
         peers.in_transformers(model).save_pretrained(folder)
         Path(folder, "requests.json").write_text(json.dumps(requests))
-        command = [VLLM, Path(__file__).with_name("in_vllm.py"), folder, f"{folder}/requests.json"]
+        dtype = name_of(model.token_embedding.weight.dtype)
+        command = [VLLM, Path(__file__).with_name("in_vllm.py"), folder, f"{folder}/requests.json", dtype]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True, cwd=VLLM.parents[1],
             env=os.environ | settings | environment,

@@ -19,6 +19,7 @@ class SamplingParams(Of):
 
 class LLM:
     def __init__(self, folder, **options):
+        assert options["dtype"] == "float32"
         assert os.path.exists(folder + "/config.json") and os.environ["OMP_NUM_THREADS"].isdigit()
         print("a message")
         if os.environ.get("FASTGPT_VLLM"):
